@@ -1,0 +1,11 @@
+// Any processor: scalar loops, which a compiler may vectorise (it does on aarch64, where fma is a base instruction).
+#include "span.h"
+
+namespace swafast::cpu {
+
+const Kernels& generic_kernels() {
+  static const Kernels kernels = make_kernels<Scalar>("generic");
+  return kernels;
+}
+
+}  // namespace swafast::cpu

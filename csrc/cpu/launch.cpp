@@ -1,0 +1,209 @@
+// The C interface on the CPU: checks, choice of instruction set, and the walk over chunks.
+#include <atomic>
+#include <cstring>
+
+#include "../weight.h"
+#include "span.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
+namespace swafast::cpu {
+namespace {
+
+bool has_avx512() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
+
+bool has_avx2() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+  return false;
+#endif
+}
+
+// The named instruction set, or the best one for no name; null where this processor or this build lacks it.
+const Kernels* find_isa(const char* name) {
+  const Kernels* candidates[] = {has_avx512() ? avx512_kernels() : nullptr, has_avx2() ? avx2_kernels() : nullptr,
+                                 &generic_kernels()};
+  for (const Kernels* kernels : candidates) {
+    if (kernels != nullptr && (name == nullptr || std::strcmp(kernels->name, name) == 0)) return kernels;
+  }
+  return nullptr;
+}
+
+std::atomic<const Kernels*>& chosen() {
+  static std::atomic<const Kernels*> kernels{find_isa(nullptr)};
+  return kernels;
+}
+
+// The OpenMP runtime's threads do not live through a fork, and a parallel region in the child waits for them for ever.
+std::atomic<bool> in_forked_child{false};
+
+#if !defined(_WIN32)
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true); });
+#endif
+
+// Chunks are claimed dynamically, because a core that shares its memory bandwidth or its time falls behind; several at
+// a time, because a chunk of a small tensor is shorter than the claim.
+template <class Body>
+void for_each_chunk(int64_t num_chunks, int32_t num_threads, Body body) {
+#if defined(_OPENMP)
+  if (num_threads > 1 && num_chunks > 1 && !in_forked_child.load(std::memory_order_relaxed)) {
+    constexpr int64_t kClaimsPerThread = 16, kMostChunksPerClaim = 64;
+    int64_t claim = num_chunks / (num_threads * kClaimsPerThread);
+    claim = claim < 1 ? 1 : (claim > kMostChunksPerClaim ? kMostChunksPerClaim : claim);
+#pragma omp parallel for schedule(dynamic, claim) num_threads(num_threads)
+    for (int64_t i = 0; i < num_chunks; ++i) body(i);
+    return;
+  }
+#endif
+  (void)num_threads;
+  for (int64_t i = 0; i < num_chunks; ++i) body(i);
+}
+
+int64_t param_itemsize(int32_t dtype) { return dtype == SWAFAST_FLOAT32 ? 4 : (dtype == SWAFAST_BYTES ? 1 : 2); }
+
+int64_t plane_itemsize(int32_t format, int plane) {
+  switch (format) {
+    case SWAFAST_FORMAT_FLOAT32:
+      return plane == 0 ? 4 : 0;
+    case SWAFAST_FORMAT_EXACT:
+      return 2;
+    case SWAFAST_FORMAT_MIRRORED:
+      return plane == 0 ? 2 : 4;
+    default:
+      return plane == 0 ? 1 : 0;
+  }
+}
+
+void* at(void* base, int64_t nbytes) { return base == nullptr ? nullptr : static_cast<char*>(base) + nbytes; }
+
+bool served(const swafast_tensor& tensor, const Kernels& kernels) {
+  if (tensor.dtype < 0 || tensor.dtype >= SWAFAST_NUM_DTYPES) return false;
+  if (tensor.format < 0 || tensor.format >= SWAFAST_NUM_FORMATS) return false;
+  return kernels.update[tensor.dtype][tensor.format] != nullptr;
+}
+
+bool all_served(const swafast_tensor* tensors, int64_t num_tensors, const Kernels& kernels) {
+  for (int64_t i = 0; i < num_tensors; ++i) {
+    if (!served(tensors[i], kernels)) return false;
+  }
+  return true;
+}
+
+bool exchangeable(const swafast_tensor& tensor) {
+  switch (tensor.format) {
+    case SWAFAST_FORMAT_FLOAT32:
+      return tensor.dtype == SWAFAST_FLOAT32;
+    case SWAFAST_FORMAT_EXACT:
+      return tensor.dtype == SWAFAST_BFLOAT16;
+    case SWAFAST_FORMAT_MIRRORED:
+      return tensor.dtype == SWAFAST_FLOAT16;
+    default:
+      return tensor.format == SWAFAST_FORMAT_COPIED && tensor.dtype == SWAFAST_BYTES;
+  }
+}
+
+}  // namespace
+}  // namespace swafast::cpu
+
+using namespace swafast;
+using namespace swafast::cpu;
+
+extern "C" {
+
+int32_t swafast_abi(void) { return SWAFAST_ABI; }
+
+const char* swafast_build(void) {
+#if defined(__clang__)
+#define SWAFAST_COMPILER "clang " __clang_version__
+#elif defined(__GNUC__)
+#define SWAFAST_COMPILER "gcc " __VERSION__
+#else
+#define SWAFAST_COMPILER "unknown compiler"
+#endif
+#if defined(_OPENMP)
+#define SWAFAST_THREADING "OpenMP"
+#else
+#define SWAFAST_THREADING "one thread (no OpenMP)"
+#endif
+  return SWAFAST_COMPILER ", " SWAFAST_THREADING;
+}
+
+double swafast_weight(const swafast_rule* rule, int64_t num_averaged) { return rule_weight(*rule, num_averaged); }
+
+const char* swafast_cpu_isa(void) { return chosen().load()->name; }
+
+int32_t swafast_cpu_use_isa(const char* name) {
+  const Kernels* kernels = find_isa(name);
+  if (kernels == nullptr) return 1;
+  chosen().store(kernels);
+  return 0;
+}
+
+int32_t swafast_cpu_update(const swafast_tensor* tensors, int64_t num_tensors, const swafast_chunk* chunks,
+                           int64_t num_chunks, const swafast_rule* rule, int64_t* num_averaged, int64_t advance,
+                           int32_t num_threads) {
+  const Kernels& kernels = *chosen().load();
+  if (*num_averaged < 0) return SWAFAST_BAD_COUNT;
+  if (!all_served(tensors, num_tensors, kernels)) return SWAFAST_BAD_TENSOR;
+  const Step step = make_step(rule_weight(*rule, *num_averaged));
+  for_each_chunk(num_chunks, num_threads, [=, &kernels](int64_t i) {
+    const swafast_chunk& chunk = chunks[i];
+    const swafast_tensor& tensor = tensors[chunk.tensor];
+    kernels.update[tensor.dtype][tensor.format](at(tensor.param, chunk.offset * param_itemsize(tensor.dtype)),
+                                                at(tensor.planes[0], chunk.offset * plane_itemsize(tensor.format, 0)),
+                                                at(tensor.planes[1], chunk.offset * plane_itemsize(tensor.format, 1)),
+                                                chunk.numel, step);
+  });
+  *num_averaged += advance;
+  return SWAFAST_OK;
+}
+
+int32_t swafast_cpu_exchange(const swafast_tensor* tensors, int64_t num_tensors, const swafast_chunk* chunks,
+                             int64_t num_chunks, int32_t num_threads) {
+  const Kernels& kernels = *chosen().load();
+  for (int64_t i = 0; i < num_tensors; ++i) {
+    if (!exchangeable(tensors[i])) return SWAFAST_BAD_TENSOR;
+  }
+  for_each_chunk(num_chunks, num_threads, [=, &kernels](int64_t i) {
+    const swafast_chunk& chunk = chunks[i];
+    const swafast_tensor& tensor = tensors[chunk.tensor];
+    const int64_t itemsize = param_itemsize(tensor.dtype);
+    kernels.exchange(at(tensor.param, chunk.offset * itemsize), at(tensor.planes[0], chunk.offset * itemsize),
+                     chunk.numel * itemsize);
+  });
+  return SWAFAST_OK;
+}
+
+int32_t swafast_cpu_first_nonfinite(const swafast_tensor* tensors, int64_t num_tensors, const swafast_chunk* chunks,
+                                    int64_t num_chunks, int32_t num_threads, int64_t* tensor) {
+  const Kernels& kernels = *chosen().load();
+  if (!all_served(tensors, num_tensors, kernels)) return SWAFAST_BAD_TENSOR;
+  std::atomic<int64_t> first{num_tensors};
+  for_each_chunk(num_chunks, num_threads, [=, &kernels, &first](int64_t i) {
+    const swafast_chunk& chunk = chunks[i];
+    const swafast_tensor& it = tensors[chunk.tensor];
+    const FiniteSpan all_finite = kernels.all_finite[it.dtype];
+    if (all_finite == nullptr || chunk.tensor >= first.load(std::memory_order_relaxed)) return;
+    if (all_finite(at(it.param, chunk.offset * param_itemsize(it.dtype)), chunk.numel)) return;
+    int64_t seen = first.load();
+    while (chunk.tensor < seen && !first.compare_exchange_weak(seen, chunk.tensor)) {
+    }
+  });
+  *tensor = first.load() == num_tensors ? -1 : first.load();
+  return SWAFAST_OK;
+}
+
+}  // extern "C"

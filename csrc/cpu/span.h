@@ -1,0 +1,173 @@
+// The loops over one chunk, written once over a vector type. Each instruction set has a file of its own that defines
+// the vector type and instantiates them; only that file is compiled with the set's flags.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../element.h"
+#include "../swafast.h"
+
+namespace swafast::cpu {
+
+using UpdateSpan = void (*)(const void* param, void* plane0, void* plane1, int64_t numel, const Step& step);
+using ExchangeSpan = void (*)(void* a, void* b, int64_t nbytes);
+using FiniteSpan = bool (*)(const void* param, int64_t numel);
+
+// The kernels of one instruction set. A null entry is a pair of dtype and format that no kernel serves.
+struct Kernels {
+  const char* name;
+  UpdateSpan update[SWAFAST_NUM_DTYPES][SWAFAST_NUM_FORMATS];
+  ExchangeSpan exchange;
+  FiniteSpan all_finite[SWAFAST_NUM_DTYPES];
+};
+
+const Kernels& generic_kernels();
+// Null where the compiler could not build the instruction set. Called only on a processor that has it: even the code
+// that fills the table is compiled with the set's flags.
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+// Internal linkage, for the reason that element.h gives.
+namespace {
+
+// Scalar forms of a param's dtype.
+struct Float32 {
+  using storage = float;
+  static float load(const float* p) { return *p; }
+};
+struct BFloat16 {
+  using storage = uint16_t;
+  static float load(const uint16_t* p) { return from_bfloat16(*p); }
+};
+struct Float16 {
+  using storage = uint16_t;
+  static float load(const uint16_t* p) { return from_float16(*p); }
+};
+
+// Scalar forms of an average's format: V::load_average / V::store_average are the vector ones.
+struct FormatFloat32 {
+  using plane0 = float;
+  using plane1 = void;
+  static float load(const float* a, const void*, int64_t i) { return a[i]; }
+  static void store(float* a, void*, int64_t i, float value) { a[i] = value; }
+};
+struct FormatExact {
+  using plane0 = uint16_t;
+  using plane1 = int16_t;
+  static float load(const uint16_t* a, const int16_t* r, int64_t i) { return decode_exact({a[i], r[i]}); }
+  static void store(uint16_t* a, int16_t* r, int64_t i, float value) {
+    const ExactPlanes planes = encode_exact(value);
+    a[i] = planes.average;
+    r[i] = planes.remainder;
+  }
+};
+struct FormatMirrored {
+  using plane0 = uint16_t;
+  using plane1 = float;
+  static float load(const uint16_t* copy, const float* a, int64_t i) { return decode_mirrored(copy[i], a[i]); }
+  static void store(uint16_t* copy, float* a, int64_t i, float value) {
+    a[i] = value;
+    copy[i] = to_float16(value);
+  }
+};
+
+// One lane: what an instruction set without hand-written vectors gets, and the tail of every other.
+struct Scalar {
+  static constexpr int64_t kLanes = 1;
+};
+
+// kBranch is a template argument so that the loop holds no test.
+template <class V, class Param, class Format, Step::Branch kBranch>
+void update_branch(const typename Param::storage* param, typename Format::plane0* plane0,
+                   typename Format::plane1* plane1, int64_t numel, const Step& shared) {
+  Step step = shared;
+  step.branch = kBranch;
+  int64_t i = 0;
+  if constexpr (V::kLanes > 1) {
+    const auto lerp_of = V::template make_lerp<kBranch>(step);
+    // Two vectors a turn: the loads of the second are under way while the first is worked on.
+    for (; i + 2 * V::kLanes <= numel; i += 2 * V::kLanes) {
+      const auto p0 = V::load(Param{}, param + i);
+      const auto p1 = V::load(Param{}, param + i + V::kLanes);
+      const auto a0 = V::load_average(Format{}, plane0, plane1, i);
+      const auto a1 = V::load_average(Format{}, plane0, plane1, i + V::kLanes);
+      V::store_average(Format{}, plane0, plane1, i, lerp_of(a0, p0));
+      V::store_average(Format{}, plane0, plane1, i + V::kLanes, lerp_of(a1, p1));
+    }
+    for (; i + V::kLanes <= numel; i += V::kLanes) {
+      const auto p = V::load(Param{}, param + i);
+      V::store_average(Format{}, plane0, plane1, i, lerp_of(V::load_average(Format{}, plane0, plane1, i), p));
+    }
+  }
+  for (; i < numel; ++i) {
+    const float p = Param::load(param + i);
+    Format::store(plane0, plane1, i, lerp(Format::load(plane0, plane1, i), p, step));
+  }
+}
+
+template <class V, class Param, class Format>
+void update_span(const void* param, void* plane0, void* plane1, int64_t numel, const Step& step) {
+  const auto* p = static_cast<const typename Param::storage*>(param);
+  auto* a0 = static_cast<typename Format::plane0*>(plane0);
+  auto* a1 = static_cast<typename Format::plane1*>(plane1);
+  switch (step.branch) {
+    case Step::kCopy:
+      return update_branch<V, Param, Format, Step::kCopy>(p, a0, a1, numel, step);
+    case Step::kNear:
+      return update_branch<V, Param, Format, Step::kNear>(p, a0, a1, numel, step);
+    case Step::kFar:
+      return update_branch<V, Param, Format, Step::kFar>(p, a0, a1, numel, step);
+  }
+}
+
+inline void copy_span(const void* param, void* plane0, void*, int64_t nbytes, const Step&) {
+  // memmove, since a copied buffer may be the very tensor it is copied from.
+  memmove(plane0, param, static_cast<size_t>(nbytes));
+}
+
+inline void exchange_span(void* a, void* b, int64_t nbytes) {
+  constexpr int64_t kWindow = 4096;  // stays in the first-level cache together with both its ends
+  alignas(64) char window[kWindow];
+  auto* x = static_cast<char*>(a);
+  auto* y = static_cast<char*>(b);
+  for (int64_t done = 0; done < nbytes; done += kWindow) {
+    const auto size = static_cast<size_t>(nbytes - done < kWindow ? nbytes - done : kWindow);
+    memcpy(window, x + done, size);
+    memcpy(x + done, y + done, size);
+    memcpy(y + done, window, size);
+  }
+}
+
+// An exponent of all ones is an infinity or a NaN. OR-ing the outcomes keeps the loop free of branches.
+template <class Bits, Bits kExponent>
+bool all_finite_span(const void* param, int64_t numel) {
+  const auto* p = static_cast<const Bits*>(param);
+  Bits bad = 0;
+  for (int64_t i = 0; i < numel; ++i) bad |= static_cast<Bits>((p[i] & kExponent) == kExponent);
+  return bad == 0;
+}
+
+template <class V>
+Kernels make_kernels(const char* name) {
+  Kernels kernels = {};
+  kernels.name = name;
+  kernels.update[SWAFAST_FLOAT32][SWAFAST_FORMAT_FLOAT32] = update_span<V, Float32, FormatFloat32>;
+  kernels.update[SWAFAST_FLOAT32][SWAFAST_FORMAT_EXACT] = update_span<V, Float32, FormatExact>;
+  kernels.update[SWAFAST_FLOAT32][SWAFAST_FORMAT_MIRRORED] = update_span<V, Float32, FormatMirrored>;
+  kernels.update[SWAFAST_BFLOAT16][SWAFAST_FORMAT_FLOAT32] = update_span<V, BFloat16, FormatFloat32>;
+  kernels.update[SWAFAST_BFLOAT16][SWAFAST_FORMAT_EXACT] = update_span<V, BFloat16, FormatExact>;
+  kernels.update[SWAFAST_BFLOAT16][SWAFAST_FORMAT_MIRRORED] = update_span<V, BFloat16, FormatMirrored>;
+  kernels.update[SWAFAST_FLOAT16][SWAFAST_FORMAT_FLOAT32] = update_span<V, Float16, FormatFloat32>;
+  kernels.update[SWAFAST_FLOAT16][SWAFAST_FORMAT_EXACT] = update_span<V, Float16, FormatExact>;
+  kernels.update[SWAFAST_FLOAT16][SWAFAST_FORMAT_MIRRORED] = update_span<V, Float16, FormatMirrored>;
+  kernels.update[SWAFAST_BYTES][SWAFAST_FORMAT_COPIED] = copy_span;
+  kernels.exchange = exchange_span;
+  kernels.all_finite[SWAFAST_FLOAT32] = all_finite_span<uint32_t, 0x7f800000u>;
+  kernels.all_finite[SWAFAST_BFLOAT16] = all_finite_span<uint16_t, 0x7f80u>;
+  kernels.all_finite[SWAFAST_FLOAT16] = all_finite_span<uint16_t, 0x7c00u>;
+  return kernels;
+}
+
+}  // namespace
+}  // namespace swafast::cpu

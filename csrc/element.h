@@ -1,0 +1,116 @@
+// The arithmetic of one element, stated once for every kernel: it compiles as host code and as device code, so that a
+// CPU, a GPU and the shim that runs the GPU source on a CPU give the same bits.
+//
+// Nothing here may be contracted or reassociated by a compiler: every fused multiply-add is written out as fmaf, and
+// the library is built with -ffp-contract=off.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+// Internal linkage: the linker must not merge copies of one function that were compiled for different instruction sets,
+// or a processor without AVX-512 could be handed AVX-512 code.
+#if defined(__CUDACC__)
+#define SWAFAST_HD static __host__ __device__ __forceinline__
+#else
+#define SWAFAST_HD static inline
+#endif
+
+namespace swafast {
+
+// How far the average moves towards the newest param, worked out once per update.
+struct Step {
+  float weight;
+  float complement;  // 1 - weight, rounded to float32 as torch.lerp rounds it
+  enum Branch : int32_t { kCopy, kNear, kFar } branch;
+};
+
+SWAFAST_HD Step make_step(double weight) {
+  Step step;
+  step.weight = static_cast<float>(weight);
+  step.complement = 1.0f - step.weight;
+  // A lerp at weight 1 gives NaN for an infinite average and loses a small param beside a large average; a first
+  // update has to be an exact copy.
+  step.branch = step.weight == 1.0f ? Step::kCopy : (step.weight < 0.5f ? Step::kNear : Step::kFar);
+  return step;
+}
+
+// torch.lerp's two branches: the nearer end carries the rounding, so the result is monotonic and exact at both ends.
+SWAFAST_HD float lerp(float average, float param, const Step& step) {
+  const float difference = param - average;
+  if (step.branch == Step::kNear) return fmaf(step.weight, difference, average);
+  if (step.branch == Step::kFar) return fmaf(-difference, step.complement, param);
+  return param;
+}
+
+SWAFAST_HD uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+SWAFAST_HD float float_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+SWAFAST_HD float from_bfloat16(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
+
+// Every binary16 value is a binary32 value, so this is exact. A signalling NaN becomes quiet, as in hardware.
+SWAFAST_HD float from_float16(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+  const uint32_t exponent = (half >> 10) & 0x1fu;
+  const uint32_t mantissa = half & 0x3ffu;
+  if (exponent == 31) return float_of(sign | 0x7f800000u | (mantissa << 13) | (mantissa ? 0x400000u : 0u));
+  if (exponent != 0) return float_of(sign | ((exponent + 112) << 23) | (mantissa << 13));
+  const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;  // subnormal or zero: an exact product
+  return float_of(sign | bits_of(magnitude));
+}
+
+// Round to nearest, ties to even, as hardware and torch do.
+SWAFAST_HD uint16_t to_float16(float value) {
+  const uint32_t bits = bits_of(value);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and more round to infinity
+  if (magnitude < 0x38800000u) {
+    // Below 2^-14 the result is subnormal: adding 0.5 lines the float32 mantissa up with units of 2^-24.
+    const float shifted = float_of(magnitude) + 0.5f;
+    return static_cast<uint16_t>(sign | (bits_of(shifted) - 0x3f000000u));
+  }
+  const uint32_t odd = (magnitude >> 13) & 1u;
+  return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
+}
+
+// The `exact` format: the float32 average as a bf16 and the int16 that, added to it as bits, gives the float32 back.
+struct ExactPlanes {
+  uint16_t average;   // bf16, the float32 rounded half up in magnitude
+  int16_t remainder;  // the low 16 bits of the float32
+};
+
+SWAFAST_HD ExactPlanes encode_exact(float value) {
+  uint32_t bits = bits_of(value);
+  // A NaN keeps its sign and nothing else: rounding its payload up could run over into the sign.
+  if ((bits & 0x7fffffffu) > 0x7f800000u) bits = (bits & 0x80000000u) | 0x7fc00000u;
+  return {static_cast<uint16_t>((bits + 0x8000u) >> 16), static_cast<int16_t>(static_cast<uint16_t>(bits))};
+}
+
+SWAFAST_HD float decode_exact(ExactPlanes planes) {
+  // These pairs come from no encoder but arise when somebody writes a zero or an infinity into the bf16 plane behind
+  // our back; taken literally they would read as NaN.
+  const uint32_t magnitude = planes.average & 0x7fffu;
+  const bool stale = (magnitude == 0 && planes.remainder < 0) || (magnitude == 0x7f80u && planes.remainder > 0);
+  const uint32_t high = static_cast<uint32_t>(planes.average) << 16;
+  return float_of(stale ? high : high + static_cast<uint32_t>(static_cast<int32_t>(planes.remainder)));
+}
+
+// The `mirrored` format: a float32 average, and its float16 copy that the averaged module runs on. A copy that is not
+// the average's own was written behind our back, and then it is what the user means the average to be.
+SWAFAST_HD float decode_mirrored(uint16_t copy, float average) {
+  return copy == to_float16(average) ? average : from_float16(copy);
+}
+
+}  // namespace swafast

@@ -1,0 +1,5 @@
+"""``python -m swafast``: the doctor."""
+
+from .doctor import main
+
+raise SystemExit(main())

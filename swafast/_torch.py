@@ -1,0 +1,58 @@
+"""Names of torch that are not public API, each with the public way that serves when it is gone.
+
+A test fails with the name when a torch release changes one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import swa_utils
+
+
+def disable_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep ``function`` out of compiled graphs; unlike ``torch.compiler.disable`` it does not import dynamo for it."""
+    lazy = getattr(torch, "_disable_dynamo", None)
+    return lazy(function) if lazy is not None else torch.compiler.disable(function)
+
+
+def make_metadata_check(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
+    """Give a check that the tensors passed still have these dtypes, devices, shapes and strides, or None.
+
+    One call for all of them: 47 ns a tensor where the public properties take about 250. It may reject tensors that are
+    alike (``requires_grad`` counts as a difference), so a rejection has to be looked at again.
+    """
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        static = [[None] * tensor.dim() for tensor in tensors]
+        check = TensorGuards(*tensors, dynamic_dims_sizes=static, dynamic_dims_strides=static).check
+        return check if check(*tensors) else None
+    except (ImportError, TypeError, AttributeError, RuntimeError):
+        return None
+
+
+def has_own_dispatch(tensor: Tensor) -> bool:
+    """Say whether ``tensor`` is of a subclass with its own dispatch (DTensor, quantised, fake, ...)."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return False
+    disabled = getattr(torch._C, "_disabled_torch_dispatch_impl", None)
+    return getattr(type(tensor), "__torch_dispatch__", disabled) is not disabled
+
+
+def closure_of(factory: Callable[..., Any], function: object) -> dict[str, Any] | None:
+    """Give the closure variables of ``function`` if torch's ``factory`` made it, else None."""
+    made = getattr(factory(), "__wrapped__", None)
+    inner = getattr(function, "__wrapped__", None)
+    if made is None or getattr(inner, "__code__", None) is not made.__code__:
+        return None
+    cells = inner.__closure__ or ()
+    return {name: cell.cell_contents for name, cell in zip(inner.__code__.co_freevars, cells, strict=True)}
+
+
+#: torch's factories of averaging functions: (factory, whether it has a decay).
+SWA_FACTORIES = (swa_utils.get_swa_multi_avg_fn, swa_utils.get_swa_avg_fn)
+EMA_FACTORIES = (swa_utils.get_ema_multi_avg_fn, swa_utils.get_ema_avg_fn)

@@ -1,0 +1,378 @@
+"""`FusedAveragedModel`: torch's `AveragedModel`, updated in one fused pass."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim.swa_utils import AveragedModel
+
+from . import matching, ops
+from ._torch import disable_dynamo
+from .exchange import Exchange
+from .formats import OWN, Format, check_format, format_of, stored_dtype
+from .loading import check_load, translate_load
+from .matching import Binding, check_model, each_average
+from .names import canonical, unwrap
+from .planes import Recast, find_planes, fit_planes
+from .rules import Rule, rule_of
+
+_NONFINITE = ("propagate", "raise", "skip")
+_LOCK_FOR_LOCKS = threading.Lock()
+
+
+class FusedAveragedModel(AveragedModel):
+    """A copy of a model whose parameters are the running average of the model's, moved in one fused pass per update.
+
+    ``average = average + weight * (param - average)``, with ``weight = 1 / (n + 1)`` (SWA) unless a rule says otherwise.
+    It takes the place of ``torch.optim.swa_utils.AveragedModel`` line for line: the same arguments, attributes, state-dict
+    keys and first update (a copy). torch's own averaging functions run fused; any other callable runs as torch runs it.
+
+    Unlike torch's class, it matches parameters by name and strictly, never averages in less than float32, copies integer
+    buffers, and changes nothing when an update or a load fails.
+
+    Args:
+        model: the model to average; wrappers (DDP, ``torch.compile``) may be on it, here and at each update.
+        device: where the averages live; default: where the model's parameters are.
+        avg_fn, multi_avg_fn: as in torch's class. A :class:`~swafast.rules.Rule` is a ``multi_avg_fn`` too.
+        use_buffers: average floating-point buffers as well. Otherwise, and for integer ones always, they are copied.
+        rule: how much the newest model weighs; default :class:`~swafast.rules.EqualAverage`.
+        format: ``"float32"``, ``"exact"`` or ``"mirrored"``; default by each parameter's dtype. See ``swafast.formats``.
+        backend: ``"cpu"`` or ``"reference"``; default: ``SWAFAST_BACKEND``, or the fastest that serves.
+        include: ``include(name, param) -> bool`` picks what is averaged, the rest is copied. Each name is asked once,
+            with the parameter of the model given here.
+        nonfinite: ``"propagate"`` as torch does; ``"raise"`` and ``"skip"`` read the params once more and leave the
+            average as it was when one holds a NaN or an infinity.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: an argument is none of the above, two of ``rule``, ``avg_fn`` and ``multi_avg_fn`` are given, or the
+            model has lazy or only empty parameters.
+        RuntimeError: ``backend`` cannot run on this machine.
+
+    Paper: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407.
+
+    Example::
+
+        averaged = FusedAveragedModel(model, rule=ExponentialAverage(0.999))
+        for batch in loader:
+            step(model, batch)
+            averaged.update_parameters(model)
+        with averaged.swapped_into(model):
+            evaluate(model)
+    """
+
+    # Defaults stand on the class, because a subclass may come without our __init__.
+    avg_fn: Callable[..., Tensor] | None = None
+    multi_avg_fn: Callable[..., None] | None = None
+    use_buffers: bool = False
+    format: str | None = None
+    backend: str | None = None
+    include: Callable[[str, Tensor], bool] | None = None
+    nonfinite: str = "propagate"
+    _asked: dict[str, bool]  # include's answers by name
+    _any_device: bool = False  # the average may be on another device than the model
+    _binding: Binding | None = None
+    _homes: frozenset[int] = frozenset()
+    _swapped: bool = False
+    _lock: Any = None
+
+    def __init__(
+        self,
+        model: Module,
+        device: int | torch.device | None = None,
+        avg_fn: Callable[[Tensor, Tensor, Tensor | int], Tensor] | None = None,
+        multi_avg_fn: Callable[..., None] | None = None,
+        use_buffers: bool = False,
+        *,
+        rule: Rule | None = None,
+        format: str | None = None,
+        backend: str | None = None,
+        include: Callable[[str, Tensor], bool] | None = None,
+        nonfinite: str = "propagate",
+    ) -> None:
+        given = [name for name, value in (("rule", rule), ("avg_fn", avg_fn), ("multi_avg_fn", multi_avg_fn)) if value]
+        if len(given) > 1:
+            raise ValueError(f"only one of rule, avg_fn and multi_avg_fn must be given, got {' and '.join(given)}")
+        if rule is not None and not isinstance(rule, Rule):
+            raise TypeError(f"rule must be a swafast.rules.Rule, got {type(rule).__name__}")
+        if nonfinite not in _NONFINITE:
+            raise ValueError(f"nonfinite must be one of {', '.join(map(repr, _NONFINITE))}, got {nonfinite!r}")
+        recognised = rule if rule is not None else rule_of(avg_fn, multi_avg_fn)
+        check_format(format)
+        if recognised is None and format is not None:
+            raise ValueError(f"format must be None with an averaging function of your own, got {format!r}")
+        ops.choose_backends(backend)
+        check_model(model)
+        if given and recognised is not None:
+            # torch's closures do not pickle; the rule that they stand for does.
+            avg_fn, multi_avg_fn = None, recognised
+        super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)
+        self.format, self.backend, self.include, self.nonfinite = format, backend, include, nonfinite
+        self._any_device = device is not None
+        self._asked = {}
+        if include is not None:
+            self._asked = {n: bool(include(n, p)) for n, p in matching.named_params(unwrap(model), "model").items()}
+        self._store_in_format(format)
+        where = next((p.device for p in self.module.parameters()), None)
+        if device is None and where is not None and where.type != "meta":
+            self.n_averaged = self.n_averaged.to(where)
+
+    def _store_in_format(self, requested: str | None) -> None:
+        """Give the averaged module's tensors the dtype of the format asked for, and every average its planes."""
+        super()._apply(lambda tensor: tensor.to(stored_dtype(requested, tensor.dtype)))
+        for name, tensor, fmt in self._each_average():
+            fit_planes(self, name, tensor, fmt)
+
+    def _each_average(self) -> Iterator[tuple[str, Tensor, Format | None]]:
+        for names, tensor, is_buffer in each_average(self.module):
+            yield names[0], tensor, self._format_of(names[0], tensor, is_buffer)
+
+    @property
+    def rule(self) -> Rule | None:
+        """The rule at work, or None while an averaging function of the user's own is."""
+        return rule_of(self.avg_fn, self.multi_avg_fn)
+
+    def _format_of(self, name: str, average: Tensor, is_buffer: bool) -> Format | None:
+        """Give the format of one average; None for a tensor that is copied."""
+        if is_buffer and not self.use_buffers:
+            return None
+        if not (average.is_floating_point() or average.is_complex()):
+            return None
+        if not is_buffer and not self._includes(name, average):
+            return None
+        if self.rule is None:
+            return OWN
+        fmt = format_of(self.format, average.dtype)
+        if fmt is None:
+            raise NotImplementedError(f"{name!r} must have a dtype that can be averaged, got {average.dtype}")
+        return fmt
+
+    def _includes(self, name: str, param: Tensor) -> bool:
+        asked = self.__dict__.setdefault("_asked", {})
+        if name not in asked and self.include is not None:
+            asked[name] = bool(self.include(name, param))
+        return asked.get(name, True)
+
+    # Updates
+
+    @disable_dynamo
+    def update_parameters(self, model: Module) -> None:
+        """Move the average towards ``model``'s parameters and count the update; the first one copies.
+
+        One pass over the parameters; nothing is read back to the host for the rules of this package.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            ValueError: names, shapes, dtypes or devices do not match; or, with ``nonfinite="raise"``, a parameter holds a
+                NaN or an infinity. It names the parameter, and nothing has changed.
+            RuntimeError: the averages are swapped into a model.
+        """
+        with self._alone("update_parameters"), torch.no_grad():
+            binding, params, planes = self._bind(model)
+            rule = self.rule
+            if self.nonfinite != "propagate":
+                name = binding.plan.first_nonfinite(params)
+                if name is not None and self.nonfinite == "raise":
+                    raise ValueError(f"{name!r} must be finite, got a NaN or an infinity; the average is as it was")
+                if name is not None:
+                    return
+            if rule is not None:
+                binding.plan.update(params, planes, rule)
+            else:
+                self._update_by_function(binding, params, planes)
+
+    def _bind(self, model: Module) -> tuple[Binding, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Give the plan for ``model`` and the tensors of both sides, planning anew where the old plan no longer fits."""
+        if not isinstance(model, Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        config = (self.rule is None, self.use_buffers, self.format, self.backend, self._any_device)
+        if self._binding is not None:
+            current = self._binding.current(model, config, self.n_averaged)
+            if current is not None:
+                return (self._binding, *current)
+        self._check_counter()
+        self._binding = matching.bind(
+            self,
+            self.module,
+            model,
+            self.n_averaged,
+            config=config,
+            format_of=self._format_of,
+            backends=ops.choose_backends(self.backend),
+            any_device=self._any_device,
+            homes=self._homes,
+        )
+        self._homes = self._binding.plan.homes
+        current = self._binding.current(model, config, self.n_averaged)
+        assert current is not None, "a plan just made must fit"
+        return (self._binding, *current)
+
+    def _check_counter(self) -> None:
+        counter = self.n_averaged
+        if not isinstance(counter, Tensor) or counter.dtype != torch.int64 or counter.numel() != 1:
+            got = f"{counter.dtype} of shape {tuple(counter.shape)}" if isinstance(counter, Tensor) else repr(counter)
+            raise ValueError(f"n_averaged must be one int64, got {got}")
+
+    def _update_by_function(self, binding: Binding, params: tuple[Tensor, ...], planes: tuple[Tensor, ...]) -> None:
+        """Run the user's own averaging function as torch's class does, with its calls and its groups."""
+        pairs = binding.plan.pairs(params, planes)
+        averaged = [pair for pair in pairs if pair.format is not None]
+        averages = [pair.average.detach() for pair in averaged]
+        newest = [pair.param.detach().to(pair.average.device) for pair in averaged]
+        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i, average in enumerate(averages):
+            groups.setdefault((average.device, average.dtype), []).append(i)
+        if int(self.n_averaged) == 0:
+            for average, param in zip(averages, newest, strict=True):
+                average.copy_(param)
+        elif self.multi_avg_fn is not None:
+            for (device, _), indices in groups.items():
+                count = self.n_averaged.to(device)
+                self.multi_avg_fn([averages[i] for i in indices], [newest[i] for i in indices], count)
+        else:
+            assert self.avg_fn is not None
+            for average, param in zip(averages, newest, strict=True):
+                average.copy_(self.avg_fn(average, param, self.n_averaged.to(average.device)))
+        for pair in pairs:
+            if pair.format is None:
+                pair.average.detach().copy_(pair.param.detach())
+        self.n_averaged += 1
+
+    # Use of the average
+
+    @contextmanager
+    def swapped_into(self, model: Module) -> Iterator[Module]:
+        """Run ``model`` on the averages: ``with averaged.swapped_into(model): evaluate(model)``.
+
+        Params and buffers change places with the averages in place where the dtypes agree (with ``exact`` through its
+        bfloat16 plane), otherwise the params are set aside. They change back on leaving, after an exception too. The
+        body must not train the model: what it writes into the params is written into the averages.
+
+        Raises:
+            TypeError, ValueError: as :meth:`update_parameters`; nothing has changed.
+            RuntimeError: the averages are already swapped in; or, on leaving, a parameter was moved to other memory, and
+                is named. Meanwhile :meth:`update_parameters`, :meth:`state_dict` and :meth:`load_state_dict` raise it.
+        """
+        with self._alone("swapped_into"):
+            binding, params, planes = self._bind(model)
+            use_native = "cpu" in [backend.name for backend in ops.choose_backends(self.backend)]
+            exchange = Exchange(binding.plan.pairs(params, planes), use_native)
+            exchange.there()
+            self._swapped = True
+        try:
+            yield model
+        finally:
+            with self._own_lock():
+                self._swapped = False
+                exchange.back()
+
+    @torch.no_grad()
+    def copy_to(self, model: Module) -> None:
+        """Copy averages and buffers into ``model``, cast to its dtypes.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed.
+        """
+        with self._alone("copy_to"):
+            binding, params, planes = self._bind(model)
+            for pair in binding.plan.pairs(params, planes):
+                value = pair.format.decode(pair.planes) if pair.format is not None else pair.average
+                pair.param.detach().copy_(value)
+
+    @torch.no_grad()
+    def averaged_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """Give the averages as plain tensors under the model's own names, for export: copies, with the buffers.
+
+        Args:
+            dtype: a floating dtype to cast floating tensors to; None keeps the averages' full precision, float32 for a
+                bfloat16 or float16 model.
+
+        Raises:
+            ValueError: ``dtype`` is not a floating dtype.
+            RuntimeError: the averages are swapped into a model.
+        """
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
+        with self._alone("averaged_state_dict"):
+            values: dict[int, Tensor] = {}
+            for name, tensor, fmt in self._each_average():
+                fit_planes(self, name, tensor, fmt)
+                planes = find_planes(self, name, tensor, fmt)
+                values[id(tensor)] = fmt.decode(planes) if fmt is not None else tensor
+            state: dict[str, Any] = {}
+            for key, value in unwrap(self.module).state_dict(keep_vars=True).items():
+                if isinstance(value, Tensor):
+                    value = values.get(id(value), value).detach()
+                    cast = dtype if dtype is not None and value.is_floating_point() else value.dtype
+                    value = value.to(cast, copy=True)
+                state[canonical(key)] = value
+            return state
+
+    # State
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module: torch's keys, and ``<plane>.<name>`` for each further plane of a format.
+
+        Raises:
+            RuntimeError: the averages are swapped into a model.
+        """
+        with self._alone("state_dict"):
+            return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state of this class or of torch's; one of another format keeps its precision.
+
+        Raises:
+            RuntimeError: keys or shapes do not match, in torch's words, and nothing has changed; or the averages are
+                swapped into a model.
+        """
+        with self._alone("load_state_dict"):
+            check_load(self, state_dict, strict)
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        if self._swapped:
+            raise RuntimeError("load_state_dict must wait until the averages are swapped back out of the model")
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
+        translate_load(self, self.module, state_dict, prefix, self._format_of, assign)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAveragedModel:
+        """Move or cast as any module does; a cast encodes each average anew, so no precision is lost with its dtype."""
+        with self._alone("a move or cast"):
+            averages = {}
+            for name, tensor, fmt in self._each_average():
+                if fmt is not None:
+                    fit_planes(self, name, tensor, fmt)
+                    averages[id(tensor)] = (name, find_planes(self, name, tensor, fmt), fmt)
+            recast = Recast(averages, fn)
+            super()._apply(recast, recurse)
+            recast.finish(self)
+            self._any_device |= recast.moved
+            return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to this process. ``include`` may be a lambda, and its answers are kept."""
+        with self._alone("a copy"):
+            own = {"_lock", "_binding", "_homes", "include"}
+            return {key: value for key, value in self.__dict__.items() if key not in own}
+
+    def _own_lock(self) -> Any:
+        if self._lock is None:
+            with _LOCK_FOR_LOCKS:
+                self._lock = self._lock or threading.RLock()
+        return self._lock
+
+    @contextmanager
+    def _alone(self, action: str) -> Iterator[None]:
+        """Hold this averaged model for one thread; raise RuntimeError while the averages are in a model."""
+        with self._own_lock():
+            if self._swapped:
+                raise RuntimeError(f"{action} must wait until the averages are swapped back out of the model")
+            yield

@@ -1,0 +1,72 @@
+"""Loading a state without tearing: everything is looked at before the first byte is written."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.optim.swa_utils import AveragedModel
+
+from .formats import EXTRA_PLANES, Format
+from .matching import FormatOf, each_average
+from .planes import put_plane, translate_state
+
+
+def check_load(owner: AveragedModel, state_dict: Mapping[str, Any], strict: bool) -> None:
+    """Raise what loading ``state_dict`` into ``owner`` would raise, by loading it into a copy that holds no data.
+
+    torch's own loader does the checking, so hooks that rename keys or fill in missing ones have their say.
+    """
+    if not isinstance(state_dict, Mapping):
+        return  # torch's loader refuses it before it changes anything
+    memo: dict[int, Any] = {id(tensor): _without_data(tensor) for tensor in chain(owner.parameters(), owner.buffers())}
+    try:
+        skeleton = copy.deepcopy(owner, memo)
+    except Exception:
+        # Something the user hung on the module since does not copy. The load itself still works, with torch's promise.
+        return
+    state = OrderedDict((k, v.to("meta") if isinstance(v, Tensor) else v) for k, v in state_dict.items())
+    if hasattr(state_dict, "_metadata"):
+        state._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    Module.load_state_dict(skeleton, state, strict=strict)
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor.detach(), device="meta")
+    return Parameter(empty, tensor.requires_grad) if isinstance(tensor, Parameter) else empty
+
+
+def translate_load(owner: Module, module: Module, state: Any, prefix: str, format_of: FormatOf, assign: bool) -> None:
+    """Rewrite ``state`` for the formats that the averages of ``owner`` will have once it is loaded."""
+    keys: dict[int, list[str]] = {}
+    for raw, tensor in chain(
+        module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    ):
+        keys.setdefault(id(tensor), []).append(f"{prefix}module.{raw}")
+    formats: dict[str, Format] = {}
+    names: dict[str, tuple[str, ...]] = {}
+    for (name, *_), tensor, is_buffer in each_average(module):
+        names[name] = tuple(keys[id(tensor)])
+        incoming = next((state[key] for key in names[name] if isinstance(state.get(key), Tensor)), tensor)
+        kept = incoming if assign else tensor
+        fmt = format_of(name, kept, is_buffer)
+        if fmt is None:
+            continue
+        formats[name] = fmt
+        if assign:
+            _make_room(owner, name, kept, fmt)
+    translate_state(state, prefix, names, formats)
+
+
+def _make_room(owner: Module, name: str, average: Tensor, fmt: Format) -> None:
+    """Have just the planes of ``fmt`` in place, for an assignment to replace."""
+    wanted = dict(fmt.extra)
+    for plane in EXTRA_PLANES:
+        room = torch.zeros_like(average.detach(), dtype=wanted[plane]) if plane in wanted else None
+        put_plane(owner, plane, name, room)

@@ -1,0 +1,138 @@
+"""Which tensor of a model belongs to which average, found once by name and then kept an eye on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.parameter import is_lazy
+
+from . import ops
+from .backends import Backend, Pair
+from .formats import Format
+from .names import Walk, named_buffers, named_params, require_same_names, unwrap
+from .plan import Plan
+from .planes import find_planes, fit_planes
+
+#: Gives the format of an average from its name, the averaged module's tensor and whether it is a buffer; None: copied.
+FormatOf = Callable[[str, Tensor, bool], Format | None]
+
+
+def check_model(model: object) -> Module:
+    """Raise unless ``model`` is a module whose parameters can be averaged.
+
+    Raises:
+        TypeError: it is no ``nn.Module``.
+        ValueError: a parameter is lazy, or all of them are empty.
+    """
+    if not isinstance(model, Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    params = named_params(unwrap(model), "model")
+    for name, param in params.items():
+        if is_lazy(param):
+            raise ValueError(
+                f"model must be initialised, got the lazy parameter {name!r}: run it once before averaging it"
+            )
+    if params and all(param.numel() == 0 for param in params.values()):
+        raise ValueError(
+            f"model must hold its parameters, got only empty ones ({next(iter(params))!r} is the first): "
+            "gather a model partitioned as by ZeRO-3 before averaging it"
+        )
+    return model
+
+
+def each_average(module: Module) -> Iterator[tuple[list[str], Tensor, bool]]:
+    """Give each distinct tensor of an averaged module: all its names, the tensor, and whether it is a buffer."""
+    for is_buffer, find in ((False, named_params), (True, named_buffers)):
+        tied: dict[int, tuple[list[str], Tensor]] = {}
+        for name, tensor in find(unwrap(module), "averaged model").items():
+            tied.setdefault(id(tensor), ([], tensor))[0].append(name)
+        for names, tensor in tied.values():
+            yield names, tensor, is_buffer
+
+
+def _match(module: Module, model: Module, format_of: FormatOf) -> list[tuple[str, Tensor, Tensor, Format | None]]:
+    """Give (name, param, average, format) for each distinct average, or raise ValueError naming what does not match."""
+    theirs = {False: named_params(unwrap(model), "model"), True: named_buffers(unwrap(model), "model")}
+    own = list(each_average(module))
+    for is_buffer, kind in ((False, "parameters"), (True, "buffers")):
+        names = [name for tied, _, buffer in own if buffer == is_buffer for name in tied]
+        require_same_names(kind, names, theirs[is_buffer])
+    matched = []
+    for names, average, is_buffer in own:
+        param = theirs[is_buffer][names[0]]
+        for other in names[1:]:
+            if theirs[is_buffer][other] is not param:
+                raise ValueError(
+                    f"model must tie {names[0]!r} and {other!r} as the averaged model does, got two tensors"
+                )
+        matched.append((names[0], param, average, format_of(names[0], average, is_buffer)))
+    return matched
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A plan together with the ways to find its tensors again; it holds no param, so it keeps no model alive."""
+
+    plan: Plan
+    config: object
+    _owner_walk: Walk
+    _model_walk: Walk
+    _planes: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+    _params: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+
+    def current(
+        self, model: Module, config: object, num_averaged: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+        """Give the (params, planes) that stand in both modules now, or None if the plan no longer fits them."""
+        if config != self.config or not self._model_walk.starts_at(unwrap(model)):
+            return None
+        theirs, own = self._model_walk.tensors(), self._owner_walk.tensors()
+        if theirs is None or own is None:
+            return None
+        params, planes = self._params(theirs), self._planes(own)
+        return (params, planes) if self.plan.fits(params, planes, num_averaged) else None
+
+
+def bind(
+    owner: Module,
+    module: Module,
+    model: Module,
+    num_averaged: Tensor,
+    *,
+    config: object,
+    format_of: FormatOf,
+    backends: Sequence[Backend],
+    any_device: bool,
+    homes: frozenset[int],
+) -> Binding:
+    """Match ``model`` with the averages in ``module``, check every pair, and plan the update.
+
+    Everything is checked before anything changes; what then changes is where averages lie, never what they hold.
+
+    Raises:
+        ValueError: names, shapes, dtypes, devices or layouts do not go together; it names the parameter.
+    """
+    check_model(model)
+    matched = _match(module, model, format_of)
+    for name, param, average, fmt in matched:
+        ops.check_pair(Pair(name, param, (average,), fmt), any_device=any_device)
+    ops.check_overlap([Pair(name, param, (average,), fmt) for name, param, average, fmt in matched])
+    for name, _, average, fmt in matched:
+        fit_planes(owner, name, average, fmt)
+    pairs = [Pair(name, param, find_planes(owner, name, average, fmt), fmt) for name, param, average, fmt in matched]
+    plan = Plan(pairs, backends, num_averaged, homes)
+    owner_walk, model_walk = Walk(owner), Walk(unwrap(model))
+    planes = [owner_walk.position(plane) for pair in pairs for plane in pair.planes]
+    params = [model_walk.position(pair.param) for pair in pairs]
+    return Binding(plan, config, owner_walk, model_walk, _picker(planes), _picker(params))
+
+
+def _picker(positions: Collection[int]) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
+    """Give a function that takes these positions out of a list: ``itemgetter``, at C speed, but always a tuple."""
+    if len(positions) > 1:
+        return itemgetter(*positions)
+    return lambda values: tuple(values[i] for i in positions)

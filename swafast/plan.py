@@ -1,0 +1,148 @@
+"""A plan: which average belongs to which param, where the averages lie, and the launches made ready for them.
+
+Made at the first update and kept while it fits. Whether it still fits is looked at before each update, tensor by tensor
+on both sides, without reading a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from . import ops
+from ._torch import make_metadata_check
+from .backends import Backend, Pair
+from .bucket import is_dense, lay_out, same_order
+from .rules import Rule
+
+
+class Fingerprint:
+    """What a list of tensors was when a plan was made: addresses, dtypes, devices, shapes, strides."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._addresses = list(map(Tensor.data_ptr, tensors))
+        self._metadata = _metadata(tensors)
+        self._quick: Callable[..., bool] | None = make_metadata_check(tensors)
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Say whether these tensors have the same memory and the same view of it.
+
+        An address is no identity, since freed ones are handed out again: with the dtype, shape and strides alike it
+        needs none, as these are all that a launch goes by.
+        """
+        if list(map(Tensor.data_ptr, tensors)) != self._addresses:
+            return False
+        if self._quick is not None and self._quick(*tensors):
+            return True
+        if _metadata(tensors) != self._metadata:
+            return False
+        self._quick = make_metadata_check(tensors)  # what it rejected was of no account: requires_grad, say
+        return True
+
+
+def _metadata(tensors: Sequence[Tensor]) -> list[tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]]:
+    return [(tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in tensors]
+
+
+class Plan:
+    """Pairs, their averages in buckets, and the work made ready for the backends."""
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        backends: Sequence[Backend],
+        num_averaged: Tensor,
+        homes: frozenset[int] = frozenset(),
+    ) -> None:
+        self.homes = home_averages(pairs, homes)
+        self.names = [pair.name for pair in pairs]
+        self.formats = [pair.format for pair in pairs]
+        self._num_averaged = num_averaged
+        self._params = Fingerprint([pair.param for pair in pairs])
+        self._planes = Fingerprint([plane for pair in pairs for plane in pair.planes])
+        self._work = ops.prepare(pairs, backends)
+
+    @property
+    def backends(self) -> list[str]:
+        """Names of the backends at work, the one with the last word last."""
+        return [part.backend.name for part in self._work]
+
+    def fits(self, params: Sequence[Tensor], planes: Sequence[Tensor], num_averaged: Tensor) -> bool:
+        return num_averaged is self._num_averaged and self._params.fits(params) and self._planes.fits(planes)
+
+    def pairs(self, params: Sequence[Tensor], planes: Sequence[Tensor]) -> list[Pair]:
+        """Put the tensors that :meth:`fits` has just seen together again."""
+        rest = iter(planes)
+        counts = [1 + len(fmt.extra) if fmt is not None else 1 for fmt in self.formats]
+        return [
+            Pair(name, param, tuple(islice(rest, count)), fmt)
+            for name, param, count, fmt in zip(self.names, params, counts, self.formats, strict=True)
+        ]
+
+    def first_nonfinite(self, params: Sequence[Tensor]) -> str | None:
+        """Give the name of a param that holds a NaN or an infinity, else None."""
+        index = ops.first_nonfinite(self._work, params)
+        return None if index is None else self.names[index]
+
+    def update(self, params: Sequence[Tensor], planes: Sequence[Tensor], rule: Rule) -> None:
+        """Run one update; ``params`` and ``planes`` are those that :meth:`fits` has just seen."""
+        ops.update(self._work, params, rule, self._num_averaged)
+        bump_versions((*planes, self._num_averaged))
+
+
+def bump_versions(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd that the memory of ``tensors`` was written: unseen, a write gives a wrong gradient in silence."""
+    try:
+        increment_version(tensors)
+    except RuntimeError:  # a tensor made under inference_mode has no version, and autograd never keeps it
+        increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+
+
+@torch.no_grad()
+def home_averages(pairs: Sequence[Pair], homes: frozenset[int]) -> frozenset[int]:
+    """Move averages that do not lie in a bucket, dense and in their param's order, into new ones.
+
+    One bucket is filled and the old memory given back before the next is made, so this takes at most one bucket more.
+
+    Args:
+        homes: addresses of the planes that an earlier plan put into buckets.
+
+    Returns:
+        the addresses of all planes that are in buckets now.
+    """
+    planes: list[Tensor] = []
+    strides: list[tuple[int, ...]] = []
+    for pair in pairs:
+        if pair.format is None or pair.average.numel() == 0:
+            continue
+        order = _order(pair)
+        for plane in pair.planes:
+            # Memory shared with other processes would part from them if it moved.
+            shared = plane.device.type == "cpu" and plane.is_shared()
+            if not shared and not (plane.data_ptr() in homes and same_order(plane.shape, plane.stride(), order)):
+                planes.append(plane)
+                strides.append(order)
+    numels, keys = [plane.numel() for plane in planes], [(plane.device, plane.dtype) for plane in planes]
+    for bucket in lay_out(numels, keys):
+        device, dtype = planes[bucket.slots[0].index].device, planes[bucket.slots[0].index].dtype
+        storage = torch.empty(bucket.numel, dtype=dtype, device=device).untyped_storage()
+        for slot in bucket.slots:
+            plane, itemsize = planes[slot.index], dtype.itemsize
+            # A storage of its own over the bucket's memory: pickle and torch.save write this plane, not the bucket.
+            own = storage[slot.offset * itemsize : (slot.offset + slot.numel) * itemsize]
+            home = torch.empty(0, dtype=dtype, device=device).set_(own, 0, plane.shape, strides[slot.index])
+            plane.data = home.copy_(plane)
+    averaged = (pair.planes for pair in pairs if pair.format is not None)
+    return frozenset(plane.data_ptr() for pair_planes in averaged for plane in pair_planes)
+
+
+def _order(pair: Pair) -> tuple[int, ...]:
+    """Give the strides an average should have: its param's, so that one run of memory is read beside another."""
+    for tensor in (pair.param, pair.average):
+        if is_dense(tensor.shape, tensor.stride()):
+            return tensor.stride()
+    return torch.empty(pair.param.shape, device="meta").stride()

@@ -1,0 +1,172 @@
+"""The further planes of an averaged model: where they stand, and how they follow the module's dtype and its states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from .formats import EXTRA_PLANES, FLOAT32, Format, format_of
+
+
+class PlaneTree(Module):
+    """Tensors under dotted names, as buffers of nested modules, so that a state dict shows them under these names."""
+
+    def find(self, name: str) -> Tensor | None:
+        *path, leaf = name.split(".")
+        node: Module | None = self
+        for segment in path:
+            node = node._modules.get(segment) if node is not None else None
+        return None if node is None else node._buffers.get(leaf)
+
+    def put(self, name: str, tensor: Tensor | None) -> None:
+        """Set the tensor under ``name``; None takes the name away, and branches that hold nothing any more with it."""
+        head, _, rest = name.partition(".")
+        if not rest:
+            # Straight into the dict: register_buffer refuses some names that a ParameterDict allows.
+            if tensor is None:
+                self._buffers.pop(head, None)
+            else:
+                self._buffers[head] = tensor
+            return
+        child = self._modules.setdefault(head, PlaneTree())
+        assert isinstance(child, PlaneTree)
+        child.put(rest, tensor)
+        if not child._buffers and not child._modules:
+            del self._modules[head]
+
+
+def find_planes(owner: Module, name: str, average: Tensor, fmt: Format | None) -> tuple[Tensor, ...]:
+    """Give all planes of an average; those of a format's that :func:`fit_planes` has put in place."""
+    trees = [owner._modules.get(plane) for plane, _ in fmt.extra] if fmt is not None else []
+    extra = [tree.find(name) if isinstance(tree, PlaneTree) else None for tree in trees]
+    assert None not in extra, f"{name!r} lacks a plane of its format {fmt!r}"
+    return (average, *(plane for plane in extra if plane is not None))
+
+
+def put_plane(owner: Module, plane: str, name: str, tensor: Tensor | None) -> None:
+    tree = owner._modules.get(plane)
+    if tree is None:
+        if tensor is None:
+            return
+        tree = PlaneTree()
+        owner.add_module(plane, tree)
+    assert isinstance(tree, PlaneTree)
+    tree.put(name, tensor)
+    if not tree._buffers and not tree._modules:
+        del owner._modules[plane]
+
+
+@torch.no_grad()
+def fit_planes(owner: Module, name: str, average: Tensor, fmt: Format | None) -> None:
+    """See to it that just the planes of ``fmt`` stand beside ``average``: wrong ones are made anew from its values."""
+    wanted = dict(fmt.extra) if fmt is not None else {}
+    fresh: tuple[Tensor, ...] | None = None
+    for plane in EXTRA_PLANES:
+        tree = owner._modules.get(plane)
+        tensor = tree.find(name) if isinstance(tree, PlaneTree) else None
+        if plane not in wanted:
+            if tensor is not None:
+                put_plane(owner, plane, name, None)
+            continue
+        if tensor is not None and tensor.dtype == wanted[plane] and tensor.shape == average.shape:
+            if tensor.device != average.device:
+                tensor.data = tensor.data.to(average.device)
+            continue
+        assert fmt is not None
+        fresh = fresh or fmt.encode(average.detach().to(torch.float32))
+        index = 1 + list(wanted).index(plane)
+        put_plane(owner, plane, name, torch.empty_like(average, dtype=wanted[plane]).copy_(fresh[index]).detach())
+
+
+def convert(planes: tuple[Tensor, ...], fmt: Format, average: Tensor) -> tuple[Format | None, tuple[Tensor, ...]]:
+    """Carry an average over to the dtype of ``average``, its parameter after a move, with nothing lost on the way.
+
+    Returns:
+        the format after the move, and all planes in it; the first one replaces ``average``.
+    """
+    after = format_of(fmt.name, average.dtype)
+    if after is None or fmt.name == after.name:
+        return after, (average,)
+    value = fmt.decode(planes).to(average.device)
+    value = value.to(average.dtype if after.dtype is None else torch.float32)
+    encoded = after.encode(value)
+    layout = [torch.empty_like(average, dtype=plane.dtype).copy_(plane) for plane in encoded]
+    return after, tuple(layout)
+
+
+def translate_state(
+    state: MutableMapping[str, Tensor],
+    prefix: str,
+    keys: Mapping[str, tuple[str, ...]],
+    formats: Mapping[str, Format],
+) -> None:
+    """Rewrite a state dict in place so that it has the planes that this averaged model has.
+
+    A state of another format keeps its precision: float32 values fill both planes of ``exact``, and the other way
+    round. A state without remainders, torch's for one, gets zeros.
+
+    Args:
+        prefix: of the averaged model in ``state``.
+        keys: for each averaged name, its keys in ``state``: several where the tensor is tied.
+        formats: for each averaged name, the format it has here.
+    """
+    partial = {p: any(key.startswith(f"{prefix}{p}.") for key in state) for p in EXTRA_PLANES}
+    for name, fmt in formats.items():
+        present = [key for key in keys[name] if isinstance(state.get(key), Tensor)]
+        if not present:
+            continue
+        average = state[present[0]]
+        source = format_of(None, average.dtype) or FLOAT32
+        extra = [state.get(f"{prefix}{plane}.{name}") for plane, _ in source.extra]
+        complete = all(isinstance(plane, Tensor) and plane.shape == average.shape for plane in extra)
+        if source is fmt and (complete or any(partial[plane] for plane, _ in fmt.extra)):
+            continue  # as it should be; or truncated, which the load then reports as missing keys
+        value = source.decode((average, *(e for e in extra if e is not None))) if extra and complete else average
+        value = value.to(average.dtype if fmt.dtype is None else torch.float32)
+        first, *rest = fmt.encode(value)
+        for plane, _ in source.extra:
+            state.pop(f"{prefix}{plane}.{name}", None)
+        for key in present:
+            state[key] = first
+        for (plane, _), tensor in zip(fmt.extra, rest, strict=True):
+            state[f"{prefix}{plane}.{name}"] = tensor
+
+
+class Recast:
+    """A move or cast of an averaged model: the function that torch's ``_apply`` is to use, and what is left to do after.
+
+    A cast gets the average at full precision, not the plane that torch would cast, and the planes that stand beside the
+    module's parameters only ever change their device.
+    """
+
+    def __init__(self, averages: Mapping[int, tuple[str, tuple[Tensor, ...], Format]], fn: Callable[[Tensor], Tensor]):
+        self._averages = averages
+        self._planes = {id(plane) for _, planes, _ in averages.values() for plane in planes[1:]}
+        self._fn = fn
+        self._recast: dict[str, tuple[Format | None, tuple[Tensor, ...]]] = {}
+        self.moved = False  # whether an average went to another device
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        result = self._fn(tensor)
+        if id(tensor) in self._planes:
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+        average = self._averages.get(id(tensor))
+        if average is None:
+            return result
+        self.moved |= result.device != tensor.device
+        if result.dtype == tensor.dtype:
+            return result
+        name, planes, fmt = average
+        after, recast = convert(planes, fmt, result)
+        self._recast[name] = (after, recast)
+        return recast[0]
+
+    def finish(self, owner: Module) -> None:
+        """Put the further planes of recast averages in their places; torch was walking over these until now."""
+        for name, (fmt, planes) in self._recast.items():
+            fresh = dict(zip((plane for plane, _ in fmt.extra), planes[1:], strict=True)) if fmt is not None else {}
+            for plane in EXTRA_PLANES:
+                put_plane(owner, plane, name, fresh.get(plane))
