@@ -28,7 +28,7 @@ def make_metadata_check(tensors: Sequence[Tensor]) -> Callable[..., bool] | None
     try:
         from torch._C._dynamo.guards import TensorGuards
 
-        static = [[None] * tensor.dim() for tensor in tensors]
+        static: list[Any] = [[None] * tensor.dim() for tensor in tensors]
         check = TensorGuards(*tensors, dynamic_dims_sizes=static, dynamic_dims_strides=static).check
         return check if check(*tensors) else None
     except (ImportError, TypeError, AttributeError, RuntimeError):
@@ -47,7 +47,7 @@ def closure_of(factory: Callable[..., Any], function: object) -> dict[str, Any] 
     """Give the closure variables of ``function`` if torch's ``factory`` made it, else None."""
     made = getattr(factory(), "__wrapped__", None)
     inner = getattr(function, "__wrapped__", None)
-    if made is None or getattr(inner, "__code__", None) is not made.__code__:
+    if made is None or inner is None or getattr(inner, "__code__", None) is not made.__code__:
         return None
     cells = inner.__closure__ or ()
     return {name: cell.cell_contents for name, cell in zip(inner.__code__.co_freevars, cells, strict=True)}

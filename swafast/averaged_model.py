@@ -29,12 +29,13 @@ _LOCK_FOR_LOCKS = threading.Lock()
 class FusedAveragedModel(AveragedModel):
     """A copy of a model whose parameters are the running average of the model's, moved in one fused pass per update.
 
-    ``average = average + weight * (param - average)``, with ``weight = 1 / (n + 1)`` (SWA) unless a rule says otherwise.
-    It takes the place of ``torch.optim.swa_utils.AveragedModel`` line for line: the same arguments, attributes, state-dict
-    keys and first update (a copy). torch's own averaging functions run fused; any other callable runs as torch runs it.
+    ``average = average + weight * (param - average)``, with ``weight = 1 / (n + 1)`` (SWA) unless a rule says else.
+    It takes the place of ``torch.optim.swa_utils.AveragedModel`` line for line: the same arguments, attributes,
+    state-dict keys and first update (a copy). torch's own averaging functions run fused; any other callable runs as
+    torch runs it.
 
-    Unlike torch's class, it matches parameters by name and strictly, never averages in less than float32, copies integer
-    buffers, and changes nothing when an update or a load fails.
+    Unlike torch's class, it matches parameters by name and strictly, never averages in less than float32, copies
+    integer buffers, and changes nothing when an update or a load fails.
 
     Args:
         model: the model to average; wrappers (DDP, ``torch.compile``) may be on it, here and at each update.
@@ -42,7 +43,8 @@ class FusedAveragedModel(AveragedModel):
         avg_fn, multi_avg_fn: as in torch's class. A :class:`~swafast.rules.Rule` is a ``multi_avg_fn`` too.
         use_buffers: average floating-point buffers as well. Otherwise, and for integer ones always, they are copied.
         rule: how much the newest model weighs; default :class:`~swafast.rules.EqualAverage`.
-        format: ``"float32"``, ``"exact"`` or ``"mirrored"``; default by each parameter's dtype. See ``swafast.formats``.
+        format: ``"float32"``, ``"exact"`` or ``"mirrored"``; default by each parameter's dtype.
+            See ``swafast.formats``.
         backend: ``"cpu"`` or ``"reference"``; default: ``SWAFAST_BACKEND``, or the fastest that serves.
         include: ``include(name, param) -> bool`` picks what is averaged, the rest is copied. Each name is asked once,
             with the parameter of the model given here.
@@ -169,8 +171,8 @@ class FusedAveragedModel(AveragedModel):
 
         Raises:
             TypeError: ``model`` is no module.
-            ValueError: names, shapes, dtypes or devices do not match; or, with ``nonfinite="raise"``, a parameter holds a
-                NaN or an infinity. It names the parameter, and nothing has changed.
+            ValueError: names, shapes, dtypes or devices do not match; or, with ``nonfinite="raise"``, a parameter
+                holds a NaN or an infinity. It names the parameter, and nothing has changed.
             RuntimeError: the averages are swapped into a model.
         """
         with self._alone("update_parameters"), torch.no_grad():
@@ -188,7 +190,7 @@ class FusedAveragedModel(AveragedModel):
                 self._update_by_function(binding, params, planes)
 
     def _bind(self, model: Module) -> tuple[Binding, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Give the plan for ``model`` and the tensors of both sides, planning anew where the old plan no longer fits."""
+        """Give the plan for ``model`` and the tensors of both sides, planning anew where the old one no longer fits."""
         if not isinstance(model, Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         config = (self.rule is None, self.use_buffers, self.format, self.backend, self._any_device)
@@ -256,8 +258,8 @@ class FusedAveragedModel(AveragedModel):
 
         Raises:
             TypeError, ValueError: as :meth:`update_parameters`; nothing has changed.
-            RuntimeError: the averages are already swapped in; or, on leaving, a parameter was moved to other memory, and
-                is named. Meanwhile :meth:`update_parameters`, :meth:`state_dict` and :meth:`load_state_dict` raise it.
+            RuntimeError: the averages are already swapped in; or, on leaving, a parameter was moved to other memory,
+                and is named. Meanwhile updates, :meth:`state_dict` and :meth:`load_state_dict` raise it.
         """
         with self._alone("swapped_into"):
             binding, params, planes = self._bind(model)

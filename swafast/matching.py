@@ -66,9 +66,7 @@ def _match(module: Module, model: Module, format_of: FormatOf) -> list[tuple[str
         param = theirs[is_buffer][names[0]]
         for other in names[1:]:
             if theirs[is_buffer][other] is not param:
-                raise ValueError(
-                    f"model must tie {names[0]!r} and {other!r} as the averaged model does, got two tensors"
-                )
+                raise ValueError(f"model must tie {names[0]!r} and {other!r} as the average does, got two tensors")
         matched.append((names[0], param, average, format_of(names[0], average, is_buffer)))
     return matched
 

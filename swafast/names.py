@@ -17,7 +17,7 @@ _WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint
 
 
 def unwrap(model: Module) -> Module:
-    """Take DDP, DataParallel and ``torch.compile`` off the root. ``module.`` inside a name stays: it is a real child."""
+    """Take DDP, DataParallel and ``torch.compile`` off the root; ``module.`` inside a name stays, a real child."""
     while True:
         if isinstance(model, (DistributedDataParallel, DataParallel)):
             model = model.module

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections.abc import Sequence
@@ -106,7 +107,7 @@ def check_overlap(pairs: Sequence[Pair]) -> None:
             if nbytes:
                 runs.append((str(plane.device), plane.data_ptr(), plane.data_ptr() + nbytes, pair.name))
     runs.sort()
-    for (device, _, end, name), (next_device, start, _, next_name) in zip(runs, runs[1:], strict=False):
+    for (device, _, end, name), (next_device, start, _, next_name) in itertools.pairwise(runs):
         if device == next_device and start < end:
             raise ValueError(f"averages must not overlap in memory, got {name!r} and {next_name!r} on shared bytes")
 

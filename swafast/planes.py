@@ -136,7 +136,7 @@ def translate_state(
 
 
 class Recast:
-    """A move or cast of an averaged model: the function that torch's ``_apply`` is to use, and what is left to do after.
+    """A move or cast of an averaged model: the function for torch's ``_apply``, and what is left to do after it.
 
     A cast gets the average at full precision, not the plane that torch would cast, and the planes that stand beside the
     module's parameters only ever change their device.

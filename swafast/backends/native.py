@@ -9,6 +9,7 @@ import ctypes
 import functools
 import importlib.metadata
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,7 +52,7 @@ class _Tensor(ctypes.Structure):
 def _candidates() -> list[Path]:
     """Give the places of the library, likeliest first.
 
-    Run from a clone, the folder ``swafast/`` shadows the installed package, while the library is in the installed one.
+    Run from a clone, the folder ``swafast/`` shadows the installed package, which is the one with the library.
     """
     file = (
         "swafast.dll" if os.name == "nt" else "libswafast.dylib" if os.uname().sysname == "Darwin" else "libswafast.so"
