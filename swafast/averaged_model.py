@@ -16,7 +16,7 @@ from . import matching, ops
 from ._torch import disable_dynamo
 from .exchange import Exchange
 from .formats import OWN, Format, check_format, format_of, stored_dtype
-from .loading import check_load, translate_load
+from .loading import check_load, keeping_ties, translate_load
 from .matching import Binding, check_model, each_average
 from .names import canonical, unwrap
 from .planes import Recast, find_planes, fit_planes
@@ -98,7 +98,11 @@ class FusedAveragedModel(AveragedModel):
         include: Callable[[str, Tensor], bool] | None = None,
         nonfinite: str = "propagate",
     ) -> None:
-        given = [name for name, value in (("rule", rule), ("avg_fn", avg_fn), ("multi_avg_fn", multi_avg_fn)) if value]
+        given = [
+            name
+            for name, value in (("rule", rule), ("avg_fn", avg_fn), ("multi_avg_fn", multi_avg_fn))
+            if value is not None
+        ]
         if len(given) > 1:
             raise ValueError(f"only one of rule, avg_fn and multi_avg_fn must be given, got {' and '.join(given)}")
         if rule is not None and not isinstance(rule, Rule):
@@ -127,7 +131,7 @@ class FusedAveragedModel(AveragedModel):
 
     def _store_in_format(self, requested: str | None) -> None:
         """Give the averaged module's tensors the dtype of the format asked for, and every average its planes."""
-        super()._apply(lambda tensor: tensor.to(stored_dtype(requested, tensor.dtype)))
+        self._apply(lambda tensor: tensor.to(stored_dtype(requested, tensor.dtype)))
         for name, tensor, fmt in self._each_average():
             fit_planes(self, name, tensor, fmt)
 
@@ -283,7 +287,9 @@ class FusedAveragedModel(AveragedModel):
         """
         with self._alone("copy_to"):
             binding, params, planes = self._bind(model)
-            for pair in binding.plan.pairs(params, planes):
+            pairs = binding.plan.pairs(params, planes)
+            ops.check_writable(pairs)
+            for pair in pairs:
                 value = pair.format.decode(pair.planes) if pair.format is not None else pair.average
                 pair.param.detach().copy_(value)
 
@@ -336,7 +342,8 @@ class FusedAveragedModel(AveragedModel):
         """
         with self._alone("load_state_dict"):
             check_load(self, state_dict, strict)
-            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+            with keeping_ties(self.module):
+                return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
         if self._swapped:
@@ -353,7 +360,7 @@ class FusedAveragedModel(AveragedModel):
                 if fmt is not None:
                     fit_planes(self, name, tensor, fmt)
                     averages[id(tensor)] = (name, find_planes(self, name, tensor, fmt), fmt)
-            recast = Recast(averages, fn)
+            recast = Recast(averages, fn, lambda dtype: format_of(self.format, dtype))
             super()._apply(recast, recurse)
             recast.finish(self)
             self._any_device |= recast.moved

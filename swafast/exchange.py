@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import ops
 from .backends import Pair, native
 from .backends.reference import windows
 from .plan import bump_versions
@@ -20,6 +21,9 @@ class Exchange:
     """
 
     def __init__(self, pairs: Sequence[Pair], use_native: bool) -> None:
+        ops.check_writable(pairs)
+        # A param that the model ties and the averaged model does not stands in two pairs; it can take one average.
+        pairs = list({id(pair.param): pair for pair in reversed(pairs)}.values())
         self._params = [pair.param for pair in pairs]
         held = [
             Pair(pair.name, pair.param.detach(), tuple(plane.detach() for plane in pair.planes), pair.format)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -42,12 +43,32 @@ def _without_data(tensor: Tensor) -> Tensor:
     return Parameter(empty, tensor.requires_grad) if isinstance(tensor, Parameter) else empty
 
 
+@contextmanager
+def keeping_ties(module: Module) -> Iterator[None]:
+    """Tie again on leaving what was tied before: an assignment gives each name a tensor of its own."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in _all_tensors(module):
+        names.setdefault(id(tensor), []).append(name)
+    yield
+    for first, *others in names.values():
+        for name in others:
+            source, _, source_leaf = first.rpartition(".")
+            path, _, leaf = name.rpartition(".")
+            holder, target = module.get_submodule(source), module.get_submodule(path)
+            for kept, tied in ((holder._parameters, target._parameters), (holder._buffers, target._buffers)):
+                if source_leaf in kept:
+                    tied[leaf] = kept[source_leaf]  # type: ignore[assignment]  # of one kind, since they were tied
+
+
+def _all_tensors(module: Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
 def translate_load(owner: Module, module: Module, state: Any, prefix: str, format_of: FormatOf, assign: bool) -> None:
     """Rewrite ``state`` for the formats that the averages of ``owner`` will have once it is loaded."""
     keys: dict[int, list[str]] = {}
-    for raw, tensor in chain(
-        module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
-    ):
+    for raw, tensor in _all_tensors(module):
         keys.setdefault(id(tensor), []).append(f"{prefix}module.{raw}")
     formats: dict[str, Format] = {}
     names: dict[str, tuple[str, ...]] = {}

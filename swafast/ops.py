@@ -98,6 +98,16 @@ def _dtype_class(tensor: Tensor) -> object:
     return "floating" if tensor.is_floating_point() else tensor.dtype
 
 
+def check_writable(pairs: Sequence[Pair]) -> None:
+    """Raise ValueError naming a param that cannot take an average, because its elements share memory."""
+    for pair in pairs:
+        if pair.param.numel() > extent(pair.param.shape, pair.param.stride()):
+            raise ValueError(
+                f"{pair.name!r} of the model must have memory of its own for each element to take the average, "
+                f"got strides {tuple(pair.param.stride())}"
+            )
+
+
 def check_overlap(pairs: Sequence[Pair]) -> None:
     """Raise ValueError naming two averages that share memory: an update would move one through the other."""
     runs = []

@@ -81,20 +81,17 @@ def fit_planes(owner: Module, name: str, average: Tensor, fmt: Format | None) ->
         put_plane(owner, plane, name, torch.empty_like(average, dtype=wanted[plane]).copy_(fresh[index]).detach())
 
 
-def convert(planes: tuple[Tensor, ...], fmt: Format, average: Tensor) -> tuple[Format | None, tuple[Tensor, ...]]:
-    """Carry an average over to the dtype of ``average``, its parameter after a move, with nothing lost on the way.
+def convert(planes: tuple[Tensor, ...], fmt: Format, average: Tensor, after: Format | None) -> tuple[Tensor, ...]:
+    """Carry planes of ``fmt`` over to ``after``, with nothing lost on the way.
 
-    Returns:
-        the format after the move, and all planes in it; the first one replaces ``average``.
+    Args:
+        average: what torch made of ``planes[0]``: it gives the device, dtype and layout, and its values are not used.
+        after: the format of ``average``'s dtype; None where that cannot be averaged, and ``average`` is all there is.
     """
-    after = format_of(fmt.name, average.dtype)
-    if after is None or fmt.name == after.name:
-        return after, (average,)
-    value = fmt.decode(planes).to(average.device)
-    value = value.to(average.dtype if after.dtype is None else torch.float32)
-    encoded = after.encode(value)
-    layout = [torch.empty_like(average, dtype=plane.dtype).copy_(plane) for plane in encoded]
-    return after, tuple(layout)
+    if after is None or after is fmt:
+        return (average,)
+    value = fmt.decode(planes).to(device=average.device, dtype=torch.float32 if after.dtype else average.dtype)
+    return tuple(torch.empty_like(average, dtype=plane.dtype).copy_(plane) for plane in after.encode(value))
 
 
 def translate_state(
@@ -142,10 +139,16 @@ class Recast:
     module's parameters only ever change their device.
     """
 
-    def __init__(self, averages: Mapping[int, tuple[str, tuple[Tensor, ...], Format]], fn: Callable[[Tensor], Tensor]):
+    def __init__(
+        self,
+        averages: Mapping[int, tuple[str, tuple[Tensor, ...], Format]],
+        fn: Callable[[Tensor], Tensor],
+        format_of: Callable[[torch.dtype], Format | None],
+    ) -> None:
         self._averages = averages
         self._planes = {id(plane) for _, planes, _ in averages.values() for plane in planes[1:]}
         self._fn = fn
+        self._format_of = format_of
         self._recast: dict[str, tuple[Format | None, tuple[Tensor, ...]]] = {}
         self.moved = False  # whether an average went to another device
 
@@ -160,7 +163,8 @@ class Recast:
         if result.dtype == tensor.dtype:
             return result
         name, planes, fmt = average
-        after, recast = convert(planes, fmt, result)
+        after = self._format_of(result.dtype)
+        recast = convert(planes, fmt, result, after)
         self._recast[name] = (after, recast)
         return recast[0]
 

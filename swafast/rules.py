@@ -218,6 +218,9 @@ def checked_weight(rule: Rule, num_averaged: int) -> float:
     return weight
 
 
+_DEFAULT = EqualAverage()
+
+
 def rule_of(avg_fn: object, multi_avg_fn: object) -> Rule | None:
     """Give the rule that these two arguments of torch's class stand for, or None for a function of the user's own.
 
@@ -226,8 +229,10 @@ def rule_of(avg_fn: object, multi_avg_fn: object) -> Rule | None:
     if isinstance(multi_avg_fn, Rule):
         return multi_avg_fn
     function = avg_fn if multi_avg_fn is None else multi_avg_fn
-    if function is None or any(closure_of(factory, function) is not None for factory in SWA_FACTORIES):
-        return EqualAverage()
+    if function is None:
+        return _DEFAULT
+    if any(closure_of(factory, function) is not None for factory in SWA_FACTORIES):
+        return _DEFAULT
     for factory in EMA_FACTORIES:
         closure = closure_of(factory, function)
         if closure is not None:

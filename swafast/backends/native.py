@@ -9,7 +9,6 @@ import ctypes
 import functools
 import importlib.metadata
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 

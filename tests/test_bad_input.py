@@ -1,0 +1,225 @@
+"""Bad input: an error that names the parameter, and not a byte changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, Rule
+from swafast.backends.reference import ReferenceLaunch
+from tests.conftest import EveryKind, differing, tensors_of
+
+
+def _change(name: str, make: Callable[[nn.Parameter], torch.Tensor]) -> Callable[[nn.Module], None]:
+    def change(model: nn.Module) -> None:
+        param = getattr(model, name)
+        value = make(param.detach())
+        setattr(model, name, nn.Parameter(value, requires_grad=value.is_floating_point()))
+
+    return change
+
+
+def _register_surplus(model: nn.Module) -> None:
+    model.surplus = nn.Parameter(torch.zeros(3))
+
+
+def _quantise(param: torch.Tensor) -> torch.Tensor:
+    return torch.quantize_per_tensor(param, 0.1, 0, torch.qint8)
+
+
+def _subclass(param: torch.Tensor) -> torch.Tensor:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    return TwoTensor(param, param.clone())
+
+
+SPOILED: dict[str, tuple[Callable[[nn.Module], None], str]] = {
+    "missing": (lambda m: delattr(m, "long"), r"missing 'long'"),
+    "surplus": (_register_surplus, r"unexpected 'surplus'"),
+    "renamed": (lambda m: setattr(m, "width", m._parameters.pop("long")), r"missing 'long'; unexpected 'width'"),
+    "missing buffer": (lambda m: delattr(m, "mask"), r"buffers .* missing 'mask'"),
+    "shape": (_change("long", lambda p: p[:999].clone()), r"'long' must have the average's shape \(1000,\)"),
+    "broadcastable shape": (_change("long", lambda p: p[:1].clone()), r"'long' must have .* got \(1,\)"),
+    "extra dimension": (_change("long", lambda p: p[None].clone()), r"'long' must have .* got \(1, 1000\)"),
+    "integer": (_change("long", lambda p: p.int()), r"'long' must have a dtype like .*float32, got torch.int32"),
+    "complex": (_change("long", lambda p: p.cfloat()), r"'long' must have a dtype like .*float32, got torch.complex64"),
+    "meta": (_change("long", lambda p: p.to("meta")), r"'long' of the model must hold data"),
+    "sparse": (_change("long", lambda p: p.to_sparse()), r"'long' of the model must be dense"),
+    "quantised": (_change("long", _quantise), r"'long' of the model must not be quantised"),
+    "subclass": (_change("long", _subclass), r"'long' of the model must be a plain tensor, got TwoTensor"),
+    "lazy": (lambda m: setattr(m, "long", nn.UninitializedParameter()), r"lazy parameter 'long'"),
+    "empty": (
+        lambda m: [setattr(p, "data", torch.empty(0)) for p in m.parameters()],
+        r"model must hold its parameters, got only empty ones \('gapped'|model must hold its parameters",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+@pytest.mark.parametrize("planned", [True, False], ids=["planned", "first"])
+def test_a_model_that_does_not_match_changes_nothing(
+    every_kind: EveryKind, case: str, planned: bool, backend: str
+) -> None:
+    spoil, message = SPOILED[case]
+    average = FusedAveragedModel(every_kind, backend=backend)
+    if planned:
+        average.update_parameters(every_kind)
+    before = copy.deepcopy(average.state_dict())
+    model = copy.deepcopy(every_kind)
+    spoil(model)
+    with pytest.raises(ValueError, match=message):
+        average.update_parameters(model)
+    assert differing(dict(before), dict(average.state_dict())) == []
+    average.update_parameters(every_kind)
+
+
+def test_an_average_that_overlaps_another_or_itself_is_refused() -> None:
+    model = nn.ParameterDict({"a": nn.Parameter(torch.randn(4)), "b": nn.Parameter(torch.randn(4))})
+    memory = torch.zeros(6)
+    average = FusedAveragedModel(model)
+    average.module["a"].data, average.module["b"].data = memory[:4], memory[2:]
+    with pytest.raises(ValueError, match="averages must not overlap in memory, got 'a' and 'b'"):
+        average.update_parameters(model)
+    average.module["a"].data, average.module["b"].data = torch.zeros(1).expand(4), memory[:4]
+    with pytest.raises(ValueError, match="average 'a' must not overlap itself"):
+        average.update_parameters(model)
+    assert not memory.any()
+    assert average.n_averaged == 0
+
+
+def test_an_expanded_param_of_the_model_is_averaged() -> None:
+    model = nn.ParameterList([nn.Parameter(torch.ones(1).expand(5))])
+    average = FusedAveragedModel(model)
+    average.update_parameters(model)
+    model[0] = nn.Parameter(torch.full((1,), 3.0).expand(5))
+    average.update_parameters(model)
+    assert average.module[0].tolist() == [2.0] * 5
+
+
+def test_averages_assigned_from_the_models_own_tensors_get_memory_of_their_own() -> None:
+    model = nn.Linear(3, 3)
+    average = FusedAveragedModel(model)
+    average.module.load_state_dict(model.state_dict(), assign=True)
+    assert average.module.weight.data_ptr() == model.weight.data_ptr()
+    average.n_averaged.fill_(1)
+    average.update_parameters(model)
+    assert average.module.weight.data_ptr() != model.weight.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"avg_fn": lambda a, p, n: p, "multi_avg_fn": lambda a, p, n: None}, ValueError, "only one of"),
+        ({"rule": EqualAverage(), "multi_avg_fn": lambda a, p, n: None}, ValueError, "only one of"),
+        ({"rule": 0.999}, TypeError, "rule must be a swafast.rules.Rule, got float"),
+        ({"format": "bfloat16"}, ValueError, "format must be one of 'float32', 'exact', 'mirrored' or None"),
+        ({"format": "exact", "avg_fn": lambda a, p, n: p}, ValueError, "format must be None"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of 'cpu', 'reference', got 'gpu'"),
+        ({"nonfinite": "ignore"}, ValueError, "nonfinite must be one of"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        FusedAveragedModel(nn.Linear(2, 2), **options)  # type: ignore[arg-type]
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
+        FusedAveragedModel({})  # type: ignore[arg-type]
+    average = FusedAveragedModel(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
+        average.update_parameters([])  # type: ignore[arg-type]
+
+
+def test_lazy_and_partitioned_models_are_refused_at_construction() -> None:
+    with pytest.raises(ValueError, match=r"lazy parameter '0\.weight'"):
+        FusedAveragedModel(nn.Sequential(nn.LazyLinear(3)))
+    with pytest.raises(ValueError, match="ZeRO-3"):
+        FusedAveragedModel(nn.ParameterList([nn.Parameter(torch.empty(0))]))
+
+
+def test_a_dtype_that_cannot_be_averaged_can_be_left_out() -> None:
+    model = nn.ParameterDict(
+        {"w": nn.Parameter(torch.randn(4)), "f8": nn.Parameter(torch.randn(4).to(torch.float8_e4m3fn), False)}
+    )
+    with pytest.raises(NotImplementedError, match=r"'f8' must have a dtype that can be averaged, got torch.float8"):
+        FusedAveragedModel(model)
+    average = FusedAveragedModel(model, include=lambda name, param: name != "f8")
+    average.update_parameters(model)
+    assert torch.equal(average.module["f8"].view(torch.uint8), model["f8"].view(torch.uint8))
+
+
+def test_a_bad_counter_is_refused(every_kind: EveryKind, backend: str) -> None:
+    average = FusedAveragedModel(every_kind, backend=backend)
+    average.update_parameters(every_kind)
+    before = tensors_of(average.module)
+    every_kind.drift()
+    average.n_averaged.fill_(-1)
+    with pytest.raises(ValueError, match="n_averaged must be >= 0"):
+        average.update_parameters(every_kind)
+    average.n_averaged = torch.tensor(1.0)
+    with pytest.raises(ValueError, match="n_averaged must be one int64, got torch.float32"):
+        average.update_parameters(every_kind)
+    assert differing(tensors_of(average.module), before) == []
+
+
+class Broken(Rule):
+    def weight(self, num_averaged: int) -> float:
+        return float("nan")
+
+
+def test_a_rule_that_gives_no_weight_is_refused(every_kind: EveryKind, backend: str) -> None:
+    average = FusedAveragedModel(every_kind, rule=Broken(), backend=backend)
+    average.update_parameters(every_kind)
+    before = tensors_of(average.module)
+    every_kind.drift()
+    with pytest.raises(ValueError, match=r"the weight that .*Broken.* must be in \[0, 1\], got nan"):
+        average.update_parameters(every_kind)
+    assert differing(tensors_of(average.module), before) == []
+    assert average.n_averaged == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nonfinite_params(every_kind: EveryKind, dtype: torch.dtype, value: float, backend: str) -> None:
+    every_kind.to(dtype)
+    policies = ("propagate", "raise", "skip")
+    averages = {p: FusedAveragedModel(every_kind, nonfinite=p, backend=backend) for p in policies}
+    for average in averages.values():
+        average.update_parameters(every_kind)
+    before = averages["skip"].averaged_state_dict()
+    every_kind.drift()
+    with torch.no_grad():
+        every_kind.long[500] = value
+    averages["propagate"].update_parameters(every_kind)
+    assert not averages["propagate"].module.long[500].isfinite()
+    averages["skip"].update_parameters(every_kind)
+    with pytest.raises(ValueError, match="'long' must be finite"):
+        averages["raise"].update_parameters(every_kind)
+    for policy in ("raise", "skip"):
+        assert differing(averages[policy].averaged_state_dict(), before) == []
+        assert averages[policy].n_averaged == 1
+    with torch.no_grad():
+        every_kind.long[500] = 0.0
+    averages["skip"].update_parameters(every_kind)
+    assert averages["skip"].n_averaged == 2
+
+
+def test_a_failing_backend_is_seen_before_it_counts(every_kind: EveryKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    average = FusedAveragedModel(every_kind, rule=ExponentialAverage(0.9))
+    average.update_parameters(every_kind)
+
+    def fail(*args: object) -> None:
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(ReferenceLaunch, "update", fail)  # it serves 'gapped', and runs before the native launch
+    before = tensors_of(average.module)
+    every_kind.drift()
+    with pytest.raises(MemoryError):
+        average.update_parameters(every_kind)
+    assert differing(tensors_of(average.module), before) == []
+    assert average.n_averaged == 1

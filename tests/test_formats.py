@@ -1,0 +1,88 @@
+"""Formats: encode and decode against plain integer arithmetic."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+import torch
+
+from swafast.formats import EXACT, FLOAT32, MIRRORED, decode_exact, encode_exact, format_of, stored_dtype
+
+
+def float_bits(bits: int) -> float:
+    return struct.unpack("<f", struct.pack("<I", bits))[0]
+
+
+INTERESTING = [
+    *(0x00000000, 0x80000000, 0x00000001, 0x00007FFF, 0x00008000, 0x00008001, 0x0000FFFF, 0x007FFFFF, 0x00800000),
+    *(0x3F800000, 0x3F807FFF, 0x3F808000, 0x3F808001, 0x3F818000, 0x7F7F7FFF, 0x7F7F8000, 0x7F7FFFFF, 0x7F800000),
+    *(0xBF808000, 0xFF7FFFFF, 0xFF800000, 0x80008000, 0x80007FFF),
+]
+
+
+@pytest.mark.parametrize("bits", INTERESTING, ids=hex)
+def test_exact_splits_bits_as_the_formula_says(bits: int) -> None:
+    average, remainder = encode_exact(
+        torch.tensor([bits - (1 << 32) if bits >> 31 else bits]).int().view(torch.float32)
+    )
+    high = average.view(torch.int16).item() & 0xFFFF
+    assert high == ((bits + 0x8000) >> 16) & 0xFFFF
+    assert ((high << 16) + remainder.item()) & 0xFFFFFFFF == bits
+    again = decode_exact((average, remainder)).view(torch.int32).item() & 0xFFFFFFFF
+    assert again == bits
+
+
+def test_exact_round_trips_every_kind_of_float() -> None:
+    bits = torch.randint(-(2**31), 2**31, (2_000_000,), dtype=torch.int64).int()
+    value = bits.view(torch.float32)
+    again = decode_exact(encode_exact(value))
+    assert torch.equal(value.isnan(), again.isnan())
+    assert torch.equal(bits[~value.isnan()], again.view(torch.int32)[~value.isnan()])
+
+
+def test_exact_keeps_the_sign_of_a_nan_and_nothing_else() -> None:
+    nans = torch.tensor([0x7F800001, 0x7FFFFFFF, -1, -0x7FFFFF]).int().view(torch.float32)
+    average, remainder = encode_exact(nans)
+    assert [h & 0xFFFF for h in average.view(torch.int16).tolist()] == [0x7FC0, 0x7FC0, 0xFFC0, 0xFFC0]
+    assert remainder.tolist() == [0, 0, 0, 0]
+
+
+def test_exact_bfloat16_plane_is_the_average_rounded() -> None:
+    value = torch.randn(100_000)
+    average, _ = encode_exact(value)
+    ulp = (average.float().abs() * 2**-7).clamp(min=2**-133)
+    assert ((average.float() - value).abs() <= ulp / 2).all()
+
+
+def test_exact_with_a_stale_remainder_stays_within_half_an_ulp() -> None:
+    # Somebody writes the bfloat16 plane behind our back: every remainder may stand beside every value.
+    written = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
+    finite = written.isfinite()
+    for remainder in (-(2**15), -1, 0, 1, 2**15 - 1):
+        value = decode_exact((written, torch.full(written.shape, remainder, dtype=torch.int16)))
+        assert torch.equal(value.isnan(), written.isnan())
+        following = (written.view(torch.int16)[finite] + 1).view(torch.bfloat16).double()
+        ulp = (following - written[finite].double()).abs()
+        ulp = torch.where(ulp.isfinite(), ulp, torch.full_like(ulp, 2.0**120))
+        assert ((value[finite].double() - written[finite].double()).abs() <= ulp / 2).all()
+
+
+def test_mirrored_believes_a_copy_that_somebody_wrote() -> None:
+    average = torch.tensor([1.0001, 70000.0, 1e-9, float("nan")])
+    copy, plane = MIRRORED.encode(average)
+    assert torch.equal(MIRRORED.decode((copy, plane))[:3], average[:3])
+    copy[0] = 5.0
+    assert MIRRORED.decode((copy, plane)).tolist()[:2] == [5.0, 70000.0]
+
+
+def test_the_dtype_chooses_the_format_and_the_format_the_dtype() -> None:
+    assert format_of(None, torch.float32) is FLOAT32
+    assert format_of(None, torch.bfloat16) is EXACT
+    assert format_of(None, torch.float16) is MIRRORED
+    assert format_of("float32", torch.bfloat16) is EXACT
+    assert format_of(None, torch.float8_e4m3fn) is None
+    assert stored_dtype("float32", torch.bfloat16) == torch.float32
+    assert stored_dtype("exact", torch.float32) == torch.bfloat16
+    assert stored_dtype("exact", torch.float64) == torch.float64
+    assert stored_dtype("exact", torch.int64) == torch.int64

@@ -1,0 +1,235 @@
+"""States and casts: nothing is lost with a dtype, nothing is torn by a failure."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from swafast import FusedAveragedModel
+from tests.conftest import EveryKind, differing, tensors_of
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def trained(model: EveryKind, dtype: torch.dtype, **options: object) -> FusedAveragedModel:
+    model.to(dtype)
+    average = FusedAveragedModel(model, **options)  # type: ignore[arg-type]
+    for _ in range(4):
+        model.drift()
+        average.update_parameters(model)
+    return average
+
+
+def params_of(average: FusedAveragedModel) -> dict[str, torch.Tensor]:
+    state = average.averaged_state_dict()
+    return {name: state[name] for name, _ in average.module.named_parameters()}
+
+
+def test_keys_of_each_format(every_kind: EveryKind) -> None:
+    theirs = set(AveragedModel(every_kind).state_dict())
+    params = {name for name, _ in every_kind.named_parameters()}
+    assert set(trained(every_kind, torch.float32).state_dict()) == theirs
+    exact = FusedAveragedModel(every_kind.bfloat16()).state_dict()
+    assert set(exact) == theirs | {f"remainder.{name}" for name in params}
+    assert all(exact[f"remainder.{name}"].dtype == torch.int16 for name in params)
+    mirrored = FusedAveragedModel(every_kind.half()).state_dict()
+    assert set(mirrored) == theirs | {f"average.{name}" for name in params}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("assign", [False, True])
+def test_round_trip_and_going_on(every_kind: EveryKind, dtype: torch.dtype, assign: bool) -> None:
+    average = trained(every_kind, dtype)
+    other = FusedAveragedModel(every_kind)
+    other.load_state_dict(copy.deepcopy(average.state_dict()), assign=assign)
+    assert differing(params_of(other), params_of(average)) == []
+    for _ in range(2):
+        every_kind.drift()
+        for one in (average, other):
+            one.update_parameters(every_kind)
+    assert other.n_averaged == 6
+    assert differing(other.averaged_state_dict(), average.averaged_state_dict()) == []
+
+
+@pytest.mark.parametrize("source", DTYPES)
+@pytest.mark.parametrize("target", DTYPES)
+def test_a_state_of_another_format_keeps_its_precision(
+    every_kind: EveryKind, source: torch.dtype, target: torch.dtype
+) -> None:
+    average = trained(every_kind, source)
+    other = FusedAveragedModel(every_kind.to(target))
+    other.load_state_dict(average.state_dict())
+    assert differing(params_of(other), params_of(average)) == []
+    assert other.module.long.dtype == target
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_states_go_both_ways_with_torchs_class(every_kind: EveryKind, assign: bool) -> None:
+    ours, theirs = trained(every_kind, torch.float32), AveragedModel(every_kind)
+    theirs.load_state_dict(ours.state_dict(), assign=assign)
+    assert (
+        theirs.module.tied.weight is not theirs.module.linear.weight or not assign
+    )  # torch unties here, ours does not
+    assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in ours.state_dict().items())
+    assert theirs.n_averaged == 4
+    back = FusedAveragedModel(every_kind)
+    back.load_state_dict(copy.deepcopy(theirs.state_dict()), assign=assign)
+    assert differing(tensors_of(back), tensors_of(ours)) == []
+
+
+def test_torchs_class_takes_an_exact_state_without_its_remainders(every_kind: EveryKind) -> None:
+    ours = trained(every_kind, torch.bfloat16)
+    theirs = AveragedModel(every_kind)
+    result = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert all(key.startswith("remainder.") for key in result.unexpected_keys)
+    assert differing(tensors_of(ours.module), tensors_of(theirs.module)) == []
+
+
+def test_a_state_without_remainders_zeroes_them(every_kind: EveryKind) -> None:
+    theirs = AveragedModel(every_kind.bfloat16())
+    ours = trained(every_kind, torch.bfloat16)
+    assert any(tensor.any() for key, tensor in ours.state_dict().items() if key.startswith("remainder."))
+    ours.load_state_dict(theirs.state_dict())
+    assert not any(tensor.any() for key, tensor in ours.state_dict().items() if key.startswith("remainder."))
+
+
+def _drop_one_remainder(state: OrderedDict) -> None:
+    del state["remainder.long"]
+
+
+def _drop_a_key(state: OrderedDict) -> None:
+    del state["module.long"]
+
+
+def _add_a_key(state: OrderedDict) -> None:
+    state["module.surplus"] = torch.zeros(1)
+
+
+def _add_a_remainder(state: OrderedDict) -> None:
+    state["remainder.surplus"] = torch.zeros(1, dtype=torch.int16)
+
+
+def _change_a_shape(state: OrderedDict) -> None:
+    state["module.scalar"] = torch.zeros(2)
+
+
+def _change_a_remainders_shape(state: OrderedDict) -> None:
+    state["remainder.long"] = torch.zeros(3, dtype=torch.int16)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [_drop_one_remainder, _drop_a_key, _add_a_key, _add_a_remainder, _change_a_shape, _change_a_remainders_shape],
+)
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_failed_load_changes_nothing(every_kind: EveryKind, spoil, assign: bool) -> None:
+    average = trained(every_kind, torch.bfloat16)
+    state = copy.deepcopy(trained(EveryKind(), torch.bfloat16).state_dict())
+    spoil(state)
+    before = copy.deepcopy(average.state_dict())
+    with pytest.raises(RuntimeError, match=r"long|surplus|scalar"):
+        average.load_state_dict(state, assign=assign)
+    assert differing(dict(before), dict(average.state_dict())) == []
+
+
+def test_a_load_that_is_not_strict_takes_what_is_there(every_kind: EveryKind) -> None:
+    average = trained(every_kind, torch.bfloat16)
+    state = copy.deepcopy(average.state_dict())
+    for key in ("remainder.long", "module.scalar", "remainder.scalar"):
+        del state[key]
+    other = FusedAveragedModel(every_kind)
+    result = other.load_state_dict(state, strict=False)
+    assert "module.scalar" in result.missing_keys
+    assert torch.equal(other.averaged_state_dict()["long"], average.module.long.float())
+    assert torch.equal(other.averaged_state_dict()["linear.weight"], average.averaged_state_dict()["linear.weight"])
+
+
+def test_an_average_inside_another_module_loads_with_it() -> None:
+    class Trainer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(3, 3).bfloat16()
+            self.ema = FusedAveragedModel(self.net)
+
+    trainer, other = Trainer(), Trainer()
+    for _ in range(3):
+        with torch.no_grad():
+            trainer.net.weight.add_(0.01)
+        trainer.ema.update_parameters(trainer.net)
+    other.load_state_dict(trainer.state_dict())
+    assert differing(params_of(other.ema), params_of(trainer.ema)) == []
+    plain = {key: value for key, value in trainer.state_dict().items() if ".remainder." not in key}
+    other.load_state_dict(plain)
+    assert torch.equal(params_of(other.ema)["weight"], trainer.ema.module.weight.float())
+
+
+@pytest.mark.parametrize("start", DTYPES)
+def test_casts_lose_nothing(every_kind: EveryKind, start: torch.dtype) -> None:
+    average = trained(every_kind, start)
+    truth = params_of(average)
+    for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.bfloat16, torch.float32):
+        average.to(dtype)
+        assert average.module.long.dtype == dtype
+        assert differing(params_of(average), truth) == []
+    assert differing({name: p.detach() for name, p in average.module.named_parameters()}, truth) == []
+    assert set(average.state_dict()) == set(AveragedModel(every_kind).state_dict())
+    average.double()
+    assert torch.equal(average.module.long, truth["long"].double())
+    average.update_parameters(every_kind)
+
+
+def test_an_inner_cast_behind_our_back_is_taken_up(every_kind: EveryKind) -> None:
+    average = trained(every_kind, torch.float32)
+    for cast in ("bfloat16", "half", "float", "double"):
+        getattr(average.module, cast)()
+        every_kind.drift()
+        expected = torch.lerp(
+            average.module.long.detach().double(), every_kind.long.detach().double(), 1 / (int(average.n_averaged) + 1)
+        )
+        average.update_parameters(every_kind)
+        torch.testing.assert_close(average.averaged_state_dict()["long"].double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_channels_last_survives_every_format(every_kind: EveryKind) -> None:
+    for dtype in DTYPES:
+        average = trained(every_kind, dtype)
+        assert average.module.conv.weight.stride() == every_kind.conv.weight.stride()
+
+
+def test_averaged_state_dict_is_for_the_model_itself(every_kind: EveryKind) -> None:
+    average = trained(every_kind, torch.bfloat16)
+    state = average.averaged_state_dict()
+    assert list(state) == list(every_kind.state_dict())
+    assert state["long"].dtype == torch.float32
+    assert state["norm.num_batches_tracked"].dtype == torch.int64
+    fresh = EveryKind()
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh.long, state["long"])
+    half = average.averaged_state_dict(torch.float16)
+    assert half["long"].dtype == torch.float16
+    assert half["mask"].dtype == torch.bool
+    state["long"].zero_()
+    assert average.averaged_state_dict()["long"].any()
+    with pytest.raises(ValueError, match=r"^dtype must be a floating"):
+        average.averaged_state_dict(torch.int32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_copy_to_casts_the_averages(every_kind: EveryKind, dtype: torch.dtype) -> None:
+    average = trained(every_kind, dtype)
+    for target in (dtype, torch.float32):
+        model = EveryKind().to(target)
+        average.copy_to(model)
+        assert (
+            differing(
+                {name: p.detach() for name, p in model.named_parameters()},
+                {name: value.to(target) for name, value in params_of(average).items()},
+            )
+            == []
+        )
+        assert torch.equal(model.norm.running_mean.float(), every_kind.norm.running_mean.float())

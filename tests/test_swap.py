@@ -1,0 +1,146 @@
+"""`swapped_into`: the model runs on the averages, and everything comes back to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from swafast import FusedAveragedModel
+from tests.conftest import EveryKind, differing, tensors_of
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def trained(model: EveryKind, dtype: torch.dtype, **options: object) -> FusedAveragedModel:
+    # A strided view cannot take an average in place of its own values only if it shares memory; this one does not.
+    model.to(dtype)
+    average = FusedAveragedModel(model, **options)  # type: ignore[arg-type]
+    for _ in range(3):
+        model.drift()
+        average.update_parameters(model)
+    return average
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", [None, "float32", "exact"])
+def test_there_and_back(
+    every_kind: EveryKind, dtype: torch.dtype, format: str | None, backend: str, small_chunks: int
+) -> None:
+    average = trained(every_kind, dtype, format=format, backend=backend)
+    model_before, state_before = tensors_of(every_kind), average.averaged_state_dict()
+    with average.swapped_into(every_kind) as swapped:
+        assert swapped is every_kind
+        inside = tensors_of(every_kind)
+    for name, param in every_kind.named_parameters():
+        expected = state_before[name]
+        if format in (None, "exact") and dtype == torch.bfloat16:
+            torch.testing.assert_close(inside[name].float(), expected, rtol=2**-8, atol=1e-30)
+        else:
+            assert torch.equal(inside[name], expected.to(param.dtype)), name
+    assert differing(tensors_of(every_kind), model_before) == []
+    assert differing(average.averaged_state_dict(), state_before) == []
+
+
+def test_buffers_change_places_too() -> None:
+    model = nn.BatchNorm1d(3)
+    average = FusedAveragedModel(model)
+    average.update_parameters(model)
+    average.module.running_mean.fill_(7.0)
+    with average.swapped_into(model):
+        assert model.running_mean.tolist() == [7.0] * 3
+    assert model.running_mean.tolist() == [0.0] * 3
+    assert average.module.running_mean.tolist() == [7.0] * 3
+
+
+def test_comes_back_after_an_exception(every_kind: EveryKind) -> None:
+    average = trained(every_kind, torch.float32)
+    before, state = tensors_of(every_kind), average.averaged_state_dict()
+    with pytest.raises(KeyError), average.swapped_into(every_kind):
+        raise KeyError("evaluation failed")
+    assert differing(tensors_of(every_kind), before) == []
+    assert differing(average.averaged_state_dict(), state) == []
+    average.update_parameters(every_kind)
+
+
+def test_meanwhile_nothing_may_touch_the_averages(every_kind: EveryKind) -> None:
+    average = trained(every_kind, torch.float32)
+    state = average.state_dict()
+    actions = [
+        lambda: average.update_parameters(every_kind),
+        lambda: average.state_dict(),
+        lambda: average.load_state_dict(state),
+        lambda: average.averaged_state_dict(),
+        lambda: average.copy_to(every_kind),
+        lambda: average.half(),
+        lambda: average.swapped_into(every_kind).__enter__(),
+        lambda: nn.ModuleDict({"ema": average}).load_state_dict({f"ema.{k}": v for k, v in state.items()}),
+    ]
+    with average.swapped_into(every_kind):
+        for action in actions:
+            with pytest.raises(RuntimeError, match="swapped back out"):
+                action()
+    for action in actions[:2]:
+        action()
+
+
+def test_a_bad_model_changes_nothing(every_kind: EveryKind) -> None:
+    average = trained(every_kind, torch.float32)
+    state = average.averaged_state_dict()
+    with pytest.raises(ValueError, match="missing"), average.swapped_into(nn.Linear(2, 2)):
+        pass
+    every_kind.frozen = nn.Parameter(torch.zeros(1).expand(9), requires_grad=False)
+    before = tensors_of(every_kind)
+    with pytest.raises(ValueError, match="'frozen' of the model must have memory of its own"):
+        average.swapped_into(every_kind).__enter__()
+    assert differing(tensors_of(every_kind), before) == []
+    assert differing(average.averaged_state_dict(), state) == []
+
+
+def test_a_param_that_was_moved_meanwhile_is_named_and_the_average_is_whole(every_kind: EveryKind) -> None:
+    average = trained(every_kind, torch.float32)
+    state = average.averaged_state_dict()
+    with (
+        pytest.raises(RuntimeError, match="'long' on other memory"),
+        average.swapped_into(every_kind),
+    ):
+        every_kind.long.data = every_kind.long.data.clone()
+    assert differing(average.averaged_state_dict(), state) == []
+    average.update_parameters(every_kind)
+
+
+def test_autograd_sees_the_exchange() -> None:
+    model = nn.Linear(3, 3)
+    average = FusedAveragedModel(model)
+    average.update_parameters(model)
+    out = model(torch.randn(2, 3, requires_grad=True)).sum()
+    with average.swapped_into(model):
+        pass
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+def test_params_that_the_model_ties_and_the_average_does_not() -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    average = FusedAveragedModel(model)
+    model[1].weight = model[0].weight
+    average.update_parameters(model)
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    before, state = tensors_of(model), average.averaged_state_dict()
+    with average.swapped_into(model):
+        assert torch.equal(model[0].weight, state["0.weight"])
+    assert differing(tensors_of(model), before) == []
+    assert differing(average.averaged_state_dict(), state) == []
+
+
+def test_writing_a_bfloat16_plane_behind_our_back_and_back_is_exact(every_kind: EveryKind) -> None:
+    # How Lightning exchanges weights: through .data, by copies.
+    average = trained(every_kind, torch.bfloat16)
+    state = average.averaged_state_dict()
+    for _ in range(2):
+        for ours, theirs in zip(average.module.parameters(), every_kind.parameters(), strict=True):
+            held = ours.data.clone()
+            ours.data.copy_(theirs.data)
+            theirs.data.copy_(held)
+    assert differing(average.averaged_state_dict(), state) == []
