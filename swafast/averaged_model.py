@@ -16,11 +16,12 @@ from . import matching, ops
 from ._torch import disable_dynamo
 from .exchange import Exchange
 from .formats import OWN, Format, check_format, format_of, stored_dtype
-from .loading import check_load, keeping_ties, translate_load
+from .functions import update_by_function
 from .matching import Binding, check_model, each_average
-from .names import canonical, unwrap
+from .names import unwrap
 from .planes import Recast, find_planes, fit_planes
 from .rules import Rule, rule_of
+from .states import check_load, export, keeping_ties, translate_load
 
 _NONFINITE = ("propagate", "raise", "skip")
 _LOCK_FOR_LOCKS = threading.Lock()
@@ -124,16 +125,12 @@ class FusedAveragedModel(AveragedModel):
         self._asked = {}
         if include is not None:
             self._asked = {n: bool(include(n, p)) for n, p in matching.named_params(unwrap(model), "model").items()}
-        self._store_in_format(format)
+        self._apply(lambda tensor: tensor.to(stored_dtype(format, tensor.dtype)))
+        for name, tensor, fmt in self._each_average():
+            fit_planes(self, name, tensor, fmt)
         where = next((p.device for p in self.module.parameters()), None)
         if device is None and where is not None and where.type != "meta":
             self.n_averaged = self.n_averaged.to(where)
-
-    def _store_in_format(self, requested: str | None) -> None:
-        """Give the averaged module's tensors the dtype of the format asked for, and every average its planes."""
-        self._apply(lambda tensor: tensor.to(stored_dtype(requested, tensor.dtype)))
-        for name, tensor, fmt in self._each_average():
-            fit_planes(self, name, tensor, fmt)
 
     def _each_average(self) -> Iterator[tuple[str, Tensor, Format | None]]:
         for names, tensor, is_buffer in each_average(self.module):
@@ -191,7 +188,8 @@ class FusedAveragedModel(AveragedModel):
             if rule is not None:
                 binding.plan.update(params, planes, rule)
             else:
-                self._update_by_function(binding, params, planes)
+                pairs = binding.plan.pairs(params, planes)
+                update_by_function(pairs, self.avg_fn, self.multi_avg_fn, self.n_averaged)
 
     def _bind(self, model: Module) -> tuple[Binding, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Give the plan for ``model`` and the tensors of both sides, planning anew where the old one no longer fits."""
@@ -202,7 +200,7 @@ class FusedAveragedModel(AveragedModel):
             current = self._binding.current(model, config, self.n_averaged)
             if current is not None:
                 return (self._binding, *current)
-        self._check_counter()
+        ops.check_counter(self.n_averaged)
         self._binding = matching.bind(
             self,
             self.module,
@@ -218,37 +216,6 @@ class FusedAveragedModel(AveragedModel):
         current = self._binding.current(model, config, self.n_averaged)
         assert current is not None, "a plan just made must fit"
         return (self._binding, *current)
-
-    def _check_counter(self) -> None:
-        counter = self.n_averaged
-        if not isinstance(counter, Tensor) or counter.dtype != torch.int64 or counter.numel() != 1:
-            got = f"{counter.dtype} of shape {tuple(counter.shape)}" if isinstance(counter, Tensor) else repr(counter)
-            raise ValueError(f"n_averaged must be one int64, got {got}")
-
-    def _update_by_function(self, binding: Binding, params: tuple[Tensor, ...], planes: tuple[Tensor, ...]) -> None:
-        """Run the user's own averaging function as torch's class does, with its calls and its groups."""
-        pairs = binding.plan.pairs(params, planes)
-        averaged = [pair for pair in pairs if pair.format is not None]
-        averages = [pair.average.detach() for pair in averaged]
-        newest = [pair.param.detach().to(pair.average.device) for pair in averaged]
-        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for i, average in enumerate(averages):
-            groups.setdefault((average.device, average.dtype), []).append(i)
-        if int(self.n_averaged) == 0:
-            for average, param in zip(averages, newest, strict=True):
-                average.copy_(param)
-        elif self.multi_avg_fn is not None:
-            for (device, _), indices in groups.items():
-                count = self.n_averaged.to(device)
-                self.multi_avg_fn([averages[i] for i in indices], [newest[i] for i in indices], count)
-        else:
-            assert self.avg_fn is not None
-            for average, param in zip(averages, newest, strict=True):
-                average.copy_(self.avg_fn(average, param, self.n_averaged.to(average.device)))
-        for pair in pairs:
-            if pair.format is None:
-                pair.average.detach().copy_(pair.param.detach())
-        self.n_averaged += 1
 
     # Use of the average
 
@@ -308,19 +275,7 @@ class FusedAveragedModel(AveragedModel):
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
         with self._alone("averaged_state_dict"):
-            values: dict[int, Tensor] = {}
-            for name, tensor, fmt in self._each_average():
-                fit_planes(self, name, tensor, fmt)
-                planes = find_planes(self, name, tensor, fmt)
-                values[id(tensor)] = fmt.decode(planes) if fmt is not None else tensor
-            state: dict[str, Any] = {}
-            for key, value in unwrap(self.module).state_dict(keep_vars=True).items():
-                if isinstance(value, Tensor):
-                    value = values.get(id(value), value).detach()
-                    cast = dtype if dtype is not None and value.is_floating_point() else value.dtype
-                    value = value.to(cast, copy=True)
-                state[canonical(key)] = value
-            return state
+            return export(self, self.module, self._each_average(), dtype)
 
     # State
 

@@ -79,6 +79,14 @@ def check_pair(pair: Pair, *, any_device: bool) -> None:
                 raise ValueError(f"average {name!r} must not overlap itself, got strides {tuple(plane.stride())}")
 
 
+def check_counter(num_averaged: object) -> None:
+    """Raise ValueError unless ``n_averaged`` is what a kernel can read and count in."""
+    if not isinstance(num_averaged, Tensor):
+        raise ValueError(f"n_averaged must be one int64, got {num_averaged!r}")
+    if num_averaged.dtype != torch.int64 or num_averaged.numel() != 1:
+        raise ValueError(f"n_averaged must be one int64, got {num_averaged.dtype} of shape {tuple(num_averaged.shape)}")
+
+
 def _check_plain(what: str, tensor: Tensor) -> None:
     if is_lazy(tensor):
         raise ValueError(f"{what} must be initialised, got a lazy one: run the model once before averaging it")
@@ -196,6 +204,7 @@ def _update_op(
     for pair in pairs:
         check_pair(pair, any_device=False)
     check_overlap(pairs)
+    check_counter(num_averaged)
     rule = _TermsRule(kind, (terms[0], terms[1], terms[2], terms[3]))
     update(prepare(pairs, choose_backends()), params, rule, num_averaged)
 

@@ -16,7 +16,7 @@ from torch.autograd.graph import increment_version
 from . import ops
 from ._torch import make_metadata_check
 from .backends import Backend, Pair
-from .bucket import is_dense, lay_out, same_order
+from .bucket import Slot, is_dense, lay_out, same_order
 from .rules import Rule
 
 
@@ -131,13 +131,20 @@ def home_averages(pairs: Sequence[Pair], homes: frozenset[int]) -> frozenset[int
         device, dtype = planes[bucket.slots[0].index].device, planes[bucket.slots[0].index].dtype
         storage = torch.empty(bucket.numel, dtype=dtype, device=device).untyped_storage()
         for slot in bucket.slots:
-            plane, itemsize = planes[slot.index], dtype.itemsize
-            # A storage of its own over the bucket's memory: pickle and torch.save write this plane, not the bucket.
-            own = storage[slot.offset * itemsize : (slot.offset + slot.numel) * itemsize]
-            home = torch.empty(0, dtype=dtype, device=device).set_(own, 0, plane.shape, strides[slot.index])
-            plane.data = home.copy_(plane)
+            plane = planes[slot.index]
+            plane.data = stand_on_own_storage(storage, plane, slot, strides[slot.index]).copy_(plane)
     averaged = (pair.planes for pair in pairs if pair.format is not None)
     return frozenset(plane.data_ptr() for pair_planes in averaged for plane in pair_planes)
+
+
+def stand_on_own_storage(bucket: torch.UntypedStorage, plane: Tensor, slot: Slot, strides: tuple[int, ...]) -> Tensor:
+    """Give a tensor like ``plane`` in its slot, on a storage of its own over the bucket's memory.
+
+    pickle and torch.save write a tensor's whole storage: as views of one bucket, each plane would be written with it.
+    """
+    itemsize = plane.element_size()
+    own = bucket[slot.offset * itemsize : (slot.offset + slot.numel) * itemsize]
+    return torch.empty(0, dtype=plane.dtype, device=plane.device).set_(own, 0, plane.shape, strides)
 
 
 def _order(pair: Pair) -> tuple[int, ...]:

@@ -162,7 +162,7 @@ def test_a_bad_counter_is_refused(every_kind: EveryKind, backend: str) -> None:
     with pytest.raises(ValueError, match="n_averaged must be >= 0"):
         average.update_parameters(every_kind)
     average.n_averaged = torch.tensor(1.0)
-    with pytest.raises(ValueError, match="n_averaged must be one int64, got torch.float32"):
+    with pytest.raises(ValueError, match=r"n_averaged must be one int64, got torch\.float32"):
         average.update_parameters(every_kind)
     assert differing(tensors_of(average.module), before) == []
 

@@ -48,7 +48,9 @@ def test_exact_keeps_the_sign_of_a_nan_and_nothing_else() -> None:
     assert remainder.tolist() == [0, 0, 0, 0]
 
 
-def test_exact_bfloat16_plane_is_the_average_rounded() -> None:
+def test_exact_bfloat16_plane_is_the_average_rounded_half_up() -> None:
+    ties = (torch.arange(0x3F80, 0x4080).int() << 16 | 0x8000).view(torch.float32)
+    assert ((encode_exact(ties)[0].float() - ties) > 0).all()
     value = torch.randn(100_000)
     average, _ = encode_exact(value)
     ulp = (average.float().abs() * 2**-7).clamp(min=2**-133)

@@ -48,7 +48,7 @@ class ReferenceLaunch:
             if fmt is None:
                 planes[0].copy_(param.detach())
                 continue
-            if planes[0].dtype == param.dtype and fmt.decode(planes) is planes[0] and planes[0].device == param.device:
+            if not fmt.extra and planes[0].dtype == param.dtype and planes[0].device == param.device:
                 _move_(planes[0], param.detach(), weight)
                 continue
             for piece, *plane_pieces in windows((param.detach(), *planes)):

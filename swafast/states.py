@@ -1,10 +1,10 @@
-"""Loading a state without tearing: everything is looked at before the first byte is written."""
+"""States: loading one without tearing, and exporting the averages under the model's own names."""
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -16,7 +16,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from .formats import EXTRA_PLANES, Format
 from .matching import FormatOf, each_average
-from .planes import put_plane, translate_state
+from .names import canonical, unwrap
+from .planes import find_planes, fit_planes, put_plane, translate_state
 
 
 def check_load(owner: AveragedModel, state_dict: Mapping[str, Any], strict: bool) -> None:
@@ -91,3 +92,21 @@ def _make_room(owner: Module, name: str, average: Tensor, fmt: Format) -> None:
     for plane in EXTRA_PLANES:
         room = torch.zeros_like(average.detach(), dtype=wanted[plane]) if plane in wanted else None
         put_plane(owner, plane, name, room)
+
+
+def export(
+    owner: Module, module: Module, averages: Iterable[tuple[str, Tensor, Format | None]], dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Give copies of the averages at full precision, or cast to ``dtype``, with the buffers of ``module``."""
+    values: dict[int, Tensor] = {}
+    for name, tensor, fmt in averages:
+        fit_planes(owner, name, tensor, fmt)
+        values[id(tensor)] = fmt.decode(find_planes(owner, name, tensor, fmt)) if fmt is not None else tensor
+    state: dict[str, Any] = {}
+    for key, value in unwrap(module).state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor):
+            value = values.get(id(value), value).detach()
+            cast = dtype if dtype is not None and value.is_floating_point() else value.dtype
+            value = value.to(cast, copy=True)
+        state[canonical(key)] = value
+    return state

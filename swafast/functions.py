@@ -1,0 +1,42 @@
+"""Averaging functions of the user's own, called the way torch's class calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .backends import Pair
+
+AvgFn = Callable[..., Tensor]
+MultiAvgFn = Callable[..., None]
+
+
+def update_by_function(
+    pairs: Sequence[Pair], avg_fn: AvgFn | None, multi_avg_fn: MultiAvgFn | None, num_averaged: Tensor
+) -> None:
+    """Run one update by ``avg_fn`` or ``multi_avg_fn``, with torch's groups and its first update, and count it.
+
+    What such a function has written when it raises stays written, as with torch's class.
+    """
+    averaged = [pair for pair in pairs if pair.format is not None]
+    averages = [pair.average.detach() for pair in averaged]
+    params = [pair.param.detach().to(pair.average.device) for pair in averaged]
+    if int(num_averaged) == 0:
+        for average, param in zip(averages, params, strict=True):
+            average.copy_(param)
+    elif multi_avg_fn is not None:
+        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i, average in enumerate(averages):
+            groups.setdefault((average.device, average.dtype), []).append(i)
+        for (device, _), indices in groups.items():
+            multi_avg_fn([averages[i] for i in indices], [params[i] for i in indices], num_averaged.to(device))
+    else:
+        assert avg_fn is not None
+        for average, param in zip(averages, params, strict=True):
+            average.copy_(avg_fn(average, param, num_averaged.to(average.device)))
+    for pair in pairs:
+        if pair.format is None:
+            pair.average.detach().copy_(pair.param.detach())
+    num_averaged.add_(1)

@@ -1,0 +1,145 @@
+"""Each gate kills a bug: planted here, and the test that guards against it must fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from swafast import averaged_model, matching, names, ops, plan, planes, rules, states
+from swafast.backends import native
+from swafast.exchange import Exchange
+from tests import (
+    test_averaged_model,
+    test_bad_input,
+    test_formats,
+    test_state,
+    test_swap,
+)
+from tests.conftest import EveryKind
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def drop_the_last_chunk(patch: pytest.MonkeyPatch) -> None:
+    cut = native.cut_chunks
+    patch.setattr(native, "cut_chunks", lambda numels, size: cut(numels, size)[:-1].contiguous())
+
+
+def shift_the_weight(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(rules.EqualAverage, "kernel_terms", lambda self: rules.KernelTerms.constant(0.5))
+
+
+def count_twice(patch: pytest.MonkeyPatch) -> None:
+    update = native.NativeLaunch.update
+    patch.setattr(
+        native.NativeLaunch, "update", lambda self, p, rule, n, advance: update(self, p, rule, n, 2 * advance)
+    )
+
+
+def forget_versions(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(plan, "bump_versions", lambda tensors: None)
+
+
+def go_by_addresses_alone(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(plan, "_metadata", lambda tensors: [])
+    patch.setattr(plan, "make_metadata_check", lambda tensors: None)
+
+
+def keep_whole_buckets(patch: pytest.MonkeyPatch) -> None:
+    # Views of the bucket instead of storages of their own: each pickled average then drags the bucket along.
+    def view(bucket, plane, slot, strides):
+        return torch.empty(0, dtype=plane.dtype).set_(bucket, slot.offset, plane.shape, strides)
+
+    patch.setattr(plan, "stand_on_own_storage", view)
+
+
+def cast_as_torch_does(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(planes.Recast, "__call__", lambda self, tensor: self._fn(tensor))
+
+
+def load_unchecked(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(averaged_model, "check_load", lambda *args: None)
+
+
+def load_untranslated(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(states, "translate_state", lambda *args: None)
+
+
+def never_swap_back(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Exchange, "back", lambda self: None)
+
+
+def keep_wrappers(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(names, "canonical", lambda name: name)
+    patch.setattr(matching, "unwrap", lambda model: model)
+
+
+def match_by_order(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(matching, "require_same_names", lambda kind, averages, params: None)
+
+
+def allow_overlap(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ops, "check_overlap", lambda pairs: None)
+
+
+def round_to_even(patch: pytest.MonkeyPatch) -> None:
+    def encode(value):
+        average = value.to(torch.bfloat16)
+        high = average.view(torch.int16).int() << 16
+        return average, (value.view(torch.int32) - high).to(torch.int16)
+
+    patch.setattr(test_formats, "encode_exact", encode)
+
+
+def believe_stale_remainders(patch: pytest.MonkeyPatch) -> None:
+    def decode(pair):
+        return ((pair[0].view(torch.int16).int() << 16) + pair[1].int()).view(torch.float32)
+
+    patch.setattr(test_formats, "decode_exact", decode)
+
+
+def forget_include(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(averaged_model.FusedAveragedModel, "_includes", lambda self, name, param: True)
+
+
+def like_torch(**changes: object) -> None:
+    test_averaged_model.test_gives_what_torchs_class_gives(EveryKind(), {}, False, "cpu", 64)
+
+
+GATES: list[tuple[Plant, Callable[[], None]]] = [
+    (drop_the_last_chunk, like_torch),
+    (shift_the_weight, like_torch),
+    (count_twice, like_torch),
+    (forget_versions, lambda: test_averaged_model.test_writes_are_seen_by_autograd("cpu")),
+    (go_by_addresses_alone, test_averaged_model.test_a_view_of_other_shape_at_the_same_address_is_noticed),
+    (keep_whole_buckets, test_averaged_model.test_each_average_is_written_once),
+    (cast_as_torch_does, lambda: test_state.test_casts_lose_nothing(EveryKind(), torch.bfloat16)),
+    (load_unchecked, lambda: test_state.test_a_failed_load_changes_nothing(EveryKind(), test_state._drop_a_key, False)),
+    (
+        load_untranslated,
+        lambda: test_state.test_a_state_of_another_format_keeps_its_precision(
+            EveryKind(), torch.float32, torch.bfloat16
+        ),
+    ),
+    (never_swap_back, lambda: test_swap.test_comes_back_after_an_exception(EveryKind())),
+    (keep_wrappers, lambda: test_averaged_model.test_wrappers_on_either_side_do_not_matter("inner", "model")),
+    (
+        match_by_order,
+        lambda: test_bad_input.test_a_model_that_does_not_match_changes_nothing(EveryKind(), "surplus", True, "cpu"),
+    ),
+    (allow_overlap, test_bad_input.test_an_average_that_overlaps_another_or_itself_is_refused),
+    (round_to_even, test_formats.test_exact_bfloat16_plane_is_the_average_rounded_half_up),
+    (believe_stale_remainders, test_formats.test_exact_with_a_stale_remainder_stays_within_half_an_ulp),
+    (forget_include, lambda: test_averaged_model.test_include_picks_what_is_averaged(EveryKind(), "cpu")),
+]
+
+
+@pytest.mark.parametrize(("plant", "gate"), GATES, ids=[plant.__name__ for plant, _ in GATES])
+def test_the_gate_kills_the_bug(plant: Plant, gate: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "CPU_CHUNK_NUMEL", 64)
+    gate()
+    plant(monkeypatch)
+    with pytest.raises((AssertionError, ValueError, RuntimeError, pytest.fail.Exception)):
+        gate()

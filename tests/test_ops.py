@@ -1,0 +1,110 @@
+"""The op behind torch's dispatcher, the choice of backends, and compiled code."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.library import opcheck
+
+from swafast import FusedAveragedModel, ops
+from swafast.backends import native
+from swafast.formats import encode_exact
+
+EQUAL = (1, [0.0] * 4)  # kind and terms of the equal average
+
+
+def arguments(format: str = "float32") -> tuple:
+    params = [torch.randn(5, 3), torch.randn(7)]
+    averages, remainders = [torch.randn(5, 3), torch.randn(7)], []
+    if format == "exact":
+        planes = [encode_exact(average) for average in averages]
+        averages, remainders = [list(plane) for plane in zip(*planes, strict=True)]
+    return averages, remainders, params, torch.tensor(3), format, *EQUAL
+
+
+@pytest.mark.parametrize("format", ["float32", "exact"])
+def test_the_op_keeps_its_schema(format: str) -> None:
+    results = opcheck(torch.ops.swafast.update_.default, arguments(format))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_the_op_updates_and_counts() -> None:
+    averages, remainders, params, count, *rest = arguments()
+    expected = [torch.lerp(average, param, 0.25) for average, param in zip(averages, params, strict=True)]
+    torch.ops.swafast.update_(averages, remainders, params, count, *rest)
+    assert all(map(torch.equal, averages, expected))
+    assert count == 4
+
+
+def test_the_op_refuses_what_does_not_match() -> None:
+    averages, remainders, params, count, *rest = arguments()
+    params[1] = torch.randn(1)
+    before = [average.clone() for average in averages]
+    with pytest.raises(ValueError, match=r"'1' must have the average's shape \(7,\), got \(1,\)"):
+        torch.ops.swafast.update_(averages, remainders, params, count, *rest)
+    assert all(map(torch.equal, averages, before))
+    assert count == 3
+
+
+def test_the_op_compiles_fullgraph() -> None:
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(averages, params, count):
+        torch.ops.swafast.update_(averages, [], params, count, "float32", *EQUAL)
+        return averages[0] * 2
+
+    averages, _, params, count, *_ = arguments()
+    expected = torch.lerp(averages[0], params[0], 0.25)
+    assert torch.equal(step(averages, params, count), expected * 2)
+    assert torch.equal(averages[0], expected)
+    assert count == 4
+
+
+def test_update_parameters_may_stand_in_compiled_code() -> None:
+    model = nn.Linear(3, 3)
+    average = FusedAveragedModel(model)
+
+    @torch.compile(backend="eager")
+    def step(x: torch.Tensor) -> torch.Tensor:
+        y = model(x).sum()
+        average.update_parameters(model)
+        return y
+
+    for _ in range(3):
+        step(torch.randn(2, 3))
+    assert average.n_averaged == 3
+
+
+def test_backends_are_chosen_by_name_and_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [backend.name for backend in ops.choose_backends("reference")] == ["reference"]
+    monkeypatch.setenv("SWAFAST_BACKEND", "reference")
+    assert [backend.name for backend in ops.choose_backends()] == ["reference"]
+    monkeypatch.setenv("SWAFAST_BACKEND", "tpu")
+    with pytest.raises(ValueError, match="SWAFAST_BACKEND must be one of 'cpu', 'reference', got 'tpu'"):
+        ops.choose_backends()
+
+
+def test_a_library_that_does_not_load_warns_once_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path, every_kind: nn.Module
+) -> None:
+    broken = tmp_path / "libswafast.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setenv("SWAFAST_LIBRARY", str(broken))
+    monkeypatch.setattr(ops, "_warned", set())
+    native._load.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match=r"reference backend: .*libswafast\.so did not load") as seen:
+            average = FusedAveragedModel(every_kind)
+        assert len(seen) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            average.update_parameters(every_kind)
+        with pytest.raises(RuntimeError, match="backend='cpu' cannot run here"):
+            FusedAveragedModel(every_kind, backend="cpu")
+        monkeypatch.setenv("SWAFAST_LIBRARY", str(tmp_path / "absent.so"))
+        native._load.cache_clear()
+        assert "no native library at" in str(native.unavailable())
+    finally:
+        native._load.cache_clear()

@@ -1,0 +1,46 @@
+"""Each private name of torch that `swafast/_torch.py` relies on; a failure here names the one that changed."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.optim import swa_utils
+
+from swafast import _torch
+
+
+def test_disable_dynamo() -> None:
+    assert hasattr(torch, "_disable_dynamo"), "torch._disable_dynamo is gone"
+
+
+def test_tensor_guards() -> None:
+    assert _torch._guards_work(), "torch._C._dynamo.guards.TensorGuards is gone, or checks other things"
+
+
+def test_without_guards_the_public_check_serves(monkeypatch) -> None:
+    from tests import test_averaged_model
+
+    monkeypatch.setattr(_torch, "_guards_work", lambda: False)
+    test_averaged_model.test_a_view_of_other_shape_at_the_same_address_is_noticed()
+
+
+def test_disabled_torch_dispatch() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    class Named(torch.Tensor):
+        pass
+
+    assert hasattr(torch._C, "_disabled_torch_dispatch_impl"), "torch._C._disabled_torch_dispatch_impl is gone"
+    assert _torch.has_own_dispatch(TwoTensor(torch.zeros(1), torch.zeros(1)))
+    for plain in (torch.zeros(1), nn.Parameter(torch.zeros(1)), nn.Buffer(torch.zeros(1))):
+        assert not _torch.has_own_dispatch(plain)
+
+
+def test_closures_of_torchs_averaging_functions() -> None:
+    for factory in _torch.SWA_FACTORIES:
+        assert _torch.closure_of(factory, factory()) == {}, f"{factory.__name__} is built otherwise now"
+    for factory in _torch.EMA_FACTORIES:
+        assert _torch.closure_of(factory, factory(0.25)) == {"decay": 0.25}, (
+            f"{factory.__name__} is built otherwise now"
+        )
+    assert _torch.closure_of(swa_utils.get_swa_avg_fn, swa_utils.get_ema_avg_fn(0.5)) is None
