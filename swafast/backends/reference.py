@@ -16,8 +16,8 @@ from . import Pair
 name = "reference"
 
 #: Elements worked on at a time where a dtype has to be converted. On a CPU, so that an update allocates under 1 MB:
-#: `exact` holds up to six int32 or float32 temporaries of this size. A launch on a GPU must be worth its 5 us.
-_CPU_WINDOW_NUMEL = 32 * 2**10
+#: `exact` makes 64 bytes of temporaries an element. A launch on a GPU must be worth its 5 us.
+_CPU_WINDOW_NUMEL = 8 * 2**10
 _GPU_WINDOW_NUMEL = 4 * 2**20
 
 
