@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import warnings
 
 import torch
 
@@ -25,7 +26,9 @@ def report() -> list[tuple[str, str]]:
         found = native.describe() if backend is native else "plain torch, always there"
         lines.append((f"backend {backend.name}", found if reason is None else f"not available: {reason}"))
     try:
-        chosen = choose_backends()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # the lines above say why a backend did not load
+            chosen = choose_backends()
     except (ValueError, RuntimeError) as error:
         lines.append(("in use", f"none: {error}"))
     else:

@@ -52,7 +52,7 @@ def choose_backends(requested: str | None = None) -> tuple[Backend, ...]:
             raise RuntimeError(f"{source}={name!r} cannot run here: {reason}")
         elif name is None and backend.name not in _warned:
             _warned.add(backend.name)
-            warnings.warn(f"swafast runs on the slower reference backend: {reason}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"swafast runs on the slower reference backend: {reason}", RuntimeWarning, stacklevel=3)
     return (*chosen, reference)
 
 

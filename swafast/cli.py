@@ -1,0 +1,92 @@
+"""The command line: ``swafast demo``, ``swafast doctor``, ``swafast --version``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+# What only the demo needs, by the names they are imported under.
+DEMO_PACKAGES = ("sklearn", "matplotlib")
+
+# Fewer leave no epoch to average after the first 75%; demo.settings checks the same, but importing it takes seconds.
+MIN_EPOCHS = 4
+
+app = typer.Typer(
+    help="Averages a model's weights along its training, in one fused pass.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"swafast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Averages a model's weights along its training, in one fused pass."""
+
+
+@app.command()
+def doctor() -> None:
+    """Print what swafast found on this machine, and what it does without."""
+    from . import doctor as found
+
+    raise typer.Exit(found.main())
+
+
+@app.command()
+def demo(
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds; each trains every method.")] = 5,
+    epochs: Annotated[int, typer.Option(min=MIN_EPOCHS, help="Epochs of every run.")] = 60,
+    out: Annotated[Path, typer.Option(metavar="FILE.png", help="Where the picture goes.")] = Path("swafast-demo.png"),
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every number there.")] = None,
+) -> None:
+    """Train a small network on real handwritten digits: SGD, SWA and EMA, and what an average costs."""
+    if out.suffix.lower() != ".png":
+        raise typer.BadParameter(f"must end in .png, got {str(out)!r}", param_hint="--out")
+    _check_writable(out, "--out")
+    if json is not None:
+        _check_writable(json, "--json")
+    try:
+        from .demo import Settings, run
+    except ModuleNotFoundError as error:
+        _explain_missing(error)
+    run(Settings(num_seeds=seeds, epochs=epochs), out, json)
+
+
+def _check_writable(path: Path, option: str) -> None:
+    """Complain before the training rather than after it."""
+    if path.is_dir():
+        raise typer.BadParameter(f"must be a file, got the folder {str(path)!r}", param_hint=option)
+    if not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"must be in a folder that exists, got {str(path)!r}", param_hint=option)
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise typer.BadParameter(f"must be writable, got {str(path)!r}", param_hint=option)
+
+
+def _explain_missing(error: ModuleNotFoundError) -> NoReturn:
+    missing = (error.name or "").partition(".")[0]
+    if missing not in DEMO_PACKAGES:
+        raise error
+    Console(stderr=True).print(
+        f"swafast demo needs {missing}, which is not installed: pip install 'swafast[demo]'",
+        style="red",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    raise typer.Exit(1)

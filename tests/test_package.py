@@ -1,0 +1,108 @@
+"""The package as a whole: the doctor, the commands that the documents promise, and what a wheel may hold."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import swafast
+from swafast import doctor
+from swafast.backends import native
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def run_doctor(**environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "swafast"],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_the_doctor_finds_the_library_from_a_clone() -> None:
+    done = run_doctor()
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for what in ("swafast", "python", "torch", "backend cpu", "backend reference", "in use"):
+        assert re.search(rf"^{what} ", done.stdout, re.MULTILINE), what
+    if native.unavailable() is None:
+        assert re.search(r"^backend cpu .*libswafast\S+ \(.*(avx512|avx2|generic)\)$", done.stdout, re.MULTILINE)
+        assert re.search(r"^in use +cpu ", done.stdout, re.MULTILINE)
+
+
+def test_the_doctor_says_why_not(tmp_path: Path) -> None:
+    done = run_doctor(SWAFAST_LIBRARY=str(tmp_path / "absent.so"))
+    assert done.returncode == 0
+    assert re.search(r"^backend cpu +not available: no native library at .*absent\.so$", done.stdout, re.MULTILINE)
+    assert re.search(r"^in use +reference ", done.stdout, re.MULTILINE)
+    refused = run_doctor(SWAFAST_LIBRARY=str(tmp_path / "absent.so"), SWAFAST_BACKEND="cpu")
+    assert refused.returncode == 1
+    assert "SWAFAST_BACKEND='cpu' cannot run here" in refused.stdout
+
+
+def test_a_library_of_another_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    if native.unavailable() is not None:
+        pytest.skip(f"needs the native library: {native.unavailable()}")
+    monkeypatch.setattr(native, "_ABI", 999)
+    native._load.cache_clear()
+    try:
+        assert re.search(r"has interface \d+, this swafast needs 999: install it again", str(native.unavailable()))
+    finally:
+        native._load.cache_clear()
+
+
+def test_one_version_everywhere() -> None:
+    declared = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert declared is not None
+    assert swafast.__version__ == declared[1]
+    assert f"## {declared[1]}" in (ROOT / "CHANGELOG.md").read_text()
+    assert doctor.report()[0][1].startswith(declared[1])
+
+
+def test_one_interface_number_in_c_and_python() -> None:
+    declared = re.search(r"#define SWAFAST_ABI (\d+)", (ROOT / "csrc" / "swafast.h").read_text())
+    assert declared is not None
+    assert int(declared[1]) == native._ABI
+
+
+def test_ci_runs_the_commands_of_the_readme() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    for command in ("pip install '.[demo]' && swafast demo", "pip install '.[test]' && pytest"):
+        assert command in README
+        install, _, use = command.partition(" && ")
+        assert install.replace("pip install", "pip install --quiet") in script
+        assert use in script
+
+
+def test_what_the_readme_imports_is_there() -> None:
+    for names in re.findall(r"^\+?from swafast import (.*)$", README, re.MULTILINE):
+        for name in names.split(","):
+            assert hasattr(swafast, name.strip()), name
+
+
+def test_the_readmes_python_runs() -> None:
+    import torch
+
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        model = torch.nn.Linear(2, 2)
+        scope = {
+            "model": model,
+            "loader": [torch.randn(3, 2)],
+            "train_step": lambda model, batch: model(batch).sum().backward(),
+            "evaluate": lambda model: model(torch.randn(1, 2)),
+            "torch": type("Torch", (), {"save": staticmethod(lambda *args: None)}),
+        }
+        exec(block, scope)
