@@ -61,7 +61,7 @@ enum { SWAFAST_OK = 0, SWAFAST_BAD_COUNT = 1, SWAFAST_BAD_TENSOR = 2 };
 
 SWAFAST_EXPORT int32_t swafast_abi(void);
 
-/* One line: compiler, OpenMP or not, instruction sets compiled in. */
+/* One line: compiler, and OpenMP or not. */
 SWAFAST_EXPORT const char* swafast_build(void);
 
 /* The weight that an update after num_averaged models gives to the newest one. */

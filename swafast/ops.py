@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -205,6 +206,10 @@ def _update_op(
         check_pair(pair, any_device=False)
     check_overlap(pairs)
     check_counter(num_averaged)
+    if kind not in range(KernelTerms.NUM_KINDS):
+        raise ValueError(f"kind must be in [0, {KernelTerms.NUM_KINDS}), got {kind}")
+    if len(terms) != 4 or not all(math.isfinite(term) for term in terms):
+        raise ValueError(f"terms must be four finite numbers, got {terms}")
     rule = _TermsRule(kind, (terms[0], terms[1], terms[2], terms[3]))
     update(prepare(pairs, choose_backends()), params, rule, num_averaged)
 

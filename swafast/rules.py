@@ -29,6 +29,7 @@ class KernelTerms:
     POWER_WARMUP: ClassVar[int] = 2
     RATIO_WARMUP: ClassVar[int] = 3
     POWER: ClassVar[int] = 4
+    NUM_KINDS: ClassVar[int] = 5
 
     @classmethod
     def constant(cls, weight: float) -> KernelTerms:

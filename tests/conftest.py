@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -34,7 +33,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
     """A chunk of 64 elements, so that small tensors have several."""
     monkeypatch.setattr(native, "CPU_CHUNK_NUMEL", 64)
     return 64

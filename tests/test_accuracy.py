@@ -1,4 +1,4 @@
-"""How exact an average is: closed form in float64 -> reference -> each backend. The bounds are the project's promises."""
+"""How exact an average is: closed form in float64 -> reference -> each backend. The bounds are promises."""
 
 from __future__ import annotations
 

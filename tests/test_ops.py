@@ -49,6 +49,17 @@ def test_the_op_refuses_what_does_not_match() -> None:
     assert count == 3
 
 
+@pytest.mark.parametrize(
+    ("kind", "terms", "argument"),
+    [(5, [0.0] * 4, "kind"), (-1, [0.0] * 4, "kind"), (0, [float("nan")] * 4, "terms"), (0, [0.5], "terms")],
+)
+def test_the_op_refuses_a_rule_it_does_not_know(kind: int, terms: list[float], argument: str) -> None:
+    averages, remainders, params, count, *_ = arguments()
+    with pytest.raises(ValueError, match=f"^{argument} must be"):
+        torch.ops.swafast.update_(averages, remainders, params, count, "float32", kind, terms)
+    assert count == 3
+
+
 def test_the_op_compiles_fullgraph() -> None:
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(averages, params, count):

@@ -64,9 +64,7 @@ struct Avx2 {
  private:
   static __m128i load_half(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   static void store_half(void* p, __m128i value) { _mm_storeu_si128(static_cast<__m128i*>(p), value); }
-  static __m128i to_half(__m256 value) {
-    return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  }
+  static __m128i to_half(__m256 value) { return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static __m256i widen(const uint16_t* p) { return _mm256_cvtepu16_epi32(load_half(p)); }
   // Lanes that fit 16 bits, packed; packus works within 128-bit halves, so the halves are put side by side after it.
   static __m128i narrow(__m256i lanes) {

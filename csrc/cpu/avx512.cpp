@@ -65,9 +65,7 @@ struct Avx512 {
  private:
   static __m256i load_half(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static void store_half(void* p, __m256i value) { _mm256_storeu_si256(static_cast<__m256i*>(p), value); }
-  static __m256i to_half(__m512 value) {
-    return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  }
+  static __m256i to_half(__m512 value) { return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static __m512i widen(const uint16_t* p) { return _mm512_cvtepu16_epi32(load_half(p)); }
 };
 

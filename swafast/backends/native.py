@@ -150,7 +150,7 @@ def _rule(rule: Rule, num_averaged: int) -> _Rule:
 
 
 def serves(pair: Pair) -> bool:
-    """Say whether the kernels take this pair: CPU, a dtype they know, and both sides dense in the same order."""
+    """Say whether the kernels take this pair: CPU, a dtype they know, both sides aligned and dense in the same order."""
     param, average = pair.param, pair.average
     if param.device.type != "cpu" or any(plane.device.type != "cpu" for plane in pair.planes):
         return False
@@ -160,6 +160,8 @@ def serves(pair: Pair) -> bool:
         if param.dtype != average.dtype:
             return False
     elif pair.format not in _FORMATS or param.dtype not in _DTYPES:
+        return False
+    if any(tensor.data_ptr() % tensor.element_size() for tensor in (param, *pair.planes)):
         return False
     return is_dense(param.shape, param.stride()) and all(
         same_order(param.shape, param.stride(), plane.stride()) for plane in pair.planes

@@ -1,0 +1,476 @@
+// The native CPU kernels against oracle.h, element by element, through the C interface alone: no torch, no Python.
+//
+//   kernel_test [--isa NAME] [--all] [--plant NAME]
+//
+// Ends with 0, or with 1 and a message at the first difference. --isa takes one instruction set instead of all that the
+// machine has. --all adds every one of the 2^32 pairs of planes of the `exact` format. --plant spoils what is handed to
+// the library in one of the ways of kPlants, and the test has to see it.
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cmath>
+#include <csignal>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "oracle.h"
+#include "swafast.h"
+#include "tensors.h"
+
+namespace {
+
+const int32_t kDtypes[] = {SWAFAST_FLOAT32, SWAFAST_BFLOAT16, SWAFAST_FLOAT16};
+const int32_t kFormats[] = {SWAFAST_FORMAT_FLOAT32, SWAFAST_FORMAT_EXACT, SWAFAST_FORMAT_MIRRORED};
+
+bool served(int32_t dtype, int32_t format) { return (dtype == SWAFAST_BYTES) == (format == SWAFAST_FORMAT_COPIED); }
+
+// Every pair of dtype and format at every size that has an edge, all in one call.
+Launch make_launch(int64_t chunk_numel, int32_t num_threads, int64_t shift) {
+  Launch launch;
+  launch.chunk_numel = chunk_numel;
+  launch.num_threads = num_threads;
+  for (int32_t dtype = 0; dtype < SWAFAST_NUM_DTYPES; ++dtype) {
+    for (int32_t format = 0; format < SWAFAST_NUM_FORMATS; ++format) {
+      if (!served(dtype, format)) continue;
+      for (const int64_t numel :
+           {int64_t{0}, int64_t{1}, int64_t{15}, int64_t{16}, int64_t{17}, int64_t{31}, int64_t{32}, int64_t{33},
+            chunk_numel - 1, chunk_numel, chunk_numel + 1, 3 * chunk_numel + 7}) {
+        launch.add(dtype, format, numel, shift);
+      }
+    }
+  }
+  return launch;
+}
+
+void check_updates() {
+  struct Case {
+    swafast_rule rule;
+    int64_t num_averaged, advance;
+    double weight;
+  };
+  const Case cases[] = {
+      {constant(0.3), 0, 1, 1.0},  // a first update copies, whatever the rule
+      {constant(0.0), 1, 1, 0.0},
+      {constant(1e-300), 1, 0, 1e-300},
+      {constant(0x1p-140), 7, 1, 0x1p-140},
+      {constant(1e-3), 1, 5, 1e-3},
+      {{SWAFAST_RULE_EQUAL, {}}, 2, 1, 1.0 / 3.0},
+      {constant(std::nextafter(0.5f, 0.0f)), 1, 1, std::nextafter(0.5f, 0.0f)},
+      {constant(0.5), 1, 1, 0.5},
+      {constant(0.9), int64_t{1} << 40, 1, 0.9},
+      {constant(1.0 - 0x1p-24), 1, 1, 1.0 - 0x1p-24},
+      {constant(1.0 - 1e-12), 1, 1, 1.0},  // rounds to 1, and so copies
+      {constant(1.0), 1, 1, 1.0},
+  };
+  Random random(1);
+  for (const int64_t chunk_numel : {33, 64, 1000}) {
+    for (const int32_t num_threads : {1, 2}) {
+      for (const int64_t shift : {0, 1, 7}) {
+        Launch launch = make_launch(chunk_numel, num_threads, shift);
+        for (const Case& it : cases) {
+          for (Tensor& tensor : launch.tensors) tensor.fill_random(random);
+          int64_t num_averaged = it.num_averaged;
+          if (planted == "stale-weight") num_averaged += num_averaged == 2;
+          require(launch.update(it.rule, &num_averaged, it.advance) == SWAFAST_OK, "an update was refused");
+          for (Tensor& tensor : launch.tensors) tensor.check_updated(it.weight);
+          require(num_averaged == it.num_averaged + it.advance, "the counter went from %lld by %lld to %lld",
+                  static_cast<long long>(it.num_averaged), static_cast<long long>(it.advance),
+                  static_cast<long long>(num_averaged));
+        }
+      }
+    }
+  }
+}
+
+void check_self_copy() {
+  Launch launch;
+  Tensor& tensor = launch.add(SWAFAST_BYTES, SWAFAST_FORMAT_COPIED, 1000);
+  Random random(2);
+  tensor.fill_random(random);
+  swafast_tensor row = tensor.row();
+  row.planes[0] = row.param;
+  const swafast_chunk chunk = {0, 0, 1000};
+  const swafast_rule rule = constant(0.5);
+  int64_t num_averaged = 1;
+  require(swafast_cpu_update(&row, 1, &chunk, 1, &rule, &num_averaged, 1, 1) == SWAFAST_OK && launch.untouched(),
+          "a tensor copied to itself changed");
+}
+
+void check_refusals() {
+  struct Bad {
+    int32_t dtype, format;
+    bool exchange_only;
+  };
+  const Bad bads[] = {{-1, 0, false},
+                      {SWAFAST_NUM_DTYPES, 0, false},
+                      {INT32_MAX, 0, false},
+                      {0, -1, false},
+                      {0, SWAFAST_NUM_FORMATS, false},
+                      {0, INT32_MIN, false},
+                      {SWAFAST_BYTES, SWAFAST_FORMAT_FLOAT32, false},
+                      {SWAFAST_BYTES, SWAFAST_FORMAT_EXACT, false},
+                      {SWAFAST_FLOAT32, SWAFAST_FORMAT_COPIED, false},
+                      {SWAFAST_BFLOAT16, SWAFAST_FORMAT_COPIED, false},
+                      {SWAFAST_BFLOAT16, SWAFAST_FORMAT_FLOAT32, true},
+                      {SWAFAST_FLOAT32, SWAFAST_FORMAT_EXACT, true},
+                      {SWAFAST_FLOAT16, SWAFAST_FORMAT_EXACT, true},
+                      {SWAFAST_FLOAT32, SWAFAST_FORMAT_MIRRORED, true}};
+  Launch launch;
+  Random random(3);
+  // The planes are larger than any format that a bad row may name, so that nothing but the refusal keeps them whole.
+  for (int i = 0; i < 3; ++i) launch.add(SWAFAST_FLOAT32, SWAFAST_FORMAT_FLOAT32, 200);
+  for (Tensor& tensor : launch.tensors) tensor.fill_random(random);
+  const auto good = launch.rows();
+  const auto chunks = launch.chunks();
+  const auto num_chunks = static_cast<int64_t>(chunks.size());
+  const swafast_rule rule = constant(0.3);
+  for (const Bad& bad : bads) {
+    for (const size_t place : {0, 1, 2}) {
+      auto rows = good;
+      rows[place].dtype = bad.dtype;
+      rows[place].format = bad.format;
+      int64_t num_averaged = 4, index = -7;
+      require(swafast_cpu_exchange(rows.data(), 3, chunks.data(), num_chunks, 2) == SWAFAST_BAD_TENSOR,
+              "an exchange took dtype %d with format %d", bad.dtype, bad.format);
+      if (!bad.exchange_only) {
+        require(swafast_cpu_update(rows.data(), 3, chunks.data(), num_chunks, &rule, &num_averaged, 1, 2) ==
+                    SWAFAST_BAD_TENSOR,
+                "an update took dtype %d with format %d", bad.dtype, bad.format);
+        require(swafast_cpu_first_nonfinite(rows.data(), 3, chunks.data(), num_chunks, 2, &index) == SWAFAST_BAD_TENSOR,
+                "first_nonfinite took dtype %d with format %d", bad.dtype, bad.format);
+      }
+      require(launch.untouched() && num_averaged == 4 && index == -7, "a refused call wrote something");
+    }
+  }
+  for (const int64_t count : {int64_t{-1}, INT64_MIN}) {
+    int64_t num_averaged = count;
+    require(launch.update(rule, &num_averaged) == SWAFAST_BAD_COUNT && num_averaged == count && launch.untouched(),
+            "a negative count was not refused whole");
+  }
+  Launch none;
+  int64_t num_averaged = 4;
+  require(none.update(rule, &num_averaged) == SWAFAST_OK && num_averaged == 5, "an update of nothing did not count");
+}
+
+void check_exchange() {
+  Random random(4);
+  for (const int64_t chunk_numel : {33, 1000, 5000}) {  // the last is longer than the window of an exchange
+    for (const int32_t num_threads : {1, 2}) {
+      Launch launch = make_launch(chunk_numel, num_threads, 1);
+      std::vector<Tensor> alike;
+      for (Tensor& tensor : launch.tensors) {
+        if (param_itemsize(tensor.dtype) == plane_itemsize(tensor.format, 0) && tensor.dtype == tensor.format) {
+          tensor.fill_random(random);
+          alike.push_back(std::move(tensor));
+        }
+      }
+      launch.tensors = std::move(alike);
+      require(launch.exchange() == SWAFAST_OK, "an exchange was refused");
+      for (Tensor& tensor : launch.tensors) {
+        const bool swapped = tensor.param.holds(tensor.plane0.before()) && tensor.plane0.holds(tensor.param.before());
+        require(swapped && tensor.plane1.unchanged(), "dtype %d, %lld elements: an exchange went wrong", tensor.dtype,
+                static_cast<long long>(tensor.numel));
+        require(tensor.param.intact() && tensor.plane0.intact() && tensor.plane1.intact(),
+                "dtype %d: an exchange wrote beside a buffer", tensor.dtype);
+      }
+      require(launch.exchange() == SWAFAST_OK && launch.untouched(), "two exchanges are not the way back");
+    }
+  }
+}
+
+void check_first_nonfinite() {
+  const uint32_t bads[3][3] = {
+      {0x7f800000, 0xff800000, 0x7f800001}, {0x7f80, 0xff80, 0xffff}, {0x7c00, 0xfc00, 0x7c01}};
+  const uint32_t largest[3] = {0xff7fffff, 0xff7f, 0xfbff};
+  for (const int32_t num_threads : {1, 2}) {
+    Launch launch;
+    launch.num_threads = num_threads;
+    // What comes last in the table is then seen first.
+    launch.reversed = true;
+    launch.add(SWAFAST_BYTES, SWAFAST_FORMAT_COPIED, 256).fill([](int64_t) { return Element{0xff, {0, 0}}; });
+    for (const int64_t numel : {1, 200}) {
+      for (const int32_t dtype : kDtypes) {
+        const uint32_t bits = largest[dtype];
+        launch.add(dtype, dtype, numel, 1).fill([bits](int64_t) { return Element{bits, {0, 0}}; });
+      }
+    }
+    int64_t index = 77;
+    require(launch.first_nonfinite(&index) == SWAFAST_OK && index == -1, "finite params were called nonfinite");
+    for (size_t t = 1; t < launch.tensors.size(); ++t) {
+      Tensor& tensor = launch.tensors[t];
+      const int64_t itemsize = param_itemsize(tensor.dtype);
+      // A parallel region costs milliseconds where others share the cores: two threads look at both ends alone.
+      const int64_t step = num_threads == 1 || tensor.numel == 1 ? 1 : tensor.numel - 1;
+      for (int64_t i = 0; i < tensor.numel; i += step) {
+        put_bits(tensor.param.data(), itemsize, i, bads[tensor.dtype][i % 3]);
+        require(launch.first_nonfinite(&index) == SWAFAST_OK && index == static_cast<int64_t>(t),
+                "dtype %d: element %lld of tensor %lld is not finite, and %lld was named", tensor.dtype,
+                static_cast<long long>(i), static_cast<long long>(t), static_cast<long long>(index));
+        put_bits(tensor.param.data(), itemsize, i, largest[tensor.dtype]);
+      }
+    }
+    for (size_t t = launch.tensors.size(); t-- > 1;) {
+      Tensor& tensor = launch.tensors[t];
+      put_bits(tensor.param.data(), param_itemsize(tensor.dtype), tensor.numel - 1, bads[tensor.dtype][0]);
+      require(launch.first_nonfinite(&index) == SWAFAST_OK && index == static_cast<int64_t>(t),
+              "of several tensors that are not finite the first is %lld, and %lld was named", static_cast<long long>(t),
+              static_cast<long long>(index));
+    }
+  }
+}
+
+// Every float16, and every float32 near which the rounding to float16 or bf16 changes.
+void check_conversions() {
+  std::vector<uint32_t> floats;
+  for (uint32_t bits = 0; bits < 0xfffff000u; bits += 4093) floats.push_back(bits);
+  for (uint32_t half = 0; half < 0x7c00u; ++half) {
+    const uint32_t low = oracle::bits_of(oracle::from_float16(static_cast<uint16_t>(half)));
+    const double next = half == 0x7bff ? 65536.0 : oracle::from_float16(static_cast<uint16_t>(half + 1));
+    const uint32_t tie = oracle::bits_of(static_cast<float>((oracle::float_of(low) + next) / 2.0));
+    for (const uint32_t bits : {low, tie - 1, tie, tie + 1}) floats.insert(floats.end(), {bits, bits | 0x80000000u});
+  }
+  for (uint32_t high = 0; high < 0x10000u; ++high) {
+    for (const uint32_t low : {0x7fffu, 0x8000u, 0x8001u}) floats.push_back((high << 16) | low);
+  }
+  Launch copies;
+  copies.chunk_numel = 32768;
+  for (const int32_t format : kFormats) {
+    copies.add(SWAFAST_FLOAT32, format, static_cast<int64_t>(floats.size())).fill([&](int64_t i) {
+      return Element{floats[static_cast<size_t>(i)], {0, 0}};
+    });
+  }
+  for (const int32_t dtype : {SWAFAST_BFLOAT16, SWAFAST_FLOAT16}) {
+    copies.add(dtype, SWAFAST_FORMAT_FLOAT32, 0x10000).fill([](int64_t i) {
+      return Element{static_cast<uint32_t>(i), {0, 0}};
+    });
+  }
+  copies.update_and_check(1.0);
+
+  Launch written;
+  for (const float average : {0.0f, 1e30f, 1.0f}) {
+    written.add(SWAFAST_FLOAT16, SWAFAST_FORMAT_MIRRORED, 0x10000).fill([average](int64_t i) {
+      return Element{0xbc00, {static_cast<uint32_t>(i), oracle::bits_of(average)}};
+    });
+  }
+  written.update_and_check(0.0);
+}
+
+// Pairs of planes of the `exact` format, at a weight of 0 that leaves every finite value as it is.
+void check_exact_pairs(bool all) {
+  const int32_t edges[] = {0,   1,      -1,     2,       -2,     127,    -128,    255,
+                           256, 0x3fff, 0x4000, -0x4000, 0x7ffe, 0x7fff, -0x7fff, -0x8000};
+  Random random(5);
+  std::vector<int16_t> remainders;
+  if (all) {
+    for (int32_t remainder = INT16_MIN; remainder <= INT16_MAX; ++remainder) {
+      remainders.push_back(static_cast<int16_t>(remainder));
+    }
+  } else {
+    for (const int32_t edge : edges) remainders.push_back(static_cast<int16_t>(edge));
+    for (int i = 0; i < 16; ++i) remainders.push_back(static_cast<int16_t>(random.next()));
+  }
+  const auto count = static_cast<int64_t>(remainders.size());
+  const int64_t highs_at_once = 65536 / count;
+  Launch launch;
+  Tensor& tensor = launch.add(SWAFAST_BFLOAT16, SWAFAST_FORMAT_EXACT, highs_at_once * count);
+  launch.chunk_numel = tensor.numel;
+  for (int64_t high = 0; high < 0x10000; high += highs_at_once) {
+    tensor.fill([&](int64_t i) {
+      // A param of -1 keeps the sign of a zero.
+      return Element{
+          0xbf80,
+          {static_cast<uint32_t>(high + i / count), static_cast<uint16_t>(remainders[static_cast<size_t>(i % count)])}};
+    });
+    launch.update_and_check(0.0);
+  }
+}
+
+// Addresses without memory, save where they are opened: an offset that loses its high bits crashes.
+class Reserved {
+ public:
+  explicit Reserved(int64_t nbytes) : nbytes_(static_cast<size_t>(nbytes)) {
+    base_ = mmap(nullptr, nbytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    require(base_ != MAP_FAILED, "could not reserve %lld bytes of addresses", static_cast<long long>(nbytes));
+  }
+  Reserved(const Reserved&) = delete;
+  ~Reserved() { munmap(base_, nbytes_); }
+
+  uint8_t* base() { return static_cast<uint8_t*>(base_); }
+  uint8_t* open(int64_t offset, int64_t nbytes) {
+    const int64_t page = sysconf(_SC_PAGESIZE), first = offset / page * page;
+    require(mprotect(base() + first, static_cast<size_t>(offset + nbytes - first), PROT_READ | PROT_WRITE) == 0,
+            "could not open reserved addresses");
+    return base() + offset;
+  }
+
+ private:
+  size_t nbytes_;
+  void* base_;
+};
+
+// A chunk that starts past 2^32 elements.
+void check_far_offsets() {
+  constexpr int64_t kFar = (int64_t{1} << 32) + 5, kNumel = 100;
+  Random random(6);
+  for (const int32_t dtype : kDtypes) {
+    const int32_t format = dtype;  // the default format of each dtype has its number
+    const int64_t itemsizes[3] = {param_itemsize(dtype), plane_itemsize(format, 0), plane_itemsize(format, 1)};
+    Reserved reserved[3] = {Reserved((kFar + kNumel) * itemsizes[0]), Reserved((kFar + kNumel) * itemsizes[1]),
+                            Reserved((kFar + kNumel) * (itemsizes[2] == 0 ? 1 : itemsizes[2]))};
+    uint8_t* spans[3];
+    for (int k = 0; k < 3; ++k) spans[k] = reserved[k].open(kFar * itemsizes[k], kNumel * itemsizes[k] + 1);
+    std::vector<Element> before;
+    for (int64_t i = 0; i < kNumel; ++i) {
+      before.push_back(random_element(dtype, format, random));
+      put_bits(spans[0], itemsizes[0], i, before.back().param);
+      put_bits(spans[1], itemsizes[1], i, before.back().planes[0]);
+      put_bits(spans[2], itemsizes[2], i, before.back().planes[1]);
+    }
+    const swafast_tensor row = {reserved[0].base(),
+                                {reserved[1].base(), itemsizes[2] == 0 ? nullptr : reserved[2].base()},
+                                kFar + kNumel,
+                                dtype,
+                                format};
+    swafast_chunk chunk = {0, kFar, kNumel};
+    if (planted == "truncated-far") chunk.offset = static_cast<int32_t>(chunk.offset);
+    const swafast_rule rule = constant(0.3);
+    int64_t num_averaged = 1, index = -7;
+    require(swafast_cpu_update(&row, 1, &chunk, 1, &rule, &num_averaged, 1, 1) == SWAFAST_OK,
+            "a far chunk was refused");
+    for (int64_t i = 0; i < kNumel; ++i) {
+      const uint32_t planes[2] = {bits_at(spans[1], itemsizes[1], i), bits_at(spans[2], itemsizes[2], i)};
+      require(follows(dtype, format, before[static_cast<size_t>(i)], 0.3, planes),
+              "dtype %d: element %lld past 2^32 is wrong", dtype, static_cast<long long>(i));
+    }
+    const uint32_t param = bits_at(spans[0], itemsizes[0], 7), average = bits_at(spans[1], itemsizes[1], 7);
+    require(swafast_cpu_exchange(&row, 1, &chunk, 1, 1) == SWAFAST_OK &&
+                bits_at(spans[0], itemsizes[0], 7) == average && bits_at(spans[1], itemsizes[1], 7) == param,
+            "dtype %d: an exchange past 2^32 went wrong", dtype);
+    put_bits(spans[0], itemsizes[0], kNumel - 1, 0xffffffffu);
+    require(swafast_cpu_first_nonfinite(&row, 1, &chunk, 1, 1, &index) == SWAFAST_OK && index == 0,
+            "dtype %d: a NaN past 2^32 was not seen", dtype);
+  }
+}
+
+// A child of a process that has run a parallel update: its OpenMP runtime has lost its threads.
+void check_fork() {
+  Launch launch;
+  launch.num_threads = 2;
+  Random random(7);
+  launch.add(SWAFAST_BFLOAT16, SWAFAST_FORMAT_EXACT, 10000).fill_random(random);
+  launch.update_and_check(0.3);
+  launch.tensors[0].fill_random(random);
+  const pid_t child = fork();
+  require(child >= 0, "could not fork");
+  if (child == 0) {
+    launch.update_and_check(0.3);
+    std::_Exit(0);
+  }
+  constexpr int kPatienceInMs = 5000;
+  for (int waited = 0;; waited += 5) {
+    int status = 0;
+    if (waitpid(child, &status, WNOHANG) == child) {
+      require(WIFEXITED(status) && WEXITSTATUS(status) == 0, "the update of a forked child failed");
+      return;
+    }
+    if (waited > kPatienceInMs) {
+      kill(child, SIGKILL);
+      waitpid(child, &status, 0);
+      require(false, "the update of a forked child hangs");
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+}
+
+void check_weights() {
+  struct Case {
+    swafast_rule rule;
+    long double (*weight)(long double n);
+  };
+  const Case cases[] = {
+      {constant(0.1), [](long double) { return static_cast<long double>(0.1); }},
+      {{SWAFAST_RULE_EQUAL, {}}, [](long double n) { return 1.0L / (n + 1.0L); }},
+      {{SWAFAST_RULE_POWER_WARMUP, {0.001, 0.9, 2.0, 0.75}},
+       [](long double n) {
+         return std::fmin(std::fmax(std::pow(1.0L + n / 2.0L, -0.75L), static_cast<long double>(0.001)),
+                          static_cast<long double>(0.9));
+       }},
+      {{SWAFAST_RULE_RATIO_WARMUP, {1e-4, 0.7, 0, 0}},
+       [](long double n) {
+         return std::fmin(std::fmax(9.0L / (10.0L + n), static_cast<long double>(1e-4)), static_cast<long double>(0.7));
+       }},
+      {{SWAFAST_RULE_POWER, {7.0, 0, 0, 0}},
+       [](long double n) {
+         const long double kept = 1.0L - 1.0L / (n + 1.0L);
+         // 1 - kept^8, factored so that it does not cancel
+         return (1.0L - kept) * (1.0L + kept) * (1.0L + kept * kept) * (1.0L + kept * kept * kept * kept);
+       }},
+  };
+  for (const Case& it : cases) {
+    require(swafast_weight(&it.rule, 0) == 1.0, "rule %d: the first update is no copy", static_cast<int>(it.rule.kind));
+    for (int64_t n = 1; n < 2'000'000'000'000; n += 1 + n / 7) {
+      const double got = swafast_weight(&it.rule, n);
+      // 1 - kept loses what 1/(n+1) has below the ulp of 1 in a long double
+      const double lost = it.rule.kind == SWAFAST_RULE_POWER ? 1e-18 * static_cast<double>(n) : 0.0;
+      const auto expected = static_cast<double>(it.weight(static_cast<long double>(n)));
+      require(std::fabs(got - expected) <= (1e-15 + lost) * expected, "rule %d, n = %lld: weight %a is not %a",
+              static_cast<int>(it.rule.kind), static_cast<long long>(n), got, expected);
+    }
+  }
+}
+
+void check_isa(bool all) {
+  check_far_offsets();
+  check_updates();
+  check_self_copy();
+  check_refusals();
+  check_exchange();
+  check_first_nonfinite();
+  check_conversions();
+  check_exact_pairs(all);
+  check_fork();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  bool all = false;
+  std::string only;
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    const bool has_value = i + 1 < argc;
+    if (argument == "--all") {
+      all = true;
+    } else if (argument == "--isa" && has_value) {
+      only = argv[++i];
+    } else if (argument == "--plant" && has_value && is_plant(argv[i + 1])) {
+      planted = argv[++i];
+    } else {
+      std::fprintf(stderr, "usage: kernel_test [--isa NAME] [--all] [--plant NAME], with a NAME of kPlants\n");
+      return 2;
+    }
+  }
+  require(swafast_abi() == SWAFAST_ABI, "the library has another interface than its header");
+  const std::string best = swafast_cpu_isa();
+  require(swafast_cpu_use_isa("sse9") != 0 && swafast_cpu_isa() == best, "an unknown instruction set was taken");
+  require(swafast_cpu_use_isa("generic") == 0, "the generic kernels are missing");
+  check_weights();
+  std::string checked;
+  for (const char* isa : {"generic", "avx2", "avx512"}) {
+    if ((!only.empty() && only != isa) || swafast_cpu_use_isa(isa) != 0) continue;
+    require(std::strcmp(swafast_cpu_isa(), isa) == 0, "%s was asked for", isa);
+    check_isa(all);
+    checked += std::string(isa) + " ";
+  }
+  require(!checked.empty(), "this machine or this build lacks %s", only.c_str());
+  std::printf("every check passed: %s(%s)\n", checked.c_str(), swafast_build());
+  return 0;
+}

@@ -1,0 +1,466 @@
+"""The native CPU backend against ``reference``, bit for bit; only a NaN's sign and payload are its own.
+
+``tests/native`` holds the same kernels to an oracle without torch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from swafast.backends import Launch, Pair, native, reference
+from swafast.formats import EXACT, FLOAT32, MIRRORED, Format, decode_exact, encode_exact
+from swafast.rules import EqualAverage, ExponentialAverage, PowerAverage, Rule
+from tests.conftest import NO_LIBRARY
+
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"{NO_LIBRARY}: {native.unavailable()}")
+
+ROOT = Path(__file__).parents[1]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMATS = (FLOAT32, EXACT, MIRRORED)
+WEIGHTS = (1.0, 0.0, 1e-3, 0.3, 0.5, 0.9)
+PAIRS = pytest.mark.parametrize(("dtype", "fmt"), [(d, f) for d in DTYPES for f in FORMATS], ids=str)
+
+
+@pytest.fixture(params=["generic", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = native.current_isa()
+    try:
+        native.use_isa(request.param)
+    except ValueError:
+        pytest.skip(f"needs a processor with {request.param}")
+    yield request.param
+    native.use_isa(before)
+
+
+@pytest.fixture(params=[64, 100])
+def chunk_numel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(native, "CPU_CHUNK_NUMEL", request.param)
+    return request.param
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """This many threads, however small the tensors are."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(native, "_NUMEL_PER_THREAD", 1)
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def any_floats(numel: int) -> Tensor:
+    """Give float32 values of which half are near 1, where a lerp rounds, and half are any bits at all."""
+    bits = torch.randint(-(2**31), 2**31, (numel,)).to(torch.int32).view(torch.float32)
+    return torch.where(torch.rand(numel) < 0.5, bits, torch.randn(numel))
+
+
+def any_values(numel: int, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.float32:
+        return any_floats(numel)
+    bits = torch.randint(-(2**15), 2**15, (numel,)).to(torch.int16).view(dtype)
+    return torch.where(torch.rand(numel) < 0.5, bits, torch.randn(numel).to(dtype))
+
+
+def any_planes(numel: int, fmt: Format) -> tuple[Tensor, ...]:
+    """Give planes of which a quarter hold in ``planes[0]`` what somebody else wrote there."""
+    planes = fmt.encode(any_floats(numel))
+    if fmt.extra:
+        planes[0].copy_(torch.where(torch.rand(numel) < 0.25, any_values(numel, planes[0].dtype), planes[0]))
+    return planes
+
+
+def at_offset(tensor: Tensor, offset: int) -> Tensor:
+    """Give a copy that starts ``offset`` elements into its storage."""
+    return torch.empty(offset + tensor.numel(), dtype=tensor.dtype)[offset:].copy_(tensor)
+
+
+def make_pair(numel: int, dtype: torch.dtype, fmt: Format | None, offset: int = 0) -> Pair:
+    if fmt is None:
+        param, average = (torch.randint(-128, 128, (numel,)).to(dtype) for _ in range(2))
+        return Pair(f"copied {numel}", at_offset(param, offset), (at_offset(average, offset // 2),), None)
+    planes = any_planes(numel, fmt)
+    shifted = tuple(at_offset(plane, (offset * factor) % 8) for plane, factor in zip(planes, (3, 5), strict=False))
+    return Pair(f"{numel} elements", at_offset(any_values(numel, dtype), offset), shifted, fmt)
+
+
+def clone(pairs: Sequence[Pair]) -> list[Pair]:
+    return [Pair(p.name, p.param.clone(), tuple(plane.clone() for plane in p.planes), p.format) for p in pairs]
+
+
+def differing(a: Sequence[Pair], b: Sequence[Pair]) -> list[str]:
+    """Give the names of the pairs that differ in a bit; all NaNs are alike."""
+    return [
+        x.name for x, y in zip(a, b, strict=True) if not all(map(same_bits, (x.param, *x.planes), (y.param, *y.planes)))
+    ]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    same = a.contiguous().view(integer) == b.contiguous().view(integer)
+    return bool((same | (a.isnan() & b.isnan())).all())
+
+
+def check_updates(
+    pairs: Sequence[Pair],
+    weights: Sequence[float] = WEIGHTS,
+    plant: Callable[[native.NativeLaunch], None] = lambda launch: None,
+) -> None:
+    """Hold updates of both backends together: by each weight from the same averages, each with a counter of its own.
+
+    ``plant`` spoils the native tables, for a test of this check.
+    """
+    assert all(map(native.serves, pairs))
+    initial, expected = clone(pairs), clone(pairs)
+    launch = native.prepare(pairs)
+    plant(launch)
+    launches: tuple[Launch, Launch] = (launch, reference.prepare(expected))
+    counters = torch.tensor(1), torch.tensor(1)
+    for weight in weights:
+        rule = ExponentialAverage(1.0 - weight)
+        for each, on, counter in zip(launches, (pairs, expected), counters, strict=True):
+            for pair, start in zip(on, initial, strict=True):
+                for plane, value in zip(pair.planes, start.planes, strict=True):
+                    plane.copy_(value)
+            each.update([pair.param for pair in on], rule, counter, 1)
+        assert differing(pairs, expected) == [], f"weight {weight}"
+        assert torch.equal(*counters)
+
+
+def sizes_around(chunk_numel: int) -> list[int]:
+    return [0, 1, 7, 8, 15, 16, 17, 31, 33, chunk_numel - 1, chunk_numel, chunk_numel + 1, 3 * chunk_numel + 7]
+
+
+@PAIRS
+def test_updates_equal_the_reference(isa: str, chunk_numel: int, threads: int, dtype: torch.dtype, fmt: Format) -> None:
+    check_updates([make_pair(n, dtype, fmt, offset) for n in sizes_around(chunk_numel) for offset in (0, 1, 6)])
+
+
+def _shorten_a_chunk(launch: native.NativeLaunch) -> None:
+    launch._chunks[0, 2] -= 1
+
+
+def _repeat_a_chunk(launch: native.NativeLaunch) -> None:
+    launch._chunks[1] = launch._chunks[0]
+
+
+def _mistake_the_dtype(launch: native.NativeLaunch) -> None:
+    launch._tensors[0].dtype = 2
+
+
+def _mistake_the_plane(launch: native.NativeLaunch) -> None:
+    launch._tensors[0].planes[1] = launch._tensors[0].planes[0]
+
+
+@pytest.mark.parametrize("plant", [_shorten_a_chunk, _repeat_a_chunk, _mistake_the_dtype, _mistake_the_plane])
+def test_the_check_of_updates_sees_a_spoiled_table(
+    isa: str, small_chunks: int, plant: Callable[[native.NativeLaunch], None]
+) -> None:
+    with pytest.raises(AssertionError, match="weight"):
+        check_updates([make_pair(3 * small_chunks, torch.bfloat16, EXACT)], plant=plant)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.float64])
+def test_copies_equal_the_reference(isa: str, chunk_numel: int, dtype: torch.dtype) -> None:
+    check_updates([make_pair(n, dtype, None, offset) for n in sizes_around(chunk_numel) for offset in (0, 1)])
+
+
+def test_one_launch_serves_many_tensors_of_all_kinds(isa: str, threads: int) -> None:
+    pairs = [make_pair(n % 7, dtype, fmt, n % 3) for n in range(300) for dtype in DTYPES for fmt in FORMATS] + [
+        make_pair(n % 7, torch.int32, None) for n in range(300)
+    ]
+    check_updates(pairs, (0.3,))
+
+
+@PAIRS
+def test_dense_layouts_equal_the_reference(isa: str, chunk_numel: int, dtype: torch.dtype, fmt: Format) -> None:
+    views = (
+        lambda flat: flat.view(5, 7, 3, 4).permute(0, 3, 1, 2),  # channels_last
+        lambda flat: flat.view(20, 21).t(),
+        lambda flat: flat.view(4, 15, 7).permute(2, 0, 1),
+        lambda flat: flat.view(1, 420, 1),
+        lambda flat: flat[0],
+        lambda flat: flat[:0].view(0, 4),
+    )
+    flat = [make_pair(420, dtype, fmt) for _ in views]
+    pairs = [
+        Pair(str(i), view(pair.param), tuple(map(view, pair.planes)), fmt)
+        for i, (view, pair) in enumerate(zip(views, flat, strict=True))
+    ]
+    assert pairs[0].param.is_contiguous(memory_format=torch.channels_last)
+    check_updates(pairs)
+
+
+def test_only_dense_tensors_in_one_order_are_served() -> None:
+    matrix, cube = torch.randn(6, 4), torch.randn(2, 3, 4)
+    assert native.serves(Pair("", matrix, (torch.randn(6, 4),), FLOAT32))
+    for param, average in (
+        (matrix[:, ::2], torch.randn(6, 2)),
+        (matrix, torch.randn(4, 6).t()),
+        (matrix.t(), torch.randn(4, 6)),
+        (torch.randn(6, 1).expand(6, 4), matrix),
+        (cube.transpose(0, 1), torch.randn(3, 2, 4)),
+        (matrix.double(), matrix.double()),
+        (matrix.to(torch.complex64), matrix.to(torch.complex64)),
+    ):
+        assert not native.serves(Pair("", param, (average,), FLOAT32))
+    assert not native.serves(Pair("", matrix, (matrix.bfloat16(), torch.zeros(4, 6, dtype=torch.int16).t()), EXACT))
+    assert not native.serves(Pair("", torch.randn(3), (torch.randn(3).double(),), None))
+
+
+@pytest.mark.parametrize("weight", [1e-8, 0.25, 0.49999997, 0.5, 0.75, 1 - 2**-24, 1 - 1e-12])
+def test_weights_round_as_the_reference_rounds_them(isa: str, weight: float) -> None:
+    check_updates([make_pair(5000, dtype, fmt) for dtype in DTYPES for fmt in FORMATS], (weight,))
+
+
+def test_a_first_update_copies_every_bit(isa: str) -> None:
+    pair = make_pair(1000, torch.float32, FLOAT32)
+    native.prepare([pair]).update([pair.param], ExponentialAverage(0.9), torch.tensor(0), 1)
+    assert torch.equal(pair.average.view(torch.int32), pair.param.view(torch.int32))
+
+
+def test_a_negative_count_leaves_everything_as_it_was() -> None:
+    pairs = [make_pair(1000, torch.bfloat16, EXACT), make_pair(9, torch.int64, None)]
+    before, counter = clone(pairs), torch.tensor(-1)
+    with pytest.raises(ValueError, match="n_averaged must be >= 0"):
+        native.prepare(pairs).update([pair.param for pair in pairs], EqualAverage(), counter, 1)
+    assert differing(pairs, before) == []
+    assert counter.item() == -1
+
+
+def test_an_unknown_instruction_set_changes_nothing() -> None:
+    before = native.current_isa()
+    with pytest.raises(ValueError, match="isa must be one that this machine has, got 'sse9'"):
+        native.use_isa("sse9")
+    assert native.current_isa() == before
+    assert before in native.describe()
+
+
+@pytest.mark.parametrize(("dtype", "fmt"), [*zip(DTYPES, FORMATS, strict=True), (torch.int32, None)], ids=str)
+def test_an_exchange_moves_every_bit_there_and_back(
+    isa: str, chunk_numel: int, threads: int, dtype: torch.dtype, fmt: Format | None
+) -> None:
+    pairs = [make_pair(n, dtype, fmt, offset) for n in (*sizes_around(chunk_numel), 5000) for offset in (0, 3)]
+    before = clone(pairs)
+    launch = native.prepare(pairs)
+    launch.exchange()
+    for pair, old in zip(pairs, before, strict=True):
+        assert torch.equal(pair.param.view(torch.uint8), old.average.view(torch.uint8))
+        assert torch.equal(pair.average.view(torch.uint8), old.param.view(torch.uint8))
+        assert (
+            differing([Pair("", old.param, pair.planes[1:], None)], [Pair("", old.param, old.planes[1:], None)]) == []
+        )
+    launch.exchange()
+    assert differing(pairs, before) == []
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_the_first_nonfinite_param_is_found(isa: str, chunk_numel: int, threads: int, bad: float) -> None:
+    numels = (3, 0, 3 * chunk_numel + 7, 1)
+    copied = Pair("copied", torch.full((9,), bad), (torch.zeros(9),), None)
+    pairs = [copied] + [
+        Pair("", torch.randn(n).to(dtype), fmt.encode(torch.randn(n)), fmt)
+        for n in numels
+        for dtype, fmt in zip(DTYPES, FORMATS, strict=True)
+    ]
+    params = [pair.param for pair in pairs]
+    launches = native.prepare(pairs), reference.prepare(pairs)
+    assert [launch.first_nonfinite(params) for launch in launches] == [None, None]
+    for index in reversed(range(1, len(pairs))):
+        if params[index].numel():
+            params[index][-1] = bad
+            assert [launch.first_nonfinite(params) for launch in launches] == [index, index]
+
+
+def test_launches_of_several_threads_do_not_meet(threads: int) -> None:
+    batches = [[make_pair(20_000, dtype, fmt) for dtype in DTYPES for fmt in FORMATS] for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(check_updates, batches))
+
+
+RULES: list[Rule] = [
+    EqualAverage(),
+    ExponentialAverage(0.999),
+    ExponentialAverage(1.0),
+    ExponentialAverage(0.0),
+    ExponentialAverage(0.9999, warmup="power"),
+    ExponentialAverage(0.99999, warmup="power", inv_gamma=37.0, power=0.75, min_decay=0.1),
+    ExponentialAverage(0.9999, warmup="ratio"),
+    ExponentialAverage(0.9999, warmup="ratio", min_decay=0.3),
+    PowerAverage(0.0),
+    PowerAverage(6.94),
+    PowerAverage(16.97),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_weights_equal_those_of_python(rule: Rule) -> None:
+    counts = [*range(10_001), *(10**k + d for k in range(4, 13) for d in (-1, 0, 1)), 2**53 + 1, 2**63 - 1]
+    wrong = [n for n in counts if _float32(native.weight(rule, n)) != _float32(rule.weight(n))]
+    assert wrong == []
+    # One libm serves both, so that not even the float64 differ.
+    assert [n for n in counts if native.weight(rule, n) != rule.weight(n)] == []
+
+
+def _float32(value: float) -> bytes:
+    return struct.pack("<f", value)
+
+
+def check_exact_pairs(highs: Tensor, lows: Tensor) -> None:
+    """Run every pair of planes from ``highs`` x ``lows`` (int16) through an update that keeps finite values."""
+    high = highs.repeat_interleave(len(lows)).view(torch.bfloat16)
+    low = lows.repeat(len(highs))
+    value = decode_exact((high, low))
+    # The weight is 0, and 0 * infinity is NaN. A param of -1 keeps the sign of a zero.
+    expected = encode_exact(torch.where(value.isinf(), math.nan, value))
+    pair = Pair("", torch.full((len(high),), -1.0, dtype=torch.bfloat16), (high, low), EXACT)
+    native.prepare([pair]).update([pair.param], ExponentialAverage(1.0), torch.tensor(1), 1)
+    assert same_bits(high, expected[0])
+    assert torch.equal(low, expected[1])
+
+
+def test_exact_reads_and_writes_planes_as_the_formula_says(isa: str) -> None:
+    edges = [sign * edge for edge in (0, 1, 2, 127, 128, 255, 256, 2**14, 2**15 - 1) for sign in (1, -1)]
+    lows = torch.cat([torch.tensor([*edges, -(2**15)]), torch.randint(-(2**15), 2**15, (13,))]).to(torch.int16)
+    check_exact_pairs(torch.arange(-(2**15), 2**15).to(torch.int16), lows)
+
+
+@pytest.mark.slow
+def test_exact_reads_and_writes_all_planes_as_the_formula_says() -> None:
+    lows = torch.arange(-(2**15), 2**15).to(torch.int16)
+    for start in range(-(2**15), 2**15, 64):
+        check_exact_pairs(torch.arange(start, start + 64).to(torch.int16), lows)
+
+
+def run_script(script: str) -> None:
+    """Run Python in a process of its own, so that a crash or a hang of it fails one test."""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"ended with {done.returncode}: {done.stdout}{done.stderr}"
+
+
+GUARD_PAGES = """
+import ctypes, mmap, os, resource, signal
+import torch
+from swafast.backends import Pair, native
+from swafast.rules import ExponentialAverage
+from tests.test_native import DTYPES, FORMATS, any_planes, any_values, check_updates
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
+libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def guarded(tensor, at_end):
+    # a copy whose memory ends where a page begins that nobody may touch, or begins where one ends
+    if not tensor.nbytes:
+        return tensor
+    page = mmap.PAGESIZE
+    body = -(-tensor.nbytes // page) * page
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    base = libc.mmap(None, body + 2 * page, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    assert base != ctypes.c_void_p(-1).value, os.strerror(ctypes.get_errno())
+    for guard in (base, base + page + body):
+        assert libc.mprotect(guard, page, 0) == 0, os.strerror(ctypes.get_errno())
+    start = base + page + (body - tensor.nbytes if at_end else 0)
+    memory = (ctypes.c_char * tensor.nbytes).from_address(start)
+    return torch.frombuffer(memory, dtype=tensor.dtype).copy_(tensor)
+
+
+def guarded_pair(numel, dtype, fmt, at_end):
+    tensors = (any_values(numel, dtype), *any_planes(numel, fmt))
+    param, *planes = (guarded(tensor, at_end) for tensor in tensors)
+    return Pair(f"{numel} {dtype} {fmt} {at_end}", param, tuple(planes), fmt)
+
+
+def update(launch, pair):
+    launch.update([pair.param], ExponentialAverage(0.9), torch.tensor(1), 1)
+
+
+def crashes(dtype, fmt, plant):
+    # whether an update dies of touching a guard page, in a child
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        pair = guarded_pair(1000, dtype, fmt, plant == "after")
+        launch = native.prepare([pair])
+        launch._chunks[-1, 2 if plant == "after" else 1] += 1 if plant == "after" else -1
+        update(launch, pair)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGSEGV, signal.SIGBUS)
+
+
+torch.manual_seed(20)
+best = native.current_isa()
+for isa in ("generic", "avx2", "avx512"):
+    try:
+        native.use_isa(isa)
+    except ValueError:
+        continue
+    for dtype in DTYPES:
+        for fmt in FORMATS:
+            pairs = [
+                guarded_pair(numel, dtype, fmt, at_end)
+                for numel in (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 1000, 4096, 5000)
+                for at_end in (False, True)
+            ]
+            check_updates(pairs, (0.3, 0.9))
+            launch = native.prepare(pairs)
+            launch.first_nonfinite([])
+            if pairs[0].param.dtype == pairs[0].average.dtype:
+                launch.exchange()
+native.use_isa(best)
+for dtype in DTYPES:
+    for fmt in FORMATS:
+        for plant in ("before", "after"):
+            assert crashes(dtype, fmt, plant), f"nobody saw an overrun {plant} a buffer: {dtype} {fmt}"
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's mmap")
+def test_no_byte_outside_the_buffers_is_touched() -> None:
+    """Every buffer stands against a page that may not be touched; a chunk one element too long crashes."""
+    run_script(GUARD_PAGES)
+
+
+FORKED_CHILD = """
+import os, signal
+import torch
+from swafast.backends import native
+from swafast.formats import EXACT
+from tests.test_native import check_updates, make_pair
+
+torch.set_num_threads(2)
+native._NUMEL_PER_THREAD = 1
+native.CPU_CHUNK_NUMEL = 64
+check_updates([make_pair(10_000, torch.bfloat16, EXACT)])
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)  # for torch's own kernels, which hang here
+    pairs = [make_pair(10_000, torch.bfloat16, EXACT)]
+    native.NativeLaunch._threads = lambda launch: 2
+    check_updates(pairs)
+    os._exit(0)
+signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+signal.alarm(30)
+_, status = os.waitpid(child, 0)
+assert status == 0, f"the child ended with status {status}"
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_forked_child_can_update() -> None:
+    run_script(FORKED_CHILD)

@@ -1,0 +1,199 @@
+"""The kernel test (``tests/native``): built with the host's compiler, run under sanitizers, and shown to fail.
+
+It fails with each way of spoiling what the library is handed (``--plant``), and with each of the mutants below: copies
+of ``csrc`` with one bug in them.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+#: The command that starts it, or nothing.
+COMPILER = shlex.split(os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), ""))
+
+pytestmark = pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
+
+FLAGS = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+#: The flags that CMakeLists.txt gives each file.
+UNITS: dict[str, list[str]] = {"launch": [], "generic": [], "avx2": [], "avx512": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    UNITS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    UNITS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+#: The units that are of use to one instruction set alone.
+ISAS = ("generic", "avx2", "avx512")
+
+Finished = subprocess.CompletedProcess[str]
+
+PLANTS = (
+    *("long-chunk", "short-chunk", "dropped-chunk", "doubled-chunk", "wrong-dtype", "wrong-format"),
+    *("shifted-plane", "swapped-planes", "stale-weight", "truncated-far"),
+)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One bug: ``old`` becomes ``new`` where it first stands in ``file``, and ``unit`` is built from that."""
+
+    name: str
+    unit: str
+    file: str
+    old: str
+    new: str
+    openmp: bool = False  # whether only a build with OpenMP shows it
+
+
+MUTANTS = (
+    Mutant("tail stops short", "generic", "cpu/span.h", "for (; i < numel; ++i)", "for (; i + 1 < numel; ++i)"),
+    Mutant("vectors overrun", "avx2", "cpu/span.h", "i + V::kLanes <= numel;", "i + V::kLanes <= numel + 1;"),
+    Mutant("second vector twice", "avx512", "cpu/span.h", "param + i + V::kLanes)", "param + i)"),
+    Mutant("rounds half down", "generic", "element.h", "bits + 0x8000u", "bits + 0x7fffu"),
+    Mutant("half ties away", "generic", "element.h", "+ 0xfffu + odd)", "+ 0x1000u)"),
+    Mutant("half overflows late", "generic", "element.h", "0x477ff000u", "0x48000000u"),
+    Mutant("not fused", "generic", "element.h", "fmaf(step.weight, difference,", "(step.weight * difference +"),
+    Mutant("far at one half", "launch", "element.h", "step.weight < 0.5f", "step.weight <= 0.5f"),
+    Mutant("lerps at weight 1", "launch", "element.h", "step.weight == 1.0f ? Step::kCopy :", ""),
+    Mutant("stale infinity", "avx2", "cpu/avx2.cpp", "_mm256_or_si256(stale_zero, stale_infinity)", "stale_zero"),
+    Mutant("NaN payload kept", "avx512", "cpu/avx512.cpp", "(bits, nan, sign", "(bits, 0, sign"),
+    Mutant("written half unseen", "avx512", "cpu/avx512.cpp", "(average, written, half)", "(average, 0, half)"),
+    Mutant("first chunk dropped", "launch", "cpu/launch.cpp", "++i) body(i)", "++i) if (i > 0) body(i)", openmp=True),
+    Mutant("32-bit offset", "launch", "cpu/launch.cpp", "void* base, int64_t nbytes", "void* base, int32_t nbytes"),
+    Mutant("last tensor unchecked", "launch", "cpu/launch.cpp", "i < num_tensors; ++i", "i + 1 < num_tensors; ++i"),
+    Mutant("counts by one", "launch", "cpu/launch.cpp", "*num_averaged += advance", "*num_averaged += 1"),
+    Mutant("threads after fork", "launch", "cpu/launch.cpp", "in_forked_child.store(true);", "", openmp=True),
+    Mutant("a bf16 infinity is finite", "generic", "cpu/span.h", "<uint16_t, 0x7f80u>", "<uint16_t, 0x7fffu>"),
+    Mutant("first seen wins", "launch", "cpu/launch.cpp", "chunk.tensor >= first.load(", "num_tensors > first.load("),
+    Mutant("last tensor is finite", "launch", "cpu/launch.cpp", "first{num_tensors}", "first{num_tensors - 1}"),
+    Mutant("exchange window", "generic", "cpu/span.h", "done += kWindow)", "done += 2 * kWindow)"),
+)
+
+
+@dataclass
+class Kit:
+    """The built objects of the library and of the test, with and without sanitizers, from which mutants are linked."""
+
+    folder: Path
+    openmp: list[str]
+    objects: dict[str, dict[str, Path]] = field(default_factory=dict)  # variant -> unit -> object
+
+    def compile(self, source: Path, out: Path, flags: list[str]) -> Path:
+        command = [*COMPILER, *FLAGS, *self.openmp, *flags, "-I", str(ROOT / "csrc"), "-c", str(source), "-o", str(out)]
+        _run(command)
+        return out
+
+    def compile_unit(self, csrc: Path, unit: str, variant: str, out: Path) -> Path:
+        flags = ["-O3"] if variant == "plain" else ["-O1", *SANITIZE]
+        return self.compile(csrc / "cpu" / f"{unit}.cpp", out, [*flags, *UNITS[unit]])
+
+    def link(self, objects: Mapping[str, Path], variant: str, out: Path) -> Path:
+        flags = [] if variant == "plain" else SANITIZE
+        _run([*COMPILER, *self.openmp, *flags, *map(str, objects.values()), "-o", str(out), "-pthread"])
+        return out
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
+
+
+def _openmp(folder: Path) -> list[str]:
+    """Give the compiler's flag for OpenMP, where it has that."""
+    source = folder / "openmp.cpp"
+    source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+    command = [*COMPILER, "-fopenmp", str(source), "-o", str(folder / "openmp")]
+    return ["-fopenmp"] if subprocess.run(command, capture_output=True, timeout=300).returncode == 0 else []
+
+
+def execute(program: Path, *arguments: str) -> Finished:
+    # The library keeps no memory of its own, and the leak checker does not run under every debugger and container.
+    # A waiting OpenMP thread that spins takes the time of the one it waits for, where cores are shared.
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "OMP_WAIT_POLICY": "passive"}
+    env = {**os.environ, **options}
+    return subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=240, env=env)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        yield pool
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory: pytest.TempPathFactory, pool: ThreadPoolExecutor) -> Kit:
+    folder = tmp_path_factory.mktemp("kit")
+    kit = Kit(folder, _openmp(folder))
+    test = ROOT / "tests" / "native" / "kernel_test.cpp"
+    futures: dict[str, dict[str, Future[Path]]] = {}
+    # The test program itself is not instrumented, which halves the time; it still marks its buffers' surroundings.
+    for variant, flags in (("sanitized", ["-O2", "-DSWAFAST_TEST_ASAN=1"]), ("plain", ["-O2"])):
+        futures[variant] = {"test": pool.submit(kit.compile, test, folder / f"test-{variant}.o", flags)}
+        for unit in UNITS:
+            out = folder / f"{unit}-{variant}.o"
+            futures[variant][unit] = pool.submit(kit.compile_unit, ROOT / "csrc", unit, variant, out)
+    kit.objects = {v: {unit: made.result() for unit, made in units.items()} for v, units in futures.items()}
+    return kit
+
+
+@pytest.fixture(scope="module")
+def programs(kit: Kit) -> dict[str, Path]:
+    return {variant: kit.link(objects, variant, kit.folder / variant) for variant, objects in kit.objects.items()}
+
+
+@pytest.fixture(scope="module")
+def mutants(kit: Kit, pool: ThreadPoolExecutor) -> dict[str, Future[Finished]]:
+    """All of them under way, two at a time: alone each would wait for its compiler."""
+    return {mutant.name: pool.submit(run_mutant, kit, mutant) for mutant in MUTANTS}
+
+
+def run_mutant(kit: Kit, mutant: Mutant) -> Finished:
+    folder = kit.folder / mutant.name.replace(" ", "-")
+    csrc = Path(shutil.copytree(ROOT / "csrc", folder / "csrc"))
+    text = (csrc / mutant.file).read_text()
+    assert mutant.old in text, f"{mutant.file} has no {mutant.old!r} any more: plant this bug another way"
+    (csrc / mutant.file).write_text(text.replace(mutant.old, mutant.new, 1))
+    made = kit.compile_unit(csrc, mutant.unit, "sanitized", folder / "mutant.o")
+    program = kit.link({**kit.objects["sanitized"], mutant.unit: made}, "sanitized", folder / "program")
+    return execute(program, *(("--isa", mutant.unit) if mutant.unit in ISAS else ()))
+
+
+@pytest.fixture(scope="module")
+def healthy(programs: dict[str, Path], pool: ThreadPoolExecutor) -> dict[str, Finished]:
+    """What each program said when nothing was spoiled."""
+    return dict(zip(programs, pool.map(execute, programs.values()), strict=True))
+
+
+@pytest.mark.parametrize("variant", ["sanitized", "plain"])
+def test_kernels_pass(healthy: dict[str, Finished], variant: str) -> None:
+    assert healthy[variant].returncode == 0, healthy[variant].stderr
+    assert "every check passed: generic " in healthy[variant].stdout
+
+
+@pytest.mark.parametrize("variant", ["sanitized", "plain"])
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_spoiled_call_is_seen(programs: dict[str, Path], variant: str, plant: str) -> None:
+    done = execute(programs[variant], "--plant", plant)
+    assert done.returncode not in (0, 2), f"{plant} was not seen: {done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_mutant_is_killed(
+    kit: Kit, healthy: dict[str, Finished], mutants: dict[str, Future[Finished]], mutant: Mutant
+) -> None:
+    if mutant.unit in ISAS and f" {mutant.unit} " not in healthy["plain"].stdout:
+        pytest.skip(f"needs a processor with {mutant.unit}")
+    if mutant.openmp and not kit.openmp:
+        pytest.skip("needs OpenMP")
+    done = mutants[mutant.name].result()
+    assert done.returncode not in (0, 2), f"{mutant.name} lives: {done.stdout}{done.stderr}"
