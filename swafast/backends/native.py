@@ -150,7 +150,7 @@ def _rule(rule: Rule, num_averaged: int) -> _Rule:
 
 
 def serves(pair: Pair) -> bool:
-    """Say whether the kernels take this pair: CPU, a dtype they know, both sides aligned and dense in the same order."""
+    """Say whether the kernels take this pair: CPU, a known dtype, both sides aligned and dense in one order."""
     param, average = pair.param, pair.average
     if param.device.type != "cpu" or any(plane.device.type != "cpu" for plane in pair.planes):
         return False
