@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define SWAFAST_ABI 1
+#define SWAFAST_ABI 2
 
 /* dtype of a param */
 enum { SWAFAST_FLOAT32 = 0, SWAFAST_BFLOAT16 = 1, SWAFAST_FLOAT16 = 2, SWAFAST_BYTES = 3, SWAFAST_NUM_DTYPES = 4 };
@@ -79,9 +79,10 @@ SWAFAST_EXPORT int32_t swafast_cpu_update(const swafast_tensor* tensors, int64_t
                                           const swafast_chunk* chunks, int64_t num_chunks, const swafast_rule* rule,
                                           int64_t* num_averaged, int64_t advance, int32_t num_threads);
 
-/* Exchange the bytes of every param with those of planes[0]; the dtypes must agree. */
+/* Exchange the bytes of every param with those of planes[0], then *exchanged ^= 1; the dtypes must agree. */
 SWAFAST_EXPORT int32_t swafast_cpu_exchange(const swafast_tensor* tensors, int64_t num_tensors,
-                                            const swafast_chunk* chunks, int64_t num_chunks, int32_t num_threads);
+                                            const swafast_chunk* chunks, int64_t num_chunks, int32_t num_threads,
+                                            int64_t* exchanged);
 
 /* *tensor = the lowest index of a tensor whose param holds a NaN or an infinity, or -1. Copied tensors do not count. */
 SWAFAST_EXPORT int32_t swafast_cpu_first_nonfinite(const swafast_tensor* tensors, int64_t num_tensors,

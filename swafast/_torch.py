@@ -45,7 +45,7 @@ def _make_guards(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
 @functools.cache
 def _guards_work() -> bool:
     """Say whether this torch's guards accept what is the same and reject what is not."""
-    tensor = torch.empty(2, 3)
+    tensor = torch.empty(2, 3, device="cpu")
     check = _make_guards([tensor])
     others = (tensor.view(3, 2), tensor.as_strided((2, 3), (1, 2)), tensor.double(), tensor[:1], tensor.to("meta"))
     return check is not None and check(tensor) and not any(check(other) for other in others)
@@ -69,6 +69,6 @@ def closure_of(factory: Callable[..., Any], function: object) -> dict[str, Any] 
     return {name: cell.cell_contents for name, cell in zip(inner.__code__.co_freevars, cells, strict=True)}
 
 
-#: torch's factories of averaging functions: (factory, whether it has a decay).
+#: torch's factories of averaging functions, those of the equal mean and those with a decay.
 SWA_FACTORIES = (swa_utils.get_swa_multi_avg_fn, swa_utils.get_swa_avg_fn)
 EMA_FACTORIES = (swa_utils.get_ema_multi_avg_fn, swa_utils.get_ema_avg_fn)

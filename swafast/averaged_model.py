@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +15,8 @@ from . import matching, ops
 from ._torch import disable_dynamo
 from .exchange import Exchange
 from .formats import OWN, Format, check_format, format_of, stored_dtype
-from .functions import update_by_function
+from .functions import choose_rule, update_by_function
+from .locks import ForkSafeLock
 from .matching import Binding, check_model, each_average
 from .names import unwrap
 from .planes import Recast, find_planes, fit_planes
@@ -24,7 +24,6 @@ from .rules import Rule, rule_of
 from .states import check_load, export, keeping_ties, translate_load
 
 _NONFINITE = ("propagate", "raise", "skip")
-_LOCK_FOR_LOCKS = threading.Lock()
 
 
 class FusedAveragedModel(AveragedModel):
@@ -54,6 +53,7 @@ class FusedAveragedModel(AveragedModel):
 
     Raises:
         TypeError: ``model`` is no module.
+        NotImplementedError: a parameter's dtype (float8, say) cannot be averaged; ``include`` may leave it out.
         ValueError: an argument is none of the above, two of ``rule``, ``avg_fn`` and ``multi_avg_fn`` are given, or the
             model has lazy or only empty parameters.
         RuntimeError: ``backend`` cannot run on this machine.
@@ -83,7 +83,6 @@ class FusedAveragedModel(AveragedModel):
     _binding: Binding | None = None
     _homes: frozenset[int] = frozenset()
     _swapped: bool = False
-    _lock: Any = None
 
     def __init__(
         self,
@@ -99,24 +98,15 @@ class FusedAveragedModel(AveragedModel):
         include: Callable[[str, Tensor], bool] | None = None,
         nonfinite: str = "propagate",
     ) -> None:
-        given = [
-            name
-            for name, value in (("rule", rule), ("avg_fn", avg_fn), ("multi_avg_fn", multi_avg_fn))
-            if value is not None
-        ]
-        if len(given) > 1:
-            raise ValueError(f"only one of rule, avg_fn and multi_avg_fn must be given, got {' and '.join(given)}")
-        if rule is not None and not isinstance(rule, Rule):
-            raise TypeError(f"rule must be a swafast.rules.Rule, got {type(rule).__name__}")
-        if nonfinite not in _NONFINITE:
-            raise ValueError(f"nonfinite must be one of {', '.join(map(repr, _NONFINITE))}, got {nonfinite!r}")
-        recognised = rule if rule is not None else rule_of(avg_fn, multi_avg_fn)
+        recognised = choose_rule(rule, avg_fn, multi_avg_fn)
         check_format(format)
         if recognised is None and format is not None:
             raise ValueError(f"format must be None with an averaging function of your own, got {format!r}")
+        if nonfinite not in _NONFINITE:
+            raise ValueError(f"nonfinite must be one of {', '.join(map(repr, _NONFINITE))}, got {nonfinite!r}")
         ops.choose_backends(backend)
         check_model(model)
-        if given and recognised is not None:
+        if recognised is not None and (rule, avg_fn, multi_avg_fn) != (None, None, None):
             # torch's closures do not pickle; the rule that they stand for does.
             avg_fn, multi_avg_fn = None, recognised
         super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)
@@ -201,6 +191,9 @@ class FusedAveragedModel(AveragedModel):
             if current is not None:
                 return (self._binding, *current)
         ops.check_counter(self.n_averaged)
+        where = next((p.device for p in self.module.parameters()), self.n_averaged.device)
+        if self.n_averaged.device not in (where, torch.device("meta")):
+            self.n_averaged = self.n_averaged.to(where)  # the kernels count where the averages are
         self._binding = matching.bind(
             self,
             self.module,
@@ -225,7 +218,8 @@ class FusedAveragedModel(AveragedModel):
 
         Params and buffers change places with the averages in place where the dtypes agree (with ``exact`` through its
         bfloat16 plane), otherwise the params are set aside. They change back on leaving, after an exception too. The
-        body must not train the model: what it writes into the params is written into the averages.
+        body must not train the model: what it writes into the params is written into the averages. Meanwhile the
+        averaged module holds the model's params.
 
         Raises:
             TypeError, ValueError: as :meth:`update_parameters`; nothing has changed.
@@ -234,16 +228,21 @@ class FusedAveragedModel(AveragedModel):
         """
         with self._alone("swapped_into"):
             binding, params, planes = self._bind(model)
-            use_native = "cpu" in [backend.name for backend in ops.choose_backends(self.backend)]
-            exchange = Exchange(binding.plan.pairs(params, planes), use_native)
-            exchange.there()
+            exchange = Exchange(binding.plan.pairs(params, planes), ops.choose_backends(self.backend))
             self._swapped = True
         try:
+            with self._own_lock():
+                exchange.there()
             yield model
         finally:
-            with self._own_lock():
+            try:
+                with self._own_lock():
+                    exchange.back()
+            except KeyboardInterrupt:
+                exchange.back()  # the rest of the way
+                raise
+            finally:
                 self._swapped = False
-                exchange.back()
 
     @torch.no_grad()
     def copy_to(self, model: Module) -> None:
@@ -300,12 +299,14 @@ class FusedAveragedModel(AveragedModel):
             with keeping_ties(self.module):
                 return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *rest: Any
+    ) -> None:
         if self._swapped:
             raise RuntimeError("load_state_dict must wait until the averages are swapped back out of the model")
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
-        translate_load(self, self.module, state_dict, prefix, self._format_of, assign)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        translate_load(self, self.module, state_dict, prefix, self._format_of, assign=assign, strict=strict)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAveragedModel:
         """Move or cast as any module does; a cast encodes each average anew, so no precision is lost with its dtype."""
@@ -327,11 +328,9 @@ class FusedAveragedModel(AveragedModel):
             own = {"_lock", "_binding", "_homes", "include"}
             return {key: value for key, value in self.__dict__.items() if key not in own}
 
-    def _own_lock(self) -> Any:
-        if self._lock is None:
-            with _LOCK_FOR_LOCKS:
-                self._lock = self._lock or threading.RLock()
-        return self._lock
+    def _own_lock(self) -> ForkSafeLock:
+        lock: ForkSafeLock = self.__dict__.setdefault("_lock", ForkSafeLock())  # atomic, so all threads get the same
+        return lock
 
     @contextmanager
     def _alone(self, action: str) -> Iterator[None]:

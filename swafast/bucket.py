@@ -90,11 +90,12 @@ def cut_chunks(numels: Sequence[int], chunk_numel: int) -> Tensor:
 
     An empty tensor has no chunk. Worked out by torch, since Llama-3-8B has 245,000 of them.
     """
-    sizes = torch.tensor(list(numels), dtype=torch.int64)
+    # The device is named throughout: the user's default device may be another, and the table is the host's.
+    sizes = torch.tensor(list(numels), dtype=torch.int64, device="cpu")
     counts = (sizes + (chunk_numel - 1)).div(chunk_numel, rounding_mode="floor")
-    tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    tensor = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), counts)
     first = torch.cumsum(counts, 0) - counts
-    offset = (torch.arange(len(tensor)) - first[tensor]) * chunk_numel
+    offset = (torch.arange(len(tensor), device="cpu") - first[tensor]) * chunk_numel
     numel = torch.clamp(sizes[tensor] - offset, max=chunk_numel)
     return torch.stack((tensor, offset, numel), dim=1).contiguous()
 

@@ -1,4 +1,4 @@
-"""Averaging functions of the user's own, called the way torch's class calls them."""
+"""Averaging functions given in a rule's place: recognised, or called the way torch's class calls them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,29 @@ import torch
 from torch import Tensor
 
 from .backends import Pair
+from .rules import Rule, rule_of
 
 AvgFn = Callable[..., Tensor]
 MultiAvgFn = Callable[..., None]
+
+
+def choose_rule(rule: object, avg_fn: object, multi_avg_fn: object) -> Rule | None:
+    """Give the rule that at most one of these arguments stands for, or None for a function of the user's own.
+
+    Raises:
+        TypeError: ``rule`` is no rule, or a function cannot be called.
+        ValueError: more than one is given.
+    """
+    functions = {"rule": rule, "avg_fn": avg_fn, "multi_avg_fn": multi_avg_fn}
+    given = {name: function for name, function in functions.items() if function is not None}
+    if len(given) > 1:
+        raise ValueError(f"only one of rule, avg_fn and multi_avg_fn must be given, got {' and '.join(given)}")
+    if rule is not None and not isinstance(rule, Rule):
+        raise TypeError(f"rule must be a swafast.rules.Rule, got {type(rule).__name__}")
+    for name, function in given.items():
+        if not callable(function):
+            raise TypeError(f"{name} must be callable, got {type(function).__name__}")
+    return rule_of(avg_fn, rule if rule is not None else multi_avg_fn)
 
 
 def update_by_function(

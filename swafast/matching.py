@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 
 from torch import Tensor
@@ -54,8 +54,8 @@ def each_average(module: Module) -> Iterator[tuple[list[str], Tensor, bool]]:
             yield names, tensor, is_buffer
 
 
-def _match(module: Module, model: Module, format_of: FormatOf) -> list[tuple[str, Tensor, Tensor, Format | None]]:
-    """Give (name, param, average, format) for each distinct average, or raise ValueError naming what does not match."""
+def _match(module: Module, model: Module, format_of: FormatOf) -> list[Pair]:
+    """Pair each distinct average with its param, or raise ValueError naming what does not match."""
     theirs = {False: named_params(unwrap(model), "model"), True: named_buffers(unwrap(model), "model")}
     own = list(each_average(module))
     for is_buffer, kind in ((False, "parameters"), (True, "buffers")):
@@ -67,7 +67,7 @@ def _match(module: Module, model: Module, format_of: FormatOf) -> list[tuple[str
         for other in names[1:]:
             if theirs[is_buffer][other] is not param:
                 raise ValueError(f"model must tie {names[0]!r} and {other!r} as the average does, got two tensors")
-        matched.append((names[0], param, average, format_of(names[0], average, is_buffer)))
+        matched.append(Pair(names[0], param, (average,), format_of(names[0], average, is_buffer)))
     return matched
 
 
@@ -116,12 +116,12 @@ def bind(
     """
     check_model(model)
     matched = _match(module, model, format_of)
-    for name, param, average, fmt in matched:
-        ops.check_pair(Pair(name, param, (average,), fmt), any_device=any_device)
-    ops.check_overlap([Pair(name, param, (average,), fmt) for name, param, average, fmt in matched])
-    for name, _, average, fmt in matched:
-        fit_planes(owner, name, average, fmt)
-    pairs = [Pair(name, param, find_planes(owner, name, average, fmt), fmt) for name, param, average, fmt in matched]
+    for pair in matched:
+        ops.check_sides(pair, any_device=any_device)
+    ops.check_overlap(matched)
+    for pair in matched:
+        fit_planes(owner, pair.name, pair.average, pair.format)
+    pairs = [replace(pair, planes=find_planes(owner, pair.name, pair.average, pair.format)) for pair in matched]
     plan = Plan(pairs, backends, num_averaged, homes)
     owner_walk, model_walk = Walk(owner), Walk(unwrap(model))
     planes = [owner_walk.position(plane) for pair in pairs for plane in pair.planes]

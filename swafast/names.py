@@ -111,9 +111,9 @@ class Walk:
 
 def require_same_names(kind: str, averages: Iterable[str], params: Iterable[str]) -> None:
     """Raise ValueError naming the first few names that stand on one side only."""
-    averages, params = list(averages), list(params)
-    missing = [name for name in averages if name not in set(params)]
-    surplus = [name for name in params if name not in set(averages)]
+    expected, given = dict.fromkeys(averages), dict.fromkeys(params)  # sets that keep their order
+    missing = [name for name in expected if name not in given]
+    surplus = [name for name in given if name not in expected]
     if missing or surplus:
         parts = [
             f"{label} {', '.join(map(repr, names[:3]))}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"

@@ -1,13 +1,11 @@
 """The op: what an update is, which pairs it takes, and which backend runs it.
 
-``torch.ops.swafast.update_`` is the same op for compiled code. :func:`launch` is the eager way, without a dispatcher's
+``torch.ops.swafast.update_`` is the same op for compiled code. :func:`update` is the eager way, without a dispatcher's
 7-11 us a call.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -20,8 +18,8 @@ from torch.nn.parameter import is_lazy
 from ._torch import has_own_dispatch
 from .backends import Backend, Launch, Pair, native, reference
 from .bucket import extent
-from .formats import get_format
-from .rules import KernelTerms, Rule
+from .formats import Format, get_format
+from .rules import FixedWeight, KernelTerms, Rule, checked_weight
 
 #: Every backend, the preferred one first. ``reference`` serves whatever the others do not.
 BACKENDS: tuple[Backend, ...] = (native, reference)
@@ -57,8 +55,8 @@ def choose_backends(requested: str | None = None) -> tuple[Backend, ...]:
     return (*chosen, reference)
 
 
-def check_pair(pair: Pair, *, any_device: bool) -> None:
-    """Raise ValueError, naming the parameter, unless ``pair`` can be averaged (or copied, without a format).
+def check_sides(pair: Pair, *, any_device: bool) -> None:
+    """Raise ValueError, naming the parameter, unless its param can be averaged into (or copied over) its average.
 
     ``any_device`` lets the param be on another device than its average.
     """
@@ -74,16 +72,32 @@ def check_pair(pair: Pair, *, any_device: bool) -> None:
             f"{name!r} must be on the average's device {average.device}, got {param.device}; "
             "move the averaged model, or pass device= to average on another device than the model's"
         )
-    if pair.format is not None:
-        for plane in pair.planes:
-            if plane.numel() > extent(plane.shape, plane.stride()):
-                raise ValueError(f"average {name!r} must not overlap itself, got strides {tuple(plane.stride())}")
+    if average.numel() > extent(average.shape, average.stride()):
+        raise ValueError(f"average {name!r} must not overlap itself, got strides {tuple(average.stride())}")
+
+
+def check_planes(pair: Pair, fmt: Format) -> None:
+    """Raise ValueError unless the planes are those of the format, alike in shape and device."""
+    wanted = (fmt.dtype or pair.average.dtype, *(dtype for _, dtype in fmt.extra))
+    got = tuple(plane.dtype for plane in pair.planes)
+    if got != wanted:
+        raise ValueError(f"average {pair.name!r} in format {fmt.name!r} must have planes of {wanted}, got {got}")
+    for plane in pair.planes[1:]:
+        _check_plain(f"a plane of {pair.name!r}", plane)
+        spread = plane.numel() > extent(plane.shape, plane.stride())
+        if spread or plane.shape != pair.average.shape or plane.device != pair.average.device:
+            raise ValueError(
+                f"planes of {pair.name!r} must be alike in shape and device, got {tuple(plane.shape)} on "
+                f"{plane.device} beside {tuple(pair.average.shape)} on {pair.average.device}"
+            )
 
 
 def check_counter(num_averaged: object) -> None:
     """Raise ValueError unless ``n_averaged`` is what a kernel can read and count in."""
     if not isinstance(num_averaged, Tensor):
         raise ValueError(f"n_averaged must be one int64, got {num_averaged!r}")
+    if num_averaged.device.type == "meta":
+        raise ValueError("n_averaged must hold a number, got a tensor on the meta device")
     if num_averaged.dtype != torch.int64 or num_averaged.numel() != 1:
         raise ValueError(f"n_averaged must be one int64, got {num_averaged.dtype} of shape {tuple(num_averaged.shape)}")
 
@@ -91,6 +105,8 @@ def check_counter(num_averaged: object) -> None:
 def _check_plain(what: str, tensor: Tensor) -> None:
     if is_lazy(tensor):
         raise ValueError(f"{what} must be initialised, got a lazy one: run the model once before averaging it")
+    if tensor.is_nested:
+        raise ValueError(f"{what} must not be nested, got a nested tensor")
     if tensor.layout != torch.strided:
         raise ValueError(f"{what} must be dense, got layout {tensor.layout}")
     if tensor.is_quantized:
@@ -99,6 +115,9 @@ def _check_plain(what: str, tensor: Tensor) -> None:
         raise ValueError(f"{what} must hold data, got a tensor on the meta device")
     if has_own_dispatch(tensor):
         raise ValueError(f"{what} must be a plain tensor, got {type(tensor).__name__}")
+    end = (tensor.storage_offset() + extent(tensor.shape, tensor.stride())) * tensor.element_size()
+    if tensor.numel() and tensor.untyped_storage().nbytes() < end:
+        raise ValueError(f"{what} must have memory for its elements, got a storage that was freed or shrunk")
 
 
 def _dtype_class(tensor: Tensor) -> object:
@@ -119,16 +138,31 @@ def check_writable(pairs: Sequence[Pair]) -> None:
 
 def check_overlap(pairs: Sequence[Pair]) -> None:
     """Raise ValueError naming two averages that share memory: an update would move one through the other."""
+    averaged = [pair for pair in pairs if pair.format is not None]
+    for first, second in overlaps([pair.planes for pair in averaged]):
+        a, b = averaged[first], averaged[second]
+        # Two names of one param, on one memory, are tied: each average gets a place of its own.
+        if not (a.param is b.param and a.average.data_ptr() == b.average.data_ptr()):
+            raise ValueError(f"averages must not overlap in memory, got {a.name!r} and {b.name!r} on shared bytes")
+
+
+def overlaps(groups: Sequence[Sequence[Tensor]]) -> list[tuple[int, int]]:
+    """Give pairs of indices of groups that share memory: every group that shares any is in one at least."""
     runs = []
-    for pair in pairs:
-        for plane in pair.planes if pair.format is not None else ():
-            nbytes = extent(plane.shape, plane.stride()) * plane.element_size()
+    for index, group in enumerate(groups):
+        for tensor in group:
+            nbytes = extent(tensor.shape, tensor.stride()) * tensor.element_size()
             if nbytes:
-                runs.append((str(plane.device), plane.data_ptr(), plane.data_ptr() + nbytes, pair.name))
+                runs.append((str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + nbytes, index))
     runs.sort()
-    for (device, _, end, name), (next_device, start, _, next_name) in itertools.pairwise(runs):
-        if device == next_device and start < end:
-            raise ValueError(f"averages must not overlap in memory, got {name!r} and {next_name!r} on shared bytes")
+    found = []
+    furthest = None
+    for run in runs:
+        if furthest is not None and furthest[0] == run[0] and run[1] < furthest[2]:
+            found.append((furthest[3], run[3]))
+        if furthest is None or furthest[0] != run[0] or run[2] > furthest[2]:
+            furthest = run
+    return found
 
 
 @dataclass
@@ -157,11 +191,36 @@ def prepare(pairs: Sequence[Pair], backends: Sequence[Backend]) -> list[Work]:
 
 def update(work: Sequence[Work], params: Sequence[Tensor], rule: Rule, num_averaged: Tensor) -> None:
     """Run one update of prepared pairs and count it."""
+    if rule.kernel_terms() is None:
+        # Asked once, before anything is written: the rule may be of any kind, and may raise.
+        rule = FixedWeight(checked_weight(rule, int(num_averaged)))
     for part in work:
         advance = int(part is work[-1])
         part.launch.update([params[i] for i in part.indices], rule, num_averaged, advance)
     if not work:
         num_averaged.add_(1)
+
+
+def prepare_exchange(
+    pairs: Sequence[Pair], backends: Sequence[Backend]
+) -> tuple[native.NativeLaunch | None, list[Pair]]:
+    """Give a launch that exchanges params and averages in place, and the pairs that it cannot take.
+
+    In place go pairs of one dtype that a kernel serves and that share memory with no other pair.
+    """
+    if native not in backends:
+        return None, list(pairs)
+    entangled = {i for side in ("param", "average") for i in _entangled([getattr(pair, side) for pair in pairs])}
+    direct: list[Pair] = []
+    rest: list[Pair] = []
+    for index, pair in enumerate(pairs):
+        alike = pair.param.dtype == pair.average.dtype and index not in entangled and native.serves(pair)
+        (direct if alike else rest).append(pair)
+    return (native.prepare(direct) if direct else None), rest
+
+
+def _entangled(tensors: Sequence[Tensor]) -> set[int]:
+    return {index for pair in overlaps([(tensor,) for tensor in tensors]) for index in pair}
 
 
 def first_nonfinite(work: Sequence[Work], params: Sequence[Tensor]) -> int | None:
@@ -177,14 +236,13 @@ def first_nonfinite(work: Sequence[Work], params: Sequence[Tensor]) -> int | Non
 class _TermsRule(Rule):
     """A rule that came through the dispatcher as numbers."""
 
-    kind: int
-    terms: tuple[float, float, float, float]
+    terms: KernelTerms
 
     def weight(self, num_averaged: int) -> float:
         return native.weight(self, num_averaged)
 
     def kernel_terms(self) -> KernelTerms:
-        return KernelTerms(self.kind, self.terms)
+        return self.terms
 
 
 def _update_op(
@@ -197,20 +255,20 @@ def _update_op(
     terms: list[float],
 ) -> None:
     fmt = get_format(format)
-    extra: Sequence[Tensor | None] = remainders or [None] * len(averages)
+    if len(params) != len(averages) or (fmt.extra and len(remainders) != len(averages)):
+        lengths = [len(averages), len(remainders), len(params)]
+        raise ValueError(f"averages, remainders and params must be of one length, got {lengths}")
+    extra: Sequence[Tensor | None] = remainders if fmt.extra else [None] * len(averages)
     pairs = [
         Pair(str(i), param, (average,) if plane is None else (average, plane), fmt)
         for i, (average, plane, param) in enumerate(zip(averages, extra, params, strict=True))
     ]
     for pair in pairs:
-        check_pair(pair, any_device=False)
+        check_sides(pair, any_device=False)
+        check_planes(pair, fmt)
     check_overlap(pairs)
     check_counter(num_averaged)
-    if kind not in range(KernelTerms.NUM_KINDS):
-        raise ValueError(f"kind must be in [0, {KernelTerms.NUM_KINDS}), got {kind}")
-    if len(terms) != 4 or not all(math.isfinite(term) for term in terms):
-        raise ValueError(f"terms must be four finite numbers, got {terms}")
-    rule = _TermsRule(kind, (terms[0], terms[1], terms[2], terms[3]))
+    rule = _TermsRule(KernelTerms(kind, tuple(terms)))  # type: ignore[arg-type]  # it checks their number
     update(prepare(pairs, choose_backends()), params, rule, num_averaged)
 
 

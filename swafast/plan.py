@@ -6,6 +6,7 @@ on both sides, without reading a device.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from itertools import islice
 
@@ -34,8 +35,11 @@ class Fingerprint:
         An address is no identity, since freed ones are handed out again: with the dtype, shape and strides alike it
         needs none, as these are all that a launch goes by.
         """
-        if list(map(Tensor.data_ptr, tensors)) != self._addresses:
-            return False
+        try:
+            if list(map(Tensor.data_ptr, tensors)) != self._addresses:
+                return False
+        except (TypeError, RuntimeError, ValueError):
+            return False  # None, or a tensor without memory of its own: planning anew names it
         if self._quick is not None and self._quick(*tensors):
             return True
         if _metadata(tensors) != self._metadata:
@@ -44,8 +48,8 @@ class Fingerprint:
         return True
 
 
-def _metadata(tensors: Sequence[Tensor]) -> list[tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]]:
-    return [(tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in tensors]
+def _metadata(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
+    return [(t.dtype, t.device, t.shape, t.stride(), t.is_neg(), t.is_conj()) for t in tensors]
 
 
 class Plan:
@@ -63,7 +67,7 @@ class Plan:
         self.formats = [pair.format for pair in pairs]
         self._num_averaged = num_averaged
         self._params = Fingerprint([pair.param for pair in pairs])
-        self._planes = Fingerprint([plane for pair in pairs for plane in pair.planes])
+        self._written = Fingerprint([*(plane for pair in pairs for plane in pair.planes), num_averaged])
         self._work = ops.prepare(pairs, backends)
 
     @property
@@ -72,7 +76,7 @@ class Plan:
         return [part.backend.name for part in self._work]
 
     def fits(self, params: Sequence[Tensor], planes: Sequence[Tensor], num_averaged: Tensor) -> bool:
-        return num_averaged is self._num_averaged and self._params.fits(params) and self._planes.fits(planes)
+        return self._params.fits(params) and self._written.fits((*planes, num_averaged))
 
     def pairs(self, params: Sequence[Tensor], planes: Sequence[Tensor]) -> list[Pair]:
         """Put the tensors that :meth:`fits` has just seen together again."""
@@ -90,8 +94,10 @@ class Plan:
 
     def update(self, params: Sequence[Tensor], planes: Sequence[Tensor], rule: Rule) -> None:
         """Run one update; ``params`` and ``planes`` are those that :meth:`fits` has just seen."""
-        ops.update(self._work, params, rule, self._num_averaged)
-        bump_versions((*planes, self._num_averaged))
+        try:
+            ops.update(self._work, params, rule, self._num_averaged)
+        finally:  # what was written before an interrupt is to be seen, too
+            bump_versions((*planes, self._num_averaged))
 
 
 def bump_versions(tensors: Sequence[Tensor]) -> None:
@@ -99,7 +105,9 @@ def bump_versions(tensors: Sequence[Tensor]) -> None:
     try:
         increment_version(tensors)
     except RuntimeError:  # a tensor made under inference_mode has no version, and autograd never keeps it
-        increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+        for tensor in tensors:
+            with contextlib.suppress(RuntimeError):
+                increment_version(tensor)
 
 
 @torch.no_grad()
@@ -129,10 +137,12 @@ def home_averages(pairs: Sequence[Pair], homes: frozenset[int]) -> frozenset[int
     numels, keys = [plane.numel() for plane in planes], [(plane.device, plane.dtype) for plane in planes]
     for bucket in lay_out(numels, keys):
         device, dtype = planes[bucket.slots[0].index].device, planes[bucket.slots[0].index].dtype
-        storage = torch.empty(bucket.numel, dtype=dtype, device=device).untyped_storage()
-        for slot in bucket.slots:
-            plane = planes[slot.index]
-            plane.data = stand_on_own_storage(storage, plane, slot, strides[slot.index]).copy_(plane)
+        # Under inference_mode the averages would become inference tensors, and never see autograd again.
+        with torch.inference_mode(False), torch.no_grad():
+            storage = torch.empty(bucket.numel, dtype=dtype, device=device).untyped_storage()
+            for slot in bucket.slots:
+                plane = planes[slot.index]
+                plane.data = stand_on_own_storage(storage, plane, slot, strides[slot.index]).copy_(plane)
     averaged = (pair.planes for pair in pairs if pair.format is not None)
     return frozenset(plane.data_ptr() for pair_planes in averaged for plane in pair_planes)
 

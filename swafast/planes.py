@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
@@ -51,14 +51,15 @@ def put_plane(owner: Module, plane: str, name: str, tensor: Tensor | None) -> No
     if tree is None:
         if tensor is None:
             return
-        tree = PlaneTree()
-        owner.add_module(plane, tree)
+        # Straight into the dict: a subclass may have an attribute of this name, which add_module would refuse.
+        tree = owner._modules[plane] = PlaneTree()
     assert isinstance(tree, PlaneTree)
     tree.put(name, tensor)
     if not tree._buffers and not tree._modules:
         del owner._modules[plane]
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def fit_planes(owner: Module, name: str, average: Tensor, fmt: Format | None) -> None:
     """See to it that just the planes of ``fmt`` stand beside ``average``: wrong ones are made anew from its values."""
@@ -97,36 +98,37 @@ def convert(planes: tuple[Tensor, ...], fmt: Format, average: Tensor, after: For
 def translate_state(
     state: MutableMapping[str, Tensor],
     prefix: str,
-    keys: Mapping[str, tuple[str, ...]],
+    keys: Mapping[str, Sequence[str]],
     formats: Mapping[str, Format],
+    strict: bool,
 ) -> None:
     """Rewrite a state dict in place so that it has the planes that this averaged model has.
 
     A state of another format keeps its precision: float32 values fill both planes of ``exact``, and the other way
-    round. A state without remainders, torch's for one, gets zeros.
+    round. A state without further planes, torch's for one, gets zeros.
 
     Args:
         prefix: of the averaged model in ``state``.
-        keys: for each averaged name, its keys in ``state``: several where the tensor is tied.
+        keys: for each averaged name, its keys in ``state``: none where it is not there, several where it is tied.
         formats: for each averaged name, the format it has here.
+        strict: leave a state that lacks some of its planes for the load to report.
     """
-    partial = {p: any(key.startswith(f"{prefix}{p}.") for key in state) for p in EXTRA_PLANES}
+    has_planes = any(key.startswith(tuple(f"{prefix}{plane}." for plane in EXTRA_PLANES)) for key in state)
     for name, fmt in formats.items():
-        present = [key for key in keys[name] if isinstance(state.get(key), Tensor)]
-        if not present:
+        if not keys[name]:
             continue
-        average = state[present[0]]
+        average = state[keys[name][0]]
         source = format_of(None, average.dtype) or FLOAT32
         extra = [state.get(f"{prefix}{plane}.{name}") for plane, _ in source.extra]
-        complete = all(isinstance(plane, Tensor) and plane.shape == average.shape for plane in extra)
-        if source is fmt and (complete or any(partial[plane] for plane, _ in fmt.extra)):
-            continue  # as it should be; or truncated, which the load then reports as missing keys
-        value = source.decode((average, *(e for e in extra if e is not None))) if extra and complete else average
-        value = value.to(average.dtype if fmt.dtype is None else torch.float32)
-        first, *rest = fmt.encode(value)
+        planes = (average, *(plane for plane in extra if plane is not None))
+        complete = len(planes) == 1 + len(source.extra) and all(plane.shape == average.shape for plane in planes)
+        if source is fmt and (complete or (strict and has_planes)):
+            continue
+        value = source.decode(planes) if complete else average
+        first, *rest = fmt.encode(value.to(torch.float32) if fmt.dtype is not None else value)
         for plane, _ in source.extra:
             state.pop(f"{prefix}{plane}.{name}", None)
-        for key in present:
+        for key in keys[name]:
             state[key] = first
         for (plane, _), tensor in zip(fmt.extra, rest, strict=True):
             state[f"{prefix}{plane}.{name}"] = tensor
@@ -159,7 +161,7 @@ class Recast:
         average = self._averages.get(id(tensor))
         if average is None:
             return result
-        self.moved |= result.device != tensor.device
+        self.moved |= result.device != tensor.device and "meta" not in (result.device.type, tensor.device.type)
         if result.dtype == tensor.dtype:
             return result
         name, planes, fmt = average

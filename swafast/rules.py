@@ -7,6 +7,7 @@ functions from :class:`KernelTerms` (``csrc/weight.h``), so that nothing is read
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -29,7 +30,14 @@ class KernelTerms:
     POWER_WARMUP: ClassVar[int] = 2
     RATIO_WARMUP: ClassVar[int] = 3
     POWER: ClassVar[int] = 4
-    NUM_KINDS: ClassVar[int] = 5
+
+    def __post_init__(self) -> None:
+        if self.kind not in range(5):
+            raise ValueError(f"kind must be one of KernelTerms' five, got {self.kind}")
+        if len(self.terms) != 4 or not all(math.isfinite(term) for term in self.terms):
+            raise ValueError(f"terms must be four finite numbers, got {self.terms}")
+        if self.kind == self.CONSTANT and not 0.0 <= self.terms[0] <= 1.0:
+            raise ValueError(f"terms must begin with a weight in [0, 1], got {self.terms[0]}")
 
     @classmethod
     def constant(cls, weight: float) -> KernelTerms:
@@ -206,6 +214,19 @@ class PowerAverage(Rule):
         return KernelTerms(KernelTerms.POWER, (self.gamma, 0.0, 0.0, 0.0))
 
 
+@dataclass(frozen=True)
+class FixedWeight(Rule):
+    """A weight worked out beforehand: what a rule in Python alone gave for one update."""
+
+    value: float
+
+    def weight(self, num_averaged: int) -> float:
+        return self.value
+
+    def kernel_terms(self) -> KernelTerms:
+        return KernelTerms.constant(self.value)
+
+
 def checked_weight(rule: Rule, num_averaged: int) -> float:
     """Give the weight of a rule worked out in Python; a first update copies, whatever the rule.
 
@@ -227,8 +248,9 @@ def rule_of(avg_fn: object, multi_avg_fn: object) -> Rule | None:
 
     torch's own four averaging functions are recognised, so that code written for torch's class runs fused as it is.
     """
-    if isinstance(multi_avg_fn, Rule):
-        return multi_avg_fn
+    for given in (multi_avg_fn, avg_fn):
+        if isinstance(given, Rule):
+            return given
     function = avg_fn if multi_avg_fn is None else multi_avg_fn
     if function is None:
         return _DEFAULT
@@ -242,5 +264,10 @@ def rule_of(avg_fn: object, multi_avg_fn: object) -> Rule | None:
 
 
 def _check_number(argument: str, value: object, expected: str, holds: Callable[[float], bool]) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):  # NaN holds no comparison
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    try:
+        good = number and holds(float(value))  # type: ignore[arg-type]  # NaN holds no comparison
+    except OverflowError:  # an int beyond all floats
+        good = False
+    if not good:
         raise ValueError(f"{argument} must be {expected}, got {value!r}")

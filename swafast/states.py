@@ -33,10 +33,18 @@ def check_load(owner: AveragedModel, state_dict: Mapping[str, Any], strict: bool
     except Exception:
         # Something the user hung on the module since does not copy. The load itself still works, with torch's promise.
         return
-    state = OrderedDict((k, v.to("meta") if isinstance(v, Tensor) else v) for k, v in state_dict.items())
+    state = OrderedDict(
+        (key, value.to("meta") if isinstance(value, Tensor) and not key.endswith("_extra_state") else value)
+        for key, value in state_dict.items()
+    )
     if hasattr(state_dict, "_metadata"):
         state._metadata = state_dict._metadata  # type: ignore[attr-defined]
-    Module.load_state_dict(skeleton, state, strict=strict)
+    try:
+        Module.load_state_dict(skeleton, state, strict=strict)
+    except Exception as error:
+        if str(error).startswith("Error(s) in loading state_dict"):
+            raise
+        # A module that looks at values while it loads finds none here.
 
 
 def _without_data(tensor: Tensor) -> Tensor:
@@ -66,24 +74,30 @@ def _all_tensors(module: Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers(remove_duplicate=False)
 
 
-def translate_load(owner: Module, module: Module, state: Any, prefix: str, format_of: FormatOf, assign: bool) -> None:
+def translate_load(
+    owner: Module, module: Module, state: Any, prefix: str, format_of: FormatOf, *, assign: bool, strict: bool
+) -> None:
     """Rewrite ``state`` for the formats that the averages of ``owner`` will have once it is loaded."""
+    head = f"{prefix}module."
+    # Some wrappers leave themselves out of their states' keys, so keys are found by their canonical names.
+    given = {canonical(key[len(head) :]): key for key in state if key.startswith(head)}
     keys: dict[int, list[str]] = {}
     for raw, tensor in _all_tensors(module):
-        keys.setdefault(id(tensor), []).append(f"{prefix}module.{raw}")
+        key = given.get(canonical(raw))
+        if key is not None and isinstance(state[key], Tensor):
+            keys.setdefault(id(tensor), []).append(key)
     formats: dict[str, Format] = {}
-    names: dict[str, tuple[str, ...]] = {}
+    names: dict[str, list[str]] = {}
     for (name, *_), tensor, is_buffer in each_average(module):
-        names[name] = tuple(keys[id(tensor)])
-        incoming = next((state[key] for key in names[name] if isinstance(state.get(key), Tensor)), tensor)
-        kept = incoming if assign else tensor
+        names[name] = keys.get(id(tensor), [])
+        kept = state[names[name][0]] if assign and names[name] else tensor
         fmt = format_of(name, kept, is_buffer)
         if fmt is None:
             continue
         formats[name] = fmt
         if assign:
             _make_room(owner, name, kept, fmt)
-    translate_state(state, prefix, names, formats)
+    translate_state(state, prefix, names, formats, strict)
 
 
 def _make_room(owner: Module, name: str, average: Tensor, fmt: Format) -> None:

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "swafast"
 
 FLOORS = {
     "_torch": 0,
+    "locks": 0,
     "rules": 1,
     "formats": 1,
     "names": 1,

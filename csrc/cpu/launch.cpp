@@ -156,7 +156,7 @@ int32_t swafast_cpu_update(const swafast_tensor* tensors, int64_t num_tensors, c
                            int64_t num_chunks, const swafast_rule* rule, int64_t* num_averaged, int64_t advance,
                            int32_t num_threads) {
   const Kernels& kernels = *chosen().load();
-  if (*num_averaged < 0) return SWAFAST_BAD_COUNT;
+  if (*num_averaged < 0 || *num_averaged == INT64_MAX) return SWAFAST_BAD_COUNT;
   if (!all_served(tensors, num_tensors, kernels)) return SWAFAST_BAD_TENSOR;
   const Step step = make_step(rule_weight(*rule, *num_averaged));
   for_each_chunk(num_chunks, num_threads, [=, &kernels](int64_t i) {
@@ -172,7 +172,7 @@ int32_t swafast_cpu_update(const swafast_tensor* tensors, int64_t num_tensors, c
 }
 
 int32_t swafast_cpu_exchange(const swafast_tensor* tensors, int64_t num_tensors, const swafast_chunk* chunks,
-                             int64_t num_chunks, int32_t num_threads) {
+                             int64_t num_chunks, int32_t num_threads, int64_t* exchanged) {
   const Kernels& kernels = *chosen().load();
   for (int64_t i = 0; i < num_tensors; ++i) {
     if (!exchangeable(tensors[i])) return SWAFAST_BAD_TENSOR;
@@ -184,6 +184,7 @@ int32_t swafast_cpu_exchange(const swafast_tensor* tensors, int64_t num_tensors,
     kernels.exchange(at(tensor.param, chunk.offset * itemsize), at(tensor.planes[0], chunk.offset * itemsize),
                      chunk.numel * itemsize);
   });
+  *exchanged ^= 1;
   return SWAFAST_OK;
 }
 

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from ..bucket import CPU_CHUNK_NUMEL, cut_chunks, is_dense, same_order
 from ..formats import EXACT, FLOAT32, MIRRORED
-from ..rules import KernelTerms, Rule, checked_weight
+from ..rules import KernelTerms, Rule
 from . import Pair
 
 name = "cpu"
 
 #: Changes with any structure or function of csrc/swafast.h.
-_ABI = 1
+_ABI = 2
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BYTES = 3
@@ -101,7 +101,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.swafast_weight.restype = ctypes.c_double
     library.swafast_weight.argtypes = (ctypes.POINTER(_Rule), i64)
     library.swafast_cpu_update.argtypes = (*table, ctypes.POINTER(_Rule), address, i64, i32)
-    library.swafast_cpu_exchange.argtypes = (*table, i32)
+    library.swafast_cpu_exchange.argtypes = (*table, i32, ctypes.POINTER(i64))
     library.swafast_cpu_first_nonfinite.argtypes = (*table, i32, ctypes.POINTER(i64))
 
 
@@ -141,12 +141,10 @@ def current_isa() -> str:
 
 def weight(rule: Rule, num_averaged: int) -> float:
     """Give the weight as the kernels work it out, for a rule that has kernel terms."""
-    return _library().swafast_weight(ctypes.byref(_rule(rule, num_averaged)), num_averaged)
-
-
-def _rule(rule: Rule, num_averaged: int) -> _Rule:
-    terms = rule.kernel_terms() or KernelTerms.constant(checked_weight(rule, num_averaged))
-    return _Rule(terms.kind, terms.terms)
+    terms = rule.kernel_terms()
+    if terms is None:
+        raise ValueError(f"rule must have kernel terms, got {rule!r}")
+    return _library().swafast_weight(ctypes.byref(_Rule(terms.kind, terms.terms)), num_averaged)
 
 
 def serves(pair: Pair) -> bool:
@@ -181,22 +179,22 @@ class NativeLaunch:
         numels = [row.numel for row in self._tensors]
         self._chunks = cut_chunks(numels, CPU_CHUNK_NUMEL)
         self._table = (ctypes.addressof(self._tensors), len(pairs), self._chunks.data_ptr(), len(self._chunks))
+        self._exchanged = ctypes.c_int64(0)
         self._most_threads = max(1, sum(numels) // _NUMEL_PER_THREAD)
-        self._rule: tuple[Rule, _Rule] | None = None
+        self._rule: tuple[KernelTerms, _Rule] | None = None
 
     def _threads(self) -> int:
         return min(torch.get_num_threads(), self._most_threads)
 
-    def _kernel_rule(self, rule: Rule, num_averaged: Tensor) -> _Rule:
-        """Give the rule's terms; those of a rule that a kernel evaluates by itself are worked out once."""
-        if rule.kernel_terms() is None:
-            return _rule(rule, int(num_averaged))
-        if self._rule is None or self._rule[0] is not rule:
-            self._rule = (rule, _rule(rule, 0))
+    def _kernel_rule(self, rule: Rule) -> _Rule:
+        terms = rule.kernel_terms()
+        assert terms is not None, "ops.update works out the weight of a rule without terms"
+        if self._rule is None or self._rule[0] != terms:
+            self._rule = (terms, _Rule(terms.kind, terms.terms))
         return self._rule[1]
 
     def update(self, params: Sequence[Tensor], rule: Rule, num_averaged: Tensor, advance: int) -> None:
-        kernel_rule = self._kernel_rule(rule, num_averaged)
+        kernel_rule = self._kernel_rule(rule)
         _check(
             self._native.swafast_cpu_update(
                 *self._table, ctypes.byref(kernel_rule), num_averaged.data_ptr(), advance, self._threads()
@@ -204,8 +202,15 @@ class NativeLaunch:
         )
 
     def exchange(self) -> None:
-        """Exchange every param with the averaged module's tensor, in place."""
-        _check(self._native.swafast_cpu_exchange(*self._table, self._threads()))
+        """Exchange every param with the averaged module's tensor, in place, and turn :attr:`exchanged` over.
+
+        Both happen in one call of C, so that no signal handler of Python's can come between them.
+        """
+        _check(self._native.swafast_cpu_exchange(*self._table, self._threads(), ctypes.byref(self._exchanged)))
+
+    @property
+    def exchanged(self) -> bool:
+        return bool(self._exchanged.value)
 
     def first_nonfinite(self, params: Sequence[Tensor]) -> int | None:
         index = ctypes.c_int64()

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..formats import Format
 from ..rules import Rule, checked_weight
 from . import Pair
 
@@ -44,19 +45,20 @@ class ReferenceLaunch:
         if n < 0:
             raise ValueError(f"n_averaged must be >= 0, got {n}")
         weight = checked_weight(rule, n)
+        alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         for param, planes, fmt in zip(params, self._planes, self._formats, strict=True):
+            average, newest = planes[0], param.detach()
             if fmt is None:
-                planes[0].copy_(param.detach())
-                continue
-            if not fmt.extra and planes[0].dtype == param.dtype and planes[0].device == param.device:
-                _move_(planes[0], param.detach(), weight)
-                continue
-            for piece, *plane_pieces in windows((param.detach(), *planes)):
-                value = fmt.decode(tuple(plane_pieces))
-                newest = piece.to(device=value.device, dtype=value.dtype)
-                moved = _move_(value.clone(), newest, weight)
-                for plane, new in zip(plane_pieces, fmt.encode(moved), strict=True):
-                    plane.copy_(new)
+                average.copy_(newest)
+            elif not fmt.extra and (average.dtype, average.device) == (newest.dtype, newest.device):
+                averages, group = alike.setdefault((average.device, average.dtype), ([], []))
+                averages.append(average)
+                group.append(newest)
+            else:
+                for piece, *plane_pieces in windows((newest, *planes)):
+                    _move_planes_(tuple(plane_pieces), piece, fmt, weight)
+        for averages, group in alike.values():
+            _move_(averages, group, weight)
         num_averaged.add_(advance)
 
     @torch.no_grad()
@@ -67,11 +69,21 @@ class ReferenceLaunch:
         return None
 
 
-def _move_(average: Tensor, param: Tensor, weight: float) -> Tensor:
+def _move_(averages: list[Tensor], params: list[Tensor], weight: float) -> None:
     """``average += weight * (param - average)`` in place, as torch.lerp rounds it; at weight 1 an exact copy."""
-    if average.dtype not in (torch.float64, torch.complex128):
-        weight = torch.tensor(weight, dtype=torch.float32).item()
-    return average.copy_(param) if weight == 1.0 else average.lerp_(param, weight)
+    if averages[0].dtype not in (torch.float64, torch.complex128):
+        weight = torch.tensor(weight, dtype=torch.float32, device="cpu").item()
+    if weight == 1.0:
+        torch._foreach_copy_(averages, params)
+    else:
+        torch._foreach_lerp_(averages, params, weight)
+
+
+def _move_planes_(planes: tuple[Tensor, ...], param: Tensor, fmt: Format, weight: float) -> None:
+    value = fmt.decode(planes).clone()
+    _move_([value], [param.to(device=value.device, dtype=value.dtype)], weight)
+    for plane, new in zip(planes, fmt.encode(value), strict=True):
+        plane.copy_(new)
 
 
 def windows(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:

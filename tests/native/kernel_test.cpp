@@ -137,8 +137,9 @@ void check_refusals() {
       auto rows = good;
       rows[place].dtype = bad.dtype;
       rows[place].format = bad.format;
-      int64_t num_averaged = 4, index = -7;
-      require(swafast_cpu_exchange(rows.data(), 3, chunks.data(), num_chunks, 2) == SWAFAST_BAD_TENSOR,
+      int64_t num_averaged = 4, index = -7, exchanged = 0;
+      require(swafast_cpu_exchange(rows.data(), 3, chunks.data(), num_chunks, 2, &exchanged) == SWAFAST_BAD_TENSOR &&
+                  exchanged == 0,
               "an exchange took dtype %d with format %d", bad.dtype, bad.format);
       if (!bad.exchange_only) {
         require(swafast_cpu_update(rows.data(), 3, chunks.data(), num_chunks, &rule, &num_averaged, 1, 2) ==
@@ -342,7 +343,7 @@ void check_far_offsets() {
     swafast_chunk chunk = {0, kFar, kNumel};
     if (planted == "truncated-far") chunk.offset = static_cast<int32_t>(chunk.offset);
     const swafast_rule rule = constant(0.3);
-    int64_t num_averaged = 1, index = -7;
+    int64_t num_averaged = 1, index = -7, exchanged = 0;
     require(swafast_cpu_update(&row, 1, &chunk, 1, &rule, &num_averaged, 1, 1) == SWAFAST_OK,
             "a far chunk was refused");
     for (int64_t i = 0; i < kNumel; ++i) {
@@ -351,7 +352,7 @@ void check_far_offsets() {
               "dtype %d: element %lld past 2^32 is wrong", dtype, static_cast<long long>(i));
     }
     const uint32_t param = bits_at(spans[0], itemsizes[0], 7), average = bits_at(spans[1], itemsizes[1], 7);
-    require(swafast_cpu_exchange(&row, 1, &chunk, 1, 1) == SWAFAST_OK &&
+    require(swafast_cpu_exchange(&row, 1, &chunk, 1, 1, &exchanged) == SWAFAST_OK && exchanged == 1 &&
                 bits_at(spans[0], itemsizes[0], 7) == average && bits_at(spans[1], itemsizes[1], 7) == param,
             "dtype %d: an exchange past 2^32 went wrong", dtype);
     put_bits(spans[0], itemsizes[0], kNumel - 1, 0xffffffffu);

@@ -339,11 +339,13 @@ struct Launch {
                               static_cast<int64_t>(chunks_.size()), &rule, num_averaged, advance, num_threads);
   }
 
+  int64_t exchanged = 0;
+
   int32_t exchange() {
     const auto rows_ = rows();
     const auto chunks_ = chunks();
     return swafast_cpu_exchange(rows_.data(), static_cast<int64_t>(rows_.size()), chunks_.data(),
-                                static_cast<int64_t>(chunks_.size()), num_threads);
+                                static_cast<int64_t>(chunks_.size()), num_threads, &exchanged);
   }
 
   int32_t first_nonfinite(int64_t* index) {
