@@ -83,6 +83,7 @@ class FusedAveragedModel(AveragedModel):
     _binding: Binding | None = None
     _homes: frozenset[int] = frozenset()
     _swapped: bool = False
+    _strict: bool = True  # of the load under way: torch passes it to no module
 
     def __init__(
         self,
@@ -295,18 +296,20 @@ class FusedAveragedModel(AveragedModel):
                 swapped into a model.
         """
         with self._alone("load_state_dict"):
-            check_load(self, state_dict, strict)
-            with keeping_ties(self.module):
-                return super().load_state_dict(state_dict, strict=strict, assign=assign)
+            self._strict = strict
+            try:
+                check_load(self, state_dict, strict)
+                with keeping_ties(self.module):
+                    return super().load_state_dict(state_dict, strict=strict, assign=assign)
+            finally:
+                self._strict = True
 
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *rest: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
         if self._swapped:
             raise RuntimeError("load_state_dict must wait until the averages are swapped back out of the model")
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
-        translate_load(self, self.module, state_dict, prefix, self._format_of, assign=assign, strict=strict)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+        translate_load(self, self.module, state_dict, prefix, self._format_of, assign=assign, strict=self._strict)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAveragedModel:
         """Move or cast as any module does; a cast encodes each average anew, so no precision is lost with its dtype."""

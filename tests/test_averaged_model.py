@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import os
 import pickle
+import signal
 import threading
+import time
 import weakref
 from typing import Any
 
@@ -24,6 +27,7 @@ from torch.optim.swa_utils import (
 )
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, Rule
+from swafast.rules import KernelTerms
 from tests.conftest import EveryKind, differing, tensors_of
 
 FUNCTIONS: list[dict[str, Any]] = [
@@ -445,3 +449,83 @@ def test_shared_memory_stays_shared() -> None:
     average.update_parameters(model)
     assert average.module.weight.is_shared()
     assert average.module.weight.data_ptr() == address
+
+
+def test_a_first_update_under_inference_mode_leaves_averages_trainable() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).bfloat16()
+    for backend in ("cpu", "reference"):
+        average = FusedAveragedModel(model, backend=backend)
+        with torch.inference_mode():
+            average.update_parameters(model)
+        average.update_parameters(model)
+        average(torch.randn(2, 4).bfloat16()).sum().backward()
+
+
+def test_the_default_device_does_not_matter(backend: str) -> None:
+    model = nn.Linear(300, 300)
+    average = FusedAveragedModel(model, backend=backend)
+    with torch.device("meta"):
+        average.update_parameters(model)
+        average.update_parameters(model)
+    assert torch.equal(average.module.weight, model.weight)
+
+
+class Tunable(Rule):
+    """A rule whose terms change between updates."""
+
+    decay = 0.5
+
+    def weight(self, num_averaged: int) -> float:
+        return 1.0 if num_averaged == 0 else 1.0 - self.decay
+
+    def kernel_terms(self) -> KernelTerms:
+        return KernelTerms.constant(1.0 - self.decay)
+
+
+def test_a_rule_may_change_between_updates(backend: str) -> None:
+    rule, model = Tunable(), nn.ParameterList([nn.Parameter(torch.zeros(2))])
+    average = FusedAveragedModel(model, rule=rule, backend=backend)
+    average.update_parameters(model)
+    with torch.no_grad():
+        model[0].fill_(1.0)
+    average.update_parameters(model)
+    rule.decay = 1.0
+    average.update_parameters(model)
+    assert average.module[0].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_forked_child_is_not_held_up_by_a_thread_of_its_parent() -> None:
+    model = nn.Linear(3, 3)
+    average = FusedAveragedModel(model)
+    average.update_parameters(model)
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with average._alone("a test"):
+            held.set()
+            release.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends the child, and so the test, where it would hang
+        average.update_parameters(model)
+        os._exit(0 if average.n_averaged == 2 else 1)
+    release.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_planning_grows_with_the_number_of_tensors_and_no_faster() -> None:
+    def seconds(count: int) -> float:
+        model = nn.ParameterList([nn.Parameter(torch.zeros(1)) for _ in range(count)])
+        average = FusedAveragedModel(model)
+        start = time.thread_time()
+        average.update_parameters(model)
+        return time.thread_time() - start
+
+    seconds(100)
+    assert seconds(8000) < 4 * 8 * min(seconds(1000) for _ in range(3))

@@ -223,3 +223,89 @@ def test_a_failing_backend_is_seen_before_it_counts(every_kind: EveryKind, monke
         average.update_parameters(every_kind)
     assert differing(tensors_of(average.module), before) == []
     assert average.n_averaged == 1
+
+
+def test_a_counter_is_moved_to_its_averages_or_refused(every_kind: EveryKind, backend: str) -> None:
+    average = FusedAveragedModel(every_kind, backend=backend)
+    average.update_parameters(every_kind)
+    average.n_averaged = average.n_averaged.to("meta")
+    with pytest.raises(ValueError, match="n_averaged must hold a number"):
+        average.update_parameters(every_kind)
+    average.n_averaged = torch.tensor(1)
+    average.update_parameters(every_kind)
+    average.n_averaged.data = average.n_averaged.data.double()
+    with pytest.raises(ValueError, match="n_averaged must be one int64"):
+        average.update_parameters(every_kind)
+
+
+def test_memory_that_was_taken_away_is_noticed() -> None:
+    model = nn.Linear(20, 20)
+    average = FusedAveragedModel(model)
+    average.update_parameters(model)
+    model.weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="'weight' of the model must have memory for its elements"):
+        average.update_parameters(model)
+    with pytest.raises(RuntimeError, match="not resizable"):
+        average.module.weight.untyped_storage().resize_(0)
+
+
+@pytest.mark.parametrize("change", ["None", "nested", "lazy"])
+def test_what_is_no_tensor_any_more_is_named(change: str) -> None:
+    model = nn.Linear(4, 4)
+    average = FusedAveragedModel(model)
+    average.update_parameters(model)
+    if change == "None":
+        model.bias = None
+    elif change == "lazy":
+        model.bias = nn.UninitializedParameter()
+    else:
+        model.bias = nn.Parameter(torch.nested.nested_tensor([torch.ones(2), torch.ones(2)]))
+    with pytest.raises(ValueError, match="'bias'"):
+        average.update_parameters(model)
+
+
+def test_a_negated_view_at_the_same_address_is_averaged_with_its_sign() -> None:
+    model = nn.ParameterList([nn.Parameter(torch.ones(4))])
+    average = FusedAveragedModel(model)
+    average.update_parameters(model)
+    model[0].data = torch._neg_view(model[0].data)
+    average.update_parameters(model)
+    assert average.module[0].tolist() == [0.0] * 4
+
+
+class Raising(Rule):
+    """Gives one weight, and then none: an update must ask once."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def weight(self, num_averaged: int) -> float:
+        self.asked += 1
+        if self.asked > 1:
+            raise RuntimeError("asked twice")
+        return 0.5
+
+
+def test_a_rule_is_asked_once_however_many_backends_are_at_work() -> None:
+    model = nn.ParameterList([nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4, dtype=torch.float64))])
+    average = FusedAveragedModel(model, rule=Raising())
+    average.update_parameters(model)
+    with torch.no_grad():
+        for param in model:
+            param.fill_(1.0)
+    average.update_parameters(model)
+    assert [p.tolist() for p in average.module] == [[0.5] * 4] * 2
+
+
+def test_a_copied_buffer_that_overlaps_itself_is_refused_before_anything_moves() -> None:
+    model = nn.Linear(3, 3).double()
+    model.register_buffer("spread", torch.zeros(1, dtype=torch.float64).expand(8))
+    average = FusedAveragedModel(model)
+    average.module.spread = torch.zeros(1, dtype=torch.float64).expand(8)
+    before = average.module.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.fill_(5.0)
+    with pytest.raises(ValueError, match="average 'spread' must not overlap itself"):
+        average.update_parameters(model)
+    assert torch.equal(average.module.weight, before)
+    assert average.n_averaged == 0

@@ -119,3 +119,33 @@ def test_a_library_that_does_not_load_warns_once_and_says_why(
         assert "no native library at" in str(native.unavailable())
     finally:
         native._load.cache_clear()
+
+
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("averages", "remainders", "params", "format", "message"),
+    [
+        ([torch.zeros(8, dtype=BF16)], [], [torch.ones(8, dtype=BF16)], "exact", "of one length"),
+        (
+            [torch.zeros(8, dtype=BF16)],
+            [torch.zeros(1, dtype=torch.int16)],
+            [torch.ones(8)],
+            "exact",
+            "alike in shape and device",
+        ),
+        ([torch.zeros(8, dtype=BF16)], [torch.zeros(8)], [torch.ones(8)], "exact", "must have planes of"),
+        ([torch.zeros(8, dtype=torch.float64)], [], [torch.ones(8)], "float32", "must have planes of"),
+        ([torch.zeros(16, dtype=BF16)[:8]], [], [torch.ones(8)], "float32", "must have planes of"),
+        ([torch.zeros(8)], [], [torch.ones(8), torch.ones(8)], "float32", "of one length"),
+    ],
+)
+def test_the_op_refuses_planes_that_are_not_the_formats(
+    averages, remainders, params, format: str, message: str
+) -> None:
+    count = torch.tensor(1)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.swafast.update_(averages, remainders, params, count, format, *EQUAL)
+    assert count == 1
+    assert not any(average.any() for average in averages)

@@ -233,3 +233,67 @@ def test_copy_to_casts_the_averages(every_kind: EveryKind, dtype: torch.dtype) -
             == []
         )
         assert torch.equal(model.norm.running_mean.float(), every_kind.norm.running_mean.float())
+
+
+def test_into_float64_nothing_is_lost(every_kind: EveryKind) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        average = trained(every_kind, dtype)
+        double = FusedAveragedModel(copy.deepcopy(every_kind).double())
+        double.load_state_dict(average.state_dict())
+        assert torch.equal(double.module.long, average.averaged_state_dict()["long"].double())
+
+
+def test_modules_that_look_at_values_while_loading_still_load() -> None:
+    class Scaled(nn.Linear):
+        def get_extra_state(self) -> torch.Tensor:
+            return torch.tensor(7)
+
+        def set_extra_state(self, state: torch.Tensor) -> None:
+            self.extra = int(state)
+
+        def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+            assert float(state_dict[prefix + "bias"][0]) == 3.0
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    model = Scaled(2, 2)
+    nn.init.constant_(model.bias, 3.0)
+    average, other = FusedAveragedModel(model), FusedAveragedModel(model)
+    other.load_state_dict(average.state_dict())
+    assert other.module.extra == 7
+
+
+def test_checkpoint_wrappers_do_not_hide_a_state() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    wrapped = nn.Sequential(checkpoint_wrapper(nn.Linear(3, 3))).bfloat16()
+    average = FusedAveragedModel(wrapped)
+    plain = AveragedModel(wrapped)
+    average.load_state_dict(plain.state_dict())
+    average.load_state_dict(average.state_dict())
+    single = FusedAveragedModel(copy.deepcopy(wrapped).float())
+    average.load_state_dict(single.state_dict())
+    single.load_state_dict(average.state_dict())
+
+
+def test_a_remainder_that_is_missing_counts_as_zero_where_the_load_is_not_strict(every_kind: EveryKind) -> None:
+    average = trained(every_kind, torch.bfloat16)
+    state = copy.deepcopy(average.state_dict())
+    del state["remainder.long"]
+    state["module.long"].fill_(1.0)
+    average.load_state_dict(state, strict=False)
+    assert average.averaged_state_dict()["long"].tolist() == [1.0] * 1000
+
+
+def test_torchs_checkpoint_library_saves_and_loads(every_kind: EveryKind, tmp_path) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    for dtype in DTYPES:
+        average = trained(every_kind, dtype)
+        state = get_model_state_dict(average)
+        dcp.save(state, checkpoint_id=tmp_path / str(dtype))
+        other = FusedAveragedModel(every_kind)
+        target = get_model_state_dict(other)
+        dcp.load(target, checkpoint_id=tmp_path / str(dtype))
+        set_model_state_dict(other, target)
+        assert differing(params_of(other), params_of(average)) == []

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from swafast import FusedAveragedModel
+from swafast import exchange as exchange_module
+from swafast.backends import native
 from tests.conftest import EveryKind, differing, tensors_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -144,3 +146,70 @@ def test_writing_a_bfloat16_plane_behind_our_back_and_back_is_exact(every_kind: 
             ours.data.copy_(theirs.data)
             theirs.data.copy_(held)
     assert differing(average.averaged_state_dict(), state) == []
+
+
+def _same_memory(model: nn.Module) -> None:
+    model.second.weight.data = model.first.weight.data
+
+
+def _transposed_view(model: nn.Module) -> None:
+    model.second.weight = nn.Parameter(model.first.weight.data.t())
+
+
+def _buffer_of_a_param(model: nn.Module) -> None:
+    model.register_buffer("view", model.first.weight.data)
+
+
+def _flat_param(model: nn.Module) -> None:
+    flat = torch.randn(32)
+    model.first.weight = nn.Parameter(flat)
+    model.second.weight = nn.Parameter(flat[8:24])
+
+
+@pytest.mark.parametrize("entangle", [_same_memory, _transposed_view, _buffer_of_a_param, _flat_param])
+@pytest.mark.parametrize("format", ["float32", "exact"])
+def test_params_that_share_memory_come_back(entangle, format: str) -> None:
+    model = nn.Module()
+    model.first, model.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    entangle(model)
+    average = FusedAveragedModel(model, format=format)
+    for _ in range(2):
+        average.update_parameters(model)
+        with torch.no_grad():
+            model.first.weight.add_(1.0)
+    before, state = tensors_of(model), average.averaged_state_dict()
+    with average.swapped_into(model):
+        shown = model.first.weight.detach().clone()
+    assert torch.equal(shown, state["first.weight"].to(shown.dtype))
+    assert differing(tensors_of(model), before) == []
+    assert differing(average.averaged_state_dict(), state) == []
+
+
+@pytest.mark.parametrize("when", ["there, exchanged", "there, stashed", "back, exchanged", "back, restored"])
+def test_an_interrupt_at_any_point_loses_nothing(
+    every_kind: EveryKind, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    # Python raises KeyboardInterrupt between two of its own instructions: after the call of C, say.
+    average = trained(every_kind, torch.float32)
+    before, state = tensors_of(every_kind), average.averaged_state_dict()
+    calls = {"exchange": 0, "bump": 0}
+    exchange, bump = native.NativeLaunch.exchange, exchange_module.bump_versions
+    at = {"there, exchanged": ("exchange", 1), "there, stashed": ("bump", 1)}
+    at |= {"back, exchanged": ("exchange", 2), "back, restored": ("bump", 2)}
+
+    def interrupt_after(name: str, function):
+        def run(*args: object) -> None:
+            function(*args)
+            calls[name] += 1
+            if (name, calls[name]) == at[when]:
+                raise KeyboardInterrupt
+
+        return run
+
+    monkeypatch.setattr(native.NativeLaunch, "exchange", interrupt_after("exchange", exchange))
+    monkeypatch.setattr(exchange_module, "bump_versions", interrupt_after("bump", bump))
+    with pytest.raises(KeyboardInterrupt), average.swapped_into(every_kind):
+        pass
+    assert differing(tensors_of(every_kind), before) == []
+    assert differing(average.averaged_state_dict(), state) == []
+    average.update_parameters(every_kind)
