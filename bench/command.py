@@ -1,0 +1,146 @@
+"""The command line: ``python -m bench``, ``python -m bench plot FILE``, ``python -m bench readme``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.status import Status
+
+from bench import machine, training
+from bench.memory import available_bytes
+from bench.plot import plot
+from bench.readme import rewrite
+from bench.report import ALL_OURS, Report, Row, TrainingRow
+from bench.suite import measure
+from bench.tables import numbers_table, training_table, workload_table
+from bench.workloads import QUICK, WORKLOADS
+
+RESULTS = Path("bench/results")
+
+# Seconds of timing for one workload and dtype, and for one model of the training part. With gates and compilation, the
+# twelve and the four of a full run stay under ten minutes on 2 cores.
+BUDGET_S, QUICK_BUDGET_S = 10.0, 3.0
+TRAINING = training.Budget(8.0)
+QUICK_TRAINING = training.Budget(2.0, min_rounds=1)
+# A run leaves the rest of the memory to whatever else the machine is doing.
+MEMORY_SHARE = 0.6
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+app = typer.Typer(add_completion=False, help="Measure an update beside every other way of averaging a model.")
+console = Console()
+
+
+def _check_names(argument: str, given: list[str], known: list[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise typer.BadParameter(f"{argument} must be one of {', '.join(known)}, got {name}")
+
+
+def _command_line(arguments: list[str]) -> str:
+    """Give the command that repeats this run, less where it writes: a report holds no path of a machine."""
+    kept, skip = ["python -m bench"], False
+    for argument in arguments:
+        if not skip and not argument.startswith("--out"):
+            kept.append(argument)
+        skip = argument == "--out"
+    return " ".join(kept)
+
+
+@app.callback(invoke_without_command=True)
+def run(
+    context: typer.Context,
+    workload: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(WORKLOADS)}; repeatable.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Params: float32, bfloat16; repeatable.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small workloads and budgets: about a minute.")] = False,
+    train: Annotated[bool | None, typer.Option(help="Measure the share of a training step; quick: not.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON and the picture.")] = RESULTS,
+    device: Annotated[str, typer.Option(help="Where to measure.")] = "cpu",
+    memory_gib: Annotated[float | None, typer.Option(help="Memory to use. Default: 60 % of what is free.")] = None,
+) -> None:
+    """Measure, print, and write OUT/<device>.json and OUT/<device>.png."""
+    if context.invoked_subcommand is not None:
+        return
+    names = workload or list(QUICK if quick else WORKLOADS)
+    dtypes = dtype or list(DTYPES)
+    _check_names("--workload", names, list(WORKLOADS))
+    _check_names("--dtype", dtypes, list(DTYPES))
+    where = torch.device(device)
+    about = machine.environment(where, _command_line(sys.argv[1:]))
+    memory = available_bytes(where) * MEMORY_SHARE if memory_gib is None else memory_gib * 2**30
+    rows = _measure_all(names, dtypes, where, QUICK_BUDGET_S if quick else BUDGET_S, memory)
+    wanted = not quick if train is None else train
+    training_rows = _train(QUICK_TRAINING if quick else TRAINING) if wanted else []
+    _finish(Report(about, rows, training_rows), out / where.type)
+
+
+def _measure_all(
+    names: list[str],
+    dtypes: list[str],
+    device: torch.device,
+    budget_s: float,
+    memory: float,  # bytes
+) -> list[Row]:
+    rows: list[Row] = []
+    for name in names:
+        for dtype in dtypes:
+            label = f"{WORKLOADS[name].title}, {dtype}"
+            with console.status(label) as status:
+                progress = _progress(status, label)
+                measured = measure(WORKLOADS[name], DTYPES[dtype], device, budget_s, memory, progress)
+            rows += measured
+            console.print(workload_table(measured), "")
+    return rows
+
+
+def _progress(status: Status, label: str) -> Callable[[str], None]:
+    return lambda step: status.update(f"{label}: {step}")
+
+
+def _train(budget: training.Budget) -> list[TrainingRow]:
+    with console.status("training alone") as status:
+        rows = training.measure_alone(budget)
+        status.update(f"training under {training.DDP_SETTING}")
+        rows += training.measure_ddp(budget)
+    console.print(training_table(rows), "")
+    return rows
+
+
+def _finish(report: Report, stem: Path) -> None:
+    """Write the report and its picture, print the bars, and fail when one of our own rows is wrong."""
+    report.write(stem.with_suffix(".json"))
+    console.print(numbers_table(report), "")
+    console.print(f"wrote {stem.with_suffix('.json')}")
+    if plot(report, stem.with_suffix(".png")):
+        console.print(f"wrote {stem.with_suffix('.png')}")
+    wrong = [row for row in report.rows if row.provider in ALL_OURS and row.wrong]
+    for row in wrong:
+        console.print(f"{row.provider} on {row.title}, {row.dtype}: {row.status}: {row.reason}", style="bold red")
+    if wrong:
+        raise typer.Exit(1)
+
+
+@app.command("plot")
+def plot_command(file: Annotated[Path, typer.Argument(help="A report, as a run writes it.")]) -> None:
+    """Draw the picture of FILE anew, beside it."""
+    picture = file.with_suffix(".png")
+    if not plot(Report.read(file), picture):
+        console.print(f"{file} holds no workload that was timed for us and for what it is compared with", style="red")
+        raise typer.Exit(1)
+    console.print(f"wrote {picture}")
+
+
+@app.command("readme")
+def readme_command(
+    file: Annotated[Path, typer.Argument(help="A report, as a run writes it.")] = RESULTS / "cpu.json",
+    readme: Annotated[Path, typer.Option(help="The file with the two markers.")] = Path("README.md"),
+) -> None:
+    """Rewrite the README's table from FILE."""
+    rewrite(readme, json.loads(file.read_text()))
+    console.print(f"rewrote the table of {readme} from {file}")

@@ -1,0 +1,224 @@
+"""Parameter lists of real models, without the models: a module that holds the true names, shapes and buffers.
+
+The shapes are worked out from each architecture's numbers and checked against its known total, so no model library is
+needed, and no download.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Entry = tuple[str, tuple[int, ...]]
+
+# Period of the values that fill a module. Prime, so that a wrong offset of any size shows as wrong values.
+FILL_PERIOD = 1_048_573
+
+# What a run holds at most at once, counted from the copies that suite.py keeps of bf16 params: model 2, flat average
+# 4, flat param 3.3, torch's average 2, ours 4 and 4, one read of ours 4. GPT-2 medium measured 25. float32 takes 20.
+PEAK_BYTES_PER_PARAM = 25
+# torch's class has up to three temporaries of the largest tensor, and torch itself takes a share.
+PEAK_BYTES_BESIDE = 1 << 30
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A named parameter list. ``params(depth)`` gives it with ``depth`` blocks, ``full_depth`` of them when whole."""
+
+    name: str
+    title: str
+    params: Callable[[int], Iterator[Entry]]
+    full_depth: int
+    num_params: int  # when whole
+    buffers: Callable[[], Iterator[Entry]] = lambda: iter(())
+
+    def depth_within(self, memory_bytes: float) -> int:
+        """Give the number of blocks that a run can hold in ``memory_bytes``; 0 where not even one fits."""
+        affordable = (memory_bytes - PEAK_BYTES_BESIDE) / PEAK_BYTES_PER_PARAM
+        if affordable >= self.num_params:
+            return self.full_depth
+        if self.name != "llama3_8b":
+            return 0
+        return max(0, int(affordable // LLAMA_LAYER_PARAMS))
+
+    def title_at(self, depth: int) -> str:
+        if depth == self.full_depth:
+            return self.title
+        return f"{self.title}, {depth} of {self.full_depth} layers, no embeddings"
+
+
+def _affine(name: str, width: int) -> Iterator[Entry]:
+    yield f"{name}.weight", (width,)
+    yield f"{name}.bias", (width,)
+
+
+def _linear(name: str, out: int, inner: int) -> Iterator[Entry]:
+    yield f"{name}.weight", (out, inner)
+    yield f"{name}.bias", (out,)
+
+
+# ResNet-50: blocks and inner width of each of its four stages; a block gives four times its inner width.
+RESNET50_STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))
+
+
+def _resnet50_norms() -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Yield (convolution, norm after it, shape of the convolution) in the order of the model."""
+    yield "conv1", "bn1", (64, 3, 7, 7)
+    channels = 64
+    for stage, (blocks, width) in enumerate(RESNET50_STAGES, 1):
+        for block in range(blocks):
+            at = f"layer{stage}.{block}"
+            yield f"{at}.conv1", f"{at}.bn1", (width, channels, 1, 1)
+            yield f"{at}.conv2", f"{at}.bn2", (width, width, 3, 3)
+            yield f"{at}.conv3", f"{at}.bn3", (4 * width, width, 1, 1)
+            if block == 0:
+                yield f"{at}.downsample.0", f"{at}.downsample.1", (4 * width, channels, 1, 1)
+            channels = 4 * width
+
+
+def resnet50_params(depth: int) -> Iterator[Entry]:
+    del depth
+    for conv, norm, shape in _resnet50_norms():
+        yield f"{conv}.weight", shape
+        yield from _affine(norm, shape[0])
+    yield from _linear("fc", 1000, 2048)
+
+
+def resnet50_buffers() -> Iterator[Entry]:
+    for _, norm, shape in _resnet50_norms():
+        yield f"{norm}.running_mean", (shape[0],)
+        yield f"{norm}.running_var", (shape[0],)
+        yield f"{norm}.num_batches_tracked", ()
+
+
+def vit_l_16_params(depth: int) -> Iterator[Entry]:
+    width = 1024
+    yield "class_token", (1, 1, width)
+    yield "conv_proj.weight", (width, 3, 16, 16)
+    yield "conv_proj.bias", (width,)
+    # 14 x 14 patches of a 224-pixel image, and the class token
+    yield "encoder.pos_embedding", (1, 14 * 14 + 1, width)
+    for layer in range(depth):
+        at = f"encoder.layers.encoder_layer_{layer}"
+        yield from _affine(f"{at}.ln_1", width)
+        yield f"{at}.self_attention.in_proj_weight", (3 * width, width)
+        yield f"{at}.self_attention.in_proj_bias", (3 * width,)
+        yield from _linear(f"{at}.self_attention.out_proj", width, width)
+        yield from _affine(f"{at}.ln_2", width)
+        yield from _linear(f"{at}.mlp.0", 4 * width, width)
+        yield from _linear(f"{at}.mlp.3", width, 4 * width)
+    yield from _affine("encoder.ln", width)
+    yield from _linear("heads.head", 1000, width)
+
+
+def gpt2_medium_params(depth: int) -> Iterator[Entry]:
+    width = 1024
+    yield "transformer.wte.weight", (50257, width)
+    yield "transformer.wpe.weight", (1024, width)
+    for layer in range(depth):
+        at = f"transformer.h.{layer}"
+        yield from _affine(f"{at}.ln_1", width)
+        # GPT-2 keeps its linear weights as (in, out)
+        for name, inner, out in (("attn.c_attn", 1, 3), ("attn.c_proj", 1, 1)):
+            yield f"{at}.{name}.weight", (inner * width, out * width)
+            yield f"{at}.{name}.bias", (out * width,)
+        yield from _affine(f"{at}.ln_2", width)
+        for name, inner, out in (("mlp.c_fc", 1, 4), ("mlp.c_proj", 4, 1)):
+            yield f"{at}.{name}.weight", (inner * width, out * width)
+            yield f"{at}.{name}.bias", (out * width,)
+    yield from _affine("transformer.ln_f", width)
+
+
+LLAMA_LAYERS = 32
+LLAMA_LAYER_PARAMS = 218_112_000
+
+
+def llama3_8b_params(depth: int) -> Iterator[Entry]:
+    """Yield ``depth`` decoder layers, and the embeddings only with all of them: at 0.5e9 params each they come last."""
+    width, kv_width, inner, vocabulary = 4096, 1024, 14336, 128256
+    whole = depth == LLAMA_LAYERS
+    if whole:
+        yield "model.embed_tokens.weight", (vocabulary, width)
+    for layer in range(depth):
+        at = f"model.layers.{layer}"
+        for name, out in (("q_proj", width), ("k_proj", kv_width), ("v_proj", kv_width), ("o_proj", width)):
+            yield f"{at}.self_attn.{name}.weight", (out, width)
+        yield f"{at}.mlp.gate_proj.weight", (inner, width)
+        yield f"{at}.mlp.up_proj.weight", (inner, width)
+        yield f"{at}.mlp.down_proj.weight", (width, inner)
+        yield f"{at}.input_layernorm.weight", (width,)
+        yield f"{at}.post_attention_layernorm.weight", (width,)
+    if whole:
+        yield "model.norm.weight", (width,)
+        yield "lm_head.weight", (vocabulary, width)
+
+
+def _equal_tensors(count: int, shape: tuple[int, ...]) -> Callable[[int], Iterator[Entry]]:
+    return lambda depth: ((f"{index}", shape) for index in range(count))
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("resnet50", "ResNet-50", resnet50_params, 1, 25_557_032, resnet50_buffers),
+        Workload("vit_l_16", "ViT-L/16", vit_l_16_params, 24, 304_326_632),
+        Workload("gpt2_medium", "GPT-2 medium", gpt2_medium_params, 24, 354_823_168),
+        Workload("llama3_8b", "Llama-3-8B", llama3_8b_params, LLAMA_LAYERS, 8_030_261_248),
+        Workload("2000x64x64", "2000 tensors of 64x64", _equal_tensors(2000, (64, 64)), 1, 2000 * 64 * 64),
+        Workload("3000x64", "3000 tensors of 64", _equal_tensors(3000, (64,)), 1, 3000 * 64),
+    )
+}
+QUICK = ("resnet50", "2000x64x64", "3000x64")
+
+
+def build(workload: Workload, dtype: torch.dtype, device: torch.device, depth: int | None = None) -> nn.Module:
+    """Build and fill a module with the params and buffers of ``workload``; touches all its memory.
+
+    Raises:
+        RuntimeError: the shapes do not add up to the model's known total.
+    """
+    depth = workload.full_depth if depth is None else depth
+    root = nn.Module()
+    for name, shape in workload.params(depth):
+        owner, leaf = _owner(root, name)
+        owner.register_parameter(leaf, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
+    for name, shape in workload.buffers():
+        owner, leaf = _owner(root, name)
+        buffer = torch.empty(shape, dtype=torch.int64 if leaf == "num_batches_tracked" else dtype, device=device)
+        owner.register_buffer(leaf, buffer)
+    total = sum(param.numel() for param in root.parameters())
+    if depth == workload.full_depth and total != workload.num_params:
+        raise RuntimeError(f"{workload.name} must have {workload.num_params:,} params, got {total:,}")
+    _fill([*root.parameters(), *root.buffers()])
+    return root
+
+
+def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Give the submodule that holds ``name``, made where it is missing, and the last part of the name."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    return root, leaf
+
+
+@torch.no_grad()
+def _fill(tensors: list[Tensor]) -> None:
+    """Run one periodic stream of random values in +-[0.5, 1.5) through all tensors; integers become 1."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(FILL_PERIOD, generator=generator) + 0.5
+    values *= torch.randint(0, 2, (FILL_PERIOD,), generator=generator) * 2 - 1
+    at = 0
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            tensor.fill_(1)
+            continue
+        flat, done = tensor.view(-1), 0
+        while done < flat.numel():
+            run = min(FILL_PERIOD - at, flat.numel() - done)
+            flat[done : done + run].copy_(values[at : at + run])
+            done, at = done + run, (at + run) % FILL_PERIOD
