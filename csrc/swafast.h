@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define SWAFAST_ABI 2
+#define SWAFAST_ABI 3
 
 /* dtype of a param */
 enum { SWAFAST_FLOAT32 = 0, SWAFAST_BFLOAT16 = 1, SWAFAST_FLOAT16 = 2, SWAFAST_BYTES = 3, SWAFAST_NUM_DTYPES = 4 };
@@ -78,6 +78,9 @@ SWAFAST_EXPORT int32_t swafast_cpu_use_isa(const char* name);
 SWAFAST_EXPORT int32_t swafast_cpu_update(const swafast_tensor* tensors, int64_t num_tensors,
                                           const swafast_chunk* chunks, int64_t num_chunks, const swafast_rule* rule,
                                           int64_t* num_averaged, int64_t advance, int32_t num_threads);
+
+/* Ask for large pages behind this memory, before it is first touched; where there are none, nothing happens. */
+SWAFAST_EXPORT void swafast_cpu_want_large_pages(void* start, int64_t nbytes);
 
 /* Exchange the bytes of every param with those of planes[0], then *exchanged ^= 1; the dtypes must agree. */
 SWAFAST_EXPORT int32_t swafast_cpu_exchange(const swafast_tensor* tensors, int64_t num_tensors,

@@ -16,7 +16,7 @@ from torch.autograd.graph import increment_version
 
 from . import ops
 from ._torch import make_metadata_check
-from .backends import Backend, Pair
+from .backends import Backend, Pair, native
 from .bucket import Slot, is_dense, lay_out, same_order
 from .rules import Rule
 
@@ -94,10 +94,10 @@ class Plan:
 
     def update(self, params: Sequence[Tensor], planes: Sequence[Tensor], rule: Rule) -> None:
         """Run one update; ``params`` and ``planes`` are those that :meth:`fits` has just seen."""
-        try:
-            ops.update(self._work, params, rule, self._num_averaged)
-        finally:  # what was written before an interrupt is to be seen, too
-            bump_versions((*planes, self._num_averaged))
+        # Before the launch: after it, a large update has driven the tensors' own records out of the caches (0.3 ms for
+        # 2000 of 64x64); and whatever an interrupted launch has written is then known to autograd already.
+        bump_versions((*planes, self._num_averaged))
+        ops.update(self._work, params, rule, self._num_averaged)
 
 
 def bump_versions(tensors: Sequence[Tensor]) -> None:
@@ -140,6 +140,7 @@ def home_averages(pairs: Sequence[Pair], homes: frozenset[int]) -> frozenset[int
         # Under inference_mode the averages would become inference tensors, and never see autograd again.
         with torch.inference_mode(False), torch.no_grad():
             storage = torch.empty(bucket.numel, dtype=dtype, device=device).untyped_storage()
+            native.want_large_pages(storage)
             for slot in bucket.slots:
                 plane = planes[slot.index]
                 plane.data = stand_on_own_storage(storage, plane, slot, strides[slot.index]).copy_(plane)

@@ -11,6 +11,9 @@
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace swafast::cpu {
 namespace {
@@ -150,6 +153,19 @@ int32_t swafast_cpu_use_isa(const char* name) {
   if (kernels == nullptr) return 1;
   chosen().store(kernels);
   return 0;
+}
+
+void swafast_cpu_want_large_pages(void* start, int64_t nbytes) {
+#if defined(__linux__)
+  // Only whole pages of the usual size inside the range: what lies beside it is not ours to advise on.
+  constexpr uintptr_t kPage = 4096;
+  const auto first = (reinterpret_cast<uintptr_t>(start) + kPage - 1) / kPage * kPage;
+  const auto end = (reinterpret_cast<uintptr_t>(start) + static_cast<uintptr_t>(nbytes)) / kPage * kPage;
+  if (end > first) (void)madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+  (void)start;
+  (void)nbytes;
+#endif
 }
 
 int32_t swafast_cpu_update(const swafast_tensor* tensors, int64_t num_tensors, const swafast_chunk* chunks,

@@ -23,7 +23,7 @@ from . import Pair
 name = "cpu"
 
 #: Changes with any structure or function of csrc/swafast.h.
-_ABI = 2
+_ABI = 3
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BYTES = 3
@@ -101,6 +101,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.swafast_weight.restype = ctypes.c_double
     library.swafast_weight.argtypes = (ctypes.POINTER(_Rule), i64)
     library.swafast_cpu_update.argtypes = (*table, ctypes.POINTER(_Rule), address, i64, i32)
+    library.swafast_cpu_want_large_pages.argtypes = (address, i64)
+    library.swafast_cpu_want_large_pages.restype = None
     library.swafast_cpu_exchange.argtypes = (*table, i32, ctypes.POINTER(i64))
     library.swafast_cpu_first_nonfinite.argtypes = (*table, i32, ctypes.POINTER(i64))
 
@@ -164,6 +166,16 @@ def serves(pair: Pair) -> bool:
     return is_dense(param.shape, param.stride()) and all(
         same_order(param.shape, param.stride(), plane.stride()) for plane in pair.planes
     )
+
+
+def want_large_pages(storage: torch.UntypedStorage) -> None:
+    """Ask for large pages behind a new CPU storage, before its first touch.
+
+    An update is 4 % faster for them on two cores and 13 % on one (96 Mi float32, pages of 4 KiB otherwise).
+    """
+    library, _ = _load()
+    if library is not None and storage.device.type == "cpu":
+        library.swafast_cpu_want_large_pages(storage.data_ptr(), storage.nbytes())
 
 
 def prepare(pairs: Sequence[Pair]) -> NativeLaunch:
