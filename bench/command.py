@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,9 @@ MEMORY_SHARE = 0.6
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 app = typer.Typer(add_completion=False, help="Measure an update beside every other way of averaging a model.")
-console = Console()
+# The tables need about this many columns; a log has no width of its own.
+LOG_COLUMNS = 150
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_COLUMNS)
 
 
 def _check_names(argument: str, given: list[str], known: list[str]) -> None:
