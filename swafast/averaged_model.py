@@ -227,19 +227,23 @@ class FusedAveragedModel(AveragedModel):
             RuntimeError: the averages are already swapped in; or, on leaving, a parameter was moved to other memory,
                 and is named. Meanwhile updates, :meth:`state_dict` and :meth:`load_state_dict` raise it.
         """
-        with self._alone("swapped_into"):
-            binding, params, planes = self._bind(model)
-            exchange = Exchange(binding.plan.pairs(params, planes), ops.choose_backends(self.backend))
-            self._swapped = True
+        exchange = None
         try:
-            with self._own_lock():
+            with self._alone("swapped_into"):
+                binding, params, planes = self._bind(model)
+                exchange = Exchange(binding.plan.pairs(params, planes), ops.choose_backends(self.backend))
+                self._swapped = True
                 exchange.there()
             yield model
         finally:
+            if exchange is not None:
+                self._swap_back(exchange)
+
+    def _swap_back(self, exchange: Exchange) -> None:
+        with self._own_lock():
             try:
-                with self._own_lock():
-                    exchange.back()
-            except KeyboardInterrupt:
+                exchange.back()
+            except (KeyboardInterrupt, SystemExit):
                 exchange.back()  # the rest of the way
                 raise
             finally:
@@ -332,8 +336,8 @@ class FusedAveragedModel(AveragedModel):
             return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def _own_lock(self) -> ForkSafeLock:
-        lock: ForkSafeLock = self.__dict__.setdefault("_lock", ForkSafeLock())  # atomic, so all threads get the same
-        return lock
+        lock: ForkSafeLock | None = self.__dict__.get("_lock")
+        return lock if lock is not None else self.__dict__.setdefault("_lock", ForkSafeLock())  # one for all threads
 
     @contextmanager
     def _alone(self, action: str) -> Iterator[None]:
