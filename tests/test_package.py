@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import swafast
+from bench.readme import readme_table
 from swafast import doctor
 from swafast.backends import native
 
@@ -83,6 +85,13 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
         install, _, use = command.partition(" && ")
         assert install.replace("pip install", "pip install --quiet") in script
         assert use in script
+
+
+def test_the_readmes_table_is_the_reports() -> None:
+    report = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
+    inside = README.split("<!-- bench:begin -->")[1].split("<!-- bench:end -->")[0]
+    assert inside.strip() == readme_table(report).strip()
+    assert (ROOT / "bench" / "results" / "cpu.png").stat().st_size < 1_000_000
 
 
 def test_what_the_readme_imports_is_there() -> None:
