@@ -52,16 +52,53 @@ struct Avx2 {
     store_half(copy + i, to_half(value));
   }
   static void store_average(FormatExact, uint16_t* a, int16_t* r, int64_t i, __m256 value) {
-    __m256i bits = _mm256_castps_si256(value);
-    const __m256 nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
-    const __m256i sign = _mm256_and_si256(bits, _mm256_set1_epi32(INT32_MIN));
-    const __m256i quiet = _mm256_or_si256(sign, _mm256_set1_epi32(0x7fc00000));
-    bits = _mm256_blendv_epi8(bits, quiet, _mm256_castps_si256(nan));
+    const __m256i bits = quieted(value);
     store_half(a + i, narrow(_mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x8000)), 16)));
     store_half(r + i, narrow(_mm256_and_si256(bits, _mm256_set1_epi32(0xffff))));
   }
 
+  // bfloat16 into `exact`, 16 elements a turn; avx512.cpp says why and how.
+  template <class Param, class Format>
+  static constexpr bool packed(Param, Format) {
+    return false;
+  }
+  static constexpr bool packed(BFloat16, FormatExact) { return true; }
+
+  template <class Lerp>
+  static void update_packed(const uint16_t* param, uint16_t* average, int16_t* remainder, const Lerp& lerp_of) {
+    const __m256i zero = _mm256_setzero_si256();
+    const __m256i newest = load_whole(param);
+    __m256i high = load_whole(average);
+    __m256i low = load_whole(remainder);
+    const __m256i magnitude = _mm256_and_si256(high, _mm256_set1_epi16(0x7fff));
+    const __m256i stale_zero = _mm256_and_si256(_mm256_cmpeq_epi16(magnitude, zero), _mm256_cmpgt_epi16(zero, low));
+    const __m256i stale_infinity =
+        _mm256_and_si256(_mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f80)), _mm256_cmpgt_epi16(low, zero));
+    low = _mm256_andnot_si256(_mm256_or_si256(stale_zero, stale_infinity), low);
+    high = _mm256_add_epi16(high, _mm256_srai_epi16(low, 15));  // a negative remainder borrows
+    const __m256 value0 = lerp_of(_mm256_castsi256_ps(_mm256_unpacklo_epi16(low, high)),
+                                  _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, newest)));
+    const __m256 value1 = lerp_of(_mm256_castsi256_ps(_mm256_unpackhi_epi16(low, high)),
+                                  _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, newest)));
+    const __m256i bits0 = quieted(value0), bits1 = quieted(value1);
+    const __m256i low_half = _mm256_set1_epi32(0xffff);
+    low = _mm256_packus_epi32(_mm256_and_si256(bits0, low_half), _mm256_and_si256(bits1, low_half));
+    high = _mm256_packus_epi32(_mm256_srli_epi32(bits0, 16), _mm256_srli_epi32(bits1, 16));
+    store_whole(average, _mm256_add_epi16(high, _mm256_srli_epi16(low, 15)));  // rounded half up
+    store_whole(remainder, low);
+  }
+
  private:
+  static __m256i load_whole(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static void store_whole(void* p, __m256i value) { _mm256_storeu_si256(static_cast<__m256i*>(p), value); }
+  // The bits of a float32, but a NaN keeps its sign and nothing else.
+  static __m256i quieted(__m256 value) {
+    const __m256i bits = _mm256_castps_si256(value);
+    const __m256 nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
+    const __m256i sign = _mm256_and_si256(bits, _mm256_set1_epi32(INT32_MIN));
+    const __m256i quiet = _mm256_or_si256(sign, _mm256_set1_epi32(0x7fc00000));
+    return _mm256_blendv_epi8(bits, quiet, _mm256_castps_si256(nan));
+  }
   static __m128i load_half(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   static void store_half(void* p, __m128i value) { _mm_storeu_si128(static_cast<__m128i*>(p), value); }
   static __m128i to_half(__m256 value) { return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

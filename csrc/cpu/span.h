@@ -88,6 +88,10 @@ void update_branch(const typename Param::storage* param, typename Format::plane0
     const auto lerp_of = V::template make_lerp<kBranch>(step);
     // Two vectors a turn: the loads of the second are under way while the first is worked on.
     for (; i + 2 * V::kLanes <= numel; i += 2 * V::kLanes) {
+      if constexpr (V::packed(Param{}, Format{})) {
+        V::update_packed(param + i, plane0 + i, plane1 + i, lerp_of);
+        continue;
+      }
       const auto p0 = V::load(Param{}, param + i);
       const auto p1 = V::load(Param{}, param + i + V::kLanes);
       const auto a0 = V::load_average(Format{}, plane0, plane1, i);
