@@ -24,6 +24,8 @@ from bench.tables import numbers_table, training_table, workload_table
 from bench.workloads import QUICK, WORKLOADS
 
 RESULTS = Path("bench/results")
+# Where a run writes unless told otherwise: git ignores it, so a look at the speed leaves the committed report alone.
+OUT = Path("build/bench")
 
 # Seconds of timing for one workload and dtype, and for one model of the training part. With gates and compilation, the
 # twelve and the four of a full run stay under ten minutes on 2 cores.
@@ -63,7 +65,7 @@ def run(
     dtype: Annotated[list[str] | None, typer.Option(help="Params: float32, bfloat16; repeatable.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small workloads and budgets: about a minute.")] = False,
     train: Annotated[bool | None, typer.Option(help="Measure the share of a training step; quick: not.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the JSON and the picture.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON and the picture.")] = OUT,
     device: Annotated[str, typer.Option(help="Where to measure.")] = "cpu",
     memory_gib: Annotated[float | None, typer.Option(help="Memory to use. Default: 60 % of what is free.")] = None,
 ) -> None:
@@ -74,13 +76,23 @@ def run(
     dtypes = dtype or list(DTYPES)
     _check_names("--workload", names, list(WORKLOADS))
     _check_names("--dtype", dtypes, list(DTYPES))
-    where = torch.device(device)
+    where = _device(device)
     about = machine.environment(where, _command_line(sys.argv[1:]))
     memory = available_bytes(where) * MEMORY_SHARE if memory_gib is None else memory_gib * 2**30
     rows = _measure_all(names, dtypes, where, QUICK_BUDGET_S if quick else BUDGET_S, memory)
     wanted = not quick if train is None else train
     training_rows = _train(QUICK_TRAINING if quick else TRAINING) if wanted else []
     _finish(Report(about, rows, training_rows), out / where.type)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise typer.BadParameter(f"--device must be one that this torch can use, got {name}: {reason}") from None
+    return device
 
 
 def _measure_all(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.report import FLAT_LERP, Report, baseline, find, our_row
+from bench.report import FLAT_LERP, TORCH_EMA, Report, baseline, find, our_row
 from bench.tables import milliseconds, percent
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -16,16 +16,18 @@ def readme_table(report: dict[str, Any]) -> str:
     read = Report.from_dict(report)
     about = read.environment
     lines = [
-        "| update of | today, ms | swafast, ms | faster | of one flat `lerp_` |",
-        "|---|---:|---:|---:|---:|",
+        "| update of | today, ms | its EMA function, ms | swafast, ms | faster | of one flat `lerp_` |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for rows in read.groups():
         today, ours, flat = baseline(rows), our_row(rows), find(rows, FLAT_LERP)
         if today is None or ours is None or flat is None:
             continue
+        ema = find(rows, TORCH_EMA)
         dtype = "fp32" if ours.dtype == "float32" else "bf16, `exact`"
         lines.append(
-            f"| {ours.title}, {dtype} | {milliseconds(today.seconds)} | {milliseconds(ours.seconds)} "
+            f"| {ours.title}, {dtype} | {milliseconds(today.seconds)} | {milliseconds(ema.seconds) if ema else ''} "
+            f"| {milliseconds(ours.seconds)} "
             f"| {today.seconds / ours.seconds:.1f}x | {percent(flat.seconds / ours.seconds)} |"
         )
     versions = about["versions"]
@@ -34,8 +36,9 @@ def readme_table(report: dict[str, Any]) -> str:
         f"Medians of one run of `{about['command']}` on {about['device_name']}, {about['threads']} threads, "
         f"torch {versions.get('torch')}, {about['date'][:10]}. "
         "*today*: `torch.optim.swa_utils.AveragedModel` for fp32; for bf16, where its average freezes, the faster of "
-        "the two loops that keep a float32 average, `mul_().add_()` and `lerp_(p.float())`. "
-        "*of one flat `lerp_`*: its share of the speed of one `lerp_` over the same bytes in a single tensor.",
+        "the two loops that keep a float32 average, `mul_().add_()` and `lerp_(p.float())`. *its EMA function*: that "
+        "class with `multi_avg_fn=get_ema_multi_avg_fn(...)`. *faster*: over *today*. *of one flat `lerp_`*: the share "
+        "of the speed of one `lerp_` over the same bytes in a single tensor.",
     ]
     return "\n".join(lines)
 

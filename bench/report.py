@@ -17,6 +17,7 @@ SCHEMA = 1
 
 # Provider names that tables, bars and pictures look rows up by.
 TORCH_CLASS = "torch AveragedModel"
+TORCH_EMA = "torch AveragedModel, EMA fn"
 FLAT_LERP = "one flat lerp_"
 MUL_ADD = "mul_().add_()"
 LERP_FLOAT = "lerp_(p.float())"

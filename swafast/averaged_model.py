@@ -17,8 +17,7 @@ from .exchange import Exchange
 from .formats import OWN, Format, check_format, format_of, stored_dtype
 from .functions import choose_rule, update_by_function
 from .locks import ForkSafeLock
-from .matching import Binding, check_model, each_average
-from .names import unwrap
+from .matching import Binding, ask_include, check_model, each_average
 from .planes import Recast, find_planes, fit_planes
 from .rules import Rule, rule_of
 from .states import check_load, export, keeping_ties, translate_load
@@ -105,17 +104,18 @@ class FusedAveragedModel(AveragedModel):
             raise ValueError(f"format must be None with an averaging function of your own, got {format!r}")
         if nonfinite not in _NONFINITE:
             raise ValueError(f"nonfinite must be one of {', '.join(map(repr, _NONFINITE))}, got {nonfinite!r}")
+        if isinstance(device, Rule):
+            raise TypeError(f"device must be a torch.device, got {device!r}: pass it as rule=")
         ops.choose_backends(backend)
         check_model(model)
+        asked = ask_include(include, model)
         if recognised is not None and (rule, avg_fn, multi_avg_fn) != (None, None, None):
             # torch's closures do not pickle; the rule that they stand for does.
             avg_fn, multi_avg_fn = None, recognised
         super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)
         self.format, self.backend, self.include, self.nonfinite = format, backend, include, nonfinite
         self._any_device = device is not None
-        self._asked = {}
-        if include is not None:
-            self._asked = {n: bool(include(n, p)) for n, p in matching.named_params(unwrap(model), "model").items()}
+        self._asked = asked
         self._apply(lambda tensor: tensor.to(stored_dtype(format, tensor.dtype)))
         for name, tensor, fmt in self._each_average():
             fit_planes(self, name, tensor, fmt)

@@ -26,7 +26,11 @@ def choose_rule(rule: object, avg_fn: object, multi_avg_fn: object) -> Rule | No
     if len(given) > 1:
         raise ValueError(f"only one of rule, avg_fn and multi_avg_fn must be given, got {' and '.join(given)}")
     if rule is not None and not isinstance(rule, Rule):
-        raise TypeError(f"rule must be a swafast.rules.Rule, got {type(rule).__name__}")
+        got = f"the class {rule.__name__}" if isinstance(rule, type) else f"{type(rule).__name__} {rule!r}"
+        raise TypeError(
+            f"rule must be a Rule such as ExponentialAverage(0.999), got {got}; "
+            "an averaging function goes to avg_fn= or multi_avg_fn="
+        )
     for name, function in given.items():
         if not callable(function):
             raise TypeError(f"{name} must be callable, got {type(function).__name__}")

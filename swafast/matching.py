@@ -44,6 +44,23 @@ def check_model(model: object) -> Module:
     return model
 
 
+def ask_include(include: object, model: Module) -> dict[str, bool]:
+    """Ask ``include`` about each parameter of ``model``; nothing is asked, and all are averaged, where it is None.
+
+    Raises:
+        TypeError: it is no function.
+        ValueError: it picks none of the parameters.
+    """
+    if include is None:
+        return {}
+    if not callable(include):
+        raise TypeError(f"include must be a function include(name, param) -> bool, got {include!r}")
+    asked = {name: bool(include(name, param)) for name, param in named_params(unwrap(model), "model").items()}
+    if asked and not any(asked.values()):
+        raise ValueError(f"include must pick a parameter, got False for all of them, {next(iter(asked))!r} the first")
+    return asked
+
+
 def each_average(module: Module) -> Iterator[tuple[list[str], Tensor, bool]]:
     """Give each distinct tensor of an averaged module: all its names, the tensor, and whether it is a buffer."""
     for is_buffer, find in ((False, named_params), (True, named_buffers)):

@@ -123,6 +123,10 @@ class ExponentialAverage(Rule):
         _check_number("inv_gamma", self.inv_gamma, "> 0 and finite", lambda x: 0.0 < x < math.inf)
         _check_number("power", self.power, "> 0 and finite", lambda x: 0.0 < x < math.inf)
         _check_number("min_decay", self.min_decay, f"in [0, decay={self.decay}]", lambda x: 0.0 <= x <= self.decay)
+        if self.warmup != "power" and (self.inv_gamma, self.power) != (1.0, 2.0 / 3.0):
+            raise ValueError(f"warmup must be 'power' for inv_gamma and power to have a say, got {self.warmup!r}")
+        if self.warmup is None and self.min_decay != 0.0:
+            raise ValueError("warmup must be 'power' or 'ratio' for min_decay to have a say, got None")
 
     @classmethod
     def from_half_life(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,7 +41,9 @@ def check_load(owner: AveragedModel, state_dict: Mapping[str, Any], strict: bool
     if hasattr(state_dict, "_metadata"):
         state._metadata = state_dict._metadata  # type: ignore[attr-defined]
     try:
-        Module.load_state_dict(skeleton, state, strict=strict)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch wonders about data that goes nowhere
+            Module.load_state_dict(skeleton, state, strict=strict)
     except Exception as error:
         if str(error).startswith("Error(s) in loading state_dict"):
             raise

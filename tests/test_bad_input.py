@@ -115,7 +115,12 @@ def test_averages_assigned_from_the_models_own_tensors_get_memory_of_their_own()
     [
         ({"avg_fn": lambda a, p, n: p, "multi_avg_fn": lambda a, p, n: None}, ValueError, "only one of"),
         ({"rule": EqualAverage(), "multi_avg_fn": lambda a, p, n: None}, ValueError, "only one of"),
-        ({"rule": 0.999}, TypeError, "rule must be a swafast.rules.Rule, got float"),
+        ({"rule": 0.999}, TypeError, r"rule must be a Rule such as ExponentialAverage\(0.999\), got float 0.999"),
+        ({"rule": ExponentialAverage}, TypeError, "rule must be a Rule .* got the class ExponentialAverage"),
+        ({"device": ExponentialAverage(0.9)}, TypeError, "device must be .* pass it as rule="),
+        ({"multi_avg_fn": "ema"}, TypeError, "multi_avg_fn must be callable, got str"),
+        ({"include": "lora"}, TypeError, "include must be a function"),
+        ({"include": lambda name, param: "lora" in name}, ValueError, "include must pick a parameter"),
         ({"format": "bfloat16"}, ValueError, "format must be one of 'float32', 'exact', 'mirrored' or None"),
         ({"format": "exact", "avg_fn": lambda a, p, n: p}, ValueError, "format must be None"),
         ({"backend": "gpu"}, ValueError, "backend must be one of 'cpu', 'reference', got 'gpu'"),

@@ -138,6 +138,8 @@ def test_a_rule_works_inside_torchs_class() -> None:
         (lambda: ExponentialAverage(0.9, inv_gamma=0.0), "inv_gamma"),
         (lambda: ExponentialAverage(0.9, power=math.inf), "power"),
         (lambda: ExponentialAverage(0.9, min_decay=0.95), "min_decay"),
+        (lambda: ExponentialAverage(0.9, min_decay=0.5), "warmup"),
+        (lambda: ExponentialAverage(0.9, warmup="ratio", inv_gamma=5.0), "warmup"),
         (lambda: ExponentialAverage.from_half_life(0), "updates"),
         (lambda: PowerAverage(-1.0), "gamma"),
         (lambda: PowerAverage(math.nan), "gamma"),
