@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from swafast import FusedAveragedModel
 from swafast.backends import native
 
 NO_LIBRARY = "needs the native library"
@@ -90,3 +92,13 @@ def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[st
         if not same or not torch.equal(x.nan_to_num(0.0), y.nan_to_num(0.0)):
             names.append(name)
     return sorted(names)
+
+
+def trained(model: EveryKind, dtype: torch.dtype, **options: Any) -> FusedAveragedModel:
+    """Give an average of ``model`` in ``dtype`` after a few updates, each of other values."""
+    model.to(dtype)
+    average = FusedAveragedModel(model, **options)
+    for _ in range(4):
+        model.drift()
+        average.update_parameters(model)
+    return average

@@ -11,18 +11,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from swafast import FusedAveragedModel
-from tests.conftest import EveryKind, differing, tensors_of
+from tests.conftest import EveryKind, differing, tensors_of, trained
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def trained(model: EveryKind, dtype: torch.dtype, **options: object) -> FusedAveragedModel:
-    model.to(dtype)
-    average = FusedAveragedModel(model, **options)  # type: ignore[arg-type]
-    for _ in range(4):
-        model.drift()
-        average.update_parameters(model)
-    return average
 
 
 def params_of(average: FusedAveragedModel) -> dict[str, torch.Tensor]:

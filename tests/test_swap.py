@@ -9,19 +9,9 @@ from torch import nn
 from swafast import FusedAveragedModel
 from swafast import exchange as exchange_module
 from swafast.backends import native
-from tests.conftest import EveryKind, differing, tensors_of
+from tests.conftest import EveryKind, differing, tensors_of, trained
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def trained(model: EveryKind, dtype: torch.dtype, **options: object) -> FusedAveragedModel:
-    # A strided view cannot take an average in place of its own values only if it shares memory; this one does not.
-    model.to(dtype)
-    average = FusedAveragedModel(model, **options)  # type: ignore[arg-type]
-    for _ in range(3):
-        model.drift()
-        average.update_parameters(model)
-    return average
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
