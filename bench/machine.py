@@ -58,14 +58,14 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def swafast_backend() -> str | None:
+def swafast_backend(device: torch.device) -> str | None:
     """Name the backend that updates run on, with its instruction set; None where swafast is not installed."""
     try:
         from swafast.backends import native
-        from swafast.ops import choose_backends
+        from swafast.choice import choose_backends
     except ImportError:
         return None
-    chosen = choose_backends()[0]
+    chosen = choose_backends(device_types={device.type})[0]
     return f"{chosen.name}, {native.current_isa()}" if chosen is native else chosen.name
 
 
@@ -114,6 +114,6 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "versions": _versions(),
-        "swafast_backend": swafast_backend(),
+        "swafast_backend": swafast_backend(device),
         "git_commit": git_commit(),
     }

@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define SWAFAST_ABI 3
+#define SWAFAST_ABI 4
 
 /* dtype of a param */
 enum { SWAFAST_FLOAT32 = 0, SWAFAST_BFLOAT16 = 1, SWAFAST_FLOAT16 = 2, SWAFAST_BYTES = 3, SWAFAST_NUM_DTYPES = 4 };
@@ -57,9 +57,12 @@ typedef struct {
   int64_t numel;
 } swafast_chunk;
 
-enum { SWAFAST_OK = 0, SWAFAST_BAD_COUNT = 1, SWAFAST_BAD_TENSOR = 2 };
+enum { SWAFAST_OK = 0, SWAFAST_BAD_COUNT = 1, SWAFAST_BAD_TENSOR = 2, SWAFAST_CUDA_ERROR = 3 };
 
 SWAFAST_EXPORT int32_t swafast_abi(void);
+
+/* SWAFAST_OK if an update serves every one of these tensors, and an exchange too if `exchange`. */
+SWAFAST_EXPORT int32_t swafast_check(const swafast_tensor* tensors, int64_t num_tensors, int32_t exchange);
 
 /* One line: compiler, and OpenMP or not. */
 SWAFAST_EXPORT const char* swafast_build(void);
@@ -82,15 +85,60 @@ SWAFAST_EXPORT int32_t swafast_cpu_update(const swafast_tensor* tensors, int64_t
 /* Ask for large pages behind this memory, before it is first touched; where there are none, nothing happens. */
 SWAFAST_EXPORT void swafast_cpu_want_large_pages(void* start, int64_t nbytes);
 
-/* Exchange the bytes of every param with those of planes[0], then *exchanged ^= 1; the dtypes must agree. */
+/* Exchange the bytes of every param with those of planes[0], unless *exchanged is `wanted` (0 or 1) already, then
+ * *exchanged = wanted. The dtypes must agree. */
 SWAFAST_EXPORT int32_t swafast_cpu_exchange(const swafast_tensor* tensors, int64_t num_tensors,
                                             const swafast_chunk* chunks, int64_t num_chunks, int32_t num_threads,
-                                            int64_t* exchanged);
+                                            int64_t wanted, int64_t* exchanged);
 
 /* *tensor = the lowest index of a tensor whose param holds a NaN or an infinity, or -1. Copied tensors do not count. */
 SWAFAST_EXPORT int32_t swafast_cpu_first_nonfinite(const swafast_tensor* tensors, int64_t num_tensors,
                                                    const swafast_chunk* chunks, int64_t num_chunks, int32_t num_threads,
                                                    int64_t* tensor);
+
+/* What follows is there only where the library was built with a CUDA compiler.
+ *
+ * Each call launches on `stream` of `device` and returns: it waits for nothing, and the device that is current in the
+ * calling thread stays so. The tables are on the device and checked before they went there (swafast_check). */
+
+/* Words in device memory that the launches of one table share; all zero at first. */
+typedef struct {
+  int64_t blocks_begun; /* of the launch under way */
+  int64_t exchanged;    /* 1 while params and averages have changed places */
+  int64_t nonfinite;    /* num_tensors - the lowest index of a tensor with a NaN or an infinity; 0: there is none */
+} swafast_state;
+
+/* One launch's tables. The struct itself is on the host. */
+typedef struct {
+  const swafast_tensor* tensors;
+  const swafast_chunk* chunks;
+  int64_t num_tensors;
+  int64_t num_chunks;
+  swafast_state* state;
+  int32_t device;
+  int32_t num_blocks; /* as swafast_cuda_blocks gives it */
+} swafast_table;
+
+/* One line: compiler and architectures. */
+SWAFAST_EXPORT const char* swafast_cuda_build(void);
+
+/* What went wrong in this thread's last call that returned SWAFAST_CUDA_ERROR. */
+SWAFAST_EXPORT const char* swafast_cuda_error(void);
+
+/* *num_blocks = how many blocks of an update are on the device at once. It fails where the device cannot run them. */
+SWAFAST_EXPORT int32_t swafast_cuda_blocks(int32_t device, int32_t* num_blocks);
+
+/* As swafast_cpu_update, with num_averaged on the device: the kernel reads it, and the last block to do so counts. A negative or
+ * exhausted count leaves everything as it is, and so does state->nonfinite if `skip_nonfinite`. *capturing = 1 if
+ * the launch went into a CUDA graph. */
+SWAFAST_EXPORT int32_t swafast_cuda_update(const swafast_table* table, const swafast_rule* rule, int64_t* num_averaged,
+                                           int64_t advance, int32_t skip_nonfinite, int32_t* capturing, void* stream);
+
+/* As swafast_cpu_exchange, with state->exchanged for its memory. */
+SWAFAST_EXPORT int32_t swafast_cuda_exchange(const swafast_table* table, int64_t wanted, void* stream);
+
+/* Fill in state->nonfinite. Copied tensors do not count. */
+SWAFAST_EXPORT int32_t swafast_cuda_first_nonfinite(const swafast_table* table, void* stream);
 
 #ifdef __cplusplus
 }

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim.swa_utils import AveragedModel
 
-from . import matching, ops
+from . import checks, choice, matching
 from ._torch import disable_dynamo
 from .exchange import Exchange
 from .formats import OWN, Format, check_format, format_of, stored_dtype
 from .functions import choose_rule, update_by_function
 from .locks import ForkSafeLock
-from .matching import Binding, ask_include, check_model, each_average
+from .matching import Bindings, ask_include, check_model, each_average
+from .plan import Plan
 from .planes import Recast, find_planes, fit_planes
 from .rules import Rule, rule_of
 from .states import check_load, export, keeping_ties, translate_load
@@ -44,7 +45,8 @@ class FusedAveragedModel(AveragedModel):
         rule: how much the newest model weighs; default :class:`~swafast.rules.EqualAverage`.
         format: ``"float32"``, ``"exact"`` or ``"mirrored"``; default by each parameter's dtype.
             See ``swafast.formats``.
-        backend: ``"cpu"`` or ``"reference"``; default: ``SWAFAST_BACKEND``, or the fastest that serves.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; default: ``SWAFAST_BACKEND``, or the fastest
+            that serves.
         include: ``include(name, param) -> bool`` picks what is averaged, the rest is copied. Each name is asked once,
             with the parameter of the model given here.
         nonfinite: ``"propagate"`` as torch does; ``"raise"`` and ``"skip"`` read the params once more and leave the
@@ -79,8 +81,7 @@ class FusedAveragedModel(AveragedModel):
     nonfinite: str = "propagate"
     _asked: dict[str, bool]  # include's answers by name
     _any_device: bool = False  # the average may be on another device than the model
-    _binding: Binding | None = None
-    _homes: frozenset[int] = frozenset()
+    _bindings: Bindings
     _swapped: bool = False
     _strict: bool = True  # of the load under way: torch passes it to no module
 
@@ -106,8 +107,7 @@ class FusedAveragedModel(AveragedModel):
             raise ValueError(f"nonfinite must be one of {', '.join(map(repr, _NONFINITE))}, got {nonfinite!r}")
         if isinstance(device, Rule):
             raise TypeError(f"device must be a torch.device, got {device!r}: pass it as rule=")
-        ops.choose_backends(backend)
-        check_model(model)
+        choice.choose_backends(backend, {param.device.type for param in check_model(model).parameters()})
         asked = ask_include(include, model)
         if recognised is not None and (rule, avg_fn, multi_avg_fn) != (None, None, None):
             # torch's closures do not pickle; the rule that they stand for does.
@@ -168,48 +168,49 @@ class FusedAveragedModel(AveragedModel):
             RuntimeError: the averages are swapped into a model.
         """
         with self._alone("update_parameters"), torch.no_grad():
-            binding, params, planes = self._bind(model)
+            plan, params, planes = self._bind(model)
             rule = self.rule
-            if self.nonfinite != "propagate":
-                name = binding.plan.first_nonfinite(params)
-                if name is not None and self.nonfinite == "raise":
+            skip = self.nonfinite == "skip"
+            if self.nonfinite == "raise" or (skip and rule is None):
+                name = plan.first_nonfinite(params)
+                if name is not None and not skip:
                     raise ValueError(f"{name!r} must be finite, got a NaN or an infinity; the average is as it was")
                 if name is not None:
                     return
             if rule is not None:
-                binding.plan.update(params, planes, rule)
+                plan.update(params, planes, rule, skip_nonfinite=skip)
             else:
-                pairs = binding.plan.pairs(params, planes)
+                pairs = plan.pairs(params, planes)
                 update_by_function(pairs, self.avg_fn, self.multi_avg_fn, self.n_averaged)
 
-    def _bind(self, model: Module) -> tuple[Binding, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def _bind(self, model: Module) -> tuple[Plan, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Give the plan for ``model`` and the tensors of both sides, planning anew where the old one no longer fits."""
         if not isinstance(model, Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         config = (self.rule is None, self.use_buffers, self.format, self.backend, self._any_device)
-        if self._binding is not None:
-            current = self._binding.current(model, config, self.n_averaged)
-            if current is not None:
-                return (self._binding, *current)
-        ops.check_counter(self.n_averaged)
+        bindings: Bindings = self.__dict__.setdefault("_bindings", Bindings())
+        current = bindings.current(model, config, self.n_averaged)
+        if current is not None:
+            return current
+        checks.check_counter(self.n_averaged)
         where = next((p.device for p in self.module.parameters()), self.n_averaged.device)
         if self.n_averaged.device not in (where, torch.device("meta")):
             self.n_averaged = self.n_averaged.to(where)  # the kernels count where the averages are
-        self._binding = matching.bind(
+        binding = matching.bind(
             self,
             self.module,
             model,
             self.n_averaged,
             config=config,
             format_of=self._format_of,
-            backends=ops.choose_backends(self.backend),
+            backend=self.backend,
             any_device=self._any_device,
-            homes=self._homes,
+            homes=bindings.homes,
         )
-        self._homes = self._binding.plan.homes
-        current = self._binding.current(model, config, self.n_averaged)
+        bindings.use(binding)
+        current = bindings.current(model, config, self.n_averaged)
         assert current is not None, "a plan just made must fit"
-        return (self._binding, *current)
+        return current
 
     # Use of the average
 
@@ -230,8 +231,8 @@ class FusedAveragedModel(AveragedModel):
         exchange = None
         try:
             with self._alone("swapped_into"):
-                binding, params, planes = self._bind(model)
-                exchange = Exchange(binding.plan.pairs(params, planes), ops.choose_backends(self.backend))
+                plan, params, planes = self._bind(model)
+                exchange = Exchange(plan.pairs(params, planes), self.backend)
                 self._swapped = True
                 exchange.there()
             yield model
@@ -257,9 +258,9 @@ class FusedAveragedModel(AveragedModel):
             TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed.
         """
         with self._alone("copy_to"):
-            binding, params, planes = self._bind(model)
-            pairs = binding.plan.pairs(params, planes)
-            ops.check_writable(pairs)
+            plan, params, planes = self._bind(model)
+            pairs = plan.pairs(params, planes)
+            checks.check_writable(pairs)
             for pair in pairs:
                 value = pair.format.decode(pair.planes) if pair.format is not None else pair.average
                 pair.param.detach().copy_(value)
@@ -332,7 +333,7 @@ class FusedAveragedModel(AveragedModel):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process. ``include`` may be a lambda, and its answers are kept."""
         with self._alone("a copy"):
-            own = {"_lock", "_binding", "_homes", "include"}
+            own = {"_lock", "_bindings", "include"}
             return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def _own_lock(self) -> ForkSafeLock:

@@ -37,6 +37,11 @@ SLOT_ALIGNMENT = 32
 #: 128 KiB of float32; torch's own CPU kernels take 32768 elements for a grain of work as well.
 CPU_CHUNK_NUMEL = 32 * 2**10
 
+#: On a GPU a chunk is as long as still gives every block about this many, so that none has much left when the others
+#: are done; within bounds: one tile of a float32 block, and what makes the table a thousandth of the averages.
+GPU_CHUNKS_PER_BLOCK = 16
+GPU_CHUNK_NUMELS = (4 * 2**10, 64 * 2**10)
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -98,6 +103,13 @@ def cut_chunks(numels: Sequence[int], chunk_numel: int) -> Tensor:
     offset = (torch.arange(len(tensor), device="cpu") - first[tensor]) * chunk_numel
     numel = torch.clamp(sizes[tensor] - offset, max=chunk_numel)
     return torch.stack((tensor, offset, numel), dim=1).contiguous()
+
+
+def gpu_chunk_numel(num_elements: int, num_blocks: int) -> int:
+    """Give the chunk size, a power of two, for this much work on a GPU that runs ``num_blocks`` blocks at once."""
+    least, most = GPU_CHUNK_NUMELS
+    wanted = num_elements // (num_blocks * GPU_CHUNKS_PER_BLOCK)
+    return min(max(least, 1 << max(wanted, 1).bit_length() - 1), most)
 
 
 def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:

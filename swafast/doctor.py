@@ -10,30 +10,34 @@ import warnings
 import torch
 
 from . import __version__
-from .backends import native
-from .ops import BACKENDS, choose_backends
+from .choice import BACKENDS, choose_backends
 
 
 def report() -> list[tuple[str, str]]:
-    """Give (what, finding) lines: versions, each backend with where it loaded from or why not, and the choice."""
+    """Give (what, finding) lines: versions, each backend with where it loaded from or why not, and the choices."""
     lines = [
         ("swafast", f"{__version__} at {os.path.dirname(os.path.abspath(__file__))}"),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
     ]
     for backend in BACKENDS:
-        reason = backend.unavailable()
-        found = native.describe() if backend is native else "plain torch, always there"
-        lines.append((f"backend {backend.name}", found if reason is None else f"not available: {reason}"))
+        missing = backend.unavailable()
+        found = backend.describe() if missing is None else f"not available: {missing.reason}"
+        lines.append((f"backend {backend.name}", found))
+    for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        lines.append((f"in use on {kind}", _in_use(kind)))
+    return lines
+
+
+def _in_use(device_type: str) -> str:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # the lines above say why a backend did not load
-            chosen = choose_backends()
+            warnings.simplefilter("ignore", RuntimeWarning)  # the report says why a backend did not load
+            chosen = choose_backends(device_types={device_type})
     except (ValueError, RuntimeError) as error:
-        lines.append(("in use", f"none: {error}"))
-    else:
-        lines.append(("in use", f"{chosen[0].name} (SWAFAST_BACKEND={os.environ.get('SWAFAST_BACKEND', '')!r})"))
-    return lines
+        return f"none: {error}"
+    fitting = next(backend for backend in chosen if backend.device_types is None or device_type in backend.device_types)
+    return f"{fitting.name} (SWAFAST_BACKEND={os.environ.get('SWAFAST_BACKEND', '')!r})"
 
 
 def main() -> int:
@@ -42,4 +46,4 @@ def main() -> int:
     width = max(len(what) for what, _ in lines)
     for what, finding in lines:
         sys.stdout.write(f"{what:<{width}}  {finding}\n")
-    return int(lines[-1][1].startswith("none:"))
+    return int(any(finding.startswith("none:") for what, finding in lines if what.startswith("in use")))

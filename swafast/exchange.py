@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import ops
-from .backends import Backend, Pair
+from . import checks, choice, ops
+from .backends import Pair
 from .plan import bump_versions
 
 
@@ -20,14 +20,18 @@ class Exchange:
     too, leaves a state from which :meth:`back` finds the way.
     """
 
-    def __init__(self, pairs: Sequence[Pair], backends: Sequence[Backend]) -> None:
-        ops.check_writable(pairs)
+    def __init__(self, pairs: Sequence[Pair], backend: str | None) -> None:
+        for device in {pair.param.device for pair in pairs}:
+            checks.refuse_capture(device, "swapped_into")
+        checks.check_writable(pairs)
         self._params = [pair.param for pair in pairs]
         self._held = [
             Pair(pair.name, pair.param.detach(), tuple(plane.detach() for plane in pair.planes), pair.format)
             for pair in pairs
         ]
-        self._launch, self._aside = ops.prepare_exchange(self._held, backends)
+        self._launches, self._aside = ops.prepare_exchange(
+            self._held, choice.choose_backends(backend, choice.device_types(pairs))
+        )
         self._stash: list[Tensor] = []
         self._written = [tensor for pair in pairs for tensor in (pair.param, pair.average)]
 
@@ -36,8 +40,8 @@ class Exchange:
         """Put the averages into the model."""
         self._stash = [pair.param.clone() for pair in self._aside]
         try:
-            if self._launch is not None:
-                self._launch.exchange()
+            for launch in self._launches:
+                launch.exchange(True)
             # Where the model ties what the averaged module does not, the first average is the one that stays.
             for pair in reversed(self._aside):
                 value = pair.format.decode(pair.planes) if pair.format is not None else pair.average
@@ -53,8 +57,8 @@ class Exchange:
             RuntimeError: a param was moved to other memory meanwhile; the averages are whole all the same.
         """
         try:
-            if self._launch is not None and self._launch.exchanged:
-                self._launch.exchange()
+            for launch in self._launches:
+                launch.exchange(False)  # those that never got there do nothing
             for pair, param in zip(self._aside, self._stash, strict=False):  # no stash: interrupted before any write
                 pair.param.copy_(param)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -10,8 +11,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
-from . import ops
-from .backends import Backend, Pair
+from . import checks, choice
+from .backends import Pair
 from .formats import Format
 from .names import Walk, named_buffers, named_params, require_same_names, unwrap
 from .plan import Plan
@@ -112,6 +113,39 @@ class Binding:
         return (params, planes) if self.plan.fits(params, planes, num_averaged) else None
 
 
+class Bindings:
+    """The binding in use, and those that a CUDA graph holds: these live as long as the averages, and never change."""
+
+    def __init__(self) -> None:
+        self._binding: Binding | None = None
+        self._captured: list[Binding] = []
+
+    def current(
+        self, model: Module, config: object, num_averaged: Tensor
+    ) -> tuple[Plan, tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+        """Give the plan and the (params, planes) that it fits now, or None."""
+        found = self._binding.current(model, config, num_averaged) if self._binding is not None else None
+        return None if found is None or self._binding is None else (self._binding.plan, *found)
+
+    @property
+    def homes(self) -> frozenset[int]:
+        """Addresses of the planes that are in buckets."""
+        return self._binding.plan.homes if self._binding is not None else frozenset()
+
+    def use(self, binding: Binding) -> None:
+        """Put ``binding`` in the place of the one in use."""
+        old, self._binding = self._binding, binding
+        if old is not None and old.plan.captured:
+            self._captured.append(old)
+            if not old.plan.homes <= binding.plan.homes:
+                warnings.warn(
+                    "the averages have moved since a CUDA graph captured their update: it still updates the old ones; "
+                    "capture it anew",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+
+
 def bind(
     owner: Module,
     module: Module,
@@ -120,7 +154,7 @@ def bind(
     *,
     config: object,
     format_of: FormatOf,
-    backends: Sequence[Backend],
+    backend: str | None,
     any_device: bool,
     homes: frozenset[int],
 ) -> Binding:
@@ -130,16 +164,19 @@ def bind(
 
     Raises:
         ValueError: names, shapes, dtypes, devices or layouts do not go together; it names the parameter.
+        RuntimeError: a CUDA graph is being captured.
     """
     check_model(model)
     matched = _match(module, model, format_of)
     for pair in matched:
-        ops.check_sides(pair, any_device=any_device)
-    ops.check_overlap(matched)
+        checks.check_sides(pair, any_device=any_device)
+    checks.check_overlap(matched)
+    for device in {pair.average.device for pair in matched}:
+        checks.refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
     for pair in matched:
         fit_planes(owner, pair.name, pair.average, pair.format)
     pairs = [replace(pair, planes=find_planes(owner, pair.name, pair.average, pair.format)) for pair in matched]
-    plan = Plan(pairs, backends, num_averaged, homes)
+    plan = Plan(pairs, choice.choose_backends(backend, choice.device_types(pairs)), num_averaged, homes)
     owner_walk, model_walk = Walk(owner), Walk(unwrap(model))
     planes = [owner_walk.position(plane) for pair in pairs for plane in pair.planes]
     params = [model_walk.position(pair.param) for pair in pairs]

@@ -69,6 +69,7 @@ class Plan:
         self._params = Fingerprint([pair.param for pair in pairs])
         self._written = Fingerprint([*(plane for pair in pairs for plane in pair.planes), num_averaged])
         self._work = ops.prepare(pairs, backends)
+        self._held: tuple[Tensor, ...] = ()
 
     @property
     def backends(self) -> list[str]:
@@ -92,12 +93,22 @@ class Plan:
         index = ops.first_nonfinite(self._work, params)
         return None if index is None else self.names[index]
 
-    def update(self, params: Sequence[Tensor], planes: Sequence[Tensor], rule: Rule) -> None:
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph holds an update of this plan, which must then live as long as the averages."""
+        return any(part.launch.captured for part in self._work)
+
+    def update(
+        self, params: Sequence[Tensor], planes: Sequence[Tensor], rule: Rule, *, skip_nonfinite: bool = False
+    ) -> None:
         """Run one update; ``params`` and ``planes`` are those that :meth:`fits` has just seen."""
         # Before the launch: after it, a large update has driven the tensors' own records out of the caches (0.3 ms for
         # 2000 of 64x64); and whatever an interrupted launch has written is then known to autograd already.
         bump_versions((*planes, self._num_averaged))
-        ops.update(self._work, params, rule, self._num_averaged)
+        ops.update(self._work, params, rule, self._num_averaged, skip_nonfinite=skip_nonfinite)
+        if self.captured and not self._held:
+            # The graph goes on reading and writing this memory, whatever stands in the modules by then.
+            self._held = tuple(tensor.detach() for tensor in (*params, *planes, self._num_averaged))
 
 
 def bump_versions(tensors: Sequence[Tensor]) -> None:

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from . import elementary
 from ._torch import EMA_FACTORIES, SWA_FACTORIES, closure_of
 
 
@@ -42,6 +43,25 @@ class KernelTerms:
     @classmethod
     def constant(cls, weight: float) -> KernelTerms:
         return cls(cls.CONSTANT, (weight, 0.0, 0.0, 0.0))
+
+    def weight(self, num_averaged: int) -> float:
+        """Give the weight as every kernel works it out, bit for bit: ``rule_weight`` in ``csrc/weight.h``."""
+        if num_averaged == 0:
+            return 1.0  # the first update copies, whatever the rule
+        n = float(num_averaged)
+        first, highest, inv_gamma, power = self.terms
+        if self.kind == self.EQUAL:
+            return 1.0 / (n + 1.0)
+        if self.kind == self.POWER_WARMUP:
+            # (1 + n / inv_gamma) ** -power
+            return min(max(elementary.exp(-power * elementary.log1p(n / inv_gamma)), first), highest)
+        if self.kind == self.RATIO_WARMUP:
+            # 1 - (1 + n) / (10 + n), without the cancellation
+            return min(max(9.0 / (10.0 + n), first), highest)
+        if self.kind == self.POWER:
+            # 1 - (1 - 1 / (n + 1)) ** (gamma + 1), which cancels for large n when written so
+            return -elementary.expm1(-(first + 1.0) * elementary.log1p(1.0 / n))
+        return first
 
 
 class Rule:
@@ -84,7 +104,7 @@ class EqualAverage(Rule):
     """
 
     def weight(self, num_averaged: int) -> float:
-        return 1.0 / (num_averaged + 1.0)
+        return self.kernel_terms().weight(num_averaged)
 
     def kernel_terms(self) -> KernelTerms:
         return KernelTerms(KernelTerms.EQUAL)
@@ -147,16 +167,7 @@ class ExponentialAverage(Rule):
         return cls(0.5 ** (1.0 / updates), warmup, inv_gamma, power, min_decay)
 
     def weight(self, num_averaged: int) -> float:
-        if num_averaged == 0:
-            return 1.0
-        if self.warmup is None:
-            return 1.0 - self.decay
-        if self.warmup == "power":
-            weight = math.pow(1.0 + num_averaged / self.inv_gamma, -self.power)
-        else:
-            # 1 - (1 + n) / (10 + n), without the cancellation
-            weight = 9.0 / (10.0 + num_averaged)
-        return min(max(weight, 1.0 - self.decay), 1.0 - self.min_decay)
+        return self.kernel_terms().weight(num_averaged)
 
     def kernel_terms(self) -> KernelTerms:
         low, high = 1.0 - self.decay, 1.0 - self.min_decay
@@ -209,10 +220,7 @@ class PowerAverage(Rule):
         return cls(0.5 * (low + high) if low > 0.0 else 0.0)
 
     def weight(self, num_averaged: int) -> float:
-        if num_averaged == 0:
-            return 1.0
-        # 1 - (1 - 1/(n+1)) ** (gamma+1), which cancels for large n when written so
-        return -math.expm1((self.gamma + 1.0) * math.log1p(-1.0 / (num_averaged + 1.0)))
+        return self.kernel_terms().weight(num_averaged)
 
     def kernel_terms(self) -> KernelTerms:
         return KernelTerms(KernelTerms.POWER, (self.gamma, 0.0, 0.0, 0.0))

@@ -123,7 +123,7 @@ def test_averages_assigned_from_the_models_own_tensors_get_memory_of_their_own()
         ({"include": lambda name, param: "lora" in name}, ValueError, "include must pick a parameter"),
         ({"format": "bfloat16"}, ValueError, "format must be one of 'float32', 'exact', 'mirrored' or None"),
         ({"format": "exact", "avg_fn": lambda a, p, n: p}, ValueError, "format must be None"),
-        ({"backend": "gpu"}, ValueError, "backend must be one of 'cpu', 'reference', got 'gpu'"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of 'cuda', 'cpu', 'triton', 'reference', got 'gpu'"),
         ({"nonfinite": "ignore"}, ValueError, "nonfinite must be one of"),
     ],
 )
@@ -218,7 +218,7 @@ def test_a_failing_backend_is_seen_before_it_counts(every_kind: EveryKind, monke
     average = FusedAveragedModel(every_kind, rule=ExponentialAverage(0.9))
     average.update_parameters(every_kind)
 
-    def fail(*args: object) -> None:
+    def fail(*args: object, **options: object) -> None:
         raise MemoryError("out of memory")
 
     monkeypatch.setattr(ReferenceLaunch, "update", fail)  # it serves 'gapped', and runs before the native launch

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from swafast import averaged_model, matching, names, ops, plan, planes, rules, states
+from swafast import averaged_model, checks, matching, names, plan, planes, rules, states
 from swafast.backends import native
 from swafast.exchange import Exchange
 from tests import (
@@ -34,7 +34,7 @@ def shift_the_weight(patch: pytest.MonkeyPatch) -> None:
 def count_twice(patch: pytest.MonkeyPatch) -> None:
     update = native.NativeLaunch.update
     patch.setattr(
-        native.NativeLaunch, "update", lambda self, p, rule, n, advance: update(self, p, rule, n, 2 * advance)
+        native.NativeLaunch, "update", lambda self, p, rule, n, advance, **skip: update(self, p, rule, n, 2 * advance)
     )
 
 
@@ -81,7 +81,7 @@ def match_by_order(patch: pytest.MonkeyPatch) -> None:
 
 
 def allow_overlap(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ops, "check_overlap", lambda pairs: None)
+    patch.setattr(checks, "check_overlap", lambda pairs: None)
 
 
 def round_to_even(patch: pytest.MonkeyPatch) -> None:

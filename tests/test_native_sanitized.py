@@ -6,11 +6,6 @@ of ``csrc`` with one bug in them.
 
 from __future__ import annotations
 
-import os
-import platform
-import shlex
-import shutil
-import subprocess
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,23 +13,26 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-#: The command that starts it, or nothing.
-COMPILER = shlex.split(os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), ""))
+from tests.native_build import (
+    COMPILER,
+    CSRC,
+    NATIVE,
+    SANITIZE,
+    UNITS,
+    Finished,
+    compile_object,
+    execute,
+    mutated_csrc,
+    needs_compiler,
+    openmp_flags,
+    run,
+    two_at_a_time,
+)
 
-pytestmark = pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
+pytestmark = needs_compiler
 
-FLAGS = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno"]
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-#: The flags that CMakeLists.txt gives each file.
-UNITS: dict[str, list[str]] = {"launch": [], "generic": [], "avx2": [], "avx512": []}
-if platform.machine() in ("x86_64", "AMD64"):
-    UNITS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    UNITS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 #: The units that are of use to one instruction set alone.
 ISAS = ("generic", "avx2", "avx512")
-
-Finished = subprocess.CompletedProcess[str]
 
 PLANTS = (
     *("long-chunk", "short-chunk", "dropped-chunk", "doubled-chunk", "wrong-dtype", "wrong-format"),
@@ -61,7 +59,9 @@ MUTANTS = (
     Mutant("rounds half down", "generic", "element.h", "bits + 0x8000u", "bits + 0x7fffu"),
     Mutant("half ties away", "generic", "element.h", "+ 0xfffu + odd)", "+ 0x1000u)"),
     Mutant("half overflows late", "generic", "element.h", "0x477ff000u", "0x48000000u"),
-    Mutant("not fused", "generic", "element.h", "fmaf(step.weight, difference,", "(step.weight * difference +"),
+    Mutant(
+        "not fused", "generic", "element.h", "fmaf(step.factor, param - average,", "(step.factor * (param - average) +"
+    ),
     Mutant("far at one half", "launch", "element.h", "step.weight < 0.5f", "step.weight <= 0.5f"),
     Mutant("lerps at weight 1", "launch", "element.h", "step.weight == 1.0f ? Step::kCopy :", ""),
     Mutant("stale infinity", "avx2", "cpu/avx2.cpp", "_mm256_or_si256(stale_zero, stale_infinity)", "stale_zero"),
@@ -78,6 +78,7 @@ MUTANTS = (
     Mutant("a bf16 infinity is finite", "generic", "cpu/span.h", "<uint16_t, 0x7f80u>", "<uint16_t, 0x7fffu>"),
     Mutant("first seen wins", "launch", "cpu/launch.cpp", "chunk.tensor >= first.load(", "num_tensors > first.load("),
     Mutant("last tensor is finite", "launch", "cpu/launch.cpp", "first{num_tensors}", "first{num_tensors - 1}"),
+    Mutant("exchanged again", "launch", "cpu/launch.cpp", "if (*exchanged == wanted) return SWAFAST_OK;", ""),
     Mutant("exchange window", "generic", "cpu/span.h", "done += kWindow)", "done += 2 * kWindow)"),
 )
 
@@ -90,61 +91,36 @@ class Kit:
     openmp: list[str]
     objects: dict[str, dict[str, Path]] = field(default_factory=dict)  # variant -> unit -> object
 
-    def compile(self, source: Path, out: Path, flags: list[str]) -> Path:
-        command = [*COMPILER, *FLAGS, *self.openmp, *flags, "-I", str(ROOT / "csrc"), "-c", str(source), "-o", str(out)]
-        _run(command)
-        return out
-
     def compile_unit(self, csrc: Path, unit: str, variant: str, out: Path) -> Path:
         flags = ["-O3"] if variant == "plain" else ["-O1", *SANITIZE]
-        return self.compile(csrc / "cpu" / f"{unit}.cpp", out, [*flags, *UNITS[unit]])
+        return compile_object(csrc / "cpu" / f"{unit}.cpp", out, [*self.openmp, *flags, *UNITS[unit]], csrc)
 
     def link(self, objects: Mapping[str, Path], variant: str, out: Path) -> Path:
         flags = [] if variant == "plain" else SANITIZE
-        _run([*COMPILER, *self.openmp, *flags, *map(str, objects.values()), "-o", str(out), "-pthread"])
+        run([*COMPILER, *self.openmp, *flags, *map(str, objects.values()), "-o", str(out), "-pthread"])
         return out
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
-
-
-def _openmp(folder: Path) -> list[str]:
-    """Give the compiler's flag for OpenMP, where it has that."""
-    source = folder / "openmp.cpp"
-    source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
-    command = [*COMPILER, "-fopenmp", str(source), "-o", str(folder / "openmp")]
-    return ["-fopenmp"] if subprocess.run(command, capture_output=True, timeout=300).returncode == 0 else []
-
-
-def execute(program: Path, *arguments: str) -> Finished:
-    # The library keeps no memory of its own, and the leak checker does not run under every debugger and container.
-    # A waiting OpenMP thread that spins takes the time of the one it waits for, where cores are shared.
-    options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "OMP_WAIT_POLICY": "passive"}
-    env = {**os.environ, **options}
-    return subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=240, env=env)
 
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(max_workers=2) as pool:
+    with two_at_a_time() as pool:
         yield pool
-        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory: pytest.TempPathFactory, pool: ThreadPoolExecutor) -> Kit:
     folder = tmp_path_factory.mktemp("kit")
-    kit = Kit(folder, _openmp(folder))
-    test = ROOT / "tests" / "native" / "kernel_test.cpp"
+    kit = Kit(folder, openmp_flags(folder))
+    test = NATIVE / "kernel_test.cpp"
     futures: dict[str, dict[str, Future[Path]]] = {}
     # The test program itself is not instrumented, which halves the time; it still marks its buffers' surroundings.
     for variant, flags in (("sanitized", ["-O2", "-DSWAFAST_TEST_ASAN=1"]), ("plain", ["-O2"])):
-        futures[variant] = {"test": pool.submit(kit.compile, test, folder / f"test-{variant}.o", flags)}
+        futures[variant] = {
+            "test": pool.submit(compile_object, test, folder / f"test-{variant}.o", [*kit.openmp, *flags])
+        }
         for unit in UNITS:
             out = folder / f"{unit}-{variant}.o"
-            futures[variant][unit] = pool.submit(kit.compile_unit, ROOT / "csrc", unit, variant, out)
+            futures[variant][unit] = pool.submit(kit.compile_unit, CSRC, unit, variant, out)
     kit.objects = {v: {unit: made.result() for unit, made in units.items()} for v, units in futures.items()}
     return kit
 
@@ -162,10 +138,7 @@ def mutants(kit: Kit, pool: ThreadPoolExecutor) -> dict[str, Future[Finished]]:
 
 def run_mutant(kit: Kit, mutant: Mutant) -> Finished:
     folder = kit.folder / mutant.name.replace(" ", "-")
-    csrc = Path(shutil.copytree(ROOT / "csrc", folder / "csrc"))
-    text = (csrc / mutant.file).read_text()
-    assert mutant.old in text, f"{mutant.file} has no {mutant.old!r} any more: plant this bug another way"
-    (csrc / mutant.file).write_text(text.replace(mutant.old, mutant.new, 1))
+    csrc = mutated_csrc(folder, mutant.file, mutant.old, mutant.new)
     made = kit.compile_unit(csrc, mutant.unit, "sanitized", folder / "mutant.o")
     program = kit.link({**kit.objects["sanitized"], mutant.unit: made}, "sanitized", folder / "program")
     return execute(program, *(("--isa", mutant.unit) if mutant.unit in ISAS else ()))

@@ -14,7 +14,8 @@ import pytest
 import swafast
 from bench.readme import readme_table
 from swafast import doctor
-from swafast.backends import native
+from swafast.backends import library, native
+from swafast.choice import BACKENDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -36,18 +37,19 @@ def test_the_doctor_finds_the_library_from_a_clone() -> None:
     done = run_doctor()
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    for what in ("swafast", "python", "torch", "backend cpu", "backend reference", "in use"):
+    backends = [f"backend {backend.name}" for backend in BACKENDS]
+    for what in ("swafast", "python", "torch", *backends, "in use on cpu"):
         assert re.search(rf"^{what} ", done.stdout, re.MULTILINE), what
     if native.unavailable() is None:
         assert re.search(r"^backend cpu .*libswafast\S+ \(.*(avx512|avx2|generic)\)$", done.stdout, re.MULTILINE)
-        assert re.search(r"^in use +cpu ", done.stdout, re.MULTILINE)
+        assert re.search(r"^in use on cpu +cpu ", done.stdout, re.MULTILINE)
 
 
 def test_the_doctor_says_why_not(tmp_path: Path) -> None:
     done = run_doctor(SWAFAST_LIBRARY=str(tmp_path / "absent.so"))
     assert done.returncode == 0
     assert re.search(r"^backend cpu +not available: no native library at .*absent\.so$", done.stdout, re.MULTILINE)
-    assert re.search(r"^in use +reference ", done.stdout, re.MULTILINE)
+    assert re.search(r"^in use on cpu +reference ", done.stdout, re.MULTILINE)
     refused = run_doctor(SWAFAST_LIBRARY=str(tmp_path / "absent.so"), SWAFAST_BACKEND="cpu")
     assert refused.returncode == 1
     assert "SWAFAST_BACKEND='cpu' cannot run here" in refused.stdout
@@ -56,12 +58,12 @@ def test_the_doctor_says_why_not(tmp_path: Path) -> None:
 def test_a_library_of_another_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     if native.unavailable() is not None:
         pytest.skip(f"needs the native library: {native.unavailable()}")
-    monkeypatch.setattr(native, "_ABI", 999)
-    native._load.cache_clear()
+    monkeypatch.setattr(library, "_ABI", 999)
+    library.load.cache_clear()
     try:
         assert re.search(r"has interface \d+, this swafast needs 999: install it again", str(native.unavailable()))
     finally:
-        native._load.cache_clear()
+        library.load.cache_clear()
 
 
 def test_one_version_everywhere() -> None:
@@ -75,7 +77,7 @@ def test_one_version_everywhere() -> None:
 def test_one_interface_number_in_c_and_python() -> None:
     declared = re.search(r"#define SWAFAST_ABI (\d+)", (ROOT / "csrc" / "swafast.h").read_text())
     assert declared is not None
-    assert int(declared[1]) == native._ABI
+    assert int(declared[1]) == library._ABI
 
 
 def test_ci_runs_the_commands_of_the_readme() -> None:

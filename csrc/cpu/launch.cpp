@@ -2,6 +2,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "../table.h"
 #include "../weight.h"
 #include "span.h"
 
@@ -92,32 +93,6 @@ int64_t plane_itemsize(int32_t format, int plane) {
 
 void* at(void* base, int64_t nbytes) { return base == nullptr ? nullptr : static_cast<char*>(base) + nbytes; }
 
-bool served(const swafast_tensor& tensor, const Kernels& kernels) {
-  if (tensor.dtype < 0 || tensor.dtype >= SWAFAST_NUM_DTYPES) return false;
-  if (tensor.format < 0 || tensor.format >= SWAFAST_NUM_FORMATS) return false;
-  return kernels.update[tensor.dtype][tensor.format] != nullptr;
-}
-
-bool all_served(const swafast_tensor* tensors, int64_t num_tensors, const Kernels& kernels) {
-  for (int64_t i = 0; i < num_tensors; ++i) {
-    if (!served(tensors[i], kernels)) return false;
-  }
-  return true;
-}
-
-bool exchangeable(const swafast_tensor& tensor) {
-  switch (tensor.format) {
-    case SWAFAST_FORMAT_FLOAT32:
-      return tensor.dtype == SWAFAST_FLOAT32;
-    case SWAFAST_FORMAT_EXACT:
-      return tensor.dtype == SWAFAST_BFLOAT16;
-    case SWAFAST_FORMAT_MIRRORED:
-      return tensor.dtype == SWAFAST_FLOAT16;
-    default:
-      return tensor.format == SWAFAST_FORMAT_COPIED && tensor.dtype == SWAFAST_BYTES;
-  }
-}
-
 }  // namespace
 }  // namespace swafast::cpu
 
@@ -127,6 +102,10 @@ using namespace swafast::cpu;
 extern "C" {
 
 int32_t swafast_abi(void) { return SWAFAST_ABI; }
+
+int32_t swafast_check(const swafast_tensor* tensors, int64_t num_tensors, int32_t exchange) {
+  return check(tensors, num_tensors, exchange != 0);
+}
 
 const char* swafast_build(void) {
 #if defined(__clang__)
@@ -141,7 +120,12 @@ const char* swafast_build(void) {
 #else
 #define SWAFAST_THREADING "one thread (no OpenMP)"
 #endif
-  return SWAFAST_COMPILER ", " SWAFAST_THREADING;
+#if defined(SWAFAST_CUDA)
+#define SWAFAST_CUDA_BUILD "CUDA"
+#else
+#define SWAFAST_CUDA_BUILD "no CUDA"
+#endif
+  return SWAFAST_COMPILER ", " SWAFAST_THREADING ", " SWAFAST_CUDA_BUILD;
 }
 
 double swafast_weight(const swafast_rule* rule, int64_t num_averaged) { return rule_weight(*rule, num_averaged); }
@@ -173,7 +157,7 @@ int32_t swafast_cpu_update(const swafast_tensor* tensors, int64_t num_tensors, c
                            int32_t num_threads) {
   const Kernels& kernels = *chosen().load();
   if (*num_averaged < 0 || *num_averaged == INT64_MAX) return SWAFAST_BAD_COUNT;
-  if (!all_served(tensors, num_tensors, kernels)) return SWAFAST_BAD_TENSOR;
+  if (check(tensors, num_tensors, false) != SWAFAST_OK) return SWAFAST_BAD_TENSOR;
   const Step step = make_step(rule_weight(*rule, *num_averaged));
   for_each_chunk(num_chunks, num_threads, [=, &kernels](int64_t i) {
     const swafast_chunk& chunk = chunks[i];
@@ -188,11 +172,10 @@ int32_t swafast_cpu_update(const swafast_tensor* tensors, int64_t num_tensors, c
 }
 
 int32_t swafast_cpu_exchange(const swafast_tensor* tensors, int64_t num_tensors, const swafast_chunk* chunks,
-                             int64_t num_chunks, int32_t num_threads, int64_t* exchanged) {
+                             int64_t num_chunks, int32_t num_threads, int64_t wanted, int64_t* exchanged) {
   const Kernels& kernels = *chosen().load();
-  for (int64_t i = 0; i < num_tensors; ++i) {
-    if (!exchangeable(tensors[i])) return SWAFAST_BAD_TENSOR;
-  }
+  if (check(tensors, num_tensors, true) != SWAFAST_OK) return SWAFAST_BAD_TENSOR;
+  if (*exchanged == wanted) return SWAFAST_OK;
   for_each_chunk(num_chunks, num_threads, [=, &kernels](int64_t i) {
     const swafast_chunk& chunk = chunks[i];
     const swafast_tensor& tensor = tensors[chunk.tensor];
@@ -200,14 +183,14 @@ int32_t swafast_cpu_exchange(const swafast_tensor* tensors, int64_t num_tensors,
     kernels.exchange(at(tensor.param, chunk.offset * itemsize), at(tensor.planes[0], chunk.offset * itemsize),
                      chunk.numel * itemsize);
   });
-  *exchanged ^= 1;
+  *exchanged = wanted;
   return SWAFAST_OK;
 }
 
 int32_t swafast_cpu_first_nonfinite(const swafast_tensor* tensors, int64_t num_tensors, const swafast_chunk* chunks,
                                     int64_t num_chunks, int32_t num_threads, int64_t* tensor) {
   const Kernels& kernels = *chosen().load();
-  if (!all_served(tensors, num_tensors, kernels)) return SWAFAST_BAD_TENSOR;
+  if (check(tensors, num_tensors, false) != SWAFAST_OK) return SWAFAST_BAD_TENSOR;
   std::atomic<int64_t> first{num_tensors};
   for_each_chunk(num_chunks, num_threads, [=, &kernels, &first](int64_t i) {
     const swafast_chunk& chunk = chunks[i];

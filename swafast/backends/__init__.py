@@ -1,7 +1,7 @@
 """What a backend is: tensors in, tensors changed.
 
-A backend module has ``name``, ``unavailable()`` (None, or why it cannot run), ``serves(pair)`` and ``prepare(pairs)``,
-which gives a :class:`Launch`. ``swafast/ops.py`` checks the pairs and chooses among the backends.
+A backend is a module with the members of :class:`Backend`. ``swafast/ops.py`` checks the pairs and chooses among the
+backends.
 """
 
 from __future__ import annotations
@@ -31,24 +31,62 @@ class Pair:
         return self.planes[0]
 
 
+@dataclass(frozen=True)
+class Unavailable:
+    """Why a backend cannot run here."""
+
+    reason: str
+    #: Nothing is amiss: this machine has no such device, or this torch or this build is for another kind.
+    expected: bool = False
+
+    def __str__(self) -> str:
+        return self.reason
+
+
 class Launch(Protocol):
     """Pairs made ready for a backend. It reads and writes the memory they had when it was prepared."""
 
-    def update(self, params: Sequence[Tensor], rule: Rule, num_averaged: Tensor, advance: int) -> None:
+    #: Whether a CUDA graph holds an update of this launch: it must then live as long as the averages.
+    captured: bool
+
+    def update(
+        self,
+        params: Sequence[Tensor],
+        rule: Rule,
+        num_averaged: Tensor,
+        advance: int,
+        *,
+        skip_nonfinite: bool = False,
+    ) -> None:
         """Move each average towards its param by ``rule(num_averaged)``, then add ``advance`` to ``num_averaged``.
 
-        ``params`` are the pairs' params, the same memory as in ``prepare``.
+        ``params`` are the pairs' params, the same memory as in ``prepare``. With ``skip_nonfinite`` nothing changes if
+        one that is averaged holds a NaN or an infinity.
         """
 
     def first_nonfinite(self, params: Sequence[Tensor]) -> int | None:
         """Give the index of the first averaged pair whose param holds a NaN or an infinity, else None."""
 
 
+class ExchangeLaunch(Launch, Protocol):
+    """The launch of a backend that exchanges in place."""
+
+    def exchange(self, wanted: bool) -> None:
+        """Let every param and its average have changed places if ``wanted``, else not: asked again, nothing happens."""
+
+
 class Backend(Protocol):
     """A module under ``swafast/backends/``."""
 
     name: str
+    #: Whether its launches are of :class:`ExchangeLaunch`, for pairs of one dtype on both sides.
+    exchanges: bool
 
-    def unavailable(self) -> str | None: ...
+    @property
+    def device_types(self) -> frozenset[str] | None:
+        """Where the tensors have to be that it serves; None: anywhere."""
+
+    def unavailable(self) -> Unavailable | None: ...
+    def describe(self) -> str: ...
     def serves(self, pair: Pair) -> bool: ...
     def prepare(self, pairs: Sequence[Pair]) -> Launch: ...

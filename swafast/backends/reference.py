@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ..formats import Format
 from ..rules import Rule, checked_weight
-from . import Pair
+from . import Pair, Unavailable
 
 name = "reference"
+device_types = None
+exchanges = False
 
 #: Elements worked on at a time where a dtype has to be converted. On a CPU, so that an update allocates under 1 MB:
 #: `exact` makes 64 bytes of temporaries an element. A launch on a GPU must be worth its 5 us.
@@ -22,8 +24,12 @@ _CPU_WINDOW_NUMEL = 8 * 2**10
 _GPU_WINDOW_NUMEL = 4 * 2**20
 
 
-def unavailable() -> str | None:
+def unavailable() -> Unavailable | None:
     return None
+
+
+def describe() -> str:
+    return "plain torch, always there"
 
 
 def serves(pair: Pair) -> bool:
@@ -35,12 +41,24 @@ def prepare(pairs: Sequence[Pair]) -> ReferenceLaunch:
 
 
 class ReferenceLaunch:
+    captured = False
+
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self._planes = [tuple(plane.detach() for plane in pair.planes) for pair in pairs]
         self._formats = [pair.format for pair in pairs]
 
     @torch.no_grad()
-    def update(self, params: Sequence[Tensor], rule: Rule, num_averaged: Tensor, advance: int) -> None:
+    def update(
+        self,
+        params: Sequence[Tensor],
+        rule: Rule,
+        num_averaged: Tensor,
+        advance: int,
+        *,
+        skip_nonfinite: bool = False,
+    ) -> None:
+        if skip_nonfinite and self.first_nonfinite(params) is not None:
+            return
         n = int(num_averaged)
         if n < 0:
             raise ValueError(f"n_averaged must be >= 0, got {n}")

@@ -138,7 +138,7 @@ void check_refusals() {
       rows[place].dtype = bad.dtype;
       rows[place].format = bad.format;
       int64_t num_averaged = 4, index = -7, exchanged = 0;
-      require(swafast_cpu_exchange(rows.data(), 3, chunks.data(), num_chunks, 2, &exchanged) == SWAFAST_BAD_TENSOR &&
+      require(swafast_cpu_exchange(rows.data(), 3, chunks.data(), num_chunks, 2, 1, &exchanged) == SWAFAST_BAD_TENSOR &&
                   exchanged == 0,
               "an exchange took dtype %d with format %d", bad.dtype, bad.format);
       if (!bad.exchange_only) {
@@ -174,7 +174,8 @@ void check_exchange() {
         }
       }
       launch.tensors = std::move(alike);
-      require(launch.exchange() == SWAFAST_OK, "an exchange was refused");
+      require(launch.exchange(1) == SWAFAST_OK, "an exchange was refused");
+      require(launch.exchange(1) == SWAFAST_OK && launch.exchanged == 1, "an exchange asked for twice was refused");
       for (Tensor& tensor : launch.tensors) {
         const bool swapped = tensor.param.holds(tensor.plane0.before()) && tensor.plane0.holds(tensor.param.before());
         require(swapped && tensor.plane1.unchanged(), "dtype %d, %lld elements: an exchange went wrong", tensor.dtype,
@@ -182,7 +183,7 @@ void check_exchange() {
         require(tensor.param.intact() && tensor.plane0.intact() && tensor.plane1.intact(),
                 "dtype %d: an exchange wrote beside a buffer", tensor.dtype);
       }
-      require(launch.exchange() == SWAFAST_OK && launch.untouched(), "two exchanges are not the way back");
+      require(launch.exchange(0) == SWAFAST_OK && launch.untouched(), "two exchanges are not the way back");
     }
   }
 }
@@ -352,7 +353,7 @@ void check_far_offsets() {
               "dtype %d: element %lld past 2^32 is wrong", dtype, static_cast<long long>(i));
     }
     const uint32_t param = bits_at(spans[0], itemsizes[0], 7), average = bits_at(spans[1], itemsizes[1], 7);
-    require(swafast_cpu_exchange(&row, 1, &chunk, 1, 1, &exchanged) == SWAFAST_OK && exchanged == 1 &&
+    require(swafast_cpu_exchange(&row, 1, &chunk, 1, 1, 1, &exchanged) == SWAFAST_OK && exchanged == 1 &&
                 bits_at(spans[0], itemsizes[0], 7) == average && bits_at(spans[1], itemsizes[1], 7) == param,
             "dtype %d: an exchange past 2^32 went wrong", dtype);
     put_bits(spans[0], itemsizes[0], kNumel - 1, 0xffffffffu);

@@ -341,11 +341,11 @@ struct Launch {
 
   int64_t exchanged = 0;
 
-  int32_t exchange() {
+  int32_t exchange(int64_t wanted) {
     const auto rows_ = rows();
     const auto chunks_ = chunks();
     return swafast_cpu_exchange(rows_.data(), static_cast<int64_t>(rows_.size()), chunks_.data(),
-                                static_cast<int64_t>(chunks_.size()), num_threads, &exchanged);
+                                static_cast<int64_t>(chunks_.size()), num_threads, wanted, &exchanged);
   }
 
   int32_t first_nonfinite(int64_t* index) {

@@ -1,0 +1,243 @@
+// The kernels: a persistent grid of blocks takes chunks in turn and runs a mover over each. One launch serves tensors
+// of every dtype and format.
+#pragma once
+
+#include <type_traits>
+
+#include "../weight.h"
+#include "movers.cuh"
+
+namespace swafast::cuda {
+
+constexpr int64_t kThreads = 256;
+constexpr int kBlocksPerMultiprocessor = 4;
+
+// Read anew for each run: kept from one to the next it would take registers that the loads in flight need.
+__device__ __forceinline__ int64_t thread_index() {
+#if defined(__CUDA_ARCH__)
+  uint32_t index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+#else
+  return threadIdx.x;
+#endif
+}
+
+// The groups of a run: kUnroll of them a thread at a time, a block's width apart, then one. Every load of a tile stands
+// before its first store, so that they are under way together.
+template <class Mover>
+__device__ __forceinline__ void run_groups(const Mover& mover, int64_t num_groups) {
+  int64_t index = thread_index();
+  SWAFAST_NO_UNROLL
+  for (; index + (Mover::kUnroll - 1) * kThreads < num_groups; index += Mover::kUnroll * kThreads) {
+    typename Mover::Group groups[Mover::kUnroll];
+    SWAFAST_UNROLL
+    for (int u = 0; u < Mover::kUnroll; ++u) mover.load(groups[u], index + u * kThreads);
+    SWAFAST_UNROLL
+    for (int u = 0; u < Mover::kUnroll; ++u) mover.store(groups[u], index + u * kThreads);
+  }
+  SWAFAST_NO_UNROLL
+  for (; index < num_groups; index += kThreads) {
+    typename Mover::Group group;
+    mover.load(group, index);
+    mover.store(group, index);
+  }
+}
+
+// An array from some element on.
+template <class Pointer>
+__device__ __forceinline__ Pointer at(Pointer base, int64_t nbytes) {
+  using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+  return static_cast<Pointer>(static_cast<Byte*>(base) + nbytes);
+}
+
+// A run of elements, through `make(first element, wide)`: the aligned middle in wide groups, the ends one by one.
+// `head` elements come before the first aligned one; all of them, where the arrays are not aligned alike.
+template <class Wide, class Narrow, class Make>
+__device__ __forceinline__ void run(int64_t numel, int64_t head, Make make) {
+  const int64_t num_groups = (numel - head) / Wide::kNumel;
+  const int64_t middle = num_groups * Wide::kNumel;
+  if (num_groups > 0) run_groups(make(Wide{}, head), num_groups);
+  if (head > 0) run_groups(make(Narrow{}, int64_t{0}), head);
+  if (head + middle < numel) run_groups(make(Narrow{}, head + middle), numel - head - middle);
+}
+
+// Elements of kBytes bytes before the first one on a 16-byte boundary.
+template <int kBytes>
+__device__ __forceinline__ int64_t elements_to_boundary(const void* address) {
+  return static_cast<int64_t>((16u - (reinterpret_cast<uint64_t>(address) & 15u)) & 15u) / kBytes;
+}
+
+template <class Dtype, class Format>
+__device__ __forceinline__ void update_run(const void* param, void* first, void* second, int64_t numel,
+                                           const Step& step) {
+  int64_t head = elements_to_boundary<Format::kFirst>(first);
+  const bool alike = is_aligned(at(param, head * Dtype::kBytes)) && is_aligned(at(first, head * Format::kFirst)) &&
+                     is_aligned(at(second, head * Format::kSecond));
+  head = alike && head < numel ? head : numel;
+  run<Update<Dtype, Format, true>, Update<Dtype, Format, false>>(numel, head, [&](auto mover, int64_t offset) {
+    mover.param = at(param, offset * Dtype::kBytes);
+    mover.first = at(first, offset * Format::kFirst);
+    mover.second = at(second, offset * Format::kSecond);
+    mover.step = step;
+    return mover;
+  });
+}
+
+// The two-sided runs that do not look into the elements.
+template <template <int, bool> class Mover, int kBytes, class Param>
+__device__ __forceinline__ void plain_run(Param param, void* average, int64_t numel) {
+  int64_t head = elements_to_boundary<kBytes>(average);
+  const bool alike = is_aligned(at(param, head * kBytes)) && is_aligned(at(average, head * kBytes));
+  head = alike && head < numel ? head : numel;
+  run<Mover<kBytes, true>, Mover<kBytes, false>>(numel, head, [&](auto mover, int64_t offset) {
+    mover.param = at(param, offset * kBytes);
+    mover.average = at(average, offset * kBytes);
+    return mover;
+  });
+}
+
+template <class Dtype>
+__device__ __forceinline__ bool holds_nonfinite(const void* param, int64_t numel) {
+  int64_t head = elements_to_boundary<Dtype::kBytes>(param);
+  head = is_aligned(at(param, head * Dtype::kBytes)) && head < numel ? head : numel;
+  bool bad = false;
+  run<FindNonfinite<Dtype, true>, FindNonfinite<Dtype, false>>(numel, head, [&](auto mover, int64_t offset) {
+    mover.param = at(param, offset * Dtype::kBytes);
+    mover.bad = &bad;
+    return mover;
+  });
+  return bad;
+}
+
+// The arrays of one chunk.
+struct Run {
+  void* param;
+  void* planes[2];
+  int64_t numel, offset, tensor;
+  int32_t dtype, format;
+
+  __device__ __forceinline__ Run(const swafast_table& table, int64_t index) {
+    const auto* chunk = reinterpret_cast<const long long*>(table.chunks + index);
+    tensor = __ldg(chunk);
+    offset = __ldg(chunk + 1);
+    numel = __ldg(chunk + 2);
+    const auto* row = reinterpret_cast<const long long*>(table.tensors + tensor);
+    param = reinterpret_cast<void*>(__ldg(row));
+    planes[0] = reinterpret_cast<void*>(__ldg(row + 1));
+    planes[1] = reinterpret_cast<void*>(__ldg(row + 2));
+    const long long kinds = __ldg(row + 4);
+    dtype = static_cast<int32_t>(kinds);
+    format = static_cast<int32_t>(kinds >> 32);
+  }
+};
+static_assert(sizeof(swafast_tensor) == 40 && sizeof(swafast_chunk) == 24, "Run reads them as 64-bit words");
+
+// A launch begins by reading words that its end state is to change: no block may read what another has changed already.
+// One thread of each block reads them, then says so here; the last one to do so may write.
+__device__ __forceinline__ bool is_last_to_begin(swafast_state* state) {
+  if (count_up(&state->blocks_begun) + 1 != gridDim.x) return false;
+  write_word(&state->blocks_begun, 0);
+  return true;
+}
+
+template <class Dtype>
+__device__ __forceinline__ void update_as(const Run& run, const Step& step) {
+  const void* param = at(run.param, run.offset * Dtype::kBytes);
+  void* first = run.planes[0];
+  void* second = run.planes[1];
+  switch (run.format) {
+    case SWAFAST_FORMAT_FLOAT32:
+      return update_run<Dtype, FormatFloat32>(param, at(first, run.offset * 4), second, run.numel, step);
+    case SWAFAST_FORMAT_EXACT:
+      return update_run<Dtype, FormatExact>(param, at(first, run.offset * 2), at(second, run.offset * 2), run.numel,
+                                            step);
+    default:
+      return update_run<Dtype, FormatMirrored>(param, at(first, run.offset * 2), at(second, run.offset * 4), run.numel,
+                                               step);
+  }
+}
+
+// Thread 0 of each block reads the counter and works out the weight while the others wait: 64-bit floating-point units
+// are few on many GPUs. The last block to have read the counter advances it, long before the memory traffic is over.
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    update_kernel(const swafast_table table, const swafast_rule rule, int64_t* num_averaged, int64_t advance,
+                  int32_t skip_nonfinite) {
+  __shared__ Step shared_step;
+  __shared__ bool stop;
+  if (threadIdx.x == 0) {
+    const int64_t n = read_word(num_averaged);
+    stop = n < 0 || n == INT64_MAX || (skip_nonfinite != 0 && read_word(&table.state->nonfinite) != 0);
+    const bool last = is_last_to_begin(table.state);
+    shared_step = make_step(rule_weight(rule, n));
+    if (last && !stop) write_word(num_averaged, n + advance);
+  }
+  __syncthreads();
+  if (stop) return;
+  const Step step = shared_step;
+  for (int64_t i = blockIdx.x; i < table.num_chunks; i += gridDim.x) {
+    const Run run(table, i);
+    switch (run.dtype) {
+      case SWAFAST_FLOAT32:
+        update_as<Float32>(run, step);
+        break;
+      case SWAFAST_BFLOAT16:
+        update_as<BFloat16>(run, step);
+        break;
+      case SWAFAST_FLOAT16:
+        update_as<Float16>(run, step);
+        break;
+      default:
+        plain_run<Copy, 1>(static_cast<const void*>(at(run.param, run.offset)), at(run.planes[0], run.offset),
+                           run.numel);
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    exchange_kernel(const swafast_table table, int64_t wanted) {
+  __shared__ bool stop;
+  if (threadIdx.x == 0) {
+    stop = read_word(&table.state->exchanged) == wanted;
+    if (is_last_to_begin(table.state)) write_word(&table.state->exchanged, wanted);
+  }
+  __syncthreads();
+  if (stop) return;
+  for (int64_t i = blockIdx.x; i < table.num_chunks; i += gridDim.x) {
+    const Run run(table, i);
+    switch (run.dtype) {
+      case SWAFAST_FLOAT32:
+        plain_run<Exchange, 4>(at(run.param, run.offset * 4), at(run.planes[0], run.offset * 4), run.numel);
+        break;
+      case SWAFAST_BYTES:
+        plain_run<Exchange, 1>(at(run.param, run.offset), at(run.planes[0], run.offset), run.numel);
+        break;
+      default:
+        plain_run<Exchange, 2>(at(run.param, run.offset * 2), at(run.planes[0], run.offset * 2), run.numel);
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) nonfinite_kernel(const swafast_table table) {
+  auto* found = reinterpret_cast<unsigned long long*>(&table.state->nonfinite);
+  for (int64_t i = blockIdx.x; i < table.num_chunks; i += gridDim.x) {
+    const Run run(table, i);
+    bool bad = false;
+    switch (run.dtype) {
+      case SWAFAST_FLOAT32:
+        bad = holds_nonfinite<Float32>(at(run.param, run.offset * 4), run.numel);
+        break;
+      case SWAFAST_BFLOAT16:
+        bad = holds_nonfinite<BFloat16>(at(run.param, run.offset * 2), run.numel);
+        break;
+      case SWAFAST_FLOAT16:
+        bad = holds_nonfinite<Float16>(at(run.param, run.offset * 2), run.numel);
+        break;
+      default:
+        break;
+    }
+    if (bad) atomicMax(found, static_cast<unsigned long long>(table.num_tensors - run.tensor));
+  }
+}
+
+}  // namespace swafast::cuda

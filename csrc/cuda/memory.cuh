@@ -1,0 +1,155 @@
+// Reads and writes of global memory. The pointers come out of a table, where the compiler cannot tell which memory they
+// lead to: told so, it gives one LDG or STG of the full width.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../element.h"
+
+#if defined(__CUDA_ARCH__)
+#define SWAFAST_ASSUME_GLOBAL(address) __builtin_assume(__isGlobal(address))
+#else
+#define SWAFAST_ASSUME_GLOBAL(address) (void)(address)
+#endif
+
+namespace swafast::cuda {
+
+// The unsigned integer of kBytes bytes: the bits of one element.
+template <int kBytes>
+struct BitsOf;
+template <>
+struct BitsOf<1> {
+  using type = unsigned char;
+};
+template <>
+struct BitsOf<2> {
+  using type = unsigned short;
+};
+template <>
+struct BitsOf<4> {
+  using type = unsigned int;
+};
+template <int kBytes>
+using Bits = typename BitsOf<kBytes>::type;
+
+__device__ __forceinline__ bool is_aligned(const void* address) {
+  return (reinterpret_cast<uint64_t>(address) & 15u) == 0;
+}
+
+// The share of one thread in an array: kNumel elements of kBytes bytes, in registers, moved 16 bytes at a time. Indices
+// are compile-time constants once the loops are unrolled, or the words would go to local memory.
+template <int kBytes, int kNumel>
+struct Lanes {
+  using vector_type = uint4;
+  static constexpr int kVectors = kBytes * kNumel / 16;
+  static_assert(kVectors * 16 == kBytes * kNumel, "whole vectors alone");
+  uint32_t words[kVectors * 4];
+
+  __device__ __forceinline__ void put(int v, uint4 vector) {
+    words[4 * v] = vector.x;
+    words[4 * v + 1] = vector.y;
+    words[4 * v + 2] = vector.z;
+    words[4 * v + 3] = vector.w;
+  }
+  __device__ __forceinline__ uint4 vector(int v) const {
+    return make_uint4(words[4 * v], words[4 * v + 1], words[4 * v + 2], words[4 * v + 3]);
+  }
+  __device__ __forceinline__ uint32_t get(int i) const {
+    if constexpr (kBytes == 4) return words[i];
+    return (words[i / 2] >> (i % 2 * 16)) & 0xffffu;
+  }
+  // Elements are set in their order, each once.
+  __device__ __forceinline__ void set(int i, uint32_t bits) {
+    if constexpr (kBytes == 4) {
+      words[i] = bits;
+    } else {
+      words[i / 2] = i % 2 == 0 ? bits : words[i / 2] | (bits << 16);
+    }
+  }
+};
+
+// One element: the ends of runs, and runs whose pointers are not aligned alike.
+template <int kBytes>
+struct Lanes<kBytes, 1> {
+  using vector_type = Bits<kBytes>;
+  static constexpr int kVectors = 1;
+  vector_type bits;
+
+  __device__ __forceinline__ void put(int, vector_type value) { bits = value; }
+  __device__ __forceinline__ vector_type vector(int) const { return bits; }
+  __device__ __forceinline__ uint32_t get(int) const { return bits; }
+  __device__ __forceinline__ void set(int, uint32_t value) { bits = static_cast<vector_type>(value); }
+};
+
+// A plane that a format does not have.
+struct NoLanes {
+  using vector_type = uint4;
+  static constexpr int kVectors = 0;
+  __device__ __forceinline__ void put(int, uint4) {}
+  __device__ __forceinline__ uint4 vector(int) const { return make_uint4(0, 0, 0, 0); }
+  __device__ __forceinline__ uint32_t get(int) const { return 0; }
+  __device__ __forceinline__ void set(int, uint32_t) {}
+};
+template <int kNumel>
+struct Lanes<0, kNumel> : NoLanes {};
+template <>
+struct Lanes<0, 1> : NoLanes {};
+
+// Params stay in the caches, where the next forward pass looks for them. Averages are not touched again before the next
+// update, and leave the caches first.
+template <class L>
+__device__ __forceinline__ void load_param(L& lanes, const void* base, int64_t group) {
+  const auto* vectors = static_cast<const typename L::vector_type*>(base) + group * L::kVectors;
+  SWAFAST_UNROLL
+  for (int v = 0; v < L::kVectors; ++v) {
+    SWAFAST_ASSUME_GLOBAL(vectors + v);
+    lanes.put(v, vectors[v]);
+  }
+}
+
+template <class L>
+__device__ __forceinline__ void load_average(L& lanes, const void* base, int64_t group) {
+  const auto* vectors = static_cast<const typename L::vector_type*>(base) + group * L::kVectors;
+  SWAFAST_UNROLL
+  for (int v = 0; v < L::kVectors; ++v) lanes.put(v, __ldcs(vectors + v));
+}
+
+template <class L>
+__device__ __forceinline__ void store_param(const L& lanes, void* base, int64_t group) {
+  auto* vectors = static_cast<typename L::vector_type*>(base) + group * L::kVectors;
+  SWAFAST_UNROLL
+  for (int v = 0; v < L::kVectors; ++v) {
+    SWAFAST_ASSUME_GLOBAL(vectors + v);
+    vectors[v] = lanes.vector(v);
+  }
+}
+
+template <class L>
+__device__ __forceinline__ void store_average(const L& lanes, void* base, int64_t group) {
+  auto* vectors = static_cast<typename L::vector_type*>(base) + group * L::kVectors;
+  SWAFAST_UNROLL
+  for (int v = 0; v < L::kVectors; ++v) __stcs(vectors + v, lanes.vector(v));
+}
+
+// The words that launches share are read and written past the first-level cache.
+__device__ __forceinline__ int64_t read_word(const int64_t* word) {
+  return __ldcg(reinterpret_cast<const long long*>(word));
+}
+__device__ __forceinline__ void write_word(int64_t* word, int64_t value) {
+  __stcg(reinterpret_cast<long long*>(word), static_cast<long long>(value));
+}
+
+// Add 1 and give what was there. This thread's accesses before it are over by then, and those after it not yet begun.
+__device__ __forceinline__ int64_t count_up(int64_t* word) {
+#if defined(__CUDA_ARCH__)
+  int64_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], 1;" : "=l"(before) : "l"(word) : "memory");
+  return before;
+#else
+  return __atomic_fetch_add(word, 1, __ATOMIC_ACQ_REL);
+#endif
+}
+
+}  // namespace swafast::cuda

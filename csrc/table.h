@@ -1,0 +1,36 @@
+// What the entries of a table may be: the one place that knows which dtypes go with which formats.
+#pragma once
+
+#include "swafast.h"
+
+namespace swafast {
+
+// Whether an update serves this dtype and format.
+inline bool served(const swafast_tensor& tensor) {
+  if (tensor.dtype < 0 || tensor.dtype >= SWAFAST_NUM_DTYPES) return false;
+  if (tensor.format < 0 || tensor.format >= SWAFAST_NUM_FORMATS) return false;
+  return (tensor.dtype == SWAFAST_BYTES) == (tensor.format == SWAFAST_FORMAT_COPIED);
+}
+
+// Whether param and planes[0] hold the same dtype, so that their bytes can change places.
+inline bool exchangeable(const swafast_tensor& tensor) {
+  switch (tensor.format) {
+    case SWAFAST_FORMAT_FLOAT32:
+      return tensor.dtype == SWAFAST_FLOAT32;
+    case SWAFAST_FORMAT_EXACT:
+      return tensor.dtype == SWAFAST_BFLOAT16;
+    case SWAFAST_FORMAT_MIRRORED:
+      return tensor.dtype == SWAFAST_FLOAT16;
+    default:
+      return tensor.format == SWAFAST_FORMAT_COPIED && tensor.dtype == SWAFAST_BYTES;
+  }
+}
+
+inline int32_t check(const swafast_tensor* tensors, int64_t num_tensors, bool exchange) {
+  for (int64_t i = 0; i < num_tensors; ++i) {
+    if (!(exchange ? exchangeable(tensors[i]) : served(tensors[i]))) return SWAFAST_BAD_TENSOR;
+  }
+  return SWAFAST_OK;
+}
+
+}  // namespace swafast

@@ -1,0 +1,130 @@
+"""The ``cuda`` backend: the native library's kernels for NVIDIA GPUs (``csrc/cuda/``)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..rules import Rule
+from . import Pair, Unavailable, library
+from .device import DeviceLaunch, Table
+
+name = "cuda"
+device_types = frozenset({"cuda"})
+exchanges = True
+
+
+def unavailable() -> Unavailable | None:
+    if "cuda" in device_types:
+        if torch.version.cuda is None:
+            return Unavailable("this torch is built without CUDA", expected=True)
+        if not torch.cuda.is_available():
+            return Unavailable("torch finds no CUDA device", expected=True)
+    native = library.load()
+    if isinstance(native, Unavailable):
+        return native
+    if not library.has_cuda(native):
+        path, build = native._name, native.swafast_build().decode()
+        return Unavailable(f"{path} was built where there was no CUDA compiler ({build})", expected=True)
+    return None
+
+
+def describe() -> str:
+    """Say which file was loaded, how it was built and how many blocks each device runs."""
+    native = library.loaded()
+    devices = range(torch.cuda.device_count()) if "cuda" in device_types else range(1)
+    blocks = "; ".join(f"device {i}: {num_blocks(i)}" for i in devices)
+    return f"{native._name} ({native.swafast_cuda_build().decode()}; blocks on {blocks})"
+
+
+@functools.cache
+def num_blocks(device_index: int) -> int | Unavailable:
+    """Give how many blocks of an update a device runs at once, or why it runs none."""
+    count = ctypes.c_int32()
+    status = library.loaded().swafast_cuda_blocks(device_index, ctypes.byref(count))
+    return count.value if status == 0 else Unavailable(_last_error())
+
+
+def _last_error() -> str:
+    return library.loaded().swafast_cuda_error().decode()
+
+
+def serves(pair: Pair) -> bool:
+    return library.serves(pair, device_types) and _is_usable(pair.param.device)
+
+
+def _is_usable(device: torch.device) -> bool:
+    blocks = num_blocks(_index(device))
+    if isinstance(blocks, Unavailable):
+        _warn_unusable(str(device), blocks.reason)
+        return False
+    return True
+
+
+@functools.cache
+def _warn_unusable(device: str, reason: str) -> None:
+    warnings.warn(f"swafast's CUDA kernels do not run on {device}: {reason}", RuntimeWarning, stacklevel=3)
+
+
+def _index(device: torch.device) -> int:
+    return device.index if device.index is not None else 0
+
+
+def prepare(pairs: Sequence[Pair]) -> CudaLaunch:
+    return CudaLaunch(pairs)
+
+
+class CudaLaunch(DeviceLaunch):
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self._native = library.loaded()
+        super().__init__(pairs)
+        self._rules = library.RuleCache()
+        self._heads = {
+            table.device: library.TableHead(
+                tensors=table.tensors,
+                chunks=table.chunks,
+                num_tensors=table.num_tensors,
+                num_chunks=table.num_chunks,
+                state=table.state,
+                device=_index(table.device),
+                num_blocks=table.num_blocks,
+            )
+            for table in self._tables
+        }
+
+    def num_blocks(self, device: torch.device) -> int:
+        blocks = num_blocks(_index(device))
+        assert not isinstance(blocks, Unavailable), "serves() refuses the pairs of such a device"
+        return blocks
+
+    def start_update(
+        self, table: Table, rule: Rule, num_averaged: Tensor, advance: int, skip_nonfinite: bool, stream: int
+    ) -> None:
+        capturing = ctypes.c_int32()
+        status = self._native.swafast_cuda_update(
+            ctypes.byref(self._heads[table.device]),
+            ctypes.byref(self._rules.get(rule)),
+            num_averaged.data_ptr(),
+            advance,
+            skip_nonfinite,
+            ctypes.byref(capturing),
+            stream,
+        )
+        _check(status)
+        self.captured |= bool(capturing.value)
+
+    def start_exchange(self, table: Table, wanted: bool, stream: int) -> None:
+        _check(self._native.swafast_cuda_exchange(ctypes.byref(self._heads[table.device]), int(wanted), stream))
+
+    def start_first_nonfinite(self, table: Table, stream: int) -> None:
+        _check(self._native.swafast_cuda_first_nonfinite(ctypes.byref(self._heads[table.device]), stream))
+
+
+def _check(status: int) -> None:
+    if status:
+        raise RuntimeError(f"a CUDA launch of swafast failed: {_last_error()}")

@@ -1,0 +1,165 @@
+"""What the GPU backends have in common: tables in device memory, one launch for each device, and nothing read back.
+
+The kernels read ``num_averaged`` on the device and count there. A backend adds how its kernels are started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .._torch import current_raw_stream
+from ..bucket import cut_chunks, gpu_chunk_numel
+from ..rules import Rule
+from . import Pair, library
+
+#: 64-bit words of ``swafast_tensor``, ``swafast_chunk`` and ``swafast_state`` in csrc/swafast.h.
+TENSOR_WORDS, CHUNK_WORDS, STATE_WORDS = 5, 3, 3
+_NONFINITE_WORD = 2
+_WORD_NBYTES = 8
+
+
+@dataclass
+class Table:
+    """The tables of the launches on one device, in one allocation there: tensors, chunks, state, a counter."""
+
+    device: torch.device
+    indices: tuple[int, ...]  # of the pairs, in the list that was prepared
+    num_blocks: int
+    words: Tensor = field(repr=False)  # int64
+    num_chunks: int
+    stream: int  # that the table was made on
+
+    @property
+    def num_tensors(self) -> int:
+        return len(self.indices)
+
+    @property
+    def tensors(self) -> int:
+        return self.words.data_ptr()
+
+    @property
+    def chunks(self) -> int:
+        return self.tensors + TENSOR_WORDS * self.num_tensors * _WORD_NBYTES
+
+    @property
+    def state(self) -> int:
+        return self.chunks + CHUNK_WORDS * self.num_chunks * _WORD_NBYTES
+
+    @property
+    def counter(self) -> Tensor:
+        """A counter for a launch beside that of the device where ``num_averaged`` is."""
+        return self.words[-1]
+
+    @property
+    def nonfinite(self) -> Tensor:
+        return self.words[_NONFINITE_WORD - STATE_WORDS - 1]
+
+
+def make_table(pairs: Sequence[Pair], indices: Sequence[int], num_blocks: int) -> Table:
+    """Write the tables of ``pairs``, all on one device, into its memory. This waits for the copy, once for a plan."""
+    device = pairs[0].param.device
+    rows = library.rows(pairs)
+    numels = [row.numel for row in rows]
+    chunks = cut_chunks(numels, gpu_chunk_numel(sum(numels), num_blocks))
+    tensors = torch.frombuffer(rows, dtype=torch.int64)
+    state = torch.zeros(STATE_WORDS + 1, dtype=torch.int64, device="cpu")
+    with torch.inference_mode(False), torch.no_grad():
+        words = torch.cat((tensors, chunks.flatten(), state)).to(device)
+    if device.type == "cuda":
+        # Later launches may be on another stream, which knows nothing of this copy.
+        torch.cuda.current_stream(device).synchronize()
+    return Table(device, tuple(indices), num_blocks, words, len(chunks), current_raw_stream(device))
+
+
+class DeviceLaunch:
+    """Launches on GPUs, one for each device that the pairs are on."""
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self.captured = False
+        by_device: dict[torch.device, list[int]] = {}
+        for index, pair in enumerate(pairs):
+            by_device.setdefault(pair.param.device, []).append(index)
+        self._tables = [
+            make_table([pairs[i] for i in indices], indices, self.num_blocks(device))
+            for device, indices in by_device.items()
+        ]
+
+    # What a backend adds
+
+    def num_blocks(self, device: torch.device) -> int:
+        """Give how many blocks of an update the device runs at once."""
+        raise NotImplementedError
+
+    def start_update(
+        self, table: Table, rule: Rule, num_averaged: Tensor, advance: int, skip_nonfinite: bool, stream: int
+    ) -> None:
+        """Start the update's kernel, and set :attr:`captured` where a graph takes it up instead."""
+        raise NotImplementedError
+
+    def start_exchange(self, table: Table, wanted: bool, stream: int) -> None:
+        raise NotImplementedError
+
+    def start_first_nonfinite(self, table: Table, stream: int) -> None:
+        """Start what fills in :attr:`Table.nonfinite`."""
+        raise NotImplementedError
+
+    # What a launch does
+
+    def update(
+        self,
+        params: Sequence[Tensor],
+        rule: Rule,
+        num_averaged: Tensor,
+        advance: int,
+        *,
+        skip_nonfinite: bool = False,
+    ) -> None:
+        if skip_nonfinite and len(self._tables) > 1:
+            # What one device finds holds for all of them, and only the host hears of all.
+            if self.first_nonfinite(params) is not None:
+                return
+            skip_nonfinite = False
+        counted = False
+        # The device of the counter comes last: the others read the same count before it.
+        for table in sorted(self._tables, key=lambda table: table.device == num_averaged.device):
+            counts = table.device == num_averaged.device
+            counter = num_averaged
+            if not counts:
+                counter = table.counter
+                counter.copy_(num_averaged, non_blocking=True)
+            stream = self._stream(table)
+            if skip_nonfinite:
+                self.start_first_nonfinite(table, stream)
+            self.start_update(table, rule, counter, advance if counts else 0, skip_nonfinite, stream)
+            counted |= counts
+        if not counted:
+            num_averaged.add_(advance)
+
+    def exchange(self, wanted: bool) -> None:
+        """Let every param and the averaged module's tensor have changed places, or not, in place.
+
+        The kernel looks up on the device whether they have, so that an interrupt cannot come between.
+        """
+        for table in self._tables:
+            self.start_exchange(table, wanted, self._stream(table))
+
+    def first_nonfinite(self, params: Sequence[Tensor]) -> int | None:
+        for table in self._tables:
+            self.start_first_nonfinite(table, self._stream(table))
+        found = []
+        for table in self._tables:
+            from_the_end = int(table.nonfinite)
+            if from_the_end:
+                found.append(table.indices[table.num_tensors - from_the_end])
+        return min(found, default=None)
+
+    def _stream(self, table: Table) -> int:
+        stream = current_raw_stream(table.device)
+        if stream != table.stream and table.device.type == "cuda":
+            # The table's memory may be handed out again once this stream is done with it, not before.
+            table.words.record_stream(torch.cuda.current_stream(table.device))
+        return stream

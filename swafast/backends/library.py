@@ -1,0 +1,206 @@
+"""The native library: where it is, its C interface (``csrc/swafast.h``) by ctypes, and pairs as its structures.
+
+It needs neither torch's headers nor Python's, so one file serves every version of both. It loads at first use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import torch
+
+from ..bucket import is_dense, same_order
+from ..formats import EXACT, FLOAT32, MIRRORED
+from ..rules import KernelTerms, Rule
+from . import Pair, Unavailable
+
+#: Changes with any structure or function of csrc/swafast.h.
+_ABI = 4
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_BYTES = 3
+_FORMATS = {FLOAT32: 0, EXACT: 1, MIRRORED: 2}
+_COPIED = 3
+
+
+class KernelRule(ctypes.Structure):
+    _fields_ = (("kind", ctypes.c_int64), ("terms", ctypes.c_double * 4))
+
+
+class TensorRow(ctypes.Structure):
+    """One pair: ``swafast_tensor``."""
+
+    _fields_ = (
+        ("param", ctypes.c_void_p),
+        ("planes", ctypes.c_void_p * 2),
+        ("numel", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("format", ctypes.c_int32),
+    )
+
+
+class TableHead(ctypes.Structure):
+    """One launch's tables on a GPU: ``swafast_table``."""
+
+    _fields_ = (
+        ("tensors", ctypes.c_void_p),
+        ("chunks", ctypes.c_void_p),
+        ("num_tensors", ctypes.c_int64),
+        ("num_chunks", ctypes.c_int64),
+        ("state", ctypes.c_void_p),
+        ("device", ctypes.c_int32),
+        ("num_blocks", ctypes.c_int32),
+    )
+
+
+def _candidates() -> list[Path]:
+    """Give the places of the library, likeliest first.
+
+    Run from a clone, the folder ``swafast/`` shadows the installed package, which is the one with the library.
+    """
+    file = (
+        "swafast.dll" if os.name == "nt" else "libswafast.dylib" if os.uname().sysname == "Darwin" else "libswafast.so"
+    )
+    named = os.environ.get("SWAFAST_LIBRARY")
+    if named:
+        return [Path(named)]
+    places = [Path(__file__).parents[1] / "lib" / file]
+    try:
+        installed = importlib.metadata.distribution("swafast").locate_file(f"swafast/lib/{file}")
+        places.append(Path(str(installed)))
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    return places
+
+
+@functools.cache
+def load() -> ctypes.CDLL | Unavailable:
+    """Give the library, or why it did not load."""
+    places = _candidates()
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        for place in places:
+            reason = place.parent / "not_built.txt"
+            if reason.is_file():
+                return Unavailable(reason.read_text().strip())
+        return Unavailable(f"no native library at {' or '.join(map(str, places))}")
+    try:
+        library = ctypes.CDLL(str(path))
+        library.swafast_abi.restype = ctypes.c_int32
+        abi = library.swafast_abi()
+    except (OSError, AttributeError) as error:
+        return Unavailable(f"{path} did not load: {error}")
+    if abi != _ABI:
+        return Unavailable(f"{path} has interface {abi}, this swafast needs {_ABI}: install it again")
+    _declare(library)
+    if has_cuda(library):
+        _declare_cuda(library)
+    return library
+
+
+def loaded() -> ctypes.CDLL:
+    """Give the library, which a caller knows to be there."""
+    library = load()
+    if isinstance(library, Unavailable):
+        raise RuntimeError(f"the native library is not available: {library.reason}")
+    return library
+
+
+def has_cuda(library: ctypes.CDLL) -> bool:
+    """Say whether the library was built with a CUDA compiler."""
+    return hasattr(library, "swafast_cuda_update")
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    # Pointers go as plain integers: converting them to pointer objects costs more than the call.
+    address, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    table = (address, i64, address, i64)
+    library.swafast_build.restype = ctypes.c_char_p
+    library.swafast_check.argtypes = (address, i64, i32)
+    library.swafast_cpu_isa.restype = ctypes.c_char_p
+    library.swafast_cpu_use_isa.argtypes = (ctypes.c_char_p,)
+    library.swafast_weight.restype = ctypes.c_double
+    library.swafast_weight.argtypes = (ctypes.POINTER(KernelRule), i64)
+    library.swafast_cpu_update.argtypes = (*table, ctypes.POINTER(KernelRule), address, i64, i32)
+    library.swafast_cpu_want_large_pages.argtypes = (address, i64)
+    library.swafast_cpu_want_large_pages.restype = None
+    library.swafast_cpu_exchange.argtypes = (*table, i32, i64, ctypes.POINTER(i64))
+    library.swafast_cpu_first_nonfinite.argtypes = (*table, i32, ctypes.POINTER(i64))
+
+
+def _declare_cuda(library: ctypes.CDLL) -> None:
+    address, i64, i32, table = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.POINTER(TableHead)
+    library.swafast_cuda_build.restype = ctypes.c_char_p
+    library.swafast_cuda_error.restype = ctypes.c_char_p
+    library.swafast_cuda_blocks.argtypes = (i32, ctypes.POINTER(i32))
+    library.swafast_cuda_update.argtypes = (
+        *(table, ctypes.POINTER(KernelRule), address, i64, i32, ctypes.POINTER(i32), address),
+    )
+    library.swafast_cuda_exchange.argtypes = (table, i64, address)
+    library.swafast_cuda_first_nonfinite.argtypes = (table, address)
+
+
+def weight(rule: Rule, num_averaged: int) -> float:
+    """Give the weight as the kernels work it out, for a rule that has kernel terms."""
+    terms = rule.kernel_terms()
+    if terms is None:
+        raise ValueError(f"rule must have kernel terms, got {rule!r}")
+    return loaded().swafast_weight(ctypes.byref(KernelRule(terms.kind, terms.terms)), num_averaged)
+
+
+def kernel_terms(rule: Rule) -> KernelTerms:
+    terms = rule.kernel_terms()
+    assert terms is not None, "ops.update works out the weight of a rule without terms"
+    return terms
+
+
+class RuleCache:
+    """A rule as a kernel takes it, made anew only when its terms change."""
+
+    def __init__(self) -> None:
+        self._made: tuple[KernelTerms, KernelRule] | None = None
+
+    def get(self, rule: Rule) -> KernelRule:
+        terms = kernel_terms(rule)
+        if self._made is None or self._made[0] != terms:
+            self._made = (terms, KernelRule(terms.kind, terms.terms))
+        return self._made[1]
+
+
+def serves(pair: Pair, device_types: Collection[str]) -> bool:
+    """Say whether kernels can take this pair: one device, a known dtype, both sides aligned and dense in one order."""
+    param, average = pair.param, pair.average
+    if param.device.type not in device_types or any(plane.device != param.device for plane in pair.planes):
+        return False
+    if any(tensor.is_conj() or tensor.is_neg() for tensor in (param, average)):
+        return False
+    if pair.format is None:
+        if param.dtype != average.dtype:
+            return False
+    elif pair.format not in _FORMATS or param.dtype not in _DTYPES:
+        return False
+    if any(tensor.data_ptr() % tensor.element_size() for tensor in (param, *pair.planes)):
+        return False
+    return is_dense(param.shape, param.stride()) and all(
+        same_order(param.shape, param.stride(), plane.stride()) for plane in pair.planes
+    )
+
+
+def rows(pairs: Sequence[Pair]) -> ctypes.Array[TensorRow]:
+    """Give the pairs as the kernels take them."""
+    return (TensorRow * len(pairs))(*map(_row, pairs))
+
+
+def _row(pair: Pair) -> TensorRow:
+    planes = tuple(plane.data_ptr() for plane in pair.planes)
+    row = TensorRow(param=pair.param.data_ptr(), planes=(*planes, *(None,) * (2 - len(planes))))
+    if pair.format is None:
+        row.numel, row.dtype, row.format = pair.param.nbytes, _BYTES, _COPIED
+    else:
+        row.numel, row.dtype, row.format = pair.param.numel(), _DTYPES[pair.param.dtype], _FORMATS[pair.format]
+    return row
