@@ -128,9 +128,9 @@ SWAFAST_EXPORT const char* swafast_cuda_error(void);
 /* *num_blocks = how many blocks of an update are on the device at once. It fails where the device cannot run them. */
 SWAFAST_EXPORT int32_t swafast_cuda_blocks(int32_t device, int32_t* num_blocks);
 
-/* As swafast_cpu_update, with num_averaged on the device: the kernel reads it, and the last block to do so counts. A negative or
- * exhausted count leaves everything as it is, and so does state->nonfinite if `skip_nonfinite`. *capturing = 1 if
- * the launch went into a CUDA graph. */
+/* As swafast_cpu_update, with num_averaged on the device: the kernel reads it, and the last block to do so counts. A
+ * negative or exhausted count leaves everything as it is, and so does state->nonfinite if `skip_nonfinite`. *capturing
+ * = 1 if the launch went into a CUDA graph. */
 SWAFAST_EXPORT int32_t swafast_cuda_update(const swafast_table* table, const swafast_rule* rule, int64_t* num_averaged,
                                            int64_t advance, int32_t skip_nonfinite, int32_t* capturing, void* stream);
 

@@ -167,7 +167,7 @@ class FusedAveragedModel(AveragedModel):
                 holds a NaN or an infinity. It names the parameter, and nothing has changed.
             RuntimeError: the averages are swapped into a model.
         """
-        with self._alone("update_parameters"), torch.no_grad():
+        with self._alone("update_parameters"):
             plan, params, planes = self._bind(model)
             rule = self.rule
             skip = self.nonfinite == "skip"

@@ -37,6 +37,7 @@ def choose_rule(rule: object, avg_fn: object, multi_avg_fn: object) -> Rule | No
     return rule_of(avg_fn, rule if rule is not None else multi_avg_fn)
 
 
+@torch.no_grad()
 def update_by_function(
     pairs: Sequence[Pair], avg_fn: AvgFn | None, multi_avg_fn: MultiAvgFn | None, num_averaged: Tensor
 ) -> None:

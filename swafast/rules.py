@@ -6,6 +6,7 @@ functions from :class:`KernelTerms` (``csrc/weight.h``), so that nothing is read
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Callable, Sequence
@@ -41,8 +42,13 @@ class KernelTerms:
             raise ValueError(f"terms must begin with a weight in [0, 1], got {self.terms[0]}")
 
     @classmethod
+    def of(cls, kind: int, *terms: float) -> KernelTerms:
+        """Give terms filled up with zeros; the same object again for the same ones, since every update asks."""
+        return _make_terms(cls, kind, terms)
+
+    @classmethod
     def constant(cls, weight: float) -> KernelTerms:
-        return cls(cls.CONSTANT, (weight, 0.0, 0.0, 0.0))
+        return cls.of(cls.CONSTANT, weight)
 
     def weight(self, num_averaged: int) -> float:
         """Give the weight as every kernel works it out, bit for bit: ``rule_weight`` in ``csrc/weight.h``."""
@@ -62,6 +68,12 @@ class KernelTerms:
             # 1 - (1 - 1 / (n + 1)) ** (gamma + 1), which cancels for large n when written so
             return -elementary.expm1(-(first + 1.0) * elementary.log1p(1.0 / n))
         return first
+
+
+@functools.lru_cache(maxsize=256)
+def _make_terms(kind_of_terms: type[KernelTerms], kind: int, terms: tuple[float, ...]) -> KernelTerms:
+    padded = (*terms, *(0.0,) * (4 - len(terms)))
+    return kind_of_terms(kind, padded)  # type: ignore[arg-type]  # it checks their number
 
 
 class Rule:
@@ -107,7 +119,7 @@ class EqualAverage(Rule):
         return self.kernel_terms().weight(num_averaged)
 
     def kernel_terms(self) -> KernelTerms:
-        return KernelTerms(KernelTerms.EQUAL)
+        return KernelTerms.of(KernelTerms.EQUAL)
 
 
 @dataclass(frozen=True)
@@ -174,8 +186,8 @@ class ExponentialAverage(Rule):
         if self.warmup is None:
             return KernelTerms.constant(low)
         if self.warmup == "power":
-            return KernelTerms(KernelTerms.POWER_WARMUP, (low, high, self.inv_gamma, self.power))
-        return KernelTerms(KernelTerms.RATIO_WARMUP, (low, high, 0.0, 0.0))
+            return KernelTerms.of(KernelTerms.POWER_WARMUP, low, high, self.inv_gamma, self.power)
+        return KernelTerms.of(KernelTerms.RATIO_WARMUP, low, high)
 
 
 @dataclass(frozen=True)
@@ -223,7 +235,7 @@ class PowerAverage(Rule):
         return self.kernel_terms().weight(num_averaged)
 
     def kernel_terms(self) -> KernelTerms:
-        return KernelTerms(KernelTerms.POWER, (self.gamma, 0.0, 0.0, 0.0))
+        return KernelTerms.of(KernelTerms.POWER, self.gamma)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +13,15 @@ import torch
 from torch import nn
 
 from swafast import FusedAveragedModel
-from swafast.backends import native
+from swafast.backends import cuda, library, native
+from tests.native_build import COMPILER
+from tests.shim_library import build_shim_library
 
 NO_LIBRARY = "needs the native library"
+
+# Triton reads this when its kernels are defined: without a GPU its interpreter runs them, on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,12 +35,36 @@ def _seed() -> None:
     torch.manual_seed(20)
 
 
-@pytest.fixture(params=["cpu", "reference"])
+@pytest.fixture(params=["cpu", "cuda", "reference"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that serves CPU tensors."""
+    """Each backend, on CPU tensors: the CUDA source runs on them through the shim."""
     if request.param == "cpu" and native.unavailable() is not None:
         pytest.skip(f"{NO_LIBRARY}: {native.unavailable()}")
+    if request.param == "cuda":
+        request.getfixturevalue("cuda_on_cpu")
     return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def shim_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The native library with its CUDA source compiled for the processor."""
+    if not COMPILER:
+        pytest.skip("needs a C++ compiler")
+    return build_shim_library(tmp_path_factory.mktemp("shim"))
+
+
+@pytest.fixture
+def cuda_on_cpu(shim_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
+    """The ``cuda`` backend, serving CPU tensors with the real kernels' source and host code."""
+    monkeypatch.setenv("SWAFAST_LIBRARY", str(shim_library))
+    monkeypatch.setattr(cuda, "device_types", frozenset({"cpu"}))
+    caches = (library.load, cuda.num_blocks)
+    for cache in caches:
+        cache.cache_clear()
+    yield library.loaded()
+    monkeypatch.undo()
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.fixture

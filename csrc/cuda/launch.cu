@@ -108,8 +108,8 @@ int32_t swafast_cuda_exchange(const swafast_table* table, int64_t wanted, void* 
 int32_t swafast_cuda_first_nonfinite(const swafast_table* table, void* stream) {
   const DeviceScope scope(table->device);
   if (scope.error() != cudaSuccess) return status_of(scope.error());
-  const cudaError_t error = cudaMemsetAsync(&table->state->nonfinite, 0, sizeof table->state->nonfinite,
-                                            static_cast<cudaStream_t>(stream));
+  const cudaError_t error =
+      cudaMemsetAsync(&table->state->nonfinite, 0, sizeof table->state->nonfinite, static_cast<cudaStream_t>(stream));
   if (error != cudaSuccess) return status_of(error);
   return status_of(launch(*table, stream, nonfinite_kernel, *table));
 }

@@ -66,8 +66,8 @@ template <class Dtype, class Format, bool kWide>
 struct Update {
   static constexpr int kNumel = kWide ? group_numel<Dtype::kBytes, Format::kFirst, Format::kSecond>() : 1;
   static constexpr int kGroupBytes = kNumel * (Dtype::kBytes + Format::kFirst + Format::kSecond);
-  // 64 to 128 bytes of loads in flight a thread: with 1024 threads on a multiprocessor more than the 48 KiB that keep an
-  // H200's memory busy, and the registers for them are there.
+  // 64 to 128 bytes of loads in flight a thread: with 1024 threads on a multiprocessor more than the 48 KiB that keep
+  // an H200's memory busy, and the registers for them are there.
   static constexpr int kUnroll = kGroupBytes > 48 ? 1 : (kGroupBytes > 32 || Format::kSecond != 0) ? 2 : 4;
 
   struct Group {

@@ -124,8 +124,11 @@ class DeviceLaunch:
                 return
             skip_nonfinite = False
         counted = False
-        # The device of the counter comes last: the others read the same count before it.
-        for table in sorted(self._tables, key=lambda table: table.device == num_averaged.device):
+        tables = self._tables
+        if len(tables) > 1:
+            # The device of the counter comes last: the others read the same count before it.
+            tables = sorted(tables, key=lambda table: table.device == num_averaged.device)
+        for table in tables:
             counts = table.device == num_averaged.device
             counter = num_averaged
             if not counts:

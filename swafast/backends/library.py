@@ -167,7 +167,7 @@ class RuleCache:
 
     def get(self, rule: Rule) -> KernelRule:
         terms = kernel_terms(rule)
-        if self._made is None or self._made[0] != terms:
+        if self._made is None or (self._made[0] is not terms and self._made[0] != terms):
             self._made = (terms, KernelRule(terms.kind, terms.terms))
         return self._made[1]
 

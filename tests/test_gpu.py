@@ -1,0 +1,263 @@
+"""The GPU backends against ``reference`` on the CPU, bit for bit; only a NaN's sign and payload are their own.
+
+Each test runs wherever it can: the CUDA source through the shim and Triton through its interpreter on CPU tensors, and
+both on a GPU, by ``pytest -m gpu``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage
+from swafast.backends import Backend, Launch, Pair, cuda, reference, triton
+from swafast.backends import device as gpu_tables
+from swafast.formats import EXACT, FLOAT32, MIRRORED, Format
+from swafast.rules import Rule
+from tests.conftest import EveryKind, tensors_of
+from tests.conftest import differing as differing_tensors
+from tests.test_native import DTYPES, FORMATS, PAIRS, clone, differing, make_pair, sizes_around
+
+WEIGHTS = (1.0, 0.0, 0.3, 0.5, 0.9)
+RULES = (
+    EqualAverage(),
+    ExponentialAverage(0.99),
+    ExponentialAverage(0.9999, warmup="power", inv_gamma=37.0, power=0.75, min_decay=0.1),
+    ExponentialAverage(0.999, warmup="ratio"),
+    PowerAverage(6.94),
+)
+#: A chunk of the tests: more than a tile of the CUDA kernels' narrowest groups, and not a multiple of any group.
+CHUNK_NUMEL = 4100
+
+
+@dataclass(frozen=True)
+class Gpu:
+    backend: Backend
+    device: torch.device
+
+    def put(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """Give the pairs on the device, with the alignment that they have."""
+        return [replace(p, param=self._put(p.param), planes=tuple(map(self._put, p.planes))) for p in pairs]
+
+    def _put(self, tensor: Tensor) -> Tensor:
+        start = tensor.storage_offset()
+        flat = torch.empty(start + tensor.numel(), dtype=tensor.dtype, device=self.device)
+        return flat[start:].as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+    def prepare(self, pairs: Sequence[Pair]) -> Launch:
+        assert all(map(self.backend.serves, pairs))
+        return self.backend.prepare(pairs)
+
+
+def everywhere() -> list[object]:
+    on_cpu = [pytest.param((name, "cpu"), id=f"{name} on cpu") for name in ("cuda", "triton")]
+    on_gpu = [pytest.param((name, "cuda"), id=f"{name} on gpu", marks=pytest.mark.gpu) for name in ("cuda", "triton")]
+    return [*on_cpu, *on_gpu]
+
+
+@pytest.fixture(params=everywhere())
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    name, device = request.param
+    backend: Backend = {"cuda": cuda, "triton": triton}[name]  # type: ignore[assignment]
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton")
+    if (name, device) == ("cuda", "cpu"):
+        request.getfixturevalue("cuda_on_cpu")
+    missing = backend.unavailable()
+    assert missing is None, missing
+    monkeypatch.setattr(gpu_tables, "gpu_chunk_numel", lambda numel, blocks: CHUNK_NUMEL)
+    return Gpu(backend, torch.device(device, 0) if device == "cuda" else torch.device(device))
+
+
+def on_cpu(pairs: Sequence[Pair]) -> list[Pair]:
+    return [replace(p, param=p.param.cpu(), planes=tuple(plane.cpu() for plane in p.planes)) for p in pairs]
+
+
+def check_updates(gpu: Gpu, pairs: Sequence[Pair], rule: Rule, counts: Sequence[int]) -> None:
+    """Hold updates of the backend and of ``reference`` together, one after the other, from the given counts."""
+    ours, expected = gpu.put(pairs), clone(pairs)
+    launches = gpu.prepare(ours), reference.prepare(expected)
+    for n in counts:
+        counters = torch.tensor(n, device=gpu.device), torch.tensor(n)
+        for launch, on, counter in zip(launches, (ours, expected), counters, strict=True):
+            launch.update([pair.param for pair in on], rule, counter, 1)
+        assert counters[0].item() == counters[1].item() == n + 1
+        assert differing(on_cpu(ours), expected) == [], f"{rule}, n = {n}"
+
+
+@PAIRS
+def test_updates_equal_the_reference(gpu: Gpu, dtype: torch.dtype, fmt: Format) -> None:
+    sizes = [*sizes_around(256), *sizes_around(CHUNK_NUMEL)[9:]]
+    pairs = [make_pair(n, dtype, fmt, offset) for n in sizes for offset in (0, 1, 6)]
+    for weight in WEIGHTS:
+        check_updates(gpu, pairs, ExponentialAverage(1.0 - weight), (1,))
+
+
+def test_every_rule_gives_the_bits_of_the_reference(gpu: Gpu) -> None:
+    pairs = [make_pair(700, dtype, fmt) for dtype in DTYPES for fmt in FORMATS]
+    for rule in RULES:
+        check_updates(gpu, pairs, rule, (0, 1, 2, 3, 10, 999, 10**6, 2**40))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float64])
+def test_copies_equal_the_reference(gpu: Gpu, dtype: torch.dtype) -> None:
+    pairs = [make_pair(n, dtype, None, offset) for n in (0, 1, 3, 15, 16, 17, 4111) for offset in (0, 1)]
+    check_updates(gpu, pairs, EqualAverage(), (3,))
+
+
+def test_one_launch_serves_many_tensors_of_all_kinds(gpu: Gpu) -> None:
+    kinds: list[tuple[torch.dtype, Format | None]] = [(d, f) for d in DTYPES for f in FORMATS]
+    kinds.append((torch.int32, None))
+    pairs = [make_pair(n % 7 * 5, dtype, fmt, n % 3) for n in range(12) for dtype, fmt in kinds]
+    check_updates(gpu, pairs, ExponentialAverage(0.7), (1,))
+
+
+def test_a_first_update_copies_every_bit(gpu: Gpu) -> None:
+    (pair,) = gpu.put([make_pair(1000, torch.float32, FLOAT32)])
+    gpu.prepare([pair]).update([pair.param], ExponentialAverage(0.9), torch.tensor(0, device=gpu.device), 1)
+    assert torch.equal(pair.average.view(torch.int32), pair.param.view(torch.int32))
+
+
+@pytest.mark.parametrize("count", [-1, -(2**63), 2**63 - 1])
+def test_a_count_that_is_none_leaves_everything_as_it_was(gpu: Gpu, count: int) -> None:
+    pairs = gpu.put([make_pair(1000, torch.bfloat16, EXACT), make_pair(9, torch.int64, None)])
+    before, counter = clone(pairs), torch.tensor(count, device=gpu.device)
+    launch = gpu.prepare(pairs)
+    launch.update([], EqualAverage(), counter, 1)
+    assert differing(on_cpu(pairs), on_cpu(before)) == []
+    assert counter.item() == count
+    counter.fill_(0)
+    launch.update([], EqualAverage(), counter, 1)
+    assert counter.item() == 1
+    assert torch.equal(pairs[1].average, pairs[1].param)
+
+
+def test_an_update_may_count_by_another_number(gpu: Gpu) -> None:
+    pairs = gpu.put([make_pair(10, torch.float32, FLOAT32)])
+    launch, counter = gpu.prepare(pairs), torch.tensor(4, device=gpu.device)
+    for advance in (0, 1, 5):
+        launch.update([], EqualAverage(), counter, advance)
+    assert counter.item() == 10
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_the_first_nonfinite_param_is_found_and_may_stop_an_update(gpu: Gpu, bad: float) -> None:
+    sizes = [(dtype, fmt, n) for dtype, fmt in zip(DTYPES, FORMATS, strict=True) for n in (1, 17, 5000)]
+    pairs = [make_pair(4, torch.int32, None), *(make_pair(n, dtype, fmt, 1) for dtype, fmt, n in sizes)]
+    for pair in pairs[1:]:
+        pair.param.normal_()
+    pairs = gpu.put(pairs)
+    launch, counter = gpu.prepare(pairs), torch.tensor(3, device=gpu.device)
+    assert launch.first_nonfinite([]) is None
+    for index in (7, 2, 9, 4):
+        param = pairs[index].param
+        old = param[-1].clone()
+        param[-1] = bad
+        before = clone(pairs)
+        assert launch.first_nonfinite([]) == index
+        launch.update([], EqualAverage(), counter, 1, skip_nonfinite=True)
+        assert counter.item() == 3
+        assert differing(on_cpu(pairs), on_cpu(before)) == []
+        param[-1] = old
+    launch.update([], EqualAverage(), counter, 1, skip_nonfinite=True)
+    assert counter.item() == 4
+
+
+@pytest.mark.parametrize(("dtype", "fmt"), [*zip(DTYPES, FORMATS, strict=True), (torch.int32, None)], ids=str)
+def test_an_exchange_moves_every_bit_there_and_back(gpu: Gpu, dtype: torch.dtype, fmt: Format | None) -> None:
+    pairs = gpu.put([make_pair(n, dtype, fmt, offset) for n in (*sizes_around(256), 4111) for offset in (0, 3)])
+    before = clone(pairs)
+    launch = gpu.prepare(pairs)
+    launch.exchange(False)  # type: ignore[attr-defined]  # it is where it is wanted
+    assert differing(on_cpu(pairs), on_cpu(before)) == []
+    for _ in range(2):
+        launch.exchange(True)  # type: ignore[attr-defined]
+    for pair, old in zip(pairs, before, strict=True):
+        assert torch.equal(pair.param.view(torch.uint8), old.average.view(torch.uint8))
+        assert torch.equal(pair.average.view(torch.uint8), old.param.view(torch.uint8))
+        assert all(map(torch.equal, pair.planes[1:], old.planes[1:])) or fmt is MIRRORED
+    launch.exchange(False)  # type: ignore[attr-defined]
+    assert differing(on_cpu(pairs), on_cpu(before)) == []
+
+
+def both_averages(gpu: Gpu, model: EveryKind, dtype: torch.dtype, **options: object) -> tuple[dict, dict]:
+    """Give the states of an average on the device and of one by ``reference`` on the CPU, of the same params."""
+    model.to(dtype)
+    theirs = EveryKind().to(dtype).to(gpu.device)
+    ours = FusedAveragedModel(theirs, backend=gpu.backend.name, **options)  # type: ignore[arg-type]
+    expected = FusedAveragedModel(model, backend="reference", **options)  # type: ignore[arg-type]
+    for _ in range(3):
+        model.drift()
+        with torch.no_grad():
+            for side in (torch.nn.Module.parameters, torch.nn.Module.buffers):
+                for tensor, source in zip(side(theirs), side(model), strict=True):
+                    tensor.copy_(source)
+        ours.update_parameters(theirs)
+        expected.update_parameters(model)
+    return {k: v.cpu() for k, v in ours.state_dict().items()}, dict(expected.state_dict())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_a_whole_model_equals_the_reference(
+    gpu: Gpu, every_kind: EveryKind, dtype: torch.dtype, use_buffers: bool
+) -> None:
+    ours, expected = both_averages(gpu, every_kind, dtype, use_buffers=use_buffers, rule=ExponentialAverage(0.9))
+    assert ours.keys() == expected.keys()
+    assert [key for key in ours if not torch.equal(ours[key], expected[key])] == []
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts what torch is asked to do: a host read of the device is an op, and so is every kernel of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.ops.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_a_planned_update_asks_torch_for_nothing(gpu: Gpu, nonfinite: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7)).to(gpu.device)
+    average = FusedAveragedModel(model, backend=gpu.backend.name, nonfinite=nonfinite)
+    average.update_parameters(model)
+    with Dispatched() as dispatched:
+        for _ in range(3):
+            average.update_parameters(model)
+    assert dispatched.ops == []
+    assert average.n_averaged == 4
+    assert average._bindings._binding is not None
+    assert average._bindings._binding.plan.backends == [gpu.backend.name]
+
+
+def test_the_count_of_dispatched_ops_sees_a_host_read(gpu: Gpu) -> None:
+    with Dispatched() as dispatched:
+        int(torch.ones((), dtype=torch.int64, device=gpu.device))
+    assert "aten._local_scalar_dense.default" in dispatched.ops
+
+
+def test_a_swap_is_in_place_and_comes_back(gpu: Gpu, every_kind: EveryKind) -> None:
+    model = every_kind.to(gpu.device)
+    average = FusedAveragedModel(model, backend=gpu.backend.name)
+    average.update_parameters(model)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(1)
+    before, state = tensors_of(model), average.averaged_state_dict()
+    addresses = [param.data_ptr() for param in model.parameters()]
+    with average.swapped_into(model):
+        inside = tensors_of(model)
+        assert [name for name in inside.keys() & state.keys() if not torch.equal(inside[name], state[name])] == []
+    assert [param.data_ptr() for param in model.parameters()] == addresses
+    assert differing_tensors(tensors_of(model), before) == []
+    assert differing_tensors(average.averaged_state_dict(), state) == []
