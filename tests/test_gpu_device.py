@@ -19,6 +19,7 @@ from swafast.backends import cuda, triton
 from swafast.formats import encode_exact
 from swafast.rules import KernelTerms, Rule
 from tests.conftest import EveryKind, differing, tensors_of
+from tests.test_package import python_of_the_readme
 
 pytestmark = pytest.mark.gpu
 
@@ -110,7 +111,7 @@ def test_a_first_update_in_a_capture_is_refused(backend: str) -> None:
     average = FusedAveragedModel(model, backend=backend)
     before = tensors_of(average.module)
     with (
-        pytest.raises(RuntimeError, match="the first update .* must not be captured"),
+        pytest.raises(RuntimeError, match=r"the first update .* must not be captured"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         average.update_parameters(model)
@@ -141,6 +142,14 @@ def test_a_captured_plan_outlives_its_place(backend: str) -> None:
     graph.replay()  # into the old averages, which still have their memory
     torch.cuda.synchronize()
     assert differing(average.averaged_state_dict(), state) == []
+
+
+def test_the_readmes_python_for_gpus_runs(backend: str) -> None:
+    model = small_model()
+    average = FusedAveragedModel(model, backend=backend)
+    (block,) = (block for block in python_of_the_readme() if "torch.cuda" in block)
+    exec(block, {"torch": torch, "model": model, "averaged": average})
+    assert average.n_averaged == 2
 
 
 def test_it_runs_on_the_current_stream(backend: str) -> None:

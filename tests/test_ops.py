@@ -93,7 +93,7 @@ def test_backends_are_chosen_by_name_and_by_environment(monkeypatch: pytest.Monk
     monkeypatch.setenv("SWAFAST_BACKEND", "reference")
     assert [backend.name for backend in choice.choose_backends()] == ["reference"]
     monkeypatch.setenv("SWAFAST_BACKEND", "tpu")
-    with pytest.raises(ValueError, match="SWAFAST_BACKEND must be one of 'cuda', 'cpu', .*, got 'tpu'"):
+    with pytest.raises(ValueError, match=r"SWAFAST_BACKEND must be one of 'cuda', 'cpu', .*, got 'tpu'"):
         choice.choose_backends()
 
 

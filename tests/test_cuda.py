@@ -1,0 +1,346 @@
+"""The ``cuda`` backend's host side, on the shim: graphs, errors, choice, devices. No GPU is needed, and none is used.
+
+``tests/test_gpu.py`` holds its bits to the reference; ``tests/test_gpu_device.py`` is for a real device.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import warnings
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from swafast import ExponentialAverage, FusedAveragedModel, PowerAverage, checks, choice, doctor, ops, plan
+from swafast.backends import Unavailable, cuda, device, library, native, triton
+from swafast.formats import EXACT, FLOAT32, encode_exact
+from swafast.rules import EqualAverage, KernelTerms, Rule
+from tests.conftest import EveryKind, differing, tensors_of
+from tests.test_native import clone, make_pair
+from tests.test_native import differing as differing_pairs
+
+
+class Shim:
+    """What the shim lets a test set and see."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def get(self, name: str) -> int:
+        return ctypes.c_longlong.in_dll(self._library, f"shim_{name}").value
+
+    def capture(self, on: bool) -> None:
+        ctypes.c_int.in_dll(self._library, "shim_capturing").value = int(on)
+
+    def replay(self) -> None:
+        self._library.shim_replay()
+
+    def fail(self, function: str | None) -> None:
+        self._failing = ctypes.c_char_p(None if function is None else function.encode())  # the shim keeps a pointer
+        ctypes.c_void_p.in_dll(self._library, "shim_failing").value = ctypes.cast(self._failing, ctypes.c_void_p).value
+
+    def reset(self) -> None:
+        self.capture(False)
+        self.fail(None)
+        self._library.shim_forget_captured()
+
+
+@pytest.fixture
+def shim(cuda_on_cpu: ctypes.CDLL) -> Iterator[Shim]:
+    shim = Shim(cuda_on_cpu)
+    shim.reset()
+    yield shim
+    shim.reset()
+
+
+def a_model() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(5, 70), torch.nn.BatchNorm1d(70), torch.nn.Linear(70, 3))
+
+
+def drift(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(torch.randn_like(param), alpha=0.1)
+
+
+def plan_of(average: FusedAveragedModel) -> plan.Plan:
+    assert average._bindings._binding is not None
+    return average._bindings._binding.plan
+
+
+def test_an_update_is_one_launch_for_everything(shim: Shim) -> None:
+    model = EveryKind().bfloat16()
+    del model.gapped  # strided: the reference backend serves it
+    average = FusedAveragedModel(model, use_buffers=True)
+    average.update_parameters(model)
+    assert plan_of(average).backends == ["cuda"]
+    before = shim.get("num_launches")
+    average.update_parameters(model)
+    assert shim.get("num_launches") == before + 1
+    assert average.n_averaged == 2
+
+
+@pytest.mark.parametrize(("dtype", "vectors"), [(torch.float32, 2 * 1024), (torch.bfloat16, 4 * 512)])
+def test_averages_move_sixteen_bytes_at_a_time(shim: Shim, dtype: torch.dtype, vectors: int) -> None:
+    model = torch.nn.ParameterList([torch.randn(4096, dtype=dtype)])
+    average = FusedAveragedModel(model)
+    average.update_parameters(model)
+    before = shim.get("num_vectors")
+    average.update_parameters(model)
+    # Each plane is read and written once; params are read by plain loads, which the shim does not count.
+    assert shim.get("num_vectors") == before + vectors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rule", [EqualAverage(), PowerAverage(6.94), ExponentialAverage(0.9, warmup="power")], ids=str)
+def test_replays_are_updates(shim: Shim, dtype: torch.dtype, rule: Rule) -> None:
+    model = a_model().to(dtype)
+    graphed, eager = FusedAveragedModel(model, rule=rule), FusedAveragedModel(model, rule=rule)
+    for average in (graphed, eager):
+        average.update_parameters(model)
+    assert not plan_of(graphed).captured
+    shim.capture(True)
+    graphed.update_parameters(model)
+    shim.capture(False)
+    assert plan_of(graphed).captured
+    assert graphed.n_averaged == 1  # captured is not run
+    for _ in range(100):
+        drift(model)
+        shim.replay()
+        eager.update_parameters(model)
+    assert graphed.n_averaged == 101
+    assert differing(graphed.state_dict(), eager.state_dict()) == []
+
+
+def capture(shim: Shim, model: torch.nn.Module, average: FusedAveragedModel) -> None:
+    average.update_parameters(model)
+    shim.capture(True)
+    average.update_parameters(model)
+    shim.capture(False)
+
+
+def plan_anew_after_a_capture(shim: Shim) -> tuple[FusedAveragedModel, weakref.ref[plan.Plan]]:
+    model = a_model()
+    average = FusedAveragedModel(model, rule=ExponentialAverage(0.5))
+    capture(shim, model, average)
+    captured = weakref.ref(plan_of(average))
+    average.update_parameters(copy.deepcopy(model))
+    assert plan_of(average) is not captured()
+    return average, captured
+
+
+def test_a_captured_plan_is_kept_when_another_takes_its_place(shim: Shim) -> None:
+    average, captured = plan_anew_after_a_capture(shim)
+    assert captured() is not None  # and with it its tables and the memory of its params, which nobody else holds now
+    for _ in range(20):  # whatever was freed is handed out again, and overwritten
+        average.update_parameters(a_model())
+        torch.full((500,), 7.0)
+    count = int(average.n_averaged)
+    shim.replay()
+    assert average.n_averaged == count + 1
+
+
+def test_a_plan_that_is_let_go_while_a_graph_holds_it_is_seen(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.Plan, "captured", False)
+    _, captured = plan_anew_after_a_capture(shim)
+    assert captured() is None
+
+
+def test_averages_that_move_after_a_capture_keep_their_memory_and_warn(shim: Shim) -> None:
+    model = a_model()
+    average = FusedAveragedModel(model)
+    capture(shim, model, average)
+    average.double().float()
+    with pytest.warns(RuntimeWarning, match="capture it anew"):
+        average.update_parameters(model)
+    drift(model)
+    state = average.averaged_state_dict()
+    shim.replay()
+    assert differing(average.averaged_state_dict(), state) == []
+
+
+def test_what_cannot_be_captured_is_refused_before_anything_changes(
+    shim: Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = a_model()
+    average = FusedAveragedModel(model)
+    before = tensors_of(average.module)
+    with monkeypatch.context() as capturing:
+        capturing.setattr(checks, "is_capturing", lambda device: True)
+        with pytest.raises(RuntimeError, match=r"the first update of a model, .* must not be captured"):
+            average.update_parameters(model)
+    assert differing(tensors_of(average.module), before) == []
+    average.update_parameters(model)
+    with monkeypatch.context() as capturing:
+        capturing.setattr(checks, "is_capturing", lambda device: True)
+        with pytest.raises(RuntimeError, match="swapped_into must not be captured"), average.swapped_into(model):
+            pass
+        average.update_parameters(model)
+    assert average.n_averaged == 2
+
+
+def test_a_failing_launch_says_why_and_changes_nothing(shim: Shim) -> None:
+    model = a_model()
+    average = FusedAveragedModel(model)
+    average.update_parameters(model)
+    drift(model)
+    before = tensors_of(average.module)
+    shim.fail("cudaLaunchKernelEx")
+    with pytest.raises(RuntimeError, match=r"a CUDA launch of swafast failed: cudaErrorLaunchOutOfResources"):
+        average.update_parameters(model)
+    shim.fail(None)
+    assert differing(tensors_of(average.module), before) == []
+    assert average.n_averaged == 1
+    average.update_parameters(model)
+    assert average.n_averaged == 2
+
+
+def test_a_device_that_cannot_run_the_kernels_warns_once_and_goes_without(
+    shim: Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shim.fail("cudaOccupancyMaxActiveBlocksPerMultiprocessor")
+    cuda._warn_unusable.cache_clear()
+    model = a_model()
+    average = FusedAveragedModel(model)
+    with pytest.warns(RuntimeWarning, match=r"CUDA kernels do not run on cpu: cudaErrorLaunchOutOf") as seen:
+        average.update_parameters(model)
+    assert len(seen) == 1
+    assert plan_of(average).backends == ["cpu"]
+    assert average.n_averaged == 1
+
+
+def test_devices_share_one_counter(shim: Shim) -> None:
+    # A second device, as far as the launch can tell: the counter has to be brought there and counted once.
+    pairs = [make_pair(300, torch.float32, FLOAT32), make_pair(300, torch.bfloat16, EXACT)]
+    expected = clone(pairs)
+    launch, other = cuda.prepare(pairs[:1]), cuda.prepare(pairs[1:])
+    elsewhere = torch.device("cpu", 0)
+    (there,) = other._tables
+    there.device, there.indices = elsewhere, (1,)
+    launch._tables.insert(0, there)
+    launch._heads[elsewhere] = other._heads[torch.device("cpu")]
+    one = cuda.prepare(expected)
+    counters = torch.tensor(2), torch.tensor(2)
+    for _ in range(3):
+        launch.update([], EqualAverage(), counters[0], 1)
+        one.update([], EqualAverage(), counters[1], 1)
+    assert counters[0].item() == counters[1].item() == 5
+    assert differing_pairs(pairs, expected) == []
+    pairs[0].param[0] = float("nan")
+    before = clone(pairs)
+    launch.update([], EqualAverage(), counters[0], 1, skip_nonfinite=True)
+    assert counters[0].item() == 5
+    assert differing_pairs(pairs, before) == []
+
+
+def test_the_op_prepares_once_and_keeps_what_a_graph_holds(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    make_table = device.make_table
+    monkeypatch.setattr(device, "make_table", lambda *args: made.append(1) or make_table(*args))
+    monkeypatch.setattr(ops, "_captured", [])
+    average, remainder = encode_exact(torch.randn(100))
+    param, counter = torch.randn(100).bfloat16(), torch.tensor(1)
+    terms = KernelTerms.constant(0.25)
+
+    def update() -> None:
+        torch.ops.swafast.update_([average], [remainder], [param], counter, "exact", terms.kind, list(terms.terms))
+
+    for _ in range(3):
+        update()
+    assert len(made) == 1
+    assert ops._captured == []
+    shim.capture(True)
+    update()
+    shim.capture(False)
+    assert len(ops._captured) == 1
+    shim.replay()
+    assert counter.item() == 5
+
+
+class TestChoice:
+    """Which backend serves which device, and who hears of one that does not load."""
+
+    @pytest.fixture(autouse=True)
+    def _fresh(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(choice, "_warned", set())
+        monkeypatch.delenv("SWAFAST_BACKEND", raising=False)
+        for backend in (cuda, native, triton):
+            monkeypatch.setattr(backend, "unavailable", lambda: None)
+        monkeypatch.setattr(cuda, "device_types", frozenset({"cuda"}))
+        monkeypatch.setattr(triton, "device_types", frozenset({"cuda"}))
+
+    def chosen(self, *device_types: str, warns: str | None = None) -> list[str]:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            names = [backend.name for backend in choice.choose_backends(None, device_types)]
+        assert [str(warning.message) for warning in seen] == ([] if warns is None else [warns])
+        return names
+
+    def test_cuda_comes_before_triton_before_reference(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.chosen("cuda") == ["cuda", "triton", "reference"]
+        assert self.chosen("cpu") == ["cpu", "reference"]
+        assert self.chosen("cpu", "cuda") == ["cuda", "cpu", "triton", "reference"]
+
+    def test_a_backend_for_other_devices_is_not_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def explode() -> None:
+            raise AssertionError("asked")
+
+        monkeypatch.setattr(cuda, "unavailable", explode)
+        monkeypatch.setattr(triton, "unavailable", explode)
+        assert self.chosen("cpu") == ["cpu", "reference"]
+
+    def test_what_is_missing_as_expected_is_not_worth_a_word(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cuda, "unavailable", lambda: Unavailable("built without nvcc", expected=True))
+        assert self.chosen("cuda") == ["triton", "reference"]
+
+    def test_what_is_broken_warns_once_and_says_what_runs_instead(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cuda, "unavailable", lambda: Unavailable("not a library"))
+        told = "swafast runs on the triton backend: cuda: not a library"
+        assert self.chosen("cuda", warns=told) == ["triton", "reference"]
+        assert self.chosen("cuda") == ["triton", "reference"]
+
+    def test_a_gpu_left_with_the_reference_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cuda, "unavailable", lambda: Unavailable("built without nvcc", expected=True))
+        monkeypatch.setattr(triton, "device_types", frozenset({"xpu"}))
+        told = "swafast runs on the slower reference backend: cuda: built without nvcc"
+        assert self.chosen("cuda", warns=told) == ["reference"]
+
+    def test_one_asked_for_by_name_stands_alone_or_raises(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert [b.name for b in choice.choose_backends("triton", {"cuda"})] == ["triton", "reference"]
+        monkeypatch.setenv("SWAFAST_BACKEND", "cuda")
+        assert [b.name for b in choice.choose_backends(None, {"cuda"})] == ["cuda", "reference"]
+        monkeypatch.setattr(cuda, "unavailable", lambda: Unavailable("no CUDA device", expected=True))
+        with pytest.raises(RuntimeError, match="SWAFAST_BACKEND='cuda' cannot run here: no CUDA device"):
+            choice.choose_backends(None, {"cuda"})
+
+
+def test_the_doctor_shows_the_kernels_and_how_they_were_built(shim: Shim) -> None:
+    found = dict(doctor.report())
+    assert "shim" in found["backend cuda"]
+    assert "blocks on device 0: " in found["backend cuda"]
+    assert found["in use on cpu"].startswith("cuda ")
+
+
+def test_a_library_built_without_cuda_is_no_broken_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "device_types", frozenset({"cpu"}))
+    monkeypatch.setattr(library, "has_cuda", lambda loaded: False)
+    missing = cuda.unavailable()
+    assert missing is not None
+    assert missing.expected == (not isinstance(library.load(), Unavailable))
+
+
+def test_a_counter_that_every_device_advances_is_seen(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = cuda.CudaLaunch.start_update
+
+    def always_count(self, table, rule, counter, advance, *rest):  # type: ignore[no-untyped-def]
+        # straight into the counter that all share
+        start(self, table, rule, counters[-1] if counters else counter, 1, *rest)
+        counters.append(counter)
+
+    counters: list[torch.Tensor] = []
+    monkeypatch.setattr(cuda.CudaLaunch, "start_update", always_count)
+    with pytest.raises(AssertionError):
+        test_devices_share_one_counter(shim)
