@@ -72,7 +72,7 @@ MUTANTS = (
     Mutant("written half unseen", "avx512", "cpu/avx512.cpp", "(average, written, half)", "(average, 0, half)"),
     Mutant("first chunk dropped", "launch", "cpu/launch.cpp", "++i) body(i)", "++i) if (i > 0) body(i)", openmp=True),
     Mutant("32-bit offset", "launch", "cpu/launch.cpp", "void* base, int64_t nbytes", "void* base, int32_t nbytes"),
-    Mutant("last tensor unchecked", "launch", "cpu/launch.cpp", "i < num_tensors; ++i", "i + 1 < num_tensors; ++i"),
+    Mutant("last tensor unchecked", "launch", "table.h", "i < num_tensors; ++i", "i + 1 < num_tensors; ++i"),
     Mutant("counts by one", "launch", "cpu/launch.cpp", "*num_averaged += advance", "*num_averaged += 1"),
     Mutant("threads after fork", "launch", "cpu/launch.cpp", "in_forked_child.store(true);", "", openmp=True),
     Mutant("a bf16 infinity is finite", "generic", "cpu/span.h", "<uint16_t, 0x7f80u>", "<uint16_t, 0x7fffu>"),

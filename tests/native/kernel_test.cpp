@@ -5,7 +5,6 @@
 // Ends with 0, or with 1 and a message at the first difference. --isa takes one instruction set instead of all that the
 // machine has. --all adds every one of the 2^32 pairs of planes of the `exact` format. --plant spoils what is handed to
 // the library in one of the ways of kPlants, and the test has to see it.
-#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -21,16 +20,13 @@
 #include <utility>
 #include <vector>
 
+#include "far.h"
+#include "launch.h"
 #include "oracle.h"
 #include "swafast.h"
 #include "tensors.h"
 
 namespace {
-
-const int32_t kDtypes[] = {SWAFAST_FLOAT32, SWAFAST_BFLOAT16, SWAFAST_FLOAT16};
-const int32_t kFormats[] = {SWAFAST_FORMAT_FLOAT32, SWAFAST_FORMAT_EXACT, SWAFAST_FORMAT_MIRRORED};
-
-bool served(int32_t dtype, int32_t format) { return (dtype == SWAFAST_BYTES) == (format == SWAFAST_FORMAT_COPIED); }
 
 // Every pair of dtype and format at every size that has an edge, all in one call.
 Launch make_launch(int64_t chunk_numel, int32_t num_threads, int64_t shift) {
@@ -176,13 +172,7 @@ void check_exchange() {
       launch.tensors = std::move(alike);
       require(launch.exchange(1) == SWAFAST_OK, "an exchange was refused");
       require(launch.exchange(1) == SWAFAST_OK && launch.exchanged == 1, "an exchange asked for twice was refused");
-      for (Tensor& tensor : launch.tensors) {
-        const bool swapped = tensor.param.holds(tensor.plane0.before()) && tensor.plane0.holds(tensor.param.before());
-        require(swapped && tensor.plane1.unchanged(), "dtype %d, %lld elements: an exchange went wrong", tensor.dtype,
-                static_cast<long long>(tensor.numel));
-        require(tensor.param.intact() && tensor.plane0.intact() && tensor.plane1.intact(),
-                "dtype %d: an exchange wrote beside a buffer", tensor.dtype);
-      }
+      launch.check_exchanged();
       require(launch.exchange(0) == SWAFAST_OK && launch.untouched(), "two exchanges are not the way back");
     }
   }
@@ -295,73 +285,6 @@ void check_exact_pairs(bool all) {
   }
 }
 
-// Addresses without memory, save where they are opened: an offset that loses its high bits crashes.
-class Reserved {
- public:
-  explicit Reserved(int64_t nbytes) : nbytes_(static_cast<size_t>(nbytes)) {
-    base_ = mmap(nullptr, nbytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    require(base_ != MAP_FAILED, "could not reserve %lld bytes of addresses", static_cast<long long>(nbytes));
-  }
-  Reserved(const Reserved&) = delete;
-  ~Reserved() { munmap(base_, nbytes_); }
-
-  uint8_t* base() { return static_cast<uint8_t*>(base_); }
-  uint8_t* open(int64_t offset, int64_t nbytes) {
-    const int64_t page = sysconf(_SC_PAGESIZE), first = offset / page * page;
-    require(mprotect(base() + first, static_cast<size_t>(offset + nbytes - first), PROT_READ | PROT_WRITE) == 0,
-            "could not open reserved addresses");
-    return base() + offset;
-  }
-
- private:
-  size_t nbytes_;
-  void* base_;
-};
-
-// A chunk that starts past 2^32 elements.
-void check_far_offsets() {
-  constexpr int64_t kFar = (int64_t{1} << 32) + 5, kNumel = 100;
-  Random random(6);
-  for (const int32_t dtype : kDtypes) {
-    const int32_t format = dtype;  // the default format of each dtype has its number
-    const int64_t itemsizes[3] = {param_itemsize(dtype), plane_itemsize(format, 0), plane_itemsize(format, 1)};
-    Reserved reserved[3] = {Reserved((kFar + kNumel) * itemsizes[0]), Reserved((kFar + kNumel) * itemsizes[1]),
-                            Reserved((kFar + kNumel) * (itemsizes[2] == 0 ? 1 : itemsizes[2]))};
-    uint8_t* spans[3];
-    for (int k = 0; k < 3; ++k) spans[k] = reserved[k].open(kFar * itemsizes[k], kNumel * itemsizes[k] + 1);
-    std::vector<Element> before;
-    for (int64_t i = 0; i < kNumel; ++i) {
-      before.push_back(random_element(dtype, format, random));
-      put_bits(spans[0], itemsizes[0], i, before.back().param);
-      put_bits(spans[1], itemsizes[1], i, before.back().planes[0]);
-      put_bits(spans[2], itemsizes[2], i, before.back().planes[1]);
-    }
-    const swafast_tensor row = {reserved[0].base(),
-                                {reserved[1].base(), itemsizes[2] == 0 ? nullptr : reserved[2].base()},
-                                kFar + kNumel,
-                                dtype,
-                                format};
-    swafast_chunk chunk = {0, kFar, kNumel};
-    if (planted == "truncated-far") chunk.offset = static_cast<int32_t>(chunk.offset);
-    const swafast_rule rule = constant(0.3);
-    int64_t num_averaged = 1, index = -7, exchanged = 0;
-    require(swafast_cpu_update(&row, 1, &chunk, 1, &rule, &num_averaged, 1, 1) == SWAFAST_OK,
-            "a far chunk was refused");
-    for (int64_t i = 0; i < kNumel; ++i) {
-      const uint32_t planes[2] = {bits_at(spans[1], itemsizes[1], i), bits_at(spans[2], itemsizes[2], i)};
-      require(follows(dtype, format, before[static_cast<size_t>(i)], 0.3, planes),
-              "dtype %d: element %lld past 2^32 is wrong", dtype, static_cast<long long>(i));
-    }
-    const uint32_t param = bits_at(spans[0], itemsizes[0], 7), average = bits_at(spans[1], itemsizes[1], 7);
-    require(swafast_cpu_exchange(&row, 1, &chunk, 1, 1, 1, &exchanged) == SWAFAST_OK && exchanged == 1 &&
-                bits_at(spans[0], itemsizes[0], 7) == average && bits_at(spans[1], itemsizes[1], 7) == param,
-            "dtype %d: an exchange past 2^32 went wrong", dtype);
-    put_bits(spans[0], itemsizes[0], kNumel - 1, 0xffffffffu);
-    require(swafast_cpu_first_nonfinite(&row, 1, &chunk, 1, 1, &index) == SWAFAST_OK && index == 0,
-            "dtype %d: a NaN past 2^32 was not seen", dtype);
-  }
-}
-
 // A child of a process that has run a parallel update: its OpenMP runtime has lost its threads.
 void check_fork() {
   Launch launch;
@@ -430,7 +353,8 @@ void check_weights() {
 }
 
 void check_isa(bool all) {
-  check_far_offsets();
+  Launch launch;
+  check_far_offsets(launch);
   check_updates();
   check_self_copy();
   check_refusals();
@@ -460,6 +384,7 @@ int main(int argc, char** argv) {
       return 2;
     }
   }
+  subject = swafast_cpu_isa;
   require(swafast_abi() == SWAFAST_ABI, "the library has another interface than its header");
   const std::string best = swafast_cpu_isa();
   require(swafast_cpu_use_isa("sse9") != 0 && swafast_cpu_isa() == best, "an unknown instruction set was taken");

@@ -1,4 +1,4 @@
-// Buffers with guards, params with their averages on them, and the calls that take them.
+// Buffers with guards, and params with their averages on them.
 #pragma once
 
 #include <algorithm>
@@ -44,11 +44,14 @@ inline bool is_plant(const std::string& name) {
   return std::find(std::begin(kPlants), std::end(kPlants), name) != std::end(kPlants);
 }
 
+// What is being tested at the moment, for messages; the test program sets it.
+inline const char* (*subject)() = [] { return "swafast"; };
+
 inline void require(bool holds, const char* message, ...) {
   if (holds) return;
   va_list values;
   va_start(values, message);
-  std::fprintf(stderr, "[%s] ", swafast_cpu_isa());
+  std::fprintf(stderr, "[%s] ", subject());
   std::vfprintf(stderr, message, values);
   std::fputc('\n', stderr);
   va_end(values);
@@ -226,20 +229,26 @@ inline Element random_element(int32_t dtype, int32_t format, Random& random) {
   return element;
 }
 
+// By how many elements the buffers of a tensor are misaligned.
+struct Shifts {
+  int64_t param = 0, plane0 = 0, plane1 = 0;
+};
+inline Shifts apart(int64_t shift) { return {shift, shift * 3 % 16, shift * 5 % 16}; }
+inline Shifts alike(int64_t shift) { return {shift, shift, shift}; }
+
 // One param and its average, each on memory of its own.
 struct Tensor {
   int32_t dtype, format;
   int64_t numel;
   Guarded param, plane0, plane1;
 
-  // The three buffers are misaligned by different numbers of elements.
-  Tensor(int32_t dtype_, int32_t format_, int64_t numel_, int64_t shift)
+  Tensor(int32_t dtype_, int32_t format_, int64_t numel_, Shifts shifts)
       : dtype(dtype_),
         format(format_),
         numel(numel_),
-        param(numel * param_itemsize(dtype), shift * param_itemsize(dtype), 0x5a),
-        plane0(numel * plane_itemsize(format, 0), shift * 3 % 16 * plane_itemsize(format, 0), 0xa5),
-        plane1(numel * plane_itemsize(format, 1), shift * 5 % 16 * plane_itemsize(format, 1), 0xc3) {}
+        param(numel * param_itemsize(dtype), shifts.param * param_itemsize(dtype), 0x5a),
+        plane0(numel * plane_itemsize(format, 0), shifts.plane0 * plane_itemsize(format, 0), 0xa5),
+        plane1(numel * plane_itemsize(format, 1), shifts.plane1 * plane_itemsize(format, 1), 0xc3) {}
 
   void put(int64_t i, const Element& element) {
     put_bits(param.data(), param_itemsize(dtype), i, element.param);
@@ -286,84 +295,5 @@ struct Tensor {
     require(param.intact() && plane0.intact() && plane1.intact(),
             "dtype %d, format %d, %lld elements: an update wrote beside a buffer", dtype, format,
             static_cast<long long>(numel));
-  }
-};
-
-inline swafast_rule constant(double weight) { return {SWAFAST_RULE_CONSTANT, {weight, 0, 0, 0}}; }
-
-// Tensors and their chunks, as one call takes them.
-struct Launch {
-  std::vector<Tensor> tensors;
-  int64_t chunk_numel = 64;
-  int32_t num_threads = 1;
-  bool reversed = false;  // the order of the chunks, which has no say
-
-  Tensor& add(int32_t dtype, int32_t format, int64_t numel, int64_t shift = 0) {
-    tensors.emplace_back(dtype, format, numel, shift);
-    return tensors.back();
-  }
-
-  std::vector<swafast_tensor> rows() {
-    std::vector<swafast_tensor> rows;
-    for (Tensor& tensor : tensors) {
-      rows.push_back(tensor.row());
-      swafast_tensor& row = rows.back();
-      if (planted == "wrong-dtype" && row.dtype == SWAFAST_BFLOAT16) row.dtype = SWAFAST_FLOAT16;
-      if (planted == "wrong-format" && row.format == SWAFAST_FORMAT_EXACT) row.format = SWAFAST_FORMAT_MIRRORED;
-      if (planted == "shifted-plane") row.planes[0] = static_cast<char*>(row.planes[0]) + 4;
-      if (planted == "swapped-planes" && row.format == SWAFAST_FORMAT_EXACT) std::swap(row.planes[0], row.planes[1]);
-    }
-    return rows;
-  }
-
-  std::vector<swafast_chunk> chunks() {
-    std::vector<swafast_chunk> chunks;
-    for (size_t t = 0; t < tensors.size(); ++t) {
-      for (int64_t offset = 0; offset < tensors[t].numel; offset += chunk_numel) {
-        chunks.push_back({static_cast<int64_t>(t), offset, std::min(chunk_numel, tensors[t].numel - offset)});
-      }
-    }
-    if (reversed) std::reverse(chunks.begin(), chunks.end());
-    if (chunks.empty()) return chunks;
-    if (planted == "long-chunk") ++chunks.back().numel;
-    if (planted == "short-chunk") --chunks.back().numel;
-    if (planted == "dropped-chunk") chunks.pop_back();
-    if (planted == "doubled-chunk") chunks.insert(chunks.end(), chunks.begin(), chunks.begin() + 1);
-    return chunks;
-  }
-
-  int32_t update(const swafast_rule& rule, int64_t* num_averaged, int64_t advance = 1) {
-    const auto rows_ = rows();
-    const auto chunks_ = chunks();
-    return swafast_cpu_update(rows_.data(), static_cast<int64_t>(rows_.size()), chunks_.data(),
-                              static_cast<int64_t>(chunks_.size()), &rule, num_averaged, advance, num_threads);
-  }
-
-  int64_t exchanged = 0;
-
-  int32_t exchange(int64_t wanted) {
-    const auto rows_ = rows();
-    const auto chunks_ = chunks();
-    return swafast_cpu_exchange(rows_.data(), static_cast<int64_t>(rows_.size()), chunks_.data(),
-                                static_cast<int64_t>(chunks_.size()), num_threads, wanted, &exchanged);
-  }
-
-  int32_t first_nonfinite(int64_t* index) {
-    const auto rows_ = rows();
-    const auto chunks_ = chunks();
-    return swafast_cpu_first_nonfinite(rows_.data(), static_cast<int64_t>(rows_.size()), chunks_.data(),
-                                       static_cast<int64_t>(chunks_.size()), num_threads, index);
-  }
-
-  void update_and_check(double weight) {
-    int64_t num_averaged = 1;
-    require(update(constant(weight), &num_averaged) == SWAFAST_OK, "an update was refused");
-    for (Tensor& tensor : tensors) tensor.check_updated(weight);
-  }
-
-  bool untouched() {
-    bool same = true;
-    for (Tensor& tensor : tensors) same &= tensor.untouched();
-    return same;
   }
 };

@@ -1,0 +1,346 @@
+// The CUDA kernels against oracle.h, element by element, through the C interface alone, on a CPU: shim/cuda_runtime.h.
+//
+//   cuda_test [--large NAME]
+//
+// Ends with 0, or with 1 and a message at the first difference. --large takes tensors of more elements than 32 bits
+// count, of one NAME of kLarge, in place of everything else.
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda_launch.h"
+#include "far.h"
+#include "large.h"
+#include "layouts.h"
+#include "oracle.h"
+#include "swafast.h"
+#include "tensors.h"
+
+namespace {
+
+// The order in which a GPU would run threads and blocks is anybody's guess.
+void take_order(int turn) {
+  shim_reverse_threads = (turn & 1) == 0;
+  shim_reverse_blocks = (turn & 2) == 0;
+}
+
+std::string describe_order() {
+  return std::string("threads ") + (shim_reverse_threads != 0 ? "in reverse" : "forward") + ", blocks " +
+         (shim_reverse_blocks != 0 ? "in reverse" : "forward");
+}
+
+struct Case {
+  swafast_rule rule;
+  int64_t num_averaged, advance;
+  double weight;
+};
+const Case kCases[] = {
+    {constant(0.3), 0, 1, 1.0},  // a first update copies, whatever the rule
+    {constant(0.0), 1, 1, 0.0},
+    {constant(0x1p-140), 7, 1, 0x1p-140},
+    {constant(1e-3), 1, 5, 1e-3},
+    // Between two float32 neighbours, nearer to the upper one by less than a float32 has digits for.
+    {constant(0.3 + 0x1p-26), 1, 0, 0.3 + 0x1p-26},
+    {{SWAFAST_RULE_EQUAL, {}}, 2, 1, 1.0 / 3.0},
+    {{SWAFAST_RULE_POWER_WARMUP, {0.001, 0.9, 2.0, 1.0}}, 2, 1, 0.5},
+    {{SWAFAST_RULE_RATIO_WARMUP, {1e-4, 0.7, 0, 0}}, 8, 1, 0.5},
+    {{SWAFAST_RULE_RATIO_WARMUP, {1e-4, 0.7, 0, 0}}, 1, 1, 0.7},
+    {{SWAFAST_RULE_POWER, {0.0, 0, 0, 0}}, 4, 1, 0.2},
+    {constant(std::nextafter(0.5f, 0.0f)), 1, 1, std::nextafter(0.5f, 0.0f)},
+    {constant(0.5), 1, 1, 0.5},
+    {constant(0.9), int64_t{1} << 40, 1, 0.9},
+    {constant(1.0 - 0x1p-24), INT64_MAX - 1, 1, 1.0 - 0x1p-24},
+    {constant(1.0), 1, 1, 1.0},
+};
+
+void check_updates() {
+  Random random(1);
+  int turn = 0;
+  for (const Layout& layout : kLayouts) {
+    CudaLaunch launch = make_launch(layout);
+    for (const Case& it : kCases) {
+      take_order(turn++);
+      launch.num_blocks = turn % 5 == 0 ? 1 : 6;
+      launch.reversed = turn % 3 == 0;
+      for (Tensor& tensor : launch.tensors) tensor.fill_random(random);
+      int64_t num_averaged = it.num_averaged;
+      require(launch.update(it.rule, &num_averaged, it.advance) == SWAFAST_OK, "an update failed");
+      for (Tensor& tensor : launch.tensors) tensor.check_updated(it.weight);
+      require(num_averaged == it.num_averaged + it.advance, "the counter went from %lld by %lld to %lld",
+              static_cast<long long>(it.num_averaged), static_cast<long long>(it.advance),
+              static_cast<long long>(num_averaged));
+      require(launch.capturing == 0 && launch.exchanged == 0 && launch.nonfinite == 0,
+              "an update changed a state that is not its own");
+    }
+  }
+}
+
+// Arrays that are misaligned alike are worked on 16 bytes at a time all the same, but for a head and a tail.
+void check_widths() {
+  struct Width {
+    int32_t dtype;
+    int64_t group, vectors;  // elements of a group; loads and stores of averages that go with it
+  };
+  for (const Width& it : {Width{SWAFAST_FLOAT32, 4, 2}, Width{SWAFAST_BFLOAT16, 8, 4}, Width{SWAFAST_FLOAT16, 8, 6},
+                          Width{SWAFAST_BYTES, 16, 1}}) {
+    for (const int64_t shift : {0, 1, 3}) {
+      CudaLaunch launch;
+      launch.chunk_numel = 5000;
+      const int64_t numel = launch.add(it.dtype, it.dtype, 5000, alike(shift)).numel;
+      const int64_t groups = (numel - (it.group - shift) % it.group) / it.group;
+      Random random(3);
+      launch.tensors[0].fill_random(random);
+      shim_num_vectors = 0;
+      launch.update_and_check(0.3);
+      require(shim_num_vectors == groups * it.vectors,
+              "dtype %d, misaligned by %lld: %lld vectors of averages, not %lld", it.dtype,
+              static_cast<long long>(shift), static_cast<long long>(shim_num_vectors),
+              static_cast<long long>(groups * it.vectors));
+    }
+  }
+}
+
+// A launch of few chunks, one for each block and more.
+CudaLaunch make_small_launch() {
+  CudaLaunch launch;
+  launch.chunk_numel = 500;
+  for (const int32_t dtype : kDtypes) launch.add(dtype, dtype, 1300, 1);
+  launch.add(SWAFAST_BYTES, SWAFAST_FORMAT_COPIED, 900, 1);
+  Random random(2);
+  for (Tensor& tensor : launch.tensors) tensor.fill_random(random);
+  return launch;
+}
+
+void check_grids() {
+  for (int turn = 0; turn < 4; ++turn) {
+    take_order(turn);
+    for (const int32_t num_blocks : {1, 2, 10, 11, 12, 1000}) {  // it has 11 chunks
+      CudaLaunch launch = make_small_launch();
+      launch.num_blocks = num_blocks;
+      launch.device = num_blocks % 2;
+      // Told apart from the weight after one more model.
+      int64_t num_averaged = 3;
+      require(launch.update({SWAFAST_RULE_EQUAL, {}}, &num_averaged) == SWAFAST_OK, "an update failed");
+      for (Tensor& tensor : launch.tensors) tensor.check_updated(0.25);
+      require(num_averaged == 4, "the counter went from 3 to %lld", static_cast<long long>(num_averaged));
+    }
+    CudaLaunch none;
+    int64_t num_averaged = 4;
+    require(none.update(constant(0.5), &num_averaged) == SWAFAST_OK && num_averaged == 5,
+            "an update of nothing did not count");
+    require(none.exchange(1) == SWAFAST_OK && none.exchanged == 1, "an exchange of nothing was forgotten");
+    int64_t index = 7;
+    require(none.first_nonfinite(&index) == SWAFAST_OK && index == -1, "nothing was called nonfinite");
+  }
+}
+
+void check_counts_that_stop() {
+  CudaLaunch launch = make_small_launch();
+  const swafast_rule rule = constant(0.3);
+  for (int turn = 0; turn < 4; ++turn) {
+    take_order(turn);
+    for (const int64_t count : {int64_t{-1}, INT64_MIN, INT64_MAX}) {
+      for (const int64_t advance : {0, 1, 5}) {
+        int64_t num_averaged = count;
+        require(
+            launch.update(rule, &num_averaged, advance) == SWAFAST_OK && num_averaged == count && launch.untouched(),
+            "an update after %lld models changed something", static_cast<long long>(count));
+      }
+    }
+    launch.skip_nonfinite = 1;
+    launch.nonfinite = 2;
+    int64_t num_averaged = 3;
+    require(launch.update(rule, &num_averaged) == SWAFAST_OK && num_averaged == 3 && launch.untouched(),
+            "an update that was to be skipped changed something");
+    require(launch.nonfinite == 2, "an update changed what was found");
+  }
+  struct Kept {
+    int32_t skip_nonfinite;
+    int64_t nonfinite;
+  };
+  for (const Kept kept : {Kept{1, 0}, Kept{0, 1}, Kept{0, 0}}) {
+    CudaLaunch other = make_small_launch();
+    other.skip_nonfinite = kept.skip_nonfinite;
+    other.nonfinite = kept.nonfinite;
+    other.update_and_check(0.3);
+  }
+}
+
+void check_exchange() {
+  Random random(4);
+  int turn = 0;
+  for (const Layout& layout : kLayouts) {
+    CudaLaunch launch = make_launch(layout);
+    std::vector<Tensor> alike;
+    for (Tensor& tensor : launch.tensors) {
+      if (tensor.dtype != tensor.format) continue;
+      tensor.fill_random(random);
+      alike.push_back(std::move(tensor));
+    }
+    launch.tensors = std::move(alike);
+    for (int k = 0; k < 2; ++k) {
+      take_order(turn++);
+      launch.nonfinite = 3;
+      require(launch.exchange(0) == SWAFAST_OK && launch.exchanged == 0 && launch.untouched(),
+              "an exchange that nobody asked for");
+      require(launch.exchange(1) == SWAFAST_OK && launch.exchanged == 1, "an exchange failed");
+      launch.check_exchanged();
+      require(launch.exchange(1) == SWAFAST_OK && launch.exchanged == 1, "an exchange asked for twice failed");
+      launch.check_exchanged();
+      require(launch.exchange(0) == SWAFAST_OK && launch.exchanged == 0 && launch.untouched(),
+              "two exchanges are not the way back");
+      require(launch.nonfinite == 3, "an exchange changed a state that is not its own");
+    }
+  }
+}
+
+const uint32_t kBads[3][3] = {{0x7f800000, 0xff800000, 0x7f800001}, {0x7f80, 0xff80, 0xffff}, {0x7c00, 0xfc00, 0x7c01}};
+const uint32_t kLargest[3] = {0xff7fffff, 0xff7f, 0xfbff};
+
+void spoil(Tensor& tensor, int64_t i, uint32_t bits) {
+  put_bits(tensor.param.data(), param_itemsize(tensor.dtype), i, bits);
+}
+
+void check_first_nonfinite() {
+  CudaLaunch launch;
+  launch.chunk_numel = 130;
+  launch.add(SWAFAST_BYTES, SWAFAST_FORMAT_COPIED, 256).fill([](int64_t) { return Element{0xff, {0, 0}}; });
+  for (const int64_t numel : {1, 300}) {
+    for (const int32_t dtype : kDtypes) {
+      const uint32_t bits = kLargest[dtype];
+      launch.add(dtype, dtype, numel, 1).fill([bits](int64_t) { return Element{bits, {0, 0}}; });
+    }
+  }
+  int64_t index = 77;
+  for (int turn = 0; turn < 4; ++turn) {
+    take_order(turn);
+    launch.reversed = turn == 3;
+    require(launch.first_nonfinite(&index) == SWAFAST_OK && index == -1, "finite params were called nonfinite");
+    for (size_t t = 1; t < launch.tensors.size(); ++t) {
+      Tensor& tensor = launch.tensors[t];
+      for (int64_t i = 0; i < tensor.numel; i += turn == 0 ? 1 : 37) {
+        spoil(tensor, i, kBads[tensor.dtype][i % 3]);
+        require(launch.first_nonfinite(&index) == SWAFAST_OK && index == static_cast<int64_t>(t),
+                "dtype %d: element %lld of tensor %lld is not finite, and %lld was named", tensor.dtype,
+                static_cast<long long>(i), static_cast<long long>(t), static_cast<long long>(index));
+        spoil(tensor, i, kLargest[tensor.dtype]);
+      }
+    }
+    for (size_t t = launch.tensors.size(); t-- > 1;) {
+      Tensor& tensor = launch.tensors[t];
+      spoil(tensor, tensor.numel - 1, kBads[tensor.dtype][0]);
+      require(launch.first_nonfinite(&index) == SWAFAST_OK && index == static_cast<int64_t>(t),
+              "of several tensors that are not finite the first is %lld, and %lld was named", static_cast<long long>(t),
+              static_cast<long long>(index));
+    }
+    for (Tensor& tensor : launch.tensors) {
+      if (tensor.dtype != SWAFAST_BYTES) spoil(tensor, tensor.numel - 1, kLargest[tensor.dtype]);
+    }
+    require(launch.first_nonfinite(&index) == SWAFAST_OK && index == -1 && launch.untouched(),
+            "what was found in an earlier call was found again");
+  }
+}
+
+void check_errors() {
+  const std::string planted_error = "cudaErrorLaunchOutOfResources: planted by the shim";
+  CudaLaunch launch = make_small_launch();
+  launch.device = 1;
+  int64_t num_averaged = 3, index = -9;
+  int32_t num_blocks = 0;
+  const auto failed = [&](int32_t status, const std::string& message) {
+    return status == SWAFAST_CUDA_ERROR && swafast_cuda_error() == message && shim_pending_error() == cudaSuccess &&
+           shim_current_device() == 0 && num_averaged == 3 && index == -9 && launch.exchanged == 0 &&
+           launch.untouched();
+  };
+  const auto check_failing = [&](const char* function, bool of_update, bool of_exchange, bool of_search,
+                                 bool of_blocks) {
+    shim_failing = function;
+    require(!of_update || failed(launch.update(constant(0.5), &num_averaged), planted_error), "%s: update", function);
+    require(!of_exchange || failed(launch.exchange(1), planted_error), "%s: exchange", function);
+    require(!of_search || failed(launch.first_nonfinite(&index), planted_error), "%s: first_nonfinite", function);
+    require(!of_blocks || failed(swafast_cuda_blocks(1, &num_blocks), planted_error), "%s: blocks", function);
+    shim_failing = nullptr;
+  };
+  check_failing("cudaGetDevice", true, true, true, true);
+  check_failing("cudaSetDevice", true, true, true, true);
+  check_failing("cudaLaunchKernelEx", true, true, true, false);
+  check_failing("cudaStreamIsCapturing", true, false, false, false);
+  check_failing("cudaMemsetAsync", false, false, true, false);
+  check_failing("cudaDeviceGetAttribute", false, false, false, true);
+  check_failing("cudaOccupancyMaxActiveBlocksPerMultiprocessor", false, false, false, true);
+  launch.device = shim::kDevices;
+  const std::string no_device = "cudaErrorInvalidDevice: invalid device ordinal";
+  require(failed(launch.update(constant(0.5), &num_averaged), no_device), "an update took a device that is not there");
+  require(failed(swafast_cuda_blocks(shim::kDevices, &num_blocks), no_device), "there are blocks on no device");
+  require(swafast_cuda_blocks(1, &num_blocks) == SWAFAST_OK && shim_current_device() == 0 &&
+              num_blocks == shim::kMultiprocessors * shim::kBlocksPerMultiprocessor,
+          "%d blocks fit on a device", num_blocks);
+}
+
+// What goes into a graph runs as often as the graph does, and counts each time.
+void check_capture() {
+  CudaLaunch made = make_small_launch();
+  Tensor& tensor = made.tensors[0];
+  const Rows rows = {tensor.row()};
+  const Chunks chunks = {{0, 0, tensor.numel}};
+  swafast_state state = {0, 0, 0};
+  const swafast_table table = {rows.data(), chunks.data(), 1, 1, &state, 0, 6};
+  const swafast_rule rule = {SWAFAST_RULE_EQUAL, {}};
+  int64_t num_averaged = 0;
+  int32_t capturing = -1;
+  shim_capturing = 1;
+  require(swafast_cuda_update(&table, &rule, &num_averaged, 1, 0, &capturing, kStream) == SWAFAST_OK && capturing == 1,
+          "an update into a graph said %d", capturing);
+  shim_capturing = 0;
+  require(num_averaged == 0 && tensor.untouched(), "a captured update ran at once");
+  shim_replay();
+  tensor.check_updated(1.0);
+  tensor.plane0.remember();
+  shim_replay();
+  tensor.check_updated(0.5);
+  require(num_averaged == 2 && state.blocks_begun == 0, "two replays counted %lld",
+          static_cast<long long>(num_averaged));
+  shim_forget_captured();
+}
+
+int run_large(const std::string& name) {
+  for (const Large& large : kLarge) {
+    if (name != large.name) continue;
+    large.check();
+    std::printf("every check passed: %s\n", large.name);
+    return 0;
+  }
+  return 2;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  static std::string order;
+  subject = [] { return (order = describe_order()).c_str(); };
+  if (argc == 3 && std::string(argv[1]) == "--large") return run_large(argv[2]);
+  if (argc != 1) {
+    std::fprintf(stderr, "usage: cuda_test [--large NAME], with a NAME of kLarge\n");
+    return 2;
+  }
+  for (int turn = 0; turn < 4; ++turn) {
+    take_order(turn);
+    CudaLaunch launch;
+    check_far_offsets(launch);
+  }
+  check_grids();
+  check_widths();
+  check_counts_that_stop();
+  check_errors();
+  check_capture();
+  check_first_nonfinite();
+  check_exchange();
+  check_updates();
+  std::printf("every check passed: %s\n", swafast_cuda_build());
+  return 0;
+}

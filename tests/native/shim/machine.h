@@ -1,0 +1,207 @@
+// The GPU that the shim's cuda_runtime.h stands for: what runs blocks and threads, and what a test may set of it.
+#pragma once
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+// Or set by hand, for a file that is linked with an instrumented one and is not instrumented itself.
+#if defined(__SANITIZE_ADDRESS__) || defined(SWAFAST_TEST_ASAN)
+#define SHIM_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define SHIM_ASAN 1
+#endif
+#endif
+#if defined(SHIM_ASAN)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+// In a section of its own, which the linker gives a start and an end.
+#define __shared__ static __attribute__((section("shim_shared")))
+
+// One definition for a whole program, and none that two libraries of one process would share.
+#define SHIM_SETTING __attribute__((weak, visibility("default")))
+#define SHIM_HIDDEN __attribute__((weak, visibility("hidden")))
+
+extern "C" {
+SHIM_SETTING int shim_reverse_threads = 0;            // the last thread of a block runs first
+SHIM_SETTING int shim_reverse_blocks = 0;             // the last block of a grid runs first
+SHIM_SETTING int shim_capturing = 0;                  // every stream is: launches wait for shim_replay()
+SHIM_SETTING const char* shim_failing = nullptr;      // the runtime's function that fails, by name
+SHIM_SETTING long long shim_num_launches = 0;         // kernels launched or captured so far
+SHIM_SETTING long long shim_last_blocks = 0;          // of the last launch
+SHIM_SETTING long long shim_num_vectors = 0;          // of 16 bytes, through __ldcs, __stcs and the like
+SHIM_SETTING int shim_last_device = -1;               // which it went to
+SHIM_SETTING const void* shim_last_stream = nullptr;  // and on which stream
+extern char __start_shim_shared[] __attribute__((weak, visibility("hidden")));
+extern char __stop_shim_shared[] __attribute__((weak, visibility("hidden")));
+}
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+SHIM_HIDDEN uint3 threadIdx = {0, 0, 0}, blockIdx = {0, 0, 0};
+SHIM_HIDDEN dim3 blockDim, gridDim;
+
+namespace shim {
+
+constexpr int kDevices = 2, kMultiprocessors = 3, kBlocksPerMultiprocessor = 2;
+constexpr size_t kStackBytes = 64 * 1024;
+
+[[noreturn]] inline void fault(const char* what, const void* address) {
+  std::fprintf(stderr, "[shim] block %u, thread %u: %s %p\n", blockIdx.x, threadIdx.x, what, address);
+  std::abort();
+}
+
+template <class T>
+inline void check_alignment(const T* address) {
+  auto bits = reinterpret_cast<uintptr_t>(address);
+  asm("" : "+r"(bits));  // or the compiler may conclude from the type that this holds
+  if (bits % sizeof(T) != 0) fault("misaligned address", address);
+}
+
+// memcpy, because CUDA's functions take a word by whatever name of its type.
+template <class T>
+inline T load(const T* address) {
+  check_alignment(address);
+  if constexpr (sizeof(T) == 16) shim_num_vectors += 1;
+  T value;
+  std::memcpy(static_cast<void*>(&value), address, sizeof value);
+  return value;
+}
+
+template <class T>
+inline void store(T* address, const T& value) {
+  check_alignment(address);
+  if constexpr (sizeof(T) == 16) shim_num_vectors += 1;
+  std::memcpy(static_cast<void*>(address), &value, sizeof value);
+}
+
+// A stack with what runs on it.
+struct Fiber {
+  ucontext_t context;
+  const void* stack = nullptr;
+  size_t stack_bytes = 0;
+  void* fake_stack = nullptr;
+  unsigned thread = 0;
+};
+
+// One launch at a time.
+struct Machine {
+  std::mutex mutex;
+  std::vector<std::function<void()>> captured;
+  std::vector<Fiber> fibers;
+  Fiber host;
+  Fiber* running = nullptr;
+  std::vector<Fiber*> waiting, resuming;  // at a barrier, and behind it
+  const std::function<void()>* body = nullptr;
+  unsigned num_threads = 0, num_begun = 0;
+};
+
+// Made once and never destroyed: a thread of Python's may launch while the process ends.
+SHIM_HIDDEN Machine& machine() {
+  static Machine* made = new Machine;
+  return *made;
+}
+
+inline void switch_fiber(Fiber& from, Fiber& to, bool for_good) {
+  machine().running = &to;
+#if defined(SHIM_ASAN)
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &from.fake_stack, to.stack, to.stack_bytes);
+#else
+  (void)for_good;
+#endif
+  swapcontext(&from.context, &to.context);
+#if defined(SHIM_ASAN)
+  __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+#endif
+}
+
+// A fiber runs threads from their first line on, until one of them waits at a barrier and so keeps it.
+inline void run_fiber() {
+  Machine& m = machine();
+  Fiber& self = *m.running;
+#if defined(SHIM_ASAN)
+  __sanitizer_finish_switch_fiber(nullptr, &m.host.stack, &m.host.stack_bytes);
+#endif
+  while (m.num_begun < m.num_threads) {
+    const unsigned turn = m.num_begun++;
+    self.thread = threadIdx.x = shim_reverse_threads != 0 ? m.num_threads - 1 - turn : turn;
+    (*m.body)();
+  }
+  switch_fiber(self, m.host, true);
+}
+
+inline void wait_at_barrier() {
+  Machine& m = machine();
+  Fiber& self = *m.running;
+  m.waiting.push_back(&self);
+  switch_fiber(self, m.host, false);
+}
+
+inline void run_block(Machine& m) {
+  if (__start_shim_shared != nullptr) {
+    std::memset(__start_shim_shared, 0xAB, static_cast<size_t>(__stop_shim_shared - __start_shim_shared));
+  }
+  size_t num_fibers = 0;
+  m.num_begun = 0;
+  while (m.num_begun < m.num_threads) {
+    Fiber& fiber = m.fibers[num_fibers++];
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = const_cast<void*>(fiber.stack);
+    fiber.context.uc_stack.ss_size = fiber.stack_bytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, run_fiber, 0);
+    switch_fiber(m.host, fiber, false);
+  }
+  while (!m.waiting.empty()) {
+    if (m.waiting.size() != m.num_threads) fault("a barrier that not every thread of the block comes to", nullptr);
+    m.resuming.swap(m.waiting);
+    for (Fiber* fiber : m.resuming) {
+      threadIdx.x = fiber->thread;
+      switch_fiber(m.host, *fiber, false);
+    }
+    m.resuming.clear();
+  }
+}
+
+inline void run_grid(dim3 grid, dim3 block, const std::function<void()>& body) {
+  Machine& m = machine();
+  const std::lock_guard<std::mutex> alone(m.mutex);
+  while (m.fibers.size() < block.x) {
+    void* stack =
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stack == MAP_FAILED) fault("no memory for the stack of a thread", nullptr);
+    m.fibers.emplace_back();
+    m.fibers.back().stack = stack;
+    m.fibers.back().stack_bytes = kStackBytes;
+  }
+  m.body = &body;
+  m.num_threads = block.x;
+  gridDim = grid;
+  blockDim = block;
+  for (unsigned turn = 0; turn < grid.x; ++turn) {
+    blockIdx.x = shim_reverse_blocks != 0 ? grid.x - 1 - turn : turn;
+    run_block(m);
+  }
+}
+
+}  // namespace shim

@@ -1,0 +1,315 @@
+"""What nvcc makes of ``csrc/cuda``: wide loads under way together, no local memory, divisions that round correctly.
+
+Read from the machine code, because no test of results sees it; nothing here needs a GPU. The readers are shown to fail,
+on planted texts and on copies of ``csrc`` with one bug in them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.native_build import CSRC, mutated_csrc, run, two_at_a_time
+
+NVCC = shutil.which("nvcc")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+FLAGS = ("-std=c++17", "-O3", "--fmad=false")
+
+#: Each kernel's movers, and so its unrolled loops.
+TILES = {"update_kernel": 10, "exchange_kernel": 3, "nonfinite_kernel": 3}
+#: Of 16 bytes: 64 bytes for each thread keep the memory of a GPU busy.
+LOADS_UNDER_WAY = 4
+#: 65536 registers for 4 blocks of 256 threads.
+MOST_REGISTERS = 64
+
+
+def _find_cuobjdump() -> str | None:
+    """Give CUDA's own, or the one that comes with triton."""
+    spec = importlib.util.find_spec("triton")
+    folders = spec.submodule_search_locations if spec is not None else None
+    bundled = [str(Path(folder) / "backends" / "nvidia" / "bin") for folder in folders or ()]
+    return shutil.which("cuobjdump") or next(filter(None, (shutil.which("cuobjdump", path=p) for p in bundled)), None)
+
+
+CUOBJDUMP = _find_cuobjdump()
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+needs_cuobjdump = pytest.mark.skipif(CUOBJDUMP is None, reason="needs cuobjdump")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    text: str  # without its predicate
+
+    @property
+    def mnemonic(self) -> str:
+        return self.text.split()[0]
+
+    @property
+    def target(self) -> int | None:
+        """The address that a branch goes to."""
+        found = re.search(r"\b0x([0-9a-f]+)$", self.text)
+        return int(found[1], 16) if found and self.mnemonic.startswith("BRA") else None
+
+
+def parse_sass(text: str) -> dict[str, list[Instruction]]:
+    """Give the instructions of each function that ``cuobjdump -sass`` prints."""
+    pattern = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([^;]*?)\s*;", re.MULTILINE)
+    functions = {}
+    for part in text.split("Function : ")[1:]:
+        name, _, body = part.partition("\n")
+        functions[name.strip()] = [Instruction(int(address, 16), code) for address, code in pattern.findall(body)]
+    return functions
+
+
+def wide_loops(code: list[Instruction]) -> list[str]:
+    """Give each innermost loop's 16-byte loads and stores in their order, as in ``LLLLSS``, where it has some."""
+    spans = [(it.target, it.address) for it in code if it.target is not None and it.target < it.address]
+    innermost = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    kinds = {"LDG": "L", "STG": "S"}
+    loops = []
+    for first, last in innermost:
+        wide = [it.mnemonic for it in code if first <= it.address <= last and ".128" in it.mnemonic]
+        loops.append("".join(kinds.get(mnemonic.split(".")[0], "") for mnemonic in wide))
+    return [loop for loop in loops if loop]
+
+
+def faults_of_code(code: list[Instruction], num_tiles: int, stores: bool) -> list[str]:
+    """Say what is wrong with a kernel: which has this many unrolled loops, and stores averages or not."""
+    names = [it.mnemonic.split(".")[0] for it in code]
+    faults = [f"{wrong} instruction" for wrong in ("LD", "ST", "LDL", "STL") if wrong in names]
+    wide = {name for it, name in zip(code, names, strict=True) if ".128" in it.mnemonic}
+    faults += [f"no {kind} of 128 bits" for kind in ("LDG", "STG")[: 2 if stores else 1] if kind not in wide]
+    loops = wide_loops(code)
+    tiles = [loop for loop in loops if loop.count("L") >= LOADS_UNDER_WAY]
+    if len(tiles) < num_tiles:
+        faults.append(f"{len(tiles)} of {num_tiles} loops have {LOADS_UNDER_WAY} wide loads: {loops}")
+    faults += [
+        f"a store before the last load: {tile}" for tile in tiles if "L" in tile[tile.find("S") :] and "S" in tile
+    ]
+    return faults
+
+
+def faults_of_ptxas(log: str) -> list[str]:
+    """Say which entry of ``ptxas -v`` spills, has a stack or takes too many registers."""
+    entries = re.split(r"Compiling entry function '", log)[1:]
+    faults = [] if entries else ["no entry function"]
+    for entry in entries:
+        name = entry.partition("'")[0]
+        nbytes = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+        registers = re.search(r"Used (\d+) registers", entry)
+        if nbytes is None or registers is None:
+            faults.append(f"{name}: nothing said about stack and registers")
+        elif any(map(int, nbytes.groups())):
+            faults.append(f"{name}: {nbytes[0]}")
+        elif int(registers[1]) > MOST_REGISTERS:
+            faults.append(f"{name}: {registers[0]}")
+    return faults
+
+
+def faults_of_ptx(ptx: str) -> list[str]:
+    """Say where the arithmetic is not what the source says: fused, approximate or flushed to zero."""
+    wrong = (r"fma\.rn\.f64", r"div\.approx", r"div\.full", r"rcp\.approx", r"\.ftz\b")
+    faults = [found[0] for found in (re.search(pattern, ptx) for pattern in wrong) if found]
+    return faults if "div.rn.f64" in ptx else [*faults, "no div.rn.f64"]
+
+
+def compile_cubin(csrc: Path, architecture: str, out: Path, *flags: str) -> str:
+    """Compile the kernels for one architecture and give what ptxas says."""
+    command = (str(NVCC), *FLAGS, *flags, f"-arch={architecture}", "-Xptxas", "-v", "-cubin", "-o", str(out))
+    return run((*command, str(csrc / "cuda" / "launch.cu"))).stderr
+
+
+def compile_ptx(csrc: Path, out: Path, *flags: str) -> str:
+    run((str(NVCC), *FLAGS, *flags, "-arch=sm_90", "-ptx", "-o", str(out), str(csrc / "cuda" / "launch.cu")))
+    return out.read_text()
+
+
+def disassemble(cubin: Path) -> dict[str, list[Instruction]]:
+    return parse_sass(run((str(CUOBJDUMP), "-sass", str(cubin))).stdout)
+
+
+def faults_of_cubin(cubin: Path) -> list[str]:
+    functions = disassemble(cubin)
+    faults = []
+    for kernel, num_tiles in TILES.items():
+        found = [code for name, code in functions.items() if kernel in name]
+        assert len(found) == 1, f"{kernel} is there {len(found)} times"
+        faults += [f"{kernel}: {it}" for it in faults_of_code(found[0], num_tiles, kernel != "nonfinite_kernel")]
+    return faults
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One bug: ``old`` becomes ``new`` where it first stands in ``file``, and then ``fault`` is among what is seen."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    fault: str
+
+
+ASSUMED = "__builtin_assume(__isGlobal(address))"
+MUTANTS = (
+    Mutant("generic loads", "cuda/memory.cuh", ASSUMED, "(void)(address)", "update_kernel: LD instruction"),
+    Mutant(
+        "registers for 8 blocks", "cuda/kernels.cuh", "Multiprocessor = 4;", "Multiprocessor = 8;", "LDL instruction"
+    ),
+    Mutant("not unrolled", "cuda/movers.cuh", "kGroupBytes > 48 ? 1 :", "kGroupBytes > 0 ? 1 :", "of 10 loops have"),
+)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    cubin: Path
+    log: str
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with two_at_a_time() as pool:
+        yield pool
+
+
+def _compiled(csrc: Path, architecture: str, folder: Path) -> Compiled:
+    cubin = folder / f"{architecture}.cubin"
+    return Compiled(cubin, compile_cubin(csrc, architecture, cubin))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory, pool: ThreadPoolExecutor) -> dict[str, Future[Compiled]]:
+    """One call of nvcc for each architecture that it knows, two at a time."""
+    known = subprocess.run([str(NVCC), "--list-gpu-code"], capture_output=True, text=True, timeout=60).stdout.split()
+    folder = tmp_path_factory.mktemp("cubins")
+    return {arch: pool.submit(_compiled, CSRC, arch, folder) for arch in ARCHITECTURES if arch in known}
+
+
+@pytest.fixture(scope="module")
+def mutants(
+    compiled: object, tmp_path_factory: pytest.TempPathFactory, pool: ThreadPoolExecutor
+) -> dict[str, Future[Compiled]]:
+    folder = tmp_path_factory.mktemp("mutants")
+
+    def compile_mutant(mutant: Mutant) -> Compiled:
+        own = folder / mutant.name.replace(" ", "-")
+        return _compiled(mutated_csrc(own, mutant.file, mutant.old, mutant.new), "sm_90", own)
+
+    return {mutant.name: pool.submit(compile_mutant, mutant) for mutant in MUTANTS}
+
+
+def _of(compiled: dict[str, Future[Compiled]], architecture: str) -> Compiled:
+    if architecture not in compiled:
+        pytest.skip(f"needs an nvcc that knows {architecture}")
+    return compiled[architecture].result()
+
+
+@needs_nvcc
+@needs_cuobjdump
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_wide_accesses_and_no_local_memory(compiled: dict[str, Future[Compiled]], architecture: str) -> None:
+    assert faults_of_cubin(_of(compiled, architecture).cubin) == []
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_registers_for_the_blocks_and_no_stack(compiled: dict[str, Future[Compiled]], architecture: str) -> None:
+    log = _of(compiled, architecture).log
+    assert log.count("Compiling entry function") == len(TILES)
+    assert faults_of_ptxas(log) == []
+
+
+@needs_nvcc
+@needs_cuobjdump
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_weight_divides_in_double(compiled: dict[str, Future[Compiled]], architecture: str) -> None:
+    functions = disassemble(_of(compiled, architecture).cubin)
+    (code,) = (code for name, code in functions.items() if "update_kernel" in name)
+    # An estimate, refined by fused steps until it rounds correctly.
+    assert {"MUFU.RCP64H", "DFMA"} <= {it.mnemonic for it in code}
+
+
+@needs_nvcc
+def test_nothing_is_fused_or_approximate(tmp_path: Path) -> None:
+    assert faults_of_ptx(compile_ptx(CSRC, tmp_path / "launch.ptx")) == []
+
+
+@needs_nvcc
+def test_a_build_that_fuses_is_seen(tmp_path: Path) -> None:
+    assert faults_of_ptx(compile_ptx(CSRC, tmp_path / "launch.ptx", "--fmad=true")) == ["fma.rn.f64"]
+
+
+@needs_nvcc
+@needs_cuobjdump
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_mutant_is_seen(mutants: dict[str, Future[Compiled]], mutant: Mutant) -> None:
+    faults = faults_of_cubin(mutants[mutant.name].result().cubin)
+    assert any(mutant.fault in fault for fault in faults), f"{mutant.name} lives: {faults}"
+
+
+@needs_nvcc
+def test_spills_are_seen(mutants: dict[str, Future[Compiled]]) -> None:
+    assert "bytes stack frame" in str(faults_of_ptxas(mutants["registers for 8 blocks"].result().log))
+
+
+def planted_sass(*body: str) -> list[Instruction]:
+    """Give a function with one loop of these instructions, as cuobjdump prints it."""
+    lines = ["MOV R1, c[0x0][0x28]", *body, "@!P0 BRA 0x10", "EXIT", "BRA 0x1000"]
+    text = "\n".join(
+        f"        /*{16 * i:04x}*/    {line} ;    /* 0x0 */\n    /* 0x0 */" for i, line in enumerate(lines)
+    )
+    ((name, code),) = parse_sass(f"\t\tFunction : planted\n\t.headerflags\n{text}\n").items()
+    assert name == "planted"
+    return code
+
+
+LOAD, STORE = "LDG.E.EF.128 R8, desc[UR4][R2.64+0x1000]", "@P1 STG.E.EF.128 desc[UR4][R2.64], R8"
+
+
+def test_a_planted_fault_in_the_code_is_seen() -> None:
+    healthy = [*[LOAD] * 4, "FADD R8, R8, R9", STORE, STORE]
+    assert wide_loops(planted_sass(*healthy)) == ["LLLLSS"]
+    assert faults_of_code(planted_sass(*healthy), 1, stores=True) == []
+    for planted in ("LDL R3, [R1+0x8]", "STL.64 [R1], R4", "LD.E.128 R8, [R2.64]", "@P0 ST.E [R2.64], R8"):
+        kind = planted.removeprefix("@P0 ").split(".")[0].split()[0]
+        assert faults_of_code(planted_sass(planted, *healthy), 1, stores=True) == [f"{kind} instruction"]
+    early = planted_sass(*[LOAD] * 3, STORE, LOAD, STORE)
+    assert faults_of_code(early, 1, stores=True) == ["a store before the last load: LLLSLS"]
+    assert "0 of 1 loops" in faults_of_code(planted_sass(*[LOAD] * 3, STORE), 1, stores=True)[0]
+    assert "1 of 2 loops" in faults_of_code(planted_sass(*healthy), 2, stores=True)[0]
+    assert faults_of_code(planted_sass(*[LOAD] * 4), 1, stores=True) == ["no STG of 128 bits"]
+    narrow = [line.replace(".128", "") for line in healthy]
+    assert "no LDG of 128 bits" in faults_of_code(planted_sass(*narrow), 0, stores=False)
+    assert faults_of_code(planted_sass("LDS R2, [UR4]", "LDC R1, c[0x0]", *[LOAD] * 4), 1, stores=False) == []
+
+
+def test_a_planted_fault_in_what_ptxas_says_is_seen() -> None:
+    said = (
+        "ptxas info    : Compiling entry function 'kernel' for 'sm_90'\n"
+        "ptxas info    : Function properties for kernel\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Used 64 registers, used 1 barriers\n"
+    )
+    assert faults_of_ptxas(said) == []
+    assert faults_of_ptxas(said + said.replace("Used 64", "Used 65")) == ["kernel: Used 65 registers"]
+    for old, new in (("0 bytes stack", "8 bytes stack"), ("0 bytes spill s", "4 bytes spill s")):
+        assert faults_of_ptxas(said.replace(old, new))[0].startswith("kernel: ")
+    assert faults_of_ptxas(said.replace("bytes", "")) == ["kernel: nothing said about stack and registers"]
+    assert faults_of_ptxas("") == ["no entry function"]
+
+
+def test_a_planted_fault_in_the_arithmetic_is_seen() -> None:
+    said = "div.rn.f64 %fd1, %fd2, %fd3;\nfma.rn.f32 %f1, %f2, %f3, %f4;\nmul.rn.f64 %fd4, %fd1, %fd1;\n"
+    assert faults_of_ptx(said) == []
+    for wrong in ("fma.rn.f64", "div.approx", "div.full", ".ftz"):
+        planted = {".ftz": "mul.ftz.f32", "fma.rn.f64": wrong}.get(wrong, f"{wrong}.f32")
+        assert faults_of_ptx(f"{said}{planted} %f1, %f2, %f3;\n") == [wrong]
+    assert faults_of_ptx(said.replace("div.rn.f64", "add.rn.f64")) == ["no div.rn.f64"]
