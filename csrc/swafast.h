@@ -103,7 +103,7 @@ SWAFAST_EXPORT int32_t swafast_cpu_first_nonfinite(const swafast_tensor* tensors
 
 /* Words in device memory that the launches of one table share; all zero at first. */
 typedef struct {
-  int64_t blocks_begun; /* of the launch under way */
+  int64_t blocks_begun; /* by all launches so far, each of them of as many blocks */
   int64_t exchanged;    /* 1 while params and averages have changed places */
   int64_t nonfinite;    /* num_tensors - the lowest index of a tensor with a NaN or an infinity; 0: there is none */
 } swafast_state;

@@ -68,7 +68,7 @@ MUTANTS = (
     Mutant("first block counts", KERNELS, "if (last && !stop)", "if (blockIdx.x == 0 && !stop)"),
     Mutant("every block counts", KERNELS, "if (last && !stop)", "if (!stop)"),
     Mutant("counts by one", KERNELS, "n + advance", "n + 1"),
-    Mutant("blocks_begun stays", KERNELS, "write_word(&state->blocks_begun, 0);", ""),
+    Mutant("one launch counts", KERNELS, "+ 1) % gridDim.x == 0", "+ 1) == gridDim.x"),
     Mutant(
         "update waits for nobody",
         KERNELS,
@@ -87,7 +87,7 @@ MUTANTS = (
     Mutant(
         "weight rounded twice",
         KERNELS,
-        "make_step(rule_weight(rule, n))",
+        "make_step(rule_weight(rule, stop ? 0 : n))",
         "make_step(1.0 - static_cast<float>(1.0 - rule_weight(rule, n)))",
     ),
     Mutant("exchanged again", KERNELS, "stop = read_word(&table.state->exchanged) == wanted;", "stop = false;"),

@@ -71,7 +71,9 @@ __device__ __forceinline__ int64_t elements_to_boundary(const void* address) {
 template <class Dtype, class Format>
 __device__ __forceinline__ void update_run(const void* param, void* first, void* second, int64_t numel,
                                            const Step& step) {
-  int64_t head = elements_to_boundary<Format::kFirst>(first);
+  // Where the narrowest array meets a boundary, those that are aligned alike do too.
+  int64_t head = Dtype::kBytes < Format::kFirst ? elements_to_boundary<Dtype::kBytes>(param)
+                                                : elements_to_boundary<Format::kFirst>(first);
   const bool alike = is_aligned(at(param, head * Dtype::kBytes)) && is_aligned(at(first, head * Format::kFirst)) &&
                      is_aligned(at(second, head * Format::kSecond));
   head = alike && head < numel ? head : numel;
@@ -134,11 +136,11 @@ struct Run {
 static_assert(sizeof(swafast_tensor) == 40 && sizeof(swafast_chunk) == 24, "Run reads them as 64-bit words");
 
 // A launch begins by reading words that its end state is to change: no block may read what another has changed already.
-// One thread of each block reads them, then says so here; the last one to do so may write.
+// One thread of each block reads them, then says so here; the last one to do so may write. The blocks are counted from
+// launch to launch: two of one table that ran into one another, on streams of which neither waited, leave a whole
+// number of launches behind, and the next one counts right.
 __device__ __forceinline__ bool is_last_to_begin(swafast_state* state) {
-  if (count_up(&state->blocks_begun) + 1 != gridDim.x) return false;
-  write_word(&state->blocks_begun, 0);
-  return true;
+  return (count_up(&state->blocks_begun) + 1) % gridDim.x == 0;
 }
 
 template <class Dtype>
@@ -169,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     const int64_t n = read_word(num_averaged);
     stop = n < 0 || n == INT64_MAX || (skip_nonfinite != 0 && read_word(&table.state->nonfinite) != 0);
     const bool last = is_last_to_begin(table.state);
-    shared_step = make_step(rule_weight(rule, n));
+    shared_step = make_step(rule_weight(rule, stop ? 0 : n));
     if (last && !stop) write_word(num_averaged, n + advance);
   }
   __syncthreads();

@@ -68,7 +68,9 @@ struct CudaLaunch : AnyLaunch {
   int32_t with_table(const Rows& rows, const Chunks& chunks, Call call) {
     Words<swafast_tensor> tensors_(rows.data(), rows.size());
     Words<swafast_chunk> chunks_(chunks.data(), chunks.size());
-    Words<swafast_state> state({0, exchanged, nonfinite});
+    const int64_t blocks = chunks.empty() ? 1 : std::min<int64_t>(static_cast<int64_t>(chunks.size()), num_blocks);
+    const int64_t begun = (int64_t{1} << 40) * blocks;  // as launches before this one left it
+    Words<swafast_state> state({begun, exchanged, nonfinite});
     const swafast_table table = {tensors_.data(),
                                  chunks_.data(),
                                  static_cast<int64_t>(rows.size()),
@@ -82,16 +84,16 @@ struct CudaLaunch : AnyLaunch {
     tensors_.check(false, "tensors");
     chunks_.check(false, "chunks");
     state.check(true, "state");
-    require(state.data()->blocks_begun == 0, "a launch left %lld blocks begun",
-            static_cast<long long>(state.data()->blocks_begun));
+    require(state.data()->blocks_begun == begun || state.data()->blocks_begun == begun + blocks,
+            "a launch of %lld blocks began %lld", static_cast<long long>(blocks),
+            static_cast<long long>(state.data()->blocks_begun - begun));
     require(shim_current_device() == current, "a call left another device current");
     if (status == SWAFAST_OK) {
-      const int64_t expected = chunks.empty() ? 1 : std::min<int64_t>(static_cast<int64_t>(chunks.size()), num_blocks);
-      require(shim_num_launches == launches + 1 && shim_last_blocks == expected && shim_last_device == device &&
+      require(shim_num_launches == launches + 1 && shim_last_blocks == blocks && shim_last_device == device &&
                   shim_last_stream == kStream,
               "%lld launches, the last of %lld blocks and not %lld, on device %d",
               static_cast<long long>(shim_num_launches - launches), static_cast<long long>(shim_last_blocks),
-              static_cast<long long>(expected), shim_last_device);
+              static_cast<long long>(blocks), shim_last_device);
     }
     exchanged = state.data()->exchanged;
     nonfinite = state.data()->nonfinite;

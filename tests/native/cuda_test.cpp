@@ -303,7 +303,7 @@ void check_capture() {
   tensor.plane0.remember();
   shim_replay();
   tensor.check_updated(0.5);
-  require(num_averaged == 2 && state.blocks_begun == 0, "two replays counted %lld",
+  require(num_averaged == 2 && state.blocks_begun == 2, "two replays counted %lld",
           static_cast<long long>(num_averaged));
   shim_forget_captured();
 }
