@@ -44,7 +44,7 @@ class KernelTerms:
     @classmethod
     def of(cls, kind: int, *terms: float) -> KernelTerms:
         """Give terms filled up with zeros; the same object again for the same ones, since every update asks."""
-        return _make_terms(cls, kind, terms)
+        return _make_terms(kind, terms)
 
     @classmethod
     def constant(cls, weight: float) -> KernelTerms:
@@ -71,9 +71,8 @@ class KernelTerms:
 
 
 @functools.lru_cache(maxsize=256)
-def _make_terms(kind_of_terms: type[KernelTerms], kind: int, terms: tuple[float, ...]) -> KernelTerms:
-    padded = (*terms, *(0.0,) * (4 - len(terms)))
-    return kind_of_terms(kind, padded)  # type: ignore[arg-type]  # it checks their number
+def _make_terms(kind: int, terms: tuple[float, ...]) -> KernelTerms:
+    return KernelTerms(kind, (*terms, *(0.0,) * (4 - len(terms))))  # type: ignore[arg-type]  # it checks their number
 
 
 class Rule:

@@ -1,27 +1,185 @@
-"""The ``triton`` backend."""
+"""The ``triton`` backend: kernels in Triton (``triton_kernels.py``), compiled at first use.
+
+With ``TRITON_INTERPRET=1`` in the environment, Triton's interpreter runs the same kernels on CPU tensors, slowly.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import importlib.util
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import Any
 
-from . import Launch, Pair, Unavailable
+import torch
+from torch import Tensor
+
+from ..rules import KernelTerms, Rule
+from . import Pair, Unavailable, library
+from .device import DeviceLaunch, Table
 
 name = "triton"
+#: The interpreter serves CPU tensors, and only where this backend was asked for by name.
 device_types = frozenset({"cuda"})
 exchanges = True
 
+#: Programs of 256 threads at 64 registers each: as many as a multiprocessor of any current GPU holds.
+_PROGRAMS_PER_MULTIPROCESSOR = 4
+#: So few that chunks outnumber them in a test.
+_INTERPRETED_PROGRAMS = 3
+
+
+@functools.cache
+def is_interpreted() -> bool:
+    """Say whether Triton interprets, by the words that it takes for yes."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
 
 def unavailable() -> Unavailable | None:
-    return Unavailable("not written yet", expected=True)
+    if not is_interpreted() and not torch.cuda.is_available():
+        return Unavailable("torch finds no CUDA device", expected=True)
+    kernels = _load()
+    return kernels if isinstance(kernels, Unavailable) else None
+
+
+@functools.cache
+def _load() -> ModuleType | Unavailable:
+    """Give the module of the kernels, or why it does not load. This imports Triton."""
+    try:
+        if importlib.util.find_spec("triton") is None:
+            return Unavailable("Triton is not installed", expected=True)
+        from . import triton_kernels
+    except Exception as error:  # whatever a broken install, or an environment variable of Triton's, may raise
+        return Unavailable(f"Triton is installed and did not load: {type(error).__name__}: {error}")
+    if triton_kernels.interpreted != {is_interpreted()}:
+        return Unavailable("TRITON_INTERPRET was changed after Triton was imported or first asked for")
+    return triton_kernels
+
+
+def _kernels() -> ModuleType:
+    """Give the module of the kernels, which a caller knows to load."""
+    kernels = _load()
+    if isinstance(kernels, Unavailable):
+        raise RuntimeError(f"the triton backend is not available: {kernels.reason}")
+    return kernels
 
 
 def describe() -> str:
-    return ""
+    """Say which Triton it is and how many programs each device runs."""
+    version = _kernels().VERSION
+    if is_interpreted():
+        return f"Triton {version}, interpreted on CPU tensors"
+    devices = range(torch.cuda.device_count())
+    programs = "; ".join(f"device {i}: {_num_programs(i)}" for i in devices)
+    return f"Triton {version} (programs on {programs})"
+
+
+@functools.cache
+def _num_programs(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count * _PROGRAMS_PER_MULTIPROCESSOR
 
 
 def serves(pair: Pair) -> bool:
-    return False
+    # The interpreter follows the addresses in the tables by itself, so they must be the host's.
+    return library.serves(pair, {"cpu"} if is_interpreted() else device_types)
 
 
-def prepare(pairs: Sequence[Pair]) -> Launch:
-    raise NotImplementedError
+def prepare(pairs: Sequence[Pair]) -> TritonLaunch:
+    return TritonLaunch(pairs)
+
+
+#: Devices that hold the compiled kernels.
+_warm: set[torch.device] = set()
+
+
+def launch_options(target: str) -> Mapping[str, Any]:
+    """Give the compiler's options for ``target``, ``"cuda"`` or ``"hip"``: 256 threads, and nothing fused by itself."""
+    # A loop's iterations are not overlapped: the loads of one tile fill the registers.
+    options = {"num_stages": 1, "enable_fp_fusion": False}
+    if target == "hip":
+        return {**options, "num_warps": 4}  # of 64 threads
+    return {**options, "num_warps": 8, "maxnreg": 64}
+
+
+def _on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make ``device`` the current one: Triton launches there, on its current stream."""
+    if device.type == "cpu":
+        import numpy as np  # the interpreter computes with it, and a NaN is no reason to warn
+
+        return np.errstate(all="ignore")
+    if device.index in (None, torch.cuda.current_device()):
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def rule_words(terms: KernelTerms) -> tuple[int, ...]:
+    """Give a rule as a kernel takes it: its kind and, as integers, the bits of its four float64 terms."""
+    return (terms.kind, *struct.unpack("<4q", struct.pack("<4d", *terms.terms)))
+
+
+class TritonLaunch(DeviceLaunch):
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self._kernels = _kernels()
+        self._options = launch_options("hip" if torch.version.hip else "cuda")
+        super().__init__(pairs)
+        self._rule: tuple[KernelTerms, tuple[int, ...]] | None = None
+        self._heads = {
+            table.device: (table.tensors, table.chunks, table.num_chunks, table.state) for table in self._tables
+        }
+        for table in self._tables:
+            if table.device.type == "cuda" and table.device not in _warm:
+                self._warm_up(table)
+                _warm.add(table.device)
+
+    def num_blocks(self, device: torch.device) -> int:
+        if device.type == "cpu":
+            return _INTERPRETED_PROGRAMS
+        return _num_programs(device.index if device.index is not None else torch.cuda.current_device())
+
+    def start_update(
+        self, table: Table, rule: Rule, num_averaged: Tensor, advance: int, skip_nonfinite: bool, stream: int
+    ) -> None:
+        words = self._words(rule)
+        head = self._heads[table.device]
+        with _on_device(table.device):
+            if table.device.type == "cuda":
+                self.captured |= torch.cuda.is_current_stream_capturing()
+            self._start("update", table, *head, num_averaged.data_ptr(), advance, *words, int(skip_nonfinite))
+
+    def start_exchange(self, table: Table, wanted: bool, stream: int) -> None:
+        with _on_device(table.device):
+            self._start("exchange", table, *self._heads[table.device], int(wanted))
+
+    def start_first_nonfinite(self, table: Table, stream: int) -> None:
+        head = self._heads[table.device]
+        with _on_device(table.device):
+            self._kernels.forget_nonfinite_kernel[(1,)](head[-1], **self._options)
+            self._start("nonfinite", table, *head, table.num_tensors)
+
+    def _start(self, kernel: str, table: Table, *arguments: int) -> None:
+        # A launch without chunks still counts.
+        programs = max(1, min(table.num_chunks, table.num_blocks))
+        getattr(self._kernels, f"{kernel}_kernel")[(programs,)](*arguments, **self._options)
+
+    def _words(self, rule: Rule) -> tuple[int, ...]:
+        """Give a rule's words, made anew only when its terms change."""
+        terms = library.kernel_terms(rule)
+        if self._rule is None or self._rule[0] != terms:
+            self._rule = (terms, rule_words(terms))
+        return self._rule[1]
+
+    def _warm_up(self, table: Table) -> None:
+        """Have every kernel compiled and on the device, by launches without chunks: a capture allows neither."""
+        none = (table.tensors, table.chunks, 0, table.state)
+        counter, rule = table.counter.data_ptr(), (0,) * 5
+        with _on_device(table.device):
+            self._start("update", table, *none, counter, 0, *rule, 0)
+            self._start("exchange", table, *none, 0)
+            self._start("nonfinite", table, *none, table.num_tensors)
+            self._kernels.forget_nonfinite_kernel[(1,)](table.state, **self._options)
+            # The next launch of this table may be on another stream.
+            torch.cuda.current_stream(table.device).synchronize()
