@@ -2,7 +2,7 @@
 
 Mathematics libraries differ in their last bits. Whoever writes these same operations, in this order and without fusing
 a product into a sum, gets the same bits: Python here, C++ and CUDA in ``csrc/weight.h``, Triton in
-``swafast/backends/triton_kernels.py``. Errors stay under two units in the last place.
+``swafast/backends/triton_arithmetic.py``. Errors stay under two units in the last place.
 """
 
 from __future__ import annotations
