@@ -94,7 +94,7 @@ def test_a_thousand_replays_are_a_thousand_updates(backend: str, dtype: torch.dt
     eager.update_parameters(twin)
     graphed.update_parameters(model)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph), torch.no_grad():
         torch._foreach_add_(list(model.parameters()), deltas)
         graphed.update_parameters(model)
     for _ in range(1000):
@@ -177,6 +177,7 @@ def test_threads_update_models_of_their_own(backend: str) -> None:
         try:
             model = small_model(torch.bfloat16)
             average = FusedAveragedModel(model, backend=backend)
+            torch.cuda.synchronize()
             with torch.cuda.stream(torch.cuda.Stream()):
                 for _ in range(200):
                     average.update_parameters(model)
