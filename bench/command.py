@@ -16,7 +16,6 @@ from rich.status import Status
 
 from bench import machine, training
 from bench.memory import available_bytes
-from bench.plot import plot
 from bench.readme import rewrite
 from bench.report import ALL_OURS, Report, Row, TrainingRow
 from bench.suite import measure
@@ -129,6 +128,8 @@ def _train(budget: training.Budget) -> list[TrainingRow]:
 
 def _finish(report: Report, stem: Path) -> None:
     """Write the report and its picture, print the bars, and fail when one of our own rows is wrong."""
+    from bench.plot import plot
+
     report.write(stem.with_suffix(".json"))
     console.print(numbers_table(report), "")
     console.print(f"wrote {stem.with_suffix('.json')}")
@@ -144,6 +145,8 @@ def _finish(report: Report, stem: Path) -> None:
 @app.command("plot")
 def plot_command(file: Annotated[Path, typer.Argument(help="A report, as a run writes it.")]) -> None:
     """Draw the picture of FILE anew, beside it."""
+    from bench.plot import plot
+
     picture = file.with_suffix(".png")
     if not plot(Report.read(file), picture):
         console.print(f"{file} holds no workload that was timed for us and for what it is compared with", style="red")
@@ -159,3 +162,22 @@ def readme_command(
     """Rewrite the README's table from FILE."""
     rewrite(readme, json.loads(file.read_text()))
     console.print(f"rewrote the table of {readme} from {file}")
+
+
+@app.command("gpu")
+def gpu_command(
+    out: Annotated[Path, typer.Option(help="Folder for gpu.json, gpu.png and the logs.")] = OUT,
+    checks: Annotated[
+        bool, typer.Option("--checks", help="First build the library, run the GPU tests and the memory checkers.")
+    ] = False,
+    dry: Annotated[
+        bool, typer.Option("--dry", help="Tiny workloads on the CPU, as dry.json; so it is without a GPU.")
+    ] = False,
+    seconds: Annotated[float | None, typer.Option(help="Time of the whole run. Default: under eight minutes.")] = None,
+) -> None:
+    """Measure on one GPU beside a copy from device to device, and say which bars are met."""
+    from bench import gpu_run
+
+    command = _command_line(sys.argv[1:])
+    limit = gpu_run.TOTAL_S if seconds is None else seconds
+    raise typer.Exit(gpu_run.run(out, command, dry, with_parts=checks, seconds=limit))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,9 @@ SCALES = (1.0, -0.5, 2.0)
 # 3e-3 for a bf16 one; a skipped tensor or a weight of the next update gives 0.1 and more.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
-# Elements compared at once: its float64 copies stay in the cache.
-COMPARED_NUMEL = 1 << 17
+# Elements compared at once. On a CPU their float64 copies stay in the cache; elsewhere each piece costs some launches,
+# and these take 0.5 GB.
+COMPARED_NUMEL, COMPARED_NUMEL_ON_DEVICE = 1 << 17, 1 << 25
 
 
 class WrongAverageError(Exception):
@@ -55,8 +57,10 @@ def check_buffers(provider: Provider, model: nn.Module) -> None:
             raise WrongAverageError(f"buffer {name} differs from the model's")
 
 
-def worst_error(averages: list[Tensor], model: nn.Module, factor: float) -> tuple[float, str]:
-    """Give the largest relative L2 distance of an average from ``factor * param``, and that param's name."""
+def worst_error(averages: Iterable[Tensor], model: nn.Module, factor: float) -> tuple[float, str, float]:
+    """Give the largest relative L2 distance of an average from ``factor * param``, that param's name, and what the
+    averages' dtypes account for.
+    """
     threads = torch.get_num_threads()
     # Pieces this small gain nothing from threads, and 20 times slower was seen where another process held a core.
     torch.set_num_threads(1)
@@ -66,25 +70,40 @@ def worst_error(averages: list[Tensor], model: nn.Module, factor: float) -> tupl
         torch.set_num_threads(threads)
 
 
-def _worst_error(averages: list[Tensor], model: nn.Module, factor: float) -> tuple[float, str]:
-    worst, where = 0.0, ""
+def _worst_error(averages: Iterable[Tensor], model: nn.Module, factor: float) -> tuple[float, str, float]:
+    worst, where, tolerance = 0.0, "", 0.0
     for (name, param), average in zip(model.named_parameters(), averages, strict=True):
+        tolerance = max(tolerance, TOLERANCE[average.dtype])
         error = _relative_l2(average.detach().reshape(-1), param.detach().reshape(-1), factor)
         # A NaN compares as False both ways, and must be the worst of all.
         if not error <= worst:
             worst, where = error, name
             if math.isnan(worst):
                 break
-    return worst, where
+    return worst, where, tolerance
 
 
 def _relative_l2(average: Tensor, param: Tensor, factor: float) -> float:
-    distance = norm = 0.0
-    for got, source in zip(average.split(COMPARED_NUMEL), param.split(COMPARED_NUMEL), strict=True):
+    distance = norm = torch.zeros((), dtype=torch.float64, device=param.device)
+    numel = COMPARED_NUMEL if param.device.type == "cpu" else COMPARED_NUMEL_ON_DEVICE
+    for got, source in zip(average.split(numel), param.split(numel), strict=True):
         wanted = source.double().mul_(factor)
-        norm += float(wanted.square().sum())
-        distance += float(wanted.sub_(got).square_().sum())
-    return math.sqrt(distance / norm)
+        norm = norm + wanted.square().sum()
+        distance = distance + wanted.sub_(got).square_().sum()
+    return math.sqrt(float(distance / norm))
+
+
+def check_error(provider: Provider, model: nn.Module) -> float:
+    """Run the gate's updates and give the worst relative error.
+
+    Raises:
+        WrongAverageError: an average is further from float64 than its dtype accounts for, or a buffer was not copied.
+    """
+    factor = run_updates(provider, model)
+    error, name, tolerance = worst_error(provider.each_average(), model, factor)
+    if not error <= tolerance:
+        raise WrongAverageError(f"{name} is off by {error:.1e} (relative L2), {tolerance:.0e} allowed")
+    return error
 
 
 def check(provider: Provider, model: nn.Module) -> tuple[float, str]:
@@ -93,13 +112,8 @@ def check(provider: Provider, model: nn.Module) -> tuple[float, str]:
     Raises:
         WrongAverageError: an average is further from float64 than its dtype accounts for, or a buffer was not copied.
     """
-    factor = run_updates(provider, model)
-    averages = provider.averages()
-    error, name = worst_error(averages, model, factor)
-    tolerance = max(TOLERANCE[average.dtype] for average in averages)
-    if not error <= tolerance:
-        raise WrongAverageError(f"{name} is off by {error:.1e} (relative L2), {tolerance:.0e} allowed")
-    return error, digest(averages) if provider.is_ours else ""
+    error = check_error(provider, model)
+    return error, digest(provider.averages()) if provider.is_ours else ""
 
 
 def digest(averages: list[Tensor]) -> str:

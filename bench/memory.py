@@ -23,7 +23,7 @@ _RESET_PEAK = "5"
 
 
 @contextmanager
-def _quiet_profiler() -> Iterator[None]:
+def quiet_profiler() -> Iterator[None]:
     """Keep the profiler's own lines off the terminal; the variable is put back."""
     before = os.environ.get("KINETO_LOG_LEVEL")
     os.environ["KINETO_LOG_LEVEL"] = "99"
@@ -46,13 +46,22 @@ def allocated_peak(call: Callable[[], None], device: torch.device) -> int:
         call()
         module.synchronize(device)
         return module.max_memory_allocated(device) - before
-    with _quiet_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with quiet_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(accumulate((event.nbytes() for event in events), initial=0))
+
+
+def allocated_total(call: Callable[[], None], device: torch.device) -> int:
+    """Give the bytes that one call asks of the device's allocator, freed again or not; the peak on a CPU."""
+    if device.type == "cpu":
+        return allocated_peak(call, device)
+    before = torch.cuda.memory_stats(device)["allocated_bytes.all.allocated"]
+    call()
+    return torch.cuda.memory_stats(device)["allocated_bytes.all.allocated"] - before
 
 
 def resident_growth(call: Callable[[], None]) -> int | None:

@@ -9,6 +9,8 @@ from bench.report import ALL_OURS, FLAT_LERP, OURS_FLOAT32, Report, Row, baselin
 
 # An update may allocate this much, whatever the model.
 ALLOCATED_BAR = 1_000_000
+# How a measured number is written, by its unit; " MB" and others with three decimals.
+DIGITS = {"x": ".2f", "%": ".1f", "": ".0f", " B": ".0f"}
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Bar:
     limit: float
     at_least: bool
     measured: float
-    unit: str  # "x" or "MB"
+    unit: str  # with the space before it, where there is one
 
     @property
     def met(self) -> bool:
@@ -31,8 +33,7 @@ class Bar:
 
     @property
     def measured_text(self) -> str:
-        digits = ".2f" if self.unit == "x" else ".3f"
-        return f"{self.measured:{digits}}{self.unit}"
+        return f"{self.measured:{DIGITS.get(self.unit, '.3f')}}{self.unit}"
 
 
 def bars(report: Report) -> list[Bar]:

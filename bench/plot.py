@@ -47,7 +47,7 @@ def plot(report: Report, path: Path) -> bool:
     total = sum(heights) + FOOT_IN
     figure = Figure(figsize=(WIDTH_IN, total), facecolor="white")
     FigureCanvasAgg(figure)
-    keys = _Keys()
+    keys = Keys()
     limits = _limits([group for groups in panels.values() for group in groups])
     top = total
     for (dtype, groups), height in zip(panels.items(), heights, strict=True):
@@ -69,7 +69,7 @@ def plot(report: Report, path: Path) -> bool:
 
 
 @dataclass
-class _Keys:
+class Keys:
     """The legend as it grows, and the marker that each other provider was given."""
 
     handles: dict[str, Any] = field(default_factory=dict)
@@ -106,7 +106,7 @@ def _dress(axes: Axes, title: str, names: list[str]) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _draw_row(axes: Axes, y: float, rows: list[Row], keys: _Keys) -> None:
+def _draw_row(axes: Axes, y: float, rows: list[Row], keys: Keys) -> None:
     ratios, today, ours, ceiling = _ratios(rows), baseline(rows), our_row(rows), find(rows, FLAT_LERP)
     assert today is not None
     assert ours is not None

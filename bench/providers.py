@@ -7,7 +7,7 @@ says so in its note). The loops keep their lists of tensors from call to call, w
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
 import torch
@@ -61,6 +61,14 @@ class Provider:
     def averages(self) -> list[Tensor]:
         """Give the averages at their full precision, in the order of ``model.parameters()``."""
         raise NotImplementedError
+
+    def each_average(self) -> Iterator[Tensor]:
+        """Give the same averages one at a time, for a run that could not hold them twice."""
+        yield from self.averages()
+
+    def beside(self, model: nn.Module) -> Provider:
+        """Give another provider of this kind, for another copy of the model."""
+        return type(self)(model)
 
     def buffers(self) -> list[Tensor]:
         raise NotImplementedError
@@ -195,6 +203,13 @@ class CompiledForeach(Lists):
         torch.compiler.reset()
         self.compiled = torch.compile(torch._foreach_lerp_)
 
+    def beside(self, model: nn.Module) -> CompiledForeach:
+        # Not by __init__, which throws away what is compiled.
+        other = object.__new__(type(self))
+        Lists.__init__(other, model)
+        other.compiled = self.compiled
+        return other
+
     @classmethod
     def refusal(cls, model: nn.Module) -> str | None:
         count = len(list(model.parameters()))
@@ -214,13 +229,14 @@ class Ours(Provider):
 
     name = OURS
     format: ClassVar[str] = "float32"
+    backend: ClassVar[str | None] = None
     is_ours = True
 
     def __init__(self, model: nn.Module) -> None:
         from swafast import FusedAveragedModel
 
         super().__init__(model)
-        self.averaged = FusedAveragedModel(model, format=self.format)
+        self.averaged = FusedAveragedModel(model, format=self.format, backend=self.backend)
 
     @classmethod
     def missing(cls) -> str | None:
@@ -232,6 +248,13 @@ class Ours(Provider):
     def averages(self) -> list[Tensor]:
         state = self.averaged.averaged_state_dict()
         return [state[name] for name, _ in self.model.named_parameters()]
+
+    def each_average(self) -> Iterator[Tensor]:
+        from swafast.formats import get_format
+
+        fmt, state = get_format(self.format), self.averaged.state_dict()
+        for name, _ in self.model.named_parameters():
+            yield fmt.decode(tuple(state[f"{plane}.{name}"] for plane in ("module", *(key for key, _ in fmt.extra))))
 
     def buffers(self) -> list[Tensor]:
         return list(self.averaged.module.buffers())

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 # Raised when a reader of an older file would misread it.
 SCHEMA = 1
@@ -27,6 +27,8 @@ OURS_FLOAT32 = "swafast float32"
 ALL_OURS = (OURS, OURS_EXACT, OURS_FLOAT32)
 
 OK = "ok"
+
+RowT = TypeVar("RowT", bound="Row")
 
 
 @dataclass(frozen=True)
@@ -146,12 +148,12 @@ class Report:
         return cls.from_dict(json.loads(path.read_text()))
 
 
-def find(rows: Iterable[Row], provider: str) -> Row | None:
+def find(rows: Iterable[RowT], provider: str) -> RowT | None:
     """Find a provider's row among those of one group, or None where it has no time."""
     return next((row for row in rows if row.provider == provider and row.samples), None)
 
 
-def baseline(rows: Iterable[Row]) -> Row | None:
+def baseline(rows: Iterable[RowT]) -> RowT | None:
     """Give what a user would run today for an average that is sound.
 
     For float32 params that is torch's class. Its average of bf16 params freezes, so there it is the faster of the two

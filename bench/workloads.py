@@ -35,9 +35,11 @@ class Workload:
     num_params: int  # when whole
     buffers: Callable[[], Iterator[Entry]] = lambda: iter(())
 
-    def depth_within(self, memory_bytes: float) -> int:
+    def depth_within(
+        self, memory_bytes: float, per_param: float = PEAK_BYTES_PER_PARAM, beside: float = PEAK_BYTES_BESIDE
+    ) -> int:
         """Give the number of blocks that a run can hold in ``memory_bytes``; 0 where not even one fits."""
-        affordable = (memory_bytes - PEAK_BYTES_BESIDE) / PEAK_BYTES_PER_PARAM
+        affordable = (memory_bytes - beside) / per_param
         if affordable >= self.num_params:
             return self.full_depth
         if self.name != "llama3_8b":
@@ -212,7 +214,8 @@ def _fill(tensors: list[Tensor]) -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.rand(FILL_PERIOD, generator=generator) + 0.5
     values *= torch.randint(0, 2, (FILL_PERIOD,), generator=generator) * 2 - 1
-    at = 0
+    # Once over to the device, not once for each run of values.
+    values, at = values.to(tensors[0].device), 0
     for tensor in tensors:
         if not tensor.is_floating_point():
             tensor.fill_(1)

@@ -10,7 +10,9 @@ import warnings
 import torch
 
 from . import __version__
+from .backends import Pair
 from .choice import BACKENDS, choose_backends
+from .formats import FLOAT32
 
 
 def report() -> list[tuple[str, str]]:
@@ -36,7 +38,8 @@ def _in_use(device_type: str) -> str:
             chosen = choose_backends(device_types={device_type})
     except (ValueError, RuntimeError) as error:
         return f"none: {error}"
-    fitting = next(backend for backend in chosen if backend.device_types is None or device_type in backend.device_types)
+    param, average = torch.zeros(2, 1, device=device_type)
+    fitting = next(backend for backend in chosen if backend.serves(Pair("", param, (average,), FLOAT32)))
     return f"{fitting.name} (SWAFAST_BACKEND={os.environ.get('SWAFAST_BACKEND', '')!r})"
 
 

@@ -1,0 +1,111 @@
+"""Other programs as parts of a run: a limit on their time, and logs that name no machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# What a program is given to write down what it has, after an interrupt.
+GRACE_S = 8.0
+# Kept of a log: its beginning and its end.
+LOG_CHARS = 150_000
+# A path, less the folders that say where on a machine it is; not the slash of "3 of 4/s".
+_FOLDERS = re.compile(r"(?<![\w.\-/])/(?:[\w.+~@=\-]+/)+(?=[\w.+~@=<\-])")
+
+
+class Budget:
+    """The time of a whole run, from which each part takes what it may without starving those after it."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def left_s(self) -> float:
+        return self._end - time.monotonic()
+
+    def grant(self, wanted_s: float, kept_s: float) -> float:
+        """Give ``wanted_s``, or what is there beyond ``kept_s``; never less than nothing."""
+        return max(0.0, min(wanted_s, self.left_s() - kept_s))
+
+
+@dataclass(frozen=True)
+class Finished:
+    code: int
+    seconds: float
+    output: str  # stdout and stderr together
+    timed_out: bool = False
+
+    @property
+    def last_line(self) -> str:
+        lines = [line for line in self.output.splitlines() if line.strip()]
+        return scrub(lines[-1].strip()) if lines else ""
+
+    @property
+    def why(self) -> str:
+        """Say in one line how it failed."""
+        ended = f"stopped after {self.seconds:.0f} s" if self.timed_out else f"ended with code {self.code}"
+        return f"{ended}: {self.last_line}" if self.last_line else ended
+
+
+def run_program(command: Sequence[str], limit_s: float, env: Mapping[str, str] | None = None) -> Finished:
+    """Run ``command`` in the clone for at most ``limit_s``: then it is interrupted, and at last killed."""
+    start = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **(env or {})}
+    try:
+        # A group of its own, so that what it started goes with it.
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        return Finished(127, 0.0, f"{command[0]}: {error.strerror}")
+    timed_out = False
+    try:
+        output = process.communicate(timeout=limit_s)[0]
+    except subprocess.TimeoutExpired:
+        timed_out = True
+        output = _interrupt(process)
+    finally:
+        # What it left running, as compilers' workers are, goes too.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return Finished(process.returncode, time.monotonic() - start, output, timed_out)
+
+
+def _interrupt(process: subprocess.Popen[str]) -> str:
+    """Ask the program to end, kill its whole group if it does not, and give its output."""
+    with suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGINT)
+    try:
+        return process.communicate(timeout=GRACE_S)[0]
+    except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()[0]
+
+
+def scrub(text: str) -> str:
+    """Take out of ``text`` what names a machine: folders from the root on, and the host."""
+    text = text.replace(f"{ROOT}{os.sep}", "").replace(str(ROOT), ".")
+    text = _FOLDERS.sub("", text)
+    host = socket.gethostname()
+    return re.sub(rf"\b{re.escape(host)}\b", "<host>", text) if len(host) > 2 else text
+
+
+def write_log(path: Path, text: str) -> None:
+    """Write a log without what names a machine, shortened in its middle."""
+    text = scrub(text)
+    if len(text) > LOG_CHARS:
+        half = LOG_CHARS // 2
+        text = f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(text if text.endswith("\n") else text + "\n")

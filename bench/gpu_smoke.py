@@ -1,0 +1,164 @@
+"""A few updates of every dtype and format, small and misaligned, an exchange, and a look for what is not finite.
+
+``python -m bench.gpu_smoke --device cuda --backend cuda --backend triton --out FILE`` runs them on each backend and on
+the CPU, and compares all bits. It is also what the memory checkers watch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage
+from swafast.backends import native
+from swafast.choice import BACKENDS
+from swafast.rules import Rule
+
+# Around the widths of vectors, tiles and chunks; and the element that each one starts at, so that most are misaligned.
+NUMELS = (1, 3, 64, 255, 1024, 4097, 70_001)
+STARTS = (0, 1, 3, 8)
+UPDATES = 4
+
+
+@dataclass(frozen=True)
+class SmokeCase:
+    dtype: torch.dtype
+    format: str
+    rule: Rule
+
+    @property
+    def title(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}, {self.format}, {type(self.rule).__name__}"
+
+
+CASES = [
+    SmokeCase(dtype, fmt, rule)
+    for dtype, fmt in (
+        (torch.float32, "float32"),
+        (torch.bfloat16, "exact"),
+        (torch.bfloat16, "float32"),
+        (torch.float16, "mirrored"),
+        (torch.float16, "float32"),
+    )
+    for rule in (EqualAverage(), ExponentialAverage(0.9, warmup="ratio"), PowerAverage(6.94))
+]
+
+
+class Misaligned(nn.Module):
+    """Params that start anywhere in their memory, two orders of dimensions, and buffers of other dtypes."""
+
+    def __init__(self, dtype: torch.dtype, device: str) -> None:
+        super().__init__()
+        for index, numel in enumerate(NUMELS):
+            start = STARTS[index % len(STARTS)]
+            flat = torch.zeros(start + numel, dtype=dtype, device=device)
+            self.register_parameter(f"at_{index}", nn.Parameter(flat[start:]))
+        self.turned = nn.Parameter(torch.zeros(7, 11, dtype=dtype, device=device).t())
+        self.register_buffer("mean", torch.zeros(5, dtype=dtype, device=device))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("mask", torch.zeros(3, dtype=torch.bool, device=device))
+
+    @torch.no_grad()
+    def draw(self, generator: torch.Generator) -> None:
+        """Take the next values of a stream that is the same on every device."""
+        for param in self.parameters():
+            scale = 10.0 ** torch.randint(-3, 4, (), generator=generator).item()
+            param.copy_(torch.randn(param.shape, generator=generator) * scale)
+        self.get_buffer("mean").copy_(torch.randn(5, generator=generator))
+        self.get_buffer("count").add_(1)
+        self.get_buffer("mask").logical_not_()
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    state = hashlib.sha256()
+    for tensor in tensors:
+        state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+def run_case(case: SmokeCase, backend: str, device: str) -> dict[str, str]:
+    """Run one case on one backend and give hashes of all bits: after the updates, and of the model while exchanged.
+
+    Raises:
+        AssertionError: an exchange did not come back, or a NaN was not seen.
+    """
+    generator = torch.Generator().manual_seed(20)
+    model = Misaligned(case.dtype, device)
+    averaged = FusedAveragedModel(model, rule=case.rule, format=case.format, backend=backend, nonfinite="skip")
+    for _ in range(UPDATES):
+        model.draw(generator)
+        averaged.update_parameters(model)
+    found = {case.title: digest([*averaged.state_dict().values(), *averaged.averaged_state_dict().values()])}
+    before = digest(model.state_dict().values())
+    with averaged.swapped_into(model):
+        # One that does not exchange in place casts, which may round a tie of `exact` the other way.
+        if next(each for each in BACKENDS if each.name == backend).exchanges:
+            found[f"{case.title}, exchanged"] = digest(model.state_dict().values())
+    assert digest(model.state_dict().values()) == before, f"{case.title}: the exchange did not come back"
+    _look_for_nan(case, averaged, model)
+    return found
+
+
+def _look_for_nan(case: SmokeCase, averaged: FusedAveragedModel, model: Misaligned) -> None:
+    count = int(averaged.n_averaged)
+    name = f"at_{len(NUMELS) - 1}"
+    with torch.no_grad():
+        model.get_parameter(name)[-1] = float("nan")
+    before = digest(averaged.state_dict().values())
+    averaged.update_parameters(model)
+    assert digest(averaged.state_dict().values()) == before, f"{case.title}: a NaN got into the average"
+    assert int(averaged.n_averaged) == count, f"{case.title}: an update that was skipped counted"
+    averaged.nonfinite = "raise"
+    try:
+        averaged.update_parameters(model)
+        seen = ""
+    except ValueError as error:
+        seen = str(error)
+    assert name in seen, f"{case.title}: a NaN was not seen: {seen}"
+
+
+def run(backends: list[str], device: str) -> dict[str, dict[str, str]]:
+    """Give the hash of each case on the CPU and on each backend; an error in its words instead."""
+    oracle = "cpu" if native.unavailable() is None else "reference"
+    places = {oracle: "cpu", **dict.fromkeys(backends, device)}
+    found: dict[str, dict[str, str]] = {}
+    for case in CASES:
+        for backend, place in places.items():
+            try:
+                hashes = run_case(case, backend, place)
+            # Whatever a backend raises is what this is here to find, and the other cases still run.
+            except Exception as error:
+                hashes = {case.title: f"{type(error).__name__}: {error}".splitlines()[0]}
+            for title, value in hashes.items():
+                found.setdefault(title, {})[backend] = value
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compare, write down, and give 1 where any two hashes differ."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_smoke", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", action="append", required=True)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args(arguments)
+    found = run(given.backend, given.device)
+    if given.out is not None:
+        given.out.write_text(json.dumps(found))
+    differing = [title for title, hashes in found.items() if len(set(hashes.values())) > 1]
+    for title in differing:
+        sys.stdout.write(f"{title}: {found[title]}\n")
+    equal, backends = len(found) - len(differing), ", ".join(next(iter(found.values())))
+    sys.stdout.write(f"{equal} of {len(found)} cases equal in all bits on {backends}\n")
+    return int(bool(differing))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""The GPU run's machinery without a GPU: the programs it runs, their logs and verdicts, and bits."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import gpu_parts, gpu_process, gpu_run, gpu_smoke
+from bench.gpu_parts import Parts, judge_checker, read_junit
+from bench.gpu_process import Budget, Finished, run_program, scrub, write_log
+from bench.gpu_run import Run
+from bench.gpu_worker import Key, Lines, Plan, Writer, read_lines
+from bench.providers import Foreach
+from bench.report import TORCH_CLASS
+from bench.test_gpu_report import FEW, fabricated_row
+
+
+def test_a_worker_that_breaks_off_is_followed_by_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plans: list[Plan] = []
+
+    def first(writer: Writer) -> Finished:
+        writer.begin(FEW, "swafast cpu")
+        writer.emit(fabricated_row("dry_few", "float32", "swafast cpu", 1e-3))
+        writer.begin(FEW, TORCH_CLASS)
+        return Finished(-11, 1.0, "a fault in some/where")
+
+    def second(writer: Writer) -> Finished:
+        assert not writer.wanted(FEW, TORCH_CLASS)
+        assert writer.wanted(FEW, Foreach.name)
+        writer.begin(FEW, Foreach.name)
+        writer.emit(fabricated_row("dry_few", "float32", Foreach.name, 1e-3))
+        return Finished(0, 1.0, "")
+
+    def run_worker(command: Sequence[str], limit_s: float) -> Finished:
+        plans.append(Plan.read(Path(command[-2])))
+        with Path(command[-1]).open("a") as file:
+            return (first, second)[len(plans) - 1](Writer(file, plans[-1].done))
+
+    monkeypatch.setattr(gpu_run, "run_program", run_worker)
+    run = Run(tmp_path, tmp_path, "", True, False, [FEW], Budget(60.0))
+    run._measure(1 << 20)
+    rows = {row.provider: row for row in run.report.rows}
+    assert plans[1].done == [("dry_few", "float32", "float32", name) for name in ("swafast cpu", TORCH_CLASS)]
+    assert {name: row.status for name, row in rows.items()} == {
+        "swafast cpu": "ok", TORCH_CLASS: "failed", Foreach.name: "ok",
+    }  # fmt: skip
+    assert rows[TORCH_CLASS].reason == "the process ended with code -11: a fault in some/where"
+
+
+def test_a_worker_that_never_begins_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_run, "run_program", lambda command, limit_s: Finished(1, 0.1, "no module named x"))
+    run = Run(tmp_path, tmp_path, "", True, False, [FEW], Budget(60.0))
+    run._measure(1 << 20)
+    assert run.report.failures()[0] == "times: the process ended with code 1: no module named x"
+
+
+def test_lines_that_are_cut_off_are_left_out() -> None:
+    key: Key = ("w", "float32", "float32", "p")
+    assert read_lines([json.dumps({"begin": key}), '{"workload": "w", "ti']) == Lines([], [key], key)
+
+
+def test_budget_keeps_what_later_parts_need() -> None:
+    budget = Budget(100.0)
+    assert budget.grant(30.0, kept_s=50.0) == 30.0
+    assert 39 < budget.grant(60.0, kept_s=60.0) <= 40
+    assert budget.grant(60.0, kept_s=200.0) == 0.0
+
+
+def test_a_program_that_takes_too_long_may_still_say_what_it_has() -> None:
+    script = "try:\n import time; print('begun', flush=True); time.sleep(60)\nexcept KeyboardInterrupt: print('counts')"
+    done = run_program([sys.executable, "-c", script], 1.5)
+    assert done.timed_out
+    assert done.seconds < 1.5 + gpu_process.GRACE_S
+    assert done.last_line == "counts"
+
+
+def test_a_program_that_is_not_there_is_a_failure() -> None:
+    assert run_program(["no-such-program"], 1.0).code == 127
+
+
+@pytest.mark.parametrize(
+    ("text", "scrubbed"),
+    [
+        (f"{gpu_process.ROOT}/tests/test_gpu.py:3: at /usr/local/cuda-13.0/bin/nvcc", "tests/test_gpu.py:3: at nvcc"),
+        ("-o /tmp/x-1/a_b/lib.so", "-o lib.so"),
+        ("3 of 4/s and a/b/c", "3 of 4/s and a/b/c"),
+        (f"cd {gpu_process.ROOT} && x", "cd . && x"),
+    ],
+)
+def test_logs_name_no_folder_of_a_machine(text: str, scrubbed: str, tmp_path: Path) -> None:
+    assert scrub(text) == scrubbed
+    write_log(tmp_path / "log", text)
+    assert (tmp_path / "log").read_text() == f"{scrubbed}\n"
+
+
+def test_a_long_log_keeps_both_ends(tmp_path: Path) -> None:
+    write_log(tmp_path / "log", "first" + "x" * 3 * gpu_process.LOG_CHARS + "last")
+    text = (tmp_path / "log").read_text()
+    assert len(text) < gpu_process.LOG_CHARS + 100
+    assert text.startswith("first")
+    assert text.endswith("last\n")
+
+
+SUMMARY = "========= ERROR SUMMARY: {} errors\n"
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "timed_out", "status", "detail"),
+    [
+        (SUMMARY.format(0), 0, False, "ok", "0 errors"),
+        ("========= Invalid __global__ read of size 4\n" + SUMMARY.format(3), 86, False, "failed", "3 errors: Invalid"),
+        ("========= Error: Device not supported. Please\n", 1, False, "not run", "the tool refuses: Error: Device not"),
+        ("begun\n", 0, True, "not run", "not done after"),
+        ("========= Uninitialized __global__ read\nbegun\n", -9, True, "failed", "Uninitialized"),
+        (SUMMARY.format(0) + "2 of 3 cases equal\n", 1, False, "failed", "code 1: 2 of 3 cases equal"),
+        ("Traceback\nnot supported by this\n", 1, False, "not run", "no summary: it ended with code 1: not supported"),
+    ],
+)
+def test_memory_checkers_verdict(output: str, code: int, timed_out: bool, status: str, detail: str) -> None:
+    part = judge_checker("memcheck", Finished(code, 1.0, output, timed_out))
+    assert part.status == status
+    assert detail in part.detail
+
+
+def test_junit_is_counted(tmp_path: Path) -> None:
+    junit = tmp_path / "junit.xml"
+    junit.write_text(
+        '<testsuites><testsuite hostname="h"><testcase classname="tests.a" name="x"/><testcase classname="a" name="y">'
+        '<failure message="assert 1 == 2&#10;more"/></testcase><testcase classname="a" name="z"><skipped/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    counts = {"passed": 1, "failed": 1, "errors": 0, "skipped": 1}
+    assert read_junit(junit) == (counts, ["a::y: assert 1 == 2"])
+    assert read_junit(tmp_path / "none.xml") == ({}, [])
+
+
+def test_a_failing_test_does_not_stop_the_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    parts = Parts(tmp_path, tmp_path, Budget(900.0), ("cuda",), dry=False)
+
+    def pytest_fails(command: Sequence[str], limit_s: float, env: Any = None) -> Finished:
+        junit = next(option for option in command if option.startswith("--junitxml")).partition("=")[2]
+        Path(junit).write_text('<t><testcase classname="a" name="y"><failure message="no"/></testcase></t>')
+        return Finished(1, 2.0, "1 failed")
+
+    monkeypatch.setattr(gpu_parts, "run_program", pytest_fails)
+    part = parts.tests()
+    assert (part.status, part.facts["failing"]) == ("failed", ["a::y: no"])
+    monkeypatch.setattr(gpu_parts, "find_tool", lambda name: None)
+    assert parts.build().status == "failed"
+    assert parts.checker("memcheck").detail == "there is no compute-sanitizer"
+
+
+# The smoke run
+
+
+def test_smoke_compares_all_bits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gpu_smoke, "CASES", gpu_smoke.CASES[3:4])
+    monkeypatch.setattr(gpu_smoke, "NUMELS", (3, 64, 4097))
+    arguments = ["--device", "cpu", "--backend", "reference"]
+    assert gpu_smoke.main(arguments) == 0
+    run_case = gpu_smoke.run_case
+    assert run_case(gpu_smoke.CASES[0], "cpu", "cpu") == run_case(gpu_smoke.CASES[0], "cpu", "cpu")
+
+    def broken(case: gpu_smoke.SmokeCase, backend: str, device: str) -> dict[str, str]:
+        if backend == "reference":
+            raise RuntimeError("launch failed")
+        return run_case(case, backend, device)
+
+    monkeypatch.setattr(gpu_smoke, "run_case", broken)
+    assert gpu_smoke.main(arguments) == 1
+    assert "launch failed" in capsys.readouterr().out
