@@ -176,7 +176,7 @@ def gpu_command(
     seconds: Annotated[float | None, typer.Option(help="Time of the whole run. Default: under eight minutes.")] = None,
 ) -> None:
     """Measure on one GPU beside a copy from device to device, and say which bars are met."""
-    from bench import gpu_run
+    from bench.gpu import run as gpu_run
 
     command = _command_line(sys.argv[1:])
     limit = gpu_run.TOTAL_S if seconds is None else seconds

@@ -20,7 +20,9 @@ CASES: list[tuple[Function, Callable[[Decimal], Decimal], Callable[[random.Rando
 ]
 
 
-def worst_ulps(function: Function, exact: Callable[[Decimal], Decimal], draw: Callable[[random.Random], float]) -> float:
+def worst_ulps(
+    function: Function, exact: Callable[[Decimal], Decimal], draw: Callable[[random.Random], float]
+) -> float:
     rng, worst = random.Random(3), Decimal(0)
     with localcontext() as context:
         context.prec = 50

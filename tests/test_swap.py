@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from swafast import FusedAveragedModel
+from swafast import ExponentialAverage, FusedAveragedModel
 from swafast import exchange as exchange_module
 from swafast.backends import native
 from tests.conftest import EveryKind, differing, tensors_of, trained
@@ -203,3 +203,18 @@ def test_an_interrupt_at_any_point_loses_nothing(
     assert differing(tensors_of(every_kind), before) == []
     assert differing(average.averaged_state_dict(), state) == []
     average.update_parameters(every_kind)
+
+
+def test_a_model_gets_the_averaged_modules_own_values_on_every_backend(backend: str) -> None:
+    # A float32 average half way between two bfloat16: `exact` rounds up, a cast would round to even.
+    model = torch.nn.ParameterList([torch.tensor([1.0, 1.0078125]).bfloat16()])
+    average = FusedAveragedModel(model, backend=backend, rule=ExponentialAverage(0.5))
+    average.update_parameters(model)
+    with torch.no_grad():
+        model[0].copy_(torch.tensor([1.0078125, 1.015625]))
+    average.update_parameters(model)
+    (own,) = (param.detach().clone() for param in average.module.parameters())
+    with average.swapped_into(model):
+        assert torch.equal(model[0].detach(), own)
+    average.copy_to(model)
+    assert torch.equal(model[0].detach(), own)

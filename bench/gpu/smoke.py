@@ -1,6 +1,6 @@
 """A few updates of every dtype and format, small and misaligned, an exchange, and a look for what is not finite.
 
-``python -m bench.gpu_smoke --device cuda --backend cuda --backend triton --out FILE`` runs them on each backend and on
+``python -m bench.gpu.smoke --device cuda --backend cuda --backend triton --out FILE`` runs them on each backend and on
 the CPU, and compares all bits. It is also what the memory checkers watch.
 """
 
@@ -144,7 +144,7 @@ def run(backends: list[str], device: str) -> dict[str, dict[str, str]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Compare, write down, and give 1 where any two hashes differ."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_smoke", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.smoke", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", action="append", required=True)
     parser.add_argument("--out", type=Path)

@@ -11,8 +11,8 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.gpu_process import ROOT, Budget, Finished, run_program, scrub, write_log
-from bench.gpu_report import Part
+from bench.gpu.process import ROOT, Budget, Finished, run_program, scrub, write_log
+from bench.gpu.report import Part
 
 # The most that each part may take, and what is kept for the times.
 CONFIGURE_S, BUILD_S, TESTS_S, SMOKE_S, CHECKER_S = 40.0, 90.0, 120.0, 40.0, 50.0
@@ -103,7 +103,7 @@ class Parts:
         """Compare the bits of all backends with those of the CPU."""
         path = self.work / "bits.json"
         done = run_program([*self._smoke_command(), "--out", str(path)], self._checker_s(SMOKE_S), self.env)
-        write_log(self.out / "smoke.log", f"bench.gpu_smoke\n{done.output}")
+        write_log(self.out / "smoke.log", f"bench.gpu.smoke\n{done.output}")
         bits: dict[str, dict[str, str]] = json.loads(path.read_text()) if path.is_file() else {}
         bits = {case: {backend: scrub(value) for backend, value in hashes.items()} for case, hashes in bits.items()}
         ok = done.code == 0 and bool(bits)
@@ -111,7 +111,7 @@ class Parts:
 
     def _smoke_command(self) -> list[str]:
         named = [option for backend in self.backends for option in ("--backend", backend)]
-        return [sys.executable, "-m", "bench.gpu_smoke", "--device", self.device, *named]
+        return [sys.executable, "-m", "bench.gpu.smoke", "--device", self.device, *named]
 
     def _checker_s(self, wanted_s: float) -> float:
         return self.budget.grant(wanted_s, MEASURE_S)
@@ -133,7 +133,7 @@ class Parts:
             # Calls that torch tries and that fail are none of ours: our own are checked where they are made.
             options += ["--report-api-errors", "no"]
         done = run_program([program, *options, *self._smoke_command()], limit, env)
-        write_log(self.out / "sanitizer.log", f"compute-sanitizer {' '.join(options)} bench.gpu_smoke\n{done.output}")
+        write_log(self.out / "sanitizer.log", f"compute-sanitizer {' '.join(options)} bench.gpu.smoke\n{done.output}")
         return judge_checker(tool, done)
 
 

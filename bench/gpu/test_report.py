@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench import gpu_cases, gpu_process, gpu_run
-from bench.gpu_bars import BackendBars, bars
-from bench.gpu_cases import Case, dry_cases
-from bench.gpu_parts import Parts
-from bench.gpu_report import COPY, GpuReport, GpuRow, Part, merged, with_profiles
-from bench.gpu_run import Run, failed_row, left_out
-from bench.gpu_tables import bars_table, workloads_table
+from bench.gpu import cases, process, run
+from bench.gpu.bars import BackendBars, bars
+from bench.gpu.cases import Case, dry_cases
+from bench.gpu.parts import Parts
+from bench.gpu.report import COPY, GpuReport, GpuRow, Part, merged, with_profiles
+from bench.gpu.run import Run, failed_row, left_out
+from bench.gpu.tables import bars_table, workloads_table
 from bench.providers import CompiledForeach, Foreach
 from bench.report import LERP_FLOAT, MUL_ADD, TORCH_CLASS
 
@@ -34,13 +34,13 @@ def fabricated_row(workload: str, dtype: str, provider: str, seconds: float, **m
 
 
 def all_titles() -> dict[str, str]:
-    return {name: workload.title for name, workload in gpu_cases.GPU_WORKLOADS.items()}
+    return {name: workload.title for name, workload in cases.GPU_WORKLOADS.items()}
 
 
 def fabricated_report(scale: Callable[[int], float] = lambda at: 1.0) -> GpuReport:
     """Give a whole report of invented numbers; ``scale`` bends our times, case by case."""
     rows = []
-    for at, case in enumerate(case for case in gpu_cases.gpu_cases() if not case.compiled):
+    for at, case in enumerate(case for case in cases.gpu_cases() if not case.compiled):
         ours = 1e-3 * scale(at)
         kind = {"dtype": case.dtype, "format": case.format}
         times = {COPY: 0.97e-3, "swafast cuda": ours, "swafast triton": ours * 1.3}
@@ -150,7 +150,7 @@ def test_copies_are_joined_and_profiles_put_beside_the_times() -> None:
 
 def test_tables_fit_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     report = fabricated_report(lambda at: 1.2 if at == 0 else 1.0)
-    console = Console(width=gpu_run.WIDTH)
+    console = Console(width=run.WIDTH)
     for table in (workloads_table(report), bars_table(report)):
         console.print(table)
         lines = capsys.readouterr().out.splitlines()
@@ -164,7 +164,7 @@ def test_tables_fit_a_log(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_dry_runs_tables_give_no_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [replace(row, provider=row.provider.replace("cuda", "cpu")) for row in fabricated_report().rows]
-    Console(width=gpu_run.WIDTH).print(bars_table(replace(fabricated_report(), rows=rows, dry=True)))
+    Console(width=run.WIDTH).print(bars_table(replace(fabricated_report(), rows=rows, dry=True)))
     printed = capsys.readouterr().out
     assert "these are not GPU figures" in printed
     assert not {"ok", "SHORT"} & set(printed.split())
@@ -172,7 +172,7 @@ def test_a_dry_runs_tables_give_no_verdict(capsys: pytest.CaptureFixture[str]) -
 
 def test_picture_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from bench.gpu_plot import plot
+    from bench.gpu.plot import plot
 
     assert plot(fabricated_report(), tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
@@ -203,8 +203,8 @@ def test_dry_run_from_end_to_end(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(gpu_run, "dry_cases", lambda: [case for case in dry_cases() if case == FEW])
-    code = gpu_run.run(tmp_path, "python -m bench gpu", dry=True, with_parts=False)
+    monkeypatch.setattr(run, "dry_cases", lambda: [case for case in dry_cases() if case == FEW])
+    code = run.run(tmp_path, "python -m bench gpu", dry=True, with_parts=False)
     printed = capsys.readouterr().out
     assert code == 0, printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.log", "dry.json", "dry.png"]
@@ -214,7 +214,7 @@ def test_dry_run_from_end_to_end(
     assert len(report.environment["source_sha256"]) == 64
     text = (tmp_path / "dry.json").read_text()
     assert str(tmp_path) not in text
-    assert str(gpu_process.ROOT) not in text
+    assert str(process.ROOT) not in text
     assert "no figure below is a GPU's" in printed
     assert "every time on a GPU" in printed
 
@@ -226,7 +226,7 @@ def test_a_run_survives_what_its_parts_raise(monkeypatch: pytest.MonkeyPatch, tm
     pytest.importorskip("matplotlib")
     for where, name in ((Run, "_measure"), (Run, "_describe"), (Parts, "build"), (Parts, "tests"), (Parts, "smoke")):
         monkeypatch.setattr(where, name, fail)
-    assert gpu_run.run(tmp_path, "python -m bench gpu", dry=True, with_parts=True) == 1
+    assert run.run(tmp_path, "python -m bench gpu", dry=True, with_parts=True) == 1
     report = GpuReport.read(tmp_path / "dry.json")
     failed = {part.name: part.detail for part in report.parts if part.failed}
     assert set(failed) == {"build", "gpu tests", "bits", "environment", "times", "picture"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.gpu_report import OURS_PREFIX
+from bench.gpu.report import OURS_PREFIX
 from bench.providers import (
     CompiledForeach,
     Foreach,

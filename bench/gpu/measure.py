@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from bench import gate
-from bench.gpu_cases import DTYPES, Case, providers_of
-from bench.gpu_profile import activity
-from bench.gpu_report import COPY, COPY_BIG, GpuRow
-from bench.gpu_timing import (
+from bench.gpu.cases import DTYPES, Case, providers_of
+from bench.gpu.profile import activity
+from bench.gpu.report import COPY, COPY_BIG, GpuRow
+from bench.gpu.timing import (
     COVER,
     DRY_MAX_TENSORS,
     MAX_TENSORS,

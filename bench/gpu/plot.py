@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from bench.gpu_bars import kind_text
-from bench.gpu_report import COPIES, COPY, OURS_PREFIX, GpuReport, GpuRow, share_of_copy, timed
+from bench.gpu.bars import kind_text
+from bench.gpu.report import COPIES, COPY, OURS_PREFIX, GpuReport, GpuRow, share_of_copy, timed
 from bench.plot import CEILING_COLOR, DPI, FAINT, GRID, INK, OURS_COLOR, WIDTH_IN, Keys
 from bench.report import TORCH_CLASS, baseline
 from bench.tables import milliseconds

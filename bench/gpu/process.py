@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # What a program is given to write down what it has, after an interrupt.
 GRACE_S = 8.0
 # Kept of a log: its beginning and its end.

@@ -11,13 +11,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import gpu, gpu_cases
-from bench.gpu_bars import SHARED, WALL_BARS
-from bench.gpu_cases import BILLION, DRY_WORKLOADS, Case, ours_on
-from bench.gpu_process import run_program
-from bench.gpu_profile import sum_up
-from bench.gpu_report import COPY, GpuRow, merged, share_of_copy
-from bench.gpu_timing import COVER, MAX_TENSORS, Rotation, Stopwatch, rotation_size
+from bench.gpu import cases, measure
+from bench.gpu.bars import SHARED, WALL_BARS
+from bench.gpu.cases import BILLION, DRY_WORKLOADS, Case, ours_on
+from bench.gpu.process import run_program
+from bench.gpu.profile import sum_up
+from bench.gpu.report import COPY, GpuRow, merged, share_of_copy
+from bench.gpu.timing import COVER, MAX_TENSORS, Rotation, Stopwatch, rotation_size
 from bench.providers import CompiledForeach, Foreach, Ours, Provider
 from bench.report import TORCH_CLASS
 from bench.workloads import build
@@ -53,13 +53,13 @@ class Recorder:
         self.rows.append(row)
 
 
-def setting(seconds: float = 60.0) -> gpu.Setting:
-    return gpu.Setting(CPU, BACKENDS, gpu.DRY_L2_BYTES, 0.0, time.monotonic() + seconds)
+def setting(seconds: float = 60.0) -> measure.Setting:
+    return measure.Setting(CPU, BACKENDS, measure.DRY_L2_BYTES, 0.0, time.monotonic() + seconds)
 
 
 def measured(*cases: Case, seconds: float = 60.0) -> list[GpuRow]:
     recorder = Recorder()
-    gpu.measure_all(cases, setting(seconds), recorder)
+    measure.measure_all(cases, setting(seconds), recorder)
     return merged(recorder.rows)
 
 
@@ -129,19 +129,19 @@ def test_when_the_time_is_up_the_rest_says_so() -> None:
 
 
 def test_a_compiler_is_not_begun_near_the_end() -> None:
-    (row,) = measured(replace(FEW, compiled=True), seconds=gpu.COMPILE_S / 2)
+    (row,) = measured(replace(FEW, compiled=True), seconds=measure.COMPILE_S / 2)
     assert (row.provider, row.status) == (CompiledForeach.name, "skipped")
     assert "were left" in row.reason
 
 
 def test_what_does_not_fit_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(measure, "available_bytes", lambda device: 1000)
     assert {row.reason for row in measured(FEW)} == {"does not fit the 0 GiB that are free"}
 
 
-@pytest.mark.parametrize("kind", [*gpu_cases.DEFAULTS, *gpu_cases.OTHERS])
+@pytest.mark.parametrize("kind", [*cases.DEFAULTS, *cases.OTHERS])
 def test_averages_one_at_a_time_are_the_averages(kind: tuple[str, str]) -> None:
-    model = build(DRY_WORKLOADS["dry_few"], gpu_cases.DTYPES[kind[0]], CPU)
+    model = build(DRY_WORKLOADS["dry_few"], cases.DTYPES[kind[0]], CPU)
     provider = ours_on("cpu", kind[1])(model)
     provider.update()
     provider.update()
@@ -150,20 +150,20 @@ def test_averages_one_at_a_time_are_the_averages(kind: tuple[str, str]) -> None:
 
 
 def test_bytes_are_those_of_the_formats() -> None:
-    for (dtype, fmt), counted in gpu_cases.COUNTED_BYTES.items():
-        item = gpu_cases.DTYPES[dtype].itemsize
+    for (dtype, fmt), counted in cases.COUNTED_BYTES.items():
+        item = cases.DTYPES[dtype].itemsize
         planes = {"exact": 4, "float32": 4, "mirrored": 6}[fmt]
         assert counted == item + 2 * planes - (2 if fmt == "mirrored" else 0)
-        assert gpu_cases.HELD_BYTES[dtype, fmt] == item + planes
+        assert cases.HELD_BYTES[dtype, fmt] == item + planes
 
 
 def test_cases_with_a_bar_come_first() -> None:
-    cases = gpu_cases.gpu_cases()
-    assert len(set(cases)) == len(cases)
-    assert {case.workload for case in cases[:4]} == {"1e9", "llama3_8b"}
-    assert {case.workload for case in cases[:8]} == {*SHARED, *WALL_BARS}
-    assert {case.workload for case in cases} == set(gpu_cases.GPU_WORKLOADS)
-    assert all(case.find_workload().num_params > 0 for case in cases)
+    listed = cases.gpu_cases()
+    assert len(set(listed)) == len(listed)
+    assert {case.workload for case in listed[:4]} == {"1e9", "llama3_8b"}
+    assert {case.workload for case in listed[:8]} == {*SHARED, *WALL_BARS}
+    assert {case.workload for case in listed} == set(cases.GPU_WORKLOADS)
+    assert all(case.find_workload().num_params > 0 for case in listed)
 
 
 # A GPU's calls, with stand-ins for torch.cuda
@@ -244,7 +244,7 @@ def test_stopwatch_on_a_gpu() -> None:
 def test_profiler_on_a_gpu() -> None:
     # In a process of its own: other tests make graphs, which do not go together with the profiler's library.
     script = (
-        "import torch; from bench.gpu_profile import activity\n"
+        "import torch; from bench.gpu.profile import activity\n"
         "tensor = torch.zeros(1 << 20, device='cuda')\n"
         "for _ in range(2): seen = activity(lambda: tensor.add_(1), tensor.device)\n"
         "assert (seen.launches, seen.transfers) == (1, 0), seen"
@@ -256,12 +256,12 @@ def test_profiler_on_a_gpu() -> None:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take a GPU's way through a case, on the CPU, with stand-ins for what only a GPU answers."""
-    monkeypatch.setattr(gpu.Setting, "on_gpu", property(lambda self: True))
-    monkeypatch.setattr(gpu, "BIG_COPY_BYTES", gpu.DRY_BIG_COPY_BYTES)
-    monkeypatch.setattr(gpu, "BESIDE_BYTES", gpu.DRY_BESIDE_BYTES)
+    monkeypatch.setattr(measure.Setting, "on_gpu", property(lambda self: True))
+    monkeypatch.setattr(measure, "BIG_COPY_BYTES", measure.DRY_BIG_COPY_BYTES)
+    monkeypatch.setattr(measure, "BESIDE_BYTES", measure.DRY_BESIDE_BYTES)
     monkeypatch.setattr(Stopwatch, "waits", lambda self, call, host_s: False)
     monkeypatch.setattr(Stopwatch, "sync_error", lambda self, call: "")
-    monkeypatch.setattr(gpu, "activity", lambda call, device: sum_up([("update_kernel", 7000)]))
+    monkeypatch.setattr(measure, "activity", lambda call, device: sum_up([("update_kernel", 7000)]))
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -288,9 +288,9 @@ def test_what_a_tool_raises_is_a_remark(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_profiling_counts_launches_and_takes_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
-    gpu.measure_all([FEW], replace(setting(), profile=True), recorder)
+    measure.measure_all([FEW], replace(setting(), profile=True), recorder)
     assert {(row.status, row.launches, row.busy_s) for row in recorder.rows} == {("ok", 1, 7e-6)}
     assert not any(row.samples or row.device_s for row in recorder.rows)
-    monkeypatch.setattr(gpu, "activity", lambda call, device: None)
-    gpu.measure_all([FEW], replace(setting(), profile=True), recorder)
+    monkeypatch.setattr(measure, "activity", lambda call, device: None)
+    measure.measure_all([FEW], replace(setting(), profile=True), recorder)
     assert recorder.rows[-1].reason == "RuntimeError: the profiler recorded nothing of the device"

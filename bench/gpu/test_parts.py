@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from bench import gpu_parts, gpu_process, gpu_run, gpu_smoke
-from bench.gpu_parts import Parts, judge_checker, read_junit
-from bench.gpu_process import Budget, Finished, run_program, scrub, write_log
-from bench.gpu_run import Run
-from bench.gpu_worker import Key, Lines, Plan, Writer, read_lines
+from bench.gpu import parts, process, run, smoke
+from bench.gpu.parts import Parts, judge_checker, read_junit
+from bench.gpu.process import Budget, Finished, run_program, scrub, write_log
+from bench.gpu.run import Run
+from bench.gpu.test_report import FEW, fabricated_row
+from bench.gpu.worker import Key, Lines, Plan, Writer, read_lines
 from bench.providers import Foreach
 from bench.report import TORCH_CLASS
-from bench.test_gpu_report import FEW, fabricated_row
 
 
 def test_a_worker_that_breaks_off_is_followed_by_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -41,10 +41,10 @@ def test_a_worker_that_breaks_off_is_followed_by_another(monkeypatch: pytest.Mon
         with Path(command[-1]).open("a") as file:
             return (first, second)[len(plans) - 1](Writer(file, plans[-1].done))
 
-    monkeypatch.setattr(gpu_run, "run_program", run_worker)
-    run = Run(tmp_path, tmp_path, "", True, False, [FEW], Budget(60.0))
-    run._measure(1 << 20)
-    rows = {row.provider: row for row in run.report.rows}
+    monkeypatch.setattr(run, "run_program", run_worker)
+    whole = Run(tmp_path, tmp_path, "", True, False, [FEW], Budget(60.0))
+    whole._measure(1 << 20)
+    rows = {row.provider: row for row in whole.report.rows}
     assert plans[1].done == [("dry_few", "float32", "float32", name) for name in ("swafast cpu", TORCH_CLASS)]
     assert {name: row.status for name, row in rows.items()} == {
         "swafast cpu": "ok", TORCH_CLASS: "failed", Foreach.name: "ok",
@@ -53,10 +53,10 @@ def test_a_worker_that_breaks_off_is_followed_by_another(monkeypatch: pytest.Mon
 
 
 def test_a_worker_that_never_begins_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(gpu_run, "run_program", lambda command, limit_s: Finished(1, 0.1, "no module named x"))
-    run = Run(tmp_path, tmp_path, "", True, False, [FEW], Budget(60.0))
-    run._measure(1 << 20)
-    assert run.report.failures()[0] == "times: the process ended with code 1: no module named x"
+    monkeypatch.setattr(run, "run_program", lambda command, limit_s: Finished(1, 0.1, "no module named x"))
+    whole = Run(tmp_path, tmp_path, "", True, False, [FEW], Budget(60.0))
+    whole._measure(1 << 20)
+    assert whole.report.failures()[0] == "times: the process ended with code 1: no module named x"
 
 
 def test_lines_that_are_cut_off_are_left_out() -> None:
@@ -75,7 +75,7 @@ def test_a_program_that_takes_too_long_may_still_say_what_it_has() -> None:
     script = "try:\n import time; print('begun', flush=True); time.sleep(60)\nexcept KeyboardInterrupt: print('counts')"
     done = run_program([sys.executable, "-c", script], 1.5)
     assert done.timed_out
-    assert done.seconds < 1.5 + gpu_process.GRACE_S
+    assert done.seconds < 1.5 + process.GRACE_S
     assert done.last_line == "counts"
 
 
@@ -86,10 +86,10 @@ def test_a_program_that_is_not_there_is_a_failure() -> None:
 @pytest.mark.parametrize(
     ("text", "scrubbed"),
     [
-        (f"{gpu_process.ROOT}/tests/test_gpu.py:3: at /usr/local/cuda-13.0/bin/nvcc", "tests/test_gpu.py:3: at nvcc"),
+        (f"{process.ROOT}/tests/test_gpu.py:3: at /usr/local/cuda-13.0/bin/nvcc", "tests/test_gpu.py:3: at nvcc"),
         ("-o /tmp/x-1/a_b/lib.so", "-o lib.so"),
         ("3 of 4/s and a/b/c", "3 of 4/s and a/b/c"),
-        (f"cd {gpu_process.ROOT} && x", "cd . && x"),
+        (f"cd {process.ROOT} && x", "cd . && x"),
     ],
 )
 def test_logs_name_no_folder_of_a_machine(text: str, scrubbed: str, tmp_path: Path) -> None:
@@ -99,9 +99,9 @@ def test_logs_name_no_folder_of_a_machine(text: str, scrubbed: str, tmp_path: Pa
 
 
 def test_a_long_log_keeps_both_ends(tmp_path: Path) -> None:
-    write_log(tmp_path / "log", "first" + "x" * 3 * gpu_process.LOG_CHARS + "last")
+    write_log(tmp_path / "log", "first" + "x" * 3 * process.LOG_CHARS + "last")
     text = (tmp_path / "log").read_text()
-    assert len(text) < gpu_process.LOG_CHARS + 100
+    assert len(text) < process.LOG_CHARS + 100
     assert text.startswith("first")
     assert text.endswith("last\n")
 
@@ -140,37 +140,37 @@ def test_junit_is_counted(tmp_path: Path) -> None:
 
 
 def test_a_failing_test_does_not_stop_the_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    parts = Parts(tmp_path, tmp_path, Budget(900.0), ("cuda",), dry=False)
+    given = Parts(tmp_path, tmp_path, Budget(900.0), ("cuda",), dry=False)
 
     def pytest_fails(command: Sequence[str], limit_s: float, env: Any = None) -> Finished:
         junit = next(option for option in command if option.startswith("--junitxml")).partition("=")[2]
         Path(junit).write_text('<t><testcase classname="a" name="y"><failure message="no"/></testcase></t>')
         return Finished(1, 2.0, "1 failed")
 
-    monkeypatch.setattr(gpu_parts, "run_program", pytest_fails)
-    part = parts.tests()
+    monkeypatch.setattr(parts, "run_program", pytest_fails)
+    part = given.tests()
     assert (part.status, part.facts["failing"]) == ("failed", ["a::y: no"])
-    monkeypatch.setattr(gpu_parts, "find_tool", lambda name: None)
-    assert parts.build().status == "failed"
-    assert parts.checker("memcheck").detail == "there is no compute-sanitizer"
+    monkeypatch.setattr(parts, "find_tool", lambda name: None)
+    assert given.build().status == "failed"
+    assert given.checker("memcheck").detail == "there is no compute-sanitizer"
 
 
 # The smoke run
 
 
 def test_smoke_compares_all_bits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(gpu_smoke, "CASES", gpu_smoke.CASES[3:4])
-    monkeypatch.setattr(gpu_smoke, "NUMELS", (3, 64, 4097))
+    monkeypatch.setattr(smoke, "CASES", smoke.CASES[3:4])
+    monkeypatch.setattr(smoke, "NUMELS", (3, 64, 4097))
     arguments = ["--device", "cpu", "--backend", "reference"]
-    assert gpu_smoke.main(arguments) == 0
-    run_case = gpu_smoke.run_case
-    assert run_case(gpu_smoke.CASES[0], "cpu", "cpu") == run_case(gpu_smoke.CASES[0], "cpu", "cpu")
+    assert smoke.main(arguments) == 0
+    run_case = smoke.run_case
+    assert run_case(smoke.CASES[0], "cpu", "cpu") == run_case(smoke.CASES[0], "cpu", "cpu")
 
-    def broken(case: gpu_smoke.SmokeCase, backend: str, device: str) -> dict[str, str]:
+    def broken(case: smoke.SmokeCase, backend: str, device: str) -> dict[str, str]:
         if backend == "reference":
             raise RuntimeError("launch failed")
         return run_case(case, backend, device)
 
-    monkeypatch.setattr(gpu_smoke, "run_case", broken)
-    assert gpu_smoke.main(arguments) == 1
+    monkeypatch.setattr(smoke, "run_case", broken)
+    assert smoke.main(arguments) == 1
     assert "launch failed" in capsys.readouterr().out

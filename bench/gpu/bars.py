@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from bench.gpu_cases import DEFAULTS, GPU_WORKLOADS
-from bench.gpu_report import OURS_PREFIX, GpuReport, GpuRow, share_of_copy, timed, wall_ratio
+from bench.gpu.cases import DEFAULTS, GPU_WORKLOADS
+from bench.gpu.report import OURS_PREFIX, GpuReport, GpuRow, share_of_copy, timed, wall_ratio
 from bench.numbers import Bar
 from bench.providers import CompiledForeach
 from bench.report import TORCH_CLASS

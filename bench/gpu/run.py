@@ -19,13 +19,13 @@ import torch
 from rich.console import Console
 
 from bench import machine
-from bench.gpu import DRY_L2_BYTES
-from bench.gpu_cases import Case, dry_cases, gpu_cases
-from bench.gpu_parts import Parts
-from bench.gpu_process import ROOT, Budget, run_program, scrub, write_log
-from bench.gpu_report import OUR_BACKENDS, GpuReport, GpuRow, Part, merged, with_profiles
-from bench.gpu_tables import bars_table, workloads_table
-from bench.gpu_worker import Key, Lines, Plan, read_lines
+from bench.gpu.cases import Case, dry_cases, gpu_cases
+from bench.gpu.measure import DRY_L2_BYTES
+from bench.gpu.parts import Parts
+from bench.gpu.process import ROOT, Budget, run_program, scrub, write_log
+from bench.gpu.report import OUR_BACKENDS, GpuReport, GpuRow, Part, merged, with_profiles
+from bench.gpu.tables import bars_table, workloads_table
+from bench.gpu.worker import Key, Lines, Plan, read_lines
 
 # A whole run, and what its end (the picture, the tables) takes of that.
 TOTAL_S, END_S = 465.0, 12.0
@@ -137,7 +137,7 @@ class Run:
         lines_path, plan_path = self.work / f"{name}.jsonl", self.work / f"{name}.json"
         device = "cpu" if self.dry else "cuda"
         provider_s = DRY_PROVIDER_S if self.dry else PROVIDER_S
-        command = [sys.executable, "-m", "bench.gpu_worker", str(plan_path), str(lines_path)]
+        command = [sys.executable, "-m", "bench.gpu.worker", str(plan_path), str(lines_path)]
         # What a compiled update launches is no bar of ours, and to compile it again takes long.
         cases = [case for case in self.cases if not (profile and case.compiled)]
         failed: dict[Key, GpuRow] = {}
@@ -151,7 +151,7 @@ class Run:
             Plan(device, backends, cases, seconds, provider_s, l2_bytes, profile, lines.begun).write(plan_path)
             known = len(lines.begun)
             done = run_program(command, seconds + OVERRUN_S)
-            write_log(self.out / "bench.log", f"bench.gpu_worker, {name}\n{done.output}")
+            write_log(self.out / "bench.log", f"bench.gpu.worker, {name}\n{done.output}")
             lines = read_lines(lines_path.read_text().splitlines() if lines_path.is_file() else [])
             if done.code == 0:
                 break
@@ -164,7 +164,7 @@ class Run:
 
     def _draw(self) -> None:
         try:
-            from bench.gpu_plot import plot
+            from bench.gpu.plot import plot
         except ModuleNotFoundError as missing:
             self.report.parts.append(Part("picture", "not run", str(missing)))
             return

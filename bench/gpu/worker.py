@@ -1,4 +1,4 @@
-"""The process that measures: ``python -m bench.gpu_worker PLAN LINES`` does what PLAN says, and writes line by line.
+"""The process that measures: ``python -m bench.gpu.worker PLAN LINES`` does what PLAN says, and writes line by line.
 
 It is a process of its own because a kernel that fails takes the process's device with it: the run then begins another
 one, which goes on after the provider under way.
@@ -16,9 +16,9 @@ from typing import Any, TextIO
 
 import torch
 
-from bench.gpu import Setting, measure_all
-from bench.gpu_cases import Case
-from bench.gpu_report import GpuRow
+from bench.gpu.cases import Case
+from bench.gpu.measure import Setting, measure_all
+from bench.gpu.report import GpuRow
 
 Key = tuple[str, str, str, str]
 

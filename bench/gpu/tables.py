@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from bench.gpu_bars import bars, kind_text
-from bench.gpu_report import COPY, OURS_PREFIX, GpuReport, GpuRow, share_of_copy, timed
+from bench.gpu.bars import bars, kind_text
+from bench.gpu.report import COPY, OURS_PREFIX, GpuReport, GpuRow, share_of_copy, timed
 from bench.providers import Foreach
 from bench.report import baseline
 from bench.tables import milliseconds, percent
