@@ -159,10 +159,16 @@ _MOST_RECENT = 16
 _captured: list[list[Work]] = []
 
 
+def _look(tensor: Tensor) -> tuple[object, ...]:
+    """Give all that the checks and a launch go by."""
+    view = (tensor.data_ptr(), tensor.untyped_storage().nbytes(), tensor.shape, tensor.stride())
+    return (*view, tensor.dtype, tensor.device, type(tensor), tensor.is_neg(), tensor.is_conj())
+
+
 def _prepared(pairs: Sequence[Pair], fmt: Format) -> list[Work]:
     tensors = [tensor for pair in pairs for tensor in (pair.param, *pair.planes)]
     try:
-        seen = tuple((t.data_ptr(), t.dtype, t.device, t.shape, t.stride(), t.is_neg(), t.is_conj()) for t in tensors)
+        seen = tuple(map(_look, tensors))
     except RuntimeError:  # sparse, say: the checks below name it
         seen = ()
     key = (fmt.name, os.environ.get("SWAFAST_BACKEND"), seen)
