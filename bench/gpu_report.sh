@@ -33,12 +33,25 @@ if [[ -z $python ]]; then
   exit 2
 fi
 
+missing=$("$python" - <<'END'
+from importlib.util import find_spec
+print(*(name for name in ("pytest", "pytest_benchmark", "typer", "rich", "matplotlib") if find_spec(name) is None))
+END
+)
+if [[ -n $missing ]]; then
+  echo "$python lacks $missing: pip install '.[test]'" >&2
+  exit 2
+fi
+
 began=$(mktemp)
-trap 'rm -f "$began"' EXIT
+rm -f "$out/failed.json"
+trap 'rm -f "$began"; [[ -z $(jobs -p) ]] || kill $(jobs -p) 2>/dev/null' EXIT
+trap 'exit 143' TERM INT
 # The run keeps to its own time; this is for one that hangs all the same.
 limit=()
 command -v timeout >/dev/null && limit=(timeout --signal=INT --kill-after=20 490)
-"${limit[@]}" "$python" -m bench gpu --out "$out" --checks "$@"
+"${limit[@]}" "$python" -m bench gpu --out "$out" --checks "$@" &
+wait $!
 code=$?
 if [[ ! $out/gpu.json -nt $began && ! $out/dry.json -nt $began ]]; then
   echo "{\"failed\": \"no report was written: the run ended with code $code\"}" >"$out/failed.json"

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from . import checks, choice, matching
 from ._torch import disable_dynamo
-from .exchange import Exchange, value_for_param
+from .exchange import Exchange
 from .formats import OWN, Format, check_format, format_of, stored_dtype
 from .functions import choose_rule, update_by_function
 from .locks import ForkSafeLock
@@ -252,7 +252,7 @@ class FusedAveragedModel(AveragedModel):
 
     @torch.no_grad()
     def copy_to(self, model: Module) -> None:
-        """Copy averages and buffers into ``model``, cast to its dtypes.
+        """Copy averages and buffers into ``model``, each rounded once to its dtype, as in :meth:`averaged_state_dict`.
 
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed.
@@ -262,7 +262,8 @@ class FusedAveragedModel(AveragedModel):
             pairs = plan.pairs(params, planes)
             checks.check_writable(pairs)
             for pair in pairs:
-                pair.param.detach().copy_(value_for_param(pair))
+                value = pair.format.decode(pair.planes) if pair.format is not None else pair.average
+                pair.param.detach().copy_(value)
 
     @torch.no_grad()
     def averaged_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def check_counter(num_averaged: object) -> None:
         raise ValueError(f"n_averaged must be one int64, got {num_averaged!r}")
     if num_averaged.device.type == "meta":
         raise ValueError("n_averaged must hold a number, got a tensor on the meta device")
-    if num_averaged.dtype != torch.int64 or num_averaged.numel() != 1:
+    if num_averaged.layout != torch.strided or num_averaged.dtype != torch.int64 or num_averaged.numel() != 1:
         raise ValueError(f"n_averaged must be one int64, got {num_averaged.dtype} of shape {tuple(num_averaged.shape)}")
 
 
@@ -101,13 +101,15 @@ def check_writable(pairs: Sequence[Pair]) -> None:
             )
 
 
-def check_overlap(pairs: Sequence[Pair]) -> None:
-    """Raise ValueError naming two averages that share memory: an update would move one through the other."""
+def check_overlap(pairs: Sequence[Pair], *, tied: bool = True) -> None:
+    """Raise ValueError naming two averages that share memory: an update would move one through the other.
+
+    With ``tied`` two names of one param may share it: a plan gives each average a place of its own.
+    """
     averaged = [pair for pair in pairs if pair.format is not None]
     for first, second in overlaps([pair.planes for pair in averaged]):
         a, b = averaged[first], averaged[second]
-        # Two names of one param, on one memory, are tied: each average gets a place of its own.
-        if not (a.param is b.param and a.average.data_ptr() == b.average.data_ptr()):
+        if not (tied and a.param is b.param and a.average.data_ptr() == b.average.data_ptr()):
             raise ValueError(f"averages must not overlap in memory, got {a.name!r} and {b.name!r} on shared bytes")
 
 

@@ -83,7 +83,7 @@ def _explain_missing(error: ModuleNotFoundError) -> NoReturn:
     if missing not in DEMO_PACKAGES:
         raise error
     Console(stderr=True).print(
-        f"swafast demo needs {missing}, which is not installed: pip install 'swafast[demo]'",
+        f"swafast demo needs {missing}, which is not installed: pip install '.[demo]' in the clone",
         style="red",
         markup=False,
         highlight=False,

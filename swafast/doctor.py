@@ -40,7 +40,8 @@ def _in_use(device_type: str) -> str:
         return f"none: {error}"
     param, average = torch.zeros(2, 1, device=device_type)
     fitting = next(backend for backend in chosen if backend.serves(Pair("", param, (average,), FLOAT32)))
-    return f"{fitting.name} (SWAFAST_BACKEND={os.environ.get('SWAFAST_BACKEND', '')!r})"
+    asked = os.environ.get("SWAFAST_BACKEND")
+    return f"{fitting.name} ({f'SWAFAST_BACKEND={asked}' if asked else 'SWAFAST_BACKEND is not set'})"
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -66,15 +67,21 @@ class Exchange:
             RuntimeError: a param was moved to other memory meanwhile; the averages are whole all the same.
         """
         try:
-            for launch in self._launches:
-                launch.exchange(False)  # those that never got there do nothing
-            for pair, param in zip(self._aside, self._stash, strict=False):  # no stash: interrupted before any write
-                pair.param.copy_(param)
+            with contextlib.ExitStack() as all_of_them:  # whatever one of them raises, the others go back
+                for launch in self._launches:
+                    all_of_them.callback(launch.exchange, False)  # those that never got there do nothing
         finally:
-            bump_versions(self._written)
+            self._restore()
         for pair, param in zip(self._held, self._params, strict=True):
             if param.data_ptr() != pair.param.data_ptr():
                 raise RuntimeError(
                     f"model must keep its tensors while swapped, got {pair.name!r} on other memory: "
                     "its values before the swap could not be put back"
                 )
+
+    def _restore(self) -> None:
+        try:
+            for pair, param in zip(self._aside, self._stash, strict=False):  # no stash: interrupted before any write
+                pair.param.copy_(param)
+        finally:
+            bump_versions(self._written)

@@ -106,6 +106,13 @@ EXTRA_PLANES = tuple(dict.fromkeys(plane for fmt in _FORMATS.values() for plane,
 
 
 def get_format(name: str) -> Format:
+    """Give a format by its name.
+
+    Raises:
+        ValueError: no format has that name.
+    """
+    if name not in _FORMATS:
+        raise ValueError(f"format must be one of {', '.join(map(repr, _FORMATS))}, got {name!r}")
     return _FORMATS[name]
 
 

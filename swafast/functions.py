@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .backends import Pair
+from .checks import refuse_capture
 from .rules import Rule, rule_of
 
 AvgFn = Callable[..., Tensor]
@@ -45,6 +46,7 @@ def update_by_function(
 
     What such a function has written when it raises stays written, as with torch's class.
     """
+    refuse_capture(num_averaged.device, "an averaging function of your own, which may read the count,")
     averaged = [pair for pair in pairs if pair.format is not None]
     averages = [pair.average.detach() for pair in averaged]
     params = [pair.param.detach().to(pair.average.device) for pair in averaged]

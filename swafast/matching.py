@@ -119,6 +119,7 @@ class Bindings:
     def __init__(self) -> None:
         self._binding: Binding | None = None
         self._captured: list[Binding] = []
+        self._told: set[int] = set()  # of those, the ones that have been warned about
 
     def current(
         self, model: Module, config: object, num_averaged: Tensor
@@ -137,13 +138,15 @@ class Bindings:
         old, self._binding = self._binding, binding
         if old is not None and old.plan.captured:
             self._captured.append(old)
-            if not old.plan.homes <= binding.plan.homes:
-                warnings.warn(
-                    "the averages have moved since a CUDA graph captured their update: it still updates the old ones; "
-                    "capture it anew",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
+        stale = {id(kept) for kept in self._captured if not kept.plan.writes <= binding.plan.writes}
+        if stale - self._told:
+            self._told |= stale
+            warnings.warn(
+                "the averages or n_averaged have moved since a CUDA graph captured their update: it still updates the "
+                "old ones; capture it anew",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
 
 def bind(

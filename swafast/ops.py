@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections import OrderedDict
@@ -15,14 +16,25 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .backends import Backend, ExchangeLaunch, Launch, Pair
 from .checks import check_counter, check_overlap, check_planes, check_sides, overlaps, refuse_capture
 from .choice import choose_backends, device_types
 from .formats import Format, get_format
-from .rules import FixedWeight, KernelTerms, Rule, checked_weight
+from .rules import FixedWeight, KernelTerms, Rule, checked_weight, terms_of
 
 _warned: set[str] = set()
+
+
+def bump_versions(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd that the memory of ``tensors`` was written: unseen, a write gives a wrong gradient in silence."""
+    try:
+        increment_version(tensors)
+    except RuntimeError:  # a tensor made under inference_mode has no version, and autograd never keeps it
+        for tensor in tensors:
+            with contextlib.suppress(RuntimeError):
+                increment_version(tensor)
 
 
 @dataclass
@@ -32,6 +44,11 @@ class Work:
     backend: Backend
     indices: tuple[int, ...]  # into the plan's pairs
     launch: Launch
+
+    @property
+    def on_host(self) -> bool:
+        """Whether it reads ``num_averaged`` on the host."""
+        return self.backend.device_types is None or "cpu" in self.backend.device_types
 
 
 def prepare(pairs: Sequence[Pair], backends: Sequence[Backend]) -> list[Work]:
@@ -53,8 +70,10 @@ def update(
     work: Sequence[Work], params: Sequence[Tensor], rule: Rule, num_averaged: Tensor, *, skip_nonfinite: bool = False
 ) -> None:
     """Run one update of prepared pairs and count it; with ``skip_nonfinite`` neither, if a param is not finite."""
-    if rule.kernel_terms() is None:
+    if terms_of(rule) is None:
         rule = _work_out(rule, num_averaged)
+    if num_averaged.device.type == "cuda" and any(part.on_host for part in work):
+        refuse_capture(num_averaged.device, "an update of which a part runs on the host")
     if skip_nonfinite and len(work) > 1:
         # What one backend finds holds for all of them.
         if first_nonfinite(work, params) is not None:
@@ -147,14 +166,15 @@ def _update_op(
     ]
     check_counter(num_averaged)
     work = _prepared(pairs, fmt)
+    bump_versions((*(plane for pair in pairs for plane in pair.planes), num_averaged))
     update(work, params, _TermsRule(KernelTerms(kind, tuple(terms))), num_averaged)  # type: ignore[arg-type]
-    if any(part.launch.captured for part in work):
+    if any(part.launch.captured for part in work) and not any(kept is work for kept in _captured):
         _captured.append(work)
 
 
 #: Work of the op's last calls by what it was made for. A launch goes by addresses, dtypes, shapes and strides alone.
 _recent: OrderedDict[object, list[Work]] = OrderedDict()
-_MOST_RECENT = 16
+_MOST_RECENT = 256
 #: Work that a CUDA graph holds, and that nobody else would keep.
 _captured: list[list[Work]] = []
 
@@ -178,13 +198,15 @@ def _prepared(pairs: Sequence[Pair], fmt: Format) -> list[Work]:
     for pair in pairs:
         check_sides(pair, any_device=False)
         check_planes(pair, fmt)
-    check_overlap(pairs)
+    check_overlap(pairs, tied=False)
     for device in {pair.average.device for pair in pairs}:
         refuse_capture(device, "a first call of swafast.update_ for these tensors")
-    _recent[key] = prepare(pairs, choose_backends(device_types=device_types(pairs)))
-    while len(_recent) > _MOST_RECENT:
-        _recent.popitem(last=False)
-    return _recent[key]
+    work = prepare(pairs, choose_backends(device_types=device_types(pairs)))
+    if seen and all(part.backend.device_types is not None for part in work):  # reference would keep the tensors alive
+        _recent[key] = work
+        while len(_recent) > _MOST_RECENT:
+            _recent.popitem(last=False)
+    return work
 
 
 _library = torch.library.Library("swafast", "DEF")

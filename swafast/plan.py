@@ -6,18 +6,18 @@ on both sides, without reading a device.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from itertools import islice
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from . import ops
 from ._torch import make_metadata_check
 from .backends import Backend, Pair, native
 from .bucket import Slot, is_dense, lay_out, same_order
+from .checks import refuse_capture
+from .ops import bump_versions
 from .rules import Rule
 
 
@@ -66,6 +66,8 @@ class Plan:
         self.names = [pair.name for pair in pairs]
         self.formats = [pair.format for pair in pairs]
         self._num_averaged = num_averaged
+        #: Addresses that an update writes, as far as they are ours.
+        self.writes = self.homes | {num_averaged.data_ptr()}
         self._params = Fingerprint([pair.param for pair in pairs])
         self._written = Fingerprint([*(plane for pair in pairs for plane in pair.planes), num_averaged])
         self._work = ops.prepare(pairs, backends)
@@ -90,6 +92,7 @@ class Plan:
 
     def first_nonfinite(self, params: Sequence[Tensor]) -> str | None:
         """Give the name of a param that holds a NaN or an infinity, else None."""
+        refuse_capture(self._num_averaged.device, "nonfinite='raise', which waits for the device,")
         index = ops.first_nonfinite(self._work, params)
         return None if index is None else self.names[index]
 
@@ -109,16 +112,6 @@ class Plan:
         if self.captured and not self._held:
             # The graph goes on reading and writing this memory, whatever stands in the modules by then.
             self._held = tuple(tensor.detach() for tensor in (*params, *planes, self._num_averaged))
-
-
-def bump_versions(tensors: Sequence[Tensor]) -> None:
-    """Tell autograd that the memory of ``tensors`` was written: unseen, a write gives a wrong gradient in silence."""
-    try:
-        increment_version(tensors)
-    except RuntimeError:  # a tensor made under inference_mode has no version, and autograd never keeps it
-        for tensor in tensors:
-            with contextlib.suppress(RuntimeError):
-                increment_version(tensor)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import math
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -38,8 +38,15 @@ class KernelTerms:
             raise ValueError(f"kind must be one of KernelTerms' five, got {self.kind}")
         if len(self.terms) != 4 or not all(math.isfinite(term) for term in self.terms):
             raise ValueError(f"terms must be four finite numbers, got {self.terms}")
-        if self.kind == self.CONSTANT and not 0.0 <= self.terms[0] <= 1.0:
-            raise ValueError(f"terms must begin with a weight in [0, 1], got {self.terms[0]}")
+        first, second, inv_gamma, power = self.terms
+        if self.kind == self.CONSTANT and not 0.0 <= first <= 1.0:
+            raise ValueError(f"terms must begin with a weight in [0, 1], got {first}")
+        if self.kind in (self.POWER_WARMUP, self.RATIO_WARMUP) and not 0.0 <= first <= second <= 1.0:
+            raise ValueError(f"terms must begin with the lowest and highest weight in [0, 1], got {first}, {second}")
+        if self.kind == self.POWER_WARMUP and not (inv_gamma > 0.0 and power > 0.0):
+            raise ValueError(f"terms must end with inv_gamma > 0 and power > 0, got {inv_gamma}, {power}")
+        if self.kind == self.POWER and not first >= 0.0:
+            raise ValueError(f"terms must begin with gamma >= 0, got {first}")
 
     @classmethod
     def of(cls, kind: int, *terms: float) -> KernelTerms:
@@ -261,6 +268,17 @@ def checked_weight(rule: Rule, num_averaged: int) -> float:
     weight = float(rule.weight(num_averaged))
     _check_number(f"the weight that {rule!r} gives at n = {num_averaged}", weight, "in [0, 1]", lambda x: 0 <= x <= 1)
     return weight
+
+
+def terms_of(rule: Rule) -> KernelTerms | None:
+    """Give a rule's terms; None where a subclass has a ``weight`` of its own that inherited terms know nothing of."""
+    return rule.kernel_terms() if _terms_speak_for_weight(cast(Any, type(rule))) else None
+
+
+@functools.lru_cache(maxsize=256)
+def _terms_speak_for_weight(kind: Any) -> bool:
+    definers = {name: next(c for c in kind.__mro__ if name in c.__dict__) for name in ("weight", "kernel_terms")}
+    return issubclass(definers["kernel_terms"], definers["weight"])
 
 
 _DEFAULT = EqualAverage()

@@ -81,7 +81,7 @@ def test_missing_demo_package_gives_one_line(package: str, tmp_path: Path, monke
     assert result.exit_code == 1
     assert len(result.output.strip().splitlines()) == 1
     assert package in result.output
-    assert "pip install 'swafast[demo]'" in result.output
+    assert "pip install '.[demo]'" in result.output
     assert "Traceback" not in result.output
 
 

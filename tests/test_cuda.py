@@ -10,6 +10,7 @@ import ctypes
 import warnings
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -182,6 +183,22 @@ def test_what_cannot_be_captured_is_refused_before_anything_changes(
     assert average.n_averaged == 2
 
 
+WAITING = [({"nonfinite": "raise"}, "nonfinite='raise'"), ({"avg_fn": lambda a, p, n: p}, "an averaging function")]
+
+
+@pytest.mark.parametrize(("options", "what"), WAITING)
+def test_what_waits_for_the_device_is_refused_in_a_capture(
+    shim: Shim, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], what: str
+) -> None:
+    model = a_model()
+    average = FusedAveragedModel(model, **options)
+    average.update_parameters(model)
+    monkeypatch.setattr(checks, "is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match=f"{what}.* must not be captured"):
+        average.update_parameters(model)
+    assert average.n_averaged == 1
+
+
 def test_a_failing_launch_says_why_and_changes_nothing(shim: Shim) -> None:
     model = a_model()
     average = FusedAveragedModel(model)
@@ -210,6 +227,55 @@ def test_a_device_that_cannot_run_the_kernels_warns_once_and_goes_without(
     assert len(seen) == 1
     assert plan_of(average).backends == ["cpu"]
     assert average.n_averaged == 1
+
+
+def test_a_failing_launch_on_the_way_back_still_gives_back_what_was_set_aside(shim: Shim) -> None:
+    model = torch.nn.ParameterDict({"a": torch.zeros(9), "b": torch.zeros(9, dtype=torch.float64)})
+    average = FusedAveragedModel(model)
+    average.update_parameters(model)
+    with torch.no_grad():
+        model["b"].fill_(5)
+
+    def body() -> None:
+        with average.swapped_into(model):
+            assert model["b"].sum() == 0
+            shim.fail("cudaLaunchKernelEx")
+
+    with pytest.raises(RuntimeError, match="a CUDA launch of swafast failed"):
+        body()
+    shim.fail(None)
+    assert torch.equal(model["b"].detach(), torch.full((9,), 5.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("change", ["plans between", "counter"])
+def test_every_captured_plan_is_watched(shim: Shim, change: str) -> None:
+    model = a_model()
+    average = FusedAveragedModel(model)
+    capture(shim, model, average)
+    if change == "counter":
+        average.n_averaged = torch.tensor(7)
+    else:
+        average.update_parameters(copy.deepcopy(model))
+        average.double().float()
+    with pytest.warns(RuntimeWarning, match="capture it anew"):
+        average.update_parameters(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        average.update_parameters(copy.deepcopy(model))
+
+
+def test_a_counter_elsewhere_is_counted_only_if_the_update_was(shim: Shim) -> None:
+    pairs = [make_pair(30, torch.float32, FLOAT32)]  # a launch goes by addresses, and keeps nothing alive
+    launch = cuda.prepare(pairs)
+    launch._tables[0].device = torch.device("cpu", 0)  # the counter is on another device, as far as it can tell
+    launch._heads[torch.device("cpu", 0)] = launch._heads[torch.device("cpu")]
+    counter = torch.tensor(1)
+    launch.update([], EqualAverage(), counter, 1)
+    assert counter.item() == 2
+    counter.fill_(-2)
+    with pytest.raises(ValueError, match="n_averaged must be >= 0, got -2"):
+        launch.update([], EqualAverage(), counter, 1)
+    assert counter.item() == -2
 
 
 def test_devices_share_one_counter(shim: Shim) -> None:
@@ -322,6 +388,21 @@ def test_the_doctor_shows_the_kernels_and_how_they_were_built(shim: Shim) -> Non
     assert "shim" in found["backend cuda"]
     assert "blocks on device 0: " in found["backend cuda"]
     assert found["in use on cpu"].startswith("cuda ")
+
+
+def test_a_library_whose_nvcc_did_not_work_is_worth_a_warning(
+    shim: Shim, monkeypatch: pytest.MonkeyPatch, cuda_on_cpu: ctypes.CDLL
+) -> None:
+    class Built:
+        _name = "libswafast.so"
+
+        def swafast_build(self) -> bytes:
+            return b"gcc 12, OpenMP, no CUDA: nvcc was there and did not work"
+
+    monkeypatch.setattr(library, "load", Built)
+    missing = cuda.unavailable()
+    assert missing is not None
+    assert not missing.expected
 
 
 def test_a_library_built_without_cuda_is_no_broken_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.library import opcheck
 
-from swafast import FusedAveragedModel, choice
+from swafast import ExponentialAverage, FusedAveragedModel, choice
 from swafast.backends import library, native
 from swafast.formats import encode_exact
 
@@ -149,3 +149,37 @@ def test_the_op_refuses_planes_that_are_not_the_formats(
         torch.ops.swafast.update_(averages, remainders, params, count, format, *EQUAL)
     assert count == 1
     assert not any(average.any() for average in averages)
+
+
+def test_a_write_of_the_op_is_seen_by_autograd(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWAFAST_BACKEND", backend)
+    average, weight = torch.randn(5), torch.randn(5, requires_grad=True)
+    loss = (weight * average).sum()
+    torch.ops.swafast.update_([average], [], [torch.randn(5)], torch.tensor(1), "float32", 1, [0.0] * 4)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_op_refuses_one_average_twice(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWAFAST_BACKEND", backend)
+    average, param, counter = torch.zeros(5), torch.ones(5), torch.tensor(1)
+    with pytest.raises(ValueError, match="averages must not overlap in memory"):
+        torch.ops.swafast.update_([average] * 2, [], [param] * 2, counter, "float32", 1, [0.0] * 4)
+    with pytest.raises(ValueError, match="format must be one of"):
+        torch.ops.swafast.update_([average], [], [param], counter, "float33", 1, [0.0] * 4)
+    assert counter.item() == 1
+    assert not average.any()
+
+
+def test_a_subclass_with_a_weight_of_its_own_is_asked_for_it(backend: str) -> None:
+    class Quarter(ExponentialAverage):
+        def weight(self, num_averaged: int) -> float:
+            return 1.0 if num_averaged == 0 else 0.25
+
+    model = nn.ParameterList([torch.zeros(3)])
+    average = FusedAveragedModel(model, rule=Quarter(0.999), backend=backend)
+    average.update_parameters(model)
+    with torch.no_grad():
+        model[0].fill_(1)
+    average.update_parameters(model)
+    assert torch.equal(average.module[0].detach(), torch.full((3,), 0.25))

@@ -386,7 +386,9 @@ def test_a_triton_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch) -
     load_anew = backend._load.__wrapped__
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda name: None)
-        assert load_anew().expected
+        missing = backend.unavailable()
+        assert missing is not None
+        assert missing.expected
     monkeypatch.setitem(sys.modules, "swafast.backends.triton_kernels", None)
     monkeypatch.delattr("swafast.backends.triton_kernels")
     why = load_anew()
@@ -471,3 +473,16 @@ def test_a_planted_bug_is_seen(bug: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("check", [see_updates, see_copies, see_counter, see_weights, see_exchange])
 def test_nothing_is_seen_where_nothing_is_planted(check: Callable[[Build], None], tmp_path: Path) -> None:
     check(build(tmp_path))
+
+
+def test_a_triton_that_cannot_compile_warns_once_and_serves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> ModuleType:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(backend, "_kernels", fail)
+    backend._is_usable.cache_clear()
+    device = torch.device("cuda", 0)
+    with pytest.warns(RuntimeWarning, match="Triton kernels do not run on cuda:0: RuntimeError: Failed to find C"):
+        assert not backend._is_usable(device)
+    assert not backend._is_usable(device)
+    backend._is_usable.cache_clear()

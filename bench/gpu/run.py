@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -60,6 +61,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.report = GpuReport({"command": self.command}, self.dry, [], [])
+        self._began = time.monotonic()
 
     @property
     def stem(self) -> Path:
@@ -85,6 +87,7 @@ class Run:
 
     def _guard(self, name: str, work: Callable[[], None]) -> bool:
         """Do ``work``; what it raises becomes a part that failed. True where it did."""
+        sys.stderr.write(f"{time.monotonic() - self._began:4.0f} s: {name}\n")  # a run is silent for minutes otherwise
         try:
             work()
         # A run of eight minutes is not thrown away for whatever one part of it raises.

@@ -121,7 +121,9 @@ const char* swafast_build(void) {
 #define SWAFAST_THREADING "one thread (no OpenMP)"
 #endif
 #if defined(SWAFAST_CUDA)
-#define SWAFAST_CUDA_BUILD "CUDA"
+#define SWAFAST_CUDA_BUILD "CUDA for " SWAFAST_CUDA_ARCHITECTURES
+#elif defined(SWAFAST_CUDA_FAILED)
+#define SWAFAST_CUDA_BUILD "no CUDA: nvcc was there and did not work"
 #else
 #define SWAFAST_CUDA_BUILD "no CUDA"
 #endif

@@ -30,7 +30,7 @@ def unavailable() -> Unavailable | None:
         return native
     if not library.has_cuda(native):
         path, build = native._name, native.swafast_build().decode()
-        return Unavailable(f"{path} was built where there was no CUDA compiler ({build})", expected=True)
+        return Unavailable(f"{path} was built without them ({build})", expected="did not work" not in build)
     return None
 
 

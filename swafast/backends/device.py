@@ -118,12 +118,14 @@ class DeviceLaunch:
         *,
         skip_nonfinite: bool = False,
     ) -> None:
-        if skip_nonfinite and len(self._tables) > 1:
-            # What one device finds holds for all of them, and only the host hears of all.
+        counts_here = any(table.device == num_averaged.device for table in self._tables)
+        if not counts_here and num_averaged.device.type == "cpu" and int(num_averaged) < 0:
+            raise ValueError(f"n_averaged must be >= 0, got {int(num_averaged)}")
+        if skip_nonfinite and (len(self._tables) > 1 or not counts_here):
+            # What one device finds holds for all of them and for the counter, and only the host hears of all.
             if self.first_nonfinite(params) is not None:
                 return
             skip_nonfinite = False
-        counted = False
         tables = self._tables
         if len(tables) > 1:
             # The device of the counter comes last: the others read the same count before it.
@@ -138,8 +140,7 @@ class DeviceLaunch:
             if skip_nonfinite:
                 self.start_first_nonfinite(table, stream)
             self.start_update(table, rule, counter, advance if counts else 0, skip_nonfinite, stream)
-            counted |= counts
-        if not counted:
+        if not counts_here:
             num_averaged.add_(advance)
 
     def exchange(self, wanted: bool) -> None:

@@ -68,7 +68,7 @@ def _candidates() -> list[Path]:
     )
     named = os.environ.get("SWAFAST_LIBRARY")
     if named:
-        return [Path(named)]
+        return [Path(named).absolute()]
     places = [Path(__file__).parents[1] / "lib" / file]
     try:
         installed = importlib.metadata.distribution("swafast").locate_file(f"swafast/lib/{file}")
@@ -93,13 +93,13 @@ def load() -> ctypes.CDLL | Unavailable:
         library = ctypes.CDLL(str(path))
         library.swafast_abi.restype = ctypes.c_int32
         abi = library.swafast_abi()
+        if abi != _ABI:
+            return Unavailable(f"{path} has interface {abi}, this swafast needs {_ABI}: install it again")
+        _declare(library)
+        if has_cuda(library):
+            _declare_cuda(library)
     except (OSError, AttributeError) as error:
         return Unavailable(f"{path} did not load: {error}")
-    if abi != _ABI:
-        return Unavailable(f"{path} has interface {abi}, this swafast needs {_ABI}: install it again")
-    _declare(library)
-    if has_cuda(library):
-        _declare_cuda(library)
     return library
 
 

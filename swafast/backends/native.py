@@ -93,11 +93,15 @@ class NativeLaunch:
         if skip_nonfinite and self.first_nonfinite(params) is not None:
             return
         kernel_rule = self._rules.get(rule)
+        # A model with parts on a GPU counts there.
+        count = num_averaged if num_averaged.device.type == "cpu" else num_averaged.cpu()
         _check(
             self._native.swafast_cpu_update(
-                *self._table, ctypes.byref(kernel_rule), num_averaged.data_ptr(), advance, self._threads()
+                *self._table, ctypes.byref(kernel_rule), count.data_ptr(), advance, self._threads()
             )
         )
+        if count is not num_averaged and advance:
+            num_averaged.add_(advance)
 
     def exchange(self, wanted: bool) -> None:
         """Let every param and the averaged module's tensor have changed places, or not, in place.

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 import struct
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
@@ -40,6 +41,8 @@ def is_interpreted() -> bool:
 
 
 def unavailable() -> Unavailable | None:
+    if importlib.util.find_spec("triton") is None:
+        return Unavailable("Triton is not installed", expected=True)
     if not is_interpreted() and not torch.cuda.is_available():
         return Unavailable("torch finds no CUDA device", expected=True)
     kernels = _load()
@@ -50,8 +53,6 @@ def unavailable() -> Unavailable | None:
 def _load() -> ModuleType | Unavailable:
     """Give the module of the kernels, or why it does not load. This imports Triton."""
     try:
-        if importlib.util.find_spec("triton") is None:
-            return Unavailable("Triton is not installed", expected=True)
         from . import triton_kernels
     except Exception as error:  # whatever a broken install, or an environment variable of Triton's, may raise
         return Unavailable(f"Triton is installed and did not load: {type(error).__name__}: {error}")
@@ -84,16 +85,37 @@ def _num_programs(device_index: int) -> int:
 
 
 def serves(pair: Pair) -> bool:
-    # The interpreter follows the addresses in the tables by itself, so they must be the host's.
-    return library.serves(pair, {"cpu"} if is_interpreted() else device_types)
+    if is_interpreted():
+        # The interpreter follows the addresses in the tables by itself, so they must be the host's.
+        return library.serves(pair, {"cpu"})
+    return library.serves(pair, device_types) and _is_usable(pair.param.device)
 
 
 def prepare(pairs: Sequence[Pair]) -> TritonLaunch:
     return TritonLaunch(pairs)
 
 
-#: Devices that hold the compiled kernels.
-_warm: set[torch.device] = set()
+@functools.cache
+def _is_usable(device: torch.device) -> bool:
+    """Have every kernel compiled and on the device, by launches without chunks; warn where that fails.
+
+    A capture allows neither, and an update is no place to find out that there is no compiler.
+    """
+    try:
+        kernels, options = _kernels(), launch_options("hip" if torch.version.hip else "cuda")
+        words = torch.zeros(8, dtype=torch.int64, device=device)
+        state, counter = words.data_ptr(), words[-1].data_ptr()
+        with _on_device(device):
+            kernels.update_kernel[(1,)](state, state, 0, state, counter, 0, *(0,) * 5, 0, **options)
+            kernels.exchange_kernel[(1,)](state, state, 0, state, 0, **options)
+            kernels.nonfinite_kernel[(1,)](state, state, 0, state, 0, **options)
+            kernels.forget_nonfinite_kernel[(1,)](state, **options)
+            torch.cuda.current_stream(device).synchronize()
+    except Exception as error:  # whatever a compiler, a cache folder or a driver may raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        warnings.warn(f"swafast's Triton kernels do not run on {device}: {reason}", RuntimeWarning, stacklevel=3)
+        return False
+    return True
 
 
 def launch_options(target: str) -> Mapping[str, Any]:
@@ -130,10 +152,6 @@ class TritonLaunch(DeviceLaunch):
         self._heads = {
             table.device: (table.tensors, table.chunks, table.num_chunks, table.state) for table in self._tables
         }
-        for table in self._tables:
-            if table.device.type == "cuda" and table.device not in _warm:
-                self._warm_up(table)
-                _warm.add(table.device)
 
     def num_blocks(self, device: torch.device) -> int:
         if device.type == "cpu":
@@ -171,15 +189,3 @@ class TritonLaunch(DeviceLaunch):
         if self._rule is None or self._rule[0] != terms:
             self._rule = (terms, rule_words(terms))
         return self._rule[1]
-
-    def _warm_up(self, table: Table) -> None:
-        """Have every kernel compiled and on the device, by launches without chunks: a capture allows neither."""
-        none = (table.tensors, table.chunks, 0, table.state)
-        counter, rule = table.counter.data_ptr(), (0,) * 5
-        with _on_device(table.device):
-            self._start("update", table, *none, counter, 0, *rule, 0)
-            self._start("exchange", table, *none, 0)
-            self._start("nonfinite", table, *none, table.num_tensors)
-            self._kernels.forget_nonfinite_kernel[(1,)](table.state, **self._options)
-            # The next launch of this table may be on another stream.
-            torch.cuda.current_stream(table.device).synchronize()
