@@ -46,7 +46,7 @@ SWAFAST_HD Step make_step(double weight) {
 }
 
 // torch.lerp's two branches: the nearer end carries the rounding, so the result is monotonic and exact at both ends.
-// Written as one multiplication and two choices, which cost a GPU half of what branches would.
+// Written as one multiplication and two choices, so that a GPU's compiler may select between values and not branch.
 SWAFAST_HD float lerp(float average, float param, const Step& step) {
   const float moved = fmaf(step.factor, param - average, step.branch == Step::kNear ? average : param);
   return step.branch == Step::kCopy ? param : moved;

@@ -63,7 +63,7 @@ def current_raw_stream(device: torch.device) -> int:
     """Give the handle of the device's current stream, 0 where there are none."""
     if device.type != "cuda":
         return 0
-    quick = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # 0.1 us where the public way makes an object
+    quick = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # the public way makes an object for it
     index = device.index if device.index is not None else torch.cuda.current_device()
     return quick(index) if quick is not None else torch.cuda.current_stream(device).cuda_stream
 
