@@ -1,8 +1,30 @@
 """Averages of a model's weights along its training, in one fused pass: ``average += weight * (param - average)``."""
 
+from typing import TYPE_CHECKING, Any
+
 from .averaged_model import FusedAveragedModel
 from .rules import EqualAverage, ExponentialAverage, PowerAverage, Rule
 
+if TYPE_CHECKING:
+    from .sharded import ShardedAveragedModel
+
 __version__ = "0.1.0"
 
-__all__ = ["EqualAverage", "ExponentialAverage", "FusedAveragedModel", "PowerAverage", "Rule", "__version__"]
+__all__ = [
+    "EqualAverage",
+    "ExponentialAverage",
+    "FusedAveragedModel",
+    "PowerAverage",
+    "Rule",
+    "ShardedAveragedModel",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: DTensor and FSDP take most of a second to import.
+    if name == "ShardedAveragedModel":
+        from .sharded import ShardedAveragedModel
+
+        return ShardedAveragedModel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

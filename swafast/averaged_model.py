@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +22,6 @@ from .plan import Plan
 from .planes import Recast, find_planes, fit_planes
 from .rules import Rule, rule_of
 from .states import check_load, export, keeping_ties, translate_load
-
-_NONFINITE = ("propagate", "raise", "skip")
 
 
 class FusedAveragedModel(AveragedModel):
@@ -103,8 +101,7 @@ class FusedAveragedModel(AveragedModel):
         check_format(format)
         if recognised is None and format is not None:
             raise ValueError(f"format must be None with an averaging function of your own, got {format!r}")
-        if nonfinite not in _NONFINITE:
-            raise ValueError(f"nonfinite must be one of {', '.join(map(repr, _NONFINITE))}, got {nonfinite!r}")
+        checks.check_nonfinite(nonfinite)
         if isinstance(device, Rule):
             raise TypeError(f"device must be a torch.device, got {device!r}: pass it as rule=")
         choice.choose_backends(backend, {param.device.type for param in check_model(model).parameters()})
@@ -183,7 +180,7 @@ class FusedAveragedModel(AveragedModel):
                 pairs = plan.pairs(params, planes)
                 update_by_function(pairs, self.avg_fn, self.multi_avg_fn, self.n_averaged)
 
-    def _bind(self, model: Module) -> tuple[Plan, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def _bind(self, model: Module) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]:
         """Give the plan for ``model`` and the tensors of both sides, planning anew where the old one no longer fits."""
         if not isinstance(model, Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

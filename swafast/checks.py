@@ -13,6 +13,14 @@ from .backends import Pair
 from .bucket import extent
 from .formats import Format
 
+_NONFINITE = ("propagate", "raise", "skip")
+
+
+def check_nonfinite(value: object) -> None:
+    """Raise ValueError unless ``value`` says what to do about NaNs and infinities."""
+    if value not in _NONFINITE:
+        raise ValueError(f"nonfinite must be one of {', '.join(map(repr, _NONFINITE))}, got {value!r}")
+
 
 def refuse_capture(device: torch.device, action: str) -> None:
     """Raise RuntimeError if a CUDA graph is being captured from the device's current stream."""

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
+from typing import Protocol
 
 from torch import Tensor
 from torch.nn import Module
@@ -113,17 +114,27 @@ class Binding:
         return (params, planes) if self.plan.fits(params, planes, num_averaged) else None
 
 
+class AnyBinding(Protocol):
+    """A plan, and the way to the tensors that it was made for."""
+
+    @property
+    def plan(self) -> Plan: ...
+    def current(
+        self, model: Module, config: object, num_averaged: Tensor
+    ) -> tuple[Sequence[Tensor], tuple[Tensor, ...]] | None: ...
+
+
 class Bindings:
     """The binding in use, and those that a CUDA graph holds: these live as long as the averages, and never change."""
 
     def __init__(self) -> None:
-        self._binding: Binding | None = None
-        self._captured: list[Binding] = []
+        self._binding: AnyBinding | None = None
+        self._captured: list[AnyBinding] = []
         self._told: set[int] = set()  # of those, the ones that have been warned about
 
     def current(
         self, model: Module, config: object, num_averaged: Tensor
-    ) -> tuple[Plan, tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+    ) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]] | None:
         """Give the plan and the (params, planes) that it fits now, or None."""
         found = self._binding.current(model, config, num_averaged) if self._binding is not None else None
         return None if found is None or self._binding is None else (self._binding.plan, *found)
@@ -133,7 +144,7 @@ class Bindings:
         """Addresses of the planes that are in buckets."""
         return self._binding.plan.homes if self._binding is not None else frozenset()
 
-    def use(self, binding: Binding) -> None:
+    def use(self, binding: AnyBinding) -> None:
         """Put ``binding`` in the place of the one in use."""
         old, self._binding = self._binding, binding
         if old is not None and old.plan.captured:

@@ -51,6 +51,16 @@ def named_buffers(root: Module, argument: str) -> dict[str, Tensor]:
     return _by_name(root.named_buffers(remove_duplicate=False), argument)
 
 
+def persistent_buffers(root: Module) -> dict[str, Tensor]:
+    """Give every buffer that a state dict of ``root`` holds, under each of its names."""
+    passing = {
+        canonical(f"{prefix}.{name}" if prefix else name)
+        for prefix, module in root.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    }
+    return {name: tensor for name, tensor in named_buffers(root, "model").items() if name not in passing}
+
+
 class Walk:
     """A path through a module that finds all its tensors again quickly, and notices when it no longer fits.
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .backends import Backend, ExchangeLaunch, Launch, Pair
+from .backends import Backend, ExchangeLaunch, Launch, Pair, ShareFlag, found_anywhere
 from .checks import check_counter, check_overlap, check_planes, check_sides, overlaps, refuse_capture
 from .choice import choose_backends, device_types
 from .formats import Format, get_format
@@ -50,6 +50,10 @@ class Work:
         """Whether it reads ``num_averaged`` on the host."""
         return self.backend.device_types is None or "cpu" in self.backend.device_types
 
+    def pick(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Give its own params, for a backend that goes by tensors: the others go by addresses."""
+        return [params[i] for i in self.indices] if self.backend.device_types is None else ()
+
 
 def prepare(pairs: Sequence[Pair], backends: Sequence[Backend]) -> list[Work]:
     """Give each pair to the first backend that serves it. The preferred backend's work comes last.
@@ -67,23 +71,36 @@ def prepare(pairs: Sequence[Pair], backends: Sequence[Backend]) -> list[Work]:
 
 
 def update(
-    work: Sequence[Work], params: Sequence[Tensor], rule: Rule, num_averaged: Tensor, *, skip_nonfinite: bool = False
+    work: Sequence[Work],
+    params: Sequence[Tensor],
+    rule: Rule,
+    num_averaged: Tensor,
+    *,
+    skip_nonfinite: bool = False,
+    share: ShareFlag | None = None,
 ) -> None:
-    """Run one update of prepared pairs and count it; with ``skip_nonfinite`` neither, if a param is not finite."""
+    """Run one update of prepared pairs and count it; with ``skip_nonfinite`` neither, if a param is not finite.
+
+    ``share`` makes a flag that is not 0 on one rank so on all of them, on the flag's device.
+    """
     if terms_of(rule) is None:
         rule = _work_out(rule, num_averaged)
     if num_averaged.device.type == "cuda" and any(part.on_host for part in work):
         refuse_capture(num_averaged.device, "an update of which a part runs on the host")
+    if skip_nonfinite and not work:
+        flag = torch.zeros((), dtype=torch.int64, device=num_averaged.device)
+        if share is not None:
+            share(flag)
+        num_averaged.add_(flag == 0)
+        return
     if skip_nonfinite and len(work) > 1:
         # What one backend finds holds for all of them.
-        if first_nonfinite(work, params) is not None:
+        if found_anywhere(first_nonfinite(work, params) is not None, num_averaged.device, share):
             return
         skip_nonfinite = False
     for part in work:
         advance = int(part is work[-1])
-        part.launch.update(
-            [params[i] for i in part.indices], rule, num_averaged, advance, skip_nonfinite=skip_nonfinite
-        )
+        part.launch.update(part.pick(params), rule, num_averaged, advance, skip_nonfinite=skip_nonfinite, share=share)
     if not work:
         num_averaged.add_(1)
 
@@ -127,7 +144,7 @@ def _entangled(tensors: Sequence[Tensor]) -> set[int]:
 def first_nonfinite(work: Sequence[Work], params: Sequence[Tensor]) -> int | None:
     """Give the index of a param that holds a NaN or an infinity, else None. One more read of the params."""
     for part in work:
-        index = part.launch.first_nonfinite([params[i] for i in part.indices])
+        index = part.launch.first_nonfinite(part.pick(params))
         if index is not None:
             return part.indices[index]
     return None

@@ -6,7 +6,9 @@ on both sides, without reading a device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from . import ops
 from ._torch import make_metadata_check
-from .backends import Backend, Pair, native
+from .backends import Backend, Pair, ShareFlag, native
 from .bucket import Slot, is_dense, lay_out, same_order
 from .checks import refuse_capture
 from .ops import bump_versions
@@ -102,13 +104,19 @@ class Plan:
         return any(part.launch.captured for part in self._work)
 
     def update(
-        self, params: Sequence[Tensor], planes: Sequence[Tensor], rule: Rule, *, skip_nonfinite: bool = False
+        self,
+        params: Sequence[Tensor],
+        planes: Sequence[Tensor],
+        rule: Rule,
+        *,
+        skip_nonfinite: bool = False,
+        share: ShareFlag | None = None,
     ) -> None:
         """Run one update; ``params`` and ``planes`` are those that :meth:`fits` has just seen."""
         # Before the launch: after it, a large update has driven the tensors' own records out of the caches (0.3 ms for
         # 2000 of 64x64); and whatever an interrupted launch has written is then known to autograd already.
         bump_versions((*planes, self._num_averaged))
-        ops.update(self._work, params, rule, self._num_averaged, skip_nonfinite=skip_nonfinite)
+        ops.update(self._work, params, rule, self._num_averaged, skip_nonfinite=skip_nonfinite, share=share)
         if self.captured and not self._held:
             # The graph goes on reading and writing this memory, whatever stands in the modules by then.
             self._held = tuple(tensor.detach() for tensor in (*params, *planes, self._num_averaged))
@@ -138,28 +146,48 @@ def home_averages(pairs: Sequence[Pair], homes: frozenset[int]) -> frozenset[int
             if not shared and not (plane.data_ptr() in homes and same_order(plane.shape, plane.stride(), order)):
                 planes.append(plane)
                 strides.append(order)
-    numels, keys = [plane.numel() for plane in planes], [(plane.device, plane.dtype) for plane in planes]
-    for bucket in lay_out(numels, keys):
-        device, dtype = planes[bucket.slots[0].index].device, planes[bucket.slots[0].index].dtype
-        # Under inference_mode the averages would become inference tensors, and never see autograd again.
+    likes = [
+        PlaneLike(plane.shape, order, plane.dtype, plane.device) for plane, order in zip(planes, strides, strict=True)
+    ]
+    for made in new_in_buckets(likes):
         with torch.inference_mode(False), torch.no_grad():
-            storage = torch.empty(bucket.numel, dtype=dtype, device=device).untyped_storage()
-            native.want_large_pages(storage)
-            for slot in bucket.slots:
-                plane = planes[slot.index]
-                plane.data = stand_on_own_storage(storage, plane, slot, strides[slot.index]).copy_(plane)
+            for index, tensor in made:
+                planes[index].data = tensor.copy_(planes[index])
     averaged = (pair.planes for pair in pairs if pair.format is not None)
     return frozenset(plane.data_ptr() for pair_planes in averaged for plane in pair_planes)
 
 
-def stand_on_own_storage(bucket: torch.UntypedStorage, plane: Tensor, slot: Slot, strides: tuple[int, ...]) -> Tensor:
-    """Give a tensor like ``plane`` in its slot, on a storage of its own over the bucket's memory.
+@dataclass(frozen=True)
+class PlaneLike:
+    """What a plane is to be."""
+
+    shape: Sequence[int]
+    stride: Sequence[int]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def new_in_buckets(likes: Sequence[PlaneLike]) -> Iterator[list[tuple[int, Tensor]]]:
+    """Make planes in buckets, without values: for each bucket, once it is asked for, (index, plane) of all in it."""
+    numels = [math.prod(like.shape) for like in likes]
+    for bucket in lay_out(numels, [(like.device, like.dtype) for like in likes]):
+        first = likes[bucket.slots[0].index]
+        # Under inference_mode the averages would become inference tensors, and never see autograd again.
+        with torch.inference_mode(False), torch.no_grad():
+            storage = torch.empty(bucket.numel, dtype=first.dtype, device=first.device).untyped_storage()
+            native.want_large_pages(storage)
+            made = [(slot.index, stand_on_own_storage(storage, likes[slot.index], slot)) for slot in bucket.slots]
+        yield made
+
+
+def stand_on_own_storage(bucket: torch.UntypedStorage, like: PlaneLike, slot: Slot) -> Tensor:
+    """Give a plane in its slot, on a storage of its own over the bucket's memory.
 
     pickle and torch.save write a tensor's whole storage: as views of one bucket, each plane would be written with it.
     """
-    itemsize = plane.element_size()
+    itemsize = like.dtype.itemsize
     own = bucket[slot.offset * itemsize : (slot.offset + slot.numel) * itemsize]
-    return torch.empty(0, dtype=plane.dtype, device=plane.device).set_(own, 0, plane.shape, strides)
+    return torch.empty(0, dtype=like.dtype, device=like.device).set_(own, 0, like.shape, like.stride)
 
 
 def _order(pair: Pair) -> tuple[int, ...]:

@@ -49,8 +49,8 @@ def go_by_addresses_alone(patch: pytest.MonkeyPatch) -> None:
 
 def keep_whole_buckets(patch: pytest.MonkeyPatch) -> None:
     # Views of the bucket instead of storages of their own: each pickled average then drags the bucket along.
-    def view(bucket, plane, slot, strides):
-        return torch.empty(0, dtype=plane.dtype).set_(bucket, slot.offset, plane.shape, strides)
+    def view(bucket, like, slot):
+        return torch.empty(0, dtype=like.dtype).set_(bucket, slot.offset, like.shape, like.stride)
 
     patch.setattr(plan, "stand_on_own_storage", view)
 

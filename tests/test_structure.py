@@ -15,6 +15,7 @@ PACKAGE = ROOT / "swafast"
 
 FLOORS = {
     "_torch": 0,
+    "_torch_distributed": 0,
     "locks": 0,
     "elementary": 1,
     "rules": 1,
@@ -23,6 +24,7 @@ FLOORS = {
     "bucket": 2,
     "backends": 2,
     "checks": 3,
+    "checksum": 3,
     "choice": 3,
     "ops": 3,
     "plan": 3,
@@ -32,6 +34,7 @@ FLOORS = {
     "functions": 4,
     "exchange": 4,
     "averaged_model": 4,
+    "sharded": 4,
     "__init__": 5,
     "__main__": 5,
     "doctor": 5,
@@ -90,12 +93,27 @@ def test_only_one_module_names_what_is_private_in_torch() -> None:
     private = re.compile(r"torch\._[a-z]\w*|torch\._C")
     allowed = {"torch._foreach_lerp_", "torch._foreach_copy_"}  # documented names of torch's multi-tensor functions
     for path in PACKAGE.rglob("*.py"):
-        if path.name != "_torch.py":
+        if not path.name.startswith("_torch"):
             assert set(private.findall(path.read_text())) <= allowed, path
 
 
+def test_only_one_package_knows_of_ranks() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        if room_of(path) not in ("sharded", "_torch_distributed"):
+            assert "torch.distributed" not in path.read_text(), path
+
+
+def test_only_one_module_names_what_is_private_in_dtensor_and_fsdp() -> None:
+    private = re.compile(
+        r"\._(local_tensor|local_shard|spec|handle|fqns|shard_param_infos|get_backend|inter_node_pg)\b"
+    )
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "_torch_distributed.py":
+            assert private.findall(path.read_text()) == [], path
+
+
 def test_modules_stay_small_enough_to_read() -> None:
-    lengths = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    lengths = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
     assert {name: length for name, length in lengths.items() if length > 350} == {}
 
 

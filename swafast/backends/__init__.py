@@ -6,10 +6,11 @@ backends.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..formats import Format
@@ -43,6 +44,19 @@ class Unavailable:
         return self.reason
 
 
+#: Makes a flag, () int64, that is not 0 on one rank so on all ranks, where it is: nothing is read on the host.
+ShareFlag = Callable[[Tensor], None]
+
+
+def found_anywhere(found: bool, device: torch.device, share: ShareFlag | None) -> bool:
+    """Say whether this rank, or any with which it shares a flag, has found what it looked for."""
+    if share is None:
+        return found
+    flag = torch.full((), int(found), dtype=torch.int64, device=device)
+    share(flag)
+    return bool(flag)
+
+
 class Launch(Protocol):
     """Pairs made ready for a backend. It reads and writes the memory they had when it was prepared."""
 
@@ -57,11 +71,13 @@ class Launch(Protocol):
         advance: int,
         *,
         skip_nonfinite: bool = False,
+        share: ShareFlag | None = None,
     ) -> None:
         """Move each average towards its param by ``rule(num_averaged)``, then add ``advance`` to ``num_averaged``.
 
-        ``params`` are the pairs' params, the same memory as in ``prepare``. With ``skip_nonfinite`` nothing changes if
-        one that is averaged holds a NaN or an infinity.
+        ``params`` are the pairs' params, the same memory as in ``prepare``; none for a backend that goes by addresses.
+        With ``skip_nonfinite`` nothing changes if one that is averaged holds a NaN or an infinity, on any of the ranks
+        that ``share`` brings in.
         """
 
     def first_nonfinite(self, params: Sequence[Tensor]) -> int | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._torch import current_raw_stream
 from ..bucket import cut_chunks, gpu_chunk_numel
 from ..rules import Rule
-from . import Pair, library
+from . import Pair, ShareFlag, found_anywhere, library
 
 #: 64-bit words of ``swafast_tensor``, ``swafast_chunk`` and ``swafast_state`` in csrc/swafast.h.
 TENSOR_WORDS, CHUNK_WORDS, STATE_WORDS = 5, 3, 3
@@ -117,13 +117,14 @@ class DeviceLaunch:
         advance: int,
         *,
         skip_nonfinite: bool = False,
+        share: ShareFlag | None = None,
     ) -> None:
         counts_here = any(table.device == num_averaged.device for table in self._tables)
         if not counts_here and num_averaged.device.type == "cpu" and int(num_averaged) < 0:
             raise ValueError(f"n_averaged must be >= 0, got {int(num_averaged)}")
         if skip_nonfinite and (len(self._tables) > 1 or not counts_here):
             # What one device finds holds for all of them and for the counter, and only the host hears of all.
-            if self.first_nonfinite(params) is not None:
+            if found_anywhere(self.first_nonfinite(params) is not None, num_averaged.device, share):
                 return
             skip_nonfinite = False
         tables = self._tables
@@ -139,6 +140,8 @@ class DeviceLaunch:
             stream = self._stream(table)
             if skip_nonfinite:
                 self.start_first_nonfinite(table, stream)
+                if share is not None:
+                    share(table.nonfinite)
             self.start_update(table, rule, counter, advance if counts else 0, skip_nonfinite, stream)
         if not counts_here:
             num_averaged.add_(advance)

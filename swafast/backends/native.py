@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..bucket import CPU_CHUNK_NUMEL, cut_chunks
 from ..rules import Rule
-from . import Pair, Unavailable, library
+from . import Pair, ShareFlag, Unavailable, found_anywhere, library
 
 name = "cpu"
 device_types = frozenset({"cpu"})
@@ -89,9 +89,12 @@ class NativeLaunch:
         advance: int,
         *,
         skip_nonfinite: bool = False,
+        share: ShareFlag | None = None,
     ) -> None:
-        if skip_nonfinite and self.first_nonfinite(params) is not None:
-            return
+        if skip_nonfinite:
+            found = self.first_nonfinite(params) is not None
+            if found_anywhere(found, num_averaged.device, share):
+                return
         kernel_rule = self._rules.get(rule)
         # A model with parts on a GPU counts there.
         count = num_averaged if num_averaged.device.type == "cpu" else num_averaged.cpu()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..formats import Format
 from ..rules import Rule, checked_weight
-from . import Pair, Unavailable
+from . import Pair, ShareFlag, Unavailable, found_anywhere
 
 name = "reference"
 device_types = None
@@ -56,9 +56,12 @@ class ReferenceLaunch:
         advance: int,
         *,
         skip_nonfinite: bool = False,
+        share: ShareFlag | None = None,
     ) -> None:
-        if skip_nonfinite and self.first_nonfinite(params) is not None:
-            return
+        if skip_nonfinite:
+            found = self.first_nonfinite(params) is not None
+            if found_anywhere(found, num_averaged.device, share):
+                return
         n = int(num_averaged)
         if n < 0:
             raise ValueError(f"n_averaged must be >= 0, got {n}")

@@ -1,0 +1,125 @@
+"""Names of ``torch.distributed`` that are not public API: a DTensor's local tensor, FSDP1's flat params, timeouts.
+
+A test fails with the name when a torch release changes one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn import Module
+
+#: The name under which an FSDP1 module registers its flat param.
+FLAT_PARAM = "_flat_param"
+
+
+def local_tensors(tensors: Sequence[DTensor]) -> list[Tensor]:
+    """Give what DTensors hold here, the tensors themselves: ``to_local()`` makes new objects, at 1 us each."""
+    return [tensor._local_tensor for tensor in tensors]
+
+
+def specs(tensors: Sequence[DTensor]) -> list[object]:
+    """Give what says how DTensors are spread: mesh, placements, shape."""
+    return [tensor._spec for tensor in tensors]
+
+
+def box_of(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Give the (offsets, sizes) of what a DTensor holds here, as its own checkpoints do.
+
+    Raises:
+        ValueError: it holds more than one box, or a rank's part of a sum.
+    """
+    try:
+        boxes = tensor.__create_chunk_list__()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    if len(boxes) != 1:
+        raise ValueError(f"{len(boxes)} boxes on one rank")
+    return tuple(boxes[0].offsets), tuple(boxes[0].sizes)
+
+
+def group_timeout(group: ProcessGroup) -> timedelta | None:
+    """Give how long a collective of ``group`` waits for a peer; None where its backend does not say."""
+    for device_type in ("cpu", "cuda"):
+        with contextlib.suppress(RuntimeError, AttributeError):
+            return group._get_backend(torch.device(device_type)).options._timeout
+    return None
+
+
+@dataclass(frozen=True)
+class FlatRun:
+    """What the flat param of an FSDP1 module holds here of one of the original params."""
+
+    names: tuple[str, ...]  # under the FSDP module: the param's own, then those tied to it
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]  # of the original; dense
+    start: int  # of the elements held, in the order of the original's memory
+    stop: int
+    offset: int  # of the first of them in the local flat tensor
+
+
+@dataclass(frozen=True)
+class FlatParam:
+    """The flat param of one FSDP1 module."""
+
+    module: FullyShardedDataParallel
+    runs: tuple[FlatRun, ...]
+    replicas: ProcessGroup | None  # the ranks that hold the same elements, where there are several
+    sharded: bool  # False for NO_SHARD
+
+    @property
+    def local(self) -> Tensor:
+        """This rank's flat tensor, whether the module is sharded at the moment or not."""
+        flat = _handle(self.module).flat_param
+        local = getattr(flat, "_local_shard", None)  # not there before the first forward pass
+        return local if local is not None else flat.detach()
+
+
+def _handle(module: FullyShardedDataParallel):  # type: ignore[no-untyped-def]  # a private class
+    return module._handle
+
+
+def flat_params(root: Module) -> list[FlatParam]:
+    """Give the flat params of all FSDP1 modules in ``root``, each once, in the order of the modules."""
+    return [_flat_param(module) for module in FullyShardedDataParallel.fsdp_modules(root) if _handle(module)]
+
+
+def _flat_param(module: FullyShardedDataParallel) -> FlatParam:
+    handle = _handle(module)
+    flat = handle.flat_param
+    tied: dict[tuple[Module, str], list[str]] = {}
+    for info in flat._shared_param_infos:
+        first = (info.prim_module, info.prim_param_name)
+        tied.setdefault(first, []).append(".".join(filter(None, (info.module_name, info.param_name))))
+    runs = []
+    parts: Sequence = zip(  # type: ignore[assignment]
+        flat._fqns, flat._param_infos, flat._shapes, flat._strides, flat._shard_param_infos, strict=True
+    )
+    for name, info, shape, stride, held in parts:
+        names = (name, *tied.get((info.module, info.param_name), ()))
+        start, stop = (held.intra_param_start_idx, held.intra_param_end_idx + 1) if held.in_shard else (0, 0)
+        runs.append(FlatRun(names, tuple(shape), tuple(stride), start, stop, held.offset_in_shard or 0))
+    sharded = bool(handle.uses_sharded_strategy)
+    replicas = getattr(module, "_inter_node_pg", None) if sharded else module.process_group
+    return FlatParam(module, tuple(runs), replicas, sharded)
+
+
+def reshard_flat_params(root: Module) -> None:
+    """Give the gathered params of all FSDP1 modules in ``root`` back, as FSDP1 does after a backward pass.
+
+    After a forward pass without a backward the root's stay gathered, and what is written into shards goes unseen.
+    """
+    for module in FullyShardedDataParallel.fsdp_modules(root):
+        handle = _handle(module)
+        if handle and hasattr(handle.flat_param, "_local_shard"):  # else it has not run yet
+            handle.reshard(bool(handle.uses_sharded_strategy))
+            handle.post_reshard()
+            handle._prefetched = False

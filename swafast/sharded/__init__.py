@@ -1,0 +1,7 @@
+"""Averages of models that are spread over ranks. Of this package alone `torch.distributed` is known to."""
+
+from .model import ShardedAveragedModel
+from .part_tensor import PartTensor
+from .ranks import LostPeerError
+
+__all__ = ["LostPeerError", "PartTensor", "ShardedAveragedModel"]

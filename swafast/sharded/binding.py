@@ -1,0 +1,171 @@
+"""This rank's tensors of a model, found again quickly at each update, and the plan that fits them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Module
+
+from .. import _torch_distributed, checks, choice
+from ..backends import Pair
+from ..matching import check_model as check_plain_model
+from ..names import Walk, require_same_names, unwrap
+from ..plan import Fingerprint, Plan
+from .holdings import Held, find_holdings, is_fsdp1, require_same_place
+from .shares import Share
+
+
+def check_model(model: object) -> None:
+    """Raise unless ``model`` is a module whose parameters can be averaged.
+
+    Raises:
+        TypeError: it is no ``nn.Module``.
+        ValueError: a parameter is lazy, or all of them are empty.
+    """
+    # FSDP1 may leave a rank with empty parameters only.
+    if not (isinstance(model, Module) and is_fsdp1(model)):
+        check_plain_model(model)
+
+
+def find_held(
+    model: Module, shares: Sequence[Share], left_alone: Collection[str], ranks: Sequence[int]
+) -> dict[str, Held]:
+    """Give what this rank holds of ``model`` now, by name, in the order of ``shares``.
+
+    Args:
+        left_alone: names of params that are not averaged.
+
+    Raises:
+        ValueError: names, shapes, meshes or placements are not those of the shares; it names the parameter.
+    """
+    check_model(model)
+    held = {found.holding.name: found for found in find_holdings(model, ranks)}
+    for is_buffer, kind in ((False, "parameters"), (True, "buffers")):
+        expected = [share.name for share in shares if share.holding.is_buffer == is_buffer]
+        given = [name for name, found in held.items() if found.holding.is_buffer == is_buffer]
+        require_same_names(kind, expected, [name for name in given if name not in left_alone])
+    for share in shares:
+        require_same_place(share.holding, held[share.name].holding)
+    return {share.name: held[share.name] for share in shares}
+
+
+class Finder:
+    """Finds this rank's tensors in a model again, or notices that they have to be looked for by name.
+
+    It holds no param, so it keeps no model alive.
+    """
+
+    def __init__(self, model: Module, shares: Sequence[Share], held: Mapping[str, Held]) -> None:
+        self._walk = Walk(unwrap(model))
+        sources = {share.name: held[share.name].source for share in shares}
+        dtensors: list[Share] = []
+        plain: list[Share] = []
+        flat: list[Share] = []
+        for share in shares:
+            source = sources[share.name]
+            kind = dtensors if isinstance(source, DTensor) else plain if isinstance(source, Tensor) else flat
+            kind.append(share)
+        #: In the order in which they are found.
+        self.shares = [*dtensors, *plain, *flat]
+        self._dtensors = [self._position(sources[share.name]) for share in dtensors]
+        self._plain = [self._position(sources[share.name]) for share in plain]
+        self._specs = _torch_distributed.specs([sources[share.name] for share in dtensors])  # type: ignore[misc]
+        flats = {id(sources[share.name]): sources[share.name] for share in flat}
+        self._flats = list(flats.values())
+        # For each share, the base that it lies in, and for a flat one where.
+        count = len(dtensors) + len(plain)
+        bases = {key: count + i for i, key in enumerate(flats)}
+        self._places: list[tuple[int, tuple[int, int] | None]] = [(i, None) for i in range(count)]
+        for share in flat:
+            run = (held[share.name].offset, share.holding.numel)
+            self._places.append((bases[id(sources[share.name])], run))
+
+    def _position(self, source: object) -> int:
+        assert isinstance(source, Tensor)
+        return self._walk.position(source)
+
+    def find(self, model: Module) -> list[Tensor] | None:
+        """Give the tensors that the shares lie in now: local tensors, plain ones, flat ones. None: look for them."""
+        if not self._walk.starts_at(unwrap(model)):
+            return None
+        tensors = self._walk.tensors()
+        if tensors is None:
+            return None
+        try:
+            dtensors = [tensors[i] for i in self._dtensors]
+            if _torch_distributed.specs(dtensors) != self._specs:  # type: ignore[arg-type]
+                return None
+            bases = _torch_distributed.local_tensors(dtensors)  # type: ignore[arg-type]
+            bases += [tensors[i] for i in self._plain]
+            return bases + [flat.local for flat in self._flats]  # type: ignore[union-attr]
+        except AttributeError:  # no DTensor any more: gathered by a forward pass, say
+            return None
+
+    def local(self, bases: Sequence[Tensor], index: int) -> Tensor:
+        """Give this rank's tensor of a share out of what :meth:`find` gave."""
+        base, run = self._places[index]
+        return bases[base] if run is None else bases[base].narrow(0, *run)
+
+
+class Views(Sequence[Tensor]):
+    """The params of a plan, each viewed when it is asked for: most backends go by addresses and never ask."""
+
+    def __init__(self, finder: Finder, chosen: Sequence[int], bases: Sequence[Tensor]) -> None:
+        self._finder, self._chosen, self._bases = finder, chosen, bases
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # an int; Sequence would have slices too
+        share = self._chosen[index]
+        return self._finder.shares[share].of(self._finder.local(self._bases, share).detach())
+
+
+class Binding:
+    """A plan, and the way to the tensors that it was made for."""
+
+    def __init__(
+        self,
+        model: Module,
+        shares: Sequence[Share],
+        planes: Mapping[str, tuple[Tensor, ...]],
+        held: Mapping[str, Held],
+        num_averaged: Tensor,
+        *,
+        config: object,
+        backend: str | None,
+    ) -> None:
+        self._config = config
+        self._finder = Finder(model, shares, held)
+        bases = self._finder.find(model)
+        assert bases is not None, "a walk just made must fit"
+        # A rank may have no part of a small or unevenly sharded param.
+        chosen = [i for i, share in enumerate(self._finder.shares) if share.numel]
+        self._chosen = chosen
+        ours = [self._finder.shares[i] for i in chosen]
+        views = Views(self._finder, chosen, bases)
+        pairs = [
+            Pair(share.name, view, planes[share.name], share.format) for share, view in zip(ours, views, strict=True)
+        ]
+        for pair in pairs:
+            checks.check_sides(pair, any_device=False)
+        checks.check_overlap(pairs)
+        for device in {pair.average.device for pair in pairs}:
+            checks.refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
+        homes = frozenset(plane.data_ptr() for pair in pairs for plane in pair.planes)
+        self.plan = Plan(pairs, choice.choose_backends(backend, choice.device_types(pairs)), num_averaged, homes)
+        self._planes = tuple(plane for pair in pairs for plane in pair.planes)
+        self._bases = Fingerprint([*bases, num_averaged])
+
+    def current(
+        self, model: Module, config: object, num_averaged: Tensor
+    ) -> tuple[Sequence[Tensor], tuple[Tensor, ...]] | None:
+        """Give the (params, planes) of the plan as they are now, or None if it no longer fits them."""
+        if config != self._config:
+            return None
+        bases = self._finder.find(model)
+        if bases is None or not self._bases.fits([*bases, num_averaged]):
+            return None
+        return Views(self._finder, self._chosen, bases), self._planes

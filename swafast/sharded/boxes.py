@@ -1,0 +1,149 @@
+"""Cuts of a flat order, and the boxes that a flat run of a param is made of: ints in, ints out."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+#: Cuts inside a param fall on multiples of this many elements: whole cache lines and vectors for every dtype, and
+#: little enough that no rank has more than this above an even part.
+CUT_NUMEL = 64
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box of a param, and where its elements lie in a flat run of memory."""
+
+    offsets: tuple[int, ...]  # in the whole param
+    sizes: tuple[int, ...]
+    start: int  # of its first element in the run
+    order: tuple[int, ...]  # dimensions, the slowest in memory first
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.sizes)
+
+    def of_run(self, run: Tensor) -> Tensor:
+        """View the box, in its own shape, in the run's elements (1-D)."""
+        flat = run[self.start : self.start + self.numel]
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return flat.view([self.sizes[dim] for dim in self.order]).permute(inverse)
+
+    def of_whole(self, whole: Tensor) -> Tensor:
+        """View the box in the whole param."""
+        for dim, (offset, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
+            whole = whole.narrow(dim, offset, size)
+        return whole
+
+
+def boxes_of_run(
+    sizes: Sequence[int],
+    start: int,
+    stop: int,
+    offsets: Sequence[int] | None = None,
+    order: Sequence[int] | None = None,
+) -> tuple[Box, ...]:
+    """Give the boxes that elements ``start`` to ``stop`` of a dense box are made of: at most ``2 * ndim - 1``.
+
+    Args:
+        sizes: of the box that lies in memory whole.
+        start, stop: elements in the order of memory.
+        offsets: of that box in the whole param; default: at its origin.
+        order: its dimensions, the slowest in memory first; default: row-major.
+    """
+    dims = tuple(range(len(sizes))) if order is None else tuple(order)
+    origin = (0,) * len(sizes) if offsets is None else tuple(offsets)
+    boxes = []
+    for corner, extents, at in _boxes([sizes[dim] for dim in dims], start, stop):
+        place, size = list(origin), [0] * len(sizes)
+        for dim, first, extent in zip(dims, corner, extents, strict=True):
+            place[dim] += first
+            size[dim] = extent
+        boxes.append(Box(tuple(place), tuple(size), at - start, dims))
+    return tuple(boxes)
+
+
+def _boxes(sizes: list[int], start: int, stop: int) -> list[tuple[list[int], list[int], int]]:
+    """Give (corner, sizes, first element) of the boxes of a row-major run, in order."""
+    if start >= stop:
+        return []
+    if not sizes:
+        return [([], [], start)]
+    row = math.prod(sizes[1:])
+    first, last = start // row, stop // row
+    found = []
+
+    def within(index: int, begin: int, end: int) -> None:
+        for corner, extents, at in _boxes(sizes[1:], begin, end):
+            found.append(([index, *corner], [1, *extents], index * row + at))
+
+    if first == last:
+        within(first, start - first * row, stop - first * row)
+        return found
+    if start > first * row:
+        within(first, start - first * row, row)
+        first += 1
+    if last > first:
+        found.append(([first, *(0 for _ in sizes[1:])], [last - first, *sizes[1:]], first * row))
+    within(last, 0, stop - last * row)
+    return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of elements of one tensor of a list."""
+
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+
+class FlatOrder:
+    """Tensors one after the other, cut evenly into parts.
+
+    Args:
+        numels: their elements.
+        parts: how many.
+        whole: for each tensor, whether no cut may go through it; default: none.
+    """
+
+    def __init__(self, numels: Sequence[int], parts: int, whole: Sequence[bool] | None = None) -> None:
+        self._ends = list(itertools.accumulate(numels))
+        self.numel = self._ends[-1] if self._ends else 0
+        self._whole = whole
+        self._borders = [self._border(self.numel * part // parts) for part in range(parts)] + [self.numel]
+
+    def _border(self, ideal: int) -> int:
+        """Move a cut to where it may be, next to where it should."""
+        index = bisect_right(self._ends, ideal)
+        if index == len(self._ends):
+            return self.numel
+        begin, end = self._ends[index - 1] if index else 0, self._ends[index]
+        if self._whole is not None and self._whole[index]:
+            return begin if ideal - begin < end - ideal else end
+        return begin + (ideal - begin) // CUT_NUMEL * CUT_NUMEL
+
+    def bounds(self, part: int) -> tuple[int, int]:
+        """Give where a part begins and ends in the flat order."""
+        return self._borders[part], self._borders[part + 1]
+
+    def runs(self, start: int, stop: int) -> list[Run]:
+        """Give the runs of tensors from ``start`` to ``stop`` of the flat order."""
+        runs = []
+        index = bisect_right(self._ends, start)
+        while start < stop:
+            begin = self._ends[index - 1] if index else 0
+            until = min(stop, self._ends[index])
+            if until > start:
+                runs.append(Run(index, start - begin, until - begin))
+            start, index = max(start, until), index + 1
+        return runs

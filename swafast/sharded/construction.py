@@ -1,0 +1,129 @@
+"""The making of a sharded average: room for it, and what all ranks have to agree on before the first update."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ..checksum import checksum
+from ..formats import Format, format_of, stored_dtype
+from ..plan import PlaneLike, new_in_buckets
+from .holdings import Held, Holding
+from .ranks import Ranks
+from .shares import Share, view_of_run
+from .spread import Spread
+
+
+def ask_include(include: Callable[[str, Tensor], bool] | None, found: Mapping[str, Held]) -> frozenset[str]:
+    """Give the names of params that ``include`` leaves out.
+
+    Raises:
+        TypeError: it is no function.
+        ValueError: it picks none of the parameters.
+    """
+    if include is None:
+        return frozenset()
+    if not callable(include):
+        raise TypeError(f"include must be a function include(name, param) -> bool, got {include!r}")
+    params = {name: held for name, held in found.items() if not held.holding.is_buffer}
+    left = frozenset(
+        name
+        for name, held in params.items()
+        if not include(name, held.source if isinstance(held.source, Tensor) else held.local)
+    )
+    if params and len(left) == len(params):
+        raise ValueError(f"include must pick a parameter, got False for all of them, {next(iter(params))!r} the first")
+    return left
+
+
+def format_of_average(holding: Holding, requested: str | None, use_buffers: bool) -> Format | None:
+    """Give the format of a holding's average; None where it is copied.
+
+    Raises:
+        NotImplementedError: its dtype cannot be averaged; it names the parameter.
+    """
+    averaged = holding.dtype.is_floating_point or holding.dtype.is_complex
+    if not averaged or (holding.is_buffer and not use_buffers):
+        return None
+    fmt = format_of(requested, stored_dtype(requested, holding.dtype))
+    if fmt is None:
+        raise NotImplementedError(f"{holding.name!r} must have a dtype that can be averaged, got {holding.dtype}")
+    return fmt
+
+
+def make_planes(
+    shares: Sequence[Share], held: Mapping[str, Held], requested: str | None
+) -> dict[str, tuple[Tensor, ...]]:
+    """Make the planes of this rank's shares in buckets, without values, by name.
+
+    Args:
+        requested: the format that the user asked for.
+    """
+    likes: list[PlaneLike] = []
+    for share in shares:
+        local = held[share.name].local.detach()
+        first = stored_dtype(requested, local.dtype) if share.format is not None else local.dtype
+        shape = view_of_run(share.holding, local, share.start, share.stop).shape
+        stride = torch.empty(shape, device="meta").stride()
+        likes.extend(PlaneLike(shape, stride, dtype, local.device) for dtype in (first, *_further(share)))
+    made = {index: plane for bucket in new_in_buckets(likes) for index, plane in bucket}
+    planes = iter(made[index] for index in range(len(likes)))
+    return {share.name: tuple(next(planes) for _ in range(1 + len(_further(share)))) for share in shares}
+
+
+def _further(share: Share) -> list[torch.dtype]:
+    return [dtype for _, dtype in share.format.extra] if share.format is not None else []
+
+
+def describe(shares: Sequence[Share]) -> dict[str, str]:
+    """Give what all ranks must have in common, whichever part is theirs, by name."""
+    described = {}
+    for share in shares:
+        held = share.holding
+        spread = f"{held.place}{f', ranks {held.place.mesh[2]}' if held.place.mesh else ''}"
+        tied = f", tied to {', '.join(held.names[1:])}" if held.names[1:] else ""
+        described[held.name] = f"{tuple(held.shape)} {held.dtype} {held.device.type} ({spread}{tied})"
+    return described
+
+
+def require_same_bits(shares: Sequence[Share], held: Mapping[str, Held], ranks: Ranks) -> None:
+    """Raise ValueError on every rank unless ranks that hold the same elements hold the same bits of them.
+
+    What goes round is a digest for each set of replicas; the checksums themselves only once digests differ.
+    """
+    sums: dict[tuple[int, ...], list[tuple[str, int]]] = {}
+    for share in shares:
+        alike = share.holding
+        if not alike.is_buffer and len(alike.replicas) > 1 and alike.numel:
+            run = view_of_run(alike, held[share.name].local.detach(), 0, alike.numel)
+            sums.setdefault(alike.replicas, []).append((share.name, checksum(run)))
+    digests = {replicas: hashlib.sha256(repr(of).encode()).digest() for replicas, of in sums.items()}
+    everyone = dict(zip(ranks.ranks, ranks.gather(digests), strict=True))
+    sets = {replicas for digests in everyone.values() for replicas in digests}
+    differing = [alike for alike in sets if len({everyone[rank].get(alike) for rank in alike}) > 1]
+    if not differing:
+        return
+    details = dict(zip(ranks.ranks, ranks.gather(sums), strict=True))
+    first, *others = replicas = min(differing)
+    for rank in others:
+        for (name, ours), (_, theirs) in zip(details[first][replicas], details[rank][replicas], strict=True):
+            if ours != theirs:
+                raise ValueError(
+                    f"{name!r} must be the same on all ranks that hold it alike, got other bits on rank {rank} than on "
+                    f"rank {first}: broadcast it before averaging, or pass the process_group that shares it"
+                )
+
+
+def make_spreads(shares: Sequence[Share], ranks: Ranks, process_group: ProcessGroup | None) -> list[Spread]:
+    """Make a spread for each cut, and process groups for those that are cut over a part of the ranks. Collective."""
+    cuts = {id(share.cut): share.cut for share in shares if share.cut is not None}
+    groups = {ranks.ranks: ranks}
+    # In one order on every rank: each group waits for its members.
+    for replicas in sorted({cut.replicas for cut in cuts.values()}):
+        if replicas not in groups:
+            groups[replicas] = Ranks(process_group, replicas)
+    return [Spread(cut, groups[cut.replicas]) for cut in cuts.values()]

@@ -1,0 +1,243 @@
+"""What this rank holds of each param of a model: whole (DDP), a DTensor's shard, or a run of FSDP1's flat param."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn import Module
+
+from .. import _torch_distributed
+from ..bucket import is_dense
+from ..names import canonical, named_params, persistent_buffers, unwrap
+
+
+@dataclass(frozen=True)
+class Place:
+    """How a tensor is spread over ranks: what has to stay as it was at construction."""
+
+    kind: str  # "replicated", "dtensor" or "flat"
+    mesh: tuple[object, ...] = ()  # of a DTensor: dimension names, shape, ranks
+    placements: tuple[object, ...] = ()
+
+    def __str__(self) -> str:
+        if self.kind == "dtensor":
+            names, shape, _ = self.mesh
+            return f"{self.placements} on a mesh of {shape}{f' {names}' if names else ''}"
+        return {"replicated": "one whole tensor on each rank", "flat": "a run of an FSDP1 flat parameter"}[self.kind]
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What this rank holds of one param or buffer: a run of memory, inside a box of the whole."""
+
+    names: tuple[str, ...]  # its own, then those tied to it
+    is_buffer: bool
+    shape: tuple[int, ...]  # of the whole
+    dtype: torch.dtype
+    device: torch.device
+    place: Place
+    offsets: tuple[int, ...]  # of the box whose memory the run is part of
+    sizes: tuple[int, ...]
+    order: tuple[int, ...] | None  # the box's dimensions, slowest in memory first; None: not dense, so never cut
+    start: int  # of the run, in the box's memory order
+    stop: int
+    replicas: tuple[int, ...]  # the ranks that hold the same elements, in order; this one is among them
+    always_cut: bool  # cut over the replicas whether or not the user asks
+    mesh: DeviceMesh | None = field(default=None, compare=False, repr=False)  # of a DTensor
+    local_shape: tuple[int, ...] = ()  # of a DTensor's local tensor
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Held:
+    """A holding, and the tensor of the model that it speaks of."""
+
+    holding: Holding
+    local: Tensor  # this rank's part; 1-D for a run of a flat param
+    source: Tensor | _torch_distributed.FlatParam  # that it is found in: a tensor registered in the model, or FSDP1's
+    offset: int = 0  # in the flat param's local tensor
+
+    def now(self) -> Tensor:
+        """Give the tensor that the source has now, which may have been given other memory."""
+        if isinstance(self.source, DTensor):
+            return _torch_distributed.local_tensors([self.source])[0]
+        if isinstance(self.source, Tensor):
+            return self.source
+        return self.source.local.narrow(0, self.offset, self.holding.numel)
+
+
+def reshard(model: Module) -> None:
+    """Have every FSDP module of ``model`` hold its shards: what a forward pass has gathered is given back."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    if is_fsdp1(model):
+        _torch_distributed.reshard_flat_params(model)
+
+
+def is_fsdp1(model: Module) -> bool:
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+
+
+def find_holdings(model: Module, ranks: Sequence[int]) -> list[Held]:
+    """Give what this rank holds of each distinct param and persistent buffer of ``model``, in the model's order.
+
+    Args:
+        ranks: of the averaged model's process group: those that hold a plain tensor alike.
+
+    Raises:
+        ValueError: a tensor is spread in a way that cannot be averaged; it names the parameter.
+    """
+    root = unwrap(model)
+    flat = _flat_holdings(root, tuple(ranks)) if is_fsdp1(root) else {}
+    in_flat = {name for held in flat.values() for name in held.holding.names}
+    found: list[Held] = []
+    for is_buffer, tensors in ((False, named_params(root, "model")), (True, persistent_buffers(root))):
+        tied: dict[int, tuple[list[str], Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name in flat:
+                found.append(flat[name])
+            elif name not in in_flat and name.rpartition(".")[2] != _torch_distributed.FLAT_PARAM:
+                tied.setdefault(id(tensor), ([], tensor))[0].append(name)
+        found.extend(_holding(tuple(names), tensor, is_buffer, tuple(ranks)) for names, tensor in tied.values())
+        if not is_buffer:
+            listed = {held.holding.name for held in found}
+            found.extend(held for name, held in flat.items() if name not in listed)
+    return found
+
+
+def _holding(names: tuple[str, ...], tensor: Tensor, is_buffer: bool, ranks: tuple[int, ...]) -> Held:
+    if isinstance(tensor, DTensor):
+        return _dtensor_holding(names, tensor, is_buffer, ranks)
+    shape = tuple(tensor.shape)
+    holding = Holding(
+        names=names,
+        is_buffer=is_buffer,
+        shape=shape,
+        dtype=tensor.dtype,
+        device=tensor.device,
+        place=Place("replicated"),
+        offsets=(0,) * len(shape),
+        sizes=shape,
+        order=_order(shape, tensor.stride()) if tensor.layout == torch.strided else None,
+        start=0,
+        stop=tensor.numel(),
+        replicas=ranks,
+        always_cut=not is_buffer,
+    )
+    return Held(holding, tensor, tensor)
+
+
+def _dtensor_holding(names: tuple[str, ...], tensor: DTensor, is_buffer: bool, ranks: tuple[int, ...]) -> Held:
+    mesh, (local,) = tensor.device_mesh, _torch_distributed.local_tensors([tensor])
+    mesh_ranks = tuple(mesh.mesh.flatten().tolist())
+    missing = sorted(set(mesh_ranks) - set(ranks))
+    if missing:
+        raise ValueError(f"process_group must hold all ranks of the mesh of {names[0]!r}, got one without {missing}")
+    try:
+        offsets, sizes = _torch_distributed.box_of(tensor)
+    except ValueError as error:
+        raise ValueError(f"{names[0]!r} must be sharded or replicated, got {tensor.placements}: {error}") from None
+    coordinate = mesh.get_coordinate()
+    if coordinate is None or local.numel() == 0:
+        offsets = sizes = (0,) * tensor.dim()  # torch describes a shard without elements in several ways
+    elif sizes != tuple(local.shape):
+        raise ValueError(f"{names[0]!r} must hold {sizes} on this rank, got a local tensor of {tuple(local.shape)}")
+    holding = Holding(
+        names=names,
+        is_buffer=is_buffer,
+        shape=tuple(tensor.shape),
+        dtype=local.dtype,
+        device=local.device,
+        place=Place("dtensor", (tuple(mesh.mesh_dim_names or ()), tuple(mesh.shape), mesh_ranks), tensor.placements),
+        offsets=offsets,
+        sizes=sizes,
+        order=_order(sizes, local.stride()) if local.numel() else tuple(range(tensor.dim())),
+        start=0,
+        stop=local.numel(),
+        replicas=_replicas(tensor, coordinate),
+        always_cut=False,
+        mesh=mesh,
+        local_shape=tuple(local.shape),
+    )
+    return Held(holding, local, tensor)
+
+
+def _replicas(tensor: DTensor, coordinate: Sequence[int] | None) -> tuple[int, ...]:
+    """Give the ranks that hold the same elements of ``tensor`` as this one."""
+    if coordinate is None:
+        return (dist.get_rank(),)
+    index = tuple(
+        slice(None) if placement.is_replicate() else slice(at, at + 1)
+        for at, placement in zip(coordinate, tensor.placements, strict=True)
+    )
+    return tuple(tensor.device_mesh.mesh[index].flatten().tolist())
+
+
+def _order(sizes: Sequence[int], stride: Sequence[int]) -> tuple[int, ...] | None:
+    """Give the dimensions of a dense tensor, the slowest in memory first; None for one with gaps."""
+    if not is_dense(sizes, stride):
+        return None
+    wide = [dim for dim, size in enumerate(sizes) if size > 1]
+    by_stride = iter(sorted(wide, key=lambda dim: -stride[dim]))
+    # A dimension of one element keeps its place, whatever its stride.
+    return tuple(next(by_stride) if size > 1 else dim for dim, size in enumerate(sizes))
+
+
+def _flat_holdings(root: Module, ranks: tuple[int, ...]) -> dict[str, Held]:
+    """Give what FSDP1's flat params hold here, by name."""
+    prefixes = {id(module): canonical(name) for name, module in root.named_modules()}
+    found: dict[str, Held] = {}
+    for flat in _torch_distributed.flat_params(root):
+        replicas = (dist.get_rank(),) if flat.replicas is None else tuple(dist.get_process_group_ranks(flat.replicas))
+        missing = sorted(set(replicas) - set(ranks))
+        for run in flat.runs:
+            names = tuple(canonical(".".join(filter(None, (prefixes[id(flat.module)], name)))) for name in run.names)
+            if missing:
+                raise ValueError(f"process_group must hold all ranks that hold {names[0]!r}, got one without {missing}")
+            local = flat.local[run.offset : run.offset + run.stop - run.start]
+            holding = Holding(
+                names=names,
+                is_buffer=False,
+                shape=run.shape,
+                dtype=local.dtype,
+                device=local.device,
+                place=Place("flat"),
+                offsets=(0,) * len(run.shape),
+                sizes=run.shape,
+                order=_order(run.shape, run.stride),
+                start=run.start,
+                stop=run.stop,
+                replicas=replicas,
+                always_cut=not flat.sharded,
+            )
+            found[names[0]] = Held(holding, local, flat, run.offset)
+    return found
+
+
+def require_same_place(before: Holding, now: Holding) -> None:
+    """Raise ValueError naming the parameter unless it is spread over the ranks as it was at construction."""
+    for what, was, got in (
+        ("the whole shape", before.shape, now.shape),
+        ("the placement", before.place, now.place),
+        ("the part on this rank", (before.start, before.stop), (now.start, now.stop)),
+        ("the layout in memory", before.order, now.order),
+        ("the replicas", before.replicas, now.replicas),
+        ("the ties", before.names, now.names),
+    ):
+        if was != got:
+            raise ValueError(f"{now.name!r} must have {what} that it was averaged with, {was}, got {got}")

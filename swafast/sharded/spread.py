@@ -1,0 +1,102 @@
+"""Params that are cut over ranks: each rank's own part, spread to all that hold them, window by window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .boxes import Run
+from .holdings import Held
+from .ranks import Ranks
+from .shares import Cut, view_of_run
+
+#: Bytes that are gathered at a time. Small windows stay in the caches between network and param; the limit that a user
+#: may rely on is 64 MiB.
+WINDOW_NBYTES = 8 * 2**20
+
+#: What starts in a window starts on a multiple of this, so that it can be viewed in any dtype.
+_ALIGNMENT = 16
+
+
+class Spread:
+    """Fill the params of one cut: after :meth:`run`, every rank has in them what each rank has in its own part."""
+
+    def __init__(self, cut: Cut, ranks: Ranks) -> None:
+        self._cut, self._ranks = cut, ranks
+        #: Whether a param outside this rank's own part may have been written by a run that did not come to its end.
+        self.torn = False
+
+    @torch.no_grad()
+    def run(self, held: Mapping[str, Held]) -> None:
+        """Gather and write, window by window; ``held`` are the model's tensors now, by name.
+
+        Raises:
+            LostPeerError: a rank is gone; :attr:`torn` says whether params of others were being written.
+        """
+        size = self._ranks.size
+        if size == 1:
+            return
+        cut = self._cut
+        sources = [held[name] for name in cut.names]
+        flats = [_flat(source) for source in sources]
+        window = max(_ALIGNMENT, WINDOW_NBYTES // size // _ALIGNMENT * _ALIGNMENT)
+        itemsizes = [flat.element_size() for flat in flats]
+        walks = [list(windows_of(cut.flat.runs(*cut.flat.bounds(part)), itemsizes, window)) for part in range(size)]
+        device = self._ranks.device_for(flats[0].device)
+        sent = torch.empty(window, dtype=torch.uint8, device=device)
+        received = torch.empty(window * size, dtype=torch.uint8, device=device)
+        own = self._ranks.index
+        for turn in range(max(map(len, walks))):
+            for run, place in _places(walks[own], turn, flats, sent):
+                place.copy_(flats[run.index][run.start : run.stop])
+            self._ranks.all_gather(received, sent)
+            self.torn = True
+            for part in range(size):
+                if part != own:
+                    theirs = received[part * window : (part + 1) * window]
+                    for run, place in _places(walks[part], turn, flats, theirs):
+                        flats[run.index][run.start : run.stop].copy_(place)
+        for source, flat in zip(sources, flats, strict=True):
+            if source.holding.order is None:
+                source.local.detach().copy_(flat.view(source.local.shape))
+        self.torn = False
+
+
+def _flat(held: Held) -> Tensor:
+    """View what this rank holds as 1-D; a copy where it is not dense, which is written back at the end."""
+    if held.holding.order is None:
+        return held.local.detach().reshape(-1).clone()
+    return view_of_run(held.holding, held.local.detach(), 0, held.holding.numel)
+
+
+def windows_of(runs: Sequence[Run], itemsizes: Sequence[int], nbytes: int) -> Iterator[list[Run]]:
+    """Cut runs into windows of at most ``nbytes``, each run in it at the next aligned byte."""
+    window: list[Run] = []
+    used = 0
+    for run in runs:
+        start = run.start
+        while start < run.stop:
+            room = (nbytes - used) // itemsizes[run.index]
+            stop = min(run.stop, start + room)
+            if stop > start:
+                window.append(Run(run.index, start, stop))
+                used += -(-(stop - start) * itemsizes[run.index] // _ALIGNMENT) * _ALIGNMENT
+            start = stop
+            if start < run.stop:
+                yield window
+                window, used = [], 0
+    if window:
+        yield window
+
+
+def _places(
+    windows: Sequence[Sequence[Run]], turn: int, flats: Sequence[Tensor], memory: Tensor
+) -> Iterator[tuple[Run, Tensor]]:
+    """Give the runs of a rank's window, each with its place in the window's memory, viewed in its dtype."""
+    used = 0
+    for run in windows[turn] if turn < len(windows) else ():
+        nbytes = run.numel * flats[run.index].element_size()
+        yield run, memory[used : used + nbytes].view(flats[run.index].dtype)
+        used += -(-nbytes // _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,104 @@
+"""Runs a function as several ranks: real processes, real gloo.
+
+The processes are forked from a server that has torch imported and nothing run, so that a start takes a fraction of a
+second; forking pytest itself would inherit OpenMP's threads, which do not live through a fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.ranks_preload"])
+
+#: No collective of a test takes longer, unless a peer is missing.
+TIMEOUT = timedelta(seconds=60)
+
+
+class RankFailedError(AssertionError):
+    """A rank raised: its traceback."""
+
+
+def run_ranks(
+    world: int, function: Callable[..., Any], *args: Any, timeout: timedelta = TIMEOUT, expect: int | None = None
+) -> list[Any]:
+    """Run ``function(*args)`` on ranks 0 to ``world - 1`` of a gloo group, and give what each returned.
+
+    Args:
+        timeout: of the process group.
+        expect: how many ranks are to answer; default: all. The rest may die.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(world):
+            ours, theirs = _context.Pipe(duplex=False)
+            process = _context.Process(
+                target=_rank, args=(rank, world, f"{folder}/store", timeout, theirs, function, args), daemon=True
+            )
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        try:
+            return _answers(pipes, world if expect is None else expect, deadline=monotonic() + 120.0)
+        finally:
+            for process in processes:
+                process.join(0.0 if process.exitcode is not None else 10.0)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+
+
+def _answers(pipes: list[Connection], expected: int, deadline: float) -> list[Any]:
+    answers: list[Any] = [None] * len(pipes)
+    open_pipes = list(pipes)
+    come = 0
+    while open_pipes and come < expected:
+        ready = wait(open_pipes, max(0.0, deadline - monotonic()))
+        assert ready, f"only {come} of {expected} ranks came to their end in time"
+        for pipe in ready:
+            open_pipes.remove(pipe)
+            with contextlib.suppress(EOFError):  # it died
+                good, value = pickle.loads(pipe.recv_bytes())
+                if not good:
+                    raise RankFailedError(f"rank {pipes.index(pipe)}: {value}")
+                answers[pipes.index(pipe)] = value
+                come += 1
+    assert come >= expected, f"only {come} of {expected} ranks answered"
+    return answers
+
+
+def _rank(
+    rank: int, world: int, store: str, timeout: timedelta, pipe: Connection, function: Callable[..., Any], args: tuple
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    torch.manual_seed(20)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+        answer = (True, function(*args))
+        with contextlib.suppress(RuntimeError):  # a test may have lost a rank
+            dist.barrier()
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    pipe.send_bytes(pickle.dumps(answer))
+    pipe.close()
+    with contextlib.suppress(Exception):
+        dist.destroy_process_group()
+
+
+def folder_of(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    return path
