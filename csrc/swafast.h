@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define SWAFAST_ABI 4
+#define SWAFAST_ABI 5
 
 /* dtype of a param */
 enum { SWAFAST_FLOAT32 = 0, SWAFAST_BFLOAT16 = 1, SWAFAST_FLOAT16 = 2, SWAFAST_BYTES = 3, SWAFAST_NUM_DTYPES = 4 };
@@ -95,6 +95,23 @@ SWAFAST_EXPORT int32_t swafast_cpu_exchange(const swafast_tensor* tensors, int64
 SWAFAST_EXPORT int32_t swafast_cpu_first_nonfinite(const swafast_tensor* tensors, int64_t num_tensors,
                                                    const swafast_chunk* chunks, int64_t num_chunks, int32_t num_threads,
                                                    int64_t* tensor);
+
+/* A part of a tensor: its corner is the word at `words`, and the word at coordinates c from there stands c * strides
+ * words on in memory and has index first_index + c * index_strides in the whole tensor. */
+typedef struct {
+  const void* words;
+  int64_t word_size; /* bytes: 1, 2, 4 or 8; an element of 16 bytes is two words */
+  int64_t ndim;
+  const int64_t* sizes;
+  const int64_t* strides; /* any: a stride of 0 reads one word again */
+  const int64_t* index_strides;
+  int64_t first_index;
+} swafast_box;
+
+/* *sum = the sum over the box's words, modulo 2^64, of what csrc/checksum.h makes of index and word: the sums of boxes
+ * which cut a tensor up add up to the sum of the whole. SWAFAST_BAD_TENSOR leaves *sum as it is. At most num_threads
+ * threads; one in a forked child. */
+SWAFAST_EXPORT int32_t swafast_cpu_checksum(const swafast_box* box, int32_t num_threads, uint64_t* sum);
 
 /* What follows is there only where the library was built with a CUDA compiler.
  *

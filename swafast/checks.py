@@ -34,7 +34,7 @@ def check_sides(pair: Pair, *, any_device: bool) -> None:
     ``any_device`` lets the param be on another device than its average.
     """
     for side, tensor in (("model", pair.param), ("average", pair.average)):
-        _check_plain(f"{pair.name!r} of the {side}", tensor)
+        check_plain(f"{pair.name!r} of the {side}", tensor)
     name, param, average = pair.name, pair.param, pair.average
     if param.shape != average.shape:
         raise ValueError(f"{name!r} must have the average's shape {tuple(average.shape)}, got {tuple(param.shape)}")
@@ -56,7 +56,7 @@ def check_planes(pair: Pair, fmt: Format) -> None:
     if got != wanted:
         raise ValueError(f"average {pair.name!r} in format {fmt.name!r} must have planes of {wanted}, got {got}")
     for plane in pair.planes[1:]:
-        _check_plain(f"a plane of {pair.name!r}", plane)
+        check_plain(f"a plane of {pair.name!r}", plane)
         spread = plane.numel() > extent(plane.shape, plane.stride())
         if spread or plane.shape != pair.average.shape or plane.device != pair.average.device:
             raise ValueError(
@@ -75,7 +75,7 @@ def check_counter(num_averaged: object) -> None:
         raise ValueError(f"n_averaged must be one int64, got {num_averaged.dtype} of shape {tuple(num_averaged.shape)}")
 
 
-def _check_plain(what: str, tensor: Tensor) -> None:
+def check_plain(what: str, tensor: Tensor) -> None:
     if is_lazy(tensor):
         raise ValueError(f"{what} must be initialised, got a lazy one: run the model once before averaging it")
     if tensor.is_nested:

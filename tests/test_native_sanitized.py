@@ -36,7 +36,7 @@ ISAS = ("generic", "avx2", "avx512")
 
 PLANTS = (
     *("long-chunk", "short-chunk", "dropped-chunk", "doubled-chunk", "wrong-dtype", "wrong-format"),
-    *("shifted-plane", "swapped-planes", "stale-weight", "truncated-far"),
+    *("shifted-plane", "swapped-planes", "stale-weight", "truncated-far", "shifted-index"),
 )
 
 
@@ -79,6 +79,12 @@ MUTANTS = (
     Mutant("first seen wins", "launch", "cpu/launch.cpp", "chunk.tensor >= first.load(", "num_tensors > first.load("),
     Mutant("last tensor is finite", "launch", "cpu/launch.cpp", "first{num_tensors}", "first{num_tensors - 1}"),
     Mutant("exchanged again", "launch", "cpu/launch.cpp", "if (*exchanged == wanted) return SWAFAST_OK;", ""),
+    Mutant("32-bit index", "launch", "cpu/box.h", "uint64_t index_stride;", "uint32_t index_stride;"),
+    Mutant("joined by memory alone", "launch", "cpu/box.h", "outer.index_stride == size", "size"),
+    Mutant("carry forgotten", "launch", "cpu/box.h", "run.move(axes_[d], -axes_[d].size);", ""),
+    Mutant("checksum tail dropped", "avx512", "cpu/span.h", "i < numel; ++i, start", "i + 1 < numel; ++i, start"),
+    Mutant("another shift", "avx2", "checksum.h", "x >> 27", "x >> 26"),
+    Mutant("last chunk alone counts", "launch", "cpu/launch.cpp", "total.fetch_add(partial", "total.store(partial"),
     Mutant("exchange window", "generic", "cpu/span.h", "done += kWindow)", "done += 2 * kWindow)"),
 )
 

@@ -1,9 +1,11 @@
 // The C interface on the CPU: checks, choice of instruction set, and the walk over chunks.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 
 #include "../table.h"
 #include "../weight.h"
+#include "box.h"
 #include "span.h"
 
 #if defined(_OPENMP)
@@ -89,6 +91,14 @@ int64_t plane_itemsize(int32_t format, int plane) {
     default:
       return plane == 0 ? 1 : 0;
   }
+}
+
+// What Kernels::checksum has its entries by, or -1.
+int word_size_log2(int64_t word_size) {
+  for (int k = 0; k < kNumWordSizes; ++k) {
+    if (word_size == int64_t{1} << k) return k;
+  }
+  return -1;
 }
 
 void* at(void* base, int64_t nbytes) { return base == nullptr ? nullptr : static_cast<char*>(base) + nbytes; }
@@ -205,6 +215,28 @@ int32_t swafast_cpu_first_nonfinite(const swafast_tensor* tensors, int64_t num_t
     }
   });
   *tensor = first.load() == num_tensors ? -1 : first.load();
+  return SWAFAST_OK;
+}
+
+int32_t swafast_cpu_checksum(const swafast_box* box, int32_t num_threads, uint64_t* sum) {
+  const int size_log2 = word_size_log2(box->word_size);
+  Words words;
+  if (size_log2 < 0 || !words.set(*box)) return SWAFAST_BAD_TENSOR;
+  constexpr int64_t kChunkWords = 32768;  // as long as the chunks that Python cuts
+  const ChecksumSpan checksum = chosen().load()->checksum[size_log2];
+  const int64_t word_size = box->word_size;
+  const auto* corner = static_cast<const char*>(box->words);
+  const int64_t num_chunks = words.numel() / kChunkWords + (words.numel() % kChunkWords != 0);
+  std::atomic<uint64_t> total{0};
+  for_each_chunk(num_chunks, num_threads, [=, &words, &total](int64_t i) {
+    const int64_t begin = i * kChunkWords;
+    uint64_t partial = 0;
+    words.for_each_run(begin, begin + std::min(kChunkWords, words.numel() - begin), [&](const Run& run) {
+      partial += checksum(corner + run.offset * word_size, run.numel, run.stride, run.index, run.index_step);
+    });
+    total.fetch_add(partial, std::memory_order_relaxed);
+  });
+  *sum = total.load();
   return SWAFAST_OK;
 }
 

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../checksum.h"
 #include "../element.h"
 #include "../swafast.h"
 
@@ -13,6 +14,12 @@ namespace swafast::cpu {
 using UpdateSpan = void (*)(const void* param, void* plane0, void* plane1, int64_t numel, const Step& step);
 using ExchangeSpan = void (*)(void* a, void* b, int64_t nbytes);
 using FiniteSpan = bool (*)(const void* param, int64_t numel);
+// `stride` counts words. The first word has this index in the whole tensor, each further one `index_step` more.
+using ChecksumSpan = uint64_t (*)(const void* words, int64_t numel, int64_t stride, uint64_t index,
+                                  uint64_t index_step);
+
+// Words of 1, 2, 4 and 8 bytes.
+constexpr int kNumWordSizes = 4;
 
 // The kernels of one instruction set. A null entry is a pair of dtype and format that no kernel serves.
 struct Kernels {
@@ -20,6 +27,7 @@ struct Kernels {
   UpdateSpan update[SWAFAST_NUM_DTYPES][SWAFAST_NUM_FORMATS];
   ExchangeSpan exchange;
   FiniteSpan all_finite[SWAFAST_NUM_DTYPES];
+  ChecksumSpan checksum[kNumWordSizes];
 };
 
 const Kernels& generic_kernels();
@@ -152,6 +160,28 @@ bool all_finite_span(const void* param, int64_t numel) {
   return bad == 0;
 }
 
+// Read byte by byte as far as the language goes, in one load as far as the processor does: a tensor on mapped memory
+// need not be aligned.
+template <class Word>
+uint64_t checksum_words(const char* words, int64_t numel, int64_t stride, uint64_t index, uint64_t index_step) {
+  const uint64_t step = index_step * kIndexFactor;
+  uint64_t start = start_of(index), sum = 0;
+  for (int64_t i = 0; i < numel; ++i, start += step) {
+    Word word;
+    memcpy(&word, words + i * stride * static_cast<int64_t>(sizeof word), sizeof word);
+    sum += mix(start, word);
+  }
+  return sum;
+}
+
+// A stride that the compiler knows to be 1 makes vectors of the loop.
+template <class Word>
+uint64_t checksum_span(const void* words, int64_t numel, int64_t stride, uint64_t index, uint64_t index_step) {
+  const auto* first = static_cast<const char*>(words);
+  return stride == 1 ? checksum_words<Word>(first, numel, 1, index, index_step)
+                     : checksum_words<Word>(first, numel, stride, index, index_step);
+}
+
 template <class V>
 Kernels make_kernels(const char* name) {
   Kernels kernels = {};
@@ -170,6 +200,10 @@ Kernels make_kernels(const char* name) {
   kernels.all_finite[SWAFAST_FLOAT32] = all_finite_span<uint32_t, 0x7f800000u>;
   kernels.all_finite[SWAFAST_BFLOAT16] = all_finite_span<uint16_t, 0x7f80u>;
   kernels.all_finite[SWAFAST_FLOAT16] = all_finite_span<uint16_t, 0x7c00u>;
+  kernels.checksum[0] = checksum_span<uint8_t>;
+  kernels.checksum[1] = checksum_span<uint16_t>;
+  kernels.checksum[2] = checksum_span<uint32_t>;
+  kernels.checksum[3] = checksum_span<uint64_t>;
   return kernels;
 }
 

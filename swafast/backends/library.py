@@ -20,7 +20,7 @@ from ..rules import KernelTerms, Rule
 from . import Pair, Unavailable
 
 #: Changes with any structure or function of csrc/swafast.h.
-_ABI = 4
+_ABI = 5
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BYTES = 3
@@ -55,6 +55,20 @@ class TableHead(ctypes.Structure):
         ("state", ctypes.c_void_p),
         ("device", ctypes.c_int32),
         ("num_blocks", ctypes.c_int32),
+    )
+
+
+class BoxRow(ctypes.Structure):
+    """A part of a tensor: ``swafast_box``."""
+
+    _fields_ = (
+        ("words", ctypes.c_void_p),
+        ("word_size", ctypes.c_int64),
+        ("ndim", ctypes.c_int64),
+        ("sizes", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("index_strides", ctypes.POINTER(ctypes.c_int64)),
+        ("first_index", ctypes.c_int64),
     )
 
 
@@ -131,6 +145,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.swafast_cpu_want_large_pages.restype = None
     library.swafast_cpu_exchange.argtypes = (*table, i32, i64, ctypes.POINTER(i64))
     library.swafast_cpu_first_nonfinite.argtypes = (*table, i32, ctypes.POINTER(i64))
+    library.swafast_cpu_checksum.argtypes = (ctypes.POINTER(BoxRow), i32, ctypes.POINTER(i64))
 
 
 def _declare_cuda(library: ctypes.CDLL) -> None:

@@ -20,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "checksum.h"
 #include "far.h"
 #include "launch.h"
 #include "oracle.h"
@@ -360,6 +361,7 @@ void check_isa(bool all) {
   check_refusals();
   check_exchange();
   check_first_nonfinite();
+  check_checksum();
   check_conversions();
   check_exact_pairs(all);
   check_fork();

@@ -35,9 +35,9 @@ inline void unpoison(const void*, size_t) {}
 #endif
 
 // Ways to spoil what the library is handed; the test has to fail with each of them.
-inline const char* const kPlants[] = {"long-chunk",   "short-chunk",  "dropped-chunk", "doubled-chunk",
-                                      "wrong-dtype",  "wrong-format", "shifted-plane", "swapped-planes",
-                                      "stale-weight", "truncated-far"};
+inline const char* const kPlants[] = {"long-chunk",   "short-chunk",   "dropped-chunk", "doubled-chunk",
+                                      "wrong-dtype",  "wrong-format",  "shifted-plane", "swapped-planes",
+                                      "stale-weight", "truncated-far", "shifted-index"};
 inline std::string planted;
 
 inline bool is_plant(const std::string& name) {
