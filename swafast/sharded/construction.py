@@ -84,9 +84,8 @@ def describe(shares: Sequence[Share]) -> dict[str, str]:
     described = {}
     for share in shares:
         held = share.holding
-        spread = f"{held.place}{f', ranks {held.place.mesh[2]}' if held.place.mesh else ''}"
         tied = f", tied to {', '.join(held.names[1:])}" if held.names[1:] else ""
-        described[held.name] = f"{tuple(held.shape)} {held.dtype} {held.device.type} ({spread}{tied})"
+        described[held.name] = f"{tuple(held.shape)} {held.dtype} {held.device.type} ({held.place}{tied})"
     return described
 
 
@@ -95,27 +94,32 @@ def require_same_bits(shares: Sequence[Share], held: Mapping[str, Held], ranks: 
 
     What goes round is a digest for each set of replicas; the checksums themselves only once digests differ.
     """
-    sums: dict[tuple[int, ...], list[tuple[str, int]]] = {}
+    sums: dict[bytes, list[tuple[str, int]]] = {}
     for share in shares:
-        alike = share.holding
-        if not alike.is_buffer and len(alike.replicas) > 1 and alike.numel:
-            run = view_of_run(alike, held[share.name].local.detach(), 0, alike.numel)
-            sums.setdefault(alike.replicas, []).append((share.name, checksum(run)))
-    digests = {replicas: hashlib.sha256(repr(of).encode()).digest() for replicas, of in sums.items()}
-    everyone = dict(zip(ranks.ranks, ranks.gather(digests), strict=True))
-    sets = {replicas for digests in everyone.values() for replicas in digests}
-    differing = [alike for alike in sets if len({everyone[rank].get(alike) for rank in alike}) > 1]
-    if not differing:
+        holding = share.holding
+        if not holding.is_buffer and len(holding.replicas) > 1 and holding.numel:
+            run = view_of_run(holding, held[share.name].local.detach(), 0, holding.numel)
+            sums.setdefault(_digest(holding.replicas), []).append((share.name, checksum(run)))
+    everyone = ranks.gather({replicas: _digest(of) for replicas, of in sums.items()})
+    # Each set of replicas is told of by just the ranks in it.
+    if all(len({told[alike] for told in everyone if alike in told}) == 1 for told in everyone for alike in told):
         return
-    details = dict(zip(ranks.ranks, ranks.gather(sums), strict=True))
-    first, *others = replicas = min(differing)
-    for rank in others:
-        for (name, ours), (_, theirs) in zip(details[first][replicas], details[rank][replicas], strict=True):
-            if ours != theirs:
-                raise ValueError(
-                    f"{name!r} must be the same on all ranks that hold it alike, got other bits on rank {rank} than on "
-                    f"rank {first}: broadcast it before averaging, or pass the process_group that shares it"
-                )
+    details = list(zip(ranks.ranks, ranks.gather(sums), strict=True))
+    first: dict[bytes, tuple[int, list[tuple[str, int]]]] = {}
+    for rank, told in details:
+        for alike, theirs in told.items():
+            first_rank, ours = first.setdefault(alike, (rank, theirs))
+            for (name, expected), (_, got) in zip(ours, theirs, strict=True):
+                if got != expected:
+                    raise ValueError(
+                        f"{name!r} must be the same on all ranks that hold it alike, got other bits on rank {rank} "
+                        f"than on rank {first_rank}: broadcast it before averaging, or pass the process_group of the "
+                        "ranks that share it"
+                    )
+
+
+def _digest(value: object) -> bytes:
+    return hashlib.sha256(repr(value).encode()).digest()
 
 
 def make_spreads(shares: Sequence[Share], ranks: Ranks, process_group: ProcessGroup | None) -> list[Spread]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,18 +20,35 @@ from ..names import canonical, named_params, persistent_buffers, unwrap
 
 
 @dataclass(frozen=True)
+class Mesh:
+    """What a ``DeviceMesh`` is, to compare."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Place:
     """How a tensor is spread over ranks: what has to stay as it was at construction."""
 
     kind: str  # "replicated", "dtensor" or "flat"
-    mesh: tuple[object, ...] = ()  # of a DTensor: dimension names, shape, ranks
+    mesh: Mesh | None = None  # of a DTensor
     placements: tuple[object, ...] = ()
 
     def __str__(self) -> str:
-        if self.kind == "dtensor":
-            names, shape, _ = self.mesh
-            return f"{self.placements} on a mesh of {shape}{f' {names}' if names else ''}"
-        return {"replicated": "one whole tensor on each rank", "flat": "a run of an FSDP1 flat parameter"}[self.kind]
+        if self.mesh is None:
+            return {"replicated": "one whole tensor on each rank", "flat": "a run of an FSDP1 flat parameter"}[
+                self.kind
+            ]
+        of = f" {self.mesh.names}" if self.mesh.names else ""
+        return f"{self.placements} on a mesh of {self.mesh.shape}{of} of {_span(self.mesh.ranks)}"
+
+
+def _span(ranks: Sequence[int]) -> str:
+    if list(ranks) == list(range(ranks[0], ranks[0] + len(ranks))):
+        return f"ranks {ranks[0]} to {ranks[-1]}"
+    return f"ranks {', '.join(map(str, ranks))}"
 
 
 @dataclass(frozen=True)
@@ -144,8 +162,8 @@ def _holding(names: tuple[str, ...], tensor: Tensor, is_buffer: bool, ranks: tup
 
 def _dtensor_holding(names: tuple[str, ...], tensor: DTensor, is_buffer: bool, ranks: tuple[int, ...]) -> Held:
     mesh, (local,) = tensor.device_mesh, _torch_distributed.local_tensors([tensor])
-    mesh_ranks = tuple(mesh.mesh.flatten().tolist())
-    missing = sorted(set(mesh_ranks) - set(ranks))
+    place = dtensor_place(tensor)
+    missing = sorted(set(_layout_of(mesh).ranks) - set(ranks))
     if missing:
         raise ValueError(f"process_group must hold all ranks of the mesh of {names[0]!r}, got one without {missing}")
     try:
@@ -163,7 +181,7 @@ def _dtensor_holding(names: tuple[str, ...], tensor: DTensor, is_buffer: bool, r
         shape=tuple(tensor.shape),
         dtype=local.dtype,
         device=local.device,
-        place=Place("dtensor", (tuple(mesh.mesh_dim_names or ()), tuple(mesh.shape), mesh_ranks), tensor.placements),
+        place=place,
         offsets=offsets,
         sizes=sizes,
         order=_order(sizes, local.stride()) if local.numel() else tuple(range(tensor.dim())),
@@ -175,6 +193,16 @@ def _dtensor_holding(names: tuple[str, ...], tensor: DTensor, is_buffer: bool, r
         local_shape=tuple(local.shape),
     )
     return Held(holding, local, tensor)
+
+
+def dtensor_place(tensor: DTensor) -> Place:
+    return Place("dtensor", _layout_of(tensor.device_mesh), tuple(tensor.placements))
+
+
+@functools.lru_cache(maxsize=8)
+def _layout_of(mesh: DeviceMesh) -> Mesh:
+    """Describe a mesh, once for all params on it: the ranks of one of 1024 take 8 KB."""
+    return Mesh(tuple(mesh.mesh_dim_names or ()), tuple(mesh.shape), tuple(mesh.mesh.flatten().tolist()))
 
 
 def _replicas(tensor: DTensor, coordinate: Sequence[int] | None) -> tuple[int, ...]:

@@ -12,9 +12,12 @@ from .holdings import Held
 from .ranks import Ranks
 from .shares import Cut, view_of_run
 
-#: Bytes that are gathered at a time. Small windows stay in the caches between network and param; the limit that a user
-#: may rely on is 64 MiB.
-WINDOW_NBYTES = 8 * 2**20
+#: Most bytes that are gathered at a time, and what a GPU's links take to run at their speed.
+WINDOW_NBYTES = 64 * 2**20
+
+#: On a CPU a window that stays in the caches between network and param is faster, but each rank's piece should not be
+#: so small that the walk over the ranks takes longer than what they send.
+_CPU_WINDOW_NBYTES, _CPU_PIECE_NBYTES = 8 * 2**20, 2**20
 
 #: What starts in a window starts on a multiple of this, so that it can be viewed in any dtype.
 _ALIGNMENT = 16
@@ -41,27 +44,35 @@ class Spread:
         cut = self._cut
         sources = [held[name] for name in cut.names]
         flats = [_flat(source) for source in sources]
-        window = max(_ALIGNMENT, WINDOW_NBYTES // size // _ALIGNMENT * _ALIGNMENT)
-        itemsizes = [flat.element_size() for flat in flats]
-        walks = [list(windows_of(cut.flat.runs(*cut.flat.bounds(part)), itemsizes, window)) for part in range(size)]
         device = self._ranks.device_for(flats[0].device)
+        window = _piece_nbytes(size, device)
+        itemsizes = [flat.element_size() for flat in flats]
+        walks = [windows_of(cut.flat.runs(*cut.flat.bounds(part)), itemsizes, window) for part in range(size)]
         sent = torch.empty(window, dtype=torch.uint8, device=device)
         received = torch.empty(window * size, dtype=torch.uint8, device=device)
         own = self._ranks.index
-        for turn in range(max(map(len, walks))):
-            for run, place in _places(walks[own], turn, flats, sent):
+        while any(turn := [next(walk, []) for walk in walks]):
+            for run, place in _places(turn[own], flats, sent):
                 place.copy_(flats[run.index][run.start : run.stop])
             self._ranks.all_gather(received, sent)
             self.torn = True
             for part in range(size):
                 if part != own:
                     theirs = received[part * window : (part + 1) * window]
-                    for run, place in _places(walks[part], turn, flats, theirs):
+                    for run, place in _places(turn[part], flats, theirs):
                         flats[run.index][run.start : run.stop].copy_(place)
         for source, flat in zip(sources, flats, strict=True):
             if source.holding.order is None:
                 source.local.detach().copy_(flat.view(source.local.shape))
         self.torn = False
+
+
+def _piece_nbytes(size: int, device: torch.device) -> int:
+    """Give the bytes that each of ``size`` ranks sends at a time."""
+    window = WINDOW_NBYTES
+    if device.type == "cpu":
+        window = min(window, max(_CPU_WINDOW_NBYTES, size * _CPU_PIECE_NBYTES))
+    return max(_ALIGNMENT, window // size // _ALIGNMENT * _ALIGNMENT)
 
 
 def _flat(held: Held) -> Tensor:
@@ -91,12 +102,10 @@ def windows_of(runs: Sequence[Run], itemsizes: Sequence[int], nbytes: int) -> It
         yield window
 
 
-def _places(
-    windows: Sequence[Sequence[Run]], turn: int, flats: Sequence[Tensor], memory: Tensor
-) -> Iterator[tuple[Run, Tensor]]:
+def _places(window: Sequence[Run], flats: Sequence[Tensor], memory: Tensor) -> Iterator[tuple[Run, Tensor]]:
     """Give the runs of a rank's window, each with its place in the window's memory, viewed in its dtype."""
     used = 0
-    for run in windows[turn] if turn < len(windows) else ():
+    for run in window:
         nbytes = run.numel * flats[run.index].element_size()
         yield run, memory[used : used + nbytes].view(flats[run.index].dtype)
         used += -(-nbytes // _ALIGNMENT) * _ALIGNMENT

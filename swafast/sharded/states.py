@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Placement
 
 from ..checksum import checksum, wrap_int64
 from .boxes import Box, FlatOrder, boxes_of_run
+from .holdings import dtensor_place
 from .part_tensor import PartTensor
 from .ranks import Ranks
 from .shares import Share
@@ -185,11 +186,9 @@ def _run_from(value: Tensor, entry: Entry, seals: Mapping[str, tuple[int, int]])
     if tuple(value.shape) != held.shape:
         raise ValueError(f"state_dict[{key!r}] must have the shape {held.shape}, got {tuple(value.shape)}")
     if isinstance(value, DTensor):
-        now = (tuple(value.device_mesh.mesh.flatten().tolist()), tuple(value.placements))
-        if share.cut is not None or held.place.kind != "dtensor" or now != (held.place.mesh[2], held.place.placements):
-            raise ValueError(
-                f"state_dict[{key!r}] must be spread as this average, {held.place}, got {value.placements}"
-            )
+        spread = dtensor_place(value)
+        if share.cut is not None or (spread.mesh, spread.placements) != (held.place.mesh, held.place.placements):
+            raise ValueError(f"state_dict[{key!r}] must be spread as this average, {held.place}, got {spread}")
         return _in_order(value.to_local(), share)
     if isinstance(value, PartTensor):
         if [(box.offsets, box.sizes) for box in value.boxes] != [(box.offsets, box.sizes) for box in share.boxes]:
