@@ -164,6 +164,19 @@ def readme_command(
     console.print(f"rewrote the table of {readme} from {file}")
 
 
+@app.command("sharded")
+def sharded_command(out: Annotated[Path, typer.Option(help="Folder for sharded.json.")] = OUT) -> None:
+    """Measure a model spread over two gloo ranks, and plan one for 1024."""
+    from bench import sharded
+
+    about = machine.environment(torch.device("cpu"), _command_line(sys.argv[1:]))
+    with console.status("two ranks"):
+        report = sharded.measure(about)
+    report.write(out / "sharded.json")
+    console.print(sharded.times_table(report), "", sharded.bars_table(report), "")
+    console.print(f"wrote {out / 'sharded.json'}")
+
+
 @app.command("gpu")
 def gpu_command(
     out: Annotated[Path, typer.Option(help="Folder for gpu.json, gpu.png and the logs.")] = OUT,

@@ -1,0 +1,43 @@
+"""SWA under DDP, each rank averaging its cut: ``torchrun --nproc-per-node 4 examples/ddp.py``."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from digits import RowTransformer, Training, report, start, update_ms
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from swafast import ShardedAveragedModel
+from swafast.demo.cost import held_nbytes
+
+
+def main() -> None:
+    device = start()
+    model = DistributedDataParallel(RowTransformer().to(device))
+    averaged = ShardedAveragedModel(model)
+    training = Training(model, device)
+    training.run(after_epoch=lambda: averaged.update_parameters(model))
+
+    iterate = training.accuracy(model)
+    with averaged.swapped_into(model):
+        swa = training.accuracy(model)
+
+    # What the same costs with a whole copy on every rank.
+    whole = AveragedModel(model.module)
+    whole.load_state_dict(averaged.full_state_dict())
+    rows = {
+        "the last iterate": (iterate, None, None),
+        "ShardedAveragedModel": (swa, averaged.nbytes, update_ms(lambda: averaged.update_parameters(model), device)),
+        "AveragedModel": (
+            training.accuracy(whole),
+            held_nbytes(whole),
+            update_ms(lambda: whole.update_parameters(model.module), device),
+        ),
+    }
+    report("DDP", rows)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

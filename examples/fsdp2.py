@@ -1,0 +1,79 @@
+"""SWA under FSDP2, each rank averaging its shards: ``torchrun --nproc-per-node 4 examples/fsdp2.py``.
+
+With ``--checkpoint FOLDER`` it saves model and average there at the end; ``--resume`` goes on from there, on any number
+of ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from digits import RowTransformer, Training, report, start, update_ms
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
+
+from swafast import ShardedAveragedModel
+
+
+def shard(model: RowTransformer) -> nn.Module:
+    for block in model.blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def bare_params(model: nn.Module) -> nn.ParameterList:
+    """Give the DTensors of a model without the rest of it, which torch's class cannot copy."""
+    return nn.ParameterList(nn.Parameter(param.detach()) for param in model.parameters())
+
+
+def local_nbytes(average: AveragedModel) -> int:
+    return sum(param.to_local().nbytes for param in average.parameters() if isinstance(param, DTensor))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", metavar="FOLDER")
+    parser.add_argument("--resume", action="store_true")
+    options = parser.parse_args()
+    device = start()
+    model = shard(RowTransformer().to(device))
+    averaged = ShardedAveragedModel(model)
+    if options.resume:
+        state = {"model": model.state_dict(), "averaged": averaged.state_dict()}
+        dcp.load(state, checkpoint_id=options.checkpoint)
+        model.load_state_dict(state["model"])
+        averaged.load_state_dict(state["averaged"])
+    training = Training(model, device)
+    training.run(after_epoch=lambda: averaged.update_parameters(model))
+
+    iterate = training.accuracy(model)
+    with averaged.swapped_into(model):
+        swa = training.accuracy(model)
+    if options.checkpoint:
+        state = {"model": model.state_dict(), "averaged": averaged.state_dict()}
+        dcp.save(state, checkpoint_id=options.checkpoint)
+
+    params = bare_params(model)
+    by_hand = AveragedModel(params, multi_avg_fn=get_swa_multi_avg_fn())
+    hand_ms = update_ms(lambda: by_hand.update_parameters(params), device)
+    rows = {
+        "the last iterate": (iterate, None, None),
+        f"ShardedAveragedModel, {int(averaged.n_averaged)} models": (
+            swa,
+            averaged.nbytes,
+            update_ms(lambda: averaged.update_parameters(model), device),
+        ),
+        # It has no model to evaluate.
+        "AveragedModel, sharded by hand": (None, local_nbytes(by_hand), hand_ms),
+    }
+    report("FSDP2", rows)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Each private name of torch that `swafast/_torch_distributed.py` and `PartTensor` rely on; a failure names it."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint import planner_helpers
+from torch.distributed.checkpoint import utils as checkpoint_utils
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from swafast import _torch_distributed
+from swafast.sharded import PartTensor
+from tests.ranks import TIMEOUT, run_ranks
+
+
+@pytest.mark.distributed
+def test_dtensors_have_what_we_read() -> None:
+    assert run_ranks(1, dtensor_names) == [[]]
+
+
+def dtensor_names() -> list[str]:
+    """Give the private names of DTensor and process groups that this torch lacks, or that mean something else."""
+    mesh = init_device_mesh("cpu", (1,))
+    tensor = distribute_tensor(torch.arange(6.0).view(3, 2), mesh, [Shard(0)])
+    missing = [name for name in ("_local_tensor", "_spec", "__create_chunk_list__") if not hasattr(tensor, name)]
+    if _torch_distributed.local_tensors([tensor])[0] is not tensor._local_tensor:
+        missing.append("_local_tensor")
+    if _torch_distributed.box_of(tensor) != ((0, 0), (3, 2)):
+        missing.append("__create_chunk_list__")
+    if _torch_distributed.specs([tensor])[0].placements != tensor.placements:  # type: ignore[attr-defined]
+        missing.append("_spec")
+    if _torch_distributed.group_timeout(dist.group.WORLD) != TIMEOUT:  # type: ignore[arg-type]
+        missing.append("_get_backend(device).options._timeout")
+    return missing
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("orig", [False, True])
+def test_fsdp1_has_what_we_read(orig: bool) -> None:
+    assert run_ranks(2, fsdp1_names, orig) == [[], []]
+
+
+def fsdp1_names(orig: bool) -> list[str]:
+    """Give the private names of FSDP1 that this torch lacks."""
+    model = FullyShardedDataParallel(nn.Linear(3, 5), use_orig_params=orig, device_id=torch.device("cpu"))
+    missing = []
+    if not orig and [name.rpartition(".")[2] for name, _ in model.named_parameters()] != [
+        _torch_distributed.FLAT_PARAM
+    ]:
+        missing.append("FLAT_PARAM")
+    model(torch.ones(1, 3))
+    handle = model._handle
+    flat = handle.flat_param
+    wanted = (
+        "_fqns",
+        "_shapes",
+        "_strides",
+        "_shard_param_infos",
+        "_param_infos",
+        "_shared_param_infos",
+        "_local_shard",
+    )
+    missing += [name for name in wanted if not hasattr(flat, name)]
+    missing += [
+        name
+        for name in ("reshard", "post_reshard", "_prefetched", "uses_sharded_strategy")
+        if not hasattr(handle, name)
+    ]
+    (found,) = _torch_distributed.flat_params(model)
+    if [run.names for run in found.runs] != [("weight",), ("bias",)]:
+        missing.append("_fqns")
+    if sum(run.stop - run.start for run in found.runs) > found.local.numel():
+        missing.append("_shard_param_infos")
+    _torch_distributed.reshard_flat_params(model)
+    return missing
+
+
+def test_checkpoints_ask_tensors_for_the_protocol_that_ours_speaks() -> None:
+    source = inspect.getsource(planner_helpers) + inspect.getsource(checkpoint_utils)
+    for name in ("__create_write_items__", "__create_chunk_list__", "__get_tensor_shard__"):
+        assert name in source, name
+        assert hasattr(PartTensor, name), name
