@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._checkpointable import _Checkpointable
 from torch.distributed.checkpoint import planner_helpers
 from torch.distributed.checkpoint import utils as checkpoint_utils
 from torch.distributed.device_mesh import init_device_mesh
@@ -86,3 +87,9 @@ def test_checkpoints_ask_tensors_for_the_protocol_that_ours_speaks() -> None:
     for name in ("__create_write_items__", "__create_chunk_list__", "__get_tensor_shard__"):
         assert name in source, name
         assert hasattr(PartTensor, name), name
+        assert hasattr(_Checkpointable, name), name
+
+
+def test_wrapper_subclasses() -> None:
+    assert hasattr(torch.Tensor, "_make_wrapper_subclass"), "torch.Tensor._make_wrapper_subclass is gone"
+    assert torch.ops.aten._to_copy.default is not None

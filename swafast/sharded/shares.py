@@ -84,7 +84,8 @@ def share_out(
     for holding in holdings:
         fmt = formats[holding.name]
         wanted = holding.always_cut or (share_replicas and not holding.is_buffer)
-        if wanted and len(holding.replicas) > 1:
+        # A single number stays whole on each rank: some of torch's stagers for checkpoints take no part of one.
+        if wanted and holding.shape and len(holding.replicas) > 1:
             # One bucket of averages for each of these, so each is cut evenly.
             key = (holding.replicas, holding.device.type, str(holding.dtype), fmt.name if fmt else None)
             cuts.setdefault(key, []).append(holding)
