@@ -16,7 +16,7 @@ from rich.status import Status
 
 from bench import machine, training
 from bench.memory import available_bytes
-from bench.readme import rewrite
+from bench.readme import SHARDED_BEGIN, SHARDED_END, put_between, rewrite, sharded_table
 from bench.report import ALL_OURS, Report, Row, TrainingRow
 from bench.suite import measure
 from bench.tables import numbers_table, training_table, workload_table
@@ -159,9 +159,15 @@ def readme_command(
     file: Annotated[Path, typer.Argument(help="A report, as a run writes it.")] = RESULTS / "cpu.json",
     readme: Annotated[Path, typer.Option(help="The file with the two markers.")] = Path("README.md"),
 ) -> None:
-    """Rewrite the README's table from FILE."""
+    """Rewrite the README's table from FILE, and that of sharded updates from the sharded.json beside it."""
+    from bench import sharded
+
     rewrite(readme, json.loads(file.read_text()))
     console.print(f"rewrote the table of {readme} from {file}")
+    beside = file.with_name("sharded.json")
+    if beside.exists():
+        put_between(readme, SHARDED_BEGIN, SHARDED_END, sharded_table(sharded.Report.read(beside)))
+        console.print(f"rewrote the table of sharded updates from {beside}")
 
 
 @app.command("sharded")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.report import FLAT_LERP, TORCH_EMA, Report, baseline, find, our_row
 from bench.tables import milliseconds, percent
 
+if TYPE_CHECKING:
+    from bench import sharded
+
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+SHARDED_BEGIN, SHARDED_END = "<!-- sharded:begin -->", "<!-- sharded:end -->"
 
 
 def readme_table(report: dict[str, Any]) -> str:
@@ -43,15 +47,37 @@ def readme_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def sharded_table(report: sharded.Report) -> str:
+    """Give the block of the sharded report: each work's times by contestant."""
+    lines = ["| on 2 gloo ranks of one machine | ms per update |", "|---|---|"]
+    for workload in dict.fromkeys(row.workload for row in report.timed):
+        rows = [row for row in report.timed if row.workload == workload]
+        times = ", ".join(f"{row.contestant} {milliseconds(row.seconds)}" for row in rows)
+        lines.append(f"| {workload} | {times} |")
+    about = report.environment
+    lines += [
+        "",
+        f"Medians of the slower rank in one run of `{about['command']}` on {about['device_name']}, one thread a rank, "
+        f"torch {about['versions'].get('torch')}, {about['date'][:10]}. *AveragedModel* is torch's class over the bare "
+        "DTensors, since it cannot copy an FSDP model; *SWA fn*: with `multi_avg_fn=get_swa_multi_avg_fn()`.",
+    ]
+    return "\n".join(lines)
+
+
 def rewrite(readme: Path, report: dict[str, Any]) -> None:
-    """Put the table of ``report`` between the markers of ``readme``.
+    """Put the table of ``report`` between its markers in ``readme``; ValueError as :func:`put_between`."""
+    put_between(readme, BEGIN, END, readme_table(report))
+
+
+def put_between(readme: Path, begin_marker: str, end_marker: str, block: str) -> None:
+    """Put ``block`` between two markers of ``readme``.
 
     Raises:
         ValueError: ``readme`` does not hold the two markers, once each and in order.
     """
     text = readme.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in after:
-        raise ValueError(f"{readme.name} must hold {BEGIN} and {END} once each and in this order")
-    readme.write_text(f"{before}{BEGIN}\n{readme_table(report)}\n{END}{after}")
+    before, begin, rest = text.partition(begin_marker)
+    _, end, after = rest.partition(end_marker)
+    if not begin or not end or begin_marker in rest or end_marker in after:
+        raise ValueError(f"{readme.name} must hold {begin_marker} and {end_marker} once each and in this order")
+    readme.write_text(f"{before}{begin_marker}\n{block}\n{end_marker}{after}")

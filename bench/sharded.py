@@ -240,6 +240,12 @@ class Report:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        data = json.loads(path.read_text())
+        timed, planned = [Timed(**row) for row in data["timed"]], [Planned(**row) for row in data["planned"]]
+        return cls(data["environment"], timed, planned)
+
     def find(self, workload: str, contestant: str) -> Timed:
         return next(row for row in self.timed if (row.workload, row.contestant) == (workload, contestant))
 
