@@ -1,4 +1,4 @@
-"""Names of ``torch.distributed`` that are not public API: a DTensor's local tensor, FSDP1's flat params, timeouts.
+"""Names of ``torch.distributed`` that are not public API: a DTensor's local tensor, FSDP1's flat params, groups' names.
 
 A test fails with the name when a torch release changes one.
 """
@@ -6,14 +6,17 @@ A test fails with the name when a torch release changes one.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
@@ -52,6 +55,41 @@ def group_timeout(group: ProcessGroup) -> timedelta | None:
         with contextlib.suppress(RuntimeError, AttributeError):
             return group._get_backend(torch.device(device_type)).options._timeout
     return None
+
+
+_naming = threading.Lock()
+
+
+def new_group(
+    ranks: Sequence[int], name: str, *, timeout: timedelta | None = None, backend: str | None = None
+) -> ProcessGroup:
+    """Make a process group over ``ranks`` of the default one, this one among them, that only these have to make.
+
+    torch's own name for such a group counts the groups that this rank is in. Where ranks differ in that, as when the
+    first and the last stage of a pipeline have a group to themselves, each would wait under another name.
+    """
+    thread = threading.get_ident()
+
+    def named(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return of_torch(*args, **kwargs)
+        unname()
+        return name
+
+    def unname() -> None:
+        # At once, since what follows waits for peers, and other threads may make groups meanwhile.
+        if dist.distributed_c10d._process_group_name is named:
+            dist.distributed_c10d._process_group_name = of_torch
+            _naming.release()
+
+    _naming.acquire()
+    of_torch, dist.distributed_c10d._process_group_name = dist.distributed_c10d._process_group_name, named
+    try:
+        group = dist.new_group(list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True)
+    finally:
+        unname()
+    assert isinstance(group, ProcessGroup)
+    return group
 
 
 @dataclass(frozen=True)
@@ -123,3 +161,32 @@ def reshard_flat_params(root: Module) -> None:
             handle.reshard(bool(handle.uses_sharded_strategy))
             handle.post_reshard()
             handle._prefetched = False
+
+
+def end_forward(root: Module) -> None:
+    """Have FSDP2 modules in ``root`` forget a forward pass that an exception broke off, and shard what it gathered.
+
+    ``FSDPModule.reshard()`` takes such a pass to be going on, and leaves the root's params gathered.
+    """
+    states = [module._get_fsdp_state() for module in root.modules() if isinstance(module, FSDPModule)]
+    if all(state._training_state.name == "IDLE" for state in states):
+        return
+    for state in states:
+        if hasattr(state, "_reset_iter_state"):
+            if state._is_root:
+                state._reset_iter_state()
+        else:
+            _end_forward_of(state)
+
+
+def _end_forward_of(state: Any) -> None:
+    """Do what torch 2.13 does by itself."""
+    group = state._fsdp_param_group
+    state._training_state = type(state._training_state).IDLE
+    state._state_ctx.iter_forward_root = state._comm_ctx.all_gather_state = None
+    state._comm_ctx.post_forward_order.clear()
+    if group is not None:
+        group._training_state = state._training_state
+        group._all_gather_result = None
+        group._post_forward_indices.clear()
+        group.reshard()

@@ -17,7 +17,7 @@ from .exchange import Exchange
 from .formats import OWN, Format, check_format, format_of, stored_dtype
 from .functions import choose_rule, update_by_function
 from .locks import ForkSafeLock
-from .matching import Bindings, ask_include, check_model, each_average
+from .matching import Bindings, ask_include, check_model, each_average, refuse_sharded
 from .plan import Plan
 from .planes import Recast, find_planes, fit_planes
 from .rules import Rule, rule_of
@@ -105,6 +105,7 @@ class FusedAveragedModel(AveragedModel):
         if isinstance(device, Rule):
             raise TypeError(f"device must be a torch.device, got {device!r}: pass it as rule=")
         choice.choose_backends(backend, {param.device.type for param in check_model(model).parameters()})
+        refuse_sharded(model)
         asked = ask_include(include, model)
         if recognised is not None and (rule, avg_fn, multi_avg_fn) != (None, None, None):
             # torch's closures do not pickle; the rule that they stand for does.

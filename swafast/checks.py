@@ -13,6 +13,9 @@ from .backends import Pair
 from .bucket import extent
 from .formats import Format
 
+#: What to do with a model that is spread over ranks. Its classes are told by their names: to import them takes a second.
+FOR_SHARDED = "average a sharded model with swafast.ShardedAveragedModel"
+
 _NONFINITE = ("propagate", "raise", "skip")
 
 
@@ -87,7 +90,8 @@ def check_plain(what: str, tensor: Tensor) -> None:
     if tensor.device.type == "meta":
         raise ValueError(f"{what} must hold data, got a tensor on the meta device")
     if has_own_dispatch(tensor):
-        raise ValueError(f"{what} must be a plain tensor, got {type(tensor).__name__}")
+        sharded = f"; {FOR_SHARDED}" if type(tensor).__name__ == "DTensor" else ""
+        raise ValueError(f"{what} must be a plain tensor, got {type(tensor).__name__}{sharded}")
     end = (tensor.storage_offset() + extent(tensor.shape, tensor.stride())) * tensor.element_size()
     if tensor.numel() and tensor.untyped_storage().nbytes() < end:
         raise ValueError(f"{what} must have memory for its elements, got a storage that was freed or shrunk")

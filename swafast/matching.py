@@ -46,6 +46,14 @@ def check_model(model: object) -> Module:
     return model
 
 
+def refuse_sharded(model: Module) -> None:
+    """Raise ValueError for FSDP modules, which cannot be copied."""
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in ("FSDPModule", "FullyShardedDataParallel"):
+                raise ValueError(f"model must be whole on this rank, got an {kind.__name__}; {checks.FOR_SHARDED}")
+
+
 def ask_include(include: object, model: Module) -> dict[str, bool]:
     """Ask ``include`` about each parameter of ``model``; nothing is asked, and all are averaged, where it is None.
 

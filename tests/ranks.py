@@ -36,50 +36,63 @@ def run_ranks(
 
     Args:
         timeout: of the process group.
-        expect: how many ranks are to answer; default: all. The rest may die.
+        expect: how many ranks are to answer; default: all. The rest may die, or stop: they are killed in the end.
     """
+    expected = world if expect is None else expect
     with tempfile.TemporaryDirectory() as folder:
-        pipes, processes = [], []
+        pipes: list[Connection] = []
+        processes = []
         for rank in range(world):
             ours, theirs = _context.Pipe(duplex=False)
             process = _context.Process(
-                target=_rank, args=(rank, world, f"{folder}/store", timeout, theirs, function, args), daemon=True
+                target=_rank,
+                args=(rank, world, f"{folder}/store", timeout, theirs, expected == world, function, args),
+                daemon=True,
             )
             process.start()
             theirs.close()
             pipes.append(ours)
             processes.append(process)
         try:
-            return _answers(pipes, world if expect is None else expect, deadline=monotonic() + 120.0)
+            answered, answers = _answers(pipes, expected, deadline=monotonic() + 120.0)
+            for rank in answered:
+                processes[rank].join(10.0)
+            return answers
         finally:
             for process in processes:
-                process.join(0.0 if process.exitcode is not None else 10.0)
                 if process.is_alive():
                     process.kill()
                     process.join()
 
 
-def _answers(pipes: list[Connection], expected: int, deadline: float) -> list[Any]:
+def _answers(pipes: list[Connection], expected: int, deadline: float) -> tuple[list[int], list[Any]]:
+    """Give the ranks that have answered, and every rank's answer."""
     answers: list[Any] = [None] * len(pipes)
-    open_pipes = list(pipes)
-    come = 0
-    while open_pipes and come < expected:
-        ready = wait(open_pipes, max(0.0, deadline - monotonic()))
-        assert ready, f"only {come} of {expected} ranks came to their end in time"
-        for pipe in ready:
-            open_pipes.remove(pipe)
+    answered: list[int] = []
+    open_pipes = dict(enumerate(pipes))
+    while open_pipes and len(answered) < expected:
+        ready = wait(open_pipes.values(), max(0.0, deadline - monotonic()))
+        assert ready, f"only {len(answered)} of {expected} ranks came to their end in time"
+        for rank in [rank for rank, pipe in open_pipes.items() if pipe in ready]:
             with contextlib.suppress(EOFError):  # it died
-                good, value = pickle.loads(pipe.recv_bytes())
+                good, value = pickle.loads(open_pipes.pop(rank).recv_bytes())
                 if not good:
-                    raise RankFailedError(f"rank {pipes.index(pipe)}: {value}")
-                answers[pipes.index(pipe)] = value
-                come += 1
-    assert come >= expected, f"only {come} of {expected} ranks answered"
-    return answers
+                    raise RankFailedError(f"rank {rank}: {value}")
+                answers[rank] = value
+                answered.append(rank)
+    assert len(answered) >= expected, f"only {len(answered)} of {expected} ranks answered"
+    return answered, answers
 
 
 def _rank(
-    rank: int, world: int, store: str, timeout: timedelta, pipe: Connection, function: Callable[..., Any], args: tuple
+    rank: int,
+    world: int,
+    store: str,
+    timeout: timedelta,
+    pipe: Connection,
+    all_live: bool,
+    function: Callable[..., Any],
+    args: tuple,
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -89,8 +102,9 @@ def _rank(
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
         answer = (True, function(*args))
-        with contextlib.suppress(RuntimeError):  # a test may have lost a rank
-            dist.barrier()
+        if all_live:  # gloo may abort a rank whose peers leave before it
+            with contextlib.suppress(RuntimeError):
+                dist.barrier()
     except BaseException:
         answer = (False, traceback.format_exc())
     pipe.send_bytes(pickle.dumps(answer))

@@ -48,6 +48,7 @@ def find_held(
         require_same_names(kind, expected, [name for name in given if name not in left_alone])
     for share in shares:
         require_same_place(share.holding, held[share.name].holding)
+        checks.check_plain(f"{share.name!r} of the model", held[share.name].local)
     return {share.name: held[share.name] for share in shares}
 
 

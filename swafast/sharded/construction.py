@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from .. import checks
 from ..checksum import checksum
 from ..formats import Format, format_of, stored_dtype
 from ..plan import PlaneLike, new_in_buckets
@@ -62,11 +64,15 @@ def make_planes(
 
     Args:
         requested: the format that the user asked for.
+
+    Raises:
+        ValueError: a tensor holds no plain memory; it names the parameter.
     """
     likes: list[PlaneLike] = []
     for share in shares:
         local = held[share.name].local.detach()
-        first = stored_dtype(requested, local.dtype) if share.format is not None else local.dtype
+        checks.check_plain(f"{share.name!r} of the model", local)
+        first = stored_dtype(requested, local.dtype)  # of what is copied too, as in the unsharded class
         shape = view_of_run(share.holding, local, share.start, share.stop).shape
         stride = torch.empty(shape, device="meta").stride()
         likes.extend(PlaneLike(shape, stride, dtype, local.device) for dtype in (first, *_further(share)))
@@ -77,6 +83,11 @@ def make_planes(
 
 def _further(share: Share) -> list[torch.dtype]:
     return [dtype for _, dtype in share.format.extra] if share.format is not None else []
+
+
+def spell(option: object) -> str:
+    """Spell an argument out in the same way on every rank: a rule without a ``__repr__`` of its own has its address."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(option))
 
 
 def describe(shares: Sequence[Share]) -> dict[str, str]:

@@ -23,9 +23,9 @@ from ..rules import EqualAverage, Rule
 from . import construction, states
 from .binding import Binding, check_model, find_held
 from .holdings import Held, find_holdings, reshard
-from .ranks import LostPeerError, Ranks
+from .ranks import Ranks
 from .shares import share_out
-from .swap import NOT_WHOLE, Swap
+from .swap import Swap, spread_all
 
 
 class ShardedAveragedModel:
@@ -105,11 +105,12 @@ class ShardedAveragedModel:
             self.rule = choose_rule(rule, None, None) or EqualAverage()
             held = self._set_up(model, include)
         options = ("rule", "format", "nonfinite", "use_buffers", "share_replicas")
-        described = {option: repr(getattr(self, option)) for option in options}
+        described = {option: construction.spell(getattr(self, option)) for option in options}
         self._ranks.agree("the model and the arguments", described | construction.describe(self._shares))
         construction.require_same_bits(self._shares, held, self._ranks)
         self._spreads = construction.make_spreads(self._shares, self._ranks, process_group)
-        self._take_over(model)
+        with self._ranks.settled("ShardedAveragedModel"):
+            self._take_over(model)
 
     # Construction
 
@@ -215,10 +216,11 @@ class ShardedAveragedModel:
         swap = None
         try:
             with self._lock:
-                pairs, held = self._meet("swapped_into", model)
-                swap = Swap(model, pairs, self._spreads, held, self.backend)
-                self._swapped = True
-                swap.there()
+                with self._meet("swapped_into", model) as (pairs, held):
+                    swap = Swap(model, pairs, self._spreads, held, self.backend)
+                    self._swapped = True
+                    swap.there()
+                swap.spread()
             yield model
         finally:
             if swap is not None:
@@ -237,19 +239,17 @@ class ShardedAveragedModel:
                 lost rank says which params are not whole.
         """
         with self._lock:
-            pairs, held = self._meet("copy_to", model)
+            with self._meet("copy_to", model) as met:
+                pairs, held = met
             for pair in pairs:
                 pair.param.copy_(pair.format.decode(pair.planes) if pair.format is not None else pair.average)
-            try:
-                for spread in self._spreads:
-                    spread.run(held)
-            except LostPeerError as lost:
-                raise LostPeerError(f"copy_to could not reach all params: {lost}; {NOT_WHOLE}") from lost
+            spread_all(self._spreads, held, "copy_to could not reach all params", torn=True)
 
-    def _meet(self, action: str, model: Module) -> tuple[list[Pair], dict[str, Held]]:
+    @contextmanager
+    def _meet(self, action: str, model: Module) -> Iterator[tuple[list[Pair], dict[str, Held]]]:
         """Give what is to be written into ``model``, with FSDP's shards in place.
 
-        Where params are cut all ranks take part, so what one of them cannot do raises on each.
+        Where params are cut all ranks take part, so what one of them cannot do, here or in the body, raises on each.
         """
         with self._ranks.settled(action) if self._spreads else nullcontext():
             self._refuse_while_swapped(action)
@@ -257,7 +257,7 @@ class ShardedAveragedModel:
             reshard(model)
             pairs, held = plan.pairs(params, planes), self._find_held(model)
             checks.check_writable(pairs)
-        return pairs, held
+            yield pairs, held
 
     # State
 
@@ -275,7 +275,7 @@ class ShardedAveragedModel:
         Raises:
             RuntimeError: the averages are swapped into a model, here or on another rank; or a rank was lost.
         """
-        with self._together("state_dict"):
+        with self._together("state_dict"), self._ranks.in_step():
             return states.make_state(self._entries(), self.n_averaged, self._ranks, checksums=checksums)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -293,7 +293,8 @@ class ShardedAveragedModel:
         with self._together("load_state_dict"):
             with self._ranks.settled("load_state_dict"):
                 staged = states.stage(self._entries(), state_dict)
-            states.verify(staged, self._ranks, self.n_averaged.device)
+            with self._ranks.settled("load_state_dict"):  # ranks may have been given different checksums
+                states.verify(staged, self._ranks, self.n_averaged.device)
             states.commit(staged, self.n_averaged)
 
     def full_state_dict(self, *, rank0_only: bool = False, cpu_offload: bool = False) -> dict[str, Tensor]:
@@ -309,7 +310,7 @@ class ShardedAveragedModel:
         Raises:
             RuntimeError: the averages are swapped into a model, here or on another rank; or a rank was lost.
         """
-        with self._together("full_state_dict"):
+        with self._together("full_state_dict"), self._ranks.in_step():
             return states.make_full_state(
                 self._entries(), self.n_averaged, self._ranks, rank0_only=rank0_only, cpu_offload=cpu_offload
             )

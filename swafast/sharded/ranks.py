@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .._torch_distributed import group_timeout
+from .._torch_distributed import group_timeout, new_group
 
 T = TypeVar("T")
 
@@ -21,8 +23,12 @@ T = TypeVar("T")
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 #: Waited for beyond the timeout of the user's group. A rank that left ``swapped_into`` early waits for its peers in our
-#: group; one of them may wait for it in the user's, must give up there first, and then comes.
-_GRACE = timedelta(seconds=1)
+#: group; one of them may wait for it in the user's, must give up there first, and then comes. Less than a second, since
+#: torch's FileStore waits for a peer up to the next whole one.
+_GRACE = timedelta(seconds=0.9)
+
+#: How often this rank has begun to make a group over the same ranks, by the default group of that time.
+_attempts: WeakKeyDictionary[ProcessGroup, Counter[tuple[int, ...]]] = WeakKeyDictionary()
 
 
 class LostPeerError(RuntimeError):
@@ -39,30 +45,26 @@ class Ranks:
         ranks: make it over these of its ranks, this one among them; default: all.
 
     Raises:
+        TypeError: ``process_group`` is none.
         ValueError: there is no such process group, or this rank is not in it.
+        LostPeerError: a rank died, or did not come to make its own.
     """
 
     def __init__(self, process_group: ProcessGroup | None = None, ranks: Sequence[int] | None = None) -> None:
-        if not (dist.is_available() and dist.is_initialized()):
-            raise ValueError(
-                "process_group must exist, got none: call torch.distributed.init_process_group before, or use "
-                "FusedAveragedModel in a single process"
-            )
-        if process_group is not None and not isinstance(process_group, ProcessGroup):
-            raise TypeError(f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}")
-        parent = process_group if process_group is not None else dist.group.WORLD
-        assert parent is not None
+        parent = _checked(process_group)
         self.rank = dist.get_rank()
         self.ranks = tuple(sorted(ranks)) if ranks is not None else tuple(dist.get_process_group_ranks(parent))
         if self.rank not in self.ranks:
             raise ValueError(f"process_group must hold this rank, {self.rank}, got one of {list(self.ranks)}")
+        self._lost: str | None = None  # why no peer may be met any more
         timeout = group_timeout(parent)
-        self._group = dist.new_group(
-            list(self.ranks),
-            timeout=timeout + _GRACE if timeout is not None else None,
-            backend=dist.get_backend(parent) if ranks is not None or process_group is not None else None,
-            use_local_synchronization=True,
-        )
+        with self._heard():
+            self._group = new_group(
+                self.ranks,
+                _next_name(self.ranks),
+                timeout=timeout + _GRACE if timeout is not None else None,
+                backend=dist.get_backend(parent) if ranks is not None or process_group is not None else None,
+            )
 
     @property
     def size(self) -> int:
@@ -132,12 +134,34 @@ class Ranks:
 
     @contextmanager
     def _heard(self) -> Iterator[None]:
+        with self.in_step():
+            try:
+                yield
+            except RuntimeError as error:
+                raise LostPeerError(
+                    f"a rank of {list(self.ranks)} died, or did not come within the process group's timeout ({error})"
+                ) from error
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Run what all ranks run alike: what breaks off here leaves peers waiting inside, and meets none of them again.
+
+        A collective that met another one of its peers would give wrong values, or end the process.
+
+        Raises:
+            LostPeerError: something has broken off before.
+        """
+        if self._lost is not None:
+            raise LostPeerError(self._lost)
         try:
             yield
-        except RuntimeError as error:
-            raise LostPeerError(
-                f"a rank of {list(self.ranks)} died, or did not come within the process group's timeout ({error})"
-            ) from error
+        except BaseException as error:
+            if self.size > 1 and self._lost is None:
+                self._lost = (
+                    f"ranks {list(self.ranks)} went out of step before, with {type(error).__name__}: {error}; what is "
+                    "local still works, for the rest make the averaged model anew"
+                )
+            raise
 
     # What they settle
 
@@ -147,14 +171,18 @@ class Ranks:
 
         A rank raises its own error where it has one, and otherwise a RuntimeError that names the first that failed.
         """
-        error: Exception | None = None
+        if self._lost is not None:
+            raise LostPeerError(self._lost)
+        error: BaseException | None = None
         try:
             yield
-        except Exception as raised:
+        except BaseException as raised:  # an interrupt too: the peers wait
             error = raised
-        told = self.gather(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
+        try:
+            told = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        finally:
+            if error is not None:
+                raise error
         for rank, message in zip(self.ranks, told, strict=True):
             if message is not None:
                 raise RuntimeError(f"{what} failed on rank {rank}, and so on every rank: {message}")
@@ -177,6 +205,33 @@ class Ranks:
                         f"{what} must be the same on every rank, got for {key!r} {_or_nothing(first.get(key))} on rank "
                         f"{self.ranks[0]} and {_or_nothing(theirs.get(key))} on rank {rank}"
                     )
+
+
+def _checked(process_group: object) -> ProcessGroup:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            "process_group must exist, got none: call torch.distributed.init_process_group before, or use "
+            "FusedAveragedModel in a single process"
+        )
+    if process_group is None:
+        process_group = dist.group.WORLD
+    elif process_group is dist.GroupMember.NON_GROUP_MEMBER:  # what new_group gives to ranks that it leaves out
+        raise ValueError(f"process_group must hold this rank, {dist.get_rank()}, got one of others")
+    if not isinstance(process_group, ProcessGroup):
+        raise TypeError(f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}")
+    return process_group
+
+
+def _next_name(ranks: tuple[int, ...]) -> str:
+    """Give a name for a group over ``ranks``, the same on all of them, and another one for each attempt.
+
+    A failed attempt leaves its addresses in the store, where the next one must not find them.
+    """
+    default = dist.group.WORLD
+    assert default is not None
+    attempts = _attempts.setdefault(default, Counter())
+    attempts[ranks] += 1
+    return hashlib.sha256(f"swafast {ranks} {attempts[ranks]}".encode()).hexdigest()
 
 
 def _or_nothing(value: str | None) -> str:

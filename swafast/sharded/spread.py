@@ -17,7 +17,7 @@ WINDOW_NBYTES = 64 * 2**20
 
 #: On a CPU a window that stays in the caches between network and param is faster, but each rank's piece should not be
 #: so small that the walk over the ranks takes longer than what they send.
-_CPU_WINDOW_NBYTES, _CPU_PIECE_NBYTES = 8 * 2**20, 2**20
+CPU_WINDOW_NBYTES, CPU_PIECE_NBYTES = 8 * 2**20, 2**20
 
 #: What starts in a window starts on a multiple of this, so that it can be viewed in any dtype.
 _ALIGNMENT = 16
@@ -27,7 +27,7 @@ class Spread:
     """Fill the params of one cut: after :meth:`run`, every rank has in them what each rank has in its own part."""
 
     def __init__(self, cut: Cut, ranks: Ranks) -> None:
-        self._cut, self._ranks = cut, ranks
+        self._cut, self.ranks = cut, ranks
         #: Whether a param outside this rank's own part may have been written by a run that did not come to its end.
         self.torn = False
 
@@ -38,23 +38,23 @@ class Spread:
         Raises:
             LostPeerError: a rank is gone; :attr:`torn` says whether params of others were being written.
         """
-        size = self._ranks.size
+        size = self.ranks.size
         if size == 1:
             return
         cut = self._cut
         sources = [held[name] for name in cut.names]
         flats = [_flat(source) for source in sources]
-        device = self._ranks.device_for(flats[0].device)
+        device = self.ranks.device_for(flats[0].device)
         window = _piece_nbytes(size, device)
         itemsizes = [flat.element_size() for flat in flats]
         walks = [windows_of(cut.flat.runs(*cut.flat.bounds(part)), itemsizes, window) for part in range(size)]
         sent = torch.empty(window, dtype=torch.uint8, device=device)
         received = torch.empty(window * size, dtype=torch.uint8, device=device)
-        own = self._ranks.index
+        own = self.ranks.index
         while any(turn := [next(walk, []) for walk in walks]):
             for run, place in _places(turn[own], flats, sent):
                 place.copy_(flats[run.index][run.start : run.stop])
-            self._ranks.all_gather(received, sent)
+            self.ranks.all_gather(received, sent)
             self.torn = True
             for part in range(size):
                 if part != own:
@@ -71,7 +71,7 @@ def _piece_nbytes(size: int, device: torch.device) -> int:
     """Give the bytes that each of ``size`` ranks sends at a time."""
     window = WINDOW_NBYTES
     if device.type == "cpu":
-        window = min(window, max(_CPU_WINDOW_NBYTES, size * _CPU_PIECE_NBYTES))
+        window = min(window, max(CPU_WINDOW_NBYTES, size * CPU_PIECE_NBYTES))
     return max(_ALIGNMENT, window // size // _ALIGNMENT * _ALIGNMENT)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement
 
 from ..checksum import checksum, wrap_int64
-from .boxes import Box, FlatOrder, boxes_of_run
+from .boxes import Box, boxes_of_run
 from .holdings import dtensor_place
 from .part_tensor import PartTensor
 from .ranks import Ranks
@@ -85,7 +85,11 @@ def make_state(
     state = {COUNT: num_averaged.detach().clone()}
     sums: dict[str, int] = {COUNT: checksum(state[COUNT]) if ranks.index == 0 else 0}
     for entry in all_entries:
-        value = part_of(entry)
+        if entry.share.cut is not None and not entry.share.holding.shape:
+            # torch's blocking stager makes plain tensors of those without dimensions, so that is what each rank gets.
+            value = _gather_whole(entry, ranks, to_first=False)
+        else:
+            value = part_of(entry)
         if entry.share.holding.is_buffer and not isinstance(value, DTensor):
             # Ranks may differ in their buffers' values, as in BatchNorm's under DDP: a state has the first rank's.
             ranks.broadcast_(value)
@@ -107,7 +111,8 @@ def make_state(
 
 def _save_id_part(ranks: Ranks, device: torch.device) -> PartTensor:
     save_id = ranks.gather(secrets.randbits(63))[0]
-    start, stop = FlatOrder([_SAVE_ID_NUMEL], ranks.size).bounds(ranks.index)
+    # Evenly, and not on the borders of chunks, so that none of many ranks goes without.
+    start, stop = (_SAVE_ID_NUMEL * index // ranks.size for index in (ranks.index, ranks.index + 1))
     boxes = boxes_of_run((_SAVE_ID_NUMEL,), start, stop)
     run = torch.full((stop - start,), save_id, dtype=torch.int64, device=device)
     return PartTensor(run, (_SAVE_ID_NUMEL,), boxes)
@@ -136,6 +141,8 @@ def stage(all_entries: Sequence[Entry], state: object) -> Staged:
         raise TypeError(f"state_dict must be a mapping, got {type(state).__name__}")
     keys = [COUNT, *(key for entry in all_entries for key in entry.keys)]
     sealed = [key for key in state if str(key).startswith(CHECKSUM)]
+    # First of all, since a state of another format lacks keys as well, and this says why.
+    _require_dtypes(all_entries, state)
     _require_keys(
         [*keys, *((CHECKSUM + key for key in keys) if sealed else ()), *((SAVE_ID,) if sealed else ())], state
     )
@@ -144,7 +151,6 @@ def stage(all_entries: Sequence[Entry], state: object) -> Staged:
             raise TypeError(f"state_dict[{key!r}] must be a tensor, got {type(state[key]).__name__}")
     seals: dict[str, tuple[int, int]] = {}
     if sealed:
-        # First of all, since it says best what is wrong with a state of another format.
         for key in keys:
             seal = state[CHECKSUM + key]
             if seal.shape != (2,) or seal.dtype != torch.int64:
@@ -152,7 +158,8 @@ def stage(all_entries: Sequence[Entry], state: object) -> Staged:
                     f"state_dict[{CHECKSUM + key!r}] must be two int64, got {seal.dtype} {tuple(seal.shape)}"
                 )
             seals[key] = tuple(seal.tolist())
-    runs = [(entry, _run_from(state[entry.keys[0]], entry, seals)) for entry in all_entries]
+        _require_saved_as(torch.int64, COUNT, seals)
+    runs = [(entry, _run_of_ties(state, entry, seals)) for entry in all_entries]
     count = state[COUNT]
     if count.numel() != 1 or count.dtype != torch.int64 or int(count) < 0:
         raise ValueError(f"state_dict[{COUNT!r}] must be one int64 >= 0, got {count!r}")
@@ -173,16 +180,36 @@ def _require_keys(expected: Sequence[str], state: Mapping[str, object]) -> None:
         )
 
 
-def _run_from(value: Tensor, entry: Entry, seals: Mapping[str, tuple[int, int]]) -> Tensor:
-    """Take this rank's elements out of a value, 1-D, in the order in which its plane has them."""
-    key, share, held = entry.keys[0], entry.share, entry.share.holding
-    if key in seals and seals[key][1] != _DTYPES.index(entry.plane.dtype):
+def _require_dtypes(all_entries: Sequence[Entry], state: Mapping[str, object]) -> None:
+    for entry in all_entries:
+        for key in entry.keys:
+            value = state.get(key)
+            if isinstance(value, Tensor) and value.dtype != entry.plane.dtype:
+                raise ValueError(f"state_dict[{key!r}] must be {entry.plane.dtype}, got {value.dtype}: another format")
+
+
+def _require_saved_as(dtype: torch.dtype, key: str, seals: Mapping[str, tuple[int, int]]) -> None:
+    """Raise ValueError if a key's values had another dtype: DCP casts what it loads."""
+    if key in seals and seals[key][1] != _DTYPES.index(dtype):
         saved = _DTYPES[seals[key][1]] if 0 <= seals[key][1] < len(_DTYPES) else "an unknown dtype"
-        raise ValueError(
-            f"state_dict[{key!r}] must have been saved as {entry.plane.dtype}, got {saved}: another format"
-        )
-    if value.dtype != entry.plane.dtype:
-        raise ValueError(f"state_dict[{key!r}] must be {entry.plane.dtype}, got {value.dtype}: another format")
+        raise ValueError(f"state_dict[{key!r}] must have been saved as {dtype}, got {saved}: another format")
+
+
+def _run_of_ties(state: Mapping[str, Tensor], entry: Entry, seals: Mapping[str, tuple[int, int]]) -> Tensor:
+    """Take this rank's elements of an entry, which has to be the same under all its keys."""
+    first, *tied = entry.keys
+    run = _run_from(state[first], first, entry, seals)
+    for key in tied:
+        other = _run_from(state[key], key, entry, seals)
+        if seals.get(key) != seals.get(first) or not torch.equal(run.view(torch.uint8), other.view(torch.uint8)):
+            raise ValueError(f"state_dict[{key!r}] must be that of {first!r}, which it is tied to, got another one")
+    return run
+
+
+def _run_from(value: Tensor, key: str, entry: Entry, seals: Mapping[str, tuple[int, int]]) -> Tensor:
+    """Take this rank's elements out of a value, 1-D, in the order in which its plane has them."""
+    share, held = entry.share, entry.share.holding
+    _require_saved_as(entry.plane.dtype, key, seals)
     if tuple(value.shape) != held.shape:
         raise ValueError(f"state_dict[{key!r}] must have the shape {held.shape}, got {tuple(value.shape)}")
     if isinstance(value, DTensor):
@@ -193,10 +220,14 @@ def _run_from(value: Tensor, entry: Entry, seals: Mapping[str, tuple[int, int]])
     if isinstance(value, PartTensor):
         if [(box.offsets, box.sizes) for box in value.boxes] != [(box.offsets, box.sizes) for box in share.boxes]:
             raise ValueError(f"state_dict[{key!r}] must be cut as this average, got another cut: load it through DCP")
-        return value.run.detach()
+        if value.boxes == share.boxes:
+            return value.run.detach()
+        views = [view for _, view in value.parts()]  # of a model with other strides
+    else:
+        views = [box.of_whole(value.detach()) for box in share.boxes]
     run = torch.empty(share.numel, dtype=value.dtype, device=value.device)
-    for box in share.boxes:
-        box.of_run(run).copy_(box.of_whole(value.detach()))
+    for box, view in zip(share.boxes, views, strict=True):
+        box.of_run(run).copy_(view)
     return run
 
 
@@ -215,8 +246,11 @@ def verify(staged: Staged, ranks: Ranks, device: torch.device) -> None:
             the key.
     """
     told = ranks.gather((staged.num_averaged, bool(staged.seals), sorted(staged.save_ids)[:2]))
-    if len({count for count, _, _ in told}) > 1 or len({sealed for _, sealed, _ in told}) > 1:
-        raise ValueError(f"state_dict must be of one save on every rank, got {[count for count, _, _ in told]} updates")
+    counts, sealed = [count for count, _, _ in told], [sealed for _, sealed, _ in told]
+    if len(set(counts)) > 1:
+        raise ValueError(f"state_dict[{COUNT!r}] must be the same on every rank, got {counts}")
+    if len(set(sealed)) > 1:
+        raise ValueError(f"state_dict must have checksums on all ranks or on none, got {sealed}")
     if not staged.seals:
         return
     ids = {save_id for _, _, some in told for save_id in some}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 
 from torch.nn import Module
 
+from .. import _torch_distributed
 from ..backends import Pair
 from ..exchange import Exchange
 from .holdings import Held, reshard
@@ -34,21 +37,24 @@ class Swap:
         backend: str | None,
     ) -> None:
         self._exchange = Exchange(pairs, backend)
-        self._model, self._spreads, self._held = model, spreads, held
+        self._model, self._spreads = model, spreads
+        # The memory that they have now: what the body puts in its place on one rank is no other's to receive.
+        self._held = {name: replace(found, local=found.local.detach()) for name, found in held.items()}
         self._addresses = {name: found.local.data_ptr() for name, found in held.items()}
-        self._stuck = False  # on the way there: peers wait somewhere on that way, so none may be met on the way back
+        self._all_there = False  # as long as they are not, no peer is met on the way back
 
     def there(self) -> None:
-        """Put the averages into the model.
+        """Put this rank's averages into the model."""
+        self._exchange.there()
+
+    def spread(self) -> None:
+        """Put the averages of all ranks into all params, once every rank has put its own there.
 
         Raises:
-            LostPeerError: a rank is gone.
+            LostPeerError: a rank is gone; it says so where params of other ranks were written by then.
         """
-        self._exchange.there()
-        self._stuck = True
-        for spread in self._spreads:
-            spread.run(self._held)
-        self._stuck = False
+        spread_all(self._spreads, self._held, "swapped_into could not put all averages into the model")
+        self._all_there = True
 
     def back(self) -> None:
         """Put the params back, this rank's own part and its averages whatever happens to the others.
@@ -56,14 +62,18 @@ class Swap:
         Raises:
             RuntimeError: a rank is gone, or a param was moved to other memory meanwhile.
         """
-        reshard(self._model)
         try:
-            self._exchange.back()
-        except (KeyboardInterrupt, SystemExit):
-            self._exchange.back()  # the rest of the way
-            raise
+            _torch_distributed.end_forward(self._model)
+            reshard(self._model)
         finally:
-            self._spread_back()
+            try:
+                self._exchange.back()
+            except (KeyboardInterrupt, SystemExit):
+                self._exchange.back()  # the rest of the way
+                raise
+            finally:
+                if self._all_there:
+                    spread_all(self._spreads, self._held, "swapped_into could not put all params back", torn=True)
         for name, address in self._addresses.items():
             if self._held[name].now().data_ptr() != address:
                 raise RuntimeError(
@@ -71,13 +81,27 @@ class Swap:
                     "its values before the swap could not be put back"
                 )
 
-    def _spread_back(self) -> None:
-        if self._stuck:
-            if any(spread.torn for spread in self._spreads):
-                raise LostPeerError(f"swapped_into broke off on its way there: {NOT_WHOLE}")
-            return
-        try:
-            for spread in self._spreads:
-                spread.run(self._held)
-        except LostPeerError as error:
-            raise LostPeerError(f"swapped_into could not put all params back: {error}; {NOT_WHOLE}") from error
+
+def spread_all(spreads: Sequence[Spread], held: Mapping[str, Held], failed: str, *, torn: bool = False) -> None:
+    """Run all spreads, and say so if that leaves params in which neither all of one nor all of the other stands.
+
+    Args:
+        failed: what to say then.
+        torn: whether that is so even when nothing has come from another rank.
+
+    Raises:
+        LostPeerError: a rank is gone. An interrupt stays one, and says the same.
+    """
+    done = 0
+    try:
+        with ExitStack() as ranks:
+            for spread in spreads:
+                ranks.enter_context(spread.ranks.in_step())
+            for spread in spreads:
+                spread.run(held)
+                done += 1
+    except BaseException as error:
+        if not (torn or done or any(spread.torn for spread in spreads)):
+            raise
+        kind = LostPeerError if isinstance(error, Exception) else type(error)
+        raise kind(f"{failed}: {error}; {NOT_WHOLE}") from error

@@ -1,0 +1,266 @@
+"""One small model, spread over ranks in every mode that torch has, and an unsharded one to hold it against.
+
+Every rank keeps the unsharded model as well: `drift` changes it in the same way on all of them, and `fill` gives the
+sharded one its values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+#: The ranks that each mode is run on; 2-D meshes are 2x2.
+WORLDS = {
+    "plain": (1, 2, 3, 4),
+    "ddp": (1, 2, 3, 4),
+    "fsdp2": (1, 2, 3, 4),
+    "fsdp1": (1, 2, 3, 4),
+    "fsdp1_orig": (1, 2, 3, 4),
+    "tp": (1, 2, 3, 4),
+    "fsdp2_tp": (4,),
+    "hsdp": (4,),
+    "fsdp1_no_shard": (2,),
+    "fsdp1_hybrid": (4,),
+}
+MODES = tuple(WORLDS)
+
+_REPLICATED = ("plain", "ddp")
+_FSDP1 = ("fsdp1", "fsdp1_orig", "fsdp1_no_shard", "fsdp1_hybrid")
+_TP = ("tp", "fsdp2_tp")
+
+WIDTH = 10
+#: Divides evenly by 1 to 4 ranks: torch runs no forward pass on uneven Colwise and Rowwise shards.
+_INNER = 24
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, _INNER)
+        self.outer = nn.Linear(_INNER, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outer(torch.relu(self.inner(x)))
+
+
+class Linear(nn.Linear):
+    """Takes plain tensors, whatever its params are: those of tensor parallelism are gathered for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, whole(self.weight), None if self.bias is None else whole(self.bias))
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """As :class:`Linear`, with statistics of this rank's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        stats, affine = (self.running_mean, self.running_var), (whole(self.weight), whole(self.bias))
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        return nn.functional.batch_norm(x, *stats, *affine, self.training, self.momentum, self.eps)
+
+
+class Net(nn.Module):
+    """Uneven shards, shards without elements, tied and frozen params, BatchNorm, and whatever else its mode allows."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.encoder = Linear(WIDTH, WIDTH)
+        self.tied = Linear(WIDTH, WIDTH, bias=False)
+        self.tied.weight = self.encoder.weight
+        self.norm = BatchNorm(WIDTH)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.frozen = Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.long = nn.Parameter(torch.randn(1009))
+        self.table = nn.Parameter(torch.randn(7, 3))
+        self.short = nn.Parameter(torch.randn(1, 2))
+        self.point = nn.Parameter(torch.ones(1))
+        # FSDP takes no param without dimensions, and FSDP2 none that is not contiguous.
+        self.scalar = nn.Parameter(torch.tensor(1.0)) if mode in (*_REPLICATED, "tp") else None
+        self.conv = None
+        if mode in (*_REPLICATED, *_FSDP1):
+            self.conv = nn.Conv2d(2, 3, (3, 2), padding=(1, 0))
+            self.conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.gapped = nn.Parameter(torch.randn(6, 10)[:, ::2]) if mode == "plain" else None
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("scratch", torch.zeros(3), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.tied(torch.relu(self.encoder(x))))
+        for block in self.blocks:
+            x = block(x)
+        x = self.frozen(x) * whole(self.long)[-WIDTH:]
+        if self.conv is not None:
+            x = x + self.conv(x.view(-1, 2, 5, 1).expand(-1, 2, 5, 2)).flatten(1).sum(1, keepdim=True)
+        for param in (self.table, self.short, self.point, self.scalar, self.gapped):
+            if param is not None:
+                x = x + whole(param).square().mean()
+        return x
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Give the tensor itself, or all of a DTensor."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def make_model(mode: str = "plain", dtype: torch.dtype = torch.float32) -> Net:
+    """Make the unsharded model with what ``mode`` allows, with the same values on every rank."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(4)
+        return Net(mode).to(dtype)
+
+
+def wrap(model: Net, mode: str) -> nn.Module:
+    """Spread ``model`` over all ranks; collective. The model given is taken over, and must not be used any more."""
+    world = dist.get_world_size()
+    if mode == "plain":
+        return model
+    if mode == "ddp":
+        return DistributedDataParallel(model)
+    if mode in _FSDP1:
+        return _wrap_fsdp1(model, mode)
+    if mode == "fsdp2":
+        return _fully_shard(model, init_device_mesh("cpu", (world,)))
+    if mode == "tp":
+        return _parallelize(model, init_device_mesh("cpu", (world,), mesh_dim_names=("tp",)))
+    if mode == "hsdp":
+        return _fully_shard(model, init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")))
+    assert mode == "fsdp2_tp", mode
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+    return _fully_shard(_parallelize(model, mesh["tp"], everything=True), mesh["dp"])
+
+
+def _wrap_fsdp1(model: Net, mode: str) -> FullyShardedDataParallel:
+    strategies = {"fsdp1_no_shard": ShardingStrategy.NO_SHARD, "fsdp1_hybrid": ShardingStrategy.HYBRID_SHARD}
+    world = dist.get_world_size()
+    options = {
+        "sharding_strategy": strategies.get(mode, ShardingStrategy.FULL_SHARD),
+        "use_orig_params": mode == "fsdp1_orig",
+        "device_id": torch.device("cpu"),
+    }
+    if mode == "fsdp1_hybrid":
+        names = ("replicate", "shard")
+        options["device_mesh"] = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=names)
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = FullyShardedDataParallel(block, **options)
+    # One flat param is trained or frozen as one.
+    model.frozen = FullyShardedDataParallel(model.frozen, **options)
+    return FullyShardedDataParallel(model, **options)
+
+
+def _fully_shard(model: Net, mesh: DeviceMesh) -> Net:
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def _parallelize(model: Net, mesh: DeviceMesh, *, everything: bool = False) -> Net:
+    plan = {"inner": ColwiseParallel(), "outer": RowwiseParallel()}
+    for block in model.blocks:
+        parallelize_module(block, mesh, plan)
+    placements: dict[str, Placement] = {"table": Shard(0), "short": Shard(1), "point": Replicate(), "long": Shard(0)}
+    if everything:
+        placements |= {"encoder.weight": Shard(0), "encoder.bias": Replicate(), "frozen.weight": Shard(1)}
+        placements |= {"frozen.bias": Shard(0), "norm.weight": Replicate(), "norm.bias": Shard(0)}
+    for name, placement in placements.items():
+        path, _, leaf = name.rpartition(".")
+        param = model.get_parameter(name)
+        spread = nn.Parameter(distribute_tensor(param.detach(), mesh, [placement]), requires_grad=param.requires_grad)
+        setattr(model.get_submodule(path), leaf, spread)
+    model.tied.weight = model.encoder.weight
+    return model
+
+
+def plain_name(name: str) -> str:
+    """Drop what wrappers add to a name."""
+    return name.removeprefix("module.").replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+@torch.no_grad()
+def drift(reference: nn.Module, step: int) -> None:
+    """Change every param and persistent buffer of the unsharded model, by values that depend on ``step`` alone."""
+    source = torch.Generator().manual_seed(1000 + step)
+    for param in reference.parameters():
+        param.add_(torch.randn(param.shape, generator=source).to(param.dtype), alpha=0.1)
+    for name, buffer in reference.named_buffers():
+        if buffer.is_floating_point() and name != "scratch":
+            buffer.add_(torch.rand(buffer.shape, generator=source).to(buffer.dtype))
+        elif not buffer.is_floating_point():
+            buffer.copy_(torch.randint(0, 2, buffer.shape, generator=source))
+
+
+@torch.no_grad()
+def fill(model: nn.Module, mode: str, reference: nn.Module) -> None:
+    """Give the sharded ``model`` the unsharded one's values, buffers too. Collective."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward pass without a backward leaves the root gathered
+    values = dict(reference.named_parameters(remove_duplicate=False))
+    with summoned(model, mode, writeback=True):
+        for name, param in model.named_parameters():
+            _assign(param, values[plain_name(name)])
+    buffers = dict(reference.named_buffers())
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[plain_name(name)])
+
+
+def _assign(param: Tensor, value: Tensor) -> None:
+    if not isinstance(param, DTensor):
+        param.copy_(value)
+        return
+    local = param.to_local()
+    if local.numel():
+        (box,) = param.__create_chunk_list__()
+        index = tuple(slice(at, at + size) for at, size in zip(box.offsets, box.sizes, strict=True))
+        local.copy_(value[index])
+
+
+@contextmanager
+def summoned(model: nn.Module, mode: str, *, writeback: bool = False) -> Iterator[None]:
+    """Have whole params in an FSDP1 model, and in any other what it has."""
+    if mode not in _FSDP1:
+        yield
+        return
+    with FullyShardedDataParallel.summon_full_params(model, writeback=writeback):
+        yield
+
+
+@torch.no_grad()
+def gather(model: nn.Module, mode: str) -> dict[str, Tensor]:
+    """Give copies of the sharded model's whole params and its buffers, by torch's own ways. Collective."""
+    with summoned(model, mode):
+        named = {plain_name(name): whole(param).clone() for name, param in model.named_parameters()}
+    return named | {plain_name(name): buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def locals_of(model: nn.Module) -> dict[str, Tensor]:
+    """Give copies of this rank's own params and buffers as they stand in the model, without a collective."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {
+        name: (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().clone() for name, tensor in named
+    }
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """View a tensor's elements as integers, row-major: -0 differs from 0 and a NaN equals itself."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat if flat.dtype == torch.bool else flat.view(torch.uint8)
+
+
+def differing_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    """Give the keys whose tensors differ in dtype, shape or any bit, or that stand on one side only."""
+    names = set(a.keys() ^ b.keys())
+    for name in a.keys() & b.keys():
+        x, y = a[name], b[name]
+        if x.dtype != y.dtype or x.shape != y.shape or not torch.equal(bits(x), bits(y)):
+            names.add(name)
+    return sorted(names)

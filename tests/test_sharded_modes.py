@@ -1,0 +1,628 @@
+"""Averages over ranks against unsharded ones: the same bits in every mode, no collective, and no byte too many."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, _torch_distributed, ops
+from swafast.backends import cuda, library
+from swafast.plan import Plan
+from swafast.sharded import ShardedAveragedModel, binding, boxes, shares
+from swafast.sharded import model as sharded_model
+from tests.ranks import run_ranks
+from tests.sharded_models import (
+    WIDTH,
+    WORLDS,
+    differing_bits,
+    drift,
+    fill,
+    gather,
+    make_model,
+    plain_name,
+    wrap,
+)
+
+pytestmark = pytest.mark.distributed
+
+MODES_AND_WORLDS = [(mode, world) for mode, worlds in WORLDS.items() for world in worlds]
+#: One number of ranks for each mode: uneven where torch allows it.
+ONE_WORLD = {mode: 3 if 3 in worlds else worlds[-1] for mode, worlds in WORLDS.items()}
+
+#: (dtype of the params, format asked for, bytes of an element's average)
+FORMATS = [
+    (torch.float32, None, 4),
+    (torch.bfloat16, None, 4),
+    (torch.bfloat16, "float32", 4),
+    (torch.float16, None, 6),
+    (torch.float64, None, 8),
+]
+
+#: What a cut may be above an even part: it falls on multiples of this.
+CUT_NUMEL = 64
+
+
+class Seen(TorchDispatchMode):
+    """Records collectives, operations on DTensors and reads of a value by the host: whatever goes through torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[tuple[str, int]] = []  # (name, elements of the first tensor)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket._qualified_op_name
+        if name.startswith(("c10d", "_c10d", "aten::_local_scalar_dense")):
+            tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+            self.ops.append((name, tensors[0].numel() if tensors else 0))
+        if any(issubclass(kind, DTensor) for kind in types):
+            self.ops.append((f"DTensor {name}", 0))
+            return NotImplemented  # so that the collectives of DTensor's own dispatch are seen
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def collectives(self) -> list[tuple[str, int]]:
+        return [(name, numel) for name, numel in self.ops if "c10d" in name]
+
+    @property
+    def spread_out(self) -> list[tuple[str, int]]:
+        """Collectives and operations on DTensors."""
+        return [(name, numel) for name, numel in self.ops if "c10d" in name or "DTensor" in name]
+
+
+# Bits, collectives and bytes
+
+
+def averaged_beside(mode: str, cases: list[tuple[torch.dtype, str | None, str | None]]) -> list[dict[str, Any]]:
+    """Average a model sharded and unsharded side by side, and say for each case what differs and what was done."""
+    told = []
+    for index, (dtype, fmt, backend) in enumerate(cases):
+        reference, sharded = make_model(mode, dtype), wrap(make_model(mode, dtype), mode)
+        rule = EqualAverage() if index % 2 else ExponentialAverage(0.9)
+        options: dict[str, Any] = {"rule": rule, "format": fmt, "backend": backend}
+        expected = FusedAveragedModel(reference, **options)
+        averaged = ShardedAveragedModel(sharded, **options)
+        differing = [] if index else differing_bits(averaged.full_state_dict(), expected.state_dict())
+        seen = Seen()
+        for step in range(4):
+            drift(reference, step)
+            fill(sharded, mode, reference)
+            expected.update_parameters(reference)
+            with seen:
+                averaged.update_parameters(sharded)
+        differing += own_parts_differing(averaged, expected.state_dict())
+        if not index:
+            # That all parts together are the whole is the same for all formats, and each of its collectives takes
+            # its time here.
+            differing += differing_bits(averaged.full_state_dict(), expected.state_dict())
+            # The oracle itself: what the ranks hold is the reference model.
+            named = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
+            differing += [f"params: {name}" for name in differing_bits(gather(sharded, mode), named)]
+        buffers = [expected.state_dict()[f"module.{name}"] for name, _ in _persistent_buffers(reference)]
+        told.append(
+            {
+                "differing": differing,
+                "seen": seen.spread_out,
+                "read": [op for op in seen.ops if op not in seen.spread_out],
+                "nbytes": averaged.nbytes - sum(buffer.nbytes for buffer in buffers),
+                "own": own_numel(sharded, mode),
+                "cut": cut_numel(sharded, mode),
+                "total": sum(param.numel() for param in reference.parameters()),
+            }
+        )
+    return told
+
+
+def own_parts_differing(averaged: ShardedAveragedModel, expected: dict[str, Tensor]) -> list[str]:
+    """Give the keys under which this rank's own part differs in any bit, or whose keys are not those expected."""
+    found = {"n_averaged": averaged.n_averaged}
+    wanted = {"n_averaged": expected["n_averaged"]}
+    names = {"n_averaged"}
+    for entry in averaged._entries():
+        names.update(entry.keys)
+        for index, box in enumerate(entry.share.boxes):
+            found[f"{entry.keys[0]}, box {index}"] = box.of_run(entry.run)
+            wanted[f"{entry.keys[0]}, box {index}"] = box.of_whole(expected[entry.keys[0]])
+    return [*differing_bits(found, wanted), *sorted(names ^ expected.keys())]
+
+
+def _persistent_buffers(root: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, buffer) for name, buffer in root.named_buffers() if name in root.state_dict()]
+
+
+def own_numel(sharded: nn.Module, mode: str) -> int | None:
+    """Give the elements of this rank's shards, by torch's own account; None where it pads them and does not say."""
+    if mode == "fsdp1_orig":
+        return sum(param.numel() for param in sharded.parameters())
+    if mode in ("fsdp1", "fsdp1_hybrid"):
+        return None
+    own = [param.to_local().numel() for param in sharded.parameters() if isinstance(param, DTensor)]
+    # A single number is not cut: every rank has it.
+    return sum(own) + sum(1 for param in sharded.parameters() if param.dim() == 0)
+
+
+def cut_numel(sharded: nn.Module, mode: str) -> int:
+    """Give the elements that each rank holds whole."""
+    if mode in ("fsdp1", "fsdp1_orig", "fsdp1_hybrid"):
+        return 0
+    if mode == "fsdp1_no_shard":
+        with FullyShardedDataParallel.summon_full_params(sharded):
+            return sum(param.numel() for param in sharded.parameters())
+    plain = [param for param in sharded.parameters() if not isinstance(param, DTensor)]
+    return sum(param.numel() for param in plain if param.dim())
+
+
+def check_nbytes(told: list[dict[str, Any]], mode: str, per_element: int) -> None:
+    """Assert that each rank keeps its shards, an even cut of what all hold whole, and nothing else."""
+    world = len(told)
+    numels = [rank["nbytes"] // per_element for rank in told]
+    assert [numel * per_element for numel in numels] == [rank["nbytes"] for rank in told]
+    if told[0]["own"] is None:
+        replicas = 2 if mode == "fsdp1_hybrid" else 1
+        assert sum(numels) == told[0]["total"] * replicas
+        # A flat param is padded to even shards, so none has more than its even part of each of the four.
+        assert max(numels) <= told[0]["total"] * replicas / world + 4
+        return
+    cuts = [numel - rank["own"] for numel, rank in zip(numels, told, strict=True)]
+    whole = told[0]["cut"]
+    assert sum(cuts) == whole
+    assert max(cuts) <= -(-whole // world) + CUT_NUMEL
+
+
+def check_mode(
+    mode: str, world: int, plant: str | None = None, formats: Sequence[tuple[torch.dtype, str | None, int]] = FORMATS
+) -> None:
+    cases = [(dtype, fmt, None) for dtype, fmt, _ in formats]
+    ranks = run_ranks(world, planted, plant, averaged_beside, mode, cases)
+    for index, (dtype, fmt, per_element) in enumerate(formats):
+        told = [rank[index] for rank in ranks]
+        assert [rank["differing"] for rank in told] == [[]] * world, (dtype, fmt)
+        assert [rank["seen"] for rank in told] == [[]] * world, (dtype, fmt)
+        check_nbytes(told, mode, per_element)
+
+
+@pytest.mark.parametrize(("mode", "world"), MODES_AND_WORLDS)
+def test_every_rank_count_gives_the_bits_of_one(mode: str, world: int) -> None:
+    check_mode(mode, world)
+
+
+@pytest.mark.parametrize(("mode", "world"), [("plain", 3), ("fsdp2", 3), ("fsdp1", 3), ("tp", 2)])
+def test_the_reference_backend_gives_the_same_bits(mode: str, world: int) -> None:
+    cases = [(dtype, fmt, "reference") for dtype, fmt, _ in FORMATS[:-1]]
+    for told in run_ranks(world, averaged_beside, mode, cases):
+        for case in told:
+            assert case["differing"] == []
+            assert case["seen"] == []
+
+
+def count_known_collectives() -> list[list[str]]:
+    """Run collectives of every kind that this package or torch's wrappers use, each seen by a counter of its own."""
+    tensor = torch.ones(3)
+    sharded = wrap(make_model("fsdp2"), "fsdp2")
+    actions: list[Callable[[], Any]] = [
+        lambda: dist.all_reduce(tensor),
+        lambda: dist.broadcast(tensor, 0),
+        lambda: dist.reduce(tensor, 0),
+        lambda: dist.all_gather_into_tensor(torch.empty(3 * dist.get_world_size()), tensor),
+        lambda: dist.all_gather_object([None] * dist.get_world_size(), 1),
+        lambda: dist.barrier(),
+        lambda: sharded.table.full_tensor(),
+        lambda: sharded(torch.ones(2, WIDTH)),
+    ]
+    told = []
+    for action in actions:
+        with torch.no_grad(), Seen() as seen:
+            action()
+        told.append([name for name, _ in seen.collectives])
+    return told
+
+
+def test_the_counter_sees_every_kind_of_collective() -> None:
+    for told in run_ranks(2, count_known_collectives):
+        assert all(told), told
+
+
+# What a rank holds in memory
+
+
+def held_nbytes(mode: str, share_replicas: bool) -> tuple[int, int, int]:
+    """Give (nbytes, bytes of the planes' storages, bytes of all tensors that came to life) of an average."""
+    network = nn.Sequential(nn.Linear(300, 1000), nn.Linear(1000, 301))
+    for param in network.parameters():
+        nn.init.constant_(param, 0.5)
+    spread = network if mode == "plain" else wrap_all(network, mode)
+    before = storages_alive()
+    averaged = ShardedAveragedModel(spread, share_replicas=share_replicas)
+    averaged.update_parameters(spread)
+    gc.collect()
+    after = storages_alive()
+    # A storage freed and another made at its address is the same entry, so entries are compared and not counted.
+    new = sum(nbytes for address, nbytes in after.items() if before.get(address) != nbytes)
+    planes = {
+        plane.untyped_storage().data_ptr(): plane.untyped_storage().nbytes()
+        for planes in averaged._planes.values()
+        for plane in planes
+        if plane.numel()
+    }
+    return averaged.nbytes, sum(planes.values()), new
+
+
+def wrap_all(network: nn.Module, mode: str) -> nn.Module:
+    world = dist.get_world_size()
+    if mode == "hsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh("cpu", (world,))
+    return fully_shard(network, mesh=mesh)
+
+
+def storages_alive() -> dict[int, int]:
+    """Give the bytes of the storages of all plain tensors, by address."""
+    found = {}
+    for thing in gc.get_objects():
+        if type(thing) in (Tensor, nn.Parameter) and thing.layout == torch.strided and thing.numel():
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+TOTAL = 301_000 + 301 * 1001
+
+
+@pytest.mark.parametrize(
+    ("mode", "world", "share_replicas", "numel"),
+    [
+        ("plain", 2, False, -(-TOTAL // 2) + CUT_NUMEL),
+        ("plain", 3, True, -(-TOTAL // 3) + CUT_NUMEL),
+        ("fsdp2", 2, False, 500 * 301 + 151 * 1001),
+        ("hsdp", 4, False, 500 * 301 + 151 * 1001),
+        ("hsdp", 4, True, (500 * 301 + 151 * 1001) // 2 + CUT_NUMEL),
+    ],
+)
+def test_a_rank_holds_its_part_and_no_more(mode: str, world: int, share_replicas: bool, numel: int) -> None:
+    check_memory(mode, world, share_replicas, numel)
+
+
+def check_memory(mode: str, world: int, share_replicas: bool, numel: int, plant: str | None = None) -> None:
+    told = run_ranks(world, planted, plant, held_nbytes, mode, share_replicas)
+    replicas = 2 if mode == "hsdp" and not share_replicas else 1
+    assert sum(nbytes for nbytes, _, _ in told) == 4 * TOTAL * replicas
+    for nbytes, planes, new in told:
+        assert nbytes == planes
+        assert nbytes <= 4 * numel
+        # Tables of chunks and the counter.
+        assert nbytes <= new <= nbytes + 4096
+
+
+# After forward passes and in training
+
+
+def trained_and_averaged(mode: str) -> list[str]:
+    """Train, evaluate and average, and keep an unsharded average of the gathered params by hand beside."""
+    sharded, shadow = wrap(make_model(mode), mode), make_model(mode)
+    rule = ExponentialAverage(0.75)
+    averaged, by_hand = ShardedAveragedModel(sharded, rule=rule), FusedAveragedModel(shadow, rule=rule)
+    optimizer = torch.optim.SGD([param for param in sharded.parameters() if param.requires_grad], lr=0.01)
+    told: list[str] = []
+    expected_grads: dict[str, Tensor] = {}
+    for step in range(5):
+        before = gather(sharded, mode)
+        # Ranks that take no gradients of each other have the same data.
+        own_data = mode not in ("plain", "tp", "fsdp2_tp")
+        source = torch.Generator().manual_seed(step + (10 * dist.get_rank() if own_data else 0))
+        data = torch.randn(6, WIDTH, generator=source)
+        if step == 1:
+            expected_grads = gradients(sharded, data)
+
+        def update(before: dict[str, Tensor] = before) -> None:
+            averaged.update_parameters(sharded)
+            follow(by_hand, shadow, before, sharded)
+
+        # An update then takes back what FSDP has gathered for the backward pass.
+        grads = gradients(sharded, data, update if step == 1 else None)
+        if step == 1:
+            told += [f"gradient: {name}" for name in differing_bits(grads, expected_grads)]
+        if step == 2:
+            update()
+        optimizer.step()
+        if step in (3, 4):
+            with torch.no_grad():
+                sharded.eval()(data)
+        averaged.update_parameters(sharded)
+        after = gather(sharded, mode)
+        follow(by_hand, shadow, after, sharded)
+        told += [f"{name} did not move" for name in still(before, after) if not name.startswith("frozen")]
+        told += [f"{name} went to infinity" for name in after if not after[name].isfinite().all()]
+    full, expected = averaged.full_state_dict(), by_hand.state_dict()
+    if dist.get_rank() != 0:  # each rank has buffers of its own, and a state has the first rank's
+        for name, _ in shadow.named_buffers():
+            for state in (full, expected):
+                state.pop(f"module.{name}", None)
+    return told + differing_bits(full, expected)
+
+
+def gradients(sharded: nn.Module, data: Tensor, between: Callable[[], None] | None = None) -> dict[str, Tensor]:
+    """Run a forward and a backward pass, ``between`` after the first, and give copies of this rank's gradients."""
+    sharded.zero_grad()
+    loss = sharded.train()(data).square().mean()
+    if between is not None:
+        between()
+    loss.backward()
+    grads = {name: param.grad for name, param in sharded.named_parameters() if param.grad is not None}
+    return {name: (grad.to_local() if isinstance(grad, DTensor) else grad).clone() for name, grad in grads.items()}
+
+
+def still(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+    names = [name for name in before if "mask" not in name and "scratch" not in name]
+    return [name for name in names if torch.equal(before[name], after[name])]
+
+
+@torch.no_grad()
+def follow(by_hand: FusedAveragedModel, shadow: nn.Module, values: dict[str, Tensor], sharded: nn.Module) -> None:
+    """Update the unsharded average from gathered params, and from the buffers as they are."""
+    buffers = {plain_name(name): buffer for name, buffer in sharded.named_buffers()}
+    for name, tensor in [*shadow.named_parameters(), *shadow.named_buffers()]:
+        tensor.copy_(buffers.get(name, values[name]))
+    by_hand.update_parameters(shadow)
+
+
+def check_training(mode: str, plant: str | None = None) -> None:
+    world = ONE_WORLD[mode]
+    assert run_ranks(world, planted, plant, trained_and_averaged, mode) == [[]] * world
+
+
+@pytest.mark.parametrize("mode", WORLDS)
+def test_training_is_averaged_as_it_goes(mode: str) -> None:
+    check_training(mode)
+
+
+# NaNs and infinities
+
+
+def averaged_past_nans(mode: str, nonfinite: str, names: list[str]) -> dict[str, Any]:
+    """Update with a NaN in one param after the other, in its last element, which one shard or cut holds."""
+    reference, sharded = make_model(mode), wrap(make_model(mode), mode)
+    expected = FusedAveragedModel(reference, nonfinite="skip")
+    averaged = ShardedAveragedModel(sharded, nonfinite=nonfinite)
+    told: dict[str, Any] = {"seen": [], "counts": [], "errors": [], "differing": []}
+    for step, name in enumerate([None, *names, None]):
+        drift(reference, step)
+        if name is not None:
+            healthy = reference.get_parameter(name).detach().clone()
+            reference.get_parameter(name).data.view(-1)[-1] = float("nan" if step % 2 else "inf")
+        fill(sharded, mode, reference)
+        expected.update_parameters(reference)
+        try:
+            with Seen() as seen:
+                averaged.update_parameters(sharded)
+            told["errors"].append(None)
+        except ValueError as error:
+            told["errors"].append(str(error))
+        told["seen"].append(seen.collectives)
+        told["counts"].append(int(averaged.n_averaged))
+        differing = differing_bits(params_of(averaged.full_state_dict()), params_of(expected.state_dict()))
+        told["differing"] += [f"step {step}: {key}" for key in differing]
+        if name is not None:
+            reference.get_parameter(name).data.copy_(healthy)
+    return told
+
+
+def params_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop what goes its own way in a skipped update: nothing does, but buffers are no business of this test."""
+    return {key: value for key, value in state.items() if "norm.running" not in key and "norm.num" not in key}
+
+
+#: On two ranks or three, the last of these lies on the last rank and the second on the first one alone.
+NAN_NAMES = ["blocks.0.outer.bias", "short", "long"]
+
+
+def check_skips(mode: str, world: int, plant: str | None = None) -> None:
+    for told in run_ranks(world, planted, plant, averaged_past_nans, mode, "skip", NAN_NAMES):
+        assert told["differing"] == []
+        assert told["counts"] == [1, 1, 1, 1, 2]
+        assert told["errors"] == [None] * 5
+        assert told["seen"] == [[("c10d::allreduce_", 1)]] * 5
+
+
+@pytest.mark.parametrize("mode", ["plain", "fsdp2", "fsdp1", "tp", "fsdp2_tp"])
+def test_a_nan_on_one_rank_is_skipped_on_all(mode: str) -> None:
+    check_skips(mode, ONE_WORLD[mode])
+
+
+@pytest.mark.parametrize("mode", ["plain", "fsdp2", "fsdp1"])
+def test_a_nan_on_one_rank_is_named_on_all(mode: str) -> None:
+    for told in run_ranks(2, averaged_past_nans, mode, "raise", NAN_NAMES):
+        assert told["differing"] == []
+        assert told["counts"] == [1, 1, 1, 1, 2]
+        for name, error in zip(NAN_NAMES, told["errors"][1:-1], strict=True):
+            assert error is not None
+            assert error.startswith(f"{name!r} must be finite, got a NaN or an infinity on rank ")
+        assert told["errors"][0] is None
+        assert told["errors"][-1] is None
+
+
+def averaged_by_a_rank_without_elements() -> list[Any]:
+    """Average one element on several ranks: all but one have nothing to do."""
+    network = nn.ParameterList([torch.tensor([1.0])])
+    sharded = fully_shard(network, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    averaged = ShardedAveragedModel(sharded, nonfinite="skip")
+    counts = []
+    for value in (2.0, float("nan"), 4.0):
+        with torch.no_grad():
+            sharded[0].to_local().fill_(value)
+        averaged.update_parameters(sharded)
+        counts.append(int(averaged.n_averaged))
+    with averaged.swapped_into(sharded):
+        inside = sharded[0].full_tensor().item()
+    return [counts, averaged.full_state_dict()["module.0"].item(), inside, averaged.nbytes]
+
+
+def test_a_rank_without_elements_keeps_step() -> None:
+    told = run_ranks(3, averaged_by_a_rank_without_elements)
+    assert told == [[[1, 1, 2], 3.0, 3.0, nbytes] for nbytes in (4, 0, 0)]
+
+
+# The cuda backend, its source run on the processor
+
+
+def averaged_by_cuda(shim: str, mode: str) -> dict[str, Any]:
+    os.environ["SWAFAST_LIBRARY"] = shim
+    cuda.device_types = frozenset({"cpu"})
+    library.load.cache_clear()
+    told: dict[str, Any] = averaged_beside(mode, [(torch.bfloat16, None, "cuda"), (torch.float32, None, "cuda")])[0]
+    reference, sharded = make_model(mode), wrap(make_model(mode), mode)
+    averaged = ShardedAveragedModel(sharded, nonfinite="skip", backend="cuda")
+    told["backends"] = averaged._bindings._binding.plan.backends  # type: ignore[union-attr]
+    told["skips"], told["counts"] = [], []
+    for step in range(3):
+        drift(reference, step)
+        if step == 1:
+            reference.short.data.view(-1)[-1] = float("nan")
+        fill(sharded, mode, reference)
+        reference.short.data.fill_(1.0)
+        with Seen() as seen:
+            averaged.update_parameters(sharded)
+        told["skips"].append(seen.ops)
+        told["counts"].append(int(averaged.n_averaged))
+    with averaged.swapped_into(sharded):
+        inside = gather(sharded, mode)
+    full = averaged.full_state_dict()
+    told["inside"] = differing_bits(
+        {name: inside[name] for name, _ in reference.named_parameters()},
+        {name: full[f"module.{name}"] for name, _ in reference.named_parameters()},
+    )
+    return told
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_the_cuda_backend_shares_its_flag_on_the_device(mode: str, shim_library: Path) -> None:
+    for told in run_ranks(2, averaged_by_cuda, str(shim_library), mode):
+        assert told["backends"] == ["cuda"]
+        assert told["differing"] == []
+        assert told["seen"] == told["read"] == []
+        # One all-reduce of one element, and nothing read on the host.
+        assert told["skips"] == [[("c10d::allreduce_", 1)]] * 3
+        assert told["counts"] == [1, 1, 2]
+        assert told["inside"] == []
+
+
+# Each gate kills a bug
+
+
+def planted(plant: str | None, function: Callable[..., Any], *args: Any) -> Any:
+    """Run a rank's function with a bug planted in this process, which ends with it."""
+    if plant is not None:
+        PLANTS[plant]()
+    return function(*args)
+
+
+def forget_the_last_run() -> None:
+    runs = boxes.FlatOrder.runs
+    boxes.FlatOrder.runs = lambda self, start, stop: runs(self, start, stop)[:-1]  # type: ignore[method-assign]
+
+
+def start_where_the_flat_param_does() -> None:
+    find = binding.Finder.local
+
+    def local(self: Any, bases: Any, index: int) -> Tensor:
+        base, run = self._places[index]
+        return bases[base].narrow(0, 0, run[1]) if run is not None else find(self, bases, index)
+
+    binding.Finder.local = local  # type: ignore[method-assign]
+
+
+def ask_the_others() -> None:
+    update = Plan.update
+
+    def asking(self: Plan, *args: Any, **options: Any) -> None:
+        dist.all_reduce(torch.zeros(1))
+        update(self, *args, **options)
+
+    Plan.update = asking  # type: ignore[method-assign]
+
+
+def average_all_everywhere() -> None:
+    share_out = sharded_model.share_out
+
+    def uncut(holdings: Any, *args: Any, **options: Any) -> list[shares.Share]:
+        return share_out([replace(holding, always_cut=False) for holding in holdings], *args, **options)
+
+    sharded_model.share_out = uncut
+
+
+def cut_unevenly() -> None:
+    bounds = boxes.FlatOrder.bounds
+
+    def moved(self: boxes.FlatOrder, part: int) -> tuple[int, int]:
+        start, stop = bounds(self, part)
+        return start and start + 128, stop if stop == self.numel else stop + 128
+
+    boxes.FlatOrder.bounds = moved  # type: ignore[method-assign]
+
+
+def keep_copies() -> None:
+    make = binding.Binding.__init__
+
+    def with_copies(self: Any, model: Any, averaged: Any, planes: Any, held: Any, *args: Any, **options: Any) -> None:
+        make(self, model, averaged, planes, held, *args, **options)
+        self.copies = [found.local.detach().clone() for found in held.values()]
+
+    binding.Binding.__init__ = with_copies  # type: ignore[method-assign]
+
+
+def never_reshard() -> None:
+    sharded_model.reshard = lambda model: None
+
+
+def take_what_is_gathered() -> None:
+    handle = _torch_distributed._handle
+    _torch_distributed.FlatParam.local = property(  # type: ignore[assignment, method-assign]
+        lambda self: handle(self.module).flat_param.detach()
+    )
+
+
+def keep_the_flag() -> None:
+    update = ops.update
+    ops.update = lambda *args, share=None, **options: update(*args, **options)
+
+
+PLANTS: dict[str, Callable[[], None]] = {
+    plant.__name__: plant
+    for plant in (
+        *(forget_the_last_run, start_where_the_flat_param_does, ask_the_others, average_all_everywhere, cut_unevenly),
+        *(keep_copies, never_reshard, take_what_is_gathered, keep_the_flag),
+    )
+}
+
+GATES: list[tuple[Callable[[], None], Callable[[str | None], None]]] = [
+    (forget_the_last_run, lambda plant: check_mode("plain", 2, plant, FORMATS[:2])),
+    (start_where_the_flat_param_does, lambda plant: check_mode("fsdp1", 2, plant, FORMATS[:1])),
+    (ask_the_others, lambda plant: check_mode("fsdp2", 2, plant, FORMATS[:1])),
+    (average_all_everywhere, lambda plant: check_mode("ddp", 2, plant, FORMATS[:1])),
+    (cut_unevenly, lambda plant: check_mode("ddp", 2, plant, FORMATS[:1])),
+    (keep_copies, lambda plant: check_memory("fsdp2", 2, False, 500 * 301 + 151 * 1001, plant)),
+    (never_reshard, lambda plant: check_training("fsdp2", plant)),
+    (take_what_is_gathered, lambda plant: check_training("fsdp1", plant)),
+    (keep_the_flag, lambda plant: check_skips("fsdp2", 3, plant)),
+    (keep_the_flag, lambda plant: check_skips("plain", 3, plant)),
+]
+
+
+@pytest.mark.parametrize(("plant", "gate"), GATES, ids=[plant.__name__ for plant, _ in GATES])
+def test_the_gate_kills_the_bug(plant: Callable[[], None], gate: Callable[[str | None], None]) -> None:
+    with pytest.raises(AssertionError):  # of the checks, or of a rank
+        gate(plant.__name__)
