@@ -13,7 +13,7 @@ from .backends import Pair
 from .bucket import extent
 from .formats import Format
 
-#: What to do with a model that is spread over ranks. Its classes are told by their names: to import them takes a second.
+#: What to do with a model that is spread over ranks. Its classes are told by name: importing them takes a second.
 FOR_SHARDED = "average a sharded model with swafast.ShardedAveragedModel"
 
 _NONFINITE = ("propagate", "raise", "skip")

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, _torch_distributed, ops
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, ops
 from swafast.backends import cuda, library
 from swafast.plan import Plan
 from swafast.sharded import ShardedAveragedModel, binding, boxes, shares
@@ -33,6 +33,7 @@ from tests.sharded_models import (
     gather,
     make_model,
     plain_name,
+    require,
     wrap,
 )
 
@@ -186,6 +187,7 @@ def check_nbytes(told: list[dict[str, Any]], mode: str, per_element: int) -> Non
 def check_mode(
     mode: str, world: int, plant: str | None = None, formats: Sequence[tuple[torch.dtype, str | None, int]] = FORMATS
 ) -> None:
+    require(mode, forward=False)
     cases = [(dtype, fmt, None) for dtype, fmt, _ in formats]
     ranks = run_ranks(world, planted, plant, averaged_beside, mode, cases)
     for index, (dtype, fmt, per_element) in enumerate(formats):
@@ -200,7 +202,7 @@ def test_every_rank_count_gives_the_bits_of_one(mode: str, world: int) -> None:
     check_mode(mode, world)
 
 
-@pytest.mark.parametrize(("mode", "world"), [("plain", 3), ("fsdp2", 3), ("fsdp1", 3), ("tp", 2)])
+@pytest.mark.parametrize(("mode", "world"), [("plain", 2), ("fsdp2", 2), ("fsdp1", 3), ("tp", 2)])
 def test_the_reference_backend_gives_the_same_bits(mode: str, world: int) -> None:
     cases = [(dtype, fmt, "reference") for dtype, fmt, _ in FORMATS[:-1]]
     for told in run_ranks(world, averaged_beside, mode, cases):
@@ -232,6 +234,7 @@ def count_known_collectives() -> list[list[str]]:
 
 
 def test_the_counter_sees_every_kind_of_collective() -> None:
+    require("fsdp2", forward=True)
     for told in run_ranks(2, count_known_collectives):
         assert all(told), told
 
@@ -286,10 +289,8 @@ TOTAL = 301_000 + 301 * 1001
 @pytest.mark.parametrize(
     ("mode", "world", "share_replicas", "numel"),
     [
-        ("plain", 2, False, -(-TOTAL // 2) + CUT_NUMEL),
-        ("plain", 3, True, -(-TOTAL // 3) + CUT_NUMEL),
+        ("plain", 3, False, -(-TOTAL // 3) + CUT_NUMEL),
         ("fsdp2", 2, False, 500 * 301 + 151 * 1001),
-        ("hsdp", 4, False, 500 * 301 + 151 * 1001),
         ("hsdp", 4, True, (500 * 301 + 151 * 1001) // 2 + CUT_NUMEL),
     ],
 )
@@ -299,8 +300,7 @@ def test_a_rank_holds_its_part_and_no_more(mode: str, world: int, share_replicas
 
 def check_memory(mode: str, world: int, share_replicas: bool, numel: int, plant: str | None = None) -> None:
     told = run_ranks(world, planted, plant, held_nbytes, mode, share_replicas)
-    replicas = 2 if mode == "hsdp" and not share_replicas else 1
-    assert sum(nbytes for nbytes, _, _ in told) == 4 * TOTAL * replicas
+    assert sum(nbytes for nbytes, _, _ in told) == 4 * TOTAL
     for nbytes, planes, new in told:
         assert nbytes == planes
         assert nbytes <= 4 * numel
@@ -342,7 +342,9 @@ def trained_and_averaged(mode: str) -> list[str]:
         if step in (3, 4):
             with torch.no_grad():
                 sharded.eval()(data)
-        averaged.update_parameters(sharded)
+        with Seen() as seen:
+            averaged.update_parameters(sharded)
+        told += [f"{name} in an update" for name, _ in seen.collectives]
         after = gather(sharded, mode)
         follow(by_hand, shadow, after, sharded)
         told += [f"{name} did not move" for name in still(before, after) if not name.startswith("frozen")]
@@ -381,6 +383,7 @@ def follow(by_hand: FusedAveragedModel, shadow: nn.Module, values: dict[str, Ten
 
 
 def check_training(mode: str, plant: str | None = None) -> None:
+    require(mode, forward=True)
     world = ONE_WORLD[mode]
     assert run_ranks(world, planted, plant, trained_and_averaged, mode) == [[]] * world
 
@@ -426,11 +429,12 @@ def params_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if "norm.running" not in key and "norm.num" not in key}
 
 
-#: On two ranks or three, the last of these lies on the last rank and the second on the first one alone.
+#: Their last elements lie on the first rank or the last; that of ``short`` on the first where dimension 0 is sharded.
 NAN_NAMES = ["blocks.0.outer.bias", "short", "long"]
 
 
 def check_skips(mode: str, world: int, plant: str | None = None) -> None:
+    require(mode, forward=False)
     for told in run_ranks(world, planted, plant, averaged_past_nans, mode, "skip", NAN_NAMES):
         assert told["differing"] == []
         assert told["counts"] == [1, 1, 1, 1, 2]
@@ -440,7 +444,7 @@ def check_skips(mode: str, world: int, plant: str | None = None) -> None:
 
 @pytest.mark.parametrize("mode", ["plain", "fsdp2", "fsdp1", "tp", "fsdp2_tp"])
 def test_a_nan_on_one_rank_is_skipped_on_all(mode: str) -> None:
-    check_skips(mode, ONE_WORLD[mode])
+    check_skips(mode, 4 if mode == "fsdp2_tp" else 2)
 
 
 @pytest.mark.parametrize("mode", ["plain", "fsdp2", "fsdp1"])
@@ -588,13 +592,6 @@ def never_reshard() -> None:
     sharded_model.reshard = lambda model: None
 
 
-def take_what_is_gathered() -> None:
-    handle = _torch_distributed._handle
-    _torch_distributed.FlatParam.local = property(  # type: ignore[assignment, method-assign]
-        lambda self: handle(self.module).flat_param.detach()
-    )
-
-
 def keep_the_flag() -> None:
     update = ops.update
     ops.update = lambda *args, share=None, **options: update(*args, **options)
@@ -604,7 +601,7 @@ PLANTS: dict[str, Callable[[], None]] = {
     plant.__name__: plant
     for plant in (
         *(forget_the_last_run, start_where_the_flat_param_does, ask_the_others, average_all_everywhere, cut_unevenly),
-        *(keep_copies, never_reshard, take_what_is_gathered, keep_the_flag),
+        *(keep_copies, never_reshard, keep_the_flag),
     )
 }
 
@@ -616,9 +613,8 @@ GATES: list[tuple[Callable[[], None], Callable[[str | None], None]]] = [
     (cut_unevenly, lambda plant: check_mode("ddp", 2, plant, FORMATS[:1])),
     (keep_copies, lambda plant: check_memory("fsdp2", 2, False, 500 * 301 + 151 * 1001, plant)),
     (never_reshard, lambda plant: check_training("fsdp2", plant)),
-    (take_what_is_gathered, lambda plant: check_training("fsdp1", plant)),
-    (keep_the_flag, lambda plant: check_skips("fsdp2", 3, plant)),
-    (keep_the_flag, lambda plant: check_skips("plain", 3, plant)),
+    (keep_the_flag, lambda plant: check_skips("fsdp2", 2, plant)),
+    (keep_the_flag, lambda plant: check_skips("plain", 2, plant)),
 ]
 
 

@@ -21,27 +21,29 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from swafast import ExponentialAverage, FusedAveragedModel
+from swafast import ExponentialAverage, FusedAveragedModel, Rule
 from swafast.exchange import Exchange
 from swafast.sharded import ShardedAveragedModel, binding, spread, swap
 from tests.ranks import run_ranks
 from tests.sharded_models import (
     WIDTH,
     WORLDS,
+    Net,
     differing_bits,
     drift,
     fill,
     gather,
     make_model,
     plain_name,
+    require,
     wrap,
 )
 from tests.test_sharded_modes import FORMATS, ONE_WORLD, Seen
 
 pytestmark = pytest.mark.distributed
 
-REPLICATED = ("plain", "ddp", "fsdp1_no_shard")
 #: Modes in which several ranks hold the same elements of shards.
 SHARED_SHARDS = ("hsdp", "fsdp1_hybrid", "tp", "fsdp2_tp")
 
@@ -146,6 +148,7 @@ FEW_FORMATS = [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "
 def check_swapped(
     mode: str, formats: list[tuple[torch.dtype, str | None]], plant: str | None = None, **options: Any
 ) -> None:
+    require(mode, forward=True)
     world = ONE_WORLD[mode]
     assert run_ranks(world, planted, plant, swapped_and_copied, mode, formats, options) == [[[]] * len(formats)] * world
 
@@ -213,6 +216,7 @@ def swapped_in_mixed_precision(mode: str) -> list[str]:
 
 @pytest.mark.parametrize("mode", ["fsdp2", "fsdp1", "fsdp1_orig"])
 def test_mixed_precision_and_params_that_stay_gathered(mode: str) -> None:
+    require(mode, forward=True)
     assert run_ranks(2, swapped_in_mixed_precision, mode) == [[]] * 2
 
 
@@ -224,8 +228,9 @@ def bytes_of_replicas(mode: str) -> dict[str, Any]:
     return {"nbytes": both.averaged.nbytes - buffers, "alone": alone.nbytes - buffers, "total": total}
 
 
-@pytest.mark.parametrize("mode", ["hsdp", "fsdp1_hybrid", "fsdp2_tp"])
+@pytest.mark.parametrize("mode", ["fsdp1_hybrid", "fsdp2_tp"])
 def test_shared_replicas_hold_each_element_once(mode: str) -> None:
+    require(mode, forward=False)
     told = run_ranks(4, bytes_of_replicas, mode)
     assert sum(rank["nbytes"] for rank in told) == told[0]["total"]
     if mode != "fsdp2_tp":  # in which only some params have replicas
@@ -289,7 +294,7 @@ def swapped_and_failed(mode: str, options: dict[str, Any]) -> list[str]:
 
 
 def check_exceptions(mode: str, plant: str | None = None, **options: Any) -> None:
-    world = ONE_WORLD[mode]
+    world = 4 if mode == "hsdp" else 2
     assert run_ranks(world, planted, plant, swapped_and_failed, mode, options) == [[]] * world
 
 
@@ -614,30 +619,141 @@ def test_a_model_spread_in_another_way_changes_nothing(mode: str) -> None:
     check_refused(mode)
 
 
-def averaged_in_groups() -> list[str]:
+def averaged_in_groups(mode: str) -> list[str]:
     """Average one model over ranks 0 and 2, and another over 1 and 3."""
-    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("inside", "side"))["inside"]
     side = dist.get_rank() % 2
-    with torch.random.fork_rng():
-        both = Averaging("plain", updates=0, process_group=groups[side])
-    before_told = []
+    reference, sharded = make_model(mode), make_model(mode)
+    if mode == "fsdp2":
+        fully_shard(sharded, mesh=mesh)
+    expected = FusedAveragedModel(reference)
+    averaged = ShardedAveragedModel(sharded, process_group=mesh.get_group())
     for step in range(2):
-        drift(both.reference, 100 * side + step)
-        fill(both.sharded, "plain", both.reference)
-        both.expected.update_parameters(both.reference)
-        both.averaged.update_parameters(both.sharded)
-    before = both.params()
-    with both.averaged.swapped_into(both.sharded), both.expected.swapped_into(both.reference):
-        before_told += [f"inside: {name}" for name in differing_bits(both.params(), named(both.reference))]
-    before_told += [f"after: {name}" for name in differing_bits(both.params(), before)]
-    rank0 = both.averaged.full_state_dict(rank0_only=True, cpu_offload=True)
-    before_told += [] if bool(rank0) == (dist.get_rank() in (0, 1)) else ["rank0_only"]
-    before_told += differing_bits(rank0, both.expected.state_dict()) if rank0 else []
-    return before_told + both.differing()
+        drift(reference, 100 * side + step)
+        fill(sharded, mode, reference)
+        expected.update_parameters(reference)
+        averaged.update_parameters(sharded)
+    before = gather(sharded, mode)
+    with averaged.swapped_into(sharded), expected.swapped_into(reference):
+        told = [f"inside: {name}" for name in differing_bits(gather(sharded, mode), named(reference))]
+    told += [f"after: {name}" for name in differing_bits(gather(sharded, mode), before)]
+    first = averaged.full_state_dict(rank0_only=True, cpu_offload=True)
+    told += [] if bool(first) == (dist.get_rank() in (0, 1)) else ["rank0_only"]
+    told += differing_bits(first, expected.state_dict()) if first else []
+    return told + differing_bits(averaged.full_state_dict(), expected.state_dict())
 
 
-def test_groups_of_ranks_average_models_of_their_own() -> None:
-    assert run_ranks(4, averaged_in_groups) == [[]] * 4
+@pytest.mark.parametrize("mode", ["plain", "fsdp2"])
+def test_groups_of_ranks_average_models_of_their_own(mode: str) -> None:
+    assert run_ranks(4, averaged_in_groups, mode) == [[]] * 4
+
+
+class Third(Rule):
+    """A rule of Python alone."""
+
+    def weight(self, num_averaged: int) -> float:
+        return 1.0 if num_averaged == 0 else 1 / 3
+
+
+def averaged_in_any_layout(share_replicas: bool) -> list[str]:
+    """Average DTensors whose local tensors are transposed, or have gaps, and a complex param beside them."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    mesh = init_device_mesh("cpu", (world,))
+    full = torch.arange(64.0).view(8, 8)
+    rows = full.chunk(world)[rank]
+    gapped = torch.empty(len(rows), 16)[:, ::2].copy_(rows)
+    reference = nn.ParameterDict({name: full.clone() for name in ("gapped", "transposed", "replicated", "columns")})
+    reference["complex"] = torch.full((5, 3), 1 + 2j)
+    sharded = nn.ParameterDict(
+        {
+            "gapped": DTensor.from_local(gapped, mesh, [Shard(0)]),
+            "transposed": DTensor.from_local(rows.t().contiguous().t(), mesh, [Shard(0)]),
+            "replicated": DTensor.from_local(full.t().contiguous().t(), mesh, [Replicate()]),
+            "columns": distribute_tensor(full, mesh, [Shard(1)]),
+            "complex": reference["complex"].detach().clone(),
+        }
+    )
+    expected = FusedAveragedModel(reference, rule=Third())
+    averaged = ShardedAveragedModel(sharded, rule=Third(), share_replicas=share_replicas)
+    for step in range(3):
+        drift(reference, step)
+        fill(sharded, "any", reference)
+        expected.update_parameters(reference)
+        averaged.update_parameters(sharded)
+    before = gather(sharded, "any")
+    told = differing_bits(before, named(reference))
+    with torch.inference_mode(), averaged.swapped_into(sharded), expected.swapped_into(reference):
+        told += [f"inside: {name}" for name in differing_bits(gather(sharded, "any"), named(reference))]
+    told += [f"after: {name}" for name in differing_bits(gather(sharded, "any"), before)]
+    return told + differing_bits(averaged.full_state_dict(), expected.state_dict())
+
+
+def test_local_tensors_of_any_layout() -> None:
+    for share_replicas in (False, True):
+        assert run_ranks(2, averaged_in_any_layout, share_replicas) == [[]] * 2
+
+
+def averaged_otherwise() -> list[str]:
+    """Average models of several dtypes, compiled ones, and ones of which FSDP1 leaves some modules alone."""
+
+    def of_several_dtypes(mode: str) -> Net:
+        model = make_model(mode)
+        model.blocks.to(torch.bfloat16)
+        model.frozen.to(torch.float16)
+        return model
+
+    ignoring = make_model("fsdp1")
+    ignored = [ignoring.frozen, ignoring.blocks[0]]
+    cpu = torch.device("cpu")
+    kinds = {
+        "dtypes, cut": ("ddp", of_several_dtypes("ddp"), wrap(of_several_dtypes("ddp"), "ddp")),
+        "dtypes, FSDP1": ("fsdp1", of_several_dtypes("fsdp1"), wrap(of_several_dtypes("fsdp1"), "fsdp1")),
+        "compiled": ("fsdp2", make_model("fsdp2"), wrap(make_model("fsdp2"), "fsdp2")),
+        "ignored": (
+            "fsdp1",
+            make_model("fsdp1"),
+            FullyShardedDataParallel(ignoring, ignored_modules=ignored, use_orig_params=True, device_id=cpu),
+        ),
+    }
+    spread.WINDOW_NBYTES = 400
+    told = []
+    for kind, (mode, reference, sharded) in kinds.items():
+        given = torch.compile(sharded) if kind == "compiled" else sharded
+        expected, averaged = FusedAveragedModel(reference), ShardedAveragedModel(given)
+        for step in range(2):
+            drift(reference, step)
+            fill(sharded, mode, reference)
+            expected.update_parameters(reference)
+            averaged.update_parameters(given)
+        before = gather(sharded, mode)
+        with averaged.swapped_into(given), expected.swapped_into(reference):
+            wrong = [f"inside: {name}" for name in differing_bits(gather(sharded, mode), named(reference))]
+        wrong += [f"after: {name}" for name in differing_bits(gather(sharded, mode), before)]
+        wrong += differing_bits(averaged.full_state_dict(), expected.state_dict())
+        told += [f"{kind}: {what}" for what in wrong]
+    return told
+
+
+def test_dtypes_side_by_side_and_other_wrappers() -> None:
+    assert run_ranks(2, averaged_otherwise) == [[]] * 2
+
+
+def averaged_on_meshes_of_some_ranks() -> str:
+    """Leave some params to FSDP2 alone, on a mesh that is another one for each rank of tensor parallelism."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = make_model("fsdp2")
+    parallelize_module(model.blocks[0].inner, mesh["tp"], ColwiseParallel())
+    fully_shard(model, mesh=mesh["dp"])
+    try:
+        ShardedAveragedModel(model)
+    except ValueError as error:
+        return str(error)
+    return "nothing raised"
+
+
+def test_params_on_meshes_of_some_ranks_are_refused_by_name() -> None:
+    for told in run_ranks(4, averaged_on_meshes_of_some_ranks):
+        assert "'long'" in told
 
 
 def copies_refused() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 
 import pytest
@@ -12,8 +13,8 @@ from torch.distributed._checkpointable import _Checkpointable
 from torch.distributed.checkpoint import planner_helpers
 from torch.distributed.checkpoint import utils as checkpoint_utils
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from swafast import _torch_distributed
 from swafast.sharded import PartTensor
@@ -80,6 +81,35 @@ def fsdp1_names(orig: bool) -> list[str]:
         missing.append("_shard_param_infos")
     _torch_distributed.reshard_flat_params(model)
     return missing
+
+
+@pytest.mark.distributed
+def test_groups_and_fsdp2_have_what_we_read() -> None:
+    assert run_ranks(1, group_and_fsdp2_names) == [[]]
+
+
+def group_and_fsdp2_names() -> list[str]:
+    """Give the private names of process groups and FSDP2 that this torch lacks, or that mean something else."""
+    of_torch = dist.distributed_c10d._process_group_name
+    group = _torch_distributed.new_group([0], "ours")
+    missing = [] if group.group_name == "ours" else ["_process_group_name"]
+    if dist.distributed_c10d._process_group_name is not of_torch:
+        missing.append("_process_group_name, which is not as it was")
+    model = fully_shard(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3)))
+    model.register_forward_pre_hook(stop, prepend=False)
+    with contextlib.suppress(StopIteration):
+        model(torch.ones(1, 3))
+    state = model._get_fsdp_state()
+    if state._training_state.name != "FORWARD" or state._is_root is not True:
+        missing.append("_training_state")
+    _torch_distributed.end_forward(model)
+    if state._training_state.name != "IDLE" or not isinstance(model[0].weight, DTensor):
+        missing.append("_reset_iter_state")
+    return missing
+
+
+def stop(*args: object) -> None:
+    raise StopIteration
 
 
 def test_checkpoints_ask_tensors_for_the_protocol_that_ours_speaks() -> None:

@@ -63,7 +63,7 @@ class ShardedAveragedModel:
         ValueError: there is no process group; an argument is none of the above; ranks disagree on names, shapes,
             placements or arguments, or hold different bits of what they should hold alike. It names the difference.
         NotImplementedError: a parameter's dtype (float8, say) cannot be averaged; ``include`` may leave it out.
-        RuntimeError: construction failed on another rank, which is named.
+        RuntimeError: construction failed on another rank, which is named; or a rank was lost.
 
     Paper: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407.
 
@@ -266,8 +266,8 @@ class ShardedAveragedModel:
 
         Keys are those of :class:`~swafast.FusedAveragedModel`: ``n_averaged``, ``module.<name>`` and
         ``<plane>.<name>``. Sharded params are DTensors; cuts and FSDP1's are :class:`PartTensor`, under the original
-        names and shapes, so that any number of ranks may load them. ``checksum.<key>`` and ``save_id`` let
-        :meth:`load_state_dict` verify what it gets.
+        names and shapes, so that any number of ranks may load them; what has no dimensions is whole on each rank.
+        ``checksum.<key>`` and ``save_id`` let :meth:`load_state_dict` verify what it gets.
 
         Args:
             checksums: leave these out, to load a checkpoint that lacks them: one of an unsharded average.

@@ -32,7 +32,10 @@ _attempts: WeakKeyDictionary[ProcessGroup, Counter[tuple[int, ...]]] = WeakKeyDi
 
 
 class LostPeerError(RuntimeError):
-    """A collective of ours failed: a rank died, or did not come within the process group's timeout."""
+    """A collective of ours failed: a rank died, or did not come within the process group's timeout.
+
+    From then on whatever needs the other ranks raises it at once; updates without a collective go on.
+    """
 
 
 class Ranks:
@@ -121,9 +124,10 @@ class Ranks:
         """Give every rank the first one's values."""
         if self.size == 1 or tensor.numel() == 0:
             return
-        there = tensor.to(self.device_for(tensor.device))
+        there = tensor.to(self.device_for(tensor.device)).contiguous()
         with self._heard():
-            dist.broadcast(there, self.ranks[0], group=self._group)
+            # As bytes: gloo refuses int16, float8 and the larger unsigned ones.
+            dist.broadcast(there.view(-1).view(torch.uint8), self.ranks[0], group=self._group)
         if there is not tensor:
             tensor.copy_(there)
 

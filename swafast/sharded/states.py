@@ -27,10 +27,11 @@ SAVE_ID = "save_id"
 #: of the number of ranks, which may change between a save and a load.
 _SAVE_ID_NUMEL = 16384
 
-#: Their places in this list stand in checkpoints: it may only grow.
+#: Their places in this list stand in checkpoints: it may only grow. Names, since not every torch has all of them.
 _DTYPES = (
-    *(torch.float32, torch.bfloat16, torch.float16, torch.int16, torch.int8, torch.float64, torch.complex64),
-    *(torch.complex128, torch.int64, torch.int32, torch.uint8, torch.bool),
+    *("float32", "bfloat16", "float16", "int16", "int8", "float64", "complex64", "complex128", "int64", "int32"),
+    *("uint8", "bool", "uint16", "uint32", "uint64", "complex32", "float8_e4m3fn", "float8_e5m2"),
+    *("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
 )
 
 
@@ -103,10 +104,15 @@ def make_state(
         total = torch.tensor(list(sums.values()), dtype=torch.int64, device=num_averaged.device)
         ranks.sum_(total)
         for key, seal in zip(sums, total.tolist(), strict=True):
-            code = _DTYPES.index(state[key].dtype)
+            code = _code_of(state[key].dtype)
             state[CHECKSUM + key] = torch.tensor([seal, code], dtype=torch.int64, device=num_averaged.device)
         state[SAVE_ID] = _save_id_part(ranks, num_averaged.device)
     return state
+
+
+def _code_of(dtype: torch.dtype) -> int:
+    name = str(dtype).removeprefix("torch.")
+    return _DTYPES.index(name) if name in _DTYPES else -1
 
 
 def _save_id_part(ranks: Ranks, device: torch.device) -> PartTensor:
@@ -190,8 +196,8 @@ def _require_dtypes(all_entries: Sequence[Entry], state: Mapping[str, object]) -
 
 def _require_saved_as(dtype: torch.dtype, key: str, seals: Mapping[str, tuple[int, int]]) -> None:
     """Raise ValueError if a key's values had another dtype: DCP casts what it loads."""
-    if key in seals and seals[key][1] != _DTYPES.index(dtype):
-        saved = _DTYPES[seals[key][1]] if 0 <= seals[key][1] < len(_DTYPES) else "an unknown dtype"
+    if key in seals and seals[key][1] != _code_of(dtype):
+        saved = f"torch.{_DTYPES[seals[key][1]]}" if 0 <= seals[key][1] < len(_DTYPES) else "an unknown dtype"
         raise ValueError(f"state_dict[{key!r}] must have been saved as {dtype}, got {saved}: another format")
 
 

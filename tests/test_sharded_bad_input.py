@@ -1,0 +1,393 @@
+"""Ranks that disagree, and arguments that cannot be: an error that names what is wrong, and not a byte changed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.testing._internal.two_tensor import TwoTensor
+
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel
+from swafast.sharded import ShardedAveragedModel
+from tests.ranks import run_ranks
+from tests.sharded_models import differing_bits, locals_of, make_model, wrap
+from tests.test_sharded_faults import Case, make_case
+
+
+def net(**params: Tensor) -> nn.ParameterDict:
+    """Make a model of plain params, the same on every rank."""
+    source = torch.Generator().manual_seed(5)
+    made = {"weight": torch.randn(9, 7, generator=source), "bias": torch.randn(130, generator=source)} | params
+    return nn.ParameterDict({name: nn.Parameter(value, requires_grad=False) for name, value in made.items()})
+
+
+def spread_net(mesh: DeviceMesh, *placements: Placement, shape: tuple[int, ...] = (4, 4)) -> nn.ParameterDict:
+    """Make a model with one DTensor, without a collective."""
+    return net(spread=DTensor.from_local(torch.ones(shape), mesh, placements, run_check=False))
+
+
+@torch.no_grad()
+def flip_a_bit(tensor: Tensor) -> None:
+    """Change the last bit of the last element."""
+    words = tensor.view(torch.int32)
+    words[(-1,) * words.dim()] ^= 1
+
+
+def outcome(make: Callable[[], object]) -> str:
+    """Give the error that something raises, in words."""
+    try:
+        make()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+# Ranks that disagree
+
+
+def disagreements(mesh: DeviceMesh, odd: bool) -> dict[str, Callable[[], object]]:
+    """Give constructions in which rank 1 is odd."""
+
+    def make(model: nn.Module | None = None, **options: Any) -> ShardedAveragedModel:
+        return ShardedAveragedModel(net() if model is None else model, **options)
+
+    def pick(name: str) -> Callable[[str, Tensor], bool]:
+        return lambda param, _: param != name
+
+    def flipped() -> ShardedAveragedModel:
+        model = net()
+        if odd:
+            flip_a_bit(model["bias"])
+        return make(model)
+
+    placements = (Shard(1),) if odd else (Shard(0),)
+    return {
+        "a name": lambda: make(net(first=torch.ones(3)) if odd else net(second=torch.ones(3))),
+        "a param more": lambda: make(net(more=torch.ones(3)) if odd else net()),
+        "a shape": lambda: make(net(bias=torch.ones(131 if odd else 130))),
+        "a dtype": lambda: make(net(bias=torch.ones(130, dtype=torch.float16 if odd else torch.float32))),
+        "a tie": lambda: make(tied(odd)),
+        "a placement": lambda: make(spread_net(mesh, *placements)),
+        "the rule": lambda: make(rule=ExponentialAverage(0.9 if odd else 0.99)),
+        "the format": lambda: make(format="mirrored" if odd else "float32"),
+        "the picks": lambda: make(include=pick("bias" if odd else "weight")),
+        "use_buffers": lambda: make(use_buffers=odd),
+        "share_replicas": lambda: make(share_replicas=odd),
+        "nonfinite": lambda: make(nonfinite="skip" if odd else "raise"),
+        "a bit": flipped,
+    }
+
+
+def tied(odd: bool) -> nn.ParameterDict:
+    model = net(other=torch.ones(130))
+    if odd:
+        model["other"] = model["bias"]
+    else:
+        model["other"].copy_(model["bias"])
+    return model
+
+
+DISAGREE = r"ValueError: the model and the arguments must be the same on every rank, got for "
+DIFFERENCES = {
+    "a name": DISAGREE + r"'second' \(3,\) .* on rank 0 and nothing on rank 1",
+    "a param more": DISAGREE + r"'more' nothing on rank 0 and \(3,\) torch.float32 cpu \(one whole .*\) on rank 1",
+    "a shape": DISAGREE + r"'bias' \(130,\) .* on rank 0 and \(131,\) .* on rank 1",
+    "a dtype": DISAGREE + r"'bias' .*torch.float32 .* on rank 0 and .*torch.float16 .* on rank 1",
+    "a tie": DISAGREE + r"'bias' .*one whole tensor on each rank\) on rank 0 and .*, tied to other\) on rank 1",
+    "a placement": DISAGREE + r"'spread' .*Shard\(dim=0\).* on rank 0 and .*Shard\(dim=1\).* on rank 1",
+    "the rule": DISAGREE + r"'rule' .*decay=0.99,.* on rank 0 and .*decay=0.9,.* on rank 1",
+    "the format": DISAGREE + r"'format' 'float32' on rank 0 and 'mirrored' on rank 1",
+    "the picks": DISAGREE + r"'bias' \(130,\) .* on rank 0 and nothing on rank 1",
+    "use_buffers": DISAGREE + r"'use_buffers' False on rank 0 and True on rank 1",
+    "share_replicas": DISAGREE + r"'share_replicas' False on rank 0 and True on rank 1",
+    "nonfinite": DISAGREE + r"'nonfinite' 'raise' on rank 0 and 'skip' on rank 1",
+    "a bit": r"ValueError: 'bias' must be the same on all ranks that hold it alike, got other bits on rank 1 than on "
+    r"rank 0: broadcast it before averaging",
+}
+
+
+def local_errors(odd: bool) -> dict[str, Callable[[], object]]:
+    """Give constructions that cannot be on rank 1."""
+
+    def divide(name: str, param: Tensor) -> bool:
+        return bool(1 / (not odd))
+
+    def make(model: object = None, **options: Any) -> ShardedAveragedModel:
+        return ShardedAveragedModel(net() if model is None else model, **options)  # type: ignore[arg-type]
+
+    return {
+        "include raises": lambda: make(include=divide),
+        "include is none": lambda: make(include="weight" if odd else None),
+        "include picks nothing": lambda: make(include=(lambda name, param: False) if odd else None),
+        "a rule's class": lambda: make(rule=EqualAverage if odd else None),
+        "no rule": lambda: make(rule=0.9 if odd else None),
+        "no format": lambda: make(format="float31" if odd else None),
+        "no answer to NaN": lambda: make(nonfinite="ignore" if odd else "propagate"),
+        "no backend": lambda: make(backend="gpu" if odd else None),
+        "no module": lambda: make([] if odd else None),
+        "float8": lambda: make(net(bias=torch.ones(130).to(torch.float8_e4m3fn)) if odd else None),
+        "lazy": lambda: make(nn.LazyLinear(3) if odd else None),
+        "a subclass": lambda: make(net(bias=TwoTensor(torch.ones(130), torch.ones(130))) if odd else None),
+    }
+
+
+LOCAL = {
+    "include raises": r"ZeroDivisionError: division by zero",
+    "include is none": r"TypeError: include must be a function .*, got 'weight'",
+    "include picks nothing": r"ValueError: include must pick a parameter, got False for all of them, 'bias' the first",
+    "a rule's class": r"TypeError: rule must be a Rule .*, got the class EqualAverage",
+    "no rule": r"TypeError: rule must be a Rule .*, got float 0.9",
+    "no format": r"ValueError: format must be .*, got 'float31'",
+    "no answer to NaN": r"ValueError: nonfinite must be one of .*, got 'ignore'",
+    "no backend": r"ValueError: backend must be .*, got 'gpu'",
+    "no module": r"TypeError: model must be a torch.nn.Module, got list",
+    "float8": r"NotImplementedError: 'bias' must have a dtype that can be averaged, got torch.float8_e4m3fn",
+    "lazy": r"ValueError: model must be initialised, got the lazy parameter 'weight'",
+    "a subclass": r"ValueError: 'bias' of the model must be a plain tensor, got TwoTensor",
+}
+
+
+def construct_all() -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """Try all of these constructions one after the other, and then a right one."""
+    odd = dist.get_rank() == 1
+    mesh = init_device_mesh("cpu", (2,))
+    first = {name: outcome(make) for name, make in disagreements(mesh, odd).items()}
+    second = {name: outcome(make) for name, make in local_errors(odd).items()}
+    case = make_case()
+    with case.averaged.swapped_into(case.model):
+        pass
+    return first, second, case.complaints(params=True)
+
+
+@pytest.mark.distributed
+def test_ranks_that_disagree_are_told_of_the_difference() -> None:
+    answers = run_ranks(2, construct_all)
+    for rank, (different, local, complaints) in enumerate(answers):
+        for name, pattern in DIFFERENCES.items():
+            assert re.match(pattern, different[name]), f"{name} on rank {rank}: {different[name]}"
+        for name, pattern in LOCAL.items():
+            told = pattern if rank == 1 else f"RuntimeError: .* failed on rank 1, and so on every rank: {pattern}"
+            assert re.match(told, local[name]), f"{name} on rank {rank}: {local[name]}"
+        assert complaints == []
+
+
+def construct_over_four() -> dict[str, str]:
+    """Try what takes two dimensions, or ranks that are in no group."""
+    rank = dist.get_rank()
+    flat, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+    pair = dist.new_group([0, 1])
+
+    def meshes_differ() -> object:
+        reshaped = spread_net(square, Replicate(), Shard(0), shape=(8, 4))
+        return ShardedAveragedModel(reshaped if rank == 3 else spread_net(flat, Shard(0)))
+
+    def some_of_the_mesh() -> object:
+        return ShardedAveragedModel(spread_net(flat, Shard(0)), process_group=pair)
+
+    def replicas_differ(share_replicas: bool) -> object:
+        model = wrap(make_model("hsdp"), "hsdp")
+        if rank == 3:
+            flip_a_bit(dict(model.named_parameters())["blocks.0.outer.bias"].to_local())
+        return ShardedAveragedModel(model, share_replicas=share_replicas)
+
+    return {
+        "meshes": outcome(meshes_differ),
+        "replicas": outcome(lambda: replicas_differ(False)),
+        "shared replicas": outcome(lambda: replicas_differ(True)),
+        "a group of others": outcome(lambda: ShardedAveragedModel(net(), process_group=pair)),
+        "a group of some of the mesh": outcome(
+            lambda: ShardedAveragedModel(spread_net(flat, Shard(0)), process_group=pair)
+        ),
+    }
+
+
+@pytest.mark.distributed
+def test_meshes_replicas_and_groups_that_do_not_fit() -> None:
+    bits = (
+        r"ValueError: 'blocks.0.outer.bias' must be the same on all ranks .*, got other bits on rank 3 than on rank 1"
+    )
+    outside = r"ValueError: process_group must hold this rank, {rank}, got one of others"
+    lacking = r"ValueError: process_group must hold all ranks of the mesh of 'spread', got one without \[2, 3\]"
+    for rank, answer in enumerate(run_ranks(4, construct_over_four)):
+        within = rank < 2
+        expected = {
+            "meshes": DISAGREE
+            + r"'spread' .* on a mesh of \(4,\) .* on rank 0 and .* on a mesh of \(2, 2\) .* on rank 3",
+            "replicas": bits,
+            "shared replicas": bits,
+            "a group of others": "no error" if within else outside.format(rank=rank),
+            "a group of some of the mesh": lacking if within else outside.format(rank=rank),
+        }
+        for name, pattern in expected.items():
+            assert re.match(pattern, answer[name]), f"{name} on rank {rank}: {answer[name]}"
+
+
+def load_unlike_checksums() -> tuple[str, list[str]]:
+    """Load a state of which one rank has been given another checksum than the others."""
+    case = make_case(with_state=True)
+    assert case.state is not None
+    key = "checksum.module.weight"
+    spoiled = case.state[key].clone()
+    spoiled[0] ^= dist.get_rank()
+    told = outcome(lambda: case.averaged.load_state_dict({**case.state, key: spoiled}))
+    found = case.complaints(params=True)
+    case.averaged.load_state_dict(case.state)
+    return told, found + ([] if int(case.averaged.n_averaged) == 1 else ["not loaded"])
+
+
+@pytest.mark.distributed
+def test_a_checksum_that_differs_on_one_rank_loads_on_none() -> None:
+    damaged = r"ValueError: state_dict\['module.weight'\] must be what was saved, got another checksum"
+    (first, *rest), (second, *others) = run_ranks(2, load_unlike_checksums)
+    assert re.match(rf"RuntimeError: load_state_dict failed on rank 1, and so on every rank: {damaged}", first)
+    assert re.match(damaged, second)
+    assert rest == others == [[]]
+
+
+# Bad input on all ranks alike
+
+
+def test_without_a_process_group_the_error_says_how_to_make_one() -> None:
+    with pytest.raises(ValueError, match=r"process_group must exist, got none: call torch.*init_process_group before"):
+        ShardedAveragedModel(net())
+
+
+def refused() -> dict[str, str]:
+    """Ask for what cannot be, and say how it was refused; what is there already must stay as it is."""
+    mesh, turned = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))
+    double = TwoTensor(torch.ones(4, 4), torch.ones(4, 4))
+    wrapped = net(spread=DTensor.from_local(double, mesh, (Shard(0),), run_check=False))
+    make, small = ShardedAveragedModel, make_case()
+    told = {
+        "no ProcessGroup": outcome(lambda: make(net(), process_group="world")),  # type: ignore[arg-type]
+        "None": outcome(lambda: make(None)),  # type: ignore[arg-type]
+        "the rule's class": outcome(lambda: make(net(), rule=EqualAverage)),  # type: ignore[arg-type]
+        "float8": outcome(lambda: make(net(bias=torch.ones(130).to(torch.float8_e5m2)))),
+        "float8 in a DTensor": outcome(lambda: make(float8_shard(mesh))),
+        "a subclass": outcome(lambda: make(net(bias=TwoTensor(torch.ones(9), torch.ones(9))))),
+        "a subclass in a DTensor": outcome(lambda: make(wrapped)),
+        "a part of a sum": outcome(lambda: make(spread_net(mesh, Partial()))),
+        "meta": outcome(lambda: make(net(bias=torch.ones(130, device="meta")))),
+        "sparse": outcome(lambda: make(net(bias=torch.ones(130).to_sparse()))),
+        "pickle": outcome(lambda: pickle.dumps(small.averaged)),
+        "deepcopy": outcome(lambda: copy.deepcopy(small.averaged)),
+    }
+    sharded = make(spread_net(mesh, Shard(0)))
+    case = Case(sharded, spread_net(mesh, Shard(0)))
+    others = {
+        "no model": None,
+        "another mesh": spread_net(turned, Replicate(), Shard(0)),
+        "another placement": spread_net(mesh, Shard(1), shape=(8, 2)),
+        "gathered": net(spread=torch.ones(8, 4)),
+        "another shape": spread_net(mesh, Shard(0), shape=(5, 4)),
+        "another dtype": net(spread=DTensor.from_local(torch.ones(4, 4).int(), mesh, (Shard(0),), run_check=False)),
+        "a param less": net(),
+    }
+    for name, model in others.items():
+        told[name] = outcome(partial(sharded.update_parameters, model))
+        for action in (sharded.copy_to, lambda model: sharded.swapped_into(model).__enter__()):
+            assert outcome(partial(action, model)) == told[name], name
+        told[f"after {name}"] = ", ".join(case.complaints(params=True))
+    return told | refused_while_swapped(small) | {"after all": ", ".join(small.complaints(params=True))}
+
+
+def float8_shard(mesh: DeviceMesh) -> nn.ParameterDict:
+    local = torch.ones(4, 4).to(torch.float8_e4m3fn)
+    return net(spread=DTensor.from_local(local, mesh, (Shard(0),), run_check=False))
+
+
+def refused_while_swapped(case: Case) -> dict[str, str]:
+    averaged, model = case.averaged, case.model
+    state = averaged.state_dict()
+    told = {}
+    with averaged.swapped_into(model):
+        swapped = locals_of(model)
+        told["update_parameters"] = outcome(lambda: averaged.update_parameters(model))
+        told["state_dict"] = outcome(averaged.state_dict)
+        told["full_state_dict"] = outcome(averaged.full_state_dict)
+        told["load_state_dict"] = outcome(lambda: averaged.load_state_dict(state))
+        told["copy_to"] = outcome(lambda: averaged.copy_to(model))
+        told["swapped_into"] = outcome(lambda: averaged.swapped_into(model).__enter__())
+        assert differing_bits(swapped, locals_of(model)) == []
+    told["moved"] = outcome(lambda: move_while_swapped(case))
+    return told
+
+
+def move_while_swapped(case: Case) -> None:
+    weight = case.model.weight
+    home = weight.data
+    try:
+        with case.averaged.swapped_into(case.model):
+            weight.data = weight.data.clone()
+    finally:
+        weight.data = home
+
+
+PLACE = r"ValueError: 'spread' must have the placement that it was averaged with, "
+REFUSED = {
+    "no ProcessGroup": r"TypeError: process_group must be a ProcessGroup or None, got str",
+    "None": r"TypeError: model must be a torch.nn.Module, got NoneType",
+    "the rule's class": r"TypeError: rule must be a Rule .*, got the class EqualAverage",
+    "float8": r"NotImplementedError: 'bias' must have a dtype that can be averaged, got torch.float8_e5m2",
+    "float8 in a DTensor": r"NotImplementedError: 'spread' must have a dtype that .*, got torch.float8_e4m3fn",
+    "a subclass": r"ValueError: 'bias' of the model must be a plain tensor, got TwoTensor",
+    "a subclass in a DTensor": r"ValueError: 'spread' of the model must be a plain tensor, got TwoTensor",
+    "a part of a sum": r"ValueError: 'spread' must be sharded or replicated, got .*Partial",
+    "meta": r"ValueError: 'bias' of the model must hold data, got a tensor on the meta device",
+    "sparse": r"ValueError: 'bias' of the model must be dense, got layout torch.sparse_coo",
+    "pickle": r"TypeError: a ShardedAveragedModel belongs to its process group .* save its state_dict\(\)",
+    "deepcopy": r"TypeError: a ShardedAveragedModel belongs to its process group .* save its state_dict\(\)",
+    "no model": r"TypeError: model must be a torch.nn.Module, got NoneType",
+    "another mesh": PLACE + r".* on a mesh of \(2,\) .*, got .* on a mesh of \(1, 2\) \('a', 'b'\)",
+    "another placement": PLACE + r"\(Shard\(dim=0\),\) .*, got \(Shard\(dim=1\),\)",
+    "gathered": PLACE + r".*, got one whole tensor on each rank",
+    "another shape": r"ValueError: 'spread' must have the whole shape that .* with, \(8, 4\), got \(10, 4\)",
+    "another dtype": r"ValueError: 'spread' must have a dtype like the average's torch.float32, got torch.int32",
+    "a param less": r"ValueError: model must have the parameters that it was averaged with, got missing 'spread'",
+    "moved": r"RuntimeError: model must keep its tensors while swapped, got 'weight' on other memory",
+} | {
+    action: rf"RuntimeError: {action} must wait until the averages are swapped back out of the model"
+    for action in ("update_parameters", "state_dict", "full_state_dict", "load_state_dict", "copy_to", "swapped_into")
+}
+
+
+@pytest.mark.distributed
+def test_bad_input_is_named_and_changes_nothing() -> None:
+    for rank, told in enumerate(run_ranks(2, refused)):
+        for name, pattern in REFUSED.items():
+            assert re.match(pattern, told[name]), f"{name} on rank {rank}: {told[name]}"
+        assert {told[name] for name in told if name.startswith("after ")} == {""}
+
+
+def unsharded() -> dict[str, str]:
+    """Give what is sharded to the class that is not for it."""
+    told = {}
+    for mode in ("fsdp2", "fsdp1", "fsdp1_orig"):
+        told[mode] = outcome(partial(FusedAveragedModel, wrap(make_model(mode), mode)))
+    sharded = spread_net(init_device_mesh("cpu", (2,)), Shard(0))
+    told["DTensor"] = outcome(lambda: FusedAveragedModel(net(spread=torch.ones(8, 4))).update_parameters(sharded))
+    return told
+
+
+@pytest.mark.distributed
+def test_the_unsharded_class_points_to_this_one() -> None:
+    pointer = "; average a sharded model with swafast.ShardedAveragedModel"
+    flat = f"ValueError: model must be whole on this rank, got an FullyShardedDataParallel{pointer}"
+    assert run_ranks(2, unsharded) == 2 * [
+        {
+            "fsdp2": f"ValueError: model must be whole on this rank, got an FSDPModule{pointer}",
+            "fsdp1": flat,
+            "fsdp1_orig": flat,
+            "DTensor": f"ValueError: 'spread' of the model must be a plain tensor, got DTensor{pointer}",
+        }
+    ]

@@ -1,0 +1,1304 @@
+"""States of sharded averages: saved by some ranks and loaded by others, bit for bit, or refused and nothing changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import random
+import re
+import resource
+import shutil
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from time import monotonic
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel
+
+from swafast import FusedAveragedModel, ShardedAveragedModel
+from swafast.checksum import checksum
+from swafast.sharded import LostPeerError, PartTensor, states
+from swafast.sharded.boxes import Box
+from swafast.sharded.ranks import Ranks
+from swafast.sharded.shares import Share
+from tests.ranks import RankFailedError, run_ranks
+from tests.sharded_models import Net, differing_bits, drift, fill, make_model, wrap
+
+State = dict[str, Tensor]
+#: A folder of checkpoints by way, and what the checksums in each are by key.
+Saved = tuple[Path, dict[str, dict[str, list[int]]]]
+
+#: Updates before a save.
+SAVED_AT = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How a model is spread over ranks, and its average."""
+
+    mode: str
+    kind: str = "fsdp2"  # what the model has: one of these is the same in all modes that it serves
+    share_replicas: bool = False
+
+
+#: These share one kind of model, so that each loads what any other saved.
+WAYS = {
+    "cut": Way("ddp"),
+    "fsdp2": Way("fsdp2"),
+    "fsdp1": Way("fsdp1"),
+    "fsdp1_orig": Way("fsdp1_orig"),
+    "tp": Way("tp"),
+    "hsdp": Way("hsdp"),
+    "hsdp_shared": Way("hsdp", share_replicas=True),
+    "fsdp1_hybrid": Way("fsdp1_hybrid"),
+    "fsdp2_tp": Way("fsdp2_tp"),
+    # Params that are channels_last, without dimensions or not dense.
+    "fsdp1_conv": Way("fsdp1", "fsdp1"),
+    "cut_conv": Way("ddp", "fsdp1"),
+    "cut_plain": Way("plain", "plain"),
+}
+_FOUR_RANKS = ("hsdp", "hsdp_shared", "fsdp1_hybrid", "fsdp2_tp")
+
+
+def ways_on(world: int) -> list[str]:
+    return [name for name in WAYS if world == 4 or name not in _FOUR_RANKS]
+
+
+# A sharded average, and the unsharded one that it has to be equal to
+
+
+def in_every_format(model: Net) -> Net:
+    """Give parts of ``model`` other dtypes, so that its averages are float32, exact, mirrored and OWN float64."""
+    model.blocks[0].bfloat16()
+    model.blocks[1].half()
+    model.frozen.double()
+    return model
+
+
+class Twin:
+    """A sharded average, with the unsharded one of the same model beside it."""
+
+    def __init__(self, way: str, *, dtype: torch.dtype | None = None, **options: Any) -> None:
+        self.way = WAYS[way]
+        self.reference = self._make(dtype)
+        self.model = wrap(self._make(dtype), self.way.mode)
+        self.averaged = ShardedAveragedModel(self.model, share_replicas=self.way.share_replicas, **options)
+        self.truth = FusedAveragedModel(self.reference, **options)
+
+    def _make(self, dtype: torch.dtype | None) -> Net:
+        return in_every_format(make_model(self.way.kind)) if dtype is None else make_model(self.way.kind, dtype)
+
+    def expected(self) -> State:
+        return {key: value.clone() for key, value in self.truth.state_dict().items()}
+
+    def train(self, *steps: int) -> Twin:
+        for step in steps:
+            drift(self.reference, step)
+            fill(self.model, self.way.mode, self.reference)
+            self.averaged.update_parameters(self.model)
+            self.truth.update_parameters(self.reference)
+        return self
+
+
+@cache
+def truth_after(kind: str, updates: int) -> State:
+    """Give the state of the unsharded average after ``updates`` updates."""
+    reference = in_every_format(make_model(kind))
+    truth = FusedAveragedModel(reference)
+    for step in range(updates):
+        drift(reference, step)
+        truth.update_parameters(reference)
+    return dict(truth.state_dict())
+
+
+def pieces(value: Tensor, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Give what ``value`` has here beside what ``whole`` has in its place."""
+    if isinstance(value, PartTensor):
+        for box, view in value.parts():
+            yield view, box.of_whole(whole)
+    elif isinstance(value, DTensor):
+        local = value.to_local()
+        if local.numel():
+            (chunk,) = value.__create_chunk_list__()
+            yield local, Box(tuple(chunk.offsets), tuple(chunk.sizes), 0, ()).of_whole(whole)
+    else:
+        yield value, whole
+
+
+def wrong_keys(averaged: ShardedAveragedModel, truth: Mapping[str, Tensor]) -> list[str]:
+    """Give the keys in which what this rank holds differs from whole tensors in any bit. Collective."""
+    state = averaged.state_dict(checksums=False)
+    here: State = {}
+    there: State = {}
+    for key in state.keys() & truth.keys():
+        assert state[key].shape == truth[key].shape, key
+        for index, (piece, expected) in enumerate(pieces(state[key], truth[key])):
+            here[f"{key} {index}"], there[f"{key} {index}"] = piece, expected
+    return sorted(state.keys() ^ truth.keys()) + differing_bits(here, there)
+
+
+def planes_of(averaged: ShardedAveragedModel) -> State:
+    """Give copies of all that this rank's average consists of, without asking another rank."""
+    named = {f"{name} {i}": plane for name, planes in averaged._planes.items() for i, plane in enumerate(planes)}
+    return {name: plane.detach().clone() for name, plane in (named | {"n_averaged": averaged.n_averaged}).items()}
+
+
+@torch.no_grad()
+def put_back(averaged: ShardedAveragedModel, planes: State) -> None:
+    for name, of_name in averaged._planes.items():
+        for i, plane in enumerate(of_name):
+            plane.copy_(planes[f"{name} {i}"])
+    averaged.n_averaged.copy_(planes["n_averaged"])
+
+
+def save(state: Any, folder: Path) -> None:
+    # To have each file on the disk itself before going on would take most of the time.
+    dcp.save({"averaged": state}, storage_writer=FileSystemWriter(folder, sync_files=False))
+
+
+def load(averaged: ShardedAveragedModel, folder: Path, **options: bool) -> None:
+    state = averaged.state_dict(**options)
+    dcp.load({"averaged": state}, checkpoint_id=folder)
+    averaged.load_state_dict(state)
+
+
+# Saved by four ranks, loaded by others
+
+
+def _save_all(folder: Path, ways: Sequence[str]) -> dict[str, dict[str, list[int]]]:
+    """Save each way's average, and give the checksums in its state."""
+    sealed = {}
+    for way in ways:
+        averaged = Twin(way).train(*range(SAVED_AT)).averaged
+        # Half of them as states, half as what has a state.
+        save(averaged if len(sealed) % 2 else averaged.state_dict(), folder / way)
+        sealed[way] = checksums_of(averaged.state_dict())
+    return sealed
+
+
+def checksums_of(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {key: value.tolist() for key, value in state.items() if key.startswith(states.CHECKSUM)}
+
+
+def kinds() -> set[str]:
+    return {way.kind for way in WAYS.values()}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """A folder of checkpoints of equal averages: of four ranks in every way, and unsharded ones by kind of model."""
+    folder = tmp_path_factory.mktemp("saved")
+    sealed = run_ranks(4, _save_all, folder, ways_on(4))
+    assert all(theirs == sealed[0] for theirs in sealed)
+    for kind in kinds():
+        with pytest.warns(UserWarning, match="single process"):
+            save(truth_after(kind, SAVED_AT), folder / f"fused_{kind}")
+    return folder, sealed[0]
+
+
+def _load_all(folder: Path, sources: Mapping[str, Sequence[str]]) -> dict[str, dict[str, list[int]]]:
+    """Load each way's average from each of its sources, train on from the last; give the checksums of what came."""
+    sealed = {}
+    for way, names in sources.items():
+        kind = WAYS[way].kind
+        twin = Twin(way).train(90, 91)
+        elsewhere = planes_of(twin.averaged)
+        for index, name in enumerate(names):
+            put_back(twin.averaged, elsewhere)
+            if index % 2:
+                dcp.load({"averaged": twin.averaged}, checkpoint_id=folder / name)
+            else:
+                load(twin.averaged, folder / name)
+            assert wrong_keys(twin.averaged, truth_after(kind, SAVED_AT)) == [], f"{way} from {name}"
+        assert differing_bits(planes_of(twin.averaged), elsewhere), "there was nothing to load"
+        sealed[way] = checksums_of(twin.averaged.state_dict())
+        if dist.get_world_size() < 4 or way in _FOUR_RANKS:
+            put_back(twin.averaged, elsewhere)
+            load(twin.averaged, folder / f"fused_{kind}", checksums=False)
+            assert wrong_keys(twin.averaged, truth_after(kind, SAVED_AT)) == [], f"{way} from an unsharded average"
+        _go_on(twin)
+    return sealed
+
+
+def _go_on(twin: Twin) -> None:
+    """Train as if there had been no break."""
+    twin.reference.load_state_dict(trained_reference(twin.way.kind).state_dict())
+    twin.train(*range(SAVED_AT, SAVED_AT + 2))
+    assert wrong_keys(twin.averaged, truth_after(twin.way.kind, SAVED_AT + 2)) == [], twin.way
+
+
+@cache
+def trained_reference(kind: str) -> Net:
+    reference = in_every_format(make_model(kind))
+    for step in range(SAVED_AT):
+        drift(reference, step)
+    return reference
+
+
+def others_of(way: str) -> list[str]:
+    """Give the other ways with the same kind of model, those after this one first."""
+    alike = [name for name in WAYS if WAYS[name].kind == WAYS[way].kind]
+    after = alike.index(way) + 1
+    return [*alike[after:], *alike[: after - 1]]
+
+
+def some_sources(world: int) -> dict[str, list[str]]:
+    """Give for some ways those whose checkpoints they load on so many ranks: themselves, and a few others or all."""
+    sources = {}
+    for way in ways_on(world):
+        # On two ranks it takes the least time.
+        if world == 2 and way in ("cut", "fsdp2"):
+            sources[way] = [way, *others_of(way)]
+        elif world < 3 or way in _FOUR_RANKS:
+            sources[way] = [way, *others_of(way)[:1]]
+        elif way != "cut_conv" and not (world == 3 and way in ("fsdp1_orig", "fsdp1_conv")):
+            sources[way] = [way]
+    return sources
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_what_four_ranks_saved_any_number_of_ranks_loads_and_trains_on(saved: Saved, world: int) -> None:
+    folder, sealed = saved
+    sources = some_sources(world)
+    for loaded in run_ranks(world, _load_all, folder, sources):
+        assert loaded == {way: sealed[way] for way in sources}, "checksums depend on the cut"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_every_way_loads_what_every_other_saved(saved: Saved, world: int) -> None:
+    sources = {way: [way, *others_of(way)] for way in ways_on(world)}
+    run_ranks(world, _load_all, saved[0], sources)
+
+
+@pytest.mark.distributed
+def test_checksums_do_not_depend_on_the_cut(saved: Saved) -> None:
+    _, sealed = saved
+    for kind in kinds():
+        alike = [sealed[way] for way in WAYS if WAYS[way].kind == kind]
+        assert all(sums == alike[0] for sums in alike), kind
+        assert alike[0].keys() == {states.CHECKSUM + key for key in truth_after(kind, SAVED_AT)}
+        assert len({seal for seal, _ in alike[0].values()}) > len(alike[0]) // 2
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("way", ["cut", "fsdp2", "fsdp1_conv", "hsdp"])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_an_unsharded_average_loads_what_ranks_saved(saved: Saved, way: str) -> None:
+    folder, _ = saved
+    reference = in_every_format(make_model(WAYS[way].kind))
+    fused = FusedAveragedModel(reference)
+    state = fused.state_dict()
+    dcp.load({"averaged": state}, checkpoint_id=folder / way)
+    fused.load_state_dict(state)
+    assert differing_bits(dict(fused.state_dict()), truth_after(WAYS[way].kind, SAVED_AT)) == []
+
+
+# Both styles, and saves that go on while training does
+
+
+def _in_both_styles(folder: Path, way: str) -> None:
+    twin = Twin(way).train(*range(SAVED_AT))
+    dcp.save({"averaged": twin.averaged.state_dict(), "epoch": 7}, checkpoint_id=folder / "states")
+    dcp.save({"averaged": twin.averaged, "epoch": 7}, checkpoint_id=folder / "itself")
+    expected = twin.expected()
+    for name in ("states", "itself"):
+        twin.train(20)
+        assert wrong_keys(twin.averaged, expected)
+        state = {"averaged": twin.averaged.state_dict(), "epoch": 0}
+        dcp.load(state, checkpoint_id=folder / name)
+        assert wrong_keys(twin.averaged, expected), "a load by DCP alone must not reach the average"
+        twin.averaged.load_state_dict(state["averaged"])
+        assert state["epoch"] == 7
+        assert wrong_keys(twin.averaged, expected) == []
+        twin.train(21)
+        itself = {"averaged": twin.averaged, "epoch": 0}
+        dcp.load(itself, checkpoint_id=folder / name)
+        assert itself == {"averaged": twin.averaged, "epoch": 7}
+        assert wrong_keys(twin.averaged, expected) == []
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("way", ["cut", "fsdp2"])
+def test_saves_and_loads_as_a_state_and_as_what_has_one(tmp_path: Path, way: str) -> None:
+    run_ranks(2, _in_both_styles, tmp_path, way)
+
+
+def _async(folder: Path, ways: Sequence[str]) -> None:
+    group = dist.new_group()  # what saves in the background needs one that no training waits in
+    for way in ways:
+        for style in ("state", "itself"):
+            twin = Twin(way).train(*range(SAVED_AT))
+            # A writer that is given stages in its own way, the blocking one; otherwise torch's default stager does.
+            by = {"storage_writer": FileSystemWriter(folder / way / style)} if style == "itself" else {}
+            saving = dcp.async_save(
+                {"averaged": twin.averaged.state_dict() if style == "state" else twin.averaged},
+                checkpoint_id=folder / way / style,
+                process_group=group,
+                **by,
+            )
+            twin.train(30, 31, 32)
+            saving.result(60)
+            twin.train(33)
+            load(twin.averaged, folder / way / style)
+            assert wrong_keys(twin.averaged, truth_after(twin.way.kind, SAVED_AT)) == [], (way, style)
+
+
+@pytest.mark.distributed
+def test_an_async_save_has_the_values_at_the_call(tmp_path: Path) -> None:
+    run_ranks(2, _async, tmp_path, ["cut_plain", "fsdp2", "fsdp1_conv"])
+
+
+# Whole tensors
+
+
+def _through_whole_tensors(way: str, dtype: torch.dtype, strict: bool) -> None:
+    twin = Twin(way, dtype=dtype).train(*range(SAVED_AT))
+    expected = twin.expected()
+    full = twin.averaged.full_state_dict()
+    assert differing_bits(full, expected) == []
+
+    fused = FusedAveragedModel(make_model(twin.way.kind, dtype))
+    fused.load_state_dict(full)
+    assert differing_bits(dict(fused.state_dict()), expected) == []
+
+    theirs = AveragedModel(make_model(twin.way.kind, dtype))
+    result = theirs.load_state_dict(full, strict=strict)
+    further = {key for key in expected if not key.startswith(("module.", "n_averaged"))}
+    assert (result.missing_keys, set(result.unexpected_keys)) == ([], further)
+    assert not (strict and further)
+    shared = {key: expected[key] for key in expected.keys() - further}
+    assert differing_bits(dict(theirs.state_dict()), shared) == []
+
+    twin.train(40)
+    assert wrong_keys(twin.averaged, expected)
+    assert differing_bits(full, expected) == [], "an update has changed what was given before"
+    twin.averaged.load_state_dict(fused.state_dict())
+    assert wrong_keys(twin.averaged, expected) == []
+    if strict:
+        twin.train(41)
+        twin.averaged.load_state_dict(theirs.state_dict())
+        assert wrong_keys(twin.averaged, expected) == []
+
+
+def _all_through_whole_tensors() -> None:
+    for way in ("cut_plain", "fsdp2", "fsdp1_conv"):
+        _through_whole_tensors(way, torch.float32, strict=True)
+        _through_whole_tensors(way, torch.bfloat16, strict=False)
+
+
+@pytest.mark.distributed
+def test_whole_states_go_to_and_from_the_unsharded_classes() -> None:
+    run_ranks(2, _all_through_whole_tensors)
+
+
+def _what_each_rank_gets(way: str) -> None:
+    twin = Twin(way).train(0)
+    expected = twin.expected()
+    first = dist.get_rank() == 0
+    for rank0_only in (False, True):
+        for cpu_offload in (False, True):
+            full = twin.averaged.full_state_dict(rank0_only=rank0_only, cpu_offload=cpu_offload)
+            assert differing_bits(full, expected if first or not rank0_only else {}) == []
+            assert all(type(value) is Tensor and value.device.type == "cpu" for value in full.values())
+            for value in full.values():
+                value.zero_()
+    assert wrong_keys(twin.averaged, expected) == [], "what was given is the average itself"
+
+
+def _what_all_ranks_get() -> None:
+    for way in ("cut_plain", "fsdp2", "fsdp1", "tp"):
+        _what_each_rank_gets(way)
+
+
+@pytest.mark.distributed
+def test_full_state_dict_goes_to_all_ranks_or_to_the_first() -> None:
+    run_ranks(2, _what_all_ranks_get)
+
+
+def _load_one_file(file: Path, ways: Sequence[str]) -> None:
+    for way in ways:
+        twin = Twin(way).train(0)
+        whole = torch.load(file)["averaged"]
+        before = planes_of(twin.averaged)
+        twin.averaged.load_state_dict(whole)
+        assert wrong_keys(twin.averaged, truth_after(twin.way.kind, SAVED_AT)) == []
+        put_back(twin.averaged, before)
+        whole["module.table"][5, 1] += 1
+        with refused_on_all_ranks(twin.averaged, "module.table", "another checksum"):
+            twin.averaged.load_state_dict(whole)
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_made_one_file_loads_and_is_verified(saved: Saved, tmp_path: Path) -> None:
+    dcp_to_torch_save(saved[0] / "hsdp", tmp_path / "whole.pt")
+    run_ranks(2, _load_one_file, tmp_path / "whole.pt", ["cut", "fsdp2", "fsdp1"])
+
+
+def any_bits(kind: str) -> State:
+    """Give whole values of random bytes: NaNs with payloads, infinities, denormals and negative zeros among them."""
+    chance = torch.Generator().manual_seed(6)
+    values = {}
+    for key, value in truth_after(kind, SAVED_AT).items():
+        numbers = torch.randint(0, 256, (value.numel() * value.element_size(),), generator=chance, dtype=torch.uint8)
+        values[key] = numbers.view(value.dtype).view(value.shape) if value.dtype != torch.bool else value.clone()
+    # Of the same tensor under two names.
+    values["module.tied.weight"] = values["module.encoder.weight"].clone()
+    values["n_averaged"] = torch.tensor(2**62 + 1)
+    return values
+
+
+def _hold_any_bits(folder: Path, ways: Sequence[str], action: str) -> None:
+    for way in ways:
+        twin = Twin(way)
+        values = any_bits(twin.way.kind)
+        if action == "save":
+            twin.averaged.load_state_dict(values)
+            save(twin.averaged, folder / way)
+        else:
+            load(twin.averaged, folder / way)
+        assert wrong_keys(twin.averaged, values) == []
+        assert differing_bits(twin.averaged.full_state_dict(), values) == []
+
+
+@pytest.mark.distributed
+def test_no_bit_pattern_is_changed_on_the_way(tmp_path: Path) -> None:
+    ways = ["cut_plain", "fsdp2", "fsdp1_conv"]
+    run_ranks(2, _hold_any_bits, tmp_path, ways, "save")
+    run_ranks(3, _hold_any_bits, tmp_path, ways, "load")
+
+
+# What a state is made of
+
+
+def _look_at_states() -> None:
+    for way, kind in (("cut_plain", PartTensor), ("fsdp1", PartTensor), ("fsdp2", DTensor)):
+        twin = Twin(way).train(0)
+        expected = twin.expected()
+        state = twin.averaged.state_dict()
+        assert state.keys() == {*expected, *(states.CHECKSUM + key for key in expected), states.SAVE_ID}
+        params = {f"module.{name}" for name, _ in twin.reference.named_parameters(remove_duplicate=False)}
+        params |= {key for key in expected if not key.startswith(("module.", "n_averaged"))}
+        for key, value in state.items():
+            if key in expected:
+                assert (value.shape, value.dtype) == (expected[key].shape, expected[key].dtype), key
+            wanted = kind if key in params and value.dim() else PartTensor if key == states.SAVE_ID else Tensor
+            assert type(value) is wanted, (way, key)
+        local = {
+            key: value.run if isinstance(value, PartTensor) else whole_or_local(value) for key, value in state.items()
+        }
+        before = {key: value.clone() for key, value in local.items()}
+        twin.train(1, 2)
+        assert differing_bits(local, before) == [], "an update has changed a state"
+        planes = planes_of(twin.averaged)
+        for value in local.values():
+            value.zero_()
+        assert differing_bits(planes_of(twin.averaged), planes) == [], "a state is the average itself"
+        again, once = twin.averaged.state_dict(), twin.averaged.state_dict()
+        assert set(again[states.SAVE_ID].run.tolist()) != set(once[states.SAVE_ID].run.tolist())
+        assert checksums_of(again) == checksums_of(once)
+
+
+def whole_or_local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+@pytest.mark.distributed
+def test_a_state_is_made_of_copies_under_the_original_names_and_shapes() -> None:
+    run_ranks(3, _look_at_states)
+
+
+def _with_buffers_of_their_own(folder: Path, use_buffers: bool) -> None:
+    for way in ("cut", "fsdp2", "fsdp1"):
+        twin = Twin(way, use_buffers=use_buffers)
+        rank = dist.get_rank()
+        for step in (0, 1):
+            drift(twin.reference, step)
+            fill(twin.model, twin.way.mode, twin.reference)
+            twin.truth.update_parameters(twin.reference)  # with the first rank's buffers
+            for buffer in twin.model.buffers():
+                buffer.copy_(buffer + rank if buffer.dtype != torch.bool else buffer ^ bool(rank))
+            twin.averaged.update_parameters(twin.model)
+        expected = twin.expected()
+        buffers = {f"module.{name}" for name, _ in twin.reference.named_buffers()} & expected.keys()
+        assert len(buffers) == 4
+        save(twin.averaged.state_dict(), folder / way)
+        assert wrong_keys(twin.averaged, expected) == []
+        assert differing_bits(twin.averaged.full_state_dict(), expected) == []
+        assert differing_buffers(twin, expected, buffers) == (sorted(buffers) if rank else [])
+        load(twin.averaged, folder / way)
+        assert differing_buffers(twin, expected, buffers) == []
+
+
+def differing_buffers(twin: Twin, expected: State, names: set[str]) -> list[str]:
+    """Give the buffers that this rank's average does not have as expected."""
+    planes = planes_of(twin.averaged)
+    ours = {name: planes[f"{name.removeprefix('module.')} 0"].view(expected[name].shape) for name in names}
+    return differing_bits(ours, {name: expected[name] for name in names})
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_a_state_has_the_first_ranks_buffers_and_a_load_gives_them_to_all(tmp_path: Path, use_buffers: bool) -> None:
+    run_ranks(3, _with_buffers_of_their_own, tmp_path, use_buffers)
+
+
+class Buffers(nn.Module):
+    """A buffer of any bits in every dtype, some that do not lie in memory row by row, and complex params."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        waves = torch.arange(150.0).view(50, 3) * (1 - 0.5j)
+        self.wave, self.long_wave = nn.Parameter(waves), nn.Parameter(waves.to(torch.complex128) / 3)
+        chance = torch.Generator().manual_seed(seed)
+        self.register_buffer("turned", torch.randn(5, 2, 3, generator=chance).permute(2, 0, 1))
+        self.register_buffer("gapped", torch.randn(5, 4, generator=chance)[:, ::2])
+        for name in states._DTYPES:
+            dtype = getattr(torch, name, None)
+            if dtype is not None:
+                numbers = torch.randint(0, 256, (6 * dtype.itemsize,), generator=chance, dtype=torch.uint8)
+                values = numbers % 2 == 0 if dtype == torch.bool else numbers.view(dtype)
+                self.register_buffer(f"of_{name}", values.view(2, 3))
+
+
+def _hold_buffers(folder: Path, action: str) -> None:
+    # Each rank has others: a state has the first one's.
+    averaged = ShardedAveragedModel(Buffers(dist.get_rank()))
+    expected = {f"module.{name}": value for name, value in Buffers(0).state_dict().items()}
+    expected["n_averaged"] = torch.tensor(0)
+    if action == "save":
+        save(averaged.state_dict(), folder)
+    else:
+        other = Buffers(dist.get_rank() + 5)
+        other.wave.data.zero_()
+        other.long_wave.data.zero_()
+        averaged = ShardedAveragedModel(other)
+        load(averaged, folder)
+    assert wrong_keys(averaged, expected) == []
+    assert differing_bits(averaged.full_state_dict(), expected) == []
+
+
+@pytest.mark.distributed
+def test_buffers_of_every_dtype_and_complex_params_are_saved_and_loaded(tmp_path: Path) -> None:
+    run_ranks(2, _hold_buffers, tmp_path, "save")
+    run_ranks(3, _hold_buffers, tmp_path, "load")
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 255, 1000, 1024])
+def test_each_of_many_ranks_has_its_part_of_the_save_id(size: int) -> None:
+    ranks = [SimpleNamespace(size=size, index=index, gather=lambda value: [7]) for index in range(size)]
+    parts = [states._save_id_part(each, torch.device("cpu")) for each in ranks]  # type: ignore[arg-type]
+    assert all(part.run.numel() > 0 and part.run.eq(7).all() for part in parts)
+    places = [box.offsets[0] for part in parts for box in part.boxes] + [parts[0].numel()]
+    assert places[0] == 0
+    assert [part.run.numel() for part in parts] == [after - at for at, after in itertools.pairwise(places)]
+
+
+def _in_a_group(folder: Path) -> None:
+    group = dist.new_group([1, 2])
+    if dist.get_rank() == 0:
+        return
+    reference = in_every_format(make_model("ddp"))
+    averaged, truth = ShardedAveragedModel(reference, process_group=group), FusedAveragedModel(reference)
+    for averages in (averaged, truth):
+        averages.update_parameters(reference)
+    expected = {key: value.clone() for key, value in truth.state_dict().items()}
+    dcp.save({"averaged": averaged}, checkpoint_id=folder, process_group=group)
+    drift(reference, 1)
+    averaged.update_parameters(reference)
+    assert wrong_keys(averaged, expected)
+    dcp.load({"averaged": averaged}, checkpoint_id=folder, process_group=group)
+    assert wrong_keys(averaged, expected) == []
+    assert differing_bits(averaged.full_state_dict(), expected) == []
+
+
+@pytest.mark.distributed
+def test_some_of_the_ranks_save_and_load_by_themselves(tmp_path: Path) -> None:
+    run_ranks(3, _in_a_group, tmp_path)
+
+
+# Damage
+
+Change = Callable[[bytes], bytes | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flip:
+    """A bit that a disk or a network has changed."""
+
+    file: str
+    position: int
+    bit: int
+    what: str
+
+    def __call__(self, content: bytes) -> bytes:
+        changed = bytearray(content)
+        changed[self.position] ^= 1 << self.bit
+        return bytes(changed)
+
+
+def kind_of(key: str) -> str:
+    """Give what a key of a checkpoint is one of."""
+    key = key.removeprefix("averaged.")
+    if key.startswith("module.") and key.rpartition(".")[2] in ("running_mean", "num_batches_tracked", "mask"):
+        return "buffer"
+    return key.split(".")[0]
+
+
+def some_flips(folder: Path, count: int, seed: int) -> list[Flip]:
+    """Pick bits: in turn of the elements of each kind of key, of all that is saved with them, and of the metadata."""
+    chance = random.Random(seed)
+    items: dict[str, list[tuple[str, Any]]] = {}
+    for index, info in FileSystemReader(folder).read_metadata().storage_data.items():
+        items.setdefault(kind_of(index.fqn), []).append((index.fqn, info))
+    flips = []
+    for turn in range(count):
+        bit = chance.randrange(8)
+        if turn % 4 == 3:
+            size = (folder / ".metadata").stat().st_size
+            flips.append(Flip(".metadata", chance.randrange(size), bit, "metadata"))
+            continue
+        kind = sorted(items)[turn % len(items)]
+        key, info = chance.choice(items[kind])
+        item = (folder / info.relative_path).read_bytes()[info.offset : info.offset + info.length]
+        elements = elements_in(item)
+        within = turn % 4 < 2 and len(elements) > 0
+        position = info.offset + (chance.choice(elements) if within else chance.randrange(len(item)))
+        flips.append(Flip(info.relative_path, position, bit, f"{'elements' if within else 'item'} of {key}"))
+    return flips
+
+
+def elements_in(item: bytes) -> range:
+    """Give where in a saved tensor, a zip file, its elements stand."""
+    with zipfile.ZipFile(io.BytesIO(item)) as archive:
+        (info,) = [info for info in archive.infolist() if re.search(r"/data/\d+$", info.filename)]
+    lengths = item[info.header_offset + 26 : info.header_offset + 30]  # of the name and of what else is in the header
+    start = info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+    return range(start, start + info.file_size)
+
+
+@contextmanager
+def damaged(path: Path, change: Change) -> Iterator[None]:
+    """Have a file changed on all ranks' disk, or gone, and put it back. Collective."""
+    dist.barrier()
+    content = path.read_bytes()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        changed = change(content)
+        path.unlink()
+        if changed is not None:
+            path.write_bytes(changed)
+    dist.barrier()
+    yield
+    dist.barrier()
+    if dist.get_rank() == 0:
+        path.write_bytes(content)
+
+
+def outcome(averaged: ShardedAveragedModel, load_it: Callable[[], None], good: Sequence[State], about: object) -> str:
+    """Load, and give what it came to on all ranks: ``"refused"`` and nothing changed, or ``"loaded"``. Collective."""
+    before = planes_of(averaged)
+    error: BaseException | None = None
+    try:
+        load_it()
+    except (Exception, dcp.CheckpointException) as raised:  # torch's is no Exception
+        error = raised
+    now = planes_of(averaged)
+    if error is not None:
+        came_to = (
+            "refused" if differing_bits(now, before) == [] else f"refused and changed {differing_bits(now, before)}"
+        )
+        came_to = f"waited, then {came_to}" if isinstance(error, LostPeerError) else came_to
+    else:
+        # All ranks have to have the same of several good ones.
+        fitting = [index for index, planes in enumerate(good) if differing_bits(now, planes) == []]
+        came_to = f"loaded {fitting[0]}" if fitting else f"loaded what nobody saved: {differing_bits(now, good[0])}"
+    told: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(told, came_to)
+    ways_out = {"refused", *(f"loaded {index}" for index in range(len(good)))}
+    assert len(set(told)) == 1, f"{about}: {told}, {error!r}"
+    assert told[0] in ways_out, f"{about}: {told[0]}, {error!r}"
+    put_back(averaged, before)
+    return told[0].split(" ")[0]
+
+
+def _limit_memory() -> None:
+    # One flipped bit in the metadata can have pickle ask for all of a machine's memory (25 GB, ran), and get it.
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + 2 * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def _flip_in_files(folder: Path, way: str, count: int, seed: int) -> Counter[str]:
+    _limit_memory()
+    twin = Twin(way).train(*range(60, 62))
+    before, good = planes_of(twin.averaged), _load_good(twin, folder)
+    put_back(twin.averaged, before)
+    found: Counter[str] = Counter()
+    for turn, flip in enumerate(some_flips(folder, count, seed)):
+        with damaged(folder / flip.file, flip):
+            found[f"{flip.what.split()[0]} {outcome(twin.averaged, _loader(twin, folder, turn), [good], flip)}"] += 1
+    # And whole it still loads.
+    assert outcome(twin.averaged, _loader(twin, folder, 0), [good], "nothing") == "loaded"
+    return found
+
+
+def _load_good(twin: Twin, folder: Path) -> State:
+    load(twin.averaged, folder)
+    assert wrong_keys(twin.averaged, truth_after(twin.way.kind, SAVED_AT)) == []
+    return planes_of(twin.averaged)
+
+
+def _loader(twin: Twin, folder: Path, turn: int) -> Callable[[], None]:
+    """Load in both styles in turn."""
+    if turn % 2:
+        return lambda: dcp.load({"averaged": twin.averaged}, checkpoint_id=folder)
+    return lambda: load(twin.averaged, folder)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("way", ["cut", "fsdp2", "fsdp1"])
+def test_a_flipped_bit_is_refused_or_does_not_matter(saved: Saved, tmp_path: Path, way: str) -> None:
+    folder = shutil.copytree(saved[0] / way, tmp_path / way)
+    found, *_ = run_ranks(2, _flip_in_files, folder, way, 24, 1)
+    assert found.total() == 24
+    # Elements are sealed, each. But of what is saved twice, under tied names, one is loaded over the other, and in a
+    # byte that is a bool any bit means the same.
+    assert found["elements refused"] >= 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("way", "world"), [("cut", 3), ("fsdp2", 1), ("fsdp1", 2), ("hsdp", 4), ("cut_plain", 2)])
+def test_many_flipped_bits_are_refused_or_do_not_matter(
+    saved: Saved, tmp_path: Path, way: str, world: int, seed: int
+) -> None:
+    folder = shutil.copytree(saved[0] / way, tmp_path / way)
+    count = 480 // (world + 1)  # the more ranks the slower, and 4 of them have two processors
+    found, *_ = run_ranks(world, _flip_in_files, folder, way, count, 100 + seed)
+    assert found.total() == count
+    assert found["elements refused"] >= count * 2 // 5
+
+
+SHORTER: dict[str, Change] = {
+    "gone": lambda content: None,
+    "empty": lambda content: b"",
+    "one byte": lambda content: content[:1],
+    "half": lambda content: content[: len(content) // 2],
+    "most": lambda content: content[: len(content) * 9 // 10],
+    "without its last 100 bytes": lambda content: content[:-100],
+    "without its last byte": lambda content: content[:-1],
+    "longer": lambda content: content + content[-1000:],
+}
+
+
+def _shorten_files(folder: Path, way: str) -> Counter[str]:
+    twin = Twin(way).train(*range(60, 62))
+    before, good = planes_of(twin.averaged), _load_good(twin, folder)
+    put_back(twin.averaged, before)
+    found: Counter[str] = Counter()
+    for turn, (what, change) in enumerate(SHORTER.items()):
+        for name in (".metadata", "__0_0.distcp", "__3_0.distcp"):
+            with damaged(folder / name, change):
+                came_to = outcome(twin.averaged, _loader(twin, folder, turn), [good], (name, what))
+                found[f"{what}: {came_to}"] += 1
+    return found
+
+
+@pytest.mark.distributed
+def test_a_truncated_or_missing_file_is_refused(saved: Saved, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved[0] / "fsdp2", tmp_path / "damaged")
+    found, *_ = run_ranks(2, _shorten_files, folder, "fsdp2")
+    refused = [what for what in SHORTER if what not in ("longer", "without its last byte")]
+    assert {what: found[f"{what}: refused"] for what in refused} == dict.fromkeys(refused, 3)
+
+
+def _mix_saves(folder: Path, way: str) -> Counter[str]:
+    world = dist.get_world_size()
+    twin = Twin(way).train(*range(SAVED_AT))
+    save(twin.averaged.state_dict(), folder / "a")
+    good = [planes_of(twin.averaged)]
+    twin.train(SAVED_AT)
+    save(twin.averaged.state_dict(), folder / "b")
+    good.append(planes_of(twin.averaged))
+    twin.train(SAVED_AT + 1)
+    found: Counter[str] = Counter()
+    files = [f"__{rank}_0.distcp" for rank in range(world)]
+    mixtures = [(of, ranks) for of in "ab" for ranks in itertools.product("ab", repeat=world)]
+    for turn, (of, ranks) in enumerate(mixtures):
+        mixed = folder / f"mixed {turn}"
+        if dist.get_rank() == 0:
+            mixed.mkdir()
+            shutil.copy(folder / of / ".metadata", mixed)
+            for origin, file in zip(ranks, files, strict=True):
+                shutil.copy(folder / origin / file, mixed)
+        dist.barrier()
+        came_to = outcome(twin.averaged, _loader(twin, mixed, turn), good, (of, ranks))
+        found[f"{'mixed' if len(set(ranks)) > 1 else 'one'} {came_to}"] += 1
+    for first, second in itertools.combinations(files, 2):
+        exchanged = folder / f"exchanged {first} {second}"
+        if dist.get_rank() == 0:
+            shutil.copytree(folder / "a", exchanged)
+            shutil.copy(folder / "a" / first, exchanged / second)
+            shutil.copy(folder / "a" / second, exchanged / first)
+        dist.barrier()
+        found[f"exchanged {outcome(twin.averaged, _loader(twin, exchanged, 0), good, exchanged)}"] += 1
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("way", "world"), [("cut", 3), ("fsdp2", 2)])
+def test_a_mixture_of_two_saves_is_refused(tmp_path: Path, way: str, world: int) -> None:
+    found, *_ = run_ranks(world, _mix_saves, tmp_path, way)
+    # The metadata of one save over all the rank files of the other: those of a save that fits.
+    pairs = world * (world - 1) // 2
+    assert found == {"mixed refused": 2 * (2**world - 2), "one loaded": 4, "exchanged refused": pairs}
+
+
+# A state that is damaged, or wrong, by the time it comes to load_state_dict
+
+
+@contextmanager
+def refused_on_all_ranks(averaged: ShardedAveragedModel, *named: str) -> Iterator[None]:
+    """Check that the body raises on every rank, names what is ``named``, and changes nothing on any. Collective."""
+    before = planes_of(averaged)
+    message = "nothing raised"
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        message = f"{type(error).__name__}: {error}"
+    about = (message, differing_bits(planes_of(averaged), before))
+    told: list[tuple[str, list[str]]] = [("", [])] * dist.get_world_size()
+    dist.all_gather_object(told, about)
+    assert all(changed == [] for _, changed in told), told
+    assert all(name in message for message, _ in told for name in named), (named, told)
+    assert not any(message.startswith(("nothing", "LostPeerError")) for message, _ in told), told
+
+
+def flip_in_memory(value: Tensor, chance: random.Random) -> bool:
+    """Flip a bit of what this rank has of ``value``; False if it has nothing."""
+    local = value.run if isinstance(value, PartTensor) else whole_or_local(value)
+    if local.numel() == 0:
+        return False
+    content = local.contiguous().reshape(-1)
+    if content.dtype == torch.bool:
+        content.logical_not_()
+    else:
+        content.view(torch.uint8)[chance.randrange(content.nbytes)] ^= 1 << chance.randrange(8)
+    local.copy_(content.view(local.shape))
+    return True
+
+
+def some_keys(state: Mapping[str, Tensor], chance: random.Random) -> list[str]:
+    """Pick keys of every kind, the checksums of every kind of key among them."""
+    by_kind: dict[str, list[str]] = {}
+    for key in state:
+        sealed = key.removeprefix(states.CHECKSUM)
+        by_kind.setdefault(f"{sealed == key} {kind_of(sealed)}", []).append(key)
+    return [key for keys in by_kind.values() for key in chance.sample(keys, min(2, len(keys)))]
+
+
+def _flip_in_memory(ways: Sequence[str], seed: int) -> int:
+    chance = random.Random(seed)
+    tried = 0
+    for way in ways:
+        twin = Twin(way).train(*range(SAVED_AT))
+        state = twin.averaged.state_dict()
+        twin.train(70)
+        for key in some_keys(state, chance):
+            victim = chance.randrange(dist.get_world_size())
+            damaged_state = dict(state)
+            has_it = False
+            if dist.get_rank() == victim:
+                damaged_state[key] = state[key].clone()
+                has_it = flip_in_memory(damaged_state[key], random.Random(tried))
+            told = [False] * dist.get_world_size()
+            dist.all_gather_object(told, has_it)
+            # Of a whole tensor that is cut, as those without dimensions are, the others' part is not read.
+            if any(told) and key != "module.scalar":
+                sealed = "saves" if key == states.SAVE_ID else key.removeprefix(states.CHECKSUM)
+                with refused_on_all_ranks(twin.averaged, sealed):
+                    twin.averaged.load_state_dict(damaged_state)
+                tried += 1
+        twin.averaged.load_state_dict(state)
+        assert wrong_keys(twin.averaged, truth_after(twin.way.kind, SAVED_AT)) == []
+    return tried
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("world", "ways"),
+    [(2, ["cut_plain", "fsdp2", "fsdp1_conv"]), (4, ["hsdp", "hsdp_shared"])],
+)
+def test_a_bit_flipped_in_the_memory_of_one_rank_is_refused_on_all(world: int, ways: list[str]) -> None:
+    tried = run_ranks(world, _flip_in_memory, ways, 5)
+    assert min(tried) >= 15 * len(ways)
+
+
+def _changed(state: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """Give a state with other values for some keys, written with ``__`` for ``.``; None leaves the key out."""
+    new = dict(state)
+    for name, value in changes.items():
+        key = name.replace("__", ".")
+        new.pop(key)
+        new |= {key: value} if value is not None else {}
+    return new
+
+
+def _wrong_states(twin: Twin) -> list[tuple[Any, tuple[str, ...]]]:
+    """Give states that do not fit, and what an error has to name."""
+    good = twin.averaged.state_dict()
+    plain = twin.averaged.state_dict(checksums=False)
+    whole = twin.averaged.full_state_dict()
+    count = good["n_averaged"]
+    seal = good["checksum.module.long"]
+    return [
+        (_changed(good, module__long=None), ("module.long", "1 missing")),
+        (_changed(whole, module__long=None), ("module.long", "1 missing")),
+        (good | {"module.surplus": torch.zeros(3)}, ("module.surplus", "1 unexpected")),
+        (whole | {"module.surplus": torch.zeros(3)}, ("module.surplus", "1 unexpected")),
+        (_changed(whole, module__long=torch.zeros(1008)), ("module.long", "(1009,)", "(1008,)")),
+        (_changed(whole, module__table=torch.zeros(3, 7)), ("module.table", "(7, 3)", "(3, 7)")),
+        (_changed(whole, module__norm__running_mean=torch.zeros(3)), ("module.norm.running_mean", "(10,)")),
+        (_changed(good, n_averaged=torch.tensor(-1)), ("n_averaged", "int64 >= 0")),
+        (_changed(whole, n_averaged=torch.tensor(-1)), ("n_averaged", "int64 >= 0")),
+        (_changed(whole, n_averaged=count.float()), ("n_averaged", "int64 >= 0")),
+        (_changed(whole, n_averaged=torch.tensor([3, 3])), ("n_averaged", "int64 >= 0")),
+        (_changed(whole, n_averaged=3), ("n_averaged", "must be a tensor, got int")),
+        (_changed(good, module__long="weights"), ("module.long", "must be a tensor, got str")),
+        (_changed(whole, module__long=[0.0] * 1009), ("module.long", "must be a tensor, got list")),
+        ([*whole.items()], ("must be a mapping, got list",)),
+        (None, ("must be a mapping, got NoneType",)),
+        (_changed(good, checksum__module__long=None), ("checksum.module.long", "1 missing")),
+        (_changed(good, checksum__n_averaged=None), ("checksum.n_averaged", "1 missing")),
+        (_changed(good, checksum__module__long=seal[:1]), ("checksum.module.long", "two int64")),
+        (_changed(good, checksum__module__long=seal.float()), ("checksum.module.long", "two int64")),
+        (_changed(good, save_id=None), ("save_id", "1 missing")),
+        (plain | {"save_id": good["save_id"]}, ("save_id", "1 unexpected")),
+        (plain | {"checksum.module.long": seal}, ("checksum.n_averaged", "missing")),
+        (_changed(whole, module__tied__weight=whole["module.tied.weight"] + 1), ("module.tied.weight", "tied")),
+        (_changed(good, checksum__module__tied__weight=seal), ("module.tied.weight", "tied")),
+        ({}, ("n_averaged", "missing")),
+    ]
+
+
+def _load_what_does_not_fit(ways: Sequence[str]) -> None:
+    rank = dist.get_rank()
+    for way in ways:
+        twin = Twin(way).train(*range(SAVED_AT))
+        good = twin.averaged.state_dict()
+        wrong = _wrong_states(twin)
+        plain_keys = [key for key in good if not key.startswith((states.CHECKSUM, states.SAVE_ID))]
+        twin.train(80)
+        for state, named in wrong:
+            with refused_on_all_ranks(twin.averaged, *named):
+                twin.averaged.load_state_dict(state)
+        # And with a good one on all ranks but one.
+        for index, (state, named) in enumerate(wrong):
+            one = index % dist.get_world_size()
+            with refused_on_all_ranks(twin.averaged, *named):
+                twin.averaged.load_state_dict(state if rank == one else good)
+        with refused_on_all_ranks(twin.averaged, "checksums on all ranks or on none"):
+            twin.averaged.load_state_dict({key: good[key] for key in plain_keys} if rank else good)
+        twin.averaged.load_state_dict(good)
+        assert wrong_keys(twin.averaged, truth_after(twin.way.kind, SAVED_AT)) == []
+
+
+@pytest.mark.distributed
+def test_states_that_do_not_fit_are_refused_on_all_ranks() -> None:
+    run_ranks(2, _load_what_does_not_fit, ["cut", "fsdp2", "fsdp1"])
+
+
+def _load_another_format(folder: Path, ways: Sequence[str]) -> None:
+    formats = {"float32": torch.float32, "exact": torch.bfloat16, "mirrored": torch.float16, "own": torch.float64}
+    for way in ways:
+        twins = {name: Twin(way, dtype=dtype).train(0) for name, dtype in formats.items()}
+        kept = {name: twin.averaged.state_dict() for name, twin in twins.items()}
+        for name, state in kept.items():
+            save(state, folder / way / name)
+        for mine, other in itertools.permutations(formats, 2):
+            averaged = twins[mine].averaged
+            named = ("state_dict['module.", str(formats[mine]), str(formats[other]), "another format")
+            with refused_on_all_ranks(averaged, *named):
+                averaged.load_state_dict(kept[other])
+            # DCP casts to whatever it is asked for: the values that come are no longer those saved.
+            state = averaged.state_dict()
+            if state.keys() == kept[other].keys() or mine in ("float32", "own"):
+                dcp.load({"averaged": state}, checkpoint_id=folder / way / other)
+                with refused_on_all_ranks(averaged, *named):
+                    averaged.load_state_dict(state)
+            else:
+                before = planes_of(averaged)
+                with pytest.raises(dcp.CheckpointException, match=r"Missing key.*averaged\.(remainder|average)\."):
+                    dcp.load({"averaged": averaged}, checkpoint_id=folder / way / other)
+                assert differing_bits(planes_of(averaged), before) == []
+
+
+@pytest.mark.distributed
+def test_a_state_of_another_format_is_refused_by_the_dtypes(tmp_path: Path) -> None:
+    run_ranks(2, _load_another_format, tmp_path, ["fsdp2"])
+
+
+def _load_another_spread() -> None:
+    ways = ["cut", "fsdp2", "tp", "hsdp_shared"]
+    twins = {way: Twin(way).train(0) for way in ways}
+    kept = {way: twin.averaged.state_dict() for way, twin in twins.items()}
+    for mine, other in itertools.permutations(ways, 2):
+        refused = "another cut" if isinstance(kept[other]["module.long"], PartTensor) else "must be spread"
+        if {mine, other} == {"fsdp2", "tp"}:
+            # They hold most of their params in the same boxes, but on meshes of other names.
+            refused = "module."
+        with refused_on_all_ranks(twins[mine].averaged, "state_dict['module.", refused):
+            twins[mine].averaged.load_state_dict(kept[other])
+
+
+@pytest.mark.distributed
+def test_a_state_spread_in_another_way_is_refused() -> None:
+    run_ranks(4, _load_another_spread)
+
+
+def _load_in_another_order() -> None:
+    # One rank has all of each param: only the order in memory tells the two apart.
+    for order, other in (
+        (torch.channels_last, torch.contiguous_format),
+        (torch.contiguous_format, torch.channels_last),
+    ):
+        models = [nn.Conv2d(4, 5, 3).to(memory_format=memory_format) for memory_format in (order, other)]
+        model, source = (FullyShardedDataParallel(each, device_id=torch.device("cpu")) for each in models)
+        averaged = ShardedAveragedModel(source)
+        expected = averaged.full_state_dict()
+        loader = ShardedAveragedModel(model)
+        loader.load_state_dict(averaged.state_dict())
+        assert differing_bits(loader.full_state_dict(), expected) == []
+
+
+@pytest.mark.distributed
+def test_a_state_in_another_order_of_memory_is_put_in_order() -> None:
+    run_ranks(1, _load_in_another_order)
+
+
+class Bigger(nn.Module):
+    """A model with a layer more, or with a wider one."""
+
+    def __init__(self, width: int, *, more: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, width)
+        self.more = nn.Linear(3, 3) if more else None
+
+
+def _load_another_architecture(folder: Path) -> None:
+    saved_one = ShardedAveragedModel(Bigger(4, more=True))
+    save(saved_one.state_dict(), folder / "more")
+    save(ShardedAveragedModel(Bigger(4, more=False)).state_dict(), folder / "less")
+    for width, source, name in ((4, "less", "averaged.module.more.weight"), (6, "more", "averaged.module.first")):
+        averaged = ShardedAveragedModel(Bigger(width, more=True))
+        before = planes_of(averaged)
+        with pytest.raises(dcp.CheckpointException, match=name):
+            dcp.load({"averaged": averaged}, checkpoint_id=folder / source)
+        assert differing_bits(planes_of(averaged), before) == []
+    # DCP reads what it is asked for: what a checkpoint has besides goes unseen, and what is read is what was saved.
+    averaged = ShardedAveragedModel(Bigger(4, more=False))
+    load(averaged, folder / "more")
+    full = saved_one.full_state_dict()
+    assert differing_bits(averaged.full_state_dict(), {key: full[key] for key in full if ".more." not in key}) == []
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    run_ranks(2, _load_another_architecture, tmp_path)
+
+
+# Ranks that do not come, and errors on one alone
+
+
+class FailingReader(FileSystemReader):
+    """Cannot read on the last rank: a disk that is not there."""
+
+    def read_data(self, *args: Any) -> Any:
+        if dist.get_rank() == dist.get_world_size() - 1:
+            raise OSError("no such disk")
+        return super().read_data(*args)
+
+
+def _fail_on_one_rank(folder: Path) -> None:
+    for way in ("cut", "fsdp2"):
+        twin = Twin(way).train(0)
+        save(twin.averaged.state_dict(), folder / way)
+        before = planes_of(twin.train(1).averaged)
+        for target in (twin.averaged, twin.averaged.state_dict()):
+            with pytest.raises(dcp.CheckpointException, match="no such disk"):
+                dcp.load({"averaged": target}, storage_reader=FailingReader(folder / way))
+        assert differing_bits(planes_of(twin.averaged), before) == []
+        load(twin.averaged, folder / way)
+
+
+@pytest.mark.distributed
+def test_a_read_that_fails_on_one_rank_fails_on_all(tmp_path: Path) -> None:
+    run_ranks(2, _fail_on_one_rank, tmp_path)
+
+
+#: Of the process group where a rank stays away: waited for.
+SHORT = timedelta(seconds=3)
+
+
+def _stay_away() -> None:
+    twin = Twin("cut").train(0)
+    state = twin.averaged.state_dict()
+    before = planes_of(twin.train(1).averaged)
+    if dist.get_rank() == 1:
+        return
+    start = monotonic()
+    with pytest.raises(LostPeerError, match="did not come within the process group's timeout"):
+        twin.averaged.load_state_dict(state)
+    assert monotonic() - start < SHORT.total_seconds() + 2
+    assert differing_bits(planes_of(twin.averaged), before) == []
+
+
+@pytest.mark.distributed
+def test_a_load_that_a_rank_does_not_come_to_ends_at_the_timeout() -> None:
+    start = monotonic()
+    run_ranks(2, _stay_away, timeout=SHORT)
+    assert monotonic() - start < 30
+
+
+# Each gate kills a bug: planted on every rank, and the test that guards against it must fail
+
+
+def skip_verification() -> None:
+    states.verify = lambda *args: None  # type: ignore[assignment]
+
+
+def tell_nobody() -> None:
+    @contextmanager
+    def alone(self: Ranks, what: str) -> Iterator[None]:
+        yield
+
+    Ranks.settled = alone  # type: ignore[method-assign]
+
+
+def write_while_staging() -> None:
+    stage = states.stage
+
+    def hasty(entries: Sequence[states.Entry], state: Any) -> states.Staged:
+        staged = stage(entries, state)
+        for entry, run in staged.runs:
+            entry.plane.detach().copy_(run.view(entry.plane.shape))
+        return staged
+
+    states.stage = hasty
+
+
+def forget_the_save() -> None:
+    verify = states.verify
+    states.verify = lambda staged, *rest: verify(dataclasses.replace(staged, save_ids=frozenset()), *rest)
+
+
+def sum_without_places() -> None:
+    states.checksum_of_run = lambda run, share: sum(checksum(box.of_run(run)) for box in share.boxes) % 2**62
+
+
+def count_replicas_again() -> None:
+    Share.counts_on = lambda self, rank: True  # type: ignore[method-assign]
+
+
+def keep_own_buffers() -> None:
+    Ranks.broadcast_ = lambda self, tensor: None  # type: ignore[method-assign]
+
+
+def give_the_average_itself() -> None:
+    copied = states.part_of
+
+    def shared(entry: states.Entry) -> Tensor:
+        part = copied(entry)
+        return PartTensor(entry.run, part.shape, part.boxes) if isinstance(part, PartTensor) else part
+
+    states.part_of = shared
+
+
+def believe_the_first_of_ties() -> None:
+    def run_of_first(state: Mapping[str, Tensor], entry: states.Entry, seals: Any) -> Tensor:
+        return states._run_from(state[entry.keys[0]], entry.keys[0], entry, seals)
+
+    states._run_of_ties = run_of_first
+
+
+def let_formats_be_cast() -> None:
+    states._require_saved_as = lambda *args: None  # type: ignore[assignment]
+
+
+def _flip_in_files_of_its_own(folder: Path) -> None:
+    save(Twin("cut").train(*range(SAVED_AT)).averaged.state_dict(), folder / "cut")
+    _flip_in_files(folder / "cut", "cut", 8, 3)
+
+
+def _seal_in_two_ways() -> None:
+    one, other = (checksums_of(Twin(way).averaged.state_dict()) for way in ("cut", "fsdp2"))
+    assert one == other, "checksums depend on the cut"
+
+
+def _planted(plant: Callable[[], None] | None, function: Callable[..., Any], args: Sequence[Any]) -> None:
+    # What a rank's process has changed ends with it.
+    if plant is not None:
+        plant()
+    function(*args)
+
+
+_IN_MEMORY = (_flip_in_memory, (["cut"], 5))
+#: The bug, the ranks, the test's function, its arguments after its folder, and how it fails.
+GATES: list[tuple[Callable[[], None], int, Callable[..., Any], tuple[Any, ...], str]] = [
+    (skip_verification, 2, *_IN_MEMORY, "nothing raised"),
+    (skip_verification, 2, _flip_in_files_of_its_own, (Path(),), "loaded what nobody saved"),
+    (tell_nobody, 2, *_IN_MEMORY, "nothing raised"),
+    (write_while_staging, 2, *_IN_MEMORY, "assert all.changed == "),
+    (forget_the_save, 2, *_IN_MEMORY, "nothing raised"),
+    (sum_without_places, 2, _seal_in_two_ways, (), "checksums depend on the cut"),
+    (count_replicas_again, 4, _flip_in_memory, (["hsdp"], 5), "another checksum"),
+    (keep_own_buffers, 3, _with_buffers_of_their_own, (Path(), False), "assert wrong_keys"),
+    (give_the_average_itself, 3, _look_at_states, (), "an update has changed a state"),
+    (give_the_average_itself, 2, _flip_in_files_of_its_own, (Path(),), "refused and changed"),
+    (believe_the_first_of_ties, 2, _load_what_does_not_fit, (["cut"],), "nothing raised"),
+    (let_formats_be_cast, 2, _load_another_format, (Path(), ["cut"]), "AssertionError"),
+]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("plant", "world", "function", "args", "message"),
+    GATES,
+    ids=[f"{gate[0].__name__}{i}" for i, gate in enumerate(GATES)],
+)
+def test_the_gate_kills_the_bug(
+    tmp_path: Path,
+    plant: Callable[[], None],
+    world: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    message: str,
+) -> None:
+    given = [tmp_path if arg == Path() else arg for arg in args]
+    with pytest.raises(RankFailedError, match=message):
+        run_ranks(world, _planted, plant, function, given, timeout=5 * SHORT)
+
+
+@pytest.mark.slow
+def test_the_gates_open_where_there_is_no_bug(tmp_path: Path) -> None:
+    for index, (_, world, function, args, _) in enumerate(GATES):
+        folder = tmp_path / str(index)
+        run_ranks(world, _planted, None, function, [folder if arg == Path() else arg for arg in args])
