@@ -111,6 +111,7 @@ class FlatParam:
     module: FullyShardedDataParallel
     runs: tuple[FlatRun, ...]
     replicas: ProcessGroup | None  # the ranks that hold the same elements, where there are several
+    num_ranks: int  # that it is spread over, replicas and all
     sharded: bool  # False for NO_SHARD
 
     @property
@@ -147,7 +148,9 @@ def _flat_param(module: FullyShardedDataParallel) -> FlatParam:
         runs.append(FlatRun(names, tuple(shape), tuple(stride), start, stop, held.offset_in_shard or 0))
     sharded = bool(handle.uses_sharded_strategy)
     replicas = getattr(module, "_inter_node_pg", None) if sharded else module.process_group
-    return FlatParam(module, tuple(runs), replicas, sharded)
+    num_ranks = len(dist.get_process_group_ranks(module.process_group))
+    num_ranks *= replicas.size() if sharded and replicas is not None else 1
+    return FlatParam(module, tuple(runs), replicas, num_ranks, sharded)
 
 
 def reshard_flat_params(root: Module) -> None:

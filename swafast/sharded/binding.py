@@ -13,7 +13,7 @@ from ..backends import Pair
 from ..matching import check_model as check_plain_model
 from ..names import Walk, require_same_names, unwrap
 from ..plan import Fingerprint, Plan
-from .holdings import Held, find_holdings, is_fsdp1, require_same_place
+from .holdings import Held, Mesh, find_holdings, is_fsdp1, require_same_place
 from .shares import Share
 
 
@@ -30,18 +30,23 @@ def check_model(model: object) -> None:
 
 
 def find_held(
-    model: Module, shares: Sequence[Share], left_alone: Collection[str], ranks: Sequence[int]
+    model: Module,
+    shares: Sequence[Share],
+    left_alone: Collection[str],
+    ranks: Sequence[int],
+    meshes: Mapping[str, tuple[Mesh, ...]],
 ) -> dict[str, Held]:
     """Give what this rank holds of ``model`` now, by name, in the order of ``shares``.
 
     Args:
         left_alone: names of params that are not averaged.
+        meshes: as :func:`find_holdings` takes them.
 
     Raises:
         ValueError: names, shapes, meshes or placements are not those of the shares; it names the parameter.
     """
     check_model(model)
-    held = {found.holding.name: found for found in find_holdings(model, ranks)}
+    held = {found.holding.name: found for found in find_holdings(model, ranks, meshes)}
     for is_buffer, kind in ((False, "parameters"), (True, "buffers")):
         expected = [share.name for share in shares if share.holding.is_buffer == is_buffer]
         given = [name for name, found in held.items() if found.holding.is_buffer == is_buffer]

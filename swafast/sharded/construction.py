@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn import Module
 
 from .. import checks
 from ..checksum import checksum
 from ..formats import Format, format_of, stored_dtype
 from ..plan import PlaneLike, new_in_buckets
-from .holdings import Held, Holding
+from .holdings import Held, Holding, Mesh, partial_meshes
 from .ranks import Ranks
 from .shares import Share, view_of_run
 from .spread import Spread
@@ -40,6 +41,15 @@ def ask_include(include: Callable[[str, Tensor], bool] | None, found: Mapping[st
     if params and len(left) == len(params):
         raise ValueError(f"include must pick a parameter, got False for all of them, {next(iter(params))!r} the first")
     return left
+
+
+def gather_meshes(model: Module, ranks: Ranks) -> dict[str, tuple[Mesh, ...]]:
+    """Give, by name, all meshes that hold a DTensor where each of them has some of the ranks. Collective."""
+    found: dict[str, set[Mesh]] = {}
+    for told in ranks.gather(partial_meshes(model, ranks.ranks)):
+        for name, mesh in told.items():
+            found.setdefault(name, set()).add(mesh)
+    return {name: tuple(sorted(meshes, key=lambda mesh: mesh.ranks)) for name, meshes in found.items()}
 
 
 def format_of_average(holding: Holding, requested: str | None, use_buffers: bool) -> Format | None:

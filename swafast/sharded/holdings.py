@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,16 +33,16 @@ class Place:
     """How a tensor is spread over ranks: what has to stay as it was at construction."""
 
     kind: str  # "replicated", "dtensor" or "flat"
-    mesh: Mesh | None = None  # of a DTensor
+    mesh: Mesh | None = None  # of a DTensor, with this rank in it
     placements: tuple[object, ...] = ()
+    meshes: tuple[Mesh, ...] = ()  # all that hold it: several where each column of a larger mesh has it for itself
 
     def __str__(self) -> str:
         if self.mesh is None:
-            return {"replicated": "one whole tensor on each rank", "flat": "a run of an FSDP1 flat parameter"}[
-                self.kind
-            ]
+            return "one whole tensor on each rank" if self.kind == "replicated" else "a run of an FSDP1 flat parameter"
         of = f" {self.mesh.names}" if self.mesh.names else ""
-        return f"{self.placements} on a mesh of {self.mesh.shape}{of} of {_span(self.mesh.ranks)}"
+        ranks = " and of ".join(_span(mesh.ranks) for mesh in self.meshes or (self.mesh,))
+        return f"{self.placements} on a mesh of {self.mesh.shape}{of} of {ranks}"
 
 
 def _span(ranks: Sequence[int]) -> str:
@@ -111,11 +111,23 @@ def is_fsdp1(model: Module) -> bool:
     return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
 
 
-def find_holdings(model: Module, ranks: Sequence[int]) -> list[Held]:
+def partial_meshes(model: Module, ranks: Sequence[int]) -> dict[str, Mesh]:
+    """Give, by name, the meshes of this rank's DTensors that leave out some of ``ranks``: others may have their own."""
+    root = unwrap(model)
+    named = {**named_params(root, "model"), **persistent_buffers(root)}
+    meshes = {name: _layout_of(tensor.device_mesh) for name, tensor in named.items() if isinstance(tensor, DTensor)}
+    return {name: mesh for name, mesh in meshes.items() if set(mesh.ranks) != set(ranks)}
+
+
+def find_holdings(
+    model: Module, ranks: Sequence[int], meshes: Mapping[str, tuple[Mesh, ...]] | None = None
+) -> list[Held]:
     """Give what this rank holds of each distinct param and persistent buffer of ``model``, in the model's order.
 
     Args:
         ranks: of the averaged model's process group: those that hold a plain tensor alike.
+        meshes: by name, those that :func:`partial_meshes` has found on all ranks. What tensor parallelism leaves out of
+            its plan and FSDP2 shards is a DTensor on each rank's own part of the whole mesh.
 
     Raises:
         ValueError: a tensor is spread in a way that cannot be averaged; it names the parameter.
@@ -131,16 +143,19 @@ def find_holdings(model: Module, ranks: Sequence[int]) -> list[Held]:
                 found.append(flat[name])
             elif name not in in_flat and name.rpartition(".")[2] != _torch_distributed.FLAT_PARAM:
                 tied.setdefault(id(tensor), ([], tensor))[0].append(name)
-        found.extend(_holding(tuple(names), tensor, is_buffer, tuple(ranks)) for names, tensor in tied.values())
+        for names, tensor in tied.values():
+            if isinstance(tensor, DTensor):
+                siblings = (meshes or {}).get(names[0], ())
+                found.append(_dtensor_holding(tuple(names), tensor, is_buffer, tuple(ranks), siblings))
+            else:
+                found.append(_plain_holding(tuple(names), tensor, is_buffer, tuple(ranks)))
         if not is_buffer:
             listed = {held.holding.name for held in found}
             found.extend(held for name, held in flat.items() if name not in listed)
     return found
 
 
-def _holding(names: tuple[str, ...], tensor: Tensor, is_buffer: bool, ranks: tuple[int, ...]) -> Held:
-    if isinstance(tensor, DTensor):
-        return _dtensor_holding(names, tensor, is_buffer, ranks)
+def _plain_holding(names: tuple[str, ...], tensor: Tensor, is_buffer: bool, ranks: tuple[int, ...]) -> Held:
     shape = tuple(tensor.shape)
     holding = Holding(
         names=names,
@@ -160,12 +175,13 @@ def _holding(names: tuple[str, ...], tensor: Tensor, is_buffer: bool, ranks: tup
     return Held(holding, tensor, tensor)
 
 
-def _dtensor_holding(names: tuple[str, ...], tensor: DTensor, is_buffer: bool, ranks: tuple[int, ...]) -> Held:
+def _dtensor_holding(
+    names: tuple[str, ...], tensor: DTensor, is_buffer: bool, ranks: tuple[int, ...], siblings: tuple[Mesh, ...]
+) -> Held:
     mesh, (local,) = tensor.device_mesh, _torch_distributed.local_tensors([tensor])
-    place = dtensor_place(tensor)
-    missing = sorted(set(_layout_of(mesh).ranks) - set(ranks))
-    if missing:
-        raise ValueError(f"process_group must hold all ranks of the mesh of {names[0]!r}, got one without {missing}")
+    layout = _layout_of(mesh)
+    place = Place("dtensor", layout, tuple(tensor.placements), siblings or (layout,))
+    _require_meshes(names[0], place.meshes, ranks)
     try:
         offsets, sizes = _torch_distributed.box_of(tensor)
     except ValueError as error:
@@ -187,7 +203,7 @@ def _dtensor_holding(names: tuple[str, ...], tensor: DTensor, is_buffer: bool, r
         order=_order(sizes, local.stride()) if local.numel() else tuple(range(tensor.dim())),
         start=0,
         stop=local.numel(),
-        replicas=_replicas(tensor, coordinate),
+        replicas=_replicas(tensor, coordinate, place.meshes),
         always_cut=False,
         mesh=mesh,
         local_shape=tuple(local.shape),
@@ -195,8 +211,19 @@ def _dtensor_holding(names: tuple[str, ...], tensor: DTensor, is_buffer: bool, r
     return Held(holding, local, tensor)
 
 
-def dtensor_place(tensor: DTensor) -> Place:
-    return Place("dtensor", _layout_of(tensor.device_mesh), tuple(tensor.placements))
+def _require_meshes(name: str, meshes: tuple[Mesh, ...], ranks: tuple[int, ...]) -> None:
+    on_meshes = [rank for mesh in meshes for rank in mesh.ranks]
+    missing = sorted(set(on_meshes) - set(ranks))
+    if missing:
+        raise ValueError(f"process_group must hold all ranks of the mesh of {name!r}, got one without {missing}")
+    if len(set(on_meshes)) < len(on_meshes) or len({mesh.shape for mesh in meshes}) > 1:
+        told = " and ".join(f"{mesh.shape} on {_span(mesh.ranks)}" for mesh in meshes)
+        raise ValueError(f"{name!r} must be on one mesh, or on alike ones that share no rank, got {told}")
+
+
+def is_spread_as(tensor: DTensor, place: Place) -> bool:
+    """Say whether a DTensor is on the mesh and has the placements of ``place``."""
+    return (_layout_of(tensor.device_mesh), tuple(tensor.placements)) == (place.mesh, place.placements)
 
 
 @functools.lru_cache(maxsize=8)
@@ -205,15 +232,17 @@ def _layout_of(mesh: DeviceMesh) -> Mesh:
     return Mesh(tuple(mesh.mesh_dim_names or ()), tuple(mesh.shape), tuple(mesh.mesh.flatten().tolist()))
 
 
-def _replicas(tensor: DTensor, coordinate: Sequence[int] | None) -> tuple[int, ...]:
-    """Give the ranks that hold the same elements of ``tensor`` as this one."""
+def _replicas(tensor: DTensor, coordinate: Sequence[int] | None, meshes: Sequence[Mesh]) -> tuple[int, ...]:
+    """Give the ranks that hold the same elements of ``tensor`` as this one, on its own mesh and on those beside it."""
     if coordinate is None:
         return (dist.get_rank(),)
     index = tuple(
         slice(None) if placement.is_replicate() else slice(at, at + 1)
         for at, placement in zip(coordinate, tensor.placements, strict=True)
     )
-    return tuple(tensor.device_mesh.mesh[index].flatten().tolist())
+    mesh = tensor.device_mesh.mesh
+    places = torch.arange(mesh.numel(), device="cpu").view(mesh.shape)[index].flatten().tolist()
+    return tuple(sorted(each.ranks[place] for each in meshes for place in places))
 
 
 def _order(sizes: Sequence[int], stride: Sequence[int]) -> tuple[int, ...] | None:
@@ -232,11 +261,13 @@ def _flat_holdings(root: Module, ranks: tuple[int, ...]) -> dict[str, Held]:
     found: dict[str, Held] = {}
     for flat in _torch_distributed.flat_params(root):
         replicas = (dist.get_rank(),) if flat.replicas is None else tuple(dist.get_process_group_ranks(flat.replicas))
-        missing = sorted(set(replicas) - set(ranks))
+        spread = flat.num_ranks
         for run in flat.runs:
             names = tuple(canonical(".".join(filter(None, (prefixes[id(flat.module)], name)))) for name in run.names)
-            if missing:
-                raise ValueError(f"process_group must hold all ranks that hold {names[0]!r}, got one without {missing}")
+            if spread != len(ranks) or not set(replicas) <= set(ranks):
+                raise ValueError(
+                    f"process_group must be the {spread} ranks that {names[0]!r} is spread over, got {len(ranks)} ranks"
+                )
             local = flat.local[run.offset : run.offset + run.stop - run.start]
             holding = Holding(
                 names=names,

@@ -103,6 +103,10 @@ class ShardedAveragedModel:
             check_format(format)
             checks.check_nonfinite(nonfinite)
             self.rule = choose_rule(rule, None, None) or EqualAverage()
+            check_model(model)
+            reshard(model)
+        self._meshes = construction.gather_meshes(model, self._ranks)
+        with self._ranks.settled("ShardedAveragedModel"):
             held = self._set_up(model, include)
         options = ("rule", "format", "nonfinite", "use_buffers", "share_replicas")
         described = {option: construction.spell(getattr(self, option)) for option in options}
@@ -110,15 +114,15 @@ class ShardedAveragedModel:
         construction.require_same_bits(self._shares, held, self._ranks)
         self._spreads = construction.make_spreads(self._shares, self._ranks, process_group)
         with self._ranks.settled("ShardedAveragedModel"):
-            self._take_over(model)
+            plan, params, planes = self._bind(model)
+            plan.update(params, planes, self.rule)  # the first one copies; it does not count
+            self.n_averaged.zero_()
 
     # Construction
 
     def _set_up(self, model: Module, include: Callable[[str, Tensor], bool] | None) -> dict[str, Held]:
         """Find out what this rank holds and averages, and make room for it."""
-        check_model(model)
-        reshard(model)
-        found = {held.holding.name: held for held in find_holdings(model, self._ranks.ranks)}
+        found = {held.holding.name: held for held in find_holdings(model, self._ranks.ranks, self._meshes)}
         self._left_alone = construction.ask_include(include, found)
         held = {name: found[name] for name in found if name not in self._left_alone}
         holdings = [each.holding for each in held.values()]
@@ -129,12 +133,6 @@ class ShardedAveragedModel:
         self.n_averaged = torch.zeros((), dtype=torch.int64, device=device)
         self._bind(model)
         return held
-
-    def _take_over(self, model: Module) -> None:
-        """Start as a copy of the model: an update that copies, uncounted."""
-        plan, params, planes = self._bind(model)
-        plan.update(params, planes, self.rule)
-        self.n_averaged.zero_()
 
     # Updates
 
@@ -192,7 +190,7 @@ class ShardedAveragedModel:
         return current
 
     def _find_held(self, model: Module) -> dict[str, Held]:
-        return find_held(model, self._shares, self._left_alone, self._ranks.ranks)
+        return find_held(model, self._shares, self._left_alone, self._ranks.ranks, self._meshes)
 
     # Use of the average
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Placement
 
 from ..checksum import checksum, wrap_int64
 from .boxes import Box, boxes_of_run
-from .holdings import dtensor_place
+from .holdings import is_spread_as
 from .part_tensor import PartTensor
 from .ranks import Ranks
 from .shares import Share
@@ -86,11 +86,7 @@ def make_state(
     state = {COUNT: num_averaged.detach().clone()}
     sums: dict[str, int] = {COUNT: checksum(state[COUNT]) if ranks.index == 0 else 0}
     for entry in all_entries:
-        if entry.share.cut is not None and not entry.share.holding.shape:
-            # torch's blocking stager makes plain tensors of those without dimensions, so that is what each rank gets.
-            value = _gather_whole(entry, ranks, to_first=False)
-        else:
-            value = part_of(entry)
+        value = part_of(entry)
         if entry.share.holding.is_buffer and not isinstance(value, DTensor):
             # Ranks may differ in their buffers' values, as in BatchNorm's under DDP: a state has the first rank's.
             ranks.broadcast_(value)
@@ -105,8 +101,8 @@ def make_state(
         ranks.sum_(total)
         for key, seal in zip(sums, total.tolist(), strict=True):
             code = _code_of(state[key].dtype)
-            state[CHECKSUM + key] = torch.tensor([seal, code], dtype=torch.int64, device=num_averaged.device)
-        state[SAVE_ID] = _save_id_part(ranks, num_averaged.device)
+            state[CHECKSUM + key] = torch.tensor([seal, code], dtype=torch.int64, device="cpu")
+        state[SAVE_ID] = _save_id_part(ranks)
     return state
 
 
@@ -115,12 +111,12 @@ def _code_of(dtype: torch.dtype) -> int:
     return _DTYPES.index(name) if name in _DTYPES else -1
 
 
-def _save_id_part(ranks: Ranks, device: torch.device) -> PartTensor:
+def _save_id_part(ranks: Ranks) -> PartTensor:
     save_id = ranks.gather(secrets.randbits(63))[0]
     # Evenly, and not on the borders of chunks, so that none of many ranks goes without.
     start, stop = (_SAVE_ID_NUMEL * index // ranks.size for index in (ranks.index, ranks.index + 1))
     boxes = boxes_of_run((_SAVE_ID_NUMEL,), start, stop)
-    run = torch.full((stop - start,), save_id, dtype=torch.int64, device=device)
+    run = torch.full((stop - start,), save_id, dtype=torch.int64, device="cpu")
     return PartTensor(run, (_SAVE_ID_NUMEL,), boxes)
 
 
@@ -219,9 +215,9 @@ def _run_from(value: Tensor, key: str, entry: Entry, seals: Mapping[str, tuple[i
     if tuple(value.shape) != held.shape:
         raise ValueError(f"state_dict[{key!r}] must have the shape {held.shape}, got {tuple(value.shape)}")
     if isinstance(value, DTensor):
-        spread = dtensor_place(value)
-        if share.cut is not None or (spread.mesh, spread.placements) != (held.place.mesh, held.place.placements):
-            raise ValueError(f"state_dict[{key!r}] must be spread as this average, {held.place}, got {spread}")
+        if share.cut is not None or not is_spread_as(value, held.place):
+            got = f"{value.placements} on {value.device_mesh}"
+            raise ValueError(f"state_dict[{key!r}] must be spread as this average, {held.place}, got {got}")
         return _in_order(value.to_local(), share)
     if isinstance(value, PartTensor):
         if [(box.offsets, box.sizes) for box in value.boxes] != [(box.offsets, box.sizes) for box in share.boxes]:
