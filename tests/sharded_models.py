@@ -28,6 +28,7 @@ WORLDS = {
     "fsdp1_orig": (1, 2, 3, 4),
     "tp": (1, 2, 3, 4),
     "fsdp2_tp": (4,),
+    "fsdp2_part_tp": (4,),  # params outside the plan are on each rank's own part of the mesh
     "hsdp": (4,),
     "fsdp1_no_shard": (2,),
     "fsdp1_hybrid": (4,),
@@ -36,9 +37,10 @@ MODES = tuple(WORLDS)
 
 _REPLICATED = ("plain", "ddp")
 _FSDP1 = ("fsdp1", "fsdp1_orig", "fsdp1_no_shard", "fsdp1_hybrid")
-_TP = ("tp", "fsdp2_tp")
 
-_FSDP2 = ("fsdp2", "fsdp2_tp", "hsdp")
+#: Their forward passes add up in another order than an unsharded one, and take the same data on all ranks.
+TP_MODES = ("tp", "fsdp2_tp", "fsdp2_part_tp")
+FSDP2_MODES = ("fsdp2", "fsdp2_tp", "fsdp2_part_tp", "hsdp")
 
 WIDTH = 10
 #: Divides evenly by 1 to 4 ranks: torch runs no forward pass on uneven Colwise and Rowwise shards.
@@ -127,7 +129,7 @@ def make_model(mode: str = "plain", dtype: torch.dtype = torch.float32) -> Net:
 def require(mode: str, *, forward: bool) -> None:
     """Skip a test where this torch cannot do what it is about."""
     # torch 2.6 runs no forward pass of FSDP2 without a GPU, and shards a dimension unevenly over one mesh only.
-    if not hasattr(torch.cpu.Stream, "record_event") and mode in (_FSDP2 if forward else ("fsdp2_tp",)):
+    if not hasattr(torch.cpu.Stream, "record_event") and mode in (FSDP2_MODES if forward else TP_MODES[1:]):
         pytest.skip(f"needs a torch that can run {mode} on a CPU")
 
 
@@ -146,9 +148,9 @@ def wrap(model: Net, mode: str) -> nn.Module:
         return _parallelize(model, init_device_mesh("cpu", (world,), mesh_dim_names=("tp",)))
     if mode == "hsdp":
         return _fully_shard(model, init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")))
-    assert mode == "fsdp2_tp", mode
+    assert mode in ("fsdp2_tp", "fsdp2_part_tp"), mode
     mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
-    return _fully_shard(_parallelize(model, mesh["tp"], everything=True), mesh["dp"])
+    return _fully_shard(_parallelize(model, mesh["tp"], everything=mode == "fsdp2_tp"), mesh["dp"])
 
 
 def _wrap_fsdp1(model: Net, mode: str) -> FullyShardedDataParallel:
