@@ -108,6 +108,7 @@ def python_of_the_readme() -> list[str]:
 
 def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
+    import torch.distributed as dist
 
     monkeypatch.chdir(tmp_path)
     blocks = [block for block in python_of_the_readme() if "torch.cuda" not in block]
@@ -118,7 +119,12 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "loader": [torch.randn(3, 2)],
         "train_step": lambda model, batch: model(batch).sum().backward(),
         "evaluate": lambda model: model(torch.randn(1, 2)),
+        "folder": tmp_path / "checkpoint",
     }
-    for block in blocks:  # one after the other, as a reader would
-        exec(block, scope)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for block in blocks:  # one after the other, as a reader would
+            exec(block, scope)
+    finally:
+        dist.destroy_process_group()
     assert scope["averaged"].n_averaged == 1

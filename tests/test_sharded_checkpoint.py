@@ -604,7 +604,7 @@ def test_buffers_of_every_dtype_and_complex_params_are_saved_and_loaded(tmp_path
 @pytest.mark.parametrize("size", [1, 3, 4, 255, 1000, 1024])
 def test_each_of_many_ranks_has_its_part_of_the_save_id(size: int) -> None:
     ranks = [SimpleNamespace(size=size, index=index, gather=lambda value: [7]) for index in range(size)]
-    parts = [states._save_id_part(each, torch.device("cpu")) for each in ranks]  # type: ignore[arg-type]
+    parts = [states._save_id_part(each) for each in ranks]  # type: ignore[arg-type]
     assert all(part.run.numel() > 0 and part.run.eq(7).all() for part in parts)
     places = [box.offsets[0] for part in parts for box in part.boxes] + [parts[0].numel()]
     assert places[0] == 0

