@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", metavar="FOLDER")
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
+    if options.resume and not options.checkpoint:
+        parser.error("--resume needs --checkpoint FOLDER")
     device = start()
     model = shard(RowTransformer().to(device))
     averaged = ShardedAveragedModel(model)

@@ -144,7 +144,7 @@ class ShardedAveragedModel:
 
         Raises:
             TypeError: ``model`` is no module.
-            ValueError: names, shapes, dtypes, meshes or placements are not those at construction; or, with
+            ValueError: names, shapes, kinds of dtype, meshes or placements are not those at construction; or, with
                 ``nonfinite="raise"``, a parameter holds a NaN or an infinity on some rank. It names the parameter, and
                 nothing has changed.
             RuntimeError: the averages are swapped into a model.

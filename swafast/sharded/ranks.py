@@ -143,7 +143,8 @@ class Ranks:
                 yield
             except RuntimeError as error:
                 raise LostPeerError(
-                    f"a rank of {list(self.ranks)} died, or did not come within the process group's timeout ({error})"
+                    f"a rank of {list(self.ranks)} died, or did not come within the process group's timeout: all ranks "
+                    f"must make this call ({error})"
                 ) from error
 
     @contextmanager
@@ -183,11 +184,14 @@ class Ranks:
         except BaseException as raised:  # an interrupt too: the peers wait
             error = raised
         try:
-            told = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+            told = self.gather((what, None if error is None else f"{type(error).__name__}: {error}"))
         finally:
             if error is not None:
                 raise error
-        for rank, message in zip(self.ranks, told, strict=True):
+        if len({call for call, _ in told}) > 1:
+            calls = ", ".join(f"{call} on rank {rank}" for rank, (call, _) in zip(self.ranks, told, strict=True))
+            raise RuntimeError(f"all ranks must make the same call, got {calls}")
+        for rank, (_, message) in zip(self.ranks, told, strict=True):
             if message is not None:
                 raise RuntimeError(f"{what} failed on rank {rank}, and so on every rank: {message}")
 

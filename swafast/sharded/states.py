@@ -257,7 +257,7 @@ def verify(staged: Staged, ranks: Ranks, device: torch.device) -> None:
         return
     ids = {save_id for _, _, some in told for save_id in some}
     if len(ids) > 1:
-        raise ValueError(f"state_dict must be of one save, got parts of {len(ids)} saves mixed")
+        raise ValueError(f"state_dict must be of one save, got parts of {len(ids)} saves mixed, or a damaged one")
     sums, wanted = {}, {}
     first = int(ranks.index == 0)
     count = torch.tensor(staged.num_averaged, dtype=torch.int64)
