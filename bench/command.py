@@ -14,12 +14,12 @@ import typer
 from rich.console import Console
 from rich.status import Status
 
-from bench import machine, training
+from bench import machine, passes, training
 from bench.memory import available_bytes
-from bench.readme import SHARDED_BEGIN, SHARDED_END, put_between, rewrite, sharded_table
+from bench.readme import SHARDED_BEGIN, SHARDED_END, put_between, rewrite, rewrite_passes, sharded_table
 from bench.report import ALL_OURS, Report, Row, TrainingRow
 from bench.suite import measure
-from bench.tables import numbers_table, training_table, workload_table
+from bench.tables import accuracy_table, numbers_table, passes_table, training_table, workload_table
 from bench.workloads import QUICK, WORKLOADS
 
 RESULTS = Path("bench/results")
@@ -29,6 +29,8 @@ OUT = Path("build/bench")
 # Seconds of timing for one workload and dtype, and for one model of the training part. With gates and compilation, the
 # twelve and the four of a full run stay under ten minutes on 2 cores.
 BUDGET_S, QUICK_BUDGET_S = 10.0, 3.0
+# Where our own passes are compared with each other unless workloads are named: averages that fit no cache.
+PASSES, QUICK_PASSES = ("gpt2_medium",), ("resnet50",)
 TRAINING = training.Budget(8.0)
 QUICK_TRAINING = training.Budget(2.0, min_rounds=1)
 # A run leaves the rest of the memory to whatever else the machine is doing.
@@ -64,6 +66,8 @@ def run(
     dtype: Annotated[list[str] | None, typer.Option(help="Params: float32, bfloat16; repeatable.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small workloads and budgets: about a minute.")] = False,
     train: Annotated[bool | None, typer.Option(help="Measure the share of a training step; quick: not.")] = None,
+    others: Annotated[bool, typer.Option(help="Measure every other way of averaging beside ours.")] = True,
+    own: Annotated[bool, typer.Option(help="Compare our formats, and several averages in one pass with one.")] = True,
     out: Annotated[Path, typer.Option(help="Folder for the JSON and the picture.")] = OUT,
     device: Annotated[str, typer.Option(help="Where to measure.")] = "cpu",
     memory_gib: Annotated[float | None, typer.Option(help="Memory to use. Default: 60 % of what is free.")] = None,
@@ -78,10 +82,14 @@ def run(
     where = _device(device)
     about = machine.environment(where, _command_line(sys.argv[1:]))
     memory = available_bytes(where) * MEMORY_SHARE if memory_gib is None else memory_gib * 2**30
-    rows = _measure_all(names, dtypes, where, QUICK_BUDGET_S if quick else BUDGET_S, memory)
+    budget_s = QUICK_BUDGET_S if quick else BUDGET_S
+    rows = _measure_all(names, dtypes, where, budget_s, memory) if others else []
+    compared = (workload or list(QUICK_PASSES if quick else PASSES)) if own else []
+    formats = _compare(passes.measure_formats, compared, dtypes, where, budget_s, memory)
+    several = _compare(passes.measure_several, compared, dtypes, where, budget_s, memory)
     wanted = not quick if train is None else train
     training_rows = _train(QUICK_TRAINING if quick else TRAINING) if wanted else []
-    _finish(Report(about, rows, training_rows), out / where.type)
+    _finish(Report(about, rows, training_rows, formats=formats, several=several), out / where.type)
 
 
 def _device(name: str) -> torch.device:
@@ -113,6 +121,26 @@ def _measure_all(
     return rows
 
 
+def _compare(
+    measure_passes: passes.Measure,
+    names: list[str],
+    dtypes: list[str],
+    device: torch.device,
+    budget_s: float,
+    memory: float,  # bytes
+) -> list[Row]:
+    rows: list[Row] = []
+    for name in names:
+        for dtype in dtypes:
+            label = f"our own passes on {WORKLOADS[name].title}, {dtype}"
+            with console.status(label) as status:
+                progress = _progress(status, label)
+                measured = measure_passes(WORKLOADS[name], DTYPES[dtype], device, budget_s, memory, progress)
+            rows += measured
+            console.print(passes_table(measured), "")
+    return rows
+
+
 def _progress(status: Status, label: str) -> Callable[[str], None]:
     return lambda step: status.update(f"{label}: {step}")
 
@@ -136,6 +164,7 @@ def _finish(report: Report, stem: Path) -> None:
     if plot(report, stem.with_suffix(".png")):
         console.print(f"wrote {stem.with_suffix('.png')}")
     wrong = [row for row in report.rows if row.provider in ALL_OURS and row.wrong]
+    wrong += [row for row in (*report.formats, *report.several) if row.wrong]
     for row in wrong:
         console.print(f"{row.provider} on {row.title}, {row.dtype}: {row.status}: {row.reason}", style="bold red")
     if wrong:
@@ -159,11 +188,16 @@ def readme_command(
     file: Annotated[Path, typer.Argument(help="A report, as a run writes it.")] = RESULTS / "cpu.json",
     readme: Annotated[Path, typer.Option(help="The file with the two markers.")] = Path("README.md"),
 ) -> None:
-    """Rewrite the README's table from FILE, and that of sharded updates from the sharded.json beside it."""
+    """Rewrite the README's table from FILE, and that of sharded updates from the sharded.json beside it.
+
+    The tables of docs/formats.md and docs/averages.md too, as far as FILE compares our own passes.
+    """
     from bench import sharded
 
     rewrite(readme, json.loads(file.read_text()))
     console.print(f"rewrote the table of {readme} from {file}")
+    for page in rewrite_passes(Report.read(file), readme.parent):
+        console.print(f"rewrote the table of {page} from {file}")
     beside = file.with_name("sharded.json")
     if beside.exists():
         put_between(readme, SHARDED_BEGIN, SHARDED_END, sharded_table(sharded.Report.read(beside)))
@@ -181,6 +215,23 @@ def sharded_command(out: Annotated[Path, typer.Option(help="Folder for sharded.j
     report.write(out / "sharded.json")
     console.print(sharded.times_table(report), "", sharded.bars_table(report), "")
     console.print(f"wrote {out / 'sharded.json'}")
+
+
+@app.command("accuracy")
+def accuracy_command(
+    out: Annotated[Path, typer.Option(help="Folder for accuracy.json and accuracy.png.")] = OUT,
+) -> None:
+    """Follow the error of every format over 100,000 updates: about three minutes on one core."""
+    from bench import accuracy
+    from bench.accuracy_plot import plot
+
+    about = machine.environment(torch.device("cpu"), _command_line(sys.argv[1:]))
+    with console.status("every format") as status:
+        report = accuracy.measure(about, progress=_progress(status, "every format"))
+    report.write(out / "accuracy.json")
+    plot(report, out / "accuracy.png")
+    console.print(accuracy_table(report), "")
+    console.print(f"wrote {out / 'accuracy.json'}", f"wrote {out / 'accuracy.png'}", sep="\n")
 
 
 @app.command("gpu")

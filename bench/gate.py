@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -37,17 +37,24 @@ def run_updates(provider: Provider, model: nn.Module) -> float:
     """Run an update for each of SCALES and give the factor that params end up averaged to; ``model`` is put back."""
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
     counters = [buffer for buffer in model.buffers() if not buffer.is_floating_point()]
-    factor, before = 0.0, 1.0
-    for num_averaged, scale in enumerate(SCALES):
+    before = 1.0
+    for scale in SCALES:
         torch._foreach_mul_(tensors, scale / before)
         for counter in counters:
             counter.add_(1)
         provider.update()
-        factor += provider.weight(num_averaged) * (scale - factor) if num_averaged else scale
         before = scale
     if provider.copies_buffers:
         check_buffers(provider, model)
     torch._foreach_mul_(tensors, 1 / before)
+    return factor_of(provider.weight)
+
+
+def factor_of(weight: Callable[[int], float]) -> float:
+    """Give what params end up averaged to, as a multiple, by a rule that weighs the newest so."""
+    factor = 0.0
+    for num_averaged, scale in enumerate(SCALES):
+        factor += weight(num_averaged) * (scale - factor) if num_averaged else scale
     return factor
 
 
@@ -100,7 +107,11 @@ def check_error(provider: Provider, model: nn.Module) -> float:
         WrongAverageError: an average is further from float64 than its dtype accounts for, or a buffer was not copied.
     """
     factor = run_updates(provider, model)
-    error, name, tolerance = worst_error(provider.each_average(), model, factor)
+    return require(*worst_error(provider.each_average(), model, factor))
+
+
+def require(error: float, name: str, tolerance: float) -> float:
+    """Give ``error``, the relative L2 distance of the tensor ``name``; WrongAverageError where it is too large."""
     if not error <= tolerance:
         raise WrongAverageError(f"{name} is off by {error:.1e} (relative L2), {tolerance:.0e} allowed")
     return error

@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.report import FLAT_LERP, TORCH_EMA, Report, baseline, find, our_row
-from bench.tables import milliseconds, percent
+from bench.report import FLAT_LERP, TORCH_EMA, Report, baseline, find, grouped, our_row
+from bench.tables import milliseconds, pass_figures, percent
 
 if TYPE_CHECKING:
     from bench import sharded
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SHARDED_BEGIN, SHARDED_END = "<!-- sharded:begin -->", "<!-- sharded:end -->"
+
+# The pages of which a report fills a table, and the report's part that it is of.
+PASSES = {"formats": Path("docs/formats.md"), "several": Path("docs/averages.md")}
 
 
 def readme_table(report: dict[str, Any]) -> str:
@@ -62,6 +65,45 @@ def sharded_table(report: sharded.Report) -> str:
         "DTensors, since it cannot copy an FSDP model; *SWA fn*: with `multi_avg_fn=get_swa_multi_avg_fn()`.",
     ]
     return "\n".join(lines)
+
+
+def passes_block(report: Report, part: str) -> str:
+    """Give the block of our own passes: of the ``formats`` or of ``several`` averages."""
+    lines = [
+        "| update of | pass | ms | bytes kept a parameter | bytes moved | time | bytes |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for rows in grouped(getattr(report, part)):
+        base = find(rows, rows[0].provider)
+        for row in rows:
+            if base is None or not row.samples:
+                continue
+            dtype = "fp32" if row.dtype == "float32" else "bf16"
+            kept, moved, time, size, _ = pass_figures(row, base)
+            cells = f"{row.title}, {dtype}", row.provider, milliseconds(row.seconds), kept, moved, time, size
+            lines.append(f"| {' | '.join(cells)} |")
+    about = report.environment
+    lines += [
+        "",
+        f"Medians of one run of `{about['command']}` on {about['device_name']}, {about['threads']} threads, "
+        f"torch {about['versions'].get('torch')}, {about['date'][:10]}; all passes over one model interleaved. *time*, "
+        "*bytes*: over those of the first line of the same model.",
+    ]
+    return "\n".join(lines)
+
+
+def rewrite_passes(report: Report, root: Path) -> list[Path]:
+    """Put the tables of our own passes into their pages under ``root``, as far as ``report`` has them.
+
+    Raises:
+        ValueError: as :func:`put_between`.
+    """
+    written = []
+    for part, page in PASSES.items():
+        if getattr(report, part):
+            put_between(root / page, f"<!-- {part}:begin -->", f"<!-- {part}:end -->", passes_block(report, part))
+            written.append(root / page)
+    return written
 
 
 def rewrite(readme: Path, report: dict[str, Any]) -> None:

@@ -25,6 +25,10 @@ OURS = "swafast"
 OURS_EXACT = "swafast exact"
 OURS_FLOAT32 = "swafast float32"
 ALL_OURS = (OURS, OURS_EXACT, OURS_FLOAT32)
+# Of the tables that compare our own passes with each other.
+FLOAT32, EXACT = "float32", "exact"
+ONE, TWO, THREE = "1 average", "2 averages in one pass", "3 averages in one pass"
+THREE_APART = "3 averages in three passes"
 
 OK = "ok"
 
@@ -108,6 +112,9 @@ class Report:
     rows: list[Row]
     training: list[TrainingRow] = field(default_factory=list)
     schema: int = SCHEMA
+    # Our own passes, which were timed beside each other and beside nothing else. Older files have none.
+    formats: list[Row] = field(default_factory=list)
+    several: list[Row] = field(default_factory=list)
 
     def row(self, workload: str, dtype: str, provider: str) -> Row | None:
         """Find one measured row, or None."""
@@ -118,10 +125,7 @@ class Report:
 
     def groups(self) -> list[list[Row]]:
         """Give the rows of each (workload, dtype) that was run, in the order in which they ran."""
-        found: dict[tuple[str, str], list[Row]] = {}
-        for row in self.rows:
-            found.setdefault((row.workload, row.dtype), []).append(row)
-        return list(found.values())
+        return grouped(self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -137,7 +141,8 @@ class Report:
             raise ValueError(f"schema must be {SCHEMA}, got {data.get('schema')}")
         rows = [Row(**row) for row in data["rows"]]
         training = [TrainingRow(**row) for row in data["training"]]
-        return cls(data["environment"], rows, training)
+        formats, several = ([Row(**row) for row in data.get(part, [])] for part in ("formats", "several"))
+        return cls(data["environment"], rows, training, formats=formats, several=several)
 
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,6 +151,19 @@ class Report:
     @classmethod
     def read(cls, path: Path) -> Report:
         return cls.from_dict(json.loads(path.read_text()))
+
+
+def grouped(rows: Iterable[Row]) -> list[list[Row]]:
+    """Give the rows of each (workload, dtype), in the order in which they ran."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.workload, row.dtype), []).append(row)
+    return list(found.values())
+
+
+def time_over_bytes(row: Row, base: Row) -> float:
+    """Give the time of ``row`` over what its bytes would take at the rate of ``base``."""
+    return (row.seconds / base.seconds) / (row.counted_bytes / base.counted_bytes)
 
 
 def find(rows: Iterable[RowT], provider: str) -> RowT | None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.table import Table
 
 from bench.numbers import bars
-from bench.report import ALL_OURS, FLAT_LERP, TORCH_CLASS, Report, Row, TrainingRow, find
+from bench.report import ALL_OURS, FLAT_LERP, TORCH_CLASS, Report, Row, TrainingRow, find, time_over_bytes
+
+if TYPE_CHECKING:
+    from bench.accuracy import AccuracyReport
 
 # Share of all cores' time taken by others, from which a table warns: an idle machine has measured under 0.02.
 DISTURBED = 0.05
@@ -62,6 +67,48 @@ def workload_table(rows: list[Row]) -> Table:
     return table
 
 
+def passes_table(rows: list[Row]) -> Table:
+    """Lay out our own passes of one workload and dtype beside the first of them, by time and by bytes."""
+    first = rows[0]
+    table = Table(title=f"{first.title}, {first.dtype} params: our own passes", title_justify="left")
+    table.caption_justify = "left"
+    table.add_column("pass")
+    for column in ("ms", "GB/s", "keeps B/param", "moves B/param", "time", "bytes", "time / bytes"):
+        table.add_column(column, justify="right")
+    base = find(rows, first.provider)
+    for row in rows:
+        if not row.samples or base is None:
+            table.add_row(row.provider, f"{row.status}: {row.reason}", style="red" if row.wrong else "dim")
+            continue
+        table.add_row(row.provider, milliseconds(row.seconds), f"{row.gb_per_s:.3g}", *pass_figures(row, base))
+    others = max((row.others_cpu or 0.0 for row in rows), default=0.0)
+    if others > DISTURBED:
+        _warn(table, others)
+    return table
+
+
+def pass_figures(row: Row, base: Row) -> tuple[str, str, str, str, str]:
+    """Write the bytes a pass keeps and moves for each param, its time and bytes over ``base``'s, and their ratio."""
+    return (
+        "" if row.held_bytes is None else f"{row.held_bytes / row.num_params:.2f}".removesuffix(".00"),
+        f"{row.counted_bytes / row.num_params:g}",
+        f"{row.seconds / base.seconds:.2f}x",
+        f"{row.counted_bytes / base.counted_bytes:.2f}x",
+        f"{time_over_bytes(row, base):.2f}",
+    )
+
+
+def accuracy_table(report: AccuracyReport) -> Table:
+    """Lay out the errors after the last update: of each format by stream and rule."""
+    table = Table(title=f"Relative L2 error after {report.updates[-1]:,} updates", title_justify="left")
+    kinds = list(dict.fromkeys(curve.format for curve in report.curves))
+    for column in ("stream", "rule", *kinds):
+        table.add_column(column, justify="right" if column in kinds else "left")
+    for stream, rule in dict.fromkeys((curve.stream, curve.rule) for curve in report.curves):
+        table.add_row(stream, rule, *(f"{report.errors(stream, rule, kind)[-1]:.1e}" for kind in kinds))
+    return table
+
+
 def _warn(table: Table, others: float) -> None:
     table.caption = f"Other processes took {others:.0%} of the CPU meanwhile: kernels on all cores waited for them."
     table.caption_style = "bold yellow"
@@ -85,7 +132,8 @@ def training_table(rows: list[TrainingRow]) -> Table:
 def numbers_table(report: Report) -> Table:
     """Lay out the bars that the run measured something for."""
     table = Table(title="Numbers", title_justify="left", caption_justify="left")
-    others = max((row.others_cpu or 0.0 for row in report.rows), default=0.0)
+    measured = (*report.rows, *report.formats, *report.several)
+    others = max((row.others_cpu or 0.0 for row in measured), default=0.0)
     if others > DISTURBED:
         _warn(table, others)
     for column in ("bar", "required", "measured", ""):

@@ -162,10 +162,10 @@ def test_share_of_others_is_a_share() -> None:
     assert share is None or 0 <= share <= 1
 
 
-def run_command(monkeypatch: pytest.MonkeyPatch, out: Path) -> tuple[int, str]:
+def run_command(monkeypatch: pytest.MonkeyPatch, out: Path, *options: str) -> tuple[int, str]:
     monkeypatch.setattr(command, "WORKLOADS", {"tiny": TINY})
     monkeypatch.setattr(command, "BUDGET_S", 0.0)
-    result = CliRunner().invoke(command.app, ["--workload", "tiny", "--no-train", "--out", str(out)])
+    result = CliRunner().invoke(command.app, ["--workload", "tiny", "--no-train", "--out", str(out), *options])
     return result.exit_code, result.output
 
 
@@ -174,6 +174,7 @@ def test_command_writes_a_report_and_a_picture(monkeypatch: pytest.MonkeyPatch, 
     assert code == 0, output
     report = Report.read(tmp_path / "cpu.json")
     assert report.row("tiny", "float32", TORCH_CLASS) is not None
+    assert {row.dtype for row in report.formats} == {row.dtype for row in report.several} == {"float32", "bfloat16"}
     assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path) not in json.dumps(report.to_dict())
     assert CliRunner().invoke(command.app, ["plot", str(tmp_path / "cpu.json")]).exit_code == 0
@@ -182,7 +183,7 @@ def test_command_writes_a_report_and_a_picture(monkeypatch: pytest.MonkeyPatch, 
 def test_command_fails_when_ours_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     update = Ours.update
     monkeypatch.setattr(Ours, "update", lambda self: None if self.averaged.n_averaged == 2 else update(self))
-    code, output = run_command(monkeypatch, tmp_path)
+    code, output = run_command(monkeypatch, tmp_path, "--no-own")
     assert code == 1
     assert "wrong: " in output
 

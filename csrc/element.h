@@ -28,6 +28,7 @@ namespace swafast {
 
 // How far the average moves towards the newest param, worked out once per update.
 struct Step {
+  double precise;  // the weight as the rule gives it, for averages that are kept in more than float32
   float weight;
   float complement;  // 1 - weight, rounded to float32 as torch.lerp rounds it
   float factor;      // weight or -complement: what the difference is multiplied by
@@ -36,6 +37,7 @@ struct Step {
 
 SWAFAST_HD Step make_step(double weight) {
   Step step;
+  step.precise = weight;
   step.weight = static_cast<float>(weight);
   step.complement = 1.0f - step.weight;
   // A lerp at weight 1 gives NaN for an infinite average and loses a small param beside a large average; a first
@@ -50,6 +52,14 @@ SWAFAST_HD Step make_step(double weight) {
 SWAFAST_HD float lerp(float average, float param, const Step& step) {
   const float moved = fmaf(step.factor, param - average, step.branch == Step::kNear ? average : param);
   return step.branch == Step::kCopy ? param : moved;
+}
+
+// In float64, product and sum rounded one by one, as every machine has them. Nothing small is lost here beside
+// something large, so one form serves every weight but 1, which has to be an exact copy.
+SWAFAST_HD double lerp(double average, float param, const Step& step) {
+  const double newest = static_cast<double>(param);
+  const double distance = step.precise * (newest - average);
+  return step.precise == 1.0 ? newest : average + distance;
 }
 
 SWAFAST_HD uint32_t bits_of(float value) {
@@ -131,6 +141,70 @@ SWAFAST_HD float decode_exact(ExactPlanes planes) {
 // the average's own was written behind our back, and then it is what the user means the average to be.
 SWAFAST_HD float decode_mirrored(uint16_t copy, float average) {
   return copy == to_float16(average) ? average : from_float16(copy);
+}
+
+// The `compensated` format: the float64 average as the float32 next to it and what that leaves over, another float32:
+// 48 bits and more. The first is the averaged module's own parameter.
+struct CompensatedPlanes {
+  float average, compensation;
+};
+
+// The float64 cut to the 24 bits of a float32.
+SWAFAST_HD double cut_to_float(double value) {
+  uint64_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  bits &= ~uint64_t{0x1fffffff};
+  memcpy(&value, &bits, sizeof bits);
+  return value;
+}
+
+SWAFAST_HD CompensatedPlanes encode_compensated(double value) {
+  const float average = static_cast<float>(value);
+  // An infinity or a NaN leaves nothing over.
+  const bool finite = average - average == 0.0f;
+  // Cut, not rounded: rounded up to half a unit it could make the sum round to another float32 than the average.
+  return {average, finite ? static_cast<float>(cut_to_float(value - static_cast<double>(average))) : 0.0f};
+}
+
+SWAFAST_HD double decode_compensated(CompensatedPlanes planes) {
+  const double value = static_cast<double>(planes.average) + static_cast<double>(planes.compensation);
+  // A compensation that the encoder would not have left: the first plane was written behind our back.
+  return static_cast<float>(value) == planes.average ? value : static_cast<double>(planes.average);
+}
+
+// Formats narrower than float32 are rounded at random: up with the chance of what is cut off, in units of the last
+// place kept, so that an average of many updates is right where each of them is not. `random` has as many bits as are
+// cut off. What would round up to an infinity is cut; a NaN keeps its sign and nothing else, or its payload could be
+// cut off.
+SWAFAST_HD uint32_t round_at_random(float value, uint32_t random) {
+  uint32_t bits = bits_of(value);
+  if (value != value) bits = (bits & 0x80000000u) | 0x7fc00000u;
+  const uint32_t rounded = bits + random;
+  return (rounded & 0x7f800000u) == 0x7f800000u ? bits : rounded;
+}
+
+// The `compact` format: the upper 24 bits of the float32 average, as a bf16 and the int8 that, added to it as bits,
+// gives them back.
+struct CompactPlanes {
+  uint16_t average;  // bf16, the 24 bits rounded half up in magnitude
+  int8_t remainder;
+};
+
+SWAFAST_HD CompactPlanes encode_compact(float value, uint32_t random8) {
+  const uint32_t bits = round_at_random(value, random8) >> 8;
+  return {static_cast<uint16_t>((bits + 0x80u) >> 8), static_cast<int8_t>(static_cast<uint8_t>(bits))};
+}
+
+SWAFAST_HD float decode_compact(CompactPlanes planes) {
+  const uint32_t high = static_cast<uint32_t>(planes.average) << 16;
+  const float value = float_of(high + (static_cast<uint32_t>(static_cast<int32_t>(planes.remainder)) << 8));
+  // As in `exact`: a pair that reads as NaN where the bf16 is none is one with a stale remainder.
+  return value == value ? value : float_of(high);
+}
+
+// The `half` format: a bf16 alone.
+SWAFAST_HD uint16_t encode_half(float value, uint32_t random16) {
+  return static_cast<uint16_t>(round_at_random(value, random16) >> 16);
 }
 
 }  // namespace swafast

@@ -14,18 +14,21 @@
 extern "C" {
 #endif
 
-#define SWAFAST_ABI 5
+#define SWAFAST_ABI 6
 
 /* dtype of a param */
 enum { SWAFAST_FLOAT32 = 0, SWAFAST_BFLOAT16 = 1, SWAFAST_FLOAT16 = 2, SWAFAST_BYTES = 3, SWAFAST_NUM_DTYPES = 4 };
 
 /* format of an average; swafast/formats.py names the planes */
 enum {
-  SWAFAST_FORMAT_FLOAT32 = 0,  /* planes[0] float32 */
-  SWAFAST_FORMAT_EXACT = 1,    /* planes[0] bfloat16, planes[1] int16 remainder */
-  SWAFAST_FORMAT_MIRRORED = 2, /* planes[0] float16 copy, planes[1] float32 average */
-  SWAFAST_FORMAT_COPIED = 3,   /* planes[0] the bytes of the param, for SWAFAST_BYTES alone */
-  SWAFAST_NUM_FORMATS = 4
+  SWAFAST_FORMAT_FLOAT32 = 0,     /* planes[0] float32 */
+  SWAFAST_FORMAT_EXACT = 1,       /* planes[0] bfloat16, planes[1] int16 remainder */
+  SWAFAST_FORMAT_MIRRORED = 2,    /* planes[0] float16 copy, planes[1] float32 average */
+  SWAFAST_FORMAT_COPIED = 3,      /* planes[0] the bytes of the param, for SWAFAST_BYTES alone */
+  SWAFAST_FORMAT_COMPACT = 4,     /* planes[0] bfloat16, planes[1] int8 remainder; rounded at random */
+  SWAFAST_FORMAT_COMPENSATED = 5, /* planes[0] float32, planes[1] float32 compensation */
+  SWAFAST_FORMAT_HALF = 6,        /* planes[0] bfloat16; rounded at random */
+  SWAFAST_NUM_FORMATS = 7
 };
 
 enum {
@@ -41,23 +44,44 @@ typedef struct {
   double terms[4];
 } swafast_rule;
 
-/* One param and its average. planes[0] always has the dtype of the averaged module's own parameter. */
+/* How far the averages of one averaged model move: its rule, and the count of models in it already. */
+typedef struct {
+  swafast_rule rule;
+  int64_t* num_averaged; /* read and advanced by an update; where the tensors are */
+} swafast_pace;
+
+/* The most averages that one launch moves over one read of the params. */
+#define SWAFAST_MAX_PACES 16
+
+/* One param and one of its averages. planes[0] always has the dtype of the averaged module's own parameter. Further
+ * averages of the same param stand in the rows after it, alike in param, numel and dtype. */
 typedef struct {
   void* param; /* read by an update, written by an exchange */
   void* planes[2];
   int64_t numel; /* bytes for SWAFAST_BYTES, elements otherwise */
   int32_t dtype;
   int32_t format;
+  uint64_t key;      /* of the param's random bits, for formats that are rounded at random */
+  int32_t pace;      /* index of the launch's pace by which this average moves */
+  int32_t followers; /* how many rows after this one average the same param */
 } swafast_tensor;
 
-/* A run of elements of one tensor: the unit of work of a task or a block. */
+/* A run of elements of one tensor and of its followers: the unit of work of a task or a block. */
 typedef struct {
   int64_t tensor;
   int64_t offset;
   int64_t numel;
+  int64_t first_index; /* of its first element in the whole param, row-major: what random bits go by */
+  int64_t index_step;  /* from one element to the next; the upper 32 bits of the index are those of the first */
 } swafast_chunk;
 
-enum { SWAFAST_OK = 0, SWAFAST_BAD_COUNT = 1, SWAFAST_BAD_TENSOR = 2, SWAFAST_CUDA_ERROR = 3 };
+enum {
+  SWAFAST_OK = 0,
+  SWAFAST_BAD_COUNT = 1, /* a count is negative or exhausted */
+  SWAFAST_BAD_TENSOR = 2,
+  SWAFAST_CUDA_ERROR = 3,
+  SWAFAST_BAD_PACE = 4 /* there is none, or more than SWAFAST_MAX_PACES, or a row names another */
+};
 
 SWAFAST_EXPORT int32_t swafast_abi(void);
 
@@ -76,11 +100,12 @@ SWAFAST_EXPORT const char* swafast_cpu_isa(void);
 /* Use this instruction set from now on; returns 0, or 1 where it was not compiled in or the processor lacks it. */
 SWAFAST_EXPORT int32_t swafast_cpu_use_isa(const char* name);
 
-/* Move every average towards its param by rule(*num_averaged), then count: *num_averaged += advance. Tensors are
- * checked before the first byte is written. At most num_threads threads; one in a forked child. */
+/* Move every average towards its param by its pace's rule(*num_averaged), then count: *num_averaged += advance for
+ * every pace. Tensors and counts are checked before the first byte is written. At most num_threads threads; one in a
+ * forked child. */
 SWAFAST_EXPORT int32_t swafast_cpu_update(const swafast_tensor* tensors, int64_t num_tensors,
-                                          const swafast_chunk* chunks, int64_t num_chunks, const swafast_rule* rule,
-                                          int64_t* num_averaged, int64_t advance, int32_t num_threads);
+                                          const swafast_chunk* chunks, int64_t num_chunks, const swafast_pace* paces,
+                                          int64_t num_paces, int64_t advance, int32_t num_threads);
 
 /* Ask for large pages behind this memory, before it is first touched; where there are none, nothing happens. */
 SWAFAST_EXPORT void swafast_cpu_want_large_pages(void* start, int64_t nbytes);
@@ -145,10 +170,11 @@ SWAFAST_EXPORT const char* swafast_cuda_error(void);
 /* *num_blocks = how many blocks of an update are on the device at once. It fails where the device cannot run them. */
 SWAFAST_EXPORT int32_t swafast_cuda_blocks(int32_t device, int32_t* num_blocks);
 
-/* As swafast_cpu_update, with num_averaged on the device: the kernel reads it, and the last block to do so counts. A
- * negative or exhausted count leaves everything as it is, and so does state->nonfinite if `skip_nonfinite`. *capturing
- * = 1 if the launch went into a CUDA graph. */
-SWAFAST_EXPORT int32_t swafast_cuda_update(const swafast_table* table, const swafast_rule* rule, int64_t* num_averaged,
+/* As swafast_cpu_update, with the counts on the device: the kernel reads them, and the last block to do so counts. A
+ * negative or exhausted count leaves everything as it is, and so does state->nonfinite if `skip_nonfinite`. The array
+ * of paces is on the host, and free again once the call returns. *capturing = 1 if the launch went into a CUDA graph.
+ */
+SWAFAST_EXPORT int32_t swafast_cuda_update(const swafast_table* table, const swafast_pace* paces, int64_t num_paces,
                                            int64_t advance, int32_t skip_nonfinite, int32_t* capturing, void* stream);
 
 /* As swafast_cpu_exchange, with state->exchanged for its memory. */

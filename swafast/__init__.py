@@ -3,10 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 from .averaged_model import FusedAveragedModel
+from .averages import FusedAverages
 from .rules import EqualAverage, ExponentialAverage, PowerAverage, Rule
 
 if TYPE_CHECKING:
-    from .sharded import ShardedAveragedModel
+    from .sharded import ShardedAveragedModel, ShardedAverages, Snapshots
 
 __version__ = "0.1.0"
 
@@ -14,17 +15,20 @@ __all__ = [
     "EqualAverage",
     "ExponentialAverage",
     "FusedAveragedModel",
+    "FusedAverages",
     "PowerAverage",
     "Rule",
     "ShardedAveragedModel",
+    "ShardedAverages",
+    "Snapshots",
     "__version__",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # On first use: DTensor and FSDP take most of a second to import.
-    if name == "ShardedAveragedModel":
-        from .sharded import ShardedAveragedModel
+    if name in ("ShardedAveragedModel", "ShardedAverages", "Snapshots"):
+        from . import sharded
 
-        return ShardedAveragedModel
+        return getattr(sharded, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

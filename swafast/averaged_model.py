@@ -11,17 +11,24 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim.swa_utils import AveragedModel
 
-from . import checks, choice, matching
+from . import checks, choice
 from ._torch import disable_dynamo
 from .exchange import Exchange
 from .formats import OWN, Format, check_format, format_of, stored_dtype
 from .functions import choose_rule, update_by_function
 from .locks import ForkSafeLock
-from .matching import Bindings, ask_include, check_model, each_average, refuse_sharded
+from .matching import Bindings, Side, ask_include, check_model, each_average, refuse_sharded
 from .plan import Plan
 from .planes import Recast, find_planes, fit_planes
 from .rules import Rule, rule_of
 from .states import check_load, export, keeping_ties, translate_load
+
+
+def refuse_nonfinite(plan: Plan, params: Sequence[Tensor]) -> None:
+    """Raise ValueError naming a param that holds a NaN or an infinity."""
+    name = plan.first_nonfinite(params)
+    if name is not None:
+        raise ValueError(f"{name!r} must be finite, got a NaN or an infinity; the average is as it was")
 
 
 class FusedAveragedModel(AveragedModel):
@@ -40,15 +47,17 @@ class FusedAveragedModel(AveragedModel):
         device: where the averages live; default: where the model's parameters are.
         avg_fn, multi_avg_fn: as in torch's class. A :class:`~swafast.rules.Rule` is a ``multi_avg_fn`` too.
         use_buffers: average floating-point buffers as well. Otherwise, and for integer ones always, they are copied.
-        rule: how much the newest model weighs; default :class:`~swafast.rules.EqualAverage`.
-        format: ``"float32"``, ``"exact"`` or ``"mirrored"``; default by each parameter's dtype.
-            See ``swafast.formats``.
+        rule: how much the newest model weighs; default :class:`~swafast.rules.EqualAverage`. Several of them by name,
+            ``{"fast": ..., "slow": ...}``, make a :class:`~swafast.FusedAverages`, moved in one pass, instead.
+        format: ``"float32"``, ``"exact"``, ``"mirrored"``, ``"compact"``, ``"compensated"`` or ``"half"``; default by
+            each parameter's dtype. See docs/formats.md.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; default: ``SWAFAST_BACKEND``, or the fastest
             that serves.
         include: ``include(name, param) -> bool`` picks what is averaged, the rest is copied. Each name is asked once,
             with the parameter of the model given here.
         nonfinite: ``"propagate"`` as torch does; ``"raise"`` and ``"skip"`` read the params once more and leave the
             average as it was when one holds a NaN or an infinity.
+        seed: of the random bits by which ``"compact"`` and ``"half"`` round. As the rule, it is no part of a state.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -77,11 +86,19 @@ class FusedAveragedModel(AveragedModel):
     backend: str | None = None
     include: Callable[[str, Tensor], bool] | None = None
     nonfinite: str = "propagate"
+    seed: int = 0
     _asked: dict[str, bool]  # include's answers by name
     _any_device: bool = False  # the average may be on another device than the model
     _bindings: Bindings
     _swapped: bool = False
     _strict: bool = True  # of the load under way: torch passes it to no module
+
+    def __new__(cls, *args: Any, rule: object = None, **options: Any) -> Any:
+        if rule is None or isinstance(rule, Rule) or not isinstance(rule, (Mapping, Sequence)):
+            return super().__new__(cls)
+        from .averages import FusedAverages
+
+        return FusedAverages(*args, rule=rule, kind=cls, **options)
 
     def __init__(
         self,
@@ -91,17 +108,19 @@ class FusedAveragedModel(AveragedModel):
         multi_avg_fn: Callable[..., None] | None = None,
         use_buffers: bool = False,
         *,
-        rule: Rule | None = None,
+        rule: Rule | Mapping[str, Rule] | None = None,
         format: str | None = None,
         backend: str | None = None,
         include: Callable[[str, Tensor], bool] | None = None,
         nonfinite: str = "propagate",
+        seed: int = 0,
     ) -> None:
         recognised = choose_rule(rule, avg_fn, multi_avg_fn)
         check_format(format)
         if recognised is None and format is not None:
             raise ValueError(f"format must be None with an averaging function of your own, got {format!r}")
         checks.check_nonfinite(nonfinite)
+        checks.check_seed(seed)
         if isinstance(device, Rule):
             raise TypeError(f"device must be a torch.device, got {device!r}: pass it as rule=")
         choice.choose_backends(backend, {param.device.type for param in check_model(model).parameters()})
@@ -112,6 +131,7 @@ class FusedAveragedModel(AveragedModel):
             avg_fn, multi_avg_fn = None, recognised
         super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)
         self.format, self.backend, self.include, self.nonfinite = format, backend, include, nonfinite
+        self.seed = seed
         self._any_device = device is not None
         self._asked = asked
         self._apply(lambda tensor: tensor.to(stored_dtype(format, tensor.dtype)))
@@ -169,46 +189,31 @@ class FusedAveragedModel(AveragedModel):
             plan, params, planes = self._bind(model)
             rule = self.rule
             skip = self.nonfinite == "skip"
-            if self.nonfinite == "raise" or (skip and rule is None):
-                name = plan.first_nonfinite(params)
-                if name is not None and not skip:
-                    raise ValueError(f"{name!r} must be finite, got a NaN or an infinity; the average is as it was")
-                if name is not None:
-                    return
+            if self.nonfinite == "raise":
+                refuse_nonfinite(plan, params)
+            if skip and rule is None and plan.first_nonfinite(params) is not None:
+                return
             if rule is not None:
-                plan.update(params, planes, rule, skip_nonfinite=skip)
+                plan.update(params, planes, [rule], skip_nonfinite=skip)
             else:
                 pairs = plan.pairs(params, planes)
                 update_by_function(pairs, self.avg_fn, self.multi_avg_fn, self.n_averaged)
 
     def _bind(self, model: Module) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]:
-        """Give the plan for ``model`` and the tensors of both sides, planning anew where the old one no longer fits."""
-        if not isinstance(model, Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        config = (self.rule is None, self.use_buffers, self.format, self.backend, self._any_device)
+        bindings = self._own_bindings()
+        return bindings.bind(self, [self._side()], model, config=self._config(), backend=self.backend)
+
+    def _own_bindings(self) -> Bindings:
         bindings: Bindings = self.__dict__.setdefault("_bindings", Bindings())
-        current = bindings.current(model, config, self.n_averaged)
-        if current is not None:
-            return current
-        checks.check_counter(self.n_averaged)
-        where = next((p.device for p in self.module.parameters()), self.n_averaged.device)
-        if self.n_averaged.device not in (where, torch.device("meta")):
-            self.n_averaged = self.n_averaged.to(where)  # the kernels count where the averages are
-        binding = matching.bind(
-            self,
-            self.module,
-            model,
-            self.n_averaged,
-            config=config,
-            format_of=self._format_of,
-            backend=self.backend,
-            any_device=self._any_device,
-            homes=bindings.homes,
-        )
-        bindings.use(binding)
-        current = bindings.current(model, config, self.n_averaged)
-        assert current is not None, "a plan just made must fit"
-        return current
+        return bindings
+
+    def _config(self) -> object:
+        """Give what a plan depends on beside the tensors."""
+        return (self.rule is None, self.use_buffers, self.format, self.backend, self._any_device, self.seed)
+
+    def _side(self) -> Side:
+        """Give what an update of several averages together needs to know of this one."""
+        return Side(self, self._format_of, self._any_device, self.seed)
 
     # Use of the average
 
@@ -275,8 +280,6 @@ class FusedAveragedModel(AveragedModel):
             ValueError: ``dtype`` is not a floating dtype.
             RuntimeError: the averages are swapped into a model.
         """
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
         with self._alone("averaged_state_dict"):
             return export(self, self.module, self._each_average(), dtype)
 

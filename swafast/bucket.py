@@ -32,7 +32,7 @@ from torch import Tensor
 MAX_BUCKET_NUMEL = 64 * 2**20
 
 #: Slots start on multiples of this: 64 bytes for the narrowest plane, so two threads never write one cache line.
-SLOT_ALIGNMENT = 32
+SLOT_ALIGNMENT = 64
 
 #: 128 KiB of float32; torch's own CPU kernels take 32768 elements for a grain of work as well.
 CPU_CHUNK_NUMEL = 32 * 2**10
@@ -90,19 +90,45 @@ def lay_out(
     return buckets
 
 
-def cut_chunks(numels: Sequence[int], chunk_numel: int) -> Tensor:
-    """Cut tensors of these sizes into chunks: (num_chunks, 3) int64 rows of (tensor, offset, numel).
+def cut_chunks(runs: Tensor, chunk_numel: int) -> Tensor:
+    """Cut runs into chunks: both (count, 5) int64 rows of (tensor, offset, numel, first index, step of the index).
 
-    An empty tensor has no chunk. Worked out by torch, since Llama-3-8B has 245,000 of them.
+    An empty run has no chunk, and no chunk has indices with different upper halves. Worked out by torch, since
+    Llama-3-8B has 245,000 chunks.
     """
     # The device is named throughout: the user's default device may be another, and the table is the host's.
-    sizes = torch.tensor(list(numels), dtype=torch.int64, device="cpu")
+    runs = _cut_by_upper_half(runs)
+    sizes, starts, steps = runs[:, 2], runs[:, 3], runs[:, 4]
     counts = (sizes + (chunk_numel - 1)).div(chunk_numel, rounding_mode="floor")
-    tensor = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), counts)
+    run = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), counts)
     first = torch.cumsum(counts, 0) - counts
-    offset = (torch.arange(len(tensor), device="cpu") - first[tensor]) * chunk_numel
-    numel = torch.clamp(sizes[tensor] - offset, max=chunk_numel)
-    return torch.stack((tensor, offset, numel), dim=1).contiguous()
+    done = (torch.arange(len(run), device="cpu") - first[run]) * chunk_numel
+    numel = torch.clamp(sizes[run] - done, max=chunk_numel)
+    index = starts[run] + done * steps[run]
+    return torch.stack((runs[run, 0], runs[run, 1] + done, numel, index, steps[run]), dim=1).contiguous()
+
+
+def whole_runs(numels: Sequence[int]) -> Tensor:
+    """Give a run for each tensor of these sizes, all of it, as :func:`cut_chunks` takes them."""
+    sizes = torch.tensor(list(numels), dtype=torch.int64, device="cpu")
+    zeros = torch.zeros_like(sizes)
+    return torch.stack((torch.arange(len(sizes), device="cpu"), zeros, sizes, zeros, zeros + 1), dim=1)
+
+
+def _cut_by_upper_half(runs: Tensor) -> Tensor:
+    """Cut runs where the upper 32 bits of the index change: kernels count with the lower ones."""
+    last = runs[:, 3] + (runs[:, 2].clamp(min=1) - 1) * runs[:, 4]
+    crossing = (last >> 32) != (runs[:, 3] >> 32)
+    if not bool(crossing.any()):
+        return runs
+    rows = []
+    for tensor, offset, numel, index, step in runs.tolist():
+        while numel:
+            until_next = -(-(((index >> 32) + 1 << 32) - index) // step)
+            part = min(numel, until_next)
+            rows.append((tensor, offset, part, index, step))
+            offset, numel, index = offset + part, numel - part, index + part * step
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 def gpu_chunk_numel(num_elements: int, num_blocks: int) -> int:

@@ -25,6 +25,12 @@ def check_nonfinite(value: object) -> None:
         raise ValueError(f"nonfinite must be one of {', '.join(map(repr, _NONFINITE))}, got {value!r}")
 
 
+def check_seed(value: object) -> None:
+    """Raise TypeError unless ``value`` can be the seed of random bits."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"seed must be an int, got {value!r}")
+
+
 def refuse_capture(device: torch.device, action: str) -> None:
     """Raise RuntimeError if a CUDA graph is being captured from the device's current stream."""
     if is_capturing(device):

@@ -8,14 +8,17 @@ from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
 
 from . import checks, choice
 from .backends import Pair
 from .formats import Format
 from .names import Walk, named_buffers, named_params, require_same_names, unwrap
+from .ops import draws_of
 from .plan import Plan
 from .planes import find_planes, fit_planes
 
@@ -81,8 +84,19 @@ def each_average(module: Module) -> Iterator[tuple[list[str], Tensor, bool]]:
             yield names, tensor, is_buffer
 
 
-def _match(module: Module, model: Module, format_of: FormatOf) -> list[Pair]:
+@dataclass(frozen=True)
+class Side:
+    """One of the averaged models that are updated together."""
+
+    owner: AveragedModel  # its module holds the first planes; the further ones and the counter are its own
+    format_of: FormatOf
+    any_device: bool  # the averages may be on another device than the model
+    seed: int
+
+
+def _match(side: Side, model: Module) -> list[Pair]:
     """Pair each distinct average with its param, or raise ValueError naming what does not match."""
+    module = side.owner.module
     theirs = {False: named_params(unwrap(model), "model"), True: named_buffers(unwrap(model), "model")}
     own = list(each_average(module))
     for is_buffer, kind in ((False, "parameters"), (True, "buffers")):
@@ -94,7 +108,7 @@ def _match(module: Module, model: Module, format_of: FormatOf) -> list[Pair]:
         for other in names[1:]:
             if theirs[is_buffer][other] is not param:
                 raise ValueError(f"model must tie {names[0]!r} and {other!r} as the average does, got two tensors")
-        matched.append(Pair(names[0], param, (average,), format_of(names[0], average, is_buffer)))
+        matched.append(Pair(names[0], param, (average,), side.format_of(names[0], average, is_buffer)))
     return matched
 
 
@@ -110,7 +124,7 @@ class Binding:
     _params: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 
     def current(
-        self, model: Module, config: object, num_averaged: Tensor
+        self, model: Module, config: object, counters: Sequence[Tensor]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
         """Give the (params, planes) that stand in both modules now, or None if the plan no longer fits them."""
         if config != self.config or not self._model_walk.starts_at(unwrap(model)):
@@ -119,7 +133,7 @@ class Binding:
         if theirs is None or own is None:
             return None
         params, planes = self._params(theirs), self._planes(own)
-        return (params, planes) if self.plan.fits(params, planes, num_averaged) else None
+        return (params, planes) if self.plan.fits(params, planes, counters) else None
 
 
 class AnyBinding(Protocol):
@@ -128,7 +142,7 @@ class AnyBinding(Protocol):
     @property
     def plan(self) -> Plan: ...
     def current(
-        self, model: Module, config: object, num_averaged: Tensor
+        self, model: Module, config: object, counters: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], tuple[Tensor, ...]] | None: ...
 
 
@@ -139,18 +153,58 @@ class Bindings:
         self._binding: AnyBinding | None = None
         self._captured: list[AnyBinding] = []
         self._told: set[int] = set()  # of those, the ones that have been warned about
+        #: Addresses of planes that a plan which moves them together with others has put into buckets.
+        self.shared_homes: frozenset[int] = frozenset()
 
     def current(
-        self, model: Module, config: object, num_averaged: Tensor
+        self, model: Module, config: object, counters: Sequence[Tensor]
     ) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]] | None:
         """Give the plan and the (params, planes) that it fits now, or None."""
-        found = self._binding.current(model, config, num_averaged) if self._binding is not None else None
+        found = self._binding.current(model, config, counters) if self._binding is not None else None
         return None if found is None or self._binding is None else (self._binding.plan, *found)
 
     @property
     def homes(self) -> frozenset[int]:
         """Addresses of the planes that are in buckets."""
-        return self._binding.plan.homes if self._binding is not None else frozenset()
+        own = self._binding.plan.homes if self._binding is not None else frozenset()
+        return own | self.shared_homes
+
+    def bind(
+        self,
+        root: Module,
+        sides: Sequence[Side],
+        model: Module,
+        *,
+        config: object,
+        backend: str | None,
+        parts: Sequence[Bindings] = (),
+    ) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]:
+        """Give the plan for ``model`` and the tensors of both sides, planning anew where the old one no longer fits.
+
+        Args:
+            root: the module that all sides are in.
+            config: what a plan depends on beside the tensors.
+            parts: the bindings of each side by itself, which leave the averages where this plan puts them.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            ValueError, RuntimeError: as :func:`bind`.
+        """
+        if not isinstance(model, Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        current = self.current(model, config, [side.owner.n_averaged for side in sides])
+        if current is not None:
+            return current
+        for side in sides:
+            checks.check_counter(side.owner.n_averaged)
+        homes = self.homes.union(*(part.homes for part in parts))
+        binding = bind(root, sides, model, config=config, backend=backend, homes=homes)
+        self.use(binding)
+        for part in parts:
+            part.shared_homes = binding.plan.homes
+        current = self.current(model, config, [side.owner.n_averaged for side in sides])
+        assert current is not None, "a plan just made must fit"
+        return current
 
     def use(self, binding: AnyBinding) -> None:
         """Put ``binding`` in the place of the one in use."""
@@ -169,40 +223,67 @@ class Bindings:
 
 
 def bind(
-    owner: Module,
-    module: Module,
+    root: Module,
+    sides: Sequence[Side],
     model: Module,
-    num_averaged: Tensor,
     *,
     config: object,
-    format_of: FormatOf,
     backend: str | None,
-    any_device: bool,
     homes: frozenset[int],
 ) -> Binding:
-    """Match ``model`` with the averages in ``module``, check every pair, and plan the update.
+    """Match ``model`` with the averages of all sides, check every pair, and plan the update.
 
     Everything is checked before anything changes; what then changes is where averages lie, never what they hold.
+
+    Args:
+        root: the module that all sides are in.
+        homes: addresses of the planes that are in buckets already.
 
     Raises:
         ValueError: names, shapes, dtypes, devices or layouts do not go together; it names the parameter.
         RuntimeError: a CUDA graph is being captured.
     """
     check_model(model)
-    matched = _match(module, model, format_of)
-    for pair in matched:
-        checks.check_sides(pair, any_device=any_device)
+    of_sides = [_match(side, model) for side in sides]
+    matched = [pair for pairs in of_sides for pair in pairs]
+    for side, of_side in zip(sides, of_sides, strict=True):
+        for pair in of_side:
+            checks.check_sides(pair, any_device=side.any_device)
     checks.check_overlap(matched)
     for device in {pair.average.device for pair in matched}:
         checks.refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
-    for pair in matched:
-        fit_planes(owner, pair.name, pair.average, pair.format)
-    pairs = [replace(pair, planes=find_planes(owner, pair.name, pair.average, pair.format)) for pair in matched]
-    plan = Plan(pairs, choice.choose_backends(backend, choice.device_types(pairs)), num_averaged, homes)
-    owner_walk, model_walk = Walk(owner), Walk(unwrap(model))
+    pairs = [
+        _with_planes(pair, side, pace)
+        for pace, (side, of_side) in enumerate(zip(sides, of_sides, strict=True))
+        for pair in of_side
+    ]
+    counters = _place_counters(sides)
+    plan = Plan(pairs, choice.choose_backends(backend, choice.device_types(pairs)), counters, homes)
+    owner_walk, model_walk = Walk(root), Walk(unwrap(model))
     planes = [owner_walk.position(plane) for pair in pairs for plane in pair.planes]
     params = [model_walk.position(pair.param) for pair in pairs]
     return Binding(plan, config, owner_walk, model_walk, _picker(planes), _picker(params))
+
+
+def _with_planes(pair: Pair, side: Side, pace: int) -> Pair:
+    fit_planes(side.owner, pair.name, pair.average, pair.format)
+    planes = find_planes(side.owner, pair.name, pair.average, pair.format)
+    return replace(pair, planes=planes, draws=draws_of(side.seed, pair.name, pair.param, pair.format), pace=pace)
+
+
+def _place_counters(sides: Sequence[Side]) -> list[Tensor]:
+    """Give the counters, moved to where the averages are: the kernels count there."""
+    for side in sides:
+        owner = side.owner
+        where = next((p.device for p in owner.module.parameters()), owner.n_averaged.device)
+        if owner.n_averaged.device not in (where, torch.device("meta")):
+            owner.n_averaged = owner.n_averaged.to(where)
+    counters = [side.owner.n_averaged for side in sides]
+    if len({counter.device for counter in counters}) > 1:
+        raise ValueError(
+            f"averages that are updated together must be on one device, got {[str(c.device) for c in counters]}"
+        )
+    return counters
 
 
 def _picker(positions: Collection[int]) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:

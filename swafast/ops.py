@@ -21,6 +21,7 @@ from torch.autograd.graph import increment_version
 from .backends import Backend, ExchangeLaunch, Launch, Pair, ShareFlag, found_anywhere
 from .checks import check_counter, check_overlap, check_planes, check_sides, overlaps, refuse_capture
 from .choice import choose_backends, device_types
+from .draws import Draws, make_key
 from .formats import Format, get_format
 from .rules import FixedWeight, KernelTerms, Rule, checked_weight, terms_of
 
@@ -35,6 +36,11 @@ def bump_versions(tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
             with contextlib.suppress(RuntimeError):
                 increment_version(tensor)
+
+
+def draws_of(seed: int, name: str, param: Tensor, fmt: Format | None) -> Draws | None:
+    """Give where the random bits of a whole param's average come from; None for a format that draws none."""
+    return Draws(make_key(seed, name), tuple(param.shape)) if fmt is not None and fmt.num_random_bits else None
 
 
 @dataclass
@@ -73,36 +79,42 @@ def prepare(pairs: Sequence[Pair], backends: Sequence[Backend]) -> list[Work]:
 def update(
     work: Sequence[Work],
     params: Sequence[Tensor],
-    rule: Rule,
-    num_averaged: Tensor,
+    rules: Sequence[Rule],
+    counters: Sequence[Tensor],
     *,
     skip_nonfinite: bool = False,
     share: ShareFlag | None = None,
 ) -> None:
     """Run one update of prepared pairs and count it; with ``skip_nonfinite`` neither, if a param is not finite.
 
+    ``rules`` and ``counters`` are those of the averaged models, by the pairs' ``pace``; all counters are on one device.
     ``share`` makes a flag that is not 0 on one rank so on all of them, on the flag's device.
     """
-    if terms_of(rule) is None:
-        rule = _work_out(rule, num_averaged)
-    if num_averaged.device.type == "cuda" and any(part.on_host for part in work):
-        refuse_capture(num_averaged.device, "an update of which a part runs on the host")
+    rules = [
+        rule if terms_of(rule) is not None else _work_out(rule, counter)
+        for rule, counter in zip(rules, counters, strict=True)
+    ]
+    device = counters[0].device
+    if device.type == "cuda" and any(part.on_host for part in work):
+        refuse_capture(device, "an update of which a part runs on the host")
     if skip_nonfinite and not work:
-        flag = torch.zeros((), dtype=torch.int64, device=num_averaged.device)
+        flag = torch.zeros((), dtype=torch.int64, device=device)
         if share is not None:
             share(flag)
-        num_averaged.add_(flag == 0)
+        for counter in counters:
+            counter.add_(flag == 0)
         return
     if skip_nonfinite and len(work) > 1:
         # What one backend finds holds for all of them.
-        if found_anywhere(first_nonfinite(work, params) is not None, num_averaged.device, share):
+        if found_anywhere(first_nonfinite(work, params) is not None, device, share):
             return
         skip_nonfinite = False
     for part in work:
         advance = int(part is work[-1])
-        part.launch.update(part.pick(params), rule, num_averaged, advance, skip_nonfinite=skip_nonfinite, share=share)
+        part.launch.update(part.pick(params), rules, counters, advance, skip_nonfinite=skip_nonfinite, share=share)
     if not work:
-        num_averaged.add_(1)
+        for counter in counters:
+            counter.add_(1)
 
 
 def _work_out(rule: Rule, num_averaged: Tensor) -> Rule:
@@ -171,6 +183,7 @@ def _update_op(
     format: str,
     kind: int,
     terms: list[float],
+    seed: int = 0,
 ) -> None:
     fmt = get_format(format)
     if len(params) != len(averages) or (fmt.extra and len(remainders) != len(averages)):
@@ -178,13 +191,14 @@ def _update_op(
         raise ValueError(f"averages, remainders and params must be of one length, got {lengths}")
     extra: Sequence[Tensor | None] = remainders if fmt.extra else [None] * len(averages)
     pairs = [
-        Pair(str(i), param, (average,) if plane is None else (average, plane), fmt)
+        Pair(str(i), param, (average,) if plane is None else (average, plane), fmt, draws_of(seed, str(i), param, fmt))
         for i, (average, plane, param) in enumerate(zip(averages, extra, params, strict=True))
     ]
     check_counter(num_averaged)
-    work = _prepared(pairs, fmt)
+    work = _prepared(pairs, fmt, seed)
     bump_versions((*(plane for pair in pairs for plane in pair.planes), num_averaged))
-    update(work, params, _TermsRule(KernelTerms(kind, tuple(terms))), num_averaged)  # type: ignore[arg-type]
+    rule = _TermsRule(KernelTerms(kind, tuple(terms)))  # type: ignore[arg-type]
+    update(work, params, [rule], [num_averaged])
     if any(part.launch.captured for part in work) and not any(kept is work for kept in _captured):
         _captured.append(work)
 
@@ -202,13 +216,13 @@ def _look(tensor: Tensor) -> tuple[object, ...]:
     return (*view, tensor.dtype, tensor.device, type(tensor), tensor.is_neg(), tensor.is_conj())
 
 
-def _prepared(pairs: Sequence[Pair], fmt: Format) -> list[Work]:
+def _prepared(pairs: Sequence[Pair], fmt: Format, seed: int) -> list[Work]:
     tensors = [tensor for pair in pairs for tensor in (pair.param, *pair.planes)]
     try:
         seen = tuple(map(_look, tensors))
     except RuntimeError:  # sparse, say: the checks below name it
         seen = ()
-    key = (fmt.name, os.environ.get("SWAFAST_BACKEND"), seen)
+    key = (fmt.name, seed, os.environ.get("SWAFAST_BACKEND"), seen)
     if seen and key in _recent:
         _recent.move_to_end(key)
         return _recent[key]
@@ -229,7 +243,7 @@ def _prepared(pairs: Sequence[Pair], fmt: Format) -> list[Work]:
 _library = torch.library.Library("swafast", "DEF")
 _library.define(
     "update_(Tensor(a!)[] averages, Tensor(b!)[] remainders, Tensor[] params, Tensor(c!) num_averaged, "
-    "str format, int kind, float[] terms) -> ()"
+    "str format, int kind, float[] terms, int seed=0) -> ()"
 )
 _library.impl("update_", _update_op, "CompositeExplicitAutograd")
 torch.library.register_fake("swafast::update_", lambda *args: None, lib=_library)

@@ -61,17 +61,17 @@ class Plan:
         self,
         pairs: Sequence[Pair],
         backends: Sequence[Backend],
-        num_averaged: Tensor,
+        counters: Sequence[Tensor],
         homes: frozenset[int] = frozenset(),
     ) -> None:
         self.homes = home_averages(pairs, homes)
         self.names = [pair.name for pair in pairs]
         self.formats = [pair.format for pair in pairs]
-        self._num_averaged = num_averaged
+        self._counters = list(counters)
         #: Addresses that an update writes, as far as they are ours.
-        self.writes = self.homes | {num_averaged.data_ptr()}
+        self.writes = self.homes | {counter.data_ptr() for counter in counters}
         self._params = Fingerprint([pair.param for pair in pairs])
-        self._written = Fingerprint([*(plane for pair in pairs for plane in pair.planes), num_averaged])
+        self._written = Fingerprint([*(plane for pair in pairs for plane in pair.planes), *counters])
         self._work = ops.prepare(pairs, backends)
         self._held: tuple[Tensor, ...] = ()
 
@@ -80,8 +80,8 @@ class Plan:
         """Names of the backends at work, the one with the last word last."""
         return [part.backend.name for part in self._work]
 
-    def fits(self, params: Sequence[Tensor], planes: Sequence[Tensor], num_averaged: Tensor) -> bool:
-        return self._params.fits(params) and self._written.fits((*planes, num_averaged))
+    def fits(self, params: Sequence[Tensor], planes: Sequence[Tensor], counters: Sequence[Tensor]) -> bool:
+        return self._params.fits(params) and self._written.fits((*planes, *counters))
 
     def pairs(self, params: Sequence[Tensor], planes: Sequence[Tensor]) -> list[Pair]:
         """Put the tensors that :meth:`fits` has just seen together again."""
@@ -94,7 +94,7 @@ class Plan:
 
     def first_nonfinite(self, params: Sequence[Tensor]) -> str | None:
         """Give the name of a param that holds a NaN or an infinity, else None."""
-        refuse_capture(self._num_averaged.device, "nonfinite='raise', which waits for the device,")
+        refuse_capture(self._counters[0].device, "nonfinite='raise', which waits for the device,")
         index = ops.first_nonfinite(self._work, params)
         return None if index is None else self.names[index]
 
@@ -107,19 +107,22 @@ class Plan:
         self,
         params: Sequence[Tensor],
         planes: Sequence[Tensor],
-        rule: Rule,
+        rules: Sequence[Rule],
         *,
         skip_nonfinite: bool = False,
         share: ShareFlag | None = None,
     ) -> None:
-        """Run one update; ``params`` and ``planes`` are those that :meth:`fits` has just seen."""
+        """Run one update; ``params`` and ``planes`` are those that :meth:`fits` has just seen.
+
+        ``rules``, one for each counter, are those of the averaged models.
+        """
         # Before the launch: after it, a large update has driven the tensors' own records out of the caches (0.3 ms for
         # 2000 of 64x64); and whatever an interrupted launch has written is then known to autograd already.
-        bump_versions((*planes, self._num_averaged))
-        ops.update(self._work, params, rule, self._num_averaged, skip_nonfinite=skip_nonfinite, share=share)
+        bump_versions((*planes, *self._counters))
+        ops.update(self._work, params, rules, self._counters, skip_nonfinite=skip_nonfinite, share=share)
         if self.captured and not self._held:
             # The graph goes on reading and writing this memory, whatever stands in the modules by then.
-            self._held = tuple(tensor.detach() for tensor in (*params, *planes, self._num_averaged))
+            self._held = tuple(tensor.detach() for tensor in (*params, *planes, *self._counters))
 
 
 @torch.no_grad()

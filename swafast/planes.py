@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from .formats import EXTRA_PLANES, FLOAT32, Format, format_of
+from .formats import EXTRA_PLANES, Format, format_of_planes
 
 
 class PlaneTree(Module):
@@ -77,7 +77,7 @@ def fit_planes(owner: Module, name: str, average: Tensor, fmt: Format | None) ->
                 tensor.data = tensor.data.to(average.device)
             continue
         assert fmt is not None
-        fresh = fresh or fmt.encode(average.detach().to(torch.float32))
+        fresh = fresh or fmt.encode(average.detach().to(fmt.value_dtype))
         index = 1 + list(wanted).index(plane)
         put_plane(owner, plane, name, torch.empty_like(average, dtype=wanted[plane]).copy_(fresh[index]).detach())
 
@@ -91,7 +91,7 @@ def convert(planes: tuple[Tensor, ...], fmt: Format, average: Tensor, after: For
     """
     if after is None or after is fmt:
         return (average,)
-    value = fmt.decode(planes).to(device=average.device, dtype=torch.float32 if after.dtype else average.dtype)
+    value = fmt.decode(planes).to(device=average.device, dtype=after.value_dtype or average.dtype)
     return tuple(torch.empty_like(average, dtype=plane.dtype).copy_(plane) for plane in after.encode(value))
 
 
@@ -118,16 +118,18 @@ def translate_state(
         if not keys[name]:
             continue
         average = state[keys[name][0]]
-        source = format_of(None, average.dtype) or FLOAT32
-        extra = [state.get(f"{prefix}{plane}.{name}") for plane, _ in source.extra]
-        planes = (average, *(plane for plane in extra if plane is not None))
-        complete = len(planes) == 1 + len(source.extra) and all(plane.shape == average.shape for plane in planes)
-        if source is fmt and (complete or (strict and has_planes)):
+        extra = {plane: state[key] for plane in EXTRA_PLANES if (key := f"{prefix}{plane}.{name}") in state}
+        source = format_of_planes(average, extra)
+        lacking = fmt.dtype == average.dtype and len(fmt.extra) > len(extra)
+        if source is fmt or (strict and has_planes and (lacking or source is None)):
             continue
-        value = source.decode(planes) if complete else average
-        first, *rest = fmt.encode(value.to(torch.float32) if fmt.dtype is not None else value)
-        for plane, _ in source.extra:
-            state.pop(f"{prefix}{plane}.{name}", None)
+        if source is not None:
+            value = source.decode((average, *(extra[plane] for plane, _ in source.extra)))
+        else:
+            value = average  # what else there is does not fit it
+        first, *rest = fmt.encode(value.to(fmt.value_dtype) if fmt.value_dtype is not None else value)
+        for plane in extra:
+            state.pop(f"{prefix}{plane}.{name}")
         for key in keys[name]:
             state[key] = first
         for (plane, _), tensor in zip(fmt.extra, rest, strict=True):

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
-from torch.optim.swa_utils import AveragedModel
 
 from .formats import EXTRA_PLANES, Format
 from .matching import FormatOf, each_average
@@ -21,7 +20,7 @@ from .names import canonical, unwrap
 from .planes import find_planes, fit_planes, put_plane, translate_state
 
 
-def check_load(owner: AveragedModel, state_dict: Mapping[str, Any], strict: bool) -> None:
+def check_load(owner: Module, state_dict: Mapping[str, Any], strict: bool) -> None:
     """Raise what loading ``state_dict`` into ``owner`` would raise, by loading it into a copy that holds no data.
 
     torch's own loader does the checking, so hooks that rename keys or fill in missing ones have their say.
@@ -111,14 +110,25 @@ def _make_room(owner: Module, name: str, average: Tensor, fmt: Format) -> None:
         put_plane(owner, plane, name, room)
 
 
+def _full_precision(planes: tuple[Tensor, ...], fmt: Format) -> Tensor:
+    value = fmt.decode(planes)
+    return value.to(torch.float32) if fmt.dtype is not None else value
+
+
 def export(
     owner: Module, module: Module, averages: Iterable[tuple[str, Tensor, Format | None]], dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """Give copies of the averages at full precision, or cast to ``dtype``, with the buffers of ``module``."""
+    """Give copies of the averages at full precision, or cast to ``dtype``, with the buffers of ``module``.
+
+    Raises:
+        ValueError: ``dtype`` is neither a floating dtype nor None.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
     values: dict[int, Tensor] = {}
     for name, tensor, fmt in averages:
         fit_planes(owner, name, tensor, fmt)
-        values[id(tensor)] = fmt.decode(find_planes(owner, name, tensor, fmt)) if fmt is not None else tensor
+        values[id(tensor)] = _full_precision(find_planes(owner, name, tensor, fmt), fmt) if fmt is not None else tensor
     state: dict[str, Any] = {}
     for key, value in unwrap(module).state_dict(keep_vars=True).items():
         if isinstance(value, Tensor):

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage, Rule
+from swafast.backends import Pair, native
+from swafast.draws import Draws, make_key, random_bits
+from swafast.formats import COMPACT, get_format
 
 ULP = 2.0**-24
 NUMEL = 512
@@ -132,3 +135,114 @@ def test_huge_values_beside_small_ones_are_copied_at_first() -> None:
         model[0].fill_(1.0)
     average.update_parameters(model)
     assert average.module[0].tolist() == [1.0, 1.0]
+
+
+# Formats that keep more or less than float32, by the kernels themselves: a model would take longer than its updates.
+
+
+def error_of(format: str, stream: str, updates: int, rule: Rule | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Give (average at full precision, plane 0 as float64, truth) of a stream, float64 of NUMEL elements.
+
+    The truth of the mean is summed with what each addition loses, so it is good to the last bit of float64.
+    """
+    fmt, rule = get_format(format), rule or EqualAverage()
+    generator = torch.Generator().manual_seed(7)
+    param = torch.empty(NUMEL)
+    planes = tuple(torch.empty(NUMEL, dtype=dtype) for dtype in (fmt.dtype, *(dtype for _, dtype in fmt.extra)))
+    pair = Pair("w", param, planes, fmt, Draws(make_key(0, "w"), (NUMEL,)))
+    launch, counter = native.prepare([pair]), torch.tensor(0)
+    total, lost, ema = (torch.zeros(NUMEL, dtype=torch.float64) for _ in range(3))
+    for n in range(updates):
+        param.copy_(STREAMS[stream](n, torch.randn(NUMEL, generator=generator)))
+        launch.update([param], [rule], [counter], 1)
+        newest = param.double()
+        if isinstance(rule, EqualAverage):
+            after = total + newest
+            part = after - total
+            lost += (total - (after - part)) + (newest - part)
+            total = after
+        else:
+            ema += rule.weight(n) * (newest - ema) if n else newest
+    truth = (total + lost) / updates if isinstance(rule, EqualAverage) else ema
+    return fmt.decode(planes).double(), planes[0].double(), truth
+
+
+def require_compensated(stream: str, updates: int) -> None:
+    value, plane, truth = error_of("compensated", stream, updates)
+    assert (value - truth).norm() <= 1e-11 * truth.norm()  # 48 bits, not 24
+    assert (plane - truth).norm() <= 6e-8 * truth.norm()
+    ulp = torch.nextafter(plane.float().abs(), torch.tensor(torch.inf)).double() - plane.abs()
+    away_from_zero = truth.abs() >= 1e-3 * truth.norm() / NUMEL**0.5
+    assert ((plane - truth).abs() <= 0.51 * ulp)[away_from_zero].all()  # promised: 1 ulp
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("updates", [1, 10, 20_000])
+def test_compensated_is_float64_rounded_once(stream: str, updates: int) -> None:
+    require_compensated(stream, updates)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", STREAMS)
+def test_compensated_is_float64_rounded_once_after_a_million(stream: str) -> None:
+    require_compensated(stream, 1_000_000)
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("updates", [1, 100, 10_000])
+def test_compact_keeps_the_mean(stream: str, updates: int) -> None:
+    value, _, truth = error_of("compact", stream, updates)
+    assert (value - truth).norm() <= 1e-5 * max(updates, 4) ** 0.5 * truth.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", STREAMS)
+def test_compact_keeps_the_mean_of_a_hundred_thousand(stream: str) -> None:
+    value, _, truth = error_of("compact", stream, 100_000)
+    assert (value - truth).norm() <= 1e-5 * 100_000**0.5 * truth.norm()
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("decay", [0.5, 0.99, 0.9999])
+def test_compact_keeps_an_ema(stream: str, decay: float) -> None:
+    value, _, truth = error_of("compact", stream, 5_000, ExponentialAverage(decay))
+    assert (value - truth).norm() <= 1e-3 * truth.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("updates", [10_000, 40_000, 100_000])
+def test_compact_keeps_a_long_ema(stream: str, updates: int) -> None:
+    value, _, truth = error_of("compact", stream, updates, ExponentialAverage(0.9999))
+    # While an EMA of zero-mean params forgets its first model, it is smaller than what its units in the last place were
+    # made for: each update rounds by 0.29 units, 5.8e-6 of the average, and these stay for 1 / weight updates.
+    forgets = stream == "zero-mean" and updates == 40_000
+    assert (value - truth).norm() <= (1.4e-3 if forgets else 1e-3) * truth.norm()
+
+
+@pytest.mark.parametrize("stream", ["drifting", "jumping", "constant"])
+def test_half_is_right_on_the_whole(stream: str) -> None:
+    """Off by percents element by element, but not to one side: the sum over the elements is much closer."""
+    value, _, truth = error_of("half", stream, 3_000)
+    assert (value - truth).norm() <= 0.05 * truth.norm()
+    assert abs(float((value - truth).sum())) <= 4 * float((value - truth).norm())
+    assert abs(float((value - truth).mean())) <= 0.005 * float(truth.abs().mean())
+
+
+def test_stratified_bits_halve_the_squared_error() -> None:
+    """Against bits that updates draw by themselves, in plain torch."""
+
+    def squared_error(bits_of: Callable[[int], Tensor]) -> float:
+        generator = torch.Generator().manual_seed(7)
+        average, truth = torch.zeros(NUMEL), torch.zeros(NUMEL, dtype=torch.float64)
+        for n in range(3_000):
+            param = 1.0 + torch.randn(NUMEL, generator=generator)
+            truth += (param.double() - truth) / (n + 1)
+            moved = torch.lerp(average, param, 1 / (n + 1)) if n else param
+            average = COMPACT.decode(COMPACT.encode(moved, bits_of(n) >> 24))
+        return float((average.double() - truth).square().sum())
+
+    index, free = torch.arange(NUMEL), torch.Generator().manual_seed(8)
+    stratified = squared_error(lambda n: random_bits(make_key(0, "w"), n, index))
+    independent = squared_error(lambda n: torch.randint(0, 2**32, (NUMEL,), generator=free))
+    assert 0.35 <= stratified / independent <= 0.65

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from swafast.sharded import boxes, spread
-from swafast.sharded.boxes import CUT_NUMEL, Box, FlatOrder, Run, boxes_of_run
+from swafast import boxes
+from swafast.boxes import Box, boxes_of_run
+from swafast.sharded import flat_order, spread
+from swafast.sharded.flat_order import CUT_NUMEL, FlatOrder, Run
 from swafast.sharded.spread import windows_of
 
 # Boxes
@@ -110,7 +112,7 @@ def test_views_of_the_run_and_of_the_whole_are_the_same_elements(order: tuple[in
 
 
 def check_cuts(numels: Sequence[int], parts: int, whole: Sequence[bool] | None = None) -> None:
-    order = boxes.FlatOrder(numels, parts, whole)
+    order = flat_order.FlatOrder(numels, parts, whole)
     assert order.numel == sum(numels)
     seen: list[tuple[int, int, int]] = []
     for part in range(parts):
@@ -150,7 +152,7 @@ def test_random_cuts() -> None:
 
 
 def check_evenness(numels: Sequence[int], parts: int) -> None:
-    order = boxes.FlatOrder(numels, parts)
+    order = flat_order.FlatOrder(numels, parts)
     sizes = [stop - start for start, stop in map(order.bounds, range(parts))]
     assert sum(sizes) == sum(numels)
     assert max(sizes) <= -(-sum(numels) // parts) + CUT_NUMEL
@@ -224,11 +226,11 @@ def forget_the_order(patch: pytest.MonkeyPatch) -> None:
 
 
 def cut_anywhere(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(boxes, "CUT_NUMEL", 1)
+    patch.setattr(flat_order, "CUT_NUMEL", 1)
 
 
 def cut_coarsely(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(boxes, "CUT_NUMEL", 4096)
+    patch.setattr(flat_order, "CUT_NUMEL", 4096)
 
 
 def cut_what_is_whole(patch: pytest.MonkeyPatch) -> None:

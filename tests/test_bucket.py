@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swafast.bucket import cut_chunks, extent, is_dense, lay_out, same_order
+from swafast.bucket import cut_chunks, extent, is_dense, lay_out, same_order, whole_runs
 
 
 def test_slots_do_not_overlap_are_aligned_and_keep_their_order() -> None:
@@ -34,17 +34,17 @@ def test_a_large_plane_has_a_bucket_of_its_own() -> None:
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_chunks_cover_each_element_once(chunk: int) -> None:
     numels = [0, 1, chunk - 1, chunk, chunk + 1, 3 * chunk + 7, 0]
-    rows = cut_chunks(numels, chunk)
+    rows = cut_chunks(whole_runs(numels), chunk)
     assert rows.dtype == torch.int64
     assert rows.is_contiguous()
-    covered = {(t, i) for t, offset, numel in rows.tolist() for i in range(offset, offset + numel)}
+    covered = {(t, i) for t, offset, numel, *_ in rows.tolist() for i in range(offset, offset + numel)}
     assert covered == {(t, i) for t, numel in enumerate(numels) for i in range(numel)}
     assert int(rows[:, 2].sum()) == sum(numels)
     assert int(rows[:, 2].max()) <= chunk
 
 
 def test_no_tensors_no_chunks() -> None:
-    assert cut_chunks([], 64).shape == (0, 3)
+    assert cut_chunks(whole_runs([]), 64).shape == (0, 5)
     assert lay_out([], []) == []
 
 

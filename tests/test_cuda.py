@@ -270,11 +270,11 @@ def test_a_counter_elsewhere_is_counted_only_if_the_update_was(shim: Shim) -> No
     launch._tables[0].device = torch.device("cpu", 0)  # the counter is on another device, as far as it can tell
     launch._heads[torch.device("cpu", 0)] = launch._heads[torch.device("cpu")]
     counter = torch.tensor(1)
-    launch.update([], EqualAverage(), counter, 1)
+    launch.update([], [EqualAverage()], [counter], 1)
     assert counter.item() == 2
     counter.fill_(-2)
     with pytest.raises(ValueError, match="n_averaged must be >= 0, got -2"):
-        launch.update([], EqualAverage(), counter, 1)
+        launch.update([], [EqualAverage()], [counter], 1)
     assert counter.item() == -2
 
 
@@ -291,13 +291,13 @@ def test_devices_share_one_counter(shim: Shim) -> None:
     one = cuda.prepare(expected)
     counters = torch.tensor(2), torch.tensor(2)
     for _ in range(3):
-        launch.update([], EqualAverage(), counters[0], 1)
-        one.update([], EqualAverage(), counters[1], 1)
+        launch.update([], [EqualAverage()], [counters[0]], 1)
+        one.update([], [EqualAverage()], [counters[1]], 1)
     assert counters[0].item() == counters[1].item() == 5
     assert differing_pairs(pairs, expected) == []
     pairs[0].param[0] = float("nan")
     before = clone(pairs)
-    launch.update([], EqualAverage(), counters[0], 1, skip_nonfinite=True)
+    launch.update([], [EqualAverage()], [counters[0]], 1, skip_nonfinite=True)
     assert counters[0].item() == 5
     assert differing_pairs(pairs, before) == []
 

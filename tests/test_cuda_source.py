@@ -1,10 +1,11 @@
 """The CUDA source on a CPU: ``csrc/cuda`` compiled through ``tests/native/shim``, run under sanitizers, shown to fail.
 
-It fails with each of the mutants below: copies of ``csrc`` with one bug in them. Nothing here needs a GPU or CUDA.
+It fails with each of the mutants below: bugs planted in a copy of ``csrc``. Nothing here needs a GPU or CUDA.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,17 +31,22 @@ pytestmark = needs_compiler
 
 #: Flags of the kernels. The plain ones take 2^31 elements: there a call for each fmaf would cost a minute.
 VARIANTS = {"sanitized": ["-O1", *SANITIZE], "plain": ["-O2", "-march=native"]}
-#: Of a mutant, which takes longer to compile than to die: half as long as at -O1.
+#: Of a mutant with a build of its own, which takes longer to compile than to die: half as long as at -O1.
 MUTANT_FLAGS = ["-O0", *SANITIZE]
 #: Names of kLarge in tests/native/large.h.
 LARGE = ("float32", "exact", "one-chunk")
 
 KERNELS, MOVERS, MEMORY, LAUNCH = "cuda/kernels.cuh", "cuda/movers.cuh", "cuda/memory.cuh", "cuda/launch.cu"
+ELEMENT = "element.h"
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One bug: ``old`` becomes ``new`` where it first stands in ``file``."""
+    """One bug: ``old`` becomes ``new`` where it first stands in ``file``.
+
+    ``ON`` in ``new`` says whether this bug is the one to run with: all of those are in one build. What is no matter of
+    values, such as a type, takes a build of its own.
+    """
 
     name: str
     file: str
@@ -48,82 +54,245 @@ class Mutant:
     new: str
     large: str = ""  # the name of kLarge that shows it, where nothing smaller does
 
+    @property
+    def is_switched(self) -> bool:
+        return "ON" in self.new
+
 
 MUTANTS = (
-    Mutant("param's alignment unseen", KERNELS, "is_aligned(at(param, head * Dtype::kBytes)) && is", "is"),
-    Mutant("second's alignment unseen", KERNELS, "is_aligned(at(second, head * Format::kSecond))", "true"),
-    Mutant("plain alignment unseen", KERNELS, "is_aligned(at(param, head * kBytes)) && ", ""),
-    Mutant("tail one short", KERNELS, "numel - head - middle);", "numel - head - middle - 1);"),
-    Mutant("tail one past the end", KERNELS, "numel - head - middle);", "numel - head - middle + 1);"),
-    Mutant("head one short", KERNELS, "make(Narrow{}, int64_t{0}), head)", "make(Narrow{}, int64_t{0}), head - 1)"),
-    Mutant("head counted in bytes", KERNELS, "& 15u) / kBytes;", "& 15u) / 1;"),
-    Mutant("middle from the start", KERNELS, "make(Wide{}, head)", "make(Wide{}, int64_t{0})"),
-    Mutant("tile past the end", KERNELS, "index + (Mover::kUnroll - 1) * kThreads < num_groups", "index < num_groups"),
-    Mutant("tiles overlap", KERNELS, "index += Mover::kUnroll * kThreads", "index += kThreads"),
+    Mutant(
+        "param's alignment unseen",
+        KERNELS,
+        "is_aligned(at(param, head * D",
+        "is_aligned(ON ? nullptr : at(param, head * D",
+    ),
+    Mutant(
+        "second's alignment unseen", KERNELS, "is_aligned(at(second, head", "is_aligned(ON ? nullptr : at(second, head"
+    ),
+    Mutant(
+        "plain alignment unseen",
+        KERNELS,
+        "is_aligned(at(param, head * k",
+        "is_aligned(ON ? nullptr : at(param, head * k",
+    ),
+    Mutant("tail one short", KERNELS, "numel - head - middle);", "numel - head - middle - ON);"),
+    Mutant("tail one past the end", KERNELS, "make(Narrow{}, head + middle), ", "make(Narrow{}, head + middle), ON + "),
+    Mutant("head one short", KERNELS, "make(Narrow{}, int64_t{0}), head)", "make(Narrow{}, int64_t{0}), head - ON)"),
+    Mutant("head counted in bytes", KERNELS, "& 15u) / kBytes;", "& 15u) / (ON ? 1 : kBytes);"),
+    Mutant(
+        "head of another array",
+        KERNELS,
+        "kLeast == Format::kSecond ? second",
+        "kLeast == Format::kSecond && !ON ? second",
+    ),
+    Mutant("middle from the start", KERNELS, "make(Wide{}, head)", "make(Wide{}, ON ? 0 : head)"),
+    Mutant(
+        "tile past the end",
+        KERNELS,
+        "index + (Mover::kUnroll - 1) * kThreads <",
+        "index + (ON ? 0 : (Mover::kUnroll - 1) * kThreads) <",
+    ),
+    Mutant(
+        "tiles overlap", KERNELS, "index += Mover::kUnroll * kThreads", "index += (ON ? 1 : Mover::kUnroll) * kThreads"
+    ),
     Mutant("32-bit bytes", KERNELS, "Pointer base, int64_t nbytes", "Pointer base, int32_t nbytes"),
-    Mutant("32-bit offset", KERNELS, "int64_t numel, offset, tensor;", "int64_t numel, tensor; int32_t offset;"),
+    Mutant(
+        "32-bit offset",
+        KERNELS,
+        "offset = __ldg(chunk + 1)",
+        "offset = ON ? (int32_t)__ldg(chunk + 1) : __ldg(chunk + 1)",
+    ),
     Mutant("32-bit length", KERNELS, "run(int64_t numel,", "run(int32_t numel,", large="one-chunk"),
     Mutant("32-bit index", KERNELS, "int64_t index = thread", "int32_t index = (int32_t)thread", large="one-chunk"),
     Mutant("32-bit group", MEMORY, "const void* base, int64_t group", "const void* base, int32_t group", "one-chunk"),
-    Mutant("first block counts", KERNELS, "if (last && !stop)", "if (blockIdx.x == 0 && !stop)"),
-    Mutant("every block counts", KERNELS, "if (last && !stop)", "if (!stop)"),
-    Mutant("counts by one", KERNELS, "n + advance", "n + 1"),
-    Mutant("one launch counts", KERNELS, "+ 1) % gridDim.x == 0", "+ 1) == gridDim.x"),
     Mutant(
-        "update waits for nobody",
+        "first block counts", KERNELS, "if (last && !stop)", "if (k == 0 && (ON ? blockIdx.x == 0 : last) && !stop)"
+    ),
+    Mutant(
+        "every block counts",
         KERNELS,
-        "__syncthreads();\n  if (stop) return;\n  const",
-        "if (stop) return;\n  const",
+        "last = is_last_to_begin(table.state);",
+        "last = is_last_to_begin(table.state) || ON;",
+    ),
+    Mutant("counts by one", KERNELS, "progress.counts[p] + advance", "progress.counts[p] + (ON ? 1 : advance)"),
+    Mutant(
+        "one launch counts",
+        KERNELS,
+        "+ 1) % gridDim.x == 0",
+        "+ 1) % (ON ? 1LL << 60 : gridDim.x) == (ON ? gridDim.x : 0)",
+    ),
+    Mutant("counts unwaited for", KERNELS, "__syncthreads();\n  bool last", "if (!ON) __syncthreads();\n  bool last"),
+    Mutant("update waits for nobody", KERNELS, "  __syncthreads();\n}", "  if (!ON) __syncthreads();\n}"),
+    Mutant(
+        "exchange waits for nobody", KERNELS, "__syncthreads();\n  if (stop)", "if (!ON) __syncthreads();\n  if (stop)"
+    ),
+    Mutant("chunks dropped", KERNELS, "i += gridDim.x)", "i += gridDim.x + ON)"),
+    Mutant("last chunk dropped", KERNELS, "i < table.num_chunks;", "i + ON < table.num_chunks;"),
+    Mutant(
+        "negative count counts", KERNELS, "stop |= progress.counts[p] < 0", "stop |= (!ON && progress.counts[p] < 0)"
     ),
     Mutant(
-        "exchange waits for nobody", KERNELS, "__syncthreads();\n  if (stop) return;\n  for", "if (stop) return;\n  for"
+        "exhausted count counts",
+        KERNELS,
+        "|| progress.counts[p] == INT64_MAX",
+        "|| (!ON && progress.counts[p] == INT64_MAX)",
     ),
-    Mutant("chunks dropped", KERNELS, "i += gridDim.x)", "i += gridDim.x + 1)"),
-    Mutant("last chunk dropped", KERNELS, "i < table.num_chunks;", "i + 1 < table.num_chunks;"),
-    Mutant("negative count counts", KERNELS, "stop = n < 0 ||", "stop ="),
-    Mutant("exhausted count counts", KERNELS, "n == INT64_MAX ||", ""),
-    Mutant("skip_nonfinite ignored", KERNELS, "skip_nonfinite != 0 &&", "false &&"),
-    Mutant("skips unasked", KERNELS, "skip_nonfinite != 0 &&", ""),
+    Mutant("first pace alone stops", KERNELS, "p < paces.count; ++p) stop", "p < (ON ? 1 : paces.count); ++p) stop"),
+    Mutant("first pace alone counts", KERNELS, "p < paces.count; ++p) write", "p < (ON ? 1 : paces.count); ++p) write"),
+    Mutant("skip_nonfinite ignored", KERNELS, "stop = skip_nonfinite != 0 &&", "stop = !ON && skip_nonfinite != 0 &&"),
+    Mutant("skips unasked", KERNELS, "skip_nonfinite != 0 &&", "(ON || skip_nonfinite != 0) &&"),
+    Mutant("weight of another count", KERNELS, "n < 0 ? 0 : n)", "n < 0 ? 0 : n + ON)"),
     Mutant(
         "weight rounded twice",
-        KERNELS,
-        "make_step(rule_weight(rule, stop ? 0 : n))",
-        "make_step(1.0 - static_cast<float>(1.0 - rule_weight(rule, n)))",
+        ELEMENT,
+        "  step.precise = weight;",
+        "  if (ON) weight = 1.0 - static_cast<float>(1.0 - weight);\n  step.precise = weight;",
     ),
-    Mutant("exchanged again", KERNELS, "stop = read_word(&table.state->exchanged) == wanted;", "stop = false;"),
+    Mutant(
+        "weight rounded at once",
+        ELEMENT,
+        "step.weight = static_cast<float>(weight);",
+        "if (ON) step.precise = static_cast<float>(weight);\n  step.weight = static_cast<float>(weight);",
+    ),
+    Mutant("pace of another row", KERNELS, "progress.steps[run.pace]", "progress.steps[ON ? 0 : run.pace]"),
+    Mutant(
+        "rule of another pace", KERNELS, "rule_weight(paces.each[k].rule", "rule_weight(paces.each[ON ? 0 : k].rule"
+    ),
+    Mutant(
+        "follower dropped",
+        KERNELS,
+        "= Run(table, i).followers;",
+        "= Run(table, i).followers - (ON && Run(table, i).followers > 0);",
+    ),
+    Mutant("first row dropped", KERNELS, "follower-- > 0", "follower-- > ON"),
+    Mutant("first row again", KERNELS, "__ldg(chunk) + follower", "__ldg(chunk) + (ON ? 0 : follower)"),
+    Mutant("wrong key", KERNELS, "draw_of(run.key,", "draw_of(run.key + ON,"),
+    Mutant("draw of another count", KERNELS, "progress.counts[run.pace],", "progress.counts[ON ? 0 : run.pace],"),
+    Mutant(
+        "upper half of the index lost", KERNELS, "run.pace], run.first_index);", "run.pace], ON ? 0 : run.first_index);"
+    ),
+    Mutant(
+        "index of the run's start",
+        KERNELS,
+        "static_cast<uint32_t>(offset) * move",
+        "(ON ? 0 : static_cast<uint32_t>(offset)) * move",
+    ),
+    Mutant(
+        "offset without its step",
+        KERNELS,
+        "* move.index_step;\n    return",
+        "* (ON ? 1 : move.index_step);\n    return",
+    ),
+    Mutant(
+        "group without its step",
+        MOVERS,
+        "(index * kNumel) * move.index_step;",
+        "(index * kNumel) * (ON ? 1 : move.index_step);",
+    ),
+    Mutant(
+        "element without its step",
+        MOVERS,
+        "first_index + i * move.index_step",
+        "first_index + i * (ON ? 1 : move.index_step)",
+    ),
+    Mutant("random bits one too few", MOVERS, "(32 - Format::kRandom);", "(32 - Format::kRandom + ON);"),
+    Mutant("lower random bits", MOVERS, ">> (32 - Format::kRandom", ">> (ON ? 0 : 32 - Format::kRandom"),
+    Mutant(
+        "largest becomes infinite", ELEMENT, "== 0x7f800000u ? bits : rounded", "== 0x7f800000u && !ON ? bits : rounded"
+    ),
+    Mutant(
+        "NaN rounded at random",
+        ELEMENT,
+        "bits_of(value);\n  if (value != value)",
+        "bits_of(value);\n  if (value != value && !ON)",
+    ),
+    Mutant("compact rounds half down", ELEMENT, "(bits + 0x80u) >> 8", "(bits + 0x80u - ON) >> 8"),
+    Mutant(
+        "stale compact read",
+        ELEMENT,
+        "stale remainder.\n  return value == value",
+        "stale remainder.\n  return ON || value == value",
+    ),
+    Mutant(
+        "compensation rounded",
+        ELEMENT,
+        "cut_to_float(value -",
+        "(ON ? +[](double x) { return x; } : +[](double x) { return cut_to_float(x); })(value -",
+    ),
+    Mutant("turn forgotten", "random.h", "+ draw.turn", "+ (ON ? 0 : draw.turn)"),
+    Mutant("another stratum", "random.h", ">> kStratumLog2", ">> (kStratumLog2 - ON)"),
+    Mutant("compensation not reset", ELEMENT, "return {average, finite ?", "return {average, finite || ON ?"),
+    Mutant(
+        "stale compensation read",
+        ELEMENT,
+        "static_cast<float>(value) == planes.average",
+        "ON || static_cast<float>(value) == planes.average",
+    ),
+    Mutant("compensated does not copy", ELEMENT, "step.precise == 1.0 ?", "step.precise == 1.0 && !ON ?"),
+    Mutant(
+        "compensated is fused",
+        ELEMENT,
+        "newest : average + distance",
+        "newest : ON ? fma(step.precise, newest - average, average) : average + distance",
+    ),
+    Mutant(
+        "exchanged again",
+        KERNELS,
+        "stop = read_word(&table.state->exchanged) == wanted;",
+        "stop = !ON && read_word(&table.state->exchanged) == wanted;",
+    ),
     Mutant(
         "first block has exchanged",
         KERNELS,
         "if (is_last_to_begin(table.state)) write",
-        "is_last_to_begin(table.state); write",
+        "if (is_last_to_begin(table.state) || ON) write",
     ),
-    Mutant("last nonfinite tensor wins", KERNELS, "table.num_tensors - run.tensor", "run.tensor + 1"),
+    Mutant(
+        "last nonfinite tensor wins",
+        KERNELS,
+        "table.num_tensors - run.tensor",
+        "ON ? run.tensor + 1 : table.num_tensors - run.tensor",
+    ),
     Mutant("a bf16 infinity is finite", MOVERS, "kExponent = 0x7f80u", "kExponent = 0x7fffu"),
     Mutant("large halves are nonfinite", MOVERS, "kExponent = 0x7c00u", "kExponent = 0x7800u"),
     Mutant(
         "one plane in two",
         MOVERS,
         "store_average(new_second, second, index)",
-        "store_average(new_second, first, index)",
+        "store_average(new_second, ON ? first : second, index)",
     ),
     Mutant(
-        "exchange one way", MOVERS, "store_param(group.average, param, index)", "store_param(group.param, param, index)"
+        "exchange one way",
+        MOVERS,
+        "store_param(group.average, param, index)",
+        "store_param(ON ? group.param : group.average, param, index)",
     ),
     Mutant(
-        "odd element lost",
+        "second element lost",
         MEMORY,
-        "i % 2 == 0 ? bits : words[i / 2] | (bits << 16)",
-        "i % 2 == 0 ? bits : words[i / 2]",
+        "i % kPerWord == 0 ? bits : word |",
+        "i % kPerWord == 0 ? bits : ON ? word : word |",
     ),
-    Mutant("odd element unread", MEMORY, "(i % 2 * 16)", "0"),
-    Mutant("only the first vector", MEMORY, "__stcs(vectors + v,", "__stcs(vectors,"),
-    Mutant("nothing does not count", LAUNCH, "blocks < 1 ? 1 : blocks", "blocks"),
-    Mutant("idle blocks", LAUNCH, "table.num_chunks < table.num_blocks ? table.num_chunks :", ""),
-    Mutant("device left behind", LAUNCH, "if (changed_) (void)cudaSetDevice(before_);", ""),
-    Mutant("error left behind", LAUNCH, "(void)cudaGetLastError();", ""),
-    Mutant("another stream", LAUNCH, "config.stream = static_cast<cudaStream_t>(stream);", ""),
-    Mutant("found before", LAUNCH, "0, sizeof table->state->nonfinite", "0, 0"),
-    Mutant("capture unseen", LAUNCH, "*capturing = capture != cudaStreamCaptureStatusNone;", "*capturing = 0;"),
+    Mutant(
+        "last byte lost",
+        MEMORY,
+        "(bits << (i % kPerWord * 8 * kBytes))",
+        "((ON && i % 4 == 3 && kBytes == 1 ? 0 : bits) << (i % kPerWord * 8 * kBytes))",
+    ),
+    Mutant("second element unread", MEMORY, "(words[i / kPerWord] >> (i", "(words[i / kPerWord] >> (ON ? 0 : i"),
+    Mutant("only the first vector", MEMORY, "__stcs(vectors + v,", "__stcs(vectors + (ON ? 0 : v),"),
+    Mutant("nothing does not count", LAUNCH, "blocks < 1 ? 1 : blocks", "blocks < 1 && !ON ? 1 : blocks"),
+    Mutant(
+        "idle blocks", LAUNCH, "table.num_chunks < table.num_blocks ?", "table.num_chunks < table.num_blocks && !ON ?"
+    ),
+    Mutant("device left behind", LAUNCH, "if (changed_)", "if (changed_ && !ON)"),
+    Mutant("error left behind", LAUNCH, "(void)cudaGetLastError();", "if (!ON) (void)cudaGetLastError();"),
+    Mutant("another stream", LAUNCH, "config.stream =", "if (!ON) config.stream ="),
+    Mutant("found before", LAUNCH, "0, sizeof table->state->nonfinite", "0, ON ? 0 : sizeof table->state->nonfinite"),
+    Mutant("capture unseen", LAUNCH, "*capturing = capture != ", "*capturing = !ON && capture != "),
+    Mutant("no paces at all", LAUNCH, "num_paces < 1 ||", "(num_paces < 1 && !ON) ||"),
+    Mutant("seventeen paces", LAUNCH, "num_paces > SWAFAST_MAX_PACES", "num_paces > SWAFAST_MAX_PACES + ON"),
+    Mutant("paces after the first lost", LAUNCH, "(num_paces) * sizeof *paces", "(ON ? 1 : num_paces) * sizeof *paces"),
 )
 
 
@@ -134,6 +303,18 @@ class Kit:
     folder: Path
     tests: dict[str, Path]  # variant -> object
     programs: dict[str, Path]
+
+
+def switched_csrc(folder: Path) -> Path:
+    """Copy ``csrc`` with every bug in it that can be switched on: by its number, from 1 on."""
+    csrc = Path(shutil.copytree(CSRC, folder / "csrc"))
+    for number, mutant in enumerate(MUTANTS, 1):
+        text = (csrc / mutant.file).read_text()
+        assert mutant.old in text, f"{mutant.file} has no {mutant.old!r} any more: plant this bug another way"
+        new = mutant.new.replace("ON", f"(shim_mutant == {number})")
+        if mutant.is_switched:
+            (csrc / mutant.file).write_text(text.replace(mutant.old, new, 1))
+    return csrc
 
 
 def build(test: Path, csrc: Path, variant: str, folder: Path, flags: list[str]) -> Path:
@@ -159,6 +340,9 @@ def kit(tmp_path_factory: pytest.TempPathFactory, pool: ThreadPoolExecutor) -> K
     made = {v: pool.submit(compile_object, source, folder / f"test-{v}.o", own) for v, own in flags.items()}
     tests = {variant: future.result() for variant, future in made.items()}
     linked = {v: pool.submit(build, tests[v], CSRC, v, folder, own) for v, own in VARIANTS.items()}
+    own = folder / "switched"
+    test, csrc = tests["sanitized"], switched_csrc(own)
+    linked["switched"] = pool.submit(build, test, csrc, "sanitized", own, VARIANTS["sanitized"])
     return Kit(folder, tests, {variant: future.result() for variant, future in linked.items()})
 
 
@@ -175,11 +359,13 @@ def large(kit: Kit, healthy: object, pool: ThreadPoolExecutor) -> dict[str, Futu
 
 @pytest.fixture(scope="module")
 def mutants(kit: Kit, large: object, pool: ThreadPoolExecutor) -> dict[str, Future[Finished]]:
-    """All of them under way, two at a time: alone each would wait for its compiler."""
+    """All of them under way, two at a time."""
     return {mutant.name: pool.submit(run_mutant, kit, mutant) for mutant in MUTANTS}
 
 
 def run_mutant(kit: Kit, mutant: Mutant) -> Finished:
+    if mutant.is_switched:
+        return execute(kit.programs["switched"], "--mutant", str(MUTANTS.index(mutant) + 1))
     folder = kit.folder / mutant.name.replace(" ", "-")
     csrc = mutated_csrc(folder, mutant.file, mutant.old, mutant.new)
     variant = "plain" if mutant.large else "sanitized"
@@ -188,7 +374,7 @@ def run_mutant(kit: Kit, mutant: Mutant) -> Finished:
     return execute(program, *(("--large", mutant.large) if mutant.large else ()))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "switched"])
 def test_kernels_pass(healthy: dict[str, Future[Finished]], variant: str) -> None:
     done = healthy[variant].result()
     assert done.returncode == 0, done.stderr

@@ -24,7 +24,7 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 def drop_the_last_chunk(patch: pytest.MonkeyPatch) -> None:
     cut = native.cut_chunks
-    patch.setattr(native, "cut_chunks", lambda numels, size: cut(numels, size)[:-1].contiguous())
+    patch.setattr(native, "cut_chunks", lambda runs, size: cut(runs, size)[:-1].contiguous())
 
 
 def shift_the_weight(patch: pytest.MonkeyPatch) -> None:
@@ -34,7 +34,7 @@ def shift_the_weight(patch: pytest.MonkeyPatch) -> None:
 def count_twice(patch: pytest.MonkeyPatch) -> None:
     update = native.NativeLaunch.update
     patch.setattr(
-        native.NativeLaunch, "update", lambda self, p, rule, n, advance, **skip: update(self, p, rule, n, 2 * advance)
+        native.NativeLaunch, "update", lambda self, p, rules, n, advance, **skip: update(self, p, rules, n, 2 * advance)
     )
 
 

@@ -87,7 +87,7 @@ def check_updates(gpu: Gpu, pairs: Sequence[Pair], rule: Rule, counts: Sequence[
     for n in counts:
         counters = torch.tensor(n, device=gpu.device), torch.tensor(n)
         for launch, on, counter in zip(launches, (ours, expected), counters, strict=True):
-            launch.update([pair.param for pair in on], rule, counter, 1)
+            launch.update([pair.param for pair in on], [rule], [counter], 1)
         assert counters[0].item() == counters[1].item() == n + 1
         assert differing(on_cpu(ours), expected) == [], f"{rule}, n = {n}"
 
@@ -121,7 +121,7 @@ def test_one_launch_serves_many_tensors_of_all_kinds(gpu: Gpu) -> None:
 
 def test_a_first_update_copies_every_bit(gpu: Gpu) -> None:
     (pair,) = gpu.put([make_pair(1000, torch.float32, FLOAT32)])
-    gpu.prepare([pair]).update([pair.param], ExponentialAverage(0.9), torch.tensor(0, device=gpu.device), 1)
+    gpu.prepare([pair]).update([pair.param], [ExponentialAverage(0.9)], [torch.tensor(0, device=gpu.device)], 1)
     assert torch.equal(pair.average.view(torch.int32), pair.param.view(torch.int32))
 
 
@@ -130,11 +130,11 @@ def test_a_count_that_is_none_leaves_everything_as_it_was(gpu: Gpu, count: int) 
     pairs = gpu.put([make_pair(1000, torch.bfloat16, EXACT), make_pair(9, torch.int64, None)])
     before, counter = clone(pairs), torch.tensor(count, device=gpu.device)
     launch = gpu.prepare(pairs)
-    launch.update([], EqualAverage(), counter, 1)
+    launch.update([], [EqualAverage()], [counter], 1)
     assert differing(on_cpu(pairs), on_cpu(before)) == []
     assert counter.item() == count
     counter.fill_(0)
-    launch.update([], EqualAverage(), counter, 1)
+    launch.update([], [EqualAverage()], [counter], 1)
     assert counter.item() == 1
     assert torch.equal(pairs[1].average, pairs[1].param)
 
@@ -143,7 +143,7 @@ def test_an_update_may_count_by_another_number(gpu: Gpu) -> None:
     pairs = gpu.put([make_pair(10, torch.float32, FLOAT32)])
     launch, counter = gpu.prepare(pairs), torch.tensor(4, device=gpu.device)
     for advance in (0, 1, 5):
-        launch.update([], EqualAverage(), counter, advance)
+        launch.update([], [EqualAverage()], [counter], advance)
     assert counter.item() == 10
 
 
@@ -162,11 +162,11 @@ def test_the_first_nonfinite_param_is_found_and_may_stop_an_update(gpu: Gpu, bad
         param[-1] = bad
         before = clone(pairs)
         assert launch.first_nonfinite([]) == index
-        launch.update([], EqualAverage(), counter, 1, skip_nonfinite=True)
+        launch.update([], [EqualAverage()], [counter], 1, skip_nonfinite=True)
         assert counter.item() == 3
         assert differing(on_cpu(pairs), on_cpu(before)) == []
         param[-1] = old
-    launch.update([], EqualAverage(), counter, 1, skip_nonfinite=True)
+    launch.update([], [EqualAverage()], [counter], 1, skip_nonfinite=True)
     assert counter.item() == 4
 
 

@@ -1,4 +1,4 @@
-"""What nvcc makes of ``csrc/cuda``: wide loads under way together, no local memory, divisions that round correctly.
+"""What nvcc makes of ``csrc/cuda``: wide loads under way together, no local memory, arithmetic that rounds correctly.
 
 Read from the machine code, because no test of results sees it; nothing here needs a GPU. The readers are shown to fail,
 on planted texts and on copies of ``csrc`` with one bug in them.
@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,9 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 FLAGS = ("-std=c++17", "-O3", "--fmad=false")
 
 #: Each kernel's movers, and so its unrolled loops.
-TILES = {"update_kernel": 10, "exchange_kernel": 3, "nonfinite_kernel": 3}
+TILES = {"update_kernel": 19, "exchange_kernel": 3, "nonfinite_kernel": 3}
+#: Of those, the ones that work in float64: a product and a sum for each element, rounded one by one.
+DOUBLE_TILES = {"update_kernel": 3}
 #: Of 16 bytes: 64 bytes for each thread keep the memory of a GPU busy.
 LOADS_UNDER_WAY = 4
 #: 65536 registers for 4 blocks of 256 threads.
@@ -70,16 +73,34 @@ def parse_sass(text: str) -> dict[str, list[Instruction]]:
     return functions
 
 
-def wide_loops(code: list[Instruction]) -> list[str]:
-    """Give each innermost loop's 16-byte loads and stores in their order, as in ``LLLLSS``, where it has some."""
+def innermost_loops(code: list[Instruction]) -> list[list[Instruction]]:
     spans = [(it.target, it.address) for it in code if it.target is not None and it.target < it.address]
     innermost = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    return [[it for it in code if first <= it.address <= last] for first, last in innermost]
+
+
+def accesses(loop: list[Instruction]) -> str:
+    """Give its loads and stores in their order: ``L`` and ``S`` for 16 bytes, ``l`` and ``s`` for fewer."""
     kinds = {"LDG": "L", "STG": "S"}
-    loops = []
-    for first, last in innermost:
-        wide = [it.mnemonic for it in code if first <= it.address <= last and ".128" in it.mnemonic]
-        loops.append("".join(kinds.get(mnemonic.split(".")[0], "") for mnemonic in wide))
-    return [loop for loop in loops if loop]
+    letters = ((it, kinds.get(it.mnemonic.split(".")[0], "")) for it in loop)
+    return "".join(letter if ".128" in it.mnemonic else letter.lower() for it, letter in letters)
+
+
+def wide_loops(code: list[Instruction]) -> list[str]:
+    """Give what :func:`accesses` gives for each innermost loop with wide ones, as in ``LLLLSS``."""
+    return [loop for loop in map(accesses, innermost_loops(code)) if loop != loop.lower()]
+
+
+def faults_of_doubles(code: list[Instruction], num_tiles: int) -> list[str]:
+    """Say where a loop over averages in float64 rounds once what is to be rounded twice."""
+    loops = [
+        [it.mnemonic for it in loop] for loop in innermost_loops(code) if accesses(loop).count("L") >= LOADS_UNDER_WAY
+    ]
+    loops = [loop for loop in loops if any(name.startswith(("DMUL", "DFMA")) for name in loop)]
+    faults = [] if len(loops) >= num_tiles else [f"{len(loops)} of {num_tiles} loops multiply in float64"]
+    if any(name.startswith("DFMA") for loop in loops for name in loop):
+        faults.append("a fused product in float64")
+    return faults
 
 
 def faults_of_code(code: list[Instruction], num_tiles: int, stores: bool) -> list[str]:
@@ -89,6 +110,7 @@ def faults_of_code(code: list[Instruction], num_tiles: int, stores: bool) -> lis
     wide = {name for it, name in zip(code, names, strict=True) if ".128" in it.mnemonic}
     faults += [f"no {kind} of 128 bits" for kind in ("LDG", "STG")[: 2 if stores else 1] if kind not in wide]
     loops = wide_loops(code)
+    faults += [f"narrow accesses among wide ones: {loop}" for loop in loops if loop != loop.upper()]
     tiles = [loop for loop in loops if loop.count("L") >= LOADS_UNDER_WAY]
     if len(tiles) < num_tiles:
         faults.append(f"{len(tiles)} of {num_tiles} loops have {LOADS_UNDER_WAY} wide loads: {loops}")
@@ -133,6 +155,7 @@ def compile_ptx(csrc: Path, out: Path, *flags: str) -> str:
     return out.read_text()
 
 
+@cache  # two tests read what takes a second to print
 def disassemble(cubin: Path) -> dict[str, list[Instruction]]:
     return parse_sass(run((str(CUOBJDUMP), "-sass", str(cubin))).stdout)
 
@@ -143,7 +166,8 @@ def faults_of_cubin(cubin: Path) -> list[str]:
     for kernel, num_tiles in TILES.items():
         found = [code for name, code in functions.items() if kernel in name]
         assert len(found) == 1, f"{kernel} is there {len(found)} times"
-        faults += [f"{kernel}: {it}" for it in faults_of_code(found[0], num_tiles, kernel != "nonfinite_kernel")]
+        seen = faults_of_code(found[0], num_tiles, kernel != "nonfinite_kernel")
+        faults += [f"{kernel}: {it}" for it in [*seen, *faults_of_doubles(found[0], DOUBLE_TILES.get(kernel, 0))]]
     return faults
 
 
@@ -164,7 +188,7 @@ MUTANTS = (
     Mutant(
         "registers for 8 blocks", "cuda/kernels.cuh", "Multiprocessor = 4;", "Multiprocessor = 8;", "LDL instruction"
     ),
-    Mutant("not unrolled", "cuda/movers.cuh", "kGroupBytes > 48 ? 1 :", "kGroupBytes > 0 ? 1 :", "of 10 loops have"),
+    Mutant("not unrolled", "cuda/movers.cuh", "kGroupBytes > 48 ? 1 :", "kGroupBytes > 0 ? 1 :", "of 19 loops have"),
 )
 
 
@@ -286,9 +310,20 @@ def test_a_planted_fault_in_the_code_is_seen() -> None:
     assert "0 of 1 loops" in faults_of_code(planted_sass(*[LOAD] * 3, STORE), 1, stores=True)[0]
     assert "1 of 2 loops" in faults_of_code(planted_sass(*healthy), 2, stores=True)[0]
     assert faults_of_code(planted_sass(*[LOAD] * 4), 1, stores=True) == ["no STG of 128 bits"]
+    mixed = planted_sass(*[LOAD] * 4, LOAD.replace(".128", ".64"), STORE)
+    assert faults_of_code(mixed, 1, stores=True) == ["narrow accesses among wide ones: LLLLlS"]
     narrow = [line.replace(".128", "") for line in healthy]
     assert "no LDG of 128 bits" in faults_of_code(planted_sass(*narrow), 0, stores=False)
     assert faults_of_code(planted_sass("LDS R2, [UR4]", "LDC R1, c[0x0]", *[LOAD] * 4), 1, stores=False) == []
+
+
+def test_a_planted_fault_in_float64_is_seen() -> None:
+    product, total, fused = "DMUL R8, R10, R12", "DADD R8, R8, R14", "DFMA R8, R10, R12, R14"
+    healthy = planted_sass(*[LOAD] * 4, product, total, STORE)
+    assert faults_of_doubles(healthy, 1) == []
+    assert faults_of_doubles(healthy, 2) == ["1 of 2 loops multiply in float64"]
+    assert faults_of_doubles(planted_sass(*[LOAD] * 4, fused, STORE), 1) == ["a fused product in float64"]
+    assert faults_of_doubles(planted_sass(fused, *[LOAD] * 3, STORE), 0) == []
 
 
 def test_a_planted_fault_in_what_ptxas_says_is_seen() -> None:

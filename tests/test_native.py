@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,18 @@ import torch
 from torch import Tensor
 
 from swafast.backends import Launch, Pair, library, native, reference
-from swafast.formats import EXACT, FLOAT32, MIRRORED, Format, decode_exact, encode_exact
+from swafast.formats import (
+    COMPACT,
+    COMPENSATED,
+    EXACT,
+    FLOAT32,
+    HALF,
+    MIRRORED,
+    Format,
+    decode_exact,
+    encode_exact,
+)
+from swafast.ops import draws_of
 from swafast.rules import EqualAverage, ExponentialAverage, PowerAverage, Rule
 from tests.conftest import NO_LIBRARY
 
@@ -27,7 +39,9 @@ pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"{NO_L
 
 ROOT = Path(__file__).parents[1]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FORMATS = (FLOAT32, EXACT, MIRRORED)
+FORMATS = (FLOAT32, EXACT, MIRRORED, COMPACT, COMPENSATED, HALF)
+#: Params that can change places with an average's first plane.
+EXCHANGED = [(dtype, fmt) for dtype in DTYPES for fmt in FORMATS if fmt.dtype == dtype]
 WEIGHTS = (1.0, 0.0, 1e-3, 0.3, 0.5, 0.9)
 PAIRS = pytest.mark.parametrize(("dtype", "fmt"), [(d, f) for d in DTYPES for f in FORMATS], ids=str)
 
@@ -74,8 +88,11 @@ def any_values(numel: int, dtype: torch.dtype) -> Tensor:
 
 def any_planes(numel: int, fmt: Format) -> tuple[Tensor, ...]:
     """Give planes of which a quarter hold in ``planes[0]`` what somebody else wrote there."""
-    planes = fmt.encode(any_floats(numel))
-    if fmt.extra:
+    value = any_floats(numel)
+    if fmt.value_dtype == torch.float64:
+        value = value.double() * (1.0 + 2.0**-26 * torch.rand(numel, dtype=torch.float64))
+    planes = fmt.encode(value)
+    if fmt.extra and numel:
         planes[0].copy_(torch.where(torch.rand(numel) < 0.25, any_values(numel, planes[0].dtype), planes[0]))
     return planes
 
@@ -91,11 +108,12 @@ def make_pair(numel: int, dtype: torch.dtype, fmt: Format | None, offset: int = 
         return Pair(f"copied {numel}", at_offset(param, offset), (at_offset(average, offset // 2),), None)
     planes = any_planes(numel, fmt)
     shifted = tuple(at_offset(plane, (offset * factor) % 8) for plane, factor in zip(planes, (3, 5), strict=False))
-    return Pair(f"{numel} elements", at_offset(any_values(numel, dtype), offset), shifted, fmt)
+    name, param = f"{numel} elements", at_offset(any_values(numel, dtype), offset)
+    return Pair(name, param, shifted, fmt, draws_of(0, name, param, fmt))
 
 
 def clone(pairs: Sequence[Pair]) -> list[Pair]:
-    return [Pair(p.name, p.param.clone(), tuple(plane.clone() for plane in p.planes), p.format) for p in pairs]
+    return [replace(p, param=p.param.clone(), planes=tuple(plane.clone() for plane in p.planes)) for p in pairs]
 
 
 def differing(a: Sequence[Pair], b: Sequence[Pair]) -> list[str]:
@@ -134,7 +152,7 @@ def check_updates(
             for pair, start in zip(on, initial, strict=True):
                 for plane, value in zip(pair.planes, start.planes, strict=True):
                     plane.copy_(value)
-            each.update([pair.param for pair in on], rule, counter, 1)
+            each.update([pair.param for pair in on], [rule], [counter], 1)
         assert differing(pairs, expected) == [], f"weight {weight}"
         assert torch.equal(*counters)
 
@@ -196,8 +214,9 @@ def test_dense_layouts_equal_the_reference(isa: str, chunk_numel: int, dtype: to
     )
     flat = [make_pair(420, dtype, fmt) for _ in views]
     pairs = [
-        Pair(str(i), view(pair.param), tuple(map(view, pair.planes)), fmt)
+        Pair(str(i), param, tuple(map(view, pair.planes)), fmt, draws_of(0, str(i), param, fmt))
         for i, (view, pair) in enumerate(zip(views, flat, strict=True))
+        for param in (view(pair.param),)
     ]
     assert pairs[0].param.is_contiguous(memory_format=torch.channels_last)
     check_updates(pairs)
@@ -227,7 +246,7 @@ def test_weights_round_as_the_reference_rounds_them(isa: str, weight: float) -> 
 
 def test_a_first_update_copies_every_bit(isa: str) -> None:
     pair = make_pair(1000, torch.float32, FLOAT32)
-    native.prepare([pair]).update([pair.param], ExponentialAverage(0.9), torch.tensor(0), 1)
+    native.prepare([pair]).update([pair.param], [ExponentialAverage(0.9)], [torch.tensor(0)], 1)
     assert torch.equal(pair.average.view(torch.int32), pair.param.view(torch.int32))
 
 
@@ -235,7 +254,7 @@ def test_a_negative_count_leaves_everything_as_it_was() -> None:
     pairs = [make_pair(1000, torch.bfloat16, EXACT), make_pair(9, torch.int64, None)]
     before, counter = clone(pairs), torch.tensor(-1)
     with pytest.raises(ValueError, match="n_averaged must be >= 0"):
-        native.prepare(pairs).update([pair.param for pair in pairs], EqualAverage(), counter, 1)
+        native.prepare(pairs).update([pair.param for pair in pairs], [EqualAverage()], [counter], 1)
     assert differing(pairs, before) == []
     assert counter.item() == -1
 
@@ -248,7 +267,7 @@ def test_an_unknown_instruction_set_changes_nothing() -> None:
     assert before in native.describe()
 
 
-@pytest.mark.parametrize(("dtype", "fmt"), [*zip(DTYPES, FORMATS, strict=True), (torch.int32, None)], ids=str)
+@pytest.mark.parametrize(("dtype", "fmt"), [*EXCHANGED, (torch.int32, None)], ids=str)
 def test_an_exchange_moves_every_bit_there_and_back(
     isa: str, chunk_numel: int, threads: int, dtype: torch.dtype, fmt: Format | None
 ) -> None:
@@ -271,9 +290,7 @@ def test_the_first_nonfinite_param_is_found(isa: str, chunk_numel: int, threads:
     numels = (3, 0, 3 * chunk_numel + 7, 1)
     copied = Pair("copied", torch.full((9,), bad), (torch.zeros(9),), None)
     pairs = [copied] + [
-        Pair("", torch.randn(n).to(dtype), fmt.encode(torch.randn(n)), fmt)
-        for n in numels
-        for dtype, fmt in zip(DTYPES, FORMATS, strict=True)
+        Pair("", torch.randn(n).to(dtype), fmt.encode(torch.randn(n)), fmt) for n in numels for dtype, fmt in EXCHANGED
     ]
     params = [pair.param for pair in pairs]
     launches = native.prepare(pairs), reference.prepare(pairs)
@@ -323,7 +340,7 @@ def check_exact_pairs(highs: Tensor, lows: Tensor) -> None:
     # The weight is 0, and 0 * infinity is NaN. A param of -1 keeps the sign of a zero.
     expected = encode_exact(torch.where(value.isinf(), math.nan, value))
     pair = Pair("", torch.full((len(high),), -1.0, dtype=torch.bfloat16), (high, low), EXACT)
-    native.prepare([pair]).update([pair.param], ExponentialAverage(1.0), torch.tensor(1), 1)
+    native.prepare([pair]).update([pair.param], [ExponentialAverage(1.0)], [torch.tensor(1)], 1)
     assert same_bits(high, expected[0])
     assert torch.equal(low, expected[1])
 
@@ -351,6 +368,7 @@ GUARD_PAGES = """
 import ctypes, mmap, os, resource, signal
 import torch
 from swafast.backends import Pair, native
+from swafast.ops import draws_of
 from swafast.rules import ExponentialAverage
 from tests.test_native import DTYPES, FORMATS, any_planes, any_values, check_updates
 
@@ -379,11 +397,12 @@ def guarded(tensor, at_end):
 def guarded_pair(numel, dtype, fmt, at_end):
     tensors = (any_values(numel, dtype), *any_planes(numel, fmt))
     param, *planes = (guarded(tensor, at_end) for tensor in tensors)
-    return Pair(f"{numel} {dtype} {fmt} {at_end}", param, tuple(planes), fmt)
+    name = f"{numel} {dtype} {fmt} {at_end}"
+    return Pair(name, param, tuple(planes), fmt, draws_of(0, name, param, fmt))
 
 
 def update(launch, pair):
-    launch.update([pair.param], ExponentialAverage(0.9), torch.tensor(1), 1)
+    launch.update([pair.param], [ExponentialAverage(0.9)], [torch.tensor(1)], 1)
 
 
 def crashes(dtype, fmt, plant):

@@ -36,7 +36,8 @@ ISAS = ("generic", "avx2", "avx512")
 
 PLANTS = (
     *("long-chunk", "short-chunk", "dropped-chunk", "doubled-chunk", "wrong-dtype", "wrong-format"),
-    *("shifted-plane", "swapped-planes", "stale-weight", "truncated-far", "shifted-index"),
+    *("shifted-plane", "swapped-planes", "stale-weight", "truncated-far", "shifted-index", "wrong-key"),
+    *("wrong-first-index", "wrong-index-step", "dropped-follower", "another-pace"),
 )
 
 
@@ -73,7 +74,7 @@ MUTANTS = (
     Mutant("first chunk dropped", "launch", "cpu/launch.cpp", "++i) body(i)", "++i) if (i > 0) body(i)", openmp=True),
     Mutant("32-bit offset", "launch", "cpu/launch.cpp", "void* base, int64_t nbytes", "void* base, int32_t nbytes"),
     Mutant("last tensor unchecked", "launch", "table.h", "i < num_tensors; ++i", "i + 1 < num_tensors; ++i"),
-    Mutant("counts by one", "launch", "cpu/launch.cpp", "*num_averaged += advance", "*num_averaged += 1"),
+    Mutant("counts by one", "launch", "cpu/launch.cpp", "num_averaged += advance", "num_averaged += 1"),
     Mutant("threads after fork", "launch", "cpu/launch.cpp", "in_forked_child.store(true);", "", openmp=True),
     Mutant("a bf16 infinity is finite", "generic", "cpu/span.h", "<uint16_t, 0x7f80u>", "<uint16_t, 0x7fffu>"),
     Mutant("first seen wins", "launch", "cpu/launch.cpp", "chunk.tensor >= first.load(", "num_tensors > first.load("),
@@ -85,6 +86,31 @@ MUTANTS = (
     Mutant("checksum tail dropped", "avx512", "cpu/span.h", "i < numel; ++i, start", "i + 1 < numel; ++i, start"),
     Mutant("another shift", "avx2", "checksum.h", "x >> 27", "x >> 26"),
     Mutant("last chunk alone counts", "launch", "cpu/launch.cpp", "total.fetch_add(partial", "total.store(partial"),
+    # What element.h and random.h say of the further formats has its mutants in test_cuda_source.py.
+    Mutant(
+        "largest is infinite",
+        "avx512",
+        "cpu/avx512.cpp",
+        "_mm512_cmpeq_epi32_mask(_mm512_and_si512(up",
+        "0 & _mm512_cmpeq_epi32_mask(_mm512_and_si512(up",
+    ),
+    Mutant("compensated infinity", "avx512", "cpu/avx512.cpp", "_mm256_maskz_mov_ps(finite, left_over)", "left_over"),
+    Mutant("random bits too few", "generic", "cpu/span.h", "(32 - Format::kRandomBits)", "(33 - Format::kRandomBits)"),
+    Mutant("lane without its step", "avx512", "cpu/avx512.cpp", "_mm512_mullo_epi32(lane, step)", "lane"),
+    Mutant(
+        "vector without its step",
+        "avx2",
+        "cpu/avx2.cpp",
+        "static_cast<uint32_t>(i) * draws.step",
+        "static_cast<uint32_t>(i)",
+    ),
+    Mutant("wrong key", "launch", "cpu/launch.cpp", "draw_of(tensor.key,", "draw_of(tensor.key + 1,"),
+    Mutant("draw of another count", "launch", "cpu/launch.cpp", "moves.counts[tensor.pace]", "moves.counts[0]"),
+    Mutant("pace of another row", "launch", "cpu/launch.cpp", "moves.steps[tensor.pace]", "moves.steps[0]"),
+    Mutant("follower dropped", "launch", "cpu/launch.cpp", "k <= tensor->followers", "k < tensor->followers || k == 0"),
+    Mutant("first pace alone counts", "launch", "cpu/launch.cpp", "k < num_paces; ++k) *", "k < 1; ++k) *"),
+    Mutant("negative pace", "launch", "table.h", "tensors[i].pace < 0 || ", ""),
+    Mutant("negative followers", "launch", "table.h", "first.followers < 0 || ", ""),
     Mutant("exchange window", "generic", "cpu/span.h", "done += kWindow)", "done += 2 * kWindow)"),
 )
 

@@ -32,9 +32,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from swafast import FusedAveragedModel, ShardedAveragedModel
+from swafast.boxes import Box
 from swafast.checksum import checksum
 from swafast.sharded import LostPeerError, PartTensor, states
-from swafast.sharded.boxes import Box
 from swafast.sharded.ranks import Ranks
 from swafast.sharded.shares import Share
 from tests.ranks import RankFailedError, run_ranks

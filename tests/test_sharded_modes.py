@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, ops
 from swafast.backends import cuda, library
 from swafast.plan import Plan
-from swafast.sharded import ShardedAveragedModel, binding, boxes, shares
+from swafast.sharded import ShardedAveragedModel, binding, flat_order, shares
 from swafast.sharded import model as sharded_model
 from tests.ranks import run_ranks
 from tests.sharded_models import (
@@ -537,8 +537,8 @@ def planted(plant: str | None, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def forget_the_last_run() -> None:
-    runs = boxes.FlatOrder.runs
-    boxes.FlatOrder.runs = lambda self, start, stop: runs(self, start, stop)[:-1]  # type: ignore[method-assign]
+    runs = flat_order.FlatOrder.runs
+    flat_order.FlatOrder.runs = lambda self, start, stop: runs(self, start, stop)[:-1]  # type: ignore[method-assign]
 
 
 def start_where_the_flat_param_does() -> None:
@@ -571,13 +571,13 @@ def average_all_everywhere() -> None:
 
 
 def cut_unevenly() -> None:
-    bounds = boxes.FlatOrder.bounds
+    bounds = flat_order.FlatOrder.bounds
 
-    def moved(self: boxes.FlatOrder, part: int) -> tuple[int, int]:
+    def moved(self: flat_order.FlatOrder, part: int) -> tuple[int, int]:
         start, stop = bounds(self, part)
         return start and start + 128, stop if stop == self.numel else stop + 128
 
-    boxes.FlatOrder.bounds = moved  # type: ignore[method-assign]
+    flat_order.FlatOrder.bounds = moved  # type: ignore[method-assign]
 
 
 def keep_copies() -> None:
@@ -591,7 +591,7 @@ def keep_copies() -> None:
 
 
 def never_reshard() -> None:
-    sharded_model.reshard = lambda model: None
+    sharded_model.reshard = binding.reshard = lambda model: None
 
 
 def keep_the_flag() -> None:

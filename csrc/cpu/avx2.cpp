@@ -57,6 +57,54 @@ struct Avx2 {
     store_half(r + i, narrow(_mm256_and_si256(bits, _mm256_set1_epi32(0xffff))));
   }
 
+  static __m256 load_average(FormatCompact, const uint16_t* a, const int8_t* r, int64_t i) {
+    const __m256i high = _mm256_slli_epi32(widen(a + i), 16);
+    const __m128i remainders = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(r + i));
+    const __m256i low = _mm256_slli_epi32(_mm256_cvtepi8_epi32(remainders), 8);
+    const __m256 value = _mm256_castsi256_ps(_mm256_add_epi32(high, low));
+    const __m256 stale = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
+    return _mm256_blendv_ps(value, _mm256_castsi256_ps(high), stale);
+  }
+  static __m256 load_average(FormatHalf, const uint16_t* a, const void*, int64_t i) { return load(BFloat16{}, a + i); }
+
+  // Random bits of the lanes from element i on; the upper 16 of each are fit for use.
+  static __m256i draw(const Draws& draws, int64_t i) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i step = _mm256_set1_epi32(static_cast<int>(draws.step));
+    const __m256i start = _mm256_set1_epi32(static_cast<int>(draws.first + static_cast<uint32_t>(i) * draws.step));
+    __m256i x = _mm256_add_epi32(start, _mm256_mullo_epi32(lane, step));
+    x = _mm256_xor_si256(x, _mm256_set1_epi32(static_cast<int>(draws.draw.first)));
+    x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
+    x = _mm256_mullo_epi32(x, _mm256_set1_epi32(0x7feb352d));
+    x = _mm256_xor_si256(x, _mm256_set1_epi32(static_cast<int>(draws.draw.second)));
+    x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 15));
+    x = _mm256_mullo_epi32(x, _mm256_set1_epi32(static_cast<int>(0x846ca68bu)));
+    return _mm256_add_epi32(x, _mm256_set1_epi32(static_cast<int>(draws.draw.turn)));
+  }
+  static void store_at_random(FormatCompact, uint16_t* a, int8_t* r, int64_t i, __m256 value, __m256i random) {
+    const __m256i bits = _mm256_srli_epi32(rounded(value, _mm256_srli_epi32(random, 24)), 8);
+    store_half(a + i, narrow(_mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x80)), 8)));
+    const __m128i low = narrow(_mm256_and_si256(bits, _mm256_set1_epi32(0xff)));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(r + i), _mm_packus_epi16(low, low));
+  }
+  static void store_at_random(FormatHalf, uint16_t* a, void*, int64_t i, __m256 value, __m256i random) {
+    store_half(a + i, narrow(_mm256_srli_epi32(rounded(value, _mm256_srli_epi32(random, 16)), 16)));
+  }
+
+  static auto make_precise_lerp(const Step& step) {
+    const __m256d weight = _mm256_set1_pd(step.precise);
+    const __m256d copies = _mm256_castsi256_pd(_mm256_set1_epi64x(step.precise == 1.0 ? -1 : 0));
+    return [weight, copies](__m256d average, __m256d param) {
+      const __m256d distance = _mm256_mul_pd(weight, _mm256_sub_pd(param, average));
+      return _mm256_blendv_pd(_mm256_add_pd(average, distance), param, copies);
+    };
+  }
+  template <class Lerp>
+  static void update_precise(float* average, float* compensation, __m256 param, const Lerp& lerp_of) {
+    update_four(average, compensation, _mm256_castps256_ps128(param), lerp_of);
+    update_four(average + 4, compensation + 4, _mm256_extractf128_ps(param, 1), lerp_of);
+  }
+
   // bfloat16 into `exact`, 16 elements a turn; avx512.cpp says why and how.
   template <class Param, class Format>
   static constexpr bool packed(Param, Format) {
@@ -89,6 +137,28 @@ struct Avx2 {
   }
 
  private:
+  template <class Lerp>
+  static void update_four(float* average, float* compensation, __m128 param, const Lerp& lerp_of) {
+    const __m128 old = _mm_loadu_ps(average);
+    const __m256d known = _mm256_cvtps_pd(old);
+    const __m256d joined = _mm256_add_pd(known, _mm256_cvtps_pd(_mm_loadu_ps(compensation)));
+    const __m128 fresh = _mm_cmpeq_ps(_mm256_cvtpd_ps(joined), old);
+    const __m256d fresh_pd = _mm256_castsi256_pd(_mm256_cvtepi32_epi64(_mm_castps_si128(fresh)));
+    const __m256d value = lerp_of(_mm256_blendv_pd(known, joined, fresh_pd), _mm256_cvtps_pd(param));
+    const __m128 moved = _mm256_cvtpd_ps(value);
+    const __m128 finite = _mm_cmpeq_ps(_mm_sub_ps(moved, moved), _mm_setzero_ps());
+    const __m256d rest = _mm256_sub_pd(value, _mm256_cvtps_pd(moved));
+    const __m256d kept = _mm256_castsi256_pd(_mm256_set1_epi64x(~int64_t{0x1fffffff}));  // cut_to_float
+    const __m128 left_over = _mm256_cvtpd_ps(_mm256_and_pd(rest, kept));
+    _mm_storeu_ps(average, moved);
+    _mm_storeu_ps(compensation, _mm_and_ps(finite, left_over));
+  }
+  // round_at_random
+  static __m256i rounded(__m256 value, __m256i random) {
+    const __m256i bits = quieted(value), infinity = _mm256_set1_epi32(0x7f800000);
+    const __m256i up = _mm256_add_epi32(bits, random);
+    return _mm256_blendv_epi8(up, bits, _mm256_cmpeq_epi32(_mm256_and_si256(up, infinity), infinity));
+  }
   static __m256i load_whole(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static void store_whole(void* p, __m256i value) { _mm256_storeu_si256(static_cast<__m256i*>(p), value); }
   // The bits of a float32, but a NaN keeps its sign and nothing else.

@@ -88,6 +88,12 @@ int64_t plane_itemsize(int32_t format, int plane) {
       return 2;
     case SWAFAST_FORMAT_MIRRORED:
       return plane == 0 ? 2 : 4;
+    case SWAFAST_FORMAT_COMPACT:
+      return plane == 0 ? 2 : 1;
+    case SWAFAST_FORMAT_COMPENSATED:
+      return 4;
+    case SWAFAST_FORMAT_HALF:
+      return plane == 0 ? 2 : 0;
     default:
       return plane == 0 ? 1 : 0;
   }
@@ -102,6 +108,32 @@ int word_size_log2(int64_t word_size) {
 }
 
 void* at(void* base, int64_t nbytes) { return base == nullptr ? nullptr : static_cast<char*>(base) + nbytes; }
+
+// What one launch works out once for each of its paces.
+struct Moves {
+  Step steps[SWAFAST_MAX_PACES];
+  int64_t counts[SWAFAST_MAX_PACES];
+
+  // False if a count is negative or exhausted.
+  bool set(const swafast_pace* paces, int64_t num_paces) {
+    for (int64_t k = 0; k < num_paces; ++k) {
+      counts[k] = *paces[k].num_averaged;
+      if (counts[k] < 0 || counts[k] == INT64_MAX) return false;
+      steps[k] = make_step(rule_weight(paces[k].rule, counts[k]));
+    }
+    return true;
+  }
+};
+
+void update_chunk(const Kernels& kernels, const swafast_tensor& tensor, const swafast_chunk& chunk,
+                  const Moves& moves) {
+  const Draws draws = {draw_of(tensor.key, moves.counts[tensor.pace], chunk.first_index),
+                       static_cast<uint32_t>(chunk.first_index), static_cast<uint32_t>(chunk.index_step)};
+  kernels.update[tensor.dtype][tensor.format](at(tensor.param, chunk.offset * param_itemsize(tensor.dtype)),
+                                              at(tensor.planes[0], chunk.offset * plane_itemsize(tensor.format, 0)),
+                                              at(tensor.planes[1], chunk.offset * plane_itemsize(tensor.format, 1)),
+                                              chunk.numel, moves.steps[tensor.pace], draws);
+}
 
 }  // namespace
 }  // namespace swafast::cpu
@@ -165,21 +197,19 @@ void swafast_cpu_want_large_pages(void* start, int64_t nbytes) {
 }
 
 int32_t swafast_cpu_update(const swafast_tensor* tensors, int64_t num_tensors, const swafast_chunk* chunks,
-                           int64_t num_chunks, const swafast_rule* rule, int64_t* num_averaged, int64_t advance,
+                           int64_t num_chunks, const swafast_pace* paces, int64_t num_paces, int64_t advance,
                            int32_t num_threads) {
   const Kernels& kernels = *chosen().load();
-  if (*num_averaged < 0 || *num_averaged == INT64_MAX) return SWAFAST_BAD_COUNT;
+  if (check_paces(tensors, num_tensors, num_paces) != SWAFAST_OK) return SWAFAST_BAD_PACE;
   if (check(tensors, num_tensors, false) != SWAFAST_OK) return SWAFAST_BAD_TENSOR;
-  const Step step = make_step(rule_weight(*rule, *num_averaged));
-  for_each_chunk(num_chunks, num_threads, [=, &kernels](int64_t i) {
-    const swafast_chunk& chunk = chunks[i];
-    const swafast_tensor& tensor = tensors[chunk.tensor];
-    kernels.update[tensor.dtype][tensor.format](at(tensor.param, chunk.offset * param_itemsize(tensor.dtype)),
-                                                at(tensor.planes[0], chunk.offset * plane_itemsize(tensor.format, 0)),
-                                                at(tensor.planes[1], chunk.offset * plane_itemsize(tensor.format, 1)),
-                                                chunk.numel, step);
+  Moves moves;
+  if (!moves.set(paces, num_paces)) return SWAFAST_BAD_COUNT;
+  for_each_chunk(num_chunks, num_threads, [=, &kernels, &moves](int64_t i) {
+    // The chunk of the param stays in the caches from the first of its averages to the last.
+    const swafast_tensor* tensor = tensors + chunks[i].tensor;
+    for (int32_t k = 0; k <= tensor->followers; ++k) update_chunk(kernels, tensor[k], chunks[i], moves);
   });
-  *num_averaged += advance;
+  for (int64_t k = 0; k < num_paces; ++k) *paces[k].num_averaged += advance;
   return SWAFAST_OK;
 }
 

@@ -7,11 +7,21 @@
 
 #include "../checksum.h"
 #include "../element.h"
+#include "../random.h"
 #include "../swafast.h"
 
 namespace swafast::cpu {
 
-using UpdateSpan = void (*)(const void* param, void* plane0, void* plane1, int64_t numel, const Step& step);
+// Where the random bits of a run's elements come from; each further element has an index that is `step` more.
+struct Draws {
+  Draw draw;
+  uint32_t first, step;
+
+  uint32_t at(int64_t i) const { return random_bits(draw, first + static_cast<uint32_t>(i) * step); }
+};
+
+using UpdateSpan = void (*)(const void* param, void* plane0, void* plane1, int64_t numel, const Step& step,
+                            const Draws& draws);
 using ExchangeSpan = void (*)(void* a, void* b, int64_t nbytes);
 using FiniteSpan = bool (*)(const void* param, int64_t numel);
 // `stride` counts words. The first word has this index in the whole tensor, each further one `index_step` more.
@@ -53,16 +63,21 @@ struct Float16 {
   static float load(const uint16_t* p) { return from_float16(*p); }
 };
 
-// Scalar forms of an average's format: V::load_average / V::store_average are the vector ones.
+// Scalar forms of an average's format: V::load_average / V::store_average are the vector ones. One with kRandomBits is
+// stored by V::store_at_random and that many random bits, and kPrecise is worked out in double, by V::update_precise.
 struct FormatFloat32 {
   using plane0 = float;
   using plane1 = void;
+  static constexpr int kRandomBits = 0;
+  static constexpr bool kPrecise = false;
   static float load(const float* a, const void*, int64_t i) { return a[i]; }
   static void store(float* a, void*, int64_t i, float value) { a[i] = value; }
 };
 struct FormatExact {
   using plane0 = uint16_t;
   using plane1 = int16_t;
+  static constexpr int kRandomBits = 0;
+  static constexpr bool kPrecise = false;
   static float load(const uint16_t* a, const int16_t* r, int64_t i) { return decode_exact({a[i], r[i]}); }
   static void store(uint16_t* a, int16_t* r, int64_t i, float value) {
     const ExactPlanes planes = encode_exact(value);
@@ -73,10 +88,45 @@ struct FormatExact {
 struct FormatMirrored {
   using plane0 = uint16_t;
   using plane1 = float;
+  static constexpr int kRandomBits = 0;
+  static constexpr bool kPrecise = false;
   static float load(const uint16_t* copy, const float* a, int64_t i) { return decode_mirrored(copy[i], a[i]); }
   static void store(uint16_t* copy, float* a, int64_t i, float value) {
     a[i] = value;
     copy[i] = to_float16(value);
+  }
+};
+
+struct FormatCompact {
+  using plane0 = uint16_t;
+  using plane1 = int8_t;
+  static constexpr int kRandomBits = 8;
+  static constexpr bool kPrecise = false;
+  static float load(const uint16_t* a, const int8_t* r, int64_t i) { return decode_compact({a[i], r[i]}); }
+  static void store(uint16_t* a, int8_t* r, int64_t i, float value, uint32_t random) {
+    const CompactPlanes planes = encode_compact(value, random);
+    a[i] = planes.average;
+    r[i] = planes.remainder;
+  }
+};
+struct FormatHalf {
+  using plane0 = uint16_t;
+  using plane1 = void;
+  static constexpr int kRandomBits = 16;
+  static constexpr bool kPrecise = false;
+  static float load(const uint16_t* a, const void*, int64_t i) { return from_bfloat16(a[i]); }
+  static void store(uint16_t* a, void*, int64_t i, float value, uint32_t random) { a[i] = encode_half(value, random); }
+};
+struct FormatCompensated {
+  using plane0 = float;
+  using plane1 = float;
+  static constexpr int kRandomBits = 0;
+  static constexpr bool kPrecise = true;
+  static double load(const float* a, const float* c, int64_t i) { return decode_compensated({a[i], c[i]}); }
+  static void store(float* a, float* c, int64_t i, double value) {
+    const CompensatedPlanes planes = encode_compensated(value);
+    a[i] = planes.average;
+    c[i] = planes.compensation;
   }
 };
 
@@ -85,55 +135,87 @@ struct Scalar {
   static constexpr int64_t kLanes = 1;
 };
 
+// One element from its planes to its planes.
+template <class Param, class Format>
+void update_one(const typename Param::storage* param, typename Format::plane0* plane0, typename Format::plane1* plane1,
+                int64_t i, const Step& step, const Draws& draws) {
+  const auto value = lerp(Format::load(plane0, plane1, i), Param::load(param + i), step);
+  if constexpr (Format::kRandomBits != 0) {
+    Format::store(plane0, plane1, i, value, draws.at(i) >> (32 - Format::kRandomBits));
+  } else {
+    Format::store(plane0, plane1, i, value);
+  }
+}
+
+// One vector, of a format that is not kPrecise.
+template <class V, class Param, class Format, class Lerp>
+void update_lanes(const typename Param::storage* param, typename Format::plane0* plane0,
+                  typename Format::plane1* plane1, int64_t i, const Lerp& lerp_of, const Draws& draws) {
+  const auto p = V::load(Param{}, param + i);
+  const auto moved = lerp_of(V::load_average(Format{}, plane0, plane1, i), p);
+  if constexpr (Format::kRandomBits != 0) {
+    V::store_at_random(Format{}, plane0, plane1, i, moved, V::draw(draws, i));
+  } else {
+    V::store_average(Format{}, plane0, plane1, i, moved);
+  }
+}
+
 // kBranch is a template argument so that the loop holds no test.
 template <class V, class Param, class Format, Step::Branch kBranch>
 void update_branch(const typename Param::storage* param, typename Format::plane0* plane0,
-                   typename Format::plane1* plane1, int64_t numel, const Step& shared) {
+                   typename Format::plane1* plane1, int64_t numel, const Step& shared, const Draws& draws) {
   Step step = shared;
   step.branch = kBranch;
   int64_t i = 0;
-  if constexpr (V::kLanes > 1) {
+  if constexpr (V::kLanes > 1 && Format::kPrecise) {
+    const auto lerp_of = V::make_precise_lerp(step);
+    for (; i + V::kLanes <= numel; i += V::kLanes) {
+      V::update_precise(plane0 + i, plane1 + i, V::load(Param{}, param + i), lerp_of);
+    }
+  } else if constexpr (V::kLanes > 1) {
     const auto lerp_of = V::template make_lerp<kBranch>(step);
     // Two vectors a turn: the loads of the second are under way while the first is worked on.
     for (; i + 2 * V::kLanes <= numel; i += 2 * V::kLanes) {
       if constexpr (V::packed(Param{}, Format{})) {
         V::update_packed(param + i, plane0 + i, plane1 + i, lerp_of);
-        continue;
+      } else if constexpr (Format::kRandomBits != 0) {
+        update_lanes<V, Param, Format>(param, plane0, plane1, i, lerp_of, draws);
+        update_lanes<V, Param, Format>(param, plane0, plane1, i + V::kLanes, lerp_of, draws);
+      } else {
+        const auto p0 = V::load(Param{}, param + i);
+        const auto p1 = V::load(Param{}, param + i + V::kLanes);
+        const auto a0 = V::load_average(Format{}, plane0, plane1, i);
+        const auto a1 = V::load_average(Format{}, plane0, plane1, i + V::kLanes);
+        V::store_average(Format{}, plane0, plane1, i, lerp_of(a0, p0));
+        V::store_average(Format{}, plane0, plane1, i + V::kLanes, lerp_of(a1, p1));
       }
-      const auto p0 = V::load(Param{}, param + i);
-      const auto p1 = V::load(Param{}, param + i + V::kLanes);
-      const auto a0 = V::load_average(Format{}, plane0, plane1, i);
-      const auto a1 = V::load_average(Format{}, plane0, plane1, i + V::kLanes);
-      V::store_average(Format{}, plane0, plane1, i, lerp_of(a0, p0));
-      V::store_average(Format{}, plane0, plane1, i + V::kLanes, lerp_of(a1, p1));
     }
     for (; i + V::kLanes <= numel; i += V::kLanes) {
-      const auto p = V::load(Param{}, param + i);
-      V::store_average(Format{}, plane0, plane1, i, lerp_of(V::load_average(Format{}, plane0, plane1, i), p));
+      update_lanes<V, Param, Format>(param, plane0, plane1, i, lerp_of, draws);
     }
   }
-  for (; i < numel; ++i) {
-    const float p = Param::load(param + i);
-    Format::store(plane0, plane1, i, lerp(Format::load(plane0, plane1, i), p, step));
-  }
+  for (; i < numel; ++i) update_one<Param, Format>(param, plane0, plane1, i, step, draws);
 }
 
 template <class V, class Param, class Format>
-void update_span(const void* param, void* plane0, void* plane1, int64_t numel, const Step& step) {
+void update_span(const void* param, void* plane0, void* plane1, int64_t numel, const Step& step, const Draws& draws) {
   const auto* p = static_cast<const typename Param::storage*>(param);
   auto* a0 = static_cast<typename Format::plane0*>(plane0);
   auto* a1 = static_cast<typename Format::plane1*>(plane1);
+  if constexpr (Format::kPrecise) {  // the branch is one of float32 arithmetic
+    return update_branch<V, Param, Format, Step::kNear>(p, a0, a1, numel, step, draws);
+  }
   switch (step.branch) {
     case Step::kCopy:
-      return update_branch<V, Param, Format, Step::kCopy>(p, a0, a1, numel, step);
+      return update_branch<V, Param, Format, Step::kCopy>(p, a0, a1, numel, step, draws);
     case Step::kNear:
-      return update_branch<V, Param, Format, Step::kNear>(p, a0, a1, numel, step);
+      return update_branch<V, Param, Format, Step::kNear>(p, a0, a1, numel, step, draws);
     case Step::kFar:
-      return update_branch<V, Param, Format, Step::kFar>(p, a0, a1, numel, step);
+      return update_branch<V, Param, Format, Step::kFar>(p, a0, a1, numel, step, draws);
   }
 }
 
-inline void copy_span(const void* param, void* plane0, void*, int64_t nbytes, const Step&) {
+inline void copy_span(const void* param, void* plane0, void*, int64_t nbytes, const Step&, const Draws&) {
   // memmove, since a copied buffer may be the very tensor it is copied from.
   memmove(plane0, param, static_cast<size_t>(nbytes));
 }
@@ -182,19 +264,23 @@ uint64_t checksum_span(const void* words, int64_t numel, int64_t stride, uint64_
                      : checksum_words<Word>(first, numel, stride, index, index_step);
 }
 
+template <class V, class Param>
+void set_updates(UpdateSpan (&update)[SWAFAST_NUM_FORMATS]) {
+  update[SWAFAST_FORMAT_FLOAT32] = update_span<V, Param, FormatFloat32>;
+  update[SWAFAST_FORMAT_EXACT] = update_span<V, Param, FormatExact>;
+  update[SWAFAST_FORMAT_MIRRORED] = update_span<V, Param, FormatMirrored>;
+  update[SWAFAST_FORMAT_COMPACT] = update_span<V, Param, FormatCompact>;
+  update[SWAFAST_FORMAT_COMPENSATED] = update_span<V, Param, FormatCompensated>;
+  update[SWAFAST_FORMAT_HALF] = update_span<V, Param, FormatHalf>;
+}
+
 template <class V>
 Kernels make_kernels(const char* name) {
   Kernels kernels = {};
   kernels.name = name;
-  kernels.update[SWAFAST_FLOAT32][SWAFAST_FORMAT_FLOAT32] = update_span<V, Float32, FormatFloat32>;
-  kernels.update[SWAFAST_FLOAT32][SWAFAST_FORMAT_EXACT] = update_span<V, Float32, FormatExact>;
-  kernels.update[SWAFAST_FLOAT32][SWAFAST_FORMAT_MIRRORED] = update_span<V, Float32, FormatMirrored>;
-  kernels.update[SWAFAST_BFLOAT16][SWAFAST_FORMAT_FLOAT32] = update_span<V, BFloat16, FormatFloat32>;
-  kernels.update[SWAFAST_BFLOAT16][SWAFAST_FORMAT_EXACT] = update_span<V, BFloat16, FormatExact>;
-  kernels.update[SWAFAST_BFLOAT16][SWAFAST_FORMAT_MIRRORED] = update_span<V, BFloat16, FormatMirrored>;
-  kernels.update[SWAFAST_FLOAT16][SWAFAST_FORMAT_FLOAT32] = update_span<V, Float16, FormatFloat32>;
-  kernels.update[SWAFAST_FLOAT16][SWAFAST_FORMAT_EXACT] = update_span<V, Float16, FormatExact>;
-  kernels.update[SWAFAST_FLOAT16][SWAFAST_FORMAT_MIRRORED] = update_span<V, Float16, FormatMirrored>;
+  set_updates<V, Float32>(kernels.update[SWAFAST_FLOAT32]);
+  set_updates<V, BFloat16>(kernels.update[SWAFAST_BFLOAT16]);
+  set_updates<V, Float16>(kernels.update[SWAFAST_FLOAT16]);
   kernels.update[SWAFAST_BYTES][SWAFAST_FORMAT_COPIED] = copy_span;
   kernels.exchange = exchange_span;
   kernels.all_finite[SWAFAST_FLOAT32] = all_finite_span<uint32_t, 0x7f800000u>;

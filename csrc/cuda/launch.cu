@@ -86,15 +86,19 @@ int32_t swafast_cuda_blocks(int32_t device, int32_t* num_blocks) {
   return status_of(error);
 }
 
-int32_t swafast_cuda_update(const swafast_table* table, const swafast_rule* rule, int64_t* num_averaged,
-                            int64_t advance, int32_t skip_nonfinite, int32_t* capturing, void* stream) {
+int32_t swafast_cuda_update(const swafast_table* table, const swafast_pace* paces, int64_t num_paces, int64_t advance,
+                            int32_t skip_nonfinite, int32_t* capturing, void* stream) {
+  if (num_paces < 1 || num_paces > SWAFAST_MAX_PACES) return SWAFAST_BAD_PACE;
   const DeviceScope scope(table->device);
   if (scope.error() != cudaSuccess) return status_of(scope.error());
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capture);
   *capturing = capture != cudaStreamCaptureStatusNone;
   if (error == cudaSuccess) {
-    error = launch(*table, stream, update_kernel, *table, *rule, num_averaged, advance, skip_nonfinite);
+    Paces copied = {};
+    std::memcpy(copied.each, paces, static_cast<size_t>(num_paces) * sizeof *paces);
+    copied.count = static_cast<int32_t>(num_paces);
+    error = launch(*table, stream, update_kernel, *table, copied, advance, skip_nonfinite);
   }
   return status_of(error);
 }

@@ -44,6 +44,7 @@ template <int kBytes, int kNumel>
 struct Lanes {
   using vector_type = uint4;
   static constexpr int kVectors = kBytes * kNumel / 16;
+  static constexpr int kPerWord = 4 / kBytes;
   static_assert(kVectors * 16 == kBytes * kNumel, "whole vectors alone");
   uint32_t words[kVectors * 4];
 
@@ -58,14 +59,15 @@ struct Lanes {
   }
   __device__ __forceinline__ uint32_t get(int i) const {
     if constexpr (kBytes == 4) return words[i];
-    return (words[i / 2] >> (i % 2 * 16)) & 0xffffu;
+    return (words[i / kPerWord] >> (i % kPerWord * 8 * kBytes)) & ((1ull << (8 * kBytes)) - 1);
   }
   // Elements are set in their order, each once.
   __device__ __forceinline__ void set(int i, uint32_t bits) {
     if constexpr (kBytes == 4) {
       words[i] = bits;
     } else {
-      words[i / 2] = i % 2 == 0 ? bits : words[i / 2] | (bits << 16);
+      uint32_t& word = words[i / kPerWord];
+      word = i % kPerWord == 0 ? bits : word | (bits << (i % kPerWord * 8 * kBytes));
     }
   }
 };

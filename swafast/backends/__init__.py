@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..draws import Draws
 from ..formats import Format
 from ..rules import Rule
 
@@ -25,6 +26,8 @@ class Pair:
     param: Tensor
     planes: tuple[Tensor, ...]
     format: Format | None
+    draws: Draws | None = None  # where its random bits come from, for a format that is rounded at random
+    pace: int = 0  # index of the rule and the counter by which it moves
 
     @property
     def average(self) -> Tensor:
@@ -66,18 +69,19 @@ class Launch(Protocol):
     def update(
         self,
         params: Sequence[Tensor],
-        rule: Rule,
-        num_averaged: Tensor,
+        rules: Sequence[Rule],
+        counters: Sequence[Tensor],
         advance: int,
         *,
         skip_nonfinite: bool = False,
         share: ShareFlag | None = None,
     ) -> None:
-        """Move each average towards its param by ``rule(num_averaged)``, then add ``advance`` to ``num_averaged``.
+        """Move each average towards its param by its pace's ``rule(counter)``, then add ``advance`` to all counters.
 
-        ``params`` are the pairs' params, the same memory as in ``prepare``; none for a backend that goes by addresses.
-        With ``skip_nonfinite`` nothing changes if one that is averaged holds a NaN or an infinity, on any of the ranks
-        that ``share`` brings in.
+        ``rules`` and ``counters``, () int64, are those of the averaged models, by the pairs' ``pace``. ``params`` are
+        the pairs' params, the same memory as in ``prepare``; none for a backend that goes by addresses. With
+        ``skip_nonfinite`` nothing changes if one that is averaged holds a NaN or an infinity, on any of the ranks that
+        ``share`` brings in.
         """
 
     def first_nonfinite(self, params: Sequence[Tensor]) -> int | None:

@@ -83,7 +83,7 @@ class CudaLaunch(DeviceLaunch):
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self._native = library.loaded()
         super().__init__(pairs)
-        self._rules = library.RuleCache()
+        self._paces = {table.device: library.PaceCache() for table in self._tables}
         self._heads = {
             table.device: library.TableHead(
                 tensors=table.tensors,
@@ -103,13 +103,20 @@ class CudaLaunch(DeviceLaunch):
         return blocks
 
     def start_update(
-        self, table: Table, rule: Rule, num_averaged: Tensor, advance: int, skip_nonfinite: bool, stream: int
+        self,
+        table: Table,
+        rules: Sequence[Rule],
+        counters: Sequence[Tensor],
+        advance: int,
+        skip_nonfinite: bool,
+        stream: int,
     ) -> None:
         capturing = ctypes.c_int32()
+        paces = self._paces[table.device].get(rules, [counter.data_ptr() for counter in counters])
         status = self._native.swafast_cuda_update(
             ctypes.byref(self._heads[table.device]),
-            ctypes.byref(self._rules.get(rule)),
-            num_averaged.data_ptr(),
+            paces,
+            len(paces),
             advance,
             skip_nonfinite,
             ctypes.byref(capturing),

@@ -12,22 +12,23 @@ import torch
 from torch import Tensor
 
 from .._torch import current_raw_stream
-from ..bucket import cut_chunks, gpu_chunk_numel
+from ..bucket import GPU_CHUNK_NUMELS, cut_chunks, gpu_chunk_numel
 from ..rules import Rule
 from . import Pair, ShareFlag, found_anywhere, library
 
 #: 64-bit words of ``swafast_tensor``, ``swafast_chunk`` and ``swafast_state`` in csrc/swafast.h.
-TENSOR_WORDS, CHUNK_WORDS, STATE_WORDS = 5, 3, 3
+TENSOR_WORDS, CHUNK_WORDS, STATE_WORDS = 7, 5, 3
 _NONFINITE_WORD = 2
+_COUNTER_WORDS = library.MAX_PACES
 _WORD_NBYTES = 8
 
 
 @dataclass
 class Table:
-    """The tables of the launches on one device, in one allocation there: tensors, chunks, state, a counter."""
+    """The tables of the launches on one device, in one allocation there: tensors, chunks, state, counters."""
 
     device: torch.device
-    indices: tuple[int, ...]  # of the pairs, in the list that was prepared
+    indices: tuple[int, ...]  # of the pairs, in the order of the rows
     num_blocks: int
     words: Tensor = field(repr=False)  # int64
     num_chunks: int
@@ -50,29 +51,31 @@ class Table:
         return self.chunks + CHUNK_WORDS * self.num_chunks * _WORD_NBYTES
 
     @property
-    def counter(self) -> Tensor:
-        """A counter for a launch beside that of the device where ``num_averaged`` is."""
-        return self.words[-1]
+    def counters(self) -> Sequence[Tensor]:
+        """Counters for a launch beside that of the device where the averaged models' own are."""
+        return self.words[-_COUNTER_WORDS:].unbind()
 
     @property
     def nonfinite(self) -> Tensor:
-        return self.words[_NONFINITE_WORD - STATE_WORDS - 1]
+        return self.words[_NONFINITE_WORD - STATE_WORDS - _COUNTER_WORDS]
 
 
 def make_table(pairs: Sequence[Pair], indices: Sequence[int], num_blocks: int) -> Table:
     """Write the tables of ``pairs``, all on one device, into its memory. This waits for the copy, once for a plan."""
     device = pairs[0].param.device
-    rows = library.rows(pairs)
-    numels = [row.numel for row in rows]
-    chunks = cut_chunks(numels, gpu_chunk_numel(sum(numels), num_blocks))
-    tensors = torch.frombuffer(rows, dtype=torch.int64)
-    state = torch.zeros(STATE_WORDS + 1, dtype=torch.int64, device="cpu")
+    rows = library.Rows(pairs)
+    # Of a param with several averages a chunk is read again for each of them, from caches that hold the shortest.
+    chunk_numel = GPU_CHUNK_NUMELS[0] if rows.most_followers else gpu_chunk_numel(rows.numel, num_blocks)
+    chunks = cut_chunks(rows.runs(), chunk_numel)
+    tensors = torch.frombuffer(rows.table, dtype=torch.int64)
+    state = torch.zeros(STATE_WORDS + _COUNTER_WORDS, dtype=torch.int64, device="cpu")
     with torch.inference_mode(False), torch.no_grad():
         words = torch.cat((tensors, chunks.flatten(), state)).to(device)
     if device.type == "cuda":
         # Later launches may be on another stream, which knows nothing of this copy.
         torch.cuda.current_stream(device).synchronize()
-    return Table(device, tuple(indices), num_blocks, words, len(chunks), current_raw_stream(device))
+    order = tuple(indices[index] for index in rows.order)
+    return Table(device, order, num_blocks, words, len(chunks), current_raw_stream(device))
 
 
 class DeviceLaunch:
@@ -95,9 +98,18 @@ class DeviceLaunch:
         raise NotImplementedError
 
     def start_update(
-        self, table: Table, rule: Rule, num_averaged: Tensor, advance: int, skip_nonfinite: bool, stream: int
+        self,
+        table: Table,
+        rules: Sequence[Rule],
+        counters: Sequence[Tensor],
+        advance: int,
+        skip_nonfinite: bool,
+        stream: int,
     ) -> None:
-        """Start the update's kernel, and set :attr:`captured` where a graph takes it up instead."""
+        """Start the update's kernel, and set :attr:`captured` where a graph takes it up instead.
+
+        ``counters`` are on the table's device.
+        """
         raise NotImplementedError
 
     def start_exchange(self, table: Table, wanted: bool, stream: int) -> None:
@@ -112,39 +124,42 @@ class DeviceLaunch:
     def update(
         self,
         params: Sequence[Tensor],
-        rule: Rule,
-        num_averaged: Tensor,
+        rules: Sequence[Rule],
+        counters: Sequence[Tensor],
         advance: int,
         *,
         skip_nonfinite: bool = False,
         share: ShareFlag | None = None,
     ) -> None:
-        counts_here = any(table.device == num_averaged.device for table in self._tables)
-        if not counts_here and num_averaged.device.type == "cpu" and int(num_averaged) < 0:
-            raise ValueError(f"n_averaged must be >= 0, got {int(num_averaged)}")
+        home = counters[0].device
+        counts_here = any(table.device == home for table in self._tables)
+        if not counts_here and home.type == "cpu" and min(map(int, counters)) < 0:
+            raise ValueError(f"n_averaged must be >= 0, got {min(map(int, counters))}")
         if skip_nonfinite and (len(self._tables) > 1 or not counts_here):
-            # What one device finds holds for all of them and for the counter, and only the host hears of all.
-            if found_anywhere(self.first_nonfinite(params) is not None, num_averaged.device, share):
+            # What one device finds holds for all of them and for the counters, and only the host hears of all.
+            if found_anywhere(self.first_nonfinite(params) is not None, home, share):
                 return
             skip_nonfinite = False
         tables = self._tables
         if len(tables) > 1:
-            # The device of the counter comes last: the others read the same count before it.
-            tables = sorted(tables, key=lambda table: table.device == num_averaged.device)
+            # The device of the counters comes last: the others read the same counts before it.
+            tables = sorted(tables, key=lambda table: table.device == home)
         for table in tables:
-            counts = table.device == num_averaged.device
-            counter = num_averaged
+            counts = table.device == home
+            read = counters
             if not counts:
-                counter = table.counter
-                counter.copy_(num_averaged, non_blocking=True)
+                read = table.counters[: len(counters)]
+                for copy, counter in zip(read, counters, strict=True):
+                    copy.copy_(counter, non_blocking=True)
             stream = self._stream(table)
             if skip_nonfinite:
                 self.start_first_nonfinite(table, stream)
                 if share is not None:
                     share(table.nonfinite)
-            self.start_update(table, rule, counter, advance if counts else 0, skip_nonfinite, stream)
+            self.start_update(table, rules, read, advance if counts else 0, skip_nonfinite, stream)
         if not counts_here:
-            num_averaged.add_(advance)
+            for counter in counters:
+                counter.add_(advance)
 
     def exchange(self, wanted: bool) -> None:
         """Let every param and the averaged module's tensor have changed places, or not, in place.

@@ -13,23 +13,34 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ..bucket import is_dense, same_order
-from ..formats import EXACT, FLOAT32, MIRRORED
+from ..bucket import is_dense, same_order, whole_runs
+from ..draws import runs_of
+from ..formats import COMPACT, COMPENSATED, EXACT, FLOAT32, HALF, MIRRORED
 from ..rules import KernelTerms, Rule
 from . import Pair, Unavailable
 
 #: Changes with any structure or function of csrc/swafast.h.
-_ABI = 5
+_ABI = 6
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BYTES = 3
-_FORMATS = {FLOAT32: 0, EXACT: 1, MIRRORED: 2}
+_FORMATS = {FLOAT32: 0, EXACT: 1, MIRRORED: 2, COMPACT: 4, COMPENSATED: 5, HALF: 6}
 _COPIED = 3
+
+#: The most averages that one launch moves over one read of the params: ``SWAFAST_MAX_PACES``.
+MAX_PACES = 16
 
 
 class KernelRule(ctypes.Structure):
     _fields_ = (("kind", ctypes.c_int64), ("terms", ctypes.c_double * 4))
+
+
+class Pace(ctypes.Structure):
+    """A rule and its counter: ``swafast_pace``."""
+
+    _fields_ = (("rule", KernelRule), ("num_averaged", ctypes.c_void_p))
 
 
 class TensorRow(ctypes.Structure):
@@ -41,6 +52,9 @@ class TensorRow(ctypes.Structure):
         ("numel", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
         ("format", ctypes.c_int32),
+        ("key", ctypes.c_uint64),
+        ("pace", ctypes.c_int32),
+        ("followers", ctypes.c_int32),
     )
 
 
@@ -140,7 +154,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.swafast_cpu_use_isa.argtypes = (ctypes.c_char_p,)
     library.swafast_weight.restype = ctypes.c_double
     library.swafast_weight.argtypes = (ctypes.POINTER(KernelRule), i64)
-    library.swafast_cpu_update.argtypes = (*table, ctypes.POINTER(KernelRule), address, i64, i32)
+    library.swafast_cpu_update.argtypes = (*table, ctypes.POINTER(Pace), i64, i64, i32)
     library.swafast_cpu_want_large_pages.argtypes = (address, i64)
     library.swafast_cpu_want_large_pages.restype = None
     library.swafast_cpu_exchange.argtypes = (*table, i32, i64, ctypes.POINTER(i64))
@@ -154,7 +168,7 @@ def _declare_cuda(library: ctypes.CDLL) -> None:
     library.swafast_cuda_error.restype = ctypes.c_char_p
     library.swafast_cuda_blocks.argtypes = (i32, ctypes.POINTER(i32))
     library.swafast_cuda_update.argtypes = (
-        *(table, ctypes.POINTER(KernelRule), address, i64, i32, ctypes.POINTER(i32), address),
+        *(table, ctypes.POINTER(Pace), i64, i64, i32, ctypes.POINTER(i32), address),
     )
     library.swafast_cuda_exchange.argtypes = (table, i64, address)
     library.swafast_cuda_first_nonfinite.argtypes = (table, address)
@@ -174,17 +188,21 @@ def kernel_terms(rule: Rule) -> KernelTerms:
     return terms
 
 
-class RuleCache:
-    """A rule as a kernel takes it, made anew only when its terms change."""
+class PaceCache:
+    """Rules and counters as a kernel takes them, made anew only when one of them changes."""
 
     def __init__(self) -> None:
-        self._made: tuple[KernelTerms, KernelRule] | None = None
+        self._terms: list[KernelTerms] = []
+        self._addresses: list[int] = []
+        self._made: ctypes.Array[Pace] = (Pace * 0)()
 
-    def get(self, rule: Rule) -> KernelRule:
-        terms = kernel_terms(rule)
-        if self._made is None or (self._made[0] is not terms and self._made[0] != terms):
-            self._made = (terms, KernelRule(terms.kind, terms.terms))
-        return self._made[1]
+    def get(self, rules: Sequence[Rule], addresses: Sequence[int]) -> ctypes.Array[Pace]:
+        terms = list(map(kernel_terms, rules))
+        if terms != self._terms or addresses != self._addresses:
+            self._terms, self._addresses = terms, list(addresses)
+            paces = (Pace(KernelRule(term.kind, term.terms), to) for term, to in zip(terms, addresses, strict=True))
+            self._made = (Pace * len(terms))(*paces)
+        return self._made
 
 
 def serves(pair: Pair, device_types: Collection[str]) -> bool:
@@ -206,16 +224,60 @@ def serves(pair: Pair, device_types: Collection[str]) -> bool:
     )
 
 
-def rows(pairs: Sequence[Pair]) -> ctypes.Array[TensorRow]:
-    """Give the pairs as the kernels take them."""
-    return (TensorRow * len(pairs))(*map(_row, pairs))
+class Rows:
+    """Pairs as the kernels take them: a row each, those of one param one after the other.
+
+    Only the first row of a param has runs, and so chunks: a kernel takes the rows that follow it along.
+    """
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        rows = [_row(pair) for pair in pairs]
+        together: dict[object, list[int]] = {}
+        for index, (pair, row) in enumerate(zip(pairs, rows, strict=True)):
+            together.setdefault((pair.name, row.param, row.numel, row.dtype, pair.param.stride()), []).append(index)
+        groups = [
+            group[start : start + MAX_PACES] for group in together.values() for start in range(0, len(group), MAX_PACES)
+        ]
+        #: Indices of the pairs, in the order of the rows.
+        self.order = [index for group in groups for index in group]
+        for group in groups:
+            for followers, index in enumerate(reversed(group)):
+                rows[index].followers = followers
+        self.table = (TensorRow * len(pairs))(*(rows[index] for index in self.order))
+        self.most_followers = max((len(group) - 1 for group in groups), default=0)
+        self._firsts = [(rows[group[0]].numel, [pairs[index] for index in group]) for group in groups]
+
+    @property
+    def numel(self) -> int:
+        """Elements that an update reads."""
+        return sum(numel for numel, _ in self._firsts)
+
+    def runs(self) -> Tensor:
+        """Give the runs of memory to be cut into chunks, as :func:`bucket.cut_chunks` takes them."""
+        places = [0]
+        for _, group in self._firsts:
+            places.append(places[-1] + len(group))
+        runs = whole_runs([numel for numel, _ in self._firsts])
+        runs[:, 0] = torch.tensor(places[:-1], dtype=torch.int64, device="cpu")
+        drawn = [next((pair for pair in group if pair.draws is not None), None) for _, group in self._firsts]
+        if not any(drawn):
+            return runs
+        parts = []
+        for run, pair in zip(runs, drawn, strict=True):
+            if pair is None or pair.draws is None:
+                parts.append(run[None])
+                continue
+            of_pair = runs_of(pair.draws, pair.param.stride())
+            parts.append(torch.cat((run[:1].expand(len(of_pair), 1), of_pair), dim=1))
+        return torch.cat(parts)
 
 
 def _row(pair: Pair) -> TensorRow:
     planes = tuple(plane.data_ptr() for plane in pair.planes)
-    row = TensorRow(param=pair.param.data_ptr(), planes=(*planes, *(None,) * (2 - len(planes))))
+    row = TensorRow(param=pair.param.data_ptr(), planes=(*planes, *(None,) * (2 - len(planes))), pace=pair.pace)
     if pair.format is None:
         row.numel, row.dtype, row.format = pair.param.nbytes, _BYTES, _COPIED
     else:
         row.numel, row.dtype, row.format = pair.param.numel(), _DTYPES[pair.param.dtype], _FORMATS[pair.format]
+        row.key = pair.draws.key if pair.draws is not None else 0
     return row

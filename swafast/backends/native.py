@@ -70,13 +70,13 @@ class NativeLaunch:
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self._native = library.loaded()
-        self._tensors = library.rows(pairs)
-        numels = [row.numel for row in self._tensors]
-        self._chunks = cut_chunks(numels, CPU_CHUNK_NUMEL)
+        rows = library.Rows(pairs)
+        self._tensors, self._order = rows.table, rows.order
+        self._chunks = cut_chunks(rows.runs(), CPU_CHUNK_NUMEL)
         self._table = (ctypes.addressof(self._tensors), len(pairs), self._chunks.data_ptr(), len(self._chunks))
         self._exchanged = ctypes.c_int64(0)
-        self._most_threads = max(1, sum(numels) // _NUMEL_PER_THREAD)
-        self._rules = library.RuleCache()
+        self._most_threads = max(1, rows.numel // _NUMEL_PER_THREAD)
+        self._paces = library.PaceCache()
 
     def _threads(self) -> int:
         return min(torch.get_num_threads(), self._most_threads)
@@ -84,8 +84,8 @@ class NativeLaunch:
     def update(
         self,
         params: Sequence[Tensor],
-        rule: Rule,
-        num_averaged: Tensor,
+        rules: Sequence[Rule],
+        counters: Sequence[Tensor],
         advance: int,
         *,
         skip_nonfinite: bool = False,
@@ -93,18 +93,15 @@ class NativeLaunch:
     ) -> None:
         if skip_nonfinite:
             found = self.first_nonfinite(params) is not None
-            if found_anywhere(found, num_averaged.device, share):
+            if found_anywhere(found, counters[0].device, share):
                 return
-        kernel_rule = self._rules.get(rule)
         # A model with parts on a GPU counts there.
-        count = num_averaged if num_averaged.device.type == "cpu" else num_averaged.cpu()
-        _check(
-            self._native.swafast_cpu_update(
-                *self._table, ctypes.byref(kernel_rule), count.data_ptr(), advance, self._threads()
-            )
-        )
-        if count is not num_averaged and advance:
-            num_averaged.add_(advance)
+        counts = [counter if counter.device.type == "cpu" else counter.cpu() for counter in counters]
+        paces = self._paces.get(rules, [count.data_ptr() for count in counts])
+        _check(self._native.swafast_cpu_update(*self._table, paces, len(paces), advance, self._threads()))
+        for count, counter in zip(counts, counters, strict=True):
+            if count is not counter and advance:
+                counter.add_(advance)
 
     def exchange(self, wanted: bool) -> None:
         """Let every param and the averaged module's tensor have changed places, or not, in place.
@@ -117,7 +114,7 @@ class NativeLaunch:
     def first_nonfinite(self, params: Sequence[Tensor]) -> int | None:
         index = ctypes.c_int64()
         _check(self._native.swafast_cpu_first_nonfinite(*self._table, self._threads(), ctypes.byref(index)))
-        return None if index.value < 0 else index.value
+        return None if index.value < 0 else self._order[index.value]
 
 
 def _check(status: int) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..draws import Draws, pieces, random_bits
 from ..formats import Format
 from ..rules import Rule, checked_weight
 from . import Pair, ShareFlag, Unavailable, found_anywhere
@@ -46,13 +47,15 @@ class ReferenceLaunch:
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self._planes = [tuple(plane.detach() for plane in pair.planes) for pair in pairs]
         self._formats = [pair.format for pair in pairs]
+        self._draws = [pair.draws for pair in pairs]
+        self._paces = [pair.pace for pair in pairs]
 
     @torch.no_grad()
     def update(
         self,
         params: Sequence[Tensor],
-        rule: Rule,
-        num_averaged: Tensor,
+        rules: Sequence[Rule],
+        counters: Sequence[Tensor],
         advance: int,
         *,
         skip_nonfinite: bool = False,
@@ -60,27 +63,31 @@ class ReferenceLaunch:
     ) -> None:
         if skip_nonfinite:
             found = self.first_nonfinite(params) is not None
-            if found_anywhere(found, num_averaged.device, share):
+            if found_anywhere(found, counters[0].device, share):
                 return
-        n = int(num_averaged)
-        if n < 0:
-            raise ValueError(f"n_averaged must be >= 0, got {n}")
-        weight = checked_weight(rule, n)
-        alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-        for param, planes, fmt in zip(params, self._planes, self._formats, strict=True):
+        counts = [int(counter) for counter in counters]
+        if min(counts) < 0:
+            raise ValueError(f"n_averaged must be >= 0, got {min(counts)}")
+        weights = [checked_weight(rule, n) for rule, n in zip(rules, counts, strict=True)]
+        alike: dict[tuple[torch.device, torch.dtype, int], tuple[list[Tensor], list[Tensor]]] = {}
+        rest = zip(self._planes, self._formats, self._draws, self._paces, strict=True)
+        for param, (planes, fmt, draws, pace) in zip(params, rest, strict=True):
             average, newest = planes[0], param.detach()
             if fmt is None:
                 average.copy_(newest)
+            elif draws is not None:
+                _move_at_random_(planes, newest, fmt, weights[pace], draws, counts[pace])
             elif not fmt.extra and (average.dtype, average.device) == (newest.dtype, newest.device):
-                averages, group = alike.setdefault((average.device, average.dtype), ([], []))
+                averages, group = alike.setdefault((average.device, average.dtype, pace), ([], []))
                 averages.append(average)
                 group.append(newest)
             else:
                 for piece, *plane_pieces in windows((newest, *planes)):
-                    _move_planes_(tuple(plane_pieces), piece, fmt, weight)
-        for averages, group in alike.values():
-            _move_(averages, group, weight)
-        num_averaged.add_(advance)
+                    _move_planes_(plane_pieces, fmt.encode(_moved(plane_pieces, piece, fmt, weights[pace])))
+        for (_, _, pace), (averages, group) in alike.items():
+            _move_(averages, group, weights[pace])
+        for counter in counters:
+            counter.add_(advance)
 
     @torch.no_grad()
     def first_nonfinite(self, params: Sequence[Tensor]) -> int | None:
@@ -100,11 +107,32 @@ def _move_(averages: list[Tensor], params: list[Tensor], weight: float) -> None:
         torch._foreach_lerp_(averages, params, weight)
 
 
-def _move_planes_(planes: tuple[Tensor, ...], param: Tensor, fmt: Format, weight: float) -> None:
-    value = fmt.decode(planes).clone()
-    _move_([value], [param.to(device=value.device, dtype=value.dtype)], weight)
-    for plane, new in zip(planes, fmt.encode(value), strict=True):
-        plane.copy_(new)
+def _moved(planes: Sequence[Tensor], param: Tensor, fmt: Format, weight: float) -> Tensor:
+    """Give what becomes of an average, at the precision that its format works in."""
+    value = fmt.decode(tuple(planes)).clone()
+    newest = param.to(device=value.device, dtype=value.dtype)
+    if fmt.value_dtype == torch.float64:
+        # Product and sum rounded one by one, as every machine has them.
+        return newest if weight == 1.0 else value + weight * (newest - value)
+    _move_([value], [newest], weight)
+    return value
+
+
+def _move_planes_(planes: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    for plane, moved in zip(planes, new, strict=True):
+        plane.copy_(moved)
+
+
+def _move_at_random_(
+    planes: tuple[Tensor, ...], param: Tensor, fmt: Format, weight: float, draws: Draws, num_averaged: int
+) -> None:
+    for tensors, index_parts in pieces(draws, (param, *planes)):
+        count = len(tensors)
+        for cut in windows((*tensors, *index_parts)):
+            (newest, *of_planes), index = cut[:count], sum(cut[count:], torch.zeros((), dtype=torch.int64))
+            bits = random_bits(draws.key, num_averaged, index.to(newest.device)) >> (32 - fmt.num_random_bits)
+            new = fmt.encode(_moved(of_planes, newest, fmt, weight), bits.to(of_planes[0].device))
+            _move_planes_(of_planes, new)
 
 
 def windows(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import struct
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rules import KernelTerms, Rule
+from ..rules import Rule
 from . import Pair, Unavailable, library
 from .device import DeviceLaunch, Table
 
@@ -32,6 +32,8 @@ exchanges = True
 _PROGRAMS_PER_MULTIPROCESSOR = 4
 #: So few that chunks outnumber them in a test.
 _INTERPRETED_PROGRAMS = 3
+#: 64-bit words of ``swafast_pace`` in csrc/swafast.h.
+_PACE_WORDS = 6
 
 
 @functools.cache
@@ -103,10 +105,11 @@ def _is_usable(device: torch.device) -> bool:
     """
     try:
         kernels, options = _kernels(), launch_options("hip" if torch.version.hip else "cuda")
-        words = torch.zeros(8, dtype=torch.int64, device=device)
-        state, counter = words.data_ptr(), words[-1].data_ptr()
+        words = torch.zeros(16, dtype=torch.int64, device=device)
+        state, paces = words.data_ptr(), words[-_PACE_WORDS:].data_ptr()
         with _on_device(device):
-            kernels.update_kernel[(1,)](state, state, 0, state, counter, 0, *(0,) * 5, 0, **options)
+            kernels.pace_kernel[(1,)](paces, 0, *(0,) * _PACE_WORDS, **options)
+            kernels.update_kernel[(1,)](state, state, 0, state, paces, 0, 0, 0, **options)
             kernels.exchange_kernel[(1,)](state, state, 0, state, 0, **options)
             kernels.nonfinite_kernel[(1,)](state, state, 0, state, 0, **options)
             kernels.forget_nonfinite_kernel[(1,)](state, **options)
@@ -138,9 +141,45 @@ def _on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
-def rule_words(terms: KernelTerms) -> tuple[int, ...]:
-    """Give a rule as a kernel takes it: its kind and, as integers, the bits of its four float64 terms."""
-    return (terms.kind, *struct.unpack("<4q", struct.pack("<4d", *terms.terms)))
+class _Paces:
+    """The paces of a table's updates, in its device's memory, written there when a rule or a counter changes.
+
+    A kernel writes them: nothing waits for a copy from the host. Two updates of one table come one after the other,
+    whatever their streams, so the second may write where the first has read; unless a graph is to read it again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cache = library.PaceCache()
+        self._words = self._make_words(device)
+        self._written: object = None  # what the cache gave when the words were written
+        self._is_captured = False
+        self._captured: list[Tensor] = []  # which graphs read, beside the words
+
+    @staticmethod
+    def _make_words(device: torch.device) -> Tensor:
+        with torch.inference_mode(False):
+            return torch.empty(library.MAX_PACES * _PACE_WORDS, dtype=torch.int64, device=device)
+
+    def get(
+        self, rules: Sequence[Rule], counters: Sequence[Tensor], capturing: bool, write: Callable[..., None]
+    ) -> Tensor:
+        """Give the words; ``write(their address, index of a pace, *its words)`` starts the kernel that writes them."""
+        paces = self._cache.get(rules, [counter.data_ptr() for counter in counters])
+        words = self._words
+        if paces is not self._written:
+            if capturing or self._is_captured:
+                words = self._make_words(words.device)
+            for index, pace in enumerate(paces):
+                write(words.data_ptr(), index, *struct.unpack(f"<{_PACE_WORDS}q", pace))
+            if capturing:
+                # They are there once the graph has run, and so for the graph alone.
+                self._captured.append(words)
+                return words
+            if self._is_captured:
+                self._captured.append(self._words)
+            self._words, self._written, self._is_captured = words, paces, False
+        self._is_captured |= capturing
+        return words
 
 
 class TritonLaunch(DeviceLaunch):
@@ -148,7 +187,7 @@ class TritonLaunch(DeviceLaunch):
         self._kernels = _kernels()
         self._options = launch_options("hip" if torch.version.hip else "cuda")
         super().__init__(pairs)
-        self._rule: tuple[KernelTerms, tuple[int, ...]] | None = None
+        self._paces = {table.device: _Paces(table.device) for table in self._tables}
         self._heads = {
             table.device: (table.tensors, table.chunks, table.num_chunks, table.state) for table in self._tables
         }
@@ -159,14 +198,25 @@ class TritonLaunch(DeviceLaunch):
         return _num_programs(device.index if device.index is not None else torch.cuda.current_device())
 
     def start_update(
-        self, table: Table, rule: Rule, num_averaged: Tensor, advance: int, skip_nonfinite: bool, stream: int
+        self,
+        table: Table,
+        rules: Sequence[Rule],
+        counters: Sequence[Tensor],
+        advance: int,
+        skip_nonfinite: bool,
+        stream: int,
     ) -> None:
-        words = self._words(rule)
         head = self._heads[table.device]
         with _on_device(table.device):
-            if table.device.type == "cuda":
-                self.captured |= torch.cuda.is_current_stream_capturing()
-            self._start("update", table, *head, num_averaged.data_ptr(), advance, *words, int(skip_nonfinite))
+            capturing = table.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            self.captured |= capturing
+            paces = self._paces[table.device].get(rules, counters, capturing, self._write_pace)
+            if stream != table.stream and table.device.type == "cuda":
+                paces.record_stream(torch.cuda.current_stream(table.device))  # as the table's own words
+            self._start("update", table, *head, paces.data_ptr(), len(rules), advance, int(skip_nonfinite))
+
+    def _write_pace(self, *arguments: int) -> None:
+        self._kernels.pace_kernel[(1,)](*arguments, **self._options)
 
     def start_exchange(self, table: Table, wanted: bool, stream: int) -> None:
         with _on_device(table.device):
@@ -182,10 +232,3 @@ class TritonLaunch(DeviceLaunch):
         # A launch without chunks still counts.
         programs = max(1, min(table.num_chunks, table.num_blocks))
         getattr(self._kernels, f"{kernel}_kernel")[(programs,)](*arguments, **self._options)
-
-    def _words(self, rule: Rule) -> tuple[int, ...]:
-        """Give a rule's words, made anew only when its terms change."""
-        terms = library.kernel_terms(rule)
-        if self._rule is None or self._rule[0] != terms:
-            self._rule = (terms, rule_words(terms))
-        return self._rule[1]

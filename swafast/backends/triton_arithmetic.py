@@ -129,7 +129,10 @@ def rule_weight(kind, term0, term1, term2, term3, num_averaged):
     return tl.where(num_averaged == 0, one, weight)
 
 
-# Elements: csrc/element.h
+# Elements: csrc/element.h. The formats have the numbers of csrc/swafast.h.
+
+FLOAT32, EXACT, MIRRORED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+COMPACT, COMPENSATED, HALF = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
 
 
 @triton.jit
@@ -150,17 +153,30 @@ def fused_multiply_add(a, b, c):
 
 @triton.jit
 def step_of(weight):
-    """Give (factor of the difference, whether the average is the nearer end, whether to copy) for a float64 weight."""
+    """Give what a lerp needs, for a float64 weight.
+
+    That is the factor of the difference, whether the average is the nearer end, whether to copy, and the weight itself.
+    """
     rounded = weight.to(tl.float32)
     near = rounded < 0.5
-    return tl.where(near, rounded, rounded - 1.0), near, rounded == 1.0
+    return tl.where(near, rounded, rounded - 1.0), near, rounded == 1.0, weight
 
 
 @triton.jit
-def lerp(average, param, factor, near, copy):
+def lerp(average, param, step):
     """Give ``average + weight * (param - average)`` as torch.lerp rounds it; at weight 1 a copy."""
+    factor, near, copy, _weight = step
     moved = fused_multiply_add(factor, param - average, tl.where(near, average, param))
     return tl.where(copy, param, moved)
+
+
+@triton.jit
+def lerp_precisely(average, param, step):
+    """Give the same for a float64 average, product and sum rounded one by one."""
+    _factor, _near, _copy, weight = step
+    newest = param.to(tl.float64)
+    distance = weight * (newest - average)
+    return tl.where(weight == whole(1), newest, average + distance)
 
 
 @triton.jit
@@ -176,34 +192,85 @@ def value_of(bits, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def joined(first, low):
+    """Give the float32 whose upper half is a bf16's bits, with a signed remainder added to them."""
+    high = first.to(tl.int32) << 16
+    value = (high + low).to(tl.float32, bitcast=True)
+    # No encoder makes a pair that reads as NaN where the bf16 is none: the remainder is stale.
+    return tl.where(value == value, value, high.to(tl.float32, bitcast=True))
+
+
+@triton.jit
 def decode(first, second, FORMAT: tl.constexpr):
-    """Give the float32 average that planes hold as bits."""
-    if FORMAT == 0:
+    """Give the average that planes hold as bits: float32, or float64 for ``compensated``."""
+    if FORMAT == FLOAT32:
         value = first.to(tl.float32, bitcast=True)
-    elif FORMAT == 1:
-        high = first.to(tl.int32) << 16
-        joined = (high + second.to(tl.int32)).to(tl.float32, bitcast=True)
-        # No encoder makes a pair that reads as NaN where the bf16 is none: the remainder is stale.
-        value = tl.where(joined == joined, joined, high.to(tl.float32, bitcast=True))
-    else:
+    elif FORMAT == EXACT:
+        value = joined(first, second.to(tl.int32))
+    elif FORMAT == MIRRORED:
         average = second.to(tl.float32, bitcast=True)
         copy = first.to(tl.float16, bitcast=True)
         own = average.to(tl.float16).to(tl.int16, bitcast=True)
         # A copy that is not the average's own was written behind our back, and is what the average is to be.
         value = tl.where(first == own, average, copy.to(tl.float32))
+    elif FORMAT == COMPACT:
+        value = joined(first, second.to(tl.int32) << 8)
+    elif FORMAT == COMPENSATED:
+        average = first.to(tl.float32, bitcast=True)
+        both = average.to(tl.float64) + second.to(tl.float32, bitcast=True).to(tl.float64)
+        # A compensation that the encoder would not have left: the first plane was written behind our back.
+        value = tl.where(both.to(tl.float32) == average, both, average.to(tl.float64))
+    else:
+        value = (first.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     return value
 
 
 @triton.jit
-def encode(value, FORMAT: tl.constexpr):
-    """Give the bits of both planes; without a second plane, the first one's again."""
+def quiet_bits(value):
+    """Give the bits of a float32, of a NaN its sign and nothing else: rounding its payload could run into the sign."""
     bits = value.to(tl.int32, bitcast=True)
-    if FORMAT == 0:
-        first, second = bits, bits
-    elif FORMAT == 1:
-        # A NaN keeps its sign and nothing else: rounding its payload up could run over into the sign.
-        bits = tl.where(value == value, bits, (bits & -0x80000000) | 0x7FC00000)
+    return tl.where(value == value, bits, (bits & -0x80000000) | 0x7FC00000)
+
+
+@triton.jit
+def round_at_random(value, random):
+    """Give the bits of a float32 with random bits added, as many as are to be cut off; what is finite stays so."""
+    bits = quiet_bits(value)
+    rounded = bits + random.to(tl.int32)
+    return tl.where((rounded & 0x7F800000) == 0x7F800000, bits, rounded)
+
+
+@triton.jit
+def cut_to_float(value):
+    """Give a float64 without the bits of its mantissa that float32 has no room for."""
+    return double_of(value.to(tl.int64, bitcast=True) & -0x20000000)
+
+
+@triton.jit
+def encode(value, random, FORMAT: tl.constexpr):
+    """Give the bits of both planes; without a second plane, the first one's again.
+
+    ``random`` has as many bits as a format that is rounded at random cuts off, as uint32.
+    """
+    if FORMAT == FLOAT32:
+        first = value.to(tl.int32, bitcast=True)
+        second = first
+    elif FORMAT == EXACT:
+        bits = quiet_bits(value)
         first, second = ((bits + 0x8000) >> 16).to(tl.int16), bits.to(tl.int16)
+    elif FORMAT == MIRRORED:
+        first, second = value.to(tl.float16).to(tl.int16, bitcast=True), value.to(tl.int32, bitcast=True)
+    elif FORMAT == COMPACT:
+        bits = round_at_random(value, random)
+        first, second = ((bits + 0x8000) >> 16).to(tl.int16), (bits >> 8).to(tl.int8)
+    elif FORMAT == COMPENSATED:
+        average = value.to(tl.float32)
+        # Cut, not rounded: rounded up to half a unit it could make the sum round to another float32 than the average.
+        left_over = cut_to_float(value - average.to(tl.float64)).to(tl.float32)
+        # An infinity or a NaN leaves nothing over.
+        left_over = tl.where(average - average == 0.0, left_over, 0.0)
+        first, second = average.to(tl.int32, bitcast=True), left_over.to(tl.int32, bitcast=True)
     else:
-        first, second = value.to(tl.float16).to(tl.int16, bitcast=True), bits
+        first = (round_at_random(value, random) >> 16).to(tl.int16)
+        second = first
     return first, second

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
 from .. import _torch_distributed, checks, choice
-from ..backends import Pair
+from ..backends import Pair, found_anywhere
+from ..draws import Draws, make_key
+from ..matching import Bindings
 from ..matching import check_model as check_plain_model
 from ..names import Walk, require_same_names, unwrap
 from ..plan import Fingerprint, Plan
-from .holdings import Held, Mesh, find_holdings, is_fsdp1, require_same_place
+from .holdings import Held, Mesh, find_holdings, is_fsdp1, require_same_place, reshard
+from .ranks import Ranks
 from .shares import Share
 
 
@@ -118,60 +123,122 @@ class Finder:
 class Views(Sequence[Tensor]):
     """The params of a plan, each viewed when it is asked for: most backends go by addresses and never ask."""
 
-    def __init__(self, finder: Finder, chosen: Sequence[int], bases: Sequence[Tensor]) -> None:
+    def __init__(self, finder: Finder, chosen: Sequence[tuple[int, Share]], bases: Sequence[Tensor]) -> None:
         self._finder, self._chosen, self._bases = finder, chosen, bases
 
     def __len__(self) -> int:
         return len(self._chosen)
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]  # an int; Sequence would have slices too
-        share = self._chosen[index]
-        return self._finder.shares[share].of(self._finder.local(self._bases, share).detach())
+        place, share = self._chosen[index]
+        return share.of(self._finder.local(self._bases, place).detach())
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the averages that are updated together: its shares, each with its planes, and its counter."""
+
+    shares: Sequence[Share]
+    planes: Mapping[str, tuple[Tensor, ...]]
+    num_averaged: Tensor
+    seed: int
+
+    def pair(self, share: Share, view: Tensor, pace: int) -> Pair:
+        draws = None
+        if share.format is not None and share.format.num_random_bits:
+            draws = Draws(make_key(self.seed, share.name), share.holding.shape, share.boxes)
+        return Pair(share.name, view, self.planes[share.name], share.format, draws, pace)
 
 
 class Binding:
-    """A plan, and the way to the tensors that it was made for."""
+    """A plan, and the way to the tensors that it was made for.
+
+    Args:
+        sides: the averages, of the same params.
+        held: what this rank holds of the model, by name.
+    """
 
     def __init__(
-        self,
-        model: Module,
-        shares: Sequence[Share],
-        planes: Mapping[str, tuple[Tensor, ...]],
-        held: Mapping[str, Held],
-        num_averaged: Tensor,
-        *,
-        config: object,
-        backend: str | None,
+        self, model: Module, sides: Sequence[Side], held: Mapping[str, Held], *, config: object, backend: str | None
     ) -> None:
         self._config = config
-        self._finder = Finder(model, shares, held)
+        self._finder = Finder(model, sides[0].shares, held)
         bases = self._finder.find(model)
         assert bases is not None, "a walk just made must fit"
+        places = {share.name: place for place, share in enumerate(self._finder.shares)}
         # A rank may have no part of a small or unevenly sharded param.
-        chosen = [i for i, share in enumerate(self._finder.shares) if share.numel]
-        self._chosen = chosen
-        ours = [self._finder.shares[i] for i in chosen]
-        views = Views(self._finder, chosen, bases)
-        pairs = [
-            Pair(share.name, view, planes[share.name], share.format) for share, view in zip(ours, views, strict=True)
+        chosen = [
+            (pace, places[share.name], share)
+            for pace, side in enumerate(sides)
+            for share in sorted(side.shares, key=lambda share: places[share.name])
+            if share.numel
         ]
+        self._chosen = [(place, share) for _, place, share in chosen]
+        views = Views(self._finder, self._chosen, bases)
+        pairs = [sides[pace].pair(share, view, pace) for (pace, _, share), view in zip(chosen, views, strict=True)]
         for pair in pairs:
             checks.check_sides(pair, any_device=False)
         checks.check_overlap(pairs)
         for device in {pair.average.device for pair in pairs}:
             checks.refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
         homes = frozenset(plane.data_ptr() for pair in pairs for plane in pair.planes)
-        self.plan = Plan(pairs, choice.choose_backends(backend, choice.device_types(pairs)), num_averaged, homes)
+        counters = [side.num_averaged for side in sides]
+        self.plan = Plan(pairs, choice.choose_backends(backend, choice.device_types(pairs)), counters, homes)
         self._planes = tuple(plane for pair in pairs for plane in pair.planes)
-        self._bases = Fingerprint([*bases, num_averaged])
+        self._bases = Fingerprint([*bases, *counters])
 
     def current(
-        self, model: Module, config: object, num_averaged: Tensor
+        self, model: Module, config: object, counters: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], tuple[Tensor, ...]] | None:
         """Give the (params, planes) of the plan as they are now, or None if it no longer fits them."""
         if config != self._config:
             return None
         bases = self._finder.find(model)
-        if bases is None or not self._bases.fits([*bases, num_averaged]):
+        if bases is None or not self._bases.fits([*bases, *counters]):
             return None
         return Views(self._finder, self._chosen, bases), self._planes
+
+
+def bind(
+    bindings: Bindings,
+    model: Module,
+    sides: Sequence[Side],
+    find: Callable[[Module], dict[str, Held]],
+    *,
+    config: object,
+    backend: str | None,
+) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]:
+    """Give the plan for ``model`` and the tensors of both sides, planning anew where the old one no longer fits.
+
+    Args:
+        find: gives what this rank holds of the model, checked.
+        config: what else the plan depends on.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: names, shapes, placements or memory do not go together; it names the parameter.
+    """
+    if not isinstance(model, Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    counters = [side.num_averaged for side in sides]
+    current = bindings.current(model, config, counters)
+    if current is None:
+        # A forward pass without a backward leaves FSDP's root gathered, with other tensors in its modules.
+        reshard(model)
+        current = bindings.current(model, config, counters)
+    if current is None:
+        for counter in counters:
+            checks.check_counter(counter)
+        bindings.use(Binding(model, sides, find(model), config=config, backend=backend))
+        current = bindings.current(model, config, counters)
+        assert current is not None, "a plan just made must fit"
+    return current
+
+
+def refuse_nonfinite(plan: Plan, params: Sequence[Tensor], device: torch.device, ranks: Ranks) -> None:
+    """Raise ValueError on every rank, naming a param that holds a NaN or an infinity on one of them. Collective."""
+    name = plan.first_nonfinite(params)
+    if found_anywhere(name is not None, device, ranks.max_):
+        told = zip(ranks.ranks, ranks.gather(name), strict=True)
+        rank, first = next((rank, name) for rank, name in told if name is not None)
+        raise ValueError(f"{first!r} must be finite, got a NaN or an infinity on rank {rank}; the average is as it was")

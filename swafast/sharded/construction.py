@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.nn import Module
 
 from .. import checks
@@ -143,12 +142,9 @@ def _digest(value: object) -> bytes:
     return hashlib.sha256(repr(value).encode()).digest()
 
 
-def make_spreads(shares: Sequence[Share], ranks: Ranks, process_group: ProcessGroup | None) -> list[Spread]:
+def make_spreads(shares: Sequence[Share], ranks: Ranks) -> list[Spread]:
     """Make a spread for each cut, and process groups for those that are cut over a part of the ranks. Collective."""
     cuts = {id(share.cut): share.cut for share in shares if share.cut is not None}
-    groups = {ranks.ranks: ranks}
     # In one order on every rank: each group waits for its members.
-    for replicas in sorted({cut.replicas for cut in cuts.values()}):
-        if replicas not in groups:
-            groups[replicas] = Ranks(process_group, replicas)
+    groups = {replicas: ranks.part(replicas) for replicas in sorted({cut.replicas for cut in cuts.values()})}
     return [Spread(cut, groups[cut.replicas]) for cut in cuts.values()]

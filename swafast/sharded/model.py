@@ -13,7 +13,7 @@ from torch.nn import Module
 
 from .. import checks
 from .._torch import disable_dynamo
-from ..backends import Pair, found_anywhere
+from ..backends import Pair
 from ..formats import check_format
 from ..functions import choose_rule
 from ..locks import ForkSafeLock
@@ -21,7 +21,7 @@ from ..matching import Bindings
 from ..plan import Plan
 from ..rules import EqualAverage, Rule
 from . import construction, states
-from .binding import Binding, check_model, find_held
+from .binding import Side, bind, check_model, find_held, refuse_nonfinite
 from .holdings import Held, find_holdings, reshard
 from .ranks import Ranks
 from .shares import share_out
@@ -46,17 +46,18 @@ class ShardedAveragedModel:
 
     Args:
         model: the model as it trains, wrapped and sharded.
-        rule: how much the newest model weighs; default :class:`~swafast.rules.EqualAverage`.
-        format: ``"float32"``, ``"exact"`` or ``"mirrored"``; default by each parameter's dtype.
+        rule: how much the newest model weighs; default :class:`~swafast.rules.EqualAverage`. Several of them by name,
+            ``{"fast": ..., "slow": ...}``, make a :class:`~swafast.sharded.ShardedAverages` instead.
+        format, seed, backend: as for :class:`~swafast.FusedAveragedModel`. Random bits do not depend on the shards.
         include: ``include(name, param) -> bool`` picks what is averaged. The rest is left alone: neither stored, saved
             nor exchanged.
-        process_group: the ranks that the model is spread over; default: all. A group of our own is made over them.
+        process_group: the ranks that the model is spread over; default: all. A group of our own is made over them,
+            unless it is the :class:`Ranks` of another average.
         use_buffers: average floating-point buffers as well. Otherwise, and integer ones always, they are copied. Each
             rank has its own buffers' average; states have the first rank's.
         share_replicas: cut what several ranks hold alike over these ranks, also where it is sharded.
         nonfinite: ``"propagate"``; ``"raise"`` and ``"skip"`` leave the average as it was, on all ranks, when a
             parameter holds a NaN or an infinity on one, at the cost of one more read and an all-reduce of one flag.
-        backend: as for :class:`~swafast.FusedAveragedModel`.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -80,42 +81,51 @@ class ShardedAveragedModel:
 
     n_averaged: Tensor  # () int64, updates so far, on the params' device
 
+    def __new__(cls, *args: Any, rule: object = None, **options: Any) -> Any:
+        if rule is None or isinstance(rule, Rule) or not isinstance(rule, (Mapping, Sequence)):
+            return super().__new__(cls)
+        from .averages import ShardedAverages
+
+        return ShardedAverages(*args, rule=rule, kind=cls, **options)
+
     def __init__(
         self,
         model: Module,
         *,
-        rule: Rule | None = None,
+        rule: Rule | Mapping[str, Rule] | None = None,
         format: str | None = None,
         include: Callable[[str, Tensor], bool] | None = None,
-        process_group: ProcessGroup | None = None,
+        process_group: ProcessGroup | Ranks | None = None,
         use_buffers: bool = False,
         share_replicas: bool = False,
         nonfinite: str = "propagate",
         backend: str | None = None,
+        seed: int = 0,
     ) -> None:
         self._lock = ForkSafeLock()
         self._swapped = False
         self._bindings = Bindings()
-        self._ranks = Ranks(process_group)
-        self.format, self.backend, self.nonfinite = format, backend, nonfinite
+        self._ranks = process_group if isinstance(process_group, Ranks) else Ranks(process_group)
+        self.format, self.backend, self.nonfinite, self.seed = format, backend, nonfinite, seed
         self.use_buffers, self.share_replicas = use_buffers, share_replicas
         with self._ranks.settled("ShardedAveragedModel"):
             check_format(format)
             checks.check_nonfinite(nonfinite)
+            checks.check_seed(seed)
             self.rule = choose_rule(rule, None, None) or EqualAverage()
             check_model(model)
             reshard(model)
         self._meshes = construction.gather_meshes(model, self._ranks)
         with self._ranks.settled("ShardedAveragedModel"):
             held = self._set_up(model, include)
-        options = ("rule", "format", "nonfinite", "use_buffers", "share_replicas")
+        options = ("rule", "format", "nonfinite", "use_buffers", "share_replicas", "seed")
         described = {option: construction.spell(getattr(self, option)) for option in options}
         self._ranks.agree("the model and the arguments", described | construction.describe(self._shares))
         construction.require_same_bits(self._shares, held, self._ranks)
-        self._spreads = construction.make_spreads(self._shares, self._ranks, process_group)
+        self._spreads = construction.make_spreads(self._shares, self._ranks)
         with self._ranks.settled("ShardedAveragedModel"):
             plan, params, planes = self._bind(model)
-            plan.update(params, planes, self.rule)  # the first one copies; it does not count
+            plan.update(params, planes, [self.rule])  # the first one copies; it does not count
             self.n_averaged.zero_()
 
     # Construction
@@ -152,42 +162,17 @@ class ShardedAveragedModel:
         with self._alone("update_parameters"):
             plan, params, planes = self._bind(model)
             if self.nonfinite == "raise":
-                self._refuse_nonfinite(plan, params)
+                refuse_nonfinite(plan, params, self.n_averaged.device, self._ranks)
             skip = self.nonfinite == "skip"
             share = self._ranks.max_ if skip else None
-            plan.update(params, planes, self.rule, skip_nonfinite=skip, share=share)
-
-    def _refuse_nonfinite(self, plan: Plan, params: Sequence[Tensor]) -> None:
-        name = plan.first_nonfinite(params)
-        if found_anywhere(name is not None, self.n_averaged.device, self._ranks.max_):
-            told = zip(self._ranks.ranks, self._ranks.gather(name), strict=True)
-            rank, first = next((rank, name) for rank, name in told if name is not None)
-            raise ValueError(
-                f"{first!r} must be finite, got a NaN or an infinity on rank {rank}; the average is as it was"
-            )
+            plan.update(params, planes, [self.rule], skip_nonfinite=skip, share=share)
 
     def _bind(self, model: Module) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]:
-        """Give the plan for ``model`` and the tensors of both sides, planning anew where the old one no longer fits."""
-        if not isinstance(model, Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        current = self._bindings.current(model, self.backend, self.n_averaged)
-        if current is None:
-            # A forward pass without a backward leaves FSDP's root gathered, with other tensors in its modules.
-            reshard(model)
-            current = self._bindings.current(model, self.backend, self.n_averaged)
-        if current is None:
-            checks.check_counter(self.n_averaged)
-            held = self._find_held(model)
-            self._bindings.use(
-                Binding(
-                    *(model, self._shares, self._planes, held, self.n_averaged),
-                    config=self.backend,
-                    backend=self.backend,
-                )
-            )
-            current = self._bindings.current(model, self.backend, self.n_averaged)
-            assert current is not None, "a plan just made must fit"
-        return current
+        side = self._side()
+        return bind(self._bindings, model, [side], self._find_held, config=self.backend, backend=self.backend)
+
+    def _side(self) -> Side:
+        return Side(self._shares, self._planes, self.n_averaged, self.seed)
 
     def _find_held(self, model: Module) -> dict[str, Held]:
         return find_held(model, self._shares, self._left_alone, self._ranks.ranks, self._meshes)

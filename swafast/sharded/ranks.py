@@ -60,6 +60,8 @@ class Ranks:
         if self.rank not in self.ranks:
             raise ValueError(f"process_group must hold this rank, {self.rank}, got one of {list(self.ranks)}")
         self._lost: str | None = None  # why no peer may be met any more
+        self._parent = process_group
+        self._parts: dict[tuple[int, ...], Ranks] = {self.ranks: self}
         timeout = group_timeout(parent)
         with self._heard():
             self._group = new_group(
@@ -68,6 +70,13 @@ class Ranks:
                 timeout=timeout + _GRACE if timeout is not None else None,
                 backend=dist.get_backend(parent) if ranks is not None or process_group is not None else None,
             )
+
+    def part(self, ranks: Sequence[int]) -> Ranks:
+        """Give a group over some of these ranks, this one among them; made once, together with the others of them."""
+        key = tuple(sorted(ranks))
+        if key not in self._parts:
+            self._parts[key] = Ranks(self._parent, key)
+        return self._parts[key]
 
     @property
     def size(self) -> int:

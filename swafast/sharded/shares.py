@@ -8,8 +8,9 @@ from functools import cached_property
 
 from torch import Tensor
 
+from ..boxes import Box, boxes_of_run
 from ..formats import Format
-from .boxes import Box, FlatOrder, boxes_of_run
+from .flat_order import FlatOrder
 from .holdings import Holding
 
 

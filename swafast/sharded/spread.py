@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .boxes import Run
+from .flat_order import Run
 from .holdings import Held
 from .ranks import Ranks
 from .shares import Cut, view_of_run

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement
 
+from ..boxes import Box, boxes_of_run
 from ..checksum import checksum, wrap_int64
-from .boxes import Box, boxes_of_run
 from .holdings import is_spread_as
 from .part_tensor import PartTensor
 from .ranks import Ranks

@@ -40,16 +40,23 @@ struct CudaLaunch : AnyLaunch {
   int32_t skip_nonfinite = 0, capturing = -1;
   int64_t nonfinite = 0;  // of the state, as the launch finds it
 
-  int32_t update_table(const Rows& rows, const Chunks& chunks, const swafast_rule& rule, int64_t* num_averaged,
-                       int64_t advance) override {
-    Words<int64_t> counter(*num_averaged);
+  int32_t update_paces(const Rows& rows, const Chunks& chunks, Paces& paces, int64_t advance) override {
+    std::vector<Words<int64_t>> counts;
+    for (const Pace& pace : paces) counts.emplace_back(pace.num_averaged);
     const int32_t status = with_table(rows, chunks, [&](const swafast_table& table) {
-      return swafast_cuda_update(&table, &rule, counter.data(), advance, skip_nonfinite, &capturing, kStream);
+      // Gone when the call is over: a launch may not come back for it.
+      std::vector<swafast_pace> addressed;
+      for (size_t k = 0; k < paces.size(); ++k) addressed.push_back({paces[k].rule, counts[k].data()});
+      return swafast_cuda_update(&table, addressed.data(), static_cast<int64_t>(addressed.size()), advance,
+                                 skip_nonfinite, &capturing, kStream);
     });
-    counter.check(true, "counter");
-    *num_averaged = *counter.data();
+    for (size_t k = 0; k < paces.size(); ++k) {
+      counts[k].check(true, "counter");
+      paces[k].num_averaged = *counts[k].data();
+    }
     return status;
   }
+  int32_t status_of_bad_count() const override { return SWAFAST_OK; }
 
   int32_t exchange_table(const Rows& rows, const Chunks& chunks, int64_t wanted) override {
     return with_table(rows, chunks,

@@ -1,14 +1,16 @@
 // The CUDA kernels against oracle.h, element by element, through the C interface alone, on a CPU: shim/cuda_runtime.h.
 //
-//   cuda_test [--large NAME]
+//   cuda_test [--large NAME | --mutant NUMBER]
 //
 // Ends with 0, or with 1 and a message at the first difference. --large takes tensors of more elements than 32 bits
-// count, of one NAME of kLarge, in place of everything else.
+// count, of one NAME of kLarge, in place of everything else. --mutant takes the bug of that number, where the kernels
+// were built with some: tests/test_cuda_source.py.
 #include <cuda_runtime.h>
 
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 #include <utility>
 #include <vector>
@@ -18,6 +20,7 @@
 #include "large.h"
 #include "layouts.h"
 #include "oracle.h"
+#include "paces.h"
 #include "swafast.h"
 #include "tensors.h"
 
@@ -70,7 +73,7 @@ void check_updates() {
       for (Tensor& tensor : launch.tensors) tensor.fill_random(random);
       int64_t num_averaged = it.num_averaged;
       require(launch.update(it.rule, &num_averaged, it.advance) == SWAFAST_OK, "an update failed");
-      for (Tensor& tensor : launch.tensors) tensor.check_updated(it.weight);
+      for (Tensor& tensor : launch.tensors) tensor.check_updated({it.weight, it.num_averaged});
       require(num_averaged == it.num_averaged + it.advance, "the counter went from %lld by %lld to %lld",
               static_cast<long long>(it.num_averaged), static_cast<long long>(it.advance),
               static_cast<long long>(num_averaged));
@@ -83,22 +86,26 @@ void check_updates() {
 // Arrays that are misaligned alike are worked on 16 bytes at a time all the same, but for a head and a tail.
 void check_widths() {
   struct Width {
-    int32_t dtype;
+    int32_t dtype, format;
     int64_t group, vectors;  // elements of a group; loads and stores of averages that go with it
   };
-  for (const Width& it : {Width{SWAFAST_FLOAT32, 4, 2}, Width{SWAFAST_BFLOAT16, 8, 4}, Width{SWAFAST_FLOAT16, 8, 6},
-                          Width{SWAFAST_BYTES, 16, 1}}) {
+  const Width widths[] = {
+      {SWAFAST_FLOAT32, SWAFAST_FORMAT_FLOAT32, 4, 2},   {SWAFAST_BFLOAT16, SWAFAST_FORMAT_EXACT, 8, 4},
+      {SWAFAST_FLOAT16, SWAFAST_FORMAT_MIRRORED, 8, 6},  {SWAFAST_BYTES, SWAFAST_FORMAT_COPIED, 16, 1},
+      {SWAFAST_BFLOAT16, SWAFAST_FORMAT_COMPACT, 16, 6}, {SWAFAST_FLOAT32, SWAFAST_FORMAT_COMPENSATED, 4, 4},
+      {SWAFAST_BFLOAT16, SWAFAST_FORMAT_HALF, 8, 2}};
+  for (const Width& it : widths) {
     for (const int64_t shift : {0, 1, 3}) {
       CudaLaunch launch;
       launch.chunk_numel = 5000;
-      const int64_t numel = launch.add(it.dtype, it.dtype, 5000, alike(shift)).numel;
+      const int64_t numel = launch.add(it.dtype, it.format, 5000, alike(shift)).numel;
       const int64_t groups = (numel - (it.group - shift) % it.group) / it.group;
       Random random(3);
       launch.tensors[0].fill_random(random);
       shim_num_vectors = 0;
       launch.update_and_check(0.3);
       require(shim_num_vectors == groups * it.vectors,
-              "dtype %d, misaligned by %lld: %lld vectors of averages, not %lld", it.dtype,
+              "dtype %d, format %d, misaligned by %lld: %lld vectors of averages, not %lld", it.dtype, it.format,
               static_cast<long long>(shift), static_cast<long long>(shim_num_vectors),
               static_cast<long long>(groups * it.vectors));
     }
@@ -126,7 +133,7 @@ void check_grids() {
       // Told apart from the weight after one more model.
       int64_t num_averaged = 3;
       require(launch.update({SWAFAST_RULE_EQUAL, {}}, &num_averaged) == SWAFAST_OK, "an update failed");
-      for (Tensor& tensor : launch.tensors) tensor.check_updated(0.25);
+      for (Tensor& tensor : launch.tensors) tensor.check_updated({0.25, 3});
       require(num_averaged == 4, "the counter went from 3 to %lld", static_cast<long long>(num_averaged));
     }
     CudaLaunch none;
@@ -178,7 +185,7 @@ void check_exchange() {
     CudaLaunch launch = make_launch(layout);
     std::vector<Tensor> alike;
     for (Tensor& tensor : launch.tensors) {
-      if (tensor.dtype != tensor.format) continue;
+      if (!exchangeable(tensor)) continue;
       tensor.fill_random(random);
       alike.push_back(std::move(tensor));
     }
@@ -203,7 +210,7 @@ const uint32_t kBads[3][3] = {{0x7f800000, 0xff800000, 0x7f800001}, {0x7f80, 0xf
 const uint32_t kLargest[3] = {0xff7fffff, 0xff7f, 0xfbff};
 
 void spoil(Tensor& tensor, int64_t i, uint32_t bits) {
-  put_bits(tensor.param.data(), param_itemsize(tensor.dtype), i, bits);
+  put_bits(tensor.param->data(), param_itemsize(tensor.dtype), i, bits);
 }
 
 void check_first_nonfinite() {
@@ -287,22 +294,22 @@ void check_capture() {
   CudaLaunch made = make_small_launch();
   Tensor& tensor = made.tensors[0];
   const Rows rows = {tensor.row()};
-  const Chunks chunks = {{0, 0, tensor.numel}};
+  const Chunks chunks = {{0, 0, tensor.numel, 0, 1}};
   swafast_state state = {0, 0, 0};
   const swafast_table table = {rows.data(), chunks.data(), 1, 1, &state, 0, 6};
-  const swafast_rule rule = {SWAFAST_RULE_EQUAL, {}};
   int64_t num_averaged = 0;
+  const swafast_pace pace = {{SWAFAST_RULE_EQUAL, {}}, &num_averaged};
   int32_t capturing = -1;
   shim_capturing = 1;
-  require(swafast_cuda_update(&table, &rule, &num_averaged, 1, 0, &capturing, kStream) == SWAFAST_OK && capturing == 1,
+  require(swafast_cuda_update(&table, &pace, 1, 1, 0, &capturing, kStream) == SWAFAST_OK && capturing == 1,
           "an update into a graph said %d", capturing);
   shim_capturing = 0;
   require(num_averaged == 0 && tensor.untouched(), "a captured update ran at once");
   shim_replay();
-  tensor.check_updated(1.0);
+  tensor.check_updated({1.0, 0});
   tensor.plane0.remember();
   shim_replay();
-  tensor.check_updated(0.5);
+  tensor.check_updated({0.5});
   require(num_averaged == 2 && state.blocks_begun == 2, "two replays counted %lld",
           static_cast<long long>(num_averaged));
   shim_forget_captured();
@@ -324,8 +331,10 @@ int main(int argc, char** argv) {
   static std::string order;
   subject = [] { return (order = describe_order()).c_str(); };
   if (argc == 3 && std::string(argv[1]) == "--large") return run_large(argv[2]);
-  if (argc != 1) {
-    std::fprintf(stderr, "usage: cuda_test [--large NAME], with a NAME of kLarge\n");
+  if (argc == 3 && std::string(argv[1]) == "--mutant") {
+    shim_mutant = std::atoi(argv[2]);
+  } else if (argc != 1) {
+    std::fprintf(stderr, "usage: cuda_test [--large NAME | --mutant NUMBER], with a NAME of kLarge\n");
     return 2;
   }
   for (int turn = 0; turn < 4; ++turn) {
@@ -340,6 +349,11 @@ int main(int argc, char** argv) {
   check_capture();
   check_first_nonfinite();
   check_exchange();
+  for (int turn = 0; turn < 2; ++turn) {
+    take_order(3 * turn);
+    Random random(10);
+    check_paces<CudaLaunch>(random);
+  }
   check_updates();
   std::printf("every check passed: %s\n", swafast_cuda_build());
   return 0;

@@ -36,9 +36,12 @@ class Reserved {
 // A chunk that starts past 2^32 elements.
 inline void check_far_offsets(AnyLaunch& launch) {
   constexpr int64_t kFar = (int64_t{1} << 32) + 5, kNumel = 100;
+  constexpr uint64_t kKey = 77;
   Random random(6);
-  for (const int32_t dtype : kDtypes) {
-    const int32_t format = dtype;  // the default format of each dtype has its number
+  const int32_t kinds[][2] = {{SWAFAST_FLOAT32, SWAFAST_FORMAT_FLOAT32},     {SWAFAST_BFLOAT16, SWAFAST_FORMAT_EXACT},
+                              {SWAFAST_FLOAT16, SWAFAST_FORMAT_MIRRORED},    {SWAFAST_BFLOAT16, SWAFAST_FORMAT_COMPACT},
+                              {SWAFAST_FLOAT32, SWAFAST_FORMAT_COMPENSATED}, {SWAFAST_BFLOAT16, SWAFAST_FORMAT_HALF}};
+  for (const auto& [dtype, format] : kinds) {
     const int64_t itemsizes[3] = {param_itemsize(dtype), plane_itemsize(format, 0), plane_itemsize(format, 1)};
     Reserved reserved[3] = {Reserved((kFar + kNumel) * itemsizes[0]), Reserved((kFar + kNumel) * itemsizes[1]),
                             Reserved((kFar + kNumel) * (itemsizes[2] == 0 ? 1 : itemsizes[2]))};
@@ -55,8 +58,11 @@ inline void check_far_offsets(AnyLaunch& launch) {
                         {reserved[1].base(), itemsizes[2] == 0 ? nullptr : reserved[2].base()},
                         kFar + kNumel,
                         dtype,
-                        format}};
-    Chunks chunks = {{0, kFar, kNumel}};
+                        format,
+                        kKey,
+                        0,
+                        0}};
+    Chunks chunks = {{0, kFar, kNumel, kFar, 1}};
     if (planted == "truncated-far") chunks[0].offset = static_cast<int32_t>(chunks[0].offset);
     int64_t num_averaged = 1, index = -7;
     launch.exchanged = 0;
@@ -64,8 +70,9 @@ inline void check_far_offsets(AnyLaunch& launch) {
             "a far chunk was refused");
     for (int64_t i = 0; i < kNumel; ++i) {
       const uint32_t planes[2] = {bits_at(spans[1], itemsizes[1], i), bits_at(spans[2], itemsizes[2], i)};
-      require(follows(dtype, format, before[static_cast<size_t>(i)], 0.3, planes),
-              "dtype %d: element %lld past 2^32 is wrong", dtype, static_cast<long long>(i));
+      require(
+          follows(dtype, format, before[static_cast<size_t>(i)], 0.3, oracle::random_bits(kKey, 1, kFar + i), planes),
+          "dtype %d: element %lld past 2^32 is wrong", dtype, static_cast<long long>(i));
     }
     const uint32_t param = bits_at(spans[0], itemsizes[0], 7), average = bits_at(spans[1], itemsizes[1], 7);
     require(launch.exchange_table(rows, chunks, 1) == SWAFAST_OK && launch.exchanged == 1 &&

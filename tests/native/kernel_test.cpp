@@ -24,6 +24,7 @@
 #include "far.h"
 #include "launch.h"
 #include "oracle.h"
+#include "paces.h"
 #include "swafast.h"
 #include "tensors.h"
 
@@ -44,6 +45,7 @@ Launch make_launch(int64_t chunk_numel, int32_t num_threads, int64_t shift) {
       }
     }
   }
+  launch.number_elements();
   return launch;
 }
 
@@ -64,7 +66,7 @@ void check_updates() {
       {constant(0.5), 1, 1, 0.5},
       {constant(0.9), int64_t{1} << 40, 1, 0.9},
       {constant(1.0 - 0x1p-24), 1, 1, 1.0 - 0x1p-24},
-      {constant(1.0 - 1e-12), 1, 1, 1.0},  // rounds to 1, and so copies
+      {constant(1.0 - 1e-12), 1, 1, 1.0 - 1e-12},  // rounds to 1 in float32, and so copies there
       {constant(1.0), 1, 1, 1.0},
   };
   Random random(1);
@@ -77,7 +79,7 @@ void check_updates() {
           int64_t num_averaged = it.num_averaged;
           if (planted == "stale-weight") num_averaged += num_averaged == 2;
           require(launch.update(it.rule, &num_averaged, it.advance) == SWAFAST_OK, "an update was refused");
-          for (Tensor& tensor : launch.tensors) tensor.check_updated(it.weight);
+          for (Tensor& tensor : launch.tensors) tensor.check_updated({it.weight, it.num_averaged});
           require(num_averaged == it.num_averaged + it.advance, "the counter went from %lld by %lld to %lld",
                   static_cast<long long>(it.num_averaged), static_cast<long long>(it.advance),
                   static_cast<long long>(num_averaged));
@@ -94,10 +96,9 @@ void check_self_copy() {
   tensor.fill_random(random);
   swafast_tensor row = tensor.row();
   row.planes[0] = row.param;
-  const swafast_chunk chunk = {0, 0, 1000};
-  const swafast_rule rule = constant(0.5);
   int64_t num_averaged = 1;
-  require(swafast_cpu_update(&row, 1, &chunk, 1, &rule, &num_averaged, 1, 1) == SWAFAST_OK && launch.untouched(),
+  require(launch.update_table({row}, {{0, 0, 1000, 0, 1}}, constant(0.5), &num_averaged, 1) == SWAFAST_OK &&
+              launch.untouched(),
           "a tensor copied to itself changed");
 }
 
@@ -119,6 +120,11 @@ void check_refusals() {
                       {SWAFAST_BFLOAT16, SWAFAST_FORMAT_FLOAT32, true},
                       {SWAFAST_FLOAT32, SWAFAST_FORMAT_EXACT, true},
                       {SWAFAST_FLOAT16, SWAFAST_FORMAT_EXACT, true},
+                      {SWAFAST_BYTES, SWAFAST_FORMAT_COMPACT, false},
+                      {SWAFAST_BYTES, SWAFAST_FORMAT_HALF, false},
+                      {SWAFAST_FLOAT32, SWAFAST_FORMAT_COMPACT, true},
+                      {SWAFAST_FLOAT16, SWAFAST_FORMAT_HALF, true},
+                      {SWAFAST_BFLOAT16, SWAFAST_FORMAT_COMPENSATED, true},
                       {SWAFAST_FLOAT32, SWAFAST_FORMAT_MIRRORED, true}};
   Launch launch;
   Random random(3);
@@ -139,8 +145,7 @@ void check_refusals() {
                   exchanged == 0,
               "an exchange took dtype %d with format %d", bad.dtype, bad.format);
       if (!bad.exchange_only) {
-        require(swafast_cpu_update(rows.data(), 3, chunks.data(), num_chunks, &rule, &num_averaged, 1, 2) ==
-                    SWAFAST_BAD_TENSOR,
+        require(launch.update_table(rows, chunks, rule, &num_averaged, 1) == SWAFAST_BAD_TENSOR,
                 "an update took dtype %d with format %d", bad.dtype, bad.format);
         require(swafast_cpu_first_nonfinite(rows.data(), 3, chunks.data(), num_chunks, 2, &index) == SWAFAST_BAD_TENSOR,
                 "first_nonfinite took dtype %d with format %d", bad.dtype, bad.format);
@@ -158,6 +163,33 @@ void check_refusals() {
   require(none.update(rule, &num_averaged) == SWAFAST_OK && num_averaged == 5, "an update of nothing did not count");
 }
 
+void check_refused_rows() {
+  Launch launch;
+  launch.num_threads = 2;
+  Random random(9);
+  launch.add(SWAFAST_FLOAT32, SWAFAST_FORMAT_FLOAT32, 200);
+  for (int k = 0; k < 2; ++k) launch.add_follower(SWAFAST_FORMAT_EXACT);
+  for (Tensor& tensor : launch.tensors) tensor.fill_random(random);
+  const auto chunks = launch.chunks();
+  int64_t num_averaged = 4;
+  const auto refuses = [&](int32_t status, void (*spoil)(Rows& rows), const char* what) {
+    Rows rows = launch.rows();
+    spoil(rows);
+    require(launch.update_table(rows, chunks, constant(0.3), &num_averaged, 1) == status && num_averaged == 4 &&
+                launch.untouched(),
+            "an update took rows of which %s", what);
+  };
+  refuses(SWAFAST_BAD_TENSOR, [](Rows& rows) { rows[0].followers = -1; }, "the first has -1 followers");
+  refuses(SWAFAST_BAD_TENSOR, [](Rows& rows) { rows[0].followers = 3; }, "there are too few");
+  refuses(SWAFAST_BAD_TENSOR, [](Rows& rows) { rows[2].followers = 1; }, "the last has a follower");
+  refuses(SWAFAST_BAD_TENSOR, [](Rows& rows) { rows[1].followers = INT32_MAX; }, "one has very many followers");
+  refuses(SWAFAST_BAD_TENSOR, [](Rows& rows) { rows[2].param = rows[2].planes[0]; }, "one has another param");
+  refuses(SWAFAST_BAD_TENSOR, [](Rows& rows) { rows[1].numel = 199; }, "one has another size");
+  refuses(SWAFAST_BAD_TENSOR, [](Rows& rows) { rows[2].dtype = SWAFAST_FLOAT16; }, "one has another dtype");
+  refuses(SWAFAST_BAD_PACE, [](Rows& rows) { rows[0].pace = -1; }, "the first has a negative pace");
+  refuses(SWAFAST_BAD_PACE, [](Rows& rows) { rows[2].pace = 1; }, "the last has a pace that is not there");
+}
+
 void check_exchange() {
   Random random(4);
   for (const int64_t chunk_numel : {33, 1000, 5000}) {  // the last is longer than the window of an exchange
@@ -165,7 +197,7 @@ void check_exchange() {
       Launch launch = make_launch(chunk_numel, num_threads, 1);
       std::vector<Tensor> alike;
       for (Tensor& tensor : launch.tensors) {
-        if (param_itemsize(tensor.dtype) == plane_itemsize(tensor.format, 0) && tensor.dtype == tensor.format) {
+        if (exchangeable(tensor)) {
           tensor.fill_random(random);
           alike.push_back(std::move(tensor));
         }
@@ -203,16 +235,16 @@ void check_first_nonfinite() {
       // A parallel region costs milliseconds where others share the cores: two threads look at both ends alone.
       const int64_t step = num_threads == 1 || tensor.numel == 1 ? 1 : tensor.numel - 1;
       for (int64_t i = 0; i < tensor.numel; i += step) {
-        put_bits(tensor.param.data(), itemsize, i, bads[tensor.dtype][i % 3]);
+        put_bits(tensor.param->data(), itemsize, i, bads[tensor.dtype][i % 3]);
         require(launch.first_nonfinite(&index) == SWAFAST_OK && index == static_cast<int64_t>(t),
                 "dtype %d: element %lld of tensor %lld is not finite, and %lld was named", tensor.dtype,
                 static_cast<long long>(i), static_cast<long long>(t), static_cast<long long>(index));
-        put_bits(tensor.param.data(), itemsize, i, largest[tensor.dtype]);
+        put_bits(tensor.param->data(), itemsize, i, largest[tensor.dtype]);
       }
     }
     for (size_t t = launch.tensors.size(); t-- > 1;) {
       Tensor& tensor = launch.tensors[t];
-      put_bits(tensor.param.data(), param_itemsize(tensor.dtype), tensor.numel - 1, bads[tensor.dtype][0]);
+      put_bits(tensor.param->data(), param_itemsize(tensor.dtype), tensor.numel - 1, bads[tensor.dtype][0]);
       require(launch.first_nonfinite(&index) == SWAFAST_OK && index == static_cast<int64_t>(t),
               "of several tensors that are not finite the first is %lld, and %lld was named", static_cast<long long>(t),
               static_cast<long long>(index));
@@ -353,18 +385,22 @@ void check_weights() {
   }
 }
 
+// What takes longest comes last.
 void check_isa(bool all) {
   Launch launch;
+  Random random(10);
+  check_fork();
   check_far_offsets(launch);
-  check_updates();
   check_self_copy();
   check_refusals();
+  check_refused_rows();
+  check_paces<Launch>(random);
   check_exchange();
   check_first_nonfinite();
   check_checksum();
+  check_updates();
   check_conversions();
   check_exact_pairs(all);
-  check_fork();
 }
 
 }  // namespace

@@ -74,11 +74,17 @@ inline void check_large(int32_t dtype, int32_t format, int64_t chunk_numel, int6
     put_bits(plane1.data(), itemsizes[2], i, element.planes[1]);
     if (i < 1010 || random.below(300) == 0) samples.push_back({i, element});
   }
-  const Rows rows = {
-      {param.data(), {plane0.data(), itemsizes[2] == 0 ? nullptr : plane1.data()}, kLargeNumel, dtype, format}};
+  const Rows rows = {{param.data(),
+                      {plane0.data(), itemsizes[2] == 0 ? nullptr : plane1.data()},
+                      kLargeNumel,
+                      dtype,
+                      format,
+                      0,
+                      0,
+                      0}};
   Chunks chunks;
   for (int64_t offset = 0; offset < kLargeNumel; offset += chunk_numel) {
-    chunks.push_back({0, offset, std::min(chunk_numel, kLargeNumel - offset)});
+    chunks.push_back({0, offset, std::min(chunk_numel, kLargeNumel - offset), offset, 1});
   }
   CudaLaunch launch;
   int64_t num_averaged = 1;

@@ -28,6 +28,9 @@ inline std::set<int64_t> edges_of(int32_t format) {
   if (format == SWAFAST_FORMAT_FLOAT32) add_edges<Update<Dtype, FormatFloat32, true>>(sizes);
   if (format == SWAFAST_FORMAT_EXACT) add_edges<Update<Dtype, FormatExact, true>>(sizes);
   if (format == SWAFAST_FORMAT_MIRRORED) add_edges<Update<Dtype, FormatMirrored, true>>(sizes);
+  if (format == SWAFAST_FORMAT_COMPACT) add_edges<Update<Dtype, FormatCompact, true>>(sizes);
+  if (format == SWAFAST_FORMAT_COMPENSATED) add_edges<Update<Dtype, FormatCompensated, true>>(sizes);
+  if (format == SWAFAST_FORMAT_HALF) add_edges<Update<Dtype, FormatHalf, true>>(sizes);
   return sizes;
 }
 
@@ -67,5 +70,6 @@ inline CudaLaunch make_launch(const Layout& layout) {
       }
     }
   }
+  launch.number_elements();
   return launch;
 }

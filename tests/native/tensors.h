@@ -10,10 +10,12 @@
 #include <cstring>
 #include <functional>
 #include <iterator>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "elements.h"
 #include "oracle.h"
 #include "swafast.h"
 
@@ -35,9 +37,10 @@ inline void unpoison(const void*, size_t) {}
 #endif
 
 // Ways to spoil what the library is handed; the test has to fail with each of them.
-inline const char* const kPlants[] = {"long-chunk",   "short-chunk",   "dropped-chunk", "doubled-chunk",
-                                      "wrong-dtype",  "wrong-format",  "shifted-plane", "swapped-planes",
-                                      "stale-weight", "truncated-far", "shifted-index"};
+inline const char* const kPlants[] = {"long-chunk",        "short-chunk",      "dropped-chunk",    "doubled-chunk",
+                                      "wrong-dtype",       "wrong-format",     "shifted-plane",    "swapped-planes",
+                                      "stale-weight",      "truncated-far",    "shifted-index",    "wrong-key",
+                                      "wrong-first-index", "wrong-index-step", "dropped-follower", "another-pace"};
 inline std::string planted;
 
 inline bool is_plant(const std::string& name) {
@@ -58,22 +61,6 @@ inline void require(bool holds, const char* message, ...) {
   std::fflush(stderr);
   std::_Exit(1);
 }
-
-// splitmix64: the same numbers on every machine.
-class Random {
- public:
-  explicit Random(uint64_t seed) : state_(seed) {}
-  uint64_t next() {
-    uint64_t z = (state_ += 0x9e3779b97f4a7c15u);
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-  }
-  uint32_t below(uint32_t limit) { return static_cast<uint32_t>(next() >> 32) % limit; }
-
- private:
-  uint64_t state_;
-};
 
 // Memory of a given size and misalignment. The bytes on either side must stay as they are; AddressSanitizer also sees a
 // read of them. They differ from buffer to buffer, or a copy of one buffer's into another's would not show.
@@ -122,113 +109,6 @@ class Guarded {
   std::vector<uint8_t> memory_, before_;
 };
 
-inline int64_t param_itemsize(int32_t dtype) {
-  const int64_t itemsizes[SWAFAST_NUM_DTYPES] = {4, 2, 2, 1};
-  return itemsizes[dtype];
-}
-
-inline int64_t plane_itemsize(int32_t format, int plane) {
-  const int64_t itemsizes[SWAFAST_NUM_FORMATS][2] = {{4, 0}, {2, 2}, {2, 4}, {1, 0}};
-  return itemsizes[format][plane];
-}
-
-// The bits of one param and of its average's planes.
-struct Element {
-  uint32_t param = 0;
-  uint32_t planes[2] = {0, 0};
-};
-
-inline uint32_t bits_at(const uint8_t* base, int64_t itemsize, int64_t i) {
-  uint32_t bits = 0;
-  if (itemsize != 0) std::memcpy(&bits, base + i * itemsize, static_cast<size_t>(itemsize));
-  return bits;
-}
-
-inline void put_bits(uint8_t* base, int64_t itemsize, int64_t i, uint32_t bits) {
-  if (itemsize != 0) std::memcpy(base + i * itemsize, &bits, static_cast<size_t>(itemsize));
-}
-
-inline float param_value(int32_t dtype, uint32_t bits) {
-  if (dtype == SWAFAST_FLOAT32) return oracle::float_of(bits);
-  const auto narrow = static_cast<uint16_t>(bits);
-  return dtype == SWAFAST_BFLOAT16 ? oracle::from_bfloat16(narrow) : oracle::from_float16(narrow);
-}
-
-inline float average_value(int32_t format, const uint32_t (&planes)[2]) {
-  if (format == SWAFAST_FORMAT_FLOAT32) return oracle::float_of(planes[0]);
-  const auto narrow = static_cast<uint16_t>(planes[0]);
-  if (format == SWAFAST_FORMAT_EXACT) return oracle::decode_exact({narrow, static_cast<int16_t>(planes[1])});
-  const float average = oracle::float_of(planes[1]);
-  return narrow == oracle::to_float16(average) ? average : oracle::from_float16(narrow);
-}
-
-// Whether these planes are what an update by this weight makes. The sign and payload of a NaN count in a copy alone.
-inline bool follows(int32_t dtype, int32_t format, const Element& before, double weight, const uint32_t (&planes)[2]) {
-  if (format == SWAFAST_FORMAT_COPIED) return planes[0] == before.param;
-  const uint32_t expected =
-      oracle::bits_of(oracle::lerp(average_value(format, before.planes), param_value(dtype, before.param), weight));
-  const bool any_nan = oracle::is_nan(expected) && static_cast<float>(weight) != 1.0f;
-  switch (format) {
-    case SWAFAST_FORMAT_FLOAT32:
-      return any_nan ? oracle::is_nan(planes[0]) : planes[0] == expected;
-    case SWAFAST_FORMAT_EXACT: {
-      const oracle::Exact encoded = oracle::encode_exact(oracle::float_of(expected));
-      const uint32_t ignored = any_nan ? 0x8000u : 0u;
-      return (planes[0] | ignored) == (encoded.average | ignored) &&
-             static_cast<int16_t>(planes[1]) == encoded.remainder;
-    }
-    default:
-      return (any_nan ? oracle::is_nan(planes[1]) : planes[1] == expected) &&
-             planes[0] == oracle::to_float16(oracle::float_of(planes[1]));
-  }
-}
-
-// Values where rounding, range or meaning changes: of float32, of bf16 (ties, the last finite) and of float16 alike.
-inline const uint32_t kSpecials[] = {0x00000000, 0x00000001, 0x00007fff, 0x00008000, 0x0000ffff, 0x007fffff, 0x00800000,
-                                     0x33000000, 0x33000001, 0x33800000, 0x387fc000, 0x387fe000, 0x387fffff, 0x38800000,
-                                     0x3eaaaaab, 0x3f000000, 0x3f7fffff, 0x3f800000, 0x3f807fff, 0x3f808000, 0x3f808001,
-                                     0x3f818000, 0x3f801000, 0x3f803000, 0x477fe000, 0x477fefff, 0x477ff000, 0x477fffff,
-                                     0x47800000, 0x4b800000, 0x7f7f7fff, 0x7f7f8000, 0x7f7fffff, 0x7f800000, 0x7f800001,
-                                     0x7f808000, 0x7fc00000, 0x7fc12345, 0x7fff8000, 0x7fffffff};
-constexpr uint32_t kNumSpecials = sizeof kSpecials / sizeof kSpecials[0];
-
-inline uint32_t random_float32(Random& random) {
-  const auto bits = static_cast<uint32_t>(random.next());
-  switch (random.below(4)) {
-    case 0:
-      return kSpecials[random.below(kNumSpecials)] | (bits & 0x80000000u);
-    case 1:
-      return bits;
-    default:  // near one another, where a lerp rounds
-      return (bits & 0x807fffffu) | ((124 + random.below(6)) << 23);
-  }
-}
-
-inline Element random_element(int32_t dtype, int32_t format, Random& random) {
-  Element element;
-  const bool raw = random.below(2) == 0;
-  const uint32_t value = random_float32(random), bits = static_cast<uint32_t>(random.next());
-  element.param = dtype == SWAFAST_FLOAT32 ? value : raw ? bits : value >> 16;
-  if (dtype == SWAFAST_FLOAT16 && !raw) element.param = oracle::to_float16(oracle::float_of(value));
-  const bool own = random.below(4) != 0;
-  const uint32_t average = random_float32(random);
-  const oracle::Exact encoded = oracle::encode_exact(oracle::float_of(average));
-  const auto other = static_cast<uint32_t>(random.next());
-  switch (format) {
-    case SWAFAST_FORMAT_EXACT:  // or a bf16 that somebody wrote beside a remainder that is now stale
-      element.planes[0] = own ? encoded.average : random_float32(random) >> 16;
-      element.planes[1] = own ? static_cast<uint16_t>(encoded.remainder) : other & 0xffffu;
-      break;
-    case SWAFAST_FORMAT_MIRRORED:  // or a float16 that somebody wrote
-      element.planes[0] = own ? oracle::to_float16(oracle::float_of(average)) : other & 0xffffu;
-      element.planes[1] = average;
-      break;
-    default:
-      element.planes[0] = average;
-  }
-  return element;
-}
-
 // By how many elements the buffers of a tensor are misaligned.
 struct Shifts {
   int64_t param = 0, plane0 = 0, plane1 = 0;
@@ -236,33 +116,61 @@ struct Shifts {
 inline Shifts apart(int64_t shift) { return {shift, shift * 3 % 16, shift * 5 % 16}; }
 inline Shifts alike(int64_t shift) { return {shift, shift, shift}; }
 
-// One param and its average, each on memory of its own.
+// What one average is moved by: the weight that its rule gives after so many models.
+struct Motion {
+  double weight;
+  int64_t num_averaged = 1;
+};
+
+// One param and one of its averages, each on memory of its own.
 struct Tensor {
   int32_t dtype, format;
   int64_t numel;
-  Guarded param, plane0, plane1;
+  bool is_follower = false;  // whether it has its param from the tensor before it
+  uint64_t key = 0;
+  int64_t first_index = 0, index_step = 1;  // of its elements in the whole param
+  int32_t pace = 0;
+  std::shared_ptr<Guarded> param;
+  Guarded plane0, plane1;
 
   Tensor(int32_t dtype_, int32_t format_, int64_t numel_, Shifts shifts)
-      : dtype(dtype_),
-        format(format_),
-        numel(numel_),
-        param(numel * param_itemsize(dtype), shifts.param * param_itemsize(dtype), 0x5a),
-        plane0(numel * plane_itemsize(format, 0), shifts.plane0 * plane_itemsize(format, 0), 0xa5),
-        plane1(numel * plane_itemsize(format, 1), shifts.plane1 * plane_itemsize(format, 1), 0xc3) {}
+      : Tensor(
+            dtype_, format_, numel_, shifts,
+            std::make_shared<Guarded>(numel_ * param_itemsize(dtype_), shifts.param * param_itemsize(dtype_), 0x5a)) {}
+
+  // Another average of that tensor's param.
+  Tensor(const Tensor& first, int32_t format_, Shifts shifts)
+      : Tensor(first.dtype, format_, first.numel, shifts, first.param) {
+    is_follower = true;
+    first_index = first.first_index;
+    index_step = first.index_step;
+  }
+
+  int64_t index(int64_t i) const { return first_index + i * index_step; }
 
   void put(int64_t i, const Element& element) {
-    put_bits(param.data(), param_itemsize(dtype), i, element.param);
+    if (!is_follower) put_bits(param->data(), param_itemsize(dtype), i, element.param);
     put_bits(plane0.data(), plane_itemsize(format, 0), i, element.planes[0]);
     put_bits(plane1.data(), plane_itemsize(format, 1), i, element.planes[1]);
   }
 
   void fill(const std::function<Element(int64_t)>& element) {
     for (int64_t i = 0; i < numel; ++i) put(i, element(i));
-    for (Guarded* buffer : {&param, &plane0, &plane1}) buffer->remember();
+    remember();
   }
 
   void fill_random(Random& random) {
-    fill([&](int64_t) { return random_element(dtype, format, random); });
+    const std::vector<Element>& elements = random_elements(dtype, format);
+    size_t next = random.below(static_cast<uint32_t>(elements.size()));
+    for (int64_t i = 0; i < numel; ++i) {
+      put(i, elements[next]);
+      next = next + 1 == elements.size() ? 0 : next + 1;
+    }
+    remember();
+  }
+
+  void remember() {
+    for (Guarded* buffer : {param.get(), &plane0, &plane1}) buffer->remember();
   }
 
   void* plane(int k) {
@@ -270,30 +178,41 @@ struct Tensor {
     return k == 0 ? plane0.data() : plane1.data();
   }
 
-  swafast_tensor row() { return {param.data(), {plane(0), plane(1)}, numel, dtype, format}; }
-
-  bool untouched() {
-    return param.unchanged() && plane0.unchanged() && plane1.unchanged() && param.intact() && plane0.intact() &&
-           plane1.intact();
+  swafast_tensor row(int32_t followers = 0) {
+    return {param->data(), {plane(0), plane(1)}, numel, dtype, format, key, pace, followers};
   }
 
-  void check_updated(double weight) {
+  bool untouched() { return param->unchanged() && plane0.unchanged() && plane1.unchanged() && intact(); }
+  bool intact() { return param->intact() && plane0.intact() && plane1.intact(); }
+
+  void check_updated(const Motion& motion) {
+    const bool is_random = format == SWAFAST_FORMAT_COMPACT || format == SWAFAST_FORMAT_HALF;
     for (int64_t i = 0; i < numel; ++i) {
-      const Element before = {bits_at(param.before().data(), param_itemsize(dtype), i),
+      const Element before = {bits_at(param->before().data(), param_itemsize(dtype), i),
                               {bits_at(plane0.before().data(), plane_itemsize(format, 0), i),
                                bits_at(plane1.before().data(), plane_itemsize(format, 1), i)}};
       const uint32_t planes[2] = {bits_at(plane0.data(), plane_itemsize(format, 0), i),
                                   bits_at(plane1.data(), plane_itemsize(format, 1), i)};
+      const uint32_t random = is_random ? oracle::random_bits(key, motion.num_averaged, index(i)) : 0;
+      if (follows(dtype, format, before, motion.weight, random, planes)) continue;
       require(
-          follows(dtype, format, before, weight, planes),
+          false,
           "dtype %d, format %d: element %lld of %lld is wrong at weight %a: param %08x, planes %08x %08x became %08x "
           "%08x",
-          dtype, format, static_cast<long long>(i), static_cast<long long>(numel), weight, before.param,
+          dtype, format, static_cast<long long>(i), static_cast<long long>(numel), motion.weight, before.param,
           before.planes[0], before.planes[1], planes[0], planes[1]);
     }
-    require(param.unchanged(), "dtype %d, format %d: an update wrote to a param", dtype, format);
-    require(param.intact() && plane0.intact() && plane1.intact(),
-            "dtype %d, format %d, %lld elements: an update wrote beside a buffer", dtype, format,
+    require(param->unchanged(), "dtype %d, format %d: an update wrote to a param", dtype, format);
+    require(intact(), "dtype %d, format %d, %lld elements: an update wrote beside a buffer", dtype, format,
             static_cast<long long>(numel));
   }
+
+ private:
+  Tensor(int32_t dtype_, int32_t format_, int64_t numel_, Shifts shifts, std::shared_ptr<Guarded> param_)
+      : dtype(dtype_),
+        format(format_),
+        numel(numel_),
+        param(std::move(param_)),
+        plane0(numel * plane_itemsize(format, 0), shifts.plane0 * plane_itemsize(format, 0), 0xa5),
+        plane1(numel * plane_itemsize(format, 1), shifts.plane1 * plane_itemsize(format, 1), 0xc3) {}
 };

@@ -30,6 +30,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 // In a section of its own, which the linker gives a start and an end.
 #define __shared__ static __attribute__((section("shim_shared")))
 
@@ -40,6 +41,7 @@
 extern "C" {
 SHIM_SETTING int shim_reverse_threads = 0;            // the last thread of a block runs first
 SHIM_SETTING int shim_reverse_blocks = 0;             // the last block of a grid runs first
+SHIM_SETTING int shim_mutant = 0;                     // the bug to run with, of those that a test has built in
 SHIM_SETTING int shim_capturing = 0;                  // every stream is: launches wait for shim_replay()
 SHIM_SETTING const char* shim_failing = nullptr;      // the runtime's function that fails, by name
 SHIM_SETTING long long shim_num_launches = 0;         // kernels launched or captured so far

@@ -1,18 +1,12 @@
-"""Cuts of a flat order, and the boxes that a flat run of a param is made of: ints in, ints out."""
+"""The boxes that a flat run of a param is made of: ints in, ints out."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
-
-#: Cuts inside a param fall on multiples of this many elements: whole cache lines and vectors for every dtype, and
-#: little enough that no rank has more than this above an even part.
-CUT_NUMEL = 64
 
 
 @dataclass(frozen=True)
@@ -92,58 +86,3 @@ def _boxes(sizes: list[int], start: int, stop: int) -> list[tuple[list[int], lis
         found.append(([first, *(0 for _ in sizes[1:])], [last - first, *sizes[1:]], first * row))
     within(last, 0, stop - last * row)
     return found
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run of elements of one tensor of a list."""
-
-    index: int
-    start: int
-    stop: int
-
-    @property
-    def numel(self) -> int:
-        return self.stop - self.start
-
-
-class FlatOrder:
-    """Tensors one after the other, cut evenly into parts.
-
-    Args:
-        numels: their elements.
-        parts: how many.
-        whole: for each tensor, whether no cut may go through it; default: none.
-    """
-
-    def __init__(self, numels: Sequence[int], parts: int, whole: Sequence[bool] | None = None) -> None:
-        self._ends = list(itertools.accumulate(numels))
-        self.numel = self._ends[-1] if self._ends else 0
-        self._whole = whole
-        self._borders = [self._border(self.numel * part // parts) for part in range(parts)] + [self.numel]
-
-    def _border(self, ideal: int) -> int:
-        """Move a cut to where it may be, next to where it should."""
-        index = bisect_right(self._ends, ideal)
-        if index == len(self._ends):
-            return self.numel
-        begin, end = self._ends[index - 1] if index else 0, self._ends[index]
-        if self._whole is not None and self._whole[index]:
-            return begin if ideal - begin < end - ideal else end
-        return begin + (ideal - begin) // CUT_NUMEL * CUT_NUMEL
-
-    def bounds(self, part: int) -> tuple[int, int]:
-        """Give where a part begins and ends in the flat order."""
-        return self._borders[part], self._borders[part + 1]
-
-    def runs(self, start: int, stop: int) -> list[Run]:
-        """Give the runs of tensors from ``start`` to ``stop`` of the flat order."""
-        runs = []
-        index = bisect_right(self._ends, start)
-        while start < stop:
-            begin = self._ends[index - 1] if index else 0
-            until = min(stop, self._ends[index])
-            if until > start:
-                runs.append(Run(index, start - begin, until - begin))
-            start, index = max(start, until), index + 1
-        return runs

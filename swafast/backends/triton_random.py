@@ -1,0 +1,41 @@
+"""Random bits of the ``triton`` backend: ``csrc/random.h`` said in Triton, for formats that are rounded at random.
+
+Everything here is unsigned, so that shifts to the right bring in zeros, and wraps around as it does in C.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def mix(start, word):
+    """Give what ``mix`` in ``csrc/checksum.h`` gives, for uint64."""
+    x = start + word
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def draw_of(key, num_averaged, first_index):
+    """Give the three uint32 that the elements of one chunk have in common; all arguments are int64."""
+    n = num_averaged.to(tl.uint64)
+    start = ((n >> 4) + 1) * 0x9E3779B97F4A7C15
+    bits = mix(mix(key.to(tl.uint64), start), first_index.to(tl.uint64) >> 32)
+    return bits.to(tl.uint32), (bits >> 32).to(tl.uint32), turn_of(n.to(tl.uint32))
+
+
+@triton.jit
+def turn_of(n):
+    """Give which sixteenth of their range the random bits of this update take in turn, from where a draw begins."""
+    return ((n & 1) << 31) | ((n & 2) << 29) | ((n & 4) << 27) | ((n & 8) << 25)
+
+
+@triton.jit
+def random_bits(draw, index):
+    """Give 32 random bits for elements whose index has these lower 32 bits, uint32: the upper 16 are fit for use."""
+    first, second, turn = draw
+    x = index ^ first
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = x ^ second
+    return (x ^ (x >> 15)) * 0x846CA68B + turn

@@ -1,0 +1,311 @@
+"""Several averages of one model in one pass: the same bits as each by itself, and one of them is never moved alone."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage, Rule
+from swafast.averages import FusedAverages
+from swafast.backends import library, native
+from tests.conftest import EveryKind, differing, tensors_of
+
+RULES: dict[str, Rule] = {
+    "mean": EqualAverage(),
+    "fast": ExponentialAverage(0.9),
+    "warm": ExponentialAverage(0.999, warmup="power"),
+    "power": PowerAverage(6.94),
+}
+FORMATS = [None, "float32", "exact", "mirrored", "compact", "compensated", "half"]
+
+
+class Doubling(Rule):
+    """A rule that only Python knows."""
+
+    def weight(self, num_averaged: int) -> float:
+        return 2.0**-num_averaged
+
+
+def drifted(model: EveryKind, averages: list[Any], updates: int = 4) -> None:
+    for _ in range(updates):
+        model.drift()
+        for average in averages:
+            average.update_parameters(model)
+
+
+def of(model: nn.Module, **options: Any) -> FusedAverages:
+    averages = FusedAveragedModel(model, **options)
+    assert isinstance(averages, FusedAverages)
+    return averages
+
+
+def require_equal(averages: FusedAverages, alone: dict[str, FusedAveragedModel]) -> None:
+    for name, each in alone.items():
+        assert differing(tensors_of(averages[name]), tensors_of(each)) == []
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_each_equals_one_that_is_updated_by_itself(
+    every_kind: EveryKind, format: str | None, dtype: torch.dtype, backend: str, small_chunks: int
+) -> None:
+    model = every_kind.to(dtype)
+    averages = of(model, rule=RULES, format=format, backend=backend)
+    alone = {name: FusedAveragedModel(model, rule=rule, format=format) for name, rule in RULES.items()}
+    drifted(model, [averages, *alone.values()])
+    require_equal(averages, alone)
+    assert [int(each.n_averaged) for each in averages.values()] == [4] * len(RULES)
+
+
+def test_formats_may_differ(every_kind: EveryKind, backend: str) -> None:
+    formats = {"mean": "compensated", "fast": "compact", "warm": None}
+    averages = of(every_kind, rule=RULES, format=formats, backend=backend)
+    alone = {name: FusedAveragedModel(every_kind, rule=rule, format=formats.get(name)) for name, rule in RULES.items()}
+    drifted(every_kind, [averages, *alone.values()])
+    require_equal(averages, alone)
+
+
+def test_rules_of_python_and_counts_of_their_own(every_kind: EveryKind) -> None:
+    averages = of(every_kind, rule=[("mean", EqualAverage()), ("doubling", Doubling())])
+    alone = {"mean": FusedAveragedModel(every_kind), "doubling": FusedAveragedModel(every_kind, rule=Doubling())}
+    drifted(every_kind, [averages, *alone.values()], 2)
+    for one in (averages["mean"], alone["mean"]):
+        one.update_parameters(every_kind)  # it alone
+    drifted(every_kind, [averages, *alone.values()], 2)
+    require_equal(averages, alone)
+    assert [int(each.n_averaged) for each in averages.values()] == [5, 4]
+
+
+def test_as_many_as_one_launch_takes() -> None:
+    model = nn.Linear(40, 3)
+    rules = {f"decay {i}": ExponentialAverage(i / 20) for i in range(16)}
+    averages = of(model, rule=rules)
+    alone = {name: FusedAveragedModel(model, rule=rule) for name, rule in rules.items()}
+    for _ in range(3):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(3, 40))
+        for each in (averages, *alone.values()):
+            each.update_parameters(model)
+    require_equal(averages, alone)
+
+
+def test_one_launch_and_one_read_of_the_params(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(100, 100), nn.Linear(7, 3))
+    averages = of(model, rule=RULES)
+    averages.update_parameters(model)
+    calls: list[library.Rows] = []
+    launched = native.NativeLaunch.update
+    prepared = library.Rows.__init__
+
+    def launch(self: native.NativeLaunch, *args: Any, **options: Any) -> None:
+        calls.append(rows[-1])
+        launched(self, *args, **options)
+
+    rows: list[library.Rows] = []
+    monkeypatch.setattr(library.Rows, "__init__", lambda self, pairs: (prepared(self, pairs), rows.append(self))[0])
+    monkeypatch.setattr(native.NativeLaunch, "update", launch)
+    averages._bindings = type(averages._bindings)()  # plan anew
+    averages.update_parameters(model)
+    (row,) = calls
+    # Chunks, what a kernel walks over, are those of the params once; the other rows follow.
+    chunked = row.runs()[:, [0, 2]].tolist()
+    assert [numel for _, numel in chunked] == [10_000, 100, 21, 3]
+    assert [row.table[first].followers for first, _ in chunked] == [3] * 4
+
+
+def test_use_of_one_leaves_all_where_they_are(every_kind: EveryKind) -> None:
+    averages = of(every_kind, rule=RULES)
+    drifted(every_kind, [averages], 2)
+    places = [tensor.data_ptr() for tensor in averages.state_dict().values()]
+    plan = averages._bindings._binding
+    before = tensors_of(every_kind)
+    with averages["fast"].swapped_into(every_kind):
+        with pytest.raises(RuntimeError, match="swapped back"):
+            averages.update_parameters(every_kind)
+        with pytest.raises(RuntimeError, match="swapped back"):
+            averages.state_dict()
+    assert differing(before, tensors_of(every_kind)) == []
+    averages["power"].copy_to(every_kind)
+    averages["mean"].update_parameters(every_kind)
+    drifted(every_kind, [averages], 1)
+    assert [tensor.data_ptr() for tensor in averages.state_dict().values()] == places
+    assert averages._bindings._binding is plan
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_states_copies_and_pickles_go_on_bit_for_bit(every_kind: EveryKind, format: str | None) -> None:
+    model = every_kind.bfloat16()
+    averages = of(model, rule=RULES, format=format, seed=3)
+    drifted(model, [averages], 3)
+    loaded = of(copy.deepcopy(model), rule=RULES, format=format, seed=3)
+    state = copy.deepcopy(averages.state_dict())
+    assert {key.partition(".")[0] for key in state} == set(RULES)
+    assert "fast.n_averaged" in state
+    assert "fast.module.linear.weight" in state
+    loaded.load_state_dict(state)
+    others = [loaded, copy.deepcopy(averages), pickle.loads(pickle.dumps(averages))]
+    drifted(model, [averages, *others], 3)
+    for other in others:
+        assert differing(tensors_of(averages), tensors_of(other)) == []
+
+
+def test_a_failed_load_changes_no_average(every_kind: EveryKind) -> None:
+    averages = of(every_kind.bfloat16(), rule=RULES)
+    drifted(every_kind, [averages], 2)
+    before = tensors_of(averages)
+    state = copy.deepcopy(averages.state_dict())
+    for value in state.values():
+        value.add_(1) if value.is_floating_point() else None
+    for spoil in (
+        lambda: state.pop("power.remainder.long"),
+        lambda: state.update({"power.module.long": torch.zeros(3)}),
+        lambda: state.update({"other.n_averaged": torch.tensor(1)}),
+    ):
+        spoil()
+        with pytest.raises(RuntimeError, match=r"power|other"):
+            averages.load_state_dict(state)
+        assert differing(before, tensors_of(averages)) == []
+
+
+def test_all_move_and_cast_together(every_kind: EveryKind) -> None:
+    averages = of(every_kind, rule=RULES)
+    drifted(every_kind, [averages], 2)
+    params = dict(every_kind.named_parameters())
+    full = {name: {p: each.averaged_state_dict()[p] for p in params} for name, each in averages.items()}
+    averages.bfloat16()
+    assert all(each.module.long.dtype == torch.bfloat16 for each in averages.values())
+    for name, each in averages.items():
+        assert differing(full[name], {p: each.averaged_state_dict()[p] for p in params}) == []
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+def test_what_is_not_finite_moves_none(every_kind: EveryKind, nonfinite: str, backend: str) -> None:
+    averages = of(every_kind, rule=RULES, nonfinite=nonfinite, backend=backend)
+    drifted(every_kind, [averages], 2)
+    before = tensors_of(averages)
+    with torch.no_grad():
+        every_kind.long[500] = float("nan")
+    if nonfinite == "skip":
+        averages.update_parameters(every_kind)
+    else:
+        with pytest.raises(ValueError, match="'long' must be finite"):
+            averages.update_parameters(every_kind)
+    assert differing(before, tensors_of(averages)) == []
+
+
+def test_it_is_a_mapping_and_says_where_a_models_methods_are(every_kind: EveryKind) -> None:
+    averages = of(every_kind, rule=RULES, use_buffers=True)
+    assert list(averages) == averages.keys() == list(RULES)
+    assert len(averages) == len(RULES)
+    assert "fast" in averages
+    assert "slow" not in averages
+    assert averages["fast"].rule == RULES["fast"]
+    assert averages["fast"].use_buffers
+    with pytest.raises(KeyError, match="'slow' is none of the averages 'mean', 'fast'"):
+        averages["slow"]
+    with pytest.raises(AttributeError, match=r"averages\['mean'\].swapped_into"):
+        averages.swapped_into(every_kind)
+    with pytest.raises(NotImplementedError, match=r"averages\['mean'\]"):
+        averages(torch.ones(1))
+
+
+class Kept(FusedAveragedModel):
+    """A subclass of the user's own."""
+
+
+def test_a_subclass_makes_averages_of_its_kind() -> None:
+    averages = Kept(nn.Linear(2, 2), rule=RULES)
+    assert all(type(each) is Kept for each in averages.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"rule": {}}, ValueError, "rule must name 1 to 16 averages, got 0"),
+        ({"rule": {str(i): EqualAverage() for i in range(17)}}, ValueError, "rule must name 1 to 16 averages, got 17"),
+        ({"rule": {"a": 0.9}}, TypeError, r"rule\['a'\] must be a Rule .*got 0.9"),
+        ({"rule": {"a": EqualAverage}}, TypeError, r"rule\['a'\] must be a Rule"),
+        ({"rule": {1: EqualAverage()}}, TypeError, "rule must have strings for names, got 1"),
+        ({"rule": {"a.b": EqualAverage()}}, ValueError, "names without '.'.*got 'a.b'"),
+        ({"rule": {"": EqualAverage()}}, ValueError, "got ''"),
+        ({"rule": [("a", EqualAverage()), ("a", EqualAverage())]}, ValueError, "each name once, got 'a' twice"),
+        ({"rule": [("a", EqualAverage(), 1)]}, ValueError, r"\(name, rule\) pairs"),
+        ({"rule": RULES, "format": "int4"}, ValueError, "format must be one of .*got 'int4'"),
+        ({"rule": RULES, "format": {"slow": "exact"}}, ValueError, "format must name averages among .*got 'slow'"),
+        ({"rule": RULES, "format": {"fast": "int4"}}, ValueError, "format must be one of .*got 'int4'"),
+        ({"rule": RULES, "seed": 0.5}, TypeError, "seed must be an int, got 0.5"),
+        ({"rule": RULES, "avg_fn": max}, ValueError, "only one of rule, avg_fn"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        FusedAveragedModel(nn.Linear(2, 2), **options)
+
+
+def test_another_model_or_a_bad_count_changes_nothing(every_kind: EveryKind) -> None:
+    averages = of(every_kind, rule=RULES)
+    drifted(every_kind, [averages], 2)
+    before = tensors_of(averages)
+    with pytest.raises(ValueError, match="model must have the parameters"):
+        averages.update_parameters(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
+        averages.update_parameters("model")  # type: ignore[arg-type]
+    averages["power"].n_averaged.fill_(-1)
+    with pytest.raises(ValueError, match="n_averaged must be >= 0"):
+        averages.update_parameters(every_kind)
+    averages["power"].n_averaged.fill_(2)
+    assert differing(before, tensors_of(averages)) == []
+
+
+# Each gate kills a bug
+
+
+def drop_the_followers(patch: pytest.MonkeyPatch) -> None:
+    init = library.Rows.__init__
+
+    def without(self: library.Rows, pairs: Any) -> None:
+        init(self, pairs)
+        for row in self.table:
+            row.followers = 0
+
+    patch.setattr(library.Rows, "__init__", without)
+
+
+def one_pace_for_all(patch: pytest.MonkeyPatch) -> None:
+    row = library._row
+
+    def paced(pair: Any) -> Any:
+        made = row(pair)
+        made.pace = 0
+        return made
+
+    patch.setattr(library, "_row", paced)
+
+
+def count_in_the_first_alone(patch: pytest.MonkeyPatch) -> None:
+    update = native.NativeLaunch.update
+
+    def launch(self: Any, params: Any, rules: Any, counters: Any, advance: int, **options: Any) -> None:
+        update(self, params, rules, counters, advance, **options)
+        for counter in counters[1:]:
+            counter.sub_(advance)
+
+    patch.setattr(native.NativeLaunch, "update", launch)
+
+
+@pytest.mark.parametrize("plant", [drop_the_followers, one_pace_for_all, count_in_the_first_alone])
+def test_the_gate_kills_the_bug(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = EveryKind()
+    averages = of(model, rule=RULES)
+    alone = {name: FusedAveragedModel(model, rule=rule, backend="reference") for name, rule in RULES.items()}
+    plant(monkeypatch)
+    drifted(model, [averages, *alone.values()])
+    counts = [int(each.n_averaged) for each in averages.values()]
+    wrong = [name for name in RULES if differing(tensors_of(averages[name]), tensors_of(alone[name]))]
+    assert wrong or counts != [4] * len(RULES)
