@@ -78,6 +78,13 @@ FORMATS: dict[torch.dtype, tuple[type[OneFormat], ...]] = {
 }
 
 
+def _planes(averaged: FusedAveragedModel, model: nn.Module) -> list[Tensor]:
+    """Give all planes of the averages of params; buffers are copied and left out."""
+    names = {name for name, _ in model.named_parameters()}
+    # A key is the name of a plane, a dot, and the param's name.
+    return [value for key, value in averaged.state_dict().items() if key.partition(".")[2] in names]
+
+
 class Together(Ours):
     """Several averages by name, moved in one pass."""
 
@@ -94,9 +101,11 @@ class Together(Ours):
         self.fused.update_parameters(self.model)
 
     def held(self) -> Iterable[Tensor]:
-        names = {name for name, _ in self.model.named_parameters()}
-        # A key is the name of an average, that of a plane, and the param's, each behind a dot.
-        return [value for key, value in self.fused.state_dict().items() if ".".join(key.split(".")[2:]) in names]
+        return [plane for averaged in self.moved().values() for plane in _planes(averaged, self.model)]
+
+    def moved(self) -> dict[str, FusedAveragedModel]:
+        """Give the averages that an update moves, by name: the first ``count``."""
+        return dict(self.fused.items()[: self.count])
 
 
 class TwoTogether(Together):
@@ -129,11 +138,6 @@ class One(Together):
     def update(self) -> None:
         self.fused["mean"].update_parameters(self.model)
 
-    def held(self) -> Iterable[Tensor]:
-        names = {name for name, _ in self.model.named_parameters()}
-        state = self.fused["mean"].state_dict()
-        return [value for key, value in state.items() if key.partition(".")[2] in names]
-
 
 def moved_bytes(dtype: torch.dtype, format: str, averages: int = 1, passes: int = 1) -> int:
     """Give the bytes an update moves for each element: the param read once a pass, every plane read and written."""
@@ -150,9 +154,12 @@ def _gate_format(provider: OneFormat, model: nn.Module) -> float:
 
 def _run_anew(provider: Together, model: nn.Module) -> dict[str, FusedAveragedModel]:
     """Run the gate's updates from the start, and give the averages that ``provider`` moves."""
-    averages = dict(list(provider.fused.items())[: provider.count])
+    averages = provider.moved()
     for averaged in averages.values():
         averaged.n_averaged.zero_()
+        for param in averaged.module.parameters():
+            # What is not moved would keep the bits of an earlier gate.
+            param.detach().fill_(float("nan"))
     gate.run_updates(provider, model)
     return averages
 
@@ -168,17 +175,16 @@ def _gate_several(provider: Together, model: nn.Module) -> float:
     return worst
 
 
-def _bits(averaged: FusedAveragedModel) -> dict[str, int]:
-    """Give the sum of each tensor's bits, which takes a hundredth of the time of a comparison in float64."""
-    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    state: dict[str, Tensor] = averaged.state_dict()
-    return {key: int(value.view(words[value.itemsize]).sum(dtype=torch.int64)) for key, value in state.items()}
+def _bits(averaged: FusedAveragedModel, model: nn.Module) -> list[int]:
+    """Give the sum of each plane's bits, which takes a hundredth of the time of a comparison in float64."""
+    words = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+    return [int(plane.view(words[plane.itemsize]).sum(dtype=torch.int64)) for plane in _planes(averaged, model)]
 
 
-def _gate_alike(provider: Together, model: nn.Module, expected: Mapping[str, Mapping[str, int]]) -> None:
+def _gate_alike(provider: Together, model: nn.Module, expected: Mapping[str, list[int]]) -> None:
     """Hold averages to the bits that they had when they were moved with others, and were right."""
     for name, averaged in _run_anew(provider, model).items():
-        if _bits(averaged) != expected[name]:
+        if _bits(averaged, model) != expected[name]:
             raise gate.WrongAverageError(f"bits of {name} differ from those of {THREE}")
 
 
@@ -222,7 +228,7 @@ def measure_several(
         three = ThreeTogether(model)
         progress(f"gate: {three.name}")
         checked = _gated(row, three, partial(_gate_several, three, model))
-        expected = {name: _bits(averaged) for name, averaged in three.fused.items()}
+        expected = {name: _bits(averaged, model) for name, averaged in three.fused.items()}
 
         def check(provider: Together) -> float:
             if checked.error is None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.report import FLAT_LERP, TORCH_EMA, Report, baseline, find, grouped, our_row
-from bench.tables import milliseconds, pass_figures, percent
+from bench.report import FLAT_LERP, TORCH_EMA, Report, Row, baseline, find, grouped, our_row
+from bench.tables import DISTURBED, milliseconds, pass_figures, percent
 
 if TYPE_CHECKING:
     from bench import sharded
@@ -87,9 +87,14 @@ def passes_block(report: Report, part: str) -> str:
         "",
         f"Medians of one run of `{about['command']}` on {about['device_name']}, {about['threads']} threads, "
         f"torch {about['versions'].get('torch')}, {about['date'][:10]}; all passes over one model interleaved. *time*, "
-        "*bytes*: over those of the first line of the same model.",
+        "*bytes*: over those of the first line of the same model." + _disturbance(getattr(report, part)),
     ]
     return "\n".join(lines)
+
+
+def _disturbance(rows: list[Row]) -> str:
+    others = max((row.others_cpu or 0.0 for row in rows), default=0.0)
+    return f" Other processes took up to {others:.0%} of the CPU meanwhile." if others > DISTURBED else ""
 
 
 def rewrite_passes(report: Report, root: Path) -> list[Path]:

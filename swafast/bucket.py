@@ -10,9 +10,11 @@ num_averaged models already in the average; the state-dict key is ``n_averaged``
 update       one ``update_parameters``; a step is the optimizer's, never ours
 bucket       one flat 1-D allocation of planes of one (device, dtype); each averaged param stands on its own slice of it
 buffer       only an ``nn.Module`` buffer
+pace         a rule and the counter by which the averages of one averaged model move
 chunk        a run of elements that one CPU task, CUDA block or Triton program handles
 shard        this rank's part of a param
 format       how an average is stored
+draws        where the random bits of an average come from, in formats that are rounded at random
 plane        one of a format's arrays; plane 0 is the averaged module's own parameter
 plan         buckets and chunk table for one list of params
 backend      ``reference``, ``cpu``, ``cuda``, ``triton``

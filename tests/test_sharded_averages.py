@@ -1,4 +1,4 @@
-"""Several averages, in formats of every kind, spread over ranks: the bits of one process, and so after a change of ranks."""
+"""Several averages in all formats, spread over ranks: the bits of one process, and so after a change of ranks."""
 
 from __future__ import annotations
 

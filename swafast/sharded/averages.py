@@ -1,4 +1,4 @@
-"""`ShardedAverages`: several averages of one model that is spread over ranks, moved in one pass over each rank's part."""
+"""`ShardedAverages`: several averages of one model that is spread over ranks, moved in one pass over each part."""
 
 from __future__ import annotations
 
