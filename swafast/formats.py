@@ -224,7 +224,7 @@ def _warn_of_half() -> None:
         "format='half' keeps 8 bits of each average: right on the whole, off by percents element by element; 'compact' "
         "takes one byte more and is over a hundred times closer",
         UserWarning,
-        stacklevel=5,
+        stacklevel=4,
     )
 
 

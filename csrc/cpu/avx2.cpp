@@ -67,42 +67,53 @@ struct Avx2 {
   }
   static __m256 load_average(FormatHalf, const uint16_t* a, const void*, int64_t i) { return load(BFloat16{}, a + i); }
 
-  // Random bits of the lanes from element i on; the upper 16 of each are fit for use.
-  static __m256i draw(const Draws& draws, int64_t i) {
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    const __m256i step = _mm256_set1_epi32(static_cast<int>(draws.step));
-    const __m256i start = _mm256_set1_epi32(static_cast<int>(draws.first + static_cast<uint32_t>(i) * draws.step));
-    __m256i x = _mm256_add_epi32(start, _mm256_mullo_epi32(lane, step));
-    x = _mm256_xor_si256(x, _mm256_set1_epi32(static_cast<int>(draws.draw.first)));
-    x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
-    x = _mm256_mullo_epi32(x, _mm256_set1_epi32(0x7feb352d));
-    x = _mm256_xor_si256(x, _mm256_set1_epi32(static_cast<int>(draws.draw.second)));
-    x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 15));
-    x = _mm256_mullo_epi32(x, _mm256_set1_epi32(static_cast<int>(0x846ca68bu)));
-    return _mm256_add_epi32(x, _mm256_set1_epi32(static_cast<int>(draws.draw.turn)));
+  // Random bits of 8 elements from one on; the upper 16 bits of each are fit for use.
+  struct Drawer {
+    __m256i lanes, first, second, turn;
+    uint32_t step;
+
+    __m256i at(int64_t i) const {
+      __m256i x = _mm256_add_epi32(lanes, all(static_cast<uint32_t>(i) * step));
+      x = _mm256_xor_si256(x, first);
+      x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
+      x = _mm256_mullo_epi32(x, all(0x7feb352du));
+      x = _mm256_xor_si256(x, second);
+      x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 15));
+      x = _mm256_mullo_epi32(x, all(0x846ca68bu));
+      return _mm256_add_epi32(x, turn);
+    }
+  };
+  static Drawer make_drawer(const Draws& draws) {
+    const __m256i steps = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), all(draws.step));
+    return {_mm256_add_epi32(steps, all(draws.first)), all(draws.draw.first), all(draws.draw.second),
+            all(draws.draw.turn), draws.step};
   }
   static void store_at_random(FormatCompact, uint16_t* a, int8_t* r, int64_t i, __m256 value, __m256i random) {
-    const __m256i bits = _mm256_srli_epi32(rounded(value, _mm256_srli_epi32(random, 24)), 8);
-    store_half(a + i, narrow(_mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x80)), 8)));
-    const __m128i low = narrow(_mm256_and_si256(bits, _mm256_set1_epi32(0xff)));
+    const __m256i bits = rounded(value, _mm256_srli_epi32(random, 24));
+    store_half(a + i, narrow(_mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x8000)), 16)));
+    const __m128i low = narrow(_mm256_and_si256(_mm256_srli_epi32(bits, 8), _mm256_set1_epi32(0xff)));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(r + i), _mm_packus_epi16(low, low));
   }
   static void store_at_random(FormatHalf, uint16_t* a, void*, int64_t i, __m256 value, __m256i random) {
     store_half(a + i, narrow(_mm256_srli_epi32(rounded(value, _mm256_srli_epi32(random, 16)), 16)));
   }
 
+  template <Step::Branch kBranch>
   static auto make_precise_lerp(const Step& step) {
     const __m256d weight = _mm256_set1_pd(step.precise);
-    const __m256d copies = _mm256_castsi256_pd(_mm256_set1_epi64x(step.precise == 1.0 ? -1 : 0));
-    return [weight, copies](__m256d average, __m256d param) {
-      const __m256d distance = _mm256_mul_pd(weight, _mm256_sub_pd(param, average));
-      return _mm256_blendv_pd(_mm256_add_pd(average, distance), param, copies);
+    return [weight](__m256d average, __m256d param) {
+      if constexpr (kBranch == Step::kCopy) return param;
+      return _mm256_add_pd(average, _mm256_mul_pd(weight, _mm256_sub_pd(param, average)));
     };
   }
+  // avx512.cpp says why a stale compensation is seen in float32, and what becomes of it.
   template <class Lerp>
   static void update_precise(float* average, float* compensation, __m256 param, const Lerp& lerp_of) {
-    update_four(average, compensation, _mm256_castps256_ps128(param), lerp_of);
-    update_four(average + 4, compensation + 4, _mm256_extractf128_ps(param, 1), lerp_of);
+    const __m256 old = _mm256_loadu_ps(average), saved = _mm256_loadu_ps(compensation);
+    const __m256 fresh = _mm256_cmp_ps(_mm256_add_ps(old, saved), old, _CMP_EQ_OQ);
+    const __m256 rest = _mm256_blendv_ps(_mm256_set1_ps(-0.0f), saved, fresh);
+    update_four(average, compensation, lower(old), lower(rest), lower(param), lerp_of);
+    update_four(average + 4, compensation + 4, upper(old), upper(rest), upper(param), lerp_of);
   }
 
   // bfloat16 into `exact`, 16 elements a turn; avx512.cpp says why and how.
@@ -137,24 +148,31 @@ struct Avx2 {
   }
 
  private:
+  static __m256i all(uint32_t word) { return _mm256_set1_epi32(static_cast<int>(word)); }
+  static __m128 lower(__m256 lanes) { return _mm256_castps256_ps128(lanes); }
+  static __m128 upper(__m256 lanes) { return _mm256_extractf128_ps(lanes, 1); }
+
   template <class Lerp>
-  static void update_four(float* average, float* compensation, __m128 param, const Lerp& lerp_of) {
-    const __m128 old = _mm_loadu_ps(average);
-    const __m256d known = _mm256_cvtps_pd(old);
-    const __m256d joined = _mm256_add_pd(known, _mm256_cvtps_pd(_mm_loadu_ps(compensation)));
-    const __m128 fresh = _mm_cmpeq_ps(_mm256_cvtpd_ps(joined), old);
-    const __m256d fresh_pd = _mm256_castsi256_pd(_mm256_cvtepi32_epi64(_mm_castps_si128(fresh)));
-    const __m256d value = lerp_of(_mm256_blendv_pd(known, joined, fresh_pd), _mm256_cvtps_pd(param));
+  static void update_four(float* average, float* compensation, __m128 old, __m128 rest, __m128 param,
+                          const Lerp& lerp_of) {
+    const __m256d joined = _mm256_add_pd(_mm256_cvtps_pd(old), _mm256_cvtps_pd(rest));
+    const __m256d value = lerp_of(joined, _mm256_cvtps_pd(param));
     const __m128 moved = _mm256_cvtpd_ps(value);
     const __m128 finite = _mm_cmpeq_ps(_mm_sub_ps(moved, moved), _mm_setzero_ps());
-    const __m256d rest = _mm256_sub_pd(value, _mm256_cvtps_pd(moved));
+    const __m256d over = _mm256_sub_pd(value, _mm256_cvtps_pd(moved));
     const __m256d kept = _mm256_castsi256_pd(_mm256_set1_epi64x(~int64_t{0x1fffffff}));  // cut_to_float
-    const __m128 left_over = _mm256_cvtpd_ps(_mm256_and_pd(rest, kept));
+    const __m128 left_over = _mm256_cvtpd_ps(_mm256_and_pd(over, kept));
     _mm_storeu_ps(average, moved);
     _mm_storeu_ps(compensation, _mm_and_ps(finite, left_over));
   }
-  // round_at_random
+  // round_at_random. Values that are no numbers, or that could round up to an infinity, are rare, and looked at apart.
   static __m256i rounded(__m256 value, __m256i random) {
+    const __m256i up = _mm256_add_epi32(_mm256_castps_si256(value), random);
+    const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), value);
+    const int special = _mm256_movemask_ps(_mm256_cmp_ps(magnitude, _mm256_set1_ps(0x1p127f), _CMP_NLT_UQ));
+    return __builtin_expect(special != 0, 0) ? rounded_specially(value, random) : up;
+  }
+  static __m256i rounded_specially(__m256 value, __m256i random) {
     const __m256i bits = quieted(value), infinity = _mm256_set1_epi32(0x7f800000);
     const __m256i up = _mm256_add_epi32(bits, random);
     return _mm256_blendv_epi8(up, bits, _mm256_cmpeq_epi32(_mm256_and_si256(up, infinity), infinity));

@@ -71,43 +71,56 @@ struct Avx512 {
     return as_float(_mm512_slli_epi32(widen(a + i), 16));
   }
 
-  // Random bits of the lanes from element i on; the upper 16 of each are fit for use.
-  static __m512i draw(const Draws& draws, int64_t i) {
+  // Random bits of 16 elements from one on; the upper 16 bits of each are fit for use.
+  struct Drawer {
+    __m512i lanes, first, second, turn;
+    uint32_t step;
+
+    __m512i at(int64_t i) const {
+      __m512i x = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(static_cast<uint32_t>(i) * step)));
+      x = _mm512_xor_si512(x, first);
+      x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
+      x = _mm512_mullo_epi32(x, _mm512_set1_epi32(0x7feb352d));
+      x = _mm512_xor_si512(x, second);
+      x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 15));
+      x = _mm512_mullo_epi32(x, _mm512_set1_epi32(static_cast<int>(0x846ca68bu)));
+      return _mm512_add_epi32(x, turn);
+    }
+  };
+  static Drawer make_drawer(const Draws& draws) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i step = _mm512_set1_epi32(static_cast<int>(draws.step));
-    const __m512i start = _mm512_set1_epi32(static_cast<int>(draws.first + static_cast<uint32_t>(i) * draws.step));
-    __m512i x = _mm512_add_epi32(start, _mm512_mullo_epi32(lane, step));
-    x = _mm512_xor_si512(x, _mm512_set1_epi32(static_cast<int>(draws.draw.first)));
-    x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
-    x = _mm512_mullo_epi32(x, _mm512_set1_epi32(0x7feb352d));
-    x = _mm512_xor_si512(x, _mm512_set1_epi32(static_cast<int>(draws.draw.second)));
-    x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 15));
-    x = _mm512_mullo_epi32(x, _mm512_set1_epi32(static_cast<int>(0x846ca68bu)));
-    return _mm512_add_epi32(x, _mm512_set1_epi32(static_cast<int>(draws.draw.turn)));
+    const __m512i steps = _mm512_mullo_epi32(lane, all(draws.step));
+    return {_mm512_add_epi32(steps, all(draws.first)), all(draws.draw.first), all(draws.draw.second),
+            all(draws.draw.turn), draws.step};
   }
   static void store_at_random(FormatCompact, uint16_t* a, int8_t* r, int64_t i, __m512 value, __m512i random) {
-    const __m512i bits = _mm512_srli_epi32(rounded(value, _mm512_srli_epi32(random, 24)), 8);
-    const __m512i high = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x80)), 8);
+    const __m512i bits = rounded(value, _mm512_srli_epi32(random, 24));
+    const __m512i high = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x8000)), 16);
     store_half(a + i, _mm512_cvtepi32_epi16(high));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(r + i), _mm512_cvtepi32_epi8(bits));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(r + i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(bits, 8)));
   }
   static void store_at_random(FormatHalf, uint16_t* a, void*, int64_t i, __m512 value, __m512i random) {
     const __m512i bits = rounded(value, _mm512_srli_epi32(random, 16));
     store_half(a + i, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
   }
 
+  template <Step::Branch kBranch>
   static auto make_precise_lerp(const Step& step) {
     const __m512d weight = _mm512_set1_pd(step.precise);
-    const __mmask8 copies = step.precise == 1.0 ? 0xff : 0;
-    return [weight, copies](__m512d average, __m512d param) {
-      const __m512d distance = _mm512_mul_pd(weight, _mm512_sub_pd(param, average));
-      return _mm512_mask_mov_pd(_mm512_add_pd(average, distance), copies, param);
+    return [weight](__m512d average, __m512d param) {
+      if constexpr (kBranch == Step::kCopy) return param;
+      return _mm512_add_pd(average, _mm512_mul_pd(weight, _mm512_sub_pd(param, average)));
     };
   }
+  // Whether the compensation is fresh is seen in float32: where it could make a difference, the float64 sum is exact. A
+  // stale one becomes -0, which added to anything leaves it as it is.
   template <class Lerp>
   static void update_precise(float* average, float* compensation, __m512 param, const Lerp& lerp_of) {
-    update_eight(average, compensation, _mm512_castps512_ps256(param), lerp_of);
-    update_eight(average + 8, compensation + 8, _mm512_extractf32x8_ps(param, 1), lerp_of);
+    const __m512 old = _mm512_loadu_ps(average), saved = _mm512_loadu_ps(compensation);
+    const __mmask16 fresh = _mm512_cmp_ps_mask(_mm512_add_ps(old, saved), old, _CMP_EQ_OQ);
+    const __m512 rest = _mm512_mask_mov_ps(_mm512_set1_ps(-0.0f), fresh, saved);
+    update_eight(average, compensation, lower(old), lower(rest), lower(param), lerp_of);
+    update_eight(average + 8, compensation + 8, upper(old), upper(rest), upper(param), lerp_of);
   }
 
   // bfloat16 into `exact`: 32 elements a turn, of 16 bits wherever 32 are not needed, since widening and narrowing cost
@@ -144,23 +157,31 @@ struct Avx512 {
   }
 
  private:
+  static __m512i all(uint32_t word) { return _mm512_set1_epi32(static_cast<int>(word)); }
+  static __m256 lower(__m512 lanes) { return _mm512_castps512_ps256(lanes); }
+  static __m256 upper(__m512 lanes) { return _mm512_extractf32x8_ps(lanes, 1); }
+
   template <class Lerp>
-  static void update_eight(float* average, float* compensation, __m256 param, const Lerp& lerp_of) {
-    const __m256 old = _mm256_loadu_ps(average);
-    const __m512d known = _mm512_cvtps_pd(old);
-    const __m512d joined = _mm512_add_pd(known, _mm512_cvtps_pd(_mm256_loadu_ps(compensation)));
-    const __mmask8 fresh = _mm256_cmp_ps_mask(_mm512_cvtpd_ps(joined), old, _CMP_EQ_OQ);
-    const __m512d value = lerp_of(_mm512_mask_mov_pd(known, fresh, joined), _mm512_cvtps_pd(param));
+  static void update_eight(float* average, float* compensation, __m256 old, __m256 rest, __m256 param,
+                           const Lerp& lerp_of) {
+    const __m512d joined = _mm512_add_pd(_mm512_cvtps_pd(old), _mm512_cvtps_pd(rest));
+    const __m512d value = lerp_of(joined, _mm512_cvtps_pd(param));
     const __m256 moved = _mm512_cvtpd_ps(value);
-    const __mmask8 finite = _mm256_cmp_ps_mask(_mm256_sub_ps(moved, moved), _mm256_setzero_ps(), _CMP_EQ_OQ);
-    const __m512d rest = _mm512_sub_pd(value, _mm512_cvtps_pd(moved));
+    const __m512d over = _mm512_sub_pd(value, _mm512_cvtps_pd(moved));
     const __m512i kept = _mm512_set1_epi64(~int64_t{0x1fffffff});  // cut_to_float
-    const __m256 left_over = _mm512_cvtpd_ps(_mm512_and_pd(rest, _mm512_castsi512_pd(kept)));
+    const __m256 left_over = _mm512_cvtpd_ps(_mm512_and_pd(over, _mm512_castsi512_pd(kept)));
+    constexpr int kNanOrInfinity = 0x99;
+    const __mmask8 nonfinite = _mm256_fpclass_ps_mask(moved, kNanOrInfinity);
     _mm256_storeu_ps(average, moved);
-    _mm256_storeu_ps(compensation, _mm256_maskz_mov_ps(finite, left_over));
+    _mm256_storeu_ps(compensation, _mm256_mask_mov_ps(left_over, nonfinite, _mm256_setzero_ps()));
   }
-  // round_at_random
+  // round_at_random. Values that are no numbers, or that could round up to an infinity, are rare, and looked at apart.
   static __m512i rounded(__m512 value, __m512i random) {
+    const __m512i up = _mm512_add_epi32(_mm512_castps_si512(value), random);
+    const __mmask16 special = _mm512_cmp_ps_mask(_mm512_abs_ps(value), _mm512_set1_ps(0x1p127f), _CMP_NLT_UQ);
+    return __builtin_expect(special != 0, 0) ? rounded_specially(value, random) : up;
+  }
+  static __m512i rounded_specially(__m512 value, __m512i random) {
     const __m512i bits = quieted(value), infinity = _mm512_set1_epi32(0x7f800000);
     const __m512i up = _mm512_add_epi32(bits, random);
     return _mm512_mask_mov_epi32(up, _mm512_cmpeq_epi32_mask(_mm512_and_si512(up, infinity), infinity), bits);

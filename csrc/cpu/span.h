@@ -148,13 +148,13 @@ void update_one(const typename Param::storage* param, typename Format::plane0* p
 }
 
 // One vector, of a format that is not kPrecise.
-template <class V, class Param, class Format, class Lerp>
+template <class V, class Param, class Format, class Lerp, class Drawer>
 void update_lanes(const typename Param::storage* param, typename Format::plane0* plane0,
-                  typename Format::plane1* plane1, int64_t i, const Lerp& lerp_of, const Draws& draws) {
+                  typename Format::plane1* plane1, int64_t i, const Lerp& lerp_of, const Drawer& drawer) {
   const auto p = V::load(Param{}, param + i);
   const auto moved = lerp_of(V::load_average(Format{}, plane0, plane1, i), p);
   if constexpr (Format::kRandomBits != 0) {
-    V::store_at_random(Format{}, plane0, plane1, i, moved, V::draw(draws, i));
+    V::store_at_random(Format{}, plane0, plane1, i, moved, drawer.at(i));
   } else {
     V::store_average(Format{}, plane0, plane1, i, moved);
   }
@@ -168,19 +168,20 @@ void update_branch(const typename Param::storage* param, typename Format::plane0
   step.branch = kBranch;
   int64_t i = 0;
   if constexpr (V::kLanes > 1 && Format::kPrecise) {
-    const auto lerp_of = V::make_precise_lerp(step);
+    const auto lerp_of = V::template make_precise_lerp<kBranch>(step);
     for (; i + V::kLanes <= numel; i += V::kLanes) {
       V::update_precise(plane0 + i, plane1 + i, V::load(Param{}, param + i), lerp_of);
     }
   } else if constexpr (V::kLanes > 1) {
     const auto lerp_of = V::template make_lerp<kBranch>(step);
+    const auto drawer = V::make_drawer(draws);
     // Two vectors a turn: the loads of the second are under way while the first is worked on.
     for (; i + 2 * V::kLanes <= numel; i += 2 * V::kLanes) {
       if constexpr (V::packed(Param{}, Format{})) {
         V::update_packed(param + i, plane0 + i, plane1 + i, lerp_of);
       } else if constexpr (Format::kRandomBits != 0) {
-        update_lanes<V, Param, Format>(param, plane0, plane1, i, lerp_of, draws);
-        update_lanes<V, Param, Format>(param, plane0, plane1, i + V::kLanes, lerp_of, draws);
+        update_lanes<V, Param, Format>(param, plane0, plane1, i, lerp_of, drawer);
+        update_lanes<V, Param, Format>(param, plane0, plane1, i + V::kLanes, lerp_of, drawer);
       } else {
         const auto p0 = V::load(Param{}, param + i);
         const auto p1 = V::load(Param{}, param + i + V::kLanes);
@@ -191,7 +192,7 @@ void update_branch(const typename Param::storage* param, typename Format::plane0
       }
     }
     for (; i + V::kLanes <= numel; i += V::kLanes) {
-      update_lanes<V, Param, Format>(param, plane0, plane1, i, lerp_of, draws);
+      update_lanes<V, Param, Format>(param, plane0, plane1, i, lerp_of, drawer);
     }
   }
   for (; i < numel; ++i) update_one<Param, Format>(param, plane0, plane1, i, step, draws);
@@ -203,7 +204,8 @@ void update_span(const void* param, void* plane0, void* plane1, int64_t numel, c
   auto* a0 = static_cast<typename Format::plane0*>(plane0);
   auto* a1 = static_cast<typename Format::plane1*>(plane1);
   if constexpr (Format::kPrecise) {  // the branch is one of float32 arithmetic
-    return update_branch<V, Param, Format, Step::kNear>(p, a0, a1, numel, step, draws);
+    return step.precise == 1.0 ? update_branch<V, Param, Format, Step::kCopy>(p, a0, a1, numel, step, draws)
+                               : update_branch<V, Param, Format, Step::kNear>(p, a0, a1, numel, step, draws);
   }
   switch (step.branch) {
     case Step::kCopy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -83,7 +84,7 @@ class CudaLaunch(DeviceLaunch):
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self._native = library.loaded()
         super().__init__(pairs)
-        self._paces = {table.device: library.PaceCache() for table in self._tables}
+        self._paces: defaultdict[torch.device, library.PaceCache] = defaultdict(library.PaceCache)
         self._heads = {
             table.device: library.TableHead(
                 tensors=table.tensors,
