@@ -9,18 +9,20 @@ import copy
 import ctypes
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from swafast import ExponentialAverage, FusedAveragedModel, PowerAverage, checks, choice, doctor, ops, plan
-from swafast.backends import Unavailable, cuda, device, library, native, triton
-from swafast.formats import EXACT, FLOAT32, encode_exact
+from swafast.backends import Pair, Unavailable, cuda, device, library, native, triton
+from swafast.formats import encode_exact
 from swafast.rules import EqualAverage, KernelTerms, Rule
 from tests.conftest import EveryKind, differing, tensors_of
-from tests.test_native import clone, make_pair
+from tests.test_gpu import averages_of
+from tests.test_native import clone
 from tests.test_native import differing as differing_pairs
 
 
@@ -264,42 +266,118 @@ def test_every_captured_plan_is_watched(shim: Shim, change: str) -> None:
         average.update_parameters(copy.deepcopy(model))
 
 
-def test_a_counter_elsewhere_is_counted_only_if_the_update_was(shim: Shim) -> None:
-    pairs = [make_pair(30, torch.float32, FLOAT32)]  # a launch goes by addresses, and keeps nothing alive
-    launch = cuda.prepare(pairs)
-    launch._tables[0].device = torch.device("cpu", 0)  # the counter is on another device, as far as it can tell
-    launch._heads[torch.device("cpu", 0)] = launch._heads[torch.device("cpu")]
-    counter = torch.tensor(1)
-    launch.update([], [EqualAverage()], [counter], 1)
-    assert counter.item() == 2
-    counter.fill_(-2)
-    with pytest.raises(ValueError, match="n_averaged must be >= 0, got -2"):
-        launch.update([], [EqualAverage()], [counter], 1)
-    assert counter.item() == -2
+def put_elsewhere(launch: cuda.CudaLaunch, elsewhere: torch.device) -> device.Table:
+    """Let the one table of ``launch`` be on another device than it is on, as far as the launch can tell."""
+    (table,) = launch._tables
+    launch._heads[elsewhere] = launch._heads[table.device]
+    launch._paces[elsewhere] = launch._paces[table.device]
+    table.device = elsewhere
+    return table
 
 
-def test_devices_share_one_counter(shim: Shim) -> None:
-    # A second device, as far as the launch can tell: the counter has to be brought there and counted once.
-    pairs = [make_pair(300, torch.float32, FLOAT32), make_pair(300, torch.bfloat16, EXACT)]
-    expected = clone(pairs)
-    launch, other = cuda.prepare(pairs[:1]), cuda.prepare(pairs[1:])
+def on_two_devices(pairs: Sequence[Pair], at: int) -> cuda.CudaLaunch:
+    """Prepare the pairs from ``at`` on for a second device, as far as the launch can tell, which comes first."""
     elsewhere = torch.device("cpu", 0)
-    (there,) = other._tables
-    there.device, there.indices = elsewhere, (1,)
+    launch, other = cuda.prepare(pairs[:at]), cuda.prepare(pairs[at:])
+    there = put_elsewhere(other, elsewhere)
+    there.indices = tuple(index + at for index in there.indices)
     launch._tables.insert(0, there)
-    launch._heads[elsewhere] = other._heads[torch.device("cpu")]
+    launch._heads[elsewhere], launch._paces[elsewhere] = other._heads[elsewhere], other._paces[elsewhere]
+    return launch
+
+
+@pytest.mark.parametrize("num_paces", [1, 3])
+def test_counters_elsewhere_are_counted_only_if_the_update_was(shim: Shim, num_paces: int) -> None:
+    pairs = averages_of(num_paces, (30,))  # a launch goes by addresses, and keeps nothing alive
+    launch, rules = cuda.prepare(pairs), [EqualAverage()] * num_paces
+    put_elsewhere(launch, torch.device("cpu", 0))  # the counters are on another device, as far as it can tell
+    counters = [torch.tensor(n) for n in range(num_paces)]
+    launch.update([], rules, counters, 1)
+    assert list(map(int, counters)) == [n + 1 for n in range(num_paces)]
+    counters[-1].fill_(-2)
+    before = clone(pairs)
+    with pytest.raises(ValueError, match="n_averaged must be >= 0, got -2"):
+        launch.update([], rules, counters, 1)
+    assert list(map(int, counters)) == [*range(1, num_paces), -2]
+    assert differing_pairs(pairs, before) == []
+
+
+@pytest.mark.parametrize("num_paces", [1, 3, library.MAX_PACES])
+def test_devices_share_the_counters(shim: Shim, num_paces: int) -> None:
+    # The counters have to be brought to the second device, and counted once.
+    both = [averages_of(num_paces, (size,)) for size in (300, 33)]
+    pairs = [pair for each in both for pair in each]
+    launch, expected = on_two_devices(pairs, len(both[0])), clone_together(pairs)
     one = cuda.prepare(expected)
-    counters = torch.tensor(2), torch.tensor(2)
+    counters = [[torch.tensor(2 + 3 * k) for k in range(num_paces)] for _ in range(2)]
+    rules: list[Rule] = [EqualAverage(), PowerAverage(6.94), ExponentialAverage(0.9, warmup="power")]
+    rules = [rules[k % 3] for k in range(num_paces)]
     for _ in range(3):
-        launch.update([], [EqualAverage()], [counters[0]], 1)
-        one.update([], [EqualAverage()], [counters[1]], 1)
-    assert counters[0].item() == counters[1].item() == 5
+        launch.update([], rules, counters[0], 1)
+        one.update([], rules, counters[1], 1)
+    for counted in counters:
+        assert list(map(int, counted)) == [5 + 3 * k for k in range(num_paces)]
     assert differing_pairs(pairs, expected) == []
+    for pair in pairs:
+        if pair.format is not None:
+            pair.param.normal_()
     pairs[0].param[0] = float("nan")
     before = clone(pairs)
-    launch.update([], [EqualAverage()], [counters[0]], 1, skip_nonfinite=True)
-    assert counters[0].item() == 5
+    launch.update([], rules, counters[0], 1, skip_nonfinite=True)
+    assert list(map(int, counters[0])) == [5 + 3 * k for k in range(num_paces)]
     assert differing_pairs(pairs, before) == []
+
+
+def clone_together(pairs: Sequence[Pair]) -> list[Pair]:
+    """Give copies of pairs in which one param is one param still."""
+    params = {id(pair.param): pair.param.clone() for pair in pairs}
+    return [replace(new, param=params[id(old.param)]) for new, old in zip(clone(pairs), pairs, strict=True)]
+
+
+def capture_paces(shim: Shim) -> None:
+    """Hold a replay to the rules that were captured, whatever an update between them went by."""
+    pairs = averages_of(3, (33,))
+    expected = clone_together(pairs)
+    launch, eager = cuda.prepare(pairs), cuda.prepare(expected)
+    rules: list[Rule] = [EqualAverage(), ExponentialAverage(0.9), PowerAverage(6.94)]
+    others: list[Rule] = [ExponentialAverage(0.5), EqualAverage(), ExponentialAverage(0.1)]
+    counters = [[torch.tensor(n) for n in (3, 1, 7)] for _ in range(2)]
+    shim.capture(True)
+    launch.update([], rules, counters[0], 1)
+    shim.capture(False)
+    assert launch.captured
+    for by in (rules, others, rules):
+        if by is rules:
+            shim.replay()
+        else:
+            launch.update([], by, counters[0], 1)
+        eager.update([], by, counters[1], 1)
+        assert list(map(int, counters[0])) == list(map(int, counters[1]))
+        assert differing_pairs(pairs, expected) == []
+
+
+def test_replays_go_by_the_rules_that_were_captured(shim: Shim) -> None:
+    capture_paces(shim)
+
+
+def test_replays_are_updates_of_all_averages(shim: Shim) -> None:
+    model = a_model().bfloat16()
+    rules = {"mean": EqualAverage(), "fast": ExponentialAverage(0.9), "power": PowerAverage(6.94)}
+    options: dict[str, Any] = {"rule": rules, "format": {"fast": "compact", "power": "compensated"}}
+    graphed, eager = FusedAveragedModel(model, **options), FusedAveragedModel(model, **options)
+    for averages in (graphed, eager):
+        averages.update_parameters(model)
+    before = shim.get("num_launches")
+    shim.capture(True)
+    graphed.update_parameters(model)
+    shim.capture(False)
+    assert shim.get("num_launches") == before + 1
+    for _ in range(20):
+        drift(model)
+        shim.replay()
+        eager.update_parameters(model)
+    assert [int(graphed[name].n_averaged) for name in rules] == [21] * 3
+    assert differing(graphed.state_dict(), eager.state_dict()) == []
 
 
 def test_the_op_prepares_once_and_keeps_what_a_graph_holds(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,4 +497,24 @@ def test_a_launch_that_counts_twice_is_seen(shim: Shim, monkeypatch: pytest.Monk
         lambda self, table, rule, counter, advance, *rest: start(self, table, rule, counter, 2 * advance, *rest),
     )
     with pytest.raises(AssertionError):
-        test_devices_share_one_counter(shim)
+        test_devices_share_the_counters(shim, 1)
+
+
+def test_one_counter_brought_for_all_is_seen(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+    counters = device.Table.counters.fget
+    monkeypatch.setattr(device.Table, "counters", property(lambda table: counters(table)[:1] * library.MAX_PACES))
+    with pytest.raises(AssertionError):
+        test_devices_share_the_counters(shim, 3)
+
+
+def test_a_replay_by_other_rules_is_seen(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = cuda.CudaLaunch.start_update
+    held: list[Any] = []
+
+    def same_rules(self: Any, table: Any, rules: Any, *rest: Any) -> None:
+        held.append(rules)
+        start(self, table, held[0] if self.captured else rules, *rest)
+
+    monkeypatch.setattr(cuda.CudaLaunch, "start_update", same_rules)
+    with pytest.raises(AssertionError):
+        capture_paces(shim)

@@ -7,6 +7,7 @@ import io
 import pickle
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from torch.library import opcheck
 from torch.optim.swa_utils import AveragedModel
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage
-from swafast.backends import cuda, triton
-from swafast.formats import encode_exact
+from swafast.averages import FusedAverages
+from swafast.backends import Pair, cuda, triton
+from swafast.formats import FLOAT32, encode_exact
 from swafast.rules import KernelTerms, Rule
 from tests.conftest import EveryKind, differing, tensors_of
 from tests.test_package import python_of_the_readme
@@ -83,14 +85,25 @@ def test_a_rule_of_python_alone_works_and_says_that_it_waits(backend: str) -> No
     assert average.n_averaged == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "format"),
+    [
+        *((dtype, None) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+        (torch.bfloat16, "compact"),
+        (torch.bfloat16, "half"),
+        (torch.float32, "compensated"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("rule", [EqualAverage(), PowerAverage(6.94)], ids=str)
-def test_a_thousand_replays_are_a_thousand_updates(backend: str, dtype: torch.dtype, rule: Rule) -> None:
+def test_a_thousand_replays_are_a_thousand_updates(
+    backend: str, dtype: torch.dtype, format: str | None, rule: Rule
+) -> None:
     model = small_model(dtype)
     deltas = [torch.randn_like(param) * 1e-3 for param in model.parameters()]
     twin = copy.deepcopy(model)
-    eager = FusedAveragedModel(twin, backend=backend, rule=rule)
-    graphed = FusedAveragedModel(model, backend=backend, rule=rule)
+    eager = FusedAveragedModel(twin, backend=backend, rule=rule, format=format)
+    graphed = FusedAveragedModel(model, backend=backend, rule=rule, format=format)
     eager.update_parameters(twin)
     graphed.update_parameters(model)
     graph = torch.cuda.CUDAGraph()
@@ -104,6 +117,116 @@ def test_a_thousand_replays_are_a_thousand_updates(backend: str, dtype: torch.dt
         eager.update_parameters(twin)
     assert graphed.n_averaged == eager.n_averaged == 1001
     assert differing(graphed.averaged_state_dict(), eager.averaged_state_dict()) == []
+
+
+SEVERAL: dict[str, Rule] = {
+    "mean": EqualAverage(),
+    "fast": ExponentialAverage(0.9),
+    "power": PowerAverage(6.94),
+    "warm": ExponentialAverage(0.999, warmup="power"),
+}
+MIXED = {"fast": "compact", "power": "compensated", "warm": "half"}
+
+
+def several(model: nn.Module, backend: str, **options: Any) -> FusedAverages:
+    averages = FusedAveragedModel(model, rule=SEVERAL, format=MIXED, backend=backend, **options)
+    assert isinstance(averages, FusedAverages)
+    averages.update_parameters(model)
+    return averages
+
+
+def counts_of(averages: FusedAverages) -> list[int]:
+    return [int(each.n_averaged) for each in averages.values()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_several_averages_never_wait_and_allocate_nothing(
+    backend: str, no_sync: None, dtype: torch.dtype, nonfinite: str
+) -> None:
+    model = small_model(dtype)
+    averages = several(model, backend, nonfinite=nonfinite)
+    averages.update_parameters(model)
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    for _ in range(5):
+        averages.update_parameters(model)
+    torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    assert counts_of(averages) == [7] * len(SEVERAL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_replays_are_updates_of_all_averages(backend: str, dtype: torch.dtype) -> None:
+    model = small_model(dtype)
+    graphed, eager = several(model, backend), several(model, backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        graphed.update_parameters(model)
+    for _ in range(100):
+        drift(model)
+        graph.replay()
+        eager.update_parameters(model)
+    assert counts_of(graphed) == counts_of(eager) == [101] * len(SEVERAL)
+    assert differing(tensors_of(graphed), tensors_of(eager)) == []
+
+
+def test_replays_skip_all_averages_or_none(backend: str) -> None:
+    model = small_model()
+    averages = several(model, backend, nonfinite="skip")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        averages.update_parameters(model)
+    (param, *_) = model.parameters()
+    kept, before = param.detach().clone(), tensors_of(averages)
+    with torch.no_grad():
+        param[-1, -1] = float("nan")
+    graph.replay()
+    assert differing(tensors_of(averages), before) == []
+    with torch.no_grad():
+        param.copy_(kept)
+    graph.replay()
+    assert counts_of(averages) == [2] * len(SEVERAL)
+
+
+def test_replays_go_by_the_rules_that_were_captured(backend: str) -> None:
+    prepare = {"cuda": cuda, "triton": triton}[backend].prepare
+    rules: list[Rule] = [EqualAverage(), ExponentialAverage(0.9), PowerAverage(6.94)]
+    others: list[Rule] = [ExponentialAverage(0.5), EqualAverage(), ExponentialAverage(0.1)]
+    param = torch.randn(5000, device="cuda")
+    sides = []
+    for _ in range(2):
+        planes = [torch.zeros(5000, device="cuda") for _ in rules]
+        pairs = [Pair("param", param, (plane,), FLOAT32, pace=pace) for pace, plane in enumerate(planes)]
+        counters = [torch.tensor(n, device="cuda") for n in (3, 1, 7)]
+        sides.append((prepare(pairs), planes, counters))
+    (launch, planes, counters), (eager, expected, counted) = sides
+    launch.update([], others, counters, 1)
+    eager.update([], others, counted, 1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch.update([], rules, counters, 1)
+    assert launch.captured
+    for by in (rules, others, rules):
+        if by is rules:
+            graph.replay()
+        else:
+            launch.update([], by, counters, 1)
+        eager.update([], by, counted, 1)
+        assert list(map(int, counters)) == list(map(int, counted))
+        assert all(map(torch.equal, planes, expected))
+
+
+def test_several_averages_are_one_launch(backend: str) -> None:
+    model = small_model(torch.bfloat16)
+    averages = several(model, backend, use_buffers=True)
+    averages.update_parameters(model)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        averages.update_parameters(model)
+        torch.cuda.synchronize()
+    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) == 1, [event.name for event in kernels]
 
 
 def test_a_first_update_in_a_capture_is_refused(backend: str) -> None:
@@ -287,9 +410,18 @@ def test_the_op_passes_opcheck_and_compiles_fullgraph(backend_name: str, monkeyp
 def test_one_launch_for_each_device(backend: str) -> None:
     model = nn.Sequential(nn.Linear(8, 8).to("cuda:0"), nn.Linear(8, 8).to("cuda:1"))
     average = FusedAveragedModel(model, backend=backend)
+    averages, alone = several(model, backend), {}
+    for name, rule in SEVERAL.items():
+        alone[name] = FusedAveragedModel(model, backend="reference", rule=rule, format=MIXED.get(name))
+        alone[name].update_parameters(model)
     for _ in range(3):
         average.update_parameters(model)
+        averages.update_parameters(model)
+        for each in alone.values():
+            each.update_parameters(model)
     assert average.n_averaged == 3
+    for name, each in alone.items():
+        assert differing(tensors_of(averages[name]), tensors_of(each)) == []
     state = average.averaged_state_dict()
     assert all(torch.equal(state[name], param) for name, param in model.named_parameters())
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
-from bench.gpu.cases import DEFAULTS, GPU_WORKLOADS
-from bench.gpu.report import OURS_PREFIX, GpuReport, GpuRow, share_of_copy, timed, wall_ratio
-from bench.numbers import Bar
+from bench.gpu.cases import DEFAULTS, GPU_WORKLOADS, SEVERAL, SEVERAL_ON
+from bench.gpu.report import OURS_PREFIX, GpuReport, GpuRow, RowKey, share_of_copy, timed, wall_ratio
+from bench.numbers import SEVERAL_BAR, Bar
 from bench.providers import CompiledForeach
 from bench.report import TORCH_CLASS
 
@@ -46,29 +47,44 @@ def bars(report: GpuReport) -> list[BackendBars]:
     """Give every bar, those without a measurement too."""
     groups = {rows[0].key: rows for rows in report.groups()}
     found = []
-    for work, limit, at_least, unit, measure in (*_speed_bars(groups), *_cost_bars(report)):
+    for work, limit, at_least, unit, measure in (*_speed_bars(groups), *_several_bars(groups), *_cost_bars(report)):
         measured = {backend: measure(f"{OURS_PREFIX}{backend}") for backend in report.backends}
         found.append(BackendBars(work, limit, at_least, unit, measured))
     return [*found, _bits_bar(report)]
 
 
 Described = tuple[str, float, bool, str, Measure]
-Groups = dict[tuple[str, str, str], list[GpuRow]]
+Groups = dict[RowKey, list[GpuRow]]
 
 
 def _speed_bars(groups: Groups) -> Iterator[Described]:
     for workload in SHARED:
         for dtype, fmt in DEFAULTS:
-            rows = groups.get((workload, dtype, fmt), [])
+            rows = groups.get((workload, dtype, fmt, 1), [])
             title = f"{rows[0].title if rows else GPU_WORKLOADS[workload].title}, {kind_text(dtype, fmt)}"
             yield f"{title}: of the device copy", SHARE_BAR, True, "%", lambda ours, rows=rows: _share(rows, ours)  # type: ignore[misc]
     for name, limit in WALL_BARS.items():
-        title, rows = GPU_WORKLOADS[name].title, groups.get((name, *DEFAULTS[0]), [])
+        title, rows = GPU_WORKLOADS[name].title, groups.get((name, *DEFAULTS[0], 1), [])
         wall = lambda ours, rows=rows: wall_ratio(rows, TORCH_CLASS, ours)  # noqa: E731
         yield f"{title}, fp32: torch's class, wall time", limit, True, "x", wall
         if name in DEVICE_BARS:
             device = lambda ours, rows=rows: _device_ratio(rows, ours)  # noqa: E731
             yield f"{title}, fp32: torch's class, device time", DEVICE_BARS[name], True, "x", device
+
+
+def _several_bars(groups: Groups) -> Iterator[Described]:
+    """Hold several averages in one pass to the time that their bytes take at the rate of one, on the same backend."""
+    for workload in SEVERAL_ON:
+        for dtype, fmt in DEFAULTS:
+            one, several = (groups.get((workload, dtype, fmt, count), []) for count in (1, SEVERAL))
+            name = several[0].title.replace(", no embeddings", "") if several else GPU_WORKLOADS[workload].title
+            measure = partial(_time_over_bytes, several, one)
+            yield f"{name}, {kind_text(dtype, fmt)}: {SEVERAL} averages, time/bytes", SEVERAL_BAR, False, "x", measure
+
+
+def _time_over_bytes(several: list[GpuRow], one: list[GpuRow], ours: str) -> float | None:
+    row, base = timed(several, ours), timed(one, ours)
+    return base.device_bytes_per_s / row.device_bytes_per_s if row is not None and base is not None else None
 
 
 def _share(rows: list[GpuRow], ours: str) -> float | None:
@@ -122,9 +138,8 @@ def _bits_bar(report: GpuReport) -> BackendBars:
     return BackendBars(f"cases of {len(report.bits)} whose bits are not the CPU's", 0, False, "", measured)
 
 
-def kind_text(dtype: str, fmt: str) -> str:
+def kind_text(dtype: str, fmt: str, averages: int = 1) -> str:
     """Name params and averages as a reader of a table does."""
     short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-    if fmt == dtype:
-        return short[dtype]
-    return f"{short[dtype]} to {short[fmt]}" if fmt in short else f"{short[dtype]} {fmt}"
+    into = "" if fmt == dtype else f" to {short[fmt]}" if fmt in short else f" {fmt}"
+    return f"{short[dtype]}{into}" + (f" x{averages}" if averages > 1 else "")

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.gpu.report import OURS_PREFIX
+from bench.gpu.ours import ours_on
 from bench.providers import (
     CompiledForeach,
     Foreach,
     LerpFloat,
     MulAdd,
-    Ours,
     Provider,
     TorchClass,
     TorchClassBf16,
@@ -28,6 +27,11 @@ COUNTED_BYTES = {
     ("bfloat16", "exact"): 2 + 2 * 4,
     ("bfloat16", "float32"): 2 + 2 * 4,
     ("float16", "mirrored"): 2 + 2 * 4 + 2,
+    ("bfloat16", "compact"): 2 + 2 * 3,
+    ("bfloat16", "compensated"): 2 + 2 * 8,
+    ("bfloat16", "half"): 2 + 2 * 2,
+    ("float32", "compensated"): 4 + 2 * 8,
+    ("float32", "compact"): 4 + 2 * 3,
 }
 # Bytes that one param and its average hold.
 HELD_BYTES = {
@@ -35,6 +39,11 @@ HELD_BYTES = {
     ("bfloat16", "exact"): 6,
     ("bfloat16", "float32"): 6,
     ("float16", "mirrored"): 8,
+    ("bfloat16", "compact"): 5,
+    ("bfloat16", "compensated"): 10,
+    ("bfloat16", "half"): 4,
+    ("float32", "compensated"): 12,
+    ("float32", "compact"): 7,
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,7 +79,7 @@ DRY_WORKLOADS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One workload with params of one dtype and averages of one format.
+    """One workload with params of one dtype, and averages of one format: one of them, or several in one pass.
 
     The compiled providers have cases of their own: how long a compiler takes is the least certain.
     """
@@ -79,21 +88,37 @@ class Case:
     dtype: str
     format: str
     compiled: bool = False
+    averages: int = 1
 
     def find_workload(self) -> Workload:
         return (GPU_WORKLOADS | DRY_WORKLOADS)[self.workload]
 
     @property
     def counted_bytes(self) -> int:
-        return COUNTED_BYTES[self.dtype, self.format]
+        return self._with_each_average(COUNTED_BYTES[self.dtype, self.format])
 
     @property
     def held_bytes(self) -> int:
-        return HELD_BYTES[self.dtype, self.format]
+        return self._with_each_average(HELD_BYTES[self.dtype, self.format])
+
+    def _with_each_average(self, nbytes: int) -> int:
+        """Give the bytes of all averages beside one param, of those of one average beside it."""
+        param = DTYPES[self.dtype].itemsize
+        return param + self.averages * (nbytes - param)
 
 
 DEFAULTS = (("float32", "float32"), ("bfloat16", "exact"))
 OTHERS = (("float16", "mirrored"), ("bfloat16", "float32"))
+# Those of other sizes, and those that are rounded at random.
+SMALLER_AND_LARGER = (
+    ("bfloat16", "compact"),
+    ("bfloat16", "compensated"),
+    ("bfloat16", "half"),
+    ("float32", "compensated"),
+    ("float32", "compact"),
+)
+# So many averages in one pass, and where.
+SEVERAL, SEVERAL_ON = 3, ("gpt2_medium", "1e9", "llama3_8b")
 
 
 def gpu_cases() -> list[Case]:
@@ -102,39 +127,27 @@ def gpu_cases() -> list[Case]:
     cases = [Case(name, *kind) for kind in DEFAULTS for name in largest]
     cases += [Case(name, *DEFAULTS[0]) for name in small]
     cases += [Case(name, *DEFAULTS[0], compiled=True) for name in ("resnet50", "1e9")]
-    cases += [Case(name, *DEFAULTS[1]) for name in small]
     cases += [Case("gpt2_medium", *kind) for kind in DEFAULTS]
-    return cases + [Case(name, *other) for name in ("1e9", "gpt2_medium") for other in OTHERS]
+    cases += [Case(name, *kind, averages=SEVERAL) for name in SEVERAL_ON for kind in DEFAULTS]
+    cases += [Case(name, *DEFAULTS[1]) for name in small]
+    others = (*SMALLER_AND_LARGER, *OTHERS)
+    return cases + [Case(name, *other) for name in ("1e9", "gpt2_medium") for other in others]
 
 
 def dry_cases() -> list[Case]:
     cases = [Case(name, *kind) for name in DRY_WORKLOADS for kind in DEFAULTS]
+    cases += [Case("dry_one", *kind, averages=SEVERAL) for kind in DEFAULTS]
+    cases += [Case("dry_one", *kind) for kind in SMALLER_AND_LARGER]
     return [*cases, Case("dry_one", *OTHERS[0]), Case("dry_one", *DEFAULTS[0], compiled=True)]
-
-
-def ours_on(backend_name: str, format_name: str) -> type[Ours]:
-    """Give our provider on one backend, in one format."""
-
-    class OursOnBackend(Ours):
-        name = f"{OURS_PREFIX}{backend_name}"
-        format = format_name
-        backend = backend_name
-
-        @classmethod
-        def missing(cls) -> str | None:
-            from swafast.choice import BACKENDS
-
-            why = next(each for each in BACKENDS if each.name == backend_name).unavailable()
-            return None if why is None else why.reason
-
-    return OursOnBackend
 
 
 def providers_of(case: Case, backends: tuple[str, ...]) -> list[type[Provider]]:
     """Give the providers of a case, ours first."""
     if case.compiled:
         return [CompiledForeach]
-    ours: list[type[Provider]] = [ours_on(backend, case.format) for backend in backends]
+    ours: list[type[Provider]] = [ours_on(backend, case.format, case.averages) for backend in backends]
+    if case.averages > 1:
+        return ours
     others: dict[tuple[str, str], list[type[Provider]]] = {
         ("float32", "float32"): [TorchClass, TorchEma, Foreach],
         ("bfloat16", "exact"): [TorchClassBf16, MulAdd, LerpFloat],

@@ -18,6 +18,7 @@ from torch import nn
 
 from bench import gate
 from bench.gpu.cases import DTYPES, Case, providers_of
+from bench.gpu.ours import check_error
 from bench.gpu.profile import activity
 from bench.gpu.report import COPY, COPY_BIG, GpuRow
 from bench.gpu.timing import (
@@ -122,6 +123,7 @@ def common_row(workload: Workload, case: Case, depth: int, models: Sequence[nn.M
         len(params),
         numel * case.counted_bytes,
         format=case.format,
+        averages=case.averages,
         copies=size.copies,
         filler_bytes=size.filler_bytes,
     )
@@ -145,7 +147,7 @@ def measure_case(case: Case, setting: Setting, ceiling: Ceiling, progress: Progr
         return
     beside = BESIDE_BYTES if setting.on_gpu else DRY_BESIDE_BYTES
     memory = available_bytes(setting.device)
-    depth = workload.depth_within(memory, case.held_bytes + PEAK_BYTES_PER_PARAM, beside)
+    depth = depth_within(workload, memory, case.held_bytes + PEAK_BYTES_PER_PARAM, beside)
     reason = f"does not fit the {memory / 2**30:.0f} GiB that are free" if depth == 0 else ""
     if setting.left_s() < LEAST_S:
         reason = "the time was up"
@@ -165,6 +167,13 @@ def measure_case(case: Case, setting: Setting, ceiling: Ceiling, progress: Progr
         progress.begin(case, kind.name)
         run.run(kind)
         free_memory(setting.device)
+
+
+def depth_within(workload: Workload, memory: float, per_param: float, beside: float) -> int:
+    """Give the number of blocks that fit; less than all of them where what goes with all does not fit as well."""
+    depth = workload.depth_within(memory, per_param, beside)
+    whole = (memory - beside) / per_param >= workload.num_params
+    return depth if whole else min(depth, workload.full_depth - 1)
 
 
 def free_memory(device: torch.device) -> None:
@@ -220,7 +229,7 @@ class _CaseRun:
 
     def _measure(self, kind: type[Provider], row: GpuRow) -> None:
         first = kind(self.models[0])
-        error = gate.check_error(first, self.models[0])
+        error = check_error(first, self.models[0])
         providers = [first, *(first.beside(model) for model in self.models[1:])]
         rotation = Rotation([provider.update for provider in providers])
         for _ in range(2):  # the first update copies and plans, the second is like all others

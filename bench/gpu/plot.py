@@ -75,7 +75,7 @@ def _dress(axes: Axes, report: GpuReport, firsts: list[GpuRow]) -> None:
         1.015, 1.0, "wall time of an update", transform=axes.transAxes, fontsize=8, color=FAINT, va="bottom"
     )  # fmt: skip
     names = [row.title.replace(" tensors of ", " x ").split(", no embeddings")[0] for row in firsts]
-    kinds = [kind_text(row.dtype, row.format) for row in firsts]
+    kinds = [kind_text(row.dtype, row.format, row.averages) for row in firsts]
     axes.set_yticks(range(len(firsts)), [f"{name}\n{kind}" for name, kind in zip(names, kinds, strict=True)])
     axes.xaxis.set_major_formatter(lambda value, position: f"{value:.0%}")
     axes.tick_params(axis="y", length=0, labelsize=8.5, labelcolor=INK)

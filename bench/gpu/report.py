@@ -26,11 +26,16 @@ OUR_BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "reference")}
 DIGITS = 5
 
 
+# Workload, dtype of the params, format of the averages, and how many of these.
+RowKey = tuple[str, str, str, int]
+
+
 @dataclass(frozen=True)
 class GpuRow(Row):
     """One provider on one workload. ``samples`` are wall times: many updates, and the wait at their end."""
 
     format: str = "float32"  # of the averages
+    averages: int = 1  # in one pass
     copies: int = 1  # of model and average that take turns
     filler_bytes: int = 0  # read and written before a sample, to empty the cache
     device_s: list[float] = field(default_factory=list)  # between two events, the queue filled beforehand
@@ -45,8 +50,14 @@ class GpuRow(Row):
     remarks: list[str] = field(default_factory=list)  # why something of it was not measured
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        return self.workload, self.dtype, self.format
+    def key(self) -> RowKey:
+        return self.workload, self.dtype, self.format, self.averages
+
+    @property
+    def kind(self) -> str:
+        """Name what is averaged, and into what."""
+        several = f" x{self.averages}" if self.averages > 1 else ""
+        return self.dtype + (f" {self.format}" if self.format != self.dtype else "") + several
 
     @property
     def is_ours(self) -> bool:
@@ -97,7 +108,7 @@ class GpuReport:
 
     def groups(self) -> list[list[GpuRow]]:
         """Give the rows of each workload, dtype and format: dtype by dtype, in the order in which they ran."""
-        found: dict[tuple[str, str, str], list[GpuRow]] = {}
+        found: dict[RowKey, list[GpuRow]] = {}
         for row in self.rows:
             found.setdefault(row.key, []).append(row)
         kinds = list(dict.fromkeys(key[1:] for key in found))
@@ -111,7 +122,7 @@ class GpuReport:
         found = [f"{part.name}: {part.detail}" for part in self.parts if part.failed]
         for row in self.rows:
             if row.is_ours and row.status in ("wrong", "failed", "not installed"):
-                found.append(f"{row.provider} on {row.title}, {row.dtype}: {row.status}: {row.reason}")
+                found.append(f"{row.provider} on {row.title}, {row.kind}: {row.status}: {row.reason}")
         differing = [case for case, hashes in self.bits.items() if len(set(hashes.values())) > 1]
         if differing:
             found.append(f"bits of {len(differing)} cases differ, the first is {differing[0]}")
@@ -154,7 +165,7 @@ def _rounded(value: Any) -> Any:
 
 def merged(rows: Iterable[GpuRow]) -> list[GpuRow]:
     """Join the samples of each ceiling, which was measured beside every provider anew."""
-    found: dict[tuple[str, ...], GpuRow] = {}
+    found: dict[tuple[str | int, ...], GpuRow] = {}
     for row in rows:
         key = (*row.key, row.provider)
         before = found.get(key)

@@ -177,13 +177,12 @@ class Run:
 
 def failed_row(key: Key, rows: list[GpuRow], why: str) -> GpuRow:
     """Give a row for a provider that took its process with it."""
-    workload, dtype, fmt, provider = key
-    like = next((row for row in rows if row.key == (workload, dtype, fmt)), None)
-    if like is None:
-        like = GpuRow(workload, workload, dtype, provider, 0, 0, 0, format=fmt)
-    bare = GpuRow(
-        workload, like.title, dtype, provider, like.num_params, like.num_tensors, like.counted_bytes, format=fmt
-    )
+    workload, dtype, fmt, averages, provider = key
+    like = next((row for row in rows if row.key == key[:-1]), None)
+    bare = GpuRow(workload, workload, dtype, provider, 0, 0, 0, format=fmt, averages=averages)
+    if like is not None:
+        sizes = {"num_params": like.num_params, "num_tensors": like.num_tensors, "counted_bytes": like.counted_bytes}
+        bare = replace(bare, title=like.title, **sizes)  # type: ignore[arg-type]
     return replace(bare, status="failed", reason=f"the process {why}")
 
 
@@ -268,7 +267,7 @@ def left_out(report: GpuReport) -> list[str]:
         for row in rows:
             if row.status == "skipped":
                 skipped.setdefault(row.reason, []).append(row.provider)
-        found += [f"{first.title}, {first.dtype}: {', '.join(who)}: {why}" for why, who in skipped.items()]
+        found += [f"{first.title}, {first.kind}: {', '.join(who)}: {why}" for why, who in skipped.items()]
     return found
 
 

@@ -1,4 +1,5 @@
-"""A few updates of every dtype and format, small and misaligned, an exchange, and a look for what is not finite.
+"""A few updates of every dtype and format, small and misaligned, an exchange, and a look for what is not finite; and
+several averages of mixed formats in one pass.
 
 ``python -m bench.gpu.smoke --device cuda --backend cuda --backend triton --out FILE`` runs them on each backend and on
 the CPU, and compares all bits. It is also what the memory checkers watch.
@@ -10,15 +11,19 @@ import argparse
 import hashlib
 import json
 import sys
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage
+from swafast.averages import FusedAverages
 from swafast.backends import native
+from swafast.backends.library import MAX_PACES
 from swafast.choice import BACKENDS
 from swafast.rules import Rule
 
@@ -30,25 +35,46 @@ UPDATES = 4
 
 @dataclass(frozen=True)
 class SmokeCase:
+    """Averages of params of one dtype, by name: each with its format and its rule."""
+
     dtype: torch.dtype
-    format: str
-    rule: Rule
+    averages: tuple[tuple[str, str, Rule], ...]
 
     @property
     def title(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')}, {self.format}, {type(self.rule).__name__}"
+        _, fmt, rule = self.averages[0]
+        dtype = str(self.dtype).removeprefix("torch.")
+        if len(self.averages) > 1:
+            return f"{dtype}, {len(self.averages)} averages"
+        return f"{dtype}, {fmt}, {type(rule).__name__}"
 
 
+RULES = (EqualAverage(), ExponentialAverage(0.9, warmup="ratio"), PowerAverage(6.94))
+FORMATS = {
+    torch.float32: ("float32", "compensated", "compact"),
+    torch.bfloat16: ("exact", "float32", "compact", "compensated", "half"),
+    torch.float16: ("mirrored", "float32"),
+}
+
+
+def _one(dtype: torch.dtype, fmt: str, rule: Rule) -> SmokeCase:
+    return SmokeCase(dtype, (("average", fmt, rule),))
+
+
+def _several(dtype: torch.dtype, count: int) -> SmokeCase:
+    """Give a case of so many averages, of all formats and rules in turn."""
+    formats = (*FORMATS[torch.bfloat16], "mirrored")
+    turns = ((f"average {i}", formats[i % len(formats)], RULES[i % len(RULES)]) for i in range(count))
+    return SmokeCase(dtype, tuple(turns))
+
+
+# How a rule weighs has nothing to do with a format: the weights of the first rule lie on both sides of one half, where
+# a lerp changes, so it goes with each format, and the others with one.
 CASES = [
-    SmokeCase(dtype, fmt, rule)
-    for dtype, fmt in (
-        (torch.float32, "float32"),
-        (torch.bfloat16, "exact"),
-        (torch.bfloat16, "float32"),
-        (torch.float16, "mirrored"),
-        (torch.float16, "float32"),
-    )
-    for rule in (EqualAverage(), ExponentialAverage(0.9, warmup="ratio"), PowerAverage(6.94))
+    *(_one(dtype, fmt, RULES[0]) for dtype, formats in FORMATS.items() for fmt in formats),
+    *(_one(dtype, FORMATS[dtype][0], rule) for dtype in (torch.float32, torch.bfloat16) for rule in RULES[1:]),
+    *(_several(dtype, 3) for dtype in FORMATS),
+    _several(torch.bfloat16, MAX_PACES),
 ]
 
 
@@ -84,6 +110,26 @@ def digest(tensors: Iterable[Tensor]) -> str:
     return state.hexdigest()
 
 
+def make_averages(case: SmokeCase, model: nn.Module, backend: str) -> FusedAveragedModel | FusedAverages:
+    """Make the one average of a case, or all of them together."""
+    names = [name for name, _, _ in case.averages]
+    formats, rules = ({name: each[at] for name, each in zip(names, case.averages, strict=True)} for at in (1, 2))
+    one = len(names) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "format='half'", UserWarning)
+        return FusedAveragedModel(
+            model,
+            rule=rules[names[0]] if one else rules,  # type: ignore[arg-type]
+            format=formats[names[0]] if one else formats,  # type: ignore[arg-type]
+            backend=backend,
+            nonfinite="skip",
+        )
+
+
+def each_of(averaged: FusedAveragedModel | FusedAverages) -> list[FusedAveragedModel]:
+    return averaged.values() if isinstance(averaged, FusedAverages) else [averaged]
+
+
 def run_case(case: SmokeCase, backend: str, device: str) -> dict[str, str]:
     """Run one case on one backend and give hashes of all bits: after the updates, and of the model while exchanged.
 
@@ -92,13 +138,14 @@ def run_case(case: SmokeCase, backend: str, device: str) -> dict[str, str]:
     """
     generator = torch.Generator().manual_seed(20)
     model = Misaligned(case.dtype, device)
-    averaged = FusedAveragedModel(model, rule=case.rule, format=case.format, backend=backend, nonfinite="skip")
+    averaged = make_averages(case, model, backend)
     for _ in range(UPDATES):
         model.draw(generator)
         averaged.update_parameters(model)
-    found = {case.title: digest([*averaged.state_dict().values(), *averaged.averaged_state_dict().values()])}
-    before = digest(model.state_dict().values())
-    with averaged.swapped_into(model):
+    exported = (each.averaged_state_dict().values() for each in each_of(averaged))
+    found = {case.title: digest([*averaged.state_dict().values(), *chain.from_iterable(exported)])}
+    first, before = each_of(averaged)[0], digest(model.state_dict().values())
+    with first.swapped_into(model):
         # One that does not exchange in place casts, which may round a tie of `exact` the other way.
         if next(each for each in BACKENDS if each.name == backend).exchanges:
             found[f"{case.title}, exchanged"] = digest(model.state_dict().values())
@@ -107,16 +154,15 @@ def run_case(case: SmokeCase, backend: str, device: str) -> dict[str, str]:
     return found
 
 
-def _look_for_nan(case: SmokeCase, averaged: FusedAveragedModel, model: Misaligned) -> None:
-    count = int(averaged.n_averaged)
+def _look_for_nan(case: SmokeCase, averaged: FusedAveragedModel | FusedAverages, model: Misaligned) -> None:
     name = f"at_{len(NUMELS) - 1}"
     with torch.no_grad():
         model.get_parameter(name)[-1] = float("nan")
-    before = digest(averaged.state_dict().values())
+    before = digest(averaged.state_dict().values())  # the counters are among them
     averaged.update_parameters(model)
-    assert digest(averaged.state_dict().values()) == before, f"{case.title}: a NaN got into the average"
-    assert int(averaged.n_averaged) == count, f"{case.title}: an update that was skipped counted"
-    averaged.nonfinite = "raise"
+    assert digest(averaged.state_dict().values()) == before, f"{case.title}: a NaN got into an average, or counted"
+    for each in each_of(averaged):
+        each.nonfinite = "raise"
     try:
         averaged.update_parameters(model)
         seen = ""
@@ -161,4 +207,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if "cpu" in sys.argv:
+        torch.set_num_threads(1)  # of a dry run: its tensors are small, and others may be at work on this machine
     sys.exit(main())

@@ -28,7 +28,7 @@ def workloads_table(report: GpuReport) -> Table:
         shown = [*(timed(rows, f"{OURS_PREFIX}{name}") for name in report.backends), today, timed(rows, Foreach.name)]
         table.add_row(
             rows[0].title.replace(", no embeddings", ""),
-            kind_text(rows[0].dtype, rows[0].format),
+            kind_text(rows[0].dtype, rows[0].format, rows[0].averages),
             "" if copy is None else f"{copy.device_bytes_per_s / 1e12:.2f}",
             *(_share(row, rows) for row in shown),
             *("" if row is None or not row.samples else milliseconds(row.seconds) for row in shown),

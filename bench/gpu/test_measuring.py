@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
-from bench.gpu import cases, measure
+from bench.gpu import cases, measure, ours
 from bench.gpu.bars import SHARED, WALL_BARS
-from bench.gpu.cases import BILLION, DRY_WORKLOADS, Case, ours_on
+from bench.gpu.cases import BILLION, DRY_WORKLOADS, SEVERAL_ON, SMALLER_AND_LARGER, Case
+from bench.gpu.ours import SeveralOnBackend, ours_on
 from bench.gpu.process import run_program
 from bench.gpu.profile import sum_up
 from bench.gpu.report import COPY, GpuRow, merged, share_of_copy
@@ -21,6 +23,7 @@ from bench.gpu.timing import COVER, MAX_TENSORS, Rotation, Stopwatch, rotation_s
 from bench.providers import CompiledForeach, Foreach, Ours, Provider
 from bench.report import TORCH_CLASS
 from bench.workloads import build
+from swafast.formats import get_format
 
 CPU = torch.device("cpu")
 H200_L2 = 60 << 20
@@ -139,8 +142,9 @@ def test_what_does_not_fit_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row.reason for row in measured(FEW)} == {"does not fit the 0 GiB that are free"}
 
 
-@pytest.mark.parametrize("kind", [*cases.DEFAULTS, *cases.OTHERS])
-def test_averages_one_at_a_time_are_the_averages(kind: tuple[str, str]) -> None:
+@pytest.mark.parametrize("kind", [*cases.DEFAULTS, *cases.OTHERS, *SMALLER_AND_LARGER])
+def test_averages_one_at_a_time_are_the_averages(kind: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours, "DECODED_NUMEL", 1000)
     model = build(DRY_WORKLOADS["dry_few"], cases.DTYPES[kind[0]], CPU)
     provider = ours_on("cpu", kind[1])(model)
     provider.update()
@@ -152,9 +156,14 @@ def test_averages_one_at_a_time_are_the_averages(kind: tuple[str, str]) -> None:
 def test_bytes_are_those_of_the_formats() -> None:
     for (dtype, fmt), counted in cases.COUNTED_BYTES.items():
         item = cases.DTYPES[dtype].itemsize
-        planes = {"exact": 4, "float32": 4, "mirrored": 6}[fmt]
+        planes = get_format(fmt).nbytes
+        assert planes is not None
         assert counted == item + 2 * planes - (2 if fmt == "mirrored" else 0)
         assert cases.HELD_BYTES[dtype, fmt] == item + planes
+    moved = {case.averages: case.counted_bytes for case in cases.gpu_cases() if case.dtype == "bfloat16"}
+    assert moved[3] == 2 + 8 * 3
+    assert Case("1e9", "float32", "float32", averages=3).counted_bytes == 4 + 8 * 3
+    assert Case("1e9", "float32", "compact", averages=2).held_bytes == 4 + 3 * 2
 
 
 def test_cases_with_a_bar_come_first() -> None:
@@ -164,6 +173,70 @@ def test_cases_with_a_bar_come_first() -> None:
     assert {case.workload for case in listed[:8]} == {*SHARED, *WALL_BARS}
     assert {case.workload for case in listed} == set(cases.GPU_WORKLOADS)
     assert all(case.find_workload().num_params > 0 for case in listed)
+    # Several averages stand beside one of the same kind, which is there by then.
+    several = [at for at, case in enumerate(listed) if case.averages > 1]
+    assert len(several) == 2 * len(SEVERAL_ON)
+    assert all(replace(listed[at], averages=1) in listed[:at] for at in several)
+
+
+def test_ours_is_gated_and_timed_in_each_format_and_several_at_once() -> None:
+    listed = [Case("dry_one", *kind) for kind in SMALLER_AND_LARGER[2:4]]
+    listed += [Case("dry_one", *kind, averages=3) for kind in (cases.DEFAULTS[0], SMALLER_AND_LARGER[0])]
+    rows = [row for row in measured(*listed) if row.is_ours]
+    assert len(rows) == 2 * len(listed)
+    for row, case in zip(rows, (case for case in listed for _ in BACKENDS), strict=True):
+        assert row.key == (case.workload, case.dtype, case.format, case.averages)
+        assert (row.status, row.counted_bytes) == ("ok", 300_000 * case.counted_bytes)
+        assert row.device_s
+        assert row.error is not None
+
+
+def one_by_the_rule_of_another(averages: SeveralOnBackend) -> None:
+    held = averages.fused._modules
+    held["mean"], held["fast"] = held["fast"], held["mean"]
+
+
+def one_left_out(averages: SeveralOnBackend) -> None:
+    update = averages.fused.update_parameters
+
+    def without(model: torch.nn.Module) -> None:
+        kept = copy.deepcopy(averages.fused["slow"].state_dict())
+        update(model)
+        averages.fused["slow"].load_state_dict(kept)
+
+    averages.fused.update_parameters = without  # type: ignore[method-assign]
+
+
+def one_moved_twice(averages: SeveralOnBackend) -> None:
+    update = averages.fused.update_parameters
+
+    def twice(model: torch.nn.Module) -> None:
+        update(model)
+        averages.fused["slow"].update_parameters(model)
+
+    averages.fused.update_parameters = twice  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("plant", [one_by_the_rule_of_another, one_left_out, one_moved_twice])
+def test_the_gate_of_several_averages_kills_the_bug(
+    plant: Callable[[SeveralOnBackend], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = SeveralOnBackend._make
+
+    def spoiled(self: SeveralOnBackend, model: torch.nn.Module) -> None:
+        make(self, model)
+        plant(self)
+
+    monkeypatch.setattr(SeveralOnBackend, "_make", spoiled)
+    rows = [row for row in measured(replace(FEW, averages=3)) if row.is_ours]
+    assert {row.status for row in rows} == {"wrong"}
+    assert all("off by" in row.reason for row in rows)
+
+
+def test_what_is_not_whole_has_no_more_layers_than_there_are() -> None:
+    llama = cases.GPU_WORKLOADS["llama3_8b"]
+    for memory, depth in ((1e12, 32), (0.99 * 16 * llama.num_params, 31), (16 * 5 * 218_112_000, 5), (1.0, 0)):
+        assert measure.depth_within(llama, memory, 16, 0) == depth
 
 
 # A GPU's calls, with stand-ins for torch.cuda

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 from bench.gpu import parts, process, run, smoke
 from bench.gpu.parts import Parts, judge_checker, read_junit
 from bench.gpu.process import Budget, Finished, run_program, scrub, write_log
+from bench.gpu.report import merged
 from bench.gpu.run import Run
 from bench.gpu.test_report import FEW, fabricated_row
-from bench.gpu.worker import Key, Lines, Plan, Writer, read_lines
+from bench.gpu.worker import Key, Lines, Plan, Writer, key_of, read_lines
 from bench.providers import Foreach
 from bench.report import TORCH_CLASS
 
@@ -45,7 +47,7 @@ def test_a_worker_that_breaks_off_is_followed_by_another(monkeypatch: pytest.Mon
     whole = Run(tmp_path, tmp_path, "", True, False, [FEW], Budget(60.0))
     whole._measure(1 << 20)
     rows = {row.provider: row for row in whole.report.rows}
-    assert plans[1].done == [("dry_few", "float32", "float32", name) for name in ("swafast cpu", TORCH_CLASS)]
+    assert plans[1].done == [("dry_few", "float32", "float32", 1, name) for name in ("swafast cpu", TORCH_CLASS)]
     assert {name: row.status for name, row in rows.items()} == {
         "swafast cpu": "ok", TORCH_CLASS: "failed", Foreach.name: "ok",
     }  # fmt: skip
@@ -59,8 +61,17 @@ def test_a_worker_that_never_begins_is_a_failure(monkeypatch: pytest.MonkeyPatch
     assert whole.report.failures()[0] == "times: the process ended with code 1: no module named x"
 
 
+def test_a_row_of_several_averages_is_not_that_of_one() -> None:
+    several = replace(FEW, averages=3)
+    rows = [fabricated_row("dry_few", "float32", "swafast cpu", 1e-3, averages=count) for count in (1, 3)]
+    lines = [json.dumps({"begin": key_of(several, "swafast cpu")}), json.dumps(asdict(rows[0]))]
+    assert read_lines(lines).under_way == (*rows[1].key, "swafast cpu")
+    assert read_lines([*lines, json.dumps(asdict(rows[1]))]).under_way is None
+    assert merged(rows) == rows
+
+
 def test_lines_that_are_cut_off_are_left_out() -> None:
-    key: Key = ("w", "float32", "float32", "p")
+    key: Key = ("w", "float32", "float32", 1, "p")
     assert read_lines([json.dumps({"begin": key}), '{"workload": "w", "ti']) == Lines([], [key], key)
 
 
@@ -159,10 +170,12 @@ def test_a_failing_test_does_not_stop_the_parts(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_smoke_compares_all_bits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(smoke, "CASES", smoke.CASES[3:4])
+    several = next(case for case in smoke.CASES if len(case.averages) == 3)
+    monkeypatch.setattr(smoke, "CASES", [several, *(case for case in smoke.CASES if case.averages[0][1] == "compact")])
     monkeypatch.setattr(smoke, "NUMELS", (3, 64, 4097))
     arguments = ["--device", "cpu", "--backend", "reference"]
     assert smoke.main(arguments) == 0
+    monkeypatch.setattr(smoke, "CASES", smoke.CASES[:1])
     run_case = smoke.run_case
     assert run_case(smoke.CASES[0], "cpu", "cpu") == run_case(smoke.CASES[0], "cpu", "cpu")
 

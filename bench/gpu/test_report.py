@@ -42,9 +42,11 @@ def fabricated_report(scale: Callable[[int], float] = lambda at: 1.0) -> GpuRepo
     rows = []
     for at, case in enumerate(case for case in cases.gpu_cases() if not case.compiled):
         ours = 1e-3 * scale(at)
-        kind = {"dtype": case.dtype, "format": case.format}
+        kind: dict[str, Any] = {"dtype": case.dtype, "format": case.format, "averages": case.averages}
         times = {COPY: 0.97e-3, "swafast cuda": ours, "swafast triton": ours * 1.3}
-        if case.dtype == "float32":
+        if case.averages > 1:
+            pass
+        elif case.format == "float32" == case.dtype:
             times |= {TORCH_CLASS: 12e-3, Foreach.name: 2e-3, CompiledForeach.name: 1.5e-3}
         elif case.format == "exact":
             times |= {TORCH_CLASS: 3e-3, MUL_ADD: 8e-3, LERP_FLOAT: 7e-3}
@@ -73,7 +75,7 @@ def verdicts(report: GpuReport, backend: str) -> dict[str, bool | None]:
 def test_all_bars_are_met_by_numbers_that_meet_them() -> None:
     report = fabricated_report()
     assert set(verdicts(report, "cuda").values()) == {True}
-    assert len(by_work(report)) == 16
+    assert len(by_work(report)) == 22
     assert report.failures() == []
 
 
@@ -88,7 +90,7 @@ def test_bars_are_computed_from_the_medians() -> None:
 
 
 def test_each_bar_can_be_missed() -> None:
-    slow = verdicts(fabricated_report(lambda at: 20.0), "cuda")
+    slow = verdicts(fabricated_report(lambda at: 20.0 * (1 + at)), "cuda")  # several averages come after one
     assert [work for work, met in slow.items() if met] == [
         "launches and transfers of an update, most",
         "host time, of 20 us + 0.5 us a tensor, most",
@@ -105,11 +107,30 @@ def test_each_bar_can_be_missed() -> None:
     assert bad.failures() == ["bits of 1 cases differ, the first is a"]
 
 
+def test_several_averages_are_held_to_their_bytes_at_the_rate_of_one() -> None:
+    work = "GPT-2 medium, bf16 exact: 3 averages, time/bytes"
+    good = fabricated_report()
+    assert by_work(good)[work].measured["cuda"] == pytest.approx(1.0)
+    key = ("gpt2_medium", "bfloat16", "exact", 3)
+    for factor, met in ((1.1, True), (1.2, False)):
+        rows = [
+            replace(row, device_s=[factor * s for s in row.device_s])
+            if (row.key, row.provider) == (key, "swafast cuda")
+            else row
+            for row in good.rows
+        ]
+        found = by_work(replace(good, rows=rows))[work]
+        assert found.measured == pytest.approx({"cuda": factor, "triton": 1.0})  # each beside its own
+        assert verdicts(replace(good, rows=rows), "cuda")[work] is met
+    rows = [row for row in good.rows if row.key != (*key[:3], 1)]
+    assert verdicts(replace(good, rows=rows), "cuda")[work] is None
+
+
 def test_what_was_not_measured_is_no_verdict() -> None:
     good = fabricated_report()
     report = replace(good, rows=[row for row in good.rows if row.workload != "llama3_8b"], bits={})
     missing = [work for work, met in verdicts(report, "cuda").items() if met is None]
-    assert len(missing) == 3
+    assert len(missing) == 5
     rows = [replace(row, launches=None, waits=None) for row in good.rows]
     assert list(verdicts(replace(good, rows=rows), "cuda").values()).count(None) == 2
 
@@ -192,8 +213,10 @@ def test_left_out_says_what_and_why() -> None:
 
 
 def test_failed_row_has_its_case() -> None:
-    row = failed_row(("1e9", "float32", "float32", "swafast cuda"), fabricated_report().rows, "ended")
+    row = failed_row(("1e9", "float32", "float32", 3, "swafast cuda"), fabricated_report().rows, "ended")
     assert (row.title, row.status, row.samples) == ("1e9 params in one tensor", "failed", [])
+    assert (row.kind, row.num_params) == ("float32 x3", 10**9)
+    assert failed_row(("new", "float32", "compact", 1, "p"), [], "ended").kind == "float32 compact"
 
 
 # All of it

@@ -20,7 +20,7 @@ from bench.gpu.cases import Case
 from bench.gpu.measure import Setting, measure_all
 from bench.gpu.report import GpuRow
 
-Key = tuple[str, str, str, str]
+Key = tuple[str, str, str, int, str]  # that of a row, and its provider
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Plan:
 
 
 def key_of(case: Case, provider: str) -> Key:
-    return case.workload, case.dtype, case.format, provider
+    return case.workload, case.dtype, case.format, case.averages, provider
 
 
 @dataclass
