@@ -130,11 +130,11 @@ class FusedAveragedModel(AveragedModel):
             # torch's closures do not pickle; the rule that they stand for does.
             avg_fn, multi_avg_fn = None, recognised
         super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)
-        self.format, self.backend, self.include, self.nonfinite = format, backend, include, nonfinite
-        self.seed = seed
+        self.format, self.backend, self.include, self.nonfinite, self.seed = format, backend, include, nonfinite, seed
         self._any_device = device is not None
         self._asked = asked
-        self._apply(lambda tensor: tensor.to(stored_dtype(format, tensor.dtype)))
+        copied = {id(tensor) for _, tensor, fmt in self._each_average() if fmt is None}
+        self._apply(lambda tensor: tensor.to(stored_dtype(format, tensor.dtype, copied=id(tensor) in copied)))
         for name, tensor, fmt in self._each_average():
             fit_planes(self, name, tensor, fmt)
         where = next((p.device for p in self.module.parameters()), None)

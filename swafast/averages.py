@@ -102,11 +102,13 @@ class FusedAverages(Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        if device is not None:  # a subclass need not take one, least of all in this place
+            options["device"] = device
         rules = named_rules(rule)
         formats = named_formats(list(rules), format)
         for name, each in rules.items():
             # Straight into the dict: add_module refuses names that this class has attributes of.
-            self._modules[name] = kind(model, device, rule=each, format=formats[name], **options)
+            self._modules[name] = kind(model, rule=each, format=formats[name], **options)
 
     # A mapping from names to averages
 

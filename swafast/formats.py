@@ -243,11 +243,15 @@ def format_of_planes(average: Tensor, extra: Mapping[str, Tensor]) -> Format | N
     return own
 
 
-def stored_dtype(requested: str | None, dtype: torch.dtype) -> torch.dtype:
-    """Give the dtype that a param of ``dtype`` has in the averaged module when ``requested`` is asked for."""
-    if requested is None or dtype not in _DEFAULTS:
+def stored_dtype(requested: str | None, dtype: torch.dtype, *, copied: bool = False) -> torch.dtype:
+    """Give the dtype that a param of ``dtype`` has in the averaged module when ``requested`` is asked for.
+
+    What is copied follows the averages, so that the module runs, but to a dtype that holds all its values alone.
+    """
+    stored = None if requested is None or dtype not in _DEFAULTS else _FORMATS[requested].dtype
+    if stored is None or (copied and torch.promote_types(dtype, stored) != stored):
         return dtype
-    return _FORMATS[requested].dtype or dtype
+    return stored
 
 
 def format_of(requested: str | None, dtype: torch.dtype) -> Format | None:

@@ -272,12 +272,16 @@ def _with_planes(pair: Pair, side: Side, pace: int) -> Pair:
 
 
 def _place_counters(sides: Sequence[Side]) -> list[Tensor]:
-    """Give the counters, moved to where the averages are: the kernels count there."""
+    """Give the counters, moved to where the averages are: the kernels count there, in each once."""
+    taken: set[int] = set()
     for side in sides:
         owner = side.owner
         where = next((p.device for p in owner.module.parameters()), owner.n_averaged.device)
         if owner.n_averaged.device not in (where, torch.device("meta")):
             owner.n_averaged = owner.n_averaged.to(where)
+        if owner.n_averaged.data_ptr() in taken:  # a load by assignment may give two averages one tensor
+            owner.n_averaged = owner.n_averaged.clone()
+        taken.add(owner.n_averaged.data_ptr())
     counters = [side.owner.n_averaged for side in sides]
     if len({counter.device for counter in counters}) > 1:
         raise ValueError(

@@ -142,7 +142,8 @@ def read_sidecar(path: Path) -> Snapshot:
     """Read what a snapshot says of itself.
 
     Raises:
-        ValueError: ``snapshot.json`` is damaged, or of a later version; it names the snapshot.
+        ValueError: ``snapshot.json`` is damaged, of a later version, or of another count than the folder's name has; it
+            names the snapshot.
     """
     try:
         told = json.loads((path / SIDECAR).read_text(encoding="utf-8"))
@@ -154,6 +155,9 @@ def read_sidecar(path: Path) -> Snapshot:
         raise ValueError(f"{path / SIDECAR} must be what was saved, got other bytes: it is damaged")
     if body["version"] != _VERSION:
         raise ValueError(f"{path / SIDECAR} must be of version {_VERSION}, got {body['version']}")
+    match = _NAME.fullmatch(path.name)
+    if match is None or int(match[1]) != body["n_averaged"]:
+        raise ValueError(f"{path} must be named after its count, {body['n_averaged']}: it was renamed")
     return Snapshot(
         path,
         body["n_averaged"],

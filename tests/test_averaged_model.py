@@ -159,6 +159,22 @@ def test_untying_the_model_is_an_error_and_tying_it_is_not(every_kind: EveryKind
     assert torch.equal(other.module.tied.weight, every_kind.linear.weight)
 
 
+@pytest.mark.parametrize("format", ["compact", "half", "exact", "compensated"])
+@pytest.mark.filterwarnings("ignore:format='half'")
+def test_what_is_copied_is_never_rounded(format: str, backend: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model.register_buffer("positions", torch.arange(1000.0, 1010.0))
+    average = FusedAveragedModel(model, format=format, backend=backend, include=lambda name, _: name.startswith("0."))
+    average.update_parameters(model)
+    expected = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith("0.")}
+    exported = average.averaged_state_dict()
+    with average.swapped_into(model):
+        swapped = {name: value.clone() for name, value in model.state_dict().items()}
+    average.copy_to(model)
+    for got in (exported, swapped, model.state_dict()):
+        assert differing({name: got[name] for name in expected}, expected) == []
+
+
 def test_include_picks_what_is_averaged(every_kind: EveryKind, backend: str) -> None:
     asked = []
 

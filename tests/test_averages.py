@@ -216,12 +216,35 @@ def test_it_is_a_mapping_and_says_where_a_models_methods_are(every_kind: EveryKi
 
 
 class Kept(FusedAveragedModel):
-    """A subclass of the user's own."""
+    """A subclass of the user's own, with arguments of its own."""
+
+    def __init__(self, model: nn.Module, tag: str = "none", **options: Any) -> None:
+        super().__init__(model, **options)
+        self.tag = tag
 
 
 def test_a_subclass_makes_averages_of_its_kind() -> None:
-    averages = Kept(nn.Linear(2, 2), rule=RULES)
-    assert all(type(each) is Kept for each in averages.values())
+    for options, tag in (({}, "none"), ({"tag": "ours"}, "ours")):
+        averages = Kept(nn.Linear(2, 2), rule=RULES, **options)
+        assert all(type(each) is Kept and each.tag == tag for each in averages.values())
+
+
+def test_averages_that_were_loaded_from_one_tensor_part_again() -> None:
+    one = FusedAveragedModel(model := nn.Linear(2, 2))
+    one.update_parameters(model)
+    averages = of(model, rule=RULES)
+    averages.load_state_dict(
+        {f"{name}.{key}": value for name in RULES for key, value in one.state_dict().items()}, assign=True
+    )
+    alone = {name: FusedAveragedModel(model, rule=rule) for name, rule in RULES.items()}
+    for each in alone.values():
+        each.load_state_dict(one.state_dict())
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    for _ in range(2):
+        for each in (averages, *alone.values()):
+            each.update_parameters(model)
+    require_equal(averages, alone)
 
 
 @pytest.mark.parametrize(

@@ -298,6 +298,18 @@ def test_a_save_that_fails_leaves_the_earlier_ones(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_ctrl_c_in_a_save_is_no_other_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshots = small(tmp_path, 2, 3)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)  # by which each tensor is written
+    with pytest.raises(KeyboardInterrupt):
+        snapshots.save(updated(4))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 _KILLED = """
 import os, sys, torch
 from pathlib import Path
@@ -395,6 +407,14 @@ def test_a_damaged_snapshot_is_named(tmp_path: Path, damage: str) -> None:
         snapshots.synthesize(STORED["wide"], 4)
 
 
+def test_a_snapshot_under_another_count_is_named(tmp_path: Path) -> None:
+    snapshots = small(tmp_path)
+    path = snapshot_paths(tmp_path)[0]
+    later = path.rename(path.with_name("000000000099.0"))
+    with pytest.raises(ValueError, match=f"{later} must be named after its count, 2: it was renamed"):
+        snapshots.synthesize(STORED["wide"])
+
+
 def test_a_file_of_another_snapshot_is_noticed(tmp_path: Path) -> None:
     snapshots = small(tmp_path)
     early, late = snapshot_paths(tmp_path)
@@ -425,6 +445,11 @@ def test_a_like_of_another_model_is_refused(tmp_path: Path) -> None:
     for like, kind, message in (
         ({"third.weight": torch.empty(3)}, ValueError, "like must have names of the model in .*, got 'third.weight'"),
         ({"first.bias": torch.empty(4)}, ValueError, r"like\['first.bias'\] must have shape \(3,\), .*, got \(4,\)"),
+        (
+            {"first.bias": torch.empty(3, device="meta")},
+            ValueError,
+            r"like\['first.bias'\] must be on a device that has",
+        ),
         ({"first.bias": None}, TypeError, r"like\['first.bias'\] must be a tensor, got NoneType"),
         ([], TypeError, "like must be a mapping, got list"),
     ):

@@ -81,7 +81,7 @@ def make_planes(
     for share in shares:
         local = held[share.name].local.detach()
         checks.check_plain(f"{share.name!r} of the model", local)
-        first = stored_dtype(requested, local.dtype)  # of what is copied too, as in the unsharded class
+        first = stored_dtype(requested, local.dtype, copied=share.format is None)
         shape = view_of_run(share.holding, local, share.start, share.stop).shape
         stride = torch.empty(shape, device="meta").stride()
         likes.extend(PlaneLike(shape, stride, dtype, local.device) for dtype in (first, *_further(share)))

@@ -152,11 +152,20 @@ def group_of(ranks: Ranks) -> Any:
     return getattr(ranks, "_group", None)
 
 
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Say whether Ctrl-C was what went wrong: a file that is closed on its way may raise an error of its own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 @contextmanager
 def reporting(kind: type[Exception], what: str) -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:  # no Exception; it has those of all ranks
+        if any(_was_interrupted(each) for each, _ in error.failures.values()):
+            raise KeyboardInterrupt from error
         told = "; ".join(f"{type(each).__name__}: {each} on rank {rank}" for rank, (each, _) in error.failures.items())
         raise kind(f"{what} {told}") from error
     except Exception as error:

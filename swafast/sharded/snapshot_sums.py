@@ -59,6 +59,8 @@ def targets_of(snapshot: Snapshot, like: Mapping[str, Tensor] | None) -> dict[st
             raise ValueError(f"like must have names of the model in {snapshot.path}, got {name!r}")
         if tuple(tensor.shape) != each.shape:
             raise ValueError(f"like[{name!r}] must have shape {each.shape}, as stored, got {tuple(tensor.shape)}")
+        if tensor.is_meta:
+            raise ValueError(f"like[{name!r}] must be on a device that has memory, got one on meta")
         if isinstance(tensor, DTensor) and any(placement.is_partial() for placement in tensor.placements):
             raise ValueError(f"like[{name!r}] must be sharded or replicated, got {tensor.placements}")
         targets[name] = by_first.setdefault(each.names[0], Target(each, tensor))
