@@ -34,7 +34,7 @@ VARIANTS = {"sanitized": ["-O1", *SANITIZE], "plain": ["-O2", "-march=native"]}
 #: Of a mutant with a build of its own, which takes longer to compile than to die: half as long as at -O1.
 MUTANT_FLAGS = ["-O0", *SANITIZE]
 #: Names of kLarge in tests/native/large.h.
-LARGE = ("float32", "exact", "one-chunk")
+LARGE = ("exact", "one-chunk")
 
 KERNELS, MOVERS, MEMORY, LAUNCH = "cuda/kernels.cuh", "cuda/movers.cuh", "cuda/memory.cuh", "cuda/launch.cu"
 ELEMENT = "element.h"
@@ -386,6 +386,13 @@ def test_more_elements_than_32_bits_count(large: dict[str, Future[Finished]], na
     done = large[name].result()
     assert done.returncode == 0, done.stderr
     assert f"every check passed: {name}" in done.stdout
+
+
+@pytest.mark.slow
+def test_more_bytes_than_32_bits_count_in_float32_too(kit: Kit) -> None:
+    done = execute(kit.programs["plain"], "--large", "float32")
+    assert done.returncode == 0, done.stderr
+    assert "every check passed: float32" in done.stdout
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

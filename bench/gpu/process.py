@@ -64,6 +64,7 @@ def run_program(command: Sequence[str], limit_s: float, env: Mapping[str, str] |
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL, text=True, errors="replace", start_new_session=True,
+            preexec_fn=_heed_interrupts,
         )  # fmt: skip
     except OSError as error:
         return Finished(127, 0.0, f"{command[0]}: {error.strerror}")
@@ -78,6 +79,11 @@ def run_program(command: Sequence[str], limit_s: float, env: Mapping[str, str] |
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
     return Finished(process.returncode, time.monotonic() - start, output, timed_out)
+
+
+def _heed_interrupts() -> None:
+    """Undo what a shell does to programs in its background: they are started with interrupts ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _interrupt(process: subprocess.Popen[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -82,9 +83,14 @@ def test_budget_keeps_what_later_parts_need() -> None:
     assert budget.grant(60.0, kept_s=200.0) == 0.0
 
 
-def test_a_program_that_takes_too_long_may_still_say_what_it_has() -> None:
+@pytest.mark.parametrize("ours", [signal.SIG_IGN, signal.default_int_handler], ids=["in the background", "not"])
+def test_a_program_that_takes_too_long_may_still_say_what_it_has(ours: Any) -> None:
+    before = signal.signal(signal.SIGINT, ours)
     script = "try:\n import time; print('begun', flush=True); time.sleep(60)\nexcept KeyboardInterrupt: print('counts')"
-    done = run_program([sys.executable, "-c", script], 1.5)
+    try:
+        done = run_program([sys.executable, "-c", script], 1.5)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert done.timed_out
     assert done.seconds < 60
     assert done.last_line == "counts"
