@@ -34,16 +34,7 @@ struct Avx2 {
     return _mm256_blendv_ps(_mm256_cvtph_ps(half), average, _mm256_castsi256_ps(kept));
   }
   static __m256 load_average(FormatExact, const uint16_t* a, const int16_t* r, int64_t i) {
-    const __m256i average = widen(a + i);
-    const __m256i remainder = _mm256_cvtepi16_epi32(load_half(r + i));
-    const __m256i magnitude = _mm256_and_si256(average, _mm256_set1_epi32(0x7fff));
-    const __m256i zero = _mm256_setzero_si256();
-    const __m256i stale_zero =
-        _mm256_and_si256(_mm256_cmpeq_epi32(magnitude, zero), _mm256_cmpgt_epi32(zero, remainder));
-    const __m256i stale_infinity =
-        _mm256_and_si256(_mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7f80)), _mm256_cmpgt_epi32(remainder, zero));
-    const __m256i fresh = _mm256_andnot_si256(_mm256_or_si256(stale_zero, stale_infinity), remainder);
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(average, 16), fresh));
+    return joined(_mm256_slli_epi32(widen(a + i), 16), _mm256_cvtepi16_epi32(load_half(r + i)));
   }
 
   static void store_average(FormatFloat32, float* a, void*, int64_t i, __m256 value) { _mm256_storeu_ps(a + i, value); }
@@ -58,12 +49,8 @@ struct Avx2 {
   }
 
   static __m256 load_average(FormatCompact, const uint16_t* a, const int8_t* r, int64_t i) {
-    const __m256i high = _mm256_slli_epi32(widen(a + i), 16);
     const __m128i remainders = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(r + i));
-    const __m256i low = _mm256_slli_epi32(_mm256_cvtepi8_epi32(remainders), 8);
-    const __m256 value = _mm256_castsi256_ps(_mm256_add_epi32(high, low));
-    const __m256 stale = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
-    return _mm256_blendv_ps(value, _mm256_castsi256_ps(high), stale);
+    return joined(_mm256_slli_epi32(widen(a + i), 16), _mm256_slli_epi32(_mm256_cvtepi8_epi32(remainders), 8));
   }
   static __m256 load_average(FormatHalf, const uint16_t* a, const void*, int64_t i) { return load(BFloat16{}, a + i); }
 
@@ -129,17 +116,19 @@ struct Avx2 {
     const __m256i newest = load_whole(param);
     __m256i high = load_whole(average);
     __m256i low = load_whole(remainder);
-    const __m256i magnitude = _mm256_and_si256(high, _mm256_set1_epi16(0x7fff));
-    const __m256i stale_zero = _mm256_and_si256(_mm256_cmpeq_epi16(magnitude, zero), _mm256_cmpgt_epi16(zero, low));
-    const __m256i stale_infinity =
-        _mm256_and_si256(_mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f80)), _mm256_cmpgt_epi16(low, zero));
-    low = _mm256_andnot_si256(_mm256_or_si256(stale_zero, stale_infinity), low);
     high = _mm256_add_epi16(high, _mm256_srai_epi16(low, 15));  // a negative remainder borrows
     const __m256 value0 = lerp_of(_mm256_castsi256_ps(_mm256_unpacklo_epi16(low, high)),
                                   _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, newest)));
     const __m256 value1 = lerp_of(_mm256_castsi256_ps(_mm256_unpackhi_epi16(low, high)),
                                   _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, newest)));
-    const __m256i bits0 = quieted(value0), bits1 = quieted(value1);
+    if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(value0, value1, _CMP_UNORD_Q)) != 0, 0)) {
+      for (int64_t i = 0; i < 2 * kLanes; i += kLanes) {
+        const __m256 old = load_average(FormatExact{}, average, remainder, i);
+        store_average(FormatExact{}, average, remainder, i, lerp_of(old, load(BFloat16{}, param + i)));
+      }
+      return;
+    }
+    const __m256i bits0 = _mm256_castps_si256(value0), bits1 = _mm256_castps_si256(value1);
     const __m256i low_half = _mm256_set1_epi32(0xffff);
     low = _mm256_packus_epi32(_mm256_and_si256(bits0, low_half), _mm256_and_si256(bits1, low_half));
     high = _mm256_packus_epi32(_mm256_srli_epi32(bits0, 16), _mm256_srli_epi32(bits1, 16));
@@ -148,6 +137,12 @@ struct Avx2 {
   }
 
  private:
+  // avx512.cpp says what a NaN means here.
+  static __m256 joined(__m256i high, __m256i low) {
+    const __m256 value = _mm256_castsi256_ps(_mm256_add_epi32(high, low));
+    const __m256 stale = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
+    return _mm256_blendv_ps(value, _mm256_castsi256_ps(high), stale);
+  }
   static __m256i all(uint32_t word) { return _mm256_set1_epi32(static_cast<int>(word)); }
   static __m128 lower(__m256 lanes) { return _mm256_castps256_ps128(lanes); }
   static __m128 upper(__m256 lanes) { return _mm256_extractf128_ps(lanes, 1); }

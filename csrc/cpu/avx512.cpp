@@ -34,17 +34,7 @@ struct Avx512 {
     return _mm512_mask_cvtph_ps(average, written, half);
   }
   static __m512 load_average(FormatExact, const uint16_t* a, const int16_t* r, int64_t i) {
-    const __m512i average = widen(a + i);
-    const __m512i remainder = _mm512_cvtepi16_epi32(load_half(r + i));
-    const __m512i magnitude = _mm512_and_si512(average, _mm512_set1_epi32(0x7fff));
-    const __m512i zero = _mm512_setzero_si512();
-    const __mmask16 stale_zero =
-        _mm512_mask_cmplt_epi32_mask(_mm512_cmpeq_epi32_mask(magnitude, zero), remainder, zero);
-    const __mmask16 stale_infinity =
-        _mm512_mask_cmpgt_epi32_mask(_mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7f80)), remainder, zero);
-    const __mmask16 fresh = _knot_mask16(_kor_mask16(stale_zero, stale_infinity));
-    const __m512i high = _mm512_slli_epi32(average, 16);
-    return _mm512_castsi512_ps(_mm512_mask_add_epi32(high, fresh, high, remainder));
+    return joined(_mm512_slli_epi32(widen(a + i), 16), _mm512_cvtepi16_epi32(load_half(r + i)));
   }
 
   static void store_average(FormatFloat32, float* a, void*, int64_t i, __m512 value) { _mm512_storeu_ps(a + i, value); }
@@ -60,12 +50,9 @@ struct Avx512 {
   }
 
   static __m512 load_average(FormatCompact, const uint16_t* a, const int8_t* r, int64_t i) {
-    const __m512i high = _mm512_slli_epi32(widen(a + i), 16);
     const __m128i remainders = _mm_loadu_si128(reinterpret_cast<const __m128i*>(r + i));
     const __m512i low = _mm512_slli_epi32(_mm512_cvtepi8_epi32(remainders), 8);
-    const __m512 value = as_float(_mm512_add_epi32(high, low));
-    const __mmask16 stale = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    return _mm512_mask_mov_ps(value, stale, as_float(high));
+    return joined(_mm512_slli_epi32(widen(a + i), 16), low);
   }
   static __m512 load_average(FormatHalf, const uint16_t* a, const void*, int64_t i) {
     return as_float(_mm512_slli_epi32(widen(a + i), 16));
@@ -137,18 +124,20 @@ struct Avx512 {
     const __m512i newest = _mm512_loadu_si512(param);
     __m512i high = _mm512_loadu_si512(average);
     __m512i low = _mm512_loadu_si512(remainder);
-    const __m512i magnitude = _mm512_and_si512(high, _mm512_set1_epi16(0x7fff));
-    const __mmask32 is_zero = _mm512_cmpeq_epi16_mask(magnitude, zero);
-    const __mmask32 is_infinite = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f80));
-    const __mmask32 stale =
-        _mm512_mask_cmplt_epi16_mask(is_zero, low, zero) | _mm512_mask_cmpgt_epi16_mask(is_infinite, low, zero);
-    low = _mm512_maskz_mov_epi16(~stale, low);
     high = _mm512_add_epi16(high, _mm512_srai_epi16(low, 15));  // a negative remainder borrows
     const __m512 value0 =
         lerp_of(as_float(_mm512_unpacklo_epi16(low, high)), as_float(_mm512_unpacklo_epi16(zero, newest)));
     const __m512 value1 =
         lerp_of(as_float(_mm512_unpackhi_epi16(low, high)), as_float(_mm512_unpackhi_epi16(zero, newest)));
-    const __m512i bits0 = quieted(value0), bits1 = quieted(value1);
+    // NaNs are rare, a stale remainder's too, and looked at apart.
+    if (__builtin_expect(_mm512_cmp_ps_mask(value0, value1, _CMP_UNORD_Q) != 0, 0)) {
+      for (int64_t i = 0; i < 2 * kLanes; i += kLanes) {
+        const __m512 old = load_average(FormatExact{}, average, remainder, i);
+        store_average(FormatExact{}, average, remainder, i, lerp_of(old, load(BFloat16{}, param + i)));
+      }
+      return;
+    }
+    const __m512i bits0 = _mm512_castps_si512(value0), bits1 = _mm512_castps_si512(value1);
     const __m512i low_half = _mm512_set1_epi32(0xffff);
     low = _mm512_packus_epi32(_mm512_and_si512(bits0, low_half), _mm512_and_si512(bits1, low_half));
     high = _mm512_packus_epi32(_mm512_srli_epi32(bits0, 16), _mm512_srli_epi32(bits1, 16));
@@ -157,6 +146,12 @@ struct Avx512 {
   }
 
  private:
+  // A pair that reads as NaN where its upper half is none has a stale remainder.
+  static __m512 joined(__m512i high, __m512i low) {
+    const __m512 value = as_float(_mm512_add_epi32(high, low));
+    const __mmask16 stale = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    return _mm512_mask_mov_ps(value, stale, as_float(high));
+  }
   static __m512i all(uint32_t word) { return _mm512_set1_epi32(static_cast<int>(word)); }
   static __m256 lower(__m512 lanes) { return _mm512_castps512_ps256(lanes); }
   static __m256 upper(__m512 lanes) { return _mm512_extractf32x8_ps(lanes, 1); }
