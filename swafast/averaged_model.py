@@ -121,7 +121,7 @@ class FusedAveragedModel(AveragedModel):
             raise ValueError(f"format must be None with an averaging function of your own, got {format!r}")
         checks.check_nonfinite(nonfinite)
         checks.check_seed(seed)
-        if isinstance(device, Rule):
+        if isinstance(device, (Rule, Mapping)):
             raise TypeError(f"device must be a torch.device, got {device!r}: pass it as rule=")
         choice.choose_backends(backend, {param.device.type for param in check_model(model).parameters()})
         refuse_sharded(model)
@@ -304,7 +304,7 @@ class FusedAveragedModel(AveragedModel):
         with self._alone("load_state_dict"):
             self._strict = strict
             try:
-                check_load(self, state_dict, strict)
+                check_load(self, state_dict, strict, assign)
                 with keeping_ties(self.module):
                     return super().load_state_dict(state_dict, strict=strict, assign=assign)
             finally:

@@ -30,11 +30,11 @@ def named_rules(rule: object) -> dict[str, Rule]:
         ValueError: there is none, or more than one launch takes; two have one name; or a name cannot stand in the keys
             of a state.
     """
-    given = list(rule.items()) if isinstance(rule, Mapping) else list(map(tuple, rule))  # type: ignore[call-overload]
+    given = list(rule.items()) if isinstance(rule, Mapping) else list(rule)  # type: ignore[call-overload]
     rules: dict[str, Rule] = {}
     for entry in given:
-        if len(entry) != 2:
-            raise ValueError(f"rule must be a mapping from names to rules, or (name, rule) pairs, got {entry!r}")
+        if not isinstance(entry, (tuple, list)) or len(entry) != 2:
+            raise TypeError(f"rule must be a mapping from names to rules, or (name, rule) pairs, got {rule!r}")
         name, each = entry
         if not isinstance(name, str):
             raise TypeError(f"rule must have strings for names, got {name!r}")
@@ -192,7 +192,7 @@ class FusedAverages(Module):
                 averaged._strict = strict
                 ties.enter_context(keeping_ties(averaged.module))
             try:
-                check_load(self, state_dict, strict)
+                check_load(self, state_dict, strict, assign)
                 return super().load_state_dict(state_dict, strict=strict, assign=assign)
             finally:
                 for averaged in self.values():

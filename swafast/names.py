@@ -51,13 +51,18 @@ def named_buffers(root: Module, argument: str) -> dict[str, Tensor]:
     return _by_name(root.named_buffers(remove_duplicate=False), argument)
 
 
-def persistent_buffers(root: Module) -> dict[str, Tensor]:
-    """Give every buffer that a state dict of ``root`` holds, under each of its names."""
-    passing = {
+def passing_names(root: Module) -> frozenset[str]:
+    """Give the names of the buffers that a state dict of ``root`` leaves out."""
+    return frozenset(
         canonical(f"{prefix}.{name}" if prefix else name)
         for prefix, module in root.named_modules(remove_duplicate=False)
         for name in module._non_persistent_buffers_set
-    }
+    )
+
+
+def persistent_buffers(root: Module) -> dict[str, Tensor]:
+    """Give every buffer that a state dict of ``root`` holds, under each of its names."""
+    passing = passing_names(root)
     return {name: tensor for name, tensor in named_buffers(root, "model").items() if name not in passing}
 
 

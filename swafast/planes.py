@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from .formats import EXTRA_PLANES, Format, format_of_planes
+from .names import passing_names, unwrap
 
 
 class PlaneTree(Module):
@@ -21,7 +22,7 @@ class PlaneTree(Module):
             node = node._modules.get(segment) if node is not None else None
         return None if node is None else node._buffers.get(leaf)
 
-    def put(self, name: str, tensor: Tensor | None) -> None:
+    def put(self, name: str, tensor: Tensor | None, *, in_state: bool = True) -> None:
         """Set the tensor under ``name``; None takes the name away, and branches that hold nothing any more with it."""
         head, _, rest = name.partition(".")
         if not rest:
@@ -30,10 +31,11 @@ class PlaneTree(Module):
                 self._buffers.pop(head, None)
             else:
                 self._buffers[head] = tensor
+                (self._non_persistent_buffers_set.discard if in_state else self._non_persistent_buffers_set.add)(head)
             return
         child = self._modules.setdefault(head, PlaneTree())
         assert isinstance(child, PlaneTree)
-        child.put(rest, tensor)
+        child.put(rest, tensor, in_state=in_state)
         if not child._buffers and not child._modules:
             del self._modules[head]
 
@@ -54,7 +56,11 @@ def put_plane(owner: Module, plane: str, name: str, tensor: Tensor | None) -> No
         # Straight into the dict: a subclass may have an attribute of this name, which add_module would refuse.
         tree = owner._modules[plane] = PlaneTree()
     assert isinstance(tree, PlaneTree)
-    tree.put(name, tensor)
+    # A plane is in a state where the buffer that it belongs to is.
+    passing: frozenset[str] | None = owner.__dict__.get("_passing")
+    if passing is None:
+        passing = owner.__dict__["_passing"] = passing_names(unwrap(owner.module))  # type: ignore[arg-type]
+    tree.put(name, tensor, in_state=name not in passing)
     if not tree._buffers and not tree._modules:
         del owner._modules[plane]
 
@@ -113,13 +119,17 @@ def translate_state(
         formats: for each averaged name, the format it has here.
         strict: leave a state that lacks some of its planes for the load to report.
     """
-    has_planes = any(key.startswith(tuple(f"{prefix}{plane}." for plane in EXTRA_PLANES)) for key in state)
+    present = {plane for plane in EXTRA_PLANES if any(key.startswith(f"{prefix}{plane}.") for key in state)}
     for name, fmt in formats.items():
         if not keys[name]:
             continue
         average = state[keys[name][0]]
         extra = {plane: state[key] for plane in EXTRA_PLANES if (key := f"{prefix}{plane}.{name}") in state}
+        if not all(isinstance(tensor, Tensor) for tensor in extra.values()):
+            continue  # torch's loader says so
         source = format_of_planes(average, extra)
+        # A state of this format has its planes throughout: of another one, a tensor may stand alone.
+        has_planes = any(plane in present for plane, _ in fmt.extra)
         lacking = fmt.dtype == average.dtype and len(fmt.extra) > len(extra)
         if source is fmt or (strict and has_planes and (lacking or source is None)):
             continue

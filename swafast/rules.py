@@ -266,7 +266,8 @@ def checked_weight(rule: Rule, num_averaged: int) -> float:
     if num_averaged == 0:
         return 1.0
     weight = float(rule.weight(num_averaged))
-    _check_number(f"the weight that {rule!r} gives at n = {num_averaged}", weight, "in [0, 1]", lambda x: 0 <= x <= 1)
+    if not 0 <= weight <= 1:
+        raise ValueError(f"the weight that {rule!r} gives at n = {num_averaged} must be in [0, 1], got {weight}")
     return weight
 
 

@@ -41,7 +41,10 @@ class StoredAverage(NamedTuple):
             ValueError: the rule is one of the user's own, and not given.
         """
         if isinstance(self.rule, str):
-            raise ValueError(f"rules must give the rule of {self.name!r} in {folder}, {self.rule}, got none")
+            raise ValueError(
+                f"rules must have the rule of the average {self.name!r}, stored as {self.rule} in {folder}, "
+                "got none of that name"
+            )
         return Profile(self.rule, self.num_averaged)
 
 

@@ -20,7 +20,7 @@ from .names import canonical, unwrap
 from .planes import find_planes, fit_planes, put_plane, translate_state
 
 
-def check_load(owner: Module, state_dict: Mapping[str, Any], strict: bool) -> None:
+def check_load(owner: Module, state_dict: Mapping[str, Any], strict: bool, assign: bool) -> None:
     """Raise what loading ``state_dict`` into ``owner`` would raise, by loading it into a copy that holds no data.
 
     torch's own loader does the checking, so hooks that rename keys or fill in missing ones have their say.
@@ -39,6 +39,8 @@ def check_load(owner: Module, state_dict: Mapping[str, Any], strict: bool) -> No
     )
     if hasattr(state_dict, "_metadata"):
         state._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    if not assign:
+        _check_values(skeleton, owner, state_dict)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch wonders about data that goes nowhere
@@ -47,6 +49,20 @@ def check_load(owner: Module, state_dict: Mapping[str, Any], strict: bool) -> No
         if str(error).startswith("Error(s) in loading state_dict"):
             raise
         # A module that looks at values while it loads finds none here.
+
+
+def _check_values(skeleton: Module, owner: Module, state_dict: Mapping[str, Any]) -> None:
+    """Raise RuntimeError, in torch's words, for a tensor that cannot be copied from: without data it shows nowhere."""
+    if all(param.is_meta for param in owner.parameters()):
+        return
+    own = Module.state_dict(skeleton)
+    for key, value in state_dict.items():
+        if key in own and isinstance(value, Tensor) and (value.is_meta or value.layout != torch.strided):
+            what = "meta" if value.is_meta else str(value.layout)
+            raise RuntimeError(
+                f"Error(s) in loading state_dict for {type(owner).__name__}:\n\t"
+                f"{key!r} must be a dense tensor with values, got one of {what}"
+            )
 
 
 def _without_data(tensor: Tensor) -> Tensor:

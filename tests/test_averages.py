@@ -173,6 +173,19 @@ def test_a_failed_load_changes_no_average(every_kind: EveryKind) -> None:
         assert differing(before, tensors_of(averages)) == []
 
 
+@pytest.mark.parametrize("bad", [3, "x", torch.zeros(16, 8, device="meta"), torch.eye(16, 8).to_sparse()], ids=str)
+def test_a_plane_that_is_none_changes_no_average(bad: object) -> None:
+    model = nn.Linear(8, 16)
+    averages = of(model, rule=RULES, format={"mean": "compact", "power": "compensated"})
+    averages.update_parameters(model)
+    state = {key: value + 1 for key, value in averages.state_dict().items()}
+    for key in ("power.compensation.weight", "power.module.weight", "fast.module.weight"):
+        before = tensors_of(averages)
+        with pytest.raises(RuntimeError, match=r"Error\(s\) in loading state_dict"):
+            averages.load_state_dict(state | {key: bad})
+        assert differing(tensors_of(averages), before) == []
+
+
 def test_all_move_and_cast_together(every_kind: EveryKind) -> None:
     averages = of(every_kind, rule=RULES)
     drifted(every_kind, [averages], 2)
@@ -258,7 +271,8 @@ def test_averages_that_were_loaded_from_one_tensor_part_again() -> None:
         ({"rule": {"a.b": EqualAverage()}}, ValueError, "names without '.'.*got 'a.b'"),
         ({"rule": {"": EqualAverage()}}, ValueError, "got ''"),
         ({"rule": [("a", EqualAverage()), ("a", EqualAverage())]}, ValueError, "each name once, got 'a' twice"),
-        ({"rule": [("a", EqualAverage(), 1)]}, ValueError, r"\(name, rule\) pairs"),
+        ({"rule": [("a", EqualAverage(), 1)]}, TypeError, r"\(name, rule\) pairs"),
+        ({"rule": [EqualAverage(), EqualAverage()]}, TypeError, r"\(name, rule\) pairs, got \[EqualAverage"),
         ({"rule": RULES, "format": "int4"}, ValueError, "format must be one of .*got 'int4'"),
         ({"rule": RULES, "format": {"slow": "exact"}}, ValueError, "format must name averages among .*got 'slow'"),
         ({"rule": RULES, "format": {"fast": "int4"}}, ValueError, "format must be one of .*got 'int4'"),

@@ -245,7 +245,9 @@ class Own(PowerAverage):
 def test_a_rule_of_the_users_own_is_to_be_given_again(tmp_path: Path) -> None:
     snapshots = small(tmp_path, 2, 4, rule=Own())
     assert [stored.rule for stored in snapshots] == [repr(Own())] * 2
-    with pytest.raises(ValueError, match=r"rules must give the rule of 'average' in .*, Own\(gamma=6.94\), got none"):
+    with pytest.raises(
+        ValueError, match=r"rules must have the rule of the average 'average', stored as Own\(gamma=6.94\)"
+    ):
         snapshots.synthesize(Own())
     again = Snapshots(tmp_path, rules={"average": Own()})
     assert torch.equal(again.synthesize(Own())["first.bias"], updated(4, Own()).averaged_state_dict()["first.bias"])
@@ -293,9 +295,38 @@ def test_a_save_that_fails_leaves_the_earlier_ones(
 
     monkeypatch.setattr(module, moment, fail)
     for count in (3, 4):
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(OSError if moment == "write" else RuntimeError, match="no space left"):
             snapshots.save(updated(count))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_what_another_run_has_left_is_warned_of_once(tmp_path: Path) -> None:
+    small(tmp_path, 2, 6)
+    snapshots = Snapshots(tmp_path)
+    with pytest.warns(RuntimeWarning, match="holds snapshots up to 6 updates, more than the 3 of this one") as told:
+        snapshots.save(updated(3))
+    assert told[0].filename == __file__
+    for count in (4, 5, 6):
+        snapshots.save(updated(count))  # a warning would be an error here
+
+
+def test_a_relative_folder_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    snapshots = small(Path("run"), 2, 3)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    snapshots.save(updated(4))
+    assert [stored.num_averaged for stored in snapshots] == [2, 3, 4]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_damaged_snapshot_does_not_end_a_training(tmp_path: Path) -> None:
+    snapshots = small(tmp_path, 2, 3)
+    (snapshot_paths(tmp_path)[-1] / SIDECAR).write_text("{")
+    snapshots.save(updated(4))
+    snapshots.save(updated(3))  # takes the place of the damaged one
+    assert [stored.num_averaged for stored in snapshots] == [2, 3, 4]
 
 
 def test_ctrl_c_in_a_save_is_no_other_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,8 +495,8 @@ def test_what_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path: Path) 
     for averages, kind, message in (
         (Tiny(), TypeError, "averages must be averaged models by name, or one, got Tiny"),
         ({}, ValueError, "averages must be at least one averaged model, got none"),
-        ({"a/b": updated(1)}, ValueError, "averages must have names without a '/', got 'a/b'"),
-        ({"": updated(1)}, ValueError, "averages must have names without a '/', got ''"),
+        ({"a/b": updated(1)}, ValueError, "averages must have strings for names, .* without a '/', got 'a/b'"),
+        ({"": updated(1)}, ValueError, "averages must have strings for names, .* got ''"),
         (
             {"a": AveragedModel(Tiny())},
             TypeError,

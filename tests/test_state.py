@@ -59,6 +59,40 @@ def test_a_state_of_another_format_keeps_its_precision(
     assert other.module.long.dtype == target
 
 
+FORMATS = [None, "float32", "exact", "mirrored", "compact", "compensated"]
+
+
+@pytest.mark.parametrize("source", FORMATS)
+@pytest.mark.parametrize("target", FORMATS)
+def test_a_model_of_many_dtypes_moves_between_formats(source: str | None, target: str | None) -> None:
+    model = nn.Sequential(nn.Linear(3, 3).bfloat16(), nn.LayerNorm(3), nn.Linear(3, 3).half())
+    average = FusedAveragedModel(model, format=source)
+    average.update_parameters(model)
+    other = FusedAveragedModel(model, format=target)
+    other.load_state_dict(average.state_dict())
+    lossy = "compact" in (source, target)
+    for name, value in average.averaged_state_dict().items():
+        torch.testing.assert_close(other.averaged_state_dict()[name], value, rtol=2**-16 if lossy else 0, atol=0)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_no_state_holds_has_no_planes_in_it(format: str | None) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.register_buffer("passing", torch.randn(3), persistent=False)
+    model[0].register_buffer("staying", torch.randn(3))
+    average = FusedAveragedModel(model, use_buffers=True, format=format)
+    average.update_parameters(model)
+    assert [key for key in average.state_dict() if "passing" in key] == []
+    for state in (FusedAveragedModel(model, use_buffers=True).state_dict(), AveragedModel(model).state_dict()):
+        before = average.averaged_state_dict()
+        average.load_state_dict(state)
+        after = average.averaged_state_dict()
+        assert after.keys() == before.keys()
+    FusedAveragedModel(model, use_buffers=True).load_state_dict(average.state_dict())
+    with average.swapped_into(model):
+        assert model.get_buffer("passing").isfinite().all()
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_states_go_both_ways_with_torchs_class(every_kind: EveryKind, assign: bool) -> None:
     ours, theirs = trained(every_kind, torch.float32), AveragedModel(every_kind)

@@ -106,7 +106,7 @@ def named_averages(averages: object) -> dict[str, Averaged]:
         raise ValueError("averages must be at least one averaged model, got none")
     for name, average in named.items():
         if not isinstance(name, str) or not name or "/" in name:
-            raise ValueError(f"averages must have names without a '/', got {name!r}")
+            raise ValueError(f"averages must have strings for names, not empty and without a '/', got {name!r}")
         if not isinstance(average, (FusedAveragedModel, ShardedAveragedModel)):
             kinds = "a FusedAveragedModel or a ShardedAveragedModel"
             raise TypeError(f"averages[{name!r}] must be {kinds}, got {type(average).__name__}")

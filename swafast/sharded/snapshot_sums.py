@@ -21,7 +21,7 @@ from .ranks import Ranks
 from .snapshot_parts import group_of, reporting
 
 #: Elements that are summed at a time, or one tensor if that is larger: 12 bytes for each, 8 of the float64 sum and 4 of
-#: a snapshot, so 50 MB. `python examples/posthoc.py --cost 24` read 0.18 GB/s with it, and 0.11 with 2**24.
+#: a snapshot, so 50 MB. With it `python examples/posthoc.py --cost 24` read 1.6 times as fast as with 2**24.
 _GROUP_NUMEL = 2**22
 
 
@@ -52,6 +52,8 @@ def targets_of(snapshot: Snapshot, like: Mapping[str, Tensor] | None) -> dict[st
     targets: dict[str, Target] = {}
     by_first: dict[str, Target] = {}
     for name, tensor in like.items():
+        if not isinstance(name, str):
+            raise TypeError(f"like must have strings for names, got {name!r}")
         if not isinstance(tensor, Tensor):
             raise TypeError(f"like[{name!r}] must be a tensor, got {type(tensor).__name__}")
         each = stored.get(canonical(name))

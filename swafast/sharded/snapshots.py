@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from ..snapshots import (
 from .construction import spell
 from .model import ShardedAveragedModel
 from .ranks import Ranks
-from .snapshot_parts import Averaged, Part, named_averages, parts_of, state_of, stored_in, write
+from .snapshot_parts import Averaged, Part, named_averages, parts_of, reporting, state_of, stored_in, write
 from .snapshot_sums import Sum, Target, groups_of, read, spread_of, targets_of, verify
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -88,12 +88,17 @@ class Snapshots:
         process_group: ProcessGroup | None = None,
         rules: Mapping[str, Rule] | None = None,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # whatever becomes of the working directory
         alone = process_group is None and not (dist.is_available() and dist.is_initialized())
+        self._has_warned = False  # of later snapshots than one that is saved
         self._ranks = _OneProcess() if alone else Ranks(process_group)
         with self._ranks.settled("Snapshots"):
+            if rules is not None and not isinstance(rules, Mapping):
+                raise TypeError(f"rules must be a mapping of names to rules or None, got {type(rules).__name__}")
             self._rules = dict(rules or {})
             for name, rule in self._rules.items():
+                if not isinstance(name, str):
+                    raise TypeError(f"rules must have strings for names, got {name!r}")
                 if not isinstance(rule, Rule):
                     raise TypeError(f"rules[{name!r}] must be a swafast.Rule, got {type(rule).__name__}")
 
@@ -124,6 +129,24 @@ class Snapshots:
     def _read(self) -> list[Snapshot]:
         return [read_sidecar(path) for path in snapshot_paths(self.folder)]
 
+    def _warn_of_later(self, later: int, count: int) -> None:
+        """Warn once of what another run may have left, or this one before it went back."""
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{self.folder} holds snapshots up to {later} updates, more than the {count} of this one: what is "
+                "synthesized would be of both runs. Save a new run elsewhere; after going back, delete the later ones",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def _latest(self) -> Snapshot | None:
+        """Give the latest snapshot that is not damaged: what is need not end a training."""
+        for path in reversed(snapshot_paths(self.folder)):
+            with suppress(ValueError):
+                return read_sidecar(path)
+        return None
+
     def _averages_of(self, snapshot: Snapshot) -> list[StoredAverage]:
         own = self._rules
         return [
@@ -145,6 +168,10 @@ class Snapshots:
             averages: by name, :class:`~swafast.FusedAveragedModel` or :class:`~swafast.ShardedAveragedModel`; or one.
             dtype: float32, bfloat16 or float16, to round floating params to; default: float32, and as they are for
                 float64 params. Complex params are stored as they are.
+
+        Warns:
+            RuntimeWarning: the folder holds later snapshots, of another run or from before this one went back. Once, on
+                the first rank.
 
         Raises:
             TypeError, ValueError: ``averages`` or ``dtype`` is none of the above, nothing is averaged yet, averages
@@ -191,11 +218,16 @@ class Snapshots:
         with self._ranks.settled("save"):
             params, copies = stored_in(parts)
             snapshot = Snapshot(self.folder, count, rules, params, copies, dict(zip(sums, total.tolist(), strict=True)))
-            present = snapshot_paths(self.folder)
-            if present:
-                require_same_model(read_sidecar(present[-1]), "averages", snapshot)
+            present = self._latest()
+            if present is not None:
+                require_same_model(present, "averages", snapshot)
+                if first and present.num_averaged > count:
+                    self._warn_of_later(present.num_averaged, count)
         try:
-            with self._ranks.settled("save"):
+            with (
+                self._ranks.settled("save"),
+                reporting(RuntimeError, f"a snapshot in {self.folder} could not be written"),
+            ):
                 path = new_path(self.folder, count) if first else None
             path = self._ranks.gather(path)[0]
             assert path is not None
@@ -203,7 +235,8 @@ class Snapshots:
                 write(path, state, self._ranks)
             with self._ranks.settled("save"):
                 if first:
-                    write_sidecar(dataclasses.replace(snapshot, path=path))
+                    with reporting(RuntimeError, f"snapshot {path} could not be written"):
+                        write_sidecar(dataclasses.replace(snapshot, path=path))
         except BaseException:
             if first and path is not None:
                 shutil.rmtree(path, ignore_errors=True)
