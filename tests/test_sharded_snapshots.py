@@ -203,6 +203,21 @@ def test_ranks_that_disagree_are_told(saved: list[Any], what: str, own: str, oth
     assert any(re.match(own, message) for message in messages)
 
 
+def _save_other_buffers(folder: Path) -> None:
+    model = torch.nn.Sequential(*(torch.nn.BatchNorm1d(3) for _ in range(6)))
+    for layer in model:  # each rank has its own, and writes some of them
+        torch.nn.init.constant_(layer.running_mean, 1.0 + dist.get_rank())
+    average = ShardedAveragedModel(model, rule=WANTED)
+    average.update_parameters(model)
+    Snapshots(folder).save(average)
+
+
+def test_buffers_are_those_of_the_first_rank(tmp_path: Path) -> None:
+    run_ranks(3, _save_other_buffers, tmp_path)
+    given = synthesize(tmp_path)
+    assert [given[f"{layer}.running_mean"].tolist() for layer in range(6)] == [[1.0] * 3] * 6
+
+
 def test_a_call_that_fails_leaves_the_folder_as_it_was(saved: list[Any]) -> None:
     assert all(told["kept"] for told in saved)
     assert all(told["whole"] for told in saved)
