@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from .averaged_model import FusedAveragedModel
 from .averages import FusedAverages
+from .batchnorm import update_bn
 from .rules import EqualAverage, ExponentialAverage, PowerAverage, Rule
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ __all__ = [
     "ShardedAverages",
     "Snapshots",
     "__version__",
+    "update_bn",
 ]
 
 

@@ -1,12 +1,15 @@
 """Names of torch that are not public API, each with the public way that serves when it is gone.
 
-A test fails with the name when a torch release changes one.
+A test fails with the name when a torch release changes one. Beside them what is asked of parts of torch that take long
+to import.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +21,24 @@ def disable_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep ``function`` out of compiled graphs; unlike ``torch.compiler.disable`` it does not import dynamo for it."""
     lazy = getattr(torch, "_disable_dynamo", None)
     return lazy(function) if lazy is not None else torch.compiler.disable(function)
+
+
+def running_eagerly() -> AbstractContextManager[object]:
+    """Run compiled modules as they were written."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def is_in_backward() -> bool:
+    """Say whether autograd is in a backward pass on this thread, where activation checkpoints run modules again."""
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1
+
+
+def is_one_of_ranks() -> bool:
+    """Say whether there is a default process group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def make_metadata_check(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:

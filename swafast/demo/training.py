@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
-from torch.optim.swa_utils import SWALR, update_bn
+from torch.optim.swa_utils import SWALR
 
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, update_bn
 
 from .data import NUM_CLASSES, Split, shifted
 from .settings import Settings
@@ -79,7 +79,7 @@ def score(model: nn.Module, split: Split, epoch: int) -> Score:
     """Test a model, with BatchNorm's statistics taken anew over the training images.
 
     An average needs that (its activations are those of no model that was trained), so every method gets it: else the
-    comparison would be of statistics as much as of weights. One batch, since update_bn weighs all batches alike.
+    comparison would be of statistics as much as of weights.
     """
     update_bn([split.train_images], model)
     model.eval()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _GRACE = timedelta(seconds=0.9)
 
 #: How often this rank has begun to make a group over the same ranks, by the default group of that time.
-_attempts: WeakKeyDictionary[ProcessGroup, Counter[tuple[int, ...]]] = WeakKeyDictionary()
+_attempts: weakref.WeakKeyDictionary[ProcessGroup, Counter[tuple[int, ...]]] = weakref.WeakKeyDictionary()
 
 
 class LostPeerError(RuntimeError):
@@ -60,7 +60,8 @@ class Ranks:
         if self.rank not in self.ranks:
             raise ValueError(f"process_group must hold this rank, {self.rank}, got one of {list(self.ranks)}")
         self._lost: str | None = None  # why no peer may be met any more
-        self._parent = process_group
+        # Weakly: who destroys it may not be kept from it by what hangs on it.
+        self._parent = weakref.ref(process_group) if process_group is not None else None
         self._parts: dict[tuple[int, ...], Ranks] = {self.ranks: self}
         timeout = group_timeout(parent)
         with self._heard():
@@ -75,7 +76,7 @@ class Ranks:
         """Give a group over some of these ranks, this one among them; made once, together with the others of them."""
         key = tuple(sorted(ranks))
         if key not in self._parts:
-            self._parts[key] = Ranks(self._parent, key)
+            self._parts[key] = Ranks(self._parent() if self._parent is not None else None, key)
         return self._parts[key]
 
     @property
@@ -92,6 +93,11 @@ class Ranks:
         if device.type == "cpu" and dist.get_backend(self._group) == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return device
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether no peer may be met any more."""
+        return self._lost is not None
 
     # Collectives
 

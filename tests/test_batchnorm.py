@@ -1,0 +1,498 @@
+"""`update_bn`: the moments of the whole set, and a model that is otherwise as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections import UserDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import swa_utils
+from torch.utils.checkpoint import checkpoint
+
+from swafast import FusedAveragedModel, batchnorm, update_bn
+from tests.conftest import differing
+from tests.ranks import run_ranks
+
+SIZES = (64, 3, 17, 128, 2)  # of batches: 214 samples, a mean weighed alike is far off
+
+
+class Net(nn.Module):
+    """A batch norm of the inputs themselves, whose statistics are known, and one behind it."""
+
+    def __init__(self, first: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first = first if first is not None else nn.BatchNorm1d(4)
+        self.linear = nn.Linear(4, 3)
+        self.second = nn.BatchNorm1d(3, momentum=None)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.second(self.linear(self.first(x * scale)))
+
+
+def batches(sizes: Sequence[int] = SIZES, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Give batches whose means lie far apart."""
+    generator = torch.Generator().manual_seed(5)
+    return [
+        (torch.randn(size, 4, generator=generator) * (1 + index) + 10 * index).to(dtype)
+        for index, size in enumerate(sizes)
+    ]
+
+
+def state_of(model: nn.Module) -> tuple[dict[str, Tensor], list[object]]:
+    """Give copies of what a failed call must leave as it was."""
+    flags = [(m.training, getattr(m, "momentum", None), len(m._forward_pre_hooks)) for m in model.modules()]
+    return {name: value.clone() for name, value in model.state_dict().items()}, flags
+
+
+def require_as_before(model: nn.Module, before: tuple[dict[str, Tensor], list[object]]) -> None:
+    assert differing(model.state_dict(), before[0]) == []
+    assert state_of(model)[1] == before[1]
+
+
+def require_statistics(layer: Any, inputs: Tensor, tolerance: float = 1e-5) -> None:
+    """Hold a layer to mean and variance of ``inputs``, (samples, channels, ...), in float64."""
+    over = [dim for dim in range(inputs.ndim) if dim != 1]
+    variance, mean = torch.var_mean(inputs.double(), over)
+    for got, want in ((layer.running_mean, mean), (layer.running_var, variance)):
+        assert ((got.double() - want).abs() / want.abs().clamp(min=1e-3)).max() <= tolerance
+
+
+# What the statistics are
+
+
+def test_unequal_batches_give_the_statistics_of_the_whole_set() -> None:
+    model = Net()
+    update_bn(batches(), model)
+    require_statistics(model.first, torch.cat(batches()))
+    assert model.first.num_batches_tracked == model.second.num_batches_tracked == len(SIZES)
+    theirs = Net()
+    swa_utils.update_bn(batches(), theirs)
+    with pytest.raises(AssertionError):  # what this is about
+        require_statistics(theirs.first, torch.cat(batches()), 0.5)
+
+
+def test_it_does_not_depend_on_how_the_set_is_cut() -> None:
+    whole = torch.cat(batches())
+    for sizes in ([214], [107, 107], [200, 14], [2] * 107):
+        model = Net()
+        update_bn(whole.split(sizes), model)
+        require_statistics(model.first, whole)
+
+
+@pytest.mark.parametrize("tiny", [1e-3, 1e3])
+def test_one_batch_gives_what_torchs_function_gives(tiny: float) -> None:
+    ours, theirs = Net(), Net()
+    theirs.load_state_dict(ours.state_dict())
+    loader = [tiny * torch.randn(50, 4) + 1.0]
+    update_bn(loader, ours)
+    swa_utils.update_bn(loader, theirs)
+    for (name, got), want in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_equal_batches_give_the_means_of_torchs_function() -> None:
+    ours, theirs = Net(), Net()
+    theirs.load_state_dict(ours.state_dict())
+    loader = torch.randn(320, 4).split(32)
+    update_bn(loader, ours)
+    swa_utils.update_bn(loader, theirs)
+    for name in ("first.running_mean", "second.running_mean"):
+        torch.testing.assert_close(ours.get_buffer(name), theirs.get_buffer(name), rtol=1e-5, atol=1e-6)
+    assert differing({"n": ours.first.num_batches_tracked}, {"n": theirs.first.num_batches_tracked}) == []
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.BatchNorm1d(4), (4,)),
+        (nn.BatchNorm1d(4), (4, 7)),
+        (nn.BatchNorm2d(4, momentum=None), (4, 5, 3)),
+        (nn.BatchNorm3d(4, affine=False), (4, 2, 3, 2)),
+        (nn.SyncBatchNorm(4), (4, 5, 3)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_every_kind_of_layer(layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    loader = [(torch.randn(size, *shape) + index).to(dtype) for index, size in enumerate((9, 2, 30))]
+    kept = copy.deepcopy(layer).to(dtype)
+    update_bn(loader, kept)
+    require_statistics(kept, torch.cat(loader), 2**-8 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_half_inputs_take_nothing_from_statistics_in_float32() -> None:
+    layer = nn.BatchNorm1d(4)
+    loader = batches(dtype=torch.bfloat16)
+    update_bn(loader, layer)  # as under autocast
+    require_statistics(layer, torch.cat(loader))
+
+
+def test_a_large_mean_takes_nothing_from_the_variance() -> None:
+    loader = [torch.randn(size, 4) + 1e4 for size in (100, 7)]
+    model = Net()
+    update_bn(loader, model)
+    require_statistics(model.first, torch.cat(loader))
+
+
+def test_a_layer_that_runs_several_times_counts_each_of_them() -> None:
+    layer = nn.BatchNorm1d(4)
+    twice = [torch.randn(6, 4), torch.randn(5, 4) + 3]
+
+    def call(model: nn.Module, batch: Tensor) -> None:
+        model(batch)
+        model(2 * batch)
+
+    update_bn(twice, layer, call=call)
+    require_statistics(layer, torch.cat([*twice, *(2 * batch for batch in twice)]))
+    assert layer.num_batches_tracked == 4
+
+
+# Models
+
+
+def test_flags_and_momenta_of_all_modules_stay() -> None:
+    model = Net()
+    model.linear.eval()
+    model.second.eval()  # frozen by the user: torch's function would leave it in training
+    before = state_of(model)[1]
+    update_bn(batches(), model)
+    assert state_of(model)[1] == before
+    model.eval()
+    before = state_of(model)[1]
+    update_bn(batches(), model)
+    assert state_of(model)[1] == before
+
+
+def test_nothing_runs_without_statistics_to_take() -> None:
+    def loader() -> Iterator[Tensor]:
+        raise AssertionError("the loader was asked")
+        yield
+
+    update_bn(loader(), nn.Linear(2, 2))
+    update_bn(loader(), nn.BatchNorm1d(2, track_running_stats=False))
+
+
+def test_a_layer_out_of_reach_keeps_its_own() -> None:
+    model = nn.ModuleDict({"used": nn.BatchNorm1d(4), "other": nn.BatchNorm1d(4)})
+    model["other"].running_mean.fill_(3.0)
+    update_bn(batches(), model, call=lambda model, batch: model["used"](batch))
+    require_statistics(model["used"], torch.cat(batches()))
+    assert model["other"].running_mean.tolist() == [3.0] * 4
+
+
+@pytest.mark.parametrize("format", [None, "exact", "compact", "compensated"])
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_an_averaged_model_takes_them(format: str | None, use_buffers: bool) -> None:
+    dtype = torch.bfloat16 if format in ("exact", "compact") else torch.float32
+    model = Net().to(dtype)
+    averaged = FusedAveragedModel(model, format=format, use_buffers=use_buffers)
+    averaged.update_parameters(model)
+    update_bn(batches(dtype=dtype), averaged)
+    first: Any = averaged.module.first
+    tolerance = 1e-5 if first.running_mean.dtype == torch.float32 else 2**-8
+    require_statistics(first, torch.cat(batches(dtype=dtype)), tolerance)
+    exported = averaged.averaged_state_dict()
+    torch.testing.assert_close(exported["first.running_var"].float(), first.running_var.float(), rtol=2**-8, atol=0)
+
+
+def test_a_compiled_model_is_run_as_it_was_written() -> None:
+    model = Net()
+    compiled = torch.compile(model, backend="eager")
+    compiled(batches()[0])  # compiled without the hooks
+    before = model.second.num_batches_tracked.item()
+    update_bn(batches(), compiled)
+    require_statistics(model.first, torch.cat(batches()))
+    assert before == 1
+    assert model.second.num_batches_tracked == len(SIZES)
+
+
+# Batches
+
+
+class Named(NamedTuple):
+    x: Tensor
+    label: int
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: x,
+        lambda x: (x, 1),
+        lambda x: [x, None],
+        lambda x: {"x": x},
+        lambda x: {"x": x / 2, "scale": 2.0},
+        lambda x: Named(x, 1),
+    ],
+    ids=["tensor", "tuple", "list", "dict", "keywords", "named tuple"],
+)
+@pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu")])
+def test_batches_of_many_kinds(wrap: Callable[[Tensor], Any], device: Any) -> None:
+    model = Net()
+    update_bn(map(wrap, batches()), model, device)
+    require_statistics(model.first, torch.cat(batches()))
+
+
+def test_call_takes_batches_of_any_kind() -> None:
+    model = Net()
+    loader = [{"nested": {"x": x}} for x in batches()]
+    update_bn(loader, model, "cpu", call=lambda model, batch: model(batch["nested"]["x"]))
+    require_statistics(model.first, torch.cat(batches()))
+
+
+def test_batches_are_moved_with_all_they_hold() -> None:
+    seen: list[Any] = []
+    batch = {"a": torch.zeros(2), "b": [torch.zeros(2), (Named(torch.zeros(2), 1),)], "c": "text"}
+    model = nn.BatchNorm1d(4)
+    update_bn([batch], model, "meta", call=lambda model, batch: seen.append(batch) or model(torch.randn(3, 4)))
+    (got,) = seen
+    assert got["a"].is_meta
+    assert got["b"][0].is_meta
+    assert isinstance(got["b"][1][0], Named)
+    assert got["b"][1][0].x.is_meta
+    assert got["c"] == "text"
+
+
+def test_progress_is_shown_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    update_bn(batches(), Net())
+    assert capsys.readouterr() == ("", "")
+    update_bn(batches(), Net(), progress=True)
+    assert "BatchNorm" in capsys.readouterr().out
+
+
+# What may be amiss
+
+
+def breaking_off(error: BaseException) -> Iterator[Tensor]:
+    yield from batches()[:2]
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("loader", "kind", "message"),
+    [
+        (lambda: [], ValueError, "loader must give at least one batch, got none"),
+        (lambda: [*batches(), torch.zeros(5, 3)], ValueError, r"got at 5 a tensor \(5, 3\) of torch.float32, and from"),
+        (lambda: [batches()[0][:1]], ValueError, "Expected more than 1 value per channel"),
+        (lambda: [{"y": torch.zeros(2, 4)}], ValueError, "got at 0 a dict with 'y', and from the model TypeError"),
+        (lambda: [()], ValueError, "got at 0 a tuple of nothing"),
+        (lambda: ["text"], ValueError, "got at 0 a str"),
+        (lambda: breaking_off(OSError("no such file")), OSError, "no such file"),
+        (lambda: breaking_off(KeyboardInterrupt("now")), KeyboardInterrupt, "now"),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_what_fails_leaves_the_model_as_it_was(
+    loader: Callable[[], Any], kind: type[BaseException], message: str, training: bool
+) -> None:
+    model = Net().train(training)
+    update_bn(batches(), model)
+    before = state_of(model)
+    with pytest.raises(kind, match=message):
+        update_bn(loader(), model)
+    require_as_before(model, before)
+
+
+class OtherStatistics(Net):
+    """Has further modules that write while they run, and a layer that puts other tensors in its buffers' places."""
+
+    def __init__(self) -> None:
+        instances = nn.InstanceNorm1d(2, track_running_stats=True)
+        super().__init__(nn.Sequential(nn.BatchNorm1d(4), nn.Unflatten(1, (2, 2)), instances, nn.Flatten()))
+        self.linear = nn.utils.parametrizations.spectral_norm(self.linear)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        self.second.running_mean = self.second.running_mean + 1
+        return super().forward(x, scale)
+
+
+def test_what_fails_leaves_other_modules_as_they_were() -> None:
+    model = OtherStatistics()
+    update_bn(batches(), model)
+    before, mean = state_of(model), model.second.running_mean
+    with pytest.raises(ValueError, match="got at 5 a tensor"):
+        update_bn([*batches(), torch.zeros(5, 3)], model)
+    require_as_before(model, before)
+    assert model.second.running_mean is mean
+
+
+class Forces(Net):
+    """Turns gradients on in its forward, as models of forces do, and makes part of it anew in a backward."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        with torch.enable_grad():
+            x = x.requires_grad_()
+            out = checkpoint(super().forward, x, scale, use_reentrant=False)
+            (force,) = torch.autograd.grad(out.square().sum(), x)
+        return force
+
+
+def test_a_model_that_takes_gradients_keeps_no_graph_and_counts_once() -> None:
+    model, plain = Forces(), Net()
+    plain.load_state_dict(model.state_dict())
+    for each in (model, plain):
+        update_bn([batch.clone() for batch in batches()], each)
+    assert differing(model.state_dict(), plain.state_dict()) == []
+    kept = batchnorm.Moments()
+    batchnorm._taking(kept)(nn.BatchNorm1d(4), (batches()[0].requires_grad_(),), {})
+    assert not kept.mean.requires_grad
+
+
+class Frozen(Net):
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        self.first.eval()
+        return self
+
+
+def test_a_layer_that_stays_frozen_keeps_its_statistics() -> None:
+    model = Frozen()
+    model.first.running_mean.fill_(3.0)
+    update_bn(batches(), model)
+    assert model.first.running_mean.tolist() == [3.0] * 4
+    with torch.no_grad():
+        require_statistics(model.second, model.linear((torch.cat(batches()) - 3.0) / (1 + 1e-5) ** 0.5))
+
+
+@pytest.mark.parametrize("loader", [[torch.zeros(0, 4)], [torch.zeros(0, 4)] * 3])
+def test_layers_that_have_seen_nothing_are_told_of(loader: list[Tensor]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    before = state_of(model)
+    with pytest.warns(UserWarning, match="none of 1 BatchNorm layers has seen a value") as told:
+        update_bn(loader, model, call=lambda model, batch: None)
+    assert told[0].filename == __file__
+    require_as_before(model, before)
+
+
+def test_a_lazy_layer_is_named() -> None:
+    with pytest.raises(ValueError, match="model must be initialised, got the lazy '1': run it once before"):
+        update_bn(batches(), nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d()))
+
+
+class Encoding(UserDict):
+    """As a tokenizer gives: a mapping that can move itself, with attributes."""
+
+    def to(self, device: torch.device) -> Encoding:
+        return Encoding({key: value.to(device) for key, value in self.items()})
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self.data[name]
+
+
+def test_batches_that_can_move_themselves_do() -> None:
+    model = Net()
+    update_bn([Encoding(x=x) for x in batches()], model, "cpu", call=lambda model, batch: model(batch.x))
+    require_statistics(model.first, torch.cat(batches()))
+    with pytest.raises(ValueError, match=r"\(call= runs it on any other kind\), got at 0 a str"):
+        update_bn(["text"], model, "cpu")
+
+
+def test_an_average_on_ranks_is_given_as_its_model() -> None:
+    class OnRanks:
+        def swapped_into(self) -> None: ...
+
+    with pytest.raises(TypeError, match="got OnRanks: give the model, inside swapped_into"):
+        update_bn(batches(), OnRanks())
+
+
+def test_a_model_that_is_none_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
+        update_bn(Net(), batches())  # type: ignore[arg-type]
+
+
+# Ranks
+
+
+def _on_ranks(world: int, empty: Sequence[int] = ()) -> dict[str, Tensor]:
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(1)
+    model = Net()
+    full = [index for index in range(world) if index not in empty]
+    own = batches((40, 7, 3, 90, 5, 11, 2, 31))[full.index(rank) :: len(full)] if rank in full else []
+    update_bn(own, model)
+    update_bn(own, model)  # goes round in the same group
+    return dict(model.state_dict())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("empty", [(), (0,), (1, 2, 3)])
+def test_four_ranks_give_what_one_gives(empty: tuple[int, ...]) -> None:
+    (alone,) = run_ranks(1, _on_ranks, 1)
+    together = run_ranks(4, _on_ranks, 4, empty)
+    for state in together:
+        assert differing(state, together[0]) == []
+        for name, value in alone.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def _failing(what: str) -> str:
+    rank = torch.distributed.get_rank()
+    model = Net(nn.BatchNorm1d(4 if what != "model" or rank == 0 else 5))
+    before = state_of(model)
+    loader = {"empty": [], "batch": [torch.zeros(5, 4 if rank else 2)], "model": []}[what]
+    try:
+        update_bn(loader, model)
+    except (ValueError, RuntimeError) as error:
+        require_as_before(model, before)
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("what", "messages"),
+    [
+        ("empty", ["ValueError: loader must give at least one batch, got none"] * 2),
+        ("batch", ["ValueError: loader must give batches that", "RuntimeError: update_bn failed on rank 0, and so on"]),
+        (
+            "model",
+            ["ValueError: model must be the same on every rank, got for 'first' 4 on rank 0 and 5 on rank 1"] * 2,
+        ),
+    ],
+)
+def test_what_fails_on_one_rank_fails_on_all(what: str, messages: list[str]) -> None:
+    for told, message in zip(run_ranks(2, _failing, what), messages, strict=True):
+        assert told.startswith(message)
+
+
+# Each gate sees its bug
+
+
+def means_weighed_alike(patch: pytest.MonkeyPatch) -> None:
+    merge = batchnorm.Moments.merge
+
+    def alike(self: Any, other: Any) -> None:
+        if self.count and other.count:
+            other = batchnorm.Moments(other.calls, self.count, other.mean, other.squares)
+        merge(self, other)
+
+    patch.setattr(batchnorm.Moments, "merge", alike)
+
+
+def distance_of_means_left_out(patch: pytest.MonkeyPatch) -> None:
+    merge = batchnorm.Moments.merge
+
+    def without(self: Any, other: Any) -> None:
+        squares = None if self.squares is None else self.squares + other.squares
+        merge(self, other)
+        self.squares = squares if squares is not None else self.squares
+
+    patch.setattr(batchnorm.Moments, "merge", without)
+
+
+@pytest.mark.parametrize("plant", [means_weighed_alike, distance_of_means_left_out])
+def test_the_gate_kills_the_bug(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        test_unequal_batches_give_the_statistics_of_the_whole_set()
+
+
+def test_statistics_left_behind_by_a_failed_pass_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batchnorm, "_as_before", lambda *_: nullcontext())
+    with pytest.raises(AssertionError):
+        test_what_fails_leaves_the_model_as_it_was(lambda: [*batches(), torch.zeros(5, 3)], ValueError, "loader", True)
