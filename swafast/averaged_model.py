@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from . import checks, choice
 from ._torch import disable_dynamo
+from .attach import Attachable
 from .exchange import Exchange
 from .formats import OWN, Format, check_format, format_of, stored_dtype
 from .functions import choose_rule, update_by_function
@@ -24,14 +26,7 @@ from .rules import Rule, rule_of
 from .states import check_load, export, keeping_ties, translate_load
 
 
-def refuse_nonfinite(plan: Plan, params: Sequence[Tensor]) -> None:
-    """Raise ValueError naming a param that holds a NaN or an infinity."""
-    name = plan.first_nonfinite(params)
-    if name is not None:
-        raise ValueError(f"{name!r} must be finite, got a NaN or an infinity; the average is as it was")
-
-
-class FusedAveragedModel(AveragedModel):
+class FusedAveragedModel(Attachable, AveragedModel):
     """A copy of a model whose parameters are the running average of the model's, moved in one fused pass per update.
 
     ``average = average + weight * (param - average)``, with ``weight = 1 / (n + 1)`` (SWA) unless a rule says else.
@@ -131,8 +126,7 @@ class FusedAveragedModel(AveragedModel):
             avg_fn, multi_avg_fn = None, recognised
         super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)
         self.format, self.backend, self.include, self.nonfinite, self.seed = format, backend, include, nonfinite, seed
-        self._any_device = device is not None
-        self._asked = asked
+        self._any_device, self._source, self._asked = device is not None, weakref.ref(model), asked
         copied = {id(tensor) for _, tensor, fmt in self._each_average() if fmt is None}
         self._apply(lambda tensor: tensor.to(stored_dtype(format, tensor.dtype, copied=id(tensor) in copied)))
         for name, tensor, fmt in self._each_average():
@@ -187,15 +181,12 @@ class FusedAveragedModel(AveragedModel):
         """
         with self._alone("update_parameters"):
             plan, params, planes = self._bind(model)
-            rule = self.rule
             skip = self.nonfinite == "skip"
             if self.nonfinite == "raise":
-                refuse_nonfinite(plan, params)
-            if skip and rule is None and plan.first_nonfinite(params) is not None:
-                return
-            if rule is not None:
-                plan.update(params, planes, [rule], skip_nonfinite=skip)
-            else:
+                plan.refuse_nonfinite(params)
+            if self.rule is not None:
+                plan.update(params, planes, [self.rule], skip_nonfinite=skip)
+            elif not skip or plan.first_nonfinite(params) is None:
                 pairs = plan.pairs(params, planes)
                 update_by_function(pairs, self.avg_fn, self.multi_avg_fn, self.n_averaged)
 
@@ -204,8 +195,7 @@ class FusedAveragedModel(AveragedModel):
         return bindings.bind(self, [self._side()], model, config=self._config(), backend=self.backend)
 
     def _own_bindings(self) -> Bindings:
-        bindings: Bindings = self.__dict__.setdefault("_bindings", Bindings())
-        return bindings
+        return self.__dict__.setdefault("_bindings", Bindings())
 
     def _config(self) -> object:
         """Give what a plan depends on beside the tensors."""
@@ -216,6 +206,10 @@ class FusedAveragedModel(AveragedModel):
         return Side(self, self._format_of, self._any_device, self.seed)
 
     # Use of the average
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._settle()
+        return super().forward(*args, **kwargs)
 
     @contextmanager
     def swapped_into(self, model: Module) -> Iterator[Module]:
@@ -334,16 +328,21 @@ class FusedAveragedModel(AveragedModel):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process. ``include`` may be a lambda, and its answers are kept."""
         with self._alone("a copy"):
-            own = {"_lock", "_bindings", "include"}
+            own = {"_lock", "_bindings", "_attachment", "_source", "include"}
             return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def _own_lock(self) -> ForkSafeLock:
-        lock: ForkSafeLock | None = self.__dict__.get("_lock")
-        return lock if lock is not None else self.__dict__.setdefault("_lock", ForkSafeLock())  # one for all threads
+        return self.__dict__.get("_lock") or self.__dict__.setdefault("_lock", ForkSafeLock())  # one for all threads
 
     @contextmanager
     def _alone(self, action: str) -> Iterator[None]:
         """Hold this averaged model for one thread; raise RuntimeError while the averages are in a model."""
+        self._settle()
+        with self._locked(action):
+            yield
+
+    @contextmanager
+    def _locked(self, action: str) -> Iterator[None]:
         with self._own_lock():
             if self._swapped:
                 raise RuntimeError(f"{action} must wait until the averages are swapped back out of the model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from ._torch import disable_dynamo
-from .averaged_model import FusedAveragedModel, refuse_nonfinite
+from .attach import Attachable
+from .averaged_model import FusedAveragedModel
 from .backends.library import MAX_PACES
 from .matching import Bindings
 from .plan import Plan
@@ -64,7 +66,7 @@ def named_formats(names: Sequence[str], format: object) -> dict[str, str | None]
     return {name: format.get(name) for name in names}
 
 
-class FusedAverages(Module):
+class FusedAverages(Attachable, Module):
     """Several averages of one model: ``FusedAveragedModel(model, rule={"fast": ..., "slow": ...})`` makes one.
 
     Each is a :class:`~swafast.FusedAveragedModel` of its own, ``averages["fast"]``: evaluate it, swap it into the
@@ -102,6 +104,7 @@ class FusedAverages(Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        self._source = weakref.ref(model)
         if device is not None:  # a subclass need not take one, least of all in this place
             options["device"] = device
         rules = named_rules(rule)
@@ -162,7 +165,7 @@ class FusedAverages(Module):
             rules = [averaged.rule for averaged in self.values()]
             nonfinite = {averaged.nonfinite for averaged in self.values()}
             if "raise" in nonfinite:
-                refuse_nonfinite(plan, params)
+                plan.refuse_nonfinite(params)
             plan.update(params, planes, rules, skip_nonfinite="skip" in nonfinite)  # type: ignore[arg-type]
 
     def _bind(self, model: Module) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]:
@@ -213,12 +216,18 @@ class FusedAverages(Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_bindings"}
+        own = {"_bindings", "_attachment", "_source"}
+        return {key: value for key, value in self.__dict__.items() if key not in own}
+
+    def _attached(self) -> list[Attachable]:
+        return [self, *self.values()]
 
     @contextmanager
     def _alone(self, action: str) -> Iterator[None]:
         """Hold all averages for one thread; raise RuntimeError while one of them is in a model."""
+        for averaged in self.values():
+            averaged._settle()  # all of them first: what is waited for may need the lock of another
         with ExitStack() as held:
             for averaged in self.values():
-                held.enter_context(averaged._alone(action))
+                held.enter_context(averaged._locked(action))
             yield

@@ -98,6 +98,12 @@ class Plan:
         index = ops.first_nonfinite(self._work, params)
         return None if index is None else self.names[index]
 
+    def refuse_nonfinite(self, params: Sequence[Tensor]) -> None:
+        """Raise ValueError naming a param that holds a NaN or an infinity."""
+        name = self.first_nonfinite(params)
+        if name is not None:
+            raise ValueError(f"{name!r} must be finite, got a NaN or an infinity; the average is as it was")
+
     @property
     def captured(self) -> bool:
         """Whether a CUDA graph holds an update of this plan, which must then live as long as the averages."""
@@ -150,7 +156,8 @@ def home_averages(pairs: Sequence[Pair], homes: frozenset[int]) -> frozenset[int
                 planes.append(plane)
                 strides.append(order)
     likes = [
-        PlaneLike(plane.shape, order, plane.dtype, plane.device) for plane, order in zip(planes, strides, strict=True)
+        PlaneLike(plane.shape, order, plane.dtype, plane.device, plane.is_pinned())
+        for plane, order in zip(planes, strides, strict=True)
     ]
     for made in new_in_buckets(likes):
         with torch.inference_mode(False), torch.no_grad():
@@ -168,16 +175,18 @@ class PlaneLike:
     stride: Sequence[int]
     dtype: torch.dtype
     device: torch.device
+    pinned: bool = False
 
 
 def new_in_buckets(likes: Sequence[PlaneLike]) -> Iterator[list[tuple[int, Tensor]]]:
     """Make planes in buckets, without values: for each bucket, once it is asked for, (index, plane) of all in it."""
     numels = [math.prod(like.shape) for like in likes]
-    for bucket in lay_out(numels, [(like.device, like.dtype) for like in likes]):
+    for bucket in lay_out(numels, [(like.device, like.dtype, like.pinned) for like in likes]):
         first = likes[bucket.slots[0].index]
         # Under inference_mode the averages would become inference tensors, and never see autograd again.
         with torch.inference_mode(False), torch.no_grad():
-            storage = torch.empty(bucket.numel, dtype=first.dtype, device=first.device).untyped_storage()
+            like = {"dtype": first.dtype, "device": first.device, "pin_memory": first.pinned}
+            storage = torch.empty(bucket.numel, **like).untyped_storage()  # type: ignore[call-overload]
             native.want_large_pages(storage)
             made = [(slot.index, stand_on_own_storage(storage, likes[slot.index], slot)) for slot in bucket.slots]
         yield made

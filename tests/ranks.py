@@ -18,8 +18,9 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.ranks_preload"])
+#: Starts processes in which torch is imported.
+starter = multiprocessing.get_context("forkserver")
+starter.set_forkserver_preload(["tests.ranks_preload"])
 
 #: No collective of a test takes longer, unless a peer is missing.
 TIMEOUT = timedelta(seconds=60)
@@ -43,8 +44,8 @@ def run_ranks(
         pipes: list[Connection] = []
         processes = []
         for rank in range(world):
-            ours, theirs = _context.Pipe(duplex=False)
-            process = _context.Process(
+            ours, theirs = starter.Pipe(duplex=False)
+            process = starter.Process(
                 target=_rank,
                 args=(rank, world, f"{folder}/store", timeout, theirs, expected == world, function, args),
                 daemon=True,

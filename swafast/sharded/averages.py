@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
@@ -11,17 +12,19 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module
 
 from .._torch import disable_dynamo
+from ..attach import Attachable
 from ..averages import named_formats, named_rules
 from ..matching import Bindings
 from ..rules import Rule
 from . import states
-from .binding import bind, refuse_nonfinite
+from .attaching import AttachableShards
+from .binding import Bound, Staging, bind, update
 from .construction import spell
 from .model import ShardedAveragedModel
 from .ranks import Ranks
 
 
-class ShardedAverages(Mapping[str, ShardedAveragedModel]):
+class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
     """Several averages of one model: ``ShardedAveragedModel(model, rule={"fast": ..., "slow": ...})`` makes one.
 
     Each is a :class:`ShardedAveragedModel` of its own, ``averages["fast"]``; they share one process group. An update
@@ -60,6 +63,7 @@ class ShardedAverages(Mapping[str, ShardedAveragedModel]):
         for name, each in rules.items():
             averaged = kind(model, rule=each, format=formats[name], process_group=self._ranks, **options)
             self._averages[name] = averaged
+        self.nonfinite, self._source = self._first.nonfinite, weakref.ref(model)
         # Threads that use two of them would meet their peers in different orders.
         lock = self._first._lock
         for averaged in self._averages.values():
@@ -94,17 +98,20 @@ class ShardedAverages(Mapping[str, ShardedAveragedModel]):
             TypeError, ValueError, RuntimeError: as ``ShardedAveragedModel.update_parameters``; nothing has changed.
         """
         with self._alone("update_parameters"):
-            first = self._first
-            sides = [averaged._side() for averaged in self.values()]
-            config = first.backend
-            plan, params, planes = bind(
-                self._bindings, model, sides, first._find_held, config=config, backend=first.backend
-            )
-            if first.nonfinite == "raise":
-                refuse_nonfinite(plan, params, first.n_averaged.device, self._ranks)
-            skip = first.nonfinite == "skip"
-            rules = [averaged.rule for averaged in self.values()]
-            plan.update(params, planes, rules, skip_nonfinite=skip, share=self._ranks.max_ if skip else None)
+            self._run(self._bind(model))
+
+    def _bind(self, model: Module, staging: Staging | None = None) -> Bound:
+        first = self._first
+        sides = [averaged._side() for averaged in self.values()]
+        return bind(self._bindings, model, sides, first._find_held, backend=first.backend, staging=staging)
+
+    def _run(self, bound: Bound) -> None:
+        rules, device = [averaged.rule for averaged in self.values()], self._first.n_averaged.device
+        with self._alone("update_parameters"):
+            update(bound, rules, device, nonfinite=self.nonfinite, ranks=self._ranks)
+
+    def _attached(self) -> list[Attachable]:
+        return [self, *self.values()]
 
     def state_dict(self, *, checksums: bool = True) -> dict[str, Tensor]:
         """Give the states of all averages, the keys of each behind its name: ``fast.module.weight``. Collective.
@@ -165,8 +172,13 @@ class ShardedAverages(Mapping[str, ShardedAveragedModel]):
         """Bytes of all averages and buffers that this rank keeps."""
         return sum(averaged.nbytes for averaged in self.values())
 
+    def _settle_all(self) -> None:
+        for averaged in self.values():
+            averaged._settle()
+
     @contextmanager
     def _alone(self, action: str) -> Iterator[None]:
+        self._settle_all()
         with ExitStack() as held:
             for averaged in self.values():
                 held.enter_context(averaged._alone(action))
@@ -174,6 +186,7 @@ class ShardedAverages(Mapping[str, ShardedAveragedModel]):
 
     @contextmanager
     def _together(self, action: str) -> Iterator[None]:
+        self._settle_all()
         with ExitStack() as held:
             for averaged in self.values():
                 held.enter_context(averaged._together(action))

@@ -17,6 +17,7 @@ from ..matching import Bindings
 from ..matching import check_model as check_plain_model
 from ..names import Walk, require_same_names, unwrap
 from ..plan import Fingerprint, Plan
+from ..rules import Rule
 from .holdings import Held, Mesh, find_holdings, is_fsdp1, require_same_place, reshard
 from .ranks import Ranks
 from .shares import Share
@@ -62,6 +63,25 @@ def find_held(
     return {share.name: held[share.name] for share in shares}
 
 
+class Staging:
+    """Copies of buffers, which a forward pass writes, for updates that run beside it; one for each attached average."""
+
+    def __init__(self) -> None:
+        self._copies: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def take(self, name: str, buffer: Tensor) -> Tensor:
+        """Copy what a buffer holds now, into the same memory each time while it fits."""
+        copy, wanted = self._copies.get(name), torch.empty_like(buffer, device="meta")
+        if copy is None or _layout(copy) != _layout(wanted) or copy.device != buffer.device:
+            copy = self._copies[name] = torch.empty_like(buffer)
+        return copy.copy_(buffer)
+
+
+def _layout(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride()
+
+
 class Finder:
     """Finds this rank's tensors in a model again, or notices that they have to be looked for by name.
 
@@ -92,6 +112,7 @@ class Finder:
         for share in flat:
             run = (held[share.name].offset, share.holding.numel)
             self._places.append((bases[id(sources[share.name])], run))
+        self._buffers = [(i, share.name) for i, share in enumerate(self.shares) if share.holding.is_buffer]
 
     def _position(self, source: object) -> int:
         assert isinstance(source, Tensor)
@@ -113,6 +134,13 @@ class Finder:
             return bases + [flat.local for flat in self._flats]  # type: ignore[union-attr]
         except AttributeError:  # no DTensor any more: gathered by a forward pass, say
             return None
+
+    def staged(self, bases: Sequence[Tensor], staging: Staging) -> list[Tensor]:
+        """Give what :meth:`find` gave, with copies of the buffers in their places."""
+        copies = list(bases)
+        for index, name in self._buffers:
+            copies[index] = staging.take(name, bases[index])
+        return copies
 
     def local(self, bases: Sequence[Tensor], index: int) -> Tensor:
         """Give this rank's tensor of a share out of what :meth:`find` gave."""
@@ -150,20 +178,32 @@ class Side:
         return Pair(share.name, view, self.planes[share.name], share.format, draws, pace)
 
 
+#: A plan, and the params and planes that it fits now.
+Bound = tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]
+
+
 class Binding:
     """A plan, and the way to the tensors that it was made for.
 
     Args:
         sides: the averages, of the same params.
         held: what this rank holds of the model, by name.
+        staging: where buffers are copied to before they are averaged; None: they are read where they are.
     """
 
     def __init__(
-        self, model: Module, sides: Sequence[Side], held: Mapping[str, Held], *, config: object, backend: str | None
+        self,
+        model: Module,
+        sides: Sequence[Side],
+        held: Mapping[str, Held],
+        *,
+        config: object,
+        backend: str | None,
+        staging: Staging | None,
     ) -> None:
-        self._config = config
+        self._config, self._staging = config, staging
         self._finder = Finder(model, sides[0].shares, held)
-        bases = self._finder.find(model)
+        bases = self._find(model)
         assert bases is not None, "a walk just made must fit"
         places = {share.name: place for place, share in enumerate(self._finder.shares)}
         # A rank may have no part of a small or unevenly sharded param.
@@ -193,10 +233,14 @@ class Binding:
         """Give the (params, planes) of the plan as they are now, or None if it no longer fits them."""
         if config != self._config:
             return None
-        bases = self._finder.find(model)
+        bases = self._find(model)
         if bases is None or not self._bases.fits([*bases, *counters]):
             return None
         return Views(self._finder, self._chosen, bases), self._planes
+
+    def _find(self, model: Module) -> list[Tensor] | None:
+        bases = self._finder.find(model)
+        return bases if bases is None or self._staging is None else self._finder.staged(bases, self._staging)
 
 
 def bind(
@@ -205,14 +249,14 @@ def bind(
     sides: Sequence[Side],
     find: Callable[[Module], dict[str, Held]],
     *,
-    config: object,
     backend: str | None,
-) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]:
+    staging: Staging | None = None,
+) -> Bound:
     """Give the plan for ``model`` and the tensors of both sides, planning anew where the old one no longer fits.
 
     Args:
         find: gives what this rank holds of the model, checked.
-        config: what else the plan depends on.
+        staging: as for :class:`Binding`.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -220,7 +264,7 @@ def bind(
     """
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    counters = [side.num_averaged for side in sides]
+    counters, config = [side.num_averaged for side in sides], (backend, staging)
     current = bindings.current(model, config, counters)
     if current is None:
         # A forward pass without a backward leaves FSDP's root gathered, with other tensors in its modules.
@@ -229,10 +273,19 @@ def bind(
     if current is None:
         for counter in counters:
             checks.check_counter(counter)
-        bindings.use(Binding(model, sides, find(model), config=config, backend=backend))
+        bindings.use(Binding(model, sides, find(model), config=config, backend=backend, staging=staging))
         current = bindings.current(model, config, counters)
         assert current is not None, "a plan just made must fit"
     return current
+
+
+def update(bound: Bound, rules: Sequence[Rule], device: torch.device, *, nonfinite: str, ranks: Ranks) -> None:
+    """Move what is bound. Collective where ``nonfinite`` asks for a flag, on ``device``."""
+    plan, params, planes = bound
+    if nonfinite == "raise":
+        refuse_nonfinite(plan, params, device, ranks)
+    skip = nonfinite == "skip"
+    plan.update(params, planes, rules, skip_nonfinite=skip, share=ranks.max_ if skip else None)
 
 
 def refuse_nonfinite(plan: Plan, params: Sequence[Tensor], device: torch.device, ranks: Ranks) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -18,17 +19,17 @@ from ..formats import check_format
 from ..functions import choose_rule
 from ..locks import ForkSafeLock
 from ..matching import Bindings
-from ..plan import Plan
 from ..rules import EqualAverage, Rule
 from . import construction, states
-from .binding import Side, bind, check_model, find_held, refuse_nonfinite
+from .attaching import AttachableShards
+from .binding import Bound, Side, Staging, bind, check_model, find_held, update
 from .holdings import Held, find_holdings, reshard
 from .ranks import Ranks
 from .shares import share_out
 from .swap import Swap, spread_all
 
 
-class ShardedAveragedModel:
+class ShardedAveragedModel(AttachableShards):
     """The running average of a model that is spread over ranks: each rank averages what it owns, where it lies.
 
     ``average = average + weight * (param - average)``, as :class:`~swafast.FusedAveragedModel` has it, bit for bit, in
@@ -114,6 +115,7 @@ class ShardedAveragedModel:
             checks.check_seed(seed)
             self.rule = choose_rule(rule, None, None) or EqualAverage()
             check_model(model)
+            self._source = weakref.ref(model)
             reshard(model)
         self._meshes = construction.gather_meshes(model, self._ranks)
         with self._ranks.settled("ShardedAveragedModel"):
@@ -160,16 +162,14 @@ class ShardedAveragedModel:
             RuntimeError: the averages are swapped into a model.
         """
         with self._alone("update_parameters"):
-            plan, params, planes = self._bind(model)
-            if self.nonfinite == "raise":
-                refuse_nonfinite(plan, params, self.n_averaged.device, self._ranks)
-            skip = self.nonfinite == "skip"
-            share = self._ranks.max_ if skip else None
-            plan.update(params, planes, [self.rule], skip_nonfinite=skip, share=share)
+            self._run(self._bind(model))
 
-    def _bind(self, model: Module) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]:
-        side = self._side()
-        return bind(self._bindings, model, [side], self._find_held, config=self.backend, backend=self.backend)
+    def _bind(self, model: Module, staging: Staging | None = None) -> Bound:
+        return bind(self._bindings, model, [self._side()], self._find_held, backend=self.backend, staging=staging)
+
+    def _run(self, bound: Bound) -> None:
+        with self._alone("update_parameters"):
+            update(bound, [self.rule], self.n_averaged.device, nonfinite=self.nonfinite, ranks=self._ranks)
 
     def _side(self) -> Side:
         return Side(self._shares, self._planes, self.n_averaged, self.seed)
@@ -197,6 +197,7 @@ class ShardedAveragedModel:
                 other memory, and is named. Meanwhile updates, :meth:`state_dict` and :meth:`load_state_dict` raise it.
         """
         swap = None
+        self._settle()
         try:
             with self._lock:
                 with self._meet("swapped_into", model) as (pairs, held):
@@ -221,6 +222,7 @@ class ShardedAveragedModel:
             TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed. A RuntimeError for a
                 lost rank says which params are not whole.
         """
+        self._settle()
         with self._lock:
             with self._meet("copy_to", model) as met:
                 pairs, held = met
@@ -315,6 +317,7 @@ class ShardedAveragedModel:
     @contextmanager
     def _alone(self, action: str) -> Iterator[None]:
         """Hold this averaged model for one thread; raise RuntimeError while the averages are in a model."""
+        self._settle()
         with self._lock:
             self._refuse_while_swapped(action)
             yield
@@ -322,6 +325,7 @@ class ShardedAveragedModel:
     @contextmanager
     def _together(self, action: str) -> Iterator[None]:
         """As :meth:`_alone`, for what all ranks do: raise on each of them if one may not begin."""
+        self._settle()
         with self._lock:
             with self._ranks.settled(action):
                 self._refuse_while_swapped(action)

@@ -1,0 +1,129 @@
+"""Schedules: after which steps of a training an average is updated, from spans as Composer writes them.
+
+A span is an int, in steps of the optimizer, or a str: ``"100ba"`` (steps), ``"2ep"`` (epochs), ``"0.75dur"`` (a share
+of the whole training).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+
+_SPAN = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ba|ep|dur)")
+
+Span = int | str
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps ``start``, ``start + every``, ... up to ``end``, counted from 1; ``None``: without an end.
+
+    Raises:
+        TypeError: one of them is no int.
+        ValueError: ``start`` is negative, ``every`` below 1, or the end before the start.
+    """
+
+    start: int
+    every: int
+    end: int | None = None
+
+    def __post_init__(self) -> None:
+        end = self.start if self.end is None else self.end
+        for name, value, least in (("start", self.start, 0), ("every", self.every, 1), ("end", end, self.start)):
+            if not _is_int(value):
+                raise TypeError(f"{name} must be an int of steps, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be >= {least}, got {value}")
+
+    @classmethod
+    def of(
+        cls,
+        start: Span = 0,
+        every: Span = 1,
+        end: Span | None = None,
+        *,
+        duration: Span | None = None,
+        steps_per_epoch: int | None = None,
+    ) -> Schedule:
+        """Make one from spans; a step that is cut by one belongs to what comes before it.
+
+        Args:
+            start: the step after which the first update comes; 0: as for 1 where ``every`` is 1, else ``every``.
+            every: how far updates are apart.
+            end: the last step after which one may come; default: the duration.
+            duration: of the whole training, in steps or epochs; needed for spans in ``dur``.
+            steps_per_epoch: needed for spans in ``ep``.
+
+        Raises:
+            TypeError: a span is neither an int nor a str.
+            ValueError: a span cannot be read, is negative, or lacks what it is measured by; ``every`` is 0; or the
+                start is after the end.
+        """
+        if steps_per_epoch is not None and (not _is_int(steps_per_epoch) or steps_per_epoch < 1):
+            raise ValueError(f"steps_per_epoch must be an int >= 1, got {steps_per_epoch!r}")
+        whole = None
+        if duration is not None:
+            if parse("duration", duration)[1] == "dur":
+                raise ValueError(f"duration must be in steps or epochs, such as '90ep', got {duration!r}")
+            whole = _steps("duration", duration, None, steps_per_epoch)
+            if whole < 1:
+                raise ValueError(f"duration must be at least one step, got {duration!r}")
+        first = _steps("start", start, whole, steps_per_epoch)
+        interval = _steps("every", every, whole, steps_per_epoch)
+        last = _steps("end", end, whole, steps_per_epoch) if end is not None else whole
+        if interval < 1:
+            raise ValueError(f"every must be at least one step, got {every!r}")
+        if last is not None and first > last:
+            what = f"end {end!r}" if end is not None else f"duration {duration!r}"
+            raise ValueError(f"start must not be after the {what}, step {last}, got {start!r}, step {first}")
+        return cls(first, interval, last)
+
+    def is_due(self, step: int) -> bool:
+        """Say whether an update comes after this step, counted from 1."""
+        within = self.start <= step and (self.end is None or step <= self.end)
+        return within and (step - self.start) % self.every == 0
+
+    def state_dict(self) -> dict[str, int | None]:
+        return asdict(self)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def parse(name: str, span: object) -> tuple[Fraction, str]:
+    """Give (number, unit) of a span; the unit is ``ba``, ``ep`` or ``dur``.
+
+    Raises:
+        TypeError: it is neither an int nor a str.
+        ValueError: it cannot be read, is negative, or no whole number of steps, or over ``"1dur"``.
+    """
+    if isinstance(span, int) and _is_int(span):
+        if span < 0:
+            raise ValueError(f"{name} must be >= 0, got {span}")
+        return Fraction(span), "ba"
+    expected = f"{name} must be an int of steps or a str such as '100ba', '2ep' or '0.75dur'"
+    if not isinstance(span, str):
+        raise TypeError(f"{expected}, got {span!r}")
+    match = _SPAN.fullmatch(span.strip())
+    if match is None:
+        raise ValueError(f"{expected}, got {span!r}")
+    number, unit = Fraction(match[1]), match[2]
+    if unit == "ba" and number.denominator != 1:
+        raise ValueError(f"{name} must be a whole number of steps, got {span!r}")
+    if unit == "dur" and number > 1:
+        raise ValueError(f"{name} must be at most '1dur', got {span!r}")
+    return number, unit
+
+
+def _steps(name: str, span: object, whole: int | None, steps_per_epoch: int | None) -> int:
+    """Give a span in steps, rounded up."""
+    number, unit = parse(name, span)
+    if unit == "ba":
+        return int(number)
+    what, measure = ("steps_per_epoch", steps_per_epoch) if unit == "ep" else ("duration", whole)
+    if measure is None:
+        raise ValueError(f"{what} must be given for {name}={span!r}, got None")
+    return math.ceil(number * measure)

@@ -1,0 +1,746 @@
+"""`attach`: the updates of a loop without their calls, beside the loop as well, and through a resume."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import multiprocessing
+import pickle
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, runners
+from swafast import attach as module
+from swafast.attach import STATE_KEY
+from swafast.averages import FusedAverages
+from swafast.plan import Plan
+from swafast.schedule import Schedule
+from tests import ranks, stopped_training
+from tests.conftest import differing, tensors_of
+
+WAYS: dict[str, dict[str, Any]] = {"plain": {}, "overlap": {"overlap": True}, "offload": {"offload": "cpu"}}
+SEVERAL = {"fast": ExponentialAverage(0.9), "mean": EqualAverage()}
+
+
+class Net(nn.Module):
+    """Has what a forward writes: BatchNorm's statistics, which an update copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 6))
+        self.tied = self.inner[3]
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        return self.inner(x)
+
+
+class Run:
+    """A training that is the same each time."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, on: str = "cpu", **options: Any) -> None:
+        torch.manual_seed(3)
+        self.model = Net().to(on, dtype)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9)
+        self.averaged: Any = FusedAveragedModel(self.model, **options)
+        self.generator = torch.Generator().manual_seed(4)
+
+    def step(self, after: Callable[[], object] = lambda: None) -> None:
+        x = torch.randn(8, 6, generator=self.generator).to(self.model.seen.device)
+        x = x.to(next(self.model.parameters()).dtype)
+        self.optimizer.zero_grad()
+        (self.model(x) - x).square().mean().backward()
+        self.optimizer.step()
+        after()
+
+
+def plainly(steps: int, schedule: Schedule, **options: Any) -> Run:
+    """Give a run whose loop calls ``update_parameters`` itself."""
+    run = Run(**options)
+    for step in range(1, steps + 1):
+        run.step(lambda step=step: schedule.is_due(step) and run.averaged.update_parameters(run.model))
+    return run
+
+
+def require_equal(got: Run, want: Run) -> None:
+    for ours, theirs in ((got.averaged, want.averaged), (got.model, want.model)):
+        assert differing(tensors_of(ours.cpu()), tensors_of(theirs.cpu())) == []
+
+
+# The same results
+
+
+@pytest.mark.parametrize("on", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rule": ExponentialAverage(0.9), "use_buffers": True},
+        {"dtype": torch.bfloat16},
+        {"format": "compact", "seed": 7},
+        {"rule": SEVERAL, "format": {"fast": "compensated"}},
+        {"nonfinite": "skip"},
+        {"nonfinite": "raise"},
+    ],
+    ids=str,
+)
+def test_the_results_are_those_of_calls_in_the_loop(way: str, options: dict[str, Any], on: str) -> None:
+    run = Run(on=on, **options)
+    run.averaged.attach(run.optimizer, **WAYS[way])
+    for _ in range(12):
+        run.step()
+    require_equal(run, plainly(12, Schedule(0, 1), on=on, **options))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("spans", "schedule"),
+    [
+        ({"start": 3, "every": 4}, Schedule(3, 4)),
+        ({"every": 5}, Schedule(0, 5)),
+        ({"start": "0.5dur", "every": "2ba", "duration": 12}, Schedule(6, 2, 12)),
+        ({"start": "1ep", "every": "1ep", "end": "3ep", "steps_per_epoch": 3}, Schedule(3, 3, 9)),
+    ],
+    ids=str,
+)
+def test_updates_come_when_they_are_due(way: str, spans: dict[str, Any], schedule: Schedule) -> None:
+    run = Run()
+    attachment = run.averaged.attach(run.optimizer, **spans, **WAYS[way])
+    assert attachment.schedule == schedule
+    for _ in range(12):
+        run.step()
+    require_equal(run, plainly(12, schedule))
+    assert attachment.step == 12
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_used_between_two_steps_is_complete(way: str) -> None:
+    run, expected = Run(), Run()
+    attachment = run.averaged.attach(run.optimizer, **WAYS[way])
+    for _ in range(3):
+        run.step()
+        expected.step(lambda: expected.averaged.update_parameters(expected.model))
+        assert differing(run.averaged.state_dict(), expected.averaged.state_dict()) == []
+        run.step()
+        expected.step(lambda: expected.averaged.update_parameters(expected.model))
+        with run.averaged.swapped_into(run.model), expected.averaged.swapped_into(expected.model):
+            assert differing(run.model.state_dict(), expected.model.state_dict()) == []
+        run.step()
+        expected.step(lambda: expected.averaged.update_parameters(expected.model))
+        x = torch.ones(2, 6)
+        assert torch.equal(run.averaged.eval()(x), expected.averaged.eval()(x))
+        run.step()
+        expected.step(lambda: expected.averaged.update_parameters(expected.model))
+        attachment.join()
+        assert torch.equal(run.averaged.module.tied.weight, expected.averaged.module.tied.weight)
+    require_equal(run, expected)
+
+
+class Held:
+    """Holds updates of the background until they are let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.let_go, self.begun, self.ended = threading.Event(), threading.Event(), threading.Event()
+        update = FusedAveragedModel.update_parameters
+
+        def held(averaged: FusedAveragedModel, model: nn.Module) -> None:
+            self.begun.set()
+            assert self.let_go.wait(60)
+            update(averaged, model)
+            self.ended.set()
+
+        monkeypatch.setattr(FusedAveragedModel, "update_parameters", held)
+
+
+@pytest.mark.parametrize("way", ["overlap", "offload"])
+def test_a_forward_and_backward_run_beside_an_update(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch)
+    run = Run()
+    run.averaged.attach(run.optimizer, **WAYS[way])
+    run.step()
+    seen = run.model.seen.clone()
+    run.optimizer.zero_grad()
+    run.model(torch.ones(4, 6)).sum().backward()  # writes BatchNorm's statistics
+    assert held.begun.wait(60)
+    assert not held.ended.is_set()
+    held.let_go.set()
+    run.optimizer.step()  # waits, or has its own copy
+    run.averaged.state_dict()
+    assert held.ended.is_set()
+    monkeypatch.undo()
+    expected = plainly(1, Schedule(0, 1))
+    want = expected.averaged.averaged_state_dict()
+    expected.optimizer.zero_grad()
+    expected.model(torch.ones(4, 6)).sum().backward()
+    expected.optimizer.step()
+    expected.averaged.update_parameters(expected.model)
+    require_equal(run, expected)
+    assert seen == want["seen"] == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_errors_of_an_update_come_and_nothing_has_changed(way: str) -> None:
+    run = Run(nonfinite="raise")
+    attachment = run.averaged.attach(run.optimizer, **WAYS[way])
+    run.step()
+    attachment.join()
+    before = tensors_of(run.averaged)
+    with torch.no_grad():
+        run.model.inner[0].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"'inner\.0\.weight' must be finite"):
+        run.step(attachment.join)
+    assert differing(tensors_of(run.averaged), before) == []
+    attachment.detach()  # it was told already
+
+
+def test_steps_that_are_skipped_do_not_count() -> None:
+    run = Run()
+    attachment = run.averaged.attach(run.optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for bad in (False, True, False):
+        run.optimizer.zero_grad()
+        loss = run.model(torch.ones(4, 6)).square().sum()
+        scaler.scale(loss * float("inf") if bad else loss).backward()
+        scaler.step(run.optimizer)
+        scaler.update()
+    assert attachment.step == run.averaged.n_averaged == 2
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_model_may_change_on_the_way(way: str) -> None:
+    runs = [Run(), Run()]
+    runs[0].averaged.attach(runs[0].optimizer, **WAYS[way])
+    for run in runs:
+        update = (lambda: None) if run is runs[0] else (lambda: run.averaged.update_parameters(run.model))  # noqa: B023
+        run.step(update)
+        run.model.inner[1] = copy.deepcopy(run.model.inner[1])  # other modules and tensors of the same names
+        run.model.seen = run.model.seen.clone()
+        run.optimizer.param_groups[0]["params"] = list(run.model.parameters())
+        run.step(update)
+        run.averaged.n_averaged.item() if run.averaged._attachment is None else run.averaged._attachment.join()
+        run.model.inner[0].weight.data = run.model.inner[0].weight.data.clone()
+        run.step(update)
+    require_equal(*runs)
+
+
+@pytest.mark.parametrize("way", ["overlap", "offload"])
+@pytest.mark.parametrize("given", ["both", "the last"])
+def test_each_of_several_optimizers_waits(way: str, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one steps while an update reads its params; what waits for it waits half a second at most."""
+    run, stepped = Run(), threading.Event()
+    parts = [torch.optim.SGD(run.model.inner[i].parameters(), 0.1) for i in (0, 3)]
+    parts[1].add_param_group({"params": run.model.inner[1].parameters()})
+    update = FusedAveragedModel.update_parameters
+
+    def late(averaged: FusedAveragedModel, model: nn.Module) -> None:
+        stepped.wait(0.5)
+        update(averaged, model)
+
+    monkeypatch.setattr(FusedAveragedModel, "update_parameters", late)
+    if given == "both":
+        run.averaged.attach(parts, **WAYS[way])
+    else:
+        with pytest.warns(
+            UserWarning, match=r"2 trained params, 'inner\.0\.weight' the first, are in no optimizer given"
+        ):
+            run.averaged.attach(parts[1], **WAYS[way])
+    for param in run.model.parameters():
+        param.grad = torch.ones_like(param)
+    expected = copy.deepcopy(run.model)
+    for _ in range(2):
+        parts[0].step()
+        stepped.set()
+        run.averaged._attachment.join()
+        stepped.clear()
+        parts[1].step()
+    for param in expected.parameters():
+        param.grad = torch.ones_like(param)
+    average = expected.inner[0].weight - 0.1
+    stepped.set()
+    run.averaged.state_dict()
+    if given == "both" or way == "offload":  # which has copies of its own
+        torch.testing.assert_close(run.averaged.module.inner[0].weight, average - 0.05)
+    assert run.averaged.n_averaged == 2
+
+
+def test_other_threads_wait_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch)
+    run = Run(rule=SEVERAL)
+    update, begun = FusedAverages.update_parameters, threading.Event()
+
+    def late(averaged: FusedAverages, model: nn.Module) -> None:
+        begun.set()
+        assert held.let_go.wait(60)
+        update(averaged, model)
+
+    monkeypatch.setattr(FusedAverages, "update_parameters", late)
+    run.averaged.attach(run.optimizer, overlap=True)
+    run.step()
+    assert begun.wait(60)
+    with ThreadPoolExecutor(3) as threads:
+        saved = [threads.submit(run.averaged.state_dict) for _ in range(2)]
+        saved.append(threads.submit(run.averaged["mean"].state_dict))
+        assert not wait(saved, timeout=0.2).done
+        held.let_go.set()
+        assert [int(state.result(60)["mean.n_averaged"]) for state in saved[:2]] == [1, 1]
+        assert saved[2].result(60)["n_averaged"] == 1
+
+
+def test_who_holds_all_averages_waits_for_none_of_them() -> None:
+    """A step of the thread that saves, here from a hook, begins an update that needs the locks which the save holds."""
+    run = Run(rule=SEVERAL)
+    run.averaged.attach(run.optimizer, overlap=True)
+    run.step()
+    handle = run.averaged["fast"].register_state_dict_pre_hook(lambda *_: run.step())
+    saving = threading.Thread(target=run.averaged.state_dict, daemon=True)
+    saving.start()
+    saving.join(60)
+    assert not saving.is_alive()
+    handle.remove()
+    assert run.averaged.state_dict()["mean.n_averaged"] == 2
+
+
+def test_a_forked_child_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch)
+    run = Run()
+    run.averaged.attach(run.optimizer, overlap=True)
+    run.step()
+    assert held.begun.wait(60)
+    child = multiprocessing.get_context("fork").Process(target=run.averaged.state_dict)
+    child.start()  # of a DataLoader, say
+    child.join(60)
+    held.let_go.set()
+    assert child.exitcode == 0
+    assert run.averaged.state_dict()["n_averaged"] == 1
+
+
+def _train_on(run: Run) -> None:
+    run.step()
+    sys.exit(int(run.averaged.state_dict()["n_averaged"]))
+
+
+def test_a_forked_child_may_train_on() -> None:
+    run = Run()
+    run.averaged.attach(run.optimizer, overlap=True)
+    run.step()
+    run.averaged.state_dict()
+    torch.set_num_threads(1)  # libgomp hangs in a child of a process that ran more
+    child = multiprocessing.get_context("fork").Process(target=_train_on, args=(run,))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 2
+
+
+def test_wrapped_models_are_followed() -> None:
+    run = Run()
+    wrapped = torch.compile(run.model, backend="eager")
+    run.averaged.attach(run.optimizer, wrapped, overlap=True)
+    for _ in range(3):
+        run.step()
+    require_equal(run, plainly(3, Schedule(0, 1)))
+
+
+# Detaching
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_detached_optimizer_is_left_alone(way: str) -> None:
+    run = Run()
+    keys = run.optimizer.state_dict().keys()
+    threads = set(threading.enumerate())
+    with run.averaged.attach(run.optimizer, **WAYS[way]) as attachment:
+        run.step()
+        run.step()
+        assert attachment.is_attached
+    assert not attachment.is_attached
+    run.step()
+    assert run.averaged.n_averaged == attachment.step == 2
+    assert run.optimizer.state_dict().keys() == keys
+    assert [new for new in threading.enumerate() if new not in threads and new.name.startswith("swafast")] == []
+    with pytest.raises(RuntimeError, match="must be attached to be detached, got one that was detached before"):
+        attachment.detach()
+    run.averaged.attach(run.optimizer, every=3)
+    run.step()
+    assert run.averaged.n_averaged == 2
+
+
+def test_copies_and_pickles_are_not_attached() -> None:
+    run = Run()
+    run.averaged.attach(run.optimizer, overlap=True)
+    run.step()
+    copied, pickled = copy.deepcopy(run.averaged), pickle.loads(pickle.dumps(run.averaged))
+    run.step()
+    for other in (copied, pickled):
+        assert other.n_averaged == 1
+        other.attach(run.optimizer, run.model).detach()
+        with pytest.raises(ValueError, match="model must be given, got None: this average does not know"):
+            other.attach(run.optimizer)
+
+
+def test_nothing_is_kept_alive_once_all_are_gone() -> None:
+    run = Run()
+    run.averaged.attach(run.optimizer, overlap=True)
+    run.step()
+    run.averaged.state_dict()  # waits
+    gone = [weakref.ref(run.model), weakref.ref(run.averaged), weakref.ref(run.optimizer)]
+    del run
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 3
+
+
+# State
+
+
+def saved(run: Run) -> bytes:
+    file = io.BytesIO()
+    state = {name: getattr(run, name).state_dict() for name in ("model", "optimizer", "averaged")}
+    torch.save(state | {"generator": run.generator.get_state()}, file)
+    return file.getvalue()
+
+
+def load(run: Run, state: bytes) -> None:
+    loaded = torch.load(io.BytesIO(state), weights_only=True)
+    for name in ("model", "optimizer", "averaged"):
+        getattr(run, name).load_state_dict(loaded[name])
+    run.generator.set_state(loaded["generator"])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("options", [{}, {"rule": SEVERAL}, {"format": "compact"}], ids=str)
+@pytest.mark.parametrize("at", [1, 4, 7])
+def test_a_run_that_was_stopped_equals_one_that_was_not(way: str, options: dict[str, Any], at: int) -> None:
+    spans = {"start": 2, "every": 3, "end": 20}
+    first = Run(**options)
+    first.averaged.attach(first.optimizer, **spans, **WAYS[way])
+    for _ in range(at):
+        first.step()
+    state = saved(first)
+    second = Run(**options)
+    attachment = second.averaged.attach(second.optimizer, **spans, **WAYS[way])
+    load(second, state)
+    assert (attachment.step, attachment.schedule) == (at, Schedule(2, 3, 20))
+    for _ in range(12 - at):
+        second.step()
+    require_equal(second, plainly(12, Schedule(2, 3, 20), **options))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_killed_run_goes_on_to_the_same_end(way: str, tmp_path: Path) -> None:
+    def train(folder: str, kill_at: int | None = None) -> int | None:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        process = ranks.starter.Process(target=stopped_training.train, args=(tmp_path / folder, way, kill_at))
+        process.start()
+        process.join(120)
+        return process.exitcode
+
+    assert train("whole") == 0
+    assert [train("killed", kill_at) for kill_at in (4, 17)] == [-signal.SIGKILL] * 2
+    assert train("killed") == 0
+    ends = [torch.load(tmp_path / folder / "end.pt", weights_only=True) for folder in ("whole", "killed")]
+    assert ends[0]["averaged"]["n_averaged"] == 13
+    assert ends[0]["optimizer"][STATE_KEY] == ends[1]["optimizer"][STATE_KEY]
+    for part in ("model", "averaged"):
+        assert differing(ends[0][part], ends[1][part]) == []
+
+
+def test_a_schedule_that_takes_the_place_of_another_is_told_of() -> None:
+    first, second = Run(), Run()
+    first.averaged.attach(first.optimizer, every=2, end=10)
+    first.step()
+    attachment = second.averaged.attach(second.optimizer, every=2, end=20)
+    with pytest.warns(UserWarning, match=r"end=10\), which was saved, takes the place of Schedule\(.*end=20\): assign"):
+        second.optimizer.load_state_dict(first.optimizer.state_dict())
+    attachment.schedule = replace(attachment.schedule, end=None)
+    assert (attachment.step, attachment.schedule) == (1, Schedule(0, 2))
+
+
+def test_several_averages_on_one_optimizer_have_a_state_each() -> None:
+    run = Run()
+    others = [FusedAveragedModel(run.model), FusedAveragedModel(run.model)]
+    attachments = [each.attach(run.optimizer, every=every) for each, every in zip(others, (1, 2), strict=True)]
+    for _ in range(4):
+        run.step()
+    state = run.optimizer.state_dict()
+    assert [each["schedule"]["every"] for each in state[STATE_KEY]] == [1, 2]
+    for attachment in attachments:
+        attachment.step = 0
+    run.optimizer.load_state_dict(state)
+    assert [attachment.step for attachment in attachments] == [4, 4]
+    attachments[0].detach()
+    with pytest.raises(
+        ValueError, match=r"state_dict\['swafast'\] must have a state for each of 1 attached averages, got 2"
+    ):
+        run.optimizer.load_state_dict(state)
+
+
+def test_states_by_torchs_own_tools_go_on_with_that_of_the_attachment() -> None:
+    first = Run()
+    attachment = first.averaged.attach(first.optimizer, start=2, every=3)
+    for _ in range(7):
+        first.step()
+    parts = get_state_dict(first.model, first.optimizer), attachment.state_dict(), first.averaged.state_dict()
+    states = copy.deepcopy(parts)
+    second = Run()
+    attachment = second.averaged.attach(second.optimizer)
+    # Without a state of its own yet, the optimizer is made to step for one.
+    set_state_dict(second.model, second.optimizer, model_state_dict=states[0][0], optim_state_dict=states[0][1])
+    attachment.load_state_dict(states[1])
+    second.averaged.load_state_dict(states[2])
+    second.generator.set_state(first.generator.get_state())
+    for run in (first, second):
+        for _ in range(4):
+            run.step()
+    require_equal(second, first)
+    assert second.averaged.n_averaged == 4
+
+
+def test_a_state_from_before_leaves_the_attachment() -> None:
+    run = Run()
+    run.step()
+    state = run.optimizer.state_dict()
+    attachment = run.averaged.attach(run.optimizer)
+    run.step()
+    run.optimizer.load_state_dict(state)
+    assert attachment.step == 1
+    plain = Run()
+    plain.optimizer.load_state_dict(run.optimizer.state_dict())  # ours is no hindrance elsewhere
+
+
+@pytest.mark.parametrize("bad", [None, {}, {"step": 1}, {"step": -1, "schedule": Schedule(0, 1).state_dict()},
+                                 {"step": True, "schedule": Schedule(0, 1).state_dict()},
+                                 {"step": 1, "schedule": {"start": 0, "every": 0}},
+                                 {"step": 1, "schedule": {"start": "a", "every": 1}},
+                                 {"step": 1, "schedule": {"begin": 3}}])  # fmt: skip
+def test_a_bad_state_changes_nothing(bad: Any) -> None:
+    run = Run()
+    attachment = run.averaged.attach(run.optimizer)
+    run.step()
+    with pytest.raises(ValueError, match="must be"):
+        attachment.load_state_dict(bad)
+    state = run.optimizer.state_dict()
+    state[STATE_KEY] = [bad]
+    state["param_groups"][0]["lr"] = 7.0
+    with pytest.raises(ValueError, match="must be"):
+        run.optimizer.load_state_dict(state)
+    assert attachment.step == 1
+    assert run.optimizer.param_groups[0]["lr"] == 0.1
+
+
+# What may be amiss
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As of accelerate: an optimizer by its type alone."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+
+def other_optimizer(run: Run) -> dict[str, Any]:
+    return {"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        (lambda run: {"optimizer": run.model}, TypeError, r"optimizer must be a torch\.optim\.Optimizer, got Net"),
+        (lambda run: {"optimizer": []}, ValueError, "optimizer must be one, or several, got none"),
+        (lambda run: {"optimizer": [run.optimizer, None]}, TypeError, "optimizer must be a torch.*, got NoneType"),
+        (lambda run: {"optimizer": Wrapper(run.optimizer)}, TypeError, "optimizer must run torch's hooks, got Wrapper"),
+        (other_optimizer, ValueError, "optimizer must have params of the model, got one that has none of them"),
+        (lambda run: {"model": "net"}, TypeError, r"model must be a torch\.nn\.Module, got str"),
+        (lambda run: {"model": run.model.inner}, ValueError, "'inner.0.weight'"),
+        (lambda run: {"every": 0}, ValueError, "every must be at least one step, got 0"),
+        (lambda run: {"every": "0.0001dur", "duration": 0}, ValueError, "duration must be at least one step, got 0"),
+        (lambda run: {"start": 9, "end": 8}, ValueError, "start must not be after the end 8, step 8, got 9, step 9"),
+        (lambda run: {"start": "2ep", "duration": 5, "steps_per_epoch": 3}, ValueError, "after the duration 5"),
+        (lambda run: {"start": "1ep"}, ValueError, "steps_per_epoch must be given for start='1ep', got None"),
+        (lambda run: {"end": "0.9dur"}, ValueError, "duration must be given for end='0.9dur', got None"),
+        (lambda run: {"end": "1.5dur", "duration": 9}, ValueError, "end must be at most '1dur', got '1.5dur'"),
+        (lambda run: {"duration": " 1dur "}, ValueError, "duration must be in steps or epochs"),
+        (lambda run: {"duration": "1dur"}, ValueError, "duration must be in steps or epochs"),
+        (lambda run: {"start": "0.5ba"}, ValueError, "start must be a whole number of steps, got '0.5ba'"),
+        (lambda run: {"start": "soon"}, ValueError, "start must be an int of steps or a str .*, got 'soon'"),
+        (lambda run: {"start": -1}, ValueError, "start must be >= 0, got -1"),
+        (lambda run: {"start": 0.75}, TypeError, "start must be an int of steps or a str .*, got 0.75"),
+        (lambda run: {"every": True}, TypeError, "every must be an int"),
+        (lambda run: {"steps_per_epoch": 0}, ValueError, "steps_per_epoch must be an int >= 1, got 0"),
+        (lambda run: {"offload": "disk"}, ValueError, "offload must be 'cpu' or None, got 'disk'"),
+    ],
+)
+def test_bad_arguments_are_named_and_nothing_is_attached(
+    arguments: Callable[[Run], dict[str, Any]], kind: type[Exception], message: str
+) -> None:
+    run = Run()
+    run.averaged.update_parameters(run.model)
+    before = tensors_of(run.averaged)
+    with pytest.raises(kind, match=message):
+        run.averaged.attach(**({"optimizer": run.optimizer} | arguments(run)))
+    run.step()
+    assert STATE_KEY not in run.optimizer.state_dict()
+    assert differing(tensors_of(run.averaged), before) == []
+    run.averaged.attach(run.optimizer)
+
+
+def test_one_that_is_attached_is_not_attached_again() -> None:
+    run = Run(rule=SEVERAL)
+    run.averaged.attach(run.optimizer)
+    for each in (run.averaged, run.averaged["fast"]):
+        with pytest.raises(RuntimeError, match="must not be attached already"):
+            each.attach(run.optimizer)
+    run.step()
+    assert run.averaged["fast"].n_averaged == run.averaged["mean"].n_averaged == 1
+
+
+def test_one_that_is_swapped_is_not_attached() -> None:
+    run = Run()
+    with run.averaged.swapped_into(run.model), pytest.raises(RuntimeError, match="attach must wait until"):
+        run.averaged.attach(run.optimizer)
+
+
+# On a GPU
+
+
+@pytest.fixture
+def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the stream of each update busy first, for longer than a step."""
+    update = Plan.update
+
+    def slow(plan: Plan, *args: Any, **kwargs: Any) -> None:
+        torch.cuda._sleep(50_000_000)  # cycles: some 30 ms
+        update(plan, *args, **kwargs)
+
+    monkeypatch.setattr(Plan, "update", slow)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("slowly")
+@pytest.mark.parametrize("is_planted", [False, True])
+def test_a_gpus_step_waits_for_the_side_stream(is_planted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(on="cuda", use_buffers=True)
+    run.averaged.attach(run.optimizer, overlap=True)
+    if is_planted:
+        monkeypatch.setattr(runners.OnStreams, "before_step", lambda runner: None)
+    for _ in range(5):
+        run.step()
+    want = plainly(5, Schedule(0, 1), on="cuda", use_buffers=True)
+    found = differing(run.averaged.state_dict(), want.averaged.state_dict())
+    assert (found != []) == is_planted
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("slowly")
+def test_a_gpu_computes_beside_an_update() -> None:
+    run = Run(on="cuda")
+    run.averaged.attach(run.optimizer, overlap=True)
+    run.step()
+    run.step()
+    forward = torch.cuda.Event()
+    run.model(torch.ones(4, 6, device="cuda")).sum().backward()
+    forward.record()
+    forward.synchronize()
+    attachment = run.averaged._attachment
+    assert not attachment._runner._ended[0].query()
+    attachment.join()
+    torch.cuda.current_stream().synchronize()
+    assert attachment._runner._ended[0].query()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["plain", "overlap"])
+def test_the_host_waits_for_no_gpu(way: str) -> None:
+    run = Run(on="cuda")
+    run.averaged.attach(run.optimizer, **WAYS[way])
+    run.step()
+    run.step()
+    x = torch.ones(4, 6, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            run.optimizer.zero_grad()
+            run.model(x).square().mean().backward()
+            run.optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert run.averaged.state_dict()["n_averaged"] == 5
+
+
+@pytest.mark.gpu
+def test_averages_of_a_gpus_model_are_kept_in_pinned_memory() -> None:
+    run = Run(on="cuda", rule=SEVERAL)
+    run.averaged.attach(run.optimizer, offload="cpu")
+    for _ in range(3):
+        run.step()
+    run.averaged.state_dict()  # waits
+    for tensor in run.averaged["fast"].module.parameters():
+        assert tensor.is_pinned()
+    before = tensors_of(run.model)
+    with run.averaged["fast"].swapped_into(run.model):
+        got = tensors_of(run.model)
+    want = plainly(3, Schedule(0, 1), on="cuda", rule=SEVERAL)
+    with want.averaged["fast"].swapped_into(want.model):
+        assert differing(got, tensors_of(want.model)) == []
+    assert differing(tensors_of(run.model), before) == []
+
+
+# Each gate sees its bug
+
+
+def buffers_are_read_as_they_change(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(module.Shadow, "take", lambda shadow: shadow._model)
+
+
+def the_step_does_not_wait(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(runners.InThread, "before_step", lambda runner: None)
+
+
+def held_up(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hold an update back until the step after it has been made, or is waiting for it."""
+    update, stepped = FusedAveragedModel.update_parameters, threading.Event()
+    step = run.optimizer.step
+
+    def late(averaged: FusedAveragedModel, model: nn.Module) -> None:
+        stepped.wait(0.5)
+        update(averaged, model)
+
+    def stepping(*args: Any) -> None:
+        step(*args)
+        stepped.set()
+
+    monkeypatch.setattr(FusedAveragedModel, "update_parameters", late)
+    run.step()
+    run.model(torch.ones(4, 6)).sum().backward()
+    stepping()
+    run.averaged.state_dict()
+
+
+@pytest.mark.parametrize("plant", [None, buffers_are_read_as_they_change, the_step_does_not_wait])
+def test_the_gate_kills_the_bug(
+    plant: Callable[[pytest.MonkeyPatch], None] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run()
+    attachment = run.averaged.attach(run.optimizer, every=2, start=1, overlap=True)
+    if plant is not None:
+        plant(monkeypatch)
+    held_up(run, monkeypatch)
+    monkeypatch.undo()
+    expected = plainly(1, Schedule(0, 1))
+    found = differing(run.averaged.averaged_state_dict(), expected.averaged.averaged_state_dict())
+    assert (found == []) == (plant is None)
+    attachment.detach()

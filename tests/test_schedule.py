@@ -1,0 +1,85 @@
+"""Schedules: spans, and the steps that they come to."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import pytest
+
+from swafast import schedule as module
+from swafast.schedule import Schedule, parse
+
+
+def due(schedule: Schedule, steps: int) -> list[int]:
+    return [step for step in range(1, steps + 1) if schedule.is_due(step)]
+
+
+@pytest.mark.parametrize(
+    ("spans", "steps"),
+    [
+        ({}, list(range(1, 21))),
+        ({"every": 6}, [6, 12, 18]),
+        ({"start": 1, "every": 6}, [1, 7, 13, 19]),
+        ({"start": 4, "every": "3ba"}, [4, 7, 10, 13, 16, 19]),
+        ({"start": 4, "every": 5, "end": 14}, [4, 9, 14]),
+        ({"start": "1ep", "every": "1ep", "steps_per_epoch": 7}, [7, 14]),
+        ({"start": "0.5ep", "every": "1.5ep", "steps_per_epoch": 5}, [3, 11, 19]),  # 2.5 and 7.5, rounded up
+        ({"start": "0.75dur", "duration": 18}, [14, 15, 16, 17, 18]),  # 13.5, rounded up; and no further
+        ({"start": "0.7dur", "every": "1ep", "duration": "5ep", "steps_per_epoch": 4}, [14, 18]),
+        ({"start": "1dur", "duration": 9}, [9]),
+        ({"start": ".5dur", "end": "0.8dur", "every": 2, "duration": 10}, [5, 7]),
+        ({"start": 30}, []),
+        ({"start": 20, "end": 20}, [20]),
+    ],
+    ids=str,
+)
+def test_updates_come_after_these_steps(spans: dict[str, Any], steps: list[int]) -> None:
+    assert due(Schedule.of(**spans), 20) == steps
+
+
+def test_a_share_is_exact() -> None:
+    # 0.29 * 100 is 28.999999999999996 in floats, and 0.07 * 100 is 7.000000000000001
+    assert Schedule.of("0.29dur", duration=100).start == 29
+    assert Schedule.of("0.07dur", duration=100).start == 7
+    assert parse("start", "0.07dur") == (Fraction(7, 100), "dur")
+
+
+def test_a_state_makes_the_same_schedule() -> None:
+    schedule = Schedule.of("2ep", "3ba", steps_per_epoch=4)
+    assert schedule.state_dict() == {"start": 8, "every": 3, "end": None}
+    assert Schedule(**schedule.state_dict()) == schedule
+
+
+@pytest.mark.parametrize("bad", ["", "ep", "1 ep", "1e3ba", "-1ba", "1epoch", "0x1ba", "nandur", "1ba2ep", "1ba\n3ep"])
+def test_what_is_no_span_is_named(bad: str) -> None:
+    with pytest.raises(ValueError, match="every must be an int of steps or a str such as"):
+        Schedule.of(every=bad)
+
+
+@pytest.mark.parametrize("bad", [None, 1.0, True, [1], b"1ba"])
+def test_what_is_of_no_kind_is_named(bad: Any) -> None:
+    with pytest.raises(TypeError, match="start must be an int of steps or a str such as"):
+        Schedule.of(bad)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "message"),
+    [
+        ((0, 0), ValueError, "every must be >= 1, got 0"),
+        ((-3, 1), ValueError, "start must be >= 0, got -3"),
+        ((4, 1, 3), ValueError, "end must be >= 4, got 3"),
+        ((0, 1, "2ep"), TypeError, "end must be an int of steps, got '2ep'"),
+        ((0, True), TypeError, "every must be an int of steps, got True"),
+        ((None, 1), TypeError, "start must be an int of steps, got None"),
+    ],
+)
+def test_what_is_no_schedule_is_named(fields: tuple[Any, ...], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        Schedule(*fields)
+
+
+def test_the_gate_sees_spans_rounded_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.math, "ceil", int)
+    with pytest.raises(AssertionError):
+        test_updates_come_after_these_steps({"start": "0.75dur", "duration": 18}, [14, 15, 16, 17, 18])

@@ -1,0 +1,189 @@
+"""`attach` for models that are spread over ranks: the bits of updates in the loop, beside a forward too."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from swafast import EqualAverage, ExponentialAverage, ShardedAveragedModel
+from swafast.sharded import binding
+from swafast.sharded import model as sharded_model
+from tests.conftest import differing
+from tests.ranks import run_ranks
+from tests.sharded_models import WIDTH, make_model, require, wrap
+
+pytestmark = pytest.mark.distributed
+
+ON_TWO = ("plain", "ddp", "fsdp2", "fsdp1", "fsdp1_orig", "tp")
+ON_FOUR = ("hsdp", "fsdp2_tp")
+SEVERAL = {"fast": ExponentialAverage(0.9), "mean": EqualAverage()}
+
+
+class Run:
+    """A training in one mode, the same each time; its forward writes BatchNorm's statistics."""
+
+    def __init__(self, mode: str, **options: Any) -> None:
+        self.model = wrap(make_model(mode), mode)
+        trained = [param for param in self.model.parameters() if param.requires_grad]
+        self.optimizer = torch.optim.SGD(trained, 0.01, momentum=0.9, foreach=False)
+        self.averaged: Any = ShardedAveragedModel(self.model, **options)
+        self.generator = torch.Generator().manual_seed(5)
+
+    def backward(self) -> None:
+        x = torch.randn(4, WIDTH, generator=self.generator)
+        self.optimizer.zero_grad()
+        self.model(x).square().mean().backward()
+
+    def state(self) -> dict[str, Tensor]:
+        return self.averaged.full_state_dict()
+
+
+def plainly(mode: str, steps: int, **options: Any) -> Run:
+    run = Run(mode, **options)
+    for step in range(1, steps + 1):
+        run.backward()
+        run.optimizer.step()
+        if step >= 2:
+            run.averaged.update_parameters(run.model)
+    return run
+
+
+class Held:
+    """Holds each update of the background until the next forward and backward have run."""
+
+    def __init__(self) -> None:
+        self.let_go, self.inside = threading.Event(), 0
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            self.inside += 1
+            assert self.let_go.wait(60)
+        binding.update(*args, **kwargs)
+
+
+def _attached(mode: str, steps: int, stop_at: int, **options: Any) -> tuple[Run, int]:
+    """Train on, one way after another: beside, stopped and resumed there, and in the hook at last."""
+    held, run = Held(), Run(mode, **options)
+    with mock.patch.object(sharded_model, "update", held.update):
+        run.averaged.attach(run.optimizer, start=2, overlap=True)
+        for _ in range(stop_at):
+            run.backward()
+            held.let_go.set()
+            run.optimizer.step()
+            held.let_go.clear()
+        run.backward()
+        held.let_go.set()
+        run.averaged._attachment.join()
+    state = run.averaged._attachment.state_dict(), run.averaged.state_dict()
+    other = run.averaged  # of the same model; made anew as after a restart
+    other._attachment.detach()
+    run.averaged = ShardedAveragedModel(run.model, **options)
+    run.averaged.attach(run.optimizer).load_state_dict(state[0])
+    run.averaged.load_state_dict(state[1])
+    run.optimizer.step()
+    for _ in range(steps - stop_at - 1):
+        run.backward()
+        run.optimizer.step()
+    return run, held.inside
+
+
+def _train(modes: tuple[str, ...], options: dict[str, Any]) -> list[Any]:
+    found: list[Any] = []
+    for mode in modes:
+        want = plainly(mode, 6, **options)
+        got, inside = _attached(mode, 6, 4, **options)
+        found += [(mode, key) for key in differing(got.state(), want.state())]
+        steps = got.averaged._attachment.step
+        if (inside, steps) != (3, 6):
+            found.append((mode, inside, steps))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world", "modes", "options"),
+    [
+        (2, ON_TWO, {"use_buffers": True}),
+        (2, ("ddp", "fsdp2"), {"format": "compact"}),
+        (4, ON_FOUR, {}),
+    ],
+    ids=str,
+)
+def test_each_mode_has_the_bits_of_updates_in_the_loop(
+    world: int, modes: tuple[str, ...], options: dict[str, Any]
+) -> None:
+    for mode in modes:
+        require(mode, forward=True)
+    assert run_ranks(world, _train, modes, options) == [[]] * world
+
+
+def _several() -> list[str]:
+    run, want = Run("fsdp2", rule=SEVERAL), plainly("fsdp2", 4, rule=SEVERAL)
+    attachment = run.averaged.attach(run.optimizer, start=2, overlap=True)
+    for _ in range(4):
+        run.backward()
+        run.optimizer.step()
+    found = differing(run.state(), want.state())
+    try:
+        run.averaged["fast"].attach(run.optimizer)
+        found.append("one of them was attached again")
+    except RuntimeError:
+        pass
+    attachment.detach()
+    run.averaged["fast"].attach(run.optimizer, run.model).detach()
+    return found
+
+
+def test_several_averages_are_attached_together() -> None:
+    require("fsdp2", forward=True)
+    assert run_ranks(2, _several) == [[], []]
+
+
+def _refused() -> list[str]:
+    run, told = Run("fsdp2"), []
+    skipping = ShardedAveragedModel(run.model, nonfinite="skip")
+    for averaged, options in (
+        (run.averaged, {"offload": "cpu"}),
+        (skipping, {"overlap": True}),
+        (run.averaged, {"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)}),
+        (run.averaged, {"every": 0}),
+    ):
+        try:
+            averaged.attach(**({"optimizer": run.optimizer} | options))
+        except (NotImplementedError, ValueError) as error:
+            told.append(f"{type(error).__name__}: {error}")
+    run.backward()
+    run.optimizer.step()
+    assert run.averaged.n_averaged == 0
+    for every in (1 + dist.get_rank(), dist.get_rank()):  # another on each rank; none on the first
+        try:
+            run.averaged.attach(run.optimizer, every=every)
+        except (RuntimeError, ValueError) as error:
+            told.append(f"{type(error).__name__}: {error}")
+    return told
+
+
+def test_what_cannot_be_attached_is_named() -> None:
+    require("fsdp2", forward=True)
+    for told in run_ranks(2, _refused):
+        assert told[0].startswith("NotImplementedError: offload must be None for a model that is spread over ranks")
+        assert told[1].startswith("ValueError: overlap must be False with nonfinite='skip', got True")
+        assert told[2].startswith("ValueError: optimizer must have params of the model")
+        assert told[3].startswith("ValueError: every must be at least one step, got 0")
+        assert told[4].startswith("ValueError: the arguments of attach must be the same on every rank")
+        assert "every must be at least one step, got 0" in told[5]
+
+
+def _unstaged() -> list[Any]:
+    with mock.patch.object(binding.Staging, "take", lambda self, name, buffer: buffer):
+        return _train(("ddp",), {"use_buffers": True})
+
+
+def test_the_gate_sees_buffers_that_were_read_too_late() -> None:
+    found = run_ranks(2, _unstaged)
+    assert ("ddp", "module.norm.running_mean") in found[0]
