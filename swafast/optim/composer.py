@@ -1,0 +1,171 @@
+"""Composer's ``SWA`` in a loop of one's own: averages from a start on, which replace the model at an end."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from fractions import Fraction
+from typing import Any
+
+from torch.nn import Module
+from torch.optim import Optimizer
+from torch.optim.swa_utils import SWALR
+
+from ..attach import Attachable, check_optimizers
+from ..schedule import Span, parse
+
+_STRATEGIES = {"linear": "linear", "lin": "linear", "cos": "cos", "cosine": "cos"}
+
+
+class ComposerSWA:
+    """What Composer's ``SWA`` algorithm does, after the optimizer's steps.
+
+    From ``swa_start`` on the averages are updated every ``update_interval``; at ``swa_end`` they are copied into the
+    model, which trains on from there, without SWA. An interval in epochs looks at the clock after each whole epoch, one
+    in steps after each step, and epochs count once they are whole: as in Composer, updates and the end come at the
+    first such moment at or after the time given. Let there be an epoch after the end, for BatchNorm's statistics, or
+    take them anew with :func:`~swafast.update_bn`.
+
+    The counts go into the optimizer's state dict, as those of :meth:`~swafast.FusedAveragedModel.attach` do, and all
+    else follows from them.
+
+    Args:
+        averaged: what is updated: a :class:`~swafast.FusedAveragedModel` (with ``rule``, ``format``, ... of one's
+            choice), or a sharded one.
+        optimizer, model: as for ``attach``.
+        max_duration: of the training, in epochs (``"90ep"``) or steps.
+        steps_per_epoch: of the optimizer.
+        swa_start, swa_end: both in ``"ep"``, or both in ``"dur"``.
+        update_interval: in ``"ep"`` or ``"ba"``.
+        schedule_swa_lr: anneal the learning rate to ``swa_lr`` by torch's ``SWALR``, a step at each update. Leave your
+            own scheduler alone from the start on: both would write the rate.
+        anneal_strategy: ``"linear"`` or ``"cos"``.
+        anneal_steps: updates that annealing takes.
+        swa_lr: default: the rate at the start. (Composer 0.32 takes that one whatever is asked for.)
+        options: ``overlap``, ``offload`` of ``attach``.
+
+    Raises:
+        TypeError, ValueError: an argument is none of the above, or the end is not after the start; and as ``attach``.
+
+    Paper: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407.
+
+    Example::
+
+        swa = ComposerSWA(FusedAveragedModel(model), optimizer, max_duration="90ep", steps_per_epoch=len(loader))
+        for epoch in range(90):
+            for batch in loader:
+                step(model, batch, optimizer)
+    """
+
+    def __init__(
+        self,
+        averaged: Attachable,
+        optimizer: Optimizer,
+        model: Module | None = None,
+        *,
+        max_duration: Span,
+        steps_per_epoch: int,
+        swa_start: str = "0.7dur",
+        swa_end: str = "0.97dur",
+        update_interval: str = "1ep",
+        schedule_swa_lr: bool = False,
+        anneal_strategy: str = "linear",
+        anneal_steps: int = 10,
+        swa_lr: float | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(averaged, Attachable) or not hasattr(averaged, "copy_to"):
+            raise TypeError(f"averaged must be one averaged model, got {type(averaged).__name__}")
+        if not isinstance(anneal_strategy, str) or anneal_strategy not in _STRATEGIES:
+            raise ValueError(f"anneal_strategy must be one of {', '.join(_STRATEGIES)}, got {anneal_strategy!r}")
+        if not isinstance(anneal_steps, int) or anneal_steps < 1:
+            raise ValueError(f"anneal_steps must be an int >= 1, got {anneal_steps!r}")
+        if swa_lr is not None and not swa_lr >= 0:
+            raise ValueError(f"swa_lr must be >= 0, got {swa_lr!r}")
+        clock = _Clock(max_duration, steps_per_epoch, update_interval)
+        start, end = clock.first(swa_start, swa_end)
+        if end > clock.duration:
+            warnings.warn(
+                f"swa_end={swa_end!r} does not come within max_duration={max_duration!r}: the model is not replaced",
+                stacklevel=2,
+            )
+        self.averaged, self._optimizer = averaged, optimizer
+        self._model = averaged._model_for(check_optimizers([optimizer]), model)
+        self.attachment = averaged.attach(optimizer, model, start=start, every=clock.interval, end=end, **options)
+        self._scheduler: SWALR | None = None
+        self._swa_lr = swa_lr
+        if schedule_swa_lr:
+            strategy: Any = _STRATEGIES[anneal_strategy]
+            # Of a resumed optimizer, what it is annealed to by default is in its groups.
+            groups = optimizer.param_groups
+            rates: Any = [group.get("swa_lr", 0.0) if swa_lr is None else swa_lr for group in groups]
+            self._scheduler = SWALR(optimizer, rates, anneal_epochs=anneal_steps, anneal_strategy=strategy)
+        self._hook = optimizer.register_step_post_hook(self._after_step)
+
+    @property
+    def is_completed(self) -> bool:
+        """Whether the averages have replaced the model."""
+        end = self.attachment.schedule.end
+        return end is not None and self.attachment.step >= end
+
+    def _after_step(self, *_: object) -> None:
+        step, schedule = self.attachment.step, self.attachment.schedule
+        if not self.attachment.is_attached:
+            return
+        if schedule.is_due(step) and self._scheduler is not None:
+            done = (step - schedule.start) // schedule.every
+            if done == 0 and self._swa_lr is None:
+                for group in self._optimizer.param_groups:
+                    group["swa_lr"] = group["lr"]
+            if self._scheduler.last_epoch != done:  # this is another run than the one that began
+                self._scheduler.load_state_dict({"last_epoch": done, "_step_count": done + 1})
+            self._scheduler.step()
+        if step == schedule.end:  # a resumed run has that of the first one
+            self.averaged.copy_to(self._model)
+
+    def detach(self) -> None:
+        """Leave the optimizer alone from now on.
+
+        Raises:
+            RuntimeError: it was detached before.
+        """
+        self.attachment.detach()
+        self._hook.remove()
+
+
+class _Clock:
+    """Composer's clock: the moments at which it is looked at, and what it shows then."""
+
+    def __init__(self, max_duration: Span, steps_per_epoch: int, update_interval: str) -> None:
+        if not isinstance(steps_per_epoch, int) or steps_per_epoch < 1:
+            raise ValueError(f"steps_per_epoch must be an int >= 1, got {steps_per_epoch!r}")
+        self._whole, self._unit = parse("max_duration", max_duration)
+        if self._unit == "dur" or self._whole < 1 or self._whole.denominator != 1:
+            raise ValueError(f"max_duration must be whole epochs or steps, such as '90ep', got {max_duration!r}")
+        self._steps_per_epoch = steps_per_epoch
+        self.duration = int(self._whole) * (steps_per_epoch if self._unit == "ep" else 1)
+        number, unit = parse("update_interval", update_interval)
+        if unit == "dur" or number < 1 or number.denominator != 1:
+            raise ValueError(f"update_interval must be whole epochs or steps, at least one, got {update_interval!r}")
+        self._after_epochs = unit == "ep"
+        #: Steps from one update to the next.
+        self.interval = int(number) * (steps_per_epoch if self._after_epochs else 1)
+
+    def first(self, swa_start: str, swa_end: str) -> tuple[int, int]:
+        """Give the steps after which the start and the end come."""
+        (start, unit), (end, end_unit) = parse("swa_start", swa_start), parse("swa_end", swa_end)
+        if unit not in ("ep", "dur") or unit != end_unit:
+            raise ValueError(f"swa_start and swa_end must both be in 'ep' or 'dur', got {swa_start!r} and {swa_end!r}")
+        if start >= end:
+            raise ValueError(f"swa_end must be after swa_start={swa_start!r}, got {swa_end!r}")
+        by_epochs = unit == "ep" or self._unit == "ep"
+        scale = self._whole if unit == "dur" else Fraction(1)
+        return self._moment(math.ceil(start * scale), by_epochs), self._moment(math.ceil(end * scale), by_epochs)
+
+    def _moment(self, count: int, by_epochs: bool) -> int:
+        """Give the first step after which the clock is looked at and shows ``count`` epochs, or steps."""
+        per_epoch = self._steps_per_epoch
+        if not by_epochs:
+            return per_epoch * max(1, math.ceil(Fraction(count, per_epoch))) if self._after_epochs else max(1, count)
+        # After the last step of an epoch, the epoch does not count yet: it is whole once the next has begun.
+        return per_epoch * max(1, count) if self._after_epochs else per_epoch * count + 1

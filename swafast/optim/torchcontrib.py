@@ -1,0 +1,273 @@
+"""torchcontrib's ``SWA``: an optimizer that averages the params which another one trains."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from .. import batchnorm, ops  # noqa: F401  # the op
+from ..rules import EqualAverage
+
+_RULE = EqualAverage().kernel_terms()
+
+
+class SWA(Optimizer):
+    """torchcontrib's ``SWA``, on today's torch: an optimizer that averages the params it trains.
+
+    In automatic mode the averages are updated after every step whose number is over ``swa_start`` and divided by
+    ``swa_freq``, and from step ``swa_start`` on every group trains with ``swa_lr``. In manual mode, with one of the two
+    left out, :meth:`update_swa` does it. Averages are float32 for narrower params, and are moved by one launch for each
+    group; a model with buffers, shards or a GPU's memory to spare is better served by
+    ``FusedAveragedModel(model).attach(optimizer)``.
+
+    Args:
+        optimizer: the one that trains.
+        swa_start: steps before the first update, in automatic mode.
+        swa_freq: steps from one update to the next.
+        swa_lr: the learning rate from then on; default: it is left alone.
+
+    Raises:
+        TypeError: ``optimizer`` is none.
+        ValueError: ``swa_start`` or ``swa_lr`` is negative, or ``swa_freq`` below 1.
+
+    Paper: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407.
+
+    Example::
+
+        optimizer = SWA(torch.optim.SGD(model.parameters(), lr=0.1), swa_start=10, swa_freq=5, swa_lr=0.05)
+        for batch in loader:
+            ...
+            optimizer.step()
+        optimizer.swap_swa_sgd()
+        update_bn(loader, model)
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        swa_start: int | None = None,
+        swa_freq: int | None = None,
+        swa_lr: float | None = None,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        start, freq = _whole("swa_start", swa_start, 0), _whole("swa_freq", swa_freq, 1)
+        self._auto_mode = start is not None and freq is not None
+        if not self._auto_mode and (start, freq, swa_lr) != (None, None, None):
+            warnings.warn("swa_start or swa_freq is None: the other and swa_lr are ignored", stacklevel=2)
+        if swa_lr is not None and not swa_lr >= 0:
+            raise ValueError(f"swa_lr must be >= 0, got {swa_lr!r}")
+        self.optimizer = optimizer
+        self._is_making = True
+        super().__init__(optimizer.param_groups, dict(optimizer.defaults))  # for hooks and profiling
+        self._is_making = False
+        self.swa_start = start if self._auto_mode else None
+        self.swa_freq = freq if self._auto_mode else None
+        self.swa_lr = swa_lr if self._auto_mode else None
+        self.state = defaultdict(dict)
+        for group in self.param_groups:
+            group["n_avg"] = group["step_counter"] = 0
+
+    # What is the optimizer's own, whatever it puts in its place: a load makes new lists.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        if not self._is_making:
+            self.optimizer.param_groups = groups
+
+    @property
+    def opt_state(self) -> Mapping[Tensor, Any]:
+        """The state of the optimizer that trains."""
+        return self.optimizer.state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train and average further params; they have steps and averages of their own."""
+        if not self._is_making:
+            param_group["n_avg"] = param_group["step_counter"] = 0
+            self.optimizer.add_param_group(param_group)
+
+    # Steps and averages
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Make a step of the optimizer; in automatic mode, update the averages where it is time."""
+        for group in self.param_groups:  # those that the optimizer was given beside this one too
+            group.setdefault("n_avg", 0)
+            group.setdefault("step_counter", 0)
+        if self.swa_lr is not None:
+            for group in self.param_groups:
+                if group["step_counter"] >= self.swa_start:
+                    group["lr"] = self.swa_lr
+        loss = self.optimizer.step(closure)
+        for group in self.param_groups:
+            group["step_counter"] += 1
+            steps = group["step_counter"]
+            if self.swa_start is not None and steps > self.swa_start and steps % self.swa_freq == 0:
+                self.update_swa_group(group)
+        return loss
+
+    def update_swa(self) -> None:
+        """Update the averages of all params."""
+        for group in self.param_groups:
+            self.update_swa_group(group)
+
+    @torch.no_grad()
+    def update_swa_group(self, group: dict[str, Any]) -> None:
+        """Update the averages of one of ``param_groups``."""
+        params = [param for param in group["params"] if param.numel()]
+        for param in params:
+            if "swa_buffer" not in self.state[param]:
+                self.state[param]["swa_buffer"] = torch.zeros_like(param, dtype=_average_dtype(param))
+        for device in dict.fromkeys(param.device for param in params):
+            here = [param for param in params if param.device == device]
+            averages = [self.state[param]["swa_buffer"] for param in here]
+            for dtype, format_name in ((torch.float32, "float32"), (None, "own")):
+                at = [
+                    index
+                    for index, average in enumerate(averages)
+                    if (average.dtype == torch.float32) == (dtype is not None)
+                ]
+                if at:
+                    counter = torch.tensor(group["n_avg"], device=device)
+                    torch.ops.swafast.update_(
+                        [averages[index] for index in at], [], [here[index] for index in at], counter, format_name,
+                        _RULE.kind, list(_RULE.terms),
+                    )  # fmt: skip
+        group["n_avg"] += 1
+
+    @torch.no_grad()
+    def swap_swa_sgd(self) -> None:
+        """Exchange params and averages: to use these, or to evaluate them and, exchanged once more, train on."""
+        lacking = 0
+        for param in self._params():
+            state = self.state.get(param, {})
+            if "swa_buffer" not in state:
+                lacking += bool(param.numel())
+                continue
+            average, own = state["swa_buffer"], param.detach().clone()
+            kept = state.pop("swa_kept", None)
+            param.copy_(average)
+            # Of an average that was rounded to a narrower param, the rest comes back with it.
+            is_back = kept is not None and _same_bits(kept.to(own.dtype), own)
+            if average.dtype != param.dtype and not is_back:
+                state["swa_kept"] = average.clone()
+            average.copy_(kept if is_back else own)
+        if lacking:
+            # Behind torch.no_grad stands who called.
+            warnings.warn(f"{lacking} params have no average yet and are not exchanged", stacklevel=3)
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give torchcontrib's three entries: ``opt_state``, ``swa_state`` and ``param_groups``.
+
+        What hooks add, an attached average say, is beside them; what they add to the optimizer's own is in
+        ``opt_added``.
+        """
+        own, packed = self.optimizer.state_dict(), super().state_dict()
+        state = {"opt_state": own.pop("state"), "swa_state": packed.pop("state"), **packed}
+        del own["param_groups"]
+        return {**state, "opt_added": own} if own else state
+
+    def _params(self) -> Iterable[Tensor]:
+        return chain.from_iterable(group["params"] for group in self.param_groups)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load such a state, torchcontrib's own too.
+
+        Raises:
+            TypeError, ValueError: it is none, lacks an entry, or its groups or averages are of other params; or what
+                hooks raise. Nothing has changed.
+        """
+        averages = self._read(state_dict)
+        added = {key: value for key, value in state_dict.items() if key not in (*_ENTRIES, "opt_added")}
+        groups = state_dict["param_groups"]
+        own = {**state_dict.get("opt_added", {}), "state": state_dict["opt_state"], "param_groups": groups}
+        before = self.optimizer.state, self.optimizer.param_groups, self.state
+        try:
+            self.optimizer.load_state_dict(own)
+            super().load_state_dict({**added, "state": {}, "param_groups": groups})  # for hooks
+            self.state = averages
+        except BaseException:
+            self.optimizer.state, self.optimizer.param_groups, self.state = before
+            raise
+
+    def _read(self, state_dict: Mapping[str, Any]) -> defaultdict[Any, Any]:
+        """Give the averages of a state by param."""
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
+        lacking = [key for key in _ENTRIES if key not in state_dict]
+        if lacking:
+            raise ValueError(
+                f"state_dict must have {lacking[0]!r}, got {', '.join(map(repr, state_dict)) or 'nothing'}"
+            )
+        for group in state_dict["param_groups"]:
+            if not {"n_avg", "step_counter"} <= set(group):
+                raise ValueError(f"state_dict['param_groups'] must have n_avg and step_counter, got {sorted(group)}")
+        ids = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
+        params = list(self._params())
+        if len(ids) != len(params):
+            raise ValueError(f"state_dict must be of {len(params)} params, got one of {len(ids)}")
+        swa_state = state_dict["swa_state"]
+        if len(swa_state) == len(ids) and not set(swa_state) & set(ids):
+            # torchcontrib writes addresses here, and torch since 1.5 indices there; both are in the params' order.
+            swa_state = dict(zip(ids, swa_state.values(), strict=True))
+        surplus = sorted(set(swa_state) - set(ids), key=str)
+        if surplus:
+            raise ValueError(f"state_dict['swa_state'] must have keys of the params, got {surplus}")
+        averages: defaultdict[Any, Any] = defaultdict(dict)
+        for key, param in zip(ids, params, strict=True):
+            for name, value in swa_state.get(key, {}).items():
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+                if value.shape != param.shape:
+                    raise ValueError(f"{name} must have shape {tuple(param.shape)}, got {tuple(value.shape)}")
+                averages[param][name] = torch.empty_like(param, dtype=_average_dtype(param)).copy_(value)
+        return averages
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: self.__dict__[key] for key in _OF_A_COPY}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        groups = state.pop("param_groups", None)  # of a load: these are the optimizer's own
+        super().__setstate__(state)
+        if groups is not None:
+            state["param_groups"] = groups
+
+    @staticmethod
+    def bn_update(loader: Iterable[Any], model: Module, device: torch.device | None = None) -> None:
+        """As :func:`swafast.update_bn`, which weighs batches by what is in them."""
+        batchnorm.update_bn(loader, model, device)
+
+
+_ENTRIES = ("opt_state", "swa_state", "param_groups")
+_OF_A_COPY = ("optimizer", "state", "defaults", "swa_start", "swa_freq", "swa_lr", "_auto_mode", "_is_making")
+
+
+def _average_dtype(param: Tensor) -> torch.dtype:
+    return torch.float32 if param.dtype in (torch.bfloat16, torch.float16) else param.dtype
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Compare bfloat16 or float16 tensors: a NaN in one place is no difference in all."""
+    return torch.equal(one.view(torch.int16), other.view(torch.int16))
+
+
+def _whole(name: str, value: object, least: int) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or value != int(value) or value < least:
+        raise ValueError(f"{name} must be a whole number of steps >= {least} or None, got {value!r}")
+    return int(value)

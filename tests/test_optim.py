@@ -1,0 +1,437 @@
+"""The recipes by their names: torchcontrib's SWA and the cyclical schedules."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR, StepLR
+from torch.optim.swa_utils import SWALR
+
+from swafast import FusedAveragedModel, optim
+from swafast.optim import SWA, cyclical_cosine_lr, cyclical_lr
+
+
+class Reference:
+    """torchcontrib's wrapper as its documentation has it, in plain loops."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, start: int | None, freq: int | None, lr: float | None) -> None:
+        self.optimizer, self.start, self.freq, self.lr = optimizer, start, freq, lr
+        self.steps = self.count = 0
+        self.averages: dict[Tensor, Tensor] = {}
+
+    def step(self) -> None:
+        if self.start is not None and self.lr is not None and self.steps >= self.start:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr
+        self.optimizer.step()
+        self.steps += 1
+        if self.start is not None and self.steps > self.start and self.steps % self.freq == 0:
+            self.update()
+
+    def update(self) -> None:
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                average = self.averages.setdefault(param, torch.zeros_like(param.detach()))
+                average += (param.detach() - average) * (1 / (self.count + 1))
+        self.count += 1
+
+
+class Run:
+    def __init__(self, dtype: torch.dtype = torch.float32, groups: int = 1) -> None:
+        torch.manual_seed(1)
+        self.model = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 5)).to(dtype)
+        params = list(self.model.parameters())
+        self.groups = (
+            [{"params": params}] if groups == 1 else [{"params": params[:2]}, {"params": params[2:], "lr": 0.03}]
+        )
+        self.base = torch.optim.SGD(self.groups, lr=0.1, momentum=0.9)
+        self.generator = torch.Generator().manual_seed(2)
+
+    def backward(self) -> None:
+        x = torch.randn(8, 5, generator=self.generator).to(self.model[0].weight.dtype)
+        self.base.zero_grad()
+        (self.model(x) - x).square().mean().backward()
+
+
+def both(dtype: torch.dtype = torch.float32, groups: int = 1, **options: Any) -> tuple[Run, SWA, Run, Reference]:
+    ours, theirs = Run(dtype, groups), Run(dtype, groups)
+    arguments = [options.get(name) for name in ("swa_start", "swa_freq", "swa_lr")]
+    return ours, SWA(ours.base, **options), theirs, Reference(theirs.base, *arguments)
+
+
+def require_averages(ours: Run, swa: SWA, theirs: Run, reference: Reference, tolerance: float = 1e-6) -> None:
+    for param, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        assert torch.equal(param, other)
+        got, want = swa.state[param].get("swa_buffer"), reference.averages.get(other)
+        assert (got is None) == (want is None)
+        if got is not None and want is not None:
+            assert (got - want).norm() <= tolerance * want.norm()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"swa_start": 5, "swa_freq": 3},
+        {"swa_start": 5, "swa_freq": 3, "swa_lr": 0.01},
+        {"swa_start": 0, "swa_freq": 1, "swa_lr": 0.0},
+        {"swa_start": 100, "swa_freq": 1},
+        {},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_automatic_mode_averages_as_torchcontrib_does(options: dict[str, Any], groups: int) -> None:
+    ours, swa, theirs, reference = both(groups=groups, **options)
+    for _ in range(20):
+        for run, optimizer in ((ours, swa), (theirs, reference)):
+            run.backward()
+            optimizer.step()
+        require_averages(ours, swa, theirs, reference)
+    for group in swa.param_groups:
+        assert (group["step_counter"], group["n_avg"]) == (20, reference.count)
+
+
+def test_manual_mode_updates_when_it_is_told() -> None:
+    ours, swa, theirs, reference = both()
+    for step in range(12):
+        for run, optimizer in ((ours, swa), (theirs, reference)):
+            run.backward()
+            optimizer.step()
+            if step > 4 and step % 2 == 0:
+                optimizer.update_swa() if isinstance(optimizer, SWA) else optimizer.update()
+    require_averages(ours, swa, theirs, reference)
+    assert reference.count == 3
+
+
+def test_groups_may_be_updated_by_themselves() -> None:
+    run = Run(groups=2)
+    swa = SWA(run.base)
+    run.backward()
+    swa.step()
+    swa.update_swa_group(swa.param_groups[1])
+    assert [group["n_avg"] for group in swa.param_groups] == [0, 1]
+    with pytest.warns(UserWarning, match="2 params have no average yet and are not exchanged") as told:
+        swa.swap_swa_sgd()
+    assert [warning.filename for warning in told] == [__file__]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_an_exchange_and_another_one_leave_everything(dtype: torch.dtype) -> None:
+    run = Run(dtype)
+    swa = SWA(run.base, swa_start=0, swa_freq=1)
+    for _ in range(5):
+        run.backward()
+        swa.step()
+    params = [param.detach().clone() for param in run.model.parameters()]
+    averages = [swa.state[param]["swa_buffer"].clone() for param in run.model.parameters()]
+    assert averages[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    swa.swap_swa_sgd()
+    for param, average, before in zip(run.model.parameters(), averages, params, strict=True):
+        assert torch.equal(param, average.to(dtype))
+        assert torch.equal(swa.state[param]["swa_buffer"].to(dtype), before)
+    swa.swap_swa_sgd()
+    for param, average, before in zip(run.model.parameters(), averages, params, strict=True):
+        assert torch.equal(param, before)
+        assert torch.equal(swa.state[param]["swa_buffer"], average)
+
+
+def test_a_bfloat16_model_is_averaged_in_float32() -> None:
+    run = Run(torch.bfloat16)
+    swa = SWA(run.base)
+    with torch.no_grad():
+        for step in range(1000):
+            run.model[0].weight.fill_(1.0 + (step % 2) / 128)
+            swa.update_swa()
+    assert (swa.state[run.model[0].weight]["swa_buffer"] - (1 + 1 / 256)).abs().max() < 1e-6
+
+
+def test_states_go_on_bit_for_bit() -> None:
+    runs = [Run(groups=2), Run(groups=2)]
+    swas = [SWA(run.base, swa_start=2, swa_freq=2, swa_lr=0.05) for run in runs]
+    for _ in range(7):
+        runs[0].backward()
+        swas[0].step()
+    file = io.BytesIO()
+    torch.save({"swa": swas[0].state_dict(), "model": runs[0].model.state_dict()}, file)
+    loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    assert loaded["swa"].keys() == {"opt_state", "swa_state", "param_groups"}
+    runs[1].model.load_state_dict(loaded["model"])
+    swas[1].load_state_dict(loaded["swa"])
+    runs[1].generator.set_state(runs[0].generator.get_state())
+    for run, swa in zip(runs, swas, strict=True):
+        for _ in range(6):
+            run.backward()
+            swa.step()
+        swa.swap_swa_sgd()
+    for ours, theirs in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("since", ["torch 1.0", "torch 1.5"])
+def test_a_state_of_torchcontrib_is_taken(since: str) -> None:
+    run = Run()
+    swa = SWA(run.base, swa_start=0, swa_freq=1)
+    for _ in range(3):
+        run.backward()
+        swa.step()
+    state = copy.deepcopy(swa.state_dict())
+    ids = {index: 10_000 + 64 * index for index in range(4)}  # it used the params' addresses
+    state["swa_state"] = {ids[key]: value for key, value in state["swa_state"].items()}
+    if since == "torch 1.0":  # then so did torch
+        state["opt_state"] = {ids[key]: value for key, value in state["opt_state"].items()}
+        for group in state["param_groups"]:
+            group["params"] = [ids[key] for key in group["params"]]
+    other = SWA(Run().base, swa_start=0, swa_freq=1)
+    other.load_state_dict(state)
+    for got, want in zip(other._params(), swa._params(), strict=True):
+        assert torch.equal(other.state[got]["swa_buffer"], swa.state[want]["swa_buffer"])
+        assert torch.equal(other.opt_state[got]["momentum_buffer"], swa.opt_state[want]["momentum_buffer"])
+    assert other.param_groups[0]["n_avg"] == 3
+
+
+@pytest.mark.parametrize("to", ["swa", "base"])
+def test_what_hooks_add_to_a_state_goes_through(to: str) -> None:
+    runs = [Run(), Run()]
+    swas = [SWA(run.base, swa_start=0, swa_freq=1) for run in runs]
+    attachments = [
+        FusedAveragedModel(run.model).attach(swa if to == "swa" else run.base, every=2)
+        for run, swa in zip(runs, swas, strict=True)
+    ]
+    for _ in range(5):
+        runs[0].backward()
+        swas[0].step()
+    state = copy.deepcopy(swas[0].state_dict())
+    swas[1].load_state_dict(state)
+    assert attachments[1].step == 5
+    before = copy.deepcopy(swas[1].state_dict())
+    (state if to == "swa" else state["opt_added"])["swafast"][0]["step"] = -1
+    state["param_groups"][0]["lr"] = 7.0
+    with pytest.raises(ValueError, match="must be an int >= 0, got -1"):
+        swas[1].load_state_dict(state)
+    assert str(swas[1].state_dict()) == str(before)
+    runs[1].backward()
+    swas[1].step()
+    assert attachments[1].step == 6
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda swa: pickle.loads(pickle.dumps(swa))])
+def test_copies_train_on(duplicate: Any) -> None:
+    run = Run()
+    swa = SWA(run.base, swa_start=1, swa_freq=1, swa_lr=0.05)
+    for _ in range(3):
+        run.backward()
+        swa.step()
+    other = duplicate(swa)
+    for ours, theirs in zip(swa._params(), other._params(), strict=True):
+        assert ours is not theirs
+        theirs.grad = torch.ones_like(theirs)
+    other.step()
+    other.swap_swa_sgd()
+    assert [group["n_avg"] for group in other.param_groups] == [3]
+    assert [group["n_avg"] for group in swa.param_groups] == [2]
+    assert str(duplicate(other).state_dict()) == str(other.state_dict())
+
+
+def test_groups_that_the_optimizer_was_given_are_averaged_too() -> None:
+    run = Run()
+    swa = SWA(run.base, swa_start=0, swa_freq=1)
+    run.base.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    run.backward()
+    swa.step()
+    assert [group["n_avg"] for group in swa.param_groups] == [1, 1]
+
+
+def test_a_nan_in_one_place_costs_no_other_its_precision() -> None:
+    run = Run(torch.bfloat16)
+    swa = SWA(run.base)
+    with torch.no_grad():
+        for value in (1.0, 1.0078125, 1.0):
+            run.model[0].weight.fill_(value)
+            run.model[0].weight[0, 0] = float("nan")
+            swa.update_swa()
+    averages = [swa.state[param]["swa_buffer"].clone() for param in run.model.parameters()]
+    swa.swap_swa_sgd()
+    swa.swap_swa_sgd()
+    for param, average in zip(run.model.parameters(), averages, strict=True):
+        torch.testing.assert_close(swa.state[param]["swa_buffer"], average, rtol=0, atol=0, equal_nan=True)
+
+
+def test_it_is_an_optimizer_of_todays_torch() -> None:
+    run = Run()
+    swa = SWA(run.base, swa_start=1, swa_freq=1)
+    scheduler = StepLR(swa, 2, gamma=0.5)
+    called: list[str] = []
+    swa.register_step_post_hook(lambda *_: called.append("ours"))
+    run.base.register_step_post_hook(lambda *_: called.append("base"))
+    averaged = FusedAveragedModel(run.model)
+    averaged.attach(swa)
+    for _ in range(4):
+        run.backward()
+        swa.step(lambda: torch.tensor(1.0))
+        scheduler.step()
+    swa.zero_grad()
+    assert all(param.grad is None for param in run.model.parameters())
+    assert called == ["base", "ours"] * 4
+    assert run.base.param_groups[0]["lr"] == pytest.approx(0.025)
+    assert averaged.n_averaged == 4
+    swa.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    assert len(run.base.param_groups) == 2
+    assert swa.param_groups[1]["n_avg"] == 0
+    layer = nn.BatchNorm1d(5)
+    SWA.bn_update([torch.randn(7, 5) + 3], layer)
+    assert layer.running_mean.mean() == pytest.approx(3.0, abs=1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"optimizer": nn.Linear(1, 1)}, TypeError, r"optimizer must be a torch\.optim\.Optimizer, got Linear"),
+        (
+            {"swa_start": -1, "swa_freq": 1},
+            ValueError,
+            "swa_start must be a whole number of steps >= 0 or None, got -1",
+        ),
+        ({"swa_start": 1, "swa_freq": 0}, ValueError, "swa_freq must be a whole number of steps >= 1 or None, got 0"),
+        ({"swa_start": 1.5, "swa_freq": 1}, ValueError, "swa_start must be a whole number"),
+        ({"swa_start": 1, "swa_freq": 1, "swa_lr": -0.1}, ValueError, "swa_lr must be >= 0, got -0.1"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        SWA(**({"optimizer": Run().base} | arguments))
+
+
+def test_half_a_mode_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="swa_start or swa_freq is None"):
+        swa = SWA(Run().base, swa_start=3, swa_lr=0.1)
+    assert (swa.swa_start, swa.swa_freq, swa.swa_lr) == (None, None, None)
+
+
+def test_a_state_of_other_params_changes_nothing() -> None:
+    run = Run()
+    swa = SWA(run.base, swa_start=0, swa_freq=1)
+    run.backward()
+    swa.step()
+    good = swa.state_dict()
+    (group,) = good["param_groups"]
+    shaped = copy.deepcopy(good)
+    shaped["swa_state"][2]["swa_buffer"] = torch.zeros(3)
+    for bad, message in (
+        ({}, "state_dict must have 'opt_state', got nothing"),
+        ({**good, "param_groups": [{**group, "params": [0, 1]}]}, "state_dict must be of 4 params, got one of 2"),
+        ({**good, "param_groups": [{"params": [0, 1, 2, 3]}]}, "must have n_avg and step_counter, got"),
+        ({**good, "swa_state": {9: {}}}, r"state_dict\['swa_state'\] must have keys of the params, got \[9\]"),
+        (shaped, r"swa_buffer must have shape \(5, 9\), got \(3,\)"),
+    ):
+        before = copy.deepcopy(swa.state_dict())
+        with pytest.raises(ValueError, match=message):
+            swa.load_state_dict(bad)
+        assert str(swa.state_dict()) == str(before)
+
+
+# Schedules
+
+
+def rates(scheduler: LRScheduler, steps: int) -> list[float]:
+    found = []
+    for _ in range(steps):
+        found.append(scheduler.get_last_lr()[0])
+        scheduler.optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_the_rates_of_fge() -> None:
+    got = rates(cyclical_lr(Run().base, max_lr=0.05, min_lr=0.0005, cycle=4), 8)
+    # t = 1/4, 1/2, 3/4, 1: down to the least at half a cycle, and up again
+    assert got == pytest.approx(2 * [0.02525, 0.0005, 0.02525, 0.05])
+
+
+def test_the_rates_of_fast_swa() -> None:
+    got = rates(cyclical_cosine_lr(Run().base, max_lr=0.1, anneal=10, until=8, cycle=3), 15)
+    cosine = [0.05 * (1 + math.cos(math.pi * step / 10)) for step in range(8)]
+    assert got == pytest.approx([*cosine, *cosine[5:], *cosine[5:], cosine[5]])
+
+
+def test_rates_do_not_depend_on_what_the_optimizer_was_made_with_and_resume() -> None:
+    runs = [Run(groups=2), Run(groups=2)]
+    schedules = [cyclical_lr(run.base, max_lr=0.4, min_lr=0.1, cycle=6) for run in runs]
+    first = rates(schedules[0], 4)
+    assert schedules[0].get_last_lr() == [pytest.approx(0.3)] * 2
+    schedules[1].load_state_dict(schedules[0].state_dict())
+    assert rates(schedules[1], 5) == pytest.approx(rates(schedules[0], 5))
+    assert len(set(first)) > 1
+
+
+def test_other_schedulers_have_the_rates_that_they_were_made_for() -> None:
+    base = Run().base
+    warm = LinearLR(base, 0.1, 1.0, total_iters=4)
+    cycles = cyclical_lr(base, max_lr=0.4, min_lr=0.2, cycle=4)
+    got = rates(SequentialLR(base, [warm, cycles], milestones=[4]), 9)
+    assert got == pytest.approx([0.01, 0.0325, 0.055, 0.0775, *[0.3, 0.2, 0.3, 0.4], 0.3])
+    cyclical_cosine_lr(base, max_lr=0.4, anneal=9, until=9, cycle=3)
+    assert [group["initial_lr"] for group in base.param_groups] == [0.1]
+    assert LambdaLR(base, lambda step: 0.5).get_last_lr() == [0.05]
+    assert CosineAnnealingLR(base, 10).base_lrs == [0.1]
+
+
+def test_models_at_the_least_rate_are_averaged() -> None:
+    run = Run()
+    averaged = FusedAveragedModel(run.model)
+    averaged.attach(run.base, start=3, every=6)
+    schedule = cyclical_lr(run.base, max_lr=0.4, min_lr=0.1, cycle=6)
+    seen = []
+    run.base.register_step_post_hook(lambda *_: seen.append((schedule.get_last_lr()[0], int(averaged.n_averaged))))
+    rates(schedule, 12)
+    counts = [count for _, count in seen]
+    updated = [lr for (lr, count), before in zip(seen, [0, *counts], strict=False) if count > before]
+    assert updated == pytest.approx([0.1, 0.1])
+
+
+def test_torchs_swalr_works_unchanged() -> None:
+    run = Run()
+    averaged = FusedAveragedModel(run.model)
+    averaged.attach(run.base, start=3)
+    scheduler = SWALR(run.base, swa_lr=0.01, anneal_epochs=3, anneal_strategy="linear")
+    for _ in range(6):
+        run.backward()
+        run.base.step()
+        scheduler.step()
+    assert run.base.param_groups[0]["lr"] == pytest.approx(0.01)
+    assert averaged.n_averaged == 4
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda base: cyclical_lr(base, max_lr=1, min_lr=0.1, cycle=3), "cycle must be an even int >= 2, got 3"),
+        (lambda base: cyclical_lr(base, max_lr=0.1, min_lr=1, cycle=4), "max_lr must be >= min_lr > 0, got 0.1 and 1"),
+        (lambda base: cyclical_cosine_lr(base, max_lr=1, anneal=5, until=6, cycle=2), "got 2, 6, 5"),
+        (lambda base: cyclical_cosine_lr(base, max_lr=0, anneal=9, until=6, cycle=2), "max_lr must be > 0, got 0"),
+    ],
+)
+def test_bad_schedules_are_named(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(Run().base)
+
+
+def test_the_gate_sees_an_update_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = SWA.step
+
+    def early(self: SWA, closure: Any = None) -> Any:
+        self.swa_start -= 1  # type: ignore[operator]
+        try:
+            return step(self, closure)
+        finally:
+            self.swa_start += 1  # type: ignore[operator]
+
+    monkeypatch.setattr(optim.SWA, "step", early)
+    with pytest.raises(AssertionError):
+        test_automatic_mode_averages_as_torchcontrib_does({"swa_start": 6, "swa_freq": 3}, 1)
