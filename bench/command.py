@@ -16,7 +16,7 @@ from rich.status import Status
 
 from bench import machine, passes, training
 from bench.memory import available_bytes
-from bench.readme import SHARDED_BEGIN, SHARDED_END, put_between, rewrite, rewrite_passes, sharded_table
+from bench.readme import SHARDED_BEGIN, SHARDED_END, put_between, rewrite, rewrite_loop, rewrite_passes, sharded_table
 from bench.report import ALL_OURS, Report, Row, TrainingRow
 from bench.suite import measure
 from bench.tables import accuracy_table, numbers_table, passes_table, training_table, workload_table
@@ -190,9 +190,10 @@ def readme_command(
 ) -> None:
     """Rewrite the README's table from FILE, and that of sharded updates from the sharded.json beside it.
 
-    The tables of docs/formats.md and docs/averages.md too, as far as FILE compares our own passes.
+    The tables of docs/formats.md and docs/averages.md too, as far as FILE compares our own passes, and that of
+    docs/loop.md from the loop.json beside it.
     """
-    from bench import sharded
+    from bench import loop, sharded
 
     rewrite(readme, json.loads(file.read_text()))
     console.print(f"rewrote the table of {readme} from {file}")
@@ -202,6 +203,9 @@ def readme_command(
     if beside.exists():
         put_between(readme, SHARDED_BEGIN, SHARDED_END, sharded_table(sharded.Report.read(beside)))
         console.print(f"rewrote the table of sharded updates from {beside}")
+    beside = file.with_name("loop.json")
+    if beside.exists():
+        console.print(f"rewrote the table of {rewrite_loop(loop.Report.read(beside), readme.parent)} from {beside}")
 
 
 @app.command("sharded")
@@ -215,6 +219,25 @@ def sharded_command(out: Annotated[Path, typer.Option(help="Folder for sharded.j
     report.write(out / "sharded.json")
     console.print(sharded.times_table(report), "", sharded.bars_table(report), "")
     console.print(f"wrote {out / 'sharded.json'}")
+
+
+@app.command("loop")
+def loop_command(
+    out: Annotated[Path, typer.Option(help="Folder for loop.json.")] = OUT,
+    quick: Annotated[bool, typer.Option("--quick", help="A small decoder and few samples: under a minute.")] = False,
+) -> None:
+    """Measure what an average adds to a training step, updated in the loop or attached: about six minutes."""
+    from bench import loop
+
+    about = machine.environment(torch.device("cpu"), _command_line(sys.argv[1:]))
+    with console.status("every way") as status:
+        report = loop.measure(about, quick=quick, progress=_progress(status, "every way"))
+    report.write(out / "loop.json")
+    console.print(loop.loop_table(report), "")
+    console.print(f"wrote {out / 'loop.json'}")
+    if report.differing:
+        console.print(f"{report.differing} elements are not those of the plain updates", style="bold red")
+        raise typer.Exit(1)
 
 
 @app.command("accuracy")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command of at most eight minutes and without a network: build the library for the
-# GPU that is there, run its tests, compare bits, watch the memory, and measure. Without a GPU, or with --dry: all that
-# goes without, on tiny workloads.
+# GPU that is there, run its tests, compare bits, watch the memory, and measure updates, and a training step that averages
+# follow. Without a GPU, or with --dry: all that goes without, on tiny workloads.
 #
 #   bash bench/gpu_report.sh OUT [--dry]
 #

@@ -9,10 +9,12 @@ from bench.report import FLAT_LERP, TORCH_EMA, Report, Row, baseline, find, grou
 from bench.tables import DISTURBED, milliseconds, pass_figures, percent
 
 if TYPE_CHECKING:
-    from bench import sharded
+    from bench import loop, sharded
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SHARDED_BEGIN, SHARDED_END = "<!-- sharded:begin -->", "<!-- sharded:end -->"
+LOOP_BEGIN, LOOP_END = "<!-- loop:begin -->", "<!-- loop:end -->"
+LOOP_PAGE = Path("docs/loop.md")
 
 # The pages of which a report fills a table, and the report's part that it is of.
 PASSES = {"formats": Path("docs/formats.md"), "several": Path("docs/averages.md")}
@@ -67,6 +69,34 @@ def sharded_table(report: sharded.Report) -> str:
     return "\n".join(lines)
 
 
+def loop_block(report: loop.Report) -> str:
+    """Give the block of the loop report: of each training, its step and what each way adds to it."""
+    from bench.loop import CAPTION, COMPARED_STEPS, cells
+
+    lines = [
+        "| training | averaged by | ms a step | exposed, ms | quartiles | of a step |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for work, rows in report.works().items():
+        name = f"{work}, {rows[0].num_params / 1e6:.3g}M parameters"
+        lines += [f"| {name} | {row.way} | {' | '.join(cells(row, rows[0]))} |" for row in rows]
+    about = report.environment
+    compared = f"{report.differing} elements" if report.differing else "no element"
+    lines += [
+        "",
+        f"Medians of one run of `{about['command']}` on {about['device_name']}, {about['threads']} threads (torch's "
+        f"default), torch {about['versions'].get('torch')}, {about['date'][:10]}; {_rounds(report)} samples of each "
+        "way, all in turn, an update after every step. *exposed*: a step less the one without averaging in the same "
+        f"round, median and quartiles. Averages with overlap and offload differ from the plain ones in {compared}, "
+        f"after {COMPARED_STEPS} steps of a training that all follow. {CAPTION}" + _disturbed(report.others_cpu),
+    ]
+    return "\n".join(lines)
+
+
+def _rounds(report: loop.Report) -> str:
+    return " and ".join(str(len(rows[0].samples)) for rows in report.works().values())
+
+
 def passes_block(report: Report, part: str) -> str:
     """Give the block of our own passes: of the ``formats`` or of ``several`` averages."""
     lines = [
@@ -93,7 +123,10 @@ def passes_block(report: Report, part: str) -> str:
 
 
 def _disturbance(rows: list[Row]) -> str:
-    others = max((row.others_cpu or 0.0 for row in rows), default=0.0)
+    return _disturbed(max((row.others_cpu or 0.0 for row in rows), default=0.0))
+
+
+def _disturbed(others: float) -> str:
     return f" Other processes took up to {others:.0%} of the CPU meanwhile." if others > DISTURBED else ""
 
 
@@ -109,6 +142,12 @@ def rewrite_passes(report: Report, root: Path) -> list[Path]:
             put_between(root / page, f"<!-- {part}:begin -->", f"<!-- {part}:end -->", passes_block(report, part))
             written.append(root / page)
     return written
+
+
+def rewrite_loop(report: loop.Report, root: Path) -> Path:
+    """Put the table of the training loop into its page under ``root``; ValueError as :func:`put_between`."""
+    put_between(root / LOOP_PAGE, LOOP_BEGIN, LOOP_END, loop_block(report))
+    return root / LOOP_PAGE
 
 
 def rewrite(readme: Path, report: dict[str, Any]) -> None:

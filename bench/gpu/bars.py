@@ -8,6 +8,7 @@ from functools import partial
 
 from bench.gpu.cases import DEFAULTS, GPU_WORKLOADS, SEVERAL, SEVERAL_ON
 from bench.gpu.report import OURS_PREFIX, GpuReport, GpuRow, RowKey, share_of_copy, timed, wall_ratio
+from bench.loop import NONE, OVERLAP, Followed
 from bench.numbers import SEVERAL_BAR, Bar
 from bench.providers import CompiledForeach
 from bench.report import TORCH_CLASS
@@ -17,6 +18,8 @@ SHARE_BAR, SHARED = 95.0, ("1e9", "llama3_8b")
 # By workload: how many times as fast as torch's class, on the wall clock and on the device. fp32 params.
 WALL_BARS = {"resnet50": 10.0, "vit_l_16": 1.5, "2000x64x64": 4.0, "3000x64": 4.0}
 DEVICE_BARS = {"2000x64x64": 10.0, "3000x64": 10.0}
+# In percent of a training step: what an attached average may add with overlap.
+LOOP_BAR = 1.0
 # Seconds that a call may take on the host: this, and this for each param.
 HOST_S, HOST_S_PER_TENSOR = 20e-6, 0.5e-6
 
@@ -47,7 +50,8 @@ def bars(report: GpuReport) -> list[BackendBars]:
     """Give every bar, those without a measurement too."""
     groups = {rows[0].key: rows for rows in report.groups()}
     found = []
-    for work, limit, at_least, unit, measure in (*_speed_bars(groups), *_several_bars(groups), *_cost_bars(report)):
+    described = *_speed_bars(groups), *_several_bars(groups), *_loop_bars(report), *_cost_bars(report)
+    for work, limit, at_least, unit, measure in described:
         measured = {backend: measure(f"{OURS_PREFIX}{backend}") for backend in report.backends}
         found.append(BackendBars(work, limit, at_least, unit, measured))
     return [*found, _bits_bar(report)]
@@ -85,6 +89,27 @@ def _several_bars(groups: Groups) -> Iterator[Described]:
 def _time_over_bytes(several: list[GpuRow], one: list[GpuRow], ours: str) -> float | None:
     row, base = timed(several, ours), timed(one, ours)
     return base.device_bytes_per_s / row.device_bytes_per_s if row is not None and base is not None else None
+
+
+def _loop_bars(report: GpuReport) -> Iterator[Described]:
+    """Hold an average that follows an optimizer with overlap to a share of the step, and to the bits without."""
+    bare = next((row for row in report.loop if row.way == NONE), None)
+
+    def followed(ours: str) -> Followed | None:
+        backend = ours.removeprefix(OURS_PREFIX)
+        return next((row for row in report.loop if (row.way, row.backend) == (OVERLAP, backend)), None)
+
+    def exposed(ours: str) -> float | None:
+        row = followed(ours)
+        return None if row is None or bare is None else 100 * row.exposed(bare).share
+
+    def differing(ours: str) -> float | None:
+        row = followed(ours)
+        return None if row is None or row.differing is None else float(row.differing)
+
+    title = "a training step" if bare is None else f"a training step of {bare.work}"
+    yield f"{title}: what overlap leaves exposed", LOOP_BAR, False, "%", exposed
+    yield f"{title}: elements off with overlap", 0, False, "", differing
 
 
 def _share(rows: list[GpuRow], ours: str) -> float | None:

@@ -13,10 +13,13 @@ from pathlib import Path
 
 from bench.gpu.process import ROOT, Budget, Finished, run_program, scrub, write_log
 from bench.gpu.report import Part
+from bench.loop import Followed
 
 # The most that each part may take, and what is kept for the times.
 CONFIGURE_S, BUILD_S, TESTS_S, SMOKE_S, CHECKER_S = 40.0, 90.0, 120.0, 40.0, 50.0
-MEASURE_S = 200.0
+MEASURE_S = 230.0
+# The training loop comes after the times: what it may take, what of that goes to samples, and the least to begin with.
+LOOP_S, LOOP_SAMPLES_S, LEAST_LOOP_S = 60.0, 20.0, 30.0
 FAILURES_SHOWN = 20
 # The architecture of a dry run: that of the H100 and H200.
 DRY_ARCHITECTURE = "90"
@@ -108,6 +111,24 @@ class Parts:
         bits = {case: {backend: scrub(value) for backend, value in hashes.items()} for case, hashes in bits.items()}
         ok = done.code == 0 and bool(bits)
         return Part("bits", "ok" if ok else "failed", done.last_line if ok else done.why, done.seconds), bits
+
+    # The training loop
+
+    def loop(self, kept_s: float) -> tuple[Part, list[Followed]]:
+        """Take the times of a training step that averages follow; ``kept_s`` is for what comes after."""
+        name, path = "training loop", self.work / "loop.json"
+        limit = self.budget.grant(LOOP_S, kept_s)
+        if limit < LEAST_LOOP_S:
+            return Part(name, "not run", "the time was up"), []
+        named = [option for backend in self.backends for option in ("--backend", backend)]
+        command = [sys.executable, "-m", "bench.gpu.loop", "--device", self.device, *named, "--out", str(path)]
+        command += ["--seconds", str(0.0 if self.dry else LOOP_SAMPLES_S)]
+        done = run_program(command, limit, self.env)
+        write_log(self.out / "bench.log", f"bench.gpu.loop\n{done.output}")
+        rows = [Followed(**row) for row in json.loads(path.read_text())] if path.is_file() else []
+        status = "failed" if done.code != 0 else "ok" if rows else "not run"
+        # One line says how many elements differ where that is why it failed.
+        return Part(name, status, done.last_line if rows or status == "not run" else done.why, done.seconds), rows
 
     def _smoke_command(self) -> list[str]:
         named = [option for backend in self.backends for option in ("--backend", backend)]

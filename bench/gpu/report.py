@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench.loop import Followed
 from bench.report import OK, Row, find
 
 # Raised when a reader of an older file would misread it.
@@ -101,6 +102,8 @@ class GpuReport:
     bits: dict[str, dict[str, str]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     schema: int = SCHEMA
+    # A training step and what averages add to it, by way and backend. Older files have none.
+    loop: list[Followed] = field(default_factory=list)
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -144,7 +147,8 @@ class GpuReport:
             raise ValueError(f"schema must be {SCHEMA}, got {data.get('schema')}")
         parts = [Part(**part) for part in data["parts"]]
         rows = [GpuRow(**row) for row in data["rows"]]
-        return cls(data["environment"], data["dry"], parts, rows, data["bits"], data["left_out"])
+        loop = [Followed(**row) for row in data.get("loop", [])]
+        return cls(data["environment"], data["dry"], parts, rows, data["bits"], data["left_out"], loop=loop)
 
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

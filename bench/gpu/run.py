@@ -22,7 +22,7 @@ from rich.console import Console
 from bench import machine
 from bench.gpu.cases import Case, dry_cases, gpu_cases
 from bench.gpu.measure import DRY_L2_BYTES
-from bench.gpu.parts import Parts
+from bench.gpu.parts import LOOP_S, Parts
 from bench.gpu.process import ROOT, Budget, run_program, scrub, write_log
 from bench.gpu.report import OUR_BACKENDS, GpuReport, GpuRow, Part, merged, with_profiles
 from bench.gpu.tables import bars_table, workloads_table
@@ -80,6 +80,7 @@ class Run:
             self._run_parts()
         self._guard("environment", self._describe)
         self._guard("times", lambda: self._measure(l2_bytes))
+        self._guard("training loop", self._measure_loop)
         self.report.left_out.extend(left_out(self.report))
         self.report.write(self.stem.with_suffix(".json"))
         self._guard("picture", self._draw)
@@ -128,11 +129,17 @@ class Run:
 
     def _measure(self, l2_bytes: int) -> None:
         """Take the times, and on a GPU count launches: in processes of their own."""
-        kept = END_S + OVERRUN_S
+        kept = END_S + OVERRUN_S + (0.0 if self.dry else LOOP_S)
         rows = self._work(l2_bytes, profile=False, kept_s=kept if self.dry else kept + PROFILE_S)
         if not self.dry:
             rows = with_profiles(rows, self._work(l2_bytes, profile=True, kept_s=kept))
         self.report.rows.extend(rows)
+
+    def _measure_loop(self) -> None:
+        parts = Parts(self.out, self.work, self.budget, self.report.backends, self.dry)
+        part, rows = parts.loop(END_S)
+        self.report.parts.append(part)
+        self.report.loop.extend(rows)
 
     def _work(self, l2_bytes: int, *, profile: bool, kept_s: float) -> list[GpuRow]:
         """Go through the cases in a process, and in a new one after each that breaks off."""

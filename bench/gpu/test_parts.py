@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from bench.gpu import parts, process, run, smoke
+from bench.gpu import loop, parts, process, run, smoke
 from bench.gpu.parts import Parts, judge_checker, read_junit
 from bench.gpu.process import Budget, Finished, run_program, scrub, write_log
 from bench.gpu.report import merged
 from bench.gpu.run import Run
-from bench.gpu.test_report import FEW, fabricated_row
+from bench.gpu.test_report import FEW, fabricated_loop, fabricated_row
 from bench.gpu.worker import Key, Lines, Plan, Writer, key_of, read_lines
 from bench.providers import Foreach
 from bench.report import TORCH_CLASS
@@ -53,6 +53,50 @@ def test_a_worker_that_breaks_off_is_followed_by_another(monkeypatch: pytest.Mon
         "swafast cpu": "ok", TORCH_CLASS: "failed", Foreach.name: "ok",
     }  # fmt: skip
     assert rows[TORCH_CLASS].reason == "the process ended with code -11: a fault in some/where"
+
+
+@pytest.mark.parametrize(
+    ("written", "done", "status", "detail"),
+    [
+        (True, Finished(0, 9.0, "plain 5.0%, 0 elements off"), "ok", "plain 5.0%, 0 elements off"),
+        (True, Finished(1, 9.0, "plain 5.0%, 7 elements off"), "failed", "plain 5.0%, 7 elements off"),
+        (
+            False,
+            Finished(0, 9.0, "6 trainings take 64 GiB, 16 are free"),
+            "not run",
+            "6 trainings take 64 GiB, 16 are free",
+        ),
+        (False, Finished(1, 9.0, "no kernel"), "failed", "ended with code 1: no kernel"),
+    ],
+)
+def test_the_training_loop_is_measured_in_a_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, written: bool, done: Finished, status: str, detail: str
+) -> None:
+    def run_loop(command: Sequence[str], limit_s: float, env: object) -> Finished:
+        if written:
+            rows = [asdict(row) for row in fabricated_loop(0.01)]
+            Path(command[command.index("--out") + 1]).write_text(json.dumps(rows))
+        return done
+
+    monkeypatch.setattr(parts, "run_program", run_loop)
+    part, rows = Parts(tmp_path, tmp_path, Budget(100.0), ("cuda", "triton"), dry=False).loop(12.0)
+    assert (part.name, part.status, part.detail) == ("training loop", status, detail)
+    assert rows == (fabricated_loop(0.01) if written else [])
+
+
+def test_a_training_loop_for_which_no_time_is_left_is_not_run(tmp_path: Path) -> None:
+    part, rows = Parts(tmp_path, tmp_path, Budget(40.0), ("cuda",), dry=False).loop(12.0)
+    assert (part.status, part.detail, rows) == ("not run", "the time was up", [])
+
+
+def test_trainings_that_do_not_fit_are_not_begun(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(loop, "available_bytes", lambda device: 16 << 30)
+    arguments = ["--backend", "cuda", "--backend", "triton", "--out", str(tmp_path / "loop.json")]
+    assert loop.main(arguments) == 0
+    assert capsys.readouterr().out == "6 trainings take 64 GiB, 16 are free\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_worker_that_never_begins_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

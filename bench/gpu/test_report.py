@@ -17,6 +17,7 @@ from bench.gpu.parts import Parts
 from bench.gpu.report import COPY, GpuReport, GpuRow, Part, merged, with_profiles
 from bench.gpu.run import Run, failed_row, left_out
 from bench.gpu.tables import bars_table, workloads_table
+from bench.loop import ATTACHED, NONE, OFFLOAD, OVERLAP, Followed
 from bench.providers import CompiledForeach, Foreach
 from bench.report import LERP_FLOAT, MUL_ADD, TORCH_CLASS
 
@@ -57,7 +58,18 @@ def fabricated_report(scale: Callable[[int], float] = lambda at: 1.0) -> GpuRepo
             rows.append(fabricated_row(case.workload, provider=name, seconds=seconds, **kind, **facts))
     about = {"gpu": "an invented GPU", "driver": "0", "versions": {"torch": "0", "triton": "0"}, "date": "2026-01-02"}
     bits = {"float32, float32": {"cpu": "a", "cuda": "a", "triton": "a"}}
-    return GpuReport(about, False, [Part("build", "ok", "for sm_90")], rows, bits)
+    loop = fabricated_loop(0.002 * scale(0))
+    return GpuReport(about, False, [Part("build", "ok", "for sm_90")], rows, bits, loop=loop)
+
+
+def fabricated_loop(exposed: float, differing: int = 0) -> list[Followed]:
+    """Give invented steps of a second or so, of which overlap leaves ``exposed``."""
+
+    def followed(way: str, backend: str | None, part: float, off: int | None) -> Followed:
+        return Followed("GPT-2 medium", way, backend, 10**9, 4, [step * (1 + part) for step in (1.0, 1.1, 5.0)], off)
+
+    ours = [followed(OVERLAP, backend, exposed, differing) for backend in ("cuda", "triton")]
+    return [followed(NONE, None, 0.0, None), followed(ATTACHED, "cuda", 0.05, 0), *ours]
 
 
 def by_work(report: GpuReport) -> dict[str, BackendBars]:
@@ -75,7 +87,7 @@ def verdicts(report: GpuReport, backend: str) -> dict[str, bool | None]:
 def test_all_bars_are_met_by_numbers_that_meet_them() -> None:
     report = fabricated_report()
     assert set(verdicts(report, "cuda").values()) == {True}
-    assert len(by_work(report)) == 22
+    assert len(by_work(report)) == 24
     assert report.failures() == []
 
 
@@ -92,6 +104,7 @@ def test_bars_are_computed_from_the_medians() -> None:
 def test_each_bar_can_be_missed() -> None:
     slow = verdicts(fabricated_report(lambda at: 20.0 * (1 + at)), "cuda")  # several averages come after one
     assert [work for work, met in slow.items() if met] == [
+        "a training step of GPT-2 medium: elements off with overlap",
         "launches and transfers of an update, most",
         "host time, of 20 us + 0.5 us a tensor, most",
         "allocated by an update, most",
@@ -126,6 +139,22 @@ def test_several_averages_are_held_to_their_bytes_at_the_rate_of_one() -> None:
     assert verdicts(replace(good, rows=rows), "cuda")[work] is None
 
 
+def test_overlap_is_held_to_a_share_of_the_step_and_to_the_bits() -> None:
+    exposed, off = (f"a training step of GPT-2 medium: {what}" for what in (
+        "what overlap leaves exposed", "elements off with overlap"
+    ))  # fmt: skip
+    for part, differing, verdict in ((0.009, 0, (True, True)), (0.011, 0, (False, True)), (-0.001, 3, (True, False))):
+        report = replace(fabricated_report(), loop=fabricated_loop(part, differing))
+        found = by_work(report)
+        assert found[exposed].measured == pytest.approx({"cuda": 100 * part, "triton": 100 * part})
+        assert (verdicts(report, "triton")[exposed], verdicts(report, "triton")[off]) == verdict
+    without = verdicts(replace(fabricated_report(), loop=[]), "cuda")
+    assert [work for work, met in without.items() if met is None] == [
+        "a training step: what overlap leaves exposed",
+        "a training step: elements off with overlap",
+    ]
+
+
 def test_what_was_not_measured_is_no_verdict() -> None:
     good = fabricated_report()
     report = replace(good, rows=[row for row in good.rows if row.workload != "llama3_8b"], bits={})
@@ -154,6 +183,7 @@ def test_report_survives_its_json(tmp_path: Path) -> None:
     assert read == GpuReport.from_dict(read.to_dict())
     assert read.rows[0].device_s == pytest.approx(report.rows[0].device_s, rel=1e-4)
     assert verdicts(read, "cuda") == verdicts(report, "cuda")
+    assert [row.way for row in read.loop] == [NONE, ATTACHED, OVERLAP, OVERLAP]
     with pytest.raises(ValueError, match="schema must be 1, got 2"):
         GpuReport.from_dict({**read.to_dict(), "schema": 2})
 
@@ -235,6 +265,11 @@ def test_dry_run_from_end_to_end(
     assert report.dry
     assert {row.provider for row in report.rows} >= {"swafast cpu", "swafast reference", TORCH_CLASS, COPY}
     assert len(report.environment["source_sha256"]) == 64
+    assert [(row.way, row.backend, row.differing) for row in report.loop] == [
+        (NONE, None, None),
+        *((way, backend, 0) for backend in ("cpu", "reference") for way in (ATTACHED, OVERLAP)),
+        (OFFLOAD, None, 0),
+    ]
     text = (tmp_path / "dry.json").read_text()
     assert str(tmp_path) not in text
     assert str(process.ROOT) not in text
@@ -247,10 +282,11 @@ def test_a_run_survives_what_its_parts_raise(monkeypatch: pytest.MonkeyPatch, tm
         raise OSError("no room in /a/b/c.txt")
 
     pytest.importorskip("matplotlib")
-    for where, name in ((Run, "_measure"), (Run, "_describe"), (Parts, "build"), (Parts, "tests"), (Parts, "smoke")):
+    of_run, of_parts = ("_measure", "_describe"), ("build", "tests", "smoke", "loop")
+    for where, name in (*((Run, name) for name in of_run), *((Parts, name) for name in of_parts)):
         monkeypatch.setattr(where, name, fail)
     assert run.run(tmp_path, "python -m bench gpu", dry=True, with_parts=True) == 1
     report = GpuReport.read(tmp_path / "dry.json")
     failed = {part.name: part.detail for part in report.parts if part.failed}
-    assert set(failed) == {"build", "gpu tests", "bits", "environment", "times", "picture"}
+    assert set(failed) == {"build", "gpu tests", "bits", "environment", "times", "training loop", "picture"}
     assert failed["build"] == "OSError: no room in c.txt"
