@@ -115,7 +115,9 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert blocks
     scope = {
         "torch": torch,
-        "model": torch.nn.Linear(2, 2),
+        "model": (model := torch.nn.Linear(2, 2)),
+        "optimizer": torch.optim.SGD(model.parameters(), 0.1),
+        "total_steps": 100,
         "loader": [torch.randn(3, 2)],
         "train_step": lambda model, batch: model(batch).sum().backward(),
         "evaluate": lambda model: model(torch.randn(1, 2)),
