@@ -75,7 +75,7 @@ class Attachable:
                 model is not the averaged one, or it is gone and none was given.
             RuntimeError: it is attached already, or swapped into a model.
         """
-        with self._settled("attach"):
+        with self._on_all_ranks("attach"):
             if any(part._attachment is not None for part in self._attached()):
                 raise RuntimeError("the averaged model must not be attached already: detach it before it is again")
             schedule = Schedule.of(start, every, end, duration=duration, steps_per_epoch=steps_per_epoch)
@@ -107,11 +107,13 @@ class Attachable:
 
         Who holds the lock that the update may be waiting for is in an action that has waited before it took the lock.
         """
+        if self._attachment is None:
+            return
         lock: ForkSafeLock | None = getattr(self, "_lock", None)
-        if self._attachment is not None and (lock is None or not lock.is_mine):
+        if lock is None or not lock.is_mine:
             self._attachment.join()
 
-    def _settled(self, action: str) -> AbstractContextManager[None]:
+    def _on_all_ranks(self, action: str) -> AbstractContextManager[None]:
         """Raise on all ranks what is raised on one; there is one."""
         return nullcontext()
 

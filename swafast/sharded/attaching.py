@@ -22,7 +22,7 @@ class AttachableShards(Attachable):
     To attach is collective: ranks that updated after other steps would end with shards of other averages.
     """
 
-    def _settled(self, action: str) -> AbstractContextManager[None]:
+    def _on_all_ranks(self, action: str) -> AbstractContextManager[None]:
         return self._ranks.settled(action)
 
     def _agree(self, described: Mapping[str, str]) -> None:
