@@ -42,6 +42,8 @@ class Net(nn.Module):
         super().__init__()
         self.inner = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 6))
         self.tied = self.inner[3]
+        self.also_tied = nn.Linear(6, 16, bias=False)
+        self.also_tied.weight = self.inner[0].weight
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -278,6 +280,55 @@ def test_each_of_several_optimizers_waits(way: str, given: str, monkeypatch: pyt
     assert run.averaged.n_averaged == 2
 
 
+@pytest.mark.parametrize("way", ["overlap", "offload"])
+def test_an_update_has_its_copies_to_itself(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one takes its own only when the last has ended, which here comes late."""
+    run, update = Run(use_buffers=True), FusedAveragedModel.update_parameters
+
+    def late(averaged: FusedAveragedModel, model: nn.Module) -> None:
+        threading.Event().wait(0.2)
+        update(averaged, model)
+
+    monkeypatch.setattr(FusedAveragedModel, "update_parameters", late)
+    run.averaged.attach(run.optimizer, **WAYS[way])
+    for _ in range(3):
+        run.step()
+    run.averaged.state_dict()
+    monkeypatch.undo()
+    require_equal(run, plainly(3, Schedule(0, 1), use_buffers=True))
+
+
+@pytest.mark.parametrize("way", ["overlap", "offload"])
+def test_one_plan_serves_all_updates(way: str) -> None:
+    run, plans = Run(), []
+    attachment = run.averaged.attach(run.optimizer, **WAYS[way])
+    for _ in range(4):
+        run.step()
+        attachment.join()
+        plans.append(run.averaged._bindings._binding)
+    assert all(plan is plans[0] for plan in plans)
+
+
+def test_an_interrupted_wait_is_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch)
+    run = Run()
+    attachment = run.averaged.attach(run.optimizer, overlap=True)
+    run.step()
+    assert held.begun.wait(60)
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    try:
+        threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), signal.SIGUSR1)).start()
+        with pytest.raises(KeyboardInterrupt):
+            attachment.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    threading.Timer(0.2, held.let_go.set).start()
+    run.step(attachment.join)
+    assert held.ended.is_set()
+    monkeypatch.undo()
+    require_equal(run, plainly(2, Schedule(0, 1)))
+
+
 def test_other_threads_wait_too(monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held(monkeypatch)
     run = Run(rule=SEVERAL)
@@ -478,9 +529,10 @@ def test_several_averages_on_one_optimizer_have_a_state_each() -> None:
     state = run.optimizer.state_dict()
     assert [each["schedule"]["every"] for each in state[STATE_KEY]] == [1, 2]
     for attachment in attachments:
-        attachment.step = 0
-    run.optimizer.load_state_dict(state)
-    assert [attachment.step for attachment in attachments] == [4, 4]
+        attachment.step, attachment.schedule = 0, Schedule(0, 9)
+    with pytest.warns(UserWarning, match="takes the place of"):
+        run.optimizer.load_state_dict(state)
+    assert [(attachment.step, attachment.schedule.every) for attachment in attachments] == [(4, 1), (4, 2)]
     attachments[0].detach()
     with pytest.raises(
         ValueError, match=r"state_dict\['swafast'\] must have a state for each of 1 attached averages, got 2"
