@@ -232,6 +232,7 @@ def test_the_model_may_change_on_the_way(way: str) -> None:
         run.step(update)
         run.model.inner[1] = copy.deepcopy(run.model.inner[1])  # other modules and tensors of the same names
         run.model.seen = run.model.seen.clone()
+        run.model.further = nn.Identity()
         run.optimizer.param_groups[0]["params"] = list(run.model.parameters())
         run.step(update)
         run.averaged.n_averaged.item() if run.averaged._attachment is None else run.averaged._attachment.join()
@@ -278,6 +279,38 @@ def test_each_of_several_optimizers_waits(way: str, given: str, monkeypatch: pyt
     if given == "both" or way == "offload":  # which has copies of its own
         torch.testing.assert_close(run.averaged.module.inner[0].weight, average - 0.05)
     assert run.averaged.n_averaged == 2
+
+
+def swap(run: Run) -> None:
+    with run.averaged.swapped_into(run.model):
+        pass
+
+
+USES: list[Callable[[Run], object]] = [
+    swap,
+    lambda run: run.averaged.eval()(torch.ones(2, 6)),
+    lambda run: run.averaged.copy_to(run.model),
+    lambda run: run.averaged.state_dict(),
+    lambda run: run.averaged.averaged_state_dict(),
+    lambda run: run.averaged.load_state_dict(FusedAveragedModel(run.model).state_dict()),
+    lambda run: run.averaged.to(torch.float64),
+    lambda run: copy.deepcopy(run.averaged),
+    lambda run: run.averaged._attachment.detach(),
+]
+
+
+@pytest.mark.parametrize("way", ["overlap", "offload"])
+@pytest.mark.parametrize("use", USES)
+def test_whatever_uses_the_averages_waits(
+    way: str, use: Callable[[Run], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, run = Held(monkeypatch), Run()
+    run.averaged.attach(run.optimizer, **WAYS[way])
+    run.step()
+    assert held.begun.wait(60)
+    threading.Timer(0.1, held.let_go.set).start()
+    use(run)
+    assert held.ended.is_set()
 
 
 @pytest.mark.parametrize("way", ["overlap", "offload"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -58,13 +60,14 @@ class Held:
     """Holds each update of the background until the next forward and backward have run."""
 
     def __init__(self) -> None:
-        self.let_go, self.inside = threading.Event(), 0
+        self.let_go, self.inside, self.ended = threading.Event(), 0, threading.Event()
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         if threading.current_thread() is not threading.main_thread():
             self.inside += 1
             assert self.let_go.wait(60)
         binding.update(*args, **kwargs)
+        self.ended.set()
 
 
 def _attached(mode: str, steps: int, stop_at: int, **options: Any) -> tuple[Run, int]:
@@ -120,6 +123,42 @@ def test_each_mode_has_the_bits_of_updates_in_the_loop(
     for mode in modes:
         require(mode, forward=True)
     assert run_ranks(world, _train, modes, options) == [[]] * world
+
+
+def _swap(run: Run) -> None:
+    with run.averaged.swapped_into(run.model):
+        pass
+
+
+USES: dict[str, Callable[[Run], object]] = {
+    "swapped_into": _swap,
+    "copy_to": lambda run: run.averaged.copy_to(run.model),
+    "state_dict": lambda run: run.averaged.state_dict(),
+    "full_state_dict": lambda run: run.averaged.full_state_dict(),
+    "load_state_dict": lambda run: run.averaged.load_state_dict({}),
+    "update_parameters": lambda run: run.averaged.update_parameters(run.model),
+}
+
+
+def _used() -> list[str]:
+    found = []
+    for name, use in USES.items():
+        held, run = Held(), Run("ddp")
+        with mock.patch.object(sharded_model, "update", held.update):
+            run.averaged.attach(run.optimizer, overlap=True)
+            run.backward()
+            run.optimizer.step()
+            threading.Timer(0.1, held.let_go.set).start()
+            with contextlib.suppress(ValueError):  # of a state without keys
+                use(run)
+            if not held.ended.is_set():
+                found.append(name)
+            run.averaged._attachment.join()
+    return found
+
+
+def test_whatever_uses_the_averages_waits() -> None:
+    assert run_ranks(2, _used) == [[], []]
 
 
 def _several() -> list[str]:
