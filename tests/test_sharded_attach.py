@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from swafast import EqualAverage, ExponentialAverage, ShardedAveragedModel
+from swafast import EqualAverage, ExponentialAverage, ShardedAveragedModel, runners
 from swafast.sharded import binding
-from swafast.sharded import model as sharded_model
 from tests.conftest import differing
 from tests.ranks import run_ranks
 from tests.sharded_models import WIDTH, make_model, require, wrap
@@ -62,24 +61,30 @@ class Held:
     def __init__(self) -> None:
         self.let_go, self.inside, self.ended = threading.Event(), 0, threading.Event()
 
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        if threading.current_thread() is not threading.main_thread():
+    def patch(self) -> Any:
+        """Hold them before they take any lock."""
+        run = runners.InThread._run
+
+        def held(runner: runners.InThread, *args: Any) -> None:
             self.inside += 1
             assert self.let_go.wait(60)
-        binding.update(*args, **kwargs)
-        self.ended.set()
+            run(runner, *args)
+            self.ended.set()
+
+        return mock.patch.object(runners.InThread, "_run", held)
 
 
 def _attached(mode: str, steps: int, stop_at: int, **options: Any) -> tuple[Run, int]:
     """Train on, one way after another: beside, stopped and resumed there, and in the hook at last."""
     held, run = Held(), Run(mode, **options)
-    with mock.patch.object(sharded_model, "update", held.update):
+    with held.patch():
         run.averaged.attach(run.optimizer, start=2, overlap=True)
         for _ in range(stop_at):
             run.backward()
             held.let_go.set()
-            run.optimizer.step()
+            run.averaged._attachment.join()
             held.let_go.clear()
+            run.optimizer.step()
         run.backward()
         held.let_go.set()
         run.averaged._attachment.join()
@@ -144,7 +149,7 @@ def _used() -> list[str]:
     found = []
     for name, use in USES.items():
         held, run = Held(), Run("ddp")
-        with mock.patch.object(sharded_model, "update", held.update):
+        with held.patch():
             run.averaged.attach(run.optimizer, overlap=True)
             run.backward()
             run.optimizer.step()
