@@ -337,7 +337,7 @@ class FusedAveragedModel(Attachable, AveragedModel):
     @contextmanager
     def _alone(self, action: str) -> Iterator[None]:
         """Hold this averaged model for one thread; raise RuntimeError while the averages are in a model."""
-        self._settle()
+        self._settle(action)
         with self._locked(action):
             yield
 

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from ._torch import is_in_backward, is_one_of_ranks, running_eagerly
+from .attach import Attachable
 
 if TYPE_CHECKING:
     from .sharded.ranks import ProcessGroup
@@ -69,6 +70,9 @@ def update_bn(
     for name, layer in layers.items():
         if any(map(is_lazy, layer.module.buffers(recurse=False))):
             raise ValueError(f"model must be initialised, got the lazy {name!r}: run it once before")
+    for module in model.modules():
+        if isinstance(module, Attachable):
+            module._settle()  # an update would write what is kept here in case of a failure
     run = partial(_run, loader, model, layers, device, call or _call, progress)
     if process_group is not None or is_one_of_ranks():
         from .sharded.batchnorm import run_on_all
@@ -218,6 +222,7 @@ def _as_before(model: Module, layers: Mapping[str, Layer]) -> Iterator[None]:
         (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
+        if not is_lazy(buffer)
     ]
     failed = True
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
 import torch
@@ -38,6 +38,9 @@ class Runner(Protocol):
     def join(self) -> None:
         """Wait until the averages may be used; raise what went wrong in an update."""
 
+    def wait(self, timeout: float | None = None) -> None:
+        """As :meth:`join`, for some seconds, without raising."""
+
     def close(self) -> None: ...
 
 
@@ -54,6 +57,9 @@ class Plain:
         pass
 
     join = close = before_step
+
+    def wait(self, timeout: float | None = None) -> None:
+        pass
 
 
 class OnStreams:
@@ -76,6 +82,9 @@ class OnStreams:
             torch.cuda.current_stream(stream.device).wait_event(event)
 
     before_step = close = join
+
+    def wait(self, timeout: float | None = None) -> None:
+        self.join()
 
 
 class InThread:
@@ -126,6 +135,11 @@ class InThread:
             # Not before it has ended: other threads wait as well, and an interrupt leaves it running.
             if under_way.done() and self._under_way is under_way:
                 self._under_way = None
+
+    def wait(self, timeout: float | None = None) -> None:
+        under_way = self._under_way
+        if under_way is not None and os.getpid() == self._process and threading.get_ident() != self._worker:
+            wait([under_way], timeout)
 
     def close(self) -> None:
         try:

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, runners
 from swafast import attach as module
-from swafast.attach import STATE_KEY
+from swafast.attachment import STATE_KEY
 from swafast.averages import FusedAverages
 from swafast.plan import Plan
 from swafast.schedule import Schedule
@@ -313,6 +313,32 @@ def test_whatever_uses_the_averages_waits(
     assert held.ended.is_set()
 
 
+@pytest.mark.parametrize("write", [swap, lambda run: run.averaged.copy_to(run.model)])
+@pytest.mark.parametrize("way", ["overlap", "offload"])
+def test_what_writes_params_waits_for_all_that_read_them(
+    way: str, write: Callable[[Run], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, run = Held(monkeypatch), Run()
+    other = FusedAveragedModel(run.model)
+    other.attach(run.optimizer, **WAYS[way])
+    run.averaged.load_state_dict(FusedAveragedModel(run.model).state_dict())
+    run.step()
+    assert held.begun.wait(60)
+    threading.Timer(0.1, held.let_go.set).start()
+    write(run)
+    assert held.ended.is_set()
+    other.state_dict()
+
+
+@pytest.mark.parametrize("bad", [None, (1, 2), "2ep"])
+def test_what_is_no_schedule_is_not_assigned(bad: Any) -> None:
+    run = Run()
+    attachment = run.averaged.attach(run.optimizer)
+    with pytest.raises(TypeError, match="schedule must be a Schedule, got"):
+        attachment.schedule = bad
+    run.step()
+
+
 @pytest.mark.parametrize("way", ["overlap", "offload"])
 def test_an_update_has_its_copies_to_itself(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next one takes its own only when the last has ended, which here comes late."""
@@ -399,35 +425,25 @@ def test_who_holds_all_averages_waits_for_none_of_them() -> None:
     assert run.averaged.state_dict()["mean.n_averaged"] == 2
 
 
-def test_a_forked_child_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def _check_and_train_on(run: Run) -> None:
+    assert run.averaged.state_dict()["n_averaged"] == 1
+    run.step()
+    sys.exit(int(run.averaged.state_dict()["n_averaged"]))
+
+
+def test_a_forked_child_has_the_update_that_was_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)  # libgomp hangs in a child of a process that ran more
     held = Held(monkeypatch)
     run = Run()
     run.averaged.attach(run.optimizer, overlap=True)
     run.step()
     assert held.begun.wait(60)
-    child = multiprocessing.get_context("fork").Process(target=run.averaged.state_dict)
-    child.start()  # of a DataLoader, say
-    child.join(60)
-    held.let_go.set()
-    assert child.exitcode == 0
-    assert run.averaged.state_dict()["n_averaged"] == 1
-
-
-def _train_on(run: Run) -> None:
-    run.step()
-    sys.exit(int(run.averaged.state_dict()["n_averaged"]))
-
-
-def test_a_forked_child_may_train_on() -> None:
-    run = Run()
-    run.averaged.attach(run.optimizer, overlap=True)
-    run.step()
-    run.averaged.state_dict()
-    torch.set_num_threads(1)  # libgomp hangs in a child of a process that ran more
-    child = multiprocessing.get_context("fork").Process(target=_train_on, args=(run,))
-    child.start()
+    threading.Timer(0.2, held.let_go.set).start()
+    child = multiprocessing.get_context("fork").Process(target=_check_and_train_on, args=(run,))
+    child.start()  # waits; of a DataLoader, say
     child.join(60)
     assert child.exitcode == 2
+    assert run.averaged.state_dict()["n_averaged"] == 1
 
 
 def test_wrapped_models_are_followed() -> None:
@@ -609,7 +625,8 @@ def test_a_state_from_before_leaves_the_attachment() -> None:
 @pytest.mark.parametrize("bad", [None, {}, {"step": 1}, {"step": -1, "schedule": Schedule(0, 1).state_dict()},
                                  {"step": True, "schedule": Schedule(0, 1).state_dict()},
                                  {"step": 1, "schedule": {"start": 0, "every": 0}},
-                                 {"step": 1, "schedule": {"start": "a", "every": 1}},
+                                 {"step": 1, "schedule": {"start": "a", "every": 1, "end": None}},
+                                 {"step": 1, "schedule": {"start": 0, "every": 1}}, torch.tensor(3),
                                  {"step": 1, "schedule": {"begin": 3}}])  # fmt: skip
 def test_a_bad_state_changes_nothing(bad: Any) -> None:
     run = Run()

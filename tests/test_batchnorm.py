@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -367,6 +368,24 @@ def test_layers_that_have_seen_nothing_are_told_of(loader: list[Tensor]) -> None
         update_bn(loader, model, call=lambda model, batch: None)
     assert told[0].filename == __file__
     require_as_before(model, before)
+
+
+def test_a_failure_beside_an_update_leaves_its_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net()
+    averaged, optimizer = FusedAveragedModel(model), torch.optim.SGD(model.parameters(), 0.1)
+    update, let_go = FusedAveragedModel.update_parameters, threading.Event()
+
+    def late(self: FusedAveragedModel, model: nn.Module) -> None:
+        assert let_go.wait(60)
+        update(self, model)
+
+    monkeypatch.setattr(FusedAveragedModel, "update_parameters", late)
+    averaged.attach(optimizer, overlap=True)
+    optimizer.step()
+    threading.Timer(0.1, let_go.set).start()
+    with pytest.raises(ValueError, match="got at 0 a tensor"):
+        update_bn([torch.zeros(5, 3)], averaged)
+    assert averaged.n_averaged == 1
 
 
 def test_a_lazy_layer_is_named() -> None:

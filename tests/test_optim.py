@@ -221,6 +221,32 @@ def test_what_hooks_add_to_a_state_goes_through(to: str) -> None:
     assert attachments[1].step == 6
 
 
+def test_a_bad_state_of_one_attachment_leaves_the_others() -> None:
+    run = Run()
+    swa = SWA(run.base, swa_start=0, swa_freq=1)
+    attachments = [FusedAveragedModel(run.model).attach(each) for each in (swa, run.base)]
+    for _ in range(3):
+        run.backward()
+        swa.step()
+    good = copy.deepcopy(swa.state_dict())
+    for bad in ({**good, "swafast": []}, {**good, "opt_added": {"swafast": [3]}}):
+        for attachment in attachments:
+            attachment.step = 9
+        with pytest.raises(ValueError, match="state_dict"):
+            swa.load_state_dict(bad)
+        assert [attachment.step for attachment in attachments] == [9, 9]
+    swa.load_state_dict(good)
+    assert [attachment.step for attachment in attachments] == [3, 3]
+
+
+@pytest.mark.parametrize("bad", [None, 5, "x", {"opt_state": 5}, {"swa_state": [1]}, {"param_groups": {}}])
+def test_what_is_no_state_is_named(bad: Any) -> None:
+    swa = SWA(Run().base)
+    state = {**swa.state_dict(), **bad} if isinstance(bad, dict) else bad
+    with pytest.raises(TypeError, match=r"state_dict.* must be a"):
+        swa.load_state_dict(state)
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda swa: pickle.loads(pickle.dumps(swa))])
 def test_copies_train_on(duplicate: Any) -> None:
     run = Run()
@@ -243,9 +269,11 @@ def test_groups_that_the_optimizer_was_given_are_averaged_too() -> None:
     run = Run()
     swa = SWA(run.base, swa_start=0, swa_freq=1)
     run.base.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    swa.load_state_dict(copy.deepcopy(swa.state_dict()))
     run.backward()
     swa.step()
-    assert [group["n_avg"] for group in swa.param_groups] == [1, 1]
+    swa.update_swa()
+    assert [group["n_avg"] for group in swa.param_groups] == [2, 2]
 
 
 def test_a_nan_in_one_place_costs_no_other_its_precision() -> None:
@@ -326,7 +354,8 @@ def test_a_state_of_other_params_changes_nothing() -> None:
     for bad, message in (
         ({}, "state_dict must have 'opt_state', got nothing"),
         ({**good, "param_groups": [{**group, "params": [0, 1]}]}, "state_dict must be of 4 params, got one of 2"),
-        ({**good, "param_groups": [{"params": [0, 1, 2, 3]}]}, "must have n_avg and step_counter, got"),
+        ({**good, "param_groups": [{"params": [0, 1, 2, 3]}]}, "must have params, n_avg and step_counter, ints >= 0"),
+        ({**good, "param_groups": [{**group, "n_avg": -1}]}, "must have params, n_avg and step_counter, ints >= 0"),
         ({**good, "swa_state": {9: {}}}, r"state_dict\['swa_state'\] must have keys of the params, got \[9\]"),
         (shaped, r"swa_buffer must have shape \(5, 9\), got \(3,\)"),
     ):
@@ -376,6 +405,7 @@ def test_other_schedulers_have_the_rates_that_they_were_made_for() -> None:
     cycles = cyclical_lr(base, max_lr=0.4, min_lr=0.2, cycle=4)
     got = rates(SequentialLR(base, [warm, cycles], milestones=[4]), 9)
     assert got == pytest.approx([0.01, 0.0325, 0.055, 0.0775, *[0.3, 0.2, 0.3, 0.4], 0.3])
+    assert pickle.loads(pickle.dumps(cycles)).get_last_lr() == cycles.get_last_lr()
     cyclical_cosine_lr(base, max_lr=0.4, anneal=9, until=9, cycle=3)
     assert [group["initial_lr"] for group in base.param_groups] == [0.1]
     assert LambdaLR(base, lambda step: 0.5).get_last_lr() == [0.05]

@@ -175,6 +175,29 @@ def test_a_model_trains_on_after_the_end_as_a_plain_one() -> None:
         swa.detach()
 
 
+@pytest.mark.parametrize("swa_lr", [0.01, None])
+def test_annealing_needs_nothing_of_the_state_that_is_loaded(swa_lr: float | None) -> None:
+    """One from before annealing, or of other groups; a group may come later."""
+    case = RECORDED["composer"][-1]
+    plain, replay = Replay(case, schedule_swa_lr=False).run(4), Replay(case, swa_lr=swa_lr)
+    replay.optimizer.load_state_dict(plain.optimizer.state_dict())
+    replay.run(14)
+    replay.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.04})
+    replay.run(32)
+    assert [group["lr"] for group in replay.optimizer.param_groups] == pytest.approx(
+        [swa_lr, swa_lr] if swa_lr is not None else [case["lr"][0], 0.04]
+    )
+
+
+def test_a_rate_that_is_given_takes_the_place_of_one_that_was_not() -> None:
+    case = RECORDED["composer"][-1]
+    first = Replay(case, swa_lr=None).run(4)
+    second = Replay(case, swa_lr=0.01)
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.run(32)
+    assert second.optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
 def test_a_detached_recipe_leaves_the_model_alone() -> None:
     case = RECORDED["composer"][-1]
     replay = Replay(case).run(28)

@@ -44,6 +44,7 @@ FLOORS = {
     "shadow": 4,
     "optim": 5,
     "runners": 4,
+    "attachment": 4,
     "attach": 4,
     "sharded": 4,
     "__init__": 5,

@@ -76,30 +76,31 @@ class ComposerSWA:
     ) -> None:
         if not isinstance(averaged, Attachable) or not hasattr(averaged, "copy_to"):
             raise TypeError(f"averaged must be one averaged model, got {type(averaged).__name__}")
-        if not isinstance(anneal_strategy, str) or anneal_strategy not in _STRATEGIES:
-            raise ValueError(f"anneal_strategy must be one of {', '.join(_STRATEGIES)}, got {anneal_strategy!r}")
-        if not isinstance(anneal_steps, int) or anneal_steps < 1:
-            raise ValueError(f"anneal_steps must be an int >= 1, got {anneal_steps!r}")
-        if swa_lr is not None and not swa_lr >= 0:
-            raise ValueError(f"swa_lr must be >= 0, got {swa_lr!r}")
-        clock = _Clock(max_duration, steps_per_epoch, update_interval)
-        start, end = clock.first(swa_start, swa_end)
+        with averaged._on_all_ranks("ComposerSWA"):
+            if not isinstance(anneal_strategy, str) or anneal_strategy not in _STRATEGIES:
+                raise ValueError(f"anneal_strategy must be one of {', '.join(_STRATEGIES)}, got {anneal_strategy!r}")
+            if not isinstance(anneal_steps, int) or anneal_steps < 1:
+                raise ValueError(f"anneal_steps must be an int >= 1, got {anneal_steps!r}")
+            if swa_lr is not None and not swa_lr >= 0:
+                raise ValueError(f"swa_lr must be >= 0, got {swa_lr!r}")
+            clock = _Clock(max_duration, steps_per_epoch, update_interval)
+            start, end = clock.first(swa_start, swa_end)
+            self.averaged, self._optimizer = averaged, optimizer
+            self._model = averaged._model_for(check_optimizers([optimizer]), model)
         if end > clock.duration:
             warnings.warn(
                 f"swa_end={swa_end!r} does not come within max_duration={max_duration!r}: the model is not replaced",
                 stacklevel=2,
             )
-        self.averaged, self._optimizer = averaged, optimizer
-        self._model = averaged._model_for(check_optimizers([optimizer]), model)
         self.attachment = averaged.attach(optimizer, model, start=start, every=clock.interval, end=end, **options)
         self._scheduler: SWALR | None = None
         self._swa_lr = swa_lr
         if schedule_swa_lr:
             strategy: Any = _STRATEGIES[anneal_strategy]
-            # Of a resumed optimizer, what it is annealed to by default is in its groups.
-            groups = optimizer.param_groups
-            rates: Any = [group.get("swa_lr", 0.0) if swa_lr is None else swa_lr for group in groups]
-            self._scheduler = SWALR(optimizer, rates, anneal_epochs=anneal_steps, anneal_strategy=strategy)
+            before = [group.get("swa_lr") for group in optimizer.param_groups]  # of a resumed optimizer
+            self._scheduler = SWALR(optimizer, 0.0, anneal_epochs=anneal_steps, anneal_strategy=strategy)
+            for group, rate in zip(optimizer.param_groups, before, strict=True):
+                group["swa_lr"] = rate
         self._hook = optimizer.register_step_post_hook(self._after_step)
 
     @property
@@ -114,8 +115,10 @@ class ComposerSWA:
             return
         if schedule.is_due(step) and self._scheduler is not None:
             done = (step - schedule.start) // schedule.every
-            if done == 0 and self._swa_lr is None:
-                for group in self._optimizer.param_groups:
+            for group in self._optimizer.param_groups:
+                if self._swa_lr is not None:
+                    group["swa_lr"] = self._swa_lr
+                elif done == 0 or group.get("swa_lr") is None:  # the start, or a group that was not there then
                     group["swa_lr"] = group["lr"]
             if self._scheduler.last_epoch != done:  # this is another run than the one that began
                 self._scheduler.load_state_dict({"last_epoch": done, "_step_count": done + 1})
@@ -129,8 +132,8 @@ class ComposerSWA:
         Raises:
             RuntimeError: it was detached before.
         """
-        self.attachment.detach()
         self._hook.remove()
+        self.attachment.detach()
 
 
 class _Clock:

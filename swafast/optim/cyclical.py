@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -36,6 +37,31 @@ class Cycles(LRScheduler):
         return {key: value for key, value in super().state_dict().items() if key != "_rate"}
 
 
+@dataclass(frozen=True)
+class _Triangle:
+    max_lr: float
+    min_lr: float
+    cycle: int
+
+    def __call__(self, step: int) -> float:
+        t = (step % self.cycle + 1) / self.cycle
+        if t <= 0.5:
+            return (1 - 2 * t) * self.max_lr + 2 * t * self.min_lr
+        return (2 - 2 * t) * self.min_lr + (2 * t - 1) * self.max_lr
+
+
+@dataclass(frozen=True)
+class _Cosine:
+    max_lr: float
+    anneal: int
+    until: int
+    cycle: int
+
+    def __call__(self, step: int) -> float:
+        at = step if step < self.until else self.until - self.cycle + (step - self.until) % self.cycle
+        return 0.5 * self.max_lr * (1 + math.cos(math.pi * at / self.anneal))
+
+
 def cyclical_lr(optimizer: Optimizer, *, max_lr: float, min_lr: float, cycle: int) -> Cycles:
     """Give FGE's schedule: from ``max_lr`` down to ``min_lr`` in half a cycle and back, over and over.
 
@@ -56,13 +82,7 @@ def cyclical_lr(optimizer: Optimizer, *, max_lr: float, min_lr: float, cycle: in
     if not max_lr >= min_lr > 0:
         raise ValueError(f"max_lr must be >= min_lr > 0, got {max_lr!r} and {min_lr!r}")
 
-    def rate(step: int) -> float:  # steps made, from 0
-        t = (step % cycle + 1) / cycle
-        if t <= 0.5:
-            return (1 - 2 * t) * max_lr + 2 * t * min_lr
-        return (2 - 2 * t) * min_lr + (2 * t - 1) * max_lr
-
-    return Cycles(optimizer, rate)
+    return Cycles(optimizer, _Triangle(max_lr, min_lr, cycle))
 
 
 def cyclical_cosine_lr(optimizer: Optimizer, *, max_lr: float, anneal: int, until: int, cycle: int) -> Cycles:
@@ -90,8 +110,4 @@ def cyclical_cosine_lr(optimizer: Optimizer, *, max_lr: float, anneal: int, unti
     if not max_lr > 0:
         raise ValueError(f"max_lr must be > 0, got {max_lr!r}")
 
-    def rate(step: int) -> float:
-        at = step if step < until else until - cycle + (step - until) % cycle
-        return 0.5 * max_lr * (1 + math.cos(math.pi * at / anneal))
-
-    return Cycles(optimizer, rate)
+    return Cycles(optimizer, _Cosine(max_lr, anneal, until, cycle))

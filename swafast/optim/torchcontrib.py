@@ -14,6 +14,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from .. import batchnorm, ops  # noqa: F401  # the op
+from ..attachment import check_load, wait_for_readers
 from ..rules import EqualAverage
 
 _RULE = EqualAverage().kernel_terms()
@@ -80,6 +81,9 @@ class SWA(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
+        for group in self.optimizer.param_groups:  # it may have been given some beside this one
+            group.setdefault("n_avg", 0)
+            group.setdefault("step_counter", 0)
         return self.optimizer.param_groups
 
     @param_groups.setter
@@ -102,9 +106,6 @@ class SWA(Optimizer):
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Make a step of the optimizer; in automatic mode, update the averages where it is time."""
-        for group in self.param_groups:  # those that the optimizer was given beside this one too
-            group.setdefault("n_avg", 0)
-            group.setdefault("step_counter", 0)
         if self.swa_lr is not None:
             for group in self.param_groups:
                 if group["step_counter"] >= self.swa_start:
@@ -149,6 +150,7 @@ class SWA(Optimizer):
     @torch.no_grad()
     def swap_swa_sgd(self) -> None:
         """Exchange params and averages: to use these, or to evaluate them and, exchanged once more, train on."""
+        wait_for_readers()
         lacking = 0
         for param in self._params():
             state = self.state.get(param, {})
@@ -175,7 +177,7 @@ class SWA(Optimizer):
         What hooks add, an attached average say, is beside them; what they add to the optimizer's own is in
         ``opt_added``.
         """
-        own, packed = self.optimizer.state_dict(), super().state_dict()
+        packed, own = super().state_dict(), self.optimizer.state_dict()
         state = {"opt_state": own.pop("state"), "swa_state": packed.pop("state"), **packed}
         del own["param_groups"]
         return {**state, "opt_added": own} if own else state
@@ -195,6 +197,8 @@ class SWA(Optimizer):
         added = {key: value for key, value in state_dict.items() if key not in (*_ENTRIES, "opt_added")}
         groups = state_dict["param_groups"]
         own = {**state_dict.get("opt_added", {}), "state": state_dict["opt_state"], "param_groups": groups}
+        for optimizer, state in ((self, added), (self.optimizer, own)):
+            check_load(optimizer, state)  # of both, before one of them changes
         before = self.optimizer.state, self.optimizer.param_groups, self.state
         try:
             self.optimizer.load_state_dict(own)
@@ -213,9 +217,15 @@ class SWA(Optimizer):
             raise ValueError(
                 f"state_dict must have {lacking[0]!r}, got {', '.join(map(repr, state_dict)) or 'nothing'}"
             )
+        for key, kind in (("opt_state", Mapping), ("swa_state", Mapping), ("param_groups", list)):
+            if not isinstance(state_dict[key], kind):
+                raise TypeError(f"state_dict[{key!r}] must be a {kind.__name__}, got {state_dict[key]!r}")
         for group in state_dict["param_groups"]:
-            if not {"n_avg", "step_counter"} <= set(group):
-                raise ValueError(f"state_dict['param_groups'] must have n_avg and step_counter, got {sorted(group)}")
+            counts = [group.get(name) for name in ("n_avg", "step_counter")]
+            if "params" not in group or not all(isinstance(count, int) and count >= 0 for count in counts):
+                raise ValueError(
+                    f"state_dict['param_groups'] must have params, n_avg and step_counter, ints >= 0, got {group}"
+                )
         ids = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         params = list(self._params())
         if len(ids) != len(params):

@@ -197,7 +197,7 @@ class ShardedAveragedModel(AttachableShards):
                 other memory, and is named. Meanwhile updates, :meth:`state_dict` and :meth:`load_state_dict` raise it.
         """
         swap = None
-        self._settle()
+        self._settle("swapped_into")
         try:
             with self._lock:
                 with self._meet("swapped_into", model) as (pairs, held):
@@ -222,7 +222,7 @@ class ShardedAveragedModel(AttachableShards):
             TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed. A RuntimeError for a
                 lost rank says which params are not whole.
         """
-        self._settle()
+        self._settle("copy_to")
         with self._lock:
             with self._meet("copy_to", model) as met:
                 pairs, held = met
