@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
-from digits import RowTransformer, Training, report, start, update_ms
+import torch
+from digits import RowTransformer, Training, on_all_ranks, report, update_ms
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -11,8 +11,7 @@ from swafast import ShardedAveragedModel
 from swafast.demo.cost import held_nbytes
 
 
-def main() -> None:
-    device = start()
+def main(device: torch.device) -> None:
     model = DistributedDataParallel(RowTransformer().to(device))
     averaged = ShardedAveragedModel(model)
     training = Training(model, device)
@@ -35,9 +34,7 @@ def main() -> None:
         ),
     }
     report("DDP", rows)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    on_all_ranks(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import time
@@ -63,8 +64,17 @@ class RowTransformer(nn.Module):
         return self.head(x.mean(1))
 
 
-def start() -> torch.device:
-    """Join the ranks that torchrun has started: NCCL and a GPU for each, or gloo and the CPU."""
+def on_all_ranks(train: Callable[[torch.device], None]) -> None:
+    """Train on the ranks that torchrun has started: NCCL and a GPU for each, or gloo and the CPU."""
+    train(_start())
+    # Models first: a DDP module that is the last to hold the group waits, with the interpreter's lock, for a thread of
+    # gloo's that may be waiting for this lock (seen once, torch 2.13).
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _start() -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

@@ -7,10 +7,11 @@ of ranks.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
-import torch.distributed as dist
+import torch
 import torch.distributed.checkpoint as dcp
-from digits import RowTransformer, Training, report, start, update_ms
+from digits import RowTransformer, Training, on_all_ranks, report, update_ms
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -34,14 +35,17 @@ def local_nbytes(average: AveragedModel) -> int:
     return sum(param.to_local().nbytes for param in average.parameters() if isinstance(param, DTensor))
 
 
-def main() -> None:
+def options_given() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", metavar="FOLDER")
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
     if options.resume and not options.checkpoint:
         parser.error("--resume needs --checkpoint FOLDER")
-    device = start()
+    return options
+
+
+def main(options: argparse.Namespace, device: torch.device) -> None:
     model = shard(RowTransformer().to(device))
     averaged = ShardedAveragedModel(model)
     if options.resume:
@@ -73,9 +77,7 @@ def main() -> None:
         "AveragedModel, sharded by hand": (None, local_nbytes(by_hand), hand_ms),
     }
     report("FSDP2", rows)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    on_all_ranks(partial(main, options_given()))
