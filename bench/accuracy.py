@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from bench.report import write_json
 from swafast import EqualAverage, ExponentialAverage, Rule
 from swafast.backends import Pair, native
 from swafast.draws import Draws, make_key
@@ -71,8 +72,7 @@ class AccuracyReport:
         raise KeyError((stream, rule, format))
 
     def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        write_json(path, asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> AccuracyReport:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bench.machine import OthersCpu
 from bench.providers import Provider, TorchClass, TorchEma
-from bench.report import TORCH_CLASS, TORCH_EMA
+from bench.report import TORCH_CLASS, TORCH_EMA, write_json
 from bench.steps import Shape, Training, Work, decoder_work, demo_work
 from bench.tables import DISTURBED, milliseconds
 from bench.timing import collector_paused, synchronize
@@ -255,8 +255,7 @@ class Report:
     rows: list[Followed]
 
     def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        write_json(path, asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> Report:

@@ -35,6 +35,12 @@ OK = "ok"
 RowT = TypeVar("RowT", bound="Row")
 
 
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write a report, with the folder that it goes into."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n")
+
+
 @dataclass(frozen=True)
 class Row:
     """One provider on one workload. No samples unless ``status`` is ok: a wrong provider has no speed."""
@@ -145,8 +151,7 @@ class Report:
         return cls(data["environment"], rows, training, formats=formats, several=several)
 
     def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        write_json(path, self.to_dict())
 
     @classmethod
     def read(cls, path: Path) -> Report:

@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
+from bench.report import write_json
 from bench.tables import milliseconds
 from swafast import ShardedAveragedModel
 from swafast.sharded import spread
@@ -237,8 +238,7 @@ class Report:
     planned: list[Planned]
 
     def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        write_json(path, asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> Report:

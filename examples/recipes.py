@@ -1,6 +1,6 @@
 """The recipes of weight averaging by their names, on the demo's digits: ``python examples/recipes.py``.
 
-Each is a function that trains one model in a loop of its own, and gives back the one to use.
+Each is a function that trains one model, and gives back the one to use.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, SequentialLR
 from torch.optim.swa_utils import SWALR
 
 from swafast import FusedAveragedModel, update_bn
@@ -47,19 +48,20 @@ def batches() -> Iterator[tuple[Tensor, Tensor]]:
             yield images[batch], SPLIT.train_labels[batch]
 
 
-def backward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
-    model.zero_grad()
-    F.cross_entropy(model(batch[0]), batch[1]).backward()
+def train(model: nn.Module, optimizer: Optimizer, after_step: Callable[[int], None] = lambda step: None) -> None:
+    """Train, and call ``after_step`` with the number of each step, from 0."""
+    for step, (images, labels) in enumerate(batches()):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        after_step(step)
 
 
 def plain() -> nn.Module:
     """SGD with a cosine down to 0: what the others are held against."""
     model, optimizer = begin()
     scheduler = CosineAnnealingLR(optimizer, STEPS)
-    for batch in batches():
-        backward(model, batch)
-        optimizer.step()
-        scheduler.step()
+    train(model, optimizer, lambda step: scheduler.step())
     return model
 
 
@@ -70,10 +72,7 @@ def swalr() -> nn.Module:
     averaged.attach(optimizer, start="0.75dur", every="1ep", duration=STEPS, steps_per_epoch=STEPS_PER_EPOCH)
     decay = CosineAnnealingLR(optimizer, STEPS)
     swa = SWALR(optimizer, swa_lr=0.25 * SETTINGS.learning_rate, anneal_epochs=5)
-    for step, batch in enumerate(batches()):
-        backward(model, batch)
-        optimizer.step()
-        (decay if step < START else swa).step()
+    train(model, optimizer, lambda step: (decay if step < START else swa).step())
     return averaged
 
 
@@ -81,9 +80,7 @@ def torchcontrib() -> nn.Module:
     """torchcontrib's SWA: an optimizer that averages what another one trains."""
     model, base = begin()
     optimizer = SWA(base, swa_start=START, swa_freq=STEPS_PER_EPOCH, swa_lr=0.25 * SETTINGS.learning_rate)
-    for batch in batches():
-        backward(model, batch)
-        optimizer.step()
+    train(model, optimizer)
     optimizer.swap_swa_sgd()
     return model
 
@@ -96,10 +93,7 @@ def composer() -> nn.Module:
     start = f"{SETTINGS.epochs * 3 // 4 - 1}ep"
     clock = {"max_duration": f"{SETTINGS.epochs}ep", "steps_per_epoch": STEPS_PER_EPOCH}
     ComposerSWA(FusedAveragedModel(model), optimizer, swa_start=start, swa_end=end, **clock)
-    for batch in batches():
-        backward(model, batch)
-        optimizer.step()
-        scheduler.step()
+    train(model, optimizer, lambda step: scheduler.step())
     return model
 
 
@@ -108,14 +102,10 @@ def fge() -> nn.Module:
     model, optimizer = begin()
     averaged, cycle = FusedAveragedModel(model), 2 * STEPS_PER_EPOCH
     averaged.attach(optimizer, start=START + cycle // 2, every=cycle)
-    scheduler: LRScheduler = CosineAnnealingLR(optimizer, STEPS)
-    for step, batch in enumerate(batches()):
-        if step == START:
-            high = SETTINGS.learning_rate
-            scheduler = cyclical_lr(optimizer, max_lr=0.5 * high, min_lr=0.01 * high, cycle=cycle)
-        backward(model, batch)
-        optimizer.step()
-        scheduler.step()
+    high = SETTINGS.learning_rate
+    cycles = cyclical_lr(optimizer, max_lr=0.5 * high, min_lr=0.01 * high, cycle=cycle)
+    scheduler = SequentialLR(optimizer, [CosineAnnealingLR(optimizer, STEPS), cycles], milestones=[START])
+    train(model, optimizer, lambda step: scheduler.step())
     return averaged
 
 
@@ -126,10 +116,7 @@ def fast_swa() -> nn.Module:
     averaged.attach(optimizer, start=START, every=cycle // 4)
     rate = SETTINGS.learning_rate
     scheduler = cyclical_cosine_lr(optimizer, max_lr=rate, anneal=STEPS, until=START, cycle=cycle)
-    for batch in batches():
-        backward(model, batch)
-        optimizer.step()
-        scheduler.step()
+    train(model, optimizer, lambda step: scheduler.step())
     return averaged
 
 

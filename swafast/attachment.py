@@ -6,6 +6,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch.nn import Module
@@ -104,10 +105,6 @@ class Attachment:
         """
         self._runner.join()
 
-    def wait(self) -> None:
-        """As :meth:`join`; what went wrong is raised by that."""
-        self._runner.wait()
-
     def __enter__(self) -> Attachment:
         return self
 
@@ -176,7 +173,6 @@ class Attachment:
 #: Those attached to each optimizer, in order.
 _followers: weakref.WeakKeyDictionary[Optimizer, list[Attachment]] = weakref.WeakKeyDictionary()
 
-
 #: All there are.
 _live: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
@@ -184,20 +180,14 @@ _live: weakref.WeakSet[Attachment] = weakref.WeakSet()
 _FORK_WAITS_S = 30.0
 
 
-def wait_for_readers() -> None:
-    """Wait for all updates under way, before params are written: whichever they read."""
+def wait_for_readers(timeout: float | None = None) -> None:
+    """Wait for all updates under way, before params are written: whichever they read. What goes wrong joins raise."""
     for attachment in list(_live):
-        attachment.wait()
+        attachment._runner.wait(timeout)
 
 
-def _wait_before_fork() -> None:
-    """A child has no thread that would end an update under way."""
-    for attachment in list(_live):
-        attachment._runner.wait(_FORK_WAITS_S)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_wait_before_fork)
+if hasattr(os, "register_at_fork"):  # a child has no thread that would end an update under way
+    os.register_at_fork(before=partial(wait_for_readers, _FORK_WAITS_S))
 
 
 def check_load(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from bench.loop import Followed
-from bench.report import OK, Row, find
+from bench.report import OK, Row, find, write_json
 
 # Raised when a reader of an older file would misread it.
 SCHEMA = 1
@@ -151,8 +151,7 @@ class GpuReport:
         return cls(data["environment"], data["dry"], parts, rows, data["bits"], data["left_out"], loop=loop)
 
     def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        write_json(path, self.to_dict())
 
     @classmethod
     def read(cls, path: Path) -> GpuReport:

@@ -126,25 +126,17 @@ class SWA(Optimizer):
     @torch.no_grad()
     def update_swa_group(self, group: dict[str, Any]) -> None:
         """Update the averages of one of ``param_groups``."""
-        params = [param for param in group["params"] if param.numel()]
-        for param in params:
-            if "swa_buffer" not in self.state[param]:
-                self.state[param]["swa_buffer"] = torch.zeros_like(param, dtype=_average_dtype(param))
-        for device in dict.fromkeys(param.device for param in params):
-            here = [param for param in params if param.device == device]
-            averages = [self.state[param]["swa_buffer"] for param in here]
-            for dtype, format_name in ((torch.float32, "float32"), (None, "own")):
-                at = [
-                    index
-                    for index, average in enumerate(averages)
-                    if (average.dtype == torch.float32) == (dtype is not None)
-                ]
-                if at:
-                    counter = torch.tensor(group["n_avg"], device=device)
-                    torch.ops.swafast.update_(
-                        [averages[index] for index in at], [], [here[index] for index in at], counter, format_name,
-                        _RULE.kind, list(_RULE.terms),
-                    )  # fmt: skip
+        alike: defaultdict[tuple[torch.device, str], list[Tensor]] = defaultdict(list)  # what one launch takes
+        for param in group["params"]:
+            if param.numel():
+                dtype = _average_dtype(param)
+                if "swa_buffer" not in self.state[param]:
+                    self.state[param]["swa_buffer"] = torch.zeros_like(param, dtype=dtype)
+                alike[param.device, "float32" if dtype == torch.float32 else "own"].append(param)
+        for (device, format_name), params in alike.items():
+            averages = [self.state[param]["swa_buffer"] for param in params]
+            counter = torch.tensor(group["n_avg"], device=device)
+            torch.ops.swafast.update_(averages, [], params, counter, format_name, _RULE.kind, list(_RULE.terms))
         group["n_avg"] += 1
 
     @torch.no_grad()
