@@ -18,9 +18,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bench.report import write_json
 from swafast import EqualAverage, ExponentialAverage, Rule
-from swafast.backends import Pair, native
-from swafast.draws import Draws, make_key
-from swafast.formats import get_format
+from swafast.backends import cpu
+from swafast.backends.contract import Pair
+from swafast.terms.draws import Draws, make_key
+from swafast.terms.formats import get_format
 
 # Raised when a reader of an older file would misread it.
 SCHEMA = 1
@@ -103,7 +104,7 @@ class _Ours:
             for pace in range(len(rules)):
                 for name in FORMATS:
                     self.pairs[stream, pace, name] = self._pair(f"{stream}.{pace}.{name}", param, name, pace)
-        self._launch = native.prepare(list(self.pairs.values()))
+        self._launch = cpu.prepare(list(self.pairs.values()))
 
     @staticmethod
     def _pair(name: str, param: Tensor, format: str, pace: int) -> Pair:
@@ -201,7 +202,7 @@ def measure(
     Raises:
         RuntimeError: the native library is not there.
     """
-    missing = native.unavailable()
+    missing = cpu.unavailable()
     if missing is not None:
         raise RuntimeError(f"bench accuracy needs the native library: {missing}")
     run = _Run([EqualAverage(), *map(ExponentialAverage, DECAYS)], numel)

@@ -27,7 +27,7 @@ from bench.steps import Shape, Training, Work, decoder_work, demo_work
 from bench.tables import DISTURBED, milliseconds
 from bench.timing import collector_paused, synchronize
 from swafast import ExponentialAverage, FusedAveragedModel
-from swafast.attachment import Attachment
+from swafast.loop.attachment import Attachment
 
 # Without averaging twice: what the second seems to add is what this machine's noise adds.
 NONE, AGAIN, ATTACHED = "no averaging", "no averaging, again", "swafast, attached"

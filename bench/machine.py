@@ -61,12 +61,12 @@ def _versions() -> dict[str, str]:
 def swafast_backend(device: torch.device) -> str | None:
     """Name the backend that updates run on, with its instruction set; None where swafast is not installed."""
     try:
-        from swafast.backends import native
-        from swafast.choice import choose_backends
+        from swafast.backends import cpu
+        from swafast.op.choice import choose_backends
     except ImportError:
         return None
     chosen = choose_backends(device_types={device.type})[0]
-    return f"{chosen.name}, {native.current_isa()}" if chosen is native else chosen.name
+    return f"{chosen.name}, {cpu.current_isa()}" if chosen is cpu else chosen.name
 
 
 class OthersCpu:

@@ -25,8 +25,8 @@ from bench.suite import Progress
 from bench.timing import interleave
 from bench.workloads import Workload, build
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, Rule
-from swafast.averages import FusedAverages
-from swafast.formats import get_format
+from swafast.average.fused_averages import FusedAverages
+from swafast.terms.formats import get_format
 
 # What a table holds at most at once, for each param: bf16 params in all their formats take 2 + 4 + 4 + 3 + 8 + 2, and
 # float32 params with three and two averages 4 + 12 + 8; the rest is a gate's copy of one average.

@@ -250,7 +250,7 @@ class Ours(Provider):
         return [state[name] for name, _ in self.model.named_parameters()]
 
     def each_average(self) -> Iterator[Tensor]:
-        from swafast.formats import get_format
+        from swafast.terms.formats import get_format
 
         fmt, state = get_format(self.format), self.averaged.state_dict()
         for name, _ in self.model.named_parameters():

@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 from bench.report import write_json
 from bench.tables import milliseconds
 from swafast import ShardedAveragedModel
-from swafast.sharded import spread
+from swafast.sharded.parts import spread
 from tests.ranks import run_ranks
 
 TORCH_CLASS, TORCH_MULTI, FOREACH, OURS = (
@@ -210,8 +210,8 @@ def plan_405b(ranks: int = 1024, some: tuple[int, ...] = (0, 511, 1023)) -> list
 
 def _plan(mode: str, model: nn.Module, rank: int, ranks: int, even: float) -> Planned:
     from swafast.sharded.construction import format_of_average
-    from swafast.sharded.holdings import find_holdings
-    from swafast.sharded.shares import share_out
+    from swafast.sharded.parts.holdings import find_holdings
+    from swafast.sharded.parts.shares import share_out
 
     def plan() -> int:
         holdings = [held.holding for held in find_holdings(model, tuple(range(ranks)))]

@@ -11,14 +11,14 @@ import torch
 from bench import accuracy
 from bench.accuracy import EQUAL, FORMATS, STREAMS, TORCH_BF16, AccuracyReport, measure, points
 from bench.accuracy_plot import _spread, plot
-from swafast.backends import native
+from swafast.backends import cpu
 
 ENVIRONMENT = {"command": "python -m bench accuracy", "date": "2026-01-02T03:04:05+00:00", "versions": {}}
 
 
 @pytest.fixture(scope="module")
 def report() -> AccuracyReport:
-    missing = native.unavailable()
+    missing = cpu.unavailable()
     if missing is not None:
         pytest.skip(f"needs the native library: {missing}")
     return measure(ENVIRONMENT, updates=300, numel=256)
@@ -88,7 +88,7 @@ def test_labels_do_not_overlap() -> None:
 
 
 def test_threads_are_put_back() -> None:
-    if native.unavailable() is not None:
+    if cpu.unavailable() is not None:
         pytest.skip("needs the native library")
     before = torch.get_num_threads()
     measure(ENVIRONMENT, updates=1, numel=8)

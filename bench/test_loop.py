@@ -14,7 +14,7 @@ from rich.console import Console
 from bench import loop, readme
 from bench.steps import Decoder, Shape, Training, decoder_work, demo_work
 from bench.workloads import WORKLOADS
-from swafast import runners
+from swafast.loop import runners
 
 CPU = torch.device("cpu")
 TINY = decoder_work("tiny", Shape(vocabulary=19, width=8, depth=2, heads=2, length=5, batch=2), 2)

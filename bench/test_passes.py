@@ -15,7 +15,7 @@ from bench.report import ONE, THREE, THREE_APART, TWO, Report, Row
 from bench.tables import pass_figures
 from bench.workloads import Workload, build
 from swafast import FusedAveragedModel
-from swafast.averages import FusedAverages
+from swafast.average.fused_averages import FusedAverages
 
 CPU = torch.device("cpu")
 TINY = Workload(

@@ -1,6 +1,6 @@
 // Random bits for formats that are rounded at random. They follow from the param's key, the update and the element's
 // index in the whole param alone: the same bits on every backend, and however the param is spread over ranks.
-// swafast/draws.py states the same functions for torch.
+// swafast/terms/draws.py states the same functions for torch.
 #pragma once
 
 #include <cstdint>

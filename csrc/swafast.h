@@ -1,5 +1,5 @@
 /* The C interface of the native library: raw pointers, 64-bit counts, no torch and no Python.
- * swafast/backends/native.py states the same structures for ctypes; SWAFAST_ABI changes with any of them. */
+ * swafast/backends/library.py states the same structures for ctypes; SWAFAST_ABI changes with any of them. */
 #pragma once
 
 #include <stdint.h>
@@ -19,7 +19,7 @@ extern "C" {
 /* dtype of a param */
 enum { SWAFAST_FLOAT32 = 0, SWAFAST_BFLOAT16 = 1, SWAFAST_FLOAT16 = 2, SWAFAST_BYTES = 3, SWAFAST_NUM_DTYPES = 4 };
 
-/* format of an average; swafast/formats.py names the planes */
+/* format of an average; swafast/terms/formats.py names the planes */
 enum {
   SWAFAST_FORMAT_FLOAT32 = 0,     /* planes[0] float32 */
   SWAFAST_FORMAT_EXACT = 1,       /* planes[0] bfloat16, planes[1] int16 remainder */

@@ -1,5 +1,5 @@
 // The weight of the newest model, as a function of how many models the average holds already. Python states the same
-// functions in swafast/rules.py and swafast/elementary.py; a test holds the two together, bit for bit.
+// functions in swafast/terms/weight.py; a test holds the two together, bit for bit.
 //
 // No function of a mathematics library: those differ in their last bits from one to the next. Only + - * / of double,
 // which every machine rounds alike, and which the build flags keep from being fused.

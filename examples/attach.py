@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from swafast import ExponentialAverage, FusedAveragedModel, update_bn
-from swafast.checksum import checksum
+from swafast.op.checksum import checksum
 from swafast.demo.data import digits_split, shifted
 from swafast.demo.settings import Settings
 from swafast.demo.training import digits_cnn

@@ -1,14 +1,21 @@
 """Averages of a model's weights along its training, in one fused pass: ``average += weight * (param - average)``."""
 
+from __future__ import annotations
+
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from .averaged_model import FusedAveragedModel
-from .averages import FusedAverages
-from .batchnorm import update_bn
-from .rules import EqualAverage, ExponentialAverage, PowerAverage, Rule
-
 if TYPE_CHECKING:
-    from .sharded import ShardedAveragedModel, ShardedAverages, Snapshots
+    from . import optim as optim
+    from . import posthoc as posthoc
+    from . import sharded as sharded
+    from .average.averaged_model import FusedAveragedModel
+    from .average.fused_averages import FusedAverages
+    from .optim.batchnorm import update_bn
+    from .posthoc.snapshots import Snapshots
+    from .sharded.sharded_averages import ShardedAverages
+    from .sharded.sharded_model import ShardedAveragedModel
+    from .terms.rules import EqualAverage, ExponentialAverage, PowerAverage, Rule
 
 __version__ = "0.1.0"
 
@@ -26,11 +33,32 @@ __all__ = [
     "update_bn",
 ]
 
+#: Where each public name is, imported on first use: `import swafast` loads no torch.
+_PUBLIC = {
+    "EqualAverage": "terms.rules",
+    "ExponentialAverage": "terms.rules",
+    "FusedAveragedModel": "average.averaged_model",
+    "FusedAverages": "average.fused_averages",
+    "PowerAverage": "terms.rules",
+    "Rule": "terms.rules",
+    "ShardedAveragedModel": "sharded.sharded_model",
+    "ShardedAverages": "sharded.sharded_averages",
+    "Snapshots": "posthoc.snapshots",
+    "update_bn": "optim.batchnorm",
+}
+_PACKAGES = ("optim", "posthoc", "sharded")
+
 
 def __getattr__(name: str) -> Any:
-    # On first use: DTensor and FSDP take most of a second to import.
-    if name in ("ShardedAveragedModel", "ShardedAverages", "Snapshots"):
-        from . import sharded
+    if name in _PACKAGES:
+        return importlib.import_module(f".{name}", __name__)
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    importlib.import_module(".op.torch_op", __name__)  # torch.ops.swafast is there with the first public name
+    globals()[name] = value
+    return value
 
-        return getattr(sharded, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_PACKAGES])

@@ -10,9 +10,9 @@ import warnings
 import torch
 
 from . import __version__
-from .backends import Pair
-from .choice import BACKENDS, choose_backends
-from .formats import FLOAT32
+from .backends.contract import Pair
+from .op.choice import BACKENDS, choose_backends
+from .terms.formats import FLOAT32
 
 
 def report() -> list[tuple[str, str]]:

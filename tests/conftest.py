@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from swafast import FusedAveragedModel
-from swafast.backends import cuda, library, native
+from swafast.backends import cpu, cuda, library
 from tests.native_build import COMPILER
 from tests.shim_library import build_shim_library
 
@@ -53,8 +53,8 @@ def _seed() -> None:
 @pytest.fixture(params=["cpu", "cuda", "reference"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend, on CPU tensors: the CUDA source runs on them through the shim."""
-    if request.param == "cpu" and native.unavailable() is not None:
-        pytest.skip(f"{NO_LIBRARY}: {native.unavailable()}")
+    if request.param == "cpu" and cpu.unavailable() is not None:
+        pytest.skip(f"{NO_LIBRARY}: {cpu.unavailable()}")
     if request.param == "cuda":
         request.getfixturevalue("cuda_on_cpu")
     return str(request.param)
@@ -85,7 +85,7 @@ def cuda_on_cpu(shim_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
     """A chunk of 64 elements, so that small tensors have several."""
-    monkeypatch.setattr(native, "CPU_CHUNK_NUMEL", 64)
+    monkeypatch.setattr(cpu, "CPU_CHUNK_NUMEL", 64)
     return 64
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage, Rule
-from swafast.backends import Pair, native
-from swafast.draws import Draws, make_key, random_bits
-from swafast.formats import COMPACT, get_format
+from swafast.backends import cpu
+from swafast.backends.contract import Pair
+from swafast.terms.draws import Draws, make_key, random_bits
+from swafast.terms.formats import COMPACT, get_format
 
 ULP = 2.0**-24
 NUMEL = 512
@@ -150,7 +151,7 @@ def error_of(format: str, stream: str, updates: int, rule: Rule | None = None) -
     param = torch.empty(NUMEL)
     planes = tuple(torch.empty(NUMEL, dtype=dtype) for dtype in (fmt.dtype, *(dtype for _, dtype in fmt.extra)))
     pair = Pair("w", param, planes, fmt, Draws(make_key(0, "w"), (NUMEL,)))
-    launch, counter = native.prepare([pair]), torch.tensor(0)
+    launch, counter = cpu.prepare([pair]), torch.tensor(0)
     total, lost, ema = (torch.zeros(NUMEL, dtype=torch.float64) for _ in range(3))
     for n in range(updates):
         param.copy_(STREAMS[stream](n, torch.randn(NUMEL, generator=generator)))

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, runners
-from swafast import attach as module
-from swafast.attachment import STATE_KEY
-from swafast.averages import FusedAverages
-from swafast.plan import Plan
-from swafast.schedule import Schedule
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel
+from swafast.average.fused_averages import FusedAverages
+from swafast.loop import attach as module
+from swafast.loop import runners
+from swafast.loop.attachment import STATE_KEY
+from swafast.loop.schedule import Schedule
+from swafast.op.plan import Plan
 from tests import ranks, stopped_training
 from tests.conftest import differing, tensors_of
 

@@ -27,7 +27,7 @@ from torch.optim.swa_utils import (
 )
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, Rule
-from swafast.rules import KernelTerms
+from swafast.terms.weight import KernelTerms
 from tests.conftest import EveryKind, differing, tensors_of
 
 FUNCTIONS: list[dict[str, Any]] = [

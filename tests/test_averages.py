@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage, Rule
-from swafast.averages import FusedAverages
-from swafast.backends import library, native
+from swafast.average.fused_averages import FusedAverages
+from swafast.backends import cpu, rows
 from tests.conftest import EveryKind, differing, tensors_of
 
 RULES: dict[str, Rule] = {
@@ -99,17 +99,17 @@ def test_one_launch_and_one_read_of_the_params(monkeypatch: pytest.MonkeyPatch) 
     model = nn.Sequential(nn.Linear(100, 100), nn.Linear(7, 3))
     averages = of(model, rule=RULES)
     averages.update_parameters(model)
-    calls: list[library.Rows] = []
-    launched = native.NativeLaunch.update
-    prepared = library.Rows.__init__
+    calls: list[rows.Rows] = []
+    launched = cpu.NativeLaunch.update
+    prepared = rows.Rows.__init__
 
-    def launch(self: native.NativeLaunch, *args: Any, **options: Any) -> None:
-        calls.append(rows[-1])
+    def launch(self: cpu.NativeLaunch, *args: Any, **options: Any) -> None:
+        calls.append(made[-1])
         launched(self, *args, **options)
 
-    rows: list[library.Rows] = []
-    monkeypatch.setattr(library.Rows, "__init__", lambda self, pairs: (prepared(self, pairs), rows.append(self))[0])
-    monkeypatch.setattr(native.NativeLaunch, "update", launch)
+    made: list[rows.Rows] = []
+    monkeypatch.setattr(rows.Rows, "__init__", lambda self, pairs: (prepared(self, pairs), made.append(self))[0])
+    monkeypatch.setattr(cpu.NativeLaunch, "update", launch)
     averages._bindings = type(averages._bindings)()  # plan anew
     averages.update_parameters(model)
     (row,) = calls
@@ -304,36 +304,36 @@ def test_another_model_or_a_bad_count_changes_nothing(every_kind: EveryKind) -> 
 
 
 def drop_the_followers(patch: pytest.MonkeyPatch) -> None:
-    init = library.Rows.__init__
+    init = rows.Rows.__init__
 
-    def without(self: library.Rows, pairs: Any) -> None:
+    def without(self: rows.Rows, pairs: Any) -> None:
         init(self, pairs)
         for row in self.table:
             row.followers = 0
 
-    patch.setattr(library.Rows, "__init__", without)
+    patch.setattr(rows.Rows, "__init__", without)
 
 
 def one_pace_for_all(patch: pytest.MonkeyPatch) -> None:
-    row = library._row
+    row = rows._row
 
     def paced(pair: Any) -> Any:
         made = row(pair)
         made.pace = 0
         return made
 
-    patch.setattr(library, "_row", paced)
+    patch.setattr(rows, "_row", paced)
 
 
 def count_in_the_first_alone(patch: pytest.MonkeyPatch) -> None:
-    update = native.NativeLaunch.update
+    update = cpu.NativeLaunch.update
 
     def launch(self: Any, params: Any, rules: Any, counters: Any, advance: int, **options: Any) -> None:
         update(self, params, rules, counters, advance, **options)
         for counter in counters[1:]:
             counter.sub_(advance)
 
-    patch.setattr(native.NativeLaunch, "update", launch)
+    patch.setattr(cpu.NativeLaunch, "update", launch)
 
 
 @pytest.mark.parametrize("plant", [drop_the_followers, one_pace_for_all, count_in_the_first_alone])

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 
-from swafast import FusedAveragedModel, batchnorm, update_bn
+from swafast import FusedAveragedModel, update_bn
+from swafast.optim import batchnorm
 from tests.conftest import differing
 from tests.ranks import run_ranks
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from swafast import boxes
-from swafast.boxes import Box, boxes_of_run
-from swafast.sharded import flat_order, spread
-from swafast.sharded.flat_order import CUT_NUMEL, FlatOrder, Run
-from swafast.sharded.spread import windows_of
+from swafast.sharded.parts import flat_order, spread
+from swafast.sharded.parts.flat_order import CUT_NUMEL, FlatOrder, Run
+from swafast.sharded.parts.spread import windows_of
+from swafast.terms import boxes
+from swafast.terms.boxes import Box, boxes_of_run
 
 # Boxes
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import swafast.checksum as module
-from swafast.backends import Unavailable, library, native
-from swafast.checksum import checksum, checksum_reference, wrap_int64
+from swafast.backends import Unavailable, cpu, library
+from swafast.op import checksum as module
+from swafast.op.checksum import checksum, checksum_reference, wrap_int64
 from tests.conftest import NO_LIBRARY
 from tests.test_bad_input import _quantise, _subclass
 
@@ -40,17 +40,17 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         monkeypatch.setattr(module, "_WINDOW_NUMEL", 100)
         yield checksum_reference
         return
-    if native.unavailable() is not None:
-        pytest.skip(f"{NO_LIBRARY}: {native.unavailable()}")
-    before = native.current_isa()
+    if cpu.unavailable() is not None:
+        pytest.skip(f"{NO_LIBRARY}: {cpu.unavailable()}")
+    before = cpu.current_isa()
     try:
-        native.use_isa(request.param)
+        cpu.use_isa(request.param)
     except ValueError:
         pytest.skip(f"needs a processor with {request.param}")
     monkeypatch.setattr(module, "_NUMEL_PER_THREAD", 1)
     monkeypatch.setattr(module, "_torch_sum", lambda box: pytest.fail("the native library was passed by"))
     yield checksum
-    native.use_isa(before)
+    cpu.use_isa(before)
 
 
 def mixed(index: int, bits: int) -> int:
@@ -223,7 +223,7 @@ def test_indices_have_64_bits(way: Way, start: int) -> None:
         assert way(tensor, shape, offsets) == oracle(tensor, shape, offsets)
 
 
-@pytest.mark.skipif(native.unavailable() is not None, reason=f"{NO_LIBRARY}: {native.unavailable()}")
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=f"{NO_LIBRARY}: {cpu.unavailable()}")
 def test_a_box_has_more_words_than_32_bits_count() -> None:
     """One element of memory stands for all of them; two boxes differ by words that the oracle knows."""
     element = any_bits((1,), torch.float32)

@@ -16,10 +16,14 @@ from typing import Any
 import pytest
 import torch
 
-from swafast import ExponentialAverage, FusedAveragedModel, PowerAverage, checks, choice, doctor, ops, plan
-from swafast.backends import Pair, Unavailable, cuda, device, library, native, triton
-from swafast.formats import encode_exact
-from swafast.rules import EqualAverage, KernelTerms, Rule
+from swafast import ExponentialAverage, FusedAveragedModel, PowerAverage, doctor
+from swafast.backends import Unavailable, cpu, cuda, gpu, library
+from swafast.backends.contract import Pair
+from swafast.backends.triton import launch as triton_launch
+from swafast.op import checks, choice, plan, torch_op
+from swafast.terms.formats import encode_exact
+from swafast.terms.rules import EqualAverage, Rule
+from swafast.terms.weight import KernelTerms
 from tests.conftest import EveryKind, differing, tensors_of
 from tests.test_gpu import averages_of
 from tests.test_native import clone
@@ -172,13 +176,13 @@ def test_what_cannot_be_captured_is_refused_before_anything_changes(
     average = FusedAveragedModel(model)
     before = tensors_of(average.module)
     with monkeypatch.context() as capturing:
-        capturing.setattr(checks, "is_capturing", lambda device: True)
+        capturing.setattr(checks, "is_capturing", lambda gpu: True)
         with pytest.raises(RuntimeError, match=r"the first update of a model, .* must not be captured"):
             average.update_parameters(model)
     assert differing(tensors_of(average.module), before) == []
     average.update_parameters(model)
     with monkeypatch.context() as capturing:
-        capturing.setattr(checks, "is_capturing", lambda device: True)
+        capturing.setattr(checks, "is_capturing", lambda gpu: True)
         with pytest.raises(RuntimeError, match="swapped_into must not be captured"), average.swapped_into(model):
             pass
         average.update_parameters(model)
@@ -195,7 +199,7 @@ def test_what_waits_for_the_device_is_refused_in_a_capture(
     model = a_model()
     average = FusedAveragedModel(model, **options)
     average.update_parameters(model)
-    monkeypatch.setattr(checks, "is_capturing", lambda device: True)
+    monkeypatch.setattr(checks, "is_capturing", lambda gpu: True)
     with pytest.raises(RuntimeError, match=f"{what}.* must not be captured"):
         average.update_parameters(model)
     assert average.n_averaged == 1
@@ -266,7 +270,7 @@ def test_every_captured_plan_is_watched(shim: Shim, change: str) -> None:
         average.update_parameters(copy.deepcopy(model))
 
 
-def put_elsewhere(launch: cuda.CudaLaunch, elsewhere: torch.device) -> device.Table:
+def put_elsewhere(launch: cuda.CudaLaunch, elsewhere: torch.device) -> gpu.Table:
     """Let the one table of ``launch`` be on another device than it is on, as far as the launch can tell."""
     (table,) = launch._tables
     launch._heads[elsewhere] = launch._heads[table.device]
@@ -382,9 +386,9 @@ def test_replays_are_updates_of_all_averages(shim: Shim) -> None:
 
 def test_the_op_prepares_once_and_keeps_what_a_graph_holds(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    make_table = device.make_table
-    monkeypatch.setattr(device, "make_table", lambda *args: made.append(1) or make_table(*args))
-    monkeypatch.setattr(ops, "_captured", [])
+    make_table = gpu.make_table
+    monkeypatch.setattr(gpu, "make_table", lambda *args: made.append(1) or make_table(*args))
+    monkeypatch.setattr(torch_op, "_captured", [])
     average, remainder = encode_exact(torch.randn(100))
     param, counter = torch.randn(100).bfloat16(), torch.tensor(1)
     terms = KernelTerms.constant(0.25)
@@ -395,11 +399,11 @@ def test_the_op_prepares_once_and_keeps_what_a_graph_holds(shim: Shim, monkeypat
     for _ in range(3):
         update()
     assert len(made) == 1
-    assert ops._captured == []
+    assert torch_op._captured == []
     shim.capture(True)
     update()
     shim.capture(False)
-    assert len(ops._captured) == 1
+    assert len(torch_op._captured) == 1
     shim.replay()
     assert counter.item() == 5
 
@@ -411,10 +415,10 @@ class TestChoice:
     def _fresh(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(choice, "_warned", set())
         monkeypatch.delenv("SWAFAST_BACKEND", raising=False)
-        for backend in (cuda, native, triton):
+        for backend in (cuda, cpu, triton_launch):
             monkeypatch.setattr(backend, "unavailable", lambda: None)
         monkeypatch.setattr(cuda, "device_types", frozenset({"cuda"}))
-        monkeypatch.setattr(triton, "device_types", frozenset({"cuda"}))
+        monkeypatch.setattr(triton_launch, "device_types", frozenset({"cuda"}))
 
     def chosen(self, *device_types: str, warns: str | None = None) -> list[str]:
         with warnings.catch_warnings(record=True) as seen:
@@ -433,7 +437,7 @@ class TestChoice:
             raise AssertionError("asked")
 
         monkeypatch.setattr(cuda, "unavailable", explode)
-        monkeypatch.setattr(triton, "unavailable", explode)
+        monkeypatch.setattr(triton_launch, "unavailable", explode)
         assert self.chosen("cpu") == ["cpu", "reference"]
 
     def test_what_is_missing_as_expected_is_not_worth_a_word(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,7 +452,7 @@ class TestChoice:
 
     def test_a_gpu_left_with_the_reference_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cuda, "unavailable", lambda: Unavailable("built without nvcc", expected=True))
-        monkeypatch.setattr(triton, "device_types", frozenset({"xpu"}))
+        monkeypatch.setattr(triton_launch, "device_types", frozenset({"xpu"}))
         told = "swafast runs on the slower reference backend: cuda: built without nvcc"
         assert self.chosen("cuda", warns=told) == ["reference"]
 
@@ -501,8 +505,8 @@ def test_a_launch_that_counts_twice_is_seen(shim: Shim, monkeypatch: pytest.Monk
 
 
 def test_one_counter_brought_for_all_is_seen(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
-    counters = device.Table.counters.fget
-    monkeypatch.setattr(device.Table, "counters", property(lambda table: counters(table)[:1] * library.MAX_PACES))
+    counters = gpu.Table.counters.fget
+    monkeypatch.setattr(gpu.Table, "counters", property(lambda table: counters(table)[:1] * library.MAX_PACES))
     with pytest.raises(AssertionError):
         test_devices_share_the_counters(shim, 3)
 

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from swafast import ExponentialAverage, FusedAveragedModel, draws
-from swafast.backends import Pair, native, reference
-from swafast.boxes import Box, boxes_of_run
-from swafast.bucket import cut_chunks
-from swafast.draws import Draws, make_key, random_bits, runs_of
-from swafast.formats import COMPACT, HALF, Format
+from swafast import ExponentialAverage, FusedAveragedModel
+from swafast.backends import cpu, reference
+from swafast.backends.contract import Pair
+from swafast.terms import draws
+from swafast.terms.boxes import Box, boxes_of_run
+from swafast.terms.draws import Draws, make_key, random_bits, runs_of
+from swafast.terms.formats import COMPACT, HALF, Format
+from swafast.terms.layout import cut_chunks
 
 UPDATES = 256
 
@@ -77,7 +79,7 @@ def test_rounding_at_random_is_right_on_average(fmt: Format, value: float) -> No
     """Over a million draws within 4 sigma: 1000 updates of 1000 elements, each a copy of one value."""
     param = torch.full((1000,), value)
     planes = tuple(torch.zeros(1000, dtype=dtype) for dtype in (torch.bfloat16, *(dtype for _, dtype in fmt.extra)))
-    launch = native.prepare([Pair("w", param, planes, fmt, Draws(make_key(0, "w"), (1000,)))])
+    launch = cpu.prepare([Pair("w", param, planes, fmt, Draws(make_key(0, "w"), (1000,)))])
     counter = torch.tensor(1)
     total = torch.zeros(1000, dtype=torch.float64)
     for _ in range(1000):
@@ -158,7 +160,7 @@ def updated(backend: object, tensors: list[Tensor], all_draws: list[Draws], fmt:
     return [fmt.decode(pair.planes) for pair in pairs]
 
 
-@pytest.mark.parametrize("backend", [native, reference], ids=["cpu", "reference"])
+@pytest.mark.parametrize("backend", [cpu, reference], ids=["cpu", "reference"])
 @pytest.mark.parametrize("fmt", [COMPACT, HALF], ids=repr)
 def test_the_parts_of_a_param_are_rounded_as_the_whole(backend: object, fmt: Format) -> None:
     torch.manual_seed(5)
@@ -217,7 +219,7 @@ def one_run_for_all(patch: pytest.MonkeyPatch) -> None:
     [
         (ignore_the_offset, lambda: test_runs_of_boxes_give_each_element_its_index((0, 1, 2))),
         (one_run_for_all, lambda: test_runs_give_each_element_its_index("channels_last")),
-        (ignore_the_offset, lambda: test_the_parts_of_a_param_are_rounded_as_the_whole(native, COMPACT)),
+        (ignore_the_offset, lambda: test_the_parts_of_a_param_are_rounded_as_the_whole(cpu, COMPACT)),
     ],
 )
 def test_the_gate_kills_the_bug(

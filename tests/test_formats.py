@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 
-from swafast.formats import EXACT, FLOAT32, MIRRORED, decode_exact, encode_exact, format_of, stored_dtype
+from swafast.terms.formats import EXACT, FLOAT32, MIRRORED, decode_exact, encode_exact, format_of, stored_dtype
 
 
 def float_bits(bits: int) -> float:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from swafast import averaged_model, checks, matching, names, plan, planes, rules, states
-from swafast.backends import native
-from swafast.exchange import Exchange
+from swafast.average import averaged_model, matching, planes, states
+from swafast.backends import cpu
+from swafast.op import checks, plan
+from swafast.op.exchange import Exchange
+from swafast.terms import names, rules
 from tests import (
     test_averaged_model,
     test_bad_input,
@@ -23,8 +25,8 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 def drop_the_last_chunk(patch: pytest.MonkeyPatch) -> None:
-    cut = native.cut_chunks
-    patch.setattr(native, "cut_chunks", lambda runs, size: cut(runs, size)[:-1].contiguous())
+    cut = cpu.cut_chunks
+    patch.setattr(cpu, "cut_chunks", lambda runs, size: cut(runs, size)[:-1].contiguous())
 
 
 def shift_the_weight(patch: pytest.MonkeyPatch) -> None:
@@ -32,9 +34,9 @@ def shift_the_weight(patch: pytest.MonkeyPatch) -> None:
 
 
 def count_twice(patch: pytest.MonkeyPatch) -> None:
-    update = native.NativeLaunch.update
+    update = cpu.NativeLaunch.update
     patch.setattr(
-        native.NativeLaunch, "update", lambda self, p, rules, n, advance, **skip: update(self, p, rules, n, 2 * advance)
+        cpu.NativeLaunch, "update", lambda self, p, rules, n, advance, **skip: update(self, p, rules, n, 2 * advance)
     )
 
 
@@ -43,7 +45,7 @@ def forget_versions(patch: pytest.MonkeyPatch) -> None:
 
 
 def go_by_addresses_alone(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(plan, "_metadata", lambda tensors: [])
+    patch.setattr(plan, "_views_of", lambda tensors: [])
     patch.setattr(plan, "make_metadata_check", lambda tensors: None)
 
 
@@ -138,7 +140,7 @@ GATES: list[tuple[Plant, Callable[[], None]]] = [
 
 @pytest.mark.parametrize(("plant", "gate"), GATES, ids=[plant.__name__ for plant, _ in GATES])
 def test_the_gate_kills_the_bug(plant: Plant, gate: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "CPU_CHUNK_NUMEL", 64)
+    monkeypatch.setattr(cpu, "CPU_CHUNK_NUMEL", 64)
     gate()
     plant(monkeypatch)
     with pytest.raises((AssertionError, ValueError, RuntimeError, pytest.fail.Exception)):

@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage
-from swafast.backends import Backend, Launch, Pair, cuda, library, reference, triton
-from swafast.backends import device as gpu_tables
-from swafast.bucket import GPU_CHUNK_NUMELS
-from swafast.formats import EXACT, FLOAT32, MIRRORED, Format
-from swafast.ops import draws_of
-from swafast.rules import Rule
+from swafast.backends import cuda, library, reference, rows
+from swafast.backends import gpu as gpu_tables
+from swafast.backends.contract import Backend, Launch, Pair
+from swafast.backends.triton import launch as triton_launch
+from swafast.op.launches import draws_of
+from swafast.terms.formats import EXACT, FLOAT32, MIRRORED, Format
+from swafast.terms.layout import GPU_CHUNK_NUMELS
+from swafast.terms.rules import Rule
 from tests.conftest import EveryKind, tensors_of
 from tests.conftest import differing as differing_tensors
 from tests.test_native import DTYPES, EXCHANGED, FORMATS, PAIRS, clone, differing, make_pair, sizes_around
@@ -58,7 +60,7 @@ class Gpu:
     @property
     def is_interpreted(self) -> bool:
         """Whether each chunk takes some 10 ms; ``tests/test_triton.py`` then goes through more of them."""
-        return self.backend is triton and self.device.type == "cpu"
+        return self.backend is triton_launch and self.device.type == "cpu"
 
     def prepare(self, pairs: Sequence[Pair]) -> Launch:
         assert all(map(self.backend.serves, pairs))
@@ -74,7 +76,7 @@ def everywhere() -> list[object]:
 @pytest.fixture(params=everywhere())
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Gpu:
     name, device = request.param
-    backend: Backend = {"cuda": cuda, "triton": triton}[name]  # type: ignore[assignment]
+    backend: Backend = {"cuda": cuda, "triton": triton_launch}[name]  # type: ignore[assignment]
     if name == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("needs Triton")
     if (name, device) == ("cuda", "cpu"):
@@ -180,7 +182,7 @@ def check_paces(gpu: Gpu, num_paces: int, sizes: Sequence[int]) -> None:
     """Hold updates of several averages of each param to ``reference``, from counts and by rules of their own."""
     pairs = averages_of(num_paces, sizes)
     ours, expected = gpu.put(pairs), clone(pairs)
-    assert library.Rows(ours).most_followers == num_paces - 1
+    assert rows.Rows(ours).most_followers == num_paces - 1
     launches = gpu.prepare(ours), reference.prepare(expected)
     rules = [RULES[k % len(RULES)] for k in range(num_paces)]
     counts = [(0, 1, 7, 10**6, 2**40)[k % 5] + k for k in range(num_paces)]
@@ -200,23 +202,23 @@ def test_one_launch_moves_several_averages_of_each_param(gpu: Gpu, num_paces: in
 
 
 def drop_a_follower(patch: pytest.MonkeyPatch) -> None:
-    init = library.Rows.__init__
+    init = rows.Rows.__init__
 
-    def without(self: library.Rows, pairs: Sequence[Pair]) -> None:
+    def without(self: rows.Rows, pairs: Sequence[Pair]) -> None:
         init(self, pairs)
         for row in self.table:
             row.followers = min(row.followers, 1)
 
-    patch.setattr(library.Rows, "__init__", without)
+    patch.setattr(rows.Rows, "__init__", without)
 
 
 def take_the_first_pace_for_all(patch: pytest.MonkeyPatch) -> None:
-    row = library._row
-    patch.setattr(library, "_row", lambda pair: row(replace(pair, pace=0)))
+    row = rows._row
+    patch.setattr(rows, "_row", lambda pair: row(replace(pair, pace=0)))
 
 
 def keep_the_first_rules(patch: pytest.MonkeyPatch) -> None:
-    terms = library.kernel_terms
+    terms = rows.kernel_terms
     first: dict[int, Rule] = {}
 
     def kept(rule: Rule) -> object:
@@ -225,7 +227,7 @@ def keep_the_first_rules(patch: pytest.MonkeyPatch) -> None:
         return terms(first.setdefault(at, rule))
 
     kept.asked = []  # type: ignore[attr-defined]
-    patch.setattr(library, "kernel_terms", kept)
+    patch.setattr(rows, "kernel_terms", kept)
 
 
 @pytest.mark.parametrize("plant", [drop_a_follower, take_the_first_pace_for_all, keep_the_first_rules])

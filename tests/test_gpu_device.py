@@ -16,10 +16,13 @@ from torch.library import opcheck
 from torch.optim.swa_utils import AveragedModel
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage
-from swafast.averages import FusedAverages
-from swafast.backends import Pair, cuda, triton
-from swafast.formats import FLOAT32, encode_exact
-from swafast.rules import KernelTerms, Rule
+from swafast.average.fused_averages import FusedAverages
+from swafast.backends import cuda
+from swafast.backends.contract import Pair
+from swafast.backends.triton import launch as triton_launch
+from swafast.terms.formats import FLOAT32, encode_exact
+from swafast.terms.rules import Rule
+from swafast.terms.weight import KernelTerms
 from tests.conftest import EveryKind, differing, tensors_of
 from tests.test_package import python_of_the_readme
 
@@ -28,7 +31,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(params=["cuda", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
-    missing = {"cuda": cuda, "triton": triton}[request.param].unavailable()
+    missing = {"cuda": cuda, "triton": triton_launch}[request.param].unavailable()
     assert missing is None, missing
     return str(request.param)
 
@@ -190,7 +193,7 @@ def test_replays_skip_all_averages_or_none(backend: str) -> None:
 
 
 def test_replays_go_by_the_rules_that_were_captured(backend: str) -> None:
-    prepare = {"cuda": cuda, "triton": triton}[backend].prepare
+    prepare = {"cuda": cuda, "triton": triton_launch}[backend].prepare
     rules: list[Rule] = [EqualAverage(), ExponentialAverage(0.9), PowerAverage(6.94)]
     others: list[Rule] = [ExponentialAverage(0.5), EqualAverage(), ExponentialAverage(0.1)]
     param = torch.randn(5000, device="cuda")

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from swafast import FusedAveragedModel
 from swafast.backends.reference import _CPU_WINDOW_NUMEL
-from swafast.bucket import MAX_BUCKET_NUMEL
+from swafast.terms.layout import MAX_BUCKET_NUMEL
 
 MEGABYTE = 2**20
 

@@ -19,8 +19,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from swafast.backends import Launch, Pair, library, native, reference
-from swafast.formats import (
+from swafast.backends import cpu, reference, rows
+from swafast.backends.contract import Launch, Pair
+from swafast.op.launches import draws_of
+from swafast.terms.formats import (
     COMPACT,
     COMPENSATED,
     EXACT,
@@ -31,11 +33,10 @@ from swafast.formats import (
     decode_exact,
     encode_exact,
 )
-from swafast.ops import draws_of
-from swafast.rules import EqualAverage, ExponentialAverage, PowerAverage, Rule
+from swafast.terms.rules import EqualAverage, ExponentialAverage, PowerAverage, Rule
 from tests.conftest import NO_LIBRARY
 
-pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"{NO_LIBRARY}: {native.unavailable()}")
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"{NO_LIBRARY}: {cpu.unavailable()}")
 
 ROOT = Path(__file__).parents[1]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,18 +49,18 @@ PAIRS = pytest.mark.parametrize(("dtype", "fmt"), [(d, f) for d in DTYPES for f 
 
 @pytest.fixture(params=["generic", "avx2", "avx512"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.current_isa()
+    before = cpu.current_isa()
     try:
-        native.use_isa(request.param)
+        cpu.use_isa(request.param)
     except ValueError:
         pytest.skip(f"needs a processor with {request.param}")
     yield request.param
-    native.use_isa(before)
+    cpu.use_isa(before)
 
 
 @pytest.fixture(params=[64, 100])
 def chunk_numel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(native, "CPU_CHUNK_NUMEL", request.param)
+    monkeypatch.setattr(cpu, "CPU_CHUNK_NUMEL", request.param)
     return request.param
 
 
@@ -68,7 +69,7 @@ def threads(monkeypatch: pytest.MonkeyPatch, chunk_numel: int) -> Iterator[int]:
     """As many threads, however small the tensors are: two for the shorter chunks, one for the others."""
     number = 2 if chunk_numel == 64 else 1
     before = torch.get_num_threads()
-    monkeypatch.setattr(native, "_NUMEL_PER_THREAD", 1)
+    monkeypatch.setattr(cpu, "_NUMEL_PER_THREAD", 1)
     torch.set_num_threads(number)
     yield number
     torch.set_num_threads(before)
@@ -135,15 +136,15 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def check_updates(
     pairs: Sequence[Pair],
     weights: Sequence[float] = WEIGHTS,
-    plant: Callable[[native.NativeLaunch], None] = lambda launch: None,
+    plant: Callable[[cpu.NativeLaunch], None] = lambda launch: None,
 ) -> None:
     """Hold updates of both backends together: by each weight from the same averages, each with a counter of its own.
 
     ``plant`` spoils the native tables, for a test of this check.
     """
-    assert all(map(native.serves, pairs))
+    assert all(map(cpu.serves, pairs))
     initial, expected = clone(pairs), clone(pairs)
-    launch = native.prepare(pairs)
+    launch = cpu.prepare(pairs)
     plant(launch)
     launches: tuple[Launch, Launch] = (launch, reference.prepare(expected))
     counters = torch.tensor(1), torch.tensor(1)
@@ -167,25 +168,25 @@ def test_updates_equal_the_reference(isa: str, chunk_numel: int, threads: int, d
     check_updates([make_pair(n, dtype, fmt, offset) for n in sizes_around(chunk_numel) for offset in (0, 1, 6)])
 
 
-def _shorten_a_chunk(launch: native.NativeLaunch) -> None:
+def _shorten_a_chunk(launch: cpu.NativeLaunch) -> None:
     launch._chunks[0, 2] -= 1
 
 
-def _repeat_a_chunk(launch: native.NativeLaunch) -> None:
+def _repeat_a_chunk(launch: cpu.NativeLaunch) -> None:
     launch._chunks[1] = launch._chunks[0]
 
 
-def _mistake_the_dtype(launch: native.NativeLaunch) -> None:
+def _mistake_the_dtype(launch: cpu.NativeLaunch) -> None:
     launch._tensors[0].dtype = 2
 
 
-def _mistake_the_plane(launch: native.NativeLaunch) -> None:
+def _mistake_the_plane(launch: cpu.NativeLaunch) -> None:
     launch._tensors[0].planes[1] = launch._tensors[0].planes[0]
 
 
 @pytest.mark.parametrize("plant", [_shorten_a_chunk, _repeat_a_chunk, _mistake_the_dtype, _mistake_the_plane])
 def test_the_check_of_updates_sees_a_spoiled_table(
-    isa: str, small_chunks: int, plant: Callable[[native.NativeLaunch], None]
+    isa: str, small_chunks: int, plant: Callable[[cpu.NativeLaunch], None]
 ) -> None:
     with pytest.raises(AssertionError, match="weight"):
         check_updates([make_pair(3 * small_chunks, torch.bfloat16, EXACT)], plant=plant)
@@ -225,7 +226,7 @@ def test_dense_layouts_equal_the_reference(isa: str, chunk_numel: int, dtype: to
 
 def test_only_dense_tensors_in_one_order_are_served() -> None:
     matrix, cube = torch.randn(6, 4), torch.randn(2, 3, 4)
-    assert native.serves(Pair("", matrix, (torch.randn(6, 4),), FLOAT32))
+    assert cpu.serves(Pair("", matrix, (torch.randn(6, 4),), FLOAT32))
     for param, average in (
         (matrix[:, ::2], torch.randn(6, 2)),
         (matrix, torch.randn(4, 6).t()),
@@ -235,9 +236,9 @@ def test_only_dense_tensors_in_one_order_are_served() -> None:
         (matrix.double(), matrix.double()),
         (matrix.to(torch.complex64), matrix.to(torch.complex64)),
     ):
-        assert not native.serves(Pair("", param, (average,), FLOAT32))
-    assert not native.serves(Pair("", matrix, (matrix.bfloat16(), torch.zeros(4, 6, dtype=torch.int16).t()), EXACT))
-    assert not native.serves(Pair("", torch.randn(3), (torch.randn(3).double(),), None))
+        assert not cpu.serves(Pair("", param, (average,), FLOAT32))
+    assert not cpu.serves(Pair("", matrix, (matrix.bfloat16(), torch.zeros(4, 6, dtype=torch.int16).t()), EXACT))
+    assert not cpu.serves(Pair("", torch.randn(3), (torch.randn(3).double(),), None))
 
 
 @pytest.mark.parametrize("weight", [1e-8, 0.25, 0.49999997, 0.5, 0.75, 1 - 2**-24, 1 - 1e-12])
@@ -247,7 +248,7 @@ def test_weights_round_as_the_reference_rounds_them(isa: str, weight: float) -> 
 
 def test_a_first_update_copies_every_bit(isa: str) -> None:
     pair = make_pair(1000, torch.float32, FLOAT32)
-    native.prepare([pair]).update([pair.param], [ExponentialAverage(0.9)], [torch.tensor(0)], 1)
+    cpu.prepare([pair]).update([pair.param], [ExponentialAverage(0.9)], [torch.tensor(0)], 1)
     assert torch.equal(pair.average.view(torch.int32), pair.param.view(torch.int32))
 
 
@@ -255,17 +256,17 @@ def test_a_negative_count_leaves_everything_as_it_was() -> None:
     pairs = [make_pair(1000, torch.bfloat16, EXACT), make_pair(9, torch.int64, None)]
     before, counter = clone(pairs), torch.tensor(-1)
     with pytest.raises(ValueError, match="n_averaged must be >= 0"):
-        native.prepare(pairs).update([pair.param for pair in pairs], [EqualAverage()], [counter], 1)
+        cpu.prepare(pairs).update([pair.param for pair in pairs], [EqualAverage()], [counter], 1)
     assert differing(pairs, before) == []
     assert counter.item() == -1
 
 
 def test_an_unknown_instruction_set_changes_nothing() -> None:
-    before = native.current_isa()
+    before = cpu.current_isa()
     with pytest.raises(ValueError, match="isa must be one that this machine has, got 'sse9'"):
-        native.use_isa("sse9")
-    assert native.current_isa() == before
-    assert before in native.describe()
+        cpu.use_isa("sse9")
+    assert cpu.current_isa() == before
+    assert before in cpu.describe()
 
 
 @pytest.mark.parametrize(("dtype", "fmt"), [*EXCHANGED, (torch.int32, None)], ids=str)
@@ -274,7 +275,7 @@ def test_an_exchange_moves_every_bit_there_and_back(
 ) -> None:
     pairs = [make_pair(n, dtype, fmt, offset) for n in (*sizes_around(chunk_numel), 5000) for offset in (0, 3)]
     before = clone(pairs)
-    launch = native.prepare(pairs)
+    launch = cpu.prepare(pairs)
     launch.exchange(True)
     for pair, old in zip(pairs, before, strict=True):
         assert torch.equal(pair.param.view(torch.uint8), old.average.view(torch.uint8))
@@ -294,7 +295,7 @@ def test_the_first_nonfinite_param_is_found(isa: str, chunk_numel: int, threads:
         Pair("", torch.randn(n).to(dtype), fmt.encode(torch.randn(n)), fmt) for n in numels for dtype, fmt in EXCHANGED
     ]
     params = [pair.param for pair in pairs]
-    launches = native.prepare(pairs), reference.prepare(pairs)
+    launches = cpu.prepare(pairs), reference.prepare(pairs)
     assert [launch.first_nonfinite(params) for launch in launches] == [None, None]
     for index in reversed(range(1, len(pairs))):
         if params[index].numel():
@@ -326,7 +327,7 @@ RULES: list[Rule] = [
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_weights_equal_those_of_python(rule: Rule) -> None:
     counts = [*range(10_001), *(10**k + d for k in range(4, 13) for d in (-1, 0, 1)), 2**53 + 1, 2**63 - 1]
-    assert [n for n in counts if library.weight(rule, n) != rule.weight(n)] == []
+    assert [n for n in counts if rows.weight(rule, n) != rule.weight(n)] == []
 
 
 def _float32(value: float) -> bytes:
@@ -341,7 +342,7 @@ def check_exact_pairs(highs: Tensor, lows: Tensor) -> None:
     # The weight is 0, and 0 * infinity is NaN. A param of -1 keeps the sign of a zero.
     expected = encode_exact(torch.where(value.isinf(), math.nan, value))
     pair = Pair("", torch.full((len(high),), -1.0, dtype=torch.bfloat16), (high, low), EXACT)
-    native.prepare([pair]).update([pair.param], [ExponentialAverage(1.0)], [torch.tensor(1)], 1)
+    cpu.prepare([pair]).update([pair.param], [ExponentialAverage(1.0)], [torch.tensor(1)], 1)
     assert same_bits(high, expected[0])
     assert torch.equal(low, expected[1])
 
@@ -368,9 +369,10 @@ def run_script(script: str) -> None:
 GUARD_PAGES = """
 import ctypes, mmap, os, resource, signal
 import torch
-from swafast.backends import Pair, native
-from swafast.ops import draws_of
-from swafast.rules import ExponentialAverage
+from swafast.backends import cpu
+from swafast.backends.contract import Pair
+from swafast.op.launches import draws_of
+from swafast.terms.rules import ExponentialAverage
 from tests.test_native import DTYPES, FORMATS, any_planes, any_values, check_updates
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -412,7 +414,7 @@ def crashes(dtype, fmt, plant):
     if child == 0:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         pair = guarded_pair(1000, dtype, fmt, plant == "after")
-        launch = native.prepare([pair])
+        launch = cpu.prepare([pair])
         launch._chunks[-1, 2 if plant == "after" else 1] += 1 if plant == "after" else -1
         update(launch, pair)
         os._exit(0)
@@ -421,10 +423,10 @@ def crashes(dtype, fmt, plant):
 
 
 torch.manual_seed(20)
-best = native.current_isa()
+best = cpu.current_isa()
 for isa in ("generic", "avx2", "avx512"):
     try:
-        native.use_isa(isa)
+        cpu.use_isa(isa)
     except ValueError:
         continue
     for dtype in DTYPES:
@@ -435,11 +437,11 @@ for isa in ("generic", "avx2", "avx512"):
                 for at_end in (False, True)
             ]
             check_updates(pairs, (0.3, 0.9))
-            launch = native.prepare(pairs)
+            launch = cpu.prepare(pairs)
             launch.first_nonfinite([])
             if pairs[0].param.dtype == pairs[0].average.dtype:
                 launch.exchange(True)
-native.use_isa(best)
+cpu.use_isa(best)
 for dtype in DTYPES:
     for fmt in FORMATS:
         for plant in ("before", "after"):
@@ -456,19 +458,19 @@ def test_no_byte_outside_the_buffers_is_touched() -> None:
 FORKED_CHILD = """
 import os, signal
 import torch
-from swafast.backends import native
+from swafast.backends import cpu
 from swafast.formats import EXACT
 from tests.test_native import check_updates, make_pair
 
 torch.set_num_threads(2)
-native._NUMEL_PER_THREAD = 1
-native.CPU_CHUNK_NUMEL = 64
+cpu._NUMEL_PER_THREAD = 1
+cpu.CPU_CHUNK_NUMEL = 64
 check_updates([make_pair(10_000, torch.bfloat16, EXACT)])
 child = os.fork()
 if child == 0:
     torch.set_num_threads(1)  # for torch's own kernels, which hang here
     pairs = [make_pair(10_000, torch.bfloat16, EXACT)]
-    native.NativeLaunch._threads = lambda launch: 2
+    cpu.NativeLaunch._threads = lambda launch: 2
     check_updates(pairs)
     os._exit(0)
 signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))

@@ -14,8 +14,8 @@ import pytest
 import swafast
 from bench.readme import readme_table
 from swafast import doctor
-from swafast.backends import library, native
-from swafast.choice import BACKENDS
+from swafast.backends import cpu, library
+from swafast.op.choice import BACKENDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -40,7 +40,7 @@ def test_the_doctor_finds_the_library_from_a_clone() -> None:
     backends = [f"backend {backend.name}" for backend in BACKENDS]
     for what in ("swafast", "python", "torch", *backends, "in use on cpu"):
         assert re.search(rf"^{what} ", done.stdout, re.MULTILINE), what
-    if native.unavailable() is None:
+    if cpu.unavailable() is None:
         assert re.search(r"^backend cpu .*libswafast\S+ \(.*(avx512|avx2|generic)\)$", done.stdout, re.MULTILINE)
         assert re.search(r"^in use on cpu +cpu ", done.stdout, re.MULTILINE)
 
@@ -56,12 +56,12 @@ def test_the_doctor_says_why_not(tmp_path: Path) -> None:
 
 
 def test_a_library_of_another_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    if native.unavailable() is not None:
-        pytest.skip(f"needs the native library: {native.unavailable()}")
+    if cpu.unavailable() is not None:
+        pytest.skip(f"needs the native library: {cpu.unavailable()}")
     monkeypatch.setattr(library, "_ABI", 999)
     library.load.cache_clear()
     try:
-        assert re.search(r"has interface \d+, this swafast needs 999: install it again", str(native.unavailable()))
+        assert re.search(r"has interface \d+, this swafast needs 999: install it again", str(cpu.unavailable()))
     finally:
         library.load.cache_clear()
 

@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from swafast.boxes import Box, boxes_of_run
-from swafast.sharded.part_tensor import PartTensor
+from swafast.sharded.parts.part_tensor import PartTensor
+from swafast.terms.boxes import Box, boxes_of_run
 from tests.ranks import RankFailedError, run_ranks
 
 DTYPES = (

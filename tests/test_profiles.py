@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from swafast import profiles
-from swafast.profiles import Profile, fit
-from swafast.rules import EqualAverage, ExponentialAverage, PowerAverage, Rule
+from swafast.posthoc import profiles
+from swafast.posthoc.profiles import Profile, fit
+from swafast.terms.rules import EqualAverage, ExponentialAverage, PowerAverage, Rule
 
 NARROW, WIDE = PowerAverage.from_sigma_rel(0.05), PowerAverage.from_sigma_rel(0.10)
 

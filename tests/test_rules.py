@@ -18,7 +18,7 @@ from torch.optim.swa_utils import (
 )
 
 from swafast import EqualAverage, ExponentialAverage, PowerAverage, Rule
-from swafast.rules import rule_of
+from swafast.terms.rules import rule_of
 
 ALL_RULES = [
     EqualAverage(),

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from swafast import schedule as module
-from swafast.schedule import Schedule, parse
+from swafast.loop import schedule as module
+from swafast.loop.schedule import Schedule, parse
 
 
 def due(schedule: Schedule, steps: int) -> list[int]:

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from swafast import EqualAverage, ExponentialAverage, ShardedAveragedModel, runners
-from swafast.sharded import binding
+from swafast import EqualAverage, ExponentialAverage, ShardedAveragedModel
+from swafast.loop import runners
+from swafast.sharded import shard_matching
 from tests.conftest import differing
 from tests.ranks import run_ranks
 from tests.sharded_models import WIDTH, make_model, require, wrap
@@ -224,7 +225,7 @@ def test_what_cannot_be_attached_is_named() -> None:
 
 
 def _unstaged() -> list[Any]:
-    with mock.patch.object(binding.Staging, "take", lambda self, name, buffer: buffer):
+    with mock.patch.object(shard_matching.Staging, "take", lambda self, name, buffer: buffer):
         return _train(("ddp",), {"use_buffers": True})
 
 

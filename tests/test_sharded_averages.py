@@ -13,10 +13,9 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage, ShardedAveragedModel
-from swafast.averages import FusedAverages
-from swafast.sharded import averages as sharded_averages
-from swafast.sharded import binding
-from swafast.sharded.averages import ShardedAverages
+from swafast.average.fused_averages import FusedAverages
+from swafast.sharded import shard_matching, sharded_averages
+from swafast.sharded.sharded_averages import ShardedAverages
 from tests.ranks import run_ranks
 from tests.sharded_models import drift, fill, make_model, require, wrap
 from tests.test_sharded_modes import Seen, own_parts_differing
@@ -194,19 +193,19 @@ def test_ranks_that_name_different_averages_are_told_so() -> None:
 
 def forget_the_boxes() -> None:
     # As if each rank's part began at the first element of the whole.
-    draws = binding.Draws
-    binding.Draws = lambda key, shape, boxes: draws(key, (sum(box.numel for box in boxes),), None)  # type: ignore[misc, assignment]
+    draws = shard_matching.Draws
+    shard_matching.Draws = lambda key, shape, boxes: draws(key, (sum(box.numel for box in boxes),), None)  # type: ignore[misc, assignment]
 
 
 def commit_before_all_are_verified() -> None:
-    verify = sharded_averages.states.verify
+    verify = sharded_averages.checkpoint.verify
 
     def verify_and_commit(staged: Any, ranks: Any, device: torch.device) -> None:
         verify(staged, ranks, device)
         for _, run in staged.runs:
             run.add_(1)
 
-    sharded_averages.states.verify = verify_and_commit
+    sharded_averages.checkpoint.verify = verify_and_commit
 
 
 def _planted(plant: Callable[[], None], function: Callable[..., Any], *args: Any) -> Any:

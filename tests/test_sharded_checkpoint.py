@@ -32,11 +32,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from swafast import FusedAveragedModel, ShardedAveragedModel
-from swafast.boxes import Box
-from swafast.checksum import checksum
-from swafast.sharded import LostPeerError, PartTensor, states
-from swafast.sharded.ranks import Ranks
-from swafast.sharded.shares import Share
+from swafast.op.checksum import checksum
+from swafast.sharded import LostPeerError, PartTensor, checkpoint
+from swafast.sharded.parts.ranks import Ranks
+from swafast.sharded.parts.shares import Share
+from swafast.terms.boxes import Box
 from tests.ranks import RankFailedError, run_ranks
 from tests.sharded_models import Net, differing_bits, drift, fill, make_model, wrap
 
@@ -193,7 +193,7 @@ def _save_all(folder: Path, ways: Sequence[str]) -> dict[str, dict[str, list[int
 
 
 def checksums_of(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    return {key: value.tolist() for key, value in state.items() if key.startswith(states.CHECKSUM)}
+    return {key: value.tolist() for key, value in state.items() if key.startswith(checkpoint.CHECKSUM)}
 
 
 def kinds() -> set[str]:
@@ -294,7 +294,7 @@ def test_checksums_do_not_depend_on_the_cut(saved: Saved) -> None:
     for kind in kinds():
         alike = [sealed[way] for way in WAYS if WAYS[way].kind == kind]
         assert all(sums == alike[0] for sums in alike), kind
-        assert alike[0].keys() == {states.CHECKSUM + key for key in truth_after(kind, SAVED_AT)}
+        assert alike[0].keys() == {checkpoint.CHECKSUM + key for key in truth_after(kind, SAVED_AT)}
         assert len({seal for seal, _ in alike[0].values()}) > len(alike[0]) // 2
 
 
@@ -493,13 +493,13 @@ def _look_at_states() -> None:
         twin = Twin(way).train(0)
         expected = twin.expected()
         state = twin.averaged.state_dict()
-        assert state.keys() == {*expected, *(states.CHECKSUM + key for key in expected), states.SAVE_ID}
+        assert state.keys() == {*expected, *(checkpoint.CHECKSUM + key for key in expected), checkpoint.SAVE_ID}
         params = {f"module.{name}" for name, _ in twin.reference.named_parameters(remove_duplicate=False)}
         params |= {key for key in expected if not key.startswith(("module.", "n_averaged"))}
         for key, value in state.items():
             if key in expected:
                 assert (value.shape, value.dtype) == (expected[key].shape, expected[key].dtype), key
-            wanted = kind if key in params and value.dim() else PartTensor if key == states.SAVE_ID else Tensor
+            wanted = kind if key in params and value.dim() else PartTensor if key == checkpoint.SAVE_ID else Tensor
             assert type(value) is wanted, (way, key)
         local = {
             key: value.run if isinstance(value, PartTensor) else whole_or_local(value) for key, value in state.items()
@@ -512,7 +512,7 @@ def _look_at_states() -> None:
             value.zero_()
         assert differing_bits(planes_of(twin.averaged), planes) == [], "a state is the average itself"
         again, once = twin.averaged.state_dict(), twin.averaged.state_dict()
-        assert set(again[states.SAVE_ID].run.tolist()) != set(once[states.SAVE_ID].run.tolist())
+        assert set(again[checkpoint.SAVE_ID].run.tolist()) != set(once[checkpoint.SAVE_ID].run.tolist())
         assert checksums_of(again) == checksums_of(once)
 
 
@@ -570,7 +570,7 @@ class Buffers(nn.Module):
         chance = torch.Generator().manual_seed(seed)
         self.register_buffer("turned", torch.randn(5, 2, 3, generator=chance).permute(2, 0, 1))
         self.register_buffer("gapped", torch.randn(5, 4, generator=chance)[:, ::2])
-        for name in states._DTYPES:
+        for name in checkpoint._DTYPES:
             dtype = getattr(torch, name, None)
             if dtype is not None:
                 numbers = torch.randint(0, 256, (6 * dtype.itemsize,), generator=chance, dtype=torch.uint8)
@@ -604,7 +604,7 @@ def test_buffers_of_every_dtype_and_complex_params_are_saved_and_loaded(tmp_path
 @pytest.mark.parametrize("size", [1, 3, 4, 255, 1000, 1024])
 def test_each_of_many_ranks_has_its_part_of_the_save_id(size: int) -> None:
     ranks = [SimpleNamespace(size=size, index=index, gather=lambda value: [7]) for index in range(size)]
-    parts = [states._save_id_part(each) for each in ranks]  # type: ignore[arg-type]
+    parts = [checkpoint._save_id_part(each) for each in ranks]  # type: ignore[arg-type]
     assert all(part.run.numel() > 0 and part.run.eq(7).all() for part in parts)
     places = [box.offsets[0] for part in parts for box in part.boxes] + [parts[0].numel()]
     assert places[0] == 0
@@ -910,7 +910,7 @@ def some_keys(state: Mapping[str, Tensor], chance: random.Random) -> list[str]:
     """Pick keys of every kind, the checksums of every kind of key among them."""
     by_kind: dict[str, list[str]] = {}
     for key in state:
-        sealed = key.removeprefix(states.CHECKSUM)
+        sealed = key.removeprefix(checkpoint.CHECKSUM)
         by_kind.setdefault(f"{sealed == key} {kind_of(sealed)}", []).append(key)
     return [key for keys in by_kind.values() for key in chance.sample(keys, min(2, len(keys)))]
 
@@ -933,7 +933,7 @@ def _flip_in_memory(ways: Sequence[str], seed: int) -> int:
             dist.all_gather_object(told, has_it)
             # Of a whole tensor that is cut, as those without dimensions are, the others' part is not read.
             if any(told) and key != "module.scalar":
-                sealed = "saves" if key == states.SAVE_ID else key.removeprefix(states.CHECKSUM)
+                sealed = "saves" if key == checkpoint.SAVE_ID else key.removeprefix(checkpoint.CHECKSUM)
                 with refused_on_all_ranks(twin.averaged, sealed):
                     twin.averaged.load_state_dict(damaged_state)
                 tried += 1
@@ -1005,7 +1005,7 @@ def _load_what_does_not_fit(ways: Sequence[str]) -> None:
         twin = Twin(way).train(*range(SAVED_AT))
         good = twin.averaged.state_dict()
         wrong = _wrong_states(twin)
-        plain_keys = [key for key in good if not key.startswith((states.CHECKSUM, states.SAVE_ID))]
+        plain_keys = [key for key in good if not key.startswith((checkpoint.CHECKSUM, checkpoint.SAVE_ID))]
         twin.train(80)
         for state, named in wrong:
             with refused_on_all_ranks(twin.averaged, *named):
@@ -1182,7 +1182,7 @@ def test_a_load_that_a_rank_does_not_come_to_ends_at_the_timeout() -> None:
 
 
 def skip_verification() -> None:
-    states.verify = lambda *args: None  # type: ignore[assignment]
+    checkpoint.verify = lambda *args: None  # type: ignore[assignment]
 
 
 def tell_nobody() -> None:
@@ -1194,24 +1194,24 @@ def tell_nobody() -> None:
 
 
 def write_while_staging() -> None:
-    stage = states.stage
+    stage = checkpoint.stage
 
-    def hasty(entries: Sequence[states.Entry], state: Any) -> states.Staged:
+    def hasty(entries: Sequence[checkpoint.Entry], state: Any) -> checkpoint.Staged:
         staged = stage(entries, state)
         for entry, run in staged.runs:
             entry.plane.detach().copy_(run.view(entry.plane.shape))
         return staged
 
-    states.stage = hasty
+    checkpoint.stage = hasty
 
 
 def forget_the_save() -> None:
-    verify = states.verify
-    states.verify = lambda staged, *rest: verify(dataclasses.replace(staged, save_ids=frozenset()), *rest)
+    verify = checkpoint.verify
+    checkpoint.verify = lambda staged, *rest: verify(dataclasses.replace(staged, save_ids=frozenset()), *rest)
 
 
 def sum_without_places() -> None:
-    states.checksum_of_run = lambda run, share: sum(checksum(box.of_run(run)) for box in share.boxes) % 2**62
+    checkpoint.checksum_of_run = lambda run, share: sum(checksum(box.of_run(run)) for box in share.boxes) % 2**62
 
 
 def count_replicas_again() -> None:
@@ -1223,24 +1223,24 @@ def keep_own_buffers() -> None:
 
 
 def give_the_average_itself() -> None:
-    copied = states.part_of
+    copied = checkpoint.part_of
 
-    def shared(entry: states.Entry) -> Tensor:
+    def shared(entry: checkpoint.Entry) -> Tensor:
         part = copied(entry)
         return PartTensor(entry.run, part.shape, part.boxes) if isinstance(part, PartTensor) else part
 
-    states.part_of = shared
+    checkpoint.part_of = shared
 
 
 def believe_the_first_of_ties() -> None:
-    def run_of_first(state: Mapping[str, Tensor], entry: states.Entry, seals: Any) -> Tensor:
-        return states._run_from(state[entry.keys[0]], entry.keys[0], entry, seals)
+    def run_of_first(state: Mapping[str, Tensor], entry: checkpoint.Entry, seals: Any) -> Tensor:
+        return checkpoint._run_from(state[entry.keys[0]], entry.keys[0], entry, seals)
 
-    states._run_of_ties = run_of_first
+    checkpoint._run_of_ties = run_of_first
 
 
 def let_formats_be_cast() -> None:
-    states._require_saved_as = lambda *args: None  # type: ignore[assignment]
+    checkpoint._require_saved_as = lambda *args: None  # type: ignore[assignment]
 
 
 def _flip_in_files_of_its_own(folder: Path) -> None:

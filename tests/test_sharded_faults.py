@@ -21,10 +21,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from swafast import FusedAveragedModel, Rule
-from swafast.exchange import Exchange
-from swafast.sharded import LostPeerError, ShardedAveragedModel, spread
-from swafast.sharded.ranks import Ranks
-from swafast.sharded.spread import Spread
+from swafast.op.exchange import Exchange
+from swafast.sharded import LostPeerError, ShardedAveragedModel
+from swafast.sharded.parts import spread
+from swafast.sharded.parts.ranks import Ranks
+from swafast.sharded.parts.spread import Spread
 from swafast.sharded.swap import NOT_WHOLE
 from tests.ranks import run_ranks
 from tests.sharded_models import WIDTH, differing_bits, drift, fill, locals_of, make_model, wrap

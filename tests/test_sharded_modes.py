@@ -18,11 +18,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, ops
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel
 from swafast.backends import cuda, library
-from swafast.plan import Plan
-from swafast.sharded import ShardedAveragedModel, binding, flat_order, shares
-from swafast.sharded import model as sharded_model
+from swafast.op import launches
+from swafast.op.plan import Plan
+from swafast.sharded import ShardedAveragedModel, shard_matching, sharded_model
+from swafast.sharded.parts import flat_order, shares
 from tests.ranks import run_ranks
 from tests.sharded_models import (
     TP_MODES,
@@ -542,13 +543,13 @@ def forget_the_last_run() -> None:
 
 
 def start_where_the_flat_param_does() -> None:
-    find = binding.Finder.local
+    find = shard_matching.Finder.local
 
     def local(self: Any, bases: Any, index: int) -> Tensor:
         base, run = self._places[index]
         return bases[base].narrow(0, 0, run[1]) if run is not None else find(self, bases, index)
 
-    binding.Finder.local = local  # type: ignore[method-assign]
+    shard_matching.Finder.local = local  # type: ignore[method-assign]
 
 
 def ask_the_others() -> None:
@@ -581,22 +582,22 @@ def cut_unevenly() -> None:
 
 
 def keep_copies() -> None:
-    make = binding.Binding.__init__
+    make = shard_matching.Binding.__init__
 
     def with_copies(self: Any, model: Any, averaged: Any, planes: Any, held: Any, *args: Any, **options: Any) -> None:
         make(self, model, averaged, planes, held, *args, **options)
         self.copies = [found.local.detach().clone() for found in held.values()]
 
-    binding.Binding.__init__ = with_copies  # type: ignore[method-assign]
+    shard_matching.Binding.__init__ = with_copies  # type: ignore[method-assign]
 
 
 def never_reshard() -> None:
-    sharded_model.reshard = binding.reshard = lambda model: None
+    sharded_model.reshard = shard_matching.reshard = lambda model: None
 
 
 def keep_the_flag() -> None:
-    update = ops.update
-    ops.update = lambda *args, share=None, **options: update(*args, **options)
+    update = launches.update
+    launches.update = lambda *args, share=None, **options: update(*args, **options)
 
 
 PLANTS: dict[str, Callable[[], None]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench.sharded import llama_405b, plan_405b
-from swafast.sharded.flat_order import CUT_NUMEL, FlatOrder
+from swafast.sharded.parts.flat_order import CUT_NUMEL, FlatOrder
 
 pytestmark = pytest.mark.distributed
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from swafast import FusedAveragedModel, PowerAverage, ShardedAveragedModel
-from swafast.sharded.snapshots import Snapshots
-from swafast.snapshots import snapshot_paths
+from swafast.posthoc.folder import snapshot_paths
+from swafast.posthoc.snapshots import Snapshots
 from tests.ranks import run_ranks
 from tests.sharded_models import differing_bits, drift, fill, make_model, wrap
 

@@ -23,8 +23,9 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from swafast import ExponentialAverage, FusedAveragedModel, Rule
-from swafast.exchange import Exchange
-from swafast.sharded import ShardedAveragedModel, binding, spread, swap
+from swafast.op.exchange import Exchange
+from swafast.sharded import ShardedAveragedModel, shard_matching, swap
+from swafast.sharded.parts import spread
 from tests.ranks import run_ranks
 from tests.sharded_models import (
     FSDP2_MODES,
@@ -789,7 +790,7 @@ def never_go_back() -> None:
 
 
 def take_any_place() -> None:
-    binding.require_same_place = lambda before, now: None
+    shard_matching.require_same_place = lambda before, now: None
 
 
 def send_what_the_body_left() -> None:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage, Rule
-from swafast.profiles import Profile
-from swafast.sharded import snapshot_sums
-from swafast.sharded.snapshots import Snapshots
-from swafast.snapshots import SIDECAR, StoredAverage, snapshot_paths
+from swafast.posthoc import sums
+from swafast.posthoc.folder import SIDECAR, StoredAverage, snapshot_paths
+from swafast.posthoc.profiles import Profile
+from swafast.posthoc.snapshots import Snapshots
 
 ROOT = Path(__file__).parents[1]
 STORED = {"narrow": PowerAverage.from_sigma_rel(0.05), "wide": PowerAverage.from_sigma_rel(0.10)}
@@ -134,7 +134,7 @@ def test_a_profile_that_is_missed_warns_once_with_the_number(run: Run) -> None:
 def test_the_sum_does_not_depend_on_how_many_tensors_go_at_a_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     rule = PowerAverage.from_sigma_rel(0.12)
     expected = Snapshots(run.folder).synthesize(rule, 25 * EVERY)
-    monkeypatch.setattr(snapshot_sums, "_GROUP_NUMEL", 100)
+    monkeypatch.setattr(sums, "_GROUP_NUMEL", 100)
     given = Snapshots(run.folder).synthesize(rule, 25 * EVERY)
     assert all(torch.equal(given[name], expected[name]) for name in expected)
 
@@ -285,7 +285,7 @@ def test_the_later_of_two_of_a_count_holds(tmp_path: Path, monkeypatch: pytest.M
 def test_a_save_that_fails_leaves_the_earlier_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    from swafast.sharded import snapshots as module
+    from swafast.posthoc import snapshots as module
 
     snapshots = small(tmp_path, 2, 3)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -345,7 +345,7 @@ _KILLED = """
 import os, sys, torch
 from pathlib import Path
 from tests.test_snapshots import updated
-from swafast.sharded import snapshots as module
+from swafast.posthoc import snapshots as module
 module.write_sidecar = lambda snapshot: os._exit(9)
 module.Snapshots(Path(sys.argv[1])).save(updated(int(sys.argv[2])))
 """

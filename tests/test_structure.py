@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import subprocess
 import sys
@@ -10,89 +9,160 @@ from pathlib import Path
 
 import pytest
 
+from tests import structure
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "swafast"
+SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 
-FLOORS = {
-    "_torch": 0,
-    "_torch_distributed": 0,
-    "locks": 0,
-    "elementary": 1,
-    "rules": 1,
-    "profiles": 1,
-    "boxes": 1,
-    "draws": 1,
-    "formats": 1,
-    "names": 1,
-    "bucket": 2,
-    "backends": 2,
-    "checks": 3,
-    "checksum": 3,
-    "choice": 3,
-    "ops": 3,
-    "plan": 3,
-    "planes": 4,
-    "matching": 4,
-    "states": 4,
-    "snapshots": 4,
-    "functions": 4,
-    "exchange": 4,
-    "averaged_model": 4,
-    "averages": 4,
-    "batchnorm": 4,
-    "schedule": 1,
-    "shadow": 4,
-    "optim": 5,
-    "runners": 4,
-    "attachment": 4,
-    "attach": 4,
-    "sharded": 4,
-    "__init__": 5,
-    "__main__": 5,
-    "doctor": 5,
-    "cli": 5,
-    "demo": 5,
+# A small package that keeps every rule, with imports of every form.
+CLEAN = {
+    "__init__.py": (
+        'from typing import TYPE_CHECKING\n_LAZY = {"Model": "average.model"}\n'
+        "if TYPE_CHECKING:\n    from .average.model import Model\n"
+    ),
+    "__main__.py": "from .cli import app\napp()\n",
+    "cli.py": "from . import __version__, doctor\nfrom .demo import settings\ndef main(): ...\n",
+    "doctor.py": "import swafast\nfrom swafast.backends import library\ndef describe(): ...\ndef main(): ...\n",
+    "demo/__init__.py": "from swafast import Model\n",
+    "demo/settings.py": "from .. import Model\nfrom .pictures import curve\n",
+    "demo/pictures/curve.py": "from ... import sharded\ndef describe(): ...\n",
+    "sharded/__init__.py": "from .states import ShardedStates\n",
+    "sharded/states.py": "from .parts.spread import Spread\nimport torch.distributed as dist\ndist.get_rank()\n",
+    "sharded/parts/__init__.py": "",
+    "sharded/parts/spread.py": "import importlib\nimportlib.import_module('...average.model', package=__package__)\n",
+    "average/__init__.py": "",
+    "average/model.py": (
+        "from torch import nn\nfrom ..op import plan\nfrom ..op.plan import Plan as P\n"
+        "class Model(nn.Module):\n    def _apply(self, fn):\n        return super()._apply(fn)\n"
+    ),
+    "op/__init__.py": "from . import checks\n",
+    "op/plan.py": "def plan():\n    from ..backends import choose\n    from ..torch_private.hooks import *\n",
+    "op/checks.py": "import torch\nfrom . import plan\ntorch._foreach_lerp_\ntorch.__version__\n",
+    "backends/__init__.py": "def describe(): ...\ndef prepare(): ...\n",
+    "backends/library.py": "from ..terms.weight import Weight\n",
+    "backends/triton/__init__.py": "from .. import library\ndef prepare(): ...\n",
+    "loop/__init__.py": "",
+    "loop/attach.py": "import torch.nn.parallel\n",
+    "terms/__init__.py": "",
+    "terms/weight.py": "class Weight: ...\n",
+    "terms/rule.py": "from .weight import Weight\nWeight.__dict__['power']\n",
+    "torch_private/__init__.py": "",
+    "torch_private/hooks.py": "import torch._dynamo\ndef modules(module):\n    return module._modules\n",
+}
+LATE = "\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    "
+PLANTED = {
+    "up to a class of a module": ("op/plan.py", "from ..sharded.states import S", " -> sharded/states.py: up"),
+    "up inside a function": ("backends/library.py", "def f():\n    from ..op import plan", " -> op/plan.py: up"),
+    "up inside try": ("op/plan.py", "try: import swafast.average.model\nexcept E: ...", " -> average/model.py: up"),
+    "up under TYPE_CHECKING": ("op/plan.py", f"{LATE}from ..average.model import M", " -> average/model.py: up"),
+    "up by a whole name": ("terms/rule.py", "import swafast.op.checks as c", " -> op/checks.py: up"),
+    "up by an attribute": (
+        "op/checks.py",
+        "import swafast.terms.rule\nswafast.average.model.f()",
+        " -> average/model.py: up",
+    ),
+    "up by importlib": ("loop/attach.py", "importlib.import_module('swafast.op')", " -> op/__init__.py: up"),
+    "up by importlib, from a package": (
+        "loop/attach.py",
+        "import_module('.plan', package='swafast.op')",
+        " -> op/plan.py: up",
+    ),
+    "up by __import__": ("terms/rule.py", "__import__('swafast.loop.attach')", " -> loop/attach.py: up"),
+    "up by a star": ("op/plan.py", "from ..sharded.states import *", " -> sharded/states.py: up"),
+    "up to a folder": ("average/model.py", "from .. import sharded", " -> sharded/__init__.py: up"),
+    "up from a nested folder": ("sharded/parts/spread.py", "from .. import f", " -> sharded/__init__.py: up"),
+    "up to the root package": ("terms/rule.py", "import swafast", " -> __init__.py: up"),
+    "up to a name of the root package": ("op/plan.py", "from .. import Model", " -> __init__.py: up"),
+    "up from the demo to a face": ("demo/pictures/curve.py", "from ...doctor import f", " -> doctor.py: up"),
+    "up to Triton": ("backends/library.py", "from .triton import f", " -> backends/triton/__init__.py: up"),
+    "sideways to the backends": ("loop/attach.py", "from ..backends import f", " -> backends/__init__.py: sideways"),
+    "sideways to the loop": ("backends/library.py", "from ..loop import attach", " -> loop/attach.py: sideways"),
+    "an unknown folder": ("utilities/text.py", "from ..terms.rule import f", " -> terms/rule.py: unknown folder"),
+    "torch's private module": ("op/plan.py", "from torch._C import x", ": torch._C"),
+    "torch's private class": ("op/plan.py", "from torch import nn\nnn.modules._Norm", ": torch.nn.modules._Norm"),
+    "torch's private name, imported": ("op/plan.py", "from torch.x import _y", ": torch.x._y"),
+    "torch's private module, by getattr": ("op/plan.py", "import torch as t\ngetattr(t, '_C')", ": torch._C"),
+    "torch's private module, by its key": ("op/plan.py", "sys.modules['torch._dynamo']", ": torch._dynamo"),
+    "a private attribute": ("average/model.py", "def f(m):\n    del m.child._modules['x']", ": ._modules"),
+    "a private attribute, by getattr": ("loop/attach.py", "getattr(module, '_buffers')", ": ._buffers"),
+    "a private attribute, by setattr": ("cli.py", "object.__setattr__(module, '_base', 1)", ": ._base"),
+    "a private attribute, by its key": ("op/plan.py", "m.__dict__['_spec']", ": ._spec"),
+    "a private attribute, by a look-up": ("op/plan.py", "m.__dict__.get('_modules')", ": ._modules"),
+    "a private attribute, by membership": ("op/plan.py", "'_handle' in vars(m)", ": ._handle"),
+    "ranks by an attribute": ("op/plan.py", "import torch as t\nt.distributed.barrier()", ": torch.distributed"),
+    "ranks inside a function": ("op/plan.py", "def f():\n    from torch import distributed", ": torch.distributed"),
+    "ranks from a module below": ("average/model.py", "from torch.distributed.fsdp import x", ": torch.distributed"),
+}
+PLANTED_CIRCLES = {
+    "two modules of one folder": (
+        {"terms/weight.py": "def f():\n    from . import rule"},
+        "terms/rule.py -> terms/weight.py -> terms/rule.py",
+    ),
+    "a folder and its module": (
+        {"op/plan.py": "from . import f"},
+        "op/__init__.py -> op/checks.py -> op/plan.py -> op/__init__.py",
+    ),
+    "three modules, over TYPE_CHECKING": (
+        {"terms/weight.py": f"{LATE}from .draws import Draw", "terms/draws.py": "import swafast.terms.rule"},
+        "terms/draws.py -> terms/rule.py -> terms/weight.py -> terms/draws.py",
+    ),
 }
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+def planted(additions: dict[str, str]) -> list[str]:
+    return structure.report({**CLEAN, **{path: CLEAN.get(path, "") + text for path, text in additions.items()}})
 
 
-def imported_rooms(path: Path, source: str) -> set[str]:
-    """Give the rooms of the package that a file imports, wherever in the file it does."""
-    package = ("swafast", *path.relative_to(PACKAGE).with_suffix("").parts[:-1])
-    rooms = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            module = ".".join((*base, *(node.module or "").split("."))).strip(".")
-            names = [f"{module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "swafast" and len(parts) > 1:
-                rooms.add(parts[1] if parts[1] in FLOORS else "__init__")
-    return rooms
+@pytest.mark.parametrize("path", SOURCES)
+def test_imports_only_go_down(path: str) -> None:
+    assert structure.wrong_imports(path, SOURCES) == []
 
 
-def upward_imports(path: Path, source: str) -> set[str]:
-    own = FLOORS[room_of(path)]
-    return {room for room in imported_rooms(path, source) if FLOORS[room] > own}
+def test_no_circles_of_modules() -> None:
+    assert structure.circles(SOURCES) == []
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_only_go_down(path: Path) -> None:
-    assert upward_imports(path, path.read_text()) == set()
+def test_no_two_modules_share_a_name() -> None:
+    assert structure.shared_names(SOURCES) == []
 
 
-def test_an_import_that_goes_up_would_be_seen() -> None:
-    planted = "def f():\n    from ..averaged_model import FusedAveragedModel\n"
-    assert upward_imports(PACKAGE / "backends" / "native.py", planted) == {"averaged_model"}
-    assert upward_imports(PACKAGE / "rules.py", "from . import ops") == {"ops"}
+def test_every_folder_is_a_floor() -> None:
+    assert {structure.folder_of(path) for path in SOURCES} <= structure.DEPTHS.keys()
+    faces = {path for path in SOURCES if "/" not in path} - {"__init__.py", "__main__.py"}
+    assert len(faces) <= 6, faces
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_what_is_private_in_torch_stays_in_one_folder(path: str) -> None:
+    assert structure.private_names(path, SOURCES[path]) == []
+
+
+def test_torch_distributed_is_known_above_average_only() -> None:
+    assert [name for path, source in SOURCES.items() for name in structure.names_of_ranks(path, source)] == []
+
+
+def test_a_tree_that_keeps_the_rules_is_not_reported() -> None:
+    assert structure.report(CLEAN) == []
+    assert structure.imported_modules("sharded/parts/spread.py", CLEAN) == {"average/model.py"}
+    assert structure.imported_modules("op/plan.py", CLEAN) == {"backends/__init__.py", "torch_private/hooks.py"}
+
+
+@pytest.mark.parametrize(("path", "text", "wrong"), PLANTED.values(), ids=PLANTED)
+def test_planted_imports_are_seen(path: str, text: str, wrong: str) -> None:
+    reported = [line for line in planted({path: text}) if not line.startswith("circle")]
+    assert reported == [f"{path}{wrong}"]
+
+
+@pytest.mark.parametrize(("additions", "circle"), PLANTED_CIRCLES.values(), ids=PLANTED_CIRCLES)
+def test_planted_circles_are_seen(additions: dict[str, str], circle: str) -> None:
+    assert planted(additions) == [f"circle: {circle}"]
+
+
+def test_planted_names_that_two_share_are_seen() -> None:
+    assert planted({"loop/rule.py": ""}) == ["module rule: loop/rule.py, terms/rule.py"]
+    assert planted({"op/plan.py": "class Weight: ..."}) == ["Weight: op/plan.py, terms/weight.py"]
+    assert planted({"op/plan.py": "def describe(): ..."}) == ["describe: doctor.py, op/plan.py"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc").rglob("*.[ch]*")), ids=lambda path: path.name)
@@ -101,40 +171,39 @@ def test_the_kernels_know_neither_torch_nor_python(path: Path) -> None:
     assert not [name for name in included if re.search(r"torch|ATen|c10|Python\.h|pybind", name)]
 
 
-def test_only_one_module_names_what_is_private_in_torch() -> None:
-    private = re.compile(r"torch\._[a-z]\w*|torch\._C")
-    allowed = {"torch._foreach_lerp_", "torch._foreach_copy_"}  # documented names of torch's multi-tensor functions
-    for path in PACKAGE.rglob("*.py"):
-        if not path.name.startswith("_torch"):
-            assert set(private.findall(path.read_text())) <= allowed, path
-
-
-def test_only_one_package_knows_of_ranks() -> None:
-    for path in PACKAGE.rglob("*.py"):
-        if room_of(path) not in ("sharded", "_torch_distributed", "_torch"):  # the last asks whether there are any
-            assert "torch.distributed" not in path.read_text(), path
-
-
-def test_only_one_module_names_what_is_private_in_dtensor_and_fsdp() -> None:
-    private = re.compile(
-        r"\._(local_tensor|local_shard|spec|handle|fqns|shard_param_infos|get_backend|inter_node_pg)\b"
-    )
-    for path in PACKAGE.rglob("*.py"):
-        if path.name != "_torch_distributed.py":
-            assert private.findall(path.read_text()) == [], path
-
-
 def test_modules_stay_small_enough_to_read() -> None:
-    lengths = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
-    assert {name: length for name, length in lengths.items() if length > 350} == {}
+    lengths = {path: len(source.splitlines()) for path, source in SOURCES.items()}
+    assert {path: length for path, length in lengths.items() if length > 350} == {}
+
+
+def run_python(check: str) -> None:
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "module", ["swafast", "swafast.terms", "swafast.terms.weight", "swafast.backends", "swafast.backends.library"]
+)
+def test_loader_and_weights_import_no_torch(module: str) -> None:
+    run_python(
+        f"import sys; sys.modules['torch'] = None; import {module}\n"
+        "loaded = [name for name, module in sys.modules.items() if name.startswith('torch') and module]\n"
+        "assert not loaded, loaded\n"
+    )
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    run_python(
+        "import sys; before = set(sys.modules); import swafast\n"
+        "heavy = {'torch', 'typer', 'rich', 'triton', 'numpy'} & (set(sys.modules) - before)\n"
+        "assert not heavy, heavy\n"
+    )
 
 
 def test_importing_loads_no_kernel_and_no_compiler() -> None:
-    check = (
-        "import sys, torch; before = set(sys.modules); import swafast\n"
+    run_python(
+        "import sys, torch; before = set(sys.modules); from swafast import FusedAveragedModel\n"
         "from swafast.backends import library\n"
         "heavy = {'triton', 'torch._dynamo', 'torch._inductor', 'sklearn', 'matplotlib', 'typer', 'rich'}\n"
         "assert not heavy & (set(sys.modules) - before), heavy & (set(sys.modules) - before)\n"
         "assert library.load.cache_info().currsize == 0\n"
     )
-    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT, timeout=120)

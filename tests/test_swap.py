@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from swafast import ExponentialAverage, FusedAveragedModel
-from swafast import exchange as exchange_module
-from swafast.backends import native
+from swafast.backends import cpu
+from swafast.op import exchange as exchange_module
 from tests.conftest import EveryKind, differing, tensors_of, trained
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -183,7 +183,7 @@ def test_an_interrupt_at_any_point_loses_nothing(
     average = trained(every_kind, torch.float32)
     before, state = tensors_of(every_kind), average.averaged_state_dict()
     calls = {"exchange": 0, "bump": 0}
-    exchange, bump = native.NativeLaunch.exchange, exchange_module.bump_versions
+    exchange, bump = cpu.NativeLaunch.exchange, exchange_module.bump_versions
     at = {"there, exchanged": ("exchange", 1), "there, stashed": ("bump", 1)}
     at |= {"back, exchanged": ("exchange", 2), "back, restored": ("bump", 2)}
 
@@ -196,7 +196,7 @@ def test_an_interrupt_at_any_point_loses_nothing(
 
         return run
 
-    monkeypatch.setattr(native.NativeLaunch, "exchange", interrupt_after("exchange", exchange))
+    monkeypatch.setattr(cpu.NativeLaunch, "exchange", interrupt_after("exchange", exchange))
     monkeypatch.setattr(exchange_module, "bump_versions", interrupt_after("bump", bump))
     with pytest.raises(KeyboardInterrupt), average.swapped_into(every_kind):
         pass

@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from swafast import _torch_distributed
 from swafast.sharded import PartTensor
+from swafast.torch_private import distributed as private
 from tests.ranks import TIMEOUT, run_ranks
 
 
@@ -31,13 +31,13 @@ def dtensor_names() -> list[str]:
     mesh = init_device_mesh("cpu", (1,))
     tensor = distribute_tensor(torch.arange(6.0).view(3, 2), mesh, [Shard(0)])
     missing = [name for name in ("_local_tensor", "_spec", "__create_chunk_list__") if not hasattr(tensor, name)]
-    if _torch_distributed.local_tensors([tensor])[0] is not tensor._local_tensor:
+    if private.local_tensors([tensor])[0] is not tensor._local_tensor:
         missing.append("_local_tensor")
-    if _torch_distributed.box_of(tensor) != ((0, 0), (3, 2)):
+    if private.box_of(tensor) != ((0, 0), (3, 2)):
         missing.append("__create_chunk_list__")
-    if _torch_distributed.specs([tensor])[0].placements != tensor.placements:  # type: ignore[attr-defined]
+    if private.specs([tensor])[0].placements != tensor.placements:  # type: ignore[attr-defined]
         missing.append("_spec")
-    if _torch_distributed.group_timeout(dist.group.WORLD) != TIMEOUT:  # type: ignore[arg-type]
+    if private.group_timeout(dist.group.WORLD) != TIMEOUT:  # type: ignore[arg-type]
         missing.append("_get_backend(device).options._timeout")
     return missing
 
@@ -52,9 +52,7 @@ def fsdp1_names(orig: bool) -> list[str]:
     """Give the private names of FSDP1 that this torch lacks."""
     model = FullyShardedDataParallel(nn.Linear(3, 5), use_orig_params=orig, device_id=torch.device("cpu"))
     missing = []
-    if not orig and [name.rpartition(".")[2] for name, _ in model.named_parameters()] != [
-        _torch_distributed.FLAT_PARAM
-    ]:
+    if not orig and [name.rpartition(".")[2] for name, _ in model.named_parameters()] != [private.FLAT_PARAM]:
         missing.append("FLAT_PARAM")
     model(torch.ones(1, 3))
     handle = model._handle
@@ -74,12 +72,12 @@ def fsdp1_names(orig: bool) -> list[str]:
         for name in ("reshard", "post_reshard", "_prefetched", "uses_sharded_strategy")
         if not hasattr(handle, name)
     ]
-    (found,) = _torch_distributed.flat_params(model)
+    (found,) = private.flat_params(model)
     if [run.names for run in found.runs] != [("weight",), ("bias",)]:
         missing.append("_fqns")
     if sum(run.stop - run.start for run in found.runs) > found.local.numel():
         missing.append("_shard_param_infos")
-    _torch_distributed.reshard_flat_params(model)
+    private.reshard_flat_params(model)
     return missing
 
 
@@ -91,7 +89,7 @@ def test_groups_and_fsdp2_have_what_we_read() -> None:
 def group_and_fsdp2_names() -> list[str]:
     """Give the private names of process groups and FSDP2 that this torch lacks, or that mean something else."""
     of_torch = dist.distributed_c10d._process_group_name
-    group = _torch_distributed.new_group([0], "ours")
+    group = private.new_group([0], "ours")
     missing = [] if group.group_name == "ours" else ["_process_group_name"]
     if dist.distributed_c10d._process_group_name is not of_torch:
         missing.append("_process_group_name, which is not as it was")
@@ -102,7 +100,7 @@ def group_and_fsdp2_names() -> list[str]:
     state = model._get_fsdp_state()
     if state._training_state.name != "FORWARD" or state._is_root is not True:
         missing.append("_training_state")
-    _torch_distributed.end_forward(model)
+    private.end_forward(model)
     if state._training_state.name != "IDLE" or not isinstance(model[0].weight, DTensor):
         missing.append("_reset_iter_state")
     return missing

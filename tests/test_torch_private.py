@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim import swa_utils
 
-from swafast import _torch
+from swafast.torch_private import core
 
 
 def test_disable_dynamo() -> None:
@@ -14,13 +14,13 @@ def test_disable_dynamo() -> None:
 
 
 def test_tensor_guards() -> None:
-    assert _torch._guards_work(), "torch._C._dynamo.guards.TensorGuards is gone, or checks other things"
+    assert core._guards_work(), "torch._C._dynamo.guards.TensorGuards is gone, or checks other things"
 
 
 def test_without_guards_the_public_check_serves(monkeypatch) -> None:
     from tests import test_averaged_model
 
-    monkeypatch.setattr(_torch, "_guards_work", lambda: False)
+    monkeypatch.setattr(core, "_guards_work", lambda: False)
     test_averaged_model.test_a_view_of_other_shape_at_the_same_address_is_noticed()
 
 
@@ -31,16 +31,14 @@ def test_disabled_torch_dispatch() -> None:
         pass
 
     assert hasattr(torch._C, "_disabled_torch_dispatch_impl"), "torch._C._disabled_torch_dispatch_impl is gone"
-    assert _torch.has_own_dispatch(TwoTensor(torch.zeros(1), torch.zeros(1)))
+    assert core.has_own_dispatch(TwoTensor(torch.zeros(1), torch.zeros(1)))
     for plain in (torch.zeros(1), nn.Parameter(torch.zeros(1)), nn.Buffer(torch.zeros(1))):
-        assert not _torch.has_own_dispatch(plain)
+        assert not core.has_own_dispatch(plain)
 
 
 def test_closures_of_torchs_averaging_functions() -> None:
-    for factory in _torch.SWA_FACTORIES:
-        assert _torch.closure_of(factory, factory()) == {}, f"{factory.__name__} is built otherwise now"
-    for factory in _torch.EMA_FACTORIES:
-        assert _torch.closure_of(factory, factory(0.25)) == {"decay": 0.25}, (
-            f"{factory.__name__} is built otherwise now"
-        )
-    assert _torch.closure_of(swa_utils.get_swa_avg_fn, swa_utils.get_ema_avg_fn(0.5)) is None
+    for factory in core.SWA_FACTORIES:
+        assert core.closure_of(factory, factory()) == {}, f"{factory.__name__} is built otherwise now"
+    for factory in core.EMA_FACTORIES:
+        assert core.closure_of(factory, factory(0.25)) == {"decay": 0.25}, f"{factory.__name__} is built otherwise now"
+    assert core.closure_of(swa_utils.get_swa_avg_fn, swa_utils.get_ema_avg_fn(0.5)) is None

@@ -22,19 +22,22 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swafast import FusedAveragedModel, bucket, choice
-from swafast.backends import Pair, library
-from swafast.backends import triton as backend
-from swafast.boxes import Box
-from swafast.draws import Draws, random_bits
-from swafast.formats import COMPACT, COMPENSATED, EXACT, FLOAT32, HALF, MIRRORED, Format
-from swafast.rules import EqualAverage, ExponentialAverage, PowerAverage, Rule
+from swafast import FusedAveragedModel
+from swafast.backends import library, rows
+from swafast.backends.contract import Pair
+from swafast.backends.triton import launch as backend
+from swafast.op import choice
+from swafast.terms import layout
+from swafast.terms.boxes import Box
+from swafast.terms.draws import Draws, random_bits
+from swafast.terms.formats import COMPACT, COMPENSATED, EXACT, FLOAT32, HALF, MIRRORED, Format
+from swafast.terms.rules import EqualAverage, ExponentialAverage, PowerAverage, Rule
 from tests.conftest import EveryKind, trained
 from tests.test_native import DTYPES, differing, make_pair, same_bits
 
 triton = pytest.importorskip("triton", reason="needs Triton")
-from swafast.backends import triton_kernels  # noqa: E402  # after the look for Triton
-from swafast.backends.triton_arithmetic import HAS_FMA  # noqa: E402
+from swafast.backends.triton import kernels  # noqa: E402  # after the look for Triton
+from swafast.backends.triton.arithmetic import HAS_FMA  # noqa: E402
 
 FORMATS = (FLOAT32, EXACT, MIRRORED, COMPACT, COMPENSATED, HALF)
 DEVICE = "cpu" if backend.is_interpreted() else "cuda"
@@ -61,7 +64,7 @@ RULES: list[Rule] = [
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bucket, "GPU_CHUNK_NUMELS", (CHUNK, CHUNK))
+    monkeypatch.setattr(layout, "GPU_CHUNK_NUMELS", (CHUNK, CHUNK))
 
 
 @pytest.fixture(autouse=True)
@@ -154,7 +157,7 @@ def check_updates(pairs: Sequence[Pair], weights: Sequence[float], kernels: Modu
                 plane.copy_(value)
         rule = ExponentialAverage(1.0 - weight)
         launch.update([], [rule], [counter], 1)
-        check_planes(pairs, initial, [library.kernel_terms(rule).weight(n)], [n])
+        check_planes(pairs, initial, [rows.kernel_terms(rule).weight(n)], [n])
     assert counter == 7 + len(weights)
 
 
@@ -305,7 +308,7 @@ def check_paces(num_paces: int, sizes: Sequence[int], kernels: ModuleType | None
     launch._kernels = kernels or launch._kernels
     for advance in (1, 2):
         before = clone(pairs)
-        terms = list(map(library.kernel_terms, rules))
+        terms = list(map(rows.kernel_terms, rules))
         launch.update([], rules, counters, advance)
         check_planes(pairs, before, [term.weight(n) for term, n in zip(terms, ns, strict=True)], ns)
         ns = [n + advance for n in ns]
@@ -427,8 +430,8 @@ class Build:
 def build(folder: Path, *edits: tuple[str, str]) -> Build:
     """Import the kernels' source with each (old, new) of ``edits`` put in; ``old`` must stand there once."""
     parts = tuple(Build.__dataclass_fields__)
-    place = Path(triton_kernels.__file__).parent
-    sources = {part: (place / f"triton_{part}.py").read_text() + PROBES.get(part, "") for part in parts}
+    place = Path(kernels.__file__).parent
+    sources = {part: (place / f"{part}.py").read_text() + PROBES.get(part, "") for part in parts}
     for old, new in edits:
         assert sum(source.count(old) for source in sources.values()) == 1, f"not once: {old!r}"
         sources = {part: source.replace(old, new) for part, source in sources.items()}
@@ -436,15 +439,15 @@ def build(folder: Path, *edits: tuple[str, str]) -> Build:
     made = {}
     for part, source in sources.items():
         for other in parts:
-            source = source.replace(f"from .triton_{other} import", f"from .triton_{other}{suffix} import")
-        made[part] = load(folder / f"triton_{part}{suffix}.py", source)
+            source = source.replace(f"from .{other} import", f"from .{other}{suffix} import")
+        made[part] = load(folder / f"{part}{suffix}.py", source)
     return Build(**made)
 
 
 def load(path: Path, source: str) -> ModuleType:
-    """Import ``source`` as a module of ``swafast.backends``; Triton reads the file again."""
+    """Import ``source`` as a module of ``swafast.backends.triton``; Triton reads the file again."""
     path.write_text(source)
-    name = f"swafast.backends.{path.stem}"
+    name = f"swafast.backends.triton.{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -676,8 +679,8 @@ def test_a_triton_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch) -
         missing = backend.unavailable()
         assert missing is not None
         assert missing.expected
-    monkeypatch.setitem(sys.modules, "swafast.backends.triton_kernels", None)
-    monkeypatch.delattr("swafast.backends.triton_kernels")
+    monkeypatch.setitem(sys.modules, "swafast.backends.triton.kernels", None)
+    monkeypatch.delattr("swafast.backends.triton.kernels")
     why = load_anew()
     assert "did not load: " in why.reason
     assert not why.expected

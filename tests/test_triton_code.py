@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from swafast.backends import triton as backend
+from swafast.backends.triton import launch as backend
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
@@ -33,23 +33,23 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
-from swafast.backends import triton as backend
+from swafast.backends.triton import launch as backend
 
 PARTS = ("arithmetic", "random", "memory", "paces", "kernels")
 tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 def load(folder, edits):
-    sources = {part: pathlib.Path(f"swafast/backends/triton_{part}.py").read_text() for part in PARTS}
+    sources = {part: pathlib.Path(f"swafast/backends/triton/{part}.py").read_text() for part in PARTS}
     for old, new in edits:
         assert sum(source.count(old) for source in sources.values()) == 1, f"not once: {old!r}"
         sources = {part: source.replace(old, new) for part, source in sources.items()}
     for part, source in sources.items():
-        name = f"triton_{part}_{folder.name}"
+        name = f"{part}_{folder.name}"
         for other in PARTS:
-            source = source.replace(f"from .triton_{other} import", f"from .triton_{other}_{folder.name} import")
+            source = source.replace(f"from .{other} import", f"from .{other}_{folder.name} import")
         path = folder / f"{name}.py"
         path.write_text(source)
-        spec = importlib.util.spec_from_file_location(f"swafast.backends.{name}", path)
+        spec = importlib.util.spec_from_file_location(f"swafast.backends.triton.{name}", path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)

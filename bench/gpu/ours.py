@@ -15,8 +15,8 @@ from bench.gpu.report import OURS_PREFIX
 from bench.passes import RULES, TOLERANCE
 from bench.providers import Ours, Provider
 from swafast import FusedAveragedModel, Rule
-from swafast.averages import FusedAverages
-from swafast.formats import get_format
+from swafast.average.fused_averages import FusedAverages
+from swafast.terms.formats import get_format
 
 # Elements decoded at once: what a format's planes become on the way takes up to 40 bytes for each of them.
 DECODED_NUMEL = 1 << 25
@@ -37,7 +37,7 @@ class OnBackend(Ours):
 
     @classmethod
     def missing(cls) -> str | None:
-        from swafast.choice import BACKENDS
+        from swafast.op.choice import BACKENDS
 
         why = next(each for each in BACKENDS if each.name == cls.backend).unavailable()
         return None if why is None else why.reason

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage
-from swafast.averages import FusedAverages
-from swafast.backends import native
+from swafast.average.fused_averages import FusedAverages
+from swafast.backends import cpu
 from swafast.backends.library import MAX_PACES
-from swafast.choice import BACKENDS
-from swafast.rules import Rule
+from swafast.op.choice import BACKENDS
+from swafast.terms.rules import Rule
 
 # Around the widths of vectors, tiles and chunks; and the element that each one starts at, so that most are misaligned.
 NUMELS = (1, 3, 64, 255, 1024, 4097, 70_001)
@@ -173,7 +173,7 @@ def _look_for_nan(case: SmokeCase, averaged: FusedAveragedModel | FusedAverages,
 
 def run(backends: list[str], device: str) -> dict[str, dict[str, str]]:
     """Give the hash of each case on the CPU and on each backend; an error in its words instead."""
-    oracle = "cpu" if native.unavailable() is None else "reference"
+    oracle = "cpu" if cpu.unavailable() is None else "reference"
     places = {oracle: "cpu", **dict.fromkeys(backends, device)}
     found: dict[str, dict[str, str]] = {}
     for case in CASES:

@@ -23,7 +23,7 @@ from bench.gpu.timing import COVER, MAX_TENSORS, Rotation, Stopwatch, rotation_s
 from bench.providers import CompiledForeach, Foreach, Ours, Provider
 from bench.report import TORCH_CLASS
 from bench.workloads import build
-from swafast.formats import get_format
+from swafast.terms.formats import get_format
 
 CPU = torch.device("cpu")
 H200_L2 = 60 << 20

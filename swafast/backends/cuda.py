@@ -11,9 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..rules import Rule
-from . import Pair, Unavailable, library
-from .device import DeviceLaunch, Table
+from ..terms.rules import Rule
+from . import Unavailable, library
+from .contract import Pair
+from .gpu import DeviceLaunch, Table
+from .rows import PaceCache, kernels_serve
 
 name = "cuda"
 device_types = frozenset({"cuda"})
@@ -56,7 +58,7 @@ def _last_error() -> str:
 
 
 def serves(pair: Pair) -> bool:
-    return library.serves(pair, device_types) and _is_usable(pair.param.device)
+    return kernels_serve(pair, device_types) and _is_usable(pair.param.device)
 
 
 def _is_usable(device: torch.device) -> bool:
@@ -84,7 +86,7 @@ class CudaLaunch(DeviceLaunch):
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self._native = library.loaded()
         super().__init__(pairs)
-        self._paces: defaultdict[torch.device, library.PaceCache] = defaultdict(library.PaceCache)
+        self._paces: defaultdict[torch.device, PaceCache] = defaultdict(PaceCache)
         self._heads = {
             table.device: library.TableHead(
                 tensors=table.tensors,

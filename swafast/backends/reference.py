@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..draws import Draws, pieces, random_bits
-from ..formats import Format
-from ..rules import Rule, checked_weight
-from . import Pair, ShareFlag, Unavailable, found_anywhere
+from ..terms.draws import Draws, pieces, random_bits
+from ..terms.formats import Format
+from ..terms.rules import Rule, checked_weight
+from . import Unavailable
+from .contract import Pair, ShareFlag, found_anywhere
 
 name = "reference"
 device_types = None

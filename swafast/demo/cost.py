@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel
+from .. import EqualAverage, ExponentialAverage, FusedAveragedModel
 
 # 400 rounds of 5 updates take about half a second; a median of fewer moves by a few percent on a busy machine.
 ROUNDS = 400

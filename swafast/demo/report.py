@@ -12,8 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from swafast import __version__
-
+from .. import __version__
 from .cost import Cost
 from .settings import Settings
 from .surface import Plane

@@ -17,8 +17,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from torch.optim.swa_utils import SWALR
 
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, update_bn
-
+from .. import EqualAverage, ExponentialAverage, FusedAveragedModel, update_bn
 from .data import NUM_CLASSES, Split, shifted
 from .settings import Settings
 

@@ -11,8 +11,8 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from torch.optim.swa_utils import SWALR
 
-from ..attach import Attachable, check_optimizers
-from ..schedule import Span, parse
+from ..loop.attach import Attachable, check_optimizers
+from ..loop.schedule import Span, parse
 
 _STRATEGIES = {"linear": "linear", "lin": "linear", "cos": "cos", "cosine": "cos"}
 

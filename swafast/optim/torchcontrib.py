@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from .. import batchnorm, ops  # noqa: F401  # the op
-from ..attachment import check_load, wait_for_readers
-from ..rules import EqualAverage
+from ..loop.attachment import check_load, wait_for_readers
+from ..op import torch_op  # noqa: F401  # registers it
+from ..terms.rules import EqualAverage
+from . import batchnorm
 
 _RULE = EqualAverage().kernel_terms()
 

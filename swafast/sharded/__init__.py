@@ -1,9 +1,8 @@
-"""Averages of models that are spread over ranks. Of this package alone `torch.distributed` is known to."""
+"""Averages of models that are spread over ranks. `torch.distributed` is known here and above, nowhere below."""
 
-from .averages import ShardedAverages
-from .model import ShardedAveragedModel
-from .part_tensor import PartTensor
-from .ranks import LostPeerError
-from .snapshots import Snapshots
+from .parts.part_tensor import PartTensor
+from .parts.ranks import LostPeerError
+from .sharded_averages import ShardedAverages
+from .sharded_model import ShardedAveragedModel
 
-__all__ = ["LostPeerError", "PartTensor", "ShardedAveragedModel", "ShardedAverages", "Snapshots"]
+__all__ = ["LostPeerError", "PartTensor", "ShardedAveragedModel", "ShardedAverages"]

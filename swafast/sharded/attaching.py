@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import Module
 
-from ..attach import Attachable
-from ..runners import Ready
-from .binding import Bound, Staging
-from .ranks import Ranks
+from ..loop.attach import Attachable
+from ..loop.runners import Ready
+from .parts.ranks import Ranks
+from .shard_matching import Bound, Staging
 
 
 class AttachableShards(Attachable):

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from .. import checks
-from ..checksum import checksum
-from ..formats import Format, format_of, stored_dtype
-from ..plan import PlaneLike, new_in_buckets
-from .holdings import Held, Holding, Mesh, partial_meshes
-from .ranks import Ranks
-from .shares import Share, view_of_run
-from .spread import Spread
+from ..op import checks
+from ..op.checksum import checksum
+from ..op.plan import PlaneLike, new_in_buckets
+from ..terms.formats import Format, format_of, stored_dtype
+from .parts.holdings import Held, Holding, Mesh, partial_meshes
+from .parts.ranks import Ranks
+from .parts.shares import Share, view_of_run
+from .parts.spread import Spread
 
 
 def ask_include(include: Callable[[str, Tensor], bool] | None, found: Mapping[str, Held]) -> frozenset[str]:

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 from torch.nn import Module
 
-from .. import _torch_distributed
-from ..backends import Pair
-from ..exchange import Exchange
-from .holdings import Held, reshard
-from .ranks import LostPeerError
-from .spread import Spread
+from ..backends.contract import Pair
+from ..op.exchange import Exchange
+from ..torch_private import distributed as private
+from .parts.holdings import Held, reshard
+from .parts.ranks import LostPeerError
+from .parts.spread import Spread
 
 NOT_WHOLE = (
     "this rank's averages are whole, and so is its own part of the params; the params that other ranks average are "
@@ -63,7 +63,7 @@ class Swap:
             RuntimeError: a rank is gone, or a param was moved to other memory meanwhile.
         """
         try:
-            _torch_distributed.end_forward(self._model)
+            private.end_forward(self._model)
             reshard(self._model)
         finally:
             try:

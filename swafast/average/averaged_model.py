@@ -1,0 +1,349 @@
+"""`FusedAveragedModel`: torch's `AveragedModel`, updated in one fused pass."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim.swa_utils import AveragedModel
+
+from ..loop.attach import Attachable
+from ..loop.guard import ForkSafeLock
+from ..op import checks, choice
+from ..op.exchange import Exchange
+from ..op.plan import Plan
+from ..terms.formats import OWN, Format, check_format, format_of, stored_dtype
+from ..terms.rules import Rule, rule_of
+from ..torch_private.core import disable_dynamo
+from .functions import choose_rule, update_by_function
+from .matching import Bindings, Side, ask_include, check_model, each_average, refuse_sharded
+from .planes import Recast, find_planes, fit_planes
+from .states import check_load, export, keeping_ties, translate_load
+
+
+class FusedAveragedModel(Attachable, AveragedModel):
+    """A copy of a model whose parameters are the running average of the model's, moved in one fused pass per update.
+
+    ``average = average + weight * (param - average)``, with ``weight = 1 / (n + 1)`` (SWA) unless a rule says else.
+    It takes the place of ``torch.optim.swa_utils.AveragedModel`` line for line: the same arguments, attributes,
+    state-dict keys and first update (a copy). torch's own averaging functions run fused; any other callable runs as
+    torch runs it.
+
+    Unlike torch's class, it matches parameters by name and strictly, never averages in less than float32, copies
+    integer buffers, and changes nothing when an update or a load fails.
+
+    Args:
+        model: the model to average; wrappers (DDP, ``torch.compile``) may be on it, here and at each update.
+        device: where the averages live; default: where the model's parameters are.
+        avg_fn, multi_avg_fn: as in torch's class. A :class:`~swafast.Rule` is a ``multi_avg_fn`` too.
+        use_buffers: average floating-point buffers as well. Otherwise, and for integer ones always, they are copied.
+        rule: how much the newest model weighs; default :class:`~swafast.EqualAverage`. Several of them by name,
+            ``{"fast": ..., "slow": ...}``, make a :class:`~swafast.FusedAverages`, moved in one pass, instead.
+        format: ``"float32"``, ``"exact"``, ``"mirrored"``, ``"compact"``, ``"compensated"`` or ``"half"``; default by
+            each parameter's dtype. See docs/formats.md.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; default: ``SWAFAST_BACKEND``, or the fastest
+            that serves.
+        include: ``include(name, param) -> bool`` picks what is averaged, the rest is copied. Each name is asked once,
+            with the parameter of the model given here.
+        nonfinite: ``"propagate"`` as torch does; ``"raise"`` and ``"skip"`` read the params once more and leave the
+            average as it was when one holds a NaN or an infinity.
+        seed: of the random bits by which ``"compact"`` and ``"half"`` round. As the rule, it is no part of a state.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        NotImplementedError: a parameter's dtype (float8, say) cannot be averaged; ``include`` may leave it out.
+        ValueError: an argument is none of the above, two of ``rule``, ``avg_fn`` and ``multi_avg_fn`` are given, or the
+            model has lazy or only empty parameters.
+        RuntimeError: ``backend`` cannot run on this machine.
+
+    Paper: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407.
+
+    Example::
+
+        averaged = FusedAveragedModel(model, rule=ExponentialAverage(0.999))
+        for batch in loader:
+            step(model, batch)
+            averaged.update_parameters(model)
+        with averaged.swapped_into(model):
+            evaluate(model)
+    """
+
+    # Defaults stand on the class, because a subclass may come without our __init__.
+    avg_fn: Callable[..., Tensor] | None = None
+    multi_avg_fn: Callable[..., None] | None = None
+    use_buffers: bool = False
+    format: str | None = None
+    backend: str | None = None
+    include: Callable[[str, Tensor], bool] | None = None
+    nonfinite: str = "propagate"
+    seed: int = 0
+    _asked: dict[str, bool]  # include's answers by name
+    _any_device: bool = False  # the average may be on another device than the model
+    _bindings: Bindings
+    _swapped: bool = False
+    _strict: bool = True  # of the load under way: torch passes it to no module
+
+    def __new__(cls, *args: Any, rule: object = None, **options: Any) -> Any:
+        if rule is None or isinstance(rule, Rule) or not isinstance(rule, (Mapping, Sequence)):
+            return super().__new__(cls)
+        from .fused_averages import FusedAverages
+
+        return FusedAverages(*args, rule=rule, kind=cls, **options)
+
+    def __init__(
+        self,
+        model: Module,
+        device: int | torch.device | None = None,
+        avg_fn: Callable[[Tensor, Tensor, Tensor | int], Tensor] | None = None,
+        multi_avg_fn: Callable[..., None] | None = None,
+        use_buffers: bool = False,
+        *,
+        rule: Rule | Mapping[str, Rule] | None = None,
+        format: str | None = None,
+        backend: str | None = None,
+        include: Callable[[str, Tensor], bool] | None = None,
+        nonfinite: str = "propagate",
+        seed: int = 0,
+    ) -> None:
+        recognised = choose_rule(rule, avg_fn, multi_avg_fn)
+        check_format(format)
+        if recognised is None and format is not None:
+            raise ValueError(f"format must be None with an averaging function of your own, got {format!r}")
+        checks.check_nonfinite(nonfinite)
+        checks.check_seed(seed)
+        if isinstance(device, (Rule, Mapping)):
+            raise TypeError(f"device must be a torch.device, got {device!r}: pass it as rule=")
+        choice.choose_backends(backend, {param.device.type for param in check_model(model).parameters()})
+        refuse_sharded(model)
+        asked = ask_include(include, model)
+        if recognised is not None and (rule, avg_fn, multi_avg_fn) != (None, None, None):
+            # torch's closures do not pickle; the rule that they stand for does.
+            avg_fn, multi_avg_fn = None, recognised
+        super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)
+        self.format, self.backend, self.include, self.nonfinite, self.seed = format, backend, include, nonfinite, seed
+        self._any_device, self._source, self._asked = device is not None, weakref.ref(model), asked
+        copied = {id(tensor) for _, tensor, fmt in self._each_average() if fmt is None}
+        self._apply(lambda tensor: tensor.to(stored_dtype(format, tensor.dtype, copied=id(tensor) in copied)))
+        for name, tensor, fmt in self._each_average():
+            fit_planes(self, name, tensor, fmt)
+        where = next((p.device for p in self.module.parameters()), None)
+        if device is None and where is not None and where.type != "meta":
+            self.n_averaged = self.n_averaged.to(where)
+
+    def _each_average(self) -> Iterator[tuple[str, Tensor, Format | None]]:
+        for names, tensor, is_buffer in each_average(self.module):
+            yield names[0], tensor, self._format_of(names[0], tensor, is_buffer)
+
+    @property
+    def rule(self) -> Rule | None:
+        """The rule at work, or None while an averaging function of the user's own is."""
+        return rule_of(self.avg_fn, self.multi_avg_fn)
+
+    def _format_of(self, name: str, average: Tensor, is_buffer: bool) -> Format | None:
+        """Give the format of one average; None for a tensor that is copied."""
+        if is_buffer and not self.use_buffers:
+            return None
+        if not (average.is_floating_point() or average.is_complex()):
+            return None
+        if not is_buffer and not self._includes(name, average):
+            return None
+        if self.rule is None:
+            return OWN
+        fmt = format_of(self.format, average.dtype)
+        if fmt is None:
+            raise NotImplementedError(f"{name!r} must have a dtype that can be averaged, got {average.dtype}")
+        return fmt
+
+    def _includes(self, name: str, param: Tensor) -> bool:
+        asked = self.__dict__.setdefault("_asked", {})
+        if name not in asked and self.include is not None:
+            asked[name] = bool(self.include(name, param))
+        return asked.get(name, True)
+
+    # Updates
+
+    @disable_dynamo
+    def update_parameters(self, model: Module) -> None:
+        """Move the average towards ``model``'s parameters and count the update; the first one copies.
+
+        One pass over the parameters; nothing is read back to the host for the rules of this package.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            ValueError: names, shapes, dtypes or devices do not match; or, with ``nonfinite="raise"``, a parameter
+                holds a NaN or an infinity. It names the parameter, and nothing has changed.
+            RuntimeError: the averages are swapped into a model.
+        """
+        with self._alone("update_parameters"):
+            plan, params, planes = self._bind(model)
+            skip = self.nonfinite == "skip"
+            if self.nonfinite == "raise":
+                plan.refuse_nonfinite(params)
+            if self.rule is not None:
+                plan.update(params, planes, [self.rule], skip_nonfinite=skip)
+            elif not skip or plan.first_nonfinite(params) is None:
+                pairs = plan.pairs(params, planes)
+                update_by_function(pairs, self.avg_fn, self.multi_avg_fn, self.n_averaged)
+
+    def _bind(self, model: Module) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]:
+        bindings = self._own_bindings()
+        return bindings.bind(self, [self._side()], model, config=self._config(), backend=self.backend)
+
+    def _own_bindings(self) -> Bindings:
+        return self.__dict__.setdefault("_bindings", Bindings())
+
+    def _config(self) -> object:
+        """Give what a plan depends on beside the tensors."""
+        return (self.rule is None, self.use_buffers, self.format, self.backend, self._any_device, self.seed)
+
+    def _side(self) -> Side:
+        """Give what an update of several averages together needs to know of this one."""
+        return Side(self, self._format_of, self._any_device, self.seed)
+
+    # Use of the average
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._settle()
+        return super().forward(*args, **kwargs)
+
+    @contextmanager
+    def swapped_into(self, model: Module) -> Iterator[Module]:
+        """Run ``model`` on the averages: ``with averaged.swapped_into(model): evaluate(model)``.
+
+        Params and buffers change places with the averages in place where the dtypes agree (with ``exact`` through its
+        bfloat16 plane), otherwise the params are set aside. They change back on leaving, after an exception too. The
+        body must not train the model: what it writes into the params is written into the averages. Meanwhile the
+        averaged module holds the model's params.
+
+        Raises:
+            TypeError, ValueError: as :meth:`update_parameters`; nothing has changed.
+            RuntimeError: the averages are already swapped in; or, on leaving, a parameter was moved to other memory,
+                and is named. Meanwhile updates, :meth:`state_dict` and :meth:`load_state_dict` raise it.
+        """
+        exchange = None
+        try:
+            with self._alone("swapped_into"):
+                plan, params, planes = self._bind(model)
+                exchange = Exchange(plan.pairs(params, planes), self.backend)
+                self._swapped = True
+                exchange.there()
+            yield model
+        finally:
+            if exchange is not None:
+                self._swap_back(exchange)
+
+    def _swap_back(self, exchange: Exchange) -> None:
+        with self._own_lock():
+            try:
+                exchange.back()
+            except (KeyboardInterrupt, SystemExit):
+                exchange.back()  # the rest of the way
+                raise
+            finally:
+                self._swapped = False
+
+    @torch.no_grad()
+    def copy_to(self, model: Module) -> None:
+        """Copy averages and buffers into ``model``, each rounded once to its dtype, as in :meth:`averaged_state_dict`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed.
+        """
+        with self._alone("copy_to"):
+            plan, params, planes = self._bind(model)
+            pairs = plan.pairs(params, planes)
+            checks.check_writable(pairs)
+            for pair in pairs:
+                value = pair.format.decode(pair.planes) if pair.format is not None else pair.average
+                pair.param.detach().copy_(value)
+
+    @torch.no_grad()
+    def averaged_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """Give the averages as plain tensors under the model's own names, for export: copies, with the buffers.
+
+        Args:
+            dtype: a floating dtype to cast floating tensors to; None keeps the averages' full precision, float32 for a
+                bfloat16 or float16 model.
+
+        Raises:
+            ValueError: ``dtype`` is not a floating dtype.
+            RuntimeError: the averages are swapped into a model.
+        """
+        with self._alone("averaged_state_dict"):
+            return export(self, self.module, self._each_average(), dtype)
+
+    # State
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module: torch's keys, and ``<plane>.<name>`` for each further plane of a format.
+
+        Raises:
+            RuntimeError: the averages are swapped into a model.
+        """
+        with self._alone("state_dict"):
+            return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state of this class or of torch's; one of another format keeps its precision.
+
+        Raises:
+            RuntimeError: keys or shapes do not match, in torch's words, and nothing has changed; or the averages are
+                swapped into a model.
+        """
+        with self._alone("load_state_dict"):
+            self._strict = strict
+            try:
+                check_load(self, state_dict, strict, assign)
+                with keeping_ties(self.module):
+                    return super().load_state_dict(state_dict, strict=strict, assign=assign)
+            finally:
+                self._strict = True
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        if self._swapped:
+            raise RuntimeError("load_state_dict must wait until the averages are swapped back out of the model")
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
+        translate_load(self, self.module, state_dict, prefix, self._format_of, assign=assign, strict=self._strict)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAveragedModel:
+        """Move or cast as any module does; a cast encodes each average anew, so no precision is lost with its dtype."""
+        with self._alone("a move or cast"):
+            averages = {}
+            for name, tensor, fmt in self._each_average():
+                if fmt is not None:
+                    fit_planes(self, name, tensor, fmt)
+                    averages[id(tensor)] = (name, find_planes(self, name, tensor, fmt), fmt)
+            recast = Recast(averages, fn, lambda dtype: format_of(self.format, dtype))
+            super()._apply(recast, recurse)
+            recast.finish(self)
+            self._any_device |= recast.moved
+            return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to this process. ``include`` may be a lambda, and its answers are kept."""
+        with self._alone("a copy"):
+            own = {"_lock", "_bindings", "_attachment", "_source", "include"}
+            return {key: value for key, value in self.__dict__.items() if key not in own}
+
+    def _own_lock(self) -> ForkSafeLock:
+        return self.__dict__.get("_lock") or self.__dict__.setdefault("_lock", ForkSafeLock())  # one for all threads
+
+    @contextmanager
+    def _alone(self, action: str) -> Iterator[None]:
+        """Hold this averaged model for one thread; raise RuntimeError while the averages are in a model."""
+        self._settle(action)
+        with self._locked(action):
+            yield
+
+    @contextmanager
+    def _locked(self, action: str) -> Iterator[None]:
+        with self._own_lock():
+            if self._swapped:
+                raise RuntimeError(f"{action} must wait until the averages are swapped back out of the model")
+            yield

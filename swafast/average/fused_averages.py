@@ -1,0 +1,234 @@
+"""`FusedAverages`: several averages of one model, moved in one pass over its parameters."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from ..backends.library import MAX_PACES
+from ..loop.attach import Attachable
+from ..op.plan import Plan
+from ..terms.rules import Rule
+from ..torch_private.core import disable_dynamo
+from ..torch_private.modules import own_children
+from .averaged_model import FusedAveragedModel
+from .matching import Bindings
+from .states import check_load, keeping_ties
+
+
+def named_rules(rule: object) -> dict[str, Rule]:
+    """Give the rules of several averages by name.
+
+    Args:
+        rule: a mapping, or a sequence of (name, rule).
+
+    Raises:
+        TypeError: a name is no string, or a rule no rule.
+        ValueError: there is none, or more than one launch takes; two have one name; or a name cannot stand in the keys
+            of a state.
+    """
+    given = list(rule.items()) if isinstance(rule, Mapping) else list(rule)  # type: ignore[call-overload]
+    rules: dict[str, Rule] = {}
+    for entry in given:
+        if not isinstance(entry, (tuple, list)) or len(entry) != 2:
+            raise TypeError(f"rule must be a mapping from names to rules, or (name, rule) pairs, got {rule!r}")
+        name, each = entry
+        if not isinstance(name, str):
+            raise TypeError(f"rule must have strings for names, got {name!r}")
+        if not name or "." in name:
+            raise ValueError(f"rule must have names without '.', which parts the keys of a state, got {name!r}")
+        if name in rules:
+            raise ValueError(f"rule must have each name once, got {name!r} twice")
+        if not isinstance(each, Rule):
+            raise TypeError(f"rule[{name!r}] must be a Rule such as ExponentialAverage(0.999), got {each!r}")
+        rules[name] = each
+    if not 1 <= len(rules) <= MAX_PACES:
+        raise ValueError(f"rule must name 1 to {MAX_PACES} averages, got {len(rules)}")
+    return rules
+
+
+def named_formats(names: Sequence[str], format: object) -> dict[str, str | None]:
+    """Give the format of each of several averages: of one name for all, or of a mapping that may leave some out.
+
+    Raises:
+        ValueError: it names an average that there is none of.
+    """
+    if not isinstance(format, Mapping):
+        return dict.fromkeys(names, format)  # type: ignore[arg-type]  # checked where each average is made
+    unknown = [name for name in format if name not in names]
+    if unknown:
+        raise ValueError(f"format must name averages among {', '.join(map(repr, names))}, got {unknown[0]!r}")
+    return {name: format.get(name) for name in names}
+
+
+class FusedAverages(Attachable, Module):
+    """Several averages of one model: ``FusedAveragedModel(model, rule={"fast": ..., "slow": ...})`` makes one.
+
+    Each is a :class:`~swafast.FusedAveragedModel` of its own, ``averages["fast"]``: evaluate it, swap it into the
+    model, export it. An update moves all of them in one launch that reads the parameters from memory once. Keys of the
+    state are those of each average behind its name, ``fast.module.weight``.
+
+    Args:
+        model: the model to average.
+        device: as for :class:`~swafast.FusedAveragedModel`.
+        rule: up to 16 rules by name, as a mapping or as (name, rule) pairs; no name holds a dot.
+        format: one for all averages, or a mapping from their names; default by each parameter's dtype.
+        kind: the class of each average.
+        options: further arguments of that class, the same for all.
+
+    Raises:
+        TypeError, ValueError: names, rules or formats are none of the above; and what the class of each average raises.
+
+    Example::
+
+        rules = {"fast": ExponentialAverage(0.99), "slow": ExponentialAverage(0.9999)}
+        averages = FusedAveragedModel(model, rule=rules)
+        averages.update_parameters(model)
+        with averages["slow"].swapped_into(model):
+            evaluate(model)
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        device: int | torch.device | None = None,
+        *,
+        rule: Mapping[str, Rule] | Sequence[tuple[str, Rule]],
+        format: str | Mapping[str, str | None] | None = None,
+        kind: type[FusedAveragedModel] = FusedAveragedModel,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self._source = weakref.ref(model)
+        if device is not None:  # a subclass need not take one, least of all in this place
+            options["device"] = device
+        rules = named_rules(rule)
+        formats = named_formats(list(rules), format)
+        for name, each in rules.items():
+            # Straight into the dict: add_module refuses names that this class has attributes of.
+            own_children(self)[name] = kind(model, rule=each, format=formats[name], **options)
+
+    # A mapping from names to averages
+
+    def __getitem__(self, name: str) -> FusedAveragedModel:
+        averaged = own_children(self).get(name)
+        if averaged is None:
+            raise KeyError(f"{name!r} is none of the averages {', '.join(map(repr, self))}")
+        assert isinstance(averaged, FusedAveragedModel)
+        return averaged
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(own_children(self))
+
+    def __len__(self) -> int:
+        return len(own_children(self))
+
+    def __contains__(self, name: object) -> bool:
+        return name in own_children(self)
+
+    def keys(self) -> list[str]:
+        return list(self)
+
+    def values(self) -> list[FusedAveragedModel]:
+        return [self[name] for name in self]
+
+    def items(self) -> list[tuple[str, FusedAveragedModel]]:
+        return [(name, self[name]) for name in self]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("_modules", {}):
+            return self[name]
+        if hasattr(FusedAveragedModel, name) and not name.startswith("_"):
+            first = next(iter(self))
+            raise AttributeError(f"each of several averages has its own {name}: ask averages[{first!r}].{name}")
+        return super().__getattr__(name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"call one of the averages, averages[{next(iter(self))!r}](...)")
+
+    # What is done with all of them
+
+    @disable_dynamo
+    def update_parameters(self, model: Module) -> None:
+        """Move all averages towards ``model``'s parameters in one pass, and count the update in each.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as ``FusedAveragedModel.update_parameters``; nothing has changed.
+        """
+        with self._alone("update_parameters"):
+            plan, params, planes = self._bind(model)
+            rules = [averaged.rule for averaged in self.values()]
+            nonfinite = {averaged.nonfinite for averaged in self.values()}
+            if "raise" in nonfinite:
+                plan.refuse_nonfinite(params)
+            plan.update(params, planes, rules, skip_nonfinite="skip" in nonfinite)  # type: ignore[arg-type]
+
+    def _bind(self, model: Module) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]:
+        averages = self.values()
+        for name, averaged in self.items():
+            if averaged.rule is None:
+                raise ValueError(f"averages[{name!r}] must have a Rule to be updated with others, got a function")
+        bindings: Bindings = self.__dict__.setdefault("_bindings", Bindings())
+        return bindings.bind(
+            self,
+            [averaged._side() for averaged in averages],
+            model,
+            config=[averaged._config() for averaged in averages],
+            backend=averages[0].backend,
+            parts=[averaged._own_bindings() for averaged in averages],
+        )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state of this class: that of each average behind its name.
+
+        Raises:
+            RuntimeError: keys or shapes do not match, in torch's words, and nothing has changed in any average; or one
+                is swapped into a model.
+        """
+        with self._alone("load_state_dict"), ExitStack() as ties:
+            for averaged in self.values():
+                averaged._strict = strict
+                ties.enter_context(keeping_ties(averaged.module))
+            try:
+                check_load(self, state_dict, strict, assign)
+                return super().load_state_dict(state_dict, strict=strict, assign=assign)
+            finally:
+                for averaged in self.values():
+                    averaged._strict = True
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module: the keys of each average behind its name.
+
+        Raises:
+            RuntimeError: one of the averages is swapped into a model.
+        """
+        with self._alone("state_dict"):
+            return super().state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAverages:
+        with self._alone("a move or cast"):  # of all, or of none
+            super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"_bindings", "_attachment", "_source"}
+        return {key: value for key, value in self.__dict__.items() if key not in own}
+
+    def _attached(self) -> list[Attachable]:
+        return [self, *self.values()]
+
+    @contextmanager
+    def _alone(self, action: str) -> Iterator[None]:
+        """Hold all averages for one thread; raise RuntimeError while one of them is in a model."""
+        for averaged in self.values():
+            averaged._settle()  # all of them first: what is waited for may need the lock of another
+        with ExitStack() as held:
+            for averaged in self.values():
+                held.enter_context(averaged._locked(action))
+            yield

@@ -1,0 +1,298 @@
+"""Which tensor of a model belongs to which average, found once by name and then kept an eye on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
+
+from ..backends.contract import Pair
+from ..op import checks, choice
+from ..op.launches import draws_of
+from ..op.plan import Plan
+from ..terms.formats import Format
+from ..terms.names import named_buffers, named_params, require_same_names, unwrap
+from ..torch_private.modules import Walk
+from .planes import find_planes, fit_planes
+
+#: Gives the format of an average from its name, the averaged module's tensor and whether it is a buffer; None: copied.
+FormatOf = Callable[[str, Tensor, bool], Format | None]
+
+
+def check_model(model: object) -> Module:
+    """Raise unless ``model`` is a module whose parameters can be averaged.
+
+    Raises:
+        TypeError: it is no ``nn.Module``.
+        ValueError: a parameter is lazy, or all of them are empty.
+    """
+    if not isinstance(model, Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    params = named_params(unwrap(model), "model")
+    for name, param in params.items():
+        if is_lazy(param):
+            raise ValueError(
+                f"model must be initialised, got the lazy parameter {name!r}: run it once before averaging it"
+            )
+    if params and all(param.numel() == 0 for param in params.values()):
+        raise ValueError(
+            f"model must hold its parameters, got only empty ones ({next(iter(params))!r} is the first): "
+            "gather a model partitioned as by ZeRO-3 before averaging it"
+        )
+    return model
+
+
+def refuse_sharded(model: Module) -> None:
+    """Raise ValueError for FSDP modules, which cannot be copied."""
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in ("FSDPModule", "FullyShardedDataParallel"):
+                raise ValueError(f"model must be whole on this rank, got an {kind.__name__}; {checks.FOR_SHARDED}")
+
+
+def ask_include(include: object, model: Module) -> dict[str, bool]:
+    """Ask ``include`` about each parameter of ``model``; nothing is asked, and all are averaged, where it is None.
+
+    Raises:
+        TypeError: it is no function.
+        ValueError: it picks none of the parameters.
+    """
+    if include is None:
+        return {}
+    if not callable(include):
+        raise TypeError(f"include must be a function include(name, param) -> bool, got {include!r}")
+    asked = {name: bool(include(name, param)) for name, param in named_params(unwrap(model), "model").items()}
+    if asked and not any(asked.values()):
+        raise ValueError(f"include must pick a parameter, got False for all of them, {next(iter(asked))!r} the first")
+    return asked
+
+
+def each_average(module: Module) -> Iterator[tuple[list[str], Tensor, bool]]:
+    """Give each distinct tensor of an averaged module: all its names, the tensor, and whether it is a buffer."""
+    for is_buffer, find in ((False, named_params), (True, named_buffers)):
+        tied: dict[int, tuple[list[str], Tensor]] = {}
+        for name, tensor in find(unwrap(module), "averaged model").items():
+            tied.setdefault(id(tensor), ([], tensor))[0].append(name)
+        for names, tensor in tied.values():
+            yield names, tensor, is_buffer
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the averaged models that are updated together."""
+
+    owner: AveragedModel  # its module holds the first planes; the further ones and the counter are its own
+    format_of: FormatOf
+    any_device: bool  # the averages may be on another device than the model
+    seed: int
+
+
+def _match(side: Side, model: Module) -> list[Pair]:
+    """Pair each distinct average with its param, or raise ValueError naming what does not match."""
+    module = side.owner.module
+    theirs = {False: named_params(unwrap(model), "model"), True: named_buffers(unwrap(model), "model")}
+    own = list(each_average(module))
+    for is_buffer, kind in ((False, "parameters"), (True, "buffers")):
+        names = [name for tied, _, buffer in own if buffer == is_buffer for name in tied]
+        require_same_names(kind, names, theirs[is_buffer])
+    matched = []
+    for names, average, is_buffer in own:
+        param = theirs[is_buffer][names[0]]
+        for other in names[1:]:
+            if theirs[is_buffer][other] is not param:
+                raise ValueError(f"model must tie {names[0]!r} and {other!r} as the average does, got two tensors")
+        matched.append(Pair(names[0], param, (average,), side.format_of(names[0], average, is_buffer)))
+    return matched
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A plan together with the ways to find its tensors again; it holds no param, so it keeps no model alive."""
+
+    plan: Plan
+    config: object
+    _owner_walk: Walk
+    _model_walk: Walk
+    _planes: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+    _params: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+
+    def current(
+        self, model: Module, config: object, counters: Sequence[Tensor]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+        """Give the (params, planes) that stand in both modules now, or None if the plan no longer fits them."""
+        if config != self.config or not self._model_walk.starts_at(unwrap(model)):
+            return None
+        theirs, own = self._model_walk.tensors(), self._owner_walk.tensors()
+        if theirs is None or own is None:
+            return None
+        params, planes = self._params(theirs), self._planes(own)
+        return (params, planes) if self.plan.fits(params, planes, counters) else None
+
+
+class AnyBinding(Protocol):
+    """A plan, and the way to the tensors that it was made for."""
+
+    @property
+    def plan(self) -> Plan: ...
+    def current(
+        self, model: Module, config: object, counters: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], tuple[Tensor, ...]] | None: ...
+
+
+class Bindings:
+    """The binding in use, and those that a CUDA graph holds: these live as long as the averages, and never change."""
+
+    def __init__(self) -> None:
+        self._binding: AnyBinding | None = None
+        self._captured: list[AnyBinding] = []
+        self._told: set[int] = set()  # of those, the ones that have been warned about
+        #: Addresses of planes that a plan which moves them together with others has put into buckets.
+        self.shared_homes: frozenset[int] = frozenset()
+
+    def current(
+        self, model: Module, config: object, counters: Sequence[Tensor]
+    ) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]] | None:
+        """Give the plan and the (params, planes) that it fits now, or None."""
+        found = self._binding.current(model, config, counters) if self._binding is not None else None
+        return None if found is None or self._binding is None else (self._binding.plan, *found)
+
+    @property
+    def homes(self) -> frozenset[int]:
+        """Addresses of the planes that are in buckets."""
+        own = self._binding.plan.homes if self._binding is not None else frozenset()
+        return own | self.shared_homes
+
+    def bind(
+        self,
+        root: Module,
+        sides: Sequence[Side],
+        model: Module,
+        *,
+        config: object,
+        backend: str | None,
+        parts: Sequence[Bindings] = (),
+    ) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]:
+        """Give the plan for ``model`` and the tensors of both sides, planning anew where the old one no longer fits.
+
+        Args:
+            root: the module that all sides are in.
+            config: what a plan depends on beside the tensors.
+            parts: the bindings of each side by itself, which leave the averages where this plan puts them.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            ValueError, RuntimeError: as :func:`bind`.
+        """
+        if not isinstance(model, Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        current = self.current(model, config, [side.owner.n_averaged for side in sides])
+        if current is not None:
+            return current
+        for side in sides:
+            checks.check_counter(side.owner.n_averaged)
+        homes = self.homes.union(*(part.homes for part in parts))
+        binding = bind(root, sides, model, config=config, backend=backend, homes=homes)
+        self.use(binding)
+        for part in parts:
+            part.shared_homes = binding.plan.homes
+        current = self.current(model, config, [side.owner.n_averaged for side in sides])
+        assert current is not None, "a plan just made must fit"
+        return current
+
+    def use(self, binding: AnyBinding) -> None:
+        """Put ``binding`` in the place of the one in use."""
+        old, self._binding = self._binding, binding
+        if old is not None and old.plan.captured:
+            self._captured.append(old)
+        stale = {id(kept) for kept in self._captured if not kept.plan.writes <= binding.plan.writes}
+        if stale - self._told:
+            self._told |= stale
+            warnings.warn(
+                "the averages or n_averaged have moved since a CUDA graph captured their update: it still updates the "
+                "old ones; capture it anew",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+
+def bind(
+    root: Module,
+    sides: Sequence[Side],
+    model: Module,
+    *,
+    config: object,
+    backend: str | None,
+    homes: frozenset[int],
+) -> Binding:
+    """Match ``model`` with the averages of all sides, check every pair, and plan the update.
+
+    Everything is checked before anything changes; what then changes is where averages lie, never what they hold.
+
+    Args:
+        root: the module that all sides are in.
+        homes: addresses of the planes that are in buckets already.
+
+    Raises:
+        ValueError: names, shapes, dtypes, devices or layouts do not go together; it names the parameter.
+        RuntimeError: a CUDA graph is being captured.
+    """
+    check_model(model)
+    of_sides = [_match(side, model) for side in sides]
+    matched = [pair for pairs in of_sides for pair in pairs]
+    for side, of_side in zip(sides, of_sides, strict=True):
+        for pair in of_side:
+            checks.check_sides(pair, any_device=side.any_device)
+    checks.check_overlap(matched)
+    for device in {pair.average.device for pair in matched}:
+        checks.refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
+    pairs = [
+        _with_planes(pair, side, pace)
+        for pace, (side, of_side) in enumerate(zip(sides, of_sides, strict=True))
+        for pair in of_side
+    ]
+    counters = _place_counters(sides)
+    plan = Plan(pairs, choice.choose_backends(backend, choice.device_types(pairs)), counters, homes)
+    owner_walk, model_walk = Walk(root), Walk(unwrap(model))
+    planes = [owner_walk.position(plane) for pair in pairs for plane in pair.planes]
+    params = [model_walk.position(pair.param) for pair in pairs]
+    return Binding(plan, config, owner_walk, model_walk, _picker(planes), _picker(params))
+
+
+def _with_planes(pair: Pair, side: Side, pace: int) -> Pair:
+    fit_planes(side.owner, pair.name, pair.average, pair.format)
+    planes = find_planes(side.owner, pair.name, pair.average, pair.format)
+    return replace(pair, planes=planes, draws=draws_of(side.seed, pair.name, pair.param, pair.format), pace=pace)
+
+
+def _place_counters(sides: Sequence[Side]) -> list[Tensor]:
+    """Give the counters, moved to where the averages are: the kernels count there, in each once."""
+    taken: set[int] = set()
+    for side in sides:
+        owner = side.owner
+        where = next((p.device for p in owner.module.parameters()), owner.n_averaged.device)
+        if owner.n_averaged.device not in (where, torch.device("meta")):
+            owner.n_averaged = owner.n_averaged.to(where)
+        if owner.n_averaged.data_ptr() in taken:  # a load by assignment may give two averages one tensor
+            owner.n_averaged = owner.n_averaged.clone()
+        taken.add(owner.n_averaged.data_ptr())
+    counters = [side.owner.n_averaged for side in sides]
+    if len({counter.device for counter in counters}) > 1:
+        raise ValueError(
+            f"averages that are updated together must be on one device, got {[str(c.device) for c in counters]}"
+        )
+    return counters
+
+
+def _picker(positions: Collection[int]) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
+    """Give a function that takes these positions out of a list: ``itemgetter``, at C speed, but always a tuple."""
+    if len(positions) > 1:
+        return itemgetter(*positions)
+    return lambda values: tuple(values[i] for i in positions)

@@ -1,0 +1,191 @@
+"""The further planes of an averaged model: where they stand, and how they follow the module's dtype and its states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from ..terms.formats import EXTRA_PLANES, Format, format_of_planes
+from ..terms.names import passing_names, unwrap
+from ..torch_private.modules import own_buffers, own_children, passing_buffers
+
+
+class PlaneTree(Module):
+    """Tensors under dotted names, as buffers of nested modules, so that a state dict shows them under these names."""
+
+    def find(self, name: str) -> Tensor | None:
+        *path, leaf = name.split(".")
+        node: Module | None = self
+        for segment in path:
+            node = own_children(node).get(segment) if node is not None else None
+        return None if node is None else own_buffers(node).get(leaf)
+
+    def put(self, name: str, tensor: Tensor | None, *, in_state: bool = True) -> None:
+        """Set the tensor under ``name``; None takes the name away, and branches that hold nothing any more with it."""
+        head, _, rest = name.partition(".")
+        if not rest:
+            # Straight into the dict: register_buffer refuses some names that a ParameterDict allows.
+            if tensor is None:
+                own_buffers(self).pop(head, None)
+            else:
+                own_buffers(self)[head] = tensor
+                (passing_buffers(self).discard if in_state else passing_buffers(self).add)(head)
+            return
+        child = own_children(self).setdefault(head, PlaneTree())
+        assert isinstance(child, PlaneTree)
+        child.put(rest, tensor, in_state=in_state)
+        if not own_buffers(child) and not own_children(child):
+            del own_children(self)[head]
+
+
+def find_planes(owner: Module, name: str, average: Tensor, fmt: Format | None) -> tuple[Tensor, ...]:
+    """Give all planes of an average; those of a format's that :func:`fit_planes` has put in place."""
+    trees = [own_children(owner).get(plane) for plane, _ in fmt.extra] if fmt is not None else []
+    extra = [tree.find(name) if isinstance(tree, PlaneTree) else None for tree in trees]
+    assert None not in extra, f"{name!r} lacks a plane of its format {fmt!r}"
+    return (average, *(plane for plane in extra if plane is not None))
+
+
+def put_plane(owner: Module, plane: str, name: str, tensor: Tensor | None) -> None:
+    tree = own_children(owner).get(plane)
+    if tree is None:
+        if tensor is None:
+            return
+        # Straight into the dict: a subclass may have an attribute of this name, which add_module would refuse.
+        tree = own_children(owner)[plane] = PlaneTree()
+    assert isinstance(tree, PlaneTree)
+    # A plane is in a state where the buffer that it belongs to is.
+    passing: frozenset[str] | None = owner.__dict__.get("_passing")
+    if passing is None:
+        passing = owner.__dict__["_passing"] = passing_names(unwrap(owner.module))  # type: ignore[arg-type]
+    tree.put(name, tensor, in_state=name not in passing)
+    if not own_buffers(tree) and not own_children(tree):
+        del own_children(owner)[plane]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def fit_planes(owner: Module, name: str, average: Tensor, fmt: Format | None) -> None:
+    """See to it that just the planes of ``fmt`` stand beside ``average``: wrong ones are made anew from its values."""
+    wanted = dict(fmt.extra) if fmt is not None else {}
+    fresh: tuple[Tensor, ...] | None = None
+    for plane in EXTRA_PLANES:
+        tree = own_children(owner).get(plane)
+        tensor = tree.find(name) if isinstance(tree, PlaneTree) else None
+        if plane not in wanted:
+            if tensor is not None:
+                put_plane(owner, plane, name, None)
+            continue
+        if tensor is not None and tensor.dtype == wanted[plane] and tensor.shape == average.shape:
+            if tensor.device != average.device:
+                tensor.data = tensor.data.to(average.device)
+            continue
+        assert fmt is not None
+        fresh = fresh or fmt.encode(average.detach().to(fmt.value_dtype))
+        index = 1 + list(wanted).index(plane)
+        put_plane(owner, plane, name, torch.empty_like(average, dtype=wanted[plane]).copy_(fresh[index]).detach())
+
+
+def convert(planes: tuple[Tensor, ...], fmt: Format, average: Tensor, after: Format | None) -> tuple[Tensor, ...]:
+    """Carry planes of ``fmt`` over to ``after``, with nothing lost on the way.
+
+    Args:
+        average: what torch made of ``planes[0]``: it gives the device, dtype and layout, and its values are not used.
+        after: the format of ``average``'s dtype; None where that cannot be averaged, and ``average`` is all there is.
+    """
+    if after is None or after is fmt:
+        return (average,)
+    value = fmt.decode(planes).to(device=average.device, dtype=after.value_dtype or average.dtype)
+    return tuple(torch.empty_like(average, dtype=plane.dtype).copy_(plane) for plane in after.encode(value))
+
+
+def translate_state(
+    state: MutableMapping[str, Tensor],
+    prefix: str,
+    keys: Mapping[str, Sequence[str]],
+    formats: Mapping[str, Format],
+    strict: bool,
+) -> None:
+    """Rewrite a state dict in place so that it has the planes that this averaged model has.
+
+    A state of another format keeps its precision: float32 values fill both planes of ``exact``, and the other way
+    round. A state without further planes, torch's for one, gets zeros.
+
+    Args:
+        prefix: of the averaged model in ``state``.
+        keys: for each averaged name, its keys in ``state``: none where it is not there, several where it is tied.
+        formats: for each averaged name, the format it has here.
+        strict: leave a state that lacks some of its planes for the load to report.
+    """
+    present = {plane for plane in EXTRA_PLANES if any(key.startswith(f"{prefix}{plane}.") for key in state)}
+    for name, fmt in formats.items():
+        if not keys[name]:
+            continue
+        average = state[keys[name][0]]
+        extra = {plane: state[key] for plane in EXTRA_PLANES if (key := f"{prefix}{plane}.{name}") in state}
+        if not all(isinstance(tensor, Tensor) for tensor in extra.values()):
+            continue  # torch's loader says so
+        source = format_of_planes(average, extra)
+        # A state of this format has its planes throughout: of another one, a tensor may stand alone.
+        has_planes = any(plane in present for plane, _ in fmt.extra)
+        lacking = fmt.dtype == average.dtype and len(fmt.extra) > len(extra)
+        if source is fmt or (strict and has_planes and (lacking or source is None)):
+            continue
+        if source is not None:
+            value = source.decode((average, *(extra[plane] for plane, _ in source.extra)))
+        else:
+            value = average  # what else there is does not fit it
+        first, *rest = fmt.encode(value.to(fmt.value_dtype) if fmt.value_dtype is not None else value)
+        for plane in extra:
+            state.pop(f"{prefix}{plane}.{name}")
+        for key in keys[name]:
+            state[key] = first
+        for (plane, _), tensor in zip(fmt.extra, rest, strict=True):
+            state[f"{prefix}{plane}.{name}"] = tensor
+
+
+class Recast:
+    """A move or cast of an averaged model: the function for torch's ``_apply``, and what is left to do after it.
+
+    A cast gets the average at full precision, not the plane that torch would cast, and the planes that stand beside the
+    module's parameters only ever change their device.
+    """
+
+    def __init__(
+        self,
+        averages: Mapping[int, tuple[str, tuple[Tensor, ...], Format]],
+        fn: Callable[[Tensor], Tensor],
+        format_of: Callable[[torch.dtype], Format | None],
+    ) -> None:
+        self._averages = averages
+        self._planes = {id(plane) for _, planes, _ in averages.values() for plane in planes[1:]}
+        self._fn = fn
+        self._format_of = format_of
+        self._recast: dict[str, tuple[Format | None, tuple[Tensor, ...]]] = {}
+        self.moved = False  # whether an average went to another device
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        result = self._fn(tensor)
+        if id(tensor) in self._planes:
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+        average = self._averages.get(id(tensor))
+        if average is None:
+            return result
+        self.moved |= result.device != tensor.device and "meta" not in (result.device.type, tensor.device.type)
+        if result.dtype == tensor.dtype:
+            return result
+        name, planes, fmt = average
+        after = self._format_of(result.dtype)
+        recast = convert(planes, fmt, result, after)
+        self._recast[name] = (after, recast)
+        return recast[0]
+
+    def finish(self, owner: Module) -> None:
+        """Put the further planes of recast averages in their places; torch was walking over these until now."""
+        for name, (fmt, planes) in self._recast.items():
+            fresh = dict(zip((plane for plane, _ in fmt.extra), planes[1:], strict=True)) if fmt is not None else {}
+            for plane in EXTRA_PLANES:
+                put_plane(owner, plane, name, fresh.get(plane))

@@ -1,0 +1,155 @@
+"""States: loading one without tearing, and exporting the averages under the model's own names."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from ..terms.formats import EXTRA_PLANES, Format
+from ..terms.names import canonical, unwrap
+from ..torch_private.modules import copy_metadata, own_buffers, own_params
+from .matching import FormatOf, each_average
+from .planes import find_planes, fit_planes, put_plane, translate_state
+
+
+def check_load(owner: Module, state_dict: Mapping[str, Any], strict: bool, assign: bool) -> None:
+    """Raise what loading ``state_dict`` into ``owner`` would raise, by loading it into a copy that holds no data.
+
+    torch's own loader does the checking, so hooks that rename keys or fill in missing ones have their say.
+    """
+    if not isinstance(state_dict, Mapping):
+        return  # torch's loader refuses it before it changes anything
+    memo: dict[int, Any] = {id(tensor): _without_data(tensor) for tensor in chain(owner.parameters(), owner.buffers())}
+    try:
+        skeleton = copy.deepcopy(owner, memo)
+    except Exception:
+        # Something the user hung on the module since does not copy. The load itself still works, with torch's promise.
+        return
+    state = OrderedDict(
+        (key, value.to("meta") if isinstance(value, Tensor) and not key.endswith("_extra_state") else value)
+        for key, value in state_dict.items()
+    )
+    copy_metadata(state, state_dict)
+    if not assign:
+        _check_values(skeleton, owner, state_dict)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch wonders about data that goes nowhere
+            Module.load_state_dict(skeleton, state, strict=strict)
+    except Exception as error:
+        if str(error).startswith("Error(s) in loading state_dict"):
+            raise
+        # A module that looks at values while it loads finds none here.
+
+
+def _check_values(skeleton: Module, owner: Module, state_dict: Mapping[str, Any]) -> None:
+    """Raise RuntimeError, in torch's words, for a tensor that cannot be copied from: without data it shows nowhere."""
+    if all(param.is_meta for param in owner.parameters()):
+        return
+    own = Module.state_dict(skeleton)
+    for key, value in state_dict.items():
+        if key in own and isinstance(value, Tensor) and (value.is_meta or value.layout != torch.strided):
+            what = "meta" if value.is_meta else str(value.layout)
+            raise RuntimeError(
+                f"Error(s) in loading state_dict for {type(owner).__name__}:\n\t"
+                f"{key!r} must be a dense tensor with values, got one of {what}"
+            )
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor.detach(), device="meta")
+    return Parameter(empty, tensor.requires_grad) if isinstance(tensor, Parameter) else empty
+
+
+@contextmanager
+def keeping_ties(module: Module) -> Iterator[None]:
+    """Tie again on leaving what was tied before: an assignment gives each name a tensor of its own."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in _all_tensors(module):
+        names.setdefault(id(tensor), []).append(name)
+    yield
+    for first, *others in names.values():
+        for name in others:
+            source, _, source_leaf = first.rpartition(".")
+            path, _, leaf = name.rpartition(".")
+            holder, target = module.get_submodule(source), module.get_submodule(path)
+            for kept, tied in ((own_params(holder), own_params(target)), (own_buffers(holder), own_buffers(target))):
+                if source_leaf in kept:
+                    tied[leaf] = kept[source_leaf]  # type: ignore[assignment]  # of one kind, since they were tied
+
+
+def _all_tensors(module: Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def translate_load(
+    owner: Module, module: Module, state: Any, prefix: str, format_of: FormatOf, *, assign: bool, strict: bool
+) -> None:
+    """Rewrite ``state`` for the formats that the averages of ``owner`` will have once it is loaded."""
+    head = f"{prefix}module."
+    # Some wrappers leave themselves out of their states' keys, so keys are found by their canonical names.
+    given = {canonical(key[len(head) :]): key for key in state if key.startswith(head)}
+    keys: dict[int, list[str]] = {}
+    for raw, tensor in _all_tensors(module):
+        key = given.get(canonical(raw))
+        if key is not None and isinstance(state[key], Tensor):
+            keys.setdefault(id(tensor), []).append(key)
+    formats: dict[str, Format] = {}
+    names: dict[str, list[str]] = {}
+    for (name, *_), tensor, is_buffer in each_average(module):
+        names[name] = keys.get(id(tensor), [])
+        kept = state[names[name][0]] if assign and names[name] else tensor
+        fmt = format_of(name, kept, is_buffer)
+        if fmt is None:
+            continue
+        formats[name] = fmt
+        if assign:
+            _make_room(owner, name, kept, fmt)
+    translate_state(state, prefix, names, formats, strict)
+
+
+def _make_room(owner: Module, name: str, average: Tensor, fmt: Format) -> None:
+    """Have just the planes of ``fmt`` in place, for an assignment to replace."""
+    wanted = dict(fmt.extra)
+    for plane in EXTRA_PLANES:
+        room = torch.zeros_like(average.detach(), dtype=wanted[plane]) if plane in wanted else None
+        put_plane(owner, plane, name, room)
+
+
+def _full_precision(planes: tuple[Tensor, ...], fmt: Format) -> Tensor:
+    value = fmt.decode(planes)
+    return value.to(torch.float32) if fmt.dtype is not None else value
+
+
+def export(
+    owner: Module, module: Module, averages: Iterable[tuple[str, Tensor, Format | None]], dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Give copies of the averages at full precision, or cast to ``dtype``, with the buffers of ``module``.
+
+    Raises:
+        ValueError: ``dtype`` is neither a floating dtype nor None.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
+    values: dict[int, Tensor] = {}
+    for name, tensor, fmt in averages:
+        fit_planes(owner, name, tensor, fmt)
+        values[id(tensor)] = _full_precision(find_planes(owner, name, tensor, fmt), fmt) if fmt is not None else tensor
+    state: dict[str, Any] = {}
+    for key, value in unwrap(module).state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor):
+            value = values.get(id(value), value).detach()
+            cast = dtype if dtype is not None and value.is_floating_point() else value.dtype
+            value = value.to(cast, copy=True)
+        state[canonical(key)] = value
+    return state

@@ -1,0 +1,101 @@
+"""What a backend is: tensors in, tensors changed.
+
+A backend is a module with the members of :class:`Backend`. ``op/choice.py`` chooses among them,
+``op/launches.py`` shares the pairs out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..terms.draws import Draws
+from ..terms.formats import Format
+from ..terms.rules import Rule
+from . import Unavailable
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One param and its average. A pair without a format is copied at each update, not averaged."""
+
+    name: str
+    param: Tensor
+    planes: tuple[Tensor, ...]
+    format: Format | None
+    draws: Draws | None = None  # where its random bits come from, for a format that is rounded at random
+    pace: int = 0  # index of the rule and the counter by which it moves
+
+    @property
+    def average(self) -> Tensor:
+        """The averaged module's own tensor."""
+        return self.planes[0]
+
+
+#: Makes a flag, () int64, that is not 0 on one rank so on all ranks, where it is: nothing is read on the host.
+ShareFlag = Callable[[Tensor], None]
+
+
+def found_anywhere(found: bool, device: torch.device, share: ShareFlag | None) -> bool:
+    """Say whether this rank, or any with which it shares a flag, has found what it looked for."""
+    if share is None:
+        return found
+    flag = torch.full((), int(found), dtype=torch.int64, device=device)
+    share(flag)
+    return bool(flag)
+
+
+class Launch(Protocol):
+    """Pairs made ready for a backend. It reads and writes the memory they had when it was prepared."""
+
+    #: Whether a CUDA graph holds an update of this launch: it must then live as long as the averages.
+    captured: bool
+
+    def update(
+        self,
+        params: Sequence[Tensor],
+        rules: Sequence[Rule],
+        counters: Sequence[Tensor],
+        advance: int,
+        *,
+        skip_nonfinite: bool = False,
+        share: ShareFlag | None = None,
+    ) -> None:
+        """Move each average towards its param by its pace's ``rule(counter)``, then add ``advance`` to all counters.
+
+        ``rules`` and ``counters``, () int64, are those of the averaged models, by the pairs' ``pace``. ``params`` are
+        the pairs' params, the same memory as in ``prepare``; none for a backend that goes by addresses. With
+        ``skip_nonfinite`` nothing changes if one that is averaged holds a NaN or an infinity, on any of the ranks that
+        ``share`` brings in.
+        """
+
+    def first_nonfinite(self, params: Sequence[Tensor]) -> int | None:
+        """Give the index of the first averaged pair whose param holds a NaN or an infinity, else None."""
+
+
+class ExchangeLaunch(Launch, Protocol):
+    """The launch of a backend that exchanges in place."""
+
+    def exchange(self, wanted: bool) -> None:
+        """Let every param and its average have changed places if ``wanted``, else not: asked again, nothing happens."""
+
+
+class Backend(Protocol):
+    """A module under ``swafast/backends/``."""
+
+    name: str
+    #: Whether its launches are of :class:`ExchangeLaunch`, for pairs of one dtype on both sides.
+    exchanges: bool
+
+    @property
+    def device_types(self) -> frozenset[str] | None:
+        """Where the tensors have to be that it serves; None: anywhere."""
+
+    def unavailable(self) -> Unavailable | None: ...
+    def describe(self) -> str: ...
+    def serves(self, pair: Pair) -> bool: ...
+    def prepare(self, pairs: Sequence[Pair]) -> Launch: ...

@@ -1,0 +1,189 @@
+"""What the GPU backends have in common: tables in device memory, one launch for each device, and nothing read back.
+
+The kernels read ``num_averaged`` on the device and count there. A backend adds how its kernels are started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..terms.layout import GPU_CHUNK_NUMELS, cut_chunks, gpu_chunk_numel
+from ..terms.rules import Rule
+from ..torch_private.core import current_raw_stream
+from . import library
+from .contract import Pair, ShareFlag, found_anywhere
+from .rows import Rows
+
+#: 64-bit words of ``swafast_tensor``, ``swafast_chunk`` and ``swafast_state`` in csrc/swafast.h.
+TENSOR_WORDS, CHUNK_WORDS, STATE_WORDS = 7, 5, 3
+_NONFINITE_WORD = 2
+_COUNTER_WORDS = library.MAX_PACES
+_WORD_NBYTES = 8
+
+
+@dataclass
+class Table:
+    """The tables of the launches on one device, in one allocation there: tensors, chunks, state, counters."""
+
+    device: torch.device
+    indices: tuple[int, ...]  # of the pairs, in the order of the rows
+    num_blocks: int
+    words: Tensor = field(repr=False)  # int64
+    num_chunks: int
+    stream: int  # that the table was made on
+
+    @property
+    def num_tensors(self) -> int:
+        return len(self.indices)
+
+    @property
+    def tensors(self) -> int:
+        return self.words.data_ptr()
+
+    @property
+    def chunks(self) -> int:
+        return self.tensors + TENSOR_WORDS * self.num_tensors * _WORD_NBYTES
+
+    @property
+    def state(self) -> int:
+        return self.chunks + CHUNK_WORDS * self.num_chunks * _WORD_NBYTES
+
+    @property
+    def counters(self) -> Sequence[Tensor]:
+        """Counters for a launch beside that of the device where the averaged models' own are."""
+        return self.words[-_COUNTER_WORDS:].unbind()
+
+    @property
+    def nonfinite(self) -> Tensor:
+        return self.words[_NONFINITE_WORD - STATE_WORDS - _COUNTER_WORDS]
+
+
+def make_table(pairs: Sequence[Pair], indices: Sequence[int], num_blocks: int) -> Table:
+    """Write the tables of ``pairs``, all on one device, into its memory. This waits for the copy, once for a plan."""
+    device = pairs[0].param.device
+    rows = Rows(pairs)
+    # Of a param with several averages a chunk is read again for each of them, from caches that hold the shortest.
+    chunk_numel = GPU_CHUNK_NUMELS[0] if rows.most_followers else gpu_chunk_numel(rows.numel, num_blocks)
+    chunks = cut_chunks(rows.runs(), chunk_numel)
+    tensors = torch.frombuffer(rows.table, dtype=torch.int64)
+    state = torch.zeros(STATE_WORDS + _COUNTER_WORDS, dtype=torch.int64, device="cpu")
+    with torch.inference_mode(False), torch.no_grad():
+        words = torch.cat((tensors, chunks.flatten(), state)).to(device)
+    if device.type == "cuda":
+        # Later launches may be on another stream, which knows nothing of this copy.
+        torch.cuda.current_stream(device).synchronize()
+    order = tuple(indices[index] for index in rows.order)
+    return Table(device, order, num_blocks, words, len(chunks), current_raw_stream(device))
+
+
+class DeviceLaunch:
+    """Launches on GPUs, one for each device that the pairs are on."""
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self.captured = False
+        by_device: dict[torch.device, list[int]] = {}
+        for index, pair in enumerate(pairs):
+            by_device.setdefault(pair.param.device, []).append(index)
+        self._tables = [
+            make_table([pairs[i] for i in indices], indices, self.num_blocks(device))
+            for device, indices in by_device.items()
+        ]
+
+    # What a backend adds
+
+    def num_blocks(self, device: torch.device) -> int:
+        """Give how many blocks of an update the device runs at once."""
+        raise NotImplementedError
+
+    def start_update(
+        self,
+        table: Table,
+        rules: Sequence[Rule],
+        counters: Sequence[Tensor],
+        advance: int,
+        skip_nonfinite: bool,
+        stream: int,
+    ) -> None:
+        """Start the update's kernel, and set :attr:`captured` where a graph takes it up instead.
+
+        ``counters`` are on the table's device.
+        """
+        raise NotImplementedError
+
+    def start_exchange(self, table: Table, wanted: bool, stream: int) -> None:
+        raise NotImplementedError
+
+    def start_first_nonfinite(self, table: Table, stream: int) -> None:
+        """Start what fills in :attr:`Table.nonfinite`."""
+        raise NotImplementedError
+
+    # What a launch does
+
+    def update(
+        self,
+        params: Sequence[Tensor],
+        rules: Sequence[Rule],
+        counters: Sequence[Tensor],
+        advance: int,
+        *,
+        skip_nonfinite: bool = False,
+        share: ShareFlag | None = None,
+    ) -> None:
+        home = counters[0].device
+        counts_here = any(table.device == home for table in self._tables)
+        if not counts_here and home.type == "cpu" and min(map(int, counters)) < 0:
+            raise ValueError(f"n_averaged must be >= 0, got {min(map(int, counters))}")
+        if skip_nonfinite and (len(self._tables) > 1 or not counts_here):
+            # What one device finds holds for all of them and for the counters, and only the host hears of all.
+            if found_anywhere(self.first_nonfinite(params) is not None, home, share):
+                return
+            skip_nonfinite = False
+        tables = self._tables
+        if len(tables) > 1:
+            # The device of the counters comes last: the others read the same counts before it.
+            tables = sorted(tables, key=lambda table: table.device == home)
+        for table in tables:
+            counts = table.device == home
+            read = counters
+            if not counts:
+                read = table.counters[: len(counters)]
+                for copy, counter in zip(read, counters, strict=True):
+                    copy.copy_(counter, non_blocking=True)
+            stream = self._stream(table)
+            if skip_nonfinite:
+                self.start_first_nonfinite(table, stream)
+                if share is not None:
+                    share(table.nonfinite)
+            self.start_update(table, rules, read, advance if counts else 0, skip_nonfinite, stream)
+        if not counts_here:
+            for counter in counters:
+                counter.add_(advance)
+
+    def exchange(self, wanted: bool) -> None:
+        """Let every param and the averaged module's tensor have changed places, or not, in place.
+
+        The kernel looks up on the device whether they have, so that an interrupt cannot come between.
+        """
+        for table in self._tables:
+            self.start_exchange(table, wanted, self._stream(table))
+
+    def first_nonfinite(self, params: Sequence[Tensor]) -> int | None:
+        for table in self._tables:
+            self.start_first_nonfinite(table, self._stream(table))
+        found = []
+        for table in self._tables:
+            from_the_end = int(table.nonfinite)
+            if from_the_end:
+                found.append(table.indices[table.num_tensors - from_the_end])
+        return min(found, default=None)
+
+    def _stream(self, table: Table) -> int:
+        stream = current_raw_stream(table.device)
+        if stream != table.stream and table.device.type == "cuda":
+            # The table's memory may be handed out again once this stream is done with it, not before.
+            table.words.record_stream(torch.cuda.current_stream(table.device))
+        return stream

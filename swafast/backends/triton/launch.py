@@ -1,0 +1,236 @@
+"""The ``triton`` backend: kernels in Triton (``kernels.py``), compiled at first use.
+
+With ``TRITON_INTERPRET=1`` in the environment, Triton's interpreter runs the same kernels on CPU tensors, slowly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import struct
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...terms.rules import Rule
+from .. import Unavailable, library
+from ..contract import Pair
+from ..gpu import DeviceLaunch, Table
+from ..rows import PaceCache, kernels_serve
+
+name = "triton"
+#: The interpreter serves CPU tensors, and only where this backend was asked for by name.
+device_types = frozenset({"cuda"})
+exchanges = True
+
+#: Programs of 256 threads at 64 registers each: as many as a multiprocessor of any current GPU holds.
+_PROGRAMS_PER_MULTIPROCESSOR = 4
+#: So few that chunks outnumber them in a test.
+_INTERPRETED_PROGRAMS = 3
+#: 64-bit words of ``swafast_pace`` in csrc/swafast.h.
+_PACE_WORDS = 6
+
+
+@functools.cache
+def is_interpreted() -> bool:
+    """Say whether Triton interprets, by the words that it takes for yes."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def unavailable() -> Unavailable | None:
+    if importlib.util.find_spec("triton") is None:
+        return Unavailable("Triton is not installed", expected=True)
+    if not is_interpreted() and not torch.cuda.is_available():
+        return Unavailable("torch finds no CUDA device", expected=True)
+    kernels = _load()
+    return kernels if isinstance(kernels, Unavailable) else None
+
+
+@functools.cache
+def _load() -> ModuleType | Unavailable:
+    """Give the module of the kernels, or why it does not load. This imports Triton."""
+    try:
+        from . import kernels
+    except Exception as error:  # whatever a broken install, or an environment variable of Triton's, may raise
+        return Unavailable(f"Triton is installed and did not load: {type(error).__name__}: {error}")
+    if kernels.interpreted != {is_interpreted()}:
+        return Unavailable("TRITON_INTERPRET was changed after Triton was imported or first asked for")
+    return kernels
+
+
+def _kernels() -> ModuleType:
+    """Give the module of the kernels, which a caller knows to load."""
+    kernels = _load()
+    if isinstance(kernels, Unavailable):
+        raise RuntimeError(f"the triton backend is not available: {kernels.reason}")
+    return kernels
+
+
+def describe() -> str:
+    """Say which Triton it is and how many programs each device runs."""
+    version = _kernels().VERSION
+    if is_interpreted():
+        return f"Triton {version}, interpreted on CPU tensors"
+    devices = range(torch.cuda.device_count())
+    programs = "; ".join(f"device {i}: {_num_programs(i)}" for i in devices)
+    return f"Triton {version} (programs on {programs})"
+
+
+@functools.cache
+def _num_programs(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count * _PROGRAMS_PER_MULTIPROCESSOR
+
+
+def serves(pair: Pair) -> bool:
+    if is_interpreted():
+        # The interpreter follows the addresses in the tables by itself, so they must be the host's.
+        return kernels_serve(pair, {"cpu"})
+    return kernels_serve(pair, device_types) and _is_usable(pair.param.device)
+
+
+def prepare(pairs: Sequence[Pair]) -> TritonLaunch:
+    return TritonLaunch(pairs)
+
+
+@functools.cache
+def _is_usable(device: torch.device) -> bool:
+    """Have every kernel compiled and on the device, by launches without chunks; warn where that fails.
+
+    A capture allows neither, and an update is no place to find out that there is no compiler.
+    """
+    try:
+        kernels, options = _kernels(), launch_options("hip" if torch.version.hip else "cuda")
+        words = torch.zeros(16, dtype=torch.int64, device=device)
+        state, paces = words.data_ptr(), words[-_PACE_WORDS:].data_ptr()
+        with _on_device(device):
+            kernels.pace_kernel[(1,)](paces, 0, *(0,) * _PACE_WORDS, **options)
+            kernels.update_kernel[(1,)](state, state, 0, state, paces, 0, 0, 0, **options)
+            kernels.exchange_kernel[(1,)](state, state, 0, state, 0, **options)
+            kernels.nonfinite_kernel[(1,)](state, state, 0, state, 0, **options)
+            kernels.forget_nonfinite_kernel[(1,)](state, **options)
+            torch.cuda.current_stream(device).synchronize()
+    except Exception as error:  # whatever a compiler, a cache folder or a driver may raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        warnings.warn(f"swafast's Triton kernels do not run on {device}: {reason}", RuntimeWarning, stacklevel=3)
+        return False
+    return True
+
+
+def launch_options(target: str) -> Mapping[str, Any]:
+    """Give the compiler's options for ``target``, ``"cuda"`` or ``"hip"``: 256 threads, and nothing fused by itself."""
+    # A loop's iterations are not overlapped: the loads of one tile fill the registers.
+    options = {"num_stages": 1, "enable_fp_fusion": False}
+    if target == "hip":
+        return {**options, "num_warps": 4}  # of 64 threads
+    return {**options, "num_warps": 8, "maxnreg": 64}
+
+
+def _on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make ``device`` the current one: Triton launches there, on its current stream."""
+    if device.type == "cpu":
+        import numpy as np  # the interpreter computes with it, and a NaN is no reason to warn
+
+        return np.errstate(all="ignore")
+    if device.index in (None, torch.cuda.current_device()):
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+class _Paces:
+    """The paces of a table's updates, in its device's memory, written there when a rule or a counter changes.
+
+    A kernel writes them: nothing waits for a copy from the host. Two updates of one table come one after the other,
+    whatever their streams, so the second may write where the first has read; unless a graph is to read it again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cache = PaceCache()
+        self._words = self._make_words(device)
+        self._written: object = None  # what the cache gave when the words were written
+        self._is_captured = False
+        self._captured: list[Tensor] = []  # which graphs read, beside the words
+
+    @staticmethod
+    def _make_words(device: torch.device) -> Tensor:
+        with torch.inference_mode(False):
+            return torch.empty(library.MAX_PACES * _PACE_WORDS, dtype=torch.int64, device=device)
+
+    def get(
+        self, rules: Sequence[Rule], counters: Sequence[Tensor], capturing: bool, write: Callable[..., None]
+    ) -> Tensor:
+        """Give the words; ``write(their address, index of a pace, *its words)`` starts the kernel that writes them."""
+        paces = self._cache.get(rules, [counter.data_ptr() for counter in counters])
+        words = self._words
+        if paces is not self._written:
+            if capturing or self._is_captured:
+                words = self._make_words(words.device)
+            for index, pace in enumerate(paces):
+                write(words.data_ptr(), index, *struct.unpack(f"<{_PACE_WORDS}q", pace))
+            if capturing:
+                # They are there once the graph has run, and so for the graph alone.
+                self._captured.append(words)
+                return words
+            if self._is_captured:
+                self._captured.append(self._words)
+            self._words, self._written, self._is_captured = words, paces, False
+        self._is_captured |= capturing
+        return words
+
+
+class TritonLaunch(DeviceLaunch):
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self._kernels = _kernels()
+        self._options = launch_options("hip" if torch.version.hip else "cuda")
+        super().__init__(pairs)
+        self._paces = {table.device: _Paces(table.device) for table in self._tables}
+        self._heads = {
+            table.device: (table.tensors, table.chunks, table.num_chunks, table.state) for table in self._tables
+        }
+
+    def num_blocks(self, device: torch.device) -> int:
+        if device.type == "cpu":
+            return _INTERPRETED_PROGRAMS
+        return _num_programs(device.index if device.index is not None else torch.cuda.current_device())
+
+    def start_update(
+        self,
+        table: Table,
+        rules: Sequence[Rule],
+        counters: Sequence[Tensor],
+        advance: int,
+        skip_nonfinite: bool,
+        stream: int,
+    ) -> None:
+        head = self._heads[table.device]
+        with _on_device(table.device):
+            capturing = table.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            self.captured |= capturing
+            paces = self._paces[table.device].get(rules, counters, capturing, self._write_pace)
+            if stream != table.stream and table.device.type == "cuda":
+                paces.record_stream(torch.cuda.current_stream(table.device))  # as the table's own words
+            self._start("update", table, *head, paces.data_ptr(), len(rules), advance, int(skip_nonfinite))
+
+    def _write_pace(self, *arguments: int) -> None:
+        self._kernels.pace_kernel[(1,)](*arguments, **self._options)
+
+    def start_exchange(self, table: Table, wanted: bool, stream: int) -> None:
+        with _on_device(table.device):
+            self._start("exchange", table, *self._heads[table.device], int(wanted))
+
+    def start_first_nonfinite(self, table: Table, stream: int) -> None:
+        head = self._heads[table.device]
+        with _on_device(table.device):
+            self._kernels.forget_nonfinite_kernel[(1,)](head[-1], **self._options)
+            self._start("nonfinite", table, *head, table.num_tensors)
+
+    def _start(self, kernel: str, table: Table, *arguments: int) -> None:
+        # A launch without chunks still counts.
+        programs = max(1, min(table.num_chunks, table.num_blocks))
+        getattr(self._kernels, f"{kernel}_kernel")[(programs,)](*arguments, **self._options)

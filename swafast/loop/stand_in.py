@@ -1,0 +1,100 @@
+"""Shadows: a module tree with a model's names, for an update that runs beside the model's next forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from ..terms.names import unwrap
+from ..torch_private.modules import (
+    own_buffers,
+    own_children,
+    own_params,
+    passing_buffers,
+    set_own_buffers,
+    set_own_params,
+    set_passing_buffers,
+)
+
+
+class Shadow:
+    """Stands for a model in an update in the background.
+
+    Buffers, which a forward writes, are copied at each :meth:`take`. Params are the model's own, which nothing writes
+    until the next step; with ``device`` they are copied there, as buffers are.
+
+    Args:
+        model: wrapped or not. The shadow follows it: modules and tensors may be put in and taken out.
+        device: where to copy all tensors to, into pinned memory where that is the host's and there is a GPU.
+        streams: side streams to copy params on. Buffers are copied on the main ones, where a forward comes after it.
+    """
+
+    def __init__(
+        self, model: Module, device: torch.device | None = None, streams: Sequence[torch.cuda.Stream] = ()
+    ) -> None:
+        self._model, self._device, self._streams = model, device, streams
+        self._tree: list[tuple[str, Module]] = []
+        self._shadows: dict[str, Module] = {}
+        self._staged: dict[int, Tensor] = {}  # by the id of what it is a copy of
+
+    @torch.no_grad()
+    def take(self) -> Module:
+        """Copy what there is to copy, and give the root of the shadow."""
+        tree = list(unwrap(self._model).named_modules(remove_duplicate=False))
+        if [(name, id(module)) for name, module in tree] != [(name, id(module)) for name, module in self._tree]:
+            self._tree, self._shadows = tree, _skeleton(tree)
+        before, self._staged = self._staged, {}
+        for name, module in tree:
+            set_own_buffers(self._shadows[name], self._copies(own_buffers(module), before))
+        with on_side(self._streams):
+            for name, module in tree:
+                own = own_params(module)
+                copies = dict(own) if self._device is None else self._copies(own, before)
+                set_own_params(self._shadows[name], copies)
+        return self._shadows[""]
+
+    def _copies(self, tensors: dict[str, Tensor | None], before: dict[int, Tensor]) -> dict[str, Tensor | None]:
+        return {name: None if tensor is None else self._copy(tensor, before) for name, tensor in tensors.items()}
+
+    def _copy(self, tensor: Tensor, before: dict[int, Tensor]) -> Tensor:
+        if id(tensor) in self._staged:  # tied
+            return self._staged[id(tensor)]
+        staged = before.get(id(tensor))
+        device = self._device or tensor.device
+        if staged is None or (staged.shape, staged.dtype, staged.device) != (tensor.shape, tensor.dtype, device):
+            pin = device.type == "cpu" and torch.cuda.is_available()
+            staged = torch.empty_like(tensor, device=device, pin_memory=pin)
+            staged = Parameter(staged, requires_grad=False) if isinstance(tensor, Parameter) else staged
+        staged.copy_(tensor, non_blocking=True)
+        self._staged[id(tensor)] = staged
+        return staged
+
+
+@contextmanager
+def on_side(streams: Sequence[torch.cuda.Stream]) -> Iterator[None]:
+    """Launch on these streams, one of each GPU, after what is on the current ones now."""
+    with ExitStack() as entered:
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
+            entered.enter_context(torch.cuda.stream(stream))
+        yield
+
+
+def _skeleton(tree: list[tuple[str, Module]]) -> dict[str, Module]:
+    """Give bare modules in the same tree, by name: what is shared stands under each of its names."""
+    by_module: dict[int, Module] = {}
+    shadows: dict[str, Module] = {}
+    for name, module in tree:
+        shadow = by_module.get(id(module))
+        if shadow is None:
+            shadow = by_module[id(module)] = Module()
+            set_passing_buffers(shadow, passing_buffers(module))
+        shadows[name] = shadow
+        parent, _, leaf = name.rpartition(".")
+        if name:
+            own_children(shadows[parent])[leaf] = shadow
+    return shadows

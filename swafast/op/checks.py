@@ -1,0 +1,150 @@
+"""Checks before a launch: what is refused here never reaches a kernel, and nothing has changed by then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from ..backends.contract import Pair
+from ..terms.formats import Format
+from ..terms.layout import extent
+from ..torch_private.core import has_own_dispatch, is_capturing
+
+#: What to do with a model that is spread over ranks. Its classes are told by name: importing them takes a second.
+FOR_SHARDED = "average a sharded model with swafast.ShardedAveragedModel"
+
+_NONFINITE = ("propagate", "raise", "skip")
+
+
+def check_nonfinite(value: object) -> None:
+    """Raise ValueError unless ``value`` says what to do about NaNs and infinities."""
+    if value not in _NONFINITE:
+        raise ValueError(f"nonfinite must be one of {', '.join(map(repr, _NONFINITE))}, got {value!r}")
+
+
+def check_seed(value: object) -> None:
+    """Raise TypeError unless ``value`` can be the seed of random bits."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"seed must be an int, got {value!r}")
+
+
+def refuse_capture(device: torch.device, action: str) -> None:
+    """Raise RuntimeError if a CUDA graph is being captured from the device's current stream."""
+    if is_capturing(device):
+        raise RuntimeError(f"{action} must not be captured in a CUDA graph")
+
+
+def check_sides(pair: Pair, *, any_device: bool) -> None:
+    """Raise ValueError, naming the parameter, unless its param can be averaged into (or copied over) its average.
+
+    ``any_device`` lets the param be on another device than its average.
+    """
+    for side, tensor in (("model", pair.param), ("average", pair.average)):
+        check_plain(f"{pair.name!r} of the {side}", tensor)
+    name, param, average = pair.name, pair.param, pair.average
+    if param.shape != average.shape:
+        raise ValueError(f"{name!r} must have the average's shape {tuple(average.shape)}, got {tuple(param.shape)}")
+    if _dtype_class(param) != _dtype_class(average):
+        raise ValueError(f"{name!r} must have a dtype like the average's {average.dtype}, got {param.dtype}")
+    if param.device != average.device and not any_device:
+        raise ValueError(
+            f"{name!r} must be on the average's device {average.device}, got {param.device}; "
+            "move the averaged model, or pass device= to average on another device than the model's"
+        )
+    if average.numel() > extent(average.shape, average.stride()):
+        raise ValueError(f"average {name!r} must not overlap itself, got strides {tuple(average.stride())}")
+
+
+def check_planes(pair: Pair, fmt: Format) -> None:
+    """Raise ValueError unless the planes are those of the format, alike in shape and device."""
+    wanted = (fmt.dtype or pair.average.dtype, *(dtype for _, dtype in fmt.extra))
+    got = tuple(plane.dtype for plane in pair.planes)
+    if got != wanted:
+        raise ValueError(f"average {pair.name!r} in format {fmt.name!r} must have planes of {wanted}, got {got}")
+    for plane in pair.planes[1:]:
+        check_plain(f"a plane of {pair.name!r}", plane)
+        spread = plane.numel() > extent(plane.shape, plane.stride())
+        if spread or plane.shape != pair.average.shape or plane.device != pair.average.device:
+            raise ValueError(
+                f"planes of {pair.name!r} must be alike in shape and device, got {tuple(plane.shape)} on "
+                f"{plane.device} beside {tuple(pair.average.shape)} on {pair.average.device}"
+            )
+
+
+def check_counter(num_averaged: object) -> None:
+    """Raise ValueError unless ``n_averaged`` is what a kernel can read and count in."""
+    if not isinstance(num_averaged, Tensor):
+        raise ValueError(f"n_averaged must be one int64, got {num_averaged!r}")
+    if num_averaged.device.type == "meta":
+        raise ValueError("n_averaged must hold a number, got a tensor on the meta device")
+    if num_averaged.layout != torch.strided or num_averaged.dtype != torch.int64 or num_averaged.numel() != 1:
+        raise ValueError(f"n_averaged must be one int64, got {num_averaged.dtype} of shape {tuple(num_averaged.shape)}")
+
+
+def check_plain(what: str, tensor: Tensor) -> None:
+    if is_lazy(tensor):
+        raise ValueError(f"{what} must be initialised, got a lazy one: run the model once before averaging it")
+    if tensor.is_nested:
+        raise ValueError(f"{what} must not be nested, got a nested tensor")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{what} must be dense, got layout {tensor.layout}")
+    if tensor.is_quantized:
+        raise ValueError(f"{what} must not be quantised, got {tensor.dtype}")
+    if tensor.device.type == "meta":
+        raise ValueError(f"{what} must hold data, got a tensor on the meta device")
+    if has_own_dispatch(tensor):
+        sharded = f"; {FOR_SHARDED}" if type(tensor).__name__ == "DTensor" else ""
+        raise ValueError(f"{what} must be a plain tensor, got {type(tensor).__name__}{sharded}")
+    end = (tensor.storage_offset() + extent(tensor.shape, tensor.stride())) * tensor.element_size()
+    if tensor.numel() and tensor.untyped_storage().nbytes() < end:
+        raise ValueError(f"{what} must have memory for its elements, got a storage that was freed or shrunk")
+
+
+def _dtype_class(tensor: Tensor) -> object:
+    if tensor.is_complex():
+        return "complex"
+    return "floating" if tensor.is_floating_point() else tensor.dtype
+
+
+def check_writable(pairs: Sequence[Pair]) -> None:
+    """Raise ValueError naming a param that cannot take an average, because its elements share memory."""
+    for pair in pairs:
+        if pair.param.numel() > extent(pair.param.shape, pair.param.stride()):
+            raise ValueError(
+                f"{pair.name!r} of the model must have memory of its own for each element to take the average, "
+                f"got strides {tuple(pair.param.stride())}"
+            )
+
+
+def check_overlap(pairs: Sequence[Pair], *, tied: bool = True) -> None:
+    """Raise ValueError naming two averages that share memory: an update would move one through the other.
+
+    With ``tied`` two names of one param may share it: a plan gives each average a place of its own.
+    """
+    averaged = [pair for pair in pairs if pair.format is not None]
+    for first, second in overlaps([pair.planes for pair in averaged]):
+        a, b = averaged[first], averaged[second]
+        if not (tied and a.param is b.param and a.average.data_ptr() == b.average.data_ptr()):
+            raise ValueError(f"averages must not overlap in memory, got {a.name!r} and {b.name!r} on shared bytes")
+
+
+def overlaps(groups: Sequence[Sequence[Tensor]]) -> list[tuple[int, int]]:
+    """Give pairs of indices of groups that share memory: every group that shares any is in one at least."""
+    runs = []
+    for index, group in enumerate(groups):
+        for tensor in group:
+            nbytes = extent(tensor.shape, tensor.stride()) * tensor.element_size()
+            if nbytes:
+                runs.append((str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + nbytes, index))
+    runs.sort()
+    found = []
+    furthest = None
+    for run in runs:
+        if furthest is not None and furthest[0] == run[0] and run[1] < furthest[2]:
+            found.append((furthest[3], run[3]))
+        if furthest is None or furthest[0] != run[0] or run[2] > furthest[2]:
+            furthest = run
+    return found

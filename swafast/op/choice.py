@@ -1,0 +1,69 @@
+"""Which backends run an update: those asked for, or those that fit the tensors' devices and load."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Collection, Sequence
+
+from ..backends import Unavailable, cpu, cuda, reference
+from ..backends.contract import Backend, Pair
+from ..backends.triton import launch as triton_launch
+
+#: Every backend, the preferred one first. ``reference`` serves whatever the others do not.
+BACKENDS: tuple[Backend, ...] = (cuda, cpu, triton_launch, reference)
+
+_warned: set[str] = set()
+
+
+def choose_backends(requested: str | None = None, device_types: Collection[str] = ()) -> tuple[Backend, ...]:
+    """Give the backends to use, in order, for ``backend=`` or else ``SWAFAST_BACKEND``.
+
+    ``reference`` always stands last, for what a faster one does not serve. A backend that should run here and does not
+    load gives one warning, unless it was asked for by name; so does a device that is left with ``reference`` alone.
+
+    Args:
+        device_types: of the tensors: a backend for other devices is not even loaded.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: the backend asked for cannot run on this machine.
+    """
+    name = requested if requested is not None else os.environ.get("SWAFAST_BACKEND") or None
+    source = "backend" if requested is not None else "SWAFAST_BACKEND"
+    known = {backend.name: backend for backend in BACKENDS}
+    if name is None:
+        return (*(_loaded(device_types)), reference)
+    if name not in known:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, known))}, got {name!r}")
+    missing = known[name].unavailable()
+    if missing is not None:
+        raise RuntimeError(f"{source}={name!r} cannot run here: {missing.reason}")
+    return (reference,) if name == reference.name else (known[name], reference)
+
+
+def _loaded(device_types: Collection[str]) -> list[Backend]:
+    """Give every backend for these devices that loads, and warn once of what should and does not."""
+    chosen = []
+    missing: dict[str, Unavailable] = {}
+    for backend in BACKENDS[:-1]:
+        assert backend.device_types is not None
+        if backend.device_types.isdisjoint(device_types):
+            continue
+        why = backend.unavailable()
+        if why is None:
+            chosen.append(backend)
+        else:
+            missing[backend.name] = why
+    served = {kind for backend in chosen for kind in backend.device_types or ()}
+    slow = set(device_types) & {"cpu", "cuda"} - served
+    for name, why in missing.items():
+        if (slow or not why.expected) and name not in _warned:
+            _warned.add(name)
+            used = "the slower reference backend" if slow else f"the {chosen[0].name} backend"
+            warnings.warn(f"swafast runs on {used}: {name}: {why.reason}", RuntimeWarning, stacklevel=4)
+    return chosen
+
+
+def device_types(pairs: Sequence[Pair]) -> set[str]:
+    return {tensor.device.type for pair in pairs for tensor in (pair.param, pair.average)}

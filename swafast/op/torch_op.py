@@ -1,0 +1,106 @@
+"""``torch.ops.swafast.update_``: the update as an op of torch's, for compiled code."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..backends.contract import Pair
+from ..terms.formats import Format, get_format
+from ..terms.rules import Rule
+from ..terms.weight import KernelTerms
+from .checks import check_counter, check_overlap, check_planes, check_sides, refuse_capture
+from .choice import choose_backends, device_types
+from .launches import Work, bump_versions, draws_of, prepare, update
+
+
+@dataclass(frozen=True)
+class _TermsRule(Rule):
+    """A rule that came through the dispatcher as numbers."""
+
+    terms: KernelTerms
+
+    def weight(self, num_averaged: int) -> float:
+        return self.terms.weight(num_averaged)
+
+    def kernel_terms(self) -> KernelTerms:
+        return self.terms
+
+
+def _update_op(
+    averages: list[Tensor],
+    remainders: list[Tensor],
+    params: list[Tensor],
+    num_averaged: Tensor,
+    format: str,
+    kind: int,
+    terms: list[float],
+    seed: int = 0,
+) -> None:
+    fmt = get_format(format)
+    if len(params) != len(averages) or (fmt.extra and len(remainders) != len(averages)):
+        lengths = [len(averages), len(remainders), len(params)]
+        raise ValueError(f"averages, remainders and params must be of one length, got {lengths}")
+    extra: Sequence[Tensor | None] = remainders if fmt.extra else [None] * len(averages)
+    pairs = [
+        Pair(str(i), param, (average,) if plane is None else (average, plane), fmt, draws_of(seed, str(i), param, fmt))
+        for i, (average, plane, param) in enumerate(zip(averages, extra, params, strict=True))
+    ]
+    check_counter(num_averaged)
+    work = _prepared(pairs, fmt, seed)
+    bump_versions((*(plane for pair in pairs for plane in pair.planes), num_averaged))
+    rule = _TermsRule(KernelTerms(kind, tuple(terms)))  # type: ignore[arg-type]
+    update(work, params, [rule], [num_averaged])
+    if any(part.launch.captured for part in work) and not any(kept is work for kept in _captured):
+        _captured.append(work)
+
+
+#: Work of the op's last calls by what it was made for. A launch goes by addresses, dtypes, shapes and strides alone.
+_recent: OrderedDict[object, list[Work]] = OrderedDict()
+_MOST_RECENT = 256
+#: Work that a CUDA graph holds, and that nobody else would keep.
+_captured: list[list[Work]] = []
+
+
+def _look(tensor: Tensor) -> tuple[object, ...]:
+    """Give all that the checks and a launch go by."""
+    view = (tensor.data_ptr(), tensor.untyped_storage().nbytes(), tensor.shape, tensor.stride())
+    return (*view, tensor.dtype, tensor.device, type(tensor), tensor.is_neg(), tensor.is_conj())
+
+
+def _prepared(pairs: Sequence[Pair], fmt: Format, seed: int) -> list[Work]:
+    tensors = [tensor for pair in pairs for tensor in (pair.param, *pair.planes)]
+    try:
+        seen = tuple(map(_look, tensors))
+    except RuntimeError:  # sparse, say: the checks below name it
+        seen = ()
+    key = (fmt.name, seed, os.environ.get("SWAFAST_BACKEND"), seen)
+    if seen and key in _recent:
+        _recent.move_to_end(key)
+        return _recent[key]
+    for pair in pairs:
+        check_sides(pair, any_device=False)
+        check_planes(pair, fmt)
+    check_overlap(pairs, tied=False)
+    for device in {pair.average.device for pair in pairs}:
+        refuse_capture(device, "a first call of swafast.update_ for these tensors")
+    work = prepare(pairs, choose_backends(device_types=device_types(pairs)))
+    if seen and all(part.backend.device_types is not None for part in work):  # reference would keep the tensors alive
+        _recent[key] = work
+        while len(_recent) > _MOST_RECENT:
+            _recent.popitem(last=False)
+    return work
+
+
+_library = torch.library.Library("swafast", "DEF")
+_library.define(
+    "update_(Tensor(a!)[] averages, Tensor(b!)[] remainders, Tensor[] params, Tensor(c!) num_averaged, "
+    "str format, int kind, float[] terms, int seed=0) -> ()"
+)
+_library.impl("update_", _update_op, "CompositeExplicitAutograd")
+torch.library.register_fake("swafast::update_", lambda *args: None, lib=_library)

@@ -1,0 +1,219 @@
+"""What a folder of snapshots says of itself: which averages of which model are stored in it, and by which rules.
+
+A snapshot is a subfolder ``<num_averaged>.<generation>``, and is there once its ``snapshot.json`` is, which is written
+last: without it, what lies there is what an interrupted save has left. Of one count the last generation holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..terms.rules import EqualAverage, ExponentialAverage, PowerAverage, Rule
+from .profiles import Profile
+
+SIDECAR = "snapshot.json"
+_VERSION = 1
+_RULES = {kind.__name__: kind for kind in (EqualAverage, ExponentialAverage, PowerAverage)}
+_NAME = re.compile(r"(\d{12,})\.(\d+)")
+
+
+class StoredAverage(NamedTuple):
+    """One average of one snapshot."""
+
+    name: str
+    num_averaged: int
+    rule: Rule | str  # a str: the spelling of a rule that this package cannot make again
+
+    def profile(self, folder: Path) -> Profile:
+        """Give its profile.
+
+        Raises:
+            ValueError: the rule is one of the user's own, and not given.
+        """
+        if isinstance(self.rule, str):
+            raise ValueError(
+                f"rules must have the rule of the average {self.name!r}, stored as {self.rule} in {folder}, "
+                "got none of that name"
+            )
+        return Profile(self.rule, self.num_averaged)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What is stored of one param or buffer."""
+
+    names: tuple[str, ...]  # its own in the model, then those tied to it
+    shape: tuple[int, ...]  # of the whole
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What stands in one ``snapshot.json``."""
+
+    path: Path
+    num_averaged: int
+    rules: Mapping[str, Rule | str]  # by the averages' names
+    params: tuple[StoredTensor, ...]  # of each average, under `key_of(average, name)`
+    copies: tuple[StoredTensor, ...]  # of the model, under `key_of("", name)`
+    checksums: Mapping[str, int]  # by key
+
+    def layout(self) -> dict[str, str]:
+        """Give what all snapshots of one model have in common, by name."""
+        kinds = (("averaged", self.params), ("copied", self.copies))
+        return {
+            stored.names[0]: f"{kind} {stored.shape}" + "".join(f", tied to {name!r}" for name in stored.names[1:])
+            for kind, all_stored in kinds
+            for stored in all_stored
+        }
+
+
+def key_of(average: str, name: str) -> str:
+    """Give the key of a param in an average, or with an empty ``average`` of what is copied from the model."""
+    return f"{average}/{name}"
+
+
+def require_same_model(expected: Snapshot, what: str, got: Snapshot) -> None:
+    """Raise ValueError naming the first difference unless ``got``, which ``what`` names, is of the same model."""
+    ours, theirs = expected.layout(), got.layout()
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(
+                f"{what} must be of the model in {expected.path}, got for {name!r} "
+                f"{theirs.get(name, 'nothing')} instead of {ours.get(name, 'nothing')}"
+            )
+
+
+# Folders
+
+
+def snapshot_paths(folder: Path) -> list[Path]:
+    """Give the snapshots in ``folder`` that are complete, by their counts."""
+    latest: dict[int, tuple[int, Path]] = {}
+    for path, count, generation in _subfolders(folder):
+        if (path / SIDECAR).exists():
+            latest[count] = max(latest.get(count, (-1, path)), (generation, path))
+    return [latest[count][1] for count in sorted(latest)]
+
+
+def new_path(folder: Path, num_averaged: int) -> Path:
+    """Make the subfolder for a snapshot; one of this count that is there already stays, and holds meanwhile."""
+    taken = [generation for _, count, generation in _subfolders(folder) if count == num_averaged]
+    path = folder / f"{num_averaged:012d}.{max(taken, default=-1) + 1}"
+    path.mkdir(parents=True)
+    return path
+
+
+def outdated_paths(path: Path) -> list[Path]:
+    """Give what a snapshot takes the place of, and what interrupted saves of its count have left."""
+    _, own_count, own = next(found for found in _subfolders(path.parent) if found[0] == path)
+    return [other for other, count, generation in _subfolders(path.parent) if count == own_count and generation < own]
+
+
+def _subfolders(folder: Path) -> Iterable[tuple[Path, int, int]]:
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            yield path, int(match[1]), int(match[2])
+
+
+# Sidecars
+
+
+def write_sidecar(snapshot: Snapshot) -> None:
+    """Write ``snapshot.json``, at once: a reader finds none, or all of it."""
+    body = _body(snapshot)
+    unfinished = snapshot.path / f"{SIDECAR}.unfinished"
+    with open(unfinished, "w", encoding="utf-8") as file:
+        json.dump({"sha256": _digest(body), "snapshot": body}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, snapshot.path / SIDECAR)
+
+
+def read_sidecar(path: Path) -> Snapshot:
+    """Read what a snapshot says of itself.
+
+    Raises:
+        ValueError: ``snapshot.json`` is damaged, of a later version, or of another count than the folder's name has; it
+            names the snapshot.
+    """
+    try:
+        told = json.loads((path / SIDECAR).read_text(encoding="utf-8"))
+        body = told["snapshot"]
+        intact = told["sha256"] == _digest(body)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / SIDECAR} must be whole, got {type(error).__name__}: {error}") from error
+    if not intact:
+        raise ValueError(f"{path / SIDECAR} must be what was saved, got other bytes: it is damaged")
+    if body["version"] != _VERSION:
+        raise ValueError(f"{path / SIDECAR} must be of version {_VERSION}, got {body['version']}")
+    match = _NAME.fullmatch(path.name)
+    if match is None or int(match[1]) != body["n_averaged"]:
+        raise ValueError(f"{path} must be named after its count, {body['n_averaged']}: it was renamed")
+    return Snapshot(
+        path,
+        body["n_averaged"],
+        {name: _rule_of(rule, path) for name, rule in body["averages"].items()},
+        tuple(map(_tensor_of, body["params"])),
+        tuple(map(_tensor_of, body["copies"])),
+        body["checksums"],
+    )
+
+
+def fingerprint(snapshot: Snapshot) -> str:
+    """Give a few digits that differ for snapshots that say anything else of themselves."""
+    return _digest(_body(snapshot))[:16]
+
+
+def _body(snapshot: Snapshot) -> dict[str, Any]:
+    return {
+        "version": _VERSION,
+        "n_averaged": snapshot.num_averaged,
+        "averages": {name: _spell(rule) for name, rule in snapshot.rules.items()},
+        "params": [_spell_tensor(stored) for stored in snapshot.params],
+        "copies": [_spell_tensor(stored) for stored in snapshot.copies],
+        "checksums": dict(snapshot.checksums),
+    }
+
+
+def _digest(body: object) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _spell(rule: Rule | str) -> dict[str, Any]:
+    # Of just these classes: a subclass may weigh otherwise.
+    if type(rule) in _RULES.values():
+        return {"rule": type(rule).__name__, **dataclasses.asdict(rule)}  # type: ignore[call-overload]
+    return {"rule": None, "spelled": rule if isinstance(rule, str) else repr(rule)}
+
+
+def _rule_of(told: Mapping[str, Any], path: Path) -> Rule | str:
+    arguments = dict(told)
+    kind = arguments.pop("rule")
+    if kind is None:
+        return str(arguments["spelled"])
+    try:
+        rule: Rule = _RULES[kind](**arguments)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path / SIDECAR} must name rules of this package, got {dict(told)}: {error}") from error
+    return rule
+
+
+def _spell_tensor(stored: StoredTensor) -> dict[str, Any]:
+    dtype = str(stored.dtype).removeprefix("torch.")
+    return {"names": list(stored.names), "shape": list(stored.shape), "dtype": dtype}
+
+
+def _tensor_of(told: Mapping[str, Any]) -> StoredTensor:
+    return StoredTensor(tuple(told["names"]), tuple(told["shape"]), getattr(torch, told["dtype"]))

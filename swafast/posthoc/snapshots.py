@@ -1,0 +1,335 @@
+"""`Snapshots`: averages stored along a training run, and any other average put together from them afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ..sharded.construction import spell
+from ..sharded.parts.ranks import Ranks
+from ..sharded.sharded_model import ShardedAveragedModel
+from ..terms.rules import Rule
+from .folder import (
+    Snapshot,
+    StoredAverage,
+    fingerprint,
+    key_of,
+    new_path,
+    outdated_paths,
+    read_sidecar,
+    require_same_model,
+    snapshot_paths,
+    write_sidecar,
+)
+from .profiles import Fit, Profile, fit
+from .sums import Sum, Target, groups_of, read, spread_of, targets_of, verify
+from .written import Averaged, Part, named_averages, parts_of, reporting, state_of, stored_in, write
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+#: A synthesized profile that is further off is worth a warning.
+_FAR_OFF = 0.01
+
+
+class _OneProcess(Ranks):
+    """This process alone, without a process group."""
+
+    def __init__(self) -> None:
+        self.rank, self.ranks, self._lost = 0, (0,), None
+
+
+class Snapshots:
+    """A folder of averages stored along a training run, from which an average of any rule is synthesized afterwards.
+
+    Store two :class:`~swafast.PowerAverage` (sigma_rel 0.05 and 0.10, say) now and then; after training, add them up so
+    that the sum weighs the models of the run as the wanted rule would have. Whatever is averaged by a
+    :class:`~swafast.Rule` may be stored, by one process or by the ranks of a sharded model, and be synthesized by
+    as many others.
+
+    Making one, :meth:`save` and :meth:`synthesize` are collective where there is a process group: all of its ranks make
+    the same calls, see one folder, and what fails on one raises on all. Listing and :meth:`fit` are not.
+
+    Args:
+        folder: need not exist yet.
+        process_group: the ranks that save and synthesize together; default: all, or this process where there is none.
+        rules: by average, those that are no rules of this package, as when they were stored.
+
+    Raises:
+        TypeError: ``rules`` is no mapping of names to rules.
+        ValueError: ``process_group`` is none that this rank is in.
+
+    Paper: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv:2312.02696,
+    section 3.2.
+
+    Example::
+
+        snapshots = Snapshots("snapshots")
+        for step, batch in enumerate(loader):
+            ...
+            if step % 1000 == 999:
+                snapshots.save({"narrow": narrow, "wide": wide})
+        model.load_state_dict(snapshots.synthesize(PowerAverage.from_sigma_rel(0.15)))
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        process_group: ProcessGroup | None = None,
+        rules: Mapping[str, Rule] | None = None,
+    ) -> None:
+        self.folder = Path(folder).absolute()  # whatever becomes of the working directory
+        alone = process_group is None and not (dist.is_available() and dist.is_initialized())
+        self._has_warned = False  # of later snapshots than one that is saved
+        self._ranks = _OneProcess() if alone else Ranks(process_group)
+        with self._ranks.settled("Snapshots"):
+            if rules is not None and not isinstance(rules, Mapping):
+                raise TypeError(f"rules must be a mapping of names to rules or None, got {type(rules).__name__}")
+            self._rules = dict(rules or {})
+            for name, rule in self._rules.items():
+                if not isinstance(name, str):
+                    raise TypeError(f"rules must have strings for names, got {name!r}")
+                if not isinstance(rule, Rule):
+                    raise TypeError(f"rules[{name!r}] must be a swafast.Rule, got {type(rule).__name__}")
+
+    # Listing
+
+    def __iter__(self) -> Iterator[StoredAverage]:
+        """Give each stored average, by count: its name, its count and its rule.
+
+        Raises:
+            ValueError: a snapshot's ``snapshot.json`` is damaged; it names the snapshot.
+        """
+        for snapshot in self._read():
+            yield from self._averages_of(snapshot)
+
+    def __len__(self) -> int:
+        """Give how many averages are stored: those of a snapshot, times the snapshots."""
+        return sum(len(snapshot.rules) for snapshot in self._read())
+
+    @property
+    def profiles(self) -> list[Profile]:
+        """The profile of each stored average, in the order in which they are listed.
+
+        Raises:
+            ValueError: as listing them; or a rule is the user's own, and not among ``rules``.
+        """
+        return [stored.profile(self.folder) for stored in self]
+
+    def _read(self) -> list[Snapshot]:
+        return [read_sidecar(path) for path in snapshot_paths(self.folder)]
+
+    def _warn_of_later(self, later: int, count: int) -> None:
+        """Warn once of what another run may have left, or this one before it went back."""
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{self.folder} holds snapshots up to {later} updates, more than the {count} of this one: what is "
+                "synthesized would be of both runs. Save a new run elsewhere; after going back, delete the later ones",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def _latest(self) -> Snapshot | None:
+        """Give the latest snapshot that is not damaged: what is need not end a training."""
+        for path in reversed(snapshot_paths(self.folder)):
+            with suppress(ValueError):
+                return read_sidecar(path)
+        return None
+
+    def _averages_of(self, snapshot: Snapshot) -> list[StoredAverage]:
+        own = self._rules
+        return [
+            StoredAverage(name, snapshot.num_averaged, own.get(name, rule) if isinstance(rule, str) else rule)
+            for name, rule in snapshot.rules.items()
+        ]
+
+    # Saving
+
+    def save(self, averages: Averaged | Mapping[str, Averaged], *, dtype: torch.dtype | None = None) -> None:
+        """Store averages of one model, all after the same number of updates. Collective.
+
+        The snapshot is there at once when all of it is; an earlier one of this count holds until then, and is replaced.
+        A process killed meanwhile leaves a subfolder that is ignored. Beside the averages stands one copy of what is
+        not averaged, buffers above all. Float32 averages that this process holds whole are written from where they
+        are, anything else is copied first.
+
+        Args:
+            averages: by name, :class:`~swafast.FusedAveragedModel` or :class:`~swafast.ShardedAveragedModel`; or one.
+            dtype: float32, bfloat16 or float16, to round floating params to; default: float32, and as they are for
+                float64 params. Complex params are stored as they are.
+
+        Warns:
+            RuntimeWarning: the folder holds later snapshots, of another run or from before this one went back. Once, on
+                the first rank.
+
+        Raises:
+            TypeError, ValueError: ``averages`` or ``dtype`` is none of the above, nothing is averaged yet, averages
+                differ in their counts, names or shapes, or are of another model than what the folder holds, or ranks
+                disagree. The folder is as it was.
+            RuntimeError: averages are swapped into a model, a file could not be written, or another rank failed.
+        """
+        with ExitStack() as held:
+            with self._ranks.settled("save"):
+                named = named_averages(averages)
+                for average in named.values():
+                    held.enter_context(average._alone("save"))
+                rules, count = self._check(named, dtype)
+            told = {name: spell(rule) for name, rule in rules.items()}
+            self._ranks.agree("averages", {**told, "n_averaged": count, "dtype": dtype})
+            with self._ranks.in_step():
+                parts = {name: parts_of(average, self._ranks, dtype) for name, average in named.items()}
+            self._write(count, rules, parts)
+
+    def _check(self, named: Mapping[str, Averaged], dtype: torch.dtype | None) -> tuple[dict[str, Rule], int]:
+        """Give the averages' rules and their count."""
+        if dtype is not None and dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))} or None, got {dtype!r}")
+        rules, counts = {}, {}
+        for name, average in named.items():
+            if average.rule is None:
+                raise ValueError(f"averages[{name!r}] must be averaged by a Rule, got a function: it has no profile")
+            ranks = average._ranks.ranks if isinstance(average, ShardedAveragedModel) else self._ranks.ranks
+            if ranks != self._ranks.ranks:
+                ours = list(self._ranks.ranks)
+                raise ValueError(f"averages[{name!r}] must be spread over ranks {ours}, got {list(ranks)}")
+            rules[name], counts[name] = average.rule, int(average.n_averaged)
+            if counts[name] < 1:
+                raise ValueError(f"averages[{name!r}] must have been updated, got n_averaged = {counts[name]}")
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"averages must have the same n_averaged, got {counts}")
+        return rules, next(iter(counts.values()))
+
+    def _write(self, count: int, rules: Mapping[str, Rule], parts: Mapping[str, list[Part]]) -> None:
+        state, sums = state_of(parts)
+        total = torch.tensor(list(sums.values()), dtype=torch.int64, device="cpu")
+        self._ranks.sum_(total)
+        first, path = self._ranks.index == 0, None
+        with self._ranks.settled("save"):
+            params, copies = stored_in(parts)
+            snapshot = Snapshot(self.folder, count, rules, params, copies, dict(zip(sums, total.tolist(), strict=True)))
+            present = self._latest()
+            if present is not None:
+                require_same_model(present, "averages", snapshot)
+                if first and present.num_averaged > count:
+                    self._warn_of_later(present.num_averaged, count)
+        try:
+            with (
+                self._ranks.settled("save"),
+                reporting(RuntimeError, f"a snapshot in {self.folder} could not be written"),
+            ):
+                path = new_path(self.folder, count) if first else None
+            path = self._ranks.gather(path)[0]
+            assert path is not None
+            with self._ranks.settled("save"):
+                write(path, state, self._ranks)
+            with self._ranks.settled("save"):
+                if first:
+                    with reporting(RuntimeError, f"snapshot {path} could not be written"):
+                        write_sidecar(dataclasses.replace(snapshot, path=path))
+        except BaseException:
+            if first and path is not None:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+        for other in outdated_paths(path) if first else ():
+            shutil.rmtree(other, ignore_errors=True)
+
+    # Synthesis
+
+    def fit(self, rule: Rule, num_averaged: int | None = None) -> Fit:
+        """Say how nearly :meth:`synthesize` would give the average of ``rule``, without reading a tensor.
+
+        Raises:
+            TypeError, ValueError: as :meth:`synthesize`.
+        """
+        return self._fit(self._read(), rule, num_averaged)[0]
+
+    def _fit(self, snapshots: list[Snapshot], rule: Rule, num_averaged: int | None) -> tuple[Fit, int]:
+        if not snapshots:
+            raise ValueError(f"folder must hold snapshots, got none in {self.folder}")
+        counts = [snapshot.num_averaged for snapshot in snapshots]
+        wanted = Profile(rule, counts[-1] if num_averaged is None else num_averaged)
+        if not counts[0] <= wanted.num_averaged <= counts[-1]:
+            raise ValueError(
+                f"num_averaged must be from {counts[0]} to {counts[-1]}, as the snapshots are, got {num_averaged}"
+            )
+        stored = [each.profile(self.folder) for snapshot in snapshots for each in self._averages_of(snapshot)]
+        return fit(stored, wanted), wanted.num_averaged
+
+    def synthesize(
+        self, rule: Rule, num_averaged: int | None = None, *, like: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Give what the average of ``rule`` after ``num_averaged`` updates would have been, nearly. Collective.
+
+        A state of the model: params under its own names, float32 (float64 and complex ones as they were stored), and
+        buffers as the last snapshot up to ``num_averaged`` has them. Statistics of BatchNorm are those of a model in
+        training: take them anew. Sums are in float64, a few tensors at a time: beside the result it takes 12 bytes for
+        each of 2^22 elements, or of the largest tensor, and reads each snapshot once.
+
+        Args:
+            num_averaged: from the least to the largest count stored; default: the largest.
+            like: the tensors to give, by name, and how: a DTensor for a DTensor, of which each rank reads its part, and
+                a whole tensor on its device for a plain one. ``model.state_dict()`` of an FSDP2 model, say. Default:
+                all, whole, on the CPU.
+
+        Warns:
+            RuntimeWarning: the profile is missed by more than 1%, as ``fit(...).residual`` has it. Once, on the first
+                rank.
+
+        Raises:
+            TypeError: an argument is none of the above.
+            ValueError: there is no snapshot, ``num_averaged`` is not covered by them, a snapshot is damaged or of
+                another model than the rest or ``like``, or ranks disagree. It names the snapshot, or the tensor.
+            RuntimeError: it failed on another rank, or a rank was lost.
+        """
+        with self._ranks.settled("synthesize"):
+            snapshots = self._read()
+            found, count = self._fit(snapshots, rule, num_averaged)
+            for snapshot in snapshots:
+                require_same_model(snapshots[-1], f"snapshot {snapshot.path}", snapshot)
+            targets = targets_of(snapshots[-1], like)
+        told = {name: spread_of(target) for name, target in targets.items()}
+        told |= {snapshot.path.name: fingerprint(snapshot) for snapshot in snapshots}
+        self._ranks.agree("the call and the snapshots", {**told, "rule": spell(rule), "num_averaged": count})
+        # Those of the first rank: another processor may round otherwise.
+        coefficients = iter(self._ranks.gather(found.coefficients.tolist())[0])
+        if found.residual > _FAR_OFF and self._ranks.index == 0:
+            warnings.warn(
+                f"what is synthesized misses the profile of {rule!r} after {count} updates by {found.residual:.1%}: "
+                "store more snapshots, or averages nearer to it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        weights = [(each, dict(zip(each.rules, coefficients, strict=False))) for each in snapshots]
+        used = [(each, {name: x for name, x in of_each.items() if x}) for each, of_each in weights]
+        latest = [each for each in snapshots if each.num_averaged <= count][-1]
+        return self._sum(targets, used, latest)
+
+    def _sum(
+        self, targets: Mapping[str, Target], used: list[tuple[Snapshot, dict[str, float]]], latest: Snapshot
+    ) -> dict[str, Tensor]:
+        averaged = {stored.names[0] for stored in latest.params}
+        distinct = {target.name: target for target in targets.values()}
+        results: dict[str, Tensor] = {}
+        for group in groups_of([target for name, target in distinct.items() if name in averaged]):
+            total = Sum(group)
+            for snapshot, coefficients in used:
+                total.add(snapshot, coefficients, self._ranks)
+            results |= {target.name: tensor for target, tensor in zip(group, total.results(), strict=True)}
+        copied = {key_of("", name): target for name, target in distinct.items() if name not in averaged}
+        loaded = {key: target.empty(target.stored.dtype) for key, target in copied.items()}
+        if loaded:
+            read(latest.path, loaded, self._ranks)
+            verify(latest, loaded.items(), self._ranks)
+        results |= {copied[key].name: tensor for key, tensor in loaded.items()}
+        return {name: results[target.name] for name, target in targets.items()}

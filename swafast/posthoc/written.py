@@ -1,0 +1,172 @@
+"""What one rank writes of an averaged model into a snapshot, and what it reads back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+
+from ..average.averaged_model import FusedAveragedModel
+from ..average.matching import each_average
+from ..average.planes import find_planes, fit_planes
+from ..op.checksum import checksum
+from ..sharded import checkpoint
+from ..sharded.parts.ranks import Ranks
+from ..sharded.sharded_model import ShardedAveragedModel
+from ..terms.formats import Format
+from ..terms.names import persistent_buffers, unwrap
+from .folder import StoredTensor, key_of
+
+#: The name of an averaged model that is saved alone.
+_ALONE = "average"
+
+Averaged = FusedAveragedModel | ShardedAveragedModel
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank holds of one tensor of an averaged model."""
+
+    stored: StoredTensor
+    is_copy: bool  # of the model's, not averaged
+    value: Tensor  # in a form that distributed checkpoints take
+    checksum: int  # what this rank adds to the whole tensor's
+
+
+def parts_of(averaged: Averaged, ranks: Ranks, dtype: torch.dtype | None) -> list[Part]:
+    """Give the parts of an averaged model at full precision, or as ``dtype``. Collective: buffers are the first rank's.
+
+    Raises:
+        ValueError: ranks that each have an average of their own have other bits in it.
+    """
+    if isinstance(averaged, ShardedAveragedModel):
+        return list(_sharded_parts(averaged, ranks, dtype))
+    parts = list(_whole_parts(averaged, ranks, dtype))
+    if ranks.size > 1:
+        ranks.agree("a FusedAveragedModel that is saved", {part.stored.names[0]: part.checksum for part in parts})
+        first = ranks.index == 0
+        parts = [Part(part.stored, part.is_copy, part.value, first * part.checksum) for part in parts]
+    return parts
+
+
+def _sharded_parts(averaged: ShardedAveragedModel, ranks: Ranks, dtype: torch.dtype | None) -> Iterator[Part]:
+    for share in averaged._shares:
+        holding, planes = share.holding, averaged._planes[share.name]
+        full = share.format.decode(planes) if share.format is not None else planes[0]
+        entry = checkpoint.Entry(holding.names, share, full.to(_dtype_of(share.format, full, dtype)))
+        value = checkpoint.part_of(entry)
+        if holding.is_buffer and not isinstance(value, DTensor):
+            ranks.broadcast_(value)
+            own = checksum(value)
+        else:
+            own = checkpoint.checksum_of_run(entry.run, share)
+        stored = StoredTensor(holding.names, tuple(holding.shape), value.dtype)
+        yield Part(stored, share.format is None, value, own if share.counts_on(ranks.rank) else 0)
+
+
+def _whole_parts(averaged: FusedAveragedModel, ranks: Ranks, dtype: torch.dtype | None) -> Iterator[Part]:
+    saved = set(map(id, persistent_buffers(unwrap(averaged.module)).values()))
+    tensors = zip(each_average(averaged.module), averaged._each_average(), strict=True)
+    for (names, tensor, is_buffer), (name, _, fmt) in tensors:
+        if is_buffer and id(tensor) not in saved:
+            continue
+        fit_planes(averaged, name, tensor, fmt)
+        full = fmt.decode(find_planes(averaged, name, tensor, fmt)) if fmt is not None else tensor
+        value = full.detach().to(_dtype_of(fmt, full, dtype))
+        if is_buffer and ranks.size > 1:
+            value = value.clone()
+            ranks.broadcast_(value)
+        yield Part(StoredTensor(tuple(names), tuple(value.shape), value.dtype), fmt is None, value, checksum(value))
+
+
+def _dtype_of(fmt: Format | None, full: Tensor, requested: torch.dtype | None) -> torch.dtype:
+    """Give the dtype in which a tensor is stored: what is copied keeps its own, as do float64 and complex params."""
+    if fmt is None or full.is_complex():
+        return full.dtype
+    return requested or (torch.float32 if fmt.dtype is not None else full.dtype)
+
+
+def named_averages(averages: object) -> dict[str, Averaged]:
+    """Give averages by name, or raise."""
+    if isinstance(averages, (FusedAveragedModel, ShardedAveragedModel)):
+        return {_ALONE: averages}
+    if not hasattr(averages, "items"):
+        raise TypeError(f"averages must be averaged models by name, or one, got {type(averages).__name__}")
+    named = dict(averages.items())
+    if not named:
+        raise ValueError("averages must be at least one averaged model, got none")
+    for name, average in named.items():
+        if not isinstance(name, str) or not name or "/" in name:
+            raise ValueError(f"averages must have strings for names, not empty and without a '/', got {name!r}")
+        if not isinstance(average, (FusedAveragedModel, ShardedAveragedModel)):
+            kinds = "a FusedAveragedModel or a ShardedAveragedModel"
+            raise TypeError(f"averages[{name!r}] must be {kinds}, got {type(average).__name__}")
+    return named
+
+
+def state_of(parts: Mapping[str, list[Part]]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Give what is written, by key, and this rank's part of the checksums; copies as the last average has them."""
+    state: dict[str, Tensor] = {}
+    sums: dict[str, int] = {}
+    for average, of_average in parts.items():
+        for part in of_average:
+            key = key_of("" if part.is_copy else average, part.stored.names[0])
+            state[key], sums[key] = part.value, part.checksum
+    return state, sums
+
+
+def stored_in(parts: Mapping[str, list[Part]]) -> tuple[tuple[StoredTensor, ...], tuple[StoredTensor, ...]]:
+    """Give the params and the copies that all averages have in common, or raise ValueError."""
+    (first, expected), *others = (
+        (name, {part.stored: part.is_copy for part in of_average}) for name, of_average in parts.items()
+    )
+    for name, got in others:
+        if got != expected:
+            differing = sorted({stored.names[0] for stored, _ in got.items() ^ expected.items()})
+            raise ValueError(
+                f"averages[{name!r}] must have the params of {first!r}, in one dtype, got others: {differing[:3]}"
+            )
+    return tuple(x for x, is_copy in expected.items() if not is_copy), tuple(x for x in expected if expected[x])
+
+
+# Files
+
+
+def write(path: Path, state: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Write the parts of all ranks. Collective; what fails on one raises on each."""
+    with reporting(RuntimeError, f"snapshot {path} could not be written"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is")  # disabled: one process is what is meant
+        dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(path), process_group=group_of(ranks))
+
+
+def group_of(ranks: Ranks) -> Any:
+    return getattr(ranks, "_group", None)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Say whether Ctrl-C was what went wrong: a file that is closed on its way may raise an error of its own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+@contextmanager
+def reporting(kind: type[Exception], what: str) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointException as error:  # no Exception; it has those of all ranks
+        if any(_was_interrupted(each) for each, _ in error.failures.values()):
+            raise KeyboardInterrupt from error
+        told = "; ".join(f"{type(each).__name__}: {each} on rank {rank}" for rank, (each, _) in error.failures.items())
+        raise kind(f"{what} {told}") from error
+    except Exception as error:
+        raise kind(f"{what} {type(error).__name__}: {error}") from error

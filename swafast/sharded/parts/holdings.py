@@ -1,0 +1,302 @@
+"""What this rank holds of each param of a model: whole (DDP), a DTensor's shard, or a run of FSDP1's flat param."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn import Module
+
+from ...terms.layout import is_dense
+from ...terms.names import canonical, named_params, persistent_buffers, unwrap
+from ...torch_private import distributed as private
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """What a ``DeviceMesh`` is, to compare."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """How a tensor is spread over ranks: what has to stay as it was at construction."""
+
+    kind: str  # "replicated", "dtensor" or "flat"
+    mesh: Mesh | None = None  # of a DTensor, with this rank in it
+    placements: tuple[object, ...] = ()
+    meshes: tuple[Mesh, ...] = ()  # all that hold it: several where each column of a larger mesh has it for itself
+
+    def __str__(self) -> str:
+        if self.mesh is None:
+            return "one whole tensor on each rank" if self.kind == "replicated" else "a run of an FSDP1 flat parameter"
+        of = f" {self.mesh.names}" if self.mesh.names else ""
+        ranks = " and of ".join(_span(mesh.ranks) for mesh in self.meshes or (self.mesh,))
+        return f"{self.placements} on a mesh of {self.mesh.shape}{of} of {ranks}"
+
+
+def _span(ranks: Sequence[int]) -> str:
+    if list(ranks) == list(range(ranks[0], ranks[0] + len(ranks))):
+        return f"ranks {ranks[0]} to {ranks[-1]}"
+    return f"ranks {', '.join(map(str, ranks))}"
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What this rank holds of one param or buffer: a run of memory, inside a box of the whole."""
+
+    names: tuple[str, ...]  # its own, then those tied to it
+    is_buffer: bool
+    shape: tuple[int, ...]  # of the whole
+    dtype: torch.dtype
+    device: torch.device
+    place: Place
+    offsets: tuple[int, ...]  # of the box whose memory the run is part of
+    sizes: tuple[int, ...]
+    order: tuple[int, ...] | None  # the box's dimensions, slowest in memory first; None: not dense, so never cut
+    start: int  # of the run, in the box's memory order
+    stop: int
+    replicas: tuple[int, ...]  # the ranks that hold the same elements, in order; this one is among them
+    always_cut: bool  # cut over the replicas whether or not the user asks
+    mesh: DeviceMesh | None = field(default=None, compare=False, repr=False)  # of a DTensor
+    local_shape: tuple[int, ...] = ()  # of a DTensor's local tensor
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Held:
+    """A holding, and the tensor of the model that it speaks of."""
+
+    holding: Holding
+    local: Tensor  # this rank's part; 1-D for a run of a flat param
+    source: Tensor | private.FlatParam  # that it is found in: a tensor registered in the model, or FSDP1's
+    offset: int = 0  # in the flat param's local tensor
+
+    def now(self) -> Tensor:
+        """Give the tensor that the source has now, which may have been given other memory."""
+        if isinstance(self.source, DTensor):
+            return private.local_tensors([self.source])[0]
+        if isinstance(self.source, Tensor):
+            return self.source
+        return self.source.local.narrow(0, self.offset, self.holding.numel)
+
+
+def reshard(model: Module) -> None:
+    """Have every FSDP module of ``model`` hold its shards: what a forward pass has gathered is given back."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    if is_fsdp1(model):
+        private.reshard_flat_params(model)
+
+
+def is_fsdp1(model: Module) -> bool:
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+
+
+def partial_meshes(model: Module, ranks: Sequence[int]) -> dict[str, Mesh]:
+    """Give, by name, the meshes of this rank's DTensors that leave out some of ``ranks``: others may have their own."""
+    root = unwrap(model)
+    named = {**named_params(root, "model"), **persistent_buffers(root)}
+    meshes = {name: _layout_of(tensor.device_mesh) for name, tensor in named.items() if isinstance(tensor, DTensor)}
+    return {name: mesh for name, mesh in meshes.items() if set(mesh.ranks) != set(ranks)}
+
+
+def find_holdings(
+    model: Module, ranks: Sequence[int], meshes: Mapping[str, tuple[Mesh, ...]] | None = None
+) -> list[Held]:
+    """Give what this rank holds of each distinct param and persistent buffer of ``model``, in the model's order.
+
+    Args:
+        ranks: of the averaged model's process group: those that hold a plain tensor alike.
+        meshes: by name, those that :func:`partial_meshes` has found on all ranks. What tensor parallelism leaves out of
+            its plan and FSDP2 shards is a DTensor on each rank's own part of the whole mesh.
+
+    Raises:
+        ValueError: a tensor is spread in a way that cannot be averaged; it names the parameter.
+    """
+    root = unwrap(model)
+    flat = _flat_holdings(root, tuple(ranks)) if is_fsdp1(root) else {}
+    in_flat = {name for held in flat.values() for name in held.holding.names}
+    found: list[Held] = []
+    for is_buffer, tensors in ((False, named_params(root, "model")), (True, persistent_buffers(root))):
+        tied: dict[int, tuple[list[str], Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name in flat:
+                found.append(flat[name])
+            elif name not in in_flat and name.rpartition(".")[2] != private.FLAT_PARAM:
+                tied.setdefault(id(tensor), ([], tensor))[0].append(name)
+        for names, tensor in tied.values():
+            if isinstance(tensor, DTensor):
+                siblings = (meshes or {}).get(names[0], ())
+                found.append(_dtensor_holding(tuple(names), tensor, is_buffer, tuple(ranks), siblings))
+            else:
+                found.append(_plain_holding(tuple(names), tensor, is_buffer, tuple(ranks)))
+        if not is_buffer:
+            listed = {held.holding.name for held in found}
+            found.extend(held for name, held in flat.items() if name not in listed)
+    return found
+
+
+def _plain_holding(names: tuple[str, ...], tensor: Tensor, is_buffer: bool, ranks: tuple[int, ...]) -> Held:
+    shape = tuple(tensor.shape)
+    holding = Holding(
+        names=names,
+        is_buffer=is_buffer,
+        shape=shape,
+        dtype=tensor.dtype,
+        device=tensor.device,
+        place=Place("replicated"),
+        offsets=(0,) * len(shape),
+        sizes=shape,
+        order=_order(shape, tensor.stride()) if tensor.layout == torch.strided else None,
+        start=0,
+        stop=tensor.numel(),
+        replicas=ranks,
+        always_cut=not is_buffer,
+    )
+    return Held(holding, tensor, tensor)
+
+
+def _dtensor_holding(
+    names: tuple[str, ...], tensor: DTensor, is_buffer: bool, ranks: tuple[int, ...], siblings: tuple[Mesh, ...]
+) -> Held:
+    mesh, (local,) = tensor.device_mesh, private.local_tensors([tensor])
+    layout = _layout_of(mesh)
+    place = Place("dtensor", layout, tuple(tensor.placements), siblings or (layout,))
+    _require_meshes(names[0], place.meshes, ranks)
+    try:
+        offsets, sizes = private.box_of(tensor)
+    except ValueError as error:
+        raise ValueError(f"{names[0]!r} must be sharded or replicated, got {tensor.placements}: {error}") from None
+    coordinate = mesh.get_coordinate()
+    if coordinate is None or local.numel() == 0:
+        offsets = sizes = (0,) * tensor.dim()  # torch describes a shard without elements in several ways
+    elif sizes != tuple(local.shape):
+        raise ValueError(f"{names[0]!r} must hold {sizes} on this rank, got a local tensor of {tuple(local.shape)}")
+    holding = Holding(
+        names=names,
+        is_buffer=is_buffer,
+        shape=tuple(tensor.shape),
+        dtype=local.dtype,
+        device=local.device,
+        place=place,
+        offsets=offsets,
+        sizes=sizes,
+        order=_order(sizes, local.stride()) if local.numel() else tuple(range(tensor.dim())),
+        start=0,
+        stop=local.numel(),
+        replicas=_replicas(tensor, coordinate, place.meshes),
+        always_cut=False,
+        mesh=mesh,
+        local_shape=tuple(local.shape),
+    )
+    return Held(holding, local, tensor)
+
+
+def _require_meshes(name: str, meshes: tuple[Mesh, ...], ranks: tuple[int, ...]) -> None:
+    on_meshes = [rank for mesh in meshes for rank in mesh.ranks]
+    missing = sorted(set(on_meshes) - set(ranks))
+    if missing:
+        raise ValueError(f"process_group must hold all ranks of the mesh of {name!r}, got one without {missing}")
+    if len(set(on_meshes)) < len(on_meshes) or len({mesh.shape for mesh in meshes}) > 1:
+        told = " and ".join(f"{mesh.shape} on {_span(mesh.ranks)}" for mesh in meshes)
+        raise ValueError(f"{name!r} must be on one mesh, or on alike ones that share no rank, got {told}")
+
+
+def is_spread_as(tensor: DTensor, place: Place) -> bool:
+    """Say whether a DTensor is on the mesh and has the placements of ``place``."""
+    return (_layout_of(tensor.device_mesh), tuple(tensor.placements)) == (place.mesh, place.placements)
+
+
+@functools.lru_cache(maxsize=8)
+def _layout_of(mesh: DeviceMesh) -> Mesh:
+    """Describe a mesh, once for all params on it: the ranks of one of 1024 take 8 KB."""
+    return Mesh(tuple(mesh.mesh_dim_names or ()), tuple(mesh.shape), tuple(mesh.mesh.flatten().tolist()))
+
+
+def _replicas(tensor: DTensor, coordinate: Sequence[int] | None, meshes: Sequence[Mesh]) -> tuple[int, ...]:
+    """Give the ranks that hold the same elements of ``tensor`` as this one, on its own mesh and on those beside it."""
+    if coordinate is None:
+        return (dist.get_rank(),)
+    index = tuple(
+        slice(None) if placement.is_replicate() else slice(at, at + 1)
+        for at, placement in zip(coordinate, tensor.placements, strict=True)
+    )
+    mesh = tensor.device_mesh.mesh
+    places = torch.arange(mesh.numel(), device="cpu").view(mesh.shape)[index].flatten().tolist()
+    return tuple(sorted(each.ranks[place] for each in meshes for place in places))
+
+
+def _order(sizes: Sequence[int], stride: Sequence[int]) -> tuple[int, ...] | None:
+    """Give the dimensions of a dense tensor, the slowest in memory first; None for one with gaps."""
+    if not is_dense(sizes, stride):
+        return None
+    wide = [dim for dim, size in enumerate(sizes) if size > 1]
+    by_stride = iter(sorted(wide, key=lambda dim: -stride[dim]))
+    # A dimension of one element keeps its place, whatever its stride.
+    return tuple(next(by_stride) if size > 1 else dim for dim, size in enumerate(sizes))
+
+
+def _flat_holdings(root: Module, ranks: tuple[int, ...]) -> dict[str, Held]:
+    """Give what FSDP1's flat params hold here, by name."""
+    prefixes = {id(module): canonical(name) for name, module in root.named_modules()}
+    found: dict[str, Held] = {}
+    for flat in private.flat_params(root):
+        replicas = (dist.get_rank(),) if flat.replicas is None else tuple(dist.get_process_group_ranks(flat.replicas))
+        spread = flat.num_ranks
+        for run in flat.runs:
+            names = tuple(canonical(".".join(filter(None, (prefixes[id(flat.module)], name)))) for name in run.names)
+            if spread != len(ranks) or not set(replicas) <= set(ranks):
+                raise ValueError(
+                    f"process_group must be the {spread} ranks that {names[0]!r} is spread over, got {len(ranks)} ranks"
+                )
+            local = flat.local[run.offset : run.offset + run.stop - run.start]
+            holding = Holding(
+                names=names,
+                is_buffer=False,
+                shape=run.shape,
+                dtype=local.dtype,
+                device=local.device,
+                place=Place("flat"),
+                offsets=(0,) * len(run.shape),
+                sizes=run.shape,
+                order=_order(run.shape, run.stride),
+                start=run.start,
+                stop=run.stop,
+                replicas=replicas,
+                always_cut=not flat.sharded,
+            )
+            found[names[0]] = Held(holding, local, flat, run.offset)
+    return found
+
+
+def require_same_place(before: Holding, now: Holding) -> None:
+    """Raise ValueError naming the parameter unless it is spread over the ranks as it was at construction."""
+    for what, was, got in (
+        ("the whole shape", before.shape, now.shape),
+        ("the placement", before.place, now.place),
+        ("the part on this rank", (before.start, before.stop), (now.start, now.stop)),
+        ("the layout in memory", before.order, now.order),
+        ("the replicas", before.replicas, now.replicas),
+        ("the ties", before.names, now.names),
+    ):
+        if was != got:
+            raise ValueError(f"{now.name!r} must have {what} that it was averaged with, {was}, got {got}")

@@ -1,0 +1,261 @@
+"""The ranks of one averaged model: a process group of our own, and what they settle among themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ...torch_private.distributed import group_timeout, new_group
+
+T = TypeVar("T")
+
+#: torch 2.13 has a new name for it, and warns of the old one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+#: Waited for beyond the timeout of the user's group. A rank that left ``swapped_into`` early waits for its peers in our
+#: group; one of them may wait for it in the user's, must give up there first, and then comes. Less than a second, since
+#: torch's FileStore waits for a peer up to the next whole one.
+_GRACE = timedelta(seconds=0.9)
+
+#: How often this rank has begun to make a group over the same ranks, by the default group of that time.
+_attempts: weakref.WeakKeyDictionary[ProcessGroup, Counter[tuple[int, ...]]] = weakref.WeakKeyDictionary()
+
+
+class LostPeerError(RuntimeError):
+    """A collective of ours failed: a rank died, or did not come within the process group's timeout.
+
+    From then on whatever needs the other ranks raises it at once; updates without a collective go on.
+    """
+
+
+class Ranks:
+    """A process group over the ranks of the user's, in which nothing of ours can meet a collective of the user's.
+
+    Making one is collective.
+
+    Args:
+        process_group: the user's; None: the default one.
+        ranks: make it over these of its ranks, this one among them; default: all.
+
+    Raises:
+        TypeError: ``process_group`` is none.
+        ValueError: there is no such process group, or this rank is not in it.
+        LostPeerError: a rank died, or did not come to make its own.
+    """
+
+    def __init__(self, process_group: ProcessGroup | None = None, ranks: Sequence[int] | None = None) -> None:
+        parent = _checked(process_group)
+        self.rank = dist.get_rank()
+        self.ranks = tuple(sorted(ranks)) if ranks is not None else tuple(dist.get_process_group_ranks(parent))
+        if self.rank not in self.ranks:
+            raise ValueError(f"process_group must hold this rank, {self.rank}, got one of {list(self.ranks)}")
+        self._lost: str | None = None  # why no peer may be met any more
+        # Weakly: who destroys it may not be kept from it by what hangs on it.
+        self._parent = weakref.ref(process_group) if process_group is not None else None
+        self._parts: dict[tuple[int, ...], Ranks] = {self.ranks: self}
+        timeout = group_timeout(parent)
+        with self._heard():
+            self._group = new_group(
+                self.ranks,
+                _next_name(self.ranks),
+                timeout=timeout + _GRACE if timeout is not None else None,
+                backend=dist.get_backend(parent) if ranks is not None or process_group is not None else None,
+            )
+
+    def part(self, ranks: Sequence[int]) -> Ranks:
+        """Give a group over some of these ranks, this one among them; made once, together with the others of them."""
+        key = tuple(sorted(ranks))
+        if key not in self._parts:
+            self._parts[key] = Ranks(self._parent() if self._parent is not None else None, key)
+        return self._parts[key]
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def index(self) -> int:
+        """This rank's place among them."""
+        return self.ranks.index(self.rank)
+
+    def device_for(self, device: torch.device) -> torch.device:
+        """Give where a tensor has to be for these collectives, ``device`` if they take tensors there."""
+        if device.type == "cpu" and dist.get_backend(self._group) == "nccl":
+            return torch.device("cuda", torch.cuda.current_device())
+        return device
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether no peer may be met any more."""
+        return self._lost is not None
+
+    # Collectives
+
+    def gather(self, value: T) -> list[T]:
+        """Give the values of all ranks, in their order: small objects, no tensors."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with self._heard():
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def sum_(self, tensor: Tensor) -> None:
+        self._reduce(tensor, dist.ReduceOp.SUM)
+
+    def max_(self, tensor: Tensor) -> None:
+        self._reduce(tensor, dist.ReduceOp.MAX)
+
+    def _reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
+        if self.size == 1:
+            return
+        there = tensor.to(self.device_for(tensor.device))
+        with self._heard():
+            dist.all_reduce(there, op, group=self._group)
+        if there is not tensor:
+            tensor.copy_(there)
+
+    def sum_to_first_(self, tensor: Tensor) -> None:
+        """Add up on the first rank; what the others have afterwards says nothing."""
+        if self.size == 1:
+            return
+        there = tensor.to(self.device_for(tensor.device))
+        with self._heard():
+            dist.reduce(there, self.ranks[0], dist.ReduceOp.SUM, group=self._group)
+        if there is not tensor:
+            tensor.copy_(there)
+
+    def broadcast_(self, tensor: Tensor) -> None:
+        """Give every rank the first one's values."""
+        if self.size == 1 or tensor.numel() == 0:
+            return
+        there = tensor.to(self.device_for(tensor.device)).contiguous()
+        with self._heard():
+            # As bytes: gloo refuses int16, float8 and the larger unsigned ones.
+            dist.broadcast(there.view(-1).view(torch.uint8), self.ranks[0], group=self._group)
+        if there is not tensor:
+            tensor.copy_(there)
+
+    def all_gather(self, received: Tensor, sent: Tensor) -> None:
+        """Fill ``received`` with the ``sent`` of all ranks, in their order; of one size, on the device for these."""
+        with self._heard():
+            _all_gather(received, sent, group=self._group)
+
+    @contextmanager
+    def _heard(self) -> Iterator[None]:
+        with self.in_step():
+            try:
+                yield
+            except RuntimeError as error:
+                raise LostPeerError(
+                    f"a rank of {list(self.ranks)} died, or did not come within the process group's timeout: all ranks "
+                    f"must make this call ({error})"
+                ) from error
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Run what all ranks run alike: what breaks off here leaves peers waiting inside, and meets none of them again.
+
+        A collective that met another one of its peers would give wrong values, or end the process.
+
+        Raises:
+            LostPeerError: something has broken off before.
+        """
+        if self._lost is not None:
+            raise LostPeerError(self._lost)
+        try:
+            yield
+        except BaseException as error:
+            if self.size > 1 and self._lost is None:
+                self._lost = (
+                    f"ranks {list(self.ranks)} went out of step before, with {type(error).__name__}: {error}; what is "
+                    "local still works, for the rest make the averaged model anew"
+                )
+            raise
+
+    # What they settle
+
+    @contextmanager
+    def settled(self, what: str) -> Iterator[None]:
+        """Run the body on every rank, and raise on every rank if it failed on one.
+
+        A rank raises its own error where it has one, and otherwise a RuntimeError that names the first that failed.
+        """
+        if self._lost is not None:
+            raise LostPeerError(self._lost)
+        error: BaseException | None = None
+        try:
+            yield
+        except BaseException as raised:  # an interrupt too: the peers wait
+            error = raised
+        try:
+            told = self.gather((what, None if error is None else f"{type(error).__name__}: {error}"))
+        finally:
+            if error is not None:
+                raise error
+        if len({call for call, _ in told}) > 1:
+            calls = ", ".join(f"{call} on rank {rank}" for rank, (call, _) in zip(self.ranks, told, strict=True))
+            raise RuntimeError(f"all ranks must make the same call, got {calls}")
+        for rank, (_, message) in zip(self.ranks, told, strict=True):
+            if message is not None:
+                raise RuntimeError(f"{what} failed on rank {rank}, and so on every rank: {message}")
+
+    def agree(self, what: str, described: Mapping[str, object]) -> None:
+        """Raise ValueError on every rank, naming the first difference, unless all describe the same.
+
+        What goes round is a digest; the descriptions themselves only once they differ.
+        """
+        told = {key: str(value) for key, value in described.items()}
+        digest = hashlib.sha256(repr(sorted(told.items())).encode()).digest()
+        if len(set(self.gather(digest))) == 1:
+            return
+        everyone = self.gather(told)
+        first = everyone[0]
+        for rank, theirs in zip(self.ranks, everyone, strict=True):
+            for key in [*first, *(key for key in theirs if key not in first)]:
+                if first.get(key) != theirs.get(key):
+                    raise ValueError(
+                        f"{what} must be the same on every rank, got for {key!r} {_or_nothing(first.get(key))} on rank "
+                        f"{self.ranks[0]} and {_or_nothing(theirs.get(key))} on rank {rank}"
+                    )
+
+
+def _checked(process_group: object) -> ProcessGroup:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            "process_group must exist, got none: call torch.distributed.init_process_group before, or use "
+            "FusedAveragedModel in a single process"
+        )
+    if process_group is None:
+        process_group = dist.group.WORLD
+    elif process_group is dist.GroupMember.NON_GROUP_MEMBER:  # what new_group gives to ranks that it leaves out
+        raise ValueError(f"process_group must hold this rank, {dist.get_rank()}, got one of others")
+    if not isinstance(process_group, ProcessGroup):
+        raise TypeError(f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}")
+    return process_group
+
+
+def _next_name(ranks: tuple[int, ...]) -> str:
+    """Give a name for a group over ``ranks``, the same on all of them, and another one for each attempt.
+
+    A failed attempt leaves its addresses in the store, where the next one must not find them.
+    """
+    default = dist.group.WORLD
+    assert default is not None
+    attempts = _attempts.setdefault(default, Counter())
+    attempts[ranks] += 1
+    return hashlib.sha256(f"swafast {ranks} {attempts[ranks]}".encode()).hexdigest()
+
+
+def _or_nothing(value: str | None) -> str:
+    return "nothing" if value is None else value

@@ -1,0 +1,110 @@
+"""Which part of what it holds a rank averages: all of a shard, or its cut of what several ranks hold alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from ...terms.boxes import Box, boxes_of_run
+from ...terms.formats import Format
+from .flat_order import FlatOrder
+from .holdings import Holding
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Params that the same ranks hold alike, in a flat order that is cut evenly over these ranks."""
+
+    replicas: tuple[int, ...]
+    names: tuple[str, ...]
+    flat: FlatOrder  # of what each of them holds
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a holding that this rank averages: a run of its elements."""
+
+    holding: Holding
+    format: Format | None  # None: copied, not averaged
+    start: int  # in the holding's run
+    stop: int
+    cut: Cut | None  # that it comes from; None: this rank averages all that it holds
+
+    @property
+    def name(self) -> str:
+        return self.holding.name
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+    @cached_property
+    def boxes(self) -> tuple[Box, ...]:
+        """The boxes of the whole that the run is made of."""
+        held = self.holding
+        if held.order is None:  # not dense: an average of its own is row-major, and whole
+            return boxes_of_run(held.sizes, 0, self.numel, held.offsets)
+        return boxes_of_run(held.sizes, held.start + self.start, held.start + self.stop, held.offsets, held.order)
+
+    @property
+    def multiplicity(self) -> int:
+        """How many ranks average each of its elements."""
+        return 1 if self.cut is not None else len(self.holding.replicas)
+
+    def counts_on(self, rank: int) -> bool:
+        """Whether ``rank`` speaks for these elements where each must be heard once."""
+        return self.cut is not None or rank == self.holding.replicas[0]
+
+    def of(self, local: Tensor) -> Tensor:
+        """View the share in this rank's tensor: 1-D where that is dense, else all of it in its own shape."""
+        return view_of_run(self.holding, local, self.start, self.stop)
+
+
+def view_of_run(holding: Holding, local: Tensor, start: int, stop: int) -> Tensor:
+    """View a run of a holding's elements in this rank's tensor."""
+    if holding.order is None:
+        assert (start, stop) in ((0, local.numel()), (0, 0), (local.numel(), local.numel())), "never cut"
+        return local if stop > start else local.new_empty(0)
+    return local.as_strided((stop - start,), (1,), local.storage_offset() + start)
+
+
+def share_out(
+    holdings: Sequence[Holding], formats: Mapping[str, Format | None], rank: int, *, share_replicas: bool
+) -> list[Share]:
+    """Give this rank's share of each holding, one for each of them, in their order.
+
+    Args:
+        formats: of the averages, by name; None for a buffer that is copied.
+        share_replicas: cut whatever several ranks hold alike, not only whole tensors.
+    """
+    shares: dict[str, Share] = {}
+    cuts: dict[object, list[Holding]] = {}
+    for holding in holdings:
+        fmt = formats[holding.name]
+        wanted = holding.always_cut or (share_replicas and not holding.is_buffer)
+        # A single number stays whole on each rank: some of torch's stagers for checkpoints take no part of one.
+        if wanted and holding.shape and len(holding.replicas) > 1:
+            # One bucket of averages for each of these, so each is cut evenly.
+            key = (holding.replicas, holding.device.type, str(holding.dtype), fmt.name if fmt else None)
+            cuts.setdefault(key, []).append(holding)
+        else:
+            shares[holding.name] = Share(holding, fmt, 0, holding.numel, None)
+    for alike in cuts.values():
+        cut = make_cut(alike)
+        part = cut.flat.bounds(cut.replicas.index(rank))
+        runs = {run.index: (run.start, run.stop) for run in cut.flat.runs(*part)}
+        for index, holding in enumerate(alike):
+            start, stop = runs.get(index, (0, 0))
+            shares[holding.name] = Share(holding, formats[holding.name], start, stop, cut)
+    return [shares[holding.name] for holding in holdings]
+
+
+def make_cut(alike: Sequence[Holding]) -> Cut:
+    """Cut holdings that the same ranks hold over these ranks."""
+    replicas = alike[0].replicas
+    numels = [holding.numel for holding in alike]
+    whole = [holding.order is None for holding in alike]
+    return Cut(replicas, tuple(holding.name for holding in alike), FlatOrder(numels, len(replicas), whole))

@@ -1,0 +1,299 @@
+"""This rank's tensors of a model, found again quickly at each update, and the plan that fits them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Module
+
+from ..average.matching import Bindings
+from ..average.matching import check_model as check_plain_model
+from ..backends.contract import Pair, found_anywhere
+from ..op import checks, choice
+from ..op.plan import Fingerprint, Plan
+from ..terms.draws import Draws, make_key
+from ..terms.names import require_same_names, unwrap
+from ..terms.rules import Rule
+from ..torch_private import distributed as private
+from ..torch_private.modules import Walk
+from .parts.holdings import Held, Mesh, find_holdings, is_fsdp1, require_same_place, reshard
+from .parts.ranks import Ranks
+from .parts.shares import Share
+
+
+def check_model(model: object) -> None:
+    """Raise unless ``model`` is a module whose parameters can be averaged.
+
+    Raises:
+        TypeError: it is no ``nn.Module``.
+        ValueError: a parameter is lazy, or all of them are empty.
+    """
+    # FSDP1 may leave a rank with empty parameters only.
+    if not (isinstance(model, Module) and is_fsdp1(model)):
+        check_plain_model(model)
+
+
+def find_held(
+    model: Module,
+    shares: Sequence[Share],
+    left_alone: Collection[str],
+    ranks: Sequence[int],
+    meshes: Mapping[str, tuple[Mesh, ...]],
+) -> dict[str, Held]:
+    """Give what this rank holds of ``model`` now, by name, in the order of ``shares``.
+
+    Args:
+        left_alone: names of params that are not averaged.
+        meshes: as :func:`find_holdings` takes them.
+
+    Raises:
+        ValueError: names, shapes, meshes or placements are not those of the shares; it names the parameter.
+    """
+    check_model(model)
+    held = {found.holding.name: found for found in find_holdings(model, ranks, meshes)}
+    for is_buffer, kind in ((False, "parameters"), (True, "buffers")):
+        expected = [share.name for share in shares if share.holding.is_buffer == is_buffer]
+        given = [name for name, found in held.items() if found.holding.is_buffer == is_buffer]
+        require_same_names(kind, expected, [name for name in given if name not in left_alone])
+    for share in shares:
+        require_same_place(share.holding, held[share.name].holding)
+        checks.check_plain(f"{share.name!r} of the model", held[share.name].local)
+    return {share.name: held[share.name] for share in shares}
+
+
+class Staging:
+    """Copies of buffers, which a forward pass writes, for updates that run beside it; one for each attached average."""
+
+    def __init__(self) -> None:
+        self._copies: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def take(self, name: str, buffer: Tensor) -> Tensor:
+        """Copy what a buffer holds now, into the same memory each time while it fits."""
+        copy, wanted = self._copies.get(name), torch.empty_like(buffer, device="meta")
+        if copy is None or _layout(copy) != _layout(wanted) or copy.device != buffer.device:
+            copy = self._copies[name] = torch.empty_like(buffer)
+        return copy.copy_(buffer)
+
+
+def _layout(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride()
+
+
+class Finder:
+    """Finds this rank's tensors in a model again, or notices that they have to be looked for by name.
+
+    It holds no param, so it keeps no model alive.
+    """
+
+    def __init__(self, model: Module, shares: Sequence[Share], held: Mapping[str, Held]) -> None:
+        self._walk = Walk(unwrap(model))
+        sources = {share.name: held[share.name].source for share in shares}
+        dtensors: list[Share] = []
+        plain: list[Share] = []
+        flat: list[Share] = []
+        for share in shares:
+            source = sources[share.name]
+            kind = dtensors if isinstance(source, DTensor) else plain if isinstance(source, Tensor) else flat
+            kind.append(share)
+        #: In the order in which they are found.
+        self.shares = [*dtensors, *plain, *flat]
+        self._dtensors = [self._position(sources[share.name]) for share in dtensors]
+        self._plain = [self._position(sources[share.name]) for share in plain]
+        self._specs = private.specs([sources[share.name] for share in dtensors])  # type: ignore[misc]
+        flats = {id(sources[share.name]): sources[share.name] for share in flat}
+        self._flats = list(flats.values())
+        # For each share, the base that it lies in, and for a flat one where.
+        count = len(dtensors) + len(plain)
+        bases = {key: count + i for i, key in enumerate(flats)}
+        self._places: list[tuple[int, tuple[int, int] | None]] = [(i, None) for i in range(count)]
+        for share in flat:
+            run = (held[share.name].offset, share.holding.numel)
+            self._places.append((bases[id(sources[share.name])], run))
+        self._buffer_places = [(i, share.name) for i, share in enumerate(self.shares) if share.holding.is_buffer]
+
+    def _position(self, source: object) -> int:
+        assert isinstance(source, Tensor)
+        return self._walk.position(source)
+
+    def find(self, model: Module) -> list[Tensor] | None:
+        """Give the tensors that the shares lie in now: local tensors, plain ones, flat ones. None: look for them."""
+        if not self._walk.starts_at(unwrap(model)):
+            return None
+        tensors = self._walk.tensors()
+        if tensors is None:
+            return None
+        try:
+            dtensors = [tensors[i] for i in self._dtensors]
+            if private.specs(dtensors) != self._specs:  # type: ignore[arg-type]
+                return None
+            bases = private.local_tensors(dtensors)  # type: ignore[arg-type]
+            bases += [tensors[i] for i in self._plain]
+            return bases + [flat.local for flat in self._flats]  # type: ignore[union-attr]
+        except AttributeError:  # no DTensor any more: gathered by a forward pass, say
+            return None
+
+    def staged(self, bases: Sequence[Tensor], staging: Staging) -> list[Tensor]:
+        """Give what :meth:`find` gave, with copies of the buffers in their places."""
+        copies = list(bases)
+        for index, name in self._buffer_places:
+            copies[index] = staging.take(name, bases[index])
+        return copies
+
+    def local(self, bases: Sequence[Tensor], index: int) -> Tensor:
+        """Give this rank's tensor of a share out of what :meth:`find` gave."""
+        base, run = self._places[index]
+        return bases[base] if run is None else bases[base].narrow(0, *run)
+
+
+class Views(Sequence[Tensor]):
+    """The params of a plan, each viewed when it is asked for: most backends go by addresses and never ask."""
+
+    def __init__(self, finder: Finder, chosen: Sequence[tuple[int, Share]], bases: Sequence[Tensor]) -> None:
+        self._finder, self._chosen, self._bases = finder, chosen, bases
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # an int; Sequence would have slices too
+        place, share = self._chosen[index]
+        return share.of(self._finder.local(self._bases, place).detach())
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the averages that are updated together: its shares, each with its planes, and its counter."""
+
+    shares: Sequence[Share]
+    planes: Mapping[str, tuple[Tensor, ...]]
+    num_averaged: Tensor
+    seed: int
+
+    def pair(self, share: Share, view: Tensor, pace: int) -> Pair:
+        draws = None
+        if share.format is not None and share.format.num_random_bits:
+            draws = Draws(make_key(self.seed, share.name), share.holding.shape, share.boxes)
+        return Pair(share.name, view, self.planes[share.name], share.format, draws, pace)
+
+
+#: A plan, and the params and planes that it fits now.
+Bound = tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]
+
+
+class Binding:
+    """A plan, and the way to the tensors that it was made for.
+
+    Args:
+        sides: the averages, of the same params.
+        held: what this rank holds of the model, by name.
+        staging: where buffers are copied to before they are averaged; None: they are read where they are.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        sides: Sequence[Side],
+        held: Mapping[str, Held],
+        *,
+        config: object,
+        backend: str | None,
+        staging: Staging | None,
+    ) -> None:
+        self._config, self._staging = config, staging
+        self._finder = Finder(model, sides[0].shares, held)
+        bases = self._find(model)
+        assert bases is not None, "a walk just made must fit"
+        places = {share.name: place for place, share in enumerate(self._finder.shares)}
+        # A rank may have no part of a small or unevenly sharded param.
+        chosen = [
+            (pace, places[share.name], share)
+            for pace, side in enumerate(sides)
+            for share in sorted(side.shares, key=lambda share: places[share.name])
+            if share.numel
+        ]
+        self._chosen = [(place, share) for _, place, share in chosen]
+        views = Views(self._finder, self._chosen, bases)
+        pairs = [sides[pace].pair(share, view, pace) for (pace, _, share), view in zip(chosen, views, strict=True)]
+        for pair in pairs:
+            checks.check_sides(pair, any_device=False)
+        checks.check_overlap(pairs)
+        for device in {pair.average.device for pair in pairs}:
+            checks.refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
+        homes = frozenset(plane.data_ptr() for pair in pairs for plane in pair.planes)
+        counters = [side.num_averaged for side in sides]
+        self.plan = Plan(pairs, choice.choose_backends(backend, choice.device_types(pairs)), counters, homes)
+        self._planes = tuple(plane for pair in pairs for plane in pair.planes)
+        self._bases = Fingerprint([*bases, *counters])
+
+    def current(
+        self, model: Module, config: object, counters: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], tuple[Tensor, ...]] | None:
+        """Give the (params, planes) of the plan as they are now, or None if it no longer fits them."""
+        if config != self._config:
+            return None
+        bases = self._find(model)
+        if bases is None or not self._bases.fits([*bases, *counters]):
+            return None
+        return Views(self._finder, self._chosen, bases), self._planes
+
+    def _find(self, model: Module) -> list[Tensor] | None:
+        bases = self._finder.find(model)
+        return bases if bases is None or self._staging is None else self._finder.staged(bases, self._staging)
+
+
+def bind(
+    bindings: Bindings,
+    model: Module,
+    sides: Sequence[Side],
+    find: Callable[[Module], dict[str, Held]],
+    *,
+    backend: str | None,
+    staging: Staging | None = None,
+) -> Bound:
+    """Give the plan for ``model`` and the tensors of both sides, planning anew where the old one no longer fits.
+
+    Args:
+        find: gives what this rank holds of the model, checked.
+        staging: as for :class:`Binding`.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: names, shapes, placements or memory do not go together; it names the parameter.
+    """
+    if not isinstance(model, Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    counters, config = [side.num_averaged for side in sides], (backend, staging)
+    current = bindings.current(model, config, counters)
+    if current is None:
+        # A forward pass without a backward leaves FSDP's root gathered, with other tensors in its modules.
+        reshard(model)
+        current = bindings.current(model, config, counters)
+    if current is None:
+        for counter in counters:
+            checks.check_counter(counter)
+        bindings.use(Binding(model, sides, find(model), config=config, backend=backend, staging=staging))
+        current = bindings.current(model, config, counters)
+        assert current is not None, "a plan just made must fit"
+    return current
+
+
+def update(bound: Bound, rules: Sequence[Rule], device: torch.device, *, nonfinite: str, ranks: Ranks) -> None:
+    """Move what is bound. Collective where ``nonfinite`` asks for a flag, on ``device``."""
+    plan, params, planes = bound
+    if nonfinite == "raise":
+        refuse_nonfinite(plan, params, device, ranks)
+    skip = nonfinite == "skip"
+    plan.update(params, planes, rules, skip_nonfinite=skip, share=ranks.max_ if skip else None)
+
+
+def refuse_nonfinite(plan: Plan, params: Sequence[Tensor], device: torch.device, ranks: Ranks) -> None:
+    """Raise ValueError on every rank, naming a param that holds a NaN or an infinity on one of them. Collective."""
+    name = plan.first_nonfinite(params)
+    if found_anywhere(name is not None, device, ranks.max_):
+        told = zip(ranks.ranks, ranks.gather(name), strict=True)
+        rank, first = next((rank, name) for rank, name in told if name is not None)
+        raise ValueError(f"{first!r} must be finite, got a NaN or an infinity on rank {rank}; the average is as it was")

@@ -1,0 +1,207 @@
+"""`ShardedAverages`: several averages of one model that is spread over ranks, moved in one pass over each part."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NoReturn
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import Module
+
+from ..average.fused_averages import named_formats, named_rules
+from ..average.matching import Bindings
+from ..loop.attach import Attachable
+from ..terms.rules import Rule
+from ..torch_private.core import disable_dynamo
+from . import checkpoint
+from .attaching import AttachableShards
+from .construction import spell
+from .parts.ranks import Ranks
+from .shard_matching import Bound, Staging, bind, update
+from .sharded_model import ShardedAveragedModel
+
+
+class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
+    """Several averages of one model: ``ShardedAveragedModel(model, rule={"fast": ..., "slow": ...})`` makes one.
+
+    Each is a :class:`ShardedAveragedModel` of its own, ``averages["fast"]``; they share one process group. An update
+    moves all of them in one launch that reads this rank's parameters from memory once. Making one is collective.
+
+    Args:
+        model: the model as it trains, wrapped and sharded.
+        rule: up to 16 rules by name, as a mapping or as (name, rule) pairs; no name holds a dot.
+        format: one for all averages, or a mapping from their names; default by each parameter's dtype.
+        process_group: as for :class:`ShardedAveragedModel`.
+        kind: the class of each average.
+        options: further arguments of that class, the same for all.
+
+    Raises:
+        TypeError, ValueError: names, rules or formats are none of the above, or differ between ranks; and what the
+            class of each average raises.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        *,
+        rule: Mapping[str, Rule] | Sequence[tuple[str, Rule]],
+        format: str | Mapping[str, str | None] | None = None,
+        process_group: ProcessGroup | None = None,
+        kind: type[ShardedAveragedModel] = ShardedAveragedModel,
+        **options: Any,
+    ) -> None:
+        self._ranks = Ranks(process_group)
+        self._bindings = Bindings()
+        with self._ranks.settled("ShardedAverages"):
+            rules = named_rules(rule)
+            formats = named_formats(list(rules), format)
+        self._ranks.agree("the averages", {"names": ", ".join(rules), "rules": spell(rules), "formats": spell(formats)})
+        self._averages: dict[str, ShardedAveragedModel] = {}
+        for name, each in rules.items():
+            averaged = kind(model, rule=each, format=formats[name], process_group=self._ranks, **options)
+            self._averages[name] = averaged
+        self.nonfinite, self._source = self._first.nonfinite, weakref.ref(model)
+        # Threads that use two of them would meet their peers in different orders.
+        lock = self._first._lock
+        for averaged in self._averages.values():
+            averaged._lock = lock
+
+    def __getitem__(self, name: str) -> ShardedAveragedModel:
+        if name not in self._averages:
+            raise KeyError(f"{name!r} is none of the averages {', '.join(map(repr, self))}")
+        return self._averages[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._averages)
+
+    def __len__(self) -> int:
+        return len(self._averages)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if hasattr(ShardedAveragedModel, name) and not name.startswith("_"):
+            first = next(iter(self))
+            raise AttributeError(f"each of several averages has its own {name}: ask averages[{first!r}].{name}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def _first(self) -> ShardedAveragedModel:
+        return next(iter(self._averages.values()))
+
+    @disable_dynamo
+    def update_parameters(self, model: Module) -> None:
+        """Move this rank's part of all averages towards ``model``'s parameters in one pass, and count the update.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as ``ShardedAveragedModel.update_parameters``; nothing has changed.
+        """
+        with self._alone("update_parameters"):
+            self._run(self._bind(model))
+
+    def _bind(self, model: Module, staging: Staging | None = None) -> Bound:
+        first = self._first
+        sides = [averaged._side() for averaged in self.values()]
+        return bind(self._bindings, model, sides, first._find_held, backend=first.backend, staging=staging)
+
+    def _run(self, bound: Bound) -> None:
+        rules, device = [averaged.rule for averaged in self.values()], self._first.n_averaged.device
+        with self._alone("update_parameters"):
+            update(bound, rules, device, nonfinite=self.nonfinite, ranks=self._ranks)
+
+    def _attached(self) -> list[Attachable]:
+        return [self, *self.values()]
+
+    def state_dict(self, *, checksums: bool = True) -> dict[str, Tensor]:
+        """Give the states of all averages, the keys of each behind its name: ``fast.module.weight``. Collective.
+
+        Raises:
+            RuntimeError: an average is swapped into a model, here or on another rank; or a rank was lost.
+        """
+        return self._joined(lambda averaged: averaged.state_dict(checksums=checksums), "state_dict")
+
+    def full_state_dict(self, *, rank0_only: bool = False, cpu_offload: bool = False) -> dict[str, Tensor]:
+        """Give whole tensors under the keys of :class:`~swafast.FusedAverages`. Collective.
+
+        Raises:
+            RuntimeError: as :meth:`state_dict`.
+        """
+        return self._joined(
+            lambda averaged: averaged.full_state_dict(rank0_only=rank0_only, cpu_offload=cpu_offload), "full_state_dict"
+        )
+
+    def _joined(self, state_of: Any, action: str) -> dict[str, Tensor]:
+        with self._together(action):
+            return {
+                f"{name}.{key}": value for name, averaged in self.items() for key, value in state_of(averaged).items()
+            }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over the states of all averages: each is staged and verified before any is written. Collective.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as ``ShardedAveragedModel.load_state_dict``; it names the key, and
+                nothing has changed in any average on any rank.
+        """
+        with self._together("load_state_dict"):
+            staged: dict[str, checkpoint.Staged] = {}
+            with self._ranks.settled("load_state_dict"):
+                parts = self._parts_of(state_dict)
+            for name, averaged in self.items():
+                with self._ranks.settled("load_state_dict"), _about(name):
+                    staged[name] = checkpoint.stage(averaged._entries(), parts[name])
+                with self._ranks.settled("load_state_dict"), _about(name):
+                    checkpoint.verify(staged[name], self._ranks, averaged.n_averaged.device)
+            for name, averaged in self.items():
+                checkpoint.commit(staged[name], averaged.n_averaged)
+
+    def _parts_of(self, state_dict: object) -> dict[str, dict[str, Any]]:
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
+        parts: dict[str, dict[str, Any]] = {name: {} for name in self}
+        for key, value in state_dict.items():
+            name, _, rest = str(key).partition(".")
+            if name not in parts:
+                raise ValueError(f"state_dict must have keys of the averages {', '.join(map(repr, self))}, got {key!r}")
+            parts[name][rest] = value
+        return parts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all averages and buffers that this rank keeps."""
+        return sum(averaged.nbytes for averaged in self.values())
+
+    def _settle_all(self) -> None:
+        for averaged in self.values():
+            averaged._settle()
+
+    @contextmanager
+    def _alone(self, action: str) -> Iterator[None]:
+        self._settle_all()
+        with ExitStack() as held:
+            for averaged in self.values():
+                held.enter_context(averaged._alone(action))
+            yield
+
+    @contextmanager
+    def _together(self, action: str) -> Iterator[None]:
+        self._settle_all()
+        with ExitStack() as held:
+            for averaged in self.values():
+                held.enter_context(averaged._together(action))
+            yield
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "ShardedAverages belong to their process group and cannot be copied or pickled: save their state_dict()"
+        )
+
+
+@contextmanager
+def _about(name: str) -> Iterator[None]:
+    """Say in an error which average it is about."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"of averages[{name!r}]: {error}") from error

@@ -1,0 +1,337 @@
+"""`ShardedAveragedModel`: averages of what each rank owns, under DDP, FSDP, HSDP and tensor parallelism."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import Module
+
+from ..average.functions import choose_rule
+from ..average.matching import Bindings
+from ..backends.contract import Pair
+from ..loop.guard import ForkSafeLock
+from ..op import checks
+from ..terms.formats import check_format
+from ..terms.rules import EqualAverage, Rule
+from ..torch_private.core import disable_dynamo
+from . import checkpoint, construction
+from .attaching import AttachableShards
+from .parts.holdings import Held, find_holdings, reshard
+from .parts.ranks import Ranks
+from .parts.shares import share_out
+from .shard_matching import Bound, Side, Staging, bind, check_model, find_held, update
+from .swap import Swap, spread_all
+
+
+class ShardedAveragedModel(AttachableShards):
+    """The running average of a model that is spread over ranks: each rank averages what it owns, where it lies.
+
+    ``average = average + weight * (param - average)``, as :class:`~swafast.FusedAveragedModel` has it, bit for bit, in
+    one fused pass over this rank's part and without a collective. There is no copy of the module: evaluate with
+    :meth:`swapped_into`, or load :meth:`full_state_dict` into a plain model.
+
+    Which part is a rank's own:
+
+    - params that each rank holds whole (DDP, or a plain model): a cut of their flat order, 1/world of bytes and time;
+    - DTensors (FSDP2, HSDP, tensor parallelism, on 1-D and 2-D meshes) and the flat params of FSDP1: its shard. Of
+      shards that several ranks hold alike (HSDP) each rank averages its own, or with ``share_replicas`` a cut.
+
+    Making one is collective: all ranks of ``process_group`` make it, with the same arguments. What fails on one rank
+    raises on all of them.
+
+    Args:
+        model: the model as it trains, wrapped and sharded.
+        rule: how much the newest model weighs; default :class:`~swafast.EqualAverage`. Several of them by name,
+            ``{"fast": ..., "slow": ...}``, make a :class:`~swafast.ShardedAverages` instead.
+        format, seed, backend: as for :class:`~swafast.FusedAveragedModel`. Random bits do not depend on the shards.
+        include: ``include(name, param) -> bool`` picks what is averaged. The rest is left alone: neither stored, saved
+            nor exchanged.
+        process_group: the ranks that the model is spread over; default: all. A group of our own is made over them,
+            unless it is the :class:`Ranks` of another average.
+        use_buffers: average floating-point buffers as well. Otherwise, and integer ones always, they are copied. Each
+            rank has its own buffers' average; states have the first rank's.
+        share_replicas: cut what several ranks hold alike over these ranks, also where it is sharded.
+        nonfinite: ``"propagate"``; ``"raise"`` and ``"skip"`` leave the average as it was, on all ranks, when a
+            parameter holds a NaN or an infinity on one, at the cost of one more read and an all-reduce of one flag.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: there is no process group; an argument is none of the above; ranks disagree on names, shapes,
+            placements or arguments, or hold different bits of what they should hold alike. It names the difference.
+        NotImplementedError: a parameter's dtype (float8, say) cannot be averaged; ``include`` may leave it out.
+        RuntimeError: construction failed on another rank, which is named; or a rank was lost.
+
+    Paper: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407.
+
+    Example::
+
+        averaged = ShardedAveragedModel(model, rule=ExponentialAverage(0.999))
+        for batch in loader:
+            step(model, batch)
+            averaged.update_parameters(model)
+        with averaged.swapped_into(model):
+            evaluate(model)
+        torch.distributed.checkpoint.save({"averaged": averaged.state_dict()}, checkpoint_id=folder)
+    """
+
+    n_averaged: Tensor  # () int64, updates so far, on the params' device
+
+    def __new__(cls, *args: Any, rule: object = None, **options: Any) -> Any:
+        if rule is None or isinstance(rule, Rule) or not isinstance(rule, (Mapping, Sequence)):
+            return super().__new__(cls)
+        from .sharded_averages import ShardedAverages
+
+        return ShardedAverages(*args, rule=rule, kind=cls, **options)
+
+    def __init__(
+        self,
+        model: Module,
+        *,
+        rule: Rule | Mapping[str, Rule] | None = None,
+        format: str | None = None,
+        include: Callable[[str, Tensor], bool] | None = None,
+        process_group: ProcessGroup | Ranks | None = None,
+        use_buffers: bool = False,
+        share_replicas: bool = False,
+        nonfinite: str = "propagate",
+        backend: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._lock = ForkSafeLock()
+        self._swapped = False
+        self._bindings = Bindings()
+        self._ranks = process_group if isinstance(process_group, Ranks) else Ranks(process_group)
+        self.format, self.backend, self.nonfinite, self.seed = format, backend, nonfinite, seed
+        self.use_buffers, self.share_replicas = use_buffers, share_replicas
+        with self._ranks.settled("ShardedAveragedModel"):
+            check_format(format)
+            checks.check_nonfinite(nonfinite)
+            checks.check_seed(seed)
+            self.rule = choose_rule(rule, None, None) or EqualAverage()
+            check_model(model)
+            self._source = weakref.ref(model)
+            reshard(model)
+        self._meshes = construction.gather_meshes(model, self._ranks)
+        with self._ranks.settled("ShardedAveragedModel"):
+            held = self._set_up(model, include)
+        options = ("rule", "format", "nonfinite", "use_buffers", "share_replicas", "seed")
+        described = {option: construction.spell(getattr(self, option)) for option in options}
+        self._ranks.agree("the model and the arguments", described | construction.describe(self._shares))
+        construction.require_same_bits(self._shares, held, self._ranks)
+        self._spreads = construction.make_spreads(self._shares, self._ranks)
+        with self._ranks.settled("ShardedAveragedModel"):
+            plan, params, planes = self._bind(model)
+            plan.update(params, planes, [self.rule])  # the first one copies; it does not count
+            self.n_averaged.zero_()
+
+    # Construction
+
+    def _set_up(self, model: Module, include: Callable[[str, Tensor], bool] | None) -> dict[str, Held]:
+        """Find out what this rank holds and averages, and make room for it."""
+        found = {held.holding.name: held for held in find_holdings(model, self._ranks.ranks, self._meshes)}
+        self._left_alone = construction.ask_include(include, found)
+        held = {name: found[name] for name in found if name not in self._left_alone}
+        holdings = [each.holding for each in held.values()]
+        formats = {each.name: construction.format_of_average(each, self.format, self.use_buffers) for each in holdings}
+        self._shares = share_out(holdings, formats, self._ranks.rank, share_replicas=self.share_replicas)
+        self._planes = construction.make_planes(self._shares, held, self.format)
+        device = holdings[0].device if holdings else torch.device("cpu")
+        self.n_averaged = torch.zeros((), dtype=torch.int64, device=device)
+        self._bind(model)
+        return held
+
+    # Updates
+
+    @disable_dynamo
+    def update_parameters(self, model: Module) -> None:
+        """Move this rank's averages towards ``model``'s parameters and count the update; the first one copies.
+
+        No collective, unless ``nonfinite`` asks for its one flag, and nothing is read back to the host.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            ValueError: names, shapes, kinds of dtype, meshes or placements are not those at construction; or, with
+                ``nonfinite="raise"``, a parameter holds a NaN or an infinity on some rank. It names the parameter, and
+                nothing has changed.
+            RuntimeError: the averages are swapped into a model.
+        """
+        with self._alone("update_parameters"):
+            self._run(self._bind(model))
+
+    def _bind(self, model: Module, staging: Staging | None = None) -> Bound:
+        return bind(self._bindings, model, [self._side()], self._find_held, backend=self.backend, staging=staging)
+
+    def _run(self, bound: Bound) -> None:
+        with self._alone("update_parameters"):
+            update(bound, [self.rule], self.n_averaged.device, nonfinite=self.nonfinite, ranks=self._ranks)
+
+    def _side(self) -> Side:
+        return Side(self._shares, self._planes, self.n_averaged, self.seed)
+
+    def _find_held(self, model: Module) -> dict[str, Held]:
+        return find_held(model, self._shares, self._left_alone, self._ranks.ranks, self._meshes)
+
+    # Use of the average
+
+    @contextmanager
+    def swapped_into(self, model: Module) -> Iterator[Module]:
+        """Run ``model`` on the averages: ``with averaged.swapped_into(model): evaluate(model)``.
+
+        Shards and averages change places in place where the dtypes agree, otherwise this rank's part of the params is
+        set aside; params that each rank holds whole come through an all-gather in windows, there and back. FSDP modules
+        are resharded on the way in and out. The body must not train the model.
+
+        Collective where params are cut. On leaving, after an exception too, everything changes back. If a rank is lost
+        meanwhile, the averages and this rank's own part of the params are whole; of params that are cut the rest is
+        not, and the error says so.
+
+        Raises:
+            TypeError, ValueError: as :meth:`update_parameters`; nothing has changed.
+            RuntimeError: the averages are already swapped in; a rank was lost; or, on leaving, a parameter was moved to
+                other memory, and is named. Meanwhile updates, :meth:`state_dict` and :meth:`load_state_dict` raise it.
+        """
+        swap = None
+        self._settle("swapped_into")
+        try:
+            with self._lock:
+                with self._meet("swapped_into", model) as (pairs, held):
+                    swap = Swap(model, pairs, self._spreads, held, self.backend)
+                    self._swapped = True
+                    swap.there()
+                swap.spread()
+            yield model
+        finally:
+            if swap is not None:
+                with self._lock:
+                    try:
+                        swap.back()
+                    finally:
+                        self._swapped = False
+
+    @torch.no_grad()
+    def copy_to(self, model: Module) -> None:
+        """Copy averages and buffers into ``model``, each rounded once to its dtype. Collective where params are cut.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed. A RuntimeError for a
+                lost rank says which params are not whole.
+        """
+        self._settle("copy_to")
+        with self._lock:
+            with self._meet("copy_to", model) as met:
+                pairs, held = met
+            for pair in pairs:
+                pair.param.copy_(pair.format.decode(pair.planes) if pair.format is not None else pair.average)
+            spread_all(self._spreads, held, "copy_to could not reach all params", torn=True)
+
+    @contextmanager
+    def _meet(self, action: str, model: Module) -> Iterator[tuple[list[Pair], dict[str, Held]]]:
+        """Give what is to be written into ``model``, with FSDP's shards in place.
+
+        Where params are cut all ranks take part, so what one of them cannot do, here or in the body, raises on each.
+        """
+        with self._ranks.settled(action) if self._spreads else nullcontext():
+            self._refuse_while_swapped(action)
+            plan, params, planes = self._bind(model)
+            reshard(model)
+            pairs, held = plan.pairs(params, planes), self._find_held(model)
+            checks.check_writable(pairs)
+            yield pairs, held
+
+    # State
+
+    def state_dict(self, *, checksums: bool = True) -> dict[str, Tensor]:
+        """Give copies of this rank's averages, ready for ``torch.distributed.checkpoint``. Collective.
+
+        Keys are those of :class:`~swafast.FusedAveragedModel`: ``n_averaged``, ``module.<name>`` and
+        ``<plane>.<name>``. Sharded params are DTensors; cuts and FSDP1's are :class:`PartTensor`, under the original
+        names and shapes, so that any number of ranks may load them; what has no dimensions is whole on each rank.
+        ``checksum.<key>`` and ``save_id`` let :meth:`load_state_dict` verify what it gets.
+
+        Args:
+            checksums: leave these out, to load a checkpoint that lacks them: one of an unsharded average.
+
+        Raises:
+            RuntimeError: the averages are swapped into a model, here or on another rank; or a rank was lost.
+        """
+        with self._together("state_dict"), self._ranks.in_step():
+            return checkpoint.make_state(self._entries(), self.n_averaged, self._ranks, checksums=checksums)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a state: stage this rank's parts, verify them with all ranks, then write. Collective.
+
+        Takes what :meth:`state_dict` gives, once ``torch.distributed.checkpoint.load`` has filled it, and whole tensors
+        such as those of :meth:`full_state_dict` and :class:`~swafast.FusedAveragedModel`. Without ``checksum.<key>`` in
+        it values are taken as they are.
+
+        Raises:
+            TypeError, ValueError: keys, shapes, dtypes or placements do not match, or the values are not those that
+                were saved; it names the key, and nothing has changed on any rank.
+            RuntimeError: the same on another rank; the averages are swapped into a model; or a rank was lost.
+        """
+        with self._together("load_state_dict"):
+            with self._ranks.settled("load_state_dict"):
+                staged = checkpoint.stage(self._entries(), state_dict)
+            with self._ranks.settled("load_state_dict"):  # ranks may have been given different checksums
+                checkpoint.verify(staged, self._ranks, self.n_averaged.device)
+            checkpoint.commit(staged, self.n_averaged)
+
+    def full_state_dict(self, *, rank0_only: bool = False, cpu_offload: bool = False) -> dict[str, Tensor]:
+        """Give whole tensors under the keys of :class:`~swafast.FusedAveragedModel`. Collective.
+
+        With ``format="float32"`` or a float32 model, torch's ``AveragedModel`` loads it; with further planes it does
+        with ``strict=False``.
+
+        Args:
+            rank0_only: only the first rank of the group gets them, the others an empty dict.
+            cpu_offload: move each to the CPU as soon as it is whole.
+
+        Raises:
+            RuntimeError: the averages are swapped into a model, here or on another rank; or a rank was lost.
+        """
+        with self._together("full_state_dict"), self._ranks.in_step():
+            return checkpoint.make_full_state(
+                self._entries(), self.n_averaged, self._ranks, rank0_only=rank0_only, cpu_offload=cpu_offload
+            )
+
+    def _entries(self) -> list[checkpoint.Entry]:
+        return list(checkpoint.entries(self._shares, self._planes))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the averages and buffers that this rank keeps."""
+        return sum(plane.nbytes for planes in self._planes.values() for plane in planes)
+
+    # One at a time
+
+    def _refuse_while_swapped(self, action: str) -> None:
+        if self._swapped:
+            raise RuntimeError(f"{action} must wait until the averages are swapped back out of the model")
+
+    @contextmanager
+    def _alone(self, action: str) -> Iterator[None]:
+        """Hold this averaged model for one thread; raise RuntimeError while the averages are in a model."""
+        self._settle()
+        with self._lock:
+            self._refuse_while_swapped(action)
+            yield
+
+    @contextmanager
+    def _together(self, action: str) -> Iterator[None]:
+        """As :meth:`_alone`, for what all ranks do: raise on each of them if one may not begin."""
+        self._settle()
+        with self._lock:
+            with self._ranks.settled(action):
+                self._refuse_while_swapped(action)
+            yield
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a ShardedAveragedModel belongs to its process group and cannot be copied or pickled: save its state_dict()"
+        )

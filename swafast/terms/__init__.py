@@ -1,0 +1,1 @@
+"""The terms of everything above: rules and their weights, formats, names, layouts."""

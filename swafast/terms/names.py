@@ -1,0 +1,81 @@
+"""What a parameter's name is, and where in a module it is found again.
+
+Names are those of the model itself: wrappers at its root (DDP, DataParallel, ``torch.compile``) are taken off, and the
+segments that wrappers inside it add are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from ..torch_private.modules import own_buffers, own_children, own_params, passing_buffers
+
+_WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def unwrap(model: Module) -> Module:
+    """Take DDP, DataParallel and ``torch.compile`` off the root; ``module.`` inside a name stays, a real child."""
+    while True:
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+        elif list(own_children(model)) == ["_orig_mod"] and not own_params(model) and not own_buffers(model):
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def canonical(name: str) -> str:
+    """Drop the segments that wrappers add to a dotted name."""
+    return ".".join(segment for segment in name.split(".") if segment not in _WRAPPER_SEGMENTS)
+
+
+def _by_name(named: Iterable[tuple[str, Tensor]], argument: str) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for raw, tensor in named:
+        name = canonical(raw)
+        if found.setdefault(name, tensor) is not tensor:
+            raise ValueError(f"{argument} must have one tensor for each name, got two for {name!r} (one as {raw!r})")
+    return found
+
+
+def named_params(root: Module, argument: str) -> dict[str, Tensor]:
+    """Give every parameter under each of its names; a tied one stands under all of them."""
+    return _by_name(root.named_parameters(remove_duplicate=False), argument)
+
+
+def named_buffers(root: Module, argument: str) -> dict[str, Tensor]:
+    """Give every buffer, persistent or not, under each of its names."""
+    return _by_name(root.named_buffers(remove_duplicate=False), argument)
+
+
+def passing_names(root: Module) -> frozenset[str]:
+    """Give the names of the buffers that a state dict of ``root`` leaves out."""
+    return frozenset(
+        canonical(f"{prefix}.{name}" if prefix else name)
+        for prefix, module in root.named_modules(remove_duplicate=False)
+        for name in passing_buffers(module)
+    )
+
+
+def persistent_buffers(root: Module) -> dict[str, Tensor]:
+    """Give every buffer that a state dict of ``root`` holds, under each of its names."""
+    passing = passing_names(root)
+    return {name: tensor for name, tensor in named_buffers(root, "model").items() if name not in passing}
+
+
+def require_same_names(kind: str, averages: Iterable[str], params: Iterable[str]) -> None:
+    """Raise ValueError naming the first few names that stand on one side only."""
+    expected, given = dict.fromkeys(averages), dict.fromkeys(params)  # sets that keep their order
+    missing = [name for name in expected if name not in given]
+    surplus = [name for name in given if name not in expected]
+    if missing or surplus:
+        parts = [
+            f"{label} {', '.join(map(repr, names[:3]))}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+            for label, names in (("missing", missing), ("unexpected", surplus))
+            if names
+        ]
+        raise ValueError(f"model must have the {kind} that it was averaged with, got {'; '.join(parts)}")

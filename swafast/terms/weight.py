@@ -1,0 +1,136 @@
+"""The weight that a rule gives to the newest model, with the same bits on every machine.
+
+``log1p``, ``exp`` and ``expm1`` use only ``+ - * /`` of float64, each rounded once as in IEEE 754, since mathematics
+libraries differ in their last bits. Code with the same operations in the same order, and without fused products, gets
+the same bits: Python here, C++ and CUDA in ``csrc/weight.h``, Triton in ``swafast/backends/triton/arithmetic.py``.
+Errors stay under two units in the last place. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+#: ln 2 in two parts; the first ends in 21 zero bits, so that its product with an exponent is exact.
+LN2_HIGH = float.fromhex("0x1.62e42feep-1")
+LN2_LOW = float.fromhex("0x1.a39ef35793c76p-33")
+INV_LN2 = float.fromhex("0x1.71547652b82fep+0")
+SQRT_HALF = float.fromhex("0x1.6a09e667f3bcdp-1")
+
+#: Below this e**x is next to the smallest normal float64; we take it for 0.
+LOWEST_EXPONENT = -708.0
+#: log1p takes no more: far above any count of models over any sensible scale.
+LARGEST_LOG1P = 1e300
+
+#: Coefficients of 2 atanh(s) = 2 s (1 + s**2 / 3 + s**4 / 5 + ...), the highest power first. |s| <= 0.172: the first
+#: term left out is under 2**-60 of the sum.
+ATANH_TERMS = tuple(2.0 / k for k in range(21, 1, -2))
+#: Coefficients of e**r - 1 = r + r**2 (1/2 + r / 6 + ...), the highest power first. |r| <= 0.347: likewise 2**-61.
+EXP_TERMS = tuple(1.0 / math.factorial(k) for k in range(14, 1, -1))
+
+
+def log1p(x: float) -> float:
+    """Give ``log(1 + x)`` for ``x >= 0``."""
+    x = min(x, LARGEST_LOG1P)
+    y = 1.0 + x
+    part = y - 1.0
+    lost = (1.0 - (y - part)) + (x - part)  # what rounding took from the sum
+    mantissa, exponent = math.frexp(y)
+    if mantissa < SQRT_HALF:
+        mantissa, exponent = 2.0 * mantissa, exponent - 1
+    f = mantissa - 1.0
+    s = f / (2.0 + f)
+    z = s * s
+    series = 0.0
+    for term in ATANH_TERMS:
+        series = (series + term) * z
+    near = f - s * (f - series)
+    return exponent * LN2_HIGH + (near + (exponent * LN2_LOW + lost / y))
+
+
+def exp_parts(x: float) -> tuple[float, float]:
+    """Give ``(scale, rest)`` with ``e**x = scale + scale * rest``, for ``x <= 0``; scale is a power of two, or 0."""
+    if x < LOWEST_EXPONENT:
+        return 0.0, 0.0
+    k = math.floor(x * INV_LN2 + 0.5)
+    r = (x - k * LN2_HIGH) - k * LN2_LOW
+    series = 0.0
+    for term in EXP_TERMS:
+        series = series * r + term
+    return math.ldexp(1.0, k), r + (r * r) * series
+
+
+def exp(x: float) -> float:
+    """Give ``e**x`` for ``x <= 0``."""
+    scale, rest = exp_parts(x)
+    return scale + scale * rest
+
+
+def expm1(x: float) -> float:
+    """Give ``e**x - 1`` for ``x <= 0``."""
+    scale, rest = exp_parts(x)
+    return (scale - 1.0) + scale * rest
+
+
+@dataclass(frozen=True)
+class KernelTerms:
+    """What a kernel needs to work out a rule's weight: the kinds and terms of ``csrc/swafast.h``."""
+
+    kind: int
+    terms: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+
+    CONSTANT: ClassVar[int] = 0
+    EQUAL: ClassVar[int] = 1
+    POWER_WARMUP: ClassVar[int] = 2
+    RATIO_WARMUP: ClassVar[int] = 3
+    POWER: ClassVar[int] = 4
+
+    def __post_init__(self) -> None:
+        if self.kind not in range(5):
+            raise ValueError(f"kind must be one of KernelTerms' five, got {self.kind}")
+        if len(self.terms) != 4 or not all(math.isfinite(term) for term in self.terms):
+            raise ValueError(f"terms must be four finite numbers, got {self.terms}")
+        first, second, inv_gamma, power = self.terms
+        if self.kind == self.CONSTANT and not 0.0 <= first <= 1.0:
+            raise ValueError(f"terms must begin with a weight in [0, 1], got {first}")
+        if self.kind in (self.POWER_WARMUP, self.RATIO_WARMUP) and not 0.0 <= first <= second <= 1.0:
+            raise ValueError(f"terms must begin with the lowest and highest weight in [0, 1], got {first}, {second}")
+        if self.kind == self.POWER_WARMUP and not (inv_gamma > 0.0 and power > 0.0):
+            raise ValueError(f"terms must end with inv_gamma > 0 and power > 0, got {inv_gamma}, {power}")
+        if self.kind == self.POWER and not first >= 0.0:
+            raise ValueError(f"terms must begin with gamma >= 0, got {first}")
+
+    @classmethod
+    def of(cls, kind: int, *terms: float) -> KernelTerms:
+        """Give terms filled up with zeros; the same object again for the same ones, since every update asks."""
+        return _make_terms(kind, terms)
+
+    @classmethod
+    def constant(cls, weight: float) -> KernelTerms:
+        return cls.of(cls.CONSTANT, weight)
+
+    def weight(self, num_averaged: int) -> float:
+        """Give the weight as every kernel works it out, bit for bit: ``rule_weight`` in ``csrc/weight.h``."""
+        if num_averaged == 0:
+            return 1.0  # the first update copies, whatever the rule
+        n = float(num_averaged)
+        first, highest, inv_gamma, power = self.terms
+        if self.kind == self.EQUAL:
+            return 1.0 / (n + 1.0)
+        if self.kind == self.POWER_WARMUP:
+            # (1 + n / inv_gamma) ** -power
+            return min(max(exp(-power * log1p(n / inv_gamma)), first), highest)
+        if self.kind == self.RATIO_WARMUP:
+            # 1 - (1 + n) / (10 + n), without the cancellation
+            return min(max(9.0 / (10.0 + n), first), highest)
+        if self.kind == self.POWER:
+            # 1 - (1 - 1 / (n + 1)) ** (gamma + 1), which cancels for large n when written so
+            return -expm1(-(first + 1.0) * log1p(1.0 / n))
+        return first
+
+
+@functools.lru_cache(maxsize=256)
+def _make_terms(kind: int, terms: tuple[float, ...]) -> KernelTerms:
+    return KernelTerms(kind, (*terms, *(0.0,) * (4 - len(terms))))  # type: ignore[arg-type]  # it checks their number

@@ -1,0 +1,113 @@
+"""The dicts in which a module keeps its tensors and children, and a walk through those of a whole tree."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import MutableMapping
+
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.modules.batchnorm import _BatchNorm
+
+#: What all BatchNorm layers are, those of torch's subclasses too.
+BatchNormLayer = _BatchNorm
+
+
+def own_params(module: Module) -> dict[str, Tensor | None]:
+    """The live dict of a module's own parameters, by name."""
+    return module._parameters  # type: ignore[return-value]
+
+
+def own_buffers(module: Module) -> dict[str, Tensor | None]:
+    """The live dict of a module's own buffers, by name."""
+    return module._buffers
+
+
+def own_children(module: Module) -> dict[str, Module | None]:
+    """The live dict of a module's own children, by name."""
+    return module._modules
+
+
+def passing_buffers(module: Module) -> set[str]:
+    """The live set of names of a module's own buffers that its state dict leaves out."""
+    return module._non_persistent_buffers_set
+
+
+def set_own_params(module: Module, params: dict[str, Tensor | None]) -> None:
+    """Put ``params`` in the place of the dict of a module's own parameters."""
+    module._parameters = params  # type: ignore[assignment]
+
+
+def set_own_buffers(module: Module, buffers: dict[str, Tensor | None]) -> None:
+    """Put ``buffers`` in the place of the dict of a module's own buffers."""
+    module._buffers = buffers
+
+
+def set_passing_buffers(module: Module, names: set[str]) -> None:
+    """Let a module's state dict leave out the buffers in ``names``, a set that may be shared with another module."""
+    module._non_persistent_buffers_set = names
+
+
+def copy_metadata(state: MutableMapping[str, object], like: object) -> None:
+    """Give ``state`` the versions of modules that torch has noted on the state dict ``like``, if any."""
+    metadata = getattr(like, "_metadata", None)
+    if metadata is not None:
+        state._metadata = metadata  # type: ignore[attr-defined]
+
+
+class Walk:
+    """A path through a module that finds all its tensors again quickly, and notices when it no longer fits.
+
+    ``module.named_parameters()`` costs 0.5 us a tensor, at every update. This walk visits each module's dicts once and
+    keeps only weak references, so that an average holds no model alive.
+    """
+
+    def __init__(self, root: Module) -> None:
+        modules = list(root.modules())
+        self._modules = [weakref.ref(module) for module in modules]
+        self._layout, values = self._read(modules)
+        self._empty = [i for i, value in enumerate(values) if value is None]
+        first: dict[int, int] = {}
+        for i, value in enumerate(values):
+            if value is not None:
+                first.setdefault(id(value), i)
+        self._ties = [(first[id(v)], i) for i, v in enumerate(values) if v is not None and first[id(v)] != i]
+        self._positions = first
+
+    @staticmethod
+    def _read(modules: list[Module]) -> tuple[list[object], list[Tensor | None]]:
+        """Give all names, child modules and borders between modules as one list to compare, and all tensors."""
+        layout: list[object] = []
+        values: list[Tensor | None] = []
+        for module in modules:
+            params, buffers, submodules = module._parameters, module._buffers, module._modules
+            if params:
+                layout.extend(params)
+                values.extend(params.values())
+            if buffers:
+                layout.extend(buffers)
+                values.extend(buffers.values())
+            if submodules:
+                layout.extend(submodules)
+                layout.extend(map(id, submodules.values()))
+            layout.append(len(values))
+        return layout, values
+
+    def position(self, tensor: Tensor) -> int:
+        """Give the index of ``tensor`` in what :meth:`tensors` returns; only valid while the walk is being set up."""
+        return self._positions[id(tensor)]
+
+    def starts_at(self, root: Module) -> bool:
+        return self._modules[0]() is root
+
+    def tensors(self) -> list[Tensor] | None:
+        """Give the tensors that stand in the module now, or None when modules, names or ties have changed."""
+        modules = [reference() for reference in self._modules]
+        if None in modules:
+            return None
+        layout, values = self._read(modules)  # type: ignore[arg-type]  # no None among them any more
+        if layout != self._layout:
+            return None
+        if any(values[i] is not values[j] for i, j in self._ties) or any(values[i] is not None for i in self._empty):
+            return None
+        return values  # type: ignore[return-value]  # positions that were None at first still are, and are not asked for

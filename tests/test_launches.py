@@ -1,0 +1,186 @@
+"""The op behind torch's dispatcher, the choice of backends, and compiled code."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.library import opcheck
+
+from swafast import ExponentialAverage, FusedAveragedModel
+from swafast.backends import cpu, library
+from swafast.op import choice
+from swafast.terms.formats import encode_exact
+
+EQUAL = (1, [0.0] * 4)  # kind and terms of the equal average
+
+
+def arguments(format: str = "float32") -> tuple:
+    params = [torch.randn(5, 3), torch.randn(7)]
+    averages, remainders = [torch.randn(5, 3), torch.randn(7)], []
+    if format == "exact":
+        planes = [encode_exact(average) for average in averages]
+        averages, remainders = [list(plane) for plane in zip(*planes, strict=True)]
+    return averages, remainders, params, torch.tensor(3), format, *EQUAL
+
+
+@pytest.mark.parametrize("format", ["float32", "exact"])
+def test_the_op_keeps_its_schema(format: str) -> None:
+    results = opcheck(torch.ops.swafast.update_.default, arguments(format))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_the_op_updates_and_counts() -> None:
+    averages, remainders, params, count, *rest = arguments()
+    expected = [torch.lerp(average, param, 0.25) for average, param in zip(averages, params, strict=True)]
+    torch.ops.swafast.update_(averages, remainders, params, count, *rest)
+    assert all(map(torch.equal, averages, expected))
+    assert count == 4
+
+
+def test_the_op_refuses_what_does_not_match() -> None:
+    averages, remainders, params, count, *rest = arguments()
+    params[1] = torch.randn(1)
+    before = [average.clone() for average in averages]
+    with pytest.raises(ValueError, match=r"'1' must have the average's shape \(7,\), got \(1,\)"):
+        torch.ops.swafast.update_(averages, remainders, params, count, *rest)
+    assert all(map(torch.equal, averages, before))
+    assert count == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "terms", "argument"),
+    [(5, [0.0] * 4, "kind"), (-1, [0.0] * 4, "kind"), (0, [float("nan")] * 4, "terms"), (0, [0.5], "terms")],
+)
+def test_the_op_refuses_a_rule_it_does_not_know(kind: int, terms: list[float], argument: str) -> None:
+    averages, remainders, params, count, *_ = arguments()
+    with pytest.raises(ValueError, match=f"^{argument} must be"):
+        torch.ops.swafast.update_(averages, remainders, params, count, "float32", kind, terms)
+    assert count == 3
+
+
+def test_the_op_compiles_fullgraph() -> None:
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(averages, params, count):
+        torch.ops.swafast.update_(averages, [], params, count, "float32", *EQUAL)
+        return averages[0] * 2
+
+    averages, _, params, count, *_ = arguments()
+    expected = torch.lerp(averages[0], params[0], 0.25)
+    assert torch.equal(step(averages, params, count), expected * 2)
+    assert torch.equal(averages[0], expected)
+    assert count == 4
+
+
+def test_update_parameters_may_stand_in_compiled_code() -> None:
+    model = nn.Linear(3, 3)
+    average = FusedAveragedModel(model)
+
+    @torch.compile(backend="eager")
+    def step(x: torch.Tensor) -> torch.Tensor:
+        y = model(x).sum()
+        average.update_parameters(model)
+        return y
+
+    for _ in range(3):
+        step(torch.randn(2, 3))
+    assert average.n_averaged == 3
+
+
+def test_backends_are_chosen_by_name_and_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [backend.name for backend in choice.choose_backends("reference")] == ["reference"]
+    monkeypatch.setenv("SWAFAST_BACKEND", "reference")
+    assert [backend.name for backend in choice.choose_backends()] == ["reference"]
+    monkeypatch.setenv("SWAFAST_BACKEND", "tpu")
+    with pytest.raises(ValueError, match=r"SWAFAST_BACKEND must be one of 'cuda', 'cpu', .*, got 'tpu'"):
+        choice.choose_backends()
+
+
+def test_a_library_that_does_not_load_warns_once_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path, every_kind: nn.Module
+) -> None:
+    broken = tmp_path / "libswafast.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setenv("SWAFAST_LIBRARY", str(broken))
+    monkeypatch.setattr(choice, "_warned", set())
+    library.load.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match=r"reference backend: .*libswafast\.so did not load") as seen:
+            average = FusedAveragedModel(every_kind)
+        assert len(seen) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            average.update_parameters(every_kind)
+        with pytest.raises(RuntimeError, match="backend='cpu' cannot run here"):
+            FusedAveragedModel(every_kind, backend="cpu")
+        monkeypatch.setenv("SWAFAST_LIBRARY", str(tmp_path / "absent.so"))
+        library.load.cache_clear()
+        assert "no native library at" in str(cpu.unavailable())
+    finally:
+        library.load.cache_clear()
+
+
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("averages", "remainders", "params", "format", "message"),
+    [
+        ([torch.zeros(8, dtype=BF16)], [], [torch.ones(8, dtype=BF16)], "exact", "of one length"),
+        (
+            [torch.zeros(8, dtype=BF16)],
+            [torch.zeros(1, dtype=torch.int16)],
+            [torch.ones(8)],
+            "exact",
+            "alike in shape and device",
+        ),
+        ([torch.zeros(8, dtype=BF16)], [torch.zeros(8)], [torch.ones(8)], "exact", "must have planes of"),
+        ([torch.zeros(8, dtype=torch.float64)], [], [torch.ones(8)], "float32", "must have planes of"),
+        ([torch.zeros(16, dtype=BF16)[:8]], [], [torch.ones(8)], "float32", "must have planes of"),
+        ([torch.zeros(8)], [], [torch.ones(8), torch.ones(8)], "float32", "of one length"),
+    ],
+)
+def test_the_op_refuses_planes_that_are_not_the_formats(
+    averages, remainders, params, format: str, message: str
+) -> None:
+    count = torch.tensor(1)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.swafast.update_(averages, remainders, params, count, format, *EQUAL)
+    assert count == 1
+    assert not any(average.any() for average in averages)
+
+
+def test_a_write_of_the_op_is_seen_by_autograd(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWAFAST_BACKEND", backend)
+    average, weight = torch.randn(5), torch.randn(5, requires_grad=True)
+    loss = (weight * average).sum()
+    torch.ops.swafast.update_([average], [], [torch.randn(5)], torch.tensor(1), "float32", 1, [0.0] * 4)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_op_refuses_one_average_twice(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWAFAST_BACKEND", backend)
+    average, param, counter = torch.zeros(5), torch.ones(5), torch.tensor(1)
+    with pytest.raises(ValueError, match="averages must not overlap in memory"):
+        torch.ops.swafast.update_([average] * 2, [], [param] * 2, counter, "float32", 1, [0.0] * 4)
+    with pytest.raises(ValueError, match="format must be one of"):
+        torch.ops.swafast.update_([average], [], [param], counter, "float33", 1, [0.0] * 4)
+    assert counter.item() == 1
+    assert not average.any()
+
+
+def test_a_subclass_with_a_weight_of_its_own_is_asked_for_it(backend: str) -> None:
+    class Quarter(ExponentialAverage):
+        def weight(self, num_averaged: int) -> float:
+            return 1.0 if num_averaged == 0 else 0.25
+
+    model = nn.ParameterList([torch.zeros(3)])
+    average = FusedAveragedModel(model, rule=Quarter(0.999), backend=backend)
+    average.update_parameters(model)
+    with torch.no_grad():
+        model[0].fill_(1)
+    average.update_parameters(model)
+    assert torch.equal(average.module[0].detach(), torch.full((3,), 0.25))
