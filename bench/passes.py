@@ -24,8 +24,7 @@ from bench.report import EXACT, FLOAT32, ONE, THREE, THREE_APART, TWO, Row
 from bench.suite import Progress
 from bench.timing import interleave
 from bench.workloads import Workload, build
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, Rule
-from swafast.average.fused_averages import FusedAverages
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages, Rule
 from swafast.terms.formats import get_format
 
 # What a table holds at most at once, for each param: bf16 params in all their formats take 2 + 4 + 4 + 3 + 8 + 2, and
@@ -93,9 +92,8 @@ class Together(Ours):
 
     def __init__(self, model: nn.Module, averages: FusedAverages | None = None) -> None:
         self.model = model
-        made = FusedAveragedModel(model, rule=dict(list(RULES.items())[: self.count])) if averages is None else averages
-        assert isinstance(made, FusedAverages)
-        self.fused = made
+        rules = dict(list(RULES.items())[: self.count])
+        self.fused = FusedAverages(model, rules=rules) if averages is None else averages
 
     def update(self) -> None:
         self.fused.update_parameters(self.model)

@@ -14,8 +14,7 @@ from bench.readme import passes_block, rewrite_passes
 from bench.report import ONE, THREE, THREE_APART, TWO, Report, Row
 from bench.tables import pass_figures
 from bench.workloads import Workload, build
-from swafast import FusedAveragedModel
-from swafast.average.fused_averages import FusedAverages
+from swafast import FusedAveragedModel, FusedAverages
 
 CPU = torch.device("cpu")
 TINY = Workload(

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from swafast import ExponentialAverage, FusedAveragedModel, update_bn
-from swafast.op.checksum import checksum
 from swafast.demo.data import digits_split, shifted
 from swafast.demo.settings import Settings
 from swafast.demo.training import digits_cnn
+from swafast.op.checksum import checksum
 
 SETTINGS = Settings(epochs=int(os.environ.get("EPOCHS", "24")))
 STEPS = SETTINGS.epochs * SETTINGS.steps_per_epoch

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from swafast import FusedAveragedModel, PowerAverage, Snapshots
+from swafast import FusedAveragedModel, FusedAverages, PowerAverage, Snapshots
 from swafast.demo.data import digits_split, shifted
 from swafast.demo.settings import Settings
 from swafast.demo.training import digits_cnn, score
@@ -37,9 +37,7 @@ def train(snapshots: Snapshots) -> tuple[State, dict[float, State]]:
     model = digits_cnn(SETTINGS.width)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9, weight_decay=SETTINGS.weight_decay)
     stored = FusedAveragedModel(model, rule=STORED)
-    direct = FusedAveragedModel(
-        model, rule={f"{1000 * width:.0f}": PowerAverage.from_sigma_rel(width) for width in WIDTHS}
-    )
+    direct = FusedAverages(model, rules={f"{1000 * width:.0f}": PowerAverage.from_sigma_rel(width) for width in WIDTHS})
     updates = 0
     for _ in range(SETTINGS.epochs):
         images = shifted(split.train_images, SETTINGS.max_shift, generator)

@@ -21,7 +21,7 @@ from swafast import FusedAveragedModel, update_bn
 from swafast.demo.data import digits_split, shifted
 from swafast.demo.settings import Settings
 from swafast.demo.training import digits_cnn
-from swafast.optim import ComposerSWA, SWA, cyclical_cosine_lr, cyclical_lr
+from swafast.optim import SWA, ComposerSWA, cyclical_cosine_lr, cyclical_lr
 
 # A look at it takes fewer: EPOCHS=4 in the environment.
 SETTINGS = Settings(epochs=int(os.environ.get("EPOCHS", "24")))

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from swafast import ExponentialAverage, FusedAveragedModel
+from swafast import ExponentialAverage, FusedAverages
 from swafast.demo.cost import held_nbytes
 from swafast.demo.data import digits_split, shifted
 from swafast.demo.settings import Settings
@@ -34,7 +34,7 @@ def main() -> None:
     optimizer = torch.optim.SGD(
         model.parameters(), LEARNING_RATE, momentum=SETTINGS.momentum, weight_decay=SETTINGS.weight_decay
     )
-    averages = FusedAveragedModel(model, rule=RULES, format=FORMATS)
+    averages = FusedAverages(model, rules=RULES, format=FORMATS)
     for _ in range(SETTINGS.epochs):
         model.train()
         images = shifted(split.train_images, SETTINGS.max_shift, generator)

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel
-from swafast.average.fused_averages import FusedAverages
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages
 from swafast.loop import attach as module
 from swafast.loop import runners
 from swafast.loop.attachment import STATE_KEY
@@ -59,7 +58,7 @@ class Run:
         torch.manual_seed(3)
         self.model = Net().to(on, dtype)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9)
-        self.averaged: Any = FusedAveragedModel(self.model, **options)
+        self.averaged: Any = (FusedAverages if "rules" in options else FusedAveragedModel)(self.model, **options)
         self.generator = torch.Generator().manual_seed(4)
 
     def step(self, after: Callable[[], object] = lambda: None) -> None:
@@ -96,7 +95,7 @@ def require_equal(got: Run, want: Run) -> None:
         {"rule": ExponentialAverage(0.9), "use_buffers": True},
         {"dtype": torch.bfloat16},
         {"format": "compact", "seed": 7},
-        {"rule": SEVERAL, "format": {"fast": "compensated"}},
+        {"rules": SEVERAL, "format": {"fast": "compensated"}},
         {"nonfinite": "skip"},
         {"nonfinite": "raise"},
     ],
@@ -236,7 +235,7 @@ def test_the_model_may_change_on_the_way(way: str) -> None:
         run.model.further = nn.Identity()
         run.optimizer.param_groups[0]["params"] = list(run.model.parameters())
         run.step(update)
-        run.averaged.n_averaged.item() if run.averaged._attachment is None else run.averaged._attachment.join()
+        run.averaged.n_averaged.item() if run.averaged._guard.attachment is None else run.averaged._guard.attachment.join()
         run.model.inner[0].weight.data = run.model.inner[0].weight.data.clone()
         run.step(update)
     require_equal(*runs)
@@ -269,7 +268,7 @@ def test_each_of_several_optimizers_waits(way: str, given: str, monkeypatch: pyt
     for _ in range(2):
         parts[0].step()
         stepped.set()
-        run.averaged._attachment.join()
+        run.averaged._guard.attachment.join()
         stepped.clear()
         parts[1].step()
     for param in expected.parameters():
@@ -296,7 +295,7 @@ USES: list[Callable[[Run], object]] = [
     lambda run: run.averaged.load_state_dict(FusedAveragedModel(run.model).state_dict()),
     lambda run: run.averaged.to(torch.float64),
     lambda run: copy.deepcopy(run.averaged),
-    lambda run: run.averaged._attachment.detach(),
+    lambda run: run.averaged._guard.attachment.detach(),
 ]
 
 
@@ -391,7 +390,7 @@ def test_an_interrupted_wait_is_waited_for_again(monkeypatch: pytest.MonkeyPatch
 
 def test_other_threads_wait_too(monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held(monkeypatch)
-    run = Run(rule=SEVERAL)
+    run = Run(rules=SEVERAL)
     update, begun = FusedAverages.update_parameters, threading.Event()
 
     def late(averaged: FusedAverages, model: nn.Module) -> None:
@@ -414,7 +413,7 @@ def test_other_threads_wait_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_who_holds_all_averages_waits_for_none_of_them() -> None:
     """A step of the thread that saves, here from a hook, begins an update that needs the locks which the save holds."""
-    run = Run(rule=SEVERAL)
+    run = Run(rules=SEVERAL)
     run.averaged.attach(run.optimizer, overlap=True)
     run.step()
     handle = run.averaged["fast"].register_state_dict_pre_hook(lambda *_: run.step())
@@ -522,7 +521,7 @@ def load(run: Run, state: bytes) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("options", [{}, {"rule": SEVERAL}, {"format": "compact"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"rules": SEVERAL}, {"format": "compact"}], ids=str)
 @pytest.mark.parametrize("at", [1, 4, 7])
 def test_a_run_that_was_stopped_equals_one_that_was_not(way: str, options: dict[str, Any], at: int) -> None:
     spans = {"start": 2, "every": 3, "end": 20}
@@ -702,7 +701,7 @@ def test_bad_arguments_are_named_and_nothing_is_attached(
 
 
 def test_one_that_is_attached_is_not_attached_again() -> None:
-    run = Run(rule=SEVERAL)
+    run = Run(rules=SEVERAL)
     run.averaged.attach(run.optimizer)
     for each in (run.averaged, run.averaged["fast"]):
         with pytest.raises(RuntimeError, match="must not be attached already"):
@@ -758,7 +757,7 @@ def test_a_gpu_computes_beside_an_update() -> None:
     run.model(torch.ones(4, 6, device="cuda")).sum().backward()
     forward.record()
     forward.synchronize()
-    attachment = run.averaged._attachment
+    attachment = run.averaged._guard.attachment
     assert not attachment._runner._ended[0].query()
     attachment.join()
     torch.cuda.current_stream().synchronize()
@@ -786,7 +785,7 @@ def test_the_host_waits_for_no_gpu(way: str) -> None:
 
 @pytest.mark.gpu
 def test_averages_of_a_gpus_model_are_kept_in_pinned_memory() -> None:
-    run = Run(on="cuda", rule=SEVERAL)
+    run = Run(on="cuda", rules=SEVERAL)
     run.averaged.attach(run.optimizer, offload="cpu")
     for _ in range(3):
         run.step()
@@ -796,7 +795,7 @@ def test_averages_of_a_gpus_model_are_kept_in_pinned_memory() -> None:
     before = tensors_of(run.model)
     with run.averaged["fast"].swapped_into(run.model):
         got = tensors_of(run.model)
-    want = plainly(3, Schedule(0, 1), on="cuda", rule=SEVERAL)
+    want = plainly(3, Schedule(0, 1), on="cuda", rules=SEVERAL)
     with want.averaged["fast"].swapped_into(want.model):
         assert differing(got, tensors_of(want.model)) == []
     assert differing(tensors_of(run.model), before) == []

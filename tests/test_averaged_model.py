@@ -518,7 +518,7 @@ def test_a_forked_child_is_not_held_up_by_a_thread_of_its_parent() -> None:
     held, release = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with average._alone("a test"):
+        with average._guard.hold("a test"):
             held.set()
             release.wait()
 

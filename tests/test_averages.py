@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage, Rule
-from swafast.average.fused_averages import FusedAverages
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages, PowerAverage, Rule
 from swafast.backends import cpu, rows
 from tests.conftest import EveryKind, differing, tensors_of
 
@@ -40,9 +39,7 @@ def drifted(model: EveryKind, averages: list[Any], updates: int = 4) -> None:
 
 
 def of(model: nn.Module, **options: Any) -> FusedAverages:
-    averages = FusedAveragedModel(model, **options)
-    assert isinstance(averages, FusedAverages)
-    return averages
+    return FusedAverages(model, **options)
 
 
 def require_equal(averages: FusedAverages, alone: dict[str, FusedAveragedModel]) -> None:
@@ -56,7 +53,7 @@ def test_each_equals_one_that_is_updated_by_itself(
     every_kind: EveryKind, format: str | None, dtype: torch.dtype, backend: str, small_chunks: int
 ) -> None:
     model = every_kind.to(dtype)
-    averages = of(model, rule=RULES, format=format, backend=backend)
+    averages = of(model, rules=RULES, format=format, backend=backend)
     alone = {name: FusedAveragedModel(model, rule=rule, format=format) for name, rule in RULES.items()}
     drifted(model, [averages, *alone.values()])
     require_equal(averages, alone)
@@ -65,7 +62,7 @@ def test_each_equals_one_that_is_updated_by_itself(
 
 def test_formats_may_differ(every_kind: EveryKind, backend: str) -> None:
     formats = {"mean": "compensated", "fast": "compact", "warm": None}
-    averages = of(every_kind, rule=RULES, format=formats, backend=backend)
+    averages = of(every_kind, rules=RULES, format=formats, backend=backend)
     alone = {name: FusedAveragedModel(every_kind, rule=rule, format=formats.get(name)) for name, rule in RULES.items()}
     drifted(every_kind, [averages, *alone.values()])
     require_equal(averages, alone)
@@ -85,7 +82,7 @@ def test_rules_of_python_and_counts_of_their_own(every_kind: EveryKind) -> None:
 def test_as_many_as_one_launch_takes() -> None:
     model = nn.Linear(40, 3)
     rules = {f"decay {i}": ExponentialAverage(i / 20) for i in range(16)}
-    averages = of(model, rule=rules)
+    averages = of(model, rules=rules)
     alone = {name: FusedAveragedModel(model, rule=rule) for name, rule in rules.items()}
     for _ in range(3):
         with torch.no_grad():
@@ -97,7 +94,7 @@ def test_as_many_as_one_launch_takes() -> None:
 
 def test_one_launch_and_one_read_of_the_params(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(100, 100), nn.Linear(7, 3))
-    averages = of(model, rule=RULES)
+    averages = of(model, rules=RULES)
     averages.update_parameters(model)
     calls: list[rows.Rows] = []
     launched = cpu.NativeLaunch.update
@@ -120,7 +117,7 @@ def test_one_launch_and_one_read_of_the_params(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_use_of_one_leaves_all_where_they_are(every_kind: EveryKind) -> None:
-    averages = of(every_kind, rule=RULES)
+    averages = of(every_kind, rules=RULES)
     drifted(every_kind, [averages], 2)
     places = [tensor.data_ptr() for tensor in averages.state_dict().values()]
     plan = averages._bindings._binding
@@ -141,9 +138,9 @@ def test_use_of_one_leaves_all_where_they_are(every_kind: EveryKind) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_states_copies_and_pickles_go_on_bit_for_bit(every_kind: EveryKind, format: str | None) -> None:
     model = every_kind.bfloat16()
-    averages = of(model, rule=RULES, format=format, seed=3)
+    averages = of(model, rules=RULES, format=format, seed=3)
     drifted(model, [averages], 3)
-    loaded = of(copy.deepcopy(model), rule=RULES, format=format, seed=3)
+    loaded = of(copy.deepcopy(model), rules=RULES, format=format, seed=3)
     state = copy.deepcopy(averages.state_dict())
     assert {key.partition(".")[0] for key in state} == set(RULES)
     assert "fast.n_averaged" in state
@@ -156,7 +153,7 @@ def test_states_copies_and_pickles_go_on_bit_for_bit(every_kind: EveryKind, form
 
 
 def test_a_failed_load_changes_no_average(every_kind: EveryKind) -> None:
-    averages = of(every_kind.bfloat16(), rule=RULES)
+    averages = of(every_kind.bfloat16(), rules=RULES)
     drifted(every_kind, [averages], 2)
     before = tensors_of(averages)
     state = copy.deepcopy(averages.state_dict())
@@ -176,7 +173,7 @@ def test_a_failed_load_changes_no_average(every_kind: EveryKind) -> None:
 @pytest.mark.parametrize("bad", [3, "x", torch.zeros(16, 8, device="meta"), torch.eye(16, 8).to_sparse()], ids=str)
 def test_a_plane_that_is_none_changes_no_average(bad: object) -> None:
     model = nn.Linear(8, 16)
-    averages = of(model, rule=RULES, format={"mean": "compact", "power": "compensated"})
+    averages = of(model, rules=RULES, format={"mean": "compact", "power": "compensated"})
     averages.update_parameters(model)
     state = {key: value + 1 for key, value in averages.state_dict().items()}
     for key in ("power.compensation.weight", "power.module.weight", "fast.module.weight"):
@@ -187,7 +184,7 @@ def test_a_plane_that_is_none_changes_no_average(bad: object) -> None:
 
 
 def test_all_move_and_cast_together(every_kind: EveryKind) -> None:
-    averages = of(every_kind, rule=RULES)
+    averages = of(every_kind, rules=RULES)
     drifted(every_kind, [averages], 2)
     params = dict(every_kind.named_parameters())
     full = {name: {p: each.averaged_state_dict()[p] for p in params} for name, each in averages.items()}
@@ -199,7 +196,7 @@ def test_all_move_and_cast_together(every_kind: EveryKind) -> None:
 
 @pytest.mark.parametrize("nonfinite", ["skip", "raise"])
 def test_what_is_not_finite_moves_none(every_kind: EveryKind, nonfinite: str, backend: str) -> None:
-    averages = of(every_kind, rule=RULES, nonfinite=nonfinite, backend=backend)
+    averages = of(every_kind, rules=RULES, nonfinite=nonfinite, backend=backend)
     drifted(every_kind, [averages], 2)
     before = tensors_of(averages)
     with torch.no_grad():
@@ -213,7 +210,7 @@ def test_what_is_not_finite_moves_none(every_kind: EveryKind, nonfinite: str, ba
 
 
 def test_it_is_a_mapping_and_says_where_a_models_methods_are(every_kind: EveryKind) -> None:
-    averages = of(every_kind, rule=RULES, use_buffers=True)
+    averages = of(every_kind, rules=RULES, use_buffers=True)
     assert list(averages) == averages.keys() == list(RULES)
     assert len(averages) == len(RULES)
     assert "fast" in averages
@@ -228,24 +225,10 @@ def test_it_is_a_mapping_and_says_where_a_models_methods_are(every_kind: EveryKi
         averages(torch.ones(1))
 
 
-class Kept(FusedAveragedModel):
-    """A subclass of the user's own, with arguments of its own."""
-
-    def __init__(self, model: nn.Module, tag: str = "none", **options: Any) -> None:
-        super().__init__(model, **options)
-        self.tag = tag
-
-
-def test_a_subclass_makes_averages_of_its_kind() -> None:
-    for options, tag in (({}, "none"), ({"tag": "ours"}, "ours")):
-        averages = Kept(nn.Linear(2, 2), rule=RULES, **options)
-        assert all(type(each) is Kept and each.tag == tag for each in averages.values())
-
-
 def test_averages_that_were_loaded_from_one_tensor_part_again() -> None:
     one = FusedAveragedModel(model := nn.Linear(2, 2))
     one.update_parameters(model)
-    averages = of(model, rule=RULES)
+    averages = of(model, rules=RULES)
     averages.load_state_dict(
         {f"{name}.{key}": value for name in RULES for key, value in one.state_dict().items()}, assign=True
     )
@@ -263,30 +246,41 @@ def test_averages_that_were_loaded_from_one_tensor_part_again() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"rule": {}}, ValueError, "rule must name 1 to 16 averages, got 0"),
-        ({"rule": {str(i): EqualAverage() for i in range(17)}}, ValueError, "rule must name 1 to 16 averages, got 17"),
-        ({"rule": {"a": 0.9}}, TypeError, r"rule\['a'\] must be a Rule .*got 0.9"),
-        ({"rule": {"a": EqualAverage}}, TypeError, r"rule\['a'\] must be a Rule"),
-        ({"rule": {1: EqualAverage()}}, TypeError, "rule must have strings for names, got 1"),
-        ({"rule": {"a.b": EqualAverage()}}, ValueError, "names without '.'.*got 'a.b'"),
-        ({"rule": {"": EqualAverage()}}, ValueError, "got ''"),
-        ({"rule": [("a", EqualAverage()), ("a", EqualAverage())]}, ValueError, "each name once, got 'a' twice"),
-        ({"rule": [("a", EqualAverage(), 1)]}, TypeError, r"\(name, rule\) pairs"),
-        ({"rule": [EqualAverage(), EqualAverage()]}, TypeError, r"\(name, rule\) pairs, got \[EqualAverage"),
-        ({"rule": RULES, "format": "int4"}, ValueError, "format must be one of .*got 'int4'"),
-        ({"rule": RULES, "format": {"slow": "exact"}}, ValueError, "format must name averages among .*got 'slow'"),
-        ({"rule": RULES, "format": {"fast": "int4"}}, ValueError, "format must be one of .*got 'int4'"),
-        ({"rule": RULES, "seed": 0.5}, TypeError, "seed must be an int, got 0.5"),
-        ({"rule": RULES, "avg_fn": max}, ValueError, "only one of rule, avg_fn"),
+        ({"rules": {}}, ValueError, "rules must name 1 to 16 averages, got 0"),
+        (
+            {"rules": {str(i): EqualAverage() for i in range(17)}},
+            ValueError,
+            "rules must name 1 to 16 averages, got 17",
+        ),
+        ({"rules": {"a": 0.9}}, TypeError, r"rules\['a'\] must be a Rule .*got 0.9"),
+        ({"rules": {"a": EqualAverage}}, TypeError, r"rules\['a'\] must be a Rule"),
+        ({"rules": {1: EqualAverage()}}, TypeError, "rules must have strings for names, got 1"),
+        ({"rules": {"a.b": EqualAverage()}}, ValueError, "names without '.'.*got 'a.b'"),
+        ({"rules": {"": EqualAverage()}}, ValueError, "got ''"),
+        ({"rules": [("a", EqualAverage()), ("a", EqualAverage())]}, ValueError, "each name once, got 'a' twice"),
+        ({"rules": [("a", EqualAverage(), 1)]}, TypeError, r"\(name, rule\) pairs"),
+        ({"rules": [EqualAverage(), EqualAverage()]}, TypeError, r"\(name, rule\) pairs, got \[EqualAverage"),
+        ({"rules": RULES, "format": "int4"}, ValueError, "format must be one of .*got 'int4'"),
+        ({"rules": RULES, "format": {"slow": "exact"}}, ValueError, "format must name averages among .*got 'slow'"),
+        ({"rules": RULES, "format": {"fast": "int4"}}, ValueError, "format must be one of .*got 'int4'"),
+        ({"rules": RULES, "seed": 0.5}, TypeError, "seed must be an int, got 0.5"),
+        ({"rules": "fast"}, TypeError, "rules must be a mapping .*got 'fast'"),
+        ({"rules": EqualAverage()}, TypeError, "rules must be a mapping .*got EqualAverage"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        FusedAveragedModel(nn.Linear(2, 2), **options)
+        FusedAverages(nn.Linear(2, 2), **options)
+
+
+@pytest.mark.parametrize("rule", [RULES, list(RULES.items()), {}])
+def test_several_rules_for_one_average_are_refused(rule: Any) -> None:
+    with pytest.raises(TypeError, match=r"rule must be one Rule, got a .*: make several averages with FusedAverages\("):
+        FusedAveragedModel(nn.Linear(2, 2), rule=rule)
 
 
 def test_another_model_or_a_bad_count_changes_nothing(every_kind: EveryKind) -> None:
-    averages = of(every_kind, rule=RULES)
+    averages = of(every_kind, rules=RULES)
     drifted(every_kind, [averages], 2)
     before = tensors_of(averages)
     with pytest.raises(ValueError, match="model must have the parameters"):
@@ -339,7 +333,7 @@ def count_in_the_first_alone(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("plant", [drop_the_followers, one_pace_for_all, count_in_the_first_alone])
 def test_the_gate_kills_the_bug(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     model = EveryKind()
-    averages = of(model, rule=RULES)
+    averages = of(model, rules=RULES)
     alone = {name: FusedAveragedModel(model, rule=rule, backend="reference") for name, rule in RULES.items()}
     plant(monkeypatch)
     drifted(model, [averages, *alone.values()])

@@ -15,8 +15,7 @@ from torch import nn
 from torch.library import opcheck
 from torch.optim.swa_utils import AveragedModel
 
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage
-from swafast.average.fused_averages import FusedAverages
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages, PowerAverage
 from swafast.backends import cuda
 from swafast.backends.contract import Pair
 from swafast.backends.triton import launch as triton_launch
@@ -132,8 +131,7 @@ MIXED = {"fast": "compact", "power": "compensated", "warm": "half"}
 
 
 def several(model: nn.Module, backend: str, **options: Any) -> FusedAverages:
-    averages = FusedAveragedModel(model, rule=SEVERAL, format=MIXED, backend=backend, **options)
-    assert isinstance(averages, FusedAverages)
+    averages = FusedAverages(model, rules=SEVERAL, format=MIXED, backend=backend, **options)
     averages.update_parameters(model)
     return averages
 

@@ -34,7 +34,7 @@ class Run:
         self.model = wrap(make_model(mode), mode)
         trained = [param for param in self.model.parameters() if param.requires_grad]
         self.optimizer = torch.optim.SGD(trained, 0.01, momentum=0.9, foreach=False)
-        self.averaged: Any = ShardedAveragedModel(self.model, **options)
+        self.averaged: Any = (ShardedAverages if "rules" in options else ShardedAveragedModel)(self.model, **options)
         self.generator = torch.Generator().manual_seed(5)
 
     def backward(self) -> None:
@@ -83,15 +83,15 @@ def _attached(mode: str, steps: int, stop_at: int, **options: Any) -> tuple[Run,
         for _ in range(stop_at):
             run.backward()
             held.let_go.set()
-            run.averaged._attachment.join()
+            run.averaged._guard.attachment.join()
             held.let_go.clear()
             run.optimizer.step()
         run.backward()
         held.let_go.set()
-        run.averaged._attachment.join()
-    state = run.averaged._attachment.state_dict(), run.averaged.state_dict()
+        run.averaged._guard.attachment.join()
+    state = run.averaged._guard.attachment.state_dict(), run.averaged.state_dict()
     other = run.averaged  # of the same model; made anew as after a restart
-    other._attachment.detach()
+    other._guard.attachment.detach()
     run.averaged = ShardedAveragedModel(run.model, **options)
     run.averaged.attach(run.optimizer).load_state_dict(state[0])
     run.averaged.load_state_dict(state[1])
@@ -108,7 +108,7 @@ def _train(modes: tuple[str, ...], options: dict[str, Any]) -> list[Any]:
         want = plainly(mode, 6, **options)
         got, inside = _attached(mode, 6, 4, **options)
         found += [(mode, key) for key in differing(got.state(), want.state())]
-        steps = got.averaged._attachment.step
+        steps = got.averaged._guard.attachment.step
         if (inside, steps) != (3, 6):
             found.append((mode, inside, steps))
     return found
@@ -159,7 +159,7 @@ def _used() -> list[str]:
                 use(run)
             if not held.ended.is_set():
                 found.append(name)
-            run.averaged._attachment.join()
+            run.averaged._guard.attachment.join()
     return found
 
 
@@ -168,7 +168,7 @@ def test_whatever_uses_the_averages_waits() -> None:
 
 
 def _several() -> list[str]:
-    run, want = Run("fsdp2", rule=SEVERAL), plainly("fsdp2", 4, rule=SEVERAL)
+    run, want = Run("fsdp2", rules=SEVERAL), plainly("fsdp2", 4, rules=SEVERAL)
     attachment = run.averaged.attach(run.optimizer, start=2, overlap=True)
     for _ in range(4):
         run.backward()

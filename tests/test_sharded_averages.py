@@ -12,10 +12,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage, ShardedAveragedModel
-from swafast.average.fused_averages import FusedAverages
+from swafast import (
+    EqualAverage,
+    ExponentialAverage,
+    FusedAverages,
+    PowerAverage,
+    ShardedAverages,
+)
 from swafast.sharded import shard_matching, sharded_averages
-from swafast.sharded.sharded_averages import ShardedAverages
 from tests.ranks import run_ranks
 from tests.sharded_models import drift, fill, make_model, require, wrap
 from tests.test_sharded_modes import Seen, own_parts_differing
@@ -29,7 +33,7 @@ RULES = {
     "rough": ExponentialAverage(0.99, warmup="ratio"),
 }
 FORMATS = {"fast": "compact", "power": "compensated", "rough": "half"}
-OPTIONS: dict[str, Any] = {"rule": RULES, "format": FORMATS, "seed": 5}
+OPTIONS: dict[str, Any] = {"rules": RULES, "format": FORMATS, "seed": 5}
 
 #: One kind of model for each: a checkpoint of one is loaded by all others.
 WAYS = ("ddp", "fsdp2", "tp")
@@ -44,11 +48,8 @@ class Twins:
     def __init__(self, way: str, dtype: torch.dtype = torch.bfloat16) -> None:
         self.way = way
         self.reference, self.model = make_model(_KIND, dtype), wrap(make_model(_KIND, dtype), way)
-        averages: Any = ShardedAveragedModel(self.model, **OPTIONS)
-        assert isinstance(averages, ShardedAverages)
-        self.averages: ShardedAverages = averages
-        truth: Any = FusedAveragedModel(self.reference, **OPTIONS)
-        self.truth: FusedAverages = truth
+        self.averages = ShardedAverages(self.model, **OPTIONS)
+        self.truth = FusedAverages(self.reference, **OPTIONS)
         self.seen = Seen()
 
     def train(self, *steps: int, both: bool = True) -> Twins:
@@ -175,7 +176,7 @@ def _disagree() -> list[str]:
     other = {"b": ExponentialAverage(0.9), "a": EqualAverage()}
     for mine in (rules if first else other, rules if first else {"a": EqualAverage()}, {} if first else rules):
         try:
-            ShardedAveragedModel(nn.Linear(2, 2), rule=mine)  # type: ignore[arg-type]
+            ShardedAverages(nn.Linear(2, 2), rules=mine)
             told.append("none")
         except (ValueError, RuntimeError) as error:
             told.append(str(error))
@@ -185,7 +186,7 @@ def _disagree() -> list[str]:
 def test_ranks_that_name_different_averages_are_told_so() -> None:
     for told in run_ranks(2, _disagree):
         assert all("the averages" in message for message in told[:2]), told
-        assert "rule must name 1 to 16 averages, got 0" in told[2]
+        assert "rules must name 1 to 16 averages, got 0" in told[2]
 
 
 # Each gate kills a bug

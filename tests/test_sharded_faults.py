@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import signal
 import threading
@@ -97,12 +98,16 @@ class Small(nn.Module):
         self.register_buffer("mean", torch.zeros(3))
 
 
+_cases = itertools.count()
+
+
 def make_case(mode: str = "small", *, with_state: bool = False, **options: Any) -> Case:
     """Make an average of a model after two updates. Collective."""
     torch.manual_seed(3)
     reference = Small() if mode == "small" else make_model(mode)
     model = reference if mode == "small" else wrap(make_model(mode), mode)
-    averaged = ShardedAveragedModel(model, **options)
+    # Cases break off each for itself, so each has ranks of its own; a user's averages share theirs.
+    averaged = ShardedAveragedModel(model, process_group=Ranks(None, f"case {next(_cases)}"), **options)
     state = None
     for step in range(3):
         drift(reference, step)

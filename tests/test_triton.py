@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swafast import FusedAveragedModel
+from swafast import FusedAverages
 from swafast.backends import library, rows
 from swafast.backends.contract import Pair
 from swafast.backends.triton import launch as backend
@@ -614,7 +614,7 @@ def test_several_averages_of_a_model_are_those_of_the_reference() -> None:
         torch.manual_seed(3)
         model = torch.nn.Sequential(torch.nn.Linear(7, 11), torch.nn.BatchNorm1d(11)).to(torch.bfloat16)
         formats = {"fast": "compact", "slow": "float32"}
-        averages = FusedAveragedModel(model, rule=rules, format=formats, use_buffers=True, backend=name)
+        averages = FusedAverages(model, rules=rules, format=formats, use_buffers=True, backend=name)
         for _ in range(3):
             with torch.no_grad():
                 for tensor in model.state_dict().values():

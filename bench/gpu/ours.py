@@ -14,8 +14,7 @@ from bench import gate
 from bench.gpu.report import OURS_PREFIX
 from bench.passes import RULES, TOLERANCE
 from bench.providers import Ours, Provider
-from swafast import FusedAveragedModel, Rule
-from swafast.average.fused_averages import FusedAverages
+from swafast import FusedAveragedModel, FusedAverages, Rule
 from swafast.terms.formats import get_format
 
 # Elements decoded at once: what a format's planes become on the way takes up to 40 bytes for each of them.
@@ -60,9 +59,7 @@ class SeveralOnBackend(OnBackend):
 
     def _make(self, model: nn.Module) -> None:
         self.model = model
-        made = FusedAveragedModel(model, rule=self.rules(), format=self.format, backend=self.backend)
-        assert isinstance(made, FusedAverages)
-        self.fused = made
+        self.fused = FusedAverages(model, rules=self.rules(), format=self.format, backend=self.backend)
 
     @classmethod
     def rules(cls) -> Mapping[str, Rule]:

@@ -20,8 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage
-from swafast.average.fused_averages import FusedAverages
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages, PowerAverage
 from swafast.backends import cpu
 from swafast.backends.library import MAX_PACES
 from swafast.op.choice import BACKENDS
@@ -114,16 +113,12 @@ def make_averages(case: SmokeCase, model: nn.Module, backend: str) -> FusedAvera
     """Make the one average of a case, or all of them together."""
     names = [name for name, _, _ in case.averages]
     formats, rules = ({name: each[at] for name, each in zip(names, case.averages, strict=True)} for at in (1, 2))
-    one = len(names) == 1
+    options: dict[str, Any] = {"backend": backend, "nonfinite": "skip"}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "format='half'", UserWarning)
-        return FusedAveragedModel(
-            model,
-            rule=rules[names[0]] if one else rules,  # type: ignore[arg-type]
-            format=formats[names[0]] if one else formats,  # type: ignore[arg-type]
-            backend=backend,
-            nonfinite="skip",
-        )
+        if len(names) == 1:
+            return FusedAveragedModel(model, rule=rules[names[0]], format=formats[names[0]], **options)
+        return FusedAverages(model, rules=rules, format=formats, **options)
 
 
 def each_of(averaged: FusedAveragedModel | FusedAverages) -> list[FusedAveragedModel]:

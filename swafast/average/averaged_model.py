@@ -13,7 +13,6 @@ from torch.nn import Module
 from torch.optim.swa_utils import AveragedModel
 
 from ..loop.attach import Attachable
-from ..loop.guard import ForkSafeLock
 from ..op import checks, choice
 from ..op.exchange import Exchange
 from ..op.plan import Plan
@@ -42,8 +41,8 @@ class FusedAveragedModel(Attachable, AveragedModel):
         device: where the averages live; default: where the model's parameters are.
         avg_fn, multi_avg_fn: as in torch's class. A :class:`~swafast.Rule` is a ``multi_avg_fn`` too.
         use_buffers: average floating-point buffers as well. Otherwise, and for integer ones always, they are copied.
-        rule: how much the newest model weighs; default :class:`~swafast.EqualAverage`. Several of them by name,
-            ``{"fast": ..., "slow": ...}``, make a :class:`~swafast.FusedAverages`, moved in one pass, instead.
+        rule: how much the newest model weighs; default :class:`~swafast.EqualAverage`. Several averages of one model:
+            :class:`~swafast.FusedAverages`.
         format: ``"float32"``, ``"exact"``, ``"mirrored"``, ``"compact"``, ``"compensated"`` or ``"half"``; default by
             each parameter's dtype. See docs/formats.md.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; default: ``SWAFAST_BACKEND``, or the fastest
@@ -84,16 +83,7 @@ class FusedAveragedModel(Attachable, AveragedModel):
     seed: int = 0
     _asked: dict[str, bool]  # include's answers by name
     _any_device: bool = False  # the average may be on another device than the model
-    _bindings: Bindings
-    _swapped: bool = False
     _strict: bool = True  # of the load under way: torch passes it to no module
-
-    def __new__(cls, *args: Any, rule: object = None, **options: Any) -> Any:
-        if rule is None or isinstance(rule, Rule) or not isinstance(rule, (Mapping, Sequence)):
-            return super().__new__(cls)
-        from .fused_averages import FusedAverages
-
-        return FusedAverages(*args, rule=rule, kind=cls, **options)
 
     def __init__(
         self,
@@ -103,7 +93,7 @@ class FusedAveragedModel(Attachable, AveragedModel):
         multi_avg_fn: Callable[..., None] | None = None,
         use_buffers: bool = False,
         *,
-        rule: Rule | Mapping[str, Rule] | None = None,
+        rule: Rule | None = None,
         format: str | None = None,
         backend: str | None = None,
         include: Callable[[str, Tensor], bool] | None = None,
@@ -179,7 +169,7 @@ class FusedAveragedModel(Attachable, AveragedModel):
                 holds a NaN or an infinity. It names the parameter, and nothing has changed.
             RuntimeError: the averages are swapped into a model.
         """
-        with self._alone("update_parameters"):
+        with self._guard.hold("update_parameters"):
             plan, params, planes = self._bind(model)
             skip = self.nonfinite == "skip"
             if self.nonfinite == "raise":
@@ -191,11 +181,12 @@ class FusedAveragedModel(Attachable, AveragedModel):
                 update_by_function(pairs, self.avg_fn, self.multi_avg_fn, self.n_averaged)
 
     def _bind(self, model: Module) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]:
-        bindings = self._own_bindings()
-        return bindings.bind(self, [self._side()], model, config=self._config(), backend=self.backend)
+        return self._bindings.bind(self, [self._side()], model, config=self._config(), backend=self.backend)
 
-    def _own_bindings(self) -> Bindings:
-        return self.__dict__.setdefault("_bindings", Bindings())
+    @property
+    def _bindings(self) -> Bindings:
+        own = self.__dict__
+        return own.get("_own_bindings") or own.setdefault("_own_bindings", Bindings())
 
     def _config(self) -> object:
         """Give what a plan depends on beside the tensors."""
@@ -208,7 +199,7 @@ class FusedAveragedModel(Attachable, AveragedModel):
     # Use of the average
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self._settle()
+        self._guard.settle()
         return super().forward(*args, **kwargs)
 
     @contextmanager
@@ -227,10 +218,10 @@ class FusedAveragedModel(Attachable, AveragedModel):
         """
         exchange = None
         try:
-            with self._alone("swapped_into"):
+            with self._guard.hold("swapped_into"):
                 plan, params, planes = self._bind(model)
                 exchange = Exchange(plan.pairs(params, planes), self.backend)
-                self._swapped = True
+                self._guard.model = model
                 exchange.there()
             yield model
         finally:
@@ -238,14 +229,14 @@ class FusedAveragedModel(Attachable, AveragedModel):
                 self._swap_back(exchange)
 
     def _swap_back(self, exchange: Exchange) -> None:
-        with self._own_lock():
+        with self._guard.locked():
             try:
                 exchange.back()
             except (KeyboardInterrupt, SystemExit):
                 exchange.back()  # the rest of the way
                 raise
             finally:
-                self._swapped = False
+                self._guard.model = None
 
     @torch.no_grad()
     def copy_to(self, model: Module) -> None:
@@ -254,7 +245,7 @@ class FusedAveragedModel(Attachable, AveragedModel):
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed.
         """
-        with self._alone("copy_to"):
+        with self._guard.hold("copy_to"):
             plan, params, planes = self._bind(model)
             pairs = plan.pairs(params, planes)
             checks.check_writable(pairs)
@@ -274,7 +265,7 @@ class FusedAveragedModel(Attachable, AveragedModel):
             ValueError: ``dtype`` is not a floating dtype.
             RuntimeError: the averages are swapped into a model.
         """
-        with self._alone("averaged_state_dict"):
+        with self._guard.hold("averaged_state_dict"):
             return export(self, self.module, self._each_average(), dtype)
 
     # State
@@ -285,7 +276,7 @@ class FusedAveragedModel(Attachable, AveragedModel):
         Raises:
             RuntimeError: the averages are swapped into a model.
         """
-        with self._alone("state_dict"):
+        with self._guard.hold("state_dict"):
             return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -295,7 +286,7 @@ class FusedAveragedModel(Attachable, AveragedModel):
             RuntimeError: keys or shapes do not match, in torch's words, and nothing has changed; or the averages are
                 swapped into a model.
         """
-        with self._alone("load_state_dict"):
+        with self._guard.hold("load_state_dict"):
             self._strict = strict
             try:
                 check_load(self, state_dict, strict, assign)
@@ -305,15 +296,14 @@ class FusedAveragedModel(Attachable, AveragedModel):
                 self._strict = True
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
-        if self._swapped:
-            raise RuntimeError("load_state_dict must wait until the averages are swapped back out of the model")
+        self._guard.refuse_while_swapped("load_state_dict")
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
         translate_load(self, self.module, state_dict, prefix, self._format_of, assign=assign, strict=self._strict)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAveragedModel:
         """Move or cast as any module does; a cast encodes each average anew, so no precision is lost with its dtype."""
-        with self._alone("a move or cast"):
+        with self._guard.hold("a move or cast"):
             averages = {}
             for name, tensor, fmt in self._each_average():
                 if fmt is not None:
@@ -327,23 +317,6 @@ class FusedAveragedModel(Attachable, AveragedModel):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process. ``include`` may be a lambda, and its answers are kept."""
-        with self._alone("a copy"):
-            own = {"_lock", "_bindings", "_attachment", "_source", "include"}
+        with self._guard.hold("a copy"):
+            own = {"_own_guard", "_own_bindings", "_source", "include"}
             return {key: value for key, value in self.__dict__.items() if key not in own}
-
-    def _own_lock(self) -> ForkSafeLock:
-        return self.__dict__.get("_lock") or self.__dict__.setdefault("_lock", ForkSafeLock())  # one for all threads
-
-    @contextmanager
-    def _alone(self, action: str) -> Iterator[None]:
-        """Hold this averaged model for one thread; raise RuntimeError while the averages are in a model."""
-        self._settle(action)
-        with self._locked(action):
-            yield
-
-    @contextmanager
-    def _locked(self, action: str) -> Iterator[None]:
-        with self._own_lock():
-            if self._swapped:
-                raise RuntimeError(f"{action} must wait until the averages are swapped back out of the model")
-            yield

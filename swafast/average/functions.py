@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,11 @@ def choose_rule(rule: object, avg_fn: object, multi_avg_fn: object) -> Rule | No
     given = {name: function for name, function in functions.items() if function is not None}
     if len(given) > 1:
         raise ValueError(f"only one of rule, avg_fn and multi_avg_fn must be given, got {' and '.join(given)}")
+    if isinstance(rule, (Mapping, list, tuple)):
+        raise TypeError(
+            f"rule must be one Rule, got a {type(rule).__name__} of {len(rule)}: make several averages with "
+            "FusedAverages(model, rules=...), or ShardedAverages(model, rules=...) for a model spread over ranks"
+        )
     if rule is not None and not isinstance(rule, Rule):
         got = f"the class {rule.__name__}" if isinstance(rule, type) else f"{type(rule).__name__} {rule!r}"
         raise TypeError(

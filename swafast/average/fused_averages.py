@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,43 +13,45 @@ from torch.nn import Module
 
 from ..backends.library import MAX_PACES
 from ..loop.attach import Attachable
+from ..loop.guard import Guard
 from ..op.plan import Plan
 from ..terms.rules import Rule
 from ..torch_private.core import disable_dynamo
-from ..torch_private.modules import own_children
+from ..torch_private.modules import children_made, own_children
 from .averaged_model import FusedAveragedModel
-from .matching import Bindings
 from .states import check_load, keeping_ties
 
 
-def named_rules(rule: object) -> dict[str, Rule]:
-    """Give the rules of several averages by name.
+def named_rules(given: object) -> dict[str, Rule]:
+    """Return the rules of several averages by name.
 
     Args:
-        rule: a mapping, or a sequence of (name, rule).
+        given: a mapping, or a sequence of (name, rule).
 
     Raises:
-        TypeError: a name is no string, or a rule no rule.
+        TypeError: it is neither, a name is no string, or a rule no rule.
         ValueError: there is none, or more than one launch takes; two have one name; or a name cannot stand in the keys
             of a state.
     """
-    given = list(rule.items()) if isinstance(rule, Mapping) else list(rule)  # type: ignore[call-overload]
+    entries = given.items() if isinstance(given, Mapping) else given
+    if not isinstance(entries, Iterable) or isinstance(entries, str):
+        raise TypeError(f"rules must be a mapping from names to rules, or (name, rule) pairs, got {given!r}")
     rules: dict[str, Rule] = {}
-    for entry in given:
+    for entry in entries:
         if not isinstance(entry, (tuple, list)) or len(entry) != 2:
-            raise TypeError(f"rule must be a mapping from names to rules, or (name, rule) pairs, got {rule!r}")
+            raise TypeError(f"rules must be a mapping from names to rules, or (name, rule) pairs, got {given!r}")
         name, each = entry
         if not isinstance(name, str):
-            raise TypeError(f"rule must have strings for names, got {name!r}")
+            raise TypeError(f"rules must have strings for names, got {name!r}")
         if not name or "." in name:
-            raise ValueError(f"rule must have names without '.', which parts the keys of a state, got {name!r}")
+            raise ValueError(f"rules must have names without '.', which parts the keys of a state, got {name!r}")
         if name in rules:
-            raise ValueError(f"rule must have each name once, got {name!r} twice")
+            raise ValueError(f"rules must have each name once, got {name!r} twice")
         if not isinstance(each, Rule):
-            raise TypeError(f"rule[{name!r}] must be a Rule such as ExponentialAverage(0.999), got {each!r}")
+            raise TypeError(f"rules[{name!r}] must be a Rule such as ExponentialAverage(0.999), got {each!r}")
         rules[name] = each
     if not 1 <= len(rules) <= MAX_PACES:
-        raise ValueError(f"rule must name 1 to {MAX_PACES} averages, got {len(rules)}")
+        raise ValueError(f"rules must name 1 to {MAX_PACES} averages, got {len(rules)}")
     return rules
 
 
@@ -68,7 +70,7 @@ def named_formats(names: Sequence[str], format: object) -> dict[str, str | None]
 
 
 class FusedAverages(Attachable, Module):
-    """Several averages of one model: ``FusedAveragedModel(model, rule={"fast": ..., "slow": ...})`` makes one.
+    """Several averages of one model, moved together: ``FusedAverages(model, rules={"fast": ..., "slow": ...})``.
 
     Each is a :class:`~swafast.FusedAveragedModel` of its own, ``averages["fast"]``: evaluate it, swap it into the
     model, export it. An update moves all of them in one launch that reads the parameters from memory once. Keys of the
@@ -76,19 +78,17 @@ class FusedAverages(Attachable, Module):
 
     Args:
         model: the model to average.
-        device: as for :class:`~swafast.FusedAveragedModel`.
-        rule: up to 16 rules by name, as a mapping or as (name, rule) pairs; no name holds a dot.
+        rules: up to 16 rules by name, as a mapping or as (name, rule) pairs; no name holds a dot.
         format: one for all averages, or a mapping from their names; default by each parameter's dtype.
-        kind: the class of each average.
-        options: further arguments of that class, the same for all.
+        device, use_buffers, backend, include, nonfinite, seed: as for :class:`~swafast.FusedAveragedModel`, the same
+            for all averages.
 
     Raises:
         TypeError, ValueError: names, rules or formats are none of the above; and what the class of each average raises.
 
     Example::
 
-        rules = {"fast": ExponentialAverage(0.99), "slow": ExponentialAverage(0.9999)}
-        averages = FusedAveragedModel(model, rule=rules)
+        averages = FusedAverages(model, rules={"fast": ExponentialAverage(0.99), "slow": ExponentialAverage(0.9999)})
         averages.update_parameters(model)
         with averages["slow"].swapped_into(model):
             evaluate(model)
@@ -98,21 +98,32 @@ class FusedAverages(Attachable, Module):
         self,
         model: Module,
         device: int | torch.device | None = None,
+        use_buffers: bool = False,
         *,
-        rule: Mapping[str, Rule] | Sequence[tuple[str, Rule]],
+        rules: Mapping[str, Rule] | Sequence[tuple[str, Rule]],
         format: str | Mapping[str, str | None] | None = None,
-        kind: type[FusedAveragedModel] = FusedAveragedModel,
-        **options: Any,
+        backend: str | None = None,
+        include: Callable[[str, Tensor], bool] | None = None,
+        nonfinite: str = "propagate",
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        self._source = weakref.ref(model)
-        if device is not None:  # a subclass need not take one, least of all in this place
-            options["device"] = device
-        rules = named_rules(rule)
-        formats = named_formats(list(rules), format)
-        for name, each in rules.items():
+        named = named_rules(rules)
+        formats = named_formats(list(named), format)
+        for name, rule in named.items():
             # Straight into the dict: add_module refuses names that this class has attributes of.
-            own_children(self)[name] = kind(model, rule=each, format=formats[name], **options)
+            own_children(self)[name] = FusedAveragedModel(
+                model,
+                device,
+                use_buffers=use_buffers,
+                rule=rule,
+                format=formats[name],
+                backend=backend,
+                include=include,
+                nonfinite=nonfinite,
+                seed=seed,
+            )
+        self._source = weakref.ref(model)
 
     # A mapping from names to averages
 
@@ -142,7 +153,7 @@ class FusedAverages(Attachable, Module):
         return [(name, self[name]) for name in self]
 
     def __getattr__(self, name: str) -> Any:
-        if name in self.__dict__.get("_modules", {}):
+        if name in children_made(self):
             return self[name]
         if hasattr(FusedAveragedModel, name) and not name.startswith("_"):
             first = next(iter(self))
@@ -161,7 +172,7 @@ class FusedAverages(Attachable, Module):
         Raises:
             TypeError, ValueError, RuntimeError: as ``FusedAveragedModel.update_parameters``; nothing has changed.
         """
-        with self._alone("update_parameters"):
+        with self._guard.hold("update_parameters"):
             plan, params, planes = self._bind(model)
             rules = [averaged.rule for averaged in self.values()]
             nonfinite = {averaged.nonfinite for averaged in self.values()}
@@ -169,19 +180,20 @@ class FusedAverages(Attachable, Module):
                 plan.refuse_nonfinite(params)
             plan.update(params, planes, rules, skip_nonfinite="skip" in nonfinite)  # type: ignore[arg-type]
 
+    _bindings = FusedAveragedModel._bindings
+
     def _bind(self, model: Module) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]:
         averages = self.values()
         for name, averaged in self.items():
             if averaged.rule is None:
                 raise ValueError(f"averages[{name!r}] must have a Rule to be updated with others, got a function")
-        bindings: Bindings = self.__dict__.setdefault("_bindings", Bindings())
-        return bindings.bind(
+        return self._bindings.bind(
             self,
             [averaged._side() for averaged in averages],
             model,
             config=[averaged._config() for averaged in averages],
             backend=averages[0].backend,
-            parts=[averaged._own_bindings() for averaged in averages],
+            parts=[averaged._bindings for averaged in averages],
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -191,7 +203,7 @@ class FusedAverages(Attachable, Module):
             RuntimeError: keys or shapes do not match, in torch's words, and nothing has changed in any average; or one
                 is swapped into a model.
         """
-        with self._alone("load_state_dict"), ExitStack() as ties:
+        with self._guard.hold("load_state_dict"), ExitStack() as ties:
             for averaged in self.values():
                 averaged._strict = strict
                 ties.enter_context(keeping_ties(averaged.module))
@@ -208,27 +220,17 @@ class FusedAverages(Attachable, Module):
         Raises:
             RuntimeError: one of the averages is swapped into a model.
         """
-        with self._alone("state_dict"):
+        with self._guard.hold("state_dict"):
             return super().state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAverages:
-        with self._alone("a move or cast"):  # of all, or of none
+        with self._guard.hold("a move or cast"):  # of all, or of none
             super()._apply(fn, recurse)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_bindings", "_attachment", "_source"}
+        own = {"_own_guard", "_own_bindings", "_source"}
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
-    def _attached(self) -> list[Attachable]:
-        return [self, *self.values()]
-
-    @contextmanager
-    def _alone(self, action: str) -> Iterator[None]:
-        """Hold all averages for one thread; raise RuntimeError while one of them is in a model."""
-        for averaged in self.values():
-            averaged._settle()  # all of them first: what is waited for may need the lock of another
-        with ExitStack() as held:
-            for averaged in self.values():
-                held.enter_context(averaged._locked(action))
-            yield
+    def _make_guard(self) -> Guard:
+        return Guard([averaged._guard for averaged in self.values()])

@@ -14,21 +14,26 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from .attachment import Attachment, wait_for_readers
-from .guard import ForkSafeLock
+from .attachment import Attachment
+from .guard import Guard
 from .runners import Ready
 from .schedule import Schedule, Span
-from .stand_in import Shadow
-
-#: Actions that write a model's params, which other averages' updates may be reading.
-_WRITING = ("swapped_into", "copy_to")
+from .stand_in import StandIn
 
 
 class Attachable:
     """What can be attached: a base of the averaged models."""
 
-    _attachment: Attachment | None = None
     _source: weakref.ref[Module] | None = None  # the model that it was made of
+
+    @property
+    def _guard(self) -> Guard:
+        # Made when it is asked for: a subclass may come without our __init__, and a copy without its guard.
+        own = self.__dict__
+        return own.get("_own_guard") or own.setdefault("_own_guard", self._make_guard())  # one for all threads
+
+    def _make_guard(self) -> Guard:
+        return Guard()
 
     def attach(
         self,
@@ -73,7 +78,7 @@ class Attachable:
             RuntimeError: it is attached already, or swapped into a model.
         """
         with self._on_all_ranks("attach"):
-            if any(part._attachment is not None for part in self._attached()):
+            if self._guard.is_attached:
                 raise RuntimeError("the averaged model must not be attached already: detach it before it is again")
             schedule = Schedule.of(start, every, end, duration=duration, steps_per_epoch=steps_per_epoch)
             optimizers = check_optimizers(optimizer)
@@ -91,7 +96,7 @@ class Attachable:
                 raise ValueError("model must be given, got None: this average does not know (any more) of which it is")
         if not isinstance(model, Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        with self._alone("attach"):
+        with self._guard.hold("attach"):
             self._bind(model)
         own = set(map(id, model.parameters()))  # after FSDP's shards are back in their places
         for optimizer in optimizers:
@@ -99,32 +104,12 @@ class Attachable:
                 raise ValueError("optimizer must have params of the model, got one that has none of them")
         return model
 
-    def _settle(self, action: str = "") -> None:
-        """Wait for an update under way, unless this is it; before an action that writes params, for all that read any.
-
-        Who holds the lock that the update may be waiting for is in an action that has waited before it took the lock.
-        """
-        writes = action in _WRITING
-        if self._attachment is None and not writes:
-            return
-        lock: ForkSafeLock | None = getattr(self, "_lock", None)
-        if lock is not None and lock.is_mine:
-            return
-        if writes:
-            wait_for_readers()
-        if self._attachment is not None:
-            self._attachment.join()
-
     def _on_all_ranks(self, action: str) -> AbstractContextManager[None]:
         """Raise on all ranks what is raised on one; there is one."""
         return nullcontext()
 
     def _agree(self, described: Mapping[str, str]) -> None:
         """Raise on all ranks where their arguments differ."""
-
-    def _attached(self) -> list[Attachable]:
-        """Give all that an attachment of this one keeps busy."""
-        return [self]
 
     def _beside(
         self, model: Module, device: torch.device | None = None, streams: Sequence[torch.cuda.Stream] = ()
@@ -134,11 +119,11 @@ class Attachable:
         Args:
             device: where to copy the params to, on ``streams``; None: they are read where they are.
         """
-        shadow = Shadow(model, device, streams)
+        stand_in = StandIn(model, device, streams)
 
         def ready() -> Callable[[], None]:
-            root = shadow.take()
-            with self._alone("update_parameters"):
+            root = stand_in.take()
+            with self._guard.hold("update_parameters"):
                 self._bind(root)  # what is made anew for it belongs to this thread and its streams
             return partial(self.update_parameters, root)
 
@@ -153,7 +138,6 @@ class Attachable:
 
         def update_parameters(self, model: Module) -> None: ...
         def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any: ...
-        def _alone(self, action: str) -> Any: ...
         def _bind(self, model: Module) -> Any: ...
 
 

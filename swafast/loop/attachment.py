@@ -7,22 +7,33 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from ..torch_private.core import disable_dynamo
-from .runners import runner_for
+from .runners import Updating, runner_for
 from .schedule import Schedule
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from .attach import Attachable
-
 #: The key of our entry in an optimizer's state dict: a list, in the order in which averages were attached.
 STATE_KEY = "swafast"
+
+
+class Busy(Protocol):
+    """What is told of an attachment: a :class:`~swafast.loop.guard.Guard`."""
+
+    attachment: Attachment | None
+
+
+class Followed(Updating, Protocol):
+    """What an attachment asks of an averaged model."""
+
+    @property
+    def _guard(self) -> Busy: ...
 
 
 class Attachment:
@@ -39,7 +50,7 @@ class Attachment:
 
     def __init__(
         self,
-        averaged: Attachable,
+        averaged: Followed,
         optimizers: Sequence[Optimizer],
         model: Module,
         schedule: Schedule,
@@ -60,8 +71,7 @@ class Attachment:
         ]
         self._fellows = _followers.setdefault(optimizer, [])
         self._fellows.append(self)
-        for part in averaged._attached():
-            part._attachment = self
+        averaged._guard.attachment = self
         _live.add(self)
 
     @property
@@ -90,8 +100,7 @@ class Attachment:
             hook.remove()
         self._hooks = []
         self._fellows.remove(self)
-        for part in self._averaged._attached():
-            part._attachment = None
+        self._averaged._guard.attachment = None
         self._runner.close()
 
     def join(self) -> None:
@@ -190,7 +199,7 @@ if hasattr(os, "register_at_fork"):  # a child has no thread that would end an u
     os.register_at_fork(before=partial(wait_for_readers, _FORK_WAITS_S))
 
 
-def check_load(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+def check_attached_load(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Raise ValueError where an attachment of ``optimizer`` would, and change nothing."""
     for attachment in _followers.get(optimizer, []):
         attachment._check_load(optimizer, state_dict)

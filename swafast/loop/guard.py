@@ -1,40 +1,36 @@
-"""A lock that a forked child can take."""
+"""The guard of an averaged model: one thread at a time, no update under way, and not while it is in a model."""
 
 from __future__ import annotations
 
 import os
 import threading
 import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Protocol
+
+from torch.nn import Module
+
+from .attachment import Attachment, wait_for_readers
+
+#: Actions that write a model's params, which other averages' updates may be reading.
+_WRITING = ("swapped_into", "copy_to")
 
 
-class ForkSafeLock:
-    """A reentrant lock, new in a forked child: there, the thread that may have held it no longer runs."""
+class ForkSafeLock(type(threading.RLock())):  # type: ignore[misc]  # threading.RLock is a function
+    """A reentrant lock, new in a forked child: there, the thread that may have held it no longer runs.
+
+    A subclass of the lock in C, because an interrupt between two lines of Python could leave it held for ever.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._depth = 0
-        self._owner: int | None = None  # the thread that holds it
+        super().__init__()
         _locks.add(self)
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        self._depth += 1
-        self._owner = threading.get_ident()
-
-    def __exit__(self, *exception: object) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            self._owner = None
-        self._lock.release()
 
     @property
     def is_mine(self) -> bool:
         """Whether this thread holds it."""
-        return self._owner == threading.get_ident()
-
-    def renew(self) -> None:
-        self._lock = threading.RLock()
-        self._depth, self._owner = 0, None
+        return self._is_owned()
 
 
 _locks: weakref.WeakSet[ForkSafeLock] = weakref.WeakSet()
@@ -42,8 +38,101 @@ _locks: weakref.WeakSet[ForkSafeLock] = weakref.WeakSet()
 
 def _renew_all() -> None:
     for lock in list(_locks):
-        lock.renew()
+        lock._at_fork_reinit()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_all)
+
+
+class Together(Protocol):
+    """What a guard asks of the ranks that take part in an action: :class:`~swafast.sharded.parts.ranks.Ranks`."""
+
+    lock: ForkSafeLock
+
+    def settled(self, what: str) -> AbstractContextManager[None]: ...
+
+
+class Guard:
+    """Who may use an averaged model now, or several that are used together.
+
+    Locks are taken in one order: first those of all averages of an action, then that of their ranks.
+
+    Args:
+        parts: the guards of several averages, whose guard this is; none: it is that of one.
+
+    Attributes:
+        attachment: by which the averages follow an optimizer, or None.
+        model: that the averages are in, inside ``swapped_into``; else None.
+    """
+
+    def __init__(self, parts: Sequence[Guard] = ()) -> None:
+        self._parts = tuple(parts) or (self,)
+        self._lock = ForkSafeLock()
+        self._attachment: Attachment | None = None
+        self._model: Module | None = None
+
+    @property
+    def attachment(self) -> Attachment | None:
+        return self._attachment
+
+    @attachment.setter
+    def attachment(self, attachment: Attachment | None) -> None:
+        for guard in {self, *self._parts}:
+            guard._attachment = attachment
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether one of the averages follows an optimizer, alone or with the others."""
+        return any(guard._attachment is not None for guard in {self, *self._parts})
+
+    @property
+    def model(self) -> Module | None:
+        return next((part._model for part in self._parts if part._model is not None), None)
+
+    @model.setter
+    def model(self, model: Module | None) -> None:
+        (part,) = self._parts
+        part._model = model
+
+    def settle(self, action: str = "") -> None:
+        """Wait for an update under way, unless this is it; before an action that writes params, for all that read any.
+
+        Whoever holds the lock that the update may be waiting for is in an action that has waited before it took the
+        lock. All averages of an action are waited for before the first lock is taken.
+        """
+        waited_for = [part for part in self._parts if not part._lock.is_mine]
+        if waited_for and action in _WRITING:
+            wait_for_readers()
+        for part in waited_for:
+            if part._attachment is not None:
+                part._attachment.join()
+
+    def refuse_while_swapped(self, action: str) -> None:
+        """Raise RuntimeError while the averages are in a model."""
+        if self.model is not None:
+            raise RuntimeError(f"{action} must wait until the averages are swapped back out of the model")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the averages for this thread, whatever their state."""
+        with ExitStack() as held:
+            for part in self._parts:
+                held.enter_context(part._lock)
+            yield
+
+    @contextmanager
+    def hold(self, action: str, ranks: Together | None = None) -> Iterator[None]:
+        """Hold the averages for this thread, with no update under way; refuse while they are in a model.
+
+        Args:
+            ranks: that all take this action together: what one of them refuses raises on each.
+
+        Raises:
+            RuntimeError: the averages are in a model, or another rank refuses.
+        """
+        self.settle(action)
+        with self.locked(), ranks.lock if ranks is not None else nullcontext():
+            with ranks.settled(action) if ranks is not None else nullcontext():
+                self.refuse_while_swapped(action)
+            yield

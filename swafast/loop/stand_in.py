@@ -1,4 +1,4 @@
-"""Shadows: a module tree with a model's names, for an update that runs beside the model's next forward and backward."""
+"""Stand-ins: a module tree with a model's names, for an update beside the model's next forward and backward."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ..torch_private.modules import (
 )
 
 
-class Shadow:
+class StandIn:
     """Stands for a model in an update in the background.
 
     Buffers, which a forward writes, are copied at each :meth:`take`. Params are the model's own, which nothing writes
     until the next step; with ``device`` they are copied there, as buffers are.
 
     Args:
-        model: wrapped or not. The shadow follows it: modules and tensors may be put in and taken out.
+        model: wrapped or not. The stand-in follows it: modules and tensors may be put in and taken out.
         device: where to copy all tensors to, into pinned memory where that is the host's and there is a GPU.
         streams: side streams to copy params on. Buffers are copied on the main ones, where a forward comes after it.
     """
@@ -38,24 +38,24 @@ class Shadow:
     ) -> None:
         self._model, self._device, self._streams = model, device, streams
         self._tree: list[tuple[str, Module]] = []
-        self._shadows: dict[str, Module] = {}
+        self._nodes: dict[str, Module] = {}
         self._staged: dict[int, Tensor] = {}  # by the id of what it is a copy of
 
     @torch.no_grad()
     def take(self) -> Module:
-        """Copy what there is to copy, and give the root of the shadow."""
+        """Copy what there is to copy, and give the root of the stand-in."""
         tree = list(unwrap(self._model).named_modules(remove_duplicate=False))
         if [(name, id(module)) for name, module in tree] != [(name, id(module)) for name, module in self._tree]:
-            self._tree, self._shadows = tree, _skeleton(tree)
+            self._tree, self._nodes = tree, _skeleton(tree)
         before, self._staged = self._staged, {}
         for name, module in tree:
-            set_own_buffers(self._shadows[name], self._copies(own_buffers(module), before))
+            set_own_buffers(self._nodes[name], self._copies(own_buffers(module), before))
         with on_side(self._streams):
             for name, module in tree:
                 own = own_params(module)
                 copies = dict(own) if self._device is None else self._copies(own, before)
-                set_own_params(self._shadows[name], copies)
-        return self._shadows[""]
+                set_own_params(self._nodes[name], copies)
+        return self._nodes[""]
 
     def _copies(self, tensors: dict[str, Tensor | None], before: dict[int, Tensor]) -> dict[str, Tensor | None]:
         return {name: None if tensor is None else self._copy(tensor, before) for name, tensor in tensors.items()}
@@ -87,14 +87,14 @@ def on_side(streams: Sequence[torch.cuda.Stream]) -> Iterator[None]:
 def _skeleton(tree: list[tuple[str, Module]]) -> dict[str, Module]:
     """Give bare modules in the same tree, by name: what is shared stands under each of its names."""
     by_module: dict[int, Module] = {}
-    shadows: dict[str, Module] = {}
+    nodes: dict[str, Module] = {}
     for name, module in tree:
-        shadow = by_module.get(id(module))
-        if shadow is None:
-            shadow = by_module[id(module)] = Module()
-            set_passing_buffers(shadow, passing_buffers(module))
-        shadows[name] = shadow
+        node = by_module.get(id(module))
+        if node is None:
+            node = by_module[id(module)] = Module()
+            set_passing_buffers(node, passing_buffers(module))
+        nodes[name] = node
         parent, _, leaf = name.rpartition(".")
         if name:
-            own_children(shadows[parent])[leaf] = shadow
-    return shadows
+            own_children(nodes[parent])[leaf] = node
+    return nodes

@@ -72,7 +72,7 @@ def update_bn(
             raise ValueError(f"model must be initialised, got the lazy {name!r}: run it once before")
     for module in model.modules():
         if isinstance(module, Attachable):
-            module._settle()  # an update would write what is kept here in case of a failure
+            module._guard.settle()  # an update would write what is kept here in case of a failure
     run = partial(_run, loader, model, layers, device, call or _call, progress)
     together = process_group is not None or is_one_of_ranks()
     num_batches = _run_on_all(run, layers, process_group) if together else run()

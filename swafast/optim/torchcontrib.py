@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from ..loop.attachment import check_load, wait_for_readers
+from ..loop.attachment import check_attached_load, wait_for_readers
 from ..op import torch_op  # noqa: F401  # registers it
 from ..terms.rules import EqualAverage
 from . import batchnorm
@@ -191,7 +191,7 @@ class SWA(Optimizer):
         groups = state_dict["param_groups"]
         own = {**state_dict.get("opt_added", {}), "state": state_dict["opt_state"], "param_groups": groups}
         for optimizer, state in ((self, added), (self.optimizer, own)):
-            check_load(optimizer, state)  # of both, before one of them changes
+            check_attached_load(optimizer, state)  # of both, before one of them changes
         before = self.optimizer.state, self.optimizer.param_groups, self.state
         try:
             self.optimizer.load_state_dict(own)

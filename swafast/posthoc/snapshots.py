@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..loop.guard import Guard
 from ..sharded.construction import spell
-from ..sharded.parts.ranks import Ranks
+from ..sharded.parts.ranks import OneProcess, Ranks
 from ..sharded.sharded_model import ShardedAveragedModel
 from ..terms.rules import Rule
 from .folder import (
@@ -39,13 +40,6 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: A synthesized profile that is further off is worth a warning.
 _FAR_OFF = 0.01
-
-
-class _OneProcess(Ranks):
-    """This process alone, without a process group."""
-
-    def __init__(self) -> None:
-        self.rank, self.ranks, self._lost = 0, (0,), None
 
 
 class Snapshots:
@@ -91,7 +85,7 @@ class Snapshots:
         self.folder = Path(folder).absolute()  # whatever becomes of the working directory
         alone = process_group is None and not (dist.is_available() and dist.is_initialized())
         self._has_warned = False  # of later snapshots than one that is saved
-        self._ranks = _OneProcess() if alone else Ranks(process_group)
+        self._ranks = OneProcess() if alone else Ranks.of(process_group)
         with self._ranks.settled("Snapshots"):
             if rules is not None and not isinstance(rules, Mapping):
                 raise TypeError(f"rules must be a mapping of names to rules or None, got {type(rules).__name__}")
@@ -179,11 +173,10 @@ class Snapshots:
                 disagree. The folder is as it was.
             RuntimeError: averages are swapped into a model, a file could not be written, or another rank failed.
         """
-        with ExitStack() as held:
+        with self._ranks.settled("save"):
+            named = named_averages(averages)
+        with Guard([average._guard for average in named.values()]).hold("save", self._ranks):
             with self._ranks.settled("save"):
-                named = named_averages(averages)
-                for average in named.values():
-                    held.enter_context(average._alone("save"))
                 rules, count = self._check(named, dtype)
             told = {name: spell(rule) for name, rule in rules.items()}
             self._ranks.agree("averages", {**told, "n_averaged": count, "dtype": dtype})

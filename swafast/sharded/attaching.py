@@ -41,7 +41,7 @@ class AttachableShards(Attachable):
         staging = Staging()
 
         def ready() -> Callable[[], None]:
-            with self._alone("update_parameters"):
+            with self._guard.hold("update_parameters"):
                 return partial(self._run, self._bind(model, staging))
 
         return ready

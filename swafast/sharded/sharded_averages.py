@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.nn import Module
 
 from ..average.fused_averages import named_formats, named_rules
 from ..average.matching import Bindings
-from ..loop.attach import Attachable
+from ..loop.guard import Guard
 from ..terms.rules import Rule
 from ..torch_private.core import disable_dynamo
 from . import checkpoint
@@ -25,18 +25,17 @@ from .sharded_model import ShardedAveragedModel
 
 
 class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
-    """Several averages of one model: ``ShardedAveragedModel(model, rule={"fast": ..., "slow": ...})`` makes one.
+    """Several averages of one model, moved together: ``ShardedAverages(model, rules={"fast": ..., "slow": ...})``.
 
-    Each is a :class:`ShardedAveragedModel` of its own, ``averages["fast"]``; they share one process group. An update
-    moves all of them in one launch that reads this rank's parameters from memory once. Making one is collective.
+    Each is a :class:`ShardedAveragedModel` of its own, ``averages["fast"]``. An update moves all of them in one launch
+    that reads this rank's parameters from memory once. Making one is collective.
 
     Args:
         model: the model as it trains, wrapped and sharded.
-        rule: up to 16 rules by name, as a mapping or as (name, rule) pairs; no name holds a dot.
+        rules: up to 16 rules by name, as a mapping or as (name, rule) pairs; no name holds a dot.
         format: one for all averages, or a mapping from their names; default by each parameter's dtype.
-        process_group: as for :class:`ShardedAveragedModel`.
-        kind: the class of each average.
-        options: further arguments of that class, the same for all.
+        include, process_group, use_buffers, share_replicas, nonfinite, backend, seed: as for
+            :class:`ShardedAveragedModel`, the same for all averages.
 
     Raises:
         TypeError, ValueError: names, rules or formats are none of the above, or differ between ranks; and what the
@@ -47,27 +46,38 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         self,
         model: Module,
         *,
-        rule: Mapping[str, Rule] | Sequence[tuple[str, Rule]],
+        rules: Mapping[str, Rule] | Sequence[tuple[str, Rule]],
         format: str | Mapping[str, str | None] | None = None,
-        process_group: ProcessGroup | None = None,
-        kind: type[ShardedAveragedModel] = ShardedAveragedModel,
-        **options: Any,
+        include: Callable[[str, Tensor], bool] | None = None,
+        process_group: ProcessGroup | Ranks | None = None,
+        use_buffers: bool = False,
+        share_replicas: bool = False,
+        nonfinite: str = "propagate",
+        backend: str | None = None,
+        seed: int = 0,
     ) -> None:
-        self._ranks = Ranks(process_group)
+        self._ranks = process_group if isinstance(process_group, Ranks) else Ranks.of(process_group)
         self._bindings = Bindings()
         with self._ranks.settled("ShardedAverages"):
-            rules = named_rules(rule)
-            formats = named_formats(list(rules), format)
-        self._ranks.agree("the averages", {"names": ", ".join(rules), "rules": spell(rules), "formats": spell(formats)})
-        self._averages: dict[str, ShardedAveragedModel] = {}
-        for name, each in rules.items():
-            averaged = kind(model, rule=each, format=formats[name], process_group=self._ranks, **options)
-            self._averages[name] = averaged
-        self.nonfinite, self._source = self._first.nonfinite, weakref.ref(model)
-        # Threads that use two of them would meet their peers in different orders.
-        lock = self._first._lock
-        for averaged in self._averages.values():
-            averaged._lock = lock
+            named = named_rules(rules)
+            formats = named_formats(list(named), format)
+        self._ranks.agree("the averages", {"names": ", ".join(named), "rules": spell(named), "formats": spell(formats)})
+        self._averages = {
+            name: ShardedAveragedModel(
+                model,
+                rule=rule,
+                format=formats[name],
+                include=include,
+                process_group=self._ranks,
+                use_buffers=use_buffers,
+                share_replicas=share_replicas,
+                nonfinite=nonfinite,
+                backend=backend,
+                seed=seed,
+            )
+            for name, rule in named.items()
+        }
+        self.nonfinite, self._source = nonfinite, weakref.ref(model)
 
     def __getitem__(self, name: str) -> ShardedAveragedModel:
         if name not in self._averages:
@@ -97,7 +107,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         Raises:
             TypeError, ValueError, RuntimeError: as ``ShardedAveragedModel.update_parameters``; nothing has changed.
         """
-        with self._alone("update_parameters"):
+        with self._guard.hold("update_parameters"):
             self._run(self._bind(model))
 
     def _bind(self, model: Module, staging: Staging | None = None) -> Bound:
@@ -107,11 +117,8 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
 
     def _run(self, bound: Bound) -> None:
         rules, device = [averaged.rule for averaged in self.values()], self._first.n_averaged.device
-        with self._alone("update_parameters"):
+        with self._guard.hold("update_parameters"):
             update(bound, rules, device, nonfinite=self.nonfinite, ranks=self._ranks)
-
-    def _attached(self) -> list[Attachable]:
-        return [self, *self.values()]
 
     def state_dict(self, *, checksums: bool = True) -> dict[str, Tensor]:
         """Give the states of all averages, the keys of each behind its name: ``fast.module.weight``. Collective.
@@ -132,7 +139,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         )
 
     def _joined(self, state_of: Any, action: str) -> dict[str, Tensor]:
-        with self._together(action):
+        with self._guard.hold(action, self._ranks):
             return {
                 f"{name}.{key}": value for name, averaged in self.items() for key, value in state_of(averaged).items()
             }
@@ -144,7 +151,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
             TypeError, ValueError, RuntimeError: as ``ShardedAveragedModel.load_state_dict``; it names the key, and
                 nothing has changed in any average on any rank.
         """
-        with self._together("load_state_dict"):
+        with self._guard.hold("load_state_dict", self._ranks):
             staged: dict[str, checkpoint.Staged] = {}
             with self._ranks.settled("load_state_dict"):
                 parts = self._parts_of(state_dict)
@@ -172,25 +179,8 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         """Bytes of all averages and buffers that this rank keeps."""
         return sum(averaged.nbytes for averaged in self.values())
 
-    def _settle_all(self) -> None:
-        for averaged in self.values():
-            averaged._settle()
-
-    @contextmanager
-    def _alone(self, action: str) -> Iterator[None]:
-        self._settle_all()
-        with ExitStack() as held:
-            for averaged in self.values():
-                held.enter_context(averaged._alone(action))
-            yield
-
-    @contextmanager
-    def _together(self, action: str) -> Iterator[None]:
-        self._settle_all()
-        with ExitStack() as held:
-            for averaged in self.values():
-                held.enter_context(averaged._together(action))
-            yield
+    def _make_guard(self) -> Guard:
+        return Guard([averaged._guard for averaged in self.values()])
 
     def __reduce__(self) -> Any:
         raise TypeError(

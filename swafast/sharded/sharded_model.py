@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch.nn import Module
 from ..average.functions import choose_rule
 from ..average.matching import Bindings
 from ..backends.contract import Pair
-from ..loop.guard import ForkSafeLock
 from ..op import checks
 from ..terms.formats import check_format
 from ..terms.rules import EqualAverage, Rule
@@ -47,8 +46,8 @@ class ShardedAveragedModel(AttachableShards):
 
     Args:
         model: the model as it trains, wrapped and sharded.
-        rule: how much the newest model weighs; default :class:`~swafast.EqualAverage`. Several of them by name,
-            ``{"fast": ..., "slow": ...}``, make a :class:`~swafast.ShardedAverages` instead.
+        rule: how much the newest model weighs; default :class:`~swafast.EqualAverage`. Several averages of one model:
+            :class:`~swafast.ShardedAverages`.
         format, seed, backend: as for :class:`~swafast.FusedAveragedModel`. Random bits do not depend on the shards.
         include: ``include(name, param) -> bool`` picks what is averaged. The rest is left alone: neither stored, saved
             nor exchanged.
@@ -82,18 +81,11 @@ class ShardedAveragedModel(AttachableShards):
 
     n_averaged: Tensor  # () int64, updates so far, on the params' device
 
-    def __new__(cls, *args: Any, rule: object = None, **options: Any) -> Any:
-        if rule is None or isinstance(rule, Rule) or not isinstance(rule, (Mapping, Sequence)):
-            return super().__new__(cls)
-        from .sharded_averages import ShardedAverages
-
-        return ShardedAverages(*args, rule=rule, kind=cls, **options)
-
     def __init__(
         self,
         model: Module,
         *,
-        rule: Rule | Mapping[str, Rule] | None = None,
+        rule: Rule | None = None,
         format: str | None = None,
         include: Callable[[str, Tensor], bool] | None = None,
         process_group: ProcessGroup | Ranks | None = None,
@@ -103,10 +95,8 @@ class ShardedAveragedModel(AttachableShards):
         backend: str | None = None,
         seed: int = 0,
     ) -> None:
-        self._lock = ForkSafeLock()
-        self._swapped = False
         self._bindings = Bindings()
-        self._ranks = process_group if isinstance(process_group, Ranks) else Ranks(process_group)
+        self._ranks = process_group if isinstance(process_group, Ranks) else Ranks.of(process_group)
         self.format, self.backend, self.nonfinite, self.seed = format, backend, nonfinite, seed
         self.use_buffers, self.share_replicas = use_buffers, share_replicas
         with self._ranks.settled("ShardedAveragedModel"):
@@ -161,14 +151,14 @@ class ShardedAveragedModel(AttachableShards):
                 nothing has changed.
             RuntimeError: the averages are swapped into a model.
         """
-        with self._alone("update_parameters"):
+        with self._guard.hold("update_parameters"):
             self._run(self._bind(model))
 
     def _bind(self, model: Module, staging: Staging | None = None) -> Bound:
         return bind(self._bindings, model, [self._side()], self._find_held, backend=self.backend, staging=staging)
 
     def _run(self, bound: Bound) -> None:
-        with self._alone("update_parameters"):
+        with self._guard.hold("update_parameters"):
             update(bound, [self.rule], self.n_averaged.device, nonfinite=self.nonfinite, ranks=self._ranks)
 
     def _side(self) -> Side:
@@ -197,22 +187,22 @@ class ShardedAveragedModel(AttachableShards):
                 other memory, and is named. Meanwhile updates, :meth:`state_dict` and :meth:`load_state_dict` raise it.
         """
         swap = None
-        self._settle("swapped_into")
+        self._guard.settle("swapped_into")
         try:
-            with self._lock:
+            with self._guard.locked(), self._ranks.lock:
                 with self._meet("swapped_into", model) as (pairs, held):
                     swap = Swap(model, pairs, self._spreads, held, self.backend)
-                    self._swapped = True
+                    self._guard.model = model
                     swap.there()
                 swap.spread()
             yield model
         finally:
             if swap is not None:
-                with self._lock:
+                with self._guard.locked(), self._ranks.lock:
                     try:
                         swap.back()
                     finally:
-                        self._swapped = False
+                        self._guard.model = None
 
     @torch.no_grad()
     def copy_to(self, model: Module) -> None:
@@ -222,8 +212,8 @@ class ShardedAveragedModel(AttachableShards):
             TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed. A RuntimeError for a
                 lost rank says which params are not whole.
         """
-        self._settle("copy_to")
-        with self._lock:
+        self._guard.settle("copy_to")
+        with self._guard.locked(), self._ranks.lock:
             with self._meet("copy_to", model) as met:
                 pairs, held = met
             for pair in pairs:
@@ -237,7 +227,7 @@ class ShardedAveragedModel(AttachableShards):
         Where params are cut all ranks take part, so what one of them cannot do, here or in the body, raises on each.
         """
         with self._ranks.settled(action) if self._spreads else nullcontext():
-            self._refuse_while_swapped(action)
+            self._guard.refuse_while_swapped(action)
             plan, params, planes = self._bind(model)
             reshard(model)
             pairs, held = plan.pairs(params, planes), self._find_held(model)
@@ -260,7 +250,7 @@ class ShardedAveragedModel(AttachableShards):
         Raises:
             RuntimeError: the averages are swapped into a model, here or on another rank; or a rank was lost.
         """
-        with self._together("state_dict"), self._ranks.in_step():
+        with self._guard.hold("state_dict", self._ranks), self._ranks.in_step():
             return checkpoint.make_state(self._entries(), self.n_averaged, self._ranks, checksums=checksums)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -275,7 +265,7 @@ class ShardedAveragedModel(AttachableShards):
                 were saved; it names the key, and nothing has changed on any rank.
             RuntimeError: the same on another rank; the averages are swapped into a model; or a rank was lost.
         """
-        with self._together("load_state_dict"):
+        with self._guard.hold("load_state_dict", self._ranks):
             with self._ranks.settled("load_state_dict"):
                 staged = checkpoint.stage(self._entries(), state_dict)
             with self._ranks.settled("load_state_dict"):  # ranks may have been given different checksums
@@ -295,7 +285,7 @@ class ShardedAveragedModel(AttachableShards):
         Raises:
             RuntimeError: the averages are swapped into a model, here or on another rank; or a rank was lost.
         """
-        with self._together("full_state_dict"), self._ranks.in_step():
+        with self._guard.hold("full_state_dict", self._ranks), self._ranks.in_step():
             return checkpoint.make_full_state(
                 self._entries(), self.n_averaged, self._ranks, rank0_only=rank0_only, cpu_offload=cpu_offload
             )
@@ -307,29 +297,6 @@ class ShardedAveragedModel(AttachableShards):
     def nbytes(self) -> int:
         """Bytes of the averages and buffers that this rank keeps."""
         return sum(plane.nbytes for planes in self._planes.values() for plane in planes)
-
-    # One at a time
-
-    def _refuse_while_swapped(self, action: str) -> None:
-        if self._swapped:
-            raise RuntimeError(f"{action} must wait until the averages are swapped back out of the model")
-
-    @contextmanager
-    def _alone(self, action: str) -> Iterator[None]:
-        """Hold this averaged model for one thread; raise RuntimeError while the averages are in a model."""
-        self._settle()
-        with self._lock:
-            self._refuse_while_swapped(action)
-            yield
-
-    @contextmanager
-    def _together(self, action: str) -> Iterator[None]:
-        """As :meth:`_alone`, for what all ranks do: raise on each of them if one may not begin."""
-        self._settle()
-        with self._lock:
-            with self._ranks.settled(action):
-                self._refuse_while_swapped(action)
-            yield
 
     def __reduce__(self) -> Any:
         raise TypeError(

@@ -57,6 +57,12 @@ def group_timeout(group: ProcessGroup) -> timedelta | None:
     return None
 
 
+def store_of(group: ProcessGroup) -> dist.Store | None:
+    """Return the store through which the ranks of ``group`` have met; None for a fake group, which has no peers."""
+    backend, store = dist.distributed_c10d._world.pg_map[group]
+    return None if backend == "fake" else store
+
+
 _naming = threading.Lock()
 
 

@@ -28,6 +28,11 @@ def own_children(module: Module) -> dict[str, Module | None]:
     return module._modules
 
 
+def children_made(module: Module) -> dict[str, Module | None]:
+    """The live dict of a module's own children; an empty one for a module whose ``__init__`` has not run yet."""
+    return module.__dict__.get("_modules", {})
+
+
 def passing_buffers(module: Module) -> set[str]:
     """The live set of names of a module's own buffers that its state dict leaves out."""
     return module._non_persistent_buffers_set

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import weakref
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ...torch_private.distributed import group_timeout, new_group
+from ...loop.guard import ForkSafeLock
+from ...torch_private.distributed import group_timeout, new_group, store_of
+from .rendezvous import Rendezvous
 
 T = TypeVar("T")
 
@@ -27,8 +29,8 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 #: torch's FileStore waits for a peer up to the next whole one.
 _GRACE = timedelta(seconds=0.9)
 
-#: How often this rank has begun to make a group over the same ranks, by the default group of that time.
-_attempts: weakref.WeakKeyDictionary[ProcessGroup, Counter[tuple[int, ...]]] = weakref.WeakKeyDictionary()
+#: How long ranks wait for each other where their process group does not say.
+_TIMEOUT = timedelta(minutes=30)
 
 
 class LostPeerError(RuntimeError):
@@ -38,13 +40,39 @@ class LostPeerError(RuntimeError):
     """
 
 
+class _Loss:
+    """Why no peer may be met any more, in a group of ours and its parts."""
+
+    reason: str | None = None
+
+    def refuse(self) -> None:
+        if self.reason is not None:
+            raise LostPeerError(self.reason)
+
+    @contextmanager
+    def noted(self, ranks: Sequence[int]) -> Iterator[None]:
+        """Run what all ``ranks`` run alike; what breaks off here leaves peers waiting inside."""
+        self.refuse()
+        try:
+            yield
+        except BaseException as error:
+            if len(ranks) > 1 and self.reason is None:
+                self.reason = (
+                    f"ranks {list(ranks)} went out of step before, with {type(error).__name__}: {error}; what is local "
+                    "still works, for the rest make the averaged model anew"
+                )
+            raise
+
+
 class Ranks:
     """A process group over the ranks of the user's, in which nothing of ours can meet a collective of the user's.
 
-    Making one is collective.
+    There is one for each of the user's groups: :meth:`of` returns it. Making one is collective.
 
     Args:
         process_group: the user's; None: the default one.
+        name: of the new group, the same on all its ranks, and not used before with this default group: a failed attempt
+            leaves its addresses in the store, where the next one must not find them.
         ranks: make it over these of its ranks, this one among them; default: all.
 
     Raises:
@@ -53,13 +81,16 @@ class Ranks:
         LostPeerError: a rank died, or did not come to make its own.
     """
 
-    def __init__(self, process_group: ProcessGroup | None = None, ranks: Sequence[int] | None = None) -> None:
+    def __init__(self, process_group: ProcessGroup | None, name: str, ranks: Sequence[int] | None = None) -> None:
         parent = _checked(process_group)
         self.rank = dist.get_rank()
         self.ranks = tuple(sorted(ranks)) if ranks is not None else tuple(dist.get_process_group_ranks(parent))
         if self.rank not in self.ranks:
             raise ValueError(f"process_group must hold this rank, {self.rank}, got one of {list(self.ranks)}")
-        self._lost: str | None = None  # why no peer may be met any more
+        self.name = name
+        #: Held for each collective, and for several that belong together: threads share the group.
+        self.lock = ForkSafeLock()
+        self._loss = _Loss()
         # Weakly: who destroys it may not be kept from it by what hangs on it.
         self._parent = weakref.ref(process_group) if process_group is not None else None
         self._parts: dict[tuple[int, ...], Ranks] = {self.ranks: self}
@@ -67,16 +98,36 @@ class Ranks:
         with self._heard():
             self._group = new_group(
                 self.ranks,
-                _next_name(self.ranks),
+                hashlib.sha256(self.name.encode()).hexdigest(),
                 timeout=timeout + _GRACE if timeout is not None else None,
                 backend=dist.get_backend(parent) if ranks is not None or process_group is not None else None,
             )
 
+    @classmethod
+    def of(cls, process_group: ProcessGroup | None = None) -> Ranks:
+        """The one group of ours over ``process_group``, made anew where a rank has lost a peer in it. Collective.
+
+        Raises:
+            TypeError, ValueError, LostPeerError: as the constructor.
+        """
+        parent = _checked(process_group)
+        with _making:
+            seat = _seats.get(parent) or _seats.setdefault(parent, _Seat(parent))
+        with seat.lock:
+            if not seat.is_shared_by_all():
+                seat.ranks = None
+                seat.ranks = cls(process_group, f"swafast {parent.group_name} {seat.turn}")
+            assert seat.ranks is not None
+            return seat.ranks
+
     def part(self, ranks: Sequence[int]) -> Ranks:
-        """Give a group over some of these ranks, this one among them; made once, together with the others of them."""
+        """The group over some of these ranks, this one among them; made once, together with the others of them."""
         key = tuple(sorted(ranks))
         if key not in self._parts:
-            self._parts[key] = Ranks(self._parent() if self._parent is not None else None, key)
+            parent = self._parent() if self._parent is not None else None
+            with self._loss.noted(self.ranks):  # a part that is not made is lost to all
+                self._parts[key] = part = Ranks(parent, f"{self.name} {key}", key)
+            part._loss, part.lock = self._loss, self.lock
         return self._parts[key]
 
     @property
@@ -97,7 +148,7 @@ class Ranks:
     @property
     def is_lost(self) -> bool:
         """Whether no peer may be met any more."""
-        return self._lost is not None
+        return self._loss.reason is not None
 
     # Collectives
 
@@ -153,7 +204,7 @@ class Ranks:
 
     @contextmanager
     def _heard(self) -> Iterator[None]:
-        with self.in_step():
+        with self.lock, self.in_step():
             try:
                 yield
             except RuntimeError as error:
@@ -171,17 +222,8 @@ class Ranks:
         Raises:
             LostPeerError: something has broken off before.
         """
-        if self._lost is not None:
-            raise LostPeerError(self._lost)
-        try:
+        with self._loss.noted(self.ranks):
             yield
-        except BaseException as error:
-            if self.size > 1 and self._lost is None:
-                self._lost = (
-                    f"ranks {list(self.ranks)} went out of step before, with {type(error).__name__}: {error}; what is "
-                    "local still works, for the rest make the averaged model anew"
-                )
-            raise
 
     # What they settle
 
@@ -191,8 +233,7 @@ class Ranks:
 
         A rank raises its own error where it has one, and otherwise a RuntimeError that names the first that failed.
         """
-        if self._lost is not None:
-            raise LostPeerError(self._lost)
+        self._loss.refuse()
         error: BaseException | None = None
         try:
             yield
@@ -245,16 +286,56 @@ def _checked(process_group: object) -> ProcessGroup:
     return process_group
 
 
-def _next_name(ranks: tuple[int, ...]) -> str:
-    """Give a name for a group over ``ranks``, the same on all of them, and another one for each attempt.
+class OneProcess(Ranks):
+    """This process alone, without a process group."""
 
-    A failed attempt leaves its addresses in the store, where the next one must not find them.
-    """
-    default = dist.group.WORLD
-    assert default is not None
-    attempts = _attempts.setdefault(default, Counter())
-    attempts[ranks] += 1
-    return hashlib.sha256(f"swafast {ranks} {attempts[ranks]}".encode()).hexdigest()
+    def __init__(self) -> None:
+        self.rank, self.ranks, self.lock, self._loss = 0, (0,), ForkSafeLock(), _Loss()
+
+
+class _Seat:
+    """What this rank knows of the groups of ours over one of the user's."""
+
+    def __init__(self, parent: ProcessGroup) -> None:
+        self.lock = threading.Lock()
+        self.ranks: Ranks | None = None
+        members = dist.get_process_group_ranks(parent)
+        store = store_of(parent)
+        self._timeout = (group_timeout(parent) or _TIMEOUT) + _GRACE
+        self._rendezvous = Rendezvous(store, dist.get_rank(), members) if store is not None else None
+        self._members = members
+
+    @property
+    def turn(self) -> int:
+        return self._rendezvous.turn if self._rendezvous is not None else 0
+
+    def is_shared_by_all(self) -> bool:
+        """Return whether every rank still has the group that this one has: one rank alone may have seen a loss.
+
+        Raises:
+            LostPeerError: a rank did not come.
+        """
+        own = self.ranks
+        usable = own is not None and not own.is_lost
+        if self._rendezvous is None:
+            return usable
+        word = own.name if usable and own is not None else ""
+        try:
+            words = self._rendezvous.exchange(word, self._timeout)
+        except RuntimeError as error:
+            raise LostPeerError(
+                f"a rank of {self._members} died, or did not come within the process group's timeout: all ranks must "
+                f"make this call ({error})"
+            ) from error
+        except BaseException:
+            self.ranks = None  # the others may go on without this rank
+            raise
+        return usable and set(words) == {word}
+
+
+#: By the user's group, as long as that lives.
+_seats: weakref.WeakKeyDictionary[ProcessGroup, _Seat] = weakref.WeakKeyDictionary()
+_making = threading.Lock()
 
 
 def _or_nothing(value: str | None) -> str:
