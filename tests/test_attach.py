@@ -58,7 +58,8 @@ class Run:
         torch.manual_seed(3)
         self.model = Net().to(on, dtype)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9)
-        self.averaged: Any = (FusedAverages if "rules" in options else FusedAveragedModel)(self.model, **options)
+        kind: Any = FusedAverages if "rules" in options else FusedAveragedModel
+        self.averaged = kind(self.model, **options)
         self.generator = torch.Generator().manual_seed(4)
 
     def step(self, after: Callable[[], object] = lambda: None) -> None:
@@ -235,7 +236,8 @@ def test_the_model_may_change_on_the_way(way: str) -> None:
         run.model.further = nn.Identity()
         run.optimizer.param_groups[0]["params"] = list(run.model.parameters())
         run.step(update)
-        run.averaged.n_averaged.item() if run.averaged._guard.attachment is None else run.averaged._guard.attachment.join()
+        attachment = run.averaged._guard.attachment
+        run.averaged.n_averaged.item() if attachment is None else attachment.join()
         run.model.inner[0].weight.data = run.model.inner[0].weight.data.clone()
         run.step(update)
     require_equal(*runs)
@@ -805,7 +807,7 @@ def test_averages_of_a_gpus_model_are_kept_in_pinned_memory() -> None:
 
 
 def buffers_are_read_as_they_change(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(module.Shadow, "take", lambda shadow: shadow._model)
+    patch.setattr(module.StandIn, "take", lambda stand_in: stand_in._model)
 
 
 def the_step_does_not_wait(patch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def test_formats_may_differ(every_kind: EveryKind, backend: str) -> None:
 
 
 def test_rules_of_python_and_counts_of_their_own(every_kind: EveryKind) -> None:
-    averages = of(every_kind, rule=[("mean", EqualAverage()), ("doubling", Doubling())])
+    averages = of(every_kind, rules=[("mean", EqualAverage()), ("doubling", Doubling())])
     alone = {"mean": FusedAveragedModel(every_kind), "doubling": FusedAveragedModel(every_kind, rule=Doubling())}
     drifted(every_kind, [averages, *alone.values()], 2)
     for one in (averages["mean"], alone["mean"]):
@@ -107,7 +107,7 @@ def test_one_launch_and_one_read_of_the_params(monkeypatch: pytest.MonkeyPatch) 
     made: list[rows.Rows] = []
     monkeypatch.setattr(rows.Rows, "__init__", lambda self, pairs: (prepared(self, pairs), made.append(self))[0])
     monkeypatch.setattr(cpu.NativeLaunch, "update", launch)
-    averages._bindings = type(averages._bindings)()  # plan anew
+    averages._bindings._binding = None  # plan anew
     averages.update_parameters(model)
     (row,) = calls
     # Chunks, what a kernel walks over, are those of the params once; the other rows follow.

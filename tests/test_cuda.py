@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from swafast import ExponentialAverage, FusedAveragedModel, PowerAverage, doctor
+from swafast import ExponentialAverage, FusedAveragedModel, FusedAverages, PowerAverage, doctor
 from swafast.backends import Unavailable, cpu, cuda, gpu, library
 from swafast.backends.contract import Pair
 from swafast.backends.triton import launch as triton_launch
@@ -367,8 +367,8 @@ def test_replays_go_by_the_rules_that_were_captured(shim: Shim) -> None:
 def test_replays_are_updates_of_all_averages(shim: Shim) -> None:
     model = a_model().bfloat16()
     rules = {"mean": EqualAverage(), "fast": ExponentialAverage(0.9), "power": PowerAverage(6.94)}
-    options: dict[str, Any] = {"rule": rules, "format": {"fast": "compact", "power": "compensated"}}
-    graphed, eager = FusedAveragedModel(model, **options), FusedAveragedModel(model, **options)
+    options: dict[str, Any] = {"rules": rules, "format": {"fast": "compact", "power": "compensated"}}
+    graphed, eager = FusedAverages(model, **options), FusedAverages(model, **options)
     for averages in (graphed, eager):
         averages.update_parameters(model)
     before = shim.get("num_launches")

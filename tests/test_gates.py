@@ -62,7 +62,7 @@ def cast_as_torch_does(patch: pytest.MonkeyPatch) -> None:
 
 
 def load_unchecked(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(averaged_model, "check_load", lambda *args: None)
+    patch.setattr(averaged_model, "check_state", lambda *args: None)
 
 
 def load_untranslated(patch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages, PowerAverage
 from swafast.backends import cuda, library, reference, rows
 from swafast.backends import gpu as gpu_tables
 from swafast.backends.contract import Backend, Launch, Pair
@@ -370,15 +370,19 @@ class Dispatched(TorchDispatchMode):
 )
 def test_a_planned_update_asks_torch_for_nothing(gpu: Gpu, nonfinite: str, rule: Any) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7)).to(gpu.device)
-    average = FusedAveragedModel(model, backend=gpu.backend.name, nonfinite=nonfinite, rule=rule)
+    options = {"backend": gpu.backend.name, "nonfinite": nonfinite}
+    several = isinstance(rule, dict)
+    average: Any = (
+        FusedAverages(model, rules=rule, **options) if several else FusedAveragedModel(model, rule=rule, **options)
+    )
     average.update_parameters(model)
     with Dispatched() as dispatched:
         for _ in range(3):
             average.update_parameters(model)
     assert dispatched.ops == []
     counters = [value for key, value in average.state_dict().items() if key.endswith("n_averaged")]
-    assert list(map(int, counters)) == [4] * (len(rule) if isinstance(rule, dict) else 1)
-    binding = average.__dict__["_bindings"]._binding
+    assert list(map(int, counters)) == [4] * (len(rule) if several else 1)
+    binding = average._bindings._binding
     assert binding is not None
     assert binding.plan.backends == [gpu.backend.name]
 

@@ -459,7 +459,7 @@ FORKED_CHILD = """
 import os, signal
 import torch
 from swafast.backends import cpu
-from swafast.formats import EXACT
+from swafast.terms.formats import EXACT
 from tests.test_native import check_updates, make_pair
 
 torch.set_num_threads(2)

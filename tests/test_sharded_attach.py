@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from swafast import EqualAverage, ExponentialAverage, ShardedAveragedModel
+from swafast import EqualAverage, ExponentialAverage, ShardedAveragedModel, ShardedAverages
 from swafast.loop import runners
 from swafast.sharded import shard_matching
 from tests.conftest import differing
@@ -34,7 +34,8 @@ class Run:
         self.model = wrap(make_model(mode), mode)
         trained = [param for param in self.model.parameters() if param.requires_grad]
         self.optimizer = torch.optim.SGD(trained, 0.01, momentum=0.9, foreach=False)
-        self.averaged: Any = (ShardedAverages if "rules" in options else ShardedAveragedModel)(self.model, **options)
+        kind: Any = ShardedAverages if "rules" in options else ShardedAveragedModel
+        self.averaged = kind(self.model, **options)
         self.generator = torch.Generator().manual_seed(5)
 
     def backward(self) -> None:

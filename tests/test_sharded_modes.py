@@ -582,13 +582,13 @@ def cut_unevenly() -> None:
 
 
 def keep_copies() -> None:
-    make = shard_matching.Binding.__init__
+    make = shard_matching.ShardBinding.__init__
 
     def with_copies(self: Any, model: Any, averaged: Any, planes: Any, held: Any, *args: Any, **options: Any) -> None:
         make(self, model, averaged, planes, held, *args, **options)
         self.copies = [found.local.detach().clone() for found in held.values()]
 
-    shard_matching.Binding.__init__ = with_copies  # type: ignore[method-assign]
+    shard_matching.ShardBinding.__init__ = with_copies  # type: ignore[method-assign]
 
 
 def never_reshard() -> None:

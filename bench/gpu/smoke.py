@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +113,8 @@ def digest(tensors: Iterable[Tensor]) -> str:
 def make_averages(case: SmokeCase, model: nn.Module, backend: str) -> FusedAveragedModel | FusedAverages:
     """Make the one average of a case, or all of them together."""
     names = [name for name, _, _ in case.averages]
-    formats, rules = ({name: each[at] for name, each in zip(names, case.averages, strict=True)} for at in (1, 2))
+    formats = {name: fmt for name, fmt, _ in case.averages}
+    rules = {name: rule for name, _, rule in case.averages}
     options: dict[str, Any] = {"backend": backend, "nonfinite": "skip"}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "format='half'", UserWarning)

@@ -20,9 +20,9 @@ from ..terms.formats import OWN, Format, check_format, format_of, stored_dtype
 from ..terms.rules import Rule, rule_of
 from ..torch_private.core import disable_dynamo
 from .functions import choose_rule, update_by_function
-from .matching import Bindings, Side, ask_include, check_model, each_average, refuse_sharded
+from .matching import Bindings, ModuleSide, ask_include, bindings_of, check_model, each_average, refuse_sharded
 from .planes import Recast, find_planes, fit_planes
-from .states import check_load, export, keeping_ties, translate_load
+from .states import check_state, export, keeping_ties, translate_load
 
 
 class FusedAveragedModel(Attachable, AveragedModel):
@@ -185,16 +185,15 @@ class FusedAveragedModel(Attachable, AveragedModel):
 
     @property
     def _bindings(self) -> Bindings:
-        own = self.__dict__
-        return own.get("_own_bindings") or own.setdefault("_own_bindings", Bindings())
+        return bindings_of(self)
 
     def _config(self) -> object:
         """Give what a plan depends on beside the tensors."""
         return (self.rule is None, self.use_buffers, self.format, self.backend, self._any_device, self.seed)
 
-    def _side(self) -> Side:
+    def _side(self) -> ModuleSide:
         """Give what an update of several averages together needs to know of this one."""
-        return Side(self, self._format_of, self._any_device, self.seed)
+        return ModuleSide(self, self._format_of, self._any_device, self.seed)
 
     # Use of the average
 
@@ -289,7 +288,7 @@ class FusedAveragedModel(Attachable, AveragedModel):
         with self._guard.hold("load_state_dict"):
             self._strict = strict
             try:
-                check_load(self, state_dict, strict, assign)
+                check_state(self, state_dict, strict, assign)
                 with keeping_ties(self.module):
                     return super().load_state_dict(state_dict, strict=strict, assign=assign)
             finally:

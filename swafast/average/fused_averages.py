@@ -19,7 +19,8 @@ from ..terms.rules import Rule
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import children_made, own_children
 from .averaged_model import FusedAveragedModel
-from .states import check_load, keeping_ties
+from .matching import Bindings, bindings_of
+from .states import check_state, keeping_ties
 
 
 def named_rules(given: object) -> dict[str, Rule]:
@@ -180,7 +181,9 @@ class FusedAverages(Attachable, Module):
                 plan.refuse_nonfinite(params)
             plan.update(params, planes, rules, skip_nonfinite="skip" in nonfinite)  # type: ignore[arg-type]
 
-    _bindings = FusedAveragedModel._bindings
+    @property
+    def _bindings(self) -> Bindings:
+        return bindings_of(self)
 
     def _bind(self, model: Module) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]:
         averages = self.values()
@@ -208,7 +211,7 @@ class FusedAverages(Attachable, Module):
                 averaged._strict = strict
                 ties.enter_context(keeping_ties(averaged.module))
             try:
-                check_load(self, state_dict, strict, assign)
+                check_state(self, state_dict, strict, assign)
                 return super().load_state_dict(state_dict, strict=strict, assign=assign)
             finally:
                 for averaged in self.values():

@@ -86,7 +86,7 @@ def each_average(module: Module) -> Iterator[tuple[list[str], Tensor, bool]]:
 
 
 @dataclass(frozen=True)
-class Side:
+class ModuleSide:
     """One of the averaged models that are updated together."""
 
     owner: AveragedModel  # its module holds the first planes; the further ones and the counter are its own
@@ -95,7 +95,7 @@ class Side:
     seed: int
 
 
-def _match(side: Side, model: Module) -> list[Pair]:
+def _match(side: ModuleSide, model: Module) -> list[Pair]:
     """Pair each distinct average with its param, or raise ValueError naming what does not match."""
     module = side.owner.module
     theirs = {False: named_params(unwrap(model), "model"), True: named_buffers(unwrap(model), "model")}
@@ -114,7 +114,7 @@ def _match(side: Side, model: Module) -> list[Pair]:
 
 
 @dataclass(frozen=True)
-class Binding:
+class ModuleBinding:
     """A plan together with the ways to find its tensors again; it holds no param, so it keeps no model alive."""
 
     plan: Plan
@@ -173,7 +173,7 @@ class Bindings:
     def bind(
         self,
         root: Module,
-        sides: Sequence[Side],
+        sides: Sequence[ModuleSide],
         model: Module,
         *,
         config: object,
@@ -189,7 +189,7 @@ class Bindings:
 
         Raises:
             TypeError: ``model`` is no module.
-            ValueError, RuntimeError: as :func:`bind`.
+            ValueError, RuntimeError: as :func:`bind_module`.
         """
         if not isinstance(model, Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -199,7 +199,7 @@ class Bindings:
         for side in sides:
             checks.check_counter(side.owner.n_averaged)
         homes = self.homes.union(*(part.homes for part in parts))
-        binding = bind(root, sides, model, config=config, backend=backend, homes=homes)
+        binding = bind_module(root, sides, model, config=config, backend=backend, homes=homes)
         self.use(binding)
         for part in parts:
             part.shared_homes = binding.plan.homes
@@ -223,15 +223,21 @@ class Bindings:
             )
 
 
-def bind(
+def bindings_of(owner: Module) -> Bindings:
+    """Return the bindings of averages, made when first asked for: a copy of the averages comes without."""
+    own = owner.__dict__
+    return own.get("_own_bindings") or own.setdefault("_own_bindings", Bindings())
+
+
+def bind_module(
     root: Module,
-    sides: Sequence[Side],
+    sides: Sequence[ModuleSide],
     model: Module,
     *,
     config: object,
     backend: str | None,
     homes: frozenset[int],
-) -> Binding:
+) -> ModuleBinding:
     """Match ``model`` with the averages of all sides, check every pair, and plan the update.
 
     Everything is checked before anything changes; what then changes is where averages lie, never what they hold.
@@ -263,16 +269,16 @@ def bind(
     owner_walk, model_walk = Walk(root), Walk(unwrap(model))
     planes = [owner_walk.position(plane) for pair in pairs for plane in pair.planes]
     params = [model_walk.position(pair.param) for pair in pairs]
-    return Binding(plan, config, owner_walk, model_walk, _picker(planes), _picker(params))
+    return ModuleBinding(plan, config, owner_walk, model_walk, _picker(planes), _picker(params))
 
 
-def _with_planes(pair: Pair, side: Side, pace: int) -> Pair:
+def _with_planes(pair: Pair, side: ModuleSide, pace: int) -> Pair:
     fit_planes(side.owner, pair.name, pair.average, pair.format)
     planes = find_planes(side.owner, pair.name, pair.average, pair.format)
     return replace(pair, planes=planes, draws=draws_of(side.seed, pair.name, pair.param, pair.format), pace=pace)
 
 
-def _place_counters(sides: Sequence[Side]) -> list[Tensor]:
+def _place_counters(sides: Sequence[ModuleSide]) -> list[Tensor]:
     """Give the counters, moved to where the averages are: the kernels count there, in each once."""
     taken: set[int] = set()
     for side in sides:

@@ -21,7 +21,7 @@ from .matching import FormatOf, each_average
 from .planes import find_planes, fit_planes, put_plane, translate_state
 
 
-def check_load(owner: Module, state_dict: Mapping[str, Any], strict: bool, assign: bool) -> None:
+def check_state(owner: Module, state_dict: Mapping[str, Any], strict: bool, assign: bool) -> None:
     """Raise what loading ``state_dict`` into ``owner`` would raise, by loading it into a copy that holds no data.
 
     torch's own loader does the checking, so hooks that rename keys or fill in missing ones have their say.
@@ -84,7 +84,7 @@ def keeping_ties(module: Module) -> Iterator[None]:
             holder, target = module.get_submodule(source), module.get_submodule(path)
             for kept, tied in ((own_params(holder), own_params(target)), (own_buffers(holder), own_buffers(target))):
                 if source_leaf in kept:
-                    tied[leaf] = kept[source_leaf]  # type: ignore[assignment]  # of one kind, since they were tied
+                    tied[leaf] = kept[source_leaf]
 
 
 def _all_tensors(module: Module) -> Iterator[tuple[str, Tensor]]:

@@ -33,7 +33,7 @@ from .folder import (
     write_sidecar,
 )
 from .profiles import Fit, Profile, fit
-from .sums import Sum, Target, groups_of, read, spread_of, targets_of, verify
+from .sums import Sum, Target, groups_of, read, spread_of, targets_of, verify_sums
 from .written import Averaged, Part, named_averages, parts_of, reporting, state_of, stored_in, write
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -323,6 +323,6 @@ class Snapshots:
         loaded = {key: target.empty(target.stored.dtype) for key, target in copied.items()}
         if loaded:
             read(latest.path, loaded, self._ranks)
-            verify(latest, loaded.items(), self._ranks)
+            verify_sums(latest, loaded.items(), self._ranks)
         results |= {copied[key].name: tensor for key, tensor in loaded.items()}
         return {name: results[target.name] for name, target in targets.items()}

@@ -106,7 +106,7 @@ def local_of(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def verify(snapshot: Snapshot, loaded: Iterable[tuple[str, Tensor]], ranks: Ranks) -> None:
+def verify_sums(snapshot: Snapshot, loaded: Iterable[tuple[str, Tensor]], ranks: Ranks) -> None:
     """Raise ValueError on every rank, naming the key, unless ``loaded``, by key, is what was saved. Collective."""
     found = [(key, tensor) for key, tensor in loaded if tensor.numel()]
     sums = torch.tensor([_checksum_here(tensor) for _, tensor in found], dtype=torch.int64, device="cpu")
@@ -150,7 +150,7 @@ class Sum:
             keys = [key_of(average, target.name) for target in self.targets]
             loaded = self._room([dtypes[target.name] for target in self.targets])
             read(snapshot.path, dict(zip(keys, loaded, strict=True)), ranks)
-            verify(snapshot, zip(keys, loaded, strict=True), ranks)
+            verify_sums(snapshot, zip(keys, loaded, strict=True), ranks)
             for total, tensor in zip(self._sums, loaded, strict=True):
                 total.add_(local_of(tensor), alpha=coefficient)
 

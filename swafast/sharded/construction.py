@@ -20,7 +20,7 @@ from .parts.shares import Share, view_of_run
 from .parts.spread import Spread
 
 
-def ask_include(include: Callable[[str, Tensor], bool] | None, found: Mapping[str, Held]) -> frozenset[str]:
+def names_left_out(include: Callable[[str, Tensor], bool] | None, found: Mapping[str, Held]) -> frozenset[str]:
     """Give the names of params that ``include`` leaves out.
 
     Raises:

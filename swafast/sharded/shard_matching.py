@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
-from ..average.matching import Bindings
-from ..average.matching import check_model as check_plain_model
+from ..average.matching import Bindings, check_model
 from ..backends.contract import Pair, found_anywhere
 from ..op import checks, choice
 from ..op.plan import Fingerprint, Plan
@@ -25,7 +24,7 @@ from .parts.ranks import Ranks
 from .parts.shares import Share
 
 
-def check_model(model: object) -> None:
+def check_sharded_model(model: object) -> None:
     """Raise unless ``model`` is a module whose parameters can be averaged.
 
     Raises:
@@ -34,7 +33,7 @@ def check_model(model: object) -> None:
     """
     # FSDP1 may leave a rank with empty parameters only.
     if not (isinstance(model, Module) and is_fsdp1(model)):
-        check_plain_model(model)
+        check_model(model)
 
 
 def find_held(
@@ -53,7 +52,7 @@ def find_held(
     Raises:
         ValueError: names, shapes, meshes or placements are not those of the shares; it names the parameter.
     """
-    check_model(model)
+    check_sharded_model(model)
     held = {found.holding.name: found for found in find_holdings(model, ranks, meshes)}
     for is_buffer, kind in ((False, "parameters"), (True, "buffers")):
         expected = [share.name for share in shares if share.holding.is_buffer == is_buffer]
@@ -165,7 +164,7 @@ class Views(Sequence[Tensor]):
 
 
 @dataclass(frozen=True)
-class Side:
+class ShardSide:
     """One of the averages that are updated together: its shares, each with its planes, and its counter."""
 
     shares: Sequence[Share]
@@ -184,7 +183,7 @@ class Side:
 Bound = tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]
 
 
-class Binding:
+class ShardBinding:
     """A plan, and the way to the tensors that it was made for.
 
     Args:
@@ -196,7 +195,7 @@ class Binding:
     def __init__(
         self,
         model: Module,
-        sides: Sequence[Side],
+        sides: Sequence[ShardSide],
         held: Mapping[str, Held],
         *,
         config: object,
@@ -245,10 +244,10 @@ class Binding:
         return bases if bases is None or self._staging is None else self._finder.staged(bases, self._staging)
 
 
-def bind(
+def bind_shards(
     bindings: Bindings,
     model: Module,
-    sides: Sequence[Side],
+    sides: Sequence[ShardSide],
     find: Callable[[Module], dict[str, Held]],
     *,
     backend: str | None,
@@ -258,7 +257,7 @@ def bind(
 
     Args:
         find: gives what this rank holds of the model, checked.
-        staging: as for :class:`Binding`.
+        staging: as for :class:`ShardBinding`.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -275,13 +274,13 @@ def bind(
     if current is None:
         for counter in counters:
             checks.check_counter(counter)
-        bindings.use(Binding(model, sides, find(model), config=config, backend=backend, staging=staging))
+        bindings.use(ShardBinding(model, sides, find(model), config=config, backend=backend, staging=staging))
         current = bindings.current(model, config, counters)
         assert current is not None, "a plan just made must fit"
     return current
 
 
-def update(bound: Bound, rules: Sequence[Rule], device: torch.device, *, nonfinite: str, ranks: Ranks) -> None:
+def update_shards(bound: Bound, rules: Sequence[Rule], device: torch.device, *, nonfinite: str, ranks: Ranks) -> None:
     """Move what is bound. Collective where ``nonfinite`` asks for a flag, on ``device``."""
     plan, params, planes = bound
     if nonfinite == "raise":

@@ -20,7 +20,7 @@ from . import checkpoint
 from .attaching import AttachableShards
 from .construction import spell
 from .parts.ranks import Ranks
-from .shard_matching import Bound, Staging, bind, update
+from .shard_matching import Bound, Staging, bind_shards, update_shards
 from .sharded_model import ShardedAveragedModel
 
 
@@ -113,12 +113,12 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
     def _bind(self, model: Module, staging: Staging | None = None) -> Bound:
         first = self._first
         sides = [averaged._side() for averaged in self.values()]
-        return bind(self._bindings, model, sides, first._find_held, backend=first.backend, staging=staging)
+        return bind_shards(self._bindings, model, sides, first._find_held, backend=first.backend, staging=staging)
 
     def _run(self, bound: Bound) -> None:
         rules, device = [averaged.rule for averaged in self.values()], self._first.n_averaged.device
         with self._guard.hold("update_parameters"):
-            update(bound, rules, device, nonfinite=self.nonfinite, ranks=self._ranks)
+            update_shards(bound, rules, device, nonfinite=self.nonfinite, ranks=self._ranks)
 
     def state_dict(self, *, checksums: bool = True) -> dict[str, Tensor]:
         """Give the states of all averages, the keys of each behind its name: ``fast.module.weight``. Collective.

@@ -24,7 +24,7 @@ from .attaching import AttachableShards
 from .parts.holdings import Held, find_holdings, reshard
 from .parts.ranks import Ranks
 from .parts.shares import share_out
-from .shard_matching import Bound, Side, Staging, bind, check_model, find_held, update
+from .shard_matching import Bound, ShardSide, Staging, bind_shards, check_sharded_model, find_held, update_shards
 from .swap import Swap, spread_all
 
 
@@ -104,7 +104,7 @@ class ShardedAveragedModel(AttachableShards):
             checks.check_nonfinite(nonfinite)
             checks.check_seed(seed)
             self.rule = choose_rule(rule, None, None) or EqualAverage()
-            check_model(model)
+            check_sharded_model(model)
             self._source = weakref.ref(model)
             reshard(model)
         self._meshes = construction.gather_meshes(model, self._ranks)
@@ -125,7 +125,7 @@ class ShardedAveragedModel(AttachableShards):
     def _set_up(self, model: Module, include: Callable[[str, Tensor], bool] | None) -> dict[str, Held]:
         """Find out what this rank holds and averages, and make room for it."""
         found = {held.holding.name: held for held in find_holdings(model, self._ranks.ranks, self._meshes)}
-        self._left_alone = construction.ask_include(include, found)
+        self._left_alone = construction.names_left_out(include, found)
         held = {name: found[name] for name in found if name not in self._left_alone}
         holdings = [each.holding for each in held.values()]
         formats = {each.name: construction.format_of_average(each, self.format, self.use_buffers) for each in holdings}
@@ -155,14 +155,16 @@ class ShardedAveragedModel(AttachableShards):
             self._run(self._bind(model))
 
     def _bind(self, model: Module, staging: Staging | None = None) -> Bound:
-        return bind(self._bindings, model, [self._side()], self._find_held, backend=self.backend, staging=staging)
+        return bind_shards(
+            self._bindings, model, [self._side()], self._find_held, backend=self.backend, staging=staging
+        )
 
     def _run(self, bound: Bound) -> None:
         with self._guard.hold("update_parameters"):
-            update(bound, [self.rule], self.n_averaged.device, nonfinite=self.nonfinite, ranks=self._ranks)
+            update_shards(bound, [self.rule], self.n_averaged.device, nonfinite=self.nonfinite, ranks=self._ranks)
 
-    def _side(self) -> Side:
-        return Side(self._shares, self._planes, self.n_averaged, self.seed)
+    def _side(self) -> ShardSide:
+        return ShardSide(self._shares, self._planes, self.n_averaged, self.seed)
 
     def _find_held(self, model: Module) -> dict[str, Held]:
         return find_held(model, self._shares, self._left_alone, self._ranks.ranks, self._meshes)

@@ -10,11 +10,13 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import swa_utils
+
+T = TypeVar("T", bound=Tensor)
 
 
 def disable_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,6 +80,11 @@ def has_own_dispatch(tensor: Tensor) -> bool:
         return False
     disabled = getattr(torch._C, "_disabled_torch_dispatch_impl", None)
     return getattr(type(tensor), "__torch_dispatch__", disabled) is not disabled
+
+
+def make_wrapper(kind: type[T], shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> T:
+    """Return a tensor of the subclass ``kind`` that has this look and no memory of its own."""
+    return Tensor._make_wrapper_subclass(kind, tuple(shape), dtype=dtype, device=device)  # type: ignore[return-value]
 
 
 def current_raw_stream(device: torch.device) -> int:

@@ -86,7 +86,7 @@ def exp_scale(k):
 
 
 @triton.jit
-def exp_parts(x):
+def exp_parts_of(x):
     """Give ``(scale, rest)`` with ``e**x = scale + scale * rest`` for ``x <= 0``."""
     tiny = x < literal(LOWEST_EXPONENT)
     x = tl.where(tiny, whole(0), x)
@@ -118,12 +118,12 @@ def rule_weight(kind, term0, term1, term2, term3, num_averaged):
     if kind == 1:
         weight = one / (n + one)
     elif kind == 2:
-        scale, rest = exp_parts(-double_of(term3) * log1p_of(n / double_of(term2)))
+        scale, rest = exp_parts_of(-double_of(term3) * log1p_of(n / double_of(term2)))
         weight = clamp_weight(scale + scale * rest, double_of(term0), double_of(term1))
     elif kind == 3:
         weight = clamp_weight(whole(9) / (whole(10) + n), double_of(term0), double_of(term1))
     elif kind == 4:
-        scale, rest = exp_parts(-(double_of(term0) + one) * log1p_of(one / n))
+        scale, rest = exp_parts_of(-(double_of(term0) + one) * log1p_of(one / n))
         weight = -((scale - one) + scale * rest)
     # the first update copies, whatever the rule
     return tl.where(num_averaged == 0, one, weight)

@@ -41,7 +41,7 @@ from .memory import (
     word,
 )
 from .paces import any_bad, counters_of, pace_held, pace_kernel, weights_of
-from .random import draw_of, random_bits
+from .random import bits_of_draw, draw_of
 
 __all__ = [
     "VERSION",
@@ -88,7 +88,7 @@ def update_tile(
     if CUT_BITS != 0:
         halves, first_index, index_step = draw
         index = first_index + (start.to(tl.uint32) + indices.to(tl.uint32)) * index_step
-        random = random_bits(halves, index) >> (32 - CUT_BITS)
+        random = bits_of_draw(halves, index) >> (32 - CUT_BITS)
     new_first, new_second = encode(moved, random, FORMAT)
     FIRST_BYTES: tl.constexpr = first.dtype.element_ty.primitive_bitwidth // 8
     EIGHTS: tl.constexpr = WIDE != 0 and (DTYPE != 0 or FIRST_BYTES == 2)

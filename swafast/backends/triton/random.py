@@ -32,7 +32,7 @@ def turn_of(n):
 
 
 @triton.jit
-def random_bits(draw, index):
+def bits_of_draw(draw, index):
     """Give 32 random bits for elements whose index has these lower 32 bits, uint32: the upper 16 are fit for use."""
     first, second, turn = draw
     x = index ^ first

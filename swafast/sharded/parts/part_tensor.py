@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from ...terms.boxes import Box
+from ...torch_private.core import make_wrapper
 
 aten = torch.ops.aten
 
@@ -67,7 +68,7 @@ class PartTensor(Tensor):
     def __new__(cls: type[PartTensor], run: Tensor, shape: Sequence[int], boxes: Sequence[Box]) -> PartTensor:
         _check_run(run)
         _check_boxes(boxes, shape, run.numel())
-        part = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=run.dtype, device=run.device)
+        part = make_wrapper(cls, tuple(shape), dtype=run.dtype, device=run.device)
         # In __dict__, and as objects that live as long as the part: torch's stager copies what it finds there, and
         # remembers it by its id.
         part.run = run
