@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import moved as _moved
+
 if TYPE_CHECKING:
     from . import optim as optim
     from . import posthoc as posthoc
@@ -46,17 +48,35 @@ _PUBLIC = {
     "Snapshots": "posthoc.snapshots",
     "update_bn": "optim.batchnorm",
 }
+#: What only pickles ask for.
+_PICKLED = {
+    "FixedWeight": "terms.rules",
+    "KernelTerms": "terms.weight",
+    "PlaneTree": "average.planes",
+    "Schedule": "loop.schedule",
+    "StoredAverage": "posthoc.folder",
+    "get_format": "terms.formats",
+}
 _PACKAGES = ("optim", "posthoc", "sharded")
+
+_moved.install()
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PACKAGES:
-        return importlib.import_module(f".{name}", __name__)
-    if name not in _PUBLIC:
+    module = _PUBLIC.get(name) or _PICKLED.get(name) or (name if name in _PACKAGES else None)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
-    importlib.import_module(".op.torch_op", __name__)  # torch.ops.swafast is there with the first public name
-    globals()[name] = value
+    try:
+        importlib.import_module(".op.torch_op", __name__)  # torch.ops.swafast is there with the first public name
+        found = importlib.import_module(f".{module}", __name__)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in (__name__, "torch"):
+            raise
+        raise ImportError(
+            f"swafast.{name} needs the module {error.name}, which is not there: install swafast again, with "
+            "pip install --force-reinstall"
+        ) from error
+    value = globals()[name] = found if name in _PACKAGES else getattr(found, name)
     return value
 
 

@@ -17,6 +17,7 @@ from ..op import checks, choice
 from ..op.exchange import Exchange
 from ..op.plan import Plan
 from ..terms.formats import OWN, Format, check_format, format_of, stored_dtype
+from ..terms.pickling import pickled_from
 from ..terms.rules import Rule, rule_of
 from ..torch_private.core import disable_dynamo
 from .functions import choose_rule, update_by_function
@@ -25,6 +26,7 @@ from .planes import Recast, find_planes, fit_planes
 from .states import check_state, export, keeping_ties, translate_load
 
 
+@pickled_from("swafast")
 class FusedAveragedModel(Attachable, AveragedModel):
     """A copy of a model whose parameters are the running average of the model's, moved in one fused pass per update.
 

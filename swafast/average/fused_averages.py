@@ -15,6 +15,7 @@ from ..backends.library import MAX_PACES
 from ..loop.attach import Attachable
 from ..loop.guard import Guard
 from ..op.plan import Plan
+from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import children_made, own_children
@@ -70,6 +71,7 @@ def named_formats(names: Sequence[str], format: object) -> dict[str, str | None]
     return {name: format.get(name) for name in names}
 
 
+@pickled_from("swafast")
 class FusedAverages(Attachable, Module):
     """Several averages of one model, moved together: ``FusedAverages(model, rules={"fast": ..., "slow": ...})``.
 

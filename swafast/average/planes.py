@@ -10,9 +10,11 @@ from torch.nn import Module
 
 from ..terms.formats import EXTRA_PLANES, Format, format_of_planes
 from ..terms.names import passing_names, unwrap
+from ..terms.pickling import pickled_from
 from ..torch_private.modules import own_buffers, own_children, passing_buffers
 
 
+@pickled_from("swafast")
 class PlaneTree(Module):
     """Tensors under dotted names, as buffers of nested modules, so that a state dict shows them under these names."""
 

@@ -104,7 +104,7 @@ def load() -> ctypes.CDLL | Unavailable:
             reason = place.parent / "not_built.txt"
             if reason.is_file():
                 return Unavailable(reason.read_text().strip())
-        return Unavailable(f"no native library at {' or '.join(map(str, places))}")
+        return Unavailable(f"no native library at {' or '.join(map(str, places))}: install swafast again")
     try:
         library = ctypes.CDLL(str(path))
         library.swafast_abi.restype = ctypes.c_int32

@@ -11,11 +11,14 @@ import re
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 
+from ..terms.pickling import pickled_from
+
 _SPAN = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ba|ep|dur)")
 
 Span = int | str
 
 
+@pickled_from("swafast")
 @dataclass(frozen=True)
 class Schedule:
     """The steps ``start``, ``start + every``, ... up to ``end``, counted from 1; ``None``: without an end.

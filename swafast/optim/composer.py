@@ -13,10 +13,12 @@ from torch.optim.swa_utils import SWALR
 
 from ..loop.attach import Attachable, check_optimizers
 from ..loop.schedule import Span, parse
+from ..terms.pickling import pickled_from
 
 _STRATEGIES = {"linear": "linear", "lin": "linear", "cos": "cos", "cosine": "cos"}
 
 
+@pickled_from("swafast.optim")
 class ComposerSWA:
     """What Composer's ``SWA`` algorithm does, after the optimizer's steps.
 

@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..terms.pickling import pickled_from
 
+
+@pickled_from("swafast.optim")
 class Cycles(LRScheduler):
     """A scheduler of torch's whose rate, that of all groups, depends on the step alone.
 
@@ -37,8 +40,9 @@ class Cycles(LRScheduler):
         return {key: value for key, value in super().state_dict().items() if key != "_rate"}
 
 
+@pickled_from("swafast.optim")
 @dataclass(frozen=True)
-class _Triangle:
+class Triangle:
     max_lr: float
     min_lr: float
     cycle: int
@@ -50,8 +54,9 @@ class _Triangle:
         return (2 - 2 * t) * self.min_lr + (2 * t - 1) * self.max_lr
 
 
+@pickled_from("swafast.optim")
 @dataclass(frozen=True)
-class _Cosine:
+class Cosine:
     max_lr: float
     anneal: int
     until: int
@@ -82,7 +87,7 @@ def cyclical_lr(optimizer: Optimizer, *, max_lr: float, min_lr: float, cycle: in
     if not max_lr >= min_lr > 0:
         raise ValueError(f"max_lr must be >= min_lr > 0, got {max_lr!r} and {min_lr!r}")
 
-    return Cycles(optimizer, _Triangle(max_lr, min_lr, cycle))
+    return Cycles(optimizer, Triangle(max_lr, min_lr, cycle))
 
 
 def cyclical_cosine_lr(optimizer: Optimizer, *, max_lr: float, anneal: int, until: int, cycle: int) -> Cycles:
@@ -110,4 +115,4 @@ def cyclical_cosine_lr(optimizer: Optimizer, *, max_lr: float, anneal: int, unti
     if not max_lr > 0:
         raise ValueError(f"max_lr must be > 0, got {max_lr!r}")
 
-    return Cycles(optimizer, _Cosine(max_lr, anneal, until, cycle))
+    return Cycles(optimizer, Cosine(max_lr, anneal, until, cycle))

@@ -15,12 +15,14 @@ from torch.optim import Optimizer
 
 from ..loop.attachment import check_attached_load, wait_for_readers
 from ..op import torch_op  # noqa: F401  # registers it
+from ..terms.pickling import pickled_from
 from ..terms.rules import EqualAverage
 from . import batchnorm
 
 _RULE = EqualAverage().kernel_terms()
 
 
+@pickled_from("swafast.optim")
 class SWA(Optimizer):
     """torchcontrib's ``SWA``, on today's torch: an optimizer that averages the params it trains.
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..terms.pickling import pickled_from
 from ..terms.rules import EqualAverage, ExponentialAverage, PowerAverage, Rule
 from .profiles import Profile
 
@@ -27,6 +28,7 @@ _RULES = {kind.__name__: kind for kind in (EqualAverage, ExponentialAverage, Pow
 _NAME = re.compile(r"(\d{12,})\.(\d+)")
 
 
+@pickled_from("swafast")
 class StoredAverage(NamedTuple):
     """One average of one snapshot."""
 

@@ -19,6 +19,7 @@ from ..loop.guard import Guard
 from ..sharded.construction import spell
 from ..sharded.parts.ranks import OneProcess, Ranks
 from ..sharded.sharded_model import ShardedAveragedModel
+from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
 from .folder import (
     Snapshot,
@@ -42,6 +43,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FAR_OFF = 0.01
 
 
+@pickled_from("swafast")
 class Snapshots:
     """A folder of averages stored along a training run, from which an average of any rule is synthesized afterwards.
 

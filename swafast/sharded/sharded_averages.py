@@ -14,6 +14,7 @@ from torch.nn import Module
 from ..average.fused_averages import named_formats, named_rules
 from ..average.matching import Bindings
 from ..loop.guard import Guard
+from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
 from ..torch_private.core import disable_dynamo
 from . import checkpoint
@@ -24,6 +25,7 @@ from .shard_matching import Bound, Staging, bind_shards, update_shards
 from .sharded_model import ShardedAveragedModel
 
 
+@pickled_from("swafast")
 class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
     """Several averages of one model, moved together: ``ShardedAverages(model, rules={"fast": ..., "slow": ...})``.
 

@@ -17,6 +17,7 @@ from ..average.matching import Bindings
 from ..backends.contract import Pair
 from ..op import checks
 from ..terms.formats import check_format
+from ..terms.pickling import pickled_from
 from ..terms.rules import EqualAverage, Rule
 from ..torch_private.core import disable_dynamo
 from . import checkpoint, construction
@@ -28,6 +29,7 @@ from .shard_matching import Bound, ShardSide, Staging, bind_shards, check_sharde
 from .swap import Swap, spread_all
 
 
+@pickled_from("swafast")
 class ShardedAveragedModel(AttachableShards):
     """The running average of a model that is spread over ranks: each rank averages what it owns, where it lies.
 

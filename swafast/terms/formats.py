@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .pickling import pickled_from
+
 
 @dataclass(frozen=True)
 class Format:
@@ -198,6 +200,7 @@ _OWN_DTYPES = (torch.float64, torch.complex64, torch.complex128)
 EXTRA_PLANES = tuple(dict.fromkeys(plane for fmt in _FORMATS.values() for plane, _ in fmt.extra))
 
 
+@pickled_from("swafast")
 def get_format(name: str) -> Format:
     """Give a format by its name.
 

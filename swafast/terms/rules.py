@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from ..torch_private.core import EMA_FACTORIES, SWA_FACTORIES, closure_of
+from .pickling import pickled_from
 from .weight import KernelTerms
 
 
+@pickled_from("swafast")
 class Rule:
     """How the weight of the newest model follows from the number of models averaged before it.
 
@@ -52,6 +54,7 @@ class Rule:
             torch._foreach_copy_(list(averages), list(params))
 
 
+@pickled_from("swafast")
 @dataclass(frozen=True)
 class EqualAverage(Rule):
     """The equal mean of all models so far, ``weight = 1 / (n + 1)``: stochastic weight averaging.
@@ -66,6 +69,7 @@ class EqualAverage(Rule):
         return KernelTerms.of(KernelTerms.EQUAL)
 
 
+@pickled_from("swafast")
 @dataclass(frozen=True)
 class ExponentialAverage(Rule):
     """The exponential moving average, ``weight = 1 - decay``, with the warm-ups people use.
@@ -134,6 +138,7 @@ class ExponentialAverage(Rule):
         return KernelTerms.of(KernelTerms.RATIO_WARMUP, low, high)
 
 
+@pickled_from("swafast")
 @dataclass(frozen=True)
 class PowerAverage(Rule):
     """The power-function average, as wide as a fixed share of the run: ``decay = (1 - 1/(n+1)) ** (gamma+1)``.
@@ -182,6 +187,7 @@ class PowerAverage(Rule):
         return KernelTerms.of(KernelTerms.POWER, self.gamma)
 
 
+@pickled_from("swafast")
 @dataclass(frozen=True)
 class FixedWeight(Rule):
     """A weight worked out beforehand: what a rule in Python alone gave for one update."""

@@ -13,6 +13,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from .pickling import pickled_from
+
 #: ln 2 in two parts; the first ends in 21 zero bits, so that its product with an exponent is exact.
 LN2_HIGH = float.fromhex("0x1.62e42feep-1")
 LN2_LOW = float.fromhex("0x1.a39ef35793c76p-33")
@@ -74,6 +76,7 @@ def expm1(x: float) -> float:
     return (scale - 1.0) + scale * rest
 
 
+@pickled_from("swafast")
 @dataclass(frozen=True)
 class KernelTerms:
     """What a kernel needs to work out a rule's weight: the kinds and terms of ``csrc/swafast.h``."""

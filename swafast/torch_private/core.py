@@ -84,7 +84,7 @@ def has_own_dispatch(tensor: Tensor) -> bool:
 
 def make_wrapper(kind: type[T], shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> T:
     """Return a tensor of the subclass ``kind`` that has this look and no memory of its own."""
-    return Tensor._make_wrapper_subclass(kind, tuple(shape), dtype=dtype, device=device)  # type: ignore[return-value]
+    return Tensor._make_wrapper_subclass(kind, tuple(shape), dtype=dtype, device=device)
 
 
 def current_raw_stream(device: torch.device) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ...loop.guard import ForkSafeLock
+from ...terms.pickling import pickled_from
 from ...torch_private.distributed import group_timeout, new_group, store_of
 from .rendezvous import Rendezvous
 
@@ -33,6 +34,7 @@ _GRACE = timedelta(seconds=0.9)
 _TIMEOUT = timedelta(minutes=30)
 
 
+@pickled_from("swafast.sharded")
 class LostPeerError(RuntimeError):
     """A collective of ours failed: a rank died, or did not come within the process group's timeout.
 

@@ -1,0 +1,28 @@
+"""Modules that moved before the first release: pickles of whole objects may still name them."""
+
+from __future__ import annotations
+
+import sys
+
+_NAMES = ("averaged_model", "averages", "elementary", "formats", "planes", "profiles", "rules", "schedule", "snapshots")
+_MOVED = frozenset(f"swafast.{name}" for name in _NAMES)
+
+
+class MovedFinder:
+    """The last finder of ``sys.meta_path``: it says of a moved module what a plain import error would not."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        if name in _MOVED:
+            raise ModuleNotFoundError(
+                f"No module named {name!r}: it moved before swafast 0.1.0 was released. If a pickle of a whole object "
+                "names it, load that with the swafast that wrote it and save its state_dict(), which this one loads; "
+                "in code, import from swafast itself",
+                name=name,
+            )
+
+
+def install() -> None:
+    """Add the finder, once."""
+    if not any(isinstance(finder, MovedFinder) for finder in sys.meta_path):
+        sys.meta_path.append(MovedFinder())  # type: ignore[arg-type]  # it finds nothing

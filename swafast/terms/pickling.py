@@ -1,0 +1,21 @@
+"""Where a pickle looks for what it holds: a public package, which stays when modules move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T", bound=Callable[..., object])
+
+
+def pickled_from(package: str) -> Callable[[T], T]:
+    """Mark a class or function that ends up in pickles: they hold it as ``package.<name>``, where it must resolve.
+
+    Set after the class is made, since a dataclass looks for its annotations' names in the module that it is in.
+    """
+
+    def mark(kind: T) -> T:
+        kind.__module__ = package
+        return kind
+
+    return mark

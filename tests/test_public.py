@@ -1,0 +1,182 @@
+"""The public names: lazy, complete, typed for editors, the same in every pickle."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pickle
+import pickletools
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import swafast
+from swafast.optim import SWA, cyclical_cosine_lr, cyclical_lr
+
+ROOT = Path(__file__).parents[1]
+#: Packages whose names a pickle may hold: they stay when modules move.
+PACKAGES = ("swafast", "swafast.optim", "swafast.sharded")
+
+
+def run(code: str) -> str:
+    """Run code in a new interpreter, in the clone, and return what it printed."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_dir_is_the_public_names() -> None:
+    assert dir(swafast) == sorted([*swafast.__all__, "optim", "posthoc", "sharded"])
+    assert all(getattr(swafast, name) is not None for name in dir(swafast))
+    with pytest.raises(AttributeError, match="module 'swafast' has no attribute 'FusedAverage'"):
+        swafast.FusedAverage  # noqa: B018
+
+
+def test_what_editors_see_is_what_is_there() -> None:
+    tree = ast.parse((ROOT / "swafast" / "__init__.py").read_text())
+    (typed,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.asname or alias.name: node.module
+        for node in ast.walk(typed)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    lazy = {**swafast._PUBLIC, **dict.fromkeys(swafast._PACKAGES)}
+    assert seen == lazy
+    assert {*swafast._PUBLIC, "__version__"} == set(swafast.__all__)
+
+
+def test_importing_loads_no_torch_and_packages_resolve_after_it() -> None:
+    assert run("import swafast, sys; print('torch' in sys.modules)") == "False\n"
+    assert run("import swafast; print(swafast.optim.SWA.__name__, swafast.sharded.LostPeerError.__name__)").split() == [
+        "SWA",
+        "LostPeerError",
+    ]
+
+
+def test_the_op_is_there_with_the_first_public_name() -> None:
+    code = """
+import os, sys, torch, swafast
+assert not hasattr(torch.ops.swafast, "update_")
+for name in [name for name in dir(swafast) if name != "__version__"]:
+    if os.fork() == 0:  # each touches one name alone
+        getattr(swafast, name)
+        os._exit(not hasattr(torch.ops.swafast, "update_"))
+    assert os.wait()[1] == 0, name
+print("seen")
+"""
+    assert run(code) == "seen\n"
+
+
+def test_help_answers_at_once_and_without_torch() -> None:
+    code = "import sys; from swafast.cli import app\ntry: app(['--help'])\nfinally: print('torch' in sys.modules)"
+    took = []
+    for _ in range(3):  # the least: other processes may take the cores meanwhile
+        began = time.perf_counter()
+        answer = run(code)
+        took.append(time.perf_counter() - began)
+        assert "demo" in answer
+        assert answer.endswith("False\n")
+    assert min(took) < 0.5
+
+
+def signature_of(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_signatures_show_every_argument() -> None:
+    assert signature_of(swafast.FusedAveragedModel)[:6] == [
+        "model",
+        "device",
+        "avg_fn",
+        "multi_avg_fn",
+        "use_buffers",
+        "rule",
+    ]
+    for one, several in (
+        (swafast.FusedAveragedModel, swafast.FusedAverages),
+        (swafast.ShardedAveragedModel, swafast.ShardedAverages),
+    ):
+        functions = {"avg_fn", "multi_avg_fn"}
+        assert {*signature_of(one)} - functions - {"rule"} == {*signature_of(several)} - {"rules"}
+        assert "__new__" not in one.__dict__
+
+
+# Pickles
+
+
+def made() -> dict[str, Any]:
+    """One of each kind of object that a user may pickle whole."""
+    model = torch.nn.Linear(2, 2).bfloat16()
+    sgd = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), 0.1)
+    averaged = swafast.FusedAveragedModel(model, rule=swafast.ExponentialAverage(0.9))
+    averaged.update_parameters(model)
+    averages = swafast.FusedAverages(model, rules={"fast": swafast.PowerAverage(), "slow": swafast.EqualAverage()})
+    return {
+        "averaged model": averaged,
+        "compact": swafast.FusedAveragedModel(model, format="compact"),
+        "several": averages,
+        "kernel terms": swafast.PowerAverage().kernel_terms(),
+        "schedule": averaged.attach(torch.optim.SGD(model.parameters(), 0.1)).schedule,
+        "SWA": SWA(sgd, 1, 1),
+        "cyclical": cyclical_lr(sgd, max_lr=0.1, min_lr=0.01, cycle=2),
+        "cosine": cyclical_cosine_lr(sgd, max_lr=0.1, anneal=4, until=3, cycle=1),
+        "error": importlib.import_module("swafast.sharded").LostPeerError("gone"),
+    }
+
+
+def modules_in(pickled: bytes) -> set[str]:
+    """The modules of ours that a pickle names."""
+    words = [argument for _, argument, _ in pickletools.genops(pickled) if isinstance(argument, str)]
+    return {word.split(" ")[0] for word in words if word.split(" ")[0].split(".")[0] == "swafast"}
+
+
+@pytest.mark.parametrize("what", ["averaged model", "compact", "several", "kernel terms", "schedule"])
+@pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
+def test_pickles_name_the_top_package_alone(what: str, protocol: int) -> None:
+    pickled = pickle.dumps(made()[what], protocol)
+    assert modules_in(pickled) == {"swafast"}
+    assert type(pickle.loads(pickled)) is type(made()[what])
+
+
+@pytest.mark.parametrize("what", ["SWA", "cyclical", "cosine", "error"])
+def test_pickles_of_packages_name_these(what: str) -> None:
+    pickled = pickle.dumps(made()[what])
+    assert modules_in(pickled) <= set(PACKAGES)
+    assert type(pickle.loads(pickled)) is type(made()[what])
+
+
+def test_a_pickle_that_names_a_module_is_seen() -> None:
+    class Moved:
+        def __reduce__(self) -> Any:
+            return importlib.import_module("swafast.op.plan").lay_out, ([1], [None])
+
+    assert modules_in(pickle.dumps(Moved())) == {"swafast.terms.layout"}
+
+
+@pytest.mark.parametrize("module", ["averaged_model", "rules", "planes", "formats"])
+def test_an_old_pickle_says_what_to_do(module: str) -> None:
+    pickled = f"cswafast.{module}\nSomething\n.".encode()
+    with pytest.raises(ModuleNotFoundError, match=rf"'swafast.{module}': it moved .* save its state_dict\(\)"):
+        pickle.loads(pickled)
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'swafast\.nonsense'"):
+        pickle.loads(b"cswafast.nonsense\nSomething\n.")
+
+
+def test_half_a_package_says_what_to_do(tmp_path: Path) -> None:
+    package = tmp_path / "swafast"
+    for path in (ROOT / "swafast").rglob("*.py"):
+        copy = package / path.relative_to(ROOT / "swafast")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(path.read_text())
+    (package / "terms" / "formats.py").unlink()
+    code = "import swafast\ntry: swafast.FusedAveragedModel\nexcept ImportError as error: print(error)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert "swafast.FusedAveragedModel needs the module swafast.terms.formats, which is not there" in done.stdout
+    assert "install swafast again" in done.stdout
