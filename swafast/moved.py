@@ -25,4 +25,4 @@ class MovedFinder:
 def install() -> None:
     """Add the finder, once."""
     if not any(isinstance(finder, MovedFinder) for finder in sys.meta_path):
-        sys.meta_path.append(MovedFinder())  # type: ignore[arg-type]  # it finds nothing
+        sys.meta_path.append(MovedFinder())

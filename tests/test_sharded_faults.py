@@ -656,12 +656,19 @@ def test_two_averages_of_one_model_take_turns() -> None:
 
 
 def average_in_threads() -> list[str]:
-    """Update averages from a thread each, two of them with a flag that goes round at every update."""
+    """Update averages from a thread each, two of them with a flag that goes round at every update.
+
+    Ranks may take the threads' updates in different orders, so those with a flag have process groups of their own.
+    """
     torch.manual_seed(3)
     models = [Small() for _ in range(4)]
     copies = copy.deepcopy(models)
     kinds = ("propagate", "propagate", "skip", "skip")
-    averages = [ShardedAveragedModel(model, nonfinite=kind) for model, kind in zip(models, kinds, strict=True)]
+    groups = [dist.new_group() if kind == "skip" else None for kind in kinds]
+    averages = [
+        ShardedAveragedModel(model, nonfinite=kind, process_group=group)
+        for model, kind, group in zip(models, kinds, groups, strict=True)
+    ]
     start = threading.Barrier(len(models))
 
     def course(update: Callable[[nn.Module], None], model: nn.Module, index: int) -> None:

@@ -50,7 +50,7 @@ class Together(Protocol):
 
     lock: ForkSafeLock
 
-    def settled(self, what: str) -> AbstractContextManager[None]: ...
+    def settled(self, what: str, number: int | None = None) -> AbstractContextManager[None]: ...
 
 
 class Guard:
@@ -60,14 +60,16 @@ class Guard:
 
     Args:
         parts: the guards of several averages, whose guard this is; none: it is that of one.
+        number: of the averages among those that share their ranks, the same on every rank.
 
     Attributes:
         attachment: by which the averages follow an optimizer, or None.
         model: that the averages are in, inside ``swapped_into``; else None.
     """
 
-    def __init__(self, parts: Sequence[Guard] = ()) -> None:
+    def __init__(self, parts: Sequence[Guard] = (), number: int | None = None) -> None:
         self._parts = tuple(parts) or (self,)
+        self.number = number
         self._lock = ForkSafeLock()
         self._attachment: Attachment | None = None
         self._model: Module | None = None
@@ -133,6 +135,6 @@ class Guard:
         """
         self.settle(action)
         with self.locked(), ranks.lock if ranks is not None else nullcontext():
-            with ranks.settled(action) if ranks is not None else nullcontext():
+            with ranks.settled(action, self.number) if ranks is not None else nullcontext():
                 self.refuse_while_swapped(action)
             yield

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
 from ..average.matching import Bindings, check_model
-from ..backends.contract import Pair, found_anywhere
+from ..backends.contract import Pair, ShareFlag, found_anywhere
 from ..op import checks, choice
 from ..op.plan import Fingerprint, Plan
 from ..terms.draws import Draws, make_key
@@ -280,19 +280,28 @@ def bind_shards(
     return current
 
 
-def update_shards(bound: Bound, rules: Sequence[Rule], device: torch.device, *, nonfinite: str, ranks: Ranks) -> None:
-    """Move what is bound. Collective where ``nonfinite`` asks for a flag, on ``device``."""
+def update_shards(
+    bound: Bound, rules: Sequence[Rule], device: torch.device, *, nonfinite: str, ranks: Ranks, number: int
+) -> None:
+    """Move what is bound. Collective where ``nonfinite`` asks for a flag, on ``device``.
+
+    Args:
+        number: of the averaged model among those that share ``ranks``.
+    """
     plan, params, planes = bound
+    share = ranks.share_flag(number)
     if nonfinite == "raise":
-        refuse_nonfinite(plan, params, device, ranks)
+        refuse_nonfinite(plan, params, device, ranks, share)
     skip = nonfinite == "skip"
-    plan.update(params, planes, rules, skip_nonfinite=skip, share=ranks.max_ if skip else None)
+    plan.update(params, planes, rules, skip_nonfinite=skip, share=share if skip else None)
 
 
-def refuse_nonfinite(plan: Plan, params: Sequence[Tensor], device: torch.device, ranks: Ranks) -> None:
+def refuse_nonfinite(
+    plan: Plan, params: Sequence[Tensor], device: torch.device, ranks: Ranks, share: ShareFlag
+) -> None:
     """Raise ValueError on every rank, naming a param that holds a NaN or an infinity on one of them. Collective."""
     name = plan.first_nonfinite(params)
-    if found_anywhere(name is not None, device, ranks.max_):
+    if found_anywhere(name is not None, device, share):
         told = zip(ranks.ranks, ranks.gather(name), strict=True)
         rank, first = next((rank, name) for rank, name in told if name is not None)
         raise ValueError(f"{first!r} must be finite, got a NaN or an infinity on rank {rank}; the average is as it was")

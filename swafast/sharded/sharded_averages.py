@@ -59,6 +59,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         seed: int = 0,
     ) -> None:
         self._ranks = process_group if isinstance(process_group, Ranks) else Ranks.of(process_group)
+        self._number = self._ranks.next_number()
         self._bindings = Bindings()
         with self._ranks.settled("ShardedAverages"):
             named = named_rules(rules)
@@ -120,7 +121,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
     def _run(self, bound: Bound) -> None:
         rules, device = [averaged.rule for averaged in self.values()], self._first.n_averaged.device
         with self._guard.hold("update_parameters"):
-            update_shards(bound, rules, device, nonfinite=self.nonfinite, ranks=self._ranks)
+            update_shards(bound, rules, device, nonfinite=self.nonfinite, ranks=self._ranks, number=self._number)
 
     def state_dict(self, *, checksums: bool = True) -> dict[str, Tensor]:
         """Give the states of all averages, the keys of each behind its name: ``fast.module.weight``. Collective.
@@ -182,7 +183,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         return sum(averaged.nbytes for averaged in self.values())
 
     def _make_guard(self) -> Guard:
-        return Guard([averaged._guard for averaged in self.values()])
+        return Guard([averaged._guard for averaged in self.values()], self._number)
 
     def __reduce__(self) -> Any:
         raise TypeError(

@@ -15,6 +15,7 @@ from torch.nn import Module
 from ..average.functions import choose_rule
 from ..average.matching import Bindings
 from ..backends.contract import Pair
+from ..loop.guard import Guard
 from ..op import checks
 from ..terms.formats import check_format
 from ..terms.pickling import pickled_from
@@ -99,6 +100,7 @@ class ShardedAveragedModel(AttachableShards):
     ) -> None:
         self._bindings = Bindings()
         self._ranks = process_group if isinstance(process_group, Ranks) else Ranks.of(process_group)
+        self._number = self._ranks.next_number()
         self.format, self.backend, self.nonfinite, self.seed = format, backend, nonfinite, seed
         self.use_buffers, self.share_replicas = use_buffers, share_replicas
         with self._ranks.settled("ShardedAveragedModel"):
@@ -156,6 +158,9 @@ class ShardedAveragedModel(AttachableShards):
         with self._guard.hold("update_parameters"):
             self._run(self._bind(model))
 
+    def _make_guard(self) -> Guard:
+        return Guard(number=self._number)
+
     def _bind(self, model: Module, staging: Staging | None = None) -> Bound:
         return bind_shards(
             self._bindings, model, [self._side()], self._find_held, backend=self.backend, staging=staging
@@ -163,7 +168,14 @@ class ShardedAveragedModel(AttachableShards):
 
     def _run(self, bound: Bound) -> None:
         with self._guard.hold("update_parameters"):
-            update_shards(bound, [self.rule], self.n_averaged.device, nonfinite=self.nonfinite, ranks=self._ranks)
+            update_shards(
+                bound,
+                [self.rule],
+                self.n_averaged.device,
+                nonfinite=self.nonfinite,
+                ranks=self._ranks,
+                number=self._number,
+            )
 
     def _side(self) -> ShardSide:
         return ShardSide(self._shares, self._planes, self.n_averaged, self.seed)
@@ -230,7 +242,7 @@ class ShardedAveragedModel(AttachableShards):
 
         Where params are cut all ranks take part, so what one of them cannot do, here or in the body, raises on each.
         """
-        with self._ranks.settled(action) if self._spreads else nullcontext():
+        with self._ranks.settled(action, self._number) if self._spreads else nullcontext():
             self._guard.refuse_while_swapped(action)
             plan, params, planes = self._bind(model)
             reshard(model)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -93,6 +94,7 @@ class Ranks:
         #: Held for each collective, and for several that belong together: threads share the group.
         self.lock = ForkSafeLock()
         self._loss = _Loss()
+        self._numbers = itertools.count()
         # Weakly: who destroys it may not be kept from it by what hangs on it.
         self._parent = weakref.ref(process_group) if process_group is not None else None
         self._parts: dict[tuple[int, ...], Ranks] = {self.ranks: self}
@@ -147,6 +149,10 @@ class Ranks:
             return torch.device("cuda", torch.cuda.current_device())
         return device
 
+    def next_number(self) -> int:
+        """A number for an averaged model that uses this group: ranks make them in one order."""
+        return next(self._numbers)
+
     @property
     def is_lost(self) -> bool:
         """Whether no peer may be met any more."""
@@ -162,6 +168,36 @@ class Ranks:
         with self._heard():
             dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def share_flag(self, number: int) -> Callable[[Tensor], None]:
+        """Return what makes a flag, () int64, that is not 0 on one rank so on all. Collective.
+
+        The number of the averaged model goes round with it, in the one element: flags of two averages that ranks
+        update in different orders must not be taken for each other. On a GPU, where nothing may be read, such a flag
+        is 1.
+
+        Args:
+            number: from :meth:`next_number`.
+
+        Raises:
+            RuntimeError: on some rank, for a flag on the CPU: another rank was in the update of another average.
+        """
+
+        def share(flag: Tensor) -> None:
+            if self.size == 1:
+                return
+            shared = (flag != 0) + 2 * number
+            with self.in_step():
+                self.max_(shared)
+                met = shared >> 1 == number
+                if flag.device.type == "cpu" and not met:
+                    raise RuntimeError(
+                        "ranks must update averages that share a process group in one order, got another average on "
+                        "another rank: give each thread averages of a process group of its own"
+                    )
+                flag.copy_(torch.where(met, shared & 1, 1))
+
+        return share
 
     def sum_(self, tensor: Tensor) -> None:
         self._reduce(tensor, dist.ReduceOp.SUM)
@@ -230,10 +266,13 @@ class Ranks:
     # What they settle
 
     @contextmanager
-    def settled(self, what: str) -> Iterator[None]:
+    def settled(self, what: str, number: int | None = None) -> Iterator[None]:
         """Run the body on every rank, and raise on every rank if it failed on one.
 
         A rank raises its own error where it has one, and otherwise a RuntimeError that names the first that failed.
+
+        Args:
+            number: of the averaged model that it is about, from :meth:`next_number`.
         """
         self._loss.refuse()
         error: BaseException | None = None
@@ -242,14 +281,17 @@ class Ranks:
         except BaseException as raised:  # an interrupt too: the peers wait
             error = raised
         try:
-            told = self.gather((what, None if error is None else f"{type(error).__name__}: {error}"))
+            told = self.gather((what, number, None if error is None else f"{type(error).__name__}: {error}"))
         finally:
             if error is not None:
                 raise error
-        if len({call for call, _ in told}) > 1:
-            calls = ", ".join(f"{call} on rank {rank}" for rank, (call, _) in zip(self.ranks, told, strict=True))
+        if len({(call, of) for call, of, _ in told}) > 1:
+            calls = ", ".join(
+                call + (f" of average {of}" if of is not None else "") + f" on rank {rank}"
+                for rank, (call, of, _) in zip(self.ranks, told, strict=True)
+            )
             raise RuntimeError(f"all ranks must make the same call, got {calls}")
-        for rank, (_, message) in zip(self.ranks, told, strict=True):
+        for rank, (_, _, message) in zip(self.ranks, told, strict=True):
             if message is not None:
                 raise RuntimeError(f"{what} failed on rank {rank}, and so on every rank: {message}")
 
