@@ -33,4 +33,4 @@ def different_calls() -> list[str]:
 def test_different_calls_are_named_on_every_rank() -> None:
     first, second = run_ranks(2, different_calls)
     assert first == second
-    assert "state_dict on rank 0, full_state_dict on rank 1" in first[0]
+    assert "state_dict of average 0 on rank 0, full_state_dict of average 0 on rank 1" in first[0]

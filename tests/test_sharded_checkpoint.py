@@ -1187,7 +1187,7 @@ def skip_verification() -> None:
 
 def tell_nobody() -> None:
     @contextmanager
-    def alone(self: Ranks, what: str) -> Iterator[None]:
+    def alone(self: Ranks, what: str, number: int | None = None) -> Iterator[None]:
         yield
 
     Ranks.settled = alone  # type: ignore[method-assign]

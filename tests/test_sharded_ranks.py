@@ -16,8 +16,8 @@ from torch import nn
 from swafast import EqualAverage, ExponentialAverage, ShardedAveragedModel, ShardedAverages, Snapshots, update_bn
 from swafast.sharded import LostPeerError, checkpoint
 from swafast.sharded.parts import ranks as ranks_module
-from swafast.sharded.parts.ranks import Ranks
-from swafast.sharded.parts.rendezvous import Rendezvous
+from swafast.sharded.parts import rendezvous
+from swafast.sharded.parts.rendezvous import Rendezvous, shared_ranks
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -168,7 +168,7 @@ def make_anew(where: str | None, in_construction: str | None) -> dict[str, Any]:
     state = anew.full_state_dict()
     told["right"] = torch.equal(state["module.0.weight"], model.get_parameter("0.weight"))
     told["anew"] = anew._ranks is not averaged._ranks
-    told["one for all"] = ShardedAveragedModel(model)._ranks is anew._ranks and Ranks.of() is anew._ranks
+    told["one for all"] = ShardedAveragedModel(model)._ranks is anew._ranks and shared_ranks() is anew._ranks
     return told
 
 
@@ -189,7 +189,7 @@ def test_a_construction_that_was_interrupted_on_one_rank_comes_to_its_end(where:
 
 def ask_nobody() -> dict[str, Any]:
     """The bug: each rank goes by what it has seen itself."""
-    seat = ranks_module._Seat
+    seat = rendezvous._Seat
     seat.is_shared_by_all = lambda self: self.ranks is not None and not self.ranks.is_lost  # type: ignore[method-assign]
     return make_anew("after the last collective", None)
 
@@ -201,7 +201,7 @@ def test_the_gate_kills_the_bug() -> None:
 
 def lose_a_part() -> bool:
     """Whether what goes out of step in a part of the ranks is lost to all: nobody may be met in the whole either."""
-    ranks = Ranks.of()
+    ranks = shared_ranks()
     part = ranks.part([0, 1]) if dist.get_rank() < 2 else ranks
     with suppress(ValueError), part.in_step():
         raise ValueError("out of step")

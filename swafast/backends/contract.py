@@ -6,7 +6,7 @@ A backend is a module with the members of :class:`Backend`. ``op/choice.py`` cho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,17 +36,19 @@ class Pair:
         return self.planes[0]
 
 
-#: Makes a flag, () int64, that is not 0 on one rank so on all ranks, where it is: nothing is read on the host.
-ShareFlag = Callable[[Tensor], None]
+class ShareFlag(Protocol):
+    """How ranks share what each has found in its part of an update."""
+
+    def __call__(self, flag: Tensor) -> None:
+        """Make a flag, () int64, that is not 0 on one rank so on all, where it is: nothing is read on the host."""
+
+    def anywhere(self, found: bool, device: torch.device) -> bool:
+        """Return whether any rank has found it, by a flag on ``device`` that is read on the host."""
 
 
 def found_anywhere(found: bool, device: torch.device, share: ShareFlag | None) -> bool:
-    """Say whether this rank, or any with which it shares a flag, has found what it looked for."""
-    if share is None:
-        return found
-    flag = torch.full((), int(found), dtype=torch.int64, device=device)
-    share(flag)
-    return bool(flag)
+    """Return whether this rank, or any with which it shares a flag, has found what it looked for."""
+    return found if share is None else share.anywhere(found, device)
 
 
 class Launch(Protocol):

@@ -159,9 +159,9 @@ def _run_on_all(run: Callable[[], int], layers: Mapping[str, Layer], process_gro
     Raises:
         ValueError: the models differ, or what ``run`` raises. RuntimeError: it failed on another rank.
     """
-    from ..sharded.parts.ranks import Ranks
+    from ..sharded.parts.rendezvous import shared_ranks
 
-    ranks = Ranks.of(process_group)
+    ranks = shared_ranks(process_group)
     with ranks.lock:
         with ranks.settled("update_bn"):
             num_batches = run()

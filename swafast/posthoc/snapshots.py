@@ -17,7 +17,8 @@ from torch.distributed import ProcessGroup
 
 from ..loop.guard import Guard
 from ..sharded.construction import spell
-from ..sharded.parts.ranks import OneProcess, Ranks
+from ..sharded.parts.ranks import OneProcess
+from ..sharded.parts.rendezvous import shared_ranks
 from ..sharded.sharded_model import ShardedAveragedModel
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
@@ -87,7 +88,7 @@ class Snapshots:
         self.folder = Path(folder).absolute()  # whatever becomes of the working directory
         alone = process_group is None and not (dist.is_available() and dist.is_initialized())
         self._has_warned = False  # of later snapshots than one that is saved
-        self._ranks = OneProcess() if alone else Ranks.of(process_group)
+        self._ranks = OneProcess() if alone else shared_ranks(process_group)
         with self._ranks.settled("Snapshots"):
             if rules is not None and not isinstance(rules, Mapping):
                 raise TypeError(f"rules must be a mapping of names to rules or None, got {type(rules).__name__}")

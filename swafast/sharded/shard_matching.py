@@ -19,6 +19,7 @@ from ..terms.names import require_same_names, unwrap
 from ..terms.rules import Rule
 from ..torch_private import distributed as private
 from ..torch_private.modules import Walk
+from .parts.flag import Flag
 from .parts.holdings import Held, Mesh, find_holdings, is_fsdp1, require_same_place, reshard
 from .parts.ranks import Ranks
 from .parts.shares import Share
@@ -289,7 +290,7 @@ def update_shards(
         number: of the averaged model among those that share ``ranks``.
     """
     plan, params, planes = bound
-    share = ranks.share_flag(number)
+    share = Flag(ranks, number)
     if nonfinite == "raise":
         refuse_nonfinite(plan, params, device, ranks, share)
     skip = nonfinite == "skip"

@@ -21,6 +21,7 @@ from . import checkpoint
 from .attaching import AttachableShards
 from .construction import spell
 from .parts.ranks import Ranks
+from .parts.rendezvous import shared_ranks
 from .shard_matching import Bound, Staging, bind_shards, update_shards
 from .sharded_model import ShardedAveragedModel
 
@@ -58,7 +59,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         backend: str | None = None,
         seed: int = 0,
     ) -> None:
-        self._ranks = process_group if isinstance(process_group, Ranks) else Ranks.of(process_group)
+        self._ranks = process_group if isinstance(process_group, Ranks) else shared_ranks(process_group)
         self._number = self._ranks.next_number()
         self._bindings = Bindings()
         with self._ranks.settled("ShardedAverages"):

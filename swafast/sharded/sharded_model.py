@@ -25,6 +25,7 @@ from . import checkpoint, construction
 from .attaching import AttachableShards
 from .parts.holdings import Held, find_holdings, reshard
 from .parts.ranks import Ranks
+from .parts.rendezvous import shared_ranks
 from .parts.shares import share_out
 from .shard_matching import Bound, ShardSide, Staging, bind_shards, check_sharded_model, find_held, update_shards
 from .swap import Swap, spread_all
@@ -99,7 +100,7 @@ class ShardedAveragedModel(AttachableShards):
         seed: int = 0,
     ) -> None:
         self._bindings = Bindings()
-        self._ranks = process_group if isinstance(process_group, Ranks) else Ranks.of(process_group)
+        self._ranks = process_group if isinstance(process_group, Ranks) else shared_ranks(process_group)
         self._number = self._ranks.next_number()
         self.format, self.backend, self.nonfinite, self.seed = format, backend, nonfinite, seed
         self.use_buffers, self.share_replicas = use_buffers, share_replicas

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,8 +17,7 @@ from torch.distributed import ProcessGroup
 
 from ...loop.guard import ForkSafeLock
 from ...terms.pickling import pickled_from
-from ...torch_private.distributed import group_timeout, new_group, store_of
-from .rendezvous import Rendezvous
+from ...torch_private.distributed import group_timeout, new_group
 
 T = TypeVar("T")
 
@@ -29,10 +27,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 #: Waited for beyond the timeout of the user's group. A rank that left ``swapped_into`` early waits for its peers in our
 #: group; one of them may wait for it in the user's, must give up there first, and then comes. Less than a second, since
 #: torch's FileStore waits for a peer up to the next whole one.
-_GRACE = timedelta(seconds=0.9)
-
-#: How long ranks wait for each other where their process group does not say.
-_TIMEOUT = timedelta(minutes=30)
+GRACE = timedelta(seconds=0.9)
 
 
 @pickled_from("swafast.sharded")
@@ -70,7 +65,7 @@ class _Loss:
 class Ranks:
     """A process group over the ranks of the user's, in which nothing of ours can meet a collective of the user's.
 
-    There is one for each of the user's groups: :meth:`of` returns it. Making one is collective.
+    There is one for each of the user's groups: ``rendezvous.shared_ranks`` returns it. Making one is collective.
 
     Args:
         process_group: the user's; None: the default one.
@@ -85,7 +80,7 @@ class Ranks:
     """
 
     def __init__(self, process_group: ProcessGroup | None, name: str, ranks: Sequence[int] | None = None) -> None:
-        parent = _checked(process_group)
+        parent = checked_group(process_group)
         self.rank = dist.get_rank()
         self.ranks = tuple(sorted(ranks)) if ranks is not None else tuple(dist.get_process_group_ranks(parent))
         if self.rank not in self.ranks:
@@ -103,26 +98,9 @@ class Ranks:
             self._group = new_group(
                 self.ranks,
                 hashlib.sha256(self.name.encode()).hexdigest(),
-                timeout=timeout + _GRACE if timeout is not None else None,
+                timeout=timeout + GRACE if timeout is not None else None,
                 backend=dist.get_backend(parent) if ranks is not None or process_group is not None else None,
             )
-
-    @classmethod
-    def of(cls, process_group: ProcessGroup | None = None) -> Ranks:
-        """The one group of ours over ``process_group``, made anew where a rank has lost a peer in it. Collective.
-
-        Raises:
-            TypeError, ValueError, LostPeerError: as the constructor.
-        """
-        parent = _checked(process_group)
-        with _making:
-            seat = _seats.get(parent) or _seats.setdefault(parent, _Seat(parent))
-        with seat.lock:
-            if not seat.is_shared_by_all():
-                seat.ranks = None
-                seat.ranks = cls(process_group, f"swafast {parent.group_name} {seat.turn}")
-            assert seat.ranks is not None
-            return seat.ranks
 
     def part(self, ranks: Sequence[int]) -> Ranks:
         """The group over some of these ranks, this one among them; made once, together with the others of them."""
@@ -168,36 +146,6 @@ class Ranks:
         with self._heard():
             dist.all_gather_object(values, value, group=self._group)
         return values
-
-    def share_flag(self, number: int) -> Callable[[Tensor], None]:
-        """Return what makes a flag, () int64, that is not 0 on one rank so on all. Collective.
-
-        The number of the averaged model goes round with it, in the one element: flags of two averages that ranks
-        update in different orders must not be taken for each other. On a GPU, where nothing may be read, such a flag
-        is 1.
-
-        Args:
-            number: from :meth:`next_number`.
-
-        Raises:
-            RuntimeError: on some rank, for a flag on the CPU: another rank was in the update of another average.
-        """
-
-        def share(flag: Tensor) -> None:
-            if self.size == 1:
-                return
-            shared = (flag != 0) + 2 * number
-            with self.in_step():
-                self.max_(shared)
-                met = shared >> 1 == number
-                if flag.device.type == "cpu" and not met:
-                    raise RuntimeError(
-                        "ranks must update averages that share a process group in one order, got another average on "
-                        "another rank: give each thread averages of a process group of its own"
-                    )
-                flag.copy_(torch.where(met, shared & 1, 1))
-
-        return share
 
     def sum_(self, tensor: Tensor) -> None:
         self._reduce(tensor, dist.ReduceOp.SUM)
@@ -315,7 +263,7 @@ class Ranks:
                     )
 
 
-def _checked(process_group: object) -> ProcessGroup:
+def checked_group(process_group: object) -> ProcessGroup:
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
             "process_group must exist, got none: call torch.distributed.init_process_group before, or use "
@@ -335,51 +283,6 @@ class OneProcess(Ranks):
 
     def __init__(self) -> None:
         self.rank, self.ranks, self.lock, self._loss = 0, (0,), ForkSafeLock(), _Loss()
-
-
-class _Seat:
-    """What this rank knows of the groups of ours over one of the user's."""
-
-    def __init__(self, parent: ProcessGroup) -> None:
-        self.lock = threading.Lock()
-        self.ranks: Ranks | None = None
-        members = dist.get_process_group_ranks(parent)
-        store = store_of(parent)
-        self._timeout = (group_timeout(parent) or _TIMEOUT) + _GRACE
-        self._rendezvous = Rendezvous(store, dist.get_rank(), members) if store is not None else None
-        self._members = members
-
-    @property
-    def turn(self) -> int:
-        return self._rendezvous.turn if self._rendezvous is not None else 0
-
-    def is_shared_by_all(self) -> bool:
-        """Return whether every rank still has the group that this one has: one rank alone may have seen a loss.
-
-        Raises:
-            LostPeerError: a rank did not come.
-        """
-        own = self.ranks
-        usable = own is not None and not own.is_lost
-        if self._rendezvous is None:
-            return usable
-        word = own.name if usable and own is not None else ""
-        try:
-            words = self._rendezvous.exchange(word, self._timeout)
-        except RuntimeError as error:
-            raise LostPeerError(
-                f"a rank of {self._members} died, or did not come within the process group's timeout: all ranks must "
-                f"make this call ({error})"
-            ) from error
-        except BaseException:
-            self.ranks = None  # the others may go on without this rank
-            raise
-        return usable and set(words) == {word}
-
-
-#: By the user's group, as long as that lives.
-_seats: weakref.WeakKeyDictionary[ProcessGroup, _Seat] = weakref.WeakKeyDictionary()
-_making = threading.Lock()
 
 
 def _or_nothing(value: str | None) -> str:

@@ -1,12 +1,21 @@
-"""Where ranks tell each other a word before they share a process group of ours: through the store of the user's."""
+"""Where ranks come to share one process group of ours: through the user's store they tell each other what they have."""
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 
-from torch.distributed import Store
+import torch.distributed as dist
+from torch.distributed import ProcessGroup, Store
+
+from ...torch_private.distributed import group_timeout, store_of
+from .ranks import GRACE, LostPeerError, Ranks, checked_group
+
+#: How long ranks wait for each other where their process group does not say.
+_TIMEOUT = timedelta(minutes=30)
 
 
 class Rendezvous:
@@ -54,3 +63,65 @@ class Rendezvous:
         if getattr(self._store, "has_extended_api", lambda: False)():  # one round trip
             return [word.decode() for word in self._store.multi_get(list(keys))]
         return [self._store.get(key).decode() for key in keys]
+
+
+class _Seat:
+    """What this rank knows of the groups of ours over one of the user's."""
+
+    def __init__(self, parent: ProcessGroup) -> None:
+        self.lock = threading.Lock()
+        self.ranks: Ranks | None = None
+        members = dist.get_process_group_ranks(parent)
+        store = store_of(parent)
+        self._timeout = (group_timeout(parent) or _TIMEOUT) + GRACE
+        self._rendezvous = Rendezvous(store, dist.get_rank(), members) if store is not None else None
+        self._members = members
+
+    @property
+    def turn(self) -> int:
+        return self._rendezvous.turn if self._rendezvous is not None else 0
+
+    def is_shared_by_all(self) -> bool:
+        """Return whether every rank still has the group that this one has: one rank alone may have seen a loss.
+
+        Raises:
+            LostPeerError: a rank did not come.
+        """
+        own = self.ranks
+        usable = own is not None and not own.is_lost
+        if self._rendezvous is None:
+            return usable
+        word = own.name if usable and own is not None else ""
+        try:
+            words = self._rendezvous.exchange(word, self._timeout)
+        except RuntimeError as error:
+            raise LostPeerError(
+                f"a rank of {self._members} died, or did not come within the process group's timeout: all ranks must "
+                f"make this call ({error})"
+            ) from error
+        except BaseException:
+            self.ranks = None  # the others may go on without this rank
+            raise
+        return usable and set(words) == {word}
+
+
+#: By the user's group, as long as that lives.
+_seats: weakref.WeakKeyDictionary[ProcessGroup, _Seat] = weakref.WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def shared_ranks(process_group: ProcessGroup | None = None) -> Ranks:
+    """Return the one group of ours over ``process_group``, made anew where any rank has lost a peer in it. Collective.
+
+    Raises:
+        TypeError, ValueError, LostPeerError: as for :class:`Ranks`.
+    """
+    parent = checked_group(process_group)
+    with _making:
+        seat = _seats.get(parent) or _seats.setdefault(parent, _Seat(parent))
+    with seat.lock:
+        if not seat.is_shared_by_all():
+            seat.ranks = None
+            seat.ranks = Ranks(process_group, f"swafast {parent.group_name} {seat.turn}")
+        assert seat.ranks is not None
+        return seat.ranks
