@@ -62,22 +62,24 @@ _PACKAGES = ("optim", "posthoc", "sharded")
 _moved.install()
 
 
-def __getattr__(name: str) -> Any:
-    module = _PUBLIC.get(name) or _PICKLED.get(name) or (name if name in _PACKAGES else None)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        importlib.import_module(".op.torch_op", __name__)  # torch.ops.swafast is there with the first public name
-        found = importlib.import_module(f".{module}", __name__)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in (__name__, "torch"):
-            raise
-        raise ImportError(
-            f"swafast.{name} needs the module {error.name}, which is not there: install swafast again, with "
-            "pip install --force-reinstall"
-        ) from error
-    value = globals()[name] = found if name in _PACKAGES else getattr(found, name)
-    return value
+if not TYPE_CHECKING:  # an editor would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        module = _PUBLIC.get(name) or _PICKLED.get(name) or (name if name in _PACKAGES else None)
+        if module is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            importlib.import_module(".op.torch_op", __name__)  # torch.ops.swafast is there with the first public name
+            found = importlib.import_module(f".{module}", __name__)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] not in (__name__, "torch"):
+                raise
+            raise ImportError(
+                f"swafast.{name} needs the module {error.name}, which is not there: install swafast again, with "
+                "pip install --force-reinstall"
+            ) from error
+        value = globals()[name] = found if name in _PACKAGES else getattr(found, name)
+        return value
 
 
 def __dir__() -> list[str]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import pickle
 import pickletools
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,7 @@ def test_dir_is_the_public_names() -> None:
 
 def test_what_editors_see_is_what_is_there() -> None:
     tree = ast.parse((ROOT / "swafast" / "__init__.py").read_text())
-    (typed,) = (node for node in tree.body if isinstance(node, ast.If))
+    typed = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     seen = {
         alias.asname or alias.name: node.module
         for node in ast.walk(typed)
@@ -106,6 +109,80 @@ def test_signatures_show_every_argument() -> None:
         functions = {"avg_fn", "multi_avg_fn"}
         assert {*signature_of(one)} - functions - {"rule"} == {*signature_of(several)} - {"rules"}
         assert "__new__" not in one.__dict__
+
+
+# Editors
+
+
+#: What a reader of the README has beside it.
+SCOPE = """
+from collections.abc import Callable
+from pathlib import Path
+import torch
+model: torch.nn.Module
+optimizer: torch.optim.Optimizer
+total_steps: int
+loader: list[torch.Tensor]
+train_step: Callable[[torch.nn.Module, torch.Tensor], object]
+evaluate: Callable[[torch.nn.Module], object]
+folder: Path
+"""
+
+
+def readme_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def reveal(blocks: Iterable[str]) -> str:
+    """The blocks as one module that asks for the type of every name after it was assigned."""
+    lines = ["import torch", "from scope import *"]
+    for block in blocks:
+        for node in ast.parse(block).body:
+            lines += ast.unparse(node).splitlines()
+            if isinstance(node, ast.Assign):
+                lines += [f"reveal_type({ast.unparse(target)})" for target in node.targets]
+    lines += ["reveal_type(averaged.update_parameters)", "reveal_type(averages['slow'])"]
+    return "\n".join(lines)
+
+
+def checked(source: str, folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    """Pyright's errors in a module, and (expression, type) for each type that it asks for."""
+    (folder / "readme.py").write_text(source)
+    (folder / "scope.pyi").write_text(SCOPE)
+    command = [Path(sys.executable).parent / "basedpyright", "--outputjson", "--pythonpath", sys.executable]
+    config = {"extraPaths": [str(ROOT)], "include": ["readme.py"], "typeCheckingMode": "standard"}
+    (folder / "pyrightconfig.json").write_text(json.dumps(config))
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    told = json.loads(done.stdout)["generalDiagnostics"]
+    types = [re.fullmatch(r'Type of "(.*)" is "(.*)"', each["message"], re.DOTALL) for each in told]
+    return (
+        # What torch does not export by itself is torch's.
+        [
+            each["message"]
+            for each in told
+            if each["severity"] == "error" and 'from module "torch.' not in each["message"]
+        ],
+        [(match[1], match[2]) for match in types if match is not None],
+    )
+
+
+def test_an_editor_finds_real_types_in_the_readme(tmp_path: Path) -> None:
+    errors, types = checked(reveal(readme_blocks()), tmp_path)
+    assert errors == []
+    ours = {expression: set[str]() for expression, _ in types}
+    for expression, kind in types:
+        ours[expression].add(kind)
+    assert ours["averaged"] == {"FusedAveragedModel", "ShardedAveragedModel"}
+    assert ours["averages"] == {"FusedAverages"}
+    assert ours["averages['slow']"] == {"FusedAveragedModel"}
+    assert ours["snapshots"] == {"Snapshots"}
+    assert ours["averaged.update_parameters"] == {"(model: Module) -> None"}
+    assert not {kind for kinds in ours.values() for kind in kinds if re.search(r"\bUnknown\b", kind)}
+
+
+def test_an_editor_sees_what_is_not_there(tmp_path: Path) -> None:
+    errors, _ = checked("import swafast\nswafast.FusedAveragedModel(1, rule={})\nswafast.FusedAverage", tmp_path)
+    assert len(errors) == 3
 
 
 # Pickles

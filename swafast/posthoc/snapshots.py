@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..average.fused_averages import FusedAverages
 from ..loop.guard import Guard
 from ..sharded.construction import spell
 from ..sharded.parts.ranks import OneProcess
@@ -153,7 +154,9 @@ class Snapshots:
 
     # Saving
 
-    def save(self, averages: Averaged | Mapping[str, Averaged], *, dtype: torch.dtype | None = None) -> None:
+    def save(
+        self, averages: Averaged | Mapping[str, Averaged] | FusedAverages, *, dtype: torch.dtype | None = None
+    ) -> None:
         """Store averages of one model, all after the same number of updates. Collective.
 
         The snapshot is there at once when all of it is; an earlier one of this count holds until then, and is replaced.

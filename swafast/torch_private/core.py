@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.optim import swa_utils
 
+F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T", bound=Tensor)
 
 
-def disable_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
+def disable_dynamo(function: F) -> F:
     """Keep ``function`` out of compiled graphs; unlike ``torch.compiler.disable`` it does not import dynamo for it."""
     lazy = getattr(torch, "_disable_dynamo", None)
     return lazy(function) if lazy is not None else torch.compiler.disable(function)
