@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Protocol
 
 from torch.nn import Module
@@ -115,9 +115,12 @@ class Guard:
         if self.model is not None:
             raise RuntimeError(f"{action} must wait until the averages are swapped back out of the model")
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[object]:
         """Hold the averages for this thread, whatever their state."""
+        return self._parts[0]._lock if len(self._parts) == 1 else self._all_locked()
+
+    @contextmanager
+    def _all_locked(self) -> Iterator[None]:
         with ExitStack() as held:
             for part in self._parts:
                 held.enter_context(part._lock)
@@ -134,7 +137,12 @@ class Guard:
             RuntimeError: the averages are in a model, or another rank refuses.
         """
         self.settle(action)
-        with self.locked(), ranks.lock if ranks is not None else nullcontext():
-            with ranks.settled(action, self.number) if ranks is not None else nullcontext():
+        with self.locked():
+            if ranks is None:
                 self.refuse_while_swapped(action)
-            yield
+                yield
+            else:
+                with ranks.lock:
+                    with ranks.settled(action, self.number):
+                        self.refuse_while_swapped(action)
+                    yield
