@@ -165,6 +165,23 @@ def test_planted_names_that_two_share_are_seen() -> None:
     assert planted({"op/plan.py": "def describe(): ..."}) == ["describe: doctor.py, op/plan.py"]
 
 
+def test_every_class_has_its_word_in_the_glossary() -> None:
+    assert structure.wrong_words(SOURCES) == []
+
+
+def test_planted_words_are_seen() -> None:
+    def wrong(path: str, old: str, new: str) -> list[str]:
+        assert old in SOURCES[path]
+        return structure.wrong_words({**SOURCES, path: SOURCES[path].replace(old, new, 1)})
+
+    glossary = "terms/__init__.py"
+    slot = "    slot              where"
+    assert wrong("op/plan.py", "class Plan:", "class Scheme:\n    pass\n\n\nclass Plan:") == ["op/plan.py: Scheme"]
+    assert wrong(glossary, slot, f"    shadow            where\n{slot}") == ["shadow: not in the code"]
+    assert wrong(glossary, slot, "    shadow            where") == ["terms/layout.py: Slot", "shadow: not in the code"]
+    assert wrong(glossary, slot, f"    slots             many\n{slot}") == ["slot: twice"]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc").rglob("*.[ch]*")), ids=lambda path: path.name)
 def test_the_kernels_know_neither_torch_nor_python(path: Path) -> None:
     included = re.findall(r'#include\s+[<"]([^>"]+)', path.read_text())

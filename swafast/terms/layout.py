@@ -1,25 +1,6 @@
 """Layout of averages in buckets and of work in chunks: ints in, ints and dataclasses out, no tensor data touched.
 
-Note [Words]
-~~~~~~~~~~~~
-param        the model's live tensor
-average      the running average that we own
-rule         how the weight follows from the number of updates
-weight       interpolation weight of the newest param, as in ``torch.lerp``; an EMA's decay is ``1 - weight``
-num_averaged models already in the average; the state-dict key is ``n_averaged``, as in torch
-update       one ``update_parameters``; a step is the optimizer's, never ours
-bucket       one flat 1-D allocation of planes of one (device, dtype); each averaged param stands on its own slice of it
-buffer       only an ``nn.Module`` buffer
-pace         a rule and the counter by which the averages of one averaged model move
-chunk        a run of elements that one CPU task, CUDA block or Triton program handles
-shard        this rank's part of a param
-format       how an average is stored
-draws        where the random bits of an average come from, in formats that are rounded at random
-plane        one of a format's arrays; plane 0 is the averaged module's own parameter
-plan         buckets and chunk table for one list of params
-backend      ``reference``, ``cpu``, ``cuda``, ``triton``
-
-``numel`` counts elements, ``nbytes`` bytes, ``*_offset`` elements; all of them 64-bit.
+``swafast/terms/__init__.py`` says what the words mean.
 """
 
 from __future__ import annotations
