@@ -1,4 +1,4 @@
-"""Each private name of torch that `swafast/_torch_distributed.py` and `PartTensor` rely on; a failure names it."""
+"""Each private name of torch that `torch_private/distributed.py` and `PartTensor` rely on; a failure names it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Snapshots`: averages stored along a training run, and any other average put together from them afterwards."""
+"""`Snapshots`: averages stored along a training, and any other average put together from them afterwards."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ _FAR_OFF = 0.01
 
 @pickled_from("swafast")
 class Snapshots:
-    """A folder of averages stored along a training run, from which an average of any rule is synthesized afterwards.
+    """A folder of averages stored along a training, from which an average of any rule is synthesized afterwards.
 
     Store two :class:`~swafast.PowerAverage` (sigma_rel 0.05 and 0.10, say) now and then; after training, add them up so
-    that the sum weighs the models of the run as the wanted rule would have. Whatever is averaged by a
+    that the sum weighs the models of the training as the wanted rule would have. Whatever is averaged by a
     :class:`~swafast.Rule` may be stored, by one process or by the ranks of a sharded model, and be synthesized by
     as many others.
 
@@ -128,12 +128,13 @@ class Snapshots:
         return [read_sidecar(path) for path in snapshot_paths(self.folder)]
 
     def _warn_of_later(self, later: int, count: int) -> None:
-        """Warn once of what another run may have left, or this one before it went back."""
+        """Warn once of what another training may have left, or this one before it went back."""
         if not self._has_warned:
             self._has_warned = True
             warnings.warn(
                 f"{self.folder} holds snapshots up to {later} updates, more than the {count} of this one: what is "
-                "synthesized would be of both runs. Save a new run elsewhere; after going back, delete the later ones",
+                "synthesized would be of both trainings. Save a new training elsewhere; after going back, delete the "
+                "later ones",
                 RuntimeWarning,
                 stacklevel=4,
             )
@@ -170,8 +171,8 @@ class Snapshots:
                 float64 params. Complex params are stored as they are.
 
         Warns:
-            RuntimeWarning: the folder holds later snapshots, of another run or from before this one went back. Once, on
-                the first rank.
+            RuntimeWarning: the folder holds later snapshots, of another training or from before this one went back.
+                Once, on the first rank.
 
         Raises:
             TypeError, ValueError: ``averages`` or ``dtype`` is none of the above, nothing is averaged yet, averages
