@@ -244,6 +244,21 @@ def wrong_words(sources: Sources) -> list[str]:
     return [*found, *(f"{' '.join(entry)}: not in the code" for entry in unused)]
 
 
+def listed_modules(page: str) -> list[str]:
+    """The modules in the first code block of a page, a tree by indentation; a folder stands for its ``__init__.py``."""
+    folders: list[str] = []
+    found = []
+    for line in page.split("```")[1].strip("\n").splitlines():
+        depth, name = len(re.match(" *", line)[0]) // 2, line.split()[0]  # type: ignore[index]
+        if name.endswith("/"):
+            folders[depth:] = [name]
+            name = "__init__.py"
+        else:
+            del folders[depth:]
+        found.append("".join([*folders, name]).removeprefix("swafast/"))
+    return found
+
+
 def report(sources: Sources) -> list[str]:
     """All that is against the rules in a tree of sources."""
     found = []

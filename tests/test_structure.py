@@ -182,6 +182,17 @@ def test_planted_words_are_seen() -> None:
     assert wrong(glossary, slot, f"    slots             many\n{slot}") == ["slot: twice"]
 
 
+def test_contributing_lists_every_module_and_no_other() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    listed = structure.listed_modules(page)
+    assert sorted({*listed}) == sorted(SOURCES)
+    assert len(listed) == len({*listed})
+    depths = [structure.DEPTHS[path.partition("/")[0] if "/" in path else ""] for path in listed]
+    assert depths == sorted(depths), "the listing goes from the top floor down"
+    without = page.replace("  plan.py ", "  plans.py ")
+    assert set(SOURCES) ^ {*structure.listed_modules(without)} == {"op/plan.py", "op/plans.py"}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc").rglob("*.[ch]*")), ids=lambda path: path.name)
 def test_the_kernels_know_neither_torch_nor_python(path: Path) -> None:
     included = re.findall(r'#include\s+[<"]([^>"]+)', path.read_text())
