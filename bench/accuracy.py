@@ -20,7 +20,7 @@ from bench.report import write_json
 from swafast import EqualAverage, ExponentialAverage, Rule
 from swafast.backends import cpu
 from swafast.backends.contract import Pair
-from swafast.terms.draws import Draws, make_key
+from swafast.terms.draws import Draws, make_random_key
 from swafast.terms.formats import get_format
 
 # Raised when a reader of an older file would misread it.
@@ -110,7 +110,7 @@ class _Ours:
     def _pair(name: str, param: Tensor, format: str, pace: int) -> Pair:
         fmt, shape = get_format(format), tuple(param.shape)
         planes = [torch.zeros(shape, dtype=dtype) for dtype in (fmt.dtype, *(dtype for _, dtype in fmt.extra))]
-        draws = Draws(make_key(0, name), shape) if fmt.num_random_bits else None
+        draws = Draws(make_random_key(0, name), shape) if fmt.num_random_bits else None
         return Pair(name, param, tuple(planes), fmt, draws, pace)
 
     def update(self) -> None:

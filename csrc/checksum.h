@@ -1,4 +1,4 @@
-// The arithmetic of the checksum: what one word adds to it. swafast/checksum.py says what the checksum is.
+// The arithmetic of the checksum: what one word adds to it. swafast/op/checksum.py says what the checksum is.
 #pragma once
 
 #include <cstdint>

@@ -121,7 +121,7 @@ SWAFAST_EXPORT int32_t swafast_cpu_first_nonfinite(const swafast_tensor* tensors
                                                    const swafast_chunk* chunks, int64_t num_chunks, int32_t num_threads,
                                                    int64_t* tensor);
 
-/* A part of a tensor: its corner is the word at `words`, and the word at coordinates c from there stands c * strides
+/* A box of a tensor: its corner is the word at `words`, and the word at coordinates c from there stands c * strides
  * words on in memory and has index first_index + c * index_strides in the whole tensor. */
 typedef struct {
   const void* words;

@@ -204,6 +204,61 @@ def shared_names(sources: Sources) -> list[str]:
     return [f"{name}: {', '.join(paths)}" for name, paths in sorted(places.items()) if len(paths) > 1]
 
 
+def words_of(name: str) -> tuple[str, ...]:
+    """The words of an identifier or of a glossary's entry, in the singular."""
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)
+    return tuple(re.sub(r"(?<!s)s$", "", word.lower()) for word in words)
+
+
+def glossary_entries(sources: Sources) -> list[str]:
+    """The nouns in the glossary: what stands in columns 5 to 22 of its indented lines."""
+    docstring = ast.get_docstring(ast.parse(sources["terms/__init__.py"])) or ""
+    return [line[4:22].strip() for line in docstring.splitlines() if re.match(r" {4}\S", line)]
+
+
+def identifiers(source: str) -> set[str]:
+    nodes = list(ast.walk(ast.parse(source)))
+    return {
+        *(node.name for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)),
+        *(node.arg for node in nodes if isinstance(node, ast.arg)),
+        *(node.attr for node in nodes if isinstance(node, ast.Attribute)),
+        *(node.id for node in nodes if isinstance(node, ast.Name)),
+    }
+
+
+def has_words(name: str, entry: tuple[str, ...]) -> bool:
+    words = words_of(name)
+    return any(words[start : start + len(entry)] == entry for start in range(len(words)))
+
+
+def wrong_words(sources: Sources) -> list[str]:
+    """What is wrong with the glossary: a class has an entry of its name or of its name's last word."""
+    entries = [words_of(entry) for entry in glossary_entries(sources)]
+    code = {path: source for path, source in sources.items() if folder_of(path) != "demo"}
+    found = [f"{' '.join(entry)}: twice" for entry in dict.fromkeys(entries) if entries.count(entry) > 1]
+    for path, source in code.items():
+        classes = (node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
+        found += [f"{path}: {name}" for name in classes if not {words_of(name), words_of(name)[-1:]} & {*entries}]
+    names = set().union(*(identifiers(source) for source in code.values()))
+    unused = (entry for entry in entries if not any(has_words(name, entry) for name in names))
+    return [*found, *(f"{' '.join(entry)}: not in the code" for entry in unused)]
+
+
+def listed_modules(page: str) -> list[str]:
+    """The modules in the first code block of a page, a tree by indentation; a folder stands for its ``__init__.py``."""
+    folders: list[str] = []
+    found = []
+    for line in page.split("```")[1].strip("\n").splitlines():
+        depth, name = len(re.match(" *", line)[0]) // 2, line.split()[0]  # type: ignore[index]
+        if name.endswith("/"):
+            folders[depth:] = [name]
+            name = "__init__.py"
+        else:
+            del folders[depth:]
+        found.append("".join([*folders, name]).removeprefix("swafast/"))
+    return found
+
+
 def report(sources: Sources) -> list[str]:
     """All that is against the rules in a tree of sources."""
     found = []

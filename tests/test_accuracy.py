@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage, Rule
 from swafast.backends import cpu
 from swafast.backends.contract import Pair
-from swafast.terms.draws import Draws, make_key, random_bits
+from swafast.terms.draws import Draws, make_random_key, random_bits
 from swafast.terms.formats import COMPACT, get_format
 
 ULP = 2.0**-24
@@ -150,7 +150,7 @@ def error_of(format: str, stream: str, updates: int, rule: Rule | None = None) -
     generator = torch.Generator().manual_seed(7)
     param = torch.empty(NUMEL)
     planes = tuple(torch.empty(NUMEL, dtype=dtype) for dtype in (fmt.dtype, *(dtype for _, dtype in fmt.extra)))
-    pair = Pair("w", param, planes, fmt, Draws(make_key(0, "w"), (NUMEL,)))
+    pair = Pair("w", param, planes, fmt, Draws(make_random_key(0, "w"), (NUMEL,)))
     launch, counter = cpu.prepare([pair]), torch.tensor(0)
     total, lost, ema = (torch.zeros(NUMEL, dtype=torch.float64) for _ in range(3))
     for n in range(updates):
@@ -244,6 +244,6 @@ def test_stratified_bits_halve_the_squared_error() -> None:
         return float((average.double() - truth).square().sum())
 
     index, free = torch.arange(NUMEL), torch.Generator().manual_seed(8)
-    stratified = squared_error(lambda n: random_bits(make_key(0, "w"), n, index))
+    stratified = squared_error(lambda n: random_bits(make_random_key(0, "w"), n, index))
     independent = squared_error(lambda n: torch.randint(0, 2**32, (NUMEL,), generator=free))
     assert 0.35 <= stratified / independent <= 0.65

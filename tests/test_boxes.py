@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from swafast.sharded.parts import flat_order, spread
-from swafast.sharded.parts.flat_order import CUT_NUMEL, FlatOrder, Run
-from swafast.sharded.parts.spread import windows_of
+from swafast.sharded.parts.flat_order import BORDER_NUMEL, FlatOrder, Run
+from swafast.sharded.parts.spread import pieces_of
 from swafast.terms import boxes
 from swafast.terms.boxes import Box, boxes_of_run
 
@@ -121,7 +121,7 @@ def check_cuts(numels: Sequence[int], parts: int, whole: Sequence[bool] | None =
         assert sum(run.numel for run in runs) == stop - start >= 0
         assert all(run.numel > 0 for run in runs)
         largest_whole = max((numel for numel, kept in zip(numels, whole or (), strict=False) if kept), default=0)
-        assert stop - start <= -(-sum(numels) // parts) + CUT_NUMEL + largest_whole, (numels, parts, part)
+        assert stop - start <= -(-sum(numels) // parts) + BORDER_NUMEL + largest_whole, (numels, parts, part)
         seen.extend((run.index, run.start, run.stop) for run in runs)
     # All parts together are every element of every tensor, in order, and once.
     for index, numel in enumerate(numels):
@@ -130,7 +130,7 @@ def check_cuts(numels: Sequence[int], parts: int, whole: Sequence[bool] | None =
         assert (runs_here[-1][1] if runs_here else 0) == numel
         cuts = [start for start, _ in runs_here[1:]]
         assert not (whole and whole[index] and cuts), f"{index} was cut"
-        assert all(cut % CUT_NUMEL == 0 for cut in cuts)
+        assert all(cut % BORDER_NUMEL == 0 for cut in cuts)
     assert [index for index, _, _ in seen] == sorted(index for index, _, _ in seen)
 
 
@@ -155,7 +155,7 @@ def check_evenness(numels: Sequence[int], parts: int) -> None:
     order = flat_order.FlatOrder(numels, parts)
     sizes = [stop - start for start, stop in map(order.bounds, range(parts))]
     assert sum(sizes) == sum(numels)
-    assert max(sizes) <= -(-sum(numels) // parts) + CUT_NUMEL
+    assert max(sizes) <= -(-sum(numels) // parts) + BORDER_NUMEL
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 8, 1000])
@@ -186,7 +186,7 @@ def test_a_model_of_many_tensors_is_cut_for_many_ranks_in_no_time() -> None:
 
 def check_windows(runs: Sequence[Run], itemsizes: Sequence[int], nbytes: int) -> None:
     seen = []
-    for window in spread.windows_of(runs, itemsizes, nbytes):
+    for window in spread.pieces_of(runs, itemsizes, nbytes):
         assert window
         aligned = [-(-run.numel * itemsizes[run.index] // 16) * 16 for run in window]
         # What lies last in a window need not be followed by anything.
@@ -203,7 +203,7 @@ def test_windows_hold_every_element_once(nbytes: int) -> None:
         itemsizes = [source.choice((2, 4, 8, 16)) for _ in range(6)]
         runs = [Run(index, start, start + source.randint(0, 90)) for index, start in enumerate([0, 64, 0, 7, 128, 1])]
         check_windows(runs, itemsizes, nbytes)
-    assert list(windows_of([], [], nbytes)) == []
+    assert list(pieces_of([], [], nbytes)) == []
 
 
 # Each gate kills a bug
@@ -226,11 +226,11 @@ def forget_the_order(patch: pytest.MonkeyPatch) -> None:
 
 
 def cut_anywhere(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(flat_order, "CUT_NUMEL", 1)
+    patch.setattr(flat_order, "BORDER_NUMEL", 1)
 
 
 def cut_coarsely(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(flat_order, "CUT_NUMEL", 4096)
+    patch.setattr(flat_order, "BORDER_NUMEL", 4096)
 
 
 def cut_what_is_whole(patch: pytest.MonkeyPatch) -> None:
@@ -239,7 +239,7 @@ def cut_what_is_whole(patch: pytest.MonkeyPatch) -> None:
 
 
 def drop_the_last_window(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(spread, "windows_of", lambda *args: list(windows_of(*args))[:-1])
+    patch.setattr(spread, "pieces_of", lambda *args: list(pieces_of(*args))[:-1])
 
 
 GATES: list[tuple[Callable[[pytest.MonkeyPatch], None], Callable[[], None]]] = [

@@ -162,20 +162,22 @@ def test_parts_add_up_to_the_whole(way: Way) -> None:
 
 
 def _forget_the_corner(patch: pytest.MonkeyPatch) -> None:
-    place = module._place
-    patch.setattr(module, "_place", lambda *args: (place(*args)[0], (0,) * len(args[0])))
+    locate = module._locate
+    patch.setattr(module, "_locate", lambda *args: (locate(*args)[0], (0,) * len(args[0])))
 
 
 def _index_within_the_part(patch: pytest.MonkeyPatch) -> None:
-    place = module._place
-    patch.setattr(module, "_place", lambda *args: (args[0], place(*args)[1]))
+    locate = module._locate
+    patch.setattr(module, "_locate", lambda *args: (args[0], locate(*args)[1]))
 
 
 def _forget_the_strides(patch: pytest.MonkeyPatch) -> None:
-    words = module._words
+    as_integers = module._as_integers
     strides_of = functools.partial(torch.empty, device="meta")
     patch.setattr(
-        module, "_words", lambda tensor: (w := words(tensor)).as_strided(w.shape, strides_of(w.shape).stride())
+        module,
+        "_as_integers",
+        lambda tensor: (w := as_integers(tensor)).as_strided(w.shape, strides_of(w.shape).stride()),
     )
 
 

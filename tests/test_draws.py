@@ -14,7 +14,7 @@ from swafast.backends import cpu, reference
 from swafast.backends.contract import Pair
 from swafast.terms import draws
 from swafast.terms.boxes import Box, boxes_of_run
-from swafast.terms.draws import Draws, make_key, random_bits, runs_of
+from swafast.terms.draws import Draws, make_random_key, random_bits, runs_of
 from swafast.terms.formats import COMPACT, HALF, Format
 from swafast.terms.layout import cut_chunks
 
@@ -28,7 +28,7 @@ def bits_of(key: int, updates: int, numel: int) -> Tensor:
 
 
 def test_bits_are_even_over_elements_and_over_updates() -> None:
-    bits = bits_of(make_key(0, "weight"), UPDATES, 4096)
+    bits = bits_of(make_random_key(0, "weight"), UPDATES, 4096)
     for along in (0, 1):
         bound = 4.5 / (12 * bits.shape[along]) ** 0.5  # sigma of a mean of uniform numbers, over all rows
         assert float((bits.mean(along) - 0.5).abs().max()) <= bound * 1.1
@@ -39,19 +39,22 @@ def test_bits_are_even_over_elements_and_over_updates() -> None:
 
 
 def test_bits_do_not_follow_from_those_beside_them() -> None:
-    bits = bits_of(make_key(0, "weight"), UPDATES, 4096) - 0.5
+    bits = bits_of(make_random_key(0, "weight"), UPDATES, 4096) - 0.5
     sigma = 1 / (12 * bits.numel() ** 0.5)
     for elements in (1, 2, 3, 7, 64, 1024):
         assert abs(float((bits[:, elements:] * bits[:, :-elements]).mean())) <= 5 * sigma
     for updates in (16, 17, 32, 64):
         assert abs(float((bits[updates:] * bits[:-updates]).mean())) <= 5 * sigma * 16**0.5
-    other = bits_of(make_key(1, "weight"), UPDATES, 4096) - 0.5, bits_of(make_key(0, "bias"), UPDATES, 4096) - 0.5
+    other = (
+        bits_of(make_random_key(1, "weight"), UPDATES, 4096) - 0.5,
+        bits_of(make_random_key(0, "bias"), UPDATES, 4096) - 0.5,
+    )
     for each in other:
         assert abs(float((bits * each).mean())) <= 5 * sigma
 
 
 def test_sixteen_updates_in_a_row_take_a_sixteenth_each() -> None:
-    bits = bits_of(make_key(0, "weight"), 64, 1000)
+    bits = bits_of(make_random_key(0, "weight"), 64, 1000)
     for start, length in itertools.product(range(0, 64, 16), (16,)):
         part = (bits[start : start + length] * 16).sort(0).values
         assert torch.equal(part.floor(), torch.arange(16.0, dtype=torch.float64)[:, None].expand(16, 1000))
@@ -64,7 +67,7 @@ def test_sixteen_updates_in_a_row_take_a_sixteenth_each() -> None:
 
 def test_a_large_index_has_bits_of_its_own() -> None:
     index = torch.arange(1000)
-    key = make_key(0, "weight")
+    key = make_random_key(0, "weight")
     first = random_bits(key, 5, index)
     for block in (1, 2, 2**20):
         assert int((random_bits(key, 5, index + (block << 32)) == first).sum()) <= 3
@@ -79,7 +82,7 @@ def test_rounding_at_random_is_right_on_average(fmt: Format, value: float) -> No
     """Over a million draws within 4 sigma: 1000 updates of 1000 elements, each a copy of one value."""
     param = torch.full((1000,), value)
     planes = tuple(torch.zeros(1000, dtype=dtype) for dtype in (torch.bfloat16, *(dtype for _, dtype in fmt.extra)))
-    launch = cpu.prepare([Pair("w", param, planes, fmt, Draws(make_key(0, "w"), (1000,)))])
+    launch = cpu.prepare([Pair("w", param, planes, fmt, Draws(make_random_key(0, "w"), (1000,)))])
     counter = torch.tensor(1)
     total = torch.zeros(1000, dtype=torch.float64)
     for _ in range(1000):
@@ -165,7 +168,7 @@ def updated(backend: object, tensors: list[Tensor], all_draws: list[Draws], fmt:
 def test_the_parts_of_a_param_are_rounded_as_the_whole(backend: object, fmt: Format) -> None:
     torch.manual_seed(5)
     whole = torch.randn(6, 8, 10)
-    key = make_key(0, "w")
+    key = make_random_key(0, "w")
     (expected,) = updated(reference, [whole], [Draws(key, (6, 8, 10))], fmt, 5)
     boxes = [Box((0, 0, 0), (6, 8, 3), 0, (0, 1, 2)), Box((0, 0, 3), (6, 5, 7), 0, (0, 1, 2))]
     boxes.append(Box((0, 5, 3), (6, 3, 7), 0, (2, 1, 0)))  # its slowest dimension in memory is the last

@@ -95,7 +95,7 @@ MUTANTS = (
     Mutant("exchanged again", "launch", "cpu/launch.cpp", "if (*exchanged == wanted) return SWAFAST_OK;", ""),
     Mutant("32-bit index", "launch", "cpu/box.h", "uint64_t index_stride;", "uint32_t index_stride;"),
     Mutant("joined by memory alone", "launch", "cpu/box.h", "outer.index_stride == size", "size"),
-    Mutant("carry forgotten", "launch", "cpu/box.h", "run.move(axes_[d], -axes_[d].size);", ""),
+    Mutant("carry forgotten", "launch", "cpu/box.h", "line.move(axes_[d], -axes_[d].size);", ""),
     Mutant("checksum tail dropped", "avx512", "cpu/span.h", "i < numel; ++i, start", "i + 1 < numel; ++i, start"),
     Mutant("another shift", "avx2", "checksum.h", "x >> 27", "x >> 26"),
     Mutant("last chunk alone counts", "launch", "cpu/launch.cpp", "total.fetch_add(partial", "total.store(partial"),

@@ -71,7 +71,7 @@ def test_the_profile_of_a_power_average_telescopes() -> None:
 
 @pytest.mark.parametrize("block", [7, 2**20])
 def test_inner_products_are_those_of_the_profiles(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(profiles, "_BLOCK_NUMEL", block * len(RULES))
+    monkeypatch.setattr(profiles, "_WINDOW_NUMEL", block * len(RULES))
     wanted = [Profile(rule, count) for rule in RULES for count in (1, 39, 41, 41, 300)]
     explicit = torch.zeros(len(wanted), 300, dtype=torch.float64)
     for row, profile in zip(explicit, wanted, strict=True):

@@ -1194,15 +1194,15 @@ def tell_nobody() -> None:
 
 
 def write_while_staging() -> None:
-    stage = checkpoint.stage
+    stage = checkpoint.prepare_load
 
-    def hasty(entries: Sequence[checkpoint.Entry], state: Any) -> checkpoint.Staged:
+    def hasty(entries: Sequence[checkpoint.Entry], state: Any) -> checkpoint.PendingLoad:
         staged = stage(entries, state)
         for entry, run in staged.runs:
             entry.plane.detach().copy_(run.view(entry.plane.shape))
         return staged
 
-    checkpoint.stage = hasty
+    checkpoint.prepare_load = hasty
 
 
 def forget_the_save() -> None:

@@ -59,7 +59,7 @@ FORMATS = [
 ALL_FORMATS = ("plain", "fsdp2", "fsdp1", "tp", "fsdp2_tp")
 
 #: What a cut may be above an even part: it falls on multiples of this.
-CUT_NUMEL = 64
+BORDER_NUMEL = 64
 
 
 class Seen(TorchDispatchMode):
@@ -187,7 +187,7 @@ def check_nbytes(told: list[dict[str, Any]], mode: str, per_element: int) -> Non
     cuts = [numel - rank["own"] for numel, rank in zip(numels, told, strict=True)]
     whole = told[0]["cut"]
     assert sum(cuts) == whole
-    assert max(cuts) <= -(-whole // world) + CUT_NUMEL
+    assert max(cuts) <= -(-whole // world) + BORDER_NUMEL
 
 
 def check_mode(
@@ -296,9 +296,9 @@ TOTAL = 301_000 + 301 * 1001
 @pytest.mark.parametrize(
     ("mode", "world", "share_replicas", "numel"),
     [
-        ("plain", 3, False, -(-TOTAL // 3) + CUT_NUMEL),
+        ("plain", 3, False, -(-TOTAL // 3) + BORDER_NUMEL),
         ("fsdp2", 2, False, 500 * 301 + 151 * 1001),
-        ("hsdp", 4, True, (500 * 301 + 151 * 1001) // 2 + CUT_NUMEL),
+        ("hsdp", 4, True, (500 * 301 + 151 * 1001) // 2 + BORDER_NUMEL),
     ],
 )
 def test_a_rank_holds_its_part_and_no_more(mode: str, world: int, share_replicas: bool, numel: int) -> None:
@@ -543,13 +543,13 @@ def forget_the_last_run() -> None:
 
 
 def start_where_the_flat_param_does() -> None:
-    find = shard_matching.Finder.local
+    find = shard_matching.Locator.local
 
     def local(self: Any, bases: Any, index: int) -> Tensor:
-        base, run = self._places[index]
+        base, run = self._locations[index]
         return bases[base].narrow(0, 0, run[1]) if run is not None else find(self, bases, index)
 
-    shard_matching.Finder.local = local  # type: ignore[method-assign]
+    shard_matching.Locator.local = local  # type: ignore[method-assign]
 
 
 def ask_the_others() -> None:
@@ -597,7 +597,7 @@ def never_reshard() -> None:
 
 def keep_the_flag() -> None:
     update = launches.update
-    launches.update = lambda *args, share=None, **options: update(*args, **options)
+    launches.update = lambda *args, reduce_flag=None, **options: update(*args, **options)
 
 
 PLANTS: dict[str, Callable[[], None]] = {

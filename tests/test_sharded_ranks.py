@@ -200,13 +200,13 @@ def test_the_gate_kills_the_bug() -> None:
 
 
 def lose_a_part() -> bool:
-    """Whether what goes out of step in a part of the ranks is lost to all: nobody may be met in the whole either."""
+    """Whether what goes out of lockstep in a subgroup is lost to all: nobody may be met in the whole either."""
     ranks = shared_ranks()
-    part = ranks.part([0, 1]) if dist.get_rank() < 2 else ranks
-    with suppress(ValueError), part.in_step():
+    subgroup = ranks.subgroup([0, 1]) if dist.get_rank() < 2 else ranks
+    with suppress(ValueError), subgroup.in_lockstep():
         raise ValueError("out of step")
     return ranks.is_lost
 
 
-def test_parts_share_their_loss() -> None:
+def test_subgroups_share_their_fault() -> None:
     assert run_ranks(3, lose_a_part) == [True, True, True]

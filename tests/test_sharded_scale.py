@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench.sharded import llama_405b, plan_405b
-from swafast.sharded.parts.flat_order import CUT_NUMEL, FlatOrder
+from swafast.sharded.parts.flat_order import BORDER_NUMEL, FlatOrder
 
 pytestmark = pytest.mark.distributed
 
@@ -18,7 +18,7 @@ def test_no_rank_has_more_than_an_even_part() -> None:
     order = FlatOrder(numels, RANKS)
     parts = [stop - start for start, stop in map(order.bounds, range(RANKS))]
     assert sum(parts) == sum(numels)
-    assert max(parts) <= sum(numels) // RANKS + CUT_NUMEL
+    assert max(parts) <= sum(numels) // RANKS + BORDER_NUMEL
 
 
 def test_planning_is_quick_and_small() -> None:

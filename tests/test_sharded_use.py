@@ -773,16 +773,16 @@ def leave_the_root_gathered() -> None:
 
 
 def spread_nothing() -> None:
-    spread.Spread.run = lambda self, held: None  # type: ignore[method-assign]
+    spread.Spread.fill = lambda self, held: None  # type: ignore[method-assign]
 
 
 def drop_the_last_window() -> None:
-    windows = spread.windows_of
+    windows = spread.pieces_of
 
     def dropped(*args: Any) -> Any:
         yield from list(windows(*args))[:-1]
 
-    spread.windows_of = dropped
+    spread.pieces_of = dropped
 
 
 def never_go_back() -> None:
@@ -790,7 +790,7 @@ def never_go_back() -> None:
 
 
 def take_any_place() -> None:
-    shard_matching.require_same_place = lambda before, now: None
+    shard_matching.require_same_sharding = lambda before, now: None
 
 
 def send_what_the_body_left() -> None:

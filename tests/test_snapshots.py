@@ -134,7 +134,7 @@ def test_a_profile_that_is_missed_warns_once_with_the_number(run: Run) -> None:
 def test_the_sum_does_not_depend_on_how_many_tensors_go_at_a_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     rule = PowerAverage.from_sigma_rel(0.12)
     expected = Snapshots(run.folder).synthesize(rule, 25 * EVERY)
-    monkeypatch.setattr(sums, "_GROUP_NUMEL", 100)
+    monkeypatch.setattr(sums, "_WINDOW_NUMEL", 100)
     given = Snapshots(run.folder).synthesize(rule, 25 * EVERY)
     assert all(torch.equal(given[name], expected[name]) for name in expected)
 

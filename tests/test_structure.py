@@ -165,6 +165,34 @@ def test_planted_names_that_two_share_are_seen() -> None:
     assert planted({"op/plan.py": "def describe(): ..."}) == ["describe: doctor.py, op/plan.py"]
 
 
+def test_every_class_has_its_word_in_the_glossary() -> None:
+    assert structure.wrong_words(SOURCES) == []
+
+
+def test_planted_words_are_seen() -> None:
+    def wrong(path: str, old: str, new: str) -> list[str]:
+        assert old in SOURCES[path]
+        return structure.wrong_words({**SOURCES, path: SOURCES[path].replace(old, new, 1)})
+
+    glossary = "terms/__init__.py"
+    slot = "    slot              where"
+    assert wrong("op/plan.py", "class Plan:", "class Scheme:\n    pass\n\n\nclass Plan:") == ["op/plan.py: Scheme"]
+    assert wrong(glossary, slot, f"    shadow            where\n{slot}") == ["shadow: not in the code"]
+    assert wrong(glossary, slot, "    shadow            where") == ["terms/layout.py: Slot", "shadow: not in the code"]
+    assert wrong(glossary, slot, f"    slots             many\n{slot}") == ["slot: twice"]
+
+
+def test_contributing_lists_every_module_and_no_other() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    listed = structure.listed_modules(page)
+    assert sorted({*listed}) == sorted(SOURCES)
+    assert len(listed) == len({*listed})
+    depths = [structure.DEPTHS[path.partition("/")[0] if "/" in path else ""] for path in listed]
+    assert depths == sorted(depths), "the listing goes from the top floor down"
+    without = page.replace("  plan.py ", "  plans.py ")
+    assert set(SOURCES) ^ {*structure.listed_modules(without)} == {"op/plan.py", "op/plans.py"}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc").rglob("*.[ch]*")), ids=lambda path: path.name)
 def test_the_kernels_know_neither_torch_nor_python(path: Path) -> None:
     included = re.findall(r'#include\s+[<"]([^>"]+)', path.read_text())

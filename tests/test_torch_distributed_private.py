@@ -1,4 +1,4 @@
-"""Each private name of torch that `swafast/_torch_distributed.py` and `PartTensor` rely on; a failure names it."""
+"""Each private name of torch that `torch_private/distributed.py` and `PartTensor` rely on; a failure names it."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ def fsdp1_names(orig: bool) -> list[str]:
         if not hasattr(handle, name)
     ]
     (found,) = private.flat_params(model)
-    if [run.names for run in found.runs] != [("weight",), ("bias",)]:
+    if [shard.names for shard in found.shards] != [("weight",), ("bias",)]:
         missing.append("_fqns")
-    if sum(run.stop - run.start for run in found.runs) > found.local.numel():
+    if sum(shard.stop - shard.start for shard in found.shards) > found.local.numel():
         missing.append("_shard_param_infos")
     private.reshard_flat_params(model)
     return missing

@@ -1,4 +1,4 @@
-"""Each private name of torch that `swafast/_torch.py` relies on; a failure here names the one that changed."""
+"""Each private name of torch that `torch_private/core.py` relies on; a failure here names the one that changed."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def expected_planes(pair: Pair, weight: float, n: int) -> tuple[Tensor, ...]:
         return fmt.encode(moved)
     first_row = pair.draws.boxes[0].offsets[0] if pair.draws.boxes else 0
     index = (torch.arange(len(param)) + first_row) * 3 + 1
-    return fmt.encode(moved, random_bits(pair.draws.key, n, index) >> (32 - fmt.num_random_bits))
+    return fmt.encode(moved, random_bits(pair.draws.random_key, n, index) >> (32 - fmt.num_random_bits))
 
 
 def check_planes(pairs: Sequence[Pair], before: Sequence[Pair], weights: Sequence[float], ns: Sequence[int]) -> None:
@@ -819,13 +819,13 @@ PLANTED = {
     ),
     "one draw for all params": (see_indices, "draw_of(word(row, 5), ", "draw_of(0 * word(row, 5), "),
     "one pace for all averages": (see_paces, "weights, low_of(word(row, 6)))", "weights, 0 * low_of(word(row, 6)))"),
-    "another pace's count": (see_paces, "return held(counts, index), ", "return held(counts, index * 0), "),
+    "another pace's count": (see_paces, "return value_at(counts, index), ", "return value_at(counts, index * 0), "),
     "one follower alone": (
         see_paces,
         "row_of(row, word(row, 6) >> 32)",
         "row_of(row, tl.minimum(word(row, 6) >> 32, 1))",
     ),
-    "one counter counts": (see_paces, "used = slots < num_paces", "used = (slots < num_paces) & (slots < 1)"),
+    "one counter counts": (see_paces, "used = indices < num_paces", "used = (indices < num_paces) & (indices < 1)"),
     "a bad count goes unseen": (see_bad_counts, "(counts < 0) | ", ""),
 }
 

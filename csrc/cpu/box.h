@@ -1,4 +1,4 @@
-// A box of a tensor as runs of words: its axes in the order of memory, with those joined that go on where another ends.
+// A box of a tensor as lines of words: its axes in the order of memory, joined where one goes on where another ends.
 // For launch.cpp alone.
 #pragma once
 
@@ -17,13 +17,13 @@ struct Axis {
 };
 
 // Words `stride` apart in memory and `index_step` in the whole tensor, from `offset` words behind the corner.
-struct Run {
+struct Line {
   int64_t offset, numel, stride;
   uint64_t index, index_step;
 
-  void move(const Axis& axis, int64_t steps) {
-    offset += steps * axis.stride;
-    index += static_cast<uint64_t>(steps) * axis.index_stride;
+  void move(const Axis& axis, int64_t times) {
+    offset += times * axis.stride;
+    index += static_cast<uint64_t>(times) * axis.index_stride;
   }
 };
 
@@ -50,29 +50,29 @@ class Words {
 
   int64_t numel() const { return numel_; }
 
-  // Hand `body` the runs that the words `begin` to `end` are made of, counted in the order of the axes.
+  // Hand `body` the lines that the words `begin` to `end` are made of, counted in the order of the axes.
   template <class Body>
-  void for_each_run(int64_t begin, int64_t end, Body body) const {
+  void for_each_line(int64_t begin, int64_t end, Body body) const {
     const int row = num_axes_ - 1;
     int64_t coordinates[kMostAxes];
-    Run run = {0, 0, axes_[row].stride, first_index_, axes_[row].index_stride};
-    int64_t place = begin;
+    Line line = {0, 0, axes_[row].stride, first_index_, axes_[row].index_stride};
+    int64_t rest = begin;
     for (int d = row; d >= 0; --d) {
-      coordinates[d] = place % axes_[d].size;
-      place /= axes_[d].size;
-      run.move(axes_[d], coordinates[d]);
+      coordinates[d] = rest % axes_[d].size;
+      rest /= axes_[d].size;
+      line.move(axes_[d], coordinates[d]);
     }
-    for (;; begin += run.numel) {
-      run.numel = std::min(axes_[row].size - coordinates[row], end - begin);
-      body(run);
-      if (run.numel == end - begin) return;
+    for (;; begin += line.numel) {
+      line.numel = std::min(axes_[row].size - coordinates[row], end - begin);
+      body(line);
+      if (line.numel == end - begin) return;
       // To where the next row begins, without a division: a row may be short.
-      run.move(axes_[row], -coordinates[row]);
+      line.move(axes_[row], -coordinates[row]);
       coordinates[row] = 0;
       for (int d = row - 1; d >= 0; --d) {
-        run.move(axes_[d], 1);
+        line.move(axes_[d], 1);
         if (++coordinates[d] < axes_[d].size) break;
-        run.move(axes_[d], -axes_[d].size);
+        line.move(axes_[d], -axes_[d].size);
         coordinates[d] = 0;
       }
     }
@@ -93,7 +93,7 @@ class Words {
     return true;
   }
 
-  // An axis whose step leads to where the next one ends, in memory and in the whole tensor, is one with it.
+  // An axis whose stride leads to where the next one ends, in memory and in the whole tensor, is one with it.
   void join() {
     int last = 0;
     for (int d = 1; d < num_axes_; ++d) {

@@ -261,8 +261,8 @@ int32_t swafast_cpu_checksum(const swafast_box* box, int32_t num_threads, uint64
   for_each_chunk(num_chunks, num_threads, [=, &words, &total](int64_t i) {
     const int64_t begin = i * kChunkWords;
     uint64_t partial = 0;
-    words.for_each_run(begin, begin + std::min(kChunkWords, words.numel() - begin), [&](const Run& run) {
-      partial += checksum(corner + run.offset * word_size, run.numel, run.stride, run.index, run.index_step);
+    words.for_each_line(begin, begin + std::min(kChunkWords, words.numel() - begin), [&](const Line& line) {
+      partial += checksum(corner + line.offset * word_size, line.numel, line.stride, line.index, line.index_step);
     });
     total.fetch_add(partial, std::memory_order_relaxed);
   });

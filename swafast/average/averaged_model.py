@@ -118,7 +118,7 @@ class FusedAveragedModel(Attachable, AveragedModel):
             avg_fn, multi_avg_fn = None, recognised
         super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)
         self.format, self.backend, self.include, self.nonfinite, self.seed = format, backend, include, nonfinite, seed
-        self._any_device, self._source, self._asked = device is not None, weakref.ref(model), asked
+        self._any_device, self._made_of, self._asked = device is not None, weakref.ref(model), asked
         copied = {id(tensor) for _, tensor, fmt in self._each_average() if fmt is None}
         self._apply(lambda tensor: tensor.to(stored_dtype(format, tensor.dtype, copied=id(tensor) in copied)))
         for name, tensor, fmt in self._each_average():
@@ -319,5 +319,5 @@ class FusedAveragedModel(Attachable, AveragedModel):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process. ``include`` may be a lambda, and its answers are kept."""
         with self._guard.hold("a copy"):
-            own = {"_own_guard", "_own_bindings", "_source", "include"}
+            own = {"_own_guard", "_own_bindings", "_made_of", "include"}
             return {key: value for key, value in self.__dict__.items() if key not in own}

@@ -35,18 +35,18 @@ def named_rules(given: object) -> dict[str, Rule]:
         ValueError: there is none, or more than one launch takes; two have one name; or a name cannot stand in the keys
             of a state.
     """
-    entries = given.items() if isinstance(given, Mapping) else given
-    if not isinstance(entries, Iterable) or isinstance(entries, str):
+    items = given.items() if isinstance(given, Mapping) else given
+    if not isinstance(items, Iterable) or isinstance(items, str):
         raise TypeError(f"rules must be a mapping from names to rules, or (name, rule) pairs, got {given!r}")
     rules: dict[str, Rule] = {}
-    for entry in entries:
-        if not isinstance(entry, (tuple, list)) or len(entry) != 2:
+    for item in items:
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise TypeError(f"rules must be a mapping from names to rules, or (name, rule) pairs, got {given!r}")
-        name, each = entry
+        name, each = item
         if not isinstance(name, str):
             raise TypeError(f"rules must have strings for names, got {name!r}")
         if not name or "." in name:
-            raise ValueError(f"rules must have names without '.', which parts the keys of a state, got {name!r}")
+            raise ValueError(f"rules must have names without '.', which separates the keys of a state, got {name!r}")
         if name in rules:
             raise ValueError(f"rules must have each name once, got {name!r} twice")
         if not isinstance(each, Rule):
@@ -126,7 +126,7 @@ class FusedAverages(Attachable, Module):
                 nonfinite=nonfinite,
                 seed=seed,
             )
-        self._source = weakref.ref(model)
+        self._made_of = weakref.ref(model)
 
     # A mapping from names to averages
 
@@ -198,7 +198,7 @@ class FusedAverages(Attachable, Module):
             model,
             config=[averaged._config() for averaged in averages],
             backend=averages[0].backend,
-            parts=[averaged._bindings for averaged in averages],
+            side_bindings=[averaged._bindings for averaged in averages],
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -234,7 +234,7 @@ class FusedAverages(Attachable, Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_own_guard", "_own_bindings", "_source"}
+        own = {"_own_guard", "_own_bindings", "_made_of"}
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def _make_guard(self) -> Guard:

@@ -153,7 +153,7 @@ class Bindings:
     def __init__(self) -> None:
         self._binding: AnyBinding | None = None
         self._captured: list[AnyBinding] = []
-        self._told: set[int] = set()  # of those, the ones that have been warned about
+        self._warned: set[int] = set()  # of those, the ones that have been warned about
         #: Addresses of planes that a plan which moves them together with others has put into buckets.
         self.shared_homes: frozenset[int] = frozenset()
 
@@ -178,14 +178,14 @@ class Bindings:
         *,
         config: object,
         backend: str | None,
-        parts: Sequence[Bindings] = (),
+        side_bindings: Sequence[Bindings] = (),
     ) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]:
         """Give the plan for ``model`` and the tensors of both sides, planning anew where the old one no longer fits.
 
         Args:
             root: the module that all sides are in.
             config: what a plan depends on beside the tensors.
-            parts: the bindings of each side by itself, which leave the averages where this plan puts them.
+            side_bindings: the bindings of each side by itself, which leave the averages where this plan puts them.
 
         Raises:
             TypeError: ``model`` is no module.
@@ -198,11 +198,11 @@ class Bindings:
             return current
         for side in sides:
             checks.check_counter(side.owner.n_averaged)
-        homes = self.homes.union(*(part.homes for part in parts))
+        homes = self.homes.union(*(each.homes for each in side_bindings))
         binding = bind_module(root, sides, model, config=config, backend=backend, homes=homes)
         self.use(binding)
-        for part in parts:
-            part.shared_homes = binding.plan.homes
+        for each in side_bindings:
+            each.shared_homes = binding.plan.homes
         current = self.current(model, config, [side.owner.n_averaged for side in sides])
         assert current is not None, "a plan just made must fit"
         return current
@@ -213,8 +213,8 @@ class Bindings:
         if old is not None and old.plan.captured:
             self._captured.append(old)
         stale = {id(kept) for kept in self._captured if not kept.plan.writes <= binding.plan.writes}
-        if stale - self._told:
-            self._told |= stale
+        if stale - self._warned:
+            self._warned |= stale
             warnings.warn(
                 "the averages or n_averaged have moved since a CUDA graph captured their update: it still updates the "
                 "old ones; capture it anew",

@@ -130,14 +130,14 @@ def translate_state(
         extra = {plane: state[key] for plane in EXTRA_PLANES if (key := f"{prefix}{plane}.{name}") in state}
         if not all(isinstance(tensor, Tensor) for tensor in extra.values()):
             continue  # torch's loader says so
-        source = format_of_planes(average, extra)
+        before = format_of_planes(average, extra)
         # A state of this format has its planes throughout: of another one, a tensor may stand alone.
         has_planes = any(plane in present for plane, _ in fmt.extra)
         lacking = fmt.dtype == average.dtype and len(fmt.extra) > len(extra)
-        if source is fmt or (strict and has_planes and (lacking or source is None)):
+        if before is fmt or (strict and has_planes and (lacking or before is None)):
             continue
-        if source is not None:
-            value = source.decode((average, *(extra[plane] for plane, _ in source.extra)))
+        if before is not None:
+            value = before.decode((average, *(extra[plane] for plane, _ in before.extra)))
         else:
             value = average  # what else there is does not fit it
         first, *rest = fmt.encode(value.to(fmt.value_dtype) if fmt.value_dtype is not None else value)

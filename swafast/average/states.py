@@ -79,12 +79,15 @@ def keeping_ties(module: Module) -> Iterator[None]:
     yield
     for first, *others in names.values():
         for name in others:
-            source, _, source_leaf = first.rpartition(".")
+            first_path, _, first_leaf = first.rpartition(".")
             path, _, leaf = name.rpartition(".")
-            holder, target = module.get_submodule(source), module.get_submodule(path)
-            for kept, tied in ((own_params(holder), own_params(target)), (own_buffers(holder), own_buffers(target))):
-                if source_leaf in kept:
-                    tied[leaf] = kept[source_leaf]
+            first_module, tied_module = module.get_submodule(first_path), module.get_submodule(path)
+            for kept, tied in (
+                (own_params(first_module), own_params(tied_module)),
+                (own_buffers(first_module), own_buffers(tied_module)),
+            ):
+                if first_leaf in kept:
+                    tied[leaf] = kept[first_leaf]
 
 
 def _all_tensors(module: Module) -> Iterator[tuple[str, Tensor]]:

@@ -36,8 +36,8 @@ class Pair:
         return self.planes[0]
 
 
-class ShareFlag(Protocol):
-    """How ranks share what each has found in its part of an update."""
+class ReduceFlag(Protocol):
+    """An all-reduce of a flag: how ranks learn what any of them has found in an update."""
 
     def __call__(self, flag: Tensor) -> None:
         """Make a flag, () int64, that is not 0 on one rank so on all, where it is: nothing is read on the host."""
@@ -46,9 +46,9 @@ class ShareFlag(Protocol):
         """Return whether any rank has found it, by a flag on ``device`` that is read on the host."""
 
 
-def found_anywhere(found: bool, device: torch.device, share: ShareFlag | None) -> bool:
-    """Return whether this rank, or any with which it shares a flag, has found what it looked for."""
-    return found if share is None else share.anywhere(found, device)
+def found_anywhere(found: bool, device: torch.device, reduce_flag: ReduceFlag | None) -> bool:
+    """Return whether this rank, or any with which it reduces a flag, has found what it looked for."""
+    return found if reduce_flag is None else reduce_flag.anywhere(found, device)
 
 
 class Launch(Protocol):
@@ -65,14 +65,14 @@ class Launch(Protocol):
         advance: int,
         *,
         skip_nonfinite: bool = False,
-        share: ShareFlag | None = None,
+        reduce_flag: ReduceFlag | None = None,
     ) -> None:
         """Move each average towards its param by its pace's ``rule(counter)``, then add ``advance`` to all counters.
 
         ``rules`` and ``counters``, () int64, are those of the averaged models, by the pairs' ``pace``. ``params`` are
         the pairs' params, the same memory as in ``prepare``; none for a backend that goes by addresses. With
         ``skip_nonfinite`` nothing changes if one that is averaged holds a NaN or an infinity, on any of the ranks that
-        ``share`` brings in.
+        ``reduce_flag`` brings in.
         """
 
     def first_nonfinite(self, params: Sequence[Tensor]) -> int | None:

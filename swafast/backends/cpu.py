@@ -11,7 +11,7 @@ from torch import Tensor
 from ..terms.layout import CPU_CHUNK_NUMEL, cut_chunks
 from ..terms.rules import Rule
 from . import Unavailable, library
-from .contract import Pair, ShareFlag, found_anywhere
+from .contract import Pair, ReduceFlag, found_anywhere
 from .rows import PaceCache, Rows, kernels_serve
 
 name = "cpu"
@@ -91,11 +91,11 @@ class NativeLaunch:
         advance: int,
         *,
         skip_nonfinite: bool = False,
-        share: ShareFlag | None = None,
+        reduce_flag: ReduceFlag | None = None,
     ) -> None:
         if skip_nonfinite:
             found = self.first_nonfinite(params) is not None
-            if found_anywhere(found, counters[0].device, share):
+            if found_anywhere(found, counters[0].device, reduce_flag):
                 return
         # A model with parts on a GPU counts there.
         counts = [counter if counter.device.type == "cpu" else counter.cpu() for counter in counters]

@@ -15,7 +15,7 @@ from ..terms.layout import GPU_CHUNK_NUMELS, cut_chunks, gpu_chunk_numel
 from ..terms.rules import Rule
 from ..torch_private.core import current_raw_stream
 from . import library
-from .contract import Pair, ShareFlag, found_anywhere
+from .contract import Pair, ReduceFlag, found_anywhere
 from .rows import Rows
 
 #: 64-bit words of ``swafast_tensor``, ``swafast_chunk`` and ``swafast_state`` in csrc/swafast.h.
@@ -131,23 +131,23 @@ class DeviceLaunch:
         advance: int,
         *,
         skip_nonfinite: bool = False,
-        share: ShareFlag | None = None,
+        reduce_flag: ReduceFlag | None = None,
     ) -> None:
-        home = counters[0].device
-        counts_here = any(table.device == home for table in self._tables)
-        if not counts_here and home.type == "cpu" and min(map(int, counters)) < 0:
+        counters_device = counters[0].device
+        counts_here = any(table.device == counters_device for table in self._tables)
+        if not counts_here and counters_device.type == "cpu" and min(map(int, counters)) < 0:
             raise ValueError(f"n_averaged must be >= 0, got {min(map(int, counters))}")
         if skip_nonfinite and (len(self._tables) > 1 or not counts_here):
             # What one device finds holds for all of them and for the counters, and only the host hears of all.
-            if found_anywhere(self.first_nonfinite(params) is not None, home, share):
+            if found_anywhere(self.first_nonfinite(params) is not None, counters_device, reduce_flag):
                 return
             skip_nonfinite = False
         tables = self._tables
         if len(tables) > 1:
             # The device of the counters comes last: the others read the same counts before it.
-            tables = sorted(tables, key=lambda table: table.device == home)
+            tables = sorted(tables, key=lambda table: table.device == counters_device)
         for table in tables:
-            counts = table.device == home
+            counts = table.device == counters_device
             read = counters
             if not counts:
                 read = table.counters[: len(counters)]
@@ -156,8 +156,8 @@ class DeviceLaunch:
             stream = self._stream(table)
             if skip_nonfinite:
                 self.start_first_nonfinite(table, stream)
-                if share is not None:
-                    share(table.nonfinite)
+                if reduce_flag is not None:
+                    reduce_flag(table.nonfinite)
             self.start_update(table, rules, read, advance if counts else 0, skip_nonfinite, stream)
         if not counts_here:
             for counter in counters:

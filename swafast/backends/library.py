@@ -60,8 +60,8 @@ class TableHead(ctypes.Structure):
     )
 
 
-class BoxRow(ctypes.Structure):
-    """A part of a tensor: ``swafast_box``."""
+class BoxWords(ctypes.Structure):
+    """The words of a box of a tensor: ``swafast_box``."""
 
     _fields_ = (
         ("words", ctypes.c_void_p),
@@ -75,9 +75,9 @@ class BoxRow(ctypes.Structure):
 
 
 def _candidates() -> list[Path]:
-    """Give the places of the library, likeliest first.
+    """Return the paths where the library may be, likeliest first.
 
-    Run from a clone, the folder ``swafast/`` shadows the installed package, which is the one with the library.
+    Run from a clone, the folder ``swafast/`` hides the installed package, which is the one with the library.
     """
     file = (
         "swafast.dll" if os.name == "nt" else "libswafast.dylib" if os.uname().sysname == "Darwin" else "libswafast.so"
@@ -85,26 +85,26 @@ def _candidates() -> list[Path]:
     named = os.environ.get("SWAFAST_LIBRARY")
     if named:
         return [Path(named).absolute()]
-    places = [Path(__file__).parents[1] / "lib" / file]
+    paths = [Path(__file__).parents[1] / "lib" / file]
     try:
         installed = importlib.metadata.distribution("swafast").locate_file(f"swafast/lib/{file}")
-        places.append(Path(str(installed)))
+        paths.append(Path(str(installed)))
     except importlib.metadata.PackageNotFoundError:
         pass
-    return places
+    return paths
 
 
 @functools.cache
 def load() -> ctypes.CDLL | Unavailable:
     """Give the library, or why it did not load."""
-    places = _candidates()
-    path = next((place for place in places if place.is_file()), None)
+    paths = _candidates()
+    path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        for place in places:
-            reason = place.parent / "not_built.txt"
+        for candidate in paths:
+            reason = candidate.parent / "not_built.txt"
             if reason.is_file():
                 return Unavailable(reason.read_text().strip())
-        return Unavailable(f"no native library at {' or '.join(map(str, places))}: install swafast again")
+        return Unavailable(f"no native library at {' or '.join(map(str, paths))}: install swafast again")
     try:
         library = ctypes.CDLL(str(path))
         library.swafast_abi.restype = ctypes.c_int32
@@ -147,7 +147,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.swafast_cpu_want_large_pages.restype = None
     library.swafast_cpu_exchange.argtypes = (*table, i32, i64, ctypes.POINTER(i64))
     library.swafast_cpu_first_nonfinite.argtypes = (*table, i32, ctypes.POINTER(i64))
-    library.swafast_cpu_checksum.argtypes = (ctypes.POINTER(BoxRow), i32, ctypes.POINTER(i64))
+    library.swafast_cpu_checksum.argtypes = (ctypes.POINTER(BoxWords), i32, ctypes.POINTER(i64))
 
 
 def _declare_cuda(library: ctypes.CDLL) -> None:

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..terms.draws import Draws, pieces, random_bits
+from ..terms.draws import Draws, box_views, random_bits
 from ..terms.formats import Format
 from ..terms.rules import Rule, checked_weight
 from . import Unavailable
-from .contract import Pair, ShareFlag, found_anywhere
+from .contract import Pair, ReduceFlag, found_anywhere
 
 name = "reference"
 device_types = None
@@ -60,11 +60,11 @@ class ReferenceLaunch:
         advance: int,
         *,
         skip_nonfinite: bool = False,
-        share: ShareFlag | None = None,
+        reduce_flag: ReduceFlag | None = None,
     ) -> None:
         if skip_nonfinite:
             found = self.first_nonfinite(params) is not None
-            if found_anywhere(found, counters[0].device, share):
+            if found_anywhere(found, counters[0].device, reduce_flag):
                 return
         counts = [int(counter) for counter in counters]
         if min(counts) < 0:
@@ -127,17 +127,17 @@ def _move_planes_(planes: Sequence[Tensor], new: Sequence[Tensor]) -> None:
 def _move_at_random_(
     planes: tuple[Tensor, ...], param: Tensor, fmt: Format, weight: float, draws: Draws, num_averaged: int
 ) -> None:
-    for tensors, index_parts in pieces(draws, (param, *planes)):
+    for tensors, index_addends in box_views(draws, (param, *planes)):
         count = len(tensors)
-        for cut in windows((*tensors, *index_parts)):
-            (newest, *of_planes), index = cut[:count], sum(cut[count:], torch.zeros((), dtype=torch.int64))
-            bits = random_bits(draws.key, num_averaged, index.to(newest.device)) >> (32 - fmt.num_random_bits)
+        for window in windows((*tensors, *index_addends)):
+            (newest, *of_planes), index = window[:count], sum(window[count:], torch.zeros((), dtype=torch.int64))
+            bits = random_bits(draws.random_key, num_averaged, index.to(newest.device)) >> (32 - fmt.num_random_bits)
             new = fmt.encode(_moved(of_planes, newest, fmt, weight), bits.to(of_planes[0].device))
             _move_planes_(of_planes, new)
 
 
 def windows(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    """Cut tensors of one shape alike, along their longest dimension, until a piece is at most a window."""
+    """Cut tensors of one shape alike, along their longest dimension, into windows."""
     first = tensors[0]
     window = _CPU_WINDOW_NUMEL if first.device.type == "cpu" else _GPU_WINDOW_NUMEL
     if first.numel() <= window:

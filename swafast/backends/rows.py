@@ -32,7 +32,7 @@ def weight(rule: Rule, num_averaged: int) -> float:
 
 def kernel_terms(rule: Rule) -> KernelTerms:
     terms = rule.kernel_terms()
-    assert terms is not None, "ops.update works out the weight of a rule without terms"
+    assert terms is not None, "launches.update works out the weight of a rule without terms"
     return terms
 
 
@@ -101,23 +101,23 @@ class Rows:
         return sum(numel for numel, _ in self._firsts)
 
     def runs(self) -> Tensor:
-        """Give the runs of memory to be cut into chunks, as :func:`bucket.cut_chunks` takes them."""
-        places = [0]
+        """Give the runs of memory to be cut into chunks, as :func:`layout.cut_chunks` takes them."""
+        firsts = [0]
         for _, group in self._firsts:
-            places.append(places[-1] + len(group))
+            firsts.append(firsts[-1] + len(group))
         runs = whole_runs([numel for numel, _ in self._firsts])
-        runs[:, 0] = torch.tensor(places[:-1], dtype=torch.int64, device="cpu")
+        runs[:, 0] = torch.tensor(firsts[:-1], dtype=torch.int64, device="cpu")
         drawn = [next((pair for pair in group if pair.draws is not None), None) for _, group in self._firsts]
         if not any(drawn):
             return runs
-        parts = []
+        drawn_runs = []
         for run, pair in zip(runs, drawn, strict=True):
             if pair is None or pair.draws is None:
-                parts.append(run[None])
+                drawn_runs.append(run[None])
                 continue
             of_pair = runs_of(pair.draws, pair.param.stride())
-            parts.append(torch.cat((run[:1].expand(len(of_pair), 1), of_pair), dim=1))
-        return torch.cat(parts)
+            drawn_runs.append(torch.cat((run[:1].expand(len(of_pair), 1), of_pair), dim=1))
+        return torch.cat(drawn_runs)
 
 
 def _row(pair: Pair) -> TensorRow:
@@ -127,5 +127,5 @@ def _row(pair: Pair) -> TensorRow:
         row.numel, row.dtype, row.format = pair.param.nbytes, _BYTES, _COPIED
     else:
         row.numel, row.dtype, row.format = pair.param.numel(), _DTYPES[pair.param.dtype], _FORMATS[pair.format]
-        row.key = pair.draws.key if pair.draws is not None else 0
+        row.key = pair.draws.random_key if pair.draws is not None else 0
     return row

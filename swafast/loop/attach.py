@@ -24,7 +24,7 @@ from .stand_in import StandIn
 class Attachable:
     """What can be attached: a base of the averaged models."""
 
-    _source: weakref.ref[Module] | None = None  # the model that it was made of
+    _made_of: weakref.ref[Module] | None = None  # the model that it was made of
 
     @property
     def _guard(self) -> Guard:
@@ -91,7 +91,7 @@ class Attachable:
     def _model_for(self, optimizers: Sequence[Optimizer], model: object) -> Module:
         """Give the model that optimizers of its params are to be followed for, or raise."""
         if model is None:
-            model = self._source() if self._source is not None else None
+            model = self._made_of() if self._made_of is not None else None
             if model is None:
                 raise ValueError("model must be given, got None: this average does not know (any more) of which it is")
         if not isinstance(model, Module):

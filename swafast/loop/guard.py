@@ -59,7 +59,7 @@ class Guard:
     Locks are taken in one order: first those of all averages of an action, then that of their ranks.
 
     Args:
-        parts: the guards of several averages, whose guard this is; none: it is that of one.
+        guards: those of several averages that are used together; none: it is that of one.
         number: of the averages among those that share their ranks, the same on every rank.
 
     Attributes:
@@ -67,8 +67,8 @@ class Guard:
         model: that the averages are in, inside ``swapped_into``; else None.
     """
 
-    def __init__(self, parts: Sequence[Guard] = (), number: int | None = None) -> None:
-        self._parts = tuple(parts) or (self,)
+    def __init__(self, guards: Sequence[Guard] = (), number: int | None = None) -> None:
+        self._guards = tuple(guards) or (self,)
         self.number = number
         self._lock = ForkSafeLock()
         self._attachment: Attachment | None = None
@@ -80,22 +80,22 @@ class Guard:
 
     @attachment.setter
     def attachment(self, attachment: Attachment | None) -> None:
-        for guard in {self, *self._parts}:
+        for guard in {self, *self._guards}:
             guard._attachment = attachment
 
     @property
     def is_attached(self) -> bool:
         """Whether one of the averages follows an optimizer, alone or with the others."""
-        return any(guard._attachment is not None for guard in {self, *self._parts})
+        return any(guard._attachment is not None for guard in {self, *self._guards})
 
     @property
     def model(self) -> Module | None:
-        return next((part._model for part in self._parts if part._model is not None), None)
+        return next((guard._model for guard in self._guards if guard._model is not None), None)
 
     @model.setter
     def model(self, model: Module | None) -> None:
-        (part,) = self._parts
-        part._model = model
+        (guard,) = self._guards
+        guard._model = model
 
     def settle(self, action: str = "") -> None:
         """Wait for an update under way, unless this is it; before an action that writes params, for all that read any.
@@ -103,12 +103,12 @@ class Guard:
         Whoever holds the lock that the update may be waiting for is in an action that has waited before it took the
         lock. All averages of an action are waited for before the first lock is taken.
         """
-        waited_for = [part for part in self._parts if not part._lock.is_mine]
+        waited_for = [guard for guard in self._guards if not guard._lock.is_mine]
         if waited_for and action in _WRITING:
             wait_for_readers()
-        for part in waited_for:
-            if part._attachment is not None:
-                part._attachment.join()
+        for guard in waited_for:
+            if guard._attachment is not None:
+                guard._attachment.join()
 
     def refuse_while_swapped(self, action: str) -> None:
         """Raise RuntimeError while the averages are in a model."""
@@ -117,13 +117,13 @@ class Guard:
 
     def locked(self) -> AbstractContextManager[object]:
         """Hold the averages for this thread, whatever their state."""
-        return self._parts[0]._lock if len(self._parts) == 1 else self._all_locked()
+        return self._guards[0]._lock if len(self._guards) == 1 else self._all_locked()
 
     @contextmanager
     def _all_locked(self) -> Iterator[None]:
-        with ExitStack() as held:
-            for part in self._parts:
-                held.enter_context(part._lock)
+        with ExitStack() as locks:
+            for guard in self._guards:
+                locks.enter_context(guard._lock)
             yield
 
     @contextmanager

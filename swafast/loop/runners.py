@@ -71,9 +71,9 @@ class OnStreams:
 
     def update(self) -> None:
         self.join()
-        run = self._ready()
+        update = self._ready()
         with on_side(self._streams):
-            run()
+            update()
             self._ended = [stream.record_event() for stream in self._streams]
 
     def join(self) -> None:
@@ -107,15 +107,15 @@ class InThread:
 
     def update(self) -> None:
         self.join()
-        run = self._ready()
+        update = self._ready()
         copied = [stream.record_event() for stream in self._streams]
-        self._under_way = self._pool.submit(self._run, run, copied)
+        self._under_way = self._pool.submit(self._run, update, copied)
 
-    def _run(self, run: Callable[[], None], copied: Sequence[torch.cuda.Event]) -> None:
+    def _run(self, update: Callable[[], None], copied: Sequence[torch.cuda.Event]) -> None:
         self._worker = threading.get_ident()
         for event in copied:
             event.synchronize()
-        run()
+        update()
 
     def before_step(self) -> None:
         if not self._copies:

@@ -13,7 +13,7 @@ from ..terms.formats import Format
 from ..terms.layout import extent
 from ..torch_private.core import has_own_dispatch, is_capturing
 
-#: What to do with a model that is spread over ranks. Its classes are told by name: importing them takes a second.
+#: What to do with a model that is spread over ranks. Its classes are recognised by name: importing them takes a second.
 FOR_SHARDED = "average a sharded model with swafast.ShardedAveragedModel"
 
 _NONFINITE = ("propagate", "raise", "skip")
@@ -66,8 +66,8 @@ def check_planes(pair: Pair, fmt: Format) -> None:
         raise ValueError(f"average {pair.name!r} in format {fmt.name!r} must have planes of {wanted}, got {got}")
     for plane in pair.planes[1:]:
         check_plain(f"a plane of {pair.name!r}", plane)
-        spread = plane.numel() > extent(plane.shape, plane.stride())
-        if spread or plane.shape != pair.average.shape or plane.device != pair.average.device:
+        overlapping = plane.numel() > extent(plane.shape, plane.stride())
+        if overlapping or plane.shape != pair.average.shape or plane.device != pair.average.device:
             raise ValueError(
                 f"planes of {pair.name!r} must be alike in shape and device, got {tuple(plane.shape)} on "
                 f"{plane.device} beside {tuple(pair.average.shape)} on {pair.average.device}"
@@ -131,20 +131,20 @@ def check_overlap(pairs: Sequence[Pair], *, tied: bool = True) -> None:
             raise ValueError(f"averages must not overlap in memory, got {a.name!r} and {b.name!r} on shared bytes")
 
 
-def overlaps(groups: Sequence[Sequence[Tensor]]) -> list[tuple[int, int]]:
-    """Give pairs of indices of groups that share memory: every group that shares any is in one at least."""
-    runs = []
-    for index, group in enumerate(groups):
-        for tensor in group:
+def overlaps(tensor_sets: Sequence[Sequence[Tensor]]) -> list[tuple[int, int]]:
+    """Return pairs of indices of sets that share memory: every set that shares any is in one at least."""
+    extents = []
+    for index, tensors in enumerate(tensor_sets):
+        for tensor in tensors:
             nbytes = extent(tensor.shape, tensor.stride()) * tensor.element_size()
             if nbytes:
-                runs.append((str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + nbytes, index))
-    runs.sort()
+                extents.append((str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + nbytes, index))
+    extents.sort()
     found = []
     furthest = None
-    for run in runs:
-        if furthest is not None and furthest[0] == run[0] and run[1] < furthest[2]:
-            found.append((furthest[3], run[3]))
-        if furthest is None or furthest[0] != run[0] or run[2] > furthest[2]:
-            furthest = run
+    for own in extents:
+        if furthest is not None and furthest[0] == own[0] and own[1] < furthest[2]:
+            found.append((furthest[3], own[3]))
+        if furthest is None or furthest[0] != own[0] or own[2] > furthest[2]:
+            furthest = own
     return found

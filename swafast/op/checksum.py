@@ -1,10 +1,10 @@
-"""A 64-bit checksum of a tensor that is the same however the tensor is cut: those of its parts add up to the whole's.
+"""A 64-bit checksum of a tensor that is the same however the tensor is cut: those of its boxes add up to the whole's.
 
     checksum = sum of mix(i, bits) over the elements, modulo 2^64
 
 where ``i`` is the element's row-major index in the whole tensor and ``bits`` its bit pattern as an unsigned number; an
 element of 16 bytes counts as two of 8, at ``2 i`` and ``2 i + 1``. ``mix`` is splitmix64: its state after ``i + 1``
-steps from ``bits``, mixed (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014). It can be
+rounds from ``bits``, mixed (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014). It can be
 undone, so an element that alone has changed always changes the sum. It is no protection against somebody who means to
 deceive.
 
@@ -41,11 +41,11 @@ _DEVICE_WINDOW_NUMEL = 2**21
 
 
 @dataclass(frozen=True)
-class _Box:
+class _Words:
     """What is summed: integers that lie in memory as the tensor's elements do, and where each is in the whole."""
 
-    words: Tensor  # any strides; uint8, int16, int32 or int64
-    index_strides: tuple[int, ...]  # one for each dimension of words
+    memory: Tensor  # any strides; uint8, int16, int32 or int64
+    index_strides: tuple[int, ...]  # one for each dimension of memory
     first_index: int
 
 
@@ -65,11 +65,11 @@ def checksum(
         TypeError: ``tensor`` is no tensor, or ``shape`` or ``offsets`` no sequence of ints.
         ValueError: ``tensor`` holds no plain dense data, or does not stand inside ``shape`` at ``offsets``.
     """
-    box = _box(tensor, shape, offsets)
+    words = _words(tensor, shape, offsets)
     native = library.load()
-    if isinstance(native, Unavailable) or box.words.device.type != "cpu":
-        return _torch_sum(box)
-    return _native_sum(native, box)
+    if isinstance(native, Unavailable) or words.memory.device.type != "cpu":
+        return _torch_sum(words)
+    return _native_sum(native, words)
 
 
 def checksum_reference(
@@ -78,7 +78,7 @@ def checksum_reference(
     offsets: Sequence[int] | None = None,
 ) -> int:
     """Give what :func:`checksum` gives, by plain torch on the tensor's device."""
-    return _torch_sum(_box(tensor, shape, offsets))
+    return _torch_sum(_words(tensor, shape, offsets))
 
 
 def wrap_int64(value: int) -> int:
@@ -86,19 +86,19 @@ def wrap_int64(value: int) -> int:
     return (value + 2**63) % 2**64 - 2**63
 
 
-def _box(tensor: Tensor, shape: Sequence[int] | None, offsets: Sequence[int] | None) -> _Box:
+def _words(tensor: Tensor, shape: Sequence[int] | None, offsets: Sequence[int] | None) -> _Words:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"tensor must be a torch.Tensor, got {type(tensor).__name__}")
     check_plain("tensor", tensor)
-    whole, corner = _place(tuple(tensor.shape), shape, offsets)
-    words = _words(tensor.detach())
-    if words.dim() > tensor.dim():  # a complex128 is two words, side by side
+    whole, corner = _locate(tuple(tensor.shape), shape, offsets)
+    memory = _as_integers(tensor.detach())
+    if memory.dim() > tensor.dim():  # a complex128 is two words, side by side
         whole, corner = (*whole, 2), (*corner, 0)
     strides = tuple(math.prod(whole[d + 1 :]) for d in range(len(whole)))
-    return _Box(words, strides, sum(map(operator.mul, corner, strides)))
+    return _Words(memory, strides, sum(map(operator.mul, corner, strides)))
 
 
-def _place(
+def _locate(
     sizes: tuple[int, ...], shape: Sequence[int] | None, offsets: Sequence[int] | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Give the whole tensor's shape, and the corner at which a tensor of these sizes stands in it."""
@@ -125,7 +125,7 @@ def _ints(name: str, values: Sequence[int]) -> tuple[int, ...]:
         raise TypeError(f"{name} must be a sequence of ints, got {values!r}") from error
 
 
-def _words(tensor: Tensor) -> Tensor:
+def _as_integers(tensor: Tensor) -> Tensor:
     """Give the memory of a tensor as integers; a conjugate or negative that is put off is worked out."""
     tensor = tensor.resolve_conj().resolve_neg()
     if tensor.dtype == torch.complex128:
@@ -133,55 +133,57 @@ def _words(tensor: Tensor) -> Tensor:
     return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
-def _native_sum(native: ctypes.CDLL, box: _Box) -> int:
-    words, ndim = box.words, box.words.dim()
+def _native_sum(native: ctypes.CDLL, words: _Words) -> int:
+    memory, ndim = words.memory, words.memory.dim()
     array = ctypes.c_int64 * ndim
-    row = library.BoxRow(
-        words=words.data_ptr(),
-        word_size=words.element_size(),
+    native_words = library.BoxWords(
+        words=memory.data_ptr(),
+        word_size=memory.element_size(),
         ndim=ndim,
-        sizes=array(*words.shape),
-        strides=array(*words.stride()),
-        index_strides=array(*map(wrap_int64, box.index_strides)),
-        first_index=wrap_int64(box.first_index),
+        sizes=array(*memory.shape),
+        strides=array(*memory.stride()),
+        index_strides=array(*map(wrap_int64, words.index_strides)),
+        first_index=wrap_int64(words.first_index),
     )
     total = ctypes.c_int64()
-    threads = min(torch.get_num_threads(), max(1, words.numel() // _NUMEL_PER_THREAD))
-    status = native.swafast_cpu_checksum(ctypes.byref(row), threads, ctypes.byref(total))
+    threads = min(torch.get_num_threads(), max(1, memory.numel() // _NUMEL_PER_THREAD))
+    status = native.swafast_cpu_checksum(ctypes.byref(native_words), threads, ctypes.byref(total))
     assert status == 0, f"the native library refused a box that torch has (status {status})"
     return total.value
 
 
-def _torch_sum(box: _Box) -> int:
-    total = torch.zeros((), dtype=torch.int64, device=box.words.device)
-    for window in _windows(box):
+def _torch_sum(words: _Words) -> int:
+    total = torch.zeros((), dtype=torch.int64, device=words.memory.device)
+    for window in _windows(words):
         total += _window_sum(window)
     return int(total)
 
 
-def _windows(box: _Box) -> Iterator[_Box]:
-    """Cut a box into such as are small enough, where its memory is furthest apart."""
-    words = box.words
-    most = _WINDOW_NUMEL if words.device.type == "cpu" else _DEVICE_WINDOW_NUMEL
-    if words.numel() <= most:
-        yield box
+def _windows(words: _Words) -> Iterator[_Words]:
+    """Cut words into windows that are small enough, where their memory is furthest apart."""
+    memory = words.memory
+    most = _WINDOW_NUMEL if memory.device.type == "cpu" else _DEVICE_WINDOW_NUMEL
+    if memory.numel() <= most:
+        yield words
         return
-    axis = max((d for d in range(words.dim()) if words.size(d) > 1), key=words.stride)
-    length = max(1, words.size(axis) * most // words.numel())
-    for start in range(0, words.size(axis), length):
-        part = words.narrow(axis, start, min(length, words.size(axis) - start))
-        yield from _windows(_Box(part, box.index_strides, box.first_index + start * box.index_strides[axis]))
+    axis = max((d for d in range(memory.dim()) if memory.size(d) > 1), key=memory.stride)
+    length = max(1, memory.size(axis) * most // memory.numel())
+    for start in range(0, memory.size(axis), length):
+        narrowed = memory.narrow(axis, start, min(length, memory.size(axis) - start))
+        yield from _windows(
+            _Words(narrowed, words.index_strides, words.first_index + start * words.index_strides[axis])
+        )
 
 
-def _window_sum(box: _Box) -> Tensor:
-    words = box.words
-    x = words.to(torch.int64, copy=True)
-    if words.element_size() < 8:
-        x &= 2 ** (8 * words.element_size()) - 1
-    x += wrap_int64((box.first_index + 1) * _INDEX_FACTOR)
-    for axis, stride in enumerate(box.index_strides):
-        steps = torch.arange(words.size(axis), device=words.device) * wrap_int64(stride * _INDEX_FACTOR)
-        x += steps.view(-1, *(1,) * (words.dim() - axis - 1))
+def _window_sum(words: _Words) -> Tensor:
+    memory = words.memory
+    x = memory.to(torch.int64, copy=True)
+    if memory.element_size() < 8:
+        x &= 2 ** (8 * memory.element_size()) - 1
+    x += wrap_int64((words.first_index + 1) * _INDEX_FACTOR)
+    for axis, stride in enumerate(words.index_strides):
+        along = torch.arange(memory.size(axis), device=memory.device) * wrap_int64(stride * _INDEX_FACTOR)
+        x += along.view(-1, *(1,) * (memory.dim() - axis - 1))
     for shift, factor in _SHIFTS_AND_FACTORS:
         shifted = x >> shift
         shifted &= 2 ** (64 - shift) - 1  # torch shifts the sign in

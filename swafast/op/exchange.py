@@ -36,12 +36,12 @@ class Exchange:
             checks.refuse_capture(device, "swapped_into")
         checks.check_writable(pairs)
         self._params = [pair.param for pair in pairs]
-        self._held = [
+        self._pairs = [
             Pair(pair.name, pair.param.detach(), tuple(plane.detach() for plane in pair.planes), pair.format)
             for pair in pairs
         ]
         self._launches, self._aside = launches.prepare_exchange(
-            self._held, choice.choose_backends(backend, choice.device_types(pairs))
+            self._pairs, choice.choose_backends(backend, choice.device_types(pairs))
         )
         self._stash: list[Tensor] = []
         self._written = [tensor for pair in pairs for tensor in (pair.param, pair.average)]
@@ -72,7 +72,7 @@ class Exchange:
                     all_of_them.callback(launch.exchange, False)  # those that never got there do nothing
         finally:
             self._restore()
-        for pair, param in zip(self._held, self._params, strict=True):
+        for pair, param in zip(self._pairs, self._params, strict=True):
             if param.data_ptr() != pair.param.data_ptr():
                 raise RuntimeError(
                     f"model must keep its tensors while swapped, got {pair.name!r} on other memory: "

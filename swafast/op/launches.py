@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..backends.contract import Backend, ExchangeLaunch, Launch, Pair, ShareFlag, found_anywhere
-from ..terms.draws import Draws, make_key
+from ..backends.contract import Backend, ExchangeLaunch, Launch, Pair, ReduceFlag, found_anywhere
+from ..terms.draws import Draws, make_random_key
 from ..terms.formats import Format
 from ..terms.rules import FixedWeight, Rule, checked_weight, terms_of
 from .checks import overlaps, refuse_capture
@@ -37,7 +37,7 @@ def bump_versions(tensors: Sequence[Tensor]) -> None:
 
 def draws_of(seed: int, name: str, param: Tensor, fmt: Format | None) -> Draws | None:
     """Give where the random bits of a whole param's average come from; None for a format that draws none."""
-    return Draws(make_key(seed, name), tuple(param.shape)) if fmt is not None and fmt.num_random_bits else None
+    return Draws(make_random_key(seed, name), tuple(param.shape)) if fmt is not None and fmt.num_random_bits else None
 
 
 @dataclass
@@ -80,35 +80,37 @@ def update(
     counters: Sequence[Tensor],
     *,
     skip_nonfinite: bool = False,
-    share: ShareFlag | None = None,
+    reduce_flag: ReduceFlag | None = None,
 ) -> None:
     """Run one update of prepared pairs and count it; with ``skip_nonfinite`` neither, if a param is not finite.
 
     ``rules`` and ``counters`` are those of the averaged models, by the pairs' ``pace``; all counters are on one device.
-    ``share`` makes a flag that is not 0 on one rank so on all of them, on the flag's device.
+    ``reduce_flag`` sets a flag on all ranks where it is set on one, on the flag's device.
     """
     rules = [
         rule if terms_of(rule) is not None else _work_out(rule, counter)
         for rule, counter in zip(rules, counters, strict=True)
     ]
     device = counters[0].device
-    if device.type == "cuda" and any(part.on_host for part in work):
+    if device.type == "cuda" and any(each.on_host for each in work):
         refuse_capture(device, "an update of which a part runs on the host")
     if skip_nonfinite and not work:
         flag = torch.zeros((), dtype=torch.int64, device=device)
-        if share is not None:
-            share(flag)
+        if reduce_flag is not None:
+            reduce_flag(flag)
         for counter in counters:
             counter.add_(flag == 0)
         return
     if skip_nonfinite and len(work) > 1:
         # What one backend finds holds for all of them.
-        if found_anywhere(first_nonfinite(work, params) is not None, device, share):
+        if found_anywhere(first_nonfinite(work, params) is not None, device, reduce_flag):
             return
         skip_nonfinite = False
-    for part in work:
-        advance = int(part is work[-1])
-        part.launch.update(part.pick(params), rules, counters, advance, skip_nonfinite=skip_nonfinite, share=share)
+    for each in work:
+        advance = int(each is work[-1])
+        each.launch.update(
+            each.pick(params), rules, counters, advance, skip_nonfinite=skip_nonfinite, reduce_flag=reduce_flag
+        )
     if not work:
         for counter in counters:
             counter.add_(1)
@@ -152,8 +154,8 @@ def _entangled(tensors: Sequence[Tensor]) -> set[int]:
 
 def first_nonfinite(work: Sequence[Work], params: Sequence[Tensor]) -> int | None:
     """Give the index of a param that holds a NaN or an infinity, else None. One more read of the params."""
-    for part in work:
-        index = part.launch.first_nonfinite(part.pick(params))
+    for each in work:
+        index = each.launch.first_nonfinite(each.pick(params))
         if index is not None:
-            return part.indices[index]
+            return each.indices[index]
     return None

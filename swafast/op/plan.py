@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends import cpu
-from ..backends.contract import Backend, Pair, ShareFlag
+from ..backends.contract import Backend, Pair, ReduceFlag
 from ..terms.layout import Slot, is_dense, lay_out, same_order
 from ..terms.rules import Rule
 from ..torch_private.core import make_metadata_check
@@ -74,12 +74,12 @@ class Plan:
         self._params = Fingerprint([pair.param for pair in pairs])
         self._written = Fingerprint([*(plane for pair in pairs for plane in pair.planes), *counters])
         self._work = launches.prepare(pairs, backends)
-        self._held: tuple[Tensor, ...] = ()
+        self._kept: tuple[Tensor, ...] = ()
 
     @property
     def backends(self) -> list[str]:
         """Names of the backends at work, the one with the last word last."""
-        return [part.backend.name for part in self._work]
+        return [work.backend.name for work in self._work]
 
     def fits(self, params: Sequence[Tensor], planes: Sequence[Tensor], counters: Sequence[Tensor]) -> bool:
         return self._params.fits(params) and self._written.fits((*planes, *counters))
@@ -108,7 +108,7 @@ class Plan:
     @property
     def captured(self) -> bool:
         """Whether a CUDA graph holds an update of this plan, which must then live as long as the averages."""
-        return any(part.launch.captured for part in self._work)
+        return any(work.launch.captured for work in self._work)
 
     def update(
         self,
@@ -117,7 +117,7 @@ class Plan:
         rules: Sequence[Rule],
         *,
         skip_nonfinite: bool = False,
-        share: ShareFlag | None = None,
+        reduce_flag: ReduceFlag | None = None,
     ) -> None:
         """Run one update; ``params`` and ``planes`` are those that :meth:`fits` has just seen.
 
@@ -126,10 +126,12 @@ class Plan:
         # Before the launch: after it, a large update has driven the tensors' own records out of the caches (0.3 ms for
         # 2000 of 64x64); and whatever an interrupted launch has written is then known to autograd already.
         bump_versions((*planes, *self._counters))
-        launches.update(self._work, params, rules, self._counters, skip_nonfinite=skip_nonfinite, share=share)
-        if self.captured and not self._held:
+        launches.update(
+            self._work, params, rules, self._counters, skip_nonfinite=skip_nonfinite, reduce_flag=reduce_flag
+        )
+        if self.captured and not self._kept:
             # The graph goes on reading and writing this memory, whatever stands in the modules by then.
-            self._held = tuple(tensor.detach() for tensor in (*params, *planes, *self._counters))
+            self._kept = tuple(tensor.detach() for tensor in (*params, *planes, *self._counters))
 
 
 @torch.no_grad()
@@ -151,7 +153,7 @@ def home_averages(pairs: Sequence[Pair], homes: frozenset[int]) -> frozenset[int
             continue
         order = _order(pair)
         for plane in pair.planes:
-            # Memory shared with other processes would part from them if it moved.
+            # Memory shared with other processes would be lost to them if it moved.
             shared = plane.device.type == "cpu" and plane.is_shared()
             if not shared and not (plane.data_ptr() in homes and same_order(plane.shape, plane.stride(), order)):
                 planes.append(plane)

@@ -56,7 +56,7 @@ def _update_op(
     bump_versions((*(plane for pair in pairs for plane in pair.planes), num_averaged))
     rule = _TermsRule(KernelTerms(kind, tuple(terms)))  # type: ignore[arg-type]
     update(work, params, [rule], [num_averaged])
-    if any(part.launch.captured for part in work) and not any(kept is work for kept in _captured):
+    if any(each.launch.captured for each in work) and not any(kept is work for kept in _captured):
         _captured.append(work)
 
 
@@ -90,7 +90,7 @@ def _prepared(pairs: Sequence[Pair], fmt: Format, seed: int) -> list[Work]:
     for device in {pair.average.device for pair in pairs}:
         refuse_capture(device, "a first call of swafast.update_ for these tensors")
     work = prepare(pairs, choose_backends(device_types=device_types(pairs)))
-    if seen and all(part.backend.device_types is not None for part in work):  # reference would keep the tensors alive
+    if seen and all(each.backend.device_types is not None for each in work):  # reference would keep the tensors alive
         _recent[key] = work
         while len(_recent) > _MOST_RECENT:
             _recent.popitem(last=False)

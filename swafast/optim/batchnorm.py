@@ -90,7 +90,7 @@ def update_bn(
 
 @dataclass
 class Moments:
-    """Mean, and sum of squared distances from it, by channel, in float64: those of any parts add up."""
+    """Mean, and sum of squared distances from it, by channel, in float64: those of any batches add up."""
 
     calls: int = 0
     count: int = 0  # of values in each channel
@@ -166,12 +166,12 @@ def _run_on_all(run: Callable[[], int], layers: Mapping[str, Layer], process_gro
         with ranks.settled("update_bn"):
             num_batches = run()
         ranks.agree("model", {name: layer.module.num_features for name, layer in layers.items()})
-        told = ranks.gather((num_batches, [layer.moments.to("cpu") for layer in layers.values()]))
+        gathered = ranks.gather((num_batches, [layer.moments.to("cpu") for layer in layers.values()]))
     for index, layer in enumerate(layers.values()):
         layer.moments = Moments()
-        for _, of_rank in told:
+        for _, of_rank in gathered:
             layer.moments.merge(of_rank[index])
-    return sum(count for count, _ in told)
+    return sum(count for count, _ in gathered)
 
 
 def _run(

@@ -122,10 +122,10 @@ class ComposerSWA:
                     group["swa_lr"] = self._swa_lr
                 elif done == 0 or group.get("swa_lr") is None:  # the start, or a group that was not there then
                     group["swa_lr"] = group["lr"]
-            if self._scheduler.last_epoch != done:  # this is another run than the one that began
+            if self._scheduler.last_epoch != done:  # this is another process than the one that began
                 self._scheduler.load_state_dict({"last_epoch": done, "_step_count": done + 1})
             self._scheduler.step()
-        if step == schedule.end:  # a resumed run has that of the first one
+        if step == schedule.end:  # a resumed training has that of the first one
             self.averaged.copy_to(self._model)
 
     def detach(self) -> None:

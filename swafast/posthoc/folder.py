@@ -151,9 +151,9 @@ def read_sidecar(path: Path) -> Snapshot:
             names the snapshot.
     """
     try:
-        told = json.loads((path / SIDECAR).read_text(encoding="utf-8"))
-        body = told["snapshot"]
-        intact = told["sha256"] == _digest(body)
+        saved = json.loads((path / SIDECAR).read_text(encoding="utf-8"))
+        body = saved["snapshot"]
+        intact = saved["sha256"] == _digest(body)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / SIDECAR} must be whole, got {type(error).__name__}: {error}") from error
     if not intact:
@@ -200,15 +200,15 @@ def _spell(rule: Rule | str) -> dict[str, Any]:
     return {"rule": None, "spelled": rule if isinstance(rule, str) else repr(rule)}
 
 
-def _rule_of(told: Mapping[str, Any], path: Path) -> Rule | str:
-    arguments = dict(told)
+def _rule_of(saved: Mapping[str, Any], path: Path) -> Rule | str:
+    arguments = dict(saved)
     kind = arguments.pop("rule")
     if kind is None:
         return str(arguments["spelled"])
     try:
         rule: Rule = _RULES[kind](**arguments)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path / SIDECAR} must name rules of this package, got {dict(told)}: {error}") from error
+        raise ValueError(f"{path / SIDECAR} must name rules of this package, got {dict(saved)}: {error}") from error
     return rule
 
 
@@ -217,5 +217,5 @@ def _spell_tensor(stored: StoredTensor) -> dict[str, Any]:
     return {"names": list(stored.names), "shape": list(stored.shape), "dtype": dtype}
 
 
-def _tensor_of(told: Mapping[str, Any]) -> StoredTensor:
-    return StoredTensor(tuple(told["names"]), tuple(told["shape"]), getattr(torch, told["dtype"]))
+def _tensor_of(saved: Mapping[str, Any]) -> StoredTensor:
+    return StoredTensor(tuple(saved["names"]), tuple(saved["shape"]), getattr(torch, saved["dtype"]))

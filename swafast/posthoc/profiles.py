@@ -21,7 +21,7 @@ from ..terms.rules import Rule, checked_weight, terms_of
 from ..terms.weight import KernelTerms
 
 #: Numbers that are worked on at a time: 8 MB each for weights, decays and their products.
-_BLOCK_NUMEL = 2**20
+_WINDOW_NUMEL = 2**20
 
 #: Singular values below this share of the largest are left out. Measured on a random walk with drift and noise, its
 #: averages kept as float32. Ten power averages of sigma_rel 0.05 to 0.14 at 16 counts, nearly dependent, and 0.02
@@ -95,11 +95,11 @@ def fit(stored: Sequence[Profile], wanted: Profile) -> Fit:
     """
     _check(stored, wanted)
     used = [k for k, profile in enumerate(stored) if profile.num_averaged <= wanted.num_averaged]
-    *columns, target = _compressed([*(stored[k] for k in used), wanted])
-    solution, missed = _solve(torch.stack(columns, 1), target)
+    *columns, goal = _compressed([*(stored[k] for k in used), wanted])
+    solution, missed = _solve(torch.stack(columns, 1), goal)
     coefficients = torch.zeros(len(stored), dtype=torch.float64, device="cpu")
     coefficients[used] = solution
-    return Fit(coefficients, float(missed / target.norm()), float(solution.abs().sum()))
+    return Fit(coefficients, float(missed / goal.norm()), float(solution.abs().sum()))
 
 
 def _check(stored: Sequence[Profile], wanted: Profile) -> None:
@@ -120,17 +120,17 @@ def _check(stored: Sequence[Profile], wanted: Profile) -> None:
 # Least squares
 
 
-def _solve(matrix: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Give x with sum 1 that minimises |matrix x - target|, and that minimum."""
+def _solve(matrix: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+    """Give x with sum 1 that minimises |matrix x - goal|, and that minimum."""
     columns = matrix.size(1)
     # All x with sum 1: their mean, and what lies across it.
     mean = torch.full((columns,), 1.0 / columns, dtype=torch.float64, device="cpu")
     across = torch.linalg.qr(mean.unsqueeze(1), mode="complete").Q[:, 1:]
     u, sizes, vh = torch.linalg.svd(matrix @ across, full_matrices=False)
     kept = sizes > _CUTOFF * torch.linalg.matrix_norm(matrix, 2)
-    steps = (u[:, kept].mT @ (target - matrix @ mean)) / sizes[kept]
-    x = mean + across @ (vh[kept].mT @ steps)
-    return x, (matrix @ x - target).norm()
+    moves = (u[:, kept].mT @ (goal - matrix @ mean)) / sizes[kept]
+    x = mean + across @ (vh[kept].mT @ moves)
+    return x, (matrix @ x - goal).norm()
 
 
 def _compressed(profiles: Sequence[Profile]) -> list[Tensor]:
@@ -145,16 +145,16 @@ def _compressed(profiles: Sequence[Profile]) -> list[Tensor]:
     counts = sorted({profile.num_averaged for profile in profiles})
     # By profile: the log of what models after the stretch have left of it.
     left = [0.0] * len(profiles)
-    parts: list[list[Tensor]] = [[] for _ in profiles]
+    stretches: list[list[Tensor]] = [[] for _ in profiles]
     for start, stop in reversed(list(zip([0, *counts], counts, strict=False))):
         triangle, log_decays = _triangle(rules, start + 1, stop)
         for k, profile in enumerate(profiles):
             if profile.num_averaged >= stop:
-                parts[k].append(triangle[:, own[k]] * math.exp(left[k]))
+                stretches[k].append(triangle[:, own[k]] * math.exp(left[k]))
                 left[k] += log_decays[own[k]]
             else:
-                parts[k].append(torch.zeros_like(triangle[:, 0]))
-    return [torch.cat(part) for part in parts]
+                stretches[k].append(torch.zeros_like(triangle[:, 0]))
+    return [torch.cat(own) for own in stretches]
 
 
 def _distinct(rules: Iterable[Rule]) -> list[Rule]:
@@ -170,9 +170,9 @@ def _triangle(rules: Sequence[Rule], first: int, last: int) -> tuple[Tensor, lis
     """Give R of the rules' stretches side by side, and each rule's log decay over models ``first`` to ``last``."""
     log_decays = [0.0] * len(rules)
     triangle = torch.empty(0, len(rules), dtype=torch.float64, device="cpu")
-    step = max(1, _BLOCK_NUMEL // len(rules))
+    length = max(1, _WINDOW_NUMEL // len(rules))
     while last >= first:
-        start = max(first, last - step + 1)
+        start = max(first, last - length + 1)
         columns = []
         for k, rule in enumerate(rules):
             stretch, log_decay = _stretch(rule, start, last)

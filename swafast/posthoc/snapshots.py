@@ -1,4 +1,4 @@
-"""`Snapshots`: averages stored along a training run, and any other average put together from them afterwards."""
+"""`Snapshots`: averages stored along a training, and any other average put together from them afterwards."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from .folder import (
     write_sidecar,
 )
 from .profiles import Fit, Profile, fit
-from .sums import Sum, Target, groups_of, read, spread_of, targets_of, verify_sums
-from .written import Averaged, Part, named_averages, parts_of, reporting, state_of, stored_in, write
+from .sums import Sum, WantedTensor, describe_sharding, read, verify_checksums, wanted_tensors, windows_of
+from .written import Averaged, StoredPart, named_averages, reporting, state_of, stored_in, stored_parts, write
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -47,10 +47,10 @@ _FAR_OFF = 0.01
 
 @pickled_from("swafast")
 class Snapshots:
-    """A folder of averages stored along a training run, from which an average of any rule is synthesized afterwards.
+    """A folder of averages stored along a training, from which an average of any rule is synthesized afterwards.
 
     Store two :class:`~swafast.PowerAverage` (sigma_rel 0.05 and 0.10, say) now and then; after training, add them up so
-    that the sum weighs the models of the run as the wanted rule would have. Whatever is averaged by a
+    that the sum weighs the models of the training as the wanted rule would have. Whatever is averaged by a
     :class:`~swafast.Rule` may be stored, by one process or by the ranks of a sharded model, and be synthesized by
     as many others.
 
@@ -128,12 +128,13 @@ class Snapshots:
         return [read_sidecar(path) for path in snapshot_paths(self.folder)]
 
     def _warn_of_later(self, later: int, count: int) -> None:
-        """Warn once of what another run may have left, or this one before it went back."""
+        """Warn once of what another training may have left, or this one before it went back."""
         if not self._has_warned:
             self._has_warned = True
             warnings.warn(
                 f"{self.folder} holds snapshots up to {later} updates, more than the {count} of this one: what is "
-                "synthesized would be of both runs. Save a new run elsewhere; after going back, delete the later ones",
+                "synthesized would be of both trainings. Save a new training elsewhere; after going back, delete the "
+                "later ones",
                 RuntimeWarning,
                 stacklevel=4,
             )
@@ -170,8 +171,8 @@ class Snapshots:
                 float64 params. Complex params are stored as they are.
 
         Warns:
-            RuntimeWarning: the folder holds later snapshots, of another run or from before this one went back. Once, on
-                the first rank.
+            RuntimeWarning: the folder holds later snapshots, of another training or from before this one went back.
+                Once, on the first rank.
 
         Raises:
             TypeError, ValueError: ``averages`` or ``dtype`` is none of the above, nothing is averaged yet, averages
@@ -184,10 +185,10 @@ class Snapshots:
         with Guard([average._guard for average in named.values()]).hold("save", self._ranks):
             with self._ranks.settled("save"):
                 rules, count = self._check(named, dtype)
-            told = {name: spell(rule) for name, rule in rules.items()}
-            self._ranks.agree("averages", {**told, "n_averaged": count, "dtype": dtype})
-            with self._ranks.in_step():
-                parts = {name: parts_of(average, self._ranks, dtype) for name, average in named.items()}
+            spelled = {name: spell(rule) for name, rule in rules.items()}
+            self._ranks.agree("averages", {**spelled, "n_averaged": count, "dtype": dtype})
+            with self._ranks.in_lockstep():
+                parts = {name: stored_parts(average, self._ranks, dtype) for name, average in named.items()}
             self._write(count, rules, parts)
 
     def _check(self, named: Mapping[str, Averaged], dtype: torch.dtype | None) -> tuple[dict[str, Rule], int]:
@@ -209,7 +210,7 @@ class Snapshots:
             raise ValueError(f"averages must have the same n_averaged, got {counts}")
         return rules, next(iter(counts.values()))
 
-    def _write(self, count: int, rules: Mapping[str, Rule], parts: Mapping[str, list[Part]]) -> None:
+    def _write(self, count: int, rules: Mapping[str, Rule], parts: Mapping[str, list[StoredPart]]) -> None:
         state, sums = state_of(parts)
         total = torch.tensor(list(sums.values()), dtype=torch.int64, device="cpu")
         self._ranks.sum_(total)
@@ -296,10 +297,10 @@ class Snapshots:
             found, count = self._fit(snapshots, rule, num_averaged)
             for snapshot in snapshots:
                 require_same_model(snapshots[-1], f"snapshot {snapshot.path}", snapshot)
-            targets = targets_of(snapshots[-1], like)
-        told = {name: spread_of(target) for name, target in targets.items()}
-        told |= {snapshot.path.name: fingerprint(snapshot) for snapshot in snapshots}
-        self._ranks.agree("the call and the snapshots", {**told, "rule": spell(rule), "num_averaged": count})
+            wanted = wanted_tensors(snapshots[-1], like)
+        spelled = {name: describe_sharding(each) for name, each in wanted.items()}
+        spelled |= {snapshot.path.name: fingerprint(snapshot) for snapshot in snapshots}
+        self._ranks.agree("the call and the snapshots", {**spelled, "rule": spell(rule), "num_averaged": count})
         # Those of the first rank: another processor may round otherwise.
         coefficients = iter(self._ranks.gather(found.coefficients.tolist())[0])
         if found.residual > _FAR_OFF and self._ranks.index == 0:
@@ -312,23 +313,23 @@ class Snapshots:
         weights = [(each, dict(zip(each.rules, coefficients, strict=False))) for each in snapshots]
         used = [(each, {name: x for name, x in of_each.items() if x}) for each, of_each in weights]
         latest = [each for each in snapshots if each.num_averaged <= count][-1]
-        return self._sum(targets, used, latest)
+        return self._sum(wanted, used, latest)
 
     def _sum(
-        self, targets: Mapping[str, Target], used: list[tuple[Snapshot, dict[str, float]]], latest: Snapshot
+        self, wanted: Mapping[str, WantedTensor], used: list[tuple[Snapshot, dict[str, float]]], latest: Snapshot
     ) -> dict[str, Tensor]:
         averaged = {stored.names[0] for stored in latest.params}
-        distinct = {target.name: target for target in targets.values()}
+        distinct = {each.name: each for each in wanted.values()}
         results: dict[str, Tensor] = {}
-        for group in groups_of([target for name, target in distinct.items() if name in averaged]):
-            total = Sum(group)
+        for window in windows_of([each for name, each in distinct.items() if name in averaged]):
+            total = Sum(window)
             for snapshot, coefficients in used:
                 total.add(snapshot, coefficients, self._ranks)
-            results |= {target.name: tensor for target, tensor in zip(group, total.results(), strict=True)}
-        copied = {key_of("", name): target for name, target in distinct.items() if name not in averaged}
-        loaded = {key: target.empty(target.stored.dtype) for key, target in copied.items()}
+            results |= {each.name: tensor for each, tensor in zip(window, total.results(), strict=True)}
+        copied = {key_of("", name): each for name, each in distinct.items() if name not in averaged}
+        loaded = {key: each.empty(each.stored.dtype) for key, each in copied.items()}
         if loaded:
             read(latest.path, loaded, self._ranks)
-            verify_sums(latest, loaded.items(), self._ranks)
+            verify_checksums(latest, loaded.items(), self._ranks)
         results |= {copied[key].name: tensor for key, tensor in loaded.items()}
-        return {name: results[target.name] for name, target in targets.items()}
+        return {name: results[each.name] for name, each in wanted.items()}

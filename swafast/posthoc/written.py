@@ -33,7 +33,7 @@ Averaged = FusedAveragedModel | ShardedAveragedModel
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredPart:
     """What this rank holds of one tensor of an averaged model."""
 
     stored: StoredTensor
@@ -42,7 +42,7 @@ class Part:
     checksum: int  # what this rank adds to the whole tensor's
 
 
-def parts_of(averaged: Averaged, ranks: Ranks, dtype: torch.dtype | None) -> list[Part]:
+def stored_parts(averaged: Averaged, ranks: Ranks, dtype: torch.dtype | None) -> list[StoredPart]:
     """Give the parts of an averaged model at full precision, or as ``dtype``. Collective: buffers are the first rank's.
 
     Raises:
@@ -54,11 +54,11 @@ def parts_of(averaged: Averaged, ranks: Ranks, dtype: torch.dtype | None) -> lis
     if ranks.size > 1:
         ranks.agree("a FusedAveragedModel that is saved", {part.stored.names[0]: part.checksum for part in parts})
         first = ranks.index == 0
-        parts = [Part(part.stored, part.is_copy, part.value, first * part.checksum) for part in parts]
+        parts = [StoredPart(part.stored, part.is_copy, part.value, first * part.checksum) for part in parts]
     return parts
 
 
-def _sharded_parts(averaged: ShardedAveragedModel, ranks: Ranks, dtype: torch.dtype | None) -> Iterator[Part]:
+def _sharded_parts(averaged: ShardedAveragedModel, ranks: Ranks, dtype: torch.dtype | None) -> Iterator[StoredPart]:
     for share in averaged._shares:
         holding, planes = share.holding, averaged._planes[share.name]
         full = share.format.decode(planes) if share.format is not None else planes[0]
@@ -70,10 +70,10 @@ def _sharded_parts(averaged: ShardedAveragedModel, ranks: Ranks, dtype: torch.dt
         else:
             own = checkpoint.checksum_of_run(entry.run, share)
         stored = StoredTensor(holding.names, tuple(holding.shape), value.dtype)
-        yield Part(stored, share.format is None, value, own if share.counts_on(ranks.rank) else 0)
+        yield StoredPart(stored, share.format is None, value, own if share.counts_on(ranks.rank) else 0)
 
 
-def _whole_parts(averaged: FusedAveragedModel, ranks: Ranks, dtype: torch.dtype | None) -> Iterator[Part]:
+def _whole_parts(averaged: FusedAveragedModel, ranks: Ranks, dtype: torch.dtype | None) -> Iterator[StoredPart]:
     saved = set(map(id, persistent_buffers(unwrap(averaged.module)).values()))
     tensors = zip(each_average(averaged.module), averaged._each_average(), strict=True)
     for (names, tensor, is_buffer), (name, _, fmt) in tensors:
@@ -85,7 +85,8 @@ def _whole_parts(averaged: FusedAveragedModel, ranks: Ranks, dtype: torch.dtype 
         if is_buffer and ranks.size > 1:
             value = value.clone()
             ranks.broadcast_(value)
-        yield Part(StoredTensor(tuple(names), tuple(value.shape), value.dtype), fmt is None, value, checksum(value))
+        stored = StoredTensor(tuple(names), tuple(value.shape), value.dtype)
+        yield StoredPart(stored, fmt is None, value, checksum(value))
 
 
 def _dtype_of(fmt: Format | None, full: Tensor, requested: torch.dtype | None) -> torch.dtype:
@@ -113,7 +114,7 @@ def named_averages(averages: object) -> dict[str, Averaged]:
     return named
 
 
-def state_of(parts: Mapping[str, list[Part]]) -> tuple[dict[str, Tensor], dict[str, int]]:
+def state_of(parts: Mapping[str, list[StoredPart]]) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Give what is written, by key, and this rank's part of the checksums; copies as the last average has them."""
     state: dict[str, Tensor] = {}
     sums: dict[str, int] = {}
@@ -124,7 +125,7 @@ def state_of(parts: Mapping[str, list[Part]]) -> tuple[dict[str, Tensor], dict[s
     return state, sums
 
 
-def stored_in(parts: Mapping[str, list[Part]]) -> tuple[tuple[StoredTensor, ...], tuple[StoredTensor, ...]]:
+def stored_in(parts: Mapping[str, list[StoredPart]]) -> tuple[tuple[StoredTensor, ...], tuple[StoredTensor, ...]]:
     """Give the params and the copies that all averages have in common, or raise ValueError."""
     (first, expected), *others = (
         (name, {part.stored: part.is_copy for part in of_average}) for name, of_average in parts.items()
@@ -166,7 +167,9 @@ def reporting(kind: type[Exception], what: str) -> Iterator[None]:
     except CheckpointException as error:  # no Exception; it has those of all ranks
         if any(_was_interrupted(each) for each, _ in error.failures.values()):
             raise KeyboardInterrupt from error
-        told = "; ".join(f"{type(each).__name__}: {each} on rank {rank}" for rank, (each, _) in error.failures.items())
-        raise kind(f"{what} {told}") from error
+        errors = "; ".join(
+            f"{type(each).__name__}: {each} on rank {rank}" for rank, (each, _) in error.failures.items()
+        )
+        raise kind(f"{what} {errors}") from error
     except Exception as error:
         raise kind(f"{what} {type(error).__name__}: {error}") from error

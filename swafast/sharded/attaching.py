@@ -42,7 +42,7 @@ class AttachableShards(Attachable):
 
         def ready() -> Callable[[], None]:
             with self._guard.hold("update_parameters"):
-                return partial(self._run, self._bind(model, staging))
+                return partial(self._update_bound, self._bind(model, staging))
 
         return ready
 
@@ -51,4 +51,4 @@ class AttachableShards(Attachable):
         _ranks: Ranks
 
         def _bind(self, model: Module, staging: Staging | None = None) -> Bound: ...
-        def _run(self, bound: Bound) -> None: ...
+        def _update_bound(self, bound: Bound) -> None: ...

@@ -23,11 +23,11 @@ COUNT = "n_averaged"
 CHECKSUM = "checksum."
 SAVE_ID = "save_id"
 
-#: Places for the id of a save, shared out over the ranks so that the part of each carries it. Their number says nothing
-#: of the number of ranks, which may change between a save and a load.
+#: Elements with the id of a save, shared out over the ranks so that the part of each carries it. Their number says
+#: nothing of the number of ranks, which may change between a save and a load.
 _SAVE_ID_NUMEL = 16384
 
-#: Their places in this list stand in checkpoints: it may only grow. Names, since not every torch has all of them.
+#: Their indices in this list stand in checkpoints: it may only grow. Names, since not every torch has all of them.
 _DTYPES = (
     *("float32", "bfloat16", "float16", "int16", "int8", "float64", "complex64", "complex128", "int64", "int32"),
     *("uint8", "bool", "uint16", "uint32", "uint64", "complex32", "float8_e4m3fn", "float8_e5m2"),
@@ -60,19 +60,19 @@ def entries(shares: Sequence[Share], planes: Mapping[str, tuple[Tensor, ...]]) -
 
 def part_of(entry: Entry) -> Tensor:
     """Give a copy of a plane's part in the form that distributed checkpoints take: DTensor, PartTensor, or whole."""
-    share, held = entry.share, entry.share.holding
+    share, holding = entry.share, entry.share.holding
     run = entry.run.clone()
-    if share.cut is None and held.place.kind == "dtensor":
-        local = share.boxes[0].of_run(run) if run.numel() else run.new_empty(held.local_shape)
-        stride = torch.empty(held.shape, device="meta").stride()
-        assert held.mesh is not None
-        placements = cast("tuple[Placement, ...]", held.place.placements)
+    if share.cut is None and holding.sharding.kind == "dtensor":
+        local = share.boxes[0].of_run(run) if run.numel() else run.new_empty(holding.local_shape)
+        stride = torch.empty(holding.shape, device="meta").stride()
+        assert holding.device_mesh is not None
+        placements = cast("tuple[Placement, ...]", holding.sharding.placements)
         return DTensor.from_local(
-            local, held.mesh, placements, run_check=False, shape=torch.Size(held.shape), stride=stride
+            local, holding.device_mesh, placements, run_check=False, shape=torch.Size(holding.shape), stride=stride
         )
-    if share.cut is None and held.place.kind == "replicated":
-        return share.boxes[0].of_run(run).clone() if run.numel() else run.new_empty(held.shape)
-    return PartTensor(run, held.shape, share.boxes)
+    if share.cut is None and holding.sharding.kind == "replicated":
+        return share.boxes[0].of_run(run).clone() if run.numel() else run.new_empty(holding.shape)
+    return PartTensor(run, holding.shape, share.boxes)
 
 
 def checksum_of_run(run: Tensor, share: Share) -> int:
@@ -124,7 +124,7 @@ def _save_id_part(ranks: Ranks) -> PartTensor:
 
 
 @dataclass(frozen=True)
-class Staged:
+class PendingLoad:
     """What a state gives this rank, checked for its form and not yet for its values."""
 
     num_averaged: int
@@ -133,7 +133,7 @@ class Staged:
     save_ids: frozenset[int]
 
 
-def stage(all_entries: Sequence[Entry], state: object) -> Staged:
+def prepare_load(all_entries: Sequence[Entry], state: object) -> PendingLoad:
     """Take this rank's parts out of a state.
 
     Raises:
@@ -165,9 +165,9 @@ def stage(all_entries: Sequence[Entry], state: object) -> Staged:
     count = state[COUNT]
     if count.numel() != 1 or count.dtype != torch.int64 or int(count) < 0:
         raise ValueError(f"state_dict[{COUNT!r}] must be one int64 >= 0, got {count!r}")
-    held = state[SAVE_ID] if sealed else torch.empty(0)
-    ids = held.run if isinstance(held, PartTensor) else held
-    return Staged(int(count), runs, seals, frozenset(ids.flatten().tolist()))
+    value = state[SAVE_ID] if sealed else torch.empty(0)
+    ids = value.run if isinstance(value, PartTensor) else value
+    return PendingLoad(int(count), runs, seals, frozenset(ids.flatten().tolist()))
 
 
 def _require_keys(expected: Sequence[str], state: Mapping[str, object]) -> None:
@@ -210,14 +210,14 @@ def _run_of_ties(state: Mapping[str, Tensor], entry: Entry, seals: Mapping[str, 
 
 def _run_from(value: Tensor, key: str, entry: Entry, seals: Mapping[str, tuple[int, int]]) -> Tensor:
     """Take this rank's elements out of a value, 1-D, in the order in which its plane has them."""
-    share, held = entry.share, entry.share.holding
+    share, holding = entry.share, entry.share.holding
     _require_saved_as(entry.plane.dtype, key, seals)
-    if tuple(value.shape) != held.shape:
-        raise ValueError(f"state_dict[{key!r}] must have the shape {held.shape}, got {tuple(value.shape)}")
+    if tuple(value.shape) != holding.shape:
+        raise ValueError(f"state_dict[{key!r}] must have the shape {holding.shape}, got {tuple(value.shape)}")
     if isinstance(value, DTensor):
-        if share.cut is not None or not is_spread_as(value, held.place):
+        if share.cut is not None or not is_spread_as(value, holding.sharding):
             got = f"{value.placements} on {value.device_mesh}"
-            raise ValueError(f"state_dict[{key!r}] must be spread as this average, {held.place}, got {got}")
+            raise ValueError(f"state_dict[{key!r}] must be spread as this average, {holding.sharding}, got {got}")
         return _in_order(value.to_local(), share)
     if isinstance(value, PartTensor):
         if [(box.offsets, box.sizes) for box in value.boxes] != [(box.offsets, box.sizes) for box in share.boxes]:
@@ -240,32 +240,32 @@ def _in_order(local: Tensor, share: Share) -> Tensor:
     return local.detach().permute(box.order).reshape(-1)
 
 
-def verify(staged: Staged, ranks: Ranks, device: torch.device) -> None:
-    """Raise ValueError on every rank unless what all of them have staged is what was saved.
+def verify(pending: PendingLoad, ranks: Ranks, device: torch.device) -> None:
+    """Raise ValueError on every rank unless what all of them have taken is what was saved.
 
     Raises:
         ValueError: ranks have loaded different counts or parts of different saves, or a checksum does not fit; it names
             the key.
     """
-    told = ranks.gather((staged.num_averaged, bool(staged.seals), sorted(staged.save_ids)[:2]))
-    counts, sealed = [count for count, _, _ in told], [sealed for _, sealed, _ in told]
+    everyone = ranks.gather((pending.num_averaged, bool(pending.seals), sorted(pending.save_ids)[:2]))
+    counts, sealed = [count for count, _, _ in everyone], [sealed for _, sealed, _ in everyone]
     if len(set(counts)) > 1:
         raise ValueError(f"state_dict[{COUNT!r}] must be the same on every rank, got {counts}")
     if len(set(sealed)) > 1:
         raise ValueError(f"state_dict must have checksums on all ranks or on none, got {sealed}")
-    if not staged.seals:
+    if not pending.seals:
         return
-    ids = {save_id for _, _, some in told for save_id in some}
+    ids = {save_id for _, _, some in everyone for save_id in some}
     if len(ids) > 1:
         raise ValueError(f"state_dict must be of one save, got parts of {len(ids)} saves mixed, or a damaged one")
     sums, wanted = {}, {}
     first = int(ranks.index == 0)
-    count = torch.tensor(staged.num_averaged, dtype=torch.int64)
-    sums[COUNT], wanted[COUNT] = first * checksum(count), staged.seals[COUNT][0]
-    for entry, run in staged.runs:
+    count = torch.tensor(pending.num_averaged, dtype=torch.int64)
+    sums[COUNT], wanted[COUNT] = first * checksum(count), pending.seals[COUNT][0]
+    for entry, run in pending.runs:
         key, share = entry.keys[0], entry.share
         sums[key] = checksum_of_run(run, share)
-        wanted[key] = wrap_int64(staged.seals[key][0] * share.multiplicity)
+        wanted[key] = wrap_int64(pending.seals[key][0] * share.multiplicity)
     total = torch.tensor(list(sums.values()), dtype=torch.int64, device=device)
     ranks.sum_(total)
     for key, found in zip(sums, total.tolist(), strict=True):
@@ -276,12 +276,12 @@ def verify(staged: Staged, ranks: Ranks, device: torch.device) -> None:
             )
 
 
-def commit(staged: Staged, num_averaged: Tensor) -> None:
-    """Write what was staged and verified. Nothing here can fail for what a state may hold."""
+def commit(pending: PendingLoad, num_averaged: Tensor) -> None:
+    """Write what was taken and verified. Nothing here can fail for what a state may hold."""
     with torch.no_grad():
-        for entry, run in staged.runs:
+        for entry, run in pending.runs:
             entry.plane.detach().copy_(run.view(entry.plane.shape))
-        num_averaged.fill_(staged.num_averaged)
+        num_averaged.fill_(pending.num_averaged)
 
 
 # Whole tensors
@@ -294,8 +294,8 @@ def make_full_state(
     keeps = not rank0_only or ranks.index == 0
     state = {COUNT: num_averaged.detach().clone()} if keeps else {}
     for entry in all_entries:
-        held = entry.share.holding
-        if held.is_buffer and held.place.kind == "replicated":
+        holding = entry.share.holding
+        if holding.is_buffer and holding.sharding.kind == "replicated":
             whole = part_of(entry)
             ranks.broadcast_(whole)
         else:
@@ -307,10 +307,10 @@ def make_full_state(
 
 def _gather_whole(entry: Entry, ranks: Ranks, *, to_first: bool) -> Tensor:
     """Add the parts of all ranks up as integers: each byte comes from one rank, and is 0 on all others."""
-    held = entry.share.holding
-    nbytes = math.prod(held.shape) * entry.plane.element_size()
+    holding = entry.share.holding
+    nbytes = math.prod(holding.shape) * entry.plane.element_size()
     words = torch.zeros(-(-nbytes // 8), dtype=torch.int64, device=entry.plane.device)
-    whole = words.view(torch.uint8)[:nbytes].view(entry.plane.dtype).view(held.shape)
+    whole = words.view(torch.uint8)[:nbytes].view(entry.plane.dtype).view(holding.shape)
     if entry.share.counts_on(ranks.rank):
         for box in entry.share.boxes:
             box.of_whole(whole).copy_(box.of_run(entry.run))

@@ -35,7 +35,7 @@ def names_left_out(include: Callable[[str, Tensor], bool] | None, found: Mapping
     left = frozenset(
         name
         for name, held in params.items()
-        if not include(name, held.source if isinstance(held.source, Tensor) else held.local)
+        if not include(name, held.found_in if isinstance(held.found_in, Tensor) else held.local)
     )
     if params and len(left) == len(params):
         raise ValueError(f"include must pick a parameter, got False for all of them, {next(iter(params))!r} the first")
@@ -45,8 +45,8 @@ def names_left_out(include: Callable[[str, Tensor], bool] | None, found: Mapping
 def gather_meshes(model: Module, ranks: Ranks) -> dict[str, tuple[Mesh, ...]]:
     """Give, by name, all meshes that hold a DTensor where each of them has some of the ranks. Collective."""
     found: dict[str, set[Mesh]] = {}
-    for told in ranks.gather(partial_meshes(model, ranks.ranks)):
-        for name, mesh in told.items():
+    for meshes in ranks.gather(partial_meshes(model, ranks.ranks)):
+        for name, mesh in meshes.items():
             found.setdefault(name, set()).add(mesh)
     return {name: tuple(sorted(meshes, key=lambda mesh: mesh.ranks)) for name, meshes in found.items()}
 
@@ -103,9 +103,10 @@ def describe(shares: Sequence[Share]) -> dict[str, str]:
     """Give what all ranks must have in common, whichever part is theirs, by name."""
     described = {}
     for share in shares:
-        held = share.holding
-        tied = f", tied to {', '.join(held.names[1:])}" if held.names[1:] else ""
-        described[held.name] = f"{tuple(held.shape)} {held.dtype} {held.device.type} ({held.place}{tied})"
+        holding = share.holding
+        tied = f", tied to {', '.join(holding.names[1:])}" if holding.names[1:] else ""
+        spelled = f"{tuple(holding.shape)} {holding.dtype} {holding.device.type} ({holding.sharding}{tied})"
+        described[holding.name] = spelled
     return described
 
 
@@ -121,13 +122,17 @@ def require_same_bits(shares: Sequence[Share], held: Mapping[str, Held], ranks: 
             run = view_of_run(holding, held[share.name].local.detach(), 0, holding.numel)
             sums.setdefault(_digest(holding.replicas), []).append((share.name, checksum(run)))
     everyone = ranks.gather({replicas: _digest(of) for replicas, of in sums.items()})
-    # Each set of replicas is told of by just the ranks in it.
-    if all(len({told[alike] for told in everyone if alike in told}) == 1 for told in everyone for alike in told):
+    # Each set of replicas is spoken for by just the ranks in it.
+    if all(
+        len({digests[alike] for digests in everyone if alike in digests}) == 1
+        for digests in everyone
+        for alike in digests
+    ):
         return
     details = list(zip(ranks.ranks, ranks.gather(sums), strict=True))
     first: dict[bytes, tuple[int, list[tuple[str, int]]]] = {}
-    for rank, told in details:
-        for alike, theirs in told.items():
+    for rank, checksums in details:
+        for alike, theirs in checksums.items():
             first_rank, ours = first.setdefault(alike, (rank, theirs))
             for (name, expected), (_, got) in zip(ours, theirs, strict=True):
                 if got != expected:
@@ -143,8 +148,8 @@ def _digest(value: object) -> bytes:
 
 
 def make_spreads(shares: Sequence[Share], ranks: Ranks) -> list[Spread]:
-    """Make a spread for each cut, and process groups for those that are cut over a part of the ranks. Collective."""
+    """Make a spread for each cut, and process groups for those that are cut over some of the ranks. Collective."""
     cuts = {id(share.cut): share.cut for share in shares if share.cut is not None}
-    # In one order on every rank: each group waits for its members.
-    groups = {replicas: ranks.part(replicas) for replicas in sorted({cut.replicas for cut in cuts.values()})}
-    return [Spread(cut, groups[cut.replicas]) for cut in cuts.values()]
+    # In one order on every rank: each subgroup waits for its members.
+    subgroups = {replicas: ranks.subgroup(replicas) for replicas in sorted({cut.replicas for cut in cuts.values()})}
+    return [Spread(cut, subgroups[cut.replicas]) for cut in cuts.values()]

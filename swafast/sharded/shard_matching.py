@@ -11,16 +11,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
 from ..average.matching import Bindings, check_model
-from ..backends.contract import Pair, ShareFlag, found_anywhere
+from ..backends.contract import Pair, ReduceFlag, found_anywhere
 from ..op import checks, choice
 from ..op.plan import Fingerprint, Plan
-from ..terms.draws import Draws, make_key
+from ..terms.draws import Draws, make_random_key
 from ..terms.names import require_same_names, unwrap
 from ..terms.rules import Rule
 from ..torch_private import distributed as private
 from ..torch_private.modules import Walk
 from .parts.flag import Flag
-from .parts.holdings import Held, Mesh, find_holdings, is_fsdp1, require_same_place, reshard
+from .parts.holdings import Held, Mesh, find_holdings, is_fsdp1, require_same_sharding, reshard
 from .parts.ranks import Ranks
 from .parts.shares import Share
 
@@ -60,7 +60,7 @@ def find_held(
         given = [name for name, found in held.items() if found.holding.is_buffer == is_buffer]
         require_same_names(kind, expected, [name for name in given if name not in left_alone])
     for share in shares:
-        require_same_place(share.holding, held[share.name].holding)
+        require_same_sharding(share.holding, held[share.name].holding)
         checks.check_plain(f"{share.name!r} of the model", held[share.name].local)
     return {share.name: held[share.name] for share in shares}
 
@@ -84,7 +84,7 @@ def _layout(tensor: Tensor) -> tuple[object, ...]:
     return tensor.dtype, tensor.shape, tensor.stride()
 
 
-class Finder:
+class Locator:
     """Finds this rank's tensors in a model again, or notices that they have to be looked for by name.
 
     It holds no param, so it keeps no model alive.
@@ -92,33 +92,33 @@ class Finder:
 
     def __init__(self, model: Module, shares: Sequence[Share], held: Mapping[str, Held]) -> None:
         self._walk = Walk(unwrap(model))
-        sources = {share.name: held[share.name].source for share in shares}
+        found_in = {share.name: held[share.name].found_in for share in shares}
         dtensors: list[Share] = []
         plain: list[Share] = []
         flat: list[Share] = []
         for share in shares:
-            source = sources[share.name]
-            kind = dtensors if isinstance(source, DTensor) else plain if isinstance(source, Tensor) else flat
+            tensor = found_in[share.name]
+            kind = dtensors if isinstance(tensor, DTensor) else plain if isinstance(tensor, Tensor) else flat
             kind.append(share)
         #: In the order in which they are found.
         self.shares = [*dtensors, *plain, *flat]
-        self._dtensors = [self._position(sources[share.name]) for share in dtensors]
-        self._plain = [self._position(sources[share.name]) for share in plain]
-        self._specs = private.specs([sources[share.name] for share in dtensors])  # type: ignore[misc]
-        flats = {id(sources[share.name]): sources[share.name] for share in flat}
+        self._dtensors = [self._position(found_in[share.name]) for share in dtensors]
+        self._plain = [self._position(found_in[share.name]) for share in plain]
+        self._specs = private.specs([found_in[share.name] for share in dtensors])  # type: ignore[misc]
+        flats = {id(found_in[share.name]): found_in[share.name] for share in flat}
         self._flats = list(flats.values())
         # For each share, the base that it lies in, and for a flat one where.
         count = len(dtensors) + len(plain)
         bases = {key: count + i for i, key in enumerate(flats)}
-        self._places: list[tuple[int, tuple[int, int] | None]] = [(i, None) for i in range(count)]
+        self._locations: list[tuple[int, tuple[int, int] | None]] = [(i, None) for i in range(count)]
         for share in flat:
             run = (held[share.name].offset, share.holding.numel)
-            self._places.append((bases[id(sources[share.name])], run))
-        self._buffer_places = [(i, share.name) for i, share in enumerate(self.shares) if share.holding.is_buffer]
+            self._locations.append((bases[id(found_in[share.name])], run))
+        self._buffer_indices = [(i, share.name) for i, share in enumerate(self.shares) if share.holding.is_buffer]
 
-    def _position(self, source: object) -> int:
-        assert isinstance(source, Tensor)
-        return self._walk.position(source)
+    def _position(self, tensor: object) -> int:
+        assert isinstance(tensor, Tensor)
+        return self._walk.position(tensor)
 
     def find(self, model: Module) -> list[Tensor] | None:
         """Give the tensors that the shares lie in now: local tensors, plain ones, flat ones. None: look for them."""
@@ -140,28 +140,28 @@ class Finder:
     def staged(self, bases: Sequence[Tensor], staging: Staging) -> list[Tensor]:
         """Give what :meth:`find` gave, with copies of the buffers in their places."""
         copies = list(bases)
-        for index, name in self._buffer_places:
+        for index, name in self._buffer_indices:
             copies[index] = staging.take(name, bases[index])
         return copies
 
     def local(self, bases: Sequence[Tensor], index: int) -> Tensor:
         """Give this rank's tensor of a share out of what :meth:`find` gave."""
-        base, run = self._places[index]
+        base, run = self._locations[index]
         return bases[base] if run is None else bases[base].narrow(0, *run)
 
 
 class Views(Sequence[Tensor]):
     """The params of a plan, each viewed when it is asked for: most backends go by addresses and never ask."""
 
-    def __init__(self, finder: Finder, chosen: Sequence[tuple[int, Share]], bases: Sequence[Tensor]) -> None:
-        self._finder, self._chosen, self._bases = finder, chosen, bases
+    def __init__(self, locator: Locator, chosen: Sequence[tuple[int, Share]], bases: Sequence[Tensor]) -> None:
+        self._locator, self._chosen, self._bases = locator, chosen, bases
 
     def __len__(self) -> int:
         return len(self._chosen)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # an int; Sequence would have slices too
-        place, share = self._chosen[index]
-        return share.of(self._finder.local(self._bases, place).detach())
+    def __getitem__(self, position):  # type: ignore[no-untyped-def]  # an int; Sequence would have slices too
+        index, share = self._chosen[position]
+        return share.of(self._locator.local(self._bases, index).detach())
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class ShardSide:
     def pair(self, share: Share, view: Tensor, pace: int) -> Pair:
         draws = None
         if share.format is not None and share.format.num_random_bits:
-            draws = Draws(make_key(self.seed, share.name), share.holding.shape, share.boxes)
+            draws = Draws(make_random_key(self.seed, share.name), share.holding.shape, share.boxes)
         return Pair(share.name, view, self.planes[share.name], share.format, draws, pace)
 
 
@@ -204,19 +204,19 @@ class ShardBinding:
         staging: Staging | None,
     ) -> None:
         self._config, self._staging = config, staging
-        self._finder = Finder(model, sides[0].shares, held)
+        self._locator = Locator(model, sides[0].shares, held)
         bases = self._find(model)
         assert bases is not None, "a walk just made must fit"
-        places = {share.name: place for place, share in enumerate(self._finder.shares)}
+        indices = {share.name: index for index, share in enumerate(self._locator.shares)}
         # A rank may have no part of a small or unevenly sharded param.
         chosen = [
-            (pace, places[share.name], share)
+            (pace, indices[share.name], share)
             for pace, side in enumerate(sides)
-            for share in sorted(side.shares, key=lambda share: places[share.name])
+            for share in sorted(side.shares, key=lambda share: indices[share.name])
             if share.numel
         ]
-        self._chosen = [(place, share) for _, place, share in chosen]
-        views = Views(self._finder, self._chosen, bases)
+        self._chosen = [(index, share) for _, index, share in chosen]
+        views = Views(self._locator, self._chosen, bases)
         pairs = [sides[pace].pair(share, view, pace) for (pace, _, share), view in zip(chosen, views, strict=True)]
         for pair in pairs:
             checks.check_sides(pair, any_device=False)
@@ -238,11 +238,11 @@ class ShardBinding:
         bases = self._find(model)
         if bases is None or not self._bases.fits([*bases, *counters]):
             return None
-        return Views(self._finder, self._chosen, bases), self._planes
+        return Views(self._locator, self._chosen, bases), self._planes
 
     def _find(self, model: Module) -> list[Tensor] | None:
-        bases = self._finder.find(model)
-        return bases if bases is None or self._staging is None else self._finder.staged(bases, self._staging)
+        bases = self._locator.find(model)
+        return bases if bases is None or self._staging is None else self._locator.staged(bases, self._staging)
 
 
 def bind_shards(
@@ -290,19 +290,19 @@ def update_shards(
         number: of the averaged model among those that share ``ranks``.
     """
     plan, params, planes = bound
-    share = Flag(ranks, number)
+    reduce_flag = Flag(ranks, number)
     if nonfinite == "raise":
-        refuse_nonfinite(plan, params, device, ranks, share)
+        refuse_nonfinite(plan, params, device, ranks, reduce_flag)
     skip = nonfinite == "skip"
-    plan.update(params, planes, rules, skip_nonfinite=skip, share=share if skip else None)
+    plan.update(params, planes, rules, skip_nonfinite=skip, reduce_flag=reduce_flag if skip else None)
 
 
 def refuse_nonfinite(
-    plan: Plan, params: Sequence[Tensor], device: torch.device, ranks: Ranks, share: ShareFlag
+    plan: Plan, params: Sequence[Tensor], device: torch.device, ranks: Ranks, reduce_flag: ReduceFlag
 ) -> None:
     """Raise ValueError on every rank, naming a param that holds a NaN or an infinity on one of them. Collective."""
     name = plan.first_nonfinite(params)
-    if found_anywhere(name is not None, device, share):
-        told = zip(ranks.ranks, ranks.gather(name), strict=True)
-        rank, first = next((rank, name) for rank, name in told if name is not None)
+    if found_anywhere(name is not None, device, reduce_flag):
+        names = zip(ranks.ranks, ranks.gather(name), strict=True)
+        rank, first = next((rank, name) for rank, name in names if name is not None)
         raise ValueError(f"{first!r} must be finite, got a NaN or an infinity on rank {rank}; the average is as it was")

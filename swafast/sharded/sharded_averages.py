@@ -81,7 +81,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
             )
             for name, rule in named.items()
         }
-        self.nonfinite, self._source = nonfinite, weakref.ref(model)
+        self.nonfinite, self._made_of = nonfinite, weakref.ref(model)
 
     def __getitem__(self, name: str) -> ShardedAveragedModel:
         if name not in self._averages:
@@ -112,14 +112,14 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
             TypeError, ValueError, RuntimeError: as ``ShardedAveragedModel.update_parameters``; nothing has changed.
         """
         with self._guard.hold("update_parameters"):
-            self._run(self._bind(model))
+            self._update_bound(self._bind(model))
 
     def _bind(self, model: Module, staging: Staging | None = None) -> Bound:
         first = self._first
         sides = [averaged._side() for averaged in self.values()]
         return bind_shards(self._bindings, model, sides, first._find_held, backend=first.backend, staging=staging)
 
-    def _run(self, bound: Bound) -> None:
+    def _update_bound(self, bound: Bound) -> None:
         rules, device = [averaged.rule for averaged in self.values()], self._first.n_averaged.device
         with self._guard.hold("update_parameters"):
             update_shards(bound, rules, device, nonfinite=self.nonfinite, ranks=self._ranks, number=self._number)
@@ -149,34 +149,34 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
             }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over the states of all averages: each is staged and verified before any is written. Collective.
+        """Take over the states of all averages: each is taken and verified before any is written. Collective.
 
         Raises:
             TypeError, ValueError, RuntimeError: as ``ShardedAveragedModel.load_state_dict``; it names the key, and
                 nothing has changed in any average on any rank.
         """
         with self._guard.hold("load_state_dict", self._ranks):
-            staged: dict[str, checkpoint.Staged] = {}
+            pending: dict[str, checkpoint.PendingLoad] = {}
             with self._ranks.settled("load_state_dict"):
-                parts = self._parts_of(state_dict)
+                states = self._states_of(state_dict)
             for name, averaged in self.items():
                 with self._ranks.settled("load_state_dict"), _about(name):
-                    staged[name] = checkpoint.stage(averaged._entries(), parts[name])
+                    pending[name] = checkpoint.prepare_load(averaged._entries(), states[name])
                 with self._ranks.settled("load_state_dict"), _about(name):
-                    checkpoint.verify(staged[name], self._ranks, averaged.n_averaged.device)
+                    checkpoint.verify(pending[name], self._ranks, averaged.n_averaged.device)
             for name, averaged in self.items():
-                checkpoint.commit(staged[name], averaged.n_averaged)
+                checkpoint.commit(pending[name], averaged.n_averaged)
 
-    def _parts_of(self, state_dict: object) -> dict[str, dict[str, Any]]:
+    def _states_of(self, state_dict: object) -> dict[str, dict[str, Any]]:
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
-        parts: dict[str, dict[str, Any]] = {name: {} for name in self}
+        states: dict[str, dict[str, Any]] = {name: {} for name in self}
         for key, value in state_dict.items():
             name, _, rest = str(key).partition(".")
-            if name not in parts:
+            if name not in states:
                 raise ValueError(f"state_dict must have keys of the averages {', '.join(map(repr, self))}, got {key!r}")
-            parts[name][rest] = value
-        return parts
+            states[name][rest] = value
+        return states
 
     @property
     def nbytes(self) -> int:

@@ -110,7 +110,7 @@ class ShardedAveragedModel(AttachableShards):
             checks.check_seed(seed)
             self.rule = choose_rule(rule, None, None) or EqualAverage()
             check_sharded_model(model)
-            self._source = weakref.ref(model)
+            self._made_of = weakref.ref(model)
             reshard(model)
         self._meshes = construction.gather_meshes(model, self._ranks)
         with self._ranks.settled("ShardedAveragedModel"):
@@ -157,7 +157,7 @@ class ShardedAveragedModel(AttachableShards):
             RuntimeError: the averages are swapped into a model.
         """
         with self._guard.hold("update_parameters"):
-            self._run(self._bind(model))
+            self._update_bound(self._bind(model))
 
     def _make_guard(self) -> Guard:
         return Guard(number=self._number)
@@ -167,7 +167,7 @@ class ShardedAveragedModel(AttachableShards):
             self._bindings, model, [self._side()], self._find_held, backend=self.backend, staging=staging
         )
 
-    def _run(self, bound: Bound) -> None:
+    def _update_bound(self, bound: Bound) -> None:
         with self._guard.hold("update_parameters"):
             update_shards(
                 bound,
@@ -267,11 +267,11 @@ class ShardedAveragedModel(AttachableShards):
         Raises:
             RuntimeError: the averages are swapped into a model, here or on another rank; or a rank was lost.
         """
-        with self._guard.hold("state_dict", self._ranks), self._ranks.in_step():
+        with self._guard.hold("state_dict", self._ranks), self._ranks.in_lockstep():
             return checkpoint.make_state(self._entries(), self.n_averaged, self._ranks, checksums=checksums)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over a state: stage this rank's parts, verify them with all ranks, then write. Collective.
+        """Take over a state: take this rank's parts, verify them with all ranks, then write. Collective.
 
         Takes what :meth:`state_dict` gives, once ``torch.distributed.checkpoint.load`` has filled it, and whole tensors
         such as those of :meth:`full_state_dict` and :class:`~swafast.FusedAveragedModel`. Without ``checksum.<key>`` in
@@ -284,10 +284,10 @@ class ShardedAveragedModel(AttachableShards):
         """
         with self._guard.hold("load_state_dict", self._ranks):
             with self._ranks.settled("load_state_dict"):
-                staged = checkpoint.stage(self._entries(), state_dict)
+                pending = checkpoint.prepare_load(self._entries(), state_dict)
             with self._ranks.settled("load_state_dict"):  # ranks may have been given different checksums
-                checkpoint.verify(staged, self._ranks, self.n_averaged.device)
-            checkpoint.commit(staged, self.n_averaged)
+                checkpoint.verify(pending, self._ranks, self.n_averaged.device)
+            checkpoint.commit(pending, self.n_averaged)
 
     def full_state_dict(self, *, rank0_only: bool = False, cpu_offload: bool = False) -> dict[str, Tensor]:
         """Give whole tensors under the keys of :class:`~swafast.FusedAveragedModel`. Collective.
@@ -302,7 +302,7 @@ class ShardedAveragedModel(AttachableShards):
         Raises:
             RuntimeError: the averages are swapped into a model, here or on another rank; or a rank was lost.
         """
-        with self._guard.hold("full_state_dict", self._ranks), self._ranks.in_step():
+        with self._guard.hold("full_state_dict", self._ranks), self._ranks.in_lockstep():
             return checkpoint.make_full_state(
                 self._entries(), self.n_averaged, self._ranks, rank0_only=rank0_only, cpu_offload=cpu_offload
             )

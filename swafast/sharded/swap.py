@@ -96,9 +96,9 @@ def spread_all(spreads: Sequence[Spread], held: Mapping[str, Held], failed: str,
     try:
         with ExitStack() as ranks:
             for spread in spreads:
-                ranks.enter_context(spread.ranks.in_step())
+                ranks.enter_context(spread.ranks.in_lockstep())
             for spread in spreads:
-                spread.run(held)
+                spread.fill(held)
                 done += 1
     except BaseException as error:
         if not (torn or done or any(spread.torn for spread in spreads)):

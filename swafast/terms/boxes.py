@@ -1,4 +1,4 @@
-"""The boxes that a flat run of a param is made of: ints in, ints out."""
+"""The boxes that a run of a param is made of: ints in, ints out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Box:
-    """A box of a param, and where its elements lie in a flat run of memory."""
+    """A box of a param, and where its elements lie in a run of memory."""
 
     offsets: tuple[int, ...]  # in the whole param
     sizes: tuple[int, ...]
@@ -42,7 +42,7 @@ def boxes_of_run(
     offsets: Sequence[int] | None = None,
     order: Sequence[int] | None = None,
 ) -> tuple[Box, ...]:
-    """Give the boxes that elements ``start`` to ``stop`` of a dense box are made of: at most ``2 * ndim - 1``.
+    """Return the boxes that elements ``start`` to ``stop`` of a dense box are made of: at most ``2 * ndim - 1``.
 
     Args:
         sizes: of the box that lies in memory whole.
@@ -54,16 +54,16 @@ def boxes_of_run(
     origin = (0,) * len(sizes) if offsets is None else tuple(offsets)
     boxes = []
     for corner, extents, at in _boxes([sizes[dim] for dim in dims], start, stop):
-        place, size = list(origin), [0] * len(sizes)
+        corner_in_whole, size = list(origin), [0] * len(sizes)
         for dim, first, extent in zip(dims, corner, extents, strict=True):
-            place[dim] += first
+            corner_in_whole[dim] += first
             size[dim] = extent
-        boxes.append(Box(tuple(place), tuple(size), at - start, dims))
+        boxes.append(Box(tuple(corner_in_whole), tuple(size), at - start, dims))
     return tuple(boxes)
 
 
 def _boxes(sizes: list[int], start: int, stop: int) -> list[tuple[list[int], list[int], int]]:
-    """Give (corner, sizes, first element) of the boxes of a row-major run, in order."""
+    """Return (corner, sizes, first element) of the boxes of a row-major run, in order."""
     if start >= stop:
         return []
     if not sizes:

@@ -25,13 +25,13 @@ _MASK_32 = 2**32 - 1
 class Draws:
     """Where the random bits of one average come from."""
 
-    key: int  # of the seed and the param's name: 64 bits
+    random_key: int  # of the seed and the param's name: 64 bits
     shape: tuple[int, ...]  # of the whole param
     boxes: tuple[Box, ...] | None = None  # of it that a 1-D run of memory is made of; None: the tensor is the whole
 
 
-def make_key(seed: int, name: str) -> int:
-    """Give the key of a param's random bits."""
+def make_random_key(seed: int, name: str) -> int:
+    """Return the key of a param's random bits."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little")
 
 
@@ -53,46 +53,46 @@ def random_bits(key: int, num_averaged: int, index: Tensor) -> Tensor:
     turn = int(f"{num_averaged & 15:04b}"[::-1], 2) << 28
     bits = torch.empty_like(index)
     upper = index >> 32
-    for block in upper.unique().tolist() if index.numel() else []:
-        draw = _mix(update, block)
+    for half in upper.unique().tolist() if index.numel() else []:
+        draw = _mix(update, half)
         x = (index & _MASK_32) ^ (draw & _MASK_32)
         # A product of two 32-bit numbers may run over int64; its lower 32 bits are right all the same.
         x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK_32
         x = x ^ (draw >> 32)
         x = ((x ^ (x >> 15)) * 0x846CA68B + turn) & _MASK_32
-        bits = torch.where(upper == block, x, bits)
+        bits = torch.where(upper == half, x, bits)
     return bits
 
 
-def pieces(draws: Draws, tensors: Sequence[Tensor]) -> Iterator[tuple[tuple[Tensor, ...], list[Tensor]]]:
-    """Give the tensors' parts of which each is a box of the whole, and for each dimension the part of its index.
+def box_views(draws: Draws, tensors: Sequence[Tensor]) -> Iterator[tuple[tuple[Tensor, ...], list[Tensor]]]:
+    """Yield the tensors' views of each box, and one addend of the index for each dimension.
 
-    Their sum is the index: int64 tensors without memory of their own, to be cut as the parts are.
+    The sum of the addends is the index: int64 tensors without memory of their own, to be cut as the views are.
     """
     first = tensors[0]
     if draws.boxes is None or first.dim() != 1 or not draws.boxes:
         offsets = draws.boxes[0].offsets if draws.boxes else (0,) * first.dim()
-        yield tuple(tensors), _index_parts(draws.shape, offsets, first.shape, first.device)
+        yield tuple(tensors), _index_addends(draws.shape, offsets, first.shape, first.device)
         return
     for box in draws.boxes:
-        parts = tuple(box.of_run(tensor) for tensor in tensors)
-        yield parts, _index_parts(draws.shape, box.offsets, box.sizes, first.device)
+        views = tuple(box.of_run(tensor) for tensor in tensors)
+        yield views, _index_addends(draws.shape, box.offsets, box.sizes, first.device)
 
 
-def _index_parts(
+def _index_addends(
     shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int], device: torch.device
 ) -> list[Tensor]:
-    parts = [torch.zeros((), dtype=torch.int64, device=device).expand(tuple(sizes))]
+    addends = [torch.zeros((), dtype=torch.int64, device=device).expand(tuple(sizes))]
     for dim, (offset, size, stride) in enumerate(zip(offsets, sizes, _row_major(shape), strict=True)):
         along = (torch.arange(size, device=device) + offset) * stride
-        parts.append(along.view([size if d == dim else 1 for d in range(len(sizes))]).expand(tuple(sizes)))
-    return parts
+        addends.append(along.view([size if d == dim else 1 for d in range(len(sizes))]).expand(tuple(sizes)))
+    return addends
 
 
 def runs_of(draws: Draws, stride: Sequence[int]) -> Tensor:
-    """Give the runs of memory in which the index goes on by one step: (num_runs, 4) int64 rows on the CPU.
+    """Return the runs of memory in which the index has one stride: (num_runs, 4) int64 rows on the CPU.
 
-    A row is (offset in memory, numel, first index, step).
+    A row is (offset in memory, numel, first index, index stride).
 
     Args:
         stride: of the whole tensor where ``draws`` has no boxes: dense, in any order.
@@ -108,19 +108,19 @@ def runs_of(draws: Draws, stride: Sequence[int]) -> Tensor:
 
 def _runs_of_box(box: Box, index_stride: Sequence[int]) -> Tensor:
     dims = [dim for dim in box.order if box.sizes[dim] != 1]
-    numel, step = 1, 1
+    numel, along = 1, 1
     # From the fastest dimension on, as long as the next one goes on where this one ends.
-    while dims and (numel == 1 or index_stride[dims[-1]] == numel * step):
+    while dims and (numel == 1 or index_stride[dims[-1]] == numel * along):
         dim = dims.pop()
         if numel == 1:
-            step = index_stride[dim]
+            along = index_stride[dim]
         numel *= box.sizes[dim]
     first = torch.tensor(sum(o * s for o, s in zip(box.offsets, index_stride, strict=True)), device="cpu")
     for dim in dims:
         first = first.unsqueeze(-1) + torch.arange(box.sizes[dim], device="cpu") * index_stride[dim]
     first = first.reshape(-1)
     offset = box.start + torch.arange(len(first), device="cpu") * numel
-    rest = torch.tensor([numel, step], device="cpu").expand(len(first), 2)
+    rest = torch.tensor([numel, along], device="cpu").expand(len(first), 2)
     runs = torch.cat((offset[:, None], rest[:, :1], first[:, None], rest[:, 1:]), dim=1)
     return runs if numel else runs[:0]
 

@@ -1,25 +1,6 @@
 """Layout of averages in buckets and of work in chunks: ints in, ints and dataclasses out, no tensor data touched.
 
-Note [Words]
-~~~~~~~~~~~~
-param        the model's live tensor
-average      the running average that we own
-rule         how the weight follows from the number of updates
-weight       interpolation weight of the newest param, as in ``torch.lerp``; an EMA's decay is ``1 - weight``
-num_averaged models already in the average; the state-dict key is ``n_averaged``, as in torch
-update       one ``update_parameters``; a step is the optimizer's, never ours
-bucket       one flat 1-D allocation of planes of one (device, dtype); each averaged param stands on its own slice of it
-buffer       only an ``nn.Module`` buffer
-pace         a rule and the counter by which the averages of one averaged model move
-chunk        a run of elements that one CPU task, CUDA block or Triton program handles
-shard        this rank's part of a param
-format       how an average is stored
-draws        where the random bits of an average come from, in formats that are rounded at random
-plane        one of a format's arrays; plane 0 is the averaged module's own parameter
-plan         buckets and chunk table for one list of params
-backend      ``reference``, ``cpu``, ``cuda``, ``triton``
-
-``numel`` counts elements, ``nbytes`` bytes, ``*_offset`` elements; all of them 64-bit.
+``swafast/terms/__init__.py`` says what the words mean.
 """
 
 from __future__ import annotations
@@ -93,21 +74,21 @@ def lay_out(
 
 
 def cut_chunks(runs: Tensor, chunk_numel: int) -> Tensor:
-    """Cut runs into chunks: both (count, 5) int64 rows of (tensor, offset, numel, first index, step of the index).
+    """Cut runs into chunks: both (count, 5) int64 rows of (tensor, offset, numel, first index, stride of the index).
 
     An empty run has no chunk, and no chunk has indices with different upper halves. Worked out by torch, since
     Llama-3-8B has 245,000 chunks.
     """
     # The device is named throughout: the user's default device may be another, and the table is the host's.
     runs = _cut_by_upper_half(runs)
-    sizes, starts, steps = runs[:, 2], runs[:, 3], runs[:, 4]
+    sizes, starts, strides = runs[:, 2], runs[:, 3], runs[:, 4]
     counts = (sizes + (chunk_numel - 1)).div(chunk_numel, rounding_mode="floor")
     run = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), counts)
     first = torch.cumsum(counts, 0) - counts
     done = (torch.arange(len(run), device="cpu") - first[run]) * chunk_numel
     numel = torch.clamp(sizes[run] - done, max=chunk_numel)
-    index = starts[run] + done * steps[run]
-    return torch.stack((runs[run, 0], runs[run, 1] + done, numel, index, steps[run]), dim=1).contiguous()
+    index = starts[run] + done * strides[run]
+    return torch.stack((runs[run, 0], runs[run, 1] + done, numel, index, strides[run]), dim=1).contiguous()
 
 
 def whole_runs(numels: Sequence[int]) -> Tensor:
@@ -124,12 +105,12 @@ def _cut_by_upper_half(runs: Tensor) -> Tensor:
     if not bool(crossing.any()):
         return runs
     rows = []
-    for tensor, offset, numel, index, step in runs.tolist():
+    for tensor, offset, numel, index, stride in runs.tolist():
         while numel:
-            until_next = -(-(((index >> 32) + 1 << 32) - index) // step)
-            part = min(numel, until_next)
-            rows.append((tensor, offset, part, index, step))
-            offset, numel, index = offset + part, numel - part, index + part * step
+            until_next = -(-(((index >> 32) + 1 << 32) - index) // stride)
+            count = min(numel, until_next)
+            rows.append((tensor, offset, count, index, stride))
+            offset, numel, index = offset + count, numel - count, index + count * stride
     return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
@@ -143,10 +124,10 @@ def gpu_chunk_numel(num_elements: int, num_blocks: int) -> int:
 def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Say whether the elements fill one run of memory, in whatever order of dimensions, each once."""
     expected = 1
-    for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size != 1):
+    for along, size in sorted((along, size) for along, size in zip(stride, shape, strict=True) if size != 1):
         if size == 0:
             return True
-        if step != expected:
+        if along != expected:
             return False
         expected *= size
     return True
@@ -161,4 +142,4 @@ def extent(shape: Sequence[int], stride: Sequence[int]) -> int:
     """Give the number of elements from the first to the last one touched, both included."""
     if any(size == 0 for size in shape):
         return 0
-    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    return 1 + sum((size - 1) * along for size, along in zip(shape, stride, strict=True))

@@ -73,9 +73,9 @@ def require_same_names(kind: str, averages: Iterable[str], params: Iterable[str]
     missing = [name for name in expected if name not in given]
     surplus = [name for name in given if name not in expected]
     if missing or surplus:
-        parts = [
+        clauses = [
             f"{label} {', '.join(map(repr, names[:3]))}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
             for label, names in (("missing", missing), ("unexpected", surplus))
             if names
         ]
-        raise ValueError(f"model must have the {kind} that it was averaged with, got {'; '.join(parts)}")
+        raise ValueError(f"model must have the {kind} that it was averaged with, got {'; '.join(clauses)}")

@@ -141,7 +141,7 @@ class ExponentialAverage(Rule):
 @pickled_from("swafast")
 @dataclass(frozen=True)
 class PowerAverage(Rule):
-    """The power-function average, as wide as a fixed share of the run: ``decay = (1 - 1/(n+1)) ** (gamma+1)``.
+    """The power-function average, as wide as a fixed share of the training: ``decay = (1 - 1/(n+1)) ** (gamma+1)``.
 
     ``gamma = 0`` is the equal mean; a larger gamma forgets the past sooner.
 

@@ -99,7 +99,7 @@ def new_group(
 
 
 @dataclass(frozen=True)
-class FlatRun:
+class FlatShard:
     """What the flat param of an FSDP1 module holds here of one of the original params."""
 
     names: tuple[str, ...]  # under the FSDP module: the param's own, then those tied to it
@@ -115,7 +115,7 @@ class FlatParam:
     """The flat param of one FSDP1 module."""
 
     module: FullyShardedDataParallel
-    runs: tuple[FlatRun, ...]
+    shards: tuple[FlatShard, ...]
     replicas: ProcessGroup | None  # the ranks that hold the same elements, where there are several
     num_ranks: int  # that it is spread over, replicas and all
     sharded: bool  # False for NO_SHARD
@@ -144,19 +144,19 @@ def _flat_param(module: FullyShardedDataParallel) -> FlatParam:
     for info in flat._shared_param_infos:
         first = (info.prim_module, info.prim_param_name)
         tied.setdefault(first, []).append(".".join(filter(None, (info.module_name, info.param_name))))
-    runs = []
-    parts: Sequence = zip(  # type: ignore[assignment]
+    shards = []
+    originals: Sequence = zip(  # type: ignore[assignment]
         flat._fqns, flat._param_infos, flat._shapes, flat._strides, flat._shard_param_infos, strict=True
     )
-    for name, info, shape, stride, held in parts:
+    for name, info, shape, stride, part in originals:
         names = (name, *tied.get((info.module, info.param_name), ()))
-        start, stop = (held.intra_param_start_idx, held.intra_param_end_idx + 1) if held.in_shard else (0, 0)
-        runs.append(FlatRun(names, tuple(shape), tuple(stride), start, stop, held.offset_in_shard or 0))
+        start, stop = (part.intra_param_start_idx, part.intra_param_end_idx + 1) if part.in_shard else (0, 0)
+        shards.append(FlatShard(names, tuple(shape), tuple(stride), start, stop, part.offset_in_shard or 0))
     sharded = bool(handle.uses_sharded_strategy)
     replicas = getattr(module, "_inter_node_pg", None) if sharded else module.process_group
     num_ranks = len(dist.get_process_group_ranks(module.process_group))
     num_ranks *= replicas.size() if sharded and replicas is not None else 1
-    return FlatParam(module, tuple(runs), replicas, num_ranks, sharded)
+    return FlatParam(module, tuple(shards), replicas, num_ranks, sharded)
 
 
 def reshard_flat_params(root: Module) -> None:

@@ -33,14 +33,14 @@ from .memory import (
     TILE,
     chunk_of,
     low_of,
-    places,
     pointer_to,
     row_of,
     store_halves,
+    tile_indices,
     tile_of,
     word,
 )
-from .paces import any_bad, counters_of, pace_held, pace_kernel, weights_of
+from .paces import any_bad, counters_of, pace_at, pace_kernel, weights_of
 from .random import bits_of_draw, draw_of
 
 __all__ = [
@@ -132,12 +132,12 @@ def update_chunk(
     ROWS: tl.constexpr = 4 if PARAM_BYTES == 4 and FIRST_BYTES == 4 else 2
     alignment = param | first | (second * 2 if SECOND_BYTES == 1 else second)
     middle = tl.where((alignment & 15) == 0, numel // NUMEL * NUMEL, 0)
-    indices = places(ROWS, NUMEL // ROWS)
+    indices = tile_indices(ROWS, NUMEL // ROWS)
     start = middle * 0
     while start < middle:
         update_tile(pointers, start, middle, step, draw, indices, DTYPE, FORMAT, SECOND_BYTES, CUT_BITS, NUMEL)
         start += NUMEL
-    indices = places(1, NARROW_TILE)
+    indices = tile_indices(1, NARROW_TILE)
     while start < numel:
         update_tile(pointers, start, numel, step, draw, indices, DTYPE, FORMAT, SECOND_BYTES, CUT_BITS, 0)
         start += NARROW_TILE
@@ -176,13 +176,13 @@ def move_chunk(row, chunk, BYTES: tl.constexpr, EXCHANGE: tl.constexpr):
     offset, numel = word(chunk, 1), word(chunk, 2)
     param, average = word(row, 0) + offset * BYTES, word(row, 1) + offset * BYTES
     num_words = tl.where(((param | average) & 15) == 0, numel * BYTES // (4 * TILE) * TILE, 0)
-    indices = places(4, TILE // 4)
+    indices = tile_indices(4, TILE // 4)
     start = num_words * 0
     while start < num_words:
         move_tile(pointer_to(param, 4), pointer_to(average, 4), start, num_words, indices, EXCHANGE, True)
         start += TILE
     start = num_words * 4 // BYTES
-    indices = places(1, NARROW_TILE)
+    indices = tile_indices(1, NARROW_TILE)
     while start < numel:
         move_tile(pointer_to(param, BYTES), pointer_to(average, BYTES), start, numel, indices, EXCHANGE, False)
         start += NARROW_TILE
@@ -199,7 +199,7 @@ def holds_nonfinite(row, chunk, EXPONENT: tl.constexpr, BYTES: tl.constexpr):
     numel = word(chunk, 2)
     param = word(row, 0) + word(chunk, 1) * BYTES
     num_words = tl.where((param & 15) == 0, numel * BYTES // (4 * TILE) * TILE, 0)
-    indices = places(4, TILE // 4)
+    indices = tile_indices(4, TILE // 4)
     bad = indices * 0
     start = num_words * 0
     while start < num_words:
@@ -209,7 +209,7 @@ def holds_nonfinite(row, chunk, EXPONENT: tl.constexpr, BYTES: tl.constexpr):
             bad |= has_all(bits, EXPONENT << 16)
         start += TILE
     start = num_words * 4 // BYTES
-    indices = places(1, NARROW_TILE)
+    indices = tile_indices(1, NARROW_TILE)
     bad_end = indices * 0
     while start < numel:
         bits = tl.load(tile_of(pointer_to(param, BYTES), start, indices, False), mask=start + indices < numel, other=0)
@@ -240,7 +240,7 @@ def update_row(row, chunk, counts, weights):
     """Update a chunk of one average."""
     kinds = word(row, 4)
     dtype, fmt = low_of(kinds), kinds >> 32
-    num_averaged, weight = pace_held(counts, weights, low_of(word(row, 6)))
+    num_averaged, weight = pace_at(counts, weights, low_of(word(row, 6)))
     step = step_of(weight)
     if dtype == 0:
         update_as(row, chunk, step, num_averaged, fmt, 0)

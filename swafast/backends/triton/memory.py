@@ -36,7 +36,7 @@ def word(address, index):
 
 
 @triton.jit
-def places(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def tile_indices(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Give the indices of a tile's elements, consecutive ones along the rows.
 
     A path's tiles have a shape that no path with other sizes of elements has: the compiler gives accesses of one shape

@@ -1,7 +1,7 @@
 """Paces of the ``triton`` backend: ``swafast_pace`` in device memory, written and read by kernels.
 
 A program reads the counts when it begins, as the last one to begin has them advanced, and holds them and the weights
-from then on: each pace's in a place of its own over the program's threads, in two registers of each and no memory.
+from then on: each pace's with an index of its own over the program's threads, in two registers of each and no memory.
 """
 
 import triton
@@ -11,7 +11,7 @@ from .arithmetic import double_of, rule_weight
 from .memory import pace_of, pointer_to, word
 
 #: As many as ``library.MAX_PACES``.
-NUM_SLOTS = tl.constexpr(16)
+MAX_PACES = tl.constexpr(16)
 
 INT64_MAX = tl.constexpr(2**63 - 1)
 
@@ -41,10 +41,10 @@ def pace_kernel(
 
 @triton.jit
 def counters_of(paces, num_paces):
-    """Give (pointers to the counters, which places have one)."""
-    slots = tl.arange(0, NUM_SLOTS)
-    used = slots < num_paces
-    addresses = tl.load(pointer_to(paces, 8) + slots * 6 + 5, mask=used, other=0)
+    """Return (pointers to the counters, which indices have one)."""
+    indices = tl.arange(0, MAX_PACES)
+    used = indices < num_paces
+    addresses = tl.load(pointer_to(paces, 8) + indices * 6 + 5, mask=used, other=0)
     return pointer_to(addresses, 8), used
 
 
@@ -55,26 +55,26 @@ def any_bad(counts):
 
 
 @triton.jit
-def held(values, index):
-    """Give the int64 in this place."""
-    return tl.sum(tl.where(tl.arange(0, NUM_SLOTS) == index, values, 0), 0)
+def value_at(values, index):
+    """Return the int64 with this index."""
+    return tl.sum(tl.where(tl.arange(0, MAX_PACES) == index, values, 0), 0)
 
 
 @triton.jit
 def weights_of(paces, num_paces, counts):
-    """Give the bits of each pace's weight, a float64."""
+    """Return the bits of each pace's weight, a float64."""
     weights = counts * 0
     i = num_paces * 0
     while i < num_paces:
         pace = pace_of(paces, i)
         kind, term0, term1, term2, term3 = word(pace, 0), word(pace, 1), word(pace, 2), word(pace, 3), word(pace, 4)
-        weight = rule_weight(kind, term0, term1, term2, term3, held(counts, i))
-        weights = tl.where(tl.arange(0, NUM_SLOTS) == i, weight.to(tl.int64, bitcast=True), weights)
+        weight = rule_weight(kind, term0, term1, term2, term3, value_at(counts, i))
+        weights = tl.where(tl.arange(0, MAX_PACES) == i, weight.to(tl.int64, bitcast=True), weights)
         i += 1
     return weights
 
 
 @triton.jit
-def pace_held(counts, weights, index):
-    """Give (count, float64 weight) of a pace."""
-    return held(counts, index), double_of(held(weights, index))
+def pace_at(counts, weights, index):
+    """Return (count, float64 weight) of a pace."""
+    return value_at(counts, index), double_of(value_at(weights, index))

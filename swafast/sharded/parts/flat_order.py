@@ -1,4 +1,4 @@
-"""Cuts of a flat order of params: ints in, ints out."""
+"""A flat order of params, cut evenly into parts: ints in, ints out."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: Cuts inside a param fall on multiples of this many elements: whole cache lines and vectors for every dtype, and
+#: Borders inside a param fall on multiples of this many elements: whole cache lines and vectors for every dtype, and
 #: little enough that no rank has more than this above an even part.
-CUT_NUMEL = 64
+BORDER_NUMEL = 64
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run of elements of one tensor of a list."""
+    """Consecutive elements of one tensor of a list."""
 
     index: int
     start: int
@@ -31,7 +31,7 @@ class FlatOrder:
     Args:
         numels: their elements.
         parts: how many.
-        whole: for each tensor, whether no cut may go through it; default: none.
+        whole: for each tensor, whether no border may fall inside it; default: none.
     """
 
     def __init__(self, numels: Sequence[int], parts: int, whole: Sequence[bool] | None = None) -> None:
@@ -41,14 +41,14 @@ class FlatOrder:
         self._borders = [self._border(self.numel * part // parts) for part in range(parts)] + [self.numel]
 
     def _border(self, ideal: int) -> int:
-        """Move a cut to where it may be, next to where it should."""
+        """Move a border to where it may be, next to where it should."""
         index = bisect_right(self._ends, ideal)
         if index == len(self._ends):
             return self.numel
         begin, end = self._ends[index - 1] if index else 0, self._ends[index]
         if self._whole is not None and self._whole[index]:
             return begin if ideal - begin < end - ideal else end
-        return begin + (ideal - begin) // CUT_NUMEL * CUT_NUMEL
+        return begin + (ideal - begin) // BORDER_NUMEL * BORDER_NUMEL
 
     def bounds(self, part: int) -> tuple[int, int]:
         """Give where a part begins and ends in the flat order."""

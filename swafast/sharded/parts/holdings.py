@@ -21,7 +21,7 @@ from ...torch_private import distributed as private
 
 @dataclass(frozen=True)
 class Mesh:
-    """What a ``DeviceMesh`` is, to compare."""
+    """A ``DeviceMesh`` as plain ints and names, to compare."""
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
@@ -29,7 +29,7 @@ class Mesh:
 
 
 @dataclass(frozen=True)
-class Place:
+class Sharding:
     """How a tensor is spread over ranks: what has to stay as it was at construction."""
 
     kind: str  # "replicated", "dtensor" or "flat"
@@ -41,11 +41,11 @@ class Place:
         if self.mesh is None:
             return "one whole tensor on each rank" if self.kind == "replicated" else "a run of an FSDP1 flat parameter"
         of = f" {self.mesh.names}" if self.mesh.names else ""
-        ranks = " and of ".join(_span(mesh.ranks) for mesh in self.meshes or (self.mesh,))
+        ranks = " and of ".join(_name_ranks(mesh.ranks) for mesh in self.meshes or (self.mesh,))
         return f"{self.placements} on a mesh of {self.mesh.shape}{of} of {ranks}"
 
 
-def _span(ranks: Sequence[int]) -> str:
+def _name_ranks(ranks: Sequence[int]) -> str:
     if list(ranks) == list(range(ranks[0], ranks[0] + len(ranks))):
         return f"ranks {ranks[0]} to {ranks[-1]}"
     return f"ranks {', '.join(map(str, ranks))}"
@@ -60,7 +60,7 @@ class Holding:
     shape: tuple[int, ...]  # of the whole
     dtype: torch.dtype
     device: torch.device
-    place: Place
+    sharding: Sharding
     offsets: tuple[int, ...]  # of the box whose memory the run is part of
     sizes: tuple[int, ...]
     order: tuple[int, ...] | None  # the box's dimensions, slowest in memory first; None: not dense, so never cut
@@ -68,7 +68,7 @@ class Holding:
     stop: int
     replicas: tuple[int, ...]  # the ranks that hold the same elements, in order; this one is among them
     always_cut: bool  # cut over the replicas whether or not the user asks
-    mesh: DeviceMesh | None = field(default=None, compare=False, repr=False)  # of a DTensor
+    device_mesh: DeviceMesh | None = field(default=None, compare=False, repr=False)  # of a DTensor
     local_shape: tuple[int, ...] = ()  # of a DTensor's local tensor
 
     @property
@@ -86,16 +86,16 @@ class Held:
 
     holding: Holding
     local: Tensor  # this rank's part; 1-D for a run of a flat param
-    source: Tensor | private.FlatParam  # that it is found in: a tensor registered in the model, or FSDP1's
+    found_in: Tensor | private.FlatParam  # a tensor registered in the model, or FSDP1's
     offset: int = 0  # in the flat param's local tensor
 
     def now(self) -> Tensor:
-        """Give the tensor that the source has now, which may have been given other memory."""
-        if isinstance(self.source, DTensor):
-            return private.local_tensors([self.source])[0]
-        if isinstance(self.source, Tensor):
-            return self.source
-        return self.source.local.narrow(0, self.offset, self.holding.numel)
+        """Give the tensor that is there now, which may have been given other memory."""
+        if isinstance(self.found_in, DTensor):
+            return private.local_tensors([self.found_in])[0]
+        if isinstance(self.found_in, Tensor):
+            return self.found_in
+        return self.found_in.local.narrow(0, self.offset, self.holding.numel)
 
 
 def reshard(model: Module) -> None:
@@ -115,7 +115,7 @@ def partial_meshes(model: Module, ranks: Sequence[int]) -> dict[str, Mesh]:
     """Give, by name, the meshes of this rank's DTensors that leave out some of ``ranks``: others may have their own."""
     root = unwrap(model)
     named = {**named_params(root, "model"), **persistent_buffers(root)}
-    meshes = {name: _layout_of(tensor.device_mesh) for name, tensor in named.items() if isinstance(tensor, DTensor)}
+    meshes = {name: _mesh_of(tensor.device_mesh) for name, tensor in named.items() if isinstance(tensor, DTensor)}
     return {name: mesh for name, mesh in meshes.items() if set(mesh.ranks) != set(ranks)}
 
 
@@ -163,7 +163,7 @@ def _plain_holding(names: tuple[str, ...], tensor: Tensor, is_buffer: bool, rank
         shape=shape,
         dtype=tensor.dtype,
         device=tensor.device,
-        place=Place("replicated"),
+        sharding=Sharding("replicated"),
         offsets=(0,) * len(shape),
         sizes=shape,
         order=_order(shape, tensor.stride()) if tensor.layout == torch.strided else None,
@@ -178,15 +178,15 @@ def _plain_holding(names: tuple[str, ...], tensor: Tensor, is_buffer: bool, rank
 def _dtensor_holding(
     names: tuple[str, ...], tensor: DTensor, is_buffer: bool, ranks: tuple[int, ...], siblings: tuple[Mesh, ...]
 ) -> Held:
-    mesh, (local,) = tensor.device_mesh, private.local_tensors([tensor])
-    layout = _layout_of(mesh)
-    place = Place("dtensor", layout, tuple(tensor.placements), siblings or (layout,))
-    _require_meshes(names[0], place.meshes, ranks)
+    (local,) = private.local_tensors([tensor])
+    mesh = _mesh_of(tensor.device_mesh)
+    sharding = Sharding("dtensor", mesh, tuple(tensor.placements), siblings or (mesh,))
+    _require_meshes(names[0], sharding.meshes, ranks)
     try:
         offsets, sizes = private.box_of(tensor)
     except ValueError as error:
         raise ValueError(f"{names[0]!r} must be sharded or replicated, got {tensor.placements}: {error}") from None
-    coordinate = mesh.get_coordinate()
+    coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None or local.numel() == 0:
         offsets = sizes = (0,) * tensor.dim()  # torch describes a shard without elements in several ways
     elif sizes != tuple(local.shape):
@@ -197,15 +197,15 @@ def _dtensor_holding(
         shape=tuple(tensor.shape),
         dtype=local.dtype,
         device=local.device,
-        place=place,
+        sharding=sharding,
         offsets=offsets,
         sizes=sizes,
         order=_order(sizes, local.stride()) if local.numel() else tuple(range(tensor.dim())),
         start=0,
         stop=local.numel(),
-        replicas=_replicas(tensor, coordinate, place.meshes),
+        replicas=_replicas(tensor, coordinate, sharding.meshes),
         always_cut=False,
-        mesh=mesh,
+        device_mesh=tensor.device_mesh,
         local_shape=tuple(local.shape),
     )
     return Held(holding, local, tensor)
@@ -217,19 +217,21 @@ def _require_meshes(name: str, meshes: tuple[Mesh, ...], ranks: tuple[int, ...])
     if missing:
         raise ValueError(f"process_group must hold all ranks of the mesh of {name!r}, got one without {missing}")
     if len(set(on_meshes)) < len(on_meshes) or len({mesh.shape for mesh in meshes}) > 1:
-        told = " and ".join(f"{mesh.shape} on {_span(mesh.ranks)}" for mesh in meshes)
-        raise ValueError(f"{name!r} must be on one mesh, or on alike ones that share no rank, got {told}")
+        layouts = " and ".join(f"{mesh.shape} on {_name_ranks(mesh.ranks)}" for mesh in meshes)
+        raise ValueError(f"{name!r} must be on one mesh, or on alike ones that share no rank, got {layouts}")
 
 
-def is_spread_as(tensor: DTensor, place: Place) -> bool:
-    """Say whether a DTensor is on the mesh and has the placements of ``place``."""
-    return (_layout_of(tensor.device_mesh), tuple(tensor.placements)) == (place.mesh, place.placements)
+def is_spread_as(tensor: DTensor, sharding: Sharding) -> bool:
+    """Say whether a DTensor is on the mesh and has the placements of ``sharding``."""
+    return (_mesh_of(tensor.device_mesh), tuple(tensor.placements)) == (sharding.mesh, sharding.placements)
 
 
 @functools.lru_cache(maxsize=8)
-def _layout_of(mesh: DeviceMesh) -> Mesh:
+def _mesh_of(device_mesh: DeviceMesh) -> Mesh:
     """Describe a mesh, once for all params on it: the ranks of one of 1024 take 8 KB."""
-    return Mesh(tuple(mesh.mesh_dim_names or ()), tuple(mesh.shape), tuple(mesh.mesh.flatten().tolist()))
+    return Mesh(
+        tuple(device_mesh.mesh_dim_names or ()), tuple(device_mesh.shape), tuple(device_mesh.mesh.flatten().tolist())
+    )
 
 
 def _replicas(tensor: DTensor, coordinate: Sequence[int] | None, meshes: Sequence[Mesh]) -> tuple[int, ...]:
@@ -241,8 +243,8 @@ def _replicas(tensor: DTensor, coordinate: Sequence[int] | None, meshes: Sequenc
         for at, placement in zip(coordinate, tensor.placements, strict=True)
     )
     mesh = tensor.device_mesh.mesh
-    places = torch.arange(mesh.numel(), device="cpu").view(mesh.shape)[index].flatten().tolist()
-    return tuple(sorted(each.ranks[place] for each in meshes for place in places))
+    positions = torch.arange(mesh.numel(), device="cpu").view(mesh.shape)[index].flatten().tolist()
+    return tuple(sorted(each.ranks[position] for each in meshes for position in positions))
 
 
 def _order(sizes: Sequence[int], stride: Sequence[int]) -> tuple[int, ...] | None:
@@ -261,38 +263,38 @@ def _flat_holdings(root: Module, ranks: tuple[int, ...]) -> dict[str, Held]:
     found: dict[str, Held] = {}
     for flat in private.flat_params(root):
         replicas = (dist.get_rank(),) if flat.replicas is None else tuple(dist.get_process_group_ranks(flat.replicas))
-        spread = flat.num_ranks
-        for run in flat.runs:
-            names = tuple(canonical(".".join(filter(None, (prefixes[id(flat.module)], name)))) for name in run.names)
-            if spread != len(ranks) or not set(replicas) <= set(ranks):
+        for shard in flat.shards:
+            names = tuple(canonical(".".join(filter(None, (prefixes[id(flat.module)], name)))) for name in shard.names)
+            if flat.num_ranks != len(ranks) or not set(replicas) <= set(ranks):
                 raise ValueError(
-                    f"process_group must be the {spread} ranks that {names[0]!r} is spread over, got {len(ranks)} ranks"
+                    f"process_group must be the {flat.num_ranks} ranks that {names[0]!r} is spread over, "
+                    f"got {len(ranks)} ranks"
                 )
-            local = flat.local[run.offset : run.offset + run.stop - run.start]
+            local = flat.local[shard.offset : shard.offset + shard.stop - shard.start]
             holding = Holding(
                 names=names,
                 is_buffer=False,
-                shape=run.shape,
+                shape=shard.shape,
                 dtype=local.dtype,
                 device=local.device,
-                place=Place("flat"),
-                offsets=(0,) * len(run.shape),
-                sizes=run.shape,
-                order=_order(run.shape, run.stride),
-                start=run.start,
-                stop=run.stop,
+                sharding=Sharding("flat"),
+                offsets=(0,) * len(shard.shape),
+                sizes=shard.shape,
+                order=_order(shard.shape, shard.stride),
+                start=shard.start,
+                stop=shard.stop,
                 replicas=replicas,
                 always_cut=not flat.sharded,
             )
-            found[names[0]] = Held(holding, local, flat, run.offset)
+            found[names[0]] = Held(holding, local, flat, shard.offset)
     return found
 
 
-def require_same_place(before: Holding, now: Holding) -> None:
+def require_same_sharding(before: Holding, now: Holding) -> None:
     """Raise ValueError naming the parameter unless it is spread over the ranks as it was at construction."""
     for what, was, got in (
         ("the whole shape", before.shape, now.shape),
-        ("the placement", before.place, now.place),
+        ("the placement", before.sharding, now.sharding),
         ("the part on this rank", (before.start, before.stop), (now.start, now.stop)),
         ("the layout in memory", before.order, now.order),
         ("the replicas", before.replicas, now.replicas),

@@ -180,11 +180,11 @@ def _check_run(run: Tensor) -> None:
         raise TypeError(f"run must be a plain tensor, got {type(run).__name__}")
     if run.dim() != 1 or not run.is_contiguous():
         raise ValueError(f"run must be 1-D and contiguous, got shape {tuple(run.shape)}, strides {run.stride()}")
-    held = run.untyped_storage().nbytes()
+    storage_nbytes = run.untyped_storage().nbytes()
     # A stager copies storages whole, and a view of a bucket would take the bucket along.
-    if held != run.nbytes:
+    if storage_nbytes != run.nbytes:
         raise ValueError(
-            f"run must be a tensor with a storage of its own, got {run.nbytes} of a storage's {held} bytes"
+            f"run must be a tensor with a storage of its own, got {run.nbytes} of a storage's {storage_nbytes} bytes"
         )
 
 

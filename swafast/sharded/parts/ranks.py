@@ -38,8 +38,8 @@ class LostPeerError(RuntimeError):
     """
 
 
-class _Loss:
-    """Why no peer may be met any more, in a group of ours and its parts."""
+class _Fault:
+    """Why no peer may be met any more, in a group of ours and its subgroups."""
 
     reason: str | None = None
 
@@ -56,8 +56,8 @@ class _Loss:
         except BaseException as error:
             if len(ranks) > 1 and self.reason is None:
                 self.reason = (
-                    f"ranks {list(ranks)} went out of step before, with {type(error).__name__}: {error}; what is local "
-                    "still works, for the rest make the averaged model anew"
+                    f"ranks {list(ranks)} went out of lockstep before, with {type(error).__name__}: {error}; "
+                    "what is local still works, for the rest make the averaged model anew"
                 )
             raise
 
@@ -88,11 +88,11 @@ class Ranks:
         self.name = name
         #: Held for each collective, and for several that belong together: threads share the group.
         self.lock = ForkSafeLock()
-        self._loss = _Loss()
+        self._fault = _Fault()
         self._numbers = itertools.count()
         # Weakly: who destroys it may not be kept from it by what hangs on it.
         self._parent = weakref.ref(process_group) if process_group is not None else None
-        self._parts: dict[tuple[int, ...], Ranks] = {self.ranks: self}
+        self._subgroups: dict[tuple[int, ...], Ranks] = {self.ranks: self}
         timeout = group_timeout(parent)
         with self._heard():
             self._group = new_group(
@@ -102,15 +102,15 @@ class Ranks:
                 backend=dist.get_backend(parent) if ranks is not None or process_group is not None else None,
             )
 
-    def part(self, ranks: Sequence[int]) -> Ranks:
+    def subgroup(self, ranks: Sequence[int]) -> Ranks:
         """The group over some of these ranks, this one among them; made once, together with the others of them."""
         key = tuple(sorted(ranks))
-        if key not in self._parts:
+        if key not in self._subgroups:
             parent = self._parent() if self._parent is not None else None
-            with self._loss.noted(self.ranks):  # a part that is not made is lost to all
-                self._parts[key] = part = Ranks(parent, f"{self.name} {key}", key)
-            part._loss, part.lock = self._loss, self.lock
-        return self._parts[key]
+            with self._fault.noted(self.ranks):  # a subgroup that is not made is lost to all
+                self._subgroups[key] = subgroup = Ranks(parent, f"{self.name} {key}", key)
+            subgroup._fault, subgroup.lock = self._fault, self.lock
+        return self._subgroups[key]
 
     @property
     def size(self) -> int:
@@ -118,7 +118,7 @@ class Ranks:
 
     @property
     def index(self) -> int:
-        """This rank's place among them."""
+        """This rank's index among them."""
         return self.ranks.index(self.rank)
 
     def device_for(self, device: torch.device) -> torch.device:
@@ -134,7 +134,7 @@ class Ranks:
     @property
     def is_lost(self) -> bool:
         """Whether no peer may be met any more."""
-        return self._loss.reason is not None
+        return self._fault.reason is not None
 
     # Collectives
 
@@ -190,7 +190,7 @@ class Ranks:
 
     @contextmanager
     def _heard(self) -> Iterator[None]:
-        with self.lock, self.in_step():
+        with self.lock, self.in_lockstep():
             try:
                 yield
             except RuntimeError as error:
@@ -200,7 +200,7 @@ class Ranks:
                 ) from error
 
     @contextmanager
-    def in_step(self) -> Iterator[None]:
+    def in_lockstep(self) -> Iterator[None]:
         """Run what all ranks run alike: what breaks off here leaves peers waiting inside, and meets none of them again.
 
         A collective that met another one of its peers would give wrong values, or end the process.
@@ -208,7 +208,7 @@ class Ranks:
         Raises:
             LostPeerError: something has broken off before.
         """
-        with self._loss.noted(self.ranks):
+        with self._fault.noted(self.ranks):
             yield
 
     # What they settle
@@ -222,24 +222,24 @@ class Ranks:
         Args:
             number: of the averaged model that it is about, from :meth:`next_number`.
         """
-        self._loss.refuse()
+        self._fault.refuse()
         error: BaseException | None = None
         try:
             yield
         except BaseException as raised:  # an interrupt too: the peers wait
             error = raised
         try:
-            told = self.gather((what, number, None if error is None else f"{type(error).__name__}: {error}"))
+            calls = self.gather((what, number, None if error is None else f"{type(error).__name__}: {error}"))
         finally:
             if error is not None:
                 raise error
-        if len({(call, of) for call, of, _ in told}) > 1:
-            calls = ", ".join(
+        if len({(call, of) for call, of, _ in calls}) > 1:
+            got = ", ".join(
                 call + (f" of average {of}" if of is not None else "") + f" on rank {rank}"
-                for rank, (call, of, _) in zip(self.ranks, told, strict=True)
+                for rank, (call, of, _) in zip(self.ranks, calls, strict=True)
             )
-            raise RuntimeError(f"all ranks must make the same call, got {calls}")
-        for rank, (_, _, message) in zip(self.ranks, told, strict=True):
+            raise RuntimeError(f"all ranks must make the same call, got {got}")
+        for rank, (_, _, message) in zip(self.ranks, calls, strict=True):
             if message is not None:
                 raise RuntimeError(f"{what} failed on rank {rank}, and so on every rank: {message}")
 
@@ -248,11 +248,11 @@ class Ranks:
 
         What goes round is a digest; the descriptions themselves only once they differ.
         """
-        told = {key: str(value) for key, value in described.items()}
-        digest = hashlib.sha256(repr(sorted(told.items())).encode()).digest()
+        own = {key: str(value) for key, value in described.items()}
+        digest = hashlib.sha256(repr(sorted(own.items())).encode()).digest()
         if len(set(self.gather(digest))) == 1:
             return
-        everyone = self.gather(told)
+        everyone = self.gather(own)
         first = everyone[0]
         for rank, theirs in zip(self.ranks, everyone, strict=True):
             for key in [*first, *(key for key in theirs if key not in first)]:
@@ -282,7 +282,7 @@ class OneProcess(Ranks):
     """This process alone, without a process group."""
 
     def __init__(self) -> None:
-        self.rank, self.ranks, self.lock, self._loss = 0, (0,), ForkSafeLock(), _Loss()
+        self.rank, self.ranks, self.lock, self._fault = 0, (0,), ForkSafeLock(), _Fault()
 
 
 def _or_nothing(value: str | None) -> str:

@@ -19,7 +19,7 @@ _TIMEOUT = timedelta(minutes=30)
 
 
 class Rendezvous:
-    """Turns in which each of some ranks posts a word and reads those of all; no collective.
+    """Turns in which each of some ranks posts a message and reads those of all; no collective.
 
     A rank that gives up waiting stays in its turn, so that whoever came late finds it there. A rank that is interrupted
     after it has posted goes on to the next turn, since the others do.
@@ -36,8 +36,8 @@ class Rendezvous:
     def _key(self, rank: int, turn: int) -> str:
         return f"swafast/{turn}/{rank}"
 
-    def exchange(self, word: str, timeout: timedelta) -> list[str]:
-        """Post ``word`` and return the words of all ranks, in their order.
+    def exchange(self, message: str, timeout: timedelta) -> list[str]:
+        """Post ``message`` and return the messages of all ranks, in their order.
 
         Raises:
             RuntimeError: a rank did not come within ``timeout``.
@@ -45,10 +45,10 @@ class Rendezvous:
         keys = [self._key(rank, self.turn) for rank in self._ranks]
         has_posted = False
         try:
-            self._store.set(self._key(self._rank, self.turn), word)
+            self._store.set(self._key(self._rank, self.turn), message)
             has_posted = True
             self._store.wait(keys, timeout)
-            words = self._read(keys)
+            messages = self._read(keys)
         except RuntimeError:
             raise
         except BaseException:
@@ -57,11 +57,11 @@ class Rendezvous:
         self.turn += 1
         with suppress(RuntimeError):  # who posts in this turn has read what stood in the one before
             self._store.delete_key(self._key(self._rank, self.turn - 2))
-        return words
+        return messages
 
     def _read(self, keys: Sequence[str]) -> list[str]:
         if getattr(self._store, "has_extended_api", lambda: False)():  # one round trip
-            return [word.decode() for word in self._store.multi_get(list(keys))]
+            return [message.decode() for message in self._store.multi_get(list(keys))]
         return [self._store.get(key).decode() for key in keys]
 
 
@@ -91,9 +91,9 @@ class _Seat:
         usable = own is not None and not own.is_lost
         if self._rendezvous is None:
             return usable
-        word = own.name if usable and own is not None else ""
+        message = own.name if usable and own is not None else ""
         try:
-            words = self._rendezvous.exchange(word, self._timeout)
+            messages = self._rendezvous.exchange(message, self._timeout)
         except RuntimeError as error:
             raise LostPeerError(
                 f"a rank of {self._members} died, or did not come within the process group's timeout: all ranks must "
@@ -102,7 +102,7 @@ class _Seat:
         except BaseException:
             self.ranks = None  # the others may go on without this rank
             raise
-        return usable and set(words) == {word}
+        return usable and set(messages) == {message}
 
 
 #: By the user's group, as long as that lives.

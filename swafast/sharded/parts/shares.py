@@ -44,10 +44,12 @@ class Share:
     @cached_property
     def boxes(self) -> tuple[Box, ...]:
         """The boxes of the whole that the run is made of."""
-        held = self.holding
-        if held.order is None:  # not dense: an average of its own is row-major, and whole
-            return boxes_of_run(held.sizes, 0, self.numel, held.offsets)
-        return boxes_of_run(held.sizes, held.start + self.start, held.start + self.stop, held.offsets, held.order)
+        holding = self.holding
+        if holding.order is None:  # not dense: an average of its own is row-major, and whole
+            return boxes_of_run(holding.sizes, 0, self.numel, holding.offsets)
+        return boxes_of_run(
+            holding.sizes, holding.start + self.start, holding.start + self.stop, holding.offsets, holding.order
+        )
 
     @property
     def multiplicity(self) -> int:
@@ -94,8 +96,8 @@ def share_out(
             shares[holding.name] = Share(holding, fmt, 0, holding.numel, None)
     for alike in cuts.values():
         cut = make_cut(alike)
-        part = cut.flat.bounds(cut.replicas.index(rank))
-        runs = {run.index: (run.start, run.stop) for run in cut.flat.runs(*part)}
+        bounds = cut.flat.bounds(cut.replicas.index(rank))
+        runs = {run.index: (run.start, run.stop) for run in cut.flat.runs(*bounds)}
         for index, holding in enumerate(alike):
             start, stop = runs.get(index, (0, 0))
             shares[holding.name] = Share(holding, formats[holding.name], start, stop, cut)

@@ -19,20 +19,20 @@ WINDOW_NBYTES = 64 * 2**20
 #: so small that the walk over the ranks takes longer than what they send.
 CPU_WINDOW_NBYTES, CPU_PIECE_NBYTES = 8 * 2**20, 2**20
 
-#: What starts in a window starts on a multiple of this, so that it can be viewed in any dtype.
+#: What starts in a piece starts on a multiple of this, so that it can be viewed in any dtype.
 _ALIGNMENT = 16
 
 
 class Spread:
-    """Fill the params of one cut: after :meth:`run`, every rank has in them what each rank has in its own part."""
+    """Fill the params of one cut: after :meth:`fill`, every rank has in them what each rank has in its own part."""
 
     def __init__(self, cut: Cut, ranks: Ranks) -> None:
         self._cut, self.ranks = cut, ranks
-        #: Whether a param outside this rank's own part may have been written by a run that did not come to its end.
+        #: Whether a param outside this rank's own part may have been written by a call that did not come to its end.
         self.torn = False
 
     @torch.no_grad()
-    def run(self, held: Mapping[str, Held]) -> None:
+    def fill(self, held: Mapping[str, Held]) -> None:
         """Gather and write, window by window; ``held`` are the model's tensors now, by name.
 
         Raises:
@@ -42,28 +42,28 @@ class Spread:
         if size == 1:
             return
         cut = self._cut
-        sources = [held[name] for name in cut.names]
-        flats = [_flat(source) for source in sources]
+        params = [held[name] for name in cut.names]
+        flats = [_flat(param) for param in params]
         device = self.ranks.device_for(flats[0].device)
-        window = _piece_nbytes(size, device)
+        piece = _piece_nbytes(size, device)
         itemsizes = [flat.element_size() for flat in flats]
-        walks = [windows_of(cut.flat.runs(*cut.flat.bounds(part)), itemsizes, window) for part in range(size)]
-        sent = torch.empty(window, dtype=torch.uint8, device=device)
-        received = torch.empty(window * size, dtype=torch.uint8, device=device)
+        iterators = [pieces_of(cut.flat.runs(*cut.flat.bounds(index)), itemsizes, piece) for index in range(size)]
+        sent = torch.empty(piece, dtype=torch.uint8, device=device)
+        received = torch.empty(piece * size, dtype=torch.uint8, device=device)
         own = self.ranks.index
-        while any(turn := [next(walk, []) for walk in walks]):
-            for run, place in _places(turn[own], flats, sent):
-                place.copy_(flats[run.index][run.start : run.stop])
+        while any(window := [next(iterator, []) for iterator in iterators]):
+            for run, view in _with_views(window[own], flats, sent):
+                view.copy_(flats[run.index][run.start : run.stop])
             self.ranks.all_gather(received, sent)
             self.torn = True
-            for part in range(size):
-                if part != own:
-                    theirs = received[part * window : (part + 1) * window]
-                    for run, place in _places(turn[part], flats, theirs):
-                        flats[run.index][run.start : run.stop].copy_(place)
-        for source, flat in zip(sources, flats, strict=True):
-            if source.holding.order is None:
-                source.local.detach().copy_(flat.view(source.local.shape))
+            for index in range(size):
+                if index != own:
+                    theirs = received[index * piece : (index + 1) * piece]
+                    for run, view in _with_views(window[index], flats, theirs):
+                        flats[run.index][run.start : run.stop].copy_(view)
+        for param, flat in zip(params, flats, strict=True):
+            if param.holding.order is None:
+                param.local.detach().copy_(flat.view(param.local.shape))
         self.torn = False
 
 
@@ -82,9 +82,9 @@ def _flat(held: Held) -> Tensor:
     return view_of_run(held.holding, held.local.detach(), 0, held.holding.numel)
 
 
-def windows_of(runs: Sequence[Run], itemsizes: Sequence[int], nbytes: int) -> Iterator[list[Run]]:
-    """Cut runs into windows of at most ``nbytes``, each run in it at the next aligned byte."""
-    window: list[Run] = []
+def pieces_of(runs: Sequence[Run], itemsizes: Sequence[int], nbytes: int) -> Iterator[list[Run]]:
+    """Cut runs into what goes into pieces of ``nbytes``, each run in it at the next aligned byte."""
+    piece: list[Run] = []
     used = 0
     for run in runs:
         start = run.start
@@ -92,20 +92,20 @@ def windows_of(runs: Sequence[Run], itemsizes: Sequence[int], nbytes: int) -> It
             room = (nbytes - used) // itemsizes[run.index]
             stop = min(run.stop, start + room)
             if stop > start:
-                window.append(Run(run.index, start, stop))
+                piece.append(Run(run.index, start, stop))
                 used += -(-(stop - start) * itemsizes[run.index] // _ALIGNMENT) * _ALIGNMENT
             start = stop
             if start < run.stop:
-                yield window
-                window, used = [], 0
-    if window:
-        yield window
+                yield piece
+                piece, used = [], 0
+    if piece:
+        yield piece
 
 
-def _places(window: Sequence[Run], flats: Sequence[Tensor], memory: Tensor) -> Iterator[tuple[Run, Tensor]]:
-    """Give the runs of a rank's window, each with its place in the window's memory, viewed in its dtype."""
+def _with_views(piece: Sequence[Run], flats: Sequence[Tensor], memory: Tensor) -> Iterator[tuple[Run, Tensor]]:
+    """Yield the runs of a rank's piece, each with its view of the piece's memory, in its dtype."""
     used = 0
-    for run in window:
+    for run in piece:
         nbytes = run.numel * flats[run.index].element_size()
         yield run, memory[used : used + nbytes].view(flats[run.index].dtype)
         used += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
