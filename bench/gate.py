@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from bench.providers import Provider
+from bench.provider import Provider
 
 # What each update finds the params multiplied by. The first is 1, so that providers which start from the model they
 # are built with and providers which copy at the first update agree.

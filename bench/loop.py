@@ -21,7 +21,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench.machine import OthersCpu
-from bench.providers import Provider, TorchClass, TorchEma
+from bench.provider import Provider
+from bench.providers import TorchClass, TorchEma
 from bench.report import TORCH_CLASS, TORCH_EMA, write_json
 from bench.steps import Shape, Training, Work, decoder_work, demo_work
 from bench.tables import DISTURBED, milliseconds

@@ -1,7 +1,6 @@
-"""Ways of averaging a model, each behind the same few methods: torch's class, loops over lists, and ours.
+"""Ways of averaging a model: torch's class, loops over lists, and ours.
 
-All fulfil one contract, so that their times compare: params averaged, buffers brought along (a provider that does not
-says so in its note). The loops keep their lists of tensors from call to call, which is the fastest way to write them.
+The loops keep their lists of tensors from call to call, which is the fastest way to write them.
 """
 
 from __future__ import annotations
@@ -14,78 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from bench.provider import DECAY, Provider, adopt_params
 from bench.report import LERP_FLOAT, MUL_ADD, OURS, OURS_EXACT, OURS_FLOAT32, TORCH_CLASS, TORCH_EMA
 
 # Bytes that an update must move for each element: read the param, read and write a float32 average (or its two planes).
 COUNTED_BYTES = {torch.float32: 12, torch.bfloat16: 10}
 
-# An average with decay 0.9 moves far enough within the gate's few updates for a wrong weight to show in bf16 too. The
-# time of an update does not depend on it.
-DECAY = 0.9
-
 # Compiling a foreach costs 0.07 s a tensor (160 tensors: 11 s, 2 cores), so 2000 of them would take minutes.
 COMPILED_MAX_TENSORS = 200
-
-
-class Provider:
-    """One way of averaging ``model``."""
-
-    name: ClassVar[str]
-    param_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
-    note: ClassVar[str] = ""
-    # Whether the gate may ask that buffers equal the model's after an update.
-    copies_buffers: ClassVar[bool] = True
-    # Our own rows fail the command when they are wrong.
-    is_ours: ClassVar[bool] = False
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    @classmethod
-    def missing(cls) -> str | None:
-        """Say why this provider cannot run here at all, or None."""
-        return None
-
-    @classmethod
-    def refusal(cls, model: nn.Module) -> str | None:
-        """Say why this provider is left out for ``model``, or None."""
-        return None
-
-    def update(self) -> None:
-        raise NotImplementedError
-
-    def weight(self, num_averaged: int) -> float:
-        """Give the weight of the newest model in the update that finds ``num_averaged`` models in the average."""
-        return 1 / (num_averaged + 1)
-
-    def averages(self) -> list[Tensor]:
-        """Give the averages at their full precision, in the order of ``model.parameters()``."""
-        raise NotImplementedError
-
-    def each_average(self) -> Iterator[Tensor]:
-        """Give the same averages one at a time, for a run that could not hold them twice."""
-        yield from self.averages()
-
-    def beside(self, model: nn.Module) -> Provider:
-        """Give another provider of this kind, for another copy of the model."""
-        return type(self)(model)
-
-    def buffers(self) -> list[Tensor]:
-        raise NotImplementedError
-
-    def held(self) -> Iterable[Tensor]:
-        """Give the tensors that this provider keeps from update to update."""
-        return self.averages()
-
-    def adopt(self, averages: list[Tensor]) -> None:
-        """Put float32 averages into memory shared with other providers, where the run would not fit otherwise."""
-
-
-def adopt_params(module: nn.Module, averages: list[Tensor]) -> None:
-    """Let the float32 params of ``module`` stand on ``averages``; other dtypes stay."""
-    for param, average in zip(module.parameters(), averages, strict=True):
-        if param.dtype == average.dtype:
-            param.data = average
 
 
 class TorchClass(Provider):

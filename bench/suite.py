@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from bench import gate
 from bench.machine import OthersCpu
 from bench.memory import allocated_peak, held_bytes, resident_growth
-from bench.providers import COUNTED_BYTES, Provider, providers_for
+from bench.provider import Provider
+from bench.providers import COUNTED_BYTES, providers_for
 from bench.report import FLAT_LERP, OURS_EXACT, OURS_FLOAT32, Row
 from bench.timing import interleave
 from bench.workloads import Workload, build

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from bench import command, gate, memory, suite
 from bench.machine import OthersCpu
-from bench.providers import CompiledForeach, Foreach, Ours, OursExact, Provider, providers_for
+from bench.provider import Provider
+from bench.providers import CompiledForeach, Foreach, Ours, OursExact, providers_for
 from bench.report import FLAT_LERP, OURS, OURS_EXACT, TORCH_CLASS, Report, Row, find
 from bench.timing import MAX_TURNS, interleave
 from bench.workloads import Workload, build

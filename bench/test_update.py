@@ -10,7 +10,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import gate
-from bench.providers import COUNTED_BYTES, Provider, providers_for
+from bench.provider import Provider
+from bench.providers import COUNTED_BYTES, providers_for
 from bench.workloads import WORKLOADS, build
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bench.providers import DECAY, Provider, adopt_params
+from bench.provider import DECAY, Provider, adopt_params
 
 
 class ThirdParty(Provider):

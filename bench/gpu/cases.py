@@ -8,16 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from bench.gpu.ours import ours_on
-from bench.providers import (
-    CompiledForeach,
-    Foreach,
-    LerpFloat,
-    MulAdd,
-    Provider,
-    TorchClass,
-    TorchClassBf16,
-    TorchEma,
-)
+from bench.provider import Provider
+from bench.providers import CompiledForeach, Foreach, LerpFloat, MulAdd, TorchClass, TorchClassBf16, TorchEma
 from bench.workloads import WORKLOADS, Entry, Workload
 
 # Bytes that an update must move for each element, by the dtype of the params and the format of the averages: read the

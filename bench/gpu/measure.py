@@ -32,7 +32,8 @@ from bench.gpu.timing import (
     rotation_size,
 )
 from bench.memory import allocated_total, available_bytes
-from bench.providers import CompiledForeach, Foreach, Ours, Provider
+from bench.provider import Provider
+from bench.providers import CompiledForeach, Foreach, Ours
 from bench.timing import synchronize
 from bench.workloads import Workload, build
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from bench import gate
 from bench.gpu.report import OURS_PREFIX
 from bench.passes import RULES, TOLERANCE
-from bench.providers import Ours, Provider
+from bench.provider import Provider
+from bench.providers import Ours
 from swafast import FusedAveragedModel, FusedAverages, Rule
 from swafast.terms.formats import get_format
 

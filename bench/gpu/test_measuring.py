@@ -20,7 +20,8 @@ from bench.gpu.process import run_program
 from bench.gpu.profile import sum_up
 from bench.gpu.report import COPY, GpuRow, merged, share_of_copy
 from bench.gpu.timing import COVER, MAX_TENSORS, Rotation, Stopwatch, rotation_size
-from bench.providers import CompiledForeach, Foreach, Ours, Provider
+from bench.provider import Provider
+from bench.providers import CompiledForeach, Foreach, Ours
 from bench.report import TORCH_CLASS
 from bench.workloads import build
 from swafast.terms.formats import get_format
