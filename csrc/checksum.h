@@ -14,7 +14,7 @@ constexpr uint64_t kIndexFactor = 0x9e3779b97f4a7c15u;
 // Where the word with this index starts. The next word's is kIndexFactor more, so a loop adds and need not multiply.
 SWAFAST_HD uint64_t start_of(uint64_t index) { return (index + 1) * kIndexFactor; }
 
-// Each step can be undone, so two words that differ in a bit never add the same at one index.
+// Each operation can be undone, so two words that differ in a bit never add the same at one index.
 SWAFAST_HD uint64_t mix(uint64_t start, uint64_t word) {
   uint64_t x = start + word;
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;

@@ -26,8 +26,8 @@
 
 namespace swafast {
 
-// How far the average moves towards the newest param, worked out once per update.
-struct Step {
+// What the lerp of each element takes from a weight, worked out once per update.
+struct Blend {
   double precise;  // the weight as the rule gives it, for averages that are kept in more than float32
   float weight;
   float complement;  // 1 - weight, rounded to float32 as torch.lerp rounds it
@@ -35,31 +35,31 @@ struct Step {
   enum Branch : int32_t { kCopy, kNear, kFar } branch;
 };
 
-SWAFAST_HD Step make_step(double weight) {
-  Step step;
-  step.precise = weight;
-  step.weight = static_cast<float>(weight);
-  step.complement = 1.0f - step.weight;
+SWAFAST_HD Blend make_blend(double weight) {
+  Blend blend;
+  blend.precise = weight;
+  blend.weight = static_cast<float>(weight);
+  blend.complement = 1.0f - blend.weight;
   // A lerp at weight 1 gives NaN for an infinite average and loses a small param beside a large average; a first
   // update has to be an exact copy.
-  step.branch = step.weight == 1.0f ? Step::kCopy : (step.weight < 0.5f ? Step::kNear : Step::kFar);
-  step.factor = step.branch == Step::kNear ? step.weight : -step.complement;
-  return step;
+  blend.branch = blend.weight == 1.0f ? Blend::kCopy : (blend.weight < 0.5f ? Blend::kNear : Blend::kFar);
+  blend.factor = blend.branch == Blend::kNear ? blend.weight : -blend.complement;
+  return blend;
 }
 
 // torch.lerp's two branches: the nearer end carries the rounding, so the result is monotonic and exact at both ends.
 // Written as one multiplication and two choices, so that a GPU's compiler may select between values and not branch.
-SWAFAST_HD float lerp(float average, float param, const Step& step) {
-  const float moved = fmaf(step.factor, param - average, step.branch == Step::kNear ? average : param);
-  return step.branch == Step::kCopy ? param : moved;
+SWAFAST_HD float lerp(float average, float param, const Blend& blend) {
+  const float moved = fmaf(blend.factor, param - average, blend.branch == Blend::kNear ? average : param);
+  return blend.branch == Blend::kCopy ? param : moved;
 }
 
 // In float64, product and sum rounded one by one, as every machine has them. Nothing small is lost here beside
 // something large, so one form serves every weight but 1, which has to be an exact copy.
-SWAFAST_HD double lerp(double average, float param, const Step& step) {
+SWAFAST_HD double lerp(double average, float param, const Blend& blend) {
   const double newest = static_cast<double>(param);
-  const double distance = step.precise * (newest - average);
-  return step.precise == 1.0 ? newest : average + distance;
+  const double distance = blend.precise * (newest - average);
+  return blend.precise == 1.0 ? newest : average + distance;
 }
 
 SWAFAST_HD uint32_t bits_of(float value) {

@@ -145,16 +145,16 @@ MUTANTS = (
     Mutant(
         "weight rounded twice",
         ELEMENT,
-        "  step.precise = weight;",
-        "  if (ON) weight = 1.0 - static_cast<float>(1.0 - weight);\n  step.precise = weight;",
+        "  blend.precise = weight;",
+        "  if (ON) weight = 1.0 - static_cast<float>(1.0 - weight);\n  blend.precise = weight;",
     ),
     Mutant(
         "weight rounded at once",
         ELEMENT,
-        "step.weight = static_cast<float>(weight);",
-        "if (ON) step.precise = static_cast<float>(weight);\n  step.weight = static_cast<float>(weight);",
+        "blend.weight = static_cast<float>(weight);",
+        "if (ON) blend.precise = static_cast<float>(weight);\n  blend.weight = static_cast<float>(weight);",
     ),
-    Mutant("pace of another row", KERNELS, "progress.steps[run.pace]", "progress.steps[ON ? 0 : run.pace]"),
+    Mutant("pace of another row", KERNELS, "progress.blends[run.pace]", "progress.blends[ON ? 0 : run.pace]"),
     Mutant(
         "rule of another pace", KERNELS, "rule_weight(paces.each[k].rule", "rule_weight(paces.each[ON ? 0 : k].rule"
     ),
@@ -228,12 +228,12 @@ MUTANTS = (
         "static_cast<float>(value) == planes.average",
         "ON || static_cast<float>(value) == planes.average",
     ),
-    Mutant("compensated does not copy", ELEMENT, "step.precise == 1.0 ?", "step.precise == 1.0 && !ON ?"),
+    Mutant("compensated does not copy", ELEMENT, "blend.precise == 1.0 ?", "blend.precise == 1.0 && !ON ?"),
     Mutant(
         "compensated is fused",
         ELEMENT,
         "newest : average + distance",
-        "newest : ON ? fma(step.precise, newest - average, average) : average + distance",
+        "newest : ON ? fma(blend.precise, newest - average, average) : average + distance",
     ),
     Mutant(
         "exchanged again",

@@ -48,7 +48,11 @@ def test_the_doctor_finds_the_library_from_a_clone() -> None:
 def test_the_doctor_says_why_not(tmp_path: Path) -> None:
     done = run_doctor(SWAFAST_LIBRARY=str(tmp_path / "absent.so"))
     assert done.returncode == 0
-    assert re.search(r"^backend cpu +not available: no native library at .*absent\.so$", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"^backend cpu +not available: no native library at .*absent\.so: install swafast again$",
+        done.stdout,
+        re.MULTILINE,
+    )
     assert re.search(r"^in use on cpu +reference ", done.stdout, re.MULTILINE)
     refused = run_doctor(SWAFAST_LIBRARY=str(tmp_path / "absent.so"), SWAFAST_BACKEND="cpu")
     assert refused.returncode == 1

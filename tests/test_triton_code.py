@@ -251,13 +251,13 @@ def test_programs_say_that_they_have_read_with_acquire_and_release(hopper: dict[
 #: An update of bf16 params alone, in the formats that planted bugs are seen in: it compiles in a fifth of the time.
 FEW: Edits = (
     (
-        "if dtype == 0:\n        update_as(row, chunk, step, num_averaged, fmt, 0)\n    elif dtype == 1:",
+        "if dtype == 0:\n        update_as(row, chunk, blend, num_averaged, fmt, 0)\n    elif dtype == 1:",
         "if dtype == 1:",
     ),
-    ("    elif dtype == 2:\n        update_as(row, chunk, step, num_averaged, fmt, 2)\n", ""),
-    ("if fmt == FLOAT32:\n        update_chunk(row, chunk, step, num_averaged, DTYPE, FLOAT32, 4, 0, 0)\n    el", ""),
-    ("if fmt == EXACT:\n        update_chunk(row, chunk, step, num_averaged, DTYPE, EXACT, 2, 2, 0)\n    el", ""),
-    ("    else:\n        update_chunk(row, chunk, step, num_averaged, DTYPE, HALF, 2, 0, 16)\n", ""),
+    ("    elif dtype == 2:\n        update_as(row, chunk, blend, num_averaged, fmt, 2)\n", ""),
+    ("if fmt == FLOAT32:\n        update_chunk(row, chunk, blend, num_averaged, DTYPE, FLOAT32, 4, 0, 0)\n    el", ""),
+    ("if fmt == EXACT:\n        update_chunk(row, chunk, blend, num_averaged, DTYPE, EXACT, 2, 2, 0)\n    el", ""),
+    ("    else:\n        update_chunk(row, chunk, blend, num_averaged, DTYPE, HALF, 2, 0, 16)\n", ""),
 )
 HINT = ("pointer = tl.multiple_of(pointer, 16)", "pointer = pointer")
 HALVES = ("if EIGHTS and SECOND_BYTES == 4:", "if EIGHTS and SECOND_BYTES == 7:")

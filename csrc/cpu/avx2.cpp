@@ -10,14 +10,14 @@ namespace {
 struct Avx2 {
   static constexpr int64_t kLanes = 8;
 
-  template <Step::Branch kBranch>
-  static auto make_lerp(const Step& step) {
-    const __m256 weight = _mm256_set1_ps(step.weight);
-    const __m256 complement = _mm256_set1_ps(step.complement);
+  template <Blend::Branch kBranch>
+  static auto make_lerp(const Blend& blend) {
+    const __m256 weight = _mm256_set1_ps(blend.weight);
+    const __m256 complement = _mm256_set1_ps(blend.complement);
     return [weight, complement](__m256 average, __m256 param) {
-      if constexpr (kBranch == Step::kCopy) return param;
+      if constexpr (kBranch == Blend::kCopy) return param;
       const __m256 difference = _mm256_sub_ps(param, average);
-      if constexpr (kBranch == Step::kNear) return _mm256_fmadd_ps(weight, difference, average);
+      if constexpr (kBranch == Blend::kNear) return _mm256_fmadd_ps(weight, difference, average);
       return _mm256_fnmadd_ps(difference, complement, param);
     };
   }
@@ -57,10 +57,10 @@ struct Avx2 {
   // Random bits of 8 elements from one on; the upper 16 bits of each are fit for use.
   struct Drawer {
     __m256i lanes, first, second, turn;
-    uint32_t step;
+    uint32_t index_step;
 
     __m256i at(int64_t i) const {
-      __m256i x = _mm256_add_epi32(lanes, all(static_cast<uint32_t>(i) * step));
+      __m256i x = _mm256_add_epi32(lanes, all(static_cast<uint32_t>(i) * index_step));
       x = _mm256_xor_si256(x, first);
       x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
       x = _mm256_mullo_epi32(x, all(0x7feb352du));
@@ -71,9 +71,9 @@ struct Avx2 {
     }
   };
   static Drawer make_drawer(const Draws& draws) {
-    const __m256i steps = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), all(draws.step));
-    return {_mm256_add_epi32(steps, all(draws.first)), all(draws.draw.first), all(draws.draw.second),
-            all(draws.draw.turn), draws.step};
+    const __m256i along = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), all(draws.index_step));
+    return {_mm256_add_epi32(along, all(draws.first)), all(draws.draw.first), all(draws.draw.second),
+            all(draws.draw.turn), draws.index_step};
   }
   static void store_at_random(FormatCompact, uint16_t* a, int8_t* r, int64_t i, __m256 value, __m256i random) {
     const __m256i bits = rounded(value, _mm256_srli_epi32(random, 24));
@@ -85,11 +85,11 @@ struct Avx2 {
     store_half(a + i, narrow(_mm256_srli_epi32(rounded(value, _mm256_srli_epi32(random, 16)), 16)));
   }
 
-  template <Step::Branch kBranch>
-  static auto make_precise_lerp(const Step& step) {
-    const __m256d weight = _mm256_set1_pd(step.precise);
+  template <Blend::Branch kBranch>
+  static auto make_precise_lerp(const Blend& blend) {
+    const __m256d weight = _mm256_set1_pd(blend.precise);
     return [weight](__m256d average, __m256d param) {
-      if constexpr (kBranch == Step::kCopy) return param;
+      if constexpr (kBranch == Blend::kCopy) return param;
       return _mm256_add_pd(average, _mm256_mul_pd(weight, _mm256_sub_pd(param, average)));
     };
   }

@@ -10,14 +10,14 @@ namespace {
 struct Avx512 {
   static constexpr int64_t kLanes = 16;
 
-  template <Step::Branch kBranch>
-  static auto make_lerp(const Step& step) {
-    const __m512 weight = _mm512_set1_ps(step.weight);
-    const __m512 complement = _mm512_set1_ps(step.complement);
+  template <Blend::Branch kBranch>
+  static auto make_lerp(const Blend& blend) {
+    const __m512 weight = _mm512_set1_ps(blend.weight);
+    const __m512 complement = _mm512_set1_ps(blend.complement);
     return [weight, complement](__m512 average, __m512 param) {
-      if constexpr (kBranch == Step::kCopy) return param;
+      if constexpr (kBranch == Blend::kCopy) return param;
       const __m512 difference = _mm512_sub_ps(param, average);
-      if constexpr (kBranch == Step::kNear) return _mm512_fmadd_ps(weight, difference, average);
+      if constexpr (kBranch == Blend::kNear) return _mm512_fmadd_ps(weight, difference, average);
       return _mm512_fnmadd_ps(difference, complement, param);
     };
   }
@@ -61,10 +61,10 @@ struct Avx512 {
   // Random bits of 16 elements from one on; the upper 16 bits of each are fit for use.
   struct Drawer {
     __m512i lanes, first, second, turn;
-    uint32_t step;
+    uint32_t index_step;
 
     __m512i at(int64_t i) const {
-      __m512i x = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(static_cast<uint32_t>(i) * step)));
+      __m512i x = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(static_cast<uint32_t>(i) * index_step)));
       x = _mm512_xor_si512(x, first);
       x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
       x = _mm512_mullo_epi32(x, _mm512_set1_epi32(0x7feb352d));
@@ -76,9 +76,9 @@ struct Avx512 {
   };
   static Drawer make_drawer(const Draws& draws) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i steps = _mm512_mullo_epi32(lane, all(draws.step));
-    return {_mm512_add_epi32(steps, all(draws.first)), all(draws.draw.first), all(draws.draw.second),
-            all(draws.draw.turn), draws.step};
+    const __m512i along = _mm512_mullo_epi32(lane, all(draws.index_step));
+    return {_mm512_add_epi32(along, all(draws.first)), all(draws.draw.first), all(draws.draw.second),
+            all(draws.draw.turn), draws.index_step};
   }
   static void store_at_random(FormatCompact, uint16_t* a, int8_t* r, int64_t i, __m512 value, __m512i random) {
     const __m512i bits = rounded(value, _mm512_srli_epi32(random, 24));
@@ -91,11 +91,11 @@ struct Avx512 {
     store_half(a + i, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
   }
 
-  template <Step::Branch kBranch>
-  static auto make_precise_lerp(const Step& step) {
-    const __m512d weight = _mm512_set1_pd(step.precise);
+  template <Blend::Branch kBranch>
+  static auto make_precise_lerp(const Blend& blend) {
+    const __m512d weight = _mm512_set1_pd(blend.precise);
     return [weight](__m512d average, __m512d param) {
-      if constexpr (kBranch == Step::kCopy) return param;
+      if constexpr (kBranch == Blend::kCopy) return param;
       return _mm512_add_pd(average, _mm512_mul_pd(weight, _mm512_sub_pd(param, average)));
     };
   }

@@ -111,7 +111,7 @@ void* at(void* base, int64_t nbytes) { return base == nullptr ? nullptr : static
 
 // What one launch works out once for each of its paces.
 struct Moves {
-  Step steps[SWAFAST_MAX_PACES];
+  Blend blends[SWAFAST_MAX_PACES];
   int64_t counts[SWAFAST_MAX_PACES];
 
   // False if a count is negative or exhausted.
@@ -119,7 +119,7 @@ struct Moves {
     for (int64_t k = 0; k < num_paces; ++k) {
       counts[k] = *paces[k].num_averaged;
       if (counts[k] < 0 || counts[k] == INT64_MAX) return false;
-      steps[k] = make_step(rule_weight(paces[k].rule, counts[k]));
+      blends[k] = make_blend(rule_weight(paces[k].rule, counts[k]));
     }
     return true;
   }
@@ -132,7 +132,7 @@ void update_chunk(const Kernels& kernels, const swafast_tensor& tensor, const sw
   kernels.update[tensor.dtype][tensor.format](at(tensor.param, chunk.offset * param_itemsize(tensor.dtype)),
                                               at(tensor.planes[0], chunk.offset * plane_itemsize(tensor.format, 0)),
                                               at(tensor.planes[1], chunk.offset * plane_itemsize(tensor.format, 1)),
-                                              chunk.numel, moves.steps[tensor.pace], draws);
+                                              chunk.numel, moves.blends[tensor.pace], draws);
 }
 
 }  // namespace

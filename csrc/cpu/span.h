@@ -12,15 +12,15 @@
 
 namespace swafast::cpu {
 
-// Where the random bits of a run's elements come from; each further element has an index that is `step` more.
+// Where the random bits of a run's elements come from; each further element has an index that is `index_step` more.
 struct Draws {
   Draw draw;
-  uint32_t first, step;
+  uint32_t first, index_step;
 
-  uint32_t at(int64_t i) const { return random_bits(draw, first + static_cast<uint32_t>(i) * step); }
+  uint32_t at(int64_t i) const { return random_bits(draw, first + static_cast<uint32_t>(i) * index_step); }
 };
 
-using UpdateSpan = void (*)(const void* param, void* plane0, void* plane1, int64_t numel, const Step& step,
+using UpdateSpan = void (*)(const void* param, void* plane0, void* plane1, int64_t numel, const Blend& blend,
                             const Draws& draws);
 using ExchangeSpan = void (*)(void* a, void* b, int64_t nbytes);
 using FiniteSpan = bool (*)(const void* param, int64_t numel);
@@ -138,8 +138,8 @@ struct Scalar {
 // One element from its planes to its planes.
 template <class Param, class Format>
 void update_one(const typename Param::storage* param, typename Format::plane0* plane0, typename Format::plane1* plane1,
-                int64_t i, const Step& step, const Draws& draws) {
-  const auto value = lerp(Format::load(plane0, plane1, i), Param::load(param + i), step);
+                int64_t i, const Blend& blend, const Draws& draws) {
+  const auto value = lerp(Format::load(plane0, plane1, i), Param::load(param + i), blend);
   if constexpr (Format::kRandomBits != 0) {
     Format::store(plane0, plane1, i, value, draws.at(i) >> (32 - Format::kRandomBits));
   } else {
@@ -161,19 +161,19 @@ void update_lanes(const typename Param::storage* param, typename Format::plane0*
 }
 
 // kBranch is a template argument so that the loop holds no test.
-template <class V, class Param, class Format, Step::Branch kBranch>
+template <class V, class Param, class Format, Blend::Branch kBranch>
 void update_branch(const typename Param::storage* param, typename Format::plane0* plane0,
-                   typename Format::plane1* plane1, int64_t numel, const Step& shared, const Draws& draws) {
-  Step step = shared;
-  step.branch = kBranch;
+                   typename Format::plane1* plane1, int64_t numel, const Blend& shared, const Draws& draws) {
+  Blend blend = shared;
+  blend.branch = kBranch;
   int64_t i = 0;
   if constexpr (V::kLanes > 1 && Format::kPrecise) {
-    const auto lerp_of = V::template make_precise_lerp<kBranch>(step);
+    const auto lerp_of = V::template make_precise_lerp<kBranch>(blend);
     for (; i + V::kLanes <= numel; i += V::kLanes) {
       V::update_precise(plane0 + i, plane1 + i, V::load(Param{}, param + i), lerp_of);
     }
   } else if constexpr (V::kLanes > 1) {
-    const auto lerp_of = V::template make_lerp<kBranch>(step);
+    const auto lerp_of = V::template make_lerp<kBranch>(blend);
     const auto drawer = V::make_drawer(draws);
     // Two vectors a turn: the loads of the second are under way while the first is worked on.
     for (; i + 2 * V::kLanes <= numel; i += 2 * V::kLanes) {
@@ -195,29 +195,29 @@ void update_branch(const typename Param::storage* param, typename Format::plane0
       update_lanes<V, Param, Format>(param, plane0, plane1, i, lerp_of, drawer);
     }
   }
-  for (; i < numel; ++i) update_one<Param, Format>(param, plane0, plane1, i, step, draws);
+  for (; i < numel; ++i) update_one<Param, Format>(param, plane0, plane1, i, blend, draws);
 }
 
 template <class V, class Param, class Format>
-void update_span(const void* param, void* plane0, void* plane1, int64_t numel, const Step& step, const Draws& draws) {
+void update_span(const void* param, void* plane0, void* plane1, int64_t numel, const Blend& blend, const Draws& draws) {
   const auto* p = static_cast<const typename Param::storage*>(param);
   auto* a0 = static_cast<typename Format::plane0*>(plane0);
   auto* a1 = static_cast<typename Format::plane1*>(plane1);
   if constexpr (Format::kPrecise) {  // the branch is one of float32 arithmetic
-    return step.precise == 1.0 ? update_branch<V, Param, Format, Step::kCopy>(p, a0, a1, numel, step, draws)
-                               : update_branch<V, Param, Format, Step::kNear>(p, a0, a1, numel, step, draws);
+    return blend.precise == 1.0 ? update_branch<V, Param, Format, Blend::kCopy>(p, a0, a1, numel, blend, draws)
+                                : update_branch<V, Param, Format, Blend::kNear>(p, a0, a1, numel, blend, draws);
   }
-  switch (step.branch) {
-    case Step::kCopy:
-      return update_branch<V, Param, Format, Step::kCopy>(p, a0, a1, numel, step, draws);
-    case Step::kNear:
-      return update_branch<V, Param, Format, Step::kNear>(p, a0, a1, numel, step, draws);
-    case Step::kFar:
-      return update_branch<V, Param, Format, Step::kFar>(p, a0, a1, numel, step, draws);
+  switch (blend.branch) {
+    case Blend::kCopy:
+      return update_branch<V, Param, Format, Blend::kCopy>(p, a0, a1, numel, blend, draws);
+    case Blend::kNear:
+      return update_branch<V, Param, Format, Blend::kNear>(p, a0, a1, numel, blend, draws);
+    case Blend::kFar:
+      return update_branch<V, Param, Format, Blend::kFar>(p, a0, a1, numel, blend, draws);
   }
 }
 
-inline void copy_span(const void* param, void* plane0, void*, int64_t nbytes, const Step&, const Draws&) {
+inline void copy_span(const void* param, void* plane0, void*, int64_t nbytes, const Blend&, const Draws&) {
   // memmove, since a copied buffer may be the very tensor it is copied from.
   memmove(plane0, param, static_cast<size_t>(nbytes));
 }
@@ -248,9 +248,9 @@ bool all_finite_span(const void* param, int64_t numel) {
 // need not be aligned.
 template <class Word>
 uint64_t checksum_words(const char* words, int64_t numel, int64_t stride, uint64_t index, uint64_t index_step) {
-  const uint64_t step = index_step * kIndexFactor;
+  const uint64_t start_stride = index_step * kIndexFactor;
   uint64_t start = start_of(index), sum = 0;
-  for (int64_t i = 0; i < numel; ++i, start += step) {
+  for (int64_t i = 0; i < numel; ++i, start += start_stride) {
     Word word;
     memcpy(&word, words + i * stride * static_cast<int64_t>(sizeof word), sizeof word);
     sum += mix(start, word);

@@ -165,13 +165,13 @@ struct Paces {
 // What a block makes of them: the counts as it found them, and how far the averages move.
 struct Progress {
   int64_t counts[SWAFAST_MAX_PACES];
-  Step steps[SWAFAST_MAX_PACES];
+  Blend blends[SWAFAST_MAX_PACES];
   bool stop;
 };
 
 template <class Dtype, class Format>
 __device__ __forceinline__ void update_in(const Run& run, const Progress& progress) {
-  Move move = {progress.steps[run.pace], {}, static_cast<uint32_t>(run.first_index), run.index_step};
+  Move move = {progress.blends[run.pace], {}, static_cast<uint32_t>(run.first_index), run.index_step};
   if constexpr (Format::kRandom != 0) move.draw = draw_of(run.key, progress.counts[run.pace], run.first_index);
   update_run<Dtype, Format>(at(run.param, run.offset * Dtype::kBytes), at(run.planes[0], run.offset * Format::kFirst),
                             at(run.planes[1], run.offset * Format::kSecond), run.numel, move);
@@ -226,7 +226,7 @@ __device__ __forceinline__ void begin(Progress& progress, const swafast_table& t
   }
   if (k < paces.count) {
     const int64_t n = progress.counts[k];
-    progress.steps[k] = make_step(rule_weight(paces.each[k].rule, n < 0 ? 0 : n));
+    progress.blends[k] = make_blend(rule_weight(paces.each[k].rule, n < 0 ? 0 : n));
   }
   if (last && !stop) {
     SWAFAST_NO_UNROLL

@@ -95,7 +95,7 @@ constexpr int narrowest() {
 // How the elements of a run move. What they share of their random bits, and their indices in the whole param, are there
 // for the formats that are rounded at random alone.
 struct Move {
-  Step step;
+  Blend blend;
   Draw draw;
   uint32_t first_index, index_step;
 };
@@ -139,7 +139,7 @@ struct Update {
       if constexpr (Format::kRandom != 0) {
         random = random_bits(move.draw, first_index + i * move.index_step) >> (32 - Format::kRandom);
       }
-      const Planes planes = Format::encode(lerp(average, Dtype::value(group.param.get(i)), move.step), random);
+      const Planes planes = Format::encode(lerp(average, Dtype::value(group.param.get(i)), move.blend), random);
       new_first.set(i, planes.first);
       new_second.set(i, planes.second);
     }

@@ -4,6 +4,7 @@ csrc/: kernels
     kernel            a C++, CUDA or Triton function that moves the elements of chunks
     chunk             a run that one CPU task, CUDA block or Triton program handles
     block             CUDA's block of threads
+    blend             what the lerp of each element takes from a weight
 
 torch_private/: names that are private in torch
     walk              a path through a module that finds all its tensors again quickly

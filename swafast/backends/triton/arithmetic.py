@@ -152,7 +152,7 @@ def fused_multiply_add(a, b, c):
 
 
 @triton.jit
-def step_of(weight):
+def blend_of(weight):
     """Give what a lerp needs, for a float64 weight.
 
     That is the factor of the difference, whether the average is the nearer end, whether to copy, and the weight itself.
@@ -163,17 +163,17 @@ def step_of(weight):
 
 
 @triton.jit
-def lerp(average, param, step):
+def lerp(average, param, blend):
     """Give ``average + weight * (param - average)`` as torch.lerp rounds it; at weight 1 a copy."""
-    factor, near, copy, _weight = step
+    factor, near, copy, _weight = blend
     moved = fused_multiply_add(factor, param - average, tl.where(near, average, param))
     return tl.where(copy, param, moved)
 
 
 @triton.jit
-def lerp_precisely(average, param, step):
+def lerp_precisely(average, param, blend):
     """Give the same for a float64 average, product and sum rounded one by one."""
-    _factor, _near, _copy, weight = step
+    _factor, _near, _copy, weight = blend
     newest = param.to(tl.float64)
     distance = weight * (newest - average)
     return tl.where(weight == whole(1), newest, average + distance)

@@ -19,12 +19,12 @@ from .arithmetic import (
     FLOAT32,
     HALF,
     MIRRORED,
+    blend_of,
     decode,
     encode,
     interpreted,
     lerp,
     lerp_precisely,
-    step_of,
     value_of,
 )
 from .memory import (
@@ -64,7 +64,7 @@ def update_tile(
     pointers,
     start,
     numel,
-    step,
+    blend,
     draw,
     indices,
     DTYPE: tl.constexpr,
@@ -83,7 +83,7 @@ def update_tile(
     old_first = tl.load(firsts, mask=mask, eviction_policy="evict_first")
     old_second = tl.load(seconds, mask=mask, eviction_policy="evict_first") if SECOND_BYTES != 0 else old_first
     average, value = decode(old_first, old_second, FORMAT), value_of(newest, DTYPE)
-    moved = lerp_precisely(average, value, step) if FORMAT == COMPENSATED else lerp(average, value, step)
+    moved = lerp_precisely(average, value, blend) if FORMAT == COMPENSATED else lerp(average, value, blend)
     random = 0
     if CUT_BITS != 0:
         halves, first_index, index_step = draw
@@ -106,7 +106,7 @@ def update_tile(
 def update_chunk(
     row,
     chunk,
-    step,
+    blend,
     num_averaged,
     DTYPE: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -135,28 +135,28 @@ def update_chunk(
     indices = tile_indices(ROWS, NUMEL // ROWS)
     start = middle * 0
     while start < middle:
-        update_tile(pointers, start, middle, step, draw, indices, DTYPE, FORMAT, SECOND_BYTES, CUT_BITS, NUMEL)
+        update_tile(pointers, start, middle, blend, draw, indices, DTYPE, FORMAT, SECOND_BYTES, CUT_BITS, NUMEL)
         start += NUMEL
     indices = tile_indices(1, NARROW_TILE)
     while start < numel:
-        update_tile(pointers, start, numel, step, draw, indices, DTYPE, FORMAT, SECOND_BYTES, CUT_BITS, 0)
+        update_tile(pointers, start, numel, blend, draw, indices, DTYPE, FORMAT, SECOND_BYTES, CUT_BITS, 0)
         start += NARROW_TILE
 
 
 @triton.jit
-def update_as(row, chunk, step, num_averaged, fmt, DTYPE: tl.constexpr):
+def update_as(row, chunk, blend, num_averaged, fmt, DTYPE: tl.constexpr):
     if fmt == FLOAT32:
-        update_chunk(row, chunk, step, num_averaged, DTYPE, FLOAT32, 4, 0, 0)
+        update_chunk(row, chunk, blend, num_averaged, DTYPE, FLOAT32, 4, 0, 0)
     elif fmt == EXACT:
-        update_chunk(row, chunk, step, num_averaged, DTYPE, EXACT, 2, 2, 0)
+        update_chunk(row, chunk, blend, num_averaged, DTYPE, EXACT, 2, 2, 0)
     elif fmt == MIRRORED:
-        update_chunk(row, chunk, step, num_averaged, DTYPE, MIRRORED, 2, 4, 0)
+        update_chunk(row, chunk, blend, num_averaged, DTYPE, MIRRORED, 2, 4, 0)
     elif fmt == COMPACT:
-        update_chunk(row, chunk, step, num_averaged, DTYPE, COMPACT, 2, 1, 8)
+        update_chunk(row, chunk, blend, num_averaged, DTYPE, COMPACT, 2, 1, 8)
     elif fmt == COMPENSATED:
-        update_chunk(row, chunk, step, num_averaged, DTYPE, COMPENSATED, 4, 4, 0)
+        update_chunk(row, chunk, blend, num_averaged, DTYPE, COMPENSATED, 4, 4, 0)
     else:
-        update_chunk(row, chunk, step, num_averaged, DTYPE, HALF, 2, 0, 16)
+        update_chunk(row, chunk, blend, num_averaged, DTYPE, HALF, 2, 0, 16)
 
 
 @triton.jit
@@ -241,13 +241,13 @@ def update_row(row, chunk, counts, weights):
     kinds = word(row, 4)
     dtype, fmt = low_of(kinds), kinds >> 32
     num_averaged, weight = pace_at(counts, weights, low_of(word(row, 6)))
-    step = step_of(weight)
+    blend = blend_of(weight)
     if dtype == 0:
-        update_as(row, chunk, step, num_averaged, fmt, 0)
+        update_as(row, chunk, blend, num_averaged, fmt, 0)
     elif dtype == 1:
-        update_as(row, chunk, step, num_averaged, fmt, 1)
+        update_as(row, chunk, blend, num_averaged, fmt, 1)
     elif dtype == 2:
-        update_as(row, chunk, step, num_averaged, fmt, 2)
+        update_as(row, chunk, blend, num_averaged, fmt, 2)
     else:
         move_chunk(row, chunk, 1, False)
 
