@@ -36,7 +36,7 @@ def train(snapshots: Snapshots) -> tuple[State, dict[float, State]]:
     torch.manual_seed(0)
     model = digits_cnn(SETTINGS.width)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9, weight_decay=SETTINGS.weight_decay)
-    stored = FusedAveragedModel(model, rule=STORED)
+    stored = FusedAverages(model, rules=STORED)
     direct = FusedAverages(model, rules={f"{1000 * width:.0f}": PowerAverage.from_sigma_rel(width) for width in WIDTHS})
     updates = 0
     for _ in range(SETTINGS.epochs):
@@ -89,7 +89,7 @@ def report() -> None:
 def cost(millions: int, count: int = 8) -> None:
     """Print the seconds of a save of two averages, and of a synthesis from ``count`` such snapshots."""
     model = nn.Sequential(*(nn.Linear(1000, 1000, bias=False) for _ in range(millions)))
-    stored = FusedAveragedModel(model, rule=STORED)
+    stored = FusedAverages(model, rules=STORED)
     saves = []
     with tempfile.TemporaryDirectory() as folder:
         snapshots = Snapshots(folder)
