@@ -164,9 +164,6 @@ def test_split_keeps_test_images_clean_and_apart() -> None:
     assert wrong == round(TINY.label_noise * TINY.num_train)
     assert torch.equal(split.test_labels, clean.test_labels)
     assert len(split.train_images) + len(split.test_images) == 1797
-    validation = data.validation_split(3, TINY)
-    images = torch.cat([validation.train_images, validation.test_images])
-    assert torch.equal(images, split.train_images)
 
 
 def test_shifted_moves_whole_images() -> None:

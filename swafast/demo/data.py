@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -41,18 +41,6 @@ def digits_split(seed: int, settings: Settings) -> Split:
     train, test = order[: settings.num_train], order[settings.num_train :]
     noisy = _mislabelled(labels[train], settings.label_noise, generator)
     return Split(images[train], noisy, images[test], labels[test])
-
-
-def validation_split(seed: int, settings: Settings) -> Split:
-    """Cut a seed's training images in four: three parts to train on, one to choose by, with true labels.
-
-    The test images take no part.
-    """
-    digits = digits_split(seed, replace(settings, label_noise=0))
-    images, labels = digits.train_images, digits.train_labels
-    cut = len(images) * 3 // 4
-    noisy = _mislabelled(labels[:cut], settings.label_noise, torch.Generator().manual_seed(seed))
-    return Split(images[:cut], noisy, images[cut:], labels[cut:])
 
 
 def _mislabelled(labels: Tensor, share: float, generator: torch.Generator) -> Tensor:
