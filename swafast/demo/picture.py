@@ -70,7 +70,7 @@ def _draw_curves(axes: Axes, result: DemoResult) -> None:
     """Mean test error over the seeds, and a band of one standard deviation on either side."""
     _style(axes, "Test error along training, %")
     axes.set_yscale("log")
-    trunk = [seed.trunk for seed in result.seeds]
+    trunk = [seed.curves["trunk"] for seed in result.seeds]
     _draw_band(axes, trunk, GREY)
     ends = {}
     for method, colour in COLOURS.items():

@@ -34,7 +34,7 @@ class DemoResult:
 
     def accuracies(self, method: str) -> list[float]:
         """Final test accuracies in [0, 1], one a seed."""
-        return [seed.final(method).accuracy for seed in self.seeds]
+        return [seed.curves[method][-1].accuracy for seed in self.seeds]
 
 
 @dataclass(frozen=True)
@@ -140,5 +140,4 @@ def to_json(result: DemoResult) -> dict[str, Any]:
 
 
 def _curves(seed: SeedResult) -> dict[str, Any]:
-    curves = {"trunk": seed.trunk, **seed.curves}
-    return {"seed": seed.seed, **{name: [asdict(score) for score in curve] for name, curve in curves.items()}}
+    return {"seed": seed.seed, **{name: [asdict(score) for score in curve] for name, curve in seed.curves.items()}}
