@@ -12,14 +12,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from torch.optim.swa_utils import SWALR
 
 from .. import EqualAverage, ExponentialAverage, FusedAveragedModel, update_bn
-from .data import NUM_CLASSES, Split, shifted
-from .settings import Settings
+from .task import NUM_CLASSES, Settings, Split, shifted
 
 # Every method, in the order of the table. "iterate" is the model that SWA and EMA average, itself.
 METHODS = {
@@ -96,32 +95,25 @@ class _Run:
     optimizer: SGD
     batches: torch.Generator
 
-    def fork(self) -> _Run:
-        """Copy the run: one that goes on from the same params and momentum, with the same batches."""
-        model, optimizer = copy.deepcopy((self.model, self.optimizer))
-        return replace(self, model=model, optimizer=optimizer, batches=self.batches.clone_state())
-
     def train(self, branch: str, epochs: range, scheduler: LRScheduler, **averages: nn.Module) -> None:
-        """Train for some epochs; test the model, under the name of the branch, and averages of it along the way."""
+        """Train for some epochs; test the model, under the name of the branch, and averages of it along the way.
+
+        An epoch goes over all images once, an incomplete last batch left out.
+        """
+        split = self.result.split
         for epoch in epochs:
-            self._train_epoch()
+            self.model.train()
+            images = shifted(split.train_images, self.settings.max_shift, self.batches)
+            order = torch.randperm(len(images), generator=self.batches)
+            for batch in order.split(self.settings.batch_size)[: self.settings.steps_per_epoch]:
+                self.optimizer.zero_grad()
+                F.cross_entropy(self.model(images[batch]), split.train_labels[batch]).backward()
+                self.optimizer.step()
             scheduler.step()
             self.on_epoch(branch, epoch, self.model)
             if epoch % self.settings.test_every == 0 or epoch == epochs[-1]:
                 for name, model in {branch: self.model, **averages}.items():
-                    self.result.curves[name].append(score(model, self.result.split, epoch))
-
-    def _train_epoch(self) -> None:
-        """Train over all images once, an incomplete last batch left out."""
-        self.model.train()
-        split = self.result.split
-        images = shifted(split.train_images, self.settings.max_shift, self.batches)
-        order = torch.randperm(len(images), generator=self.batches)
-        for batch in order.split(self.settings.batch_size)[: self.settings.steps_per_epoch]:
-            self.optimizer.zero_grad()
-            loss: Tensor = F.cross_entropy(self.model(images[batch]), split.train_labels[batch])
-            loss.backward()
-            self.optimizer.step()
+                    self.result.curves[name].append(score(model, split, epoch))
 
 
 def train_seed(seed: int, split: Split, settings: Settings, on_epoch: EpochHook = lambda *_: None) -> SeedResult:
@@ -137,16 +129,19 @@ def train_seed(seed: int, split: Split, settings: Settings, on_epoch: EpochHook 
     optimizer = SGD(model.parameters(), rate, momentum=settings.momentum, weight_decay=settings.weight_decay)
     result = SeedResult(seed, split)
     run = _Run(settings, result, on_epoch, model, optimizer, torch.Generator().manual_seed(seed))
-    decay = CosineAnnealingLR(optimizer, settings.epochs)
-    run.train("trunk", range(1, settings.start_epoch + 1), decay)
-    fork = run.fork()
+    falling = CosineAnnealingLR(optimizer, settings.epochs)
+    run.train("trunk", range(1, settings.start_epoch + 1), falling)
+    # The fork goes on from the same params and momentum, with the same batches.
+    forked_model, forked_optimizer = copy.deepcopy((model, optimizer))
+    fork = replace(run, model=forked_model, optimizer=forked_optimizer, batches=run.batches.clone_state())
     rest = range(settings.start_epoch + 1, settings.epochs + 1)
-    run.train("sgd", rest, decay)
+    run.train("sgd", rest, falling)
     swa = FusedAveragedModel(fork.model, rule=EqualAverage())
     ema = FusedAveragedModel(fork.model, rule=ExponentialAverage(settings.ema_decay))
     ema.attach(fork.optimizer)
     swa.attach(fork.optimizer, every=settings.steps_per_epoch)  # once an epoch, as in the paper
-    to_swa_rate = SWALR(fork.optimizer, settings.swa_rate * rate, settings.anneal_epochs)
+    # A third of the epochs that are averaged takes the rate from the schedule's to SWA's.
+    to_swa_rate = SWALR(fork.optimizer, settings.swa_rate * rate, anneal_epochs=max(1, len(rest) // 3))
     fork.train("iterate", rest, to_swa_rate, swa=swa.module, ema=ema.module)
     result.models.update(sgd=model, iterate=fork.model, swa=swa.module, ema=ema.module)
     return result
