@@ -114,8 +114,7 @@ def decoder_work(title: str, shape: Shape, steps_per_sample: int, autocast: torc
 
 def demo_work() -> Work:
     """Give the training of the demo's network, on noise in the shape of its images."""
-    from swafast.demo.data import MAX_PIXEL, NUM_CLASSES
-    from swafast.demo.settings import Settings
+    from swafast.demo.task import MAX_PIXEL, NUM_CLASSES, Settings
     from swafast.demo.training import digits_cnn
 
     settings = Settings()

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from swafast import ExponentialAverage, FusedAveragedModel, update_bn
-from swafast.demo.data import digits_split, shifted
-from swafast.demo.settings import Settings
+from swafast.demo.task import Settings, digits_split, shifted
 from swafast.demo.training import digits_cnn
 from swafast.op.checksum import checksum
 

@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from swafast import ShardedAveragedModel
-from swafast.demo.cost import held_nbytes
+from swafast.demo.measurements import held_nbytes
 
 
 def main(device: torch.device) -> None:

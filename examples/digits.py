@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from swafast.demo.data import NUM_CLASSES, Split, digits_split, shifted
-from swafast.demo.settings import Settings
+from swafast.demo.task import NUM_CLASSES, Settings, Split, digits_split, shifted
 
 # A look at it takes fewer: EPOCHS=8 in the environment.
 SETTINGS = Settings(epochs=int(os.environ.get("EPOCHS", "32")))

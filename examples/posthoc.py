@@ -17,8 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from swafast import FusedAveragedModel, FusedAverages, PowerAverage, Snapshots
-from swafast.demo.data import digits_split, shifted
-from swafast.demo.settings import Settings
+from swafast.demo.task import Settings, digits_split, shifted
 from swafast.demo.training import digits_cnn, score
 
 SETTINGS = Settings(epochs=80)

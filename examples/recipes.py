@@ -18,8 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, SequentialLR
 from torch.optim.swa_utils import SWALR
 
 from swafast import FusedAveragedModel, update_bn
-from swafast.demo.data import digits_split, shifted
-from swafast.demo.settings import Settings
+from swafast.demo.task import Settings, digits_split, shifted
 from swafast.demo.training import digits_cnn
 from swafast.optim import SWA, ComposerSWA, cyclical_cosine_lr, cyclical_lr
 

@@ -9,9 +9,8 @@ from rich.table import Table
 from torch import nn
 
 from swafast import ExponentialAverage, FusedAverages
-from swafast.demo.cost import held_nbytes
-from swafast.demo.data import digits_split, shifted
-from swafast.demo.settings import Settings
+from swafast.demo.measurements import held_nbytes
+from swafast.demo.task import Settings, digits_split, shifted
 from swafast.demo.training import digits_cnn, score
 
 SETTINGS = Settings(epochs=24)

@@ -12,15 +12,10 @@ from rich.console import Console
 # What only the demo needs, by the names they are imported under.
 DEMO_PACKAGES = ("sklearn", "matplotlib")
 
-# Fewer leave no epoch to average after the first 75%; demo.settings checks the same, but importing it takes seconds.
+# Fewer leave no epoch to average after the first 75%; demo.task checks the same, but importing it takes seconds.
 MIN_EPOCHS = 4
 
-app = typer.Typer(
-    help="Averages a model's weights along its training, in one fused pass.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 def _print_version(wanted: bool) -> None:
@@ -82,11 +77,6 @@ def _explain_missing(error: ModuleNotFoundError) -> NoReturn:
     missing = (error.name or "").partition(".")[0]
     if missing not in DEMO_PACKAGES:
         raise error
-    Console(stderr=True).print(
-        f"swafast demo needs {missing}, which is not installed: pip install '.[demo]' in the clone",
-        style="red",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    message = f"swafast demo needs {missing}, which is not installed: pip install '.[demo]' in the clone"
+    Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 import warnings
 
 import torch
@@ -16,7 +15,7 @@ from .terms.formats import FLOAT32
 
 
 def report() -> list[tuple[str, str]]:
-    """Give (what, finding) lines: versions, each backend with where it loaded from or why not, and the choices."""
+    """List (what, finding): versions, each backend with where it loaded from or why not, and the choices."""
     lines = [
         ("swafast", f"{__version__} at {os.path.dirname(os.path.abspath(__file__))}"),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
@@ -49,5 +48,5 @@ def main() -> int:
     lines = report()
     width = max(len(what) for what, _ in lines)
     for what, finding in lines:
-        sys.stdout.write(f"{what:<{width}}  {finding}\n")
+        print(f"{what:<{width}}  {finding}")
     return int(any(finding.startswith("none:") for what, finding in lines if what.startswith("in use")))

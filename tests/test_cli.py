@@ -91,11 +91,11 @@ def test_another_missing_module_is_not_blamed_on_the_extra() -> None:
 
 
 def test_defaults_are_those_of_the_demo() -> None:
-    settings = pytest.importorskip("swafast.demo.settings")
+    task = pytest.importorskip("swafast.demo.task")
     parameters = inspect.signature(cli.demo).parameters
-    assert parameters["seeds"].default == settings.Settings.num_seeds
-    assert parameters["epochs"].default == settings.Settings.epochs
-    assert cli.MIN_EPOCHS == settings.MIN_EPOCHS
+    assert parameters["seeds"].default == task.Settings.num_seeds
+    assert parameters["epochs"].default == task.Settings.epochs
+    assert cli.MIN_EPOCHS == task.MIN_EPOCHS
 
 
 def test_import_loads_nothing_of_the_demo() -> None:

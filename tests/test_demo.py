@@ -22,8 +22,8 @@ pytest.importorskip("matplotlib")
 
 from swafast import demo
 from swafast.cli import app
-from swafast.demo import cost, data, report, surface, training
-from swafast.demo.settings import Settings
+from swafast.demo import measurements, report, task, training
+from swafast.demo.task import Settings
 
 # 4 of these 8 epochs are averaged: of two, an equal mean and an EMA could be the same.
 TINY = Settings(num_seeds=1, epochs=8, average_from=0.5, num_train=150, test_every=3, plane_points=3)
@@ -40,8 +40,8 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "WARM_UP", 1)
-    monkeypatch.setattr(demo, "update_costs", lambda model, decay: cost.update_costs(model, decay, rounds=3))
+    monkeypatch.setattr(measurements, "WARM_UP", 1)
+    monkeypatch.setattr(measurements, "ROUNDS", 3)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def seed_0() -> training.SeedResult:
 
 
 def tiny_seed(seed: int = 0, settings: Settings = TINY, **kwargs: Any) -> training.SeedResult:
-    return training.train_seed(seed, data.digits_split(seed, settings), settings, **kwargs)
+    return training.train_seed(seed, task.digits_split(seed, settings), settings, **kwargs)
 
 
 def test_run_writes_picture_numbers_and_tables(tmp_path: Path) -> None:
@@ -89,7 +89,6 @@ def test_command_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_same_seed_gives_the_same_numbers(seed_0: training.SeedResult) -> None:
     first, again, other = seed_0, tiny_seed(), tiny_seed(1)
     assert first.curves == again.curves
-    assert first.trunk == again.trunk
     assert first.curves != other.curves
     for method in training.METHODS:
         for a, b in zip(first.models[method].parameters(), again.models[method].parameters(), strict=True):
@@ -159,29 +158,26 @@ def test_both_runs_share_their_start_and_their_batches() -> None:
 
 
 def test_split_keeps_test_images_clean_and_apart() -> None:
-    split, clean = data.digits_split(3, TINY), data.digits_split(3, replace(TINY, label_noise=0.0))
+    split, clean = task.digits_split(3, TINY), task.digits_split(3, replace(TINY, label_noise=0.0))
     wrong = (split.train_labels != clean.train_labels).sum().item()
     assert wrong == round(TINY.label_noise * TINY.num_train)
     assert torch.equal(split.test_labels, clean.test_labels)
     assert len(split.train_images) + len(split.test_images) == 1797
-    validation = data.validation_split(3, TINY)
-    images = torch.cat([validation.train_images, validation.test_images])
-    assert torch.equal(images, split.train_images)
 
 
 def test_shifted_moves_whole_images() -> None:
     image = torch.zeros(64, 1, 8, 8)
     image[:, 0, 4, 4] = 1
-    moved = data.shifted(image, 1, torch.Generator().manual_seed(0))
+    moved = task.shifted(image, 1, torch.Generator().manual_seed(0))
     rows, columns = moved[:, 0].nonzero()[:, 1], moved[:, 0].nonzero()[:, 2]
     assert moved.sum() == 64
     assert rows.unique().tolist() == columns.unique().tolist() == [3, 4, 5]
-    assert torch.equal(data.shifted(image, 0, torch.Generator()), image)
+    assert torch.equal(task.shifted(image, 0, torch.Generator()), image)
 
 
 def test_plane_passes_through_the_solutions(seed_0: training.SeedResult) -> None:
     result = seed_0
-    plane = surface.loss_plane(result, ("swa", "sgd", "ema"), 3)
+    plane = measurements.loss_plane(result, 3)
     vectors = {
         method: torch.cat([param.detach().flatten() for param in result.models[method].parameters()])
         for method in plane.points
@@ -196,21 +192,21 @@ def test_plane_passes_through_the_solutions(seed_0: training.SeedResult) -> None
 
 def test_held_bytes_are_those_of_params_buffers_and_counter() -> None:
     model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
-    averaged = cost.FusedAveragedModel(model)
+    averaged = measurements.FusedAveragedModel(model)
     averaged.update_parameters(model)
     floats = 3 * 5 + 5 + 4 * 5
-    assert cost.held_nbytes(averaged) == 4 * floats + 2 * 8
+    assert measurements.held_nbytes(averaged) == 4 * floats + 2 * 8
 
 
 def test_comparison_is_paired() -> None:
     scores = {"swa": (0.9, 0.8, 0.7), "sgd": (0.8, 0.8, 0.5)}
     seeds = []
     for index in range(3):
-        seed = training.SeedResult(index, data.digits_split(0, TINY))
+        seed = training.SeedResult(index, task.digits_split(0, TINY))
         for method, accuracies in scores.items():
             seed.curves[method].append(training.Score(1, accuracies[index], 0.0))
         seeds.append(seed)
-    result = report.DemoResult(TINY, seeds, [], surface.Plane([], [], [], {}, 0), 0.0)
+    result = measurements.DemoResult(TINY, seeds, [], measurements.Plane([], [], [], {}, 0), 0.0)
     compared = report.compare(result, "swa", "sgd")
     assert compared.mean == pytest.approx(10)
     assert compared.standard_error == pytest.approx(10 / math.sqrt(3))
@@ -228,4 +224,4 @@ def test_bad_setting_is_named(name: str, value: float) -> None:
 
 def test_too_many_training_images_are_refused() -> None:
     with pytest.raises(ValueError, match="num_train"):
-        data.digits_split(0, replace(TINY, num_train=1797))
+        task.digits_split(0, replace(TINY, num_train=1797))

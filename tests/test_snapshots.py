@@ -58,8 +58,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 
 def recorded(folder: Path) -> Run:
-    from swafast.demo.data import digits_split
-    from swafast.demo.settings import Settings
+    from swafast.demo.task import Settings, digits_split
 
     split = digits_split(0, Settings())
     model = digits_mlp()

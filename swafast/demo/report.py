@@ -1,40 +1,24 @@
-"""What the demo measured: as a record, as JSON, as a table and as sentences."""
+"""What the demo measured: as tables, as sentences and as JSON."""
 
 from __future__ import annotations
 
 import os
 import platform
 import statistics
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from .. import __version__
-from .cost import Cost
-from .settings import Settings
-from .surface import Plane
-from .training import METHODS, SeedResult
+from .measurements import DemoResult
+from .training import METHODS
 
 # (a, b): each pair is compared seed by seed. The second of them shows what the averaging does, the rate being the same.
 COMPARISONS = (("swa", "sgd"), ("swa", "iterate"), ("ema", "sgd"))
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """All that one call of the demo measured."""
-
-    settings: Settings
-    seeds: list[SeedResult]
-    costs: list[Cost]
-    plane: Plane
-    seconds: float  # wall time, imports left out
-
-    def accuracies(self, method: str) -> list[float]:
-        """Final test accuracies in [0, 1], one a seed."""
-        return [seed.final(method).accuracy for seed in self.seeds]
 
 
 @dataclass(frozen=True)
@@ -49,27 +33,42 @@ class Comparison:
 
 def compare(result: DemoResult, method: str, other: str) -> Comparison:
     """Subtract the accuracies of ``other`` from those of ``method``, seed by seed."""
-    pairs = zip(result.accuracies(method), result.accuracies(other), strict=True)
-    points = [100 * (a - b) for a, b in pairs]
+    points = [100 * (a - b) for a, b in zip(result.accuracies(method), result.accuracies(other), strict=True)]
     error = statistics.stdev(points) / len(points) ** 0.5 if len(points) > 1 else None
-    better = sum(point > 0 for point in points)
-    return Comparison(statistics.mean(points), error, better, sum(point == 0 for point in points))
+    return Comparison(statistics.mean(points), error, sum(point > 0 for point in points), points.count(0))
 
 
 def print_report(result: DemoResult, console: Console) -> None:
     """Print the task, the two tables and the comparisons."""
     console.print(f"\n{describe_task(result)}\n", highlight=False)
-    console.print(_accuracy_table(result))
+    table = _table(f"Test accuracy over {len(result.seeds)} seeds, %", ("Method",), ("Mean", "Std", "Min", "Max"))
+    for method, title in METHODS.items():
+        values = [100 * accuracy for accuracy in result.accuracies(method)]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        figures = (statistics.mean(values), spread, min(values), max(values))
+        table.add_row(title, *(f"{figure:.2f}" for figure in figures))
+    console.print(table)
     console.print("\nSeed by seed, mean difference ± its standard error:")
     for method, other in COMPARISONS:
-        console.print(_sentence(result, method, other), highlight=False)
-    console.print()
-    console.print(_cost_table(result))
-    console.print()
+        found = compare(result, method, other)
+        error = "" if found.standard_error is None else f" ± {found.standard_error:.2f}"
+        ties = f", equal on {found.equal}" if found.equal else ""
+        difference = f"{method.upper()} minus {METHODS[other]}: {found.mean:+.2f}{error} points"
+        console.print(f"{difference}, better on {found.better} of {len(result.seeds)} seeds{ties}", highlight=False)
+    title = "What keeping an average of this network costs"
+    table = _table(title, ("Average", "Kept by"), ("Time per update, us", "Bytes held"))
+    for cost in result.costs:
+        table.add_row(cost.method.upper(), cost.keeper, f"{cost.seconds * 1e6:.0f}", f"{cost.nbytes:,}")
+    console.print("", table, "", sep="\n")
+
+
+def _table(title: str, words: Iterable[str], figures: Iterable[str]) -> Table:
+    """Make a table with columns of words, and to their right columns of figures."""
+    return Table(*words, *(Column(name, justify="right") for name in figures), title=title, title_justify="left")
 
 
 def describe_task(result: DemoResult) -> str:
-    """Say in a few sentences what was trained and tested."""
+    """Describe in a few sentences what was trained and tested."""
     settings = result.settings
     num_tests = len(result.seeds[0].split.test_labels)
     return (
@@ -81,47 +80,10 @@ def describe_task(result: DemoResult) -> str:
     )
 
 
-def _accuracy_table(result: DemoResult) -> Table:
-    table = Table("Method", title=f"Test accuracy over {len(result.seeds)} seeds, %", title_justify="left")
-    for heading in ("Mean", "Std", "Min", "Max"):
-        table.add_column(heading, justify="right")
-    for method, title in METHODS.items():
-        accuracies = [100 * accuracy for accuracy in result.accuracies(method)]
-        figures = (statistics.mean(accuracies), _spread(accuracies), min(accuracies), max(accuracies))
-        table.add_row(title, *(f"{figure:.2f}" for figure in figures))
-    return table
-
-
-def _cost_table(result: DemoResult) -> Table:
-    table = Table("Average", "Kept by", title="What keeping an average of this network costs", title_justify="left")
-    for heading in ("Time per update, us", "Bytes held"):
-        table.add_column(heading, justify="right")
-    for cost in result.costs:
-        table.add_row(cost.method.upper(), cost.keeper, f"{cost.seconds * 1e6:.0f}", f"{cost.nbytes:,}")
-    return table
-
-
-def _spread(values: list[float]) -> float:
-    """Sample standard deviation; 0 for a single seed."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _sentence(result: DemoResult, method: str, other: str) -> str:
-    comparison = compare(result, method, other)
-    count = len(result.seeds)
-    error = comparison.standard_error
-    spread = "" if error is None else f" ± {error:.2f}"
-    ties = f", equal on {comparison.equal}" if comparison.equal else ""
-    return (
-        f"{method.upper()} minus {METHODS[other]}: {comparison.mean:+.2f}{spread} points, "
-        f"better on {comparison.better} of {count} seeds{ties}"
-    )
-
-
 def to_json(result: DemoResult) -> dict[str, Any]:
-    """Give every number of the result, and what it ran on, as plain JSON values."""
+    """Collect every number of the result, and what it ran on, for JSON; records stand for their fields."""
     return {
-        "settings": asdict(result.settings),
+        "settings": result.settings,
         "environment": {
             "swafast": __version__,
             "torch": torch.__version__,
@@ -132,13 +94,8 @@ def to_json(result: DemoResult) -> dict[str, Any]:
         },
         "seconds": result.seconds,
         "accuracy": {method: result.accuracies(method) for method in METHODS},
-        "comparisons": {f"{a} - {b}": asdict(compare(result, a, b)) for a, b in COMPARISONS},
-        "costs": [asdict(cost) for cost in result.costs],
-        "curves": [_curves(seed) for seed in result.seeds],
-        "plane": asdict(result.plane),
+        "comparisons": {f"{a} - {b}": compare(result, a, b) for a, b in COMPARISONS},
+        "costs": result.costs,
+        "curves": [{"seed": seed.seed, **seed.curves} for seed in result.seeds],
+        "plane": result.plane,
     }
-
-
-def _curves(seed: SeedResult) -> dict[str, Any]:
-    curves = {"trunk": seed.trunk, **seed.curves}
-    return {"seed": seed.seed, **{name: [asdict(score) for score in curve] for name, curve in curves.items()}}

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch import nn
+from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from torch.optim.swa_utils import SWALR
 
 from .. import EqualAverage, ExponentialAverage, FusedAveragedModel, update_bn
-from .data import NUM_CLASSES, Split, shifted
-from .settings import Settings
+from .task import NUM_CLASSES, Settings, Split, shifted
 
 # Every method, in the order of the table. "iterate" is the model that SWA and EMA average, itself.
 METHODS = {
@@ -29,7 +28,7 @@ METHODS = {
     "ema": "EMA of that run",
 }
 
-EpochHook = Callable[[str, int, nn.Module], None]  # "trunk", "sgd" or "iterate", epoch from 1, live model
+EpochHook = Callable[[str, int, nn.Module], object]  # "trunk", "sgd" or "iterate", epoch from 1, live model
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,9 @@ class SeedResult:
 
     seed: int
     split: Split
-    trunk: list[Score] = field(default_factory=list)  # up to the start of averaging, common to all
-    curves: dict[str, list[Score]] = field(default_factory=lambda: {method: [] for method in METHODS})
+    # "trunk" is the part up to the start of averaging, common to all.
+    curves: dict[str, list[Score]] = field(default_factory=lambda: {name: [] for name in ("trunk", *METHODS)})
     models: dict[str, nn.Module] = field(default_factory=dict)
-
-    def final(self, method: str) -> Score:
-        return self.curves[method][-1]
 
 
 def digits_cnn(width: int) -> nn.Sequential:
@@ -90,97 +86,62 @@ def score(model: nn.Module, split: Split, epoch: int) -> Score:
 
 @dataclass
 class _Run:
-    """A model in training. A fork goes on from the same params and momentum, with the same batches."""
+    """A model in training, whose scores go into ``result``."""
 
-    split: Split
     settings: Settings
+    result: SeedResult
+    on_epoch: EpochHook
     model: nn.Module
-    optimizer: Optimizer
-    scheduler: LRScheduler
+    optimizer: SGD
     batches: torch.Generator
 
-    @classmethod
-    def start(cls, seed: int, split: Split, settings: Settings) -> _Run:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = digits_cnn(settings.width)
-        optimizer = _sgd(model, settings)
-        scheduler = CosineAnnealingLR(optimizer, settings.epochs)
-        return cls(split, settings, model, optimizer, scheduler, torch.Generator().manual_seed(seed))
+    def train(self, branch: str, epochs: range, scheduler: LRScheduler, **averages: nn.Module) -> None:
+        """Train for some epochs; test the model, under the name of the branch, and averages of it along the way.
 
-    def fork_to_swa_rate(self) -> _Run:
-        """Copy the run, and leave the decaying schedule for the SWA learning rate."""
-        settings = self.settings
-        model = copy.deepcopy(self.model)
-        optimizer = _sgd(model, settings)
-        # A copy of the state, or both optimizers would write into the same momentum.
-        optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
-        scheduler = SWALR(optimizer, settings.swa_rate * settings.learning_rate, settings.anneal_epochs)
-        return _Run(self.split, settings, model, optimizer, scheduler, self.batches.clone_state())
-
-    def epoch(self, after_step: Callable[[], None] | None = None) -> None:
-        """Train over all images once, an incomplete last batch left out."""
-        self.model.train()
-        images = shifted(self.split.train_images, self.settings.max_shift, self.batches)
-        order = torch.randperm(len(images), generator=self.batches)
-        for batch in order.split(self.settings.batch_size)[: self.settings.steps_per_epoch]:
-            self.optimizer.zero_grad()
-            loss: Tensor = F.cross_entropy(self.model(images[batch]), self.split.train_labels[batch])
-            loss.backward()
-            self.optimizer.step()
-            if after_step is not None:
-                after_step()
-        self.scheduler.step()
-
-    def tested_at(self, epoch: int) -> bool:
-        return epoch % self.settings.test_every == 0 or epoch == self.settings.epochs
+        An epoch goes over all images once, an incomplete last batch left out.
+        """
+        split = self.result.split
+        for epoch in epochs:
+            self.model.train()
+            images = shifted(split.train_images, self.settings.max_shift, self.batches)
+            order = torch.randperm(len(images), generator=self.batches)
+            for batch in order.split(self.settings.batch_size)[: self.settings.steps_per_epoch]:
+                self.optimizer.zero_grad()
+                F.cross_entropy(self.model(images[batch]), split.train_labels[batch]).backward()
+                self.optimizer.step()
+            scheduler.step()
+            self.on_epoch(branch, epoch, self.model)
+            if epoch % self.settings.test_every == 0 or epoch == epochs[-1]:
+                for name, model in {branch: self.model, **averages}.items():
+                    self.result.curves[name].append(score(model, split, epoch))
 
 
-def _sgd(model: nn.Module, settings: Settings) -> SGD:
-    return SGD(
-        model.parameters(), settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
-    )
-
-
-def train_seed(seed: int, split: Split, settings: Settings, on_epoch: EpochHook | None = None) -> SeedResult:
+def train_seed(seed: int, split: Split, settings: Settings, on_epoch: EpochHook = lambda *_: None) -> SeedResult:
     """Train every method for one seed and test each along the way; the same seed gives the same numbers.
 
     Calls ``on_epoch`` after each epoch trained, before the model is tested. The test images are only ever looked at:
     nothing is chosen by them, and every reported score is that of the last epoch.
     """
-    hook = on_epoch or (lambda branch, epoch, model: None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = digits_cnn(settings.width)
+    rate = settings.learning_rate
+    optimizer = SGD(model.parameters(), rate, momentum=settings.momentum, weight_decay=settings.weight_decay)
     result = SeedResult(seed, split)
-    run = _Run.start(seed, split, settings)
-    for epoch in range(1, settings.start_epoch + 1):
-        run.epoch()
-        hook("trunk", epoch, run.model)
-        if run.tested_at(epoch) or epoch == settings.start_epoch:
-            result.trunk.append(score(run.model, split, epoch))
-    forked = run.fork_to_swa_rate()
-    _train_decaying(run, result, hook)
-    _train_averaged(forked, result, hook)
+    run = _Run(settings, result, on_epoch, model, optimizer, torch.Generator().manual_seed(seed))
+    falling = CosineAnnealingLR(optimizer, settings.epochs)
+    run.train("trunk", range(1, settings.start_epoch + 1), falling)
+    # The fork goes on from the same params and momentum, with the same batches.
+    forked_model, forked_optimizer = copy.deepcopy((model, optimizer))
+    fork = replace(run, model=forked_model, optimizer=forked_optimizer, batches=run.batches.clone_state())
+    rest = range(settings.start_epoch + 1, settings.epochs + 1)
+    run.train("sgd", rest, falling)
+    swa = FusedAveragedModel(fork.model, rule=EqualAverage())
+    ema = FusedAveragedModel(fork.model, rule=ExponentialAverage(settings.ema_decay))
+    ema.attach(fork.optimizer)
+    swa.attach(fork.optimizer, every=settings.steps_per_epoch)  # once an epoch, as in the paper
+    # A third of the epochs that are averaged takes the rate from the schedule's to SWA's.
+    to_swa_rate = SWALR(fork.optimizer, settings.swa_rate * rate, anneal_epochs=max(1, len(rest) // 3))
+    fork.train("iterate", rest, to_swa_rate, swa=swa.module, ema=ema.module)
+    result.models.update(sgd=model, iterate=fork.model, swa=swa.module, ema=ema.module)
     return result
-
-
-def _train_decaying(run: _Run, result: SeedResult, hook: EpochHook) -> None:
-    for epoch in range(run.settings.start_epoch + 1, run.settings.epochs + 1):
-        run.epoch()
-        hook("sgd", epoch, run.model)
-        if run.tested_at(epoch):
-            result.curves["sgd"].append(score(run.model, run.split, epoch))
-    result.models["sgd"] = run.model
-
-
-def _train_averaged(run: _Run, result: SeedResult, hook: EpochHook) -> None:
-    """Train at the SWA rate; SWA takes the model once an epoch, as in the paper, EMA after every step."""
-    swa = FusedAveragedModel(run.model, rule=EqualAverage())
-    ema = FusedAveragedModel(run.model, rule=ExponentialAverage(run.settings.ema_decay))
-    models = {"iterate": run.model, "swa": swa.module, "ema": ema.module}
-    for epoch in range(run.settings.start_epoch + 1, run.settings.epochs + 1):
-        run.epoch(after_step=lambda: ema.update_parameters(run.model))
-        hook("iterate", epoch, run.model)
-        swa.update_parameters(run.model)
-        if run.tested_at(epoch):
-            for method, model in models.items():
-                result.curves[method].append(score(model, run.split, epoch))
-    result.models.update(models)
