@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from swafast import FusedAveragedModel, FusedAverages, PowerAverage, Snapshots
+from swafast import FusedAverages, PowerAverage, Snapshots
 from swafast.demo.task import Settings, digits_split, shifted
 from swafast.demo.training import digits_cnn, score
 
