@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from typing import TYPE_CHECKING, Any
 
 from . import moved as _moved
@@ -62,6 +63,9 @@ _PACKAGES = ("optim", "posthoc", "sharded")
 _moved.install()
 
 
+#: Held by the one thread that imports: two that import parts of a package at once may each find half of it.
+_importing = threading.RLock()
+
 if not TYPE_CHECKING:  # an editor would take any name for one of ours
 
     def __getattr__(name: str) -> Any:
@@ -69,8 +73,9 @@ if not TYPE_CHECKING:  # an editor would take any name for one of ours
         if module is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         try:
-            importlib.import_module(".op.torch_op", __name__)  # torch.ops.swafast is there with the first public name
-            found = importlib.import_module(f".{module}", __name__)
+            with _importing:
+                importlib.import_module(".op.torch_op", __name__)  # torch.ops.swafast: there with the first public name
+                found = importlib.import_module(f".{module}", __name__)
         except ModuleNotFoundError as error:
             if error.name is None or error.name.partition(".")[0] not in (__name__, "torch"):
                 raise

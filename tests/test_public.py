@@ -77,6 +77,30 @@ print("seen")
     assert run(code) == "seen\n"
 
 
+def test_threads_may_touch_names_at_once() -> None:
+    code = """
+import os, sys, threading, torch, swafast
+sys.setswitchinterval(1e-5)
+def touch(name, barrier):
+    barrier.wait()
+    try:
+        getattr(swafast, name)
+    except BaseException as error:
+        print(name, repr(error))
+        os._exit(1)
+for names in [("ShardedAveragedModel", "ShardedAverages"), ("ShardedAverages", "Snapshots"), ("posthoc", "sharded")]:
+    if os.fork() == 0:
+        barrier = threading.Barrier(2)
+        threads = [threading.Thread(target=touch, args=(name, barrier)) for name in names]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        os._exit(0)
+    assert os.wait()[1] == 0, names
+print("seen")
+"""
+    assert run(code).endswith("seen\n")
+
+
 def test_help_answers_at_once_and_without_torch() -> None:
     code = "import sys; from swafast.cli import app\ntry: app(['--help'])\nfinally: print('torch' in sys.modules)"
     took = []
