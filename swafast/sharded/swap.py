@@ -40,7 +40,6 @@ class Swap:
         self._model, self._spreads = model, spreads
         # The memory that they have now: what the body puts in its place on one rank is no other's to receive.
         self._held = {name: replace(found, local=found.local.detach()) for name, found in held.items()}
-        self._addresses = {name: found.local.data_ptr() for name, found in held.items()}
         self._all_there = False  # as long as they are not, no peer is met on the way back
 
     def there(self) -> None:
@@ -74,8 +73,8 @@ class Swap:
             finally:
                 if self._all_there:
                     spread_all(self._spreads, self._held, "swapped_into could not put all params back", torn=True)
-        for name, address in self._addresses.items():
-            if self._held[name].now().data_ptr() != address:
+        for name, found in self._held.items():
+            if found.now().data_ptr() != found.local.data_ptr():
                 raise RuntimeError(
                     f"model must keep its tensors while swapped, got {name!r} on other memory: "
                     "its values before the swap could not be put back"

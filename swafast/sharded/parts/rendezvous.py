@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup, Store
 
 from ...torch_private.distributed import group_timeout, store_of
-from .ranks import GRACE, LostPeerError, Ranks, checked_group
+from .ranks import GRACE, LostPeerError, Ranks, checked_group, losing_peers
 
 #: How long ranks wait for each other where their process group does not say.
 _TIMEOUT = timedelta(minutes=30)
@@ -93,12 +93,10 @@ class _Seat:
             return usable
         message = own.name if usable and own is not None else ""
         try:
-            messages = self._rendezvous.exchange(message, self._timeout)
-        except RuntimeError as error:
-            raise LostPeerError(
-                f"a rank of {self._members} died, or did not come within the process group's timeout: all ranks must "
-                f"make this call ({error})"
-            ) from error
+            with losing_peers(self._members):
+                messages = self._rendezvous.exchange(message, self._timeout)
+        except LostPeerError:
+            raise
         except BaseException:
             self.ranks = None  # the others may go on without this rank
             raise
