@@ -1,4 +1,4 @@
-"""`attach` for averages of a model that is spread over ranks."""
+"""Updates of averages of a model that is spread over ranks, called or by `attach`."""
 
 from __future__ import annotations
 
@@ -8,19 +8,66 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 
+from ..average.matching import Bindings
 from ..loop.attach import Attachable
 from ..loop.runners import Ready
+from ..op.plan import Plan
+from ..terms.rules import Rule
+from ..torch_private.core import disable_dynamo
+from .parts.flag import Flag
+from .parts.holdings import Held
 from .parts.ranks import Ranks
-from .shard_matching import Bound, Staging
+from .shard_matching import Bound, ShardSide, Staging, bind_shards
 
 
 class AttachableShards(Attachable):
-    """As any other averages, but an update is bound to the shards before a forward gathers them.
+    """Averages of what this rank owns: an update is bound to the shards, before a forward gathers them.
 
     To attach is collective: ranks that updated after other steps would end with shards of other averages.
     """
+
+    @disable_dynamo
+    def update_parameters(self, model: Module) -> None:
+        """Move this rank's averages towards ``model``'s parameters in one pass and count the update.
+
+        The first one copies. No collective, unless ``nonfinite`` asks for its one flag, and nothing is read back to the
+        host.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            ValueError: names, shapes, kinds of dtype, meshes or placements are not those at construction; or, with
+                ``nonfinite="raise"``, a parameter holds a NaN or an infinity on some rank. It names the parameter, and
+                nothing has changed.
+            RuntimeError: averages are swapped into a model.
+        """
+        with self._guard.hold("update_parameters"):
+            self._update_bound(self._bind(model))
+
+    def _bind(self, model: Module, staging: Staging | None = None) -> Bound:
+        sides, first = [averaged._side() for averaged in self._updated], self._updated[0]
+        return bind_shards(self._bindings, model, sides, first._find_held, backend=first.backend, staging=staging)
+
+    def _update_bound(self, bound: Bound) -> None:
+        plan, params, planes = bound
+        flag = Flag(self._ranks, self._number)
+        with self._guard.hold("update_parameters"):
+            if self.nonfinite == "raise":
+                self._refuse_nonfinite(plan, params, flag)
+            rules, skip = [averaged.rule for averaged in self._updated], self.nonfinite == "skip"
+            plan.update(params, planes, rules, skip_nonfinite=skip, reduce_flag=flag if skip else None)
+
+    def _refuse_nonfinite(self, plan: Plan, params: Sequence[Tensor], flag: Flag) -> None:
+        """Raise ValueError on every rank, naming a param with a NaN or an infinity on one of them. Collective."""
+        name = plan.first_nonfinite(params)
+        if flag.anywhere(name is not None, self._updated[0].n_averaged.device):
+            names = zip(self._ranks.ranks, self._ranks.gather(name), strict=True)
+            rank, first = next((rank, name) for rank, name in names if name is not None)
+            raise ValueError(
+                f"{first!r} must be finite, got a NaN or an infinity on rank {rank}; the average is as it was"
+            )
 
     def _on_all_ranks(self, action: str) -> AbstractContextManager[None]:
         return self._ranks.settled(action)
@@ -47,8 +94,15 @@ class AttachableShards(Attachable):
         return ready
 
     if TYPE_CHECKING:
+        rule: Rule
+        n_averaged: Tensor
+        backend: str | None
         nonfinite: str
         _ranks: Ranks
+        _number: int
+        _bindings: Bindings
 
-        def _bind(self, model: Module, staging: Staging | None = None) -> Bound: ...
-        def _update_bound(self, bound: Bound) -> None: ...
+        @property
+        def _updated(self) -> Sequence[AttachableShards]: ...  # what an update moves: this average, or several
+        def _side(self) -> ShardSide: ...
+        def _find_held(self, model: Module) -> dict[str, Held]: ...

@@ -11,17 +11,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
 from ..average.matching import Bindings, check_model
-from ..backends.contract import Pair, ReduceFlag, found_anywhere
+from ..backends.contract import Pair
 from ..op import checks, choice
 from ..op.plan import Fingerprint, Plan
 from ..terms.draws import Draws, make_random_key
 from ..terms.names import require_same_names, unwrap
-from ..terms.rules import Rule
 from ..torch_private import distributed as private
 from ..torch_private.modules import Walk
-from .parts.flag import Flag
 from .parts.holdings import Held, Mesh, find_holdings, is_fsdp1, require_same_sharding, reshard
-from .parts.ranks import Ranks
 from .parts.shares import Share
 
 
@@ -69,19 +66,15 @@ class Staging:
     """Copies of buffers, which a forward pass writes, for updates that run beside it; one for each attached average."""
 
     def __init__(self) -> None:
-        self._copies: dict[str, Tensor] = {}
+        self._copies: dict[str, tuple[object, Tensor]] = {}  # with what each buffer was when its copy was made
 
     @torch.no_grad()
     def take(self, name: str, buffer: Tensor) -> Tensor:
         """Copy what a buffer holds now, into the same memory each time while it fits."""
-        copy, wanted = self._copies.get(name), torch.empty_like(buffer, device="meta")
-        if copy is None or _layout(copy) != _layout(wanted) or copy.device != buffer.device:
-            copy = self._copies[name] = torch.empty_like(buffer)
-        return copy.copy_(buffer)
-
-
-def _layout(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.dtype, tensor.shape, tensor.stride()
+        layout = (buffer.dtype, buffer.device, buffer.shape, buffer.stride())
+        if name not in self._copies or self._copies[name][0] != layout:
+            self._copies[name] = layout, torch.empty_like(buffer)
+        return self._copies[name][1].copy_(buffer)
 
 
 class Locator:
@@ -93,47 +86,36 @@ class Locator:
     def __init__(self, model: Module, shares: Sequence[Share], held: Mapping[str, Held]) -> None:
         self._walk = Walk(unwrap(model))
         found_in = {share.name: held[share.name].found_in for share in shares}
-        dtensors: list[Share] = []
-        plain: list[Share] = []
-        flat: list[Share] = []
-        for share in shares:
-            tensor = found_in[share.name]
-            kind = dtensors if isinstance(tensor, DTensor) else plain if isinstance(tensor, Tensor) else flat
-            kind.append(share)
-        #: In the order in which they are found.
-        self.shares = [*dtensors, *plain, *flat]
-        self._dtensors = [self._position(found_in[share.name]) for share in dtensors]
-        self._plain = [self._position(found_in[share.name]) for share in plain]
-        self._specs = private.specs([found_in[share.name] for share in dtensors])  # type: ignore[misc]
-        flats = {id(found_in[share.name]): found_in[share.name] for share in flat}
+        #: In the order in which they are found: DTensors, plain tensors, then what lies in flat params.
+        self.shares = sorted(shares, key=lambda share: _kind(found_in[share.name]))
+        tensors = [found for share in self.shares if isinstance(found := found_in[share.name], Tensor)]
+        self._positions = [self._walk.position(tensor) for tensor in tensors]
+        dtensors = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+        self._num_dtensors, self._specs = len(dtensors), private.specs(dtensors)
+        flats = {id(flat): flat for flat in found_in.values() if not isinstance(flat, Tensor)}
         self._flats = list(flats.values())
         # For each share, the base that it lies in, and for a flat one where.
-        count = len(dtensors) + len(plain)
-        bases = {key: count + i for i, key in enumerate(flats)}
-        self._locations: list[tuple[int, tuple[int, int] | None]] = [(i, None) for i in range(count)]
-        for share in flat:
+        bases = {key: len(tensors) + i for i, key in enumerate(flats)}
+        self._locations: list[tuple[int, tuple[int, int] | None]] = [(i, None) for i in range(len(tensors))]
+        for share in self.shares[len(tensors) :]:
             run = (held[share.name].offset, share.holding.numel)
             self._locations.append((bases[id(found_in[share.name])], run))
         self._buffer_indices = [(i, share.name) for i, share in enumerate(self.shares) if share.holding.is_buffer]
-
-    def _position(self, tensor: object) -> int:
-        assert isinstance(tensor, Tensor)
-        return self._walk.position(tensor)
 
     def find(self, model: Module) -> list[Tensor] | None:
         """Give the tensors that the shares lie in now: local tensors, plain ones, flat ones. None: look for them."""
         if not self._walk.starts_at(unwrap(model)):
             return None
-        tensors = self._walk.tensors()
-        if tensors is None:
+        found = self._walk.tensors()
+        if found is None:
             return None
+        tensors = [found[i] for i in self._positions]
+        dtensors = tensors[: self._num_dtensors]
         try:
-            dtensors = [tensors[i] for i in self._dtensors]
             if private.specs(dtensors) != self._specs:  # type: ignore[arg-type]
                 return None
-            bases = private.local_tensors(dtensors)  # type: ignore[arg-type]
-            bases += [tensors[i] for i in self._plain]
-            return bases + [flat.local for flat in self._flats]  # type: ignore[union-attr]
+            local = private.local_tensors(dtensors)  # type: ignore[arg-type]
+            return [*local, *tensors[self._num_dtensors :], *(flat.local for flat in self._flats)]
         except AttributeError:  # no DTensor any more: gathered by a forward pass, say
             return None
 
@@ -148,6 +130,10 @@ class Locator:
         """Give this rank's tensor of a share out of what :meth:`find` gave."""
         base, run = self._locations[index]
         return bases[base] if run is None else bases[base].narrow(0, *run)
+
+
+def _kind(found_in: Tensor | private.FlatParam) -> int:
+    return 0 if isinstance(found_in, DTensor) else 1 if isinstance(found_in, Tensor) else 2
 
 
 class Views(Sequence[Tensor]):
@@ -279,30 +265,3 @@ def bind_shards(
         current = bindings.current(model, config, counters)
         assert current is not None, "a plan just made must fit"
     return current
-
-
-def update_shards(
-    bound: Bound, rules: Sequence[Rule], device: torch.device, *, nonfinite: str, ranks: Ranks, number: int
-) -> None:
-    """Move what is bound. Collective where ``nonfinite`` asks for a flag, on ``device``.
-
-    Args:
-        number: of the averaged model among those that share ``ranks``.
-    """
-    plan, params, planes = bound
-    reduce_flag = Flag(ranks, number)
-    if nonfinite == "raise":
-        refuse_nonfinite(plan, params, device, ranks, reduce_flag)
-    skip = nonfinite == "skip"
-    plan.update(params, planes, rules, skip_nonfinite=skip, reduce_flag=reduce_flag if skip else None)
-
-
-def refuse_nonfinite(
-    plan: Plan, params: Sequence[Tensor], device: torch.device, ranks: Ranks, reduce_flag: ReduceFlag
-) -> None:
-    """Raise ValueError on every rank, naming a param that holds a NaN or an infinity on one of them. Collective."""
-    name = plan.first_nonfinite(params)
-    if found_anywhere(name is not None, device, reduce_flag):
-        names = zip(ranks.ranks, ranks.gather(name), strict=True)
-        rank, first = next((rank, name) for rank, name in names if name is not None)
-        raise ValueError(f"{first!r} must be finite, got a NaN or an infinity on rank {rank}; the average is as it was")

@@ -16,13 +16,11 @@ from ..average.matching import Bindings
 from ..loop.guard import Guard
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
-from ..torch_private.core import disable_dynamo
 from . import checkpoint
 from .attaching import AttachableShards
 from .construction import spell
 from .parts.ranks import Ranks
 from .parts.rendezvous import shared_ranks
-from .shard_matching import Bound, Staging, bind_shards, update_shards
 from .sharded_model import ShardedAveragedModel
 
 
@@ -101,28 +99,8 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
-    def _first(self) -> ShardedAveragedModel:
-        return next(iter(self._averages.values()))
-
-    @disable_dynamo
-    def update_parameters(self, model: Module) -> None:
-        """Move this rank's part of all averages towards ``model``'s parameters in one pass, and count the update.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: as ``ShardedAveragedModel.update_parameters``; nothing has changed.
-        """
-        with self._guard.hold("update_parameters"):
-            self._update_bound(self._bind(model))
-
-    def _bind(self, model: Module, staging: Staging | None = None) -> Bound:
-        first = self._first
-        sides = [averaged._side() for averaged in self.values()]
-        return bind_shards(self._bindings, model, sides, first._find_held, backend=first.backend, staging=staging)
-
-    def _update_bound(self, bound: Bound) -> None:
-        rules, device = [averaged.rule for averaged in self.values()], self._first.n_averaged.device
-        with self._guard.hold("update_parameters"):
-            update_shards(bound, rules, device, nonfinite=self.nonfinite, ranks=self._ranks, number=self._number)
+    def _updated(self) -> list[ShardedAveragedModel]:
+        return list(self.values())
 
     def state_dict(self, *, checksums: bool = True) -> dict[str, Tensor]:
         """Give the states of all averages, the keys of each behind its name: ``fast.module.weight``. Collective.
