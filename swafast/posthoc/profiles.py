@@ -200,29 +200,20 @@ def _stretch(rule: Rule, first: int, last: int) -> tuple[Tensor, float]:
 
 
 def _weights(rule: Rule, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """Give the weights of models ``first`` to ``last`` as they come, and log(1 - weight); both float64."""
+    """Return the weights of models ``first`` to ``last`` as they come, and log(1 - weight); both float64."""
     terms = terms_of(rule)
-    if terms is not None and terms.kind in (KernelTerms.EQUAL, KernelTerms.POWER):
-        # log(1 - w) = -(gamma + 1) log1p(1 / (i - 1)), with gamma = 0 for the equal mean; -inf for the first model
-        exponent = terms.terms[0] + 1.0 if terms.kind == KernelTerms.POWER else 1.0
-        log_decays = _models_before(first, last).reciprocal_().log1p_().mul_(-exponent)
-        return log_decays.expm1().neg_(), log_decays
     if terms is None:
         given = [checked_weight(rule, i - 1) for i in range(first, last + 1)]
         weights = torch.tensor(given, dtype=torch.float64, device="cpu")
-    else:
-        weights = _weights_by_terms(terms, _models_before(first, last))
-    return weights, (-weights).log1p_()
-
-
-def _models_before(first: int, last: int) -> Tensor:
-    return torch.arange(first - 1, last, dtype=torch.float64, device="cpu")
-
-
-def _weights_by_terms(terms: KernelTerms, n: Tensor) -> Tensor:
-    """As ``KernelTerms.weight`` has it, for many counts at once; overwrites ``n``."""
+        return weights, (-weights).log1p_()
+    # As ``KernelTerms.weight`` has it, for many counts at once.
+    n = torch.arange(first - 1, last, dtype=torch.float64, device="cpu")
     copied = n == 0
     low, high, inv_gamma, power = terms.terms
+    if terms.kind in (KernelTerms.EQUAL, KernelTerms.POWER):
+        # log(1 - w) = -(gamma + 1) log1p(1 / (i - 1)), with gamma = 0 for the equal mean; -inf for the first model
+        log_decays = n.reciprocal_().log1p_().mul_(-(low + 1.0 if terms.kind == KernelTerms.POWER else 1.0))
+        return log_decays.expm1().neg_(), log_decays
     if terms.kind == KernelTerms.POWER_WARMUP:
         weights = n.div_(inv_gamma).log1p_().mul_(-power).exp_().clamp_(low, high)
     elif terms.kind == KernelTerms.RATIO_WARMUP:
@@ -230,4 +221,5 @@ def _weights_by_terms(terms: KernelTerms, n: Tensor) -> Tensor:
     else:
         assert terms.kind == KernelTerms.CONSTANT, terms
         weights = n.fill_(low)
-    return weights.masked_fill_(copied, 1.0)
+    weights.masked_fill_(copied, 1.0)
+    return weights, (-weights).log1p_()

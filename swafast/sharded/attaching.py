@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,10 +17,51 @@ from ..loop.runners import Ready
 from ..op.plan import Plan
 from ..terms.rules import Rule
 from ..torch_private.core import disable_dynamo
-from .parts.flag import Flag
 from .parts.holdings import Held
 from .parts.ranks import Ranks
 from .shard_matching import Bound, ShardSide, Staging, bind_shards
+
+
+class Flag:
+    """What makes a flag that is set on one rank so on all: a :class:`~swafast.backends.contract.ReduceFlag`.
+
+    The number of the averaged model goes round in the same element: flags of two averages that ranks update in
+    different orders must not be taken for each other.
+
+    Args:
+        number: from :meth:`Ranks.next_number`.
+    """
+
+    def __init__(self, ranks: Ranks, number: int) -> None:
+        self._ranks, self._number = ranks, number
+
+    def _reduced(self, flag: Tensor) -> Tensor:
+        reduced = (flag != 0) + 2 * self._number
+        self._ranks.max_(reduced)
+        return reduced
+
+    def __call__(self, flag: Tensor) -> None:
+        """Collective. Where it is the flag of another average on another rank, it is set: nothing is updated then."""
+        if self._ranks.size > 1:
+            reduced = self._reduced(flag)
+            flag.copy_(torch.where(reduced >> 1 == self._number, reduced & 1, 1))
+
+    def anywhere(self, found: bool, device: torch.device) -> bool:
+        """Return whether any rank has found it. Collective.
+
+        Raises:
+            RuntimeError: on some rank: another one was in the update of another average.
+        """
+        if self._ranks.size == 1:
+            return found
+        with self._ranks.in_lockstep():
+            number, is_set = divmod(int(self._reduced(torch.full((), int(found), dtype=torch.int64, device=device))), 2)
+            if number != self._number:
+                raise RuntimeError(
+                    "ranks must update averages that share a process group in one order, got another average on "
+                    "another rank: give each thread averages of a process group of its own"
+                )
+        return bool(is_set)
 
 
 class AttachableShards(Attachable):
@@ -69,6 +110,16 @@ class AttachableShards(Attachable):
                 f"{first!r} must be finite, got a NaN or an infinity on rank {rank}; the average is as it was"
             )
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the averages and buffers that this rank keeps."""
+        all_planes = (planes for averaged in self._updated for planes in averaged._planes.values())
+        return sum(plane.nbytes for planes in all_planes for plane in planes)
+
+    def __reduce__(self) -> Any:
+        name = type(self).__name__
+        raise TypeError(f"{name} belongs to its process group and cannot be copied or pickled: save its state_dict()")
+
     def _on_all_ranks(self, action: str) -> AbstractContextManager[None]:
         return self._ranks.settled(action)
 
@@ -101,6 +152,7 @@ class AttachableShards(Attachable):
         _ranks: Ranks
         _number: int
         _bindings: Bindings
+        _planes: Mapping[str, tuple[Tensor, ...]]
 
         @property
         def _updated(self) -> Sequence[AttachableShards]: ...  # what an update moves: this average, or several

@@ -99,15 +99,11 @@ def require_same_bits(shares: Sequence[Share], held: Mapping[str, Held], ranks: 
             sums.setdefault(_digest(holding.replicas), []).append((share.name, checksum(run)))
     everyone = ranks.gather({replicas: _digest(of) for replicas, of in sums.items()})
     # Each set of replicas is spoken for by just the ranks in it.
-    if all(
-        len({digests[alike] for digests in everyone if alike in digests}) == 1
-        for digests in everyone
-        for alike in digests
-    ):
+    expected_of = {alike: digest for digests in everyone for alike, digest in digests.items()}
+    if all(digest == expected_of[alike] for digests in everyone for alike, digest in digests.items()):
         return
-    details = list(zip(ranks.ranks, ranks.gather(sums), strict=True))
     first: dict[bytes, tuple[int, list[tuple[str, int]]]] = {}
-    for rank, checksums in details:
+    for rank, checksums in zip(ranks.ranks, ranks.gather(sums), strict=True):
         for alike, theirs in checksums.items():
             first_rank, ours = first.setdefault(alike, (rank, theirs))
             for (name, expected), (_, got) in zip(ours, theirs, strict=True):

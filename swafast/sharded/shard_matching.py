@@ -185,11 +185,10 @@ class ShardBinding:
         sides: Sequence[ShardSide],
         held: Mapping[str, Held],
         *,
-        config: object,
         backend: str | None,
         staging: Staging | None,
     ) -> None:
-        self._config, self._staging = config, staging
+        self._config, self._staging = (backend, staging), staging
         self._locator = Locator(model, sides[0].shares, held)
         bases = self._find(model)
         assert bases is not None, "a walk just made must fit"
@@ -261,7 +260,7 @@ def bind_shards(
     if current is None:
         for counter in counters:
             checks.check_counter(counter)
-        bindings.use(ShardBinding(model, sides, find(model), config=config, backend=backend, staging=staging))
+        bindings.use(ShardBinding(model, sides, find(model), backend=backend, staging=staging))
         current = bindings.current(model, config, counters)
         assert current is not None, "a plan just made must fit"
     return current

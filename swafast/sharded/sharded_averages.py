@@ -156,18 +156,8 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
             states[name][rest] = value
         return states
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all averages and buffers that this rank keeps."""
-        return sum(averaged.nbytes for averaged in self.values())
-
     def _make_guard(self) -> Guard:
         return Guard([averaged._guard for averaged in self.values()], self._number)
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            "ShardedAverages belong to their process group and cannot be copied or pickled: save their state_dict()"
-        )
 
 
 @contextmanager

@@ -279,13 +279,3 @@ class ShardedAveragedModel(AttachableShards):
 
     def _entries(self) -> list[checkpoint.Entry]:
         return list(checkpoint.entries(self._shares, self._planes))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the averages and buffers that this rank keeps."""
-        return sum(plane.nbytes for planes in self._planes.values() for plane in planes)
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            "a ShardedAveragedModel belongs to its process group and cannot be copied or pickled: save its state_dict()"
-        )
