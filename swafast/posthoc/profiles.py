@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -140,7 +140,10 @@ def _compressed(profiles: Sequence[Profile]) -> list[Tensor]:
     combinations of as many stretches as there are rules, and the R of a QR decomposition of these has their geometry.
     Inner products would say the same with half the digits: they square what is small between profiles nearly alike.
     """
-    rules = _distinct(profile.rule for profile in profiles)
+    rules: list[Rule] = []  # each once; one of the user's own need not hash
+    for profile in profiles:
+        if profile.rule not in rules:
+            rules.append(profile.rule)
     own = [rules.index(profile.rule) for profile in profiles]
     counts = sorted({profile.num_averaged for profile in profiles})
     # By profile: the log of what models after the stretch have left of it.
@@ -155,15 +158,6 @@ def _compressed(profiles: Sequence[Profile]) -> list[Tensor]:
             else:
                 stretches[k].append(torch.zeros_like(triangle[:, 0]))
     return [torch.cat(own) for own in stretches]
-
-
-def _distinct(rules: Iterable[Rule]) -> list[Rule]:
-    """Give each rule once; one of the user's own need not hash."""
-    found: list[Rule] = []
-    for rule in rules:
-        if rule not in found:
-            found.append(rule)
-    return found
 
 
 def _triangle(rules: Sequence[Rule], first: int, last: int) -> tuple[Tensor, list[float]]:

@@ -49,8 +49,7 @@ def stored_parts(averaged: Averaged, ranks: Ranks, dtype: torch.dtype | None) ->
     if isinstance(averaged, ShardedAveragedModel):
         return list(_sharded_parts(averaged, ranks, dtype))
     parts = list(_whole_parts(averaged, ranks, dtype))
-    if ranks.size > 1:
-        ranks.agree("a FusedAveragedModel that is saved", {part.stored.names[0]: part.checksum for part in parts})
+    ranks.agree("a FusedAveragedModel that is saved", {part.stored.names[0]: part.checksum for part in parts})
     return [part if ranks.index == 0 else replace(part, checksum=0) for part in parts]
 
 

@@ -15,9 +15,7 @@ from ..average.matching import Bindings
 from ..loop.attach import Attachable
 from ..loop.runners import Ready
 from ..op.plan import Plan
-from ..terms.rules import Rule
 from ..torch_private.core import disable_dynamo
-from .parts.holdings import Held
 from .parts.ranks import Ranks
 from .shard_matching import Bound, ShardSide, Staging, bind_shards
 
@@ -88,8 +86,7 @@ class AttachableShards(Attachable):
             self._update_bound(self._bind(model))
 
     def _bind(self, model: Module, staging: Staging | None = None) -> Bound:
-        sides, first = [averaged._side() for averaged in self._updated], self._updated[0]
-        return bind_shards(self._bindings, model, sides, first._find_held, backend=first.backend, staging=staging)
+        return bind_shards(self._bindings, model, self._updated, staging)
 
     def _update_bound(self, bound: Bound) -> None:
         plan, params, planes = bound
@@ -97,7 +94,7 @@ class AttachableShards(Attachable):
         with self._guard.hold("update_parameters"):
             if self.nonfinite == "raise":
                 self._refuse_nonfinite(plan, params, flag)
-            rules, skip = [averaged.rule for averaged in self._updated], self.nonfinite == "skip"
+            rules, skip = [side.rule for side in self._updated], self.nonfinite == "skip"
             plan.update(params, planes, rules, skip_nonfinite=skip, reduce_flag=flag if skip else None)
 
     def _refuse_nonfinite(self, plan: Plan, params: Sequence[Tensor], flag: Flag) -> None:
@@ -113,7 +110,7 @@ class AttachableShards(Attachable):
     @property
     def nbytes(self) -> int:
         """Bytes of the averages and buffers that this rank keeps."""
-        all_planes = (planes for averaged in self._updated for planes in averaged._planes.values())
+        all_planes = (planes for side in self._updated for planes in side._planes.values())
         return sum(plane.nbytes for planes in all_planes for plane in planes)
 
     def __reduce__(self) -> Any:
@@ -145,16 +142,10 @@ class AttachableShards(Attachable):
         return ready
 
     if TYPE_CHECKING:
-        rule: Rule
-        n_averaged: Tensor
-        backend: str | None
         nonfinite: str
         _ranks: Ranks
         _number: int
         _bindings: Bindings
-        _planes: Mapping[str, tuple[Tensor, ...]]
 
         @property
-        def _updated(self) -> Sequence[AttachableShards]: ...  # what an update moves: this average, or several
-        def _side(self) -> ShardSide: ...
-        def _find_held(self, model: Module) -> dict[str, Held]: ...
+        def _updated(self) -> Sequence[ShardSide]: ...  # what an update moves: this average, or several

@@ -150,9 +150,7 @@ def prepare_load(all_entries: Sequence[Entry], state: object) -> PendingLoad:
     sealed = [key for key in state if str(key).startswith(CHECKSUM)]
     # First of all, since a state of another format lacks keys as well, and this says why.
     _require_dtypes(all_entries, state)
-    _require_keys(
-        [*keys, *((CHECKSUM + key for key in keys) if sealed else ()), *((SAVE_ID,) if sealed else ())], state
-    )
+    _require_keys([*keys, *(CHECKSUM + key for key in keys), SAVE_ID] if sealed else keys, state)
     for key in state:
         if not isinstance(state[key], Tensor):
             raise TypeError(f"state_dict[{key!r}] must be a tensor, got {type(state[key]).__name__}")

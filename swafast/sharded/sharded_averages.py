@@ -108,7 +108,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         Raises:
             RuntimeError: an average is swapped into a model, here or on another rank; or a rank was lost.
         """
-        return self._joined(lambda averaged: averaged.state_dict(checksums=checksums), "state_dict")
+        return self._joined("state_dict", checksums=checksums)
 
     def full_state_dict(self, *, rank0_only: bool = False, cpu_offload: bool = False) -> dict[str, Tensor]:
         """Give whole tensors under the keys of :class:`~swafast.FusedAverages`. Collective.
@@ -116,15 +116,12 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         Raises:
             RuntimeError: as :meth:`state_dict`.
         """
-        return self._joined(
-            lambda averaged: averaged.full_state_dict(rank0_only=rank0_only, cpu_offload=cpu_offload), "full_state_dict"
-        )
+        return self._joined("full_state_dict", rank0_only=rank0_only, cpu_offload=cpu_offload)
 
-    def _joined(self, state_of: Any, action: str) -> dict[str, Tensor]:
+    def _joined(self, action: str, **options: bool) -> dict[str, Tensor]:
         with self._guard.hold(action, self._ranks):
-            return {
-                f"{name}.{key}": value for name, averaged in self.items() for key, value in state_of(averaged).items()
-            }
+            states = {name: getattr(averaged, action)(**options) for name, averaged in self.items()}
+        return {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over the states of all averages: each is taken and verified before any is written. Collective.

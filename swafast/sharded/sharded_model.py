@@ -26,12 +26,12 @@ from .parts.holdings import Held, find_holdings, reshard
 from .parts.ranks import Ranks
 from .parts.rendezvous import shared_ranks
 from .parts.shares import share_out
-from .shard_matching import ShardSide, check_sharded_model, find_held
+from .shard_matching import ShardSide, check_sharded_model
 from .swap import Swap, spread_all
 
 
 @pickled_from("swafast")
-class ShardedAveragedModel(AttachableShards):
+class ShardedAveragedModel(AttachableShards, ShardSide):
     """The running average of a model that is spread over ranks: each rank averages what it owns, where it lies.
 
     ``average = average + weight * (param - average)``, as :class:`~swafast.FusedAveragedModel` has it, bit for bit, in
@@ -82,8 +82,6 @@ class ShardedAveragedModel(AttachableShards):
         torch.distributed.checkpoint.save({"averaged": averaged.state_dict()}, checkpoint_id=folder)
     """
 
-    n_averaged: Tensor  # () int64, updates so far, on the params' device
-
     def __init__(
         self,
         model: Module,
@@ -129,7 +127,12 @@ class ShardedAveragedModel(AttachableShards):
     def _set_up(self, model: Module, include: Callable[[str, Tensor], bool] | None) -> dict[str, Held]:
         """Find out what this rank holds and averages, and make room for it."""
         found = {held.holding.name: held for held in find_holdings(model, self._ranks.ranks, self._meshes)}
-        params = {name: held.registered for name, held in found.items() if not held.holding.is_buffer}
+        # What the user finds in the model; of a flat param, this rank's part.
+        params = {
+            name: held.found_in if isinstance(held.found_in, Tensor) else held.local
+            for name, held in found.items()
+            if not held.holding.is_buffer
+        }
         self._left_alone = {name for name, included in ask_include(include, params).items() if not included}
         held = {name: found[name] for name in found if name not in self._left_alone}
         holdings = [each.holding for each in held.values()]
@@ -147,12 +150,6 @@ class ShardedAveragedModel(AttachableShards):
     @property
     def _updated(self) -> list[ShardedAveragedModel]:
         return [self]
-
-    def _side(self) -> ShardSide:
-        return ShardSide(self._shares, self._planes, self.n_averaged, self.seed)
-
-    def _find_held(self, model: Module) -> dict[str, Held]:
-        return find_held(model, self._shares, self._left_alone, self._ranks.ranks, self._meshes)
 
     # Use of the average
 

@@ -89,11 +89,6 @@ class Held:
     found_in: Tensor | private.FlatParam  # a tensor registered in the model, or FSDP1's
     offset: int = 0  # in the flat param's local tensor
 
-    @property
-    def registered(self) -> Tensor:
-        """What the user finds in the model; of a flat param, this rank's part."""
-        return self.found_in if isinstance(self.found_in, Tensor) else self.local
-
     def now(self) -> Tensor:
         """Give the tensor that is there now, which may have been given other memory."""
         if isinstance(self.found_in, DTensor):
