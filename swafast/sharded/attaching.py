@@ -114,7 +114,7 @@ class AttachableShards(Attachable):
         return sum(plane.nbytes for planes in all_planes for plane in planes)
 
     def __reduce__(self) -> Any:
-        name = type(self).__name__
+        name = f"a {type(self).__name__}"
         raise TypeError(f"{name} belongs to its process group and cannot be copied or pickled: save its state_dict()")
 
     def _on_all_ranks(self, action: str) -> AbstractContextManager[None]:

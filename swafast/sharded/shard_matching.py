@@ -54,7 +54,8 @@ class Locator:
         self._walk = Walk(unwrap(model))
         found_in = {share.name: held[share.name].found_in for share in shares}
         #: In the order in which they are found: DTensors, plain tensors, then what lies in flat params.
-        self.shares = sorted(shares, key=lambda share: _kind(found_in[share.name]))
+        kinds = (DTensor, Tensor)
+        self.shares = sorted(shares, key=lambda share: [not isinstance(found_in[share.name], kind) for kind in kinds])
         tensors = [found for share in self.shares if isinstance(found := found_in[share.name], Tensor)]
         self._positions = [self._walk.position(tensor) for tensor in tensors]
         dtensors = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
@@ -89,10 +90,6 @@ class Locator:
         """Give this rank's tensor of a share out of what :meth:`find` gave."""
         base, run = self._locations[index]
         return bases[base] if run is None else bases[base].narrow(0, *run)
-
-
-def _kind(found_in: Tensor | private.FlatParam) -> int:
-    return 0 if isinstance(found_in, DTensor) else 1 if isinstance(found_in, Tensor) else 2
 
 
 class Views(Sequence[Tensor]):

@@ -289,7 +289,5 @@ def checked_group(process_group: object) -> ProcessGroup:
 class OneProcess(Ranks):
     """This process alone, without a process group."""
 
-    group = None
-
     def __init__(self) -> None:
-        self.rank, self.ranks, self.lock, self._fault = 0, (0,), ForkSafeLock(), _Fault()
+        self.rank, self.ranks, self.group, self.lock, self._fault = 0, (0,), None, ForkSafeLock(), _Fault()
