@@ -584,8 +584,8 @@ def cut_unevenly() -> None:
 def keep_copies() -> None:
     make = shard_matching.ShardBinding.__init__
 
-    def with_copies(self: Any, model: Any, averaged: Any, planes: Any, held: Any, *args: Any, **options: Any) -> None:
-        make(self, model, averaged, planes, held, *args, **options)
+    def with_copies(self: Any, model: Any, sides: Any, held: Any, *args: Any) -> None:
+        make(self, model, sides, held, *args)
         self.copies = [found.local.detach().clone() for found in held.values()]
 
     shard_matching.ShardBinding.__init__ = with_copies  # type: ignore[method-assign]

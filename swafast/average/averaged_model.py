@@ -17,6 +17,7 @@ from ..op import checks, choice
 from ..op.exchange import Exchange
 from ..op.plan import Plan
 from ..terms.formats import OWN, Format, check_format, format_of, stored_dtype
+from ..terms.names import named_params, unwrap
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule, rule_of
 from ..torch_private.core import disable_dynamo
@@ -112,7 +113,7 @@ class FusedAveragedModel(Attachable, AveragedModel):
             raise TypeError(f"device must be a torch.device, got {device!r}: pass it as rule=")
         choice.choose_backends(backend, {param.device.type for param in check_model(model).parameters()})
         refuse_sharded(model)
-        asked = ask_include(include, model)
+        asked = ask_include(include, named_params(unwrap(model), "model"))
         if recognised is not None and (rule, avg_fn, multi_avg_fn) != (None, None, None):
             # torch's closures do not pickle; the rule that they stand for does.
             avg_fn, multi_avg_fn = None, recognised

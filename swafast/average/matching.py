@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Protocol
@@ -58,8 +58,8 @@ def refuse_sharded(model: Module) -> None:
                 raise ValueError(f"model must be whole on this rank, got an {kind.__name__}; {checks.FOR_SHARDED}")
 
 
-def ask_include(include: object, model: Module) -> dict[str, bool]:
-    """Ask ``include`` about each parameter of ``model``; nothing is asked, and all are averaged, where it is None.
+def ask_include(include: object, params: Mapping[str, Tensor]) -> dict[str, bool]:
+    """Ask ``include`` about each of ``params``; nothing is asked, and all are averaged, where it is None.
 
     Raises:
         TypeError: it is no function.
@@ -69,7 +69,7 @@ def ask_include(include: object, model: Module) -> dict[str, bool]:
         return {}
     if not callable(include):
         raise TypeError(f"include must be a function include(name, param) -> bool, got {include!r}")
-    asked = {name: bool(include(name, param)) for name, param in named_params(unwrap(model), "model").items()}
+    asked = {name: bool(include(name, param)) for name, param in params.items()}
     if asked and not any(asked.values()):
         raise ValueError(f"include must pick a parameter, got False for all of them, {next(iter(asked))!r} the first")
     return asked

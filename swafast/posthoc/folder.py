@@ -213,8 +213,7 @@ def _rule_of(saved: Mapping[str, Any], path: Path) -> Rule | str:
 
 
 def _spell_tensor(stored: StoredTensor) -> dict[str, Any]:
-    dtype = str(stored.dtype).removeprefix("torch.")
-    return {"names": list(stored.names), "shape": list(stored.shape), "dtype": dtype}
+    return {**dataclasses.asdict(stored), "dtype": str(stored.dtype).removeprefix("torch.")}
 
 
 def _tensor_of(saved: Mapping[str, Any]) -> StoredTensor:

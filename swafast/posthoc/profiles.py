@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -140,7 +140,10 @@ def _compressed(profiles: Sequence[Profile]) -> list[Tensor]:
     combinations of as many stretches as there are rules, and the R of a QR decomposition of these has their geometry.
     Inner products would say the same with half the digits: they square what is small between profiles nearly alike.
     """
-    rules = _distinct(profile.rule for profile in profiles)
+    rules: list[Rule] = []  # each once; one of the user's own need not hash
+    for profile in profiles:
+        if profile.rule not in rules:
+            rules.append(profile.rule)
     own = [rules.index(profile.rule) for profile in profiles]
     counts = sorted({profile.num_averaged for profile in profiles})
     # By profile: the log of what models after the stretch have left of it.
@@ -155,15 +158,6 @@ def _compressed(profiles: Sequence[Profile]) -> list[Tensor]:
             else:
                 stretches[k].append(torch.zeros_like(triangle[:, 0]))
     return [torch.cat(own) for own in stretches]
-
-
-def _distinct(rules: Iterable[Rule]) -> list[Rule]:
-    """Give each rule once; one of the user's own need not hash."""
-    found: list[Rule] = []
-    for rule in rules:
-        if rule not in found:
-            found.append(rule)
-    return found
 
 
 def _triangle(rules: Sequence[Rule], first: int, last: int) -> tuple[Tensor, list[float]]:
@@ -200,29 +194,20 @@ def _stretch(rule: Rule, first: int, last: int) -> tuple[Tensor, float]:
 
 
 def _weights(rule: Rule, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """Give the weights of models ``first`` to ``last`` as they come, and log(1 - weight); both float64."""
+    """Return the weights of models ``first`` to ``last`` as they come, and log(1 - weight); both float64."""
     terms = terms_of(rule)
-    if terms is not None and terms.kind in (KernelTerms.EQUAL, KernelTerms.POWER):
-        # log(1 - w) = -(gamma + 1) log1p(1 / (i - 1)), with gamma = 0 for the equal mean; -inf for the first model
-        exponent = terms.terms[0] + 1.0 if terms.kind == KernelTerms.POWER else 1.0
-        log_decays = _models_before(first, last).reciprocal_().log1p_().mul_(-exponent)
-        return log_decays.expm1().neg_(), log_decays
     if terms is None:
         given = [checked_weight(rule, i - 1) for i in range(first, last + 1)]
         weights = torch.tensor(given, dtype=torch.float64, device="cpu")
-    else:
-        weights = _weights_by_terms(terms, _models_before(first, last))
-    return weights, (-weights).log1p_()
-
-
-def _models_before(first: int, last: int) -> Tensor:
-    return torch.arange(first - 1, last, dtype=torch.float64, device="cpu")
-
-
-def _weights_by_terms(terms: KernelTerms, n: Tensor) -> Tensor:
-    """As ``KernelTerms.weight`` has it, for many counts at once; overwrites ``n``."""
+        return weights, (-weights).log1p_()
+    # As ``KernelTerms.weight`` has it, for many counts at once.
+    n = torch.arange(first - 1, last, dtype=torch.float64, device="cpu")
     copied = n == 0
     low, high, inv_gamma, power = terms.terms
+    if terms.kind in (KernelTerms.EQUAL, KernelTerms.POWER):
+        # log(1 - w) = -(gamma + 1) log1p(1 / (i - 1)), with gamma = 0 for the equal mean; -inf for the first model
+        log_decays = n.reciprocal_().log1p_().mul_(-(low + 1.0 if terms.kind == KernelTerms.POWER else 1.0))
+        return log_decays.expm1().neg_(), log_decays
     if terms.kind == KernelTerms.POWER_WARMUP:
         weights = n.div_(inv_gamma).log1p_().mul_(-power).exp_().clamp_(low, high)
     elif terms.kind == KernelTerms.RATIO_WARMUP:
@@ -230,4 +215,5 @@ def _weights_by_terms(terms: KernelTerms, n: Tensor) -> Tensor:
     else:
         assert terms.kind == KernelTerms.CONSTANT, terms
         weights = n.fill_(low)
-    return weights.masked_fill_(copied, 1.0)
+    weights.masked_fill_(copied, 1.0)
+    return weights, (-weights).log1p_()

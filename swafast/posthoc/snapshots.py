@@ -36,8 +36,8 @@ from .folder import (
     write_sidecar,
 )
 from .profiles import Fit, Profile, fit
-from .sums import Sum, WantedTensor, describe_sharding, read, verify_checksums, wanted_tensors, windows_of
-from .written import Averaged, StoredPart, named_averages, reporting, state_of, stored_in, stored_parts, write
+from .sums import WantedTensor, describe_sharding, read, sum_up, wanted_tensors, windows_of
+from .written import Averaged, StoredPart, named_averages, reporting, stored_in, stored_parts, write
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -211,13 +211,17 @@ class Snapshots:
         return rules, next(iter(counts.values()))
 
     def _write(self, count: int, rules: Mapping[str, Rule], parts: Mapping[str, list[StoredPart]]) -> None:
-        state, sums = state_of(parts)
-        total = torch.tensor(list(sums.values()), dtype=torch.int64, device="cpu")
-        self._ranks.sum_(total)
+        # Copies as the last average has them.
+        by_key = {
+            key_of("" if part.is_copy else average, part.stored.names[0]): part
+            for average, of_average in parts.items()
+            for part in of_average
+        }
+        sums = self._ranks.sums(part.checksum for part in by_key.values())
         first, path = self._ranks.index == 0, None
         with self._ranks.settled("save"):
             params, copies = stored_in(parts)
-            snapshot = Snapshot(self.folder, count, rules, params, copies, dict(zip(sums, total.tolist(), strict=True)))
+            snapshot = Snapshot(self.folder, count, rules, params, copies, dict(zip(by_key, sums, strict=True)))
             present = self._latest()
             if present is not None:
                 require_same_model(present, "averages", snapshot)
@@ -232,7 +236,7 @@ class Snapshots:
             path = self._ranks.gather(path)[0]
             assert path is not None
             with self._ranks.settled("save"):
-                write(path, state, self._ranks)
+                write(path, {key: part.value for key, part in by_key.items()}, self._ranks)
             with self._ranks.settled("save"):
                 if first:
                     with reporting(RuntimeError, f"snapshot {path} could not be written"):
@@ -322,14 +326,9 @@ class Snapshots:
         distinct = {each.name: each for each in wanted.values()}
         results: dict[str, Tensor] = {}
         for window in windows_of([each for name, each in distinct.items() if name in averaged]):
-            total = Sum(window)
-            for snapshot, coefficients in used:
-                total.add(snapshot, coefficients, self._ranks)
-            results |= {each.name: tensor for each, tensor in zip(window, total.results(), strict=True)}
-        copied = {key_of("", name): each for name, each in distinct.items() if name not in averaged}
-        loaded = {key: each.empty(each.stored.dtype) for key, each in copied.items()}
-        if loaded:
-            read(latest.path, loaded, self._ranks)
-            verify_checksums(latest, loaded.items(), self._ranks)
-        results |= {copied[key].name: tensor for key, tensor in loaded.items()}
+            results |= sum_up(window, used, self._ranks)
+        copies = {name: each.empty(each.stored.dtype) for name, each in distinct.items() if name not in averaged}
+        if copies:
+            read(latest, {key_of("", name): tensor for name, tensor in copies.items()}, self._ranks)
+        results |= copies
         return {name: results[each.name] for name, each in wanted.items()}

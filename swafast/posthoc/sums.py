@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,7 +16,7 @@ from ..sharded.parts.ranks import Ranks
 from ..terms.names import canonical
 from ..torch_private import distributed as private
 from .folder import Snapshot, StoredTensor, key_of
-from .written import group_of, reporting
+from .written import reporting
 
 #: Elements that are summed at a time, or one tensor if that is larger: 12 bytes for each, 8 of the float64 sum and 4 of
 #: a snapshot, so 50 MB. With it `python examples/posthoc.py --cost 24` read 1.6 times as fast as with 2**24.
@@ -94,25 +92,18 @@ def windows_of(wanted: list[WantedTensor]) -> Iterator[list[WantedTensor]]:
 # Reading
 
 
-def read(path: Path, wanted: Mapping[str, Tensor], ranks: Ranks) -> None:
-    """Fill tensors with what is stored under their keys, each rank its own part. Collective."""
-    with reporting(ValueError, f"snapshot {path} must be whole and readable, got"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is")
-        dcp.load(dict(wanted), storage_reader=dcp.FileSystemReader(path), process_group=group_of(ranks))
+def read(snapshot: Snapshot, wanted: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Fill tensors with what is stored under their keys, each rank its own part, and verify it. Collective.
 
-
-def local_of(tensor: Tensor) -> Tensor:
-    """Give what this rank has of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def verify_checksums(snapshot: Snapshot, loaded: Iterable[tuple[str, Tensor]], ranks: Ranks) -> None:
-    """Raise ValueError on every rank, naming the key, unless ``loaded``, by key, is what was saved. Collective."""
-    found = [(key, tensor) for key, tensor in loaded if tensor.numel()]
-    sums = torch.tensor([_checksum_here(tensor) for _, tensor in found], dtype=torch.int64, device="cpu")
-    numels = torch.tensor([local_of(tensor).numel() for _, tensor in found], dtype=torch.int64, device="cpu")
-    ranks.sum_(both := torch.stack([sums, numels]))
-    for (key, tensor), added, numel in zip(found, *both.tolist(), strict=True):
+    Raises:
+        ValueError: on every rank: a file cannot be read, or does not hold what was saved; then it names the key.
+    """
+    with reporting(ValueError, f"snapshot {snapshot.path} must be whole and readable, got"):
+        dcp.load(dict(wanted), storage_reader=dcp.FileSystemReader(snapshot.path), process_group=ranks.group)
+    found = {key: tensor for key, tensor in wanted.items() if tensor.numel()}
+    numels = [local_of(tensor).numel() for tensor in found.values()]
+    sums = ranks.sums([*map(_checksum_here, found.values()), *numels])
+    for (key, tensor), added, numel in zip(found.items(), sums[: len(found)], sums[len(found) :], strict=True):
         copies, rest = divmod(numel, tensor.numel())  # as many as ranks hold each element
         if rest or not copies or added != wrap_int64(snapshot.checksums[key] * copies):
             raise ValueError(
@@ -121,52 +112,42 @@ def verify_checksums(snapshot: Snapshot, loaded: Iterable[tuple[str, Tensor]], r
             )
 
 
+def local_of(tensor: Tensor) -> Tensor:
+    """Return what this rank has of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _checksum_here(tensor: Tensor) -> int:
     if not isinstance(tensor, DTensor):
         return checksum(tensor)
     local = tensor.to_local()
-    if not local.numel():
-        return 0
-    offsets, _ = private.box_of(tensor)
-    return checksum(local, tuple(tensor.shape), offsets)
+    return checksum(local, tuple(tensor.shape), private.box_of(tensor)[0]) if local.numel() else 0
 
 
-class Sum:
-    """A weighted sum of what snapshots hold of a few tensors, in float64.
+def sum_up(
+    wanted: Sequence[WantedTensor], used: Iterable[tuple[Snapshot, Mapping[str, float]]], ranks: Ranks
+) -> dict[str, Tensor]:
+    """Add up params of averages, each times its average's coefficient, in float64. Collective.
 
     Args:
-        wanted: with params of one average each.
+        used: snapshots, with the coefficients of their averages by name.
+
+    Returns:
+        the sums by name, spread as is wanted, rounded once to float32; float64 and complex ones keep their dtype.
     """
-
-    def __init__(self, wanted: Sequence[WantedTensor]) -> None:
-        self.wanted = wanted
-        self._loaded: list[Tensor] = []
-        self._sums = [local_of(each.empty(_wide(each.stored.dtype))).zero_() for each in wanted]
-
-    def add(self, snapshot: Snapshot, coefficients: Mapping[str, float], ranks: Ranks) -> None:
-        """Add an average's params times its coefficient, for each that has one. Collective."""
-        dtypes = {stored.names[0]: stored.dtype for stored in snapshot.params}
+    totals = [local_of(each.empty(torch.promote_types(each.stored.dtype, torch.float64))).zero_() for each in wanted]
+    loaded: list[Tensor] = []
+    for snapshot, coefficients in used:
+        of_params = {stored.names[0]: stored.dtype for stored in snapshot.params}
+        dtypes = [of_params[each.name] for each in wanted]
         for average, coefficient in coefficients.items():
-            keys = [key_of(average, each.name) for each in self.wanted]
-            loaded = self._room([dtypes[each.name] for each in self.wanted])
-            read(snapshot.path, dict(zip(keys, loaded, strict=True)), ranks)
-            verify_checksums(snapshot, zip(keys, loaded, strict=True), ranks)
-            for total, tensor in zip(self._sums, loaded, strict=True):
+            if [tensor.dtype for tensor in loaded] != dtypes:  # else into the same ones: new memory is slow to touch
+                loaded = [each.empty(dtype) for each, dtype in zip(wanted, dtypes, strict=True)]
+            keys = [key_of(average, each.name) for each in wanted]
+            read(snapshot, dict(zip(keys, loaded, strict=True)), ranks)
+            for total, tensor in zip(totals, loaded, strict=True):
                 total.add_(local_of(tensor), alpha=coefficient)
-
-    def _room(self, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-        """Give tensors to read into, the same ones again: new memory is slow to touch."""
-        if [tensor.dtype for tensor in self._loaded] != list(dtypes):
-            self._loaded = [each.empty(dtype) for each, dtype in zip(self.wanted, dtypes, strict=True)]
-        return self._loaded
-
-    def results(self) -> Iterator[Tensor]:
-        """Give the sums, spread as was asked for, rounded once to float32; float64 and complex ones keep theirs."""
-        for each, total in zip(self.wanted, self._sums, strict=True):
-            result = each.empty(torch.promote_types(each.stored.dtype, torch.float32))
-            local_of(result).copy_(total)
-            yield result
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.complex128 if dtype.is_complex else torch.float64
+    results = {each.name: each.empty(torch.promote_types(each.stored.dtype, torch.float32)) for each in wanted}
+    for result, total in zip(results.values(), totals, strict=True):
+        local_of(result).copy_(total)
+    return results

@@ -5,15 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from ..average.averaged_model import FusedAveragedModel
 from ..average.matching import each_average
@@ -24,7 +22,7 @@ from ..sharded.parts.ranks import Ranks
 from ..sharded.sharded_model import ShardedAveragedModel
 from ..terms.formats import Format
 from ..terms.names import persistent_buffers, unwrap
-from .folder import StoredTensor, key_of
+from .folder import StoredTensor
 
 #: The name of an averaged model that is saved alone.
 _ALONE = "average"
@@ -51,11 +49,8 @@ def stored_parts(averaged: Averaged, ranks: Ranks, dtype: torch.dtype | None) ->
     if isinstance(averaged, ShardedAveragedModel):
         return list(_sharded_parts(averaged, ranks, dtype))
     parts = list(_whole_parts(averaged, ranks, dtype))
-    if ranks.size > 1:
-        ranks.agree("a FusedAveragedModel that is saved", {part.stored.names[0]: part.checksum for part in parts})
-        first = ranks.index == 0
-        parts = [StoredPart(part.stored, part.is_copy, part.value, first * part.checksum) for part in parts]
-    return parts
+    ranks.agree("a FusedAveragedModel that is saved", {part.stored.names[0]: part.checksum for part in parts})
+    return [part if ranks.index == 0 else replace(part, checksum=0) for part in parts]
 
 
 def _sharded_parts(averaged: ShardedAveragedModel, ranks: Ranks, dtype: torch.dtype | None) -> Iterator[StoredPart]:
@@ -63,14 +58,8 @@ def _sharded_parts(averaged: ShardedAveragedModel, ranks: Ranks, dtype: torch.dt
         holding, planes = share.holding, averaged._planes[share.name]
         full = share.format.decode(planes) if share.format is not None else planes[0]
         entry = checkpoint.Entry(holding.names, share, full.to(_dtype_of(share.format, full, dtype)))
-        value = checkpoint.part_of(entry)
-        if holding.is_buffer and not isinstance(value, DTensor):
-            ranks.broadcast_(value)
-            own = checksum(value)
-        else:
-            own = checkpoint.checksum_of_run(entry.run, share)
-        stored = StoredTensor(holding.names, tuple(holding.shape), value.dtype)
-        yield StoredPart(stored, share.format is None, value, own if share.counts_on(ranks.rank) else 0)
+        value, own = checkpoint.sealed_part_of(entry, ranks)
+        yield StoredPart(StoredTensor(holding.names, holding.shape, value.dtype), share.format is None, value, own)
 
 
 def _whole_parts(averaged: FusedAveragedModel, ranks: Ranks, dtype: torch.dtype | None) -> Iterator[StoredPart]:
@@ -114,17 +103,6 @@ def named_averages(averages: object) -> dict[str, Averaged]:
     return named
 
 
-def state_of(parts: Mapping[str, list[StoredPart]]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Give what is written, by key, and this rank's part of the checksums; copies as the last average has them."""
-    state: dict[str, Tensor] = {}
-    sums: dict[str, int] = {}
-    for average, of_average in parts.items():
-        for part in of_average:
-            key = key_of("" if part.is_copy else average, part.stored.names[0])
-            state[key], sums[key] = part.value, part.checksum
-    return state, sums
-
-
 def stored_in(parts: Mapping[str, list[StoredPart]]) -> tuple[tuple[StoredTensor, ...], tuple[StoredTensor, ...]]:
     """Give the params and the copies that all averages have in common, or raise ValueError."""
     (first, expected), *others = (
@@ -144,13 +122,8 @@ def stored_in(parts: Mapping[str, list[StoredPart]]) -> tuple[tuple[StoredTensor
 
 def write(path: Path, state: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Write the parts of all ranks. Collective; what fails on one raises on each."""
-    with reporting(RuntimeError, f"snapshot {path} could not be written"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is")  # disabled: one process is what is meant
-        dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(path), process_group=group_of(ranks))
-
-
-def group_of(ranks: Ranks) -> Any:
-    return getattr(ranks, "_group", None)
+    with reporting(RuntimeError, f"snapshot {path} could not be written"):
+        dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(path), process_group=ranks.group)
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
@@ -162,8 +135,11 @@ def _was_interrupted(error: BaseException | None) -> bool:
 
 @contextmanager
 def reporting(kind: type[Exception], what: str) -> Iterator[None]:
+    """Raise what fails in the body, on any rank, as an error of one kind that says ``what`` it is about."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is")  # disabled: one process is what is meant
+            yield
     except CheckpointException as error:  # no Exception; it has those of all ranks
         if any(_was_interrupted(each) for each, _ in error.failures.values()):
             raise KeyboardInterrupt from error

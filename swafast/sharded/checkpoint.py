@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement
 
 from ..op.checksum import checksum, wrap_int64
-from ..terms.boxes import Box, boxes_of_run
+from ..terms.boxes import boxes_of_run
 from .parts.holdings import is_spread_as
 from .parts.part_tensor import PartTensor
 from .parts.ranks import Ranks
@@ -62,17 +62,31 @@ def part_of(entry: Entry) -> Tensor:
     """Give a copy of a plane's part in the form that distributed checkpoints take: DTensor, PartTensor, or whole."""
     share, holding = entry.share, entry.share.holding
     run = entry.run.clone()
-    if share.cut is None and holding.sharding.kind == "dtensor":
-        local = share.boxes[0].of_run(run) if run.numel() else run.new_empty(holding.local_shape)
-        stride = torch.empty(holding.shape, device="meta").stride()
-        assert holding.device_mesh is not None
-        placements = cast("tuple[Placement, ...]", holding.sharding.placements)
-        return DTensor.from_local(
-            local, holding.device_mesh, placements, run_check=False, shape=torch.Size(holding.shape), stride=stride
-        )
-    if share.cut is None and holding.sharding.kind == "replicated":
-        return share.boxes[0].of_run(run).clone() if run.numel() else run.new_empty(holding.shape)
-    return PartTensor(run, holding.shape, share.boxes)
+    if share.cut is not None or holding.sharding.kind == "flat":
+        return PartTensor(run, holding.shape, share.boxes)
+    local = share.boxes[0].of_run(run) if run.numel() else run.new_empty(holding.local_shape)
+    if holding.device_mesh is None:
+        return local.clone()
+    stride = torch.empty(holding.shape, device="meta").stride()
+    placements = cast("tuple[Placement, ...]", holding.sharding.placements)
+    return DTensor.from_local(
+        local, holding.device_mesh, placements, run_check=False, shape=torch.Size(holding.shape), stride=stride
+    )
+
+
+def sealed_part_of(entry: Entry, ranks: Ranks) -> tuple[Tensor, int]:
+    """Copy a plane's part as :func:`part_of` does, with what this rank adds to the whole's checksum.
+
+    Collective for a buffer that each rank has whole: ranks may differ in its values, as in BatchNorm's under DDP, so
+    the part is the first rank's.
+    """
+    value = part_of(entry)
+    if entry.share.holding.is_buffer and not isinstance(value, DTensor):
+        ranks.broadcast_(value)
+        own = checksum(value)
+    else:
+        own = checksum_of_run(entry.run, entry.share)
+    return value, own if entry.share.counts_on(ranks.rank) else 0
 
 
 def checksum_of_run(run: Tensor, share: Share) -> int:
@@ -86,20 +100,11 @@ def make_state(
     state = {COUNT: num_averaged.detach().clone()}
     sums: dict[str, int] = {COUNT: checksum(state[COUNT]) if ranks.index == 0 else 0}
     for entry in all_entries:
-        value = part_of(entry)
-        if entry.share.holding.is_buffer and not isinstance(value, DTensor):
-            # Ranks may differ in their buffers' values, as in BatchNorm's under DDP: a state has the first rank's.
-            ranks.broadcast_(value)
-            own = checksum(value)
-        else:
-            own = checksum_of_run(entry.run, entry.share)
-        own = own if entry.share.counts_on(ranks.rank) else 0
+        value, own = sealed_part_of(entry, ranks)
         for key in entry.keys:
             state[key], sums[key] = value, own
     if checksums:
-        total = torch.tensor(list(sums.values()), dtype=torch.int64, device=num_averaged.device)
-        ranks.sum_(total)
-        for key, seal in zip(sums, total.tolist(), strict=True):
+        for key, seal in zip(sums, ranks.sums(sums.values(), num_averaged.device), strict=True):
             code = _code_of(state[key].dtype)
             state[CHECKSUM + key] = torch.tensor([seal, code], dtype=torch.int64, device="cpu")
         state[SAVE_ID] = _save_id_part(ranks)
@@ -145,9 +150,7 @@ def prepare_load(all_entries: Sequence[Entry], state: object) -> PendingLoad:
     sealed = [key for key in state if str(key).startswith(CHECKSUM)]
     # First of all, since a state of another format lacks keys as well, and this says why.
     _require_dtypes(all_entries, state)
-    _require_keys(
-        [*keys, *((CHECKSUM + key for key in keys) if sealed else ()), *((SAVE_ID,) if sealed else ())], state
-    )
+    _require_keys([*keys, *(CHECKSUM + key for key in keys), SAVE_ID] if sealed else keys, state)
     for key in state:
         if not isinstance(state[key], Tensor):
             raise TypeError(f"state_dict[{key!r}] must be a tensor, got {type(state[key]).__name__}")
@@ -218,7 +221,8 @@ def _run_from(value: Tensor, key: str, entry: Entry, seals: Mapping[str, tuple[i
         if share.cut is not None or not is_spread_as(value, holding.sharding):
             got = f"{value.placements} on {value.device_mesh}"
             raise ValueError(f"state_dict[{key!r}] must be spread as this average, {holding.sharding}, got {got}")
-        return _in_order(value.to_local(), share)
+        local = value.to_local().detach()
+        return (local.permute(share.boxes[0].order) if share.numel else local).reshape(-1)
     if isinstance(value, PartTensor):
         if [(box.offsets, box.sizes) for box in value.boxes] != [(box.offsets, box.sizes) for box in share.boxes]:
             raise ValueError(f"state_dict[{key!r}] must be cut as this average, got another cut: load it through DCP")
@@ -231,13 +235,6 @@ def _run_from(value: Tensor, key: str, entry: Entry, seals: Mapping[str, tuple[i
     for box, view in zip(share.boxes, views, strict=True):
         box.of_run(run).copy_(view)
     return run
-
-
-def _in_order(local: Tensor, share: Share) -> Tensor:
-    if not share.numel:
-        return local.detach().reshape(-1)
-    box: Box = share.boxes[0]
-    return local.detach().permute(box.order).reshape(-1)
 
 
 def verify(pending: PendingLoad, ranks: Ranks, device: torch.device) -> None:
@@ -266,9 +263,7 @@ def verify(pending: PendingLoad, ranks: Ranks, device: torch.device) -> None:
         key, share = entry.keys[0], entry.share
         sums[key] = checksum_of_run(run, share)
         wanted[key] = wrap_int64(pending.seals[key][0] * share.multiplicity)
-    total = torch.tensor(list(sums.values()), dtype=torch.int64, device=device)
-    ranks.sum_(total)
-    for key, found in zip(sums, total.tolist(), strict=True):
+    for key, found in zip(sums, ranks.sums(sums.values(), device), strict=True):
         if found != wanted[key]:
             raise ValueError(
                 f"state_dict[{key!r}] must be what was saved, got another checksum: the checkpoint is damaged, or "

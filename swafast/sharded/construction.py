@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -18,28 +19,6 @@ from .parts.holdings import Held, Holding, Mesh, partial_meshes
 from .parts.ranks import Ranks
 from .parts.shares import Share, view_of_run
 from .parts.spread import Spread
-
-
-def names_left_out(include: Callable[[str, Tensor], bool] | None, found: Mapping[str, Held]) -> frozenset[str]:
-    """Give the names of params that ``include`` leaves out.
-
-    Raises:
-        TypeError: it is no function.
-        ValueError: it picks none of the parameters.
-    """
-    if include is None:
-        return frozenset()
-    if not callable(include):
-        raise TypeError(f"include must be a function include(name, param) -> bool, got {include!r}")
-    params = {name: held for name, held in found.items() if not held.holding.is_buffer}
-    left = frozenset(
-        name
-        for name, held in params.items()
-        if not include(name, held.found_in if isinstance(held.found_in, Tensor) else held.local)
-    )
-    if params and len(left) == len(params):
-        raise ValueError(f"include must pick a parameter, got False for all of them, {next(iter(params))!r} the first")
-    return left
 
 
 def gather_meshes(model: Module, ranks: Ranks) -> dict[str, tuple[Mesh, ...]]:
@@ -78,20 +57,19 @@ def make_planes(
         ValueError: a tensor holds no plain memory; it names the parameter.
     """
     likes: list[PlaneLike] = []
+    counts: list[int] = []
     for share in shares:
         local = held[share.name].local.detach()
         checks.check_plain(f"{share.name!r} of the model", local)
         first = stored_dtype(requested, local.dtype, copied=share.format is None)
-        shape = view_of_run(share.holding, local, share.start, share.stop).shape
+        dtypes = [first, *(dtype for _, dtype in (share.format.extra if share.format is not None else ()))]
+        shape = share.of(local).shape
         stride = torch.empty(shape, device="meta").stride()
-        likes.extend(PlaneLike(shape, stride, dtype, local.device) for dtype in (first, *_further(share)))
+        likes.extend(PlaneLike(shape, stride, dtype, local.device) for dtype in dtypes)
+        counts.append(len(dtypes))
     made = {index: plane for bucket in new_in_buckets(likes) for index, plane in bucket}
-    planes = iter(made[index] for index in range(len(likes)))
-    return {share.name: tuple(next(planes) for _ in range(1 + len(_further(share)))) for share in shares}
-
-
-def _further(share: Share) -> list[torch.dtype]:
-    return [dtype for _, dtype in share.format.extra] if share.format is not None else []
+    planes = (made[index] for index in range(len(likes)))
+    return {share.name: tuple(islice(planes, count)) for share, count in zip(shares, counts, strict=True)}
 
 
 def spell(option: object) -> str:
@@ -102,11 +80,9 @@ def spell(option: object) -> str:
 def describe(shares: Sequence[Share]) -> dict[str, str]:
     """Give what all ranks must have in common, whichever part is theirs, by name."""
     described = {}
-    for share in shares:
-        holding = share.holding
+    for holding in (share.holding for share in shares):
         tied = f", tied to {', '.join(holding.names[1:])}" if holding.names[1:] else ""
-        spelled = f"{tuple(holding.shape)} {holding.dtype} {holding.device.type} ({holding.sharding}{tied})"
-        described[holding.name] = spelled
+        described[holding.name] = f"{holding.shape} {holding.dtype} {holding.device.type} ({holding.sharding}{tied})"
     return described
 
 
@@ -123,15 +99,11 @@ def require_same_bits(shares: Sequence[Share], held: Mapping[str, Held], ranks: 
             sums.setdefault(_digest(holding.replicas), []).append((share.name, checksum(run)))
     everyone = ranks.gather({replicas: _digest(of) for replicas, of in sums.items()})
     # Each set of replicas is spoken for by just the ranks in it.
-    if all(
-        len({digests[alike] for digests in everyone if alike in digests}) == 1
-        for digests in everyone
-        for alike in digests
-    ):
+    expected_of = {alike: digest for digests in everyone for alike, digest in digests.items()}
+    if all(digest == expected_of[alike] for digests in everyone for alike, digest in digests.items()):
         return
-    details = list(zip(ranks.ranks, ranks.gather(sums), strict=True))
     first: dict[bytes, tuple[int, list[tuple[str, int]]]] = {}
-    for rank, checksums in details:
+    for rank, checksums in zip(ranks.ranks, ranks.gather(sums), strict=True):
         for alike, theirs in checksums.items():
             first_rank, ours = first.setdefault(alike, (rank, theirs))
             for (name, expected), (_, got) in zip(ours, theirs, strict=True):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
 from ..average.matching import Bindings, check_model
-from ..backends.contract import Pair, ReduceFlag, found_anywhere
+from ..backends.contract import Pair
 from ..op import checks, choice
 from ..op.plan import Fingerprint, Plan
 from ..terms.draws import Draws, make_random_key
@@ -19,69 +18,30 @@ from ..terms.names import require_same_names, unwrap
 from ..terms.rules import Rule
 from ..torch_private import distributed as private
 from ..torch_private.modules import Walk
-from .parts.flag import Flag
 from .parts.holdings import Held, Mesh, find_holdings, is_fsdp1, require_same_sharding, reshard
 from .parts.ranks import Ranks
 from .parts.shares import Share
 
 
 def check_sharded_model(model: object) -> None:
-    """Raise unless ``model`` is a module whose parameters can be averaged.
-
-    Raises:
-        TypeError: it is no ``nn.Module``.
-        ValueError: a parameter is lazy, or all of them are empty.
-    """
-    # FSDP1 may leave a rank with empty parameters only.
+    """Raise as :func:`check_model` does, but FSDP1 may leave a rank with empty parameters only."""
     if not (isinstance(model, Module) and is_fsdp1(model)):
         check_model(model)
-
-
-def find_held(
-    model: Module,
-    shares: Sequence[Share],
-    left_alone: Collection[str],
-    ranks: Sequence[int],
-    meshes: Mapping[str, tuple[Mesh, ...]],
-) -> dict[str, Held]:
-    """Give what this rank holds of ``model`` now, by name, in the order of ``shares``.
-
-    Args:
-        left_alone: names of params that are not averaged.
-        meshes: as :func:`find_holdings` takes them.
-
-    Raises:
-        ValueError: names, shapes, meshes or placements are not those of the shares; it names the parameter.
-    """
-    check_sharded_model(model)
-    held = {found.holding.name: found for found in find_holdings(model, ranks, meshes)}
-    for is_buffer, kind in ((False, "parameters"), (True, "buffers")):
-        expected = [share.name for share in shares if share.holding.is_buffer == is_buffer]
-        given = [name for name, found in held.items() if found.holding.is_buffer == is_buffer]
-        require_same_names(kind, expected, [name for name in given if name not in left_alone])
-    for share in shares:
-        require_same_sharding(share.holding, held[share.name].holding)
-        checks.check_plain(f"{share.name!r} of the model", held[share.name].local)
-    return {share.name: held[share.name] for share in shares}
 
 
 class Staging:
     """Copies of buffers, which a forward pass writes, for updates that run beside it; one for each attached average."""
 
     def __init__(self) -> None:
-        self._copies: dict[str, Tensor] = {}
+        self._copies: dict[str, tuple[object, Tensor]] = {}  # with what each buffer was when its copy was made
 
     @torch.no_grad()
     def take(self, name: str, buffer: Tensor) -> Tensor:
         """Copy what a buffer holds now, into the same memory each time while it fits."""
-        copy, wanted = self._copies.get(name), torch.empty_like(buffer, device="meta")
-        if copy is None or _layout(copy) != _layout(wanted) or copy.device != buffer.device:
-            copy = self._copies[name] = torch.empty_like(buffer)
-        return copy.copy_(buffer)
-
-
-def _layout(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.dtype, tensor.shape, tensor.stride()
+        layout = (buffer.dtype, buffer.device, buffer.shape, buffer.stride())
+        if name not in self._copies or self._copies[name][0] != layout:
+            self._copies[name] = layout, torch.empty_like(buffer)
+        return self._copies[name][1].copy_(buffer)
 
 
 class Locator:
@@ -93,56 +53,38 @@ class Locator:
     def __init__(self, model: Module, shares: Sequence[Share], held: Mapping[str, Held]) -> None:
         self._walk = Walk(unwrap(model))
         found_in = {share.name: held[share.name].found_in for share in shares}
-        dtensors: list[Share] = []
-        plain: list[Share] = []
-        flat: list[Share] = []
-        for share in shares:
-            tensor = found_in[share.name]
-            kind = dtensors if isinstance(tensor, DTensor) else plain if isinstance(tensor, Tensor) else flat
-            kind.append(share)
-        #: In the order in which they are found.
-        self.shares = [*dtensors, *plain, *flat]
-        self._dtensors = [self._position(found_in[share.name]) for share in dtensors]
-        self._plain = [self._position(found_in[share.name]) for share in plain]
-        self._specs = private.specs([found_in[share.name] for share in dtensors])  # type: ignore[misc]
-        flats = {id(found_in[share.name]): found_in[share.name] for share in flat}
+        #: In the order in which they are found: DTensors, plain tensors, then what lies in flat params.
+        kinds = (DTensor, Tensor)
+        self.shares = sorted(shares, key=lambda share: [not isinstance(found_in[share.name], kind) for kind in kinds])
+        tensors = [found for share in self.shares if isinstance(found := found_in[share.name], Tensor)]
+        self._positions = [self._walk.position(tensor) for tensor in tensors]
+        dtensors = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+        self._num_dtensors, self._specs = len(dtensors), private.specs(dtensors)
+        flats = {id(flat): flat for flat in found_in.values() if not isinstance(flat, Tensor)}
         self._flats = list(flats.values())
         # For each share, the base that it lies in, and for a flat one where.
-        count = len(dtensors) + len(plain)
-        bases = {key: count + i for i, key in enumerate(flats)}
-        self._locations: list[tuple[int, tuple[int, int] | None]] = [(i, None) for i in range(count)]
-        for share in flat:
+        bases = {key: len(tensors) + i for i, key in enumerate(flats)}
+        self._locations: list[tuple[int, tuple[int, int] | None]] = [(i, None) for i in range(len(tensors))]
+        for share in self.shares[len(tensors) :]:
             run = (held[share.name].offset, share.holding.numel)
             self._locations.append((bases[id(found_in[share.name])], run))
-        self._buffer_indices = [(i, share.name) for i, share in enumerate(self.shares) if share.holding.is_buffer]
-
-    def _position(self, tensor: object) -> int:
-        assert isinstance(tensor, Tensor)
-        return self._walk.position(tensor)
 
     def find(self, model: Module) -> list[Tensor] | None:
         """Give the tensors that the shares lie in now: local tensors, plain ones, flat ones. None: look for them."""
         if not self._walk.starts_at(unwrap(model)):
             return None
-        tensors = self._walk.tensors()
-        if tensors is None:
+        found = self._walk.tensors()
+        if found is None:
             return None
+        tensors = [found[i] for i in self._positions]
+        dtensors = tensors[: self._num_dtensors]
         try:
-            dtensors = [tensors[i] for i in self._dtensors]
             if private.specs(dtensors) != self._specs:  # type: ignore[arg-type]
                 return None
-            bases = private.local_tensors(dtensors)  # type: ignore[arg-type]
-            bases += [tensors[i] for i in self._plain]
-            return bases + [flat.local for flat in self._flats]  # type: ignore[union-attr]
+            local = private.local_tensors(dtensors)  # type: ignore[arg-type]
+            return [*local, *tensors[self._num_dtensors :], *(flat.local for flat in self._flats)]
         except AttributeError:  # no DTensor any more: gathered by a forward pass, say
             return None
-
-    def staged(self, bases: Sequence[Tensor], staging: Staging) -> list[Tensor]:
-        """Give what :meth:`find` gave, with copies of the buffers in their places."""
-        copies = list(bases)
-        for index, name in self._buffer_indices:
-            copies[index] = staging.take(name, bases[index])
-        return copies
 
     def local(self, bases: Sequence[Tensor], index: int) -> Tensor:
         """Give this rank's tensor of a share out of what :meth:`find` gave."""
@@ -164,20 +106,41 @@ class Views(Sequence[Tensor]):
         return share.of(self._locator.local(self._bases, index).detach())
 
 
-@dataclass(frozen=True)
 class ShardSide:
-    """One of the averages that are updated together: its shares, each with its planes, and its counter."""
+    """One of the averages that are updated together."""
 
-    shares: Sequence[Share]
-    planes: Mapping[str, tuple[Tensor, ...]]
-    num_averaged: Tensor
+    rule: Rule
+    n_averaged: Tensor  # () int64, updates so far, on the params' device
     seed: int
+    backend: str | None
+    _ranks: Ranks
+    _shares: Sequence[Share]
+    _planes: Mapping[str, tuple[Tensor, ...]]  # of each share
+    _left_alone: Collection[str]  # names of params that are not averaged
+    _meshes: Mapping[str, tuple[Mesh, ...]]  # as `find_holdings` takes them
 
-    def pair(self, share: Share, view: Tensor, pace: int) -> Pair:
+    def _find_held(self, model: Module) -> dict[str, Held]:
+        """Return what this rank holds of ``model`` now, by name, in the order of the shares.
+
+        Raises:
+            ValueError: names, shapes, meshes or placements are not those of the shares; it names the parameter.
+        """
+        check_sharded_model(model)
+        held = {found.holding.name: found for found in find_holdings(model, self._ranks.ranks, self._meshes)}
+        for is_buffer, kind in ((False, "parameters"), (True, "buffers")):
+            expected = [share.name for share in self._shares if share.holding.is_buffer == is_buffer]
+            given = [name for name, found in held.items() if found.holding.is_buffer == is_buffer]
+            require_same_names(kind, expected, [name for name in given if name not in self._left_alone])
+        for share in self._shares:
+            require_same_sharding(share.holding, held[share.name].holding)
+            checks.check_plain(f"{share.name!r} of the model", held[share.name].local)
+        return {share.name: held[share.name] for share in self._shares}
+
+    def _pair(self, share: Share, view: Tensor, pace: int) -> Pair:
         draws = None
         if share.format is not None and share.format.num_random_bits:
             draws = Draws(make_random_key(self.seed, share.name), share.holding.shape, share.boxes)
-        return Pair(share.name, view, self.planes[share.name], share.format, draws, pace)
+        return Pair(share.name, view, self._planes[share.name], share.format, draws, pace)
 
 
 #: A plan, and the params and planes that it fits now.
@@ -194,17 +157,11 @@ class ShardBinding:
     """
 
     def __init__(
-        self,
-        model: Module,
-        sides: Sequence[ShardSide],
-        held: Mapping[str, Held],
-        *,
-        config: object,
-        backend: str | None,
-        staging: Staging | None,
+        self, model: Module, sides: Sequence[ShardSide], held: Mapping[str, Held], staging: Staging | None
     ) -> None:
-        self._config, self._staging = config, staging
-        self._locator = Locator(model, sides[0].shares, held)
+        backend = sides[0].backend
+        self._config, self._staging = (backend, staging), staging
+        self._locator = Locator(model, sides[0]._shares, held)
         bases = self._find(model)
         assert bases is not None, "a walk just made must fit"
         indices = {share.name: index for index, share in enumerate(self._locator.shares)}
@@ -212,19 +169,19 @@ class ShardBinding:
         chosen = [
             (pace, indices[share.name], share)
             for pace, side in enumerate(sides)
-            for share in sorted(side.shares, key=lambda share: indices[share.name])
+            for share in sorted(side._shares, key=lambda share: indices[share.name])
             if share.numel
         ]
         self._chosen = [(index, share) for _, index, share in chosen]
         views = Views(self._locator, self._chosen, bases)
-        pairs = [sides[pace].pair(share, view, pace) for (pace, _, share), view in zip(chosen, views, strict=True)]
+        pairs = [sides[pace]._pair(share, view, pace) for (pace, _, share), view in zip(chosen, views, strict=True)]
         for pair in pairs:
             checks.check_sides(pair, any_device=False)
         checks.check_overlap(pairs)
         for device in {pair.average.device for pair in pairs}:
             checks.refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
         homes = frozenset(plane.data_ptr() for pair in pairs for plane in pair.planes)
-        counters = [side.num_averaged for side in sides]
+        counters = [side.n_averaged for side in sides]
         self.plan = Plan(pairs, choice.choose_backends(backend, choice.device_types(pairs)), counters, homes)
         self._planes = tuple(plane for pair in pairs for plane in pair.planes)
         self._bases = Fingerprint([*bases, *counters])
@@ -242,23 +199,15 @@ class ShardBinding:
 
     def _find(self, model: Module) -> list[Tensor] | None:
         bases = self._locator.find(model)
-        return bases if bases is None or self._staging is None else self._locator.staged(bases, self._staging)
+        if bases is not None and self._staging is not None:
+            for index, share in enumerate(self._locator.shares):
+                if share.holding.is_buffer:
+                    bases[index] = self._staging.take(share.name, bases[index])
+        return bases
 
 
-def bind_shards(
-    bindings: Bindings,
-    model: Module,
-    sides: Sequence[ShardSide],
-    find: Callable[[Module], dict[str, Held]],
-    *,
-    backend: str | None,
-    staging: Staging | None = None,
-) -> Bound:
-    """Give the plan for ``model`` and the tensors of both sides, planning anew where the old one no longer fits.
-
-    Args:
-        find: gives what this rank holds of the model, checked.
-        staging: as for :class:`ShardBinding`.
+def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], staging: Staging | None = None) -> Bound:
+    """Return the plan for ``model`` and the tensors of both sides, planning anew where the old one no longer fits.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -266,7 +215,7 @@ def bind_shards(
     """
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    counters, config = [side.num_averaged for side in sides], (backend, staging)
+    counters, config = [side.n_averaged for side in sides], (sides[0].backend, staging)
     current = bindings.current(model, config, counters)
     if current is None:
         # A forward pass without a backward leaves FSDP's root gathered, with other tensors in its modules.
@@ -275,34 +224,7 @@ def bind_shards(
     if current is None:
         for counter in counters:
             checks.check_counter(counter)
-        bindings.use(ShardBinding(model, sides, find(model), config=config, backend=backend, staging=staging))
+        bindings.use(ShardBinding(model, sides, sides[0]._find_held(model), staging))
         current = bindings.current(model, config, counters)
         assert current is not None, "a plan just made must fit"
     return current
-
-
-def update_shards(
-    bound: Bound, rules: Sequence[Rule], device: torch.device, *, nonfinite: str, ranks: Ranks, number: int
-) -> None:
-    """Move what is bound. Collective where ``nonfinite`` asks for a flag, on ``device``.
-
-    Args:
-        number: of the averaged model among those that share ``ranks``.
-    """
-    plan, params, planes = bound
-    reduce_flag = Flag(ranks, number)
-    if nonfinite == "raise":
-        refuse_nonfinite(plan, params, device, ranks, reduce_flag)
-    skip = nonfinite == "skip"
-    plan.update(params, planes, rules, skip_nonfinite=skip, reduce_flag=reduce_flag if skip else None)
-
-
-def refuse_nonfinite(
-    plan: Plan, params: Sequence[Tensor], device: torch.device, ranks: Ranks, reduce_flag: ReduceFlag
-) -> None:
-    """Raise ValueError on every rank, naming a param that holds a NaN or an infinity on one of them. Collective."""
-    name = plan.first_nonfinite(params)
-    if found_anywhere(name is not None, device, reduce_flag):
-        names = zip(ranks.ranks, ranks.gather(name), strict=True)
-        rank, first = next((rank, name) for rank, name in names if name is not None)
-        raise ValueError(f"{first!r} must be finite, got a NaN or an infinity on rank {rank}; the average is as it was")

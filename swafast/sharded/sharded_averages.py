@@ -16,13 +16,11 @@ from ..average.matching import Bindings
 from ..loop.guard import Guard
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
-from ..torch_private.core import disable_dynamo
 from . import checkpoint
 from .attaching import AttachableShards
 from .construction import spell
 from .parts.ranks import Ranks
 from .parts.rendezvous import shared_ranks
-from .shard_matching import Bound, Staging, bind_shards, update_shards
 from .sharded_model import ShardedAveragedModel
 
 
@@ -101,28 +99,8 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
-    def _first(self) -> ShardedAveragedModel:
-        return next(iter(self._averages.values()))
-
-    @disable_dynamo
-    def update_parameters(self, model: Module) -> None:
-        """Move this rank's part of all averages towards ``model``'s parameters in one pass, and count the update.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: as ``ShardedAveragedModel.update_parameters``; nothing has changed.
-        """
-        with self._guard.hold("update_parameters"):
-            self._update_bound(self._bind(model))
-
-    def _bind(self, model: Module, staging: Staging | None = None) -> Bound:
-        first = self._first
-        sides = [averaged._side() for averaged in self.values()]
-        return bind_shards(self._bindings, model, sides, first._find_held, backend=first.backend, staging=staging)
-
-    def _update_bound(self, bound: Bound) -> None:
-        rules, device = [averaged.rule for averaged in self.values()], self._first.n_averaged.device
-        with self._guard.hold("update_parameters"):
-            update_shards(bound, rules, device, nonfinite=self.nonfinite, ranks=self._ranks, number=self._number)
+    def _updated(self) -> list[ShardedAveragedModel]:
+        return list(self.values())
 
     def state_dict(self, *, checksums: bool = True) -> dict[str, Tensor]:
         """Give the states of all averages, the keys of each behind its name: ``fast.module.weight``. Collective.
@@ -130,7 +108,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         Raises:
             RuntimeError: an average is swapped into a model, here or on another rank; or a rank was lost.
         """
-        return self._joined(lambda averaged: averaged.state_dict(checksums=checksums), "state_dict")
+        return self._joined("state_dict", checksums=checksums)
 
     def full_state_dict(self, *, rank0_only: bool = False, cpu_offload: bool = False) -> dict[str, Tensor]:
         """Give whole tensors under the keys of :class:`~swafast.FusedAverages`. Collective.
@@ -138,15 +116,12 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         Raises:
             RuntimeError: as :meth:`state_dict`.
         """
-        return self._joined(
-            lambda averaged: averaged.full_state_dict(rank0_only=rank0_only, cpu_offload=cpu_offload), "full_state_dict"
-        )
+        return self._joined("full_state_dict", rank0_only=rank0_only, cpu_offload=cpu_offload)
 
-    def _joined(self, state_of: Any, action: str) -> dict[str, Tensor]:
+    def _joined(self, action: str, **options: bool) -> dict[str, Tensor]:
         with self._guard.hold(action, self._ranks):
-            return {
-                f"{name}.{key}": value for name, averaged in self.items() for key, value in state_of(averaged).items()
-            }
+            states = {name: getattr(averaged, action)(**options) for name, averaged in self.items()}
+        return {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over the states of all averages: each is taken and verified before any is written. Collective.
@@ -178,18 +153,8 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
             states[name][rest] = value
         return states
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all averages and buffers that this rank keeps."""
-        return sum(averaged.nbytes for averaged in self.values())
-
     def _make_guard(self) -> Guard:
         return Guard([averaged._guard for averaged in self.values()], self._number)
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            "ShardedAverages belong to their process group and cannot be copied or pickled: save their state_dict()"
-        )
 
 
 @contextmanager

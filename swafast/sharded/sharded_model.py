@@ -13,26 +13,25 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module
 
 from ..average.functions import choose_rule
-from ..average.matching import Bindings
+from ..average.matching import Bindings, ask_include
 from ..backends.contract import Pair
 from ..loop.guard import Guard
 from ..op import checks
 from ..terms.formats import check_format
 from ..terms.pickling import pickled_from
 from ..terms.rules import EqualAverage, Rule
-from ..torch_private.core import disable_dynamo
 from . import checkpoint, construction
 from .attaching import AttachableShards
 from .parts.holdings import Held, find_holdings, reshard
 from .parts.ranks import Ranks
 from .parts.rendezvous import shared_ranks
 from .parts.shares import share_out
-from .shard_matching import Bound, ShardSide, Staging, bind_shards, check_sharded_model, find_held, update_shards
+from .shard_matching import ShardSide, check_sharded_model
 from .swap import Swap, spread_all
 
 
 @pickled_from("swafast")
-class ShardedAveragedModel(AttachableShards):
+class ShardedAveragedModel(AttachableShards, ShardSide):
     """The running average of a model that is spread over ranks: each rank averages what it owns, where it lies.
 
     ``average = average + weight * (param - average)``, as :class:`~swafast.FusedAveragedModel` has it, bit for bit, in
@@ -83,8 +82,6 @@ class ShardedAveragedModel(AttachableShards):
         torch.distributed.checkpoint.save({"averaged": averaged.state_dict()}, checkpoint_id=folder)
     """
 
-    n_averaged: Tensor  # () int64, updates so far, on the params' device
-
     def __init__(
         self,
         model: Module,
@@ -130,7 +127,13 @@ class ShardedAveragedModel(AttachableShards):
     def _set_up(self, model: Module, include: Callable[[str, Tensor], bool] | None) -> dict[str, Held]:
         """Find out what this rank holds and averages, and make room for it."""
         found = {held.holding.name: held for held in find_holdings(model, self._ranks.ranks, self._meshes)}
-        self._left_alone = construction.names_left_out(include, found)
+        # What the user finds in the model; of a flat param, this rank's part.
+        params = {
+            name: held.found_in if isinstance(held.found_in, Tensor) else held.local
+            for name, held in found.items()
+            if not held.holding.is_buffer
+        }
+        self._left_alone = {name for name, included in ask_include(include, params).items() if not included}
         held = {name: found[name] for name in found if name not in self._left_alone}
         holdings = [each.holding for each in held.values()]
         formats = {each.name: construction.format_of_average(each, self.format, self.use_buffers) for each in holdings}
@@ -141,48 +144,12 @@ class ShardedAveragedModel(AttachableShards):
         self._bind(model)
         return held
 
-    # Updates
-
-    @disable_dynamo
-    def update_parameters(self, model: Module) -> None:
-        """Move this rank's averages towards ``model``'s parameters and count the update; the first one copies.
-
-        No collective, unless ``nonfinite`` asks for its one flag, and nothing is read back to the host.
-
-        Raises:
-            TypeError: ``model`` is no module.
-            ValueError: names, shapes, kinds of dtype, meshes or placements are not those at construction; or, with
-                ``nonfinite="raise"``, a parameter holds a NaN or an infinity on some rank. It names the parameter, and
-                nothing has changed.
-            RuntimeError: the averages are swapped into a model.
-        """
-        with self._guard.hold("update_parameters"):
-            self._update_bound(self._bind(model))
-
     def _make_guard(self) -> Guard:
         return Guard(number=self._number)
 
-    def _bind(self, model: Module, staging: Staging | None = None) -> Bound:
-        return bind_shards(
-            self._bindings, model, [self._side()], self._find_held, backend=self.backend, staging=staging
-        )
-
-    def _update_bound(self, bound: Bound) -> None:
-        with self._guard.hold("update_parameters"):
-            update_shards(
-                bound,
-                [self.rule],
-                self.n_averaged.device,
-                nonfinite=self.nonfinite,
-                ranks=self._ranks,
-                number=self._number,
-            )
-
-    def _side(self) -> ShardSide:
-        return ShardSide(self._shares, self._planes, self.n_averaged, self.seed)
-
-    def _find_held(self, model: Module) -> dict[str, Held]:
-        return find_held(model, self._shares, self._left_alone, self._ranks.ranks, self._meshes)
+    @property
+    def _updated(self) -> list[ShardedAveragedModel]:
+        return [self]
 
     # Use of the average
 
@@ -309,13 +276,3 @@ class ShardedAveragedModel(AttachableShards):
 
     def _entries(self) -> list[checkpoint.Entry]:
         return list(checkpoint.entries(self._shares, self._planes))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the averages and buffers that this rank keeps."""
-        return sum(plane.nbytes for planes in self._planes.values() for plane in planes)
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            "a ShardedAveragedModel belongs to its process group and cannot be copied or pickled: save its state_dict()"
-        )

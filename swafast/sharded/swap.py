@@ -21,7 +21,7 @@ NOT_WHOLE = (
 )
 
 
-class Swap:
+class Swap(Exchange):
     """One use of ``swapped_into``: shards change places where they lie, cut params come by way of all that hold them.
 
     What a rank sends is what stands in its own part of the params: the averages once they are there, and the params
@@ -36,16 +36,11 @@ class Swap:
         held: Mapping[str, Held],
         backend: str | None,
     ) -> None:
-        self._exchange = Exchange(pairs, backend)
+        super().__init__(pairs, backend)
         self._model, self._spreads = model, spreads
         # The memory that they have now: what the body puts in its place on one rank is no other's to receive.
         self._held = {name: replace(found, local=found.local.detach()) for name, found in held.items()}
-        self._addresses = {name: found.local.data_ptr() for name, found in held.items()}
         self._all_there = False  # as long as they are not, no peer is met on the way back
-
-    def there(self) -> None:
-        """Put this rank's averages into the model."""
-        self._exchange.there()
 
     def spread(self) -> None:
         """Put the averages of all ranks into all params, once every rank has put its own there.
@@ -67,15 +62,15 @@ class Swap:
             reshard(self._model)
         finally:
             try:
-                self._exchange.back()
+                super().back()
             except (KeyboardInterrupt, SystemExit):
-                self._exchange.back()  # the rest of the way
+                super().back()  # the rest of the way
                 raise
             finally:
                 if self._all_there:
                     spread_all(self._spreads, self._held, "swapped_into could not put all params back", torn=True)
-        for name, address in self._addresses.items():
-            if self._held[name].now().data_ptr() != address:
+        for name, found in self._held.items():
+            if found.now().data_ptr() != found.local.data_ptr():
                 raise RuntimeError(
                     f"model must keep its tensors while swapped, got {name!r} on other memory: "
                     "its values before the swap could not be put back"

@@ -41,7 +41,7 @@ class Sharding:
         if self.mesh is None:
             return "one whole tensor on each rank" if self.kind == "replicated" else "a run of an FSDP1 flat parameter"
         of = f" {self.mesh.names}" if self.mesh.names else ""
-        ranks = " and of ".join(_name_ranks(mesh.ranks) for mesh in self.meshes or (self.mesh,))
+        ranks = " and of ".join(_name_ranks(mesh.ranks) for mesh in self.meshes)
         return f"{self.placements} on a mesh of {self.mesh.shape}{of} of {ranks}"
 
 
@@ -69,7 +69,7 @@ class Holding:
     replicas: tuple[int, ...]  # the ranks that hold the same elements, in order; this one is among them
     always_cut: bool  # cut over the replicas whether or not the user asks
     device_mesh: DeviceMesh | None = field(default=None, compare=False, repr=False)  # of a DTensor
-    local_shape: tuple[int, ...] = ()  # of a DTensor's local tensor
+    local_shape: tuple[int, ...] = ()  # of this rank's tensor, where it is none of FSDP1's
 
     @property
     def name(self) -> str:
@@ -144,53 +144,27 @@ def find_holdings(
             elif name not in in_flat and name.rpartition(".")[2] != private.FLAT_PARAM:
                 tied.setdefault(id(tensor), ([], tensor))[0].append(name)
         for names, tensor in tied.values():
-            if isinstance(tensor, DTensor):
-                siblings = (meshes or {}).get(names[0], ())
-                found.append(_dtensor_holding(tuple(names), tensor, is_buffer, tuple(ranks), siblings))
-            else:
-                found.append(_plain_holding(tuple(names), tensor, is_buffer, tuple(ranks)))
+            siblings = (meshes or {}).get(names[0], ())
+            found.append(_hold(tuple(names), tensor, is_buffer, tuple(ranks), siblings))
         if not is_buffer:
             listed = {held.holding.name for held in found}
             found.extend(held for name, held in flat.items() if name not in listed)
     return found
 
 
-def _plain_holding(names: tuple[str, ...], tensor: Tensor, is_buffer: bool, ranks: tuple[int, ...]) -> Held:
-    shape = tuple(tensor.shape)
-    holding = Holding(
-        names=names,
-        is_buffer=is_buffer,
-        shape=shape,
-        dtype=tensor.dtype,
-        device=tensor.device,
-        sharding=Sharding("replicated"),
-        offsets=(0,) * len(shape),
-        sizes=shape,
-        order=_order(shape, tensor.stride()) if tensor.layout == torch.strided else None,
-        start=0,
-        stop=tensor.numel(),
-        replicas=ranks,
-        always_cut=not is_buffer,
-    )
-    return Held(holding, tensor, tensor)
-
-
-def _dtensor_holding(
-    names: tuple[str, ...], tensor: DTensor, is_buffer: bool, ranks: tuple[int, ...], siblings: tuple[Mesh, ...]
+def _hold(
+    names: tuple[str, ...], tensor: Tensor, is_buffer: bool, ranks: tuple[int, ...], siblings: tuple[Mesh, ...]
 ) -> Held:
-    (local,) = private.local_tensors([tensor])
-    mesh = _mesh_of(tensor.device_mesh)
-    sharding = Sharding("dtensor", mesh, tuple(tensor.placements), siblings or (mesh,))
-    _require_meshes(names[0], sharding.meshes, ranks)
-    try:
-        offsets, sizes = private.box_of(tensor)
-    except ValueError as error:
-        raise ValueError(f"{names[0]!r} must be sharded or replicated, got {tensor.placements}: {error}") from None
-    coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is None or local.numel() == 0:
-        offsets = sizes = (0,) * tensor.dim()  # torch describes a shard without elements in several ways
-    elif sizes != tuple(local.shape):
-        raise ValueError(f"{names[0]!r} must hold {sizes} on this rank, got a local tensor of {tuple(local.shape)}")
+    """Describe what this rank holds of a param or buffer that is registered in the model."""
+    if isinstance(tensor, DTensor):
+        local, sharding, offsets, sizes, replicas = _shard_of(names[0], tensor, ranks, siblings)
+    else:
+        local, sharding, replicas = tensor, Sharding("replicated"), ranks
+        offsets, sizes = (0,) * tensor.dim(), tuple(tensor.shape)
+    if local.layout != torch.strided:
+        order = None
+    else:
+        order = _order(sizes, local.stride()) if local.numel() else tuple(range(tensor.dim()))
     holding = Holding(
         names=names,
         is_buffer=is_buffer,
@@ -200,15 +174,35 @@ def _dtensor_holding(
         sharding=sharding,
         offsets=offsets,
         sizes=sizes,
-        order=_order(sizes, local.stride()) if local.numel() else tuple(range(tensor.dim())),
+        order=order,
         start=0,
         stop=local.numel(),
-        replicas=_replicas(tensor, coordinate, sharding.meshes),
-        always_cut=False,
-        device_mesh=tensor.device_mesh,
+        replicas=replicas,
+        always_cut=sharding.kind == "replicated" and not is_buffer,
+        device_mesh=tensor.device_mesh if isinstance(tensor, DTensor) else None,
         local_shape=tuple(local.shape),
     )
     return Held(holding, local, tensor)
+
+
+def _shard_of(
+    name: str, tensor: DTensor, ranks: tuple[int, ...], siblings: tuple[Mesh, ...]
+) -> tuple[Tensor, Sharding, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return a DTensor's local tensor, its sharding, the offsets and sizes of its box, and its replicas."""
+    (local,) = private.local_tensors([tensor])
+    mesh = _mesh_of(tensor.device_mesh)
+    sharding = Sharding("dtensor", mesh, tuple(tensor.placements), siblings or (mesh,))
+    _require_meshes(name, sharding.meshes, ranks)
+    try:
+        offsets, sizes = private.box_of(tensor)
+    except ValueError as error:
+        raise ValueError(f"{name!r} must be sharded or replicated, got {tensor.placements}: {error}") from None
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None or local.numel() == 0:
+        offsets = sizes = (0,) * tensor.dim()  # torch describes a shard without elements in several ways
+    elif sizes != tuple(local.shape):
+        raise ValueError(f"{name!r} must hold {sizes} on this rank, got a local tensor of {tuple(local.shape)}")
+    return local, sharding, offsets, sizes, _replicas(tensor, coordinate, sharding.meshes)
 
 
 def _require_meshes(name: str, meshes: tuple[Mesh, ...], ranks: tuple[int, ...]) -> None:

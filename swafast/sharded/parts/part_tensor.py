@@ -23,24 +23,13 @@ aten = torch.ops.aten
 
 #: What is done to a part by doing it to its run.
 _ON_THE_RUN = frozenset(
-    {
-        aten.detach.default,
-        aten.clone.default,
-        aten._to_copy.default,
-        aten.empty_like.default,
-        aten.zeros_like.default,
-    }
+    {aten.detach.default, aten.clone.default, aten._to_copy.default, aten.empty_like.default, aten.zeros_like.default}
 )
 
 #: What never reaches ``__torch_dispatch__`` and would read the memory that a wrapper does not have.
 _PAST_DISPATCH = frozenset(
     {
-        Tensor.__array__,
-        Tensor.__dlpack__,
-        Tensor.numpy,
-        Tensor.share_memory_,
-        Tensor.storage,
-        Tensor.tolist,
+        *(Tensor.__array__, Tensor.__dlpack__, Tensor.numpy, Tensor.share_memory_, Tensor.storage, Tensor.tolist),
         Tensor.untyped_storage,
     }
 )

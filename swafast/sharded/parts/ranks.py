@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +37,18 @@ class LostPeerError(RuntimeError):
 
     From then on whatever needs the other ranks raises it at once; updates without a collective go on.
     """
+
+
+@contextmanager
+def losing_peers(ranks: Sequence[int]) -> Iterator[None]:
+    """Raise LostPeerError for a RuntimeError in the body, in which ``ranks`` meet."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostPeerError(
+            f"a rank of {list(ranks)} died, or did not come within the process group's timeout: all ranks must make "
+            f"this call ({error})"
+        ) from error
 
 
 class _Fault:
@@ -95,7 +108,7 @@ class Ranks:
         self._subgroups: dict[tuple[int, ...], Ranks] = {self.ranks: self}
         timeout = group_timeout(parent)
         with self._heard():
-            self._group = new_group(
+            self.group: ProcessGroup | None = new_group(
                 self.ranks,
                 hashlib.sha256(self.name.encode()).hexdigest(),
                 timeout=timeout + GRACE if timeout is not None else None,
@@ -123,7 +136,7 @@ class Ranks:
 
     def device_for(self, device: torch.device) -> torch.device:
         """Give where a tensor has to be for these collectives, ``device`` if they take tensors there."""
-        if device.type == "cpu" and dist.get_backend(self._group) == "nccl":
+        if device.type == "cpu" and dist.get_backend(self.group) == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return device
 
@@ -144,60 +157,54 @@ class Ranks:
             return [value]
         values: list[Any] = [None] * self.size
         with self._heard():
-            dist.all_gather_object(values, value, group=self._group)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def sum_(self, tensor: Tensor) -> None:
-        self._reduce(tensor, dist.ReduceOp.SUM)
+        self._run(tensor, partial(dist.all_reduce, op=dist.ReduceOp.SUM))
 
     def max_(self, tensor: Tensor) -> None:
-        self._reduce(tensor, dist.ReduceOp.MAX)
-
-    def _reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
-        if self.size == 1:
-            return
-        there = tensor.to(self.device_for(tensor.device))
-        with self._heard():
-            dist.all_reduce(there, op, group=self._group)
-        if there is not tensor:
-            tensor.copy_(there)
+        self._run(tensor, partial(dist.all_reduce, op=dist.ReduceOp.MAX))
 
     def sum_to_first_(self, tensor: Tensor) -> None:
         """Add up on the first rank; what the others have afterwards says nothing."""
-        if self.size == 1:
-            return
-        there = tensor.to(self.device_for(tensor.device))
-        with self._heard():
-            dist.reduce(there, self.ranks[0], dist.ReduceOp.SUM, group=self._group)
-        if there is not tensor:
-            tensor.copy_(there)
+        self._run(tensor, partial(dist.reduce, dst=self.ranks[0], op=dist.ReduceOp.SUM))
 
     def broadcast_(self, tensor: Tensor) -> None:
-        """Give every rank the first one's values."""
-        if self.size == 1 or tensor.numel() == 0:
+        """Write the first rank's values into every other rank's tensor."""
+
+        def as_bytes(there: Tensor, group: ProcessGroup) -> None:
+            # gloo refuses int16, float8 and the larger unsigned ones.
+            dist.broadcast(there.view(-1).view(torch.uint8), self.ranks[0], group=group)
+
+        if tensor.numel() > 0:
+            self._run(tensor, as_bytes)
+
+    def _run(self, tensor: Tensor, collective: Callable[..., object]) -> None:
+        """Run a collective on a tensor, where it takes one, and copy back what it has made of it."""
+        if self.size == 1:
             return
         there = tensor.to(self.device_for(tensor.device)).contiguous()
         with self._heard():
-            # As bytes: gloo refuses int16, float8 and the larger unsigned ones.
-            dist.broadcast(there.view(-1).view(torch.uint8), self.ranks[0], group=self._group)
+            collective(there, group=self.group)
         if there is not tensor:
             tensor.copy_(there)
+
+    def sums(self, values: Iterable[int], device: torch.device | str = "cpu") -> list[int]:
+        """Add up the int64 of all ranks, one by one, by a tensor on ``device``."""
+        total = torch.tensor(list(values), dtype=torch.int64, device=device)
+        self.sum_(total)
+        return list(map(int, total.tolist()))
 
     def all_gather(self, received: Tensor, sent: Tensor) -> None:
         """Fill ``received`` with the ``sent`` of all ranks, in their order; of one size, on the device for these."""
         with self._heard():
-            _all_gather(received, sent, group=self._group)
+            _all_gather(received, sent, group=self.group)
 
     @contextmanager
     def _heard(self) -> Iterator[None]:
-        with self.lock, self.in_lockstep():
-            try:
-                yield
-            except RuntimeError as error:
-                raise LostPeerError(
-                    f"a rank of {list(self.ranks)} died, or did not come within the process group's timeout: all ranks "
-                    f"must make this call ({error})"
-                ) from error
+        with self.lock, self.in_lockstep(), losing_peers(self.ranks):
+            yield
 
     @contextmanager
     def in_lockstep(self) -> Iterator[None]:
@@ -255,11 +262,12 @@ class Ranks:
         everyone = self.gather(own)
         first = everyone[0]
         for rank, theirs in zip(self.ranks, everyone, strict=True):
-            for key in [*first, *(key for key in theirs if key not in first)]:
-                if first.get(key) != theirs.get(key):
+            for key in {**first, **theirs}:
+                ours, got = first.get(key, "nothing"), theirs.get(key, "nothing")
+                if ours != got:
                     raise ValueError(
-                        f"{what} must be the same on every rank, got for {key!r} {_or_nothing(first.get(key))} on rank "
-                        f"{self.ranks[0]} and {_or_nothing(theirs.get(key))} on rank {rank}"
+                        f"{what} must be the same on every rank, got for {key!r} {ours} on rank {self.ranks[0]} and "
+                        f"{got} on rank {rank}"
                     )
 
 
@@ -282,8 +290,4 @@ class OneProcess(Ranks):
     """This process alone, without a process group."""
 
     def __init__(self) -> None:
-        self.rank, self.ranks, self.lock, self._fault = 0, (0,), ForkSafeLock(), _Fault()
-
-
-def _or_nothing(value: str | None) -> str:
-    return "nothing" if value is None else value
+        self.rank, self.ranks, self.group, self.lock, self._fault = 0, (0,), None, ForkSafeLock(), _Fault()

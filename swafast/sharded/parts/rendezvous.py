@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup, Store
 
 from ...torch_private.distributed import group_timeout, store_of
-from .ranks import GRACE, LostPeerError, Ranks, checked_group
+from .ranks import GRACE, LostPeerError, Ranks, checked_group, losing_peers
 
 #: How long ranks wait for each other where their process group does not say.
 _TIMEOUT = timedelta(minutes=30)
@@ -25,12 +25,12 @@ class Rendezvous:
     after it has posted goes on to the next turn, since the others do.
 
     Args:
-        store: of a process group that holds ``ranks``.
+        store: of a process group that holds ``ranks``; None: there are no peers.
         rank: this one.
     """
 
-    def __init__(self, store: Store, rank: int, ranks: Sequence[int]) -> None:
-        self._store, self._rank, self._ranks = store, rank, tuple(ranks)
+    def __init__(self, store: Store | None, rank: int, ranks: Sequence[int]) -> None:
+        self._store, self._rank, self._members = store, rank, tuple(ranks)
         self.turn = 0  # number of the next one
 
     def _key(self, rank: int, turn: int) -> str:
@@ -42,13 +42,15 @@ class Rendezvous:
         Raises:
             RuntimeError: a rank did not come within ``timeout``.
         """
-        keys = [self._key(rank, self.turn) for rank in self._ranks]
+        if self._store is None:
+            return [message]
+        keys = [self._key(rank, self.turn) for rank in self._members]
         has_posted = False
         try:
             self._store.set(self._key(self._rank, self.turn), message)
             has_posted = True
             self._store.wait(keys, timeout)
-            messages = self._read(keys)
+            messages = self._read(self._store, keys)
         except RuntimeError:
             raise
         except BaseException:
@@ -59,27 +61,20 @@ class Rendezvous:
             self._store.delete_key(self._key(self._rank, self.turn - 2))
         return messages
 
-    def _read(self, keys: Sequence[str]) -> list[str]:
-        if getattr(self._store, "has_extended_api", lambda: False)():  # one round trip
-            return [message.decode() for message in self._store.multi_get(list(keys))]
-        return [self._store.get(key).decode() for key in keys]
+    def _read(self, store: Store, keys: Sequence[str]) -> list[str]:
+        if getattr(store, "has_extended_api", lambda: False)():  # one round trip
+            return [message.decode() for message in store.multi_get(list(keys))]
+        return [store.get(key).decode() for key in keys]
 
 
-class _Seat:
-    """What this rank knows of the groups of ours over one of the user's."""
+class _Seat(Rendezvous):
+    """What this rank knows of the groups of ours over one of the user's, and where it meets the others for them."""
 
     def __init__(self, parent: ProcessGroup) -> None:
+        super().__init__(store_of(parent), dist.get_rank(), dist.get_process_group_ranks(parent))
         self.lock = threading.Lock()
         self.ranks: Ranks | None = None
-        members = dist.get_process_group_ranks(parent)
-        store = store_of(parent)
         self._timeout = (group_timeout(parent) or _TIMEOUT) + GRACE
-        self._rendezvous = Rendezvous(store, dist.get_rank(), members) if store is not None else None
-        self._members = members
-
-    @property
-    def turn(self) -> int:
-        return self._rendezvous.turn if self._rendezvous is not None else 0
 
     def is_shared_by_all(self) -> bool:
         """Return whether every rank still has the group that this one has: one rank alone may have seen a loss.
@@ -87,22 +82,16 @@ class _Seat:
         Raises:
             LostPeerError: a rank did not come.
         """
-        own = self.ranks
-        usable = own is not None and not own.is_lost
-        if self._rendezvous is None:
-            return usable
-        message = own.name if usable and own is not None else ""
+        own = self.ranks.name if self.ranks is not None and not self.ranks.is_lost else ""
         try:
-            messages = self._rendezvous.exchange(message, self._timeout)
-        except RuntimeError as error:
-            raise LostPeerError(
-                f"a rank of {self._members} died, or did not come within the process group's timeout: all ranks must "
-                f"make this call ({error})"
-            ) from error
+            with losing_peers(self._members):
+                messages = self.exchange(own, self._timeout)
+        except LostPeerError:
+            raise
         except BaseException:
             self.ranks = None  # the others may go on without this rank
             raise
-        return usable and set(messages) == {message}
+        return own != "" and set(messages) == {own}
 
 
 #: By the user's group, as long as that lives.

@@ -95,18 +95,13 @@ def share_out(
         else:
             shares[holding.name] = Share(holding, fmt, 0, holding.numel, None)
     for alike in cuts.values():
-        cut = make_cut(alike)
+        replicas = alike[0].replicas
+        whole = [holding.order is None for holding in alike]
+        flat = FlatOrder([holding.numel for holding in alike], len(replicas), whole)
+        cut = Cut(replicas, tuple(holding.name for holding in alike), flat)
         bounds = cut.flat.bounds(cut.replicas.index(rank))
         runs = {run.index: (run.start, run.stop) for run in cut.flat.runs(*bounds)}
         for index, holding in enumerate(alike):
             start, stop = runs.get(index, (0, 0))
             shares[holding.name] = Share(holding, formats[holding.name], start, stop, cut)
     return [shares[holding.name] for holding in holdings]
-
-
-def make_cut(alike: Sequence[Holding]) -> Cut:
-    """Cut holdings that the same ranks hold over these ranks."""
-    replicas = alike[0].replicas
-    numels = [holding.numel for holding in alike]
-    whole = [holding.order is None for holding in alike]
-    return Cut(replicas, tuple(holding.name for holding in alike), FlatOrder(numels, len(replicas), whole))
