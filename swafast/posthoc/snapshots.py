@@ -296,28 +296,29 @@ class Snapshots:
                 another model than the rest or ``like``, or ranks disagree. It names the snapshot, or the tensor.
             RuntimeError: it failed on another rank, or a rank was lost.
         """
-        with self._ranks.settled("synthesize"):
-            snapshots = self._read()
-            found, count = self._fit(snapshots, rule, num_averaged)
-            for snapshot in snapshots:
-                require_same_model(snapshots[-1], f"snapshot {snapshot.path}", snapshot)
-            wanted = wanted_tensors(snapshots[-1], like)
-        spelled = {name: describe_sharding(each) for name, each in wanted.items()}
-        spelled |= {snapshot.path.name: fingerprint(snapshot) for snapshot in snapshots}
-        self._ranks.agree("the call and the snapshots", {**spelled, "rule": spell(rule), "num_averaged": count})
-        # Those of the first rank: another processor may round otherwise.
-        coefficients = iter(self._ranks.gather(found.coefficients.tolist())[0])
-        if found.residual > _FAR_OFF and self._ranks.index == 0:
-            warnings.warn(
-                f"what is synthesized misses the profile of {rule!r} after {count} updates by {found.residual:.1%}: "
-                "store more snapshots, or averages nearer to it",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        weights = [(each, dict(zip(each.rules, coefficients, strict=False))) for each in snapshots]
-        used = [(each, {name: x for name, x in of_each.items() if x}) for each, of_each in weights]
-        latest = [each for each in snapshots if each.num_averaged <= count][-1]
-        return self._sum(wanted, used, latest)
+        with self._ranks.lock:
+            with self._ranks.settled("synthesize"):
+                snapshots = self._read()
+                found, count = self._fit(snapshots, rule, num_averaged)
+                for snapshot in snapshots:
+                    require_same_model(snapshots[-1], f"snapshot {snapshot.path}", snapshot)
+                wanted = wanted_tensors(snapshots[-1], like)
+            spelled = {name: describe_sharding(each) for name, each in wanted.items()}
+            spelled |= {snapshot.path.name: fingerprint(snapshot) for snapshot in snapshots}
+            self._ranks.agree("the call and the snapshots", {**spelled, "rule": spell(rule), "num_averaged": count})
+            # Those of the first rank: another processor may round otherwise.
+            coefficients = iter(self._ranks.gather(found.coefficients.tolist())[0])
+            if found.residual > _FAR_OFF and self._ranks.index == 0:
+                warnings.warn(
+                    f"what is synthesized misses the profile of {rule!r} after {count} updates by "
+                    f"{found.residual:.1%}: store more snapshots, or averages nearer to it",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            weights = [(each, dict(zip(each.rules, coefficients, strict=False))) for each in snapshots]
+            used = [(each, {name: x for name, x in of_each.items() if x}) for each, of_each in weights]
+            latest = [each for each in snapshots if each.num_averaged <= count][-1]
+            return self._sum(wanted, used, latest)
 
     def _sum(
         self, wanted: Mapping[str, WantedTensor], used: list[tuple[Snapshot, dict[str, float]]], latest: Snapshot

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -17,11 +17,11 @@ from ..loop.guard import Guard
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
 from . import checkpoint
-from .attaching import AttachableShards
 from .construction import spell
 from .parts.ranks import Ranks
 from .parts.rendezvous import shared_ranks
 from .sharded_model import ShardedAveragedModel
+from .updating import AttachableShards
 
 
 @pickled_from("swafast")
@@ -60,25 +60,27 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         self._ranks = process_group if isinstance(process_group, Ranks) else shared_ranks(process_group)
         self._number = self._ranks.next_number()
         self._bindings = Bindings()
-        with self._ranks.settled("ShardedAverages"):
-            named = named_rules(rules)
-            formats = named_formats(list(named), format)
-        self._ranks.agree("the averages", {"names": ", ".join(named), "rules": spell(named), "formats": spell(formats)})
-        self._averages = {
-            name: ShardedAveragedModel(
-                model,
-                rule=rule,
-                format=formats[name],
-                include=include,
-                process_group=self._ranks,
-                use_buffers=use_buffers,
-                share_replicas=share_replicas,
-                nonfinite=nonfinite,
-                backend=backend,
-                seed=seed,
-            )
-            for name, rule in named.items()
-        }
+        with self._ranks.lock:
+            with self._ranks.settled("ShardedAverages"):
+                named = named_rules(rules)
+                formats = named_formats(list(named), format)
+            described = {"names": ", ".join(named), "rules": spell(named), "formats": spell(formats)}
+            self._ranks.agree("the averages", described)
+            self._averages = {
+                name: ShardedAveragedModel(
+                    model,
+                    rule=rule,
+                    format=formats[name],
+                    include=include,
+                    process_group=self._ranks,
+                    use_buffers=use_buffers,
+                    share_replicas=share_replicas,
+                    nonfinite=nonfinite,
+                    backend=backend,
+                    seed=seed,
+                )
+                for name, rule in named.items()
+            }
         self.nonfinite, self._made_of = nonfinite, weakref.ref(model)
 
     def __getitem__(self, name: str) -> ShardedAveragedModel:
@@ -92,7 +94,14 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
     def __len__(self) -> int:
         return len(self._averages)
 
-    def __getattr__(self, name: str) -> NoReturn:
+    # As any averages, one by one: a mapping would compare what is in it, and could not be a key.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __getattr__(self, name: str) -> ShardedAveragedModel:
+        averages = self.__dict__.get("_averages", {})
+        if name in averages:
+            return averages[name]
         if hasattr(ShardedAveragedModel, name) and not name.startswith("_"):
             first = next(iter(self))
             raise AttributeError(f"each of several averages has its own {name}: ask averages[{first!r}].{name}")

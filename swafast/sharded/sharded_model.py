@@ -21,13 +21,13 @@ from ..terms.formats import check_format
 from ..terms.pickling import pickled_from
 from ..terms.rules import EqualAverage, Rule
 from . import checkpoint, construction
-from .attaching import AttachableShards
 from .parts.holdings import Held, find_holdings, reshard
 from .parts.ranks import Ranks
 from .parts.rendezvous import shared_ranks
 from .parts.shares import share_out
 from .shard_matching import ShardSide, check_sharded_model
 from .swap import Swap, spread_all
+from .updating import AttachableShards
 
 
 @pickled_from("swafast")
@@ -101,10 +101,17 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         self._number = self._ranks.next_number()
         self.format, self.backend, self.nonfinite, self.seed = format, backend, nonfinite, seed
         self.use_buffers, self.share_replicas = use_buffers, share_replicas
+        with self._ranks.lock:
+            self._construct(model, rule, include)
+
+    # Construction
+
+    def _construct(self, model: Module, rule: Rule | None, include: Callable[[str, Tensor], bool] | None) -> None:
+        """Make the average, step by step with the other ranks. Collective."""
         with self._ranks.settled("ShardedAveragedModel"):
-            check_format(format)
-            checks.check_nonfinite(nonfinite)
-            checks.check_seed(seed)
+            check_format(self.format)
+            checks.check_nonfinite(self.nonfinite)
+            checks.check_seed(self.seed)
             self.rule = choose_rule(rule, None, None) or EqualAverage()
             check_sharded_model(model)
             self._made_of = weakref.ref(model)
@@ -121,8 +128,6 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
             plan, params, planes = self._bind(model)
             plan.update(params, planes, [self.rule])  # the first one copies; it does not count
             self.n_averaged.zero_()
-
-    # Construction
 
     def _set_up(self, model: Module, include: Callable[[str, Tensor], bool] | None) -> dict[str, Held]:
         """Find out what this rank holds and averages, and make room for it."""

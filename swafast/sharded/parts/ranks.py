@@ -44,7 +44,7 @@ def losing_peers(ranks: Sequence[int]) -> Iterator[None]:
     """Raise LostPeerError for a RuntimeError in the body, in which ``ranks`` meet."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # a ValueError: the process group was destroyed
         raise LostPeerError(
             f"a rank of {list(ranks)} died, or did not come within the process group's timeout: all ranks must make "
             f"this call ({error})"
@@ -275,7 +275,7 @@ def checked_group(process_group: object) -> ProcessGroup:
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
             "process_group must exist, got none: call torch.distributed.init_process_group before, or use "
-            "FusedAveragedModel in a single process"
+            "FusedAveragedModel or FusedAverages in a single process"
         )
     if process_group is None:
         process_group = dist.group.WORLD
