@@ -22,7 +22,7 @@ from ..terms.rules import Rule, rule_of
 from ..torch_private.core import disable_dynamo
 from .functions import choose_rule, update_by_function
 from .matching import Bindings, ModuleSide, ask_include, bindings_of, check_model, each_average, refuse_sharded
-from .planes import Recast, find_planes, fit_planes
+from .planes import Recast, fit_planes
 from .states import check_state, export, keeping_ties, translate_load
 
 
@@ -308,8 +308,7 @@ class FusedAveragedModel(Attachable, AveragedModel):
             averages = {}
             for name, tensor, fmt in self._each_average():
                 if fmt is not None:
-                    fit_planes(self, name, tensor, fmt)
-                    averages[id(tensor)] = (name, find_planes(self, name, tensor, fmt), fmt)
+                    averages[id(tensor)] = (name, fit_planes(self, name, tensor, fmt), fmt)
             recast = Recast(averages, fn, lambda dtype: format_of(self.format, dtype))
             super()._apply(recast, recurse)
             recast.finish(self)

@@ -18,7 +18,7 @@ from ..op.plan import Plan
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
 from ..torch_private.core import disable_dynamo
-from ..torch_private.modules import children_made, own_children
+from ..torch_private.modules import own_children
 from .averaged_model import FusedAveragedModel
 from .matching import Bindings, bindings_of
 from .states import check_state, keeping_ties
@@ -156,7 +156,7 @@ class FusedAverages(Attachable, Module):
         return [(name, self[name]) for name in self]
 
     def __getattr__(self, name: str) -> Any:
-        if name in children_made(self):
+        if name in own_children(self):
             return self[name]
         if hasattr(FusedAveragedModel, name) and not name.startswith("_"):
             first = next(iter(self))

@@ -21,7 +21,7 @@ from ..op.plan import Plan
 from ..terms.formats import Format
 from ..terms.names import named_buffers, named_params, require_same_names, unwrap
 from ..torch_private.modules import Walk
-from .planes import find_planes, fit_planes
+from .planes import fit_planes
 
 #: Gives the format of an average from its name, the averaged module's tensor and whether it is a buffer; None: copied.
 FormatOf = Callable[[str, Tensor, bool], Format | None]
@@ -273,8 +273,7 @@ def bind_module(
 
 
 def _with_planes(pair: Pair, side: ModuleSide, pace: int) -> Pair:
-    fit_planes(side.owner, pair.name, pair.average, pair.format)
-    planes = find_planes(side.owner, pair.name, pair.average, pair.format)
+    planes = fit_planes(side.owner, pair.name, pair.average, pair.format)
     return replace(pair, planes=planes, draws=draws_of(side.seed, pair.name, pair.param, pair.format), pace=pace)
 
 

@@ -18,7 +18,7 @@ from ..terms.formats import EXTRA_PLANES, Format
 from ..terms.names import canonical, unwrap
 from ..torch_private.modules import copy_metadata, own_buffers, own_params
 from .matching import FormatOf, each_average
-from .planes import find_planes, fit_planes, put_plane, translate_state
+from .planes import fit_planes, put_plane, translate_state
 
 
 def check_state(owner: Module, state_dict: Mapping[str, Any], strict: bool, assign: bool) -> None:
@@ -129,11 +129,6 @@ def _make_room(owner: Module, name: str, average: Tensor, fmt: Format) -> None:
         put_plane(owner, plane, name, room)
 
 
-def _full_precision(planes: tuple[Tensor, ...], fmt: Format) -> Tensor:
-    value = fmt.decode(planes)
-    return value.to(torch.float32) if fmt.dtype is not None else value
-
-
 def export(
     owner: Module, module: Module, averages: Iterable[tuple[str, Tensor, Format | None]], dtype: torch.dtype | None
 ) -> dict[str, Any]:
@@ -146,8 +141,9 @@ def export(
         raise ValueError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
     values: dict[int, Tensor] = {}
     for name, tensor, fmt in averages:
-        fit_planes(owner, name, tensor, fmt)
-        values[id(tensor)] = _full_precision(find_planes(owner, name, tensor, fmt), fmt) if fmt is not None else tensor
+        planes = fit_planes(owner, name, tensor, fmt)
+        value = fmt.decode(planes) if fmt is not None else tensor
+        values[id(tensor)] = value.float() if fmt is not None and fmt.dtype is not None else value
     state: dict[str, Any] = {}
     for key, value in unwrap(module).state_dict(keep_vars=True).items():
         if isinstance(value, Tensor):
