@@ -61,10 +61,6 @@ def want_large_pages(storage: torch.UntypedStorage) -> None:
         native.swafast_cpu_want_large_pages(storage.data_ptr(), storage.nbytes())
 
 
-def prepare(pairs: Sequence[Pair]) -> NativeLaunch:
-    return NativeLaunch(pairs)
-
-
 class NativeLaunch:
     """Tables of raw pointers, filled once; an update passes their addresses and nothing else."""
 
@@ -117,6 +113,9 @@ class NativeLaunch:
         index = ctypes.c_int64()
         _check(self._native.swafast_cpu_first_nonfinite(*self._table, self._threads(), ctypes.byref(index)))
         return None if index.value < 0 else self._order[index.value]
+
+
+prepare = NativeLaunch
 
 
 def _check(status: int) -> None:

@@ -38,10 +38,6 @@ def serves(pair: Pair) -> bool:
     return True
 
 
-def prepare(pairs: Sequence[Pair]) -> ReferenceLaunch:
-    return ReferenceLaunch(pairs)
-
-
 class ReferenceLaunch:
     captured = False
 
@@ -96,6 +92,9 @@ class ReferenceLaunch:
             if fmt is not None and not bool(torch.isfinite(param.detach()).all()):
                 return index
         return None
+
+
+prepare = ReferenceLaunch
 
 
 def _move_(averages: list[Tensor], params: list[Tensor], weight: float) -> None:
