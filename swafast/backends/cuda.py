@@ -59,7 +59,7 @@ def serves(pair: Pair) -> bool:
 
 
 def _is_usable(device: torch.device) -> bool:
-    blocks = num_blocks(_index(device))
+    blocks = num_blocks(device.index or 0)
     if isinstance(blocks, Unavailable):
         _warn_unusable(str(device), blocks.reason)
         return False
@@ -71,17 +71,13 @@ def _warn_unusable(device: str, reason: str) -> None:
     warnings.warn(f"swafast's CUDA kernels do not run on {device}: {reason}", RuntimeWarning, stacklevel=3)
 
 
-def _index(device: torch.device) -> int:
-    return device.index if device.index is not None else 0
-
-
 class CudaLaunch(DeviceLaunch):
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self._native = library.loaded()
         super().__init__(pairs)
 
     def num_blocks(self, device: torch.device) -> int:
-        blocks = num_blocks(_index(device))
+        blocks = num_blocks(device.index or 0)
         assert not isinstance(blocks, Unavailable), "serves() refuses the pairs of such a device"
         return blocks
 

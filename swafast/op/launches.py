@@ -133,7 +133,8 @@ def prepare_exchange(pairs: Sequence[Pair], backends: Sequence[Backend]) -> tupl
 
     In place go pairs of one dtype that a kernel serves and that share memory with no other pair.
     """
-    entangled = {i for side in ("param", "average") for i in _entangled([getattr(pair, side) for pair in pairs])}
+    sides = [(pair.param,) for pair in pairs], [(pair.average,) for pair in pairs]
+    entangled = {index for side in sides for overlapping in overlaps(side) for index in overlapping}
     alike = [
         pair for index, pair in enumerate(pairs) if pair.param.dtype == pair.average.dtype and index not in entangled
     ]
@@ -146,10 +147,6 @@ def prepare_exchange(pairs: Sequence[Pair], backends: Sequence[Backend]) -> tupl
                 launches.append(cast(ExchangeLaunch, backend.prepare(direct)))
                 taken |= {id(pair) for pair in direct}
     return launches, [pair for pair in pairs if id(pair) not in taken]
-
-
-def _entangled(tensors: Sequence[Tensor]) -> set[int]:
-    return {index for pair in overlaps([(tensor,) for tensor in tensors]) for index in pair}
 
 
 def first_nonfinite(work: Sequence[Work], params: Sequence[Tensor]) -> int | None:

@@ -15,7 +15,7 @@ from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
 from ..loop.attach import Attachable
-from ..torch_private.core import is_in_backward, is_one_of_ranks, running_eagerly
+from ..torch_private.core import is_in_backward, running_eagerly
 from ..torch_private.modules import BatchNormLayer, own_buffers
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def update_bn(
         if isinstance(module, Attachable):
             module._guard.settle()  # an update would write what is kept here in case of a failure
     run = partial(_run, loader, model, layers, device, call or _call, progress)
-    together = process_group is not None or is_one_of_ranks()
+    together = process_group is not None or (torch.distributed.is_available() and torch.distributed.is_initialized())
     num_batches = _run_on_all(run, layers, process_group) if together else run()
     if layers and num_batches == 0:
         raise ValueError("loader must give at least one batch, got none")
@@ -186,7 +186,7 @@ def _run(
     if not layers:
         return 0
     count = 0
-    with _training(model), _as_before(model, layers), running_eagerly(), ExitStack() as hooks:
+    with _training(model, layers), running_eagerly(), ExitStack() as hooks:
         for layer in layers.values():
             handle = layer.module.register_forward_pre_hook(_taking(layer.moments), with_kwargs=True)
             hooks.callback(handle.remove)
@@ -222,20 +222,12 @@ def _taking(moments: Moments) -> Callable[[Module, tuple[Any, ...], dict[str, An
 
 
 @contextmanager
-def _training(model: Module) -> Iterator[None]:
-    """Put the model into training mode, and each of its modules back into its own."""
-    before = {module: module.training for module in model.modules()}
-    try:
-        model.train()
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
+def _training(model: Module, layers: Mapping[str, Layer]) -> Iterator[None]:
+    """Put the model into training mode, and each of its modules back into its own.
 
-
-@contextmanager
-def _as_before(model: Module, layers: Mapping[str, Layer]) -> Iterator[None]:
-    """Undo what layers write into their statistics while they run; after a failure, what any module has written."""
+    Undo what layers write into their statistics meanwhile; after a failure, what any module has written.
+    """
+    modes = {module: module.training for module in model.modules()}
     own = {id(layer.module) for layer in layers.values()}
     before = [
         (module, name, buffer, buffer.clone())
@@ -245,9 +237,12 @@ def _as_before(model: Module, layers: Mapping[str, Layer]) -> Iterator[None]:
     ]
     failed = True
     try:
+        model.train()
         yield
         failed = False
     finally:
+        for module, training in modes.items():
+            module.training = training
         for module, name, buffer, value in before:
             if failed or id(module) in own:
                 buffer.copy_(value)

@@ -78,6 +78,10 @@ def decode_exact(planes: tuple[Tensor, ...]) -> Tensor:
     return ((high << 16) + low.masked_fill(stale, 0)).view(torch.float32)
 
 
+def encode_mirrored(value: Tensor) -> tuple[Tensor, Tensor]:
+    return value.to(torch.float16), value
+
+
 def decode_mirrored(planes: tuple[Tensor, ...]) -> Tensor:
     """Give the float32 average, or the float16 copy where somebody has written another value into that."""
     copy, average = planes
@@ -131,48 +135,29 @@ def encode_half(value: Tensor, random: Tensor | None = None) -> tuple[Tensor]:
     return (_rounded_bits(value, 16, random).to(torch.int16).view(torch.bfloat16),)
 
 
+def decode_half(planes: tuple[Tensor, ...]) -> Tensor:
+    return planes[0].to(torch.float32)
+
+
 FLOAT32 = Format("float32", torch.float32)
-EXACT = Format(
-    "exact",
-    torch.bfloat16,
-    extra=(("remainder", torch.int16),),
-    decode=decode_exact,
-    encode=encode_exact,
-)
+EXACT = Format("exact", torch.bfloat16, (("remainder", torch.int16),), decode_exact, encode_exact)
 # The average of a float16 model is a float32 beside the module's float16 parameter, which each update writes as well:
 # float32 has more exponents than float16, so no remainder could join them.
-MIRRORED = Format(
-    "mirrored",
-    torch.float16,
-    extra=(("average", torch.float32),),
-    decode=decode_mirrored,
-    encode=lambda value: (value.to(torch.float16), value),
-)
+MIRRORED = Format("mirrored", torch.float16, (("average", torch.float32),), decode_mirrored, encode_mirrored)
 # Rounded at random, so that it does not freeze: 24 bits of the float32 average.
 COMPACT = Format(
-    "compact",
-    torch.bfloat16,
-    extra=(("remainder", torch.int8),),
-    decode=decode_compact,
-    encode=encode_compact,
-    num_random_bits=8,
+    "compact", torch.bfloat16, (("remainder", torch.int8),), decode_compact, encode_compact, num_random_bits=8
 )
 # Worked out in float64, of which it keeps 48 bits and more.
 COMPENSATED = Format(
     "compensated",
     torch.float32,
-    extra=(("compensation", torch.float32),),
-    decode=decode_compensated,
-    encode=encode_compensated,
+    (("compensation", torch.float32),),
+    decode_compensated,
+    encode_compensated,
     value_dtype=torch.float64,
 )
-HALF = Format(
-    "half",
-    torch.bfloat16,
-    decode=lambda planes: planes[0].to(torch.float32),
-    encode=encode_half,
-    num_random_bits=16,
-)
+HALF = Format("half", torch.bfloat16, (), decode_half, encode_half, num_random_bits=16)
 # float64 and complex averages, and whatever a custom averaging function works on: the param's own dtype.
 OWN = Format("own", None, value_dtype=None)
 
