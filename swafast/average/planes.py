@@ -60,6 +60,13 @@ def put_plane(owner: Module, plane: str, name: str, tensor: Tensor | None) -> No
         del own_children(owner)[plane]
 
 
+def put_planes(owner: Module, name: str, fmt: Format | None, extra: Sequence[Tensor]) -> None:
+    """Have just the further planes of ``fmt`` stand beside an average."""
+    planes = dict(zip((plane for plane, _ in fmt.extra), extra, strict=True)) if fmt is not None else {}
+    for plane in EXTRA_PLANES:
+        put_plane(owner, plane, name, planes.get(plane))
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
 def fit_planes(owner: Module, name: str, average: Tensor, fmt: Format | None) -> tuple[Tensor, ...]:
@@ -180,6 +187,4 @@ class Recast:
     def finish(self, owner: Module) -> None:
         """Put the further planes of recast averages in their places; torch was walking over these until now."""
         for name, (fmt, planes) in self._recast.items():
-            fresh = dict(zip((plane for plane, _ in fmt.extra), planes[1:], strict=True)) if fmt is not None else {}
-            for plane in EXTRA_PLANES:
-                put_plane(owner, plane, name, fresh.get(plane))
+            put_planes(owner, name, fmt, planes[1:])

@@ -115,6 +115,10 @@ class DeviceLaunch:
         skip_nonfinite: bool = False,
         reduce_flag: ReduceFlag | None = None,
     ) -> None:
+        """Update as any launch does; with ``skip_nonfinite`` nothing changes if a param that is averaged is not finite.
+
+        That is settled on the device, for all ranks that ``reduce_flag`` brings in.
+        """
         counters_device = counters[0].device
         counts_here = any(table.device == counters_device for table in self._tables)
         if not counts_here and counters_device.type == "cpu" and min(map(int, counters)) < 0:

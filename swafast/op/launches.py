@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..backends.contract import Backend, ExchangeLaunch, Launch, Pair, ReduceFlag, found_anywhere
+from ..backends.gpu import DeviceLaunch
 from ..terms.draws import Draws, make_random_key
 from ..terms.formats import Format
 from ..terms.rules import FixedWeight, Rule, checked_weight, terms_of
@@ -101,16 +102,16 @@ def update(
         for counter in counters:
             counter.add_(flag == 0)
         return
-    if skip_nonfinite and len(work) > 1:
+    if skip_nonfinite:
+        launch = work[0].launch
+        if len(work) == 1 and isinstance(launch, DeviceLaunch):
+            launch.update((), rules, counters, 1, skip_nonfinite=True, reduce_flag=reduce_flag)
+            return
         # What one backend finds holds for all of them.
         if found_anywhere(first_nonfinite(work, params) is not None, device, reduce_flag):
             return
-        skip_nonfinite = False
     for each in work:
-        advance = int(each is work[-1])
-        each.launch.update(
-            each.pick(params), rules, counters, advance, skip_nonfinite=skip_nonfinite, reduce_flag=reduce_flag
-        )
+        each.launch.update(each.pick(params), rules, counters, int(each is work[-1]))
     if not work:
         for counter in counters:
             counter.add_(1)
