@@ -182,7 +182,7 @@ def wait_for_readers(timeout: float | None = None) -> None:
         attachment._runner.wait(timeout)
 
 
-# A child has no thread that would end an update under way
+# A child has no thread that would end an update under way.
 os.register_at_fork(before=partial(wait_for_readers, _FORK_WAITS_S))
 
 

@@ -186,7 +186,7 @@ def _run(
     if not layers:
         return 0
     count = 0
-    with _training(model, layers), running_eagerly(), ExitStack() as hooks:
+    with _training(model), _as_before(model, layers), running_eagerly(), ExitStack() as hooks:
         for layer in layers.values():
             handle = layer.module.register_forward_pre_hook(_taking(layer.moments), with_kwargs=True)
             hooks.callback(handle.remove)
@@ -222,12 +222,20 @@ def _taking(moments: Moments) -> Callable[[Module, tuple[Any, ...], dict[str, An
 
 
 @contextmanager
-def _training(model: Module, layers: Mapping[str, Layer]) -> Iterator[None]:
-    """Put the model into training mode, and each of its modules back into its own.
+def _training(model: Module) -> Iterator[None]:
+    """Put the model into training mode, and each of its modules back into its own."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        model.train()
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
 
-    Undo what layers write into their statistics meanwhile; after a failure, what any module has written.
-    """
-    modes = {module: module.training for module in model.modules()}
+
+@contextmanager
+def _as_before(model: Module, layers: Mapping[str, Layer]) -> Iterator[None]:
+    """Undo what layers write into their statistics while they run; after a failure, what any module has written."""
     own = {id(layer.module) for layer in layers.values()}
     before = [
         (module, name, buffer, buffer.clone())
@@ -237,12 +245,9 @@ def _training(model: Module, layers: Mapping[str, Layer]) -> Iterator[None]:
     ]
     failed = True
     try:
-        model.train()
         yield
         failed = False
     finally:
-        for module, training in modes.items():
-            module.training = training
         for module, name, buffer, value in before:
             if failed or id(module) in own:
                 buffer.copy_(value)
