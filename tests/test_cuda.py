@@ -273,8 +273,6 @@ def test_every_captured_plan_is_watched(shim: Shim, change: str) -> None:
 def put_elsewhere(launch: cuda.CudaLaunch, elsewhere: torch.device) -> gpu.Table:
     """Let the one table of ``launch`` be on another device than it is on, as far as the launch can tell."""
     (table,) = launch._tables
-    launch._heads[elsewhere] = launch._heads[table.device]
-    launch._paces[elsewhere] = launch._paces[table.device]
     table.device = elsewhere
     return table
 
@@ -286,7 +284,6 @@ def on_two_devices(pairs: Sequence[Pair], at: int) -> cuda.CudaLaunch:
     there = put_elsewhere(other, elsewhere)
     there.indices = tuple(index + at for index in there.indices)
     launch._tables.insert(0, there)
-    launch._heads[elsewhere], launch._paces[elsewhere] = other._heads[elsewhere], other._paces[elsewhere]
     return launch
 
 
@@ -498,7 +495,7 @@ def test_a_launch_that_counts_twice_is_seen(shim: Shim, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         cuda.CudaLaunch,
         "start_update",
-        lambda self, table, rule, counter, advance, *rest: start(self, table, rule, counter, 2 * advance, *rest),
+        lambda self, table, paces, advance, *rest: start(self, table, paces, 2 * advance, *rest),
     )
     with pytest.raises(AssertionError):
         test_devices_share_the_counters(shim, 1)
@@ -515,9 +512,9 @@ def test_a_replay_by_other_rules_is_seen(shim: Shim, monkeypatch: pytest.MonkeyP
     start = cuda.CudaLaunch.start_update
     held: list[Any] = []
 
-    def same_rules(self: Any, table: Any, rules: Any, *rest: Any) -> None:
-        held.append(rules)
-        start(self, table, held[0] if self.captured else rules, *rest)
+    def same_rules(self: Any, table: Any, paces: Any, *rest: Any) -> None:
+        held.append(paces)
+        start(self, table, held[0] if self.captured else paces, *rest)
 
     monkeypatch.setattr(cuda.CudaLaunch, "start_update", same_rules)
     with pytest.raises(AssertionError):

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from swafast import FusedAverages
 from swafast.backends import library, rows
 from swafast.backends.contract import Pair
+from swafast.backends.rows import PaceCache
 from swafast.backends.triton import launch as backend
 from swafast.op import choice
 from swafast.terms import layout
@@ -273,7 +274,7 @@ def random_pairs() -> list[Pair]:
 def test_rounding_at_random_goes_by_the_index_in_the_whole_param() -> None:
     pairs = random_pairs()
     check_updates(pairs, (0.3,))
-    chunks = backend.prepare(pairs)._tables[0].num_chunks
+    chunks = backend.prepare(pairs)._tables[0].head.num_chunks
     assert chunks > 3 * len(pairs)  # one was cut where the upper half changes
 
 
@@ -352,11 +353,11 @@ class Written:
     """What was written where, in the place of the kernel that writes paces."""
 
     def __init__(self, paces: backend._Paces) -> None:
-        self.paces, self.at = paces, []
+        self.paces, self.cache, self.at = paces, PaceCache(), []
 
     def get(self, decay: float, counter: Tensor, capturing: bool = False) -> int:
-        words = self.paces.get([ExponentialAverage(decay)], [counter], capturing, self._write)
-        return words.data_ptr()
+        paces = self.cache.get([ExponentialAverage(decay)], [counter.data_ptr()])
+        return self.paces.get(paces, capturing, self._write).data_ptr()
 
     def _write(self, address: int, index: int, *words: int) -> None:
         assert index == 0
@@ -499,7 +500,7 @@ def check_rule(rule: Rule, kernels: ModuleType | None = None) -> None:
     pair.param.copy_(torch.randn(4 * CHUNK))
     launch = backend.prepare([pair])
     launch._kernels = kernels or launch._kernels
-    assert launch._tables[0].num_chunks > 3
+    assert launch._tables[0].head.num_chunks > 3
     terms = rule.kernel_terms()
     assert terms is not None
     for n in range(4):
@@ -509,7 +510,7 @@ def check_rule(rule: Rule, kernels: ModuleType | None = None) -> None:
     assert counter == 5
     table = launch._tables[0]
     begun = table.words[-library.MAX_PACES - 3]
-    assert begun == 4 * min(table.num_chunks, table.num_blocks)  # every program of every launch
+    assert begun == 4 * min(table.head.num_chunks, table.head.num_blocks)  # every program of every launch
 
 
 def unchanged_by(update: Callable[[backend.TritonLaunch, Tensor], None], n: int, pairs: Sequence[Pair]) -> None:

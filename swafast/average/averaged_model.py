@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim.swa_utils import AveragedModel
 
-from ..loop.attach import Attachable
 from ..op import checks, choice
 from ..op.exchange import Exchange
 from ..op.plan import Plan
@@ -22,13 +21,13 @@ from ..terms.pickling import pickled_from
 from ..terms.rules import Rule, rule_of
 from ..torch_private.core import disable_dynamo
 from .functions import choose_rule, update_by_function
-from .matching import Bindings, ModuleSide, ask_include, bindings_of, check_model, each_average, refuse_sharded
-from .planes import Recast, find_planes, fit_planes
+from .matching import ModuleSide, WithBindings, ask_include, check_model, each_average, refuse_sharded
+from .planes import Recast, fit_planes
 from .states import check_state, export, keeping_ties, translate_load
 
 
 @pickled_from("swafast")
-class FusedAveragedModel(Attachable, AveragedModel):
+class FusedAveragedModel(WithBindings, AveragedModel):
     """A copy of a model whose parameters are the running average of the model's, moved in one fused pass per update.
 
     ``average = average + weight * (param - average)``, with ``weight = 1 / (n + 1)`` (SWA) unless a rule says else.
@@ -186,10 +185,6 @@ class FusedAveragedModel(Attachable, AveragedModel):
     def _bind(self, model: Module) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]:
         return self._bindings.bind(self, [self._side()], model, config=self._config(), backend=self.backend)
 
-    @property
-    def _bindings(self) -> Bindings:
-        return bindings_of(self)
-
     def _config(self) -> object:
         """Give what a plan depends on beside the tensors."""
         return (self.rule is None, self.use_buffers, self.format, self.backend, self._any_device, self.seed)
@@ -309,16 +304,9 @@ class FusedAveragedModel(Attachable, AveragedModel):
             averages = {}
             for name, tensor, fmt in self._each_average():
                 if fmt is not None:
-                    fit_planes(self, name, tensor, fmt)
-                    averages[id(tensor)] = (name, find_planes(self, name, tensor, fmt), fmt)
+                    averages[id(tensor)] = (name, fit_planes(self, name, tensor, fmt), fmt)
             recast = Recast(averages, fn, lambda dtype: format_of(self.format, dtype))
             super()._apply(recast, recurse)
             recast.finish(self)
             self._any_device |= recast.moved
             return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to this process. ``include`` may be a lambda, and its answers are kept."""
-        with self._guard.hold("a copy"):
-            own = {"_own_guard", "_own_bindings", "_made_of", "include"}
-            return {key: value for key, value in self.__dict__.items() if key not in own}

@@ -12,15 +12,14 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..backends.library import MAX_PACES
-from ..loop.attach import Attachable
 from ..loop.guard import Guard
 from ..op.plan import Plan
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
 from ..torch_private.core import disable_dynamo
-from ..torch_private.modules import children_made, own_children
+from ..torch_private.modules import own_children
 from .averaged_model import FusedAveragedModel
-from .matching import Bindings, bindings_of
+from .matching import WithBindings
 from .states import check_state, keeping_ties
 
 
@@ -72,7 +71,7 @@ def named_formats(names: Sequence[str], format: object) -> dict[str, str | None]
 
 
 @pickled_from("swafast")
-class FusedAverages(Attachable, Module):
+class FusedAverages(WithBindings, Module):
     """Several averages of one model, moved together: ``FusedAverages(model, rules={"fast": ..., "slow": ...})``.
 
     Each is a :class:`~swafast.FusedAveragedModel` of its own, ``averages["fast"]``: evaluate it, swap it into the
@@ -156,7 +155,7 @@ class FusedAverages(Attachable, Module):
         return [(name, self[name]) for name in self]
 
     def __getattr__(self, name: str) -> Any:
-        if name in children_made(self):
+        if name in own_children(self):
             return self[name]
         if hasattr(FusedAveragedModel, name) and not name.startswith("_"):
             first = next(iter(self))
@@ -182,10 +181,6 @@ class FusedAverages(Attachable, Module):
             if "raise" in nonfinite:
                 plan.refuse_nonfinite(params)
             plan.update(params, planes, rules, skip_nonfinite="skip" in nonfinite)  # type: ignore[arg-type]
-
-    @property
-    def _bindings(self) -> Bindings:
-        return bindings_of(self)
 
     def _bind(self, model: Module) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]:
         averages = self.values()
@@ -232,10 +227,6 @@ class FusedAverages(Attachable, Module):
         with self._guard.hold("a move or cast"):  # of all, or of none
             super()._apply(fn, recurse)
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = {"_own_guard", "_own_bindings", "_made_of"}
-        return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def _make_guard(self) -> Guard:
         return Guard([averaged._guard for averaged in self.values()])

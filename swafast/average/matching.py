@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,13 +15,14 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from ..backends.contract import Pair
+from ..loop.attach import Attachable
 from ..op import checks, choice
 from ..op.launches import draws_of
 from ..op.plan import Plan
 from ..terms.formats import Format
 from ..terms.names import named_buffers, named_params, require_same_names, unwrap
 from ..torch_private.modules import Walk
-from .planes import find_planes, fit_planes
+from .planes import fit_planes
 
 #: Gives the format of an average from its name, the averaged module's tensor and whether it is a buffer; None: copied.
 FormatOf = Callable[[str, Tensor, bool], Format | None]
@@ -95,7 +96,7 @@ class ModuleSide:
     seed: int
 
 
-def _match(side: ModuleSide, model: Module) -> list[Pair]:
+def _match(side: ModuleSide, model: Module, pace: int) -> list[Pair]:
     """Pair each distinct average with its param, or raise ValueError naming what does not match."""
     module = side.owner.module
     theirs = {False: named_params(unwrap(model), "model"), True: named_buffers(unwrap(model), "model")}
@@ -109,26 +110,55 @@ def _match(side: ModuleSide, model: Module) -> list[Pair]:
         for other in names[1:]:
             if theirs[is_buffer][other] is not param:
                 raise ValueError(f"model must tie {names[0]!r} and {other!r} as the average does, got two tensors")
-        matched.append(Pair(names[0], param, (average,), side.format_of(names[0], average, is_buffer)))
+        fmt = side.format_of(names[0], average, is_buffer)
+        matched.append(Pair(names[0], param, (average,), fmt, pace=pace))
     return matched
 
 
-@dataclass(frozen=True)
 class ModuleBinding:
-    """A plan together with the ways to find its tensors again; it holds no param, so it keeps no model alive."""
+    """A plan together with the ways to find its tensors again; it holds no param, so it keeps no model alive.
 
-    plan: Plan
-    config: object
-    _owner_walk: Walk
-    _model_walk: Walk
-    _planes: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
-    _params: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+    Making one matches ``model`` with the averages of all sides, checks every pair, and plans the update. Everything is
+    checked before anything changes; what then changes is where averages lie, never what they hold.
+
+    Args:
+        root: the module that all sides are in.
+        homes: addresses of the planes that are in buckets already.
+
+    Raises:
+        ValueError: names, shapes, dtypes, devices or layouts do not go together; it names the parameter.
+        RuntimeError: a CUDA graph is being captured.
+    """
+
+    def __init__(
+        self,
+        root: Module,
+        sides: Sequence[ModuleSide],
+        model: Module,
+        *,
+        config: object,
+        backend: str | None,
+        homes: frozenset[int],
+    ) -> None:
+        check_model(model)
+        matched = [(side, pair) for pace, side in enumerate(sides) for pair in _match(side, model, pace)]
+        for side, pair in matched:
+            checks.check_sides(pair, any_device=side.any_device)
+        checks.check_overlap([pair for _, pair in matched])
+        for device in {pair.average.device for _, pair in matched}:
+            checks.refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
+        pairs = [_with_planes(pair, side) for side, pair in matched]
+        counters = _place_counters(sides)
+        self.plan = Plan(pairs, choice.choose_backends(backend, choice.device_types(pairs)), counters, homes)
+        self._config, self._owner_walk, self._model_walk = config, Walk(root), Walk(unwrap(model))
+        self._planes = _picker([self._owner_walk.position(plane) for pair in pairs for plane in pair.planes])
+        self._params = _picker([self._model_walk.position(pair.param) for pair in pairs])
 
     def current(
         self, model: Module, config: object, counters: Sequence[Tensor]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
         """Give the (params, planes) that stand in both modules now, or None if the plan no longer fits them."""
-        if config != self.config or not self._model_walk.starts_at(unwrap(model)):
+        if config != self._config or not self._model_walk.starts_at(unwrap(model)):
             return None
         theirs, own = self._model_walk.tensors(), self._owner_walk.tensors()
         if theirs is None or own is None:
@@ -189,7 +219,7 @@ class Bindings:
 
         Raises:
             TypeError: ``model`` is no module.
-            ValueError, RuntimeError: as :func:`bind_module`.
+            ValueError, RuntimeError: as :class:`ModuleBinding`.
         """
         if not isinstance(model, Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -199,7 +229,7 @@ class Bindings:
         for side in sides:
             checks.check_counter(side.owner.n_averaged)
         homes = self.homes.union(*(each.homes for each in side_bindings))
-        binding = bind_module(root, sides, model, config=config, backend=backend, homes=homes)
+        binding = ModuleBinding(root, sides, model, config=config, backend=backend, homes=homes)
         self.use(binding)
         for each in side_bindings:
             each.shared_homes = binding.plan.homes
@@ -223,59 +253,24 @@ class Bindings:
             )
 
 
-def bindings_of(owner: Module) -> Bindings:
-    """Return the bindings of averages, made when first asked for: a copy of the averages comes without."""
-    own = owner.__dict__
-    return own.get("_own_bindings") or own.setdefault("_own_bindings", Bindings())
+class WithBindings(Attachable):
+    """Averaged modules that bind models. A copy comes without what belongs to this process."""
+
+    @property
+    def _bindings(self) -> Bindings:
+        own = self.__dict__
+        return own.get("_own_bindings") or own.setdefault("_own_bindings", Bindings())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to this process. ``include`` may be a lambda, and its answers are kept."""
+        with self._guard.hold("a copy"):
+            own = {"_own_guard", "_own_bindings", "_made_of", "include"}
+            return {key: value for key, value in self.__dict__.items() if key not in own}
 
 
-def bind_module(
-    root: Module,
-    sides: Sequence[ModuleSide],
-    model: Module,
-    *,
-    config: object,
-    backend: str | None,
-    homes: frozenset[int],
-) -> ModuleBinding:
-    """Match ``model`` with the averages of all sides, check every pair, and plan the update.
-
-    Everything is checked before anything changes; what then changes is where averages lie, never what they hold.
-
-    Args:
-        root: the module that all sides are in.
-        homes: addresses of the planes that are in buckets already.
-
-    Raises:
-        ValueError: names, shapes, dtypes, devices or layouts do not go together; it names the parameter.
-        RuntimeError: a CUDA graph is being captured.
-    """
-    check_model(model)
-    of_sides = [_match(side, model) for side in sides]
-    matched = [pair for pairs in of_sides for pair in pairs]
-    for side, of_side in zip(sides, of_sides, strict=True):
-        for pair in of_side:
-            checks.check_sides(pair, any_device=side.any_device)
-    checks.check_overlap(matched)
-    for device in {pair.average.device for pair in matched}:
-        checks.refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
-    pairs = [
-        _with_planes(pair, side, pace)
-        for pace, (side, of_side) in enumerate(zip(sides, of_sides, strict=True))
-        for pair in of_side
-    ]
-    counters = _place_counters(sides)
-    plan = Plan(pairs, choice.choose_backends(backend, choice.device_types(pairs)), counters, homes)
-    owner_walk, model_walk = Walk(root), Walk(unwrap(model))
-    planes = [owner_walk.position(plane) for pair in pairs for plane in pair.planes]
-    params = [model_walk.position(pair.param) for pair in pairs]
-    return ModuleBinding(plan, config, owner_walk, model_walk, _picker(planes), _picker(params))
-
-
-def _with_planes(pair: Pair, side: ModuleSide, pace: int) -> Pair:
-    fit_planes(side.owner, pair.name, pair.average, pair.format)
-    planes = find_planes(side.owner, pair.name, pair.average, pair.format)
-    return replace(pair, planes=planes, draws=draws_of(side.seed, pair.name, pair.param, pair.format), pace=pace)
+def _with_planes(pair: Pair, side: ModuleSide) -> Pair:
+    planes = fit_planes(side.owner, pair.name, pair.average, pair.format)
+    return replace(pair, planes=planes, draws=draws_of(side.seed, pair.name, pair.param, pair.format))
 
 
 def _place_counters(sides: Sequence[ModuleSide]) -> list[Tensor]:

@@ -43,19 +43,11 @@ class PlaneTree(Module):
             del own_children(self)[head]
 
 
-def find_planes(owner: Module, name: str, average: Tensor, fmt: Format | None) -> tuple[Tensor, ...]:
-    """Give all planes of an average; those of a format's that :func:`fit_planes` has put in place."""
-    trees = [own_children(owner).get(plane) for plane, _ in fmt.extra] if fmt is not None else []
-    extra = [tree.find(name) if isinstance(tree, PlaneTree) else None for tree in trees]
-    assert None not in extra, f"{name!r} lacks a plane of its format {fmt!r}"
-    return (average, *(plane for plane in extra if plane is not None))
-
-
 def put_plane(owner: Module, plane: str, name: str, tensor: Tensor | None) -> None:
     tree = own_children(owner).get(plane)
+    if tensor is None and not isinstance(tree, PlaneTree):
+        return
     if tree is None:
-        if tensor is None:
-            return
         # Straight into the dict: a subclass may have an attribute of this name, which add_module would refuse.
         tree = own_children(owner)[plane] = PlaneTree()
     assert isinstance(tree, PlaneTree)
@@ -68,27 +60,34 @@ def put_plane(owner: Module, plane: str, name: str, tensor: Tensor | None) -> No
         del own_children(owner)[plane]
 
 
+def put_planes(owner: Module, name: str, fmt: Format | None, extra: Sequence[Tensor]) -> None:
+    """Have just the further planes of ``fmt`` stand beside an average."""
+    planes = dict(zip((plane for plane, _ in fmt.extra), extra, strict=True)) if fmt is not None else {}
+    for plane in EXTRA_PLANES:
+        put_plane(owner, plane, name, planes.get(plane))
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
-def fit_planes(owner: Module, name: str, average: Tensor, fmt: Format | None) -> None:
-    """See to it that just the planes of ``fmt`` stand beside ``average``: wrong ones are made anew from its values."""
-    wanted = dict(fmt.extra) if fmt is not None else {}
-    fresh: tuple[Tensor, ...] | None = None
+def fit_planes(owner: Module, name: str, average: Tensor, fmt: Format | None) -> tuple[Tensor, ...]:
+    """Return all planes of ``average``, those of ``fmt`` alone beside it: wrong ones are made anew from its values."""
+    extra = fmt.extra if fmt is not None else ()
     for plane in EXTRA_PLANES:
+        if plane not in dict(extra):
+            put_plane(owner, plane, name, None)
+    planes = [average]
+    for index, (plane, dtype) in enumerate(extra, start=1):
         tree = own_children(owner).get(plane)
         tensor = tree.find(name) if isinstance(tree, PlaneTree) else None
-        if plane not in wanted:
-            if tensor is not None:
-                put_plane(owner, plane, name, None)
-            continue
-        if tensor is not None and tensor.dtype == wanted[plane] and tensor.shape == average.shape:
-            if tensor.device != average.device:
-                tensor.data = tensor.data.to(average.device)
-            continue
-        assert fmt is not None
-        fresh = fresh or fmt.encode(average.detach().to(fmt.value_dtype))
-        index = 1 + list(wanted).index(plane)
-        put_plane(owner, plane, name, torch.empty_like(average, dtype=wanted[plane]).copy_(fresh[index]).detach())
+        if tensor is None or tensor.dtype != dtype or tensor.shape != average.shape:
+            assert fmt is not None
+            fresh = fmt.encode(average.detach().to(fmt.value_dtype))
+            tensor = torch.empty_like(average, dtype=dtype).copy_(fresh[index]).detach()
+            put_plane(owner, plane, name, tensor)
+        elif tensor.device != average.device:
+            tensor.data = tensor.data.to(average.device)
+        planes.append(tensor)
+    return tuple(planes)
 
 
 def convert(planes: tuple[Tensor, ...], fmt: Format, average: Tensor, after: Format | None) -> tuple[Tensor, ...]:
@@ -188,6 +187,4 @@ class Recast:
     def finish(self, owner: Module) -> None:
         """Put the further planes of recast averages in their places; torch was walking over these until now."""
         for name, (fmt, planes) in self._recast.items():
-            fresh = dict(zip((plane for plane, _ in fmt.extra), planes[1:], strict=True)) if fmt is not None else {}
-            for plane in EXTRA_PLANES:
-                put_plane(owner, plane, name, fresh.get(plane))
+            put_planes(owner, name, fmt, planes[1:])

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from ..terms.formats import EXTRA_PLANES, Format
+from ..terms.formats import Format
 from ..terms.names import canonical, unwrap
 from ..torch_private.modules import copy_metadata, own_buffers, own_params
 from .matching import FormatOf, each_average
-from .planes import find_planes, fit_planes, put_plane, translate_state
+from .planes import fit_planes, put_planes, translate_state
 
 
 def check_state(owner: Module, state_dict: Mapping[str, Any], strict: bool, assign: bool) -> None:
@@ -117,21 +117,9 @@ def translate_load(
             continue
         formats[name] = fmt
         if assign:
-            _make_room(owner, name, kept, fmt)
+            room = [torch.zeros_like(kept.detach(), dtype=dtype) for _, dtype in fmt.extra]
+            put_planes(owner, name, fmt, room)  # for the assignment to replace
     translate_state(state, prefix, names, formats, strict)
-
-
-def _make_room(owner: Module, name: str, average: Tensor, fmt: Format) -> None:
-    """Have just the planes of ``fmt`` in place, for an assignment to replace."""
-    wanted = dict(fmt.extra)
-    for plane in EXTRA_PLANES:
-        room = torch.zeros_like(average.detach(), dtype=wanted[plane]) if plane in wanted else None
-        put_plane(owner, plane, name, room)
-
-
-def _full_precision(planes: tuple[Tensor, ...], fmt: Format) -> Tensor:
-    value = fmt.decode(planes)
-    return value.to(torch.float32) if fmt.dtype is not None else value
 
 
 def export(
@@ -146,8 +134,9 @@ def export(
         raise ValueError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
     values: dict[int, Tensor] = {}
     for name, tensor, fmt in averages:
-        fit_planes(owner, name, tensor, fmt)
-        values[id(tensor)] = _full_precision(find_planes(owner, name, tensor, fmt), fmt) if fmt is not None else tensor
+        planes = fit_planes(owner, name, tensor, fmt)
+        value = fmt.decode(planes) if fmt is not None else tensor
+        values[id(tensor)] = value.float() if fmt is not None and fmt.dtype is not None else value
     state: dict[str, Any] = {}
     for key, value in unwrap(module).state_dict(keep_vars=True).items():
         if isinstance(value, Tensor):

@@ -57,22 +57,11 @@ class Launch(Protocol):
     #: Whether a CUDA graph holds an update of this launch: it must then live as long as the averages.
     captured: bool
 
-    def update(
-        self,
-        params: Sequence[Tensor],
-        rules: Sequence[Rule],
-        counters: Sequence[Tensor],
-        advance: int,
-        *,
-        skip_nonfinite: bool = False,
-        reduce_flag: ReduceFlag | None = None,
-    ) -> None:
+    def update(self, params: Sequence[Tensor], rules: Sequence[Rule], counters: Sequence[Tensor], advance: int) -> None:
         """Move each average towards its param by its pace's ``rule(counter)``, then add ``advance`` to all counters.
 
         ``rules`` and ``counters``, () int64, are those of the averaged models, by the pairs' ``pace``. ``params`` are
-        the pairs' params, the same memory as in ``prepare``; none for a backend that goes by addresses. With
-        ``skip_nonfinite`` nothing changes if one that is averaged holds a NaN or an infinity, on any of the ranks that
-        ``reduce_flag`` brings in.
+        the pairs' params, the same memory as in ``prepare``; none for a backend that goes by addresses.
         """
 
     def first_nonfinite(self, params: Sequence[Tensor]) -> int | None:

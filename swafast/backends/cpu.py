@@ -11,7 +11,7 @@ from torch import Tensor
 from ..terms.layout import CPU_CHUNK_NUMEL, cut_chunks
 from ..terms.rules import Rule
 from . import Unavailable, library
-from .contract import Pair, ReduceFlag, found_anywhere
+from .contract import Pair
 from .rows import PaceCache, Rows, kernels_serve
 
 name = "cpu"
@@ -61,10 +61,6 @@ def want_large_pages(storage: torch.UntypedStorage) -> None:
         native.swafast_cpu_want_large_pages(storage.data_ptr(), storage.nbytes())
 
 
-def prepare(pairs: Sequence[Pair]) -> NativeLaunch:
-    return NativeLaunch(pairs)
-
-
 class NativeLaunch:
     """Tables of raw pointers, filled once; an update passes their addresses and nothing else."""
 
@@ -83,20 +79,7 @@ class NativeLaunch:
     def _threads(self) -> int:
         return min(torch.get_num_threads(), self._most_threads)
 
-    def update(
-        self,
-        params: Sequence[Tensor],
-        rules: Sequence[Rule],
-        counters: Sequence[Tensor],
-        advance: int,
-        *,
-        skip_nonfinite: bool = False,
-        reduce_flag: ReduceFlag | None = None,
-    ) -> None:
-        if skip_nonfinite:
-            found = self.first_nonfinite(params) is not None
-            if found_anywhere(found, counters[0].device, reduce_flag):
-                return
+    def update(self, params: Sequence[Tensor], rules: Sequence[Rule], counters: Sequence[Tensor], advance: int) -> None:
         # A model with parts on a GPU counts there.
         counts = [counter if counter.device.type == "cpu" else counter.cpu() for counter in counters]
         paces = self._paces.get(rules, [count.data_ptr() for count in counts])
@@ -117,6 +100,9 @@ class NativeLaunch:
         index = ctypes.c_int64()
         _check(self._native.swafast_cpu_first_nonfinite(*self._table, self._threads(), ctypes.byref(index)))
         return None if index.value < 0 else self._order[index.value]
+
+
+prepare = NativeLaunch
 
 
 def _check(status: int) -> None:

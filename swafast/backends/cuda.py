@@ -5,17 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import warnings
-from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from ..terms.rules import Rule
 from . import Unavailable, library
 from .contract import Pair
 from .gpu import DeviceLaunch, Table
-from .rows import PaceCache, kernels_serve
+from .rows import kernels_serve
 
 name = "cuda"
 device_types = frozenset({"cuda"})
@@ -62,7 +59,7 @@ def serves(pair: Pair) -> bool:
 
 
 def _is_usable(device: torch.device) -> bool:
-    blocks = num_blocks(_index(device))
+    blocks = num_blocks(device.index or 0)
     if isinstance(blocks, Unavailable):
         _warn_unusable(str(device), blocks.reason)
         return False
@@ -74,65 +71,32 @@ def _warn_unusable(device: str, reason: str) -> None:
     warnings.warn(f"swafast's CUDA kernels do not run on {device}: {reason}", RuntimeWarning, stacklevel=3)
 
 
-def _index(device: torch.device) -> int:
-    return device.index if device.index is not None else 0
-
-
-def prepare(pairs: Sequence[Pair]) -> CudaLaunch:
-    return CudaLaunch(pairs)
-
-
 class CudaLaunch(DeviceLaunch):
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self._native = library.loaded()
         super().__init__(pairs)
-        self._paces: defaultdict[torch.device, PaceCache] = defaultdict(PaceCache)
-        self._heads = {
-            table.device: library.TableHead(
-                tensors=table.tensors,
-                chunks=table.chunks,
-                num_tensors=table.num_tensors,
-                num_chunks=table.num_chunks,
-                state=table.state,
-                device=_index(table.device),
-                num_blocks=table.num_blocks,
-            )
-            for table in self._tables
-        }
 
     def num_blocks(self, device: torch.device) -> int:
-        blocks = num_blocks(_index(device))
+        blocks = num_blocks(device.index or 0)
         assert not isinstance(blocks, Unavailable), "serves() refuses the pairs of such a device"
         return blocks
 
     def start_update(
-        self,
-        table: Table,
-        rules: Sequence[Rule],
-        counters: Sequence[Tensor],
-        advance: int,
-        skip_nonfinite: bool,
-        stream: int,
+        self, table: Table, paces: ctypes.Array[library.Pace], advance: int, skip_nonfinite: bool, stream: int
     ) -> None:
         capturing = ctypes.c_int32()
-        paces = self._paces[table.device].get(rules, [counter.data_ptr() for counter in counters])
-        status = self._native.swafast_cuda_update(
-            ctypes.byref(self._heads[table.device]),
-            paces,
-            len(paces),
-            advance,
-            skip_nonfinite,
-            ctypes.byref(capturing),
-            stream,
-        )
-        _check(status)
+        head, out = ctypes.byref(table.head), ctypes.byref(capturing)
+        _check(self._native.swafast_cuda_update(head, paces, len(paces), advance, skip_nonfinite, out, stream))
         self.captured |= bool(capturing.value)
 
     def start_exchange(self, table: Table, wanted: bool, stream: int) -> None:
-        _check(self._native.swafast_cuda_exchange(ctypes.byref(self._heads[table.device]), int(wanted), stream))
+        _check(self._native.swafast_cuda_exchange(ctypes.byref(table.head), int(wanted), stream))
 
     def start_first_nonfinite(self, table: Table, stream: int) -> None:
-        _check(self._native.swafast_cuda_first_nonfinite(ctypes.byref(self._heads[table.device]), stream))
+        _check(self._native.swafast_cuda_first_nonfinite(ctypes.byref(table.head), stream))
+
+
+prepare = CudaLaunch
 
 
 def _check(status: int) -> None:

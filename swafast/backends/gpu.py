@@ -5,6 +5,7 @@ The kernels read ``num_averaged`` on the device and count there. A backend adds 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,13 +17,11 @@ from ..terms.rules import Rule
 from ..torch_private.core import current_raw_stream
 from . import library
 from .contract import Pair, ReduceFlag, found_anywhere
-from .rows import Rows
+from .rows import PaceCache, Rows
 
-#: 64-bit words of ``swafast_tensor``, ``swafast_chunk`` and ``swafast_state`` in csrc/swafast.h.
-TENSOR_WORDS, CHUNK_WORDS, STATE_WORDS = 7, 5, 3
-_NONFINITE_WORD = 2
+#: 64-bit words of ``swafast_state`` in csrc/swafast.h, and which of them is ``nonfinite``.
+_STATE_WORDS, _NONFINITE_WORD = 3, 2
 _COUNTER_WORDS = library.MAX_PACES
-_WORD_NBYTES = 8
 
 
 @dataclass
@@ -31,26 +30,10 @@ class Table:
 
     device: torch.device
     indices: tuple[int, ...]  # of the pairs, in the order of the rows
-    num_blocks: int
     words: Tensor = field(repr=False)  # int64
-    num_chunks: int
+    head: library.TableHead
     stream: int  # that the table was made on
-
-    @property
-    def num_tensors(self) -> int:
-        return len(self.indices)
-
-    @property
-    def tensors(self) -> int:
-        return self.words.data_ptr()
-
-    @property
-    def chunks(self) -> int:
-        return self.tensors + TENSOR_WORDS * self.num_tensors * _WORD_NBYTES
-
-    @property
-    def state(self) -> int:
-        return self.chunks + CHUNK_WORDS * self.num_chunks * _WORD_NBYTES
+    paces: PaceCache = field(default_factory=PaceCache)
 
     @property
     def counters(self) -> Sequence[Tensor]:
@@ -59,7 +42,7 @@ class Table:
 
     @property
     def nonfinite(self) -> Tensor:
-        return self.words[_NONFINITE_WORD - STATE_WORDS - _COUNTER_WORDS]
+        return self.words[_NONFINITE_WORD - _STATE_WORDS - _COUNTER_WORDS]
 
 
 def make_table(pairs: Sequence[Pair], indices: Sequence[int], num_blocks: int) -> Table:
@@ -70,14 +53,19 @@ def make_table(pairs: Sequence[Pair], indices: Sequence[int], num_blocks: int) -
     chunk_numel = GPU_CHUNK_NUMELS[0] if rows.most_followers else gpu_chunk_numel(rows.numel, num_blocks)
     chunks = cut_chunks(rows.runs(), chunk_numel)
     tensors = torch.frombuffer(rows.table, dtype=torch.int64)
-    state = torch.zeros(STATE_WORDS + _COUNTER_WORDS, dtype=torch.int64, device="cpu")
+    state = torch.zeros(_STATE_WORDS + _COUNTER_WORDS, dtype=torch.int64, device="cpu")
     with torch.inference_mode(False), torch.no_grad():
         words = torch.cat((tensors, chunks.flatten(), state)).to(device)
     if device.type == "cuda":
         # Later launches may be on another stream, which knows nothing of this copy.
         torch.cuda.current_stream(device).synchronize()
+    head = library.TableHead(num_tensors=len(pairs), num_chunks=len(chunks), num_blocks=num_blocks)
+    head.tensors = words.data_ptr()
+    head.chunks = words[tensors.numel() :].data_ptr()
+    head.state = words[-len(state) :].data_ptr()
+    head.device = device.index or 0
     order = tuple(indices[index] for index in rows.order)
-    return Table(device, order, num_blocks, words, len(chunks), current_raw_stream(device))
+    return Table(device, order, words, head, current_raw_stream(device))
 
 
 class DeviceLaunch:
@@ -100,17 +88,11 @@ class DeviceLaunch:
         raise NotImplementedError
 
     def start_update(
-        self,
-        table: Table,
-        rules: Sequence[Rule],
-        counters: Sequence[Tensor],
-        advance: int,
-        skip_nonfinite: bool,
-        stream: int,
+        self, table: Table, paces: ctypes.Array[library.Pace], advance: int, skip_nonfinite: bool, stream: int
     ) -> None:
         """Start the update's kernel, and set :attr:`captured` where a graph takes it up instead.
 
-        ``counters`` are on the table's device.
+        The counters of ``paces`` are on the table's device.
         """
         raise NotImplementedError
 
@@ -133,6 +115,10 @@ class DeviceLaunch:
         skip_nonfinite: bool = False,
         reduce_flag: ReduceFlag | None = None,
     ) -> None:
+        """Update as any launch does; with ``skip_nonfinite`` nothing changes if a param that is averaged is not finite.
+
+        That is settled on the device, for all ranks that ``reduce_flag`` brings in.
+        """
         counters_device = counters[0].device
         counts_here = any(table.device == counters_device for table in self._tables)
         if not counts_here and counters_device.type == "cpu" and min(map(int, counters)) < 0:
@@ -158,7 +144,8 @@ class DeviceLaunch:
                 self.start_first_nonfinite(table, stream)
                 if reduce_flag is not None:
                     reduce_flag(table.nonfinite)
-            self.start_update(table, rules, read, advance if counts else 0, skip_nonfinite, stream)
+            paces = table.paces.get(rules, [counter.data_ptr() for counter in read])
+            self.start_update(table, paces, advance if counts else 0, skip_nonfinite, stream)
         if not counts_here:
             for counter in counters:
                 counter.add_(advance)
@@ -178,7 +165,7 @@ class DeviceLaunch:
         for table in self._tables:
             from_the_end = int(table.nonfinite)
             if from_the_end:
-                found.append(table.indices[table.num_tensors - from_the_end])
+                found.append(table.indices[-from_the_end])
         return min(found, default=None)
 
     def _stream(self, table: Table) -> int:

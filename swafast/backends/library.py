@@ -79,15 +79,12 @@ def _candidates() -> list[Path]:
 
     Run from a clone, the folder ``swafast/`` hides the installed package, which is the one with the library.
     """
-    file = (
-        "swafast.dll" if os.name == "nt" else "libswafast.dylib" if os.uname().sysname == "Darwin" else "libswafast.so"
-    )
     named = os.environ.get("SWAFAST_LIBRARY")
     if named:
         return [Path(named).absolute()]
-    paths = [Path(__file__).parents[1] / "lib" / file]
+    paths = [Path(__file__).parents[1] / "lib" / "libswafast.so"]
     try:
-        installed = importlib.metadata.distribution("swafast").locate_file(f"swafast/lib/{file}")
+        installed = importlib.metadata.distribution("swafast").locate_file("swafast/lib/libswafast.so")
         paths.append(Path(str(installed)))
     except importlib.metadata.PackageNotFoundError:
         pass
@@ -155,8 +152,6 @@ def _declare_cuda(library: ctypes.CDLL) -> None:
     library.swafast_cuda_build.restype = ctypes.c_char_p
     library.swafast_cuda_error.restype = ctypes.c_char_p
     library.swafast_cuda_blocks.argtypes = (i32, ctypes.POINTER(i32))
-    library.swafast_cuda_update.argtypes = (
-        *(table, ctypes.POINTER(Pace), i64, i64, i32, ctypes.POINTER(i32), address),
-    )
+    library.swafast_cuda_update.argtypes = (table, ctypes.POINTER(Pace), i64, i64, i32, ctypes.POINTER(i32), address)
     library.swafast_cuda_exchange.argtypes = (table, i64, address)
     library.swafast_cuda_first_nonfinite.argtypes = (table, address)

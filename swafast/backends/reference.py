@@ -14,7 +14,7 @@ from ..terms.draws import Draws, box_views, random_bits
 from ..terms.formats import Format
 from ..terms.rules import Rule, checked_weight
 from . import Unavailable
-from .contract import Pair, ReduceFlag, found_anywhere
+from .contract import Pair
 
 name = "reference"
 device_types = None
@@ -38,10 +38,6 @@ def serves(pair: Pair) -> bool:
     return True
 
 
-def prepare(pairs: Sequence[Pair]) -> ReferenceLaunch:
-    return ReferenceLaunch(pairs)
-
-
 class ReferenceLaunch:
     captured = False
 
@@ -52,20 +48,7 @@ class ReferenceLaunch:
         self._paces = [pair.pace for pair in pairs]
 
     @torch.no_grad()
-    def update(
-        self,
-        params: Sequence[Tensor],
-        rules: Sequence[Rule],
-        counters: Sequence[Tensor],
-        advance: int,
-        *,
-        skip_nonfinite: bool = False,
-        reduce_flag: ReduceFlag | None = None,
-    ) -> None:
-        if skip_nonfinite:
-            found = self.first_nonfinite(params) is not None
-            if found_anywhere(found, counters[0].device, reduce_flag):
-                return
+    def update(self, params: Sequence[Tensor], rules: Sequence[Rule], counters: Sequence[Tensor], advance: int) -> None:
         counts = [int(counter) for counter in counters]
         if min(counts) < 0:
             raise ValueError(f"n_averaged must be >= 0, got {min(counts)}")
@@ -96,6 +79,9 @@ class ReferenceLaunch:
             if fmt is not None and not bool(torch.isfinite(param.detach()).all()):
                 return index
         return None
+
+
+prepare = ReferenceLaunch
 
 
 def _move_(averages: list[Tensor], params: list[Tensor], weight: float) -> None:

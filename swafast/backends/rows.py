@@ -14,20 +14,12 @@ from ..terms.layout import is_dense, same_order, whole_runs
 from ..terms.rules import Rule
 from ..terms.weight import KernelTerms
 from .contract import Pair
-from .library import MAX_PACES, KernelRule, Pace, TensorRow, loaded
+from .library import MAX_PACES, KernelRule, Pace, TensorRow
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BYTES = 3
 _FORMATS = {FLOAT32: 0, EXACT: 1, MIRRORED: 2, COMPACT: 4, COMPENSATED: 5, HALF: 6}
 _COPIED = 3
-
-
-def weight(rule: Rule, num_averaged: int) -> float:
-    """Give the weight as the kernels work it out, for a rule that has kernel terms."""
-    terms = rule.kernel_terms()
-    if terms is None:
-        raise ValueError(f"rule must have kernel terms, got {rule!r}")
-    return loaded().swafast_weight(ctypes.byref(KernelRule(terms.kind, terms.terms)), num_averaged)
 
 
 def kernel_terms(rule: Rule) -> KernelTerms:
@@ -102,11 +94,9 @@ class Rows:
 
     def runs(self) -> Tensor:
         """Give the runs of memory to be cut into chunks, as :func:`layout.cut_chunks` takes them."""
-        firsts = [0]
-        for _, group in self._firsts:
-            firsts.append(firsts[-1] + len(group))
+        lengths = torch.tensor([len(group) for _, group in self._firsts], dtype=torch.int64, device="cpu")
         runs = whole_runs([numel for numel, _ in self._firsts])
-        runs[:, 0] = torch.tensor(firsts[:-1], dtype=torch.int64, device="cpu")
+        runs[:, 0] = lengths.cumsum(0) - lengths
         drawn = [next((pair for pair in group if pair.draws is not None), None) for _, group in self._firsts]
         if not any(drawn):
             return runs

@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -21,19 +21,6 @@ if TYPE_CHECKING:
 
 #: The key of our entry in an optimizer's state dict: a list, in the order in which averages were attached.
 STATE_KEY = "swafast"
-
-
-class Busy(Protocol):
-    """What is told of an attachment: a :class:`~swafast.loop.guard.Guard`."""
-
-    attachment: Attachment | None
-
-
-class Followed(Updating, Protocol):
-    """What an attachment asks of an averaged model."""
-
-    @property
-    def _guard(self) -> Busy: ...
 
 
 class Attachment:
@@ -50,7 +37,7 @@ class Attachment:
 
     def __init__(
         self,
-        averaged: Followed,
+        averaged: Updating,
         optimizers: Sequence[Optimizer],
         model: Module,
         schedule: Schedule,
@@ -195,8 +182,8 @@ def wait_for_readers(timeout: float | None = None) -> None:
         attachment._runner.wait(timeout)
 
 
-if hasattr(os, "register_at_fork"):  # a child has no thread that would end an update under way
-    os.register_at_fork(before=partial(wait_for_readers, _FORK_WAITS_S))
+# A child has no thread that would end an update under way.
+os.register_at_fork(before=partial(wait_for_readers, _FORK_WAITS_S))
 
 
 def check_attached_load(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:

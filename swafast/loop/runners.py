@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.nn import Module
@@ -18,8 +18,10 @@ Ready = Callable[[], Callable[[], None]]
 
 
 class Updating(Protocol):
-    """What a runner asks of an averaged model."""
+    """What an attachment and its runner ask of an averaged model."""
 
+    @property
+    def _guard(self) -> Any: ...
     def update_parameters(self, model: Module) -> None: ...
     def _beside(
         self, model: Module, device: torch.device | None = None, streams: Sequence[torch.cuda.Stream] = ()
@@ -27,10 +29,11 @@ class Updating(Protocol):
     def _move_to_host(self) -> None: ...
 
 
-class Runner(Protocol):
+class Runner:
     """How an update is run."""
 
-    def update(self) -> None: ...
+    def update(self) -> None:
+        raise NotImplementedError
 
     def before_step(self) -> None:
         """Wait until the optimizer may write the params."""
@@ -40,11 +43,14 @@ class Runner(Protocol):
 
     def wait(self, timeout: float | None = None) -> None:
         """As :meth:`join`, for some seconds, without raising."""
+        self.join()
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """As :meth:`join`, before this runner is forgotten."""
+        self.join()
 
 
-class Plain:
+class Plain(Runner):
     """In the hook itself."""
 
     def __init__(self, averaged: Updating, model: Module) -> None:
@@ -53,16 +59,8 @@ class Plain:
     def update(self) -> None:
         self._averaged.update_parameters(self._model)
 
-    def before_step(self) -> None:
-        pass
 
-    join = close = before_step
-
-    def wait(self, timeout: float | None = None) -> None:
-        pass
-
-
-class OnStreams:
+class OnStreams(Runner):
     """On a side stream of each GPU that the model is on."""
 
     def __init__(self, ready: Ready, streams: Sequence[torch.cuda.Stream]) -> None:
@@ -81,13 +79,10 @@ class OnStreams:
         for stream, event in zip(self._streams, self._ended, strict=False):
             torch.cuda.current_stream(stream.device).wait_event(event)
 
-    before_step = close = join
-
-    def wait(self, timeout: float | None = None) -> None:
-        self.join()
+    before_step = join
 
 
-class InThread:
+class InThread(Runner):
     """In a thread, by the CPU's kernels: on the model's own params, or on copies of them in the host's memory.
 
     Args:

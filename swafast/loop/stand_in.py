@@ -10,15 +10,9 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from ..terms.names import unwrap
-from ..torch_private.modules import (
-    own_buffers,
-    own_children,
-    own_params,
-    passing_buffers,
-    set_own_buffers,
-    set_own_params,
-    set_passing_buffers,
-)
+from ..torch_private.modules import own_buffers, own_children, own_params
+
+Tensors = dict[str, Tensor | None]
 
 
 class StandIn:
@@ -49,16 +43,17 @@ class StandIn:
             self._tree, self._nodes = tree, _skeleton(tree)
         before, self._staged = self._staged, {}
         for name, module in tree:
-            set_own_buffers(self._nodes[name], self._copies(own_buffers(module), before))
+            self._fill(own_buffers(self._nodes[name]), own_buffers(module), before)
         with on_side(self._streams):
             for name, module in tree:
-                own = own_params(module)
-                copies = dict(own) if self._device is None else self._copies(own, before)
-                set_own_params(self._nodes[name], copies)
+                self._fill(own_params(self._nodes[name]), own_params(module), None if self._device is None else before)
         return self._nodes[""]
 
-    def _copies(self, tensors: dict[str, Tensor | None], before: dict[int, Tensor]) -> dict[str, Tensor | None]:
-        return {name: None if tensor is None else self._copy(tensor, before) for name, tensor in tensors.items()}
+    def _fill(self, place: Tensors, tensors: Tensors, before: dict[int, Tensor] | None) -> None:
+        """Put ``tensors`` into ``place``, or copies of them, for which those made ``before`` are at hand."""
+        place.clear()
+        for name, tensor in tensors.items():
+            place[name] = tensor if tensor is None or before is None else self._copy(tensor, before)
 
     def _copy(self, tensor: Tensor, before: dict[int, Tensor]) -> Tensor:
         if id(tensor) in self._staged:  # tied
@@ -89,11 +84,7 @@ def _skeleton(tree: list[tuple[str, Module]]) -> dict[str, Module]:
     by_module: dict[int, Module] = {}
     nodes: dict[str, Module] = {}
     for name, module in tree:
-        node = by_module.get(id(module))
-        if node is None:
-            node = by_module[id(module)] = Module()
-            set_passing_buffers(node, passing_buffers(module))
-        nodes[name] = node
+        node = nodes[name] = by_module.setdefault(id(module), Module())
         parent, _, leaf = name.rpartition(".")
         if name:
             own_children(nodes[parent])[leaf] = node

@@ -72,15 +72,6 @@ def checksum(
     return _native_sum(native, words)
 
 
-def checksum_reference(
-    tensor: Tensor,
-    shape: Sequence[int] | None = None,
-    offsets: Sequence[int] | None = None,
-) -> int:
-    """Give what :func:`checksum` gives, by plain torch on the tensor's device."""
-    return _torch_sum(_words(tensor, shape, offsets))
-
-
 def wrap_int64(value: int) -> int:
     """Give the int64 that is equal to ``value`` modulo 2^64."""
     return (value + 2**63) % 2**64 - 2**63

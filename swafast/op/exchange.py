@@ -13,16 +13,6 @@ from . import checks, choice, launches
 from .plan import bump_versions
 
 
-def value_for_param(pair: Pair) -> Tensor:
-    """Give what a param takes for its average: the averaged module's own tensor where the dtypes agree.
-
-    Else the average at full precision, for the copy to round once.
-    """
-    if pair.format is None or pair.average.dtype == pair.param.dtype:
-        return pair.average
-    return pair.format.decode(pair.planes)
-
-
 class Exchange:
     """Params and averages, held by their memory: whatever becomes of the modules, the way back leads to these bytes.
 
@@ -55,7 +45,8 @@ class Exchange:
                 launch.exchange(True)
             # Where the model ties what the averaged module does not, the first average is the one that stays.
             for pair in reversed(self._aside):
-                pair.param.copy_(value_for_param(pair))
+                fmt = pair.format if pair.average.dtype != pair.param.dtype else None
+                pair.param.copy_(fmt.decode(pair.planes) if fmt is not None else pair.average)  # rounded once
         finally:
             bump_versions(self._written)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..backends.contract import Backend, ExchangeLaunch, Launch, Pair, ReduceFlag, found_anywhere
+from ..backends.gpu import DeviceLaunch
 from ..terms.draws import Draws, make_random_key
 from ..terms.formats import Format
 from ..terms.rules import FixedWeight, Rule, checked_weight, terms_of
@@ -101,16 +102,16 @@ def update(
         for counter in counters:
             counter.add_(flag == 0)
         return
-    if skip_nonfinite and len(work) > 1:
+    if skip_nonfinite:
+        launch = work[0].launch
+        if len(work) == 1 and isinstance(launch, DeviceLaunch):
+            launch.update((), rules, counters, 1, skip_nonfinite=True, reduce_flag=reduce_flag)
+            return
         # What one backend finds holds for all of them.
         if found_anywhere(first_nonfinite(work, params) is not None, device, reduce_flag):
             return
-        skip_nonfinite = False
     for each in work:
-        advance = int(each is work[-1])
-        each.launch.update(
-            each.pick(params), rules, counters, advance, skip_nonfinite=skip_nonfinite, reduce_flag=reduce_flag
-        )
+        each.launch.update(each.pick(params), rules, counters, int(each is work[-1]))
     if not work:
         for counter in counters:
             counter.add_(1)
@@ -133,7 +134,8 @@ def prepare_exchange(pairs: Sequence[Pair], backends: Sequence[Backend]) -> tupl
 
     In place go pairs of one dtype that a kernel serves and that share memory with no other pair.
     """
-    entangled = {i for side in ("param", "average") for i in _entangled([getattr(pair, side) for pair in pairs])}
+    sides = [(pair.param,) for pair in pairs], [(pair.average,) for pair in pairs]
+    entangled = {index for side in sides for overlapping in overlaps(side) for index in overlapping}
     alike = [
         pair for index, pair in enumerate(pairs) if pair.param.dtype == pair.average.dtype and index not in entangled
     ]
@@ -146,10 +148,6 @@ def prepare_exchange(pairs: Sequence[Pair], backends: Sequence[Backend]) -> tupl
                 launches.append(cast(ExchangeLaunch, backend.prepare(direct)))
                 taken |= {id(pair) for pair in direct}
     return launches, [pair for pair in pairs if id(pair) not in taken]
-
-
-def _entangled(tensors: Sequence[Tensor]) -> set[int]:
-    return {index for pair in overlaps([(tensor,) for tensor in tensors]) for index in pair}
 
 
 def first_nonfinite(work: Sequence[Work], params: Sequence[Tensor]) -> int | None:

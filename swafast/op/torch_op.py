@@ -25,9 +25,6 @@ class _TermsRule(Rule):
 
     terms: KernelTerms
 
-    def weight(self, num_averaged: int) -> float:
-        return self.terms.weight(num_averaged)
-
     def kernel_terms(self) -> KernelTerms:
         return self.terms
 

@@ -15,7 +15,7 @@ from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
 from ..loop.attach import Attachable
-from ..torch_private.core import is_in_backward, is_one_of_ranks, running_eagerly
+from ..torch_private.core import is_in_backward, running_eagerly
 from ..torch_private.modules import BatchNormLayer, own_buffers
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def update_bn(
         if isinstance(module, Attachable):
             module._guard.settle()  # an update would write what is kept here in case of a failure
     run = partial(_run, loader, model, layers, device, call or _call, progress)
-    together = process_group is not None or is_one_of_ranks()
+    together = process_group is not None or (torch.distributed.is_available() and torch.distributed.is_initialized())
     num_batches = _run_on_all(run, layers, process_group) if together else run()
     if layers and num_batches == 0:
         raise ValueError("loader must give at least one batch, got none")

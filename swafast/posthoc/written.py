@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ..average.averaged_model import FusedAveragedModel
 from ..average.matching import each_average
-from ..average.planes import find_planes, fit_planes
+from ..average.planes import fit_planes
 from ..op.checksum import checksum
 from ..sharded import checkpoint
 from ..sharded.parts.ranks import Ranks
@@ -68,8 +68,8 @@ def _whole_parts(averaged: FusedAveragedModel, ranks: Ranks, dtype: torch.dtype 
     for (names, tensor, is_buffer), (name, _, fmt) in tensors:
         if is_buffer and id(tensor) not in saved:
             continue
-        fit_planes(averaged, name, tensor, fmt)
-        full = fmt.decode(find_planes(averaged, name, tensor, fmt)) if fmt is not None else tensor
+        planes = fit_planes(averaged, name, tensor, fmt)
+        full = fmt.decode(planes) if fmt is not None else tensor
         value = full.detach().to(_dtype_of(fmt, full, dtype))
         if is_buffer and ranks.size > 1:
             value = value.clone()

@@ -69,9 +69,7 @@ loop/: averages that follow an optimizer
     stand-in          a copy of a model's tree of modules, for an update beside the next forward
     guard             lets one thread at a time use an averaged model, and none while it is swapped
     lock              what a guard holds; it is new in a forked child
-    updating          what a runner asks of an averaged model
-    followed          what an attachment asks of an averaged model
-    busy              what an attachment asks of a guard
+    updating          what an attachment and its runner ask of an averaged model
     together          what a guard asks of the ranks that act together
 
 op/: one update, planned and launched

@@ -24,11 +24,12 @@ class Format:
 
     name: str
     dtype: torch.dtype | None  # of planes[0]; None: whatever the param has
-    extra: tuple[tuple[str, torch.dtype], ...]  # the further planes, as (name, dtype)
-    decode: Callable[[tuple[Tensor, ...]], Tensor]  # planes -> the average at full precision, maybe a plane itself
+    extra: tuple[tuple[str, torch.dtype], ...] = ()  # the further planes, as (name, dtype)
+    #: Planes -> the average at full precision, maybe a plane itself.
+    decode: Callable[[tuple[Tensor, ...]], Tensor] = lambda planes: planes[0]
     #: The average at full precision, and for a format that is rounded at random the random bits, int64 of its shape ->
     #: planes. Without bits it is rounded to the nearest.
-    encode: Callable[..., tuple[Tensor, ...]]
+    encode: Callable[..., tuple[Tensor, ...]] = lambda value: (value,)
     value_dtype: torch.dtype | None = torch.float32  # that the average is worked out in; None: planes[0]'s
     num_random_bits: int = 0  # that an update rounds each element with
 
@@ -46,15 +47,19 @@ class Format:
         return get_format, (self.name,)
 
 
+def _quiet_bits(value: Tensor) -> Tensor:
+    """Return the bits of float32, int32; a NaN keeps its sign and nothing else."""
+    bits = value.contiguous().view(torch.int32)
+    return torch.where(value.isnan(), (bits & -0x80000000) | 0x7FC00000, bits)
+
+
 def encode_exact(value: Tensor) -> tuple[Tensor, Tensor]:
     """Split float32 into a bfloat16 and the int16 that gives the float32 back: ``bits = (average << 16) + remainder``.
 
     The bfloat16 is rounded half up in magnitude: a tie rounded to even could not be told apart. A NaN keeps its sign
     and nothing else.
     """
-    bits = value.contiguous().view(torch.int32)
-    quiet = (bits & -0x80000000) | 0x7FC00000
-    bits = torch.where(value.isnan(), quiet, bits)
+    bits = _quiet_bits(value)
     # int32 wraps on overflow, and the arithmetic shift keeps the low 16 bits of the result right
     average = ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
     return average, bits.to(torch.int16)
@@ -71,6 +76,10 @@ def decode_exact(planes: tuple[Tensor, ...]) -> Tensor:
     magnitude = high & 0x7FFF
     stale = ((magnitude == 0) & (low < 0)) | ((magnitude == 0x7F80) & (low > 0))
     return ((high << 16) + low.masked_fill(stale, 0)).view(torch.float32)
+
+
+def encode_mirrored(value: Tensor) -> tuple[Tensor, Tensor]:
+    return value.to(torch.float16), value
 
 
 def decode_mirrored(planes: tuple[Tensor, ...]) -> Tensor:
@@ -101,27 +110,20 @@ def decode_compensated(planes: tuple[Tensor, ...]) -> Tensor:
 
 
 def _rounded_bits(value: Tensor, num_bits: int, random: Tensor | None) -> Tensor:
-    """Give the bits of float32, int64, of which the lower ``num_bits`` are to be cut off, rounded up by chance.
+    """Return the bits of float32, int32, without the lower ``num_bits``, which are cut off or rounded up by chance.
 
     The chance of the next larger magnitude is the share of a unit in the last place that is cut off. What would round
     up to an infinity is cut; a NaN keeps its sign and nothing else.
     """
-    bits = value.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-    bits = torch.where(value.isnan(), (bits & 0x80000000) | 0x7FC00000, bits)
-    rounded = bits + (1 << (num_bits - 1) if random is None else random)
+    bits = _quiet_bits(value)
+    rounded = bits + (1 << (num_bits - 1) if random is None else random.to(torch.int32))
     return torch.where((rounded & 0x7F800000) == 0x7F800000, bits, rounded) >> num_bits
-
-
-def _bfloat16_of(bits: Tensor) -> Tensor:
-    """Give the bfloat16 values with these bits, int64 in [0, 2**16)."""
-    return torch.where(bits < 0x8000, bits, bits - 0x10000).to(torch.int16).view(torch.bfloat16)
 
 
 def encode_compact(value: Tensor, random: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Split the upper 24 bits of float32 into a bfloat16, rounded half up, and the int8 that gives them back."""
     bits = _rounded_bits(value, 8, random)
-    low = bits & 0xFF
-    return _bfloat16_of((bits + 0x80) >> 8), torch.where(low < 0x80, low, low - 0x100).to(torch.int8)
+    return ((bits + 0x80) >> 8).to(torch.int16).view(torch.bfloat16), bits.to(torch.int8)
 
 
 def decode_compact(planes: tuple[Tensor, ...]) -> Tensor:
@@ -130,67 +132,34 @@ def decode_compact(planes: tuple[Tensor, ...]) -> Tensor:
 
 
 def encode_half(value: Tensor, random: Tensor | None = None) -> tuple[Tensor]:
-    return (_bfloat16_of(_rounded_bits(value, 16, random)),)
+    return (_rounded_bits(value, 16, random).to(torch.int16).view(torch.bfloat16),)
 
 
-FLOAT32 = Format(
-    "float32",
-    torch.float32,
-    extra=(),
-    decode=lambda planes: planes[0],
-    encode=lambda value: (value,),
-)
-EXACT = Format(
-    "exact",
-    torch.bfloat16,
-    extra=(("remainder", torch.int16),),
-    decode=decode_exact,
-    encode=encode_exact,
-)
+def decode_half(planes: tuple[Tensor, ...]) -> Tensor:
+    return planes[0].to(torch.float32)
+
+
+FLOAT32 = Format("float32", torch.float32)
+EXACT = Format("exact", torch.bfloat16, (("remainder", torch.int16),), decode_exact, encode_exact)
 # The average of a float16 model is a float32 beside the module's float16 parameter, which each update writes as well:
 # float32 has more exponents than float16, so no remainder could join them.
-MIRRORED = Format(
-    "mirrored",
-    torch.float16,
-    extra=(("average", torch.float32),),
-    decode=decode_mirrored,
-    encode=lambda value: (value.to(torch.float16), value),
-)
+MIRRORED = Format("mirrored", torch.float16, (("average", torch.float32),), decode_mirrored, encode_mirrored)
 # Rounded at random, so that it does not freeze: 24 bits of the float32 average.
 COMPACT = Format(
-    "compact",
-    torch.bfloat16,
-    extra=(("remainder", torch.int8),),
-    decode=decode_compact,
-    encode=encode_compact,
-    num_random_bits=8,
+    "compact", torch.bfloat16, (("remainder", torch.int8),), decode_compact, encode_compact, num_random_bits=8
 )
 # Worked out in float64, of which it keeps 48 bits and more.
 COMPENSATED = Format(
     "compensated",
     torch.float32,
-    extra=(("compensation", torch.float32),),
-    decode=decode_compensated,
-    encode=encode_compensated,
+    (("compensation", torch.float32),),
+    decode_compensated,
+    encode_compensated,
     value_dtype=torch.float64,
 )
-HALF = Format(
-    "half",
-    torch.bfloat16,
-    extra=(),
-    decode=lambda planes: planes[0].to(torch.float32),
-    encode=encode_half,
-    num_random_bits=16,
-)
+HALF = Format("half", torch.bfloat16, (), decode_half, encode_half, num_random_bits=16)
 # float64 and complex averages, and whatever a custom averaging function works on: the param's own dtype.
-OWN = Format(
-    "own",
-    None,
-    extra=(),
-    decode=lambda planes: planes[0],
-    encode=lambda value: (value,),
-    value_dtype=None,
-)
+OWN = Format("own", None, value_dtype=None)
 
 _FORMATS = {fmt.name: fmt for fmt in (FLOAT32, EXACT, MIRRORED, COMPACT, COMPENSATED, HALF, OWN)}
 _DEFAULTS = {torch.float32: FLOAT32, torch.bfloat16: EXACT, torch.float16: MIRRORED}

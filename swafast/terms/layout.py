@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,13 +35,13 @@ class Slot:
     numel: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bucket:
     """One allocation and what stands in it."""
 
     key: Hashable  # what its planes have in common: (device, dtype)
-    numel: int
-    slots: tuple[Slot, ...]
+    numel: int = 0
+    slots: list[Slot] = field(default_factory=list)
 
 
 def lay_out(
@@ -52,24 +52,17 @@ def lay_out(
     alignment: int = SLOT_ALIGNMENT,
 ) -> list[Bucket]:
     """Put planes into buckets, in their order; one larger than ``max_numel`` has a bucket of its own."""
-    open_slots: dict[Hashable, list[Slot]] = {}
-    ends: dict[Hashable, int] = {}
     buckets: list[Bucket] = []
-
-    def close(key: Hashable) -> None:
-        if open_slots.get(key):
-            buckets.append(Bucket(key, ends[key], tuple(open_slots[key])))
-        open_slots[key], ends[key] = [], 0
-
+    last: dict[Hashable, Bucket] = {}
     for index, (numel, key) in enumerate(zip(numels, keys, strict=True)):
-        offset = -(-ends.get(key, 0) // alignment) * alignment
-        if offset + numel > max_numel:
-            close(key)
-            offset = 0
-        open_slots.setdefault(key, []).append(Slot(index, offset, numel))
-        ends[key] = offset + numel
-    for key in list(open_slots):
-        close(key)
+        bucket = last.get(key)
+        offset = -(-bucket.numel // alignment) * alignment if bucket is not None else 0
+        if bucket is None or offset + numel > max_numel:
+            offset, bucket = 0, Bucket(key)
+            last[key] = bucket
+            buckets.append(bucket)
+        bucket.slots.append(Slot(index, offset, numel))
+        bucket.numel = offset + numel
     return buckets
 
 

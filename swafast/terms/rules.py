@@ -32,9 +32,13 @@ class Rule:
     def weight(self, num_averaged: int) -> float:
         """Give the weight of the newest model, in [0, 1], when ``num_averaged`` models are in the average.
 
-        The first update (``num_averaged == 0``) is always an exact copy, so a rule returns 1 there.
+        The first update (``num_averaged == 0``) is always an exact copy, so a rule returns 1 there. A rule with kernel
+        terms has it from them.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define weight(num_averaged)")
+        terms = self.kernel_terms()
+        if terms is None:
+            raise NotImplementedError(f"{type(self).__name__} must define weight(num_averaged)")
+        return terms.weight(num_averaged)
 
     def kernel_terms(self) -> KernelTerms | None:
         """Give the terms from which a kernel evaluates this rule by itself, or None where only Python can.
@@ -61,9 +65,6 @@ class EqualAverage(Rule):
 
     Paper: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407.
     """
-
-    def weight(self, num_averaged: int) -> float:
-        return self.kernel_terms().weight(num_averaged)
 
     def kernel_terms(self) -> KernelTerms:
         return KernelTerms.of(KernelTerms.EQUAL)
@@ -126,9 +127,6 @@ class ExponentialAverage(Rule):
         _check_number("updates", updates, "> 0 and finite", lambda x: 0.0 < x < math.inf)
         return cls(0.5 ** (1.0 / updates), warmup, inv_gamma, power, min_decay)
 
-    def weight(self, num_averaged: int) -> float:
-        return self.kernel_terms().weight(num_averaged)
-
     def kernel_terms(self) -> KernelTerms:
         low, high = 1.0 - self.decay, 1.0 - self.min_decay
         if self.warmup is None:
@@ -179,9 +177,6 @@ class PowerAverage(Rule):
             wider = math.sqrt(middle + 1.0) / ((middle + 2.0) * math.sqrt(middle + 3.0)) > sigma_rel
             low, high = (middle, high) if wider else (low, middle)
         return cls(0.5 * (low + high) if low > 0.0 else 0.0)
-
-    def weight(self, num_averaged: int) -> float:
-        return self.kernel_terms().weight(num_averaged)
 
     def kernel_terms(self) -> KernelTerms:
         return KernelTerms.of(KernelTerms.POWER, self.gamma)

@@ -39,11 +39,6 @@ def is_in_backward() -> bool:
     return task is not None and task() != -1
 
 
-def is_one_of_ranks() -> bool:
-    """Say whether there is a default process group."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def make_metadata_check(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
     """Give a check that the tensors passed still have these dtypes, devices, shapes and strides, or None.
 

@@ -24,33 +24,13 @@ def own_buffers(module: Module) -> dict[str, Tensor | None]:
 
 
 def own_children(module: Module) -> dict[str, Module | None]:
-    """The live dict of a module's own children, by name."""
-    return module._modules
-
-
-def children_made(module: Module) -> dict[str, Module | None]:
-    """The live dict of a module's own children; an empty one for a module whose ``__init__`` has not run yet."""
+    """The live dict of a module's own children, by name; an empty one before the module's ``__init__`` has run."""
     return module.__dict__.get("_modules", {})
 
 
 def passing_buffers(module: Module) -> set[str]:
     """The live set of names of a module's own buffers that its state dict leaves out."""
     return module._non_persistent_buffers_set
-
-
-def set_own_params(module: Module, params: dict[str, Tensor | None]) -> None:
-    """Put ``params`` in the place of the dict of a module's own parameters."""
-    module._parameters = params  # type: ignore[assignment]
-
-
-def set_own_buffers(module: Module, buffers: dict[str, Tensor | None]) -> None:
-    """Put ``buffers`` in the place of the dict of a module's own buffers."""
-    module._buffers = buffers
-
-
-def set_passing_buffers(module: Module, names: set[str]) -> None:
-    """Let a module's state dict leave out the buffers in ``names``, a set that may be shared with another module."""
-    module._non_persistent_buffers_set = names
 
 
 def copy_metadata(state: MutableMapping[str, object], like: object) -> None:

@@ -22,11 +22,11 @@ from .arithmetic import (
     blend_of,
     decode,
     encode,
-    interpreted,
     lerp,
     lerp_precisely,
     value_of,
 )
+from .arithmetic import interpreted as interpreted
 from .memory import (
     COMPENSATED_TILE,
     NARROW_TILE,
@@ -40,18 +40,9 @@ from .memory import (
     tile_of,
     word,
 )
-from .paces import any_bad, counters_of, pace_at, pace_kernel, weights_of
+from .paces import any_bad, counters_of, pace_at, weights_of
+from .paces import pace_kernel as pace_kernel
 from .random import bits_of_draw, draw_of
-
-__all__ = [
-    "VERSION",
-    "exchange_kernel",
-    "forget_nonfinite_kernel",
-    "interpreted",
-    "nonfinite_kernel",
-    "pace_kernel",
-    "update_kernel",
-]
 
 VERSION = triton.__version__
 

@@ -6,6 +6,7 @@ With ``TRITON_INTERPRET=1`` in the environment, Triton's interpreter runs the sa
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import os
@@ -19,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...terms.rules import Rule
 from .. import Unavailable, library
 from ..contract import Pair
 from ..gpu import DeviceLaunch, Table
-from ..rows import PaceCache, kernels_serve
+from ..rows import kernels_serve
 
 name = "triton"
 #: The interpreter serves CPU tensors, and only where this backend was asked for by name.
@@ -95,10 +95,6 @@ def serves(pair: Pair) -> bool:
     return kernels_serve(pair, device_types) and _is_usable(pair.param.device)
 
 
-def prepare(pairs: Sequence[Pair]) -> TritonLaunch:
-    return TritonLaunch(pairs)
-
-
 @functools.cache
 def _is_usable(device: torch.device) -> bool:
     """Have every kernel compiled and on the device, by launches without chunks; warn where that fails.
@@ -151,9 +147,8 @@ class _Paces:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cache = PaceCache()
         self._words = self._make_words(device)
-        self._written: object = None  # what the cache gave when the words were written
+        self._written: object = None  # the paces that the words are of
         self._is_captured = False
         self._captured: list[Tensor] = []  # which graphs read, beside the words
 
@@ -162,11 +157,11 @@ class _Paces:
         with torch.inference_mode(False):
             return torch.empty(library.MAX_PACES * _PACE_WORDS, dtype=torch.int64, device=device)
 
-    def get(
-        self, rules: Sequence[Rule], counters: Sequence[Tensor], capturing: bool, write: Callable[..., None]
-    ) -> Tensor:
-        """Give the words; ``write(their address, index of a pace, *its words)`` starts the kernel that writes them."""
-        paces = self._cache.get(rules, [counter.data_ptr() for counter in counters])
+    def get(self, paces: ctypes.Array[library.Pace], capturing: bool, write: Callable[..., None]) -> Tensor:
+        """Return the words of ``paces``, as a pace cache gives them: the same object for what is the same.
+
+        ``write(their address, index of a pace, *its words)`` starts the kernel that writes them.
+        """
         words = self._words
         if paces is not self._written:
             if capturing or self._is_captured:
@@ -190,9 +185,6 @@ class TritonLaunch(DeviceLaunch):
         self._options = launch_options("hip" if torch.version.hip else "cuda")
         super().__init__(pairs)
         self._paces = {table.device: _Paces(table.device) for table in self._tables}
-        self._heads = {
-            table.device: (table.tensors, table.chunks, table.num_chunks, table.state) for table in self._tables
-        }
 
     def num_blocks(self, device: torch.device) -> int:
         if device.type == "cpu":
@@ -200,37 +192,34 @@ class TritonLaunch(DeviceLaunch):
         return _num_programs(device.index if device.index is not None else torch.cuda.current_device())
 
     def start_update(
-        self,
-        table: Table,
-        rules: Sequence[Rule],
-        counters: Sequence[Tensor],
-        advance: int,
-        skip_nonfinite: bool,
-        stream: int,
+        self, table: Table, paces: ctypes.Array[library.Pace], advance: int, skip_nonfinite: bool, stream: int
     ) -> None:
-        head = self._heads[table.device]
         with _on_device(table.device):
             capturing = table.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
             self.captured |= capturing
-            paces = self._paces[table.device].get(rules, counters, capturing, self._write_pace)
+            words = self._paces[table.device].get(paces, capturing, self._write_pace)
             if stream != table.stream and table.device.type == "cuda":
-                paces.record_stream(torch.cuda.current_stream(table.device))  # as the table's own words
-            self._start("update", table, *head, paces.data_ptr(), len(rules), advance, int(skip_nonfinite))
+                words.record_stream(torch.cuda.current_stream(table.device))  # as the table's own words
+            self._start("update", table, words.data_ptr(), len(paces), advance, int(skip_nonfinite))
 
     def _write_pace(self, *arguments: int) -> None:
         self._kernels.pace_kernel[(1,)](*arguments, **self._options)
 
     def start_exchange(self, table: Table, wanted: bool, stream: int) -> None:
         with _on_device(table.device):
-            self._start("exchange", table, *self._heads[table.device], int(wanted))
+            self._start("exchange", table, int(wanted))
 
     def start_first_nonfinite(self, table: Table, stream: int) -> None:
-        head = self._heads[table.device]
         with _on_device(table.device):
-            self._kernels.forget_nonfinite_kernel[(1,)](head[-1], **self._options)
-            self._start("nonfinite", table, *head, table.num_tensors)
+            self._kernels.forget_nonfinite_kernel[(1,)](table.head.state, **self._options)
+            self._start("nonfinite", table, table.head.num_tensors)
 
     def _start(self, kernel: str, table: Table, *arguments: int) -> None:
+        head = table.head
         # A launch without chunks still counts.
-        programs = max(1, min(table.num_chunks, table.num_blocks))
-        getattr(self._kernels, f"{kernel}_kernel")[(programs,)](*arguments, **self._options)
+        programs = max(1, min(head.num_chunks, head.num_blocks))
+        words = (head.tensors, head.chunks, head.num_chunks, head.state)
+        getattr(self._kernels, f"{kernel}_kernel")[(programs,)](*words, *arguments, **self._options)
+
+
+prepare = TritonLaunch
