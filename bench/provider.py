@@ -33,38 +33,38 @@ class Provider:
 
     @classmethod
     def missing(cls) -> str | None:
-        """Say why this provider cannot run here at all, or None."""
+        """Return why this provider cannot run here at all, or None."""
         return None
 
     @classmethod
     def refusal(cls, model: nn.Module) -> str | None:
-        """Say why this provider is left out for ``model``, or None."""
+        """Return why this provider is left out for ``model``, or None."""
         return None
 
     def update(self) -> None:
         raise NotImplementedError
 
     def weight(self, num_averaged: int) -> float:
-        """Give the weight of the newest model in the update that finds ``num_averaged`` models in the average."""
+        """Return the weight of the newest model when ``num_averaged`` models are in the average."""
         return 1 / (num_averaged + 1)
 
     def averages(self) -> list[Tensor]:
-        """Give the averages at their full precision, in the order of ``model.parameters()``."""
+        """Return the averages at full precision, in the order of ``model.parameters()``."""
         raise NotImplementedError
 
     def each_average(self) -> Iterator[Tensor]:
-        """Give the same averages one at a time, for a run that could not hold them twice."""
+        """Yield the same averages one at a time, for a workload that memory could not hold twice."""
         yield from self.averages()
 
     def beside(self, model: nn.Module) -> Provider:
-        """Give another provider of this kind, for another copy of the model."""
+        """Make another provider of this kind, for another copy of the model."""
         return type(self)(model)
 
     def buffers(self) -> list[Tensor]:
         raise NotImplementedError
 
     def held(self) -> Iterable[Tensor]:
-        """Give the tensors that this provider keeps from update to update."""
+        """Return the tensors that this provider keeps from update to update."""
         return self.averages()
 
     def adopt(self, averages: list[Tensor]) -> None:

@@ -257,6 +257,7 @@ def test_averages_that_were_loaded_from_one_tensor_part_again() -> None:
         ({"rules": {1: EqualAverage()}}, TypeError, "rules must have strings for names, got 1"),
         ({"rules": {"a.b": EqualAverage()}}, ValueError, "names without '.'.*got 'a.b'"),
         ({"rules": {"": EqualAverage()}}, ValueError, "got ''"),
+        ({"rules": {"training": EqualAverage()}}, ValueError, "names other than 'training'"),
         ({"rules": [("a", EqualAverage()), ("a", EqualAverage())]}, ValueError, "each name once, got 'a' twice"),
         ({"rules": [("a", EqualAverage(), 1)]}, TypeError, r"\(name, rule\) pairs"),
         ({"rules": [EqualAverage(), EqualAverage()]}, TypeError, r"\(name, rule\) pairs, got \[EqualAverage"),
@@ -271,6 +272,18 @@ def test_averages_that_were_loaded_from_one_tensor_part_again() -> None:
 def test_bad_arguments_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         FusedAverages(nn.Linear(2, 2), **options)
+
+
+def test_no_average_takes_the_place_of_another(every_kind: EveryKind) -> None:
+    averages = of(every_kind, rules=RULES)
+    fast = averages.fast
+    with pytest.raises(AttributeError, match="the average 'fast' must stay"):
+        averages.fast = FusedAveragedModel(every_kind)
+    with pytest.raises(AttributeError, match="the average 'fast' must stay"):
+        del averages.fast
+    assert averages.fast is fast
+    averages.note = "ours"
+    del averages.note
 
 
 @pytest.mark.parametrize("rule", [RULES, list(RULES.items()), {}])

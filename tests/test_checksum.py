@@ -34,7 +34,7 @@ CHUNK = 32768
 
 
 def checksum_reference(tensor: Tensor, shape: Sequence[int] | None = None, offsets: Sequence[int] | None = None) -> int:
-    """Give what ``checksum`` gives, by plain torch on the tensor's device."""
+    """Return what ``checksum`` returns, by plain torch on the tensor's device."""
     return module._torch_sum(module._words(tensor, shape, offsets))
 
 

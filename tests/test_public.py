@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -253,6 +253,15 @@ def test_pickles_of_packages_name_these(what: str) -> None:
     pickled = pickle.dumps(made()[what])
     assert modules_in(pickled) <= set(PACKAGES)
     assert type(pickle.loads(pickled)) is type(made()[what])
+
+
+@pytest.mark.parametrize("name", [*swafast._PUBLIC, *swafast._PICKLED])
+def test_annotations_resolve_although_classes_name_another_module(name: str) -> None:
+    kind = getattr(swafast, name)
+    assert kind.__module__ in ("swafast", "swafast.optim.batchnorm")
+    if isinstance(kind, type):
+        assert not [hint for hint in get_type_hints(kind).values() if isinstance(hint, str)]
+        get_type_hints(kind.__init__)
 
 
 def test_a_pickle_that_names_a_module_is_seen() -> None:

@@ -136,6 +136,8 @@ def _use(way: str) -> list[str]:
     """Swap one average in, refuse the rest meanwhile, and fail loads; give what is wrong."""
     twins = Twins(way).train(0, 1)
     averages, wrong = twins.averages, []
+    if averages.fast is not averages["fast"] or {averages: 1}[averages] != 1:
+        wrong.append("no attribute, or no hash")
     before = {name: param.detach().clone() for name, param in twins.model.named_parameters()}
     with averages["fast"].swapped_into(twins.model):
         for action in (lambda: averages.update_parameters(twins.model), averages.state_dict):

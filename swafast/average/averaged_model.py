@@ -90,7 +90,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
     def __init__(
         self,
         model: Module,
-        device: int | torch.device | None = None,
+        device: int | str | torch.device | None = None,
         avg_fn: Callable[[Tensor, Tensor, Tensor | int], Tensor] | None = None,
         multi_avg_fn: Callable[..., None] | None = None,
         use_buffers: bool = False,
@@ -116,7 +116,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         if recognised is not None and (rule, avg_fn, multi_avg_fn) != (None, None, None):
             # torch's closures do not pickle; the rule that they stand for does.
             avg_fn, multi_avg_fn = None, recognised
-        super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)
+        super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)  # type: ignore[arg-type]  # .to() takes a str
         self.format, self.backend, self.include, self.nonfinite, self.seed = format, backend, include, nonfinite, seed
         self._any_device, self._made_of, self._asked = device is not None, weakref.ref(model), asked
         copied = {id(tensor) for _, tensor, fmt in self._each_average() if fmt is None}

@@ -46,6 +46,8 @@ def named_rules(given: object) -> dict[str, Rule]:
             raise TypeError(f"rules must have strings for names, got {name!r}")
         if not name or "." in name:
             raise ValueError(f"rules must have names without '.', which separates the keys of a state, got {name!r}")
+        if name == "training":
+            raise ValueError("rules must have names other than 'training', which every module has for its mode")
         if name in rules:
             raise ValueError(f"rules must have each name once, got {name!r} twice")
         if not isinstance(each, Rule):
@@ -99,7 +101,7 @@ class FusedAverages(WithBindings, Module):
     def __init__(
         self,
         model: Module,
-        device: int | torch.device | None = None,
+        device: int | str | torch.device | None = None,
         use_buffers: bool = False,
         *,
         rules: Mapping[str, Rule] | Sequence[tuple[str, Rule]],
@@ -161,6 +163,16 @@ class FusedAverages(WithBindings, Module):
             first = next(iter(self))
             raise AttributeError(f"each of several averages has its own {name}: ask averages[{first!r}].{name}")
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in own_children(self):
+            raise AttributeError(f"the average {name!r} must stay: make FusedAverages anew to have another one")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in own_children(self):
+            raise AttributeError(f"the average {name!r} must stay: make FusedAverages anew to have others")
+        super().__delattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"call one of the averages, averages[{next(iter(self))!r}](...)")

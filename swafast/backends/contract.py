@@ -65,7 +65,7 @@ class Launch(Protocol):
         """
 
     def first_nonfinite(self, params: Sequence[Tensor]) -> int | None:
-        """Give the index of the first averaged pair whose param holds a NaN or an infinity, else None."""
+        """Return the index of the first averaged pair whose param holds a NaN or an infinity, else None."""
 
 
 class ExchangeLaunch(Launch, Protocol):

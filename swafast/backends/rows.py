@@ -46,7 +46,7 @@ class PaceCache:
 
 
 def kernels_serve(pair: Pair, device_types: Collection[str]) -> bool:
-    """Say whether kernels can take this pair: one device, a known dtype, both sides aligned and dense in one order."""
+    """Return whether kernels can take this pair: one device, a known dtype, both sides aligned and dense in one order."""
     param, average = pair.param, pair.average
     if param.device.type not in device_types or any(plane.device != param.device for plane in pair.planes):
         return False
@@ -93,7 +93,7 @@ class Rows:
         return sum(numel for numel, _ in self._firsts)
 
     def runs(self) -> Tensor:
-        """Give the runs of memory to be cut into chunks, as :func:`layout.cut_chunks` takes them."""
+        """Return the runs of memory that :func:`layout.cut_chunks` cuts into chunks."""
         lengths = torch.tensor([len(group) for _, group in self._firsts], dtype=torch.int64, device="cpu")
         runs = whole_runs([numel for numel, _ in self._firsts])
         runs[:, 0] = lengths.cumsum(0) - lengths

@@ -59,7 +59,7 @@ class Attachment:
         self._fellows = _followers.setdefault(optimizer, [])
         self._fellows.append(self)
         averaged._guard.attachment = self
-        _live.add(self)
+        _live[id(self)] = self
 
     @property
     def schedule(self) -> Schedule:
@@ -169,8 +169,8 @@ class Attachment:
 #: Those attached to each optimizer, in order.
 _followers: weakref.WeakKeyDictionary[Optimizer, list[Attachment]] = weakref.WeakKeyDictionary()
 
-#: All there are.
-_live: weakref.WeakSet[Attachment] = weakref.WeakSet()
+#: All there are, by their ids: a WeakSet cannot be read while another thread adds to it.
+_live: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()
 
 #: Seconds that a fork waits for an update. It ends in less, unless the thread that forks holds what it needs.
 _FORK_WAITS_S = 30.0
@@ -178,8 +178,10 @@ _FORK_WAITS_S = 30.0
 
 def wait_for_readers(timeout: float | None = None) -> None:
     """Wait for all updates under way, before params are written: whichever they read. What goes wrong joins raise."""
-    for attachment in list(_live):
-        attachment._runner.wait(timeout)
+    for reference in _live.valuerefs():
+        attachment = reference()
+        if attachment is not None:
+            attachment._runner.wait(timeout)
 
 
 # A child has no thread that would end an update under way.

@@ -37,7 +37,7 @@ def bump_versions(tensors: Sequence[Tensor]) -> None:
 
 
 def draws_of(seed: int, name: str, param: Tensor, fmt: Format | None) -> Draws | None:
-    """Give where the random bits of a whole param's average come from; None for a format that draws none."""
+    """Return where the random bits of a whole param's average come from; None for a format that draws none."""
     return Draws(make_random_key(seed, name), tuple(param.shape)) if fmt is not None and fmt.num_random_bits else None
 
 
@@ -55,12 +55,12 @@ class Work:
         return self.backend.device_types is None or "cpu" in self.backend.device_types
 
     def pick(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Give its own params, for a backend that goes by tensors: the others go by addresses."""
+        """Return its own params, for a backend that takes tensors: the others use addresses."""
         return [params[i] for i in self.indices] if self.backend.device_types is None else ()
 
 
 def prepare(pairs: Sequence[Pair], backends: Sequence[Backend]) -> list[Work]:
-    """Give each pair to the first backend that serves it. The preferred backend's work comes last.
+    """Assign each pair to the first backend that serves it. The preferred backend's work comes last.
 
     Only the last one counts the update: the others read the same ``num_averaged`` before it.
     """
@@ -130,7 +130,7 @@ def _work_out(rule: Rule, num_averaged: Tensor) -> Rule:
 
 
 def prepare_exchange(pairs: Sequence[Pair], backends: Sequence[Backend]) -> tuple[list[ExchangeLaunch], list[Pair]]:
-    """Give launches that exchange params and averages in place, and the pairs that none can take.
+    """Prepare launches that exchange params and averages in place; return them, and the pairs that none can take.
 
     In place go pairs of one dtype that a kernel serves and that share memory with no other pair.
     """
@@ -151,7 +151,7 @@ def prepare_exchange(pairs: Sequence[Pair], backends: Sequence[Backend]) -> tupl
 
 
 def first_nonfinite(work: Sequence[Work], params: Sequence[Tensor]) -> int | None:
-    """Give the index of a param that holds a NaN or an infinity, else None. One more read of the params."""
+    """Return the index of a param that holds a NaN or an infinity, else None. One more read of the params."""
     for each in work:
         index = each.launch.first_nonfinite(each.pick(params))
         if index is not None:

@@ -65,7 +65,7 @@ _captured: list[list[Work]] = []
 
 
 def _look(tensor: Tensor) -> tuple[object, ...]:
-    """Give all that the checks and a launch go by."""
+    """Return all that the checks and a launch depend on."""
     view = (tensor.data_ptr(), tensor.untyped_storage().nbytes(), tensor.shape, tensor.stride())
     return (*view, tensor.dtype, tensor.device, type(tensor), tensor.is_neg(), tensor.is_conj())
 

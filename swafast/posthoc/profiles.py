@@ -121,7 +121,7 @@ def _check(stored: Sequence[Profile], wanted: Profile) -> None:
 
 
 def _solve(matrix: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
-    """Give x with sum 1 that minimises |matrix x - goal|, and that minimum."""
+    """Return the x with sum 1 that minimises |matrix x - goal|, and the minimum."""
     columns = matrix.size(1)
     # All x with sum 1: their mean, and what lies across it.
     mean = torch.full((columns,), 1.0 / columns, dtype=torch.float64, device="cpu")

@@ -41,7 +41,7 @@ class WantedTensor:
 
 
 def wanted_tensors(snapshot: Snapshot, like: Mapping[str, Tensor] | None) -> dict[str, WantedTensor]:
-    """Give what is wanted, by the name that it is wanted under; what is tied is wanted once, under its first name."""
+    """Return the wanted tensors by the user's names; tied names share one, that of the first name."""
     stored = {name: each for each in (*snapshot.params, *snapshot.copies) for name in each.names}
     if like is None:
         return {name: WantedTensor(each, None) for name, each in stored.items()}

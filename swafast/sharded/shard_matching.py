@@ -70,7 +70,7 @@ class Locator:
             self._locations.append((bases[id(found_in[share.name])], run))
 
     def find(self, model: Module) -> list[Tensor] | None:
-        """Give the tensors that the shares lie in now: local tensors, plain ones, flat ones. None: look for them."""
+        """Return the tensors that the shares lie in now: local, plain and flat ones. None: look for them by name."""
         if not self._walk.starts_at(unwrap(model)):
             return None
         found = self._walk.tensors()
@@ -87,7 +87,7 @@ class Locator:
             return None
 
     def local(self, bases: Sequence[Tensor], index: int) -> Tensor:
-        """Give this rank's tensor of a share out of what :meth:`find` gave."""
+        """Return this rank's tensor of a share, out of what :meth:`find` returned."""
         base, run = self._locations[index]
         return bases[base] if run is None else bases[base].narrow(0, *run)
 
@@ -189,7 +189,7 @@ class ShardBinding:
     def current(
         self, model: Module, config: object, counters: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], tuple[Tensor, ...]] | None:
-        """Give the (params, planes) of the plan as they are now, or None if it no longer fits them."""
+        """Return the (params, planes) of the plan as they are now, or None if it no longer fits them."""
         if config != self._config:
             return None
         bases = self._find(model)

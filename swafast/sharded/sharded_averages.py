@@ -112,7 +112,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         return list(self.values())
 
     def state_dict(self, *, checksums: bool = True) -> dict[str, Tensor]:
-        """Give the states of all averages, the keys of each behind its name: ``fast.module.weight``. Collective.
+        """Return the states of all averages, the keys of each behind its name: ``fast.module.weight``. Collective.
 
         Raises:
             RuntimeError: an average is swapped into a model, here or on another rank; or a rank was lost.
@@ -120,7 +120,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         return self._joined("state_dict", checksums=checksums)
 
     def full_state_dict(self, *, rank0_only: bool = False, cpu_offload: bool = False) -> dict[str, Tensor]:
-        """Give whole tensors under the keys of :class:`~swafast.FusedAverages`. Collective.
+        """Return whole tensors under the keys of :class:`~swafast.FusedAverages`. Collective.
 
         Raises:
             RuntimeError: as :meth:`state_dict`.
@@ -168,7 +168,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
 
 @contextmanager
 def _about(name: str) -> Iterator[None]:
-    """Say in an error which average it is about."""
+    """Name the average in any error that the body raises."""
     try:
         yield
     except (TypeError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -15,6 +16,8 @@ def pickled_from(package: str) -> Callable[[T], T]:
     """
 
     def mark(kind: T) -> T:
+        if isinstance(kind, type):  # later they would be looked up in ``package``
+            kind.__annotations__ = inspect.get_annotations(kind, eval_str=True)
         kind.__module__ = package
         return kind
 

@@ -34,7 +34,7 @@ EXP_TERMS = tuple(1.0 / math.factorial(k) for k in range(14, 1, -1))
 
 
 def log1p(x: float) -> float:
-    """Give ``log(1 + x)`` for ``x >= 0``."""
+    """Return ``log(1 + x)`` for ``x >= 0``."""
     x = min(x, LARGEST_LOG1P)
     y = 1.0 + x
     part = y - 1.0
@@ -53,7 +53,7 @@ def log1p(x: float) -> float:
 
 
 def exp_parts(x: float) -> tuple[float, float]:
-    """Give ``(scale, rest)`` with ``e**x = scale + scale * rest``, for ``x <= 0``; scale is a power of two, or 0."""
+    """Return ``(scale, rest)`` with ``e**x = scale + scale * rest``, for ``x <= 0``; scale is a power of two, or 0."""
     if x < LOWEST_EXPONENT:
         return 0.0, 0.0
     k = math.floor(x * INV_LN2 + 0.5)
@@ -65,13 +65,13 @@ def exp_parts(x: float) -> tuple[float, float]:
 
 
 def exp(x: float) -> float:
-    """Give ``e**x`` for ``x <= 0``."""
+    """Return ``e**x`` for ``x <= 0``."""
     scale, rest = exp_parts(x)
     return scale + scale * rest
 
 
 def expm1(x: float) -> float:
-    """Give ``e**x - 1`` for ``x <= 0``."""
+    """Return ``e**x - 1`` for ``x <= 0``."""
     scale, rest = exp_parts(x)
     return (scale - 1.0) + scale * rest
 
@@ -107,7 +107,7 @@ class KernelTerms:
 
     @classmethod
     def of(cls, kind: int, *terms: float) -> KernelTerms:
-        """Give terms filled up with zeros; the same object again for the same ones, since every update asks."""
+        """Return terms padded with zeros; the same object for the same terms, since every update asks for it."""
         return _make_terms(kind, terms)
 
     @classmethod
@@ -115,7 +115,7 @@ class KernelTerms:
         return cls.of(cls.CONSTANT, weight)
 
     def weight(self, num_averaged: int) -> float:
-        """Give the weight as every kernel works it out, bit for bit: ``rule_weight`` in ``csrc/weight.h``."""
+        """Return the weight as every kernel computes it, bit for bit: ``rule_weight`` in ``csrc/weight.h``."""
         if num_averaged == 0:
             return 1.0  # the first update copies, whatever the rule
         n = float(num_averaged)

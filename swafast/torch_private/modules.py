@@ -34,7 +34,7 @@ def passing_buffers(module: Module) -> set[str]:
 
 
 def copy_metadata(state: MutableMapping[str, object], like: object) -> None:
-    """Give ``state`` the versions of modules that torch has noted on the state dict ``like``, if any."""
+    """Copy to ``state`` the versions of modules that torch has noted on the state dict ``like``, if any."""
     metadata = getattr(like, "_metadata", None)
     if metadata is not None:
         state._metadata = metadata  # type: ignore[attr-defined]
@@ -61,7 +61,7 @@ class Walk:
 
     @staticmethod
     def _read(modules: list[Module]) -> tuple[list[object], list[Tensor | None]]:
-        """Give all names, child modules and borders between modules as one list to compare, and all tensors."""
+        """Return all names, child modules and borders between modules as one list to compare, and all tensors."""
         layout: list[object] = []
         values: list[Tensor | None] = []
         for module in modules:
@@ -79,14 +79,14 @@ class Walk:
         return layout, values
 
     def position(self, tensor: Tensor) -> int:
-        """Give the index of ``tensor`` in what :meth:`tensors` returns; only valid while the walk is being set up."""
+        """Return the index of ``tensor`` in what :meth:`tensors` returns; valid only while the walk is being set up."""
         return self._positions[id(tensor)]
 
     def starts_at(self, root: Module) -> bool:
         return self._modules[0]() is root
 
     def tensors(self) -> list[Tensor] | None:
-        """Give the tensors that stand in the module now, or None when modules, names or ties have changed."""
+        """Return the tensors that are in the module now, or None when modules, names or ties have changed."""
         modules = [reference() for reference in self._modules]
         if None in modules:
             return None

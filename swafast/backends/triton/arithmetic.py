@@ -58,7 +58,7 @@ def whole(NUMBER: tl.constexpr):
 
 @triton.jit
 def log1p_of(x):
-    """Give ``log(1 + x)`` for ``x >= 0``."""
+    """Return ``log(1 + x)`` for ``x >= 0``."""
     one = whole(1)
     x = tl.where(x < literal(LARGEST_LOG1P), x, literal(LARGEST_LOG1P))
     y = one + x

@@ -90,7 +90,7 @@ class Held:
     offset: int = 0  # in the flat param's local tensor
 
     def now(self) -> Tensor:
-        """Give the tensor that is there now, which may have been given other memory."""
+        """Return the tensor that is there now: it may have other memory than before."""
         if isinstance(self.found_in, DTensor):
             return private.local_tensors([self.found_in])[0]
         if isinstance(self.found_in, Tensor):
@@ -216,7 +216,7 @@ def _require_meshes(name: str, meshes: tuple[Mesh, ...], ranks: tuple[int, ...])
 
 
 def is_spread_as(tensor: DTensor, sharding: Sharding) -> bool:
-    """Say whether a DTensor is on the mesh and has the placements of ``sharding``."""
+    """Return whether a DTensor is on the mesh and has the placements of ``sharding``."""
     return (_mesh_of(tensor.device_mesh), tuple(tensor.placements)) == (sharding.mesh, sharding.placements)
 
 
