@@ -46,7 +46,7 @@ class PaceCache:
 
 
 def kernels_serve(pair: Pair, device_types: Collection[str]) -> bool:
-    """Return whether kernels can take this pair: one device, a known dtype, both sides aligned and dense in one order."""
+    """Return whether kernels take this pair: one device, a known dtype, both sides aligned and dense in one order."""
     param, average = pair.param, pair.average
     if param.device.type not in device_types or any(plane.device != param.device for plane in pair.planes):
         return False
