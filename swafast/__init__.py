@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import threading
 from typing import TYPE_CHECKING, Any
 
 from . import moved as _moved
+from .terms.lazy import imported_on_use
 
 if TYPE_CHECKING:
     from . import optim as optim
@@ -63,27 +63,12 @@ _PACKAGES = ("optim", "posthoc", "sharded")
 _moved.install()
 
 
-#: Held by the one thread that imports: two that import parts of a package at once may each find half of it.
-_importing = threading.RLock()
-
 if not TYPE_CHECKING:  # an editor would take any name for one of ours
+    _import = imported_on_use(__name__, {**_PUBLIC, **_PICKLED, **{name: name for name in _PACKAGES}})
 
     def __getattr__(name: str) -> Any:
-        module = _PUBLIC.get(name) or _PICKLED.get(name) or (name if name in _PACKAGES else None)
-        if module is None:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        try:
-            with _importing:
-                importlib.import_module(".op.torch_op", __name__)  # torch.ops.swafast: there with the first public name
-                found = importlib.import_module(f".{module}", __name__)
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.partition(".")[0] not in (__name__, "torch"):
-                raise
-            raise ImportError(
-                f"swafast.{name} needs the module {error.name}, which is not there: install swafast again, with "
-                "pip install --force-reinstall"
-            ) from error
-        value = globals()[name] = found if name in _PACKAGES else getattr(found, name)
+        value = globals()[name] = _import(name)
+        importlib.import_module(".op.torch_op", __name__)  # torch.ops.swafast is there with the first public name
         return value
 
 

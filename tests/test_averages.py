@@ -274,16 +274,35 @@ def test_bad_arguments_are_named(options: dict[str, Any], error: type[Exception]
         FusedAverages(nn.Linear(2, 2), **options)
 
 
-def test_no_average_takes_the_place_of_another(every_kind: EveryKind) -> None:
-    averages = of(every_kind, rules=RULES)
-    fast = averages.fast
-    with pytest.raises(AttributeError, match="the average 'fast' must stay"):
-        averages.fast = FusedAveragedModel(every_kind)
-    with pytest.raises(AttributeError, match="the average 'fast' must stay"):
-        del averages.fast
-    assert averages.fast is fast
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda averages, other: setattr(averages, "fast", other),
+        lambda averages, other: setattr(averages, "extra", other),
+        lambda averages, other: setattr(averages, "fast", 3),
+        lambda averages, other: averages.add_module("fast", other),
+        lambda averages, other: averages.register_module("fast", other),
+        lambda averages, other: delattr(averages, "fast"),
+    ],
+)
+def test_no_average_comes_or_goes(change: Callable[[FusedAverages, nn.Module], None]) -> None:
+    averages = of(model := nn.Linear(2, 2), rules=RULES)
+    before = averages.values()
+    with pytest.raises(AttributeError, match=r"must stay as they are, got one for '\w+': make FusedAverages anew"):
+        change(averages, FusedAveragedModel(model))
+    assert averages.values() == before
     averages.note = "ours"
     del averages.note
+
+
+def test_a_copy_of_a_compiled_average_runs_on_its_own() -> None:
+    averaged = FusedAveragedModel(nn.Linear(2, 2))
+    averaged.compile(backend="eager")
+    for copied in (copy.deepcopy(averaged), pickle.loads(pickle.dumps(averaged))):
+        with torch.no_grad():
+            copied.module.weight.fill_(100.0)
+        x = torch.ones(1, 2)
+        assert torch.equal(copied(x), copied.module(x))
 
 
 @pytest.mark.parametrize("rule", [RULES, list(RULES.items()), {}])

@@ -77,18 +77,19 @@ print("seen")
     assert run(code) == "seen\n"
 
 
-def test_threads_may_touch_names_at_once() -> None:
+def test_threads_may_import_at_once() -> None:
     code = """
-import os, sys, threading, torch, swafast
+import importlib, os, sys, threading, torch, swafast
 sys.setswitchinterval(1e-5)
 def touch(name, barrier):
     barrier.wait()
     try:
-        getattr(swafast, name)
+        importlib.import_module(name) if "." in name else getattr(swafast, name)
     except BaseException as error:
         print(name, repr(error))
         os._exit(1)
-for names in [("ShardedAveragedModel", "ShardedAverages"), ("ShardedAverages", "Snapshots"), ("posthoc", "sharded")]:
+pairs = [("ShardedAverages", "Snapshots"), ("posthoc", "sharded"), ("swafast.sharded", "Snapshots")]
+for names in [*pairs, ("swafast.optim.torchcontrib", "update_bn")]:
     if os.fork() == 0:
         barrier = threading.Barrier(2)
         threads = [threading.Thread(target=touch, args=(name, barrier)) for name in names]
@@ -99,6 +100,14 @@ for names in [("ShardedAveragedModel", "ShardedAverages"), ("ShardedAverages", "
 print("seen")
 """
     assert run(code).endswith("seen\n")
+
+
+@pytest.mark.parametrize("package", [swafast.optim, swafast.posthoc, swafast.sharded], ids=lambda each: each.__name__)
+def test_packages_have_what_they_name(package: Any) -> None:
+    assert dir(package) == sorted(package.__all__)
+    assert all(getattr(package, name).__name__ == name for name in package.__all__)
+    with pytest.raises(AttributeError, match=f"module {package.__name__!r} has no attribute 'Nothing'"):
+        package.Nothing  # noqa: B018
 
 
 def test_help_answers_at_once_and_without_torch() -> None:
@@ -259,7 +268,9 @@ def test_pickles_of_packages_name_these(what: str) -> None:
 def test_annotations_resolve_although_classes_name_another_module(name: str) -> None:
     kind = getattr(swafast, name)
     assert kind.__module__ in ("swafast", "swafast.optim.batchnorm")
-    if isinstance(kind, type):
+    if not isinstance(kind, type):
+        get_type_hints(kind)
+    else:
         assert not [hint for hint in get_type_hints(kind).values() if isinstance(hint, str)]
         get_type_hints(kind.__init__)
 

@@ -138,6 +138,11 @@ def _use(way: str) -> list[str]:
     averages, wrong = twins.averages, []
     if averages.fast is not averages["fast"] or {averages: 1}[averages] != 1:
         wrong.append("no attribute, or no hash")
+    try:
+        averages.fast = 3
+        wrong.append("an average was replaced")
+    except AttributeError:
+        pass
     before = {name: param.detach().clone() for name, param in twins.model.named_parameters()}
     with averages["fast"].swapped_into(twins.model):
         for action in (lambda: averages.update_parameters(twins.model), averages.state_dict):

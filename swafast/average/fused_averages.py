@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -112,6 +112,7 @@ class FusedAverages(WithBindings, Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self._made_of = weakref.ref(model)
         named = named_rules(rules)
         formats = named_formats(list(named), format)
         for name, rule in named.items():
@@ -127,7 +128,6 @@ class FusedAverages(WithBindings, Module):
                 nonfinite=nonfinite,
                 seed=seed,
             )
-        self._made_of = weakref.ref(model)
 
     # A mapping from names to averages
 
@@ -165,13 +165,16 @@ class FusedAverages(WithBindings, Module):
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in own_children(self):
-            raise AttributeError(f"the average {name!r} must stay: make FusedAverages anew to have another one")
+        if name in own_children(self) or isinstance(value, Module):
+            self.add_module(name, value)
         super().__setattr__(name, value)
+
+    def add_module(self, name: str, module: Module | None) -> NoReturn:
+        raise AttributeError(f"the averages must stay as they are, got one for {name!r}: make FusedAverages anew")
 
     def __delattr__(self, name: str) -> None:
         if name in own_children(self):
-            raise AttributeError(f"the average {name!r} must stay: make FusedAverages anew to have others")
+            self.add_module(name, None)
         super().__delattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

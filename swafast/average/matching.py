@@ -265,7 +265,8 @@ class WithBindings(Attachable):
         """Leave out what belongs to this process. ``include`` may be a lambda, and its answers are kept."""
         with self._guard.hold("a copy"):
             own = {"_own_guard", "_own_bindings", "_made_of", "include"}
-            return {key: value for key, value in self.__dict__.items() if key not in own}
+            state: Any = super().__getstate__()  # type: ignore[misc]  # a module's, without what it compiled
+            return {key: value for key, value in state.items() if key not in own}
 
 
 def _with_planes(pair: Pair, side: ModuleSide) -> Pair:

@@ -20,6 +20,7 @@ from ..terms.layout import Slot, is_dense, lay_out, same_order
 from ..terms.rules import Rule
 from ..torch_private.core import make_metadata_check
 from . import launches
+from . import torch_op as torch_op  # registers the op with the first average
 from .checks import refuse_capture
 from .launches import bump_versions
 

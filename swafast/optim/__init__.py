@@ -1,11 +1,25 @@
 """Optimizers and schedules by the names under which the recipes of weight averaging are known."""
 
-from .composer import ComposerSWA
-from .cyclical import Cosine as Cosine
-from .cyclical import Cycles as Cycles
-from .cyclical import Triangle as Triangle
-from .cyclical import cyclical_cosine_lr, cyclical_lr
-from .torchcontrib import SWA
+from typing import TYPE_CHECKING
 
-# Cosine, Cycles and Triangle are here for pickles.
+from ..terms.lazy import imported_on_use
+
+if TYPE_CHECKING:
+    from .composer import ComposerSWA
+    from .cyclical import cyclical_cosine_lr, cyclical_lr
+    from .torchcontrib import SWA
+else:
+    __getattr__ = imported_on_use(
+        __name__,
+        {
+            "ComposerSWA": "composer",
+            "SWA": "torchcontrib",
+            **dict.fromkeys(("Cosine", "Cycles", "Triangle", "cyclical_cosine_lr", "cyclical_lr"), "cyclical"),
+        },
+    )
+
 __all__ = ["SWA", "ComposerSWA", "cyclical_cosine_lr", "cyclical_lr"]
+
+
+def __dir__() -> list[str]:
+    return __all__

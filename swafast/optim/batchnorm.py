@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ..loop.attach import Attachable
 from ..torch_private.core import is_in_backward, running_eagerly
 from ..torch_private.modules import BatchNormLayer, own_buffers
 
-if TYPE_CHECKING:
+if torch.distributed.is_available():
     from torch.distributed import ProcessGroup
 
 

@@ -107,6 +107,11 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
             raise AttributeError(f"each of several averages has its own {name}: ask averages[{first!r}].{name}")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_averages", {}):
+            raise AttributeError(f"the averages must stay as they are, got one for {name!r}: make ShardedAverages anew")
+        super().__setattr__(name, value)
+
     @property
     def _updated(self) -> list[ShardedAveragedModel]:
         return list(self.values())

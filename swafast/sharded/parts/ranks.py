@@ -184,8 +184,8 @@ class Ranks:
         """Run a collective on a tensor, where it takes one, and copy back what it has made of it."""
         if self.size == 1:
             return
-        there = tensor.to(self.device_for(tensor.device)).contiguous()
         with self._heard():
+            there = tensor.to(self.device_for(tensor.device)).contiguous()
             collective(there, group=self.group)
         if there is not tensor:
             tensor.copy_(there)

@@ -1,0 +1,34 @@
+"""Packages whose names are imported on first use."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def imported_on_use(package: str, places: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a package (PEP 562) that imports each name when it is first asked for.
+
+    A package that imports its own modules at once would let two threads that import parts of it wait for each other,
+    and Python then gives them half-made modules.
+
+    Args:
+        places: for each name, the module in the package that has it; the name itself for a module.
+    """
+
+    def __getattr__(name: str) -> Any:
+        if name not in places:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        try:
+            module = importlib.import_module(f".{places[name]}", package)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] not in ("swafast", "torch"):
+                raise
+            raise ImportError(
+                f"{package}.{name} needs the module {error.name}, which is not there: install swafast again, with "
+                "pip install --force-reinstall"
+            ) from error
+        return module if places[name] == name else getattr(module, name)
+
+    return __getattr__
