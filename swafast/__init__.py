@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import moved as _moved
+from . import moved as _moved  # noqa: F401  # says so of a module that has moved
 from .terms.lazy import imported_on_use
 
 if TYPE_CHECKING:
     from . import optim as optim
-    from . import posthoc as posthoc
     from . import sharded as sharded
     from .average.averaged_model import FusedAveragedModel
     from .average.fused_averages import FusedAverages
@@ -58,10 +57,7 @@ _PICKLED = {
     "StoredAverage": "posthoc.folder",
     "get_format": "terms.formats",
 }
-_PACKAGES = ("optim", "posthoc", "sharded")
-
-_moved.install()
-
+_PACKAGES = ("optim", "sharded")
 
 if not TYPE_CHECKING:  # an editor would take any name for one of ours
     _import = imported_on_use(__name__, {**_PUBLIC, **_PICKLED, **{name: name for name in _PACKAGES}})

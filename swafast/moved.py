@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 
-_NAMES = ("averaged_model", "averages", "elementary", "formats", "planes", "profiles", "rules", "schedule", "snapshots")
-_MOVED = frozenset(f"swafast.{name}" for name in _NAMES)
+_MOVED = ("averaged_model", "averages", "elementary", "formats", "planes", "profiles", "rules", "schedule", "snapshots")
 
 
 class MovedFinder:
@@ -13,7 +12,7 @@ class MovedFinder:
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
-        if name in _MOVED:
+        if name.removeprefix("swafast.") in _MOVED and name.startswith("swafast."):
             raise ModuleNotFoundError(
                 f"No module named {name!r}: it moved before swafast 0.1.0 was released. If a pickle of a whole object "
                 "names it, load that with the swafast that wrote it and save its state_dict(), which this one loads; "
@@ -22,7 +21,4 @@ class MovedFinder:
             )
 
 
-def install() -> None:
-    """Add the finder, once."""
-    if not any(isinstance(finder, MovedFinder) for finder in sys.meta_path):
-        sys.meta_path.append(MovedFinder())
+sys.meta_path.append(MovedFinder())

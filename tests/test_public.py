@@ -35,7 +35,7 @@ def run(code: str) -> str:
 
 
 def test_dir_is_the_public_names() -> None:
-    assert dir(swafast) == sorted([*swafast.__all__, "optim", "posthoc", "sharded"])
+    assert dir(swafast) == sorted([*swafast.__all__, "optim", "sharded"])
     assert all(getattr(swafast, name) is not None for name in dir(swafast))
     with pytest.raises(AttributeError, match="module 'swafast' has no attribute 'FusedAverage'"):
         swafast.FusedAverage  # noqa: B018
@@ -88,7 +88,7 @@ def touch(name, barrier):
     except BaseException as error:
         print(name, repr(error))
         os._exit(1)
-pairs = [("ShardedAverages", "Snapshots"), ("posthoc", "sharded"), ("swafast.sharded", "Snapshots")]
+pairs = [("ShardedAverages", "Snapshots"), ("Snapshots", "sharded"), ("swafast.sharded", "Snapshots")]
 for names in [*pairs, ("swafast.optim.torchcontrib", "update_bn")]:
     if os.fork() == 0:
         barrier = threading.Barrier(2)
@@ -102,7 +102,7 @@ print("seen")
     assert run(code).endswith("seen\n")
 
 
-@pytest.mark.parametrize("package", [swafast.optim, swafast.posthoc, swafast.sharded], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("package", [swafast.optim, swafast.sharded], ids=lambda each: each.__name__)
 def test_packages_have_what_they_name(package: Any) -> None:
     assert dir(package) == sorted(package.__all__)
     assert all(getattr(package, name).__name__ == name for name in package.__all__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NoReturn
 
@@ -34,14 +34,12 @@ def named_rules(given: object) -> dict[str, Rule]:
         ValueError: there is none, or more than one launch takes; two have one name; or a name cannot stand in the keys
             of a state.
     """
-    items = given.items() if isinstance(given, Mapping) else given
-    if not isinstance(items, Iterable) or isinstance(items, str):
+    items = list(given.items()) if isinstance(given, Mapping) else given
+    kinds = (list, tuple)
+    if not isinstance(items, kinds) or any(not isinstance(item, kinds) or len(item) != 2 for item in items):
         raise TypeError(f"rules must be a mapping from names to rules, or (name, rule) pairs, got {given!r}")
     rules: dict[str, Rule] = {}
-    for item in items:
-        if not isinstance(item, (tuple, list)) or len(item) != 2:
-            raise TypeError(f"rules must be a mapping from names to rules, or (name, rule) pairs, got {given!r}")
-        name, each = item
+    for name, each in items:
         if not isinstance(name, str):
             raise TypeError(f"rules must have strings for names, got {name!r}")
         if not name or "." in name:

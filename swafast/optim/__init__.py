@@ -9,14 +9,8 @@ if TYPE_CHECKING:
     from .cyclical import cyclical_cosine_lr, cyclical_lr
     from .torchcontrib import SWA
 else:
-    __getattr__ = imported_on_use(
-        __name__,
-        {
-            "ComposerSWA": "composer",
-            "SWA": "torchcontrib",
-            **dict.fromkeys(("Cosine", "Cycles", "Triangle", "cyclical_cosine_lr", "cyclical_lr"), "cyclical"),
-        },
-    )
+    _cyclical = dict.fromkeys(("Cosine", "Cycles", "Triangle", "cyclical_cosine_lr", "cyclical_lr"), "cyclical")
+    __getattr__ = imported_on_use(__name__, {"ComposerSWA": "composer", "SWA": "torchcontrib", **_cyclical})
 
 __all__ = ["SWA", "ComposerSWA", "cyclical_cosine_lr", "cyclical_lr"]
 

@@ -23,11 +23,9 @@ def imported_on_use(package: str, places: Mapping[str, str]) -> Callable[[str], 
         try:
             module = importlib.import_module(f".{places[name]}", package)
         except ModuleNotFoundError as error:
-            if error.name is None or error.name.partition(".")[0] not in ("swafast", "torch"):
-                raise
             raise ImportError(
-                f"{package}.{name} needs the module {error.name}, which is not there: install swafast again, with "
-                "pip install --force-reinstall"
+                f"{package}.{name} needs the module {error.name}, which is not there: install it, or where it is one "
+                "of swafast's, install swafast again with pip install --force-reinstall"
             ) from error
         return module if places[name] == name else getattr(module, name)
 
