@@ -209,3 +209,18 @@ def lose_a_part() -> bool:
 
 def test_subgroups_share_their_fault() -> None:
     assert run_ranks(3, lose_a_part) == [True, True, True]
+
+
+def save_after_the_groups_end() -> str:
+    averaged = ShardedAveragedModel(model := net())
+    dist.destroy_process_group(averaged._ranks.group)
+    try:
+        averaged.state_dict()
+    except LostPeerError:
+        averaged.update_parameters(model)
+        return f"lost, and {int(averaged.n_averaged)} update"
+    return "no error"
+
+
+def test_a_group_that_was_destroyed_is_lost() -> None:
+    assert run_ranks(2, save_after_the_groups_end) == ["lost, and 1 update"] * 2

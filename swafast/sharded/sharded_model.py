@@ -54,8 +54,8 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         format, seed, backend: as for :class:`~swafast.FusedAveragedModel`. Random bits do not depend on the shards.
         include: ``include(name, param) -> bool`` picks what is averaged. The rest is left alone: neither stored, saved
             nor exchanged.
-        process_group: the ranks that the model is spread over; default: all. A group of our own is made over them,
-            unless it is the :class:`Ranks` of another average.
+        process_group: the ranks that the model is spread over; default: all. All averages of one group share one of
+            ours, so every rank makes their collective calls in the same order.
         use_buffers: average floating-point buffers as well. Otherwise, and integer ones always, they are copied. Each
             rank has its own buffers' average; states have the first rank's.
         share_replicas: cut what several ranks hold alike over these ranks, also where it is sharded.

@@ -90,7 +90,7 @@ average/: averaged models of one process
     recast            a move or cast of an averaged model to another device or dtype
 
 sharded/parts/: what one rank has, and what ranks tell each other
-    ranks             the process group of our own in which averages of one model act together
+    ranks             the process group of our own that all averages of one user's group share
     subgroup          the ranks of one cut, where these are not all
     one process       ranks of a process without a process group
     number            of an averaged model among those that share their ranks

@@ -1,4 +1,4 @@
-"""The ranks of one averaged model: a process group of our own, and what they settle among themselves."""
+"""Ranks that act together: a process group of our own over those of the user's, and what they settle in it."""
 
 from __future__ import annotations
 
