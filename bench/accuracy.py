@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from bench.report import write_json
 from swafast import EqualAverage, ExponentialAverage, Rule
 from swafast.backends import cpu
-from swafast.backends.contract import Pair
+from swafast.backends.contract import Pair, Update
 from swafast.terms.draws import Draws, make_random_key
 from swafast.terms.formats import get_format
 
@@ -97,8 +97,10 @@ class _Ours:
     """Every format of every stream under every rule, in one launch."""
 
     def __init__(self, params: Sequence[Tensor], rules: Sequence[Rule]) -> None:
-        self._rules = rules
-        self._counters = [torch.zeros((), dtype=torch.int64) for _ in rules]
+        self._update = Update(
+            tuple(terms for rule in rules if (terms := rule.kernel_terms()) is not None),
+            tuple(torch.zeros((), dtype=torch.int64) for _ in rules),
+        )
         self.pairs: dict[tuple[int, int, str], Pair] = {}  # by stream, rule and format
         for stream, param in enumerate(params):
             for pace in range(len(rules)):
@@ -114,7 +116,7 @@ class _Ours:
         return Pair(name, param, tuple(planes), fmt, draws, pace)
 
     def update(self) -> None:
-        self._launch.update((), self._rules, self._counters, 1)
+        self._launch.update((), self._update)
 
     def value(self, stream: int, pace: int, format: str) -> Tensor:
         """Give an average as ``averaged_state_dict`` does, in float32."""

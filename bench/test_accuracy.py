@@ -61,7 +61,7 @@ def test_a_wrong_rule_is_seen(monkeypatch: pytest.MonkeyPatch, report: AccuracyR
 
     def late(self: accuracy._Ours) -> None:
         update(self)
-        for counter in self._counters:
+        for counter in self._update.counters:
             if counter == 2:
                 counter.add_(1)
 

@@ -366,7 +366,7 @@ def test_one_plan_serves_all_updates(way: str) -> None:
     for _ in range(4):
         run.step()
         attachment.join()
-        plans.append(run.averaged._bindings._binding)
+        plans.append(run.averaged._bindings.latest)
     assert all(plan is plans[0] for plan in plans)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages, PowerAverage, Rule
 from swafast.backends import cpu, rows
+from swafast.backends.contract import Update
 from tests.conftest import EveryKind, differing, tensors_of
 
 RULES: dict[str, Rule] = {
@@ -107,7 +108,7 @@ def test_one_launch_and_one_read_of_the_params(monkeypatch: pytest.MonkeyPatch) 
     made: list[rows.Rows] = []
     monkeypatch.setattr(rows.Rows, "__init__", lambda self, pairs: (prepared(self, pairs), made.append(self))[0])
     monkeypatch.setattr(cpu.NativeLaunch, "update", launch)
-    averages._bindings._binding = None  # plan anew
+    averages._bindings._recent = []  # plan anew
     averages.update_parameters(model)
     (row,) = calls
     # Chunks, what a kernel walks over, are those of the params once; the other rows follow.
@@ -120,7 +121,7 @@ def test_use_of_one_leaves_all_where_they_are(every_kind: EveryKind) -> None:
     averages = of(every_kind, rules=RULES)
     drifted(every_kind, [averages], 2)
     places = [tensor.data_ptr() for tensor in averages.state_dict().values()]
-    plan = averages._bindings._binding
+    plan = averages._bindings.latest
     before = tensors_of(every_kind)
     with averages["fast"].swapped_into(every_kind):
         with pytest.raises(RuntimeError, match="swapped back"):
@@ -132,7 +133,7 @@ def test_use_of_one_leaves_all_where_they_are(every_kind: EveryKind) -> None:
     averages["mean"].update_parameters(every_kind)
     drifted(every_kind, [averages], 1)
     assert [tensor.data_ptr() for tensor in averages.state_dict().values()] == places
-    assert averages._bindings._binding is plan
+    assert averages._bindings.latest is plan
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -354,10 +355,10 @@ def one_pace_for_all(patch: pytest.MonkeyPatch) -> None:
 def count_in_the_first_alone(patch: pytest.MonkeyPatch) -> None:
     update = cpu.NativeLaunch.update
 
-    def launch(self: Any, params: Any, rules: Any, counters: Any, advance: int, **options: Any) -> None:
-        update(self, params, rules, counters, advance, **options)
-        for counter in counters[1:]:
-            counter.sub_(advance)
+    def launch(self: Any, params: Any, about: Update) -> None:
+        update(self, params, about)
+        for counter in about.counters[1:]:
+            counter.sub_(about.advance)
 
     patch.setattr(cpu.NativeLaunch, "update", launch)
 

@@ -28,6 +28,7 @@ from tests.conftest import EveryKind, differing, tensors_of
 from tests.test_gpu import averages_of
 from tests.test_native import clone
 from tests.test_native import differing as differing_pairs
+from tests.updates import run_update
 
 
 class Shim:
@@ -74,8 +75,8 @@ def drift(model: torch.nn.Module) -> None:
 
 
 def plan_of(average: FusedAveragedModel) -> plan.Plan:
-    assert average._bindings._binding is not None
-    return average._bindings._binding.plan
+    assert average._bindings.latest is not None
+    return average._bindings.latest.plan
 
 
 def test_an_update_is_one_launch_for_everything(shim: Shim) -> None:
@@ -293,12 +294,12 @@ def test_counters_elsewhere_are_counted_only_if_the_update_was(shim: Shim, num_p
     launch, rules = cuda.prepare(pairs), [EqualAverage()] * num_paces
     put_elsewhere(launch, torch.device("cpu", 0))  # the counters are on another device, as far as it can tell
     counters = [torch.tensor(n) for n in range(num_paces)]
-    launch.update([], rules, counters, 1)
+    run_update(launch, [], rules, counters, 1)
     assert list(map(int, counters)) == [n + 1 for n in range(num_paces)]
     counters[-1].fill_(-2)
     before = clone(pairs)
     with pytest.raises(ValueError, match="n_averaged must be >= 0, got -2"):
-        launch.update([], rules, counters, 1)
+        run_update(launch, [], rules, counters, 1)
     assert list(map(int, counters)) == [*range(1, num_paces), -2]
     assert differing_pairs(pairs, before) == []
 
@@ -314,8 +315,8 @@ def test_devices_share_the_counters(shim: Shim, num_paces: int) -> None:
     rules: list[Rule] = [EqualAverage(), PowerAverage(6.94), ExponentialAverage(0.9, warmup="power")]
     rules = [rules[k % 3] for k in range(num_paces)]
     for _ in range(3):
-        launch.update([], rules, counters[0], 1)
-        one.update([], rules, counters[1], 1)
+        run_update(launch, [], rules, counters[0], 1)
+        run_update(one, [], rules, counters[1], 1)
     for counted in counters:
         assert list(map(int, counted)) == [5 + 3 * k for k in range(num_paces)]
     assert differing_pairs(pairs, expected) == []
@@ -324,7 +325,7 @@ def test_devices_share_the_counters(shim: Shim, num_paces: int) -> None:
             pair.param.normal_()
     pairs[0].param[0] = float("nan")
     before = clone(pairs)
-    launch.update([], rules, counters[0], 1, skip_nonfinite=True)
+    run_update(launch, [], rules, counters[0], 1, skip_nonfinite=True)
     assert list(map(int, counters[0])) == [5 + 3 * k for k in range(num_paces)]
     assert differing_pairs(pairs, before) == []
 
@@ -344,15 +345,15 @@ def capture_paces(shim: Shim) -> None:
     others: list[Rule] = [ExponentialAverage(0.5), EqualAverage(), ExponentialAverage(0.1)]
     counters = [[torch.tensor(n) for n in (3, 1, 7)] for _ in range(2)]
     shim.capture(True)
-    launch.update([], rules, counters[0], 1)
+    run_update(launch, [], rules, counters[0], 1)
     shim.capture(False)
     assert launch.captured
     for by in (rules, others, rules):
         if by is rules:
             shim.replay()
         else:
-            launch.update([], by, counters[0], 1)
-        eager.update([], by, counters[1], 1)
+            run_update(launch, [], by, counters[0], 1)
+        run_update(eager, [], by, counters[1], 1)
         assert list(map(int, counters[0])) == list(map(int, counters[1]))
         assert differing_pairs(pairs, expected) == []
 

@@ -17,6 +17,7 @@ from swafast.terms.boxes import Box, boxes_of_run
 from swafast.terms.draws import Draws, make_random_key, random_bits, runs_of
 from swafast.terms.formats import COMPACT, HALF, Format
 from swafast.terms.layout import cut_chunks
+from tests.updates import run_update
 
 UPDATES = 256
 
@@ -86,7 +87,7 @@ def test_rounding_at_random_is_right_on_average(fmt: Format, value: float) -> No
     counter = torch.tensor(1)
     total = torch.zeros(1000, dtype=torch.float64)
     for _ in range(1000):
-        launch.update([param], [ExponentialAverage(0.0)], [counter], 1)  # a weight of 1
+        run_update(launch, [param], [ExponentialAverage(0.0)], [counter], 1)  # a weight of 1
         total += fmt.decode(planes).double()
     kept = 24 - fmt.num_random_bits  # bits of the significand
     unit = 2.0 ** (max(torch.tensor(value).abs().double().log2().floor().item(), -126.0) - kept + 1)
@@ -159,7 +160,7 @@ def updated(backend: object, tensors: list[Tensor], all_draws: list[Draws], fmt:
     launch = backend.prepare(pairs)  # type: ignore[attr-defined]
     counter = torch.tensor(0)
     for _ in range(updates):
-        launch.update([pair.param for pair in pairs], [ExponentialAverage(0.7)], [counter], 1)
+        run_update(launch, [pair.param for pair in pairs], [ExponentialAverage(0.7)], [counter], 1)
     return [fmt.decode(pair.planes) for pair in pairs]
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from swafast.average import averaged_model, matching, planes, states
 from swafast.backends import cpu
-from swafast.op import checks, plan
+from swafast.op import buckets, checks, plan
 from swafast.op.exchange import Exchange
 from swafast.terms import names, rules
 from tests import (
@@ -36,7 +37,7 @@ def shift_the_weight(patch: pytest.MonkeyPatch) -> None:
 def count_twice(patch: pytest.MonkeyPatch) -> None:
     update = cpu.NativeLaunch.update
     patch.setattr(
-        cpu.NativeLaunch, "update", lambda self, p, rules, n, advance, **skip: update(self, p, rules, n, 2 * advance)
+        cpu.NativeLaunch, "update", lambda self, params, about: update(self, params, replace(about, advance=2))
     )
 
 
@@ -54,7 +55,7 @@ def keep_whole_buckets(patch: pytest.MonkeyPatch) -> None:
     def view(bucket, like, slot):
         return torch.empty(0, dtype=like.dtype).set_(bucket, slot.offset, like.shape, like.stride)
 
-    patch.setattr(plan, "stand_on_own_storage", view)
+    patch.setattr(buckets, "stand_on_own_storage", view)
 
 
 def cast_as_torch_does(patch: pytest.MonkeyPatch) -> None:

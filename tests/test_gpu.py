@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages, PowerAverage
 from swafast.backends import cuda, library, reference, rows
 from swafast.backends import gpu as gpu_tables
-from swafast.backends.contract import Backend, Launch, Pair
+from swafast.backends.contract import Backend, Launch, Pair, Update
 from swafast.backends.triton import launch as triton_launch
 from swafast.op.launches import draws_of
 from swafast.terms.formats import EXACT, FLOAT32, MIRRORED, Format
@@ -29,6 +29,7 @@ from swafast.terms.rules import Rule
 from tests.conftest import EveryKind, tensors_of
 from tests.conftest import differing as differing_tensors
 from tests.test_native import DTYPES, EXCHANGED, FORMATS, PAIRS, clone, differing, make_pair, sizes_around
+from tests.updates import run_update
 
 WEIGHTS = (1.0, 0.0, 0.3, 0.5, 0.9)
 RULES = (
@@ -98,7 +99,7 @@ def check_updates(gpu: Gpu, pairs: Sequence[Pair], rule: Rule, counts: Sequence[
     for n in counts:
         counters = torch.tensor(n, device=gpu.device), torch.tensor(n)
         for launch, on, counter in zip(launches, (ours, expected), counters, strict=True):
-            launch.update([pair.param for pair in on], [rule], [counter], 1)
+            run_update(launch, [pair.param for pair in on], [rule], [counter], 1)
         assert counters[0].item() == counters[1].item() == n + 1
         assert differing(on_cpu(ours), expected) == [], f"{rule}, n = {n}"
 
@@ -135,7 +136,7 @@ def test_one_launch_serves_many_tensors_of_all_kinds(gpu: Gpu) -> None:
 
 def test_a_first_update_copies_every_bit(gpu: Gpu) -> None:
     (pair,) = gpu.put([make_pair(1000, torch.float32, FLOAT32)])
-    gpu.prepare([pair]).update([pair.param], [ExponentialAverage(0.9)], [torch.tensor(0, device=gpu.device)], 1)
+    run_update(gpu.prepare([pair]), [pair.param], [ExponentialAverage(0.9)], [torch.tensor(0, device=gpu.device)], 1)
     assert torch.equal(pair.average.view(torch.int32), pair.param.view(torch.int32))
 
 
@@ -144,11 +145,11 @@ def test_a_count_that_is_none_leaves_everything_as_it_was(gpu: Gpu, count: int) 
     pairs = gpu.put([make_pair(1000, torch.bfloat16, EXACT), make_pair(9, torch.int64, None)])
     before, counter = clone(pairs), torch.tensor(count, device=gpu.device)
     launch = gpu.prepare(pairs)
-    launch.update([], [EqualAverage()], [counter], 1)
+    run_update(launch, [], [EqualAverage()], [counter], 1)
     assert differing(on_cpu(pairs), on_cpu(before)) == []
     assert counter.item() == count
     counter.fill_(0)
-    launch.update([], [EqualAverage()], [counter], 1)
+    run_update(launch, [], [EqualAverage()], [counter], 1)
     assert counter.item() == 1
     assert torch.equal(pairs[1].average, pairs[1].param)
 
@@ -157,7 +158,7 @@ def test_an_update_may_count_by_another_number(gpu: Gpu) -> None:
     pairs = gpu.put([make_pair(10, torch.float32, FLOAT32)])
     launch, counter = gpu.prepare(pairs), torch.tensor(4, device=gpu.device)
     for advance in (0, 1, 5):
-        launch.update([], [EqualAverage()], [counter], advance)
+        run_update(launch, [], [EqualAverage()], [counter], advance)
     assert counter.item() == 10
 
 
@@ -189,7 +190,7 @@ def check_paces(gpu: Gpu, num_paces: int, sizes: Sequence[int]) -> None:
     counters = [[torch.tensor(n, device=device) for n in counts] for device in (gpu.device, torch.device("cpu"))]
     for advance in (1, 2):
         for launch, on, counted in zip(launches, (ours, expected), counters, strict=True):
-            launch.update([pair.param for pair in on], rules, counted, advance)
+            run_update(launch, [pair.param for pair in on], rules, counted, advance)
         assert list(map(int, counters[0])) == list(map(int, counters[1]))
         assert differing(on_cpu(ours), expected) == []
         rules = [*rules[1:], PowerAverage(16.97)]
@@ -218,16 +219,14 @@ def take_the_first_pace_for_all(patch: pytest.MonkeyPatch) -> None:
 
 
 def keep_the_first_rules(patch: pytest.MonkeyPatch) -> None:
-    terms = rows.kernel_terms
-    first: dict[int, Rule] = {}
+    paces_of = gpu_tables.Table.paces_of
+    first: list[Update] = []
 
-    def kept(rule: Rule) -> object:
-        at = len(kept.asked) % 3  # type: ignore[attr-defined]
-        kept.asked.append(at)  # type: ignore[attr-defined]
-        return terms(first.setdefault(at, rule))
+    def kept(self: gpu_tables.Table, update: Update, counters: Sequence[Tensor]) -> object:
+        first.append(update)
+        return paces_of(self, replace(update, terms=first[0].terms), counters)
 
-    kept.asked = []  # type: ignore[attr-defined]
-    patch.setattr(rows, "kernel_terms", kept)
+    patch.setattr(gpu_tables.Table, "paces_of", kept)
 
 
 @pytest.mark.parametrize("plant", [drop_a_follower, take_the_first_pace_for_all, keep_the_first_rules])
@@ -247,11 +246,11 @@ def test_one_count_of_several_that_is_none_leaves_everything_as_it_was(gpu: Gpu,
     counts[at] = count
     before, counters = clone(pairs), [torch.tensor(n, device=gpu.device) for n in counts]
     launch = gpu.prepare(pairs)
-    launch.update([], [EqualAverage()] * 3, counters, 1)
+    run_update(launch, [], [EqualAverage()] * 3, counters, 1)
     assert differing(on_cpu(pairs), on_cpu(before)) == []
     assert list(map(int, counters)) == counts
     counters[at].fill_(0)
-    launch.update([], [EqualAverage()] * 3, counters, 1)
+    run_update(launch, [], [EqualAverage()] * 3, counters, 1)
     assert list(map(int, counters)) == [n + 1 if n != count else 1 for n in counts]
     assert differing(on_cpu(pairs), on_cpu(before)) != []
 
@@ -264,12 +263,12 @@ def test_a_nonfinite_param_leaves_all_its_averages_as_they_were(gpu: Gpu) -> Non
     launch, counters = gpu.prepare(pairs), [torch.tensor(n, device=gpu.device) for n in (4, 5, 6)]
     pairs[1].param[-1] = math.nan
     before = clone(pairs)
-    launch.update([], [EqualAverage()] * 3, counters, 1, skip_nonfinite=True)
+    run_update(launch, [], [EqualAverage()] * 3, counters, 1, skip_nonfinite=True)
     assert launch.first_nonfinite([]) == 1
     assert list(map(int, counters)) == [4, 5, 6]
     assert differing(on_cpu(pairs), on_cpu(before)) == []
     pairs[1].param[-1] = 0.5
-    launch.update([], [EqualAverage()] * 3, counters, 1, skip_nonfinite=True)
+    run_update(launch, [], [EqualAverage()] * 3, counters, 1, skip_nonfinite=True)
     assert list(map(int, counters)) == [5, 6, 7]
 
 
@@ -288,11 +287,11 @@ def test_the_first_nonfinite_param_is_found_and_may_stop_an_update(gpu: Gpu, bad
         param[-1] = bad
         before = clone(pairs)
         assert launch.first_nonfinite([]) == index
-        launch.update([], [EqualAverage()], [counter], 1, skip_nonfinite=True)
+        run_update(launch, [], [EqualAverage()], [counter], 1, skip_nonfinite=True)
         assert counter.item() == 3
         assert differing(on_cpu(pairs), on_cpu(before)) == []
         param[-1] = old
-    launch.update([], [EqualAverage()], [counter], 1, skip_nonfinite=True)
+    run_update(launch, [], [EqualAverage()], [counter], 1, skip_nonfinite=True)
     assert counter.item() == 4
 
 
@@ -382,7 +381,7 @@ def test_a_planned_update_asks_torch_for_nothing(gpu: Gpu, nonfinite: str, rule:
     assert dispatched.ops == []
     counters = [value for key, value in average.state_dict().items() if key.endswith("n_averaged")]
     assert list(map(int, counters)) == [4] * (len(rule) if several else 1)
-    binding = average._bindings._binding
+    binding = average._bindings.latest
     assert binding is not None
     assert binding.plan.backends == [gpu.backend.name]
 

@@ -24,6 +24,7 @@ from swafast.terms.rules import Rule
 from swafast.terms.weight import KernelTerms
 from tests.conftest import EveryKind, differing, tensors_of
 from tests.test_package import python_of_the_readme
+from tests.updates import run_update
 
 pytestmark = pytest.mark.gpu
 
@@ -202,18 +203,18 @@ def test_replays_go_by_the_rules_that_were_captured(backend: str) -> None:
         counters = [torch.tensor(n, device="cuda") for n in (3, 1, 7)]
         sides.append((prepare(pairs), planes, counters))
     (launch, planes, counters), (eager, expected, counted) = sides
-    launch.update([], others, counters, 1)
-    eager.update([], others, counted, 1)
+    run_update(launch, [], others, counters, 1)
+    run_update(eager, [], others, counted, 1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        launch.update([], rules, counters, 1)
+        run_update(launch, [], rules, counters, 1)
     assert launch.captured
     for by in (rules, others, rules):
         if by is rules:
             graph.replay()
         else:
-            launch.update([], by, counters, 1)
-        eager.update([], by, counted, 1)
+            run_update(launch, [], by, counters, 1)
+        run_update(eager, [], by, counted, 1)
         assert list(map(int, counters)) == list(map(int, counted))
         assert all(map(torch.equal, planes, expected))
 

@@ -36,6 +36,7 @@ from swafast.terms.formats import (
 )
 from swafast.terms.rules import EqualAverage, ExponentialAverage, PowerAverage, Rule
 from tests.conftest import NO_LIBRARY
+from tests.updates import run_update
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"{NO_LIBRARY}: {cpu.unavailable()}")
 
@@ -155,7 +156,7 @@ def check_updates(
             for pair, start in zip(on, initial, strict=True):
                 for plane, value in zip(pair.planes, start.planes, strict=True):
                     plane.copy_(value)
-            each.update([pair.param for pair in on], [rule], [counter], 1)
+            run_update(each, [pair.param for pair in on], [rule], [counter], 1)
         assert differing(pairs, expected) == [], f"weight {weight}"
         assert torch.equal(*counters)
 
@@ -249,7 +250,7 @@ def test_weights_round_as_the_reference_rounds_them(isa: str, weight: float) -> 
 
 def test_a_first_update_copies_every_bit(isa: str) -> None:
     pair = make_pair(1000, torch.float32, FLOAT32)
-    cpu.prepare([pair]).update([pair.param], [ExponentialAverage(0.9)], [torch.tensor(0)], 1)
+    run_update(cpu.prepare([pair]), [pair.param], [ExponentialAverage(0.9)], [torch.tensor(0)], 1)
     assert torch.equal(pair.average.view(torch.int32), pair.param.view(torch.int32))
 
 
@@ -257,7 +258,7 @@ def test_a_negative_count_leaves_everything_as_it_was() -> None:
     pairs = [make_pair(1000, torch.bfloat16, EXACT), make_pair(9, torch.int64, None)]
     before, counter = clone(pairs), torch.tensor(-1)
     with pytest.raises(ValueError, match="n_averaged must be >= 0"):
-        cpu.prepare(pairs).update([pair.param for pair in pairs], [EqualAverage()], [counter], 1)
+        run_update(cpu.prepare(pairs), [pair.param for pair in pairs], [EqualAverage()], [counter], 1)
     assert differing(pairs, before) == []
     assert counter.item() == -1
 
@@ -350,7 +351,7 @@ def check_exact_pairs(highs: Tensor, lows: Tensor) -> None:
     # The weight is 0, and 0 * infinity is NaN. A param of -1 keeps the sign of a zero.
     expected = encode_exact(torch.where(value.isinf(), math.nan, value))
     pair = Pair("", torch.full((len(high),), -1.0, dtype=torch.bfloat16), (high, low), EXACT)
-    cpu.prepare([pair]).update([pair.param], [ExponentialAverage(1.0)], [torch.tensor(1)], 1)
+    run_update(cpu.prepare([pair]), [pair.param], [ExponentialAverage(1.0)], [torch.tensor(1)], 1)
     assert same_bits(high, expected[0])
     assert torch.equal(low, expected[1])
 
@@ -382,6 +383,7 @@ from swafast.backends.contract import Pair
 from swafast.op.launches import draws_of
 from swafast.terms.rules import ExponentialAverage
 from tests.test_native import DTYPES, FORMATS, any_planes, any_values, check_updates
+from tests.updates import run_update
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
@@ -413,7 +415,7 @@ def guarded_pair(numel, dtype, fmt, at_end):
 
 
 def update(launch, pair):
-    launch.update([pair.param], [ExponentialAverage(0.9)], [torch.tensor(1)], 1)
+    run_update(launch, [pair.param], [ExponentialAverage(0.9)], [torch.tensor(1)], 1)
 
 
 def crashes(dtype, fmt, plant):

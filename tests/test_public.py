@@ -278,7 +278,7 @@ def test_annotations_resolve_although_classes_name_another_module(name: str) -> 
 def test_a_pickle_that_names_a_module_is_seen() -> None:
     class Moved:
         def __reduce__(self) -> Any:
-            return importlib.import_module("swafast.op.plan").lay_out, ([1], [None])
+            return importlib.import_module("swafast.op.buckets").lay_out, ([1], [None])
 
     assert modules_in(pickle.dumps(Moved())) == {"swafast.terms.layout"}
 

@@ -20,8 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel
 from swafast.backends import cuda, library
-from swafast.op import launches
-from swafast.op.plan import Plan
+from swafast.op.plan import Launches, Plan
 from swafast.sharded import ShardedAveragedModel, shard_matching, sharded_model
 from swafast.sharded.parts import flat_order, shares
 from tests.ranks import run_ranks
@@ -493,7 +492,7 @@ def averaged_by_cuda(shim: str, mode: str) -> dict[str, Any]:
     told: dict[str, Any] = averaged_beside(mode, [(torch.bfloat16, None, "cuda"), (torch.float32, None, "cuda")])[0]
     reference, sharded = make_model(mode), wrap(make_model(mode), mode)
     averaged = ShardedAveragedModel(sharded, nonfinite="skip", backend="cuda")
-    told["backends"] = averaged._bindings._binding.plan.backends  # type: ignore[union-attr]
+    told["backends"] = averaged._bindings.latest.plan.backends  # type: ignore[union-attr]
     told["skips"], told["counts"] = [], []
     for step in range(3):
         drift(reference, step)
@@ -596,8 +595,8 @@ def never_reshard() -> None:
 
 
 def keep_the_flag() -> None:
-    update = launches.update
-    launches.update = lambda *args, reduce_flag=None, **options: update(*args, **options)
+    update = Launches.update
+    Launches.update = lambda *args, reduce_flag=None, **options: update(*args, **options)  # type: ignore[method-assign]
 
 
 PLANTS: dict[str, Callable[[], None]] = {

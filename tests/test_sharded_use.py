@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,6 +27,8 @@ from swafast import ExponentialAverage, FusedAveragedModel, Rule
 from swafast.op.exchange import Exchange
 from swafast.sharded import ShardedAveragedModel, shard_matching, swap
 from swafast.sharded.parts import spread
+from swafast.sharded.parts.holdings import Held
+from swafast.sharded.shard_matching import Views
 from tests.ranks import run_ranks
 from tests.sharded_models import (
     FSDP2_MODES,
@@ -794,7 +797,16 @@ def take_any_place() -> None:
 
 
 def send_what_the_body_left() -> None:
-    swap.replace = lambda found, local: found  # type: ignore[assignment]
+    held = Views.held
+
+    def not_detached(self: Views) -> dict[str, Held]:
+        bases = {base.data_ptr(): base for base in self.bases}
+        return {
+            name: replace(found, local=bases.get(found.local.data_ptr(), found.local))
+            for name, found in held(self).items()
+        }
+
+    Views.held = not_detached  # type: ignore[method-assign]
 
 
 PLANTS: dict[str, Callable[[], None]] = {

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -23,9 +24,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swafast import FusedAverages
-from swafast.backends import library, rows
+from swafast.backends import library
 from swafast.backends.contract import Pair
-from swafast.backends.rows import PaceCache
+from swafast.backends.rows import make_paces
 from swafast.backends.triton import launch as backend
 from swafast.op import choice
 from swafast.terms import layout
@@ -35,6 +36,7 @@ from swafast.terms.formats import COMPACT, COMPENSATED, EXACT, FLOAT32, HALF, MI
 from swafast.terms.rules import EqualAverage, ExponentialAverage, PowerAverage, Rule
 from tests.conftest import EveryKind, trained
 from tests.test_native import DTYPES, differing, make_pair, same_bits
+from tests.updates import run_update
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 from swafast.backends.triton import kernels  # noqa: E402  # after the look for Triton
@@ -157,8 +159,8 @@ def check_updates(pairs: Sequence[Pair], weights: Sequence[float], kernels: Modu
             for plane, value in zip(pair.planes, start.planes, strict=True):
                 plane.copy_(value)
         rule = ExponentialAverage(1.0 - weight)
-        launch.update([], [rule], [counter], 1)
-        check_planes(pairs, initial, [rows.kernel_terms(rule).weight(n)], [n])
+        run_update(launch, [], [rule], [counter], 1)
+        check_planes(pairs, initial, [rule.weight(n)], [n])
     assert counter == 7 + len(weights)
 
 
@@ -309,9 +311,8 @@ def check_paces(num_paces: int, sizes: Sequence[int], kernels: ModuleType | None
     launch._kernels = kernels or launch._kernels
     for advance in (1, 2):
         before = clone(pairs)
-        terms = list(map(rows.kernel_terms, rules))
-        launch.update([], rules, counters, advance)
-        check_planes(pairs, before, [term.weight(n) for term, n in zip(terms, ns, strict=True)], ns)
+        run_update(launch, [], rules, counters, advance)
+        check_planes(pairs, before, [rule.weight(n) for rule, n in zip(rules, ns, strict=True)], ns)
         ns = [n + advance for n in ns]
         assert list(map(int, counters)) == ns
         rules = [*rules[1:], EqualAverage()]
@@ -332,7 +333,7 @@ def check_bad_count(n: int, kernels: ModuleType | None = None) -> None:
     before, counters = clone(pairs), list(map(counter_of, (4, n, 0)))
     launch = backend.prepare(pairs)
     launch._kernels = kernels or launch._kernels
-    launch.update([], [EqualAverage()] * 3, counters, 1)
+    run_update(launch, [], [EqualAverage()] * 3, counters, 1)
     assert differing(pairs, before) == []
     assert list(map(int, counters)) == [4, n, 0]
 
@@ -343,7 +344,7 @@ def test_a_nonfinite_param_leaves_all_its_averages_as_they_were() -> None:
     launch = backend.prepare(pairs)
     params[1][8] = math.nan
     before = clone(pairs)
-    launch.update([], [EqualAverage()] * 3, counters, 1, skip_nonfinite=True)
+    run_update(launch, [], [EqualAverage()] * 3, counters, 1, skip_nonfinite=True)
     assert differing(pairs, before) == []
     assert list(map(int, counters)) == [4, 5, 6]
     assert launch.first_nonfinite([]) == 1
@@ -353,11 +354,14 @@ class Written:
     """What was written where, in the place of the kernel that writes paces."""
 
     def __init__(self, paces: backend._Paces) -> None:
-        self.paces, self.cache, self.at = paces, PaceCache(), []
+        self.paces, self.at = paces, []
+        self.last: tuple[object, Any] = (None, None)  # what the paces given last are of, and these
 
     def get(self, decay: float, counter: Tensor, capturing: bool = False) -> int:
-        paces = self.cache.get([ExponentialAverage(decay)], [counter.data_ptr()])
-        return self.paces.get(paces, capturing, self._write).data_ptr()
+        if self.last[0] != (decay, counter.data_ptr()):
+            made = make_paces([ExponentialAverage(decay).kernel_terms()], [counter])
+            self.last = (decay, counter.data_ptr()), made
+        return self.paces.get(self.last[1], capturing, self._write).data_ptr()
 
     def _write(self, address: int, index: int, *words: int) -> None:
         assert index == 0
@@ -505,7 +509,7 @@ def check_rule(rule: Rule, kernels: ModuleType | None = None) -> None:
     assert terms is not None
     for n in range(4):
         expected = expected_planes(pair, terms.weight(n), n)
-        launch.update([], [rule], [counter], 2 if n == 3 else 1)
+        run_update(launch, [], [rule], [counter], 2 if n == 3 else 1)
         assert same_bits(pair.average.cpu(), expected[0]), f"update {n}"
     assert counter == 5
     table = launch._tables[0]
@@ -523,7 +527,7 @@ def unchanged_by(update: Callable[[backend.TritonLaunch, Tensor], None], n: int,
 @pytest.mark.parametrize("n", [-1, -(2**63), INT64_MAX])
 def test_no_count_leaves_everything_as_it_was(n: int) -> None:
     pairs = [pair_of(CHUNK + 1, torch.bfloat16, EXACT), pair_of(9, torch.int64, None)]
-    unchanged_by(lambda launch, counter: launch.update([], [EqualAverage()], [counter], 1), n, pairs)
+    unchanged_by(lambda launch, counter: run_update(launch, [], [EqualAverage()], [counter], 1), n, pairs)
 
 
 def test_a_nonfinite_param_can_leave_everything_as_it_was() -> None:
@@ -531,17 +535,17 @@ def test_a_nonfinite_param_can_leave_everything_as_it_was() -> None:
     for pair in pairs:
         pair.param.fill_(2.0)
     pairs[1].param[3] = math.inf
-    unchanged_by(lambda launch, n: launch.update([], [EqualAverage()], [n], 1, skip_nonfinite=True), 3, pairs)
+    unchanged_by(lambda launch, n: run_update(launch, [], [EqualAverage()], [n], 1, skip_nonfinite=True), 3, pairs)
     pairs[1].param[3] = 2.0
     before, launch, counter = clone(pairs), backend.prepare(pairs), counter_of(3)
-    launch.update([], [EqualAverage()], [counter], 1, skip_nonfinite=True)
+    run_update(launch, [], [EqualAverage()], [counter], 1, skip_nonfinite=True)
     assert differing(pairs, before) != []
     assert counter == 4
 
 
 def test_a_launch_without_chunks_counts() -> None:
     counter = counter_of(4)
-    backend.prepare([pair_of(0, torch.float32, FLOAT32)]).update([], [EqualAverage()], [counter], 1)
+    run_update(backend.prepare([pair_of(0, torch.float32, FLOAT32)]), [], [EqualAverage()], [counter], 1)
     assert counter == 5
 
 
@@ -641,8 +645,8 @@ def test_a_launch_calls_no_op_of_torch() -> None:
     pair, counter = pair_of(100, torch.bfloat16, EXACT), counter_of(1)
     launch = backend.prepare([pair])
     with CountOps() as counted:
-        launch.update([], [EqualAverage()], [counter], 1, skip_nonfinite=True)
-        launch.update([], [PowerAverage()], [counter], 1)
+        run_update(launch, [], [EqualAverage()], [counter], 1, skip_nonfinite=True)
+        run_update(launch, [], [PowerAverage()], [counter], 1)
         launch.exchange(True)
     assert counted.ops == []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,14 +14,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..op import checks, choice
 from ..op.exchange import Exchange
-from ..op.plan import Plan
 from ..terms.formats import OWN, Format, check_format, format_of, stored_dtype
 from ..terms.names import named_params, unwrap
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule, rule_of
 from ..torch_private.core import disable_dynamo
 from .functions import choose_rule, update_by_function
-from .matching import ModuleSide, WithBindings, ask_include, check_model, each_average, refuse_sharded
+from .matching import Bound, ModuleSide, WithBindings, ask_include, check_model, each_average, refuse_sharded
 from .planes import Recast, fit_planes
 from .states import check_state, export, keeping_ties, translate_load
 
@@ -172,26 +171,28 @@ class FusedAveragedModel(WithBindings, AveragedModel):
             RuntimeError: the averages are swapped into a model.
         """
         with self._guard.hold("update_parameters"):
-            plan, params, planes = self._bind(model)
+            rule = self.rule
+            plan, params, planes = self._bind(model, rule is None)
             skip = self.nonfinite == "skip"
             if self.nonfinite == "raise":
                 plan.refuse_nonfinite(params)
-            if self.rule is not None:
-                plan.update(params, planes, [self.rule], skip_nonfinite=skip)
+            if rule is not None:
+                plan.update(params, planes, (rule,), skip_nonfinite=skip)
             elif not skip or plan.first_nonfinite(params) is None:
                 pairs = plan.pairs(params, planes)
                 update_by_function(pairs, self.avg_fn, self.multi_avg_fn, self.n_averaged)
 
-    def _bind(self, model: Module) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]:
-        return self._bindings.bind(self, [self._side()], model, config=self._config(), backend=self.backend)
+    def _bind(self, model: Module, by_function: bool | None = None) -> Bound:
+        """Return the plan for ``model``; ``by_function``, if known: whether a function of the user's own updates."""
+        config = self._config(self.rule is None if by_function is None else by_function)
+        return self._bindings.bind(self, self._sides, model, config, (self.n_averaged,))
 
-    def _config(self) -> object:
-        """Give what a plan depends on beside the tensors."""
-        return (self.rule is None, self.use_buffers, self.format, self.backend, self._any_device, self.seed)
+    def _config(self, by_function: bool) -> object:
+        """Return what a plan depends on beside the tensors."""
+        return (by_function, self.use_buffers, self.format, self.backend, self._any_device, self.seed)
 
-    def _side(self) -> ModuleSide:
-        """Give what an update of several averages together needs to know of this one."""
-        return ModuleSide(self, self._format_of, self._any_device, self.seed)
+    def _sides(self) -> list[ModuleSide]:
+        return [ModuleSide(self, self._format_of, self._any_device, self.backend, self.seed)]
 
     # Use of the average
 
@@ -216,8 +217,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         exchange = None
         try:
             with self._guard.hold("swapped_into"):
-                plan, params, planes = self._bind(model)
-                exchange = Exchange(plan.pairs(params, planes), self.backend)
+                exchange = Exchange(*self._bind(model))
                 self._guard.model = model
                 exchange.there()
             yield model

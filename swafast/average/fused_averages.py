@@ -13,13 +13,12 @@ from torch.nn import Module
 
 from ..backends.library import MAX_PACES
 from ..loop.guard import Guard
-from ..op.plan import Plan
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import own_children
 from .averaged_model import FusedAveragedModel
-from .matching import WithBindings
+from .matching import Bound, WithBindings
 from .states import check_state, keeping_ties
 
 
@@ -149,7 +148,7 @@ class FusedAverages(WithBindings, Module):
         return list(self)
 
     def values(self) -> list[FusedAveragedModel]:
-        return [self[name] for name in self]
+        return list(own_children(self).values())  # type: ignore[arg-type]  # nothing else can be put there
 
     def items(self) -> list[tuple[str, FusedAveragedModel]]:
         return [(name, self[name]) for name in self]
@@ -188,24 +187,33 @@ class FusedAverages(WithBindings, Module):
             TypeError, ValueError, RuntimeError: as ``FusedAveragedModel.update_parameters``; nothing has changed.
         """
         with self._guard.hold("update_parameters"):
-            plan, params, planes = self._bind(model)
-            rules = [averaged.rule for averaged in self.values()]
-            nonfinite = {averaged.nonfinite for averaged in self.values()}
+            averages = self.values()
+            rules = self._rules(averages)
+            plan, params, planes = self._bind_all(model, averages)
+            nonfinite = {averaged.nonfinite for averaged in averages}
             if "raise" in nonfinite:
                 plan.refuse_nonfinite(params)
-            plan.update(params, planes, rules, skip_nonfinite="skip" in nonfinite)  # type: ignore[arg-type]
+            plan.update(params, planes, rules, skip_nonfinite="skip" in nonfinite)
 
-    def _bind(self, model: Module) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]:
-        averages = self.values()
-        for name, averaged in self.items():
-            if averaged.rule is None:
+    def _rules(self, averages: Sequence[FusedAveragedModel]) -> list[Rule]:
+        rules = [averaged.rule for averaged in averages]
+        for name, rule in zip(self, rules, strict=True):
+            if rule is None:
                 raise ValueError(f"averages[{name!r}] must have a Rule to be updated with others, got a function")
+        return rules  # type: ignore[return-value]
+
+    def _bind(self, model: Module) -> Bound:
+        averages = self.values()
+        self._rules(averages)
+        return self._bind_all(model, averages)
+
+    def _bind_all(self, model: Module, averages: Sequence[FusedAveragedModel]) -> Bound:
         return self._bindings.bind(
             self,
-            [averaged._side() for averaged in averages],
+            lambda: [side for averaged in averages for side in averaged._sides()],
             model,
-            config=[averaged._config() for averaged in averages],
-            backend=averages[0].backend,
+            [averaged._config(by_function=False) for averaged in averages],
+            [averaged.n_averaged for averaged in averages],
             side_bindings=[averaged._bindings for averaged in averages],
         )
 

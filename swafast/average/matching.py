@@ -17,9 +17,11 @@ from torch.optim.swa_utils import AveragedModel
 from ..backends.contract import Pair
 from ..loop.attach import Attachable
 from ..op import checks, choice
+from ..op import torch_op as torch_op  # registers the op with the first average
 from ..op.launches import draws_of
 from ..op.plan import Plan
 from ..terms.formats import Format
+from ..terms.lazy import MadeOnUse
 from ..terms.names import named_buffers, named_params, require_same_names, unwrap
 from ..torch_private.modules import Walk
 from .planes import fit_planes
@@ -93,6 +95,7 @@ class ModuleSide:
     owner: AveragedModel  # its module holds the first planes; the further ones and the counter are its own
     format_of: FormatOf
     any_device: bool  # the averages may be on another device than the model
+    backend: str | None
     seed: int
 
 
@@ -113,6 +116,10 @@ def _match(side: ModuleSide, model: Module, pace: int) -> list[Pair]:
         fmt = side.format_of(names[0], average, is_buffer)
         matched.append(Pair(names[0], param, (average,), fmt, pace=pace))
     return matched
+
+
+#: A plan, and the params and planes that it fits now.
+Bound = tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]
 
 
 class ModuleBinding:
@@ -137,7 +144,6 @@ class ModuleBinding:
         model: Module,
         *,
         config: object,
-        backend: str | None,
         homes: frozenset[int],
     ) -> None:
         check_model(model)
@@ -149,22 +155,27 @@ class ModuleBinding:
             checks.refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
         pairs = [_with_planes(pair, side) for side, pair in matched]
         counters = _place_counters(sides)
-        self.plan = Plan(pairs, choice.choose_backends(backend, choice.device_types(pairs)), counters, homes)
-        self._config, self._owner_walk, self._model_walk = config, Walk(root), Walk(unwrap(model))
+        backends = choice.choose_backends(sides[0].backend, choice.device_types(pairs))
+        self.plan = Plan(pairs, backends, counters, homes)
+        self.config, self._owner_walk, self._model_walk = config, Walk(root), Walk(unwrap(model))
         self._planes = _picker([self._owner_walk.position(plane) for pair in pairs for plane in pair.planes])
         self._params = _picker([self._model_walk.position(pair.param) for pair in pairs])
 
-    def current(
-        self, model: Module, config: object, counters: Sequence[Tensor]
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
-        """Give the (params, planes) that stand in both modules now, or None if the plan no longer fits them."""
-        if config != self._config or not self._model_walk.starts_at(unwrap(model)):
+    @property
+    def root(self) -> Module | None:
+        """The unwrapped model that it is for, while that lives."""
+        return self._model_walk.root
+
+    def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None:
+        """Return the plan with the params and planes that are in both modules now, or None if it no longer fits."""
+        root = self._model_walk.root
+        if config != self.config or (root is not model and root is not unwrap(model)):
             return None
         theirs, own = self._model_walk.tensors(), self._owner_walk.tensors()
         if theirs is None or own is None:
             return None
         params, planes = self._params(theirs), self._planes(own)
-        return (params, planes) if self.plan.fits(params, planes, counters) else None
+        return (self.plan, params, planes) if self.plan.fits(params, planes, counters) else None
 
 
 class AnyBinding(Protocol):
@@ -172,49 +183,63 @@ class AnyBinding(Protocol):
 
     @property
     def plan(self) -> Plan: ...
-    def current(
-        self, model: Module, config: object, counters: Sequence[Tensor]
-    ) -> tuple[Sequence[Tensor], tuple[Tensor, ...]] | None: ...
+    @property
+    def root(self) -> Module | None: ...
+    @property
+    def config(self) -> object: ...
+    def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None: ...
 
 
 class Bindings:
-    """The binding in use, and those that a CUDA graph holds: these live as long as the averages, and never change."""
+    """The bindings of the last models, and those that a CUDA graph holds: these live as long as the averages."""
+
+    #: A training alternates between the model, its stand-in for an update beside it, and a copy for evaluation.
+    _MOST = 3
 
     def __init__(self) -> None:
-        self._binding: AnyBinding | None = None
+        self._recent: list[AnyBinding] = []  # the last one used first
         self._captured: list[AnyBinding] = []
         self._warned: set[int] = set()  # of those, the ones that have been warned about
         #: Addresses of planes that a plan which moves them together with others has put into buckets.
         self.shared_homes: frozenset[int] = frozenset()
 
-    def current(
-        self, model: Module, config: object, counters: Sequence[Tensor]
-    ) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]] | None:
-        """Give the plan and the (params, planes) that it fits now, or None."""
-        found = self._binding.current(model, config, counters) if self._binding is not None else None
-        return None if found is None or self._binding is None else (self._binding.plan, *found)
+    def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None:
+        """Return the plan that fits ``model`` with its params and planes, or None."""
+        for binding in self._recent:
+            bound = binding.current(model, config, counters)
+            if bound is not None:
+                if binding is not self._recent[0]:
+                    self._recent = [binding, *(other for other in self._recent if other is not binding)]
+                return bound
+        return None
+
+    @property
+    def latest(self) -> AnyBinding | None:
+        """The binding that was used last."""
+        return self._recent[0] if self._recent else None
 
     @property
     def homes(self) -> frozenset[int]:
         """Addresses of the planes that are in buckets."""
-        own = self._binding.plan.homes if self._binding is not None else frozenset()
-        return own | self.shared_homes
+        return self.shared_homes | (self.latest.plan.homes if self.latest is not None else frozenset())
 
     def bind(
         self,
         root: Module,
-        sides: Sequence[ModuleSide],
+        sides: Callable[[], Sequence[ModuleSide]],
         model: Module,
-        *,
         config: object,
-        backend: str | None,
+        counters: Sequence[Tensor],
+        *,
         side_bindings: Sequence[Bindings] = (),
-    ) -> tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]:
-        """Give the plan for ``model`` and the tensors of both sides, planning anew where the old one no longer fits.
+    ) -> Bound:
+        """Return a plan for ``model`` and the tensors of both sides: one made before if it fits, else a new one.
 
         Args:
             root: the module that all sides are in.
+            sides: returns the averaged models that are updated together, for a new plan.
             config: what a plan depends on beside the tensors.
+            counters: of the sides.
             side_bindings: the bindings of each side by itself, which leave the averages where this plan puts them.
 
         Raises:
@@ -223,26 +248,34 @@ class Bindings:
         """
         if not isinstance(model, Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        current = self.current(model, config, [side.owner.n_averaged for side in sides])
+        current = self.current(model, config, counters)
         if current is not None:
             return current
-        for side in sides:
-            checks.check_counter(side.owner.n_averaged)
+        for counter in counters:
+            checks.check_counter(counter)
+        averaged = sides()
         homes = self.homes.union(*(each.homes for each in side_bindings))
-        binding = ModuleBinding(root, sides, model, config=config, backend=backend, homes=homes)
+        binding = ModuleBinding(root, averaged, model, config=config, homes=homes)
         self.use(binding)
         for each in side_bindings:
             each.shared_homes = binding.plan.homes
-        current = self.current(model, config, [side.owner.n_averaged for side in sides])
+        current = self.current(model, config, [side.owner.n_averaged for side in averaged])
         assert current is not None, "a plan just made must fit"
         return current
 
     def use(self, binding: AnyBinding) -> None:
-        """Put ``binding`` in the place of the one in use."""
-        old, self._binding = self._binding, binding
-        if old is not None and old.plan.captured:
-            self._captured.append(old)
-        stale = {id(kept) for kept in self._captured if not kept.plan.writes <= binding.plan.writes}
+        """Put ``binding`` first, and let go of what no longer fits and of the model that was longest out of use."""
+        kept: list[AnyBinding] = [binding]
+        dropped: list[AnyBinding] = []
+        for other in self._recent:
+            # What writes elsewhere is of averages that have moved since, and might keep their old memory.
+            replaced = other.root is binding.root and other.config == binding.config
+            fits = other.root is not None and not replaced and other.plan.writes == binding.plan.writes
+            (kept if fits and len(kept) < self._MOST else dropped).append(other)
+        self._recent = kept
+        self._captured += [other for other in dropped if other.plan.captured]
+        captured = [*self._captured, *(other for other in kept if other.plan.captured)]
+        stale = {id(other) for other in captured if not other.plan.writes <= binding.plan.writes}
         if stale - self._warned:
             self._warned |= stale
             warnings.warn(
@@ -256,15 +289,12 @@ class Bindings:
 class WithBindings(Attachable):
     """Averaged modules that bind models. A copy comes without what belongs to this process."""
 
-    @property
-    def _bindings(self) -> Bindings:
-        own = self.__dict__
-        return own.get("_own_bindings") or own.setdefault("_own_bindings", Bindings())
+    _bindings = MadeOnUse[Bindings](lambda self: Bindings())
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process. ``include`` may be a lambda, and its answers are kept."""
         with self._guard.hold("a copy"):
-            own = {"_own_guard", "_own_bindings", "_made_of", "include"}
+            own = {"_guard", "_bindings", "_made_of", "include"}
             state: Any = super().__getstate__()  # type: ignore[misc]  # a module's, without what it compiled
             return {key: value for key, value in state.items() if key not in own}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..terms.draws import Draws
 from ..terms.formats import Format
-from ..terms.rules import Rule
+from ..terms.weight import KernelTerms
 from . import Unavailable
 
 
@@ -46,9 +46,24 @@ class ReduceFlag(Protocol):
         """Return whether any rank has found it, by a flag on ``device`` that is read on the host."""
 
 
-def found_anywhere(found: bool, device: torch.device, reduce_flag: ReduceFlag | None) -> bool:
-    """Return whether this rank, or any with which it reduces a flag, has found what it looked for."""
-    return found if reduce_flag is None else reduce_flag.anywhere(found, device)
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What a launch needs for an update beside its params: the same object for as long as all of it stays the same."""
+
+    terms: tuple[KernelTerms, ...]  # of the averaged models' rules, by the pairs' pace
+    counters: tuple[Tensor, ...]  # () int64 each, on one device, by pace
+    advance: int = 1  # what the launch adds to all counters: 0 for all but the last one of a plan
+    skip_nonfinite: bool = False  # change nothing if a param that is averaged holds a NaN or an infinity
+    reduce_flag: ReduceFlag | None = None  # how ranks skip together
+
+    @property
+    def device(self) -> torch.device:
+        """Where the updates are counted."""
+        return self.counters[0].device
+
+    def is_skipped(self, found: bool) -> bool:
+        """Return whether a NaN or an infinity, here or on another rank, stops the update. Read on the host."""
+        return found if self.reduce_flag is None else self.reduce_flag.anywhere(found, self.device)
 
 
 class Launch(Protocol):
@@ -57,11 +72,10 @@ class Launch(Protocol):
     #: Whether a CUDA graph holds an update of this launch: it must then live as long as the averages.
     captured: bool
 
-    def update(self, params: Sequence[Tensor], rules: Sequence[Rule], counters: Sequence[Tensor], advance: int) -> None:
-        """Move each average towards its param by its pace's ``rule(counter)``, then add ``advance`` to all counters.
+    def update(self, params: Sequence[Tensor], update: Update) -> None:
+        """Move each average towards its param by the weight of its pace, then count in all counters.
 
-        ``rules`` and ``counters``, () int64, are those of the averaged models, by the pairs' ``pace``. ``params`` are
-        the pairs' params, the same memory as in ``prepare``; none for a backend that goes by addresses.
+        ``params`` are the pairs' params, the same memory as in ``prepare``; none for a backend that goes by addresses.
         """
 
     def first_nonfinite(self, params: Sequence[Tensor]) -> int | None:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ..terms.layout import CPU_CHUNK_NUMEL, cut_chunks
-from ..terms.rules import Rule
 from . import Unavailable, library
-from .contract import Pair
-from .rows import PaceCache, Rows, kernels_serve
+from .contract import Pair, Update
+from .rows import Rows, kernels_serve, make_paces
 
 name = "cpu"
 device_types = frozenset({"cpu"})
@@ -74,19 +73,34 @@ class NativeLaunch:
         self._table = (ctypes.addressof(self._tensors), len(pairs), self._chunks.data_ptr(), len(self._chunks))
         self._exchanged = ctypes.c_int64(0)
         self._most_threads = max(1, rows.numel // _NUMEL_PER_THREAD)
-        self._paces = PaceCache()
+        self._update: Update | None = None  # that the paces are of
+        self._paces = make_paces((), ())
 
     def _threads(self) -> int:
         return min(torch.get_num_threads(), self._most_threads)
 
-    def update(self, params: Sequence[Tensor], rules: Sequence[Rule], counters: Sequence[Tensor], advance: int) -> None:
-        # A model with parts on a GPU counts there.
-        counts = [counter if counter.device.type == "cpu" else counter.cpu() for counter in counters]
-        paces = self._paces.get(rules, [count.data_ptr() for count in counts])
-        _check(self._native.swafast_cpu_update(*self._table, paces, len(paces), advance, self._threads()))
-        for count, counter in zip(counts, counters, strict=True):
-            if count is not counter and advance:
-                counter.add_(advance)
+    def update(self, params: Sequence[Tensor], update: Update) -> None:
+        if update.skip_nonfinite and update.is_skipped(self.first_nonfinite(params) is not None):
+            return
+        if update is not self._update:
+            if update.device.type != "cpu":
+                self._update_counted_elsewhere(update)
+                return
+            self._update, self._paces = update, make_paces(update.terms, update.counters)
+        self._run(update, self._paces)
+
+    def _update_counted_elsewhere(self, update: Update) -> None:
+        """Update the parts on the CPU of a model that counts on a GPU."""
+        counts = [counter.cpu() for counter in update.counters]
+        self._run(update, make_paces(update.terms, counts))
+        for counter in update.counters if update.advance else ():
+            counter.add_(update.advance)
+
+    def _run(self, update: Update, paces: ctypes.Array[library.Pace]) -> None:
+        threads = self._threads()
+        status = self._native.swafast_cpu_update(*self._table, paces, len(paces), update.advance, threads)
+        if status:
+            _refuse(status)
 
     def exchange(self, wanted: bool) -> None:
         """Let every param and the averaged module's tensor have changed places, or not, in place.
@@ -94,18 +108,22 @@ class NativeLaunch:
         One call of C does it and remembers it, so that no signal handler of Python's can come between.
         """
         exchanged = ctypes.byref(self._exchanged)
-        _check(self._native.swafast_cpu_exchange(*self._table, self._threads(), int(wanted), exchanged))
+        status = self._native.swafast_cpu_exchange(*self._table, self._threads(), int(wanted), exchanged)
+        if status:
+            _refuse(status)
 
     def first_nonfinite(self, params: Sequence[Tensor]) -> int | None:
         index = ctypes.c_int64()
-        _check(self._native.swafast_cpu_first_nonfinite(*self._table, self._threads(), ctypes.byref(index)))
+        status = self._native.swafast_cpu_first_nonfinite(*self._table, self._threads(), ctypes.byref(index))
+        if status:
+            _refuse(status)
         return None if index.value < 0 else self._order[index.value]
 
 
 prepare = NativeLaunch
 
 
-def _check(status: int) -> None:
+def _refuse(status: int) -> None:
     if status == 1:
         raise ValueError("n_averaged must be >= 0, got a negative count")
-    assert status == 0, f"the native library refused a tensor that the cpu backend said it serves (status {status})"
+    raise AssertionError(f"the native library refused a tensor that the cpu backend said it serves (status {status})")

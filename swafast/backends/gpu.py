@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ..terms.layout import GPU_CHUNK_NUMELS, cut_chunks, gpu_chunk_numel
-from ..terms.rules import Rule
 from ..torch_private.core import current_raw_stream
 from . import library
-from .contract import Pair, ReduceFlag, found_anywhere
-from .rows import PaceCache, Rows
+from .contract import Pair, Update
+from .rows import Rows, make_paces
 
 #: 64-bit words of ``swafast_state`` in csrc/swafast.h, and which of them is ``nonfinite``.
 _STATE_WORDS, _NONFINITE_WORD = 3, 2
@@ -33,12 +32,19 @@ class Table:
     words: Tensor = field(repr=False)  # int64
     head: library.TableHead
     stream: int  # that the table was made on
-    paces: PaceCache = field(default_factory=PaceCache)
+    _update: Update | None = None  # that the paces are of
+    _paces: ctypes.Array[library.Pace] = field(default_factory=lambda: make_paces((), ()))
 
     @property
     def counters(self) -> Sequence[Tensor]:
         """Counters for a launch beside that of the device where the averaged models' own are."""
         return self.words[-_COUNTER_WORDS:].unbind()
+
+    def paces_of(self, update: Update, counters: Sequence[Tensor]) -> ctypes.Array[library.Pace]:
+        """Return the paces of ``update`` with ``counters`` on this device: the same object for the same update."""
+        if update is not self._update:
+            self._update, self._paces = update, make_paces(update.terms, counters)
+        return self._paces
 
     @property
     def nonfinite(self) -> Tensor:
@@ -105,50 +111,38 @@ class DeviceLaunch:
 
     # What a launch does
 
-    def update(
-        self,
-        params: Sequence[Tensor],
-        rules: Sequence[Rule],
-        counters: Sequence[Tensor],
-        advance: int,
-        *,
-        skip_nonfinite: bool = False,
-        reduce_flag: ReduceFlag | None = None,
-    ) -> None:
-        """Update as any launch does; with ``skip_nonfinite`` nothing changes if a param that is averaged is not finite.
-
-        That is settled on the device, for all ranks that ``reduce_flag`` brings in.
-        """
-        counters_device = counters[0].device
-        counts_here = any(table.device == counters_device for table in self._tables)
-        if not counts_here and counters_device.type == "cpu" and min(map(int, counters)) < 0:
+    def update(self, params: Sequence[Tensor], update: Update) -> None:
+        """Update as any launch does. Where everything is on one device, that device decides whether to skip."""
+        counters, device = update.counters, update.device
+        counts_here = any(table.device == device for table in self._tables)
+        if not counts_here and device.type == "cpu" and min(map(int, counters)) < 0:
             raise ValueError(f"n_averaged must be >= 0, got {min(map(int, counters))}")
-        if skip_nonfinite and (len(self._tables) > 1 or not counts_here):
+        skip = update.skip_nonfinite
+        if skip and (len(self._tables) > 1 or not counts_here):
             # What one device finds holds for all of them and for the counters, and only the host hears of all.
-            if found_anywhere(self.first_nonfinite(params) is not None, counters_device, reduce_flag):
+            if update.is_skipped(self.first_nonfinite(params) is not None):
                 return
-            skip_nonfinite = False
+            skip = False
         tables = self._tables
         if len(tables) > 1:
             # The device of the counters comes last: the others read the same counts before it.
-            tables = sorted(tables, key=lambda table: table.device == counters_device)
+            tables = sorted(tables, key=lambda table: table.device == device)
         for table in tables:
-            counts = table.device == counters_device
+            counts = table.device == device
             read = counters
             if not counts:
-                read = table.counters[: len(counters)]
+                read = tuple(table.counters[: len(counters)])
                 for copy, counter in zip(read, counters, strict=True):
                     copy.copy_(counter, non_blocking=True)
             stream = self._stream(table)
-            if skip_nonfinite:
+            if skip:
                 self.start_first_nonfinite(table, stream)
-                if reduce_flag is not None:
-                    reduce_flag(table.nonfinite)
-            paces = table.paces.get(rules, [counter.data_ptr() for counter in read])
-            self.start_update(table, paces, advance if counts else 0, skip_nonfinite, stream)
-        if not counts_here:
-            for counter in counters:
-                counter.add_(advance)
+                if update.reduce_flag is not None:
+                    update.reduce_flag(table.nonfinite)
+            paces = table.paces_of(update, read)
+            self.start_update(table, paces, update.advance if counts else 0, skip, stream)
+        for counter in counters if update.advance and not counts_here else ():
+            counter.add_(update.advance)
 
     def exchange(self, wanted: bool) -> None:
         """Let every param and the averaged module's tensor have changed places, or not, in place.

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ..terms.draws import Draws, box_views, random_bits
 from ..terms.formats import Format
-from ..terms.rules import Rule, checked_weight
 from . import Unavailable
-from .contract import Pair
+from .contract import Pair, Update
 
 name = "reference"
 device_types = None
@@ -48,11 +47,13 @@ class ReferenceLaunch:
         self._paces = [pair.pace for pair in pairs]
 
     @torch.no_grad()
-    def update(self, params: Sequence[Tensor], rules: Sequence[Rule], counters: Sequence[Tensor], advance: int) -> None:
-        counts = [int(counter) for counter in counters]
+    def update(self, params: Sequence[Tensor], update: Update) -> None:
+        counts = [int(counter) for counter in update.counters]
         if min(counts) < 0:
             raise ValueError(f"n_averaged must be >= 0, got {min(counts)}")
-        weights = [checked_weight(rule, n) for rule, n in zip(rules, counts, strict=True)]
+        if update.skip_nonfinite and update.is_skipped(self.first_nonfinite(params) is not None):
+            return
+        weights = [terms.weight(n) for terms, n in zip(update.terms, counts, strict=True)]
         alike: dict[tuple[torch.device, torch.dtype, int], tuple[list[Tensor], list[Tensor]]] = {}
         rest = zip(self._planes, self._formats, self._draws, self._paces, strict=True)
         for param, (planes, fmt, draws, pace) in zip(params, rest, strict=True):
@@ -70,8 +71,8 @@ class ReferenceLaunch:
                     _move_planes_(plane_pieces, fmt.encode(_moved(plane_pieces, piece, fmt, weights[pace])))
         for (_, _, pace), (averages, group) in alike.items():
             _move_(averages, group, weights[pace])
-        for counter in counters:
-            counter.add_(advance)
+        for counter in update.counters if update.advance else ():
+            counter.add_(update.advance)
 
     @torch.no_grad()
     def first_nonfinite(self, params: Sequence[Tensor]) -> int | None:

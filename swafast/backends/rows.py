@@ -11,7 +11,6 @@ from torch import Tensor
 from ..terms.draws import runs_of
 from ..terms.formats import COMPACT, COMPENSATED, EXACT, FLOAT32, HALF, MIRRORED
 from ..terms.layout import is_dense, same_order, whole_runs
-from ..terms.rules import Rule
 from ..terms.weight import KernelTerms
 from .contract import Pair
 from .library import MAX_PACES, KernelRule, Pace, TensorRow
@@ -22,27 +21,13 @@ _FORMATS = {FLOAT32: 0, EXACT: 1, MIRRORED: 2, COMPACT: 4, COMPENSATED: 5, HALF:
 _COPIED = 3
 
 
-def kernel_terms(rule: Rule) -> KernelTerms:
-    terms = rule.kernel_terms()
-    assert terms is not None, "launches.update works out the weight of a rule without terms"
-    return terms
-
-
-class PaceCache:
-    """Rules and counters as a kernel takes them, made anew only when one of them changes."""
-
-    def __init__(self) -> None:
-        self._terms: list[KernelTerms] = []
-        self._addresses: list[int] = []
-        self._made: ctypes.Array[Pace] = (Pace * 0)()
-
-    def get(self, rules: Sequence[Rule], addresses: Sequence[int]) -> ctypes.Array[Pace]:
-        terms = list(map(kernel_terms, rules))
-        if terms != self._terms or addresses != self._addresses:
-            self._terms, self._addresses = terms, list(addresses)
-            paces = (Pace(KernelRule(term.kind, term.terms), to) for term, to in zip(terms, addresses, strict=True))
-            self._made = (Pace * len(terms))(*paces)
-        return self._made
+def make_paces(terms: Sequence[KernelTerms], counters: Sequence[Tensor]) -> ctypes.Array[Pace]:
+    """Return rules and counters as a kernel takes them: with the counters' addresses."""
+    paces = [
+        Pace(KernelRule(each.kind, each.terms), counter.data_ptr())
+        for each, counter in zip(terms, counters, strict=True)
+    ]
+    return (Pace * len(paces))(*paces)
 
 
 def kernels_serve(pair: Pair, device_types: Collection[str]) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from ..terms.lazy import MadeOnUse
 from .attachment import Attachment
 from .guard import Guard
 from .runners import Ready
@@ -26,11 +27,7 @@ class Attachable:
 
     _made_of: weakref.ref[Module] | None = None  # the model that it was made of
 
-    @property
-    def _guard(self) -> Guard:
-        # Made when it is asked for: a subclass may come without our __init__, and a copy without its guard.
-        own = self.__dict__
-        return own.get("_own_guard") or own.setdefault("_own_guard", self._make_guard())  # one for all threads
+    _guard = MadeOnUse[Guard](lambda self: self._make_guard())
 
     def _make_guard(self) -> Guard:
         return Guard()

@@ -27,10 +27,8 @@ class ForkSafeLock(type(threading.RLock())):  # type: ignore[misc]  # threading.
         super().__init__()
         _locks.add(self)
 
-    @property
-    def is_mine(self) -> bool:
-        """Whether this thread holds it."""
-        return self._is_owned()
+    #: Whether this thread holds it: ``is_mine()``.
+    is_mine = type(threading.RLock())._is_owned  # type: ignore[attr-defined]
 
 
 _locks: weakref.WeakSet[ForkSafeLock] = weakref.WeakSet()
@@ -102,7 +100,7 @@ class Guard:
         Whoever holds the lock that the update may be waiting for is in an action that has waited before it took the
         lock. All averages of an action are waited for before the first lock is taken.
         """
-        waited_for = [guard for guard in self._guards if not guard._lock.is_mine]
+        waited_for = [guard for guard in self._guards if not guard._lock.is_mine()]
         if waited_for and action in _WRITING:
             wait_for_readers()
         for guard in waited_for:
@@ -111,8 +109,9 @@ class Guard:
 
     def refuse_while_swapped(self, action: str) -> None:
         """Raise RuntimeError while the averages are in a model."""
-        if self.model is not None:
-            raise RuntimeError(f"{action} must wait until the averages are swapped back out of the model")
+        for guard in self._guards:
+            if guard._model is not None:
+                raise RuntimeError(f"{action} must wait until the averages are swapped back out of the model")
 
     def locked(self) -> AbstractContextManager[object]:
         """Hold the averages for this thread, whatever their state."""

@@ -16,7 +16,8 @@ from ..terms.rules import Rule
 from ..terms.weight import KernelTerms
 from .checks import check_counter, check_overlap, check_planes, check_sides, refuse_capture
 from .choice import choose_backends, device_types
-from .launches import Work, bump_versions, draws_of, prepare, update
+from .launches import draws_of
+from .plan import Launches, bump_versions
 
 
 @dataclass(frozen=True)
@@ -49,19 +50,19 @@ def _update_op(
         for i, (average, plane, param) in enumerate(zip(averages, extra, params, strict=True))
     ]
     check_counter(num_averaged)
-    work = _prepared(pairs, fmt, seed)
-    bump_versions((*(plane for pair in pairs for plane in pair.planes), num_averaged))
-    rule = _TermsRule(KernelTerms(kind, tuple(terms)))  # type: ignore[arg-type]
-    update(work, params, [rule], [num_averaged])
-    if any(each.launch.captured for each in work) and not any(kept is work for kept in _captured):
-        _captured.append(work)
+    launches = _prepared(pairs, num_averaged, fmt, seed)
+    rule = _TermsRule(KernelTerms(kind, tuple(terms)))  # type: ignore[arg-type]  # it checks their number
+    bump_versions((num_averaged,))  # the launches may have it as another tensor on the same memory
+    launches.update(params, [plane for pair in pairs for plane in pair.planes], [rule])
+    if launches.captured and not any(kept is launches for kept in _captured):
+        _captured.append(launches)
 
 
-#: Work of the op's last calls by what it was made for. A launch goes by addresses, dtypes, shapes and strides alone.
-_recent: OrderedDict[object, list[Work]] = OrderedDict()
+#: Launches of the op's last calls by what they were made for: addresses, dtypes, shapes and strides alone.
+_recent: OrderedDict[object, Launches] = OrderedDict()
 _MOST_RECENT = 256
-#: Work that a CUDA graph holds, and that nobody else would keep.
-_captured: list[list[Work]] = []
+#: Those that a CUDA graph holds, and that nobody else would keep.
+_captured: list[Launches] = []
 
 
 def _look(tensor: Tensor) -> tuple[object, ...]:
@@ -70,8 +71,8 @@ def _look(tensor: Tensor) -> tuple[object, ...]:
     return (*view, tensor.dtype, tensor.device, type(tensor), tensor.is_neg(), tensor.is_conj())
 
 
-def _prepared(pairs: Sequence[Pair], fmt: Format, seed: int) -> list[Work]:
-    tensors = [tensor for pair in pairs for tensor in (pair.param, *pair.planes)]
+def _prepared(pairs: Sequence[Pair], num_averaged: Tensor, fmt: Format, seed: int) -> Launches:
+    tensors = [num_averaged, *(tensor for pair in pairs for tensor in (pair.param, *pair.planes))]
     try:
         seen = tuple(map(_look, tensors))
     except RuntimeError:  # sparse, say: the checks below name it
@@ -86,12 +87,12 @@ def _prepared(pairs: Sequence[Pair], fmt: Format, seed: int) -> list[Work]:
     check_overlap(pairs, tied=False)
     for device in {pair.average.device for pair in pairs}:
         refuse_capture(device, "a first call of swafast.update_ for these tensors")
-    work = prepare(pairs, choose_backends(device_types=device_types(pairs)))
-    if seen and all(each.backend.device_types is not None for each in work):  # reference would keep the tensors alive
-        _recent[key] = work
+    launches = Launches(pairs, choose_backends(device_types=device_types(pairs)), [num_averaged.detach()])
+    if seen and launches.goes_by_address:
+        _recent[key] = launches
         while len(_recent) > _MOST_RECENT:
             _recent.popitem(last=False)
-    return work
+    return launches
 
 
 _library = torch.library.Library("swafast", "DEF")

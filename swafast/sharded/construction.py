@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..op import checks
+from ..op.buckets import PlaneLike, new_in_buckets
 from ..op.checksum import checksum
-from ..op.plan import PlaneLike, new_in_buckets
 from ..terms.formats import Format, format_of, stored_dtype
 from .parts.holdings import Held, Holding, Mesh, partial_meshes
 from .parts.ranks import Ranks

@@ -69,41 +69,69 @@ class Locator:
             run = (held[share.name].offset, share.holding.numel)
             self._locations.append((bases[id(found_in[share.name])], run))
 
+    @property
+    def root(self) -> Module | None:
+        """The unwrapped model that it is for, while that lives."""
+        return self._walk.root
+
     def find(self, model: Module) -> list[Tensor] | None:
-        """Return the tensors that the shares lie in now: local, plain and flat ones. None: look for them by name."""
-        if not self._walk.starts_at(unwrap(model)):
+        """Return the tensors of the model that the shares are found in now. None: look for them by name."""
+        if self._walk.root is not model and self._walk.root is not unwrap(model):
             return None
         found = self._walk.tensors()
         if found is None:
             return None
         tensors = [found[i] for i in self._positions]
-        dtensors = tensors[: self._num_dtensors]
         try:
-            if private.specs(dtensors) != self._specs:  # type: ignore[arg-type]
-                return None
-            local = private.local_tensors(dtensors)  # type: ignore[arg-type]
-            return [*local, *tensors[self._num_dtensors :], *(flat.local for flat in self._flats)]
+            specs = private.specs(tensors[: self._num_dtensors])  # type: ignore[arg-type]
         except AttributeError:  # no DTensor any more: gathered by a forward pass, say
             return None
+        return tensors if specs == self._specs else None
+
+    def bases(self, found: Sequence[Tensor]) -> list[Tensor]:
+        """Return the tensors that the shares lie in: local ones of DTensors, then plain and flat ones."""
+        local = private.local_tensors(found[: self._num_dtensors])  # type: ignore[arg-type]
+        return [*local, *found[self._num_dtensors :], *(flat.local for flat in self._flats)]
+
+    def name(self, base: int) -> str:
+        """Return the name of a share that lies in the base of this index."""
+        index = next(index for index, (at, _) in enumerate(self._locations) if at == base)
+        return self.shares[index].name
 
     def local(self, bases: Sequence[Tensor], index: int) -> Tensor:
-        """Return this rank's tensor of a share, out of what :meth:`find` returned."""
+        """Return this rank's tensor of a share, out of what :meth:`bases` returned."""
         base, run = self._locations[index]
         return bases[base] if run is None else bases[base].narrow(0, *run)
 
 
 class Views(Sequence[Tensor]):
-    """The params of a plan, each viewed when it is asked for: most backends go by addresses and never ask."""
+    """The params of a plan, each viewed when it is asked for: most backends go by addresses and never ask.
 
-    def __init__(self, locator: Locator, chosen: Sequence[tuple[int, Share]], bases: Sequence[Tensor]) -> None:
-        self._locator, self._chosen, self._bases = locator, chosen, bases
+    Args:
+        found: the tensors of the model that the shares are found in.
+        bases: those that the shares lie in.
+    """
+
+    def __init__(
+        self,
+        locator: Locator,
+        chosen: Sequence[tuple[int, Share]],
+        found: Sequence[Tensor],
+        bases: Sequence[Tensor],
+    ) -> None:
+        self.locator, self._chosen, self.found, self.bases = locator, chosen, found, bases
+
+    def held(self) -> dict[str, Held]:
+        """Return what this rank holds of the model, by name, as long as the memory that it has now."""
+        located = ((share, self.locator.local(self.bases, i).detach()) for i, share in enumerate(self.locator.shares))
+        return {share.name: Held(share.holding, local, local) for share, local in located}
 
     def __len__(self) -> int:
         return len(self._chosen)
 
     def __getitem__(self, position):  # type: ignore[no-untyped-def]  # an int; Sequence would have slices too
         index, share = self._chosen[position]
-        return share.of(self._locator.local(self._bases, index).detach())
+        return share.of(self.locator.local(self.bases, index).detach())
 
 
 class ShardSide:
@@ -144,7 +172,7 @@ class ShardSide:
 
 
 #: A plan, and the params and planes that it fits now.
-Bound = tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]
+Bound = tuple[Plan, Views, tuple[Tensor, ...]]
 
 
 class ShardBinding:
@@ -160,10 +188,11 @@ class ShardBinding:
         self, model: Module, sides: Sequence[ShardSide], held: Mapping[str, Held], staging: Staging | None
     ) -> None:
         backend = sides[0].backend
-        self._config, self._staging = (backend, staging), staging
+        self.config, self._staging = (backend, staging), staging
         self._locator = Locator(model, sides[0]._shares, held)
-        bases = self._find(model)
-        assert bases is not None, "a walk just made must fit"
+        found = self._locator.find(model)
+        assert found is not None, "a walk just made must fit"
+        bases = self._bases_of(found)
         indices = {share.name: index for index, share in enumerate(self._locator.shares)}
         # A rank may have no part of a small or unevenly sharded param.
         chosen = [
@@ -173,7 +202,7 @@ class ShardBinding:
             if share.numel
         ]
         self._chosen = [(index, share) for _, index, share in chosen]
-        views = Views(self._locator, self._chosen, bases)
+        views = Views(self._locator, self._chosen, found, bases)
         pairs = [sides[pace]._pair(share, view, pace) for (pace, _, share), view in zip(chosen, views, strict=True)]
         for pair in pairs:
             checks.check_sides(pair, any_device=False)
@@ -186,20 +215,26 @@ class ShardBinding:
         self._planes = tuple(plane for pair in pairs for plane in pair.planes)
         self._bases = Fingerprint([*bases, *counters])
 
-    def current(
-        self, model: Module, config: object, counters: Sequence[Tensor]
-    ) -> tuple[Sequence[Tensor], tuple[Tensor, ...]] | None:
-        """Return the (params, planes) of the plan as they are now, or None if it no longer fits them."""
-        if config != self._config:
-            return None
-        bases = self._find(model)
-        if bases is None or not self._bases.fits([*bases, *counters]):
-            return None
-        return Views(self._locator, self._chosen, bases), self._planes
+    @property
+    def root(self) -> Module | None:
+        """The unwrapped model that it is for, while that lives."""
+        return self._locator.root
 
-    def _find(self, model: Module) -> list[Tensor] | None:
-        bases = self._locator.find(model)
-        if bases is not None and self._staging is not None:
+    def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None:
+        """Return the plan with the params and planes as they are now, or None if it no longer fits them."""
+        if config != self.config:
+            return None
+        found = self._locator.find(model)
+        if found is None:
+            return None
+        bases = self._bases_of(found)
+        if not self._bases.fits([*bases, *counters]):
+            return None
+        return self.plan, Views(self._locator, self._chosen, found, bases), self._planes
+
+    def _bases_of(self, found: Sequence[Tensor]) -> list[Tensor]:
+        bases = self._locator.bases(found)
+        if self._staging is not None:
             for index, share in enumerate(self._locator.shares):
                 if share.holding.is_buffer:
                     bases[index] = self._staging.take(share.name, bases[index])
@@ -227,4 +262,4 @@ def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], s
         bindings.use(ShardBinding(model, sides, sides[0]._find_held(model), staging))
         current = bindings.current(model, config, counters)
         assert current is not None, "a plan just made must fit"
-    return current
+    return current  # type: ignore[return-value]  # its params are views, as this floor's bindings have them

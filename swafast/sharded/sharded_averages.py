@@ -12,7 +12,6 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module
 
 from ..average.fused_averages import named_formats, named_rules
-from ..average.matching import Bindings
 from ..loop.guard import Guard
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
@@ -59,7 +58,6 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
     ) -> None:
         self._ranks = process_group if isinstance(process_group, Ranks) else shared_ranks(process_group)
         self._number = self._ranks.next_number()
-        self._bindings = Bindings()
         with self._ranks.lock:
             with self._ranks.settled("ShardedAverages"):
                 named = named_rules(rules)

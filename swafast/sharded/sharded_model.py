@@ -13,8 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module
 
 from ..average.functions import choose_rule
-from ..average.matching import Bindings, ask_include
-from ..backends.contract import Pair
+from ..average.matching import ask_include
 from ..loop.guard import Guard
 from ..op import checks
 from ..terms.formats import check_format
@@ -25,7 +24,7 @@ from .parts.holdings import Held, find_holdings, reshard
 from .parts.ranks import Ranks
 from .parts.rendezvous import shared_ranks
 from .parts.shares import share_out
-from .shard_matching import ShardSide, check_sharded_model
+from .shard_matching import Bound, ShardSide, check_sharded_model
 from .swap import Swap, spread_all
 from .updating import AttachableShards
 
@@ -96,7 +95,6 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         backend: str | None = None,
         seed: int = 0,
     ) -> None:
-        self._bindings = Bindings()
         self._ranks = process_group if isinstance(process_group, Ranks) else shared_ranks(process_group)
         self._number = self._ranks.next_number()
         self.format, self.backend, self.nonfinite, self.seed = format, backend, nonfinite, seed
@@ -179,8 +177,8 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         self._guard.settle("swapped_into")
         try:
             with self._guard.locked(), self._ranks.lock:
-                with self._meet("swapped_into", model) as (pairs, held):
-                    swap = Swap(model, pairs, self._spreads, held, self.backend)
+                with self._meet("swapped_into", model) as (bound, held):
+                    swap = Swap(model, bound, self._spreads, held)
                     self._guard.model = model
                     swap.there()
                 swap.spread()
@@ -203,25 +201,24 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         """
         self._guard.settle("copy_to")
         with self._guard.locked(), self._ranks.lock:
-            with self._meet("copy_to", model) as met:
-                pairs, held = met
+            with self._meet("copy_to", model) as ((plan, params, planes), held):
+                pairs = plan.pairs(params, planes)
+                checks.check_writable(pairs)
             for pair in pairs:
                 pair.param.copy_(pair.format.decode(pair.planes) if pair.format is not None else pair.average)
             spread_all(self._spreads, held, "copy_to could not reach all params", torn=True)
 
     @contextmanager
-    def _meet(self, action: str, model: Module) -> Iterator[tuple[list[Pair], dict[str, Held]]]:
-        """Give what is to be written into ``model``, with FSDP's shards in place.
+    def _meet(self, action: str, model: Module) -> Iterator[tuple[Bound, dict[str, Held]]]:
+        """Yield what is to be written into ``model``, and what the spreads need, with FSDP's shards in place.
 
         Where params are cut all ranks take part, so what one of them cannot do, here or in the body, raises on each.
         """
         with self._ranks.settled(action, self._number) if self._spreads else nullcontext():
             self._guard.refuse_while_swapped(action)
-            plan, params, planes = self._bind(model)
+            bound = self._bind(model)
             reshard(model)
-            pairs, held = plan.pairs(params, planes), self._find_held(model)
-            checks.check_writable(pairs)
-            yield pairs, held
+            yield bound, bound[1].held() if self._spreads else {}
 
     # State
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 
+from torch import Tensor
 from torch.nn import Module
 
-from ..backends.contract import Pair
 from ..op.exchange import Exchange
 from ..torch_private import distributed as private
 from .parts.holdings import Held, reshard
 from .parts.ranks import LostPeerError
 from .parts.spread import Spread
+from .shard_matching import Bound
 
 NOT_WHOLE = (
     "this rank's averages are whole, and so is its own part of the params; the params that other ranks average are "
@@ -28,18 +28,11 @@ class Swap(Exchange):
     again once they are back. So no rank keeps a copy of what others average.
     """
 
-    def __init__(
-        self,
-        model: Module,
-        pairs: Sequence[Pair],
-        spreads: Sequence[Spread],
-        held: Mapping[str, Held],
-        backend: str | None,
-    ) -> None:
-        super().__init__(pairs, backend)
-        self._model, self._spreads = model, spreads
-        # The memory that they have now: what the body puts in its place on one rank is no other's to receive.
-        self._held = {name: replace(found, local=found.local.detach()) for name, found in held.items()}
+    def __init__(self, model: Module, bound: Bound, spreads: Sequence[Spread], held: Mapping[str, Held]) -> None:
+        plan, views, planes = bound
+        super().__init__(plan, views, planes, views.bases)
+        # `held` has the memory of now: what the body puts in its place on one rank is no other's to receive.
+        self._model, self._views, self._spreads, self._held = model, views, spreads, held
         self._all_there = False  # as long as they are not, no peer is met on the way back
 
     def spread(self) -> None:
@@ -69,12 +62,12 @@ class Swap(Exchange):
             finally:
                 if self._all_there:
                     spread_all(self._spreads, self._held, "swapped_into could not put all params back", torn=True)
-        for name, found in self._held.items():
-            if found.now().data_ptr() != found.local.data_ptr():
-                raise RuntimeError(
-                    f"model must keep its tensors while swapped, got {name!r} on other memory: "
-                    "its values before the swap could not be put back"
-                )
+
+    def _bases_now(self) -> Sequence[Tensor]:
+        return self._views.locator.bases(self._views.found)
+
+    def _name(self, index: int) -> str:
+        return self._views.locator.name(index)
 
 
 def spread_all(spreads: Sequence[Spread], held: Mapping[str, Held], failed: str, *, torn: bool = False) -> None:

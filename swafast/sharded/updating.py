@@ -15,6 +15,7 @@ from ..average.matching import Bindings
 from ..loop.attach import Attachable
 from ..loop.runners import Ready
 from ..op.plan import Plan
+from ..terms.lazy import MadeOnUse
 from ..torch_private.core import disable_dynamo
 from .parts.ranks import Ranks
 from .shard_matching import Bound, ShardSide, Staging, bind_shards
@@ -68,6 +69,9 @@ class AttachableShards(Attachable):
     To attach is collective: ranks that updated after other steps would end with shards of other averages.
     """
 
+    _bindings = MadeOnUse[Bindings](lambda self: Bindings())
+    _flag = MadeOnUse[Flag](lambda self: Flag(self._ranks, self._number))
+
     @disable_dynamo
     def update_parameters(self, model: Module) -> None:
         """Move this rank's averages towards ``model``'s parameters in one pass and count the update.
@@ -83,24 +87,23 @@ class AttachableShards(Attachable):
             RuntimeError: averages are swapped into a model.
         """
         with self._guard.hold("update_parameters"):
-            self._update_bound(self._bind(model))
+            self._update(self._bind(model))
 
     def _bind(self, model: Module, staging: Staging | None = None) -> Bound:
         return bind_shards(self._bindings, model, self._updated, staging)
 
-    def _update_bound(self, bound: Bound) -> None:
+    def _update(self, bound: Bound) -> None:
+        """Update what is bound, by the thread that holds the averages."""
         plan, params, planes = bound
-        flag = Flag(self._ranks, self._number)
-        with self._guard.hold("update_parameters"):
-            if self.nonfinite == "raise":
-                self._refuse_nonfinite(plan, params, flag)
-            rules, skip = [side.rule for side in self._updated], self.nonfinite == "skip"
-            plan.update(params, planes, rules, skip_nonfinite=skip, reduce_flag=flag if skip else None)
+        if self.nonfinite == "raise":
+            self._refuse_nonfinite(plan, params)
+        rules, skip = [side.rule for side in self._updated], self.nonfinite == "skip"
+        plan.update(params, planes, rules, skip_nonfinite=skip, reduce_flag=self._flag if skip else None)
 
-    def _refuse_nonfinite(self, plan: Plan, params: Sequence[Tensor], flag: Flag) -> None:
+    def _refuse_nonfinite(self, plan: Plan, params: Sequence[Tensor]) -> None:
         """Raise ValueError on every rank, naming a param with a NaN or an infinity on one of them. Collective."""
         name = plan.first_nonfinite(params)
-        if flag.anywhere(name is not None, self._updated[0].n_averaged.device):
+        if self._flag.anywhere(name is not None, self._updated[0].n_averaged.device):
             names = zip(self._ranks.ranks, self._ranks.gather(name), strict=True)
             rank, first = next((rank, name) for rank, name in names if name is not None)
             raise ValueError(
@@ -137,7 +140,11 @@ class AttachableShards(Attachable):
 
         def ready() -> Callable[[], None]:
             with self._guard.hold("update_parameters"):
-                return partial(self._update_bound, self._bind(model, staging))
+                return partial(update, self._bind(model, staging))
+
+        def update(bound: Bound) -> None:
+            with self._guard.hold("update_parameters"):
+                self._update(bound)
 
         return ready
 
@@ -145,7 +152,6 @@ class AttachableShards(Attachable):
         nonfinite: str
         _ranks: Ranks
         _number: int
-        _bindings: Bindings
 
         @property
         def _updated(self) -> Sequence[ShardSide]: ...  # what an update moves: this average, or several

@@ -39,13 +39,13 @@ terms/: ints, names and numbers
     slot              where one plane lies in a bucket
     key               what something is looked up by: of a state, the name of an entry
     package           the public package under whose name a class is pickled
+    made on use       an attribute that is made when it is first asked for
 
 backends/: tensors in, tensors changed
     backend           ``reference``, ``cpu``, ``cuda`` or ``triton``
     unavailable       why a backend cannot run here
     pair              one param and its average
     pace              a rule and a counter: how far the averages of one averaged model move
-    pace cache        the paces as a kernel takes them, made anew when one changes
     launch            pairs made ready for one backend, to be updated again and again
     row               one pair in the table that a kernel reads
     follower          a row that averages the same param as the row before it
@@ -75,6 +75,7 @@ loop/: averages that follow an optimizer
 op/: one update, planned and launched
     plan              the pairs of an update, their averages in buckets and the work made ready
     work              the pairs of a plan that one backend updates
+    launches          the work of one update, and how it runs
     fingerprint       addresses, shapes and dtypes of tensors, to see whether a plan still fits
     plane like        what a plane is to be, before it is made
     home              the address of a plane in a bucket
@@ -84,8 +85,8 @@ op/: one update, planned and launched
 average/: averaged models of one process
     side              one of the averaged models that are updated together
     owner             the module that holds a side's planes and counter
-    binding           a plan, and the way to the tensors that it was made for; ``Bindings`` keeps the one in
-                      use and those that a CUDA graph holds
+    binding           a plan, and the way to the tensors that it was made for; ``Bindings`` keeps the last ones
+                      used and those that a CUDA graph holds
     tree              planes under dotted names, as a module
     recast            a move or cast of an averaged model to another device or dtype
 

@@ -6,6 +6,7 @@ segments that wrappers inside it add are dropped.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..torch_private.modules import own_buffers, own_children, own_params, passing_buffers
 
-_WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)")
 
 
 def unwrap(model: Module) -> Module:
@@ -30,7 +31,7 @@ def unwrap(model: Module) -> Module:
 
 def canonical(name: str) -> str:
     """Drop the segments that wrappers add to a dotted name."""
-    return ".".join(segment for segment in name.split(".") if segment not in _WRAPPER_SEGMENTS)
+    return _WRAPPERS.sub("", name).removesuffix(".") if _WRAPPERS.search(name) else name
 
 
 def _by_name(named: Iterable[tuple[str, Tensor]], argument: str) -> dict[str, Tensor]:

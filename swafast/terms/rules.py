@@ -130,7 +130,7 @@ class ExponentialAverage(Rule):
     def kernel_terms(self) -> KernelTerms:
         low, high = 1.0 - self.decay, 1.0 - self.min_decay
         if self.warmup is None:
-            return KernelTerms.constant(low)
+            return KernelTerms.of(KernelTerms.CONSTANT, low)
         if self.warmup == "power":
             return KernelTerms.of(KernelTerms.POWER_WARMUP, low, high, self.inv_gamma, self.power)
         return KernelTerms.of(KernelTerms.RATIO_WARMUP, low, high)
@@ -193,7 +193,7 @@ class FixedWeight(Rule):
         return self.value
 
     def kernel_terms(self) -> KernelTerms:
-        return KernelTerms.constant(self.value)
+        return KernelTerms.of(KernelTerms.CONSTANT, self.value)
 
 
 def checked_weight(rule: Rule, num_averaged: int) -> float:

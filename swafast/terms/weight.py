@@ -105,14 +105,15 @@ class KernelTerms:
         if self.kind == self.POWER and not first >= 0.0:
             raise ValueError(f"terms must begin with gamma >= 0, got {first}")
 
-    @classmethod
-    def of(cls, kind: int, *terms: float) -> KernelTerms:
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def of(kind: int, *terms: float) -> KernelTerms:
         """Return terms padded with zeros; the same object for the same terms, since every update asks for it."""
-        return _make_terms(kind, terms)
+        return KernelTerms(kind, (*terms, *(0.0,) * (4 - len(terms))))  # type: ignore[arg-type]  # it checks their number
 
-    @classmethod
-    def constant(cls, weight: float) -> KernelTerms:
-        return cls.of(cls.CONSTANT, weight)
+    @staticmethod
+    def constant(weight: float) -> KernelTerms:
+        return KernelTerms.of(KernelTerms.CONSTANT, weight)
 
     def weight(self, num_averaged: int) -> float:
         """Return the weight as every kernel computes it, bit for bit: ``rule_weight`` in ``csrc/weight.h``."""
@@ -132,8 +133,3 @@ class KernelTerms:
             # 1 - (1 - 1 / (n + 1)) ** (gamma + 1), which cancels for large n when written so
             return -expm1(-(first + 1.0) * log1p(1.0 / n))
         return first
-
-
-@functools.lru_cache(maxsize=256)
-def _make_terms(kind: int, terms: tuple[float, ...]) -> KernelTerms:
-    return KernelTerms(kind, (*terms, *(0.0,) * (4 - len(terms))))  # type: ignore[arg-type]  # it checks their number

@@ -82,17 +82,26 @@ class Walk:
         """Return the index of ``tensor`` in what :meth:`tensors` returns; valid only while the walk is being set up."""
         return self._positions[id(tensor)]
 
-    def starts_at(self, root: Module) -> bool:
-        return self._modules[0]() is root
+    @property
+    def root(self) -> Module | None:
+        """The module that the walk begins at, while it lives."""
+        return self._modules[0]()
 
     def tensors(self) -> list[Tensor] | None:
         """Return the tensors that are in the module now, or None when modules, names or ties have changed."""
-        modules = [reference() for reference in self._modules]
-        if None in modules:
-            return None
-        layout, values = self._read(modules)  # type: ignore[arg-type]  # no None among them any more
+        modules = []
+        for reference in self._modules:
+            module = reference()
+            if module is None:
+                return None
+            modules.append(module)
+        layout, values = self._read(modules)
         if layout != self._layout:
             return None
-        if any(values[i] is not values[j] for i, j in self._ties) or any(values[i] is not None for i in self._empty):
-            return None
+        for first, again in self._ties:
+            if values[first] is not values[again]:
+                return None
+        for empty in self._empty:
+            if values[empty] is not None:
+                return None
         return values  # type: ignore[return-value]  # positions that were None at first still are, and are not asked for

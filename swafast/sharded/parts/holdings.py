@@ -89,14 +89,6 @@ class Held:
     found_in: Tensor | private.FlatParam  # a tensor registered in the model, or FSDP1's
     offset: int = 0  # in the flat param's local tensor
 
-    def now(self) -> Tensor:
-        """Return the tensor that is there now: it may have other memory than before."""
-        if isinstance(self.found_in, DTensor):
-            return private.local_tensors([self.found_in])[0]
-        if isinstance(self.found_in, Tensor):
-            return self.found_in
-        return self.found_in.local.narrow(0, self.offset, self.holding.numel)
-
 
 def reshard(model: Module) -> None:
     """Have every FSDP module of ``model`` hold its shards: what a forward pass has gathered is given back."""
