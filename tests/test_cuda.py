@@ -135,7 +135,8 @@ def plan_anew_after_a_capture(shim: Shim) -> tuple[FusedAveragedModel, weakref.r
     average = FusedAveragedModel(model, rule=ExponentialAverage(0.5))
     capture(shim, model, average)
     captured = weakref.ref(plan_of(average))
-    average.update_parameters(copy.deepcopy(model))
+    for other in [copy.deepcopy(model) for _ in range(3)]:  # as many models as have a plan at a time
+        average.update_parameters(other)
     assert plan_of(average) is not captured()
     return average, captured
 
