@@ -416,7 +416,7 @@ def test_an_average_on_ranks_is_given_as_its_model() -> None:
     class OnRanks:
         def swapped_into(self) -> None: ...
 
-    with pytest.raises(TypeError, match="got OnRanks: give the model, inside swapped_into"):
+    with pytest.raises(TypeError, match="got OnRanks: pass the model, inside swapped_into"):
         update_bn(batches(), OnRanks())
 
 

@@ -16,9 +16,7 @@ MultiAvgFn = Callable[..., None]
 
 
 def choose_rule(rule: object, avg_fn: object, multi_avg_fn: object) -> Rule | None:
-    """Return the rule that these arguments stand for, or None for a user's own averaging function.
-
-    Without any argument this is the equal mean.
+    """Return the rule of these arguments, by default the equal mean, or None for a user's own averaging function.
 
     Raises:
         TypeError: ``rule`` is not a :class:`Rule`, or a function is not callable.

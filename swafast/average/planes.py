@@ -70,11 +70,7 @@ def put_planes(owner: Module, name: str, fmt: Format | None, extra: Sequence[Ten
 @torch.inference_mode(False)
 @torch.no_grad()
 def fit_planes(owner: Module, name: str, average: Tensor, fmt: Format | None) -> tuple[Tensor, ...]:
-    """Return all planes of ``average`` in format ``fmt``.
-
-    Planes of other formats are removed. A plane that is missing or has the wrong dtype or shape is made anew from the
-    values of ``average``; one on another device is moved.
-    """
+    """Return all planes of ``average`` in format ``fmt``; make those that do not fit, and remove other formats'."""
     extra = fmt.extra if fmt is not None else ()
     for plane in EXTRA_PLANES:
         if plane not in dict(extra):

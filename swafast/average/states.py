@@ -25,9 +25,6 @@ def check_state(owner: Module, state_dict: Mapping[str, Any], strict: bool, assi
     """Raise the error that loading ``state_dict`` into ``owner`` would raise, by loading it into a copy without data.
 
     torch's own loader does the checks, so hooks that rename keys or fill in missing ones run as well.
-
-    Raises:
-        RuntimeError: the state does not fit; or what a hook raises.
     """
     if not isinstance(state_dict, Mapping):
         return  # torch's loader raises before it changes anything
@@ -128,9 +125,9 @@ def translate_load(
 def export(
     owner: Module, module: Module, averages: Iterable[tuple[str, Tensor, Format | None]], dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """Return copies of the averages and of the other tensors of ``module``, under the model's own names.
+    """Return copies of the averages, at full precision, and of the other tensors, under the model's own names.
 
-    Averages have full precision, float32 or the param's own dtype; with ``dtype``, all floating tensors are cast to it.
+    With ``dtype``, all floating tensors are cast to it.
 
     Raises:
         ValueError: ``dtype`` is neither a floating dtype nor None.

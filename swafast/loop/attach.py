@@ -67,11 +67,9 @@ class Attachable:
                 thread for one on the CPU. The update ends before the optimizer's next step and before this averaged
                 model is used, and the results are the same. Nothing else may write params between two steps.
             offload: ``"cpu"`` keeps the averages in the host's memory. Params are copied there on a side stream, and a
-                thread averages them with the CPU kernels. The next step waits only for the copy. This takes pinned
-                memory for one copy of the params.
+                thread averages them with the CPU kernels. The next step waits only for the copy, which takes pinned
+                memory. With this or ``overlap``, trained params that no given optimizer has get a UserWarning.
 
-        Warns:
-            UserWarning: with ``overlap`` or ``offload``, none of the given optimizers has some trained params.
 
         Raises:
             TypeError: an argument has a wrong type, or the optimizer does not run torch's hooks.
@@ -91,11 +89,7 @@ class Attachable:
         return Attachment(self, optimizers, model, schedule, overlap, offload)
 
     def _model_for(self, optimizers: Sequence[Optimizer], model: object) -> Module:
-        """Return the model to average, the original one for None.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: as :meth:`attach`.
-        """
+        """Return the model to average, for None the original one, or raise as :meth:`attach`."""
         if model is None:
             model = self._made_of() if self._made_of is not None else None
             if model is None:

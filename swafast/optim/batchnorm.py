@@ -53,15 +53,15 @@ def update_bn(
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: ``loader`` is empty on all ranks, the model does not take a batch, the model has not been
-            initialised, or the models of ranks differ.
+        ValueError: ``loader`` is empty on all ranks, the model does not take a batch or is not initialised, or the
+            models of ranks differ.
         RuntimeError: the call failed on another rank, or a rank was lost.
 
     Paper: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407,
     section 3.2.
     """
     if not isinstance(model, Module):
-        hint = ": give the model, inside swapped_into" if hasattr(model, "swapped_into") else ""
+        hint = ": pass the model, inside swapped_into" if hasattr(model, "swapped_into") else ""
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hint}")
     layers = {
         name: Layer(module, Moments())

@@ -74,8 +74,7 @@ def cyclical_lr(optimizer: Optimizer, *, max_lr: float, min_lr: float, cycle: in
     lowest. ``averaged.attach(optimizer, start=cycle // 2, every=cycle)`` averages these models.
 
     Args:
-        optimizer: all its groups get the same rate.
-        max_lr, min_lr: the highest and the lowest rate.
+        max_lr, min_lr: the highest and the lowest rate, of all groups.
         cycle: steps in a cycle, an even number.
 
     Raises:
@@ -97,12 +96,10 @@ def cyclical_cosine_lr(optimizer: Optimizer, *, max_lr: float, anneal: int, unti
     """Make fast-SWA's learning rate schedule: a cosine whose ``cycle`` steps before ``until`` repeat from there on.
 
     Call ``step()`` after each step of the optimizer. SWA averages the model at the end of each cycle:
-    ``attach(optimizer, start=until, every=cycle)``. fast-SWA averages several models in a cycle: use a smaller
-    ``every``.
+    ``attach(optimizer, start=until, every=cycle)``. fast-SWA averages several models in one, with a smaller ``every``.
 
     Args:
-        optimizer: all its groups get the same rate.
-        max_lr: the rate at the start.
+        max_lr: the rate of all groups at the start.
         anneal: the step at which the cosine would reach 0.
         until: the step from which on the cycle repeats.
         cycle: steps in a cycle.

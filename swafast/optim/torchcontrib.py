@@ -28,11 +28,8 @@ class SWA(Optimizer):
 
     In automatic mode, with ``swa_start`` and ``swa_freq``, the averages are updated after every step whose number is
     above ``swa_start`` and divisible by ``swa_freq``. From step ``swa_start`` on, every group trains with ``swa_lr``.
-    In manual mode, call :meth:`update_swa`.
-
-    The average of a bfloat16 or float16 param is float32. An update takes one launch for each group, device and dtype
-    of averages. In new code, prefer ``FusedAveragedModel(model).attach(optimizer)``, which also handles buffers and
-    shards and takes less memory.
+    In manual mode, call :meth:`update_swa`. The average of a bfloat16 or float16 param is float32. In new code, prefer
+    ``FusedAveragedModel(model).attach(optimizer)``, which also handles buffers and shards.
 
     Args:
         optimizer: the optimizer that trains.
@@ -68,10 +65,7 @@ class SWA(Optimizer):
         start, freq = _whole("swa_start", swa_start, 0), _whole("swa_freq", swa_freq, 1)
         self._auto_mode = start is not None and freq is not None
         if not self._auto_mode and (start, freq, swa_lr) != (None, None, None):
-            warnings.warn(
-                "swa_start or swa_freq is None, so the other and swa_lr are ignored: give both for automatic mode",
-                stacklevel=2,
-            )
+            warnings.warn("swa_start or swa_freq is None: give both, else all three are ignored", stacklevel=2)
         if swa_lr is not None and not swa_lr >= 0:
             raise ValueError(f"swa_lr must be >= 0, got {swa_lr!r}")
         self.optimizer = optimizer
@@ -113,11 +107,7 @@ class SWA(Optimizer):
     # Steps and averages
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Run a step of the inner optimizer. In automatic mode, also update the averages when they are due.
-
-        Returns:
-            the loss from ``closure``, if it is given.
-        """
+        """Run a step of the inner optimizer and return its loss. In automatic mode, update averages that are due."""
         if self.swa_lr is not None:
             for group in self.param_groups:
                 if group["step_counter"] >= self.swa_start:
@@ -153,11 +143,7 @@ class SWA(Optimizer):
 
     @torch.no_grad()
     def swap_swa_sgd(self) -> None:
-        """Exchange params and averages in place. Call it again to exchange them back and train on.
-
-        Warns:
-            UserWarning: some params have no average yet; they keep their values.
-        """
+        """Exchange params and averages in place; again, exchange them back. Params without an average get a warning."""
         wait_for_readers()
         lacking = 0
         for param in self._params():
@@ -174,10 +160,8 @@ class SWA(Optimizer):
                 state["swa_kept"] = average.clone()
             average.copy_(kept if is_back else own)
         if lacking:
-            # The third frame is the caller's: torch.no_grad adds one.
-            warnings.warn(
-                f"{lacking} params have no average yet and are not exchanged: call update_swa() before", stacklevel=3
-            )
+            # stacklevel 3: torch.no_grad adds a frame.
+            warnings.warn(f"{lacking} params have no average yet and are not exchanged", stacklevel=3)
 
     # State
 
@@ -219,11 +203,7 @@ class SWA(Optimizer):
             raise
 
     def _read(self, state_dict: Mapping[str, Any]) -> defaultdict[Any, Any]:
-        """Return the averages of a state by param.
-
-        Raises:
-            TypeError, ValueError: as :meth:`load_state_dict`.
-        """
+        """Return the averages of a state by param, or raise as :meth:`load_state_dict`."""
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
         lacking = [key for key in _ENTRIES if key not in state_dict]

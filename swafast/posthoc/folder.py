@@ -37,10 +37,7 @@ class StoredAverage(NamedTuple):
     rule: Rule | str  # a str: the repr of a user's own rule, which swafast cannot make again
 
     def profile(self, folder: Path) -> Profile:
-        """Return the profile of the average.
-
-        Args:
-            folder: of the snapshots; for the error message.
+        """Return the profile of the average; an error names ``folder``.
 
         Raises:
             ValueError: the average has a user's own rule, which ``rules`` of :class:`Snapshots` lacks.

@@ -198,9 +198,7 @@ class Snapshots:
         rules, counts = {}, {}
         for name, average in named.items():
             if average.rule is None:
-                raise ValueError(
-                    f"averages[{name!r}] must be averaged by a Rule, got an averaging function: it has no profile"
-                )
+                raise ValueError(f"averages[{name!r}] must be averaged by a Rule, got a function, without a profile")
             ranks = average._ranks.ranks if isinstance(average, ShardedAveragedModel) else self._ranks.ranks
             if ranks != self._ranks.ranks:
                 ours = list(self._ranks.ranks)
@@ -279,10 +277,8 @@ class Snapshots:
 
         Returns a state dict under the model's own names. Params are float32; float64 and complex ones keep their dtype.
         Buffers are those of the last snapshot up to ``num_averaged``. BatchNorm statistics among them do not fit the
-        average: call :func:`~swafast.update_bn`.
-
-        Sums are float64. Beside the result this takes 12 bytes for each of 2^22 elements, or of the largest tensor if
-        that has more. Each snapshot is read once.
+        average: call :func:`~swafast.update_bn`. Sums are float64. Beside the result this takes 12 bytes for each of
+        2^22 elements, or of the largest tensor if that has more. Each snapshot is read once.
 
         Args:
             num_averaged: from the smallest to the largest stored count; default: the largest.

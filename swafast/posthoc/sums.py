@@ -41,11 +41,7 @@ class WantedTensor:
 
 
 def wanted_tensors(snapshot: Snapshot, like: Mapping[str, Tensor] | None) -> dict[str, WantedTensor]:
-    """Return the wanted tensors by the user's names; tied names share one.
-
-    Raises:
-        TypeError, ValueError: ``like`` is not a mapping of names to tensors, or does not fit the snapshot.
-    """
+    """Return the wanted tensors by the user's names, tied ones shared, or raise if ``like`` does not fit."""
     stored = {name: each for each in (*snapshot.params, *snapshot.copies) for name in each.names}
     if like is None:
         return {name: WantedTensor(each, None) for name, each in stored.items()}

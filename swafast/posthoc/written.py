@@ -41,9 +41,7 @@ class StoredPart:
 
 
 def stored_parts(averaged: Averaged, ranks: Ranks, dtype: torch.dtype | None) -> list[StoredPart]:
-    """Return this rank's parts of an averaged model, at full precision or rounded to ``dtype``. Collective.
-
-    Copied buffers are those of the first rank.
+    """Return this rank's parts of an averaged model, at full precision or as ``dtype``. Collective.
 
     Raises:
         ValueError: ranks that each have a whole average have different bits in it.
@@ -88,11 +86,7 @@ def _dtype_of(fmt: Format | None, full: Tensor, requested: torch.dtype | None) -
 
 
 def named_averages(averages: object) -> dict[str, Averaged]:
-    """Return the averages by name.
-
-    Raises:
-        TypeError, ValueError: ``averages`` is neither an averaged model nor a mapping of names to some.
-    """
+    """Return the averages by name, or raise TypeError or ValueError."""
     if isinstance(averages, (FusedAveragedModel, ShardedAveragedModel)):
         return {_ALONE: averages}
     if not hasattr(averages, "items"):

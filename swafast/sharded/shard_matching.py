@@ -1,4 +1,4 @@
-"""This rank's tensors of a model, found again quickly at each update, and the plan that fits them."""
+"""Find this rank's tensors of a model quickly at each update, and keep the plan that fits them."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from .parts.shares import Share
 
 
 def check_sharded_model(model: object) -> None:
-    """Raise as :func:`check_model` does, but FSDP1 may leave a rank with empty parameters only."""
+    """Raise as :func:`check_model` does, but accept an FSDP1 model with only empty params on this rank."""
     if not (isinstance(model, Module) and is_fsdp1(model)):
         check_model(model)
 
 
 class Staging:
-    """Copies of buffers, which a forward pass writes, for updates that run beside it; one for each attached average."""
+    """Copies of buffers for updates beside a forward, which writes the buffers; one for each attached average."""
 
     def __init__(self) -> None:
-        self._copies: dict[str, tuple[object, Tensor]] = {}  # with what each buffer was when its copy was made
+        self._copies: dict[str, tuple[object, Tensor]] = {}  # (layout of the buffer, its copy)
 
     @torch.no_grad()
     def take(self, name: str, buffer: Tensor) -> Tensor:
-        """Copy what a buffer holds now, into the same memory each time while it fits."""
+        """Copy a buffer, into the memory of its last copy if that fits."""
         layout = (buffer.dtype, buffer.device, buffer.shape, buffer.stride())
         if name not in self._copies or self._copies[name][0] != layout:
             self._copies[name] = layout, torch.empty_like(buffer)
@@ -45,15 +45,15 @@ class Staging:
 
 
 class Locator:
-    """Finds this rank's tensors in a model again, or notices that they have to be looked for by name.
+    """Finds this rank's tensors in a model again, or notices that they must be matched by name anew.
 
-    It holds no param, so it keeps no model alive.
+    It holds no params, so it keeps no model alive.
     """
 
     def __init__(self, model: Module, shares: Sequence[Share], held: Mapping[str, Held]) -> None:
         self._walk = Walk(unwrap(model))
         found_in = {share.name: held[share.name].found_in for share in shares}
-        #: In the order in which they are found: DTensors, plain tensors, then what lies in flat params.
+        #: In the order of find(): DTensors, plain tensors, then shards of flat params.
         kinds = (DTensor, Tensor)
         self.shares = sorted(shares, key=lambda share: [not isinstance(found_in[share.name], kind) for kind in kinds])
         tensors = [found for share in self.shares if isinstance(found := found_in[share.name], Tensor)]
@@ -62,7 +62,7 @@ class Locator:
         self._num_dtensors, self._specs = len(dtensors), private.specs(dtensors)
         flats = {id(flat): flat for flat in found_in.values() if not isinstance(flat, Tensor)}
         self._flats = list(flats.values())
-        # For each share, the base that it lies in, and for a flat one where.
+        # For each share, the index of its base tensor, and the (offset, numel) of a flat shard in it.
         bases = {key: len(tensors) + i for i, key in enumerate(flats)}
         self._locations: list[tuple[int, tuple[int, int] | None]] = [(i, None) for i in range(len(tensors))]
         for share in self.shares[len(tensors) :]:
@@ -70,7 +70,7 @@ class Locator:
             self._locations.append((bases[id(found_in[share.name])], run))
 
     def find(self, model: Module) -> list[Tensor] | None:
-        """Return the tensors that the shares lie in now: local, plain and flat ones. None: look for them by name."""
+        """Return the tensors that hold the shares now: local, plain and flat ones. None: match them by name anew."""
         if not self._walk.starts_at(unwrap(model)):
             return None
         found = self._walk.tensors()
@@ -83,17 +83,17 @@ class Locator:
                 return None
             local = private.local_tensors(dtensors)  # type: ignore[arg-type]
             return [*local, *tensors[self._num_dtensors :], *(flat.local for flat in self._flats)]
-        except AttributeError:  # no DTensor any more: gathered by a forward pass, say
+        except AttributeError:  # no longer a DTensor, for instance gathered by a forward pass
             return None
 
     def local(self, bases: Sequence[Tensor], index: int) -> Tensor:
-        """Return this rank's tensor of a share, out of what :meth:`find` returned."""
+        """Return this rank's tensor of the share at ``index``; ``bases`` is a result of :meth:`find`."""
         base, run = self._locations[index]
         return bases[base] if run is None else bases[base].narrow(0, *run)
 
 
 class Views(Sequence[Tensor]):
-    """The params of a plan, each viewed when it is asked for: most backends go by addresses and never ask."""
+    """The params of a plan. A view is made on access, since most backends use addresses and need no view."""
 
     def __init__(self, locator: Locator, chosen: Sequence[tuple[int, Share]], bases: Sequence[Tensor]) -> None:
         self._locator, self._chosen, self._bases = locator, chosen, bases
@@ -101,29 +101,29 @@ class Views(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self._chosen)
 
-    def __getitem__(self, position):  # type: ignore[no-untyped-def]  # an int; Sequence would have slices too
+    def __getitem__(self, position):  # type: ignore[no-untyped-def]  # an int only; Sequence also has slices
         index, share = self._chosen[position]
         return share.of(self._locator.local(self._bases, index).detach())
 
 
 class ShardSide:
-    """One of the averages that are updated together."""
+    """One of the averaged models that are updated together."""
 
     rule: Rule
-    n_averaged: Tensor  # () int64, updates so far, on the params' device
+    n_averaged: Tensor  # () int64, number of updates, on the params' device
     seed: int
     backend: str | None
     _ranks: Ranks
     _shares: Sequence[Share]
-    _planes: Mapping[str, tuple[Tensor, ...]]  # of each share
+    _planes: Mapping[str, tuple[Tensor, ...]]  # by name of the share
     _left_alone: Collection[str]  # names of params that are not averaged
-    _meshes: Mapping[str, tuple[Mesh, ...]]  # as `find_holdings` takes them
+    _meshes: Mapping[str, tuple[Mesh, ...]]  # for `find_holdings`
 
     def _find_held(self, model: Module) -> dict[str, Held]:
         """Return what this rank holds of ``model`` now, by name, in the order of the shares.
 
         Raises:
-            ValueError: names, shapes, meshes or placements are not those of the shares; it names the parameter.
+            ValueError: names, shapes, meshes or placements differ from those of the shares; it names the param.
         """
         check_sharded_model(model)
         held = {found.holding.name: found for found in find_holdings(model, self._ranks.ranks, self._meshes)}
@@ -143,17 +143,17 @@ class ShardSide:
         return Pair(share.name, view, self._planes[share.name], share.format, draws, pace)
 
 
-#: A plan, and the params and planes that it fits now.
+#: A plan with its current params and planes.
 Bound = tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]
 
 
 class ShardBinding:
-    """A plan, and the way to the tensors that it was made for.
+    """A plan, and a locator of the tensors that it was made for.
 
     Args:
-        sides: the averages, of the same params.
+        sides: the averaged models, all of the same model.
         held: what this rank holds of the model, by name.
-        staging: where buffers are copied to before they are averaged; None: they are read where they are.
+        staging: copies buffers before they are averaged; None: they are read where they are.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class ShardBinding:
         self._config, self._staging = (backend, staging), staging
         self._locator = Locator(model, sides[0]._shares, held)
         bases = self._find(model)
-        assert bases is not None, "a walk just made must fit"
+        assert bases is not None, "a new locator must fit"
         indices = {share.name: index for index, share in enumerate(self._locator.shares)}
         # A rank may have no part of a small or unevenly sharded param.
         chosen = [
@@ -189,7 +189,7 @@ class ShardBinding:
     def current(
         self, model: Module, config: object, counters: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], tuple[Tensor, ...]] | None:
-        """Return the (params, planes) of the plan as they are now, or None if it no longer fits them."""
+        """Return the plan's current (params, planes), or None if the plan no longer fits them."""
         if config != self._config:
             return None
         bases = self._find(model)
@@ -207,18 +207,18 @@ class ShardBinding:
 
 
 def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], staging: Staging | None = None) -> Bound:
-    """Return the plan for ``model`` and the tensors of both sides, planning anew where the old one no longer fits.
+    """Return the plan for ``model`` with its params and planes. Plan anew if the last plan no longer fits.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: names, shapes, placements or memory do not go together; it names the parameter.
+        TypeError: ``model`` is not a module.
+        ValueError: names, shapes, placements or memory do not fit the averages. The message names the param.
     """
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     counters, config = [side.n_averaged for side in sides], (sides[0].backend, staging)
     current = bindings.current(model, config, counters)
     if current is None:
-        # A forward pass without a backward leaves FSDP's root gathered, with other tensors in its modules.
+        # After a forward pass without a backward, FSDP's root is gathered and its modules hold other tensors.
         reshard(model)
         current = bindings.current(model, config, counters)
     if current is None:
@@ -226,5 +226,5 @@ def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], s
             checks.check_counter(counter)
         bindings.use(ShardBinding(model, sides, sides[0]._find_held(model), staging))
         current = bindings.current(model, config, counters)
-        assert current is not None, "a plan just made must fit"
+        assert current is not None, "a new plan must fit"
     return current

@@ -15,9 +15,6 @@ def imported_on_use(package: str, places: Mapping[str, str]) -> Callable[[str], 
 
     Args:
         places: for each name, the module of the package that defines it; for a module, its own name.
-
-    Raises:
-        AttributeError: a name is not in ``places``. ImportError: a module is not installed.
     """
 
     def __getattr__(name: str) -> Any:

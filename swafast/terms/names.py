@@ -1,8 +1,4 @@
-"""The names of params and buffers, without what wrappers add.
-
-Wrappers at the root (DDP, DataParallel, ``torch.compile``) are taken off, and the segments that wrappers inside the
-model add to names are dropped.
-"""
+"""The names of params and buffers, without the segments that wrappers (DDP, ``torch.compile``, FSDP1, ...) add."""
 
 from __future__ import annotations
 

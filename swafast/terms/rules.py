@@ -33,10 +33,7 @@ class Rule:
         """Return the weight of the newest model, in [0, 1], if ``num_averaged`` models are in the average.
 
         The first update (``num_averaged == 0``) always copies, whatever a rule returns. By default the weight is
-        computed from :meth:`kernel_terms`.
-
-        Raises:
-            NotImplementedError: a subclass defines neither this nor :meth:`kernel_terms`.
+        computed from :meth:`kernel_terms`; without them this raises NotImplementedError.
         """
         terms = self.kernel_terms()
         if terms is None:
@@ -52,11 +49,9 @@ class Rule:
 
     @torch.no_grad()
     def __call__(self, averages: Sequence[Tensor], params: Sequence[Tensor], num_averaged: Tensor | int) -> None:
-        """Update ``averages`` in place, as a ``multi_avg_fn`` of torch's class does. Integer tensors are copied.
+        """Update ``averages``, all of one device and dtype, in place, as a ``multi_avg_fn``. Integers are copied.
 
-        Args:
-            averages, params: tensors of one device and dtype; all of them floating or complex, or none.
-            num_averaged: number of models in ``averages``; a tensor on a GPU is read back, which waits for the device.
+        The host reads ``num_averaged``, which waits for a GPU.
         """
         if not averages:
             return
@@ -130,7 +125,7 @@ class ExponentialAverage(Rule):
         """Make the EMA in which a model's weight halves every ``updates`` updates: ``decay = 0.5 ** (1 / updates)``.
 
         Raises:
-            ValueError: ``updates`` is not a positive, finite number, or another argument is out of its range.
+            ValueError: ``updates`` is not positive and finite, or another argument is out of its range.
         """
         _check_number("updates", updates, "> 0 and finite", lambda x: 0.0 < x < math.inf)
         return cls(0.5 ** (1.0 / updates), warmup, inv_gamma, power, min_decay)

@@ -1,9 +1,8 @@
-"""The weight of the newest model, bit for bit the same on every machine.
+"""The weight of the newest model, bit for bit the same on every machine; this module does not import torch.
 
 Mathematics libraries differ in their last bits. So ``log1p``, ``exp`` and ``expm1`` use only ``+ - * /`` of float64,
 each rounded once as in IEEE 754. ``csrc/weight.h`` (C++, CUDA) and ``backends/triton/arithmetic.py`` do the same
-operations in the same order, without fused multiply-adds. Errors stay under two units in the last place. This module
-does not import torch.
+operations in the same order, without fused multiply-adds. Errors stay under two units in the last place.
 """
 
 from __future__ import annotations
@@ -79,11 +78,7 @@ def expm1(x: float) -> float:
 @pickled_from("swafast")
 @dataclass(frozen=True)
 class KernelTerms:
-    """The kind of a rule and its four numbers, from which a kernel computes the weight; see ``csrc/swafast.h``.
-
-    Raises:
-        ValueError: the kind is unknown, or a term is out of its range.
-    """
+    """The kind and four numbers from which a kernel computes a rule's weight; see ``csrc/swafast.h``."""
 
     kind: int
     terms: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
@@ -111,11 +106,7 @@ class KernelTerms:
 
     @classmethod
     def of(cls, kind: int, *terms: float) -> KernelTerms:
-        """Return terms padded with zeros. They are cached, since every update asks for them.
-
-        Raises:
-            ValueError: the kind is unknown, or a term is out of its range.
-        """
+        """Return terms padded with zeros. They are cached, since every update asks for them."""
         return _make_terms(kind, terms)
 
     @classmethod
