@@ -15,8 +15,8 @@ class MovedFinder:
         if name.removeprefix("swafast.") in _MOVED and name.startswith("swafast."):
             raise ModuleNotFoundError(
                 f"No module named {name!r}: it moved before swafast 0.1.0 was released. In code, import from swafast "
-                "itself. If a pickle of a whole object names the module, load the pickle with the swafast that wrote "
-                "it and save the object's state_dict(): this version loads that",
+                "itself. If a pickle of a whole object names the module, load the object with the swafast that wrote "
+                "it and save its state_dict(), which this version loads",
                 name=name,
             )
 

@@ -30,7 +30,7 @@ _NAME = re.compile(r"(\d{12,})\.(\d+)")
 
 @pickled_from("swafast")
 class StoredAverage(NamedTuple):
-    """One average of one snapshot."""
+    """The name, count and rule of one average in one snapshot, as iteration over ``Snapshots`` yields it."""
 
     name: str
     num_averaged: int

@@ -18,7 +18,7 @@ SLOT_ALIGNMENT = 64
 CPU_CHUNK_NUMEL = 32 * 2**10
 
 #: A GPU block gets about this many chunks, so that all blocks finish at about the same time. The bounds of a chunk are
-#: one tile of a float32 block, and the size at which the table takes a thousandth of the averages' memory.
+#: one tile of a float32 block, and a size at which the table takes less than a thousandth of the averages' memory.
 GPU_CHUNKS_PER_BLOCK = 16
 GPU_CHUNK_NUMELS = (4 * 2**10, 64 * 2**10)
 
