@@ -143,7 +143,7 @@ class SWA(Optimizer):
 
     @torch.no_grad()
     def swap_swa_sgd(self) -> None:
-        """Exchange params and averages in place; again, exchange them back. Params without an average get a warning."""
+        """Exchange params and averages in place, or exchange them back. Warn of params that have no average yet."""
         wait_for_readers()
         lacking = 0
         for param in self._params():
