@@ -1,11 +1,11 @@
-"""Averages of a model's weights along its training, in one fused pass: ``average += weight * (param - average)``."""
+"""Average a model's weights during training, in one fused pass: ``average += weight * (param - average)``."""
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import moved as _moved  # noqa: F401  # says so of a module that has moved
+from . import moved as _moved  # noqa: F401  # explains the failed import of a module that has moved
 from .terms.lazy import imported_on_use
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ __all__ = [
     "update_bn",
 ]
 
-#: Where each public name is, imported on first use: `import swafast` loads no torch.
+#: The module of each public name. It is imported on first use, so `import swafast` does not load torch.
 _PUBLIC = {
     "EqualAverage": "terms.rules",
     "ExponentialAverage": "terms.rules",
@@ -48,7 +48,7 @@ _PUBLIC = {
     "Snapshots": "posthoc.snapshots",
     "update_bn": "optim.batchnorm",
 }
-#: What only pickles ask for.
+#: Names that only pickles look up.
 _PICKLED = {
     "FixedWeight": "terms.rules",
     "KernelTerms": "terms.weight",
@@ -59,12 +59,12 @@ _PICKLED = {
 }
 _PACKAGES = ("optim", "sharded")
 
-if not TYPE_CHECKING:  # an editor would take any name for one of ours
+if not TYPE_CHECKING:  # an editor that sees __getattr__ accepts any name
     _import = imported_on_use(__name__, {**_PUBLIC, **_PICKLED, **{name: name for name in _PACKAGES}})
 
     def __getattr__(name: str) -> Any:
         value = globals()[name] = _import(name)
-        importlib.import_module(".op.torch_op", __name__)  # torch.ops.swafast is there with the first public name
+        importlib.import_module(".op.torch_op", __name__)  # registers torch.ops.swafast
         return value
 
 

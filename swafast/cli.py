@@ -9,10 +9,10 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-# What only the demo needs, by the names they are imported under.
+# The packages that only the demo needs, under their import names.
 DEMO_PACKAGES = ("sklearn", "matplotlib")
 
-# Fewer leave no epoch to average after the first 75%; demo.task checks the same, but importing it takes seconds.
+# With fewer, no epoch is left to average after the first 75%. demo.task checks it too, but its import takes seconds.
 MIN_EPOCHS = 4
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -32,12 +32,12 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Averages a model's weights along its training, in one fused pass."""
+    """Average a model's weights during training, in one fused pass."""
 
 
 @app.command()
 def doctor() -> None:
-    """Print what swafast found on this machine, and what it does without."""
+    """Print which backends run on this machine, and why the others do not."""
     from . import doctor as found
 
     raise typer.Exit(found.main())
@@ -46,11 +46,11 @@ def doctor() -> None:
 @app.command()
 def demo(
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds; each trains every method.")] = 5,
-    epochs: Annotated[int, typer.Option(min=MIN_EPOCHS, help="Epochs of every run.")] = 60,
-    out: Annotated[Path, typer.Option(metavar="FILE.png", help="Where the picture goes.")] = Path("swafast-demo.png"),
+    epochs: Annotated[int, typer.Option(min=MIN_EPOCHS, help="Number of epochs for each seed.")] = 60,
+    out: Annotated[Path, typer.Option(metavar="FILE.png", help="Write the picture there.")] = Path("swafast-demo.png"),
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every number there.")] = None,
 ) -> None:
-    """Train a small network on real handwritten digits: SGD, SWA and EMA, and what an average costs."""
+    """Train a small network on handwritten digits with SGD, SWA and EMA, and measure what an average costs."""
     if out.suffix.lower() != ".png":
         raise typer.BadParameter(f"must end in .png, got {str(out)!r}", param_hint="--out")
     _check_writable(out, "--out")
@@ -64,7 +64,7 @@ def demo(
 
 
 def _check_writable(path: Path, option: str) -> None:
-    """Complain before the training rather than after it."""
+    """Fail before the training rather than after it if ``path`` cannot be written."""
     if path.is_dir():
         raise typer.BadParameter(f"must be a file, got the folder {str(path)!r}", param_hint=option)
     if not path.absolute().parent.is_dir():

@@ -1,4 +1,4 @@
-"""The doctor: what swafast found on this machine, and what it does without."""
+"""The doctor: which backends run on this machine, and why the others do not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .terms.formats import FLOAT32
 
 
 def report() -> list[tuple[str, str]]:
-    """List (what, finding): versions, each backend with where it loaded from or why not, and the choices."""
+    """Return (subject, finding) pairs: versions, where each backend was loaded from or why not, and those in use."""
     lines = [
         ("swafast", f"{__version__} at {os.path.dirname(os.path.abspath(__file__))}"),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
@@ -33,7 +33,7 @@ def report() -> list[tuple[str, str]]:
 def _in_use(device_type: str) -> str:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # the report says why a backend did not load
+            warnings.simplefilter("ignore", RuntimeWarning)  # the report itself says why a backend did not load
             chosen = choose_backends(device_types={device_type})
     except (ValueError, RuntimeError) as error:
         return f"none: {error}"
@@ -44,7 +44,7 @@ def _in_use(device_type: str) -> str:
 
 
 def main() -> int:
-    """Print the report; 1 if ``SWAFAST_BACKEND`` asks for what cannot run."""
+    """Print the report. Return 1 if ``SWAFAST_BACKEND`` names a backend that cannot run here, else 0."""
     lines = report()
     width = max(len(what) for what, _ in lines)
     for what, finding in lines:

@@ -261,7 +261,7 @@ def test_each_of_several_optimizers_waits(way: str, given: str, monkeypatch: pyt
         run.averaged.attach(parts, **WAYS[way])
     else:
         with pytest.warns(
-            UserWarning, match=r"2 trained params, 'inner\.0\.weight' the first, are in no optimizer given"
+            UserWarning, match=r"2 trained params, 'inner\.0\.weight' the first, are in none of the given"
         ):
             run.averaged.attach(parts[1], **WAYS[way])
     for param in run.model.parameters():
@@ -490,7 +490,7 @@ def test_copies_and_pickles_are_not_attached() -> None:
     for other in (copied, pickled):
         assert other.n_averaged == 1
         other.attach(run.optimizer, run.model).detach()
-        with pytest.raises(ValueError, match="model must be given, got None: this average does not know"):
+        with pytest.raises(ValueError, match="model must be given, got None: the model that this average was made of"):
             other.attach(run.optimizer)
 
 
@@ -565,7 +565,7 @@ def test_a_schedule_that_takes_the_place_of_another_is_told_of() -> None:
     first.averaged.attach(first.optimizer, every=2, end=10)
     first.step()
     attachment = second.averaged.attach(second.optimizer, every=2, end=20)
-    with pytest.warns(UserWarning, match=r"end=10\), which was saved, takes the place of Schedule\(.*end=20\): assign"):
+    with pytest.warns(UserWarning, match=r"end=10\) takes the place of Schedule\(.*end=20\): assign"):
         second.optimizer.load_state_dict(first.optimizer.state_dict())
     attachment.schedule = replace(attachment.schedule, end=None)
     assert (attachment.step, attachment.schedule) == (1, Schedule(0, 2))
@@ -664,7 +664,7 @@ def other_optimizer(run: Run) -> dict[str, Any]:
     ("arguments", "kind", "message"),
     [
         (lambda run: {"optimizer": run.model}, TypeError, r"optimizer must be a torch\.optim\.Optimizer, got Net"),
-        (lambda run: {"optimizer": []}, ValueError, "optimizer must be one, or several, got none"),
+        (lambda run: {"optimizer": []}, ValueError, "optimizer must be one optimizer or several, got an empty"),
         (lambda run: {"optimizer": [run.optimizer, None]}, TypeError, "optimizer must be a torch.*, got NoneType"),
         (lambda run: {"optimizer": Wrapper(run.optimizer)}, TypeError, "optimizer must run torch's hooks, got Wrapper"),
         (other_optimizer, ValueError, "optimizer must have params of the model, got one that has none of them"),

@@ -279,11 +279,11 @@ def breaking_off(error: BaseException) -> Iterator[Tensor]:
     ("loader", "kind", "message"),
     [
         (lambda: [], ValueError, "loader must give at least one batch, got none"),
-        (lambda: [*batches(), torch.zeros(5, 3)], ValueError, r"got at 5 a tensor \(5, 3\) of torch.float32, and from"),
+        (lambda: [*batches(), torch.zeros(5, 3)], ValueError, r"got batch 5, a tensor \(5, 3\) of torch.float32: the"),
         (lambda: [batches()[0][:1]], ValueError, "Expected more than 1 value per channel"),
-        (lambda: [{"y": torch.zeros(2, 4)}], ValueError, "got at 0 a dict with 'y', and from the model TypeError"),
-        (lambda: [()], ValueError, "got at 0 a tuple of nothing"),
-        (lambda: ["text"], ValueError, "got at 0 a str"),
+        (lambda: [{"y": torch.zeros(2, 4)}], ValueError, "got batch 0, a dict with 'y': the model raised TypeError"),
+        (lambda: [()], ValueError, "got batch 0, a tuple of nothing"),
+        (lambda: ["text"], ValueError, "got batch 0, a str"),
         (lambda: breaking_off(OSError("no such file")), OSError, "no such file"),
         (lambda: breaking_off(KeyboardInterrupt("now")), KeyboardInterrupt, "now"),
     ],
@@ -317,7 +317,7 @@ def test_what_fails_leaves_other_modules_as_they_were() -> None:
     model = OtherStatistics()
     update_bn(batches(), model)
     before, mean = state_of(model), model.second.running_mean
-    with pytest.raises(ValueError, match="got at 5 a tensor"):
+    with pytest.raises(ValueError, match="got batch 5, a tensor"):
         update_bn([*batches(), torch.zeros(5, 3)], model)
     require_as_before(model, before)
     assert model.second.running_mean is mean
@@ -384,13 +384,13 @@ def test_a_failure_beside_an_update_leaves_its_count(monkeypatch: pytest.MonkeyP
     averaged.attach(optimizer, overlap=True)
     optimizer.step()
     threading.Timer(0.1, let_go.set).start()
-    with pytest.raises(ValueError, match="got at 0 a tensor"):
+    with pytest.raises(ValueError, match="got batch 0, a tensor"):
         update_bn([torch.zeros(5, 3)], averaged)
     assert averaged.n_averaged == 1
 
 
 def test_a_lazy_layer_is_named() -> None:
-    with pytest.raises(ValueError, match="model must be initialised, got the lazy '1': run it once before"):
+    with pytest.raises(ValueError, match="model must be initialised, got the lazy layer '1': run the model"):
         update_bn(batches(), nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d()))
 
 
@@ -408,7 +408,7 @@ def test_batches_that_can_move_themselves_do() -> None:
     model = Net()
     update_bn([Encoding(x=x) for x in batches()], model, "cpu", call=lambda model, batch: model(batch.x))
     require_statistics(model.first, torch.cat(batches()))
-    with pytest.raises(ValueError, match=r"\(call= runs it on any other kind\), got at 0 a str"):
+    with pytest.raises(ValueError, match=r"\(or pass call=\), got batch 0, a str"):
         update_bn(["text"], model, "cpu")
 
 
@@ -416,7 +416,7 @@ def test_an_average_on_ranks_is_given_as_its_model() -> None:
     class OnRanks:
         def swapped_into(self) -> None: ...
 
-    with pytest.raises(TypeError, match="got OnRanks: give the model, inside swapped_into"):
+    with pytest.raises(TypeError, match="got OnRanks: pass the model, inside swapped_into"):
         update_bn(batches(), OnRanks())
 
 

@@ -353,9 +353,9 @@ def test_a_state_of_other_params_changes_nothing() -> None:
     shaped["swa_state"][2]["swa_buffer"] = torch.zeros(3)
     for bad, message in (
         ({}, "state_dict must have 'opt_state', got nothing"),
-        ({**good, "param_groups": [{**group, "params": [0, 1]}]}, "state_dict must be of 4 params, got one of 2"),
-        ({**good, "param_groups": [{"params": [0, 1, 2, 3]}]}, "must have params, n_avg and step_counter, ints >= 0"),
-        ({**good, "param_groups": [{**group, "n_avg": -1}]}, "must have params, n_avg and step_counter, ints >= 0"),
+        ({**good, "param_groups": [{**group, "params": [0, 1]}]}, "state_dict must be of 4 params, got 2"),
+        ({**good, "param_groups": [{"params": [0, 1, 2, 3]}]}, "must have params, and ints >= 0 as n_avg and step"),
+        ({**good, "param_groups": [{**group, "n_avg": -1}]}, "must have params, and ints >= 0 as n_avg and step"),
         ({**good, "swa_state": {9: {}}}, r"state_dict\['swa_state'\] must have keys of the params, got \[9\]"),
         (shaped, r"swa_buffer must have shape \(5, 9\), got \(3,\)"),
     ):

@@ -184,5 +184,5 @@ def test_a_rule_that_gives_no_weight_is_named() -> None:
         def weight(self, num_averaged: int) -> float:
             return 1.5
 
-    with pytest.raises(ValueError, match=r"the weight that .*Broken.* must be in \[0, 1\], got 1\.5"):
+    with pytest.raises(ValueError, match=r"weight\(\d+\) of the rule .*Broken.* must be in \[0, 1\], got 1\.5"):
         Profile(Broken(), 3).weights()

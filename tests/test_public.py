@@ -301,5 +301,5 @@ def test_half_a_package_says_what_to_do(tmp_path: Path) -> None:
     (package / "terms" / "formats.py").unlink()
     code = "import swafast\ntry: swafast.FusedAveragedModel\nexcept ImportError as error: print(error)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert "swafast.FusedAveragedModel needs the module swafast.terms.formats, which is not there" in done.stdout
+    assert "swafast.FusedAveragedModel needs the module swafast.terms.formats, which is not installed" in done.stdout
     assert "install swafast again" in done.stdout

@@ -123,7 +123,7 @@ def test_composers_results(case: dict[str, Any], options: dict[str, Any]) -> Non
 
 def test_a_recorded_end_that_never_comes_is_warned_of() -> None:
     case = next(case for case in RECORDED["composer"] if case["replaced"] is None)
-    with pytest.warns(UserWarning, match=r"swa_end='0\.95dur' does not come within max_duration='22ba'"):
+    with pytest.warns(UserWarning, match=r"swa_end='0\.95dur' is after the end of max_duration='22ba'"):
         Replay(case)
 
 

@@ -89,7 +89,7 @@ def overlapping() -> str:
     model = nn.Module()
     model.weight = nn.Parameter(distribute_tensor(torch.ones(4), mine, [Shard(0)], src_data_rank=None))
     assert isinstance(model.weight, DTensor)
-    with pytest.raises(ValueError, match="alike ones that share no rank") as caught:
+    with pytest.raises(ValueError, match="meshes of one shape that share no rank") as caught:
         ShardedAveragedModel(model)
     return str(caught.value)
 

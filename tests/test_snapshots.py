@@ -379,7 +379,7 @@ def test_without_snapshots_there_is_nothing_to_give(tmp_path: Path) -> None:
 def test_what_is_outside_of_the_snapshots_is_refused(tmp_path: Path, count: int) -> None:
     snapshots = small(tmp_path)
     for call in (snapshots.fit, snapshots.synthesize):
-        with pytest.raises(ValueError, match=f"num_averaged must be from 2 to 4, as the snapshots are, got {count}"):
+        with pytest.raises(ValueError, match=f"num_averaged must be from 2 to 4, as in the snapshots, got {count}"):
             call(STORED["wide"], count)
     with pytest.raises(ValueError, match="num_averaged must be an int >= 1, got 0"):
         snapshots.fit(STORED["wide"], 0)
@@ -441,7 +441,7 @@ def test_a_snapshot_under_another_count_is_named(tmp_path: Path) -> None:
     snapshots = small(tmp_path)
     path = snapshot_paths(tmp_path)[0]
     later = path.rename(path.with_name("000000000099.0"))
-    with pytest.raises(ValueError, match=f"{later} must be named after its count, 2: it was renamed"):
+    with pytest.raises(ValueError, match=f"{later} must be named after its count, 2: rename it back"):
         snapshots.synthesize(STORED["wide"])
 
 
@@ -492,10 +492,10 @@ def test_what_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path: Path) 
     by_function = FusedAveragedModel(model := Tiny(), avg_fn=lambda average, param, n: average)
     by_function.update_parameters(model)
     for averages, kind, message in (
-        (Tiny(), TypeError, "averages must be averaged models by name, or one, got Tiny"),
+        (Tiny(), TypeError, "averages must be an averaged model, or several by name, got Tiny"),
         ({}, ValueError, "averages must be at least one averaged model, got none"),
-        ({"a/b": updated(1)}, ValueError, "averages must have strings for names, .* without a '/', got 'a/b'"),
-        ({"": updated(1)}, ValueError, "averages must have strings for names, .* got ''"),
+        ({"a/b": updated(1)}, ValueError, "averages must have .* strings without '/' for names, got 'a/b'"),
+        ({"": updated(1)}, ValueError, "averages must have non-empty strings .* for names, got ''"),
         (
             {"a": AveragedModel(Tiny())},
             TypeError,

@@ -1,1 +1,1 @@
-"""The averaged models of one process: `FusedAveragedModel`, and several averages in one pass."""
+"""Averaged models in one process: `FusedAveragedModel` and `FusedAverages`."""

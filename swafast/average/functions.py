@@ -1,4 +1,4 @@
-"""Averaging functions given in a rule's place: recognised, or called the way torch's class calls them."""
+"""``avg_fn`` and ``multi_avg_fn``: recognise torch's own, and call a user's as torch's class does."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MultiAvgFn = Callable[..., None]
 
 
 def choose_rule(rule: object, avg_fn: object, multi_avg_fn: object) -> Rule | None:
-    """Give the rule that at most one of these arguments stands for, or None for a function of the user's own.
+    """Return the rule of these arguments, by default the equal mean, or None for a user's own averaging function.
 
     Raises:
-        TypeError: ``rule`` is no rule, or a function cannot be called.
-        ValueError: more than one is given.
+        TypeError: ``rule`` is not a :class:`Rule`, or a function is not callable.
+        ValueError: more than one argument is given.
     """
     functions = {"rule": rule, "avg_fn": avg_fn, "multi_avg_fn": multi_avg_fn}
     given = {name: function for name, function in functions.items() if function is not None}
@@ -47,9 +47,9 @@ def choose_rule(rule: object, avg_fn: object, multi_avg_fn: object) -> Rule | No
 def update_by_function(
     pairs: Sequence[Pair], avg_fn: AvgFn | None, multi_avg_fn: MultiAvgFn | None, num_averaged: Tensor
 ) -> None:
-    """Run one update by ``avg_fn`` or ``multi_avg_fn``, with torch's groups and its first update, and count it.
+    """Run one update by ``avg_fn`` or ``multi_avg_fn``, grouped as in torch's class, and count it.
 
-    What such a function has written when it raises stays written, as with torch's class.
+    The first update copies. If the function raises, what it has written stays, as with torch's class.
     """
     refuse_capture(num_averaged.device, "an averaging function of your own, which may read the count,")
     averaged = [pair for pair in pairs if pair.format is not None]

@@ -1,4 +1,4 @@
-"""The further planes of an averaged model: where they stand, and how they follow the module's dtype and its states."""
+"""The further planes of an averaged model: how they are registered, and how they follow casts and states."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..torch_private.modules import own_buffers, own_children, passing_buffers
 
 @pickled_from("swafast")
 class PlaneTree(Module):
-    """Tensors under dotted names, as buffers of nested modules, so that a state dict shows them under these names."""
+    """Planes as buffers of nested modules, so that a state dict has them under dotted names."""
 
     def find(self, name: str) -> Tensor | None:
         *path, leaf = name.split(".")
@@ -26,10 +26,10 @@ class PlaneTree(Module):
         return None if node is None else own_buffers(node).get(leaf)
 
     def put(self, name: str, tensor: Tensor | None, *, in_state: bool = True) -> None:
-        """Set the tensor under ``name``; None takes the name away, and branches that hold nothing any more with it."""
+        """Set the tensor under ``name``, or with None remove the name, and modules that are then empty."""
         head, _, rest = name.partition(".")
         if not rest:
-            # Straight into the dict: register_buffer refuses some names that a ParameterDict allows.
+            # Write to the dict: register_buffer refuses some names that a ParameterDict allows.
             if tensor is None:
                 own_buffers(self).pop(head, None)
             else:
@@ -48,10 +48,10 @@ def put_plane(owner: Module, plane: str, name: str, tensor: Tensor | None) -> No
     if tensor is None and not isinstance(tree, PlaneTree):
         return
     if tree is None:
-        # Straight into the dict: a subclass may have an attribute of this name, which add_module would refuse.
+        # Write to the dict: add_module refuses the name if a subclass has an attribute of this name.
         tree = own_children(owner)[plane] = PlaneTree()
     assert isinstance(tree, PlaneTree)
-    # A plane is in a state where the buffer that it belongs to is.
+    # The plane of a non-persistent buffer is left out of states, as the buffer is.
     passing: frozenset[str] | None = owner.__dict__.get("_passing")
     if passing is None:
         passing = owner.__dict__["_passing"] = passing_names(unwrap(owner.module))  # type: ignore[arg-type]
@@ -61,7 +61,7 @@ def put_plane(owner: Module, plane: str, name: str, tensor: Tensor | None) -> No
 
 
 def put_planes(owner: Module, name: str, fmt: Format | None, extra: Sequence[Tensor]) -> None:
-    """Have just the further planes of ``fmt`` stand beside an average."""
+    """Set the further planes of an average to ``extra``, one for each of ``fmt``, and remove all others."""
     planes = dict(zip((plane for plane, _ in fmt.extra), extra, strict=True)) if fmt is not None else {}
     for plane in EXTRA_PLANES:
         put_plane(owner, plane, name, planes.get(plane))
@@ -70,7 +70,7 @@ def put_planes(owner: Module, name: str, fmt: Format | None, extra: Sequence[Ten
 @torch.inference_mode(False)
 @torch.no_grad()
 def fit_planes(owner: Module, name: str, average: Tensor, fmt: Format | None) -> tuple[Tensor, ...]:
-    """Return all planes of ``average``, those of ``fmt`` alone beside it: wrong ones are made anew from its values."""
+    """Return all planes of ``average`` in format ``fmt``; make those that do not fit, and remove other formats'."""
     extra = fmt.extra if fmt is not None else ()
     for plane in EXTRA_PLANES:
         if plane not in dict(extra):
@@ -91,11 +91,11 @@ def fit_planes(owner: Module, name: str, average: Tensor, fmt: Format | None) ->
 
 
 def convert(planes: tuple[Tensor, ...], fmt: Format, average: Tensor, after: Format | None) -> tuple[Tensor, ...]:
-    """Carry planes of ``fmt`` over to ``after``, with nothing lost on the way.
+    """Convert planes of ``fmt`` to planes of ``after``, from the average at full precision.
 
     Args:
-        average: what torch made of ``planes[0]``: it gives the device, dtype and layout, and its values are not used.
-        after: the format of ``average``'s dtype; None where that cannot be averaged, and ``average`` is all there is.
+        average: ``planes[0]`` as torch has cast it. Its device, dtype and strides are used, its values are not.
+        after: the format for ``average``'s dtype; None if that dtype cannot be averaged: then ``average`` is returned.
     """
     if after is None or after is fmt:
         return (average,)
@@ -110,16 +110,16 @@ def translate_state(
     formats: Mapping[str, Format],
     strict: bool,
 ) -> None:
-    """Rewrite a state dict in place so that it has the planes that this averaged model has.
+    """Rewrite a state dict in place so that it has the planes of this averaged model's formats.
 
-    A state of another format keeps its precision: float32 values fill both planes of ``exact``, and the other way
-    round. A state without further planes, torch's for one, gets zeros.
+    Planes are converted from the average at full precision, so float32 values fill both planes of ``exact``, and the
+    planes of ``exact`` give float32 values. A state without further planes, such as torch's, gets them too.
 
     Args:
-        prefix: of the averaged model in ``state``.
-        keys: for each averaged name, its keys in ``state``: none where it is not there, several where it is tied.
-        formats: for each averaged name, the format it has here.
-        strict: leave a state that lacks some of its planes for the load to report.
+        prefix: the prefix of the averaged model's keys in ``state``.
+        keys: for each average, its keys in ``state``: none if it is missing, several if it is tied.
+        formats: for each average, its format in this averaged model.
+        strict: do not rewrite an average with missing planes, so that the load reports them.
     """
     present = {plane for plane in EXTRA_PLANES if any(key.startswith(f"{prefix}{plane}.") for key in state)}
     for name, fmt in formats.items():
@@ -128,9 +128,9 @@ def translate_state(
         average = state[keys[name][0]]
         extra = {plane: state[key] for plane in EXTRA_PLANES if (key := f"{prefix}{plane}.{name}") in state}
         if not all(isinstance(tensor, Tensor) for tensor in extra.values()):
-            continue  # torch's loader says so
+            continue  # torch's loader raises
         before = format_of_planes(average, extra)
-        # A state of this format has its planes throughout: of another one, a tensor may stand alone.
+        # Planes are missing only if other averages in the state have them; else the state is of another format.
         has_planes = any(plane in present for plane, _ in fmt.extra)
         lacking = fmt.dtype == average.dtype and len(fmt.extra) > len(extra)
         if before is fmt or (strict and has_planes and (lacking or before is None)):
@@ -138,7 +138,7 @@ def translate_state(
         if before is not None:
             value = before.decode((average, *(extra[plane] for plane, _ in before.extra)))
         else:
-            value = average  # what else there is does not fit it
+            value = average  # the further planes do not fit it
         first, *rest = fmt.encode(value.to(fmt.value_dtype) if fmt.value_dtype is not None else value)
         for plane in extra:
             state.pop(f"{prefix}{plane}.{name}")
@@ -149,10 +149,10 @@ def translate_state(
 
 
 class Recast:
-    """A move or cast of an averaged model: the function for torch's ``_apply``, and what is left to do after it.
+    """A function for torch's ``_apply`` that moves or casts an averaged model; call :meth:`finish` afterwards.
 
-    A cast gets the average at full precision, not the plane that torch would cast, and the planes that stand beside the
-    module's parameters only ever change their device.
+    torch would cast plane 0 alone. This casts the average at full precision. Further planes change their device, but
+    never their dtype.
     """
 
     def __init__(
@@ -185,6 +185,6 @@ class Recast:
         return recast[0]
 
     def finish(self, owner: Module) -> None:
-        """Put the further planes of recast averages in their places; torch was walking over these until now."""
+        """Set the further planes of recast averages, which must wait until torch has walked over the modules."""
         for name, (fmt, planes) in self._recast.items():
             put_planes(owner, name, fmt, planes[1:])

@@ -1,4 +1,4 @@
-"""States: loading one without tearing, and exporting the averages under the model's own names."""
+"""States of an averaged model: load all of one or nothing, and export the averages under the model's own names."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from .planes import fit_planes, put_planes, translate_state
 
 
 def check_state(owner: Module, state_dict: Mapping[str, Any], strict: bool, assign: bool) -> None:
-    """Raise what loading ``state_dict`` into ``owner`` would raise, by loading it into a copy that holds no data.
+    """Raise the error that loading ``state_dict`` into ``owner`` would raise, by loading it into a copy without data.
 
-    torch's own loader does the checking, so hooks that rename keys or fill in missing ones have their say.
+    torch's own loader does the checks, so hooks that rename keys or fill in missing ones run as well.
     """
     if not isinstance(state_dict, Mapping):
-        return  # torch's loader refuses it before it changes anything
+        return  # torch's loader raises before it changes anything
     memo: dict[int, Any] = {id(tensor): _without_data(tensor) for tensor in chain(owner.parameters(), owner.buffers())}
     try:
         skeleton = copy.deepcopy(owner, memo)
     except Exception:
-        # Something the user hung on the module since does not copy. The load itself still works, with torch's promise.
+        # An attribute that the user has set cannot be copied. The load still works, but may stop half-way, as torch's.
         return
     state = OrderedDict(
         (key, value.to("meta") if isinstance(value, Tensor) and not key.endswith("_extra_state") else value)
@@ -43,16 +43,16 @@ def check_state(owner: Module, state_dict: Mapping[str, Any], strict: bool, assi
         _check_values(skeleton, owner, state_dict)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch wonders about data that goes nowhere
+            warnings.simplefilter("ignore")  # torch warns of copies to meta tensors
             Module.load_state_dict(skeleton, state, strict=strict)
     except Exception as error:
         if str(error).startswith("Error(s) in loading state_dict"):
             raise
-        # A module that looks at values while it loads finds none here.
+        # Ignored: a module that reads values while it loads fails on meta tensors only.
 
 
 def _check_values(skeleton: Module, owner: Module, state_dict: Mapping[str, Any]) -> None:
-    """Raise RuntimeError, in torch's words, for a tensor that cannot be copied from: without data it shows nowhere."""
+    """Raise RuntimeError, worded as torch's, for a tensor that cannot be copied: the copy without data accepts it."""
     if all(param.is_meta for param in owner.parameters()):
         return
     own = Module.state_dict(skeleton)
@@ -72,7 +72,7 @@ def _without_data(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def keeping_ties(module: Module) -> Iterator[None]:
-    """Tie again on leaving what was tied before: an assignment gives each name a tensor of its own."""
+    """On leaving, tie again the tensors that were tied before, since ``assign=True`` gives each name its own tensor."""
     names: dict[int, list[str]] = {}
     for name, tensor in _all_tensors(module):
         names.setdefault(id(tensor), []).append(name)
@@ -98,9 +98,9 @@ def _all_tensors(module: Module) -> Iterator[tuple[str, Tensor]]:
 def translate_load(
     owner: Module, module: Module, state: Any, prefix: str, format_of: FormatOf, *, assign: bool, strict: bool
 ) -> None:
-    """Rewrite ``state`` for the formats that the averages of ``owner`` will have once it is loaded."""
+    """Rewrite ``state`` in place for the formats that the averages of ``owner`` will have after the load."""
     head = f"{prefix}module."
-    # Some wrappers leave themselves out of their states' keys, so keys are found by their canonical names.
+    # Some wrappers leave their segments out of the keys of states, so look keys up by canonical names.
     given = {canonical(key[len(head) :]): key for key in state if key.startswith(head)}
     keys: dict[int, list[str]] = {}
     for raw, tensor in _all_tensors(module):
@@ -118,14 +118,16 @@ def translate_load(
         formats[name] = fmt
         if assign:
             room = [torch.zeros_like(kept.detach(), dtype=dtype) for _, dtype in fmt.extra]
-            put_planes(owner, name, fmt, room)  # for the assignment to replace
+            put_planes(owner, name, fmt, room)  # the assignment replaces them
     translate_state(state, prefix, names, formats, strict)
 
 
 def export(
     owner: Module, module: Module, averages: Iterable[tuple[str, Tensor, Format | None]], dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """Give copies of the averages at full precision, or cast to ``dtype``, with the buffers of ``module``.
+    """Return copies of the averages, at full precision, and of the other tensors, under the model's own names.
+
+    With ``dtype``, all floating tensors are cast to it.
 
     Raises:
         ValueError: ``dtype`` is neither a floating dtype nor None.

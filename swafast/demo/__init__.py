@@ -1,6 +1,6 @@
-"""The demo: SGD, SWA and EMA of a small network on real handwritten digits, and what an average costs.
+"""The demo: SGD, SWA and EMA of a small network on handwritten digits, and what an average costs.
 
-``swafast demo`` on the command line, or :func:`run`. It needs the extra ``swafast[demo]`` (scikit-learn, matplotlib).
+Run it by ``swafast demo`` or :func:`run`. It needs the extra ``swafast[demo]`` (scikit-learn, matplotlib).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .task import Settings as Settings
 
 
 def run(settings: Settings, out: Path, json_file: Path | None = None, *, console: Console | None = None) -> DemoResult:
-    """Train, test, time and draw; print a table, and write the picture to ``out`` and the numbers to ``json_file``.
+    """Train, test and time; print the tables, and write the picture to ``out`` and the numbers to ``json_file``.
 
-    The table goes to ``console``, by default stdout, and progress to stderr.
-    Runs on one CPU thread: a network this small gains nothing from a second, and on a busy machine loses much.
-    The accuracies are the same for the same settings, on one kind of CPU and one version of torch.
+    The tables go to ``console``, by default stdout; progress goes to stderr. The demo runs on one CPU thread: a network
+    this small gains nothing from a second one, and loses much on a busy machine. On one kind of CPU and one version of
+    torch, the same settings give the same accuracies.
 
     Raises:
         OSError: a file cannot be written.

@@ -1,7 +1,7 @@
-"""All that the demo measures: training by seed, what an average of its network costs, and the loss between solutions.
+"""All that the demo measures: accuracies, what an average of its network costs, and the loss between solutions.
 
-An average is kept by torch's class and by ours; it costs time per update and bytes held. The test loss is sampled on a
-plane through three solutions, as in section 3.3 of Izmailov et al. 2018 (arXiv:1803.05407).
+The cost is time per update and bytes, with torch's class and with ours. The test loss is sampled on a plane through
+three solutions, as in section 3.3 of Izmailov et al. 2018 (arXiv:1803.05407).
 """
 
 from __future__ import annotations
@@ -24,53 +24,53 @@ from .. import EqualAverage, ExponentialAverage, FusedAveragedModel
 from .task import Settings, digits_split
 from .training import SeedResult, score, train_seed
 
-# 400 rounds of 5 updates take about half a second; a median of fewer moves by a few percent on a busy machine.
+# 400 rounds of 5 updates take about half a second. On a busy machine the median of fewer moves by a few percent.
 ROUNDS = 400
 WARM_UP = 20
-# The solutions that the plane passes through, for the first seed: the first is its origin, and x points to the second.
+# The plane passes through these solutions of the first seed. The first is the origin, and x points to the second.
 PLANE_METHODS = ("swa", "sgd", "ema")
-# The plane's edge lies this share of the solutions' extent beyond them.
+# The margin around the solutions, as a share of their extent.
 MARGIN = 0.45
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one kind of averaged model costs on one network."""
+    """The cost of one kind of averaged model for one network."""
 
     method: str  # "swa" or "ema"
     keeper: str  # the class, in words
-    seconds: float  # of an update, the median
-    nbytes: int  # of every tensor held
+    seconds: float  # median of an update
+    nbytes: int  # of all its tensors
 
 
 @dataclass(frozen=True)
 class Plane:
-    """A rectangular slice of the loss surface; distances are Euclidean, over all params."""
+    """A square slice of the loss surface; distances are Euclidean, over all params."""
 
-    x: list[float]  # columns
-    y: list[float]  # rows
+    x: list[float]  # of the columns
+    y: list[float]  # of the rows
     loss: list[list[float]]  # [row][column], mean cross-entropy on the test images
-    points: dict[str, tuple[float, float]]  # where each solution lies, exactly in the plane
+    points: dict[str, tuple[float, float]]  # (x, y) of each solution; all lie exactly in the plane
     seed: int
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """All that one call of the demo measured."""
+    """All that one run of the demo has measured."""
 
     settings: Settings
     seeds: list[SeedResult]
     costs: list[Cost]
     plane: Plane
-    seconds: float  # wall time, imports left out
+    seconds: float  # wall time, without imports
 
     def accuracies(self, method: str) -> list[float]:
-        """Final test accuracies in [0, 1], one a seed."""
+        """Return the final test accuracy of each seed, in [0, 1]."""
         return [seed.curves[method][-1].accuracy for seed in self.seeds]
 
 
 def measure(settings: Settings) -> DemoResult:
-    """Train every seed, time the updates and sample the loss surface, with a progress bar on stderr."""
+    """Train all seeds, time the updates and sample the loss surface, with a progress bar on stderr."""
     start = time.perf_counter()
     seeds = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -86,10 +86,10 @@ def measure(settings: Settings) -> DemoResult:
 
 
 def update_costs(model: nn.Module, ema_decay: float) -> list[Cost]:
-    """Time updates from a copy of ``model`` by torch's class and by ours, and count the bytes they hold.
+    """Time updates by torch's class and by ours from a copy of ``model``, and count the bytes that they hold.
 
-    One update of each in turn, so that a busy machine slows all alike. torch's class is timed as it comes and, since
-    that is faster, with torch's own multi-tensor functions.
+    The classes take turns, so that a busy machine slows all of them alike. torch's class is timed by default and with
+    its multi-tensor functions, which are faster.
     """
     model = copy.deepcopy(model)
     kept: list[tuple[str, str, AveragedModel, list[float]]] = [
@@ -111,21 +111,21 @@ def update_costs(model: nn.Module, ema_decay: float) -> list[Cost]:
 
 
 def held_nbytes(averaged: AveragedModel) -> int:
-    """Count the bytes of every tensor that an averaged model keeps: averages, further planes, buffers, counter.
+    """Count the bytes of an averaged model's tensors: averages, further planes, buffers and counter.
 
-    A tensor that stands under two names counts once.
+    A tied tensor counts once.
     """
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in averaged.state_dict().values()}.values())
 
 
 def loss_plane(result: SeedResult, num_points: int, on_row: Callable[[], object] = lambda: None) -> Plane:
-    """Test models on a ``num_points`` x ``num_points`` grid: a square around the solutions of ``PLANE_METHODS``.
+    """Test models on a ``num_points`` x ``num_points`` grid, a square around the solutions of ``PLANE_METHODS``.
 
-    BatchNorm's statistics are taken anew at each point. Calls ``on_row`` after each row.
+    BatchNorm statistics are computed anew at each point. ``on_row`` is called after each row.
     """
     vectors = [parameters_to_vector(result.models[method].parameters()).detach() for method in PLANE_METHODS]
     origin, second, third = vectors
-    # Two solutions in one place (an average of a single model) leave a direction of length 0, and the plane a line.
+    # If two solutions are equal, as with an average of one model, a direction has length 0 and the plane is a line.
     x_axis = F.normalize(second - origin, dim=0)
     y_axis = F.normalize(third - origin - torch.dot(third - origin, x_axis) * x_axis, dim=0)
     points = {

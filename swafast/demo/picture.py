@@ -1,4 +1,4 @@
-"""The demo's picture: test error along training, each seed at the end, and the loss surface between the solutions."""
+"""The demo's picture: test error during training, final accuracy by seed, and the loss surface between solutions."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from .measurements import DemoResult, Plane
 from .report import describe_task
 from .training import Score
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; the run that is averaged, and the part common to
-# both runs, stay grey.
+# Okabe and Ito's palette, which colour-blind readers can tell apart. The training that is averaged is grey, and so is
+# the common part of both trainings.
 COLOURS = {"sgd": "#0072B2", "iterate": "#8C8C8C", "swa": "#D55E00", "ema": "#009E73"}
 SHORT = {"sgd": "SGD", "iterate": "SGD at\nSWA rate", "swa": "SWA", "ema": "EMA"}
 COMPARED = ("sgd", "swa", "ema")
 INK, GREY, PALE = "#222222", "#555555", "#B0B0B0"
-# Panels as (left, bottom, width, height), shares of the figure; the last is square in inches, as its surface is.
+# Panels as (left, bottom, width, height), shares of the figure. The last is square in inches, as its surface is.
 LEFT = 0.05
 PANELS = ((LEFT, 0.12, 0.29, 0.63), (0.425, 0.12, 0.17, 0.63), (0.665, 0.12, 0.315, 0.63))
 WORDS_WIDTH = 172  # characters of the second heading that fit the figure's width
 LABEL_GAP = 0.06  # least distance between two labels, as a share of the panel's height
 ERROR_TICKS = (0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100)  # percent
-LEAST_ERROR = 0.04  # percent, half a test image's share: an error of 0 has no place on a logarithmic axis
-# The surface is sampled coarsely and drawn by cubic interpolation, with this many points for each sampled one.
+LEAST_ERROR = 0.04  # percent, half a test image; a logarithmic axis cannot show an error of 0
+# Cubic interpolation draws this many points per sample and axis.
 SMOOTHING = 12
 NUM_LEVELS = 12
 
@@ -43,7 +43,7 @@ def save_picture(result: DemoResult, out: Path) -> None:
     figure.text(LEFT, 0.925, f"Test accuracy:  {'   '.join(means)}", fontsize=20, fontweight="bold", color=INK)
     words = textwrap.fill(f"Means of {len(result.seeds)} seeds. {describe_task(result)}", WORDS_WIDTH)
     figure.text(LEFT, 0.905, words, fontsize=11, color=GREY, va="top", linespacing=1.4)
-    _draw_curves(_panel(figure, 0, "Test error along training, %"), result)
+    _draw_curves(_panel(figure, 0, "Test error during training, %"), result)
     _draw_seeds(_panel(figure, 1, "Final test accuracy, %"), result)
     _draw_plane(_panel(figure, 2, f"Test loss on the plane of the three, seed {result.plane.seed}"), result.plane)
     figure.savefig(out, format="png")
@@ -59,13 +59,13 @@ def _panel(figure: Figure, index: int, title: str) -> Axes:
 
 
 def _draw_curves(axes: Axes, result: DemoResult) -> None:
-    """Mean test error over the seeds, and a band of one standard deviation on either side."""
+    """Draw the mean test error over the seeds, with a band of one standard deviation on either side."""
     axes.set_yscale("log")
     trunks = [seed.curves["trunk"] for seed in result.seeds]
     _draw_band(axes, trunks, GREY)
     ends = {}
     for method, colour in COLOURS.items():
-        # Both runs go on from the trunk's last point; the averages begin with their own first one.
+        # Both trainings continue from the trunk's last point. Averages begin at their own first point.
         joint = [scores[-1:] if method in ("sgd", "iterate") else [] for scores in trunks]
         curves = [head + seed.curves[method] for head, seed in zip(joint, result.seeds, strict=True)]
         ends[method] = _draw_band(axes, curves, colour)
@@ -83,7 +83,7 @@ def _draw_curves(axes: Axes, result: DemoResult) -> None:
 
 
 def _draw_band(axes: Axes, curves: list[list[Score]], colour: str) -> float:
-    """Draw one curve for all seeds, and return the height at which it ends."""
+    """Draw one method's mean curve and its band, and return the mean error at its end."""
     epochs = [score.epoch for score in curves[0]]
     accuracies = np.array([[score.accuracy for score in curve] for curve in curves])
     errors = np.maximum(100 * (1 - accuracies), LEAST_ERROR)
@@ -95,7 +95,7 @@ def _draw_band(axes: Axes, curves: list[list[Score]], colour: str) -> float:
 
 
 def _label_ends(axes: Axes, ends: dict[str, float]) -> None:
-    """Name each curve at its right end, the names pushed apart where curves end close together."""
+    """Label each curve at its right end, and push labels apart where curves end close together."""
     bottom, top = np.log(axes.get_ylim())
     place = -np.inf
     for method, end in sorted(ends.items(), key=lambda item: item[1]):
@@ -106,7 +106,7 @@ def _label_ends(axes: Axes, ends: dict[str, float]) -> None:
 
 
 def _draw_seeds(axes: Axes, result: DemoResult) -> None:
-    """Final accuracies; a line joins those of one seed, a bar marks each mean."""
+    """Draw the final accuracies. A line joins those of one seed, and a bar marks each mean."""
     columns = 100 * np.array([result.accuracies(method) for method in COMPARED])
     places = range(len(columns))
     axes.plot(places, columns, color=PALE, linewidth=1, zorder=1)
@@ -120,11 +120,11 @@ def _draw_seeds(axes: Axes, result: DemoResult) -> None:
 
 
 def _draw_plane(axes: Axes, plane: Plane) -> None:
-    """Test loss as filled contours, with the three solutions that span the plane."""
+    """Draw the test loss as filled contours, with the three solutions that span the plane."""
     samples = torch.tensor(plane.loss)[None, None]
     smooth = F.interpolate(samples, scale_factor=SMOOTHING, mode="bicubic", align_corners=True)
     loss = smooth[0, 0].double().numpy()
-    # Levels that widen upwards: the floor of the valley is where the solutions differ.
+    # Levels are closest near the minimum, where the solutions differ.
     levels = loss.min() + np.ptp(loss) * np.linspace(0, 1, NUM_LEVELS + 1) ** 3
     extent = (plane.x[0], plane.x[-1], plane.y[0], plane.y[-1])
     axes.contourf(loss, levels=levels, extent=extent, cmap="YlGnBu_r", norm=BoundaryNorm(levels, 256))

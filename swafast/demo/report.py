@@ -1,4 +1,4 @@
-"""What the demo measured: as tables, as sentences and as JSON."""
+"""The demo's results as tables, as sentences and as JSON."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .. import __version__
 from .measurements import DemoResult
 from .training import METHODS
 
-# (a, b): each pair is compared seed by seed. The second of them shows what the averaging does, the rate being the same.
+# Pairs to compare seed by seed. The second pair shows the effect of averaging alone, at the same learning rate.
 COMPARISONS = (("swa", "sgd"), ("swa", "iterate"), ("ema", "sgd"))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Differences in test accuracy between two methods, seed by seed, in percentage points."""
+    """Differences in test accuracy between two methods over the seeds, in percentage points."""
 
     mean: float
     standard_error: float | None  # None for a single seed
-    better: int  # seeds on which the first is better
-    equal: int
+    better: int  # number of seeds on which the first method is better
+    equal: int  # number of seeds on which both are equal
 
 
 def compare(result: DemoResult, method: str, other: str) -> Comparison:
@@ -39,7 +39,7 @@ def compare(result: DemoResult, method: str, other: str) -> Comparison:
 
 
 def print_report(result: DemoResult, console: Console) -> None:
-    """Print the task, the two tables and the comparisons."""
+    """Print the task, a table of accuracies, the comparisons and a table of costs."""
     console.print(f"\n{describe_task(result)}\n", highlight=False)
     table = _table(f"Test accuracy over {len(result.seeds)} seeds, %", ("Method",), ("Mean", "Std", "Min", "Max"))
     for method, title in METHODS.items():
@@ -63,12 +63,12 @@ def print_report(result: DemoResult, console: Console) -> None:
 
 
 def _table(title: str, words: Iterable[str], figures: Iterable[str]) -> Table:
-    """Make a table with columns of words, and to their right columns of figures."""
+    """Make a table with columns of words on the left and columns of figures on the right."""
     return Table(*words, *(Column(name, justify="right") for name in figures), title=title, title_justify="left")
 
 
 def describe_task(result: DemoResult) -> str:
-    """Describe in a few sentences what was trained and tested."""
+    """Describe the training and test data, the epochs and the baseline's tuning in a few sentences."""
     settings = result.settings
     num_tests = len(result.seeds[0].split.test_labels)
     return (
@@ -81,7 +81,7 @@ def describe_task(result: DemoResult) -> str:
 
 
 def to_json(result: DemoResult) -> dict[str, Any]:
-    """Collect every number of the result, and what it ran on, for JSON; records stand for their fields."""
+    """Return all numbers and the environment for JSON; dataclasses in it are still to be turned into dicts."""
     return {
         "settings": result.settings,
         "environment": {

@@ -1,4 +1,4 @@
-"""The demo's task: what it trains, and why these values; and scikit-learn's handwritten digits, split by seed."""
+"""The demo's task: the settings, with their reasons, and scikit-learn's handwritten digits, split by seed."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-# Four epochs are the fewest that leave one for averaging after the first 75%.
+# With fewer epochs none is left for averaging after the first 75%.
 MIN_EPOCHS = 4
 NUM_CLASSES = 10
-MAX_PIXEL = 16  # the images count ink in 0..16
+MAX_PIXEL = 16  # of the images, which have values from 0 to 16
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The task and the training of the demo; the same for every method.
+    """The task and the training of the demo, the same for every method.
 
-    ``learning_rate`` and ``weight_decay`` were searched for plain SGD, the baseline, and for nothing else: of 12 pairs
-    (rates 0.03, 0.1 and 0.3 with decays 5e-3, 1e-2, 2e-2 and 4e-2) the one with its best mean accuracy on validation
-    images: a quarter of the training images of each of 8 seeds that the demo does not use, with true labels. SWA and
-    EMA inherit them. What has no other reason follows Izmailov et al. 2018 (https://arxiv.org/abs/1803.05407).
+    ``learning_rate`` and ``weight_decay`` were searched for plain SGD, the baseline, and SWA and EMA use them as they
+    are. Of 12 pairs (rates 0.03, 0.1 and 0.3 with decays 5e-3, 1e-2, 2e-2 and 4e-2) they gave SGD its best mean
+    accuracy on validation images: a quarter of the training images, with true labels, of each of 8 seeds that the demo
+    does not use. Values without another reason follow Izmailov et al. 2018 (https://arxiv.org/abs/1803.05407).
 
     Raises:
         ValueError: a value is out of its range.
@@ -30,21 +30,21 @@ class Settings:
 
     num_seeds: int = 5
     epochs: int = 60
-    # The task: few images and wrong labels, chosen so that averaging can matter. With 10% of wrong labels, and the rate
-    # and decay best for SGD there, SWA gained 0.8 points in validation (24 seeds); with 180 true labels 0.3 (4 seeds).
+    # The task has few images and wrong labels, so that averaging can matter. With 10% of wrong labels and the best rate
+    # and decay for SGD there, SWA gained 0.8 points in validation (24 seeds); with 180 true labels 0.3 (4 seeds).
     num_train: int = 500
-    label_noise: float = 0.2  # share of training labels replaced by a wrong one; test labels are untouched
-    max_shift: int = 1  # pixels; each training image moves by up to this much in x and y at every epoch
+    label_noise: float = 0.2  # share of training labels replaced by a wrong one; test labels are true
+    max_shift: int = 1  # pixels; at each epoch each training image moves by up to this much in x and y
     # The training.
-    width: int = 8  # channels of the first layer: 15,554 params in 14 tensors
+    width: int = 8  # channels of the first layer; 15,554 params in 14 tensors
     batch_size: int = 50
     learning_rate: float = 0.3  # at the start
     weight_decay: float = 1e-2
     momentum: float = 0.9
-    # The averaging, as the paper's authors ran residual networks on CIFAR: after 75% of the budget, at half the rate.
-    average_from: float = 0.75  # share of the epochs that are trained before averaging starts
+    # The averaging follows the paper's residual networks on CIFAR: after 75% of the budget, at half the rate.
+    average_from: float = 0.75  # share of the epochs before averaging starts
     swa_rate: float = 0.5  # the SWA learning rate, as a share of the rate at the start
-    # Testing all four models costs about as much as training two epochs.
+    # A test of all four models takes about as long as two epochs of training.
     test_every: int = 2  # epochs; the last one is always tested
     # The picture of the loss surface: 15 x 15 points take 6 s on one core.
     plane_points: int = 15
@@ -63,7 +63,7 @@ class Settings:
 
     @property
     def start_epoch(self) -> int:
-        """Epochs trained before averaging starts; at least one remains."""
+        """Number of epochs before averaging starts; at least one epoch remains."""
         return int(self.epochs * self.average_from)
 
     @property
@@ -72,13 +72,13 @@ class Settings:
 
     @property
     def ema_decay(self) -> float:
-        """Decay whose memory, 1 / (1 - decay) updates, is a third of those made; one update a step."""
+        """The decay of the EMA: its memory, 1 / (1 - decay), is a third of its updates, one per step."""
         return 1 - 3 / max(4, (self.epochs - self.start_epoch) * self.steps_per_epoch)
 
 
 @dataclass(frozen=True)
 class Split:
-    """The images of one seed; ``(n, 1, 8, 8)`` float32 in [0, 1] and ``(n,)`` int64 labels."""
+    """The data of one seed: images ``(n, 1, 8, 8)``, float32 in [0, 1], and labels ``(n,)``, int64."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -87,9 +87,10 @@ class Split:
 
 
 def digits_split(seed: int, settings: Settings) -> Split:
-    """Draw the training images of one seed and mislabel some of them; all others test, with true labels.
+    """Draw the training images of one seed and mislabel some; all other images are for testing, with true labels.
 
-    Exactly ``settings.label_noise`` of the labels, rounded, become another class, each other class alike.
+    A share of exactly ``settings.label_noise`` of the training labels, rounded, is replaced by one of the other
+    classes, with equal chances.
 
     Raises:
         ValueError: ``settings.num_train`` leaves no test image.
@@ -109,7 +110,7 @@ def digits_split(seed: int, settings: Settings) -> Split:
 
 
 def shifted(images: Tensor, max_shift: int, generator: torch.Generator) -> Tensor:
-    """Move every image by up to ``max_shift`` pixels in x and y, drawn for each; what comes in is blank."""
+    """Move each image at random by up to ``max_shift`` pixels in x and y, and fill the border with 0."""
     count, _, height, width = images.shape
     windows = F.pad(images, (max_shift,) * 4).unfold(2, height, 1).unfold(3, width, 1)
     rows, columns = torch.randint(0, 2 * max_shift + 1, (2, count), generator=generator)

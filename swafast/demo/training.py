@@ -1,7 +1,7 @@
-"""One seed of the demo: SGD with its decaying schedule, and SGD that goes to the SWA learning rate and is averaged.
+"""One seed of the demo: SGD with a decaying rate, and SGD at the SWA learning rate with its averages.
 
-Both have the same number of epochs, the same initialisation and the same batches in the same order. Up to the epoch at
-which averaging starts they are one and the same run, so that is trained once and forked.
+Both trainings have the same number of epochs, the same initialisation and the same batches in the same order. They are
+equal up to the epoch at which averaging starts, so this part is trained once and then forked.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.optim.swa_utils import SWALR
 from .. import EqualAverage, ExponentialAverage, FusedAveragedModel, update_bn
 from .task import NUM_CLASSES, Settings, Split, shifted
 
-# Every method, in the order of the table. "iterate" is the model that SWA and EMA average, itself.
+# Every method, in the order of the table. "iterate" is the trained model that SWA and EMA average.
 METHODS = {
     "sgd": "SGD, decaying rate",
     "iterate": "SGD, SWA rate",
@@ -28,12 +28,12 @@ METHODS = {
     "ema": "EMA of that run",
 }
 
-EpochHook = Callable[[str, int, nn.Module], object]  # "trunk", "sgd" or "iterate", epoch from 1, live model
+EpochHook = Callable[[str, int, nn.Module], object]  # ("trunk", "sgd" or "iterate"; epoch from 1; live model)
 
 
 @dataclass(frozen=True)
 class Score:
-    """How one model does on the test images after ``epoch`` epochs."""
+    """Accuracy and loss of one model on the test images after ``epoch`` epochs."""
 
     epoch: int
     accuracy: float  # share of the test images
@@ -42,17 +42,17 @@ class Score:
 
 @dataclass(frozen=True)
 class SeedResult:
-    """What one seed gave: the scores along training and, by method, the final models in evaluation mode."""
+    """The results of one seed: the scores during training and the final models, in evaluation mode, by method."""
 
     seed: int
     split: Split
-    # "trunk" is the part up to the start of averaging, common to all.
+    # "trunk" is the common part before averaging starts.
     curves: dict[str, list[Score]] = field(default_factory=lambda: {name: [] for name in ("trunk", *METHODS)})
     models: dict[str, nn.Module] = field(default_factory=dict)
 
 
 def digits_cnn(width: int) -> nn.Sequential:
-    """Four 3x3 convolutions with BatchNorm, one pooling between, and a linear head; 15,554 params at width 8."""
+    """Make a network of four 3x3 convolutions with BatchNorm and a linear head; 15,554 params at width 8."""
 
     def block(channels_in: int, channels_out: int) -> list[nn.Module]:
         conv = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
@@ -71,10 +71,10 @@ def digits_cnn(width: int) -> nn.Sequential:
 
 
 def score(model: nn.Module, split: Split, epoch: int) -> Score:
-    """Test a model, with BatchNorm's statistics taken anew over the training images.
+    """Test a model, with new BatchNorm statistics from the training images.
 
-    An average needs that (its activations are those of no model that was trained), so every method gets it: else the
-    comparison would be of statistics as much as of weights.
+    An average needs new statistics, since no trained model has had its activations. Every method gets them, so that
+    only weights are compared.
     """
     update_bn([split.train_images], model)
     model.eval()
@@ -86,7 +86,7 @@ def score(model: nn.Module, split: Split, epoch: int) -> Score:
 
 @dataclass
 class _Run:
-    """A model in training, whose scores go into ``result``."""
+    """A model in training; its scores go into ``result``."""
 
     settings: Settings
     result: SeedResult
@@ -96,9 +96,9 @@ class _Run:
     batches: torch.Generator
 
     def train(self, branch: str, epochs: range, scheduler: LRScheduler, **averages: nn.Module) -> None:
-        """Train for some epochs; test the model, under the name of the branch, and averages of it along the way.
+        """Train for some epochs, and test the model, under the name of the branch, and its averages on the way.
 
-        An epoch goes over all images once, an incomplete last batch left out.
+        An epoch goes over all images once and leaves out an incomplete last batch.
         """
         split = self.result.split
         for epoch in epochs:
@@ -117,10 +117,10 @@ class _Run:
 
 
 def train_seed(seed: int, split: Split, settings: Settings, on_epoch: EpochHook = lambda *_: None) -> SeedResult:
-    """Train every method for one seed and test each along the way; the same seed gives the same numbers.
+    """Train every method for one seed and test it on the way. The same seed gives the same numbers.
 
-    Calls ``on_epoch`` after each epoch trained, before the model is tested. The test images are only ever looked at:
-    nothing is chosen by them, and every reported score is that of the last epoch.
+    ``on_epoch`` is called after each epoch, before the tests. Nothing is chosen by the test images: the accuracies that
+    are reported are those of the last epoch.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -131,7 +131,7 @@ def train_seed(seed: int, split: Split, settings: Settings, on_epoch: EpochHook 
     run = _Run(settings, result, on_epoch, model, optimizer, torch.Generator().manual_seed(seed))
     falling = CosineAnnealingLR(optimizer, settings.epochs)
     run.train("trunk", range(1, settings.start_epoch + 1), falling)
-    # The fork goes on from the same params and momentum, with the same batches.
+    # The fork continues from the same params and momentum, with the same batches.
     forked_model, forked_optimizer = copy.deepcopy((model, optimizer))
     fork = replace(run, model=forked_model, optimizer=forked_optimizer, batches=run.batches.clone_state())
     rest = range(settings.start_epoch + 1, settings.epochs + 1)
@@ -140,7 +140,7 @@ def train_seed(seed: int, split: Split, settings: Settings, on_epoch: EpochHook 
     ema = FusedAveragedModel(fork.model, rule=ExponentialAverage(settings.ema_decay))
     ema.attach(fork.optimizer)
     swa.attach(fork.optimizer, every=settings.steps_per_epoch)  # once an epoch, as in the paper
-    # A third of the epochs that are averaged takes the rate from the schedule's to SWA's.
+    # The rate goes from the schedule's to SWA's during the first third of the averaged epochs.
     to_swa_rate = SWALR(fork.optimizer, settings.swa_rate * rate, anneal_epochs=max(1, len(rest) // 3))
     fork.train("iterate", rest, to_swa_rate, swa=swa.module, ema=ema.module)
     result.models.update(sgd=model, iterate=fork.model, swa=swa.module, ema=ema.module)

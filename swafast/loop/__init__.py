@@ -1,1 +1,1 @@
-"""The training loop: averages that follow an optimizer, and the guard of each averaged model."""
+"""Averages that follow an optimizer in the training loop, and the guard of each averaged model."""

@@ -1,4 +1,4 @@
-"""Attachments: averaged models that follow an optimizer's hooks, and their state in its state dict."""
+"""Attachments: hooks on an optimizer that update an averaged model, with their state in its state dict."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from .schedule import Schedule
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-#: The key of our entry in an optimizer's state dict: a list, in the order in which averages were attached.
+#: The key of our entry in an optimizer's state dict: a list of states, in the order of attachment.
 STATE_KEY = "swafast"
 
 
 class Attachment:
-    """An averaged model that follows an optimizer, until it is detached: what ``averaged.attach(optimizer)`` gives.
+    """An averaged model that follows an optimizer until it is detached; ``averaged.attach(optimizer)`` returns it.
 
-    Its state, the number of steps and the schedule, goes into the optimizer's state dict and comes back with it, as
-    long as averages are attached in the same order. Where another tool makes that dict of its own
-    (``get_optimizer_state_dict``, say), save :meth:`state_dict` beside it.
+    Its state, the number of steps and the schedule, is saved and loaded in the optimizer's state dict. On resuming,
+    attach averages in the same order. If a tool builds that dict by other means, such as ``get_optimizer_state_dict``,
+    save :meth:`state_dict` beside it.
 
     Attributes:
-        step: how many steps of the optimizer it has seen.
-        schedule: after which of them it updates, a :class:`~swafast.loop.schedule.Schedule`; another may be assigned.
+        step: number of steps of the optimizer so far.
+        schedule: the :class:`~swafast.loop.schedule.Schedule` of updates. You may assign another one.
     """
 
     def __init__(
@@ -76,10 +76,10 @@ class Attachment:
         return bool(self._hooks)
 
     def detach(self) -> None:
-        """Leave the optimizer alone from now on, once an update under way has ended.
+        """Remove the hooks from the optimizer and wait for an update under way.
 
         Raises:
-            RuntimeError: it was detached before.
+            RuntimeError: it was detached before; or what that update has raised.
         """
         if not self._hooks:
             raise RuntimeError("the attachment must be attached to be detached, got one that was detached before")
@@ -91,13 +91,13 @@ class Attachment:
         self._runner.close()
 
     def join(self) -> None:
-        """Wait for an update under way: on the device where it runs on one, else in this thread.
+        """Wait for an update under way. If it runs on side streams, the current streams wait and the host does not.
 
-        Whatever is done with the averaged model does it by itself; only what reads ``averaged.module`` directly, or
-        writes the model's params between two steps, has to ask for it.
+        The methods of the averaged model do this themselves. Call it before you read ``averaged.module`` directly, or
+        write the model's params between two steps.
 
         Raises:
-            TypeError, ValueError, RuntimeError: what went wrong in that update.
+            TypeError, ValueError, RuntimeError: the update has raised it.
         """
         self._runner.join()
 
@@ -123,14 +123,14 @@ class Attachment:
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state: plain numbers."""
+        """Return the number of steps and the schedule, as plain numbers."""
         return {"step": self.step, "schedule": self.schedule.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a state: its steps, and its schedule in the place of this one's.
+        """Take the number of steps and the schedule from a state.
 
         Raises:
-            ValueError: it is no state of an attachment; nothing has changed.
+            ValueError: it is not a state of an attachment. Nothing has changed.
         """
         self.step, self.schedule = _read(state_dict)
 
@@ -140,13 +140,13 @@ class Attachment:
     def _check_load(self, _: Optimizer, state_dict: Mapping[str, Any]) -> None:
         self._loaded = None
         states = state_dict.get(STATE_KEY)
-        if states is None:  # it was saved before anything was attached
+        if states is None:  # saved without an attachment
             return
         if not isinstance(states, list) or len(states) != len(self._fellows):
             got = len(states) if isinstance(states, list) else type(states).__name__
             raise ValueError(
                 f"state_dict[{STATE_KEY!r}] must have a state for each of {len(self._fellows)} attached averages, "
-                f"got {got}"
+                f"got {got}: attach as many averages as when it was saved"
             )
         state = states[self._fellows.index(self)]
         _read(state)
@@ -160,36 +160,35 @@ class Attachment:
         self._loaded = None
         if self.schedule != given:
             warnings.warn(
-                f"{self.schedule}, which was saved, takes the place of {given}: assign attachment.schedule to go by "
-                "another",
-                stacklevel=5,  # under two frames of torch's
+                f"the saved {self.schedule} takes the place of {given}: assign attachment.schedule if you want another",
+                stacklevel=5,  # torch adds two frames
             )
 
 
-#: Those attached to each optimizer, in order.
+#: The attachments of each optimizer, in order.
 _followers: weakref.WeakKeyDictionary[Optimizer, list[Attachment]] = weakref.WeakKeyDictionary()
 
-#: All there are, by their ids: a WeakSet cannot be read while another thread adds to it.
+#: All attachments, by id. A WeakSet cannot be read while another thread adds to it.
 _live: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()
 
-#: Seconds that a fork waits for an update. It ends in less, unless the thread that forks holds what it needs.
+#: Seconds that a fork waits for an update. An update ends sooner, unless it needs a lock that the forking thread holds.
 _FORK_WAITS_S = 30.0
 
 
 def wait_for_readers(timeout: float | None = None) -> None:
-    """Wait for all updates under way, before params are written: whichever they read. What goes wrong joins raise."""
+    """Wait for all updates under way, before params that they may read are written. Errors are left to ``join``."""
     for reference in _live.valuerefs():
         attachment = reference()
         if attachment is not None:
             attachment._runner.wait(timeout)
 
 
-# A child has no thread that would end an update under way.
+# A forked child has no thread to finish an update under way.
 os.register_at_fork(before=partial(wait_for_readers, _FORK_WAITS_S))
 
 
 def check_attached_load(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Raise ValueError where an attachment of ``optimizer`` would, and change nothing."""
+    """Raise ValueError if an attachment of ``optimizer`` would refuse to load ``state_dict``. Nothing changes."""
     for attachment in _followers.get(optimizer, []):
         attachment._check_load(optimizer, state_dict)
         attachment._loaded = None
@@ -201,7 +200,7 @@ def _read(state: object) -> tuple[int, Schedule]:
         schedule = Schedule(spans["start"], spans["every"], spans["end"])
         good = isinstance(step, int) and not isinstance(step, bool) and step >= 0
     except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"state_dict must be of an attachment, got {state!r}: {error}") from error
+        raise ValueError(f"state_dict must be a state of an attachment, got {state!r}: {error}") from error
     if not good:
         raise ValueError(f"state_dict['step'] must be an int >= 0, got {step!r}")
     return step, schedule

@@ -1,4 +1,4 @@
-"""Runners: how an attached average's updates are run, in the hook or beside the next forward and backward."""
+"""Runners: run the updates of an attachment, in the hook or beside the next forward and backward."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.nn import Module
 
 from .stand_in import on_side
 
-#: Takes what a forward will write, binds the tensors, and gives the update that is left to run.
+#: Copies what the next forward will write, binds the tensors, and returns the update to run.
 Ready = Callable[[], Callable[[], None]]
 
 
 class Updating(Protocol):
-    """What an attachment and its runner ask of an averaged model."""
+    """What an attachment and its runner need of an averaged model."""
 
     @property
     def _guard(self) -> Any: ...
@@ -30,7 +30,7 @@ class Updating(Protocol):
 
 
 class Runner:
-    """How an update is run."""
+    """Runs the updates of an attachment."""
 
     def update(self) -> None:
         raise NotImplementedError
@@ -39,19 +39,19 @@ class Runner:
         """Wait until the optimizer may write the params."""
 
     def join(self) -> None:
-        """Wait until the averages may be used; raise what went wrong in an update."""
+        """Wait until the averages may be used, and raise what an update has raised."""
 
     def wait(self, timeout: float | None = None) -> None:
-        """As :meth:`join`, for some seconds, without raising."""
+        """Wait as :meth:`join` does, for at most ``timeout`` seconds, without raising."""
         self.join()
 
     def close(self) -> None:
-        """As :meth:`join`, before this runner is forgotten."""
+        """Wait as :meth:`join` does and free the thread, if there is one."""
         self.join()
 
 
 class Plain(Runner):
-    """In the hook itself."""
+    """Runs each update in the hook itself."""
 
     def __init__(self, averaged: Updating, model: Module) -> None:
         self._averaged, self._model = averaged, model
@@ -61,7 +61,7 @@ class Plain(Runner):
 
 
 class OnStreams(Runner):
-    """On a side stream of each GPU that the model is on."""
+    """Runs each update on a side stream of each of the model's GPUs."""
 
     def __init__(self, ready: Ready, streams: Sequence[torch.cuda.Stream]) -> None:
         self._ready, self._streams = ready, streams
@@ -75,7 +75,7 @@ class OnStreams(Runner):
             self._ended = [stream.record_event() for stream in self._streams]
 
     def join(self) -> None:
-        # Each time, since other threads, with streams of their own, have to wait as well.
+        # Wait at each call: other threads with other streams must wait too.
         for stream, event in zip(self._streams, self._ended, strict=False):
             torch.cuda.current_stream(stream.device).wait_event(event)
 
@@ -83,11 +83,11 @@ class OnStreams(Runner):
 
 
 class InThread(Runner):
-    """In a thread, by the CPU's kernels: on the model's own params, or on copies of them in the host's memory.
+    """Runs each update in a thread with the CPU kernels, from the model's params or from copies on the host.
 
     Args:
-        streams: that ``ready`` copies params on, where there are GPUs.
-        copies: whether it copies them.
+        streams: the streams on which ``ready`` copies params from GPUs.
+        copies: whether ``ready`` copies the params.
     """
 
     def __init__(self, ready: Ready, streams: Sequence[torch.cuda.Stream], *, copies: bool) -> None:
@@ -127,7 +127,7 @@ class InThread(Runner):
         try:
             under_way.result()
         finally:
-            # Not before it has ended: other threads wait as well, and an interrupt leaves it running.
+            # Forget it only once it has ended: other threads wait for it too, and an interrupt leaves it running.
             if under_way.done() and self._under_way is under_way:
                 self._under_way = None
 
@@ -144,7 +144,7 @@ class InThread(Runner):
 
 
 def runner_for(averaged: Updating, model: Module, overlap: bool, offload: object) -> Runner:
-    """Give the runner for these arguments of ``attach``.
+    """Return the runner for these arguments of ``attach``.
 
     Raises:
         ValueError: ``offload`` is neither ``"cpu"`` nor None.

@@ -1,7 +1,7 @@
-"""Schedules: after which steps of a training an average is updated, from spans as Composer writes them.
+"""Schedules: after which steps of the optimizer an average is updated.
 
-A span is an int, in steps of the optimizer, or a str: ``"100ba"`` (steps), ``"2ep"`` (epochs), ``"0.75dur"`` (a share
-of the whole training).
+A span is an int, in steps, or a str as in Composer: ``"100ba"`` (steps), ``"2ep"`` (epochs), ``"0.75dur"`` (a share of
+the training).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Span = int | str
 @pickled_from("swafast")
 @dataclass(frozen=True)
 class Schedule:
-    """The steps ``start``, ``start + every``, ... up to ``end``, counted from 1; ``None``: without an end.
+    """The steps ``start``, ``start + every``, ... up to and with ``end``, counted from 1. None: there is no end.
 
     Raises:
-        TypeError: one of them is no int.
-        ValueError: ``start`` is negative, ``every`` below 1, or the end before the start.
+        TypeError: a field is not an int.
+        ValueError: ``start`` is negative, ``every`` is below 1, or ``end`` is before ``start``.
     """
 
     start: int
@@ -50,19 +50,19 @@ class Schedule:
         duration: Span | None = None,
         steps_per_epoch: int | None = None,
     ) -> Schedule:
-        """Make one from spans; a step that is cut by one belongs to what comes before it.
+        """Make a schedule from spans; fractions of a step are rounded up.
 
         Args:
-            start: the step after which the first update comes; 0: as for 1 where ``every`` is 1, else ``every``.
-            every: how far updates are apart.
-            end: the last step after which one may come; default: the duration.
-            duration: of the whole training, in steps or epochs; needed for spans in ``dur``.
+            start: the step of the first update; with 0 that is step ``every``.
+            every: the span between updates.
+            end: the last step with an update; default: the duration.
+            duration: length of the whole training, in steps or epochs; needed for spans in ``dur``.
             steps_per_epoch: needed for spans in ``ep``.
 
         Raises:
             TypeError: a span is neither an int nor a str.
-            ValueError: a span cannot be read, is negative, or lacks what it is measured by; ``every`` is 0; or the
-                start is after the end.
+            ValueError: a span cannot be read or is negative, or ``duration`` or ``steps_per_epoch`` is missing;
+                ``every`` is 0; or the start is after the end.
         """
         if steps_per_epoch is not None and (not _is_int(steps_per_epoch) or steps_per_epoch < 1):
             raise ValueError(f"steps_per_epoch must be an int >= 1, got {steps_per_epoch!r}")
@@ -84,7 +84,7 @@ class Schedule:
         return cls(first, interval, last)
 
     def is_due(self, step: int) -> bool:
-        """Say whether an update comes after this step, counted from 1."""
+        """Return whether an update comes after this step, counted from 1."""
         within = self.start <= step and (self.end is None or step <= self.end)
         return within and (step - self.start) % self.every == 0
 
@@ -97,11 +97,11 @@ def _is_int(value: object) -> bool:
 
 
 def parse(name: str, span: object) -> tuple[Fraction, str]:
-    """Give (number, unit) of a span; the unit is ``ba``, ``ep`` or ``dur``.
+    """Return (number, unit) of a span; the unit is ``ba``, ``ep`` or ``dur``.
 
     Raises:
-        TypeError: it is neither an int nor a str.
-        ValueError: it cannot be read, is negative, or no whole number of steps, or over ``"1dur"``.
+        TypeError: the span is neither an int nor a str.
+        ValueError: it cannot be read, is negative, is a fraction of steps, or is over ``"1dur"``.
     """
     if isinstance(span, int) and _is_int(span):
         if span < 0:
@@ -122,7 +122,7 @@ def parse(name: str, span: object) -> tuple[Fraction, str]:
 
 
 def _steps(name: str, span: object, whole: int | None, steps_per_epoch: int | None) -> int:
-    """Give a span in steps, rounded up."""
+    """Return a span in steps, rounded up."""
     number, unit = parse(name, span)
     if unit == "ba":
         return int(number)

@@ -1,4 +1,4 @@
-"""Stand-ins: a module tree with a model's names, for an update beside the model's next forward and backward."""
+"""Stand-ins: copies of a model's module tree, for an update beside the model's next forward and backward."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Tensors = dict[str, Tensor | None]
 
 
 class StandIn:
-    """Stands for a model in an update in the background.
+    """A module tree that an update in the background reads instead of the model.
 
-    Buffers, which a forward writes, are copied at each :meth:`take`. Params are the model's own, which nothing writes
-    until the next step; with ``device`` they are copied there, as buffers are.
+    Each :meth:`take` copies the buffers, since the next forward writes them. The params are the model's own, which
+    nothing writes before the next step; with ``device`` they are copied too.
 
     Args:
-        model: wrapped or not. The stand-in follows it: modules and tensors may be put in and taken out.
-        device: where to copy all tensors to, into pinned memory where that is the host's and there is a GPU.
-        streams: side streams to copy params on. Buffers are copied on the main ones, where a forward comes after it.
+        model: wrapped or not. Its modules and tensors may change between two calls of :meth:`take`.
+        device: where to copy all tensors to. On the host they are pinned if there is a GPU.
+        streams: side streams to copy params on. Buffers are copied on the current streams, ahead of the next forward.
     """
 
     def __init__(
@@ -33,11 +33,11 @@ class StandIn:
         self._model, self._device, self._streams = model, device, streams
         self._tree: list[tuple[str, Module]] = []
         self._nodes: dict[str, Module] = {}
-        self._staged: dict[int, Tensor] = {}  # by the id of what it is a copy of
+        self._staged: dict[int, Tensor] = {}  # copies, by the id of the original
 
     @torch.no_grad()
     def take(self) -> Module:
-        """Copy what there is to copy, and give the root of the stand-in."""
+        """Copy the tensors and return the root of the stand-in."""
         tree = list(unwrap(self._model).named_modules(remove_duplicate=False))
         if [(name, id(module)) for name, module in tree] != [(name, id(module)) for name, module in self._tree]:
             self._tree, self._nodes = tree, _skeleton(tree)
@@ -50,7 +50,7 @@ class StandIn:
         return self._nodes[""]
 
     def _fill(self, place: Tensors, tensors: Tensors, before: dict[int, Tensor] | None) -> None:
-        """Put ``tensors`` into ``place``, or copies of them, for which those made ``before`` are at hand."""
+        """Put ``tensors`` into ``place``; if ``before`` is given, put copies that reuse the memory of those."""
         place.clear()
         for name, tensor in tensors.items():
             place[name] = tensor if tensor is None or before is None else self._copy(tensor, before)
@@ -71,7 +71,7 @@ class StandIn:
 
 @contextmanager
 def on_side(streams: Sequence[torch.cuda.Stream]) -> Iterator[None]:
-    """Launch on these streams, one of each GPU, after what is on the current ones now."""
+    """Return a context that launches on these streams, one per GPU, after all work on the current streams."""
     with ExitStack() as entered:
         for stream in streams:
             stream.wait_stream(torch.cuda.current_stream(stream.device))
@@ -80,7 +80,7 @@ def on_side(streams: Sequence[torch.cuda.Stream]) -> Iterator[None]:
 
 
 def _skeleton(tree: list[tuple[str, Module]]) -> dict[str, Module]:
-    """Give bare modules in the same tree, by name: what is shared stands under each of its names."""
+    """Return bare modules in the same tree, by name; a shared module stands under each of its names."""
     by_module: dict[int, Module] = {}
     nodes: dict[str, Module] = {}
     for name, module in tree:

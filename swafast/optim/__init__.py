@@ -1,4 +1,4 @@
-"""Optimizers and schedules by the names under which the recipes of weight averaging are known."""
+"""Recipes of weight averaging from other packages, under the names that they have there."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""`update_bn`: statistics of BatchNorm taken anew, for weights that no training has run with."""
+"""`update_bn`: new BatchNorm statistics for averaged weights."""
 
 from __future__ import annotations
 
@@ -32,35 +32,36 @@ def update_bn(
     process_group: ProcessGroup | None = None,
     progress: bool = False,
 ) -> None:
-    """Take the statistics of all BatchNorm layers anew, in one pass over ``loader``: the end of SWA.
+    """Compute new running statistics for all BatchNorm layers in one pass over ``loader``: the last step of SWA.
 
-    Each layer gets the mean and the unbiased variance of all that has come into it, whatever the sizes of the batches,
-    of all ranks together; torch's function of this name weighs every batch alike, and leaves out how far the means of
-    batches are apart. It runs the model in training mode, as torch's does, since each layer has to see what the one
-    before gives out with the new weights. Layers that the pass does not reach, or without running statistics, stay as
-    they are, and so do ``training`` and ``momentum`` of every module. So do layers that ``train()`` leaves frozen.
+    Each layer gets the mean and the unbiased variance of all its inputs, over all batches and ranks. torch's function
+    of this name weighs small and large batches alike and ignores the differences between the means of batches. The
+    model runs in training mode, as in torch, so that each layer normalises with the current batch.
+
+    Layers that the pass does not reach, that ``train()`` leaves frozen, or that have no running statistics keep what
+    they have. So does every module's ``training`` and ``momentum``. If an exception is raised, nothing has changed.
 
     Args:
-        loader: batches. A tensor is passed to the model; of a tuple or list, the first item; a mapping, as keyword
-            arguments.
-        model: the model, or the averaged model, wrapped or not.
-        device: where to move batches to; default: they stay.
+        loader: batches. A tensor is passed to the model, a mapping as keyword arguments, and of a tuple or list the
+            first item.
+        model: the model or the averaged model, wrapped or not.
+        device: move each batch there; default: batches stay where they are.
         call: ``call(model, batch)`` runs the model on a batch of any other kind.
-        process_group: collective where there is one: its ranks, by default all, each bring batches of their own, as
-            many as they have.
-        progress: show how far it is.
+        process_group: the ranks that call this together, each with its own batches; default: all ranks, or this
+            process alone if ``torch.distributed`` is not initialised.
+        progress: show a progress bar.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: ``loader`` is empty (on all ranks), a batch is none that the model takes, or the models of ranks
-            differ. The model is as it was, after any other exception of ``loader`` or ``call`` too.
-        RuntimeError: it failed on another rank, or a rank was lost.
+        TypeError: ``model`` is not a module.
+        ValueError: ``loader`` is empty on all ranks, the model does not take a batch or is not initialised, or the
+            models of ranks differ.
+        RuntimeError: the call failed on another rank, or a rank was lost.
 
     Paper: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407,
     section 3.2.
     """
     if not isinstance(model, Module):
-        hint = ": give the model, inside swapped_into" if hasattr(model, "swapped_into") else ""
+        hint = ": pass the model, inside swapped_into" if hasattr(model, "swapped_into") else ""
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hint}")
     layers = {
         name: Layer(module, Moments())
@@ -69,10 +70,10 @@ def update_bn(
     }
     for name, layer in layers.items():
         if any(map(is_lazy, layer.module.buffers(recurse=False))):
-            raise ValueError(f"model must be initialised, got the lazy {name!r}: run it once before")
+            raise ValueError(f"model must be initialised, got the lazy layer {name!r}: run the model once before")
     for module in model.modules():
         if isinstance(module, Attachable):
-            module._guard.settle()  # an update would write what is kept here in case of a failure
+            module._guard.settle()  # an update in the background would write buffers that a failure here restores
     run = partial(_run, loader, model, layers, device, call or _call, progress)
     together = process_group is not None or (torch.distributed.is_available() and torch.distributed.is_initialized())
     num_batches = _run_on_all(run, layers, process_group) if together else run()
@@ -80,9 +81,9 @@ def update_bn(
         raise ValueError("loader must give at least one batch, got none")
     if layers and not any(layer.moments.count for layer in layers.values()):
         warnings.warn(
-            f"none of {len(layers)} BatchNorm layers has seen a value: all are frozen, the batches empty, or the model "
-            "does not call its layers (as a traced one)",
-            stacklevel=3,  # behind torch.no_grad
+            f"none of {len(layers)} BatchNorm layers has seen a value: check that the layers are not frozen, that "
+            "batches are not empty, and that the model calls its layers (a traced model does not)",
+            stacklevel=3,  # torch.no_grad adds a frame
         )
     for layer in layers.values():
         layer.put()
@@ -90,7 +91,7 @@ def update_bn(
 
 @dataclass
 class Moments:
-    """Mean, and sum of squared distances from it, by channel, in float64: those of any batches add up."""
+    """Count, mean and sum of squared deviations of the inputs of a layer, per channel, in float64."""
 
     calls: int = 0
     count: int = 0  # of values in each channel
@@ -98,13 +99,13 @@ class Moments:
     squares: Tensor | None = None  # (channels,)
 
     def take(self, inputs: Tensor) -> None:
-        """Add what comes into a layer, (batch, channels, ...)."""
+        """Add one input of a layer, (batch, channels, ...)."""
         count = inputs.numel() // max(inputs.shape[1], 1)
         if count == 0:
             return
         wide = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
         over = [dim for dim in range(inputs.ndim) if dim != 1]
-        # From a value of each channel on: float32 would round a mean that is large beside the deviation.
+        # Subtract one value of each channel first: if the mean is large, float32 would lose the deviation from it.
         origin = wide
         for dim in over:
             origin = origin.narrow(dim, 0, 1)
@@ -112,9 +113,9 @@ class Moments:
         self.merge(Moments(1, count, mean.double() + origin.flatten().double(), variance.double() * count))
 
     def merge(self, other: Moments) -> None:
-        """Add the moments of further values.
+        """Add the moments of further values, by the formula of Chan, Golub and LeVeque.
 
-        The formula: Chan, Golub and LeVeque 1983, "Algorithms for Computing the Sample Variance".
+        Paper: Chan, Golub and LeVeque 1983, "Algorithms for Computing the Sample Variance".
         """
         if other.mean is None or other.squares is None:
             return
@@ -139,7 +140,7 @@ class Layer:
     moments: Moments
 
     def put(self) -> None:
-        """Write what was taken into the layer, in place."""
+        """Write the moments into the layer's running statistics, in place; without values, keep them."""
         moments, module = self.moments, self.module
         if moments.mean is None or moments.squares is None:
             return
@@ -152,12 +153,12 @@ class Layer:
 
 
 def _run_on_all(run: Callable[[], int], layers: Mapping[str, Layer], process_group: ProcessGroup | None) -> int:
-    """Run the model on each rank's batches, join the moments of all ranks, and return the number of all batches.
+    """Run the model on each rank's batches, merge the moments of all ranks, and return the number of all batches.
 
-    Moments are joined in the ranks' order, so each rank gets the same bits. Collective.
+    Moments are merged in the order of ranks, so each rank gets the same bits. Collective.
 
     Raises:
-        ValueError: the models differ, or what ``run`` raises. RuntimeError: it failed on another rank.
+        ValueError: the models differ, or ``run`` raises it. RuntimeError: ``run`` failed on another rank.
     """
     from ..sharded.parts.rendezvous import shared_ranks
 
@@ -182,7 +183,7 @@ def _run(
     call: Callable[[Module, Any], object],
     progress: bool,
 ) -> int:
-    """Run the model on all batches, give their number, and leave the model as it was."""
+    """Run the model on all batches, restore its buffers and modes, and return the number of batches."""
     if not layers:
         return 0
     count = 0
@@ -196,10 +197,10 @@ def _run(
             except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
                 if isinstance(error, torch.OutOfMemoryError) or _is_of_peers(error):
                     raise
-                hint = "" if isinstance(batch, (Tensor, Mapping, list, tuple)) else " (call= runs it on any other kind)"
+                hint = "" if isinstance(batch, (Tensor, Mapping, list, tuple)) else " (or pass call=)"
                 raise ValueError(
-                    f"loader must give batches that the model takes{hint}, got at {count} {_described(batch)}, and "
-                    f"from the model {type(error).__name__}: {error}"
+                    f"loader must give batches that the model takes{hint}, got batch {count}, {_described(batch)}: "
+                    f"the model raised {type(error).__name__}: {error}"
                 ) from error
             count += 1
     return count
@@ -212,9 +213,9 @@ def _shown(loader: Iterable[Any]) -> Iterable[Any]:
 
 
 def _taking(moments: Moments) -> Callable[[Module, tuple[Any, ...], dict[str, Any]], None]:
-    @torch.no_grad()  # whatever the model does: else each batch's graph would be kept
+    @torch.no_grad()  # even if the model enables gradients: else the graph of each batch would be kept
     def take(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # One that an overridden train() keeps frozen goes on with its statistics; a backward makes a checkpoint again.
+        # Skip layers that an overridden train() keeps frozen, and forwards that a backward repeats for checkpoints.
         if module.training and not is_in_backward():
             moments.take((args[0] if args else kwargs["input"]).detach())
 
@@ -223,7 +224,7 @@ def _taking(moments: Moments) -> Callable[[Module, tuple[Any, ...], dict[str, An
 
 @contextmanager
 def _training(model: Module) -> Iterator[None]:
-    """Put the model into training mode, and each of its modules back into its own."""
+    """Put the model into training mode; on leaving, restore the mode of each module."""
     before = {module: module.training for module in model.modules()}
     try:
         model.train()
@@ -235,7 +236,7 @@ def _training(model: Module) -> Iterator[None]:
 
 @contextmanager
 def _as_before(model: Module, layers: Mapping[str, Layer]) -> Iterator[None]:
-    """Undo what layers write into their statistics while they run; after a failure, what any module has written."""
+    """On leaving, restore the statistics of ``layers``; after a failure, restore every buffer of the model."""
     own = {id(layer.module) for layer in layers.values()}
     before = [
         (module, name, buffer, buffer.clone())
@@ -255,7 +256,7 @@ def _as_before(model: Module, layers: Mapping[str, Layer]) -> Iterator[None]:
 
 
 def _is_of_peers(error: Exception) -> bool:
-    """Say whether a model that is spread over ranks has waited in vain: then the batch is not to blame."""
+    """Return whether a collective of the model timed out or lost a peer, so that the batch is not to blame."""
     return isinstance(error, RuntimeError) and any(
         words in str(error) for words in ("imed out", "onnection closed", "onnection reset")
     )
@@ -273,8 +274,8 @@ def _call(model: Module, batch: Any) -> object:
 
 
 def _moved(batch: Any, device: int | str | torch.device) -> Any:
-    """Give a batch with all its tensors on ``device``."""
-    if hasattr(batch, "to"):  # of a library's own kind of mapping or tuple too
+    """Return the batch with all its tensors on ``device``."""
+    if hasattr(batch, "to"):  # some libraries' mappings and tuples have it too
         return batch.to(device)
     if isinstance(batch, Mapping):
         return {key: _moved(value, device) for key, value in batch.items()}

@@ -1,4 +1,4 @@
-"""Composer's ``SWA`` in a loop of one's own: averages from a start on, which replace the model at an end."""
+"""Composer's ``SWA`` algorithm for a training loop of your own."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ _STRATEGIES = {"linear": "linear", "lin": "linear", "cos": "cos", "cosine": "cos
 
 @pickled_from("swafast.optim")
 class ComposerSWA:
-    """What Composer's ``SWA`` algorithm does, after the optimizer's steps.
+    """Composer's ``SWA`` algorithm, run by hooks on the optimizer.
 
-    From ``swa_start`` on the averages are updated every ``update_interval``; at ``swa_end`` they are copied into the
-    model, which trains on from there, without SWA. An interval in epochs looks at the clock after each whole epoch, one
-    in steps after each step, and epochs count once they are whole: as in Composer, updates and the end come at the
-    first such moment at or after the time given. Let there be an epoch after the end, for BatchNorm's statistics, or
-    take them anew with :func:`~swafast.update_bn`.
+    From ``swa_start`` on, the averages are updated every ``update_interval``. At ``swa_end`` they are copied into the
+    model, which then trains on without SWA.
 
-    The counts go into the optimizer's state dict, as those of :meth:`~swafast.FusedAveragedModel.attach` do, and all
-    else follows from them.
+    The clock is Composer's. It is read after each epoch if ``update_interval`` is in epochs, else after each step, and
+    only whole epochs count. Updates and the end come at the first reading at or after the given time. BatchNorm needs
+    new statistics at the end: train one more epoch, or call :func:`~swafast.update_bn`.
+
+    The number of steps and the schedule are saved in the optimizer's state dict, as by
+    :meth:`~swafast.FusedAveragedModel.attach`.
 
     Args:
-        averaged: what is updated: a :class:`~swafast.FusedAveragedModel` (with ``rule``, ``format``, ... of one's
-            choice), or a sharded one.
+        averaged: the averaged model to update, a :class:`~swafast.FusedAveragedModel` or a sharded one.
         optimizer, model: as for ``attach``.
-        max_duration: of the training, in epochs (``"90ep"``) or steps.
-        steps_per_epoch: of the optimizer.
+        max_duration: length of the training, in epochs (``"90ep"``) or steps.
+        steps_per_epoch: steps of the optimizer in one epoch.
         swa_start, swa_end: both in ``"ep"``, or both in ``"dur"``.
         update_interval: in ``"ep"`` or ``"ba"``.
-        schedule_swa_lr: anneal the learning rate to ``swa_lr`` by torch's ``SWALR``, a step at each update. Leave your
-            own scheduler alone from the start on: both would write the rate.
+        schedule_swa_lr: anneal the learning rate to ``swa_lr`` by torch's ``SWALR``, one step at each update. Stop your
+            own scheduler at the start: it would write the rate too.
         anneal_strategy: ``"linear"`` or ``"cos"``.
-        anneal_steps: updates that annealing takes.
-        swa_lr: default: the rate at the start. (Composer 0.32 takes that one whatever is asked for.)
-        options: ``overlap``, ``offload`` of ``attach``.
+        anneal_steps: number of updates that annealing takes.
+        swa_lr: the rate to anneal to; default: the rate at the start, which Composer 0.32 always takes.
+        options: ``overlap`` and ``offload`` of ``attach``.
 
     Raises:
-        TypeError, ValueError: an argument is none of the above, or the end is not after the start; and as ``attach``.
+        TypeError, ValueError: an argument is none of the above, the end is not after the start, or ``attach`` raises.
 
     Paper: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407.
 
@@ -91,7 +91,7 @@ class ComposerSWA:
             self._model = averaged._model_for(check_optimizers([optimizer]), model)
         if end > clock.duration:
             warnings.warn(
-                f"swa_end={swa_end!r} does not come within max_duration={max_duration!r}: the model is not replaced",
+                f"swa_end={swa_end!r} is after the end of max_duration={max_duration!r}: it replaces no model",
                 stacklevel=2,
             )
         self.attachment = averaged.attach(optimizer, model, start=start, every=clock.interval, end=end, **options)
@@ -99,7 +99,7 @@ class ComposerSWA:
         self._swa_lr = swa_lr
         if schedule_swa_lr:
             strategy: Any = _STRATEGIES[anneal_strategy]
-            before = [group.get("swa_lr") for group in optimizer.param_groups]  # of a resumed optimizer
+            before = [group.get("swa_lr") for group in optimizer.param_groups]  # set if the optimizer was resumed
             self._scheduler = SWALR(optimizer, 0.0, anneal_epochs=anneal_steps, anneal_strategy=strategy)
             for group, rate in zip(optimizer.param_groups, before, strict=True):
                 group["swa_lr"] = rate
@@ -120,16 +120,16 @@ class ComposerSWA:
             for group in self._optimizer.param_groups:
                 if self._swa_lr is not None:
                     group["swa_lr"] = self._swa_lr
-                elif done == 0 or group.get("swa_lr") is None:  # the start, or a group that was not there then
+                elif done == 0 or group.get("swa_lr") is None:  # at the start, or a newer group
                     group["swa_lr"] = group["lr"]
-            if self._scheduler.last_epoch != done:  # this is another process than the one that began
+            if self._scheduler.last_epoch != done:  # the training was resumed
                 self._scheduler.load_state_dict({"last_epoch": done, "_step_count": done + 1})
             self._scheduler.step()
-        if step == schedule.end:  # a resumed training has that of the first one
+        if step == schedule.end:  # of the attachment's schedule, which a resumed training has loaded
             self.averaged.copy_to(self._model)
 
     def detach(self) -> None:
-        """Leave the optimizer alone from now on.
+        """Remove the hooks from the optimizer.
 
         Raises:
             RuntimeError: it was detached before.
@@ -139,7 +139,7 @@ class ComposerSWA:
 
 
 class _Clock:
-    """Composer's clock: the moments at which it is looked at, and what it shows then."""
+    """Composer's clock: after which steps it is read, and what time it shows then."""
 
     def __init__(self, max_duration: Span, steps_per_epoch: int, update_interval: str) -> None:
         if not isinstance(steps_per_epoch, int) or steps_per_epoch < 1:
@@ -157,7 +157,7 @@ class _Clock:
         self.interval = int(number) * (steps_per_epoch if self._after_epochs else 1)
 
     def first(self, swa_start: str, swa_end: str) -> tuple[int, int]:
-        """Give the steps after which the start and the end come."""
+        """Return the steps after which the start and the end come."""
         (start, unit), (end, end_unit) = parse("swa_start", swa_start), parse("swa_end", swa_end)
         if unit not in ("ep", "dur") or unit != end_unit:
             raise ValueError(f"swa_start and swa_end must both be in 'ep' or 'dur', got {swa_start!r} and {swa_end!r}")
@@ -168,9 +168,9 @@ class _Clock:
         return self._moment(math.ceil(start * scale), by_epochs), self._moment(math.ceil(end * scale), by_epochs)
 
     def _moment(self, count: int, by_epochs: bool) -> int:
-        """Give the first step after which the clock is looked at and shows ``count`` epochs, or steps."""
+        """Return the first step after which the clock is read and shows at least ``count`` epochs, or steps."""
         per_epoch = self._steps_per_epoch
         if not by_epochs:
             return per_epoch * max(1, math.ceil(Fraction(count, per_epoch))) if self._after_epochs else max(1, count)
-        # After the last step of an epoch, the epoch does not count yet: it is whole once the next has begun.
+        # After the last step of an epoch the clock does not count the epoch yet; after the next step it does.
         return per_epoch * max(1, count) if self._after_epochs else per_epoch * count + 1

@@ -1,4 +1,4 @@
-"""Learning rates that come in cycles: FGE's, and fast-SWA's."""
+"""The cyclical learning rates of FGE and fast-SWA."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..terms.pickling import pickled_from
 
 @pickled_from("swafast.optim")
 class Cycles(LRScheduler):
-    """A scheduler of torch's whose rate, that of all groups, depends on the step alone.
+    """A torch scheduler that gives all groups one rate, which depends only on the step.
 
     Args:
-        rate: ``rate(step)`` for steps from 0; no part of the state dict.
+        rate: returns the rate of a step, counted from 0; not part of the state dict.
 
     Raises:
-        TypeError: ``optimizer`` is none.
+        TypeError: ``optimizer`` is not an optimizer.
     """
 
     def __init__(self, optimizer: Optimizer, rate: Callable[[int], float]) -> None:
@@ -34,7 +34,7 @@ class Cycles(LRScheduler):
     def get_lr(self) -> list[float | Tensor]:
         return [self._rate(max(self.last_epoch, 0)) for _ in self.optimizer.param_groups]
 
-    _get_closed_form_lr = get_lr  # what SequentialLR begins with
+    _get_closed_form_lr = get_lr  # SequentialLR calls it at the start
 
     def state_dict(self) -> dict[str, Any]:
         return {key: value for key, value in super().state_dict().items() if key != "_rate"}
@@ -68,16 +68,18 @@ class Cosine:
 
 
 def cyclical_lr(optimizer: Optimizer, *, max_lr: float, min_lr: float, cycle: int) -> Cycles:
-    """Give FGE's schedule: from ``max_lr`` down to ``min_lr`` in half a cycle and back, over and over.
+    """Make FGE's learning rate schedule: linear from ``max_lr`` to ``min_lr`` in half a cycle, and back, repeatedly.
 
-    Step it after each step of the optimizer. Models worth keeping are those half-way through a cycle, where the rate is
-    least: ``averaged.attach(optimizer, start=cycle // 2, every=cycle)`` averages them.
+    Call ``step()`` after each step of the optimizer. FGE keeps the model in the middle of each cycle, where the rate is
+    lowest. ``averaged.attach(optimizer, start=cycle // 2, every=cycle)`` averages these models.
 
     Args:
-        cycle: steps, an even number.
+        max_lr, min_lr: the highest and the lowest rate, of all groups.
+        cycle: steps in a cycle, an even number.
 
     Raises:
-        ValueError: ``cycle`` is no even int >= 2, or rates are not ``max_lr >= min_lr > 0``.
+        TypeError: ``optimizer`` is not an optimizer.
+        ValueError: ``cycle`` is not an even int >= 2, or not ``max_lr >= min_lr > 0``.
 
     Paper: Garipov et al. 2018, "Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs", arXiv:1802.10026,
     section 5.
@@ -91,18 +93,19 @@ def cyclical_lr(optimizer: Optimizer, *, max_lr: float, min_lr: float, cycle: in
 
 
 def cyclical_cosine_lr(optimizer: Optimizer, *, max_lr: float, anneal: int, until: int, cycle: int) -> Cycles:
-    """Give fast-SWA's schedule: a cosine to 0 at step ``anneal``, whose last ``cycle`` steps before ``until`` repeat.
+    """Make fast-SWA's learning rate schedule: a cosine whose ``cycle`` steps before ``until`` repeat from there on.
 
-    Step it after each step of the optimizer. SWA averages the model at the end of each cycle,
-    ``attach(optimizer, start=until, every=cycle)``; fast-SWA several within one, with a smaller ``every``.
+    Call ``step()`` after each step of the optimizer. SWA averages the model at the end of each cycle:
+    ``attach(optimizer, start=until, every=cycle)``. fast-SWA averages several models in one, with a smaller ``every``.
 
     Args:
-        max_lr: the rate at the start.
-        anneal: the step at which the cosine would come to 0.
-        until: the step from which on cycles repeat.
-        cycle: steps.
+        max_lr: the rate of all groups at the start.
+        anneal: the step at which the cosine would reach 0.
+        until: the step from which on the cycle repeats.
+        cycle: steps in a cycle.
 
     Raises:
+        TypeError: ``optimizer`` is not an optimizer.
         ValueError: not ``0 < cycle <= until <= anneal``, or ``max_lr`` is not above 0.
 
     Paper: Athiwaratkun et al. 2019, "There Are Many Consistent Explanations of Unlabeled Data: Why You Should Average",

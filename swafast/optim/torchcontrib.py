@@ -1,4 +1,4 @@
-"""torchcontrib's ``SWA``: an optimizer that averages the params which another one trains."""
+"""torchcontrib's ``SWA``: an optimizer around another one that also averages its params."""
 
 from __future__ import annotations
 
@@ -24,23 +24,22 @@ _RULE = EqualAverage().kernel_terms()
 
 @pickled_from("swafast.optim")
 class SWA(Optimizer):
-    """torchcontrib's ``SWA``, on today's torch: an optimizer that averages the params it trains.
+    """torchcontrib's ``SWA`` for today's torch: an optimizer around another one that also averages its params.
 
-    In automatic mode the averages are updated after every step whose number is over ``swa_start`` and divided by
-    ``swa_freq``, and from step ``swa_start`` on every group trains with ``swa_lr``. In manual mode, with one of the two
-    left out, :meth:`update_swa` does it. Averages are float32 for narrower params, and are moved by one launch for each
-    group; a model with buffers, shards or a GPU's memory to spare is better served by
-    ``FusedAveragedModel(model).attach(optimizer)``.
+    In automatic mode, with ``swa_start`` and ``swa_freq``, the averages are updated after every step whose number is
+    above ``swa_start`` and divisible by ``swa_freq``. From step ``swa_start`` on, every group trains with ``swa_lr``.
+    In manual mode, call :meth:`update_swa`. The average of a bfloat16 or float16 param is float32. In new code, prefer
+    ``FusedAveragedModel(model).attach(optimizer)``, which also handles buffers and shards.
 
     Args:
-        optimizer: the one that trains.
-        swa_start: steps before the first update, in automatic mode.
-        swa_freq: steps from one update to the next.
-        swa_lr: the learning rate from then on; default: it is left alone.
+        optimizer: the optimizer that trains.
+        swa_start: number of steps before the first update, in automatic mode.
+        swa_freq: number of steps from one update to the next, in automatic mode.
+        swa_lr: the learning rate from ``swa_start`` on; default: the rate is not changed.
 
     Raises:
-        TypeError: ``optimizer`` is none.
-        ValueError: ``swa_start`` or ``swa_lr`` is negative, or ``swa_freq`` below 1.
+        TypeError: ``optimizer`` is not an optimizer.
+        ValueError: ``swa_start`` or ``swa_lr`` is negative, or ``swa_freq`` is below 1.
 
     Paper: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407.
 
@@ -66,7 +65,7 @@ class SWA(Optimizer):
         start, freq = _whole("swa_start", swa_start, 0), _whole("swa_freq", swa_freq, 1)
         self._auto_mode = start is not None and freq is not None
         if not self._auto_mode and (start, freq, swa_lr) != (None, None, None):
-            warnings.warn("swa_start or swa_freq is None: the other and swa_lr are ignored", stacklevel=2)
+            warnings.warn("swa_start or swa_freq is None: give both, else all three are ignored", stacklevel=2)
         if swa_lr is not None and not swa_lr >= 0:
             raise ValueError(f"swa_lr must be >= 0, got {swa_lr!r}")
         self.optimizer = optimizer
@@ -80,11 +79,11 @@ class SWA(Optimizer):
         for group in self.param_groups:
             group["n_avg"] = group["step_counter"] = 0
 
-    # What is the optimizer's own, whatever it puts in its place: a load makes new lists.
+    # Groups and state are read from the inner optimizer each time, since its load replaces them.
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        for group in self.optimizer.param_groups:  # it may have been given some beside this one
+        for group in self.optimizer.param_groups:  # some may have been added to the inner optimizer directly
             group.setdefault("n_avg", 0)
             group.setdefault("step_counter", 0)
         return self.optimizer.param_groups
@@ -96,11 +95,11 @@ class SWA(Optimizer):
 
     @property
     def opt_state(self) -> Mapping[Tensor, Any]:
-        """The state of the optimizer that trains."""
+        """The state of the inner optimizer."""
         return self.optimizer.state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Train and average further params; they have steps and averages of their own."""
+        """Add a group of params to train and to average. It has its own counts of steps and of averaged models."""
         if not self._is_making:
             param_group["n_avg"] = param_group["step_counter"] = 0
             self.optimizer.add_param_group(param_group)
@@ -108,7 +107,7 @@ class SWA(Optimizer):
     # Steps and averages
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Make a step of the optimizer; in automatic mode, update the averages where it is time."""
+        """Run a step of the inner optimizer and return its loss. In automatic mode, update averages that are due."""
         if self.swa_lr is not None:
             for group in self.param_groups:
                 if group["step_counter"] >= self.swa_start:
@@ -129,7 +128,7 @@ class SWA(Optimizer):
     @torch.no_grad()
     def update_swa_group(self, group: dict[str, Any]) -> None:
         """Update the averages of one of ``param_groups``."""
-        alike: defaultdict[tuple[torch.device, str], list[Tensor]] = defaultdict(list)  # what one launch takes
+        alike: defaultdict[tuple[torch.device, str], list[Tensor]] = defaultdict(list)  # the params of each launch
         for param in group["params"]:
             if param.numel():
                 dtype = _average_dtype(param)
@@ -144,7 +143,7 @@ class SWA(Optimizer):
 
     @torch.no_grad()
     def swap_swa_sgd(self) -> None:
-        """Exchange params and averages: to use these, or to evaluate them and, exchanged once more, train on."""
+        """Exchange params and averages in place, or exchange them back. Warn of params that have no average yet."""
         wait_for_readers()
         lacking = 0
         for param in self._params():
@@ -155,22 +154,22 @@ class SWA(Optimizer):
             average, own = state["swa_buffer"], param.detach().clone()
             kept = state.pop("swa_kept", None)
             param.copy_(average)
-            # Of an average that was rounded to a narrower param, the rest comes back with it.
+            # Keep the float32 average that was rounded to a narrower param, and restore it if the param is unchanged.
             is_back = kept is not None and _same_bits(kept.to(own.dtype), own)
             if average.dtype != param.dtype and not is_back:
                 state["swa_kept"] = average.clone()
             average.copy_(kept if is_back else own)
         if lacking:
-            # Behind torch.no_grad stands who called.
+            # stacklevel 3: torch.no_grad adds a frame.
             warnings.warn(f"{lacking} params have no average yet and are not exchanged", stacklevel=3)
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Give torchcontrib's three entries: ``opt_state``, ``swa_state`` and ``param_groups``.
+        """Return torchcontrib's three entries: ``opt_state``, ``swa_state`` and ``param_groups``.
 
-        What hooks add, an attached average say, is beside them; what they add to the optimizer's own is in
-        ``opt_added``.
+        Entries that state-dict hooks add, such as that of an attached average, stand beside them. Entries that hooks
+        add to the inner optimizer's state are under ``opt_added``.
         """
         packed, own = super().state_dict(), self.optimizer.state_dict()
         state = {"opt_state": own.pop("state"), "swa_state": packed.pop("state"), **packed}
@@ -182,29 +181,29 @@ class SWA(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load such a state, torchcontrib's own too.
+        """Load a state of this class or of torchcontrib's.
 
         Raises:
-            TypeError, ValueError: it is none, lacks an entry, or its groups or averages are of other params; or what
-                hooks raise. Nothing has changed.
+            TypeError, ValueError: it is not such a state, lacks an entry, or is of other params; or a hook raises. If
+                loading fails, nothing has changed.
         """
         averages = self._read(state_dict)
         added = {key: value for key, value in state_dict.items() if key not in (*_ENTRIES, "opt_added")}
         groups = state_dict["param_groups"]
         own = {**state_dict.get("opt_added", {}), "state": state_dict["opt_state"], "param_groups": groups}
         for optimizer, state in ((self, added), (self.optimizer, own)):
-            check_attached_load(optimizer, state)  # of both, before one of them changes
+            check_attached_load(optimizer, state)  # check both before either changes
         before = self.optimizer.state, self.optimizer.param_groups, self.state
         try:
             self.optimizer.load_state_dict(own)
-            super().load_state_dict({**added, "state": {}, "param_groups": groups})  # for hooks
+            super().load_state_dict({**added, "state": {}, "param_groups": groups})  # only to run its hooks
             self.state = averages
         except BaseException:
             self.optimizer.state, self.optimizer.param_groups, self.state = before
             raise
 
     def _read(self, state_dict: Mapping[str, Any]) -> defaultdict[Any, Any]:
-        """Give the averages of a state by param."""
+        """Return the averages of a state by param, or raise as :meth:`load_state_dict`."""
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
         lacking = [key for key in _ENTRIES if key not in state_dict]
@@ -219,15 +218,15 @@ class SWA(Optimizer):
             counts = [group.get(name) for name in ("n_avg", "step_counter")]
             if "params" not in group or not all(isinstance(count, int) and count >= 0 for count in counts):
                 raise ValueError(
-                    f"state_dict['param_groups'] must have params, n_avg and step_counter, ints >= 0, got {group}"
+                    f"state_dict['param_groups'] must have params, and ints >= 0 as n_avg and step_counter, got {group}"
                 )
         ids = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         params = list(self._params())
         if len(ids) != len(params):
-            raise ValueError(f"state_dict must be of {len(params)} params, got one of {len(ids)}")
+            raise ValueError(f"state_dict must be of {len(params)} params, got {len(ids)}")
         swa_state = state_dict["swa_state"]
         if len(swa_state) == len(ids) and not set(swa_state) & set(ids):
-            # torchcontrib writes addresses here, and torch since 1.5 indices there; both are in the params' order.
+            # torchcontrib keys averages by address, while torch since 1.5 numbers params; both keep the params' order.
             swa_state = dict(zip(ids, swa_state.values(), strict=True))
         surplus = sorted(set(swa_state) - set(ids), key=str)
         if surplus:
@@ -246,14 +245,14 @@ class SWA(Optimizer):
         return {key: self.__dict__[key] for key in _OF_A_COPY}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        groups = state.pop("param_groups", None)  # of a load: these are the optimizer's own
+        groups = state.pop("param_groups", None)  # during a load; the groups belong to the inner optimizer
         super().__setstate__(state)
         if groups is not None:
             state["param_groups"] = groups
 
     @staticmethod
     def bn_update(loader: Iterable[Any], model: Module, device: torch.device | None = None) -> None:
-        """As :func:`swafast.update_bn`, which weighs batches by what is in them."""
+        """Call :func:`swafast.update_bn`. Unlike torchcontrib's function, it weighs each batch by its size."""
         batchnorm.update_bn(loader, model, device)
 
 
@@ -266,7 +265,7 @@ def _average_dtype(param: Tensor) -> torch.dtype:
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Compare bfloat16 or float16 tensors: a NaN in one place is no difference in all."""
+    """Compare bfloat16 or float16 tensors bit by bit, so that equal NaNs count as equal."""
     return torch.equal(one.view(torch.int16), other.view(torch.int16))
 
 

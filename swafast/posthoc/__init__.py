@@ -1,1 +1,1 @@
-"""Averages made after training, from averages that were stored along it."""
+"""Averages made after training, from averages that were stored during it."""

@@ -1,7 +1,7 @@
-"""What a folder of snapshots says of itself: which averages of which model are stored in it, and by which rules.
+"""The layout of a folder of snapshots, and the ``snapshot.json`` that describes each snapshot.
 
-A snapshot is a subfolder ``<num_averaged>.<generation>``, and is there once its ``snapshot.json`` is, which is written
-last: without it, what lies there is what an interrupted save has left. Of one count the last generation holds.
+A snapshot is a subfolder ``<num_averaged>.<generation>``. ``snapshot.json`` is written last: a subfolder without it is
+left over from an interrupted save and is ignored. Of one count, the latest generation is used.
 """
 
 from __future__ import annotations
@@ -30,48 +30,48 @@ _NAME = re.compile(r"(\d{12,})\.(\d+)")
 
 @pickled_from("swafast")
 class StoredAverage(NamedTuple):
-    """One average of one snapshot."""
+    """The name, count and rule of one average in one snapshot, as iteration over ``Snapshots`` yields it."""
 
     name: str
     num_averaged: int
-    rule: Rule | str  # a str: the spelling of a rule that this package cannot make again
+    rule: Rule | str  # a str: the repr of a user's own rule, which swafast cannot make again
 
     def profile(self, folder: Path) -> Profile:
-        """Give its profile.
+        """Return the profile of the average; an error names ``folder``.
 
         Raises:
-            ValueError: the rule is one of the user's own, and not given.
+            ValueError: the average has a user's own rule, which ``rules`` of :class:`Snapshots` lacks.
         """
         if isinstance(self.rule, str):
             raise ValueError(
                 f"rules must have the rule of the average {self.name!r}, stored as {self.rule} in {folder}, "
-                "got none of that name"
+                f"got none of that name: pass Snapshots(folder, rules={{{self.name!r}: ...}})"
             )
         return Profile(self.rule, self.num_averaged)
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What is stored of one param or buffer."""
+    """The names, whole shape and dtype of a stored param or buffer."""
 
-    names: tuple[str, ...]  # its own in the model, then those tied to it
-    shape: tuple[int, ...]  # of the whole
+    names: tuple[str, ...]  # its name in the model, then the names that are tied to it
+    shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What stands in one ``snapshot.json``."""
+    """The content of one ``snapshot.json``."""
 
     path: Path
     num_averaged: int
-    rules: Mapping[str, Rule | str]  # by the averages' names
-    params: tuple[StoredTensor, ...]  # of each average, under `key_of(average, name)`
-    copies: tuple[StoredTensor, ...]  # of the model, under `key_of("", name)`
+    rules: Mapping[str, Rule | str]  # by name of the average
+    params: tuple[StoredTensor, ...]  # stored for each average under `key_of(average, name)`
+    copies: tuple[StoredTensor, ...]  # tensors that are not averaged, stored once under `key_of("", name)`
     checksums: Mapping[str, int]  # by key
 
     def layout(self) -> dict[str, str]:
-        """Give what all snapshots of one model have in common, by name."""
+        """Describe each tensor, by name. Snapshots of one model have equal layouts."""
         kinds = (("averaged", self.params), ("copied", self.copies))
         return {
             stored.names[0]: f"{kind} {stored.shape}" + "".join(f", tied to {name!r}" for name in stored.names[1:])
@@ -81,12 +81,12 @@ class Snapshot:
 
 
 def key_of(average: str, name: str) -> str:
-    """Give the key of a param in an average, or with an empty ``average`` of what is copied from the model."""
+    """Return the key of a param of an average, or, if ``average`` is empty, of a tensor that is not averaged."""
     return f"{average}/{name}"
 
 
 def require_same_model(expected: Snapshot, what: str, got: Snapshot) -> None:
-    """Raise ValueError naming the first difference unless ``got``, which ``what`` names, is of the same model."""
+    """Raise ValueError with the first difference if two snapshots are of different models; ``what`` names ``got``."""
     ours, theirs = expected.layout(), got.layout()
     for name in [*ours, *theirs]:
         if ours.get(name) != theirs.get(name):
@@ -100,7 +100,7 @@ def require_same_model(expected: Snapshot, what: str, got: Snapshot) -> None:
 
 
 def snapshot_paths(folder: Path) -> list[Path]:
-    """Give the snapshots in ``folder`` that are complete, by their counts."""
+    """Return the complete snapshots in ``folder``, in the order of their counts."""
     latest: dict[int, tuple[int, Path]] = {}
     for path, count, generation in _subfolders(folder):
         if (path / SIDECAR).exists():
@@ -109,7 +109,7 @@ def snapshot_paths(folder: Path) -> list[Path]:
 
 
 def new_path(folder: Path, num_averaged: int) -> Path:
-    """Make the subfolder for a snapshot; one of this count that is there already stays, and holds meanwhile."""
+    """Make the subfolder for a new snapshot. An earlier snapshot of this count stays valid meanwhile."""
     taken = [generation for _, count, generation in _subfolders(folder) if count == num_averaged]
     path = folder / f"{num_averaged:012d}.{max(taken, default=-1) + 1}"
     path.mkdir(parents=True)
@@ -117,7 +117,7 @@ def new_path(folder: Path, num_averaged: int) -> Path:
 
 
 def outdated_paths(path: Path) -> list[Path]:
-    """Give what a snapshot takes the place of, and what interrupted saves of its count have left."""
+    """Return the subfolders that a snapshot replaces: those of its count with earlier generations."""
     _, own_count, own = next(found for found in _subfolders(path.parent) if found[0] == path)
     return [other for other, count, generation in _subfolders(path.parent) if count == own_count and generation < own]
 
@@ -133,7 +133,7 @@ def _subfolders(folder: Path) -> Iterable[tuple[Path, int, int]]:
 
 
 def write_sidecar(snapshot: Snapshot) -> None:
-    """Write ``snapshot.json``, at once: a reader finds none, or all of it."""
+    """Write ``snapshot.json`` atomically: a reader finds the whole file or none."""
     body = _body(snapshot)
     unfinished = snapshot.path / f"{SIDECAR}.unfinished"
     with open(unfinished, "w", encoding="utf-8") as file:
@@ -144,10 +144,10 @@ def write_sidecar(snapshot: Snapshot) -> None:
 
 
 def read_sidecar(path: Path) -> Snapshot:
-    """Read what a snapshot says of itself.
+    """Read ``snapshot.json`` of a snapshot.
 
     Raises:
-        ValueError: ``snapshot.json`` is damaged, of a later version, or of another count than the folder's name has; it
+        ValueError: the file is damaged, of another version, or of another count than the folder's name. The message
             names the snapshot.
     """
     try:
@@ -157,12 +157,12 @@ def read_sidecar(path: Path) -> Snapshot:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / SIDECAR} must be whole, got {type(error).__name__}: {error}") from error
     if not intact:
-        raise ValueError(f"{path / SIDECAR} must be what was saved, got other bytes: it is damaged")
+        raise ValueError(f"{path / SIDECAR} must be what was saved, got other bytes: delete the damaged snapshot")
     if body["version"] != _VERSION:
         raise ValueError(f"{path / SIDECAR} must be of version {_VERSION}, got {body['version']}")
     match = _NAME.fullmatch(path.name)
     if match is None or int(match[1]) != body["n_averaged"]:
-        raise ValueError(f"{path} must be named after its count, {body['n_averaged']}: it was renamed")
+        raise ValueError(f"{path} must be named after its count, {body['n_averaged']}: rename it back")
     return Snapshot(
         path,
         body["n_averaged"],
@@ -174,7 +174,7 @@ def read_sidecar(path: Path) -> Snapshot:
 
 
 def fingerprint(snapshot: Snapshot) -> str:
-    """Give a few digits that differ for snapshots that say anything else of themselves."""
+    """Return a short digest of a snapshot's description."""
     return _digest(_body(snapshot))[:16]
 
 
@@ -194,7 +194,7 @@ def _digest(body: object) -> str:
 
 
 def _spell(rule: Rule | str) -> dict[str, Any]:
-    # Of just these classes: a subclass may weigh otherwise.
+    # Exactly these classes: a subclass may define another weight.
     if type(rule) in _RULES.values():
         return {"rule": type(rule).__name__, **dataclasses.asdict(rule)}  # type: ignore[call-overload]
     return {"rule": None, "spelled": rule if isinstance(rule, str) else repr(rule)}
@@ -208,7 +208,7 @@ def _rule_of(saved: Mapping[str, Any], path: Path) -> Rule | str:
     try:
         rule: Rule = _RULES[kind](**arguments)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path / SIDECAR} must name rules of this package, got {dict(saved)}: {error}") from error
+        raise ValueError(f"{path / SIDECAR} must name rules of swafast, got {dict(saved)}: {error}") from error
     return rule
 
 

@@ -1,10 +1,11 @@
-"""Which models an average is made of, and an average of any rule put together from others that were kept.
+"""The weight of each model in an average, and the best sum of stored averages for a wanted rule.
 
-The *profile* of a rule after n updates is the weight that each of the n models has in the average,
+The *profile* of a rule after n updates is the weight of each of the n models in the average,
 
     p(i) = w_i (1 - w_{i+1}) ... (1 - w_n),   i = 1..n,   with w_i = rule.weight(i - 1) and w_1 = 1.
 
-An average is linear in its profile: what adds up profiles to another one adds up the averages to that one's.
+An average is linear in its profile. So the coefficients that sum profiles to another profile sum the averages to that
+profile's average.
 """
 
 from __future__ import annotations
@@ -20,28 +21,28 @@ from torch import Tensor
 from ..terms.rules import Rule, checked_weight, terms_of
 from ..terms.weight import KernelTerms
 
-#: Numbers that are worked on at a time: 8 MB each for weights, decays and their products.
+#: Numbers per window: 8 MB each for weights, decays and their products.
 _WINDOW_NUMEL = 2**20
 
-#: Singular values below this share of the largest are left out. Measured on a random walk with drift and noise, its
-#: averages kept as float32. Ten power averages of sigma_rel 0.05 to 0.14 at 16 counts, nearly dependent, and 0.02
-#: wanted: relative errors 1.4 with 1e-15, 2.9e-3 with 1e-10, 1.8e-4 with 1e-8, 2.1e-5 with 1e-6, 1.1e-4 with 1e-4. Of
-#: 0.05 and 0.10 alone, at 8 to 400 counts, it leaves nothing out.
+#: Singular values below this share of the largest are dropped. Measured on a random walk with drift and noise, with
+#: float32 averages. For ten nearly dependent power averages, sigma_rel 0.05 to 0.14 at 16 counts, and 0.02 wanted, the
+#: relative error is 1.4 with 1e-15, 2.9e-3 with 1e-10, 1.8e-4 with 1e-8, 2.1e-5 with 1e-6 and 1.1e-4 with 1e-4. With
+#: 0.05 and 0.10 alone, at 8 to 400 counts, nothing is dropped.
 _CUTOFF = 1e-6
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The weights that models 1 to ``num_averaged`` have in an average of ``rule``.
+    """The weights of models 1 to ``num_averaged`` in an average by ``rule``.
 
     For :class:`~swafast.PowerAverage` they are ``(i^(g+1) - (i-1)^(g+1)) / n^(g+1)``.
 
     Args:
-        num_averaged: >= 1; updates so far, the first of which copied.
+        num_averaged: >= 1; number of updates, the first of which copies.
 
     Raises:
-        TypeError: ``rule`` is no rule.
-        ValueError: ``num_averaged`` is no int >= 1.
+        TypeError: ``rule`` is not a :class:`~swafast.Rule`.
+        ValueError: ``num_averaged`` is not an int >= 1.
 
     Paper: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv:2312.02696,
     appendix C.
@@ -58,40 +59,40 @@ class Profile:
             raise ValueError(f"num_averaged must be an int >= 1, got {count!r}")
 
     def weights(self) -> Tensor:  # (num_averaged,) float64
-        """Give the weights themselves, on the CPU: 8 bytes for each model.
+        """Return the weights, float64 on the CPU.
 
         Raises:
-            ValueError: the rule gives something that is not a number in [0, 1].
+            ValueError: the rule returns a weight that is not in [0, 1].
         """
         return _stretch(self.rule, 1, self.num_averaged)[0]
 
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """The sum of stored averages that comes nearest to a wanted one, and how near that is.
+    """The sum of stored averages that is nearest to a wanted average.
 
-    The error of what is synthesized has two parts: ``residual`` says how much of the wanted profile is missed, and
-    ``gain`` by how much the rounding of the stored averages is amplified.
+    A synthesized average has two kinds of error. ``residual`` is the part of the wanted profile that is missed.
+    ``gain`` is the factor by which the rounding errors of the stored averages grow.
     """
 
-    coefficients: Tensor  # (stored,) float64, one for each profile given; they add up to 1
+    coefficients: Tensor  # (num_stored,) float64; they sum to 1
     residual: float  # ||sum of x_i p_i - p|| / ||p||
     gain: float  # sum of |x_i|
 
 
 def fit(stored: Sequence[Profile], wanted: Profile) -> Fit:
-    """Give the coefficients with which ``stored`` profiles add up to ``wanted``, by least squares.
+    """Fit a sum of ``stored`` profiles to ``wanted`` by least squares.
 
-    Minimises ``||sum of x_i p_i - p||`` over x that add up to 1, so that models that did not change average to what
-    they are. Stored profiles of more models than ``wanted`` has take no part: their coefficients are 0.
+    Minimises ``||sum of x_i p_i - p||`` over x that sum to 1, so that params which never changed are reproduced
+    exactly. Profiles of more models than ``wanted`` get the coefficient 0.
 
     Takes O(num_averaged) time for each distinct rule, and memory for a million numbers at a time.
 
     Raises:
-        TypeError: an argument is none of the above.
-        ValueError: nothing is stored, or ``wanted`` is of more models than any of ``stored``, or of fewer than each.
+        TypeError: an argument is not a :class:`Profile`.
+        ValueError: ``stored`` is empty, or ``wanted`` has more models than every stored profile, or fewer.
 
-    Paper: Karras et al. 2024, arXiv:2312.02696, section 3.2; it has the inner products of continuous profiles.
+    Paper: Karras et al. 2024, arXiv:2312.02696, section 3.2, which uses inner products of continuous profiles.
     """
     _check(stored, wanted)
     used = [k for k, profile in enumerate(stored) if profile.num_averaged <= wanted.num_averaged]
@@ -113,7 +114,7 @@ def _check(stored: Sequence[Profile], wanted: Profile) -> None:
     counts = [profile.num_averaged for profile in stored]
     if not min(counts) <= wanted.num_averaged <= max(counts):
         raise ValueError(
-            f"wanted must be of {min(counts)} to {max(counts)} models, as stored ones are, got {wanted.num_averaged}"
+            f"wanted must be of {min(counts)} to {max(counts)} models, as the stored are, got {wanted.num_averaged}"
         )
 
 
@@ -123,7 +124,7 @@ def _check(stored: Sequence[Profile], wanted: Profile) -> None:
 def _solve(matrix: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
     """Return the x with sum 1 that minimises |matrix x - goal|, and the minimum."""
     columns = matrix.size(1)
-    # All x with sum 1: their mean, and what lies across it.
+    # Every x with sum 1 is the mean plus a vector that is orthogonal to it.
     mean = torch.full((columns,), 1.0 / columns, dtype=torch.float64, device="cpu")
     across = torch.linalg.qr(mean.unsqueeze(1), mode="complete").Q[:, 1:]
     u, sizes, vh = torch.linalg.svd(matrix @ across, full_matrices=False)
@@ -134,19 +135,19 @@ def _solve(matrix: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _compressed(profiles: Sequence[Profile]) -> list[Tensor]:
-    """Give short vectors, one for each profile, that have the inner products of the profiles.
+    """Return one short vector for each profile, with the same inner products as the profiles.
 
-    Between two neighbouring counts the profiles of one rule are multiples of one stretch of weights. So there all are
-    combinations of as many stretches as there are rules, and the R of a QR decomposition of these has their geometry.
-    Inner products would say the same with half the digits: they square what is small between profiles nearly alike.
+    Between two neighbouring counts, all profiles of one rule are multiples of one stretch of weights. So R of a QR
+    decomposition of one stretch per rule holds all inner products there. To compute the inner products themselves
+    would lose half of the digits, since it squares the small differences between similar profiles.
     """
-    rules: list[Rule] = []  # each once; one of the user's own need not hash
+    rules: list[Rule] = []  # distinct; a list, since a user's rule may not be hashable
     for profile in profiles:
         if profile.rule not in rules:
             rules.append(profile.rule)
     own = [rules.index(profile.rule) for profile in profiles]
     counts = sorted({profile.num_averaged for profile in profiles})
-    # By profile: the log of what models after the stretch have left of it.
+    # For each profile, the log of the factor by which later models have reduced the current stretch.
     left = [0.0] * len(profiles)
     stretches: list[list[Tensor]] = [[] for _ in profiles]
     for start, stop in reversed(list(zip([0, *counts], counts, strict=False))):
@@ -161,7 +162,7 @@ def _compressed(profiles: Sequence[Profile]) -> list[Tensor]:
 
 
 def _triangle(rules: Sequence[Rule], first: int, last: int) -> tuple[Tensor, list[float]]:
-    """Give R of the rules' stretches side by side, and each rule's log decay over models ``first`` to ``last``."""
+    """Return R of the rules' stretches as columns, and each rule's log decay over models ``first`` to ``last``."""
     log_decays = [0.0] * len(rules)
     triangle = torch.empty(0, len(rules), dtype=torch.float64, device="cpu")
     length = max(1, _WINDOW_NUMEL // len(rules))
@@ -181,11 +182,11 @@ def _triangle(rules: Sequence[Rule], first: int, last: int) -> tuple[Tensor, lis
 
 
 def _stretch(rule: Rule, first: int, last: int) -> tuple[Tensor, float]:
-    """Give what models ``first`` to ``last`` weigh in the average once ``last`` has come, and the log of what is left
-    of those before.
+    """Return the weights of models ``first`` to ``last`` in the average after ``last``, and the log of the weight that
+    is left for earlier models.
 
-    Added up from the end, where the weight is: differences of sums from the start would cancel, and be NaN past a
-    weight of 1, which forgets all before it.
+    The log decays are summed from the end. Differences of sums from the start would cancel, and would be NaN after a
+    weight of 1.
     """
     weights, log_decays = _weights(rule, first, last)
     sums = log_decays.flip(0).cumsum(0).flip(0)
@@ -194,13 +195,13 @@ def _stretch(rule: Rule, first: int, last: int) -> tuple[Tensor, float]:
 
 
 def _weights(rule: Rule, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """Return the weights of models ``first`` to ``last`` as they come, and log(1 - weight); both float64."""
+    """Return ``rule.weight`` at models ``first`` to ``last``, and log(1 - weight); both float64."""
     terms = terms_of(rule)
     if terms is None:
         given = [checked_weight(rule, i - 1) for i in range(first, last + 1)]
         weights = torch.tensor(given, dtype=torch.float64, device="cpu")
         return weights, (-weights).log1p_()
-    # As ``KernelTerms.weight`` has it, for many counts at once.
+    # ``KernelTerms.weight``, vectorised over counts.
     n = torch.arange(first - 1, last, dtype=torch.float64, device="cpu")
     copied = n == 0
     low, high, inv_gamma, power = terms.terms

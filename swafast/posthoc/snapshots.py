@@ -1,4 +1,4 @@
-"""`Snapshots`: averages stored along a training, and any other average put together from them afterwards."""
+"""`Snapshots`: store averages during training, and synthesize any other average from them afterwards."""
 
 from __future__ import annotations
 
@@ -41,30 +41,31 @@ from .written import Averaged, StoredPart, named_averages, reporting, stored_in,
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-#: A synthesized profile that is further off is worth a warning.
+#: A larger residual of a synthesized profile gets a warning.
 _FAR_OFF = 0.01
 
 
 @pickled_from("swafast")
 class Snapshots:
-    """A folder of averages stored along a training, from which an average of any rule is synthesized afterwards.
+    """A folder of averages stored during training, from which an average by any rule can be synthesized afterwards.
 
-    Store two :class:`~swafast.PowerAverage` (sigma_rel 0.05 and 0.10, say) now and then; after training, add them up so
-    that the sum weighs the models of the training as the wanted rule would have. Whatever is averaged by a
-    :class:`~swafast.Rule` may be stored, by one process or by the ranks of a sharded model, and be synthesized by
-    as many others.
+    Keep two :class:`~swafast.PowerAverage`, for instance with sigma_rel 0.05 and 0.10, and store both now and then.
+    After training, a sum of the stored averages approximates the average by another rule. Averages by every
+    :class:`~swafast.Rule` can be stored, from one process or from sharded models. The number of ranks may differ
+    between saving and synthesizing.
 
-    Making one, :meth:`save` and :meth:`synthesize` are collective where there is a process group: all of its ranks make
-    the same calls, see one folder, and what fails on one raises on all. Listing and :meth:`fit` are not.
+    With a process group, construction, :meth:`save` and :meth:`synthesize` are collective: all ranks make the same
+    calls on one shared folder, and an error on one raises on all. Iteration and :meth:`fit` are not collective.
 
     Args:
-        folder: need not exist yet.
-        process_group: the ranks that save and synthesize together; default: all, or this process where there is none.
-        rules: by average, those that are no rules of this package, as when they were stored.
+        folder: the folder; it need not exist yet.
+        process_group: the ranks that save and synthesize together; default: all ranks, or this process alone if
+            ``torch.distributed`` is not initialised.
+        rules: your own rules by name of the average, as they were when stored. swafast stores its own rules itself.
 
     Raises:
-        TypeError: ``rules`` is no mapping of names to rules.
-        ValueError: ``process_group`` is none that this rank is in.
+        TypeError: ``rules`` is not a mapping of names to rules.
+        ValueError: ``process_group`` does not hold this rank.
 
     Paper: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv:2312.02696,
     section 3.2.
@@ -86,9 +87,9 @@ class Snapshots:
         process_group: ProcessGroup | None = None,
         rules: Mapping[str, Rule] | None = None,
     ) -> None:
-        self.folder = Path(folder).absolute()  # whatever becomes of the working directory
+        self.folder = Path(folder).absolute()  # the working directory may change
         alone = process_group is None and not (dist.is_available() and dist.is_initialized())
-        self._has_warned = False  # of later snapshots than one that is saved
+        self._has_warned = False  # of later snapshots in the folder
         self._ranks = OneProcess() if alone else shared_ranks(process_group)
         with self._ranks.settled("Snapshots"):
             if rules is not None and not isinstance(rules, Mapping):
@@ -103,24 +104,24 @@ class Snapshots:
     # Listing
 
     def __iter__(self) -> Iterator[StoredAverage]:
-        """Give each stored average, by count: its name, its count and its rule.
+        """Yield the name, count and rule of each stored average, in the order of counts.
 
         Raises:
-            ValueError: a snapshot's ``snapshot.json`` is damaged; it names the snapshot.
+            ValueError: a ``snapshot.json`` is damaged; the message names it.
         """
         for snapshot in self._read():
             yield from self._averages_of(snapshot)
 
     def __len__(self) -> int:
-        """Give how many averages are stored: those of a snapshot, times the snapshots."""
+        """Return the number of stored averages over all snapshots."""
         return sum(len(snapshot.rules) for snapshot in self._read())
 
     @property
     def profiles(self) -> list[Profile]:
-        """The profile of each stored average, in the order in which they are listed.
+        """The profile of each stored average, in the order of iteration.
 
         Raises:
-            ValueError: as listing them; or a rule is the user's own, and not among ``rules``.
+            ValueError: a ``snapshot.json`` is damaged, or ``rules`` lacks a user's own rule.
         """
         return [stored.profile(self.folder) for stored in self]
 
@@ -128,19 +129,19 @@ class Snapshots:
         return [read_sidecar(path) for path in snapshot_paths(self.folder)]
 
     def _warn_of_later(self, later: int, count: int) -> None:
-        """Warn once of what another training may have left, or this one before it went back."""
+        """Warn once that the folder holds later snapshots, of another training or from before going back."""
         if not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"{self.folder} holds snapshots up to {later} updates, more than the {count} of this one: what is "
-                "synthesized would be of both trainings. Save a new training elsewhere; after going back, delete the "
-                "later ones",
+                f"{self.folder} holds snapshots up to {later} updates, more than the {count} of this one: synthesize() "
+                "would mix two trainings. Save a new training to another folder, or if you have gone back, delete the "
+                "later snapshots",
                 RuntimeWarning,
                 stacklevel=4,
             )
 
     def _latest(self) -> Snapshot | None:
-        """Give the latest snapshot that is not damaged: what is need not end a training."""
+        """Return the latest snapshot that is not damaged, since a damaged one should not stop a training."""
         for path in reversed(snapshot_paths(self.folder)):
             with suppress(ValueError):
                 return read_sidecar(path)
@@ -160,25 +161,24 @@ class Snapshots:
     ) -> None:
         """Store averages of one model, all after the same number of updates. Collective.
 
-        The snapshot is there at once when all of it is; an earlier one of this count holds until then, and is replaced.
-        A process killed meanwhile leaves a subfolder that is ignored. Beside the averages stands one copy of what is
-        not averaged, buffers above all. Float32 averages that this process holds whole are written from where they
-        are, anything else is copied first.
+        The snapshot becomes visible when it is complete, and replaces an earlier one of the same count. A killed
+        process leaves a subfolder that is ignored. Tensors that are not averaged, such as buffers, are stored once.
+        Whole float32 averages are written from their own memory; everything else is copied first.
 
         Args:
-            averages: by name, :class:`~swafast.FusedAveragedModel` or :class:`~swafast.ShardedAveragedModel`; or one.
-            dtype: float32, bfloat16 or float16, to round floating params to; default: float32, and as they are for
-                float64 params. Complex params are stored as they are.
+            averages: :class:`~swafast.FusedAveragedModel` or :class:`~swafast.ShardedAveragedModel` by name, or one.
+            dtype: float32, bfloat16 or float16, to which floating averages are rounded; default: float32, but float64
+                for float64 params. Complex averages keep their dtype.
 
         Warns:
-            RuntimeWarning: the folder holds later snapshots, of another training or from before this one went back.
-                Once, on the first rank.
+            RuntimeWarning: the folder holds later snapshots, of another training or from before this one went back;
+                once, on the first rank.
 
         Raises:
-            TypeError, ValueError: ``averages`` or ``dtype`` is none of the above, nothing is averaged yet, averages
-                differ in their counts, names or shapes, or are of another model than what the folder holds, or ranks
-                disagree. The folder is as it was.
-            RuntimeError: averages are swapped into a model, a file could not be written, or another rank failed.
+            TypeError, ValueError: ``averages`` or ``dtype`` is none of the above, an average has not been updated yet,
+                averages differ in counts, names or shapes, the folder holds another model, or ranks disagree. The
+                folder has not changed.
+            RuntimeError: averages are swapped into a model, a file cannot be written, or another rank failed.
         """
         with self._ranks.settled("save"):
             named = named_averages(averages)
@@ -192,13 +192,13 @@ class Snapshots:
             self._write(count, rules, parts)
 
     def _check(self, named: Mapping[str, Averaged], dtype: torch.dtype | None) -> tuple[dict[str, Rule], int]:
-        """Give the averages' rules and their count."""
+        """Check the averages and return their rules and their count."""
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))} or None, got {dtype!r}")
         rules, counts = {}, {}
         for name, average in named.items():
             if average.rule is None:
-                raise ValueError(f"averages[{name!r}] must be averaged by a Rule, got a function: it has no profile")
+                raise ValueError(f"averages[{name!r}] must be averaged by a Rule, got a function, without a profile")
             ranks = average._ranks.ranks if isinstance(average, ShardedAveragedModel) else self._ranks.ranks
             if ranks != self._ranks.ranks:
                 ours = list(self._ranks.ranks)
@@ -211,7 +211,7 @@ class Snapshots:
         return rules, next(iter(counts.values()))
 
     def _write(self, count: int, rules: Mapping[str, Rule], parts: Mapping[str, list[StoredPart]]) -> None:
-        # Copies as the last average has them.
+        # Each average has the tensors that are not averaged; those of the last one are stored.
         by_key = {
             key_of("" if part.is_copy else average, part.stored.names[0]): part
             for average, of_average in parts.items()
@@ -251,7 +251,7 @@ class Snapshots:
     # Synthesis
 
     def fit(self, rule: Rule, num_averaged: int | None = None) -> Fit:
-        """Say how nearly :meth:`synthesize` would give the average of ``rule``, without reading a tensor.
+        """Return how close :meth:`synthesize` would come to the average by ``rule``, without reading tensors.
 
         Raises:
             TypeError, ValueError: as :meth:`synthesize`.
@@ -265,7 +265,7 @@ class Snapshots:
         wanted = Profile(rule, counts[-1] if num_averaged is None else num_averaged)
         if not counts[0] <= wanted.num_averaged <= counts[-1]:
             raise ValueError(
-                f"num_averaged must be from {counts[0]} to {counts[-1]}, as the snapshots are, got {num_averaged}"
+                f"num_averaged must be from {counts[0]} to {counts[-1]}, as in the snapshots, got {num_averaged}"
             )
         stored = [each.profile(self.folder) for snapshot in snapshots for each in self._averages_of(snapshot)]
         return fit(stored, wanted), wanted.num_averaged
@@ -273,28 +273,27 @@ class Snapshots:
     def synthesize(
         self, rule: Rule, num_averaged: int | None = None, *, like: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Give what the average of ``rule`` after ``num_averaged`` updates would have been, nearly. Collective.
+        """Approximate the average by ``rule`` after ``num_averaged`` updates by a sum of stored ones. Collective.
 
-        A state of the model: params under its own names, float32 (float64 and complex ones as they were stored), and
-        buffers as the last snapshot up to ``num_averaged`` has them. Statistics of BatchNorm are those of a model in
-        training: take them anew. Sums are in float64, a few tensors at a time: beside the result it takes 12 bytes for
-        each of 2^22 elements, or of the largest tensor, and reads each snapshot once.
+        Returns a state dict under the model's own names. Params are float32; float64 and complex ones keep their dtype.
+        Buffers are those of the last snapshot up to ``num_averaged``. BatchNorm statistics among them do not fit the
+        average: call :func:`~swafast.update_bn`. Sums are float64. Beside the result this takes 12 bytes for each of
+        2^22 elements, or of the largest tensor if that has more. Each snapshot is read once.
 
         Args:
-            num_averaged: from the least to the largest count stored; default: the largest.
-            like: the tensors to give, by name, and how: a DTensor for a DTensor, of which each rank reads its part, and
-                a whole tensor on its device for a plain one. ``model.state_dict()`` of an FSDP2 model, say. Default:
-                all, whole, on the CPU.
+            num_averaged: from the smallest to the largest stored count; default: the largest.
+            like: tensors by name, such as ``model.state_dict()`` of an FSDP2 model. Only these are returned: a DTensor
+                for a DTensor, of which each rank reads its part, and a whole tensor on the same device for a plain one.
+                Default: all tensors, whole, on the CPU.
 
         Warns:
-            RuntimeWarning: the profile is missed by more than 1%, as ``fit(...).residual`` has it. Once, on the first
-                rank.
+            RuntimeWarning: ``fit(...).residual`` is above 1%; on the first rank.
 
         Raises:
             TypeError: an argument is none of the above.
-            ValueError: there is no snapshot, ``num_averaged`` is not covered by them, a snapshot is damaged or of
-                another model than the rest or ``like``, or ranks disagree. It names the snapshot, or the tensor.
-            RuntimeError: it failed on another rank, or a rank was lost.
+            ValueError: there is no snapshot, none covers ``num_averaged``, a snapshot is damaged or of another model
+                than the others or ``like``, or ranks disagree. The message names the snapshot or the tensor.
+            RuntimeError: the call failed on another rank, or a rank was lost.
         """
         with self._ranks.lock:
             with self._ranks.settled("synthesize"):
@@ -306,12 +305,12 @@ class Snapshots:
             spelled = {name: describe_sharding(each) for name, each in wanted.items()}
             spelled |= {snapshot.path.name: fingerprint(snapshot) for snapshot in snapshots}
             self._ranks.agree("the call and the snapshots", {**spelled, "rule": spell(rule), "num_averaged": count})
-            # Those of the first rank: another processor may round otherwise.
+            # Use the first rank's coefficients, since another processor may round differently.
             coefficients = iter(self._ranks.gather(found.coefficients.tolist())[0])
             if found.residual > _FAR_OFF and self._ranks.index == 0:
                 warnings.warn(
-                    f"what is synthesized misses the profile of {rule!r} after {count} updates by "
-                    f"{found.residual:.1%}: store more snapshots, or averages nearer to it",
+                    f"the synthesized average misses the profile of {rule!r} after {count} updates by "
+                    f"{found.residual:.1%}: store more snapshots, or averages by more similar rules",
                     RuntimeWarning,
                     stacklevel=2,
                 )

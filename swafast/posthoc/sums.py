@@ -1,4 +1,4 @@
-"""Tensors put together from snapshots: how they are to be spread, and weighted sums of what is stored."""
+"""Weighted sums of stored tensors, spread over ranks as the user wants them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ..torch_private import distributed as private
 from .folder import Snapshot, StoredTensor, key_of
 from .written import reporting
 
-#: Elements that are summed at a time, or one tensor if that is larger: 12 bytes for each, 8 of the float64 sum and 4 of
-#: a snapshot, so 50 MB. With it `python examples/posthoc.py --cost 24` read 1.6 times as fast as with 2**24.
+#: Elements in a window; a larger tensor is a window by itself. Each takes 12 bytes, 8 for the float64 sum and 4 for a
+#: snapshot: 50 MB. `python examples/posthoc.py --cost 24` read 1.6 times as fast as with 2**24.
 _WINDOW_NUMEL = 2**22
 
 
 @dataclass(frozen=True)
 class WantedTensor:
-    """A tensor to be put together, and how it is spread over ranks."""
+    """A tensor to sum up from snapshots, and how it is spread over ranks."""
 
     stored: StoredTensor
-    like: Tensor | None  # a plain one, whole on each rank, or a DTensor; None: whole, on the CPU
+    like: Tensor | None  # a plain tensor: whole on each rank; a DTensor: sharded like it; None: whole, on the CPU
 
     @property
     def name(self) -> str:
@@ -41,7 +41,7 @@ class WantedTensor:
 
 
 def wanted_tensors(snapshot: Snapshot, like: Mapping[str, Tensor] | None) -> dict[str, WantedTensor]:
-    """Return the wanted tensors by the user's names; tied names share one, that of the first name."""
+    """Return the wanted tensors by the user's names, tied ones shared, or raise if ``like`` does not fit."""
     stored = {name: each for each in (*snapshot.params, *snapshot.copies) for name in each.names}
     if like is None:
         return {name: WantedTensor(each, None) for name, each in stored.items()}
@@ -75,7 +75,7 @@ def describe_sharding(each: WantedTensor) -> str:
 
 
 def windows_of(wanted: list[WantedTensor]) -> Iterator[list[WantedTensor]]:
-    """Cut tensors into windows of so many elements, or of one each; the same on all ranks."""
+    """Group tensors into windows of at most ``_WINDOW_NUMEL`` elements, or of one tensor; the same on all ranks."""
     window: list[WantedTensor] = []
     numel = 0
     for each in wanted:
@@ -93,10 +93,10 @@ def windows_of(wanted: list[WantedTensor]) -> Iterator[list[WantedTensor]]:
 
 
 def read(snapshot: Snapshot, wanted: Mapping[str, Tensor], ranks: Ranks) -> None:
-    """Fill tensors with what is stored under their keys, each rank its own part, and verify it. Collective.
+    """Read each rank's part of the stored tensors, by key, in place, and verify the checksums. Collective.
 
     Raises:
-        ValueError: on every rank: a file cannot be read, or does not hold what was saved; then it names the key.
+        ValueError: on every rank, if a file cannot be read, or a checksum differs; the message names the key.
     """
     with reporting(ValueError, f"snapshot {snapshot.path} must be whole and readable, got"):
         dcp.load(dict(wanted), storage_reader=dcp.FileSystemReader(snapshot.path), process_group=ranks.group)
@@ -104,16 +104,16 @@ def read(snapshot: Snapshot, wanted: Mapping[str, Tensor], ranks: Ranks) -> None
     numels = [local_of(tensor).numel() for tensor in found.values()]
     sums = ranks.sums([*map(_checksum_here, found.values()), *numels])
     for (key, tensor), added, numel in zip(found.items(), sums[: len(found)], sums[len(found) :], strict=True):
-        copies, rest = divmod(numel, tensor.numel())  # as many as ranks hold each element
+        copies, rest = divmod(numel, tensor.numel())  # number of ranks that hold each element
         if rest or not copies or added != wrap_int64(snapshot.checksums[key] * copies):
             raise ValueError(
                 f"snapshot {snapshot.path} must hold what was saved, got another checksum of {key!r}: it is damaged, "
-                "or has files of another one"
+                "or has files of another snapshot; delete it"
             )
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """Return what this rank has of a tensor."""
+    """Return this rank's local tensor of a DTensor, or a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -127,13 +127,13 @@ def _checksum_here(tensor: Tensor) -> int:
 def sum_up(
     wanted: Sequence[WantedTensor], used: Iterable[tuple[Snapshot, Mapping[str, float]]], ranks: Ranks
 ) -> dict[str, Tensor]:
-    """Add up params of averages, each times its average's coefficient, in float64. Collective.
+    """Sum the stored averages of some params, each times its coefficient, in float64. Collective.
 
     Args:
-        used: snapshots, with the coefficients of their averages by name.
+        used: snapshots, each with the coefficients of its averages by name.
 
     Returns:
-        the sums by name, spread as is wanted, rounded once to float32; float64 and complex ones keep their dtype.
+        the sums by name, spread as wanted and rounded once to float32; float64 and complex ones keep their dtype.
     """
     totals = [local_of(each.empty(torch.promote_types(each.stored.dtype, torch.float64))).zero_() for each in wanted]
     loaded: list[Tensor] = []
@@ -141,7 +141,7 @@ def sum_up(
         of_params = {stored.names[0]: stored.dtype for stored in snapshot.params}
         dtypes = [of_params[each.name] for each in wanted]
         for average, coefficient in coefficients.items():
-            if [tensor.dtype for tensor in loaded] != dtypes:  # else into the same ones: new memory is slow to touch
+            if [tensor.dtype for tensor in loaded] != dtypes:  # else reuse them: new memory is slow at first
                 loaded = [each.empty(dtype) for each, dtype in zip(wanted, dtypes, strict=True)]
             keys = [key_of(average, each.name) for each in wanted]
             read(snapshot, dict(zip(keys, loaded, strict=True)), ranks)

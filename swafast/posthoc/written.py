@@ -1,4 +1,4 @@
-"""What one rank writes of an averaged model into a snapshot, and what it reads back."""
+"""The parts of an averaged model that one rank writes into a snapshot."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..terms.formats import Format
 from ..terms.names import persistent_buffers, unwrap
 from .folder import StoredTensor
 
-#: The name of an averaged model that is saved alone.
+#: The name under which a single averaged model is saved.
 _ALONE = "average"
 
 Averaged = FusedAveragedModel | ShardedAveragedModel
@@ -32,19 +32,19 @@ Averaged = FusedAveragedModel | ShardedAveragedModel
 
 @dataclass(frozen=True)
 class StoredPart:
-    """What this rank holds of one tensor of an averaged model."""
+    """This rank's part of one tensor of an averaged model."""
 
     stored: StoredTensor
-    is_copy: bool  # of the model's, not averaged
-    value: Tensor  # in a form that distributed checkpoints take
-    checksum: int  # what this rank adds to the whole tensor's
+    is_copy: bool  # copied from the model, not averaged
+    value: Tensor  # plain, DTensor or PartTensor, as distributed checkpoints take it
+    checksum: int  # this rank's summand of the whole tensor's checksum
 
 
 def stored_parts(averaged: Averaged, ranks: Ranks, dtype: torch.dtype | None) -> list[StoredPart]:
-    """Give the parts of an averaged model at full precision, or as ``dtype``. Collective: buffers are the first rank's.
+    """Return this rank's parts of an averaged model, at full precision or as ``dtype``. Collective.
 
     Raises:
-        ValueError: ranks that each have an average of their own have other bits in it.
+        ValueError: ranks that each have a whole average have different bits in it.
     """
     if isinstance(averaged, ShardedAveragedModel):
         return list(_sharded_parts(averaged, ranks, dtype))
@@ -79,24 +79,24 @@ def _whole_parts(averaged: FusedAveragedModel, ranks: Ranks, dtype: torch.dtype 
 
 
 def _dtype_of(fmt: Format | None, full: Tensor, requested: torch.dtype | None) -> torch.dtype:
-    """Give the dtype in which a tensor is stored: what is copied keeps its own, as do float64 and complex params."""
+    """Return the dtype to store a tensor in. Copied and complex tensors keep theirs, as float64 does by default."""
     if fmt is None or full.is_complex():
         return full.dtype
     return requested or (torch.float32 if fmt.dtype is not None else full.dtype)
 
 
 def named_averages(averages: object) -> dict[str, Averaged]:
-    """Give averages by name, or raise."""
+    """Return the averages by name, or raise TypeError or ValueError."""
     if isinstance(averages, (FusedAveragedModel, ShardedAveragedModel)):
         return {_ALONE: averages}
     if not hasattr(averages, "items"):
-        raise TypeError(f"averages must be averaged models by name, or one, got {type(averages).__name__}")
+        raise TypeError(f"averages must be an averaged model, or several by name, got {type(averages).__name__}")
     named = dict(averages.items())
     if not named:
         raise ValueError("averages must be at least one averaged model, got none")
     for name, average in named.items():
         if not isinstance(name, str) or not name or "/" in name:
-            raise ValueError(f"averages must have strings for names, not empty and without a '/', got {name!r}")
+            raise ValueError(f"averages must have non-empty strings without '/' for names, got {name!r}")
         if not isinstance(average, (FusedAveragedModel, ShardedAveragedModel)):
             kinds = "a FusedAveragedModel or a ShardedAveragedModel"
             raise TypeError(f"averages[{name!r}] must be {kinds}, got {type(average).__name__}")
@@ -104,7 +104,7 @@ def named_averages(averages: object) -> dict[str, Averaged]:
 
 
 def stored_in(parts: Mapping[str, list[StoredPart]]) -> tuple[tuple[StoredTensor, ...], tuple[StoredTensor, ...]]:
-    """Give the params and the copies that all averages have in common, or raise ValueError."""
+    """Return the params and the copied tensors, or raise ValueError if averages differ in them."""
     (first, expected), *others = (
         (name, {part.stored: part.is_copy for part in of_average}) for name, of_average in parts.items()
     )
@@ -121,13 +121,13 @@ def stored_in(parts: Mapping[str, list[StoredPart]]) -> tuple[tuple[StoredTensor
 
 
 def write(path: Path, state: Mapping[str, Tensor], ranks: Ranks) -> None:
-    """Write the parts of all ranks. Collective; what fails on one raises on each."""
+    """Write the parts of all ranks. Collective; an error on one rank raises on each."""
     with reporting(RuntimeError, f"snapshot {path} could not be written"):
         dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(path), process_group=ranks.group)
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
-    """Say whether Ctrl-C was what went wrong: a file that is closed on its way may raise an error of its own."""
+    """Return whether Ctrl-C caused the error: a file that it closes may raise an error of its own."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
@@ -135,12 +135,12 @@ def _was_interrupted(error: BaseException | None) -> bool:
 
 @contextmanager
 def reporting(kind: type[Exception], what: str) -> Iterator[None]:
-    """Raise what fails in the body, on any rank, as an error of one kind that says ``what`` it is about."""
+    """Raise any error of the body, on any rank, as an error of type ``kind`` whose message begins with ``what``."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is")  # disabled: one process is what is meant
+            warnings.filterwarnings("ignore", message="torch.distributed is")  # one process is intended
             yield
-    except CheckpointException as error:  # no Exception; it has those of all ranks
+    except CheckpointException as error:  # a BaseException with the errors of all ranks
         if any(_was_interrupted(each) for each, _ in error.failures.values()):
             raise KeyboardInterrupt from error
         errors = "; ".join(

@@ -1,4 +1,4 @@
-"""Averages of models that are spread over ranks. `torch.distributed` is known here and above, nowhere below."""
+"""Averages of models that are spread over ranks. Only this package and those above it use `torch.distributed`."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""States of a sharded average: parts for distributed checkpoints, checksums of them, and whole tensors."""
+"""States of a sharded average: parts for distributed checkpoints, their checksums, and whole tensors."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ COUNT = "n_averaged"
 CHECKSUM = "checksum."
 SAVE_ID = "save_id"
 
-#: Elements with the id of a save, shared out over the ranks so that the part of each carries it. Their number says
-#: nothing of the number of ranks, which may change between a save and a load.
+#: Elements that hold the id of a save, cut over the ranks so that each rank's part has some. Their number is fixed,
+#: since the number of ranks may change between a save and a load.
 _SAVE_ID_NUMEL = 16384
 
-#: Their indices in this list stand in checkpoints: it may only grow. Names, since not every torch has all of them.
+#: Checkpoints store indices into this list, so only append to it. It has names, as not every torch has all dtypes.
 _DTYPES = (
     *("float32", "bfloat16", "float16", "int16", "int8", "float64", "complex64", "complex128", "int64", "int32"),
     *("uint8", "bool", "uint16", "uint32", "uint64", "complex32", "float8_e4m3fn", "float8_e5m2"),
@@ -37,7 +37,7 @@ _DTYPES = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One plane of one average, or a buffer: what a state has under one key, or under several where params are tied."""
+    """One plane or buffer in a state, under one key, or under several if params are tied."""
 
     keys: tuple[str, ...]
     share: Share
@@ -50,7 +50,7 @@ class Entry:
 
 
 def entries(shares: Sequence[Share], planes: Mapping[str, tuple[Tensor, ...]]) -> Iterator[Entry]:
-    """Give what a state is made of, under the keys that the unsharded class has."""
+    """Yield the entries of a state, under the keys of the unsharded class."""
     for share in shares:
         first, *further = planes[share.name]
         yield Entry(tuple(f"module.{name}" for name in share.holding.names), share, first)
@@ -59,7 +59,7 @@ def entries(shares: Sequence[Share], planes: Mapping[str, tuple[Tensor, ...]]) -
 
 
 def part_of(entry: Entry) -> Tensor:
-    """Give a copy of a plane's part in the form that distributed checkpoints take: DTensor, PartTensor, or whole."""
+    """Return a copy of this rank's part as distributed checkpoints take it: a DTensor, PartTensor or whole tensor."""
     share, holding = entry.share, entry.share.holding
     run = entry.run.clone()
     if share.cut is not None or holding.sharding.kind == "flat":
@@ -75,10 +75,10 @@ def part_of(entry: Entry) -> Tensor:
 
 
 def sealed_part_of(entry: Entry, ranks: Ranks) -> tuple[Tensor, int]:
-    """Copy a plane's part as :func:`part_of` does, with what this rank adds to the whole's checksum.
+    """Return a copy of this rank's part and its summand of the whole tensor's checksum.
 
-    Collective for a buffer that each rank has whole: ranks may differ in its values, as in BatchNorm's under DDP, so
-    the part is the first rank's.
+    A buffer that each rank has whole is broadcast from the first rank, which is collective: ranks may differ in its
+    values, as in BatchNorm's under DDP.
     """
     value = part_of(entry)
     if entry.share.holding.is_buffer and not isinstance(value, DTensor):
@@ -96,7 +96,7 @@ def checksum_of_run(run: Tensor, share: Share) -> int:
 def make_state(
     all_entries: Sequence[Entry], num_averaged: Tensor, ranks: Ranks, *, checksums: bool
 ) -> dict[str, Tensor]:
-    """Give a state of copies, with a checksum of each key that does not depend on the cut."""
+    """Return a state of copies, if asked with a seal for each key, which does not depend on the cut. Collective."""
     state = {COUNT: num_averaged.detach().clone()}
     sums: dict[str, int] = {COUNT: checksum(state[COUNT]) if ranks.index == 0 else 0}
     for entry in all_entries:
@@ -118,7 +118,7 @@ def _code_of(dtype: torch.dtype) -> int:
 
 def _save_id_part(ranks: Ranks) -> PartTensor:
     save_id = ranks.gather(secrets.randbits(63))[0]
-    # Evenly, and not on the borders of chunks, so that none of many ranks goes without.
+    # Cut evenly, without rounding the borders, so that with many ranks each still gets some.
     start, stop = (_SAVE_ID_NUMEL * index // ranks.size for index in (ranks.index, ranks.index + 1))
     boxes = boxes_of_run((_SAVE_ID_NUMEL,), start, stop)
     run = torch.full((stop - start,), save_id, dtype=torch.int64, device="cpu")
@@ -130,7 +130,7 @@ def _save_id_part(ranks: Ranks) -> PartTensor:
 
 @dataclass(frozen=True)
 class PendingLoad:
-    """What a state gives this rank, checked for its form and not yet for its values."""
+    """This rank's parts of a state, with keys, shapes and dtypes checked but values not yet verified."""
 
     num_averaged: int
     runs: list[tuple[Entry, Tensor]]
@@ -142,13 +142,13 @@ def prepare_load(all_entries: Sequence[Entry], state: object) -> PendingLoad:
     """Take this rank's parts out of a state.
 
     Raises:
-        TypeError, ValueError: keys, shapes, dtypes, meshes or cuts are not those of this average; it names the key.
+        TypeError, ValueError: keys, shapes, dtypes, meshes or cuts differ from this average's; it names the key.
     """
     if not isinstance(state, Mapping):
         raise TypeError(f"state_dict must be a mapping, got {type(state).__name__}")
     keys = [COUNT, *(key for entry in all_entries for key in entry.keys)]
     sealed = [key for key in state if str(key).startswith(CHECKSUM)]
-    # First of all, since a state of another format lacks keys as well, and this says why.
+    # Check dtypes first: a state of another format also lacks keys, and this error is clearer.
     _require_dtypes(all_entries, state)
     _require_keys([*keys, *(CHECKSUM + key for key in keys), SAVE_ID] if sealed else keys, state)
     for key in state:
@@ -194,25 +194,25 @@ def _require_dtypes(all_entries: Sequence[Entry], state: Mapping[str, object]) -
 
 
 def _require_saved_as(dtype: torch.dtype, key: str, seals: Mapping[str, tuple[int, int]]) -> None:
-    """Raise ValueError if a key's values had another dtype: DCP casts what it loads."""
+    """Raise ValueError if a key was saved with another dtype, since DCP casts on loading."""
     if key in seals and seals[key][1] != _code_of(dtype):
         saved = f"torch.{_DTYPES[seals[key][1]]}" if 0 <= seals[key][1] < len(_DTYPES) else "an unknown dtype"
         raise ValueError(f"state_dict[{key!r}] must have been saved as {dtype}, got {saved}: another format")
 
 
 def _run_of_ties(state: Mapping[str, Tensor], entry: Entry, seals: Mapping[str, tuple[int, int]]) -> Tensor:
-    """Take this rank's elements of an entry, which has to be the same under all its keys."""
+    """Return this rank's elements of an entry, 1-D. Raise ValueError if its tied keys have different values."""
     first, *tied = entry.keys
     run = _run_from(state[first], first, entry, seals)
     for key in tied:
         other = _run_from(state[key], key, entry, seals)
         if seals.get(key) != seals.get(first) or not torch.equal(run.view(torch.uint8), other.view(torch.uint8)):
-            raise ValueError(f"state_dict[{key!r}] must be that of {first!r}, which it is tied to, got another one")
+            raise ValueError(f"state_dict[{key!r}] must equal that of {first!r}, to which it is tied, got other values")
     return run
 
 
 def _run_from(value: Tensor, key: str, entry: Entry, seals: Mapping[str, tuple[int, int]]) -> Tensor:
-    """Take this rank's elements out of a value, 1-D, in the order in which its plane has them."""
+    """Return this rank's elements of a value, 1-D, in the order of its plane's memory."""
     share, holding = entry.share, entry.share.holding
     _require_saved_as(entry.plane.dtype, key, seals)
     if tuple(value.shape) != holding.shape:
@@ -228,7 +228,7 @@ def _run_from(value: Tensor, key: str, entry: Entry, seals: Mapping[str, tuple[i
             raise ValueError(f"state_dict[{key!r}] must be cut as this average, got another cut: load it through DCP")
         if value.boxes == share.boxes:
             return value.run.detach()
-        views = [view for _, view in value.parts()]  # of a model with other strides
+        views = [view for _, view in value.parts()]  # the saved model had other strides
     else:
         views = [box.of_whole(value.detach()) for box in share.boxes]
     run = torch.empty(share.numel, dtype=value.dtype, device=value.device)
@@ -238,11 +238,10 @@ def _run_from(value: Tensor, key: str, entry: Entry, seals: Mapping[str, tuple[i
 
 
 def verify(pending: PendingLoad, ranks: Ranks, device: torch.device) -> None:
-    """Raise ValueError on every rank unless what all of them have taken is what was saved.
+    """Verify on all ranks that the loaded values are those that were saved. Collective.
 
     Raises:
-        ValueError: ranks have loaded different counts or parts of different saves, or a checksum does not fit; it names
-            the key.
+        ValueError: on every rank, if counts, saves or checksums differ; the message names the key.
     """
     everyone = ranks.gather((pending.num_averaged, bool(pending.seals), sorted(pending.save_ids)[:2]))
     counts, sealed = [count for count, _, _ in everyone], [sealed for _, sealed, _ in everyone]
@@ -254,7 +253,7 @@ def verify(pending: PendingLoad, ranks: Ranks, device: torch.device) -> None:
         return
     ids = {save_id for _, _, some in everyone for save_id in some}
     if len(ids) > 1:
-        raise ValueError(f"state_dict must be of one save, got parts of {len(ids)} saves mixed, or a damaged one")
+        raise ValueError(f"state_dict must be of one save, got parts of {len(ids)} saves, or a damaged checkpoint")
     sums, wanted = {}, {}
     first = int(ranks.index == 0)
     count = torch.tensor(pending.num_averaged, dtype=torch.int64)
@@ -272,7 +271,7 @@ def verify(pending: PendingLoad, ranks: Ranks, device: torch.device) -> None:
 
 
 def commit(pending: PendingLoad, num_averaged: Tensor) -> None:
-    """Write what was taken and verified. Nothing here can fail for what a state may hold."""
+    """Write the verified values. No content of a state makes this fail."""
     with torch.no_grad():
         for entry, run in pending.runs:
             entry.plane.detach().copy_(run.view(entry.plane.shape))
@@ -285,7 +284,7 @@ def commit(pending: PendingLoad, num_averaged: Tensor) -> None:
 def make_full_state(
     all_entries: Sequence[Entry], num_averaged: Tensor, ranks: Ranks, *, rank0_only: bool, cpu_offload: bool
 ) -> dict[str, Tensor]:
-    """Give whole tensors: gathered one by one, so that a rank needs the memory of one more than it keeps."""
+    """Return a state of whole tensors, gathered one by one to save memory; with ``rank0_only`` {} on other ranks."""
     keeps = not rank0_only or ranks.index == 0
     state = {COUNT: num_averaged.detach().clone()} if keeps else {}
     for entry in all_entries:
@@ -301,7 +300,7 @@ def make_full_state(
 
 
 def _gather_whole(entry: Entry, ranks: Ranks, *, to_first: bool) -> Tensor:
-    """Add the parts of all ranks up as integers: each byte comes from one rank, and is 0 on all others."""
+    """Gather a whole tensor by summing all ranks' bytes as integers: each byte is 0 on all ranks but one."""
     holding = entry.share.holding
     nbytes = math.prod(holding.shape) * entry.plane.element_size()
     words = torch.zeros(-(-nbytes // 8), dtype=torch.int64, device=entry.plane.device)

@@ -1,4 +1,4 @@
-"""The making of a sharded average: room for it, and what all ranks have to agree on before the first update."""
+"""Construction of a sharded average: its formats and planes, and the checks that all ranks agree."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .parts.spread import Spread
 
 
 def gather_meshes(model: Module, ranks: Ranks) -> dict[str, tuple[Mesh, ...]]:
-    """Give, by name, all meshes that hold a DTensor where each of them has some of the ranks. Collective."""
+    """Return, by name, all meshes of a DTensor if they hold only some of the ranks each. Collective."""
     found: dict[str, set[Mesh]] = {}
     for meshes in ranks.gather(partial_meshes(model, ranks.ranks)):
         for name, mesh in meshes.items():
@@ -31,10 +31,10 @@ def gather_meshes(model: Module, ranks: Ranks) -> dict[str, tuple[Mesh, ...]]:
 
 
 def format_of_average(holding: Holding, requested: str | None, use_buffers: bool) -> Format | None:
-    """Give the format of a holding's average; None where it is copied.
+    """Return the format of a holding's average; None if it is copied.
 
     Raises:
-        NotImplementedError: its dtype cannot be averaged; it names the parameter.
+        NotImplementedError: its dtype cannot be averaged. The message names the param.
     """
     averaged = holding.dtype.is_floating_point or holding.dtype.is_complex
     if not averaged or (holding.is_buffer and not use_buffers):
@@ -48,13 +48,13 @@ def format_of_average(holding: Holding, requested: str | None, use_buffers: bool
 def make_planes(
     shares: Sequence[Share], held: Mapping[str, Held], requested: str | None
 ) -> dict[str, tuple[Tensor, ...]]:
-    """Make the planes of this rank's shares in buckets, without values, by name.
+    """Allocate the planes of this rank's shares in buckets, uninitialised, and return them by name.
 
     Args:
-        requested: the format that the user asked for.
+        requested: the name of the format that the user asked for.
 
     Raises:
-        ValueError: a tensor holds no plain memory; it names the parameter.
+        ValueError: a tensor has no plain memory. The message names the param.
     """
     likes: list[PlaneLike] = []
     counts: list[int] = []
@@ -73,12 +73,12 @@ def make_planes(
 
 
 def spell(option: object) -> str:
-    """Spell an argument out in the same way on every rank: a rule without a ``__repr__`` of its own has its address."""
+    """Return ``repr(option)`` without memory addresses, which differ between ranks."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(option))
 
 
 def describe(shares: Sequence[Share]) -> dict[str, str]:
-    """Give what all ranks must have in common, whichever part is theirs, by name."""
+    """Describe each holding, by name, by what must be the same on all ranks."""
     described = {}
     for holding in (share.holding for share in shares):
         tied = f", tied to {', '.join(holding.names[1:])}" if holding.names[1:] else ""
@@ -87,9 +87,9 @@ def describe(shares: Sequence[Share]) -> dict[str, str]:
 
 
 def require_same_bits(shares: Sequence[Share], held: Mapping[str, Held], ranks: Ranks) -> None:
-    """Raise ValueError on every rank unless ranks that hold the same elements hold the same bits of them.
+    """Raise ValueError on every rank unless replicas hold the same bits.
 
-    What goes round is a digest for each set of replicas; the checksums themselves only once digests differ.
+    Ranks exchange one digest per set of replicas, and the checksums themselves only if digests differ. Collective.
     """
     sums: dict[bytes, list[tuple[str, int]]] = {}
     for share in shares:
@@ -98,7 +98,7 @@ def require_same_bits(shares: Sequence[Share], held: Mapping[str, Held], ranks: 
             run = view_of_run(holding, held[share.name].local.detach(), 0, holding.numel)
             sums.setdefault(_digest(holding.replicas), []).append((share.name, checksum(run)))
     everyone = ranks.gather({replicas: _digest(of) for replicas, of in sums.items()})
-    # Each set of replicas is spoken for by just the ranks in it.
+    # Only the ranks in a set of replicas send a digest for it.
     expected_of = {alike: digest for digests in everyone for alike, digest in digests.items()}
     if all(digest == expected_of[alike] for digests in everyone for alike, digest in digests.items()):
         return
@@ -120,8 +120,8 @@ def _digest(value: object) -> bytes:
 
 
 def make_spreads(shares: Sequence[Share], ranks: Ranks) -> list[Spread]:
-    """Make a spread for each cut, and process groups for those that are cut over some of the ranks. Collective."""
+    """Make a spread for each cut, and subgroups for cuts over only some of the ranks. Collective."""
     cuts = {id(share.cut): share.cut for share in shares if share.cut is not None}
-    # In one order on every rank: each subgroup waits for its members.
+    # In the same order on every rank, since the members of a subgroup wait for each other.
     subgroups = {replicas: ranks.subgroup(replicas) for replicas in sorted({cut.replicas for cut in cuts.values()})}
     return [Spread(cut, subgroups[cut.replicas]) for cut in cuts.values()]

@@ -1,4 +1,4 @@
-"""This rank's tensors of a model, found again quickly at each update, and the plan that fits them."""
+"""Find this rank's tensors of a model quickly at each update, and keep the plan that fits them."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from .parts.shares import Share
 
 
 def check_sharded_model(model: object) -> None:
-    """Raise as :func:`check_model` does, but FSDP1 may leave a rank with empty parameters only."""
+    """Raise as :func:`check_model` does, but accept an FSDP1 model with only empty params on this rank."""
     if not (isinstance(model, Module) and is_fsdp1(model)):
         check_model(model)
 
 
 class Staging:
-    """Copies of buffers, which a forward pass writes, for updates that run beside it; one for each attached average."""
+    """Copies of buffers for updates beside a forward, which writes the buffers; one for each attached average."""
 
     def __init__(self) -> None:
-        self._copies: dict[str, tuple[object, Tensor]] = {}  # with what each buffer was when its copy was made
+        self._copies: dict[str, tuple[object, Tensor]] = {}  # (layout of the buffer, its copy)
 
     @torch.no_grad()
     def take(self, name: str, buffer: Tensor) -> Tensor:
-        """Copy what a buffer holds now, into the same memory each time while it fits."""
+        """Copy a buffer, into the memory of its last copy if that fits."""
         layout = (buffer.dtype, buffer.device, buffer.shape, buffer.stride())
         if name not in self._copies or self._copies[name][0] != layout:
             self._copies[name] = layout, torch.empty_like(buffer)
@@ -45,15 +45,15 @@ class Staging:
 
 
 class Locator:
-    """Finds this rank's tensors in a model again, or notices that they have to be looked for by name.
+    """Finds this rank's tensors in a model again, or notices that they must be matched by name anew.
 
-    It holds no param, so it keeps no model alive.
+    It holds no params, so it keeps no model alive.
     """
 
     def __init__(self, model: Module, shares: Sequence[Share], held: Mapping[str, Held]) -> None:
         self._walk = Walk(unwrap(model))
         found_in = {share.name: held[share.name].found_in for share in shares}
-        #: In the order in which they are found: DTensors, plain tensors, then what lies in flat params.
+        #: In the order of find(): DTensors, plain tensors, then shards of flat params.
         kinds = (DTensor, Tensor)
         self.shares = sorted(shares, key=lambda share: [not isinstance(found_in[share.name], kind) for kind in kinds])
         tensors = [found for share in self.shares if isinstance(found := found_in[share.name], Tensor)]
@@ -62,7 +62,7 @@ class Locator:
         self._num_dtensors, self._specs = len(dtensors), private.specs(dtensors)
         flats = {id(flat): flat for flat in found_in.values() if not isinstance(flat, Tensor)}
         self._flats = list(flats.values())
-        # For each share, the base that it lies in, and for a flat one where.
+        # For each share, the index of its base tensor, and the (offset, numel) of a flat shard in it.
         bases = {key: len(tensors) + i for i, key in enumerate(flats)}
         self._locations: list[tuple[int, tuple[int, int] | None]] = [(i, None) for i in range(len(tensors))]
         for share in self.shares[len(tensors) :]:
@@ -75,7 +75,7 @@ class Locator:
         return self._walk.root
 
     def find(self, model: Module) -> list[Tensor] | None:
-        """Return the tensors of the model that the shares are found in now. None: look for them by name."""
+        """Return the model's current tensors that hold the shares, or None if they must be matched by name anew."""
         if self._walk.root is not model and self._walk.root is not unwrap(model):
             return None
         found = self._walk.tensors()
@@ -84,7 +84,7 @@ class Locator:
         tensors = [found[i] for i in self._positions]
         try:
             specs = private.specs(tensors[: self._num_dtensors])  # type: ignore[arg-type]
-        except AttributeError:  # no DTensor any more: gathered by a forward pass, say
+        except AttributeError:  # no longer a DTensor, for instance gathered by a forward pass
             return None
         return tensors if specs == self._specs else None
 
@@ -99,17 +99,17 @@ class Locator:
         return self.shares[index].name
 
     def local(self, bases: Sequence[Tensor], index: int) -> Tensor:
-        """Return this rank's tensor of a share, out of what :meth:`bases` returned."""
+        """Return this rank's tensor of the share at ``index``; ``bases`` is a result of :meth:`bases`."""
         base, run = self._locations[index]
         return bases[base] if run is None else bases[base].narrow(0, *run)
 
 
 class Views(Sequence[Tensor]):
-    """The params of a plan, each viewed when it is asked for: most backends go by addresses and never ask.
+    """The params of a plan. A view is made on access, since most backends use addresses and need no view.
 
     Args:
-        found: the tensors of the model that the shares are found in.
-        bases: those that the shares lie in.
+        found: a result of :meth:`Locator.find`.
+        bases: the result of :meth:`Locator.bases` for it.
     """
 
     def __init__(
@@ -122,36 +122,36 @@ class Views(Sequence[Tensor]):
         self.locator, self._chosen, self.found, self.bases = locator, chosen, found, bases
 
     def held(self) -> dict[str, Held]:
-        """Return what this rank holds of the model, by name, as long as the memory that it has now."""
+        """Return what this rank holds of the model, by name, on the memory that it has now."""
         located = ((share, self.locator.local(self.bases, i).detach()) for i, share in enumerate(self.locator.shares))
         return {share.name: Held(share.holding, local, local) for share, local in located}
 
     def __len__(self) -> int:
         return len(self._chosen)
 
-    def __getitem__(self, position):  # type: ignore[no-untyped-def]  # an int; Sequence would have slices too
+    def __getitem__(self, position):  # type: ignore[no-untyped-def]  # an int only; Sequence also has slices
         index, share = self._chosen[position]
         return share.of(self.locator.local(self.bases, index).detach())
 
 
 class ShardSide:
-    """One of the averages that are updated together."""
+    """One of the averaged models that are updated together."""
 
     rule: Rule
-    n_averaged: Tensor  # () int64, updates so far, on the params' device
+    n_averaged: Tensor  # () int64, number of updates, on the params' device
     seed: int
     backend: str | None
     _ranks: Ranks
     _shares: Sequence[Share]
-    _planes: Mapping[str, tuple[Tensor, ...]]  # of each share
+    _planes: Mapping[str, tuple[Tensor, ...]]  # by name of the share
     _left_alone: Collection[str]  # names of params that are not averaged
-    _meshes: Mapping[str, tuple[Mesh, ...]]  # as `find_holdings` takes them
+    _meshes: Mapping[str, tuple[Mesh, ...]]  # for `find_holdings`
 
     def _find_held(self, model: Module) -> dict[str, Held]:
         """Return what this rank holds of ``model`` now, by name, in the order of the shares.
 
         Raises:
-            ValueError: names, shapes, meshes or placements are not those of the shares; it names the parameter.
+            ValueError: names, shapes, meshes or placements differ from those of the shares; it names the param.
         """
         check_sharded_model(model)
         held = {found.holding.name: found for found in find_holdings(model, self._ranks.ranks, self._meshes)}
@@ -171,17 +171,17 @@ class ShardSide:
         return Pair(share.name, view, self._planes[share.name], share.format, draws, pace)
 
 
-#: A plan, and the params and planes that it fits now.
+#: A plan with its current params and planes.
 Bound = tuple[Plan, Views, tuple[Tensor, ...]]
 
 
 class ShardBinding:
-    """A plan, and the way to the tensors that it was made for.
+    """A plan, and a locator of the tensors that it was made for.
 
     Args:
-        sides: the averages, of the same params.
+        sides: the averaged models, all of the same model.
         held: what this rank holds of the model, by name.
-        staging: where buffers are copied to before they are averaged; None: they are read where they are.
+        staging: copies buffers before they are averaged; None: they are read where they are.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class ShardBinding:
         self.config, self._staging = (backend, staging), staging
         self._locator = Locator(model, sides[0]._shares, held)
         found = self._locator.find(model)
-        assert found is not None, "a walk just made must fit"
+        assert found is not None, "a new locator must fit"
         bases = self._bases_of(found)
         indices = {share.name: index for index, share in enumerate(self._locator.shares)}
         # A rank may have no part of a small or unevenly sharded param.
@@ -221,7 +221,7 @@ class ShardBinding:
         return self._locator.root
 
     def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None:
-        """Return the plan with the params and planes as they are now, or None if it no longer fits them."""
+        """Return the plan with its current params and planes, or None if it no longer fits them."""
         if config != self.config:
             return None
         found = self._locator.find(model)
@@ -242,18 +242,18 @@ class ShardBinding:
 
 
 def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], staging: Staging | None = None) -> Bound:
-    """Return the plan for ``model`` and the tensors of both sides, planning anew where the old one no longer fits.
+    """Return the plan for ``model`` with its params and planes. Plan anew if the last plan no longer fits.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: names, shapes, placements or memory do not go together; it names the parameter.
+        TypeError: ``model`` is not a module.
+        ValueError: names, shapes, placements or memory do not fit the averages. The message names the param.
     """
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     counters, config = [side.n_averaged for side in sides], (sides[0].backend, staging)
     current = bindings.current(model, config, counters)
     if current is None:
-        # A forward pass without a backward leaves FSDP's root gathered, with other tensors in its modules.
+        # After a forward pass without a backward, FSDP's root is gathered and its modules hold other tensors.
         reshard(model)
         current = bindings.current(model, config, counters)
     if current is None:
@@ -261,5 +261,5 @@ def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], s
             checks.check_counter(counter)
         bindings.use(ShardBinding(model, sides, sides[0]._find_held(model), staging))
         current = bindings.current(model, config, counters)
-        assert current is not None, "a plan just made must fit"
-    return current  # type: ignore[return-value]  # its params are views, as this floor's bindings have them
+        assert current is not None, "a new plan must fit"
+    return current  # type: ignore[return-value]  # the bindings of this floor have views for params

@@ -1,13 +1,13 @@
-"""The words that the code uses, and no others: each noun has one meaning. What is not here is torch's or Python's.
+"""The glossary: every noun of the code that is not torch's or Python's, each with one meaning.
 
 csrc/: kernels
-    kernel            a C++, CUDA or Triton function that moves the elements of chunks
-    chunk             a run that one CPU task, CUDA block or Triton program handles
+    kernel            a C++, CUDA or Triton function that updates the elements of chunks
+    chunk             a run of elements for one CPU task, CUDA block or Triton program
     block             CUDA's block of threads
-    blend             what the lerp of each element takes from a weight
+    blend             a weight in the forms that the lerp of one element needs
 
 torch_private/: names that are private in torch
-    walk              a path through a module that finds all its tensors again quickly
+    walk              a path through a module that finds its tensors again quickly
     flat param        the 1-D tensor in which an FSDP1 module keeps its params
     flat shard        this rank's shard of one original param in a flat param
 
@@ -18,69 +18,69 @@ terms/: ints, names and numbers
     average           the running average of a param, which we own
     averaged model    the averages of one model, with their rule and their counter
     rule              how the weight follows from the number of updates
-    weight            interpolation weight of the newest param, as in ``torch.lerp``
+    weight            the interpolation weight of the newest param, as in ``torch.lerp``
     decay             ``1 - weight`` of an exponential average
-    terms             the numbers from which a kernel works out a rule's weight
+    terms             the numbers from which a kernel computes a rule's weight
     update            one call of ``update_parameters``
-    step              a step of the optimizer, never ours
-    num_averaged      how many models are in the average; the state-dict key is ``n_averaged``, as in torch
+    step              a step of the optimizer, never of ours
+    num_averaged      number of models in the average; the state-dict key is ``n_averaged``, as in torch
     counter           the int64 tensor on the device that holds ``num_averaged``
     format            how an average is stored
     plane             one of a format's tensors; plane 0 is the averaged module's own param
-    remainder         the plane that holds the bits that plane 0 leaves out
-    seed              the user's number that random bits follow from
-    draws             where the random bits of one average come from
-    random key        64 bits that stand for the seed and a param's name in its draws
-    box               a rectangle of a tensor: one offset and one size for each dimension
+    remainder         the plane with the bits that plane 0 leaves out
+    seed              the user's number from which random bits follow
+    draws             what the random bits of one average depend on
+    random key        64 bits made from the seed and a param's name
+    box               a rectangle of a tensor, with one offset and one size for each dimension
     run               consecutive elements in memory
     order             a tensor's dimensions, the slowest in memory first
-    extent            elements from the first to the last that a tensor touches in memory
+    extent            number of elements in memory from the first to the last that a tensor touches
     bucket            one flat allocation that holds planes of one device and dtype
     slot              where one plane lies in a bucket
-    key               what something is looked up by: of a state, the name of an entry
-    package           the public package under whose name a class is pickled
-    made on use       an attribute that is made when it is first asked for
+    key               what something is looked up by; in a state, the name of an entry
+    package           the public package under which a class is pickled
+    made on use       an attribute that is made on its first use
 
 backends/: tensors in, tensors changed
     backend           ``reference``, ``cpu``, ``cuda`` or ``triton``
-    unavailable       why a backend cannot run here
+    unavailable       the reason why a backend cannot run here
     pair              one param and its average
-    pace              a rule and a counter: how far the averages of one averaged model move
-    launch            pairs made ready for one backend, to be updated again and again
+    pace              the rule and counter of one averaged model, which tell how far its averages move
+    launch            pairs prepared for one backend, to be updated repeatedly
     row               one pair in the table that a kernel reads
     follower          a row that averages the same param as the row before it
     table             the rows, chunks and state words of one launch on one GPU
     head              the C struct that points to the parts of a table
     words             the memory of a tensor as integers
-    flag              one int64 that says whether any rank has found something
-    window            as many elements or bytes as are worked on at a time
+    flag              one int64 that is set if any rank has found a NaN or an infinity
+    window            the elements or bytes that are processed at a time
     tile              the elements that a Triton program moves at a time
 
 loop/: averages that follow an optimizer
-    attachable        what can be attached to an optimizer
+    attachable        an averaged model that can be attached to an optimizer
     attachment        an averaged model that follows an optimizer's steps
-    schedule          after which steps an attachment updates
-    span              a time that the user gives: steps, epochs or a share of the training
-    runner            how an attachment runs its updates: plain, on streams or in a thread
+    schedule          the steps after which an attachment updates
+    span              a time in steps, epochs or a share of the training, as the user writes it
+    runner            runs an attachment's updates: plain, on streams or in a thread
     plain             the runner that updates in the optimizer's hook
     on streams        the runner that updates on side streams of the GPUs
     in thread         the runner that updates in a thread
-    ready             a function that gets an update ready and returns it
-    stand-in          a copy of a model's tree of modules, for an update beside the next forward
+    ready             a function that prepares an update and returns it
+    stand-in          a copy of a model's module tree, for an update beside the next forward
     guard             lets one thread at a time use an averaged model, and none while it is swapped
     lock              what a guard holds; it is new in a forked child
-    updating          what an attachment and its runner ask of an averaged model
-    together          what a guard asks of the ranks that act together
+    updating          what an attachment and its runner need of an averaged model
+    together          what a guard needs of ranks that act together
 
 op/: one update, planned and launched
-    plan              the pairs of an update, their averages in buckets and the work made ready
+    plan              the pairs of an update, with their averages in buckets and their work
     work              the pairs of a plan that one backend updates
     launches          the work of one update, and how it runs
     fingerprint       addresses, shapes and dtypes of tensors, to see whether a plan still fits
-    plane like        what a plane is to be, before it is made
+    plane like        the shape, strides, dtype and device of a plane to be made
     home              the address of a plane in a bucket
-    exchange          params and averages that change places, and back
-    checksum          64 bits of a tensor; those of the boxes that it is cut into add up to it
+    exchange          params and averages that change places
+    checksum          64 bits of a tensor; the checksums of its boxes sum to it
 
 average/: averaged models of one process
     side              one of the averaged models that are updated together
@@ -90,62 +90,62 @@ average/: averaged models of one process
     tree              planes under dotted names, as a module
     recast            a move or cast of an averaged model to another device or dtype
 
-sharded/parts/: what one rank has, and what ranks tell each other
-    ranks             the process group of our own that all averages of one user's group share
-    subgroup          the ranks of one cut, where these are not all
-    one process       ranks of a process without a process group
-    number            of an averaged model among those that share their ranks
-    fault             why no peer may be met any more
+sharded/parts/: what one rank holds, and how ranks communicate
+    ranks             our own process group, shared by all averages over one of the user's groups
+    subgroup          the ranks of one cut, if these are not all ranks
+    one process       the ranks of a process without a process group
+    number            distinguishes averaged models that share their ranks
+    fault             why no more collectives may run
     lost peer error   the error that a fault raises
     rendezvous        turns in which ranks exchange messages through the store of the user's group
     turn              one exchange of a rendezvous
-    seat              what one rank knows of our process group over one of the user's
+    seat              one rank's view of our process group over one of the user's
     mesh              torch's ``DeviceMesh`` as plain ints and names
-    sharding          how a tensor lies on the ranks: mesh and placements, replicated, or an FSDP1 flat param
+    sharding          how a tensor is spread over ranks: mesh and placements, replicated, or an FSDP1 flat param
     replica           a rank that holds the same elements as another one
     shard             this rank's part of a param that is sharded
     holding           what this rank holds of one param or buffer, in ints
     held              a holding with its tensor
-    part              what one rank has of something cut
+    part              one rank's piece of something that is cut
     share             the part of a holding that this rank averages
     cut               params that the same ranks hold alike, cut evenly over these ranks
     flat order        tensors one after the other, cut evenly into parts
     part tensor       a part in the form that ``torch.distributed.checkpoint`` takes
     spread            fills the params of one cut on all ranks with the parts of all ranks
-    piece             what one rank sends in one window of a spread
+    piece             the bytes that one rank sends in one window of a spread
 
-sharded/: averages of models that lie on several ranks
+sharded/: averages of models that are spread over ranks
     locator           finds the tensors of this rank's shares again
-    views             the params of a plan, viewed when they are asked for
-    bound             a plan with the params and planes that it fits now
+    views             the params of a plan, viewed on access
+    bound             a plan with its current params and planes
     staging           copies of what a forward writes, for an update beside it
     swap              one use of ``swapped_into`` on several ranks
     entry             one plane or buffer in a state, under one key or under those of tied params
     seal              checksum and dtype of an entry, in the state
-    pending load      what a state gives this rank, until it is verified and written
+    pending load      one rank's parts of a state, until they are verified and written
 
 posthoc/: averages made after training
     snapshot          averages stored at one count; ``Snapshots`` is a folder of them
-    sidecar           the file that says what a snapshot holds
+    sidecar           the file that describes a snapshot
     stored average    one average of one snapshot
-    stored tensor     what a snapshot says of one param or buffer
-    stored part       what this rank writes of one stored tensor
-    wanted tensor     a tensor to be made from snapshots
+    stored tensor     name, shape and dtype of a param or buffer in a snapshot
+    stored part       one rank's part of one stored tensor
+    wanted tensor     a tensor to be summed up from snapshots
     sum               a weighted sum of stored averages
-    profile           the weights that the models of a training have in an average
-    fit               the sum of stored averages that comes nearest to a wanted one
+    profile           the weight of each model in an average
+    fit               the sum of stored averages that is nearest to a wanted average
 
 optim/: other packages' recipes
     swa               torchcontrib's optimizer of that name, and Composer's algorithm
-    clock             after which steps the updates of Composer's SWA come
-    cycles            a learning rate that repeats
+    clock             the steps after which Composer's SWA updates
+    cycles            a learning rate schedule that repeats
     triangle          a rate that falls and rises linearly
-    cosine            a rate that falls as a cosine, of which the last steps repeat
+    cosine            a rate that falls as a cosine, and then repeats its last steps
     layer             a BatchNorm layer and its moments
-    moments           count, mean and squares of what comes into a layer
+    moments           count, mean and squared deviations of the inputs of a layer
 
-faces: swafast/*.py
-    finder            Python's import finder, which says where a moved module went
+swafast/*.py: faces
+    finder            Python's import finder, which explains that a module has moved
 
 ``numel`` counts elements, ``nbytes`` bytes, ``*_offset`` elements; all of them 64-bit.
 """

@@ -1,4 +1,4 @@
-"""The boxes that a run of a param is made of: ints in, ints out."""
+"""Split a run of a param's elements in memory into boxes of the param."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Box:
-    """A box of a param, and where its elements lie in a run of memory."""
+    """A box of a param, with the place of its elements in a run of memory."""
 
-    offsets: tuple[int, ...]  # in the whole param
+    offsets: tuple[int, ...]  # of the box in the whole param
     sizes: tuple[int, ...]
-    start: int  # of its first element in the run
+    start: int  # index of its first element in the run
     order: tuple[int, ...]  # dimensions, the slowest in memory first
 
     @property
@@ -23,13 +23,13 @@ class Box:
         return math.prod(self.sizes)
 
     def of_run(self, run: Tensor) -> Tensor:
-        """View the box, in its own shape, in the run's elements (1-D)."""
+        """Return a view of the box, in its own shape, into the run's elements (1-D)."""
         flat = run[self.start : self.start + self.numel]
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
         return flat.view([self.sizes[dim] for dim in self.order]).permute(inverse)
 
     def of_whole(self, whole: Tensor) -> Tensor:
-        """View the box in the whole param."""
+        """Return a view of the box into the whole param."""
         for dim, (offset, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
             whole = whole.narrow(dim, offset, size)
         return whole
@@ -42,13 +42,13 @@ def boxes_of_run(
     offsets: Sequence[int] | None = None,
     order: Sequence[int] | None = None,
 ) -> tuple[Box, ...]:
-    """Return the boxes that elements ``start`` to ``stop`` of a dense box are made of: at most ``2 * ndim - 1``.
+    """Split elements ``start`` to ``stop`` of a dense box into at most ``2 * ndim - 1`` boxes.
 
     Args:
-        sizes: of the box that lies in memory whole.
-        start, stop: elements in the order of memory.
-        offsets: of that box in the whole param; default: at its origin.
-        order: its dimensions, the slowest in memory first; default: row-major.
+        sizes: the sizes of the dense box.
+        start, stop: indices of elements, counted in the order of memory.
+        offsets: the offsets of the dense box in the whole param; default: zeros.
+        order: the dimensions of the dense box, the slowest in memory first; default: row-major.
     """
     dims = tuple(range(len(sizes))) if order is None else tuple(order)
     origin = (0,) * len(sizes) if offsets is None else tuple(offsets)
@@ -63,7 +63,7 @@ def boxes_of_run(
 
 
 def _boxes(sizes: list[int], start: int, stop: int) -> list[tuple[list[int], list[int], int]]:
-    """Return (corner, sizes, first element) of the boxes of a row-major run, in order."""
+    """Return (corner, sizes, index of the first element) for each box of a row-major run, in order."""
     if start >= stop:
         return []
     if not sizes:

@@ -1,8 +1,8 @@
-"""Random bits for formats that are rounded at random.
+"""Random bits for the formats that round at random.
 
-They follow from a seed, the param's name, the update and the element's row-major index in the whole param, and from
-nothing else: every backend, and any way of spreading a param over ranks, draws the same ones. ``csrc/random.h`` states
-the same functions for the kernels.
+The bits depend only on the seed, the param's name, the update, and the element's row-major index in the whole param. So
+every backend draws the same bits, however a param is spread over ranks. ``csrc/random.h`` has the same functions for
+the kernels.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _MASK_32 = 2**32 - 1
 
 @dataclass(frozen=True)
 class Draws:
-    """Where the random bits of one average come from."""
+    """All that the random bits of one average depend on, besides the update and the element."""
 
-    random_key: int  # of the seed and the param's name: 64 bits
+    random_key: int  # 64 bits, from the seed and the param's name
     shape: tuple[int, ...]  # of the whole param
-    boxes: tuple[Box, ...] | None = None  # of it that a 1-D run of memory is made of; None: the tensor is the whole
+    boxes: tuple[Box, ...] | None = None  # the boxes that a 1-D run is made of; None: the tensor is the whole param
 
 
 def make_random_key(seed: int, name: str) -> int:
-    """Return the key of a param's random bits."""
+    """Return 64 bits that stand for ``seed`` and ``name`` in the draws."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little")
 
 
@@ -43,11 +43,11 @@ def _mix(start: int, word: int) -> int:
 
 
 def random_bits(key: int, num_averaged: int, index: Tensor) -> Tensor:
-    """Give 32 random bits for each element of ``index``, int64: row-major indices in the whole param.
+    """Return 32 random bits, as int64, for each element of ``index``: int64 row-major indices in the whole param.
 
-    The upper 16 of them are fit for use. Those of 16 updates in a row lie one in each sixteenth of their range, so that
-    what rounding adds to an average cancels for the most part: against bits without that order the error of an average
-    is smaller by a factor of 1.4 (``pytest tests/test_accuracy.py -k stratified``).
+    Use only the upper 16 bits. In 16 updates in a row they fall once into each sixteenth of their range, so most
+    rounding errors cancel. With independent bits the error of an average is 1.4 times as large
+    (``pytest tests/test_accuracy.py -k stratified``).
     """
     update = _mix(key, (((num_averaged >> 4) + 1) * 0x9E3779B97F4A7C15) & _MASK_64)
     turn = int(f"{num_averaged & 15:04b}"[::-1], 2) << 28
@@ -56,7 +56,7 @@ def random_bits(key: int, num_averaged: int, index: Tensor) -> Tensor:
     for half in upper.unique().tolist() if index.numel() else []:
         draw = _mix(update, half)
         x = (index & _MASK_32) ^ (draw & _MASK_32)
-        # A product of two 32-bit numbers may run over int64; its lower 32 bits are right all the same.
+        # The product may overflow int64; its lower 32 bits are right all the same.
         x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK_32
         x = x ^ (draw >> 32)
         x = ((x ^ (x >> 15)) * 0x846CA68B + turn) & _MASK_32
@@ -65,9 +65,10 @@ def random_bits(key: int, num_averaged: int, index: Tensor) -> Tensor:
 
 
 def box_views(draws: Draws, tensors: Sequence[Tensor]) -> Iterator[tuple[tuple[Tensor, ...], list[Tensor]]]:
-    """Yield the tensors' views of each box, and one addend of the index for each dimension.
+    """Yield, for each box, the tensors' views of it and one addend of the index for each dimension.
 
-    The sum of the addends is the index: int64 tensors without memory of their own, to be cut as the views are.
+    The index is the sum of the addends. They are expanded int64 tensors of the views' shape, which take little memory
+    and can be cut like the views.
     """
     first = tensors[0]
     if draws.boxes is None or first.dim() != 1 or not draws.boxes:
@@ -90,12 +91,12 @@ def _index_addends(
 
 
 def runs_of(draws: Draws, stride: Sequence[int]) -> Tensor:
-    """Return the runs of memory in which the index has one stride: (num_runs, 4) int64 rows on the CPU.
+    """Return the runs of memory in which the index has one stride: (num_runs, 4) int64, on the CPU.
 
     A row is (offset in memory, numel, first index, index stride).
 
     Args:
-        stride: of the whole tensor where ``draws`` has no boxes: dense, in any order.
+        stride: the stride of the whole tensor, dense, in any order; used only if ``draws`` has no boxes.
     """
     if draws.boxes is None:
         order = tuple(sorted(range(len(draws.shape)), key=lambda dim: (-stride[dim], dim)))
@@ -109,7 +110,7 @@ def runs_of(draws: Draws, stride: Sequence[int]) -> Tensor:
 def _runs_of_box(box: Box, index_stride: Sequence[int]) -> Tensor:
     dims = [dim for dim in box.order if box.sizes[dim] != 1]
     numel, along = 1, 1
-    # From the fastest dimension on, as long as the next one goes on where this one ends.
+    # Join dimensions from the fastest one on, while the index goes on with the same stride.
     while dims and (numel == 1 or index_stride[dims[-1]] == numel * along):
         dim = dims.pop()
         if numel == 1:

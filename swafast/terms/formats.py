@@ -1,8 +1,7 @@
-"""Formats: how an average is stored, and what its planes mean.
+"""Formats: how an average is stored in planes.
 
-``planes[0]`` of a format is always the averaged module's own parameter, so the module runs as it is. A further plane
-is kept beside it, under the key ``<plane>.<name>`` of the state dict. ``encode`` and ``decode`` are the definition that
-every kernel is tested against.
+``planes[0]`` is always the averaged module's own param, so the module runs as it is. Each further plane has the key
+``<plane>.<name>`` in the state dict. ``encode`` and ``decode`` define the format; every kernel is tested against them.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ class Format:
     """How averages of one dtype are stored."""
 
     name: str
-    dtype: torch.dtype | None  # of planes[0]; None: whatever the param has
+    dtype: torch.dtype | None  # of planes[0]; None: the param's own
     extra: tuple[tuple[str, torch.dtype], ...] = ()  # the further planes, as (name, dtype)
-    #: Planes -> the average at full precision, maybe a plane itself.
+    #: Turn planes into the average at full precision. The result may be one of the planes.
     decode: Callable[[tuple[Tensor, ...]], Tensor] = lambda planes: planes[0]
-    #: The average at full precision, and for a format that is rounded at random the random bits, int64 of its shape ->
-    #: planes. Without bits it is rounded to the nearest.
+    #: Turn the average at full precision into planes. A format that rounds at random also takes random bits, int64 of
+    #: the average's shape; without them it rounds to nearest.
     encode: Callable[..., tuple[Tensor, ...]] = lambda value: (value,)
-    value_dtype: torch.dtype | None = torch.float32  # that the average is worked out in; None: planes[0]'s
-    num_random_bits: int = 0  # that an update rounds each element with
+    value_dtype: torch.dtype | None = torch.float32  # of the average at full precision; None: that of planes[0]
+    num_random_bits: int = 0  # used per element and update
 
     @property
     def nbytes(self) -> int | None:
-        """Bytes that one element takes; None: as many as the param's."""
+        """Bytes of one element in all planes; None if ``dtype`` is None."""
         if self.dtype is None:
             return None
         return self.dtype.itemsize + sum(dtype.itemsize for _, dtype in self.extra)
@@ -48,19 +47,19 @@ class Format:
 
 
 def _quiet_bits(value: Tensor) -> Tensor:
-    """Return the bits of float32, int32; a NaN keeps its sign and nothing else."""
+    """Return the bits of float32 as int32; of a NaN only the sign is kept."""
     bits = value.contiguous().view(torch.int32)
     return torch.where(value.isnan(), (bits & -0x80000000) | 0x7FC00000, bits)
 
 
 def encode_exact(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Split float32 into a bfloat16 and the int16 that gives the float32 back: ``bits = (average << 16) + remainder``.
+    """Split float32 into a bfloat16 average and an int16 remainder, with ``bits = (average << 16) + remainder``.
 
-    The bfloat16 is rounded half up in magnitude: a tie rounded to even could not be told apart. A NaN keeps its sign
-    and nothing else.
+    The bfloat16 rounds ties away from zero; with ties to even, two float32 values would share one pair of planes. Of a
+    NaN only the sign is kept.
     """
     bits = _quiet_bits(value)
-    # int32 wraps on overflow, and the arithmetic shift keeps the low 16 bits of the result right
+    # int32 wraps on overflow, and the arithmetic shift keeps the low 16 bits of the result right.
     average = ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
     return average, bits.to(torch.int16)
 
@@ -68,8 +67,8 @@ def encode_exact(value: Tensor) -> tuple[Tensor, Tensor]:
 def decode_exact(planes: tuple[Tensor, ...]) -> Tensor:
     """Join the planes of ``exact`` into float32.
 
-    Somebody may write into the bfloat16 plane behind our back; the stale remainder then moves the value by half a
-    bfloat16 ulp at most, and counts as 0 where it would turn a zero or an infinity into NaN.
+    If other code has written into the bfloat16 plane, the remainder is stale. It then moves the value by at most half a
+    bfloat16 ulp. Where it would turn a zero or an infinity into NaN, it counts as 0.
     """
     high = planes[0].contiguous().view(torch.int16).to(torch.int32)
     low = planes[1].to(torch.int32)
@@ -83,16 +82,16 @@ def encode_mirrored(value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode_mirrored(planes: tuple[Tensor, ...]) -> Tensor:
-    """Give the float32 average, or the float16 copy where somebody has written another value into that."""
+    """Return the float32 average; where other code has changed the float16 copy, return the copy."""
     copy, average = planes
     kept = average.to(torch.float16).view(torch.int16) == copy.contiguous().view(torch.int16)
     return torch.where(kept, average, copy.to(torch.float32))
 
 
 def encode_compensated(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Split float64 into the float32 next to it and another one, of what that leaves over."""
+    """Split float64 into the nearest float32 and a float32 compensation, the difference."""
     average = value.to(torch.float32)
-    # Cut, not rounded: rounded up to half a unit it could make the sum round to another float32 than the average.
+    # Cut, not rounded: a difference rounded up to half a unit could make the sum round to another float32.
     left_over = ((value - average.to(torch.float64)).view(torch.int64) & ~0x1FFFFFFF).view(torch.float64)
     left_over = left_over.to(torch.float32)
     return average, torch.where(average.isfinite(), left_over, torch.zeros_like(left_over))
@@ -101,7 +100,7 @@ def encode_compensated(value: Tensor) -> tuple[Tensor, Tensor]:
 def decode_compensated(planes: tuple[Tensor, ...]) -> Tensor:
     """Join the planes of ``compensated`` into float64.
 
-    A compensation that the encoder would not have left, since somebody has written another value into the first plane,
+    If other code has written into the first plane, the compensation may be one that the encoder never makes. It then
     counts as 0.
     """
     average = planes[0].to(torch.float64)
@@ -110,10 +109,10 @@ def decode_compensated(planes: tuple[Tensor, ...]) -> Tensor:
 
 
 def _rounded_bits(value: Tensor, num_bits: int, random: Tensor | None) -> Tensor:
-    """Return the bits of float32, int32, without the lower ``num_bits``, which are cut off or rounded up by chance.
+    """Return the bits of float32 as int32, shifted right by ``num_bits`` and rounded: at random, or to nearest.
 
-    The chance of the next larger magnitude is the share of a unit in the last place that is cut off. What would round
-    up to an infinity is cut; a NaN keeps its sign and nothing else.
+    At random, the chance to round up in magnitude is the cut-off share of a unit in the last place. A value that would
+    round up to infinity is cut instead. Of a NaN only the sign is kept.
     """
     bits = _quiet_bits(value)
     rounded = bits + (1 << (num_bits - 1) if random is None else random.to(torch.int32))
@@ -121,13 +120,13 @@ def _rounded_bits(value: Tensor, num_bits: int, random: Tensor | None) -> Tensor
 
 
 def encode_compact(value: Tensor, random: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Split the upper 24 bits of float32 into a bfloat16, rounded half up, and the int8 that gives them back."""
+    """Split the upper 24 bits of float32 into a bfloat16 average, ties away from zero, and an int8 remainder."""
     bits = _rounded_bits(value, 8, random)
     return ((bits + 0x80) >> 8).to(torch.int16).view(torch.bfloat16), bits.to(torch.int8)
 
 
 def decode_compact(planes: tuple[Tensor, ...]) -> Tensor:
-    """Join the planes of ``compact`` into float32; a stale remainder counts as it does in ``exact``."""
+    """Join the planes of ``compact`` into float32; a stale remainder is treated as in ``exact``."""
     return decode_exact((planes[0], planes[1].to(torch.int32) << 8))
 
 
@@ -141,14 +140,14 @@ def decode_half(planes: tuple[Tensor, ...]) -> Tensor:
 
 FLOAT32 = Format("float32", torch.float32)
 EXACT = Format("exact", torch.bfloat16, (("remainder", torch.int16),), decode_exact, encode_exact)
-# The average of a float16 model is a float32 beside the module's float16 parameter, which each update writes as well:
-# float32 has more exponents than float16, so no remainder could join them.
+# The float32 average stands beside the module's float16 param, and each update writes both. float32 has more exponents
+# than float16, so a remainder could not join them.
 MIRRORED = Format("mirrored", torch.float16, (("average", torch.float32),), decode_mirrored, encode_mirrored)
-# Rounded at random, so that it does not freeze: 24 bits of the float32 average.
+# 24 bits of the float32 average, rounded at random so that it does not freeze.
 COMPACT = Format(
     "compact", torch.bfloat16, (("remainder", torch.int8),), decode_compact, encode_compact, num_random_bits=8
 )
-# Worked out in float64, of which it keeps 48 bits and more.
+# Computed in float64; the planes keep at least 48 bits of it.
 COMPENSATED = Format(
     "compensated",
     torch.float32,
@@ -158,7 +157,7 @@ COMPENSATED = Format(
     value_dtype=torch.float64,
 )
 HALF = Format("half", torch.bfloat16, (), decode_half, encode_half, num_random_bits=16)
-# float64 and complex averages, and whatever a custom averaging function works on: the param's own dtype.
+# The param's own dtype, for float64 and complex averages and for averages of a custom averaging function.
 OWN = Format("own", None, value_dtype=None)
 
 _FORMATS = {fmt.name: fmt for fmt in (FLOAT32, EXACT, MIRRORED, COMPACT, COMPENSATED, HALF, OWN)}
@@ -171,10 +170,10 @@ EXTRA_PLANES = tuple(dict.fromkeys(plane for fmt in _FORMATS.values() for plane,
 
 @pickled_from("swafast")
 def get_format(name: str) -> Format:
-    """Give a format by its name.
+    """Return the format with this name.
 
     Raises:
-        ValueError: no format has that name.
+        ValueError: no format has this name.
     """
     if name not in _FORMATS:
         raise ValueError(f"format must be one of {', '.join(map(repr, _FORMATS))}, got {name!r}")
@@ -182,7 +181,7 @@ def get_format(name: str) -> Format:
 
 
 def check_format(name: object) -> None:
-    """Raise ValueError unless ``name`` is a format a user may ask for, or None; warn once of one that loses much."""
+    """Raise ValueError unless ``name`` is None or a format that a user may ask for. Warn once for ``half``."""
     public = [known for known in _FORMATS if known != OWN.name]
     if name is not None and name not in public:
         raise ValueError(f"format must be one of {', '.join(map(repr, public))} or None, got {name!r}")
@@ -193,18 +192,19 @@ def check_format(name: object) -> None:
 @functools.cache
 def _warn_of_half() -> None:
     warnings.warn(
-        "format='half' keeps 8 bits of each average: right on the whole, off by percents element by element; 'compact' "
-        "takes one byte more and is over a hundred times closer",
+        "format='half' keeps 8 bits of each average: each element is a few percent off, without bias. Use 'compact' if "
+        "you can spare one more byte per param: its error is over a hundred times smaller",
         UserWarning,
         stacklevel=4,
     )
 
 
 def format_of_planes(average: Tensor, extra: Mapping[str, Tensor]) -> Format | None:
-    """Give the format that has just these planes, by their dtypes and shapes; None where that is none.
+    """Return the format that has exactly these planes, by dtype and shape; None if there is none.
 
     Args:
-        extra: the planes that stand beside the averaged module's own, by name.
+        average: plane 0.
+        extra: the further planes, by name.
     """
     own = OWN if average.dtype in _OWN_DTYPES else None
     for fmt in (_DEFAULTS.get(average.dtype), *_FORMATS.values()):
@@ -216,9 +216,9 @@ def format_of_planes(average: Tensor, extra: Mapping[str, Tensor]) -> Format | N
 
 
 def stored_dtype(requested: str | None, dtype: torch.dtype, *, copied: bool = False) -> torch.dtype:
-    """Give the dtype that a param of ``dtype`` has in the averaged module when ``requested`` is asked for.
+    """Return the dtype in the averaged module of a param of ``dtype`` if the user asked for format ``requested``.
 
-    What is copied follows the averages, so that the module runs, but to a dtype that holds all its values alone.
+    A copied tensor takes the averages' dtype too, so that the module runs, but only if that dtype can hold every value.
     """
     stored = None if requested is None or dtype not in _DEFAULTS else _FORMATS[requested].dtype
     if stored is None or (copied and torch.promote_types(dtype, stored) != stored):
@@ -227,9 +227,10 @@ def stored_dtype(requested: str | None, dtype: torch.dtype, *, copied: bool = Fa
 
 
 def format_of(requested: str | None, dtype: torch.dtype) -> Format | None:
-    """Give the format of an average whose parameter in the averaged module has ``dtype``; None: it cannot be averaged.
+    """Return the format of an average whose param in the averaged module has ``dtype``; None if it cannot be averaged.
 
-    The parameter's dtype comes first: a module moved to another dtype takes that dtype's default format.
+    ``dtype`` decides first: if it is not that of ``requested``, as after a cast, the default format of ``dtype`` is
+    used.
     """
     if dtype in _OWN_DTYPES:
         return OWN

@@ -1,7 +1,4 @@
-"""Layout of averages in buckets and of work in chunks: ints in, ints and dataclasses out, no tensor data touched.
-
-``swafast/terms/__init__.py`` says what the words mean.
-"""
+"""How averages are laid out in buckets and how work is cut into chunks; no tensor data is touched."""
 
 from __future__ import annotations
 
@@ -11,35 +8,35 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-#: A bucket is the most extra memory that a first update takes: 256 MiB of float32.
+#: 256 MiB of float32: the most extra memory that a first update takes.
 MAX_BUCKET_NUMEL = 64 * 2**20
 
-#: Slots start on multiples of this: 64 bytes for the narrowest plane, so two threads never write one cache line.
+#: Slots start at multiples of this. Even int8 planes get 64 bytes, so no two threads write to one cache line.
 SLOT_ALIGNMENT = 64
 
-#: 128 KiB of float32; torch's own CPU kernels take 32768 elements for a grain of work as well.
+#: 128 KiB of float32. torch's own CPU kernels use the same grain size.
 CPU_CHUNK_NUMEL = 32 * 2**10
 
-#: On a GPU a chunk is as long as still gives every block about this many, so that none has much left when the others
-#: are done; within bounds: one tile of a float32 block, and what makes the table a thousandth of the averages.
+#: A GPU block gets about this many chunks, so that all blocks finish at about the same time. The bounds of a chunk are
+#: one tile of a float32 block, and a size at which the table takes less than a thousandth of the averages' memory.
 GPU_CHUNKS_PER_BLOCK = 16
 GPU_CHUNK_NUMELS = (4 * 2**10, 64 * 2**10)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one plane stands."""
+    """The place of one plane in its bucket."""
 
-    index: int  # of the plane, in the list that was laid out
+    index: int  # of the plane in the list passed to lay_out
     offset: int  # elements from the start of the bucket
     numel: int
 
 
 @dataclass
 class Bucket:
-    """One allocation and what stands in it."""
+    """One allocation and the slots in it."""
 
-    key: Hashable  # what its planes have in common: (device, dtype)
+    key: Hashable  # (device, dtype) of its planes
     numel: int = 0
     slots: list[Slot] = field(default_factory=list)
 
@@ -51,7 +48,7 @@ def lay_out(
     max_numel: int = MAX_BUCKET_NUMEL,
     alignment: int = SLOT_ALIGNMENT,
 ) -> list[Bucket]:
-    """Put planes into buckets, in their order; one larger than ``max_numel`` has a bucket of its own."""
+    """Put planes with equal keys into buckets, in order. A plane larger than ``max_numel`` gets its own bucket."""
     buckets: list[Bucket] = []
     last: dict[Hashable, Bucket] = {}
     for index, (numel, key) in enumerate(zip(numels, keys, strict=True)):
@@ -67,12 +64,12 @@ def lay_out(
 
 
 def cut_chunks(runs: Tensor, chunk_numel: int) -> Tensor:
-    """Cut runs into chunks: both (count, 5) int64 rows of (tensor, offset, numel, first index, stride of the index).
+    """Cut runs into chunks: both are (count, 5) int64 rows of (tensor, offset, numel, first index, index stride).
 
-    An empty run has no chunk, and no chunk has indices with different upper halves. Worked out by torch, since
+    An empty run gives no chunk. Within a chunk, all indices have the same upper 32 bits. torch does the arithmetic, as
     Llama-3-8B has 245,000 chunks.
     """
-    # The device is named throughout: the user's default device may be another, and the table is the host's.
+    # Name the CPU everywhere: the user's default device may be another one.
     runs = _cut_by_upper_half(runs)
     sizes, starts, strides = runs[:, 2], runs[:, 3], runs[:, 4]
     counts = (sizes + (chunk_numel - 1)).div(chunk_numel, rounding_mode="floor")
@@ -85,14 +82,14 @@ def cut_chunks(runs: Tensor, chunk_numel: int) -> Tensor:
 
 
 def whole_runs(numels: Sequence[int]) -> Tensor:
-    """Give a run for each tensor of these sizes, all of it, as :func:`cut_chunks` takes them."""
+    """Return one run for each whole tensor, (count, 5) int64 rows for :func:`cut_chunks`."""
     sizes = torch.tensor(list(numels), dtype=torch.int64, device="cpu")
     zeros = torch.zeros_like(sizes)
     return torch.stack((torch.arange(len(sizes), device="cpu"), zeros, sizes, zeros, zeros + 1), dim=1)
 
 
 def _cut_by_upper_half(runs: Tensor) -> Tensor:
-    """Cut runs where the upper 32 bits of the index change: kernels count with the lower ones."""
+    """Cut runs where the upper 32 bits of the index change, since kernels count in the lower 32."""
     last = runs[:, 3] + (runs[:, 2].clamp(min=1) - 1) * runs[:, 4]
     crossing = (last >> 32) != (runs[:, 3] >> 32)
     if not bool(crossing.any()):
@@ -108,14 +105,14 @@ def _cut_by_upper_half(runs: Tensor) -> Tensor:
 
 
 def gpu_chunk_numel(num_elements: int, num_blocks: int) -> int:
-    """Give the chunk size, a power of two, for this much work on a GPU that runs ``num_blocks`` blocks at once."""
+    """Return the chunk size, a power of two, for a launch over ``num_elements`` elements in ``num_blocks`` blocks."""
     least, most = GPU_CHUNK_NUMELS
     wanted = num_elements // (num_blocks * GPU_CHUNKS_PER_BLOCK)
     return min(max(least, 1 << max(wanted, 1).bit_length() - 1), most)
 
 
 def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Say whether the elements fill one run of memory, in whatever order of dimensions, each once."""
+    """Return whether the elements fill one run of memory, each once, in any order of dimensions."""
     expected = 1
     for along, size in sorted((along, size) for along, size in zip(stride, shape, strict=True) if size != 1):
         if size == 0:
@@ -127,12 +124,12 @@ def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 def same_order(shape: Sequence[int], a: Sequence[int], b: Sequence[int]) -> bool:
-    """Say whether two strides order the elements of ``shape`` alike; a dimension of size 1 has no say."""
+    """Return whether strides ``a`` and ``b`` are equal, ignoring dimensions of size 1 or 0."""
     return all(x == y for size, x, y in zip(shape, a, b, strict=True) if size > 1)
 
 
 def extent(shape: Sequence[int], stride: Sequence[int]) -> int:
-    """Give the number of elements from the first to the last one touched, both included."""
+    """Return the number of elements in memory from the first to the last that a tensor touches, both included."""
     if any(size == 0 for size in shape):
         return 0
     return 1 + sum((size - 1) * along for size, along in zip(shape, stride, strict=True))

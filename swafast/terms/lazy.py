@@ -1,4 +1,4 @@
-"""What is made on first use: names that a package imports, and attributes."""
+"""Names that a package imports on first use, and attributes that are made on first use."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ T = TypeVar("T")
 
 
 def imported_on_use(package: str, places: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a package (PEP 562) that imports each name when it is first asked for.
+    """Return a ``__getattr__`` for a package (PEP 562) that imports each name on first use.
 
-    A package that imports its own modules at once would let two threads that import parts of it wait for each other,
-    and Python then gives them half-made modules.
+    If a package imports its modules at once, two threads that import parts of it can wait for each other. Python then
+    breaks the deadlock with half-initialised modules.
 
     Args:
-        places: for each name, the module in the package that has it; the name itself for a module.
+        places: for each name, the module of the package that defines it; for a module, its own name.
     """
 
     def __getattr__(name: str) -> Any:
@@ -26,8 +26,8 @@ def imported_on_use(package: str, places: Mapping[str, str]) -> Callable[[str], 
             module = importlib.import_module(f".{places[name]}", package)
         except ModuleNotFoundError as error:
             raise ImportError(
-                f"{package}.{name} needs the module {error.name}, which is not there: install it, or where it is one "
-                "of swafast's, install swafast again with pip install --force-reinstall"
+                f"{package}.{name} needs the module {error.name}, which is not installed: install it, or if it is part "
+                "of swafast, install swafast again with pip install --force-reinstall"
             ) from error
         return module if places[name] == name else getattr(module, name)
 

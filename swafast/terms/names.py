@@ -1,8 +1,4 @@
-"""What a parameter's name is, and where in a module it is found again.
-
-Names are those of the model itself: wrappers at its root (DDP, DataParallel, ``torch.compile``) are taken off, and the
-segments that wrappers inside it add are dropped.
-"""
+"""The names of params and buffers, without the segments that wrappers (DDP, ``torch.compile``, FSDP1, ...) add."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_
 
 
 def unwrap(model: Module) -> Module:
-    """Take DDP, DataParallel and ``torch.compile`` off the root; ``module.`` inside a name stays, a real child."""
+    """Take DDP, DataParallel and ``torch.compile`` off the root. A child that is named ``module`` stays."""
     while True:
         if isinstance(model, (DistributedDataParallel, DataParallel)):
             model = model.module
@@ -30,7 +26,7 @@ def unwrap(model: Module) -> Module:
 
 
 def canonical(name: str) -> str:
-    """Drop the segments that wrappers add to a dotted name."""
+    """Drop the segments that wrappers add from a dotted name."""
     return _WRAPPERS.sub("", name).removesuffix(".") if _WRAPPERS.search(name) else name
 
 
@@ -39,22 +35,22 @@ def _by_name(named: Iterable[tuple[str, Tensor]], argument: str) -> dict[str, Te
     for raw, tensor in named:
         name = canonical(raw)
         if found.setdefault(name, tensor) is not tensor:
-            raise ValueError(f"{argument} must have one tensor for each name, got two for {name!r} (one as {raw!r})")
+            raise ValueError(f"{argument} must have one tensor for each name, got two for {name!r} (one is {raw!r})")
     return found
 
 
 def named_params(root: Module, argument: str) -> dict[str, Tensor]:
-    """Give every parameter under each of its names; a tied one stands under all of them."""
+    """Return every param by name; a tied param is there under each of its names."""
     return _by_name(root.named_parameters(remove_duplicate=False), argument)
 
 
 def named_buffers(root: Module, argument: str) -> dict[str, Tensor]:
-    """Give every buffer, persistent or not, under each of its names."""
+    """Return every buffer, persistent or not, under each of its names."""
     return _by_name(root.named_buffers(remove_duplicate=False), argument)
 
 
 def passing_names(root: Module) -> frozenset[str]:
-    """Give the names of the buffers that a state dict of ``root`` leaves out."""
+    """Return the names of the buffers that a state dict of ``root`` leaves out."""
     return frozenset(
         canonical(f"{prefix}.{name}" if prefix else name)
         for prefix, module in root.named_modules(remove_duplicate=False)
@@ -63,14 +59,14 @@ def passing_names(root: Module) -> frozenset[str]:
 
 
 def persistent_buffers(root: Module) -> dict[str, Tensor]:
-    """Give every buffer that a state dict of ``root`` holds, under each of its names."""
+    """Return every buffer that a state dict of ``root`` holds, under each of its names."""
     passing = passing_names(root)
     return {name: tensor for name, tensor in named_buffers(root, "model").items() if name not in passing}
 
 
 def require_same_names(kind: str, averages: Iterable[str], params: Iterable[str]) -> None:
-    """Raise ValueError naming the first few names that stand on one side only."""
-    expected, given = dict.fromkeys(averages), dict.fromkeys(params)  # sets that keep their order
+    """Raise ValueError with the first few names that only one side has."""
+    expected, given = dict.fromkeys(averages), dict.fromkeys(params)  # ordered sets
     missing = [name for name in expected if name not in given]
     surplus = [name for name in given if name not in expected]
     if missing or surplus:

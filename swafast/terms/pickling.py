@@ -1,4 +1,4 @@
-"""Where a pickle looks for what it holds: a public package, which stays when modules move."""
+"""Pickle classes and functions under a public package, so that old pickles load after a module has moved."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ T = TypeVar("T", bound=Callable[..., object])
 
 
 def pickled_from(package: str) -> Callable[[T], T]:
-    """Mark a class or function that ends up in pickles: they hold it as ``package.<name>``, where it must resolve.
+    """Return a decorator that has a class or function pickled as ``package.<name>``, where imports must find it.
 
-    Set after the class is made, since a dataclass looks for its annotations' names in the module that it is in.
+    Put it above ``@dataclass``, which needs the real module to resolve annotations.
     """
 
     def mark(kind: T) -> T:
-        if isinstance(kind, type):  # later they would be looked up in ``package``
+        if isinstance(kind, type):  # resolve them now: later they would be looked up in ``package``
             kind.__annotations__ = inspect.get_annotations(kind, eval_str=True)
         kind.__module__ = package
         return kind

@@ -1,7 +1,7 @@
-"""Averaging rules: the weight of the newest model as a function of how many the average holds already.
+"""Averaging rules: the weight of the newest model as a function of the number of models already averaged.
 
-Every rule here is one number per update, ``average += weight * (param - average)``. The kernels evaluate the same
-functions from :class:`KernelTerms` (``csrc/weight.h``), so that nothing is read back to the host.
+An update is ``average += weight * (param - average)``, with one weight for all params. The kernels compute the weight
+from :class:`KernelTerms` (``csrc/weight.h``), so the host need not read the counter.
 """
 
 from __future__ import annotations
@@ -23,33 +23,36 @@ from .weight import KernelTerms
 
 @pickled_from("swafast")
 class Rule:
-    """How the weight of the newest model follows from the number of models averaged before it.
+    """Base class of rules: how the weight of the newest model follows from the number of models averaged before it.
 
-    Subclass it and define :meth:`weight` for a rule of your own. A rule is also a ``multi_avg_fn``: an instance can be
-    handed to ``torch.optim.swa_utils.AveragedModel`` as it is.
+    For your own rule, subclass it and define :meth:`weight`. An instance also works as the ``multi_avg_fn`` of
+    ``torch.optim.swa_utils.AveragedModel``.
     """
 
     def weight(self, num_averaged: int) -> float:
-        """Give the weight of the newest model, in [0, 1], when ``num_averaged`` models are in the average.
+        """Return the weight of the newest model, in [0, 1], if ``num_averaged`` models are in the average.
 
-        The first update (``num_averaged == 0``) is always an exact copy, so a rule returns 1 there. A rule with kernel
-        terms has it from them.
+        The first update (``num_averaged == 0``) always copies, whatever a rule returns. By default the weight is
+        computed from :meth:`kernel_terms`; without them this raises NotImplementedError.
         """
         terms = self.kernel_terms()
         if terms is None:
-            raise NotImplementedError(f"{type(self).__name__} must define weight(num_averaged)")
+            raise NotImplementedError(f"{type(self).__name__} must define weight(num_averaged), got no such method")
         return terms.weight(num_averaged)
 
     def kernel_terms(self) -> KernelTerms | None:
-        """Give the terms from which a kernel evaluates this rule by itself, or None where only Python can.
+        """Return the terms from which a kernel computes the weight, or None if only :meth:`weight` can compute it.
 
-        Without terms the weight is worked out on the host, which on a GPU waits for the device at each update.
+        Without terms the host computes the weight, and on a GPU it waits for the device at each update.
         """
         return None
 
     @torch.no_grad()
     def __call__(self, averages: Sequence[Tensor], params: Sequence[Tensor], num_averaged: Tensor | int) -> None:
-        """Update ``averages`` in place, as a ``multi_avg_fn`` of torch's class; integer tensors are copied."""
+        """Update ``averages``, all of one device and dtype, in place, as a ``multi_avg_fn``. Integers are copied.
+
+        The host reads ``num_averaged``, which waits for a GPU.
+        """
         if not averages:
             return
         if averages[0].is_floating_point() or averages[0].is_complex():
@@ -61,7 +64,7 @@ class Rule:
 @pickled_from("swafast")
 @dataclass(frozen=True)
 class EqualAverage(Rule):
-    """The equal mean of all models so far, ``weight = 1 / (n + 1)``: stochastic weight averaging.
+    """The equal mean of all models so far, ``weight = 1 / (n + 1)``: stochastic weight averaging (SWA).
 
     Paper: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407.
     """
@@ -73,9 +76,9 @@ class EqualAverage(Rule):
 @pickled_from("swafast")
 @dataclass(frozen=True)
 class ExponentialAverage(Rule):
-    """The exponential moving average, ``weight = 1 - decay``, with the warm-ups people use.
+    """The exponential moving average (EMA), ``weight = 1 - decay``, with an optional warm-up of the decay.
 
-    With a warm-up the decay of the n-th update is clamped to ``[min_decay, decay]``, from
+    With a warm-up, the decay after n models is clamped to ``[min_decay, decay]`` and is
 
     - ``warmup="power"``: ``1 - (1 + n / inv_gamma) ** -power``, as in timm and diffusers;
     - ``warmup="ratio"``: ``(1 + n) / (10 + n)``, as in TensorFlow's ``ExponentialMovingAverage``.
@@ -83,9 +86,9 @@ class ExponentialAverage(Rule):
     Args:
         decay: in [0, 1]; the share that the old average keeps.
         warmup: ``"power"``, ``"ratio"`` or None.
-        inv_gamma: > 0, updates; the scale of the power warm-up.
-        power: > 0; 2/3 suits runs of a million updates and more, 3/4 shorter ones.
-        min_decay: in [0, decay]; the least decay that a warm-up may give.
+        inv_gamma: > 0, in updates; the time scale of the power warm-up.
+        power: > 0; 2/3 suits trainings of a million updates and more, 3/4 shorter ones.
+        min_decay: in [0, decay]; the least decay during the warm-up.
 
     Raises:
         ValueError: an argument is out of its range, or not a number.
@@ -105,9 +108,9 @@ class ExponentialAverage(Rule):
         _check_number("power", self.power, "> 0 and finite", lambda x: 0.0 < x < math.inf)
         _check_number("min_decay", self.min_decay, f"in [0, decay={self.decay}]", lambda x: 0.0 <= x <= self.decay)
         if self.warmup != "power" and (self.inv_gamma, self.power) != (1.0, 2.0 / 3.0):
-            raise ValueError(f"warmup must be 'power' for inv_gamma and power to have a say, got {self.warmup!r}")
+            raise ValueError(f"warmup must be 'power' if inv_gamma or power is given, got {self.warmup!r}")
         if self.warmup is None and self.min_decay != 0.0:
-            raise ValueError("warmup must be 'power' or 'ratio' for min_decay to have a say, got None")
+            raise ValueError("warmup must be 'power' or 'ratio' if min_decay is given, got None")
 
     @classmethod
     def from_half_life(
@@ -119,10 +122,10 @@ class ExponentialAverage(Rule):
         power: float = 2.0 / 3.0,
         min_decay: float = 0.0,
     ) -> ExponentialAverage:
-        """Make the EMA in which a model counts half as much once ``updates`` further ones have come.
+        """Make the EMA in which a model's weight halves every ``updates`` updates: ``decay = 0.5 ** (1 / updates)``.
 
         Raises:
-            ValueError: ``updates`` is not a positive, finite number.
+            ValueError: ``updates`` is not positive and finite, or another argument is out of its range.
         """
         _check_number("updates", updates, "> 0 and finite", lambda x: 0.0 < x < math.inf)
         return cls(0.5 ** (1.0 / updates), warmup, inv_gamma, power, min_decay)
@@ -139,15 +142,15 @@ class ExponentialAverage(Rule):
 @pickled_from("swafast")
 @dataclass(frozen=True)
 class PowerAverage(Rule):
-    """The power-function average, as wide as a fixed share of the training: ``decay = (1 - 1/(n+1)) ** (gamma+1)``.
+    """The power-function average, ``decay = (1 - 1/(n+1)) ** (gamma+1)``: its width is a fixed share of the training.
 
-    ``gamma = 0`` is the equal mean; a larger gamma forgets the past sooner.
+    ``gamma = 0`` is the equal mean. The larger gamma is, the faster old models are forgotten.
 
     Paper: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv:2312.02696,
     section 3.1 and appendix C.
 
     Args:
-        gamma: >= 0; the exponent of the profile.
+        gamma: >= 0; a model's weight in the average grows with its time in training to the power of gamma.
 
     Raises:
         ValueError: ``gamma`` is negative, infinite or NaN.
@@ -160,16 +163,17 @@ class PowerAverage(Rule):
 
     @classmethod
     def from_sigma_rel(cls, sigma_rel: float) -> PowerAverage:
-        """Make the average whose profile has the relative standard deviation ``sigma_rel``, as the paper names widths.
+        """Make the average of relative width ``sigma_rel``, the paper's parameter.
 
-        Solves ``sigma_rel = sqrt(gamma + 1) / ((gamma + 2) * sqrt(gamma + 3))`` for gamma by bisection.
+        ``sigma_rel`` is the standard deviation of the profile as a share of the training. Bisection solves
+        ``sigma_rel = sqrt(gamma + 1) / ((gamma + 2) * sqrt(gamma + 3))`` for gamma.
 
         Raises:
             ValueError: ``sigma_rel`` is not in (0, 1 / sqrt(12)]; the upper end is the equal mean.
         """
         widest = 12.0**-0.5
         _check_number("sigma_rel", sigma_rel, f"in (0, {widest:.6f}]", lambda x: 0.0 < x <= widest)
-        low, high = 0.0, 2.0 / sigma_rel  # sigma_rel < 1 / (gamma + 2), so gamma lies below the upper end
+        low, high = 0.0, 2.0 / sigma_rel  # sigma_rel < 1 / (gamma + 2), so gamma < high
         while high - low > 1e-12 * (1.0 + low):
             middle = 0.5 * (low + high)
             if middle in (low, high):
@@ -185,7 +189,7 @@ class PowerAverage(Rule):
 @pickled_from("swafast")
 @dataclass(frozen=True)
 class FixedWeight(Rule):
-    """A weight worked out beforehand: what a rule in Python alone gave for one update."""
+    """A rule with one weight, which the host has computed from a rule without kernel terms, for one update."""
 
     value: float
 
@@ -197,21 +201,21 @@ class FixedWeight(Rule):
 
 
 def checked_weight(rule: Rule, num_averaged: int) -> float:
-    """Give the weight of a rule worked out in Python; a first update copies, whatever the rule.
+    """Return ``rule.weight(num_averaged)``, or 1 for the first update, which copies whatever the rule.
 
     Raises:
-        ValueError: the rule gives something that is not a number in [0, 1].
+        ValueError: the weight is not in [0, 1].
     """
     if num_averaged == 0:
         return 1.0
     weight = float(rule.weight(num_averaged))
     if not 0 <= weight <= 1:
-        raise ValueError(f"the weight that {rule!r} gives at n = {num_averaged} must be in [0, 1], got {weight}")
+        raise ValueError(f"weight({num_averaged}) of the rule {rule!r} must be in [0, 1], got {weight}")
     return weight
 
 
 def terms_of(rule: Rule) -> KernelTerms | None:
-    """Give a rule's terms; None where a subclass has a ``weight`` of its own that inherited terms know nothing of."""
+    """Return a rule's terms; None if it has none, or if a subclass overrides ``weight`` but inherits the terms."""
     return rule.kernel_terms() if _terms_speak_for_weight(cast(Any, type(rule))) else None
 
 
@@ -225,9 +229,9 @@ _DEFAULT = EqualAverage()
 
 
 def rule_of(avg_fn: object, multi_avg_fn: object) -> Rule | None:
-    """Give the rule that these two arguments of torch's class stand for, or None for a function of the user's own.
+    """Return the rule for these two arguments of torch's class, or None for a user's own function.
 
-    torch's own four averaging functions are recognised, so that code written for torch's class runs fused as it is.
+    torch's four averaging functions are recognised, so code that was written for torch's class runs fused.
     """
     for given in (multi_avg_fn, avg_fn):
         if isinstance(given, Rule):
@@ -247,8 +251,8 @@ def rule_of(avg_fn: object, multi_avg_fn: object) -> Rule | None:
 def _check_number(argument: str, value: object, expected: str, holds: Callable[[float], bool]) -> None:
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     try:
-        good = number and holds(float(value))  # type: ignore[arg-type]  # NaN holds no comparison
-    except OverflowError:  # an int beyond all floats
+        good = number and holds(float(value))  # type: ignore[arg-type]  # False for NaN
+    except OverflowError:  # an int too large for a float
         good = False
     if not good:
         raise ValueError(f"{argument} must be {expected}, got {value!r}")

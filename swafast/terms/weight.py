@@ -1,9 +1,8 @@
-"""The weight that a rule gives to the newest model, with the same bits on every machine.
+"""The weight of the newest model, bit for bit the same on every machine; this module does not import torch.
 
-``log1p``, ``exp`` and ``expm1`` use only ``+ - * /`` of float64, each rounded once as in IEEE 754, since mathematics
-libraries differ in their last bits. Code with the same operations in the same order, and without fused products, gets
-the same bits: Python here, C++ and CUDA in ``csrc/weight.h``, Triton in ``swafast/backends/triton/arithmetic.py``.
-Errors stay under two units in the last place. This module imports no torch.
+Mathematics libraries differ in their last bits. So ``log1p``, ``exp`` and ``expm1`` use only ``+ - * /`` of float64,
+each rounded once as in IEEE 754. ``csrc/weight.h`` (C++, CUDA) and ``backends/triton/arithmetic.py`` do the same
+operations in the same order, without fused multiply-adds. Errors stay under two units in the last place.
 """
 
 from __future__ import annotations
@@ -15,30 +14,30 @@ from typing import ClassVar
 
 from .pickling import pickled_from
 
-#: ln 2 in two parts; the first ends in 21 zero bits, so that its product with an exponent is exact.
+#: ln 2 in two parts. The first ends in 21 zero bits, so its product with an exponent is exact.
 LN2_HIGH = float.fromhex("0x1.62e42feep-1")
 LN2_LOW = float.fromhex("0x1.a39ef35793c76p-33")
 INV_LN2 = float.fromhex("0x1.71547652b82fep+0")
 SQRT_HALF = float.fromhex("0x1.6a09e667f3bcdp-1")
 
-#: Below this e**x is next to the smallest normal float64; we take it for 0.
+#: Below this, e**x is near the smallest normal float64, and 0 is used instead.
 LOWEST_EXPONENT = -708.0
-#: log1p takes no more: far above any count of models over any sensible scale.
+#: log1p clamps its argument to this, far above any count of models over any sensible scale.
 LARGEST_LOG1P = 1e300
 
-#: Coefficients of 2 atanh(s) = 2 s (1 + s**2 / 3 + s**4 / 5 + ...), the highest power first. |s| <= 0.172: the first
-#: term left out is under 2**-60 of the sum.
+#: Coefficients of 2 atanh(s) = 2 s (1 + s**2 / 3 + s**4 / 5 + ...), the highest power first. With |s| <= 0.172 the
+#: first term left out is under 2**-60 of the sum.
 ATANH_TERMS = tuple(2.0 / k for k in range(21, 1, -2))
-#: Coefficients of e**r - 1 = r + r**2 (1/2 + r / 6 + ...), the highest power first. |r| <= 0.347: likewise 2**-61.
+#: Coefficients of e**r - 1 = r + r**2 (1/2 + r / 6 + ...), the highest power first. With |r| <= 0.347: under 2**-61.
 EXP_TERMS = tuple(1.0 / math.factorial(k) for k in range(14, 1, -1))
 
 
 def log1p(x: float) -> float:
-    """Return ``log(1 + x)`` for ``x >= 0``."""
+    """Return ``log(1 + min(x, 1e300))`` for ``x >= 0``."""
     x = min(x, LARGEST_LOG1P)
     y = 1.0 + x
     part = y - 1.0
-    lost = (1.0 - (y - part)) + (x - part)  # what rounding took from the sum
+    lost = (1.0 - (y - part)) + (x - part)  # the rounding error of y
     mantissa, exponent = math.frexp(y)
     if mantissa < SQRT_HALF:
         mantissa, exponent = 2.0 * mantissa, exponent - 1
@@ -53,7 +52,7 @@ def log1p(x: float) -> float:
 
 
 def exp_parts(x: float) -> tuple[float, float]:
-    """Return ``(scale, rest)`` with ``e**x = scale + scale * rest``, for ``x <= 0``; scale is a power of two, or 0."""
+    """Return ``(scale, rest)`` with ``e**x = scale + scale * rest``, for ``x <= 0``; scale is a power of two or 0."""
     if x < LOWEST_EXPONENT:
         return 0.0, 0.0
     k = math.floor(x * INV_LN2 + 0.5)
@@ -79,7 +78,7 @@ def expm1(x: float) -> float:
 @pickled_from("swafast")
 @dataclass(frozen=True)
 class KernelTerms:
-    """What a kernel needs to work out a rule's weight: the kinds and terms of ``csrc/swafast.h``."""
+    """The kind and four numbers from which a kernel computes a rule's weight; see ``csrc/swafast.h``."""
 
     kind: int
     terms: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
@@ -108,7 +107,7 @@ class KernelTerms:
     @staticmethod
     @functools.lru_cache(maxsize=256)
     def of(kind: int, *terms: float) -> KernelTerms:
-        """Return terms padded with zeros; the same object for the same terms, since every update asks for it."""
+        """Return terms padded with zeros. They are cached, since every update asks for them."""
         return KernelTerms(kind, (*terms, *(0.0,) * (4 - len(terms))))  # type: ignore[arg-type]  # it checks their number
 
     @staticmethod
@@ -116,7 +115,7 @@ class KernelTerms:
         return KernelTerms.of(KernelTerms.CONSTANT, weight)
 
     def weight(self, num_averaged: int) -> float:
-        """Return the weight as every kernel computes it, bit for bit: ``rule_weight`` in ``csrc/weight.h``."""
+        """Return the weight, in [0, 1], bit for bit as ``rule_weight`` in ``csrc/weight.h`` computes it."""
         if num_averaged == 0:
             return 1.0  # the first update copies, whatever the rule
         n = float(num_averaged)
@@ -130,6 +129,6 @@ class KernelTerms:
             # 1 - (1 + n) / (10 + n), without the cancellation
             return min(max(9.0 / (10.0 + n), first), highest)
         if self.kind == self.POWER:
-            # 1 - (1 - 1 / (n + 1)) ** (gamma + 1), which cancels for large n when written so
+            # 1 - (1 - 1 / (n + 1)) ** (gamma + 1), without the cancellation for large n
             return -expm1(-(first + 1.0) * log1p(1.0 / n))
         return first

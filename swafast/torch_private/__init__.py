@@ -1,1 +1,1 @@
-"""Names of torch that are not public API. Tests fail with the name when a release of torch changes one."""
+"""Every use of names that are private in torch. If a release of torch changes one, a test fails with its name."""

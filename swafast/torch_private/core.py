@@ -1,8 +1,4 @@
-"""Names of torch that are not public API, each with the public way that serves when it is gone.
-
-A test fails with the name when a torch release changes one. Beside them what is asked of parts of torch that take long
-to import.
-"""
+"""Names that are private in torch, each with a public fallback, and queries of parts that are slow to import."""
 
 from __future__ import annotations
 
@@ -21,29 +17,29 @@ T = TypeVar("T", bound=Tensor)
 
 
 def disable_dynamo(function: F) -> F:
-    """Keep ``function`` out of compiled graphs; unlike ``torch.compiler.disable`` it does not import dynamo for it."""
+    """Keep ``function`` out of compiled graphs. Unlike ``torch.compiler.disable``, this does not import dynamo."""
     lazy = getattr(torch, "_disable_dynamo", None)
     return lazy(function) if lazy is not None else torch.compiler.disable(function)
 
 
 def running_eagerly() -> AbstractContextManager[object]:
-    """Run compiled modules as they were written."""
+    """Return a context in which compiled modules run eagerly."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
 
 
 def is_in_backward() -> bool:
-    """Say whether autograd is in a backward pass on this thread, where activation checkpoints run modules again."""
+    """Return whether this thread is in a backward pass, in which activation checkpoints run modules again."""
     task = getattr(torch._C, "_current_graph_task_id", None)
     return task is not None and task() != -1
 
 
 def make_metadata_check(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
-    """Give a check that the tensors passed still have these dtypes, devices, shapes and strides, or None.
+    """Return a check that tensors passed to it have the same dtypes, devices, shapes and strides as ``tensors``.
 
-    One call for all of them: 50 ns a tensor where the public properties take about 300. It may reject tensors that are
-    alike (``requires_grad`` counts as a difference), so a rejection has to be looked at again.
+    It takes 50 ns per tensor, while the public properties take about 300. It may also reject tensors that agree, for
+    instance if ``requires_grad`` differs, so compare the properties after a rejection. None if torch has no such check.
     """
     return _make_guards(tensors) if _guards_work() else None
 
@@ -52,7 +48,7 @@ def _make_guards(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
     try:
         from torch._C._dynamo.guards import TensorGuards
 
-        # Both lists always: a size given as None would not be checked, and without the lists it crashes.
+        # Pass both lists with every size: a size of None is not checked, and without the lists TensorGuards crashes.
         sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
         strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
         check = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
@@ -63,7 +59,7 @@ def _make_guards(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
 
 @functools.cache
 def _guards_work() -> bool:
-    """Say whether this torch's guards accept what is the same and reject what is not."""
+    """Return whether the guards of this torch accept equal tensors and reject different ones."""
     tensor = torch.empty(2, 3, device="cpu")
     check = _make_guards([tensor])
     others = (tensor.view(3, 2), tensor.as_strided((2, 3), (1, 2)), tensor.double(), tensor[:1], tensor.to("meta"))
@@ -71,7 +67,7 @@ def _guards_work() -> bool:
 
 
 def has_own_dispatch(tensor: Tensor) -> bool:
-    """Say whether ``tensor`` is of a subclass with its own dispatch (DTensor, quantised, fake, ...)."""
+    """Return whether ``tensor`` is of a subclass with its own dispatch (DTensor, quantised, fake, ...)."""
     if type(tensor) in (Tensor, torch.nn.Parameter):
         return False
     disabled = getattr(torch._C, "_disabled_torch_dispatch_impl", None)
@@ -79,21 +75,21 @@ def has_own_dispatch(tensor: Tensor) -> bool:
 
 
 def make_wrapper(kind: type[T], shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> T:
-    """Return a tensor of the subclass ``kind`` that has this look and no memory of its own."""
+    """Make a tensor of the subclass ``kind`` with this shape, dtype and device, but without memory."""
     return Tensor._make_wrapper_subclass(kind, tuple(shape), dtype=dtype, device=device)
 
 
 def current_raw_stream(device: torch.device) -> int:
-    """Give the handle of the device's current stream, 0 where there are none."""
+    """Return the handle of the device's current stream, or 0 if the device is not a CUDA device."""
     if device.type != "cuda":
         return 0
-    quick = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # the public way makes an object for it
+    quick = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # the public way makes an object at each call
     index = device.index if device.index is not None else torch.cuda.current_device()
     return quick(index) if quick is not None else torch.cuda.current_stream(device).cuda_stream
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Say whether a CUDA graph is being captured from the device's current stream."""
+    """Return whether a CUDA graph is being captured on the device's current stream."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return False
     with torch.cuda.device(device):
@@ -101,7 +97,7 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def closure_of(factory: Callable[..., Any], function: object) -> dict[str, Any] | None:
-    """Give the closure variables of ``function`` if torch's ``factory`` made it, else None."""
+    """Return the closure variables of ``function`` if torch's ``factory`` made it, else None."""
     made = getattr(factory(), "__wrapped__", None)
     inner = getattr(function, "__wrapped__", None)
     if made is None or inner is None or getattr(inner, "__code__", None) is not made.__code__:
@@ -110,6 +106,6 @@ def closure_of(factory: Callable[..., Any], function: object) -> dict[str, Any] 
     return {name: cell.cell_contents for name, cell in zip(inner.__code__.co_freevars, cells, strict=True)}
 
 
-#: torch's factories of averaging functions, those of the equal mean and those with a decay.
+#: torch's factories of averaging functions: for the equal mean, and for an EMA with a decay.
 SWA_FACTORIES = (swa_utils.get_swa_multi_avg_fn, swa_utils.get_swa_avg_fn)
 EMA_FACTORIES = (swa_utils.get_ema_multi_avg_fn, swa_utils.get_ema_avg_fn)

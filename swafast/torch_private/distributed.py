@@ -1,7 +1,4 @@
-"""Names of ``torch.distributed`` that are not public API: a DTensor's local tensor, FSDP1's flat params, groups' names.
-
-A test fails with the name when a torch release changes one.
-"""
+"""Names that are private in ``torch.distributed``: local tensors of DTensors, FSDP1's flat params, names of groups."""
 
 from __future__ import annotations
 
@@ -25,32 +22,32 @@ FLAT_PARAM = "_flat_param"
 
 
 def local_tensors(tensors: Sequence[DTensor]) -> list[Tensor]:
-    """Give what DTensors hold here, the tensors themselves: ``to_local()`` makes new objects, at 1 us each."""
+    """Return the local tensors of DTensors themselves; ``to_local()`` makes a new object, which takes 1 us."""
     return [tensor._local_tensor for tensor in tensors]
 
 
 def specs(tensors: Sequence[DTensor]) -> list[object]:
-    """Give what says how DTensors are spread: mesh, placements, shape."""
+    """Return each DTensor's spec: its mesh, placements and shape."""
     return [tensor._spec for tensor in tensors]
 
 
 def box_of(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Give the (offsets, sizes) of what a DTensor holds here, as its own checkpoints do.
+    """Return the (offsets, sizes) of this rank's box of a DTensor, as torch's checkpoints describe it.
 
     Raises:
-        ValueError: it holds more than one box, or a rank's part of a sum.
+        ValueError: the rank holds more than one box, or a part of a sum (``Partial``).
     """
     try:
         boxes = tensor.__create_chunk_list__()
     except RuntimeError as error:
         raise ValueError(str(error)) from error
     if len(boxes) != 1:
-        raise ValueError(f"{len(boxes)} boxes on one rank")
+        raise ValueError(f"a DTensor must have one box on each rank, got {len(boxes)}")
     return tuple(boxes[0].offsets), tuple(boxes[0].sizes)
 
 
 def group_timeout(group: ProcessGroup) -> timedelta | None:
-    """Give how long a collective of ``group`` waits for a peer; None where its backend does not say."""
+    """Return how long a collective of ``group`` waits for a peer; None if its backend does not tell."""
     for device_type in ("cpu", "cuda"):
         with contextlib.suppress(RuntimeError, AttributeError):
             return group._get_backend(torch.device(device_type)).options._timeout
@@ -58,7 +55,7 @@ def group_timeout(group: ProcessGroup) -> timedelta | None:
 
 
 def store_of(group: ProcessGroup) -> dist.Store | None:
-    """Return the store through which the ranks of ``group`` have met; None for a fake group, which has no peers."""
+    """Return the store that the ranks of ``group`` share; None for a fake group, which has no peers."""
     backend, store = dist.distributed_c10d._world.pg_map[group]
     return None if backend == "fake" else store
 
@@ -69,10 +66,11 @@ _naming = threading.Lock()
 def new_group(
     ranks: Sequence[int], name: str, *, timeout: timedelta | None = None, backend: str | None = None
 ) -> ProcessGroup:
-    """Make a process group over ``ranks`` of the default one, this one among them, that only these have to make.
+    """Make a process group of ``ranks`` of the default group; only these ranks, this one among them, need to call it.
 
-    torch's own name for such a group counts the groups that this rank is in. Where ranks differ in that, as when the
-    first and the last stage of a pipeline have a group to themselves, each would wait under another name.
+    By default torch names such a group after the number of groups that the rank is in. This number can differ between
+    ranks, for instance if the first and last stage of a pipeline share a group. They would then wait for each other
+    under different names, so ``name`` is used instead.
     """
     thread = threading.get_ident()
 
@@ -83,7 +81,7 @@ def new_group(
         return name
 
     def unname() -> None:
-        # At once, since what follows waits for peers, and other threads may make groups meanwhile.
+        # Before torch waits for peers: other threads may make groups meanwhile.
         if dist.distributed_c10d._process_group_name is named:
             dist.distributed_c10d._process_group_name = of_torch
             _naming.release()
@@ -100,14 +98,14 @@ def new_group(
 
 @dataclass(frozen=True)
 class FlatShard:
-    """What the flat param of an FSDP1 module holds here of one of the original params."""
+    """This rank's shard of one original param in the flat param of an FSDP1 module."""
 
-    names: tuple[str, ...]  # under the FSDP module: the param's own, then those tied to it
-    shape: tuple[int, ...]
+    names: tuple[str, ...]  # relative to the FSDP module: the param's own, then those tied to it
+    shape: tuple[int, ...]  # of the original
     stride: tuple[int, ...]  # of the original; dense
-    start: int  # of the elements held, in the order of the original's memory
+    start: int  # first element of the shard, counted in the order of the original's memory
     stop: int
-    offset: int  # of the first of them in the local flat tensor
+    offset: int  # of the first element in the local flat tensor
 
 
 @dataclass(frozen=True)
@@ -116,15 +114,15 @@ class FlatParam:
 
     module: FullyShardedDataParallel
     shards: tuple[FlatShard, ...]
-    replicas: ProcessGroup | None  # the ranks that hold the same elements, where there are several
-    num_ranks: int  # that it is spread over, replicas and all
+    replicas: ProcessGroup | None  # the ranks that hold the same elements; None without replicas
+    num_ranks: int  # that share the param, replicas included
     sharded: bool  # False for NO_SHARD
 
     @property
     def local(self) -> Tensor:
-        """This rank's flat tensor, whether the module is sharded at the moment or not."""
+        """This rank's flat shard, also while the module's params are gathered."""
         flat = _handle(self.module).flat_param
-        local = getattr(flat, "_local_shard", None)  # not there before the first forward pass
+        local = getattr(flat, "_local_shard", None)  # does not exist before the first forward pass
         return local if local is not None else flat.detach()
 
 
@@ -133,7 +131,7 @@ def _handle(module: FullyShardedDataParallel):  # type: ignore[no-untyped-def]  
 
 
 def flat_params(root: Module) -> list[FlatParam]:
-    """Give the flat params of all FSDP1 modules in ``root``, each once, in the order of the modules."""
+    """Return the flat param of each FSDP1 module in ``root``, in the order of the modules."""
     return [_flat_param(module) for module in FullyShardedDataParallel.fsdp_modules(root) if _handle(module)]
 
 
@@ -160,22 +158,22 @@ def _flat_param(module: FullyShardedDataParallel) -> FlatParam:
 
 
 def reshard_flat_params(root: Module) -> None:
-    """Give the gathered params of all FSDP1 modules in ``root`` back, as FSDP1 does after a backward pass.
+    """Free the gathered params of all FSDP1 modules in ``root``, as FSDP1 does after a backward pass.
 
-    After a forward pass without a backward the root's stay gathered, and what is written into shards goes unseen.
+    After a forward pass without a backward, the root's params stay gathered, and the model ignores writes to shards.
     """
     for module in FullyShardedDataParallel.fsdp_modules(root):
         handle = _handle(module)
-        if handle and hasattr(handle.flat_param, "_local_shard"):  # else it has not run yet
+        if handle and hasattr(handle.flat_param, "_local_shard"):  # the module has run
             handle.reshard(bool(handle.uses_sharded_strategy))
             handle.post_reshard()
             handle._prefetched = False
 
 
 def end_forward(root: Module) -> None:
-    """Have FSDP2 modules in ``root`` forget a forward pass that an exception broke off, and shard what it gathered.
+    """Reset FSDP2 modules in ``root`` after an exception in a forward pass, and shard what the pass gathered.
 
-    ``FSDPModule.reshard()`` takes such a pass to be going on, and leaves the root's params gathered.
+    Without this, ``FSDPModule.reshard()`` treats the pass as still running and leaves the root's params gathered.
     """
     states = [module._get_fsdp_state() for module in root.modules() if isinstance(module, FSDPModule)]
     if all(state._training_state.name == "IDLE" for state in states):
@@ -189,7 +187,7 @@ def end_forward(root: Module) -> None:
 
 
 def _end_forward_of(state: Any) -> None:
-    """Do what torch 2.13 does by itself."""
+    """Do the same as ``_reset_iter_state`` for a release of torch that lacks it."""
     group = state._fsdp_param_group
     state._training_state = type(state._training_state).IDLE
     state._state_ctx.iter_forward_root = state._comm_ctx.all_gather_state = None

@@ -1,4 +1,4 @@
-"""The dicts in which a module keeps its tensors and children, and a walk through those of a whole tree."""
+"""A module's own dicts of tensors and children, and a fast walk through those of a whole module tree."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-#: What all BatchNorm layers are, those of torch's subclasses too.
+#: The base class of all BatchNorm layers of torch.
 BatchNormLayer = _BatchNorm
 
 
 def own_params(module: Module) -> dict[str, Tensor | None]:
-    """The live dict of a module's own parameters, by name."""
+    """Return the live dict of a module's own params, by name."""
     return module._parameters  # type: ignore[return-value]
 
 
 def own_buffers(module: Module) -> dict[str, Tensor | None]:
-    """The live dict of a module's own buffers, by name."""
+    """Return the live dict of a module's own buffers, by name."""
     return module._buffers
 
 
 def own_children(module: Module) -> dict[str, Module | None]:
-    """The live dict of a module's own children, by name; an empty one before the module's ``__init__`` has run."""
+    """Return the live dict of a module's own children, by name; an empty one before ``Module.__init__`` has run."""
     return module.__dict__.get("_modules", {})
 
 
 def passing_buffers(module: Module) -> set[str]:
-    """The live set of names of a module's own buffers that its state dict leaves out."""
+    """Return the live set of names of a module's own buffers that its state dict leaves out."""
     return module._non_persistent_buffers_set
 
 
 def copy_metadata(state: MutableMapping[str, object], like: object) -> None:
-    """Copy to ``state`` the versions of modules that torch has noted on the state dict ``like``, if any."""
+    """Copy torch's metadata, the versions of modules, from the state dict ``like`` to ``state``, if there is any."""
     metadata = getattr(like, "_metadata", None)
     if metadata is not None:
         state._metadata = metadata  # type: ignore[attr-defined]
 
 
 class Walk:
-    """A path through a module that finds all its tensors again quickly, and notices when it no longer fits.
+    """A path through a module that finds its tensors again quickly and notices if the module has changed.
 
-    ``module.named_parameters()`` costs 0.5 us a tensor, at every update. This walk visits each module's dicts once and
-    keeps only weak references, so that an average holds no model alive.
+    ``module.named_parameters()`` takes 0.5 us per tensor, at every update. A walk reads each module's dicts once. It
+    holds modules by weak references, so an average keeps no model alive.
     """
 
     def __init__(self, root: Module) -> None:
@@ -61,7 +61,7 @@ class Walk:
 
     @staticmethod
     def _read(modules: list[Module]) -> tuple[list[object], list[Tensor | None]]:
-        """Return all names, child modules and borders between modules as one list to compare, and all tensors."""
+        """Return (layout, tensors); the layout lists all names, ids of children and the bounds of modules."""
         layout: list[object] = []
         values: list[Tensor | None] = []
         for module in modules:
@@ -79,16 +79,16 @@ class Walk:
         return layout, values
 
     def position(self, tensor: Tensor) -> int:
-        """Return the index of ``tensor`` in what :meth:`tensors` returns; valid only while the walk is being set up."""
+        """Return the index of ``tensor`` in the list from :meth:`tensors`. Call it right after construction only."""
         return self._positions[id(tensor)]
 
     @property
     def root(self) -> Module | None:
-        """The module that the walk begins at, while it lives."""
+        """The module at which the walk begins, as long as it lives."""
         return self._modules[0]()
 
     def tensors(self) -> list[Tensor] | None:
-        """Return the tensors that are in the module now, or None when modules, names or ties have changed."""
+        """Return the module's current tensors, or None if modules, names or ties have changed since construction."""
         modules = []
         for reference in self._modules:
             module = reference()
@@ -104,4 +104,4 @@ class Walk:
         for empty in self._empty:
             if values[empty] is not None:
                 return None
-        return values  # type: ignore[return-value]  # positions that were None at first still are, and are not asked for
+        return values  # type: ignore[return-value]  # nobody asks for positions that are None

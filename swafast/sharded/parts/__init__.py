@@ -1,1 +1,1 @@
-"""What a rank holds of a model, which part of it is its own, and what ranks tell each other."""
+"""What a rank holds of a model, which part of it the rank averages, and how ranks communicate."""

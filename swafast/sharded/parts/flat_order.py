@@ -1,4 +1,4 @@
-"""A flat order of params, cut evenly into parts: ints in, ints out."""
+"""A flat order of params, cut evenly into parts; ints in, ints out."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: Borders inside a param fall on multiples of this many elements: whole cache lines and vectors for every dtype, and
-#: little enough that no rank has more than this above an even part.
+#: Borders inside a param are multiples of this many elements: whole cache lines and vectors for every dtype. No rank
+#: gets more than this above an even part.
 BORDER_NUMEL = 64
 
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive elements of one tensor of a list."""
+    """Consecutive elements of one tensor in a list."""
 
-    index: int
+    index: int  # of the tensor
     start: int
     stop: int
 
@@ -29,9 +29,9 @@ class FlatOrder:
     """Tensors one after the other, cut evenly into parts.
 
     Args:
-        numels: their elements.
-        parts: how many.
-        whole: for each tensor, whether no border may fall inside it; default: none.
+        numels: number of elements of each tensor.
+        parts: number of parts.
+        whole: for each tensor, whether it must not be cut; default: all may be cut.
     """
 
     def __init__(self, numels: Sequence[int], parts: int, whole: Sequence[bool] | None = None) -> None:
@@ -41,7 +41,7 @@ class FlatOrder:
         self._borders = [self._border(self.numel * part // parts) for part in range(parts)] + [self.numel]
 
     def _border(self, ideal: int) -> int:
-        """Move a border to where it may be, next to where it should."""
+        """Return the allowed border that is used for an ideal one."""
         index = bisect_right(self._ends, ideal)
         if index == len(self._ends):
             return self.numel
@@ -51,11 +51,11 @@ class FlatOrder:
         return begin + (ideal - begin) // BORDER_NUMEL * BORDER_NUMEL
 
     def bounds(self, part: int) -> tuple[int, int]:
-        """Give where a part begins and ends in the flat order."""
+        """Return where a part begins and ends in the flat order."""
         return self._borders[part], self._borders[part + 1]
 
     def runs(self, start: int, stop: int) -> list[Run]:
-        """Give the runs of tensors from ``start`` to ``stop`` of the flat order."""
+        """Return the runs of tensors between ``start`` and ``stop`` in the flat order."""
         runs = []
         index = bisect_right(self._ends, start)
         while start < stop:

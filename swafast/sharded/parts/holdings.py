@@ -1,4 +1,4 @@
-"""What this rank holds of each param of a model: whole (DDP), a DTensor's shard, or a run of FSDP1's flat param."""
+"""What this rank holds of each param: the whole (DDP), a DTensor's shard, or a run of an FSDP1 flat param."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ...torch_private import distributed as private
 
 @dataclass(frozen=True)
 class Mesh:
-    """A ``DeviceMesh`` as plain ints and names, to compare."""
+    """A ``DeviceMesh`` as names and ints, which can be compared."""
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
@@ -30,12 +30,12 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a tensor is spread over ranks: what has to stay as it was at construction."""
+    """How a tensor is spread over ranks. It must not change after construction."""
 
     kind: str  # "replicated", "dtensor" or "flat"
-    mesh: Mesh | None = None  # of a DTensor, with this rank in it
+    mesh: Mesh | None = None  # of a DTensor; it holds this rank
     placements: tuple[object, ...] = ()
-    meshes: tuple[Mesh, ...] = ()  # all that hold it: several where each column of a larger mesh has it for itself
+    meshes: tuple[Mesh, ...] = ()  # all meshes that hold the tensor: several if it is on each column of a larger mesh
 
     def __str__(self) -> str:
         if self.mesh is None:
@@ -53,23 +53,23 @@ def _name_ranks(ranks: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Holding:
-    """What this rank holds of one param or buffer: a run of memory, inside a box of the whole."""
+    """What this rank holds of one param or buffer: a run of memory, inside a box of the whole tensor."""
 
     names: tuple[str, ...]  # its own, then those tied to it
     is_buffer: bool
-    shape: tuple[int, ...]  # of the whole
+    shape: tuple[int, ...]  # of the whole tensor
     dtype: torch.dtype
     device: torch.device
     sharding: Sharding
-    offsets: tuple[int, ...]  # of the box whose memory the run is part of
-    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]  # of the box in the whole tensor
+    sizes: tuple[int, ...]  # of the box
     order: tuple[int, ...] | None  # the box's dimensions, slowest in memory first; None: not dense, so never cut
-    start: int  # of the run, in the box's memory order
+    start: int  # of the run, in elements of the box, counted in the order of memory
     stop: int
-    replicas: tuple[int, ...]  # the ranks that hold the same elements, in order; this one is among them
-    always_cut: bool  # cut over the replicas whether or not the user asks
+    replicas: tuple[int, ...]  # the ranks that hold the same elements, sorted, this one included
+    always_cut: bool  # over the replicas, even without share_replicas
     device_mesh: DeviceMesh | None = field(default=None, compare=False, repr=False)  # of a DTensor
-    local_shape: tuple[int, ...] = ()  # of this rank's tensor, where it is none of FSDP1's
+    local_shape: tuple[int, ...] = ()  # of this rank's tensor; empty for FSDP1
 
     @property
     def name(self) -> str:
@@ -82,16 +82,16 @@ class Holding:
 
 @dataclass(frozen=True)
 class Held:
-    """A holding, and the tensor of the model that it speaks of."""
+    """A holding with its tensor."""
 
     holding: Holding
     local: Tensor  # this rank's part; 1-D for a run of a flat param
-    found_in: Tensor | private.FlatParam  # a tensor registered in the model, or FSDP1's
+    found_in: Tensor | private.FlatParam  # the tensor registered in the model, or FSDP1's flat param
     offset: int = 0  # in the flat param's local tensor
 
 
 def reshard(model: Module) -> None:
-    """Have every FSDP module of ``model`` hold its shards: what a forward pass has gathered is given back."""
+    """Free the params that FSDP modules of ``model`` have gathered, so that they hold their shards again."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -104,7 +104,7 @@ def is_fsdp1(model: Module) -> bool:
 
 
 def partial_meshes(model: Module, ranks: Sequence[int]) -> dict[str, Mesh]:
-    """Give, by name, the meshes of this rank's DTensors that leave out some of ``ranks``: others may have their own."""
+    """Return, by name, the meshes of this rank's DTensors that lack some of ``ranks``; those may have their own."""
     root = unwrap(model)
     named = {**named_params(root, "model"), **persistent_buffers(root)}
     meshes = {name: _mesh_of(tensor.device_mesh) for name, tensor in named.items() if isinstance(tensor, DTensor)}
@@ -114,15 +114,15 @@ def partial_meshes(model: Module, ranks: Sequence[int]) -> dict[str, Mesh]:
 def find_holdings(
     model: Module, ranks: Sequence[int], meshes: Mapping[str, tuple[Mesh, ...]] | None = None
 ) -> list[Held]:
-    """Give what this rank holds of each distinct param and persistent buffer of ``model``, in the model's order.
+    """Return what this rank holds of each distinct param and persistent buffer of ``model``, in the model's order.
 
     Args:
-        ranks: of the averaged model's process group: those that hold a plain tensor alike.
-        meshes: by name, those that :func:`partial_meshes` has found on all ranks. What tensor parallelism leaves out of
-            its plan and FSDP2 shards is a DTensor on each rank's own part of the whole mesh.
+        ranks: the ranks of the averaged model's process group, which all hold plain tensors alike.
+        meshes: by name, the meshes that :func:`partial_meshes` has found on all ranks. If FSDP2 shards a param that is
+            not in the plan of tensor parallelism, the param is a DTensor on a part of the whole mesh.
 
     Raises:
-        ValueError: a tensor is spread in a way that cannot be averaged; it names the parameter.
+        ValueError: a tensor is spread in a way that cannot be averaged. The message names the param.
     """
     root = unwrap(model)
     flat = _flat_holdings(root, tuple(ranks)) if is_fsdp1(root) else {}
@@ -147,7 +147,7 @@ def find_holdings(
 def _hold(
     names: tuple[str, ...], tensor: Tensor, is_buffer: bool, ranks: tuple[int, ...], siblings: tuple[Mesh, ...]
 ) -> Held:
-    """Describe what this rank holds of a param or buffer that is registered in the model."""
+    """Describe what this rank holds of a param or buffer that is not in a flat param."""
     if isinstance(tensor, DTensor):
         local, sharding, offsets, sizes, replicas = _shard_of(names[0], tensor, ranks, siblings)
     else:
@@ -191,7 +191,7 @@ def _shard_of(
         raise ValueError(f"{name!r} must be sharded or replicated, got {tensor.placements}: {error}") from None
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None or local.numel() == 0:
-        offsets = sizes = (0,) * tensor.dim()  # torch describes a shard without elements in several ways
+        offsets = sizes = (0,) * tensor.dim()  # torch has several descriptions of an empty shard
     elif sizes != tuple(local.shape):
         raise ValueError(f"{name!r} must hold {sizes} on this rank, got a local tensor of {tuple(local.shape)}")
     return local, sharding, offsets, sizes, _replicas(tensor, coordinate, sharding.meshes)
@@ -204,7 +204,7 @@ def _require_meshes(name: str, meshes: tuple[Mesh, ...], ranks: tuple[int, ...])
         raise ValueError(f"process_group must hold all ranks of the mesh of {name!r}, got one without {missing}")
     if len(set(on_meshes)) < len(on_meshes) or len({mesh.shape for mesh in meshes}) > 1:
         layouts = " and ".join(f"{mesh.shape} on {_name_ranks(mesh.ranks)}" for mesh in meshes)
-        raise ValueError(f"{name!r} must be on one mesh, or on alike ones that share no rank, got {layouts}")
+        raise ValueError(f"{name!r} must be on one mesh, or on meshes of one shape that share no rank, got {layouts}")
 
 
 def is_spread_as(tensor: DTensor, sharding: Sharding) -> bool:
@@ -214,14 +214,14 @@ def is_spread_as(tensor: DTensor, sharding: Sharding) -> bool:
 
 @functools.lru_cache(maxsize=8)
 def _mesh_of(device_mesh: DeviceMesh) -> Mesh:
-    """Describe a mesh, once for all params on it: the ranks of one of 1024 take 8 KB."""
+    """Describe a mesh. The result is shared by all params on it, since 1024 ranks take 8 KB."""
     return Mesh(
         tuple(device_mesh.mesh_dim_names or ()), tuple(device_mesh.shape), tuple(device_mesh.mesh.flatten().tolist())
     )
 
 
 def _replicas(tensor: DTensor, coordinate: Sequence[int] | None, meshes: Sequence[Mesh]) -> tuple[int, ...]:
-    """Give the ranks that hold the same elements of ``tensor`` as this one, on its own mesh and on those beside it."""
+    """Return the ranks, on all ``meshes``, that hold the same elements of ``tensor`` as this rank."""
     if coordinate is None:
         return (dist.get_rank(),)
     index = tuple(
@@ -234,17 +234,17 @@ def _replicas(tensor: DTensor, coordinate: Sequence[int] | None, meshes: Sequenc
 
 
 def _order(sizes: Sequence[int], stride: Sequence[int]) -> tuple[int, ...] | None:
-    """Give the dimensions of a dense tensor, the slowest in memory first; None for one with gaps."""
+    """Return the dimensions of a dense tensor, the slowest in memory first; None if the tensor is not dense."""
     if not is_dense(sizes, stride):
         return None
     wide = [dim for dim, size in enumerate(sizes) if size > 1]
     by_stride = iter(sorted(wide, key=lambda dim: -stride[dim]))
-    # A dimension of one element keeps its place, whatever its stride.
+    # A dimension of size 1 keeps its place, since its stride means nothing.
     return tuple(next(by_stride) if size > 1 else dim for dim, size in enumerate(sizes))
 
 
 def _flat_holdings(root: Module, ranks: tuple[int, ...]) -> dict[str, Held]:
-    """Give what FSDP1's flat params hold here, by name."""
+    """Return what this rank holds of params in FSDP1's flat params, by name."""
     prefixes = {id(module): canonical(name) for name, module in root.named_modules()}
     found: dict[str, Held] = {}
     for flat in private.flat_params(root):
@@ -277,7 +277,7 @@ def _flat_holdings(root: Module, ranks: tuple[int, ...]) -> dict[str, Held]:
 
 
 def require_same_sharding(before: Holding, now: Holding) -> None:
-    """Raise ValueError naming the parameter unless it is spread over the ranks as it was at construction."""
+    """Raise ValueError with the param's name if it is no longer spread over the ranks as at construction."""
     for what, was, got in (
         ("the whole shape", before.shape, now.shape),
         ("the placement", before.sharding, now.sharding),

@@ -1,7 +1,7 @@
 """A rank's part of a tensor, in the form that ``torch.distributed.checkpoint`` (DCP) saves and loads.
 
-DCP asks a tensor for what it holds by three methods (``torch.distributed._checkpointable``): what to write, which boxes
-there are to read into, and the tensor of one box.
+DCP calls three methods of such a tensor (``torch.distributed._checkpointable``): one returns what to write, one the
+boxes to read, and one the view of a box.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ...torch_private.core import make_wrapper
 
 aten = torch.ops.aten
 
-#: What is done to a part by doing it to its run.
+#: Operators that are applied to the run.
 _ON_THE_RUN = frozenset(
     {aten.detach.default, aten.clone.default, aten._to_copy.default, aten.empty_like.default, aten.zeros_like.default}
 )
 
-#: What never reaches ``__torch_dispatch__`` and would read the memory that a wrapper does not have.
+#: Functions that bypass ``__torch_dispatch__`` and would read memory, of which a wrapper has none.
 _PAST_DISPATCH = frozenset(
     {
         *(Tensor.__array__, Tensor.__dlpack__, Tensor.numpy, Tensor.share_memory_, Tensor.storage, Tensor.tolist),
@@ -36,18 +36,18 @@ _PAST_DISPATCH = frozenset(
 
 
 class PartTensor(Tensor):
-    """This rank's part of a tensor that is cut along a flat order: the shape of the whole, the data of a few boxes.
+    """This rank's part of a tensor that is cut in a flat order, with the whole shape but only the data of some boxes.
 
-    For checkpoints only: it can be saved, loaded into, copied and moved, and nothing else.
+    It is for checkpoints only: it can be saved, loaded into, copied and moved, and nothing else.
 
     Args:
-        run: (n,) contiguous, with a storage of its own: the elements of the boxes, none besides.
-        shape: of the whole tensor.
-        boxes: of this rank, each viewed by ``box.of_run(run)``; none where the rank has no part.
+        run: (n,) contiguous, with its own storage: exactly the elements of the boxes.
+        shape: the shape of the whole tensor.
+        boxes: the boxes of this rank, each viewed by ``box.of_run(run)``; none if the rank has no part.
 
     Raises:
         TypeError: ``run`` is not a plain tensor.
-        ValueError: ``run`` or ``boxes`` differ from the above.
+        ValueError: ``run`` or ``boxes`` are not as above.
     """
 
     run: Tensor  # (n,)
@@ -58,21 +58,20 @@ class PartTensor(Tensor):
         _check_run(run)
         _check_boxes(boxes, shape, run.numel())
         part = make_wrapper(cls, tuple(shape), dtype=run.dtype, device=run.device)
-        # In __dict__, and as objects that live as long as the part: torch's stager copies what it finds there, and
-        # remembers it by its id.
+        # Keep both in __dict__ for the life of the part: torch's stager copies __dict__ and remembers objects by id.
         part.run = run
         part.boxes = tuple(boxes)
         return part
 
     def parts(self) -> list[tuple[Box, Tensor]]:
-        """Give each box with the view of its elements."""
+        """Return each box with the view of its elements."""
         return [(box, box.of_run(self.run)) for box in self.boxes]
 
     def _with_run(self, run: Tensor) -> PartTensor:
         return PartTensor(run, self.shape, self.boxes)
 
     def __create_write_items__(self, fqn: str, object: object) -> list[WriteItem]:
-        """Give DCP what to write under the name ``fqn``: one item a box."""
+        """Return DCP's write items under the name ``fqn``, one per box."""
         properties = TensorProperties.create_from_tensor(self.run)
         return [
             WriteItem(
@@ -84,20 +83,20 @@ class PartTensor(Tensor):
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        """Give DCP the boxes that are here."""
+        """Return this rank's boxes for DCP."""
         if self.numel() == 0:
-            # No rank has a box of an empty tensor, and still a checkpoint must know it, or it loads as a missing key.
-            # So every rank has the same one, of which DCP writes one.
+            # No rank has a box of an empty tensor, but the checkpoint needs the key. So every rank returns the same
+            # empty box, and DCP writes it once.
             return [ChunkStorageMetadata(torch.Size([0] * self.dim()), self.shape)]
         return [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in self.boxes]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        """Give DCP the view of a box, by its offsets.
+        """Return the view of a box by its offsets, for DCP.
 
         Raises:
-            ValueError: no box of this rank begins there.
+            ValueError: no box of this rank has these offsets.
         """
-        # The hint ``index.index`` counts boxes of all ranks when it comes from a save, and of this one from a load.
+        # Ignore ``index.index``: in a save it counts the boxes of all ranks, in a load those of this rank.
         if self.numel() == 0:
             return self.run.view(self.shape)
         for box, view in self.parts():
@@ -113,14 +112,14 @@ class PartTensor(Tensor):
     ) -> Any:
         if func in _PAST_DISPATCH:
             _refuse(func.__name__)
-        # As plain tensors have it: a subclass's own would make every result a PartTensor, without boxes.
+        # Call Tensor's, without the subclass: otherwise every result would become a PartTensor without boxes.
         return Tensor.__torch_function__(func, (), args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's stub has no cls
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # A run is 1-D: it has no memory format to change.
+        # A 1-D run has no memory format.
         options = {name: value for name, value in (kwargs or {}).items() if name != "memory_format"}
         if func in _ON_THE_RUN:
             return args[0]._with_run(func(args[0].run, **options))
@@ -136,7 +135,7 @@ class PartTensor(Tensor):
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         _refuse("pickle, torch.save, copy.copy")
 
-    def __repr__(self) -> str:  # type: ignore[override]  # there is nothing to pass
+    def __repr__(self) -> str:  # type: ignore[override]  # it takes no arguments
         return (
             f"PartTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}', "
             f"{self.run.numel()} of {self.numel()} elements, in {len(self.boxes)} boxes)"
@@ -145,8 +144,8 @@ class PartTensor(Tensor):
 
 def _refuse(what: str) -> NoReturn:
     raise NotImplementedError(
-        f"{what}: a PartTensor holds part of a tensor, for torch.distributed.checkpoint; the elements that are here "
-        "are its attribute `run`, box by box its `parts()`, and full_state_dict() gives plain tensors"
+        f"{what}: a PartTensor is only for torch.distributed.checkpoint. Read this rank's elements from its attribute "
+        "`run`, or box by box from its `parts()`, or get plain tensors from full_state_dict()"
     )
 
 
@@ -160,8 +159,8 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
             box.of_whole(target).copy_(view, non_blocking)
         return target
     source_is, target_is = (repr(x) if isinstance(x, PartTensor) else "a plain tensor" for x in (source, target))
-    # BlockingAsyncStager makes a plain tensor for one of 0 dimensions, and torch 2.7's for every one.
-    _refuse(f"copy_ of {source_is} into {target_is} (in async_save: take DefaultStager, or one that deep-copies)")
+    # BlockingAsyncStager makes a plain tensor of a 0-dimensional one, and in torch 2.7 of every tensor.
+    _refuse(f"copy_ of {source_is} into {target_is} (in async_save, use DefaultStager or one that deep-copies)")
 
 
 def _check_run(run: Tensor) -> None:
@@ -170,10 +169,10 @@ def _check_run(run: Tensor) -> None:
     if run.dim() != 1 or not run.is_contiguous():
         raise ValueError(f"run must be 1-D and contiguous, got shape {tuple(run.shape)}, strides {run.stride()}")
     storage_nbytes = run.untyped_storage().nbytes()
-    # A stager copies storages whole, and a view of a bucket would take the bucket along.
+    # A stager copies whole storages, so a view of a bucket would copy the bucket.
     if storage_nbytes != run.nbytes:
         raise ValueError(
-            f"run must be a tensor with a storage of its own, got {run.nbytes} of a storage's {storage_nbytes} bytes"
+            f"run must be a tensor with its own storage, got {run.nbytes} of {storage_nbytes} bytes: pass run.clone()"
         )
 
 
@@ -183,7 +182,7 @@ def _check_boxes(boxes: Sequence[Box], shape: Sequence[int], numel: int) -> None
             offset < 0 or size < 1 or offset + size > extent
             for offset, size, extent in zip(box.offsets, box.sizes, shape, strict=True)
         ):
-            raise ValueError(f"boxes must be boxes of at least one element in {tuple(shape)}, got {box}")
+            raise ValueError(f"boxes must have at least one element each and lie in {tuple(shape)}, got {box}")
         if box.start < 0 or box.start + box.numel > numel:
             raise ValueError(f"boxes must lie within the run's {numel} elements, got {box}")
     total = sum(box.numel for box in boxes)
@@ -192,11 +191,11 @@ def _check_boxes(boxes: Sequence[Box], shape: Sequence[int], numel: int) -> None
 
 
 def _reduce(part: PartTensor) -> tuple[Any, ...]:
-    # Sending a tensor moves its storage into shared memory. A storage that is a slice of another would leave it by
-    # that, and an average's state would no longer be the average's; a stager's copies are shared already, or cheap.
+    # Sending a tensor moves its storage into shared memory. A storage that is a slice of a bucket would then leave the
+    # bucket, so send a copy. A stager's copies are in shared memory already, or cheap to copy.
     run = part.run if part.run.is_shared() else part.run.clone()
     return PartTensor, (run, tuple(part.shape), part.boxes)
 
 
-# Between processes only: DCP's checkpoint process gets what is staged through a pipe. torch.save asks __reduce_ex__.
+# For pipes between processes only, such as to DCP's checkpoint process. torch.save calls __reduce_ex__ instead.
 ForkingPickler.register(PartTensor, _reduce)

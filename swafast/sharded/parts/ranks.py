@@ -1,4 +1,4 @@
-"""Ranks that act together: a process group of our own over those of the user's, and what they settle in it."""
+"""Our own process group over the ranks of a user's group: its collectives, and how ranks share errors."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from ...torch_private.distributed import group_timeout, new_group
 
 T = TypeVar("T")
 
-#: torch 2.13 has a new name for it, and warns of the old one.
+#: torch 2.13 has a new name and warns about the old one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-#: Waited for beyond the timeout of the user's group. A rank that left ``swapped_into`` early waits for its peers in our
-#: group; one of them may wait for it in the user's, must give up there first, and then comes. Less than a second, since
-#: torch's FileStore waits for a peer up to the next whole one.
+#: Extra timeout of our group beyond the user's. A rank that left ``swapped_into`` early waits in our group, while a
+#: peer may wait for it in the user's group. The peer must time out first, and then joins. Less than a second, since
+#: torch's FileStore rounds timeouts up to whole seconds.
 GRACE = timedelta(seconds=0.9)
 
 
 @pickled_from("swafast.sharded")
 class LostPeerError(RuntimeError):
-    """A collective of ours failed: a rank died, or did not come within the process group's timeout.
+    """A collective of ours failed: a rank died, or did not arrive within the process group's timeout.
 
-    From then on whatever needs the other ranks raises it at once; updates without a collective go on.
+    Later calls that need other ranks raise this at once. Updates without a collective still work.
     """
 
 
 @contextmanager
 def losing_peers(ranks: Sequence[int]) -> Iterator[None]:
-    """Raise LostPeerError for a RuntimeError in the body, in which ``ranks`` meet."""
+    """Raise LostPeerError if the body, a collective of ``ranks``, raises RuntimeError or ValueError."""
     try:
         yield
     except (RuntimeError, ValueError) as error:  # a ValueError: the process group was destroyed
@@ -52,7 +52,7 @@ def losing_peers(ranks: Sequence[int]) -> Iterator[None]:
 
 
 class _Fault:
-    """Why no peer may be met any more, in a group of ours and its subgroups."""
+    """Why no more collectives may run in a group of ours and its subgroups."""
 
     reason: str | None = None
 
@@ -62,34 +62,34 @@ class _Fault:
 
     @contextmanager
     def noted(self, ranks: Sequence[int]) -> Iterator[None]:
-        """Run what all ``ranks`` run alike; what breaks off here leaves peers waiting inside."""
+        """Run a body that all ``ranks`` run alike, and note an error in it, which leaves peers waiting."""
         self.refuse()
         try:
             yield
         except BaseException as error:
             if len(ranks) > 1 and self.reason is None:
                 self.reason = (
-                    f"ranks {list(ranks)} went out of lockstep before, with {type(error).__name__}: {error}; "
-                    "what is local still works, for the rest make the averaged model anew"
+                    f"ranks {list(ranks)} went out of lockstep before, with {type(error).__name__}: {error}; local "
+                    "calls still work, for all others make a new averaged model"
                 )
             raise
 
 
 class Ranks:
-    """A process group over the ranks of the user's, in which nothing of ours can meet a collective of the user's.
+    """Our own process group over the ranks of a user's group, so that our collectives cannot mix with the user's.
 
-    There is one for each of the user's groups: ``rendezvous.shared_ranks`` returns it. Making one is collective.
+    There is one for each of the user's groups; get it from ``rendezvous.shared_ranks``. Construction is collective.
 
     Args:
-        process_group: the user's; None: the default one.
-        name: of the new group, the same on all its ranks, and not used before with this default group: a failed attempt
-            leaves its addresses in the store, where the next one must not find them.
-        ranks: make it over these of its ranks, this one among them; default: all.
+        process_group: the user's group; None: the default group.
+        name: the name of the new group, the same on all ranks. It must be new, since a failed attempt leaves addresses
+            under its name in the store.
+        ranks: only these of its ranks, this one included; default: all.
 
     Raises:
-        TypeError: ``process_group`` is none.
-        ValueError: there is no such process group, or this rank is not in it.
-        LostPeerError: a rank died, or did not come to make its own.
+        TypeError: ``process_group`` is not a process group.
+        ValueError: ``torch.distributed`` is not initialised, or this rank is not in the group.
+        LostPeerError: a rank died, or did not make its own.
     """
 
     def __init__(self, process_group: ProcessGroup | None, name: str, ranks: Sequence[int] | None = None) -> None:
@@ -99,11 +99,11 @@ class Ranks:
         if self.rank not in self.ranks:
             raise ValueError(f"process_group must hold this rank, {self.rank}, got one of {list(self.ranks)}")
         self.name = name
-        #: Held for each collective, and for several that belong together: threads share the group.
+        #: Held during a collective, or several that belong together, since threads share the group.
         self.lock = ForkSafeLock()
         self._fault = _Fault()
         self._numbers = itertools.count()
-        # Weakly: who destroys it may not be kept from it by what hangs on it.
+        # A weak reference, so that we do not keep alive a group that the user has destroyed.
         self._parent = weakref.ref(process_group) if process_group is not None else None
         self._subgroups: dict[tuple[int, ...], Ranks] = {self.ranks: self}
         timeout = group_timeout(parent)
@@ -116,11 +116,11 @@ class Ranks:
             )
 
     def subgroup(self, ranks: Sequence[int]) -> Ranks:
-        """The group over some of these ranks, this one among them; made once, together with the others of them."""
+        """Return the group over some of these ranks, this one included; made on first use. Collective among them."""
         key = tuple(sorted(ranks))
         if key not in self._subgroups:
             parent = self._parent() if self._parent is not None else None
-            with self._fault.noted(self.ranks):  # a subgroup that is not made is lost to all
+            with self._fault.noted(self.ranks):  # if this fails, all ranks are out of lockstep
                 self._subgroups[key] = subgroup = Ranks(parent, f"{self.name} {key}", key)
             subgroup._fault, subgroup.lock = self._fault, self.lock
         return self._subgroups[key]
@@ -131,28 +131,28 @@ class Ranks:
 
     @property
     def index(self) -> int:
-        """This rank's index among them."""
+        """This rank's index in ``ranks``."""
         return self.ranks.index(self.rank)
 
     def device_for(self, device: torch.device) -> torch.device:
-        """Give where a tensor has to be for these collectives, ``device`` if they take tensors there."""
+        """Return the device on which the collectives take a tensor: ``device``, or a GPU for NCCL."""
         if device.type == "cpu" and dist.get_backend(self.group) == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return device
 
     def next_number(self) -> int:
-        """A number for an averaged model that uses this group: ranks make them in one order."""
+        """Return a new number for an averaged model; it is the same on all ranks, which construct in one order."""
         return next(self._numbers)
 
     @property
     def is_lost(self) -> bool:
-        """Whether no peer may be met any more."""
+        """Whether collectives of this group have failed, so that no more may run."""
         return self._fault.reason is not None
 
     # Collectives
 
     def gather(self, value: T) -> list[T]:
-        """Give the values of all ranks, in their order: small objects, no tensors."""
+        """Return the values of all ranks, in the order of ranks; for small picklable objects, not for tensors."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -167,21 +167,21 @@ class Ranks:
         self._run(tensor, partial(dist.all_reduce, op=dist.ReduceOp.MAX))
 
     def sum_to_first_(self, tensor: Tensor) -> None:
-        """Add up on the first rank; what the others have afterwards says nothing."""
+        """Sum in place on the first rank; the tensors of other ranks are undefined afterwards."""
         self._run(tensor, partial(dist.reduce, dst=self.ranks[0], op=dist.ReduceOp.SUM))
 
     def broadcast_(self, tensor: Tensor) -> None:
         """Write the first rank's values into every other rank's tensor."""
 
         def as_bytes(there: Tensor, group: ProcessGroup) -> None:
-            # gloo refuses int16, float8 and the larger unsigned ones.
+            # gloo does not take int16, float8 and the wider unsigned dtypes.
             dist.broadcast(there.view(-1).view(torch.uint8), self.ranks[0], group=group)
 
         if tensor.numel() > 0:
             self._run(tensor, as_bytes)
 
     def _run(self, tensor: Tensor, collective: Callable[..., object]) -> None:
-        """Run a collective on a tensor, where it takes one, and copy back what it has made of it."""
+        """Run an in-place collective on a tensor, if needed on a copy on another device that is copied back."""
         if self.size == 1:
             return
         with self._heard():
@@ -191,13 +191,13 @@ class Ranks:
             tensor.copy_(there)
 
     def sums(self, values: Iterable[int], device: torch.device | str = "cpu") -> list[int]:
-        """Add up the int64 of all ranks, one by one, by a tensor on ``device``."""
+        """Return the sums of int64 values over all ranks, element by element, computed on ``device``."""
         total = torch.tensor(list(values), dtype=torch.int64, device=device)
         self.sum_(total)
         return list(map(int, total.tolist()))
 
     def all_gather(self, received: Tensor, sent: Tensor) -> None:
-        """Fill ``received`` with the ``sent`` of all ranks, in their order; of one size, on the device for these."""
+        """Fill ``received`` with ``sent`` of all ranks, in order. All have one size, on :meth:`device_for`'s device."""
         with self._heard():
             _all_gather(received, sent, group=self.group)
 
@@ -208,32 +208,34 @@ class Ranks:
 
     @contextmanager
     def in_lockstep(self) -> Iterator[None]:
-        """Run what all ranks run alike: what breaks off here leaves peers waiting inside, and meets none of them again.
+        """Run a body with collectives that all ranks run alike. After an error in it, no more collectives run.
 
-        A collective that met another one of its peers would give wrong values, or end the process.
+        After the error, peers wait in another collective than this rank's next one. If the two met, values would be
+        wrong, or the process would end.
 
         Raises:
-            LostPeerError: something has broken off before.
+            LostPeerError: such an error has happened before.
         """
         with self._fault.noted(self.ranks):
             yield
 
-    # What they settle
+    # Agreement of ranks
 
     @contextmanager
     def settled(self, what: str, number: int | None = None) -> Iterator[None]:
-        """Run the body on every rank, and raise on every rank if it failed on one.
+        """Run the body on every rank, and raise on every rank if it failed on one. Collective.
 
-        A rank raises its own error where it has one, and otherwise a RuntimeError that names the first that failed.
+        A rank raises its own error if it has one, else a RuntimeError that names the first rank that failed.
 
         Args:
-            number: of the averaged model that it is about, from :meth:`next_number`.
+            what: the name of the call, which must be the same on all ranks.
+            number: of the averaged model, from :meth:`next_number`; likewise.
         """
         self._fault.refuse()
         error: BaseException | None = None
         try:
             yield
-        except BaseException as raised:  # an interrupt too: the peers wait
+        except BaseException as raised:  # an interrupt too, since peers wait
             error = raised
         try:
             calls = self.gather((what, number, None if error is None else f"{type(error).__name__}: {error}"))
@@ -251,9 +253,9 @@ class Ranks:
                 raise RuntimeError(f"{what} failed on rank {rank}, and so on every rank: {message}")
 
     def agree(self, what: str, described: Mapping[str, object]) -> None:
-        """Raise ValueError on every rank, naming the first difference, unless all describe the same.
+        """Raise ValueError with the first difference on every rank unless all descriptions are equal. Collective.
 
-        What goes round is a digest; the descriptions themselves only once they differ.
+        Ranks exchange digests, and the descriptions themselves only if digests differ.
         """
         own = {key: str(value) for key, value in described.items()}
         digest = hashlib.sha256(repr(sorted(own.items())).encode()).digest()
@@ -279,7 +281,7 @@ def checked_group(process_group: object) -> ProcessGroup:
         )
     if process_group is None:
         process_group = dist.group.WORLD
-    elif process_group is dist.GroupMember.NON_GROUP_MEMBER:  # what new_group gives to ranks that it leaves out
+    elif process_group is dist.GroupMember.NON_GROUP_MEMBER:  # new_group returns it on ranks outside the group
         raise ValueError(f"process_group must hold this rank, {dist.get_rank()}, got one of others")
     if not isinstance(process_group, ProcessGroup):
         raise TypeError(f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}")
@@ -287,7 +289,7 @@ def checked_group(process_group: object) -> ProcessGroup:
 
 
 class OneProcess(Ranks):
-    """This process alone, without a process group."""
+    """The ranks of a single process without a process group."""
 
     def __init__(self) -> None:
         self.rank, self.ranks, self.group, self.lock, self._fault = 0, (0,), None, ForkSafeLock(), _Fault()

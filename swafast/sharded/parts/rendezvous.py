@@ -1,4 +1,4 @@
-"""Where ranks come to share one process group of ours: through the user's store they tell each other what they have."""
+"""How ranks come to share one process group of ours: they exchange messages through the store of the user's group."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from torch.distributed import ProcessGroup, Store
 from ...torch_private.distributed import group_timeout, store_of
 from .ranks import GRACE, LostPeerError, Ranks, checked_group, losing_peers
 
-#: How long ranks wait for each other where their process group does not say.
+#: How long ranks wait for each other if their process group has no timeout.
 _TIMEOUT = timedelta(minutes=30)
 
 
 class Rendezvous:
-    """Turns in which each of some ranks posts a message and reads those of all; no collective.
+    """Turns in which each rank posts a message and reads those of all ranks, without a collective.
 
-    A rank that gives up waiting stays in its turn, so that whoever came late finds it there. A rank that is interrupted
-    after it has posted goes on to the next turn, since the others do.
+    A rank that times out stays in its turn, so that late ranks can still meet it there. A rank that is interrupted
+    after posting goes on to the next turn, since the others do.
 
     Args:
-        store: of a process group that holds ``ranks``; None: there are no peers.
-        rank: this one.
+        store: the store of a process group that holds ``ranks``; None: there are no peers.
+        rank: this rank.
     """
 
     def __init__(self, store: Store | None, rank: int, ranks: Sequence[int]) -> None:
         self._store, self._rank, self._members = store, rank, tuple(ranks)
-        self.turn = 0  # number of the next one
+        self.turn = 0  # number of the next turn
 
     def _key(self, rank: int, turn: int) -> str:
         return f"swafast/{turn}/{rank}"
 
     def exchange(self, message: str, timeout: timedelta) -> list[str]:
-        """Post ``message`` and return the messages of all ranks, in their order.
+        """Post ``message`` and return the messages of all ranks, in the order of ranks.
 
         Raises:
-            RuntimeError: a rank did not come within ``timeout``.
+            RuntimeError: a rank did not post within ``timeout``.
         """
         if self._store is None:
             return [message]
@@ -57,7 +57,7 @@ class Rendezvous:
             self.turn += has_posted
             raise
         self.turn += 1
-        with suppress(RuntimeError):  # who posts in this turn has read what stood in the one before
+        with suppress(RuntimeError):  # every rank that has posted in this turn has read the one before
             self._store.delete_key(self._key(self._rank, self.turn - 2))
         return messages
 
@@ -68,7 +68,7 @@ class Rendezvous:
 
 
 class _Seat(Rendezvous):
-    """What this rank knows of the groups of ours over one of the user's, and where it meets the others for them."""
+    """This rank's view of our process group over one of the user's, and the rendezvous for it."""
 
     def __init__(self, parent: ProcessGroup) -> None:
         super().__init__(store_of(parent), dist.get_rank(), dist.get_process_group_ranks(parent))
@@ -77,10 +77,10 @@ class _Seat(Rendezvous):
         self._timeout = (group_timeout(parent) or _TIMEOUT) + GRACE
 
     def is_shared_by_all(self) -> bool:
-        """Return whether every rank still has the group that this one has: one rank alone may have seen a loss.
+        """Return whether all ranks still have the same group; perhaps only some of them know of a lost peer.
 
         Raises:
-            LostPeerError: a rank did not come.
+            LostPeerError: a rank did not post its message.
         """
         own = self.ranks.name if self.ranks is not None and not self.ranks.is_lost else ""
         try:
@@ -89,21 +89,21 @@ class _Seat(Rendezvous):
         except LostPeerError:
             raise
         except BaseException:
-            self.ranks = None  # the others may go on without this rank
+            self.ranks = None  # the others may make a new group without this rank
             raise
         return own != "" and set(messages) == {own}
 
 
-#: By the user's group, as long as that lives.
+#: By the user's group, as long as that is alive.
 _seats: weakref.WeakKeyDictionary[ProcessGroup, _Seat] = weakref.WeakKeyDictionary()
 _making = threading.Lock()
 
 
 def shared_ranks(process_group: ProcessGroup | None = None) -> Ranks:
-    """Return the one group of ours over ``process_group``, made anew where any rank has lost a peer in it. Collective.
+    """Return our one group over ``process_group``. If a rank has lost a peer in it, make a new one. Collective.
 
     Raises:
-        TypeError, ValueError, LostPeerError: as for :class:`Ranks`.
+        TypeError, ValueError, LostPeerError: as :class:`Ranks`.
     """
     parent = checked_group(process_group)
     with _making:

@@ -1,4 +1,4 @@
-"""Which part of what it holds a rank averages: all of a shard, or its cut of what several ranks hold alike."""
+"""Which part of its holdings a rank averages: a whole shard, or a part of a param that several ranks hold alike."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Cut:
 
     replicas: tuple[int, ...]
     names: tuple[str, ...]
-    flat: FlatOrder  # of what each of them holds
+    flat: FlatOrder  # of the params' runs
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Share:
     format: Format | None  # None: copied, not averaged
     start: int  # in the holding's run
     stop: int
-    cut: Cut | None  # that it comes from; None: this rank averages all that it holds
+    cut: Cut | None  # None: this rank averages the whole holding
 
     @property
     def name(self) -> str:
@@ -43,9 +43,9 @@ class Share:
 
     @cached_property
     def boxes(self) -> tuple[Box, ...]:
-        """The boxes of the whole that the run is made of."""
+        """The boxes of the whole tensor that make up the run."""
         holding = self.holding
-        if holding.order is None:  # not dense: an average of its own is row-major, and whole
+        if holding.order is None:  # not dense, so never cut: its average is row-major
             return boxes_of_run(holding.sizes, 0, self.numel, holding.offsets)
         return boxes_of_run(
             holding.sizes, holding.start + self.start, holding.start + self.stop, holding.offsets, holding.order
@@ -53,20 +53,20 @@ class Share:
 
     @property
     def multiplicity(self) -> int:
-        """How many ranks average each of its elements."""
+        """The number of ranks that average each element."""
         return 1 if self.cut is not None else len(self.holding.replicas)
 
     def counts_on(self, rank: int) -> bool:
-        """Whether ``rank`` speaks for these elements where each must be heard once."""
+        """Return whether ``rank`` contributes these elements to a sum that takes each element once."""
         return self.cut is not None or rank == self.holding.replicas[0]
 
     def of(self, local: Tensor) -> Tensor:
-        """View the share in this rank's tensor: 1-D where that is dense, else all of it in its own shape."""
+        """Return the view of the share in this rank's tensor: 1-D if that is dense, else the tensor itself."""
         return view_of_run(self.holding, local, self.start, self.stop)
 
 
 def view_of_run(holding: Holding, local: Tensor, start: int, stop: int) -> Tensor:
-    """View a run of a holding's elements in this rank's tensor."""
+    """Return the view of a run of a holding's elements in this rank's tensor."""
     if holding.order is None:
         assert (start, stop) in ((0, local.numel()), (0, 0), (local.numel(), local.numel())), "never cut"
         return local if stop > start else local.new_empty(0)
@@ -76,20 +76,20 @@ def view_of_run(holding: Holding, local: Tensor, start: int, stop: int) -> Tenso
 def share_out(
     holdings: Sequence[Holding], formats: Mapping[str, Format | None], rank: int, *, share_replicas: bool
 ) -> list[Share]:
-    """Give this rank's share of each holding, one for each of them, in their order.
+    """Return this rank's share of each holding, in the order of holdings.
 
     Args:
-        formats: of the averages, by name; None for a buffer that is copied.
-        share_replicas: cut whatever several ranks hold alike, not only whole tensors.
+        formats: the formats of the averages, by name; None for a buffer that is copied.
+        share_replicas: cut all params that several ranks hold alike, not only whole ones.
     """
     shares: dict[str, Share] = {}
     cuts: dict[object, list[Holding]] = {}
     for holding in holdings:
         fmt = formats[holding.name]
         wanted = holding.always_cut or (share_replicas and not holding.is_buffer)
-        # A single number stays whole on each rank: some of torch's stagers for checkpoints take no part of one.
+        # A 0-dimensional tensor stays whole, since some of torch's stagers for checkpoints cannot take parts of one.
         if wanted and holding.shape and len(holding.replicas) > 1:
-            # One bucket of averages for each of these, so each is cut evenly.
+            # Cut each combination evenly, so that buckets of averages have equal sizes on all ranks.
             key = (holding.replicas, holding.device.type, str(holding.dtype), fmt.name if fmt else None)
             cuts.setdefault(key, []).append(holding)
         else:

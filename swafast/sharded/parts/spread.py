@@ -1,4 +1,4 @@
-"""Params that are cut over ranks: each rank's own part, spread to all that hold them, window by window."""
+"""Spread each rank's own part of cut params to all ranks that hold them, window by window."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from .holdings import Held
 from .ranks import Ranks
 from .shares import Cut, view_of_run
 
-#: Most bytes that are gathered at a time, and what a GPU's links take to run at their speed.
+#: The largest window. A GPU's links need windows of this size to reach their full speed.
 WINDOW_NBYTES = 64 * 2**20
 
-#: On a CPU a window that stays in the caches between network and param is faster, but each rank's piece should not be
-#: so small that the walk over the ranks takes longer than what they send.
+#: On a CPU a window that fits in the caches is faster. But with too small pieces the collective's overhead per rank
+#: takes longer than the transfer.
 CPU_WINDOW_NBYTES, CPU_PIECE_NBYTES = 8 * 2**20, 2**20
 
-#: What starts in a piece starts on a multiple of this, so that it can be viewed in any dtype.
+#: Runs start at multiples of this in a piece, so that they can be viewed in any dtype.
 _ALIGNMENT = 16
 
 
 class Spread:
-    """Fill the params of one cut: after :meth:`fill`, every rank has in them what each rank has in its own part."""
+    """Fills the params of one cut on all its ranks with the parts of all its ranks."""
 
     def __init__(self, cut: Cut, ranks: Ranks) -> None:
         self._cut, self.ranks = cut, ranks
-        #: Whether a param outside this rank's own part may have been written by a call that did not come to its end.
+        #: Whether a failed call of fill() may have written params outside this rank's own part.
         self.torn = False
 
     @torch.no_grad()
     def fill(self, held: Mapping[str, Held]) -> None:
-        """Gather and write, window by window; ``held`` are the model's tensors now, by name.
+        """Gather the parts and write them into ``held``, the model's current tensors by name. Collective.
 
         Raises:
-            LostPeerError: a rank is gone; :attr:`torn` says whether params of others were being written.
+            LostPeerError: a rank was lost. :attr:`torn` tells whether params outside this rank's part were written.
         """
         size = self.ranks.size
         if size == 1:
@@ -68,7 +68,7 @@ class Spread:
 
 
 def _piece_nbytes(size: int, device: torch.device) -> int:
-    """Give the bytes that each of ``size`` ranks sends at a time."""
+    """Return the bytes that each of ``size`` ranks sends in a window."""
     window = WINDOW_NBYTES
     if device.type == "cpu":
         window = min(window, max(CPU_WINDOW_NBYTES, size * CPU_PIECE_NBYTES))
@@ -76,14 +76,14 @@ def _piece_nbytes(size: int, device: torch.device) -> int:
 
 
 def _flat(held: Held) -> Tensor:
-    """View what this rank holds as 1-D; a copy where it is not dense, which is written back at the end."""
+    """Return a 1-D view of what this rank holds; if it is not dense, a copy, which ``fill`` writes back."""
     if held.holding.order is None:
         return held.local.detach().reshape(-1).clone()
     return view_of_run(held.holding, held.local.detach(), 0, held.holding.numel)
 
 
 def pieces_of(runs: Sequence[Run], itemsizes: Sequence[int], nbytes: int) -> Iterator[list[Run]]:
-    """Cut runs into what goes into pieces of ``nbytes``, each run in it at the next aligned byte."""
+    """Cut runs into pieces of at most ``nbytes``, in which each run starts at the next aligned byte."""
     piece: list[Run] = []
     used = 0
     for run in runs:
@@ -103,7 +103,7 @@ def pieces_of(runs: Sequence[Run], itemsizes: Sequence[int], nbytes: int) -> Ite
 
 
 def _with_views(piece: Sequence[Run], flats: Sequence[Tensor], memory: Tensor) -> Iterator[tuple[Run, Tensor]]:
-    """Yield the runs of a rank's piece, each with its view of the piece's memory, in its dtype."""
+    """Yield each run of a rank's piece with its view of the piece's memory, in the run's dtype."""
     used = 0
     for run in piece:
         nbytes = run.numel * flats[run.index].element_size()
