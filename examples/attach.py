@@ -1,6 +1,7 @@
-"""An EMA that follows its optimizer, beside the next step, through a stop: ``python examples/attach.py [CHECKPOINT]``.
+"""An attached EMA that survives a stop: ``python examples/attach.py [CHECKPOINT]``.
 
-Stop it with Ctrl-C, or kill it, and start it again with the same file: it ends with the same bits.
+Each update runs beside the next training step. Stop the example with Ctrl-C, or kill it, and start it again with the
+same file: it ends with the same bits.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ STEPS = SETTINGS.epochs * SETTINGS.steps_per_epoch
 
 def main(checkpoint: Path | None) -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # so small a network gains nothing from more
+    torch.set_num_threads(1)  # a network this small gains nothing from more
     split = digits_split(0, SETTINGS)
     model = digits_cnn(SETTINGS.width)
     optimizer = torch.optim.SGD(model.parameters(), 0.5 * SETTINGS.learning_rate, momentum=SETTINGS.momentum)
@@ -34,7 +35,7 @@ def main(checkpoint: Path | None) -> None:
     if checkpoint is not None and checkpoint.exists():
         for name, state in torch.load(checkpoint, weights_only=True).items():
             parts[name].load_state_dict(state)
-        print(f"goes on after step {attachment.step}, with {int(averaged.n_averaged)} models in the average")
+        print(f"resumed after step {attachment.step}, with {int(averaged.n_averaged)} models in the average")
 
     for epoch in range(attachment.step // SETTINGS.steps_per_epoch, SETTINGS.epochs):
         generator = torch.Generator().manual_seed(epoch)

@@ -1,4 +1,4 @@
-"""SWA under DDP, each rank averaging its cut: ``torchrun --nproc-per-node 4 examples/ddp.py``."""
+"""SWA under DDP, where each rank averages its cut: ``torchrun --nproc-per-node 4 examples/ddp.py``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main(device: torch.device) -> None:
     with averaged.swapped_into(model):
         swa = training.accuracy(model)
 
-    # What the same costs with a whole copy on every rank.
+    # For comparison: a whole copy on every rank.
     whole = AveragedModel(model.module)
     whole.load_state_dict(averaged.full_state_dict())
     rows = {

@@ -1,4 +1,4 @@
-"""What the examples train: a small transformer on the demo's digits, each rank on its part of every batch."""
+"""The task of the examples on ranks: a small transformer on handwritten digits; each rank takes its part of a batch."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from torch import Tensor, nn
 
 from swafast.demo.task import NUM_CLASSES, Settings, Split, digits_split, shifted
 
-# A look at it takes fewer: EPOCHS=8 in the environment.
+# For a quick look, set EPOCHS=8 in the environment.
 SETTINGS = Settings(epochs=int(os.environ.get("EPOCHS", "32")))
 LEARNING_RATE = 2e-3
 WIDTH, DEPTH = 128, 3  # 0.6 M params in 41 tensors
 SIDE = 8  # pixels; an image is read as that many rows
 
 
-#: Accuracy, bytes of averages on this rank, milliseconds of an update; None where there is none.
+#: Accuracy, bytes of averages on this rank, milliseconds of an update; None if it was not measured.
 Row = tuple[float | None, int | None, float | None]
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each beside the stream: what FSDP gathers at a time."""
+    """Attention and a perceptron, each with a residual connection; FSDP gathers one block at a time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 
 class RowTransformer(nn.Module):
-    """Classifies an image from its rows of pixels."""
+    """A classifier that reads an image as a sequence of its rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,10 +64,10 @@ class RowTransformer(nn.Module):
 
 
 def on_all_ranks(train: Callable[[torch.device], None]) -> None:
-    """Train on the ranks that torchrun has started: NCCL and a GPU for each, or gloo and the CPU."""
+    """Train on the ranks that torchrun has started: with NCCL and a GPU each, or with gloo on the CPU."""
     train(_start())
-    # Models first: a DDP module that is the last to hold the group waits, with the interpreter's lock, for a thread of
-    # gloo's that may be waiting for this lock (seen once, torch 2.13).
+    # Free the models first. If a DDP module is the last holder of the group, it holds the interpreter's lock while it
+    # waits for a thread of gloo, which may be waiting for that lock (seen once, torch 2.13).
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
@@ -87,7 +87,7 @@ def _start() -> torch.device:
 
 @dataclass
 class Training:
-    """A model in training on this rank's part of the images; averaged over the last quarter of the epochs."""
+    """The training of a model on this rank's part of the images."""
 
     model: nn.Module
     device: torch.device
@@ -99,7 +99,7 @@ class Training:
         self._optimizer = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE, weight_decay=0.05)
 
     def run(self, after_epoch: Callable[[], None]) -> None:
-        """Train, and call ``after_epoch`` after each of the last quarter's epochs: an update of the average."""
+        """Train, and call ``after_epoch`` after each epoch of the last quarter: it updates the average."""
         rank, ranks = dist.get_rank(), dist.get_world_size()
         for epoch in range(SETTINGS.epochs):
             images = shifted(self.split.train_images.cpu(), SETTINGS.max_shift, self._generator).to(self.device)
@@ -114,13 +114,13 @@ class Training:
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module) -> float:
-        """Give the share of the test images that ``model`` gets right."""
+        """Return the share of test images that ``model`` classifies correctly."""
         hits = model(self.split.test_images).argmax(1) == self.split.test_labels
         return hits.double().mean().item()
 
 
 def update_ms(update: Callable[[], object], device: torch.device, rounds: int = 50) -> float:
-    """Give the median milliseconds of an update, all ranks at it together."""
+    """Return the median milliseconds of an update that all ranks make together."""
     samples = []
     for _ in range(rounds):
         dist.barrier()
@@ -133,7 +133,7 @@ def update_ms(update: Callable[[], object], device: torch.device, rounds: int = 
 
 
 def report(title: str, rows: dict[str, Row]) -> None:
-    """Print a table on the first rank, with the most of all ranks in each place."""
+    """Print a table on the first rank, with the largest value of all ranks in each cell."""
     gathered: list[dict[str, Row]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, rows)
     if dist.get_rank() == 0:

@@ -1,7 +1,6 @@
-"""SWA under FSDP2, each rank averaging its shards: ``torchrun --nproc-per-node 4 examples/fsdp2.py``.
+"""SWA under FSDP2, where each rank averages its shards: ``torchrun --nproc-per-node 4 examples/fsdp2.py``.
 
-With ``--checkpoint FOLDER`` it saves model and average there at the end; ``--resume`` goes on from there, on any number
-of ranks.
+``--checkpoint FOLDER`` saves model and average at the end. ``--resume`` continues from there, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def shard(model: RowTransformer) -> nn.Module:
 
 
 def bare_params(model: nn.Module) -> nn.ParameterList:
-    """Give the DTensors of a model without the rest of it, which torch's class cannot copy."""
+    """Return the DTensors of a model without its modules, which torch's class cannot copy."""
     return nn.ParameterList(nn.Parameter(param.detach()) for param in model.parameters())
 
 
@@ -73,7 +72,7 @@ def main(options: argparse.Namespace, device: torch.device) -> None:
             averaged.nbytes,
             update_ms(lambda: averaged.update_parameters(model), device),
         ),
-        # It has no model to evaluate.
+        # There is no model to evaluate.
         "AveragedModel, sharded by hand": (None, local_nbytes(by_hand), hand_ms),
     }
     report("FSDP2", rows)

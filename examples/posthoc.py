@@ -1,6 +1,6 @@
 """Post-hoc EMA: train once with two power averages, and choose the width afterwards: ``python examples/posthoc.py``.
 
-With ``--cost MILLIONS`` it takes the time of saving and synthesizing averages of that many million params instead.
+``--cost MILLIONS`` measures how long it takes to save and to synthesize averages of that many million params.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ State = dict[str, Tensor]
 
 
 def train(snapshots: Snapshots) -> tuple[State, dict[float, State]]:
-    """Give the model's last state, and for comparison those of averages of each width that ran along."""
+    """Train, and return the model's last state and the states of averages of each width that ran along."""
     split, generator = digits_split(0, SETTINGS), torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     model = digits_cnn(SETTINGS.width)
@@ -54,13 +54,13 @@ def train(snapshots: Snapshots) -> tuple[State, dict[float, State]]:
 
 
 def distance(a: State, b: State) -> float:
-    """Give the L2 distance of the params."""
+    """Return the L2 distance of the params."""
     names = [name for name, _ in digits_cnn(SETTINGS.width).named_parameters()]
     return float(torch.cat([(a[name] - b[name]).flatten() for name in names]).norm())
 
 
 def accuracy(state: State) -> str:
-    """Test a state, with BatchNorm's statistics taken anew, as any average needs."""
+    """Test a state with new BatchNorm statistics, which every average needs."""
     model = digits_cnn(SETTINGS.width)
     model.load_state_dict(state)
     return f"{score(model, digits_split(0, SETTINGS), SETTINGS.epochs).accuracy:.1%}"
@@ -86,7 +86,7 @@ def report() -> None:
 
 
 def cost(millions: int, count: int = 8) -> None:
-    """Print the seconds of a save of two averages, and of a synthesis from ``count`` such snapshots."""
+    """Print how many seconds a save of two averages takes, and a synthesis from ``count`` such snapshots."""
     model = nn.Sequential(*(nn.Linear(1000, 1000, bias=False) for _ in range(millions)))
     stored = FusedAverages(model, rules=STORED)
     saves = []

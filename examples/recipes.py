@@ -1,6 +1,6 @@
-"""The recipes of weight averaging by their names, on the demo's digits: ``python examples/recipes.py``.
+"""The recipes of weight averaging, on handwritten digits: ``python examples/recipes.py``.
 
-Each is a function that trains one model, and gives back the one to use.
+Each recipe is a function that trains one model and returns the model to use.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from swafast.demo.task import Settings, digits_split, shifted
 from swafast.demo.training import digits_cnn
 from swafast.optim import SWA, ComposerSWA, cyclical_cosine_lr, cyclical_lr
 
-# A look at it takes fewer: EPOCHS=4 in the environment.
+# For a quick look, set EPOCHS=4 in the environment.
 SETTINGS = Settings(epochs=int(os.environ.get("EPOCHS", "24")))
 STEPS_PER_EPOCH = SETTINGS.steps_per_epoch
 STEPS = SETTINGS.epochs * STEPS_PER_EPOCH
@@ -38,7 +38,7 @@ def begin() -> tuple[nn.Module, torch.optim.SGD]:
 
 
 def batches() -> Iterator[tuple[Tensor, Tensor]]:
-    """Give all batches of a training, the same for each recipe."""
+    """Yield all batches of a training, the same for each recipe."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(SETTINGS.epochs):
         images = shifted(SPLIT.train_images, SETTINGS.max_shift, generator)
@@ -48,7 +48,7 @@ def batches() -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def train(model: nn.Module, optimizer: Optimizer, after_step: Callable[[int], None] = lambda step: None) -> None:
-    """Train, and call ``after_step`` with the number of each step, from 0."""
+    """Train, and call ``after_step`` with the number of each step, counted from 0."""
     for step, (images, labels) in enumerate(batches()):
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
@@ -57,7 +57,7 @@ def train(model: nn.Module, optimizer: Optimizer, after_step: Callable[[int], No
 
 
 def plain() -> nn.Module:
-    """SGD with a cosine down to 0: what the others are held against."""
+    """SGD with a cosine down to 0: the baseline."""
     model, optimizer = begin()
     scheduler = CosineAnnealingLR(optimizer, STEPS)
     train(model, optimizer, lambda step: scheduler.step())
@@ -65,7 +65,7 @@ def plain() -> nn.Module:
 
 
 def swalr() -> nn.Module:
-    """torch's SWA: a constant rate from the start of averaging on, by ``SWALR``."""
+    """torch's SWA: ``SWALR`` keeps the rate constant once averaging has started."""
     model, optimizer = begin()
     averaged = FusedAveragedModel(model)
     averaged.attach(optimizer, start="0.75dur", every="1ep", duration=STEPS, steps_per_epoch=STEPS_PER_EPOCH)
@@ -76,7 +76,7 @@ def swalr() -> nn.Module:
 
 
 def torchcontrib() -> nn.Module:
-    """torchcontrib's SWA: an optimizer that averages what another one trains."""
+    """torchcontrib's SWA: an optimizer that averages the params which another one trains."""
     model, base = begin()
     optimizer = SWA(base, swa_start=START, swa_freq=STEPS_PER_EPOCH, swa_lr=0.25 * SETTINGS.learning_rate)
     train(model, optimizer)
@@ -85,7 +85,7 @@ def torchcontrib() -> nn.Module:
 
 
 def composer() -> nn.Module:
-    """Composer's SWA: averages in the last quarter that replace the model one epoch before the end."""
+    """Composer's SWA: the average of the last quarter replaces the model one epoch before the end."""
     model, optimizer = begin()
     scheduler = CosineAnnealingLR(optimizer, STEPS)
     end = f"{SETTINGS.epochs - 1}ep"
@@ -97,7 +97,7 @@ def composer() -> nn.Module:
 
 
 def fge() -> nn.Module:
-    """FGE's triangular cycles: the models where the rate is least, averaged instead of kept."""
+    """FGE's triangular cycles: the average of the models at the lowest rates."""
     model, optimizer = begin()
     averaged, cycle = FusedAveragedModel(model), 2 * STEPS_PER_EPOCH
     averaged.attach(optimizer, start=START + cycle // 2, every=cycle)
@@ -109,7 +109,7 @@ def fge() -> nn.Module:
 
 
 def fast_swa() -> nn.Module:
-    """fast-SWA: a cosine whose end repeats, and several models of each cycle averaged."""
+    """fast-SWA: a cosine whose end repeats, and the average of several models of each cycle."""
     model, optimizer = begin()
     averaged, cycle = FusedAveragedModel(model), 2 * STEPS_PER_EPOCH
     averaged.attach(optimizer, start=START, every=cycle // 4)
@@ -124,7 +124,7 @@ RECIPES: tuple[Callable[[], nn.Module], ...] = (plain, swalr, torchcontrib, comp
 
 @torch.no_grad()
 def score(model: nn.Module) -> tuple[float, float]:
-    """Give accuracy and loss on the test images, with BatchNorm's statistics taken anew for the weights."""
+    """Return accuracy and loss on the test images, with BatchNorm statistics that fit the weights."""
     update_bn(SPLIT.train_images.split(SETTINGS.batch_size), model)
     logits = model.eval()(SPLIT.test_images)
     hits = logits.argmax(1) == SPLIT.test_labels
@@ -132,7 +132,7 @@ def score(model: nn.Module) -> tuple[float, float]:
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # so small a network gains nothing from more
+    torch.set_num_threads(1)  # a network this small gains nothing from more
     table = Table(title=f"After {SETTINGS.epochs} epochs of {STEPS_PER_EPOCH} steps")
     for column in ("recipe", "accuracy", "loss"):
         table.add_column(column, justify="left" if column == "recipe" else "right")

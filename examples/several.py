@@ -1,4 +1,4 @@
-"""Three EMAs in one pass: train on the demo's digits, and look at each afterwards: ``python examples/several.py``."""
+"""Three EMAs in one pass, on handwritten digits, and a test of each: ``python examples/several.py``."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from swafast.demo.task import Settings, digits_split, shifted
 from swafast.demo.training import digits_cnn, score
 
 SETTINGS = Settings(epochs=24)
-# A constant rate: what the averages are there to smooth.
+# A constant rate makes the params noisy; the averages smooth them.
 LEARNING_RATE = 0.15
 RULES = {
     "fast": ExponentialAverage(0.9),
     "middle": ExponentialAverage(0.98),
     "slow": ExponentialAverage(0.995, warmup="ratio"),
 }
-# The averages need not have one format; those that are not named have their params' default.
+# Each average may have its own format. Those that are not named have the default.
 FORMATS = {"slow": "compact"}
 
 
 def main() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # so small a network gains nothing from more
+    torch.set_num_threads(1)  # a network this small gains nothing from more
     split, generator = digits_split(0, SETTINGS), torch.Generator().manual_seed(0)
     model = digits_cnn(SETTINGS.width)
     optimizer = torch.optim.SGD(
@@ -44,7 +44,7 @@ def main() -> None:
             averages.update_parameters(model)  # all three
 
     def row_of(tested: nn.Module) -> tuple[str, str]:
-        """Test with BatchNorm's statistics taken anew, as any average needs; the loss says more than the few images."""
+        """Test with new BatchNorm statistics. With so few test images the loss tells more than the accuracy."""
         result = score(tested, split, SETTINGS.epochs)
         return f"{result.accuracy:.1%}", f"{result.loss:.3f}"
 
@@ -53,7 +53,7 @@ def main() -> None:
         table.add_column(column, justify="right" if column in ("accuracy", "loss", "bytes") else "left")
     table.add_row("the model", "", "", *row_of(model), "")
     for name, averaged in averages.items():
-        # In the model itself, which is back afterwards: the compact average's own module runs in bfloat16.
+        # In the model itself: the module of the compact average would run in bfloat16.
         with averaged.swapped_into(model):
             row = row_of(model)
         table.add_row(

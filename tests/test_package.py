@@ -93,44 +93,9 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
         assert use in script
 
 
-def test_the_readmes_table_is_the_reports() -> None:
+def test_the_table_of_speed_is_the_reports() -> None:
     report = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
-    inside = README.split("<!-- bench:begin -->")[1].split("<!-- bench:end -->")[0]
+    page = (ROOT / "docs" / "speed.md").read_text()
+    inside = page.split("<!-- bench:begin -->")[1].split("<!-- bench:end -->")[0]
     assert inside.strip() == readme_table(report).strip()
     assert (ROOT / "bench" / "results" / "cpu.png").stat().st_size < 1_000_000
-
-
-def test_what_the_readme_imports_is_there() -> None:
-    for names in re.findall(r"^\+?from swafast import (.*)$", README, re.MULTILINE):
-        for name in names.split(","):
-            assert hasattr(swafast, name.strip()), name
-
-
-def python_of_the_readme() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-    import torch.distributed as dist
-
-    monkeypatch.chdir(tmp_path)
-    blocks = [block for block in python_of_the_readme() if "torch.cuda" not in block]
-    assert blocks
-    scope = {
-        "torch": torch,
-        "model": (model := torch.nn.Linear(2, 2)),
-        "optimizer": torch.optim.SGD(model.parameters(), 0.1),
-        "total_steps": 100,
-        "loader": [torch.randn(3, 2)],
-        "train_step": lambda model, batch: model(batch).sum().backward(),
-        "evaluate": lambda model: model(torch.randn(1, 2)),
-        "folder": tmp_path / "checkpoint",
-    }
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        for block in blocks:  # one after the other, as a reader would
-            exec(block, scope)
-    finally:
-        dist.destroy_process_group()
-    assert scope["averaged"].n_averaged == 1

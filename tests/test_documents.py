@@ -1,0 +1,279 @@
+"""The documents: their code runs, their links and commands lead somewhere, and their lines are short."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import swafast
+from tests.ranks import run_ranks
+from tests.test_accuracy import frozen_and_moving
+
+ROOT = Path(__file__).parents[1]
+INDEX = "docs/README.md"
+PAGES = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *PAGES]
+TEXTS = {page: (ROOT / page).read_text() for page in DOCUMENTS}
+
+#: Pages whose blocks need a process group: they run on two gloo ranks.
+ON_RANKS = ("docs/sharded.md", "docs/averages.md")
+#: Blocks that need a CUDA device. They run with torch's graphs replaced by ones that run their body at once.
+WITH_GRAPHS = {("docs/gpu.md", 0)}
+
+README_LINES = 130
+COLUMNS = 120
+CELL_WORDS = 12
+
+
+def blocks_of(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def written_by_hand(text: str) -> str:
+    """The text without the blocks that `python -m bench readme` fills; their lines keep their numbers."""
+    return re.sub(
+        r"<!-- (\w+):begin -->.*?<!-- \1:end -->", lambda match: "\n" * match[0].count("\n"), text, flags=re.DOTALL
+    )
+
+
+# Code
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.body(batch)
+
+
+def reader(batches: int = 2) -> dict[str, Any]:
+    """What a reader has beside a page: a model, its optimizer, a loader and the functions of a training loop."""
+    torch.manual_seed(20)
+    model = Net()
+    sgd = torch.optim.SGD(model.parameters(), 0.01)
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return model(batch).square().mean()
+
+    def train_step(model: nn.Module, batch: torch.Tensor, optimizer: torch.optim.Optimizer = sgd) -> None:
+        optimizer.zero_grad()
+        loss(model, batch).backward()
+        optimizer.step()
+
+    loader = [torch.randn(3, 4) for _ in range(batches)]
+    return {
+        "torch": torch,
+        "model": model,
+        "plain_model": Net(),
+        "optimizer": sgd,
+        "loader": loader,
+        "epochs_of": lambda loader: list(loader) * 12,
+        "loss": loss,
+        "train_step": train_step,
+        "evaluate": lambda *given: given[-1].eval()(loader[0]),
+        "total_steps": 100,
+        "num_epochs": 2,
+        "folder": Path("checkpoint"),
+    }
+
+
+def run_blocks(page: str, text: str, scope: dict[str, Any]) -> dict[str, Any]:
+    """Run a page's blocks in order in one namespace, as a reader would."""
+    for number, block in enumerate(blocks_of(text)):
+        code = compile(block, f"{page}, block {number}", "exec")
+        with graphs_on_the_cpu() if (page, number) in WITH_GRAPHS else contextlib.nullcontext():
+            exec(code, scope)
+    return scope
+
+
+@contextlib.contextmanager
+def graphs_on_the_cpu() -> Iterator[None]:
+    """torch.cuda's graphs, replaced by ones that run their body at once; names of ours are the real ones."""
+
+    class Graph:
+        def replay(self) -> None: ...
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "CUDAGraph", Graph)
+        patch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+        yield
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from more, and threads that wait for each other take the CPU from other tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("page", [page for page in DOCUMENTS if blocks_of(TEXTS[page]) and page not in ON_RANKS])
+def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_blocks(page, TEXTS[page], reader(batches=1000 if page == "docs/posthoc.md" else 2))
+
+
+def _on_rank(texts: dict[str, str]) -> list[int]:
+    counts = []
+    with tempfile.TemporaryDirectory() as own:
+        for page, text in texts.items():
+            folder = [f"{own}/{page.replace('/', '_')}"]
+            torch.distributed.broadcast_object_list(folder)
+            scope = run_blocks(page, text, reader() | {"folder": Path(folder[0])})
+            averaged = scope["averaged"]
+            counts.append(int(averaged.n_averaged))
+            torch.distributed.barrier()  # the folder is the first rank's
+    return counts
+
+
+@pytest.mark.distributed
+def test_the_code_of_pages_on_ranks_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    counts = run_ranks(2, _on_rank, {page: TEXTS[page] for page in ON_RANKS})
+    assert counts == [[2, 2]] * 2
+
+
+@pytest.mark.parametrize("wrong", ["model.no_such_name", "averaged.swapped_in(model)", "import swafast.nothing"])
+def test_a_block_that_is_wrong_is_seen(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = TEXTS["README.md"].replace("        evaluate(model)\n", f"        {wrong}\n")
+    assert text != TEXTS["README.md"]
+    with pytest.raises((AttributeError, ModuleNotFoundError)):
+        run_blocks("README.md", text, reader())
+
+
+def test_what_diffs_import_is_there() -> None:
+    named = [
+        names for text in TEXTS.values() for names in re.findall(r"^\+from swafast import (.*)$", text, re.MULTILINE)
+    ]
+    assert named
+    for names in named:
+        for name in names.split(","):
+            assert hasattr(swafast, name.strip()), name
+
+
+def test_the_resumed_loop_of_the_readme_loads_what_it_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    scope = run_blocks("README.md", TEXTS["README.md"], reader())
+    saved = torch.load("checkpoint.pt")
+    assert saved["averaged"]["n_averaged"] == 4
+    assert {*torch.load("averaged.pt")} == {*scope["model"].state_dict()}
+
+
+# Figures
+
+
+def test_the_readmes_three_numbers_are_those_of_the_test() -> None:
+    right, ours, theirs = frozen_and_moving()
+    words = " ".join(TEXTS["README.md"].split())
+    assert f"The right result is {right:.4f}. swafast has {ours:.4f}." in words
+    assert f"stays at {theirs:.4f}." in words
+
+
+# Form
+
+
+def too_long(page: str, text: str) -> list[str]:
+    """Lines over 120 columns; of pages other than the README without the tables that a script writes."""
+    lines = (text if page == "README.md" else written_by_hand(text)).splitlines()
+    return [f"{page}:{number}" for number, line in enumerate(lines, 1) if len(line) > COLUMNS]
+
+
+def wordy(page: str, text: str) -> list[str]:
+    """Cells of tables with more words than a glance takes in."""
+    rows = [line for line in written_by_hand(text).splitlines() if line.startswith("|")]
+    cells = [cell.strip() for row in rows for cell in row.strip("|").split("|")]
+    return [f"{page}: {cell}" for cell in cells if len(re.sub(r"\]\([^)]*\)|`[^`]*`", "x", cell).split()) > CELL_WORDS]
+
+
+def anchors_of(text: str) -> set[str]:
+    """Headings as GitHub makes anchors of them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def dead_links(page: str, text: str) -> list[str]:
+    """Relative links of a page that lead to no file, or to no heading of one."""
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        if not target.exists() or (anchor and anchor not in anchors_of(target.read_text())):
+            dead.append(f"{page}: {link}")
+    return dead
+
+
+def missing_from_index(text: str) -> list[str]:
+    linked = {os.path.normpath(Path(INDEX).parent / link) for link in re.findall(r"\]\(([^)#\s]+)", text)}
+    return [page for page in PAGES if page != INDEX and page not in linked]
+
+
+def lost_commands(page: str, text: str) -> list[str]:
+    """Files that a command of a page names and the repository lacks, and tests that ``-k`` would not find."""
+    lost = []
+    for path in re.findall(r"\b((?:examples|bench|tests|docs)/[\w/.]+\.(?:py|sh|md|json|png))", text):
+        if not any((folder / path).exists() for folder in (ROOT, (ROOT / page).parent)):
+            lost.append(f"{page}: {path}")
+    for path, quoted, word in re.findall(r"pytest (tests/\w+\.py) -k (?:\"([^\"]*)\"|(\w+))", text):
+        for each in (quoted or word).split(" or "):
+            if (ROOT / path).exists() and each not in (ROOT / path).read_text():
+                lost.append(f"{page}: {path} -k {each}")
+    return lost
+
+
+def test_the_readme_is_short() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= README_LINES
+
+
+def test_lines_are_short() -> None:
+    assert [line for page in DOCUMENTS for line in too_long(page, TEXTS[page])] == []
+
+
+def test_cells_are_short() -> None:
+    assert [cell for page in DOCUMENTS for cell in wordy(page, TEXTS[page])] == []
+
+
+def test_relative_links_lead_somewhere() -> None:
+    assert [link for page in DOCUMENTS for link in dead_links(page, TEXTS[page])] == []
+
+
+def test_every_page_is_in_the_index() -> None:
+    assert missing_from_index(TEXTS[INDEX]) == []
+
+
+def test_commands_name_files_and_tests_that_are_there() -> None:
+    assert [each for page in DOCUMENTS for each in lost_commands(page, TEXTS[page])] == []
+
+
+@pytest.mark.parametrize(
+    ("check", "wrong"),
+    [
+        (too_long, "x" * 121),
+        (wordy, "| a | a table with so many words in one cell that nobody reads it |"),
+        (dead_links, "[page](nowhere.md)"),
+        (dead_links, "[heading](README.md#nowhere)"),
+        (lost_commands, "`python examples/nothing.py`"),
+        (lost_commands, "`pytest tests/test_accuracy.py -k nothing_of_the_kind`"),
+    ],
+)
+def test_planted_faults_are_seen(check: Any, wrong: str) -> None:
+    assert len(check("README.md", f"{TEXTS['README.md']}\n{wrong}\n")) == 1
+
+
+def test_a_page_that_the_index_lacks_is_seen() -> None:
+    assert missing_from_index(TEXTS[INDEX].replace("(gpu.md)", "(speed.md)")) == ["docs/gpu.md"]
