@@ -10,24 +10,32 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import swafast
 from swafast import ExponentialAverage, FusedAveragedModel, FusedAverages, ShardedAveragedModel, Snapshots
 from swafast.backends import library
+from tests import sharded_models
+from tests.ranks import run_ranks
 
 PAGE = Path(__file__).parents[1] / "docs" / "costs.md"
 SOURCES = str(Path(swafast.__file__).parent)
 #: Of the models below: 20 params in 10 modules.
 NUM_LAYERS, WIDTH = 10, 4
+#: Elements of each of the 8 params of the models whose memory is measured.
+BIG_NUMEL = 2**18
+#: How the models of the ranks are spread.
+MODES = ("ddp", "fsdp2")
 
 
 @dataclass
@@ -100,13 +108,17 @@ def _counted_calls() -> Iterator[Counter[str]]:
 
 
 def memory_events(call: Callable[[], object]) -> list[int]:
-    """Return the bytes that torch's allocator gave (positive) and took back within one call, in order."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    """Return the bytes that torch's allocator gave (positive) and took back within one call, in order.
+
+    Only those of the calling thread: what gloo's threads take depends on how ranks meet.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, record_function("the call"):
         call()
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    thread = next(event.start_thread_id() for event in events if event.name() == "the call")
+    return [event.nbytes() for event in events if event.name() == "[memory]" and event.start_thread_id() == thread]
 
 
 def peak_of(call: Callable[[], object]) -> int:
@@ -161,10 +173,7 @@ def costs() -> dict[str, Cost]:
 
 def rank_costs(mode: str) -> dict[str, Cost]:
     """Measure every public call on this rank, of a model that is spread in one way. Collective."""
-    from tests.sharded_models import make_model as make_spread
-    from tests.sharded_models import wrap
-
-    model = wrap(make_spread(mode), mode)
+    model = sharded_models.wrap(sharded_models.make_model(mode), mode)
     with counted_launches() as launches:
         averaged = ShardedAveragedModel(model)
 
@@ -183,3 +192,122 @@ def rank_costs(mode: str) -> dict[str, Cost]:
             "full_state_dict": averaged.full_state_dict,
         }
         return {f"{name}, {mode.upper()}": cost_of(call, launches) for name, call in calls.items()}
+
+
+def peaks(dtype: torch.dtype) -> dict[str, float]:
+    """Measure the most memory that each phase adds, in bytes of the model's params."""
+    model = nn.ParameterList([nn.Parameter(torch.ones(BIG_NUMEL, dtype=dtype)) for _ in range(8)])
+    made: list[FusedAveragedModel] = []
+
+    def swap() -> None:
+        with made[0].swapped_into(model):
+            pass
+
+    state: dict[str, Any] = {}
+    return _in_models(
+        model,
+        {
+            "construction": lambda: made.append(FusedAveragedModel(model)),
+            "first update": lambda: made[0].update_parameters(model),
+            "update": lambda: made[0].update_parameters(model),
+            "swapped_into, there and back": swap,
+            "state_dict": lambda: state.update(made[0].state_dict()),
+            "load_state_dict": lambda: made[0].load_state_dict(state),
+            "averaged_state_dict": lambda: made[0].averaged_state_dict(),
+        },
+    )
+
+
+def rank_peaks(mode: str) -> dict[str, float]:
+    """Measure the same on this rank, in bytes of the whole model's params. Collective."""
+    model: Any = nn.Sequential(*(nn.Linear(BIG_NUMEL // 512, 512, bias=False) for _ in range(8)))
+    for param in model.parameters():
+        nn.init.constant_(param, 0.5)
+    if mode == "ddp":
+        model = DistributedDataParallel(model)
+    else:
+        for layer in model:
+            fully_shard(layer)
+        fully_shard(model)
+    made: list[ShardedAveragedModel] = []
+
+    def swap() -> None:
+        with made[0].swapped_into(model):
+            pass
+
+    state: dict[str, Any] = {}
+    return _in_models(
+        model,
+        {
+            "construction": lambda: made.append(ShardedAveragedModel(model)),
+            "update": lambda: made[0].update_parameters(model),
+            "swapped_into, there and back": swap,
+            "state_dict": lambda: state.update(made[0].state_dict()),
+            "load_state_dict": lambda: made[0].load_state_dict(state),
+            "full_state_dict": lambda: made[0].full_state_dict(),
+        },
+    )
+
+
+def _in_models(model: nn.Module, phases: dict[str, Callable[[], object]]) -> dict[str, float]:
+    nbytes = sum(param.numel() * param.element_size() for param in model.parameters())
+    return {name: round(peak_of(phase) / nbytes, 2) for name, phase in phases.items()}
+
+
+def costs_table(costs: dict[str, Cost]) -> list[str]:
+    names = [field.name for field in fields(Cost)]
+    rows = [f"| call | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+    return [
+        *rows,
+        *(f"| {call} | {' | '.join(str(getattr(cost, n)) for n in names)} |" for call, cost in costs.items()),
+    ]
+
+
+def peaks_table(measured: dict[str, dict[str, float]]) -> list[str]:
+    phases = list(dict.fromkeys(phase for column in measured.values() for phase in column))
+    rows = [f"| phase | {' | '.join(measured)} |", "|---|" + "---:|" * len(measured)]
+    cell = "{:.2f}".format
+    for phase in phases:
+        cells = [cell(column[phase]) if phase in column else "" for column in measured.values()]
+        rows.append(f"| {phase} | {' | '.join(cells)} |")
+    return rows
+
+
+def measured_costs() -> dict[str, Cost]:
+    """Measure all calls, of one process and of one of two ranks: the larger count of the two."""
+    measured = costs()
+    for mode in MODES:
+        ranks = run_ranks(2, rank_costs, mode)
+        for name in ranks[0]:
+            both = [asdict(rank[name]) for rank in ranks]
+            measured[name] = Cost(**{key: max(each[key] for each in both) for key in both[0]})
+    return measured
+
+
+def measured_peaks() -> dict[str, dict[str, float]]:
+    """Measure all phases, of one process by the model's dtype, and of the ranks that take most."""
+    measured = {"float32": peaks(torch.float32), "bfloat16": peaks(torch.bfloat16)}
+    for mode in MODES:
+        ranks = run_ranks(2, rank_peaks, mode)
+        measured[f"{mode.upper()}, 2 ranks"] = {name: max(rank[name] for rank in ranks) for name in ranks[0]}
+    return measured
+
+
+def read_table(name: str) -> dict[str, list[str]]:
+    """Return the cells of a table of the page, by the first cell of each row."""
+    lines = PAGE.read_text().partition(f"<!-- {name}:begin -->\n")[2].partition(f"<!-- {name}:end -->")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {first: cells for first, *cells in rows[:1] + rows[2:]}
+
+
+def main() -> None:
+    page = PAGE.read_text()
+    for name, lines in (("costs", costs_table(measured_costs())), ("peaks", peaks_table(measured_peaks()))):
+        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+        before, _, rest = page.partition(begin)
+        page = before + begin + "\n".join(lines) + "\n" + end + rest.partition(end)[2]
+    PAGE.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
