@@ -33,8 +33,8 @@ _SHIFTS_AND_FACTORS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 
 _NUMEL_PER_THREAD = 32 * 2**10
 
 #: Words that plain torch processes at a time, with two int64 temporaries for each. On a CPU, these temporaries stay in
-#: the cache and torch in one thread: 8 Mi float32 run at 0.5 GB/s, at 0.06 GB/s with windows of 2**20. On other devices,
-#: a window must take longer than its launches.
+#: the cache and torch in one thread: 8 Mi float32 run at 0.5 GB/s, at 0.06 GB/s with windows of 2**20. Elsewhere a
+#: window must take longer than its launches.
 _WINDOW_NUMEL = 2**15
 _DEVICE_WINDOW_NUMEL = 2**21
 
