@@ -193,7 +193,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
 
     @torch.no_grad()
     def copy_to(self, model: Module) -> None:
-        """Copy averages and buffers into ``model``, each rounded once to its param's dtype. Collective if params are cut.
+        """Copy averages and buffers into ``model``, each rounded once to the param's dtype. Collective if any is cut.
 
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed.
