@@ -41,7 +41,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         model: the model to average. It may be wrapped (DDP, ``torch.compile``), here and at each update.
         device: the device of the averages; default: that of the model's parameters.
         avg_fn, multi_avg_fn: as in torch's class. ``multi_avg_fn`` also takes a :class:`~swafast.Rule`.
-        use_buffers: average floating-point buffers too. By default all buffers are copied, and integer ones always.
+        use_buffers: average floating-point buffers too. By default all buffers are copied; integer ones always are.
         rule: sets the weight of the newest model; default: :class:`~swafast.EqualAverage`. For several averages of one
             model see :class:`~swafast.FusedAverages`.
         format: ``"float32"``, ``"exact"``, ``"mirrored"``, ``"compact"``, ``"compensated"`` or ``"half"``; default: by
@@ -204,9 +204,9 @@ class FusedAveragedModel(WithBindings, AveragedModel):
     def swapped_into(self, model: Module) -> Iterator[Module]:
         """Run ``model`` on the averages: ``with averaged.swapped_into(model): evaluate(model)``.
 
-        Params and buffers change places with their averages in place if the dtypes agree (for ``exact`` with its
-        bfloat16 plane). Other params are copied aside and overwritten. On leaving, after an exception too, all change
-        back. Do not train the model in the body: values written into its params would end up in the averages.
+        Params and buffers are exchanged with their averages in place if the dtypes agree (for ``exact`` with its
+        bfloat16 plane). Other params are copied aside and overwritten. On leaving, after an exception too, all are
+        put back. Do not train the model in the body: values written into its params would end up in the averages.
         Meanwhile the averaged module holds the model's params.
 
         Raises:

@@ -74,8 +74,8 @@ class FusedAverages(WithBindings, Module):
     """Several averages of one model, updated together: ``FusedAverages(model, rules={"fast": ..., "slow": ...})``.
 
     Each one is a :class:`~swafast.FusedAveragedModel`, ``averages["fast"]``: evaluate it, swap it into the model,
-    export it. An update moves all averages in one launch, which reads the parameters from memory once. A key of the
-    state is an average's name and one of its keys: ``fast.module.weight``.
+    export it. An update moves all averages in one launch, which reads the parameters from memory once. Each key
+    of the state begins with an average's name: ``fast.module.weight``.
 
     Args:
         model: the model to average.
@@ -236,7 +236,7 @@ class FusedAverages(WithBindings, Module):
                     averaged._strict = True
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the states of all averages. A key is an average's name and one of its keys: ``fast.module.weight``.
+        """Return the states of all averages. Each key begins with an average's name: ``fast.module.weight``.
 
         Raises:
             RuntimeError: one of the averages is swapped into a model.

@@ -92,7 +92,7 @@ def each_average(module: Module) -> Iterator[tuple[list[str], Tensor, bool]]:
 class ModuleSide:
     """One of the averaged models that are updated together."""
 
-    owner: AveragedModel  # plane 0 of each average is in its module, the further planes and the counter beside
+    owner: AveragedModel  # its module holds planes 0; it holds the further planes and the counter itself
     format_of: FormatOf
     any_device: bool  # the averages may be on another device than the model
     backend: str | None
@@ -199,7 +199,7 @@ class Bindings:
     def __init__(self) -> None:
         self._recent: list[AnyBinding] = []  # most recently used first
         self._captured: list[AnyBinding] = []
-        self._warned: set[int] = set()  # ids of those that a warning was about
+        self._warned: set[int] = set()  # ids of the captured ones with a warning
         #: Addresses of planes that a plan of several averages has put into buckets.
         self.shared_homes: frozenset[int] = frozenset()
 
@@ -243,7 +243,7 @@ class Bindings:
             side_bindings: each side's own bindings. Their next plans leave planes in the buckets of this one.
 
         Raises:
-            TypeError: ``model`` is no module.
+            TypeError: ``model`` is not a module.
             ValueError, RuntimeError: as :class:`ModuleBinding`.
         """
         if not isinstance(model, Module):
@@ -264,7 +264,7 @@ class Bindings:
         return current
 
     def use(self, binding: AnyBinding) -> None:
-        """Put ``binding`` first. Drop the bindings that no longer fit, and the least recently used of too many."""
+        """Put ``binding`` first. Drop those that no longer fit, and beyond ``_MOST`` the least recently used one."""
         kept: list[AnyBinding] = [binding]
         dropped: list[AnyBinding] = []
         for other in self._recent:
@@ -292,7 +292,7 @@ class WithBindings(Attachable):
     _bindings = MadeOnUse[Bindings](lambda self: Bindings())
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to this process, and ``include``, maybe a lambda, whose answers are kept."""
+        """Leave out what belongs to this process, and ``include``, which may be a lambda; its answers are kept."""
         with self._guard.hold("a copy"):
             own = {"_guard", "_bindings", "_made_of", "include"}
             state: Any = super().__getstate__()  # type: ignore[misc]  # that of a module, without its compiled call

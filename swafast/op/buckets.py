@@ -86,7 +86,7 @@ def stand_on_own_storage(bucket: torch.UntypedStorage, like: PlaneLike, slot: Sl
 
 
 def _order(pair: Pair) -> tuple[int, ...]:
-    """Return the strides for an average: its param's if these are dense, so that kernels read both as one run each."""
+    """Return an average's strides: its param's if these are dense, so that a kernel reads each as one run of memory."""
     for tensor in (pair.param, pair.average):
         if is_dense(tensor.shape, tensor.stride()):
             return tensor.stride()

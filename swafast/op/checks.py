@@ -13,7 +13,7 @@ from ..terms.formats import Format
 from ..terms.layout import extent
 from ..torch_private.core import has_own_dispatch, is_capturing
 
-#: Advice for a model that is spread over ranks. We go by the names of classes, since an import takes a second.
+#: Advice for a model that is spread over ranks. We go by class names, since importing the classes takes a second.
 FOR_SHARDED = "average a sharded model with swafast.ShardedAveragedModel"
 
 _NONFINITE = ("propagate", "raise", "skip")

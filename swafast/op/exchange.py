@@ -12,7 +12,7 @@ from .plan import Plan, bump_versions
 
 
 class Exchange:
-    """Exchanges params and averages in memory that it holds, so it can go back whatever happens to the modules.
+    """Exchanges params and averages. It holds their memory, so it can go back whatever happens to the modules.
 
     A param changes places with its average in place if plane 0 has the param's dtype and a kernel serves the pair.
     Every other param is copied aside, and its average is cast to its dtype and written into it. An exception or an
@@ -62,7 +62,7 @@ class Exchange:
         try:
             with contextlib.ExitStack() as all_of_them:  # if one raises, run the others too
                 for launch in self._launches:
-                    all_of_them.callback(launch.exchange, False)  # does nothing if it is not there
+                    all_of_them.callback(launch.exchange, False)  # does nothing unless it has exchanged
         finally:
             self._restore()
         addresses = list(map(Tensor.data_ptr, self._bases_now()))

@@ -39,7 +39,7 @@ class CountLaunch:
 
     def update(self, params: Sequence[Tensor], update: Update) -> None:
         if update.skip_nonfinite:
-            # Other ranks may find a NaN, and then do not count. As there, do not read the flag on the host.
+            # Other ranks may find a NaN, and then no rank counts. Do not read the flag on the host, as they do not.
             flag = torch.zeros((), dtype=torch.int64, device=update.device)
             if update.reduce_flag is not None:
                 update.reduce_flag(flag)

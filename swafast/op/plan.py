@@ -162,7 +162,7 @@ def _work_out(rule: Rule, num_averaged: Tensor) -> KernelTerms:
 
 
 class Plan(Launches):
-    """Pairs with their averages in buckets, and launches that update them while the tensors of both sides stay."""
+    """Pairs with their averages in buckets, and their launches. Valid while the tensors of both sides stay the same."""
 
     def __init__(
         self,

@@ -151,7 +151,7 @@ class ShardSide:
         """Return what this rank holds of ``model`` now, by name, in the order of the shares.
 
         Raises:
-            ValueError: names, shapes, meshes or placements differ from those of the shares. It names the param.
+            ValueError: names, shapes, meshes or placements differ from those of the shares; the message names it.
         """
         check_sharded_model(model)
         held = {found.holding.name: found for found in find_holdings(model, self._ranks.ranks, self._meshes)}

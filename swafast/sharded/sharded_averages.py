@@ -171,7 +171,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
 
 @contextmanager
 def _about(name: str) -> Iterator[None]:
-    """Put the average's name before the message of a TypeError or ValueError of the body."""
+    """Begin the messages of TypeErrors and ValueErrors of the body with the average's name."""
     try:
         yield
     except (TypeError, ValueError) as error:

@@ -55,9 +55,9 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
             exchanged.
         process_group: the ranks over which the model is spread; default: all. All averages of one group share one
             process group of ours, so all ranks must make their collective calls in the same order.
-        use_buffers: average floating-point buffers too. By default all buffers are copied, and integer ones always.
+        use_buffers: average floating-point buffers too. By default all buffers are copied; integer ones always are.
             Each rank averages its own buffers; a state has those of the first rank.
-        share_replicas: cut shards that several ranks hold alike evenly over these ranks.
+        share_replicas: cut shards that several ranks hold alike, evenly over these ranks.
         nonfinite: ``"propagate"``. ``"raise"`` and ``"skip"`` change nothing on any rank if a parameter holds a NaN or
             an infinity on one of them. This reads the params once more, and all-reduces one flag.
 
@@ -160,7 +160,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
     def swapped_into(self, model: Module) -> Iterator[Module]:
         """Run ``model`` on the averages: ``with averaged.swapped_into(model): evaluate(model)``.
 
-        Params and averages change places in place if the dtypes agree. Otherwise this rank's part of the params is
+        Params and averages are exchanged in place if the dtypes agree. Otherwise this rank's part of the params is
         copied aside and overwritten. Params that are cut are then all-gathered in windows, on entering and on leaving.
         FSDP modules are resharded at both. Do not train the model in the body.
 

@@ -33,7 +33,7 @@ class Swap(Exchange):
         super().__init__(plan, views, planes, views.bases)
         # `held` keeps the current memory. If the body replaces a tensor on one rank, others must not get its values.
         self._model, self._views, self._spreads, self._held = model, views, spreads, held
-        self._all_there = False  # False: back() runs no collective
+        self._all_there = False  # while False, back() runs no collective
 
     def spread(self) -> None:
         """Spread all averages into the params of all ranks. Each rank must have called :meth:`there` before.
