@@ -100,7 +100,7 @@ def _locate(
     whole, corner = _ints("shape", shape), _ints("offsets", offsets)
     for name, values in (("shape", whole), ("offsets", corner)):
         if len(values) != len(sizes):
-            raise ValueError(f"{name} must have an entry for each of tensor's {len(sizes)} dimensions, got {values}")
+            raise ValueError(f"{name} must have {len(sizes)} entries, one for each dimension, got {values}")
     if any(size > most for size, most in zip(sizes, whole, strict=True)):
         raise ValueError(f"tensor must fit into shape {whole}, got one of shape {sizes}")
     if any(not 0 <= start <= most - size for start, size, most in zip(corner, sizes, whole, strict=True)):
