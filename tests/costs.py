@@ -1,6 +1,6 @@
-"""What each public call costs in counts that noise cannot move; the table of docs/costs.md.
+"""The cost of each public call, in counts that noise cannot change: the table of docs/costs.md.
 
-``python -m tests.costs`` measures and fills the table in.
+``python -m tests.costs`` measures it and writes the table.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.ranks import run_ranks
 
 PAGE = Path(__file__).parents[1] / "docs" / "costs.md"
 SOURCES = str(Path(swafast.__file__).parent)
-#: Of the models below: 20 params in 10 modules.
+#: The models below have 20 params in 10 modules.
 NUM_LAYERS, WIDTH = 10, 4
 #: Elements of each of the 8 params of the models whose memory is measured.
 BIG_NUMEL = 2**18
@@ -40,18 +40,18 @@ MODES = ("ddp", "fsdp2")
 
 @dataclass
 class Cost:
-    """What one call takes: the columns of the table."""
+    """The cost of one call: the columns of the table."""
 
-    calls: int = 0  # of Python functions of the package
-    files: int = 0  # of the package, that these are in
-    launches: int = 0  # of the package's own kernels
-    ops: int = 0  # of torch that work on tensors; on a GPU each is a launch
-    allocations: int = 0  # of tensors' memory
+    calls: int = 0  # calls of the package's Python functions
+    files: int = 0  # the files of these functions
+    launches: int = 0  # launches of the package's kernels
+    ops: int = 0  # torch's operations that compute or copy; on a GPU each is a launch
+    allocations: int = 0  # allocations of tensors' memory
     collectives: int = 0
 
 
 class _Ops(TorchDispatchMode):
-    """Counts torch's operations that compute or copy, and collectives; views and metadata cost no launch."""
+    """Counts collectives and torch's operations that compute or copy. Views and empty tensors cost no launch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class _Ops(TorchDispatchMode):
 
 @contextmanager
 def counted_launches() -> Iterator[Counter[str]]:
-    """Count the calls of the native library's kernels, of launches that are prepared in the body."""
+    """Count calls of the native library's kernels, by launches that are prepared in the body."""
     counter: Counter[str] = Counter()
     native, loaded = library.loaded(), library.loaded
 
@@ -122,12 +122,12 @@ def memory_events(call: Callable[[], object]) -> list[int]:
 
 
 def peak_of(call: Callable[[], object]) -> int:
-    """Return the most bytes of tensors that one call holds at once beyond what was there before."""
+    """Return the peak of one call in bytes: tensors that it holds at once, beyond those from before."""
     return max(accumulate(memory_events(call), initial=0))
 
 
 def cost_of(call: Callable[[], object], launches: Counter[str]) -> Cost:
-    """Measure one call, run once before so that what is made at first use is there."""
+    """Measure one call, after a first one that makes what is made on first use."""
     call()
     with _counted_calls() as files:
         call()
@@ -144,7 +144,7 @@ def make_model() -> nn.Module:
 
 
 def costs() -> dict[str, Cost]:
-    """Measure every public call of one process."""
+    """Return the cost of every public call in one process, by name."""
     model, states = make_model(), {}
     with counted_launches() as launches, tempfile.TemporaryDirectory() as folder:
         averaged = FusedAveragedModel(model)

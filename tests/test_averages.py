@@ -289,7 +289,7 @@ def test_bad_arguments_are_named(options: dict[str, Any], error: type[Exception]
 def test_no_average_comes_or_goes(change: Callable[[FusedAverages, nn.Module], None]) -> None:
     averages = of(model := nn.Linear(2, 2), rules=RULES)
     before = averages.values()
-    with pytest.raises(AttributeError, match=r"must stay as they are, got one for '\w+': make FusedAverages anew"):
+    with pytest.raises(AttributeError, match=r"must stay as they are, got a change of '\w+': make new FusedAverages"):
         change(averages, FusedAveragedModel(model))
     assert averages.values() == before
     averages.note = "ours"

@@ -117,7 +117,7 @@ def test_averages_assigned_from_the_models_own_tensors_get_memory_of_their_own()
         ({"rule": EqualAverage(), "multi_avg_fn": lambda a, p, n: None}, ValueError, "only one of"),
         ({"rule": 0.999}, TypeError, r"rule must be a Rule such as ExponentialAverage\(0.999\), got float 0.999"),
         ({"rule": ExponentialAverage}, TypeError, "rule must be a Rule .* got the class ExponentialAverage"),
-        ({"device": ExponentialAverage(0.9)}, TypeError, "device must be .* pass it as rule="),
+        ({"device": ExponentialAverage(0.9)}, TypeError, "device must be .* pass a rule as rule="),
         ({"multi_avg_fn": "ema"}, TypeError, "multi_avg_fn must be callable, got str"),
         ({"include": "lora"}, TypeError, "include must be a function"),
         ({"include": lambda name, param: "lora" in name}, ValueError, "include must pick a parameter"),

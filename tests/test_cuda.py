@@ -163,7 +163,7 @@ def test_averages_that_move_after_a_capture_keep_their_memory_and_warn(shim: Shi
     average = FusedAveragedModel(model)
     capture(shim, model, average)
     average.double().float()
-    with pytest.warns(RuntimeWarning, match="capture it anew"):
+    with pytest.warns(RuntimeWarning, match="capture it again"):
         average.update_parameters(model)
     drift(model)
     state = average.averaged_state_dict()
@@ -265,7 +265,7 @@ def test_every_captured_plan_is_watched(shim: Shim, change: str) -> None:
     else:
         average.update_parameters(copy.deepcopy(model))
         average.double().float()
-    with pytest.warns(RuntimeWarning, match="capture it anew"):
+    with pytest.warns(RuntimeWarning, match="capture it again"):
         average.update_parameters(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

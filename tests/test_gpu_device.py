@@ -261,7 +261,7 @@ def test_a_captured_plan_outlives_its_place(backend: str) -> None:
     graph.replay()
     assert average.n_averaged == 53
     average.double().float()  # moves the averages
-    with pytest.warns(RuntimeWarning, match="capture it anew"):
+    with pytest.warns(RuntimeWarning, match="capture it again"):
         average.update_parameters(model)
     state = average.averaged_state_dict()
     graph.replay()  # into the old averages, which still have their memory

@@ -128,7 +128,7 @@ BF16 = torch.bfloat16
 @pytest.mark.parametrize(
     ("averages", "remainders", "params", "format", "message"),
     [
-        ([torch.zeros(8, dtype=BF16)], [], [torch.ones(8, dtype=BF16)], "exact", "of one length"),
+        ([torch.zeros(8, dtype=BF16)], [], [torch.ones(8, dtype=BF16)], "exact", "have one length"),
         (
             [torch.zeros(8, dtype=BF16)],
             [torch.zeros(1, dtype=torch.int16)],
@@ -139,7 +139,7 @@ BF16 = torch.bfloat16
         ([torch.zeros(8, dtype=BF16)], [torch.zeros(8)], [torch.ones(8)], "exact", "must have planes of"),
         ([torch.zeros(8, dtype=torch.float64)], [], [torch.ones(8)], "float32", "must have planes of"),
         ([torch.zeros(16, dtype=BF16)[:8]], [], [torch.ones(8)], "float32", "must have planes of"),
-        ([torch.zeros(8)], [], [torch.ones(8), torch.ones(8)], "float32", "of one length"),
+        ([torch.zeros(8)], [], [torch.ones(8), torch.ones(8)], "float32", "have one length"),
     ],
 )
 def test_the_op_refuses_planes_that_are_not_the_formats(

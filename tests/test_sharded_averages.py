@@ -154,7 +154,7 @@ def _use(way: str) -> list[str]:
     wrong += [name for name, param in twins.model.named_parameters() if not torch.equal(param, before[name])]
     state = averages.state_dict()
     for spoil, message in (
-        (lambda s: s.pop("power.compensation.long"), "of averages['power']"),
+        (lambda s: s.pop("power.compensation.long"), "averages['power']"),
         (lambda s: s["rough.module.long"].copy_(torch.zeros_like(s["rough.module.long"])), "averages['rough']"),
         (lambda s: s.update({"other.n_averaged": s["fast.n_averaged"]}), "got 'other.n_averaged'"),
     ):

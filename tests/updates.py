@@ -1,4 +1,4 @@
-"""Updates of launches, without a plan."""
+"""Updates of a launch without a plan, for tests of backends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run_update(
     advance: int = 1,
     **options: Any,
 ) -> None:
-    """Run one update of a launch by ``rules``, which must have kernel terms."""
+    """Run one update of a launch. ``rules`` must have kernel terms."""
     terms = tuple(terms_of(rule) for rule in rules)
     assert None not in terms
     launch.update(params, Update(terms, tuple(counters), advance, **options))  # type: ignore[arg-type]

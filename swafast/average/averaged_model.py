@@ -27,38 +27,38 @@ from .states import check_state, export, keeping_ties, translate_load
 
 @pickled_from("swafast")
 class FusedAveragedModel(WithBindings, AveragedModel):
-    """A copy of a model whose parameters are the running average of the model's, moved in one fused pass per update.
+    """A copy of a model that holds the running average of the model's parameters, updated in one fused pass.
 
-    ``average = average + weight * (param - average)``, with ``weight = 1 / (n + 1)`` (SWA) unless a rule says else.
-    It takes the place of ``torch.optim.swa_utils.AveragedModel`` line for line: the same arguments, attributes,
-    state-dict keys and first update (a copy). torch's own averaging functions run fused; any other callable runs as
-    torch runs it.
+    ``average = average + weight * (param - average)``, with ``weight = 1 / (n + 1)`` (SWA) by default.
+    It replaces ``torch.optim.swa_utils.AveragedModel`` line for line: it has the same arguments, attributes and
+    state-dict keys, and its first update copies. torch's own averaging functions run fused. A function of your own
+    runs as in torch's class.
 
-    Unlike torch's class, it matches parameters by name and strictly, never averages in less than float32, copies
-    integer buffers, and changes nothing when an update or a load fails.
+    Unlike torch's class, it matches parameters by name and refuses any difference, never averages in less than
+    float32, and copies integer buffers. If an update or a load fails, nothing has changed.
 
     Args:
-        model: the model to average; wrappers (DDP, ``torch.compile``) may be on it, here and at each update.
-        device: where the averages live; default: where the model's parameters are.
-        avg_fn, multi_avg_fn: as in torch's class. A :class:`~swafast.Rule` is a ``multi_avg_fn`` too.
-        use_buffers: average floating-point buffers as well. Otherwise, and for integer ones always, they are copied.
-        rule: how much the newest model weighs; default :class:`~swafast.EqualAverage`. Several averages of one model:
-            :class:`~swafast.FusedAverages`.
-        format: ``"float32"``, ``"exact"``, ``"mirrored"``, ``"compact"``, ``"compensated"`` or ``"half"``; default by
+        model: the model to average. It may be wrapped (DDP, ``torch.compile``), here and at each update.
+        device: the device of the averages; default: that of the model's parameters.
+        avg_fn, multi_avg_fn: as in torch's class. ``multi_avg_fn`` also takes a :class:`~swafast.Rule`.
+        use_buffers: average floating-point buffers too. By default all buffers are copied; integer ones always are.
+        rule: sets the weight of the newest model; default: :class:`~swafast.EqualAverage`. For several averages of one
+            model see :class:`~swafast.FusedAverages`.
+        format: ``"float32"``, ``"exact"``, ``"mirrored"``, ``"compact"``, ``"compensated"`` or ``"half"``; default: by
             each parameter's dtype. See docs/formats.md.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; default: ``SWAFAST_BACKEND``, or the fastest
-            that serves.
-        include: ``include(name, param) -> bool`` picks what is averaged, the rest is copied. Each name is asked once,
-            with the parameter of the model given here.
-        nonfinite: ``"propagate"`` as torch does; ``"raise"`` and ``"skip"`` read the params once more and leave the
-            average as it was when one holds a NaN or an infinity.
-        seed: of the random bits by which ``"compact"`` and ``"half"`` round. As the rule, it is no part of a state.
+            that serves the tensors.
+        include: ``include(name, param) -> bool`` picks the parameters to average; the others are copied. It is called
+            once for each name, with the parameter of the model given here.
+        nonfinite: ``"propagate"``, as torch does. ``"raise"`` and ``"skip"`` read the params once more, and change
+            nothing if one holds a NaN or an infinity.
+        seed: the seed of the random bits by which ``"compact"`` and ``"half"`` round. States hold no seed and no rule.
 
     Raises:
-        TypeError: ``model`` is no module.
-        NotImplementedError: a parameter's dtype (float8, say) cannot be averaged; ``include`` may leave it out.
-        ValueError: an argument is none of the above, two of ``rule``, ``avg_fn`` and ``multi_avg_fn`` are given, or the
-            model has lazy or only empty parameters.
+        TypeError: ``model`` is not a module, or another argument has a wrong type.
+        NotImplementedError: a parameter's dtype, such as float8, cannot be averaged. ``include`` can leave it out.
+        ValueError: an argument has a value not listed above; more than one of ``rule``, ``avg_fn`` and ``multi_avg_fn``
+            is given; or the model has FSDP modules, a lazy parameter or only empty ones.
         RuntimeError: ``backend`` cannot run on this machine.
 
     Paper: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407.
@@ -73,7 +73,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
             evaluate(model)
     """
 
-    # Defaults stand on the class, because a subclass may come without our __init__.
+    # Defaults are on the class, because a subclass may not call our __init__.
     avg_fn: Callable[..., Tensor] | None = None
     multi_avg_fn: Callable[..., None] | None = None
     use_buffers: bool = False
@@ -82,9 +82,9 @@ class FusedAveragedModel(WithBindings, AveragedModel):
     include: Callable[[str, Tensor], bool] | None = None
     nonfinite: str = "propagate"
     seed: int = 0
-    _asked: dict[str, bool]  # include's answers by name
+    _asked: dict[str, bool]  # the answers of ``include``, by name
     _any_device: bool = False  # the average may be on another device than the model
-    _strict: bool = True  # of the load under way: torch passes it to no module
+    _strict: bool = True  # ``strict`` of the load under way, since torch does not pass it to modules
 
     def __init__(
         self,
@@ -108,12 +108,12 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         checks.check_nonfinite(nonfinite)
         checks.check_seed(seed)
         if isinstance(device, (Rule, Mapping)):
-            raise TypeError(f"device must be a torch.device, got {device!r}: pass it as rule=")
+            raise TypeError(f"device must be a torch.device, got {device!r}: pass a rule as rule=")
         choice.choose_backends(backend, {param.device.type for param in check_model(model).parameters()})
         refuse_sharded(model)
         asked = ask_include(include, named_params(unwrap(model), "model"))
         if recognised is not None and (rule, avg_fn, multi_avg_fn) != (None, None, None):
-            # torch's closures do not pickle; the rule that they stand for does.
+            # Keep the rule in place of torch's closures, which cannot be pickled.
             avg_fn, multi_avg_fn = None, recognised
         super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)  # type: ignore[arg-type]  # .to() takes a str
         self.format, self.backend, self.include, self.nonfinite, self.seed = format, backend, include, nonfinite, seed
@@ -132,11 +132,11 @@ class FusedAveragedModel(WithBindings, AveragedModel):
 
     @property
     def rule(self) -> Rule | None:
-        """The rule at work, or None while an averaging function of the user's own is."""
+        """The rule in use, or None if a user's own averaging function is."""
         return rule_of(self.avg_fn, self.multi_avg_fn)
 
     def _format_of(self, name: str, average: Tensor, is_buffer: bool) -> Format | None:
-        """Give the format of one average; None for a tensor that is copied."""
+        """Return the format of one average, or None for a tensor that is copied."""
         if is_buffer and not self.use_buffers:
             return None
         if not (average.is_floating_point() or average.is_complex()):
@@ -160,15 +160,15 @@ class FusedAveragedModel(WithBindings, AveragedModel):
 
     @disable_dynamo
     def update_parameters(self, model: Module) -> None:
-        """Move the average towards ``model``'s parameters and count the update; the first one copies.
+        """Move the average towards ``model``'s parameters in one pass, and count the update. The first one copies.
 
-        One pass over the parameters; nothing is read back to the host for the rules of this package.
+        With a rule of this package and the default ``nonfinite``, the host does not wait for a GPU.
 
         Raises:
-            TypeError: ``model`` is no module.
+            TypeError: ``model`` is not a module.
             ValueError: names, shapes, dtypes or devices do not match; or, with ``nonfinite="raise"``, a parameter
-                holds a NaN or an infinity. It names the parameter, and nothing has changed.
-            RuntimeError: the averages are swapped into a model.
+                holds a NaN or an infinity. The message names the parameter, and nothing has changed.
+            RuntimeError: the averages are swapped into a model; or a CUDA graph captures an update that needs the host.
         """
         with self._guard.hold("update_parameters"):
             rule = self.rule
@@ -183,12 +183,12 @@ class FusedAveragedModel(WithBindings, AveragedModel):
                 update_by_function(pairs, self.avg_fn, self.multi_avg_fn, self.n_averaged)
 
     def _bind(self, model: Module, by_function: bool | None = None) -> Bound:
-        """Return the plan for ``model``; ``by_function``, if known: whether a function of the user's own updates."""
+        """Return the plan for ``model``. ``by_function``, if known: whether the user's own function runs updates."""
         config = self._config(self.rule is None if by_function is None else by_function)
         return self._bindings.bind(self, self._sides, model, config, (self.n_averaged,))
 
     def _config(self, by_function: bool) -> object:
-        """Return what a plan depends on beside the tensors."""
+        """Return what a plan depends on besides the tensors."""
         return (by_function, self.use_buffers, self.format, self.backend, self._any_device, self.seed)
 
     def _sides(self) -> list[ModuleSide]:
@@ -204,15 +204,15 @@ class FusedAveragedModel(WithBindings, AveragedModel):
     def swapped_into(self, model: Module) -> Iterator[Module]:
         """Run ``model`` on the averages: ``with averaged.swapped_into(model): evaluate(model)``.
 
-        Params and buffers change places with the averages in place where the dtypes agree (with ``exact`` through its
-        bfloat16 plane), otherwise the params are set aside. They change back on leaving, after an exception too. The
-        body must not train the model: what it writes into the params is written into the averages. Meanwhile the
-        averaged module holds the model's params.
+        Params and buffers are exchanged with their averages in place if the dtypes agree (for ``exact`` with its
+        bfloat16 plane). Other params are copied aside and overwritten. On leaving, after an exception too, all are
+        put back. Do not train the model in the body: values written into its params would end up in the averages.
+        Meanwhile the averaged module holds the model's params.
 
         Raises:
             TypeError, ValueError: as :meth:`update_parameters`; nothing has changed.
-            RuntimeError: the averages are already swapped in; or, on leaving, a parameter was moved to other memory,
-                and is named. Meanwhile updates, :meth:`state_dict` and :meth:`load_state_dict` raise it.
+            RuntimeError: the averages are swapped in already; or, on leaving, a parameter has moved to other memory,
+                and is named. Inside the body, updates, :meth:`state_dict` and :meth:`load_state_dict` raise it too.
         """
         exchange = None
         try:
@@ -230,14 +230,14 @@ class FusedAveragedModel(WithBindings, AveragedModel):
             try:
                 exchange.back()
             except (KeyboardInterrupt, SystemExit):
-                exchange.back()  # the rest of the way
+                exchange.back()  # what the interrupt has left
                 raise
             finally:
                 self._guard.model = None
 
     @torch.no_grad()
     def copy_to(self, model: Module) -> None:
-        """Copy averages and buffers into ``model``, each rounded once to its dtype, as in :meth:`averaged_state_dict`.
+        """Copy averages and buffers into ``model``. Each is rounded once, to the dtype of its param.
 
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed.
@@ -252,11 +252,11 @@ class FusedAveragedModel(WithBindings, AveragedModel):
 
     @torch.no_grad()
     def averaged_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
-        """Give the averages as plain tensors under the model's own names, for export: copies, with the buffers.
+        """Return copies of averages and buffers as plain tensors under the model's own names, for export.
 
         Args:
-            dtype: a floating dtype to cast floating tensors to; None keeps the averages' full precision, float32 for a
-                bfloat16 or float16 model.
+            dtype: the dtype to which floating tensors are cast; None keeps the averages' full precision, which is
+                float32 for a bfloat16 or float16 model.
 
         Raises:
             ValueError: ``dtype`` is not a floating dtype.
@@ -268,7 +268,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
     # State
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module: torch's keys, and ``<plane>.<name>`` for each further plane of a format.
+        """Return the state under torch's keys, and ``<plane>.<name>`` for each further plane of a format.
 
         Raises:
             RuntimeError: the averages are swapped into a model.
@@ -277,11 +277,11 @@ class FusedAveragedModel(WithBindings, AveragedModel):
             return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state of this class or of torch's; one of another format keeps its precision.
+        """Load a state of this class or of torch's. Averages of another format are converted at full precision.
 
         Raises:
-            RuntimeError: keys or shapes do not match, in torch's words, and nothing has changed; or the averages are
-                swapped into a model.
+            RuntimeError: keys or shapes do not match, with torch's message, and nothing has changed; or the averages
+                are swapped into a model.
         """
         with self._guard.hold("load_state_dict"):
             self._strict = strict
@@ -299,7 +299,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAveragedModel:
-        """Move or cast as any module does; a cast encodes each average anew, so no precision is lost with its dtype."""
+        """Move or cast as any module does. A cast encodes each average anew, so that it keeps its precision."""
         with self._guard.hold("a move or cast"):
             averages = {}
             for name, tensor, fmt in self._each_average():

@@ -1,4 +1,4 @@
-"""`FusedAverages`: several averages of one model, moved in one pass over its parameters."""
+"""`FusedAverages`: several averages of one model, updated in one pass over its parameters."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def named_rules(given: object) -> dict[str, Rule]:
         given: a mapping, or a sequence of (name, rule).
 
     Raises:
-        TypeError: it is neither, a name is no string, or a rule no rule.
-        ValueError: there is none, or more than one launch takes; two have one name; or a name cannot stand in the keys
-            of a state.
+        TypeError: it is neither; or a name is not a string, or a rule is not a Rule.
+        ValueError: there are no rules, or more than a launch takes; a name occurs twice; or a name cannot be part of a
+            state's keys.
     """
     items = list(given.items()) if isinstance(given, Mapping) else given
     kinds = (list, tuple)
@@ -56,10 +56,10 @@ def named_rules(given: object) -> dict[str, Rule]:
 
 
 def named_formats(names: Sequence[str], format: object) -> dict[str, str | None]:
-    """Give the format of each of several averages: of one name for all, or of a mapping that may leave some out.
+    """Return the format of each average by name. ``format`` is one for all, or a mapping that may leave some out.
 
     Raises:
-        ValueError: it names an average that there is none of.
+        ValueError: the mapping has a name that no average has.
     """
     if not isinstance(format, Mapping):
         return dict.fromkeys(names, format)  # type: ignore[arg-type]  # checked where each average is made
@@ -71,21 +71,21 @@ def named_formats(names: Sequence[str], format: object) -> dict[str, str | None]
 
 @pickled_from("swafast")
 class FusedAverages(WithBindings, Module):
-    """Several averages of one model, moved together: ``FusedAverages(model, rules={"fast": ..., "slow": ...})``.
+    """Several averages of one model, updated together: ``FusedAverages(model, rules={"fast": ..., "slow": ...})``.
 
-    Each is a :class:`~swafast.FusedAveragedModel` of its own, ``averages["fast"]``: evaluate it, swap it into the
-    model, export it. An update moves all of them in one launch that reads the parameters from memory once. Keys of the
-    state are those of each average behind its name, ``fast.module.weight``.
+    Each one is a :class:`~swafast.FusedAveragedModel`, ``averages["fast"]``: evaluate it, swap it into the model,
+    export it. An update moves all averages in one launch, which reads the parameters from memory once. Each key
+    of the state begins with an average's name: ``fast.module.weight``.
 
     Args:
         model: the model to average.
-        rules: up to 16 rules by name, as a mapping or as (name, rule) pairs; no name holds a dot.
-        format: one for all averages, or a mapping from their names; default by each parameter's dtype.
+        rules: up to 16 rules by name, as a mapping or as (name, rule) pairs. A name must not contain a dot.
+        format: one format for all averages, or a mapping from their names; default: by each parameter's dtype.
         device, use_buffers, backend, include, nonfinite, seed: as for :class:`~swafast.FusedAveragedModel`, the same
             for all averages.
 
     Raises:
-        TypeError, ValueError: names, rules or formats are none of the above; and what the class of each average raises.
+        TypeError, ValueError: names, rules or formats are not as above; and all that each average's class raises.
 
     Example::
 
@@ -113,7 +113,7 @@ class FusedAverages(WithBindings, Module):
         named = named_rules(rules)
         formats = named_formats(list(named), format)
         for name, rule in named.items():
-            # Straight into the dict: add_module refuses names that this class has attributes of.
+            # Write into the dict, since add_module refuses names that are attributes of this class.
             own_children(self)[name] = FusedAveragedModel(
                 model,
                 device,
@@ -148,7 +148,7 @@ class FusedAverages(WithBindings, Module):
         return list(self)
 
     def values(self) -> list[FusedAveragedModel]:
-        return list(own_children(self).values())  # type: ignore[arg-type]  # nothing else can be put there
+        return list(own_children(self).values())  # type: ignore[arg-type]  # __setattr__ refuses other modules
 
     def items(self) -> list[tuple[str, FusedAveragedModel]]:
         return [(name, self[name]) for name in self]
@@ -158,7 +158,7 @@ class FusedAverages(WithBindings, Module):
             return self[name]
         if hasattr(FusedAveragedModel, name) and not name.startswith("_"):
             first = next(iter(self))
-            raise AttributeError(f"each of several averages has its own {name}: ask averages[{first!r}].{name}")
+            raise AttributeError(f"each of several averages has its own {name}: use averages[{first!r}].{name}")
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -167,7 +167,7 @@ class FusedAverages(WithBindings, Module):
         super().__setattr__(name, value)
 
     def add_module(self, name: str, module: Module | None) -> NoReturn:
-        raise AttributeError(f"the averages must stay as they are, got one for {name!r}: make FusedAverages anew")
+        raise AttributeError(f"averages must stay as they are, got a change of {name!r}: make new FusedAverages")
 
     def __delattr__(self, name: str) -> None:
         if name in own_children(self):
@@ -175,9 +175,9 @@ class FusedAverages(WithBindings, Module):
         super().__delattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"call one of the averages, averages[{next(iter(self))!r}](...)")
+        raise NotImplementedError(f"several averages have no forward: call averages[{next(iter(self))!r}](...)")
 
-    # What is done with all of them
+    # All averages together
 
     @disable_dynamo
     def update_parameters(self, model: Module) -> None:
@@ -218,11 +218,11 @@ class FusedAverages(WithBindings, Module):
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state of this class: that of each average behind its name.
+        """Load a state of this class into all averages.
 
         Raises:
-            RuntimeError: keys or shapes do not match, in torch's words, and nothing has changed in any average; or one
-                is swapped into a model.
+            RuntimeError: keys or shapes do not match, with torch's message, and nothing has changed in any average; or
+                one is swapped into a model.
         """
         with self._guard.hold("load_state_dict"), ExitStack() as ties:
             for averaged in self.values():
@@ -236,7 +236,7 @@ class FusedAverages(WithBindings, Module):
                     averaged._strict = True
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module: the keys of each average behind its name.
+        """Return the states of all averages. Each key begins with an average's name: ``fast.module.weight``.
 
         Raises:
             RuntimeError: one of the averages is swapped into a model.
@@ -245,7 +245,7 @@ class FusedAverages(WithBindings, Module):
             return super().state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAverages:
-        with self._guard.hold("a move or cast"):  # of all, or of none
+        with self._guard.hold("a move or cast"):  # take all guards first, so that all averages move or none
             super()._apply(fn, recurse)
         return self
 

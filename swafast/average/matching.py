@@ -1,4 +1,4 @@
-"""Which tensor of a model belongs to which average, found once by name and then kept an eye on."""
+"""Match tensors of a model to averages by name, and detect when a match is stale."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..terms.names import named_buffers, named_params, require_same_names, unwra
 from ..torch_private.modules import Walk
 from .planes import fit_planes
 
-#: Gives the format of an average from its name, the averaged module's tensor and whether it is a buffer; None: copied.
+#: Takes an average's name, its tensor and whether it is a buffer. Returns its format, or None if it is copied.
 FormatOf = Callable[[str, Tensor, bool], Format | None]
 
 
@@ -34,7 +34,7 @@ def check_model(model: object) -> Module:
     """Raise unless ``model`` is a module whose parameters can be averaged.
 
     Raises:
-        TypeError: it is no ``nn.Module``.
+        TypeError: it is not an ``nn.Module``.
         ValueError: a parameter is lazy, or all of them are empty.
     """
     if not isinstance(model, Module):
@@ -54,7 +54,7 @@ def check_model(model: object) -> Module:
 
 
 def refuse_sharded(model: Module) -> None:
-    """Raise ValueError for FSDP modules, which cannot be copied."""
+    """Raise ValueError if the model has FSDP modules, which cannot be copied."""
     for module in model.modules():
         for kind in type(module).__mro__:
             if kind.__name__ in ("FSDPModule", "FullyShardedDataParallel"):
@@ -62,11 +62,11 @@ def refuse_sharded(model: Module) -> None:
 
 
 def ask_include(include: object, params: Mapping[str, Tensor]) -> dict[str, bool]:
-    """Ask ``include`` about each of ``params``; nothing is asked, and all are averaged, where it is None.
+    """Return the answers of ``include`` for ``params``, by name; {} if ``include`` is None, so that all are averaged.
 
     Raises:
-        TypeError: it is no function.
-        ValueError: it picks none of the parameters.
+        TypeError: ``include`` is not callable.
+        ValueError: it picks no parameter.
     """
     if include is None:
         return {}
@@ -79,7 +79,7 @@ def ask_include(include: object, params: Mapping[str, Tensor]) -> dict[str, bool
 
 
 def each_average(module: Module) -> Iterator[tuple[list[str], Tensor, bool]]:
-    """Give each distinct tensor of an averaged module: all its names, the tensor, and whether it is a buffer."""
+    """Yield each distinct tensor of an averaged module: all its names, the tensor, and whether it is a buffer."""
     for is_buffer, find in ((False, named_params), (True, named_buffers)):
         tied: dict[int, tuple[list[str], Tensor]] = {}
         for name, tensor in find(unwrap(module), "averaged model").items():
@@ -92,7 +92,7 @@ def each_average(module: Module) -> Iterator[tuple[list[str], Tensor, bool]]:
 class ModuleSide:
     """One of the averaged models that are updated together."""
 
-    owner: AveragedModel  # its module holds the first planes; the further ones and the counter are its own
+    owner: AveragedModel  # its module holds planes 0; it holds the further planes and the counter itself
     format_of: FormatOf
     any_device: bool  # the averages may be on another device than the model
     backend: str | None
@@ -100,7 +100,7 @@ class ModuleSide:
 
 
 def _match(side: ModuleSide, model: Module, pace: int) -> list[Pair]:
-    """Pair each distinct average with its param, or raise ValueError naming what does not match."""
+    """Pair each distinct average with its param. Raise ValueError with the names that do not match."""
     module = side.owner.module
     theirs = {False: named_params(unwrap(model), "model"), True: named_buffers(unwrap(model), "model")}
     own = list(each_average(module))
@@ -118,22 +118,22 @@ def _match(side: ModuleSide, model: Module, pace: int) -> list[Pair]:
     return matched
 
 
-#: A plan, and the params and planes that it fits now.
+#: A plan, and the current params and planes, which it fits.
 Bound = tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]
 
 
 class ModuleBinding:
-    """A plan together with the ways to find its tensors again; it holds no param, so it keeps no model alive.
+    """A plan, and the way to find its tensors again. It holds no param, so it keeps no model alive.
 
-    Making one matches ``model`` with the averages of all sides, checks every pair, and plans the update. Everything is
-    checked before anything changes; what then changes is where averages lie, never what they hold.
+    Construction matches ``model`` with the averages of all sides, checks every pair, and plans the update. All checks
+    come first. Then averages may move to other memory, but their values stay the same.
 
     Args:
-        root: the module that all sides are in.
+        root: the module that contains all sides.
         homes: addresses of the planes that are in buckets already.
 
     Raises:
-        ValueError: names, shapes, dtypes, devices or layouts do not go together; it names the parameter.
+        ValueError: names, shapes, dtypes, devices or memory layouts do not fit. The message names the parameter.
         RuntimeError: a CUDA graph is being captured.
     """
 
@@ -163,11 +163,11 @@ class ModuleBinding:
 
     @property
     def root(self) -> Module | None:
-        """The unwrapped model that it is for, while that lives."""
+        """The unwrapped model that was matched, or None if it is gone."""
         return self._model_walk.root
 
     def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None:
-        """Return the plan with the params and planes that are in both modules now, or None if it no longer fits."""
+        """Return the plan with the current params and planes of both modules, or None if it no longer fits."""
         root = self._model_walk.root
         if config != self.config or (root is not model and root is not unwrap(model)):
             return None
@@ -179,7 +179,7 @@ class ModuleBinding:
 
 
 class AnyBinding(Protocol):
-    """A plan, and the way to the tensors that it was made for."""
+    """What :class:`Bindings` needs of a binding: a plan, and the way to find its tensors again."""
 
     @property
     def plan(self) -> Plan: ...
@@ -191,20 +191,20 @@ class AnyBinding(Protocol):
 
 
 class Bindings:
-    """The bindings of the last models, and those that a CUDA graph holds: these live as long as the averages."""
+    """The bindings of the last models used, and those that a CUDA graph holds, for as long as the averages live."""
 
-    #: A training alternates between the model, its stand-in for an update beside it, and a copy for evaluation.
+    #: A training uses up to three in turn: the model, its stand-in for overlapped updates, and a copy to evaluate.
     _MOST = 3
 
     def __init__(self) -> None:
-        self._recent: list[AnyBinding] = []  # the last one used first
+        self._recent: list[AnyBinding] = []  # most recently used first
         self._captured: list[AnyBinding] = []
-        self._warned: set[int] = set()  # of those, the ones that have been warned about
-        #: Addresses of planes that a plan which moves them together with others has put into buckets.
+        self._warned: set[int] = set()  # ids of the captured ones with a warning
+        #: Addresses of planes that a plan of several averages has put into buckets.
         self.shared_homes: frozenset[int] = frozenset()
 
     def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None:
-        """Return the plan that fits ``model`` with its params and planes, or None."""
+        """Return a plan that fits ``model``, with its params and planes, or None."""
         for binding in self._recent:
             bound = binding.current(model, config, counters)
             if bound is not None:
@@ -215,7 +215,7 @@ class Bindings:
 
     @property
     def latest(self) -> AnyBinding | None:
-        """The binding that was used last."""
+        """The binding that was used last, or None."""
         return self._recent[0] if self._recent else None
 
     @property
@@ -233,17 +233,17 @@ class Bindings:
         *,
         side_bindings: Sequence[Bindings] = (),
     ) -> Bound:
-        """Return a plan for ``model`` and the tensors of both sides: one made before if it fits, else a new one.
+        """Return a plan for ``model`` with the tensors of both sides: one made before if it fits, else a new one.
 
         Args:
-            root: the module that all sides are in.
-            sides: returns the averaged models that are updated together, for a new plan.
-            config: what a plan depends on beside the tensors.
-            counters: of the sides.
-            side_bindings: the bindings of each side by itself, which leave the averages where this plan puts them.
+            root: the module that contains all sides.
+            sides: returns the averaged models that are updated together; called for a new plan only.
+            config: what a plan depends on besides the tensors.
+            counters: the counters of the sides.
+            side_bindings: each side's own bindings. Their next plans leave planes in the buckets of this one.
 
         Raises:
-            TypeError: ``model`` is no module.
+            TypeError: ``model`` is not a module.
             ValueError, RuntimeError: as :class:`ModuleBinding`.
         """
         if not isinstance(model, Module):
@@ -264,11 +264,11 @@ class Bindings:
         return current
 
     def use(self, binding: AnyBinding) -> None:
-        """Put ``binding`` first, and let go of what no longer fits and of the model that was longest out of use."""
+        """Put ``binding`` first. Drop those that no longer fit, and beyond ``_MOST`` the least recently used one."""
         kept: list[AnyBinding] = [binding]
         dropped: list[AnyBinding] = []
         for other in self._recent:
-            # What writes elsewhere is of averages that have moved since, and might keep their old memory.
+            # A plan that writes to other addresses is from before the averages moved, and may keep their old memory.
             replaced = other.root is binding.root and other.config == binding.config
             fits = other.root is not None and not replaced and other.plan.writes == binding.plan.writes
             (kept if fits and len(kept) < self._MOST else dropped).append(other)
@@ -279,23 +279,23 @@ class Bindings:
         if stale - self._warned:
             self._warned |= stale
             warnings.warn(
-                "the averages or n_averaged have moved since a CUDA graph captured their update: it still updates the "
-                "old ones; capture it anew",
+                "the averages or n_averaged have moved since a CUDA graph captured their update, and the graph still "
+                "updates their old memory: capture it again",
                 RuntimeWarning,
                 stacklevel=4,
             )
 
 
 class WithBindings(Attachable):
-    """Averaged modules that bind models. A copy comes without what belongs to this process."""
+    """Base class of the averaged models that are modules. Copies leave out what belongs to this process."""
 
     _bindings = MadeOnUse[Bindings](lambda self: Bindings())
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to this process. ``include`` may be a lambda, and its answers are kept."""
+        """Leave out what belongs to this process, and ``include``, which may be a lambda; its answers are kept."""
         with self._guard.hold("a copy"):
             own = {"_guard", "_bindings", "_made_of", "include"}
-            state: Any = super().__getstate__()  # type: ignore[misc]  # a module's, without what it compiled
+            state: Any = super().__getstate__()  # type: ignore[misc]  # that of a module, without its compiled call
             return {key: value for key, value in state.items() if key not in own}
 
 
@@ -305,14 +305,14 @@ def _with_planes(pair: Pair, side: ModuleSide) -> Pair:
 
 
 def _place_counters(sides: Sequence[ModuleSide]) -> list[Tensor]:
-    """Give the counters, moved to where the averages are: the kernels count there, in each once."""
+    """Return the counters, each a tensor of its own on the device of its averages, as kernels need them."""
     taken: set[int] = set()
     for side in sides:
         owner = side.owner
         where = next((p.device for p in owner.module.parameters()), owner.n_averaged.device)
         if owner.n_averaged.device not in (where, torch.device("meta")):
             owner.n_averaged = owner.n_averaged.to(where)
-        if owner.n_averaged.data_ptr() in taken:  # a load by assignment may give two averages one tensor
+        if owner.n_averaged.data_ptr() in taken:  # after load_state_dict(assign=True)
             owner.n_averaged = owner.n_averaged.clone()
         taken.add(owner.n_averaged.data_ptr())
     counters = [side.owner.n_averaged for side in sides]
@@ -324,7 +324,7 @@ def _place_counters(sides: Sequence[ModuleSide]) -> list[Tensor]:
 
 
 def _picker(positions: Collection[int]) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
-    """Give a function that takes these positions out of a list: ``itemgetter``, at C speed, but always a tuple."""
+    """Return a function that picks these positions from a list: a fast ``itemgetter``, but always for a tuple."""
     if len(positions) > 1:
         return itemgetter(*positions)
     return lambda values: tuple(values[i] for i in positions)

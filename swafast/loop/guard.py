@@ -1,4 +1,4 @@
-"""The guard of an averaged model: one thread at a time, no update under way, and not while it is in a model."""
+"""The guard of an averaged model: it lets one thread at a time use the averages, and none while they are swapped."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch.nn import Module
 
 from .attachment import Attachment, wait_for_readers
 
-#: Actions that write a model's params, which other averages' updates may be reading.
+#: Actions that write a model's params. Updates of other averages may be reading these.
 _WRITING = ("swapped_into", "copy_to")
 
 
 class ForkSafeLock(type(threading.RLock())):  # type: ignore[misc]  # threading.RLock is a function
-    """A reentrant lock, new in a forked child: there, the thread that may have held it no longer runs.
+    """A reentrant lock that is new in a forked child, where a thread that held it no longer runs.
 
-    A subclass of the lock in C, because an interrupt between two lines of Python could leave it held for ever.
+    It subclasses the lock in C. In a lock written in Python, an interrupt between two lines could leave it held.
     """
 
     def __init__(self) -> None:
         super().__init__()
         _locks.add(self)
 
-    #: Whether this thread holds it: ``is_mine()``.
+    #: ``is_mine()`` returns whether this thread holds the lock.
     is_mine = type(threading.RLock())._is_owned  # type: ignore[attr-defined]
 
 
@@ -43,7 +43,7 @@ os.register_at_fork(after_in_child=_renew_all)
 
 
 class Together(Protocol):
-    """What a guard asks of the ranks that take part in an action: :class:`~swafast.sharded.parts.ranks.Ranks`."""
+    """What a guard needs of ranks that act together: :class:`~swafast.sharded.parts.ranks.Ranks`."""
 
     lock: ForkSafeLock
 
@@ -51,17 +51,17 @@ class Together(Protocol):
 
 
 class Guard:
-    """Who may use an averaged model now, or several that are used together.
+    """Lets one thread at a time use an averaged model, or several that are used together.
 
-    Locks are taken in one order: first those of all averages of an action, then that of their ranks.
+    Every action takes locks in the same order: first those of all its averages, then that of their ranks.
 
     Args:
-        guards: those of several averages that are used together; none: it is that of one.
-        number: of the averages among those that share their ranks, the same on every rank.
+        guards: the guards of several averages that are used together; none for the guard of one average.
+        number: distinguishes averages that share their ranks; the same on every rank.
 
     Attributes:
-        attachment: by which the averages follow an optimizer, or None.
-        model: that the averages are in, inside ``swapped_into``; else None.
+        attachment: the attachment by which the averages follow an optimizer, or None.
+        model: the model that the averages are swapped into, or None.
     """
 
     def __init__(self, guards: Sequence[Guard] = (), number: int | None = None) -> None:
@@ -95,10 +95,10 @@ class Guard:
         guard._model = model
 
     def settle(self, action: str = "") -> None:
-        """Wait for an update under way, unless this is it; before an action that writes params, for all that read any.
+        """Wait for an update under way, unless this is its thread. Before a write of params, wait for all updates.
 
-        Whoever holds the lock that the update may be waiting for is in an action that has waited before it took the
-        lock. All averages of an action are waited for before the first lock is taken.
+        Call it before you take any of the locks, since the update may need them. A thread that holds a lock already
+        does not wait again: it has waited before it took the lock.
         """
         waited_for = [guard for guard in self._guards if not guard._lock.is_mine()]
         if waited_for and action in _WRITING:
@@ -108,13 +108,13 @@ class Guard:
                 guard._attachment.join()
 
     def refuse_while_swapped(self, action: str) -> None:
-        """Raise RuntimeError while the averages are in a model."""
+        """Raise RuntimeError if the averages are swapped into a model."""
         for guard in self._guards:
             if guard._model is not None:
                 raise RuntimeError(f"{action} must wait until the averages are swapped back out of the model")
 
     def locked(self) -> AbstractContextManager[object]:
-        """Hold the averages for this thread, whatever their state."""
+        """Return a context that holds the averages for this thread, even while they are swapped."""
         return self._guards[0]._lock if len(self._guards) == 1 else self._all_locked()
 
     @contextmanager
@@ -126,13 +126,13 @@ class Guard:
 
     @contextmanager
     def hold(self, action: str, ranks: Together | None = None) -> Iterator[None]:
-        """Hold the averages for this thread, with no update under way; refuse while they are in a model.
+        """Hold the averages for this thread, after an update under way. Refuse if they are swapped.
 
         Args:
-            ranks: that all take this action together: what one of them refuses raises on each.
+            ranks: the ranks that take this action together: an error on one raises on all.
 
         Raises:
-            RuntimeError: the averages are in a model, or another rank refuses.
+            RuntimeError: the averages are swapped into a model, here or on another of ``ranks``.
         """
         self.settle(action)
         with self.locked():

@@ -1,1 +1,1 @@
-"""The op: an update planned, checked, launched, and shared out among the backends."""
+"""One update of tensors: checked, planned, assigned to backends and launched."""

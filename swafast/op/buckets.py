@@ -1,4 +1,4 @@
-"""Buckets: flat allocations in which averages lie, each on a storage of its own."""
+"""Buckets: flat allocations that hold planes of averages. Each plane has a storage of its own over its slot."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ..terms.layout import Slot, is_dense, lay_out, same_order
 
 @torch.no_grad()
 def home_averages(pairs: Sequence[Pair], homes: frozenset[int]) -> frozenset[int]:
-    """Move averages that do not lie in a bucket, dense and in their param's order, into new ones.
+    """Move planes of averages into new buckets, unless they are in one already, in their param's order.
 
-    One bucket is filled and the old memory given back before the next is made, so this takes at most one bucket more.
+    One bucket is filled and the old memory freed before the next is allocated, so the peak is at most one bucket more.
 
     Args:
         homes: addresses of the planes that an earlier plan put into buckets.
 
     Returns:
-        the addresses of all planes that are in buckets now.
+        the addresses of all planes of averages now. Planes in memory shared with other processes have not moved.
     """
     planes: list[Tensor] = []
     strides: list[tuple[int, ...]] = []
@@ -33,7 +33,7 @@ def home_averages(pairs: Sequence[Pair], homes: frozenset[int]) -> frozenset[int
             continue
         order = _order(pair)
         for plane in pair.planes:
-            # Memory shared with other processes would be lost to them if it moved.
+            # Other processes would not see a plane that has moved out of the memory they share.
             shared = plane.device.type == "cpu" and plane.is_shared()
             if not shared and not (plane.data_ptr() in homes and same_order(plane.shape, plane.stride(), order)):
                 planes.append(plane)
@@ -52,7 +52,7 @@ def home_averages(pairs: Sequence[Pair], homes: frozenset[int]) -> frozenset[int
 
 @dataclass(frozen=True)
 class PlaneLike:
-    """What a plane is to be."""
+    """The shape, strides, dtype and device of a plane to be made."""
 
     shape: Sequence[int]
     stride: Sequence[int]
@@ -62,11 +62,11 @@ class PlaneLike:
 
 
 def new_in_buckets(likes: Sequence[PlaneLike]) -> Iterator[list[tuple[int, Tensor]]]:
-    """Make planes in buckets, without values: for each bucket, once it is asked for, (index, plane) of all in it."""
+    """Make planes in buckets, without values. Yield (index, plane) of all planes in one bucket, bucket by bucket."""
     numels = [math.prod(like.shape) for like in likes]
     for bucket in lay_out(numels, [(like.device, like.dtype, like.pinned) for like in likes]):
         first = likes[bucket.slots[0].index]
-        # Under inference_mode the averages would become inference tensors, and never see autograd again.
+        # A tensor made under inference_mode cannot be written in place outside of it.
         with torch.inference_mode(False), torch.no_grad():
             like = {"dtype": first.dtype, "device": first.device, "pin_memory": first.pinned}
             storage = torch.empty(bucket.numel, **like).untyped_storage()  # type: ignore[call-overload]
@@ -76,9 +76,9 @@ def new_in_buckets(likes: Sequence[PlaneLike]) -> Iterator[list[tuple[int, Tenso
 
 
 def stand_on_own_storage(bucket: torch.UntypedStorage, like: PlaneLike, slot: Slot) -> Tensor:
-    """Give a plane in its slot, on a storage of its own over the bucket's memory.
+    """Return a plane in its slot, on a storage of its own over the bucket's memory.
 
-    pickle and torch.save write a tensor's whole storage: as views of one bucket, each plane would be written with it.
+    pickle and torch.save write a tensor's whole storage. For a view of the bucket, they would write the whole bucket.
     """
     itemsize = like.dtype.itemsize
     own = bucket[slot.offset * itemsize : (slot.offset + slot.numel) * itemsize]
@@ -86,7 +86,7 @@ def stand_on_own_storage(bucket: torch.UntypedStorage, like: PlaneLike, slot: Sl
 
 
 def _order(pair: Pair) -> tuple[int, ...]:
-    """Give the strides an average should have: its param's, so that one run of memory is read beside another."""
+    """Return an average's strides: its param's if these are dense, so that a kernel reads each as one run of memory."""
     for tensor in (pair.param, pair.average):
         if is_dense(tensor.shape, tensor.stride()):
             return tensor.stride()

@@ -1,4 +1,4 @@
-"""Checks before a launch: what is refused here never reaches a kernel, and nothing has changed by then."""
+"""Checks before a launch. If one raises, nothing has changed."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from ..terms.formats import Format
 from ..terms.layout import extent
 from ..torch_private.core import has_own_dispatch, is_capturing
 
-#: What to do with a model that is spread over ranks. Its classes are recognised by name: importing them takes a second.
+#: Advice for a model that is spread over ranks. We go by class names, since importing the classes takes a second.
 FOR_SHARDED = "average a sharded model with swafast.ShardedAveragedModel"
 
 _NONFINITE = ("propagate", "raise", "skip")
 
 
 def check_nonfinite(value: object) -> None:
-    """Raise ValueError unless ``value`` says what to do about NaNs and infinities."""
+    """Raise ValueError unless ``value`` is one of the ways to treat NaNs and infinities."""
     if value not in _NONFINITE:
         raise ValueError(f"nonfinite must be one of {', '.join(map(repr, _NONFINITE))}, got {value!r}")
 
 
 def check_seed(value: object) -> None:
-    """Raise TypeError unless ``value`` can be the seed of random bits."""
+    """Raise TypeError unless ``value`` is an int."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"seed must be an int, got {value!r}")
 
 
 def refuse_capture(device: torch.device, action: str) -> None:
-    """Raise RuntimeError if a CUDA graph is being captured from the device's current stream."""
+    """Raise RuntimeError if a CUDA graph is being captured on the device's current stream."""
     if is_capturing(device):
-        raise RuntimeError(f"{action} must not be captured in a CUDA graph")
+        raise RuntimeError(f"{action} must not be captured in a CUDA graph: run it outside the capture")
 
 
 def check_sides(pair: Pair, *, any_device: bool) -> None:
-    """Raise ValueError, naming the parameter, unless its param can be averaged into (or copied over) its average.
+    """Raise ValueError unless a param and its average fit together. The message names the param.
 
-    ``any_device`` lets the param be on another device than its average.
+    With ``any_device`` they may be on two devices.
     """
     for side, tensor in (("model", pair.param), ("average", pair.average)):
         check_plain(f"{pair.name!r} of the {side}", tensor)
@@ -59,7 +59,7 @@ def check_sides(pair: Pair, *, any_device: bool) -> None:
 
 
 def check_planes(pair: Pair, fmt: Format) -> None:
-    """Raise ValueError unless the planes are those of the format, alike in shape and device."""
+    """Raise ValueError unless the planes have the format's dtypes, and all have one shape and one device."""
     wanted = (fmt.dtype or pair.average.dtype, *(dtype for _, dtype in fmt.extra))
     got = tuple(plane.dtype for plane in pair.planes)
     if got != wanted:
@@ -75,7 +75,7 @@ def check_planes(pair: Pair, fmt: Format) -> None:
 
 
 def check_counter(num_averaged: object) -> None:
-    """Raise ValueError unless ``n_averaged`` is what a kernel can read and count in."""
+    """Raise ValueError unless ``n_averaged`` is one int64 in memory, which a kernel can read and advance."""
     if not isinstance(num_averaged, Tensor):
         raise ValueError(f"n_averaged must be one int64, got {num_averaged!r}")
     if num_averaged.device.type == "meta":
@@ -110,7 +110,7 @@ def _dtype_class(tensor: Tensor) -> object:
 
 
 def check_writable(pairs: Sequence[Pair]) -> None:
-    """Raise ValueError naming a param that cannot take an average, because its elements share memory."""
+    """Raise ValueError if elements of a param share memory, so that it cannot take an average; name the param."""
     for pair in pairs:
         if pair.param.numel() > extent(pair.param.shape, pair.param.stride()):
             raise ValueError(
@@ -120,9 +120,9 @@ def check_writable(pairs: Sequence[Pair]) -> None:
 
 
 def check_overlap(pairs: Sequence[Pair], *, tied: bool = True) -> None:
-    """Raise ValueError naming two averages that share memory: an update would move one through the other.
+    """Raise ValueError if two averages share memory, since an update of one would change the other; name both.
 
-    With ``tied`` two names of one param may share it: a plan gives each average a place of its own.
+    With ``tied``, two averages of one param may share it: a plan then gives each average memory of its own.
     """
     averaged = [pair for pair in pairs if pair.format is not None]
     for first, second in overlaps([pair.planes for pair in averaged]):
@@ -132,7 +132,7 @@ def check_overlap(pairs: Sequence[Pair], *, tied: bool = True) -> None:
 
 
 def overlaps(tensor_sets: Sequence[Sequence[Tensor]]) -> list[tuple[int, int]]:
-    """Return pairs of indices of sets that share memory: every set that shares any is in one at least."""
+    """Return pairs of indices of sets that share memory. Each set that shares memory is in at least one pair."""
     extents = []
     for index, tensors in enumerate(tensor_sets):
         for tensor in tensors:

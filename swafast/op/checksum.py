@@ -1,15 +1,14 @@
-"""A 64-bit checksum of a tensor that is the same however the tensor is cut: those of its boxes add up to the whole's.
+"""A 64-bit checksum of a tensor that does not depend on how it is cut: the checksums of its boxes sum to its own.
 
     checksum = sum of mix(i, bits) over the elements, modulo 2^64
 
-where ``i`` is the element's row-major index in the whole tensor and ``bits`` its bit pattern as an unsigned number; an
-element of 16 bytes counts as two of 8, at ``2 i`` and ``2 i + 1``. ``mix`` is splitmix64: its state after ``i + 1``
-rounds from ``bits``, mixed (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014). It can be
-undone, so an element that alone has changed always changes the sum. It is no protection against somebody who means to
-deceive.
+``i`` is the element's row-major index in the whole tensor, and ``bits`` its bit pattern as an unsigned number. An
+element of 16 bytes counts as two of 8 bytes, at ``2 i`` and ``2 i + 1``. ``mix`` is output number ``i + 1`` of the
+generator splitmix64 that starts at ``bits`` (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators",
+2014). It is invertible, so the checksum always changes if a single element changes. It does not protect against
+intentional changes.
 
-Numbers are signed, as ``torch.int64`` holds them: a sum of several by torch wraps around as it should, and one by
-Python is brought back by :func:`wrap_int64`.
+Checksums are signed, as in ``torch.int64``. torch's sums of them wrap around; apply :func:`wrap_int64` to Python's.
 """
 
 from __future__ import annotations
@@ -26,23 +25,23 @@ from torch import Tensor
 from ..backends import Unavailable, library
 from .checks import check_plain
 
-#: splitmix64's, as in csrc/checksum.h.
+#: The constants of splitmix64, as in csrc/checksum.h.
 _INDEX_FACTOR = 0x9E3779B97F4A7C15
 _SHIFTS_AND_FACTORS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 
-#: Below this many words a second thread costs more than it brings.
+#: Words for each thread. With fewer, a second thread costs more time than it saves.
 _NUMEL_PER_THREAD = 32 * 2**10
 
-#: Words that plain torch works on at a time; its temporaries are two int64 for each. On a processor they stay in the
-#: cache and in one thread (8 Mi float32: 0.5 GB/s, and 0.06 GB/s with 2**20), elsewhere a kernel has to be worth its
-#: launch.
+#: Words that plain torch processes at a time, with two int64 temporaries for each. On a CPU, these temporaries stay in
+#: the cache and torch in one thread: 0.5 GB/s on 8 Mi float32, but 0.06 GB/s with windows of 2**20. Elsewhere a window
+#: must take longer than its launches.
 _WINDOW_NUMEL = 2**15
 _DEVICE_WINDOW_NUMEL = 2**21
 
 
 @dataclass(frozen=True)
 class _Words:
-    """What is summed: integers that lie in memory as the tensor's elements do, and where each is in the whole."""
+    """A tensor's elements as integers in its own memory, and the index of each in the whole tensor."""
 
     memory: Tensor  # any strides; uint8, int16, int32 or int64
     index_strides: tuple[int, ...]  # one for each dimension of memory
@@ -52,18 +51,18 @@ class _Words:
 def checksum(
     tensor: Tensor,  # any strides; elements of 1, 2, 4, 8 or 16 bytes
     shape: Sequence[int] | None = None,  # the whole tensor's
-    offsets: Sequence[int] | None = None,  # where in the whole `tensor` starts, by dimension
+    offsets: Sequence[int] | None = None,  # where ``tensor`` starts in the whole, by dimension
 ) -> int:
-    """Give the checksum of a tensor, or what ``tensor`` adds to that of the whole tensor of which it is a box.
+    """Return the checksum of a tensor, or of a box: its summand of the whole tensor's checksum.
 
-    Worked out by the native library for a tensor on a CPU, by torch elsewhere, which waits for the device once.
+    The native library computes it on a CPU. Otherwise torch computes it, and waits for the device once.
 
     Args:
-        shape: Given together with ``offsets``; without them ``tensor`` is the whole.
+        shape, offsets: pass both for a box, neither for a whole tensor.
 
     Raises:
-        TypeError: ``tensor`` is no tensor, or ``shape`` or ``offsets`` no sequence of ints.
-        ValueError: ``tensor`` holds no plain dense data, or does not stand inside ``shape`` at ``offsets``.
+        TypeError: ``tensor`` is not a tensor, or ``shape`` or ``offsets`` is not a sequence of ints.
+        ValueError: ``tensor`` is not dense, or has no data; or it is not inside ``shape`` at ``offsets``.
     """
     words = _words(tensor, shape, offsets)
     native = library.load()
@@ -73,7 +72,7 @@ def checksum(
 
 
 def wrap_int64(value: int) -> int:
-    """Give the int64 that is equal to ``value`` modulo 2^64."""
+    """Return the int64 that equals ``value`` modulo 2^64."""
     return (value + 2**63) % 2**64 - 2**63
 
 
@@ -83,7 +82,7 @@ def _words(tensor: Tensor, shape: Sequence[int] | None, offsets: Sequence[int] |
     check_plain("tensor", tensor)
     whole, corner = _locate(tuple(tensor.shape), shape, offsets)
     memory = _as_integers(tensor.detach())
-    if memory.dim() > tensor.dim():  # a complex128 is two words, side by side
+    if memory.dim() > tensor.dim():  # a complex128 is two adjacent words
         whole, corner = (*whole, 2), (*corner, 0)
     strides = tuple(math.prod(whole[d + 1 :]) for d in range(len(whole)))
     return _Words(memory, strides, sum(map(operator.mul, corner, strides)))
@@ -92,7 +91,7 @@ def _words(tensor: Tensor, shape: Sequence[int] | None, offsets: Sequence[int] |
 def _locate(
     sizes: tuple[int, ...], shape: Sequence[int] | None, offsets: Sequence[int] | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Give the whole tensor's shape, and the corner at which a tensor of these sizes stands in it."""
+    """Return the whole tensor's shape, and the offsets in it of a tensor of these sizes."""
     if shape is None and offsets is None:
         return sizes, (0,) * len(sizes)
     if shape is None or offsets is None:
@@ -101,7 +100,7 @@ def _locate(
     whole, corner = _ints("shape", shape), _ints("offsets", offsets)
     for name, values in (("shape", whole), ("offsets", corner)):
         if len(values) != len(sizes):
-            raise ValueError(f"{name} must have {len(sizes)} entries, as tensor has dimensions, got {values}")
+            raise ValueError(f"{name} must have {len(sizes)} entries, one for each dimension, got {values}")
     if any(size > most for size, most in zip(sizes, whole, strict=True)):
         raise ValueError(f"tensor must fit into shape {whole}, got one of shape {sizes}")
     if any(not 0 <= start <= most - size for start, size, most in zip(corner, sizes, whole, strict=True)):
@@ -117,7 +116,7 @@ def _ints(name: str, values: Sequence[int]) -> tuple[int, ...]:
 
 
 def _as_integers(tensor: Tensor) -> Tensor:
-    """Give the memory of a tensor as integers; a conjugate or negative that is put off is worked out."""
+    """Return the memory of a tensor as integers; for a lazy conjugate or negative, the memory of its values."""
     tensor = tensor.resolve_conj().resolve_neg()
     if tensor.dtype == torch.complex128:
         return torch.view_as_real(tensor).view(torch.int64)
@@ -139,7 +138,7 @@ def _native_sum(native: ctypes.CDLL, words: _Words) -> int:
     total = ctypes.c_int64()
     threads = min(torch.get_num_threads(), max(1, memory.numel() // _NUMEL_PER_THREAD))
     status = native.swafast_cpu_checksum(ctypes.byref(native_words), threads, ctypes.byref(total))
-    assert status == 0, f"the native library refused a box that torch has (status {status})"
+    assert status == 0, f"the native library must take any box, got status {status}"
     return total.value
 
 
@@ -151,7 +150,7 @@ def _torch_sum(words: _Words) -> int:
 
 
 def _windows(words: _Words) -> Iterator[_Words]:
-    """Cut words into windows that are small enough, where their memory is furthest apart."""
+    """Cut words into windows of limited size, along the dimension with the largest stride."""
     memory = words.memory
     most = _WINDOW_NUMEL if memory.device.type == "cpu" else _DEVICE_WINDOW_NUMEL
     if memory.numel() <= most:
@@ -177,7 +176,7 @@ def _window_sum(words: _Words) -> Tensor:
         x += along.view(-1, *(1,) * (memory.dim() - axis - 1))
     for shift, factor in _SHIFTS_AND_FACTORS:
         shifted = x >> shift
-        shifted &= 2 ** (64 - shift) - 1  # torch shifts the sign in
+        shifted &= 2 ** (64 - shift) - 1  # torch's shift copies the sign bit
         x ^= shifted
         x *= wrap_int64(factor)
     return x.sum()

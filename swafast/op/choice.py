@@ -1,4 +1,4 @@
-"""Which backends run an update: those asked for, or those that fit the tensors' devices and load."""
+"""The choice of backends for an update: the one asked for, or all that load for the tensors' devices."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from ..backends import Unavailable, cpu, cuda, reference
 from ..backends.contract import Backend, Pair
 from ..backends.triton import launch as triton_launch
 
-#: Every backend, the preferred one first. ``reference`` serves whatever the others do not.
+#: Every backend, the preferred one first. ``reference`` serves every pair that the others do not.
 BACKENDS: tuple[Backend, ...] = (cuda, cpu, triton_launch, reference)
 
 _warned: set[str] = set()
 
 
 def choose_backends(requested: str | None = None, device_types: Collection[str] = ()) -> tuple[Backend, ...]:
-    """Give the backends to use, in order, for ``backend=`` or else ``SWAFAST_BACKEND``.
+    """Return the backends to use, the preferred one first. The last is ``reference``, for pairs that no other serves.
 
-    ``reference`` always stands last, for what a faster one does not serve. A backend that should run here and does not
-    load gives one warning, unless it was asked for by name; so does a device that is left with ``reference`` alone.
+    Without a name, warn once of a backend that should load here and does not. If only ``reference`` is left for a
+    device, warn once of each backend that is missing.
 
     Args:
-        device_types: of the tensors: a backend for other devices is not even loaded.
+        requested: the name of a backend; None: the name in ``SWAFAST_BACKEND``, or if that is not set, all that load.
+        device_types: types of the tensors' devices. Without a name, backends for other devices are not loaded.
 
     Raises:
         ValueError: no backend has that name.
-        RuntimeError: the backend asked for cannot run on this machine.
+        RuntimeError: the backend of that name cannot run on this machine.
     """
     name = requested if requested is not None else os.environ.get("SWAFAST_BACKEND") or None
     source = "backend" if requested is not None else "SWAFAST_BACKEND"
@@ -43,7 +44,7 @@ def choose_backends(requested: str | None = None, device_types: Collection[str] 
 
 
 def _loaded(device_types: Collection[str]) -> list[Backend]:
-    """Give every backend for these devices that loads, and warn once of what should and does not."""
+    """Return every backend for these devices that loads, and warn once of each that should load and does not."""
     chosen = []
     missing: dict[str, Unavailable] = {}
     for backend in BACKENDS[:-1]:

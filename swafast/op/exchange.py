@@ -1,4 +1,4 @@
-"""The exchange of a model's params with their averages, and its way back."""
+"""The exchange of a model's params with their averages, there and back."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .plan import Plan, bump_versions
 
 
 class Exchange:
-    """Params and averages, held by their memory: whatever becomes of the modules, the way back leads to these bytes.
+    """Exchanges params and averages. It holds their memory, so it can go back whatever happens to the modules.
 
-    A param whose dtype is that of the averaged module's own tensor changes places with it, in place, where a kernel
-    serves. Any other is set aside, and gets its average cast to its dtype. An exception at any point, an interrupt
-    too, leaves a state from which :meth:`back` finds the way.
+    A param changes places with its average in place if plane 0 has the param's dtype and a kernel serves the pair.
+    Every other param is copied aside, and its average is cast to its dtype and written into it. An exception or an
+    interrupt may come at any point: :meth:`back` still restores everything.
 
     Args:
-        params, planes: those that the plan fits now.
-        bases: the tensors in whose memory the params lie, where these are views; default: the params themselves.
+        params, planes: the current ones, which the plan fits.
+        bases: if the params are views, the tensors in whose memory they lie; default: the params themselves.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Exchange:
         self._names, self._bases = plan.names, params if bases is None else bases
         self._addresses = list(map(Tensor.data_ptr, self._bases))
         self._written = (*self._bases, *planes)
-        self._memory = list(map(Tensor.untyped_storage, self._written))  # a launch goes by addresses alone
+        self._memory = list(map(Tensor.untyped_storage, self._written))  # keeps it alive: a launch has only addresses
         pairs = plan.pairs(params, planes) if aside else []
         self._aside = [
             (pairs[i].param.detach(), tuple(plane.detach() for plane in pairs[i].planes), pairs[i].format)
@@ -45,7 +45,7 @@ class Exchange:
         try:
             for launch in self._launches:
                 launch.exchange(True)
-            # Where the model ties what the averaged module does not, the first average is the one that stays.
+            # Write the first average last: it stays where the model ties params that the averaged module does not tie.
             for param, planes, fmt in reversed(self._aside):
                 decoded = fmt is not None and planes[0].dtype != param.dtype
                 param.copy_(fmt.decode(planes) if decoded else planes[0])  # type: ignore[union-attr]  # rounded once
@@ -54,15 +54,15 @@ class Exchange:
 
     @torch.no_grad()
     def back(self) -> None:
-        """Put the params back, and the averages where they were; again, if the first time was interrupted.
+        """Put params and averages back where they were. If it is interrupted, call it again.
 
         Raises:
-            RuntimeError: a param was moved to other memory meanwhile; the averages are whole all the same.
+            RuntimeError: a param was moved to other memory meanwhile, and is named. The averages are whole.
         """
         try:
-            with contextlib.ExitStack() as all_of_them:  # whatever one of them raises, the others go back
+            with contextlib.ExitStack() as all_of_them:  # if one raises, run the others too
                 for launch in self._launches:
-                    all_of_them.callback(launch.exchange, False)  # those that never got there do nothing
+                    all_of_them.callback(launch.exchange, False)  # does nothing unless it has exchanged
         finally:
             self._restore()
         addresses = list(map(Tensor.data_ptr, self._bases_now()))
@@ -74,7 +74,7 @@ class Exchange:
             )
 
     def _bases_now(self) -> Sequence[Tensor]:
-        """Return the tensors of the model again: they may have other memory than before."""
+        """Return the tensors that had these bases. They may have other memory now."""
         return self._bases
 
     def _name(self, index: int) -> str:
@@ -82,7 +82,7 @@ class Exchange:
 
     def _restore(self) -> None:
         try:
-            for (param, _, _), value in zip(self._aside, self._stash, strict=False):  # empty if no write had begun
+            for (param, _, _), value in zip(self._aside, self._stash, strict=False):  # no values if nothing was written
                 param.copy_(value)
         finally:
             bump_versions(self._written)

@@ -16,7 +16,7 @@ from .checks import overlaps
 
 
 def draws_of(seed: int, name: str, param: Tensor, fmt: Format | None) -> Draws | None:
-    """Return where the random bits of a whole param's average come from; None for a format that draws none."""
+    """Return what the random bits of a whole param's average depend on, or None for a format that uses none."""
     return Draws(make_random_key(seed, name), tuple(param.shape)) if fmt is not None and fmt.num_random_bits else None
 
 
@@ -24,22 +24,22 @@ def draws_of(seed: int, name: str, param: Tensor, fmt: Format | None) -> Draws |
 class Work:
     """The pairs of one plan that one backend updates."""
 
-    backend: Backend | None  # None where there are no pairs
+    backend: Backend | None  # None if there are no pairs
     indices: tuple[int, ...]  # into the plan's pairs
     launch: Launch
 
-    takes_tensors: bool = False  # whether the launch is given its params at each update, or goes by their addresses
+    takes_tensors: bool = False  # whether each update passes the params to the launch; if not, it uses addresses
     is_on_host: bool = False  # whether it reads ``num_averaged`` on the host
 
 
 class CountLaunch:
-    """A launch without pairs, on a rank that has no part of any param: it only counts."""
+    """A launch that only counts, for a rank that has no part of any param."""
 
     captured = False
 
     def update(self, params: Sequence[Tensor], update: Update) -> None:
         if update.skip_nonfinite:
-            # As on the ranks that have something to look at, and read on the host no more than there.
+            # Other ranks may find a NaN, and then no rank counts. Do not read the flag on the host, as they do not.
             flag = torch.zeros((), dtype=torch.int64, device=update.device)
             if update.reduce_flag is not None:
                 update.reduce_flag(flag)
@@ -56,7 +56,7 @@ class CountLaunch:
 def prepare(pairs: Sequence[Pair], backends: Sequence[Backend]) -> list[Work]:
     """Assign each pair to the first backend that serves it. The preferred backend's work comes last.
 
-    Only the last one counts the update: the others read the same ``num_averaged`` before it.
+    Only the last one counts the update, so that all read the same ``num_averaged``.
     """
     if not pairs:
         return [Work(None, (), CountLaunch())]
@@ -76,13 +76,13 @@ def prepare_exchange(
 ) -> tuple[list[ExchangeLaunch], list[int]]:
     """Prepare launches that exchange params and averages in place.
 
-    In place go pairs of one dtype that a kernel serves and that share memory with no other pair.
+    A pair is exchanged in place if both sides have one dtype, a kernel serves it, and no other pair shares its memory.
 
     Args:
-        work: of the update of the same pairs: a launch that takes all that its backend exchanges serves for both.
+        work: the work of an update of these pairs. A launch is reused if it has just the pairs to exchange.
 
     Returns:
-        the launches, and the indices of the pairs that none of them takes.
+        the launches, and the indices of the pairs that no launch exchanges.
     """
     sides = [(pair.param,) for pair in pairs], [(pair.average,) for pair in pairs]
     entangled = {index for side in sides for overlapping in overlaps(side) for index in overlapping}

@@ -1,7 +1,7 @@
-"""A plan: which average belongs to which param, where the averages lie, and the launches made ready for them.
+"""A plan: pairs of params and averages, the buckets in which the averages lie, and the launches of an update.
 
-It is made at the first update and kept while it fits. Before each update the tensors of both sides are compared with
-those that it was made for, without reading a device.
+It is made before the first update and kept while it fits. Before each update, the host compares the tensors of both
+sides with those that the plan was made for, without waiting for a device.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _warned: set[str] = set()
 
 
 def bump_versions(tensors: Sequence[Tensor]) -> None:
-    """Tell autograd that the memory of ``tensors`` was written: unseen, a write gives a wrong gradient in silence."""
+    """Tell autograd that ``tensors`` are written. Otherwise a gradient may be wrong without an error."""
     try:
         increment_version(tensors)
-    except RuntimeError:  # a tensor made under inference_mode has no version, and autograd never keeps it
+    except RuntimeError:  # a tensor made under inference_mode: it has no version, and autograd never saves it
         for tensor in tensors:
             with contextlib.suppress(RuntimeError):
                 increment_version(tensor)
 
 
 class Fingerprint:
-    """What a list of tensors was when a plan was made: addresses, dtypes, devices, shapes, strides."""
+    """Addresses, dtypes, devices, shapes and strides of tensors, to see later whether a plan still fits."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.addresses = list(map(Tensor.data_ptr, tensors))
@@ -46,19 +46,19 @@ class Fingerprint:
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Return whether these tensors have the same memory and the same view of it.
 
-        An address is no identity, since freed ones are handed out again. With the same dtype, shape and strides it
-        needs none: a launch depends on nothing else.
+        They may be other objects, since freed addresses are used again. That is safe: a launch depends on addresses,
+        dtypes, shapes and strides only.
         """
         try:
             if list(map(Tensor.data_ptr, tensors)) != self.addresses:
                 return False
         except (TypeError, RuntimeError, ValueError):
-            return False  # None, or a tensor without memory of its own: planning anew names it
+            return False  # None, or a tensor without memory of its own: a new plan raises an error that names it
         if self._quick is not None and self._quick(*tensors):
             return True
         if _views_of(tensors) != self._views:
             return False
-        self._quick = make_metadata_check(tensors)  # it rejected something that does not matter, such as requires_grad
+        self._quick = make_metadata_check(tensors)  # it also compares what does not matter here, such as requires_grad
         return True
 
 
@@ -67,30 +67,30 @@ def _views_of(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
 
 
 class Launches:
-    """Pairs made ready for their backends, and the update of all of them."""
+    """The work of an update: pairs prepared for their backends."""
 
     def __init__(self, pairs: Sequence[Pair], backends: Sequence[Backend], counters: Sequence[Tensor]) -> None:
         self._counters = tuple(counters)
         self._chosen = backends
         self._work = launches.prepare(pairs, backends)
         self._waits_for_gpu = counters[0].device.type == "cuda" and any(work.is_on_host for work in self._work)
-        self._asked: object = None  # what the updates below are of
+        self._asked: object = None  # the arguments for which the updates below were made
         self._updates: list[Update] = []
         self._kept: tuple[Tensor, ...] = ()
 
     @property
     def backends(self) -> list[str]:
-        """Names of the backends at work, the one with the last word last."""
+        """The names of the backends that work in an update, in the order of their launches."""
         return [work.backend.name for work in self._work if work.backend is not None]
 
     @property
     def captured(self) -> bool:
-        """Whether a CUDA graph holds an update of these launches, which must then live as long as the averages."""
+        """Whether a CUDA graph holds an update of these launches: they must then live as long as the averages."""
         return any(work.launch.captured for work in self._work)
 
     @property
     def goes_by_address(self) -> bool:
-        """Whether no launch keeps a tensor."""
+        """Whether all launches use addresses, and none keeps a tensor."""
         return not any(work.takes_tensors for work in self._work)
 
     def update(
@@ -102,10 +102,10 @@ class Launches:
         skip_nonfinite: bool = False,
         reduce_flag: ReduceFlag | None = None,
     ) -> None:
-        """Run one update and count it; with ``skip_nonfinite`` neither, if a param that is averaged is not finite.
+        """Run one update and count it. ``rules`` has the rule of each counter.
 
-        ``rules``, one for each counter, are those of the averaged models. ``reduce_flag`` sets a flag on all ranks
-        where it is set on one, on the flag's device.
+        With ``skip_nonfinite``, neither happens if a param that is averaged holds a NaN or an infinity. With
+        ``reduce_flag``, which sets a flag on all ranks if it is set on one, all ranks skip together.
         """
         terms = []
         for rule, counter in zip(rules, self._counters, strict=True):
@@ -116,29 +116,29 @@ class Launches:
         if (terms, skip_nonfinite, reduce_flag) != self._asked:
             self._updates = self._describe(tuple(terms), skip_nonfinite, reduce_flag)
             self._asked = (terms, skip_nonfinite, reduce_flag)
-        several = len(self._work) > 1  # what one backend finds holds for all of them
+        several = len(self._work) > 1  # if one backend finds a NaN, all must skip
         if skip_nonfinite and several and self._updates[-1].is_skipped(self._first_nonfinite(params) is not None):
             return
-        # Before the launch: after it, a large update has driven the tensors' own records out of the caches (0.3 ms for
-        # 2000 of 64x64); and whatever an interrupted launch has written is then known to autograd already.
+        # Bump before the launch. After a large update, the tensors' metadata is no longer in the caches (0.3 ms for
+        # 2000 of 64x64). Autograd must also know of the writes of a launch that is interrupted.
         bump_versions((*planes, *self._counters))
         captured = False
         for work, update in zip(self._work, self._updates, strict=True):
             work.launch.update(self._pick(work, params) if work.takes_tensors else (), update)
             captured |= work.launch.captured
         if captured and not self._kept:
-            # The graph goes on reading and writing this memory, whatever stands in the modules by then.
+            # Each replay of the graph reads and writes this memory, even if the modules have other tensors by then.
             self._kept = tuple(tensor.detach() for tensor in (*params, *planes, *self._counters))
 
     def _describe(self, terms: tuple[KernelTerms, ...], skip: bool, reduce_flag: ReduceFlag | None) -> list[Update]:
-        """Return the update of each work. The last one counts; and only a single one looks for NaNs by itself."""
+        """Return the update of each work. The last one counts. Only a work without others looks for NaNs itself."""
         return [
             Update(terms, self._counters, int(work is self._work[-1]), skip and len(self._work) == 1, reduce_flag)
             for work in self._work
         ]
 
     def _first_nonfinite(self, params: Sequence[Tensor]) -> int | None:
-        """Return the index of a param that holds a NaN or an infinity, else None. One more read of the params."""
+        """Read the params once, and return the index of one that holds a NaN or an infinity, else None."""
         for work in self._work:
             index = work.launch.first_nonfinite(self._pick(work, params))
             if index is not None:
@@ -150,19 +150,19 @@ class Launches:
 
 
 def _work_out(rule: Rule, num_averaged: Tensor) -> KernelTerms:
-    """Ask a rule of Python alone for its weight, once, before anything is written: it may be of any kind, and raise."""
+    """Compute the weight of a rule without kernel terms, once and before anything is written, since it may raise."""
     if num_averaged.device.type == "cuda":
-        refuse_capture(num_averaged.device, f"{type(rule).__name__}, which works out its weight in Python,")
+        refuse_capture(num_averaged.device, f"{type(rule).__name__}, which computes its weight in Python,")
         what = f"{type(rule).__name__} has no kernel_terms"
         if what not in _warned:
             _warned.add(what)
             why = "so each update waits for the GPU to read n_averaged"
-            warnings.warn(f"swafast works out the weight in Python: {what}, {why}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"swafast computes the weight in Python: {what}, {why}", RuntimeWarning, stacklevel=2)
     return KernelTerms.constant(checked_weight(rule, int(num_averaged)))
 
 
 class Plan(Launches):
-    """Pairs with their averages in buckets, ready to be updated as long as the tensors on both sides stay the same."""
+    """Pairs with their averages in buckets, and their launches. Valid while the tensors of both sides stay the same."""
 
     def __init__(
         self,
@@ -174,7 +174,7 @@ class Plan(Launches):
         self.homes = home_averages(pairs, homes)
         self.names = [pair.name for pair in pairs]
         self.formats = [pair.format for pair in pairs]
-        #: Addresses that an update writes, as far as they are ours.
+        #: Addresses of the planes and counters that an update writes.
         self.writes = self.homes | {counter.data_ptr() for counter in counters}
         self._params = Fingerprint([pair.param for pair in pairs])
         self._written = Fingerprint([*(plane for pair in pairs for plane in pair.planes), *counters])
@@ -185,7 +185,7 @@ class Plan(Launches):
         return self._params.fits(params) and self._written.fits((*planes, *counters))
 
     def pairs(self, params: Sequence[Tensor], planes: Sequence[Tensor]) -> list[Pair]:
-        """Put the tensors that :meth:`fits` has just compared together again."""
+        """Return the pairs of these tensors, which :meth:`fits` has just compared."""
         rest = iter(planes)
         counts = [1 + len(fmt.extra) if fmt is not None else 1 for fmt in self.formats]
         return [
@@ -194,12 +194,12 @@ class Plan(Launches):
         ]
 
     def exchange(self, params: Sequence[Tensor], planes: Sequence[Tensor]) -> tuple[list[ExchangeLaunch], list[int]]:
-        """Return the launches that exchange params and averages, and the indices of the pairs that none of them takes.
+        """Return the launches that exchange params and averages, and the indices of the pairs that none exchanges.
 
-        Prepared when it is first asked for, and kept: it goes by the addresses that :meth:`fits` compares.
+        They are prepared on the first call and kept, since the plan fits only tensors at the same addresses.
 
         Raises:
-            ValueError: elements of a param share memory, so it cannot take an average; it names the param.
+            ValueError: elements of a param share memory, so it cannot take an average; the message names it.
             RuntimeError: a CUDA graph is being captured.
         """
         for device in {counter.device for counter in self._counters}:
@@ -217,7 +217,7 @@ class Plan(Launches):
         return None if index is None else self.names[index]
 
     def refuse_nonfinite(self, params: Sequence[Tensor]) -> None:
-        """Raise ValueError naming a param that holds a NaN or an infinity."""
+        """Raise ValueError if a param holds a NaN or an infinity; the message names it."""
         name = self.first_nonfinite(params)
         if name is not None:
-            raise ValueError(f"{name!r} must be finite, got a NaN or an infinity; the average is as it was")
+            raise ValueError(f"{name!r} must be finite, got a NaN or an infinity; the average has not changed")

@@ -1,4 +1,4 @@
-"""``torch.ops.swafast.update_``: the update as an op of torch's, for compiled code."""
+"""``torch.ops.swafast.update_``: the update as a torch op, for compiled code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .plan import Launches, bump_versions
 
 @dataclass(frozen=True)
 class _TermsRule(Rule):
-    """A rule that came through the dispatcher as numbers."""
+    """A rule that torch's dispatcher has passed as numbers."""
 
     terms: KernelTerms
 
@@ -43,7 +43,7 @@ def _update_op(
     fmt = get_format(format)
     if len(params) != len(averages) or (fmt.extra and len(remainders) != len(averages)):
         lengths = [len(averages), len(remainders), len(params)]
-        raise ValueError(f"averages, remainders and params must be of one length, got {lengths}")
+        raise ValueError(f"averages, remainders and params must have one length, got {lengths}")
     extra: Sequence[Tensor | None] = remainders if fmt.extra else [None] * len(averages)
     pairs = [
         Pair(str(i), param, (average,) if plane is None else (average, plane), fmt, draws_of(seed, str(i), param, fmt))
@@ -51,22 +51,22 @@ def _update_op(
     ]
     check_counter(num_averaged)
     launches = _prepared(pairs, num_averaged, fmt, seed)
-    rule = _TermsRule(KernelTerms(kind, tuple(terms)))  # type: ignore[arg-type]  # it checks their number
-    bump_versions((num_averaged,))  # the launches may have it as another tensor on the same memory
+    rule = _TermsRule(KernelTerms(kind, tuple(terms)))  # type: ignore[arg-type]  # KernelTerms checks their number
+    bump_versions((num_averaged,))  # cached launches bump another tensor on the same memory
     launches.update(params, [plane for pair in pairs for plane in pair.planes], [rule])
     if launches.captured and not any(kept is launches for kept in _captured):
         _captured.append(launches)
 
 
-#: Launches of the op's last calls by what they were made for: addresses, dtypes, shapes and strides alone.
+#: Launches of the op's last calls, by the format, seed, backend and tensors that they were made for.
 _recent: OrderedDict[object, Launches] = OrderedDict()
 _MOST_RECENT = 256
-#: Those that a CUDA graph holds, and that nobody else would keep.
+#: Launches that a CUDA graph holds: nothing else would keep them alive.
 _captured: list[Launches] = []
 
 
 def _look(tensor: Tensor) -> tuple[object, ...]:
-    """Return all that the checks and a launch depend on."""
+    """Return every property of a tensor on which the checks and a launch depend."""
     view = (tensor.data_ptr(), tensor.untyped_storage().nbytes(), tensor.shape, tensor.stride())
     return (*view, tensor.dtype, tensor.device, type(tensor), tensor.is_neg(), tensor.is_conj())
 
@@ -75,7 +75,7 @@ def _prepared(pairs: Sequence[Pair], num_averaged: Tensor, fmt: Format, seed: in
     tensors = [num_averaged, *(tensor for pair in pairs for tensor in (pair.param, *pair.planes))]
     try:
         seen = tuple(map(_look, tensors))
-    except RuntimeError:  # sparse, say: the checks below name it
+    except RuntimeError:  # for instance sparse: the checks below raise an error that names it
         seen = ()
     key = (fmt.name, seed, os.environ.get("SWAFAST_BACKEND"), seen)
     if seen and key in _recent:

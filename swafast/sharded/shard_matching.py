@@ -30,14 +30,14 @@ def check_sharded_model(model: object) -> None:
 
 
 class Staging:
-    """Copies of buffers for updates beside a forward, which writes the buffers; one for each attached average."""
+    """Copies of buffers for an update beside a forward, which writes the buffers. Each attached average has its own."""
 
     def __init__(self) -> None:
         self._copies: dict[str, tuple[object, Tensor]] = {}  # (layout of the buffer, its copy)
 
     @torch.no_grad()
     def take(self, name: str, buffer: Tensor) -> Tensor:
-        """Copy a buffer, into the memory of its last copy if that fits."""
+        """Copy a buffer, if possible into the memory of its last copy, and return the copy."""
         layout = (buffer.dtype, buffer.device, buffer.shape, buffer.stride())
         if name not in self._copies or self._copies[name][0] != layout:
             self._copies[name] = layout, torch.empty_like(buffer)
@@ -45,7 +45,7 @@ class Staging:
 
 
 class Locator:
-    """Finds this rank's tensors in a model again, or notices that they must be matched by name anew.
+    """Finds this rank's tensors in a model again, or detects that they must be matched by name again.
 
     It holds no params, so it keeps no model alive.
     """
@@ -53,8 +53,8 @@ class Locator:
     def __init__(self, model: Module, shares: Sequence[Share], held: Mapping[str, Held]) -> None:
         self._walk = Walk(unwrap(model))
         found_in = {share.name: held[share.name].found_in for share in shares}
-        #: In the order of find(): DTensors, plain tensors, then shards of flat params.
         kinds = (DTensor, Tensor)
+        #: In the order of find(): DTensors, plain tensors, then shards of flat params.
         self.shares = sorted(shares, key=lambda share: [not isinstance(found_in[share.name], kind) for kind in kinds])
         tensors = [found for share in self.shares if isinstance(found := found_in[share.name], Tensor)]
         self._positions = [self._walk.position(tensor) for tensor in tensors]
@@ -71,11 +71,11 @@ class Locator:
 
     @property
     def root(self) -> Module | None:
-        """The unwrapped model that it is for, while that lives."""
+        """The unwrapped model whose tensors it finds, or None if it is gone."""
         return self._walk.root
 
     def find(self, model: Module) -> list[Tensor] | None:
-        """Return the model's current tensors that hold the shares, or None if they must be matched by name anew."""
+        """Return the model's current tensors that hold the shares, or None if they must be matched by name again."""
         if self._walk.root is not model and self._walk.root is not unwrap(model):
             return None
         found = self._walk.tensors()
@@ -151,7 +151,7 @@ class ShardSide:
         """Return what this rank holds of ``model`` now, by name, in the order of the shares.
 
         Raises:
-            ValueError: names, shapes, meshes or placements differ from those of the shares; it names the param.
+            ValueError: names, shapes, meshes or placements differ from those of the shares; the message names it.
         """
         check_sharded_model(model)
         held = {found.holding.name: found for found in find_holdings(model, self._ranks.ranks, self._meshes)}
@@ -176,12 +176,12 @@ Bound = tuple[Plan, Views, tuple[Tensor, ...]]
 
 
 class ShardBinding:
-    """A plan, and a locator of the tensors that it was made for.
+    """A plan, and the locator that finds its tensors again.
 
     Args:
         sides: the averaged models, all of the same model.
         held: what this rank holds of the model, by name.
-        staging: copies buffers before they are averaged; None: they are read where they are.
+        staging: copies the buffers, and an update reads the copies; None: it reads the buffers themselves.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class ShardBinding:
         assert found is not None, "a new locator must fit"
         bases = self._bases_of(found)
         indices = {share.name: index for index, share in enumerate(self._locator.shares)}
-        # A rank may have no part of a small or unevenly sharded param.
+        # Skip params of which this rank has no part: small or unevenly sharded ones.
         chosen = [
             (pace, indices[share.name], share)
             for pace, side in enumerate(sides)
@@ -217,7 +217,7 @@ class ShardBinding:
 
     @property
     def root(self) -> Module | None:
-        """The unwrapped model that it is for, while that lives."""
+        """The unwrapped model that was matched, or None if it is gone."""
         return self._locator.root
 
     def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None:
@@ -242,7 +242,7 @@ class ShardBinding:
 
 
 def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], staging: Staging | None = None) -> Bound:
-    """Return the plan for ``model`` with its params and planes. Plan anew if the last plan no longer fits.
+    """Return the plan for ``model`` with its params and planes. Make a new one if no kept plan fits.
 
     Raises:
         TypeError: ``model`` is not a module.

@@ -1,4 +1,4 @@
-"""`ShardedAverages`: several averages of one model that is spread over ranks, moved in one pass over each part."""
+"""`ShardedAverages`: several averages of one model that is spread over ranks, updated in one pass on each rank."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from .updating import AttachableShards
 
 @pickled_from("swafast")
 class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
-    """Several averages of one model, moved together: ``ShardedAverages(model, rules={"fast": ..., "slow": ...})``.
+    """Several averages of one model, updated together: ``ShardedAverages(model, rules={"fast": ..., "slow": ...})``.
 
-    Each is a :class:`ShardedAveragedModel` of its own, ``averages["fast"]``. An update moves all of them in one launch
-    that reads this rank's parameters from memory once. Making one is collective.
+    Each one is a :class:`ShardedAveragedModel`, ``averages["fast"]``. An update moves all averages in one launch, which
+    reads this rank's parameters from memory once. Construction is collective.
 
     Args:
         model: the model as it trains, wrapped and sharded.
-        rules: up to 16 rules by name, as a mapping or as (name, rule) pairs; no name holds a dot.
-        format: one for all averages, or a mapping from their names; default by each parameter's dtype.
+        rules: up to 16 rules by name, as a mapping or as (name, rule) pairs. A name must not contain a dot.
+        format: one format for all averages, or a mapping from their names; default: by each parameter's dtype.
         include, process_group, use_buffers, share_replicas, nonfinite, backend, seed: as for
             :class:`ShardedAveragedModel`, the same for all averages.
 
     Raises:
-        TypeError, ValueError: names, rules or formats are none of the above, or differ between ranks; and what the
-            class of each average raises.
+        TypeError, ValueError: names, rules or formats are not as above, or differ between ranks; and all that each
+            average's class raises.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
     def __len__(self) -> int:
         return len(self._averages)
 
-    # As any averages, one by one: a mapping would compare what is in it, and could not be a key.
+    # Compare and hash by identity, as other averaged models. A Mapping would compare its items and have no hash.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
@@ -102,12 +102,12 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
             return averages[name]
         if hasattr(ShardedAveragedModel, name) and not name.startswith("_"):
             first = next(iter(self))
-            raise AttributeError(f"each of several averages has its own {name}: ask averages[{first!r}].{name}")
+            raise AttributeError(f"each of several averages has its own {name}: use averages[{first!r}].{name}")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_averages", {}):
-            raise AttributeError(f"the averages must stay as they are, got one for {name!r}: make ShardedAverages anew")
+            raise AttributeError(f"averages must stay as they are, got a change of {name!r}: make new ShardedAverages")
         super().__setattr__(name, value)
 
     @property
@@ -115,7 +115,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         return list(self.values())
 
     def state_dict(self, *, checksums: bool = True) -> dict[str, Tensor]:
-        """Return the states of all averages, the keys of each behind its name: ``fast.module.weight``. Collective.
+        """Return the states of all averages, each key after its average's name: ``fast.module.weight``. Collective.
 
         Raises:
             RuntimeError: an average is swapped into a model, here or on another rank; or a rank was lost.
@@ -136,11 +136,11 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         return {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over the states of all averages: each is taken and verified before any is written. Collective.
+        """Load the states of all averages: take and verify all of them, then write. Collective.
 
         Raises:
-            TypeError, ValueError, RuntimeError: as ``ShardedAveragedModel.load_state_dict``; it names the key, and
-                nothing has changed in any average on any rank.
+            TypeError, ValueError, RuntimeError: as ``ShardedAveragedModel.load_state_dict``. The message names the key,
+                and nothing has changed in any average on any rank.
         """
         with self._guard.hold("load_state_dict", self._ranks):
             pending: dict[str, checkpoint.PendingLoad] = {}
@@ -171,8 +171,8 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
 
 @contextmanager
 def _about(name: str) -> Iterator[None]:
-    """Name the average in any error that the body raises."""
+    """Begin the messages of TypeErrors and ValueErrors of the body with the average's name."""
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise type(error)(f"of averages[{name!r}]: {error}") from error
+        raise type(error)(f"averages[{name!r}]: {error}") from error

@@ -1,4 +1,4 @@
-"""`ShardedAveragedModel`: averages of what each rank owns, under DDP, FSDP, HSDP and tensor parallelism."""
+"""`ShardedAveragedModel`: the average of a model under DDP, FSDP, HSDP or tensor parallelism, a part on each rank."""
 
 from __future__ import annotations
 
@@ -31,42 +31,42 @@ from .updating import AttachableShards
 
 @pickled_from("swafast")
 class ShardedAveragedModel(AttachableShards, ShardSide):
-    """The running average of a model that is spread over ranks: each rank averages what it owns, where it lies.
+    """The running average of a model that is spread over ranks. Each rank averages its own part of the model.
 
-    ``average = average + weight * (param - average)``, as :class:`~swafast.FusedAveragedModel` has it, bit for bit, in
-    one fused pass over this rank's part and without a collective. There is no copy of the module: evaluate with
+    ``average = average + weight * (param - average)``, bit for bit as :class:`~swafast.FusedAveragedModel` computes it,
+    in one fused pass over this rank's part and without a collective. There is no copy of the module: evaluate with
     :meth:`swapped_into`, or load :meth:`full_state_dict` into a plain model.
 
-    Which part is a rank's own:
+    The part of each rank is:
 
-    - params that each rank holds whole (DDP, or a plain model): a cut of their flat order, 1/world of bytes and time;
-    - DTensors (FSDP2, HSDP, tensor parallelism, on 1-D and 2-D meshes) and the flat params of FSDP1: its shard. Of
-      shards that several ranks hold alike (HSDP) each rank averages its own, or with ``share_replicas`` a cut.
+    - of params that each rank holds whole (DDP, or a plain model): an even cut, 1/world of the bytes and the time;
+    - of DTensors (FSDP2, HSDP, tensor parallelism, on 1-D and 2-D meshes) and FSDP1's flat params: its shard. If
+      several ranks hold the same shard (HSDP), each averages all of it, or with ``share_replicas`` an even cut.
 
-    Making one is collective: all ranks of ``process_group`` make it, with the same arguments. What fails on one rank
-    raises on all of them.
+    Construction is collective: all ranks of ``process_group`` construct it, with the same arguments. An error on one
+    rank raises on all of them.
 
     Args:
         model: the model as it trains, wrapped and sharded.
-        rule: how much the newest model weighs; default :class:`~swafast.EqualAverage`. Several averages of one model:
-            :class:`~swafast.ShardedAverages`.
+        rule: sets the weight of the newest model; default: :class:`~swafast.EqualAverage`. For several averages of one
+            model see :class:`~swafast.ShardedAverages`.
         format, seed, backend: as for :class:`~swafast.FusedAveragedModel`. Random bits do not depend on the shards.
-        include: ``include(name, param) -> bool`` picks what is averaged. The rest is left alone: neither stored, saved
-            nor exchanged.
-        process_group: the ranks that the model is spread over; default: all. All averages of one group share one of
-            ours, so every rank makes their collective calls in the same order.
-        use_buffers: average floating-point buffers as well. Otherwise, and integer ones always, they are copied. Each
-            rank has its own buffers' average; states have the first rank's.
-        share_replicas: cut what several ranks hold alike over these ranks, also where it is sharded.
-        nonfinite: ``"propagate"``; ``"raise"`` and ``"skip"`` leave the average as it was, on all ranks, when a
-            parameter holds a NaN or an infinity on one, at the cost of one more read and an all-reduce of one flag.
+        include: ``include(name, param) -> bool`` picks the parameters to average. The others are not stored, saved or
+            exchanged.
+        process_group: the ranks over which the model is spread; default: all. All averages of one group share one
+            process group of ours, so all ranks must make their collective calls in the same order.
+        use_buffers: average floating-point buffers too. By default all buffers are copied; integer ones always are.
+            Each rank averages its own buffers; a state has those of the first rank.
+        share_replicas: cut shards that several ranks hold alike, evenly over these ranks.
+        nonfinite: ``"propagate"``. ``"raise"`` and ``"skip"`` change nothing on any rank if a parameter holds a NaN or
+            an infinity on one of them. This reads the params once more, and all-reduces one flag.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: there is no process group; an argument is none of the above; ranks disagree on names, shapes,
-            placements or arguments, or hold different bits of what they should hold alike. It names the difference.
-        NotImplementedError: a parameter's dtype (float8, say) cannot be averaged; ``include`` may leave it out.
-        RuntimeError: construction failed on another rank, which is named; or a rank was lost.
+        TypeError: ``model`` is not a module, or another argument has a wrong type.
+        ValueError: there is no process group; an argument has a value not listed above; or ranks differ in names,
+            shapes, placements, arguments, or bits that they should hold alike. The message names the difference.
+        NotImplementedError: a parameter's dtype, such as float8, cannot be averaged. ``include`` can leave it out.
+        RuntimeError: construction failed on another rank, which the message names; or a rank was lost.
 
     Paper: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407.
 
@@ -105,7 +105,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
     # Construction
 
     def _construct(self, model: Module, rule: Rule | None, include: Callable[[str, Tensor], bool] | None) -> None:
-        """Make the average, step by step with the other ranks. Collective."""
+        """Construct the average in steps that all ranks take together. Collective."""
         with self._ranks.settled("ShardedAveragedModel"):
             check_format(self.format)
             checks.check_nonfinite(self.nonfinite)
@@ -124,13 +124,13 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         self._spreads = construction.make_spreads(self._shares, self._ranks)
         with self._ranks.settled("ShardedAveragedModel"):
             plan, params, planes = self._bind(model)
-            plan.update(params, planes, [self.rule])  # the first one copies; it does not count
+            plan.update(params, planes, [self.rule])  # the first update copies; do not count it
             self.n_averaged.zero_()
 
     def _set_up(self, model: Module, include: Callable[[str, Tensor], bool] | None) -> dict[str, Held]:
-        """Find out what this rank holds and averages, and make room for it."""
+        """Find what this rank holds, share it out, and make the planes. Return what it holds, by name."""
         found = {held.holding.name: held for held in find_holdings(model, self._ranks.ranks, self._meshes)}
-        # What the user finds in the model; of a flat param, this rank's part.
+        # Pass `include` the tensors that the user finds in the model, but of a flat param this rank's shard.
         params = {
             name: held.found_in if isinstance(held.found_in, Tensor) else held.local
             for name, held in found.items()
@@ -160,18 +160,18 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
     def swapped_into(self, model: Module) -> Iterator[Module]:
         """Run ``model`` on the averages: ``with averaged.swapped_into(model): evaluate(model)``.
 
-        Shards and averages change places in place where the dtypes agree, otherwise this rank's part of the params is
-        set aside; params that each rank holds whole come through an all-gather in windows, there and back. FSDP modules
-        are resharded on the way in and out. The body must not train the model.
+        Params and averages are exchanged in place if the dtypes agree. Otherwise this rank's part of the params is
+        copied aside and overwritten. Params that are cut are then all-gathered in windows, on entering and on leaving.
+        FSDP modules are resharded at both. Do not train the model in the body.
 
-        Collective where params are cut. On leaving, after an exception too, everything changes back. If a rank is lost
-        meanwhile, the averages and this rank's own part of the params are whole; of params that are cut the rest is
-        not, and the error says so.
+        Collective if params are cut. On leaving, after an exception too, everything changes back. If a rank is lost,
+        this rank's averages and its own part of the params are whole. The other parts of cut params may not be, and the
+        error says so.
 
         Raises:
             TypeError, ValueError: as :meth:`update_parameters`; nothing has changed.
-            RuntimeError: the averages are already swapped in; a rank was lost; or, on leaving, a parameter was moved to
-                other memory, and is named. Meanwhile updates, :meth:`state_dict` and :meth:`load_state_dict` raise it.
+            RuntimeError: the averages are swapped in already; a rank was lost; or, on leaving, a parameter has moved to
+                other memory, and is named. Inside the body, updates and calls for states raise it too.
         """
         swap = None
         self._guard.settle("swapped_into")
@@ -193,11 +193,11 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
 
     @torch.no_grad()
     def copy_to(self, model: Module) -> None:
-        """Copy averages and buffers into ``model``, each rounded once to its dtype. Collective where params are cut.
+        """Copy averages and buffers into ``model``, each rounded once to the param's dtype. Collective if any is cut.
 
         Raises:
-            TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed. A RuntimeError for a
-                lost rank says which params are not whole.
+            TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed.
+            RuntimeError: a rank was lost. The message says which params are not whole.
         """
         self._guard.settle("copy_to")
         with self._guard.locked(), self._ranks.lock:
@@ -210,9 +210,9 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
 
     @contextmanager
     def _meet(self, action: str, model: Module) -> Iterator[tuple[Bound, dict[str, Held]]]:
-        """Yield what is to be written into ``model``, and what the spreads need, with FSDP's shards in place.
+        """Yield the plan for ``model`` and the tensors that spreads need, with FSDP's shards in place.
 
-        Where params are cut all ranks take part, so what one of them cannot do, here or in the body, raises on each.
+        Collective if params are cut: an error on one rank, here or in the body, then raises on all.
         """
         with self._ranks.settled(action, self._number) if self._spreads else nullcontext():
             self._guard.refuse_while_swapped(action)
@@ -223,15 +223,15 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
     # State
 
     def state_dict(self, *, checksums: bool = True) -> dict[str, Tensor]:
-        """Give copies of this rank's averages, ready for ``torch.distributed.checkpoint``. Collective.
+        """Return copies of this rank's averages, ready for ``torch.distributed.checkpoint``. Collective.
 
         Keys are those of :class:`~swafast.FusedAveragedModel`: ``n_averaged``, ``module.<name>`` and
-        ``<plane>.<name>``. Sharded params are DTensors; cuts and FSDP1's are :class:`PartTensor`, under the original
-        names and shapes, so that any number of ranks may load them; what has no dimensions is whole on each rank.
-        ``checksum.<key>`` and ``save_id`` let :meth:`load_state_dict` verify what it gets.
+        ``<plane>.<name>``. Sharded params are DTensors. Cut params and FSDP1's are :class:`PartTensor`, with original
+        names and shapes, so that any number of ranks can load them. Tensors without dimensions are whole on each rank.
+        With ``checksum.<key>`` and ``save_id``, :meth:`load_state_dict` verifies the values.
 
         Args:
-            checksums: leave these out, to load a checkpoint that lacks them: one of an unsharded average.
+            checksums: pass False to load a checkpoint without checksums, such as one of an unsharded average.
 
         Raises:
             RuntimeError: the averages are swapped into a model, here or on another rank; or a rank was lost.
@@ -240,16 +240,16 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
             return checkpoint.make_state(self._entries(), self.n_averaged, self._ranks, checksums=checksums)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over a state: take this rank's parts, verify them with all ranks, then write. Collective.
+        """Load a state: take this rank's parts, verify them with all ranks, then write them. Collective.
 
-        Takes what :meth:`state_dict` gives, once ``torch.distributed.checkpoint.load`` has filled it, and whole tensors
-        such as those of :meth:`full_state_dict` and :class:`~swafast.FusedAveragedModel`. Without ``checksum.<key>`` in
-        it values are taken as they are.
+        Pass a result of :meth:`state_dict` that ``torch.distributed.checkpoint.load`` has filled, or whole tensors, as
+        of :meth:`full_state_dict` and :class:`~swafast.FusedAveragedModel`. If it has no ``checksum.<key>``, values are
+        not verified.
 
         Raises:
             TypeError, ValueError: keys, shapes, dtypes or placements do not match, or the values are not those that
-                were saved; it names the key, and nothing has changed on any rank.
-            RuntimeError: the same on another rank; the averages are swapped into a model; or a rank was lost.
+                were saved. The message names the key, and nothing has changed on any rank.
+            RuntimeError: the load failed on another rank; the averages are swapped into a model; or a rank was lost.
         """
         with self._guard.hold("load_state_dict", self._ranks):
             with self._ranks.settled("load_state_dict"):
@@ -259,14 +259,14 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
             checkpoint.commit(pending, self.n_averaged)
 
     def full_state_dict(self, *, rank0_only: bool = False, cpu_offload: bool = False) -> dict[str, Tensor]:
-        """Give whole tensors under the keys of :class:`~swafast.FusedAveragedModel`. Collective.
+        """Return whole tensors under the keys of :class:`~swafast.FusedAveragedModel`. Collective.
 
-        With ``format="float32"`` or a float32 model, torch's ``AveragedModel`` loads it; with further planes it does
-        with ``strict=False``.
+        torch's ``AveragedModel`` loads the averages of ``format="float32"`` or of a float32 model. If a format has
+        further planes, pass it ``strict=False``.
 
         Args:
-            rank0_only: only the first rank of the group gets them, the others an empty dict.
-            cpu_offload: move each to the CPU as soon as it is whole.
+            rank0_only: return the tensors on the first rank of the group only, and an empty dict on the others.
+            cpu_offload: move each tensor to the CPU as soon as it is whole.
 
         Raises:
             RuntimeError: the averages are swapped into a model, here or on another rank; or a rank was lost.

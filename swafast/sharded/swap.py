@@ -1,4 +1,4 @@
-"""The exchange of a model's params with averages that are spread over ranks, and its way back."""
+"""The exchange of a sharded model's params with their averages, there and back."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from .parts.spread import Spread
 from .shard_matching import Bound
 
 NOT_WHOLE = (
-    "this rank's averages are whole, and so is its own part of the params; the params that other ranks average are "
-    "not: take them from a checkpoint"
+    "this rank's averages and its own part of the params are whole; the params that other ranks average are not: load "
+    "them from a checkpoint"
 )
 
 
 class Swap(Exchange):
-    """One use of ``swapped_into``: shards change places where they lie, cut params come by way of all that hold them.
+    """One use of ``swapped_into``: each rank exchanges its own part, then cut params are spread to all their ranks.
 
-    What a rank sends is what stands in its own part of the params: the averages once they are there, and the params
-    again once they are back. So no rank keeps a copy of what others average.
+    A rank sends the values in its own part of the params: the averages on the way there, the params on the way back.
+    So no rank keeps a copy of the params that others average.
     """
 
     def __init__(self, model: Module, bound: Bound, spreads: Sequence[Spread], held: Mapping[str, Held]) -> None:
         plan, views, planes = bound
         super().__init__(plan, views, planes, views.bases)
-        # `held` has the memory of now: what the body puts in its place on one rank is no other's to receive.
+        # `held` keeps the current memory. If the body replaces a tensor on one rank, others must not get its values.
         self._model, self._views, self._spreads, self._held = model, views, spreads, held
-        self._all_there = False  # as long as they are not, no peer is met on the way back
+        self._all_there = False  # while False, back() runs no collective
 
     def spread(self) -> None:
-        """Put the averages of all ranks into all params, once every rank has put its own there.
+        """Spread all averages into the params of all ranks. Each rank must have called :meth:`there` before.
 
         Raises:
-            LostPeerError: a rank is gone; it says so where params of other ranks were written by then.
+            LostPeerError: a rank was lost. The message says so if params are not whole.
         """
         spread_all(self._spreads, self._held, "swapped_into could not put all averages into the model")
         self._all_there = True
 
     def back(self) -> None:
-        """Put the params back, this rank's own part and its averages whatever happens to the others.
+        """Put the params back: this rank's own part and its averages in any case, then the parts of other ranks.
 
         Raises:
-            RuntimeError: a rank is gone, or a param was moved to other memory meanwhile.
+            RuntimeError: a rank was lost, or a param has moved to other memory meanwhile.
         """
         try:
             private.end_forward(self._model)
@@ -57,7 +57,7 @@ class Swap(Exchange):
             try:
                 super().back()
             except (KeyboardInterrupt, SystemExit):
-                super().back()  # the rest of the way
+                super().back()  # what the interrupt has left
                 raise
             finally:
                 if self._all_there:
@@ -71,14 +71,14 @@ class Swap(Exchange):
 
 
 def spread_all(spreads: Sequence[Spread], held: Mapping[str, Held], failed: str, *, torn: bool = False) -> None:
-    """Run all spreads, and say so if that leaves params in which neither all of one nor all of the other stands.
+    """Run all spreads. If one fails and params are not whole afterwards, the error's message says so.
 
     Args:
-        failed: what to say then.
-        torn: whether that is so even when nothing has come from another rank.
+        failed: the beginning of that message.
+        torn: whether params are not whole if nothing was received from other ranks either.
 
     Raises:
-        LostPeerError: a rank is gone. An interrupt stays one, and says the same.
+        LostPeerError: a rank was lost. An interrupt keeps its type and has the same message.
     """
     done = 0
     try:

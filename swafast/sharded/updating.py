@@ -1,4 +1,4 @@
-"""Updates of averages of a model that is spread over ranks, called or by `attach`."""
+"""Updates of a sharded model's averages, by `update_parameters` or by `attach`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from .shard_matching import Bound, ShardSide, Staging, bind_shards
 
 
 class Flag:
-    """What makes a flag that is set on one rank so on all: a :class:`~swafast.backends.contract.ReduceFlag`.
+    """Sets a flag on all ranks if it is set on one: a :class:`~swafast.backends.contract.ReduceFlag`.
 
-    The number of the averaged model goes round in the same element: flags of two averages that ranks update in
-    different orders must not be taken for each other.
+    The averaged model's number is sent in the same element, so that no rank takes the flag of another average for its
+    own, if ranks update averages in different orders.
 
     Args:
         number: from :meth:`Ranks.next_number`.
@@ -40,16 +40,16 @@ class Flag:
         return reduced
 
     def __call__(self, flag: Tensor) -> None:
-        """Collective. Where it is the flag of another average on another rank, it is set: nothing is updated then."""
+        """Set ``flag`` if any rank has set it, or if it meets another average's flag of a larger number. Collective."""
         if self._ranks.size > 1:
             reduced = self._reduced(flag)
             flag.copy_(torch.where(reduced >> 1 == self._number, reduced & 1, 1))
 
     def anywhere(self, found: bool, device: torch.device) -> bool:
-        """Return whether any rank has found it. Collective.
+        """Return whether ``found`` is true on any rank. Collective.
 
         Raises:
-            RuntimeError: on some rank: another one was in the update of another average.
+            RuntimeError: another rank was in the update of another average. At least one rank raises it.
         """
         if self._ranks.size == 1:
             return found
@@ -58,15 +58,15 @@ class Flag:
             if number != self._number:
                 raise RuntimeError(
                     "ranks must update averages that share a process group in one order, got another average on "
-                    "another rank: give each thread averages of a process group of its own"
+                    "another rank: if threads update averages, give each thread a process group of its own"
                 )
         return bool(is_set)
 
 
 class AttachableShards(Attachable):
-    """Averages of what this rank owns: an update is bound to the shards, before a forward gathers them.
+    """Base class of averages of shards. An overlapped update binds the shards before a forward gathers the params.
 
-    To attach is collective: ranks that updated after other steps would end with shards of other averages.
+    ``attach`` is collective, since ranks that update after different steps would hold shards of different averages.
     """
 
     _bindings = MadeOnUse[Bindings](lambda self: Bindings())
@@ -74,17 +74,17 @@ class AttachableShards(Attachable):
 
     @disable_dynamo
     def update_parameters(self, model: Module) -> None:
-        """Move this rank's averages towards ``model``'s parameters in one pass and count the update.
+        """Move this rank's averages towards ``model``'s parameters in one pass, and count the update.
 
-        The first one copies. No collective, unless ``nonfinite`` asks for its one flag, and nothing is read back to the
-        host.
+        The first update copies. With the default ``nonfinite`` it is not collective, and with a rule of this package
+        the host then does not wait for a GPU.
 
         Raises:
-            TypeError: ``model`` is no module.
-            ValueError: names, shapes, kinds of dtype, meshes or placements are not those at construction; or, with
-                ``nonfinite="raise"``, a parameter holds a NaN or an infinity on some rank. It names the parameter, and
-                nothing has changed.
-            RuntimeError: averages are swapped into a model.
+            TypeError: ``model`` is not a module.
+            ValueError: names, shapes, kinds of dtype, meshes or placements are not those of the construction; or, with
+                ``nonfinite="raise"``, a parameter holds a NaN or an infinity on some rank. The message names the
+                parameter, and nothing has changed.
+            RuntimeError: averages are swapped into a model; or, with ``"raise"`` or ``"skip"``, a rank was lost.
         """
         with self._guard.hold("update_parameters"):
             self._update(self._bind(model))
@@ -93,7 +93,7 @@ class AttachableShards(Attachable):
         return bind_shards(self._bindings, model, self._updated, staging)
 
     def _update(self, bound: Bound) -> None:
-        """Update what is bound, by the thread that holds the averages."""
+        """Run an update of a bound plan. The calling thread holds the averages."""
         plan, params, planes = bound
         if self.nonfinite == "raise":
             self._refuse_nonfinite(plan, params)
@@ -101,18 +101,18 @@ class AttachableShards(Attachable):
         plan.update(params, planes, rules, skip_nonfinite=skip, reduce_flag=self._flag if skip else None)
 
     def _refuse_nonfinite(self, plan: Plan, params: Sequence[Tensor]) -> None:
-        """Raise ValueError on every rank, naming a param with a NaN or an infinity on one of them. Collective."""
+        """Raise ValueError on every rank if a param on one of them holds a NaN or an infinity; name it. Collective."""
         name = plan.first_nonfinite(params)
         if self._flag.anywhere(name is not None, self._updated[0].n_averaged.device):
             names = zip(self._ranks.ranks, self._ranks.gather(name), strict=True)
             rank, first = next((rank, name) for rank, name in names if name is not None)
             raise ValueError(
-                f"{first!r} must be finite, got a NaN or an infinity on rank {rank}; the average is as it was"
+                f"{first!r} must be finite, got a NaN or an infinity on rank {rank}; the average has not changed"
             )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the averages and buffers that this rank keeps."""
+        """The bytes of all averages and buffers on this rank."""
         all_planes = (planes for side in self._updated for planes in side._planes.values())
         return sum(plane.nbytes for planes in all_planes for plane in planes)
 
@@ -133,8 +133,8 @@ class AttachableShards(Attachable):
             raise NotImplementedError("offload must be None for a model that is spread over ranks, got 'cpu'")
         if self.nonfinite != "propagate":
             raise ValueError(
-                f"overlap must be False with nonfinite={self.nonfinite!r}, got True: what ranks settle in an update "
-                "would meet the collectives of the next forward"
+                f"overlap must be False with nonfinite={self.nonfinite!r}, got True: the update's all-reduce "
+                "would mix with the collectives of the next forward"
             )
         staging = Staging()
 
@@ -154,4 +154,4 @@ class AttachableShards(Attachable):
         _number: int
 
         @property
-        def _updated(self) -> Sequence[ShardSide]: ...  # what an update moves: this average, or several
+        def _updated(self) -> Sequence[ShardSide]: ...  # the averages that an update moves, one or several

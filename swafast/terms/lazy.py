@@ -12,8 +12,8 @@ T = TypeVar("T")
 def imported_on_use(package: str, places: Mapping[str, str]) -> Callable[[str], Any]:
     """Return a ``__getattr__`` for a package (PEP 562) that imports each name on first use.
 
-    If a package imports its modules at once, two threads that import parts of it can wait for each other. Python then
-    breaks the deadlock with half-initialised modules.
+    If a package imported its modules at once, two threads that import parts of it could wait for each other. Python
+    then breaks the deadlock with half-initialised modules.
 
     Args:
         places: for each name, the module of the package that defines it; for a module, its own name.
@@ -35,10 +35,10 @@ def imported_on_use(package: str, places: Mapping[str, str]) -> Callable[[str], 
 
 
 class MadeOnUse(Generic[T]):
-    """An attribute that is made when it is first asked for, once for all threads.
+    """An attribute that is made on its first use, once for all threads.
 
-    An object may come without its ``__init__``, as a subclass or a copy. Afterwards the attribute is found in the
-    object's own dict, without a call of Python.
+    It needs no ``__init__``, which copies and some subclasses do not call. After the first use it is in the object's
+    own dict, so that reading it calls no Python function.
     """
 
     def __init__(self, make: Callable[[Any], T]) -> None:
