@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 # What a program is given to write down what it has, after an interrupt.
 GRACE_S = 8.0
+# How often whoever waits for a program looks at what it has written.
+TICK_S = 1.0
+PR_SET_PDEATHSIG = 1
 # Kept of a log: its beginning and its end.
 LOG_CHARS = 150_000
 # A path, less the folders that say where on a machine it is; not the slash of "3 of 4/s".
@@ -23,7 +28,7 @@ _FOLDERS = re.compile(r"(?<![\w.\-/])/(?:[\w.+~@=\-]+/)+(?=[\w.+~@=<\-])")
 
 
 class Budget:
-    """The time of a whole run, from which each part takes what it may without starving those after it."""
+    """The time of a whole run. Each part takes of it what it may, and leaves what its end needs."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
@@ -32,7 +37,7 @@ class Budget:
         return self._end - time.monotonic()
 
     def grant(self, wanted_s: float, kept_s: float) -> float:
-        """Give ``wanted_s``, or what is there beyond ``kept_s``; never less than nothing."""
+        """Return ``wanted_s``, or what is left beyond ``kept_s``; never less than 0."""
         return max(0.0, min(wanted_s, self.left_s() - kept_s))
 
 
@@ -50,30 +55,43 @@ class Finished:
 
     @property
     def why(self) -> str:
-        """Say in one line how it failed."""
+        """Return in one line how it failed."""
         ended = f"stopped after {self.seconds:.0f} s" if self.timed_out else f"ended with code {self.code}"
         return f"{ended}: {self.last_line}" if self.last_line else ended
 
 
-def run_program(command: Sequence[str], limit_s: float, env: Mapping[str, str] | None = None) -> Finished:
-    """Run ``command`` in the clone for at most ``limit_s``: then it is interrupted, and at last killed."""
+def run_program(
+    command: Sequence[str],
+    limit_s: float,
+    env: Mapping[str, str] | None = None,
+    tick: Callable[[], object] = lambda: None,
+) -> Finished:
+    """Run ``command`` in the clone for at most ``limit_s``: then it is interrupted, and at last killed.
+
+    Args:
+        tick: called every TICK_S meanwhile.
+    """
     start = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **(env or {})}
     try:
         # A group of its own, so that what it started goes with it.
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL, text=True, errors="replace", start_new_session=True,
-            preexec_fn=_heed_interrupts,
+            stdin=subprocess.DEVNULL, text=True, errors="replace", start_new_session=True, preexec_fn=_prepare_child,
         )  # fmt: skip
     except OSError as error:
         return Finished(127, 0.0, f"{command[0]}: {error.strerror}")
-    timed_out = False
+    timed_out, output = False, None
     try:
-        output = process.communicate(timeout=limit_s)[0]
-    except subprocess.TimeoutExpired:
-        timed_out = True
-        output = _interrupt(process)
+        while output is None:
+            left = start + limit_s - time.monotonic()
+            try:
+                output = process.communicate(timeout=max(0.0, min(TICK_S, left)))[0]
+            except subprocess.TimeoutExpired:
+                tick()
+                if left <= TICK_S:
+                    timed_out = True
+                    output = _interrupt(process)
     finally:
         # What it left running, as compilers' workers are, goes too.
         with suppress(ProcessLookupError, PermissionError):
@@ -81,13 +99,15 @@ def run_program(command: Sequence[str], limit_s: float, env: Mapping[str, str] |
     return Finished(process.returncode, time.monotonic() - start, output, timed_out)
 
 
-def _heed_interrupts() -> None:
-    """Undo what a shell does to programs in its background: they are started with interrupts ignored."""
+def _prepare_child() -> None:
+    """Heed interrupts, which a shell's background programs ignore, and end with this process (Linux, prctl(2))."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _interrupt(process: subprocess.Popen[str]) -> str:
-    """Ask the program to end, kill its whole group if it does not, and give its output."""
+    """Ask the program to end, kill its whole group if it does not, and return its output."""
     with suppress(ProcessLookupError):
         os.kill(process.pid, signal.SIGINT)
     try:
@@ -98,8 +118,15 @@ def _interrupt(process: subprocess.Popen[str]) -> str:
         return process.communicate()[0]
 
 
+def find_tool(name: str) -> str | None:
+    """Return a program of the CUDA toolkit on PATH, under CUDA_HOME, or where the toolkit usually is."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = [os.environ.get("PATH", ""), *(str(Path(home) / "bin") for home in homes if home)]
+    return shutil.which(name, path=os.pathsep.join(places))
+
+
 def scrub(text: str) -> str:
-    """Take out of ``text`` what names a machine: folders from the root on, and the host."""
+    """Remove from ``text`` what names a machine: folders from the root on, and the host."""
     text = text.replace(f"{ROOT}{os.sep}", "").replace(str(ROOT), ".")
     text = _FOLDERS.sub("", text)
     host = socket.gethostname()
