@@ -160,13 +160,13 @@ def full_block(report: Report) -> str:
         against = f"{best.seconds / ours.seconds:.1f}x"
         rows.append((_name(ours), default, _ms(best), _ms(find(group, names.FOREACH)), _ms(ours), against, share))
     header = (
-        "update of | torch's class, ms | torch's best way, ms | `_foreach_lerp_`, ms | swafast, ms | against the best "
+        "update of | torch's class | torch's best way | `_foreach_lerp_` | swafast | against the best "
         "| of one flat `lerp_`"
     )
     return markdown(
         header,
         rows,
-        f"Medians of one run of {origin(report)}.",
+        f"Milliseconds: medians of one run of {origin(report)}.",
         "*torch's class*: `torch.optim.swa_utils.AveragedModel` as it comes; its bf16 average freezes. *torch's best "
         "way*: for fp32 the class with `multi_avg_fn=get_ema_multi_avg_fn(...)`; for bf16 the faster of the two loops "
         "that keep a float32 average, `mul_().add_()` and `lerp_(p.float())`. *`_foreach_lerp_`*: alone over lists, "
