@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,9 @@ def test_every_provider_of_a_case_is_timed_beside_a_copy(tmp_path: Path) -> None
     for row in rows:
         assert row.status == "ok", row
         assert share_of_copy(row, [each for each in rows if each.key == row.key])
-    one, three = (next(r for r in rows if r.provider == "swafast cpu" and r.group == g) for g in ("exact", "float32 x3"))
+    one, three = (
+        next(r for r in rows if r.provider == "swafast cpu" and r.group == g) for g in ("exact", "float32 x3")
+    )
     assert (one.counted_bytes, three.counted_bytes) == (10 * 300_000, (4 + 8 * 3) * 300_000)
     assert one.counted_bytes == 300_000 * moved_bytes(torch.bfloat16, "exact")
     assert one.error is not None
@@ -229,7 +231,9 @@ def test_the_parts_come_in_their_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("killed", range(len(names_of(make_run(Path("/tmp/parts"))))))
-def test_a_kill_in_any_part_leaves_what_was_measured(killed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_kill_in_any_part_leaves_what_was_measured(
+    killed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """The part under way has found a row, and hangs: that row is there too."""
     run = make_run(tmp_path)
     known, ready = names_of(run), tmp_path / "ready"
@@ -268,7 +272,9 @@ def test_a_part_that_fails_or_hangs_is_recorded_and_the_run_goes_on(tmp_path: Pa
     run = make_run(tmp_path, seconds=30.0)
 
     def hang(name: str, limit_s: float) -> None:
-        done = run.start([sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"], 1.0, "bench.log")
+        done = run.start(
+            [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"], 1.0, "bench.log"
+        )
         run.note(name, "failed", done.why, done.seconds)
 
     def fail(name: str, limit_s: float) -> None:

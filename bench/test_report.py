@@ -53,7 +53,9 @@ def report() -> Report:
         row("gpt2_medium", "bfloat16", names.FLAT_LERP, 0.07),
         Row("3000x64", "3000x64", "float32", names.OURS, 1, 1, 12, status="wrong", reason="off"),
         row("gpt2_medium", "float32", "float32", 0.1, group=names.FORMATS, held_bytes=400),
-        replace(row("gpt2_medium", "float32", "compact", 0.12, group=names.FORMATS, held_bytes=300), counted_bytes=1000),
+        replace(
+            row("gpt2_medium", "float32", "compact", 0.12, group=names.FORMATS, held_bytes=300), counted_bytes=1000
+        ),
         row("gpt2_medium", "float32", names.ONE, 0.1, group=names.SEVERAL),
         replace(row("gpt2_medium", "float32", names.THREE, 0.28, group=names.SEVERAL), counted_bytes=2800),
     ]
@@ -156,7 +158,9 @@ def test_blocks_have_the_medians(report: Report) -> None:
     assert "| gpt2_medium, bf16, `exact` | 100 | 560 |  | 80 | 7.0x | 88% |" in full
     assert "`python -m bench` on some CPU, 2 threads, torch 2.13.0, 2026-01-02" in full
     loop = pages.loop_block(report)
-    assert f"| demo, 1M parameters | {NONE} | 2000 |  |  |  |\n|  | {OVERLAP} | 2100 | 125 | 113 to 137 | 6.0% |\n" in loop
+    assert (
+        f"| demo, 1M parameters | {NONE} | 2000 |  |  |  |\n|  | {OVERLAP} | 2100 | 125 | 113 to 137 | 6.0% |\n" in loop
+    )
     assert "differ from the plain ones in 3 elements" in loop.replace("\n", " ")
     formats = next(block for block in pages.BLOCKS if block.name == "formats").make(report)
     assert "| gpt2_medium, fp32 | compact | 120 | 3 | 10 | 1.20x | 0.83x |" in formats
