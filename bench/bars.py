@@ -10,8 +10,9 @@ from rich.table import Table
 
 from bench import names
 from bench.gpu_bench import DEFAULTS, SEVERAL_COUNT, SEVERAL_ON
+from bench.lookup import baseline, find, grouped, our_row, speed_ratio, time_over_bytes
 from bench.loop import NONE, OVERLAP
-from bench.report import Report, Row, baseline, find, grouped, our_row, speed_ratio, time_over_bytes
+from bench.report import Report, Row
 from bench.sharded import TORCH_MULTI
 from bench.sharded import WORKLOADS as SHARDED_WORKLOADS
 from bench.tables import kind_text, make_table, share_of_copy, warn

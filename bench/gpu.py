@@ -8,16 +8,12 @@ takes its process's device with it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,32 +24,38 @@ from rich.console import Console
 
 from bench import internals, machine, names
 from bench.bars import bars_table, gpu_bars
-from bench.process import ROOT, Budget, Finished, find_tool, run_program, scrub, write_log
-from bench.report import Part, Report, failures, left_out, merged
+from bench.lookup import failures, left_out, merged
+from bench.process import (
+    ROOT,
+    Budget,
+    Finished,
+    find_tool,
+    judge_checker,
+    read_junit,
+    run_program,
+    scrub,
+    version_of,
+    write_log,
+)
+from bench.report import Part, Report
 from bench.tables import gpu_table
 
 # A whole run, and what its end (the picture, the tables) takes of that.
 TOTAL_S, END_S = 505.0, 12.0
 # A measuring process looks at the clock between providers: the time that one may go on beyond it.
-OVERRUN_S = 8.0
+OVERRUN_S = 12.0
 # A dry run's idea of an L2 cache, so that it rotates and fills too.
 DRY_L2_BYTES = 1 << 18
 # For the samples of the training loop.
 LOOP_SAMPLES_S = 18.0
 LOGS = ("build.log", "tests.log", "checks.log", "bench.log")
-WIDTH, LINES_SHOWN, FAILURES_SHOWN = 110, 12, 20
+WIDTH, LINES_SHOWN = 110, 12
 # The architecture of a dry run: that of the H100 and H200.
 DRY_ARCHITECTURE = "90"
 # The tests of waiting and of graphs come first: what they show is shown nowhere else.
 FIRST_TESTS = "wait or sync or graph or replay or captur"
 # Our kernels, CUDA's and Triton's, by a part of their names. torch's are checked by torch.
 KERNELS = ("update_kernel", "exchange_kernel", "nonfinite_kernel")
-# How compute-sanitizer says that it does not run here, not that it found something.
-REFUSAL = re.compile(r"^=+\s*(.*not supported.*)$", re.MULTILINE)
-FINDING = re.compile(
-    r"^=+\s*((?:Invalid|Uninitialized|Program hit|Misaligned|Error: Race|Warning: Race).*)$", re.MULTILINE
-)
-SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
 
 
 def sees_gpu() -> bool:
@@ -102,7 +104,7 @@ class Run:
             ("facts", 20.0, self.facts),
             ("build", 100.0, self.build),
             (f"bits of {first}", 25.0, self.bits_of(first)),
-            ("largest", 35.0, self.measuring("largest", first)),
+            ("largest", 40.0, self.measuring("largest", first)),
             ("small", 45.0, self.measuring("small", first)),
             (f"bits of {second}", 40.0, self.bits_of(second)),
             (f"times of {second}", 45.0, self.measuring("ours", second)),
@@ -127,9 +129,8 @@ class Run:
         for name, limit_s, work in self.parts():
             kept = 0.0 if name == "picture" else END_S
             granted = self.budget.grant(limit_s, kept)
-            sys.stderr.write(
-                f"{time.monotonic() - self._began:4.0f} s: {name}\n"
-            )  # a run is silent for minutes otherwise
+            # A run is silent for minutes otherwise.
+            sys.stderr.write(f"{time.monotonic() - self._began:4.0f} s: {name}\n")
             start = time.monotonic()
             try:
                 if granted <= 0 and name != "picture":
@@ -185,10 +186,10 @@ class Run:
         about = self.report.environment
         device = torch.device("cpu") if self.dry else torch.device("cuda", 0)
         if not self.dry:
-            about.update(gpu_facts())
+            about.update(machine.gpu_facts())
             self.l2_bytes, self.architecture = about["l2_bytes"], about["architecture"]
         about.update(machine.environment(device, self.command, backend=not self.checks))
-        about["source_sha256"] = source_digest()
+        about["source_sha256"] = machine.source_digest(ROOT)
         self.note(name, "ok", str(about.get("gpu") or about["device_name"]))
 
     def build(self, name: str, limit_s: float) -> None:
@@ -222,7 +223,7 @@ class Run:
         generator = "Ninja" if shutil.which("ninja") else "Unix Makefiles"
         configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", generator, "-DCMAKE_BUILD_TYPE=Release"]
         configure.append(f"-DSWAFAST_CUDA_ARCHITECTURES={self.architecture}")
-        facts = {"configure": scrub(" ".join(configure)), "compiler": version_of(nvcc), "cmake": version_of(cmake)}
+        facts = {"configure": scrub(" ".join(configure)), "compiler": version_of(nvcc)}
         done = self.start(configure, limit_s, "build.log", {"CUDACXX": nvcc})
         if done.code == 0:
             compile_it = [cmake, "--build", str(folder), "--parallel", "--verbose"]
@@ -281,22 +282,10 @@ class Run:
         """Return the part that runs the tests for a GPU that ``which`` names; a dry run only collects them."""
 
         def run_tests(name: str, limit_s: float) -> None:
-            command = [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-m",
-                "gpu",
-                "-k",
-                which,
-                "-p",
-                "no:cacheprovider",
-                "tests",
-                "bench",
-            ]
+            command = [sys.executable, "-m", "pytest", "tests", "bench", "-m", "gpu", "-k", which]
             junit = self.work / "junit.xml"
             junit.unlink(missing_ok=True)
-            command.append("--continue-on-collection-errors")
+            command += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
             command += ["--collect-only", "-q"] if self.dry else [f"--junitxml={junit}"]
             done = self.start(command, limit_s, "tests.log")
             if self.dry:
@@ -345,90 +334,6 @@ class Run:
 
 def named(backends: Sequence[str]) -> list[str]:
     return [option for backend in backends for option in ("--backend", backend)]
-
-
-def judge_checker(tool: str, done: Finished) -> Part:
-    """Return what a memory checker's output means."""
-    summary = SUMMARY.search(done.output)
-    errors = int(next(filter(None, summary.groups()), 0)) if summary is not None else 0
-    refusal = REFUSAL.search(done.output)
-    first = [scrub(found) for found in FINDING.findall(done.output)[:5]]
-    status, detail = "ok", "0 errors"
-    if refusal is not None:
-        status, detail = "not run", f"the tool refuses: {scrub(refusal.group(1))}"
-    elif errors or first:
-        status, detail = "failed", f"{errors} errors: {first[0] if first else 'see checks.log'}"
-    elif done.timed_out:
-        status, detail = "not run", f"it was not done after {done.seconds:.0f} s"
-    elif summary is None:
-        status, detail = "not run", f"the tool gave no summary: it {done.why}"
-    elif done.code != 0:
-        status, detail = "failed", f"no error of memory, but the program {done.why}"
-    return Part(tool, status, detail, done.seconds, {"errors": errors, "first": first})
-
-
-def read_junit(path: Path) -> tuple[dict[str, int], list[str]]:
-    """Return pytest's counts, and the names of what failed with the first line why."""
-    if not path.is_file():
-        return {}, []
-    counts, failing = {"passed": 0, "failed": 0, "errors": 0, "skipped": 0}, []
-    for case in ElementTree.parse(path).iter("testcase"):
-        results = {child.tag: child for child in case}
-        bad = next((results[tag] for tag in ("failure", "error") if tag in results), None)
-        if bad is not None:
-            counts["failed" if bad.tag == "failure" else "errors"] += 1
-            why = (bad.get("message") or "").strip().splitlines() or [""]
-            failing.append(scrub(f"{case.get('classname')}::{case.get('name')}: {why[0][:200]}"))
-        else:
-            counts["skipped" if "skipped" in results else "passed"] += 1
-    return counts, failing[:FAILURES_SHOWN]
-
-
-def version_of(program: str) -> str:
-    """Return the line of ``--version`` that holds it."""
-    lines = run_program([program, "--version"], 20.0).output.splitlines()
-    wanted = [line for line in lines if "release" in line or "version" in line]
-    return f"{Path(program).name}: {scrub(wanted[0].strip())}" if wanted else Path(program).name
-
-
-def gpu_facts() -> dict[str, Any]:
-    """Describe the GPU, and nothing that tells one machine from another of its kind."""
-    about = torch.cuda.get_device_properties(0)
-    free, total = torch.cuda.mem_get_info(0)
-    return {
-        "gpu": about.name,
-        "compute_capability": f"{about.major}.{about.minor}",
-        "architecture": f"{about.major}{about.minor}",
-        "l2_bytes": about.L2_cache_size,
-        "multiprocessors": about.multi_processor_count,
-        "memory_bytes": total,
-        "free_bytes": free,
-        "driver": driver_version(),
-        "cuda_runtime": torch.version.cuda,
-    }
-
-
-def driver_version() -> str | None:
-    try:
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        lines = subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.split()
-        if lines:
-            return lines[0]
-        text = Path("/proc/driver/nvidia/version").read_text()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
-    return found.group() if found else None
-
-
-def source_digest() -> str:
-    """Hash the measured sources: it tells a copy of the tree without git from another one."""
-    state = hashlib.sha256()
-    for folder in ("csrc", "swafast"):
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh"):
-                state.update(f"{path.relative_to(ROOT).as_posix()}\n".encode() + path.read_bytes())
-    return state.hexdigest()
 
 
 def problems_of(report: Report) -> list[str]:

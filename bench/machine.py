@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -126,3 +127,38 @@ def available_bytes(device: torch.device) -> int:
         pass
     # Not Linux: half of all memory is a guess that leaves the machine usable.
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def gpu_facts() -> dict[str, Any]:
+    """Describe the GPU, and nothing that tells one machine from another of its kind."""
+    about = torch.cuda.get_device_properties(0)
+    free, total = torch.cuda.mem_get_info(0)
+    return {
+        "gpu": about.name,
+        "compute_capability": f"{about.major}.{about.minor}",
+        "architecture": f"{about.major}{about.minor}",
+        "l2_bytes": about.L2_cache_size,
+        "multiprocessors": about.multi_processor_count,
+        "memory_bytes": total,
+        "free_bytes": free,
+        "driver": driver_version(),
+        "cuda_runtime": torch.version.cuda,
+    }
+
+
+def driver_version() -> str | None:
+    try:
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
+
+
+def source_digest(root: Path) -> str:
+    """Hash the measured sources: it tells a copy of the tree without git from another one."""
+    state = hashlib.sha256()
+    for folder in ("csrc", "swafast"):
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh"):
+                state.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
+    return state.hexdigest()

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import names
-from bench.report import Report, Row, baseline, find, grouped, our_row
+from bench.lookup import baseline, find, grouped, our_row
+from bench.report import Report, Row
 from bench.tables import SHORT_DTYPES, STEP_CAPTION, disturbance, milliseconds, pass_figures, percent, step_cells
 
 # Columns of a page: its captions are wrapped before.

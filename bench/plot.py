@@ -20,7 +20,8 @@ from PIL import Image
 
 from bench import names
 from bench.accuracy import DECAYS, EQUAL, STREAMS, TORCH_BF16
-from bench.report import Report, baseline, find, grouped, our_row
+from bench.lookup import baseline, find, grouped, our_row
+from bench.report import Report
 from bench.tables import by_format, kind_text, milliseconds, share_of_copy
 
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"

@@ -10,11 +10,21 @@ import signal
 import socket
 import subprocess
 import time
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.report import Part
+
+FAILURES_SHOWN = 20
+# How compute-sanitizer says that it does not run here, not that it found something.
+REFUSAL = re.compile(r"^=+\s*(.*not supported.*)$", re.MULTILINE)
+FINDING = re.compile(
+    r"^=+\s*((?:Invalid|Uninitialized|Program hit|Misaligned|Error: Race|Warning: Race).*)$", re.MULTILINE
+)
+SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
 ROOT = Path(__file__).parents[1]
 # What a program is given to write down what it has, after an interrupt.
 GRACE_S = 8.0
@@ -142,3 +152,50 @@ def write_log(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(text if text.endswith("\n") else text + "\n")
+
+
+# Verdicts
+
+
+def version_of(program: str) -> str:
+    """Return the line of ``--version`` that holds it."""
+    lines = run_program([program, "--version"], 20.0).output.splitlines()
+    wanted = [line for line in lines if "release" in line or "version" in line]
+    return f"{Path(program).name}: {scrub(wanted[0].strip())}" if wanted else Path(program).name
+
+
+def judge_checker(tool: str, done: Finished) -> Part:
+    """Return what a memory checker's output means."""
+    summary = SUMMARY.search(done.output)
+    errors = int(next(filter(None, summary.groups()), 0)) if summary is not None else 0
+    refusal = REFUSAL.search(done.output)
+    first = [scrub(found) for found in FINDING.findall(done.output)[:5]]
+    status, detail = "ok", "0 errors"
+    if refusal is not None:
+        status, detail = "not run", f"the tool refuses: {scrub(refusal.group(1))}"
+    elif errors or first:
+        status, detail = "failed", f"{errors} errors: {first[0] if first else 'see checks.log'}"
+    elif done.timed_out:
+        status, detail = "not run", f"it was not done after {done.seconds:.0f} s"
+    elif summary is None:
+        status, detail = "not run", f"the tool gave no summary: it {done.why}"
+    elif done.code != 0:
+        status, detail = "failed", f"no error of memory, but the program {done.why}"
+    return Part(tool, status, detail, done.seconds, {"errors": errors, "first": first})
+
+
+def read_junit(path: Path) -> tuple[dict[str, int], list[str]]:
+    """Return pytest's counts, and the names of what failed with the first line why."""
+    if not path.is_file():
+        return {}, []
+    counts, failing = {"passed": 0, "failed": 0, "errors": 0, "skipped": 0}, []
+    for case in ElementTree.parse(path).iter("testcase"):
+        results = {child.tag: child for child in case}
+        bad = next((results[tag] for tag in ("failure", "error") if tag in results), None)
+        if bad is not None:
+            counts["failed" if bad.tag == "failure" else "errors"] += 1
+            why = (bad.get("message") or "").strip().splitlines() or [""]
+            failing.append(scrub(f"{case.get('classname')}::{case.get('name')}: {why[0][:200]}"))
+        else:
+            counts["skipped" if "skipped" in results else "passed"] += 1
+    return counts, failing[:FAILURES_SHOWN]

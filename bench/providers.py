@@ -6,13 +6,8 @@ says so in its note). The loops keep their lists of tensors from call to call, w
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from copy import deepcopy
-from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -96,8 +91,8 @@ class Provider:
     def weight(self, num_averaged: int) -> float:
         return 1 / (num_averaged + 1)
 
-    def each(self) -> Iterator[Tensor]:
-        """Yield the averages at full precision, one at a time, in the order of ``model.parameters()``."""
+    def each(self) -> Iterable[Tensor]:
+        """Return the averages at full precision, in the order of ``model.parameters()``."""
         raise NotImplementedError
 
     def by_rule(self) -> Iterator[tuple[str, Weight, Iterable[Tensor]]]:
@@ -109,7 +104,7 @@ class Provider:
 
     def held(self) -> Iterable[Tensor]:
         """Return the tensors that this provider keeps from update to update."""
-        return list(self.each())
+        return self.each()
 
     def adopt(self, averages: list[Tensor]) -> None:
         """Put float32 averages into memory shared with other providers, where the run would not fit otherwise."""
@@ -121,8 +116,8 @@ class OfModule(Provider):
     def module(self) -> nn.Module:
         raise NotImplementedError
 
-    def each(self) -> Iterator[Tensor]:
-        yield from self.module().parameters()
+    def each(self) -> Iterable[Tensor]:
+        return list(self.module().parameters())
 
     def buffers(self) -> list[Tensor]:
         return list(self.module().buffers())
@@ -133,12 +128,20 @@ class OfModule(Provider):
                 param.data = average
 
 
+class Ema:
+    """The weights of an EMA whose first update copies."""
+
+    def weight(self, num_averaged: int) -> float:
+        return 1.0 if num_averaged == 0 else 1 - DECAY
+
+
 class TorchClass(OfModule):
     name = names.TORCH_CLASS
+    options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.averaged = AveragedModel(model)
+        self.averaged = AveragedModel(model, **self.options)
 
     def update(self) -> None:
         self.averaged.update_parameters(self.model)
@@ -147,17 +150,11 @@ class TorchClass(OfModule):
         return self.averaged.module
 
 
-class TorchEma(TorchClass):
+class TorchEma(Ema, TorchClass):
     """torch's class with its multi-tensor EMA function, the fastest way to use it."""
 
     name = names.TORCH_EMA
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
-
-    def weight(self, num_averaged: int) -> float:
-        return 1.0 if num_averaged == 0 else 1 - DECAY
+    options: ClassVar[dict[str, Any]] = {"multi_avg_fn": get_ema_multi_avg_fn(DECAY)}
 
 
 class TorchClassBf16(TorchClass):
@@ -190,8 +187,8 @@ class Lists(Provider):
     def average_one(self, average: Tensor, param: Tensor, weight: float) -> None:
         raise NotImplementedError
 
-    def each(self) -> Iterator[Tensor]:
-        yield from self.kept
+    def each(self) -> Iterable[Tensor]:
+        return self.kept
 
     def buffers(self) -> list[Tensor]:
         return self.kept_buffers
@@ -237,140 +234,29 @@ class CompiledForeach(Lists):
     # torch 2.13 compiles the weight of a foreach lerp into the code, and compiles again for each other value.
     note = "EMA only: a new weight recompiles"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, compiled: Callable[..., object] | None = None) -> None:
         super().__init__(model)
-        # One code object serves all workloads, and dynamo gives up after eight compilations of it.
-        torch.compiler.reset()
-        self.compiled = torch.compile(torch._foreach_lerp_)
+        if compiled is None:
+            # One code object serves all workloads, and dynamo gives up after eight compilations of it.
+            torch.compiler.reset()
+        self.compiled = compiled or torch.compile(torch._foreach_lerp_)
 
     @classmethod
     def refusal(cls, model: nn.Module) -> str | None:
         count = len(list(model.parameters()))
-        if count > COMPILED_MAX_TENSORS:
-            return f"compiling {count} tensors takes about {0.07 * count:.0f} s; the limit is {COMPILED_MAX_TENSORS}"
-        return None
+        if count <= COMPILED_MAX_TENSORS:
+            return None
+        return f"compiling {count} tensors takes about {0.07 * count:.0f} s; the limit is {COMPILED_MAX_TENSORS}"
 
     @classmethod
     def beside(cls, model: nn.Module, built: Mapping[str, Provider]) -> Provider:
-        before = built.get(cls.name)
-        if not isinstance(before, CompiledForeach):
-            return cls(model)
-        # Not by __init__, which throws away what is compiled.
-        other = object.__new__(cls)
-        Lists.__init__(other, model)
-        other.compiled = before.compiled
-        return other
+        return cls(model, getattr(built.get(cls.name), "compiled", None))
 
     def weight(self, num_averaged: int) -> float:
         return 1 - DECAY
 
     def average(self, weight: float) -> None:
         self.compiled(self.kept, self.params, weight)
-
-
-# Other packages, each with its own defaults. For bf16 params each keeps a float32 average, in the way of its own
-# documentation. Their warm-ups are set aside, so that the gate knows the weights.
-
-
-class ThirdParty(OfModule):
-    """Base: an EMA whose first update copies, from a package that may be missing."""
-
-    param_dtypes = (FP32, BF16)
-    package: ClassVar[str]
-
-    @classmethod
-    def missing(cls) -> str | None:
-        if importlib.util.find_spec(cls.package) is None:
-            return f"no module named {cls.package}"
-        try:
-            cls.library()
-        # A package whose own dependencies are absent or do not match raises whatever it likes.
-        except Exception as error:
-            return f"does not import: {error}".splitlines()[0]
-        return None
-
-    @classmethod
-    def library(cls) -> Any:
-        return importlib.import_module(cls.package)
-
-    def weight(self, num_averaged: int) -> float:
-        return 1.0 if num_averaged == 0 else 1 - DECAY
-
-
-class TimmEma(ThirdParty):
-    name, package = "timm ModelEmaV3", "timm"
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        # By default the average of bf16 params is bf16, rounded at random. ``dtype`` asks for the float32 one.
-        self.ema = self.library().ModelEmaV3(model, decay=DECAY, dtype=FP32, exclude_buffers=True)
-
-    @classmethod
-    def library(cls) -> ModuleType:
-        """Load the one file that is needed: all of timm imports torchvision, which this file does not."""
-        package = importlib.util.find_spec("timm")
-        if package is None or package.origin is None:
-            raise ImportError("timm has no file")
-        path = Path(package.origin).parent / "utils" / "model_ema.py"
-        spec = importlib.util.spec_from_file_location("timm_model_ema", path)
-        if spec is None or spec.loader is None:
-            raise ImportError("timm/utils/model_ema.py cannot be loaded")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    def update(self) -> None:
-        self.ema.update(self.model)
-
-    def weight(self, num_averaged: int) -> float:
-        return 1 - DECAY
-
-    def module(self) -> nn.Module:
-        return self.ema.module
-
-
-class EmaPytorch(ThirdParty):
-    name, package = "ema-pytorch EMA", "ema_pytorch"
-    note = "averages float buffers too"
-    copies_buffers = False
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        same = next(model.parameters()).dtype == FP32
-        self.ema = self.library().EMA(
-            model, ema_model=None if same else deepcopy(model).float(), coerce_dtype=not same, beta=DECAY,
-            min_value=DECAY, update_after_step=0, update_every=1,
-        )  # fmt: skip
-
-    def update(self) -> None:
-        self.ema.update()
-
-    def module(self) -> nn.Module:
-        return self.ema.ema_model
-
-
-class DiffusersEma(ThirdParty):
-    name, package = "diffusers EMAModel", "diffusers"
-    note = "leaves buffers out"
-    copies_buffers = False
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self.ema = self.library().EMAModel(model.parameters(), decay=DECAY, min_decay=DECAY)
-        self.ema.to(dtype=FP32)
-
-    @classmethod
-    def library(cls) -> ModuleType:
-        return importlib.import_module("diffusers.training_utils")
-
-    def update(self) -> None:
-        self.ema.step(self.model.parameters())
-
-    def each(self) -> Iterator[Tensor]:
-        yield from self.ema.shadow_params
-
-    def adopt(self, averages: list[Tensor]) -> None:
-        self.ema.shadow_params = averages
 
 
 # Ours
@@ -402,8 +288,7 @@ class Ours(Provider):
 
     @classmethod
     def beside(cls, model: nn.Module, built: Mapping[str, Provider]) -> Provider:
-        other = built.get(cls.shares or "")
-        return cls(model, other.made if isinstance(other, Ours) and isinstance(other.made, FusedAverages) else None)
+        return cls(model, getattr(built.get(cls.shares or ""), "made", None))
 
     def moved(self) -> dict[str, FusedAveragedModel]:
         """Return the averages that an update moves, by the names of their rules."""
@@ -412,28 +297,20 @@ class Ours(Provider):
         return {name: self.made[name] for name in list(RULES)[: self.averages]}
 
     def update(self) -> None:
-        if isinstance(self.made, FusedAverages) and (self.apart or self.averages < len(self.made)):
-            for name in list(RULES)[: self.averages]:
-                self.made[name].update_parameters(self.model)
+        if self.apart or self.shares is not None:
+            for averaged in self.moved().values():
+                averaged.update_parameters(self.model)
         else:
             self.made.update_parameters(self.model)
 
     def restart(self) -> None:
-        if self.shares is None:
-            return
-        for averaged in self.moved().values():
+        for averaged in self.moved().values() if self.shares is not None else ():
             averaged.n_averaged.zero_()
             for param in averaged.module.parameters():
                 # An average that is not moved would keep the bits of an earlier gate.
                 param.detach().fill_(float("nan"))
 
-    def each(self) -> Iterator[Tensor]:
-        yield from internals.decoded(next(iter(self.moved().values())), self.format, self.model)
-
     def by_rule(self) -> Iterator[tuple[str, Weight, Iterable[Tensor]]]:
-        if self.averages == 1:
-            yield "mean", RULES["mean"].weight, self.each()
-            return
         for name, averaged in self.moved().items():
             yield name, RULES[name].weight, internals.decoded(averaged, self.format, self.model)
 
@@ -456,29 +333,35 @@ def ours_on(backend: str, format: str, averages: int = 1) -> type[Ours]:
     return ours(f"{names.OURS} {backend}", format, tuple(DEFAULT_FORMATS), backend=backend, **several)
 
 
-UPDATE_PROVIDERS: tuple[type[Provider], ...] = (
-    TorchClass, TorchEma, TorchClassBf16, Foreach, Lerp, CompiledForeach, MulAdd, LerpFloat, TimmEma, EmaPytorch,
-    DiffusersEma,
-    ours(names.OURS_EXACT, "exact", (BF16,), note="bf16 module that runs as it is; bit for bit the float32 average"),
-    ours(names.OURS_FLOAT32, "float32", (BF16,), note="float32 average"),
-    ours(names.OURS, "float32"),
-)  # fmt: skip
+def update_providers() -> tuple[type[Provider], ...]:
+    """Return every way of averaging, installed or not; ours last."""
+    from bench.third_party import DiffusersEma, EmaPytorch, TimmEma
+
+    note = "bf16 module that runs as it is; bit for bit the float32 average"
+    return (
+        *(TorchClass, TorchEma, TorchClassBf16, Foreach, Lerp, CompiledForeach, MulAdd, LerpFloat),
+        *(TimmEma, EmaPytorch, DiffusersEma),
+        ours(names.OURS_EXACT, "exact", (BF16,), note=note),
+        ours(names.OURS_FLOAT32, "float32", (BF16,), note="float32 average"),
+        ours(names.OURS, "float32"),
+    )
+
+
 # Our formats beside each other, ``float32`` first.
-FORMAT_PROVIDERS: tuple[type[Provider], ...] = tuple(
-    ours(format, format, dtypes)
-    for format, dtypes in {
-        "float32": (FP32, BF16), "exact": (BF16,), "compact": (FP32, BF16), "compensated": (FP32, BF16), "half": (BF16,)
-    }.items()
-)  # fmt: skip
+FORMAT_PROVIDERS: tuple[type[Provider], ...] = (
+    ours("float32", "float32", (FP32, BF16)),
+    ours("exact", "exact", (BF16,)),
+    *(ours(format, format, (FP32, BF16)) for format in ("compact", "compensated")),
+    ours("half", "half", (BF16,)),
+)
 
 
 def several_providers(dtype: torch.dtype) -> list[type[Provider]]:
     """Return the providers of one, two and three averages in one pass, and of three in three passes."""
     format = DEFAULT_FORMATS[dtype]
 
-    def of(name: str, count: int, **attributes: Any) -> type[Ours]:
-        attributes |= {"averages": count, "copies_buffers": False, "note": format}
-        return ours(name, format, (dtype,), **attributes)
+    def of(name: str, averages: int, **attributes: Any) -> type[Ours]:
+        return ours(name, format, (dtype,), averages=averages, copies_buffers=False, note=format, **attributes)
 
     # Three come first: one average and three passes move averages of theirs, where they lie.
     three, two = of(names.THREE, 3), of(names.TWO, 2)
@@ -486,6 +369,6 @@ def several_providers(dtype: torch.dtype) -> list[type[Provider]]:
     return [three, one, two, of(names.THREE_APART, 3, apart=True, passes=3, shares=names.THREE)]
 
 
-def providers_for(dtype: torch.dtype, known: Iterable[type[Provider]] = UPDATE_PROVIDERS) -> list[type[Provider]]:
-    """Return every provider that averages params of ``dtype``, installed or not; ours last."""
-    return [kind for kind in known if dtype in kind.param_dtypes]
+def providers_for(dtype: torch.dtype, known: Iterable[type[Provider]] | None = None) -> list[type[Provider]]:
+    """Return those of ``known``, or of every provider, that average params of ``dtype``."""
+    return [kind for kind in (update_providers() if known is None else known) if dtype in kind.param_dtypes]

@@ -1,7 +1,7 @@
 """Updates of a model that is spread over ranks, beside torch's class sharded by hand: real gloo ranks of one machine.
 
-torch's class cannot copy an FSDP model, so here it averages the bare DTensors. The ranks
-run together, one contestant in turn, and wait for one another before each sample.
+torch's class cannot copy an FSDP model, so here it averages the bare DTensors. The ranks run together, one contestant
+after another, and wait for each other before each sample.
 """
 
 from __future__ import annotations

@@ -165,8 +165,8 @@ def _look_for_nan(case: SmokeCase, averaged: FusedAveragedModel | FusedAverages,
     assert name in seen, f"{case.title}: a NaN was not seen: {seen}"
 
 
-def run(backends: list[str], device: str) -> dict[str, dict[str, str]]:
-    """Return the hash of each case on the CPU and on each backend, or the error in its place."""
+def run(backends: list[str], device: str, lines: Path | None = None) -> dict[str, dict[str, str]]:
+    """Return the hash of each case on the CPU and on each backend, or the error in its place. Append them to lines."""
     oracle = "reference" if internals.backend_missing("cpu") else "cpu"
     places = {oracle: "cpu", **dict.fromkeys(backends, device)}
     found: dict[str, dict[str, str]] = {}
@@ -179,6 +179,9 @@ def run(backends: list[str], device: str) -> dict[str, dict[str, str]]:
                 hashes = {case.title: f"{type(error).__name__}: {error}".splitlines()[0]}
             for title, value in hashes.items():
                 found.setdefault(title, {})[backend] = value
+                if lines is not None:
+                    with lines.open("a") as file:
+                        file.write(item_line("bits", {title: {backend: value}}))
     return found
 
 
@@ -191,10 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.device == "cpu":
         torch.set_num_threads(1)  # of a dry run: its tensors are small, and others may be at work on this machine
-    found = run(given.backend, given.device)
-    if given.lines is not None:
-        with given.lines.open("a") as lines:
-            lines.write(item_line("bits", found))
+    found = run(given.backend, given.device, given.lines)
     differing = [title for title, hashes in found.items() if len(set(hashes.values())) > 1]
     for title in differing:
         sys.stdout.write(f"{title}: {found[title]}\n")

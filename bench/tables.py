@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from rich.table import Table
 
 from bench import names
-from bench.report import Report, Row, StepRow, Times, baseline, find, grouped, time_over_bytes
+from bench.lookup import baseline, find, grouped, time_over_bytes
+from bench.report import Report, Row, StepRow, Times
 
 # Share of all cores' time taken by others, from which a table warns: an idle machine has measured under 0.02.
 DISTURBED = 0.05

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import json
 import math
 import os
 import signal
@@ -11,18 +11,20 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from bench import gpu, gpu_bench, loop, names, process, smoke
 from bench.bars import SHARED, WALL_BARS
-from bench.gpu import Run, judge_checker, read_junit
+from bench.gpu import Run
 from bench.gpu_bench import DEFAULTS, SEVERAL_ON, Case, GpuBench, Setting, cases_of
-from bench.process import Budget, Finished, run_program, scrub, write_log
+from bench.lookup import merged
+from bench.process import Budget, Finished, judge_checker, read_junit, run_program, scrub, write_log
 from bench.profiling import Activity
 from bench.providers import CompiledForeach, Foreach, Ours, Provider, moved_bytes
-from bench.report import Report, Row, item_line, merged
+from bench.report import Report, Row, item_line
 from bench.tables import share_of_copy
 from bench.timing import Clock
 from bench.workloads import GPU_WORKLOADS
@@ -49,7 +51,7 @@ def measured(path: Path, *cases: Case, seconds: float = 60.0, profile: bool = Fa
             bench.run(case)
     report = Report()
     for line in path.read_text().splitlines():
-        report.add("rows", __import__("json").loads(line)["rows"])
+        report.add("rows", json.loads(line)["rows"])
     return merged(report.rows)
 
 
@@ -172,12 +174,12 @@ def test_a_gpus_way_through_a_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     rows = {row.provider: row for row in measured(tmp_path / "lines", FEW)}
     assert rows["swafast cpu"].remarks == ["graph: RuntimeError: capture failed"]
     assert rows["swafast cpu"].device
-    seen: list[object] = []  # the first is the warm-up: the profiler's own start may hide what it is to see
     activity = Activity.of([("update", 5000), ("Memcpy DtoD", 2000), ("Context Sync", 9), ("[memory]", 0)])
-    monkeypatch.setattr(gpu_bench, "activity", lambda call, device: seen.append(call) or activity)
+    look = Mock(return_value=activity)
+    monkeypatch.setattr(gpu_bench, "activity", look)
     found = measured(tmp_path / "lines", FEW, profile=True)
     assert {(row.launches, row.transfers, row.busy_s, row.wall) for row in found} == {(1, 1, 7e-6, None)}
-    assert len(seen) == 1 + len(found)
+    assert look.call_count == 1 + len(found)  # the first is the warm-up: the profiler's start may hide a launch
     assert Activity.of([("Stream Wait Event", 1)]) is None
 
 
@@ -426,7 +428,7 @@ def test_smoke_compares_all_bits(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     run_case = smoke.run_case
 
     def broken(case: smoke.SmokeCase, backend: str, device: str) -> dict[str, str]:
-        found = copy.deepcopy(run_case(case, backend, device))
+        found = run_case(case, backend, device)
         if backend == "reference":
             found[case.title] = found[case.title][::-1]
         return found

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import accuracy, loop, names, plot, sharded, training
+from bench import accuracy, loop, names, sharded, training
 from bench.accuracy import EQUAL, FORMATS, RULES, STREAMS, TORCH_BF16
 from bench.report import Report
-from bench.steps import Decoder, Shape, Training, cnn_work, decoder_work, demo_work
+from bench.steps import Decoder, Shape, Training, cnn_work, decoder_work
 from bench.test_gpu import FakeEvent
 from bench.workloads import WORKLOADS
 from swafast.loop import runners
@@ -106,13 +106,6 @@ def test_a_decoder_sees_no_later_token_and_learns() -> None:
         assert sum(param.numel() for param in Decoder(shape).parameters()) == WORKLOADS["gpt2_medium"].num_params
 
 
-def test_the_demos_training_has_the_demos_network() -> None:
-    pytest.importorskip("sklearn")
-    trained = Training(demo_work(), CPU)
-    trained.step()
-    assert sum(param.numel() for param in trained.model.parameters()) == 15_554
-
-
 # The share of a training step
 
 
@@ -197,8 +190,3 @@ def test_a_wrong_count_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
     assert curve(accuracy.measure(ENVIRONMENT, updates=20, numel=64), "jumping", "float32")[-1] > 1e-3
     assert torch.get_num_threads() == threads
-
-
-def test_the_picture_of_the_errors_is_drawn(errors: Report, tmp_path: Path) -> None:
-    plot.plot_accuracy(errors, tmp_path / "accuracy.png")
-    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
