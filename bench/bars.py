@@ -157,13 +157,8 @@ def gpu_bars(report: Report) -> list[Bar]:
     """Return every bar, those without a measurement too."""
     groups = {rows[0].key: rows for rows in grouped(report.rows)}
     backends = names.OUR_BACKENDS["cpu" if report.dry else "cuda"]
-    described = (
-        *_speed_bars(groups),
-        *_several_bars(groups),
-        *_loop_bars(report),
-        *_cost_bars(report),
-        _bits_bar(report),
-    )
+    described = [*_speed_bars(groups), *_several_bars(groups), *_loop_bars(report), *_cost_bars(report)]
+    described.append(_bits_bar(report))
     return [
         Bar(work, limit, at_least, unit, {backend: measure(backend) for backend in backends})
         for work, limit, at_least, unit, measure in described
@@ -205,12 +200,13 @@ def _several_bars(groups: Groups) -> Iterator[Described]:
             several = groups.get((workload, dtype, f"{format} x{SEVERAL_COUNT}"), [])
             title = several[0].title.replace(", no embeddings", "") if several else GPU_WORKLOADS[workload].title
 
-            def ratio(backend: str, one: list[Row] = one, several: list[Row] = several) -> float | None:
-                row, base = find(several, _ours(backend)), find(one, _ours(backend))
-                return None if row is None or base is None else time_over_bytes(row, base)
-
             work = f"{title}, {kind_text(dtype, format)}: {SEVERAL_COUNT} averages, time/bytes"
-            yield work, SEVERAL_BAR, False, "x", ratio
+            yield work, SEVERAL_BAR, False, "x", partial(_over_bytes, several, one)
+
+
+def _over_bytes(several: list[Row], one: list[Row], backend: str) -> float | None:
+    row, base = find(several, _ours(backend)), find(one, _ours(backend))
+    return None if row is None or base is None else time_over_bytes(row, base)
 
 
 def _loop_bars(report: Report) -> Iterator[Described]:

@@ -175,7 +175,7 @@ def pages_command(
     """Fill the tables of README and docs from the reports."""
     from bench import pages
 
-    _fail(pages.differences(root, results) if check else pages.fill(root, results))
+    _fail(pages.fill(root, results, check=check))
     console.print("every table is what the reports give")
 
 

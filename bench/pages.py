@@ -53,48 +53,31 @@ class Block:
         return f"{before}{begin}\n{self.make(report)}\n{end}{after}"
 
 
-def fill(root: Path, results: Path) -> list[str]:
-    """Fill every block of the pages under ``root``. Return the problems: a marker is missing, or stray."""
-    problems: list[str] = []
-    for block, text, report in _pages(root, results, problems):
+def fill(root: Path, results: Path, *, check: bool = False) -> list[str]:
+    """Fill every block of the pages under ``root``, or with ``check`` only compare. Return what is wrong with them."""
+    problems = []
+    for block in BLOCKS:
+        page = root / block.page
+        if not page.is_file():
+            problems.append(f"{block.page} is missing: it must hold the block {block.name}")
+            continue
+        text = page.read_text()
         try:
-            filled = block.put_into(text, report)
+            filled = block.put_into(text, Report.read(results / block.report))
         except ValueError as error:
             problems.append(str(error))
             continue
-        (root / block.page).write_text(filled)
-    return [*problems, *_stray_markers(root)]
-
-
-def differences(root: Path, results: Path) -> list[str]:
-    """Return the blocks of the pages under ``root`` that are not what the reports give."""
-    problems: list[str] = []
-    for block, text, report in _pages(root, results, problems):
-        try:
-            if block.put_into(text, report) != text:
-                problems.append(f"{block.page}: the block {block.name} is not what {block.report} gives")
-        except ValueError as error:
-            problems.append(str(error))
-    return [*problems, *_stray_markers(root)]
-
-
-def _pages(root: Path, results: Path, problems: list[str]) -> Iterator[tuple[Block, str, Report]]:
-    for block in BLOCKS:
-        page = root / block.page
-        if page.is_file():
-            yield block, page.read_text(), Report.read(results / block.report)
-        else:
-            problems.append(f"{block.page} is missing: it must hold the block {block.name}")
-
-
-def _stray_markers(root: Path) -> Iterator[str]:
-    """Yield the markers that no block fills: their tables would grow old."""
+        if check and filled != text:
+            problems.append(f"{block.page}: the block {block.name} is not what {block.report} gives")
+        elif not check:
+            page.write_text(filled)
+    # A marker that no block fills: its table would grow old.
     known = {(block.page, block.name) for block in BLOCKS}
     for page in (root / "README.md", *sorted((root / "docs").rglob("*.md"))):
         name = page.relative_to(root).as_posix()
-        for found in sorted(set(MARKER.findall(page.read_text())) if page.is_file() else ()):
-            if (name, found) not in known:
-                yield f"{name}: no report fills the block {found}"
+        found = sorted(set(MARKER.findall(page.read_text()))) if page.is_file() else []
+        problems += [f"{name}: no report fills the block {each}" for each in found if (name, each) not in known]
+    return problems
 
 
 # The blocks

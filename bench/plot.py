@@ -49,7 +49,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def dress(axes: Axes, title: str, size: float = 10.0, *, weight: str = "bold", grid: str = "x") -> None:
-    """Give axes the look that all pictures share."""
+    """Dress axes as in all pictures."""
     axes.set_title(title, loc="left", fontsize=size, fontweight=weight, color=INK, pad=7)
     axes.tick_params(axis="y", length=0, labelsize=8.5, labelcolor=INK)
     axes.tick_params(axis="x", length=0, labelsize=8, labelcolor=FAINT)

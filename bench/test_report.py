@@ -103,7 +103,7 @@ def test_the_committed_reports_are_small_and_hold_no_samples() -> None:
 
 
 def test_pages_are_what_the_reports_give() -> None:
-    assert pages.differences(ROOT, RESULTS) == [], "run: python -m bench pages"
+    assert pages.fill(ROOT, RESULTS, check=True) == [], "run: python -m bench pages"
 
 
 def make_pages(root: Path) -> None:
@@ -115,9 +115,9 @@ def make_pages(root: Path) -> None:
 
 def test_every_block_is_filled_and_nothing_else_changed(tmp_path: Path) -> None:
     make_pages(tmp_path)
-    assert len(pages.differences(tmp_path, RESULTS)) == len(pages.BLOCKS)
+    assert len(pages.fill(tmp_path, RESULTS, check=True)) == len(pages.BLOCKS)
     assert pages.fill(tmp_path, RESULTS) == pages.fill(tmp_path, RESULTS) == []
-    assert pages.differences(tmp_path, RESULTS) == []
+    assert pages.fill(tmp_path, RESULTS, check=True) == []
     for block in pages.BLOCKS:
         text = (tmp_path / block.page).read_text()
         inside = block.make(Report.read(RESULTS / block.report))
@@ -125,7 +125,7 @@ def test_every_block_is_filled_and_nothing_else_changed(tmp_path: Path) -> None:
         assert max(map(len, text.splitlines())) <= 120, block.page
     page = tmp_path / "docs" / "loop.md"
     page.write_text(page.read_text().replace("|", "!", 1))
-    assert pages.differences(tmp_path, RESULTS) == ["docs/loop.md: the block loop is not what loop.json gives"]
+    assert pages.fill(tmp_path, RESULTS, check=True) == ["docs/loop.md: the block loop is not what loop.json gives"]
 
 
 @pytest.mark.parametrize("text", ["", "BEGIN", "END", "ENDBEGIN", "BEGINENDBEGINEND"])
@@ -137,7 +137,7 @@ def test_a_page_without_its_markers_is_a_problem_and_stays(text: str, tmp_path: 
     (problem,) = pages.fill(tmp_path, RESULTS)
     assert problem.startswith("docs/loop.md must hold")
     assert page.read_text() == before
-    assert problem in pages.differences(tmp_path, RESULTS)
+    assert problem in pages.fill(tmp_path, RESULTS, check=True)
 
 
 def test_a_marker_on_a_page_that_no_report_fills_is_a_problem(tmp_path: Path) -> None:
