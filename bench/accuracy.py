@@ -1,4 +1,4 @@
-"""How far each format's average is from float64, update by update: what ``python -m bench accuracy`` writes and draws.
+"""The error of each format against float64 along its updates, for ``python -m bench accuracy``.
 
 The streams are those of ``tests/test_accuracy.py``. All streams and rules of a format move in one launch.
 """
@@ -86,7 +86,7 @@ class Theirs:
 
 
 class Truth:
-    """The same averages in float64, (rules, streams, numel): of a float32 constant it is that constant, to the bit."""
+    """The same averages in float64, as (rules, streams, numel). That of a float32 constant is the constant, to the bit."""
 
     def __init__(self, params: Tensor) -> None:
         self._params = params
@@ -97,7 +97,7 @@ class Truth:
 
 
 class Run:
-    """A float32 stream goes into our formats, rounded to bfloat16 into torch's class: each has a truth of its own."""
+    """All averages side by side. Ours see float32 params, torch's class the same params rounded to bfloat16."""
 
     def __init__(self, numel: int) -> None:
         self._generator = torch.Generator().manual_seed(SEED)

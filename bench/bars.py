@@ -1,4 +1,4 @@
-"""The bars that this project set itself, and what a run measured of each. Reported, not asserted."""
+"""The bars of this project, and what a run measured for each. They are reported, not asserted."""
 
 from __future__ import annotations
 

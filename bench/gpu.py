@@ -64,7 +64,7 @@ def sees_gpu() -> bool:
 
 @dataclass
 class Run:
-    """What a run is told, and what it has found so far."""
+    """One run: its settings, and its findings so far."""
 
     out: Path
     work: Path  # a folder for what is not reported

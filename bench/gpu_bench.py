@@ -141,7 +141,7 @@ class Setting:
 
 
 class GpuBench:
-    """What goes through the cases, with the two buffers that are copied."""
+    """Measures one case after another. Holds the two buffers that are copied."""
 
     def __init__(self, setting: Setting, lines: TextIO) -> None:
         self.setting, self._lines = setting, lines
@@ -287,7 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--l2-bytes", type=int, required=True)
     parser.add_argument("--profile", action="store_true", help="Count launches, instead of taking times.")
     given = parser.parse_args(arguments)
-    device, dry = torch.device(given.device), given.device == "cpu"
+    dry = given.device == "cpu"
+    device = torch.device("cpu") if dry else torch.device(given.device, 0)
     if dry:
         torch.set_num_threads(1)  # a dry run times nothing that counts, and others may be at work on this machine
     provider_s, end = DRY_PROVIDER_S if dry else PROVIDER_S, started + given.seconds

@@ -1,4 +1,4 @@
-"""Rows found again: by name, by group, the best and ours; and what a run failed or left out."""
+"""Find rows of a report: by name, by group, the best and ours. List what failed and what was left out."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class Contestant:
 def measure_work(
     work: Work, ways: Sequence[Way], device: torch.device, budget_s: float, *, min_rounds: int = MIN_ROUNDS
 ) -> list[StepRow]:
-    """Compare our averages, and time all ways for about ``budget_s`` seconds. The first way averages nothing."""
+    """Compare the bits of our averages, and time all ways for about ``budget_s`` seconds. The first way averages nothing."""
     differing = count_differing(work, [way for way in ways if way.is_ours], device)
     contestants = {way: Contestant(work, way, device) for way in ways}
     samples: dict[Way, list[float]] = {way: [] for way in ways}
@@ -148,7 +148,7 @@ def measure_work(
 
 
 def exposed(taken: Sequence[float], bare: Sequence[float]) -> dict[str, Times]:
-    """Return what a way adds to a step, round by round: to the step without averaging of the same round."""
+    """Return what a way adds to the step without averaging of the same round, in seconds and as a share."""
     pairs = list(zip(taken, bare, strict=True))
     return {
         "exposed": Times.of(own - step for own, step in pairs),

@@ -155,7 +155,7 @@ def driver_version() -> str | None:
 
 
 def source_digest(root: Path) -> str:
-    """Hash the measured sources: it tells a copy of the tree without git from another one."""
+    """Hash the measured sources, to tell copies of the tree without git apart."""
     state = hashlib.sha256()
     for folder in ("csrc", "swafast"):
         for path in sorted((root / folder).rglob("*")):

@@ -112,7 +112,7 @@ def first_line(error: BaseException) -> str:
 
 @dataclass
 class _Side:
-    """What is built up for one workload: rows by provider, and the providers that passed the gate."""
+    """The state of one workload: rows by provider, and the providers that passed the gate."""
 
     base: Row
     dtype: torch.dtype

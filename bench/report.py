@@ -1,4 +1,4 @@
-"""What every command writes down: rows with a summary of their times, in one JSON.
+"""The report of every command: rows with a summary of their times, in one JSON.
 
 The JSON is small enough for git: of each set of samples it keeps the median, the quartiles and the count. The samples
 themselves go to a file of lines beside it, which stays where it was measured.

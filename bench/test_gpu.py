@@ -33,6 +33,7 @@ CPU = torch.device("cpu")
 FEW = Case("dry_few", "float32", "float32")
 BACKENDS = ("cpu", "reference")
 L2_BYTES = gpu.DRY_L2_BYTES
+NUM_PARTS = 16
 
 
 @pytest.fixture(autouse=True)
@@ -228,11 +229,12 @@ def test_the_parts_come_in_their_order(tmp_path: Path) -> None:
         "compiled foreach", "other formats", "picture",
     ]  # fmt: skip
     limits = [limit for _, limit, _ in run.parts()]
+    assert len(limits) == NUM_PARTS
     assert sum(limits[:9]) < gpu.TOTAL_S < 540  # what matters most is reached even if every part hangs
     assert len({*gpu.LOGS, "gpu.json", "gpu.png", run.lines.name, "failed.json"}) <= 8
 
 
-@pytest.mark.parametrize("killed", range(len(names_of(make_run(Path("/tmp/parts"))))))
+@pytest.mark.parametrize("killed", range(NUM_PARTS))
 def test_a_kill_in_any_part_leaves_what_was_measured(
     killed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
