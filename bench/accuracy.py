@@ -86,7 +86,7 @@ class Theirs:
 
 
 class Truth:
-    """The same averages in float64, as (rules, streams, numel). That of a float32 constant is the constant, to the bit."""
+    """The same averages in float64, as (rules, streams, numel): exact to the bit for a constant."""
 
     def __init__(self, params: Tensor) -> None:
         self._params = params

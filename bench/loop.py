@@ -122,7 +122,7 @@ class Contestant:
 def measure_work(
     work: Work, ways: Sequence[Way], device: torch.device, budget_s: float, *, min_rounds: int = MIN_ROUNDS
 ) -> list[StepRow]:
-    """Compare the bits of our averages, and time all ways for about ``budget_s`` seconds. The first way averages nothing."""
+    """Compare our averages' bits, and time all ways for about ``budget_s`` seconds. The first averages nothing."""
     differing = count_differing(work, [way for way in ways if way.is_ours], device)
     contestants = {way: Contestant(work, way, device) for way in ways}
     samples: dict[Way, list[float]] = {way: [] for way in ways}

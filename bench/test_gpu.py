@@ -25,6 +25,7 @@ from bench.process import Budget, Finished, judge_checker, read_junit, run_progr
 from bench.profiling import Activity
 from bench.providers import CompiledForeach, Foreach, Ours, Provider, moved_bytes
 from bench.report import Report, Row, item_line
+from bench.steps import decoder_work
 from bench.tables import share_of_copy
 from bench.timing import Clock
 from bench.workloads import GPU_WORKLOADS
@@ -150,6 +151,12 @@ def test_the_clock_of_a_gpu(fake_clock: Clock) -> None:
     def complain() -> None:
         raise RuntimeError("called a synchronizing CUDA operation\nmore")
 
+    contestant = loop.Contestant(decoder_work("tiny", loop.DRY_SHAPE, 2), loop.Way(loop.NONE), CPU)
+    contestant._device = torch.device("cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "synchronize", lambda device: None)
+        patch.setattr(FakeEvent, "elapsed_time", lambda self, end: 30.0)
+        assert contestant.sample() == pytest.approx(0.030 / 2)  # between two events, and of one step
     assert 1e-3 <= fake_clock.device_s(lambda: time.sleep(1e-3), 4, 1e-3) < 8e-3
     assert not fake_clock.waits(lambda: None, 1e-5)
     assert fake_clock.waits(lambda: time.sleep(0.02), 1e-5)
