@@ -28,7 +28,7 @@ class ThirdParty(Ema, OfModule):
     @classmethod
     def missing(cls) -> str | None:
         if importlib.util.find_spec(cls.package.partition(".")[0]) is None:
-            return f"no module named {cls.package}"
+            return f"no module named {cls.package.partition('.')[0]}"
         try:
             cls.library()
         # A package whose own dependencies are absent or do not match raises whatever it likes.
