@@ -1,7 +1,8 @@
-"""What a figure was measured on, and with: written into every report."""
+"""The machine and the versions behind a figure: each report holds them."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -13,7 +14,9 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "timm", "ema-pytorch", "diffusers")
+from bench import internals
+
+PACKAGES = ("torch", "timm", "ema-pytorch", "diffusers", "triton")
 
 
 def cpu_name() -> str:
@@ -31,7 +34,7 @@ def device_name(device: torch.device) -> str:
 
 
 def git_commit() -> str | None:
-    """Give the commit of this checkout, with a plus where files differ from it; None outside a checkout."""
+    """Return the commit of this checkout, with a plus where files differ from it; None outside a checkout."""
     root = Path(__file__).parent
     try:
         asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
@@ -58,21 +61,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def swafast_backend(device: torch.device) -> str | None:
-    """Name the backend that updates run on, with its instruction set; None where swafast is not installed."""
-    try:
-        from swafast.backends import cpu
-        from swafast.op.choice import choose_backends
-    except ImportError:
-        return None
-    chosen = choose_backends(device_types={device.type})[0]
-    return f"{chosen.name}, {cpu.current_isa()}" if chosen is cpu else chosen.name
-
-
 class OthersCpu:
-    """How much of the CPU other processes take, from now on: a kernel on all cores waits for the slowest of them.
+    """The share of the CPU that other processes take from now on. A kernel on all cores waits for the slowest core.
 
-    One busy process on one of two cores was seen to turn a ``lerp_`` of 20 us into 8 ms.
+    One busy process on one of two cores once turned a ``lerp_`` of 20 us into 8 ms.
     """
 
     def __init__(self) -> None:
@@ -80,7 +72,7 @@ class OthersCpu:
 
     @staticmethod
     def _now() -> tuple[float, float, float] | None:
-        """Give (seconds that all cores had, were busy, and were busy with this process); None off Linux."""
+        """Return the seconds that all cores had, were busy, and were busy with this process; None off Linux."""
         try:
             ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
         except (OSError, ValueError):
@@ -91,7 +83,7 @@ class OthersCpu:
         return sum(ticks) / per_second, (sum(ticks) - idle) / per_second, own.user + own.system
 
     def share(self) -> float | None:
-        """Give what others took since the start as a part of all cores' time; what the host stole counts too."""
+        """Return what others took since the start, as a share of all cores' time. Time stolen by the host counts."""
         end = self._now()
         if self._start is None or end is None or end[0] <= self._start[0]:
             return None
@@ -99,8 +91,12 @@ class OthersCpu:
         return max(0.0, (busy - own) / total)
 
 
-def environment(device: torch.device, command: str) -> dict[str, Any]:
-    """Describe this machine and what is installed; nothing that names a person, a host or a path."""
+def environment(device: torch.device, command: str, *, backend: bool = True) -> dict[str, Any]:
+    """Describe this machine and its packages. Name no person, no host and no path.
+
+    Args:
+        backend: name the backend in use, which loads the native library.
+    """
     return {
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -114,6 +110,55 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "versions": _versions(),
-        "swafast_backend": swafast_backend(device),
+        **({"swafast_backend": internals.backend_in_use(device)} if backend else {}),
         "git_commit": git_commit(),
     }
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return the memory that this process may still take on ``device``."""
+    if device.type != "cpu":
+        return torch.get_device_module(device).mem_get_info(device)[0]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    # Not Linux: half of all memory is a guess that leaves the machine usable.
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def gpu_facts() -> dict[str, Any]:
+    """Describe the GPU, and nothing that tells one machine from another of its kind."""
+    about = torch.cuda.get_device_properties(0)
+    free, total = torch.cuda.mem_get_info(0)
+    return {
+        "gpu": about.name,
+        "compute_capability": f"{about.major}.{about.minor}",
+        "architecture": f"{about.major}{about.minor}",
+        "l2_bytes": about.L2_cache_size,
+        "multiprocessors": about.multi_processor_count,
+        "memory_bytes": total,
+        "free_bytes": free,
+        "driver": driver_version(),
+        "cuda_runtime": torch.version.cuda,
+    }
+
+
+def driver_version() -> str | None:
+    try:
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
+
+
+def source_digest(root: Path) -> str:
+    """Hash the measured sources, to tell copies of the tree without git apart."""
+    state = hashlib.sha256()
+    for folder in ("csrc", "swafast"):
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh"):
+                state.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
+    return state.hexdigest()

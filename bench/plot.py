@@ -1,76 +1,86 @@
-"""The picture of a report: per workload, how many times faster an update is than what a user would run today."""
+"""The pictures: how fast updates are, on a CPU or on a GPU, and how far each format is from float64.
+
+A picture of speed has one row for each workload: a bar for each of ours, a line for the ceiling, small marks for the
+others, and the times on the right.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
+from PIL import Image
 
-from bench.report import ALL_OURS, FLAT_LERP, TORCH_CLASS, Report, Row, baseline, find, our_row
-from bench.tables import milliseconds
+from bench import names
+from bench.accuracy import DECAYS, EQUAL, STREAMS, TORCH_BF16
+from bench.lookup import baseline, find, grouped, our_row
+from bench.report import Report
+from bench.tables import by_format, kind_text, milliseconds, share_of_copy
 
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
-OURS_COLOR, CEILING_COLOR = "#0b7285", "#d9480f"
+OURS_COLOR, SECOND_COLOR, CEILING_COLOR = "#0b7285", "#66b2c4", "#d9480f"
 # Drawn at 200 dots an inch and shown 900 pixels wide, so that it stays sharp on a dense screen.
 WIDTH_IN, DPI = 9.0, 200
-# Of a workload's row, of what a panel takes beside its rows, and of the legend and caption below all panels.
-ROW_IN, PANEL_IN, FOOT_IN = 0.48, 0.62, 0.98
+# So few colours, and the edges between them: a third of the size with a palette.
+PALETTE = 96
+# Of what a panel takes beside its rows, and of the legend and the caption below all panels.
+PANEL_IN, FOOT_IN = 0.62, 0.98
 # Left of the axes stand the names of the workloads, right of them the times; as parts of the width.
 LEFT, RIGHT = 0.2, 0.85
-# Within a row of height 1: our bar above, and the others on a line below it.
-BAR_Y, BAR_HEIGHT, OTHERS_Y = 0.12, 0.46, -0.27
-# A bar as long as this part of the axis has room for its number inside.
-LABEL_PART = 0.13
 # Other providers by their first appearance; shapes, because grey tones alone cannot be told apart.
 MARKERS = "osD^vPX<>ph"
-
-TITLES = {
-    "float32": "fp32 params: times the speed of torch's AveragedModel",
-    "bfloat16": "bf16 params: times the speed of the faster loop that keeps a float32 average",
-}
+# A bar as long as this part of the axis has room for its number inside.
+LABEL_PART = 0.13
 
 
-def plot(report: Report, path: Path) -> bool:
-    """Draw ``report`` into ``path``; False where it holds nothing to draw."""
-    panels: dict[str, list[list[Row]]] = {}
-    for rows in report.groups():
-        if baseline(rows) is not None and our_row(rows) is not None:
-            panels.setdefault(rows[0].dtype, []).append(rows)
-    if not panels:
-        return False
-    heights = [len(groups) * ROW_IN + PANEL_IN for groups in panels.values()]
-    total = sum(heights) + FOOT_IN
-    figure = Figure(figsize=(WIDTH_IN, total), facecolor="white")
-    FigureCanvasAgg(figure)
-    keys = Keys()
-    limits = _limits([group for groups in panels.values() for group in groups])
-    top = total
-    for (dtype, groups), height in zip(panels.items(), heights, strict=True):
-        bottom = top - height
-        box = (LEFT, (bottom + 0.2) / total, RIGHT - LEFT, (height - PANEL_IN) / total)
-        axes = figure.add_axes(box, xscale="log", xlim=limits, ylim=(-0.5, len(groups) - 0.5))
-        _dress(axes, TITLES[dtype], [rows[0].title for rows in reversed(groups)])
-        for y, rows in enumerate(reversed(groups)):
-            _draw_row(axes, y, rows, keys)
-        top = bottom
-    figure.legend(
-        keys.handles.values(), keys.handles, loc="lower center", bbox_to_anchor=(0.5, 0.28 / total), ncols=5,
-        frameon=False, fontsize=8, labelcolor=INK, handletextpad=0.5, columnspacing=1.5,
-    )  # fmt: skip
-    figure.text(0.985, 0.12 / total, _caption(report), fontsize=7.5, color=FAINT, ha="right")
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture with a palette."""
+    canvas = FigureCanvasAgg(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
-    return True
+    canvas.draw()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(PALETTE).save(path, optimize=True)
+
+
+def dress(axes: Axes, title: str, size: float = 10.0, *, weight: str = "bold", grid: str = "x") -> None:
+    """Dress axes as in all pictures."""
+    axes.set_title(title, loc="left", fontsize=size, fontweight=weight, color=INK, pad=7)
+    axes.tick_params(axis="y", length=0, labelsize=8.5, labelcolor=INK)
+    axes.tick_params(axis="x", length=0, labelsize=8, labelcolor=FAINT)
+    axes.grid(axis=grid, color=GRID, linewidth=0.8)  # type: ignore[arg-type]
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+
+
+# Speed
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a picture: a workload, and the value of each provider."""
+
+    name: str
+    bars: Mapping[str, float]  # ours, in the order of BAR_COLORS
+    others: Mapping[str, float]
+    ceiling: float | None
+    times: str  # written on the right
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    lines: Sequence[Line]
 
 
 @dataclass
 class Keys:
-    """The legend as it grows, and the marker that each other provider was given."""
+    """The legend as it grows, and the marker of each other provider."""
 
     handles: dict[str, Any] = field(default_factory=dict)
     markers: dict[str, str] = field(default_factory=dict)
@@ -79,72 +89,241 @@ class Keys:
         return self.markers.setdefault(provider, MARKERS[len(self.markers) % len(MARKERS)])
 
 
-def _ratios(rows: list[Row]) -> dict[str, float]:
-    """Give each timed provider's speed as a multiple of the baseline's."""
-    today = baseline(rows)
-    assert today is not None
-    return {row.provider: today.seconds / row.seconds for row in rows if row.samples}
+def plot_speed(report: Report, path: Path) -> bool:
+    """Draw the updates of ``report`` into ``path``. Return whether there was something to draw."""
+    on_gpu = any(row.provider == names.COPY for row in report.rows)
+    panels = _gpu_panels(report) if on_gpu else _cpu_panels(report)
+    if not panels:
+        return False
+    ceiling = "device copy (ceiling)" if on_gpu else "one flat lerp_ (ceiling)"
+    row_in = 0.56 if on_gpu else 0.48
+    heights = [len(panel.lines) * row_in + PANEL_IN for panel in panels]
+    total, keys = sum(heights) + FOOT_IN, Keys()
+    figure = Figure(figsize=(WIDTH_IN, total), dpi=DPI, facecolor="white")
+    top, limits = total, _share_limits(panels) if on_gpu else _ratio_limits(panels)
+    for panel, height in zip(panels, heights, strict=True):
+        bottom = top - height
+        box = (LEFT, (bottom + 0.2) / total, RIGHT - LEFT, (height - PANEL_IN) / total)
+        axes = figure.add_axes(
+            box, xscale="linear" if on_gpu else "log", xlim=limits, ylim=(-0.5, len(panel.lines) - 0.5)
+        )
+        dress(axes, panel.title)
+        axes.set_yticks(range(len(panel.lines)), [line.name for line in reversed(panel.lines)])
+        if on_gpu:
+            axes.xaxis.set_major_formatter(lambda value, position: f"{value:.0%}")
+        else:
+            axes.set_xscale("log")
+            axes.axvline(1, color=INK, linewidth=0.8, zorder=1)
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}x")
+            axes.xaxis.set_minor_locator(NullLocator())
+        for y, line in enumerate(reversed(panel.lines)):
+            _draw_line(axes, y, line, keys, ceiling, on_gpu=on_gpu)
+        top = bottom
+    handles = keys.handles
+    figure.legend(
+        handles.values(), handles, loc="lower center", bbox_to_anchor=(0.5, 0.28 / total), ncols=4 if on_gpu else 5,
+        frameon=False, fontsize=8, labelcolor=INK, handletextpad=0.5, columnspacing=1.5,
+    )  # fmt: skip
+    figure.text(0.985, 0.12 / total, _caption(report), fontsize=7.5, color=FAINT, ha="right")
+    if report.dry:
+        figure.text(
+            0.5, 0.55, "DRY RUN ON A CPU\nno figure of a GPU", fontsize=44, color="#c92a2a", alpha=0.25, rotation=25,
+            ha="center", va="center", zorder=10,
+        )  # fmt: skip
+    save(figure, path)
+    return True
 
 
-def _limits(groups: list[list[Row]]) -> tuple[float, float]:
-    """Give one axis for all panels: a length means the same everywhere. The ceiling may lie outside."""
-    shown = [ratio for rows in groups for name, ratio in _ratios(rows).items() if name != FLAT_LERP]
+def _cpu_panels(report: Report) -> list[Panel]:
+    """Show how many times as fast as torch's best way each provider is."""
+    titles = {
+        "float32": "fp32 params: times the speed of torch's AveragedModel with its EMA function",
+        "bfloat16": "bf16 params: times the speed of the faster loop that keeps a float32 average",
+    }
+    lines: dict[str, list[Line]] = {}
+    for rows in grouped(report.of_group(names.UPDATES)):
+        best, ours = baseline(rows), our_row(rows)
+        if best is None or ours is None:
+            continue
+        ratios = {row.provider: best.seconds / row.seconds for row in rows if row.wall}
+        hidden = (*names.ALL_OURS, names.FLAT_LERP, best.provider)
+        others = {name: ratio for name, ratio in ratios.items() if name not in hidden}
+        times = f"{milliseconds(ours.seconds)} ms\ninstead of {milliseconds(best.seconds)}"
+        name = "\n".join(ours.title.split(", ")[:2])
+        line = Line(name, {names.OURS: ratios[ours.provider]}, others, ratios.get(names.FLAT_LERP), times)
+        lines.setdefault(ours.dtype, []).append(line)
+    return [Panel(titles[dtype], of_dtype) for dtype, of_dtype in lines.items()]
+
+
+def _gpu_panels(report: Report) -> list[Panel]:
+    """Show what share of a device copy's bytes a second each provider reaches."""
+    backends, lines = names.OUR_BACKENDS["cpu" if report.dry else "cuda"], []
+    for rows in by_format(report.rows):
+        shares = {row.provider: share for row in rows if (share := share_of_copy(row, rows)) is not None}
+        bars = {name: shares[name] for backend in backends if (name := f"{names.OURS} {backend}") in shares}
+        if not bars:
+            continue
+        others = {name: share for name, share in shares.items() if name not in bars and name not in names.CEILINGS}
+        ours, best = [row for name in bars if (row := find(rows, name)) and row.wall], baseline(rows)
+        times = " / ".join(milliseconds(row.seconds) for row in ours) + " ms"
+        times += f"\ninstead of {milliseconds(best.seconds)}" if best is not None else ""
+        title = rows[0].title.replace(" tensors of ", " x ").split(", no embeddings")[0]
+        name = f"{title}\n{kind_text(rows[0].dtype, rows[0].format, rows[0].averages)}"
+        lines.append(Line(name, bars, others, 1.0, times))
+    what = "Bytes a second of an update, as a share of a device copy of as many bytes"
+    return [Panel(what, lines)] if lines else []
+
+
+def _values(panels: Sequence[Panel]) -> list[float]:
+    return [value for panel in panels for line in panel.lines for value in (*line.bars.values(), *line.others.values())]
+
+
+def _ratio_limits(panels: Sequence[Panel]) -> tuple[float, float]:
+    """Return one axis for all panels: a length means the same everywhere. The ceiling may lie outside."""
+    shown = _values(panels)
     return min(0.5, min(shown) / 1.25), max(2.0, max(shown) * 1.3)
 
 
-def _dress(axes: Axes, title: str, names: list[str]) -> None:
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK, pad=7)
-    axes.set_yticks([y + BAR_Y / 2 for y in range(len(names))], ["\n".join(name.split(", ")[:2]) for name in names])
-    axes.axvline(1, color=INK, linewidth=0.8, zorder=1)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}x")
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.tick_params(axis="y", length=0, labelsize=8.5, labelcolor=INK)
-    axes.tick_params(axis="x", length=0, labelsize=8, labelcolor=FAINT)
-    axes.grid(axis="x", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
+def _share_limits(panels: Sequence[Panel]) -> tuple[float, float]:
+    # Whatever a cache made of a copy, the axis ends at 140 %.
+    return 0.0, min(max(1.05, max(_values(panels)) * 1.06), 1.4)
 
 
-def _draw_row(axes: Axes, y: float, rows: list[Row], keys: Keys) -> None:
-    ratios, today, ours, ceiling = _ratios(rows), baseline(rows), our_row(rows), find(rows, FLAT_LERP)
-    assert today is not None
-    assert ours is not None
-    ratio = ratios[ours.provider]
-    at = y + BAR_Y
-    bar = axes.barh(at, ratio - 1, left=1, height=BAR_HEIGHT, color=OURS_COLOR, zorder=2)
-    keys.handles.setdefault("swafast", bar)
-    if ceiling is not None:
-        half = BAR_HEIGHT / 2 + 0.07
-        line = axes.vlines(ratios[FLAT_LERP], at - half, at + half, color=CEILING_COLOR, linewidth=2, zorder=4)
-        keys.handles.setdefault("one flat lerp_ (ceiling)", line)
-    _label(axes, at, ratio, ratios.get(FLAT_LERP))
-    for name, value in ratios.items():
-        if name not in (*ALL_OURS, FLAT_LERP, today.provider):
-            (handle,) = axes.plot(value, y + OTHERS_Y, keys.marker(name), color=FAINT, mec="white", mew=0.6, ms=6.5)
-            keys.handles.setdefault(name + " (freezes)" * (name == TORCH_CLASS), handle)
-    times = f"{milliseconds(ours.seconds)} ms\ninstead of {milliseconds(today.seconds)}"
-    axes.text(1.015, at, times, transform=axes.get_yaxis_transform(), va="center", fontsize=8, color=INK)
+def _draw_line(axes: Axes, y: float, line: Line, keys: Keys, ceiling: str, *, on_gpu: bool) -> None:
+    height = 0.25 if on_gpu else 0.42
+    places = (0.27, 0.0) if on_gpu else (0.12,)
+    others_y = y - 0.29 if on_gpu else y - 0.27
+    start = 0.0 if on_gpu else 1.0
+    for (name, value), at, color in zip(line.bars.items(), places, (OURS_COLOR, SECOND_COLOR), strict=False):
+        bar = axes.barh(y + at, value - start, left=start, height=height, color=color, zorder=2)
+        keys.handles.setdefault(name, bar)
+        _label(axes, value, y + at, color, line.ceiling, on_gpu=on_gpu)
+    low, high = axes.get_xlim()
+    if line.ceiling is not None and low < line.ceiling < high:
+        middle, half = (y + 0.13, 0.31) if on_gpu else (y + 0.12, height / 2 + 0.07)
+        drawn = axes.vlines(line.ceiling, middle - half, middle + half, color=CEILING_COLOR, linewidth=2, zorder=4)
+        keys.handles.setdefault(ceiling, drawn)
+    for name, value in line.others.items():
+        (handle,) = axes.plot(min(value, high), others_y, keys.marker(name), color=FAINT, mec="white", mew=0.6, ms=6.5)
+        keys.handles.setdefault(name + (" (default; freezes in bf16)" if name == names.TORCH_CLASS else ""), handle)
+    where = axes.get_yaxis_transform()
+    axes.text(1.015, y + 0.04, line.times, transform=where, va="center", fontsize=8, color=INK, linespacing=1.35)
 
 
-def _label(axes: Axes, at: float, ratio: float, ceiling: float | None) -> None:
+def _label(axes: Axes, value: float, at: float, color: str, ceiling: float | None, *, on_gpu: bool) -> None:
     """Write our number into our bar, or right of it where the bar is short; clear of the ceiling either way."""
     low, high = axes.get_xlim()
-    room = (high / low) ** LABEL_PART
-    inside = ratio > room
-    end = max(ratio, 1)
-    if ceiling is not None and end / room < ceiling < end * room:
-        end = min(end, ceiling) if inside else max(end, ceiling)
+    if on_gpu:
+        inside, end, text = (
+            value > LABEL_PART * high,
+            min(value, 1.0),
+            f"{value:.1%}" if value < 0.1 else f"{value:.0%}",
+        )
+    else:
+        room = (high / low) ** LABEL_PART
+        inside, end, text = value > room, max(value, 1.0), f"{value:.1f}x"
+        if ceiling is not None and end / room < ceiling < end * room:
+            end = min(end, ceiling) if inside else max(end, ceiling)
     axes.annotate(
-        f"{ratio:.1f}x", (end, at), xytext=(-6 if inside else 7, -0.5), textcoords="offset points",
-        ha="right" if inside else "left", va="center", fontsize=10.5, fontweight="bold",
-        color="white" if inside else OURS_COLOR, zorder=5,
+        text, (end, at), xytext=(-6 if inside else 7, -0.5), textcoords="offset points",
+        ha="right" if inside else "left", va="center", fontsize=8 if on_gpu else 10, fontweight="bold",
+        color="white" if inside else color, zorder=5,
     )  # fmt: skip
 
 
 def _caption(report: Report) -> str:
     about = report.environment
+    versions = about.get("versions", {})
+    on = about.get("gpu") or f"{about.get('device_name')}, {about.get('threads')} threads"
+    more = f", driver {about['driver']}" if about.get("driver") else ""
+    more += f", Triton {versions['triton']}" if about.get("gpu") and versions.get("triton") else ""
     return (
-        f"{about['device_name']}, {about['threads']} threads, torch {about['versions'].get('torch')}, "
-        f"medians of one run of {about['command']}, {about['date'][:10]}"
+        f"{on}{more}, torch {versions.get('torch')}, medians of {about.get('command')}, {str(about.get('date'))[:10]}"
     )
+
+
+# Accuracy
+
+# The stream of the EMA panels: its average is small beside its params, so errors weigh the most.
+EMA_STREAM = "zero-mean"
+COLORS = {TORCH_BF16: "#868e96", "half": "#e8590c", "compact": OURS_COLOR, "float32": INK, "compensated": "#9c36b5"}
+LABELS = {TORCH_BF16: "torch, bf16", "float32": "float32, exact"}
+# Below every error but 0, which is drawn as a line along the bottom.
+LOWEST, HIGHEST = 1e-9, 300.0
+# Guide lines: of compact times the root of n, and for an EMA; of compensated.
+COMPACT_BOUND, COMPACT_EMA_BOUND, COMPENSATED_BOUND = 1e-5, 1e-3, 6e-8
+STREAM_TITLES = {
+    "zero-mean": "params around 0",
+    "drifting": "params that drift from 1 to 101",
+    "jumping": "params that jump between -1 and 100",
+    "constant": "params that stay at 0.1",
+}
+
+
+def plot_accuracy(report: Report, path: Path) -> None:
+    """Draw a panel for each stream under the equal mean, and one for each decay of an EMA."""
+    figure = Figure(figsize=(WIDTH_IN, 10.2), dpi=150, facecolor="white")
+    errors = {(curve.stream, curve.rule, curve.format): np.array(curve.errors) for curve in report.curves}
+    updates = np.array(report.updates)
+    _heading(figure, 0.972, "Equal mean of n models")
+    for index, stream in enumerate(STREAMS):
+        axes = figure.add_axes((0.062 + 0.487 * (index % 2), 0.69 - 0.295 * (index // 2), 0.325, 0.235))
+        of_kind = {kind: errors[stream, EQUAL, kind] for kind in COLORS}
+        _draw_errors(axes, STREAM_TITLES[stream], updates, of_kind, COMPACT_BOUND * np.sqrt(updates), apart=0.055)
+    _heading(figure, 0.345, "Exponential average of params around 0, by its decay")
+    for index, decay in enumerate(DECAYS):
+        axes = figure.add_axes((0.062 + 0.2 * index, 0.085, 0.18, 0.215))
+        of_kind = {kind: errors[EMA_STREAM, f"EMA {decay:g}", kind] for kind in COLORS}
+        apart, bound = 0.075 if index == len(DECAYS) - 1 else 0.0, np.full(len(updates), COMPACT_EMA_BOUND)
+        _draw_errors(axes, f"decay {decay:g}", updates, of_kind, bound, apart=apart)
+        axes.tick_params(axis="y", labelleft=index == 0)
+    about = report.environment
+    lines = (
+        "Vertical: relative L2 distance of the exported average from float64. Horizontal: n, the models averaged.",
+        "torch's class averages a bfloat16 model, and is compared with float64 over the same bfloat16 params.",
+        r"Dashed guides: $10^{-5}\sqrt{n}$ ($10^{-3}$ for an EMA) for compact, $6\cdot10^{-8}$ for compensated. "
+        f"{about['command']}, torch {about['versions'].get('torch')}, {about['date'][:10]}",
+    )
+    for at, line in zip((0.042, 0.026, 0.01), lines, strict=True):
+        figure.text(0.012, at, line, fontsize=8, color=FAINT)
+    save(figure, path)
+
+
+def _heading(figure: Figure, at: float, text: str) -> None:
+    figure.text(0.012, at, text, fontsize=11.5, fontweight="bold", color=INK)
+
+
+def _draw_errors(
+    axes: Axes, title: str, updates: np.ndarray, errors: Mapping[str, np.ndarray], of_compact: np.ndarray, apart: float
+) -> None:
+    """Draw every format's errors, and its name where its line ends if names are to stand ``apart``."""
+    dress(axes, title, 9.5, weight="normal", grid="both")
+    axes.set(xscale="log", yscale="log", xlim=(1, updates[-1]), ylim=(LOWEST, HIGHEST))
+    axes.xaxis.set_major_locator(LogLocator(base=10))
+    powers = range(-8, 3, 2)
+    labels = ["0", *(f"$10^{{{power}}}$" if power else "1" for power in powers)]
+    axes.set_yticks([LOWEST, *(10.0**power for power in powers)], labels)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+    axes.tick_params(labelsize=8, labelcolor=FAINT)
+    for kind, bound in (("compact", of_compact), ("compensated", np.full(len(updates), COMPENSATED_BOUND))):
+        axes.plot(updates, bound, color=COLORS[kind], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    low, high, ends = np.log10(LOWEST), np.log10(HIGHEST), {}
+    for kind, color in COLORS.items():
+        drawn = np.clip(errors[kind], LOWEST, HIGHEST)
+        width = 1.6 if kind == TORCH_BF16 else 2.0
+        axes.plot(updates, drawn, color=color, linewidth=width, zorder=3, clip_on=False, solid_capstyle="butt")
+        ends[kind] = float((np.log10(drawn[-1]) - low) / (high - low))
+    for kind, at in (spread(ends, apart) if apart else {}).items():
+        text = LABELS.get(kind, kind)
+        axes.text(1.03, at, text, transform=axes.transAxes, fontsize=8, color=COLORS[kind], va="center")
+
+
+def spread(wanted: Mapping[str, float], apart: float) -> dict[str, float]:
+    """Move labels up until each is ``apart`` from the one below it."""
+    found: dict[str, float] = {}
+    lowest = -1.0
+    for kind, at in sorted(wanted.items(), key=lambda item: item[1]):
+        found[kind] = lowest = max(at, lowest + apart)
+    return found

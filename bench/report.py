@@ -1,49 +1,47 @@
-"""What a run writes down: plain dataclasses, one JSON file, and the names by which rows are found again.
+"""The report of every command: rows with a summary of their times, in one JSON.
 
-A report of another device reuses these as they are: nothing here knows what was timed, or on what.
+The JSON is small enough for git: of each set of samples it keeps the median, the quartiles and the count. The samples
+themselves go to a file of lines beside it, which stays where it was measured.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from statistics import median
-from typing import Any, TypeVar
+from statistics import median, quantiles
+from typing import Any
+
+from bench import names
 
 # Raised when a reader of an older file would misread it.
-SCHEMA = 1
-
-# Provider names that tables, bars and pictures look rows up by.
-TORCH_CLASS = "torch AveragedModel"
-TORCH_EMA = "torch AveragedModel, EMA fn"
-FLAT_LERP = "one flat lerp_"
-MUL_ADD = "mul_().add_()"
-LERP_FLOAT = "lerp_(p.float())"
-OURS = "swafast"
-OURS_EXACT = "swafast exact"
-OURS_FLOAT32 = "swafast float32"
-ALL_OURS = (OURS, OURS_EXACT, OURS_FLOAT32)
-# Of the tables that compare our own passes with each other.
-FLOAT32, EXACT = "float32", "exact"
-ONE, TWO, THREE = "1 average", "2 averages in one pass", "3 averages in one pass"
-THREE_APART = "3 averages in three passes"
-
-OK = "ok"
-
-RowT = TypeVar("RowT", bound="Row")
+SCHEMA = 2
+# Significant digits of every figure in a file.
+DIGITS = 6
 
 
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write a report, with the folder that it goes into."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n")
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one call: the median and the quartiles of ``count`` samples."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+    samples: tuple[float, ...] = field(default=(), repr=False, compare=False)
+
+    @classmethod
+    def of(cls, samples: Iterable[float]) -> Times:
+        kept = tuple(samples)
+        low, _, high = quantiles(kept, method="inclusive") if len(kept) > 1 else kept * 3
+        return cls(median(kept), low, high, len(kept), kept)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One provider on one workload. No samples unless ``status`` is ok: a wrong provider has no speed."""
+    """One provider on one workload. It has times only if ``status`` is ok: a wrong provider has no speed."""
 
     workload: str
     title: str
@@ -51,145 +49,251 @@ class Row:
     provider: str
     num_params: int
     num_tensors: int
-    counted_bytes: int  # the least that an update of this workload must move
-    status: str = OK  # "ok", "wrong", "failed", "skipped" or "not installed"
+    counted_bytes: int  # the least that an update must move
+    group: str = names.UPDATES
+    format: str = ""  # of the averages
+    averages: int = 1  # in one pass
+    status: str = "ok"  # "ok", "wrong", "failed", "skipped" or "not installed"
     reason: str = ""  # why it is not ok
     note: str = ""  # what a reader must know to compare it
-    error: float | None = None  # worst tensor's relative L2 distance from float64
+    error: float | None = None  # the worst tensor's relative L2 distance from float64
     calls_per_sample: int = 1
-    samples: list[float] = field(default_factory=list)  # seconds per update
-    allocated_bytes: int | None = None  # peak of torch's allocator within one update
+    wall: Times | None = None  # many updates and the wait at their end
+    device: Times | None = None  # between two events on a GPU, with the queue filled beforehand
+    host: Times | None = None  # until the call returns
+    graph: Times | None = None  # as part of a CUDA graph
+    allocated_bytes: int | None = None  # peak of torch's allocator within one update; on a GPU all that it was asked
     resident_bytes: int | None = None  # growth of the process within one update
     held_bytes: int | None = None  # averages and whatever is kept beside them
-    others_cpu: float | None = None  # what other processes took of all cores' time while this was timed
+    others_cpu: float | None = None  # share of all cores that other processes took meanwhile
+    copies: int = 1  # of model and average, visited in turn
+    filler_bytes: int = 0  # read and written before a sample, to empty the cache
+    busy_s: float | None = None  # of the device within one update, without gaps (profiler)
+    launches: int | None = None  # of kernels in one update
+    transfers: int | None = None  # copies and fills in one update that are no kernels
+    kernels: dict[str, int] = field(default_factory=dict)  # launches by the kernels' names, cut off
+    waits: bool | None = None  # the call returned only when the device was done
+    sync_error: str | None = None  # torch's complaint where waiting is an error; "" for none
+    remarks: list[str] = field(default_factory=list)  # why something was not measured
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.workload, self.dtype, self.group
 
     @property
     def seconds(self) -> float:
-        return median(self.samples)
+        assert self.wall is not None
+        return self.wall.median
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Return the rate on the device, or else on the wall clock."""
+        times = self.device or self.wall
+        assert times is not None
+        return self.counted_bytes / times.median
 
     @property
     def wrong(self) -> bool:
-        """Whether this provider was tried and did not do its work."""
+        """Return whether this provider was tried and did not do its work."""
         return self.status in ("wrong", "failed")
 
     @property
-    def gb_per_s(self) -> float:
-        return self.counted_bytes / self.seconds / 1e9
+    def is_ours(self) -> bool:
+        return self.provider.startswith(names.OURS) or self.group in (names.FORMATS, names.SEVERAL)
 
     @property
     def peak_bytes(self) -> int | None:
-        """The larger of both measures of memory: each is blind to something that the other sees."""
-        seen = [value for value in (self.allocated_bytes, self.resident_bytes) if value is not None]
-        return max(seen, default=None)
+        """Return the larger of both measures of memory: each is blind to something that the other sees."""
+        return max((value for value in (self.allocated_bytes, self.resident_bytes) if value is not None), default=None)
 
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """One class averaging along one training loop: per block of steps, the seconds in steps and in updates."""
+    """One class that averages along one training loop."""
 
     model: str
     setting: str  # "alone" or "DDP, 2 ranks"
     provider: str
     every: int  # steps between updates
     num_params: int
-    steps_per_block: int
-    step_s: list[float]  # per block, without updates
-    update_s: list[float]  # per block
-
-    @property
-    def share(self) -> float:
-        """Median over blocks of the time spent averaging, as a part of all time."""
-        return median(update / (step + update) for step, update in zip(self.step_s, self.update_s, strict=True))
-
-    @property
-    def step_ms(self) -> float:
-        """Median milliseconds of one step, without updates."""
-        return median(self.step_s) / self.steps_per_block * 1e3
-
-    @property
-    def update_ms(self) -> float:
-        """Median milliseconds of one update inside the loop."""
-        return median(self.update_s) * self.every / self.steps_per_block * 1e3
+    step: Times  # without updates
+    update: Times  # inside the loop
+    share: Times  # of all time, spent on averaging; no seconds
 
 
 @dataclass(frozen=True)
+class StepRow:
+    """One way of averaging beside a training step."""
+
+    work: str
+    way: str
+    backend: str | None  # of an average of ours; None: the default
+    num_params: int
+    step: Times
+    exposed: Times | None = None  # this step less the step without averaging of the same round
+    share: Times | None = None  # ``exposed`` over that step; no seconds
+    differing: int | None = None  # elements of an average of ours that are not those of the plain one
+    others_cpu: float | None = None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What it took to plan one rank's part of a large model."""
+
+    mode: str
+    rank: int
+    seconds: float
+    peak_bytes: int
+    share: float  # of an even part
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The errors of one average along its updates."""
+
+    stream: str
+    rule: str
+    format: str
+    errors: list[float]  # relative L2 distance from float64, at the report's updates
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a GPU run: the build, the tests, ..."""
+
+    name: str
+    status: str  # "ok", "failed" or "not run"
+    detail: str = ""  # in one line: what it found, or why it did not run
+    seconds: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        return self.status == "failed"
+
+
+ITEMS: dict[str, type] = {
+    "rows": Row, "training": TrainingRow, "steps": StepRow, "planned": Planned, "curves": Curve, "parts": Part,
+}  # fmt: skip
+
+
+@dataclass
 class Report:
-    environment: dict[str, Any]
-    rows: list[Row]
+    """All that one command found. Each command fills the lists that it has something for."""
+
+    environment: dict[str, Any] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
     training: list[TrainingRow] = field(default_factory=list)
+    steps: list[StepRow] = field(default_factory=list)
+    planned: list[Planned] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+    updates: list[int] = field(default_factory=list)  # at which the curves were read
+    parts: list[Part] = field(default_factory=list)
+    bits: dict[str, dict[str, str]] = field(default_factory=dict)  # by case and backend: a hash of all bits
+    left_out: list[str] = field(default_factory=list)
+    dry: bool = False  # a GPU run on a CPU: no figure of a GPU
     schema: int = SCHEMA
-    # Our own passes, which were timed beside each other and beside nothing else. Older files have none.
-    formats: list[Row] = field(default_factory=list)
-    several: list[Row] = field(default_factory=list)
 
-    def row(self, workload: str, dtype: str, provider: str) -> Row | None:
-        """Find one measured row, or None."""
-        for row in self.rows:
-            if (row.workload, row.dtype, row.provider) == (workload, dtype, provider) and row.samples:
-                return row
-        return None
+    def of_group(self, group: str) -> list[Row]:
+        return [row for row in self.rows if row.group == group]
 
-    def groups(self) -> list[list[Row]]:
-        """Give the rows of each (workload, dtype) that was run, in the order in which they ran."""
-        return grouped(self.rows)
+    @property
+    def others_cpu(self) -> float:
+        rows: list[Row | StepRow] = [*self.rows, *self.steps]
+        return max((row.others_cpu or 0.0 for row in rows), default=0.0)
+
+    @property
+    def differing(self) -> int:
+        """Return the elements of attached averages that are not those of the plain ones."""
+        return sum(row.differing or 0 for row in self.steps)
+
+    def add(self, kind: str, item: dict[str, Any]) -> None:
+        """Add one item as :func:`item_line` wrote it."""
+        if kind == "bits":
+            for case, hashes in item.items():
+                self.bits.setdefault(case, {}).update(hashes)
+        else:
+            getattr(self, kind).append(_built(ITEMS[kind], item))
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        data = {each.name: getattr(self, each.name) for each in fields(self)}
+        data |= {kind: [_bare(item) for item in data[kind]] for kind in ITEMS}
+        return {key: value for key, value in data.items() if value not in ([], {}, False)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
-        """Read what ``to_dict`` gave.
+        """Read what ``to_dict`` returned.
 
         Raises:
             ValueError: ``data`` was written by another version of this file.
         """
         if data.get("schema") != SCHEMA:
             raise ValueError(f"schema must be {SCHEMA}, got {data.get('schema')}")
-        rows = [Row(**row) for row in data["rows"]]
-        training = [TrainingRow(**row) for row in data["training"]]
-        formats, several = ([Row(**row) for row in data.get(part, [])] for part in ("formats", "several"))
-        return cls(data["environment"], rows, training, formats=formats, several=several)
+        lists = {kind: [_built(ITEMS[kind], item) for item in data.get(kind, [])] for kind in ITEMS}
+        return cls(**{**data, **lists})
 
     def write(self, path: Path) -> None:
-        write_json(path, self.to_dict())
+        """Write the summary in one step: whoever reads it, at any moment, finds this report or the one before."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = ",\n".join(f" {json.dumps(key)}: {_indented(value)}" for key, value in _rounded(self.to_dict()).items())
+        beside = path.with_name(f".{path.name}.part")
+        with beside.open("w") as file:
+            file.write(f"{{\n{text}\n}}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+
+    def write_samples(self, path: Path) -> None:
+        """Write every item with its samples, one a line."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = (item_line(kind, item) for kind in ("rows", "training", "steps") for item in getattr(self, kind))
+        path.write_text("".join(lines))
 
     @classmethod
     def read(cls, path: Path) -> Report:
         return cls.from_dict(json.loads(path.read_text()))
 
 
-def grouped(rows: Iterable[Row]) -> list[list[Row]]:
-    """Give the rows of each (workload, dtype), in the order in which they ran."""
-    found: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        found.setdefault((row.workload, row.dtype), []).append(row)
-    return list(found.values())
+def item_line(kind: str, item: Any) -> str:
+    """Return one item with its samples as a line of JSON."""
+    return json.dumps({kind: _rounded(_bare(item, samples=True) if kind in ITEMS else item)}) + "\n"
 
 
-def time_over_bytes(row: Row, base: Row) -> float:
-    """Give the time of ``row`` over what its bytes would take at the rate of ``base``."""
-    return (row.seconds / base.seconds) / (row.counted_bytes / base.counted_bytes)
+def _bare(item: Any, *, samples: bool = False) -> dict[str, Any]:
+    """Return the fields of a dataclass that are not at their defaults."""
+    data = asdict(item)
+    for each in fields(item):
+        value = data[each.name]
+        default = each.default_factory() if each.default_factory is not MISSING else each.default
+        if value == default:
+            del data[each.name]
+        elif isinstance(value, dict) and "samples" in value and not samples:
+            del value["samples"]
+    return data
 
 
-def find(rows: Iterable[RowT], provider: str) -> RowT | None:
-    """Find a provider's row among those of one group, or None where it has no time."""
-    return next((row for row in rows if row.provider == provider and row.samples), None)
+def _built(kind: type, data: dict[str, Any]) -> Any:
+    return kind(**{key: _times(value) if _is_times(value) else value for key, value in data.items()})
 
 
-def baseline(rows: Iterable[RowT]) -> RowT | None:
-    """Give what a user would run today for an average that is sound.
-
-    For float32 params that is torch's class. Its average of bf16 params freezes, so there it is the faster of the two
-    loops that keep a float32 average.
-    """
-    rows = list(rows)
-    if rows and rows[0].dtype == "float32":
-        return find(rows, TORCH_CLASS)
-    loops = [row for name in (MUL_ADD, LERP_FLOAT) if (row := find(rows, name)) is not None]
-    return min(loops, key=lambda row: row.seconds, default=None)
+def _is_times(value: Any) -> bool:
+    return isinstance(value, dict) and {"median", "low", "high", "count"} <= value.keys()
 
 
-def our_row(rows: Iterable[Row]) -> Row | None:
-    """Give our row in the default format of the params' dtype."""
-    rows = list(rows)
-    return find(rows, OURS) or find(rows, OURS_EXACT)
+def _times(value: dict[str, Any]) -> Times:
+    return Times(**{**value, "samples": tuple(value.get("samples", ()))})
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _indented(value: Any) -> str:
+    """Return JSON with one item a line."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+    return json.dumps(value)

@@ -1,122 +1,51 @@
-"""The loop report: what is exposed, its table and block, and one look at every way on a tiny decoder."""
+"""What follows a training, ranks, and the errors of all formats: short runs, and the bugs that they must see."""
 
 from __future__ import annotations
 
-import math
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
-from bench import loop, readme
-from bench.steps import Decoder, Shape, Training, decoder_work, demo_work
+from bench import accuracy, loop, names, sharded, training
+from bench.accuracy import EQUAL, FORMATS, RULES, STREAMS, TORCH_BF16
+from bench.report import Report
+from bench.steps import Decoder, Shape, Training, cnn_work, decoder_work
 from bench.workloads import WORKLOADS
 from swafast.loop import runners
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 TINY = decoder_work("tiny", Shape(vocabulary=19, width=8, depth=2, heads=2, length=5, batch=2), 2)
-ENVIRONMENT = {
-    "command": "python -m bench loop", "device_name": "a CPU", "threads": 2, "date": "2026-11-21", "versions": {},
-}  # fmt: skip
+ENVIRONMENT = {"command": "python -m bench accuracy", "date": "2026-01-02T03:04:05+00:00", "versions": {}}
 
 
-def followed(way: str, samples: list[float], differing: int | None = None) -> loop.Followed:
-    return loop.Followed("a training", way, None, 10**6, 2, samples, differing, 0.01)
-
-
-def report(differing: int = 0) -> loop.Report:
-    """Give a report in which a machine that slows down hides from the medians what overlap saves."""
-    rows = [
-        followed(loop.NONE, [1.0, 2.0, 4.0]),
-        followed(loop.ATTACHED, [1.5, 2.4, 4.6], 0),
-        followed(loop.OVERLAP, [1.1, 2.1, 4.2], differing),
-    ]
-    return loop.Report(ENVIRONMENT, rows)
-
-
-def test_what_is_exposed_is_paired_by_round() -> None:
-    bare, plain, overlap = report().rows
-    assert plain.exposed(bare).seconds == pytest.approx([0.5, 0.4, 0.6])
-    assert plain.exposed(bare).share == pytest.approx(0.2)
-    assert plain.exposed(bare).quartiles_s == pytest.approx((0.45, 0.55))
-    assert overlap.exposed(bare).share == pytest.approx(0.05)
-
-
-def test_a_report_reads_back_as_it_was_written(tmp_path: Path) -> None:
-    report(3).write(tmp_path / "loop.json")
-    assert loop.Report.read(tmp_path / "loop.json") == report(3)
-    assert report(3).differing == 3
-
-
-def test_the_pages_block_is_put_between_its_markers(tmp_path: Path) -> None:
-    page = tmp_path / readme.LOOP_PAGE
-    page.parent.mkdir()
-    page.write_text(f"before {readme.LOOP_BEGIN} stale {readme.LOOP_END} after")
-    assert readme.rewrite_loop(report(), tmp_path) == page
-    text = page.read_text()
-    assert "stale" not in text
-    assert f"| {loop.NONE} | 2000 |  |  |  |\n" in text
-    assert f"| {loop.OVERLAP} | 2100 | 100 | 100 to 150 | 5.0% |\n" in text
-    assert "from the plain ones in no element," in text
-    assert "plain ones in 3 elements," in readme.loop_block(report(3))
-
-
-def test_the_page_holds_its_markers() -> None:
-    text = (Path(__file__).parents[1] / readme.LOOP_PAGE).read_text()
-    assert text.count(readme.LOOP_BEGIN) == text.count(readme.LOOP_END) == 1
-
-
-def test_the_table_fits_a_log(capsys: pytest.CaptureFixture[str]) -> None:
-    Console(width=150).print(loop.loop_table(report()))
-    printed = capsys.readouterr().out
-    assert "…" not in printed
-    assert "20.0%" in printed
+# The training loop
 
 
 def test_every_way_is_timed_and_no_element_differs() -> None:
-    rows = loop.measure_work(TINY, loop.ALL, CPU, 0.0, min_rounds=2)
-    assert [row.way for row in rows] == list(loop.WAYS)
-    assert all(len(row.samples) == 2 and min(row.samples) > 0 for row in rows)
+    rows = loop.measure_work(TINY, loop.WAYS, CPU, 0.0, min_rounds=2)
+    assert [row.way for row in rows] == [way.name for way in loop.WAYS]
+    assert all(row.step.count == 2 and row.step.low > 0 for row in rows)
     assert [row.differing for row in rows] == [None, None, None, None, 0, 0, 0]
+    assert [row.exposed is None for row in rows] == [True] + [False] * 6
 
 
-class Event:
-    """A stand-in for a CUDA event, on a clock that an event moves by 30 ms."""
-
-    clock_ms = 0.0
-
-    def __init__(self, *, enable_timing: bool) -> None:
-        assert enable_timing
-        self.recorded_ms = math.nan
-
-    def record(self) -> None:
-        self.recorded_ms = Event.clock_ms
-        Event.clock_ms += 30.0
-
-    def synchronize(self) -> None:
-        assert not math.isnan(self.recorded_ms)
-
-    def elapsed_time(self, end: Event) -> float:
-        return end.recorded_ms - self.recorded_ms
-
-
-def test_a_gpus_sample_is_between_two_events_and_of_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    contestant = loop._Contestant(TINY, loop.WAYS[loop.OVERLAP], CPU)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(contestant, "_device", torch.device("cuda"))
-    monkeypatch.setattr(loop, "synchronize", lambda device: None)
-    assert contestant.sample() == pytest.approx(0.030 / TINY.steps_per_sample)
-    contestant.follower.end()
+def test_what_is_exposed_is_paired_by_round() -> None:
+    # A machine that slows down hides from the medians what an average adds.
+    found = loop.exposed([1.5, 2.4, 4.6], [1.0, 2.0, 4.0])
+    assert found["exposed"].median == pytest.approx(0.5)
+    assert (found["exposed"].low, found["exposed"].high) == pytest.approx((0.45, 0.55))
+    assert found["share"].median == pytest.approx(0.2)
 
 
 def test_an_update_that_the_step_does_not_wait_for_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, update, stepped = runners.InThread._run, runners.InThread.update, threading.Event()
+    run, update, stepped, patience_s = runners.InThread._run, runners.InThread.update, threading.Event(), 0.1
 
     def late(self: runners.InThread, *arguments: Any) -> None:
-        stepped.wait(0.3)  # or for as long as the step waits
+        stepped.wait(patience_s)  # or for as long as the step waits
         run(self, *arguments)
 
     def stepping(self: runners.InThread) -> None:
@@ -126,10 +55,11 @@ def test_an_update_that_the_step_does_not_wait_for_is_seen(monkeypatch: pytest.M
         update(self)
 
     monkeypatch.setattr(runners.InThread, "_run", late)
-    ours = [loop.Named(loop.ATTACHED), loop.Named(loop.OVERLAP)]
+    ours = [loop.Way(loop.ATTACHED), loop.Way(loop.OVERLAP)]
     assert loop.count_differing(TINY, ours, CPU) == dict.fromkeys(ours, 0)
     monkeypatch.setattr(runners.InThread, "before_step", lambda self: None)
     monkeypatch.setattr(runners.InThread, "update", stepping)
+    patience_s = 5.0  # longer than a step on a machine with much else to do
     assert loop.count_differing(TINY, ours, CPU)[ours[1]] > 0
 
 
@@ -138,30 +68,105 @@ def test_differing_elements_are_counted_by_their_bits() -> None:
     assert loop._differing(one, one.clone()) == 0
     assert loop._differing(one, torch.tensor([-0.0, float("nan"), 1.0, 2.5])) == 2
     assert loop._differing(torch.tensor(3), torch.tensor(4)) == 1
+    assert loop._differing(torch.ones(3).bfloat16(), torch.tensor([1.0, 2.0, 3.0]).bfloat16()) == 2
+
+
+def test_trainings_that_do_not_fit_are_not_begun(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(loop, "available_bytes", lambda device: 16 << 30)
+    assert loop.main(["--backend", "cuda", "--backend", "triton", "--lines", str(tmp_path / "lines")]) == 0
+    assert capsys.readouterr().out == "6 trainings take 64 GiB, 16 are free\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_decoder_sees_no_later_token_and_learns() -> None:
-    training = Training(TINY, CPU)
+    trained = Training(TINY, CPU)
     tokens = torch.randint(19, (1, 5))
     changed = tokens.clone()
     changed[0, -1] = (tokens[0, -1] + 1) % 19
-    one, other = training.model(tokens), training.model(changed)
+    one, other = trained.model(tokens), trained.model(changed)
     torch.testing.assert_close(one[:, :-1], other[:, :-1])
     assert not torch.equal(one[:, -1], other[:, -1])
-    before = [param.clone() for param in training.model.parameters()]
-    training.step()
-    assert not any(map(torch.equal, before, training.model.parameters()))
-
-
-def test_a_decoder_of_gpt2s_shape_has_its_params() -> None:
+    before = [param.clone() for param in trained.model.parameters()]
+    trained.step()
+    assert not any(map(torch.equal, before, trained.model.parameters()))
     with torch.device("meta"):
         shape = Shape(vocabulary=50257, width=1024, depth=24, heads=16, length=1024, batch=1)
-        numel = sum(param.numel() for param in Decoder(shape).parameters())
-    assert numel == WORKLOADS["gpt2_medium"].num_params
+        assert sum(param.numel() for param in Decoder(shape).parameters()) == WORKLOADS["gpt2_medium"].num_params
 
 
-def test_the_demos_training_has_the_demos_network() -> None:
-    pytest.importorskip("sklearn")
-    training = Training(demo_work(), CPU)
-    training.step()
-    assert sum(param.numel() for param in training.model.parameters()) == 15_554
+# The share of a training step
+
+
+def check_rows(rows: list[training.TrainingRow], setting: str, models: set[str]) -> None:
+    expected = {(m, p, every) for m in models for p in (names.TORCH_CLASS, names.OURS) for every in training.EVERY}
+    assert {(row.model, row.provider, row.every) for row in rows} == expected
+    assert {row.setting for row in rows} == {setting}
+    assert all(0 < row.share.median < 1 and row.update.median > 0 for row in rows)
+
+
+def test_share_alone() -> None:
+    check_rows(training.measure_share(cnn_work(batch=2), training.Budget(0.0, min_rounds=1)), "alone", {"CNN"})
+    step, update, share = training._summed_up([(0.9, 0.1), (1.8, 0.2)], every=10)
+    assert (step.median, update.median, share.median) == pytest.approx((0.135, 0.15, 0.1))
+
+
+@pytest.mark.slow
+def test_share_under_ddp() -> None:
+    rows = training.measure_ddp(training.Budget(0.0, min_rounds=1))
+    check_rows(rows, training.DDP_SETTING, {"transformer", "CNN"})
+
+
+@pytest.mark.distributed
+def test_every_contestant_is_timed_on_every_rank() -> None:
+    by_rank = run_ranks(2, sharded._time_updates, ((7, 3), (5, 2)))
+    order = [sharded.TORCH_DTENSORS, sharded.TORCH_MULTI, sharded.FOREACH_LOCAL, names.OURS]
+    for samples in by_rank:
+        assert list(samples) == order
+        assert {len(taken) for taken in samples.values()} == {sharded.SAMPLES}
+    base = sharded.Row("w", "w", "float32", "", 31, 2, 12 * 31)
+    (row, *_) = sharded._timed(base, [{"swafast": [1.0, 5.0]}, {"swafast": [3.0, 2.0]}])
+    assert row.wall is not None
+    assert row.wall.samples == (3.0, 5.0)
+
+
+# Accuracy
+
+
+@pytest.fixture(scope="module")
+def errors() -> Report:
+    return accuracy.measure(ENVIRONMENT, updates=300, numel=256)
+
+
+def curve(report: Report, stream: str, format: str) -> list[float]:
+    return next(c.errors for c in report.curves if (c.stream, c.rule, c.format) == (stream, EQUAL, format))
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_formats_stand_in_the_order_of_their_bits(errors: Report, stream: str) -> None:
+    assert errors.updates[:5] + errors.updates[-2:] == [1, 2, 3, 4, 6, 237, 300]
+    assert len(errors.curves) == len(STREAMS) * len(RULES) * (len(FORMATS) + 1)
+    assert curve(errors, "drifting", TORCH_BF16)[-1] > 2 * curve(errors, "drifting", "half")[-1]  # it freezes
+    last = {kind: curve(errors, stream, kind)[-1] for kind in FORMATS}
+    assert curve(errors, stream, "exact") == curve(errors, stream, "float32")
+    assert last["compensated"] <= 6e-8
+    assert last["float32"] <= 0.2 * 300 * 2.0**-24
+    assert last["compact"] <= 1e-5 * 300**0.5
+    # A wrong weight would show in all of them, a format mistaken for another in one.
+    assert last["float32"] < last["compact"] < last["half"] / 20
+
+
+def test_a_wrong_count_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    update = accuracy.Ours.update
+
+    def late(self: accuracy.Ours) -> None:
+        update(self)
+        for averaged in self.averages.values():
+            if averaged.n_averaged == 2:
+                averaged.n_averaged.add_(1)
+
+    monkeypatch.setattr(accuracy.Ours, "update", late)
+    threads = torch.get_num_threads()
+    assert curve(accuracy.measure(ENVIRONMENT, updates=20, numel=64), "jumping", "float32")[-1] > 1e-3
+    assert torch.get_num_threads() == threads

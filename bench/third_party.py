@@ -1,34 +1,34 @@
-"""The averaging classes of timm, ema-pytorch and diffusers, each with its own defaults, where they are installed.
+"""The averaging classes of timm, ema-pytorch and diffusers, where they are installed, each with its own defaults.
 
-For bf16 params each keeps a float32 average, in the way its own documentation gives. Their warm-ups are set aside, so
-that the weights are known to the gate.
+For bf16 params each keeps a float32 average, in the way of its own documentation. Their warm-ups are set aside, so that
+the gate knows the weights.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from bench.provider import DECAY, Provider, adopt_params
+from bench.providers import BF16, DECAY, FP32, Ema, OfModule
 
 
-class ThirdParty(Provider):
-    """Base: an EMA whose first update copies, from a package that may not be there."""
+class ThirdParty(Ema, OfModule):
+    """Base: an EMA from a package that may be missing."""
 
-    param_dtypes = (torch.float32, torch.bfloat16)
+    param_dtypes = (FP32, BF16)
     package: ClassVar[str]
+    ema: Any
 
     @classmethod
     def missing(cls) -> str | None:
-        if importlib.util.find_spec(cls.package) is None:
-            return f"no module named {cls.package}"
+        if importlib.util.find_spec(cls.package.partition(".")[0]) is None:
+            return f"no module named {cls.package.partition('.')[0]}"
         try:
             cls.library()
         # A package whose own dependencies are absent or do not match raises whatever it likes.
@@ -40,29 +40,25 @@ class ThirdParty(Provider):
     def library(cls) -> Any:
         return importlib.import_module(cls.package)
 
-    def weight(self, num_averaged: int) -> float:
-        return 1.0 if num_averaged == 0 else 1 - DECAY
-
 
 class TimmEma(ThirdParty):
-    name = "timm ModelEmaV3"
-    package = "timm"
+    name, package = "timm ModelEmaV3", "timm"
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        # The average of bf16 params is a stochastically rounded bf16 by default; dtype gives the float32 one.
-        self.ema = self.library().ModelEmaV3(model, decay=DECAY, dtype=torch.float32, exclude_buffers=True)
+        # By default the average of bf16 params is bf16, rounded at random. ``dtype`` asks for the float32 one.
+        self.ema = self.library().ModelEmaV3(model, decay=DECAY, dtype=FP32, exclude_buffers=True)
 
     @classmethod
-    def library(cls) -> ModuleType:
-        """Load the one file that is needed: importing all of timm asks for torchvision, which this file does not."""
+    def library(cls) -> Any:
+        """Load the one file that is needed: all of timm imports torchvision, which this file does not."""
         package = importlib.util.find_spec("timm")
-        if package is None or package.origin is None:
-            raise ImportError("timm has no file")
+        assert package is not None
+        assert package.origin is not None
         path = Path(package.origin).parent / "utils" / "model_ema.py"
         spec = importlib.util.spec_from_file_location("timm_model_ema", path)
-        if spec is None or spec.loader is None:
-            raise ImportError("timm/utils/model_ema.py cannot be loaded")
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
@@ -73,64 +69,42 @@ class TimmEma(ThirdParty):
     def weight(self, num_averaged: int) -> float:
         return 1 - DECAY
 
-    def averages(self) -> list[Tensor]:
-        return list(self.ema.module.parameters())
-
-    def buffers(self) -> list[Tensor]:
-        return list(self.ema.module.buffers())
-
-    def adopt(self, averages: list[Tensor]) -> None:
-        adopt_params(self.ema.module, averages)
+    def module(self) -> nn.Module:
+        return self.ema.module
 
 
 class EmaPytorch(ThirdParty):
-    name = "ema-pytorch EMA"
-    package = "ema_pytorch"
+    name, package = "ema-pytorch EMA", "ema_pytorch"
     note = "averages float buffers too"
     copies_buffers = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        same = next(model.parameters()).dtype == torch.float32
-        self.ema = self.library().EMA(
-            model,
-            ema_model=None if same else deepcopy(model).float(),
-            coerce_dtype=not same,
-            beta=DECAY,
-            min_value=DECAY,
-            update_after_step=0,
-            update_every=1,
-        )
+        other = None if next(model.parameters()).dtype == FP32 else deepcopy(model).float()
+        options: dict[str, Any] = {"beta": DECAY, "min_value": DECAY, "update_after_step": 0, "update_every": 1}
+        self.ema = self.library().EMA(model, ema_model=other, coerce_dtype=other is not None, **options)
 
     def update(self) -> None:
         self.ema.update()
 
-    def averages(self) -> list[Tensor]:
-        return list(self.ema.ema_model.parameters())
-
-    def adopt(self, averages: list[Tensor]) -> None:
-        adopt_params(self.ema.ema_model, averages)
+    def module(self) -> nn.Module:
+        return self.ema.ema_model
 
 
 class DiffusersEma(ThirdParty):
-    name = "diffusers EMAModel"
-    package = "diffusers"
+    name, package = "diffusers EMAModel", "diffusers.training_utils"
     note = "leaves buffers out"
     copies_buffers = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.ema = self.library().EMAModel(model.parameters(), decay=DECAY, min_decay=DECAY)
-        self.ema.to(dtype=torch.float32)
-
-    @classmethod
-    def library(cls) -> ModuleType:
-        return importlib.import_module("diffusers.training_utils")
+        self.ema.to(dtype=FP32)
 
     def update(self) -> None:
         self.ema.step(self.model.parameters())
 
-    def averages(self) -> list[Tensor]:
+    def each(self) -> Iterable[Tensor]:
         return self.ema.shadow_params
 
     def adopt(self, averages: list[Tensor]) -> None:

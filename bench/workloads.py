@@ -1,11 +1,12 @@
-"""Parameter lists of real models, without the models: a module that holds the true names, shapes and buffers.
+"""Parameter lists of real models, without the models: modules that hold the true names, shapes and buffers.
 
-The shapes are worked out from each architecture's numbers and checked against its known total, so no model library is
-needed, and no download.
+The shapes follow from each architecture's numbers, and their sum is checked against its known total. So this needs no
+model library and no download.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ Entry = tuple[str, tuple[int, ...]]
 # Period of the values that fill a module. Prime, so that a wrong offset of any size shows as wrong values.
 FILL_PERIOD = 1_048_573
 
-# What a run holds at most at once, counted from the copies that suite.py keeps of bf16 params: model 2, flat average
+# What a run holds at most at once, counted from the copies that measure.py keeps of bf16 params: model 2, flat average
 # 4, flat param 3.3, torch's average 2, ours 4 and 4, one read of ours 4. GPT-2 medium measured 25. float32 takes 20.
 PEAK_BYTES_PER_PARAM = 25
 # torch's class has up to three temporaries of the largest tensor, and torch itself takes a share.
@@ -26,7 +27,7 @@ PEAK_BYTES_BESIDE = 1 << 30
 
 @dataclass(frozen=True)
 class Workload:
-    """A named parameter list. ``params(depth)`` gives it with ``depth`` blocks, ``full_depth`` of them when whole."""
+    """A named parameter list. ``params(depth)`` yields it with ``depth`` of its ``full_depth`` blocks."""
 
     name: str
     title: str
@@ -38,13 +39,14 @@ class Workload:
     def depth_within(
         self, memory_bytes: float, per_param: float = PEAK_BYTES_PER_PARAM, beside: float = PEAK_BYTES_BESIDE
     ) -> int:
-        """Give the number of blocks that a run can hold in ``memory_bytes``; 0 where not even one fits."""
+        """Return the number of blocks that fit into ``memory_bytes``, or 0."""
         affordable = (memory_bytes - beside) / per_param
         if affordable >= self.num_params:
             return self.full_depth
         if self.name != "llama3_8b":
             return 0
-        return max(0, int(affordable // LLAMA_LAYER_PARAMS))
+        # One layer less than all of them where the embeddings, which go with all, do not fit.
+        return min(self.full_depth - 1, max(0, int(affordable // LLAMA_LAYER_PARAMS)))
 
     def title_at(self, depth: int) -> str:
         if depth == self.full_depth:
@@ -62,7 +64,7 @@ def _linear(name: str, out: int, inner: int) -> Iterator[Entry]:
     yield f"{name}.bias", (out,)
 
 
-# ResNet-50: blocks and inner width of each of its four stages; a block gives four times its inner width.
+# ResNet-50: blocks and inner width of each of its four stages; a block has four times as many outputs.
 RESNET50_STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))
 
 
@@ -176,6 +178,24 @@ WORKLOADS = {
 QUICK = ("resnet50", "2000x64x64", "3000x64")
 
 
+def _listed(name: str, title: str, shapes: tuple[tuple[int, ...], ...]) -> Workload:
+    entries = [(f"{index}.weight", shape) for index, shape in enumerate(shapes)]
+    return Workload(name, title, lambda depth: iter(entries), 1, sum(math.prod(shape) for shape in shapes))
+
+
+BILLION = 10**9
+GPU_WORKLOADS = {"1e9": _listed("1e9", "1e9 params in one tensor", ((BILLION,),)), **WORKLOADS}
+# For dry runs: they show that the machinery works, not how fast anything is.
+DRY_WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        _listed("dry_one", "one tensor", ((300_000,),)),
+        _listed("dry_few", "few tensors", ((200, 33), (1,), (5, 3, 7)) * 3),
+        _listed("dry_many", "many tensors", ((64,),) * 100),
+    )
+}
+
+
 def build(workload: Workload, dtype: torch.dtype, device: torch.device, depth: int | None = None) -> nn.Module:
     """Build and fill a module with the params and buffers of ``workload``; touches all its memory.
 
@@ -199,7 +219,7 @@ def build(workload: Workload, dtype: torch.dtype, device: torch.device, depth: i
 
 
 def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Give the submodule that holds ``name``, made where it is missing, and the last part of the name."""
+    """Return the submodule that holds ``name``, made where it is missing, and the last part of the name."""
     *path, leaf = name.split(".")
     for part in path:
         if not hasattr(root, part):
@@ -214,7 +234,7 @@ def _fill(tensors: list[Tensor]) -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.rand(FILL_PERIOD, generator=generator) + 0.5
     values *= torch.randint(0, 2, (FILL_PERIOD,), generator=generator) * 2 - 1
-    # Once over to the device, not once for each run of values.
+    # Moved to the device once, not once for each run of values.
     values, at = values.to(tensors[0].device), 0
     for tensor in tensors:
         if not tensor.is_floating_point():

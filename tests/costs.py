@@ -295,7 +295,9 @@ def measured_peaks() -> dict[str, dict[str, float]]:
 
 def read_table(name: str) -> dict[str, list[str]]:
     """Return the cells of a table of the page, by the first cell of each row."""
-    lines = PAGE.read_text().partition(f"<!-- {name}:begin -->\n")[2].partition(f"<!-- {name}:end -->")[0].splitlines()
+    lines = (
+        PAGE.read_text().partition(f"<!-- table {name} -->\n")[2].partition(f"<!-- end of {name} -->")[0].splitlines()
+    )
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {first: cells for first, *cells in rows[:1] + rows[2:]}
 
@@ -303,7 +305,7 @@ def read_table(name: str) -> dict[str, list[str]]:
 def main() -> None:
     page = PAGE.read_text()
     for name, lines in (("costs", costs_table(measured_costs())), ("peaks", peaks_table(measured_peaks()))):
-        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+        begin, end = f"<!-- table {name} -->\n", f"<!-- end of {name} -->"
         before, _, rest = page.partition(begin)
         page = before + begin + "\n".join(lines) + "\n" + end + rest.partition(end)[2]
     PAGE.write_text(page)

@@ -753,10 +753,12 @@ def test_a_gpus_step_waits_for_the_side_stream(is_planted: bool, monkeypatch: py
 def test_a_gpu_computes_beside_an_update() -> None:
     run = Run(on="cuda")
     run.averaged.attach(run.optimizer, overlap=True)
+    inputs = torch.ones(4, 6, device="cuda")
+    run.model(inputs).sum().backward()  # CUDA loads a kernel at its first launch, and that may wait for the device
     run.step()
     run.step()
     forward = torch.cuda.Event()
-    run.model(torch.ones(4, 6, device="cuda")).sum().backward()
+    run.model(inputs).sum().backward()
     forward.record()
     forward.synchronize()
     attachment = run.averaged._guard.attachment

@@ -39,7 +39,7 @@ def blocks_of(text: str) -> list[str]:
 
 
 def written_by_hand(text: str) -> str:
-    """The text without the blocks that `python -m bench readme` fills; their lines keep their numbers."""
+    """The text without the blocks that `python -m bench pages` fills; their lines keep their numbers."""
     return re.sub(
         r"<!-- (\w+):begin -->.*?<!-- \1:end -->", lambda match: "\n" * match[0].count("\n"), text, flags=re.DOTALL
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import swafast
-from bench.readme import readme_table
 from swafast import doctor
 from swafast.backends import cpu, library
 from swafast.op.choice import BACKENDS
@@ -91,11 +89,3 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
         install, _, use = command.partition(" && ")
         assert install.replace("pip install", "pip install --quiet") in script
         assert use in script
-
-
-def test_the_table_of_speed_is_the_reports() -> None:
-    report = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
-    page = (ROOT / "docs" / "speed.md").read_text()
-    inside = page.split("<!-- bench:begin -->")[1].split("<!-- bench:end -->")[0]
-    assert inside.strip() == readme_table(report).strip()
-    assert (ROOT / "bench" / "results" / "cpu.png").stat().st_size < 1_000_000

@@ -24,7 +24,7 @@ from .shard_matching import Bound, ShardSide, Staging, bind_shards
 class Flag:
     """Sets a flag on all ranks if it is set on one: a :class:`~swafast.backends.contract.ReduceFlag`.
 
-    The averaged model's number is sent in the same element, so that no rank takes the flag of another average for its
+    The averaged model's number is sent with it, so that no rank takes the flag of another average for its
     own, if ranks update averages in different orders.
 
     Args:
@@ -34,28 +34,32 @@ class Flag:
     def __init__(self, ranks: Ranks, number: int) -> None:
         self._ranks, self._number = ranks, number
 
-    def _reduced(self, flag: Tensor) -> Tensor:
-        reduced = (flag != 0) + 2 * self._number
-        self._ranks.max_(reduced)
-        return reduced
+    def _reduced(self, flag: Tensor) -> tuple[Tensor, Tensor]:
+        """Return whether any rank has set it, and whether all ranks have sent this average's number."""
+        largest_and_smallest = torch.full((2,), 2 * self._number, dtype=torch.int64, device=flag.device)
+        largest_and_smallest[1].neg_()
+        largest_and_smallest[0].add_(flag != 0)
+        self._ranks.max_(largest_and_smallest)
+        largest, smallest = largest_and_smallest.unbind()
+        return largest & 1, (largest >> 1 == self._number) & (smallest == -2 * self._number)
 
     def __call__(self, flag: Tensor) -> None:
-        """Set ``flag`` if any rank has set it, or if it meets another average's flag of a larger number. Collective."""
+        """Set ``flag`` if any rank has set it, or if any rank is in the update of another average. Collective."""
         if self._ranks.size > 1:
-            reduced = self._reduced(flag)
-            flag.copy_(torch.where(reduced >> 1 == self._number, reduced & 1, 1))
+            is_set, is_ours = self._reduced(flag)
+            flag.copy_(torch.where(is_ours, is_set, 1))
 
     def anywhere(self, found: bool, device: torch.device) -> bool:
         """Return whether ``found`` is true on any rank. Collective.
 
         Raises:
-            RuntimeError: another rank was in the update of another average. At least one rank raises it.
+            RuntimeError: another rank was in the update of another average. Every rank raises it.
         """
         if self._ranks.size == 1:
             return found
         with self._ranks.in_lockstep():
-            number, is_set = divmod(int(self._reduced(torch.full((), int(found), dtype=torch.int64, device=device))), 2)
-            if number != self._number:
+            is_set, is_ours = self._reduced(torch.full((), found, device=device))
+            if not is_ours:
                 raise RuntimeError(
                     "ranks must update averages that share a process group in one order, got another average on "
                     "another rank: if threads update averages, give each thread a process group of its own"

@@ -1,15 +1,14 @@
 """A few updates of every dtype and format, small and misaligned, an exchange, and a look for what is not finite; and
 several averages of mixed formats in one pass.
 
-``python -m bench.gpu.smoke --device cuda --backend cuda --backend triton --out FILE`` runs them on each backend and on
-the CPU, and compares all bits. It is also what the memory checkers watch.
+``python -m bench.smoke --device cuda --backend cuda --lines FILE`` runs them on each backend and on the CPU,
+and compares all bits. The memory checkers watch it too.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 import warnings
 from collections.abc import Iterable
@@ -21,11 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages, PowerAverage
-from swafast.backends import cpu
-from swafast.backends.library import MAX_PACES
-from swafast.op.choice import BACKENDS
-from swafast.terms.rules import Rule
+from bench import internals
+from bench.report import item_line
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages, PowerAverage, Rule
 
 # Around the widths of vectors, tiles and chunks; and the element that each one starts at, so that most are misaligned.
 NUMELS = (1, 3, 64, 255, 1024, 4097, 70_001)
@@ -62,19 +59,19 @@ def _one(dtype: torch.dtype, fmt: str, rule: Rule) -> SmokeCase:
 
 
 def _several(dtype: torch.dtype, count: int) -> SmokeCase:
-    """Give a case of so many averages, of all formats and rules in turn."""
+    """Return a case of ``count`` averages, of all formats and rules in turn."""
     formats = (*FORMATS[torch.bfloat16], "mirrored")
     turns = ((f"average {i}", formats[i % len(formats)], RULES[i % len(RULES)]) for i in range(count))
     return SmokeCase(dtype, tuple(turns))
 
 
-# How a rule weighs has nothing to do with a format: the weights of the first rule lie on both sides of one half, where
-# a lerp changes, so it goes with each format, and the others with one.
+# A rule's weights have nothing to do with a format. Those of the first rule lie on both sides of one half, where a lerp
+# changes, so it goes with each format, and the others with one.
 CASES = [
     *(_one(dtype, fmt, RULES[0]) for dtype, formats in FORMATS.items() for fmt in formats),
     *(_one(dtype, FORMATS[dtype][0], rule) for dtype in (torch.float32, torch.bfloat16) for rule in RULES[1:]),
     *(_several(dtype, 3) for dtype in FORMATS),
-    _several(torch.bfloat16, MAX_PACES),
+    _several(torch.bfloat16, internals.most_averages()),
 ]
 
 
@@ -94,7 +91,7 @@ class Misaligned(nn.Module):
 
     @torch.no_grad()
     def draw(self, generator: torch.Generator) -> None:
-        """Take the next values of a stream that is the same on every device."""
+        """Take the next values of one stream, the same on every device."""
         for param in self.parameters():
             scale = 10.0 ** torch.randint(-3, 4, (), generator=generator).item()
             param.copy_(torch.randn(param.shape, generator=generator) * scale)
@@ -128,7 +125,7 @@ def each_of(averaged: FusedAveragedModel | FusedAverages) -> list[FusedAveragedM
 
 
 def run_case(case: SmokeCase, backend: str, device: str) -> dict[str, str]:
-    """Run one case on one backend and give hashes of all bits: after the updates, and of the model while exchanged.
+    """Run one case on one backend. Return hashes of all bits: after the updates, and of the model while exchanged.
 
     Raises:
         AssertionError: an exchange did not come back, or a NaN was not seen.
@@ -144,7 +141,7 @@ def run_case(case: SmokeCase, backend: str, device: str) -> dict[str, str]:
     first, before = each_of(averaged)[0], digest(model.state_dict().values())
     with first.swapped_into(model):
         # One that does not exchange in place casts, which may round a tie of `exact` the other way.
-        if next(each for each in BACKENDS if each.name == backend).exchanges:
+        if internals.exchanges_in_place(backend):
             found[f"{case.title}, exchanged"] = digest(model.state_dict().values())
     assert digest(model.state_dict().values()) == before, f"{case.title}: the exchange did not come back"
     _look_for_nan(case, averaged, model)
@@ -168,9 +165,9 @@ def _look_for_nan(case: SmokeCase, averaged: FusedAveragedModel | FusedAverages,
     assert name in seen, f"{case.title}: a NaN was not seen: {seen}"
 
 
-def run(backends: list[str], device: str) -> dict[str, dict[str, str]]:
-    """Give the hash of each case on the CPU and on each backend; an error in its words instead."""
-    oracle = "cpu" if cpu.unavailable() is None else "reference"
+def run(backends: list[str], device: str, lines: Path | None = None) -> dict[str, dict[str, str]]:
+    """Return the hash of each case on the CPU and on each backend, or the error in its place. Append them to lines."""
+    oracle = "reference" if internals.backend_missing("cpu") else "cpu"
     places = {oracle: "cpu", **dict.fromkeys(backends, device)}
     found: dict[str, dict[str, str]] = {}
     for case in CASES:
@@ -182,19 +179,22 @@ def run(backends: list[str], device: str) -> dict[str, dict[str, str]]:
                 hashes = {case.title: f"{type(error).__name__}: {error}".splitlines()[0]}
             for title, value in hashes.items():
                 found.setdefault(title, {})[backend] = value
+                if lines is not None:
+                    with lines.open("a") as file:
+                        file.write(item_line("bits", {title: {backend: value}}))
     return found
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compare, write down, and give 1 where any two hashes differ."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu.smoke", description=(__doc__ or "").splitlines()[0])
+    """Compare, append the hashes to the lines, and return 1 where any two differ."""
+    parser = argparse.ArgumentParser(prog="python -m bench.smoke", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", action="append", required=True)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--lines", type=Path)
     given = parser.parse_args(arguments)
-    found = run(given.backend, given.device)
-    if given.out is not None:
-        given.out.write_text(json.dumps(found))
+    if given.device == "cpu":
+        torch.set_num_threads(1)  # of a dry run: its tensors are small, and others may be at work on this machine
+    found = run(given.backend, given.device, given.lines)
     differing = [title for title, hashes in found.items() if len(set(hashes.values())) > 1]
     for title in differing:
         sys.stdout.write(f"{title}: {found[title]}\n")
@@ -204,6 +204,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if "cpu" in sys.argv:
-        torch.set_num_threads(1)  # of a dry run: its tensors are small, and others may be at work on this machine
     sys.exit(main())

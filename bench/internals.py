@@ -1,0 +1,114 @@
+"""Everything that the bench uses of swafast beside its public names, in one place."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from swafast import FusedAveragedModel
+from swafast.terms.formats import get_format
+
+# Elements decoded at once: on the way each takes up to 40 bytes.
+DECODED_NUMEL = 1 << 25
+
+
+def planes_nbytes(format: str) -> int:
+    """Return the bytes that an average in this format takes per param."""
+    nbytes = get_format(format).nbytes
+    assert nbytes is not None
+    return nbytes
+
+
+def planes(averaged: FusedAveragedModel, model: nn.Module) -> list[Tensor]:
+    """Return the tensors that hold the averages of params. Buffers are left out."""
+    names = {name for name, _ in model.named_parameters()}
+    # A key is the name of a plane, a dot, and the param's name.
+    return [value for key, value in averaged.state_dict().items() if key.partition(".")[2] in names]
+
+
+def decoded(averaged: FusedAveragedModel, format: str, model: nn.Module) -> Iterator[Tensor]:
+    """Yield the averages in float32, in the order of ``model.parameters()``, one at a time.
+
+    A whole export of Llama-3-8B would not fit beside its averages, so each tensor is decoded in pieces.
+    """
+    fmt, state = get_format(format), averaged.state_dict()
+    keys = ("module", *(key for key, _ in fmt.extra))
+    for name, param in model.named_parameters():
+        if not fmt.extra and fmt.dtype == torch.float32:
+            yield state[f"module.{name}"]
+            continue
+        pieces = [state[f"{key}.{name}"].reshape(-1).split(DECODED_NUMEL) for key in keys]
+        whole = torch.empty(param.numel(), dtype=torch.float32, device=param.device)
+        for piece, *parts in zip(whole.split(DECODED_NUMEL), *pieces, strict=True):
+            piece.copy_(fmt.decode(tuple(parts)))
+        yield whole.view(param.shape)
+
+
+def backend_missing(name: str) -> str | None:
+    """Return why a backend cannot run here, or None."""
+    from swafast.op.choice import BACKENDS
+
+    why = next(backend for backend in BACKENDS if backend.name == name).unavailable()
+    return None if why is None else why.reason
+
+
+def exchanges_in_place(backend: str) -> bool:
+    """Return whether ``swapped_into`` exchanges bits in place on this backend. The others cast."""
+    from swafast.op.choice import BACKENDS
+
+    return next(each for each in BACKENDS if each.name == backend).exchanges
+
+
+def backend_in_use(device: torch.device) -> str:
+    """Return the name of the backend that updates run on, with the CPU's instruction set."""
+    from swafast.backends import cpu
+    from swafast.op.choice import choose_backends
+
+    chosen = choose_backends(device_types={device.type})[0]
+    return f"{chosen.name}, {cpu.current_isa()}" if chosen is cpu else chosen.name
+
+
+def native_build() -> dict[str, str]:
+    """Return how the native library in use was built, or why there is none."""
+    from swafast.backends import Unavailable, library
+
+    native = library.load()
+    if isinstance(native, Unavailable):
+        return {"missing": native.reason}
+    found = {"library": _text(native.swafast_build)}
+    if library.has_cuda(native):
+        found["cuda"] = _text(native.swafast_cuda_build)
+    return found
+
+
+def _text(function: Callable[[], bytes]) -> str:
+    function.restype = ctypes.c_char_p  # type: ignore[attr-defined]
+    return function().decode()
+
+
+def most_averages() -> int:
+    """Return how many averages one launch moves at most."""
+    from swafast.backends.library import MAX_PACES
+
+    return MAX_PACES
+
+
+def set_window(nbytes: int) -> None:
+    """Set the window of ``swapped_into`` on replicated params of a CPU."""
+    from swafast.sharded.parts import spread
+
+    spread.CPU_WINDOW_NBYTES = nbytes
+
+
+def plan_shares(model: nn.Module, rank: int, ranks: int) -> int:
+    """Plan which params one rank averages, without building averages. Return their number of elements."""
+    from swafast.sharded.construction import format_of_average
+    from swafast.sharded.parts.holdings import find_holdings
+    from swafast.sharded.parts.shares import share_out
+
+    holdings = [held.holding for held in find_holdings(model, tuple(range(ranks)))]
+    formats = {each.name: format_of_average(each, None, False) for each in holdings}
+    return sum(share.numel for share in share_out(holdings, formats, rank, share_replicas=False))

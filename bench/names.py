@@ -1,0 +1,20 @@
+"""The names by which tables, bars and pictures look rows up."""
+
+# Provider names that tables, bars and pictures look rows up by.
+TORCH_CLASS = "torch AveragedModel"
+TORCH_EMA = "torch AveragedModel, EMA fn"
+FOREACH, COMPILED = "_foreach_lerp_", "compiled foreach"
+MUL_ADD, LERP_FLOAT = "mul_().add_()", "lerp_(p.float())"
+OURS, OURS_EXACT, OURS_FLOAT32 = "swafast", "swafast exact", "swafast float32"
+ALL_OURS = (OURS, OURS_EXACT, OURS_FLOAT32)
+# Ceilings: one ``lerp_`` over the same bytes in one tensor; on a GPU a copy of as many bytes, and a large copy.
+FLAT_LERP = "one flat lerp_"
+COPY, COPY_BIG = "device copy", "device copy, 8 GB"
+CEILINGS = (FLAT_LERP, COPY, COPY_BIG)
+# Of the tables that compare our own passes with each other.
+ONE, TWO, THREE = "1 average", "2 averages in one pass", "3 averages in one pass"
+THREE_APART = "3 averages in three passes"
+# The groups of a run on a CPU. On a GPU a group is named by the format and the number of averages.
+UPDATES, FORMATS, SEVERAL = "updates", "formats", "several"
+# By device: our backends on a GPU run, the preferred one first. A dry run puts those of the CPU in their places.
+OUR_BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "reference")}
