@@ -305,12 +305,6 @@ def test_a_copy_of_a_compiled_average_runs_on_its_own() -> None:
         assert torch.equal(copied(x), copied.module(x))
 
 
-@pytest.mark.parametrize("rule", [RULES, list(RULES.items()), {}])
-def test_several_rules_for_one_average_are_refused(rule: Any) -> None:
-    with pytest.raises(TypeError, match=r"rule must be one Rule, got a .*: make several averages with FusedAverages\("):
-        FusedAveragedModel(nn.Linear(2, 2), rule=rule)
-
-
 def test_another_model_or_a_bad_count_changes_nothing(every_kind: EveryKind) -> None:
     averages = of(every_kind, rules=RULES)
     drifted(every_kind, [averages], 2)
