@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -114,3 +115,30 @@ def step_with_ones(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()
+
+
+class Held:
+    """Holds updates, of the background for instance, until they are let go.
+
+    Args:
+        at_most: let an update go after so many seconds even if nobody does; None: nobody doing so is an error.
+    """
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, kind: Any = FusedAveragedModel, at_most: float | None = None
+    ) -> None:
+        self.let_go, self.begun, self.ended = threading.Event(), threading.Event(), threading.Event()
+        update = kind.update_parameters
+
+        def held(averaged: Any, model: nn.Module) -> None:
+            self.begun.set()
+            assert self.let_go.wait(at_most or 60) or at_most
+            update(averaged, model)
+            self.ended.set()
+
+        monkeypatch.setattr(kind, "update_parameters", held)
+
+    def let_go_in(self, seconds: float) -> None:
+        """Let an update that has begun go in a while."""
+        assert self.begun.wait(60)
+        threading.Timer(seconds, self.let_go.set).start()
