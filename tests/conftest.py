@@ -46,6 +46,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("torch finds no CUDA device")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _unwritten_memory_shows() -> Iterator[None]:
+    """Have torch fill each tensor that it makes without values: with NaN, or the largest integer of its dtype.
+
+    Or memory that is read before it is written holds zeros, or what it held before, and the test passes by chance.
+    """
+    # On a GPU other kernels would run as well.
+    torch.use_deterministic_algorithms(not torch.cuda.is_available(), warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(20)
