@@ -86,6 +86,12 @@ def differing(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
     return sorted({*(a.keys() ^ b.keys()), *(name for name in a.keys() & b.keys() if not same_bits(a[name], b[name]))})
 
 
+def require_same(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], about: object = "") -> None:
+    """Check that tensors of the same names are the same by bits; in a rank the error tells which are not."""
+    found = differing(got, expected)
+    assert found == [], f"{about}: {found}"
+
+
 @contextmanager
 def unchanged(*modules: nn.Module) -> Iterator[None]:
     """Check that no tensor of these modules differs after the body."""
