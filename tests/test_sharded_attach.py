@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from swafast import EqualAverage, ExponentialAverage, ShardedAveragedModel, ShardedAverages
 from swafast.loop import runners
 from swafast.sharded import shard_matching
-from tests.conftest import differing
 from tests.ranks import run_ranks
 from tests.sharded_models import WIDTH, make_model, require, wrap
+from tests.support import differing
 
 pytestmark = pytest.mark.distributed
 

@@ -29,7 +29,8 @@ from swafast.sharded.parts.ranks import Ranks
 from swafast.sharded.parts.spread import Spread
 from swafast.sharded.swap import NOT_WHOLE
 from tests.ranks import run_ranks
-from tests.sharded_models import WIDTH, differing_bits, drift, fill, locals_of, make_model, wrap
+from tests.sharded_models import WIDTH, drift, fill, locals_of, make_model, wrap
+from tests.support import differing as differing_bits
 
 #: Of the process group where a peer is lost; the contract has an error come within two seconds more.
 TIMEOUT = timedelta(seconds=2)
