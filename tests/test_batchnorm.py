@@ -380,11 +380,7 @@ class OnRanks:
     [
         (OnRanks(), TypeError, "got OnRanks: give the model, inside swapped_into"),
         ([], TypeError, r"model must be a torch\.nn\.Module, got list"),
-        (
-            nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d()),
-            ValueError,
-            "model must be initialised, got the lazy '1'",
-        ),
+        (nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d()), ValueError, "must be initialised, got the lazy '1'"),
     ],
     ids=["on ranks", "none", "lazy"],
 )

@@ -224,6 +224,8 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
         "import sys; before = set(sys.modules); import swafast\n"
         "heavy = {'torch', 'typer', 'rich', 'triton', 'numpy'} & (set(sys.modules) - before)\n"
         "assert not heavy, heavy\n"
+        "import swafast.cli; heavy = {'torch', 'sklearn', 'matplotlib', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
     )
 
 
