@@ -85,7 +85,7 @@ class Run:
 
 
 def plainly(steps: int, schedule: Schedule, **options: Any) -> Run:
-    """Give a run whose loop calls ``update_parameters`` itself."""
+    """Return a run whose loop calls ``update_parameters`` itself."""
     run = Run(**options)
     for step in range(1, steps + 1):
         run.step(lambda step=step: schedule.is_due(step) and run.averaged.update_parameters(run.model))

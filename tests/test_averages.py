@@ -210,11 +210,7 @@ def test_averages_that_were_loaded_from_one_tensor_part_again() -> None:
     ("options", "error", "message"),
     [
         ({"rules": {}}, ValueError, "rules must name 1 to 16 averages, got 0"),
-        (
-            {"rules": {str(i): EqualAverage() for i in range(17)}},
-            ValueError,
-            "rules must name 1 to 16 averages, got 17",
-        ),
+        ({"rules": {str(i): EqualAverage() for i in range(17)}}, ValueError, "rules must name .*got 17"),
         ({"rules": {"a": 0.9}}, TypeError, r"rules\['a'\] must be a Rule .*got 0.9"),
         ({"rules": {"a": EqualAverage}}, TypeError, r"rules\['a'\] must be a Rule"),
         ({"rules": {1: EqualAverage()}}, TypeError, "rules must have strings for names, got 1"),

@@ -126,11 +126,7 @@ def test_averages_assigned_from_the_models_own_tensors_get_memory_of_their_own()
         ({"multi_avg_fn": "ema"}, TypeError, "multi_avg_fn must be callable, got str"),
         ({"include": "lora"}, TypeError, "include must be a function"),
         ({"include": lambda name, param: "lora" in name}, ValueError, "include must pick a parameter"),
-        (
-            {"format": "bfloat16"},
-            ValueError,
-            "format must be one of 'float32', 'exact', 'mirrored', 'compact', 'compensated', 'half' or None",
-        ),
+        ({"format": "bfloat16"}, ValueError, "format must be one of 'float32', 'exact', .*or None"),
         ({"format": "exact", "avg_fn": lambda a, p, n: p}, ValueError, "format must be None"),
         ({"backend": "gpu"}, ValueError, "backend must be one of 'cuda', 'cpu', 'triton', 'reference', got 'gpu'"),
         ({"nonfinite": "ignore"}, ValueError, "nonfinite must be one of .*got 'ignore'"),
