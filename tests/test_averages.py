@@ -207,33 +207,6 @@ def test_averages_that_were_loaded_from_one_tensor_part_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"rules": {}}, ValueError, "rules must name 1 to 16 averages, got 0"),
-        ({"rules": {str(i): EqualAverage() for i in range(17)}}, ValueError, "rules must name .*got 17"),
-        ({"rules": {"a": 0.9}}, TypeError, r"rules\['a'\] must be a Rule .*got 0.9"),
-        ({"rules": {"a": EqualAverage}}, TypeError, r"rules\['a'\] must be a Rule"),
-        ({"rules": {1: EqualAverage()}}, TypeError, "rules must have strings for names, got 1"),
-        ({"rules": {"a.b": EqualAverage()}}, ValueError, "names without '.'.*got 'a.b'"),
-        ({"rules": {"": EqualAverage()}}, ValueError, "got ''"),
-        ({"rules": {"training": EqualAverage()}}, ValueError, "names other than 'training'"),
-        ({"rules": [("a", EqualAverage()), ("a", EqualAverage())]}, ValueError, "each name once, got 'a' twice"),
-        ({"rules": [("a", EqualAverage(), 1)]}, TypeError, r"\(name, rule\) pairs"),
-        ({"rules": [EqualAverage(), EqualAverage()]}, TypeError, r"\(name, rule\) pairs, got \[EqualAverage"),
-        ({"rules": RULES, "format": "int4"}, ValueError, "format must be one of .*got 'int4'"),
-        ({"rules": RULES, "format": {"slow": "exact"}}, ValueError, "format must name averages among .*got 'slow'"),
-        ({"rules": RULES, "format": {"fast": "int4"}}, ValueError, "format must be one of .*got 'int4'"),
-        ({"rules": RULES, "seed": 0.5}, TypeError, "seed must be an int, got 0.5"),
-        ({"rules": "fast"}, TypeError, "rules must be a mapping .*got 'fast'"),
-        ({"rules": EqualAverage()}, TypeError, "rules must be a mapping .*got EqualAverage"),
-    ],
-)
-def test_bad_arguments_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        FusedAverages(nn.Linear(2, 2), **options)
-
-
-@pytest.mark.parametrize(
     "change",
     [
         lambda averages, other: setattr(averages, "fast", other),

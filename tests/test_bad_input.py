@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, Rule
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages, Rule
 from swafast.backends.reference import ReferenceLaunch
+from swafast.optim import SWA
 from tests.support import EveryKind, drift, refused, unchanged
 
 
@@ -115,31 +116,70 @@ def test_averages_assigned_from_the_models_own_tensors_get_memory_of_their_own()
     assert average.module.weight.data_ptr() != model.weight.data_ptr()
 
 
+RULES = {"mean": EqualAverage(), "fast": ExponentialAverage(0.9)}
+
+
+def one(model: Any = None, **options: Any) -> object:
+    return FusedAveragedModel(nn.Linear(2, 2) if model is None else model, **options)
+
+
+def several(**options: Any) -> object:
+    return FusedAverages(nn.Linear(2, 2), **options)
+
+
+def swa(optimizer: Any = None, **options: Any) -> object:
+    return SWA(torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1) if optimizer is None else optimizer, **options)
+
+
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("make", "options", "error", "message"),
     [
-        ({"avg_fn": lambda a, p, n: p, "multi_avg_fn": lambda a, p, n: None}, ValueError, "only one of"),
-        ({"rule": EqualAverage(), "multi_avg_fn": lambda a, p, n: None}, ValueError, "only one of"),
-        ({"rule": 0.999}, TypeError, r"rule must be a Rule such as ExponentialAverage\(0.999\), got float 0.999"),
-        ({"rule": ExponentialAverage}, TypeError, "rule must be a Rule .* got the class ExponentialAverage"),
-        ({"device": ExponentialAverage(0.9)}, TypeError, "device must be .* pass it as rule="),
-        ({"multi_avg_fn": "ema"}, TypeError, "multi_avg_fn must be callable, got str"),
-        ({"include": "lora"}, TypeError, "include must be a function"),
-        ({"include": lambda name, param: "lora" in name}, ValueError, "include must pick a parameter"),
-        ({"format": "bfloat16"}, ValueError, "format must be one of 'float32', 'exact', .*or None"),
-        ({"format": "exact", "avg_fn": lambda a, p, n: p}, ValueError, "format must be None"),
-        ({"backend": "gpu"}, ValueError, "backend must be one of 'cuda', 'cpu', 'triton', 'reference', got 'gpu'"),
-        ({"nonfinite": "ignore"}, ValueError, "nonfinite must be one of .*got 'ignore'"),
-        ({"model": {}}, TypeError, r"model must be a torch\.nn\.Module, got dict"),
-        ({"model": nn.Sequential(nn.LazyLinear(3))}, ValueError, r"lazy parameter '0\.weight'"),
-        ({"model": nn.ParameterList([nn.Parameter(torch.zeros(0))])}, ValueError, "ZeRO-3"),
-        ({"rule": [EqualAverage()]}, TypeError, r"rule must be one Rule, got a .*: make several .* FusedAverages\("),
-        ({"rule": {}}, TypeError, r"rule must be one Rule, got a .*: make several .* FusedAverages\("),
+        (one, {"avg_fn": lambda a, p, n: p, "multi_avg_fn": lambda a, p, n: None}, ValueError, "only one of"),
+        (one, {"rule": EqualAverage(), "multi_avg_fn": lambda a, p, n: None}, ValueError, "only one of"),
+        (one, {"rule": 0.999}, TypeError, r"rule must be a Rule such as ExponentialAverage\(0.999\), got float 0.999"),
+        (one, {"rule": ExponentialAverage}, TypeError, "rule must be a Rule .* got the class ExponentialAverage"),
+        (one, {"device": ExponentialAverage(0.9)}, TypeError, "device must be .* pass it as rule="),
+        (one, {"multi_avg_fn": "ema"}, TypeError, "multi_avg_fn must be callable, got str"),
+        (one, {"include": "lora"}, TypeError, "include must be a function"),
+        (one, {"include": lambda name, param: "lora" in name}, ValueError, "include must pick a parameter"),
+        (one, {"format": "bfloat16"}, ValueError, "format must be one of 'float32', 'exact', .*or None"),
+        (one, {"format": "exact", "avg_fn": lambda a, p, n: p}, ValueError, "format must be None"),
+        (one, {"backend": "gpu"}, ValueError, "backend must be one of 'cuda', 'cpu', 'triton', 'reference', got 'gpu'"),
+        (one, {"nonfinite": "ignore"}, ValueError, "nonfinite must be one of .*got 'ignore'"),
+        (one, {"model": {}}, TypeError, r"model must be a torch\.nn\.Module, got dict"),
+        (one, {"model": nn.Sequential(nn.LazyLinear(3))}, ValueError, r"lazy parameter '0\.weight'"),
+        (one, {"model": nn.ParameterList([nn.Parameter(torch.zeros(0))])}, ValueError, "ZeRO-3"),
+        (one, {"rule": [EqualAverage()]}, TypeError, r"rule must be one Rule, got a list.* FusedAverages\("),
+        (one, {"rule": {}}, TypeError, r"rule must be one Rule, got a dict.* FusedAverages\("),
+        (several, {"rules": {}}, ValueError, "rules must name 1 to 16 averages, got 0"),
+        (several, {"rules": {str(i): EqualAverage() for i in range(17)}}, ValueError, "rules must name .*got 17"),
+        (several, {"rules": {"a": 0.9}}, TypeError, r"rules\['a'\] must be a Rule .*got 0.9"),
+        (several, {"rules": {"a": EqualAverage}}, TypeError, r"rules\['a'\] must be a Rule"),
+        (several, {"rules": {1: EqualAverage()}}, TypeError, "rules must have strings for names, got 1"),
+        (several, {"rules": {"a.b": EqualAverage()}}, ValueError, "names without '.'.*got 'a.b'"),
+        (several, {"rules": {"": EqualAverage()}}, ValueError, "got ''"),
+        (several, {"rules": {"training": EqualAverage()}}, ValueError, "names other than 'training'"),
+        (several, {"rules": [("a", EqualAverage())] * 2}, ValueError, "each name once, got 'a' twice"),
+        (several, {"rules": [("a", EqualAverage(), 1)]}, TypeError, r"\(name, rule\) pairs"),
+        (several, {"rules": [EqualAverage(), EqualAverage()]}, TypeError, r"\(name, rule\) pairs, got \[EqualAverage"),
+        (several, {"rules": RULES, "format": "int4"}, ValueError, "format must be one of .*got 'int4'"),
+        (several, {"rules": RULES, "format": {"slow": "exact"}}, ValueError, "format must name .*got 'slow'"),
+        (several, {"rules": RULES, "format": {"fast": "int4"}}, ValueError, "format must be one of .*got 'int4'"),
+        (several, {"rules": RULES, "seed": 0.5}, TypeError, "seed must be an int, got 0.5"),
+        (several, {"rules": "fast"}, TypeError, "rules must be a mapping .*got 'fast'"),
+        (several, {"rules": EqualAverage()}, TypeError, "rules must be a mapping .*got EqualAverage"),
+        (swa, {"optimizer": nn.Linear(1, 1)}, TypeError, r"optimizer must be a torch\.optim\.Optimizer, got Linear"),
+        (swa, {"swa_start": -1, "swa_freq": 1}, ValueError, "swa_start must be a whole number of steps >= 0 .*got -1"),
+        (swa, {"swa_start": 1, "swa_freq": 0}, ValueError, "swa_freq must be a whole number of steps >= 1 .*got 0"),
+        (swa, {"swa_start": 1.5, "swa_freq": 1}, ValueError, "swa_start must be a whole number"),
+        (swa, {"swa_start": 1, "swa_freq": 1, "swa_lr": -0.1}, ValueError, "swa_lr must be >= 0, got -0.1"),
     ],
 )
-def test_bad_arguments_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments_are_named(
+    make: Callable[..., object], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
-        FusedAveragedModel(**({"model": nn.Linear(2, 2)} | options))
+        make(**options)
 
 
 def test_a_dtype_that_cannot_be_averaged_can_be_left_out() -> None:

@@ -297,21 +297,6 @@ def test_it_is_an_optimizer_of_todays_torch() -> None:
     assert layer.running_mean.mean() == pytest.approx(3.0, abs=1.0)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "kind", "message"),
-    [
-        ({"optimizer": nn.Linear(1, 1)}, TypeError, r"optimizer must be a torch\.optim\.Optimizer, got Linear"),
-        ({"swa_start": -1, "swa_freq": 1}, ValueError, "swa_start must be a whole number of steps >= 0 .*got -1"),
-        ({"swa_start": 1, "swa_freq": 0}, ValueError, "swa_freq must be a whole number of steps >= 1 .*got 0"),
-        ({"swa_start": 1.5, "swa_freq": 1}, ValueError, "swa_start must be a whole number"),
-        ({"swa_start": 1, "swa_freq": 1, "swa_lr": -0.1}, ValueError, "swa_lr must be >= 0, got -0.1"),
-    ],
-)
-def test_bad_arguments_are_named(arguments: dict[str, Any], kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind, match=message):
-        SWA(**({"optimizer": Run().base} | arguments))
-
-
 def test_half_a_mode_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="swa_start or swa_freq is None"):
         swa = SWA(Run().base, swa_start=3, swa_lr=0.1)
