@@ -1,4 +1,4 @@
-"""What a rank's process has imported when it is forked: nothing that starts threads."""
+"""The imports of a rank's process before it is forked. None of them starts a thread."""
 
 # ruff: noqa: F401
 import contextlib

@@ -62,14 +62,14 @@ class Block(nn.Module):
 
 
 class Linear(nn.Linear):
-    """Takes plain tensors, whatever its params are: those of tensor parallelism are gathered for it."""
+    """Takes plain tensors and gathers its params for them."""
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, whole(self.weight), None if self.bias is None else whole(self.bias))
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """As :class:`Linear`, with statistics of this rank's own."""
+    """As :class:`Linear`, with this rank's own statistics."""
 
     def forward(self, x: Tensor) -> Tensor:
         stats, affine = (self.running_mean, self.running_var), (whole(self.weight), whole(self.bias))
@@ -135,14 +135,14 @@ def make_model(mode: str = "plain", dtype: torch.dtype = torch.float32) -> Net:
 
 
 def require(mode: str, *, forward: bool) -> None:
-    """Skip a test where this torch cannot do what it is about."""
+    """Skip a test where this torch cannot run the mode."""
     # torch 2.6 runs no forward pass of FSDP2 without a GPU, and shards a dimension unevenly over one mesh only.
     if not hasattr(torch.cpu.Stream, "record_event") and mode in (FSDP2_MODES if forward else TP_MODES[1:]):
         pytest.skip(f"needs a torch that can run {mode} on a CPU")
 
 
 def wrap(model: Net, mode: str) -> nn.Module:
-    """Spread ``model`` over all ranks; collective. The model given is taken over, and must not be used any more."""
+    """Spread ``model`` over all ranks, and take it over: do not use it afterwards. Collective."""
     world = dist.get_world_size()
     if mode == "plain":
         return model
@@ -248,7 +248,7 @@ def _assign(param: Tensor, value: Tensor) -> None:
 
 @contextmanager
 def summoned(model: nn.Module, mode: str, *, writeback: bool = False) -> Iterator[None]:
-    """Have whole params in an FSDP1 model, and in any other what it has."""
+    """Have whole params in an FSDP1 model; leave any other model as it is."""
     if mode not in _FSDP1:
         yield
         return

@@ -1,4 +1,4 @@
-"""What tests share: a model with every kind of tensor, and comparisons by bits."""
+"""Shared by tests: a model with every kind of tensor, comparisons by bits, and updates that are held."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`attach`: the updates of a loop without their calls, beside the loop as well, and through a resume."""
+"""`attach`: updates by the optimizer's hooks, also beside the next forward pass, and through a resume."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SEVERAL = {"fast": ExponentialAverage(0.9), "mean": EqualAverage()}
 
 
 class Net(nn.Module):
-    """Has what a forward writes: BatchNorm's statistics, which an update copies."""
+    """Has buffers that a forward pass writes and an update copies."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ def test_the_model_may_change_on_the_way(way: str) -> None:
 @pytest.mark.parametrize("way", BESIDE)
 @pytest.mark.parametrize("given", ["both", "the last"])
 def test_each_of_several_optimizers_waits(way: str, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first one steps while an update reads its params; what waits for it waits half a second at most."""
+    """The first optimizer steps while an update reads its params; a wait for it takes half a second at most."""
     run, held = Run(), Held(monkeypatch, at_most=0.5)
     parts = [torch.optim.SGD(run.model.inner[i].parameters(), 0.1) for i in (0, 3)]
     parts[1].add_param_group({"params": run.model.inner[1].parameters()})
@@ -310,7 +310,7 @@ def test_what_writes_params_waits_for_all_that_read_them(
 
 @pytest.mark.parametrize("way", BESIDE)
 def test_an_update_has_its_copies_to_itself(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next one takes its own only when the last has ended, which here comes late."""
+    """The next update copies only when the last one has ended, which here comes late."""
     run = Run(use_buffers=True)
     Held(monkeypatch, at_most=0.2)
     run.attach(way)
@@ -366,7 +366,7 @@ def test_other_threads_wait_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_who_holds_all_averages_waits_for_none_of_them() -> None:
-    """A step of the thread that saves, here from a hook, begins an update that needs the locks which the save holds."""
+    """The thread that saves steps in a hook: the update that begins then needs the locks of the save."""
     run = Run(rules=SEVERAL)
     run.attach("overlap")
     run.step()
@@ -589,7 +589,7 @@ def test_a_bad_state_changes_nothing(bad: Any) -> None:
 
 
 class Wrapper(torch.optim.Optimizer):
-    """As of accelerate: an optimizer by its type alone."""
+    """As in accelerate: an optimizer by its type alone."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer

@@ -1,4 +1,4 @@
-"""`FusedAveragedModel` in the place of torch's class: the same results, and what people do with it."""
+"""`FusedAveragedModel` in the place of torch's class: the same results, in all common uses."""
 
 from __future__ import annotations
 

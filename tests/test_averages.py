@@ -1,4 +1,4 @@
-"""Several averages of one model in one pass: the same bits as each by itself, and one of them is never moved alone."""
+"""Several averages of one model in one pass: each has the same bits as alone, and an update moves all or none."""
 
 from __future__ import annotations
 

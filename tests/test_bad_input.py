@@ -1,4 +1,4 @@
-"""Bad input: an error that names the parameter, and not a byte changed."""
+"""Bad input: an error names the parameter, and nothing has changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`update_bn`: the moments of the whole set, and a model that is otherwise as it was."""
+"""`update_bn`: the moments of the whole data set; nothing else in the model changes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZES = (64, 3, 17, 128, 2)  # of batches: 214 samples, a mean weighed alike is 
 
 
 class Net(nn.Module):
-    """A batch norm of the inputs themselves, whose statistics are known, and one behind it."""
+    """A batch norm of the inputs, whose statistics are known, and one after it."""
 
     def __init__(self, first: nn.Module | None = None) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def require_as_before(model: nn.Module, before: tuple[dict[str, Tensor], list[ob
 
 
 def require_statistics(layer: Any, inputs: Tensor, tolerance: float = 1e-5) -> None:
-    """Hold a layer to mean and variance of ``inputs``, (samples, channels, ...), in float64."""
+    """Compare a layer with the mean and variance of ``inputs``, (samples, channels, ...), in float64."""
     over = [dim for dim in range(inputs.ndim) if dim != 1]
     variance, mean = torch.var_mean(inputs.double(), over)
     for got, want in ((layer.running_mean, mean), (layer.running_var, variance)):
@@ -289,7 +289,7 @@ def test_what_fails_leaves_the_model_as_it_was(
 
 
 class OtherStatistics(Net):
-    """Has further modules that write while they run, and a layer that puts other tensors in its buffers' places."""
+    """Has further modules that write while they run, and a layer that replaces its buffers."""
 
     def __init__(self) -> None:
         instances = nn.InstanceNorm1d(2, track_running_stats=True)
@@ -312,7 +312,7 @@ def test_what_fails_leaves_other_modules_as_they_were() -> None:
 
 
 class Forces(Net):
-    """Turns gradients on in its forward, as models of forces do, and makes part of it anew in a backward."""
+    """Turns gradients on in its forward pass, as models of forces do, and recomputes part of it in a backward pass."""
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         with torch.enable_grad():
@@ -390,7 +390,7 @@ def test_what_has_no_statistics_to_take_is_refused(model: Any, kind: type[Except
 
 
 class Encoding(UserDict):
-    """As a tokenizer gives: a mapping that can move itself, with attributes."""
+    """As a tokenizer returns: a mapping with attributes that can move itself."""
 
     def to(self, device: torch.device) -> Encoding:
         return Encoding({key: value.to(device) for key, value in self.items()})

@@ -1,4 +1,4 @@
-"""Golden files: what averages saved before the modules of ``swafast`` were moved is loaded bit for bit.
+"""Golden files: states that were saved before the modules of ``swafast`` were moved load bit for bit.
 
 `tests/golden/record.py` wrote the files, once. No change of the code is a reason to write one again.
 """
@@ -40,7 +40,7 @@ def differing(got: State, expected: State) -> list[str]:
 
 
 def with_a_bit_flipped(state: State, key: str) -> dict[str, Tensor]:
-    """A copy of a state in which the lowest bit of the last element under ``key`` is another one."""
+    """Copy a state and flip the lowest bit of the last element under ``key``."""
     flipped = {name: tensor.detach().clone() for name, tensor in state.items()}
     run = bits(flipped[key]).clone()
     run[-flipped[key].element_size()] ^= 1
@@ -61,7 +61,7 @@ def test_golden_files_are_small_and_none_is_missing() -> None:
 
 
 def elsewhere(case: cases.Case, **options: Any) -> Any:
-    """An average of which every tensor has other values than the golden state."""
+    """Make an average in which every tensor has other values than the golden state."""
     model = case.model(cases.ELSEWHERE[0])
     averaged = case.make(model, **options)
     for step in cases.ELSEWHERE:

@@ -21,7 +21,7 @@ from tests.support import differing, tensors_of
 
 
 class Reference:
-    """torchcontrib's wrapper as its documentation has it, in plain loops."""
+    """torchcontrib's wrapper in plain loops, as documented."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, start: int | None, freq: int | None, lr: float | None) -> None:
         self.optimizer, self.start, self.freq, self.lr = optimizer, start, freq, lr

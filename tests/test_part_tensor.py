@@ -49,7 +49,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:Us
 
 
 def any_bits(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
-    """A tensor of random bytes: NaNs with payloads, denormals and infinities among them."""
+    """Make a tensor of random bytes: NaNs with payloads, denormals and infinities among them."""
     chance = torch.Generator().manual_seed(seed)
     numbers = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), generator=chance, dtype=torch.uint8)
     return numbers.view(dtype).view(torch.Size(shape))
@@ -294,7 +294,7 @@ def test_an_unknown_box_is_named() -> None:
 
 
 class Whole:
-    """What has a state of its own, as a training loop hands it to DCP."""
+    """A stateful object, as a training loop hands it to DCP."""
 
     def __init__(self, state: dict[str, Any]) -> None:
         self.state = state
@@ -471,7 +471,7 @@ class HeldPlanner(DefaultSavePlanner):
 
 
 class NoStager(staging.BlockingAsyncStager):
-    """What async_save must not do: hand the state itself over."""
+    """A stager that does what async_save must not do: it hands over the state itself."""
 
     def stage(self, state_dict: Any) -> Any:
         return state_dict
@@ -509,7 +509,7 @@ STAGERS: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 
 def bucket_parts() -> tuple[Tensor, dict[str, PartTensor]]:
-    """Parts side by side in one bucket, in storages that are slices of its own; one of them of no boxes."""
+    """Make parts side by side in one bucket, on slices of its storage; one part has no boxes."""
     bucket = torch.randn(600)
     shapes = {"a": (4, 5, 6), "b": (7, 9), "nothing": (3, 3), "c": (240,)}
     parts, at = {}, 0

@@ -1,4 +1,4 @@
-"""The recipes, on the streams of weights that torchcontrib's and Composer's own were recorded with."""
+"""The recipes, on the same streams of weights as torchcontrib's and Composer's own results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schedules: spans, and the steps that they come to."""
+"""Schedules: spans of steps, epochs and shares, and after which steps they are due."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`attach` for models that are spread over ranks: the bits of updates in the loop, beside a forward too."""
+"""`attach` for sharded models: the same bits as updates in the loop, also beside the next forward pass."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SEVERAL = {"fast": ExponentialAverage(0.9), "mean": EqualAverage()}
 
 
 class Run:
-    """A training in one mode, the same each time; its forward writes BatchNorm's statistics."""
+    """A training in one mode, the same each time; its forward pass writes BatchNorm's statistics."""
 
     def __init__(self, mode: str, **options: Any) -> None:
         self.model = wrap(make_model(mode), mode)
@@ -58,7 +58,7 @@ def plainly(mode: str, steps: int, **options: Any) -> Run:
 
 
 class Held:
-    """Holds each update of the background until the next forward and backward have run."""
+    """Holds each background update until the next forward and backward have run."""
 
     def __init__(self) -> None:
         self.let_go, self.inside, self.ended = threading.Event(), 0, threading.Event()
@@ -77,7 +77,7 @@ class Held:
 
 
 def _attached(mode: str, steps: int, stop_at: int, **options: Any) -> tuple[Run, int]:
-    """Train on, one way after another: beside, stopped and resumed there, and in the hook at last."""
+    """Train with updates beside the forward pass, stop, resume, and train on with updates in the hook."""
     held, run = Held(), Run(mode, **options)
     with held.patch():
         run.averaged.attach(run.optimizer, start=2, overlap=True)

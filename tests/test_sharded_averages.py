@@ -1,4 +1,4 @@
-"""Several averages in all formats, spread over ranks: the bits of one process, and so after a change of ranks."""
+"""Several sharded averages in all formats: the same bits as in one process, also after a change of ranks."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_every_way_goes_on_from_every_other(more_saves: Path, world: int) -> Non
 
 
 def _use(way: str) -> None:
-    """Swap one average in, refuse the rest meanwhile, and fail loads."""
+    """Swap one average in, see that other calls are refused meanwhile, and that loads fail."""
     both = make(way).train(0, 1)
     averages = both.averaged
     assert averages.fast is averages["fast"]

@@ -1,4 +1,4 @@
-"""Ranks that disagree, and arguments that cannot be: an error that names what is wrong, and not a byte changed."""
+"""Ranks that disagree, and bad arguments: an error names what is wrong, and nothing has changed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def outcome(make: Callable[[], object]) -> str:
 
 
 def disagreements(mesh: DeviceMesh, odd: bool) -> dict[str, Callable[[], object]]:
-    """Return constructions in which rank 1 is odd."""
+    """Return constructions in which rank 1 differs."""
 
     def make(model: nn.Module | None = None, **options: Any) -> ShardedAveragedModel:
         return ShardedAveragedModel(net() if model is None else model, **options)
@@ -118,7 +118,7 @@ DIFFERENCES = {
 
 
 def local_errors(odd: bool) -> dict[str, Callable[[], object]]:
-    """Return constructions that cannot be on rank 1."""
+    """Return constructions that are wrong on rank 1."""
 
     def divide(name: str, param: Tensor) -> bool:
         return bool(1 / (not odd))
@@ -159,7 +159,7 @@ LOCAL = {
 
 
 def construct_all() -> tuple[dict[str, str], dict[str, str], list[str]]:
-    """Try all of these constructions one after the other, and then a right one."""
+    """Try all of these constructions, and then a right one."""
     odd = dist.get_rank() == 1
     mesh = init_device_mesh("cpu", (2,))
     first = {name: outcome(make) for name, make in disagreements(mesh, odd).items()}
@@ -183,7 +183,7 @@ def test_ranks_that_disagree_are_told_of_the_difference() -> None:
 
 
 def construct_over_four() -> dict[str, str]:
-    """Try what takes two dimensions, or ranks that are in no group."""
+    """Try constructions that need a 2-D mesh, or ranks outside a group."""
     rank = dist.get_rank()
     flat, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
     named = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
@@ -243,7 +243,7 @@ def test_meshes_replicas_and_groups_that_do_not_fit() -> None:
 
 
 def load_unlike_checksums() -> tuple[str, list[str]]:
-    """Load a state of which one rank has been given another checksum than the others."""
+    """Load a state that has another checksum on one rank."""
     case = make_case(with_state=True)
     assert case.state is not None
     key = "checksum.module.weight"
@@ -273,19 +273,15 @@ def test_without_a_process_group_the_error_says_how_to_make_one() -> None:
 
 
 def refused() -> dict[str, str]:
-    """Ask for what cannot be, and say how it was refused; what is there already must stay as it is."""
+    """Make wrong calls and return their errors; see that an average that exists does not change."""
     mesh = init_device_mesh("cpu", (2,))
     double = TwoTensor(torch.ones(4, 4), torch.ones(4, 4))
     wrapped = net(spread=DTensor.from_local(double, mesh, (Shard(0),), run_check=False))
     make, small = ShardedAveragedModel, make_case()
     told = {
         "no ProcessGroup": outcome(lambda: make(net(), process_group="world")),  # type: ignore[arg-type]
-        "None": outcome(lambda: make(None)),  # type: ignore[arg-type]
         "an update from None": outcome(lambda: small.averaged.update_parameters(None)),
-        "the rule's class": outcome(lambda: make(net(), rule=EqualAverage)),  # type: ignore[arg-type]
-        "float8": outcome(lambda: make(net(bias=torch.ones(130).to(torch.float8_e5m2)))),
         "float8 in a DTensor": outcome(lambda: make(float8_shard(mesh))),
-        "a subclass": outcome(lambda: make(net(bias=TwoTensor(torch.ones(9), torch.ones(9))))),
         "a subclass in a DTensor": outcome(lambda: make(wrapped)),
         "a part of a sum": outcome(lambda: make(spread_net(mesh, Partial()))),
         "meta": outcome(lambda: make(net(bias=torch.ones(130, device="meta")))),
@@ -303,12 +299,8 @@ def float8_shard(mesh: DeviceMesh) -> nn.ParameterDict:
 
 REFUSED = {
     "no ProcessGroup": r"TypeError: process_group must be a ProcessGroup or None, got str",
-    "None": r"TypeError: model must be a torch.nn.Module, got NoneType",
     "an update from None": r"TypeError: model must be a torch.nn.Module, got NoneType",
-    "the rule's class": r"TypeError: rule must be a Rule .*, got the class EqualAverage",
-    "float8": r"NotImplementedError: 'bias' must have a dtype that can be averaged, got torch.float8_e5m2",
     "float8 in a DTensor": r"NotImplementedError: 'spread' must have a dtype that .*, got torch.float8_e4m3fn",
-    "a subclass": r"ValueError: 'bias' of the model must be a plain tensor, got TwoTensor",
     "a subclass in a DTensor": r"ValueError: 'spread' of the model must be a plain tensor, got TwoTensor",
     "a part of a sum": r"ValueError: 'spread' must be sharded or replicated, got .*Partial",
     "meta": r"ValueError: 'bias' of the model must hold data, got a tensor on the meta device",
@@ -327,7 +319,7 @@ def test_bad_input_is_named_and_changes_nothing() -> None:
 
 
 def unsharded() -> dict[str, str]:
-    """Return what is sharded to the class that is not for it."""
+    """Pass sharded models to the unsharded class, and return the errors."""
     told = {}
     for mode in ("fsdp2", "fsdp1", "fsdp1_orig"):
         told[mode] = outcome(partial(FusedAveragedModel, wrap(make_model(mode), mode)))

@@ -1,4 +1,4 @@
-"""States of sharded averages: saved by some ranks and loaded by others, bit for bit, or refused and nothing changed."""
+"""States of sharded averages: other ranks load them bit for bit, or refuse them and nothing has changed."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def ways_on(world: int) -> list[str]:
 
 
 def in_every_format(model: Net) -> Net:
-    """Return parts of ``model`` other dtypes, so that its averages are float32, exact, mirrored and OWN float64."""
+    """Cast parts of ``model``, so that its averages are float32, exact, mirrored and OWN float64."""
     model.blocks[0].bfloat16()
     model.blocks[1].half()
     model.frozen.double()
@@ -109,7 +109,7 @@ class Twin(Beside):
         return {key: value.clone() for key, value in self.expected.state_dict().items()}
 
     def require(self, truth: Mapping[str, Tensor] | int, about: object = "") -> None:
-        """Check this rank's part of whole tensors, or of those after so many updates, by bits. Collective."""
+        """Check this rank's part by bits, against whole tensors or those after so many updates. Collective."""
         wanted = truth_after(self.way.kind, truth) if isinstance(truth, int) else truth
         found = wrong_keys(self.averaged, wanted)
         assert found == [], f"{about or self.way}: {found}"
@@ -127,7 +127,7 @@ def truth_after(kind: str, updates: int) -> State:
 
 
 def pieces(value: Tensor, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return what ``value`` has here beside what ``whole`` has in its place."""
+    """Return each piece of ``value`` on this rank with the same piece of ``whole``."""
     if isinstance(value, PartTensor):
         for box, view in value.parts():
             yield view, box.of_whole(whole)
@@ -141,7 +141,7 @@ def pieces(value: Tensor, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def wrong_keys(averaged: ShardedAveragedModel, truth: Mapping[str, Tensor]) -> list[str]:
-    """Return the keys in which what this rank holds differs from whole tensors in any bit. Collective."""
+    """Return the keys in which this rank's part differs from whole tensors in any bit. Collective."""
     state = averaged.state_dict(checksums=False)
     here: State = {}
     there: State = {}
@@ -153,7 +153,7 @@ def wrong_keys(averaged: ShardedAveragedModel, truth: Mapping[str, Tensor]) -> l
 
 
 def planes_of(averaged: ShardedAveragedModel) -> State:
-    """Copy all that this rank's average consists of, without asking another rank."""
+    """Copy all planes and the counter of this rank's average, without a collective."""
     named = {f"{name} {i}": plane for name, planes in averaged._planes.items() for i, plane in enumerate(planes)}
     return {name: plane.detach().clone() for name, plane in (named | {"n_averaged": averaged.n_averaged}).items()}
 
@@ -181,7 +181,7 @@ def load(averaged: ShardedAveragedModel, folder: Path, **options: bool) -> None:
 
 
 def _save_all(folder: Path, ways: Sequence[str]) -> dict[str, dict[str, list[int]]]:
-    """Save each way's average, and give the checksums in its state."""
+    """Save each way's average, and return the checksums in its state."""
     sealed = {}
     for way in ways:
         averaged = Twin(way).train(*range(SAVED_AT)).averaged
@@ -212,7 +212,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 
 def _load_all(folder: Path, sources: Mapping[str, Sequence[str]]) -> dict[str, dict[str, list[int]]]:
-    """Load each way's average from each of its sources, train on from the last; give the checksums of what came."""
+    """Load each way's average from each of its sources, train on from the last, and return the checksums."""
     sealed = {}
     for way, names in sources.items():
         kind = WAYS[way].kind
@@ -236,7 +236,7 @@ def _load_all(folder: Path, sources: Mapping[str, Sequence[str]]) -> dict[str, d
 
 
 def _go_on(twin: Twin) -> None:
-    """Train as if there had been no break."""
+    """Train on, as without a break."""
     twin.reference.load_state_dict(trained_reference(twin.way.kind).state_dict())
     twin.train(*range(SAVED_AT, SAVED_AT + 2)).require(SAVED_AT + 2)
 
@@ -257,7 +257,7 @@ def others_of(way: str) -> list[str]:
 
 
 def some_sources(world: int) -> dict[str, list[str]]:
-    """Return for some ways those whose checkpoints they load on so many ranks: themselves, and a few others or all."""
+    """Return the sources that each way loads on so many ranks: itself, and a few others or all."""
     sources = {}
     for way in ways_on(world):
         # On two ranks it takes the least time.
@@ -476,7 +476,7 @@ def test_no_bit_pattern_is_changed_on_the_way(tmp_path: Path) -> None:
 
 
 def part_of(value: Tensor) -> Tensor:
-    """Return what this rank has of a tensor in a state."""
+    """Return this rank's part of a tensor in a state."""
     return value.run if isinstance(value, PartTensor) else local_of(value)
 
 
@@ -641,7 +641,7 @@ class Flip:
 
 
 def kind_of(key: str) -> str:
-    """Return what a key of a checkpoint is one of."""
+    """Return the kind of a checkpoint's key."""
     key = key.removeprefix("averaged.")
     if key.startswith("module.") and key.rpartition(".")[2] in ("running_mean", "num_batches_tracked", "mask"):
         return "buffer"
@@ -649,7 +649,7 @@ def kind_of(key: str) -> str:
 
 
 def some_flips(folder: Path, count: int, seed: int) -> list[Flip]:
-    """Pick bits: in turn of the elements of each kind of key, of all that is saved with them, and of the metadata."""
+    """Pick bits in turn from elements of each kind of key, from all that is saved with them, and from the metadata."""
     chance = random.Random(seed)
     items: dict[str, list[tuple[str, Any]]] = {}
     for index, info in FileSystemReader(folder).read_metadata().storage_data.items():
@@ -672,7 +672,7 @@ def some_flips(folder: Path, count: int, seed: int) -> list[Flip]:
 
 
 def elements_in(item: bytes) -> range:
-    """Return where in a saved tensor, a zip file, its elements stand."""
+    """Return where the elements are in a saved tensor, which is a zip file."""
     with zipfile.ZipFile(io.BytesIO(item)) as archive:
         (info,) = [info for info in archive.infolist() if re.search(r"/data/\d+$", info.filename)]
     lengths = item[info.header_offset + 26 : info.header_offset + 30]  # of the name and of what else is in the header
@@ -682,7 +682,7 @@ def elements_in(item: bytes) -> range:
 
 @contextmanager
 def damaged(path: Path, change: Change) -> Iterator[None]:
-    """Have a file changed on all ranks' disk, or gone, and put it back. Collective."""
+    """Change or remove a file on the ranks' disk, and put it back afterwards. Collective."""
     dist.barrier()
     content = path.read_bytes()
     dist.barrier()
@@ -699,7 +699,7 @@ def damaged(path: Path, change: Change) -> Iterator[None]:
 
 
 def outcome(averaged: ShardedAveragedModel, load_it: Callable[[], None], good: Sequence[State], about: object) -> str:
-    """Load, and give what it came to on all ranks: ``"refused"`` and nothing changed, or ``"loaded"``. Collective."""
+    """Load, and return the outcome on all ranks: ``"refused"`` and nothing changed, or ``"loaded"``. Collective."""
     before = planes_of(averaged)
     error: BaseException | None = None
     try:
@@ -755,7 +755,7 @@ def _load_good(twin: Twin, folder: Path) -> State:
 
 
 def _loader(twin: Twin, folder: Path, turn: int) -> Callable[[], None]:
-    """Load in both styles in turn."""
+    """Return a load, in both styles in turn."""
     if turn % 2:
         return lambda: dcp.load({"averaged": twin.averaged}, checkpoint_id=folder)
     return lambda: load(twin.averaged, folder)
@@ -880,7 +880,7 @@ def refused_on_all_ranks(averaged: ShardedAveragedModel, *named: str) -> Iterato
 
 
 def flip_in_memory(value: Tensor, chance: random.Random) -> bool:
-    """Flip a bit of what this rank has of ``value``; False if it has nothing."""
+    """Flip a bit of this rank's part of ``value``; return False if it has none."""
     local = part_of(value)
     if local.numel() == 0:
         return False
@@ -950,7 +950,7 @@ def _changed(state: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def _wrong_states(twin: Twin) -> list[tuple[Any, tuple[str, ...]]]:
-    """Return states that do not fit, and what an error has to name."""
+    """Return states that do not fit, and the words that the error must have."""
     good = twin.averaged.state_dict()
     plain = twin.averaged.state_dict(checksums=False)
     whole = twin.averaged.full_state_dict()
@@ -1116,7 +1116,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None
 
 
 class FailingReader(FileSystemReader):
-    """Cannot read on the last rank: a disk that is not there."""
+    """Cannot read on the last rank, as with a missing disk."""
 
     def read_data(self, *args: Any) -> Any:
         if dist.get_rank() == dist.get_world_size() - 1:

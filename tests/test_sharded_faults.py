@@ -1,4 +1,4 @@
-"""Ranks that die, stop or are interrupted: an error in time on every other one, and each has its own left whole."""
+"""Ranks that die, stop or are interrupted: every other rank gets an error in time and keeps its own part whole."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Case:
         return {"n_averaged": self.averaged.n_averaged.clone(), **planes}
 
     def own_averages(self) -> dict[str, Tensor]:
-        """Return what this rank's own part of the params is when the averages are in it."""
+        """Return this rank's own part of the params with the averages in it."""
         averages = {}
         for share in self.averaged._shares:
             planes = self.averaged._planes[share.name]
@@ -124,7 +124,7 @@ def make_case(mode: str = "small", *, with_state: bool = False, **options: Any) 
 
 
 class Fault(threading.local):
-    """What happens to this thread in place of its collective number ``at``, counted while it is armed."""
+    """A fault of this thread in place of its collective number ``at``, counted while it is armed."""
 
     at: int | None = None
     act: Callable[[], None] | None = None
@@ -218,7 +218,7 @@ def is_torn(name: str, at: int) -> bool:
 def complaints_at(
     case: Case, name: str, at: int, act: Callable[[], None] | None, *, needs_all: bool = True
 ) -> tuple[list[str], float]:
-    """Run an action that a fault breaks off, and say what is not as it must be then, and after how many seconds.
+    """Run an action that a fault breaks off; return what is wrong afterwards, and the seconds until the error.
 
     Args:
         act: what happens to this rank; None: to another one.
@@ -311,7 +311,7 @@ def break_off(loss: str, mode: str, names: Iterable[str], options: dict[str, Any
 
 
 def keep_step() -> None:
-    """Wait until every rank has come here: whoever is lost next is lost here, and not in what went before."""
+    """Wait for every rank, so that a rank that is lost next is lost here and not before."""
     with suppress(RuntimeError):  # it may be lost before all others have heard of it
         dist.barrier()
 
@@ -327,7 +327,7 @@ def needs_victim(case: Case, name: str, at: int) -> bool:
 
 
 def at_once(calls: dict[Any, Callable[[], list[Any]]]) -> dict[Any, list[Any]]:
-    """Return what several calls of `run_ranks` return that for the most part wait."""
+    """Run several calls of `run_ranks` at once, which mostly wait, and return their results."""
     with ThreadPoolExecutor(len(calls)) as pool:
         running = {key: pool.submit(call) for key, call in calls.items()}
         return {key: future.result() for key, future in running.items()}
@@ -394,7 +394,7 @@ def test_planted_bugs_are_seen() -> None:
 
 
 def construct(at: int, loss: str) -> list[str]:
-    """Lose a rank at a collective of the construction; say what is wrong then."""
+    """Lose a rank at a collective of the construction; return what is wrong afterwards."""
     watch_collectives()
     model = Small()
     before = locals_of(model)
@@ -420,7 +420,7 @@ def test_a_rank_lost_during_construction() -> None:
 
 
 def survive_alone(mode: str) -> None:
-    """Lose the only peer of a model that is sharded for good: averages and shards need nobody."""
+    """Lose the only peer of a sharded model: its averages and shards need no peer."""
     case = make_case(mode)
     with case.averaged.swapped_into(case.model):
         inside = case.own_now()
@@ -468,7 +468,7 @@ def evaluate(model: nn.Module) -> Tensor:
 
 
 def raise_in_the_body(mode: str, options: dict[str, Any]) -> list[str]:
-    """Leave the body by errors on one rank and on all, and say what is not restored."""
+    """Leave the body by errors on one rank and on all; return what is not restored."""
     case = make_case(mode, **options)
     output = evaluate(case.model)
     first = dist.get_rank() == 0
@@ -575,7 +575,7 @@ def test_stages_of_a_pipeline_average_by_themselves() -> None:
 
 
 class Halves(Rule):
-    """A rule with a ``__repr__`` like Python's own, which tells an address, and so another one on each rank."""
+    """A rule with a ``__repr__`` like Python's own: with an address, another one on each rank."""
 
     def __repr__(self) -> str:
         return f"<Halves object at 0x7f{dist.get_rank():010x}>"

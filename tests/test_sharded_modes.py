@@ -1,4 +1,4 @@
-"""Averages over ranks against unsharded ones: the same bits in every mode, no collective, and no byte too many."""
+"""Sharded averages against unsharded ones: the same bits in every mode, no collective, no byte too many."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def persistent_buffers(root: nn.Module) -> list[str]:
 
 
 def own_numel(sharded: nn.Module, mode: str) -> int | None:
-    """Return the elements of this rank's shards, by torch's own account; None where it pads them and does not say."""
+    """Count the elements of this rank's shards by torch's own account; None where torch hides its padding."""
     if mode == "fsdp1_orig":
         return sum(param.numel() for param in sharded.parameters())
     if mode in ("fsdp1", "fsdp1_hybrid"):

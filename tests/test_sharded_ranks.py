@@ -1,4 +1,4 @@
-"""One group of ours for each of the user's, and a new one on every rank once one of them has lost its peers."""
+"""One process group of ours for each of the user's; all ranks make a new one once one of them has lost its peers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def net() -> nn.Module:
 
 
 def count_groups(folder: Path) -> list[int]:
-    """How many groups of ours there are after each of several uses."""
+    """Count our process groups after each of several uses."""
     made: list[str] = []
     make = ranks_module.new_group
 
@@ -133,7 +133,7 @@ def test_updates_in_another_order_are_told_of() -> None:
 
 @contextmanager
 def interrupted(owner: Any, name: str, *, after: bool) -> Iterator[None]:
-    """Have the victim interrupted in a function, before what it does or after it."""
+    """Interrupt the victim in a function, before it runs or after it."""
     plain = owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name)
 
     def interrupt(*args: Any, **options: Any) -> Any:
@@ -219,7 +219,7 @@ def test_the_gate_kills_the_bug() -> None:
 
 
 def lose_a_part() -> bool:
-    """Whether what goes out of lockstep in a subgroup is lost to all: nobody may be met in the whole either."""
+    """Return whether ranks that are out of lockstep in a subgroup are lost in the whole group too."""
     ranks = shared_ranks()
     subgroup = ranks.subgroup([0, 1]) if dist.get_rank() < 2 else ranks
     with suppress(ValueError), subgroup.in_lockstep():

@@ -64,7 +64,7 @@ def raised(call: Any) -> str:
 
 
 def _save_and_disagree(folder: Path) -> dict[str, Any]:
-    """On four ranks: save in all modes, synthesize there, then make calls that differ."""
+    """On four ranks, save in all modes and synthesize, then make calls that differ."""
     told: dict[str, Any] = {}
     for mode in MODES:
         averages = save(folder / mode, mode, model := wrap(make_model(mode), mode), ShardedAveragedModel)
@@ -99,7 +99,7 @@ def _save_and_disagree(folder: Path) -> dict[str, Any]:
 
 
 def _load_elsewhere(folder: Path, broken: Path) -> dict[str, Any]:
-    """On other ranks than those that saved: synthesize whole and as shards, and from a damaged snapshot."""
+    """On other ranks, synthesize whole and as shards, and from a damaged snapshot."""
     told: dict[str, Any] = {mode: synthesize(folder / mode) for mode in MODES}
     like = wrap(make_model("fsdp2"), "fsdp2").state_dict()
     told["spread"] = gathered(synthesize(folder / "fsdp2", like=like))

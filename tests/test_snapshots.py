@@ -1,4 +1,4 @@
-"""Snapshots in one process: what is synthesized against averages that ran along, and each thing that may be amiss."""
+"""Snapshots in one process: synthesized averages against averages that ran along, and all kinds of damage."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_rules_are_spelled_and_read_back(tmp_path: Path) -> None:
 
 
 class Own(PowerAverage):
-    """Like a rule of this package, and another one."""
+    """A rule that looks like one of this package."""
 
     def weight(self, num_averaged: int) -> float:
         return 0.5

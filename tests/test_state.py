@@ -1,4 +1,4 @@
-"""States and casts: nothing is lost with a dtype, nothing is torn by a failure."""
+"""States and casts: no precision is lost, and after a failure nothing has changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real DDP, in this process, on either side; and a plan across threads and forks."""
+"""Real DDP in this process, around the model, around what is averaged, and around both."""
 
 from __future__ import annotations
 

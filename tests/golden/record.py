@@ -1,4 +1,4 @@
-"""Writes golden files: states of averages, and what they must give, for tests/test_golden.py.
+"""Write golden files for tests/test_golden.py: states of averages, and the averages that each must load as.
 
     python -m tests.golden.record
 
@@ -24,7 +24,7 @@ from tests.ranks import run_ranks
 
 
 def record_case(case: cases.Case) -> dict[str, Any]:
-    """A state, and what it gives: the averages, and the same after one more update."""
+    """Record a state and its averages, and both after one more update."""
     model = case.model(0)
     source = (case.saved_by or case.make)(model)
     for step in range(cases.UPDATES):
@@ -113,7 +113,7 @@ def record_sharded() -> dict[str, Any]:
 
 
 def leave_out_places(folder: Path) -> None:
-    """Take out of torch's metadata where the checkpoint was saved: nothing reads it, and it is of one machine."""
+    """Remove the checkpoint's path from torch's metadata: nothing reads it."""
     for path in folder.rglob(".metadata"):
         metadata = pickle.loads(path.read_bytes())
         path.write_bytes(pickle.dumps(dataclasses.replace(metadata, storage_meta=None)))
