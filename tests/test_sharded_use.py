@@ -450,7 +450,6 @@ def changes(mode: str) -> dict[str, Callable[[nn.Module], None]]:
     found: dict[str, Callable[[nn.Module], None]] = {
         "missing 'table'": lambda model: delattr(model, "table"),
         "unexpected 'table2'": put(torch.ones(2), "table2"),
-        "'long' must have a dtype like the average's torch.float32": retype,
     }
     if mode == "plain":
         return found | {
@@ -460,6 +459,7 @@ def changes(mode: str) -> dict[str, Callable[[nn.Module], None]]:
             "'table' must have the placement": table_as(Shard(0)),
         }
     return found | {
+        "'long' must have a dtype like the average's torch.float32": retype,
         "'table' must have the placement ": table_as(Replicate()),
         "'table' must have the placement": table_as(Shard(1)),
         "'table' must have the  placement": table_as(Shard(0), mesh="other"),
