@@ -295,7 +295,7 @@ def test_a_negated_view_at_the_same_address_is_averaged_with_its_sign() -> None:
 
 
 class Raising(Rule):
-    """Gives one weight, and then none: an update must ask once."""
+    """A rule with one weight and then none: an update must ask once."""
 
     def __init__(self) -> None:
         self.asked = 0

@@ -36,7 +36,7 @@ def flat(net: nn.Module) -> torch.Tensor:
 
 @torch.no_grad()
 def put(net: nn.Module, values: list[float]) -> None:
-    """Give a net the weights that the recorded one had after a step."""
+    """Copy the weights that the recorded net had after a step."""
     rest = torch.tensor(values)
     for param in net.parameters():
         param.copy_(rest[: param.numel()].view_as(param))
