@@ -172,6 +172,10 @@ def _wrap_fsdp1(model: Net, mode: str) -> FullyShardedDataParallel:
     if mode == "fsdp1_hybrid":
         names = ("replicate", "shard")
         options["device_mesh"] = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=names)
+    return nested_in_fsdp1(model, **options)
+
+
+def nested_in_fsdp1(model: Net, **options: Any) -> FullyShardedDataParallel:
     for index, block in enumerate(model.blocks):
         model.blocks[index] = FullyShardedDataParallel(block, **options)
     # One flat param is trained or frozen as one.

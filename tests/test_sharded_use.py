@@ -35,6 +35,7 @@ from tests.sharded_models import (
     fill,
     locals_of,
     make_model,
+    nested_in_fsdp1,
     plain_name,
     require,
     wrap,
@@ -133,16 +134,13 @@ def wrap_mixed(mode: str) -> nn.Module:
         for module in (*model.blocks, model):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         return model
-    options: dict[str, Any] = {
-        "sharding_strategy": ShardingStrategy.SHARD_GRAD_OP,
-        "mixed_precision": MixedPrecision(param_dtype=torch.bfloat16, cast_forward_inputs=True),
-        "use_orig_params": mode == "fsdp1_orig",
-        "device_id": torch.device("cpu"),
-    }
-    for index, block in enumerate(model.blocks):
-        model.blocks[index] = FullyShardedDataParallel(block, **options)
-    model.frozen = FullyShardedDataParallel(model.frozen, **options)
-    return FullyShardedDataParallel(model, **options)
+    return nested_in_fsdp1(
+        model,
+        sharding_strategy=ShardingStrategy.SHARD_GRAD_OP,
+        mixed_precision=MixedPrecision(param_dtype=torch.bfloat16, cast_forward_inputs=True),
+        use_orig_params=mode == "fsdp1_orig",
+        device_id=torch.device("cpu"),
+    )
 
 
 @torch.no_grad()
