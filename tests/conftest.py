@@ -1,4 +1,4 @@
-"""Fixtures for all tests: small models with every kind of tensor, and backends to run them on."""
+"""Fixtures for all tests: a model with every kind of tensor, backends to run it on, and memory that shows unwritten."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from swafast import FusedAveragedModel
 from swafast.backends import cpu, cuda, library
 from tests.native_build import COMPILER
 from tests.shim_library import build_shim_library
+
+# Other tests import these from here.
+from tests.support import EveryKind, differing, tensors_of, trained  # noqa: F401
 
 NO_LIBRARY = "needs the native library"
 
@@ -43,6 +44,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _unwritten_memory_shows() -> Iterator[None]:
+    """Have torch fill each tensor that it makes without values: with NaN, or the largest integer of its dtype.
+
+    Or memory that is read before it is written holds zeros, or what it held before, and the test passes by chance.
+    """
+    # On a GPU other kernels would run as well.
+    torch.use_deterministic_algorithms(not torch.cuda.is_available(), warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
@@ -89,64 +103,6 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
     return 64
 
 
-class EveryKind(nn.Module):
-    """Dense, channels_last, transposed, strided, 0-dim, empty and tied params; float, integer and bool buffers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.norm = nn.BatchNorm2d(5)
-        self.linear = nn.Linear(7, 11)
-        self.linear.weight = nn.Parameter(torch.randn(7, 11).t())
-        self.tied = nn.Linear(7, 11, bias=False)
-        self.tied.weight = self.linear.weight
-        self.gapped = nn.Parameter(torch.randn(6, 10)[:, ::2])
-        self.scalar = nn.Parameter(torch.tensor(3.0))
-        self.empty = nn.Parameter(torch.empty(0, 4))
-        self.long = nn.Parameter(torch.randn(1000))
-        self.frozen = nn.Parameter(torch.randn(9), requires_grad=False)
-        self.register_buffer("mask", torch.tensor([True, False]))
-        self.register_buffer("scratch", torch.randn(3), persistent=False)
-
-    def drift(self) -> None:
-        """Change every tensor in place, as training would."""
-        with torch.no_grad():
-            for param in self.parameters():
-                param.add_(torch.randn(param.shape).to(param.dtype), alpha=0.1)
-            for buffer in self.buffers():
-                if buffer.is_floating_point():
-                    buffer.add_(torch.rand(buffer.shape).to(buffer.dtype))
-                else:
-                    buffer.copy_(torch.randint(0, 2, buffer.shape))
-
-
 @pytest.fixture
 def every_kind() -> EveryKind:
     return EveryKind()
-
-
-def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Give copies of all parameters and buffers, to compare with later."""
-    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return {name: tensor.detach().clone() for name, tensor in named.items()}
-
-
-def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
-    """Give the names whose tensors differ in dtype, shape or any bit (NaN equals NaN)."""
-    names = [name for name in a if name not in b] + [name for name in b if name not in a]
-    for name in a.keys() & b.keys():
-        x, y = a[name], b[name]
-        same = x.dtype == y.dtype and x.shape == y.shape and torch.equal(x.isnan(), y.isnan())
-        if not same or not torch.equal(x.nan_to_num(0.0), y.nan_to_num(0.0)):
-            names.append(name)
-    return sorted(names)
-
-
-def trained(model: EveryKind, dtype: torch.dtype, **options: Any) -> FusedAveragedModel:
-    """Give an average of ``model`` in ``dtype`` after a few updates, each of other values."""
-    model.to(dtype)
-    average = FusedAveragedModel(model, **options)
-    for _ in range(4):
-        model.drift()
-        average.update_parameters(model)
-    return average

@@ -1,7 +1,7 @@
-"""Runs a function as several ranks: real processes, real gloo.
+"""Run a function as several ranks: real processes, real gloo.
 
-The processes are forked from a server that has torch imported and nothing run, so that a start takes a fraction of a
-second; forking pytest itself would inherit OpenMP's threads, which do not live through a fork.
+A server that has torch imported and nothing run forks the processes, so a start takes a fraction of a second. Forking
+pytest itself would inherit OpenMP's threads, which do not live through a fork.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from time import monotonic
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 #: Starts processes in which torch is imported.
 starter = multiprocessing.get_context("forkserver")
@@ -31,13 +33,22 @@ class RankFailedError(AssertionError):
 
 
 def run_ranks(
-    world: int, function: Callable[..., Any], *args: Any, timeout: timedelta = TIMEOUT, expect: int | None = None
+    world: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: timedelta = TIMEOUT,
+    expect: int | None = None,
+    plant: Callable[[], object] | None = None,
 ) -> list[Any]:
-    """Run ``function(*args)`` on ranks 0 to ``world - 1`` of a gloo group, and give what each returned.
+    """Run ``function(*args)`` on ranks 0 to ``world - 1`` of a gloo group, and return what each returned.
 
     Args:
         timeout: of the process group.
         expect: how many ranks are to answer; default: all. The rest may die, or stop: they are killed in the end.
+        plant: plants a bug in each rank's process, which ends with it.
+
+    Raises:
+        RankFailedError: a rank raised.
     """
     expected = world if expect is None else expect
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +58,10 @@ def run_ranks(
             ours, theirs = starter.Pipe(duplex=False)
             process = starter.Process(
                 target=_rank,
-                args=(rank, world, f"{folder}/store", timeout, theirs, expected == world, function, args),
+                args=(
+                    *(rank, world, f"{folder}/store", timeout, theirs, expected == world),
+                    *(torch.are_deterministic_algorithms_enabled(), plant, function, args),
+                ),
                 daemon=True,
             )
             process.start()
@@ -67,7 +81,7 @@ def run_ranks(
 
 
 def _answers(pipes: list[Connection], expected: int, deadline: float) -> tuple[list[int], list[Any]]:
-    """Give the ranks that have answered, and every rank's answer."""
+    """Return the ranks that have answered, and every rank's answer."""
     answers: list[Any] = [None] * len(pipes)
     answered: list[int] = []
     open_pipes = dict(enumerate(pipes))
@@ -92,16 +106,20 @@ def _rank(
     timeout: timedelta,
     pipe: Connection,
     all_live: bool,
+    is_deterministic: bool,
+    plant: Callable[[], object] | None,
     function: Callable[..., Any],
     args: tuple,
 ) -> None:
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     torch.manual_seed(20)
+    torch.use_deterministic_algorithms(
+        is_deterministic, warn_only=True
+    )  # as conftest.py has it: unwritten memory shows
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+        if plant is not None:
+            plant()
         answer = (True, function(*args))
         if all_live:  # gloo may abort a rank whose peers leave before it
             with contextlib.suppress(RuntimeError):
@@ -112,8 +130,3 @@ def _rank(
     pipe.close()
     with contextlib.suppress(Exception):
         dist.destroy_process_group()
-
-
-def folder_of(path: Path) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    return path

@@ -1,13 +1,14 @@
-"""One small model, spread over ranks in every mode that torch has, and an unsharded one to hold it against.
+"""One small model, spread over ranks in every mode that torch has, beside an unsharded one.
 
-Every rank keeps the unsharded model as well: `drift` changes it in the same way on all of them, and `fill` gives the
-sharded one its values.
+Every rank keeps the unsharded model as well: `drift` changes it in the same way on all of them, and `fill` copies its
+values to the sharded one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, Shardin
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+
+from swafast import FusedAveragedModel, FusedAverages, ShardedAveragedModel, ShardedAverages
+from tests.support import require_same, swapped, tensors_of
 
 #: The ranks that each mode is run on; 2-D meshes are 2x2.
 WORLDS = {
@@ -58,14 +62,14 @@ class Block(nn.Module):
 
 
 class Linear(nn.Linear):
-    """Takes plain tensors, whatever its params are: those of tensor parallelism are gathered for it."""
+    """Takes plain tensors and gathers its params for them."""
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, whole(self.weight), None if self.bias is None else whole(self.bias))
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """As :class:`Linear`, with statistics of this rank's own."""
+    """As :class:`Linear`, with this rank's own statistics."""
 
     def forward(self, x: Tensor) -> Tensor:
         stats, affine = (self.running_mean, self.running_var), (whole(self.weight), whole(self.bias))
@@ -115,8 +119,12 @@ class Net(nn.Module):
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Give the tensor itself, or all of a DTensor."""
+    """Return the tensor itself, or all of a DTensor."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def make_model(mode: str = "plain", dtype: torch.dtype = torch.float32) -> Net:
@@ -127,14 +135,14 @@ def make_model(mode: str = "plain", dtype: torch.dtype = torch.float32) -> Net:
 
 
 def require(mode: str, *, forward: bool) -> None:
-    """Skip a test where this torch cannot do what it is about."""
+    """Skip a test where this torch cannot run the mode."""
     # torch 2.6 runs no forward pass of FSDP2 without a GPU, and shards a dimension unevenly over one mesh only.
     if not hasattr(torch.cpu.Stream, "record_event") and mode in (FSDP2_MODES if forward else TP_MODES[1:]):
         pytest.skip(f"needs a torch that can run {mode} on a CPU")
 
 
 def wrap(model: Net, mode: str) -> nn.Module:
-    """Spread ``model`` over all ranks; collective. The model given is taken over, and must not be used any more."""
+    """Spread ``model`` over all ranks, and take it over: do not use it afterwards. Collective."""
     world = dist.get_world_size()
     if mode == "plain":
         return model
@@ -164,6 +172,10 @@ def _wrap_fsdp1(model: Net, mode: str) -> FullyShardedDataParallel:
     if mode == "fsdp1_hybrid":
         names = ("replicate", "shard")
         options["device_mesh"] = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=names)
+    return nested_in_fsdp1(model, **options)
+
+
+def nested_in_fsdp1(model: Net, **options: Any) -> FullyShardedDataParallel:
     for index, block in enumerate(model.blocks):
         model.blocks[index] = FullyShardedDataParallel(block, **options)
     # One flat param is trained or frozen as one.
@@ -214,7 +226,7 @@ def drift(reference: nn.Module, step: int) -> None:
 
 @torch.no_grad()
 def fill(model: nn.Module, mode: str, reference: nn.Module) -> None:
-    """Give the sharded ``model`` the unsharded one's values, buffers too. Collective."""
+    """Copy the unsharded model's values to the sharded ``model``, buffers too. Collective."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # a forward pass without a backward leaves the root gathered
@@ -240,7 +252,7 @@ def _assign(param: Tensor, value: Tensor) -> None:
 
 @contextmanager
 def summoned(model: nn.Module, mode: str, *, writeback: bool = False) -> Iterator[None]:
-    """Have whole params in an FSDP1 model, and in any other what it has."""
+    """Have whole params in an FSDP1 model; leave any other model as it is."""
     if mode not in _FSDP1:
         yield
         return
@@ -250,31 +262,81 @@ def summoned(model: nn.Module, mode: str, *, writeback: bool = False) -> Iterato
 
 @torch.no_grad()
 def gather(model: nn.Module, mode: str) -> dict[str, Tensor]:
-    """Give copies of the sharded model's whole params and its buffers, by torch's own ways. Collective."""
+    """Copy the sharded model's whole params and its buffers, by torch's own ways. Collective."""
     with summoned(model, mode):
         named = {plain_name(name): whole(param).clone() for name, param in model.named_parameters()}
     return named | {plain_name(name): buffer.clone() for name, buffer in model.named_buffers()}
 
 
 def locals_of(model: nn.Module) -> dict[str, Tensor]:
-    """Give copies of this rank's own params and buffers as they stand in the model, without a collective."""
+    """Copy this rank's own params and buffers as they stand in the model, without a collective."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    return {
-        name: (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().clone() for name, tensor in named
-    }
+    return {name: local_of(tensor).detach().clone() for name, tensor in named}
 
 
-def bits(tensor: Tensor) -> Tensor:
-    """View a tensor's elements as integers, row-major: -0 differs from 0 and a NaN equals itself."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    return flat if flat.dtype == torch.bool else flat.view(torch.uint8)
+class Beside:
+    """A sharded model and its average, beside an unsharded model of the same values and its own average.
 
+    Args:
+        kind: of which mode the models have the params.
+        models: the unsharded model and the sharded one, in the place of those of the mode.
+        options: of both averages; ``share_replicas`` and ``process_group`` of the sharded one alone.
+    """
 
-def differing_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
-    """Give the keys whose tensors differ in dtype, shape or any bit, or that stand on one side only."""
-    names = set(a.keys() ^ b.keys())
-    for name in a.keys() & b.keys():
-        x, y = a[name], b[name]
-        if x.dtype != y.dtype or x.shape != y.shape or not torch.equal(bits(x), bits(y)):
-            names.add(name)
-    return sorted(names)
+    def __init__(
+        self,
+        mode: str,
+        dtype: torch.dtype = torch.float32,
+        *,
+        updates: int = 0,
+        kind: str | None = None,
+        models: tuple[nn.Module, nn.Module] | None = None,
+        **options: Any,
+    ) -> None:
+        self.mode = mode
+        made = models or (make_model(kind or mode, dtype), wrap(make_model(kind or mode, dtype), mode))
+        self.reference, self.sharded = made
+        own = {key: options.pop(key) for key in ("share_replicas", "process_group") if key in options}
+        several = "rules" in options
+        self.expected: Any = (FusedAverages if several else FusedAveragedModel)(self.reference, **options)
+        self.averaged: Any = (ShardedAverages if several else ShardedAveragedModel)(self.sharded, **options, **own)
+        self.next_step = 0
+        if updates:
+            self.train(*range(updates))
+
+    @property
+    def inner(self) -> nn.Module:
+        """The sharded model without what `torch.compile` wraps around it."""
+        return getattr(self.sharded, "_orig_mod", self.sharded)
+
+    def fill(self) -> None:
+        fill(self.inner, self.mode, self.reference)
+
+    def update(self) -> None:
+        self.averaged.update_parameters(self.sharded)
+        self.expected.update_parameters(self.reference)
+
+    def train(self, *steps: int) -> Any:
+        """Update both averages with the values of these steps, or of the next one. Collective."""
+        for step in steps or (self.next_step,):
+            drift(self.reference, step)
+            self.fill()
+            self.update()
+            self.next_step = step + 1
+        return self
+
+    def params(self) -> dict[str, Tensor]:
+        """Copy the sharded model's whole params and its buffers. Collective."""
+        return gather(self.inner, self.mode)
+
+    def require_equal(self, about: object = "averages") -> None:
+        """Check that the two averages are the same by bits. Collective."""
+        require_same(self.averaged.full_state_dict(), self.expected.state_dict(), about)
+
+    def require_exchange(self, about: object = "swapped") -> None:
+        """Check that both models take their averages and come back, by bits. Collective."""
+        before = self.params()
+        with swapped((self.averaged, self.sharded), (self.expected, self.reference)):
+            inside, expected = self.params(), tensors_of(self.reference)
+        require_same(inside, expected, f"{about}, inside")
+        require_same(self.params(), before, f"{about}, after")

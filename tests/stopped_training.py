@@ -1,4 +1,4 @@
-"""A training that saves what it needs to go on, and that may be killed at a step."""
+"""A training that saves its state on the way, and that can be killed at a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rules of the package's floors, checked on sources: {path relative to the package: text of the module}."""
+"""The rules that sources keep, {path relative to a folder: text of the module}: floors, names, words, docstrings."""
 
 from __future__ import annotations
 
@@ -257,6 +257,31 @@ def listed_modules(page: str) -> list[str]:
             del folders[depth:]
         found.append("".join([*folders, name]).removeprefix("swafast/"))
     return found
+
+
+def wrong_docstrings(sources: Sources) -> list[str]:
+    """The docstrings that begin with a word for handing something over, where "Return" is meant."""
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    return [
+        f"{path}: {docstring.splitlines()[0]}"
+        for path, source in sources.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, kinds) and (docstring := ast.get_docstring(node))
+        if re.match(r"(Gives?|Says?)\b", docstring)
+    ]
+
+
+def shared_blocks(sources: Sources, length: int = 6) -> list[str]:
+    """The places of code that repeats another's, from so many lines on, imports and comments left out."""
+    places: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for path, source in sources.items():
+        lines = [(number, line.strip()) for number, line in enumerate(source.splitlines(), 1)]
+        code = [(number, line) for number, line in lines if line and not line.startswith(("#", "import ", "from "))]
+        for start in range(len(code) - length + 1):
+            block = tuple(line for _, line in code[start : start + length])
+            if sum(map(len, block)) > 20 * length:  # or brackets, names one to a line
+                places[block].append(f"{path}:{code[start][0]}")
+    return [", ".join(found) for found in places.values() if len(found) > 1]
 
 
 def report(sources: Sources) -> list[str]:

@@ -1,4 +1,4 @@
-"""`FusedAveragedModel` in the place of torch's class: the same results, and what people do with it."""
+"""`FusedAveragedModel` in the place of torch's class: the same results, in all common uses."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -23,12 +24,11 @@ from torch.optim.swa_utils import (
     get_ema_multi_avg_fn,
     get_swa_avg_fn,
     get_swa_multi_avg_fn,
-    update_bn,
 )
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, Rule
 from swafast.terms.weight import KernelTerms
-from tests.conftest import EveryKind, differing, tensors_of
+from tests.support import EveryKind, differing, drift, tensors_of, unchanged, update
 
 FUNCTIONS: list[dict[str, Any]] = [
     {},
@@ -52,10 +52,7 @@ def test_gives_what_torchs_class_gives(
         every_kind.mask = every_kind.mask.float()
     ours = FusedAveragedModel(every_kind, use_buffers=use_buffers, backend=backend, **functions)
     theirs = AveragedModel(every_kind, use_buffers=use_buffers, **functions)
-    for _ in range(8):
-        every_kind.drift()
-        ours.update_parameters(every_kind)
-        theirs.update_parameters(every_kind)
+    update(every_kind, ours, theirs, updates=8)
     assert ours.n_averaged.item() == theirs.n_averaged.item() == 8
     got, expected = tensors_of(ours.module), tensors_of(theirs.module)
     assert list(got) == list(expected)
@@ -83,41 +80,23 @@ def test_signature_attributes_and_keys_are_torchs(every_kind: EveryKind) -> None
 def test_the_averaged_module_is_a_copy_of_its_own(every_kind: EveryKind) -> None:
     ours = FusedAveragedModel(every_kind)
     ours.update_parameters(every_kind)
-    before = tensors_of(ours.module)
-    every_kind.drift()
-    assert differing(before, tensors_of(ours.module)) == []
-
-
-def test_backends_agree(every_kind: EveryKind, small_chunks: int) -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        model = copy.deepcopy(every_kind).to(dtype)
-        averages = [FusedAveragedModel(model, backend=backend, use_buffers=True) for backend in ("cpu", "reference")]
-        for _ in range(5):
-            model.drift()
-            for average in averages:
-                average.update_parameters(model)
-        cpu, reference = (average.averaged_state_dict() for average in averages)
-        assert differing(cpu, reference) == []
+    with unchanged(ours.module):
+        every_kind.drift()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("format", ["float32", "exact", "mirrored"])
 def test_every_format_holds_the_same_average(
-    every_kind: EveryKind, dtype: torch.dtype, format: str, backend: str
+    every_kind: EveryKind, dtype: torch.dtype, format: str, backend: str, small_chunks: int
 ) -> None:
     model = every_kind.to(dtype)
-    plain = FusedAveragedModel(model, format="float32", backend="reference")
-    other = FusedAveragedModel(model, format=format, backend=backend)
-    for _ in range(6):
-        model.drift()
-        plain.update_parameters(model)
-        other.update_parameters(model)
+    plain = FusedAveragedModel(model, format="float32", backend="reference", use_buffers=True)
+    other = FusedAveragedModel(model, format=format, backend=backend, use_buffers=True)
+    update(model, plain, other, updates=6)
     stored = {"float32": torch.float32, "exact": torch.bfloat16, "mirrored": torch.float16}[format]
     assert other.module.long.dtype == stored
-    truth = plain.averaged_state_dict()
-    got = other.averaged_state_dict()
-    params = [name for name, _ in model.named_parameters()]
-    assert differing({n: truth[n] for n in params}, {n: got[n] for n in params}) == []
+    truth, got = plain.averaged_state_dict(), other.averaged_state_dict()
+    assert differing(truth, got) == []
     assert torch.equal(other.module.long, got["long"].to(stored)) or format == "exact"
 
 
@@ -140,11 +119,8 @@ def test_update_copies_buffers_and_averages_them_on_request(every_kind: EveryKin
 
 def test_tied_params_are_averaged_once_and_stay_tied(every_kind: EveryKind) -> None:
     average = FusedAveragedModel(every_kind)
-    for _ in range(3):
-        every_kind.drift()
-        average.update_parameters(every_kind)
+    update(every_kind, average, updates=3)
     assert average.module.tied.weight is average.module.linear.weight
-    assert average.module.tied.weight.data_ptr() == average.module.linear.weight.data_ptr()
 
 
 def test_untying_the_model_is_an_error_and_tying_it_is_not(every_kind: EveryKind) -> None:
@@ -166,12 +142,12 @@ def test_what_is_copied_is_never_rounded(format: str, backend: str) -> None:
     model.register_buffer("positions", torch.arange(1000.0, 1010.0))
     average = FusedAveragedModel(model, format=format, backend=backend, include=lambda name, _: name.startswith("0."))
     average.update_parameters(model)
-    expected = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith("0.")}
+    expected = {name: value for name, value in tensors_of(model).items() if not name.startswith("0.")}
     exported = average.averaged_state_dict()
     with average.swapped_into(model):
-        swapped = {name: value.clone() for name, value in model.state_dict().items()}
+        inside = tensors_of(model)
     average.copy_to(model)
-    for got in (exported, swapped, model.state_dict()):
+    for got in (exported, inside, model.state_dict()):
         assert differing({name: got[name] for name in expected}, expected) == []
 
 
@@ -208,8 +184,7 @@ def test_wrappers_on_either_side_do_not_matter(wrap: str, side: str) -> None:
         wrapped = nn.Sequential(model[0], torch.compile(model[1], backend="eager"))
     average = FusedAveragedModel(model if side == "model" else wrapped)
     for _ in range(3):
-        with torch.no_grad():
-            model[0].weight.add_(1.0)
+        drift(model)
         plain.update_parameters(model)
         average.update_parameters(model if side == "average" else wrapped)
     assert differing(plain.averaged_state_dict(), average.averaged_state_dict()) == []
@@ -228,9 +203,7 @@ def test_parametrizations_are_averaged_underneath() -> None:
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 3)), nn.Linear(3, 2))
     average, theirs = FusedAveragedModel(model), AveragedModel(model)
     for _ in range(3):
-        with torch.no_grad():
-            for param in model.parameters():
-                param.add_(torch.randn_like(param))
+        drift(model)
         average.update_parameters(model)
         theirs.update_parameters(model)
     x = torch.randn(5, 4)
@@ -240,8 +213,7 @@ def test_parametrizations_are_averaged_underneath() -> None:
 def test_a_plan_follows_reallocated_params(every_kind: EveryKind, backend: str) -> None:
     average = FusedAveragedModel(every_kind, backend=backend)
     oracle = AveragedModel(every_kind)
-    average.update_parameters(every_kind)
-    oracle.update_parameters(every_kind)
+    update(every_kind, average, oracle)
     changes = [
         lambda m: setattr(m.long, "data", m.long.data.clone()),
         lambda m: setattr(m, "long", nn.Parameter(torch.randn(1000))),
@@ -253,11 +225,10 @@ def test_a_plan_follows_reallocated_params(every_kind: EveryKind, backend: str) 
     ]
     for change in changes:
         change(every_kind)
-        every_kind.drift()
-        average.update_parameters(every_kind)
-        oracle.update_parameters(every_kind)
+        update(every_kind, average, oracle)
+        got = tensors_of(average.module)
         for name, tensor in tensors_of(oracle.module).items():
-            torch.testing.assert_close(tensors_of(average.module)[name], tensor, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_a_view_of_other_shape_at_the_same_address_is_noticed() -> None:
@@ -348,13 +319,11 @@ def test_the_counter_may_be_edited_loaded_and_replaced(backend: str) -> None:
     for _ in range(3):
         average.update_parameters(model)
     average.n_averaged.zero_()
-    with torch.no_grad():
-        model.weight.add_(1.0)
+    drift(model)
     average.update_parameters(model)
     assert torch.equal(average.module.weight, model.weight)
     average.n_averaged = torch.tensor(9)
-    with torch.no_grad():
-        model.weight.add_(1.0)
+    drift(model)
     expected = torch.lerp(average.module.weight.detach(), model.weight.detach(), 0.1)
     average.update_parameters(model)
     assert torch.equal(average.module.weight, expected)
@@ -371,18 +340,18 @@ def test_writes_are_seen_by_autograd(backend: str) -> None:
         out.backward()
 
 
-def test_works_under_inference_and_autocast_modes() -> None:
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_works_under_inference_and_autocast_modes(backend: str, dtype: torch.dtype) -> None:
     with torch.inference_mode():
-        model = nn.Linear(3, 3)
-        average = FusedAveragedModel(model)
-        average.update_parameters(model)
-    average.update_parameters(model)
-    outside = nn.Linear(3, 3)
-    other = FusedAveragedModel(outside)
-    for context in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.no_grad()):
-        with context:
-            other.update_parameters(outside)
-    assert other.n_averaged == 3
+        inference = nn.Linear(3, 3)
+    for model in (inference, nn.Linear(4, 4).to(dtype)):
+        average = FusedAveragedModel(model, backend=backend)
+        for context in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.no_grad(), nullcontext()):
+            with context:
+                average.update_parameters(model)
+        assert average.n_averaged == 4
+    average(torch.randn(2, 4).to(dtype)).sum().backward()  # a first update under inference mode leaves it trainable
 
 
 def test_threads_lose_no_update(every_kind: EveryKind) -> None:
@@ -415,20 +384,12 @@ def test_pickle_torch_save_and_deepcopy_go_on_alike(every_kind: EveryKind, dtype
     average = FusedAveragedModel(
         model, multi_avg_fn=get_ema_multi_avg_fn(0.9), include=lambda name, _: name != "frozen"
     )
-    for _ in range(3):
-        model.drift()
-        average.update_parameters(model)
+    update(model, average, updates=3)
     file = io.BytesIO()
     torch.save(average, file)
     file.seek(0)
-    copies = [
-        pickle.loads(pickle.dumps(average)),
-        copy.deepcopy(average),
-        torch.load(file, weights_only=False),
-    ]
-    model.drift()
-    for one in (average, *copies):
-        one.update_parameters(model)
+    copies = [pickle.loads(pickle.dumps(average)), copy.deepcopy(average), torch.load(file, weights_only=False)]
+    update(model, average, *copies)
     for one in copies:
         assert one.n_averaged == 4
         assert differing(one.averaged_state_dict(), average.averaged_state_dict()) == []
@@ -448,15 +409,6 @@ def test_each_average_is_written_once() -> None:
     assert whole.tell() < 1.25 * held
 
 
-def test_update_bn_runs_on_an_average() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    average = FusedAveragedModel(model)
-    average.update_parameters(model)
-    data = torch.randn(64, 4)
-    update_bn([data], average)
-    torch.testing.assert_close(average.module[1].running_mean, average.module[0](data).mean(0))
-
-
 def test_shared_memory_stays_shared() -> None:
     model = nn.Linear(4, 4)
     average = FusedAveragedModel(model)
@@ -465,16 +417,6 @@ def test_shared_memory_stays_shared() -> None:
     average.update_parameters(model)
     assert average.module.weight.is_shared()
     assert average.module.weight.data_ptr() == address
-
-
-def test_a_first_update_under_inference_mode_leaves_averages_trainable() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).bfloat16()
-    for backend in ("cpu", "reference"):
-        average = FusedAveragedModel(model, backend=backend)
-        with torch.inference_mode():
-            average.update_parameters(model)
-        average.update_parameters(model)
-        average(torch.randn(2, 4).bfloat16()).sum().backward()
 
 
 def test_the_default_device_does_not_matter(backend: str) -> None:

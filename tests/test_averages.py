@@ -1,4 +1,4 @@
-"""Several averages of one model in one pass: the same bits as each by itself, and one of them is never moved alone."""
+"""Several averages of one model in one pass: each has the same bits as alone, and an update moves all or none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages, PowerAverage, Rule
 from swafast.backends import cpu, rows
 from swafast.backends.contract import Update
-from tests.conftest import EveryKind, differing, tensors_of
+from tests.support import EveryKind, differing, refused, tensors_of, unchanged, update
 
 RULES: dict[str, Rule] = {
     "mean": EqualAverage(),
@@ -32,17 +32,6 @@ class Doubling(Rule):
         return 2.0**-num_averaged
 
 
-def drifted(model: EveryKind, averages: list[Any], updates: int = 4) -> None:
-    for _ in range(updates):
-        model.drift()
-        for average in averages:
-            average.update_parameters(model)
-
-
-def of(model: nn.Module, **options: Any) -> FusedAverages:
-    return FusedAverages(model, **options)
-
-
 def require_equal(averages: FusedAverages, alone: dict[str, FusedAveragedModel]) -> None:
     for name, each in alone.items():
         assert differing(tensors_of(averages[name]), tensors_of(each)) == []
@@ -54,48 +43,43 @@ def test_each_equals_one_that_is_updated_by_itself(
     every_kind: EveryKind, format: str | None, dtype: torch.dtype, backend: str, small_chunks: int
 ) -> None:
     model = every_kind.to(dtype)
-    averages = of(model, rules=RULES, format=format, backend=backend)
+    averages = FusedAverages(model, rules=RULES, format=format, backend=backend)
     alone = {name: FusedAveragedModel(model, rule=rule, format=format) for name, rule in RULES.items()}
-    drifted(model, [averages, *alone.values()])
+    update(model, averages, *alone.values(), updates=4)
     require_equal(averages, alone)
     assert [int(each.n_averaged) for each in averages.values()] == [4] * len(RULES)
 
 
 def test_formats_may_differ(every_kind: EveryKind, backend: str) -> None:
     formats = {"mean": "compensated", "fast": "compact", "warm": None}
-    averages = of(every_kind, rules=RULES, format=formats, backend=backend)
+    averages = FusedAverages(every_kind, rules=RULES, format=formats, backend=backend)
     alone = {name: FusedAveragedModel(every_kind, rule=rule, format=formats.get(name)) for name, rule in RULES.items()}
-    drifted(every_kind, [averages, *alone.values()])
+    update(every_kind, averages, *alone.values(), updates=4)
     require_equal(averages, alone)
 
 
 def test_rules_of_python_and_counts_of_their_own(every_kind: EveryKind) -> None:
-    averages = of(every_kind, rules=[("mean", EqualAverage()), ("doubling", Doubling())])
+    averages = FusedAverages(every_kind, rules=[("mean", EqualAverage()), ("doubling", Doubling())])
     alone = {"mean": FusedAveragedModel(every_kind), "doubling": FusedAveragedModel(every_kind, rule=Doubling())}
-    drifted(every_kind, [averages, *alone.values()], 2)
+    update(every_kind, averages, *alone.values(), updates=2)
     for one in (averages["mean"], alone["mean"]):
         one.update_parameters(every_kind)  # it alone
-    drifted(every_kind, [averages, *alone.values()], 2)
+    update(every_kind, averages, *alone.values(), updates=2)
     require_equal(averages, alone)
     assert [int(each.n_averaged) for each in averages.values()] == [5, 4]
 
 
-def test_as_many_as_one_launch_takes() -> None:
-    model = nn.Linear(40, 3)
+def test_as_many_as_one_launch_takes(every_kind: EveryKind) -> None:
     rules = {f"decay {i}": ExponentialAverage(i / 20) for i in range(16)}
-    averages = of(model, rules=rules)
-    alone = {name: FusedAveragedModel(model, rule=rule) for name, rule in rules.items()}
-    for _ in range(3):
-        with torch.no_grad():
-            model.weight.add_(torch.randn(3, 40))
-        for each in (averages, *alone.values()):
-            each.update_parameters(model)
+    averages = FusedAverages(every_kind, rules=rules)
+    alone = {name: FusedAveragedModel(every_kind, rule=rule) for name, rule in rules.items()}
+    update(every_kind, averages, *alone.values(), updates=3)
     require_equal(averages, alone)
 
 
 def test_one_launch_and_one_read_of_the_params(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(100, 100), nn.Linear(7, 3))
-    averages = of(model, rules=RULES)
+    averages = FusedAverages(model, rules=RULES)
     averages.update_parameters(model)
     calls: list[rows.Rows] = []
     launched = cpu.NativeLaunch.update
@@ -118,20 +102,18 @@ def test_one_launch_and_one_read_of_the_params(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_use_of_one_leaves_all_where_they_are(every_kind: EveryKind) -> None:
-    averages = of(every_kind, rules=RULES)
-    drifted(every_kind, [averages], 2)
+    averages = FusedAverages(every_kind, rules=RULES)
+    update(every_kind, averages, updates=2)
     places = [tensor.data_ptr() for tensor in averages.state_dict().values()]
     plan = averages._bindings.latest
-    before = tensors_of(every_kind)
-    with averages["fast"].swapped_into(every_kind):
+    with unchanged(every_kind), averages["fast"].swapped_into(every_kind):
         with pytest.raises(RuntimeError, match="swapped back"):
             averages.update_parameters(every_kind)
         with pytest.raises(RuntimeError, match="swapped back"):
             averages.state_dict()
-    assert differing(before, tensors_of(every_kind)) == []
     averages["power"].copy_to(every_kind)
     averages["mean"].update_parameters(every_kind)
-    drifted(every_kind, [averages], 1)
+    update(every_kind, averages, updates=1)
     assert [tensor.data_ptr() for tensor in averages.state_dict().values()] == places
     assert averages._bindings.latest is plan
 
@@ -139,24 +121,23 @@ def test_use_of_one_leaves_all_where_they_are(every_kind: EveryKind) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_states_copies_and_pickles_go_on_bit_for_bit(every_kind: EveryKind, format: str | None) -> None:
     model = every_kind.bfloat16()
-    averages = of(model, rules=RULES, format=format, seed=3)
-    drifted(model, [averages], 3)
-    loaded = of(copy.deepcopy(model), rules=RULES, format=format, seed=3)
+    averages = FusedAverages(model, rules=RULES, format=format, seed=3)
+    update(model, averages, updates=3)
+    loaded = FusedAverages(copy.deepcopy(model), rules=RULES, format=format, seed=3)
     state = copy.deepcopy(averages.state_dict())
     assert {key.partition(".")[0] for key in state} == set(RULES)
     assert "fast.n_averaged" in state
     assert "fast.module.linear.weight" in state
     loaded.load_state_dict(state)
     others = [loaded, copy.deepcopy(averages), pickle.loads(pickle.dumps(averages))]
-    drifted(model, [averages, *others], 3)
+    update(model, averages, *others, updates=3)
     for other in others:
         assert differing(tensors_of(averages), tensors_of(other)) == []
 
 
 def test_a_failed_load_changes_no_average(every_kind: EveryKind) -> None:
-    averages = of(every_kind.bfloat16(), rules=RULES)
-    drifted(every_kind, [averages], 2)
-    before = tensors_of(averages)
+    averages = FusedAverages(every_kind.bfloat16(), rules=RULES)
+    update(every_kind, averages, updates=2)
     state = copy.deepcopy(averages.state_dict())
     for value in state.values():
         value.add_(1) if value.is_floating_point() else None
@@ -166,27 +147,24 @@ def test_a_failed_load_changes_no_average(every_kind: EveryKind) -> None:
         lambda: state.update({"other.n_averaged": torch.tensor(1)}),
     ):
         spoil()
-        with pytest.raises(RuntimeError, match=r"power|other"):
+        with refused(RuntimeError, r"power|other", averages):
             averages.load_state_dict(state)
-        assert differing(before, tensors_of(averages)) == []
 
 
 @pytest.mark.parametrize("bad", [3, "x", torch.zeros(16, 8, device="meta"), torch.eye(16, 8).to_sparse()], ids=str)
 def test_a_plane_that_is_none_changes_no_average(bad: object) -> None:
     model = nn.Linear(8, 16)
-    averages = of(model, rules=RULES, format={"mean": "compact", "power": "compensated"})
+    averages = FusedAverages(model, rules=RULES, format={"mean": "compact", "power": "compensated"})
     averages.update_parameters(model)
     state = {key: value + 1 for key, value in averages.state_dict().items()}
     for key in ("power.compensation.weight", "power.module.weight", "fast.module.weight"):
-        before = tensors_of(averages)
-        with pytest.raises(RuntimeError, match=r"Error\(s\) in loading state_dict"):
+        with refused(RuntimeError, r"Error\(s\) in loading state_dict", averages):
             averages.load_state_dict(state | {key: bad})
-        assert differing(tensors_of(averages), before) == []
 
 
 def test_all_move_and_cast_together(every_kind: EveryKind) -> None:
-    averages = of(every_kind, rules=RULES)
-    drifted(every_kind, [averages], 2)
+    averages = FusedAverages(every_kind, rules=RULES)
+    update(every_kind, averages, updates=2)
     params = dict(every_kind.named_parameters())
     full = {name: {p: each.averaged_state_dict()[p] for p in params} for name, each in averages.items()}
     averages.bfloat16()
@@ -195,23 +173,8 @@ def test_all_move_and_cast_together(every_kind: EveryKind) -> None:
         assert differing(full[name], {p: each.averaged_state_dict()[p] for p in params}) == []
 
 
-@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
-def test_what_is_not_finite_moves_none(every_kind: EveryKind, nonfinite: str, backend: str) -> None:
-    averages = of(every_kind, rules=RULES, nonfinite=nonfinite, backend=backend)
-    drifted(every_kind, [averages], 2)
-    before = tensors_of(averages)
-    with torch.no_grad():
-        every_kind.long[500] = float("nan")
-    if nonfinite == "skip":
-        averages.update_parameters(every_kind)
-    else:
-        with pytest.raises(ValueError, match="'long' must be finite"):
-            averages.update_parameters(every_kind)
-    assert differing(before, tensors_of(averages)) == []
-
-
 def test_it_is_a_mapping_and_says_where_a_models_methods_are(every_kind: EveryKind) -> None:
-    averages = of(every_kind, rules=RULES, use_buffers=True)
+    averages = FusedAverages(every_kind, rules=RULES, use_buffers=True)
     assert list(averages) == averages.keys() == list(RULES)
     assert len(averages) == len(RULES)
     assert "fast" in averages
@@ -229,7 +192,7 @@ def test_it_is_a_mapping_and_says_where_a_models_methods_are(every_kind: EveryKi
 def test_averages_that_were_loaded_from_one_tensor_part_again() -> None:
     one = FusedAveragedModel(model := nn.Linear(2, 2))
     one.update_parameters(model)
-    averages = of(model, rules=RULES)
+    averages = FusedAverages(model, rules=RULES)
     averages.load_state_dict(
         {f"{name}.{key}": value for name in RULES for key, value in one.state_dict().items()}, assign=True
     )
@@ -245,37 +208,6 @@ def test_averages_that_were_loaded_from_one_tensor_part_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"rules": {}}, ValueError, "rules must name 1 to 16 averages, got 0"),
-        (
-            {"rules": {str(i): EqualAverage() for i in range(17)}},
-            ValueError,
-            "rules must name 1 to 16 averages, got 17",
-        ),
-        ({"rules": {"a": 0.9}}, TypeError, r"rules\['a'\] must be a Rule .*got 0.9"),
-        ({"rules": {"a": EqualAverage}}, TypeError, r"rules\['a'\] must be a Rule"),
-        ({"rules": {1: EqualAverage()}}, TypeError, "rules must have strings for names, got 1"),
-        ({"rules": {"a.b": EqualAverage()}}, ValueError, "names without '.'.*got 'a.b'"),
-        ({"rules": {"": EqualAverage()}}, ValueError, "got ''"),
-        ({"rules": {"training": EqualAverage()}}, ValueError, "names other than 'training'"),
-        ({"rules": [("a", EqualAverage()), ("a", EqualAverage())]}, ValueError, "each name once, got 'a' twice"),
-        ({"rules": [("a", EqualAverage(), 1)]}, TypeError, r"\(name, rule\) pairs"),
-        ({"rules": [EqualAverage(), EqualAverage()]}, TypeError, r"\(name, rule\) pairs, got \[EqualAverage"),
-        ({"rules": RULES, "format": "int4"}, ValueError, "format must be one of .*got 'int4'"),
-        ({"rules": RULES, "format": {"slow": "exact"}}, ValueError, "format must name averages among .*got 'slow'"),
-        ({"rules": RULES, "format": {"fast": "int4"}}, ValueError, "format must be one of .*got 'int4'"),
-        ({"rules": RULES, "seed": 0.5}, TypeError, "seed must be an int, got 0.5"),
-        ({"rules": "fast"}, TypeError, "rules must be a mapping .*got 'fast'"),
-        ({"rules": EqualAverage()}, TypeError, "rules must be a mapping .*got EqualAverage"),
-    ],
-)
-def test_bad_arguments_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        FusedAverages(nn.Linear(2, 2), **options)
-
-
-@pytest.mark.parametrize(
     "change",
     [
         lambda averages, other: setattr(averages, "fast", other),
@@ -287,7 +219,7 @@ def test_bad_arguments_are_named(options: dict[str, Any], error: type[Exception]
     ],
 )
 def test_no_average_comes_or_goes(change: Callable[[FusedAverages, nn.Module], None]) -> None:
-    averages = of(model := nn.Linear(2, 2), rules=RULES)
+    averages = FusedAverages(model := nn.Linear(2, 2), rules=RULES)
     before = averages.values()
     with pytest.raises(AttributeError, match=r"must stay as they are, got a change of '\w+': make new FusedAverages"):
         change(averages, FusedAveragedModel(model))
@@ -306,25 +238,22 @@ def test_a_copy_of_a_compiled_average_runs_on_its_own() -> None:
         assert torch.equal(copied(x), copied.module(x))
 
 
-@pytest.mark.parametrize("rule", [RULES, list(RULES.items()), {}])
-def test_several_rules_for_one_average_are_refused(rule: Any) -> None:
-    with pytest.raises(TypeError, match=r"rule must be one Rule, got a .*: make several averages with FusedAverages\("):
-        FusedAveragedModel(nn.Linear(2, 2), rule=rule)
-
-
-def test_another_model_or_a_bad_count_changes_nothing(every_kind: EveryKind) -> None:
-    averages = of(every_kind, rules=RULES)
-    drifted(every_kind, [averages], 2)
-    before = tensors_of(averages)
-    with pytest.raises(ValueError, match="model must have the parameters"):
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+def test_what_cannot_be_averaged_moves_none(every_kind: EveryKind, nonfinite: str, backend: str) -> None:
+    averages = FusedAverages(every_kind, rules=RULES, nonfinite=nonfinite, backend=backend)
+    update(every_kind, averages, updates=2)
+    with refused(ValueError, "model must have the parameters", averages):
         averages.update_parameters(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
+    with refused(TypeError, r"model must be a torch.nn.Module", averages):
         averages.update_parameters("model")  # type: ignore[arg-type]
     averages["power"].n_averaged.fill_(-1)
-    with pytest.raises(ValueError, match="n_averaged must be >= 0"):
+    with refused(ValueError, "n_averaged must be >= 0", averages):
         averages.update_parameters(every_kind)
     averages["power"].n_averaged.fill_(2)
-    assert differing(before, tensors_of(averages)) == []
+    every_kind.long.data[500] = float("nan")
+    refusal = unchanged(averages) if nonfinite == "skip" else refused(ValueError, "'long' must be finite", averages)
+    with refusal:
+        averages.update_parameters(every_kind)
 
 
 # Each gate kills a bug
@@ -366,10 +295,10 @@ def count_in_the_first_alone(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("plant", [drop_the_followers, one_pace_for_all, count_in_the_first_alone])
 def test_the_gate_kills_the_bug(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     model = EveryKind()
-    averages = of(model, rules=RULES)
+    averages = FusedAverages(model, rules=RULES)
     alone = {name: FusedAveragedModel(model, rule=rule, backend="reference") for name, rule in RULES.items()}
     plant(monkeypatch)
-    drifted(model, [averages, *alone.values()])
+    update(model, averages, *alone.values(), updates=4)
     counts = [int(each.n_averaged) for each in averages.values()]
     wrong = [name for name in RULES if differing(tensors_of(averages[name]), tensors_of(alone[name]))]
     assert wrong or counts != [4] * len(RULES)

@@ -1,4 +1,4 @@
-"""Golden files: what averages saved before the modules of ``swafast`` were moved is loaded bit for bit.
+"""Golden files: states that were saved before the modules of ``swafast`` were moved load bit for bit.
 
 `tests/golden/record.py` wrote the files, once. No change of the code is a reason to write one again.
 """
@@ -18,37 +18,15 @@ import torch
 from torch import Tensor
 
 from swafast import FusedAveragedModel, PowerAverage, Snapshots
-from tests.golden.cases import (
-    CASES,
-    ELSEWHERE,
-    FOLDER,
-    OTHER_STORED,
-    SHARDED,
-    SNAPSHOTS_AT,
-    STORED,
-    SYNTHESIZED,
-    UPDATES,
-    Case,
-    attach_two,
-    averages_of,
-    listed,
-    load_on_ranks,
-    make_composer,
-    make_swa,
-    read,
-    save_snapshots,
-    singles_of,
-    step_with,
-    swa_buffers,
-    unzip,
-    whole_model,
-)
+from tests.golden import cases
 from tests.golden.models import fill, named_tensors
 from tests.ranks import run_ranks
+from tests.support import bits
+from tests.support import differing as differing_tensors
 
 State = Mapping[str, Tensor]
 
-golden = cache(read)
+golden = cache(cases.read)
 
 pytestmark = pytest.mark.filterwarnings("ignore:format='half':UserWarning")
 
@@ -56,26 +34,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:format='half':UserWarning")
 # To compare
 
 
-def bits(tensor: Tensor) -> Tensor:
-    """A tensor's elements as bytes, row-major: -0 differs from 0, and a NaN from another NaN."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-
-
 def differing(got: State, expected: State) -> list[str]:
-    """The keys of tensors that differ in dtype, shape or any bit; or all of them where keys or their order do."""
-    if list(got) != list(expected):
-        return sorted({*got, *expected})
-    return [
-        key
-        for key, tensor in expected.items()
-        if got[key].dtype != tensor.dtype
-        or got[key].shape != tensor.shape
-        or not torch.equal(bits(got[key]), bits(tensor))
-    ]
+    """Return the keys of tensors that differ in any bit; or all of them where keys or their order do."""
+    return differing_tensors(got, expected) if list(got) == list(expected) else sorted({*got, *expected})
 
 
 def with_a_bit_flipped(state: State, key: str) -> dict[str, Tensor]:
-    """A copy of a state in which the lowest bit of the last element under ``key`` is another one."""
+    """Copy a state and flip the lowest bit of the last element under ``key``."""
     flipped = {name: tensor.detach().clone() for name, tensor in state.items()}
     run = bits(flipped[key]).clone()
     run[-flipped[key].element_size()] ^= 1
@@ -83,21 +48,11 @@ def with_a_bit_flipped(state: State, key: str) -> dict[str, Tensor]:
     return flipped
 
 
-def test_one_bit_makes_a_difference() -> None:
-    for name in CASES:
-        state = golden(name)["state"]
-        assert differing(state, state) == []
-        for key in (key for key, tensor in state.items() if tensor.numel()):
-            assert differing(with_a_bit_flipped(state, key), state) == [key], f"{key} of {name}"
-    others = [{"a": torch.zeros(2)}, {"a": torch.zeros(2, 1)}, {"a": torch.zeros(2).int()}, {"a": -torch.zeros(2)}]
-    for i, one in enumerate(others):
-        assert [bool(differing(one, other)) for other in others] == [i != j for j in range(4)]
-    assert differing({"a": torch.ones(1), "b": torch.ones(1)}, {"b": torch.ones(1), "a": torch.ones(1)})
-
-
 def test_golden_files_are_small_and_none_is_missing() -> None:
-    sizes = {path.name: path.stat().st_size for path in FOLDER.iterdir() if path.suffix in (".gz", ".zip")}
-    compressed = [f"{name}.pt.gz" for name in (*CASES, "optimizer", "torchcontrib", "composer", "snapshots", "sharded")]
+    sizes = {path.name: path.stat().st_size for path in cases.FOLDER.iterdir() if path.suffix in (".gz", ".zip")}
+    compressed = [
+        f"{name}.pt.gz" for name in (*cases.CASES, "optimizer", "torchcontrib", "composer", "snapshots", "sharded")
+    ]
     assert sizes.keys() == {*compressed, "snapshots.zip", "sharded.zip"}
     assert {name: size for name, size in sizes.items() if size >= 50_000} == {}
 
@@ -105,31 +60,31 @@ def test_golden_files_are_small_and_none_is_missing() -> None:
 # States of averages in one process
 
 
-def elsewhere(case: Case, **options: Any) -> Any:
-    """An average of which every tensor has other values than the golden state."""
-    model = case.model(ELSEWHERE[0])
+def elsewhere(case: cases.Case, **options: Any) -> Any:
+    """Make an average in which every tensor has other values than the golden state."""
+    model = case.model(cases.ELSEWHERE[0])
     averaged = case.make(model, **options)
-    for step in ELSEWHERE:
+    for step in cases.ELSEWHERE:
         averaged.update_parameters(case.model(step))
     return averaged
 
 
 def loaded(name: str, state: State | None = None, **options: Any) -> Any:
-    averaged = elsewhere(CASES[name], **options)
+    averaged = elsewhere(cases.CASES[name], **options)
     averaged.load_state_dict(copy.deepcopy(golden(name)["state"]) if state is None else state)
     return averaged
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases.CASES)
 def test_a_state_gives_the_averages_that_were_saved(name: str) -> None:
-    before = averages_of(elsewhere(CASES[name]))
+    before = cases.averages_of(elsewhere(cases.CASES[name]))
     averaged = loaded(name)
-    assert differing(averages_of(averaged), golden(name)["averages"]) == []
+    assert differing(cases.averages_of(averaged), golden(name)["averages"]) == []
     assert differing(before, golden(name)["averages"]), "there was nothing to load"
-    assert all(int(single.n_averaged) == UPDATES for single in singles_of(averaged).values())
+    assert all(int(single.n_averaged) == cases.UPDATES for single in cases.singles_of(averaged).values())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases.CASES)
 def test_a_state_is_saved_again_as_it_was(name: str) -> None:
     again = golden(name).get("again", golden(name)["state"])
     assert differing(loaded(name).state_dict(), again) == []
@@ -137,17 +92,17 @@ def test_a_state_is_saved_again_as_it_was(name: str) -> None:
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases.CASES)
 def test_a_state_goes_on_as_it_did(name: str, backend: str | None) -> None:
     averaged = loaded(name, backend=backend)
-    model = CASES[name].model(ELSEWHERE[0])
+    model = cases.CASES[name].model(cases.ELSEWHERE[0])
     fill(model, golden(name)["next"])
     averaged.update_parameters(model)
     assert differing(averaged.state_dict(), golden(name)["next_state"]) == []
-    assert differing(averages_of(averaged), golden(name)["next_averages"]) == []
+    assert differing(cases.averages_of(averaged), golden(name)["next_averages"]) == []
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases.CASES)
 def test_a_bit_flipped_in_each_tensor_of_a_state_is_seen(name: str) -> None:
     state = golden(name)["state"]
     filled = [key for key, tensor in state.items() if tensor.numel()]
@@ -155,7 +110,7 @@ def test_a_bit_flipped_in_each_tensor_of_a_state_is_seen(name: str) -> None:
     averaged = loaded(name, flipped)
     seen = differing(averaged.state_dict(), golden(name).get("again", state))
     assert [key for key in filled if key not in seen] == []
-    assert differing(averages_of(averaged), golden(name)["averages"])
+    assert differing(cases.averages_of(averaged), golden(name)["averages"])
 
 
 #: What is read by another format as well, without a loss.
@@ -168,7 +123,7 @@ READ_AS = [
 
 @pytest.mark.parametrize(("name", "fmt"), READ_AS)
 def test_a_state_is_read_by_a_wider_format(name: str, fmt: str) -> None:
-    model = CASES[name].model(ELSEWHERE[0])
+    model = cases.CASES[name].model(cases.ELSEWHERE[0])
     averaged = FusedAveragedModel(model, format=fmt)
     averaged.load_state_dict(copy.deepcopy(golden(name)["state"]))
     expected = golden(name)["averages"]
@@ -181,7 +136,7 @@ def test_a_state_is_read_by_a_wider_format(name: str, fmt: str) -> None:
 
 def test_an_optimizer_takes_up_what_is_attached_to_it() -> None:
     saved = golden("optimizer")
-    model, optimizer, averages, attachments = attach_two(ELSEWHERE[0])
+    model, optimizer, averages, attachments = cases.attach_two(cases.ELSEWHERE[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no schedule is another one
         optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
@@ -193,13 +148,13 @@ def test_an_optimizer_takes_up_what_is_attached_to_it() -> None:
     assert [each.step for each in attachments] == saved["steps"] == [7, 7]
     schedules = [(each.schedule.start, each.schedule.every, each.schedule.end) for each in attachments]
     assert schedules == saved["schedules"] == [(3, 2, None), (4, 4, 11)]
-    step_with(optimizer, model, range(7, 13))
+    cases.step_with(optimizer, model, range(7, 13))
     assert [int(averaged.n_averaged) for averaged in averages] == saved["next_counts"]
 
 
 def test_a_saved_schedule_takes_the_place_of_another() -> None:
     saved = golden("optimizer")
-    _, optimizer, averages, attachments = attach_two(ELSEWHERE[0])
+    _, optimizer, averages, attachments = cases.attach_two(cases.ELSEWHERE[0])
     for attachment in attachments:
         attachment.detach()
     attachments = [averaged.attach(optimizer) for averaged in averages]
@@ -211,9 +166,9 @@ def test_a_saved_schedule_takes_the_place_of_another() -> None:
 
 def test_torchcontribs_swa_goes_on() -> None:
     saved = golden("torchcontrib")
-    model, swa, attachment = make_swa(ELSEWHERE[0])
+    model, swa, attachment = cases.make_swa(cases.ELSEWHERE[0])
     swa.load_state_dict(copy.deepcopy(saved["state"]))
-    assert differing(swa_buffers(model, swa), saved["averages"]) == []
+    assert differing(cases.swa_buffers(model, swa), saved["averages"]) == []
     assert attachment.step == 7
     again = swa.state_dict()
     assert list(again) == list(saved["state"])
@@ -226,23 +181,23 @@ def test_torchcontribs_swa_goes_on() -> None:
     assert counts == [(group["n_avg"], group["step_counter"]) for group in saved["state"]["param_groups"]] == [(2, 7)]
     fill(model, saved["next"])
     swa.update_swa()
-    assert differing(swa_buffers(model, swa), saved["next_averages"]) == []
+    assert differing(cases.swa_buffers(model, swa), saved["next_averages"]) == []
 
 
 def test_torchcontribs_swa_is_exchanged_back_after_a_load() -> None:
     saved = golden("torchcontrib")
-    model, swa, _ = make_swa(ELSEWHERE[0])
+    model, swa, _ = cases.make_swa(cases.ELSEWHERE[0])
     fill(model, saved["swapped_params"])
     swa.load_state_dict(copy.deepcopy(saved["swapped_state"]))
     assert any("swa_kept" in state for state in swa.state_dict()["swa_state"].values())
     swa.swap_swa_sgd()
     assert differing(named_tensors(model), saved["params"]) == []
-    assert differing(swa_buffers(model, swa), saved["averages"]) == []
+    assert differing(cases.swa_buffers(model, swa), saved["averages"]) == []
 
 
 def test_composers_swa_goes_on_to_its_end() -> None:
     saved = golden("composer")
-    model, optimizer, averaged, swa = make_composer(ELSEWHERE[0])
+    model, optimizer, averaged, swa = cases.make_composer(cases.ELSEWHERE[0])
     optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
     averaged.load_state_dict(saved["state"])
     assert list(optimizer.state_dict()) == list(saved["optimizer"])
@@ -253,7 +208,7 @@ def test_composers_swa_goes_on_to_its_end() -> None:
     assert differing(averaged.state_dict(), saved["state"]) == []
     lrs = []
     for step in range(6, 12):
-        step_with(optimizer, model, range(step, step + 1))
+        cases.step_with(optimizer, model, range(step, step + 1))
         lrs.append(optimizer.param_groups[0]["lr"])
     assert lrs == pytest.approx(saved["next_lrs"], rel=1e-12)
     assert (int(averaged.n_averaged), swa.is_completed) == (saved["next_count"], saved["next_is_completed"])
@@ -263,52 +218,52 @@ def test_composers_swa_goes_on_to_its_end() -> None:
 
 
 def test_snapshots_are_listed_with_their_rules(tmp_path: Path) -> None:
-    folder, saved = unzip("snapshots", tmp_path), golden("snapshots")
-    for name, rules, counts in (("power", STORED, SNAPSHOTS_AT), ("rules", OTHER_STORED, (4,))):
+    folder, saved = cases.unzip("snapshots", tmp_path), golden("snapshots")
+    for name, rules, counts in (("power", cases.STORED, cases.SNAPSHOTS_AT), ("rules", cases.OTHER_STORED, (4,))):
         snapshots = Snapshots(folder / name)
-        assert listed(snapshots) == saved[name]
+        assert cases.listed(snapshots) == saved[name]
         assert len(snapshots) == len(saved[name]) == len(rules) * len(counts)
         given = [(each.name, each.num_averaged, each.rule) for each in Snapshots(folder / name, rules=rules)]
         assert given == [(key, count, rule) for count in counts for key, rule in rules.items()]
 
 
 def test_snapshots_give_what_is_synthesized_from_them(tmp_path: Path) -> None:
-    snapshots, saved = Snapshots(unzip("snapshots", tmp_path) / "power"), golden("snapshots")
-    for name, count in (("last", None), ("middle", SNAPSHOTS_AT[1])):
-        got, expected = snapshots.synthesize(SYNTHESIZED, count), saved[name]
+    snapshots, saved = Snapshots(cases.unzip("snapshots", tmp_path) / "power"), golden("snapshots")
+    for name, count in (("last", None), ("middle", cases.SNAPSHOTS_AT[1])):
+        got, expected = snapshots.synthesize(cases.SYNTHESIZED, count), saved[name]
         # The coefficients' last bits are the processor's; float32 is rounded to far fewer.
         wide = [key for key, tensor in expected.items() if tensor.dtype == torch.float64]
         assert wide == ["wide"]
         torch.testing.assert_close(got["wide"], expected["wide"], rtol=1e-12, atol=1e-12)
         assert differing({**got, "wide": expected["wide"]}, expected) == []
-    assert PowerAverage.from_sigma_rel(0.07) == SYNTHESIZED
+    assert PowerAverage.from_sigma_rel(0.07) == cases.SYNTHESIZED
 
 
 def test_snapshots_are_saved_again_as_they_were(tmp_path: Path) -> None:
-    folder = unzip("snapshots", tmp_path / "golden")
-    save_snapshots(tmp_path / "again")
+    folder = cases.unzip("snapshots", tmp_path / "golden")
+    cases.save_snapshots(tmp_path / "again")
     paths, again = (
         sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
         for root in (folder, tmp_path / "again")
     )
     assert again == paths
     sidecars = [path for path in paths if path.suffix == ".json"]
-    assert len(sidecars) == len(SNAPSHOTS_AT) + 1
+    assert len(sidecars) == len(cases.SNAPSHOTS_AT) + 1
     for path in sidecars:  # with the checksums of all tensors
         assert json.loads((folder / path).read_text()) == json.loads((tmp_path / "again" / path).read_text())
 
 
 def test_a_run_goes_on_in_its_folder_of_snapshots(tmp_path: Path) -> None:
-    folder = unzip("snapshots", tmp_path) / "power"
-    model = whole_model("plain", 0)
-    averages = {name: FusedAveragedModel(model, rule=rule) for name, rule in STORED.items()}
-    for _ in range(SNAPSHOTS_AT[-1] + 1):
+    folder = cases.unzip("snapshots", tmp_path) / "power"
+    model = cases.whole_model("plain", 0)
+    averages = {name: FusedAveragedModel(model, rule=rule) for name, rule in cases.STORED.items()}
+    for _ in range(cases.SNAPSHOTS_AT[-1] + 1):
         for averaged in averages.values():
             averaged.update_parameters(model)
     Snapshots(folder).save(averages)
-    rules = [(name, SNAPSHOTS_AT[-1] + 1, rule) for name, rule in STORED.items()]
-    assert listed(Snapshots(folder))[: -len(STORED)] == golden("snapshots")["power"]
-    assert list(Snapshots(folder))[-len(STORED) :] == rules
+    rules = [(name, cases.SNAPSHOTS_AT[-1] + 1, rule) for name, rule in cases.STORED.items()]
+    assert cases.listed(Snapshots(folder))[: -len(cases.STORED)] == golden("snapshots")["power"]
+    assert list(Snapshots(folder))[-len(cases.STORED) :] == rules
 
 
 # Ranks
@@ -317,10 +272,10 @@ def test_a_run_goes_on_in_its_folder_of_snapshots(tmp_path: Path) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("world", [1, 2])
 def test_any_number_of_ranks_loads_a_sharded_checkpoint(tmp_path: Path, world: int) -> None:
-    folder, saved = unzip("sharded", tmp_path), golden("sharded")
-    everyone = run_ranks(world, load_on_ranks, folder, {kind: saved[kind]["next"] for kind in SHARDED})
+    folder, saved = cases.unzip("sharded", tmp_path), golden("sharded")
+    everyone = run_ranks(world, cases.load_on_ranks, folder, {kind: saved[kind]["next"] for kind in cases.SHARDED})
     for rank, given in enumerate(everyone):
-        for kind in SHARDED:
+        for kind in cases.SHARDED:
             where = f"{kind} on rank {rank}"
             got, expected = given[kind], saved[kind]
             assert differing(got["full"], expected["full"]) == [], where
@@ -333,9 +288,9 @@ def test_any_number_of_ranks_loads_a_sharded_checkpoint(tmp_path: Path, world: i
 @pytest.mark.parametrize("kind", ["plain", "fsdp2"])
 def test_one_process_loads_the_whole_state_of_ranks(kind: str) -> None:
     saved = golden("sharded")[kind]
-    averaged = FusedAveragedModel(whole_model(kind, ELSEWHERE[0]), rule=STORED["wide"])
+    averaged = FusedAveragedModel(cases.whole_model(kind, cases.ELSEWHERE[0]), rule=cases.STORED["wide"])
     averaged.load_state_dict(saved["full"])
-    assert int(averaged.n_averaged) == UPDATES
+    assert int(averaged.n_averaged) == cases.UPDATES
     again = averaged.state_dict()
     assert again.keys() == saved["full"].keys()
     assert differing({key: again[key] for key in saved["full"]}, saved["full"]) == []

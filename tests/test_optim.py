@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,10 +17,11 @@ from torch.optim.swa_utils import SWALR
 
 from swafast import FusedAveragedModel, optim
 from swafast.optim import SWA, cyclical_cosine_lr, cyclical_lr
+from tests.support import differing, tensors_of
 
 
 class Reference:
-    """torchcontrib's wrapper as its documentation has it, in plain loops."""
+    """torchcontrib's wrapper in plain loops, as documented."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, start: int | None, freq: int | None, lr: float | None) -> None:
         self.optimizer, self.start, self.freq, self.lr = optimizer, start, freq, lr
@@ -54,6 +56,11 @@ class Run:
         self.base = torch.optim.SGD(self.groups, lr=0.1, momentum=0.9)
         self.generator = torch.Generator().manual_seed(2)
 
+    def train(self, optimizer: Any, steps: int = 1) -> None:
+        for _ in range(steps):
+            self.backward()
+            optimizer.step()
+
     def backward(self) -> None:
         x = torch.randn(8, 5, generator=self.generator).to(self.model[0].weight.dtype)
         self.base.zero_grad()
@@ -64,6 +71,10 @@ def both(dtype: torch.dtype = torch.float32, groups: int = 1, **options: Any) ->
     ours, theirs = Run(dtype, groups), Run(dtype, groups)
     arguments = [options.get(name) for name in ("swa_start", "swa_freq", "swa_lr")]
     return ours, SWA(ours.base, **options), theirs, Reference(theirs.base, *arguments)
+
+
+def buffers_of(swa: SWA, run: Run) -> dict[str, Tensor]:
+    return {name: swa.state[param]["swa_buffer"].clone() for name, param in run.model.named_parameters()}
 
 
 def require_averages(ours: Run, swa: SWA, theirs: Run, reference: Reference, tolerance: float = 1e-6) -> None:
@@ -90,9 +101,8 @@ def require_averages(ours: Run, swa: SWA, theirs: Run, reference: Reference, tol
 def test_automatic_mode_averages_as_torchcontrib_does(options: dict[str, Any], groups: int) -> None:
     ours, swa, theirs, reference = both(groups=groups, **options)
     for _ in range(20):
-        for run, optimizer in ((ours, swa), (theirs, reference)):
-            run.backward()
-            optimizer.step()
+        ours.train(swa)
+        theirs.train(reference)
         require_averages(ours, swa, theirs, reference)
     for group in swa.param_groups:
         assert (group["step_counter"], group["n_avg"]) == (20, reference.count)
@@ -101,11 +111,11 @@ def test_automatic_mode_averages_as_torchcontrib_does(options: dict[str, Any], g
 def test_manual_mode_updates_when_it_is_told() -> None:
     ours, swa, theirs, reference = both()
     for step in range(12):
-        for run, optimizer in ((ours, swa), (theirs, reference)):
-            run.backward()
-            optimizer.step()
-            if step > 4 and step % 2 == 0:
-                optimizer.update_swa() if isinstance(optimizer, SWA) else optimizer.update()
+        ours.train(swa)
+        theirs.train(reference)
+        if step > 4 and step % 2 == 0:
+            swa.update_swa()
+            reference.update()
     require_averages(ours, swa, theirs, reference)
     assert reference.count == 3
 
@@ -113,8 +123,7 @@ def test_manual_mode_updates_when_it_is_told() -> None:
 def test_groups_may_be_updated_by_themselves() -> None:
     run = Run(groups=2)
     swa = SWA(run.base)
-    run.backward()
-    swa.step()
+    run.train(swa)
     swa.update_swa_group(swa.param_groups[1])
     assert [group["n_avg"] for group in swa.param_groups] == [0, 1]
     with pytest.warns(UserWarning, match="2 params have no average yet and are not exchanged") as told:
@@ -126,20 +135,15 @@ def test_groups_may_be_updated_by_themselves() -> None:
 def test_an_exchange_and_another_one_leave_everything(dtype: torch.dtype) -> None:
     run = Run(dtype)
     swa = SWA(run.base, swa_start=0, swa_freq=1)
-    for _ in range(5):
-        run.backward()
-        swa.step()
-    params = [param.detach().clone() for param in run.model.parameters()]
-    averages = [swa.state[param]["swa_buffer"].clone() for param in run.model.parameters()]
-    assert averages[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    run.train(swa, 5)
+    params, averages = tensors_of(run.model), buffers_of(swa, run)
+    assert averages["0.weight"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     swa.swap_swa_sgd()
-    for param, average, before in zip(run.model.parameters(), averages, params, strict=True):
-        assert torch.equal(param, average.to(dtype))
-        assert torch.equal(swa.state[param]["swa_buffer"].to(dtype), before)
+    assert differing(tensors_of(run.model), {name: average.to(dtype) for name, average in averages.items()}) == []
+    assert differing({name: kept.to(dtype) for name, kept in buffers_of(swa, run).items()}, params) == []
     swa.swap_swa_sgd()
-    for param, average, before in zip(run.model.parameters(), averages, params, strict=True):
-        assert torch.equal(param, before)
-        assert torch.equal(swa.state[param]["swa_buffer"], average)
+    assert differing(tensors_of(run.model), params) == []
+    assert differing(buffers_of(swa, run), averages) == []
 
 
 def test_a_bfloat16_model_is_averaged_in_float32() -> None:
@@ -155,9 +159,7 @@ def test_a_bfloat16_model_is_averaged_in_float32() -> None:
 def test_states_go_on_bit_for_bit() -> None:
     runs = [Run(groups=2), Run(groups=2)]
     swas = [SWA(run.base, swa_start=2, swa_freq=2, swa_lr=0.05) for run in runs]
-    for _ in range(7):
-        runs[0].backward()
-        swas[0].step()
+    runs[0].train(swas[0], 7)
     file = io.BytesIO()
     torch.save({"swa": swas[0].state_dict(), "model": runs[0].model.state_dict()}, file)
     loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
@@ -166,21 +168,16 @@ def test_states_go_on_bit_for_bit() -> None:
     swas[1].load_state_dict(loaded["swa"])
     runs[1].generator.set_state(runs[0].generator.get_state())
     for run, swa in zip(runs, swas, strict=True):
-        for _ in range(6):
-            run.backward()
-            swa.step()
+        run.train(swa, 6)
         swa.swap_swa_sgd()
-    for ours, theirs in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    assert differing(tensors_of(runs[0].model), tensors_of(runs[1].model)) == []
 
 
 @pytest.mark.parametrize("since", ["torch 1.0", "torch 1.5"])
 def test_a_state_of_torchcontrib_is_taken(since: str) -> None:
     run = Run()
     swa = SWA(run.base, swa_start=0, swa_freq=1)
-    for _ in range(3):
-        run.backward()
-        swa.step()
+    run.train(swa, 3)
     state = copy.deepcopy(swa.state_dict())
     ids = {index: 10_000 + 64 * index for index in range(4)}  # it used the params' addresses
     state["swa_state"] = {ids[key]: value for key, value in state["swa_state"].items()}
@@ -204,9 +201,7 @@ def test_what_hooks_add_to_a_state_goes_through(to: str) -> None:
         FusedAveragedModel(run.model).attach(swa if to == "swa" else run.base, every=2)
         for run, swa in zip(runs, swas, strict=True)
     ]
-    for _ in range(5):
-        runs[0].backward()
-        swas[0].step()
+    runs[0].train(swas[0], 5)
     state = copy.deepcopy(swas[0].state_dict())
     swas[1].load_state_dict(state)
     assert attachments[1].step == 5
@@ -216,8 +211,7 @@ def test_what_hooks_add_to_a_state_goes_through(to: str) -> None:
     with pytest.raises(ValueError, match="must be an int >= 0, got -1"):
         swas[1].load_state_dict(state)
     assert str(swas[1].state_dict()) == str(before)
-    runs[1].backward()
-    swas[1].step()
+    runs[1].train(swas[1])
     assert attachments[1].step == 6
 
 
@@ -225,9 +219,7 @@ def test_a_bad_state_of_one_attachment_leaves_the_others() -> None:
     run = Run()
     swa = SWA(run.base, swa_start=0, swa_freq=1)
     attachments = [FusedAveragedModel(run.model).attach(each) for each in (swa, run.base)]
-    for _ in range(3):
-        run.backward()
-        swa.step()
+    run.train(swa, 3)
     good = copy.deepcopy(swa.state_dict())
     for bad in ({**good, "swafast": []}, {**good, "opt_added": {"swafast": [3]}}):
         for attachment in attachments:
@@ -239,21 +231,11 @@ def test_a_bad_state_of_one_attachment_leaves_the_others() -> None:
     assert [attachment.step for attachment in attachments] == [3, 3]
 
 
-@pytest.mark.parametrize("bad", [None, 5, "x", {"opt_state": 5}, {"swa_state": [1]}, {"param_groups": {}}])
-def test_what_is_no_state_is_named(bad: Any) -> None:
-    swa = SWA(Run().base)
-    state = {**swa.state_dict(), **bad} if isinstance(bad, dict) else bad
-    with pytest.raises(TypeError, match=r"state_dict.* must be a"):
-        swa.load_state_dict(state)
-
-
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda swa: pickle.loads(pickle.dumps(swa))])
 def test_copies_train_on(duplicate: Any) -> None:
     run = Run()
     swa = SWA(run.base, swa_start=1, swa_freq=1, swa_lr=0.05)
-    for _ in range(3):
-        run.backward()
-        swa.step()
+    run.train(swa, 3)
     other = duplicate(swa)
     for ours, theirs in zip(swa._params(), other._params(), strict=True):
         assert ours is not theirs
@@ -270,8 +252,7 @@ def test_groups_that_the_optimizer_was_given_are_averaged_too() -> None:
     swa = SWA(run.base, swa_start=0, swa_freq=1)
     run.base.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
     swa.load_state_dict(copy.deepcopy(swa.state_dict()))
-    run.backward()
-    swa.step()
+    run.train(swa)
     swa.update_swa()
     assert [group["n_avg"] for group in swa.param_groups] == [2, 2]
 
@@ -284,11 +265,10 @@ def test_a_nan_in_one_place_costs_no_other_its_precision() -> None:
             run.model[0].weight.fill_(value)
             run.model[0].weight[0, 0] = float("nan")
             swa.update_swa()
-    averages = [swa.state[param]["swa_buffer"].clone() for param in run.model.parameters()]
+    averages = buffers_of(swa, run)
     swa.swap_swa_sgd()
     swa.swap_swa_sgd()
-    for param, average in zip(run.model.parameters(), averages, strict=True):
-        torch.testing.assert_close(swa.state[param]["swa_buffer"], average, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(buffers_of(swa, run), averages, rtol=0, atol=0, equal_nan=True)
 
 
 def test_it_is_an_optimizer_of_todays_torch() -> None:
@@ -317,52 +297,48 @@ def test_it_is_an_optimizer_of_todays_torch() -> None:
     assert layer.running_mean.mean() == pytest.approx(3.0, abs=1.0)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "kind", "message"),
-    [
-        ({"optimizer": nn.Linear(1, 1)}, TypeError, r"optimizer must be a torch\.optim\.Optimizer, got Linear"),
-        (
-            {"swa_start": -1, "swa_freq": 1},
-            ValueError,
-            "swa_start must be a whole number of steps >= 0 or None, got -1",
-        ),
-        ({"swa_start": 1, "swa_freq": 0}, ValueError, "swa_freq must be a whole number of steps >= 1 or None, got 0"),
-        ({"swa_start": 1.5, "swa_freq": 1}, ValueError, "swa_start must be a whole number"),
-        ({"swa_start": 1, "swa_freq": 1, "swa_lr": -0.1}, ValueError, "swa_lr must be >= 0, got -0.1"),
-    ],
-)
-def test_bad_arguments_are_named(arguments: dict[str, Any], kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind, match=message):
-        SWA(**({"optimizer": Run().base} | arguments))
-
-
 def test_half_a_mode_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="swa_start or swa_freq is None"):
         swa = SWA(Run().base, swa_start=3, swa_lr=0.1)
     assert (swa.swa_start, swa.swa_freq, swa.swa_lr) == (None, None, None)
 
 
-def test_a_state_of_other_params_changes_nothing() -> None:
+COUNTS = "must have params, n_avg and step_counter, ints >= 0"
+BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = {
+    "None": (lambda good: None, TypeError, "state_dict must be a"),
+    "an int": (lambda good: 5, TypeError, "state_dict must be a"),
+    "a str": (lambda good: "x", TypeError, "state_dict must be a"),
+    "opt_state": (lambda good: {**good, "opt_state": 5}, TypeError, r"state_dict\['opt_state'\] must be a"),
+    "swa_state": (lambda good: {**good, "swa_state": [1]}, TypeError, r"state_dict\['swa_state'\] must be a"),
+    "param_groups": (lambda good: {**good, "param_groups": {}}, TypeError, r"state_dict\['param_groups'\] must be a"),
+    "nothing": (lambda good: {}, ValueError, "state_dict must have 'opt_state', got nothing"),
+    "fewer params": (lambda good: _group(good, params=[0, 1]), ValueError, "must be of 4 params, got one of 2"),
+    "no counts": (lambda good: {**good, "param_groups": [{"params": [0, 1, 2, 3]}]}, ValueError, COUNTS),
+    "a count": (lambda good: _group(good, n_avg=-1), ValueError, COUNTS),
+    "other keys": (lambda good: {**good, "swa_state": {9: {}}}, ValueError, r"\['swa_state'\] must have .*got \[9\]"),
+    "a shape": (lambda good: _shaped(good), ValueError, r"swa_buffer must have shape \(5, 9\), got \(3,\)"),
+}
+
+
+def _shaped(good: dict[str, Any]) -> dict[str, Any]:
+    good["swa_state"][2]["swa_buffer"] = torch.zeros(3)
+    return good
+
+
+def _group(good: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**good, "param_groups": [{**good["param_groups"][0], **changes}]}
+
+
+@pytest.mark.parametrize("bad", BAD_STATES)
+def test_a_bad_state_changes_nothing(bad: str) -> None:
+    make, kind, message = BAD_STATES[bad]
     run = Run()
     swa = SWA(run.base, swa_start=0, swa_freq=1)
-    run.backward()
-    swa.step()
-    good = swa.state_dict()
-    (group,) = good["param_groups"]
-    shaped = copy.deepcopy(good)
-    shaped["swa_state"][2]["swa_buffer"] = torch.zeros(3)
-    for bad, message in (
-        ({}, "state_dict must have 'opt_state', got nothing"),
-        ({**good, "param_groups": [{**group, "params": [0, 1]}]}, "state_dict must be of 4 params, got 2"),
-        ({**good, "param_groups": [{"params": [0, 1, 2, 3]}]}, "must have params, and ints >= 0 as n_avg and step"),
-        ({**good, "param_groups": [{**group, "n_avg": -1}]}, "must have params, and ints >= 0 as n_avg and step"),
-        ({**good, "swa_state": {9: {}}}, r"state_dict\['swa_state'\] must have keys of the params, got \[9\]"),
-        (shaped, r"swa_buffer must have shape \(5, 9\), got \(3,\)"),
-    ):
-        before = copy.deepcopy(swa.state_dict())
-        with pytest.raises(ValueError, match=message):
-            swa.load_state_dict(bad)
-        assert str(swa.state_dict()) == str(before)
+    run.train(swa)
+    before = str(swa.state_dict())
+    with pytest.raises(kind, match=message):
+        swa.load_state_dict(make(copy.deepcopy(swa.state_dict())))
+    assert str(swa.state_dict()) == before
 
 
 # Schedules

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -151,38 +153,36 @@ def test_any_rule_may_be_wanted_or_stored(rule: Rule) -> None:
     assert fit(stored, Profile(rule, 100)).residual < 1e-12
 
 
+class Broken(Rule):
+    def weight(self, num_averaged: int) -> float:
+        return 1.5
+
+
+NO_COUNT = "num_averaged must be an int >= 1, got"
+BETWEEN = [Profile(WIDE, 5), Profile(WIDE, 9)]
+
+
 @pytest.mark.parametrize(
-    ("stored", "wanted", "message"),
+    ("make", "kind", "message"),
     [
-        ([], Profile(WIDE, 3), "stored must be at least one profile, got none"),
-        ([Profile(WIDE, 5), Profile(WIDE, 9)], Profile(WIDE, 10), "wanted must be of 5 to 9 models, .*, got 10"),
-        ([Profile(WIDE, 5), Profile(WIDE, 9)], Profile(WIDE, 4), "wanted must be of 5 to 9 models, .*, got 4"),
+        (lambda: fit([], Profile(WIDE, 3)), ValueError, "stored must be at least one profile, got none"),
+        (lambda: fit(BETWEEN, Profile(WIDE, 10)), ValueError, "wanted must be of 5 to 9 models, .*, got 10"),
+        (lambda: fit(BETWEEN, Profile(WIDE, 4)), ValueError, "wanted must be of 5 to 9 models, .*, got 4"),
+        (lambda: fit(BETWEEN, WIDE), TypeError, "wanted must be a Profile, got PowerAverage"),
+        (lambda: fit([WIDE], Profile(WIDE, 3)), TypeError, "stored must be Profiles, got PowerAverage"),
+        (lambda: Profile(0.9, 3), TypeError, r"rule must be a swafast\.Rule, got float"),
+        (lambda: Profile(WIDE, 0), ValueError, NO_COUNT),
+        (lambda: Profile(WIDE, -1), ValueError, NO_COUNT),
+        (lambda: Profile(WIDE, 1.5), ValueError, NO_COUNT),
+        (lambda: Profile(WIDE, True), ValueError, NO_COUNT),
+        (lambda: Profile(WIDE, "3"), ValueError, NO_COUNT),
+        (
+            lambda: Profile(Broken(), 3).weights(),
+            ValueError,
+            r"the weight that .*Broken.* must be in \[0, 1\], got 1\.5",
+        ),
     ],
 )
-def test_a_fit_that_cannot_be_is_refused(stored: list[Profile], wanted: Profile, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        fit(stored, wanted)
-
-
-@pytest.mark.parametrize("count", [0, -1, 1.5, True, "3"])
-def test_a_profile_of_no_count_is_refused(count: object) -> None:
-    with pytest.raises(ValueError, match="num_averaged must be an int >= 1, got"):
-        Profile(WIDE, count)  # type: ignore[arg-type]
-
-
-def test_what_is_no_profile_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"rule must be a swafast\.Rule, got float"):
-        Profile(0.9, 3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="wanted must be a Profile, got PowerAverage"):
-        fit([Profile(WIDE, 3)], WIDE)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="stored must be Profiles, got PowerAverage"):
-        fit([WIDE], Profile(WIDE, 3))  # type: ignore[list-item]
-
-
-def test_a_rule_that_gives_no_weight_is_named() -> None:
-    class Broken(Rule):
-        def weight(self, num_averaged: int) -> float:
-            return 1.5
-
-    with pytest.raises(ValueError, match=r"weight\(\d+\) of the rule .*Broken.* must be in \[0, 1\], got 1\.5"):
-        Profile(Broken(), 3).weights()
+def test_bad_input_is_named(make: Callable[[], object], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        make()

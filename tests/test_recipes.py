@@ -1,4 +1,4 @@
-"""The recipes, on the streams of weights that torchcontrib's and Composer's own were recorded with."""
+"""The recipes, on the same streams of weights as torchcontrib's and Composer's own results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, ge
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, Rule
 from swafast.optim import SWA, ComposerSWA
 from swafast.optim.composer import _Clock
-from tests.conftest import differing
+from tests.support import differing
 
 RECORDED = json.loads(Path(__file__).with_name("oracles").joinpath("recipes.json").read_text())
 CLOSE = {"rtol": 1e-6, "atol": 1e-7}
@@ -36,7 +36,7 @@ def flat(net: nn.Module) -> torch.Tensor:
 
 @torch.no_grad()
 def put(net: nn.Module, values: list[float]) -> None:
-    """Give a net the weights that the recorded one had after a step."""
+    """Copy the weights that the recorded net had after a step."""
     rest = torch.tensor(values)
     for param in net.parameters():
         param.copy_(rest[: param.numel()].view_as(param))
@@ -224,23 +224,11 @@ def test_a_resumed_recipe_ends_when_the_first_one_would_have() -> None:
     ("options", "kind", "message"),
     [
         ({"swa_start": "3ep", "swa_end": "3ep"}, ValueError, "swa_end must be after swa_start='3ep', got '3ep'"),
-        (
-            {"swa_start": "3ep"},
-            ValueError,
-            "must both be in 'ep' or 'dur', got '3ep' and '0.97dur'",
-        ),
+        ({"swa_start": "3ep"}, ValueError, "must both be in 'ep' or 'dur', got '3ep' and '0.97dur'"),
         ({"swa_start": "30ba", "swa_end": "40ba"}, ValueError, "must both be in 'ep' or 'dur'"),
-        (
-            {"update_interval": "0ba"},
-            ValueError,
-            "must be whole epochs or steps, at least one, got '0ba'",
-        ),
+        ({"update_interval": "0ba"}, ValueError, "must be whole epochs or steps, at least one, got '0ba'"),
         ({"update_interval": "0.5dur"}, ValueError, "update_interval must be whole epochs or steps"),
-        (
-            {"max_duration": "1dur"},
-            ValueError,
-            "must be whole epochs or steps, such as '90ep', got '1dur'",
-        ),
+        ({"max_duration": "1dur"}, ValueError, "must be whole epochs or steps, such as '90ep', got '1dur'"),
         ({"max_duration": 0}, ValueError, "max_duration must be whole"),
         ({"steps_per_epoch": 0}, ValueError, "steps_per_epoch must be an int >= 1, got 0"),
         ({"anneal_strategy": "exp"}, ValueError, "anneal_strategy must be one of linear, lin, cos, cosine, got 'exp'"),

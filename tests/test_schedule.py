@@ -1,4 +1,4 @@
-"""Schedules: spans, and the steps that they come to."""
+"""Schedules: spans of steps, epochs and shares, and after which steps they are due."""
 
 from __future__ import annotations
 
@@ -51,32 +51,26 @@ def test_a_state_makes_the_same_schedule() -> None:
     assert Schedule(**schedule.state_dict()) == schedule
 
 
-@pytest.mark.parametrize("bad", ["", "ep", "1 ep", "1e3ba", "-1ba", "1epoch", "0x1ba", "nandur", "1ba2ep", "1ba\n3ep"])
-def test_what_is_no_span_is_named(bad: str) -> None:
-    with pytest.raises(ValueError, match="every must be an int of steps or a str such as"):
-        Schedule.of(every=bad)
-
-
-@pytest.mark.parametrize("bad", [None, 1.0, True, [1], b"1ba"])
-def test_what_is_of_no_kind_is_named(bad: Any) -> None:
-    with pytest.raises(TypeError, match="start must be an int of steps or a str such as"):
-        Schedule.of(bad)
+SPAN = "must be an int of steps or a str such as"
+NO_SPANS = ["", "ep", "1 ep", "1e3ba", "-1ba", "1epoch", "0x1ba", "nandur", "1ba2ep", "1ba\n3ep"]
 
 
 @pytest.mark.parametrize(
-    ("fields", "kind", "message"),
+    ("make", "fields", "kind", "message"),
     [
-        ((0, 0), ValueError, "every must be >= 1, got 0"),
-        ((-3, 1), ValueError, "start must be >= 0, got -3"),
-        ((4, 1, 3), ValueError, "end must be >= 4, got 3"),
-        ((0, 1, "2ep"), TypeError, "end must be an int of steps, got '2ep'"),
-        ((0, True), TypeError, "every must be an int of steps, got True"),
-        ((None, 1), TypeError, "start must be an int of steps, got None"),
+        *((Schedule.of, (0, bad), ValueError, f"every {SPAN}") for bad in NO_SPANS),
+        *((Schedule.of, (bad,), TypeError, f"start {SPAN}") for bad in (None, 1.0, True, [1], b"1ba")),
+        (Schedule, (0, 0), ValueError, "every must be >= 1, got 0"),
+        (Schedule, (-3, 1), ValueError, "start must be >= 0, got -3"),
+        (Schedule, (4, 1, 3), ValueError, "end must be >= 4, got 3"),
+        (Schedule, (0, 1, "2ep"), TypeError, "end must be an int of steps, got '2ep'"),
+        (Schedule, (0, True), TypeError, "every must be an int of steps, got True"),
+        (Schedule, (None, 1), TypeError, "start must be an int of steps, got None"),
     ],
 )
-def test_what_is_no_schedule_is_named(fields: tuple[Any, ...], kind: type[Exception], message: str) -> None:
+def test_what_is_no_schedule_is_named(make: Any, fields: tuple[Any, ...], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
-        Schedule(*fields)
+        make(*fields)
 
 
 def test_the_gate_sees_spans_rounded_down(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""`attach` for models that are spread over ranks: the bits of updates in the loop, beside a forward too."""
+"""`attach` for sharded models: the same bits as updates in the loop, also beside the next forward pass."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from swafast import EqualAverage, ExponentialAverage, ShardedAveragedModel, ShardedAverages
 from swafast.loop import runners
 from swafast.sharded import shard_matching
-from tests.conftest import differing
 from tests.ranks import run_ranks
 from tests.sharded_models import WIDTH, make_model, require, wrap
+from tests.support import differing
 
 pytestmark = pytest.mark.distributed
 
@@ -28,7 +28,7 @@ SEVERAL = {"fast": ExponentialAverage(0.9), "mean": EqualAverage()}
 
 
 class Run:
-    """A training in one mode, the same each time; its forward writes BatchNorm's statistics."""
+    """A training in one mode, the same each time; its forward pass writes BatchNorm's statistics."""
 
     def __init__(self, mode: str, **options: Any) -> None:
         self.model = wrap(make_model(mode), mode)
@@ -58,7 +58,7 @@ def plainly(mode: str, steps: int, **options: Any) -> Run:
 
 
 class Held:
-    """Holds each update of the background until the next forward and backward have run."""
+    """Holds each background update until the next forward and backward have run."""
 
     def __init__(self) -> None:
         self.let_go, self.inside, self.ended = threading.Event(), 0, threading.Event()
@@ -77,7 +77,7 @@ class Held:
 
 
 def _attached(mode: str, steps: int, stop_at: int, **options: Any) -> tuple[Run, int]:
-    """Train on, one way after another: beside, stopped and resumed there, and in the hook at last."""
+    """Train with updates beside the forward pass, stop, resume, and train on with updates in the hook."""
     held, run = Held(), Run(mode, **options)
     with held.patch():
         run.averaged.attach(run.optimizer, start=2, overlap=True)
@@ -190,46 +190,35 @@ def test_several_averages_are_attached_together() -> None:
     assert run_ranks(2, _several) == [[], []]
 
 
-def _refused() -> list[str]:
-    run, told = Run("fsdp2"), []
+def _refused() -> None:
+    run, rank = Run("fsdp2"), dist.get_rank()
     skipping = ShardedAveragedModel(run.model, nonfinite="skip")
-    for averaged, options in (
-        (run.averaged, {"offload": "cpu"}),
-        (skipping, {"overlap": True}),
-        (run.averaged, {"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)}),
-        (run.averaged, {"every": 0}),
+    other = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)
+    for averaged, options, kind, message in (
+        (run.averaged, {"offload": "cpu"}, NotImplementedError, "offload must be None for a model that is spread over"),
+        (skipping, {"overlap": True}, ValueError, "overlap must be False with nonfinite='skip', got True"),
+        (run.averaged, {"optimizer": other}, ValueError, "optimizer must have params of the model"),
+        (run.averaged, {"every": 0}, ValueError, "every must be at least one step, got 0"),
+        # Another on each rank; none on the first.
+        (run.averaged, {"every": 1 + rank}, ValueError, "the arguments of attach must be the same on every rank"),
+        (run.averaged, {"every": rank}, (ValueError, RuntimeError), "every must be at least one step, got 0"),
     ):
-        try:
+        with pytest.raises(kind, match=message):
             averaged.attach(**({"optimizer": run.optimizer} | options))
-        except (NotImplementedError, ValueError) as error:
-            told.append(f"{type(error).__name__}: {error}")
     run.backward()
     run.optimizer.step()
     assert run.averaged.n_averaged == 0
-    for every in (1 + dist.get_rank(), dist.get_rank()):  # another on each rank; none on the first
-        try:
-            run.averaged.attach(run.optimizer, every=every)
-        except (RuntimeError, ValueError) as error:
-            told.append(f"{type(error).__name__}: {error}")
-    return told
 
 
 def test_what_cannot_be_attached_is_named() -> None:
     require("fsdp2", forward=True)
-    for told in run_ranks(2, _refused):
-        assert told[0].startswith("NotImplementedError: offload must be None for a model that is spread over ranks")
-        assert told[1].startswith("ValueError: overlap must be False with nonfinite='skip', got True")
-        assert told[2].startswith("ValueError: optimizer must have params of the model")
-        assert told[3].startswith("ValueError: every must be at least one step, got 0")
-        assert told[4].startswith("ValueError: the arguments of attach must be the same on every rank")
-        assert "every must be at least one step, got 0" in told[5]
+    run_ranks(2, _refused)
 
 
-def _unstaged() -> list[Any]:
-    with mock.patch.object(shard_matching.Staging, "take", lambda self, name, buffer: buffer):
-        return _train(("ddp",), {"use_buffers": True})
+def _read_too_late() -> None:
+    shard_matching.Staging.take = lambda self, name, buffer: buffer  # type: ignore[method-assign]
 
 
 def test_the_gate_sees_buffers_that_were_read_too_late() -> None:
-    found = run_ranks(2, _unstaged)
+    found = run_ranks(2, _train, ("ddp",), {"use_buffers": True}, plant=_read_too_late)
     assert ("ddp", "module.norm.running_mean") in found[0]

@@ -1,4 +1,4 @@
-"""Several averages in all formats, spread over ranks: the bits of one process, and so after a change of ranks."""
+"""Several sharded averages in all formats: the same bits as in one process, also after a change of ranks."""
 
 from __future__ import annotations
 
@@ -9,20 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from swafast import (
-    EqualAverage,
-    ExponentialAverage,
-    FusedAverages,
-    PowerAverage,
-    ShardedAverages,
-)
+from swafast import EqualAverage, ExponentialAverage, PowerAverage, ShardedAverages
 from swafast.sharded import shard_matching, sharded_averages
-from tests.ranks import run_ranks
-from tests.sharded_models import drift, fill, make_model, require, wrap
-from tests.test_sharded_modes import Seen, own_parts_differing
+from tests.ranks import RankFailedError, run_ranks
+from tests.sharded_models import Beside, drift, locals_of, require
+from tests.support import require_same
+from tests.test_sharded_modes import Seen, require_own_parts
 
 pytestmark = pytest.mark.distributed
 
@@ -42,62 +38,48 @@ _FOUR_RANKS = ("hsdp", "fsdp2_tp")
 _KIND = "fsdp2"  # of the model: params that every way takes
 
 
-class Twins:
-    """A sharded set of averages and, on every rank, the unsharded one that it has to be equal to."""
-
-    def __init__(self, way: str, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.way = way
-        self.reference, self.model = make_model(_KIND, dtype), wrap(make_model(_KIND, dtype), way)
-        self.averages = ShardedAverages(self.model, **OPTIONS)
-        self.truth = FusedAverages(self.reference, **OPTIONS)
-        self.seen = Seen()
-
-    def train(self, *steps: int, both: bool = True) -> Twins:
-        for step in steps:
-            drift(self.reference, step)
-            fill(self.model, self.way, self.reference)
-            self.truth.update_parameters(self.reference)
-            if both:
-                with self.seen:
-                    self.averages.update_parameters(self.model)
-        return self
-
-    def differing(self) -> list[str]:
-        found = []
-        for name, averaged in self.averages.items():
-            own = own_parts_differing(averaged, self.truth[name].state_dict())
-            found += [f"{self.way}: {name}: {key}" for key in own]
-        return found
+def make(way: str, dtype: torch.dtype = torch.bfloat16) -> Beside:
+    """Make a set of averages and, on every rank, the unsharded one that it has to be equal to."""
+    return Beside(way, dtype, kind=_KIND, **OPTIONS)
 
 
-def _save_all(folder: Path, ways: list[str]) -> dict[str, list[str]]:
-    """Average in each way, compare with one process, and save; give what differs."""
-    differing, seen = [], []
+def require_own(both: Beside, about: object = "") -> None:
+    for name, averaged in both.averaged.items():
+        require_own_parts(averaged, both.expected[name].state_dict(), f"{about}, {name}, own parts")
+
+
+def _save_all(folder: Path, ways: list[str]) -> None:
+    """Average in each way, compare with one process, and save."""
     for way in ways:
         for dtype in (torch.float32, torch.bfloat16) if way == ways[0] else (torch.bfloat16,):
-            twins = Twins(way, dtype).train(0, 1, 2)
-            differing += twins.differing()
-            seen += twins.seen.spread_out
-        averages = twins.averages
+            both, seen = make(way, dtype), Seen()
+            for step in range(3):
+                drift(both.reference, step)
+                both.fill()
+                with seen:
+                    both.averaged.update_parameters(both.sharded)
+                both.expected.update_parameters(both.reference)
+            require_own(both, way)
+            assert seen.spread_out == [], seen.spread_out
+        averages = both.averaged
         assert averages.nbytes == sum(averaged.nbytes for averaged in averages.values())
         dcp.save({"averages": averages.state_dict()}, checkpoint_id=folder / way)
-        whole = averages.full_state_dict()
-        differing += [key for key, value in twins.truth.state_dict().items() if not torch.equal(whole[key], value)]
-    return {"differing": differing, "seen": [str(each) for each in seen]}
+        both.require_equal(way)
 
 
-def _load_all(folder: Path, ways: list[str], saved: list[str]) -> list[str]:
+def _load_all(folder: Path, ways: list[str], saved: list[str]) -> None:
     """Go on in each way from each save, and compare with one process that was not interrupted."""
-    differing = []
     # The first way loads every save, the others one each.
     for way, source in [*((ways[0], source) for source in saved), *zip(ways[1:], itertools.cycle(saved), strict=False)]:
-        twins = Twins(way).train(0, 1, 2, both=False)
-        state = {"averages": twins.averages.state_dict()}
+        both = make(way)
+        for step in range(3):
+            drift(both.reference, step)
+            both.expected.update_parameters(both.reference)
+        state = {"averages": both.averaged.state_dict()}
         dcp.load(state, checkpoint_id=folder / source)
-        twins.averages.load_state_dict(state["averages"])
-        differing += [f"from {source} loaded {key}" for key in twins.differing()]
-        differing += [f"from {source} went on {key}" for key in twins.train(3, 4).differing()]
-    return differing
+        both.averaged.load_state_dict(state["averages"])
+        require_own(both, f"{way} from {source}")
+        require_own(both.train(3, 4), f"{way} went on from {source}")
 
 
 @pytest.fixture(scope="module")
@@ -113,14 +95,13 @@ def more_saves(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def save_all(folder: Path, ways: Sequence[str]) -> Path:
     for way in ways:
         require(way, forward=False)
-    for told in run_ranks(4, _save_all, folder, list(ways)):
-        assert told == {"differing": [], "seen": []}
+    run_ranks(4, _save_all, folder, list(ways))
     return folder
 
 
 @pytest.mark.parametrize(("world", "ways"), [(1, ["ddp"]), (2, ["tp", "fsdp2"]), (3, ["fsdp2", "ddp"])])
 def test_every_kind_of_state_goes_on_with_other_ranks(saves: Path, world: int, ways: list[str]) -> None:
-    assert run_ranks(world, _load_all, saves, ways, list(WAYS)) == [[]] * world
+    run_ranks(world, _load_all, saves, ways, list(WAYS))
 
 
 @pytest.mark.slow
@@ -129,71 +110,58 @@ def test_every_way_goes_on_from_every_other(more_saves: Path, world: int) -> Non
     ways = [way for way in (*WAYS, *MORE_WAYS) if world == 4 or way not in _FOUR_RANKS]
     for first in range(len(ways)):
         turned = ways[first:] + ways[:first]
-        assert run_ranks(world, _load_all, more_saves, turned[:2], [*WAYS, *MORE_WAYS]) == [[]] * world
+        run_ranks(world, _load_all, more_saves, turned[:2], [*WAYS, *MORE_WAYS])
 
 
-def _use(way: str) -> list[str]:
-    """Swap one average in, refuse the rest meanwhile, and fail loads; give what is wrong."""
-    twins = Twins(way).train(0, 1)
-    averages, wrong = twins.averages, []
-    if averages.fast is not averages["fast"] or {averages: 1}[averages] != 1:
-        wrong.append("no attribute, or no hash")
-    try:
+def _use(way: str) -> None:
+    """Swap one average in, see that other calls are refused meanwhile, and that loads fail."""
+    both = make(way).train(0, 1)
+    averages = both.averaged
+    assert averages.fast is averages["fast"]
+    assert {averages: 1}[averages] == 1
+    with pytest.raises(AttributeError):
         averages.fast = 3
-        wrong.append("an average was replaced")
-    except AttributeError:
-        pass
-    before = {name: param.detach().clone() for name, param in twins.model.named_parameters()}
-    with averages["fast"].swapped_into(twins.model):
-        for action in (lambda: averages.update_parameters(twins.model), averages.state_dict):
-            try:
+    before = locals_of(both.sharded)
+    with averages["fast"].swapped_into(both.sharded):
+        for action in (lambda: averages.update_parameters(both.sharded), averages.state_dict):
+            with pytest.raises(RuntimeError, match="swapped back"):
                 action()
-                wrong.append("an action went on while one average was swapped in")
-            except RuntimeError as error:
-                wrong += [] if "swapped back" in str(error) else [str(error)]
-    wrong += [name for name, param in twins.model.named_parameters() if not torch.equal(param, before[name])]
+    require_same(locals_of(both.sharded), before, "after")
     state = averages.state_dict()
+    both.train(2)
     for spoil, message in (
-        (lambda s: s.pop("power.compensation.long"), "averages['power']"),
-        (lambda s: s["rough.module.long"].copy_(torch.zeros_like(s["rough.module.long"])), "averages['rough']"),
+        (lambda s: s.pop("power.compensation.long"), r"of averages\['power'\]"),
+        (lambda s: s["rough.module.long"].copy_(torch.zeros_like(s["rough.module.long"])), r"averages\['rough'\]"),
         (lambda s: s.update({"other.n_averaged": s["fast.n_averaged"]}), "got 'other.n_averaged'"),
     ):
-        spoiled = {key: value.clone() for key, value in state.items()} if way != "ddp" else averages.state_dict()
+        spoiled = {key: value.clone() for key, value in state.items()}
         spoil(spoiled)
-        try:
+        with pytest.raises((ValueError, RuntimeError), match=message):
             averages.load_state_dict(spoiled)
-            wrong.append(f"a spoiled state was loaded: {message}")
-        except (ValueError, RuntimeError) as error:
-            wrong += [] if message in str(error) else [str(error)]
-    wrong += twins.differing()
-    return wrong + twins.train(2).differing()
+    require_own(both, "after loads that failed")
+    require_own(both.train(3), "after an update")
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_one_is_used_and_a_failed_load_changes_none(way: str) -> None:
-    assert run_ranks(2, _use, way) == [[]] * 2
+    run_ranks(2, _use, way)
 
 
-def _disagree() -> list[str]:
-    import torch.distributed as dist
-
-    told = []
+def _disagree() -> None:
     first = dist.get_rank() == 0
     rules = {"a": EqualAverage(), "b": ExponentialAverage(0.9)}
     other = {"b": ExponentialAverage(0.9), "a": EqualAverage()}
-    for mine in (rules if first else other, rules if first else {"a": EqualAverage()}, {} if first else rules):
-        try:
+    for mine, message in (
+        (rules if first else other, "the averages"),
+        (rules if first else {"a": EqualAverage()}, "the averages"),
+        ({} if first else rules, "rules must name 1 to 16 averages, got 0"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=message):
             ShardedAverages(nn.Linear(2, 2), rules=mine)
-            told.append("none")
-        except (ValueError, RuntimeError) as error:
-            told.append(str(error))
-    return told
 
 
 def test_ranks_that_name_different_averages_are_told_so() -> None:
-    for told in run_ranks(2, _disagree):
-        assert all("the averages" in message for message in told[:2]), told
-        assert "rules must name 1 to 16 averages, got 0" in told[2]
+    run_ranks(2, _disagree)
 
 
 # Each gate kills a bug
@@ -210,24 +178,21 @@ def commit_before_all_are_verified() -> None:
 
     def verify_and_commit(staged: Any, ranks: Any, device: torch.device) -> None:
         verify(staged, ranks, device)
-        for _, run in staged.runs:
-            run.add_(1)
+        for entry, run in staged.runs:
+            entry.plane.detach().copy_(run.view(entry.plane.shape))
 
     sharded_averages.checkpoint.verify = verify_and_commit
 
 
-def _planted(plant: Callable[[], None], function: Callable[..., Any], *args: Any) -> Any:
-    plant()
-    return function(*args)
-
-
 @pytest.mark.parametrize(
-    ("plant", "function", "args"),
-    [(forget_the_boxes, "_save_all", (["fsdp2"],)), (commit_before_all_are_verified, "_use", ("fsdp2",))],
+    ("plant", "function", "args", "message"),
+    [
+        (forget_the_boxes, _save_all, (Path(), ["fsdp2"]), "own parts: "),
+        (commit_before_all_are_verified, _use, ("fsdp2",), "after loads that failed, "),
+    ],
 )
 def test_the_gate_kills_the_bug(
-    plant: Callable[[], None], function: str, args: tuple[Any, ...], tmp_path: Path
+    plant: Callable[[], None], function: Callable[..., None], args: tuple[Any, ...], message: str, tmp_path: Path
 ) -> None:
-    folder = (tmp_path,) if function == "_save_all" else ()
-    told = run_ranks(2, _planted, plant, globals()[function], *folder, *args)
-    assert any(each not in ([], {"differing": [], "seen": []}) for each in told)
+    with pytest.raises(RankFailedError, match=message):
+        run_ranks(2, function, *(tmp_path if arg == Path() else arg for arg in args), plant=plant)

@@ -1,4 +1,4 @@
-"""States of sharded averages: saved by some ranks and loaded by others, bit for bit, or refused and nothing changed."""
+"""States of sharded averages: other ranks load them bit for bit, or refuse them and nothing has changed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ from swafast.sharded.parts.ranks import Ranks
 from swafast.sharded.parts.shares import Share
 from swafast.terms.boxes import Box
 from tests.ranks import RankFailedError, run_ranks
-from tests.sharded_models import Net, differing_bits, drift, fill, make_model, wrap
+from tests.sharded_models import Beside, Net, drift, local_of, make_model, wrap
+from tests.support import differing, require_same
 
 State = dict[str, Tensor]
 #: A folder of checkpoints by way, and what the checksums in each are by key.
@@ -68,12 +69,14 @@ WAYS = {
     "hsdp_shared": Way("hsdp", share_replicas=True),
     "fsdp1_hybrid": Way("fsdp1_hybrid"),
     "fsdp2_tp": Way("fsdp2_tp"),
+    "part_tp": Way("fsdp2_part_tp"),
+    "part_tp_shared": Way("fsdp2_part_tp", share_replicas=True),
     # Params that are channels_last, without dimensions or not dense.
     "fsdp1_conv": Way("fsdp1", "fsdp1"),
     "cut_conv": Way("ddp", "fsdp1"),
     "cut_plain": Way("plain", "plain"),
 }
-_FOUR_RANKS = ("hsdp", "hsdp_shared", "fsdp1_hybrid", "fsdp2_tp")
+_FOUR_RANKS = ("hsdp", "hsdp_shared", "fsdp1_hybrid", "fsdp2_tp", "part_tp", "part_tp_shared")
 
 
 def ways_on(world: int) -> list[str]:
@@ -84,41 +87,37 @@ def ways_on(world: int) -> list[str]:
 
 
 def in_every_format(model: Net) -> Net:
-    """Give parts of ``model`` other dtypes, so that its averages are float32, exact, mirrored and OWN float64."""
+    """Cast parts of ``model``, so that its averages are float32, exact, mirrored and OWN float64."""
     model.blocks[0].bfloat16()
     model.blocks[1].half()
     model.frozen.double()
     return model
 
 
-class Twin:
-    """A sharded average, with the unsharded one of the same model beside it."""
+class Twin(Beside):
+    """A sharded average and an unsharded one of the same model, in every format unless ``dtype`` is given."""
 
     def __init__(self, way: str, *, dtype: torch.dtype | None = None, **options: Any) -> None:
         self.way = WAYS[way]
-        self.reference = self._make(dtype)
-        self.model = wrap(self._make(dtype), self.way.mode)
-        self.averaged = ShardedAveragedModel(self.model, share_replicas=self.way.share_replicas, **options)
-        self.truth = FusedAveragedModel(self.reference, **options)
+        models = self._make(dtype), wrap(self._make(dtype), self.way.mode)
+        super().__init__(self.way.mode, models=models, share_replicas=self.way.share_replicas, **options)
 
     def _make(self, dtype: torch.dtype | None) -> Net:
         return in_every_format(make_model(self.way.kind)) if dtype is None else make_model(self.way.kind, dtype)
 
-    def expected(self) -> State:
-        return {key: value.clone() for key, value in self.truth.state_dict().items()}
+    def wanted(self) -> State:
+        return {key: value.clone() for key, value in self.expected.state_dict().items()}
 
-    def train(self, *steps: int) -> Twin:
-        for step in steps:
-            drift(self.reference, step)
-            fill(self.model, self.way.mode, self.reference)
-            self.averaged.update_parameters(self.model)
-            self.truth.update_parameters(self.reference)
-        return self
+    def require(self, truth: Mapping[str, Tensor] | int, about: object = "") -> None:
+        """Check this rank's part by bits, against whole tensors or those after so many updates. Collective."""
+        wanted = truth_after(self.way.kind, truth) if isinstance(truth, int) else truth
+        found = wrong_keys(self.averaged, wanted)
+        assert found == [], f"{about or self.way}: {found}"
 
 
 @cache
 def truth_after(kind: str, updates: int) -> State:
-    """Give the state of the unsharded average after ``updates`` updates."""
+    """Return the state of the unsharded average after ``updates`` updates."""
     reference = in_every_format(make_model(kind))
     truth = FusedAveragedModel(reference)
     for step in range(updates):
@@ -128,7 +127,7 @@ def truth_after(kind: str, updates: int) -> State:
 
 
 def pieces(value: Tensor, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give what ``value`` has here beside what ``whole`` has in its place."""
+    """Return each piece of ``value`` on this rank with the same piece of ``whole``."""
     if isinstance(value, PartTensor):
         for box, view in value.parts():
             yield view, box.of_whole(whole)
@@ -142,7 +141,7 @@ def pieces(value: Tensor, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def wrong_keys(averaged: ShardedAveragedModel, truth: Mapping[str, Tensor]) -> list[str]:
-    """Give the keys in which what this rank holds differs from whole tensors in any bit. Collective."""
+    """Return the keys in which this rank's part differs from whole tensors in any bit. Collective."""
     state = averaged.state_dict(checksums=False)
     here: State = {}
     there: State = {}
@@ -150,11 +149,11 @@ def wrong_keys(averaged: ShardedAveragedModel, truth: Mapping[str, Tensor]) -> l
         assert state[key].shape == truth[key].shape, key
         for index, (piece, expected) in enumerate(pieces(state[key], truth[key])):
             here[f"{key} {index}"], there[f"{key} {index}"] = piece, expected
-    return sorted(state.keys() ^ truth.keys()) + differing_bits(here, there)
+    return sorted(state.keys() ^ truth.keys()) + differing(here, there)
 
 
 def planes_of(averaged: ShardedAveragedModel) -> State:
-    """Give copies of all that this rank's average consists of, without asking another rank."""
+    """Copy all planes and the counter of this rank's average, without a collective."""
     named = {f"{name} {i}": plane for name, planes in averaged._planes.items() for i, plane in enumerate(planes)}
     return {name: plane.detach().clone() for name, plane in (named | {"n_averaged": averaged.n_averaged}).items()}
 
@@ -182,7 +181,7 @@ def load(averaged: ShardedAveragedModel, folder: Path, **options: bool) -> None:
 
 
 def _save_all(folder: Path, ways: Sequence[str]) -> dict[str, dict[str, list[int]]]:
-    """Save each way's average, and give the checksums in its state."""
+    """Save each way's average, and return the checksums in its state."""
     sealed = {}
     for way in ways:
         averaged = Twin(way).train(*range(SAVED_AT)).averaged
@@ -213,7 +212,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 
 def _load_all(folder: Path, sources: Mapping[str, Sequence[str]]) -> dict[str, dict[str, list[int]]]:
-    """Load each way's average from each of its sources, train on from the last; give the checksums of what came."""
+    """Load each way's average from each of its sources, train on from the last, and return the checksums."""
     sealed = {}
     for way, names in sources.items():
         kind = WAYS[way].kind
@@ -225,22 +224,21 @@ def _load_all(folder: Path, sources: Mapping[str, Sequence[str]]) -> dict[str, d
                 dcp.load({"averaged": twin.averaged}, checkpoint_id=folder / name)
             else:
                 load(twin.averaged, folder / name)
-            assert wrong_keys(twin.averaged, truth_after(kind, SAVED_AT)) == [], f"{way} from {name}"
-        assert differing_bits(planes_of(twin.averaged), elsewhere), "there was nothing to load"
+            twin.require(SAVED_AT, f"{way} from {name}")
+        assert differing(planes_of(twin.averaged), elsewhere), "there was nothing to load"
         sealed[way] = checksums_of(twin.averaged.state_dict())
         if dist.get_world_size() < 4 or way in _FOUR_RANKS:
             put_back(twin.averaged, elsewhere)
             load(twin.averaged, folder / f"fused_{kind}", checksums=False)
-            assert wrong_keys(twin.averaged, truth_after(kind, SAVED_AT)) == [], f"{way} from an unsharded average"
+            twin.require(SAVED_AT, f"{way} from an unsharded average")
         _go_on(twin)
     return sealed
 
 
 def _go_on(twin: Twin) -> None:
-    """Train as if there had been no break."""
+    """Train on, as without a break."""
     twin.reference.load_state_dict(trained_reference(twin.way.kind).state_dict())
-    twin.train(*range(SAVED_AT, SAVED_AT + 2))
-    assert wrong_keys(twin.averaged, truth_after(twin.way.kind, SAVED_AT + 2)) == [], twin.way
+    twin.train(*range(SAVED_AT, SAVED_AT + 2)).require(SAVED_AT + 2)
 
 
 @cache
@@ -252,14 +250,14 @@ def trained_reference(kind: str) -> Net:
 
 
 def others_of(way: str) -> list[str]:
-    """Give the other ways with the same kind of model, those after this one first."""
+    """Return the other ways with the same kind of model, those after this one first."""
     alike = [name for name in WAYS if WAYS[name].kind == WAYS[way].kind]
     after = alike.index(way) + 1
     return [*alike[after:], *alike[: after - 1]]
 
 
 def some_sources(world: int) -> dict[str, list[str]]:
-    """Give for some ways those whose checkpoints they load on so many ranks: themselves, and a few others or all."""
+    """Return the sources that each way loads on so many ranks: itself, and a few others or all."""
     sources = {}
     for way in ways_on(world):
         # On two ranks it takes the least time.
@@ -308,37 +306,36 @@ def test_an_unsharded_average_loads_what_ranks_saved(saved: Saved, way: str) -> 
     state = fused.state_dict()
     dcp.load({"averaged": state}, checkpoint_id=folder / way)
     fused.load_state_dict(state)
-    assert differing_bits(dict(fused.state_dict()), truth_after(WAYS[way].kind, SAVED_AT)) == []
+    assert differing(dict(fused.state_dict()), truth_after(WAYS[way].kind, SAVED_AT)) == []
 
 
 # Both styles, and saves that go on while training does
 
 
-def _in_both_styles(folder: Path, way: str) -> None:
-    twin = Twin(way).train(*range(SAVED_AT))
-    dcp.save({"averaged": twin.averaged.state_dict(), "epoch": 7}, checkpoint_id=folder / "states")
-    dcp.save({"averaged": twin.averaged, "epoch": 7}, checkpoint_id=folder / "itself")
-    expected = twin.expected()
-    for name in ("states", "itself"):
-        twin.train(20)
-        assert wrong_keys(twin.averaged, expected)
-        state = {"averaged": twin.averaged.state_dict(), "epoch": 0}
-        dcp.load(state, checkpoint_id=folder / name)
-        assert wrong_keys(twin.averaged, expected), "a load by DCP alone must not reach the average"
-        twin.averaged.load_state_dict(state["averaged"])
-        assert state["epoch"] == 7
-        assert wrong_keys(twin.averaged, expected) == []
-        twin.train(21)
-        itself = {"averaged": twin.averaged, "epoch": 0}
-        dcp.load(itself, checkpoint_id=folder / name)
-        assert itself == {"averaged": twin.averaged, "epoch": 7}
-        assert wrong_keys(twin.averaged, expected) == []
+def _in_both_styles(folder: Path) -> None:
+    for way in ("cut", "fsdp2"):
+        twin = Twin(way).train(*range(SAVED_AT))
+        averaged, wanted = twin.averaged, twin.wanted()
+        dcp.save({"averaged": averaged.state_dict(), "epoch": 7}, checkpoint_id=folder / way / "states")
+        dcp.save({"averaged": averaged, "epoch": 7}, checkpoint_id=folder / way / "itself")
+        for name in ("states", "itself"):
+            twin.train(20)
+            state = {"averaged": averaged.state_dict(), "epoch": 0}
+            dcp.load(state, checkpoint_id=folder / way / name)
+            assert wrong_keys(averaged, wanted), "a load by DCP alone must not reach the average"
+            averaged.load_state_dict(state["averaged"])
+            assert state["epoch"] == 7
+            twin.require(wanted)
+            twin.train(21)
+            itself = {"averaged": averaged, "epoch": 0}
+            dcp.load(itself, checkpoint_id=folder / way / name)
+            assert itself == {"averaged": averaged, "epoch": 7}
+            twin.require(wanted)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("way", ["cut", "fsdp2"])
-def test_saves_and_loads_as_a_state_and_as_what_has_one(tmp_path: Path, way: str) -> None:
-    run_ranks(2, _in_both_styles, tmp_path, way)
+def test_saves_and_loads_as_a_state_and_as_what_has_one(tmp_path: Path) -> None:
+    run_ranks(2, _in_both_styles, tmp_path)
 
 
 def _async(folder: Path, ways: Sequence[str]) -> None:
@@ -358,7 +355,7 @@ def _async(folder: Path, ways: Sequence[str]) -> None:
             saving.result(60)
             twin.train(33)
             load(twin.averaged, folder / way / style)
-            assert wrong_keys(twin.averaged, truth_after(twin.way.kind, SAVED_AT)) == [], (way, style)
+            twin.require(SAVED_AT, (way, style))
 
 
 @pytest.mark.distributed
@@ -371,31 +368,26 @@ def test_an_async_save_has_the_values_at_the_call(tmp_path: Path) -> None:
 
 def _through_whole_tensors(way: str, dtype: torch.dtype, strict: bool) -> None:
     twin = Twin(way, dtype=dtype).train(*range(SAVED_AT))
-    expected = twin.expected()
-    full = twin.averaged.full_state_dict()
-    assert differing_bits(full, expected) == []
+    wanted, full = twin.wanted(), twin.averaged.full_state_dict()
+    require_same(full, wanted)
 
     fused = FusedAveragedModel(make_model(twin.way.kind, dtype))
     fused.load_state_dict(full)
-    assert differing_bits(dict(fused.state_dict()), expected) == []
+    require_same(fused.state_dict(), wanted)
 
     theirs = AveragedModel(make_model(twin.way.kind, dtype))
     result = theirs.load_state_dict(full, strict=strict)
-    further = {key for key in expected if not key.startswith(("module.", "n_averaged"))}
+    further = {key for key in wanted if not key.startswith(("module.", "n_averaged"))}
     assert (result.missing_keys, set(result.unexpected_keys)) == ([], further)
     assert not (strict and further)
-    shared = {key: expected[key] for key in expected.keys() - further}
-    assert differing_bits(dict(theirs.state_dict()), shared) == []
+    require_same(theirs.state_dict(), {key: wanted[key] for key in wanted.keys() - further})
 
-    twin.train(40)
-    assert wrong_keys(twin.averaged, expected)
-    assert differing_bits(full, expected) == [], "an update has changed what was given before"
-    twin.averaged.load_state_dict(fused.state_dict())
-    assert wrong_keys(twin.averaged, expected) == []
-    if strict:
-        twin.train(41)
-        twin.averaged.load_state_dict(theirs.state_dict())
-        assert wrong_keys(twin.averaged, expected) == []
+    for state in (fused.state_dict(), theirs.state_dict())[: 1 + strict]:
+        twin.train(40)
+        assert wrong_keys(twin.averaged, wanted)
+        require_same(full, wanted, "an update has changed what was given before")
+        twin.averaged.load_state_dict(state)
+        twin.require(wanted)
 
 
 def _all_through_whole_tensors() -> None:
@@ -409,23 +401,18 @@ def test_whole_states_go_to_and_from_the_unsharded_classes() -> None:
     run_ranks(2, _all_through_whole_tensors)
 
 
-def _what_each_rank_gets(way: str) -> None:
-    twin = Twin(way).train(0)
-    expected = twin.expected()
-    first = dist.get_rank() == 0
-    for rank0_only in (False, True):
-        for cpu_offload in (False, True):
-            full = twin.averaged.full_state_dict(rank0_only=rank0_only, cpu_offload=cpu_offload)
-            assert differing_bits(full, expected if first or not rank0_only else {}) == []
-            assert all(type(value) is Tensor and value.device.type == "cpu" for value in full.values())
-            for value in full.values():
-                value.zero_()
-    assert wrong_keys(twin.averaged, expected) == [], "what was given is the average itself"
-
-
 def _what_all_ranks_get() -> None:
     for way in ("cut_plain", "fsdp2", "fsdp1", "tp"):
-        _what_each_rank_gets(way)
+        twin = Twin(way).train(0)
+        wanted, first = twin.wanted(), dist.get_rank() == 0
+        for rank0_only, cpu_offload in itertools.product((False, True), repeat=2):
+            full = twin.averaged.full_state_dict(rank0_only=rank0_only, cpu_offload=cpu_offload)
+            require_same(full, wanted if first or not rank0_only else {})
+            for value in full.values():
+                assert type(value) is Tensor
+                assert value.device.type == "cpu"
+                value.zero_()
+        twin.require(wanted, "what was given is the average itself")
 
 
 @pytest.mark.distributed
@@ -439,7 +426,7 @@ def _load_one_file(file: Path, ways: Sequence[str]) -> None:
         whole = torch.load(file)["averaged"]
         before = planes_of(twin.averaged)
         twin.averaged.load_state_dict(whole)
-        assert wrong_keys(twin.averaged, truth_after(twin.way.kind, SAVED_AT)) == []
+        twin.require(SAVED_AT)
         put_back(twin.averaged, before)
         whole["module.table"][5, 1] += 1
         with refused_on_all_ranks(twin.averaged, "module.table", "another checksum"):
@@ -453,7 +440,7 @@ def test_a_checkpoint_made_one_file_loads_and_is_verified(saved: Saved, tmp_path
 
 
 def any_bits(kind: str) -> State:
-    """Give whole values of random bytes: NaNs with payloads, infinities, denormals and negative zeros among them."""
+    """Return whole values of random bytes: NaNs with payloads, infinities, denormals and negative zeros among them."""
     chance = torch.Generator().manual_seed(6)
     values = {}
     for key, value in truth_after(kind, SAVED_AT).items():
@@ -474,8 +461,8 @@ def _hold_any_bits(folder: Path, ways: Sequence[str], action: str) -> None:
             save(twin.averaged, folder / way)
         else:
             load(twin.averaged, folder / way)
-        assert wrong_keys(twin.averaged, values) == []
-        assert differing_bits(twin.averaged.full_state_dict(), values) == []
+        twin.require(values)
+        require_same(twin.averaged.full_state_dict(), values)
 
 
 @pytest.mark.distributed
@@ -488,10 +475,15 @@ def test_no_bit_pattern_is_changed_on_the_way(tmp_path: Path) -> None:
 # What a state is made of
 
 
+def part_of(value: Tensor) -> Tensor:
+    """Return this rank's part of a tensor in a state."""
+    return value.run if isinstance(value, PartTensor) else local_of(value)
+
+
 def _look_at_states() -> None:
     for way, kind in (("cut_plain", PartTensor), ("fsdp1", PartTensor), ("fsdp2", DTensor)):
         twin = Twin(way).train(0)
-        expected = twin.expected()
+        expected = twin.wanted()
         state = twin.averaged.state_dict()
         assert state.keys() == {*expected, *(checkpoint.CHECKSUM + key for key in expected), checkpoint.SAVE_ID}
         params = {f"module.{name}" for name, _ in twin.reference.named_parameters(remove_duplicate=False)}
@@ -501,23 +493,17 @@ def _look_at_states() -> None:
                 assert (value.shape, value.dtype) == (expected[key].shape, expected[key].dtype), key
             wanted = kind if key in params and value.dim() else PartTensor if key == checkpoint.SAVE_ID else Tensor
             assert type(value) is wanted, (way, key)
-        local = {
-            key: value.run if isinstance(value, PartTensor) else whole_or_local(value) for key, value in state.items()
-        }
+        local = {key: part_of(value) for key, value in state.items()}
         before = {key: value.clone() for key, value in local.items()}
         twin.train(1, 2)
-        assert differing_bits(local, before) == [], "an update has changed a state"
+        require_same(local, before, "an update has changed a state")
         planes = planes_of(twin.averaged)
         for value in local.values():
             value.zero_()
-        assert differing_bits(planes_of(twin.averaged), planes) == [], "a state is the average itself"
+        require_same(planes_of(twin.averaged), planes, "a state is the average itself")
         again, once = twin.averaged.state_dict(), twin.averaged.state_dict()
         assert set(again[checkpoint.SAVE_ID].run.tolist()) != set(once[checkpoint.SAVE_ID].run.tolist())
         assert checksums_of(again) == checksums_of(once)
-
-
-def whole_or_local(value: Tensor) -> Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 @pytest.mark.distributed
@@ -531,27 +517,27 @@ def _with_buffers_of_their_own(folder: Path, use_buffers: bool) -> None:
         rank = dist.get_rank()
         for step in (0, 1):
             drift(twin.reference, step)
-            fill(twin.model, twin.way.mode, twin.reference)
-            twin.truth.update_parameters(twin.reference)  # with the first rank's buffers
-            for buffer in twin.model.buffers():
+            twin.fill()
+            twin.expected.update_parameters(twin.reference)  # with the first rank's buffers
+            for buffer in twin.sharded.buffers():
                 buffer.copy_(buffer + rank if buffer.dtype != torch.bool else buffer ^ bool(rank))
-            twin.averaged.update_parameters(twin.model)
-        expected = twin.expected()
+            twin.averaged.update_parameters(twin.sharded)
+        expected = twin.wanted()
         buffers = {f"module.{name}" for name, _ in twin.reference.named_buffers()} & expected.keys()
         assert len(buffers) == 4
         save(twin.averaged.state_dict(), folder / way)
-        assert wrong_keys(twin.averaged, expected) == []
-        assert differing_bits(twin.averaged.full_state_dict(), expected) == []
+        twin.require(expected)
+        require_same(twin.averaged.full_state_dict(), expected)
         assert differing_buffers(twin, expected, buffers) == (sorted(buffers) if rank else [])
         load(twin.averaged, folder / way)
         assert differing_buffers(twin, expected, buffers) == []
 
 
 def differing_buffers(twin: Twin, expected: State, names: set[str]) -> list[str]:
-    """Give the buffers that this rank's average does not have as expected."""
+    """Return the buffers that this rank's average does not have as expected."""
     planes = planes_of(twin.averaged)
     ours = {name: planes[f"{name.removeprefix('module.')} 0"].view(expected[name].shape) for name in names}
-    return differing_bits(ours, {name: expected[name] for name in names})
+    return differing(ours, {name: expected[name] for name in names})
 
 
 @pytest.mark.distributed
@@ -592,7 +578,7 @@ def _hold_buffers(folder: Path, action: str) -> None:
         averaged = ShardedAveragedModel(other)
         load(averaged, folder)
     assert wrong_keys(averaged, expected) == []
-    assert differing_bits(averaged.full_state_dict(), expected) == []
+    assert differing(averaged.full_state_dict(), expected) == []
 
 
 @pytest.mark.distributed
@@ -626,7 +612,7 @@ def _in_a_group(folder: Path) -> None:
     assert wrong_keys(averaged, expected)
     dcp.load({"averaged": averaged}, checkpoint_id=folder, process_group=group)
     assert wrong_keys(averaged, expected) == []
-    assert differing_bits(averaged.full_state_dict(), expected) == []
+    assert differing(averaged.full_state_dict(), expected) == []
 
 
 @pytest.mark.distributed
@@ -655,7 +641,7 @@ class Flip:
 
 
 def kind_of(key: str) -> str:
-    """Give what a key of a checkpoint is one of."""
+    """Return the kind of a checkpoint's key."""
     key = key.removeprefix("averaged.")
     if key.startswith("module.") and key.rpartition(".")[2] in ("running_mean", "num_batches_tracked", "mask"):
         return "buffer"
@@ -663,7 +649,7 @@ def kind_of(key: str) -> str:
 
 
 def some_flips(folder: Path, count: int, seed: int) -> list[Flip]:
-    """Pick bits: in turn of the elements of each kind of key, of all that is saved with them, and of the metadata."""
+    """Pick bits in turn from elements of each kind of key, from all that is saved with them, and from the metadata."""
     chance = random.Random(seed)
     items: dict[str, list[tuple[str, Any]]] = {}
     for index, info in FileSystemReader(folder).read_metadata().storage_data.items():
@@ -686,7 +672,7 @@ def some_flips(folder: Path, count: int, seed: int) -> list[Flip]:
 
 
 def elements_in(item: bytes) -> range:
-    """Give where in a saved tensor, a zip file, its elements stand."""
+    """Return where the elements are in a saved tensor, which is a zip file."""
     with zipfile.ZipFile(io.BytesIO(item)) as archive:
         (info,) = [info for info in archive.infolist() if re.search(r"/data/\d+$", info.filename)]
     lengths = item[info.header_offset + 26 : info.header_offset + 30]  # of the name and of what else is in the header
@@ -696,7 +682,7 @@ def elements_in(item: bytes) -> range:
 
 @contextmanager
 def damaged(path: Path, change: Change) -> Iterator[None]:
-    """Have a file changed on all ranks' disk, or gone, and put it back. Collective."""
+    """Change or remove a file on the ranks' disk, and put it back afterwards. Collective."""
     dist.barrier()
     content = path.read_bytes()
     dist.barrier()
@@ -713,7 +699,7 @@ def damaged(path: Path, change: Change) -> Iterator[None]:
 
 
 def outcome(averaged: ShardedAveragedModel, load_it: Callable[[], None], good: Sequence[State], about: object) -> str:
-    """Load, and give what it came to on all ranks: ``"refused"`` and nothing changed, or ``"loaded"``. Collective."""
+    """Load, and return the outcome on all ranks: ``"refused"`` and nothing changed, or ``"loaded"``. Collective."""
     before = planes_of(averaged)
     error: BaseException | None = None
     try:
@@ -722,14 +708,13 @@ def outcome(averaged: ShardedAveragedModel, load_it: Callable[[], None], good: S
         error = raised
     now = planes_of(averaged)
     if error is not None:
-        came_to = (
-            "refused" if differing_bits(now, before) == [] else f"refused and changed {differing_bits(now, before)}"
-        )
+        changed = differing(now, before)
+        came_to = f"refused and changed {changed}" if changed else "refused"
         came_to = f"waited, then {came_to}" if isinstance(error, LostPeerError) else came_to
     else:
         # All ranks have to have the same of several good ones.
-        fitting = [index for index, planes in enumerate(good) if differing_bits(now, planes) == []]
-        came_to = f"loaded {fitting[0]}" if fitting else f"loaded what nobody saved: {differing_bits(now, good[0])}"
+        fitting = [index for index, planes in enumerate(good) if differing(now, planes) == []]
+        came_to = f"loaded {fitting[0]}" if fitting else f"loaded what nobody saved: {differing(now, good[0])}"
     told: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(told, came_to)
     ways_out = {"refused", *(f"loaded {index}" for index in range(len(good)))}
@@ -749,8 +734,7 @@ def _limit_memory() -> None:
 def _flip_in_files(folder: Path, way: str, count: int, seed: int) -> Counter[str]:
     _limit_memory()
     twin = Twin(way).train(*range(60, 62))
-    before, good = planes_of(twin.averaged), _load_good(twin, folder)
-    put_back(twin.averaged, before)
+    good = _load_good(twin, folder)
     found: Counter[str] = Counter()
     for turn, flip in enumerate(some_flips(folder, count, seed)):
         with damaged(folder / flip.file, flip):
@@ -761,13 +745,17 @@ def _flip_in_files(folder: Path, way: str, count: int, seed: int) -> Counter[str
 
 
 def _load_good(twin: Twin, folder: Path) -> State:
+    """Load a checkpoint that is whole, return what came, and put back what was there."""
+    before = planes_of(twin.averaged)
     load(twin.averaged, folder)
-    assert wrong_keys(twin.averaged, truth_after(twin.way.kind, SAVED_AT)) == []
-    return planes_of(twin.averaged)
+    twin.require(SAVED_AT)
+    good = planes_of(twin.averaged)
+    put_back(twin.averaged, before)
+    return good
 
 
 def _loader(twin: Twin, folder: Path, turn: int) -> Callable[[], None]:
-    """Load in both styles in turn."""
+    """Return a load, in both styles in turn."""
     if turn % 2:
         return lambda: dcp.load({"averaged": twin.averaged}, checkpoint_id=folder)
     return lambda: load(twin.averaged, folder)
@@ -811,8 +799,7 @@ SHORTER: dict[str, Change] = {
 
 def _shorten_files(folder: Path, way: str) -> Counter[str]:
     twin = Twin(way).train(*range(60, 62))
-    before, good = planes_of(twin.averaged), _load_good(twin, folder)
-    put_back(twin.averaged, before)
+    good = _load_good(twin, folder)
     found: Counter[str] = Counter()
     for turn, (what, change) in enumerate(SHORTER.items()):
         for name in (".metadata", "__0_0.distcp", "__3_0.distcp"):
@@ -884,7 +871,7 @@ def refused_on_all_ranks(averaged: ShardedAveragedModel, *named: str) -> Iterato
         yield
     except (TypeError, ValueError, RuntimeError) as error:
         message = f"{type(error).__name__}: {error}"
-    about = (message, differing_bits(planes_of(averaged), before))
+    about = (message, differing(planes_of(averaged), before))
     told: list[tuple[str, list[str]]] = [("", [])] * dist.get_world_size()
     dist.all_gather_object(told, about)
     assert all(changed == [] for _, changed in told), told
@@ -893,8 +880,8 @@ def refused_on_all_ranks(averaged: ShardedAveragedModel, *named: str) -> Iterato
 
 
 def flip_in_memory(value: Tensor, chance: random.Random) -> bool:
-    """Flip a bit of what this rank has of ``value``; False if it has nothing."""
-    local = value.run if isinstance(value, PartTensor) else whole_or_local(value)
+    """Flip a bit of this rank's part of ``value``; return False if it has none."""
+    local = part_of(value)
     if local.numel() == 0:
         return False
     content = local.contiguous().reshape(-1)
@@ -938,7 +925,7 @@ def _flip_in_memory(ways: Sequence[str], seed: int) -> int:
                     twin.averaged.load_state_dict(damaged_state)
                 tried += 1
         twin.averaged.load_state_dict(state)
-        assert wrong_keys(twin.averaged, truth_after(twin.way.kind, SAVED_AT)) == []
+        twin.require(SAVED_AT)
     return tried
 
 
@@ -953,7 +940,7 @@ def test_a_bit_flipped_in_the_memory_of_one_rank_is_refused_on_all(world: int, w
 
 
 def _changed(state: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-    """Give a state with other values for some keys, written with ``__`` for ``.``; None leaves the key out."""
+    """Return a state with other values for some keys, written with ``__`` for ``.``; None leaves the key out."""
     new = dict(state)
     for name, value in changes.items():
         key = name.replace("__", ".")
@@ -963,7 +950,7 @@ def _changed(state: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def _wrong_states(twin: Twin) -> list[tuple[Any, tuple[str, ...]]]:
-    """Give states that do not fit, and what an error has to name."""
+    """Return states that do not fit, and the words that the error must have."""
     good = twin.averaged.state_dict()
     plain = twin.averaged.state_dict(checksums=False)
     whole = twin.averaged.full_state_dict()
@@ -1018,7 +1005,7 @@ def _load_what_does_not_fit(ways: Sequence[str]) -> None:
         with refused_on_all_ranks(twin.averaged, "checksums on all ranks or on none"):
             twin.averaged.load_state_dict({key: good[key] for key in plain_keys} if rank else good)
         twin.averaged.load_state_dict(good)
-        assert wrong_keys(twin.averaged, truth_after(twin.way.kind, SAVED_AT)) == []
+        twin.require(SAVED_AT)
 
 
 @pytest.mark.distributed
@@ -1048,7 +1035,7 @@ def _load_another_format(folder: Path, ways: Sequence[str]) -> None:
                 before = planes_of(averaged)
                 with pytest.raises(dcp.CheckpointException, match=r"Missing key.*averaged\.(remainder|average)\."):
                     dcp.load({"averaged": averaged}, checkpoint_id=folder / way / other)
-                assert differing_bits(planes_of(averaged), before) == []
+                assert differing(planes_of(averaged), before) == []
 
 
 @pytest.mark.distributed
@@ -1086,7 +1073,7 @@ def _load_in_another_order() -> None:
         expected = averaged.full_state_dict()
         loader = ShardedAveragedModel(model)
         loader.load_state_dict(averaged.state_dict())
-        assert differing_bits(loader.full_state_dict(), expected) == []
+        require_same(loader.full_state_dict(), expected)
 
 
 @pytest.mark.distributed
@@ -1112,12 +1099,12 @@ def _load_another_architecture(folder: Path) -> None:
         before = planes_of(averaged)
         with pytest.raises(dcp.CheckpointException, match=name):
             dcp.load({"averaged": averaged}, checkpoint_id=folder / source)
-        assert differing_bits(planes_of(averaged), before) == []
+        assert differing(planes_of(averaged), before) == []
     # DCP reads what it is asked for: what a checkpoint has besides goes unseen, and what is read is what was saved.
     averaged = ShardedAveragedModel(Bigger(4, more=False))
     load(averaged, folder / "more")
     full = saved_one.full_state_dict()
-    assert differing_bits(averaged.full_state_dict(), {key: full[key] for key in full if ".more." not in key}) == []
+    assert differing(averaged.full_state_dict(), {key: full[key] for key in full if ".more." not in key}) == []
 
 
 @pytest.mark.distributed
@@ -1129,7 +1116,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None
 
 
 class FailingReader(FileSystemReader):
-    """Cannot read on the last rank: a disk that is not there."""
+    """Cannot read on the last rank, as with a missing disk."""
 
     def read_data(self, *args: Any) -> Any:
         if dist.get_rank() == dist.get_world_size() - 1:
@@ -1145,7 +1132,7 @@ def _fail_on_one_rank(folder: Path) -> None:
         for target in (twin.averaged, twin.averaged.state_dict()):
             with pytest.raises(dcp.CheckpointException, match="no such disk"):
                 dcp.load({"averaged": target}, storage_reader=FailingReader(folder / way))
-        assert differing_bits(planes_of(twin.averaged), before) == []
+        assert differing(planes_of(twin.averaged), before) == []
         load(twin.averaged, folder / way)
 
 
@@ -1168,7 +1155,7 @@ def _stay_away() -> None:
     with pytest.raises(LostPeerError, match="did not come within the process group's timeout"):
         twin.averaged.load_state_dict(state)
     assert monotonic() - start < SHORT.total_seconds() + 2
-    assert differing_bits(planes_of(twin.averaged), before) == []
+    assert differing(planes_of(twin.averaged), before) == []
 
 
 @pytest.mark.distributed
@@ -1253,13 +1240,6 @@ def _seal_in_two_ways() -> None:
     assert one == other, "checksums depend on the cut"
 
 
-def _planted(plant: Callable[[], None] | None, function: Callable[..., Any], args: Sequence[Any]) -> None:
-    # What a rank's process has changed ends with it.
-    if plant is not None:
-        plant()
-    function(*args)
-
-
 _IN_MEMORY = (_flip_in_memory, (["cut"], 5))
 #: The bug, the ranks, the test's function, its arguments after its folder, and how it fails.
 GATES: list[tuple[Callable[[], None], int, Callable[..., Any], tuple[Any, ...], str]] = [
@@ -1270,7 +1250,7 @@ GATES: list[tuple[Callable[[], None], int, Callable[..., Any], tuple[Any, ...], 
     (forget_the_save, 2, *_IN_MEMORY, "nothing raised"),
     (sum_without_places, 2, _seal_in_two_ways, (), "checksums depend on the cut"),
     (count_replicas_again, 4, _flip_in_memory, (["hsdp"], 5), "another checksum"),
-    (keep_own_buffers, 3, _with_buffers_of_their_own, (Path(), False), "assert wrong_keys"),
+    (keep_own_buffers, 3, _with_buffers_of_their_own, (Path(), False), r"\['module.mask 0', 'module.norm.num"),
     (give_the_average_itself, 3, _look_at_states, (), "an update has changed a state"),
     (give_the_average_itself, 2, _flip_in_files_of_its_own, (Path(),), "refused and changed"),
     (believe_the_first_of_ties, 2, _load_what_does_not_fit, (["cut"],), "nothing raised"),
@@ -1294,11 +1274,11 @@ def test_the_gate_kills_the_bug(
 ) -> None:
     given = [tmp_path if arg == Path() else arg for arg in args]
     with pytest.raises(RankFailedError, match=message):
-        run_ranks(world, _planted, plant, function, given, timeout=5 * SHORT)
+        run_ranks(world, function, *given, timeout=5 * SHORT, plant=plant)
 
 
 @pytest.mark.slow
 def test_the_gates_open_where_there_is_no_bug(tmp_path: Path) -> None:
     for index, (_, world, function, args, _) in enumerate(GATES):
         folder = tmp_path / str(index)
-        run_ranks(world, _planted, None, function, [folder if arg == Path() else arg for arg in args])
+        run_ranks(world, function, *(folder if arg == Path() else arg for arg in args))

@@ -1,15 +1,14 @@
-"""Ranks that die, stop or are interrupted: an error in time on every other one, and each has its own left whole."""
+"""Ranks that die, stop or are interrupted: every other rank gets an error in time and keeps its own part whole."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from swafast import FusedAveragedModel, Rule
+from swafast import Rule
 from swafast.op.exchange import Exchange
 from swafast.sharded import LostPeerError, ShardedAveragedModel
 from swafast.sharded.parts import spread
@@ -29,7 +28,8 @@ from swafast.sharded.parts.ranks import Ranks
 from swafast.sharded.parts.spread import Spread
 from swafast.sharded.swap import NOT_WHOLE
 from tests.ranks import run_ranks
-from tests.sharded_models import WIDTH, differing_bits, drift, fill, locals_of, make_model, wrap
+from tests.sharded_models import WIDTH, Beside, drift, fill, locals_of, make_model, wrap
+from tests.support import differing, require_same, tensors_of, unchanged
 
 #: Of the process group where a peer is lost; the contract has an error come within two seconds more.
 TIMEOUT = timedelta(seconds=2)
@@ -56,7 +56,7 @@ class Case:
         self.params, self.own, self.averages = locals_of(self.model), self.own_now(), self.averages_now()
 
     def own_now(self) -> dict[str, Tensor]:
-        """Give copies of this rank's own part of the params."""
+        """Return copies of this rank's own part of the params."""
         held = self.averaged._find_held(self.model)
         return {share.name: share.of(held[share.name].local).detach().clone() for share in self.averaged._shares}
 
@@ -69,7 +69,7 @@ class Case:
         return {"n_averaged": self.averaged.n_averaged.clone(), **planes}
 
     def own_averages(self) -> dict[str, Tensor]:
-        """Give what this rank's own part of the params is when the averages are in it."""
+        """Return this rank's own part of the params with the averages in it."""
         averages = {}
         for share in self.averaged._shares:
             planes = self.averaged._planes[share.name]
@@ -78,12 +78,12 @@ class Case:
         return averages
 
     def complaints(self, *, own_is_average: bool = False, params: bool = False) -> list[str]:
-        """Say what differs from before: averages, this rank's own part, and with ``params`` all of them."""
-        found = [f"average {name}" for name in differing_bits(self.averages, self.averages_now())]
+        """Return what differs from before: averages, this rank's own part, and with ``params`` all of them."""
+        found = [f"average {name}" for name in differing(self.averages, self.averages_now())]
         expected = self.own_averages() if own_is_average else self.own
-        found += [f"own {name}" for name in differing_bits(expected, self.own_now())]
+        found += [f"own {name}" for name in differing(expected, self.own_now())]
         if params:
-            found += [f"param {name}" for name in differing_bits(self.params, locals_of(self.model))]
+            found += [f"param {name}" for name in differing(self.params, locals_of(self.model))]
         return found
 
 
@@ -124,7 +124,7 @@ def make_case(mode: str = "small", *, with_state: bool = False, **options: Any) 
 
 
 class Fault(threading.local):
-    """What happens to this thread in place of its collective number ``at``, counted while it is armed."""
+    """A fault of this thread in place of its collective number ``at``, counted while it is armed."""
 
     at: int | None = None
     act: Callable[[], None] | None = None
@@ -160,6 +160,9 @@ def watch_collectives() -> None:
     Ranks._heard = watched  # type: ignore[method-assign]
 
 
+Action = Callable[[Case, Callable[[], None]], None]
+
+
 def enter(case: Case, arm: Callable[[], None]) -> None:
     arm()
     with case.averaged.swapped_into(case.model):
@@ -171,46 +174,29 @@ def leave(case: Case, arm: Callable[[], None]) -> None:
         arm()
 
 
-def copy_over(case: Case, arm: Callable[[], None]) -> None:
-    arm()
-    case.averaged.copy_to(case.model)
+def armed(act: Callable[[Case], object]) -> Action:
+    def action(case: Case, arm: Callable[[], None]) -> None:
+        arm()
+        act(case)
+
+    return action
 
 
-def save(case: Case, arm: Callable[[], None]) -> None:
-    arm()
-    case.averaged.state_dict()
-
-
-def load(case: Case, arm: Callable[[], None]) -> None:
-    arm()
-    assert case.state is not None
-    case.averaged.load_state_dict(case.state)
-
-
-def gather_whole(case: Case, arm: Callable[[], None]) -> None:
-    arm()
-    case.averaged.full_state_dict()
-
-
-def update(case: Case, arm: Callable[[], None]) -> None:
-    arm()
-    case.averaged.update_parameters(case.model)
-
-
-ACTIONS: dict[str, tuple[Callable[[Case, Callable[[], None]], None], dict[str, Any]]] = {
+update = armed(lambda case: case.averaged.update_parameters(case.model))
+ACTIONS: dict[str, tuple[Action, dict[str, Any]]] = {
     "enter": (enter, {}),
     "leave": (leave, {}),
-    "copy_to": (copy_over, {}),
-    "state_dict": (save, {}),
-    "load_state_dict": (load, {"with_state": True}),
-    "full_state_dict": (gather_whole, {}),
+    "copy_to": (armed(lambda case: case.averaged.copy_to(case.model)), {}),
+    "state_dict": (armed(lambda case: case.averaged.state_dict()), {}),
+    "load_state_dict": (armed(lambda case: case.averaged.load_state_dict(case.state or {})), {"with_state": True}),
+    "full_state_dict": (armed(lambda case: case.averaged.full_state_dict()), {}),
     "skip": (update, {"nonfinite": "skip"}),
     "raise": (update, {"nonfinite": "raise"}),
 }
 
 
 def points_of(mode: str, names: Iterable[str], **options: Any) -> list[tuple[str, int]]:
-    """Give (action, collective) for every collective of these actions. Collective."""
+    """Return (action, collective) for every collective of these actions. Collective."""
     points = []
     for name in names:
         action, more = ACTIONS[name]
@@ -222,7 +208,7 @@ def points_of(mode: str, names: Iterable[str], **options: Any) -> list[tuple[str
 
 
 def is_torn(name: str, at: int) -> bool:
-    """Say whether params of other ranks may have been written when an action breaks off at its collective ``at``.
+    """Return whether params of other ranks may have been written when an action breaks off at its collective ``at``.
 
     The first one of an entry is to agree on it, and with the second comes the first window.
     """
@@ -232,7 +218,7 @@ def is_torn(name: str, at: int) -> bool:
 def complaints_at(
     case: Case, name: str, at: int, act: Callable[[], None] | None, *, needs_all: bool = True
 ) -> tuple[list[str], float]:
-    """Run an action that a fault breaks off, and say what is not as it must be then, and after how many seconds.
+    """Run an action that a fault breaks off; return what is wrong afterwards, and the seconds until the error.
 
     Args:
         act: what happens to this rank; None: to another one.
@@ -266,7 +252,7 @@ def complaints_at(
 
 
 def complaints_after(case: Case, nonfinite: str | None) -> list[str]:
-    """Say what does not work any more although it is local, or waits for peers again."""
+    """Return what does not work any more although it is local, or waits for peers again."""
     found = []
     began = monotonic()
     for ask in (case.averaged.state_dict, case.averaged.full_state_dict, lambda: case.averaged.copy_to(case.model)):
@@ -290,18 +276,13 @@ def complaints_after(case: Case, nonfinite: str | None) -> list[str]:
 Answer = tuple[list[str], float]  # what is wrong, and the seconds until the last error
 
 
-def break_off(
-    loss: str, mode: str, names: Iterable[str], options: dict[str, Any], plant: Callable[[], None] | None = None
-) -> Answer:
+def break_off(loss: str, mode: str, names: Iterable[str], options: dict[str, Any]) -> Answer:
     """Break off some actions at each of their collectives, all at once, each on an average and in a thread of its own.
 
     Args:
         loss: what happens there to the victim: ``"killed"``, ``"stopped"`` or ``"interrupted"``.
-        plant: brings a bug in.
     """
     watch_collectives()
-    if plant is not None:
-        plant()
     spread.WINDOW_NBYTES = 768 * dist.get_world_size()
     points = points_of(mode, names, **options)
     cases = {point: make_case(mode, **options, **ACTIONS[point[0]][1]) for point in points}
@@ -330,7 +311,7 @@ def break_off(
 
 
 def keep_step() -> None:
-    """Wait until every rank has come here: whoever is lost next is lost here, and not in what went before."""
+    """Wait for every rank, so that a rank that is lost next is lost here and not before."""
     with suppress(RuntimeError):  # it may be lost before all others have heard of it
         dist.barrier()
 
@@ -340,13 +321,13 @@ def lose_myself(loss: str) -> None:
 
 
 def needs_victim(case: Case, name: str, at: int) -> bool:
-    """Say whether all ranks agree on something at this collective, or the victim averages part of what is held here."""
+    """Return whether all ranks agree at this collective, or the victim averages part of what is held here."""
     agrees = at == 0 and name != "leave"
     return agrees or any(VICTIM in share.cut.replicas for share in case.averaged._shares if share.cut is not None)
 
 
 def at_once(calls: dict[Any, Callable[[], list[Any]]]) -> dict[Any, list[Any]]:
-    """Give what several calls of `run_ranks` return that for the most part wait."""
+    """Run several calls of `run_ranks` at once, which mostly wait, and return their results."""
     with ThreadPoolExecutor(len(calls)) as pool:
         running = {key: pool.submit(call) for key, call in calls.items()}
         return {key: future.result() for key, future in running.items()}
@@ -405,7 +386,7 @@ def test_planted_bugs_are_seen() -> None:
         wait_twice: "took",
     }
     calls = {
-        plant: partial(run_ranks, 2, break_off, "interrupted", "small", ["enter"], {}, plant, timeout=TIMEOUT)
+        plant: partial(run_ranks, 2, break_off, "interrupted", "small", ["enter"], {}, timeout=TIMEOUT, plant=plant)
         for plant in plants
     }
     for plant, answers in at_once(calls).items():
@@ -413,7 +394,7 @@ def test_planted_bugs_are_seen() -> None:
 
 
 def construct(at: int, loss: str) -> list[str]:
-    """Lose a rank at a collective of the construction; say what is wrong then."""
+    """Lose a rank at a collective of the construction; return what is wrong afterwards."""
     watch_collectives()
     model = Small()
     before = locals_of(model)
@@ -424,7 +405,7 @@ def construct(at: int, loss: str) -> list[str]:
         ShardedAveragedModel(model)
         return ["no error"]
     took = monotonic() - began
-    found = [f"param {name}" for name in differing_bits(before, locals_of(model))]
+    found = [f"param {name}" for name in differing(before, locals_of(model))]
     return found + ([f"took {took:.2f} s"] if took > IN_TIME else [])
 
 
@@ -438,28 +419,29 @@ def test_a_rank_lost_during_construction() -> None:
 # Faults in the body
 
 
-def survive_alone(mode: str) -> list[str]:
-    """Lose the only peer of a model that is sharded for good: averages and shards need nobody."""
+def survive_alone(mode: str) -> None:
+    """Lose the only peer of a sharded model: its averages and shards need no peer."""
     case = make_case(mode)
     with case.averaged.swapped_into(case.model):
-        swapped = case.own_now()
+        inside = case.own_now()
         keep_step()
         if dist.get_rank() == VICTIM:
             lose_myself("killed")
-    found = case.complaints(params=True)
+    assert case.complaints(params=True) == []
     with case.averaged.swapped_into(case.model):
-        found += [f"swapped {name}" for name in differing_bits(swapped, case.own_now())]
-    found += case.complaints(params=True)
+        again = case.own_now()
+    require_same(again, inside, "swapped")
+    assert case.complaints(params=True) == []
     case.averaged.copy_to(case.model)
-    found += case.complaints(own_is_average=True)
+    assert case.complaints(own_is_average=True) == []
     case.averaged.update_parameters(case.model)
-    return found + ([] if int(case.averaged.n_averaged) == 3 else ["an update does not count"])
+    assert case.averaged.n_averaged == 3
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("mode", ["fsdp2", "fsdp1", "fsdp1_orig"])
 def test_what_is_sharded_changes_places_without_peers(mode: str) -> None:
-    assert run_ranks(2, survive_alone, mode, expect=1)[0] == []
+    run_ranks(2, survive_alone, mode, expect=1)
 
 
 class BodyError(Exception):
@@ -486,7 +468,7 @@ def evaluate(model: nn.Module) -> Tensor:
 
 
 def raise_in_the_body(mode: str, options: dict[str, Any]) -> list[str]:
-    """Leave the body by errors on one rank and on all, and say what is not restored."""
+    """Leave the body by errors on one rank and on all; return what is not restored."""
     case = make_case(mode, **options)
     output = evaluate(case.model)
     first = dist.get_rank() == 0
@@ -533,94 +515,67 @@ def test_errors_in_the_body_leave_everything_as_it_was() -> None:
     assert at_once(calls) == {mode: [[]] * world for mode, world in modes}
 
 
-def run_out_of_memory() -> list[str]:
-    """Fail on one rank where the others begin to swap; say what is not restored, and what does not work then."""
-    case = make_case()
-    there = Exchange.there
+def run_out_of_memory() -> None:
+    """Fail on one rank where the others begin to swap."""
+    case, there, is_victim = make_case(), Exchange.there, dist.get_rank() == VICTIM
 
     def fail(self: Exchange) -> None:
         there(self)
         raise MemoryError("none left")
 
-    if dist.get_rank() == VICTIM:
+    if is_victim:
         Exchange.there = fail  # type: ignore[method-assign]
+    told = "none left" if is_victim else "swapped_into failed on rank 1, and so on every rank: MemoryError: none left"
     began = monotonic()
-    raised: BaseException | None = None
-    try:
-        with case.averaged.swapped_into(case.model):
-            pass
-    except Exception as error:
-        raised = error
-    found = case.complaints(params=True)
-    if dist.get_rank() == VICTIM:
-        wanted = "MemoryError('none left')"
-    else:
-        wanted = "RuntimeError('swapped_into failed on rank 1, and so on every rank: MemoryError: none left')"
-    if repr(raised) != wanted:
-        found.append(repr(raised))
-    if monotonic() - began > AT_ONCE:
-        found.append(f"took {monotonic() - began:.2f} s")
+    with pytest.raises(MemoryError if is_victim else RuntimeError, match=told):
+        case.averaged.swapped_into(case.model).__enter__()
+    assert monotonic() - began < AT_ONCE
+    assert case.complaints(params=True) == []
     Exchange.there = there  # type: ignore[method-assign]
     with case.averaged.swapped_into(case.model):
         pass
-    return found + case.complaints(params=True)
+    assert case.complaints(params=True) == []
 
 
 @pytest.mark.distributed
 def test_what_one_rank_cannot_begin_no_rank_begins() -> None:
-    assert run_ranks(3, run_out_of_memory) == [[], [], []]
+    run_ranks(3, run_out_of_memory)
 
 
 # What must not disturb one another
 
 
-class Beside:
-    """An average over ranks, and an unsharded one that takes the same course."""
-
-    def __init__(self, model: nn.Module, process_group: dist.ProcessGroup | None = None, **options: Any) -> None:
-        self.model = model
-        self.averaged = ShardedAveragedModel(model, process_group=process_group, **options)
-        self.expected = FusedAveragedModel(model, **options)
-
-    def update(self) -> None:
-        self.averaged.update_parameters(self.model)
-        self.expected.update_parameters(self.model)
-
-    def swap(self) -> AbstractContextManager[nn.Module]:
-        return self.averaged.swapped_into(self.model)
-
-    def complaints(self) -> list[str]:
-        return differing_bits(self.averaged.full_state_dict(), self.expected.state_dict())
+def beside(model: nn.Module, **options: Any) -> Beside:
+    """Return averages of one model, over ranks and by itself."""
+    return Beside("small", models=(model, model), **options)
 
 
-def average_stages() -> list[str]:
+def average_stages() -> None:
     """Average the two stages of a pipeline, each on two ranks, and then something on all four."""
-    rank = dist.get_rank()
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     dist.new_group([0, 3])  # as for tied embeddings: ranks are in unlike numbers of groups from here on
-    stage = rank // 2
-    beside = Beside(nn.Linear(30 + stage, 40 + stage), groups[stage])
-    found = []
+    stage = dist.get_rank() // 2
+    one = beside(nn.Linear(30 + stage, 40 + stage), process_group=groups[stage])
     for step in range(3 + 4 * stage):  # the stages do not keep step
-        drift(beside.model, 10 * stage + step)
-        beside.update()
+        drift(one.reference, 10 * stage + step)
+        one.update()
         if stage == 0:
-            with beside.swap():
+            with one.averaged.swapped_into(one.sharded):
                 pass
-    found += beside.complaints()
+    one.require_equal()
     torch.manual_seed(3)
-    everywhere = Beside(Small())
+    everywhere = beside(Small())
     everywhere.update()
-    return found + everywhere.complaints()
+    everywhere.require_equal()
 
 
 @pytest.mark.distributed
 def test_stages_of_a_pipeline_average_by_themselves() -> None:
-    assert run_ranks(4, average_stages) == [[]] * 4
+    run_ranks(4, average_stages)
 
 
 class Halves(Rule):
-    """A rule with a ``__repr__`` like Python's own, which tells an address, and so another one on each rank."""
+    """A rule with a ``__repr__`` like Python's own: with an address, another one on each rank."""
 
     def __repr__(self) -> str:
         return f"<Halves object at 0x7f{dist.get_rank():010x}>"
@@ -629,67 +584,53 @@ class Halves(Rule):
         return 1.0 if num_averaged == 0 else 0.5
 
 
-def average_twice() -> list[str]:
+def average_twice() -> None:
     """Take two averages of one model by turns, and have them in the model one within the other."""
     torch.manual_seed(3)
     model = Small()
-    both = [Beside(model, rule=Halves()), Beside(model, format="mirrored", use_buffers=True)]
-    found = []
+    both = [beside(model, rule=Halves()), beside(model, format="mirrored", use_buffers=True)]
     for step in range(4):
         drift(model, step)
-        for beside in both[: 1 + step % 2]:
-            beside.update()
-        before = locals_of(model)
-        with both[0].swap():
-            first = locals_of(model)
-            with both[1].swap():
-                if not differing_bits(first, locals_of(model)):
-                    found.append("the second is not there")
-            found += differing_bits(first, locals_of(model))
-        found += differing_bits(before, locals_of(model))
-    return found + both[0].complaints() + both[1].complaints()
+        for one in both[: 1 + step % 2]:
+            one.update()
+        with unchanged(model), both[0].averaged.swapped_into(model):
+            with unchanged(model):
+                first = tensors_of(model)
+                with both[1].averaged.swapped_into(model):
+                    second = tensors_of(model)
+            assert differing(first, second)
+    for one in both:
+        one.require_equal()
 
 
 @pytest.mark.distributed
 def test_two_averages_of_one_model_take_turns() -> None:
-    assert run_ranks(2, average_twice) == [[], []]
+    run_ranks(2, average_twice)
 
 
-def average_in_threads() -> list[str]:
+def average_in_threads() -> None:
     """Update averages from a thread each, two of them with a flag that goes round at every update.
 
     Ranks may take the threads' updates in different orders, so those with a flag have process groups of their own.
     """
     torch.manual_seed(3)
-    models = [Small() for _ in range(4)]
-    copies = copy.deepcopy(models)
     kinds = ("propagate", "propagate", "skip", "skip")
     groups = [dist.new_group() if kind == "skip" else None for kind in kinds]
-    averages = [
-        ShardedAveragedModel(model, nonfinite=kind, process_group=group)
-        for model, kind, group in zip(models, kinds, groups, strict=True)
-    ]
-    start = threading.Barrier(len(models))
-
-    def course(update: Callable[[nn.Module], None], model: nn.Module, index: int) -> None:
-        for step in range(20):
-            drift(model, 100 * index + step)
-            update(model)
+    pairs = [beside(Small(), nonfinite=kind, process_group=group) for kind, group in zip(kinds, groups, strict=True)]
+    start = threading.Barrier(len(pairs))
 
     def run(index: int) -> None:
         start.wait()
-        course(averages[index].update_parameters, models[index], index)
+        for step in range(20):
+            drift(pairs[index].reference, 100 * index + step)
+            pairs[index].update()
 
-    with ThreadPoolExecutor(len(models)) as pool:
-        list(pool.map(run, range(len(models))))
-    found = []
-    for index, (averaged, model) in enumerate(zip(averages, copies, strict=True)):
-        expected = FusedAveragedModel(model)
-        course(expected.update_parameters, model, index)
-        found += differing_bits(averaged.full_state_dict(), expected.state_dict())
-    return found
+    with ThreadPoolExecutor(len(pairs)) as pool:
+        list(pool.map(run, range(len(pairs))))
+    for each in pairs:
+        each.require_equal()
 
 
 @pytest.mark.distributed
 def test_threads_update_averages_of_their_own() -> None:
-    assert run_ranks(2, average_in_threads) == [[], []]
+    run_ranks(2, average_in_threads)

@@ -1,4 +1,4 @@
-"""One group of ours for each of the user's, and a new one on every rank once one of them has lost its peers."""
+"""One process group of ours for each of the user's; all ranks make a new one once one of them has lost its peers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from swafast.sharded import LostPeerError, checkpoint
 from swafast.sharded.parts import ranks as ranks_module
 from swafast.sharded.parts import rendezvous
 from swafast.sharded.parts.rendezvous import Rendezvous, shared_ranks
-from tests.ranks import run_ranks
+from tests.ranks import RankFailedError, run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -40,7 +40,7 @@ def net() -> nn.Module:
 
 
 def count_groups(folder: Path) -> list[int]:
-    """How many groups of ours there are after each of several uses."""
+    """Count our process groups after each of several uses."""
     made: list[str] = []
     make = ranks_module.new_group
 
@@ -76,7 +76,28 @@ def test_all_who_share_a_group_have_one_communicator(tmp_path: Path) -> None:
     assert run_ranks(3, count_groups, tmp_path) == [[1, 1, 1, 2]] * 3
 
 
-# Another order on another rank
+# Another call, or another order, on another rank
+
+
+def different_calls() -> list[str]:
+    averaged = ShardedAveragedModel(model := net())
+    told = []
+    for calls in (
+        (averaged.state_dict, averaged.full_state_dict),
+        (lambda: averaged.copy_to(model), averaged.state_dict),
+        (lambda: averaged.load_state_dict({}), averaged.full_state_dict),
+    ):
+        with pytest.raises(RuntimeError, match="all ranks must make the same call") as caught:
+            calls[dist.get_rank()]()
+        told.append(str(caught.value))
+    assert "module.0.weight" in averaged.full_state_dict()  # and they may go on
+    return told
+
+
+def test_different_calls_are_named_on_every_rank() -> None:
+    first, second = run_ranks(2, different_calls)
+    assert first == second
+    assert "state_dict of average 0 on rank 0, full_state_dict of average 0 on rank 1" in first[0]
 
 
 def use_in_another_order(action: str) -> str:
@@ -112,7 +133,7 @@ def test_updates_in_another_order_are_told_of() -> None:
 
 @contextmanager
 def interrupted(owner: Any, name: str, *, after: bool) -> Iterator[None]:
-    """Have the victim interrupted in a function, before what it does or after it."""
+    """Interrupt the victim in a function, before it runs or after it."""
     plain = owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name)
 
     def interrupt(*args: Any, **options: Any) -> Any:
@@ -186,20 +207,19 @@ def test_a_construction_that_was_interrupted_on_one_rank_comes_to_its_end(where:
     assert all(each["right"] and each["anew"] and each["one for all"] for each in told), told
 
 
-def ask_nobody() -> dict[str, Any]:
+def ask_nobody() -> None:
     """The bug: each rank goes by what it has seen itself."""
     seat = rendezvous._Seat
     seat.is_shared_by_all = lambda self: self.ranks is not None and not self.ranks.is_lost  # type: ignore[method-assign]
-    return make_anew("after the last collective", None)
 
 
 def test_the_gate_kills_the_bug() -> None:
-    with pytest.raises(AssertionError):
-        run_ranks(3, ask_nobody, timeout=TIMEOUT)
+    with pytest.raises(RankFailedError, match=r'assert told\["tries"\] < 10'):
+        run_ranks(3, make_anew, "after the last collective", None, timeout=TIMEOUT, plant=ask_nobody)
 
 
 def lose_a_part() -> bool:
-    """Whether what goes out of lockstep in a subgroup is lost to all: nobody may be met in the whole either."""
+    """Return whether ranks that are out of lockstep in a subgroup are lost in the whole group too."""
     ranks = shared_ranks()
     subgroup = ranks.subgroup([0, 1]) if dist.get_rank() < 2 else ranks
     with suppress(ValueError), subgroup.in_lockstep():

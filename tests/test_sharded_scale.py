@@ -1,4 +1,4 @@
-"""Plans of a model that no machine here could hold: Llama-3-405B over 1024 ranks, in one process with a fake group."""
+"""Plans of Llama-3-405B over 1024 ranks, in one process with a fake group."""
 
 from __future__ import annotations
 

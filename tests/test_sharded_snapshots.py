@@ -19,15 +19,14 @@ from swafast import FusedAveragedModel, PowerAverage, ShardedAveragedModel
 from swafast.posthoc.folder import snapshot_paths
 from swafast.posthoc.snapshots import Snapshots
 from tests.ranks import run_ranks
-from tests.sharded_models import differing_bits, drift, fill, make_model, wrap
+from tests.sharded_models import drift, fill, make_model, whole, wrap
+from tests.support import differing
 
 pytestmark = pytest.mark.distributed
 
 STORED = {"narrow": PowerAverage.from_sigma_rel(0.05), "wide": PowerAverage.from_sigma_rel(0.10)}
 WANTED = PowerAverage.from_sigma_rel(0.15)
 MODES = ("ddp", "fsdp2", "fsdp1")
-#: What the models of these have: one of the same kind without a wrapper.
-KINDS = {"ddp": "ddp", "fsdp2": "fsdp2", "fsdp1": "fsdp1"}
 UPDATES, EVERY = 8, 2
 
 
@@ -37,22 +36,10 @@ def synthesize(folder: Path, **options: Any) -> dict[str, Tensor]:
         return Snapshots(folder).synthesize(WANTED, **options)
 
 
-def save_unsharded(folder: Path, mode: str) -> None:
-    model = make_model(KINDS[mode])
-    averages = {name: FusedAveragedModel(model, rule=rule) for name, rule in STORED.items()}
-    snapshots = Snapshots(folder)
-    for count in range(1, UPDATES + 1):
-        drift(model, count)
-        for average in averages.values():
-            average.update_parameters(model)
-        if count % EVERY == 0:
-            snapshots.save(averages)
-
-
-def save_sharded(folder: Path, mode: str) -> tuple[torch.nn.Module, dict[str, ShardedAveragedModel]]:
-    reference = make_model(KINDS[mode])
-    model = wrap(make_model(KINDS[mode]), mode)
-    averages = {name: ShardedAveragedModel(model, rule=rule) for name, rule in STORED.items()}
+def save(folder: Path, mode: str, model: torch.nn.Module, kind: Any) -> dict[str, Any]:
+    """Average a model in two widths and save them on the way."""
+    reference = make_model(mode)
+    averages = {name: kind(model, rule=rule) for name, rule in STORED.items()}
     snapshots = Snapshots(folder)
     for count in range(1, UPDATES + 1):
         drift(reference, count)
@@ -61,11 +48,11 @@ def save_sharded(folder: Path, mode: str) -> tuple[torch.nn.Module, dict[str, Sh
             average.update_parameters(model)
         if count % EVERY == 0:
             snapshots.save(averages)
-    return model, averages
+    return averages
 
 
 def gathered(given: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in given.items()}
+    return {name: whole(tensor) for name, tensor in given.items()}
 
 
 def raised(call: Any) -> str:
@@ -77,10 +64,10 @@ def raised(call: Any) -> str:
 
 
 def _save_and_disagree(folder: Path) -> dict[str, Any]:
-    """On four ranks: save in all modes, synthesize there, then make calls that differ."""
+    """On four ranks, save in all modes and synthesize, then make calls that differ."""
     told: dict[str, Any] = {}
     for mode in MODES:
-        model, averages = save_sharded(folder / mode, mode)
+        averages = save(folder / mode, mode, model := wrap(make_model(mode), mode), ShardedAveragedModel)
         told[mode] = synthesize(folder / mode)
         if mode == "fsdp2":
             given = synthesize(folder / mode, like=model.state_dict())
@@ -104,7 +91,7 @@ def _save_and_disagree(folder: Path) -> dict[str, Any]:
     whole = FusedAveragedModel(module := make_model(), rule=WANTED)
     whole.update_parameters(module)
     Snapshots(folder / "whole").save(whole)
-    told["whole"] = not differing_bits(Snapshots(folder / "whole").synthesize(WANTED), whole.averaged_state_dict())
+    told["whole"] = not differing(Snapshots(folder / "whole").synthesize(WANTED), whole.averaged_state_dict())
     with torch.no_grad():
         whole.module.long[dist.get_rank()] += 1
     told["raised"]["whole"] = raised(lambda: Snapshots(folder / "whole").save(whole))
@@ -112,9 +99,9 @@ def _save_and_disagree(folder: Path) -> dict[str, Any]:
 
 
 def _load_elsewhere(folder: Path, broken: Path) -> dict[str, Any]:
-    """On other ranks than those that saved: synthesize whole and as shards, and from a damaged snapshot."""
+    """On other ranks, synthesize whole and as shards, and from a damaged snapshot."""
     told: dict[str, Any] = {mode: synthesize(folder / mode) for mode in MODES}
-    like = wrap(make_model(KINDS["fsdp2"]), "fsdp2").state_dict()
+    like = wrap(make_model("fsdp2"), "fsdp2").state_dict()
     told["spread"] = gathered(synthesize(folder / "fsdp2", like=like))
     told["shard"] = raised(lambda: Snapshots(broken).synthesize(WANTED, like=like))
     return told
@@ -128,7 +115,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> dict[str, dict[str, Tensor]]:
     for mode in MODES:
-        save_unsharded(folder / "unsharded" / mode, mode)
+        save(folder / "unsharded" / mode, mode, make_model(mode), FusedAveragedModel)
     return {mode: synthesize(folder / "unsharded" / mode) for mode in MODES}
 
 
@@ -141,13 +128,13 @@ def saved(folder: Path) -> list[dict[str, Any]]:
 def test_one_process_gives_what_four_ranks_have_saved(
     folder: Path, saved: list[Any], expected: dict[str, dict[str, Tensor]], mode: str
 ) -> None:
-    assert differing_bits(synthesize(folder / mode), expected[mode]) == []
-    assert all(differing_bits(told[mode], expected[mode]) == [] for told in saved)
+    assert differing(synthesize(folder / mode), expected[mode]) == []
+    assert all(differing(told[mode], expected[mode]) == [] for told in saved)
 
 
 def test_a_rank_gets_its_shards(saved: list[Any], expected: dict[str, dict[str, Tensor]]) -> None:
     assert all(told["parts"] for told in saved)
-    assert all(differing_bits(told["spread"], expected["fsdp2"]) == [] for told in saved)
+    assert all(differing(told["spread"], expected["fsdp2"]) == [] for told in saved)
 
 
 def flip_a_bit(snapshot: Path, value: Tensor) -> None:
@@ -174,8 +161,8 @@ def test_other_ranks_give_what_four_have_saved(
     flip_a_bit(latest, wide)
     for told in run_ranks(world, _load_elsewhere, folder, broken):
         for mode in MODES:
-            assert differing_bits(told[mode], expected[mode]) == []
-        assert differing_bits(told["spread"], expected["fsdp2"]) == []
+            assert differing(told[mode], expected[mode]) == []
+        assert differing(told["spread"], expected["fsdp2"]) == []
         message = f"ValueError: snapshot {latest} must hold what was saved, got another checksum of 'wide/long'"
         assert told["shard"].startswith(message)
 

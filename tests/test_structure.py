@@ -6,14 +6,21 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
 from tests import structure
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "swafast"
-SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
+FOLDERS = ("swafast", "bench", "tests", "examples")
+
+
+def sources_of(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in sorted(folder.rglob("*.py"))}
+
+
+SOURCES = sources_of(ROOT / "swafast")
 
 # A small package that keeps every rule, with imports of every form.
 CLEAN = {
@@ -182,6 +189,28 @@ def test_planted_words_are_seen() -> None:
     assert wrong(glossary, slot, f"    slots             many\n{slot}") == ["slot: twice"]
 
 
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_docstrings_begin_with_what_a_thing_does(folder: str) -> None:
+    assert structure.wrong_docstrings(sources_of(ROOT / folder)) == []
+
+
+def test_no_two_tests_repeat_a_block() -> None:
+    assert structure.shared_blocks(sources_of(ROOT / "tests")) == []
+
+
+def test_planted_docstrings_and_blocks_are_seen() -> None:
+    planted_docstring = {
+        "a.py": 'class A:\n    def b(self):\n        """Give the\n        sum."""\n',
+        "b.py": '"""Givens."""',
+    }
+    assert structure.wrong_docstrings(planted_docstring) == ["a.py: Give the"]
+    block = "".join(f"a_name_of_some_length_{n} = {n}\n" for n in range(6))
+    assert structure.shared_blocks({"a.py": f"import re\n\n{block}", "b.py": f"def f():\n{indent(block, '    ')}"}) == [
+        "a.py:3, b.py:2"
+    ]
+    assert structure.shared_blocks({"a.py": block, "b.py": block.replace("5", "6")}) == []
+
+
 def test_contributing_lists_every_module_and_no_other() -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text()
     listed = structure.listed_modules(page)
@@ -223,6 +252,8 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     run_python(
         "import sys; before = set(sys.modules); import swafast\n"
         "heavy = {'torch', 'typer', 'rich', 'triton', 'numpy'} & (set(sys.modules) - before)\n"
+        "assert not heavy, heavy\n"
+        "import swafast.cli; heavy = {'torch', 'sklearn', 'matplotlib', 'scipy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch import nn
 from swafast import ExponentialAverage, FusedAveragedModel
 from swafast.backends import cpu
 from swafast.op import exchange as exchange_module
-from tests.conftest import EveryKind, differing, tensors_of, trained
+from tests.support import EveryKind, differing, drift, refused, tensors_of, trained, unchanged
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -20,18 +22,16 @@ def test_there_and_back(
     every_kind: EveryKind, dtype: torch.dtype, format: str | None, backend: str, small_chunks: int
 ) -> None:
     average = trained(every_kind, dtype, format=format, backend=backend)
-    model_before, state_before = tensors_of(every_kind), average.averaged_state_dict()
-    with average.swapped_into(every_kind) as swapped:
+    state = average.averaged_state_dict()
+    with unchanged(every_kind, average), average.swapped_into(every_kind) as swapped:
         assert swapped is every_kind
         inside = tensors_of(every_kind)
     for name, param in every_kind.named_parameters():
-        expected = state_before[name]
+        expected = state[name]
         if format in (None, "exact") and dtype == torch.bfloat16:
             torch.testing.assert_close(inside[name].float(), expected, rtol=2**-8, atol=1e-30)
         else:
             assert torch.equal(inside[name], expected.to(param.dtype)), name
-    assert differing(tensors_of(every_kind), model_before) == []
-    assert differing(average.averaged_state_dict(), state_before) == []
 
 
 def test_buffers_change_places_too() -> None:
@@ -39,19 +39,14 @@ def test_buffers_change_places_too() -> None:
     average = FusedAveragedModel(model)
     average.update_parameters(model)
     average.module.running_mean.fill_(7.0)
-    with average.swapped_into(model):
+    with unchanged(model, average), average.swapped_into(model):
         assert model.running_mean.tolist() == [7.0] * 3
-    assert model.running_mean.tolist() == [0.0] * 3
-    assert average.module.running_mean.tolist() == [7.0] * 3
 
 
 def test_comes_back_after_an_exception(every_kind: EveryKind) -> None:
     average = trained(every_kind, torch.float32)
-    before, state = tensors_of(every_kind), average.averaged_state_dict()
-    with pytest.raises(KeyError), average.swapped_into(every_kind):
+    with refused(KeyError, "evaluation failed", every_kind, average), average.swapped_into(every_kind):
         raise KeyError("evaluation failed")
-    assert differing(tensors_of(every_kind), before) == []
-    assert differing(average.averaged_state_dict(), state) == []
     average.update_parameters(every_kind)
 
 
@@ -78,26 +73,17 @@ def test_meanwhile_nothing_may_touch_the_averages(every_kind: EveryKind) -> None
 
 def test_a_bad_model_changes_nothing(every_kind: EveryKind) -> None:
     average = trained(every_kind, torch.float32)
-    state = average.averaged_state_dict()
-    with pytest.raises(ValueError, match="missing"), average.swapped_into(nn.Linear(2, 2)):
-        pass
+    with refused(ValueError, "missing", average):
+        average.swapped_into(nn.Linear(2, 2)).__enter__()
     every_kind.frozen = nn.Parameter(torch.zeros(1).expand(9), requires_grad=False)
-    before = tensors_of(every_kind)
-    with pytest.raises(ValueError, match="'frozen' of the model must have memory of its own"):
+    with refused(ValueError, "'frozen' of the model must have memory of its own", every_kind, average):
         average.swapped_into(every_kind).__enter__()
-    assert differing(tensors_of(every_kind), before) == []
-    assert differing(average.averaged_state_dict(), state) == []
 
 
 def test_a_param_that_was_moved_meanwhile_is_named_and_the_average_is_whole(every_kind: EveryKind) -> None:
     average = trained(every_kind, torch.float32)
-    state = average.averaged_state_dict()
-    with (
-        pytest.raises(RuntimeError, match="'long' on other memory"),
-        average.swapped_into(every_kind),
-    ):
+    with refused(RuntimeError, "'long' on other memory", average), average.swapped_into(every_kind):
         every_kind.long.data = every_kind.long.data.clone()
-    assert differing(average.averaged_state_dict(), state) == []
     average.update_parameters(every_kind)
 
 
@@ -117,13 +103,10 @@ def test_params_that_the_model_ties_and_the_average_does_not() -> None:
     average = FusedAveragedModel(model)
     model[1].weight = model[0].weight
     average.update_parameters(model)
-    with torch.no_grad():
-        model[0].weight.add_(1.0)
-    before, state = tensors_of(model), average.averaged_state_dict()
-    with average.swapped_into(model):
+    drift(model)
+    state = average.averaged_state_dict()
+    with unchanged(model, average), average.swapped_into(model):
         assert torch.equal(model[0].weight, state["0.weight"])
-    assert differing(tensors_of(model), before) == []
-    assert differing(average.averaged_state_dict(), state) == []
 
 
 def test_writing_a_bfloat16_plane_behind_our_back_and_back_is_exact(every_kind: EveryKind) -> None:
@@ -138,27 +121,22 @@ def test_writing_a_bfloat16_plane_behind_our_back_and_back_is_exact(every_kind: 
     assert differing(average.averaged_state_dict(), state) == []
 
 
-def _same_memory(model: nn.Module) -> None:
-    model.second.weight.data = model.first.weight.data
-
-
-def _transposed_view(model: nn.Module) -> None:
-    model.second.weight = nn.Parameter(model.first.weight.data.t())
-
-
-def _buffer_of_a_param(model: nn.Module) -> None:
-    model.register_buffer("view", model.first.weight.data)
-
-
 def _flat_param(model: nn.Module) -> None:
     flat = torch.randn(32)
-    model.first.weight = nn.Parameter(flat)
-    model.second.weight = nn.Parameter(flat[8:24])
+    model.first.weight, model.second.weight = nn.Parameter(flat), nn.Parameter(flat[8:24])
 
 
-@pytest.mark.parametrize("entangle", [_same_memory, _transposed_view, _buffer_of_a_param, _flat_param])
+ENTANGLED: dict[str, Callable[[nn.Module], object]] = {
+    "the same memory": lambda model: setattr(model.second.weight, "data", model.first.weight.data),
+    "a transposed view": lambda model: setattr(model.second, "weight", nn.Parameter(model.first.weight.data.t())),
+    "a buffer of a param": lambda model: model.register_buffer("view", model.first.weight.data),
+    "parts of a flat param": _flat_param,
+}
+
+
+@pytest.mark.parametrize("entangle", ENTANGLED.values(), ids=ENTANGLED)
 @pytest.mark.parametrize("format", ["float32", "exact"])
-def test_params_that_share_memory_come_back(entangle, format: str) -> None:
+def test_params_that_share_memory_come_back(entangle: Callable[[nn.Module], object], format: str) -> None:
     model = nn.Module()
     model.first, model.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
     entangle(model)
@@ -167,12 +145,9 @@ def test_params_that_share_memory_come_back(entangle, format: str) -> None:
         average.update_parameters(model)
         with torch.no_grad():
             model.first.weight.add_(1.0)
-    before, state = tensors_of(model), average.averaged_state_dict()
-    with average.swapped_into(model):
-        shown = model.first.weight.detach().clone()
-    assert torch.equal(shown, state["first.weight"].to(shown.dtype))
-    assert differing(tensors_of(model), before) == []
-    assert differing(average.averaged_state_dict(), state) == []
+    state = average.averaged_state_dict()
+    with unchanged(model, average), average.swapped_into(model):
+        assert torch.equal(model.first.weight, state["first.weight"].to(model.first.weight.dtype))
 
 
 @pytest.mark.parametrize("when", ["there, exchanged", "there, stashed", "back, exchanged", "back, restored"])
@@ -181,27 +156,23 @@ def test_an_interrupt_at_any_point_loses_nothing(
 ) -> None:
     # Python raises KeyboardInterrupt between two of its own instructions: after the call of C, say.
     average = trained(every_kind, torch.float32)
-    before, state = tensors_of(every_kind), average.averaged_state_dict()
-    calls = {"exchange": 0, "bump": 0}
-    exchange, bump = cpu.NativeLaunch.exchange, exchange_module.bump_versions
-    at = {"there, exchanged": ("exchange", 1), "there, stashed": ("bump", 1)}
-    at |= {"back, exchanged": ("exchange", 2), "back, restored": ("bump", 2)}
+    owner, name, call = {
+        "there, exchanged": (cpu.NativeLaunch, "exchange", 1),
+        "there, stashed": (exchange_module, "bump_versions", 1),
+        "back, exchanged": (cpu.NativeLaunch, "exchange", 2),
+        "back, restored": (exchange_module, "bump_versions", 2),
+    }[when]
+    function, calls = getattr(owner, name), []
 
-    def interrupt_after(name: str, function):
-        def run(*args: object) -> None:
-            function(*args)
-            calls[name] += 1
-            if (name, calls[name]) == at[when]:
-                raise KeyboardInterrupt
+    def interrupted(*args: object) -> None:
+        function(*args)
+        calls.append(name)
+        if len(calls) == call:
+            raise KeyboardInterrupt("now")
 
-        return run
-
-    monkeypatch.setattr(cpu.NativeLaunch, "exchange", interrupt_after("exchange", exchange))
-    monkeypatch.setattr(exchange_module, "bump_versions", interrupt_after("bump", bump))
-    with pytest.raises(KeyboardInterrupt), average.swapped_into(every_kind):
+    monkeypatch.setattr(owner, name, interrupted)
+    with refused(KeyboardInterrupt, "now", every_kind, average), average.swapped_into(every_kind):
         pass
-    assert differing(tensors_of(every_kind), before) == []
-    assert differing(average.averaged_state_dict(), state) == []
     average.update_parameters(every_kind)
 
 

@@ -27,7 +27,7 @@ def test_dtensors_have_what_we_read() -> None:
 
 
 def dtensor_names() -> list[str]:
-    """Give the private names of DTensor and process groups that this torch lacks, or that mean something else."""
+    """Return the private names of DTensor and process groups that this torch lacks, or that mean something else."""
     mesh = init_device_mesh("cpu", (1,))
     tensor = distribute_tensor(torch.arange(6.0).view(3, 2), mesh, [Shard(0)])
     missing = [name for name in ("_local_tensor", "_spec", "__create_chunk_list__") if not hasattr(tensor, name)]
@@ -49,14 +49,13 @@ def test_fsdp1_has_what_we_read(orig: bool) -> None:
 
 
 def fsdp1_names(orig: bool) -> list[str]:
-    """Give the private names of FSDP1 that this torch lacks."""
+    """Return the private names of FSDP1 that this torch lacks."""
     model = FullyShardedDataParallel(nn.Linear(3, 5), use_orig_params=orig, device_id=torch.device("cpu"))
     missing = []
     if not orig and [name.rpartition(".")[2] for name, _ in model.named_parameters()] != [private.FLAT_PARAM]:
         missing.append("FLAT_PARAM")
     model(torch.ones(1, 3))
     handle = model._handle
-    flat = handle.flat_param
     wanted = (
         "_fqns",
         "_shapes",
@@ -66,12 +65,9 @@ def fsdp1_names(orig: bool) -> list[str]:
         "_shared_param_infos",
         "_local_shard",
     )
-    missing += [name for name in wanted if not hasattr(flat, name)]
-    missing += [
-        name
-        for name in ("reshard", "post_reshard", "_prefetched", "uses_sharded_strategy")
-        if not hasattr(handle, name)
-    ]
+    missing += [name for name in wanted if not hasattr(handle.flat_param, name)]
+    of_handle = ("reshard", "post_reshard", "_prefetched", "uses_sharded_strategy")
+    missing += [name for name in of_handle if not hasattr(handle, name)]
     (found,) = private.flat_params(model)
     if [shard.names for shard in found.shards] != [("weight",), ("bias",)]:
         missing.append("_fqns")
@@ -87,7 +83,7 @@ def test_groups_and_fsdp2_have_what_we_read() -> None:
 
 
 def group_and_fsdp2_names() -> list[str]:
-    """Give the private names of process groups and FSDP2 that this torch lacks, or that mean something else."""
+    """Return the private names of process groups and FSDP2 that this torch lacks, or that mean something else."""
     of_torch = dist.distributed_c10d._process_group_name
     group = private.new_group([0], "ours")
     missing = [] if group.group_name == "ours" else ["_process_group_name"]

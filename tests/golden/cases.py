@@ -1,4 +1,4 @@
-"""What golden files hold: which averages, made how, by `record.py` and by the tests that load them alike."""
+"""The averages in the golden files, and how they are made: for `record.py` and for the tests that load them."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def several_averages(
     formats: Mapping[str, str] | None = None,
     backend: str | None = None,
 ) -> Any:
-    """Several averages of one model, moved in one pass. Only this and `singles_of` know how."""
+    """Make several averages of one model that one pass updates. Only this and `singles_of` know how."""
     return kind(model, rules=rules, format=formats, backend=backend)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """An average whose state is in ``<name>.pt.gz``.
+    """An average with its state in ``<name>.pt.gz``.
 
     Attributes:
         make: the average of a model, whose state it is; takes ``backend``.
@@ -105,14 +105,14 @@ CASES = {
 
 
 def singles_of(averaged: Any) -> dict[str, FusedAveragedModel]:
-    """Each average by what stands before its keys: nothing, or its name where there are several."""
+    """Return each average by the prefix of its keys: empty, or its name where there are several."""
     if isinstance(averaged, FusedAveragedModel):
         return {"": averaged}
     return {f"{name}.": averaged[name] for name in RULES}
 
 
 def averages_of(averaged: Any) -> State:
-    """The averages at full precision; of several ones, the names of each behind its own."""
+    """Return the averages at full precision, several ones with their prefixes."""
     return {
         f"{prefix}{key}": value
         for prefix, single in singles_of(averaged).items()
@@ -141,7 +141,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def attach_two(step: int) -> tuple[nn.Module, torch.optim.Optimizer, list[FusedAveragedModel], list[Any]]:
-    """A model and its optimizer with two averages attached, of other schedules."""
+    """Make a model and its optimizer with two averages attached, each with its own schedule."""
     model = make_model(step)
     optimizer = make_optimizer(model)
     averages = [FusedAveragedModel(model), FusedAveragedModel(model, rule=ExponentialAverage(0.75))]
@@ -153,7 +153,7 @@ def attach_two(step: int) -> tuple[nn.Module, torch.optim.Optimizer, list[FusedA
 
 
 def make_swa(step: int) -> tuple[nn.Module, SWA, Any]:
-    """Torchcontrib's SWA over a model of all dtypes, with an average attached to the optimizer inside."""
+    """Make torchcontrib's SWA over a model of all dtypes, with an average attached to the optimizer inside."""
     model = make_model(step, mixed=True)
     base = make_optimizer(model)
     swa = SWA(base, swa_start=2, swa_freq=2, swa_lr=0.0625)
@@ -184,7 +184,7 @@ SYNTHESIZED = PowerAverage.from_sigma_rel(0.07)
 
 
 class Halving(Rule):
-    """A rule of the user's own, of which a snapshot has the spelling alone."""
+    """A user's own rule: a snapshot stores only its repr."""
 
     def weight(self, num_averaged: int) -> float:
         return 0.5 if num_averaged else 1.0
@@ -197,7 +197,7 @@ OTHER_STORED = {"equal": EqualAverage(), "ema": ExponentialAverage(0.9, "power",
 
 
 def listed(snapshots: Snapshots) -> list[tuple[str, int, dict[str, Any] | str]]:
-    """Name, count and rule of each stored average, in plain words."""
+    """Return name, count and rule of each stored average as plain data."""
     found = []
     for stored in snapshots:
         rule: Any = stored.rule
@@ -227,7 +227,7 @@ SHARDED = ("plain", "fsdp2", "several")
 
 
 def make_sharded(kind: str, step: int) -> tuple[nn.Module, Any]:
-    """A model spread over all ranks, and its average. Collective."""
+    """Make a model spread over all ranks, and its average. Collective."""
     model = make_model(step, shardable=kind == "fsdp2", mixed=True)
     if kind == "fsdp2":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -243,7 +243,7 @@ def whole_model(kind: str, step: int) -> nn.Module:
 
 
 def save_on_ranks(folder: Path) -> dict[str, dict[str, Any]]:
-    """Save a checkpoint of each kind, and return what it must give. Collective."""
+    """Save a checkpoint of each kind, and return the averages that it must load as. Collective."""
     golden: dict[str, dict[str, Any]] = {}
     for kind in SHARDED:
         model, averaged = make_sharded(kind, 0)
@@ -261,7 +261,7 @@ def save_on_ranks(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def load_on_ranks(folder: Path, following: Mapping[str, State]) -> dict[str, dict[str, Any]]:
-    """Load the checkpoint of each kind and train on; return what they give. Collective.
+    """Load the checkpoint of each kind, train on, and return the averages. Collective.
 
     Args:
         following: what the model has at the update after that, by kind.
@@ -283,12 +283,12 @@ def load_on_ranks(folder: Path, following: Mapping[str, State]) -> dict[str, dic
 
 
 def seals_of(state: Mapping[str, Tensor]) -> State:
-    """The checksums in a state, which do not depend on the number of ranks."""
+    """Return the checksums in a state, which do not depend on the number of ranks."""
     return {key: value for key, value in state.items() if "checksum." in key}
 
 
 def parts_of(state: Mapping[str, Tensor]) -> State:
-    """What this rank has under each key, but for the id of the save, which is another each time."""
+    """Return this rank's part under each key, without the id of the save, which differs each time."""
     parts: State = {}
     for key, value in state.items():
         if isinstance(value, PartTensor):
@@ -307,7 +307,7 @@ def read(name: str) -> Any:
 
 
 def write(name: str, golden: Any) -> None:
-    """Write what a user's file holds; compressed, since torch's files have hundreds of bytes around each tensor."""
+    """Write a user's file, compressed: torch's files have hundreds of bytes around each tensor."""
     file = io.BytesIO()
     torch.save(golden, file)
     (FOLDER / f"{name}.pt.gz").write_bytes(gzip.compress(file.getvalue(), mtime=0))
@@ -322,7 +322,7 @@ def zip_folder(name: str, folder: Path) -> None:
 
 
 def unzip(name: str, folder: Path) -> Path:
-    """Unpack a golden folder; not kept as it is, since torch's format takes over 100 kB for it."""
+    """Unpack a golden folder; it is kept packed because torch's format takes over 100 kB."""
     with zipfile.ZipFile(FOLDER / f"{name}.zip") as archive:
         archive.extractall(folder)
     return folder

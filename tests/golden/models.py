@@ -1,4 +1,4 @@
-"""The model that golden files are of, and its values: neither changes, or the files would be of another model.
+"""The model of the golden files, and its values. Change neither, or the files are of another model.
 
 Values follow from a tensor's name, a step and an element's index, in whole numbers: the same on every machine.
 """
@@ -61,14 +61,14 @@ def make_model(
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All params and the buffers that a state has, each once."""
+    """Return all params and the buffers in a state, each once."""
     passing = {"scratch"}
     buffers = {name: buffer for name, buffer in model.named_buffers() if name not in passing}
     return {**dict(model.named_parameters()), **buffers}
 
 
 def values_of(model: nn.Module, step: int, salt: str = "") -> dict[str, Tensor]:
-    """Whole values for each tensor of the model, in its dtype."""
+    """Return whole values for each tensor of the model, in its dtype."""
     return {name: _value(f"{salt}{name}", step, tensor) for name, tensor in named_tensors(model).items()}
 
 
@@ -93,7 +93,7 @@ def _value(name: str, step: int, like: Tensor) -> Tensor:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """32 bits that look random for each int64."""
+    """Return 32 bits that look random for each int64."""
     x = x & 0xFFFFFFFF
     for factor, shift in ((0x7FEB352D, 16), (0x046CA68B, 15)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
