@@ -138,7 +138,7 @@ def swa(optimizer: Any = None, **options: Any) -> object:
         (one, {"rule": EqualAverage(), "multi_avg_fn": lambda a, p, n: None}, ValueError, "only one of"),
         (one, {"rule": 0.999}, TypeError, r"rule must be a Rule such as ExponentialAverage\(0.999\), got float 0.999"),
         (one, {"rule": ExponentialAverage}, TypeError, "rule must be a Rule .* got the class ExponentialAverage"),
-        (one, {"device": ExponentialAverage(0.9)}, TypeError, "device must be .* pass it as rule="),
+        (one, {"device": ExponentialAverage(0.9)}, TypeError, "device must be .* pass a rule as rule="),
         (one, {"multi_avg_fn": "ema"}, TypeError, "multi_avg_fn must be callable, got str"),
         (one, {"include": "lora"}, TypeError, "include must be a function"),
         (one, {"include": lambda name, param: "lora" in name}, ValueError, "include must pick a parameter"),
@@ -221,7 +221,7 @@ def test_a_rule_that_gives_no_weight_is_refused(every_kind: EveryKind, backend: 
     average = FusedAveragedModel(every_kind, rule=Broken(), backend=backend)
     average.update_parameters(every_kind)
     every_kind.drift()
-    with refused(ValueError, r"the weight that .*Broken.* must be in \[0, 1\], got nan", average):
+    with refused(ValueError, r"weight\(\d+\) of the rule .*Broken.* must be in \[0, 1\], got nan", average):
         average.update_parameters(every_kind)
 
 

@@ -366,7 +366,7 @@ def test_a_failure_beside_an_update_leaves_its_count(monkeypatch: pytest.MonkeyP
     averaged.attach(optimizer, overlap=True)
     optimizer.step()
     held.let_go_in(0.1)
-    with pytest.raises(ValueError, match="got at 0 a tensor"):
+    with pytest.raises(ValueError, match="got batch 0, a tensor"):
         update_bn([torch.zeros(5, 3)], averaged)
     assert averaged.n_averaged == 1
 
@@ -378,9 +378,9 @@ class OnRanks:
 @pytest.mark.parametrize(
     ("model", "kind", "message"),
     [
-        (OnRanks(), TypeError, "got OnRanks: give the model, inside swapped_into"),
+        (OnRanks(), TypeError, "got OnRanks: pass the model, inside swapped_into"),
         ([], TypeError, r"model must be a torch\.nn\.Module, got list"),
-        (nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d()), ValueError, "must be initialised, got the lazy '1'"),
+        (nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d()), ValueError, "must be initialised, got the lazy layer '1'"),
     ],
     ids=["on ranks", "none", "lazy"],
 )

@@ -303,7 +303,7 @@ def test_half_a_mode_is_warned_of() -> None:
     assert (swa.swa_start, swa.swa_freq, swa.swa_lr) == (None, None, None)
 
 
-COUNTS = "must have params, n_avg and step_counter, ints >= 0"
+COUNTS = "must have params, and ints >= 0 as n_avg and step_counter"
 BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = {
     "None": (lambda good: None, TypeError, "state_dict must be a"),
     "an int": (lambda good: 5, TypeError, "state_dict must be a"),
@@ -312,7 +312,7 @@ BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], st
     "swa_state": (lambda good: {**good, "swa_state": [1]}, TypeError, r"state_dict\['swa_state'\] must be a"),
     "param_groups": (lambda good: {**good, "param_groups": {}}, TypeError, r"state_dict\['param_groups'\] must be a"),
     "nothing": (lambda good: {}, ValueError, "state_dict must have 'opt_state', got nothing"),
-    "fewer params": (lambda good: _group(good, params=[0, 1]), ValueError, "must be of 4 params, got one of 2"),
+    "fewer params": (lambda good: _group(good, params=[0, 1]), ValueError, "must be of 4 params, got 2"),
     "no counts": (lambda good: {**good, "param_groups": [{"params": [0, 1, 2, 3]}]}, ValueError, COUNTS),
     "a count": (lambda good: _group(good, n_avg=-1), ValueError, COUNTS),
     "other keys": (lambda good: {**good, "swa_state": {9: {}}}, ValueError, r"\['swa_state'\] must have .*got \[9\]"),

@@ -179,7 +179,7 @@ BETWEEN = [Profile(WIDE, 5), Profile(WIDE, 9)]
         (
             lambda: Profile(Broken(), 3).weights(),
             ValueError,
-            r"the weight that .*Broken.* must be in \[0, 1\], got 1\.5",
+            r"weight\(\d+\) of the rule .*Broken.* must be in \[0, 1\], got 1\.5",
         ),
     ],
 )

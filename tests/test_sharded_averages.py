@@ -130,7 +130,7 @@ def _use(way: str) -> None:
     state = averages.state_dict()
     both.train(2)
     for spoil, message in (
-        (lambda s: s.pop("power.compensation.long"), r"of averages\['power'\]"),
+        (lambda s: s.pop("power.compensation.long"), r"averages\['power'\]"),
         (lambda s: s["rough.module.long"].copy_(torch.zeros_like(s["rough.module.long"])), r"averages\['rough'\]"),
         (lambda s: s.update({"other.n_averaged": s["fast.n_averaged"]}), "got 'other.n_averaged'"),
     ):

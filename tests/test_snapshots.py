@@ -470,8 +470,8 @@ def test_what_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path: Path) 
     for averages, kind, message in (
         (Tiny(), TypeError, "averages must be an averaged model, or several by name, got Tiny"),
         ({}, ValueError, "averages must be at least one averaged model, got none"),
-        ({"a/b": updated(1)}, ValueError, "averages must have strings for names, .* without a '/', got 'a/b'"),
-        ({"": updated(1)}, ValueError, "averages must have strings for names, .* got ''"),
+        ({"a/b": updated(1)}, ValueError, "averages must have .* strings without '/' for names, got 'a/b'"),
+        ({"": updated(1)}, ValueError, "averages must have non-empty strings .* for names, got ''"),
         ({"a": AveragedModel(Tiny())}, TypeError, r"averages\['a'\] must be a Fused.*, got AveragedModel"),
         ({"a": updated(0)}, ValueError, r"averages\['a'\] must have been updated, got n_averaged = 0"),
         ({"a": updated(1), "b": updated(2)}, ValueError, "must have the same n_averaged, got {'a': 1, 'b': 2}"),
