@@ -380,7 +380,11 @@ class OnRanks:
     [
         (OnRanks(), TypeError, "got OnRanks: pass the model, inside swapped_into"),
         ([], TypeError, r"model must be a torch\.nn\.Module, got list"),
-        (nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d()), ValueError, "must be initialised, got the lazy layer '1'"),
+        (
+            nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d()),
+            ValueError,
+            "must be initialised, got the lazy layer '1'",
+        ),
     ],
     ids=["on ranks", "none", "lazy"],
 )
