@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.native_build import CSRC, mutated_csrc, run, two_at_a_time
+from tests.native_build import CSRC, SUFFIXES, run, two_at_a_time
+from tests.planting import Plant, read_plants, read_sources, write_sources
 
 NVCC = shutil.which("nvcc")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -171,25 +172,7 @@ def faults_of_cubin(cubin: Path) -> list[str]:
     return faults
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """One bug: ``old`` becomes ``new`` where it first stands in ``file``, and then ``fault`` is among what is seen."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    fault: str
-
-
-ASSUMED = "__builtin_assume(__isGlobal(address))"
-MUTANTS = (
-    Mutant("generic loads", "cuda/memory.cuh", ASSUMED, "(void)(address)", "update_kernel: LD instruction"),
-    Mutant(
-        "registers for 8 blocks", "cuda/kernels.cuh", "Multiprocessor = 4;", "Multiprocessor = 8;", "LDL instruction"
-    ),
-    Mutant("not unrolled", "cuda/movers.cuh", "kGroupBytes > 48 ? 1 :", "kGroupBytes > 0 ? 1 :", "of 19 loops have"),
-)
+BUGS = read_plants("machine")
 
 
 @dataclass(frozen=True)
@@ -218,16 +201,16 @@ def compiled(tmp_path_factory: pytest.TempPathFactory, pool: ThreadPoolExecutor)
 
 
 @pytest.fixture(scope="module")
-def mutants(
+def with_bugs(
     compiled: object, tmp_path_factory: pytest.TempPathFactory, pool: ThreadPoolExecutor
 ) -> dict[str, Future[Compiled]]:
-    folder = tmp_path_factory.mktemp("mutants")
+    folder = tmp_path_factory.mktemp("bugs")
 
-    def compile_mutant(mutant: Mutant) -> Compiled:
-        own = folder / mutant.name.replace(" ", "-")
-        return _compiled(mutated_csrc(own, mutant.file, mutant.old, mutant.new), "sm_90", own)
+    def compile_bug(bug: Plant) -> Compiled:
+        csrc = write_sources(folder / bug.name.replace(" ", "-"), bug.apply(read_sources(CSRC, *SUFFIXES)))
+        return _compiled(csrc, "sm_90", csrc)
 
-    return {mutant.name: pool.submit(compile_mutant, mutant) for mutant in MUTANTS}
+    return {bug.name: pool.submit(compile_bug, bug) for bug in BUGS}
 
 
 def _of(compiled: dict[str, Future[Compiled]], architecture: str) -> Compiled:
@@ -273,15 +256,15 @@ def test_a_build_that_fuses_is_seen(tmp_path: Path) -> None:
 
 @needs_nvcc
 @needs_cuobjdump
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_a_mutant_is_seen(mutants: dict[str, Future[Compiled]], mutant: Mutant) -> None:
-    faults = faults_of_cubin(mutants[mutant.name].result().cubin)
-    assert any(mutant.fault in fault for fault in faults), f"{mutant.name} lives: {faults}"
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_a_bug_is_seen(with_bugs: dict[str, Future[Compiled]], bug: Plant) -> None:
+    faults = faults_of_cubin(with_bugs[bug.name].result().cubin)
+    assert any(bug.expected in fault for fault in faults), faults
 
 
 @needs_nvcc
-def test_spills_are_seen(mutants: dict[str, Future[Compiled]]) -> None:
-    assert "bytes stack frame" in str(faults_of_ptxas(mutants["registers for 8 blocks"].result().log))
+def test_spills_are_seen(with_bugs: dict[str, Future[Compiled]]) -> None:
+    assert "bytes stack frame" in str(faults_of_ptxas(with_bugs["registers for 8 blocks"].result().log))
 
 
 def planted_sass(*body: str) -> list[Instruction]:
