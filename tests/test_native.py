@@ -8,12 +8,10 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,29 +21,29 @@ from torch import Tensor
 from swafast.backends import cpu, library, reference
 from swafast.backends.contract import Launch, Pair
 from swafast.op.launches import draws_of
-from swafast.terms.formats import (
-    COMPACT,
-    COMPENSATED,
-    EXACT,
-    FLOAT32,
-    HALF,
-    MIRRORED,
-    Format,
-    decode_exact,
-    encode_exact,
-)
-from swafast.terms.rules import EqualAverage, ExponentialAverage, PowerAverage, Rule
+from swafast.terms.formats import EXACT, FLOAT32, Format, decode_exact, encode_exact
+from swafast.terms.rules import EqualAverage, ExponentialAverage, Rule
 from tests.conftest import NO_LIBRARY
+from tests.kernels import (
+    DTYPES,
+    EXCHANGED,
+    FORMATS,
+    INT64_MAX,
+    PAIRS,
+    RULES,
+    check_exchange,
+    clone,
+    differing,
+    make_pair,
+    same_bits,
+    sizes_around,
+    update,
+)
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"{NO_LIBRARY}: {cpu.unavailable()}")
 
 ROOT = Path(__file__).parents[1]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FORMATS = (FLOAT32, EXACT, MIRRORED, COMPACT, COMPENSATED, HALF)
-#: Params that can change places with an average's first plane.
-EXCHANGED = [(dtype, fmt) for dtype in DTYPES for fmt in FORMATS if fmt.dtype == dtype]
 WEIGHTS = (1.0, 0.0, 1e-3, 0.3, 0.5, 0.9)
-PAIRS = pytest.mark.parametrize(("dtype", "fmt"), [(d, f) for d in DTYPES for f in FORMATS], ids=str)
 
 
 @pytest.fixture(params=["generic", "avx2", "avx512"])
@@ -76,64 +74,6 @@ def threads(monkeypatch: pytest.MonkeyPatch, chunk_numel: int) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def any_floats(numel: int) -> Tensor:
-    """Give float32 values of which half are near 1, where a lerp rounds, and half are any bits at all."""
-    bits = torch.randint(-(2**31), 2**31, (numel,)).to(torch.int32).view(torch.float32)
-    return torch.where(torch.rand(numel) < 0.5, bits, torch.randn(numel))
-
-
-def any_values(numel: int, dtype: torch.dtype) -> Tensor:
-    if dtype == torch.float32:
-        return any_floats(numel)
-    bits = torch.randint(-(2**15), 2**15, (numel,)).to(torch.int16).view(dtype)
-    return torch.where(torch.rand(numel) < 0.5, bits, torch.randn(numel).to(dtype))
-
-
-def any_planes(numel: int, fmt: Format) -> tuple[Tensor, ...]:
-    """Give planes of which a quarter hold in ``planes[0]`` what somebody else wrote there."""
-    value = any_floats(numel)
-    if fmt.value_dtype == torch.float64:
-        value = value.double() * (1.0 + 2.0**-26 * torch.rand(numel, dtype=torch.float64))
-    planes = fmt.encode(value)
-    if fmt.extra and numel:
-        planes[0].copy_(torch.where(torch.rand(numel) < 0.25, any_values(numel, planes[0].dtype), planes[0]))
-    return planes
-
-
-def at_offset(tensor: Tensor, offset: int) -> Tensor:
-    """Give a copy that starts ``offset`` elements into its storage."""
-    return torch.empty(offset + tensor.numel(), dtype=tensor.dtype)[offset:].copy_(tensor)
-
-
-def make_pair(numel: int, dtype: torch.dtype, fmt: Format | None, offset: int = 0) -> Pair:
-    if fmt is None:
-        param, average = (torch.randint(-128, 128, (numel,)).to(dtype) for _ in range(2))
-        return Pair(f"copied {numel}", at_offset(param, offset), (at_offset(average, offset // 2),), None)
-    planes = any_planes(numel, fmt)
-    shifted = tuple(at_offset(plane, (offset * factor) % 8) for plane, factor in zip(planes, (3, 5), strict=False))
-    name, param = f"{numel} elements", at_offset(any_values(numel, dtype), offset)
-    return Pair(name, param, shifted, fmt, draws_of(0, name, param, fmt))
-
-
-def clone(pairs: Sequence[Pair]) -> list[Pair]:
-    return [replace(p, param=p.param.clone(), planes=tuple(plane.clone() for plane in p.planes)) for p in pairs]
-
-
-def differing(a: Sequence[Pair], b: Sequence[Pair]) -> list[str]:
-    """Give the names of the pairs that differ in a bit; all NaNs are alike."""
-    return [
-        x.name for x, y in zip(a, b, strict=True) if not all(map(same_bits, (x.param, *x.planes), (y.param, *y.planes)))
-    ]
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    same = a.contiguous().view(integer) == b.contiguous().view(integer)
-    return bool((same | (a.isnan() & b.isnan())).all())
-
-
 def check_updates(
     pairs: Sequence[Pair],
     weights: Sequence[float] = WEIGHTS,
@@ -155,13 +95,9 @@ def check_updates(
             for pair, start in zip(on, initial, strict=True):
                 for plane, value in zip(pair.planes, start.planes, strict=True):
                     plane.copy_(value)
-            each.update([pair.param for pair in on], [rule], [counter], 1)
+            update(each, on, [rule], [counter])
         assert differing(pairs, expected) == [], f"weight {weight}"
         assert torch.equal(*counters)
-
-
-def sizes_around(chunk_numel: int) -> list[int]:
-    return [0, 1, 7, 8, 15, 16, 17, 31, 33, chunk_numel - 1, chunk_numel, chunk_numel + 1, 3 * chunk_numel + 7]
 
 
 @PAIRS
@@ -249,7 +185,7 @@ def test_weights_round_as_the_reference_rounds_them(isa: str, weight: float) -> 
 
 def test_a_first_update_copies_every_bit(isa: str) -> None:
     pair = make_pair(1000, torch.float32, FLOAT32)
-    cpu.prepare([pair]).update([pair.param], [ExponentialAverage(0.9)], [torch.tensor(0)], 1)
+    update(cpu.prepare([pair]), [pair], [ExponentialAverage(0.9)], [torch.tensor(0)])
     assert torch.equal(pair.average.view(torch.int32), pair.param.view(torch.int32))
 
 
@@ -257,7 +193,7 @@ def test_a_negative_count_leaves_everything_as_it_was() -> None:
     pairs = [make_pair(1000, torch.bfloat16, EXACT), make_pair(9, torch.int64, None)]
     before, counter = clone(pairs), torch.tensor(-1)
     with pytest.raises(ValueError, match="n_averaged must be >= 0"):
-        cpu.prepare(pairs).update([pair.param for pair in pairs], [EqualAverage()], [counter], 1)
+        update(cpu.prepare(pairs), pairs, [EqualAverage()], [counter])
     assert differing(pairs, before) == []
     assert counter.item() == -1
 
@@ -275,17 +211,7 @@ def test_an_exchange_moves_every_bit_there_and_back(
     isa: str, chunk_numel: int, threads: int, dtype: torch.dtype, fmt: Format | None
 ) -> None:
     pairs = [make_pair(n, dtype, fmt, offset) for n in (*sizes_around(chunk_numel), 5000) for offset in (0, 3)]
-    before = clone(pairs)
-    launch = cpu.prepare(pairs)
-    launch.exchange(True)
-    for pair, old in zip(pairs, before, strict=True):
-        assert torch.equal(pair.param.view(torch.uint8), old.average.view(torch.uint8))
-        assert torch.equal(pair.average.view(torch.uint8), old.param.view(torch.uint8))
-        assert (
-            differing([Pair("", old.param, pair.planes[1:], None)], [Pair("", old.param, old.planes[1:], None)]) == []
-        )
-    launch.exchange(False)
-    assert differing(pairs, before) == []
+    check_exchange(cpu.prepare(pairs), pairs)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -310,21 +236,6 @@ def test_launches_of_several_threads_do_not_meet(threads: int) -> None:
         list(pool.map(check_updates, batches))
 
 
-RULES: list[Rule] = [
-    EqualAverage(),
-    ExponentialAverage(0.999),
-    ExponentialAverage(1.0),
-    ExponentialAverage(0.0),
-    ExponentialAverage(0.9999, warmup="power"),
-    ExponentialAverage(0.99999, warmup="power", inv_gamma=37.0, power=0.75, min_decay=0.1),
-    ExponentialAverage(0.9999, warmup="ratio"),
-    ExponentialAverage(0.9999, warmup="ratio", min_decay=0.3),
-    PowerAverage(0.0),
-    PowerAverage(6.94),
-    PowerAverage(16.97),
-]
-
-
 def native_weight(rule: Rule, num_averaged: int) -> float:
     terms = rule.kernel_terms()
     assert terms is not None
@@ -334,12 +245,8 @@ def native_weight(rule: Rule, num_averaged: int) -> float:
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_weights_equal_those_of_python(rule: Rule) -> None:
-    counts = [*range(10_001), *(10**k + d for k in range(4, 13) for d in (-1, 0, 1)), 2**53 + 1, 2**63 - 1]
+    counts = [*range(10_001), *(10**k + d for k in range(4, 13) for d in (-1, 0, 1)), 2**53 + 1, INT64_MAX]
     assert [n for n in counts if native_weight(rule, n) != rule.weight(n)] == []
-
-
-def _float32(value: float) -> bytes:
-    return struct.pack("<f", value)
 
 
 def check_exact_pairs(highs: Tensor, lows: Tensor) -> None:
@@ -350,7 +257,7 @@ def check_exact_pairs(highs: Tensor, lows: Tensor) -> None:
     # The weight is 0, and 0 * infinity is NaN. A param of -1 keeps the sign of a zero.
     expected = encode_exact(torch.where(value.isinf(), math.nan, value))
     pair = Pair("", torch.full((len(high),), -1.0, dtype=torch.bfloat16), (high, low), EXACT)
-    cpu.prepare([pair]).update([pair.param], [ExponentialAverage(1.0)], [torch.tensor(1)], 1)
+    update(cpu.prepare([pair]), [pair], [ExponentialAverage(1.0)], [torch.tensor(1)])
     assert same_bits(high, expected[0])
     assert torch.equal(low, expected[1])
 
@@ -381,7 +288,8 @@ from swafast.backends import cpu
 from swafast.backends.contract import Pair
 from swafast.op.launches import draws_of
 from swafast.terms.rules import ExponentialAverage
-from tests.test_native import DTYPES, FORMATS, any_planes, any_values, check_updates
+from tests.kernels import DTYPES, FORMATS, any_planes, any_values, update
+from tests.test_native import check_updates
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
@@ -412,10 +320,6 @@ def guarded_pair(numel, dtype, fmt, at_end):
     return Pair(name, param, tuple(planes), fmt, draws_of(0, name, param, fmt))
 
 
-def update(launch, pair):
-    launch.update([pair.param], [ExponentialAverage(0.9)], [torch.tensor(1)], 1)
-
-
 def crashes(dtype, fmt, plant):
     # whether an update dies of touching a guard page, in a child
     child = os.fork()
@@ -424,7 +328,7 @@ def crashes(dtype, fmt, plant):
         pair = guarded_pair(1000, dtype, fmt, plant == "after")
         launch = cpu.prepare([pair])
         launch._chunks[-1, 2 if plant == "after" else 1] += 1 if plant == "after" else -1
-        update(launch, pair)
+        update(launch, [pair], [ExponentialAverage(0.9)], [torch.tensor(1)])
         os._exit(0)
     _, status = os.waitpid(child, 0)
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGSEGV, signal.SIGBUS)
@@ -468,7 +372,8 @@ import os, signal
 import torch
 from swafast.backends import cpu
 from swafast.terms.formats import EXACT
-from tests.test_native import check_updates, make_pair
+from tests.kernels import make_pair
+from tests.test_native import check_updates
 
 torch.set_num_threads(2)
 cpu._NUMEL_PER_THREAD = 1
