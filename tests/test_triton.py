@@ -304,7 +304,7 @@ class Written:
 
     def _write(self, address: int, index: int, *words: int) -> None:
         assert index == 0
-        assert len(words) == 6
+        assert len(words) == backend._PACE_WORDS
         self.at.append(address)
 
 

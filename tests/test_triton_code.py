@@ -26,7 +26,7 @@ from tests.triton_source import ROOT, read_kernels
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 
-KERNELS = ("update", "exchange", "nonfinite", "forget_nonfinite", "pace")
+KERNELS = backend.KERNELS
 
 COMPILE = """
 import json, pathlib, subprocess, sys

@@ -48,6 +48,7 @@ backends/: tensors in, tensors changed
     pace cache        the paces as a kernel takes them, made anew when one changes
     launch            pairs made ready for one backend, to be updated again and again
     row               one pair in the table that a kernel reads
+    signature         the arguments and the result of one function of the native library
     follower          a row that averages the same param as the row before it
     table             the rows, chunks and state words of one launch on one GPU
     head              the C struct that points to the parts of a table

@@ -3,6 +3,8 @@
 Elements are integers of their size.
 """
 
+import inspect
+
 import triton
 import triton.language as tl
 
@@ -13,6 +15,11 @@ TILE = tl.constexpr(4096)
 COMPENSATED_TILE = tl.constexpr(2048)
 # Elements in a tile of a path whose arrays are not aligned, and of the end of a chunk.
 NARROW_TILE = tl.constexpr(1024)
+
+
+def launched(kernel):
+    """Make a kernel of a function of int64, whose values it is not specialised on: one compilation serves them all."""
+    return triton.jit(kernel, do_not_specialize=list(inspect.signature(kernel).parameters))
 
 
 @triton.jit
