@@ -184,3 +184,28 @@ def drift(model: nn.Module) -> None:
     with torch.no_grad():
         for param in model.parameters():
             param.add_(torch.randn_like(param), alpha=0.1)
+
+
+def check_captured_paces(prepare: Any, pairs: Sequence[Pair], capture: Any, replay: Any) -> None:
+    """Hold replays of a graph to the rules that were captured, whatever an update between them goes by.
+
+    ``capture`` is a context in which updates go into the graph, and ``replay`` runs it.
+    """
+    expected, device = clone(pairs), pairs[0].param.device
+    launch, eager = prepare(pairs), prepare(expected)
+    rules: list[Rule] = [EqualAverage(), ExponentialAverage(0.9), PowerAverage(6.94)]
+    others: list[Rule] = [ExponentialAverage(0.5), EqualAverage(), ExponentialAverage(0.1)]
+    counters, counted = ([torch.tensor(n, device=device) for n in (3, 1, 7)] for _ in range(2))
+    update(launch, pairs, others, counters)  # outside a graph, as the first update has to be
+    update(eager, expected, others, counted)
+    with capture:
+        update(launch, pairs, rules, counters)
+    assert launch.captured
+    for by in (rules, others, rules):
+        if by is rules:
+            replay()
+        else:
+            update(launch, pairs, by, counters)
+        update(eager, expected, by, counted)
+        assert list(map(int, counters)) == list(map(int, counted))
+        assert differing(pairs, expected) == [], "a replay is wrong"

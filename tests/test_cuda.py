@@ -10,7 +10,7 @@ import ctypes
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -25,9 +25,8 @@ from swafast.terms.formats import encode_exact
 from swafast.terms.rules import EqualAverage, Rule
 from swafast.terms.weight import KernelTerms
 from tests.conftest import EveryKind, differing, tensors_of
-from tests.test_gpu import averages_of
-from tests.test_native import clone
-from tests.test_native import differing as differing_pairs
+from tests.kernels import averages_of, check_captured_paces, clone, drift, update
+from tests.kernels import differing as differing_pairs
 
 
 class Shim:
@@ -39,7 +38,13 @@ class Shim:
     def get(self, name: str) -> int:
         return ctypes.c_longlong.in_dll(self._library, f"shim_{name}").value
 
-    def capture(self, on: bool) -> None:
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        self._capture(True)
+        yield
+        self._capture(False)
+
+    def _capture(self, on: bool) -> None:
         ctypes.c_int.in_dll(self._library, "shim_capturing").value = int(on)
 
     def replay(self) -> None:
@@ -50,7 +55,7 @@ class Shim:
         ctypes.c_void_p.in_dll(self._library, "shim_failing").value = ctypes.cast(self._failing, ctypes.c_void_p).value
 
     def reset(self) -> None:
-        self.capture(False)
+        self._capture(False)
         self.fail(None)
         self._library.shim_forget_captured()
 
@@ -65,12 +70,6 @@ def shim(cuda_on_cpu: ctypes.CDLL) -> Iterator[Shim]:
 
 def a_model() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(5, 70), torch.nn.BatchNorm1d(70), torch.nn.Linear(70, 3))
-
-
-def drift(model: torch.nn.Module) -> None:
-    with torch.no_grad():
-        for param in model.parameters():
-            param.add_(torch.randn_like(param), alpha=0.1)
 
 
 def plan_of(average: FusedAveragedModel) -> plan.Plan:
@@ -109,9 +108,8 @@ def test_replays_are_updates(shim: Shim, dtype: torch.dtype, rule: Rule) -> None
     for average in (graphed, eager):
         average.update_parameters(model)
     assert not plan_of(graphed).captured
-    shim.capture(True)
-    graphed.update_parameters(model)
-    shim.capture(False)
+    with shim.capture():
+        graphed.update_parameters(model)
     assert plan_of(graphed).captured
     assert graphed.n_averaged == 1  # captured is not run
     for _ in range(100):
@@ -124,9 +122,8 @@ def test_replays_are_updates(shim: Shim, dtype: torch.dtype, rule: Rule) -> None
 
 def capture(shim: Shim, model: torch.nn.Module, average: FusedAveragedModel) -> None:
     average.update_parameters(model)
-    shim.capture(True)
-    average.update_parameters(model)
-    shim.capture(False)
+    with shim.capture():
+        average.update_parameters(model)
 
 
 def plan_anew_after_a_capture(shim: Shim) -> tuple[FusedAveragedModel, weakref.ref[plan.Plan]]:
@@ -293,12 +290,12 @@ def test_counters_elsewhere_are_counted_only_if_the_update_was(shim: Shim, num_p
     launch, rules = cuda.prepare(pairs), [EqualAverage()] * num_paces
     put_elsewhere(launch, torch.device("cpu", 0))  # the counters are on another device, as far as it can tell
     counters = [torch.tensor(n) for n in range(num_paces)]
-    launch.update([], rules, counters, 1)
+    update(launch, pairs, rules, counters)
     assert list(map(int, counters)) == [n + 1 for n in range(num_paces)]
     counters[-1].fill_(-2)
     before = clone(pairs)
     with pytest.raises(ValueError, match="n_averaged must be >= 0, got -2"):
-        launch.update([], rules, counters, 1)
+        update(launch, pairs, rules, counters)
     assert list(map(int, counters)) == [*range(1, num_paces), -2]
     assert differing_pairs(pairs, before) == []
 
@@ -308,14 +305,14 @@ def test_devices_share_the_counters(shim: Shim, num_paces: int) -> None:
     # The counters have to be brought to the second device, and counted once.
     both = [averages_of(num_paces, (size,)) for size in (300, 33)]
     pairs = [pair for each in both for pair in each]
-    launch, expected = on_two_devices(pairs, len(both[0])), clone_together(pairs)
+    launch, expected = on_two_devices(pairs, len(both[0])), clone(pairs)
     one = cuda.prepare(expected)
     counters = [[torch.tensor(2 + 3 * k) for k in range(num_paces)] for _ in range(2)]
     rules: list[Rule] = [EqualAverage(), PowerAverage(6.94), ExponentialAverage(0.9, warmup="power")]
     rules = [rules[k % 3] for k in range(num_paces)]
     for _ in range(3):
-        launch.update([], rules, counters[0], 1)
-        one.update([], rules, counters[1], 1)
+        update(launch, pairs, rules, counters[0])
+        update(one, expected, rules, counters[1])
     for counted in counters:
         assert list(map(int, counted)) == [5 + 3 * k for k in range(num_paces)]
     assert differing_pairs(pairs, expected) == []
@@ -324,41 +321,13 @@ def test_devices_share_the_counters(shim: Shim, num_paces: int) -> None:
             pair.param.normal_()
     pairs[0].param[0] = float("nan")
     before = clone(pairs)
-    launch.update([], rules, counters[0], 1, skip_nonfinite=True)
+    update(launch, pairs, rules, counters[0], skip_nonfinite=True)
     assert list(map(int, counters[0])) == [5 + 3 * k for k in range(num_paces)]
     assert differing_pairs(pairs, before) == []
 
 
-def clone_together(pairs: Sequence[Pair]) -> list[Pair]:
-    """Give copies of pairs in which one param is one param still."""
-    params = {id(pair.param): pair.param.clone() for pair in pairs}
-    return [replace(new, param=params[id(old.param)]) for new, old in zip(clone(pairs), pairs, strict=True)]
-
-
-def capture_paces(shim: Shim) -> None:
-    """Hold a replay to the rules that were captured, whatever an update between them went by."""
-    pairs = averages_of(3, (33,))
-    expected = clone_together(pairs)
-    launch, eager = cuda.prepare(pairs), cuda.prepare(expected)
-    rules: list[Rule] = [EqualAverage(), ExponentialAverage(0.9), PowerAverage(6.94)]
-    others: list[Rule] = [ExponentialAverage(0.5), EqualAverage(), ExponentialAverage(0.1)]
-    counters = [[torch.tensor(n) for n in (3, 1, 7)] for _ in range(2)]
-    shim.capture(True)
-    launch.update([], rules, counters[0], 1)
-    shim.capture(False)
-    assert launch.captured
-    for by in (rules, others, rules):
-        if by is rules:
-            shim.replay()
-        else:
-            launch.update([], by, counters[0], 1)
-        eager.update([], by, counters[1], 1)
-        assert list(map(int, counters[0])) == list(map(int, counters[1]))
-        assert differing_pairs(pairs, expected) == []
-
-
 def test_replays_go_by_the_rules_that_were_captured(shim: Shim) -> None:
-    capture_paces(shim)
+    check_captured_paces(cuda.prepare, averages_of(3, (33,)), shim.capture(), shim.replay)
 
 
 def test_replays_are_updates_of_all_averages(shim: Shim) -> None:
@@ -369,9 +338,8 @@ def test_replays_are_updates_of_all_averages(shim: Shim) -> None:
     for averages in (graphed, eager):
         averages.update_parameters(model)
     before = shim.get("num_launches")
-    shim.capture(True)
-    graphed.update_parameters(model)
-    shim.capture(False)
+    with shim.capture():
+        graphed.update_parameters(model)
     assert shim.get("num_launches") == before + 1
     for _ in range(20):
         drift(model)
@@ -397,9 +365,8 @@ def test_the_op_prepares_once_and_keeps_what_a_graph_holds(shim: Shim, monkeypat
         update()
     assert len(made) == 1
     assert torch_op._captured == []
-    shim.capture(True)
-    update()
-    shim.capture(False)
+    with shim.capture():
+        update()
     assert len(torch_op._captured) == 1
     shim.replay()
     assert counter.item() == 5
@@ -490,32 +457,45 @@ def test_a_library_built_without_cuda_is_no_broken_one(monkeypatch: pytest.Monke
     assert missing.expected == (not isinstance(library.load(), Unavailable))
 
 
-def test_a_launch_that_counts_twice_is_seen(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+# Each gate kills a bug
+
+
+def count_twice(patch: pytest.MonkeyPatch) -> None:
     start = cuda.CudaLaunch.start_update
-    monkeypatch.setattr(
+    patch.setattr(
         cuda.CudaLaunch,
         "start_update",
         lambda self, table, paces, advance, *rest: start(self, table, paces, 2 * advance, *rest),
     )
-    with pytest.raises(AssertionError):
-        test_devices_share_the_counters(shim, 1)
 
 
-def test_one_counter_brought_for_all_is_seen(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+def bring_one_counter_for_all(patch: pytest.MonkeyPatch) -> None:
     counters = gpu.Table.counters.fget
-    monkeypatch.setattr(gpu.Table, "counters", property(lambda table: counters(table)[:1] * library.MAX_PACES))
-    with pytest.raises(AssertionError):
-        test_devices_share_the_counters(shim, 3)
+    patch.setattr(gpu.Table, "counters", property(lambda table: counters(table)[:1] * library.MAX_PACES))
 
 
-def test_a_replay_by_other_rules_is_seen(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+def keep_the_captured_rules(patch: pytest.MonkeyPatch) -> None:
     start = cuda.CudaLaunch.start_update
-    held: list[Any] = []
+    held: dict[int, Any] = {}
 
     def same_rules(self: Any, table: Any, paces: Any, *rest: Any) -> None:
-        held.append(paces)
-        start(self, table, held[0] if self.captured else paces, *rest)
+        if not self.captured:
+            held[id(self)] = paces
+        start(self, table, held[id(self)], *rest)
 
-    monkeypatch.setattr(cuda.CudaLaunch, "start_update", same_rules)
-    with pytest.raises(AssertionError):
-        capture_paces(shim)
+    patch.setattr(cuda.CudaLaunch, "start_update", same_rules)
+
+
+@pytest.mark.parametrize(
+    ("plant", "gate", "says"),
+    [
+        (count_twice, lambda shim: test_devices_share_the_counters(shim, 1), r"\[8\] == \[5"),
+        (bring_one_counter_for_all, lambda shim: test_devices_share_the_counters(shim, 3), "pace"),
+        (keep_the_captured_rules, test_replays_go_by_the_rules_that_were_captured, "a replay is wrong"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_the_gate_kills_the_bug(shim: Shim, plant: Any, gate: Any, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    with pytest.raises(AssertionError, match=says):
+        gate(shim)

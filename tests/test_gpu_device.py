@@ -6,7 +6,7 @@ import copy
 import io
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from swafast.terms.formats import FLOAT32, encode_exact
 from swafast.terms.rules import Rule
 from swafast.terms.weight import KernelTerms
 from tests.conftest import EveryKind, differing, tensors_of
+from tests.kernels import check_captured_paces, drift
 from tests.test_package import python_of_the_readme
 
 pytestmark = pytest.mark.gpu
@@ -45,12 +46,6 @@ def no_sync() -> Iterator[None]:
 def small_model(dtype: torch.dtype = torch.float32) -> nn.Module:
     model = nn.Sequential(nn.Linear(64, 300), nn.BatchNorm1d(300), nn.Linear(300, 17))
     return model.to("cuda", dtype)
-
-
-def drift(model: nn.Module) -> None:
-    with torch.no_grad():
-        for param in model.parameters():
-            param.add_(torch.randn_like(param), alpha=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -192,42 +187,25 @@ def test_replays_skip_all_averages_or_none(backend: str) -> None:
 
 def test_replays_go_by_the_rules_that_were_captured(backend: str) -> None:
     prepare = {"cuda": cuda, "triton": triton_launch}[backend].prepare
-    rules: list[Rule] = [EqualAverage(), ExponentialAverage(0.9), PowerAverage(6.94)]
-    others: list[Rule] = [ExponentialAverage(0.5), EqualAverage(), ExponentialAverage(0.1)]
-    param = torch.randn(5000, device="cuda")
-    sides = []
-    for _ in range(2):
-        planes = [torch.zeros(5000, device="cuda") for _ in rules]
-        pairs = [Pair("param", param, (plane,), FLOAT32, pace=pace) for pace, plane in enumerate(planes)]
-        counters = [torch.tensor(n, device="cuda") for n in (3, 1, 7)]
-        sides.append((prepare(pairs), planes, counters))
-    (launch, planes, counters), (eager, expected, counted) = sides
-    launch.update([], others, counters, 1)
-    eager.update([], others, counted, 1)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        launch.update([], rules, counters, 1)
-    assert launch.captured
-    for by in (rules, others, rules):
-        if by is rules:
-            graph.replay()
-        else:
-            launch.update([], by, counters, 1)
-        eager.update([], by, counted, 1)
-        assert list(map(int, counters)) == list(map(int, counted))
-        assert all(map(torch.equal, planes, expected))
+    param, graph = torch.randn(5000, device="cuda"), torch.cuda.CUDAGraph()
+    pairs = [Pair("param", param, (torch.zeros(5000, device="cuda"),), FLOAT32, pace=pace) for pace in range(3)]
+    check_captured_paces(prepare, pairs, torch.cuda.graph(graph), graph.replay)
+
+
+def launches_of(update: Callable[[], None]) -> list[str]:
+    """Return the names of the kernels that an update launches."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        update()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
 
 
 def test_several_averages_are_one_launch(backend: str) -> None:
     model = small_model(torch.bfloat16)
     averages = several(model, backend, use_buffers=True)
     averages.update_parameters(model)
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        averages.update_parameters(model)
-        torch.cuda.synchronize()
-    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert len(kernels) == 1, [event.name for event in kernels]
+    assert len(launches_of(lambda: averages.update_parameters(model))) == 1
 
 
 def test_a_first_update_in_a_capture_is_refused(backend: str) -> None:
@@ -332,12 +310,7 @@ def test_an_update_is_one_launch(backend: str) -> None:
     del model.gapped  # strided: the reference backend serves it
     average = FusedAveragedModel(model, backend=backend, use_buffers=True)
     average.update_parameters(model)
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        average.update_parameters(model)
-        torch.cuda.synchronize()
-    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert len(kernels) == 1, [event.name for event in kernels]
+    assert len(launches_of(lambda: average.update_parameters(model))) == 1
 
 
 def test_each_average_is_written_once(backend: str) -> None:
