@@ -119,8 +119,9 @@ def test_updates_equal_the_reference(gpu: Gpu, dtype: torch.dtype, fmt: Format) 
 def test_every_rule_gives_the_bits_of_the_reference(gpu: Gpu) -> None:
     kinds = EXCHANGED[1::2] if gpu.is_interpreted else EXCHANGED  # a rule knows neither dtype nor format
     pairs = [make_pair(700, dtype, fmt) for dtype, fmt in kinds]
+    counts = (0, 1, 3, 999, 2**40) if gpu.is_interpreted else (0, 1, 2, 3, 10, 999, 10**6, 2**40)
     for rule in RULES[:5]:
-        check_updates(gpu, pairs, rule, (0, 1, 2, 3, 10, 999, 10**6, 2**40))
+        check_updates(gpu, pairs, rule, counts)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float64])
@@ -267,6 +268,7 @@ def test_the_first_nonfinite_param_is_found_and_may_stop_an_update(gpu: Gpu, bad
     pairs = [make_pair(4, torch.int32, None), *(make_pair(n, dtype, fmt, 1) for dtype, fmt, n in sizes)]
     for pair in pairs[1:]:
         pair.param.normal_()
+        pair.param[:1] = torch.finfo(pair.param.dtype).max
     pairs = gpu.put(pairs)
     launch, counter = gpu.prepare(pairs), torch.tensor(3, device=gpu.device)
     assert launch.first_nonfinite([]) is None
@@ -310,7 +312,7 @@ def both_averages(gpu: Gpu, model: EveryKind, dtype: torch.dtype, **options: obj
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
-        *((dtype, {"use_buffers": use_buffers}) for dtype in DTYPES for use_buffers in (False, True)),
+        *((dtype, {"use_buffers": dtype != torch.float16}) for dtype in DTYPES),
         (torch.bfloat16, {"format": "compact", "use_buffers": True}),
         (torch.float32, {"format": "compensated"}),
     ],

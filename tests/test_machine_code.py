@@ -36,7 +36,7 @@ MOST_REGISTERS = 64
 
 
 def _find_cuobjdump() -> str | None:
-    """Give CUDA's own, or the one that comes with triton."""
+    """Return CUDA's own, or the one that comes with triton."""
     spec = importlib.util.find_spec("triton")
     folders = spec.submodule_search_locations if spec is not None else None
     bundled = [str(Path(folder) / "backends" / "nvidia" / "bin") for folder in folders or ()]
@@ -65,7 +65,7 @@ class Instruction:
 
 
 def parse_sass(text: str) -> dict[str, list[Instruction]]:
-    """Give the instructions of each function that ``cuobjdump -sass`` prints."""
+    """Return the instructions of each function that ``cuobjdump -sass`` prints."""
     pattern = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([^;]*?)\s*;", re.MULTILINE)
     functions = {}
     for part in text.split("Function : ")[1:]:
@@ -81,19 +81,19 @@ def innermost_loops(code: list[Instruction]) -> list[list[Instruction]]:
 
 
 def accesses(loop: list[Instruction]) -> str:
-    """Give its loads and stores in their order: ``L`` and ``S`` for 16 bytes, ``l`` and ``s`` for fewer."""
+    """Return its loads and stores in their order: ``L`` and ``S`` for 16 bytes, ``l`` and ``s`` for fewer."""
     kinds = {"LDG": "L", "STG": "S"}
     letters = ((it, kinds.get(it.mnemonic.split(".")[0], "")) for it in loop)
     return "".join(letter if ".128" in it.mnemonic else letter.lower() for it, letter in letters)
 
 
 def wide_loops(code: list[Instruction]) -> list[str]:
-    """Give what :func:`accesses` gives for each innermost loop with wide ones, as in ``LLLLSS``."""
+    """Return what :func:`accesses` gives for each innermost loop with wide ones, as in ``LLLLSS``."""
     return [loop for loop in map(accesses, innermost_loops(code)) if loop != loop.lower()]
 
 
 def faults_of_doubles(code: list[Instruction], num_tiles: int) -> list[str]:
-    """Say where a loop over averages in float64 rounds once what is to be rounded twice."""
+    """Return where a loop over averages in float64 rounds once what is to be rounded twice."""
     loops = [
         [it.mnemonic for it in loop] for loop in innermost_loops(code) if accesses(loop).count("L") >= LOADS_UNDER_WAY
     ]
@@ -105,7 +105,7 @@ def faults_of_doubles(code: list[Instruction], num_tiles: int) -> list[str]:
 
 
 def faults_of_code(code: list[Instruction], num_tiles: int, stores: bool) -> list[str]:
-    """Say what is wrong with a kernel: which has this many unrolled loops, and stores averages or not."""
+    """Return what is wrong with a kernel: which has this many unrolled loops, and stores averages or not."""
     names = [it.mnemonic.split(".")[0] for it in code]
     faults = [f"{wrong} instruction" for wrong in ("LD", "ST", "LDL", "STL") if wrong in names]
     wide = {name for it, name in zip(code, names, strict=True) if ".128" in it.mnemonic}
@@ -122,7 +122,7 @@ def faults_of_code(code: list[Instruction], num_tiles: int, stores: bool) -> lis
 
 
 def faults_of_ptxas(log: str) -> list[str]:
-    """Say which entry of ``ptxas -v`` spills, has a stack or takes too many registers."""
+    """Return which entry of ``ptxas -v`` spills, has a stack or takes too many registers."""
     entries = re.split(r"Compiling entry function '", log)[1:]
     faults = [] if entries else ["no entry function"]
     for entry in entries:
@@ -139,7 +139,7 @@ def faults_of_ptxas(log: str) -> list[str]:
 
 
 def faults_of_ptx(ptx: str) -> list[str]:
-    """Say where the arithmetic is not what the source says: fused, approximate or flushed to zero."""
+    """Return where the arithmetic is not what the source says: fused, approximate or flushed to zero."""
     wrong = (r"fma\.rn\.f64", r"div\.approx", r"div\.full", r"rcp\.approx", r"\.ftz\b")
     faults = [found[0] for found in (re.search(pattern, ptx) for pattern in wrong) if found]
     return faults if "div.rn.f64" in ptx else [*faults, "no div.rn.f64"]
@@ -268,7 +268,7 @@ def test_spills_are_seen(with_bugs: dict[str, Future[Compiled]]) -> None:
 
 
 def planted_sass(*body: str) -> list[Instruction]:
-    """Give a function with one loop of these instructions, as cuobjdump prints it."""
+    """Return a function with one loop of these instructions, as cuobjdump prints it."""
     lines = ["MOV R1, c[0x0][0x28]", *body, "@!P0 BRA 0x10", "EXIT", "BRA 0x1000"]
     text = "\n".join(
         f"        /*{16 * i:04x}*/    {line} ;    /* 0x0 */\n    /* 0x0 */" for i, line in enumerate(lines)

@@ -1,27 +1,24 @@
 """The native CPU backend against ``reference``, bit for bit; only a NaN's sign and payload are its own.
 
-``tests/native`` holds the same kernels to an oracle without torch.
+``tests/native`` holds the same kernels to an oracle without torch: every pair of planes, every byte beside a buffer,
+and a forked child among it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from swafast.backends import cpu, library, reference
 from swafast.backends.contract import Launch, Pair
 from swafast.op.launches import draws_of
-from swafast.terms.formats import EXACT, FLOAT32, Format, decode_exact, encode_exact
+from swafast.terms.formats import EXACT, FLOAT32, Format
 from swafast.terms.rules import EqualAverage, ExponentialAverage, Rule
 from tests.conftest import NO_LIBRARY
 from tests.kernels import (
@@ -35,7 +32,6 @@ from tests.kernels import (
     clone,
     differing,
     make_pair,
-    same_bits,
     sizes_around,
     update,
 )
@@ -247,152 +243,3 @@ def native_weight(rule: Rule, num_averaged: int) -> float:
 def test_weights_equal_those_of_python(rule: Rule) -> None:
     counts = [*range(10_001), *(10**k + d for k in range(4, 13) for d in (-1, 0, 1)), 2**53 + 1, INT64_MAX]
     assert [n for n in counts if native_weight(rule, n) != rule.weight(n)] == []
-
-
-def check_exact_pairs(highs: Tensor, lows: Tensor) -> None:
-    """Run every pair of planes from ``highs`` x ``lows`` (int16) through an update that keeps finite values."""
-    high = highs.repeat_interleave(len(lows)).view(torch.bfloat16)
-    low = lows.repeat(len(highs))
-    value = decode_exact((high, low))
-    # The weight is 0, and 0 * infinity is NaN. A param of -1 keeps the sign of a zero.
-    expected = encode_exact(torch.where(value.isinf(), math.nan, value))
-    pair = Pair("", torch.full((len(high),), -1.0, dtype=torch.bfloat16), (high, low), EXACT)
-    update(cpu.prepare([pair]), [pair], [ExponentialAverage(1.0)], [torch.tensor(1)])
-    assert same_bits(high, expected[0])
-    assert torch.equal(low, expected[1])
-
-
-def test_exact_reads_and_writes_planes_as_the_formula_says(isa: str) -> None:
-    edges = [sign * edge for edge in (0, 1, 2, 127, 128, 255, 256, 2**14, 2**15 - 1) for sign in (1, -1)]
-    lows = torch.cat([torch.tensor([*edges, -(2**15)]), torch.randint(-(2**15), 2**15, (13,))]).to(torch.int16)
-    check_exact_pairs(torch.arange(-(2**15), 2**15).to(torch.int16), lows)
-
-
-@pytest.mark.slow
-def test_exact_reads_and_writes_all_planes_as_the_formula_says() -> None:
-    lows = torch.arange(-(2**15), 2**15).to(torch.int16)
-    for start in range(-(2**15), 2**15, 64):
-        check_exact_pairs(torch.arange(start, start + 64).to(torch.int16), lows)
-
-
-def run_script(script: str) -> None:
-    """Run Python in a process of its own, so that a crash or a hang of it fails one test."""
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, f"ended with {done.returncode}: {done.stdout}{done.stderr}"
-
-
-GUARD_PAGES = """
-import ctypes, mmap, os, resource, signal
-import torch
-from swafast.backends import cpu
-from swafast.backends.contract import Pair
-from swafast.op.launches import draws_of
-from swafast.terms.rules import ExponentialAverage
-from tests.kernels import DTYPES, FORMATS, any_planes, any_values, update
-from tests.test_native import check_updates
-
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
-libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-
-
-def guarded(tensor, at_end):
-    # a copy whose memory ends where a page begins that nobody may touch, or begins where one ends
-    if not tensor.nbytes:
-        return tensor
-    page = mmap.PAGESIZE
-    body = -(-tensor.nbytes // page) * page
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    base = libc.mmap(None, body + 2 * page, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
-    assert base != ctypes.c_void_p(-1).value, os.strerror(ctypes.get_errno())
-    for guard in (base, base + page + body):
-        assert libc.mprotect(guard, page, 0) == 0, os.strerror(ctypes.get_errno())
-    start = base + page + (body - tensor.nbytes if at_end else 0)
-    memory = (ctypes.c_char * tensor.nbytes).from_address(start)
-    return torch.frombuffer(memory, dtype=tensor.dtype).copy_(tensor)
-
-
-def guarded_pair(numel, dtype, fmt, at_end):
-    tensors = (any_values(numel, dtype), *any_planes(numel, fmt))
-    param, *planes = (guarded(tensor, at_end) for tensor in tensors)
-    name = f"{numel} {dtype} {fmt} {at_end}"
-    return Pair(name, param, tuple(planes), fmt, draws_of(0, name, param, fmt))
-
-
-def crashes(dtype, fmt, plant):
-    # whether an update dies of touching a guard page, in a child
-    child = os.fork()
-    if child == 0:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        pair = guarded_pair(1000, dtype, fmt, plant == "after")
-        launch = cpu.prepare([pair])
-        launch._chunks[-1, 2 if plant == "after" else 1] += 1 if plant == "after" else -1
-        update(launch, [pair], [ExponentialAverage(0.9)], [torch.tensor(1)])
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGSEGV, signal.SIGBUS)
-
-
-torch.manual_seed(20)
-best = cpu.current_isa()
-for isa in ("generic", "avx2", "avx512"):
-    try:
-        cpu.use_isa(isa)
-    except ValueError:
-        continue
-    for dtype in DTYPES:
-        for fmt in FORMATS:
-            pairs = [
-                guarded_pair(numel, dtype, fmt, at_end)
-                for numel in (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 1000, 4096, 5000)
-                for at_end in (False, True)
-            ]
-            check_updates(pairs, (0.3, 0.9))
-            launch = cpu.prepare(pairs)
-            launch.first_nonfinite([])
-            if pairs[0].param.dtype == pairs[0].average.dtype:
-                launch.exchange(True)
-cpu.use_isa(best)
-for dtype in DTYPES:
-    for fmt in FORMATS:
-        for plant in ("before", "after"):
-            assert crashes(dtype, fmt, plant), f"nobody saw an overrun {plant} a buffer: {dtype} {fmt}"
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's mmap")
-def test_no_byte_outside_the_buffers_is_touched() -> None:
-    """Every buffer stands against a page that may not be touched; a chunk one element too long crashes."""
-    run_script(GUARD_PAGES)
-
-
-FORKED_CHILD = """
-import os, signal
-import torch
-from swafast.backends import cpu
-from swafast.terms.formats import EXACT
-from tests.kernels import make_pair
-from tests.test_native import check_updates
-
-torch.set_num_threads(2)
-cpu._NUMEL_PER_THREAD = 1
-cpu.CPU_CHUNK_NUMEL = 64
-check_updates([make_pair(10_000, torch.bfloat16, EXACT)])
-child = os.fork()
-if child == 0:
-    torch.set_num_threads(1)  # for torch's own kernels, which hang here
-    pairs = [make_pair(10_000, torch.bfloat16, EXACT)]
-    cpu.NativeLaunch._threads = lambda launch: 2
-    check_updates(pairs)
-    os._exit(0)
-signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
-signal.alarm(30)
-_, status = os.waitpid(child, 0)
-assert status == 0, f"the child ended with status {status}"
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_a_forked_child_can_update() -> None:
-    run_script(FORKED_CHILD)
