@@ -372,61 +372,70 @@ def test_the_op_prepares_once_and_keeps_what_a_graph_holds(shim: Shim, monkeypat
     assert counter.item() == 5
 
 
-class TestChoice:
-    """Which backend serves which device, and who hears of one that does not load."""
+# Which backend serves which device, and who hears of one that does not load
 
-    @pytest.fixture(autouse=True)
-    def _fresh(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(choice, "_warned", set())
-        monkeypatch.delenv("SWAFAST_BACKEND", raising=False)
-        for backend in (cuda, cpu, triton_launch):
-            monkeypatch.setattr(backend, "unavailable", lambda: None)
-        monkeypatch.setattr(cuda, "device_types", frozenset({"cuda"}))
-        monkeypatch.setattr(triton_launch, "device_types", frozenset({"cuda"}))
 
-    def chosen(self, *device_types: str, warns: str | None = None) -> list[str]:
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            names = [backend.name for backend in choice.choose_backends(None, device_types)]
-        assert [str(warning.message) for warning in seen] == ([] if warns is None else [warns])
-        return names
+@pytest.fixture
+def all_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every backend seem to run, ``cuda`` and ``triton`` on GPUs."""
+    monkeypatch.setattr(choice, "_warned", set())
+    monkeypatch.delenv("SWAFAST_BACKEND", raising=False)
+    for backend in (cuda, cpu, triton_launch):
+        monkeypatch.setattr(backend, "unavailable", lambda: None)
+    for backend in (cuda, triton_launch):
+        monkeypatch.setattr(backend, "device_types", frozenset({"cuda"}))
 
-    def test_cuda_comes_before_triton_before_reference(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert self.chosen("cuda") == ["cuda", "triton", "reference"]
-        assert self.chosen("cpu") == ["cpu", "reference"]
-        assert self.chosen("cpu", "cuda") == ["cuda", "cpu", "triton", "reference"]
 
-    def test_a_backend_for_other_devices_is_not_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def explode() -> None:
-            raise AssertionError("asked")
+def chosen(*device_types: str, name: str | None = None) -> list[str]:
+    return [backend.name for backend in choice.choose_backends(name, device_types)]
 
-        monkeypatch.setattr(cuda, "unavailable", explode)
-        monkeypatch.setattr(triton_launch, "unavailable", explode)
-        assert self.chosen("cpu") == ["cpu", "reference"]
 
-    def test_what_is_missing_as_expected_is_not_worth_a_word(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cuda, "unavailable", lambda: Unavailable("built without nvcc", expected=True))
-        assert self.chosen("cuda") == ["triton", "reference"]
-
-    def test_what_is_broken_warns_once_and_says_what_runs_instead(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cuda, "unavailable", lambda: Unavailable("not a library"))
-        told = "swafast runs on the triton backend: cuda: not a library"
-        assert self.chosen("cuda", warns=told) == ["triton", "reference"]
-        assert self.chosen("cuda") == ["triton", "reference"]
-
-    def test_a_gpu_left_with_the_reference_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cuda, "unavailable", lambda: Unavailable("built without nvcc", expected=True))
+@pytest.mark.parametrize(
+    ("missing", "has_triton", "expected", "warning"),
+    [
+        (None, True, ["cuda", "triton", "reference"], None),
+        (Unavailable("built without nvcc", expected=True), True, ["triton", "reference"], None),
+        (Unavailable("not a library"), True, ["triton", "reference"], "triton backend: cuda: not a library"),
+        (Unavailable("no nvcc", expected=True), False, ["reference"], "reference backend: cuda: no nvcc"),
+    ],
+)
+def test_what_is_missing_warns_once_unless_a_gpu_backend_is_left_as_expected(
+    all_backends: None,
+    monkeypatch: pytest.MonkeyPatch,
+    missing: Unavailable | None,
+    has_triton: bool,
+    expected: list[str],
+    warning: str | None,
+) -> None:
+    monkeypatch.setattr(cuda, "unavailable", lambda: missing)
+    if not has_triton:
         monkeypatch.setattr(triton_launch, "device_types", frozenset({"xpu"}))
-        told = "swafast runs on the slower reference backend: cuda: built without nvcc"
-        assert self.chosen("cuda", warns=told) == ["reference"]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert [chosen("cuda") for _ in range(2)] == [expected] * 2
+    told = [str(each.message) for each in seen]
+    assert told == [] if warning is None else (len(told) == 1 and told[0].endswith(warning))
 
-    def test_one_asked_for_by_name_stands_alone_or_raises(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert [b.name for b in choice.choose_backends("triton", {"cuda"})] == ["triton", "reference"]
-        monkeypatch.setenv("SWAFAST_BACKEND", "cuda")
-        assert [b.name for b in choice.choose_backends(None, {"cuda"})] == ["cuda", "reference"]
-        monkeypatch.setattr(cuda, "unavailable", lambda: Unavailable("no CUDA device", expected=True))
-        with pytest.raises(RuntimeError, match="SWAFAST_BACKEND='cuda' cannot run here: no CUDA device"):
-            choice.choose_backends(None, {"cuda"})
+
+def test_backends_come_by_device_and_the_others_are_not_asked(
+    all_backends: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert chosen("cpu", "cuda") == ["cuda", "cpu", "triton", "reference"]
+    for backend in (cuda, triton_launch):
+        monkeypatch.setattr(backend, "unavailable", lambda: pytest.fail("asked"))
+    assert chosen("cpu") == ["cpu", "reference"]
+
+
+def test_one_asked_for_by_name_stands_alone_or_raises(all_backends: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen("cuda", name="triton") == ["triton", "reference"]
+    monkeypatch.setenv("SWAFAST_BACKEND", "cuda")
+    assert chosen("cuda") == ["cuda", "reference"]
+    monkeypatch.setattr(cuda, "unavailable", lambda: Unavailable("no CUDA device", expected=True))
+    with pytest.raises(RuntimeError, match="SWAFAST_BACKEND='cuda' cannot run here: no CUDA device"):
+        chosen("cuda")
+    monkeypatch.setenv("SWAFAST_BACKEND", "tpu")
+    with pytest.raises(ValueError, match=r"SWAFAST_BACKEND must be one of .*, got 'tpu'"):
+        chosen("cuda")
 
 
 def test_the_doctor_shows_the_kernels_and_how_they_were_built(shim: Shim) -> None:
