@@ -149,7 +149,7 @@ def test_huge_values_beside_small_ones_are_copied_at_first() -> None:
 
 
 def error_of(format: str, stream: str, updates: int, rule: Rule | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Give (average at full precision, plane 0 as float64, truth) of a stream, float64 of NUMEL elements.
+    """Average a stream; return (average, plane 0, truth), float64 of NUMEL elements each.
 
     The truth of the mean is summed with what each addition loses, so it is good to the last bit of float64.
     """

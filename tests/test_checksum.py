@@ -90,7 +90,7 @@ def _oracle(
 
 
 def any_bits(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Give a tensor of any bit patterns at all; a bool is 0 or 1."""
+    """Return a tensor of random bits; a bool is 0 or 1."""
     data = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8)
     return (data & 1 if dtype == torch.bool else data).view(dtype).view(shape)
 

@@ -22,7 +22,7 @@ UPDATES = 256
 
 
 def bits_of(key: int, updates: int, numel: int) -> Tensor:
-    """Give the random bits of these updates and elements, (updates, numel), as fractions of 1."""
+    """Return the random bits as fractions of 1, (updates, numel)."""
     index = torch.arange(numel)
     return torch.stack([random_bits(key, n, index) for n in range(updates)]).double() / 2**32
 

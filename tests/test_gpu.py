@@ -55,7 +55,7 @@ class Gpu:
     device: torch.device
 
     def put(self, pairs: Sequence[Pair]) -> list[Pair]:
-        """Give the pairs on the device, with the alignment that they have; what was one param is one there."""
+        """Return the pairs on the device, aligned as before. One param stays one param."""
         params = {id(p.param): self._put(p.param) for p in pairs}
         return [replace(p, param=params[id(p.param)], planes=tuple(map(self._put, p.planes))) for p in pairs]
 
@@ -293,7 +293,7 @@ def test_an_exchange_moves_every_bit_there_and_back(gpu: Gpu, dtype: torch.dtype
 
 
 def both_averages(gpu: Gpu, model: EveryKind, dtype: torch.dtype, **options: object) -> tuple[dict, dict]:
-    """Give the states of an average on the device and of one by ``reference`` on the CPU, of the same params."""
+    """Return the states of two averages of the same params: on the device, and by ``reference`` on the CPU."""
     model.to(dtype)
     theirs = EveryKind().to(dtype).to(gpu.device)
     ours = FusedAveragedModel(theirs, backend=gpu.backend.name, **options)  # type: ignore[arg-type]

@@ -85,7 +85,7 @@ def language_patched_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def on_device(tensor: Tensor) -> Tensor:
-    """Give the same elements on the device, as far from a 16-byte boundary."""
+    """Return the same elements on the device, as far from a 16-byte boundary."""
     if DEVICE == "cpu":
         return tensor
     memory = torch.empty(tensor.storage_offset() + tensor.numel(), dtype=tensor.dtype, device=DEVICE)
@@ -93,7 +93,7 @@ def on_device(tensor: Tensor) -> Tensor:
 
 
 def pair_of(numel: int, dtype: torch.dtype, fmt: Format | None, offset: int = 0, first_row: int = 0) -> Pair:
-    """Give a pair whose param is a column of three in a whole param, from ``first_row`` on, for what that matters."""
+    """Return a pair whose random bits are those of the middle column of three, from ``first_row`` on."""
     pair = make_pair(numel, dtype, fmt, offset)
     draws = None
     if fmt is not None and fmt.num_random_bits:
@@ -178,7 +178,7 @@ SPECIAL = [0.0, 1.0, 1 + 2**-23, 3.1, 2**-126, 2**-149, 2**-24, 2**-25, 65504.0,
 
 
 def special_values() -> tuple[Tensor, Tensor]:
-    """Give every special value beside every other, once as the average and once as the param."""
+    """Return (averages, params) in which every special value meets every other."""
     values = torch.tensor([sign * value for value in SPECIAL for sign in (1, -1)] + [math.nan])
     return values.repeat_interleave(len(values)), values.repeat(len(values))
 
@@ -220,7 +220,7 @@ def test_special_values_equal_the_definition() -> None:
 
 
 def mixed(start: int, word: int) -> int:
-    """Give what splitmix64 makes of a number."""
+    """Mix a number as splitmix64 does."""
     x = (start + word) % 2**64
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
@@ -228,7 +228,7 @@ def mixed(start: int, word: int) -> int:
 
 
 def bits_in_ints(key: int, n: int, index: int) -> int:
-    """Give an element's random bits, worked out in integers of Python."""
+    """Compute an element's random bits in Python's integers."""
     upper, lower = divmod(index, 2**32)
     second, first = divmod(mixed(mixed(key, (n // 16 + 1) * 0x9E3779B97F4A7C15), upper), 2**32)
     turn = int(f"{n % 16:04b}"[::-1], 2)  # of 16 updates each takes another sixteenth of the range
@@ -238,7 +238,7 @@ def bits_in_ints(key: int, n: int, index: int) -> int:
 
 
 def differing_bits(random: ModuleType) -> list[tuple[int, int, int]]:
-    """Give (key, count, index) of draws that are not, to the last bit, those worked out in integers."""
+    """Return (key, count, index) of each draw that differs in a bit from Python's."""
     keys, counts = (1, 2**63, 2**64 - 1, 0x0123456789ABCDEF), (0, 1, 10, 2**31, 2**36 - 1, 2**53 + 1, INT64_MAX - 1)
     indices = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 3 * 2**32 - 1, 2**40 + 2**31, 2**62 + 7]
     cases = list(itertools.product(keys, counts, [*indices, *range(1000, 1022)]))
@@ -256,7 +256,7 @@ def signed(word: int) -> int:
 
 
 def random_pairs() -> list[Pair]:
-    """Give pairs whose chunks begin below, at and beyond an index where its upper half changes."""
+    """Return pairs whose chunks begin below, at and above an index where its upper half changes."""
     rows = (0, 2**32 // 3 - CHUNK - 1, 2**32 // 3, 5 * 2**32 + 12345)
     return [pair_of(2 * CHUNK + 3, torch.bfloat16, fmt, first_row=row) for row in rows for fmt in (COMPACT, HALF)]
 
@@ -377,7 +377,7 @@ def build(folder: Path, *bugs: Plant) -> Build:
 
 
 def differing_weights(rule: Rule, arithmetic: ModuleType) -> list[int]:
-    """Give the counts at which the kernels' weight is not, to the last bit, the rule's."""
+    """Return the counts at which the kernels' weight differs in a bit from the rule's."""
     counts = [*range(4000), *(10**k + d for k in range(4, 13) for d in (-1, 0, 1)), 2**53 + 1, INT64_MAX]
     counts += range(10**6 + 2, 10**6 + 2 + 4096 - len(counts))
     table = torch.tensor(counts, device=DEVICE)

@@ -143,7 +143,7 @@ def hopper(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Code]:
 
 @cache
 def expected_wide_blocks(kernel: str) -> Counter[tuple[int, int, int, int]]:
-    """Give (loads, stores) of 16 bytes and of 8 a thread for each pair of a dtype and a format."""
+    """Return how many blocks have how many (loads, stores) of 16 and of 8 bytes: one for each dtype and format."""
     if kernel == "exchange":
         return Counter({(8, 8, 0, 0): 3})
     if kernel == "nonfinite":

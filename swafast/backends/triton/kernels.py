@@ -187,7 +187,7 @@ def has_all(bits, EXPONENT: tl.constexpr):
 
 @triton.jit
 def holds_nonfinite(row, chunk, EXPONENT: tl.constexpr, BYTES: tl.constexpr):
-    """Give 1 if a chunk of a param holds a NaN or an infinity, an exponent of all ones, else 0."""
+    """Return 1 if a chunk of a param holds a NaN or an infinity, which have an exponent of all ones; else 0."""
     numel = word(chunk, 2)
     param = word(row, 0) + word(chunk, 1) * BYTES
     num_words = tl.where((param & 15) == 0, numel * BYTES // (4 * TILE) * TILE, 0)
@@ -215,7 +215,7 @@ def holds_nonfinite(row, chunk, EXPONENT: tl.constexpr, BYTES: tl.constexpr):
 
 @triton.jit
 def is_last_to_begin(state):
-    """Count this program; say whether it is the last of its launch to have read the words that the launch changes.
+    """Count this program; return whether all programs have now read the words that the launch changes.
 
     The count goes on from launch to launch, each of as many programs, as in ``csrc/cuda/kernels.cuh``.
     """

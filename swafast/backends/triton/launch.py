@@ -42,7 +42,7 @@ KERNELS = ("pace", "update", "exchange", "nonfinite", "forget_nonfinite")
 
 @functools.cache
 def is_interpreted() -> bool:
-    """Say whether Triton interprets, by the words that it takes for yes."""
+    """Return whether Triton interprets. These are the values that Triton reads as yes."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
@@ -57,7 +57,7 @@ def unavailable() -> Unavailable | None:
 
 @functools.cache
 def _load() -> ModuleType | Unavailable:
-    """Give the module of the kernels, or why it does not load. This imports Triton."""
+    """Return the module of the kernels, or why it does not load. This imports Triton."""
     try:
         from . import kernels
     except Exception as error:  # whatever a broken install, or an environment variable of Triton's, may raise
@@ -68,7 +68,7 @@ def _load() -> ModuleType | Unavailable:
 
 
 def _kernels() -> ModuleType:
-    """Give the module of the kernels, which a caller knows to load."""
+    """Return the module of the kernels, for a caller that knows that it loads."""
     kernels = _load()
     if isinstance(kernels, Unavailable):
         raise RuntimeError(f"the triton backend is not available: {kernels.reason}")
@@ -76,7 +76,7 @@ def _kernels() -> ModuleType:
 
 
 def describe() -> str:
-    """Say which Triton it is and how many programs each device runs."""
+    """Describe Triton in one line: its version, and programs on each device."""
     version = _kernels().VERSION
     if is_interpreted():
         return f"Triton {version}, interpreted on CPU tensors"
@@ -99,9 +99,9 @@ def serves(pair: Pair) -> bool:
 
 @functools.cache
 def _is_usable(device: torch.device) -> bool:
-    """Have every kernel compiled and on the device, by launches without chunks; warn where that fails.
+    """Compile every kernel and load it on the device, by launches without chunks. Warn if that fails.
 
-    A capture allows neither, and an update is no place to find out that there is no compiler.
+    A capture allows neither. If there is no compiler, this finds out before the first update.
     """
     try:
         kernels, options = _kernels(), launch_options("hip" if torch.version.hip else "cuda")
@@ -122,7 +122,7 @@ def _is_usable(device: torch.device) -> bool:
 
 
 def launch_options(target: str) -> Mapping[str, Any]:
-    """Give the compiler's options for ``target``, ``"cuda"`` or ``"hip"``: 256 threads, and nothing fused by itself."""
+    """Return the compiler's options for ``"cuda"`` or ``"hip"``: 256 threads, and no fused operations of its own."""
     # A loop's iterations are not overlapped: the loads of one tile fill the registers.
     options = {"num_stages": 1, "enable_fp_fusion": False}
     if target == "hip":

@@ -48,7 +48,7 @@ def counters_of(paces, num_paces):
 
 @triton.jit
 def any_bad(counts):
-    """Say whether a count is negative or exhausted."""
+    """Return whether any count is negative or exhausted."""
     return tl.max(((counts < 0) | (counts == INT64_MAX)).to(tl.int32), 0) != 0
 
 
