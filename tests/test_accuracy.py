@@ -13,6 +13,7 @@ from swafast.backends import cpu
 from swafast.backends.contract import Pair
 from swafast.terms.draws import Draws, make_random_key, random_bits
 from swafast.terms.formats import COMPACT, get_format
+from tests.kernels import update
 
 ULP = 2.0**-24
 NUMEL = 512
@@ -162,7 +163,7 @@ def error_of(format: str, stream: str, updates: int, rule: Rule | None = None) -
     total, lost, ema = (torch.zeros(NUMEL, dtype=torch.float64) for _ in range(3))
     for n in range(updates):
         param.copy_(STREAMS[stream](n, torch.randn(NUMEL, generator=generator)))
-        launch.update([param], [rule], [counter], 1)
+        update(launch, [pair], [rule], [counter])
         newest = param.double()
         if isinstance(rule, EqualAverage):
             after = total + newest
