@@ -1,4 +1,4 @@
-"""What the tests of the C++ and CUDA sources share: compiler and flags, bugs to plant, and programs to run."""
+"""What the tests of the C++ and CUDA sources share: compiler and flags, and programs to run, with bugs or without."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import platform
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.planting import Plant, read_sources, switch_on, write_sources
+
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 NATIVE = ROOT / "tests" / "native"
+#: Of the files in csrc.
+SUFFIXES = (".h", ".cuh", ".cpp", ".cu")
 #: Its cuda_runtime.h lets a host compiler build the CUDA source, and a CPU run it.
 SHIM = NATIVE / "shim"
 #: The command that starts it, or nothing.
@@ -43,6 +47,7 @@ def run(command: Sequence[str]) -> Finished:
 
 def compile_object(source: Path, out: Path, flags: Sequence[str], csrc: Path = CSRC) -> Path:
     """Compile a C++ file, or a CUDA one through the shim."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     shim = ["-I", str(SHIM)]
     language = ["-x", "c++"] if source.suffix == ".cu" else []
     run([*COMPILER, *FLAGS, *flags, *shim, "-I", str(csrc), "-c", *language, str(source), "-o", str(out)])
@@ -50,20 +55,11 @@ def compile_object(source: Path, out: Path, flags: Sequence[str], csrc: Path = C
 
 
 def openmp_flags(folder: Path) -> list[str]:
-    """Give the compiler's flag for OpenMP, where it has that."""
+    """Return the compiler's flag for OpenMP, where it has that."""
     source = folder / "openmp.cpp"
     source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
     command = [*COMPILER, "-fopenmp", str(source), "-o", str(folder / "openmp")]
     return ["-fopenmp"] if subprocess.run(command, capture_output=True, timeout=300).returncode == 0 else []
-
-
-def mutated_csrc(folder: Path, file: str, old: str, new: str) -> Path:
-    """Copy ``csrc`` into ``folder`` and let ``old`` become ``new`` where it first stands in ``file``."""
-    csrc = Path(shutil.copytree(CSRC, folder / "csrc"))
-    text = (csrc / file).read_text()
-    assert old in text, f"{file} has no {old!r} any more: plant this bug another way"
-    (csrc / file).write_text(text.replace(old, new, 1))
-    return csrc
 
 
 def execute(program: Path, *arguments: str) -> Finished:
@@ -76,7 +72,58 @@ def execute(program: Path, *arguments: str) -> Finished:
 
 @contextmanager
 def two_at_a_time() -> Iterator[ThreadPoolExecutor]:
-    """Compilers are waited for two at a time; what is still to come is dropped when a test fails."""
+    """Wait for compilers two at a time; drop what is still to come when a test fails."""
     with ThreadPoolExecutor(max_workers=2) as pool:
         yield pool
         pool.shutdown(cancel_futures=True)
+
+
+def said(done: Finished) -> str:
+    return f"ended with {done.returncode}: {done.stdout}{done.stderr}"
+
+
+class Kit:
+    """A test program in its variants: "sanitized" and "plain", and each of them with all bugs, to be switched on."""
+
+    def __init__(
+        self,
+        folder: Path,
+        pool: ThreadPoolExecutor,
+        test: str,
+        units: Mapping[str, Sequence[str]],  # path in csrc -> its own flags
+        variants: Mapping[str, Sequence[str]],  # "sanitized" and "plain" -> flags of all units
+        bugs: Sequence[Plant],
+        switched: Sequence[str] = ("sanitized",),  # the variants that are built with bugs, too
+        flags: Sequence[str] = (),  # of everything
+    ) -> None:
+        self._folder, self._pool, self._bugs, self._flags = folder, pool, bugs, flags
+        planted = write_sources(folder / "csrc", switch_on(read_sources(CSRC, *SUFFIXES), bugs, "(planted_bug == {})"))
+        # The test itself is not instrumented, which halves the time; it still marks its buffers' surroundings.
+        own = {"sanitized": ["-O2", "-DSWAFAST_TEST_ASAN=1"], "plain": ["-O2"]}
+        made: dict[str, list[Future[Path]]] = {}
+        for variant, all_units in variants.items():
+            out = folder / variant
+            tested = pool.submit(compile_object, NATIVE / test, out / "test.o", [*flags, *own[variant]])
+            builds = {variant: (CSRC, [])}
+            if variant in switched:
+                builds[f"switched {variant}"] = (planted, ["-include", str(NATIVE / "planted.h")])
+            for build, (csrc, more) in builds.items():
+                made[build] = [tested]
+                for unit, of_unit in units.items():
+                    options = [*flags, *all_units, *more, *of_unit]
+                    made[build].append(
+                        pool.submit(compile_object, csrc / unit, folder / build / f"{unit}.o", options, csrc)
+                    )
+        self._programs = {build: self._link(build, [it.result() for it in objects]) for build, objects in made.items()}
+
+    def _link(self, build: str, objects: Sequence[Path]) -> Path:
+        out = self._folder / build / "program"
+        runtime = SANITIZE if build.endswith("sanitized") else []
+        run([*COMPILER, *self._flags, *runtime, *map(str, objects), "-o", str(out), "-pthread"])
+        return out
+
+    def start(self, build: str, *arguments: str) -> Future[Finished]:
+        return self._pool.submit(execute, self._programs[build], *arguments)
+
+    def start_bug(self, bug: Plant, *arguments: str, variant: str = "sanitized") -> Future[Finished]:
+        return self.start(f"switched {variant}", "--bug", str(self._bugs.index(bug) + 1), *arguments)

@@ -22,7 +22,7 @@ from swafast.terms.boxes import Box, boxes_of_run
 
 
 def memory_order(sizes: Sequence[int], offsets: Sequence[int], order: Sequence[int]) -> list[tuple[int, ...]]:
-    """Give the index in the whole param of each element of a box, as they lie in memory."""
+    """Return each element's index in the whole param, in the order of memory."""
     found = []
     for at in itertools.product(*(range(sizes[dim]) for dim in order)):
         index = list(offsets)
@@ -89,7 +89,7 @@ def test_a_large_run_is_worked_out_without_its_elements() -> None:
 
 
 def whole_and_memory(sizes: Sequence[int], order: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Give a tensor whose memory has the dimensions in ``order``, and that memory."""
+    """Return a tensor whose memory has the dimensions in ``order``, and that memory."""
     memory = torch.arange(math.prod(sizes))
     inverse = sorted(range(len(order)), key=list(order).__getitem__)
     return memory.view([sizes[dim] for dim in order]).permute(inverse), memory

@@ -10,7 +10,7 @@ import ctypes
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -25,10 +25,8 @@ from swafast.terms.formats import encode_exact
 from swafast.terms.rules import EqualAverage, Rule
 from swafast.terms.weight import KernelTerms
 from tests.conftest import EveryKind, differing, tensors_of
-from tests.test_gpu import averages_of
-from tests.test_native import clone
-from tests.test_native import differing as differing_pairs
-from tests.updates import run_update
+from tests.kernels import averages_of, check_captured_paces, clone, drift, update
+from tests.kernels import differing as differing_pairs
 
 
 class Shim:
@@ -40,7 +38,13 @@ class Shim:
     def get(self, name: str) -> int:
         return ctypes.c_longlong.in_dll(self._library, f"shim_{name}").value
 
-    def capture(self, on: bool) -> None:
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        self._capture(True)
+        yield
+        self._capture(False)
+
+    def _capture(self, on: bool) -> None:
         ctypes.c_int.in_dll(self._library, "shim_capturing").value = int(on)
 
     def replay(self) -> None:
@@ -51,7 +55,7 @@ class Shim:
         ctypes.c_void_p.in_dll(self._library, "shim_failing").value = ctypes.cast(self._failing, ctypes.c_void_p).value
 
     def reset(self) -> None:
-        self.capture(False)
+        self._capture(False)
         self.fail(None)
         self._library.shim_forget_captured()
 
@@ -66,12 +70,6 @@ def shim(cuda_on_cpu: ctypes.CDLL) -> Iterator[Shim]:
 
 def a_model() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(5, 70), torch.nn.BatchNorm1d(70), torch.nn.Linear(70, 3))
-
-
-def drift(model: torch.nn.Module) -> None:
-    with torch.no_grad():
-        for param in model.parameters():
-            param.add_(torch.randn_like(param), alpha=0.1)
 
 
 def plan_of(average: FusedAveragedModel) -> plan.Plan:
@@ -91,17 +89,6 @@ def test_an_update_is_one_launch_for_everything(shim: Shim) -> None:
     assert average.n_averaged == 2
 
 
-@pytest.mark.parametrize(("dtype", "vectors"), [(torch.float32, 2 * 1024), (torch.bfloat16, 4 * 512)])
-def test_averages_move_sixteen_bytes_at_a_time(shim: Shim, dtype: torch.dtype, vectors: int) -> None:
-    model = torch.nn.ParameterList([torch.randn(4096, dtype=dtype)])
-    average = FusedAveragedModel(model)
-    average.update_parameters(model)
-    before = shim.get("num_vectors")
-    average.update_parameters(model)
-    # Each plane is read and written once; params are read by plain loads, which the shim does not count.
-    assert shim.get("num_vectors") == before + vectors
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rule", [EqualAverage(), PowerAverage(6.94), ExponentialAverage(0.9, warmup="power")], ids=str)
 def test_replays_are_updates(shim: Shim, dtype: torch.dtype, rule: Rule) -> None:
@@ -110,24 +97,22 @@ def test_replays_are_updates(shim: Shim, dtype: torch.dtype, rule: Rule) -> None
     for average in (graphed, eager):
         average.update_parameters(model)
     assert not plan_of(graphed).captured
-    shim.capture(True)
-    graphed.update_parameters(model)
-    shim.capture(False)
+    with shim.capture():
+        graphed.update_parameters(model)
     assert plan_of(graphed).captured
     assert graphed.n_averaged == 1  # captured is not run
-    for _ in range(100):
+    for _ in range(30):
         drift(model)
         shim.replay()
         eager.update_parameters(model)
-    assert graphed.n_averaged == 101
+    assert graphed.n_averaged == 31
     assert differing(graphed.state_dict(), eager.state_dict()) == []
 
 
 def capture(shim: Shim, model: torch.nn.Module, average: FusedAveragedModel) -> None:
     average.update_parameters(model)
-    shim.capture(True)
-    average.update_parameters(model)
-    shim.capture(False)
+    with shim.capture():
+        average.update_parameters(model)
 
 
 def plan_anew_after_a_capture(shim: Shim) -> tuple[FusedAveragedModel, weakref.ref[plan.Plan]]:
@@ -295,12 +280,12 @@ def test_counters_elsewhere_are_counted_only_if_the_update_was(shim: Shim, num_p
     launch, rules = cuda.prepare(pairs), [EqualAverage()] * num_paces
     put_elsewhere(launch, torch.device("cpu", 0))  # the counters are on another device, as far as it can tell
     counters = [torch.tensor(n) for n in range(num_paces)]
-    run_update(launch, [], rules, counters, 1)
+    update(launch, pairs, rules, counters)
     assert list(map(int, counters)) == [n + 1 for n in range(num_paces)]
     counters[-1].fill_(-2)
     before = clone(pairs)
     with pytest.raises(ValueError, match="n_averaged must be >= 0, got -2"):
-        run_update(launch, [], rules, counters, 1)
+        update(launch, pairs, rules, counters)
     assert list(map(int, counters)) == [*range(1, num_paces), -2]
     assert differing_pairs(pairs, before) == []
 
@@ -310,14 +295,14 @@ def test_devices_share_the_counters(shim: Shim, num_paces: int) -> None:
     # The counters have to be brought to the second device, and counted once.
     both = [averages_of(num_paces, (size,)) for size in (300, 33)]
     pairs = [pair for each in both for pair in each]
-    launch, expected = on_two_devices(pairs, len(both[0])), clone_together(pairs)
+    launch, expected = on_two_devices(pairs, len(both[0])), clone(pairs)
     one = cuda.prepare(expected)
     counters = [[torch.tensor(2 + 3 * k) for k in range(num_paces)] for _ in range(2)]
     rules: list[Rule] = [EqualAverage(), PowerAverage(6.94), ExponentialAverage(0.9, warmup="power")]
     rules = [rules[k % 3] for k in range(num_paces)]
     for _ in range(3):
-        run_update(launch, [], rules, counters[0], 1)
-        run_update(one, [], rules, counters[1], 1)
+        update(launch, pairs, rules, counters[0])
+        update(one, expected, rules, counters[1])
     for counted in counters:
         assert list(map(int, counted)) == [5 + 3 * k for k in range(num_paces)]
     assert differing_pairs(pairs, expected) == []
@@ -326,41 +311,13 @@ def test_devices_share_the_counters(shim: Shim, num_paces: int) -> None:
             pair.param.normal_()
     pairs[0].param[0] = float("nan")
     before = clone(pairs)
-    run_update(launch, [], rules, counters[0], 1, skip_nonfinite=True)
+    update(launch, pairs, rules, counters[0], skip_nonfinite=True)
     assert list(map(int, counters[0])) == [5 + 3 * k for k in range(num_paces)]
     assert differing_pairs(pairs, before) == []
 
 
-def clone_together(pairs: Sequence[Pair]) -> list[Pair]:
-    """Give copies of pairs in which one param is one param still."""
-    params = {id(pair.param): pair.param.clone() for pair in pairs}
-    return [replace(new, param=params[id(old.param)]) for new, old in zip(clone(pairs), pairs, strict=True)]
-
-
-def capture_paces(shim: Shim) -> None:
-    """Hold a replay to the rules that were captured, whatever an update between them went by."""
-    pairs = averages_of(3, (33,))
-    expected = clone_together(pairs)
-    launch, eager = cuda.prepare(pairs), cuda.prepare(expected)
-    rules: list[Rule] = [EqualAverage(), ExponentialAverage(0.9), PowerAverage(6.94)]
-    others: list[Rule] = [ExponentialAverage(0.5), EqualAverage(), ExponentialAverage(0.1)]
-    counters = [[torch.tensor(n) for n in (3, 1, 7)] for _ in range(2)]
-    shim.capture(True)
-    run_update(launch, [], rules, counters[0], 1)
-    shim.capture(False)
-    assert launch.captured
-    for by in (rules, others, rules):
-        if by is rules:
-            shim.replay()
-        else:
-            run_update(launch, [], by, counters[0], 1)
-        run_update(eager, [], by, counters[1], 1)
-        assert list(map(int, counters[0])) == list(map(int, counters[1]))
-        assert differing_pairs(pairs, expected) == []
-
-
 def test_replays_go_by_the_rules_that_were_captured(shim: Shim) -> None:
-    capture_paces(shim)
+    check_captured_paces(cuda.prepare, averages_of(3, (33,)), shim.capture(), shim.replay)
 
 
 def test_replays_are_updates_of_all_averages(shim: Shim) -> None:
@@ -371,9 +328,8 @@ def test_replays_are_updates_of_all_averages(shim: Shim) -> None:
     for averages in (graphed, eager):
         averages.update_parameters(model)
     before = shim.get("num_launches")
-    shim.capture(True)
-    graphed.update_parameters(model)
-    shim.capture(False)
+    with shim.capture():
+        graphed.update_parameters(model)
     assert shim.get("num_launches") == before + 1
     for _ in range(20):
         drift(model)
@@ -399,69 +355,77 @@ def test_the_op_prepares_once_and_keeps_what_a_graph_holds(shim: Shim, monkeypat
         update()
     assert len(made) == 1
     assert torch_op._captured == []
-    shim.capture(True)
-    update()
-    shim.capture(False)
+    with shim.capture():
+        update()
     assert len(torch_op._captured) == 1
     shim.replay()
     assert counter.item() == 5
 
 
-class TestChoice:
-    """Which backend serves which device, and who hears of one that does not load."""
+# Which backend serves which device, and who hears of one that does not load
 
-    @pytest.fixture(autouse=True)
-    def _fresh(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(choice, "_warned", set())
-        monkeypatch.delenv("SWAFAST_BACKEND", raising=False)
-        for backend in (cuda, cpu, triton_launch):
-            monkeypatch.setattr(backend, "unavailable", lambda: None)
-        monkeypatch.setattr(cuda, "device_types", frozenset({"cuda"}))
-        monkeypatch.setattr(triton_launch, "device_types", frozenset({"cuda"}))
 
-    def chosen(self, *device_types: str, warns: str | None = None) -> list[str]:
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            names = [backend.name for backend in choice.choose_backends(None, device_types)]
-        assert [str(warning.message) for warning in seen] == ([] if warns is None else [warns])
-        return names
+@pytest.fixture
+def all_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every backend seem to run, ``cuda`` and ``triton`` on GPUs."""
+    monkeypatch.setattr(choice, "_warned", set())
+    monkeypatch.delenv("SWAFAST_BACKEND", raising=False)
+    for backend in (cuda, cpu, triton_launch):
+        monkeypatch.setattr(backend, "unavailable", lambda: None)
+    for backend in (cuda, triton_launch):
+        monkeypatch.setattr(backend, "device_types", frozenset({"cuda"}))
 
-    def test_cuda_comes_before_triton_before_reference(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert self.chosen("cuda") == ["cuda", "triton", "reference"]
-        assert self.chosen("cpu") == ["cpu", "reference"]
-        assert self.chosen("cpu", "cuda") == ["cuda", "cpu", "triton", "reference"]
 
-    def test_a_backend_for_other_devices_is_not_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def explode() -> None:
-            raise AssertionError("asked")
+def chosen(*device_types: str, name: str | None = None) -> list[str]:
+    return [backend.name for backend in choice.choose_backends(name, device_types)]
 
-        monkeypatch.setattr(cuda, "unavailable", explode)
-        monkeypatch.setattr(triton_launch, "unavailable", explode)
-        assert self.chosen("cpu") == ["cpu", "reference"]
 
-    def test_what_is_missing_as_expected_is_not_worth_a_word(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cuda, "unavailable", lambda: Unavailable("built without nvcc", expected=True))
-        assert self.chosen("cuda") == ["triton", "reference"]
-
-    def test_what_is_broken_warns_once_and_says_what_runs_instead(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cuda, "unavailable", lambda: Unavailable("not a library"))
-        told = "swafast runs on the triton backend: cuda: not a library"
-        assert self.chosen("cuda", warns=told) == ["triton", "reference"]
-        assert self.chosen("cuda") == ["triton", "reference"]
-
-    def test_a_gpu_left_with_the_reference_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cuda, "unavailable", lambda: Unavailable("built without nvcc", expected=True))
+@pytest.mark.parametrize(
+    ("missing", "has_triton", "expected", "warning"),
+    [
+        (None, True, ["cuda", "triton", "reference"], None),
+        (Unavailable("built without nvcc", expected=True), True, ["triton", "reference"], None),
+        (Unavailable("not a library"), True, ["triton", "reference"], "triton backend: cuda: not a library"),
+        (Unavailable("no nvcc", expected=True), False, ["reference"], "reference backend: cuda: no nvcc"),
+    ],
+)
+def test_what_is_missing_warns_once_unless_a_gpu_backend_is_left_as_expected(
+    all_backends: None,
+    monkeypatch: pytest.MonkeyPatch,
+    missing: Unavailable | None,
+    has_triton: bool,
+    expected: list[str],
+    warning: str | None,
+) -> None:
+    monkeypatch.setattr(cuda, "unavailable", lambda: missing)
+    if not has_triton:
         monkeypatch.setattr(triton_launch, "device_types", frozenset({"xpu"}))
-        told = "swafast runs on the slower reference backend: cuda: built without nvcc"
-        assert self.chosen("cuda", warns=told) == ["reference"]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert [chosen("cuda") for _ in range(2)] == [expected] * 2
+    told = [str(each.message) for each in seen]
+    assert told == [] if warning is None else (len(told) == 1 and told[0].endswith(warning))
 
-    def test_one_asked_for_by_name_stands_alone_or_raises(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert [b.name for b in choice.choose_backends("triton", {"cuda"})] == ["triton", "reference"]
-        monkeypatch.setenv("SWAFAST_BACKEND", "cuda")
-        assert [b.name for b in choice.choose_backends(None, {"cuda"})] == ["cuda", "reference"]
-        monkeypatch.setattr(cuda, "unavailable", lambda: Unavailable("no CUDA device", expected=True))
-        with pytest.raises(RuntimeError, match="SWAFAST_BACKEND='cuda' cannot run here: no CUDA device"):
-            choice.choose_backends(None, {"cuda"})
+
+def test_backends_come_by_device_and_the_others_are_not_asked(
+    all_backends: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert chosen("cpu", "cuda") == ["cuda", "cpu", "triton", "reference"]
+    for backend in (cuda, triton_launch):
+        monkeypatch.setattr(backend, "unavailable", lambda: pytest.fail("asked"))
+    assert chosen("cpu") == ["cpu", "reference"]
+
+
+def test_one_asked_for_by_name_stands_alone_or_raises(all_backends: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen("cuda", name="triton") == ["triton", "reference"]
+    monkeypatch.setenv("SWAFAST_BACKEND", "cuda")
+    assert chosen("cuda") == ["cuda", "reference"]
+    monkeypatch.setattr(cuda, "unavailable", lambda: Unavailable("no CUDA device", expected=True))
+    with pytest.raises(RuntimeError, match="SWAFAST_BACKEND='cuda' cannot run here: no CUDA device"):
+        chosen("cuda")
+    monkeypatch.setenv("SWAFAST_BACKEND", "tpu")
+    with pytest.raises(ValueError, match=r"SWAFAST_BACKEND must be one of .*, got 'tpu'"):
+        chosen("cuda")
 
 
 def test_the_doctor_shows_the_kernels_and_how_they_were_built(shim: Shim) -> None:
@@ -492,32 +456,45 @@ def test_a_library_built_without_cuda_is_no_broken_one(monkeypatch: pytest.Monke
     assert missing.expected == (not isinstance(library.load(), Unavailable))
 
 
-def test_a_launch_that_counts_twice_is_seen(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+# Each gate kills a bug
+
+
+def count_twice(patch: pytest.MonkeyPatch) -> None:
     start = cuda.CudaLaunch.start_update
-    monkeypatch.setattr(
+    patch.setattr(
         cuda.CudaLaunch,
         "start_update",
         lambda self, table, paces, advance, *rest: start(self, table, paces, 2 * advance, *rest),
     )
-    with pytest.raises(AssertionError):
-        test_devices_share_the_counters(shim, 1)
 
 
-def test_one_counter_brought_for_all_is_seen(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+def bring_one_counter_for_all(patch: pytest.MonkeyPatch) -> None:
     counters = gpu.Table.counters.fget
-    monkeypatch.setattr(gpu.Table, "counters", property(lambda table: counters(table)[:1] * library.MAX_PACES))
-    with pytest.raises(AssertionError):
-        test_devices_share_the_counters(shim, 3)
+    patch.setattr(gpu.Table, "counters", property(lambda table: counters(table)[:1] * library.MAX_PACES))
 
 
-def test_a_replay_by_other_rules_is_seen(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+def keep_the_captured_rules(patch: pytest.MonkeyPatch) -> None:
     start = cuda.CudaLaunch.start_update
-    held: list[Any] = []
+    held: dict[int, Any] = {}
 
     def same_rules(self: Any, table: Any, paces: Any, *rest: Any) -> None:
-        held.append(paces)
-        start(self, table, held[0] if self.captured else paces, *rest)
+        if not self.captured:
+            held[id(self)] = paces
+        start(self, table, held[id(self)], *rest)
 
-    monkeypatch.setattr(cuda.CudaLaunch, "start_update", same_rules)
-    with pytest.raises(AssertionError):
-        capture_paces(shim)
+    patch.setattr(cuda.CudaLaunch, "start_update", same_rules)
+
+
+@pytest.mark.parametrize(
+    ("plant", "gate", "says"),
+    [
+        (count_twice, lambda shim: test_devices_share_the_counters(shim, 1), r"\[8\] == \[5"),
+        (bring_one_counter_for_all, lambda shim: test_devices_share_the_counters(shim, 3), "pace"),
+        (keep_the_captured_rules, test_replays_go_by_the_rules_that_were_captured, "a replay is wrong"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_the_gate_kills_the_bug(shim: Shim, plant: Any, gate: Any, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    with pytest.raises(AssertionError, match=says):
+        gate(shim)

@@ -17,13 +17,13 @@ from swafast.terms.boxes import Box, boxes_of_run
 from swafast.terms.draws import Draws, make_random_key, random_bits, runs_of
 from swafast.terms.formats import COMPACT, HALF, Format
 from swafast.terms.layout import cut_chunks
-from tests.updates import run_update
+from tests.kernels import update
 
 UPDATES = 256
 
 
 def bits_of(key: int, updates: int, numel: int) -> Tensor:
-    """Give the random bits of these updates and elements, (updates, numel), as fractions of 1."""
+    """Return the random bits as fractions of 1, (updates, numel)."""
     index = torch.arange(numel)
     return torch.stack([random_bits(key, n, index) for n in range(updates)]).double() / 2**32
 
@@ -83,11 +83,12 @@ def test_rounding_at_random_is_right_on_average(fmt: Format, value: float) -> No
     """Over a million draws within 4 sigma: 1000 updates of 1000 elements, each a copy of one value."""
     param = torch.full((1000,), value)
     planes = tuple(torch.zeros(1000, dtype=dtype) for dtype in (torch.bfloat16, *(dtype for _, dtype in fmt.extra)))
-    launch = cpu.prepare([Pair("w", param, planes, fmt, Draws(make_random_key(0, "w"), (1000,)))])
+    pair = Pair("w", param, planes, fmt, Draws(make_random_key(0, "w"), (1000,)))
+    launch = cpu.prepare([pair])
     counter = torch.tensor(1)
     total = torch.zeros(1000, dtype=torch.float64)
     for _ in range(1000):
-        run_update(launch, [param], [ExponentialAverage(0.0)], [counter], 1)  # a weight of 1
+        update(launch, [pair], [ExponentialAverage(0.0)], [counter])  # a weight of 1
         total += fmt.decode(planes).double()
     kept = 24 - fmt.num_random_bits  # bits of the significand
     unit = 2.0 ** (max(torch.tensor(value).abs().double().log2().floor().item(), -126.0) - kept + 1)
@@ -160,7 +161,7 @@ def updated(backend: object, tensors: list[Tensor], all_draws: list[Draws], fmt:
     launch = backend.prepare(pairs)  # type: ignore[attr-defined]
     counter = torch.tensor(0)
     for _ in range(updates):
-        run_update(launch, [pair.param for pair in pairs], [ExponentialAverage(0.7)], [counter], 1)
+        update(launch, pairs, [ExponentialAverage(0.7)], [counter])
     return [fmt.decode(pair.planes) for pair in pairs]
 
 

@@ -15,30 +15,36 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages, PowerAverage
 from swafast.backends import cuda, library, reference, rows
 from swafast.backends import gpu as gpu_tables
 from swafast.backends.contract import Backend, Launch, Pair, Update
 from swafast.backends.triton import launch as triton_launch
-from swafast.op.launches import draws_of
-from swafast.terms.formats import EXACT, FLOAT32, MIRRORED, Format
+from swafast.terms.formats import EXACT, FLOAT32, Format
 from swafast.terms.layout import GPU_CHUNK_NUMELS
 from swafast.terms.rules import Rule
 from tests.conftest import EveryKind, tensors_of
 from tests.conftest import differing as differing_tensors
-from tests.test_native import DTYPES, EXCHANGED, FORMATS, PAIRS, clone, differing, make_pair, sizes_around
-from tests.updates import run_update
+from tests.kernels import (
+    DTYPES,
+    EXCHANGED,
+    FORMATS,
+    INT64_MAX,
+    PAIRS,
+    RULES,
+    Dispatched,
+    averages_of,
+    check_exchange,
+    clone,
+    differing,
+    make_pair,
+    paces_of,
+    sizes_around,
+    update,
+)
 
 WEIGHTS = (1.0, 0.0, 0.3, 0.5, 0.9)
-RULES = (
-    EqualAverage(),
-    ExponentialAverage(0.99),
-    ExponentialAverage(0.9999, warmup="power", inv_gamma=37.0, power=0.75, min_decay=0.1),
-    ExponentialAverage(0.999, warmup="ratio"),
-    PowerAverage(6.94),
-)
 #: A chunk of the tests: more than a tile of the CUDA kernels' narrowest groups, and not a multiple of any group.
 CHUNK_NUMEL = 4100
 
@@ -49,7 +55,7 @@ class Gpu:
     device: torch.device
 
     def put(self, pairs: Sequence[Pair]) -> list[Pair]:
-        """Give the pairs on the device, with the alignment that they have; what was one param is one there."""
+        """Return the pairs on the device, aligned as before. One param stays one param."""
         params = {id(p.param): self._put(p.param) for p in pairs}
         return [replace(p, param=params[id(p.param)], planes=tuple(map(self._put, p.planes))) for p in pairs]
 
@@ -88,10 +94,6 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Gpu:
     return Gpu(backend, torch.device(device, 0) if device == "cuda" else torch.device(device))
 
 
-def on_cpu(pairs: Sequence[Pair]) -> list[Pair]:
-    return [replace(p, param=p.param.cpu(), planes=tuple(plane.cpu() for plane in p.planes)) for p in pairs]
-
-
 def check_updates(gpu: Gpu, pairs: Sequence[Pair], rule: Rule, counts: Sequence[int]) -> None:
     """Hold updates of the backend and of ``reference`` together, one after the other, from the given counts."""
     ours, expected = gpu.put(pairs), clone(pairs)
@@ -99,9 +101,9 @@ def check_updates(gpu: Gpu, pairs: Sequence[Pair], rule: Rule, counts: Sequence[
     for n in counts:
         counters = torch.tensor(n, device=gpu.device), torch.tensor(n)
         for launch, on, counter in zip(launches, (ours, expected), counters, strict=True):
-            run_update(launch, [pair.param for pair in on], [rule], [counter], 1)
+            update(launch, on, [rule], [counter])
         assert counters[0].item() == counters[1].item() == n + 1
-        assert differing(on_cpu(ours), expected) == [], f"{rule}, n = {n}"
+        assert differing(ours, expected) == [], f"{rule}, n = {n}"
 
 
 @PAIRS
@@ -117,8 +119,9 @@ def test_updates_equal_the_reference(gpu: Gpu, dtype: torch.dtype, fmt: Format) 
 def test_every_rule_gives_the_bits_of_the_reference(gpu: Gpu) -> None:
     kinds = EXCHANGED[1::2] if gpu.is_interpreted else EXCHANGED  # a rule knows neither dtype nor format
     pairs = [make_pair(700, dtype, fmt) for dtype, fmt in kinds]
-    for rule in RULES:
-        check_updates(gpu, pairs, rule, (0, 1, 2, 3, 10, 999, 10**6, 2**40))
+    counts = (0, 1, 3, 999, 2**40) if gpu.is_interpreted else (0, 1, 2, 3, 10, 999, 10**6, 2**40)
+    for rule in RULES[:5]:
+        check_updates(gpu, pairs, rule, counts)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float64])
@@ -136,20 +139,20 @@ def test_one_launch_serves_many_tensors_of_all_kinds(gpu: Gpu) -> None:
 
 def test_a_first_update_copies_every_bit(gpu: Gpu) -> None:
     (pair,) = gpu.put([make_pair(1000, torch.float32, FLOAT32)])
-    run_update(gpu.prepare([pair]), [pair.param], [ExponentialAverage(0.9)], [torch.tensor(0, device=gpu.device)], 1)
+    update(gpu.prepare([pair]), [pair], [ExponentialAverage(0.9)], [torch.tensor(0, device=gpu.device)])
     assert torch.equal(pair.average.view(torch.int32), pair.param.view(torch.int32))
 
 
-@pytest.mark.parametrize("count", [-1, -(2**63), 2**63 - 1])
+@pytest.mark.parametrize("count", [-1, -(2**63), INT64_MAX])
 def test_a_count_that_is_none_leaves_everything_as_it_was(gpu: Gpu, count: int) -> None:
     pairs = gpu.put([make_pair(1000, torch.bfloat16, EXACT), make_pair(9, torch.int64, None)])
     before, counter = clone(pairs), torch.tensor(count, device=gpu.device)
     launch = gpu.prepare(pairs)
-    run_update(launch, [], [EqualAverage()], [counter], 1)
-    assert differing(on_cpu(pairs), on_cpu(before)) == []
+    update(launch, pairs, [EqualAverage()], [counter])
+    assert differing(pairs, before) == []
     assert counter.item() == count
     counter.fill_(0)
-    run_update(launch, [], [EqualAverage()], [counter], 1)
+    update(launch, pairs, [EqualAverage()], [counter])
     assert counter.item() == 1
     assert torch.equal(pairs[1].average, pairs[1].param)
 
@@ -158,25 +161,11 @@ def test_an_update_may_count_by_another_number(gpu: Gpu) -> None:
     pairs = gpu.put([make_pair(10, torch.float32, FLOAT32)])
     launch, counter = gpu.prepare(pairs), torch.tensor(4, device=gpu.device)
     for advance in (0, 1, 5):
-        run_update(launch, [], [EqualAverage()], [counter], advance)
+        update(launch, pairs, [EqualAverage()], [counter], advance)
     assert counter.item() == 10
 
 
 # Several averages of each param
-
-
-def averages_of(num_paces: int, sizes: Sequence[int]) -> list[Pair]:
-    """Give params with averages of mixed formats, in the order of models: one average of all of them at a time."""
-    kinds = [(dtype, size) for size in sizes for dtype in (*DTYPES, torch.int32)]
-    params = [make_pair(n, dtype, FLOAT32 if dtype.is_floating_point else None, 1).param for dtype, n in kinds]
-    pairs = []
-    for pace in range(num_paces):
-        for index, param in enumerate(params):
-            fmt = FORMATS[(pace + index) % len(FORMATS)] if param.is_floating_point() else None
-            pair = make_pair(len(param), param.dtype, fmt, pace % 3)
-            draws = draws_of(0, f"param {index}", param, fmt)
-            pairs.append(replace(pair, name=f"param {index}", param=param, draws=draws, pace=pace))
-    return pairs
 
 
 def check_paces(gpu: Gpu, num_paces: int, sizes: Sequence[int]) -> None:
@@ -185,14 +174,13 @@ def check_paces(gpu: Gpu, num_paces: int, sizes: Sequence[int]) -> None:
     ours, expected = gpu.put(pairs), clone(pairs)
     assert rows.Rows(ours).most_followers == num_paces - 1
     launches = gpu.prepare(ours), reference.prepare(expected)
-    rules = [RULES[k % len(RULES)] for k in range(num_paces)]
-    counts = [(0, 1, 7, 10**6, 2**40)[k % 5] + k for k in range(num_paces)]
+    rules, counts = paces_of(num_paces)
     counters = [[torch.tensor(n, device=device) for n in counts] for device in (gpu.device, torch.device("cpu"))]
     for advance in (1, 2):
         for launch, on, counted in zip(launches, (ours, expected), counters, strict=True):
-            run_update(launch, [pair.param for pair in on], rules, counted, advance)
+            update(launch, on, rules, counted, advance)
         assert list(map(int, counters[0])) == list(map(int, counters[1]))
-        assert differing(on_cpu(ours), expected) == []
+        assert differing(ours, expected) == []
         rules = [*rules[1:], PowerAverage(16.97)]
     assert list(map(int, counters[0])) == [n + 3 for n in counts]
 
@@ -238,7 +226,7 @@ def test_the_check_of_several_averages_kills_the_bug(
         check_paces(gpu, 3, (33,))
 
 
-@pytest.mark.parametrize("count", [-1, 2**63 - 1])
+@pytest.mark.parametrize("count", [-1, INT64_MAX])
 @pytest.mark.parametrize("at", [0, 2])
 def test_one_count_of_several_that_is_none_leaves_everything_as_it_was(gpu: Gpu, count: int, at: int) -> None:
     pairs = gpu.put(averages_of(3, (9,)))
@@ -246,13 +234,13 @@ def test_one_count_of_several_that_is_none_leaves_everything_as_it_was(gpu: Gpu,
     counts[at] = count
     before, counters = clone(pairs), [torch.tensor(n, device=gpu.device) for n in counts]
     launch = gpu.prepare(pairs)
-    run_update(launch, [], [EqualAverage()] * 3, counters, 1)
-    assert differing(on_cpu(pairs), on_cpu(before)) == []
+    update(launch, pairs, [EqualAverage()] * 3, counters)
+    assert differing(pairs, before) == []
     assert list(map(int, counters)) == counts
     counters[at].fill_(0)
-    run_update(launch, [], [EqualAverage()] * 3, counters, 1)
+    update(launch, pairs, [EqualAverage()] * 3, counters)
     assert list(map(int, counters)) == [n + 1 if n != count else 1 for n in counts]
-    assert differing(on_cpu(pairs), on_cpu(before)) != []
+    assert differing(pairs, before) != []
 
 
 def test_a_nonfinite_param_leaves_all_its_averages_as_they_were(gpu: Gpu) -> None:
@@ -263,12 +251,12 @@ def test_a_nonfinite_param_leaves_all_its_averages_as_they_were(gpu: Gpu) -> Non
     launch, counters = gpu.prepare(pairs), [torch.tensor(n, device=gpu.device) for n in (4, 5, 6)]
     pairs[1].param[-1] = math.nan
     before = clone(pairs)
-    run_update(launch, [], [EqualAverage()] * 3, counters, 1, skip_nonfinite=True)
+    update(launch, pairs, [EqualAverage()] * 3, counters, skip_nonfinite=True)
     assert launch.first_nonfinite([]) == 1
     assert list(map(int, counters)) == [4, 5, 6]
-    assert differing(on_cpu(pairs), on_cpu(before)) == []
+    assert differing(pairs, before) == []
     pairs[1].param[-1] = 0.5
-    run_update(launch, [], [EqualAverage()] * 3, counters, 1, skip_nonfinite=True)
+    update(launch, pairs, [EqualAverage()] * 3, counters, skip_nonfinite=True)
     assert list(map(int, counters)) == [5, 6, 7]
 
 
@@ -278,6 +266,7 @@ def test_the_first_nonfinite_param_is_found_and_may_stop_an_update(gpu: Gpu, bad
     pairs = [make_pair(4, torch.int32, None), *(make_pair(n, dtype, fmt, 1) for dtype, fmt, n in sizes)]
     for pair in pairs[1:]:
         pair.param.normal_()
+        pair.param[:1] = torch.finfo(pair.param.dtype).max
     pairs = gpu.put(pairs)
     launch, counter = gpu.prepare(pairs), torch.tensor(3, device=gpu.device)
     assert launch.first_nonfinite([]) is None
@@ -287,33 +276,22 @@ def test_the_first_nonfinite_param_is_found_and_may_stop_an_update(gpu: Gpu, bad
         param[-1] = bad
         before = clone(pairs)
         assert launch.first_nonfinite([]) == index
-        run_update(launch, [], [EqualAverage()], [counter], 1, skip_nonfinite=True)
+        update(launch, pairs, [EqualAverage()], [counter], skip_nonfinite=True)
         assert counter.item() == 3
-        assert differing(on_cpu(pairs), on_cpu(before)) == []
+        assert differing(pairs, before) == []
         param[-1] = old
-    run_update(launch, [], [EqualAverage()], [counter], 1, skip_nonfinite=True)
+    update(launch, pairs, [EqualAverage()], [counter], skip_nonfinite=True)
     assert counter.item() == 4
 
 
 @pytest.mark.parametrize(("dtype", "fmt"), [*EXCHANGED, (torch.int32, None)], ids=str)
 def test_an_exchange_moves_every_bit_there_and_back(gpu: Gpu, dtype: torch.dtype, fmt: Format | None) -> None:
     pairs = gpu.put([make_pair(n, dtype, fmt, offset) for n in (*sizes_around(256), 4111) for offset in (0, 3)])
-    before = clone(pairs)
-    launch = gpu.prepare(pairs)
-    launch.exchange(False)  # type: ignore[attr-defined]  # it is where it is wanted
-    assert differing(on_cpu(pairs), on_cpu(before)) == []
-    for _ in range(2):
-        launch.exchange(True)  # type: ignore[attr-defined]
-    for pair, old in zip(pairs, before, strict=True):
-        assert torch.equal(pair.param.view(torch.uint8), old.average.view(torch.uint8))
-        assert torch.equal(pair.average.view(torch.uint8), old.param.view(torch.uint8))
-        assert all(map(torch.equal, pair.planes[1:], old.planes[1:])) or fmt is MIRRORED
-    launch.exchange(False)  # type: ignore[attr-defined]
-    assert differing(on_cpu(pairs), on_cpu(before)) == []
+    check_exchange(gpu.prepare(pairs), pairs)
 
 
 def both_averages(gpu: Gpu, model: EveryKind, dtype: torch.dtype, **options: object) -> tuple[dict, dict]:
-    """Give the states of an average on the device and of one by ``reference`` on the CPU, of the same params."""
+    """Return the states of two averages of the same params: on the device, and by ``reference`` on the CPU."""
     model.to(dtype)
     theirs = EveryKind().to(dtype).to(gpu.device)
     ours = FusedAveragedModel(theirs, backend=gpu.backend.name, **options)  # type: ignore[arg-type]
@@ -332,7 +310,7 @@ def both_averages(gpu: Gpu, model: EveryKind, dtype: torch.dtype, **options: obj
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
-        *((dtype, {"use_buffers": use_buffers}) for dtype in DTYPES for use_buffers in (False, True)),
+        *((dtype, {"use_buffers": dtype != torch.float16}) for dtype in DTYPES),
         (torch.bfloat16, {"format": "compact", "use_buffers": True}),
         (torch.float32, {"format": "compensated"}),
     ],
@@ -344,18 +322,6 @@ def test_a_whole_model_equals_the_reference(
     ours, expected = both_averages(gpu, every_kind, dtype, rule=ExponentialAverage(0.9), **options)
     assert ours.keys() == expected.keys()
     assert [key for key in ours if not torch.equal(ours[key], expected[key])] == []
-
-
-class Dispatched(TorchDispatchMode):
-    """Counts what torch is asked to do: a host read of the device is an op, and so is every kernel of torch's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.ops.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

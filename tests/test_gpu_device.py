@@ -6,7 +6,7 @@ import copy
 import io
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -23,8 +23,8 @@ from swafast.terms.formats import FLOAT32, encode_exact
 from swafast.terms.rules import Rule
 from swafast.terms.weight import KernelTerms
 from tests.conftest import EveryKind, differing, tensors_of
+from tests.kernels import check_captured_paces, drift
 from tests.test_package import python_of_the_readme
-from tests.updates import run_update
 
 pytestmark = pytest.mark.gpu
 
@@ -48,23 +48,46 @@ def small_model(dtype: torch.dtype = torch.float32) -> nn.Module:
     return model.to("cuda", dtype)
 
 
-def drift(model: nn.Module) -> None:
-    with torch.no_grad():
-        for param in model.parameters():
-            param.add_(torch.randn_like(param), alpha=0.1)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+SEVERAL: dict[str, Rule] = {
+    "mean": EqualAverage(),
+    "fast": ExponentialAverage(0.9),
+    "power": PowerAverage(6.94),
+    "warm": ExponentialAverage(0.999, warmup="power"),
+}
+MIXED = {"fast": "compact", "power": "compensated", "warm": "half"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def counts_of(averages: Any) -> list[int]:
+    return [int(each.n_averaged) for each in (averages.values() if isinstance(averages, FusedAverages) else [averages])]
+
+
+def one_or_several(model: nn.Module, backend: str, several: bool, **options: Any) -> Any:
+    """Return an averaged model, or several of mixed formats, after a first update."""
+    if several:
+        averages: Any = FusedAverages(model, rules=SEVERAL, format=MIXED, backend=backend, **options)
+    else:
+        averages = FusedAveragedModel(model, backend=backend, **options)
+    averages.update_parameters(model)
+    return averages
+
+
+@DTYPES
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
-def test_an_update_never_waits(backend: str, no_sync: None, dtype: torch.dtype, nonfinite: str) -> None:
+@pytest.mark.parametrize("several", [False, True])
+def test_an_update_never_waits_and_allocates_nothing(
+    backend: str, no_sync: None, dtype: torch.dtype, nonfinite: str, several: bool
+) -> None:
     model = small_model(dtype)
-    average = FusedAveragedModel(model, backend=backend, nonfinite=nonfinite)
-    average.update_parameters(model)
+    averages = one_or_several(model, backend, several, nonfinite=nonfinite)
+    averages.update_parameters(model)
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
     torch.cuda.set_sync_debug_mode("error")
     for _ in range(5):
-        average.update_parameters(model)
+        averages.update_parameters(model)
     torch.cuda.set_sync_debug_mode("default")
-    assert average.n_averaged == 6
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    assert set(counts_of(averages)) == {7}
 
 
 def test_the_mode_that_forbids_waiting_sees_torchs_class_wait(no_sync: None) -> None:
@@ -122,46 +145,10 @@ def test_a_thousand_replays_are_a_thousand_updates(
     assert differing(graphed.averaged_state_dict(), eager.averaged_state_dict()) == []
 
 
-SEVERAL: dict[str, Rule] = {
-    "mean": EqualAverage(),
-    "fast": ExponentialAverage(0.9),
-    "power": PowerAverage(6.94),
-    "warm": ExponentialAverage(0.999, warmup="power"),
-}
-MIXED = {"fast": "compact", "power": "compensated", "warm": "half"}
-
-
-def several(model: nn.Module, backend: str, **options: Any) -> FusedAverages:
-    averages = FusedAverages(model, rules=SEVERAL, format=MIXED, backend=backend, **options)
-    averages.update_parameters(model)
-    return averages
-
-
-def counts_of(averages: FusedAverages) -> list[int]:
-    return [int(each.n_averaged) for each in averages.values()]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
-def test_several_averages_never_wait_and_allocate_nothing(
-    backend: str, no_sync: None, dtype: torch.dtype, nonfinite: str
-) -> None:
-    model = small_model(dtype)
-    averages = several(model, backend, nonfinite=nonfinite)
-    averages.update_parameters(model)
-    before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("error")
-    for _ in range(5):
-        averages.update_parameters(model)
-    torch.cuda.set_sync_debug_mode("default")
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
-    assert counts_of(averages) == [7] * len(SEVERAL)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@DTYPES
 def test_replays_are_updates_of_all_averages(backend: str, dtype: torch.dtype) -> None:
     model = small_model(dtype)
-    graphed, eager = several(model, backend), several(model, backend)
+    graphed, eager = (one_or_several(model, backend, True) for _ in range(2))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         graphed.update_parameters(model)
@@ -175,7 +162,7 @@ def test_replays_are_updates_of_all_averages(backend: str, dtype: torch.dtype) -
 
 def test_replays_skip_all_averages_or_none(backend: str) -> None:
     model = small_model()
-    averages = several(model, backend, nonfinite="skip")
+    averages = one_or_several(model, backend, True, nonfinite="skip")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         averages.update_parameters(model)
@@ -193,42 +180,25 @@ def test_replays_skip_all_averages_or_none(backend: str) -> None:
 
 def test_replays_go_by_the_rules_that_were_captured(backend: str) -> None:
     prepare = {"cuda": cuda, "triton": triton_launch}[backend].prepare
-    rules: list[Rule] = [EqualAverage(), ExponentialAverage(0.9), PowerAverage(6.94)]
-    others: list[Rule] = [ExponentialAverage(0.5), EqualAverage(), ExponentialAverage(0.1)]
-    param = torch.randn(5000, device="cuda")
-    sides = []
-    for _ in range(2):
-        planes = [torch.zeros(5000, device="cuda") for _ in rules]
-        pairs = [Pair("param", param, (plane,), FLOAT32, pace=pace) for pace, plane in enumerate(planes)]
-        counters = [torch.tensor(n, device="cuda") for n in (3, 1, 7)]
-        sides.append((prepare(pairs), planes, counters))
-    (launch, planes, counters), (eager, expected, counted) = sides
-    run_update(launch, [], others, counters, 1)
-    run_update(eager, [], others, counted, 1)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run_update(launch, [], rules, counters, 1)
-    assert launch.captured
-    for by in (rules, others, rules):
-        if by is rules:
-            graph.replay()
-        else:
-            run_update(launch, [], by, counters, 1)
-        run_update(eager, [], by, counted, 1)
-        assert list(map(int, counters)) == list(map(int, counted))
-        assert all(map(torch.equal, planes, expected))
+    param, graph = torch.randn(5000, device="cuda"), torch.cuda.CUDAGraph()
+    pairs = [Pair("param", param, (torch.zeros(5000, device="cuda"),), FLOAT32, pace=pace) for pace in range(3)]
+    check_captured_paces(prepare, pairs, torch.cuda.graph(graph), graph.replay)
+
+
+def launches_of(update: Callable[[], None]) -> list[str]:
+    """Return the names of the kernels that an update launches."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        update()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
 
 
 def test_several_averages_are_one_launch(backend: str) -> None:
     model = small_model(torch.bfloat16)
-    averages = several(model, backend, use_buffers=True)
+    averages = one_or_several(model, backend, True, use_buffers=True)
     averages.update_parameters(model)
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        averages.update_parameters(model)
-        torch.cuda.synchronize()
-    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert len(kernels) == 1, [event.name for event in kernels]
+    assert len(launches_of(lambda: averages.update_parameters(model))) == 1
 
 
 def test_a_first_update_in_a_capture_is_refused(backend: str) -> None:
@@ -318,27 +288,12 @@ def test_threads_update_models_of_their_own(backend: str) -> None:
     assert failures == []
 
 
-def test_an_update_allocates_nothing(backend: str) -> None:
-    model = small_model(torch.bfloat16)
-    average = FusedAveragedModel(model, backend=backend)
-    average.update_parameters(model)
-    before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    for _ in range(10):
-        average.update_parameters(model)
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
-
-
 def test_an_update_is_one_launch(backend: str) -> None:
     model = EveryKind().bfloat16().cuda()
     del model.gapped  # strided: the reference backend serves it
     average = FusedAveragedModel(model, backend=backend, use_buffers=True)
     average.update_parameters(model)
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        average.update_parameters(model)
-        torch.cuda.synchronize()
-    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert len(kernels) == 1, [event.name for event in kernels]
+    assert len(launches_of(lambda: average.update_parameters(model))) == 1
 
 
 def test_each_average_is_written_once(backend: str) -> None:
@@ -412,7 +367,7 @@ def test_the_op_passes_opcheck_and_compiles_fullgraph(backend_name: str, monkeyp
 def test_one_launch_for_each_device(backend: str) -> None:
     model = nn.Sequential(nn.Linear(8, 8).to("cuda:0"), nn.Linear(8, 8).to("cuda:1"))
     average = FusedAveragedModel(model, backend=backend)
-    averages, alone = several(model, backend), {}
+    averages, alone = one_or_several(model, backend, True), {}
     for name, rule in SEVERAL.items():
         alone[name] = FusedAveragedModel(model, backend="reference", rule=rule, format=MIXED.get(name))
         alone[name].update_parameters(model)

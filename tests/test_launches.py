@@ -89,15 +89,6 @@ def test_update_parameters_may_stand_in_compiled_code() -> None:
     assert average.n_averaged == 3
 
 
-def test_backends_are_chosen_by_name_and_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [backend.name for backend in choice.choose_backends("reference")] == ["reference"]
-    monkeypatch.setenv("SWAFAST_BACKEND", "reference")
-    assert [backend.name for backend in choice.choose_backends()] == ["reference"]
-    monkeypatch.setenv("SWAFAST_BACKEND", "tpu")
-    with pytest.raises(ValueError, match=r"SWAFAST_BACKEND must be one of 'cuda', 'cpu', .*, got 'tpu'"):
-        choice.choose_backends()
-
-
 def test_a_library_that_does_not_load_warns_once_and_says_why(
     monkeypatch: pytest.MonkeyPatch, tmp_path, every_kind: nn.Module
 ) -> None:
@@ -122,24 +113,19 @@ def test_a_library_that_does_not_load_warns_once_and_says_why(
         library.load.cache_clear()
 
 
-BF16 = torch.bfloat16
+def zeros(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(8, dtype=dtype)
 
 
 @pytest.mark.parametrize(
     ("averages", "remainders", "params", "format", "message"),
     [
-        ([torch.zeros(8, dtype=BF16)], [], [torch.ones(8, dtype=BF16)], "exact", "have one length"),
-        (
-            [torch.zeros(8, dtype=BF16)],
-            [torch.zeros(1, dtype=torch.int16)],
-            [torch.ones(8)],
-            "exact",
-            "alike in shape and device",
-        ),
-        ([torch.zeros(8, dtype=BF16)], [torch.zeros(8)], [torch.ones(8)], "exact", "must have planes of"),
-        ([torch.zeros(8, dtype=torch.float64)], [], [torch.ones(8)], "float32", "must have planes of"),
-        ([torch.zeros(16, dtype=BF16)[:8]], [], [torch.ones(8)], "float32", "must have planes of"),
-        ([torch.zeros(8)], [], [torch.ones(8), torch.ones(8)], "float32", "have one length"),
+        ([zeros()], [], [torch.ones(8).bfloat16()], "exact", "of one length"),
+        ([zeros()], [zeros(torch.int16)[:1]], [torch.ones(8)], "exact", "alike in shape and device"),
+        ([zeros()], [zeros(torch.float32)], [torch.ones(8)], "exact", "must have planes of"),
+        ([zeros(torch.float64)], [], [torch.ones(8)], "float32", "must have planes of"),
+        ([zeros()], [], [torch.ones(8)], "float32", "must have planes of"),
+        ([zeros(torch.float32)], [], [torch.ones(8), torch.ones(8)], "float32", "of one length"),
     ],
 )
 def test_the_op_refuses_planes_that_are_not_the_formats(
@@ -156,7 +142,7 @@ def test_a_write_of_the_op_is_seen_by_autograd(backend: str, monkeypatch: pytest
     monkeypatch.setenv("SWAFAST_BACKEND", backend)
     average, weight = torch.randn(5), torch.randn(5, requires_grad=True)
     loss = (weight * average).sum()
-    torch.ops.swafast.update_([average], [], [torch.randn(5)], torch.tensor(1), "float32", 1, [0.0] * 4)
+    torch.ops.swafast.update_([average], [], [torch.randn(5)], torch.tensor(1), "float32", *EQUAL)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -165,9 +151,9 @@ def test_the_op_refuses_one_average_twice(backend: str, monkeypatch: pytest.Monk
     monkeypatch.setenv("SWAFAST_BACKEND", backend)
     average, param, counter = torch.zeros(5), torch.ones(5), torch.tensor(1)
     with pytest.raises(ValueError, match="averages must not overlap in memory"):
-        torch.ops.swafast.update_([average] * 2, [], [param] * 2, counter, "float32", 1, [0.0] * 4)
+        torch.ops.swafast.update_([average] * 2, [], [param] * 2, counter, "float32", *EQUAL)
     with pytest.raises(ValueError, match="format must be one of"):
-        torch.ops.swafast.update_([average], [], [param], counter, "float33", 1, [0.0] * 4)
+        torch.ops.swafast.update_([average], [], [param], counter, "float33", *EQUAL)
     assert counter.item() == 1
     assert not average.any()
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.native_build import CSRC, mutated_csrc, run, two_at_a_time
+from tests.native_build import CSRC, SUFFIXES, run, two_at_a_time
+from tests.planting import Plant, read_plants, read_sources, write_sources
 
 NVCC = shutil.which("nvcc")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -35,7 +36,7 @@ MOST_REGISTERS = 64
 
 
 def _find_cuobjdump() -> str | None:
-    """Give CUDA's own, or the one that comes with triton."""
+    """Return CUDA's own, or the one that comes with triton."""
     spec = importlib.util.find_spec("triton")
     folders = spec.submodule_search_locations if spec is not None else None
     bundled = [str(Path(folder) / "backends" / "nvidia" / "bin") for folder in folders or ()]
@@ -64,7 +65,7 @@ class Instruction:
 
 
 def parse_sass(text: str) -> dict[str, list[Instruction]]:
-    """Give the instructions of each function that ``cuobjdump -sass`` prints."""
+    """Return the instructions of each function that ``cuobjdump -sass`` prints."""
     pattern = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([^;]*?)\s*;", re.MULTILINE)
     functions = {}
     for part in text.split("Function : ")[1:]:
@@ -80,19 +81,19 @@ def innermost_loops(code: list[Instruction]) -> list[list[Instruction]]:
 
 
 def accesses(loop: list[Instruction]) -> str:
-    """Give its loads and stores in their order: ``L`` and ``S`` for 16 bytes, ``l`` and ``s`` for fewer."""
+    """Return its loads and stores in their order: ``L`` and ``S`` for 16 bytes, ``l`` and ``s`` for fewer."""
     kinds = {"LDG": "L", "STG": "S"}
     letters = ((it, kinds.get(it.mnemonic.split(".")[0], "")) for it in loop)
     return "".join(letter if ".128" in it.mnemonic else letter.lower() for it, letter in letters)
 
 
 def wide_loops(code: list[Instruction]) -> list[str]:
-    """Give what :func:`accesses` gives for each innermost loop with wide ones, as in ``LLLLSS``."""
+    """Return what :func:`accesses` gives for each innermost loop with wide ones, as in ``LLLLSS``."""
     return [loop for loop in map(accesses, innermost_loops(code)) if loop != loop.lower()]
 
 
 def faults_of_doubles(code: list[Instruction], num_tiles: int) -> list[str]:
-    """Say where a loop over averages in float64 rounds once what is to be rounded twice."""
+    """Return where a loop over averages in float64 rounds once what is to be rounded twice."""
     loops = [
         [it.mnemonic for it in loop] for loop in innermost_loops(code) if accesses(loop).count("L") >= LOADS_UNDER_WAY
     ]
@@ -104,7 +105,7 @@ def faults_of_doubles(code: list[Instruction], num_tiles: int) -> list[str]:
 
 
 def faults_of_code(code: list[Instruction], num_tiles: int, stores: bool) -> list[str]:
-    """Say what is wrong with a kernel: which has this many unrolled loops, and stores averages or not."""
+    """Return what is wrong with a kernel: which has this many unrolled loops, and stores averages or not."""
     names = [it.mnemonic.split(".")[0] for it in code]
     faults = [f"{wrong} instruction" for wrong in ("LD", "ST", "LDL", "STL") if wrong in names]
     wide = {name for it, name in zip(code, names, strict=True) if ".128" in it.mnemonic}
@@ -121,7 +122,7 @@ def faults_of_code(code: list[Instruction], num_tiles: int, stores: bool) -> lis
 
 
 def faults_of_ptxas(log: str) -> list[str]:
-    """Say which entry of ``ptxas -v`` spills, has a stack or takes too many registers."""
+    """Return which entry of ``ptxas -v`` spills, has a stack or takes too many registers."""
     entries = re.split(r"Compiling entry function '", log)[1:]
     faults = [] if entries else ["no entry function"]
     for entry in entries:
@@ -138,7 +139,7 @@ def faults_of_ptxas(log: str) -> list[str]:
 
 
 def faults_of_ptx(ptx: str) -> list[str]:
-    """Say where the arithmetic is not what the source says: fused, approximate or flushed to zero."""
+    """Return where the arithmetic is not what the source says: fused, approximate or flushed to zero."""
     wrong = (r"fma\.rn\.f64", r"div\.approx", r"div\.full", r"rcp\.approx", r"\.ftz\b")
     faults = [found[0] for found in (re.search(pattern, ptx) for pattern in wrong) if found]
     return faults if "div.rn.f64" in ptx else [*faults, "no div.rn.f64"]
@@ -171,25 +172,7 @@ def faults_of_cubin(cubin: Path) -> list[str]:
     return faults
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """One bug: ``old`` becomes ``new`` where it first stands in ``file``, and then ``fault`` is among what is seen."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    fault: str
-
-
-ASSUMED = "__builtin_assume(__isGlobal(address))"
-MUTANTS = (
-    Mutant("generic loads", "cuda/memory.cuh", ASSUMED, "(void)(address)", "update_kernel: LD instruction"),
-    Mutant(
-        "registers for 8 blocks", "cuda/kernels.cuh", "Multiprocessor = 4;", "Multiprocessor = 8;", "LDL instruction"
-    ),
-    Mutant("not unrolled", "cuda/movers.cuh", "kGroupBytes > 48 ? 1 :", "kGroupBytes > 0 ? 1 :", "of 19 loops have"),
-)
+BUGS = read_plants("machine")
 
 
 @dataclass(frozen=True)
@@ -218,16 +201,16 @@ def compiled(tmp_path_factory: pytest.TempPathFactory, pool: ThreadPoolExecutor)
 
 
 @pytest.fixture(scope="module")
-def mutants(
+def with_bugs(
     compiled: object, tmp_path_factory: pytest.TempPathFactory, pool: ThreadPoolExecutor
 ) -> dict[str, Future[Compiled]]:
-    folder = tmp_path_factory.mktemp("mutants")
+    folder = tmp_path_factory.mktemp("bugs")
 
-    def compile_mutant(mutant: Mutant) -> Compiled:
-        own = folder / mutant.name.replace(" ", "-")
-        return _compiled(mutated_csrc(own, mutant.file, mutant.old, mutant.new), "sm_90", own)
+    def compile_bug(bug: Plant) -> Compiled:
+        csrc = write_sources(folder / bug.name.replace(" ", "-"), bug.apply(read_sources(CSRC, *SUFFIXES)))
+        return _compiled(csrc, "sm_90", csrc)
 
-    return {mutant.name: pool.submit(compile_mutant, mutant) for mutant in MUTANTS}
+    return {bug.name: pool.submit(compile_bug, bug) for bug in BUGS}
 
 
 def _of(compiled: dict[str, Future[Compiled]], architecture: str) -> Compiled:
@@ -273,19 +256,19 @@ def test_a_build_that_fuses_is_seen(tmp_path: Path) -> None:
 
 @needs_nvcc
 @needs_cuobjdump
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_a_mutant_is_seen(mutants: dict[str, Future[Compiled]], mutant: Mutant) -> None:
-    faults = faults_of_cubin(mutants[mutant.name].result().cubin)
-    assert any(mutant.fault in fault for fault in faults), f"{mutant.name} lives: {faults}"
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_a_bug_is_seen(with_bugs: dict[str, Future[Compiled]], bug: Plant) -> None:
+    faults = faults_of_cubin(with_bugs[bug.name].result().cubin)
+    assert any(bug.expected in fault for fault in faults), faults
 
 
 @needs_nvcc
-def test_spills_are_seen(mutants: dict[str, Future[Compiled]]) -> None:
-    assert "bytes stack frame" in str(faults_of_ptxas(mutants["registers for 8 blocks"].result().log))
+def test_spills_are_seen(with_bugs: dict[str, Future[Compiled]]) -> None:
+    assert "bytes stack frame" in str(faults_of_ptxas(with_bugs["registers for 8 blocks"].result().log))
 
 
 def planted_sass(*body: str) -> list[Instruction]:
-    """Give a function with one loop of these instructions, as cuobjdump prints it."""
+    """Return a function with one loop of these instructions, as cuobjdump prints it."""
     lines = ["MOV R1, c[0x0][0x28]", *body, "@!P0 BRA 0x10", "EXIT", "BRA 0x1000"]
     text = "\n".join(
         f"        /*{16 * i:04x}*/    {line} ;    /* 0x0 */\n    /* 0x0 */" for i, line in enumerate(lines)

@@ -20,7 +20,7 @@ MEGABYTE = 2**20
 
 
 def allocated_by_torch(run) -> int:
-    """Give the bytes that torch allocated meanwhile, freed ones counted as well."""
+    """Return the bytes that torch allocates in ``run``, freed ones included."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     return sum(max(0, event.self_cpu_memory_usage) for event in profiler.events())

@@ -1,52 +1,45 @@
 """The native CPU backend against ``reference``, bit for bit; only a NaN's sign and payload are its own.
 
-``tests/native`` holds the same kernels to an oracle without torch.
+``tests/native`` holds the same kernels to an oracle without torch: every pair of planes, every byte beside a buffer,
+and a forked child among it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-import os
-import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from swafast.backends import cpu, library, reference
 from swafast.backends.contract import Launch, Pair
 from swafast.op.launches import draws_of
-from swafast.terms.formats import (
-    COMPACT,
-    COMPENSATED,
-    EXACT,
-    FLOAT32,
-    HALF,
-    MIRRORED,
-    Format,
-    decode_exact,
-    encode_exact,
-)
-from swafast.terms.rules import EqualAverage, ExponentialAverage, PowerAverage, Rule
+from swafast.terms.formats import EXACT, FLOAT32, Format
+from swafast.terms.rules import EqualAverage, ExponentialAverage, Rule
 from tests.conftest import NO_LIBRARY
-from tests.updates import run_update
+from tests.kernels import (
+    DTYPES,
+    EXCHANGED,
+    FORMATS,
+    INT64_MAX,
+    PAIRS,
+    RULES,
+    check_exchange,
+    clone,
+    differing,
+    make_pair,
+    sizes_around,
+    update,
+)
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"{NO_LIBRARY}: {cpu.unavailable()}")
 
 ROOT = Path(__file__).parents[1]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FORMATS = (FLOAT32, EXACT, MIRRORED, COMPACT, COMPENSATED, HALF)
-#: Params that can change places with an average's first plane.
-EXCHANGED = [(dtype, fmt) for dtype in DTYPES for fmt in FORMATS if fmt.dtype == dtype]
 WEIGHTS = (1.0, 0.0, 1e-3, 0.3, 0.5, 0.9)
-PAIRS = pytest.mark.parametrize(("dtype", "fmt"), [(d, f) for d in DTYPES for f in FORMATS], ids=str)
 
 
 @pytest.fixture(params=["generic", "avx2", "avx512"])
@@ -77,64 +70,6 @@ def threads(monkeypatch: pytest.MonkeyPatch, chunk_numel: int) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def any_floats(numel: int) -> Tensor:
-    """Give float32 values of which half are near 1, where a lerp rounds, and half are any bits at all."""
-    bits = torch.randint(-(2**31), 2**31, (numel,)).to(torch.int32).view(torch.float32)
-    return torch.where(torch.rand(numel) < 0.5, bits, torch.randn(numel))
-
-
-def any_values(numel: int, dtype: torch.dtype) -> Tensor:
-    if dtype == torch.float32:
-        return any_floats(numel)
-    bits = torch.randint(-(2**15), 2**15, (numel,)).to(torch.int16).view(dtype)
-    return torch.where(torch.rand(numel) < 0.5, bits, torch.randn(numel).to(dtype))
-
-
-def any_planes(numel: int, fmt: Format) -> tuple[Tensor, ...]:
-    """Give planes of which a quarter hold in ``planes[0]`` what somebody else wrote there."""
-    value = any_floats(numel)
-    if fmt.value_dtype == torch.float64:
-        value = value.double() * (1.0 + 2.0**-26 * torch.rand(numel, dtype=torch.float64))
-    planes = fmt.encode(value)
-    if fmt.extra and numel:
-        planes[0].copy_(torch.where(torch.rand(numel) < 0.25, any_values(numel, planes[0].dtype), planes[0]))
-    return planes
-
-
-def at_offset(tensor: Tensor, offset: int) -> Tensor:
-    """Give a copy that starts ``offset`` elements into its storage."""
-    return torch.empty(offset + tensor.numel(), dtype=tensor.dtype)[offset:].copy_(tensor)
-
-
-def make_pair(numel: int, dtype: torch.dtype, fmt: Format | None, offset: int = 0) -> Pair:
-    if fmt is None:
-        param, average = (torch.randint(-128, 128, (numel,)).to(dtype) for _ in range(2))
-        return Pair(f"copied {numel}", at_offset(param, offset), (at_offset(average, offset // 2),), None)
-    planes = any_planes(numel, fmt)
-    shifted = tuple(at_offset(plane, (offset * factor) % 8) for plane, factor in zip(planes, (3, 5), strict=False))
-    name, param = f"{numel} elements", at_offset(any_values(numel, dtype), offset)
-    return Pair(name, param, shifted, fmt, draws_of(0, name, param, fmt))
-
-
-def clone(pairs: Sequence[Pair]) -> list[Pair]:
-    return [replace(p, param=p.param.clone(), planes=tuple(plane.clone() for plane in p.planes)) for p in pairs]
-
-
-def differing(a: Sequence[Pair], b: Sequence[Pair]) -> list[str]:
-    """Give the names of the pairs that differ in a bit; all NaNs are alike."""
-    return [
-        x.name for x, y in zip(a, b, strict=True) if not all(map(same_bits, (x.param, *x.planes), (y.param, *y.planes)))
-    ]
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    same = a.contiguous().view(integer) == b.contiguous().view(integer)
-    return bool((same | (a.isnan() & b.isnan())).all())
-
-
 def check_updates(
     pairs: Sequence[Pair],
     weights: Sequence[float] = WEIGHTS,
@@ -156,13 +91,9 @@ def check_updates(
             for pair, start in zip(on, initial, strict=True):
                 for plane, value in zip(pair.planes, start.planes, strict=True):
                     plane.copy_(value)
-            run_update(each, [pair.param for pair in on], [rule], [counter], 1)
+            update(each, on, [rule], [counter])
         assert differing(pairs, expected) == [], f"weight {weight}"
         assert torch.equal(*counters)
-
-
-def sizes_around(chunk_numel: int) -> list[int]:
-    return [0, 1, 7, 8, 15, 16, 17, 31, 33, chunk_numel - 1, chunk_numel, chunk_numel + 1, 3 * chunk_numel + 7]
 
 
 @PAIRS
@@ -250,7 +181,7 @@ def test_weights_round_as_the_reference_rounds_them(isa: str, weight: float) -> 
 
 def test_a_first_update_copies_every_bit(isa: str) -> None:
     pair = make_pair(1000, torch.float32, FLOAT32)
-    run_update(cpu.prepare([pair]), [pair.param], [ExponentialAverage(0.9)], [torch.tensor(0)], 1)
+    update(cpu.prepare([pair]), [pair], [ExponentialAverage(0.9)], [torch.tensor(0)])
     assert torch.equal(pair.average.view(torch.int32), pair.param.view(torch.int32))
 
 
@@ -258,7 +189,7 @@ def test_a_negative_count_leaves_everything_as_it_was() -> None:
     pairs = [make_pair(1000, torch.bfloat16, EXACT), make_pair(9, torch.int64, None)]
     before, counter = clone(pairs), torch.tensor(-1)
     with pytest.raises(ValueError, match="n_averaged must be >= 0"):
-        run_update(cpu.prepare(pairs), [pair.param for pair in pairs], [EqualAverage()], [counter], 1)
+        update(cpu.prepare(pairs), pairs, [EqualAverage()], [counter])
     assert differing(pairs, before) == []
     assert counter.item() == -1
 
@@ -276,17 +207,7 @@ def test_an_exchange_moves_every_bit_there_and_back(
     isa: str, chunk_numel: int, threads: int, dtype: torch.dtype, fmt: Format | None
 ) -> None:
     pairs = [make_pair(n, dtype, fmt, offset) for n in (*sizes_around(chunk_numel), 5000) for offset in (0, 3)]
-    before = clone(pairs)
-    launch = cpu.prepare(pairs)
-    launch.exchange(True)
-    for pair, old in zip(pairs, before, strict=True):
-        assert torch.equal(pair.param.view(torch.uint8), old.average.view(torch.uint8))
-        assert torch.equal(pair.average.view(torch.uint8), old.param.view(torch.uint8))
-        assert (
-            differing([Pair("", old.param, pair.planes[1:], None)], [Pair("", old.param, old.planes[1:], None)]) == []
-        )
-    launch.exchange(False)
-    assert differing(pairs, before) == []
+    check_exchange(cpu.prepare(pairs), pairs)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -311,21 +232,6 @@ def test_launches_of_several_threads_do_not_meet(threads: int) -> None:
         list(pool.map(check_updates, batches))
 
 
-RULES: list[Rule] = [
-    EqualAverage(),
-    ExponentialAverage(0.999),
-    ExponentialAverage(1.0),
-    ExponentialAverage(0.0),
-    ExponentialAverage(0.9999, warmup="power"),
-    ExponentialAverage(0.99999, warmup="power", inv_gamma=37.0, power=0.75, min_decay=0.1),
-    ExponentialAverage(0.9999, warmup="ratio"),
-    ExponentialAverage(0.9999, warmup="ratio", min_decay=0.3),
-    PowerAverage(0.0),
-    PowerAverage(6.94),
-    PowerAverage(16.97),
-]
-
-
 def native_weight(rule: Rule, num_averaged: int) -> float:
     terms = rule.kernel_terms()
     assert terms is not None
@@ -335,161 +241,5 @@ def native_weight(rule: Rule, num_averaged: int) -> float:
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_weights_equal_those_of_python(rule: Rule) -> None:
-    counts = [*range(10_001), *(10**k + d for k in range(4, 13) for d in (-1, 0, 1)), 2**53 + 1, 2**63 - 1]
+    counts = [*range(10_001), *(10**k + d for k in range(4, 13) for d in (-1, 0, 1)), 2**53 + 1, INT64_MAX]
     assert [n for n in counts if native_weight(rule, n) != rule.weight(n)] == []
-
-
-def _float32(value: float) -> bytes:
-    return struct.pack("<f", value)
-
-
-def check_exact_pairs(highs: Tensor, lows: Tensor) -> None:
-    """Run every pair of planes from ``highs`` x ``lows`` (int16) through an update that keeps finite values."""
-    high = highs.repeat_interleave(len(lows)).view(torch.bfloat16)
-    low = lows.repeat(len(highs))
-    value = decode_exact((high, low))
-    # The weight is 0, and 0 * infinity is NaN. A param of -1 keeps the sign of a zero.
-    expected = encode_exact(torch.where(value.isinf(), math.nan, value))
-    pair = Pair("", torch.full((len(high),), -1.0, dtype=torch.bfloat16), (high, low), EXACT)
-    run_update(cpu.prepare([pair]), [pair.param], [ExponentialAverage(1.0)], [torch.tensor(1)], 1)
-    assert same_bits(high, expected[0])
-    assert torch.equal(low, expected[1])
-
-
-def test_exact_reads_and_writes_planes_as_the_formula_says(isa: str) -> None:
-    edges = [sign * edge for edge in (0, 1, 2, 127, 128, 255, 256, 2**14, 2**15 - 1) for sign in (1, -1)]
-    lows = torch.cat([torch.tensor([*edges, -(2**15)]), torch.randint(-(2**15), 2**15, (13,))]).to(torch.int16)
-    check_exact_pairs(torch.arange(-(2**15), 2**15).to(torch.int16), lows)
-
-
-@pytest.mark.slow
-def test_exact_reads_and_writes_all_planes_as_the_formula_says() -> None:
-    lows = torch.arange(-(2**15), 2**15).to(torch.int16)
-    for start in range(-(2**15), 2**15, 64):
-        check_exact_pairs(torch.arange(start, start + 64).to(torch.int16), lows)
-
-
-def run_script(script: str) -> None:
-    """Run Python in a process of its own, so that a crash or a hang of it fails one test."""
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, f"ended with {done.returncode}: {done.stdout}{done.stderr}"
-
-
-GUARD_PAGES = """
-import ctypes, mmap, os, resource, signal
-import torch
-from swafast.backends import cpu
-from swafast.backends.contract import Pair
-from swafast.op.launches import draws_of
-from swafast.terms.rules import ExponentialAverage
-from tests.test_native import DTYPES, FORMATS, any_planes, any_values, check_updates
-from tests.updates import run_update
-
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
-libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-
-
-def guarded(tensor, at_end):
-    # a copy whose memory ends where a page begins that nobody may touch, or begins where one ends
-    if not tensor.nbytes:
-        return tensor
-    page = mmap.PAGESIZE
-    body = -(-tensor.nbytes // page) * page
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    base = libc.mmap(None, body + 2 * page, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
-    assert base != ctypes.c_void_p(-1).value, os.strerror(ctypes.get_errno())
-    for guard in (base, base + page + body):
-        assert libc.mprotect(guard, page, 0) == 0, os.strerror(ctypes.get_errno())
-    start = base + page + (body - tensor.nbytes if at_end else 0)
-    memory = (ctypes.c_char * tensor.nbytes).from_address(start)
-    return torch.frombuffer(memory, dtype=tensor.dtype).copy_(tensor)
-
-
-def guarded_pair(numel, dtype, fmt, at_end):
-    tensors = (any_values(numel, dtype), *any_planes(numel, fmt))
-    param, *planes = (guarded(tensor, at_end) for tensor in tensors)
-    name = f"{numel} {dtype} {fmt} {at_end}"
-    return Pair(name, param, tuple(planes), fmt, draws_of(0, name, param, fmt))
-
-
-def update(launch, pair):
-    run_update(launch, [pair.param], [ExponentialAverage(0.9)], [torch.tensor(1)], 1)
-
-
-def crashes(dtype, fmt, plant):
-    # whether an update dies of touching a guard page, in a child
-    child = os.fork()
-    if child == 0:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        pair = guarded_pair(1000, dtype, fmt, plant == "after")
-        launch = cpu.prepare([pair])
-        launch._chunks[-1, 2 if plant == "after" else 1] += 1 if plant == "after" else -1
-        update(launch, pair)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGSEGV, signal.SIGBUS)
-
-
-torch.manual_seed(20)
-best = cpu.current_isa()
-for isa in ("generic", "avx2", "avx512"):
-    try:
-        cpu.use_isa(isa)
-    except ValueError:
-        continue
-    for dtype in DTYPES:
-        for fmt in FORMATS:
-            pairs = [
-                guarded_pair(numel, dtype, fmt, at_end)
-                for numel in (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 1000, 4096, 5000)
-                for at_end in (False, True)
-            ]
-            check_updates(pairs, (0.3, 0.9))
-            launch = cpu.prepare(pairs)
-            launch.first_nonfinite([])
-            if pairs[0].param.dtype == pairs[0].average.dtype:
-                launch.exchange(True)
-cpu.use_isa(best)
-for dtype in DTYPES:
-    for fmt in FORMATS:
-        for plant in ("before", "after"):
-            assert crashes(dtype, fmt, plant), f"nobody saw an overrun {plant} a buffer: {dtype} {fmt}"
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's mmap")
-def test_no_byte_outside_the_buffers_is_touched() -> None:
-    """Every buffer stands against a page that may not be touched; a chunk one element too long crashes."""
-    run_script(GUARD_PAGES)
-
-
-FORKED_CHILD = """
-import os, signal
-import torch
-from swafast.backends import cpu
-from swafast.terms.formats import EXACT
-from tests.test_native import check_updates, make_pair
-
-torch.set_num_threads(2)
-cpu._NUMEL_PER_THREAD = 1
-cpu.CPU_CHUNK_NUMEL = 64
-check_updates([make_pair(10_000, torch.bfloat16, EXACT)])
-child = os.fork()
-if child == 0:
-    torch.set_num_threads(1)  # for torch's own kernels, which hang here
-    pairs = [make_pair(10_000, torch.bfloat16, EXACT)]
-    cpu.NativeLaunch._threads = lambda launch: 2
-    check_updates(pairs)
-    os._exit(0)
-signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
-signal.alarm(30)
-_, status = os.waitpid(child, 0)
-assert status == 0, f"the child ended with status {status}"
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_a_forked_child_can_update() -> None:
-    run_script(FORKED_CHILD)

@@ -147,10 +147,12 @@ void update_one(const typename Param::storage* param, typename Format::plane0* p
   }
 }
 
-// One vector, of a format that is not kPrecise.
+// One vector, of a format that is not kPrecise. As a call of its own it would set up its constants for each vector.
 template <class V, class Param, class Format, class Lerp, class Drawer>
-void update_lanes(const typename Param::storage* param, typename Format::plane0* plane0,
-                  typename Format::plane1* plane1, int64_t i, const Lerp& lerp_of, const Drawer& drawer) {
+__attribute__((always_inline)) inline void update_lanes(const typename Param::storage* param,
+                                                        typename Format::plane0* plane0,
+                                                        typename Format::plane1* plane1, int64_t i, const Lerp& lerp_of,
+                                                        const Drawer& drawer) {
   const auto p = V::load(Param{}, param + i);
   const auto moved = lerp_of(V::load_average(Format{}, plane0, plane1, i), p);
   if constexpr (Format::kRandomBits != 0) {

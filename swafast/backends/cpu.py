@@ -27,7 +27,7 @@ def unavailable() -> Unavailable | None:
 
 
 def describe() -> str:
-    """Say which file was loaded, how it was built and which instruction set it chose."""
+    """Describe the library in one line: file, build and instruction set."""
     native = library.loaded()
     return f"{native._name} ({native.swafast_build().decode()}; {native.swafast_cpu_isa().decode()})"
 

@@ -35,7 +35,7 @@ def unavailable() -> Unavailable | None:
 
 
 def describe() -> str:
-    """Say which file was loaded, how it was built and how many blocks each device runs."""
+    """Describe the library in one line: file, build, and blocks on each device."""
     native = library.loaded()
     devices = range(torch.cuda.device_count()) if "cuda" in device_types else range(1)
     blocks = "; ".join(f"device {i}: {num_blocks(i)}" for i in devices)
@@ -44,7 +44,7 @@ def describe() -> str:
 
 @functools.cache
 def num_blocks(device_index: int) -> int | Unavailable:
-    """Give how many blocks of an update a device runs at once, or why it runs none."""
+    """Return how many blocks of an update run on a device at once, or why none does."""
     count = ctypes.c_int32()
     status = library.loaded().swafast_cuda_blocks(device_index, ctypes.byref(count))
     return count.value if status == 0 else Unavailable(_last_error())

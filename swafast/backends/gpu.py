@@ -90,7 +90,7 @@ class DeviceLaunch:
     # What a backend adds
 
     def num_blocks(self, device: torch.device) -> int:
-        """Give how many blocks of an update the device runs at once."""
+        """Return how many blocks of an update run on the device at once."""
         raise NotImplementedError
 
     def start_update(

@@ -10,7 +10,9 @@ import ctypes
 import functools
 import importlib.metadata
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from . import Unavailable
 
@@ -74,6 +76,43 @@ class BoxWords(ctypes.Structure):
     )
 
 
+@dataclass(frozen=True)
+class Signature:
+    """The arguments and the result of one function of the C interface."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    result: Any = ctypes.c_int32  # a status, of the enum in csrc/swafast.h
+
+
+# Pointers go as plain integers: converting them to pointer objects costs more than the call.
+_ADDRESS, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_TEXT, _OUT64, _OUT32 = ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_int32)
+_TABLE = {"tensors": _ADDRESS, "num_tensors": _I64, "chunks": _ADDRESS, "num_chunks": _I64}
+_PACES = {"paces": ctypes.POINTER(Pace), "num_paces": _I64, "advance": _I64}
+_HEAD = {"table": ctypes.POINTER(TableHead)}
+#: The functions of csrc/swafast.h that Python calls; those of CUDA are missing from a library built without it.
+FUNCTIONS = {
+    "swafast_build": Signature(result=_TEXT),
+    "swafast_check": Signature({"tensors": _ADDRESS, "num_tensors": _I64, "exchange": _I32}),
+    "swafast_weight": Signature({"rule": ctypes.POINTER(KernelRule), "num_averaged": _I64}, ctypes.c_double),
+    "swafast_cpu_isa": Signature(result=_TEXT),
+    "swafast_cpu_use_isa": Signature({"name": _TEXT}),
+    "swafast_cpu_update": Signature({**_TABLE, **_PACES, "num_threads": _I32}),
+    "swafast_cpu_want_large_pages": Signature({"start": _ADDRESS, "nbytes": _I64}, None),
+    "swafast_cpu_exchange": Signature({**_TABLE, "num_threads": _I32, "wanted": _I64, "exchanged": _OUT64}),
+    "swafast_cpu_first_nonfinite": Signature({**_TABLE, "num_threads": _I32, "tensor": _OUT64}),
+    "swafast_cpu_checksum": Signature({"box": ctypes.POINTER(BoxWords), "num_threads": _I32, "sum": _OUT64}),
+    "swafast_cuda_build": Signature(result=_TEXT),
+    "swafast_cuda_error": Signature(result=_TEXT),
+    "swafast_cuda_blocks": Signature({"device": _I32, "num_blocks": _OUT32}),
+    "swafast_cuda_update": Signature(
+        {**_HEAD, **_PACES, "skip_nonfinite": _I32, "capturing": _OUT32, "stream": _ADDRESS}
+    ),
+    "swafast_cuda_exchange": Signature({**_HEAD, "wanted": _I64, "stream": _ADDRESS}),
+    "swafast_cuda_first_nonfinite": Signature({**_HEAD, "stream": _ADDRESS}),
+}
+
+
 def _candidates() -> list[Path]:
     """Return the paths where the library may be, likeliest first.
 
@@ -93,7 +132,7 @@ def _candidates() -> list[Path]:
 
 @functools.cache
 def load() -> ctypes.CDLL | Unavailable:
-    """Give the library, or why it did not load."""
+    """Return the library, or why it did not load."""
     paths = _candidates()
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
@@ -108,16 +147,16 @@ def load() -> ctypes.CDLL | Unavailable:
         abi = library.swafast_abi()
         if abi != _ABI:
             return Unavailable(f"{path} has interface {abi}, this swafast needs {_ABI}: install it again")
-        _declare(library)
+        _declare(library, cuda=False)
         if has_cuda(library):
-            _declare_cuda(library)
+            _declare(library, cuda=True)
     except (OSError, AttributeError) as error:
         return Unavailable(f"{path} did not load: {error}")
     return library
 
 
 def loaded() -> ctypes.CDLL:
-    """Give the library, which a caller knows to be there."""
+    """Return the library, which a caller knows to be there."""
     library = load()
     if isinstance(library, Unavailable):
         raise RuntimeError(f"the native library is not available: {library.reason}")
@@ -125,33 +164,12 @@ def loaded() -> ctypes.CDLL:
 
 
 def has_cuda(library: ctypes.CDLL) -> bool:
-    """Say whether the library was built with a CUDA compiler."""
+    """Return whether the library was built with a CUDA compiler."""
     return hasattr(library, "swafast_cuda_update")
 
 
-def _declare(library: ctypes.CDLL) -> None:
-    # Pointers go as plain integers: converting them to pointer objects costs more than the call.
-    address, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    table = (address, i64, address, i64)
-    library.swafast_build.restype = ctypes.c_char_p
-    library.swafast_check.argtypes = (address, i64, i32)
-    library.swafast_cpu_isa.restype = ctypes.c_char_p
-    library.swafast_cpu_use_isa.argtypes = (ctypes.c_char_p,)
-    library.swafast_weight.restype = ctypes.c_double
-    library.swafast_weight.argtypes = (ctypes.POINTER(KernelRule), i64)
-    library.swafast_cpu_update.argtypes = (*table, ctypes.POINTER(Pace), i64, i64, i32)
-    library.swafast_cpu_want_large_pages.argtypes = (address, i64)
-    library.swafast_cpu_want_large_pages.restype = None
-    library.swafast_cpu_exchange.argtypes = (*table, i32, i64, ctypes.POINTER(i64))
-    library.swafast_cpu_first_nonfinite.argtypes = (*table, i32, ctypes.POINTER(i64))
-    library.swafast_cpu_checksum.argtypes = (ctypes.POINTER(BoxWords), i32, ctypes.POINTER(i64))
-
-
-def _declare_cuda(library: ctypes.CDLL) -> None:
-    address, i64, i32, table = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.POINTER(TableHead)
-    library.swafast_cuda_build.restype = ctypes.c_char_p
-    library.swafast_cuda_error.restype = ctypes.c_char_p
-    library.swafast_cuda_blocks.argtypes = (i32, ctypes.POINTER(i32))
-    library.swafast_cuda_update.argtypes = (table, ctypes.POINTER(Pace), i64, i64, i32, ctypes.POINTER(i32), address)
-    library.swafast_cuda_exchange.argtypes = (table, i64, address)
-    library.swafast_cuda_first_nonfinite.argtypes = (table, address)
+def _declare(library: ctypes.CDLL, *, cuda: bool) -> None:
+    for name, signature in FUNCTIONS.items():
+        if name.startswith("swafast_cuda_") == cuda:
+            declared = getattr(library, name)
+            declared.restype, declared.argtypes = signature.result, tuple(signature.arguments.values())

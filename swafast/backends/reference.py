@@ -96,7 +96,7 @@ def _move_(averages: list[Tensor], params: list[Tensor], weight: float) -> None:
 
 
 def _moved(planes: Sequence[Tensor], param: Tensor, fmt: Format, weight: float) -> Tensor:
-    """Give what becomes of an average, at the precision that its format works in."""
+    """Return the moved average, at the precision that its format works in."""
     value = fmt.decode(tuple(planes)).clone()
     newest = param.to(device=value.device, dtype=value.dtype)
     if fmt.value_dtype == torch.float64:

@@ -48,6 +48,7 @@ backends/: tensors in, tensors changed
     pace              the rule and counter of one averaged model, which tell how far its averages move
     launch            pairs prepared for one backend, to be updated repeatedly
     row               one pair in the table that a kernel reads
+    signature         the arguments and the result of one function of the native library
     follower          a row that averages the same param as the row before it
     table             the rows, chunks and state words of one launch on one GPU
     head              the C struct that points to the parts of a table

@@ -1,10 +1,10 @@
 // The CUDA kernels against oracle.h, element by element, through the C interface alone, on a CPU: shim/cuda_runtime.h.
 //
-//   cuda_test [--large NAME | --mutant NUMBER]
+//   cuda_test [--large NAME] [--bug NUMBER]
 //
 // Ends with 0, or with 1 and a message at the first difference. --large takes tensors of more elements than 32 bits
-// count, of one NAME of kLarge, in place of everything else. --mutant takes the bug of that number, where the kernels
-// were built with some: tests/test_cuda_source.py.
+// count, of one NAME of kLarge, in place of everything else. --bug takes the bug of that number, where the kernels were
+// built with some: tests/test_cuda_source.py.
 #include <cuda_runtime.h>
 
 #include <cmath>
@@ -21,6 +21,7 @@
 #include "layouts.h"
 #include "oracle.h"
 #include "paces.h"
+#include "planted.h"
 #include "swafast.h"
 #include "tensors.h"
 
@@ -330,13 +331,19 @@ int run_large(const std::string& name) {
 int main(int argc, char** argv) {
   static std::string order;
   subject = [] { return (order = describe_order()).c_str(); };
-  if (argc == 3 && std::string(argv[1]) == "--large") return run_large(argv[2]);
-  if (argc == 3 && std::string(argv[1]) == "--mutant") {
-    shim_mutant = std::atoi(argv[2]);
-  } else if (argc != 1) {
-    std::fprintf(stderr, "usage: cuda_test [--large NAME | --mutant NUMBER], with a NAME of kLarge\n");
-    return 2;
+  std::string large;
+  for (int i = 1; i < argc; i += 2) {
+    const std::string argument = argv[i];
+    if (argument == "--large" && i + 1 < argc) {
+      large = argv[i + 1];
+    } else if (argument == "--bug" && i + 1 < argc) {
+      planted_bug = std::atoi(argv[i + 1]);
+    } else {
+      std::fprintf(stderr, "usage: cuda_test [--large NAME of kLarge] [--bug NUMBER]\n");
+      return 2;
+    }
   }
+  if (!large.empty()) return run_large(large);
   for (int turn = 0; turn < 4; ++turn) {
     take_order(turn);
     CudaLaunch launch;

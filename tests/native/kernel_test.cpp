@@ -1,10 +1,11 @@
 // The native CPU kernels against oracle.h, element by element, through the C interface alone: no torch, no Python.
 //
-//   kernel_test [--isa NAME] [--all] [--plant NAME]
+//   kernel_test [--isa NAME] [--all] [--plant NAME] [--bug NUMBER]
 //
 // Ends with 0, or with 1 and a message at the first difference. --isa takes one instruction set instead of all that the
 // machine has. --all adds every one of the 2^32 pairs of planes of the `exact` format. --plant spoils what is handed to
-// the library in one of the ways of kPlants, and the test has to see it.
+// the library in one of the ways of kPlants, and the test has to see it. --bug takes the bug of that number, where the
+// kernels were built with some: tests/test_native_sanitized.py.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -25,6 +26,7 @@
 #include "launch.h"
 #include "oracle.h"
 #include "paces.h"
+#include "planted.h"
 #include "swafast.h"
 #include "tensors.h"
 
@@ -417,8 +419,10 @@ int main(int argc, char** argv) {
       only = argv[++i];
     } else if (argument == "--plant" && has_value && is_plant(argv[i + 1])) {
       planted = argv[++i];
+    } else if (argument == "--bug" && has_value) {
+      planted_bug = std::atoi(argv[++i]);
     } else {
-      std::fprintf(stderr, "usage: kernel_test [--isa NAME] [--all] [--plant NAME], with a NAME of kPlants\n");
+      std::fprintf(stderr, "usage: kernel_test [--isa NAME] [--all] [--plant NAME of kPlants] [--bug NUMBER]\n");
       return 2;
     }
   }

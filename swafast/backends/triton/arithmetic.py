@@ -13,7 +13,7 @@ from ...terms import weight
 
 
 def _bits(value):
-    """Give a float64 as the int64 with its bits: as a literal it might be truncated to float32 on its way."""
+    """Return a float64 constant as its bits, an int64. Triton may round a float literal to float32."""
     return tl.constexpr(struct.unpack("<q", struct.pack("<d", value))[0])
 
 
@@ -32,7 +32,7 @@ interpreted = {not isinstance(function, triton.runtime.JITFunction) for function
 
 
 def _has_fma():
-    """Say whether ``tl.fma`` rounds once: not in the interpreter of older releases (3.6, say)."""
+    """Return whether ``tl.fma`` rounds once. The interpreter of older releases rounds twice."""
     if interpreted != {True}:
         return True
     from triton._C.libtriton import interpreter
@@ -87,7 +87,7 @@ def exp_scale(k):
 
 @triton.jit
 def exp_parts_of(x):
-    """Give ``(scale, rest)`` with ``e**x = scale + scale * rest`` for ``x <= 0``."""
+    """Return ``(scale, rest)`` with ``e**x = scale + scale * rest``, for ``x <= 0``."""
     tiny = x < literal(LOWEST_EXPONENT)
     x = tl.where(tiny, whole(0), x)
     k = tl.floor(x * literal(INV_LN2) + whole(1) / whole(2))
@@ -108,7 +108,7 @@ def clamp_weight(weight, low, high):
 
 @triton.jit
 def rule_weight(kind, term0, term1, term2, term3, num_averaged):
-    """Give the weight of the newest model as float64, for a rule of ``rules.KernelTerms``.
+    """Return the weight of the newest model, a float64, by the terms of ``weight.KernelTerms``.
 
     The terms come as the int64 with the bits of each float64.
     """
@@ -153,7 +153,7 @@ def fused_multiply_add(a, b, c):
 
 @triton.jit
 def blend_of(weight):
-    """Give what a lerp needs, for a float64 weight.
+    """Return the numbers that a lerp needs, for a float64 weight.
 
     That is the factor of the difference, whether the average is the nearer end, whether to copy, and the weight itself.
     """
@@ -164,7 +164,7 @@ def blend_of(weight):
 
 @triton.jit
 def lerp(average, param, blend):
-    """Give ``average + weight * (param - average)`` as torch.lerp rounds it; at weight 1 a copy."""
+    """Return ``average + weight * (param - average)``, rounded as torch.lerp does; at weight 1, the param."""
     factor, near, copy, _weight = blend
     moved = fused_multiply_add(factor, param - average, tl.where(near, average, param))
     return tl.where(copy, param, moved)
@@ -172,7 +172,7 @@ def lerp(average, param, blend):
 
 @triton.jit
 def lerp_precisely(average, param, blend):
-    """Give the same for a float64 average, product and sum rounded one by one."""
+    """Return the same for a float64 average. The product and the sum are each rounded."""
     _factor, _near, _copy, weight = blend
     newest = param.to(tl.float64)
     distance = weight * (newest - average)
@@ -181,7 +181,7 @@ def lerp_precisely(average, param, blend):
 
 @triton.jit
 def value_of(bits, DTYPE: tl.constexpr):
-    """Give the float32 value of a param's bits."""
+    """Return the float32 value of a param's bits."""
     if DTYPE == 0:
         value = bits.to(tl.float32, bitcast=True)
     elif DTYPE == 1:
@@ -193,7 +193,7 @@ def value_of(bits, DTYPE: tl.constexpr):
 
 @triton.jit
 def joined(first, low):
-    """Give the float32 whose upper half is a bf16's bits, with a signed remainder added to them."""
+    """Return the float32 with a bf16's bits as its upper half, plus a signed remainder."""
     high = first.to(tl.int32) << 16
     value = (high + low).to(tl.float32, bitcast=True)
     # No encoder makes a pair that reads as NaN where the bf16 is none: the remainder is stale.
@@ -202,7 +202,7 @@ def joined(first, low):
 
 @triton.jit
 def decode(first, second, FORMAT: tl.constexpr):
-    """Give the average that planes hold as bits: float32, or float64 for ``compensated``."""
+    """Return the average that the planes' bits hold: float32, or float64 for ``compensated``."""
     if FORMAT == FLOAT32:
         value = first.to(tl.float32, bitcast=True)
     elif FORMAT == EXACT:
@@ -227,14 +227,14 @@ def decode(first, second, FORMAT: tl.constexpr):
 
 @triton.jit
 def quiet_bits(value):
-    """Give the bits of a float32, of a NaN its sign and nothing else: rounding its payload could run into the sign."""
+    """Return the bits of a float32; of a NaN only the sign is kept, since its payload could round up into the sign."""
     bits = value.to(tl.int32, bitcast=True)
     return tl.where(value == value, bits, (bits & -0x80000000) | 0x7FC00000)
 
 
 @triton.jit
 def round_at_random(value, random):
-    """Give the bits of a float32 with random bits added, as many as are to be cut off; what is finite stays so."""
+    """Return the bits of a float32 plus random bits, as many as are cut off later. A finite value stays finite."""
     bits = quiet_bits(value)
     rounded = bits + random.to(tl.int32)
     return tl.where((rounded & 0x7F800000) == 0x7F800000, bits, rounded)
@@ -242,13 +242,13 @@ def round_at_random(value, random):
 
 @triton.jit
 def cut_to_float(value):
-    """Give a float64 without the bits of its mantissa that float32 has no room for."""
+    """Return a float64 without the mantissa bits that a float32 cannot hold."""
     return double_of(value.to(tl.int64, bitcast=True) & -0x20000000)
 
 
 @triton.jit
 def encode(value, random, FORMAT: tl.constexpr):
-    """Give the bits of both planes; without a second plane, the first one's again.
+    """Return the bits of both planes; without a second plane, those of the first one twice.
 
     ``random`` has as many bits as a format that is rounded at random cuts off, as uint32.
     """

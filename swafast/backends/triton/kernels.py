@@ -1,7 +1,7 @@
 """The kernels of the ``triton`` backend: ``csrc/cuda/kernels.cuh`` said in Triton, with the same bits in every plane.
 
 A persistent grid of programs takes chunks in turn; one launch serves tensors of every dtype and format. Tensors come as
-addresses in a table (``device.Table``). All arguments of the kernels are int64, and none is specialised on: no value
+addresses in a table (``gpu.Table``). All arguments of the kernels are int64, and none is specialised on: no value
 makes the compiler work anew. ``memory.py`` says how tiles are moved, ``arithmetic.py`` and
 ``random.py`` what becomes of an element, ``paces.py`` by which weight.
 
@@ -32,6 +32,7 @@ from .memory import (
     NARROW_TILE,
     TILE,
     chunk_of,
+    launched,
     low_of,
     pointer_to,
     row_of,
@@ -186,7 +187,7 @@ def has_all(bits, EXPONENT: tl.constexpr):
 
 @triton.jit
 def holds_nonfinite(row, chunk, EXPONENT: tl.constexpr, BYTES: tl.constexpr):
-    """Give 1 if a chunk of a param holds a NaN or an infinity, an exponent of all ones, else 0."""
+    """Return 1 if a chunk of a param holds a NaN or an infinity, which have an exponent of all ones; else 0."""
     numel = word(chunk, 2)
     param = word(row, 0) + word(chunk, 1) * BYTES
     num_words = tl.where((param & 15) == 0, numel * BYTES // (4 * TILE) * TILE, 0)
@@ -214,16 +215,13 @@ def holds_nonfinite(row, chunk, EXPONENT: tl.constexpr, BYTES: tl.constexpr):
 
 @triton.jit
 def is_last_to_begin(state):
-    """Count this program; say whether it is the last of its launch to have read the words that the launch changes.
+    """Count this program; return whether all programs have now read the words that the launch changes.
 
     The count goes on from launch to launch, each of as many programs, as in ``csrc/cuda/kernels.cuh``.
     """
     tl.debug_barrier()  # every thread of the program has read
     begun = tl.atomic_add(pointer_to(state, 8), 1, sem="acq_rel", scope="gpu") + 1
     return begun % tl.num_programs(0) == 0
-
-
-TABLE = ["tensors", "chunks", "num_chunks", "state"]
 
 
 @triton.jit
@@ -243,7 +241,7 @@ def update_row(row, chunk, counts, weights):
         move_chunk(row, chunk, 1, False)
 
 
-@triton.jit(do_not_specialize=[*TABLE, "paces", "num_paces", "advance", "skip_nonfinite"])
+@launched
 def update_kernel(
     tensors: tl.int64,
     chunks: tl.int64,
@@ -274,7 +272,7 @@ def update_kernel(
         i += tl.num_programs(0)
 
 
-@triton.jit(do_not_specialize=[*TABLE, "wanted"])
+@launched
 def exchange_kernel(tensors: tl.int64, chunks: tl.int64, num_chunks: tl.int64, state: tl.int64, wanted: tl.int64):
     """Have every param and plane 0 change places, unless they are as ``wanted`` already."""
     end = tl.where(word(state, 1) == wanted, 0, num_chunks)
@@ -294,12 +292,12 @@ def exchange_kernel(tensors: tl.int64, chunks: tl.int64, num_chunks: tl.int64, s
         i += tl.num_programs(0)
 
 
-@triton.jit(do_not_specialize=["state"])
+@launched
 def forget_nonfinite_kernel(state: tl.int64):
     tl.store(pointer_to(state, 8) + 2, 0)
 
 
-@triton.jit(do_not_specialize=[*TABLE, "num_tensors"])
+@launched
 def nonfinite_kernel(tensors: tl.int64, chunks: tl.int64, num_chunks: tl.int64, state: tl.int64, num_tensors: tl.int64):
     """Fill in the state's ``nonfinite``, which is 0 before. Copied tensors do not count."""
     i = tl.program_id(0).to(tl.int64)

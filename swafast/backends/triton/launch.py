@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
+import inspect
 import os
 import struct
 import warnings
@@ -34,13 +35,14 @@ exchanges = True
 _PROGRAMS_PER_MULTIPROCESSOR = 4
 #: So few that chunks outnumber them in a test.
 _INTERPRETED_PROGRAMS = 3
-#: 64-bit words of ``swafast_pace`` in csrc/swafast.h.
-_PACE_WORDS = 6
+_PACE_WORDS = ctypes.sizeof(library.Pace) // 8
+#: The kernels by name, each ``<name>_kernel``, which states its own arguments: a launch passes them by theirs.
+KERNELS = ("pace", "update", "exchange", "nonfinite", "forget_nonfinite")
 
 
 @functools.cache
 def is_interpreted() -> bool:
-    """Say whether Triton interprets, by the words that it takes for yes."""
+    """Return whether Triton interprets. These are the values that Triton reads as yes."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
@@ -55,7 +57,7 @@ def unavailable() -> Unavailable | None:
 
 @functools.cache
 def _load() -> ModuleType | Unavailable:
-    """Give the module of the kernels, or why it does not load. This imports Triton."""
+    """Return the module of the kernels, or why it does not load. This imports Triton."""
     try:
         from . import kernels
     except Exception as error:  # whatever a broken install, or an environment variable of Triton's, may raise
@@ -66,7 +68,7 @@ def _load() -> ModuleType | Unavailable:
 
 
 def _kernels() -> ModuleType:
-    """Give the module of the kernels, which a caller knows to load."""
+    """Return the module of the kernels, for a caller that knows that it loads."""
     kernels = _load()
     if isinstance(kernels, Unavailable):
         raise RuntimeError(f"the triton backend is not available: {kernels.reason}")
@@ -74,7 +76,7 @@ def _kernels() -> ModuleType:
 
 
 def describe() -> str:
-    """Say which Triton it is and how many programs each device runs."""
+    """Describe Triton in one line: its version, and programs on each device."""
     version = _kernels().VERSION
     if is_interpreted():
         return f"Triton {version}, interpreted on CPU tensors"
@@ -97,20 +99,20 @@ def serves(pair: Pair) -> bool:
 
 @functools.cache
 def _is_usable(device: torch.device) -> bool:
-    """Have every kernel compiled and on the device, by launches without chunks; warn where that fails.
+    """Compile every kernel and load it on the device, by launches without chunks. Warn if that fails.
 
-    A capture allows neither, and an update is no place to find out that there is no compiler.
+    A capture allows neither. If there is no compiler, this finds out before the first update.
     """
     try:
         kernels, options = _kernels(), launch_options("hip" if torch.version.hip else "cuda")
         words = torch.zeros(16, dtype=torch.int64, device=device)
         state, paces = words.data_ptr(), words[-_PACE_WORDS:].data_ptr()
+        addresses = {"tensors": state, "chunks": state, "state": state, "paces": paces}
         with _on_device(device):
-            kernels.pace_kernel[(1,)](paces, 0, *(0,) * _PACE_WORDS, **options)
-            kernels.update_kernel[(1,)](state, state, 0, state, paces, 0, 0, 0, **options)
-            kernels.exchange_kernel[(1,)](state, state, 0, state, 0, **options)
-            kernels.nonfinite_kernel[(1,)](state, state, 0, state, 0, **options)
-            kernels.forget_nonfinite_kernel[(1,)](state, **options)
+            for name in KERNELS:
+                kernel = getattr(kernels, f"{name}_kernel")
+                arguments = {name: addresses.get(name, 0) for name in inspect.signature(kernel.fn).parameters}
+                kernel[(1,)](**arguments, **options)
             torch.cuda.current_stream(device).synchronize()
     except Exception as error:  # whatever a compiler, a cache folder or a driver may raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -120,7 +122,7 @@ def _is_usable(device: torch.device) -> bool:
 
 
 def launch_options(target: str) -> Mapping[str, Any]:
-    """Give the compiler's options for ``target``, ``"cuda"`` or ``"hip"``: 256 threads, and nothing fused by itself."""
+    """Return the compiler's options for ``"cuda"`` or ``"hip"``: 256 threads, and no fused operations of its own."""
     # A loop's iterations are not overlapped: the loads of one tile fill the registers.
     options = {"num_stages": 1, "enable_fp_fusion": False}
     if target == "hip":
@@ -200,26 +202,27 @@ class TritonLaunch(DeviceLaunch):
             words = self._paces[table.device].get(paces, capturing, self._write_pace)
             if stream != table.stream and table.device.type == "cuda":
                 words.record_stream(torch.cuda.current_stream(table.device))  # as the table's own words
-            self._start("update", table, words.data_ptr(), len(paces), advance, int(skip_nonfinite))
+            pace = {"paces": words.data_ptr(), "num_paces": len(paces), "advance": advance}
+            self._start("update", table, **pace, skip_nonfinite=int(skip_nonfinite))
 
     def _write_pace(self, *arguments: int) -> None:
         self._kernels.pace_kernel[(1,)](*arguments, **self._options)
 
     def start_exchange(self, table: Table, wanted: bool, stream: int) -> None:
         with _on_device(table.device):
-            self._start("exchange", table, int(wanted))
+            self._start("exchange", table, wanted=int(wanted))
 
     def start_first_nonfinite(self, table: Table, stream: int) -> None:
         with _on_device(table.device):
-            self._kernels.forget_nonfinite_kernel[(1,)](table.head.state, **self._options)
-            self._start("nonfinite", table, table.head.num_tensors)
+            self._kernels.forget_nonfinite_kernel[(1,)](state=table.head.state, **self._options)
+            self._start("nonfinite", table, num_tensors=table.head.num_tensors)
 
-    def _start(self, kernel: str, table: Table, *arguments: int) -> None:
+    def _start(self, kernel: str, table: Table, **arguments: int) -> None:
         head = table.head
         # A launch without chunks still counts.
         programs = max(1, min(head.num_chunks, head.num_blocks))
-        words = (head.tensors, head.chunks, head.num_chunks, head.state)
-        getattr(self._kernels, f"{kernel}_kernel")[(programs,)](*words, *arguments, **self._options)
+        words = {"tensors": head.tensors, "chunks": head.chunks, "num_chunks": head.num_chunks, "state": head.state}
+        getattr(self._kernels, f"{kernel}_kernel")[(programs,)](**words, **arguments, **self._options)
 
 
 prepare = TritonLaunch

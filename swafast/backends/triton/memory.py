@@ -3,6 +3,8 @@
 Elements are integers of their size.
 """
 
+import inspect
+
 import triton
 import triton.language as tl
 
@@ -15,9 +17,14 @@ COMPENSATED_TILE = tl.constexpr(2048)
 NARROW_TILE = tl.constexpr(1024)
 
 
+def launched(kernel):
+    """Make a kernel of a function of int64, whose values it is not specialised on: one compilation serves them all."""
+    return triton.jit(kernel, do_not_specialize=list(inspect.signature(kernel).parameters))
+
+
 @triton.jit
 def pointer_to(address, BYTES: tl.constexpr):
-    """Give the pointer to integers of this size at an address."""
+    """Return a pointer to integers of ``BYTES`` bytes at an address."""
     if BYTES == 8:
         pointer = address.to(tl.pointer_type(tl.int64))
     elif BYTES == 4:
@@ -37,17 +44,17 @@ def word(address, index):
 
 @triton.jit
 def tile_indices(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Give the indices of a tile's elements, consecutive ones along the rows.
+    """Return the indices of a tile's elements; they count up along the rows.
 
-    A path's tiles have a shape that no path with other sizes of elements has: the compiler gives accesses of one shape
-    to one thread's elements in common, and 4-byte elements alone would be moved with gaps.
+    Paths with elements of different sizes have tiles of different shapes. The compiler distributes accesses of one
+    shape over the threads in one way, and in a shared shape 4-byte elements would be moved with gaps.
     """
     return tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
 
 
 @triton.jit
 def tile_of(pointer, start, indices, WIDE: tl.constexpr):
-    """Give pointers to the elements of a tile from ``start`` on."""
+    """Return pointers to the elements of the tile that begins at ``start``."""
     pointer += start
     # Told so, the compiler moves 16 bytes at a time; 8 of bytes, as many elements as a thread has of 2 bytes each.
     if WIDE and pointer.dtype.element_ty == tl.int8:
@@ -89,5 +96,5 @@ def pace_of(paces, index):
 
 @triton.jit
 def low_of(pair):
-    """Give the first int32 of two in a word."""
+    """Return the lower of the two int32 in a word."""
     return pair & 0xFFFFFFFF

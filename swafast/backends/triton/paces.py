@@ -7,18 +7,16 @@ from then on: each pace's with an index of its own over the program's threads, i
 import triton
 import triton.language as tl
 
+from .. import library
 from .arithmetic import double_of, rule_weight
-from .memory import pace_of, pointer_to, word
+from .memory import launched, pace_of, pointer_to, word
 
-#: As many as ``library.MAX_PACES``.
-MAX_PACES = tl.constexpr(16)
+MAX_PACES = tl.constexpr(library.MAX_PACES)
 
 INT64_MAX = tl.constexpr(2**63 - 1)
 
-PACE = ["paces", "index", "kind", "term0", "term1", "term2", "term3", "num_averaged"]
 
-
-@triton.jit(do_not_specialize=PACE)
+@launched
 def pace_kernel(
     paces: tl.int64,
     index: tl.int64,
@@ -50,7 +48,7 @@ def counters_of(paces, num_paces):
 
 @triton.jit
 def any_bad(counts):
-    """Say whether a count is negative or exhausted."""
+    """Return whether any count is negative or exhausted."""
     return tl.max(((counts < 0) | (counts == INT64_MAX)).to(tl.int32), 0) != 0
 
 

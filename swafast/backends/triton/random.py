@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def mix(start, word):
-    """Give what ``mix`` in ``csrc/checksum.h`` gives, for uint64."""
+    """Mix two uint64, as ``mix`` in ``csrc/checksum.h`` does."""
     x = start + word
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
@@ -18,7 +18,7 @@ def mix(start, word):
 
 @triton.jit
 def draw_of(key, num_averaged, first_index):
-    """Give the three uint32 that the elements of one chunk have in common; all arguments are int64."""
+    """Return the three uint32 that all elements of one chunk share. The arguments are int64."""
     n = num_averaged.to(tl.uint64)
     start = ((n >> 4) + 1) * 0x9E3779B97F4A7C15
     bits = mix(mix(key.to(tl.uint64), start), first_index.to(tl.uint64) >> 32)
@@ -27,13 +27,13 @@ def draw_of(key, num_averaged, first_index):
 
 @triton.jit
 def turn_of(n):
-    """Give which sixteenth of their range the random bits of this update take in turn, from where a draw begins."""
+    """Return the sixteenth of the range that the random bits of this update lie in, relative to the draw."""
     return ((n & 1) << 31) | ((n & 2) << 29) | ((n & 4) << 27) | ((n & 8) << 25)
 
 
 @triton.jit
 def bits_of_draw(draw, index):
-    """Give 32 random bits for elements whose index has these lower 32 bits, uint32: the upper 16 are fit for use."""
+    """Return 32 random bits for each element, from the lower 32 bits of its index. Use the upper 16 only."""
     first, second, turn = draw
     x = index ^ first
     x = (x ^ (x >> 16)) * 0x7FEB352D

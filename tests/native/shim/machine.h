@@ -41,7 +41,6 @@
 extern "C" {
 SHIM_SETTING int shim_reverse_threads = 0;            // the last thread of a block runs first
 SHIM_SETTING int shim_reverse_blocks = 0;             // the last block of a grid runs first
-SHIM_SETTING int shim_mutant = 0;                     // the bug to run with, of those that a test has built in
 SHIM_SETTING int shim_capturing = 0;                  // every stream is: launches wait for shim_replay()
 SHIM_SETTING const char* shim_failing = nullptr;      // the runtime's function that fails, by name
 SHIM_SETTING long long shim_num_launches = 0;         // kernels launched or captured so far

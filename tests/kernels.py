@@ -1,0 +1,213 @@
+"""What the tests of the backends share: pairs of any bits, rules, and how launches are run and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from swafast.backends.contract import Launch, Pair, Update
+from swafast.op.launches import draws_of
+from swafast.terms.formats import COMPACT, COMPENSATED, EXACT, FLOAT32, HALF, MIRRORED, Format
+from swafast.terms.rules import EqualAverage, ExponentialAverage, PowerAverage, Rule, terms_of
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMATS = (FLOAT32, EXACT, MIRRORED, COMPACT, COMPENSATED, HALF)
+#: Params that can change places with an average's first plane.
+EXCHANGED = [(dtype, fmt) for dtype in DTYPES for fmt in FORMATS if fmt.dtype == dtype]
+PAIRS = pytest.mark.parametrize(("dtype", "fmt"), [(d, f) for d in DTYPES for f in FORMATS], ids=str)
+INT64_MAX = 2**63 - 1
+#: A kind of rule each, then their edges.
+RULES: list[Rule] = [
+    EqualAverage(),
+    ExponentialAverage(0.999),
+    ExponentialAverage(0.99999, warmup="power", inv_gamma=37.0, power=0.75, min_decay=0.1),
+    ExponentialAverage(0.9999, warmup="ratio", min_decay=0.2),
+    PowerAverage(6.94),
+    ExponentialAverage(0.9999, warmup="power"),
+    ExponentialAverage(1.0, warmup="power", inv_gamma=1e-320),
+    ExponentialAverage(0.999, warmup="ratio"),
+    ExponentialAverage(1.0),
+    ExponentialAverage(0.0),
+    PowerAverage(0.0),
+    PowerAverage(16.97),
+]
+
+
+def any_floats(numel: int) -> Tensor:
+    """Return float32 values of which half are near 1, where a lerp rounds, and half are any bits at all."""
+    bits = torch.randint(-(2**31), 2**31, (numel,)).to(torch.int32).view(torch.float32)
+    return torch.where(torch.rand(numel) < 0.5, bits, torch.randn(numel))
+
+
+def any_values(numel: int, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.float32:
+        return any_floats(numel)
+    bits = torch.randint(-(2**15), 2**15, (numel,)).to(torch.int16).view(dtype)
+    return torch.where(torch.rand(numel) < 0.5, bits, torch.randn(numel).to(dtype))
+
+
+def any_planes(numel: int, fmt: Format) -> tuple[Tensor, ...]:
+    """Return planes of which a quarter hold in ``planes[0]`` what somebody else wrote there."""
+    value = any_floats(numel)
+    if fmt.value_dtype == torch.float64:
+        value = value.double() * (1.0 + 2.0**-26 * torch.rand(numel, dtype=torch.float64))
+    planes = fmt.encode(value)
+    if fmt.extra and numel:
+        planes[0].copy_(torch.where(torch.rand(numel) < 0.25, any_values(numel, planes[0].dtype), planes[0]))
+    return planes
+
+
+def at_offset(tensor: Tensor, offset: int) -> Tensor:
+    """Return a copy that starts ``offset`` elements into its storage."""
+    return torch.empty(offset + tensor.numel(), dtype=tensor.dtype)[offset:].copy_(tensor)
+
+
+def make_pair(numel: int, dtype: torch.dtype, fmt: Format | None, offset: int = 0) -> Pair:
+    if fmt is None:
+        param, average = (torch.randint(-128, 128, (numel,)).to(dtype) for _ in range(2))
+        return Pair(f"copied {numel}", at_offset(param, offset), (at_offset(average, offset // 2),), None)
+    planes = any_planes(numel, fmt)
+    shifted = tuple(at_offset(plane, (offset * factor) % 8) for plane, factor in zip(planes, (3, 5), strict=False))
+    name, param = f"{numel} elements", at_offset(any_values(numel, dtype), offset)
+    return Pair(name, param, shifted, fmt, draws_of(0, name, param, fmt))
+
+
+def sizes_around(chunk_numel: int) -> list[int]:
+    return [0, 1, 7, 8, 15, 16, 17, 31, 33, chunk_numel - 1, chunk_numel, chunk_numel + 1, 3 * chunk_numel + 7]
+
+
+# Several averages of each param
+
+
+def averages_of(num_paces: int, sizes: Sequence[int]) -> list[Pair]:
+    """Return pairs of each param with averages of mixed formats.
+
+    They come as models hand them in, one average of all params at a time, and so a param's averages stand apart.
+    """
+    params = [
+        make_pair(size, dtype, FLOAT32 if dtype.is_floating_point else None, 1).param
+        for size in sizes
+        for dtype in (*DTYPES, torch.int32)
+    ]
+    pairs = []
+    for pace in range(num_paces):
+        for index, param in enumerate(params):
+            fmt = FORMATS[(pace + index) % len(FORMATS)] if param.is_floating_point() else None
+            pair, name = make_pair(len(param), param.dtype, fmt, pace % 3), f"param {index}"
+            pairs.append(replace(pair, name=name, param=param, draws=draws_of(0, name, param, fmt), pace=pace))
+    return pairs
+
+
+def paces_of(num_paces: int) -> tuple[list[Rule], list[int]]:
+    """Return rules and counts, each unlike the others."""
+    rules = [RULES[k % len(RULES)] for k in range(num_paces)]
+    return rules, [(0, 1, 7, 10**6, 2**40)[k % 5] + k for k in range(num_paces)]
+
+
+# Running and comparing
+
+
+def update(
+    launch: Launch,
+    pairs: Sequence[Pair],
+    rules: Sequence[Rule],
+    counters: Sequence[Tensor],
+    advance: int = 1,
+    **more: Any,
+) -> None:
+    """Update by a launch of these pairs, by rules that have kernel terms. Other options are those of `Update`."""
+    terms = tuple(terms_of(rule) for rule in rules)
+    assert None not in terms
+    launch.update([pair.param for pair in pairs], Update(terms, tuple(counters), advance, **more))  # type: ignore[arg-type]
+
+
+def clone(pairs: Sequence[Pair]) -> list[Pair]:
+    """Return copies, in which one param is one param still."""
+    params = {id(pair.param): pair.param.clone() for pair in pairs}
+    return [
+        replace(pair, param=params[id(pair.param)], planes=tuple(plane.clone() for plane in pair.planes))
+        for pair in pairs
+    ]
+
+
+def on_cpu(pairs: Sequence[Pair]) -> list[Pair]:
+    return [replace(pair, param=pair.param.cpu(), planes=tuple(plane.cpu() for plane in pair.planes)) for pair in pairs]
+
+
+def differing(a: Sequence[Pair], b: Sequence[Pair]) -> list[str]:
+    """Return the names of the pairs that differ in a bit; all NaNs are alike."""
+    return [
+        f"{x.name}, {x.format}, pace {x.pace}"
+        for x, y in zip(on_cpu(a), on_cpu(b), strict=True)
+        if not all(map(same_bits, (x.param, *x.planes), (y.param, *y.planes)))
+    ]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    same = a.contiguous().view(integer) == b.contiguous().view(integer)
+    return bool((same | (a.isnan() & b.isnan())).all())
+
+
+def check_exchange(launch: Any, pairs: Sequence[Pair]) -> None:
+    """Hold exchanges, asked for once or again, to what they say: every bit of params and first planes there or back."""
+    before = clone(pairs)
+    for wanted in (False, True, True, False, False, True):
+        launch.exchange(wanted)
+        for pair, old in zip(on_cpu(pairs), on_cpu(before), strict=True):
+            param, average = (old.average, old.param) if wanted else (old.param, old.average)
+            assert torch.equal(pair.param.view(torch.uint8), param.view(torch.uint8)), f"{pair.name}, {wanted}"
+            assert torch.equal(pair.average.view(torch.uint8), average.view(torch.uint8)), f"{pair.name}, {wanted}"
+            assert all(map(same_bits, pair.planes[1:], old.planes[1:])), f"{pair.name}, {wanted}"
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts what torch is asked to do: a host read of the device is an op, and so is every kernel of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.ops.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def drift(model: nn.Module) -> None:
+    """Change every param in place, as training would."""
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(torch.randn_like(param), alpha=0.1)
+
+
+def check_captured_paces(prepare: Any, pairs: Sequence[Pair], capture: Any, replay: Any) -> None:
+    """Hold replays of a graph to the rules that were captured, whatever an update between them goes by.
+
+    ``capture`` is a context in which updates go into the graph, and ``replay`` runs it.
+    """
+    expected, device = clone(pairs), pairs[0].param.device
+    launch, eager = prepare(pairs), prepare(expected)
+    rules: list[Rule] = [EqualAverage(), ExponentialAverage(0.9), PowerAverage(6.94)]
+    others: list[Rule] = [ExponentialAverage(0.5), EqualAverage(), ExponentialAverage(0.1)]
+    counters, counted = ([torch.tensor(n, device=device) for n in (3, 1, 7)] for _ in range(2))
+    update(launch, pairs, others, counters)  # outside a graph, as the first update has to be
+    update(eager, expected, others, counted)
+    with capture:
+        update(launch, pairs, rules, counters)
+    assert launch.captured
+    for by in (rules, others, rules):
+        if by is rules:
+            replay()
+        else:
+            update(launch, pairs, by, counters)
+        update(eager, expected, by, counted)
+        assert list(map(int, counters)) == list(map(int, counted))
+        assert differing(pairs, expected) == [], "a replay is wrong"
