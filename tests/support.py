@@ -98,7 +98,7 @@ def unchanged(*modules: nn.Module) -> Iterator[None]:
     before = [tensors_of(module) for module in modules]
     yield
     for module, tensors in zip(modules, before, strict=True):
-        assert differing(tensors_of(module), tensors) == []
+        require_same(tensors_of(module), tensors, "has changed")
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from swafast.terms.rules import Rule
 from swafast.terms.weight import KernelTerms
 from tests.conftest import EveryKind, differing, tensors_of
 from tests.kernels import check_captured_paces, drift
-from tests.test_package import python_of_the_readme
+from tests.test_documents import TEXTS, blocks_of
 
 pytestmark = pytest.mark.gpu
 
@@ -239,10 +239,10 @@ def test_a_captured_plan_outlives_its_place(backend: str) -> None:
     assert differing(average.averaged_state_dict(), state) == []
 
 
-def test_the_readmes_python_for_gpus_runs(backend: str) -> None:
+def test_the_python_of_the_page_on_gpus_runs(backend: str) -> None:
     model = small_model()
     average = FusedAveragedModel(model, backend=backend)
-    (block,) = (block for block in python_of_the_readme() if "torch.cuda" in block)
+    (block,) = (block for block in blocks_of(TEXTS["docs/gpu.md"]) if "torch.cuda" in block)
     exec(block, {"torch": torch, "model": model, "averaged": average})
     assert average.n_averaged == 2
 

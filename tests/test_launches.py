@@ -120,12 +120,12 @@ def zeros(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("averages", "remainders", "params", "format", "message"),
     [
-        ([zeros()], [], [torch.ones(8).bfloat16()], "exact", "of one length"),
+        ([zeros()], [], [torch.ones(8).bfloat16()], "exact", "have one length"),
         ([zeros()], [zeros(torch.int16)[:1]], [torch.ones(8)], "exact", "alike in shape and device"),
         ([zeros()], [zeros(torch.float32)], [torch.ones(8)], "exact", "must have planes of"),
         ([zeros(torch.float64)], [], [torch.ones(8)], "float32", "must have planes of"),
         ([zeros()], [], [torch.ones(8)], "float32", "must have planes of"),
-        ([zeros(torch.float32)], [], [torch.ones(8), torch.ones(8)], "float32", "of one length"),
+        ([zeros(torch.float32)], [], [torch.ones(8), torch.ones(8)], "float32", "have one length"),
     ],
 )
 def test_the_op_refuses_planes_that_are_not_the_formats(

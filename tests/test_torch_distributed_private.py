@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from swafast.sharded import PartTensor
 from swafast.torch_private import distributed as private
 from tests.ranks import TIMEOUT, run_ranks
+from tests.sharded_models import require
 
 
 @pytest.mark.distributed
@@ -78,17 +79,29 @@ def fsdp1_names(orig: bool) -> list[str]:
 
 
 @pytest.mark.distributed
-def test_groups_and_fsdp2_have_what_we_read() -> None:
-    assert run_ranks(1, group_and_fsdp2_names) == [[]]
+def test_groups_have_what_we_read() -> None:
+    assert run_ranks(1, group_names) == [[]]
 
 
-def group_and_fsdp2_names() -> list[str]:
-    """Return the private names of process groups and FSDP2 that this torch lacks, or that mean something else."""
+def group_names() -> list[str]:
+    """Return the private names of process groups that this torch lacks, or that mean something else."""
     of_torch = dist.distributed_c10d._process_group_name
     group = private.new_group([0], "ours")
     missing = [] if group.group_name == "ours" else ["_process_group_name"]
     if dist.distributed_c10d._process_group_name is not of_torch:
         missing.append("_process_group_name, which is not as it was")
+    return missing
+
+
+@pytest.mark.distributed
+def test_fsdp2_has_what_we_read() -> None:
+    require("fsdp2", forward=True)
+    assert run_ranks(1, fsdp2_names) == [[]]
+
+
+def fsdp2_names() -> list[str]:
+    """Return the private names of FSDP2 that this torch lacks, or that mean something else."""
+    missing = []
     model = fully_shard(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3)))
     model.register_forward_pre_hook(stop, prepend=False)
     with contextlib.suppress(StopIteration):
