@@ -236,7 +236,7 @@ def test_meshes_replicas_and_groups_that_do_not_fit() -> None:
             "a group of others": "no error" if within else outside.format(rank=rank),
             "a group of some of the mesh": lacking if within else outside.format(rank=rank),
             "parts of other bits": r"ValueError: 'weight' must .*, got other bits on rank 1 than on rank 0",
-            "parts that overlap": r"ValueError: .*alike ones that share no rank",
+            "parts that overlap": r"ValueError: .*meshes of one shape that share no rank",
         }
         for name, pattern in expected.items():
             assert re.match(pattern, answer[name]), f"{name} on rank {rank}: {answer[name]}"
