@@ -1,10 +1,12 @@
 """The cost of each public call, in counts that noise cannot change: the table of docs/costs.md.
 
-``python -m tests.costs`` measures it and writes the table.
+``python -m tests.costs`` measures and prints both tables; with ``--write`` it fills them in.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 import tempfile
 from collections import Counter
@@ -27,6 +29,9 @@ from swafast import ExponentialAverage, FusedAveragedModel, FusedAverages, Shard
 from swafast.backends import library
 from tests import sharded_models
 from tests.ranks import run_ranks
+
+# The profiler would print a line at each start and stop.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 PAGE = Path(__file__).parents[1] / "docs" / "costs.md"
 SOURCES = str(Path(swafast.__file__).parent)
@@ -303,12 +308,18 @@ def read_table(name: str) -> dict[str, list[str]]:
 
 
 def main() -> None:
+    """Print both tables; with ``--write`` put them into the page as well."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help=f"fill the tables of {PAGE.name} in")
+    write = parser.parse_args().write
     page = PAGE.read_text()
     for name, lines in (("costs", costs_table(measured_costs())), ("peaks", peaks_table(measured_peaks()))):
+        print(*lines, "", sep="\n")
         begin, end = f"<!-- table {name} -->\n", f"<!-- end of {name} -->"
         before, _, rest = page.partition(begin)
         page = before + begin + "\n".join(lines) + "\n" + end + rest.partition(end)[2]
-    PAGE.write_text(page)
+    if write:
+        PAGE.write_text(page)
 
 
 if __name__ == "__main__":
