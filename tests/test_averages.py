@@ -207,6 +207,23 @@ def test_averages_that_were_loaded_from_one_tensor_part_again() -> None:
     require_equal(averages, alone)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("to", "of"), [("fast", "mean"), ("mean", "fast")])
+def test_an_average_that_was_assigned_another_ones_tensors_has_memory_of_its_own(
+    dtype: torch.dtype, to: str, of: str
+) -> None:
+    model = EveryKind().to(dtype)
+    averages = FusedAverages(model, rules=RULES)
+    update(model, averages, updates=2)
+    state = averages[of].state_dict()
+    alone = {name: FusedAveragedModel(model, rule=rule) for name, rule in RULES.items()}
+    for name, each in alone.items():
+        each.load_state_dict(averages[of if name == to else name].state_dict())
+    averages[to].load_state_dict(state, assign=True)
+    update(model, averages, *alone.values(), updates=2)
+    require_equal(averages, alone)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict
 
 import pytest
 import torch
+from torch import nn
 
 from swafast import FusedAveragedModel
 from swafast.backends import cpu
@@ -87,6 +90,20 @@ def test_a_binding_is_kept_for_each_of_three_models(monkeypatch: pytest.MonkeyPa
     assert len(planned) == 4
     averaged.update_parameters(models[0])
     assert len(planned) == 5
+
+
+def test_a_binding_that_no_longer_fits_keeps_no_memory() -> None:
+    model = nn.BatchNorm1d(4)
+    models = [model, *(copy.deepcopy(model) for _ in range(2))]
+    averaged = FusedAveragedModel(model, backend="reference")  # this backend keeps the tensors that it writes
+    replaced = []
+    for each in models:
+        averaged.module.running_mean = torch.zeros(4)
+        replaced.append(weakref.ref(averaged.module.running_mean.untyped_storage()))
+        averaged.update_parameters(each)
+    averaged.module.running_mean = torch.zeros(4)
+    averaged.update_parameters(model)
+    assert [storage() for storage in replaced] == [None] * 3
 
 
 # Each gate kills a bug

@@ -100,8 +100,8 @@ def test_different_calls_are_named_on_every_rank() -> None:
     assert "state_dict of average 0 on rank 0, full_state_dict of average 0 on rank 1" in first[0]
 
 
-def use_in_another_order(action: str) -> str:
-    model = net()
+def use_in_another_order(action: str, model: nn.Module | None = None) -> str:
+    model = net() if model is None else model
     averages = [ShardedAveragedModel(model, nonfinite="skip") for _ in range(2)]
     for averaged in averages:
         averaged.update_parameters(model)
@@ -122,10 +122,11 @@ def test_states_in_another_order_are_no_states() -> None:
         )
 
 
-def test_updates_in_another_order_are_told_of() -> None:
-    told = run_ranks(2, use_in_another_order, "update", timeout=TIMEOUT)
-    assert any("must update averages that share a process group in one order" in each for each in told), told
-    assert "no error" not in told
+@pytest.mark.parametrize("model", [None, nn.ParameterList([nn.Parameter(torch.zeros(1))])], ids=["net", "no part"])
+def test_updates_in_another_order_are_told_of(model: nn.Module | None) -> None:
+    """On every rank, one that has no part of the only param too."""
+    for told in run_ranks(2, use_in_another_order, "update", model, timeout=TIMEOUT):
+        assert "must update averages that share a process group in one order" in told
 
 
 # Anew after a loss

@@ -24,7 +24,7 @@ from ..terms.formats import Format
 from ..terms.lazy import MadeOnUse
 from ..terms.names import named_buffers, named_params, require_same_names, unwrap
 from ..torch_private.modules import Walk
-from .planes import fit_planes
+from .planes import fit_planes, put_planes
 
 #: Takes an average's name, its tensor and whether it is a buffer. Returns its format, or None if it is copied.
 FormatOf = Callable[[str, Tensor, bool], Format | None]
@@ -153,7 +153,8 @@ class ModuleBinding:
         checks.check_overlap([pair for _, pair in matched])
         for device in {pair.average.device for _, pair in matched}:
             checks.refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
-        pairs = [_with_planes(pair, side) for side, pair in matched]
+        taken: set[int] = set()
+        pairs = [_with_planes(pair, side, taken) for side, pair in matched]
         counters = _place_counters(sides)
         backends = choice.choose_backends(sides[0].backend, choice.device_types(pairs))
         self.plan = Plan(pairs, backends, counters, homes)
@@ -299,8 +300,13 @@ class WithBindings(Attachable):
             return {key: value for key, value in state.items() if key not in own}
 
 
-def _with_planes(pair: Pair, side: ModuleSide) -> Pair:
+def _with_planes(pair: Pair, side: ModuleSide, taken: set[int]) -> Pair:
+    """Add the further planes to a pair. ``taken`` are the ids of planes of the pairs before it."""
     planes = fit_planes(side.owner, pair.name, pair.average, pair.format)
+    if not taken.isdisjoint(map(id, planes)):  # a load by assignment gave two averages one tensor
+        planes = (pair.average, *(plane.clone() for plane in planes[1:]))
+        put_planes(side.owner, pair.name, pair.format, planes[1:])
+    taken.update(map(id, planes))
     return replace(pair, planes=planes, draws=draws_of(side.seed, pair.name, pair.param, pair.format))
 
 

@@ -73,8 +73,8 @@ class NativeLaunch:
         self._table = (ctypes.addressof(self._tensors), len(pairs), self._chunks.data_ptr(), len(self._chunks))
         self._exchanged = ctypes.c_int64(0)
         self._most_threads = max(1, rows.numel // _NUMEL_PER_THREAD)
-        self._update: Update | None = None  # that the paces are of
-        self._paces = make_paces((), ())
+        #: The last update, with its paces. An interrupt cannot part the two.
+        self._made: tuple[Update | None, ctypes.Array[library.Pace]] = (None, make_paces((), ()))
 
     def _threads(self) -> int:
         return min(torch.get_num_threads(), self._most_threads)
@@ -82,12 +82,14 @@ class NativeLaunch:
     def update(self, params: Sequence[Tensor], update: Update) -> None:
         if update.skip_nonfinite and update.is_skipped(self.first_nonfinite(params) is not None):
             return
-        if update is not self._update:
+        made, paces = self._made
+        if update is not made:
             if update.device.type != "cpu":
                 self._update_counted_elsewhere(update)
                 return
-            self._update, self._paces = update, make_paces(update.terms, update.counters)
-        self._run(update, self._paces)
+            paces = make_paces(update.terms, update.counters)
+            self._made = update, paces
+        self._run(update, paces)
 
     def _update_counted_elsewhere(self, update: Update) -> None:
         """Update the parts on the CPU of a model that counts on a GPU."""

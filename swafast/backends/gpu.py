@@ -32,8 +32,10 @@ class Table:
     words: Tensor = field(repr=False)  # int64
     head: library.TableHead
     stream: int  # that the table was made on
-    _update: Update | None = None  # that the paces are of
-    _paces: ctypes.Array[library.Pace] = field(default_factory=lambda: make_paces((), ()))
+    #: The last update, with its paces. An interrupt cannot part the two.
+    _made: tuple[Update | None, ctypes.Array[library.Pace]] = field(
+        default_factory=lambda: (None, make_paces((), ())), repr=False
+    )
 
     @property
     def counters(self) -> Sequence[Tensor]:
@@ -42,9 +44,11 @@ class Table:
 
     def paces_of(self, update: Update, counters: Sequence[Tensor]) -> ctypes.Array[library.Pace]:
         """Return the paces of ``update`` with ``counters`` on this device: the same object for the same update."""
-        if update is not self._update:
-            self._update, self._paces = update, make_paces(update.terms, counters)
-        return self._paces
+        made, paces = self._made
+        if update is not made:
+            paces = make_paces(update.terms, counters)
+            self._made = update, paces
+        return paces
 
     @property
     def nonfinite(self) -> Tensor:

@@ -28,6 +28,7 @@ def home_averages(pairs: Sequence[Pair], homes: frozenset[int]) -> frozenset[int
     """
     planes: list[Tensor] = []
     strides: list[tuple[int, ...]] = []
+    taken: set[int] = set()  # two averages may share memory after a load by assignment: one of them keeps it
     for pair in pairs:
         if pair.format is None or pair.average.numel() == 0:
             continue
@@ -35,7 +36,10 @@ def home_averages(pairs: Sequence[Pair], homes: frozenset[int]) -> frozenset[int
         for plane in pair.planes:
             # Other processes would not see a plane that has moved out of the memory they share.
             shared = plane.device.type == "cpu" and plane.is_shared()
-            if not shared and not (plane.data_ptr() in homes and same_order(plane.shape, plane.stride(), order)):
+            address = plane.data_ptr()
+            homed = address in homes and address not in taken and same_order(plane.shape, plane.stride(), order)
+            taken.add(address)
+            if not shared and not homed:
                 planes.append(plane)
                 strides.append(order)
     likes = [

@@ -127,7 +127,8 @@ def check_overlap(pairs: Sequence[Pair], *, tied: bool = True) -> None:
     averaged = [pair for pair in pairs if pair.format is not None]
     for first, second in overlaps([pair.planes for pair in averaged]):
         a, b = averaged[first], averaged[second]
-        if not (tied and a.param is b.param and a.average.data_ptr() == b.average.data_ptr()):
+        may_part = a.param is b.param and a.average is not b.average and a.average.data_ptr() == b.average.data_ptr()
+        if not (tied and may_part):
             raise ValueError(f"averages must not overlap in memory, got {a.name!r} and {b.name!r} on shared bytes")
 
 

@@ -38,8 +38,11 @@ class CountLaunch:
     captured = False
 
     def update(self, params: Sequence[Tensor], update: Update) -> None:
-        if update.skip_nonfinite:
-            # Other ranks may find a NaN, and then no rank counts. Do not read the flag on the host, as they do not.
+        if update.skip_nonfinite and update.device.type == "cpu":
+            if update.is_skipped(False):  # another rank found a NaN, and then no rank counts
+                return
+        elif update.skip_nonfinite:
+            # As on the CPU, but do not read the flag on the host: the ranks that have a part do not either.
             flag = torch.zeros((), dtype=torch.int64, device=update.device)
             if update.reduce_flag is not None:
                 update.reduce_flag(flag)

@@ -74,8 +74,8 @@ class Launches:
         self._chosen = backends
         self._work = launches.prepare(pairs, backends)
         self._waits_for_gpu = counters[0].device.type == "cuda" and any(work.is_on_host for work in self._work)
-        self._asked: object = None  # the arguments for which the updates below were made
-        self._updates: list[Update] = []
+        #: What the last update was asked for, and the updates of the work for it. An interrupt cannot part the two.
+        self._described: tuple[object, list[Update]] = (None, [])
         self._kept: tuple[Tensor, ...] = ()
 
     @property
@@ -113,17 +113,18 @@ class Launches:
             terms.append(known if known is not None else _work_out(rule, counter))
         if self._waits_for_gpu:
             refuse_capture(self._counters[0].device, "an update of which a part runs on the host")
-        if (terms, skip_nonfinite, reduce_flag) != self._asked:
-            self._updates = self._describe(tuple(terms), skip_nonfinite, reduce_flag)
-            self._asked = (terms, skip_nonfinite, reduce_flag)
+        asked, updates = self._described
+        if (terms, skip_nonfinite, reduce_flag) != asked:
+            updates = self._describe(tuple(terms), skip_nonfinite, reduce_flag)
+            self._described = (terms, skip_nonfinite, reduce_flag), updates
         several = len(self._work) > 1  # if one backend finds a NaN, all must skip
-        if skip_nonfinite and several and self._updates[-1].is_skipped(self._first_nonfinite(params) is not None):
+        if skip_nonfinite and several and updates[-1].is_skipped(self._first_nonfinite(params) is not None):
             return
         # Bump before the launch. After a large update, the tensors' metadata is no longer in the caches (0.3 ms for
         # 2000 of 64x64). Autograd must also know of the writes of a launch that is interrupted.
         bump_versions((*planes, *self._counters))
         captured = False
-        for work, update in zip(self._work, self._updates, strict=True):
+        for work, update in zip(self._work, updates, strict=True):
             work.launch.update(self._pick(work, params) if work.takes_tensors else (), update)
             captured |= work.launch.captured
         if captured and not self._kept:
@@ -174,8 +175,10 @@ class Plan(Launches):
         self.homes = home_averages(pairs, homes)
         self.names = [pair.name for pair in pairs]
         self.formats = [pair.format for pair in pairs]
-        #: Addresses of the planes and counters that an update writes.
-        self.writes = self.homes | {counter.data_ptr() for counter in counters}
+        #: Addresses of all that an update writes: averages, copied tensors and counters.
+        self.writes = frozenset(
+            tensor.data_ptr() for tensor in (*(p for pair in pairs for p in pair.planes), *counters)
+        )
         self._params = Fingerprint([pair.param for pair in pairs])
         self._written = Fingerprint([*(plane for pair in pairs for plane in pair.planes), *counters])
         self._exchange: tuple[list[ExchangeLaunch], list[int]] | None = None
