@@ -171,6 +171,28 @@ def test_the_resumed_loop_of_the_readme_loads_what_it_saved(tmp_path: Path, monk
     assert {*torch.load("averaged.pt")} == {*scope["model"].state_dict()}
 
 
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("forgotten", ["", 'start = saved["epoch"]\n'])
+def test_the_readmes_loop_resumes_bit_for_bit(forgotten: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    block = blocks_of(TEXTS["README.md"])[0]
+    parts, loop, _, resume = re.split(r"(?=^for epoch|^torch.save|^# To resume)", block, flags=re.MULTILINE)
+    assert forgotten in resume
+
+    def evaluate(*given: Any) -> None:
+        given[-1].eval()(torch.ones(3, 4))
+        given[-1].train()
+
+    def bits(code: str, num_epochs: int) -> dict[str, torch.Tensor]:
+        exec(code, scope := reader() | {"num_epochs": num_epochs, "evaluate": evaluate})
+        return scope["averaged"].state_dict() | scope["model"].state_dict()
+
+    straight = bits(parts + loop, 4)
+    bits(parts + loop, 2)
+    resumed = bits(parts + resume.replace(forgotten, "") + loop, 4)
+    assert all(torch.equal(straight[key], resumed[key]) for key in straight) == (not forgotten)
+
+
 # Figures
 
 
