@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,24 +125,23 @@ def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.
     run_blocks(page, TEXTS[page], reader(batches=1000 if page == "docs/posthoc.md" else 2))
 
 
-def _on_rank(texts: dict[str, str]) -> list[int]:
-    counts = []
-    with tempfile.TemporaryDirectory() as own:
-        for page, text in texts.items():
-            folder = [f"{own}/{page.replace('/', '_')}"]
-            torch.distributed.broadcast_object_list(folder)
-            scope = run_blocks(page, text, reader() | {"folder": Path(folder[0])})
-            averaged = scope["averaged"]
-            counts.append(int(averaged.n_averaged))
-            torch.distributed.barrier()  # the folder is the first rank's
-    return counts
+def _on_rank(texts: dict[str, str], folder: Path) -> list[int]:
+    scopes = [run_blocks(page, text, reader() | {"folder": folder / Path(page).stem}) for page, text in texts.items()]
+    return [int(scope["averaged"].n_averaged) for scope in scopes]
 
 
 @pytest.mark.distributed
 def test_the_code_of_pages_on_ranks_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    counts = run_ranks(2, _on_rank, {page: TEXTS[page] for page in ON_RANKS})
+    counts = run_ranks(2, _on_rank, {page: TEXTS[page] for page in ON_RANKS}, tmp_path)
     assert counts == [[2, 2]] * 2
+    # What the ranks have saved, in one process without a process group.
+    assert not torch.distributed.is_initialized()
+    (alone,) = (block for block in blocks_of(TEXTS["docs/sharded.md"]) if "(plain_model).state_dict()" in block)
+    scope = reader() | {"folder": tmp_path / "sharded"}
+    with pytest.warns(UserWarning, match="single process"):
+        exec(alone, scope)
+    assert int(scope["alone"].n_averaged) == 2
 
 
 @pytest.mark.parametrize("wrong", ["model.no_such_name", "averaged.swapped_in(model)", "import swafast.nothing"])
@@ -171,6 +169,28 @@ def test_the_resumed_loop_of_the_readme_loads_what_it_saved(tmp_path: Path, monk
     saved = torch.load("checkpoint.pt")
     assert saved["averaged"]["n_averaged"] == 4
     assert {*torch.load("averaged.pt")} == {*scope["model"].state_dict()}
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("forgotten", ["", 'start = saved["epoch"]\n'])
+def test_the_readmes_loop_resumes_bit_for_bit(forgotten: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    block = blocks_of(TEXTS["README.md"])[0]
+    parts, loop, _, resume = re.split(r"(?=^for epoch|^torch.save|^# To resume)", block, flags=re.MULTILINE)
+    assert forgotten in resume
+
+    def evaluate(*given: Any) -> None:
+        given[-1].eval()(torch.ones(3, 4))
+        given[-1].train()
+
+    def bits(code: str, num_epochs: int) -> dict[str, torch.Tensor]:
+        exec(code, scope := reader() | {"num_epochs": num_epochs, "evaluate": evaluate})
+        return scope["averaged"].state_dict() | scope["model"].state_dict()
+
+    straight = bits(parts + loop, 4)
+    bits(parts + loop, 2)
+    resumed = bits(parts + resume.replace(forgotten, "") + loop, 4)
+    assert all(torch.equal(straight[key], resumed[key]) for key in straight) == (not forgotten)
 
 
 # Figures
