@@ -47,11 +47,11 @@ def decoded(averaged: FusedAveragedModel, format: str, model: nn.Module) -> Iter
         yield whole.view(param.shape)
 
 
-def backend_missing(name: str) -> str | None:
-    """Return why a backend cannot run here, or None."""
+def backend_missing(name: str | None) -> str | None:
+    """Return why a backend cannot run here, or None; the default one runs everywhere."""
     from swafast.op.choice import BACKENDS
 
-    why = next(backend for backend in BACKENDS if backend.name == name).unavailable()
+    why = next((backend.unavailable() for backend in BACKENDS if backend.name == name), None)
     return None if why is None else why.reason
 
 

@@ -20,45 +20,47 @@ PACKAGES = ("torch", "timm", "ema-pytorch", "diffusers", "triton")
 
 
 def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+    return _line_of("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
+
+
+def _line_of(path: str, key: str) -> str | None:
+    """Return what a file of Linux says about ``key``; None elsewhere."""
+    with suppress(OSError):
+        for line in Path(path).read_text().splitlines():
+            if line.startswith(key):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return None
 
 
 def device_name(device: torch.device) -> str:
     return cpu_name() if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
 
 
+def _output_of(*command: str) -> str | None:
+    """Return what a program prints, run in this checkout, or None where it fails."""
+    try:
+        root = Path(__file__).parent
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def git_commit() -> str | None:
     """Return the commit of this checkout, with a plus where files differ from it; None outside a checkout."""
-    root = Path(__file__).parent
-    try:
-        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    commit, changed = _output_of("git", "rev-parse", "HEAD"), _output_of("git", "status", "--porcelain")
     # Results of earlier runs are no change of what is measured.
-    dirty = [line for line in changed.stdout.splitlines() if "bench/results/" not in line]
-    return asked.stdout.strip() + ("+" if dirty else "")
+    dirty = [line for line in (changed or "").splitlines() if "bench/results/" not in line]
+    return commit and commit + ("+" if dirty else "")
 
 
 def _versions() -> dict[str, str]:
+    import swafast  # run from a clone, it may be there without being installed
+
     found = {}
     for package in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    with suppress(ImportError):
-        # Run from a clone, it may be there without being installed.
-        import swafast
-
-        found["swafast"] = swafast.__version__
-    return found
+    return {**found, "swafast": swafast.__version__}
 
 
 class OthersCpu:
@@ -119,12 +121,9 @@ def available_bytes(device: torch.device) -> int:
     """Return the memory that this process may still take on ``device``."""
     if device.type != "cpu":
         return torch.get_device_module(device).mem_get_info(device)[0]
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    available = _line_of("/proc/meminfo", "MemAvailable")
+    if available is not None:
+        return int(available.split()[0]) * 1024
     # Not Linux: half of all memory is a guess that leaves the machine usable.
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
@@ -141,17 +140,9 @@ def gpu_facts() -> dict[str, Any]:
         "multiprocessors": about.multi_processor_count,
         "memory_bytes": total,
         "free_bytes": free,
-        "driver": driver_version(),
+        "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda_runtime": torch.version.cuda,
     }
-
-
-def driver_version() -> str | None:
-    try:
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return None
 
 
 def source_digest(root: Path) -> str:

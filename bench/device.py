@@ -1,0 +1,114 @@
+"""A closer look at one update on a GPU: launches, allocations, waiting, graphs."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from bench.timing import MIN_ROUNDS, Clock, Rotation, synchronize
+
+Call = Callable[[], object]
+
+# Device activities that are no kernels, and those that are no work, by how their names begin.
+TRANSFERS = ("Memcpy", "Memset")
+NO_WORK = ("Context", "Stream", "Event", "[memory]")
+# Kept of the names of kernels: the longest have 500 characters.
+NAME_CHARS, NAMES_KEPT = 60, 6
+# An update that returns while the device sleeps this long has not waited for it.
+WAIT_PROBE_S = 0.03
+
+
+def free_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def allocated_total(call: Call, device: torch.device) -> int | None:
+    """Return the bytes that one call asks of the device's allocator, freed again or not; None on a CPU."""
+    if device.type == "cpu":
+        return None
+    before = torch.cuda.memory_stats(device)["allocated_bytes.all.allocated"]
+    call()
+    return torch.cuda.memory_stats(device)["allocated_bytes.all.allocated"] - before
+
+
+def waits(clock: Clock, call: Call, host_s: float) -> bool:
+    """Return whether ``call`` returns only when the device has done its earlier work."""
+    asleep = max(WAIT_PROBE_S, 10 * host_s)
+    synchronize(clock.device)
+    clock.sleep(asleep)
+    start = time.perf_counter()
+    call()
+    took = time.perf_counter() - start
+    synchronize(clock.device)
+    return took > asleep / 2
+
+
+def sync_error(call: Call) -> str:
+    """Return torch's complaint where ``call`` makes the host wait for the device, or an empty string."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
+
+
+def graph_s(clock: Clock, rotation: Rotation) -> list[float]:
+    """Return the seconds of an update as part of a CUDA graph of all copies, one sample for each replay."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rotation.once()
+    graph.replay()
+    return [clock.device_s(graph.replay, 1, 1e-4) / len(rotation.calls) for _ in range(MIN_ROUNDS)]
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What the device did for one update."""
+
+    kernels: dict[str, int]  # launches by name, cut off
+    launches: int
+    transfers: int  # copies and fills that are no kernels
+    busy_s: float  # with all of these, without the gaps between them
+
+    @classmethod
+    def of(cls, events: Sequence[tuple[str, int]]) -> Activity | None:
+        """Sum the device's activities (name, nanoseconds). None where the profiler saw no work."""
+        work = [(name, ns) for name, ns in events if not name.startswith(NO_WORK)]
+        kernels = Counter(name[:NAME_CHARS] for name, _ in work if not name.startswith(TRANSFERS))
+        launches = kernels.total()
+        most, busy_s = dict(kernels.most_common(NAMES_KEPT)), sum(ns for _, ns in work) / 1e9
+        return cls(most, launches, len(work) - launches, busy_s) if work else None
+
+
+def activity(call: Call, device: torch.device) -> Activity | None:
+    """Return what the profiler saw on the device during one call.
+
+    It runs in a process of its own: from its first use on, the profiler's library slows launches down, and it does not
+    go together with CUDA graphs.
+    """
+    kind = ProfilerActivity.CPU if device.type == "cpu" else ProfilerActivity.CUDA
+    synchronize(device)
+    # The profiler's own lines stay off the terminal.
+    with patch.dict(os.environ, {"KINETO_LOG_LEVEL": "99"}), profile(activities=[kind]) as profiler:
+        call()
+        synchronize(device)
+    results: Any = profiler.profiler
+    events = results.kineto_results.events()
+    return Activity.of(
+        [(event.name(), event.duration_ns()) for event in events if event.device_type() == DeviceType.CUDA]
+    )
