@@ -26,7 +26,7 @@ from rich.markdown import Markdown
 from bench import internals, machine, names
 from bench.bars import bars_table, gpu_bars
 from bench.lookup import failures, left_out, merged
-from bench.process import ROOT, Finished, find_tool, judge_checker, read_junit, run_program, scrub, write_log
+from bench.process import ROOT, Finished, find_tool, judge_checker, run_program, scrub, write_log
 from bench.report import Part, Report
 from bench.tables import gpu_table
 
@@ -39,7 +39,7 @@ DRY_L2_BYTES, DRY_ARCHITECTURE = 1 << 18, "90"
 # For the samples of the training loop.
 LOOP_SAMPLES_S = 18.0
 LOGS = ("build.log", "tests.log", "checks.log", "bench.log")
-WIDTH, LINES_SHOWN = 110, 12
+WIDTH, LINES_SHOWN, FAILURES_SHOWN = 110, 12, 20
 # The tests of waiting and of graphs come first: what they show is shown nowhere else.
 FIRST_TESTS = "wait or sync or graph or replay or captur"
 # Our kernels, CUDA's and Triton's, by a part of their names. torch's are checked by torch.
@@ -249,19 +249,14 @@ class Run:
 
         def run_tests(name: str, limit_s: float) -> None:
             command = [sys.executable, "-m", "pytest", "tests", "bench", "-m", "gpu", "-k", which]
-            junit = self.work / "junit.xml"
-            junit.unlink(missing_ok=True)
-            command += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
-            command += ["--collect-only", "-q"] if self.dry else [f"--junitxml={junit}"]
-            done = self.start(command, limit_s, "tests.log")
-            counts, failing = read_junit(junit)
-            found = sum("::" in line and not line.startswith("ERROR") for line in done.output.splitlines())
-            detail = f"{found} found, none run: there is no GPU" if self.dry and done.code == 0 else done.why
-            if counts:
-                detail = ", ".join(f"{count} {what}" for what, count in counts.items())
-                detail += f"; stopped after {done.seconds:.0f} s" if done.timed_out else ""
-            ok = done.code == 0 and (found if self.dry else counts.get("passed", 0)) > 0
-            self.note(name, "ok" if ok else "failed", detail, done.seconds, **counts, failing=failing)
+            command += ["-p", "no:cacheprovider", "--continue-on-collection-errors", "-rfE"]
+            done = self.start(command + (["--collect-only", "-q"] if self.dry else []), limit_s, "tests.log")
+            lines = done.output.splitlines()
+            failing = [scrub(line) for line in lines if line.startswith(("FAILED ", "ERROR "))][:FAILURES_SHOWN]
+            found = sum("::" in line for line in lines) - len(failing)
+            ok = done.code == 0 and (found > 0 if self.dry else " passed" in done.last_line)
+            detail = f"{found} found, none run: there is no GPU" if self.dry else done.last_line.strip("= ")
+            self.note(name, "ok" if ok else "failed", detail if ok else done.why, done.seconds, failing=failing)
 
         return run_tests
 

@@ -52,15 +52,6 @@ BESIDE_BYTES = 24 << 30
 
 
 @dataclass(frozen=True)
-class Follower:
-    """What the loop calls after each step, or what follows the optimizer by itself."""
-
-    after_step: Callable[[], object] = lambda: None
-    attachment: Any = None
-    averaged: nn.Module | None = None  # of an attachment
-
-
-@dataclass(frozen=True)
 class Way:
     """A way of averaging by its name, ours on a backend or on the default one."""
 
@@ -71,29 +62,26 @@ class Way:
     def is_ours(self) -> bool:
         return self.name in OPTIONS
 
-    def follow(self, training: Training) -> Follower:
-        model = training.model
-        if self.is_ours:
-            averaged = FusedAveragedModel(model, rule=ExponentialAverage(DECAY), backend=self.backend)
-            return Follower(attachment=averaged.attach(training.optimizer, **OPTIONS[self.name]), averaged=averaged)
-        if self.name in (NONE, AGAIN):
-            return Follower()
-        theirs = AveragedModel(
-            model, multi_avg_fn=get_ema_multi_avg_fn(DECAY) if self.name == names.TORCH_EMA else None
-        )
-        return Follower(lambda: theirs.update_parameters(model))
-
 
 WAYS = tuple(Way(name) for name in (NONE, AGAIN, names.TORCH_CLASS, names.TORCH_EMA, *OPTIONS))
 
 
 class Contestant:
-    """One way beside a training of its own."""
+    """One way beside a training, of its own or one that all follow."""
 
-    def __init__(self, work: Work, way: Way, device: torch.device) -> None:
-        self.training = Training(work, device)
-        self.follower = way.follow(self.training)
-        self._work, self._device = work, device
+    def __init__(self, work: Work, way: Way, device: torch.device, training: Training | None = None) -> None:
+        self.training = training or Training(work, device)
+        self.averaged: nn.Module | None = None
+        self._after_step: Callable[[], object] = lambda: None
+        self._attachment: Any = None
+        self._work, self._device, model = work, device, self.training.model
+        if way.is_ours:
+            self.averaged = ours = FusedAveragedModel(model, rule=ExponentialAverage(DECAY), backend=way.backend)
+            self._attachment = ours.attach(self.training.optimizer, **OPTIONS[way.name])
+        elif way.name in (names.TORCH_CLASS, names.TORCH_EMA):
+            function = get_ema_multi_avg_fn(DECAY) if way.name == names.TORCH_EMA else None
+            theirs = AveragedModel(model, multi_avg_fn=function)
+            self._after_step = lambda: theirs.update_parameters(model)
 
     def sample(self) -> float:
         """Return the seconds of a step."""
@@ -105,14 +93,14 @@ class Contestant:
             start = time.perf_counter()
             self._steps()
             seconds = time.perf_counter() - start
-        if self.follower.attachment is not None:
-            self.follower.attachment.join()
+        if self._attachment is not None:
+            self._attachment.join()
         synchronize(self._device)
         return seconds / self._work.steps_per_sample
 
     def _step(self) -> None:
         self.training.step()
-        self.follower.after_step()
+        self._after_step()
 
     def _steps(self) -> None:
         for _ in range(self._work.steps_per_sample):
@@ -120,8 +108,8 @@ class Contestant:
 
     def end(self) -> None:
         """Leave the optimizer, so that no thread and no tensor of this one stays."""
-        if self.follower.attachment is not None:
-            self.follower.attachment.detach()
+        if self._attachment is not None:
+            self._attachment.detach()
 
 
 def measure_work(
@@ -167,11 +155,11 @@ def count_differing(work: Work, ours: Sequence[Way], device: torch.device) -> di
     One training, because two of them may differ in their last bits themselves, on a GPU.
     """
     training = Training(work, device)
-    followers = {way: way.follow(training) for way in ours}
+    followers = {way: Contestant(work, way, device, training) for way in ours}
     for _ in range(COMPARED_STEPS):
         training.step()
     for follower in followers.values():
-        follower.attachment.detach()
+        follower.end()
     synchronize(device)
     states = {way: follower.averaged.state_dict() for way, follower in followers.items() if follower.averaged}
     first = next(iter(states.values()), {})

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ TICK_S = 1.0
 PR_SET_PDEATHSIG = 1
 # Kept of a log: its beginning and its end.
 LOG_CHARS = 150_000
-FAILURES_SHOWN = 20
 # A path, less the folders that say where on a machine it is; not the slash of "3 of 4/s".
 _FOLDERS = re.compile(r"(?<![\w.\-/])/(?:[\w.+~@=\-]+/)+(?=[\w.+~@=<\-])")
 # How compute-sanitizer says that it does not run here, what it found, and how much.
@@ -153,20 +151,3 @@ def judge_checker(tool: str, done: Finished) -> Part:
     elif done.code != 0:
         status, detail = "failed", f"no error of memory, but the program {done.why}"
     return Part(tool, status, detail, done.seconds, {"errors": errors, "first": first})
-
-
-def read_junit(path: Path) -> tuple[dict[str, int], list[str]]:
-    """Return pytest's counts, and the names of what failed with the first line why."""
-    if not path.is_file():
-        return {}, []
-    counts, failing = {"passed": 0, "failed": 0, "errors": 0, "skipped": 0}, []
-    for case in ElementTree.parse(path).iter("testcase"):
-        results = {child.tag: child for child in case}
-        bad = next((results[tag] for tag in ("failure", "error") if tag in results), None)
-        if bad is not None:
-            counts["failed" if bad.tag == "failure" else "errors"] += 1
-            why = (bad.get("message") or "").strip().splitlines() or [""]
-            failing.append(scrub(f"{case.get('classname')}::{case.get('name')}: {why[0][:200]}"))
-        else:
-            counts["skipped" if "skipped" in results else "passed"] += 1
-    return counts, failing[:FAILURES_SHOWN]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import sys
@@ -17,14 +16,14 @@ import pytest
 import torch
 
 from bench import device as closer
-from bench import gpu, internals, loop, measure, names, process, smoke
+from bench import gpu, internals, loop, measure, names, process, smoke, timing
 from bench.bars import WALL_BARS
 from bench.cases import DEFAULTS, LARGEST, SEVERAL_ON, gpu_case, gpu_cases
 from bench.device import Activity, sync_error, waits
 from bench.gpu import Run
 from bench.lookup import merged
 from bench.measure import Bench, Case, Setting
-from bench.process import Finished, judge_checker, read_junit, run_program, scrub, write_log
+from bench.process import Finished, judge_checker, run_program, scrub, write_log
 from bench.providers import moved_bytes
 from bench.report import Report, Row, item_line
 from bench.steps import decoder_work
@@ -113,10 +112,18 @@ def test_what_a_provider_does_wrong_is_its_row() -> None:
         assert rows[names.TORCH_CLASS].status == "ok"
 
 
-def test_a_compiler_gets_no_time_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take a GPU's way, with stand-ins for what only a GPU has."""
     monkeypatch.setattr(Setting, "on_gpu", property(lambda self: True))
-    for name, value in (("BIG_COPY_BYTES", 1 << 20), ("BESIDE_BYTES", 0)):
+    for name, value in (("BIG_COPY_BYTES", 8_000_000), ("BESIDE_BYTES", 0)):
         monkeypatch.setattr(measure, name, value)
+    for name, found in (("waits", False), ("sync_error", ""), ("graph_s", [1e-6]), ("allocated_total", 512)):
+        monkeypatch.setattr(closer, name, Mock(return_value=found))
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_a_compiler_gets_no_time_that_is_not_there() -> None:
     (row,) = measured(gpu_cases("compiled", (), dry=True)[0], seconds=measure.COMPILE_S / 2)
     assert (row.provider, row.status, "were left" in row.reason) == (names.COMPILED, "skipped", True)
 
@@ -124,25 +131,11 @@ def test_a_compiler_gets_no_time_that_is_not_there(monkeypatch: pytest.MonkeyPat
 # A GPU's way, with stand-ins for torch.cuda
 
 
-class FakeEvent:
-    """An event on the host's clock."""
-
-    def __init__(self, enable_timing: bool) -> None:
-        self.at = math.nan
-
-    def record(self) -> None:
-        self.at = time.perf_counter()
-
-    def synchronize(self) -> None: ...
-
-    def elapsed_time(self, other: FakeEvent) -> float:
-        return 1e3 * (other.at - self.at)
-
-
 @pytest.fixture
 def fake_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A clock that takes the GPU's way; the device does at once what it is given, but for a sleep of 10 us."""
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    for module in (timing, loop):
+        monkeypatch.setattr(module, "between_events", lambda call: Clock(CPU).host_s(call))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: time.sleep(1e-5))
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
     clock = Clock(CPU, apart=True, filler_bytes=1 << 12)
@@ -151,28 +144,21 @@ def fake_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_the_clock_of_a_gpu(fake_clock: Clock) -> None:
-    def complain() -> None:
-        raise RuntimeError("called a synchronizing CUDA operation\nmore")
-
+def test_the_clock_of_a_gpu(fake_clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     contestant = loop.Contestant(decoder_work("tiny", loop.DRY_SHAPE, 2), loop.Way(loop.NONE), CPU)
     contestant._device = torch.device("cuda")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "synchronize", lambda device: None)
-        patch.setattr(FakeEvent, "elapsed_time", lambda self, end: 30.0)
-        assert contestant.sample() == pytest.approx(0.030 / 2)  # between two events, and of one step
+    monkeypatch.setattr(loop, "synchronize", lambda device: None)
+    monkeypatch.setattr(loop, "between_events", lambda call: 0.030)
+    assert contestant.sample() == pytest.approx(0.030 / 2)  # between two events, and of one step
     assert 1e-3 <= fake_clock.device_s(lambda: time.sleep(1e-3), 4, 1e-3) < 8e-3
     assert not waits(fake_clock, lambda: None, 1e-5)
     assert waits(fake_clock, lambda: time.sleep(0.02), 1e-5)
+    complain = Mock(side_effect=RuntimeError("called a synchronizing CUDA operation\nmore"))
     assert (sync_error(complain), sync_error(lambda: None)) == ("called a synchronizing CUDA operation", "")
 
 
+@pytest.mark.usefixtures("on_gpu")
 def test_a_gpus_way_through_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Setting, "on_gpu", property(lambda self: True))
-    for name, value in (("BIG_COPY_BYTES", 8_000_000), ("BESIDE_BYTES", 0)):
-        monkeypatch.setattr(measure, name, value)
-    for name, found in (("waits", False), ("sync_error", ""), ("graph_s", [1e-6]), ("allocated_total", 512)):
-        monkeypatch.setattr(closer, name, Mock(return_value=found))
     rows = by_name(measured(few()))
     ours, theirs = rows["swafast cpu"], rows[names.TORCH_CLASS]
     assert (ours.waits, ours.sync_error, ours.graph and ours.graph.median, ours.remarks) == (False, "", 1e-6, [])
@@ -381,25 +367,19 @@ def test_memory_checkers_verdict(output: str, code: int, timed_out: bool, status
     assert detail in part.detail
 
 
-def test_gpu_tests_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    junit, commands = tmp_path / "work" / "junit.xml", list[Sequence[str]]()
-
-    def pytest_fails(command: Sequence[str], *more: Any) -> Finished:
-        commands.append(command)
-        junit.write_text(
-            '<t><testcase classname="tests.a" name="x"/><testcase classname="a" name="y"><failure message="assert 1 == '
-            '2&#10;more"/></testcase><testcase classname="a" name="z"><skipped/></testcase></t>'
-        )
-        return Finished(1, 2.0, "1 failed")
-
-    run = make_run(tmp_path, dry=False)
-    monkeypatch.setattr(gpu, "run_program", pytest_fails)
+@pytest.mark.parametrize(
+    ("code", "last", "status"),
+    [(1, "1 failed, 1 passed in 2.00s", "failed"), (0, "1 passed in 2.00s", "ok"), (0, "1 skipped", "failed")],
+)
+def test_gpu_tests_are_counted(
+    code: int, last: str, status: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run, ran = make_run(tmp_path, dry=False), Mock(return_value=Finished(code, 2.0, f"FAILED a::y - assert 1\n{last}"))
+    monkeypatch.setattr(gpu, "run_program", ran)
     run.tests(gpu.FIRST_TESTS)("tests", 9.0)
     (part,) = run.report.parts
-    counts = {"passed": 1, "failed": 1, "errors": 0, "skipped": 1}
-    assert (part.status, part.facts) == ("failed", {**counts, "failing": ["a::y: assert 1 == 2"]})
-    assert commands[0][commands[0].index("-k") + 1] == gpu.FIRST_TESTS
-    assert read_junit(tmp_path / "none.xml") == ({}, [])
+    assert (part.status, last in part.detail, part.facts) == (status, True, {"failing": ["FAILED a::y - assert 1"]})
+    assert gpu.FIRST_TESTS in ran.call_args[0][0]
 
 
 def test_smoke_compares_all_bits(monkeypatch: pytest.MonkeyPatch) -> None:
