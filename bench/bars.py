@@ -1,38 +1,24 @@
-"""The bars of this project, and what a run measured for each. They are reported, not asserted."""
+"""The bars of a GPU run, and what it measured of each backend. They are reported, not asserted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from bench import names
 from bench.cases import DEFAULTS, LARGEST, SEVERAL_COUNT, SEVERAL_ON
-from bench.lookup import baseline, find, grouped, our_row, share_of_copy, time_over_bytes
+from bench.lookup import find, grouped, share_of_copy, time_over_bytes
 from bench.loop import NONE, OVERLAP
 from bench.report import Report, Row
-from bench.sharded import TORCH_MULTI
-from bench.sharded import WORKLOADS as SHARDED_WORKLOADS
-from bench.tables import disturbance, kind_text, markdown
+from bench.tables import kind_text, markdown
 from bench.workloads import GPU_WORKLOADS
 
 # How a measured number is written, by its unit; " MB" and others with three decimals.
 DIGITS = {"x": ".2f", "%": ".1f", "": ".0f", " B": ".0f"}
-# What was measured stands in this column, but on a GPU, where each backend has one.
-MEASURED = "measured"
 
 # Three averages in one pass may take this much over what their bytes take at the rate of one.
 SEVERAL_BAR = 1.15
-# On a CPU, by workload and dtype: how many times faster than torch's class as it comes, or for bf16 than the faster
-# loop.
-SPEED_BARS = {
-    ("gpt2_medium", "float32"): 4.0,
-    ("gpt2_medium", "bfloat16"): 6.0,
-    ("2000x64x64", "float32"): 12.0,
-    ("3000x64", "float32"): 20.0,
-}
-# Of GPT-2 medium: what an update may take of one flat lerp_, or of our own float32 pass over bf16 params.
-PASS_BARS = {"float32": (names.FLAT_LERP, 1.10), "bfloat16": (names.OURS_FLOAT32, 1.05)}
-# On a GPU: in percent of a device copy of the same run, and by workload how many times as fast as torch's class over
+# In percent of a device copy of the same run, and by workload how many times as fast as torch's class over
 # fp32 params, on the wall clock and on the device.
 SHARE_BAR = 95.0
 WALL_BARS = {"resnet50": 10.0, "vit_l_16": 1.5, "2000x64x64": 4.0, "3000x64": 4.0}
@@ -50,15 +36,15 @@ class Bar:
     work: str
     limit: float
     unit: str  # with the space before it, where there is one
-    measured: dict[str, float | None]
+    measured: dict[str, float | None]  # by backend
     at_least: bool = False
 
-    def met(self, column: str = MEASURED) -> bool | None:
-        value = self.measured.get(column)
+    def met(self, backend: str) -> bool | None:
+        value = self.measured.get(backend)
         return None if value is None else value >= self.limit if self.at_least else value <= self.limit
 
-    def text(self, column: str = MEASURED) -> str:
-        value = self.measured.get(column)
+    def text(self, backend: str) -> str:
+        value = self.measured.get(backend)
         return "not measured" if value is None else f"{value:{DIGITS.get(self.unit, '.3f')}}{self.unit}"
 
 
@@ -72,61 +58,14 @@ def bars_table(report: Report, found: list[Bar]) -> str:
             f"{bar.text(column)} {'dry' if report.dry else v}" for column, v in zip(columns, verdicts, strict=True)
         ]
         lines.append((bar.work, f"{'at least' if bar.at_least else 'at most'} {bar.limit:g}{bar.unit}", *cells))
-    caption = "DRY RUN: these are not GPU figures" if report.dry else disturbance(report.rows)
+    caption = "DRY RUN: these are not GPU figures" if report.dry else ""
     return markdown(" | ".join(["bar", "required", *columns]), lines, caption, texts=2)
-
-
-def _bars(rows: Iterable[tuple[str, float, str, float | None, bool]]) -> list[Bar]:
-    return [
-        Bar(work, limit, unit, {MEASURED: value}, at_least)
-        for work, limit, unit, value, at_least in rows
-        if value is not None
-    ]
 
 
 def _ratio(one: Row | None, other: Row | None, kind: str = "wall") -> float | None:
     """Return how many times as long as ``other`` an update by ``one`` takes, on the wall clock or on the device."""
     times = [getattr(row, kind) for row in (one, other) if row is not None and getattr(row, kind) is not None]
     return times[0].median / times[1].median if len(times) == 2 else None
-
-
-def cpu_bars(report: Report) -> list[Bar]:
-    """Return every bar for which ``report`` holds what it compares."""
-
-    def described() -> Iterator[tuple[str, float, str, float | None, bool]]:
-        for rows in grouped(report.of_group(names.UPDATES)):
-            first, ours = rows[0], our_row(rows)
-            where, required = f"{first.title}, {first.dtype}", SPEED_BARS.get((first.workload, first.dtype))
-            today = find(rows, names.TORCH_CLASS) if first.dtype == "float32" else baseline(rows)
-            if required is not None and today is not None:
-                yield f"{where}: speed over {today.provider}", required, "x", _ratio(today, ours), True
-            if first.workload == "gpt2_medium":
-                name, limit = PASS_BARS[first.dtype]
-                yield f"{where}: time over {name}", limit, "x", _ratio(ours, find(rows, name)), False
-        for rows in grouped(report.of_group(names.SEVERAL)):
-            over = time_over_bytes(find(rows, names.THREE), find(rows, names.ONE))
-            work = f"{rows[0].title}, {rows[0].dtype}: {names.THREE}, time over their bytes at the rate of one"
-            yield work, SEVERAL_BAR, "x", over if rows[0].workload == "gpt2_medium" else None, False
-
-    return _bars(described())
-
-
-def sharded_bars(report: Report) -> list[Bar]:
-    """Return the bars of two ranks, and of plans for many."""
-
-    def described() -> Iterator[tuple[str, float, str, float | None, bool]]:
-        for workload in SHARDED_WORKLOADS:
-            rows = [row for row in report.rows if row.title == workload.title]
-            ratio = _ratio(find(rows, TORCH_MULTI), find(rows, names.OURS))
-            yield f"{workload.title}, 2 ranks: speed over {TORCH_MULTI}", workload.bar, "x", ratio, True
-        for mode in dict.fromkeys(row.mode for row in report.planned):
-            of_mode = [row for row in report.planned if row.mode == mode]
-            work = f"plan of Llama-3-405B, 1024 ranks, {mode}"
-            yield f"{work}: above an even part", 0.1, "%", 100 * (max(row.share for row in of_mode) - 1), False
-            yield f"{work}: time", 0.5, " s", max(row.seconds for row in of_mode), False
-            yield f"{work}: memory", 20.0, " MB", max(row.peak_bytes for row in of_mode) / 1e6, False
-
-    return _bars(described())
 
 
 def gpu_bars(report: Report) -> list[Bar]:

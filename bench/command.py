@@ -83,7 +83,7 @@ def run(
     """Measure every way of averaging and our own passes on this CPU. Print, and write OUT/cpu.json and OUT/cpu.png."""
     if context.invoked_subcommand is not None:
         return
-    from bench import bars, cases, lookup, measure, plot, tables
+    from bench import cases, lookup, measure, plot, tables
 
     for name in workload or ():
         if name not in WORKLOADS:
@@ -100,7 +100,6 @@ def run(
                 console.print(Markdown(tables.providers_table(report.rows[start:])), "")
         if group != names.UPDATES:
             console.print(Markdown(tables.passes_block(report, group)), "")
-    console.print(Markdown(bars.bars_table(report, bars.cpu_bars(report))), "")
     _write(report, out / "cpu", plot.plot_speed)
     _fail(lookup.failures(report))
 
@@ -133,14 +132,12 @@ def pages_command(
 
 @app.command("sharded")
 def sharded_command(out: Out = OUT) -> None:
-    """Measure a model spread over two gloo ranks, and plan one for 1024."""
-    from bench import bars, sharded, tables
+    """Measure a model spread over two gloo ranks."""
+    from bench import sharded, tables
 
     with console.status("two ranks"):
-        rows = [*sharded.measure_updates(), *sharded.measure_swaps()]
-        report = Report(_about(), rows, planned=sharded.plan_405b())
-    for text in (tables.sharded_block(report), bars.bars_table(report, bars.sharded_bars(report))):
-        console.print(Markdown(text), "")
+        report = Report(_about(), [*sharded.measure_updates(), *sharded.measure_swaps()])
+    console.print(Markdown(tables.sharded_block(report)), "")
     _write(report, out / "sharded")
 
 
@@ -213,12 +210,14 @@ def part_command(
                 emit("steps", step)
             wrong = any(step.differing for step in steps)
         else:
-            say, wrong, summary = partial(print, flush=True), False, ""
+            say, wrong = partial(print, flush=True), False
             setting = measure.Setting(
                 torch.device(device), 0.0 if dry else PROVIDER_S, partial(emit, "rows"), say, l2_bytes, end, profile
             )
             bench = measure.Bench(setting)
-            for case in cases.gpu_cases(part, backends, dry=dry):
+            chosen = cases.gpu_cases(part, backends, dry=dry)
+            for case in chosen:
                 bench.run(case)
+            summary = f"{len(chosen)} cases"
     typer.echo(summary)
     raise typer.Exit(int(wrong))

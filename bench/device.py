@@ -1,11 +1,10 @@
-"""A closer look at one update on a GPU: launches, allocations, waiting, graphs."""
+"""A closer look at one update on a GPU: launches, allocations, waiting."""
 
 from __future__ import annotations
 
 import gc
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +14,13 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench.timing import MIN_ROUNDS, Clock, Rotation, synchronize
+from bench.timing import Clock, synchronize
 
 Call = Callable[[], object]
 
 # Device activities that are no kernels, and those that are no work, by how their names begin.
 TRANSFERS = ("Memcpy", "Memset")
 NO_WORK = ("Context", "Stream", "Event", "[memory]")
-# Kept of the names of kernels: the longest have 500 characters.
-NAME_CHARS, NAMES_KEPT = 60, 6
 # An update that returns while the device sleeps this long has not waited for it.
 WAIT_PROBE_S = 0.03
 
@@ -67,21 +64,11 @@ def sync_error(call: Call) -> str:
     return ""
 
 
-def graph_s(clock: Clock, rotation: Rotation) -> list[float]:
-    """Return the seconds of an update as part of a CUDA graph of all copies, one sample for each replay."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        rotation.once()
-    graph.replay()
-    return [clock.device_s(graph.replay, 1, 1e-4) / len(rotation.calls) for _ in range(MIN_ROUNDS)]
-
-
 @dataclass(frozen=True)
 class Activity:
     """What the device did for one update."""
 
-    kernels: dict[str, int]  # launches by name, cut off
-    launches: int
+    launches: int  # of kernels
     transfers: int  # copies and fills that are no kernels
     busy_s: float  # with all of these, without the gaps between them
 
@@ -89,10 +76,9 @@ class Activity:
     def of(cls, events: Sequence[tuple[str, int]]) -> Activity | None:
         """Sum the device's activities (name, nanoseconds). None where the profiler saw no work."""
         work = [(name, ns) for name, ns in events if not name.startswith(NO_WORK)]
-        kernels = Counter(name[:NAME_CHARS] for name, _ in work if not name.startswith(TRANSFERS))
-        launches = kernels.total()
-        most, busy_s = dict(kernels.most_common(NAMES_KEPT)), sum(ns for _, ns in work) / 1e9
-        return cls(most, launches, len(work) - launches, busy_s) if work else None
+        transfers = sum(name.startswith(TRANSFERS) for name, _ in work)
+        busy_s = sum(ns for _, ns in work) / 1e9
+        return cls(len(work) - transfers, transfers, busy_s) if work else None
 
 
 def activity(call: Call, device: torch.device) -> Activity | None:

@@ -20,7 +20,7 @@ from bench import device as closer
 from bench import gate, names
 from bench.machine import OthersCpu, available_bytes
 from bench.providers import DEFAULT_FORMATS, Made, Provider, moved_bytes
-from bench.report import Row, Times
+from bench.report import Row
 from bench.timing import COVER, Clock, Rotation, interleave, rotation_size, synchronize
 from bench.workloads import Workload, build
 
@@ -227,15 +227,9 @@ class Bench:
     def _ceilings(self, base: Row, case: Case, first: Row) -> list[tuple[Row, Rotation]]:
         """Return what no update can beat: one lerp_ in one tensor, or copies from device to device."""
         if self.setting.l2_bytes:
-            counts = {names.COPY: first.counted_bytes}
-            if first.counted_bytes < 2 * self._source.numel():
-                counts[names.COPY_BIG] = 2 * self._source.numel()
-            found = {name: self._copies(counted) for name, counted in counts.items()}
-            blank = replace(first, note="", error=None)
-            return [
-                (replace(blank, provider=name, counted_bytes=nbytes, copies=len(rotation.calls)), rotation)
-                for name, (rotation, nbytes) in found.items()
-            ]
+            rotation, nbytes = self._copies(first.counted_bytes)
+            blank = replace(first, provider=names.COPY, note="", counted_bytes=nbytes, copies=len(rotation.calls))
+            return [(blank, rotation)]
         if case.group != names.UPDATES:
             return []
         counted = base.num_params * moved_bytes(case.dtype, DEFAULT_FORMATS[case.dtype])
@@ -256,18 +250,13 @@ class Bench:
     # What only a GPU has
 
     def _look_closer(self, row: Row, contestant: Contestant, clock: Clock) -> Row:
-        """Look for allocations and waiting, and replay a graph. A failure is a remark."""
+        """Look for allocations and waiting. A failure is a remark."""
         remarks: list[str] = []
         rotation, ours, host_s = contestant.rotation, row.is_ours, row.host.median if row.host else 0.0
         with _remarked(remarks, "waiting"):
             row = replace(row, allocated_bytes=closer.allocated_total(rotation.step, self.setting.device))
             row = replace(row, waits=closer.waits(clock, rotation.step, host_s))
             row = replace(row, sync_error=closer.sync_error(rotation.step) if ours else None)
-        if ours or row.provider == names.FOREACH:
-            with _remarked(remarks, "graph"):
-                row = replace(row, graph=Times.of(closer.graph_s(clock, rotation)))
-        else:
-            remarks.append("graph: measured for swafast and _foreach_lerp_ alone")
         return replace(row, remarks=remarks)
 
     def _profiled(self, contestant: Contestant, clock: Clock) -> Row:

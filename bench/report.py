@@ -61,7 +61,6 @@ class Row:
     wall: Times | None = None  # many updates and the wait at their end
     device: Times | None = None  # between two events on a GPU, with the queue filled beforehand
     host: Times | None = None  # until the call returns
-    graph: Times | None = None  # as part of a CUDA graph
     allocated_bytes: int | None = None  # asked of a GPU's allocator within one update
     held_bytes: int | None = None  # averages and whatever is kept beside them
     others_cpu: float | None = None  # share of all cores that other processes took meanwhile
@@ -70,7 +69,6 @@ class Row:
     busy_s: float | None = None  # of the device within one update, without gaps (profiler)
     launches: int | None = None  # of kernels in one update
     transfers: int | None = None  # copies and fills in one update that are no kernels
-    kernels: dict[str, int] = field(default_factory=dict)  # launches by the kernels' names, cut off
     waits: bool | None = None  # the call returned only when the device was done
     sync_error: str | None = None  # torch's complaint where waiting is an error; "" for none
     remarks: list[str] = field(default_factory=list)  # why something was not measured
@@ -112,17 +110,6 @@ class StepRow:
 
 
 @dataclass(frozen=True)
-class Planned:
-    """What it took to plan one rank's part of a large model."""
-
-    mode: str
-    rank: int
-    seconds: float
-    peak_bytes: int
-    share: float  # of an even part
-
-
-@dataclass(frozen=True)
 class Curve:
     """The errors of one average along its updates."""
 
@@ -143,7 +130,7 @@ class Part:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-ITEMS: dict[str, type] = {"rows": Row, "steps": StepRow, "planned": Planned, "curves": Curve, "parts": Part}
+ITEMS: dict[str, type] = {"rows": Row, "steps": StepRow, "curves": Curve, "parts": Part}
 
 
 @dataclass
@@ -153,7 +140,6 @@ class Report:
     environment: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     steps: list[StepRow] = field(default_factory=list)
-    planned: list[Planned] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     updates: list[int] = field(default_factory=list)  # at which the curves were read
     parts: list[Part] = field(default_factory=list)

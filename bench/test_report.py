@@ -16,7 +16,7 @@ from bench.bars import Bar
 from bench.cases import gpu_cases
 from bench.lookup import failures, left_out, merged
 from bench.loop import ATTACHED, NONE, OVERLAP
-from bench.report import Curve, Part, Planned, Report, Row, StepRow, Times
+from bench.report import Curve, Part, Report, Row, StepRow, Times
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -55,8 +55,8 @@ def report() -> Report:
     ]
     added = Times.of([0.1, 0.15]), Times.of([0.05, 0.07])
     steps = [StepRow("demo", NONE, 10**6, times(2.0)), StepRow("demo", OVERLAP, 10**6, times(2.1), None, *added, 3)]
-    curves, planned = [Curve("zero-mean", "equal mean", "exact", [0.0, 1e-7])], [Planned("FSDP2", 0, 0.1, 10**6, 1.002)]
-    return Report(ENVIRONMENT, rows, steps, planned, curves, [1, 2], [Part("build", "ok", facts={"a": 1})])
+    curves = [Curve("zero-mean", "equal mean", "exact", [0.0, 1e-7])]
+    return Report(ENVIRONMENT, rows, steps, curves, [1, 2], [Part("build", "ok", facts={"a": 1})])
 
 
 def test_a_report_survives_its_json(report: Report, tmp_path: Path) -> None:
@@ -83,17 +83,12 @@ def test_a_report_survives_its_json(report: Report, tmp_path: Path) -> None:
 
 def test_the_committed_reports_are_small_and_hold_no_samples() -> None:
     files = sorted(RESULTS.glob("*.json*"))
-    assert {file.name for file in files} == {"accuracy.json", "cpu.json", "loop.json", "sharded.json"}
+    assert [file.name for file in files] == ["accuracy.json", "cpu.json", "loop.json", "sharded.json"]
     assert sum(file.stat().st_size for file in files) < 200_000
-    assert all(path.stat().st_size < 1_000_000 for path in RESULTS.iterdir())
     assert not any("samples" in file.read_text() for file in files)
 
 
 # Pages
-
-
-def test_pages_are_what_the_reports_give() -> None:
-    assert pages.fill(ROOT, RESULTS, check=True) == [], "run: python -m bench pages"
 
 
 @pytest.fixture
@@ -107,6 +102,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_every_block_is_filled_and_nothing_else_changed(root: Path) -> None:
+    assert pages.fill(ROOT, RESULTS, check=True) == [], "run: python -m bench pages"
     assert len(pages.fill(root, RESULTS, check=True)) == len(pages.BLOCKS)
     assert pages.fill(root, RESULTS) == pages.fill(root, RESULTS) == []
     assert pages.fill(root, RESULTS, check=True) == []
@@ -121,21 +117,18 @@ def test_every_block_is_filled_and_nothing_else_changed(root: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "BEGIN", "END", "ENDBEGIN", "BEGINENDBEGINEND"])
-def test_a_page_without_its_markers_is_a_problem_and_stays(text: str, root: Path) -> None:
+def test_a_page_without_its_markers_or_with_others_is_a_problem_and_stays(text: str, root: Path) -> None:
     page = root / "docs" / "loop.md"
     page.write_text(text.replace("BEGIN", "<!-- loop:begin -->").replace("END", "<!-- loop:end -->"))
     before = page.read_text()
-    (problem,) = pages.fill(root, RESULTS)
-    assert problem.startswith("docs/loop.md must hold")
-    assert page.read_text() == before
-    assert problem in pages.fill(root, RESULTS, check=True)
-
-
-def test_a_marker_on_a_page_that_no_report_fills_is_a_problem(root: Path) -> None:
     (root / "README.md").write_text((root / "README.md").read_text() + "<!-- sharded:begin -->")
     (root / "docs" / "speed.md").unlink()
-    missing = "docs/speed.md is missing: it must hold the block bench"
-    assert pages.fill(root, RESULTS) == [missing, "README.md: no report fills the block sharded"]
+    missing, problem, unknown = pages.fill(root, RESULTS)
+    assert missing == "docs/speed.md is missing: it must hold the block bench"
+    assert problem.startswith("docs/loop.md must hold")
+    assert unknown == "README.md: no report fills the block sharded"
+    assert page.read_text() == before
+    assert problem in pages.fill(root, RESULTS, check=True)
 
 
 def test_blocks_have_the_medians(report: Report) -> None:
@@ -153,22 +146,6 @@ def test_blocks_have_the_medians(report: Report) -> None:
 
 
 # Bars, tables, pictures
-
-
-def test_bars_of_a_cpu_are_reported_truthfully(report: Report) -> None:
-    found = [(bar.text(), bar.met()) for bar in bars.cpu_bars(report)]
-    assert found == [("5.00x", True), ("1.25x", False), ("7.00x", True), ("1.00x", True), ("1.20x", False)]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "share", "met"), [(0.04, 1.0, [True] * 5), (0.5, 1.002, [False, True, False, True, True])]
-)
-def test_sharded_bars_are_met_or_short(seconds: float, share: float, met: list[bool]) -> None:
-    titles = [workload.title for workload in bars.SHARDED_WORKLOADS]
-    rows = [row(title, "float32", bars.TORCH_MULTI, 1.0) for title in titles]
-    rows += [row(title, "float32", names.OURS, seconds) for title in titles]
-    report = Report({}, rows, planned=[Planned("FSDP2", 0, 0.1, 10**6, share)])
-    assert [bar.met() for bar in bars.sharded_bars(report)] == met
 
 
 def gpu_report(scale: Callable[[str, int], float] = lambda workload, averages: 1.0, **more: Any) -> Report:
@@ -258,24 +235,18 @@ def test_copies_are_joined_and_launches_put_beside_the_times() -> None:
     assert (found.status, found.wall, found.remarks) == ("ok", own.wall, ["failed: no CUPTI"])
 
 
-def test_tables_fit_a_log(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_fit_a_log_and_a_dry_run_has_no_verdicts(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
     found = gpu_report(lambda workload, averages: 1.2 if workload == "1e9" else 1.0)
-    for width, text in (
-        (gpu.WIDTH, tables.gpu_table(found)),
-        (gpu.WIDTH, bars.bars_table(found, bars.gpu_bars(found))),
-        (150, tables.providers_table(report.rows[:4])),
-        (150, tables.accuracy_table(report)),
-        (150, bars.bars_table(report, bars.cpu_bars(report))),
-    ):
-        Console(width=width).print(Markdown(text))
-        lines = capsys.readouterr().out.splitlines()
-        assert max(map(len, lines)) <= width
-        assert not any("…" in line for line in lines), lines
-    assert "SHORT" in bars.bars_table(found, bars.gpu_bars(found))
+    texts = [tables.gpu_table(found), bars.bars_table(found, bars.gpu_bars(found)), tables.accuracy_table(report)]
+    for text in (*texts, tables.providers_table(report.rows[:4])):
+        Console(width=gpu.WIDTH).print(Markdown(text))
+        printed = capsys.readouterr().out
+        assert max(map(len, printed.splitlines())) <= gpu.WIDTH
+        assert "…" not in printed
+    assert "SHORT" in texts[1]
     found.dry = True
-    printed = bars.bars_table(found, bars.gpu_bars(found))
-    assert "these are not GPU figures" in printed
-    assert not {"ok", "SHORT"} & set(printed.split())
+    text = bars.bars_table(found, bars.gpu_bars(found))
+    assert ("these are not GPU figures" in text, {"ok", "SHORT"} & set(text.split())) == (True, set())
 
 
 def test_pictures_are_drawn(report: Report, tmp_path: Path) -> None:
