@@ -119,9 +119,6 @@ def _of_backend(report: Report, backend: str) -> Iterator[tuple[str, float, str,
     def host_share(row: Row) -> float | None:
         return None if row.host is None else 100 * row.host.median / (HOST_S + HOST_S_PER_TENSOR * row.num_tensors)
 
-    def waiting(row: Row) -> float | None:
-        return None if row.waits is None or row.sync_error is None else float(row.waits or bool(row.sync_error))
-
     def launches(row: Row) -> float | None:
         return None if row.launches is None else row.launches + (row.transfers or 0)
 
@@ -131,7 +128,7 @@ def _of_backend(report: Report, backend: str) -> Iterator[tuple[str, float, str,
     yield "launches and transfers of an update, most", 1, "", largest(launches), False
     yield "host time, of 20 us + 0.5 us a tensor, most", 100, "%", largest(host_share), False
     yield "allocated by an update, most", 0, " B", largest(lambda row: row.allocated_bytes), False
-    yield "an update that waits for the device (1: there is)", 0, "", largest(waiting), False
+    yield "an update that waits for the device (1: there is)", 0, "", largest(lambda row: row.waits), False
     cases = [hashes for hashes in report.bits.values() if backend in hashes]
     off = float(sum(hashes[backend] != next(iter(hashes.values())) for hashes in cases)) if cases else None
     yield f"cases of {len(report.bits)} whose bits are not the CPU's", 0, "", off, False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from bench import machine, names
+from bench import internals, machine, names
 from bench.report import Report, item_line
 from bench.workloads import QUICK, WORKLOADS
 
@@ -43,17 +44,11 @@ Quick = Annotated[bool, typer.Option("--quick", help="Small workloads and budget
 
 def _command_line() -> str:
     """Return the command that repeats this run, without where it writes: a report holds no path of a machine."""
-    kept, skip = ["python -m bench"], False
-    for argument in sys.argv[1:]:
-        where = ("--out", "--library")
-        if not skip and not argument.startswith(where):
-            kept.append(argument)
-        skip = argument in where
-    return " ".join(kept)
+    return re.sub(r" --(?:out|library)[ =]\S+", "", " ".join(["python -m bench", *sys.argv[1:]]))
 
 
 def _about() -> dict[str, object]:
-    return machine.environment(CPU, _command_line())
+    return {**machine.environment(CPU, _command_line()), "swafast_backend": internals.backend_in_use(CPU)}
 
 
 def _write(report: Report, stem: Path, draw: Callable[[Report, Path], object] | None = None) -> None:
@@ -168,16 +163,13 @@ def accuracy_command(out: Out = OUT) -> None:
 @app.command("gpu")
 def gpu_command(
     out: Annotated[Path, typer.Option(help="Folder for gpu.json, gpu.png, samples and logs.")] = OUT,
-    checks: Annotated[
-        bool, typer.Option("--checks", help="First build the library, run the GPU tests and the memory checkers.")
-    ] = False,
     dry: Annotated[bool, typer.Option("--dry", help="Tiny workloads on the CPU, as dry.json.")] = False,
     library: Annotated[Path | None, typer.Option(help="A library to use where none can be built.")] = None,
 ) -> None:
     """Measure on one GPU beside a copy from device to device, and print which bars are met."""
     from bench import gpu
 
-    raise typer.Exit(gpu.run(out, _command_line(), dry=dry, checks=checks, library=library))
+    raise typer.Exit(gpu.run(out, _command_line(), dry=dry, library=library))
 
 
 @app.command("part", hidden=True)

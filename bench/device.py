@@ -52,33 +52,19 @@ def waits(clock: Clock, call: Call, host_s: float) -> bool:
     return took > asleep / 2
 
 
-def sync_error(call: Call) -> str:
-    """Return torch's complaint where ``call`` makes the host wait for the device, or an empty string."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return ""
-
-
 @dataclass(frozen=True)
 class Activity:
     """What the device did for one update."""
 
     launches: int  # of kernels
     transfers: int  # copies and fills that are no kernels
-    busy_s: float  # with all of these, without the gaps between them
 
     @classmethod
-    def of(cls, events: Sequence[tuple[str, int]]) -> Activity | None:
-        """Sum the device's activities (name, nanoseconds). None where the profiler saw no work."""
-        work = [(name, ns) for name, ns in events if not name.startswith(NO_WORK)]
-        transfers = sum(name.startswith(TRANSFERS) for name, _ in work)
-        busy_s = sum(ns for _, ns in work) / 1e9
-        return cls(len(work) - transfers, transfers, busy_s) if work else None
+    def of(cls, names: Sequence[str]) -> Activity | None:
+        """Sum the device's activities by their names. None where the profiler saw no work."""
+        work = [name for name in names if not name.startswith(NO_WORK)]
+        transfers = sum(name.startswith(TRANSFERS) for name in work)
+        return cls(len(work) - transfers, transfers) if work else None
 
 
 def activity(call: Call, device: torch.device) -> Activity | None:
@@ -95,6 +81,4 @@ def activity(call: Call, device: torch.device) -> Activity | None:
         synchronize(device)
     results: Any = profiler.profiler
     events = results.kineto_results.events()
-    return Activity.of(
-        [(event.name(), event.duration_ns()) for event in events if event.device_type() == DeviceType.CUDA]
-    )
+    return Activity.of([event.name() for event in events if event.device_type() == DeviceType.CUDA])

@@ -58,7 +58,6 @@ class Run:
     dry: bool
     end: float  # on the clock of time.monotonic
     library: Path | None = None  # carried here: used where none can be built
-    checks: bool = True  # build, tests, bits and memory checkers, not the times alone
     report: Report = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,7 +73,7 @@ class Run:
     def parts(self) -> list[PartOfRun]:
         """Return the parts in their order."""
         first, second = self.backends
-        found: list[PartOfRun] = [
+        return [
             ("facts", 20.0, self.facts),
             ("build", 100.0, self.build),
             (f"bits of {first}", 25.0, self.doing("bits", first, log="checks.log")),
@@ -92,8 +91,6 @@ class Run:
             ("other formats", 80.0, self.doing("formats", first, second)),
             ("picture", END_S, self.draw),
         ]
-        not_timed = ("build", "bits of", "tests of", "the other gpu tests", "memcheck", "racecheck")
-        return [part for part in found if self.checks or not part[0].startswith(not_timed)]
 
     def go(self) -> None:
         """Do all parts. An error in one is written down, and the others still run."""
@@ -161,7 +158,7 @@ class Run:
         if not self.dry:
             about.update(machine.gpu_facts())
             self.l2_bytes, self.architecture = about["l2_bytes"], about["architecture"]
-        about.update(machine.environment(device, self.command, backend=not self.checks))
+        about.update(machine.environment(device, self.command))
         about["source_sha256"] = machine.source_digest(ROOT)
         self.note(name, "ok", str(about.get("gpu") or about["device_name"]))
 
@@ -280,11 +277,11 @@ def problems_of(report: Report) -> list[str]:
     return [*failures(report), *([] if timed else ["no update of swafast was timed"])]
 
 
-def run(out: Path, command: str, *, dry: bool, checks: bool = True, library: Path | None = None) -> int:
+def run(out: Path, command: str, *, dry: bool, library: Path | None = None) -> int:
     """Do a whole run, print its tables last, and return 1 where something went wrong."""
     sees_gpu = torch.version.cuda is not None and torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as work:
-        this = Run(out, Path(work), command, dry or not sees_gpu, time.monotonic() + TOTAL_S, library, checks)
+        this = Run(out, Path(work), command, dry or not sees_gpu, time.monotonic() + TOTAL_S, library)
         this.go()
     show(this.report, this.stem)
     return int(bool(problems_of(this.report)))

@@ -71,7 +71,7 @@ def merged(rows: Iterable[Row]) -> list[Row]:
             row = replace(before, device=Times.of((*before.device.samples, *row.device.samples)))
         elif before is not None and row.wall is None:
             # The profiler's, which takes no times, or a failure after they were taken.
-            seen: dict[str, Any] = {name: getattr(row, name) for name in ("launches", "transfers", "busy_s")}
+            seen: dict[str, Any] = {name: getattr(row, name) for name in ("launches", "transfers")}
             why = [] if row.status == "ok" or before.wall is None else [f"{row.status}: {row.reason}"]
             if row.launches is None:
                 seen = {}

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-from bench import internals
-
 PACKAGES = ("torch", "timm", "ema-pytorch", "diffusers", "triton")
 
 
@@ -93,12 +91,8 @@ class OthersCpu:
         return max(0.0, (busy - own) / total)
 
 
-def environment(device: torch.device, command: str, *, backend: bool = True) -> dict[str, Any]:
-    """Describe this machine and its packages. Name no person, no host and no path.
-
-    Args:
-        backend: name the backend in use, which loads the native library.
-    """
+def environment(device: torch.device, command: str) -> dict[str, Any]:
+    """Describe this machine and its packages. Name no person, no host and no path."""
     return {
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -112,7 +106,6 @@ def environment(device: torch.device, command: str, *, backend: bool = True) -> 
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "versions": _versions(),
-        **({"swafast_backend": internals.backend_in_use(device)} if backend else {}),
         "git_commit": git_commit(),
     }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bench import device as closer
 from bench import gate, names
 from bench.machine import OthersCpu, available_bytes
-from bench.providers import DEFAULT_FORMATS, Made, Provider, moved_bytes
+from bench.providers import DEFAULT_FORMATS, Provider, moved_bytes
 from bench.report import Row
 from bench.timing import COVER, Clock, Rotation, interleave, rotation_size, synchronize
 from bench.workloads import Workload, build
@@ -76,16 +76,8 @@ class Setting:
         return self.end - time.monotonic()
 
 
-@dataclass
-class Contestant:
-    """A provider that passed the gate."""
-
-    row: Row
-    made: list[Made]  # one for each copy of the model
-    rotation: Rotation = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.rotation = Rotation(*(made.update for made in self.made))
+# A provider that passed the gate: its row, and its update of each copy of the model.
+Contestant = tuple[Row, Rotation]
 
 
 class Bench:
@@ -160,23 +152,21 @@ class Bench:
             if (contestant := self._admit(provider, row, models, shared)) is not None
         ]
         if self.setting.profile:
-            for contestant in passed:
-                self.setting.emit(self._profiled(contestant, clock))
+            for row, rotation in passed:
+                self.setting.emit(self._profiled(row, rotation, clock))
             return
-        ceilings = self._ceilings(base, case, rows[0])
-        contestants = {row.provider: rotation for row, rotation in ceilings}
-        contestants |= {contestant.row.provider: contestant.rotation for contestant in passed}
-        if (not passed and self.setting.l2_bytes) or not contestants:
+        both = [*self._ceilings(base, case, rows[0]), *passed]
+        if not passed:
             return
-        self.setting.progress(f"{base.title}, {base.dtype} {base.group}: timing {len(contestants)} in turns")
+        self.setting.progress(f"{base.title}, {base.dtype} {base.group}: timing {len(both)} in turns")
         others = OthersCpu()
-        taken = interleave(contestants, self.setting.budget_s, clock)
+        taken = interleave({row.provider: rotation for row, rotation in both}, self.setting.budget_s, clock)
         share = others.share()
-        for row in [row for row, _ in ceilings] + [contestant.row for contestant in passed]:
+        for row, _ in both:
             self.setting.emit(replace(taken[row.provider].into(row), others_cpu=share))
-        for contestant in passed if self.setting.on_gpu else ():
+        for row, rotation in passed if self.setting.on_gpu else ():
             # Times were first: a closer look may break the device.
-            self.setting.emit(self._look_closer(taken[contestant.row.provider].into(contestant.row), contestant, clock))
+            self.setting.emit(self._look_closer(taken[row.provider].into(row), rotation, clock))
 
     # The gate
 
@@ -191,7 +181,7 @@ class Bench:
         with findings(row, self.setting.emit):
             made = [provider.make(model) for model in models]
             if self.setting.profile:
-                return Contestant(row, made)
+                return row, Rotation(*(each.update for each in made))
             error, digests = gate.check(provider, made[0], models[0])
             for rule, digest in digests.items():
                 first, expected = self._bits.setdefault(rule, (provider.name, digest))
@@ -201,7 +191,8 @@ class Bench:
             for kept, other in zip(made[0].kept, () if provider.format else shared, strict=False):
                 if kept.dtype == other.dtype:
                     kept.data = other
-            return Contestant(replace(row, error=error, held_bytes=sum(held.values())), made)
+            row = replace(row, error=error, held_bytes=sum(held.values()))
+            return row, Rotation(*(each.update for each in made))
         return None
 
     def _refusal(self, provider: Provider, row: Row) -> str | None:
@@ -249,25 +240,26 @@ class Bench:
 
     # What only a GPU has
 
-    def _look_closer(self, row: Row, contestant: Contestant, clock: Clock) -> Row:
-        """Look for allocations and waiting. A failure is a remark."""
-        remarks: list[str] = []
-        rotation, ours, host_s = contestant.rotation, row.is_ours, row.host.median if row.host else 0.0
-        with _remarked(remarks, "waiting"):
-            row = replace(row, allocated_bytes=closer.allocated_total(rotation.step, self.setting.device))
-            row = replace(row, waits=closer.waits(clock, rotation.step, host_s))
-            row = replace(row, sync_error=closer.sync_error(rotation.step) if ours else None)
-        return replace(row, remarks=remarks)
+    def _look_closer(self, row: Row, rotation: Rotation, clock: Clock) -> Row:
+        """Look for allocations and waiting. A failure is a remark, and the times stay."""
+        assert row.host is not None
+        try:
+            allocated = closer.allocated_total(rotation.step, self.setting.device)
+            return replace(row, allocated_bytes=allocated, waits=closer.waits(clock, rotation.step, row.host.median))
+        except Exception as error:
+            return replace(row, remarks=[f"waiting: {type(error).__name__}: {first_line(error)}"])
 
-    def _profiled(self, contestant: Contestant, clock: Clock) -> Row:
+    def _profiled(self, row: Row, rotation: Rotation, clock: Clock) -> Row:
         """Have the profiler look at one update in cold caches."""
         for _ in range(2):  # the first update copies and plans, the second is like all others
-            contestant.rotation.step()
+            rotation.step()
         clock.evict()
-        seen = closer.activity(contestant.rotation.step, self.setting.device)
-        if seen is None:
-            return replace(contestant.row, remarks=["profiler: it recorded nothing of the device"])
-        return replace(contestant.row, **vars(seen))
+        seen = closer.activity(rotation.step, self.setting.device)
+        return (
+            replace(row, remarks=["profiler: it recorded nothing of the device"])
+            if seen is None
+            else replace(row, **vars(seen))
+        )
 
 
 @contextmanager
@@ -281,15 +273,6 @@ def findings(row: Row, emit: Callable[[Row], object]) -> Iterator[None]:
         emit(replace(row, status="skipped", reason=f"out of memory: {first_line(error)}"))
     except Exception as failure:
         emit(replace(row, status="failed", reason=f"{type(failure).__name__}: {first_line(failure)}"))
-
-
-@contextmanager
-def _remarked(remarks: list[str], what: str) -> Iterator[None]:
-    try:
-        yield
-    # What a tool raises is worth a remark, not the times that were taken without it.
-    except Exception as error:
-        remarks.append(f"{what}: {type(error).__name__}: {first_line(error)}")
 
 
 def first_line(error: BaseException) -> str:

@@ -38,17 +38,13 @@ RULES: dict[str, Rule] = {"mean": EqualAverage(), "fast": ExponentialAverage(0.5
 Weight = Callable[[int], float]  # of the newest model, when so many are in the average
 
 
-def equal(num_averaged: int) -> float:
-    return 1 / (num_averaged + 1)
+equal: Weight = RULES["mean"].weight
+constant: Weight = lambda num_averaged: 1 - DECAY  # noqa: E731
 
 
 def ema(num_averaged: int) -> float:
     """The weights of an EMA whose first update copies."""
     return 1.0 if num_averaged == 0 else 1 - DECAY
-
-
-def constant(num_averaged: int) -> float:
-    return 1 - DECAY
 
 
 @dataclass(frozen=True)
@@ -285,12 +281,9 @@ UPDATE_PROVIDERS = (
 )  # fmt: skip
 
 # Our formats beside each other, ``float32`` first.
-FORMAT_PROVIDERS = (
-    ours("float32", "float32", (FP32, BF16)),
-    ours("exact", "exact", (BF16,)),
-    ours("compact", "compact", (FP32, BF16)),
-    ours("compensated", "compensated", (FP32, BF16)),
-    ours("half", "half", (BF16,)),
+FORMAT_PROVIDERS = tuple(
+    ours(format, format, (BF16,) if format in ("exact", "half") else (FP32, BF16))
+    for format in ("float32", "exact", "compact", "compensated", "half")
 )
 
 

@@ -66,11 +66,9 @@ class Row:
     others_cpu: float | None = None  # share of all cores that other processes took meanwhile
     copies: int = 1  # of model and average, visited in turn
     filler_bytes: int = 0  # read and written before a sample, to empty the cache
-    busy_s: float | None = None  # of the device within one update, without gaps (profiler)
     launches: int | None = None  # of kernels in one update
     transfers: int | None = None  # copies and fills in one update that are no kernels
     waits: bool | None = None  # the call returned only when the device was done
-    sync_error: str | None = None  # torch's complaint where waiting is an error; "" for none
     remarks: list[str] = field(default_factory=list)  # why something was not measured
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -125,78 +126,69 @@ def test_our_passes_keep_and_move_the_bytes_of_the_docs(dtype: torch.dtype) -> N
     assert moved_bytes(torch.float16, "mirrored") == 2 + 2 * 4 + 2
 
 
-# The gate: each planted bug changes what one provider made of the model does
-
-Plant = Callable[[Made, torch.nn.Module], Made]
-
-
-def skips_the_last_tensor(made: Made, model: torch.nn.Module) -> Made:
-    return loop(lambda kept, params, weight: torch._foreach_lerp_(kept[:-1], params[:-1], weight))(model)
-
-
-def wrong_weight(made: Made, model: torch.nn.Module) -> Made:
-    return loop(lambda kept, params, weight: torch._foreach_lerp_(kept, params, weight * 0.999))(model)
-
-
-def forgets_buffers(made: Made, model: torch.nn.Module) -> Made:
-    return replace(made, buffers=[buffer.clone() for buffer in made.buffers or ()])
-
-
-def yields_nan(made: Made, model: torch.nn.Module) -> Made:
-    def export() -> Iterator:
-        for rule, weight, averages in made.export():
-            yield rule, weight, [average * float("nan") for average in averages]
-
-    return replace(made, export=export)
-
-
-def other_rule(made: Made, model: torch.nn.Module) -> Made:
-    def export() -> Iterator:
-        (one, weight, averages), (other, _, others), last = made.export()
-        yield from ((one, weight, others), (other, weight, averages), last)
-
-    return replace(made, export=export)
-
-
-def one_moved_twice(made: Made, model: torch.nn.Module) -> Made:
-    last = made.update.func.__self__["fast"]  # type: ignore[attr-defined]
-    return replace(made, update=lambda: (made.update(), last.update_parameters(model)))
-
-
-def one_left_out(made: Made, model: torch.nn.Module) -> Made:
-    moved = made.update.func.__self__  # type: ignore[attr-defined]
-    return replace(made, update=lambda: [moved[name].update_parameters(model) for name in list(moved)[:-1]])
+# The gate
 
 
 FOREACH = next(each for each in providers.UPDATE_PROVIDERS if each.name == names.FOREACH)
 THREE = ours_on("cpu", "float32", 3)
 
 
-@pytest.mark.parametrize(
-    ("provider", "plant", "message"),
-    [
-        (FOREACH, None, ""),
-        (FOREACH, skips_the_last_tensor, "head.weight is off by"),
-        (FOREACH, wrong_weight, "is off by"),
-        (FOREACH, forgets_buffers, "buffer norm.running_mean differs"),
-        (FOREACH, yields_nan, "stem.weight is off by nan"),
-        (THREE, None, ""),
-        (THREE, forgets_buffers, "buffer norm.running_mean differs"),
-        (THREE, other_rule, "mean.stem.weight is off by"),
-        (THREE, one_moved_twice, "fast.stem.weight is off by"),
-        (THREE, one_left_out, "slow.stem.weight is off by nan"),
-    ],
-    ids=lambda each: getattr(each, "__name__", None),
-)
-def test_the_gate_stops_a_planted_bug(provider: Provider, plant: Plant | None, message: str) -> None:
+def cloned(made: Made) -> list[Tensor]:
+    return [buffer.clone() for buffer in made.buffers or ()]
+
+
+def lerp(part: slice, factor: float = 1.0) -> Callable[..., object]:
+    return lambda kept, params, weight: torch._foreach_lerp_(kept[part], params[part], weight * factor)
+
+
+# By what is planted: in whom, what the gate says, and the bug in what was made. ``ours`` updates all averages of ours.
+PLANTED: dict[str, tuple[Provider, str, Callable[[Made, Any, Any], Made]]] = {
+    "tensor": (FOREACH, "head.weight is off by", lambda made, model, ours: loop(lerp(slice(-1)))(model)),
+    "weight": (FOREACH, "stem.weight is off by", lambda made, model, ours: loop(lerp(slice(None), 0.999))(model)),
+    "buffers": (FOREACH, "buffer norm.running_mean", lambda made, model, ours: replace(made, buffers=cloned(made))),
+    "our buffers": (THREE, "buffer norm.running_mean", lambda made, model, ours: replace(made, buffers=cloned(made))),
+    "nan": (
+        FOREACH, "stem.weight is off by nan",
+        lambda made, model, ours: replace(made, update=lambda: [k.fill_(math.nan) for k in made.kept], buffers=None),
+    ),
+    "rule": (
+        THREE, "mean.stem.weight is off by",
+        lambda made, model, ours: replace(made, export=lambda: (("mean", *each[1:]) for each in relabelled(made))),
+    ),
+    "moved twice": (
+        THREE, "fast.stem.weight is off by",
+        lambda made, model, ours: replace(made, update=lambda: (made.update(), ours["fast"].update_parameters(model))),
+    ),
+    "left out": (
+        THREE, "slow.stem.weight is off by nan",
+        lambda made, model, ours: replace(
+            made, update=lambda: [ours[name].update_parameters(model) for name in ("mean", "fast")]
+        ),
+    ),
+}  # fmt: skip
+
+
+def relabelled(made: Made) -> Iterator[Any]:
+    """Yield the averages of the second rule under the weights of the first."""
+    (_, weight, _), (_, _, others), _ = made.export()
+    yield "mean", weight, others
+
+
+@pytest.mark.parametrize("provider", [FOREACH, THREE], ids=["foreach", "ours"])
+def test_the_gate_lets_right_averages_pass_and_puts_the_model_back(provider: Provider) -> None:
     model = build(TINY, torch.float32, CPU)
-    before, made = [param.clone() for param in model.parameters()], provider.make(model)
-    if plant is None:
-        assert gate.check(provider, made, model)[0] < 1e-6
-        assert all(map(torch.equal, model.parameters(), before))
-        return
+    before = [param.clone() for param in model.parameters()]
+    assert gate.check(provider, provider.make(model), model)[0] < 1e-6
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.parametrize(("provider", "message", "plant"), PLANTED.values(), ids=PLANTED)
+def test_the_gate_stops_a_planted_bug(provider: Provider, message: str, plant: Any) -> None:
+    model = build(TINY, torch.float32, CPU)
+    made = provider.make(model)
+    ours = getattr(getattr(made.update, "func", None), "__self__", None)  # what updates all averages of ours
     with pytest.raises(gate.WrongAverageError, match=message):
-        gate.check(provider, plant(made, model), model)
+        gate.check(provider, plant(made, model, ours), model)
 
 
 @pytest.mark.parametrize(
@@ -269,3 +261,22 @@ def test_command_writes_a_report_and_a_picture(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(internals, "decoded", lambda averaged, format, model: list(model.parameters()))
     result = run(["--workload", "tiny", "--no-others", "--out", str(tmp_path)])
     assert (result.exit_code, "wrong: " in result.output) == (1, True)
+
+
+# pytest-benchmark's view of an update. The figures to quote come from ``python -m bench``, which interleaves.
+
+CASES = [(dtype, each) for dtype in DTYPES for each in providers_for(dtype)]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in WORKLOADS if name not in ("3000x64", "llama3_8b")]
+
+
+@pytest.mark.parametrize("name", ["3000x64", *SLOW])
+@pytest.mark.parametrize(("dtype", "provider"), CASES, ids=lambda each: getattr(each, "name", str(each)))
+def test_update(benchmark: BenchmarkFixture, name: str, dtype: torch.dtype, provider: Provider) -> None:
+    model, missing = build(WORKLOADS[name], dtype, CPU), provider.missing()
+    if missing is not None:
+        pytest.skip(f"{provider.name}: {missing}")
+    if provider.max_tensors is not None and len(list(model.parameters())) > provider.max_tensors:
+        pytest.skip(f"{provider.name}: compiling more than {provider.max_tensors} tensors takes minutes")
+    made = provider.make(model)
+    benchmark.extra_info["error"] = gate.check(provider, made, model)[0]
+    benchmark.pedantic(made.update, rounds=5, warmup_rounds=1)

@@ -61,11 +61,11 @@ def report() -> Report:
 
 def test_a_report_survives_its_json(report: Report, tmp_path: Path) -> None:
     path, samples = tmp_path / "cpu.json", tmp_path / "cpu.samples.jsonl"
-    report.rows[0] = replace(report.rows[0], sync_error="", waits=False)  # found to be nothing: not the defaults
+    report.rows[0] = replace(report.rows[0], waits=False, launches=0)  # found to be nothing: not the defaults
     report.write(path)
     written = Report.read(path)
     assert written.rows[0].wall == Times(0.5, 0.277778, 2.5, 3)
-    assert (written.rows[0].sync_error, written.rows[0].waits, written.steps[1].differing) == ("", False, 3)
+    assert (written.rows[0].waits, written.rows[0].launches, written.steps[1].differing) == (False, 0, 3)
     written.write(path)
     assert Report.read(path) == written
     assert [path.name for path in tmp_path.iterdir()] == ["cpu.json"]
@@ -151,7 +151,7 @@ def test_blocks_have_the_medians(report: Report) -> None:
 def gpu_report(scale: Callable[[str, int], float] = lambda workload, averages: 1.0, **more: Any) -> Report:
     """Return a whole report of invented numbers for models of 1e9 params; ``scale`` bends our times."""
     rows, numel = [], 10**9
-    ours_have = {"launches": 1, "transfers": 0, "waits": False, "sync_error": "", "allocated_bytes": 0}
+    ours_have = {"launches": 1, "transfers": 0, "waits": False, "allocated_bytes": 0}
     ours_have |= {"host": times(1e-5)} | more
     theirs = {names.TORCH_CLASS: 12e-3, names.TORCH_EMA: 4e-3, names.FOREACH: 2e-3, names.COMPILED: 1.5e-3}
     theirs |= {names.MUL_ADD: 8e-3, names.LERP_FLOAT: 7e-3}
@@ -195,7 +195,7 @@ def test_bars_of_a_gpu_are_computed_from_the_medians() -> None:
 
 
 def test_each_bar_of_a_gpu_can_be_missed() -> None:
-    more: dict[str, Any] = {"launches": 2, "sync_error": "waits", "allocated_bytes": 512, "host": times(1e-3)}
+    more: dict[str, Any] = {"launches": 2, "waits": True, "allocated_bytes": 512, "host": times(1e-3)}
     slow = gpu_report(lambda workload, averages: 20.0 * averages, **more)
     slow.bits = {"a": {"cpu": "x", "cuda": "y", "triton": "x"}}
     slow.steps = [replace(step, differing=3) for step in slow.steps]
@@ -228,9 +228,9 @@ def test_copies_are_joined_and_launches_put_beside_the_times() -> None:
     (joined,) = merged([copy, replace(copy, device=Times.of([6.0]))])
     assert joined.device == Times.of([1.0, 2.0, 6.0])
     own = replace(copy, provider="swafast cuda", wall=times(1.0))
-    seen = replace(own, wall=None, device=None, launches=1, busy_s=0.5)
+    seen = replace(own, wall=None, device=None, launches=1)
     (found,) = merged([own, seen])
-    assert (found.launches, found.busy_s, found.wall) == (1, 0.5, own.wall)
+    assert (found.launches, found.wall) == (1, own.wall)
     (found,) = merged([own, replace(seen, launches=None, status="failed", reason="no CUPTI")])
     assert (found.status, found.wall, found.remarks) == ("ok", own.wall, ["failed: no CUPTI"])
 

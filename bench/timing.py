@@ -15,7 +15,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import cycle
 from typing import Any
@@ -47,19 +46,6 @@ def synchronize(device: torch.device) -> None:
     """Wait until ``device`` has done its work. A CPU has, when the call returns."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize(device)
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Keep Python's garbage collector from running inside a sample, as ``timeit`` does."""
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def rotation_size(copy_bytes: int, l2_bytes: int) -> tuple[int, int]:
@@ -185,18 +171,24 @@ def between_events(call: Call) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def rounds(names: Sequence[str], budget_s: float, *, least: int = MIN_ROUNDS, most: int = MAX_ROUNDS) -> Iterator[str]:
+def rounds(names: Sequence[str], budget_s: float, *, least: int = MIN_ROUNDS) -> Iterator[str]:
     """Yield all ``names`` round by round, each time in a new order, for about ``budget_s`` seconds.
 
     The orders are drawn by a fixed seed: nobody always runs in the caches that the same other left.
     """
     order, shuffled, end = random.Random(0), list(names), time.perf_counter() + budget_s
-    with collector_paused():
-        for done in range(most):
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()  # no collection inside a sample, as ``timeit`` has it
+    try:
+        for done in range(MAX_ROUNDS):
             if done >= least and time.perf_counter() > end:
                 break
             order.shuffle(shuffled)
             yield from shuffled
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def interleave(
