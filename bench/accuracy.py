@@ -37,11 +37,8 @@ SEED = 7
 
 def points(updates: int) -> list[int]:
     """Return the updates after which errors are read: about even on a logarithmic axis, up to the last."""
-    steps, found = 0, [1]
-    while found[-1] < updates:
-        steps += 1
-        found.append(min(updates, round(10 ** (steps / POINTS_PER_DECADE))))
-    return sorted(set(found))
+    steps = range(POINTS_PER_DECADE * len(str(updates)) + 1)
+    return sorted({min(updates, round(10 ** (step / POINTS_PER_DECADE))) for step in steps})
 
 
 class Run:

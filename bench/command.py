@@ -99,29 +99,14 @@ def run(
     _fail(lookup.failures(report))
 
 
-@app.command("plot")
-def plot_command(file: Annotated[Path, typer.Argument(help="A report, as a run writes it.")]) -> None:
-    """Draw the picture of FILE anew, beside it."""
-    from bench.plot import plot_accuracy, plot_speed
-
-    report, picture = Report.read(file), file.with_suffix(".png")
-    if report.curves:
-        plot_accuracy(report, picture)
-    elif not plot_speed(report, picture):
-        _fail([f"{file} holds no workload that was timed for us and for what it is compared with"])
-    console.print(f"wrote {picture}")
-
-
 @app.command("pages")
 def pages_command(
-    results: Annotated[Path, typer.Option(help="Folder of the reports.")] = RESULTS,
-    root: Annotated[Path, typer.Option(help="Folder of README.md and docs/.")] = Path(),
     check: Annotated[bool, typer.Option("--check", help="Write nothing; fail where a page differs.")] = False,
 ) -> None:
     """Fill the tables of README and docs from the reports."""
     from bench import pages
 
-    _fail(pages.fill(root, results, check=check))
+    _fail(pages.fill(Path(), RESULTS, check=check))
     console.print("every table is what the reports give")
 
 
@@ -151,12 +136,11 @@ def loop_command(out: Out = OUT, quick: Quick = False) -> None:
 @app.command("accuracy")
 def accuracy_command(out: Out = OUT) -> None:
     """Follow the error of every format over 100,000 updates: about three minutes on one core."""
-    from bench import accuracy, tables
+    from bench import accuracy
     from bench.plot import plot_accuracy
 
     with console.status("every format") as status:
         report = accuracy.measure(_about(), progress=status.update)
-    console.print(Markdown(tables.accuracy_table(report)), "")
     _write(report, out / "accuracy", plot_accuracy)
 
 

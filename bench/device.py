@@ -6,7 +6,6 @@ import gc
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -52,22 +51,14 @@ def waits(clock: Clock, call: Call, host_s: float) -> bool:
     return took > asleep / 2
 
 
-@dataclass(frozen=True)
-class Activity:
-    """What the device did for one update."""
-
-    launches: int  # of kernels
-    transfers: int  # copies and fills that are no kernels
-
-    @classmethod
-    def of(cls, names: Sequence[str]) -> Activity | None:
-        """Sum the device's activities by their names. None where the profiler saw no work."""
-        work = [name for name in names if not name.startswith(NO_WORK)]
-        transfers = sum(name.startswith(TRANSFERS) for name in work)
-        return cls(len(work) - transfers, transfers) if work else None
+def launches_among(names: Sequence[str]) -> dict[str, int]:
+    """Count launches of kernels and transfers among a device's activities. Empty where the profiler saw no work."""
+    work = [name for name in names if not name.startswith(NO_WORK)]
+    transfers = sum(name.startswith(TRANSFERS) for name in work)
+    return {"launches": len(work) - transfers, "transfers": transfers} if work else {}
 
 
-def activity(call: Call, device: torch.device) -> Activity | None:
+def activity(call: Call, device: torch.device) -> dict[str, int]:
     """Return what the profiler saw on the device during one call.
 
     It runs in a process of its own: from its first use on, the profiler's library slows launches down, and it does not
@@ -81,4 +72,4 @@ def activity(call: Call, device: torch.device) -> Activity | None:
         synchronize(device)
     results: Any = profiler.profiler
     events = results.kineto_results.events()
-    return Activity.of([event.name() for event in events if event.device_type() == DeviceType.CUDA])
+    return launches_among([event.name() for event in events if event.device_type() == DeviceType.CUDA])

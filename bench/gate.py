@@ -35,11 +35,9 @@ class WrongAverageError(Exception):
 
 
 def check(provider: Provider, made: Made, model: nn.Module) -> tuple[float, dict[str, str]]:
-    """Run the gate's updates and put ``model`` back.
+    """Run the gate's updates and put ``model`` back. Return the worst relative error.
 
-    Returns:
-        The worst relative error, and by rule a hash of the bits of each average that must equal the float32 one. On a
-        GPU there are no hashes: the part "bits" of a run compares bits there.
+    Return too, by rule, a hash of the bits of each average that must equal the float32 one; on a CPU only.
 
     Raises:
         WrongAverageError: an average is further from float64 than its dtype accounts for, or a buffer was not copied.

@@ -288,7 +288,7 @@ def run(out: Path, command: str, *, dry: bool, library: Path | None = None) -> i
 
 
 def show(report: Report, stem: Path) -> None:
-    console = Console(width=WIDTH, highlight=False)
+    console, wrong = Console(width=WIDTH, highlight=False), problems_of(report)
 
     def line(text: str, style: str | None = None) -> None:
         console.print(text, style=style, no_wrap=True, overflow="ellipsis", markup=False)
@@ -298,11 +298,9 @@ def show(report: Report, stem: Path) -> None:
     console.print(Markdown(gpu_table(report)))
     for part in report.parts:
         line(f"{part.name}: {part.status}, {part.seconds:.0f} s: {part.detail}")
-    for text in report.left_out[:LINES_SHOWN]:
-        line(f"left out: {text}", "dim")
-    wrong = problems_of(report)
-    for text in wrong[:LINES_SHOWN]:
-        line(f"FAILED: {text}", "bold red")
+    for style, texts in (("dim", report.left_out), ("bold red", [f"FAILED: {text}" for text in wrong])):
+        for text in texts[:LINES_SHOWN]:
+            line(text, style)
     console.print(Markdown(bars_table(report, gpu_bars(report))))
     written = [stem.with_suffix(end).name for end in (".json", ".png") if stem.with_suffix(end).is_file()]
     line(f"wrote {', '.join(written)}: {'something failed' if wrong else 'all that could run was right'}", "bold")

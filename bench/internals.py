@@ -17,6 +17,8 @@ from swafast.sharded.parts.holdings import find_holdings
 from swafast.sharded.parts.shares import share_out
 from swafast.terms.formats import get_format
 
+# How many averages one launch moves at most.
+MOST_AVERAGES = library.MAX_PACES
 # Elements decoded at once: on the way each takes up to 40 bytes.
 DECODED_NUMEL = 1 << 25
 
@@ -84,11 +86,6 @@ def native_build() -> dict[str, str]:
 def _text(function: Callable[[], bytes]) -> str:
     function.restype = ctypes.c_char_p  # type: ignore[attr-defined]
     return function().decode()
-
-
-def most_averages() -> int:
-    """Return how many averages one launch moves at most."""
-    return library.MAX_PACES
 
 
 def set_window(nbytes: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
 
 from bench import names
 from bench.report import Report, Row, Times
@@ -69,14 +68,11 @@ def merged(rows: Iterable[Row]) -> list[Row]:
         before = found.get(key)
         if before is not None and row.provider in names.CEILINGS and before.device and row.device:
             row = replace(before, device=Times.of((*before.device.samples, *row.device.samples)))
-        elif before is not None and row.wall is None:
+        elif before is not None and before.wall is not None and row.wall is None:
             # The profiler's, which takes no times, or a failure after they were taken.
-            seen: dict[str, Any] = {name: getattr(row, name) for name in ("launches", "transfers")}
-            why = [] if row.status == "ok" or before.wall is None else [f"{row.status}: {row.reason}"]
-            if row.launches is None:
-                seen = {}
-            if row.status == "ok" or before.wall is not None:
-                row = replace(before, **seen, remarks=[*before.remarks, *row.remarks, *why])
+            why = [] if row.status == "ok" else [f"{row.status}: {row.reason}"]
+            seen = {} if row.launches is None else {"launches": row.launches, "transfers": row.transfers}
+            row = replace(before, remarks=[*before.remarks, *row.remarks, *why], **seen)  # type: ignore[arg-type]
         found[key] = row
     return list(found.values())
 

@@ -71,24 +71,16 @@ class OthersCpu:
         self._start = self._now()
 
     @staticmethod
-    def _now() -> tuple[float, float, float] | None:
-        """Return the seconds that all cores had, were busy, and were busy with this process; None off Linux."""
-        try:
-            ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        except (OSError, ValueError):
-            return None
-        per_second = os.sysconf("SC_CLK_TCK")
-        idle = ticks[3] + ticks[4]
+    def _now() -> tuple[float, float, float]:
+        """Return the seconds that all cores had, were busy, and were busy with this process (Linux, proc(5))."""
+        ticks = [int(each) / os.sysconf("SC_CLK_TCK") for each in Path("/proc/stat").read_text().split()[1:9]]
         own = os.times()
-        return sum(ticks) / per_second, (sum(ticks) - idle) / per_second, own.user + own.system
+        return sum(ticks), sum(ticks) - ticks[3] - ticks[4], own.user + own.system
 
-    def share(self) -> float | None:
+    def share(self) -> float:
         """Return what others took since the start, as a share of all cores' time. Time stolen by the host counts."""
-        end = self._now()
-        if self._start is None or end is None or end[0] <= self._start[0]:
-            return None
-        total, busy, own = (after - before for after, before in zip(end, self._start, strict=True))
-        return max(0.0, (busy - own) / total)
+        total, busy, own = (after - before for after, before in zip(self._now(), self._start, strict=True))
+        return max(0.0, (busy - own) / total) if total > 0 else 0.0
 
 
 def environment(device: torch.device, command: str) -> dict[str, Any]:
@@ -114,11 +106,7 @@ def available_bytes(device: torch.device) -> int:
     """Return the memory that this process may still take on ``device``."""
     if device.type != "cpu":
         return torch.get_device_module(device).mem_get_info(device)[0]
-    available = _line_of("/proc/meminfo", "MemAvailable")
-    if available is not None:
-        return int(available.split()[0]) * 1024
-    # Not Linux: half of all memory is a guess that leaves the machine usable.
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return int((_line_of("/proc/meminfo", "MemAvailable") or "0").split()[0]) * 1024
 
 
 def gpu_facts() -> dict[str, Any]:

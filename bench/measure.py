@@ -255,11 +255,8 @@ class Bench:
             rotation.step()
         clock.evict()
         seen = closer.activity(rotation.step, self.setting.device)
-        return (
-            replace(row, remarks=["profiler: it recorded nothing of the device"])
-            if seen is None
-            else replace(row, **vars(seen))
-        )
+        remarks = [] if seen else ["profiler: it recorded nothing of the device"]
+        return replace(row, remarks=remarks, **seen)  # type: ignore[arg-type]
 
 
 @contextmanager

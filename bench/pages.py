@@ -27,8 +27,8 @@ class Block:
     make: Callable[[Report], str]
 
     @property
-    def markers(self) -> tuple[str, str]:
-        return f"<!-- {self.name}:begin -->", f"<!-- {self.name}:end -->"
+    def markers(self) -> list[str]:
+        return [f"<!-- {self.name}:{end} -->" for end in ("begin", "end")]
 
     def put_into(self, text: str, report: Report) -> str:
         """Return the page with the block filled.

@@ -233,16 +233,16 @@ def plot_accuracy(report: Report, path: Path) -> None:
     updates = np.array(report.updates)
     _heading(figure, 0.972, "Equal mean of n models")
     for index, stream in enumerate(STREAMS):
-        axes = figure.add_axes((0.062 + 0.487 * (index % 2), 0.69 - 0.295 * (index // 2), 0.325, 0.235))
+        axes = figure.add_axes((0.062 + 0.487 * (index % 2), 0.69 - 0.295 * (index // 2), 0.43, 0.235))
         of_kind = {kind: errors[stream, EQUAL, kind] for kind in COLORS}
-        _draw_errors(axes, STREAM_TITLES[stream], updates, of_kind, COMPACT_BOUND * np.sqrt(updates), apart=0.055)
+        _draw_errors(axes, STREAM_TITLES[stream], updates, of_kind, COMPACT_BOUND * np.sqrt(updates))
     _heading(figure, 0.345, "Exponential average of params around 0, by its decay")
     for index, decay in enumerate(DECAYS):
-        axes = figure.add_axes((0.062 + 0.2 * index, 0.085, 0.18, 0.215))
+        axes = figure.add_axes((0.062 + 0.235 * index, 0.085, 0.212, 0.215))
         of_kind = {kind: errors[EMA_STREAM, f"EMA {decay:g}", kind] for kind in COLORS}
-        apart, bound = 0.075 if index == len(DECAYS) - 1 else 0.0, np.full(len(updates), COMPACT_EMA_BOUND)
-        _draw_errors(axes, f"decay {decay:g}", updates, of_kind, bound, apart=apart)
+        _draw_errors(axes, f"decay {decay:g}", updates, of_kind, np.full(len(updates), COMPACT_EMA_BOUND))
         axes.tick_params(axis="y", labelleft=index == 0)
+    figure.legend(*axes.get_legend_handles_labels(), loc="upper right", ncols=5, frameon=False, fontsize=8.5)
     about = report.environment
     lines = (
         "Vertical: relative L2 distance of the exported average from float64. Horizontal: n, the models averaged.",
@@ -260,9 +260,9 @@ def _heading(figure: Figure, at: float, text: str) -> None:
 
 
 def _draw_errors(
-    axes: Axes, title: str, updates: np.ndarray, errors: Mapping[str, np.ndarray], of_compact: np.ndarray, apart: float
+    axes: Axes, title: str, updates: np.ndarray, errors: Mapping[str, np.ndarray], of_compact: np.ndarray
 ) -> None:
-    """Draw every format's errors, and its name where its line ends if names are to stand ``apart``."""
+    """Draw every format's errors, and the guide lines."""
     dress(axes, title, 9.5, weight="normal", grid="both")
     axes.set(xscale="log", yscale="log", xlim=(1, updates[-1]), ylim=(LOWEST, HIGHEST))
     axes.xaxis.set_major_locator(LogLocator(base=10))
@@ -274,21 +274,7 @@ def _draw_errors(
     axes.tick_params(labelsize=8, labelcolor=FAINT)
     for kind, bound in (("compact", of_compact), ("compensated", np.full(len(updates), COMPENSATED_BOUND))):
         axes.plot(updates, bound, color=COLORS[kind], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    low, high, ends = np.log10(LOWEST), np.log10(HIGHEST), {}
     for kind, color in COLORS.items():
-        drawn = np.clip(errors[kind], LOWEST, HIGHEST)
-        width = 1.6 if kind == TORCH_BF16 else 2.0
-        axes.plot(updates, drawn, color=color, linewidth=width, zorder=3, clip_on=False, solid_capstyle="butt")
-        ends[kind] = float((np.log10(drawn[-1]) - low) / (high - low))
-    for kind, at in (spread(ends, apart) if apart else {}).items():
-        text = LABELS.get(kind, kind)
-        axes.text(1.03, at, text, transform=axes.transAxes, fontsize=8, color=COLORS[kind], va="center")
-
-
-def spread(wanted: Mapping[str, float], apart: float) -> dict[str, float]:
-    """Move labels up until each is ``apart`` from the one below it."""
-    found: dict[str, float] = {}
-    lowest = -1.0
-    for kind, at in sorted(wanted.items(), key=lambda item: item[1]):
-        found[kind] = lowest = max(at, lowest + apart)
-    return found
+        drawn, width = np.clip(errors[kind], LOWEST, HIGHEST), 1.6 if kind == TORCH_BF16 else 2.0
+        label = LABELS.get(kind, kind)
+        axes.plot(updates, drawn, color=color, linewidth=width, zorder=3, clip_on=False, label=label)

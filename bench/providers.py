@@ -35,6 +35,7 @@ COMPILED_MAX_TENSORS = 200
 # By the names of our averages. The rules differ, so an average that moved by another's rule is wrong.
 RULES: dict[str, Rule] = {"mean": EqualAverage(), "fast": ExponentialAverage(0.5), "slow": ExponentialAverage(0.9)}
 
+Dtypes = tuple[torch.dtype, ...]
 Weight = Callable[[int], float]  # of the newest model, when so many are in the average
 
 
@@ -64,7 +65,7 @@ class Provider:
     """One way of averaging a model."""
 
     name: str
-    dtypes: tuple[torch.dtype, ...]  # of the params
+    dtypes: Dtypes  # of the params
     make: Callable[[nn.Module], Made]
     note: str = ""
     format: str = ""  # of our averages; only ours have one
@@ -236,9 +237,8 @@ def _moving(made: dict[str, Any], rules: Sequence[str], model: nn.Module, format
 
 
 def ours(
-    name: str, format: str, dtypes: tuple[torch.dtype, ...] = (FP32,), note: str = "", *, averages: int = 1,
-    backend: str | None = None,
-) -> Provider:  # fmt: skip
+    name: str, format: str, dtypes: Dtypes = (FP32,), note: str = "", *, averages: int = 1, backend: str | None = None
+) -> Provider:
     """Return our provider of one average, or of several in one pass, in one format, on one backend."""
 
     def make(model: nn.Module) -> Made:

@@ -30,18 +30,11 @@ SAMPLES, SWAP_SAMPLES = 40, 5
 WARM_UPS = 3
 
 
-@dataclass(frozen=True)
-class Workload:
-    """DTensors sharded along their first dimension."""
-
-    title: str
-    shapes: tuple[tuple[int, int], ...]
-
-
-WORKLOADS = (
-    Workload("300 DTensors of 7x3 and 33x17", ((7, 3), (33, 17)) * 150),
-    Workload("150 DTensors of 1025x1025", ((1025, 1025),) * 150),
-)
+# The shapes of DTensors, sharded along their first dimension.
+WORKLOADS = {
+    "300 DTensors of 7x3 and 33x17": ((7, 3), (33, 17)) * 150,
+    "150 DTensors of 1025x1025": ((1025, 1025),) * 150,
+}
 
 
 def _time_updates(shapes: tuple[tuple[int, int], ...]) -> dict[str, list[float]]:
@@ -75,11 +68,11 @@ def _in_turns(contestants: dict[str, Callable[[], object]], count: int) -> dict[
 
 def measure_updates() -> list[Row]:
     rows = []
-    for workload in WORKLOADS:
-        numel = sum(rows * columns for rows, columns in workload.shapes)
+    for title, shapes in WORKLOADS.items():
+        numel = sum(rows * columns for rows, columns in shapes)
         # Read both, write one, in float32.
-        base = Row(workload.title, workload.title, "float32", "", numel, len(workload.shapes), 12 * numel)
-        rows += _timed(base, run_ranks(RANKS, _time_updates, workload.shapes))
+        base = Row(title, title, "float32", "", numel, len(shapes), 12 * numel)
+        rows += _timed(base, run_ranks(RANKS, _time_updates, shapes))
     return rows
 
 

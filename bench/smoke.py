@@ -60,7 +60,7 @@ CASES = [
     *(SmokeCase(dtype, ((format, RULES[0]),)) for dtype, formats in FORMATS.items() for format in formats),
     *(SmokeCase(dtype, ((FORMATS[dtype][0], rule),)) for dtype in list(FORMATS)[:2] for rule in RULES[1:]),
     *(_several(dtype, 3) for dtype in FORMATS),
-    _several(torch.bfloat16, internals.most_averages()),
+    _several(torch.bfloat16, internals.MOST_AVERAGES),
 ]
 
 

@@ -205,18 +205,6 @@ def providers_table(rows: list[Row]) -> str:
     return markdown(header, lines, what.strip())
 
 
-def accuracy_table(report: Report) -> str:
-    """Return the errors after the last update: of each format by stream and rule."""
-    kinds = list(dict.fromkeys(curve.format for curve in report.curves))
-    last = {(curve.stream, curve.rule, curve.format): curve.errors[-1] for curve in report.curves}
-    lines = [
-        (stream, rule, *(f"{last[stream, rule, kind]:.1e}" for kind in kinds))
-        for stream, rule in dict.fromkeys((curve.stream, curve.rule) for curve in report.curves)
-    ]
-    what = f"Relative L2 error after {report.updates[-1]:,} updates."
-    return markdown(" | ".join(["stream", "rule", *kinds]), lines, what, texts=2)
-
-
 def gpu_table(report: Report) -> str:
     """Return one line for each workload of a GPU run: shares of the device copy, then wall times."""
     backends = names.OUR_BACKENDS["cpu" if report.dry else "cuda"]

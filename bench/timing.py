@@ -78,7 +78,6 @@ class Taken:
     samples: dict[str, list[float]] = field(default_factory=dict)
 
     def into(self, row: Row) -> Row:
-        """Return ``row`` with these times."""
         times: dict[str, Any] = {kind: Times.of(samples) for kind, samples in self.samples.items()}
         return replace(row, calls_per_sample=self.calls_per_sample, **times)
 

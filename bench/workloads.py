@@ -47,14 +47,10 @@ class Workload:
         return f"{self.title}, {depth} of {self.full_depth} layers, no embeddings"
 
 
-def _affine(name: str, width: int) -> Iterator[Entry]:
-    yield f"{name}.weight", (width,)
-    yield f"{name}.bias", (width,)
-
-
-def _linear(name: str, out: int, inner: int) -> Iterator[Entry]:
-    yield f"{name}.weight", (out, inner)
-    yield f"{name}.bias", (out,)
+def _weight_bias(name: str, *shape: int) -> Iterator[Entry]:
+    """Yield the weight of a norm or a linear layer, and a bias for each of its rows."""
+    yield f"{name}.weight", shape
+    yield f"{name}.bias", shape[:1]
 
 
 def _resnet50_norms() -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -76,8 +72,8 @@ def _resnet50_norms() -> Iterator[tuple[str, str, tuple[int, ...]]]:
 def resnet50_params(depth: int) -> Iterator[Entry]:
     for conv, norm, shape in _resnet50_norms():
         yield f"{conv}.weight", shape
-        yield from _affine(norm, shape[0])
-    yield from _linear("fc", 1000, 2048)
+        yield from _weight_bias(norm, shape[0])
+    yield from _weight_bias("fc", 1000, 2048)
 
 
 def resnet50_buffers() -> Iterator[Entry]:
@@ -90,21 +86,20 @@ def resnet50_buffers() -> Iterator[Entry]:
 def vit_l_16_params(depth: int) -> Iterator[Entry]:
     width = 1024
     yield "class_token", (1, 1, width)
-    yield "conv_proj.weight", (width, 3, 16, 16)
-    yield "conv_proj.bias", (width,)
+    yield from _weight_bias("conv_proj", width, 3, 16, 16)
     # 14 x 14 patches of a 224-pixel image, and the class token
     yield "encoder.pos_embedding", (1, 14 * 14 + 1, width)
     for layer in range(depth):
         at = f"encoder.layers.encoder_layer_{layer}"
-        yield from _affine(f"{at}.ln_1", width)
+        yield from _weight_bias(f"{at}.ln_1", width)
         yield f"{at}.self_attention.in_proj_weight", (3 * width, width)
         yield f"{at}.self_attention.in_proj_bias", (3 * width,)
-        yield from _linear(f"{at}.self_attention.out_proj", width, width)
-        yield from _affine(f"{at}.ln_2", width)
-        yield from _linear(f"{at}.mlp.0", 4 * width, width)
-        yield from _linear(f"{at}.mlp.3", width, 4 * width)
-    yield from _affine("encoder.ln", width)
-    yield from _linear("heads.head", 1000, width)
+        yield from _weight_bias(f"{at}.self_attention.out_proj", width, width)
+        yield from _weight_bias(f"{at}.ln_2", width)
+        yield from _weight_bias(f"{at}.mlp.0", 4 * width, width)
+        yield from _weight_bias(f"{at}.mlp.3", width, 4 * width)
+    yield from _weight_bias("encoder.ln", width)
+    yield from _weight_bias("heads.head", 1000, width)
 
 
 def gpt2_medium_params(depth: int) -> Iterator[Entry]:
@@ -118,11 +113,11 @@ def gpt2_medium_params(depth: int) -> Iterator[Entry]:
             ("ln_1", (("attn.c_attn", 1, 3), ("attn.c_proj", 1, 1))),
             ("ln_2", (("mlp.c_fc", 1, 4), ("mlp.c_proj", 4, 1))),
         ):
-            yield from _affine(f"{at}.{norm}", width)
+            yield from _weight_bias(f"{at}.{norm}", width)
             for name, inner, out in linears:
                 yield f"{at}.{name}.weight", (inner * width, out * width)
                 yield f"{at}.{name}.bias", (out * width,)
-    yield from _affine("transformer.ln_f", width)
+    yield from _weight_bias("transformer.ln_f", width)
 
 
 def llama3_8b_params(depth: int) -> Iterator[Entry]:
@@ -135,11 +130,10 @@ def llama3_8b_params(depth: int) -> Iterator[Entry]:
         at = f"model.layers.{layer}"
         for name, out in (("q_proj", width), ("k_proj", kv_width), ("v_proj", kv_width), ("o_proj", width)):
             yield f"{at}.self_attn.{name}.weight", (out, width)
-        yield f"{at}.mlp.gate_proj.weight", (inner, width)
-        yield f"{at}.mlp.up_proj.weight", (inner, width)
-        yield f"{at}.mlp.down_proj.weight", (width, inner)
-        yield f"{at}.input_layernorm.weight", (width,)
-        yield f"{at}.post_attention_layernorm.weight", (width,)
+        for name, shape in (("gate_proj", (inner, width)), ("up_proj", (inner, width)), ("down_proj", (width, inner))):
+            yield f"{at}.mlp.{name}.weight", shape
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{at}.{name}.weight", (width,)
     if whole:
         yield "model.norm.weight", (width,)
         yield "lm_head.weight", (vocabulary, width)
