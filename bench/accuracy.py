@@ -1,4 +1,4 @@
-"""The error of each format against float64 along its updates, for ``python -m bench accuracy``.
+"""The error of each format against float64 along its updates.
 
 The streams are those of ``tests/test_accuracy.py``. All streams and rules of a format move in one launch.
 """
@@ -34,66 +34,11 @@ UPDATES = 100_000
 POINTS_PER_DECADE = 8
 SEED = 7
 
-Named = Iterator[tuple[str, list[Tensor]]]  # rule, and its averages by stream
-
 
 def points(updates: int) -> list[int]:
     """Return the updates after which errors are read: about even on a logarithmic axis, up to the last."""
-    steps, found = 0, [1]
-    while found[-1] < updates:
-        steps += 1
-        found.append(min(updates, round(10 ** (steps / POINTS_PER_DECADE))))
-    return sorted(set(found))
-
-
-class Ours:
-    """Every stream under every rule, in one format."""
-
-    def __init__(self, model: nn.Module, format: str) -> None:
-        self.model = model
-        rules = [(name.replace(".", "_"), rule) for name, rule in RULES.items()]  # a dot separates keys
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "format='half'", UserWarning)
-            self.averages = FusedAverages(model, rules=rules, format=format)
-
-    def update(self) -> None:
-        self.averages.update_parameters(self.model)
-
-    def values(self) -> Named:
-        for name, averaged in zip(RULES, self.averages.values(), strict=True):
-            state = averaged.averaged_state_dict()
-            yield name, [state[param] for param, _ in self.model.named_parameters()]
-
-
-class Theirs:
-    """torch's class over a bfloat16 model of all streams, under every rule."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        # Without a function of its own the class takes the equal mean.
-        functions = [
-            get_ema_multi_avg_fn(r.decay) if isinstance(r, ExponentialAverage) else None for r in RULES.values()
-        ]
-        self.averaged = [AveragedModel(model, multi_avg_fn=function) for function in functions]
-
-    def update(self) -> None:
-        for averaged in self.averaged:
-            averaged.update_parameters(self.model)
-
-    def values(self) -> Named:
-        for name, averaged in zip(RULES, self.averaged, strict=True):
-            yield name, [param.detach() for param in averaged.module.parameters()]
-
-
-class Truth:
-    """The same averages in float64, as (rules, streams, numel): exact to the bit for a constant."""
-
-    def __init__(self, params: Tensor) -> None:
-        self._params = params
-        self.value = torch.zeros(len(RULES), *params.shape, dtype=torch.float64)
-
-    def update(self, weights: Tensor) -> None:
-        self.value.add_(weights * (self._params.double() - self.value))
+    steps = range(POINTS_PER_DECADE * len(str(updates)) + 1)
+    return sorted({min(updates, round(10 ** (step / POINTS_PER_DECADE))) for step in steps})
 
 
 class Run:
@@ -103,28 +48,43 @@ class Run:
         self._generator = torch.Generator().manual_seed(SEED)
         self._params = torch.empty(len(STREAMS), numel)
         self._rounded = self._params.bfloat16()
-        model, rounded = (nn.ParameterList(map(nn.Parameter, each)) for each in (self._params, self._rounded))
-        truth, truth_of_rounded = Truth(self._params), Truth(self._rounded)
-        self._sides: dict[str, tuple[Ours | Theirs, Truth]] = {name: (Ours(model, name), truth) for name in FORMATS}
-        self._sides[TORCH_BF16] = Theirs(rounded), truth_of_rounded
-        self._truths = truth, truth_of_rounded
+        self._model, rounded = (nn.ParameterList(map(nn.Parameter, each)) for each in (self._params, self._rounded))
+        rules = [(name.replace(".", "_"), rule) for name, rule in RULES.items()]  # a dot separates keys
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "format='half'", UserWarning)
+            self.ours = {name: FusedAverages(self._model, rules=rules, format=name) for name in FORMATS}
+        self._rounded_model = rounded
+        # Without a function of its own the class takes the equal mean.
+        decays = (getattr(rule, "decay", None) for rule in RULES.values())
+        functions = (None if decay is None else get_ema_multi_avg_fn(decay) for decay in decays)
+        self._theirs = [AveragedModel(rounded, multi_avg_fn=function) for function in functions]
+        # In float64, as (rules, streams, numel): exact to the bit for a constant.
+        self._truth, self._truth_of_rounded = torch.zeros(2, len(RULES), len(STREAMS), numel, dtype=torch.float64)
 
     def update(self, n: int) -> None:
         noise = torch.randn(self._params.shape, generator=self._generator)
         for row, stream in enumerate(STREAMS.values()):
             self._params[row] = stream(n, noise[row])
         self._rounded.copy_(self._params)
-        for averages, _ in self._sides.values():
-            averages.update()
+        for averages in self.ours.values():
+            averages.update_parameters(self._model)
+        for averaged in self._theirs:
+            averaged.update_parameters(self._rounded_model)
         weights = torch.tensor([rule.weight(n) for rule in RULES.values()], dtype=torch.float64).view(-1, 1, 1)
-        for truth in self._truths:
-            truth.update(weights)
+        self._truth.add_(weights * (self._params.double() - self._truth))
+        self._truth_of_rounded.add_(weights * (self._rounded.double() - self._truth_of_rounded))
 
     def errors(self) -> Iterator[tuple[tuple[str, str, str], float]]:
         """Yield the error of every average as it is now, by stream, rule and format."""
-        for format, (averages, truth) in self._sides.items():
-            for (rule, values), wanted in zip(averages.values(), truth.value, strict=True):
-                for stream, value, right in zip(STREAMS, values, wanted, strict=True):
+        values = {
+            name: [list(averaged.averaged_state_dict().values())[: len(STREAMS)] for averaged in averages.values()]
+            for name, averages in self.ours.items()
+        }
+        values[TORCH_BF16] = [[param.detach() for param in averaged.module.parameters()] for averaged in self._theirs]
+        for format, by_rule in values.items():
+            truth = self._truth_of_rounded if format == TORCH_BF16 else self._truth
+            for rule, by_stream, wanted in zip(RULES, by_rule, truth, strict=True):
+                for stream, value, right in zip(STREAMS, by_stream, wanted, strict=True):
                     # Four figures: people read the file too.
                     yield (stream, rule, format), float(f"{float((value.double() - right).norm() / right.norm()):.4g}")
 
@@ -134,7 +94,7 @@ def measure(
     environment: dict[str, Any],
     updates: int = UPDATES,
     numel: int = NUMEL,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str], object] = lambda text: None,
 ) -> Report:
     """Run all streams, formats and rules side by side. Return the error of each at each of :func:`points`."""
     run, at, curves = Run(numel), set(points(updates)), dict[tuple[str, str, str], list[float]]()
@@ -149,10 +109,7 @@ def measure(
                     curves.setdefault(key, []).append(error)
     finally:
         torch.set_num_threads(threads)
-    found = [Curve(*key, errors) for key, errors in sorted(curves.items(), key=lambda item: _place(item[0]))]
+    orders = [{name: at for at, name in enumerate(each)} for each in (STREAMS, RULES, (*FORMATS, TORCH_BF16))]
+    places = {key: [order[name] for order, name in zip(orders, key, strict=True)] for key in curves}
+    found = [Curve(*key, curves[key]) for key in sorted(curves, key=places.__getitem__)]
     return Report({**environment, "numel": numel}, curves=found, updates=sorted(at))
-
-
-def _place(key: tuple[str, str, str]) -> tuple[int, int, int]:
-    stream, rule, format = key
-    return list(STREAMS).index(stream), list(RULES).index(rule), (*FORMATS, TORCH_BF16).index(format)

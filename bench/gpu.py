@@ -21,22 +21,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markdown import Markdown
 
 from bench import internals, machine, names
 from bench.bars import bars_table, gpu_bars
 from bench.lookup import failures, left_out, merged
-from bench.process import (
-    ROOT,
-    Budget,
-    Finished,
-    find_tool,
-    judge_checker,
-    read_junit,
-    run_program,
-    scrub,
-    version_of,
-    write_log,
-)
+from bench.process import ROOT, Finished, find_tool, judge_checker, run_program, scrub, write_log
 from bench.report import Part, Report
 from bench.tables import gpu_table
 
@@ -44,22 +34,18 @@ from bench.tables import gpu_table
 TOTAL_S, END_S = 505.0, 12.0
 # A measuring process looks at the clock between providers: the time that one may go on beyond it.
 OVERRUN_S = 12.0
-# A dry run's idea of an L2 cache, so that it rotates and fills too.
-DRY_L2_BYTES = 1 << 18
+# A dry run's idea of an L2 cache, so that it rotates and fills too, and its architecture, that of the H100 and H200.
+DRY_L2_BYTES, DRY_ARCHITECTURE = 1 << 18, "90"
 # For the samples of the training loop.
 LOOP_SAMPLES_S = 18.0
 LOGS = ("build.log", "tests.log", "checks.log", "bench.log")
-WIDTH, LINES_SHOWN = 110, 12
-# The architecture of a dry run: that of the H100 and H200.
-DRY_ARCHITECTURE = "90"
+WIDTH, LINES_SHOWN, FAILURES_SHOWN = 110, 12, 20
 # The tests of waiting and of graphs come first: what they show is shown nowhere else.
 FIRST_TESTS = "wait or sync or graph or replay or captur"
 # Our kernels, CUDA's and Triton's, by a part of their names. torch's are checked by torch.
 KERNELS = ("update_kernel", "exchange_kernel", "nonfinite_kernel")
-
-
-def sees_gpu() -> bool:
-    return torch.version.cuda is not None and torch.cuda.is_available()
+# A name, the most seconds it may take, and what it does with its own limit.
+PartOfRun = tuple[str, float, Callable[[str, float], None]]
 
 
 @dataclass
@@ -70,68 +56,53 @@ class Run:
     work: Path  # a folder for what is not reported
     command: str
     dry: bool
-    budget: Budget
+    end: float  # on the clock of time.monotonic
     library: Path | None = None  # carried here: used where none can be built
-    checks: bool = True  # build, tests, bits and memory checkers, not the times alone
     report: Report = field(init=False)
 
     def __post_init__(self) -> None:
         self.report = Report({"command": self.command}, dry=self.dry)
-        self._began, self._read, self._tail, self._written = time.monotonic(), 0, "", ""
+        self._read, self._tail, self._written = 0, "", ""
         self.l2_bytes, self.architecture = DRY_L2_BYTES, DRY_ARCHITECTURE
         self.env: dict[str, str] = {}
+        self.stem = self.out / ("dry" if self.dry else "gpu")
+        self.lines = self.out / f"{self.stem.name}.samples.jsonl"
+        self.device = "cpu" if self.dry else "cuda"
+        self.backends = names.OUR_BACKENDS[self.device]
 
-    @property
-    def stem(self) -> Path:
-        return self.out / ("dry" if self.dry else "gpu")
-
-    @property
-    def lines(self) -> Path:
-        return self.out / f"{self.stem.name}.samples.jsonl"
-
-    @property
-    def device(self) -> str:
-        return "cpu" if self.dry else "cuda"
-
-    @property
-    def backends(self) -> tuple[str, ...]:
-        return names.OUR_BACKENDS[self.device]
-
-    def parts(self) -> list[tuple[str, float, Callable[[str, float], None]]]:
-        """Return the parts in their order: a name, the most seconds it may take, and what it does."""
+    def parts(self) -> list[PartOfRun]:
+        """Return the parts in their order."""
         first, second = self.backends
-        found: list[tuple[str, float, Callable[[str, float], None]]] = [
+        return [
             ("facts", 20.0, self.facts),
             ("build", 100.0, self.build),
-            (f"bits of {first}", 25.0, self.bits_of(first)),
-            ("largest", 40.0, self.measuring("largest", first)),
-            ("small", 45.0, self.measuring("small", first)),
-            (f"bits of {second}", 40.0, self.bits_of(second)),
-            (f"times of {second}", 45.0, self.measuring("ours", second)),
-            ("launches", 45.0, self.measuring("ours", first, second, profile=True)),
+            (f"bits of {first}", 25.0, self.doing("bits", first, log="checks.log")),
+            ("largest", 40.0, self.doing("largest", first)),
+            ("small", 45.0, self.doing("small", first)),
+            (f"bits of {second}", 40.0, self.doing("bits", second, log="checks.log")),
+            (f"times of {second}", 45.0, self.doing("ours", second)),
+            ("launches", 45.0, self.doing("ours", first, second, profile=True)),
             ("tests of waiting and graphs", 50.0, self.tests(FIRST_TESTS)),
             ("the other gpu tests", 60.0, self.tests(f"not ({FIRST_TESTS})")),
-            ("training loop", 60.0, self.loop),
+            ("training loop", 60.0, self.doing("loop", first, second)),
             ("memcheck", 40.0, self.checker),
             ("racecheck", 40.0, self.checker),
-            ("compiled foreach", 45.0, self.measuring("compiled")),
-            ("other formats", 80.0, self.measuring("formats", first, second)),
+            ("compiled foreach", 45.0, self.doing("compiled")),
+            ("other formats", 80.0, self.doing("formats", first, second)),
             ("picture", END_S, self.draw),
         ]
-        not_timed = ("build", "bits of", "tests of", "the other gpu tests", "memcheck", "racecheck")
-        return [part for part in found if self.checks or not part[0].startswith(not_timed)]
 
     def go(self) -> None:
         """Do all parts. An error in one is written down, and the others still run."""
         self.out.mkdir(parents=True, exist_ok=True)
         for name in (*LOGS, self.lines.name, f"{self.stem.name}.json", f"{self.stem.name}.png"):
             (self.out / name).unlink(missing_ok=True)
+        began = time.monotonic()
         for name, limit_s, work in self.parts():
-            kept = 0.0 if name == "picture" else END_S
-            granted = self.budget.grant(limit_s, kept)
-            # A run is silent for minutes otherwise.
-            sys.stderr.write(f"{time.monotonic() - self._began:4.0f} s: {name}\n")
             start = time.monotonic()
+            granted = min(limit_s, self.end - start - (0.0 if name == "picture" else END_S))
+            # A run is silent for minutes otherwise.
+            sys.stderr.write(f"{start - began:4.0f} s: {name}\n")
             try:
                 if granted <= 0 and name != "picture":
                     self.note(name, "not run", "the time was up")
@@ -147,8 +118,18 @@ class Run:
         self.report.parts.append(Part(name, status, detail, seconds, facts))
 
     def save(self) -> None:
-        """Replace the JSON, if there is news."""
-        self.read_lines()
+        """Take in what the parts' processes have written since the last look, and replace the JSON if there is news."""
+        if self.lines.is_file():
+            with self.lines.open() as file:
+                file.seek(self._read)
+                *whole, self._tail = (self._tail + file.read()).split("\n")
+                self._read = file.tell()
+            for line in whole:
+                # One that was cut off with its process is no JSON.
+                try:
+                    self.report.add(line)
+                except ValueError:
+                    continue
         self.report.rows = merged(self.report.rows)
         self.report.left_out = list(left_out(self.report))
         now = json.dumps(self.report.to_dict())
@@ -156,29 +137,18 @@ class Run:
             self.report.write(self.stem.with_suffix(".json"))
             self._written = now
 
-    def read_lines(self) -> None:
-        """Take in what the parts' processes have written since the last look."""
-        if not self.lines.is_file():
-            return
-        with self.lines.open() as file:
-            file.seek(self._read)
-            text = self._tail + file.read()
-            self._read = file.tell()
-        *whole, self._tail = text.split("\n")
-        for line in whole:
-            try:
-                data = json.loads(line)
-            except ValueError:  # cut off with its process
-                continue
-            for kind, item in data.items():
-                self.report.add(kind, item)
-
     def start(self, command: Sequence[str], limit_s: float, log: str, env: dict[str, str] | None = None) -> Finished:
         """Run a program, save what it finds meanwhile, and keep its output."""
         done = run_program(command, limit_s, {**self.env, **(env or {})}, self.save)
         shown = " ".join(command).replace(sys.executable, "python")
         write_log(self.out / log, f"== {shown}\n{done.output}\n")
+        self.save()
         return done
+
+    def part_command(self, part: str, *backends: str, **options: object) -> list[str]:
+        named = [option for backend in backends for option in ("--backend", backend)]
+        more = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+        return [sys.executable, "-m", "bench", "part", part, "--device", self.device, *named, *more]
 
     # Facts and the build
 
@@ -188,7 +158,7 @@ class Run:
         if not self.dry:
             about.update(machine.gpu_facts())
             self.l2_bytes, self.architecture = about["l2_bytes"], about["architecture"]
-        about.update(machine.environment(device, self.command, backend=not self.checks))
+        about.update(machine.environment(device, self.command))
         about["source_sha256"] = machine.source_digest(ROOT)
         self.note(name, "ok", str(about.get("gpu") or about["device_name"]))
 
@@ -204,9 +174,8 @@ class Run:
             # A dry run without a CUDA compiler has nothing to build.
             status = "ok" if carried else "not run" if self.dry and "there is no" in why else "failed"
             detail = f"{why}; the carried library is used" if carried else why
-        if "SWAFAST_LIBRARY" in self.env:
-            # This process asks it how it was built, and has loaded none before.
-            os.environ["SWAFAST_LIBRARY"] = self.env["SWAFAST_LIBRARY"]
+        # This process asks the library how it was built, and has loaded none before.
+        os.environ.update(self.env)
         about = self.report.environment
         about["native_build"] = {key: scrub(text) for key, text in internals.native_build().items()}
         about["swafast_backend"] = internals.backend_in_use(torch.device(self.device))
@@ -223,7 +192,9 @@ class Run:
         generator = "Ninja" if shutil.which("ninja") else "Unix Makefiles"
         configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", generator, "-DCMAKE_BUILD_TYPE=Release"]
         configure.append(f"-DSWAFAST_CUDA_ARCHITECTURES={self.architecture}")
-        facts = {"configure": scrub(" ".join(configure)), "compiler": version_of(nvcc)}
+        version = run_program([nvcc, "--version"], 20.0).output.splitlines()
+        facts = {"configure": scrub(" ".join(configure))}
+        facts["compiler"] = scrub(next((line.strip() for line in version if "release" in line), "nvcc"))
         done = self.start(configure, limit_s, "build.log", {"CUDACXX": nvcc})
         if done.code == 0:
             compile_it = [cmake, "--build", str(folder), "--parallel", "--verbose"]
@@ -237,44 +208,25 @@ class Run:
 
     # Bits, times and launches
 
-    def smoke_command(self, *backends: str) -> list[str]:
-        return [sys.executable, "-m", "bench.smoke", "--device", self.device, *named(backends)]
+    def doing(self, part: str, *backends: str, log: str = "bench.log", profile: bool = False) -> Callable[..., None]:
+        """Return the part that compares bits, times these cases or counts their launches, or follows a training."""
 
-    def bits_of(self, backend: str) -> Callable[[str, float], None]:
-        def compare(name: str, limit_s: float) -> None:
-            command = [*self.smoke_command(backend), "--lines", str(self.lines)]
-            done = self.start(command, limit_s, "checks.log")
-            self.save()
-            ok = done.code == 0 and any(backend in hashes for hashes in self.report.bits.values())
-            self.note(name, "ok" if ok else "failed", done.last_line if ok else done.why, done.seconds)
-
-        return compare
-
-    def measuring(self, part: str, *backends: str, profile: bool = False) -> Callable[[str, float], None]:
-        """Return the part that times these cases of ``gpu_bench``, or counts their launches."""
-
-        def measure(name: str, limit_s: float) -> None:
+        def work(name: str, limit_s: float) -> None:
             if profile and self.dry:
                 self.note(name, "not run", "there is no GPU")
                 return
-            command = [sys.executable, "-m", "bench.gpu_bench", part, "--device", self.device]
-            command += ["--lines", str(self.lines), "--l2-bytes", str(self.l2_bytes), *named(backends)]
-            command += ["--seconds", str(limit_s - OVERRUN_S), *(["--profile"] if profile else [])]
-            done = self.start(command, limit_s, "bench.log")
-            self.note(name, "ok" if done.code == 0 else "failed", "" if done.code == 0 else done.why, done.seconds)
+            seconds = LOOP_SAMPLES_S if part == "loop" else limit_s - OVERRUN_S
+            options = {"lines": self.lines, "l2_bytes": self.l2_bytes, "seconds": seconds}
+            command = self.part_command(part, *backends, **options) + (["--profile"] if profile else [])
+            done = self.start(command, limit_s, log)
+            compared = {backend for hashes in self.report.bits.values() for backend in hashes}
+            ok = done.code == 0 and (part != "bits" or compared >= {*backends})
+            status = "failed" if not ok else "not run" if part == "loop" and not self.report.steps else "ok"
+            # One line tells how many elements differ where that is why the loop failed.
+            told = ok or (part == "loop" and bool(self.report.steps))
+            self.note(name, status, done.last_line if told else done.why, done.seconds)
 
-        return measure
-
-    def loop(self, name: str, limit_s: float) -> None:
-        """Time a training step that averages follow, and compare their bits."""
-        command = [sys.executable, "-m", "bench.loop", "--device", self.device, "--lines", str(self.lines)]
-        command += [*named(self.backends), "--seconds", str(0.0 if self.dry else LOOP_SAMPLES_S)]
-        done = self.start(command, limit_s, "bench.log")
-        self.save()
-        status = "failed" if done.code != 0 else "ok" if self.report.steps else "not run"
-        # One line tells how many elements differ where that is why it failed.
-        detail = done.last_line if self.report.steps or status == "not run" else done.why
-        self.note(name, status, detail, done.seconds)
+        return work
 
     # Tests and memory checkers
 
@@ -283,29 +235,19 @@ class Run:
 
         def run_tests(name: str, limit_s: float) -> None:
             command = [sys.executable, "-m", "pytest", "tests", "bench", "-m", "gpu", "-k", which]
-            junit = self.work / "junit.xml"
-            junit.unlink(missing_ok=True)
-            command += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
-            command += ["--collect-only", "-q"] if self.dry else [f"--junitxml={junit}"]
-            done = self.start(command, limit_s, "tests.log")
-            if self.dry:
-                names = [line for line in done.output.splitlines() if "::" in line and not line.startswith("ERROR")]
-                ok = done.code == 0 and bool(names)
-                detail = f"{len(names)} found, none run: there is no GPU" if ok else done.why
-                self.note(name, "ok" if ok else "failed", detail, done.seconds, found=len(names))
-                return
-            counts, failing = read_junit(junit)
-            detail = ", ".join(f"{count} {what}" for what, count in counts.items()) or done.why
-            if done.timed_out:
-                detail += f"; stopped after {done.seconds:.0f} s"
-            ok = done.code == 0 and counts.get("passed", 0) > 0
-            facts = {**counts, "failing": failing, "stopped": done.timed_out}
-            self.note(name, "ok" if ok else "failed", detail, done.seconds, **facts)
+            command += ["-p", "no:cacheprovider", "--continue-on-collection-errors", "-rfE"]
+            done = self.start(command + (["--collect-only", "-q"] if self.dry else []), limit_s, "tests.log")
+            lines = done.output.splitlines()
+            failing = [scrub(line) for line in lines if line.startswith(("FAILED ", "ERROR "))][:FAILURES_SHOWN]
+            found = sum("::" in line for line in lines) - len(failing)
+            ok = done.code == 0 and (found > 0 if self.dry else " passed" in done.last_line)
+            detail = f"{found} found, none run: there is no GPU" if self.dry else done.last_line.strip("= ")
+            self.note(name, "ok" if ok else "failed", detail if ok else done.why, done.seconds, failing=failing)
 
         return run_tests
 
     def checker(self, name: str, limit_s: float) -> None:
-        """Run the smoke run under compute-sanitizer's tool ``name``, which checks our kernels alone."""
+        """Compare bits under compute-sanitizer's tool ``name``, which checks our kernels alone."""
         program = None if self.dry else find_tool("compute-sanitizer")
         if program is None:
             self.note(name, "not run", "there is no GPU" if self.dry else "there is no compute-sanitizer")
@@ -318,22 +260,15 @@ class Run:
         if name == "memcheck":
             # Calls that torch tries and that fail are none of ours: our own are checked where they are made.
             options += ["--report-api-errors", "no"]
-        done = self.start([program, *options, *self.smoke_command(*self.backends)], limit_s, "checks.log", env)
+        done = self.start([program, *options, *self.part_command("bits", *self.backends)], limit_s, "checks.log", env)
         self.report.parts.append(judge_checker(name, done))
 
     def draw(self, name: str, limit_s: float) -> None:
-        try:
-            from bench.plot import plot_speed
-        except ModuleNotFoundError as missing:
-            self.note(name, "not run", str(missing))
-            return
+        from bench.plot import plot_speed
+
         if not plot_speed(self.report, self.stem.with_suffix(".png")):
             raise RuntimeError("no update was timed beside a device copy")
         self.note(name, "ok")
-
-
-def named(backends: Sequence[str]) -> list[str]:
-    return [option for backend in backends for option in ("--backend", backend)]
 
 
 def problems_of(report: Report) -> list[str]:
@@ -342,33 +277,30 @@ def problems_of(report: Report) -> list[str]:
     return [*failures(report), *([] if timed else ["no update of swafast was timed"])]
 
 
-def run(
-    out: Path, command: str, *, dry: bool, checks: bool = True, library: Path | None = None, seconds: float = TOTAL_S
-) -> int:
+def run(out: Path, command: str, *, dry: bool, library: Path | None = None) -> int:
     """Do a whole run, print its tables last, and return 1 where something went wrong."""
+    sees_gpu = torch.version.cuda is not None and torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as work:
-        this = Run(out, Path(work), command, dry or not sees_gpu(), Budget(seconds), library, checks)
+        this = Run(out, Path(work), command, dry or not sees_gpu, time.monotonic() + TOTAL_S, library)
         this.go()
     show(this.report, this.stem)
     return int(bool(problems_of(this.report)))
 
 
 def show(report: Report, stem: Path) -> None:
-    console = Console(width=WIDTH, highlight=False)
+    console, wrong = Console(width=WIDTH, highlight=False), problems_of(report)
 
     def line(text: str, style: str | None = None) -> None:
         console.print(text, style=style, no_wrap=True, overflow="ellipsis", markup=False)
 
     if report.dry:
         line("DRY RUN ON A CPU: no figure below is a GPU's.", "bold yellow")
-    console.print(gpu_table(report))
+    console.print(Markdown(gpu_table(report)))
     for part in report.parts:
         line(f"{part.name}: {part.status}, {part.seconds:.0f} s: {part.detail}")
-    for text in report.left_out[:LINES_SHOWN]:
-        line(f"left out: {text}", "dim")
-    wrong = problems_of(report)
-    for text in wrong[:LINES_SHOWN]:
-        line(f"FAILED: {text}", "bold red")
-    console.print(bars_table(report, gpu_bars(report)))
+    for style, texts in (("dim", report.left_out), ("bold red", [f"FAILED: {text}" for text in wrong])):
+        for text in texts[:LINES_SHOWN]:
+            line(text, style)
+    console.print(Markdown(bars_table(report, gpu_bars(report))))
     written = [stem.with_suffix(end).name for end in (".json", ".png") if stem.with_suffix(end).is_file()]
     line(f"wrote {', '.join(written)}: {'something failed' if wrong else 'all that could run was right'}", "bold")

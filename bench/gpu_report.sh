@@ -33,27 +33,16 @@ export PYTHONPATH="$PWD" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 # The clone is measured, whatever the user has set for their own runs.
 unset SWAFAST_BACKEND SWAFAST_LIBRARY
 
-python=
-for candidate in ${PYTHON:+"$PYTHON"} python3 python; do
-  if "$candidate" -c "import torch" 2>/dev/null; then
-    python=$candidate
-    break
-  fi
-done
-if [[ -z $python ]]; then
-  echo "no python with torch: set PYTHON" >&2
-  exit 2
-fi
-
-missing=$("$python" - <<'END'
+python=${PYTHON:-python3}
+"$python" - <<'END' || exit 2
+import sys
 from importlib.util import find_spec
-print(*(name for name in ("pytest", "pytest_benchmark", "typer", "rich", "matplotlib") if find_spec(name) is None))
+
+wanted = ("torch", "pytest", "pytest_benchmark", "typer", "rich", "matplotlib")
+missing = [name for name in wanted if find_spec(name) is None]
+if missing:
+    sys.exit(f"{sys.executable} lacks {', '.join(missing)}: set PYTHON, or pip install '.[test]'")
 END
-)
-if [[ -n $missing ]]; then
-  echo "$python lacks $missing: pip install '.[test]'" >&2
-  exit 2
-fi
 
 began=$(mktemp)
 rm -f "$out/failed.json"
@@ -62,7 +51,7 @@ trap 'exit 143' TERM INT
 # The run keeps to its own time; this is for one that hangs all the same.
 limit=()
 command -v timeout >/dev/null && limit=(timeout --signal=INT --kill-after=8 528)
-"${limit[@]}" "$python" -m bench gpu --out "$out" --checks "${options[@]}" &
+"${limit[@]}" "$python" -m bench gpu --out "$out" "${options[@]}" &
 wait $!
 code=$?
 if [[ ! $out/gpu.json -nt $began && ! $out/dry.json -nt $began ]]; then

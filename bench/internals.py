@@ -9,8 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from swafast import FusedAveragedModel
+from swafast.backends import Unavailable, cpu, library
+from swafast.op.choice import BACKENDS, choose_backends
+from swafast.sharded.construction import format_of_average
+from swafast.sharded.parts import spread
+from swafast.sharded.parts.holdings import find_holdings
+from swafast.sharded.parts.shares import share_out
 from swafast.terms.formats import get_format
 
+# How many averages one launch moves at most.
+MOST_AVERAGES = library.MAX_PACES
 # Elements decoded at once: on the way each takes up to 40 bytes.
 DECODED_NUMEL = 1 << 25
 
@@ -47,34 +55,25 @@ def decoded(averaged: FusedAveragedModel, format: str, model: nn.Module) -> Iter
         yield whole.view(param.shape)
 
 
-def backend_missing(name: str) -> str | None:
-    """Return why a backend cannot run here, or None."""
-    from swafast.op.choice import BACKENDS
-
-    why = next(backend for backend in BACKENDS if backend.name == name).unavailable()
+def backend_missing(name: str | None) -> str | None:
+    """Return why a backend cannot run here, or None; the default one runs everywhere."""
+    why = next((each.unavailable() for each in BACKENDS if each.name == name), None)
     return None if why is None else why.reason
 
 
 def exchanges_in_place(backend: str) -> bool:
     """Return whether ``swapped_into`` exchanges bits in place on this backend. The others cast."""
-    from swafast.op.choice import BACKENDS
-
     return next(each for each in BACKENDS if each.name == backend).exchanges
 
 
 def backend_in_use(device: torch.device) -> str:
     """Return the name of the backend that updates run on, with the CPU's instruction set."""
-    from swafast.backends import cpu
-    from swafast.op.choice import choose_backends
-
     chosen = choose_backends(device_types={device.type})[0]
     return f"{chosen.name}, {cpu.current_isa()}" if chosen is cpu else chosen.name
 
 
 def native_build() -> dict[str, str]:
     """Return how the native library in use was built, or why there is none."""
-    from swafast.backends import Unavailable, library
-
     native = library.load()
     if isinstance(native, Unavailable):
         return {"missing": native.reason}
@@ -89,26 +88,13 @@ def _text(function: Callable[[], bytes]) -> str:
     return function().decode()
 
 
-def most_averages() -> int:
-    """Return how many averages one launch moves at most."""
-    from swafast.backends.library import MAX_PACES
-
-    return MAX_PACES
-
-
 def set_window(nbytes: int) -> None:
     """Set the window of ``swapped_into`` on replicated params of a CPU."""
-    from swafast.sharded.parts import spread
-
     spread.CPU_WINDOW_NBYTES = nbytes
 
 
 def plan_shares(model: nn.Module, rank: int, ranks: int) -> int:
     """Plan which params one rank averages, without building averages. Return their number of elements."""
-    from swafast.sharded.construction import format_of_average
-    from swafast.sharded.parts.holdings import find_holdings
-    from swafast.sharded.parts.shares import share_out
-
     holdings = [held.holding for held in find_holdings(model, tuple(range(ranks)))]
     formats = {each.name: format_of_average(each, None, False) for each in holdings}
     return sum(share.numel for share in share_out(holdings, formats, rank, share_replicas=False))

@@ -17,6 +17,13 @@ def grouped(rows: Iterable[Row]) -> list[list[Row]]:
     return list(found.values())
 
 
+def by_format(rows: Iterable[Row]) -> list[list[Row]]:
+    """Return the groups of a GPU run, those of one dtype and format beside each other."""
+    groups = grouped(rows)
+    kinds = list(dict.fromkeys(rows[0].key[1:] for rows in groups))
+    return sorted(groups, key=lambda rows: kinds.index(rows[0].key[1:]))
+
+
 def find(rows: Iterable[Row], *providers: str) -> Row | None:
     """Return the row of the first of these providers that has a time."""
     rows = list(rows)
@@ -42,17 +49,15 @@ def our_row(rows: Iterable[Row]) -> Row | None:
     return find(rows, names.OURS, names.OURS_EXACT)
 
 
-def speed_ratio(rows: Iterable[Row], other: str, ours: str, *, device: bool = False) -> float | None:
-    """Return how many times as long as ``ours`` an update by ``other`` takes, on the wall clock or on the device."""
-    rows = list(rows)
-    kind = "device" if device else "wall"
-    theirs, own = (getattr(row, kind) if (row := find(rows, name)) else None for name in (other, ours))
-    return theirs.median / own.median if theirs and own else None
-
-
-def time_over_bytes(row: Row, base: Row) -> float:
+def time_over_bytes(row: Row | None, base: Row | None) -> float | None:
     """Return the time of ``row`` over what its bytes would take at the rate of ``base``."""
-    return base.bytes_per_s / row.bytes_per_s
+    return None if row is None or base is None else base.bytes_per_s / row.bytes_per_s
+
+
+def share_of_copy(row: Row | None, rows: Iterable[Row]) -> float | None:
+    """Return the bytes a second of an update as a part of the same run's device copy of as many bytes."""
+    copy = find(rows, names.COPY)
+    return row.bytes_per_s / copy.bytes_per_s if row is not None and row.device and copy is not None else None
 
 
 def merged(rows: Iterable[Row]) -> list[Row]:
@@ -61,17 +66,14 @@ def merged(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         key = (*row.key, row.provider)
         before = found.get(key)
-        if before is None:
-            found[key] = row
-        elif row.provider in names.CEILINGS and before.device and row.device:
-            found[key] = replace(before, device=Times.of((*before.device.samples, *row.device.samples)))
-        elif row.launches is not None or any(remark.startswith("profiler") for remark in row.remarks):
-            seen = {"launches": row.launches, "transfers": row.transfers, "kernels": row.kernels, "busy_s": row.busy_s}
-            found[key] = replace(before, **seen, remarks=[*before.remarks, *row.remarks])  # type: ignore[arg-type]
-        elif row.wall is None and before.wall is not None:
-            found[key] = replace(before, remarks=[*before.remarks, f"{row.status}: {row.reason}"])
-        else:
-            found[key] = row
+        if before is not None and row.provider in names.CEILINGS and before.device and row.device:
+            row = replace(before, device=Times.of((*before.device.samples, *row.device.samples)))
+        elif before is not None and before.wall is not None and row.wall is None:
+            # The profiler's, which takes no times, or a failure after they were taken.
+            why = [] if row.status == "ok" else [f"{row.status}: {row.reason}"]
+            seen = {} if row.launches is None else {"launches": row.launches, "transfers": row.transfers}
+            row = replace(before, remarks=[*before.remarks, *row.remarks, *why], **seen)  # type: ignore[arg-type]
+        found[key] = row
     return list(found.values())
 
 
@@ -93,7 +95,7 @@ def left_out(report: Report) -> Iterator[str]:
 
 def failures(report: Report) -> list[str]:
     """Return what went wrong: parts that failed, rows of ours that are wrong or missing, bits that differ."""
-    found = [f"{part.name}: {part.detail}" for part in report.parts if part.failed]
+    found = [f"{part.name}: {part.detail}" for part in report.parts if part.status == "failed"]
     for row in report.rows:
         if row.is_ours and row.status in ("wrong", "failed", "not installed"):
             found.append(f"{row.provider} on {row.title}, {row.dtype} {row.group}: {row.status}: {row.reason}")

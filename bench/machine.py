@@ -14,51 +14,51 @@ from typing import Any
 
 import torch
 
-from bench import internals
-
 PACKAGES = ("torch", "timm", "ema-pytorch", "diffusers", "triton")
 
 
 def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+    return _line_of("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
+
+
+def _line_of(path: str, key: str) -> str | None:
+    """Return what a file of Linux says about ``key``; None elsewhere."""
+    with suppress(OSError):
+        for line in Path(path).read_text().splitlines():
+            if line.startswith(key):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return None
 
 
 def device_name(device: torch.device) -> str:
     return cpu_name() if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
 
 
+def _output_of(*command: str) -> str | None:
+    """Return what a program prints, run in this checkout, or None where it fails."""
+    try:
+        root = Path(__file__).parent
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def git_commit() -> str | None:
     """Return the commit of this checkout, with a plus where files differ from it; None outside a checkout."""
-    root = Path(__file__).parent
-    try:
-        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    commit, changed = _output_of("git", "rev-parse", "HEAD"), _output_of("git", "status", "--porcelain")
     # Results of earlier runs are no change of what is measured.
-    dirty = [line for line in changed.stdout.splitlines() if "bench/results/" not in line]
-    return asked.stdout.strip() + ("+" if dirty else "")
+    dirty = [line for line in (changed or "").splitlines() if "bench/results/" not in line]
+    return commit and commit + ("+" if dirty else "")
 
 
 def _versions() -> dict[str, str]:
+    import swafast  # run from a clone, it may be there without being installed
+
     found = {}
     for package in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    with suppress(ImportError):
-        # Run from a clone, it may be there without being installed.
-        import swafast
-
-        found["swafast"] = swafast.__version__
-    return found
+    return {**found, "swafast": swafast.__version__}
 
 
 class OthersCpu:
@@ -71,32 +71,20 @@ class OthersCpu:
         self._start = self._now()
 
     @staticmethod
-    def _now() -> tuple[float, float, float] | None:
-        """Return the seconds that all cores had, were busy, and were busy with this process; None off Linux."""
-        try:
-            ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        except (OSError, ValueError):
-            return None
-        per_second = os.sysconf("SC_CLK_TCK")
-        idle = ticks[3] + ticks[4]
+    def _now() -> tuple[float, float, float]:
+        """Return the seconds that all cores had, were busy, and were busy with this process (Linux, proc(5))."""
+        ticks = [int(each) / os.sysconf("SC_CLK_TCK") for each in Path("/proc/stat").read_text().split()[1:9]]
         own = os.times()
-        return sum(ticks) / per_second, (sum(ticks) - idle) / per_second, own.user + own.system
+        return sum(ticks), sum(ticks) - ticks[3] - ticks[4], own.user + own.system
 
-    def share(self) -> float | None:
+    def share(self) -> float:
         """Return what others took since the start, as a share of all cores' time. Time stolen by the host counts."""
-        end = self._now()
-        if self._start is None or end is None or end[0] <= self._start[0]:
-            return None
-        total, busy, own = (after - before for after, before in zip(end, self._start, strict=True))
-        return max(0.0, (busy - own) / total)
+        total, busy, own = (after - before for after, before in zip(self._now(), self._start, strict=True))
+        return max(0.0, (busy - own) / total) if total > 0 else 0.0
 
 
-def environment(device: torch.device, command: str, *, backend: bool = True) -> dict[str, Any]:
-    """Describe this machine and its packages. Name no person, no host and no path.
-
-    Args:
-        backend: name the backend in use, which loads the native library.
-    """
+def environment(device: torch.device, command: str) -> dict[str, Any]:
+    """Describe this machine and its packages. Name no person, no host and no path."""
     return {
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -110,7 +98,6 @@ def environment(device: torch.device, command: str, *, backend: bool = True) -> 
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "versions": _versions(),
-        **({"swafast_backend": internals.backend_in_use(device)} if backend else {}),
         "git_commit": git_commit(),
     }
 
@@ -119,14 +106,7 @@ def available_bytes(device: torch.device) -> int:
     """Return the memory that this process may still take on ``device``."""
     if device.type != "cpu":
         return torch.get_device_module(device).mem_get_info(device)[0]
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    # Not Linux: half of all memory is a guess that leaves the machine usable.
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return int((_line_of("/proc/meminfo", "MemAvailable") or "0").split()[0]) * 1024
 
 
 def gpu_facts() -> dict[str, Any]:
@@ -141,17 +121,9 @@ def gpu_facts() -> dict[str, Any]:
         "multiprocessors": about.multi_processor_count,
         "memory_bytes": total,
         "free_bytes": free,
-        "driver": driver_version(),
+        "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda_runtime": torch.version.cuda,
     }
-
-
-def driver_version() -> str | None:
-    try:
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return None
 
 
 def source_digest(root: Path) -> str:

@@ -1,93 +1,262 @@
-"""One workload, from its params to its rows: build, gate, time side by side, weigh what is allocated.
+"""One case, from its params to its rows: build, gate, time, and on a GPU look closer.
 
-All providers of a workload are timed in the same rounds, and where memory is short they share one set of averages.
-``gpu_bench`` does the same on a GPU, where one provider is in memory at a time.
+On a CPU all providers of a case are timed in the same rounds, beside one flat ``lerp_``; where memory is short they
+share one set of averages. In a GPU run one provider at a time is in memory, beside the copies from device to device
+that are its ceiling: Llama-3-8B with its averages takes half of an H200.
 """
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from bench import device as closer
 from bench import gate, names
-from bench.machine import OthersCpu
-from bench.profiling import allocated_peak, held_bytes, resident_growth
-from bench.providers import (
-    DEFAULT_FORMATS,
-    FORMAT_PROVIDERS,
-    Provider,
-    dtype_name,
-    moved_bytes,
-    providers_for,
-    several_providers,
-)
+from bench.machine import OthersCpu, available_bytes
+from bench.providers import DEFAULT_FORMATS, Provider, moved_bytes
 from bench.report import Row
-from bench.timing import Clock, Rotation, interleave
-from bench.workloads import PEAK_BYTES_PER_PARAM, Workload, build
-
-Progress = Callable[[str], None]
+from bench.timing import COVER, Clock, Rotation, interleave, rotation_size, synchronize
+from bench.workloads import Workload, build
 
 # Bytes that one element of a float32 lerp_ moves: read both tensors, write one.
 LERP_BYTES = 12
 # From here on providers share one set of averages: eight copies of GPT-2 medium would not fit a machine it fits well.
 SHARED_FROM_BYTES = 256 << 20
-# Params of a workload start on a cache line, as torch's allocator has it.
-ALIGNED_NUMEL = 16
-# What our own passes hold at most at once, for each param: bf16 params in all their formats take 2 + 4 + 4 + 3 + 8 + 2,
-# and float32 params with three and two averages 4 + 12 + 8; the rest is a gate's copy of one average.
-PASSES_PEAK_BYTES_PER_PARAM = 28
+# A run on a CPU leaves the rest of the memory to whatever else the machine is doing.
+MEMORY_SHARE = 0.6
+# What a case takes beside its models and averages. On a GPU: float64 pieces of the gate, one decoded tensor, torch's
+# own. On a CPU: torch's class has up to three temporaries of the largest tensor.
+BESIDE_BYTES, BESIDE_BYTES_ON_CPU = 10 << 30, 1 << 30
+# Copied for a moment while a format is made from a model.
+MADE_BYTES_PER_PARAM = 1
+# Copies start on a multiple of this, and so many of them fill any cache.
+ALIGNED_BYTES, MAX_COPIES = 512, 1024
+# Of the two buffers of the large copy together.
+BIG_COPY_BYTES, DRY_BIG_COPY_BYTES = 8_000_000_000, 8_000_000
+# A provider is begun only with this much time left, a compiled one with this much more for each tensor.
+LEAST_S, COMPILE_S, COMPILE_S_PER_TENSOR = 3.0, 15.0, 0.1
 
 
-class Arena:
-    """Two flat float32 tensors: the ceiling ``one flat lerp_`` runs on them, and shared averages lie in the first."""
+@dataclass(frozen=True)
+class Case:
+    """One workload with params of one dtype, and who averages it."""
 
-    def __init__(self, params: Sequence[Tensor], counted_bytes: int) -> None:
-        self.numels = [param.numel() for param in params]
-        self.shapes = [param.shape for param in params]
-        self.lerp_numel = counted_bytes // LERP_BYTES
-        self.shares = 4 * sum(self.numels) >= SHARED_FROM_BYTES
-        padded = sum(-(-numel // ALIGNED_NUMEL) * ALIGNED_NUMEL for numel in self.numels)
-        numel = max(self.lerp_numel, padded) if self.shares else self.lerp_numel
-        self.average = torch.full((numel,), 0.5, device=params[0].device)
-        self.param = torch.full((self.lerp_numel,), 0.25, device=params[0].device)
-
-    def lerp(self) -> None:
-        self.average[: self.lerp_numel].lerp_(self.param, 0.01)
-
-    def averages(self) -> list[Tensor]:
-        """Return float32 averages that lie in the flat tensor, each on a storage of its own: they are not views."""
-        storage, at, averages = self.average.untyped_storage(), 0, []
-        for numel, shape in zip(self.numels, self.shapes, strict=True):
-            piece: torch.UntypedStorage = storage[4 * at : 4 * (at + numel)]
-            averages.append(torch.empty(0, device=self.average.device).set_(piece).view(shape))
-            at += -(-numel // ALIGNED_NUMEL) * ALIGNED_NUMEL
-        return averages
+    workload: Workload
+    dtype: torch.dtype
+    providers: Sequence[Provider]
+    held_bytes: int  # for each param, by all that is in memory at once
+    group: str = names.UPDATES
+    format: str = ""  # of all averages, where it is one
+    averages: int = 1
 
 
-def row_of(workload: Workload, dtype: torch.dtype, kind: type[Provider] | None, base: Row | None = None) -> Row:
-    """Return an empty row for ``kind``, or for what all providers of a workload have in common."""
-    base = base or Row(workload.name, workload.title, dtype_name(dtype), "", 0, 0, 0)
-    if kind is None:
-        return base
-    counted = base.num_params * kind.counted_bytes(dtype)
-    return replace(
-        base, provider=kind.name, note=kind.note, counted_bytes=counted, format=kind.format, averages=kind.averages
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Setting:
+    """Where and how long to measure, and what is told of every row and step."""
+
+    device: torch.device
+    budget_s: float
+    emit: Callable[[Row], object]
+    progress: Callable[[str], object] = lambda step: None
+    l2_bytes: int = 0  # of a GPU run, or a dry one: one provider at a time, beside copies from device to device
+    end: float = float("inf")  # on the clock of time.monotonic
+    profile: bool = False  # count launches, instead of taking times
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def left_s(self) -> float:
+        return self.end - time.monotonic()
 
 
-def refused(kind: type[Provider], model: nn.Module, row: Row, *reasons: str | None) -> Row | None:
-    """Return the row of a provider that is not tried, or None."""
-    for status, reason in (
-        ("not installed", kind.missing()), *(("skipped", reason) for reason in (kind.refusal(model), *reasons))
-    ):  # fmt: skip
-        if reason is not None:
-            return replace(row, status=status, reason=reason)
-    return None
+# A provider that passed the gate: its row, and its update of each copy of the model.
+Contestant = tuple[Row, Rotation]
+
+
+class Bench:
+    """Measures one case after another. In a GPU run it holds the two buffers that are copied."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self._bits = setting, dict[str, tuple[str, str]]()
+        if setting.l2_bytes:
+            nbytes = (BIG_COPY_BYTES if setting.on_gpu else DRY_BIG_COPY_BYTES) // 2
+            self._source = torch.randint(256, (nbytes,), dtype=torch.uint8, device=setting.device)
+            self._target = torch.empty_like(self._source)
+        if setting.profile:
+            # The first use starts the profiler's own machinery, and may miss what it is meant to see.
+            closer.activity(self._copies(ALIGNED_BYTES)[0].step, setting.device)
+
+    def run(self, case: Case) -> None:
+        """Emit a row for each provider, also for those without a time."""
+        setting, workload, dtype = self.setting, case.workload, str(case.dtype).removeprefix("torch.")
+        base = Row(workload.name, workload.title, dtype, "", 0, 0, 0, case.group, case.format, case.averages)
+        memory = available_bytes(setting.device) * (1 if setting.l2_bytes else MEMORY_SHARE)
+        beside = BESIDE_BYTES if setting.on_gpu else BESIDE_BYTES_ON_CPU
+        depth = workload.depth_within(memory, case.held_bytes + MADE_BYTES_PER_PARAM, beside)
+        reason = f"does not fit the {memory / 2**30:.0f} GiB that are free" if depth == 0 else ""
+        if setting.left_s() < LEAST_S:
+            reason = "the time was up"
+        if reason:
+            for provider in case.providers:
+                setting.emit(replace(base, provider=provider.name, status="skipped", reason=reason))
+            return
+        models = [build(workload, case.dtype, setting.device, depth)]
+        numels = [param.numel() for param in models[0].parameters()]
+        copies, filler = 1, 0
+        if setting.l2_bytes and setting.profile:
+            filler = COVER * setting.l2_bytes
+        elif setting.l2_bytes:
+            copies, filler = rotation_size(sum(numels) * case.held_bytes, setting.l2_bytes)
+        models += [build(workload, case.dtype, setting.device, depth) for _ in range(copies - 1)]
+        base = replace(base, title=workload.title_at(depth), num_params=sum(numels), num_tensors=len(numels))
+        base = replace(base, copies=copies, filler_bytes=filler)
+        clock = Clock(setting.device, apart=bool(setting.l2_bytes), filler_bytes=filler)
+        self._bits = {}
+        batches = [[provider] for provider in case.providers] if setting.l2_bytes else [case.providers]
+        for batch in batches:
+            rows = [self._row(provider, base, case.dtype) for provider in batch]
+            with findings(rows[0], setting.emit):
+                self._measure(batch, rows, base, models, clock, case)
+            closer.free_memory(setting.device)
+            # A device that a kernel has broken raises here, and ends this process: nothing after it would be true.
+            synchronize(setting.device)
+
+    def _row(self, provider: Provider, base: Row, dtype: torch.dtype) -> Row:
+        counted = base.num_params * provider.counted_bytes(dtype)
+        return replace(
+            base, provider=provider.name, note=provider.note, counted_bytes=counted,
+            format=base.format or provider.format, averages=provider.averages,
+        )  # fmt: skip
+
+    def _measure(
+        self,
+        batch: Sequence[Provider],
+        rows: Sequence[Row],
+        base: Row,
+        models: list[nn.Module],
+        clock: Clock,
+        case: Case,
+    ) -> None:
+        """Let a batch through the gate, and time those that passed in the same rounds."""
+        shared = self._shared(models[0])
+        passed = [
+            contestant
+            for provider, row in zip(batch, rows, strict=True)
+            if (contestant := self._admit(provider, row, models, shared)) is not None
+        ]
+        if self.setting.profile:
+            for row, rotation in passed:
+                self.setting.emit(self._profiled(row, rotation, clock))
+            return
+        both = [*self._ceilings(base, case, rows[0]), *passed]
+        if not passed:
+            return
+        self.setting.progress(f"{base.title}, {base.dtype} {base.group}: timing {len(both)} in turns")
+        others = OthersCpu()
+        taken = interleave({row.provider: rotation for row, rotation in both}, self.setting.budget_s, clock)
+        share = others.share()
+        for row, _ in both:
+            self.setting.emit(replace(taken[row.provider].into(row), others_cpu=share))
+        for row, rotation in passed if self.setting.on_gpu else ():
+            # Times were first: a closer look may break the device.
+            self.setting.emit(self._look_closer(taken[row.provider].into(row), rotation, clock))
+
+    # The gate
+
+    def _admit(self, provider: Provider, row: Row, models: list[nn.Module], shared: list[Tensor]) -> Contestant | None:
+        """Build a provider and let it through the gate, or write down why not."""
+        # The last line of a process that ends early names its provider.
+        self.setting.progress(f"{row.title}, {row.dtype} {row.group}, {provider.name}")
+        for status, reason in (("not installed", provider.missing()), ("skipped", self._refusal(provider, row))):
+            if reason is not None:
+                self.setting.emit(replace(row, status=status, reason=reason))
+                return None
+        with findings(row, self.setting.emit):
+            made = [provider.make(model) for model in models]
+            if self.setting.profile:
+                return row, Rotation(*(each.update for each in made))
+            error, digests = gate.check(provider, made[0], models[0])
+            for rule, digest in digests.items():
+                first, expected = self._bits.setdefault(rule, (provider.name, digest))
+                if digest != expected:
+                    raise gate.WrongAverageError(f"bits of {rule} differ from those of {first}")
+            held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in made[0].kept}
+            for kept, other in zip(made[0].kept, () if provider.format else shared, strict=False):
+                if kept.dtype == other.dtype:
+                    kept.data = other
+            row = replace(row, error=error, held_bytes=sum(held.values()))
+            return row, Rotation(*(each.update for each in made))
+        return None
+
+    def _refusal(self, provider: Provider, row: Row) -> str | None:
+        """Return why this provider is left out for this case, or None."""
+        compiles, limit, needs = provider.name == names.COMPILED, provider.max_tensors, LEAST_S
+        if limit is not None and row.num_tensors > limit:
+            needed = f"compiling {row.num_tensors} tensors takes about {0.07 * row.num_tensors:.0f} s"
+            return f"{needed}; the limit is {limit}"
+        if compiles and self.setting.on_gpu:
+            needs = COMPILE_S + COMPILE_S_PER_TENSOR * row.num_tensors
+        left = self.setting.left_s()
+        return None if left >= needs else f"{left:.0f} s were left, it may take {needs:.0f}"
+
+    def _shared(self, model: nn.Module) -> list[Tensor]:
+        """Return the averages that others than ours share on a CPU if each one's own would not fit."""
+        params = [param.detach() for param in model.parameters()]
+        if self.setting.l2_bytes or 4 * sum(param.numel() for param in params) < SHARED_FROM_BYTES:
+            return []
+        return [torch.full_like(param, 0.5, dtype=torch.float32) for param in params]
+
+    # Ceilings
+
+    def _ceilings(self, base: Row, case: Case, first: Row) -> list[tuple[Row, Rotation]]:
+        """Return what no update can beat: one lerp_ in one tensor, or copies from device to device."""
+        if self.setting.l2_bytes:
+            rotation, nbytes = self._copies(first.counted_bytes)
+            blank = replace(first, provider=names.COPY, note="", counted_bytes=nbytes, copies=len(rotation.calls))
+            return [(blank, rotation)]
+        if case.group != names.UPDATES:
+            return []
+        counted = base.num_params * moved_bytes(case.dtype, DEFAULT_FORMATS[case.dtype])
+        average, param = (torch.full((counted // LERP_BYTES,), value) for value in (0.5, 0.25))
+        row = replace(base, provider=names.FLAT_LERP, counted_bytes=counted, note="the ceiling: as many bytes at once")
+        return [(row, Rotation(lambda: average.lerp_(param, 0.01)))]
+
+    def _copies(self, counted_bytes: int) -> tuple[Rotation, int]:
+        """Return copies that move ``counted_bytes`` each, read and written, and the bytes that they do move."""
+        whole = self._source.numel()
+        nbytes = min(counted_bytes // 2, whole)
+        step = -(-nbytes // ALIGNED_BYTES) * ALIGNED_BYTES
+        wanted = -(-COVER * self.setting.l2_bytes // (2 * nbytes))
+        count = max(1, min(wanted, MAX_COPIES, (whole - nbytes) // step + 1))
+        pieces = [slice(at * step, at * step + nbytes) for at in range(count)]
+        return Rotation(*(partial(self._target[at].copy_, self._source[at]) for at in pieces)), 2 * nbytes
+
+    # What only a GPU has
+
+    def _look_closer(self, row: Row, rotation: Rotation, clock: Clock) -> Row:
+        """Look for allocations and waiting. A failure is a remark, and the times stay."""
+        assert row.host is not None
+        try:
+            allocated = closer.allocated_total(rotation.step, self.setting.device)
+            return replace(row, allocated_bytes=allocated, waits=closer.waits(clock, rotation.step, row.host.median))
+        except Exception as error:
+            return replace(row, remarks=[f"waiting: {type(error).__name__}: {first_line(error)}"])
+
+    def _profiled(self, row: Row, rotation: Rotation, clock: Clock) -> Row:
+        """Have the profiler look at one update in cold caches."""
+        for _ in range(2):  # the first update copies and plans, the second is like all others
+            rotation.step()
+        clock.evict()
+        seen = closer.activity(rotation.step, self.setting.device)
+        remarks = [] if seen else ["profiler: it recorded nothing of the device"]
+        return replace(row, remarks=remarks, **seen)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -105,133 +274,3 @@ def findings(row: Row, emit: Callable[[Row], object]) -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0]
-
-
-# On a CPU: all providers of a workload side by side
-
-
-@dataclass
-class _Side:
-    """The state of one workload: rows by provider, and the providers that passed the gate."""
-
-    base: Row
-    dtype: torch.dtype
-    workload: Workload
-    model: nn.Module
-    rows: dict[str, Row] = field(default_factory=dict)
-    passed: dict[str, Provider] = field(default_factory=dict)
-    bits: dict[str, tuple[str, str]] = field(default_factory=dict)  # by rule: who was first, and a hash
-
-    def put(self, row: Row) -> None:
-        self.rows[row.provider] = row
-
-    def admit(self, kind: type[Provider], arena: Arena | None) -> None:
-        """Build a provider and let it through the gate, or write down why not."""
-        row = row_of(self.workload, self.dtype, kind, self.base)
-        not_tried = refused(kind, self.model, row)
-        if not_tried is not None:
-            self.put(not_tried)
-            return
-        with findings(row, self.put):
-            provider = kind.beside(self.model, self.passed)
-            error, digests = gate.check(provider, self.model)
-            self.put(replace(row, error=error, held_bytes=held_bytes(provider.held())))
-            self._require_equal_bits(kind.name, digests)
-            if arena is not None and arena.shares:
-                provider.adopt(arena.averages())
-            self.passed[kind.name] = provider
-
-    def _require_equal_bits(self, name: str, digests: Mapping[str, str]) -> None:
-        """Refuse averages that must equal the float32 one bit for bit and do not."""
-        for rule, digest in digests.items():
-            first, expected = self.bits.setdefault(rule, (name, digest))
-            if digest != expected:
-                raise gate.WrongAverageError(f"bits of {rule} differ from those of {first}")
-
-    def time(self, contestants: Mapping[str, Callable[[], None]], budget_s: float, device: torch.device) -> None:
-        if not contestants:
-            return
-        others = OthersCpu()
-        taken = interleave({name: Rotation(call) for name, call in contestants.items()}, budget_s, Clock(device))
-        share = others.share()
-        for name, each in taken.items():
-            self.put(replace(each.into(self.rows[name]), others_cpu=share))
-
-
-def measure(
-    workload: Workload,
-    dtype: torch.dtype,
-    device: torch.device,
-    budget_s: float,
-    memory_bytes: float,
-    progress: Progress = lambda text: None,
-) -> list[Row]:
-    """Measure every provider on one workload and dtype. Return a row for each, also for those without a time."""
-    kinds = providers_for(dtype)
-    side = _side(workload, dtype, device, memory_bytes, PEAK_BYTES_PER_PARAM, kinds, progress)
-    if not isinstance(side, _Side):
-        return side
-    counted = side.base.num_params * moved_bytes(dtype, DEFAULT_FORMATS[dtype])
-    arena = Arena([param.detach() for param in side.model.parameters()], counted)
-    for kind in kinds:
-        progress(f"gate: {kind.name}")
-        side.admit(kind, arena)
-        # A provider that fell through the gate may hold a whole model in a cycle.
-        gc.collect()
-    flat = replace(side.base, provider=names.FLAT_LERP, counted_bytes=counted)
-    side.put(replace(flat, note="the ceiling: the same bytes in one tensor"))
-    progress(f"timing {len(side.passed) + 1} providers in turns")
-    updates = {name: provider.update for name, provider in side.passed.items()}
-    side.time({**updates, names.FLAT_LERP: arena.lerp}, budget_s, device)
-    progress("memory of an update")
-    for name, update in updates.items():
-        allocated, resident = allocated_peak(update, device), resident_growth(update)
-        side.put(replace(side.rows[name], allocated_bytes=allocated, resident_bytes=resident))
-    return list(side.rows.values())
-
-
-def measure_passes(
-    group: str,
-    workload: Workload,
-    dtype: torch.dtype,
-    device: torch.device,
-    budget_s: float,
-    memory_bytes: float,
-    progress: Progress = lambda text: None,
-) -> list[Row]:
-    """Measure our own passes beside each other: our formats, or several averages."""
-    kinds = providers_for(dtype, FORMAT_PROVIDERS) if group == names.FORMATS else several_providers(dtype)
-    side = _side(workload, dtype, device, memory_bytes, PASSES_PEAK_BYTES_PER_PARAM, kinds[:1], progress, group)
-    if not isinstance(side, _Side):
-        return side
-    for kind in kinds:
-        progress(f"gate: {kind.name}")
-        side.admit(kind, None)
-        gc.collect()
-    progress(f"timing {len(side.passed)} passes in turns")
-    side.time({name: provider.update for name, provider in side.passed.items()}, budget_s, device)
-    order = (names.ONE, names.TWO, names.THREE, names.THREE_APART) if group == names.SEVERAL else tuple(side.rows)
-    return [side.rows[name] for name in order]
-
-
-def _side(
-    workload: Workload,
-    dtype: torch.dtype,
-    device: torch.device,
-    memory_bytes: float,
-    per_param: float,
-    kinds: Iterable[type[Provider]],
-    progress: Progress,
-    group: str = "updates",
-) -> _Side | list[Row]:
-    """Build the model, or return rows that say why it does not fit."""
-    depth = workload.depth_within(memory_bytes, per_param)
-    base = replace(row_of(workload, dtype, None), group=group)
-    if depth == 0:
-        reason = f"does not fit the {memory_bytes / 2**30:.1f} GiB that a run may take"
-        return [replace(row_of(workload, dtype, kind, base), status="skipped", reason=reason) for kind in kinds]
-    progress("building")
-    model = build(workload, dtype, device, depth)
-    numels = [param.numel() for param in model.parameters()]
-    base = replace(base, title=workload.title_at(depth), num_params=sum(numels), num_tensors=len(numels))
-    return _Side(base, dtype, workload, model)

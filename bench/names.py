@@ -7,10 +7,10 @@ FOREACH, COMPILED = "_foreach_lerp_", "compiled foreach"
 MUL_ADD, LERP_FLOAT = "mul_().add_()", "lerp_(p.float())"
 OURS, OURS_EXACT, OURS_FLOAT32 = "swafast", "swafast exact", "swafast float32"
 ALL_OURS = (OURS, OURS_EXACT, OURS_FLOAT32)
-# Ceilings: one ``lerp_`` over the same bytes in one tensor; on a GPU a copy of as many bytes, and a large copy.
+# Ceilings: one ``lerp_`` over the same bytes in one tensor; on a GPU a copy of as many bytes.
 FLAT_LERP = "one flat lerp_"
-COPY, COPY_BIG = "device copy", "device copy, 8 GB"
-CEILINGS = (FLAT_LERP, COPY, COPY_BIG)
+COPY = "device copy"
+CEILINGS = (FLAT_LERP, COPY)
 # Of the tables that compare our own passes with each other.
 ONE, TWO, THREE = "1 average", "2 averages in one pass", "3 averages in one pass"
 THREE_APART = "3 averages in three passes"

@@ -6,8 +6,8 @@ others, and the times on the right.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from PIL import Image
 
 from bench import names
 from bench.accuracy import DECAYS, EQUAL, STREAMS, TORCH_BF16
-from bench.lookup import baseline, find, grouped, our_row
+from bench.lookup import baseline, by_format, find, grouped, our_row, share_of_copy
 from bench.report import Report
-from bench.tables import by_format, kind_text, milliseconds, share_of_copy
+from bench.tables import kind_text, milliseconds
 
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
-OURS_COLOR, SECOND_COLOR, CEILING_COLOR = "#0b7285", "#66b2c4", "#d9480f"
+OURS_COLOR, CEILING_COLOR = "#0b7285", "#d9480f"
+BAR_COLORS = (OURS_COLOR, "#66b2c4")
 # Drawn at 200 dots an inch and shown 900 pixels wide, so that it stays sharp on a dense screen.
 WIDTH_IN, DPI = 9.0, 200
 # So few colours, and the edges between them: a third of the size with a palette.
@@ -36,8 +37,6 @@ PANEL_IN, FOOT_IN = 0.62, 0.98
 LEFT, RIGHT = 0.2, 0.85
 # Other providers by their first appearance; shapes, because grey tones alone cannot be told apart.
 MARKERS = "osD^vPX<>ph"
-# A bar as long as this part of the axis has room for its number inside.
-LABEL_PART = 0.13
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -69,58 +68,58 @@ class Line:
     bars: Mapping[str, float]  # ours, in the order of BAR_COLORS
     others: Mapping[str, float]
     ceiling: float | None
-    times: str  # written on the right
+    text: str  # written on the right
 
 
 @dataclass(frozen=True)
-class Panel:
-    title: str
-    lines: Sequence[Line]
+class Style:
+    """What differs between a picture of ratios, from a CPU, and one of shares of a copy, from a GPU."""
+
+    ceiling: str
+    start: float  # of the bars
+    scale: str
+    label: Callable[[float], str]
+    row_in: float
+    bar: float  # height, as a part of a row
+    places: Sequence[float]  # of the bars
 
 
-@dataclass
-class Keys:
-    """The legend as it grows, and the marker of each other provider."""
-
-    handles: dict[str, Any] = field(default_factory=dict)
-    markers: dict[str, str] = field(default_factory=dict)
-
-    def marker(self, provider: str) -> str:
-        return self.markers.setdefault(provider, MARKERS[len(self.markers) % len(MARKERS)])
+CPU_STYLE = Style("one flat lerp_ (ceiling)", 1.0, "log", lambda value: f"{value:g}x", 0.48, 0.42, (0.12,))
+GPU_STYLE = Style("device copy (ceiling)", 0.0, "linear", lambda value: f"{value:.0%}", 0.56, 0.25, (0.27, 0.0))
 
 
 def plot_speed(report: Report, path: Path) -> bool:
     """Draw the updates of ``report`` into ``path``. Return whether there was something to draw."""
     on_gpu = any(row.provider == names.COPY for row in report.rows)
-    panels = _gpu_panels(report) if on_gpu else _cpu_panels(report)
+    style, panels = (GPU_STYLE, _gpu_panels(report)) if on_gpu else (CPU_STYLE, _cpu_panels(report))
     if not panels:
         return False
-    ceiling = "device copy (ceiling)" if on_gpu else "one flat lerp_ (ceiling)"
-    row_in = 0.56 if on_gpu else 0.48
-    heights = [len(panel.lines) * row_in + PANEL_IN for panel in panels]
-    total, keys = sum(heights) + FOOT_IN, Keys()
-    figure = Figure(figsize=(WIDTH_IN, total), dpi=DPI, facecolor="white")
-    top, limits = total, _share_limits(panels) if on_gpu else _ratio_limits(panels)
-    for panel, height in zip(panels, heights, strict=True):
-        bottom = top - height
-        box = (LEFT, (bottom + 0.2) / total, RIGHT - LEFT, (height - PANEL_IN) / total)
-        axes = figure.add_axes(
-            box, xscale="linear" if on_gpu else "log", xlim=limits, ylim=(-0.5, len(panel.lines) - 0.5)
-        )
-        dress(axes, panel.title)
-        axes.set_yticks(range(len(panel.lines)), [line.name for line in reversed(panel.lines)])
-        if on_gpu:
-            axes.xaxis.set_major_formatter(lambda value, position: f"{value:.0%}")
-        else:
-            axes.set_xscale("log")
+    values = [v for lines in panels.values() for line in lines for v in (*line.bars.values(), *line.others.values())]
+    # One axis for all panels: a length means the same everywhere. The ceiling may lie outside. Whatever a cache made of
+    # a copy, shares end at 140 %.
+    limits = (min(0.5, min(values) / 1.25), max(2.0, max(values) * 1.3))
+    if on_gpu:
+        limits = (0.0, min(max(1.05, max(values) * 1.06), 1.4))
+    heights = [len(lines) * style.row_in + PANEL_IN for lines in panels.values()]
+    top = total = sum(heights) + FOOT_IN
+    figure, handles, markers = (
+        Figure(figsize=(WIDTH_IN, total), dpi=DPI, facecolor="white"),
+        dict[str, Any](),
+        dict[str, str](),
+    )
+    for (title, lines), height in zip(panels.items(), heights, strict=True):
+        top -= height
+        axes = figure.add_axes((LEFT, (top + 0.2) / total, RIGHT - LEFT, (height - PANEL_IN) / total))
+        axes.set(xscale=style.scale, xlim=limits, ylim=(-0.5, len(lines) - 0.5))
+        dress(axes, title)
+        axes.set_yticks(range(len(lines)), [line.name for line in reversed(lines)])
+        if not on_gpu:
             axes.axvline(1, color=INK, linewidth=0.8, zorder=1)
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}x")
             axes.xaxis.set_minor_locator(NullLocator())
-        for y, line in enumerate(reversed(panel.lines)):
-            _draw_line(axes, y, line, keys, ceiling, on_gpu=on_gpu)
-        top = bottom
-    handles = keys.handles
+        axes.xaxis.set_major_formatter(lambda value, position: style.label(value))
+        for y, line in enumerate(reversed(lines)):
+            _draw_line(axes, y, line, style, handles, markers)
     figure.legend(
         handles.values(), handles, loc="lower center", bbox_to_anchor=(0.5, 0.28 / total), ncols=4 if on_gpu else 5,
         frameon=False, fontsize=8, labelcolor=INK, handletextpad=0.5, columnspacing=1.5,
@@ -135,13 +134,35 @@ def plot_speed(report: Report, path: Path) -> bool:
     return True
 
 
-def _cpu_panels(report: Report) -> list[Panel]:
+def _draw_line(
+    axes: Axes, y: float, line: Line, style: Style, handles: dict[str, Any], markers: dict[str, str]
+) -> None:
+    """Draw one row. ``handles`` is the legend as it grows, ``markers`` has the marker of each other provider."""
+    low, high = axes.get_xlim()
+    for (name, value), at, color in zip(line.bars.items(), style.places, BAR_COLORS, strict=False):
+        length = value - style.start
+        bar = axes.barh(y + at, length, left=style.start, height=style.bar, color=color, zorder=2)
+        handles.setdefault(name, bar)
+    if line.ceiling is not None and low < line.ceiling < high:
+        middle, half = y + sum(style.places) / len(style.places), style.bar / 2 * len(style.places) + 0.07
+        drawn = axes.vlines(line.ceiling, middle - half, middle + half, color=CEILING_COLOR, linewidth=2, zorder=4)
+        handles.setdefault(style.ceiling, drawn)
+    for name, value in line.others.items():
+        marker = markers.setdefault(name, MARKERS[len(markers) % len(MARKERS)])
+        (handle,) = axes.plot(min(value, high), y - 0.28, marker, color=FAINT, mec="white", mew=0.6, ms=6.5)
+        handles.setdefault(name + (" (default; freezes in bf16)" if name == names.TORCH_CLASS else ""), handle)
+    where, (number, *rest) = axes.get_yaxis_transform(), line.text.split("\n")
+    axes.text(1.015, y + 0.2, number, transform=where, va="center", fontsize=9, fontweight="bold", color=OURS_COLOR)
+    axes.text(1.015, y - 0.17, "\n".join(rest), transform=where, va="center", fontsize=7.5, color=INK, linespacing=1.35)
+
+
+def _cpu_panels(report: Report) -> dict[str, list[Line]]:
     """Show how many times as fast as torch's best way each provider is."""
     titles = {
         "float32": "fp32 params: times the speed of torch's AveragedModel with its EMA function",
         "bfloat16": "bf16 params: times the speed of the faster loop that keeps a float32 average",
     }
-    lines: dict[str, list[Line]] = {}
+    panels: dict[str, list[Line]] = {}
     for rows in grouped(report.of_group(names.UPDATES)):
         best, ours = baseline(rows), our_row(rows)
         if best is None or ours is None:
@@ -149,14 +170,14 @@ def _cpu_panels(report: Report) -> list[Panel]:
         ratios = {row.provider: best.seconds / row.seconds for row in rows if row.wall}
         hidden = (*names.ALL_OURS, names.FLAT_LERP, best.provider)
         others = {name: ratio for name, ratio in ratios.items() if name not in hidden}
-        times = f"{milliseconds(ours.seconds)} ms\ninstead of {milliseconds(best.seconds)}"
-        name = "\n".join(ours.title.split(", ")[:2])
-        line = Line(name, {names.OURS: ratios[ours.provider]}, others, ratios.get(names.FLAT_LERP), times)
-        lines.setdefault(ours.dtype, []).append(line)
-    return [Panel(titles[dtype], of_dtype) for dtype, of_dtype in lines.items()]
+        ratio, name = ratios[ours.provider], "\n".join(ours.title.split(", ")[:2])
+        text = f"{ratio:.1f}x\n{milliseconds(ours.seconds)} ms, torch {milliseconds(best.seconds)}"
+        line = Line(name, {names.OURS: ratio}, others, ratios.get(names.FLAT_LERP), text)
+        panels.setdefault(titles[ours.dtype], []).append(line)
+    return panels
 
 
-def _gpu_panels(report: Report) -> list[Panel]:
+def _gpu_panels(report: Report) -> dict[str, list[Line]]:
     """Show what share of a device copy's bytes a second each provider reaches."""
     backends, lines = names.OUR_BACKENDS["cpu" if report.dry else "cuda"], []
     for rows in by_format(report.rows):
@@ -166,70 +187,14 @@ def _gpu_panels(report: Report) -> list[Panel]:
             continue
         others = {name: share for name, share in shares.items() if name not in bars and name not in names.CEILINGS}
         ours, best = [row for name in bars if (row := find(rows, name)) and row.wall], baseline(rows)
-        times = " / ".join(milliseconds(row.seconds) for row in ours) + " ms"
-        times += f"\ninstead of {milliseconds(best.seconds)}" if best is not None else ""
+        text = " / ".join(f"{share:.0%}" for share in bars.values())
+        text += "\n" + " / ".join(milliseconds(row.seconds) for row in ours) + " ms"
+        text += f"\ntorch {milliseconds(best.seconds)}" if best is not None else ""
         title = rows[0].title.replace(" tensors of ", " x ").split(", no embeddings")[0]
         name = f"{title}\n{kind_text(rows[0].dtype, rows[0].format, rows[0].averages)}"
-        lines.append(Line(name, bars, others, 1.0, times))
+        lines.append(Line(name, bars, others, 1.0, text))
     what = "Bytes a second of an update, as a share of a device copy of as many bytes"
-    return [Panel(what, lines)] if lines else []
-
-
-def _values(panels: Sequence[Panel]) -> list[float]:
-    return [value for panel in panels for line in panel.lines for value in (*line.bars.values(), *line.others.values())]
-
-
-def _ratio_limits(panels: Sequence[Panel]) -> tuple[float, float]:
-    """Return one axis for all panels: a length means the same everywhere. The ceiling may lie outside."""
-    shown = _values(panels)
-    return min(0.5, min(shown) / 1.25), max(2.0, max(shown) * 1.3)
-
-
-def _share_limits(panels: Sequence[Panel]) -> tuple[float, float]:
-    # Whatever a cache made of a copy, the axis ends at 140 %.
-    return 0.0, min(max(1.05, max(_values(panels)) * 1.06), 1.4)
-
-
-def _draw_line(axes: Axes, y: float, line: Line, keys: Keys, ceiling: str, *, on_gpu: bool) -> None:
-    height = 0.25 if on_gpu else 0.42
-    places = (0.27, 0.0) if on_gpu else (0.12,)
-    others_y = y - 0.29 if on_gpu else y - 0.27
-    start = 0.0 if on_gpu else 1.0
-    for (name, value), at, color in zip(line.bars.items(), places, (OURS_COLOR, SECOND_COLOR), strict=False):
-        bar = axes.barh(y + at, value - start, left=start, height=height, color=color, zorder=2)
-        keys.handles.setdefault(name, bar)
-        _label(axes, value, y + at, color, line.ceiling, on_gpu=on_gpu)
-    low, high = axes.get_xlim()
-    if line.ceiling is not None and low < line.ceiling < high:
-        middle, half = (y + 0.13, 0.31) if on_gpu else (y + 0.12, height / 2 + 0.07)
-        drawn = axes.vlines(line.ceiling, middle - half, middle + half, color=CEILING_COLOR, linewidth=2, zorder=4)
-        keys.handles.setdefault(ceiling, drawn)
-    for name, value in line.others.items():
-        (handle,) = axes.plot(min(value, high), others_y, keys.marker(name), color=FAINT, mec="white", mew=0.6, ms=6.5)
-        keys.handles.setdefault(name + (" (default; freezes in bf16)" if name == names.TORCH_CLASS else ""), handle)
-    where = axes.get_yaxis_transform()
-    axes.text(1.015, y + 0.04, line.times, transform=where, va="center", fontsize=8, color=INK, linespacing=1.35)
-
-
-def _label(axes: Axes, value: float, at: float, color: str, ceiling: float | None, *, on_gpu: bool) -> None:
-    """Write our number into our bar, or right of it where the bar is short; clear of the ceiling either way."""
-    low, high = axes.get_xlim()
-    if on_gpu:
-        inside, end, text = (
-            value > LABEL_PART * high,
-            min(value, 1.0),
-            f"{value:.1%}" if value < 0.1 else f"{value:.0%}",
-        )
-    else:
-        room = (high / low) ** LABEL_PART
-        inside, end, text = value > room, max(value, 1.0), f"{value:.1f}x"
-        if ceiling is not None and end / room < ceiling < end * room:
-            end = min(end, ceiling) if inside else max(end, ceiling)
-    axes.annotate(
-        text, (end, at), xytext=(-6 if inside else 7, -0.5), textcoords="offset points",
-        ha="right" if inside else "left", va="center", fontsize=8 if on_gpu else 10, fontweight="bold",
-        color="white" if inside else color, zorder=5,
-    )  # fmt: skip
+    return {what: lines} if lines else {}
 
 
 def _caption(report: Report) -> str:
@@ -268,16 +233,16 @@ def plot_accuracy(report: Report, path: Path) -> None:
     updates = np.array(report.updates)
     _heading(figure, 0.972, "Equal mean of n models")
     for index, stream in enumerate(STREAMS):
-        axes = figure.add_axes((0.062 + 0.487 * (index % 2), 0.69 - 0.295 * (index // 2), 0.325, 0.235))
+        axes = figure.add_axes((0.062 + 0.487 * (index % 2), 0.69 - 0.295 * (index // 2), 0.43, 0.235))
         of_kind = {kind: errors[stream, EQUAL, kind] for kind in COLORS}
-        _draw_errors(axes, STREAM_TITLES[stream], updates, of_kind, COMPACT_BOUND * np.sqrt(updates), apart=0.055)
+        _draw_errors(axes, STREAM_TITLES[stream], updates, of_kind, COMPACT_BOUND * np.sqrt(updates))
     _heading(figure, 0.345, "Exponential average of params around 0, by its decay")
     for index, decay in enumerate(DECAYS):
-        axes = figure.add_axes((0.062 + 0.2 * index, 0.085, 0.18, 0.215))
+        axes = figure.add_axes((0.062 + 0.235 * index, 0.085, 0.212, 0.215))
         of_kind = {kind: errors[EMA_STREAM, f"EMA {decay:g}", kind] for kind in COLORS}
-        apart, bound = 0.075 if index == len(DECAYS) - 1 else 0.0, np.full(len(updates), COMPACT_EMA_BOUND)
-        _draw_errors(axes, f"decay {decay:g}", updates, of_kind, bound, apart=apart)
+        _draw_errors(axes, f"decay {decay:g}", updates, of_kind, np.full(len(updates), COMPACT_EMA_BOUND))
         axes.tick_params(axis="y", labelleft=index == 0)
+    figure.legend(*axes.get_legend_handles_labels(), loc="upper right", ncols=5, frameon=False, fontsize=8.5)
     about = report.environment
     lines = (
         "Vertical: relative L2 distance of the exported average from float64. Horizontal: n, the models averaged.",
@@ -295,9 +260,9 @@ def _heading(figure: Figure, at: float, text: str) -> None:
 
 
 def _draw_errors(
-    axes: Axes, title: str, updates: np.ndarray, errors: Mapping[str, np.ndarray], of_compact: np.ndarray, apart: float
+    axes: Axes, title: str, updates: np.ndarray, errors: Mapping[str, np.ndarray], of_compact: np.ndarray
 ) -> None:
-    """Draw every format's errors, and its name where its line ends if names are to stand ``apart``."""
+    """Draw every format's errors, and the guide lines."""
     dress(axes, title, 9.5, weight="normal", grid="both")
     axes.set(xscale="log", yscale="log", xlim=(1, updates[-1]), ylim=(LOWEST, HIGHEST))
     axes.xaxis.set_major_locator(LogLocator(base=10))
@@ -309,21 +274,7 @@ def _draw_errors(
     axes.tick_params(labelsize=8, labelcolor=FAINT)
     for kind, bound in (("compact", of_compact), ("compensated", np.full(len(updates), COMPENSATED_BOUND))):
         axes.plot(updates, bound, color=COLORS[kind], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    low, high, ends = np.log10(LOWEST), np.log10(HIGHEST), {}
     for kind, color in COLORS.items():
-        drawn = np.clip(errors[kind], LOWEST, HIGHEST)
-        width = 1.6 if kind == TORCH_BF16 else 2.0
-        axes.plot(updates, drawn, color=color, linewidth=width, zorder=3, clip_on=False, solid_capstyle="butt")
-        ends[kind] = float((np.log10(drawn[-1]) - low) / (high - low))
-    for kind, at in (spread(ends, apart) if apart else {}).items():
-        text = LABELS.get(kind, kind)
-        axes.text(1.03, at, text, transform=axes.transAxes, fontsize=8, color=COLORS[kind], va="center")
-
-
-def spread(wanted: Mapping[str, float], apart: float) -> dict[str, float]:
-    """Move labels up until each is ``apart`` from the one below it."""
-    found: dict[str, float] = {}
-    lowest = -1.0
-    for kind, at in sorted(wanted.items(), key=lambda item: item[1]):
-        found[kind] = lowest = max(at, lowest + apart)
-    return found
+        drawn, width = np.clip(errors[kind], LOWEST, HIGHEST), 1.6 if kind == TORCH_BF16 else 2.0
+        label = LABELS.get(kind, kind)
+        axes.plot(updates, drawn, color=color, linewidth=width, zorder=3, clip_on=False, label=label)

@@ -1,4 +1,4 @@
-"""Other programs as parts of a run: a limit on their time, and logs that name no machine."""
+"""Other programs as parts of a run: a limit on their time, logs that name no machine, and what their output means."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,13 +17,6 @@ from pathlib import Path
 
 from bench.report import Part
 
-FAILURES_SHOWN = 20
-# How compute-sanitizer says that it does not run here, not that it found something.
-REFUSAL = re.compile(r"^=+\s*(.*not supported.*)$", re.MULTILINE)
-FINDING = re.compile(
-    r"^=+\s*((?:Invalid|Uninitialized|Program hit|Misaligned|Error: Race|Warning: Race).*)$", re.MULTILINE
-)
-SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
 ROOT = Path(__file__).parents[1]
 # What a program is given to write down what it has, after an interrupt.
 GRACE_S = 8.0
@@ -35,20 +27,12 @@ PR_SET_PDEATHSIG = 1
 LOG_CHARS = 150_000
 # A path, less the folders that say where on a machine it is; not the slash of "3 of 4/s".
 _FOLDERS = re.compile(r"(?<![\w.\-/])/(?:[\w.+~@=\-]+/)+(?=[\w.+~@=<\-])")
-
-
-class Budget:
-    """The time of a whole run. Each part takes of it what it may, and leaves what its end needs."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-
-    def left_s(self) -> float:
-        return self._end - time.monotonic()
-
-    def grant(self, wanted_s: float, kept_s: float) -> float:
-        """Return ``wanted_s``, or what is left beyond ``kept_s``; never less than 0."""
-        return max(0.0, min(wanted_s, self.left_s() - kept_s))
+# How compute-sanitizer says that it does not run here, what it found, and how much.
+REFUSAL = re.compile(r"^=+\s*(.*not supported.*)$", re.MULTILINE)
+FINDING = re.compile(
+    r"^=+\s*((?:Invalid|Uninitialized|Program hit|Misaligned|Error: Race|Warning: Race).*)$", re.MULTILINE
+)
+SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
 
 
 @dataclass(frozen=True)
@@ -78,8 +62,7 @@ def run_program(
 ) -> Finished:
     """Run ``command`` in the clone for at most ``limit_s``: then it is interrupted, and at last killed.
 
-    Args:
-        tick: called every TICK_S meanwhile.
+    ``tick`` is called every TICK_S meanwhile.
     """
     start = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **(env or {})}
@@ -96,16 +79,15 @@ def run_program(
         while output is None:
             left = start + limit_s - time.monotonic()
             try:
-                output = process.communicate(timeout=max(0.0, min(TICK_S, left)))[0]
+                output = process.communicate(timeout=GRACE_S if timed_out else max(0.0, min(TICK_S, left)))[0]
             except subprocess.TimeoutExpired:
                 tick()
                 if left <= TICK_S:
+                    _signal_group(process, signal.SIGKILL if timed_out else signal.SIGINT)
                     timed_out = True
-                    output = _interrupt(process)
     finally:
         # What it left running, as compilers' workers are, goes too.
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _signal_group(process, signal.SIGKILL)
     return Finished(process.returncode, time.monotonic() - start, output, timed_out)
 
 
@@ -116,16 +98,12 @@ def _prepare_child() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _interrupt(process: subprocess.Popen[str]) -> str:
-    """Ask the program to end, kill its whole group if it does not, and return its output."""
-    with suppress(ProcessLookupError):
-        os.kill(process.pid, signal.SIGINT)
-    try:
-        return process.communicate(timeout=GRACE_S)[0]
-    except subprocess.TimeoutExpired:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        return process.communicate()[0]
+def _signal_group(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        if number == signal.SIGINT:
+            os.kill(process.pid, number)
+        else:
+            os.killpg(process.pid, number)
 
 
 def find_tool(name: str) -> str | None:
@@ -144,12 +122,11 @@ def scrub(text: str) -> str:
 
 
 def write_log(path: Path, text: str) -> None:
-    """Write a log without what names a machine, shortened in its middle."""
+    """Append to a log, without what names a machine, shortened in its middle."""
     text = scrub(text)
     if len(text) > LOG_CHARS:
         half = LOG_CHARS // 2
         text = f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(text if text.endswith("\n") else text + "\n")
 
@@ -157,18 +134,10 @@ def write_log(path: Path, text: str) -> None:
 # Verdicts
 
 
-def version_of(program: str) -> str:
-    """Return the line of ``--version`` that holds it."""
-    lines = run_program([program, "--version"], 20.0).output.splitlines()
-    wanted = [line for line in lines if "release" in line or "version" in line]
-    return f"{Path(program).name}: {scrub(wanted[0].strip())}" if wanted else Path(program).name
-
-
 def judge_checker(tool: str, done: Finished) -> Part:
     """Return what a memory checker's output means."""
-    summary = SUMMARY.search(done.output)
+    summary, refusal = SUMMARY.search(done.output), REFUSAL.search(done.output)
     errors = int(next(filter(None, summary.groups()), 0)) if summary is not None else 0
-    refusal = REFUSAL.search(done.output)
     first = [scrub(found) for found in FINDING.findall(done.output)[:5]]
     status, detail = "ok", "0 errors"
     if refusal is not None:
@@ -182,20 +151,3 @@ def judge_checker(tool: str, done: Finished) -> Part:
     elif done.code != 0:
         status, detail = "failed", f"no error of memory, but the program {done.why}"
     return Part(tool, status, detail, done.seconds, {"errors": errors, "first": first})
-
-
-def read_junit(path: Path) -> tuple[dict[str, int], list[str]]:
-    """Return pytest's counts, and the names of what failed with the first line why."""
-    if not path.is_file():
-        return {}, []
-    counts, failing = {"passed": 0, "failed": 0, "errors": 0, "skipped": 0}, []
-    for case in ElementTree.parse(path).iter("testcase"):
-        results = {child.tag: child for child in case}
-        bad = next((results[tag] for tag in ("failure", "error") if tag in results), None)
-        if bad is not None:
-            counts["failed" if bad.tag == "failure" else "errors"] += 1
-            why = (bad.get("message") or "").strip().splitlines() or [""]
-            failing.append(scrub(f"{case.get('classname')}::{case.get('name')}: {why[0][:200]}"))
-        else:
-            counts["skipped" if "skipped" in results else "passed"] += 1
-    return counts, failing[:FAILURES_SHOWN]

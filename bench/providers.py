@@ -6,9 +6,16 @@ says so in its note). The loops keep their lists of tensors from call to call, w
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+import runpy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +34,49 @@ DECAY = 0.9
 COMPILED_MAX_TENSORS = 200
 # By the names of our averages. The rules differ, so an average that moved by another's rule is wrong.
 RULES: dict[str, Rule] = {"mean": EqualAverage(), "fast": ExponentialAverage(0.5), "slow": ExponentialAverage(0.9)}
-# Relative L2 distance of the worst tensor after the gate's three updates, where a format's is not that of its dtype:
-# compact measured at most 1.3e-5, half 3e-3, and compensated, exported in float32, 4e-8.
-TOLERANCE = {"compact": 5e-5, "half": 1e-2, "compensated": 1e-7}
-# Formats that hold a float32 average bit for bit.
-BIT_EXACT = ("float32", "exact", "mirrored")
 
+Dtypes = tuple[torch.dtype, ...]
 Weight = Callable[[int], float]  # of the newest model, when so many are in the average
+
+
+equal: Weight = RULES["mean"].weight
+constant: Weight = lambda num_averaged: 1 - DECAY  # noqa: E731
+
+
+def ema(num_averaged: int) -> float:
+    """The weights of an EMA whose first update copies."""
+    return 1.0 if num_averaged == 0 else 1 - DECAY
+
+
+@dataclass(frozen=True)
+class Made:
+    """The averages of one model, and the update that moves them."""
+
+    update: Callable[[], object]
+    kept: Sequence[Tensor]  # from update to update
+    buffers: Sequence[Tensor] | None  # that must equal the model's
+    # The averages at full precision, in the order of the model's params, with the name and the weights of their rule.
+    export: Callable[[], Iterator[tuple[str, Weight, Iterable[Tensor]]]]
+    restart: Callable[[], object] = lambda: None  # forget all updates
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way of averaging a model."""
+
+    name: str
+    dtypes: Dtypes  # of the params
+    make: Callable[[nn.Module], Made]
+    note: str = ""
+    format: str = ""  # of our averages; only ours have one
+    averages: int = 1
+    passes: int = 1
+    max_tensors: int | None = None
+    missing: Callable[[], str | None] = lambda: None  # why it cannot run here at all
+
+    def counted_bytes(self, dtype: torch.dtype) -> int:
+        """Return the least bytes that an update must move for each param."""
+        return moved_bytes(dtype, self.format or DEFAULT_FORMATS[dtype], self.averages, self.passes)
 
 
 def moved_bytes(dtype: torch.dtype, format: str, averages: int = 1, passes: int = 1) -> int:
@@ -44,331 +87,227 @@ def moved_bytes(dtype: torch.dtype, format: str, averages: int = 1, passes: int 
     return passes * dtype.itemsize + averages * both_ways
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def of_tensors(update: Callable[[], object], kept: list[Tensor], buffers: list[Tensor] | None, weight: Weight) -> Made:
+    return Made(update, kept, buffers, lambda: iter([("", weight, kept)]))
 
 
-class Provider:
-    """One way of averaging ``model``."""
-
-    name: ClassVar[str]
-    param_dtypes: ClassVar[tuple[torch.dtype, ...]] = (FP32,)
-    note: ClassVar[str] = ""
-    format: ClassVar[str] = ""  # of our averages
-    averages: ClassVar[int] = 1
-    passes: ClassVar[int] = 1
-    copies_buffers: ClassVar[bool] = True  # whether the gate may ask that buffers equal the model's
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    @classmethod
-    def beside(cls, model: nn.Module, built: Mapping[str, Provider]) -> Provider:
-        """Build one, possibly over the averages of a provider that was built before."""
-        return cls(model)
-
-    @classmethod
-    def missing(cls) -> str | None:
-        """Return why this provider cannot run here at all, or None."""
-        return None
-
-    @classmethod
-    def refusal(cls, model: nn.Module) -> str | None:
-        """Return why this provider is left out for ``model``, or None."""
-        return None
-
-    @classmethod
-    def counted_bytes(cls, dtype: torch.dtype) -> int:
-        """Return the least bytes that an update must move for each param."""
-        return moved_bytes(dtype, cls.format or DEFAULT_FORMATS[dtype], cls.averages, cls.passes)
-
-    def update(self) -> None:
-        raise NotImplementedError
-
-    def restart(self) -> None:
-        """Forget all updates, where the averages were another provider's."""
-
-    def weight(self, num_averaged: int) -> float:
-        return 1 / (num_averaged + 1)
-
-    def each(self) -> Iterable[Tensor]:
-        """Return the averages at full precision, in the order of ``model.parameters()``."""
-        raise NotImplementedError
-
-    def by_rule(self) -> Iterator[tuple[str, Weight, Iterable[Tensor]]]:
-        """Yield the name, the weights and the tensors of each average."""
-        yield "", self.weight, self.each()
-
-    def buffers(self) -> list[Tensor]:
-        raise NotImplementedError
-
-    def held(self) -> Iterable[Tensor]:
-        """Return the tensors that this provider keeps from update to update."""
-        return self.each()
-
-    def adopt(self, averages: list[Tensor]) -> None:
-        """Put float32 averages into memory shared with other providers, where the run would not fit otherwise."""
+def of_module(update: Callable[[], object], module: nn.Module, weight: Weight, *, buffers: bool = True) -> Made:
+    return of_tensors(update, list(module.parameters()), list(module.buffers()) if buffers else None, weight)
 
 
-class OfModule(Provider):
-    """Base of the providers whose averages are the params of a module."""
-
-    def module(self) -> nn.Module:
-        raise NotImplementedError
-
-    def each(self) -> Iterable[Tensor]:
-        return list(self.module().parameters())
-
-    def buffers(self) -> list[Tensor]:
-        return list(self.module().buffers())
-
-    def adopt(self, averages: list[Tensor]) -> None:
-        for param, average in zip(self.module().parameters(), averages, strict=True):
-            if param.dtype == average.dtype:
-                param.data = average
+# torch
 
 
-class Ema:
-    """The weights of an EMA whose first update copies."""
+def torch_class(weight: Weight, **options: Any) -> Callable[[nn.Module], Made]:
+    def make(model: nn.Module) -> Made:
+        averaged = AveragedModel(model, **options)
+        return of_module(lambda: averaged.update_parameters(model), averaged.module, weight)
 
-    def weight(self, num_averaged: int) -> float:
-        return 1.0 if num_averaged == 0 else 1 - DECAY
-
-
-class TorchClass(OfModule):
-    name = names.TORCH_CLASS
-    options: ClassVar[dict[str, Any]] = {}
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self.averaged = AveragedModel(model, **self.options)
-
-    def update(self) -> None:
-        self.averaged.update_parameters(self.model)
-
-    def module(self) -> nn.Module:
-        return self.averaged.module
+    return make
 
 
-class TorchEma(Ema, TorchClass):
-    """torch's class with its multi-tensor EMA function, the fastest way to use it."""
+def loop(average: Callable[..., object], weight: Weight = equal) -> Callable[[nn.Module], Made]:
+    """Return a loop over lists: float32 averages of all params, a copy of all buffers, a count on the host."""
 
-    name = names.TORCH_EMA
-    options: ClassVar[dict[str, Any]] = {"multi_avg_fn": get_ema_multi_avg_fn(DECAY)}
+    def make(model: nn.Module) -> Made:
+        params = [param.detach() for param in model.parameters()]
+        kept = [param.float() if param.dtype != FP32 else param.clone() for param in params]
+        model_buffers = list(model.buffers())
+        buffers = [buffer.clone() for buffer in model_buffers]
+        num_averaged = 0
 
+        def update() -> None:
+            nonlocal num_averaged
+            with torch.no_grad():
+                average(kept, params, weight(num_averaged))
+                if buffers:
+                    torch._foreach_copy_(buffers, model_buffers)
+            num_averaged += 1
 
-class TorchClassBf16(TorchClass):
-    param_dtypes = (BF16,)
-    note = "bf16 average: freezes"
+        return of_tensors(update, kept, buffers, weight)
 
-
-class Lists(Provider):
-    """Base of the loops over lists: float32 averages of all params, a copy of all buffers, a count on the host."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self.params = [param.detach() for param in model.parameters()]
-        self.kept = [param.float() if param.dtype != FP32 else param.clone() for param in self.params]
-        self.model_buffers = list(model.buffers())
-        self.kept_buffers = [buffer.clone() for buffer in self.model_buffers]
-        self.num_averaged = 0
-
-    def update(self) -> None:
-        with torch.no_grad():
-            self.average(self.weight(self.num_averaged))
-            if self.kept_buffers:
-                torch._foreach_copy_(self.kept_buffers, self.model_buffers)
-        self.num_averaged += 1
-
-    def average(self, weight: float) -> None:
-        for average, param in zip(self.kept, self.params, strict=True):
-            self.average_one(average, param, weight)
-
-    def average_one(self, average: Tensor, param: Tensor, weight: float) -> None:
-        raise NotImplementedError
-
-    def each(self) -> Iterable[Tensor]:
-        return self.kept
-
-    def buffers(self) -> list[Tensor]:
-        return self.kept_buffers
-
-    def adopt(self, averages: list[Tensor]) -> None:
-        self.kept = averages
+    return make
 
 
-class Foreach(Lists):
-    name = names.FOREACH
+def each(average: Callable[[Tensor, Tensor, float], object]) -> Callable[[nn.Module], Made]:
+    def all_of(kept: list[Tensor], params: list[Tensor], weight: float) -> None:
+        for one, param in zip(kept, params, strict=True):
+            average(one, param, weight)
 
-    def average(self, weight: float) -> None:
-        torch._foreach_lerp_(self.kept, self.params, weight)
-
-
-class Lerp(Lists):
-    name = "lerp_ per tensor"
-
-    def average_one(self, average: Tensor, param: Tensor, weight: float) -> None:
-        average.lerp_(param, weight)
+    return loop(all_of)
 
 
-class MulAdd(Lists):
-    name = names.MUL_ADD
-    param_dtypes = (BF16,)
-    note = "float32 average"
-
-    def average_one(self, average: Tensor, param: Tensor, weight: float) -> None:
-        average.mul_(1 - weight).add_(param, alpha=weight)
+@functools.lru_cache(maxsize=1)
+def _compiled(shapes: tuple[torch.Size, ...]) -> Callable[..., object]:
+    # One code object serves all workloads, and dynamo gives up after eight compilations of it.
+    torch.compiler.reset()
+    return torch.compile(torch._foreach_lerp_)
 
 
-class LerpFloat(Lists):
-    name = names.LERP_FLOAT
-    param_dtypes = (BF16, FP16)
-    note = "float32 average"
-
-    def average_one(self, average: Tensor, param: Tensor, weight: float) -> None:
-        average.lerp_(param.float(), weight)
-
-
-class CompiledForeach(Lists):
-    name = names.COMPILED
+def compiled(model: nn.Module) -> Made:
     # torch 2.13 compiles the weight of a foreach lerp into the code, and compiles again for each other value.
-    note = "EMA only: a new weight recompiles"
+    return loop(_compiled(tuple(param.shape for param in model.parameters())), constant)(model)
 
-    def __init__(self, model: nn.Module, compiled: Callable[..., object] | None = None) -> None:
-        super().__init__(model)
-        if compiled is None:
-            # One code object serves all workloads, and dynamo gives up after eight compilations of it.
-            torch.compiler.reset()
-        self.compiled = compiled or torch.compile(torch._foreach_lerp_)
 
-    @classmethod
-    def refusal(cls, model: nn.Module) -> str | None:
-        count = len(list(model.parameters()))
-        if count <= COMPILED_MAX_TENSORS:
-            return None
-        return f"compiling {count} tensors takes about {0.07 * count:.0f} s; the limit is {COMPILED_MAX_TENSORS}"
+# Other packages, each with its own defaults, as its documentation has it. For bf16 params each keeps a float32 average.
+# Their warm-ups are set aside, so that the gate knows the weights.
 
-    @classmethod
-    def beside(cls, model: nn.Module, built: Mapping[str, Provider]) -> Provider:
-        return cls(model, getattr(built.get(cls.name), "compiled", None))
 
-    def weight(self, num_averaged: int) -> float:
-        return 1 - DECAY
+def timm(model: nn.Module) -> Made:
+    # By default the average of bf16 params is bf16, rounded at random. ``dtype`` asks for the float32 one.
+    kept = _model_ema_v3()(model, decay=DECAY, dtype=FP32, exclude_buffers=True)
+    return of_module(lambda: kept.update(model), kept.module, constant)
 
-    def average(self, weight: float) -> None:
-        self.compiled(self.kept, self.params, weight)
+
+def _model_ema_v3() -> Any:
+    """Load the one file that is needed: all of timm imports torchvision, which this file does not."""
+    package = importlib.util.find_spec("timm")
+    assert package is not None
+    return runpy.run_path(str(Path(str(package.origin)).parent / "utils" / "model_ema.py"))["ModelEmaV3"]
+
+
+def ema_pytorch(model: nn.Module) -> Made:
+    other = None if next(model.parameters()).dtype == FP32 else deepcopy(model).float()
+    options: dict[str, Any] = {"beta": DECAY, "min_value": DECAY, "update_after_step": 0, "update_every": 1}
+    library = importlib.import_module("ema_pytorch")
+    kept = library.EMA(model, ema_model=other, coerce_dtype=other is not None, **options)
+    return of_module(kept.update, kept.ema_model, ema, buffers=False)
+
+
+def diffusers(model: nn.Module) -> Made:
+    params = list(model.parameters())
+    kept = importlib.import_module("diffusers.training_utils").EMAModel(params, decay=DECAY, min_decay=DECAY)
+    kept.to(dtype=FP32)
+    return of_tensors(lambda: kept.step(params), kept.shadow_params, None, ema)
+
+
+def _third_party(name: str, make: Callable[[nn.Module], Made], note: str = "") -> Provider:
+    def missing() -> str | None:
+        if importlib.util.find_spec(make.__name__) is None:
+            return f"no module named {make.__name__}"
+        try:
+            make(nn.Linear(1, 1))
+        # A package whose own dependencies are absent or do not match raises whatever it likes.
+        except Exception as error:
+            return f"does not run: {error}".splitlines()[0]
+        return None
+
+    return Provider(name, (FP32, BF16), make, note, missing=missing)
 
 
 # Ours
 
 
-class Ours(Provider):
-    """One average, or the first ``averages`` of RULES in one pass, in one format, on one backend."""
+def _make(model: nn.Module, format: str, averages: int, backend: str | None = None) -> dict[str, Any]:
+    """Return one average, or the first ``averages`` of RULES in one pass: by rule, and under "" what moves all."""
+    made: FusedAveragedModel | FusedAverages
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "format='half'", UserWarning)  # whoever runs a bench knows
+        if averages == 1:
+            made = FusedAveragedModel(model, format=format, backend=backend)
+            return {"": made, "mean": made}
+        rules = dict(list(RULES.items())[:averages])
+        made = FusedAverages(model, rules=rules, format=format, backend=backend)
+    return {"": made, **{name: made[name] for name in rules}}
 
-    backend: ClassVar[str | None] = None
-    apart: ClassVar[bool] = False  # a pass for each average instead of one for all
-    shares: ClassVar[str | None] = None  # the provider whose averages it moves
 
-    def __init__(self, model: nn.Module, made: FusedAverages | None = None) -> None:
-        super().__init__(model)
-        self.made: FusedAverages | FusedAveragedModel
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "format='half'", UserWarning)  # whoever runs a bench knows
-            if made is not None:
-                self.made = made
-            elif self.averages == 1:
-                self.made = FusedAveragedModel(model, format=self.format, backend=self.backend)
-            else:
-                rules = dict(list(RULES.items())[: self.averages])
-                self.made = FusedAverages(model, rules=rules, format=self.format, backend=self.backend)
+def _moving(made: dict[str, Any], rules: Sequence[str], model: nn.Module, format: str, *, apart: bool = False) -> Made:
+    """Return the averages of ``rules``, moved together or, if ``apart``, one after another."""
+    moved = {name: made[name] for name in rules}
+    first = next(iter(moved.values()))
 
-    @classmethod
-    def missing(cls) -> str | None:
-        return None if cls.backend is None else internals.backend_missing(cls.backend)
+    def update() -> None:
+        for averaged in moved.values():
+            averaged.update_parameters(model)
 
-    @classmethod
-    def beside(cls, model: nn.Module, built: Mapping[str, Provider]) -> Provider:
-        return cls(model, getattr(built.get(cls.shares or ""), "made", None))
-
-    def moved(self) -> dict[str, FusedAveragedModel]:
-        """Return the averages that an update moves, by the names of their rules."""
-        if isinstance(self.made, FusedAveragedModel):
-            return {"mean": self.made}
-        return {name: self.made[name] for name in list(RULES)[: self.averages]}
-
-    def update(self) -> None:
-        if self.apart or self.shares is not None:
-            for averaged in self.moved().values():
-                averaged.update_parameters(self.model)
-        else:
-            self.made.update_parameters(self.model)
-
-    def restart(self) -> None:
-        for averaged in self.moved().values() if self.shares is not None else ():
+    def restart() -> None:
+        for averaged in moved.values():
             averaged.n_averaged.zero_()
             for param in averaged.module.parameters():
                 # An average that is not moved would keep the bits of an earlier gate.
                 param.detach().fill_(float("nan"))
 
-    def by_rule(self) -> Iterator[tuple[str, Weight, Iterable[Tensor]]]:
-        for name, averaged in self.moved().items():
-            yield name, RULES[name].weight, internals.decoded(averaged, self.format, self.model)
+    def export() -> Iterator[tuple[str, Weight, Iterable[Tensor]]]:
+        for name, averaged in moved.items():
+            yield name, RULES[name].weight, internals.decoded(averaged, format, model)
 
-    def buffers(self) -> list[Tensor]:
-        return list(next(iter(self.moved().values())).module.buffers())
-
-    def held(self) -> Iterable[Tensor]:
-        return [plane for averaged in self.moved().values() for plane in internals.planes(averaged, self.model)]
+    kept = [plane for averaged in moved.values() for plane in internals.planes(averaged, model)]
+    together = functools.partial(made[""].update_parameters, model)
+    return Made(update if apart else together, kept, list(first.module.buffers()), export, restart)
 
 
-def ours(name: str, format: str, dtypes: tuple[torch.dtype, ...] = (FP32,), **attributes: Any) -> type[Ours]:
-    """Return our provider under a name, in one format, with further attributes of :class:`Ours`."""
-    return type(f"Ours: {name}", (Ours,), {"name": name, "format": format, "param_dtypes": dtypes, **attributes})
+def ours(
+    name: str, format: str, dtypes: Dtypes = (FP32,), note: str = "", *, averages: int = 1, backend: str | None = None
+) -> Provider:
+    """Return our provider of one average, or of several in one pass, in one format, on one backend."""
+
+    def make(model: nn.Module) -> Made:
+        return _moving(_make(model, format, averages, backend), list(RULES)[:averages], model, format)
+
+    missing = functools.partial(internals.backend_missing, backend)
+    return Provider(name, dtypes, make, note, format, averages, missing=missing)
 
 
-def ours_on(backend: str, format: str, averages: int = 1) -> type[Ours]:
+def ours_on(backend: str, format: str, averages: int = 1) -> Provider:
     """Return our provider on one backend, as a GPU run measures it."""
-    # The gate of one average sees to the buffers.
-    several = {"averages": averages, "copies_buffers": averages == 1}
-    return ours(f"{names.OURS} {backend}", format, tuple(DEFAULT_FORMATS), backend=backend, **several)
+    return ours(f"{names.OURS} {backend}", format, tuple(DEFAULT_FORMATS), averages=averages, backend=backend)
 
 
-def update_providers() -> tuple[type[Provider], ...]:
-    """Return every way of averaging, installed or not; ours last."""
-    from bench.third_party import DiffusersEma, EmaPytorch, TimmEma
-
-    note = "bf16 module that runs as it is; bit for bit the float32 average"
-    return (
-        *(TorchClass, TorchEma, TorchClassBf16, Foreach, Lerp, CompiledForeach, MulAdd, LerpFloat),
-        *(TimmEma, EmaPytorch, DiffusersEma),
-        ours(names.OURS_EXACT, "exact", (BF16,), note=note),
-        ours(names.OURS_FLOAT32, "float32", (BF16,), note="float32 average"),
-        ours(names.OURS, "float32"),
-    )
-
+FLOAT32_AVERAGE = "float32 average"
+UPDATE_PROVIDERS = (
+    Provider(names.TORCH_CLASS, (FP32,), torch_class(equal)),
+    # With its multi-tensor EMA function, the fastest way to use it.
+    Provider(names.TORCH_EMA, (FP32,), torch_class(ema, multi_avg_fn=get_ema_multi_avg_fn(DECAY))),
+    Provider(names.TORCH_CLASS, (BF16,), torch_class(equal), "bf16 average: freezes"),
+    Provider(names.FOREACH, (FP32,), loop(torch._foreach_lerp_)),
+    Provider("lerp_ per tensor", (FP32,), each(lambda average, param, weight: average.lerp_(param, weight))),
+    Provider(
+        names.COMPILED, (FP32,), compiled, "EMA only: a new weight recompiles", max_tensors=COMPILED_MAX_TENSORS
+    ),
+    Provider(
+        names.MUL_ADD, (BF16,),
+        each(lambda average, param, weight: average.mul_(1 - weight).add_(param, alpha=weight)), FLOAT32_AVERAGE,
+    ),
+    Provider(
+        names.LERP_FLOAT, (BF16, FP16),
+        each(lambda average, param, weight: average.lerp_(param.float(), weight)), FLOAT32_AVERAGE,
+    ),
+    _third_party("timm ModelEmaV3", timm),
+    _third_party("ema-pytorch EMA", ema_pytorch, "averages float buffers too"),
+    _third_party("diffusers EMAModel", diffusers, "leaves buffers out"),
+    ours(names.OURS_EXACT, "exact", (BF16,), "bf16 module that runs as it is; bit for bit the float32 average"),
+    ours(names.OURS_FLOAT32, "float32", (BF16,), FLOAT32_AVERAGE),
+    ours(names.OURS, "float32"),
+)  # fmt: skip
 
 # Our formats beside each other, ``float32`` first.
-FORMAT_PROVIDERS: tuple[type[Provider], ...] = (
-    ours("float32", "float32", (FP32, BF16)),
-    ours("exact", "exact", (BF16,)),
-    *(ours(format, format, (FP32, BF16)) for format in ("compact", "compensated")),
-    ours("half", "half", (BF16,)),
+FORMAT_PROVIDERS = tuple(
+    ours(format, format, (BF16,) if format in ("exact", "half") else (FP32, BF16))
+    for format in ("float32", "exact", "compact", "compensated", "half")
 )
 
 
-def several_providers(dtype: torch.dtype) -> list[type[Provider]]:
-    """Return the providers of one, two and three averages in one pass, and of three in three passes."""
+def several_providers(dtype: torch.dtype) -> list[Provider]:
+    """Return the providers of one, two and three averages in one pass, and of three in three passes.
+
+    One average and three passes move averages of the three in one pass, where they lie.
+    """
     format = DEFAULT_FORMATS[dtype]
+    three = functools.cache(lambda model: _make(model, format, 3))
 
-    def of(name: str, averages: int, **attributes: Any) -> type[Ours]:
-        return ours(name, format, (dtype,), averages=averages, copies_buffers=False, note=format, **attributes)
+    def of(name: str, rules: int, *, apart: bool = False, passes: int = 1) -> Provider:
+        def make(model: nn.Module) -> Made:
+            made = _make(model, format, 2) if rules == 2 else three(model)
+            return _moving(made, list(RULES)[:rules], model, format, apart=apart)
 
-    # Three come first: one average and three passes move averages of theirs, where they lie.
-    three, two = of(names.THREE, 3), of(names.TWO, 2)
-    one = of(names.ONE, 1, shares=names.THREE)
-    return [three, one, two, of(names.THREE_APART, 3, apart=True, passes=3, shares=names.THREE)]
+        return Provider(name, (dtype,), make, format, format, rules, passes)
+
+    return [
+        of(names.ONE, 1, apart=True), of(names.TWO, 2), of(names.THREE, 3),
+        of(names.THREE_APART, 3, apart=True, passes=3),
+    ]  # fmt: skip
 
 
-def providers_for(dtype: torch.dtype, known: Iterable[type[Provider]] | None = None) -> list[type[Provider]]:
-    """Return those of ``known``, or of every provider, that average params of ``dtype``."""
-    return [kind for kind in (update_providers() if known is None else known) if dtype in kind.param_dtypes]
+def providers_for(dtype: torch.dtype, known: Iterable[Provider] = UPDATE_PROVIDERS) -> list[Provider]:
+    """Return those of ``known`` that average params of ``dtype``."""
+    return [provider for provider in known if dtype in provider.dtypes]

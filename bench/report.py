@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -61,19 +61,14 @@ class Row:
     wall: Times | None = None  # many updates and the wait at their end
     device: Times | None = None  # between two events on a GPU, with the queue filled beforehand
     host: Times | None = None  # until the call returns
-    graph: Times | None = None  # as part of a CUDA graph
-    allocated_bytes: int | None = None  # peak of torch's allocator within one update; on a GPU all that it was asked
-    resident_bytes: int | None = None  # growth of the process within one update
+    allocated_bytes: int | None = None  # asked of a GPU's allocator within one update
     held_bytes: int | None = None  # averages and whatever is kept beside them
     others_cpu: float | None = None  # share of all cores that other processes took meanwhile
     copies: int = 1  # of model and average, visited in turn
     filler_bytes: int = 0  # read and written before a sample, to empty the cache
-    busy_s: float | None = None  # of the device within one update, without gaps (profiler)
     launches: int | None = None  # of kernels in one update
     transfers: int | None = None  # copies and fills in one update that are no kernels
-    kernels: dict[str, int] = field(default_factory=dict)  # launches by the kernels' names, cut off
     waits: bool | None = None  # the call returned only when the device was done
-    sync_error: str | None = None  # torch's complaint where waiting is an error; "" for none
     remarks: list[str] = field(default_factory=list)  # why something was not measured
 
     @property
@@ -93,32 +88,8 @@ class Row:
         return self.counted_bytes / times.median
 
     @property
-    def wrong(self) -> bool:
-        """Return whether this provider was tried and did not do its work."""
-        return self.status in ("wrong", "failed")
-
-    @property
     def is_ours(self) -> bool:
         return self.provider.startswith(names.OURS) or self.group in (names.FORMATS, names.SEVERAL)
-
-    @property
-    def peak_bytes(self) -> int | None:
-        """Return the larger of both measures of memory: each is blind to something that the other sees."""
-        return max((value for value in (self.allocated_bytes, self.resident_bytes) if value is not None), default=None)
-
-
-@dataclass(frozen=True)
-class TrainingRow:
-    """One class that averages along one training loop."""
-
-    model: str
-    setting: str  # "alone" or "DDP, 2 ranks"
-    provider: str
-    every: int  # steps between updates
-    num_params: int
-    step: Times  # without updates
-    update: Times  # inside the loop
-    share: Times  # of all time, spent on averaging; no seconds
 
 
 @dataclass(frozen=True)
@@ -127,24 +98,13 @@ class StepRow:
 
     work: str
     way: str
-    backend: str | None  # of an average of ours; None: the default
     num_params: int
     step: Times
+    backend: str | None = None  # of an average of ours; None: the default
     exposed: Times | None = None  # this step less the step without averaging of the same round
     share: Times | None = None  # ``exposed`` over that step; no seconds
     differing: int | None = None  # elements of an average of ours that are not those of the plain one
     others_cpu: float | None = None
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What it took to plan one rank's part of a large model."""
-
-    mode: str
-    rank: int
-    seconds: float
-    peak_bytes: int
-    share: float  # of an even part
 
 
 @dataclass(frozen=True)
@@ -167,14 +127,8 @@ class Part:
     seconds: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def failed(self) -> bool:
-        return self.status == "failed"
 
-
-ITEMS: dict[str, type] = {
-    "rows": Row, "training": TrainingRow, "steps": StepRow, "planned": Planned, "curves": Curve, "parts": Part,
-}  # fmt: skip
+ITEMS: dict[str, type] = {"rows": Row, "steps": StepRow, "curves": Curve, "parts": Part}
 
 
 @dataclass
@@ -183,9 +137,7 @@ class Report:
 
     environment: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
-    training: list[TrainingRow] = field(default_factory=list)
     steps: list[StepRow] = field(default_factory=list)
-    planned: list[Planned] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     updates: list[int] = field(default_factory=list)  # at which the curves were read
     parts: list[Part] = field(default_factory=list)
@@ -198,39 +150,23 @@ class Report:
         return [row for row in self.rows if row.group == group]
 
     @property
-    def others_cpu(self) -> float:
-        rows: list[Row | StepRow] = [*self.rows, *self.steps]
-        return max((row.others_cpu or 0.0 for row in rows), default=0.0)
-
-    @property
     def differing(self) -> int:
         """Return the elements of attached averages that are not those of the plain ones."""
         return sum(row.differing or 0 for row in self.steps)
 
-    def add(self, kind: str, item: dict[str, Any]) -> None:
-        """Add one item as :func:`item_line` wrote it."""
-        if kind == "bits":
-            for case, hashes in item.items():
-                self.bits.setdefault(case, {}).update(hashes)
-        else:
-            getattr(self, kind).append(_built(ITEMS[kind], item))
+    def add(self, line: str) -> None:
+        """Add what :func:`item_line` wrote."""
+        for kind, item in json.loads(line).items():
+            if kind == "bits":
+                for case, hashes in item.items():
+                    self.bits.setdefault(case, {}).update(hashes)
+            else:
+                getattr(self, kind).append(_built(ITEMS[kind], item))
 
     def to_dict(self) -> dict[str, Any]:
         data = {each.name: getattr(self, each.name) for each in fields(self)}
         data |= {kind: [_bare(item) for item in data[kind]] for kind in ITEMS}
         return {key: value for key, value in data.items() if value not in ([], {}, False)}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Report:
-        """Read what ``to_dict`` returned.
-
-        Raises:
-            ValueError: ``data`` was written by another version of this file.
-        """
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"schema must be {SCHEMA}, got {data.get('schema')}")
-        lists = {kind: [_built(ITEMS[kind], item) for item in data.get(kind, [])] for kind in ITEMS}
-        return cls(**{**data, **lists})
 
     def write(self, path: Path) -> None:
         """Write the summary in one step: whoever reads it, at any moment, finds this report or the one before."""
@@ -245,13 +181,20 @@ class Report:
 
     def write_samples(self, path: Path) -> None:
         """Write every item with its samples, one a line."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (item_line(kind, item) for kind in ("rows", "training", "steps") for item in getattr(self, kind))
-        path.write_text("".join(lines))
+        path.write_text("".join(item_line(kind, item) for kind in ("rows", "steps") for item in getattr(self, kind)))
 
     @classmethod
     def read(cls, path: Path) -> Report:
-        return cls.from_dict(json.loads(path.read_text()))
+        """Read what ``write`` wrote.
+
+        Raises:
+            ValueError: the file was written by another version of this module.
+        """
+        data = json.loads(path.read_text())
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"schema must be {SCHEMA}, got {data.get('schema')}")
+        lists = {kind: [_built(ITEMS[kind], item) for item in data.get(kind, [])] for kind in ITEMS}
+        return cls(**{**data, **lists})
 
 
 def item_line(kind: str, item: Any) -> str:
@@ -264,8 +207,7 @@ def _bare(item: Any, *, samples: bool = False) -> dict[str, Any]:
     data = asdict(item)
     for each in fields(item):
         value = data[each.name]
-        default = each.default_factory() if each.default_factory is not MISSING else each.default
-        if value == default:
+        if value == each.default or value in ([], {}):
             del data[each.name]
         elif isinstance(value, dict) and "samples" in value and not samples:
             del value["samples"]
@@ -273,15 +215,14 @@ def _bare(item: Any, *, samples: bool = False) -> dict[str, Any]:
 
 
 def _built(kind: type, data: dict[str, Any]) -> Any:
-    return kind(**{key: _times(value) if _is_times(value) else value for key, value in data.items()})
+    return kind(**{key: _times(value) for key, value in data.items()})
 
 
-def _is_times(value: Any) -> bool:
-    return isinstance(value, dict) and {"median", "low", "high", "count"} <= value.keys()
-
-
-def _times(value: dict[str, Any]) -> Times:
-    return Times(**{**value, "samples": tuple(value.get("samples", ()))})
+def _times(value: Any) -> Any:
+    """Return the times that ``value`` holds, or ``value`` itself."""
+    if isinstance(value, dict) and {"median", "low", "high", "count"} <= value.keys():
+        return Times(**{**value, "samples": tuple(value.get("samples", ()))})
+    return value
 
 
 def _rounded(value: Any) -> Any:

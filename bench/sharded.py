@@ -10,6 +10,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -19,44 +20,27 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 from bench import internals, names
-from bench.report import Planned, Row, Times
+from bench.report import Row, Times
 from swafast import ShardedAveragedModel
 from tests.ranks import run_ranks
 
 TORCH_DTENSORS, TORCH_MULTI, FOREACH_LOCAL = "AveragedModel", "AveragedModel, SWA fn", "_foreach_lerp_ on locals"
 RANKS = 2
-SAMPLES = 40
+SAMPLES, SWAP_SAMPLES = 40, 5
 WARM_UPS = 3
 
 
-@dataclass(frozen=True)
-class Workload:
-    """DTensors sharded along their first dimension, and the bar: times faster than torch's class with its function."""
-
-    title: str
-    shapes: tuple[tuple[int, int], ...]
-    bar: float
-
-
-WORKLOADS = (
-    Workload("300 DTensors of 7x3 and 33x17", ((7, 3), (33, 17)) * 150, 20.0),
-    Workload("150 DTensors of 1025x1025", ((1025, 1025),) * 150, 1.2),
-)
-
-
-class Bare(nn.Module):
-    """DTensors and nothing else."""
-
-    def __init__(self, shapes: tuple[tuple[int, int], ...]) -> None:
-        super().__init__()
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        whole = (torch.randn(shape) for shape in shapes)
-        self.params = nn.ParameterList(nn.Parameter(distribute_tensor(tensor, mesh, [Shard(0)])) for tensor in whole)
+# The shapes of DTensors, sharded along their first dimension.
+WORKLOADS = {
+    "300 DTensors of 7x3 and 33x17": ((7, 3), (33, 17)) * 150,
+    "150 DTensors of 1025x1025": ((1025, 1025),) * 150,
+}
 
 
 def _time_updates(shapes: tuple[tuple[int, int], ...]) -> dict[str, list[float]]:
     """Time every contestant on this rank."""
-    model = Bare(shapes)
+    mesh, whole = init_device_mesh("cpu", (dist.get_world_size(),)), (torch.randn(shape) for shape in shapes)
+    model = nn.ParameterList(nn.Parameter(distribute_tensor(tensor, mesh, [Shard(0)])) for tensor in whole)
     plain, multi = AveragedModel(model), AveragedModel(model, multi_avg_fn=get_swa_multi_avg_fn())
     ours = ShardedAveragedModel(model)
     params = [param.to_local().detach() for param in model.parameters() if isinstance(param, DTensor)]
@@ -67,24 +51,28 @@ def _time_updates(shapes: tuple[tuple[int, int], ...]) -> dict[str, list[float]]
         FOREACH_LOCAL: lambda: torch._foreach_lerp_(averages, params, 0.1),
         names.OURS: lambda: ours.update_parameters(model),
     }
+    return _in_turns(contestants, SAMPLES)
+
+
+def _in_turns(contestants: dict[str, Callable[[], object]], count: int) -> dict[str, list[float]]:
+    """Return the seconds of each contestant on this rank; all ranks begin a sample together."""
     samples: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(WARM_UPS + SAMPLES):
-        for name, update in contestants.items():
+    for _ in range(WARM_UPS + count):
+        for name, call in contestants.items():
             dist.barrier()
             start = time.perf_counter()
-            update()
-            if turn >= WARM_UPS:
-                samples[name].append(time.perf_counter() - start)
-    return samples
+            call()
+            samples[name].append(time.perf_counter() - start)
+    return {name: taken[WARM_UPS:] for name, taken in samples.items()}
 
 
 def measure_updates() -> list[Row]:
     rows = []
-    for workload in WORKLOADS:
-        numel = sum(rows * columns for rows, columns in workload.shapes)
+    for title, shapes in WORKLOADS.items():
+        numel = sum(rows * columns for rows, columns in shapes)
         # Read both, write one, in float32.
-        base = Row(workload.title, workload.title, "float32", "", numel, len(workload.shapes), 12 * numel)
-        rows += _timed(base, run_ranks(RANKS, _time_updates, workload.shapes))
+        base = Row(title, title, "float32", "", numel, len(shapes), 12 * numel)
+        rows += _timed(base, run_ranks(RANKS, _time_updates, shapes))
     return rows
 
 
@@ -107,16 +95,13 @@ def _time_swaps() -> dict[str, list[float]]:
     for param in model:
         dist.broadcast(param.detach(), 0)
     averaged = ShardedAveragedModel(model)
-    samples: dict[str, list[float]] = {f"{mib} MiB windows": [] for mib in WINDOWS_MIB}
-    for _ in range(5):
-        for mib in WINDOWS_MIB:
-            internals.set_window(mib * 2**20)
-            dist.barrier()
-            start = time.perf_counter()
-            with averaged.swapped_into(model):
-                pass
-            samples[f"{mib} MiB windows"].append(time.perf_counter() - start)
-    return samples
+
+    def swap(mib: int) -> None:
+        internals.set_window(mib * 2**20)
+        with averaged.swapped_into(model):
+            pass
+
+    return _in_turns({f"{mib} MiB windows": partial(swap, mib) for mib in WINDOWS_MIB}, SWAP_SAMPLES)
 
 
 def measure_swaps() -> list[Row]:
@@ -130,17 +115,10 @@ def measure_swaps() -> list[Row]:
 # A plan of a model that no machine here holds
 
 
-class Group(nn.Module):
-    """Modules that FSDP shards together. It is never run."""
-
-    def __init__(self, *modules: nn.Module) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(modules)
-
-
-def llama_405b() -> Group:
-    """Make the params of Llama-3-405B by their shapes, on the meta device."""
+def llama_405b() -> nn.Sequential:
+    """Make the params of Llama-3-405B by their shapes, on the meta device; never run."""
     width, kv, inner, depth, words = 16384, 1024, 53248, 126, 128256
+    linears = ((width, width), (kv, width), (kv, width), (width, width), (inner, width), (inner, width), (width, inner))
 
     def linear(outputs: int, inputs: int) -> nn.Linear:
         return nn.Linear(inputs, outputs, bias=False, device="meta", dtype=torch.bfloat16)
@@ -148,12 +126,23 @@ def llama_405b() -> Group:
     def norm() -> nn.Module:
         return nn.RMSNorm(width, device="meta", dtype=torch.bfloat16)
 
-    def layer() -> nn.Module:
-        attention = [linear(width, width), linear(kv, width), linear(kv, width), linear(width, width)]
-        perceptron = [linear(inner, width), linear(inner, width), linear(width, inner)]
-        return Group(*attention, *perceptron, norm(), norm())
+    layers = (Layer(*(linear(*shape) for shape in linears), norm(), norm()) for _ in range(depth))
+    return Layer(*layers, linear(words, width), norm(), linear(words, width))
 
-    return Group(*(layer() for _ in range(depth)), linear(words, width), norm(), linear(words, width))
+
+class Layer(nn.Sequential):
+    """Modules that FSDP shards together."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What it took to plan one rank's part of a large model."""
+
+    mode: str
+    rank: int
+    seconds: float
+    peak_bytes: int
+    share: float  # of an even part
 
 
 def plan_405b(ranks: int = 1024, some: tuple[int, ...] = (0, 511, 1023)) -> list[Planned]:
@@ -169,8 +158,8 @@ def plan_405b(ranks: int = 1024, some: tuple[int, ...] = (0, 511, 1023)) -> list
             even = sum(param.numel() for param in model.parameters()) / ranks
             found.append(_plan("replicated", model, rank, ranks, even))
             mesh = init_device_mesh("cpu", (ranks,))
-            for part in model.parts:
-                if isinstance(part, Group):
+            for part in model:
+                if isinstance(part, Layer):
                     fully_shard(part, mesh=mesh)
             fully_shard(model, mesh=mesh)
             found.append(_plan("FSDP2", model, rank, ranks, even))

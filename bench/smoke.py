@@ -1,51 +1,29 @@
 """A few updates of every dtype and format, small and misaligned, an exchange, and a look for what is not finite; and
 several averages of mixed formats in one pass.
 
-``python -m bench.smoke --device cuda --backend cuda --lines FILE`` runs them on each backend and on the CPU,
-and compares all bits. The memory checkers watch it too.
+The part "bits" of a GPU run does them on each backend and on the CPU, and compares all bits. The memory checkers watch
+it too.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench import internals
-from bench.report import item_line
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages, PowerAverage, Rule
 
 # Around the widths of vectors, tiles and chunks; and the element that each one starts at, so that most are misaligned.
 NUMELS = (1, 3, 64, 255, 1024, 4097, 70_001)
 STARTS = (0, 1, 3, 8)
 UPDATES = 4
-
-
-@dataclass(frozen=True)
-class SmokeCase:
-    """Averages of params of one dtype, by name: each with its format and its rule."""
-
-    dtype: torch.dtype
-    averages: tuple[tuple[str, str, Rule], ...]
-
-    @property
-    def title(self) -> str:
-        _, fmt, rule = self.averages[0]
-        dtype = str(self.dtype).removeprefix("torch.")
-        if len(self.averages) > 1:
-            return f"{dtype}, {len(self.averages)} averages"
-        return f"{dtype}, {fmt}, {type(rule).__name__}"
-
-
 RULES = (EqualAverage(), ExponentialAverage(0.9, warmup="ratio"), PowerAverage(6.94))
 FORMATS = {
     torch.float32: ("float32", "compensated", "compact"),
@@ -54,24 +32,35 @@ FORMATS = {
 }
 
 
-def _one(dtype: torch.dtype, fmt: str, rule: Rule) -> SmokeCase:
-    return SmokeCase(dtype, (("average", fmt, rule),))
+@dataclass(frozen=True)
+class SmokeCase:
+    """Averages of params of one dtype: each with its format and its rule."""
+
+    dtype: torch.dtype
+    averages: tuple[tuple[str, Rule], ...]
+
+    @property
+    def title(self) -> str:
+        format, rule = self.averages[0]
+        dtype = str(self.dtype).removeprefix("torch.")
+        if len(self.averages) > 1:
+            return f"{dtype}, {len(self.averages)} averages"
+        return f"{dtype}, {format}, {type(rule).__name__}"
 
 
 def _several(dtype: torch.dtype, count: int) -> SmokeCase:
     """Return a case of ``count`` averages, of all formats and rules in turn."""
     formats = (*FORMATS[torch.bfloat16], "mirrored")
-    turns = ((f"average {i}", formats[i % len(formats)], RULES[i % len(RULES)]) for i in range(count))
-    return SmokeCase(dtype, tuple(turns))
+    return SmokeCase(dtype, tuple((formats[i % len(formats)], RULES[i % len(RULES)]) for i in range(count)))
 
 
 # A rule's weights have nothing to do with a format. Those of the first rule lie on both sides of one half, where a lerp
 # changes, so it goes with each format, and the others with one.
 CASES = [
-    *(_one(dtype, fmt, RULES[0]) for dtype, formats in FORMATS.items() for fmt in formats),
-    *(_one(dtype, FORMATS[dtype][0], rule) for dtype in (torch.float32, torch.bfloat16) for rule in RULES[1:]),
+    *(SmokeCase(dtype, ((format, RULES[0]),)) for dtype, formats in FORMATS.items() for format in formats),
+    *(SmokeCase(dtype, ((FORMATS[dtype][0], rule),)) for dtype in list(FORMATS)[:2] for rule in RULES[1:]),
     *(_several(dtype, 3) for dtype in FORMATS),
-    _several(torch.bfloat16, internals.most_averages()),
+    _several(torch.bfloat16, internals.MOST_AVERAGES),
 ]
 
 
@@ -107,21 +96,21 @@ def digest(tensors: Iterable[Tensor]) -> str:
     return state.hexdigest()
 
 
-def make_averages(case: SmokeCase, model: nn.Module, backend: str) -> FusedAveragedModel | FusedAverages:
-    """Make the one average of a case, or all of them together."""
-    names = [name for name, _, _ in case.averages]
-    formats = {name: fmt for name, fmt, _ in case.averages}
-    rules = {name: rule for name, _, rule in case.averages}
+def make_averages(
+    case: SmokeCase, model: nn.Module, backend: str
+) -> tuple[FusedAveragedModel | FusedAverages, list[FusedAveragedModel]]:
+    """Return what updates all averages of a case, and each of them."""
     options: dict[str, Any] = {"backend": backend, "nonfinite": "skip"}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "format='half'", UserWarning)
-        if len(names) == 1:
-            return FusedAveragedModel(model, rule=rules[names[0]], format=formats[names[0]], **options)
-        return FusedAverages(model, rules=rules, format=formats, **options)
-
-
-def each_of(averaged: FusedAveragedModel | FusedAverages) -> list[FusedAveragedModel]:
-    return averaged.values() if isinstance(averaged, FusedAverages) else [averaged]
+        if len(case.averages) == 1:
+            ((format, rule),) = case.averages
+            one = FusedAveragedModel(model, rule=rule, format=format, **options)
+            return one, [one]
+        formats = {f"average {index}": format for index, (format, _) in enumerate(case.averages)}
+        rules = {f"average {index}": rule for index, (_, rule) in enumerate(case.averages)}
+        several = FusedAverages(model, rules=rules, format=formats, **options)
+    return several, several.values()
 
 
 def run_case(case: SmokeCase, backend: str, device: str) -> dict[str, str]:
@@ -132,31 +121,31 @@ def run_case(case: SmokeCase, backend: str, device: str) -> dict[str, str]:
     """
     generator = torch.Generator().manual_seed(20)
     model = Misaligned(case.dtype, device)
-    averaged = make_averages(case, model, backend)
+    averaged, each = make_averages(case, model, backend)
     for _ in range(UPDATES):
         model.draw(generator)
         averaged.update_parameters(model)
-    exported = (each.averaged_state_dict().values() for each in each_of(averaged))
+    exported = (one.averaged_state_dict().values() for one in each)
     found = {case.title: digest([*averaged.state_dict().values(), *chain.from_iterable(exported)])}
-    first, before = each_of(averaged)[0], digest(model.state_dict().values())
-    with first.swapped_into(model):
+    before = digest(model.state_dict().values())
+    with each[0].swapped_into(model):
         # One that does not exchange in place casts, which may round a tie of `exact` the other way.
         if internals.exchanges_in_place(backend):
             found[f"{case.title}, exchanged"] = digest(model.state_dict().values())
     assert digest(model.state_dict().values()) == before, f"{case.title}: the exchange did not come back"
-    _look_for_nan(case, averaged, model)
+    _look_for_nan(case, averaged, each, model)
     return found
 
 
-def _look_for_nan(case: SmokeCase, averaged: FusedAveragedModel | FusedAverages, model: Misaligned) -> None:
+def _look_for_nan(case: SmokeCase, averaged: Any, each: list[FusedAveragedModel], model: Misaligned) -> None:
     name = f"at_{len(NUMELS) - 1}"
     with torch.no_grad():
         model.get_parameter(name)[-1] = float("nan")
     before = digest(averaged.state_dict().values())  # the counters are among them
     averaged.update_parameters(model)
     assert digest(averaged.state_dict().values()) == before, f"{case.title}: a NaN got into an average, or counted"
-    for each in each_of(averaged):
-        each.nonfinite = "raise"
+    for one in each:
+        one.nonfinite = "raise"
     try:
         averaged.update_parameters(model)
         seen = ""
@@ -165,8 +154,13 @@ def _look_for_nan(case: SmokeCase, averaged: FusedAveragedModel | FusedAverages,
     assert name in seen, f"{case.title}: a NaN was not seen: {seen}"
 
 
-def run(backends: list[str], device: str, lines: Path | None = None) -> dict[str, dict[str, str]]:
-    """Return the hash of each case on the CPU and on each backend, or the error in its place. Append them to lines."""
+def compare(
+    backends: Sequence[str], device: str, emit: Callable[[dict[str, dict[str, str]]], object]
+) -> tuple[bool, str]:
+    """Emit the hash of each case on the CPU and on each backend, or the error in its place.
+
+    Return whether any two differ, and a line about it.
+    """
     oracle = "reference" if internals.backend_missing("cpu") else "cpu"
     places = {oracle: "cpu", **dict.fromkeys(backends, device)}
     found: dict[str, dict[str, str]] = {}
@@ -179,29 +173,7 @@ def run(backends: list[str], device: str, lines: Path | None = None) -> dict[str
                 hashes = {case.title: f"{type(error).__name__}: {error}".splitlines()[0]}
             for title, value in hashes.items():
                 found.setdefault(title, {})[backend] = value
-                if lines is not None:
-                    with lines.open("a") as file:
-                        file.write(item_line("bits", {title: {backend: value}}))
-    return found
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Compare, append the hashes to the lines, and return 1 where any two differ."""
-    parser = argparse.ArgumentParser(prog="python -m bench.smoke", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--backend", action="append", required=True)
-    parser.add_argument("--lines", type=Path)
-    given = parser.parse_args(arguments)
-    if given.device == "cpu":
-        torch.set_num_threads(1)  # of a dry run: its tensors are small, and others may be at work on this machine
-    found = run(given.backend, given.device, given.lines)
-    differing = [title for title, hashes in found.items() if len(set(hashes.values())) > 1]
-    for title in differing:
-        sys.stdout.write(f"{title}: {found[title]}\n")
-    equal, backends = len(found) - len(differing), ", ".join(next(iter(found.values())))
-    sys.stdout.write(f"{equal} of {len(found)} cases equal in all bits on {backends}\n")
-    return int(bool(differing))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+                emit({title: {backend: value}})
+    differing = [f"{title}: {hashes}" for title, hashes in found.items() if len(set(hashes.values())) > 1]
+    line = f"{len(found) - len(differing)} of {len(found)} cases equal in all bits on {', '.join(places)}"
+    return bool(differing), "\n".join([*differing, line])

@@ -1,4 +1,4 @@
-"""Training steps to follow: the demo's network, a small CNN, and decoders of any shape."""
+"""Training steps to follow: the demo's network, and decoders of any shape."""
 
 from __future__ import annotations
 
@@ -78,18 +78,12 @@ class Work:
 
 
 class Training:
-    """A model in training: with the same params and batches as all others of its work.
+    """A model in training: with the same params and batches as all others of its work."""
 
-    Args:
-        wrap: what the model is trained in, say DDP.
-    """
-
-    def __init__(
-        self, work: Work, device: torch.device, wrap: Callable[[nn.Module], nn.Module] = lambda model: model
-    ) -> None:
+    def __init__(self, work: Work, device: torch.device) -> None:
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type), device:
             torch.manual_seed(0)
-            self.model = wrap(work.build())
+            self.model = work.build()
             self._batches = [work.draw() for _ in range(BATCHES)]
         self.optimizer = work.make_optimizer(self.model)
         self._work, self._device, self._done = work, device, 0
@@ -116,35 +110,6 @@ def decoder_work(title: str, shape: Shape, steps_per_sample: int, autocast: torc
         return AdamW(model.parameters(), 1e-4, fused=True)
 
     return Work(title, lambda: Decoder(shape), draw, make_optimizer, steps_per_sample, autocast)
-
-
-class ConvNet(nn.Module):
-    """A CNN with BatchNorm over 32x32 images: three stages of two convolutions."""
-
-    widths, classes = (32, 64, 128), 10
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        channels = 3
-        for width in self.widths:
-            for stride in (2, 1):
-                layers += [nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-                channels = width
-        self.features = nn.Sequential(*layers)
-        self.head = nn.Linear(channels, self.classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.features(images).mean((2, 3)))
-
-
-def cnn_work(batch: int = 32) -> Work:
-    """Return the training of the CNN by SGD, on noise."""
-
-    def draw() -> Batch:
-        return torch.randn(batch, 3, 32, 32), torch.randint(ConvNet.classes, (batch,))
-
-    return Work("CNN", ConvNet, draw, lambda model: SGD(model.parameters(), 0.05, 0.9), 10)
 
 
 def demo_work() -> Work:

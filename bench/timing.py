@@ -15,7 +15,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import cycle
 from typing import Any
@@ -34,15 +33,13 @@ WARM_UPS = 2
 # A contestant with samples shorter than a third of the longest takes more turns in a round: they cost little there.
 MAX_TURNS = 3
 # On a CPU a shorter sample follows an untimed call, or it would depend on who ran before it: of 3000 small tensors,
-# ours took 1.3 ms after itself and 5 ms after seven others. Cold caches are what the training part measures.
+# ours took 1.3 ms after itself and 5 ms after seven others.
 LEAD_IN_BELOW_S = 0.05
 # What the copies of a rotation touch, as a multiple of the L2 cache; and how many there are where a filler makes up
 # for the rest: a copy of 3000 tensors takes half a second to build and plan.
 COVER, FILLED_COPIES = 4, 2
 # The device sleeps while the host fills its queue, at most this long.
 MAX_AHEAD_S = 0.05
-# An update that returns while the device sleeps this long has not waited for it.
-WAIT_PROBE_S = 0.03
 
 
 def synchronize(device: torch.device) -> None:
@@ -51,32 +48,11 @@ def synchronize(device: torch.device) -> None:
         torch.get_device_module(device).synchronize(device)
 
 
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Keep Python's garbage collector from running inside a sample, as ``timeit`` does."""
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@dataclass(frozen=True)
-class RotationSize:
-    """How many copies take turns, and the bytes of the filler that makes up for those that are missing."""
-
-    copies: int
-    filler_bytes: int
-
-    @classmethod
-    def covering(cls, copy_bytes: int, l2_bytes: int) -> RotationSize:
-        """Return one copy or two, with a filler where they do not exceed the L2 cache :data:`COVER` times."""
-        if copy_bytes >= COVER * l2_bytes:
-            return cls(1, 0)
-        return cls(FILLED_COPIES, 0 if FILLED_COPIES * copy_bytes >= COVER * l2_bytes else COVER * l2_bytes)
+def rotation_size(copy_bytes: int, l2_bytes: int) -> tuple[int, int]:
+    """Return one copy or two, and the bytes of a filler where they do not exceed the L2 cache :data:`COVER` times."""
+    if copy_bytes >= COVER * l2_bytes:
+        return 1, 0
+    return FILLED_COPIES, 0 if FILLED_COPIES * copy_bytes >= COVER * l2_bytes else COVER * l2_bytes
 
 
 class Rotation:
@@ -102,7 +78,6 @@ class Taken:
     samples: dict[str, list[float]] = field(default_factory=dict)
 
     def into(self, row: Row) -> Row:
-        """Return ``row`` with these times."""
         times: dict[str, Any] = {kind: Times.of(samples) for kind, samples in self.samples.items()}
         return replace(row, calls_per_sample=self.calls_per_sample, **times)
 
@@ -115,14 +90,9 @@ class Clock:
     """
 
     def __init__(self, device: torch.device, *, apart: bool = False, filler_bytes: int = 0) -> None:
-        self.device, self.apart = device, apart
-        self.on_gpu = device.type == "cuda"
+        self.device, self.apart, self.on_gpu = device, apart, device.type == "cuda"
         self._filler = torch.zeros(2, filler_bytes // 8, dtype=torch.int32, device=device) if filler_bytes else None
         self._cycles_per_s = self._measure_sleep() if self.on_gpu and apart else 0.0
-
-    @property
-    def filled(self) -> bool:
-        return self._filler is not None
 
     def evict(self) -> None:
         """Drive all else out of the cache. Half of what is left in it is to be written back, as after an update."""
@@ -150,12 +120,7 @@ class Clock:
         synchronize(self.device)
         self.evict()
         self.sleep(min(MAX_AHEAD_S, 1.5 * ahead_s + 2e-4))
-
-        def all_calls() -> None:
-            for _ in range(calls):
-                call()
-
-        return between_events(all_calls) / calls
+        return between_events(lambda: [call() for _ in range(calls)]) / calls
 
     def host_s(self, call: Call) -> float:
         """Return the seconds until the call returns, on an idle device."""
@@ -176,9 +141,12 @@ class Clock:
 
     def calls_per_sample(self, rotation: Rotation, lasting_s: float) -> int:
         """Return a multiple of the copies that lasts long enough; each copy once where a filler keeps them cold."""
-        copies = len(rotation.calls)
-        wanted = SAMPLE_ON_GPU_S if self.on_gpu else SAMPLE_S
-        return copies if self.filled else copies * max(1, math.ceil(wanted / lasting_s))
+        wanted, copies = SAMPLE_ON_GPU_S if self.on_gpu else SAMPLE_S, len(rotation.calls)
+        return copies * (1 if self._filler is not None else max(1, math.ceil(wanted / lasting_s)))
+
+    def leads_in(self, lasting_s: float) -> bool:
+        """Return whether an untimed call comes before a sample that lasts so long."""
+        return not self.on_gpu and self._filler is None and lasting_s < LEAD_IN_BELOW_S
 
     def take(self, rotation: Rotation, taken: Taken, head_s: float) -> None:
         """Add one sample of each kind."""
@@ -191,39 +159,6 @@ class Clock:
         for kind, seconds in found.items():
             taken.samples.setdefault(kind, []).append(seconds)
 
-    # What only a GPU has
-
-    def graph_s(self, rotation: Rotation) -> list[float]:
-        """Return the seconds of an update as part of a CUDA graph of all copies, one sample for each replay."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            rotation.once()
-        graph.replay()
-        copies = len(rotation.calls)
-        return [self.device_s(graph.replay, 1, 1e-4) / copies for _ in range(MIN_ROUNDS)]
-
-    def waits(self, call: Call, host_s: float) -> bool:
-        """Return whether ``call`` returns only when the device has done its earlier work."""
-        asleep = max(WAIT_PROBE_S, 10 * host_s)
-        synchronize(self.device)
-        self.sleep(asleep)
-        start = time.perf_counter()
-        call()
-        took = time.perf_counter() - start
-        synchronize(self.device)
-        return took > asleep / 2
-
-    def sync_error(self, call: Call) -> str:
-        """Return torch's complaint where ``call`` makes the host wait for the device, or an empty string."""
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            call()
-        except RuntimeError as error:
-            return str(error).splitlines()[0]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return ""
-
 
 def between_events(call: Call) -> float:
     """Return the seconds that the current stream takes for ``call``."""
@@ -235,18 +170,24 @@ def between_events(call: Call) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def rounds(names: Sequence[str], budget_s: float, *, least: int = MIN_ROUNDS, most: int = MAX_ROUNDS) -> Iterator[str]:
+def rounds(names: Sequence[str], budget_s: float, *, least: int = MIN_ROUNDS) -> Iterator[str]:
     """Yield all ``names`` round by round, each time in a new order, for about ``budget_s`` seconds.
 
     The orders are drawn by a fixed seed: nobody always runs in the caches that the same other left.
     """
     order, shuffled, end = random.Random(0), list(names), time.perf_counter() + budget_s
-    with collector_paused():
-        for done in range(most):
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()  # no collection inside a sample, as ``timeit`` has it
+    try:
+        for done in range(MAX_ROUNDS):
             if done >= least and time.perf_counter() > end:
                 break
             order.shuffle(shuffled)
             yield from shuffled
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def interleave(
@@ -264,7 +205,7 @@ def interleave(
     turns = {name: min(MAX_TURNS, max(1, int(longest / (3 * seconds)))) for name, seconds in lasting.items()}
     names = [name for name, count in turns.items() for _ in range(count)]
     for name in rounds(names, budget_s, least=min_rounds):
-        if not clock.on_gpu and not clock.filled and lasting[name] < LEAD_IN_BELOW_S:
+        if clock.leads_in(lasting[name]):
             contestants[name].step()
         clock.take(contestants[name], taken[name], heads[name])
     return taken

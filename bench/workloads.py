@@ -17,12 +17,7 @@ Entry = tuple[str, tuple[int, ...]]
 
 # Period of the values that fill a module. Prime, so that a wrong offset of any size shows as wrong values.
 FILL_PERIOD = 1_048_573
-
-# What a run holds at most at once, counted from the copies that measure.py keeps of bf16 params: model 2, flat average
-# 4, flat param 3.3, torch's average 2, ours 4 and 4, one read of ours 4. GPT-2 medium measured 25. float32 takes 20.
-PEAK_BYTES_PER_PARAM = 25
-# torch's class has up to three temporaries of the largest tensor, and torch itself takes a share.
-PEAK_BYTES_BESIDE = 1 << 30
+LLAMA_LAYERS, LLAMA_LAYER_PARAMS = 32, 218_112_000
 
 
 @dataclass(frozen=True)
@@ -36,9 +31,7 @@ class Workload:
     num_params: int  # when whole
     buffers: Callable[[], Iterator[Entry]] = lambda: iter(())
 
-    def depth_within(
-        self, memory_bytes: float, per_param: float = PEAK_BYTES_PER_PARAM, beside: float = PEAK_BYTES_BESIDE
-    ) -> int:
+    def depth_within(self, memory_bytes: float, per_param: float, beside: float) -> int:
         """Return the number of blocks that fit into ``memory_bytes``, or 0."""
         affordable = (memory_bytes - beside) / per_param
         if affordable >= self.num_params:
@@ -54,25 +47,18 @@ class Workload:
         return f"{self.title}, {depth} of {self.full_depth} layers, no embeddings"
 
 
-def _affine(name: str, width: int) -> Iterator[Entry]:
-    yield f"{name}.weight", (width,)
-    yield f"{name}.bias", (width,)
-
-
-def _linear(name: str, out: int, inner: int) -> Iterator[Entry]:
-    yield f"{name}.weight", (out, inner)
-    yield f"{name}.bias", (out,)
-
-
-# ResNet-50: blocks and inner width of each of its four stages; a block has four times as many outputs.
-RESNET50_STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))
+def _weight_bias(name: str, *shape: int) -> Iterator[Entry]:
+    """Yield the weight of a norm or a linear layer, and a bias for each of its rows."""
+    yield f"{name}.weight", shape
+    yield f"{name}.bias", shape[:1]
 
 
 def _resnet50_norms() -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Yield (convolution, norm after it, shape of the convolution) in the order of the model."""
     yield "conv1", "bn1", (64, 3, 7, 7)
     channels = 64
-    for stage, (blocks, width) in enumerate(RESNET50_STAGES, 1):
+    # Blocks and inner width of each stage; a block has four times as many outputs.
+    for stage, (blocks, width) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512)), 1):
         for block in range(blocks):
             at = f"layer{stage}.{block}"
             yield f"{at}.conv1", f"{at}.bn1", (width, channels, 1, 1)
@@ -84,11 +70,10 @@ def _resnet50_norms() -> Iterator[tuple[str, str, tuple[int, ...]]]:
 
 
 def resnet50_params(depth: int) -> Iterator[Entry]:
-    del depth
     for conv, norm, shape in _resnet50_norms():
         yield f"{conv}.weight", shape
-        yield from _affine(norm, shape[0])
-    yield from _linear("fc", 1000, 2048)
+        yield from _weight_bias(norm, shape[0])
+    yield from _weight_bias("fc", 1000, 2048)
 
 
 def resnet50_buffers() -> Iterator[Entry]:
@@ -101,21 +86,20 @@ def resnet50_buffers() -> Iterator[Entry]:
 def vit_l_16_params(depth: int) -> Iterator[Entry]:
     width = 1024
     yield "class_token", (1, 1, width)
-    yield "conv_proj.weight", (width, 3, 16, 16)
-    yield "conv_proj.bias", (width,)
+    yield from _weight_bias("conv_proj", width, 3, 16, 16)
     # 14 x 14 patches of a 224-pixel image, and the class token
     yield "encoder.pos_embedding", (1, 14 * 14 + 1, width)
     for layer in range(depth):
         at = f"encoder.layers.encoder_layer_{layer}"
-        yield from _affine(f"{at}.ln_1", width)
+        yield from _weight_bias(f"{at}.ln_1", width)
         yield f"{at}.self_attention.in_proj_weight", (3 * width, width)
         yield f"{at}.self_attention.in_proj_bias", (3 * width,)
-        yield from _linear(f"{at}.self_attention.out_proj", width, width)
-        yield from _affine(f"{at}.ln_2", width)
-        yield from _linear(f"{at}.mlp.0", 4 * width, width)
-        yield from _linear(f"{at}.mlp.3", width, 4 * width)
-    yield from _affine("encoder.ln", width)
-    yield from _linear("heads.head", 1000, width)
+        yield from _weight_bias(f"{at}.self_attention.out_proj", width, width)
+        yield from _weight_bias(f"{at}.ln_2", width)
+        yield from _weight_bias(f"{at}.mlp.0", 4 * width, width)
+        yield from _weight_bias(f"{at}.mlp.3", width, 4 * width)
+    yield from _weight_bias("encoder.ln", width)
+    yield from _weight_bias("heads.head", 1000, width)
 
 
 def gpt2_medium_params(depth: int) -> Iterator[Entry]:
@@ -124,20 +108,16 @@ def gpt2_medium_params(depth: int) -> Iterator[Entry]:
     yield "transformer.wpe.weight", (1024, width)
     for layer in range(depth):
         at = f"transformer.h.{layer}"
-        yield from _affine(f"{at}.ln_1", width)
-        # GPT-2 keeps its linear weights as (in, out)
-        for name, inner, out in (("attn.c_attn", 1, 3), ("attn.c_proj", 1, 1)):
-            yield f"{at}.{name}.weight", (inner * width, out * width)
-            yield f"{at}.{name}.bias", (out * width,)
-        yield from _affine(f"{at}.ln_2", width)
-        for name, inner, out in (("mlp.c_fc", 1, 4), ("mlp.c_proj", 4, 1)):
-            yield f"{at}.{name}.weight", (inner * width, out * width)
-            yield f"{at}.{name}.bias", (out * width,)
-    yield from _affine("transformer.ln_f", width)
-
-
-LLAMA_LAYERS = 32
-LLAMA_LAYER_PARAMS = 218_112_000
+        # GPT-2 keeps its linear weights as (in, out), in multiples of the width
+        for norm, linears in (
+            ("ln_1", (("attn.c_attn", 1, 3), ("attn.c_proj", 1, 1))),
+            ("ln_2", (("mlp.c_fc", 1, 4), ("mlp.c_proj", 4, 1))),
+        ):
+            yield from _weight_bias(f"{at}.{norm}", width)
+            for name, inner, out in linears:
+                yield f"{at}.{name}.weight", (inner * width, out * width)
+                yield f"{at}.{name}.bias", (out * width,)
+    yield from _weight_bias("transformer.ln_f", width)
 
 
 def llama3_8b_params(depth: int) -> Iterator[Entry]:
@@ -150,50 +130,40 @@ def llama3_8b_params(depth: int) -> Iterator[Entry]:
         at = f"model.layers.{layer}"
         for name, out in (("q_proj", width), ("k_proj", kv_width), ("v_proj", kv_width), ("o_proj", width)):
             yield f"{at}.self_attn.{name}.weight", (out, width)
-        yield f"{at}.mlp.gate_proj.weight", (inner, width)
-        yield f"{at}.mlp.up_proj.weight", (inner, width)
-        yield f"{at}.mlp.down_proj.weight", (width, inner)
-        yield f"{at}.input_layernorm.weight", (width,)
-        yield f"{at}.post_attention_layernorm.weight", (width,)
+        for name, shape in (("gate_proj", (inner, width)), ("up_proj", (inner, width)), ("down_proj", (width, inner))):
+            yield f"{at}.mlp.{name}.weight", shape
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{at}.{name}.weight", (width,)
     if whole:
         yield "model.norm.weight", (width,)
         yield "lm_head.weight", (vocabulary, width)
 
 
-def _equal_tensors(count: int, shape: tuple[int, ...]) -> Callable[[int], Iterator[Entry]]:
-    return lambda depth: ((f"{index}", shape) for index in range(count))
-
-
-WORKLOADS = {
-    workload.name: workload
-    for workload in (
-        Workload("resnet50", "ResNet-50", resnet50_params, 1, 25_557_032, resnet50_buffers),
-        Workload("vit_l_16", "ViT-L/16", vit_l_16_params, 24, 304_326_632),
-        Workload("gpt2_medium", "GPT-2 medium", gpt2_medium_params, 24, 354_823_168),
-        Workload("llama3_8b", "Llama-3-8B", llama3_8b_params, LLAMA_LAYERS, 8_030_261_248),
-        Workload("2000x64x64", "2000 tensors of 64x64", _equal_tensors(2000, (64, 64)), 1, 2000 * 64 * 64),
-        Workload("3000x64", "3000 tensors of 64", _equal_tensors(3000, (64,)), 1, 3000 * 64),
-    )
-}
-QUICK = ("resnet50", "2000x64x64", "3000x64")
-
-
-def _listed(name: str, title: str, shapes: tuple[tuple[int, ...], ...]) -> Workload:
+def listed(name: str, title: str, shapes: tuple[tuple[int, ...], ...]) -> Workload:
     entries = [(f"{index}.weight", shape) for index, shape in enumerate(shapes)]
     return Workload(name, title, lambda depth: iter(entries), 1, sum(math.prod(shape) for shape in shapes))
 
 
-BILLION = 10**9
-GPU_WORKLOADS = {"1e9": _listed("1e9", "1e9 params in one tensor", ((BILLION,),)), **WORKLOADS}
+def _by_name(*workloads: Workload) -> dict[str, Workload]:
+    return {workload.name: workload for workload in workloads}
+
+
+WORKLOADS = _by_name(
+    Workload("resnet50", "ResNet-50", resnet50_params, 1, 25_557_032, resnet50_buffers),
+    Workload("vit_l_16", "ViT-L/16", vit_l_16_params, 24, 304_326_632),
+    Workload("gpt2_medium", "GPT-2 medium", gpt2_medium_params, 24, 354_823_168),
+    Workload("llama3_8b", "Llama-3-8B", llama3_8b_params, LLAMA_LAYERS, 8_030_261_248),
+    listed("2000x64x64", "2000 tensors of 64x64", ((64, 64),) * 2000),
+    listed("3000x64", "3000 tensors of 64", ((64,),) * 3000),
+)
+QUICK = ("resnet50", "2000x64x64", "3000x64")
+GPU_WORKLOADS = _by_name(listed("1e9", "1e9 params in one tensor", ((10**9,),)), *WORKLOADS.values())
 # For dry runs: they show that the machinery works, not how fast anything is.
-DRY_WORKLOADS = {
-    workload.name: workload
-    for workload in (
-        _listed("dry_one", "one tensor", ((300_000,),)),
-        _listed("dry_few", "few tensors", ((200, 33), (1,), (5, 3, 7)) * 3),
-        _listed("dry_many", "many tensors", ((64,),) * 100),
-    )
-}
+DRY_WORKLOADS = _by_name(
+    listed("dry_one", "one tensor", ((300_000,),)),
+    listed("dry_few", "few tensors", ((200, 33), (1,), (5, 3, 7)) * 3),
+    listed("dry_many", "many tensors", ((64,),) * 100),
+)
 
 
 def build(workload: Workload, dtype: torch.dtype, device: torch.device, depth: int | None = None) -> nn.Module:
