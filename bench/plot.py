@@ -84,7 +84,7 @@ class Style:
     places: Sequence[float]  # of the bars
 
 
-CPU_STYLE = Style("one flat lerp_ (ceiling)", 1.0, "log", lambda value: f"{value:g}x", 0.48, 0.42, (0.12,))
+CPU_STYLE = Style("one flat lerp_", 1.0, "log", lambda value: f"{value:g}x", 0.48, 0.42, (0.12,))
 GPU_STYLE = Style("device copy (ceiling)", 0.0, "linear", lambda value: f"{value:.0%}", 0.56, 0.25, (0.27, 0.0))
 
 
