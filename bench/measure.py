@@ -225,7 +225,7 @@ class Bench:
             return []
         counted = base.num_params * moved_bytes(case.dtype, DEFAULT_FORMATS[case.dtype])
         average, param = (torch.full((counted // LERP_BYTES,), value) for value in (0.5, 0.25))
-        row = replace(base, provider=names.FLAT_LERP, counted_bytes=counted, note="a yardstick: as many bytes in one tensor")
+        row = replace(base, provider=names.FLAT_LERP, counted_bytes=counted, note="as many bytes in one tensor")
         return [(row, Rotation(lambda: average.lerp_(param, 0.01)))]
 
     def _copies(self, counted_bytes: int) -> tuple[Rotation, int]:
