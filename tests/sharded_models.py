@@ -134,10 +134,15 @@ def make_model(mode: str = "plain", dtype: torch.dtype = torch.float32) -> Net:
         return Net(mode).to(dtype)
 
 
+def can_run(mode: str, *, forward: bool) -> bool:
+    """Return whether this torch can run the mode."""
+    # torch 2.6 runs no forward pass of FSDP2 without a GPU, and shards a dimension unevenly over one mesh only.
+    return hasattr(torch.cpu.Stream, "record_event") or mode not in (FSDP2_MODES if forward else TP_MODES[1:])
+
+
 def require(mode: str, *, forward: bool) -> None:
     """Skip a test where this torch cannot run the mode."""
-    # torch 2.6 runs no forward pass of FSDP2 without a GPU, and shards a dimension unevenly over one mesh only.
-    if not hasattr(torch.cpu.Stream, "record_event") and mode in (FSDP2_MODES if forward else TP_MODES[1:]):
+    if not can_run(mode, forward=forward):
         pytest.skip(f"needs a torch that can run {mode} on a CPU")
 
 
