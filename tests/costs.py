@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -27,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import swafast
 from swafast import ExponentialAverage, FusedAveragedModel, FusedAverages, ShardedAveragedModel, Snapshots
 from swafast.backends import library
+from swafast.loop import attachment
 from tests import sharded_models
 from tests.ranks import run_ranks
 
@@ -112,6 +116,18 @@ def _counted_calls() -> Iterator[Counter[str]]:
         sys.setprofile(None)
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Leave out what the rest of the process adds: attachments of other averages, and what is collected meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attachment, "_live", weakref.WeakValueDictionary())
+        gc.disable()
+        try:
+            yield
+        finally:
+            gc.enable()
+
+
 def memory_events(call: Callable[[], object]) -> list[int]:
     """Return the bytes that torch's allocator gave (positive) and took back within one call, in order.
 
@@ -133,14 +149,15 @@ def peak_of(call: Callable[[], object]) -> int:
 
 def cost_of(call: Callable[[], object], launches: Counter[str]) -> Cost:
     """Measure one call, after a first one that makes what is made on first use."""
-    call()
-    with _counted_calls() as files:
+    with _alone():
         call()
-    launches.clear()
-    with torch.no_grad(), _Ops() as ops:
-        call()
-    launched = launches.total()
-    allocations = sum(nbytes > 0 for nbytes in memory_events(call))
+        with _counted_calls() as files:
+            call()
+        launches.clear()
+        with torch.no_grad(), _Ops() as ops:
+            call()
+        launched = launches.total()
+        allocations = sum(nbytes > 0 for nbytes in memory_events(call))
     return Cost(files.total(), len(files), launched, ops.ops, allocations, ops.collectives)
 
 

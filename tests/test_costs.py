@@ -47,6 +47,14 @@ def test_no_call_takes_more_than_its_row() -> None:
     hold(costs.costs())
 
 
+def test_averages_that_others_attached_cost_nothing() -> None:
+    model = costs.make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attachments = [FusedAveragedModel(model).attach(optimizer) for _ in range(3)]
+    hold(costs.costs())
+    assert len(attachments) == 3  # alive until here
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("mode", costs.MODES)
 def test_no_call_on_a_rank_takes_more_than_its_row(mode: str) -> None:

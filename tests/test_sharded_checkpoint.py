@@ -599,8 +599,9 @@ def test_each_of_many_ranks_has_its_part_of_the_save_id(size: int) -> None:
 
 
 def _in_a_group(folder: Path) -> None:
-    group = dist.new_group([1, 2])
-    if dist.get_rank() == 0:
+    ranks = [1, 2] if torch.__version__ >= (2, 7) else [0, 2]  # torch 2.6 saves in groups with rank 0 only
+    group = dist.new_group(ranks)
+    if dist.get_rank() not in ranks:
         return
     reference = in_every_format(make_model("ddp"))
     averaged, truth = ShardedAveragedModel(reference, process_group=group), FusedAveragedModel(reference)

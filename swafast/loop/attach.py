@@ -67,7 +67,6 @@ class Attachable:
                 thread averages them with the CPU kernels. The next step waits only for the copy, which takes pinned
                 memory. With this or ``overlap``, trained params that no given optimizer has get a UserWarning.
 
-
         Raises:
             TypeError: an argument has a wrong type, or the optimizer does not run torch's hooks.
             ValueError: a span cannot be read, or the start is after the end; ``optimizer`` has no params of the model;
