@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn import Module
 
 #: The name under which an FSDP1 module registers its flat param.
@@ -37,8 +37,9 @@ def box_of(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     Raises:
         ValueError: the rank holds more than one box, or a part of a sum (``Partial``).
     """
-    if any(placement.is_partial() for placement in tensor.placements):  # torch 2.6 takes it for replicated
-        raise ValueError("it holds a part of a sum")
+    for placement in tensor._spec.placements:
+        if isinstance(placement, Partial):  # torch 2.6 takes it for replicated
+            raise ValueError("it holds a part of a sum")
     try:
         boxes = tensor.__create_chunk_list__()
     except RuntimeError as error:
