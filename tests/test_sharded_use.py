@@ -254,18 +254,15 @@ def test_meanwhile_nothing_may_touch_the_averages(mode: str) -> None:
     run_ranks(2, refused_meanwhile, mode)
 
 
-def moved_meanwhile(mode: str, on_all: bool) -> tuple[str, list[str]]:
-    """Move a param to other memory inside the body, on one rank or on all; return the error, and what differs."""
+def moved_meanwhile(mode: str, on_all: bool) -> list[str]:
+    """Move a param to other memory inside the body, on one rank or on all; return what differs afterwards."""
     both = Beside(mode, updates=3)
-    before, told = both.params(), ""
-    try:
-        with both.averaged.swapped_into(both.sharded):
-            if on_all or dist.get_rank() == 1:
-                move(both.sharded, mode)
-    except RuntimeError as error:
-        told = str(error)
+    before = both.params()
+    with both.averaged.swapped_into(both.sharded):
+        if on_all or dist.get_rank() == 1:
+            move(both.sharded, mode)
     both.require_equal()
-    return told, differing(both.params(), before)
+    return differing(both.params(), before)
 
 
 def move(sharded: nn.Module, mode: str) -> None:
@@ -281,17 +278,12 @@ def move(sharded: nn.Module, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["plain", "ddp", "fsdp2", "fsdp1"])
-def test_a_param_moved_meanwhile_is_named(mode: str) -> None:
-    for error, _ in run_ranks(2, moved_meanwhile, mode, True):
-        assert error.startswith("model must keep its tensors while swapped, got '")
-        assert "on other memory" in error
-        assert mode == "fsdp1" or "'frozen.weight'" in error
+def test_a_param_moved_meanwhile_comes_back(mode: str) -> None:
+    assert run_ranks(2, moved_meanwhile, mode, True) == [[], []]
 
 
 def check_moved_on_one_rank(plant: Plant = None) -> None:
-    (first, others), (second, moved) = run_ranks(2, moved_meanwhile, "plain", False, plant=plant)
-    assert (first, others, moved) == ("", [], ["frozen.weight"])
-    assert "'frozen.weight'" in second
+    assert run_ranks(2, moved_meanwhile, "plain", False, plant=plant) == [[], []]
 
 
 def test_a_param_moved_on_one_rank_spoils_no_other() -> None:

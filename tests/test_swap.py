@@ -80,13 +80,6 @@ def test_a_bad_model_changes_nothing(every_kind: EveryKind) -> None:
         average.swapped_into(every_kind).__enter__()
 
 
-def test_a_param_that_was_moved_meanwhile_is_named_and_the_average_is_whole(every_kind: EveryKind) -> None:
-    average = trained(every_kind, torch.float32)
-    with refused(RuntimeError, "'long' on other memory", average), average.swapped_into(every_kind):
-        every_kind.long.data = every_kind.long.data.clone()
-    average.update_parameters(every_kind)
-
-
 def test_autograd_sees_the_exchange() -> None:
     model = nn.Linear(3, 3)
     average = FusedAveragedModel(model)

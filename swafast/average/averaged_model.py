@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +11,9 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim.swa_utils import AveragedModel
 
+from ..loop import swaps
+from ..loop.guard import seamless
+from ..loop.swaps import Swap
 from ..op import checks, choice
 from ..op.exchange import Exchange
 from ..terms.formats import OWN, Format, check_format, format_of, stored_dtype
@@ -173,6 +175,8 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         with self._guard.hold("update_parameters"):
             rule = self.rule
             plan, params, planes = self._bind(model, rule is None)
+            if swaps.in_force:
+                swaps.refuse_model("update_parameters", model)
             skip = self.nonfinite == "skip"
             if self.nonfinite == "raise":
                 plan.refuse_nonfinite(params)
@@ -198,9 +202,10 @@ class FusedAveragedModel(WithBindings, AveragedModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._guard.settle()
+        self._guard.refuse_while_swapped("forward")
         return super().forward(*args, **kwargs)
 
-    @contextmanager
+    @seamless
     def swapped_into(self, model: Module) -> Iterator[Module]:
         """Run ``model`` on the averages: ``with averaged.swapped_into(model): evaluate(model)``.
 
@@ -214,26 +219,17 @@ class FusedAveragedModel(WithBindings, AveragedModel):
             RuntimeError: the averages are swapped in already; or, on leaving, a parameter has moved to other memory,
                 and is named. Inside the body, updates, :meth:`state_dict` and :meth:`load_state_dict` raise it too.
         """
-        exchange = None
+        swap = Swap(self._guard, self, model)
         try:
-            with self._guard.hold("swapped_into"):
-                exchange = Exchange(*self._bind(model))
-                self._guard.model = model
-                exchange.there()
-            yield model
-        finally:
-            if exchange is not None:
-                self._swap_back(exchange)
-
-    def _swap_back(self, exchange: Exchange) -> None:
-        with self._guard.locked():
             try:
-                exchange.back()
-            except (KeyboardInterrupt, SystemExit):
-                exchange.back()  # what the interrupt has left
-                raise
+                with self._guard.hold("swapped_into"):
+                    bound, ignored = self._bind(model), swaps.broadcasts_buffers(model)
+                    swap.enter(Exchange(*bound, self._bindings.latest.now, ignore_buffers=ignored))
+                yield model
             finally:
-                self._guard.model = None
+                swap.leave()
+        finally:
+            swap.finish()  # whatever an interrupt has left
 
     @torch.no_grad()
     def copy_to(self, model: Module) -> None:
@@ -244,6 +240,8 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         """
         with self._guard.hold("copy_to"):
             plan, params, planes = self._bind(model)
+            if swaps.in_force:
+                swaps.refuse_model("copy_to", model)
             pairs = plan.pairs(params, planes)
             checks.check_writable(pairs)
             for pair in pairs:

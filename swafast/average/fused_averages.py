@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..backends.library import MAX_PACES
+from ..loop import swaps
 from ..loop.guard import Guard
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
@@ -190,6 +191,8 @@ class FusedAverages(WithBindings, Module):
             averages = self.values()
             rules = self._rules(averages)
             plan, params, planes = self._bind_all(model, averages)
+            if swaps.in_force:
+                swaps.refuse_model("update_parameters", model)
             nonfinite = {averaged.nonfinite for averaged in averages}
             if "raise" in nonfinite:
                 plan.refuse_nonfinite(params)

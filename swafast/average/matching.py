@@ -114,7 +114,7 @@ def _match(side: ModuleSide, model: Module, pace: int) -> list[Pair]:
             if theirs[is_buffer][other] is not param:
                 raise ValueError(f"model must tie {names[0]!r} and {other!r} as the average does, got two tensors")
         fmt = side.format_of(names[0], average, is_buffer)
-        matched.append(Pair(names[0], param, (average,), fmt, pace=pace))
+        matched.append(Pair(names[0], param, (average,), fmt, pace=pace, is_buffer=is_buffer))
     return matched
 
 
@@ -159,6 +159,7 @@ class ModuleBinding:
         backends = choice.choose_backends(sides[0].backend, choice.device_types(pairs))
         self.plan = Plan(pairs, backends, counters, homes)
         self.config, self._owner_walk, self._model_walk = config, Walk(root), Walk(unwrap(model))
+        self._num_planes = sum(len(pair.planes) for pair in pairs)
         self._planes = _picker([self._owner_walk.position(plane) for pair in pairs for plane in pair.planes])
         self._params = _picker([self._model_walk.position(pair.param) for pair in pairs])
 
@@ -178,6 +179,21 @@ class ModuleBinding:
         params, planes = self._params(theirs), self._planes(own)
         return (self.plan, params, planes) if self.plan.fits(params, planes, counters) else None
 
+    def now(self) -> Sequence[Tensor | None]:
+        """Return the tensors that both modules have now under the names of the plan: params, then planes.
+
+        None stands for one that they have no longer, and for all planes if the averaged module has other modules.
+        """
+        theirs, own = self._model_walk.tensors(), self._owner_walk.tensors()
+        params: Sequence[Tensor | None] = ()
+        if theirs is not None:
+            params = self._params(theirs)
+        elif (root := self.root) is not None:
+            found = named_params(root, "model") | named_buffers(root, "model")
+            params = [found.get(name) for name in self.plan.names]
+        planes = self._planes(own) if own is not None else [None] * self._num_planes
+        return [*params, *planes]
+
 
 class AnyBinding(Protocol):
     """What :class:`Bindings` needs of a binding: a plan, and the way to find its tensors again."""
@@ -189,6 +205,7 @@ class AnyBinding(Protocol):
     @property
     def config(self) -> object: ...
     def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None: ...
+    def now(self) -> Sequence[Tensor | None]: ...
 
 
 class Bindings:
@@ -215,14 +232,14 @@ class Bindings:
         return None
 
     @property
-    def latest(self) -> AnyBinding | None:
-        """The binding that was used last, or None."""
-        return self._recent[0] if self._recent else None
+    def latest(self) -> AnyBinding:
+        """The binding that was used last. There must be one."""
+        return self._recent[0]
 
     @property
     def homes(self) -> frozenset[int]:
         """Addresses of the planes that are in buckets."""
-        return self.shared_homes | (self.latest.plan.homes if self.latest is not None else frozenset())
+        return self.shared_homes | (self.latest.plan.homes if self._recent else frozenset())
 
     def bind(
         self,

@@ -15,6 +15,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from ..terms.lazy import MadeOnUse
+from . import swaps
 from .attachment import Attachment
 from .guard import Guard
 from .runners import Ready
@@ -94,6 +95,8 @@ class Attachable:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         with self._guard.hold("attach"):
             self._bind(model)
+            if swaps.in_force:
+                swaps.refuse_model("attach", model)
         own = set(map(id, model.parameters()))  # read after _bind, which puts FSDP's shards back
         for optimizer in optimizers:
             if not any(id(param) in own for group in optimizer.param_groups for param in group["params"]):

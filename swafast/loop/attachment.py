@@ -13,6 +13,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from ..torch_private.core import disable_dynamo
+from . import swaps
 from .runners import Updating, runner_for
 from .schedule import Schedule
 
@@ -111,7 +112,10 @@ class Attachment:
     # Steps
 
     @disable_dynamo
-    def _before_step(self, *_: object) -> None:
+    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
+        self._averaged._guard.refuse_while_swapped("a step of the optimizer")
+        if swaps.in_force:
+            swaps.refuse("a step of the optimizer", (p for group in optimizer.param_groups for p in group["params"]))
         self._runner.before_step()
 
     @disable_dynamo

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
+from ..loop import swaps
 from ..loop.attach import Attachable
 from ..torch_private.core import is_in_backward, running_eagerly
 from ..torch_private.modules import BatchNormLayer, own_buffers
@@ -74,6 +75,7 @@ def update_bn(
     for module in model.modules():
         if isinstance(module, Attachable):
             module._guard.settle()  # an update in the background would write buffers that a failure here restores
+    swaps.refuse_averages("update_bn", model)
     run = partial(_run, loader, model, layers, device, call or _call, progress)
     together = process_group is not None or (torch.distributed.is_available() and torch.distributed.is_initialized())
     num_batches = _run_on_all(run, layers, process_group) if together else run()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from ..loop import swaps
 from ..loop.attachment import check_attached_load, wait_for_readers
 from ..op import torch_op  # noqa: F401  # registers it
 from ..terms.pickling import pickled_from
@@ -127,7 +128,13 @@ class SWA(Optimizer):
 
     @torch.no_grad()
     def update_swa_group(self, group: dict[str, Any]) -> None:
-        """Update the averages of one of ``param_groups``."""
+        """Update the averages of one of ``param_groups``.
+
+        Raises:
+            RuntimeError: averages are swapped into a model of these params.
+        """
+        if swaps.in_force:
+            swaps.refuse("update_swa", group["params"])
         alike: defaultdict[tuple[torch.device, str], list[Tensor]] = defaultdict(list)  # the params of each launch
         for param in group["params"]:
             if param.numel():
@@ -143,7 +150,13 @@ class SWA(Optimizer):
 
     @torch.no_grad()
     def swap_swa_sgd(self) -> None:
-        """Exchange params and averages in place, or exchange them back. Warn of params that have no average yet."""
+        """Exchange params and averages in place, or exchange them back. Warn of params that have no average yet.
+
+        Raises:
+            RuntimeError: averages are swapped into a model of these params.
+        """
+        if swaps.in_force:
+            swaps.refuse("swap_swa_sgd", self._params())
         wait_for_readers()
         lacking = 0
         for param in self._params():

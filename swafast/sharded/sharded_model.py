@@ -14,7 +14,9 @@ from torch.nn import Module
 
 from ..average.functions import choose_rule
 from ..average.matching import ask_include
-from ..loop.guard import Guard
+from ..loop import swaps
+from ..loop.guard import Guard, seamless
+from ..loop.swaps import Swap
 from ..op import checks
 from ..terms.formats import check_format
 from ..terms.pickling import pickled_from
@@ -25,7 +27,7 @@ from .parts.ranks import Ranks
 from .parts.rendezvous import shared_ranks
 from .parts.shares import share_out
 from .shard_matching import Bound, ShardSide, check_sharded_model
-from .swap import Swap, spread_all
+from .swap import SpreadExchange, spread_all
 from .updating import AttachableShards
 
 
@@ -156,7 +158,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
 
     # Use of the average
 
-    @contextmanager
+    @seamless
     def swapped_into(self, model: Module) -> Iterator[Module]:
         """Run ``model`` on the averages: ``with averaged.swapped_into(model): evaluate(model)``.
 
@@ -173,23 +175,21 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
             RuntimeError: the averages are swapped in already; a rank was lost; or, on leaving, a parameter has moved to
                 other memory, and is named. Inside the body, updates and calls for states raise it too.
         """
-        swap = None
-        self._guard.settle("swapped_into")
+        swap = Swap(self._guard, self, model, self._ranks.lock)
         try:
-            with self._guard.locked(), self._ranks.lock:
-                with self._meet("swapped_into", model) as (bound, held):
-                    swap = Swap(model, bound, self._spreads, held)
-                    self._guard.model = model
-                    swap.there()
-                swap.spread()
-            yield model
+            try:
+                self._guard.settle("swapped_into")
+                with self._guard.locked(self._ranks.lock):
+                    with self._meet("swapped_into", model) as (bound, held):
+                        exchange = SpreadExchange(model, bound, self._bindings.latest.now, self._spreads, held)
+                        swap.enter(exchange)
+                    exchange.spread()
+                    exchange.watch()
+                yield model
+            finally:
+                swap.leave()
         finally:
-            if swap is not None:
-                with self._guard.locked(), self._ranks.lock:
-                    try:
-                        swap.back()
-                    finally:
-                        self._guard.model = None
+            swap.finish()  # whatever an interrupt has left
 
     @torch.no_grad()
     def copy_to(self, model: Module) -> None:
@@ -200,8 +200,10 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
             RuntimeError: a rank was lost. The message says which params are not whole.
         """
         self._guard.settle("copy_to")
-        with self._guard.locked(), self._ranks.lock:
+        with self._guard.locked(self._ranks.lock):
             with self._meet("copy_to", model) as ((plan, params, planes), held):
+                if swaps.in_force:
+                    swaps.refuse_model("copy_to", model)
                 pairs = plan.pairs(params, planes)
                 checks.check_writable(pairs)
             for pair in pairs:

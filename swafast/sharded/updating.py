@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..average.matching import Bindings
+from ..loop import swaps
 from ..loop.attach import Attachable
 from ..loop.runners import Ready
 from ..op.plan import Plan
@@ -91,7 +92,10 @@ class AttachableShards(Attachable):
             RuntimeError: averages are swapped into a model; or, with ``"raise"`` or ``"skip"``, a rank was lost.
         """
         with self._guard.hold("update_parameters"):
-            self._update(self._bind(model))
+            bound = self._bind(model)
+            if swaps.in_force:
+                swaps.refuse_model("update_parameters", model)
+            self._update(bound)
 
     def _bind(self, model: Module, staging: Staging | None = None) -> Bound:
         return bind_shards(self._bindings, model, self._updated, staging)

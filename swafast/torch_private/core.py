@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -33,6 +34,17 @@ def is_in_backward() -> bool:
     """Return whether this thread is in a backward pass, in which activation checkpoints run modules again."""
     task = getattr(torch._C, "_current_graph_task_id", None)
     return task is not None and task() != -1
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """Return how often autograd has heard of a write of each tensor; -1 for tensors made under ``inference_mode``."""
+    try:
+        return list(map(_version, tensors))
+    except RuntimeError:
+        return [-1 if tensor.is_inference() else _version(tensor) for tensor in tensors]
+
+
+_version = operator.attrgetter("_version")
 
 
 def make_metadata_check(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
