@@ -80,16 +80,38 @@ class Swap:
     def leave(self) -> None:
         """Put the params back, unless another swap into this model has come after. Do nothing the second time.
 
+        An interrupt is raised once that is done.
+
         Raises:
             RuntimeError: this one is left too early, what it had to put back was lost, or params were written
                 meanwhile. The message says what holds now. If the body has raised, writes are warned of instead.
         """
+        interrupt = None
+        while True:
+            try:
+                self._leave()
+                break
+            except Exception:
+                raise
+            except BaseException as raised:  # KeyboardInterrupt or SystemExit
+                interrupt = raised
+        if interrupt is not None:
+            raise interrupt
+
+    def finish(self) -> None:
+        """Leave if an interrupt has prevented it, and release locks that it has left held."""
+        try:
+            self.leave()
+        finally:
+            if self._is_free:
+                self._guard.release(*self._locks)
+
+    def _leave(self) -> None:
         if self._exchange is None or self._is_left:
             return
         raised = sys.exc_info()[1]
         failed = raised is not None and raised is not self._outside
-        if not self._exchange.is_back:
-            self.note()
+        self.note()
         if self in in_force and any(each.overlaps(self.ids()) for each in in_force[in_force.index(self) + 1 :]):
             self._is_left = True
             raise RuntimeError(
@@ -112,25 +134,12 @@ class Swap:
                 raise RuntimeError(message)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
-    def finish(self) -> None:
-        """Leave if an interrupt has prevented it, and release locks that it has left held."""
-        self.leave()
-        if self._is_free:
-            self._guard.release(*self._locks)
-
     def _go_back(self) -> None:
-        """Put the params back and free the guard. An interrupt is raised once that is done."""
+        """Put the params back and free the guard."""
         assert self._exchange is not None
-        interrupt = None
         with self._guard.locked(*self._locks):
             try:
-                while not self._exchange.is_back:
-                    try:
-                        self._exchange.back()
-                    except Exception:
-                        raise
-                    except BaseException as raised:  # KeyboardInterrupt or SystemExit
-                        interrupt = raised
+                self._exchange.back()
             finally:
                 if self._exchange.is_back:
                     if self in in_force:
@@ -139,8 +148,6 @@ class Swap:
         for other in in_force:
             if other._exchange is not None:
                 other._exchange.watch()  # our writes are none of theirs
-        if interrupt is not None:
-            raise interrupt
 
 
 #: In the order in which they were entered.

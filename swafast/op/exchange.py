@@ -116,6 +116,7 @@ class Exchange:
         """
         if self.is_back:
             return
+        self._versions = None  # writes from now on are our own
         if self._is_there and (self._moved or not self._has_stayed()):
             # Memory has moved, also within its storage, or a module has another tensor.
             self._moved = self._moved or _Moved(self)
