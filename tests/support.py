@@ -48,7 +48,7 @@ class EveryKind(nn.Module):
 def drift(model: nn.Module) -> None:
     """Change every param in place, as training would."""
     for param in model.parameters():
-        param.add_(torch.randn(param.shape).to(param.dtype), alpha=0.1)
+        param.add_(torch.randn(param.shape).to(param), alpha=0.1)
 
 
 def update(model: EveryKind, *averages: Any, updates: int = 1) -> None:

@@ -63,7 +63,7 @@ def test_equal_average_is_exact_to_float32(stream: str, updates: int, backend: s
 
 @pytest.mark.parametrize("stream", STREAMS)
 def test_equal_average_is_exact_to_float32_in_the_long_run(stream: str) -> None:
-    require_equal_average(stream, 10_000, "cpu")  # the bits of the others are the same: test_native.py, test_gpu.py
+    require_equal_average(stream, 10_000, "cpu")  # the bits of the others are the same: test_backends.py
 
 
 @pytest.mark.parametrize("stream", STREAMS)

@@ -1,6 +1,6 @@
 """The ``cuda`` backend's host side, on the shim: graphs, errors, choice, devices. No GPU is needed, and none is used.
 
-``tests/test_gpu.py`` holds its bits to the reference; ``tests/test_gpu_device.py`` is for a real device.
+``tests/test_backends.py`` holds its bits to the reference; ``tests/test_gpu_device.py`` is for a real device.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from swafast.terms.formats import encode_exact
 from swafast.terms.rules import EqualAverage, Rule
 from swafast.terms.weight import KernelTerms
 from tests.conftest import EveryKind, differing, tensors_of
-from tests.kernels import averages_of, check_captured_paces, clone, drift, update
+from tests.kernels import averages_of, check_captured_paces, clone, update
 from tests.kernels import differing as differing_pairs
+from tests.support import drift
 
 
 class Shim:

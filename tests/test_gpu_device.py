@@ -23,7 +23,8 @@ from swafast.terms.formats import FLOAT32, encode_exact
 from swafast.terms.rules import Rule
 from swafast.terms.weight import KernelTerms
 from tests.conftest import EveryKind, differing, tensors_of
-from tests.kernels import check_captured_paces, drift
+from tests.kernels import check_captured_paces
+from tests.support import drift
 from tests.test_documents import TEXTS, blocks_of
 
 pytestmark = pytest.mark.gpu
