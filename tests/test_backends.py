@@ -56,7 +56,7 @@ WEIGHTS = by_weights(1.0, 0.3, 0.9, 0.0, 0.5, 1e-8, 1e-3, 0.25, 0.49999997, 0.75
 
 
 @dataclass(frozen=True)
-class Tested:
+class Subject:
     backend: Backend
     device: torch.device
     chunk_numel: int
@@ -101,7 +101,7 @@ ON_GPUS = pytest.mark.parametrize("tested", everywhere("cuda", "triton"), indire
 
 
 @pytest.fixture(params=everywhere("generic", "avx2", "avx512", "cuda", "triton"))
-def tested(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tested]:
+def tested(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Subject]:
     name, device = request.param
     if name in ("cuda", "triton"):
         yield gpu_backend(name, device, request, monkeypatch)
@@ -117,12 +117,12 @@ def tested(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     torch.set_num_threads(2)
     monkeypatch.setattr(cpu, "_NUMEL_PER_THREAD", 1)
     monkeypatch.setattr(cpu, "CPU_CHUNK_NUMEL", 100)
-    yield Tested(cpu, torch.device("cpu"), 100)  # type: ignore[arg-type]
+    yield Subject(cpu, torch.device("cpu"), 100)  # type: ignore[arg-type]
     torch.set_num_threads(threads)
     cpu.use_isa(before)
 
 
-def gpu_backend(name: str, device: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Tested:
+def gpu_backend(name: str, device: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Subject:
     backend: Backend = {"cuda": cuda, "triton": triton_launch}[name]  # type: ignore[assignment]
     if name == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("needs Triton")
@@ -131,16 +131,16 @@ def gpu_backend(name: str, device: str, request: pytest.FixtureRequest, monkeypa
     missing = backend.unavailable()
     assert missing is None, missing
     monkeypatch.setattr(gpu_tables, "gpu_chunk_numel", lambda numel, blocks: CHUNK_NUMEL)
-    return Tested(backend, torch.device(device, 0) if device == "cuda" else torch.device(device), CHUNK_NUMEL)
+    return Subject(backend, torch.device(device, 0) if device == "cuda" else torch.device(device), CHUNK_NUMEL)
 
 
 @PAIRS
-def test_updates_equal_the_reference(tested: Tested, dtype: torch.dtype, fmt: Format) -> None:
+def test_updates_equal_the_reference(tested: Subject, dtype: torch.dtype, fmt: Format) -> None:
     weights = WEIGHTS[: 3 if tested.is_interpreted else 6 if tested.backend is cuda else None]
     check_updates(tested.prepare, tested.sized_pairs(dtype, fmt), weights, (1,), tested.device)
 
 
-def test_every_rule_gives_the_bits_of_the_reference(tested: Tested) -> None:
+def test_every_rule_gives_the_bits_of_the_reference(tested: Subject) -> None:
     kinds = EXCHANGED[1::2] if tested.is_interpreted else EXCHANGED  # a rule knows neither dtype nor format
     pairs = [make_pair(700, dtype, fmt) for dtype, fmt in kinds]
     counts = (0, 1, 3, 999, 2**40) if tested.is_interpreted else (0, 1, 2, 3, 10, 999, 10**6, 2**40)
@@ -148,13 +148,13 @@ def test_every_rule_gives_the_bits_of_the_reference(tested: Tested) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.float64])
-def test_copies_equal_the_reference(tested: Tested, dtype: torch.dtype) -> None:
+def test_copies_equal_the_reference(tested: Subject, dtype: torch.dtype) -> None:
     sizes = (0, 1, 3, 15, 16, 17, tested.chunk_numel + 11)
     pairs = [make_pair(n, dtype, None, offset) for n in sizes for offset in (0, 1)]
     check_updates(tested.prepare, pairs, [EqualAverage()], (3,), tested.device)
 
 
-def test_one_launch_serves_many_tensors_of_all_kinds(tested: Tested) -> None:
+def test_one_launch_serves_many_tensors_of_all_kinds(tested: Subject) -> None:
     kinds: list[tuple[torch.dtype, Format | None]] = [(d, f) for d in DTYPES for f in FORMATS]
     kinds.append((torch.int32, None))
     times = 5 if tested.is_interpreted else 60
@@ -164,7 +164,7 @@ def test_one_launch_serves_many_tensors_of_all_kinds(tested: Tested) -> None:
 
 @pytest.mark.parametrize("tested", everywhere("generic", "avx2", "avx512", "cuda"), indirect=True)
 @PAIRS
-def test_dense_layouts_equal_the_reference(tested: Tested, dtype: torch.dtype, fmt: Format) -> None:
+def test_dense_layouts_equal_the_reference(tested: Subject, dtype: torch.dtype, fmt: Format) -> None:
     views = (
         lambda flat: flat.view(5, 7, 3, 4).permute(0, 3, 1, 2),  # channels_last
         lambda flat: flat.view(20, 21).t(),
@@ -182,14 +182,14 @@ def test_dense_layouts_equal_the_reference(tested: Tested, dtype: torch.dtype, f
     check_updates(tested.prepare, pairs, by_weights(0.3), (1,), tested.device)
 
 
-def test_a_first_update_copies_every_bit(tested: Tested) -> None:
+def test_a_first_update_copies_every_bit(tested: Subject) -> None:
     (pair,) = tested.put([make_pair(1000, torch.float32, FLOAT32)])
     update(tested.prepare([pair]), [pair], [ExponentialAverage(0.9)], tested.counters(0))
     assert torch.equal(pair.average.view(torch.int32), pair.param.view(torch.int32))
 
 
 @pytest.mark.parametrize("numel", [0, 10])
-def test_an_update_may_count_by_another_number(tested: Tested, numel: int) -> None:
+def test_an_update_may_count_by_another_number(tested: Subject, numel: int) -> None:
     pairs, counters = tested.put([make_pair(numel, torch.float32, FLOAT32)]), tested.counters(4)
     launch = tested.prepare(pairs)
     for advance in (0, 1, 5):
@@ -198,7 +198,7 @@ def test_an_update_may_count_by_another_number(tested: Tested, numel: int) -> No
 
 
 @pytest.mark.parametrize("num_paces", [1, 3, library.MAX_PACES])
-def test_one_launch_moves_several_averages_of_each_param(tested: Tested, num_paces: int) -> None:
+def test_one_launch_moves_several_averages_of_each_param(tested: Subject, num_paces: int) -> None:
     assert rows.Rows(averages_of(num_paces, (9,))).most_followers == num_paces - 1
     sizes = (0, 9, GPU_CHUNK_NUMELS[0] + 1) if num_paces < 4 else (33,)
     check_paces(tested.prepare, num_paces, sizes, tested.device)
@@ -206,7 +206,7 @@ def test_one_launch_moves_several_averages_of_each_param(tested: Tested, num_pac
 
 @pytest.mark.parametrize("count", [-1, -(2**63), INT64_MAX])
 @pytest.mark.parametrize(("num_paces", "at"), [(1, 0), (3, 0), (3, 2)])
-def test_a_count_that_is_none_leaves_everything_as_it_was(tested: Tested, num_paces: int, at: int, count: int) -> None:
+def test_a_count_that_is_none_leaves_everything_as_it_was(tested: Subject, num_paces: int, at: int, count: int) -> None:
     refusal = pytest.raises(ValueError, match="n_averaged must be >= 0") if tested.backend is cpu else nullcontext()
     check_bad_count(tested.prepare, num_paces, at, count, tested.device, refusal)
 
@@ -263,12 +263,12 @@ def keep_the_first_rules(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "make_paces", make_paces)
 
 
-def see_updates(tested: Tested) -> None:
+def see_updates(tested: Subject) -> None:
     pairs = [replace(make_pair(30, torch.bfloat16, EXACT), name=f"pair {index}") for index in range(2)]
     check_updates(tested.prepare, pairs, by_weights(0.3), (1,), tested.device)
 
 
-def see_paces(tested: Tested) -> None:
+def see_paces(tested: Subject) -> None:
     check_paces(tested.prepare, 3, (33,), tested.device)
 
 
@@ -283,7 +283,7 @@ def see_paces(tested: Tested) -> None:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_the_check_kills_the_bug(
-    tested: Tested, plant: Callable[[pytest.MonkeyPatch], None], check: Any, says: str, monkeypatch: pytest.MonkeyPatch
+    tested: Subject, plant: Callable[[pytest.MonkeyPatch], None], check: Any, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check(tested)
     plant(monkeypatch)
@@ -294,7 +294,7 @@ def test_the_check_kills_the_bug(
 # NaNs and exchanges
 
 
-def test_a_nonfinite_param_leaves_all_its_averages_as_they_were(tested: Tested) -> None:
+def test_a_nonfinite_param_leaves_all_its_averages_as_they_were(tested: Subject) -> None:
     pairs = tested.put(averages_of(3, (17,)))
     for pair in pairs:
         if pair.format is not None:
@@ -312,7 +312,7 @@ def test_a_nonfinite_param_leaves_all_its_averages_as_they_were(tested: Tested) 
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_the_first_nonfinite_param_is_found_and_may_stop_an_update(tested: Tested, bad: float) -> None:
+def test_the_first_nonfinite_param_is_found_and_may_stop_an_update(tested: Subject, bad: float) -> None:
     sizes = [(dtype, fmt, n) for dtype, fmt in zip(DTYPES, FORMATS[:3], strict=True) for n in (1, 17, 5000)]
     pairs = [make_pair(n, dtype, fmt, 1) for dtype, fmt, n in sizes]
     for pair in pairs:
@@ -335,7 +335,7 @@ def test_the_first_nonfinite_param_is_found_and_may_stop_an_update(tested: Teste
 
 
 @pytest.mark.parametrize(("dtype", "fmt"), [*EXCHANGED, (torch.int32, None)], ids=str)
-def test_an_exchange_moves_every_bit_there_and_back(tested: Tested, dtype: torch.dtype, fmt: Format | None) -> None:
+def test_an_exchange_moves_every_bit_there_and_back(tested: Subject, dtype: torch.dtype, fmt: Format | None) -> None:
     sizes = (*sizes_around(min(tested.chunk_numel, 256)), 5000)
     pairs = tested.put([make_pair(n, dtype, fmt, offset) for n in sizes for offset in (0, 3)])
     check_exchange(tested.prepare(pairs), pairs)
@@ -344,7 +344,7 @@ def test_an_exchange_moves_every_bit_there_and_back(tested: Tested, dtype: torch
 # Whole models
 
 
-def both_averages(tested: Tested, model: EveryKind, dtype: torch.dtype, **options: object) -> tuple[dict, dict]:
+def both_averages(tested: Subject, model: EveryKind, dtype: torch.dtype, **options: object) -> tuple[dict, dict]:
     """Return the states of two averages of the same params: on the device, and by ``reference`` on the CPU."""
     model.to(dtype)
     theirs = EveryKind().to(dtype).to(tested.device)
@@ -372,7 +372,7 @@ def both_averages(tested: Tested, model: EveryKind, dtype: torch.dtype, **option
     ids=str,
 )
 def test_a_whole_model_equals_the_reference(
-    tested: Tested, every_kind: EveryKind, dtype: torch.dtype, options: dict[str, object]
+    tested: Subject, every_kind: EveryKind, dtype: torch.dtype, options: dict[str, object]
 ) -> None:
     ours, expected = both_averages(tested, every_kind, dtype, rule=ExponentialAverage(0.9), **options)
     assert ours.keys() == expected.keys()
@@ -389,7 +389,7 @@ def test_a_whole_model_equals_the_reference(
     ],
     ids=["one", "skip", "two, skip"],
 )
-def test_a_planned_update_asks_torch_for_nothing(tested: Tested, nonfinite: str, rule: Any) -> None:
+def test_a_planned_update_asks_torch_for_nothing(tested: Subject, nonfinite: str, rule: Any) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7)).to(tested.device)
     options = {"backend": tested.backend.name, "nonfinite": nonfinite}
     several = isinstance(rule, dict)
@@ -409,14 +409,14 @@ def test_a_planned_update_asks_torch_for_nothing(tested: Tested, nonfinite: str,
 
 
 @ON_GPUS
-def test_the_count_of_dispatched_ops_sees_a_host_read(tested: Tested) -> None:
+def test_the_count_of_dispatched_ops_sees_a_host_read(tested: Subject) -> None:
     with Dispatched() as dispatched:
         int(torch.ones((), dtype=torch.int64, device=tested.device))
     assert "aten._local_scalar_dense.default" in dispatched.ops
 
 
 @ON_GPUS
-def test_a_swap_is_in_place_and_comes_back(tested: Tested, every_kind: EveryKind) -> None:
+def test_a_swap_is_in_place_and_comes_back(tested: Subject, every_kind: EveryKind) -> None:
     model = every_kind.to(tested.device)
     average = FusedAveragedModel(model, backend=tested.backend.name)
     average.update_parameters(model)
