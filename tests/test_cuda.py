@@ -90,23 +90,36 @@ def test_an_update_is_one_launch_for_everything(shim: Shim) -> None:
     assert average.n_averaged == 2
 
 
+SEVERAL = {"mean": EqualAverage(), "fast": ExponentialAverage(0.9), "power": PowerAverage(6.94)}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rule", [EqualAverage(), PowerAverage(6.94), ExponentialAverage(0.9, warmup="power")], ids=str)
-def test_replays_are_updates(shim: Shim, dtype: torch.dtype, rule: Rule) -> None:
-    model = a_model().to(dtype)
-    graphed, eager = FusedAveragedModel(model, rule=rule), FusedAveragedModel(model, rule=rule)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"rule": rule} for rule in (EqualAverage(), PowerAverage(6.94), ExponentialAverage(0.9, warmup="power"))),
+        {"rules": SEVERAL, "format": {"fast": "compact", "power": "compensated"}},
+    ],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+def test_replays_are_updates(shim: Shim, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    model, kind = a_model().to(dtype), FusedAverages if "rules" in options else FusedAveragedModel
+    graphed, eager = kind(model, **options), kind(model, **options)
     for average in (graphed, eager):
         average.update_parameters(model)
     assert not plan_of(graphed).captured
+    before, state = shim.get("num_launches"), tensors_of(graphed)
     with shim.capture():
         graphed.update_parameters(model)
     assert plan_of(graphed).captured
-    assert graphed.n_averaged == 1  # captured is not run
+    assert shim.get("num_launches") == before + 1
+    assert differing(tensors_of(graphed), state) == []  # captured is not run
     for _ in range(30):
         drift(model)
         shim.replay()
         eager.update_parameters(model)
-    assert graphed.n_averaged == 31
+    counts = [int(value) for key, value in graphed.state_dict().items() if key.endswith("n_averaged")]
+    assert counts == [31] * len(options.get("rules", [None]))
     assert differing(graphed.state_dict(), eager.state_dict()) == []
 
 
@@ -319,25 +332,6 @@ def test_devices_share_the_counters(shim: Shim, num_paces: int) -> None:
 
 def test_replays_go_by_the_rules_that_were_captured(shim: Shim) -> None:
     check_captured_paces(cuda.prepare, averages_of(3, (33,)), shim.capture(), shim.replay)
-
-
-def test_replays_are_updates_of_all_averages(shim: Shim) -> None:
-    model = a_model().bfloat16()
-    rules = {"mean": EqualAverage(), "fast": ExponentialAverage(0.9), "power": PowerAverage(6.94)}
-    options: dict[str, Any] = {"rules": rules, "format": {"fast": "compact", "power": "compensated"}}
-    graphed, eager = FusedAverages(model, **options), FusedAverages(model, **options)
-    for averages in (graphed, eager):
-        averages.update_parameters(model)
-    before = shim.get("num_launches")
-    with shim.capture():
-        graphed.update_parameters(model)
-    assert shim.get("num_launches") == before + 1
-    for _ in range(20):
-        drift(model)
-        shim.replay()
-        eager.update_parameters(model)
-    assert [int(graphed[name].n_averaged) for name in rules] == [21] * 3
-    assert differing(graphed.state_dict(), eager.state_dict()) == []
 
 
 def test_the_op_prepares_once_and_keeps_what_a_graph_holds(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
