@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -117,7 +118,7 @@ SHORT = torch.zeros(1, dtype=torch.int16)
 def test_the_op_refuses_what_does_not_match_and_changes_nothing(
     averages: list[torch.Tensor], remainders: list[torch.Tensor], params: list[torch.Tensor], rule: tuple, message: str
 ) -> None:
-    count = torch.tensor(1)
+    averages, count = copy.deepcopy(averages), torch.tensor(1)  # one that is there twice stays one
     with pytest.raises(ValueError, match=message):
         torch.ops.swafast.update_(averages, remainders, params, count, *rule)
     assert count == 1
