@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage, Rule
+from swafast import FusedAveragedModel, PowerAverage, Rule
 from swafast.posthoc import sums
-from swafast.posthoc.folder import SIDECAR, StoredAverage, snapshot_paths
-from swafast.posthoc.profiles import Profile
+from swafast.posthoc.folder import SIDECAR, snapshot_paths
 from swafast.posthoc.snapshots import Snapshots
 from tests.support import differing, drift, same_bits
 
@@ -136,14 +135,6 @@ def test_the_sum_does_not_depend_on_how_many_tensors_go_at_a_time(run: Run, monk
     assert differing(given, expected) == []
 
 
-def test_they_are_listed(run: Run) -> None:
-    snapshots = Snapshots(run.folder)
-    listed = list(snapshots)
-    assert len(snapshots) == len(listed) == 2 * UPDATES // EVERY
-    assert listed[:2] == [StoredAverage(name, EVERY, rule) for name, rule in STORED.items()]
-    assert snapshots.profiles[-1] == Profile(STORED["wide"], UPDATES)
-
-
 # Small folders
 
 
@@ -210,17 +201,6 @@ def test_only_what_is_asked_for_is_given_and_on_its_device_and_in_its_strides(tm
     assert list(given) == list(like)
     assert all(torch.equal(given[name], expected[name]) for name in like)
     assert given["second.weight"].stride() == (1, 3)
-
-
-def test_rules_are_spelled_and_read_back(tmp_path: Path) -> None:
-    rules = {
-        "equal": EqualAverage(),
-        "power": PowerAverage(0.1 + 0.2),
-        "exponential": ExponentialAverage(0.99, warmup="power", inv_gamma=2.5, power=0.75, min_decay=0.25),
-    }
-    snapshots = Snapshots(tmp_path)
-    snapshots.save({name: updated(3, rule) for name, rule in rules.items()})
-    assert {stored.name: stored.rule for stored in snapshots} == rules
 
 
 class Own(PowerAverage):
