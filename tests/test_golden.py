@@ -19,6 +19,7 @@ from torch import Tensor
 
 from swafast import FusedAveragedModel, PowerAverage, Snapshots
 from swafast.loop.schedule import Schedule
+from swafast.posthoc.profiles import Profile
 from tests.golden import cases
 from tests.golden.models import fill, named_tensors
 from tests.ranks import run_ranks
@@ -218,8 +219,10 @@ def test_snapshots_are_listed_with_their_rules(tmp_path: Path) -> None:
         snapshots = Snapshots(folder / name)
         assert cases.listed(snapshots) == saved[name]
         assert len(snapshots) == len(saved[name]) == len(rules) * len(counts)
-        given = [(each.name, each.num_averaged, each.rule) for each in Snapshots(folder / name, rules=rules)]
+        snapshots = Snapshots(folder / name, rules=rules)
+        given = [(each.name, each.num_averaged, each.rule) for each in snapshots]
         assert given == [(key, count, rule) for count in counts for key, rule in rules.items()]
+        assert snapshots.profiles == [Profile(rule, count) for _, count, rule in given]
 
 
 def test_snapshots_give_what_is_synthesized_from_them(tmp_path: Path) -> None:
