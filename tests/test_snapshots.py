@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from swafast import FusedAveragedModel, PowerAverage, Rule
+from swafast.posthoc import snapshots as snapshots_module
 from swafast.posthoc import sums
 from swafast.posthoc.folder import SIDECAR, snapshot_paths
 from swafast.posthoc.snapshots import Snapshots
@@ -241,21 +243,31 @@ def test_a_count_saved_again_takes_the_place_of_the_first(
     assert same_bits(snapshots.synthesize(STORED["wide"])["first.bias"], other.averaged_state_dict()["first.bias"])
 
 
-@pytest.mark.parametrize("moment", ["write", "write_sidecar"])
+@pytest.mark.parametrize(
+    ("owner", "name", "error", "seen"),
+    [
+        (snapshots_module, "write", OSError, OSError),
+        (snapshots_module, "write_sidecar", OSError, RuntimeError),
+        (torch, "save", KeyboardInterrupt, KeyboardInterrupt),  # by which each tensor is written
+    ],
+)
 def test_a_save_that_fails_leaves_the_earlier_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    error: type[BaseException],
+    seen: type[BaseException],
 ) -> None:
-    from swafast.posthoc import snapshots as module
-
     snapshots = small(tmp_path, 2, 3)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
-    def fail(*_: object) -> None:
-        raise OSError("no space left")
+    def fail(*_: object, **__: object) -> None:
+        raise error("no space left")
 
-    monkeypatch.setattr(module, moment, fail)
+    monkeypatch.setattr(owner, name, fail)
     for count in (3, 4):
-        with pytest.raises(OSError if moment == "write" else RuntimeError, match="no space left"):
+        with pytest.raises(seen, match="no space left" if error is OSError else None):
             snapshots.save(updated(count))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -287,18 +299,6 @@ def test_a_damaged_snapshot_does_not_end_a_training(tmp_path: Path) -> None:
     snapshots.save(updated(4))
     snapshots.save(updated(3))  # takes the place of the damaged one
     assert [stored.num_averaged for stored in snapshots] == [2, 3, 4]
-
-
-def test_ctrl_c_in_a_save_is_no_other_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    snapshots = small(tmp_path, 2, 3)
-
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", interrupted)  # by which each tensor is written
-    with pytest.raises(KeyboardInterrupt):
-        snapshots.save(updated(4))
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 _KILLED = """
@@ -383,6 +383,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "half the sidecar": (lambda path: cut_in_half(path / SIDECAR), "must be whole, got JSONDecodeError"),
     "an edited sidecar": (edit_count, "must be what was saved, got other bytes"),
     "an empty sidecar": (lambda path: (path / SIDECAR).write_text("[]"), "must be whole, got TypeError"),
+    "data of another snapshot": (
+        lambda path: shutil.copy(data_file(snapshot_paths(path.parent)[0]), data_file(path)),
+        "must hold what was saved, got another checksum",
+    ),
     "a flipped bit": (flip_a_weight, "must hold what was saved, got another checksum of 'average/first.bias'"),
 }
 
@@ -402,14 +406,6 @@ def test_a_snapshot_under_another_count_is_named(tmp_path: Path) -> None:
     path = snapshot_paths(tmp_path)[0]
     later = path.rename(path.with_name("000000000099.0"))
     with pytest.raises(ValueError, match=f"{later} must be named after its count, 2: rename it back"):
-        snapshots.synthesize(STORED["wide"])
-
-
-def test_a_file_of_another_snapshot_is_noticed(tmp_path: Path) -> None:
-    snapshots = small(tmp_path)
-    early, late = snapshot_paths(tmp_path)
-    shutil.copy(data_file(early), data_file(late))
-    with pytest.raises(ValueError, match=f"{late} must hold what was saved, got another checksum"):
         snapshots.synthesize(STORED["wide"])
 
 

@@ -50,18 +50,6 @@ ELSEWHERE = (90, 91)
 # Averages in one process
 
 
-def several_averages(
-    model: nn.Module,
-    rules: Mapping[str, Rule],
-    *,
-    kind: Any = FusedAverages,
-    formats: Mapping[str, str] | None = None,
-    backend: str | None = None,
-) -> Any:
-    """Make several averages of one model that one pass updates. Only this and `singles_of` know how."""
-    return kind(model, rules=rules, format=formats, backend=backend)
-
-
 @dataclasses.dataclass(frozen=True)
 class Case:
     """An average with its state in ``<name>.pt.gz``.
@@ -94,7 +82,7 @@ CASES = {
     ),
     "half": Case(torch.bfloat16, partial(FusedAveragedModel, format="half", rule=ExponentialAverage(0.99), seed=7)),
     "include": Case(torch.float32, partial(FusedAveragedModel, include=lambda name, _: not name.startswith("second"))),
-    "several": Case(torch.bfloat16, partial(several_averages, rules=RULES, formats={"slow": "compact"})),
+    "several": Case(torch.bfloat16, partial(FusedAverages, rules=RULES, format={"slow": "compact"})),
     "torch_float32": Case(torch.float32, FusedAveragedModel, AveragedModel),
     "torch_bfloat16": Case(
         torch.bfloat16,
@@ -234,7 +222,7 @@ def make_sharded(kind: str, step: int) -> tuple[nn.Module, Any]:
         for module in (model.first, model.second, model):
             fully_shard(module, mesh=mesh)
     if kind == "several":
-        return model, several_averages(model, RULES, kind=ShardedAverages, formats={"slow": "compact"})
+        return model, ShardedAverages(model, rules=RULES, format={"slow": "compact"})
     return model, ShardedAveragedModel(model, rule=RULES["slow"])
 
 
