@@ -59,6 +59,13 @@ def update(model: EveryKind, *averages: Any, updates: int = 1) -> None:
             average.update_parameters(model)
 
 
+def updated_once(model: nn.Module, **options: Any) -> FusedAveragedModel:
+    """Return an average of ``model`` after one update."""
+    average = FusedAveragedModel(model, **options)
+    average.update_parameters(model)
+    return average
+
+
 def trained(model: EveryKind, dtype: torch.dtype, **options: Any) -> FusedAveragedModel:
     """Return an average of ``model`` in ``dtype`` after four updates."""
     average = FusedAveragedModel(model.to(dtype), **options)

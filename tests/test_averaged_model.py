@@ -31,7 +31,7 @@ from torch.optim.swa_utils import (
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, Rule
 from swafast.terms.weight import KernelTerms
-from tests.support import EveryKind, differing, drift, tensors_of, unchanged, update
+from tests.support import EveryKind, differing, drift, tensors_of, unchanged, update, updated_once
 
 FUNCTIONS: list[dict[str, Any]] = [
     {},
@@ -105,8 +105,7 @@ def test_buffers_of_whole_numbers_are_copied_where_others_are_averaged(every_kin
 
 
 def test_untying_the_model_is_an_error_and_tying_it_is_not(every_kind: EveryKind) -> None:
-    average = FusedAveragedModel(every_kind)
-    average.update_parameters(every_kind)
+    average = updated_once(every_kind)
     every_kind.tied.weight = nn.Parameter(torch.randn(11, 7))
     with pytest.raises(ValueError, match=r"'linear\.weight' and 'tied\.weight'"):
         average.update_parameters(every_kind)
@@ -121,8 +120,7 @@ def test_untying_the_model_is_an_error_and_tying_it_is_not(every_kind: EveryKind
 def test_what_is_copied_is_never_rounded(format: str, backend: str) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model.register_buffer("positions", torch.arange(1000.0, 1010.0))
-    average = FusedAveragedModel(model, format=format, backend=backend, include=lambda name, _: name.startswith("0."))
-    average.update_parameters(model)
+    average = updated_once(model, format=format, backend=backend, include=lambda name, _: name.startswith("0."))
     expected = {name: value for name, value in tensors_of(model).items() if not name.startswith("0.")}
     exported = average.averaged_state_dict()
     with average.swapped_into(model):
@@ -191,8 +189,7 @@ def test_a_child_called_module_keeps_its_name() -> None:
     model = nn.Module()
     model.module = nn.Linear(2, 2)
     model.weight = nn.Parameter(torch.randn(2, 2))
-    average = FusedAveragedModel(model)
-    average.update_parameters(model)
+    average = updated_once(model)
     assert set(average.averaged_state_dict()) == {"module.weight", "module.bias", "weight"}
 
 
@@ -230,8 +227,7 @@ def test_a_plan_follows_reallocated_params(every_kind: EveryKind, backend: str) 
 
 def test_a_view_of_other_shape_at_the_same_address_is_noticed() -> None:
     model = nn.ParameterList([nn.Parameter(torch.randn(4, 8)), nn.Parameter(torch.randn(3))])
-    average = FusedAveragedModel(model)
-    average.update_parameters(model)
+    average = updated_once(model)
     address = model[0].data_ptr()
     model[0].data = model[0].data.view(8, 4)
     assert model[0].data_ptr() == address
@@ -240,8 +236,7 @@ def test_a_view_of_other_shape_at_the_same_address_is_noticed() -> None:
     model[0].data = model[0].data.view(4, 8)
     average.update_parameters(model)
     square = nn.ParameterList([nn.Parameter(torch.randn(4, 4))])
-    other = FusedAveragedModel(square)
-    other.update_parameters(square)
+    other = updated_once(square)
     square[0].data = square[0].data.t()
     expected = (other.module[0] + square[0]).detach() / 2
     other.update_parameters(square)
@@ -250,8 +245,7 @@ def test_a_view_of_other_shape_at_the_same_address_is_noticed() -> None:
 
 def test_params_added_on_both_sides_are_averaged_from_then_on() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
-    average = FusedAveragedModel(model)
-    average.update_parameters(model)
+    average = updated_once(model)
     model.add_module("head", nn.Linear(2, 1))
     with pytest.raises(ValueError, match=r"unexpected 'head\.weight', 'head\.bias'"):
         average.update_parameters(model)
@@ -329,8 +323,7 @@ def test_the_counter_may_be_edited_loaded_and_replaced(backend: str) -> None:
 
 def test_writes_are_seen_by_autograd(backend: str) -> None:
     model = nn.Linear(3, 3)
-    average = FusedAveragedModel(model, backend=backend)
-    average.update_parameters(model)
+    average = updated_once(model, backend=backend)
     out = average(torch.randn(2, 3, requires_grad=True)).sum()
     average.update_parameters(model)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -395,8 +388,7 @@ def test_pickle_torch_save_and_deepcopy_go_on_alike(every_kind: EveryKind, dtype
 
 def test_each_average_is_written_once() -> None:
     model = nn.ParameterList([nn.Parameter(torch.randn(1000)) for _ in range(50)])
-    average = FusedAveragedModel(model)
-    average.update_parameters(model)
+    average = updated_once(model)
     held = 50 * 1000 * 4
     state, whole = io.BytesIO(), io.BytesIO()
     torch.save(average.state_dict(), state)
@@ -439,8 +431,7 @@ class Tunable(Rule):
 
 def test_a_rule_may_change_between_updates(backend: str) -> None:
     rule, model = Tunable(), nn.ParameterList([nn.Parameter(torch.zeros(2))])
-    average = FusedAveragedModel(model, rule=rule, backend=backend)
-    average.update_parameters(model)
+    average = updated_once(model, rule=rule, backend=backend)
     with torch.no_grad():
         model[0].fill_(1.0)
     average.update_parameters(model)
@@ -452,8 +443,7 @@ def test_a_rule_may_change_between_updates(backend: str) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_forked_child_is_not_held_up_by_a_thread_of_its_parent() -> None:
     model = nn.Linear(3, 3)
-    average = FusedAveragedModel(model)
-    average.update_parameters(model)
+    average = updated_once(model)
     held, release = threading.Event(), threading.Event()
 
     def hold() -> None:

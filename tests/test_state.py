@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from swafast import FusedAveragedModel
-from tests.support import EveryKind, differing, drift, refused, tensors_of, trained, update
+from tests.support import EveryKind, differing, drift, refused, tensors_of, trained, update, updated_once
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -65,8 +65,7 @@ FORMATS = [None, "float32", "exact", "mirrored", "compact", "compensated"]
 @pytest.mark.parametrize("target", FORMATS)
 def test_a_model_of_many_dtypes_moves_between_formats(source: str | None, target: str | None) -> None:
     model = nn.Sequential(nn.Linear(3, 3).bfloat16(), nn.LayerNorm(3), nn.Linear(3, 3).half())
-    average = FusedAveragedModel(model, format=source)
-    average.update_parameters(model)
+    average = updated_once(model, format=source)
     other = FusedAveragedModel(model, format=target)
     other.load_state_dict(average.state_dict())
     lossy = "compact" in (source, target)
@@ -79,8 +78,7 @@ def test_what_no_state_holds_has_no_planes_in_it(format: str | None) -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     model.register_buffer("passing", torch.randn(3), persistent=False)
     model[0].register_buffer("staying", torch.randn(3))
-    average = FusedAveragedModel(model, use_buffers=True, format=format)
-    average.update_parameters(model)
+    average = updated_once(model, use_buffers=True, format=format)
     assert [key for key in average.state_dict() if "passing" in key] == []
     for state in (FusedAveragedModel(model, use_buffers=True).state_dict(), AveragedModel(model).state_dict()):
         before = average.averaged_state_dict()
