@@ -109,15 +109,6 @@ def graphs_on_the_cpu() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from more, and threads that wait for each other take the CPU from other tests."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("page", [page for page in DOCUMENTS if blocks_of(TEXTS[page]) and page not in ON_RANKS])
 def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

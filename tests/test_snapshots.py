@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,14 +52,7 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # beside other processes two threads wait for each other: 58 s instead of 3
-    yield recorded(tmp_path_factory.mktemp("run"))
-    torch.set_num_threads(threads)
-
-
-def recorded(folder: Path) -> Run:
+def run(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Run:
     from swafast.demo.task import Settings, digits_split
 
     split = digits_split(0, Settings())
@@ -67,7 +60,7 @@ def recorded(folder: Path) -> Run:
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     averages = {name: FusedAveragedModel(model, rule=rule) for name, rule in STORED.items()}
     direct = {width: FusedAveragedModel(model, rule=PowerAverage.from_sigma_rel(width)) for width in WIDTHS}
-    found = Run(folder, {}, {})
+    found = Run(tmp_path_factory.mktemp("run"), {}, {})
     snapshots = Snapshots(found.folder)
     order = torch.Generator().manual_seed(0)
     for count in range(1, UPDATES + 1):
