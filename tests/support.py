@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -57,6 +57,13 @@ def update(model: EveryKind, *averages: Any, updates: int = 1) -> None:
         model.drift()
         for average in averages:
             average.update_parameters(model)
+
+
+def updated_once(model: nn.Module, **options: Any) -> FusedAveragedModel:
+    """Return an average of ``model`` after one update."""
+    average = FusedAveragedModel(model, **options)
+    average.update_parameters(model)
+    return average
 
 
 def trained(model: EveryKind, dtype: torch.dtype, **options: Any) -> FusedAveragedModel:
@@ -115,12 +122,6 @@ def swapped(*pairs: tuple[Any, nn.Module]) -> Iterator[None]:
         for average, model in pairs:
             stack.enter_context(average.swapped_into(model))
         yield
-
-
-def step_with_ones(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> None:
-    for param in params:
-        param.grad = torch.ones_like(param)
-    optimizer.step()
 
 
 class Held:
