@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -70,6 +71,13 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Copy all params and buffers of a module, to compare with later."""
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {name: tensor.detach().clone() for name, tensor in named.items()}
+
+
+def any_bits(shape: Sequence[int], dtype: torch.dtype, seed: int | None = None) -> Tensor:
+    """Make a tensor of random bytes: NaNs with payloads, denormals and infinities among them. A bool is 0 or 1."""
+    source = None if seed is None else torch.Generator().manual_seed(seed)
+    numbers = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), generator=source, dtype=torch.uint8)
+    return (numbers & 1 if dtype == torch.bool else numbers).view(dtype).view(torch.Size(shape))
 
 
 def bits(tensor: Tensor) -> Tensor:

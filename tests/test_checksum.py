@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,6 +19,7 @@ from swafast.backends import Unavailable, cpu, library
 from swafast.op import checksum as module
 from swafast.op.checksum import checksum, wrap_int64
 from tests.conftest import NO_LIBRARY
+from tests.support import any_bits
 from tests.test_bad_input import _quantise, _subclass
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -87,12 +87,6 @@ def _oracle(
         for k, word in enumerate(words):
             total += mixed(index * len(words) + k, int.from_bytes(word, "little"))
     return wrap_int64(total)
-
-
-def any_bits(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return a tensor of random bits; a bool is 0 or 1."""
-    data = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8)
-    return (data & 1 if dtype == torch.bool else data).view(dtype).view(shape)
 
 
 def layouts(dtype: torch.dtype) -> dict[str, Tensor]:

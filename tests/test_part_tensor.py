@@ -32,7 +32,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from swafast.sharded.parts.part_tensor import PartTensor
 from swafast.terms.boxes import Box, boxes_of_run
 from tests.ranks import run_ranks
-from tests.support import same_bits
+from tests.support import any_bits, same_bits
 
 DTYPES = (
     *(torch.float32, torch.bfloat16, torch.float16, torch.float64),
@@ -46,13 +46,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:Us
 
 
 # Cases
-
-
-def any_bits(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
-    """Make a tensor of random bytes: NaNs with payloads, denormals and infinities among them."""
-    chance = torch.Generator().manual_seed(seed)
-    numbers = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), generator=chance, dtype=torch.uint8)
-    return numbers.view(dtype).view(torch.Size(shape))
 
 
 def part_of(whole: Tensor, start: int, stop: int, order: Sequence[int] | None = None) -> PartTensor:

@@ -16,9 +16,9 @@ from torch import nn
 from swafast import EqualAverage, ExponentialAverage, PowerAverage, ShardedAverages
 from swafast.sharded import shard_matching, sharded_averages
 from tests.ranks import RankFailedError, run_ranks
-from tests.sharded_models import Beside, drift, locals_of, require
+from tests.sharded_models import Beside, drift, locals_of, require, require_own_parts
 from tests.support import require_same
-from tests.test_sharded_modes import Seen, require_own_parts
+from tests.test_sharded_modes import Seen
 
 pytestmark = pytest.mark.distributed
 

@@ -28,7 +28,7 @@ from swafast.sharded.parts.ranks import Ranks
 from swafast.sharded.parts.spread import Spread
 from swafast.sharded.swap import NOT_WHOLE
 from tests.ranks import run_ranks
-from tests.sharded_models import WIDTH, Beside, drift, fill, locals_of, make_model, wrap
+from tests.sharded_models import WIDTH, Beside, drift, fill, locals_of, make_model, planes_of, wrap
 from tests.support import differing, require_same, tensors_of, unchanged
 
 #: Of the process group where a peer is lost; the contract has an error come within two seconds more.
@@ -61,12 +61,7 @@ class Case:
         return {share.name: share.of(held[share.name].local).detach().clone() for share in self.averaged._shares}
 
     def averages_now(self) -> dict[str, Tensor]:
-        planes = {
-            f"{name} {index}": plane.detach().clone()
-            for name, all_planes in self.averaged._planes.items()
-            for index, plane in enumerate(all_planes)
-        }
-        return {"n_averaged": self.averaged.n_averaged.clone(), **planes}
+        return planes_of(self.averaged)
 
     def own_averages(self) -> dict[str, Tensor]:
         """Return this rank's own part of the params with the averages in it."""

@@ -36,6 +36,7 @@ from tests.sharded_models import (
     make_model,
     plain_name,
     require,
+    require_own_parts,
     wrap,
 )
 from tests.support import differing, require_same, tensors_of
@@ -131,20 +132,6 @@ def averaged_beside(mode: str, cases: list[tuple[torch.dtype, str | None, str | 
             }
         )
     return told
-
-
-def require_own_parts(averaged: ShardedAveragedModel, expected: dict[str, Tensor], about: str = "own parts") -> None:
-    """Check this rank's own part by bits, without a collective, and the keys."""
-    found = {"n_averaged": averaged.n_averaged}
-    wanted = {"n_averaged": expected["n_averaged"]}
-    names = {"n_averaged"}
-    for entry in averaged._entries():
-        names.update(entry.keys)
-        for index, box in enumerate(entry.share.boxes):
-            found[f"{entry.keys[0]}, box {index}"] = box.of_run(entry.run)
-            wanted[f"{entry.keys[0]}, box {index}"] = box.of_whole(expected[entry.keys[0]])
-    require_same(found, wanted, about)
-    assert names == expected.keys()
 
 
 def persistent_buffers(root: nn.Module) -> list[str]:
