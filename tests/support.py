@@ -135,22 +135,27 @@ class Held:
     """Holds updates, of the background for instance, until they are let go.
 
     Args:
+        kind, name: the class and its method that runs an update.
         at_most: let an update go after so many seconds even if nobody does; None: nobody doing so is an error.
     """
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, kind: Any = FusedAveragedModel, at_most: float | None = None
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        kind: Any = FusedAveragedModel,
+        at_most: float | None = None,
+        name: str = "update_parameters",
     ) -> None:
         self.let_go, self.begun, self.ended = threading.Event(), threading.Event(), threading.Event()
-        update = kind.update_parameters
+        update = getattr(kind, name)
 
-        def held(averaged: Any, model: nn.Module) -> None:
+        def held(*args: Any) -> None:
             self.begun.set()
             assert self.let_go.wait(at_most or 60) or at_most
-            update(averaged, model)
+            update(*args)
             self.ended.set()
 
-        monkeypatch.setattr(kind, "update_parameters", held)
+        monkeypatch.setattr(kind, name, held)
 
     def let_go_in(self, seconds: float) -> None:
         """Let an update that has begun go in a while."""
