@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from swafast.backends import cuda, library
 from swafast.op.plan import Launches, Plan
 from swafast.sharded import ShardedAveragedModel, shard_matching, sharded_model
 from swafast.sharded.parts import flat_order, shares
+from tests import costs
 from tests.ranks import run_ranks
 from tests.sharded_models import (
     TP_MODES,
@@ -40,6 +40,7 @@ from tests.sharded_models import (
     wrap,
 )
 from tests.support import differing, require_same, tensors_of
+from tests.test_costs import hold_peaks
 
 pytestmark = pytest.mark.distributed
 
@@ -199,75 +200,6 @@ def test_every_rank_count_gives_the_bits_of_one(mode: str, world: int) -> None:
 def test_the_reference_backend_gives_the_same_bits(mode: str, world: int) -> None:
     cases = [(dtype, fmt, "reference") for dtype, fmt, _ in FORMATS[:-1]]
     assert all(case["seen"] == [] for told in run_ranks(world, averaged_beside, mode, cases) for case in told)
-
-
-# What a rank holds in memory
-
-
-def held_nbytes(mode: str, share_replicas: bool) -> tuple[int, int, int]:
-    """Return (nbytes, bytes of the planes' storages, bytes of all tensors that came to life) of an average."""
-    network = nn.Sequential(nn.Linear(300, 1000), nn.Linear(1000, 301))
-    for param in network.parameters():
-        nn.init.constant_(param, 0.5)
-    spread = network if mode == "plain" else wrap_all(network, mode)
-    before = storages_alive()
-    averaged = ShardedAveragedModel(spread, share_replicas=share_replicas)
-    averaged.update_parameters(spread)
-    gc.collect()
-    after = storages_alive()
-    # A storage freed and another made at its address is the same entry, so entries are compared and not counted.
-    new = sum(nbytes for address, nbytes in after.items() if before.get(address) != nbytes)
-    planes = {
-        plane.untyped_storage().data_ptr(): plane.untyped_storage().nbytes()
-        for planes in averaged._planes.values()
-        for plane in planes
-        if plane.numel()
-    }
-    return averaged.nbytes, sum(planes.values()), new
-
-
-def wrap_all(network: nn.Module, mode: str) -> nn.Module:
-    world = dist.get_world_size()
-    if mode == "hsdp":
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = init_device_mesh("cpu", (world,))
-    return fully_shard(network, mesh=mesh)
-
-
-def storages_alive() -> dict[int, int]:
-    """Return the bytes of the storages of all plain tensors, by address."""
-    found = {}
-    for thing in gc.get_objects():
-        if type(thing) in (Tensor, nn.Parameter) and thing.layout == torch.strided and thing.numel():
-            storage = thing.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return found
-
-
-TOTAL = 301_000 + 301 * 1001
-
-
-@pytest.mark.parametrize(
-    ("mode", "world", "share_replicas", "numel"),
-    [
-        ("plain", 3, False, -(-TOTAL // 3) + BORDER_NUMEL),
-        ("fsdp2", 2, False, 500 * 301 + 151 * 1001),
-        ("hsdp", 4, True, (500 * 301 + 151 * 1001) // 2 + BORDER_NUMEL),
-    ],
-)
-def test_a_rank_holds_its_part_and_no_more(mode: str, world: int, share_replicas: bool, numel: int) -> None:
-    check_memory(mode, world, share_replicas, numel)
-
-
-def check_memory(mode: str, world: int, share_replicas: bool, numel: int, plant: Plant = None) -> None:
-    told = run_ranks(world, held_nbytes, mode, share_replicas, plant=plant)
-    assert sum(nbytes for nbytes, _, _ in told) == 4 * TOTAL
-    for nbytes, planes, new in told:
-        assert nbytes == planes
-        assert nbytes <= 4 * numel
-        # Tables of chunks and the counter.
-        assert nbytes <= new <= nbytes + 4096
 
 
 # After forward passes and in training
@@ -525,6 +457,12 @@ def keep_copies() -> None:
     shard_matching.ShardBinding.__init__ = with_copies  # type: ignore[method-assign]
 
 
+def check_peaks(mode: str, plant: Plant) -> None:
+    """Measure what `tests/test_costs.py` holds to: no phase has more in memory than what a rank holds."""
+    for measured in run_ranks(2, costs.rank_peaks, mode, plant=plant):
+        hold_peaks(f"{mode.upper()}, 2 ranks", measured)
+
+
 def never_reshard() -> None:
     sharded_model.reshard = shard_matching.reshard = lambda model: None
 
@@ -541,7 +479,7 @@ GATES: list[tuple[Callable[[], None], Callable[[Plant], None], str]] = [
     (ask_the_others, lambda plant: check_mode("fsdp2", 2, plant, FORMATS[:1]), "c10d::allreduce"),
     (average_all_everywhere, lambda plant: check_mode("ddp", 2, plant, FORMATS[:1]), "4680 == 2340"),
     (cut_unevenly, lambda plant: check_mode("ddp", 2, plant, FORMATS[:1]), "1291 <= "),
-    (keep_copies, lambda plant: check_memory("fsdp2", 2, False, 500 * 301 + 151 * 1001, plant), "1206604 . 4096"),
+    (keep_copies, lambda plant: check_peaks("fsdp2", plant), r"'construction', 1.0, 0.5"),
     (never_reshard, lambda plant: check_training("fsdp2", plant), "got one whole tensor on each rank"),
     (keep_the_flag, lambda plant: check_skips("fsdp2", 2, plant), "step 1: "),
 ]

@@ -180,7 +180,7 @@ def bytes_of_replicas(mode: str) -> tuple[int, int, int]:
     return both.averaged.nbytes - buffers, alone.nbytes - buffers, 4 * numel_of(both.reference)
 
 
-@pytest.mark.parametrize("mode", ["fsdp1_hybrid", "fsdp2_part_tp"])
+@pytest.mark.parametrize("mode", ["hsdp", "fsdp1_hybrid", "fsdp2_part_tp"])
 def test_shared_replicas_hold_each_element_once(mode: str) -> None:
     require(mode, forward=False)
     shared, alone, (total, *_) = zip(*run_ranks(4, bytes_of_replicas, mode), strict=True)
