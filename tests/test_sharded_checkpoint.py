@@ -35,7 +35,7 @@ from swafast.op.checksum import checksum
 from swafast.sharded import LostPeerError, PartTensor, checkpoint
 from swafast.sharded.parts.ranks import Ranks
 from swafast.sharded.parts.shares import Share
-from tests.ranks import RankFailedError, run_ranks
+from tests.ranks import RankFailedError, on_ranks, run_ranks
 from tests.sharded_models import Beside, Net, can_run, drift, local_of, make_model, planes_of, wrap, wrong_parts
 from tests.support import any_bits, differing, require_same
 
@@ -271,34 +271,6 @@ def test_an_unsharded_average_loads_what_ranks_saved(saved: Saved, way: str) -> 
     assert differing(dict(fused.state_dict()), truth_after(WAYS[way].kind, SAVED_AT)) == []
 
 
-# Saves that go on while training does
-
-
-def _async(folder: Path, ways: Sequence[str]) -> None:
-    group = dist.new_group()  # what saves in the background needs one that no training waits in
-    for way in ways:
-        for style in ("state", "itself"):
-            twin = Twin(way).train(*range(SAVED_AT))
-            # A writer that is given stages in its own way, the blocking one; otherwise torch's default stager does.
-            by = {"storage_writer": FileSystemWriter(folder / way / style)} if style == "itself" else {}
-            saving = dcp.async_save(
-                {"averaged": twin.averaged.state_dict() if style == "state" else twin.averaged},
-                checkpoint_id=folder / way / style,
-                process_group=group,
-                **by,
-            )
-            twin.train(30, 31, 32)
-            saving.result(60)
-            twin.train(33)
-            load(twin.averaged, folder / way / style)
-            twin.require(SAVED_AT, (way, style))
-
-
-@pytest.mark.distributed
-def test_an_async_save_has_the_values_at_the_call(tmp_path: Path) -> None:
-    run_ranks(2, _async, tmp_path, ["cut_plain", "fsdp2", "fsdp1_conv"])
-
-
 # Whole tensors
 
 
@@ -326,18 +298,17 @@ def _through_whole_tensors(way: str, dtype: torch.dtype, strict: bool) -> None:
         twin.require(wanted)
 
 
-def _all_through_whole_tensors() -> None:
+@pytest.mark.distributed
+@on_ranks(2)
+def test_whole_states_go_to_and_from_the_unsharded_classes() -> None:
     for way in ("cut_plain", "fsdp2", "fsdp1_conv"):
         _through_whole_tensors(way, torch.float32, strict=True)
         _through_whole_tensors(way, torch.bfloat16, strict=False)
 
 
 @pytest.mark.distributed
-def test_whole_states_go_to_and_from_the_unsharded_classes() -> None:
-    run_ranks(2, _all_through_whole_tensors)
-
-
-def _what_all_ranks_get() -> None:
+@on_ranks(2)
+def test_full_state_dict_goes_to_all_ranks_or_to_the_first() -> None:
     for way in ("cut_plain", "fsdp2", "fsdp1", "tp"):
         twin = Twin(way).train(0)
         wanted, first = twin.wanted(), dist.get_rank() == 0
@@ -349,11 +320,6 @@ def _what_all_ranks_get() -> None:
                 assert value.device.type == "cpu"
                 value.zero_()
         twin.require(wanted, "what was given is the average itself")
-
-
-@pytest.mark.distributed
-def test_full_state_dict_goes_to_all_ranks_or_to_the_first() -> None:
-    run_ranks(2, _what_all_ranks_get)
 
 
 def _load_one_file(file: Path, ways: Sequence[str]) -> None:
@@ -413,7 +379,9 @@ def part_of(value: Tensor) -> Tensor:
     return value.run if isinstance(value, PartTensor) else local_of(value)
 
 
-def _look_at_states() -> None:
+@pytest.mark.distributed
+@on_ranks(3)
+def test_a_state_is_made_of_copies() -> None:
     for way, kind in (("cut_plain", PartTensor), ("fsdp1", PartTensor), ("fsdp2", DTensor)):
         twin = Twin(way).train(0)
         expected = twin.wanted()
@@ -440,11 +408,9 @@ def _look_at_states() -> None:
 
 
 @pytest.mark.distributed
-def test_a_state_is_made_of_copies_under_the_original_names_and_shapes() -> None:
-    run_ranks(3, _look_at_states)
-
-
-def _with_buffers_of_their_own(folder: Path, use_buffers: bool) -> None:
+@pytest.mark.parametrize("use_buffers", [False, True])
+@on_ranks(3)
+def test_a_state_has_the_first_ranks_buffers(tmp_path: Path, use_buffers: bool) -> None:
     for way in ("cut", "fsdp2", "fsdp1"):
         twin = Twin(way, use_buffers=use_buffers)
         rank = dist.get_rank()
@@ -458,10 +424,10 @@ def _with_buffers_of_their_own(folder: Path, use_buffers: bool) -> None:
         expected = twin.wanted()
         buffers = {f"module.{name}" for name, _ in twin.reference.named_buffers()} & expected.keys()
         assert len(buffers) == 4
-        save(twin.averaged.state_dict(), folder / way)
+        save(twin.averaged.state_dict(), tmp_path / way)
         require_same(twin.averaged.full_state_dict(), expected)
         assert differing_buffers(twin, expected, buffers) == (sorted(buffers) if rank else [])
-        load(twin.averaged, folder / way)
+        load(twin.averaged, tmp_path / way)
         assert differing_buffers(twin, expected, buffers) == []
 
 
@@ -470,12 +436,6 @@ def differing_buffers(twin: Twin, expected: State, names: set[str]) -> list[str]
     planes = planes_of(twin.averaged)
     ours = {name: planes[f"{name.removeprefix('module.')} 0"].view(expected[name].shape) for name in names}
     return differing(ours, {name: expected[name] for name in names})
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("use_buffers", [False, True])
-def test_a_state_has_the_first_ranks_buffers_and_a_load_gives_them_to_all(tmp_path: Path, use_buffers: bool) -> None:
-    run_ranks(3, _with_buffers_of_their_own, tmp_path, use_buffers)
 
 
 class Buffers(nn.Module):
@@ -527,7 +487,9 @@ def test_each_of_many_ranks_has_its_part_of_the_save_id(size: int) -> None:
     assert [part.run.numel() for part in parts] == [after - at for at, after in itertools.pairwise(places)]
 
 
-def _in_a_group(folder: Path) -> None:
+@pytest.mark.distributed
+@on_ranks(3)
+def test_some_of_the_ranks_save_and_load_by_themselves(tmp_path: Path) -> None:
     ranks = [1, 2] if torch.__version__ >= (2, 7) else [0, 2]  # torch 2.6 saves in groups with rank 0 only
     group = dist.new_group(ranks)
     if dist.get_rank() not in ranks:
@@ -537,18 +499,13 @@ def _in_a_group(folder: Path) -> None:
     for averages in (averaged, truth):
         averages.update_parameters(reference)
     expected = {key: value.clone() for key, value in truth.state_dict().items()}
-    dcp.save({"averaged": averaged}, checkpoint_id=folder, process_group=group)
+    dcp.save({"averaged": averaged}, checkpoint_id=tmp_path, process_group=group)
     drift(reference, 1)
     averaged.update_parameters(reference)
     assert wrong_parts(averaged, expected)
-    dcp.load({"averaged": averaged}, checkpoint_id=folder, process_group=group)
+    dcp.load({"averaged": averaged}, checkpoint_id=tmp_path, process_group=group)
     assert wrong_parts(averaged, expected) == []
     assert differing(averaged.full_state_dict(), expected) == []
-
-
-@pytest.mark.distributed
-def test_some_of_the_ranks_save_and_load_by_themselves(tmp_path: Path) -> None:
-    run_ranks(3, _in_a_group, tmp_path)
 
 
 # Damage
@@ -976,7 +933,9 @@ def test_a_state_of_another_format_is_refused_by_the_dtypes(tmp_path: Path) -> N
     run_ranks(2, _load_another_format, tmp_path, ["fsdp2"])
 
 
-def _load_another_spread() -> None:
+@pytest.mark.distributed
+@on_ranks(4)
+def test_a_state_spread_in_another_way_is_refused() -> None:
     ways = ["cut", "fsdp2", "tp", "hsdp_shared"]
     twins = {way: Twin(way).train(0) for way in ways}
     kept = {way: twin.averaged.state_dict() for way, twin in twins.items()}
@@ -990,11 +949,8 @@ def _load_another_spread() -> None:
 
 
 @pytest.mark.distributed
-def test_a_state_spread_in_another_way_is_refused() -> None:
-    run_ranks(4, _load_another_spread)
-
-
-def _load_in_another_order() -> None:
+@on_ranks(1)
+def test_a_state_in_another_order_of_memory_is_put_in_order() -> None:
     # One rank has all of each param: only the order in memory tells the two apart.
     for order, other in (
         (torch.channels_last, torch.contiguous_format),
@@ -1007,11 +963,6 @@ def _load_in_another_order() -> None:
         loader = ShardedAveragedModel(model)
         loader.load_state_dict(averaged.state_dict())
         require_same(loader.full_state_dict(), expected)
-
-
-@pytest.mark.distributed
-def test_a_state_in_another_order_of_memory_is_put_in_order() -> None:
-    run_ranks(1, _load_in_another_order)
 
 
 # Each gate kills a bug: planted on every rank, and the test that guards against it must fail
@@ -1099,8 +1050,20 @@ GATES: list[tuple[Callable[[], None], int, Callable[..., Any], tuple[Any, ...], 
     (forget_the_save, 2, *_IN_MEMORY, "nothing raised"),
     (sum_without_places, 2, _seal_in_two_ways, (), "checksums depend on the cut"),
     (count_replicas_again, 4, _flip_in_memory, (["hsdp"], 5), "another checksum"),
-    (keep_own_buffers, 3, _with_buffers_of_their_own, (Path(), False), r"\['module.mask', 'module.norm.num"),
-    (give_the_average_itself, 3, _look_at_states, (), "an update has changed a state"),
+    (
+        keep_own_buffers,
+        3,
+        test_a_state_has_the_first_ranks_buffers,
+        (Path(), False),
+        r"\['module.mask', 'module.norm.num",
+    ),
+    (
+        give_the_average_itself,
+        3,
+        test_a_state_is_made_of_copies,
+        (),
+        "an update has changed a state",
+    ),
     (give_the_average_itself, 2, _flip_in_files_of_its_own, (Path(),), "refused and changed"),
     (believe_the_first_of_ties, 2, _load_what_does_not_fit, (["cut"],), "nothing raised"),
     (let_formats_be_cast, 2, _load_another_format, (Path(), ["cut"]), "AssertionError"),

@@ -26,7 +26,7 @@ from swafast.sharded import ShardedAveragedModel, shard_matching, swap
 from swafast.sharded.parts import spread
 from swafast.sharded.parts.holdings import Held
 from swafast.sharded.shard_matching import Views
-from tests.ranks import run_ranks
+from tests.ranks import on_ranks, run_ranks
 from tests.sharded_models import (
     FSDP2_MODES,
     TP_MODES,
@@ -223,7 +223,9 @@ def test_the_swap_is_seen_by_autograd() -> None:
 # Refusals
 
 
-def refused_meanwhile(mode: str) -> None:
+@pytest.mark.parametrize("mode", ["plain", "fsdp2", "fsdp1"])
+@on_ranks(2)
+def test_meanwhile_nothing_may_touch_the_averages(mode: str) -> None:
     both = Beside(mode, updates=3)
     averaged, sharded = both.averaged, both.sharded
     state, before = averaged.full_state_dict(), both.params()
@@ -246,11 +248,6 @@ def refused_meanwhile(mode: str) -> None:
     require_same(both.params(), before, "after")
     both.update()
     both.require_equal()
-
-
-@pytest.mark.parametrize("mode", ["plain", "fsdp2", "fsdp1"])
-def test_meanwhile_nothing_may_touch_the_averages(mode: str) -> None:
-    run_ranks(2, refused_meanwhile, mode)
 
 
 def moved_meanwhile(mode: str, on_all: bool) -> tuple[str, list[str]]:
@@ -300,7 +297,9 @@ def test_a_param_moved_on_one_rank_spoils_no_other() -> None:
 # Buffers, a part of the params
 
 
-def buffers_averaged(mode: str) -> None:
+@pytest.mark.parametrize("mode", ["plain", "fsdp2", "fsdp1"])
+@on_ranks(2)
+def test_each_rank_averages_its_own_buffers(mode: str) -> None:
     """Average buffers that differ from rank to rank."""
     rank = dist.get_rank()
     for use_buffers in (False, True):
@@ -319,11 +318,8 @@ def buffers_averaged(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["plain", "fsdp2", "fsdp1"])
-def test_each_rank_averages_its_own_buffers(mode: str) -> None:
-    run_ranks(2, buffers_averaged, mode)
-
-
-def included(mode: str) -> None:
+@on_ranks(2)
+def test_what_include_leaves_out_is_left_alone(mode: str) -> None:
     """Average biases alone: the rest is neither stored nor exchanged, and may be anything."""
     asked: list[str] = []
 
@@ -357,15 +353,12 @@ def included(mode: str) -> None:
     require_same(both.averaged.full_state_dict(), full, "of another")
 
 
-@pytest.mark.parametrize("mode", ["plain", "fsdp2", "fsdp1"])
-def test_what_include_leaves_out_is_left_alone(mode: str) -> None:
-    run_ranks(2, included, mode)
-
-
 # The same model again, and others
 
 
-def rebound(mode: str) -> None:
+@pytest.mark.parametrize("mode", ["plain", "ddp", "fsdp2", "fsdp1", "fsdp1_orig", "tp"])
+@on_ranks(2)
+def test_a_model_is_found_again(mode: str) -> None:
     """Average a model whose tensors are replaced, and other models of the same layout."""
     both = Beside(mode, updates=3, rule=ExponentialAverage(0.75))
 
@@ -392,11 +385,6 @@ def rebound(mode: str) -> None:
         both.reference.to(torch.bfloat16)
         check("to(bfloat16)")
         both.require_exchange()
-
-
-@pytest.mark.parametrize("mode", ["plain", "ddp", "fsdp2", "fsdp1", "fsdp1_orig", "tp"])
-def test_a_model_is_found_again(mode: str) -> None:
-    run_ranks(2, rebound, mode)
 
 
 def refused(mode: str) -> dict[str, str]:
@@ -471,7 +459,9 @@ def test_a_model_spread_in_another_way_changes_nothing(mode: str) -> None:
     check_refused(mode)
 
 
-def averaged_in_groups(mode: str) -> None:
+@pytest.mark.parametrize("mode", ["plain", "fsdp2"])
+@on_ranks(4)
+def test_groups_of_ranks_average_models_of_their_own(mode: str) -> None:
     """Average one model over ranks 0 and 2, and another over 1 and 3."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("inside", "side"))["inside"]
     side = dist.get_rank() % 2
@@ -485,12 +475,8 @@ def averaged_in_groups(mode: str) -> None:
     both.require_equal()
 
 
-@pytest.mark.parametrize("mode", ["plain", "fsdp2"])
-def test_groups_of_ranks_average_models_of_their_own(mode: str) -> None:
-    run_ranks(4, averaged_in_groups, mode)
-
-
-def averaged_in_any_layout() -> None:
+@on_ranks(2)
+def test_local_tensors_of_any_layout() -> None:
     """Average DTensors whose local tensors are transposed, or have gaps, and a complex param beside them."""
     world, rank = dist.get_world_size(), dist.get_rank()
     mesh = init_device_mesh("cpu", (world,))
@@ -521,11 +507,8 @@ def averaged_in_any_layout() -> None:
         both.require_equal()
 
 
-def test_local_tensors_of_any_layout() -> None:
-    run_ranks(2, averaged_in_any_layout)
-
-
-def averaged_otherwise() -> None:
+@on_ranks(2)
+def test_dtypes_side_by_side_and_other_wrappers() -> None:
     """Average models of several dtypes, compiled ones, and ones of which FSDP1 leaves some modules alone."""
 
     def of_several_dtypes(mode: str) -> Net:
@@ -552,10 +535,6 @@ def averaged_otherwise() -> None:
         both = Beside(mode, models=(reference, sharded), updates=2)
         both.require_exchange(kind)
         both.require_equal(kind)
-
-
-def test_dtypes_side_by_side_and_other_wrappers() -> None:
-    run_ranks(2, averaged_otherwise)
 
 
 # Each gate kills a bug
