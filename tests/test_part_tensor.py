@@ -10,7 +10,6 @@ import math
 import multiprocessing
 import os
 import random
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import staging, state_dict_saver
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -398,25 +395,6 @@ def test_ranks_load_under_other_cuts_what_ranks_saved(tmp_path: Path) -> None:
 stages_parts = pytest.mark.skipif(torch.__version__ < (2, 8), reason="needs torch 2.8's stager")
 
 
-class HeldPlanner(DefaultSavePlanner):
-    """Writes nothing until the test lets it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.released = threading.Event()
-
-    def resolve_data(self, write_item: WriteItem) -> Any:
-        assert self.released.wait(60)
-        return super().resolve_data(write_item)
-
-
-class NoStager(staging.BlockingAsyncStager):
-    """A stager that does what async_save must not do: it hands over the state itself."""
-
-    def stage(self, state_dict: Any) -> Any:
-        return state_dict
-
-
 def _default_stager(*, share: bool = False, thread: bool = False) -> Any:
     if not hasattr(staging, "DefaultStager"):
         pytest.skip("needs a torch with DefaultStager")
@@ -437,17 +415,6 @@ def _kept_stager(**options: bool) -> Any:
     return stager
 
 
-#: Arguments of async_save.
-STAGERS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "default": lambda folder: {"checkpoint_id": folder},
-    "default, made here": lambda folder: {"checkpoint_id": folder, "async_stager": _default_stager()},
-    "shared memory": lambda folder: {"checkpoint_id": folder, "async_stager": _default_stager(share=True)},
-    "its own thread": lambda folder: {"checkpoint_id": folder, "async_stager": _default_stager(thread=True)},
-    "the writer's": lambda folder: {"storage_writer": dcp.FileSystemWriter(folder)},
-    "the writer's, kept": lambda folder: {"storage_writer": dcp.FileSystemWriter(folder, cache_staged_state_dict=True)},
-}
-
-
 def bucket_parts() -> tuple[Tensor, dict[str, PartTensor]]:
     """Make parts side by side in one bucket, on slices of its storage; one part has no boxes."""
     bucket = torch.randn(600)
@@ -462,63 +429,21 @@ def bucket_parts() -> tuple[Tensor, dict[str, PartTensor]]:
     return bucket, parts
 
 
-def runs(parts: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: part.run.clone() for name, part in parts.items()}
-
-
-def async_save(state: dict[str, Any], overwrite: Callable[[], object], **options: Any) -> None:
-    """Save, and overwrite the source as soon as the call says that it may be, before anything is written."""
-    planner = HeldPlanner()
-    answer = dcp.async_save(state, planner=planner, **options)
-    if hasattr(answer, "staging_completion"):
-        answer.staging_completion.result(60)
-        answer = answer.upload_completion
-    overwrite()
-    planner.released.set()
-    answer.result(60)
-
-
-@stages_parts
-@pytest.mark.parametrize("how", STAGERS)
-def test_async_save_writes_what_was_there_at_the_call(how: str, tmp_path: Path) -> None:
-    options = STAGERS[how](tmp_path)
-    bucket, parts = bucket_parts()
-    expected = runs(parts)
-    async_save({"averaged": parts}, lambda: bucket.fill_(-1.0), **options)
-    loaded = _loaded(parts, tmp_path)
-    for name, run in expected.items():
-        assert same_bits(loaded[name].run, run), name
-
-
-def _loaded(parts: dict[str, PartTensor], folder: Path) -> dict[str, PartTensor]:
-    loaded = {name: unwritten(part) for name, part in parts.items() if part.boxes}
-    dcp.load({"averaged": loaded}, checkpoint_id=folder)
-    return loaded | {name: part for name, part in parts.items() if not part.boxes}
-
-
-def test_an_async_save_without_copies_would_be_seen(tmp_path: Path) -> None:
-    if not hasattr(staging, "DefaultStager"):
-        pytest.skip("needs a torch that takes stagers")
-    bucket, parts = bucket_parts()
-    async_save({"averaged": parts}, lambda: bucket.fill_(-1.0), checkpoint_id=tmp_path, async_stager=NoStager())
-    assert _loaded(parts, tmp_path)["a"].run.eq(-1.0).all()
-
-
 STAGINGS: dict[str, Callable[[], Callable[[Any], Any]]] = {
     "deepcopy": lambda: copy.deepcopy,
     "blocking": lambda: staging.BlockingAsyncStager().stage,
+    "blocking, kept": lambda: staging.BlockingAsyncStager(cache_staged_state_dict=True).stage,
     "default": lambda: _default_stager().stage,
-    "shared": lambda: _default_stager(share=True).stage,
+    "shared memory": lambda: _default_stager(share=True).stage,
+    "its own thread": lambda: lambda state: _default_stager(thread=True).stage(state).result(60),
 }
 
 
-@stages_parts
-@pytest.mark.parametrize("how", STAGINGS)
-def test_staged_parts_alias_neither_their_source_nor_each_other(how: str) -> None:
-    stage = STAGINGS[how]()
+def check_staged(stage: Callable[[Any], Any]) -> None:
+    """Check that staged parts share memory neither with their source nor with each other."""
     bucket, parts = bucket_parts()
     staged = stage({"averaged": parts})["averaged"]
-    expected = runs(parts)
+    expected = {name: part.run.clone() for name, part in parts.items()}
     spans = []
     for name, part in staged.items():
         assert type(part) is PartTensor
@@ -531,6 +456,17 @@ def test_staged_parts_alias_neither_their_source_nor_each_other(how: str) -> Non
     bucket.fill_(-1.0)
     for name, part in staged.items():
         assert same_bits(part.run, expected[name]), name
+
+
+@stages_parts
+@pytest.mark.parametrize("how", STAGINGS)
+def test_an_async_save_has_what_was_there_at_the_call(how: str) -> None:
+    check_staged(STAGINGS[how]())
+
+
+def test_a_stage_without_copies_would_be_seen() -> None:
+    with pytest.raises(AssertionError, match="staged memory overlaps"):
+        check_staged(lambda state: state)
 
 
 @pytest.mark.parametrize("share", [False, True])
