@@ -6,7 +6,7 @@ values to the sharded one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -277,6 +277,15 @@ def locals_of(model: nn.Module) -> dict[str, Tensor]:
     """Copy this rank's own params and buffers as they stand in the model, without a collective."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: local_of(tensor).detach().clone() for name, tensor in named}
+
+
+def outcome(call: Callable[[], object]) -> str:
+    """Return the error that something raises, in words."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
 
 
 def wrong_parts(averaged: ShardedAveragedModel, expected: Mapping[str, Tensor]) -> list[str]:

@@ -190,34 +190,26 @@ def test_shared_replicas_hold_each_element_once(mode: str) -> None:
         assert all(once <= twice // 2 + 4 * 64 for once, twice in zip(shared, alone, strict=True))
 
 
-def windows_run(mode: str, windows_nbytes: list[int]) -> list[int]:
-    both = Beside(mode, updates=1)
-    told = []
-    for spread.WINDOW_NBYTES in windows_nbytes:
-        with Seen() as seen, both.averaged.swapped_into(both.sharded):
-            pass
-        told.append(sum("gather" in name for name, _ in seen.ops))
-    return told
-
-
+@on_ranks(2)
 def test_a_small_window_is_run_several_times() -> None:
     # Or the tests above would not be of windows at all.
-    for few, many in run_ranks(2, windows_run, "plain", [64 * 2**20, 400]):
-        assert many > few + 40  # 24 windows of 200 bytes from each rank, there and back
+    both, run = Beside("plain", updates=1), []
+    for spread.WINDOW_NBYTES in (64 * 2**20, 400):
+        with Seen() as seen, both.averaged.swapped_into(both.sharded):
+            pass
+        run.append(sum("gather" in name for name, _ in seen.ops))
+    assert run[1] > run[0] + 40  # 24 windows of 200 bytes from each rank, there and back
 
 
-def saved_for_backward(mode: str) -> None:
+@on_ranks(2)
+def test_the_swap_is_seen_by_autograd() -> None:
     """Swap between a forward pass and its backward pass."""
-    both = Beside(mode, updates=3)
+    both = Beside("plain", updates=3)
     loss = both.sharded(data_of(torch.float32)).square().sum()
     with both.averaged.swapped_into(both.sharded):
         pass
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-def test_the_swap_is_seen_by_autograd() -> None:
-    run_ranks(2, saved_for_backward, "plain")
 
 
 # Refusals
