@@ -12,7 +12,7 @@ import multiprocessing
 import pickle
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from time import monotonic
@@ -48,12 +48,13 @@ def run_ranks(
     Args:
         timeout: of the process group.
         expect: how many ranks are to answer; default: all. The rest may die, or stop: they are killed in the end.
-        plant: plants a bug in each rank's process, which ends with it.
+        plant: plants a bug in each rank's process, which ends with it; default: that of `planted`.
 
     Raises:
         RankFailedError: a rank raised.
     """
     expected = world if expect is None else expect
+    plant = plant or next(iter(_planted), None)
     with tempfile.TemporaryDirectory() as folder:
         pipes: list[Connection] = []
         processes = []
@@ -81,6 +82,20 @@ def run_ranks(
                 if process.is_alive():
                     process.kill()
                     process.join()
+
+
+#: The bugs that `planted` has in every rank's process.
+_planted: list[Callable[[], object]] = []
+
+
+@contextlib.contextmanager
+def planted(plant: Callable[[], object]) -> Iterator[None]:
+    """Plant a bug in each rank's process that the body starts."""
+    _planted.append(plant)
+    try:
+        yield
+    finally:
+        _planted.pop()
 
 
 def on_ranks(world: int, **options: Any) -> Callable[[Callable[P, None]], Callable[P, None]]:

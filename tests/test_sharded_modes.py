@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from swafast.backends import cuda, library
 from swafast.op.plan import Launches, Plan
 from swafast.sharded import ShardedAveragedModel, shard_matching, sharded_model
 from swafast.sharded.parts import flat_order, shares
-from tests import costs
-from tests.ranks import on_ranks, run_ranks
+from tests import test_costs
+from tests.ranks import on_ranks, planted, run_ranks
 from tests.sharded_models import (
     TP_MODES,
     WIDTH,
@@ -40,7 +41,6 @@ from tests.sharded_models import (
     wrap,
 )
 from tests.support import differing, require_same, tensors_of
-from tests.test_costs import hold_peaks
 
 pytestmark = pytest.mark.distributed
 
@@ -63,9 +63,6 @@ ALL_FORMATS = ("plain", "fsdp2", "fsdp1", "tp", "fsdp2_tp")
 
 #: What a cut may be above an even part: it falls on multiples of this.
 BORDER_NUMEL = 64
-
-
-Plant = Callable[[], None] | None
 
 
 class Seen(TorchDispatchMode):
@@ -178,12 +175,10 @@ def check_nbytes(told: list[dict[str, Any]], mode: str, per_element: int) -> Non
     assert max(cuts) <= -(-whole // world) + BORDER_NUMEL
 
 
-def check_mode(
-    mode: str, world: int, plant: Plant = None, formats: Sequence[tuple[torch.dtype, str | None, int]] = FORMATS
-) -> None:
+def check_mode(mode: str, world: int, formats: Sequence[tuple[torch.dtype, str | None, int]] = FORMATS) -> None:
     require(mode, forward=False)
     cases = [(dtype, fmt, None) for dtype, fmt, _ in formats]
-    ranks = run_ranks(world, averaged_beside, mode, cases, plant=plant)
+    ranks = run_ranks(world, averaged_beside, mode, cases)
     for index, (dtype, fmt, per_element) in enumerate(formats):
         told = [rank[index] for rank in ranks]
         assert [rank["seen"] for rank in told] == [[]] * world, (dtype, fmt)
@@ -274,14 +269,10 @@ def follow(by_hand: FusedAveragedModel, shadow: nn.Module, values: dict[str, Ten
     by_hand.update_parameters(shadow)
 
 
-def check_training(mode: str, plant: Plant = None) -> None:
-    require(mode, forward=True)
-    run_ranks(ONE_WORLD[mode], trained_and_averaged, mode, plant=plant)
-
-
 @pytest.mark.parametrize("mode", [mode for mode in WORLDS if mode not in ("fsdp2_tp", "fsdp1_no_shard")])
 def test_training_is_averaged_as_it_goes(mode: str) -> None:
-    check_training(mode)
+    require(mode, forward=True)
+    run_ranks(ONE_WORLD[mode], trained_and_averaged, mode)
 
 
 # NaNs and infinities
@@ -317,17 +308,14 @@ def averaged_past_nans(mode: str, nonfinite: str, names: list[str]) -> dict[str,
 NAN_NAMES = ["blocks.0.outer.bias", "short", "long"]
 
 
-def check_skips(mode: str, world: int, plant: Plant = None) -> None:
+@pytest.mark.parametrize("mode", ["plain", "fsdp2", "fsdp1", "tp", "fsdp2_tp"])
+def test_a_nan_on_one_rank_is_skipped_on_all(mode: str) -> None:
     require(mode, forward=False)
-    for told in run_ranks(world, averaged_past_nans, mode, "skip", NAN_NAMES, plant=plant):
+    world = 4 if mode == "fsdp2_tp" else 2
+    for told in run_ranks(world, averaged_past_nans, mode, "skip", NAN_NAMES):
         assert told["counts"] == [1, 1, 1, 1, 2]
         assert told["errors"] == [None] * 5
         assert told["seen"] == [[("c10d::allreduce_", 2)]] * 5
-
-
-@pytest.mark.parametrize("mode", ["plain", "fsdp2", "fsdp1", "tp", "fsdp2_tp"])
-def test_a_nan_on_one_rank_is_skipped_on_all(mode: str) -> None:
-    check_skips(mode, 4 if mode == "fsdp2_tp" else 2)
 
 
 @pytest.mark.parametrize("mode", ["plain", "fsdp2", "fsdp1"])
@@ -453,12 +441,6 @@ def keep_copies() -> None:
     shard_matching.ShardBinding.__init__ = with_copies  # type: ignore[method-assign]
 
 
-def check_peaks(mode: str, plant: Plant) -> None:
-    """Measure what `tests/test_costs.py` holds to: no phase has more in memory than what a rank holds."""
-    for measured in run_ranks(2, costs.rank_peaks, mode, plant=plant):
-        hold_peaks(f"{mode.upper()}, 2 ranks", measured)
-
-
 def never_reshard() -> None:
     sharded_model.reshard = shard_matching.reshard = lambda model: None
 
@@ -469,19 +451,23 @@ def keep_the_flag() -> None:
 
 
 #: The bug, the check that must fail, and how.
-GATES: list[tuple[Callable[[], None], Callable[[Plant], None], str]] = [
-    (forget_the_last_run, lambda plant: check_mode("plain", 2, plant, FORMATS[:2]), "own parts: |averages: "),
-    (start_where_the_flat_param_does, lambda plant: check_mode("fsdp1", 2, plant, FORMATS[:1]), "own parts: "),
-    (ask_the_others, lambda plant: check_mode("fsdp2", 2, plant, FORMATS[:1]), "c10d::allreduce"),
-    (average_all_everywhere, lambda plant: check_mode("ddp", 2, plant, FORMATS[:1]), "4680 == 2340"),
-    (cut_unevenly, lambda plant: check_mode("ddp", 2, plant, FORMATS[:1]), "1291 <= "),
-    (keep_copies, lambda plant: check_peaks("fsdp2", plant), r"'construction', 1.0, 0.5"),
-    (never_reshard, lambda plant: check_training("fsdp2", plant), "got one whole tensor on each rank"),
-    (keep_the_flag, lambda plant: check_skips("fsdp2", 2, plant), "step 1: "),
+GATES: list[tuple[Callable[[], None], Callable[[], None], str]] = [
+    (forget_the_last_run, partial(check_mode, "plain", 2, FORMATS[:2]), "own parts: |averages: "),
+    (start_where_the_flat_param_does, partial(check_mode, "fsdp1", 2, FORMATS[:1]), "own parts: "),
+    (ask_the_others, partial(check_mode, "fsdp2", 2, FORMATS[:1]), "c10d::allreduce"),
+    (average_all_everywhere, partial(check_mode, "ddp", 2, FORMATS[:1]), "4680 == 2340"),
+    (cut_unevenly, partial(check_mode, "ddp", 2, FORMATS[:1]), "1291 <= "),
+    (
+        keep_copies,
+        partial(test_costs.test_no_phase_on_a_rank_takes_more_memory, "fsdp2"),
+        r"'construction', 1.0, 0.5",
+    ),
+    (never_reshard, partial(test_training_is_averaged_as_it_goes, "fsdp2"), "got one whole tensor on each rank"),
+    (keep_the_flag, partial(test_a_nan_on_one_rank_is_skipped_on_all, "fsdp2"), "step 1: "),
 ]
 
 
 @pytest.mark.parametrize(("plant", "gate", "message"), GATES, ids=[plant.__name__ for plant, *_ in GATES])
-def test_the_gate_kills_the_bug(plant: Callable[[], None], gate: Callable[[Plant], None], message: str) -> None:
-    with pytest.raises(AssertionError, match=message):  # of the checks, or of a rank
-        gate(plant)
+def test_the_gate_kills_the_bug(plant: Callable[[], None], gate: Callable[[], None], message: str) -> None:
+    with planted(plant), pytest.raises(AssertionError, match=message):  # of the checks, or of a rank
+        gate()
