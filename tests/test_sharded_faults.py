@@ -53,15 +53,12 @@ class Case:
     state: dict[str, Tensor] | None = None  # other values than the averages', to load
 
     def __post_init__(self) -> None:
-        self.params, self.own, self.averages = locals_of(self.model), self.own_now(), self.averages_now()
+        self.params, self.own, self.averages = locals_of(self.model), self.own_now(), planes_of(self.averaged)
 
     def own_now(self) -> dict[str, Tensor]:
         """Return copies of this rank's own part of the params."""
         held = self.averaged._find_held(self.model)
         return {share.name: share.of(held[share.name].local).detach().clone() for share in self.averaged._shares}
-
-    def averages_now(self) -> dict[str, Tensor]:
-        return planes_of(self.averaged)
 
     def own_averages(self) -> dict[str, Tensor]:
         """Return this rank's own part of the params with the averages in it."""
@@ -74,7 +71,7 @@ class Case:
 
     def complaints(self, *, own_is_average: bool = False, params: bool = False) -> list[str]:
         """Return what differs from before: averages, this rank's own part, and with ``params`` all of them."""
-        found = [f"average {name}" for name in differing(self.averages, self.averages_now())]
+        found = [f"average {name}" for name in differing(self.averages, planes_of(self.averaged))]
         expected = self.own_averages() if own_is_average else self.own
         found += [f"own {name}" for name in differing(expected, self.own_now())]
         if params:
