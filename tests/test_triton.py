@@ -229,7 +229,8 @@ def bits_kernel(keys: tl.int64, counts: tl.int64, indices: tl.int64, bits: tl.in
     key = tl.load(keys.to(tl.pointer_type(tl.int64)) + places)
     n = tl.load(counts.to(tl.pointer_type(tl.int64)) + places)
     index = tl.load(indices.to(tl.pointer_type(tl.int64)) + places)
-    drawn = bits_of_draw(draw_of(key, n, index), index.to(tl.uint32))
+    first, second, turn = draw_of(key, n, index)
+    drawn = bits_of_draw(first, second, turn, index.to(tl.uint32))
     tl.store(bits.to(tl.pointer_type(tl.int64)) + places, drawn.to(tl.int64))
 """,
 }
