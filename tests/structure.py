@@ -16,7 +16,6 @@ Sources = Mapping[str, str]
 FLOORS = (
     ("",),
     ("demo",),
-    ("integrations", "files"),
     ("optim",),
     ("posthoc",),
     ("sharded",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,15 +107,6 @@ def graphs_on_the_cpu() -> Iterator[None]:
         patch.setattr(torch.cuda, "CUDAGraph", Graph)
         patch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
         yield
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from more, and threads that wait for each other take the CPU from other tests."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -260,24 +251,13 @@ def test_the_readme_is_short() -> None:
     assert len(TEXTS["README.md"].splitlines()) <= README_LINES
 
 
-def test_lines_are_short() -> None:
-    assert [line for page in DOCUMENTS for line in too_long(page, TEXTS[page])] == []
-
-
-def test_cells_are_short() -> None:
-    assert [cell for page in DOCUMENTS for cell in wordy(page, TEXTS[page])] == []
-
-
-def test_relative_links_lead_somewhere() -> None:
-    assert [link for page in DOCUMENTS for link in dead_links(page, TEXTS[page])] == []
+@pytest.mark.parametrize("check", [too_long, wordy, dead_links, lost_commands])
+def test_documents_have_no_fault(check: Callable[[str, str], list[str]]) -> None:
+    assert [fault for page in DOCUMENTS for fault in check(page, TEXTS[page])] == []
 
 
 def test_every_page_is_in_the_index() -> None:
     assert missing_from_index(TEXTS[INDEX]) == []
-
-
-def test_commands_name_files_and_tests_that_are_there() -> None:
-    assert [each for page in DOCUMENTS for each in lost_commands(page, TEXTS[page])] == []
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,12 @@ def compile_ptx(csrc: Path, out: Path, *flags: str) -> str:
 
 @cache  # two tests read what takes a second to print
 def disassemble(cubin: Path) -> dict[str, list[Instruction]]:
-    return parse_sass(run((str(CUOBJDUMP), "-sass", str(cubin))).stdout)
+    try:
+        return parse_sass(run((str(CUOBJDUMP), "-sass", str(cubin))).stdout)
+    except AssertionError as error:
+        if "Cannot decode architecture" not in str(error):
+            raise
+        pytest.skip(f"needs an nvdisasm that decodes {cubin.stem}")
 
 
 def faults_of_cubin(cubin: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""What an update and a first update allocate."""
+"""What updates hold at once, beside the phases of docs/costs.md."""
 
 from __future__ import annotations
 
@@ -7,32 +7,14 @@ import sys
 import tracemalloc
 from pathlib import Path
 
-import pytest
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from swafast import FusedAveragedModel
-from swafast.backends.reference import _CPU_WINDOW_NUMEL
 from swafast.terms.layout import MAX_BUCKET_NUMEL
+from tests.costs import peak_of
 
 MEGABYTE = 2**20
-
-
-def allocated_by_torch(run) -> int:
-    """Return the bytes that torch allocates in ``run``, freed ones included."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    return sum(max(0, event.self_cpu_memory_usage) for event in profiler.events())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_an_update_allocates_nothing_to_speak_of(dtype: torch.dtype) -> None:
-    model = nn.ParameterList([nn.Parameter(torch.randn(500_000).to(dtype)) for _ in range(8)])
-    average = FusedAveragedModel(model)
-    average.update_parameters(model)
-    assert allocated_by_torch(lambda: average.update_parameters(model)) == 0
-    assert allocated_by_torch(lambda: torch.zeros(1000)) >= 4000  # the measure measures
 
 
 def test_the_list_of_3000_tensors_costs_less_than_a_megabyte() -> None:
@@ -48,21 +30,10 @@ def test_the_list_of_3000_tensors_costs_less_than_a_megabyte() -> None:
 
 
 def test_the_reference_works_in_windows() -> None:
-    # All that one window allocates, freed or not, is more than is ever held at once; and no operation takes more of
-    # the whole than of a window.
-    whole = nn.ParameterList([nn.Parameter(torch.randn(3, 1_000_000).bfloat16())])
-    window = nn.ParameterList([nn.Parameter(torch.randn(_CPU_WINDOW_NUMEL).bfloat16())])
-    most = []
-    for model in (window, whole):
-        average = FusedAveragedModel(model, backend="reference")
-        average.update_parameters(model)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            average.update_parameters(model)
-        most.append(max(event.cpu_memory_usage for event in profiler.events()))
-    assert 0 < most[1] <= most[0]
-    average = FusedAveragedModel(window, backend="reference")
-    average.update_parameters(window)
-    assert allocated_by_torch(lambda: average.update_parameters(window)) < MEGABYTE
+    model = nn.ParameterList([nn.Parameter(torch.randn(3, 1_000_000).bfloat16())])
+    average = FusedAveragedModel(model, backend="reference")
+    average.update_parameters(model)
+    assert 0 < peak_of(lambda: average.update_parameters(model)) < MEGABYTE
 
 
 FIRST_UPDATE = """
@@ -83,7 +54,6 @@ print(high_water() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's ru_maxrss in KiB")
 def test_a_first_update_takes_one_bucket_more() -> None:
     done = subprocess.run(
         [sys.executable, "-c", FIRST_UPDATE], check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1]

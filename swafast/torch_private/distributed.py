@@ -37,6 +37,8 @@ def box_of(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     Raises:
         ValueError: the rank holds more than one box, or a part of a sum (``Partial``).
     """
+    if any(placement.is_partial() for placement in tensor.placements):  # torch 2.6 takes it for replicated
+        raise ValueError("it holds a part of a sum")
     try:
         boxes = tensor.__create_chunk_list__()
     except RuntimeError as error:

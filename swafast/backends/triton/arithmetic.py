@@ -155,25 +155,23 @@ def fused_multiply_add(a, b, c):
 def blend_of(weight):
     """Return the numbers that a lerp needs, for a float64 weight.
 
-    That is the factor of the difference, whether the average is the nearer end, whether to copy, and the weight itself.
+    That is the factor of the difference, whether the average is the nearer end, and whether to copy.
     """
     rounded = weight.to(tl.float32)
     near = rounded < 0.5
-    return tl.where(near, rounded, rounded - 1.0), near, rounded == 1.0, weight
+    return tl.where(near, rounded, rounded - 1.0), near, rounded == 1.0
 
 
 @triton.jit
-def lerp(average, param, blend):
+def lerp(average, param, factor, near, copy):
     """Return ``average + weight * (param - average)``, rounded as torch.lerp does; at weight 1, the param."""
-    factor, near, copy, _weight = blend
     moved = fused_multiply_add(factor, param - average, tl.where(near, average, param))
     return tl.where(copy, param, moved)
 
 
 @triton.jit
-def lerp_precisely(average, param, blend):
+def lerp_precisely(average, param, weight):
     """Return the same for a float64 average. The product and the sum are each rounded."""
-    _factor, _near, _copy, weight = blend
     newest = param.to(tl.float64)
     distance = weight * (newest - average)
     return tl.where(weight == whole(1), newest, average + distance)

@@ -6,7 +6,7 @@ makes the compiler work anew. ``memory.py`` says how tiles are moved, ``arithmet
 ``random.py`` what becomes of an element, ``paces.py`` by which weight.
 
 The loops are written with ``while``, since ``range`` over a scalar fails in the interpreter of Triton 3.6 with a recent
-numpy; the machine code is the same.
+numpy; the machine code is the same. Functions are called with no tuples, which Triton takes from 3.3 on.
 """
 
 import triton
@@ -34,6 +34,7 @@ from .memory import (
     chunk_of,
     launched,
     low_of,
+    move_chunk,
     pointer_to,
     row_of,
     store_halves,
@@ -53,20 +54,29 @@ VERSION = triton.__version__
 
 @triton.jit
 def update_tile(
-    pointers,
+    param,
+    first,
+    second,
     start,
     numel,
-    blend,
-    draw,
+    factor,
+    near,
+    copy,
+    weight,
+    low,
+    high,
+    turn,
+    first_index,
+    index_step,
     indices,
     DTYPE: tl.constexpr,
     FORMAT: tl.constexpr,
+    FIRST_BYTES: tl.constexpr,
     SECOND_BYTES: tl.constexpr,
     CUT_BITS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Update a tile; a wide one is of ``WIDE`` elements. A thread has 8 in a row unless all arrays are of 4 bytes."""
-    param, first, second = pointers
     params = tile_of(param, start, indices, WIDE)
     firsts = tile_of(first, start, indices, WIDE)
     seconds = tile_of(second, start, indices, WIDE)
@@ -75,14 +85,15 @@ def update_tile(
     old_first = tl.load(firsts, mask=mask, eviction_policy="evict_first")
     old_second = tl.load(seconds, mask=mask, eviction_policy="evict_first") if SECOND_BYTES != 0 else old_first
     average, value = decode(old_first, old_second, FORMAT), value_of(newest, DTYPE)
-    moved = lerp_precisely(average, value, blend) if FORMAT == COMPENSATED else lerp(average, value, blend)
+    if FORMAT == COMPENSATED:
+        moved = lerp_precisely(average, value, weight)
+    else:
+        moved = lerp(average, value, factor, near, copy)
     random = 0
     if CUT_BITS != 0:
-        halves, first_index, index_step = draw
         index = first_index + (start.to(tl.uint32) + indices.to(tl.uint32)) * index_step
-        random = bits_of_draw(halves, index) >> (32 - CUT_BITS)
+        random = bits_of_draw(low, high, turn, index) >> (32 - CUT_BITS)
     new_first, new_second = encode(moved, random, FORMAT)
-    FIRST_BYTES: tl.constexpr = first.dtype.element_ty.primitive_bitwidth // 8
     EIGHTS: tl.constexpr = WIDE != 0 and (DTYPE != 0 or FIRST_BYTES == 2)
     if EIGHTS and FIRST_BYTES == 4:
         store_halves(first, start, new_first, WIDE)
@@ -98,7 +109,10 @@ def update_tile(
 def update_chunk(
     row,
     chunk,
-    blend,
+    factor,
+    near,
+    copy,
+    weight,
     num_averaged,
     DTYPE: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -115,11 +129,12 @@ def update_chunk(
     param = word(row, 0) + offset * PARAM_BYTES
     first = word(row, 1) + offset * FIRST_BYTES
     second = word(row, 2) + offset * SECOND_BYTES
-    pointers = (pointer_to(param, PARAM_BYTES), pointer_to(first, FIRST_BYTES), pointer_to(second, SECOND_BYTES))
-    draw = None
+    params, firsts = pointer_to(param, PARAM_BYTES), pointer_to(first, FIRST_BYTES)
+    seconds = pointer_to(second, SECOND_BYTES)
+    low, high, turn, index_step = 0, 0, 0, 0
     if CUT_BITS != 0:
-        halves = draw_of(word(row, 5), num_averaged, first_index)
-        draw = (halves, first_index.to(tl.uint32), word(chunk, 4).to(tl.uint32))
+        low, high, turn = draw_of(word(row, 5), num_averaged, first_index)
+        first_index, index_step = first_index.to(tl.uint32), word(chunk, 4).to(tl.uint32)
     NUMEL: tl.constexpr = COMPENSATED_TILE if FORMAT == COMPENSATED else TILE
     ROWS: tl.constexpr = 4 if PARAM_BYTES == 4 and FIRST_BYTES == 4 else 2
     alignment = param | first | (second * 2 if SECOND_BYTES == 1 else second)
@@ -127,57 +142,72 @@ def update_chunk(
     indices = tile_indices(ROWS, NUMEL // ROWS)
     start = middle * 0
     while start < middle:
-        update_tile(pointers, start, middle, blend, draw, indices, DTYPE, FORMAT, SECOND_BYTES, CUT_BITS, NUMEL)
+        update_tile(
+            params,
+            firsts,
+            seconds,
+            start,
+            middle,
+            factor,
+            near,
+            copy,
+            weight,
+            low,
+            high,
+            turn,
+            first_index,
+            index_step,
+            indices,
+            DTYPE,
+            FORMAT,
+            FIRST_BYTES,
+            SECOND_BYTES,
+            CUT_BITS,
+            NUMEL,
+        )
         start += NUMEL
     indices = tile_indices(1, NARROW_TILE)
     while start < numel:
-        update_tile(pointers, start, numel, blend, draw, indices, DTYPE, FORMAT, SECOND_BYTES, CUT_BITS, 0)
+        update_tile(
+            params,
+            firsts,
+            seconds,
+            start,
+            numel,
+            factor,
+            near,
+            copy,
+            weight,
+            low,
+            high,
+            turn,
+            first_index,
+            index_step,
+            indices,
+            DTYPE,
+            FORMAT,
+            FIRST_BYTES,
+            SECOND_BYTES,
+            CUT_BITS,
+            0,
+        )
         start += NARROW_TILE
 
 
 @triton.jit
-def update_as(row, chunk, blend, num_averaged, fmt, DTYPE: tl.constexpr):
+def update_as(row, chunk, factor, near, copy, weight, num_averaged, fmt, DTYPE: tl.constexpr):
     if fmt == FLOAT32:
-        update_chunk(row, chunk, blend, num_averaged, DTYPE, FLOAT32, 4, 0, 0)
+        update_chunk(row, chunk, factor, near, copy, weight, num_averaged, DTYPE, FLOAT32, 4, 0, 0)
     elif fmt == EXACT:
-        update_chunk(row, chunk, blend, num_averaged, DTYPE, EXACT, 2, 2, 0)
+        update_chunk(row, chunk, factor, near, copy, weight, num_averaged, DTYPE, EXACT, 2, 2, 0)
     elif fmt == MIRRORED:
-        update_chunk(row, chunk, blend, num_averaged, DTYPE, MIRRORED, 2, 4, 0)
+        update_chunk(row, chunk, factor, near, copy, weight, num_averaged, DTYPE, MIRRORED, 2, 4, 0)
     elif fmt == COMPACT:
-        update_chunk(row, chunk, blend, num_averaged, DTYPE, COMPACT, 2, 1, 8)
+        update_chunk(row, chunk, factor, near, copy, weight, num_averaged, DTYPE, COMPACT, 2, 1, 8)
     elif fmt == COMPENSATED:
-        update_chunk(row, chunk, blend, num_averaged, DTYPE, COMPENSATED, 4, 4, 0)
+        update_chunk(row, chunk, factor, near, copy, weight, num_averaged, DTYPE, COMPENSATED, 4, 4, 0)
     else:
-        update_chunk(row, chunk, blend, num_averaged, DTYPE, HALF, 2, 0, 16)
-
-
-@triton.jit
-def move_tile(param, average, start, numel, indices, EXCHANGE: tl.constexpr, WIDE: tl.constexpr):
-    params, averages = tile_of(param, start, indices, WIDE), tile_of(average, start, indices, WIDE)
-    mask = None if WIDE else start + indices < numel
-    newest = tl.load(params, mask=mask)
-    if EXCHANGE:
-        old = tl.load(averages, mask=mask, eviction_policy="evict_first")
-        tl.store(params, old, mask=mask)
-    tl.store(averages, newest, mask=mask, cache_modifier=".cs")
-
-
-@triton.jit
-def move_chunk(row, chunk, BYTES: tl.constexpr, EXCHANGE: tl.constexpr):
-    """Copy the bytes of a chunk's param to its average, or exchange the two, whatever the bytes mean."""
-    offset, numel = word(chunk, 1), word(chunk, 2)
-    param, average = word(row, 0) + offset * BYTES, word(row, 1) + offset * BYTES
-    num_words = tl.where(((param | average) & 15) == 0, numel * BYTES // (4 * TILE) * TILE, 0)
-    indices = tile_indices(4, TILE // 4)
-    start = num_words * 0
-    while start < num_words:
-        move_tile(pointer_to(param, 4), pointer_to(average, 4), start, num_words, indices, EXCHANGE, True)
-        start += TILE
-    start = num_words * 4 // BYTES
-    indices = tile_indices(1, NARROW_TILE)
-    while start < numel:
-        move_tile(pointer_to(param, BYTES), pointer_to(average, BYTES), start, numel, indices, EXCHANGE, False)
-        start += NARROW_TILE
+        update_chunk(row, chunk, factor, near, copy, weight, num_averaged, DTYPE, HALF, 2, 0, 16)
 
 
 @triton.jit
@@ -230,13 +260,13 @@ def update_row(row, chunk, counts, weights):
     kinds = word(row, 4)
     dtype, fmt = low_of(kinds), kinds >> 32
     num_averaged, weight = pace_at(counts, weights, low_of(word(row, 6)))
-    blend = blend_of(weight)
+    factor, near, copy = blend_of(weight)
     if dtype == 0:
-        update_as(row, chunk, blend, num_averaged, fmt, 0)
+        update_as(row, chunk, factor, near, copy, weight, num_averaged, fmt, 0)
     elif dtype == 1:
-        update_as(row, chunk, blend, num_averaged, fmt, 1)
+        update_as(row, chunk, factor, near, copy, weight, num_averaged, fmt, 1)
     elif dtype == 2:
-        update_as(row, chunk, blend, num_averaged, fmt, 2)
+        update_as(row, chunk, factor, near, copy, weight, num_averaged, fmt, 2)
     else:
         move_chunk(row, chunk, 1, False)
 

@@ -98,3 +98,32 @@ def pace_of(paces, index):
 def low_of(pair):
     """Return the lower of the two int32 in a word."""
     return pair & 0xFFFFFFFF
+
+
+@triton.jit
+def move_tile(param, average, start, numel, indices, EXCHANGE: tl.constexpr, WIDE: tl.constexpr):
+    params, averages = tile_of(param, start, indices, WIDE), tile_of(average, start, indices, WIDE)
+    mask = None if WIDE else start + indices < numel
+    newest = tl.load(params, mask=mask)
+    if EXCHANGE:
+        old = tl.load(averages, mask=mask, eviction_policy="evict_first")
+        tl.store(params, old, mask=mask)
+    tl.store(averages, newest, mask=mask, cache_modifier=".cs")
+
+
+@triton.jit
+def move_chunk(row, chunk, BYTES: tl.constexpr, EXCHANGE: tl.constexpr):
+    """Copy the bytes of a chunk's param to its average, or exchange the two, whatever the bytes mean."""
+    offset, numel = word(chunk, 1), word(chunk, 2)
+    param, average = word(row, 0) + offset * BYTES, word(row, 1) + offset * BYTES
+    num_words = tl.where(((param | average) & 15) == 0, numel * BYTES // (4 * TILE) * TILE, 0)
+    indices = tile_indices(4, TILE // 4)
+    start = num_words * 0
+    while start < num_words:
+        move_tile(pointer_to(param, 4), pointer_to(average, 4), start, num_words, indices, EXCHANGE, True)
+        start += TILE
+    start = num_words * 4 // BYTES
+    indices = tile_indices(1, NARROW_TILE)
+    while start < numel:
+        move_tile(pointer_to(param, BYTES), pointer_to(average, BYTES), start, numel, indices, EXCHANGE, False)
+        start += NARROW_TILE

@@ -32,9 +32,8 @@ def turn_of(n):
 
 
 @triton.jit
-def bits_of_draw(draw, index):
+def bits_of_draw(first, second, turn, index):
     """Return 32 random bits for each element, from the lower 32 bits of its index. Use the upper 16 only."""
-    first, second, turn = draw
     x = index ^ first
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = x ^ second

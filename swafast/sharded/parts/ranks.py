@@ -136,7 +136,7 @@ class Ranks:
 
     def device_for(self, device: torch.device) -> torch.device:
         """Return the device on which the collectives take a tensor: ``device``, or a GPU for NCCL."""
-        if device.type == "cpu" and dist.get_backend(self.group) == "nccl":
+        if device.type == "cpu" and _backend_of(self.group) == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return device
 
@@ -271,6 +271,18 @@ class Ranks:
                         f"{what} must be the same on every rank, got for {key!r} {ours} on rank {self.ranks[0]} and "
                         f"{got} on rank {rank}"
                     )
+
+
+def _backend_of(group: ProcessGroup | None) -> str:
+    """Return the name of a group's backend.
+
+    Raises:
+        ValueError: the group was destroyed.
+    """
+    try:
+        return dist.get_backend(group)
+    except TypeError as error:  # what torch 2.6 raises
+        raise ValueError("the process group was destroyed") from error
 
 
 def checked_group(process_group: object) -> ProcessGroup:
