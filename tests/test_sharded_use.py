@@ -274,6 +274,39 @@ def test_a_param_moved_on_one_rank_spoils_no_other() -> None:
     assert run_ranks(2, moved_meanwhile, "plain", False) == [[], []]
 
 
+@pytest.mark.parametrize("mode", ["plain", "ddp", "fsdp2", "fsdp1"])
+@on_ranks(2)
+def test_what_a_body_must_not_do(mode: str) -> None:
+    both = Beside(mode, updates=3)
+    averaged, sharded, before = both.averaged, both.sharded, both.params()
+    if mode != "fsdp2":  # its DTensors cannot be shared
+        with averaged.swapped_into(sharded):
+            sharded.share_memory()
+        require_same(both.params(), before, "after memory has moved in its storage")
+        both.require_equal()
+    other = ShardedAveragedModel(sharded)
+    optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
+    attachment = other.attach(optimizer)
+    outer, inner = averaged.swapped_into(sharded), other.swapped_into(sharded)
+    outer.__enter__()
+    for act in (lambda: other.update_parameters(sharded), lambda: other.copy_to(sharded), optimizer.step):
+        with pytest.raises(RuntimeError, match="must wait until averages are swapped back out of the model"):
+            act()
+    inner.__enter__()
+    with pytest.raises(RuntimeError, match="must be left in reverse order"):
+        outer.__exit__(None, None, None)
+    inner.__exit__(None, None, None)
+    attachment.detach()
+    require_same(both.params(), before, "after the wrong order")
+    both.require_equal()
+    told = pytest.raises(RuntimeError, match="must not be written while swapped")
+    with told, averaged.swapped_into(sharded):
+        for param in sharded.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    require_same(both.params(), before, "after a step")
+
+
 # Buffers, a part of the params
 
 

@@ -154,7 +154,7 @@ def test_swaps_of_two_averages_left_in_the_wrong_order_come_back() -> None:
     one, two = first.swapped_into(model), second.swapped_into(model)
     one.__enter__()
     two.__enter__()
-    assert model.bias[0] == 20
+    assert float(model.bias.detach()[0]) == 20
     with pytest.raises(RuntimeError, match="must be left in reverse order"):
         one.__exit__(None, None, None)
     with pytest.raises(RuntimeError, match="swapped back out"):
@@ -276,9 +276,9 @@ def test_a_write_in_the_body_is_told_on_leaving(write: Callable[[nn.Module], Non
     model = make_model(torch.bfloat16)
     averaged = average_of(model, format=format)
     before, state = tensors_of(model), averaged.averaged_state_dict()
-    with pytest.raises(RuntimeError, match="must not be written while swapped, got writes into '0.weight'"):
-        with averaged.swapped_into(model):
-            write(model)
+    told = pytest.raises(RuntimeError, match=r"must not be written while swapped, got writes into '0\.weight'")
+    with told, averaged.swapped_into(model):
+        write(model)
     assert differing(tensors_of(model), before) == []
     if format == "float32":  # nothing changed places in place
         assert differing(averaged.averaged_state_dict(), state) == []
@@ -288,10 +288,14 @@ def test_a_write_in_the_body_is_told_on_leaving(write: Callable[[nn.Module], Non
 def test_after_an_error_of_the_body_a_write_is_only_warned_of() -> None:
     model = make_model()
     averaged = average_of(model)
-    with unchanged(model), pytest.warns(RuntimeWarning, match="writes into '0.weight'"), pytest.raises(KeyError):
+
+    def fail() -> None:
         with averaged.swapped_into(model):
             clip(model)
             raise KeyError
+
+    with unchanged(model), pytest.warns(RuntimeWarning, match=r"writes into '0\.weight'"), pytest.raises(KeyError):
+        fail()
 
 
 def test_a_swap_while_an_error_is_handled_still_raises() -> None:
@@ -318,9 +322,9 @@ def test_buffers_may_be_written_by_a_forward_pass(use_buffers: bool) -> None:
 def test_a_write_into_an_averaged_buffer_is_told_and_does_not_reach_the_average() -> None:
     model = make_model()
     averaged = average_of(model, use_buffers=True)
-    with unchanged(model, averaged), pytest.raises(RuntimeError, match="writes into '1.running_mean'"):
-        with averaged.swapped_into(model):
-            model[1].running_mean.add_(1.0)
+    told = pytest.raises(RuntimeError, match=r"writes into '1\.running_mean'")
+    with unchanged(model, averaged), told, averaged.swapped_into(model):
+        model[1].running_mean.add_(1.0)
 
 
 def test_nested_swaps_are_no_writes() -> None:
@@ -328,10 +332,15 @@ def test_nested_swaps_are_no_writes() -> None:
     first, second = average_of(model), average_of(model)
     with unchanged(model, first, second), first.swapped_into(model), second.swapped_into(model):
         pass
-    with pytest.raises(RuntimeError, match="writes into"), first.swapped_into(model):
-        with second.swapped_into(model):
-            pass
-        clip(model)
+
+    def write_after_the_inner() -> None:
+        with first.swapped_into(model):
+            with second.swapped_into(model):
+                pass
+            clip(model)
+
+    with pytest.raises(RuntimeError, match="writes into"):
+        write_after_the_inner()
 
 
 @pytest.mark.parametrize("attached", ["itself", "another", "none"])
@@ -363,15 +372,15 @@ class Injected(BaseException):
     """Raised by a trace function, as an interrupt is by a signal handler."""
 
 
-def inject_at(number: int, events: frozenset[str]) -> list[str]:
-    """Raise within the package before the event of this number, from now on. Return the list of events before it."""
+def inject_at(number: int, kind: str) -> list[str]:
+    """Raise in the files before the event of this kind and number, from now on. Return the list of those before it."""
     seen: list[str] = []
 
     def trace(frame: Any, event: str, _: object) -> Any:
         if not frame.f_code.co_filename.endswith(FILES):
             return None
         frame.f_trace_opcodes = True
-        if event in events:
+        if event == kind:
             seen.append(f"{frame.f_code.co_name}:{frame.f_lineno}")
             if len(seen) == number:
                 sys.settrace(None)
@@ -382,23 +391,16 @@ def inject_at(number: int, events: frozenset[str]) -> list[str]:
     return seen
 
 
-FILES = tuple(
-    f"/swafast/{name}"
-    for name in (
-        "average/averaged_model.py",
-        "loop/guard.py",
-        "loop/swaps.py",
-        "op/exchange.py",
-        "op/plan.py",
-        "backends/cpu.py",
-    )
-) + ("/contextlib.py",)
-EVENTS = {
-    "call": frozenset({"call"}),
-    "line": frozenset({"line"}),
-    "opcode": frozenset({"opcode"}),
-    "return": frozenset({"return"}),
-}
+FILES = (
+    "/swafast/average/averaged_model.py",
+    "/swafast/loop/guard.py",
+    "/swafast/loop/swaps.py",
+    "/swafast/op/exchange.py",
+    "/swafast/op/plan.py",
+    "/swafast/backends/cpu.py",
+    "/contextlib.py",
+)
+EVENTS = ("call", "line", "opcode")
 
 
 def is_free(averaged: FusedAveragedModel) -> bool:
@@ -409,9 +411,9 @@ def is_free(averaged: FusedAveragedModel) -> bool:
     return done.wait(5)
 
 
-@pytest.mark.parametrize("events", EVENTS.values(), ids=EVENTS)
+@pytest.mark.parametrize("kind", EVENTS)
 @pytest.mark.parametrize("format", [None, "float32"])
-def test_an_interrupt_anywhere_loses_nothing(events: frozenset[str], format: str | None) -> None:
+def test_an_interrupt_anywhere_loses_nothing(kind: str, format: str | None) -> None:
     model = nn.Linear(3, 3).bfloat16()
     averaged = average_of(model, format=format)
     with averaged.swapped_into(model):
@@ -420,7 +422,7 @@ def test_an_interrupt_anywhere_loses_nothing(events: frozenset[str], format: str
     number, lost = 0, []
     while True:
         number += 1
-        seen = inject_at(number, events)
+        seen = inject_at(number, kind)
         try:
             with averaged.swapped_into(model):
                 sys.gettrace()
@@ -429,6 +431,7 @@ def test_an_interrupt_anywhere_loses_nothing(events: frozenset[str], format: str
         except Injected:
             if swaps.in_force or differing(tensors_of(model), before) or differing(tensors_of(averaged), state):
                 lost.append(seen[-1])
+                break
     assert number > 20
     assert lost == []
     assert is_free(averaged)

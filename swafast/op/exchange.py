@@ -42,25 +42,18 @@ class Exchange:
     ) -> None:
         self._plan, self._params, self._now = plan, params, now
         self._launches, self._aside = plan.exchange(params, planes)
-        bases = self._bases()
         self._num_planes = len(planes)
         #: What is written: params, or the tensors that they are views of, before planes.
-        self.tensors: tuple[Tensor, ...] = (*bases, *planes)
+        self.tensors: tuple[Tensor, ...] = (*self._bases(), *planes)
         self._addresses = list(map(Tensor.data_ptr, self.tensors))
         self._storages = list(map(Tensor.untyped_storage, self.tensors))  # keeps them: a launch has only addresses
         self._origins = list(map(torch.UntypedStorage.data_ptr, self._storages))
         pairs = plan.pairs(params, planes) if self._aside else []
         self._stashed = [pairs[index] for index in self._aside]
         self._stash: list[Tensor] = []
-        averaged = zip(plan.formats, plan.are_buffers, strict=True)
-        self._indices = sorted(
-            {
-                self._base_of(index)
-                for index, (fmt, is_buffer) in enumerate(averaged)
-                if fmt is not None and not (is_buffer and ignore_buffers)
-            }
-        )
-        self._watched = [bases[index] for index in self._indices]
+        watched = [(name, tensor) for name, tensor, is_buffer in self._averaged() if not (is_buffer and ignore_buffers)]
+        self._watched_names, self._watched = [name for name, _ in watched], [tensor for _, tensor in watched]
+        self._places = list(map(Tensor.data_ptr, self._watched))
         self._versions: list[int] | None = None
         self._moved: _Moved | None = None
         self._is_there = self.is_back = False
@@ -71,9 +64,11 @@ class Exchange:
         """Return the tensors in whose memory the params lie."""
         return self._params
 
-    def _base_of(self, param: int) -> int:
-        """Return the index of the tensor in which the param at this index lies."""
-        return param
+    def _averaged(self) -> list[tuple[str, Tensor, bool]]:
+        """Return the tensors by which a user writes what is averaged: name, tensor, and whether it is a buffer."""
+        plan = self._plan
+        averaged = zip(plan.names, self._params, plan.formats, plan.are_buffers, strict=True)
+        return [(name, param, is_buffer) for name, param, fmt, is_buffer in averaged if fmt is not None]
 
     def _params_in(self, bases: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the params that lie in these bases."""
@@ -160,12 +155,9 @@ class Exchange:
         after = versions(self._watched)
         if self._versions is None or after == self._versions:
             return []
-        # A tensor that has other memory has the version of that memory.
-        return [
-            self._name(index)
-            for index, base, *pair in zip(self._indices, self._watched, after, self._versions, strict=True)
-            if len(set(pair)) > 1 and base.data_ptr() == self._addresses[index]
-        ]
+        # A tensor that has other memory now may have its version from there.
+        states = zip(self._watched_names, self._watched, self._places, self._versions, after, strict=True)
+        return [name for name, tensor, place, *pair in states if len(set(pair)) > 1 and tensor.data_ptr() == place]
 
 
 class _Moved:

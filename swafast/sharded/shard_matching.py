@@ -94,10 +94,6 @@ class Locator:
         local = private.local_tensors(found[: self._num_dtensors])  # type: ignore[arg-type]
         return [*local, *found[self._num_dtensors :], *(flat.local for flat in self._flats)]
 
-    def base(self, index: int) -> int:
-        """Return the index of the base of the share at ``index``."""
-        return self._locations[index][0]
-
     def name(self, base: int) -> str:
         """Return the name of a share that lies in the base of this index."""
         index = next(index for index, (at, _) in enumerate(self._locations) if at == base)
@@ -135,9 +131,10 @@ class Views(Sequence[Tensor]):
         """The views of the bases, as in :class:`Fingerprint`."""
         return self._fingerprint.views[: len(self.bases)]
 
-    def base_of(self, position: int) -> int:
-        """Return the index of the base that the param at ``position`` lies in."""
-        return self.locator.base(self._chosen[position][0])
+    @property
+    def averaged(self) -> set[str]:
+        """The names of the params that are averaged, not copied."""
+        return {share.name for _, share in self._chosen if share.format is not None}
 
     def held(self) -> dict[str, Held]:
         """Return what this rank holds of the model, by name, on the memory that it has now."""

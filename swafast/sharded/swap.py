@@ -11,6 +11,7 @@ from torch.nn import Module
 
 from ..loop.swaps import broadcasts_buffers
 from ..op.exchange import Exchange
+from ..terms.names import canonical, unwrap
 from ..torch_private import distributed as private
 from .parts.holdings import Held, reshard
 from .parts.ranks import LostPeerError
@@ -40,10 +41,9 @@ class SpreadExchange(Exchange):
         spreads: Sequence[Spread],
         held: Mapping[str, Held],
     ) -> None:
-        plan, views, planes = bound
-        super().__init__(plan, views, planes, now, ignore_buffers=broadcasts_buffers(model))
         # `held` keeps the current memory. If the body replaces a tensor on one rank, others must not get its values.
-        self._model, self._spreads, self._held = model, spreads, held
+        self._model, self._spreads, self._held = unwrap(model), spreads, held
+        super().__init__(*bound, now, ignore_buffers=broadcasts_buffers(model))
         self._all_there = False  # while False, back() runs no collective
 
     def spread(self) -> None:
@@ -76,8 +76,14 @@ class SpreadExchange(Exchange):
     def _bases(self) -> Sequence[Tensor]:
         return self._params.bases
 
-    def _base_of(self, param: int) -> int:
-        return self._params.base_of(param)
+    def _averaged(self) -> list[tuple[str, Tensor, bool]]:
+        # Writes into DTensors and into the params of FSDP1 are not counted in the bases.
+        own = self._params.averaged
+        params = [(canonical(name), param) for name, param in self._model.named_parameters()]
+        buffers = [(canonical(name), buffer) for name, buffer in self._model.named_buffers()]
+        return [(name, param, False) for name, param in params if name in own or name.endswith("_flat_param")] + [
+            (name, buffer, True) for name, buffer in buffers if name in own
+        ]
 
     def _params_in(self, bases: Sequence[Tensor]) -> Sequence[Tensor]:
         return self._params.on(bases)
