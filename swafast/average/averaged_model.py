@@ -216,7 +216,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         """
         exchange = None
         try:
-            with self._guard.hold("swapped_into"):
+            with self._guard.hold("swapped_into", written=model):
                 exchange = Exchange(*self._bind(model))
                 self._guard.model = model
                 exchange.there()
@@ -242,7 +242,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed.
         """
-        with self._guard.hold("copy_to"):
+        with self._guard.hold("copy_to", written=model):
             plan, params, planes = self._bind(model)
             pairs = plan.pairs(params, planes)
             checks.check_writable(pairs)

@@ -174,7 +174,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
                 other memory, and is named. Inside the body, updates and calls for states raise it too.
         """
         swap = None
-        self._guard.settle("swapped_into")
+        self._guard.settle("swapped_into", model)
         try:
             with self._guard.locked(), self._ranks.lock:
                 with self._meet("swapped_into", model) as (bound, held):
@@ -199,7 +199,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
             TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed.
             RuntimeError: a rank was lost. The message says which params are not whole.
         """
-        self._guard.settle("copy_to")
+        self._guard.settle("copy_to", model)
         with self._guard.locked(), self._ranks.lock:
             with self._meet("copy_to", model) as ((plan, params, planes), held):
                 pairs = plan.pairs(params, planes)
