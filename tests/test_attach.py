@@ -540,7 +540,7 @@ def test_a_state_from_before_leaves_the_attachment() -> None:
     state = run.optimizer.state_dict()
     attachment = run.attach()
     run.step()
-    with pytest.warns(UserWarning, match=r"got 'EqualAverage', and in the state none: .* set attachment\.step"):
+    with pytest.warns(UserWarning, match=r"'EqualAverage', but those in its state are none\. .* set attachment\.step"):
         run.optimizer.load_state_dict(state)
     assert attachment.step == 1
     plain = Run()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import json
 import warnings
 from collections.abc import Mapping
 from functools import cache

@@ -49,9 +49,9 @@ class Attachment:
         self.name, self._step, self._schedule = name, 0, schedule
         self._averaged, self._model, self._optimizers = averaged, model, tuple(optimizers)
         self._runner = runner_for(averaged, model, overlap, offload)
-        self._stepped: set[int] = set()  # optimizers, by their place in the list, that have stepped since the last count
-        self._counting = threading.Lock()  # of a model on several GPUs, threads of the backward may step optimizers
-        self._own_thread: int | None = None  # while it runs an update of ours
+        self._stepped: set[int] = set()  # which optimizers, by their place, have stepped since the last count
+        self._counting = threading.Lock()  # a backward over several GPUs may step optimizers in several threads
+        self._own_thread: int | None = None  # the thread that is in an update of ours
         self._is_warned = False
         self.then: list[Callable[[], None]] = []
         self._hooks: list[RemovableHandle] = []
@@ -150,24 +150,23 @@ class Attachment:
             self._own_thread = None
 
     def settle(self, action: str) -> None:
-        """Wait as :meth:`join` before an action with the averages. Warn once of updates that do not come from here."""
-        if action == "update_parameters" and not self._is_warned:
-            if threading.get_ident() != self._own_thread and not self._runner.is_worker():
-                self._is_warned = True
-                warn_user(
-                    "update_parameters was called for an average that is attached to an optimizer, which updates it "
-                    "too: remove the call from the loop, or do not attach"
-                )
+        """Wait as :meth:`join` before an action on the averages. Warn once of an update that the user calls."""
+        is_own = action != "update_parameters" or threading.get_ident() == self._own_thread
+        if not (self._is_warned or is_own or self._runner.is_worker()):
+            self._is_warned = True
+            warn_user(
+                "update_parameters was called on an average that is attached to an optimizer, so it is updated twice: "
+                "remove the call, or do not attach"
+            )
         self._runner.join()
 
     def reads(self, written: set[int]) -> bool:
-        """Return whether its updates read what has one of these ids, of params and modules."""
+        """Return whether an update under way may read a param or module with one of these ids."""
         if not self._runner.is_beside:
             return False
         groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
-        return any(id(param) in written for group in groups for param in group["params"]) or not written.isdisjoint(
-            _ids(self._model)
-        )
+        trained = {id(param) for group in groups for param in group["params"]}
+        return not written.isdisjoint(trained | _ids(self._model))
 
     # State
 

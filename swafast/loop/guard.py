@@ -13,6 +13,7 @@ from torch.nn import Module
 
 from .attachment import Attachment, wait_for_readers
 
+
 class ForkSafeLock(type(threading.RLock())):  # type: ignore[misc]  # threading.RLock is a function
     """A reentrant lock that is new in a forked child, where a thread that held it no longer runs.
 
@@ -121,9 +122,7 @@ class Guard:
             yield
 
     @contextmanager
-    def hold(
-        self, action: str, ranks: Together | None = None, written: Module | None = None
-    ) -> Iterator[None]:
+    def hold(self, action: str, ranks: Together | None = None, written: Module | None = None) -> Iterator[None]:
         """Hold the averages for this thread, after an update under way. Refuse if they are swapped.
 
         Args:

@@ -43,7 +43,7 @@ class Roster:
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> Roster:
-        """Return the roster of an optimizer. A recipe around another optimizer has no groups and no roster of its own."""
+        """Return the roster of an optimizer. A recipe around an optimizer shares the groups of that, and its roster."""
         optimizer = getattr(optimizer, "_state_holder", optimizer)
         found = (owner for owner in owners_of_state_hooks(optimizer) if isinstance(owner, cls))
         return next(found, None) or cls(optimizer)
@@ -120,7 +120,7 @@ class Roster:
             state_dict["param_groups"] = [{**groups[0], STATE_KEY: entry}, *groups[1:]]
 
     def _load(self, optimizer: Optimizer) -> None:
-        """Give each attachment its state. What is amiss with a state of ours does not stop the optimizer's load."""
+        """Pass each attachment its state. Warn where that fails, since the optimizer is to resume all the same."""
         entry = _take_entry(optimizer.param_groups)
         try:
             states = _read(entry)
@@ -130,9 +130,9 @@ class Roster:
         own = {each.name for each in self.attachments}
         if own != states.keys() and (states or optimizer.state):  # silent if neither has stepped
             warn_user(
-                f"averages attached to the optimizer must have the names of those in its state, got {_names(own)}, and "
-                f"in the state {_names(states)}: attached ones that are not in it keep their steps; set "
-                "attachment.step, or attach with the saved name= before the load"
+                f"the averages attached to the optimizer are {_names(own)}, but those in its state are "
+                f"{_names(states)}. One that is not in the state keeps its step: set attachment.step, or attach it "
+                "with the saved name="
             )
         for each in self.attachments:
             if each.name in states:

@@ -60,6 +60,8 @@ backends/: tensors in, tensors changed
 loop/: averages that follow an optimizer
     attachable        an averaged model that can be attached to an optimizer
     attachment        an averaged model that follows an optimizer's steps
+    roster            the attachments whose states are in one optimizer's state dict
+    enrolled          what a roster needs of an attachment
     schedule          the steps after which an attachment updates
     span              a time in steps, epochs or a share of the training, as the user writes it
     runner            runs an attachment's updates: plain, on streams or in a thread

@@ -18,7 +18,7 @@ _PASSED = (
 
 
 def warn_user(message: str) -> None:
-    """Give a UserWarning at the innermost line on the stack that is neither of this package nor of torch."""
+    """Warn at the innermost line of the stack that is neither in this package nor in torch."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PASSED):
         level, frame = level + 1, frame.f_back

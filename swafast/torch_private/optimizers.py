@@ -32,7 +32,7 @@ def is_step(optimizer: Optimizer) -> bool:
     with zero gradients and rates to make an optimizer's state. Both are seen in the stack of this thread. Unlike a
     depth counter, the stack is right after a step that has raised.
     """
-    hooks = optimizer._optimizer_step_post_hooks  # type: ignore[attr-defined]  # wrappers may share an optimizer's
+    hooks = optimizer._optimizer_step_post_hooks  # a wrapper may share those of an optimizer
     depth = 0
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:  # 0.15 us a frame
@@ -61,9 +61,8 @@ def find_in_flat_state(param: object, key: str) -> Any:
 
 
 def owners_of_state_hooks(optimizer: Optimizer) -> list[object]:
-    """Return the objects whose methods are hooks on ``state_dict``. Copies and pickles of an optimizer have no hooks."""
-    hooks = optimizer._optimizer_state_dict_post_hooks  # type: ignore[attr-defined]
-    return [getattr(hook, "__self__", None) for hook in hooks.values()]
+    """Return the objects whose methods are hooks on ``state_dict``. A copy or pickle of an optimizer has no hooks."""
+    return [getattr(hook, "__self__", None) for hook in optimizer._optimizer_state_dict_post_hooks.values()]
 
 
 def _is_of_states(frame: FrameType) -> bool:
