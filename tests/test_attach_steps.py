@@ -429,18 +429,31 @@ def pickled(optimizer: Any) -> Any:
     return pickle.loads(pickle.dumps(optimizer))
 
 
+class KeepsAll(SGD):
+    """Has all its attributes in copies and pickles, also its hooks."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
-@pytest.mark.parametrize("kind", [Adam, SWA])
+@pytest.mark.parametrize("kind", [Adam, SWA, KeepsAll])
 def test_copies_and_pickles_of_an_optimizer_are_not_attached(kind: Any, duplicate: Callable[[Any], Any]) -> None:
     holder = Holds()
-    optimizer = holder.optimizer if kind is Adam else SWA(holder.optimizer)
-    attachment = FusedAveragedModel(holder).attach(optimizer, holder, overlap=True)
+    optimizer = {Adam: holder.optimizer, SWA: SWA(holder.optimizer)}.get(kind) or kind(holder.net.parameters(), 0.1)
+    holder.attachment = attachment = FusedAveragedModel(holder).attach(optimizer, holder, overlap=True)
     other = duplicate(optimizer)
     for param in (param for group in other.param_groups for param in group["params"]):
         param.grad = torch.zeros_like(param)
     other.step()
     assert attachment.step == 0
     assert STATE_KEY not in other.state_dict()["param_groups"][0]
+    other.load_state_dict(optimizer.state_dict())
+    copied = duplicate(holder).attachment  # that of a module which has it
+    copied.join()
+    assert (copied.step, copied.schedule, copied.is_attached) == (0, attachment.schedule, False)
+    with pytest.raises(RuntimeError, match="must be attached to be detached"):
+        copied.detach()
     optimizer.step()
     attachment.join()
     assert attachment.step == 1

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from ..terms.lazy import MadeOnUse
 from ..terms.warn import warn_user
 from ..torch_private.core import disable_dynamo
 from ..torch_private.optimizers import is_step
 from .roster import Roster
-from .runners import Updating, runner_for
+from .runners import Runner, Updating, runner_for
 from .schedule import Schedule, is_int
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ class Attachment:
         then: functions that are called after each step that counts, and its update.
     """
 
+    # A backward over several GPUs may step optimizers in several threads.
+    _counting = MadeOnUse[threading.Lock](lambda self: threading.Lock())
+
     def __init__(
         self,
         averaged: Updating,
@@ -50,7 +54,6 @@ class Attachment:
         self._averaged, self._model, self._optimizers = averaged, model, tuple(optimizers)
         self._runner = runner_for(averaged, model, overlap, offload)
         self._stepped: set[int] = set()  # which optimizers, by their place, have stepped since the last count
-        self._counting = threading.Lock()  # a backward over several GPUs may step optimizers in several threads
         self._own_thread: int | None = None  # the thread that is in an update of ours
         self._is_warned = False
         self.then: list[Callable[[], None]] = []
@@ -111,6 +114,11 @@ class Attachment:
         """
         self._runner.join()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or pickle has: steps and schedule. It is detached."""
+        nothing: dict[str, Any] = {"_hooks": [], "_optimizers": (), "_runner": Runner(), "then": []}
+        return {"name": self.name, "_step": self.step, "_schedule": self.schedule, "_stepped": set(), **nothing}
+
     def __enter__(self) -> Attachment:
         return self
 
@@ -126,7 +134,7 @@ class Attachment:
 
     @disable_dynamo
     def _after_step(self, index: int, optimizer: Optimizer, *_: object) -> None:
-        if is_step(optimizer) and self._counts(index):
+        if self._hooks and is_step(optimizer) and self._counts(index):
             if self.schedule.is_due(self.step):
                 self._update()
             for function in self.then:
@@ -234,7 +242,7 @@ os.register_at_fork(before=partial(wait_for_readers, None, _FORK_WAITS_S))
 
 def _renew_locks() -> None:
     for attachment in list(_live.values()):
-        attachment._counting = threading.Lock()
+        attachment.__dict__.pop("_counting", None)
 
 
 os.register_at_fork(after_in_child=_renew_locks)

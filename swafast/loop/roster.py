@@ -66,12 +66,7 @@ class Roster:
 
     def waiting(self) -> dict[str, Any]:
         """Return the states that were loaded, by name, of averages that are not attached."""
-        try:
-            return _read(_entry_of(self._optimizer.param_groups))
-        except ValueError as error:
-            _take_entry(self._optimizer.param_groups)
-            warn_user(f"{error}. It is left out")
-            return {}
+        return _waiting(self._optimizer)
 
     def add(self, attachment: Enrolled) -> None:
         if not self.attachments:
@@ -81,7 +76,9 @@ class Roster:
                 self._optimizer.register_load_state_dict_post_hook(self._load),
             ]
         self.attachments.append(attachment)
-        self._keep_waiting({name: state for name, state in self.waiting().items() if name != attachment.name})
+        waiting = self.waiting()
+        waiting.pop(attachment.name, None)
+        _keep(self._optimizer, waiting)
 
     def remove(self, attachment: Enrolled) -> None:
         self.attachments = [each for each in self.attachments if each is not attachment]
@@ -96,20 +93,20 @@ class Roster:
         for each in self.attachments:
             each.load_state_dict(states[each.name])
 
-    def _keep_waiting(self, states: Mapping[str, Any]) -> None:
-        _take_entry(self._optimizer.param_groups)
-        if states:
-            self._optimizer.param_groups[0][STATE_KEY] = json.dumps(states)
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy of the optimizer with its hooks has: no attachments."""
+        return {"_optimizer": None, "_hooks": [], "attachments": []}
 
-    def _save(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
-        groups = state_dict["param_groups"]  # the optimizer's own are left alone: compiled steps depend on their values
-        _take_entry(groups)
-        groups[0][STATE_KEY] = json.dumps({**self.waiting(), **self.states()})
+    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        if self.attachments:  # the optimizer's own groups stay as they are: compiled steps depend on their values
+            groups = state_dict["param_groups"]
+            _take_entry(groups)
+            groups[0][STATE_KEY] = json.dumps({**_waiting(optimizer), **self.states()})
 
     def _before_load(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
         """Put states that are elsewhere in the state dict into the first group, where :meth:`_load` finds them."""
         groups = state_dict["param_groups"]
-        if not groups or _entry_of(groups) is not None:
+        if not groups or not self.attachments or _entry_of(groups) is not None:
             return
         entry = state_dict.get(STATE_KEY)  # as it once was: a list, in the order of attachment
         if isinstance(entry, list) and len(entry) == len(self.attachments):
@@ -121,6 +118,8 @@ class Roster:
 
     def _load(self, optimizer: Optimizer) -> None:
         """Pass each attachment its state. Warn where that fails, since the optimizer is to resume all the same."""
+        if not self.attachments:
+            return
         entry = _take_entry(optimizer.param_groups)
         try:
             states = _read(entry)
@@ -137,7 +136,23 @@ class Roster:
         for each in self.attachments:
             if each.name in states:
                 each.resume(states.pop(each.name))
-        self._keep_waiting(states)
+        _keep(optimizer, states)
+
+
+def _waiting(optimizer: Optimizer) -> dict[str, Any]:
+    try:
+        return _read(_entry_of(optimizer.param_groups))
+    except ValueError as error:
+        _take_entry(optimizer.param_groups)
+        warn_user(f"{error}. It is left out")
+        return {}
+
+
+def _keep(optimizer: Optimizer, states: Mapping[str, Any]) -> None:
+    """Keep these states in the optimizer's groups and no others, for averages that are attached later."""
+    _take_entry(optimizer.param_groups)
+    if states:
+        optimizer.param_groups[0][STATE_KEY] = json.dumps(states)
 
 
 def _entry_of(groups: Iterable[Mapping[str, Any]]) -> Any:
