@@ -627,7 +627,7 @@ def test_bad_arguments_are_named_and_nothing_is_attached(
         run.averaged.attach(**({"optimizer": run.optimizer} | arguments(run)))
         run.step()
     assert STATE_KEY not in run.optimizer.state_dict()["param_groups"][0]
-    with pytest.warns(UserWarning, match="counts from 0, although steps were made"):
+    with pytest.warns(UserWarning, match="counts from 0, although the optimizer or the average"):
         run.attach()
 
 

@@ -231,7 +231,7 @@ def test_a_state_that_is_missing_is_warned_of(several: bool, stepped: str) -> No
         assert found == []
     else:
         (warning,) = found
-        assert "attachment.step counts from 0, although steps were made" in str(warning.message)
+        assert "attachment.step counts from 0, although the optimizer or the average" in str(warning.message)
         assert warning.filename == __file__
 
 

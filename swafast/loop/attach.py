@@ -107,9 +107,9 @@ class Attachable:
             attachment.resume(state)
         elif any(optimizer.state for optimizer in optimizers) or _has_models(self):
             warn_user(
-                f"attachment.step counts from 0, although steps were made: the optimizer's state must have {name!r} "
-                f"to go on from there, got {', '.join(map(repr, saved)) or 'nothing'}. Attach with the saved name, or "
-                "with step="
+                f"attachment.step counts from 0, although the optimizer or the average is in use: the optimizer has no "
+                f"state of {name!r}, only of {', '.join(map(repr, saved)) or 'none'}. If steps were made, pass their "
+                "number as step=, or the name= that was saved. Pass step=0 if all is well"
             )
         return attachment
 

@@ -44,7 +44,7 @@ class ComposerSWA:
         anneal_strategy: ``"linear"`` or ``"cos"``.
         anneal_steps: number of updates that annealing takes.
         swa_lr: the rate to anneal to; default: the rate at the start, which Composer 0.32 always takes.
-        options: ``overlap`` and ``offload`` of ``attach``.
+        options: ``overlap``, ``offload``, ``name`` and ``step`` of ``attach``.
 
     Raises:
         TypeError, ValueError: an argument is none of the above, the end is not after the start, or ``attach`` raises.
