@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -106,11 +106,7 @@ class Attachable:
         elif state is not None:
             attachment.resume(state)
         elif any(optimizer.state for optimizer in optimizers) or _has_models(self):
-            warn_user(
-                f"attachment.step counts from 0, although the optimizer or the average is in use: the optimizer has no "
-                f"state of {name!r}, only of {', '.join(map(repr, saved)) or 'none'}. If steps were made, pass their "
-                "number as step=, or the name= that was saved. Pass step=0 if all is well"
-            )
+            _warn_of_no_state(name, saved)
         return attachment
 
     def _model_for(self, optimizers: Sequence[Optimizer], model: object) -> Module:
@@ -193,6 +189,15 @@ def _default_name(averaged: object) -> str:
     options = fields(rule) if is_dataclass(rule) else ()
     values = [f"{each.name}={value!r}" for each in options if (value := getattr(rule, each.name)) != each.default]
     return type(rule).__qualname__ + (f"({', '.join(values)})" if values else "")
+
+
+def _warn_of_no_state(name: str, saved: Iterable[str]) -> None:
+    others = ", ".join(map(repr, saved))
+    warn_user(
+        "attachment.step counts from 0, although the optimizer or the average is in use: no state of "
+        f"{name!r} was loaded into the optimizer{others and ', only of '}{others}. If steps were made, pass their "
+        "number as step=, or the name= that was saved. Pass step=0 if they count from here"
+    )
 
 
 def check_optimizers(given: object) -> list[Optimizer]:
