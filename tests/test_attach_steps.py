@@ -22,6 +22,7 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages
+from swafast.loop import attachment as module
 from swafast.loop.roster import STATE_KEY
 from swafast.optim import SWA, ComposerSWA
 from tests.stopped_training import WAYS
@@ -155,6 +156,25 @@ def test_the_outermost_step_counts_once(kind: str, step: str) -> None:
         STEPS[step](optimizer)
     assert attachment.step == averaged.n_averaged == 3
     assert averaged.module[0].weight[0, 0] == 2.25
+
+
+def every_hook_is_a_step(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(module, "is_step", lambda optimizer: True)
+
+
+def the_last_optimizer_counts(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(module.Attachment, "_counts", lambda attachment, index: True)
+
+
+def test_the_gates_kill_the_bugs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for plant, gate, case in (
+        (every_hook_is_a_step, test_the_outermost_step_counts_once, ("super twice", "step")),
+        (the_last_optimizer_counts, test_several_optimizers_count_once_all_have_stepped, ("plain", -1)),
+    ):
+        plant(monkeypatch)
+        with pytest.raises(AssertionError):
+            gate(*case)
+        monkeypatch.undo()
 
 
 def test_a_step_that_raises_once_its_base_class_has_stepped_is_none() -> None:
