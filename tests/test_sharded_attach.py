@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from swafast import EqualAverage, ExponentialAverage, ShardedAveragedModel, ShardedAverages
 from swafast.loop import runners
@@ -23,6 +29,7 @@ pytestmark = pytest.mark.distributed
 
 ON_TWO = ("plain", "ddp", "fsdp2", "fsdp1", "fsdp1_orig", "tp")
 ON_FOUR = ("hsdp", "fsdp2_tp")
+FLAT = {"flatten_optimizer_state_dict": True}
 SEVERAL = {"fast": ExponentialAverage(0.9), "mean": EqualAverage()}
 
 
@@ -162,6 +169,34 @@ def test_several_averages_are_attached_together() -> None:
         run.averaged["fast"].attach(run.optimizer)
     attachment.detach()
     run.averaged["fast"].attach(run.optimizer, run.model).detach()
+
+
+def _resumed(mode: str) -> list[Any]:
+    """Save and load by torch's tools, and return the ways that do not go on from the saved step."""
+    full = {"full_state_dict": True, "cpu_offload": True}  # the state is on the first rank alone
+    found = []
+    ways = [({}, {}), (full, full | {"broadcast_from_rank0": True}), (FLAT, FLAT)]
+    for got, loaded in ways[: 2 if mode == "ddp" else 3]:  # torch 2.6 flattens no state of tied params
+        run = Run(mode)
+        run.averaged.attach(run.optimizer, start=2)
+        run.backward()
+        run.optimizer.step()
+        state = get_optimizer_state_dict(run.model, run.optimizer, options=StateDictOptions(**got))
+        for attach_first in (True, False) if got is not FLAT else (True,):
+            other = Run(mode)
+            attach = functools.partial(other.averaged.attach, other.optimizer, start=2)
+            attachment = attach() if attach_first else None
+            set_optimizer_state_dict(other.model, other.optimizer, state, options=StateDictOptions(**loaded))
+            attachment = attachment or attach()
+            if attachment.step != 1:
+                found.append((got, attach_first, attachment.step))
+    return found
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_torchs_tools_keep_the_steps(mode: str) -> None:
+    require(mode, forward=True)
+    assert run_ranks(2, _resumed, mode) == [[], []]
 
 
 def _refused() -> None:

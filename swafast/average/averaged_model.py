@@ -211,18 +211,21 @@ class FusedAveragedModel(WithBindings, AveragedModel):
 
         Params and buffers are exchanged with their averages in place if the dtypes agree (for ``exact`` with its
         bfloat16 plane). Other params are copied aside and overwritten. On leaving, after an exception too, all are
-        put back. Do not train the model in the body: values written into its params would end up in the averages.
-        Meanwhile the averaged module holds the model's params.
+        put back, also into tensors that were moved, cast or replaced meanwhile. Copied buffers may be written in the
+        body, params must not. Until then the averaged module holds the model's params, and must not be used.
+
+        Swaps of several averages into one model may nest. One that is left before an inner one raises, and goes back
+        when the inner one has left.
 
         Raises:
             TypeError, ValueError: as :meth:`update_parameters`; nothing has changed.
-            RuntimeError: the averages are swapped in already; or, on leaving, a parameter has moved to other memory,
-                and is named. Inside the body, updates, :meth:`state_dict` and :meth:`load_state_dict` raise it too.
+            RuntimeError: the averages are swapped in already; or, on leaving, a param or an averaged buffer was written
+                or its memory was freed. The params are back then, and the message says what became of the averages.
         """
         swap = Swap(self._guard, self, model)
         try:
             try:
-                with self._guard.hold("swapped_into"):
+                with self._guard.hold("swapped_into", written=model):
                     bound, ignored = self._bind(model), swaps.broadcasts_buffers(model)
                     swap.enter(Exchange(*bound, self._bindings.latest.now, ignore_buffers=ignored))
                 yield model
@@ -238,7 +241,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed.
         """
-        with self._guard.hold("copy_to"):
+        with self._guard.hold("copy_to", written=model):
             plan, params, planes = self._bind(model)
             if swaps.in_force:
                 swaps.refuse_model("copy_to", model)

@@ -180,19 +180,13 @@ class ModuleBinding:
         return (self.plan, params, planes) if self.plan.fits(params, planes, counters) else None
 
     def now(self) -> Sequence[Tensor | None]:
-        """Return the tensors that both modules have now under the names of the plan: params, then planes.
-
-        None stands for one that they have no longer, and for all planes if the averaged module has other modules.
-        """
+        """Return params and planes as both modules have them now; None for a lost one, or planes of other modules."""
         theirs, own = self._model_walk.tensors(), self._owner_walk.tensors()
-        params: Sequence[Tensor | None] = ()
-        if theirs is not None:
-            params = self._params(theirs)
-        elif (root := self.root) is not None:
+        params: Sequence[Tensor | None] = self._params(theirs) if theirs is not None else ()
+        if theirs is None and (root := self.root) is not None:
             found = named_params(root, "model") | named_buffers(root, "model")
             params = [found.get(name) for name in self.plan.names]
-        planes = self._planes(own) if own is not None else [None] * self._num_planes
-        return [*params, *planes]
+        return [*params, *(self._planes(own) if own is not None else [None] * self._num_planes)]
 
 
 class AnyBinding(Protocol):

@@ -61,10 +61,6 @@ def seamless(function: Callable[P, Iterator[T]]) -> Callable[P, AbstractContextM
     return make
 
 
-#: Actions that write a model's params. Updates of other averages may be reading these.
-_WRITING = ("swapped_into", "copy_to")
-
-
 class ForkSafeLock(type(threading.RLock())):  # type: ignore[misc]  # threading.RLock is a function
     """A reentrant lock that is new in a forked child, where a thread that held it no longer runs.
 
@@ -143,21 +139,20 @@ class Guard:
         (guard,) = self._guards
         guard._model = model
 
-    def settle(self, action: str = "") -> None:
-        """Wait for an update under way, unless this is its thread. Before a write of params, wait for all updates.
+    def settle(self, action: str = "", written: Module | None = None) -> None:
+        """Wait for an update under way, unless this is its thread; also for those that read a model to be written.
 
         Call it before you take any of the locks, since the update may need them. A thread that holds a lock already
         does not wait again: it has waited before it took the lock.
         """
-        waited = action not in _WRITING
         for guard in self._guards:
             if guard._lock.is_mine():
                 continue
-            if not waited:
-                wait_for_readers()
-                waited = True
+            if written is not None and isinstance(written, Module):
+                wait_for_readers(written)
+                written = None
             if guard._attachment is not None:
-                guard._attachment.join()
+                guard._attachment.settle(action)
 
     def refuse_while_swapped(self, action: str) -> None:
         """Raise RuntimeError if the averages are swapped into a model."""
@@ -181,16 +176,17 @@ class Guard:
                 lock.release()
 
     @seamless
-    def hold(self, action: str, ranks: Together | None = None) -> Iterator[None]:
+    def hold(self, action: str, ranks: Together | None = None, written: Module | None = None) -> Iterator[None]:
         """Hold the averages for this thread, after an update under way. Refuse if they are swapped.
 
         Args:
             ranks: the ranks that take this action together: an error on one raises on all.
+            written: the model whose params the action writes.
 
         Raises:
             RuntimeError: the averages are swapped into a model, here or on another of ``ranks``.
         """
-        self.settle(action)
+        self.settle(action, written)
         if ranks is None:
             with self._lock if self._is_alone else self.locked():
                 self.refuse_while_swapped(action)

@@ -32,6 +32,8 @@ class Updating(Protocol):
 class Runner:
     """Runs the updates of an attachment."""
 
+    is_beside = True  # whether updates may be under way between two steps
+
     def update(self) -> None:
         raise NotImplementedError
 
@@ -40,6 +42,10 @@ class Runner:
 
     def join(self) -> None:
         """Wait until the averages may be used, and raise what an update has raised."""
+
+    def is_worker(self) -> bool:
+        """Return whether the calling thread is the one that runs the updates, if there is such a thread."""
+        return False
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait as :meth:`join` does, for at most ``timeout`` seconds, without raising."""
@@ -52,6 +58,8 @@ class Runner:
 
 class Plain(Runner):
     """Runs each update in the hook itself."""
+
+    is_beside = False
 
     def __init__(self, averaged: Updating, model: Module) -> None:
         self._averaged, self._model = averaged, model
@@ -106,6 +114,9 @@ class InThread(Runner):
         copied = [stream.record_event() for stream in self._streams]
         self._under_way = self._pool.submit(self._run, update, copied)
 
+    def is_worker(self) -> bool:
+        return threading.get_ident() == self._worker
+
     def _run(self, update: Callable[[], None], copied: Sequence[torch.cuda.Event]) -> None:
         self._worker = threading.get_ident()
         for event in copied:
@@ -122,7 +133,7 @@ class InThread(Runner):
         if os.getpid() != self._process:  # a forked child has no such thread
             self._begin()
         under_way = self._under_way
-        if under_way is None or threading.get_ident() == self._worker:
+        if under_way is None or self.is_worker():
             return
         try:
             under_way.result()
@@ -133,7 +144,7 @@ class InThread(Runner):
 
     def wait(self, timeout: float | None = None) -> None:
         under_way = self._under_way
-        if under_way is not None and os.getpid() == self._process and threading.get_ident() != self._worker:
+        if under_way is not None and os.getpid() == self._process and not self.is_worker():
             wait([under_way], timeout)
 
     def close(self) -> None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from itertools import chain
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
 from ..terms.names import unwrap
-
-if TYPE_CHECKING:
-    from .guard import ForkSafeLock, Guard
 
 
 class Exchanged(Protocol):
@@ -29,6 +27,16 @@ class Exchanged(Protocol):
     def back(self) -> None: ...
     def watch(self) -> None: ...
     def written(self) -> list[str]: ...
+
+
+class Guarding(Protocol):
+    """What a swap needs of the guard of its averages."""
+
+    model: Module | None
+
+    def locked(self, *others: Any) -> AbstractContextManager[object]: ...
+    def is_mine(self, *others: Any) -> bool: ...
+    def release(self, *others: Any) -> None: ...
 
 
 class Swap:
@@ -45,7 +53,7 @@ class Swap:
         locks: what to hold on leaving, besides the averages.
     """
 
-    def __init__(self, guard: Guard, owner: object, model: Module, *locks: ForkSafeLock) -> None:
+    def __init__(self, guard: Guarding, owner: object, model: Module, *locks: object) -> None:
         self.owner, self.model = owner, model
         self._guard, self._locks = guard, locks
         self._exchange: Exchanged | None = None
@@ -127,7 +135,7 @@ class Swap:
             first, *others = self._written
             more = f" and {len(others)} more" if others else ""
             message = (
-                f"model must not be written while swapped, got writes into {first}{more}: the model's own values are "
+                f"model must not be written while swapped, got writes into {first!r}{more}: the model's own values are "
                 "back, and what was written is in the averages where these changed places with params in place"
             )
             if not failed:

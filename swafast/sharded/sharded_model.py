@@ -164,7 +164,8 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
 
         Params and averages are exchanged in place if the dtypes agree. Otherwise this rank's part of the params is
         copied aside and overwritten. Params that are cut are then all-gathered in windows, on entering and on leaving.
-        FSDP modules are resharded at both. Do not train the model in the body.
+        FSDP modules are resharded at both. Params must not be written in the body, and swaps may nest, as
+        with :class:`~swafast.FusedAveragedModel`.
 
         Collective if params are cut. On leaving, after an exception too, everything changes back. If a rank is lost,
         this rank's averages and its own part of the params are whole. The other parts of cut params may not be, and the
@@ -172,13 +173,13 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
 
         Raises:
             TypeError, ValueError: as :meth:`update_parameters`; nothing has changed.
-            RuntimeError: the averages are swapped in already; a rank was lost; or, on leaving, a parameter has moved to
-                other memory, and is named. Inside the body, updates and calls for states raise it too.
+            RuntimeError: the averages are swapped in already; a rank was lost; or, on leaving, a param was written or
+                its memory was freed.
         """
         swap = Swap(self._guard, self, model, self._ranks.lock)
         try:
             try:
-                self._guard.settle("swapped_into")
+                self._guard.settle("swapped_into", model)
                 with self._guard.locked(self._ranks.lock):
                     with self._meet("swapped_into", model) as (bound, held):
                         exchange = SpreadExchange(model, bound, self._bindings.latest.now, self._spreads, held)
@@ -199,7 +200,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
             TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed.
             RuntimeError: a rank was lost. The message says which params are not whole.
         """
-        self._guard.settle("copy_to")
+        self._guard.settle("copy_to", model)
         with self._guard.locked(self._ranks.lock):
             with self._meet("copy_to", model) as ((plan, params, planes), held):
                 if swaps.in_force:

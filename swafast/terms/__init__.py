@@ -60,6 +60,8 @@ backends/: tensors in, tensors changed
 loop/: averages that follow an optimizer
     attachable        an averaged model that can be attached to an optimizer
     attachment        an averaged model that follows an optimizer's steps
+    roster            the attachments whose states are in one optimizer's state dict
+    enrolled          what a roster needs of an attachment
     schedule          the steps after which an attachment updates
     span              a time in steps, epochs or a share of the training, as the user writes it
     runner            runs an attachment's updates: plain, on streams or in a thread
@@ -70,6 +72,12 @@ loop/: averages that follow an optimizer
     stand-in          a copy of a model's module tree, for an update beside the next forward
     guard             lets one thread at a time use an averaged model, and none while it is swapped
     lock              what a guard holds; it is new in a forked child
+    context           a seamless one runs no Python between a ``with`` statement and its generator
+    method            that of a seamless context, found without a call of Python
+    closing           what leaves a seamless context, in C
+    swap              one use of ``swapped_into``; it is in force until the averages are back
+    guarding          what a swap needs of the guard of its averages
+    exchanged         what a swap needs of the exchange that it undoes
     updating          what an attachment and its runner need of an averaged model
     together          what a guard needs of ranks that act together
 
@@ -81,6 +89,7 @@ op/: one update, planned and launched
     plane like        the shape, strides, dtype and device of a plane to be made
     home              the address of a plane in a bucket
     exchange          params and averages that change places
+    moved             the way back of an exchange whose memory has moved
     checksum          64 bits of a tensor; the checksums of its boxes sum to it
 
 average/: averaged models of one process
@@ -120,7 +129,6 @@ sharded/: averages of models that are spread over ranks
     views             the params of a plan, viewed on access
     bound             a plan with its current params and planes
     staging           copies of what a forward writes, for an update beside it
-    swap              one use of ``swapped_into`` on several ranks
     entry             one plane or buffer in a state, under one key or under those of tied params
     seal              checksum and dtype of an entry, in the state
     pending load      one rank's parts of a state, until they are verified and written
