@@ -20,9 +20,10 @@ from ..terms.pickling import pickled_from
 from ..terms.rules import Rule, rule_of
 from ..torch_private.core import disable_dynamo
 from .functions import choose_rule, update_by_function
+from .loading import load_whole
 from .matching import Bound, ModuleSide, WithBindings, ask_include, check_model, each_average, refuse_sharded
-from .planes import Recast, fit_planes
-from .states import check_state, export, keeping_ties, translate_load
+from .planes import Recast, fit_planes, keeps_values
+from .states import export, translate_load
 
 
 @pickled_from("swafast")
@@ -286,9 +287,8 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         with self._guard.hold("load_state_dict"):
             self._strict = strict
             try:
-                check_state(self, state_dict, strict, assign)
-                with keeping_ties(self.module):
-                    return super().load_state_dict(state_dict, strict=strict, assign=assign)
+                load = super().load_state_dict
+                return load_whole(self, [self.module], load, state_dict, strict=strict, assign=assign)
             finally:
                 self._strict = True
 
@@ -299,8 +299,12 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAveragedModel:
-        """Move or cast as any module does. A cast encodes each average anew, so that it keeps its precision."""
+        """Move or cast as any module does. A cast encodes each average anew, so that it keeps its precision.
+
+        A move that drops the values, as ``to_empty`` does, leaves a count of 0.
+        """
         with self._guard.hold("a move or cast"):
+            has_values = keeps_values(fn)
             averages = {}
             for name, tensor, fmt in self._each_average():
                 if fmt is not None:
@@ -308,5 +312,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
             recast = Recast(averages, fn, lambda dtype: format_of(self.format, dtype))
             super()._apply(recast, recurse)
             recast.finish(self)
+            if not has_values:
+                self.n_averaged.zero_()
             self._any_device |= recast.moved
             return self
