@@ -125,6 +125,7 @@ class LateCopy(Tensor):
         """Return what torch then exchanges with this tensor, if the user has told it to exchange tensors."""
         return other.detach()
 
+
 @dataclass(frozen=True)
 class Place:
     """Where a module holds one of its tensors."""

@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor, Placement
 
 from ..average.loading import write_all
 from ..op.checks import check_plain
-from ..average.loading import write_all
 from ..op.checksum import checksum, wrap_int64
 from ..terms.boxes import boxes_of_run
 from .parts.holdings import is_spread_as

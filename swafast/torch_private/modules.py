@@ -50,7 +50,7 @@ def metadata_of(state: object) -> dict[str, dict[str, Any]] | None:
 
 
 def set_metadata(state: MutableMapping[str, Any], metadata: Mapping[str, dict[str, Any]] | None) -> None:
-    """Give the metadata of :func:`metadata_of` to a state dict, which must be an ``OrderedDict``."""
+    """Set the metadata of a state dict, which must be an ``OrderedDict``, to what :func:`metadata_of` has returned."""
     if metadata is not None:
         state._metadata = metadata  # type: ignore[attr-defined]
 
@@ -65,9 +65,7 @@ def loads_by_own_code(module: Module) -> bool:
     return any(hooks) or sets_extra or not loader.startswith(("torch.nn.modules.", "swafast."))
 
 
-def put_tensor(
-    module: Module, held_in: MutableMapping[str, Tensor | None], name: str, tensor: Tensor | None
-) -> None:
+def put_tensor(module: Module, held_in: MutableMapping[str, Tensor | None], name: str, tensor: Tensor | None) -> None:
     """Put a tensor into a module's own dict ``held_in``. Tell the module, if it wants to know, as torch's RNNs do."""
     if type(module).__setattr__ is not Module.__setattr__:
         with suppress(Exception):
