@@ -52,10 +52,11 @@ def translate_load(
     """
     count = state.get(f"{prefix}n_averaged")
     if isinstance(count, Tensor) and count.numel() == 1 and not count.is_meta:
-        if count.is_floating_point() or count.is_complex() or count < 0:
+        number = count.item()
+        if not isinstance(number, int) or number < 0:
             raise RuntimeError(
                 f"Error(s) in loading state_dict for {type(owner).__name__}:\n\t"
-                f"'{prefix}n_averaged' must be one integer >= 0, got {count.item()}"
+                f"'{prefix}n_averaged' must be one integer >= 0, got {number}"
             )
         state[f"{prefix}n_averaged"] = count.to(torch.int64)
     head = f"{prefix}module."
