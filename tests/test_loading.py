@@ -161,10 +161,9 @@ def test_a_state_that_does_not_fit_changes_nothing_beside_what_cannot_be_copied(
 
 @KINDS
 @ASSIGN
-@pytest.mark.parametrize("fail", RAISE)
-@pytest.mark.parametrize("exchanges", [False, True], ids=["", "exchanges"])
+@pytest.mark.parametrize(("fail", "exchanges"), [*((fail, False) for fail in RAISE), ("a hook after the last", True)])
 def test_code_of_the_model_that_raises_changes_nothing(
-    make: Callable[..., Averaged], assign: bool, fail: str, exchanges: bool
+    make: Callable[..., Averaged], fail: str, exchanges: bool, assign: bool
 ) -> None:
     averaged = trained(make, format="exact")
     RAISE[fail](modules_of(averaged)[-1])
