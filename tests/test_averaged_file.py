@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -176,7 +177,7 @@ def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
         seen.add(number)
     assert len(seen) == 20
     for left in tmp_path.glob("file.*.unfinished"):
-        left.unlink()
+        shutil.rmtree(left)
     assert os.listdir(tmp_path) == ["file"]
 
 
@@ -197,8 +198,11 @@ def test_a_write_that_fails_leaves_the_old_file_alone(fails: type[BaseException]
         one.write_text("one")
         other.write_text("other")
     assert (tmp_path / "file").read_text() == "one"
+    (tmp_path / "plain").touch()
+    swafast.save(FusedAveragedModel(nn.Linear(2, 2)), tmp_path / "file")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
     assert (tmp_path / "link").is_symlink()
-    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
+    assert sorted(os.listdir(tmp_path)) == ["file", "link", "plain"]
 
 
 def test_a_failed_save_says_why_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
