@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from swafast import ExponentialAverage, FusedAveragedModel, FusedAverages
+from swafast.average.loading import write_all
 from tests.support import differing, drift, tensors_in, tensors_of
 
 Averaged = FusedAveragedModel | FusedAverages
@@ -288,3 +289,25 @@ def test_to_empty_leaves_a_count_of_0_and_the_next_update_copies(
         assert [int(one.n_averaged) for one in each] == [1] * len(each)
         for one in each:
             torch.testing.assert_close(one.averaged_state_dict()["weight"], model.weight.detach(), rtol=1e-2, atol=1e-2)
+
+
+def test_values_that_were_made_in_inference_mode_load_there_and_elsewhere_nothing_changes() -> None:
+    with torch.inference_mode():
+        model = nn.Linear(2, 2)
+        averaged = FusedAveragedModel(model)
+        averaged.update_parameters(model)
+        state = {key: value + 3 for key, value in averaged.state_dict().items()}
+        averaged.load_state_dict(state)
+        assert differing(averaged.state_dict(), state) == []
+        more = {key: value + 3 for key, value in state.items()}
+    with pytest.raises(RuntimeError, match=r"^Error\(s\) in loading"):
+        averaged.load_state_dict(more)
+    with torch.inference_mode():
+        assert differing(averaged.state_dict(), state) == []
+
+
+@pytest.mark.parametrize("line", range(8))
+def test_an_interrupt_among_writes_leaves_none_or_all(line: int) -> None:
+    tensors = [torch.zeros(2) for _ in range(3)]
+    is_interrupted(lambda: write_all([(tensor, torch.ones(2)) for tensor in tensors]), line)
+    assert len({int(tensor.sum()) for tensor in tensors}) == 1

@@ -55,20 +55,18 @@ def load_whole(
     writes: list[tuple[Tensor, Tensor]] = []
     is_writing = False
     try:
-        late = {} if assign else way_back.put_late_copies()
+        way_back.put_late_copies()
         with ExitStack() as ties:
             for module in averaged:
                 ties.enter_context(keeping_ties(module))
             result = load(state, strict=strict, assign=assign)
-        for place, late_copy in late.values():
+        for place, late_copy in way_back.late.values():
             # After an exchange by torch it is the source itself, of another class.
             source = late_copy.source if type(late_copy) is LateCopy else late_copy
             if source is not None:
                 _check_copy(type(root).__name__, place, source)
                 writes.append((place.tensor, source))
-        for place in way_back.places if late else ():
-            if id(place.tensor) in late:
-                place.held_in[place.name] = place.tensor
+        way_back.put_back_tensors()
         is_writing = True
         write_all(writes)
     except BaseException:
@@ -106,8 +104,6 @@ def _check_copy(kind: str, place: Place, source: Tensor) -> None:
             raise ValueError(f"{what} must be real, as {tensor.dtype} is, got {source.dtype}")
         if tensor.numel() > extent(tensor.shape, tensor.stride()):
             raise ValueError(f"{place.key!r} must not overlap itself to be loaded, got strides {tensor.stride()}")
-        if tensor.is_inference() and not torch.is_inference_mode_enabled():
-            raise ValueError(f"{place.key!r} must be a normal tensor to be loaded, got one made in inference mode")
     except ValueError as error:
         raise RuntimeError(f"Error(s) in loading state_dict for {kind}:\n\t{error}") from error
 
@@ -140,7 +136,8 @@ class Place:
 class WayBack:
     """What a load may change in a tree of modules, noted before it, and the way back there.
 
-    Values are noted only of modules with code of their own for loading, and of all modules below them.
+    Values are noted of modules with code of their own for loading, of all modules below them, and of tensors for which
+    no late copy can stand.
 
     Args:
         assign: tensors may be replaced, or exchanged in place with others.
@@ -167,24 +164,35 @@ class WayBack:
             if id(module) in with_code:
                 with suppress(Exception):  # it has no extra state, or one that cannot be copied
                     self._extra.append((module, copy.deepcopy(module.get_extra_state())))
+        #: Late copies by id of the tensor, each with its first place.
+        self.late: dict[int, tuple[Place, LateCopy]] = {}
         # (tensor, the same memory, its values)
         self._memory: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+        kept = {id(place.tensor) for place in self.places if id(place.module) in with_code}
         for place in self.places:
-            may_be_written = id(place.module) in with_code or has_own_dispatch(place.tensor)
-            known = self._memory.get(id(place.tensor))
-            if (may_be_written and (known is None or known[2] is None)) or (assign and known is None):
-                memory = place.tensor.detach()
-                self._memory[id(place.tensor)] = (place.tensor, memory, memory.clone() if may_be_written else None)
+            tensor = place.tensor
+            if id(tensor) in self._memory or id(tensor) in self.late:
+                continue
+            late_copy = None
+            if not (assign or id(tensor) in kept or has_own_dispatch(tensor) or tensor.is_inference()):
+                with suppress(RuntimeError):  # some tensors that stand on memory made in inference mode
+                    late_copy = tensor.detach().as_subclass(LateCopy)
+            if late_copy is not None:
+                self.late[id(tensor)] = (place, late_copy)
+            else:
+                memory, is_written = tensor.detach(), not assign or id(tensor) in kept or has_own_dispatch(tensor)
+                self._memory[id(tensor)] = (tensor, memory, memory.clone() if is_written else None)
 
-    def put_late_copies(self) -> dict[int, tuple[Place, LateCopy]]:
-        """Put late copies in the places of all tensors whose values are not noted. Return them by id of the tensor."""
-        late: dict[int, tuple[Place, LateCopy]] = {}
+    def put_late_copies(self) -> None:
         for place in self.places:
-            if id(place.tensor) not in self._memory:
-                if id(place.tensor) not in late:
-                    late[id(place.tensor)] = (place, place.tensor.detach().as_subclass(LateCopy))
-                place.held_in[place.name] = late[id(place.tensor)][1]
-        return late
+            if id(place.tensor) in self.late:
+                place.held_in[place.name] = self.late[id(place.tensor)][1]
+
+    def put_back_tensors(self) -> None:
+        """Put the tensors back that late copies stand for."""
+        for place in self.places:
+            if id(place.tensor) in self.late:
+                place.held_in[place.name] = place.tensor
 
     @torch.no_grad()
     def go(self) -> None:
@@ -196,7 +204,9 @@ class WayBack:
             if not has_own_dispatch(tensor) and memory.layout == torch.strided and not _same_memory(tensor, memory):
                 tensor.data = memory
             if values is not None:
-                memory.copy_(values)
+                # What cannot be written outside of inference mode, the load has not written either.
+                with suppress(RuntimeError):
+                    memory.copy_(values)
         for passing, names in self._passing:
             passing.clear()
             passing.update(names)

@@ -57,8 +57,6 @@ def set_metadata(state: MutableMapping[str, Any], metadata: Mapping[str, dict[st
 
 def loads_by_own_code(module: Module) -> bool:
     """Return whether a load runs code for this module that is neither torch's nor ours, and may write at once."""
-    if not isinstance(module._parameters, dict):  # a scripted module
-        return True
     hooks = (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks)
     loader = getattr(module._load_from_state_dict, "__module__", None) or ""
     sets_extra = type(module).set_extra_state is not Module.set_extra_state
