@@ -88,9 +88,9 @@ def write_all(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def _write(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for tensor, source in writes:
-            tensor.copy_(source)
+    # Not under no_grad: an interrupt on leaving it would leave it on.
+    for tensor, source in writes:
+        tensor.detach().copy_(source.detach())
 
 
 def _check_copy(kind: str, place: Place, source: Tensor) -> None:
@@ -194,7 +194,6 @@ class WayBack:
             if id(place.tensor) in self.late:
                 place.held_in[place.name] = place.tensor
 
-    @torch.no_grad()
     def go(self) -> None:
         """Put everything back as it was."""
         for module, extra in self._extra:
