@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from swafast import ExponentialAverage, FusedAveragedModel, FusedAverages
 from swafast.average.loading import write_all
-from tests.support import differing, drift, tensors_in, tensors_of
+from swafast.optim import SWA
+from tests.support import differing, drift, step_with_ones, tensors_in, tensors_of
 
 Averaged = FusedAveragedModel | FusedAverages
 Patch = Callable[[nn.Module], object]
@@ -313,3 +314,35 @@ def test_an_interrupt_among_writes_leaves_none_or_all(line: int) -> None:
     tensors = [torch.zeros(2) for _ in range(3)]
     is_interrupted(lambda: write_all([(tensor, torch.ones(2)) for tensor in tensors]), line)
     assert len({int(tensor.sum()) for tensor in tensors}) == 1
+
+
+@pytest.mark.parametrize("hook", ["register_load_state_dict_pre_hook", "register_load_state_dict_post_hook"])
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_recipes_optimizer_and_what_is_attached_to_it_go_back(hook: str, inner: bool) -> None:
+    model = nn.Linear(2, 2)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    swa = SWA(sgd, 1, 1, 0.05)
+    attachments = [FusedAveragedModel(model).attach(optimizer) for optimizer in (sgd, swa)]
+    step_with_ones(swa, model.parameters())
+    saved = copy.deepcopy(swa.state_dict())
+    step_with_ones(swa, model.parameters())
+    getattr(sgd if inner else swa, hook)(_raise)
+    before = repr(swa.state_dict())
+    with pytest.raises(OSError, match="author"):
+        swa.load_state_dict(saved)
+    assert repr(swa.state_dict()) == before
+    assert [attachment.step for attachment in attachments] == [2, 2]
+
+
+@pytest.mark.parametrize("spoil", ["no values", "a layout", "freed memory"])
+def test_a_recipes_optimizer_refuses_what_it_cannot_copy(spoil: str) -> None:
+    model = nn.Linear(2, 2)
+    swa = SWA(torch.optim.SGD(model.parameters(), lr=0.1))
+    swa.update_swa()
+    saved = copy.deepcopy(swa.state_dict())
+    swa.update_swa()
+    SPOIL[spoil](saved["swa_state"][1], "swa_buffer")
+    before = repr(swa.state_dict())
+    with pytest.raises(ValueError, match=r"^state_dict\['swa_state'\]\[1\]\['swa_buffer'\] must"):
+        swa.load_state_dict(saved)
+    assert repr(swa.state_dict()) == before

@@ -187,9 +187,14 @@ def wait_for_readers(timeout: float | None = None) -> None:
 os.register_at_fork(before=partial(wait_for_readers, _FORK_WAITS_S))
 
 
+def attached_to(optimizer: Optimizer) -> list[Attachment]:
+    """Return the attachments of an optimizer, in order."""
+    return list(_followers.get(optimizer, []))
+
+
 def check_attached_load(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Raise ValueError if an attachment of ``optimizer`` would refuse to load ``state_dict``. Nothing changes."""
-    for attachment in _followers.get(optimizer, []):
+    for attachment in attached_to(optimizer):
         attachment._check_load(optimizer, state_dict)
         attachment._loaded = None
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from ..loop.attachment import check_attached_load, wait_for_readers
+from ..loop.attachment import attached_to, check_attached_load, wait_for_readers
 from ..op import torch_op  # noqa: F401  # registers it
+from ..op.checks import check_plain
 from ..terms.pickling import pickled_from
 from ..terms.rules import EqualAverage
 from . import batchnorm
@@ -194,12 +195,19 @@ class SWA(Optimizer):
         for optimizer, state in ((self, added), (self.optimizer, own)):
             check_attached_load(optimizer, state)  # check both before either changes
         before = self.optimizer.state, self.optimizer.param_groups, self.state
+        attached = [
+            (attachment, attachment.step, attachment.schedule)
+            for optimizer in (self, self.optimizer)
+            for attachment in attached_to(optimizer)
+        ]
         try:
             self.optimizer.load_state_dict(own)
             super().load_state_dict({**added, "state": {}, "param_groups": groups})  # only to run its hooks
             self.state = averages
         except BaseException:
             self.optimizer.state, self.optimizer.param_groups, self.state = before
+            for attachment, step, schedule in attached:
+                attachment.step, attachment.schedule = step, schedule
             raise
 
     def _read(self, state_dict: Mapping[str, Any]) -> defaultdict[Any, Any]:
@@ -236,6 +244,7 @@ class SWA(Optimizer):
             for name, value in swa_state.get(key, {}).items():
                 if not isinstance(value, Tensor):
                     raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+                check_plain(f"state_dict['swa_state'][{key!r}][{name!r}]", value)
                 if value.shape != param.shape:
                     raise ValueError(f"{name} must have shape {tuple(param.shape)}, got {tuple(value.shape)}")
                 averages[param][name] = torch.empty_like(param, dtype=_average_dtype(param)).copy_(value)
