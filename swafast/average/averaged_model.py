@@ -280,9 +280,11 @@ class FusedAveragedModel(WithBindings, AveragedModel):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state of this class or of torch's. Averages of another format are converted at full precision.
 
+        If anything raises, also a hook of the model, nothing has changed. Hooks run once.
+
         Raises:
-            RuntimeError: keys or shapes do not match, with torch's message, and nothing has changed; or the averages
-                are swapped into a model.
+            RuntimeError: keys, shapes or values do not fit, with torch's message; or the averages are swapped into a
+                model.
         """
         with self._guard.hold("load_state_dict"):
             self._strict = strict

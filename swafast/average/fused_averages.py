@@ -217,11 +217,10 @@ class FusedAverages(WithBindings, Module):
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state of this class into all averages.
+        """Load a state of this class into all averages. If anything raises, nothing has changed in any of them.
 
         Raises:
-            RuntimeError: keys or shapes do not match, with torch's message, and nothing has changed in any average; or
-                one is swapped into a model.
+            RuntimeError: keys, shapes or values do not fit, with torch's message; or one is swapped into a model.
         """
         with self._guard.hold("load_state_dict"):
             averages = self.values()
