@@ -87,6 +87,11 @@ def any_bits(shape: Sequence[int], dtype: torch.dtype, seed: int | None = None) 
     return (numbers & 1 if dtype == torch.bool else numbers).view(dtype).view(torch.Size(shape))
 
 
+def tensors_in(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a state, without what extra states are."""
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
 def bits(tensor: Tensor) -> Tensor:
     """View a tensor's elements as bytes, row-major: -0 differs from 0, and a NaN from another NaN."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -159,7 +159,7 @@ def test_the_resumed_loop_of_the_readme_loads_what_it_saved(tmp_path: Path, monk
     scope = run_blocks("README.md", TEXTS["README.md"], reader())
     saved = torch.load("checkpoint.pt")
     assert saved["averaged"]["n_averaged"] == 4
-    assert {*torch.load("averaged.pt")} == {*scope["model"].state_dict()}
+    swafast.load(scope["averaged"], "averaged.safetensors")
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -167,7 +167,7 @@ def test_the_resumed_loop_of_the_readme_loads_what_it_saved(tmp_path: Path, monk
 def test_the_readmes_loop_resumes_bit_for_bit(forgotten: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     block = blocks_of(TEXTS["README.md"])[0]
-    parts, loop, _, resume = re.split(r"(?=^for epoch|^torch.save|^# To resume)", block, flags=re.MULTILINE)
+    parts, loop, _, resume = re.split(r"(?=^for epoch|^save\(|^# To resume)", block, flags=re.MULTILINE)
     assert forgotten in resume
 
     def evaluate(*given: Any) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import swafast
 from swafast import FusedAveragedModel, PowerAverage, Snapshots
 from swafast.loop.schedule import Schedule
 from swafast.posthoc.profiles import Profile
@@ -55,6 +56,7 @@ def test_golden_files_are_small_and_none_is_missing() -> None:
     compressed = [
         f"{name}.pt.gz" for name in (*cases.CASES, "optimizer", "torchcontrib", "composer", "snapshots", "sharded")
     ]
+    compressed += [f"{name}.safetensors.gz" for name in cases.FILES]
     assert sizes.keys() == {*compressed, "snapshots.zip", "sharded.zip"}
     assert {name: size for name, size in sizes.items() if size >= 50_000} == {}
 
@@ -84,6 +86,14 @@ def test_a_state_gives_the_averages_that_were_saved(name: str) -> None:
     assert differing(cases.averages_of(averaged), golden(name)["averages"]) == []
     assert differing(before, golden(name)["averages"]), "there was nothing to load"
     assert all(int(single.n_averaged) == cases.UPDATES for single in cases.singles_of(averaged).values())
+
+
+@pytest.mark.parametrize("name", cases.FILES)
+def test_a_file_gives_the_averages_that_were_saved(name: str, tmp_path: Path) -> None:
+    averaged = elsewhere(cases.CASES[name])
+    swafast.load(averaged, cases.unpack_file(name, tmp_path))
+    assert differing(averaged.state_dict(), golden(name)["state"]) == []
+    assert differing(cases.averages_of(averaged), golden(name)["averages"]) == []
 
 
 @pytest.mark.parametrize("name", cases.CASES)

@@ -833,6 +833,19 @@ def _changed(state: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     return new
 
 
+def _freed(tensor: Tensor) -> Tensor:
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def _on_meta(part: Tensor) -> Tensor:
+    """Return a rank's part without values."""
+    if isinstance(part, PartTensor):
+        return PartTensor(part.run.to("meta"), tuple(part.shape), part.boxes)
+    return part.to("meta")
+
+
 def _wrong_states(twin: Twin) -> list[tuple[Any, tuple[str, ...]]]:
     """Return states that do not fit, and the words that the error must have."""
     good = twin.averaged.state_dict()
@@ -853,6 +866,12 @@ def _wrong_states(twin: Twin) -> list[tuple[Any, tuple[str, ...]]]:
         (_changed(whole, n_averaged=count.float()), ("n_averaged", "int64 >= 0")),
         (_changed(whole, n_averaged=torch.tensor([3, 3])), ("n_averaged", "int64 >= 0")),
         (_changed(whole, n_averaged=3), ("n_averaged", "must be a tensor, got int")),
+        (_changed(whole, n_averaged=count.to("meta")), ("n_averaged", "must hold data")),
+        (_changed(whole, module__long=whole["module.long"].to("meta")), ("module.long", "must hold data")),
+        (_changed(whole, module__long=whole["module.long"].to_sparse()), ("module.long", "must be dense")),
+        (_changed(whole, module__long=_freed(whole["module.long"])), ("module.long", "must have memory")),
+        (_changed(plain, module__long=_on_meta(plain["module.long"])), ("module.long", "must hold data")),
+        (_changed(good, module__long=_on_meta(good["module.long"])), ("module.long", "must hold data")),
         (_changed(good, module__long="weights"), ("module.long", "must be a tensor, got str")),
         (_changed(whole, module__long=[0.0] * 1009), ("module.long", "must be a tensor, got list")),
         ([*whole.items()], ("must be a mapping, got list",)),

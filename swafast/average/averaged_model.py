@@ -22,9 +22,10 @@ from ..terms.pickling import pickled_from
 from ..terms.rules import Rule, rule_of
 from ..torch_private.core import disable_dynamo
 from .functions import choose_rule, update_by_function
+from .loading import load_whole
 from .matching import Bound, ModuleSide, WithBindings, ask_include, check_model, each_average, refuse_sharded
-from .planes import Recast, fit_planes
-from .states import check_state, export, keeping_ties, translate_load
+from .planes import Recast, fit_planes, keeps_values
+from .states import export, translate_load
 
 
 @pickled_from("swafast")
@@ -280,16 +281,17 @@ class FusedAveragedModel(WithBindings, AveragedModel):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state of this class or of torch's. Averages of another format are converted at full precision.
 
+        If anything raises, also a hook of the model, nothing has changed. Hooks run once.
+
         Raises:
-            RuntimeError: keys or shapes do not match, with torch's message, and nothing has changed; or the averages
-                are swapped into a model.
+            RuntimeError: keys, shapes or values do not fit, with torch's message; or the averages are swapped into a
+                model.
         """
         with self._guard.hold("load_state_dict"):
             self._strict = strict
             try:
-                check_state(self, state_dict, strict, assign)
-                with keeping_ties(self.module):
-                    return super().load_state_dict(state_dict, strict=strict, assign=assign)
+                load = super().load_state_dict
+                return load_whole(self, [self.module], load, state_dict, strict=strict, assign=assign)
             finally:
                 self._strict = True
 
@@ -300,8 +302,12 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAveragedModel:
-        """Move or cast as any module does. A cast encodes each average anew, so that it keeps its precision."""
+        """Move or cast as any module does. A cast encodes each average anew, so that it keeps its precision.
+
+        A move that drops the values, as ``to_empty`` does, leaves a count of 0.
+        """
         with self._guard.hold("a move or cast"):
+            has_values = keeps_values(fn)
             averages = {}
             for name, tensor, fmt in self._each_average():
                 if fmt is not None:
@@ -309,5 +315,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
             recast = Recast(averages, fn, lambda dtype: format_of(self.format, dtype))
             super()._apply(recast, recurse)
             recast.finish(self)
+            if not has_values:
+                self.n_averaged.zero_()
             self._any_device |= recast.moved
             return self

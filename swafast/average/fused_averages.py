@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any, NoReturn
 
 import torch
@@ -19,8 +18,8 @@ from ..terms.rules import Rule
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import own_children
 from .averaged_model import FusedAveragedModel
+from .loading import load_whole
 from .matching import Bound, WithBindings
-from .states import check_state, keeping_ties
 
 
 def named_rules(given: object) -> dict[str, Rule]:
@@ -221,21 +220,20 @@ class FusedAverages(WithBindings, Module):
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state of this class into all averages.
+        """Load a state of this class into all averages. If anything raises, nothing has changed in any of them.
 
         Raises:
-            RuntimeError: keys or shapes do not match, with torch's message, and nothing has changed in any average; or
-                one is swapped into a model.
+            RuntimeError: keys, shapes or values do not fit, with torch's message; or one is swapped into a model.
         """
-        with self._guard.hold("load_state_dict"), ExitStack() as ties:
-            for averaged in self.values():
+        with self._guard.hold("load_state_dict"):
+            averages = self.values()
+            for averaged in averages:
                 averaged._strict = strict
-                ties.enter_context(keeping_ties(averaged.module))
             try:
-                check_state(self, state_dict, strict, assign)
-                return super().load_state_dict(state_dict, strict=strict, assign=assign)
+                modules = [averaged.module for averaged in averages]
+                return load_whole(self, modules, super().load_state_dict, state_dict, strict=strict, assign=assign)
             finally:
-                for averaged in self.values():
+                for averaged in averages:
                     averaged._strict = True
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 import torch
@@ -146,6 +147,16 @@ def translate_state(
             state[key] = first
         for (plane, _), tensor in zip(fmt.extra, rest, strict=True):
             state[f"{prefix}{plane}.{name}"] = tensor
+
+
+def keeps_values(fn: Callable[[Tensor], Tensor]) -> bool:
+    """Return whether a function for torch's ``_apply`` keeps values, unlike that of ``to_empty``.
+
+    It is tried on random numbers that every dtype can hold, since memory that is empty may hold any others.
+    """
+    numbers = torch.tensor([secrets.randbits(7) for _ in range(32)], device="cpu")
+    result = fn(numbers)
+    return not result.is_meta and torch.equal(result.to("cpu", torch.int64), numbers)
 
 
 class Recast:

@@ -17,6 +17,7 @@ from ..loop import swaps
 from ..loop.attachment import wait_for_readers
 from ..loop.roster import STATE_KEY, Roster
 from ..op import torch_op  # noqa: F401  # registers it
+from ..op.checks import check_plain
 from ..terms.pickling import pickled_from
 from ..terms.rules import EqualAverage
 from ..torch_private.optimizers import is_making_state
@@ -262,6 +263,7 @@ class SWA(Optimizer):
             for name, value in swa_state.get(key, {}).items():
                 if not isinstance(value, Tensor):
                     raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+                check_plain(f"state_dict['swa_state'][{key!r}][{name!r}]", value)
                 if value.shape != param.shape:
                     raise ValueError(f"{name} must have shape {tuple(param.shape)}, got {tuple(value.shape)}")
                 averages[param][name] = torch.empty_like(param, dtype=_average_dtype(param)).copy_(value)

@@ -151,8 +151,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
                     pending[name] = checkpoint.prepare_load(averaged._entries(), states[name])
                 with self._ranks.settled("load_state_dict"), _about(name):
                     checkpoint.verify(pending[name], self._ranks, averaged.n_averaged.device)
-            for name, averaged in self.items():
-                checkpoint.commit(pending[name], averaged.n_averaged)
+            checkpoint.commit((pending[name], averaged.n_averaged) for name, averaged in self.items())
 
     def _states_of(self, state_dict: object) -> dict[str, dict[str, Any]]:
         if not isinstance(state_dict, Mapping):

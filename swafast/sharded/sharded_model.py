@@ -259,7 +259,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
                 pending = checkpoint.prepare_load(self._entries(), state_dict)
             with self._ranks.settled("load_state_dict"):  # ranks may have been given different checksums
                 checkpoint.verify(pending, self._ranks, self.n_averaged.device)
-            checkpoint.commit(pending, self.n_averaged)
+            checkpoint.commit([(pending, self.n_averaged)])
 
     def full_state_dict(self, *, rank0_only: bool = False, cpu_offload: bool = False) -> dict[str, Tensor]:
         """Return whole tensors under the keys of :class:`~swafast.FusedAveragedModel`. Collective.

@@ -99,6 +99,9 @@ average/: averaged models of one process
                       used and those that a CUDA graph holds
     tree              planes under dotted names, as a module
     recast            a move or cast of an averaged model to another device or dtype
+    place             where a module holds one of its tensors
+    late copy         stands for a tensor during a load, and keeps what is to be copied into it afterwards
+    way back          what a load may change, noted before it, to put it back if the load fails
 
 sharded/parts/: what one rank holds, and how ranks communicate
     ranks             our own process group, shared by all averages over one of the user's groups

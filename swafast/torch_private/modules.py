@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
+from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
@@ -11,6 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 #: The base class of all BatchNorm layers of torch.
 BatchNormLayer = _BatchNorm
+
+#: The key of a module's metadata by which torch tells its loader to assign.
+_ASSIGN = "assign_to_params_buffers"
 
 
 def own_params(module: Module) -> dict[str, Tensor | None]:
@@ -33,11 +38,37 @@ def passing_buffers(module: Module) -> set[str]:
     return module._non_persistent_buffers_set
 
 
-def copy_metadata(state: MutableMapping[str, object], like: object) -> None:
-    """Copy torch's metadata, the versions of modules, from the state dict ``like`` to ``state``, if there is any."""
-    metadata = getattr(like, "_metadata", None)
+def metadata_of(state: object) -> dict[str, dict[str, Any]] | None:
+    """Return a copy of a state dict's metadata, the versions of modules, if it has any.
+
+    Left out is the mark by which torch's ``load_state_dict(assign=True)`` makes all later loads of a state assign too.
+    """
+    metadata = getattr(state, "_metadata", None)
+    if metadata is None:
+        return None
+    return {name: {key: value for key, value in own.items() if key != _ASSIGN} for name, own in metadata.items()}
+
+
+def set_metadata(state: MutableMapping[str, Any], metadata: Mapping[str, dict[str, Any]] | None) -> None:
+    """Set the metadata of a state dict, which must be an ``OrderedDict``, to what :func:`metadata_of` has returned."""
     if metadata is not None:
         state._metadata = metadata  # type: ignore[attr-defined]
+
+
+def loads_by_own_code(module: Module) -> bool:
+    """Return whether a load runs code for this module that is neither torch's nor ours, and may write at once."""
+    hooks = (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks)
+    loader = getattr(module._load_from_state_dict, "__module__", None) or ""
+    sets_extra = type(module).set_extra_state is not Module.set_extra_state
+    return any(hooks) or sets_extra or not loader.startswith(("torch.nn.modules.", "swafast."))
+
+
+def put_tensor(module: Module, held_in: MutableMapping[str, Tensor | None], name: str, tensor: Tensor | None) -> None:
+    """Put a tensor into a module's own dict ``held_in``. Tell the module, if it wants to know, as torch's RNNs do."""
+    if type(module).__setattr__ is not Module.__setattr__:
+        with suppress(Exception):
+            setattr(module, name, tensor)
+    held_in[name] = tensor
 
 
 class Walk:

@@ -91,6 +91,10 @@ CASES = {
 }
 
 
+#: The cases that are also in a file of `swafast.save`.
+FILES = ("float32", "several")
+
+
 def singles_of(averaged: Any) -> dict[str, FusedAveragedModel]:
     """Return each average by the prefix of its keys: empty, or its name where there are several."""
     if isinstance(averaged, FusedAveragedModel):
@@ -280,6 +284,17 @@ def write(name: str, golden: Any) -> None:
     file = io.BytesIO()
     torch.save(golden, file)
     (FOLDER / f"{name}.pt.gz").write_bytes(gzip.compress(file.getvalue(), mtime=0))
+
+
+def pack_file(name: str, file: Path) -> None:
+    (FOLDER / f"{name}.safetensors.gz").write_bytes(gzip.compress(file.read_bytes(), mtime=0))
+
+
+def unpack_file(name: str, folder: Path) -> Path:
+    """Unpack a golden file of `swafast.save`."""
+    file = folder / f"{name}.safetensors"
+    file.write_bytes(gzip.decompress((FOLDER / f"{file.name}.gz").read_bytes()))
+    return file
 
 
 def unzip(name: str, folder: Path) -> Path:
