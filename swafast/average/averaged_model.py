@@ -19,6 +19,7 @@ from ..terms.names import named_params, unwrap
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule, rule_of
 from ..torch_private.core import disable_dynamo
+from ..torch_private.modules import named_tensors, own_params
 from .functions import choose_rule, update_by_function
 from .matching import Bound, ModuleSide, WithBindings, ask_include, check_model, each_average, refuse_sharded
 from .planes import Recast, fit_planes
@@ -109,9 +110,10 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         checks.check_seed(seed)
         if isinstance(device, (Rule, Mapping)):
             raise TypeError(f"device must be a torch.device, got {device!r}: pass a rule as rule=")
-        choice.choose_backends(backend, {param.device.type for param in check_model(model).parameters()})
+        params = named_params(unwrap(check_model(model)), "model")
+        choice.choose_backends(backend, {param.device.type for param in params.values()})
         refuse_sharded(model)
-        asked = ask_include(include, named_params(unwrap(model), "model"))
+        asked = ask_include(include, params)
         if recognised is not None and (rule, avg_fn, multi_avg_fn) != (None, None, None):
             # Keep the rule in place of torch's closures, which cannot be pickled.
             avg_fn, multi_avg_fn = None, recognised
@@ -122,7 +124,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         self._apply(lambda tensor: tensor.to(stored_dtype(format, tensor.dtype, copied=id(tensor) in copied)))
         for name, tensor, fmt in self._each_average():
             fit_planes(self, name, tensor, fmt)
-        where = next((p.device for p in self.module.parameters()), None)
+        where = next((p.device for _, p in named_tensors(self.module, own_params)), None)
         if device is None and where is not None and where.type != "meta":
             self.n_averaged = self.n_averaged.to(where)
 

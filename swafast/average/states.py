@@ -7,7 +7,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch.nn import Module, Parameter
 
 from ..terms.formats import Format
 from ..terms.names import canonical, unwrap
-from ..torch_private.modules import copy_metadata, own_buffers, own_params
+from ..torch_private.modules import copy_metadata, named_tensors, own_buffers, own_params
 from .matching import FormatOf, each_average
 from .planes import fit_planes, put_planes, translate_state
 
@@ -28,7 +27,7 @@ def check_state(owner: Module, state_dict: Mapping[str, Any], strict: bool, assi
     """
     if not isinstance(state_dict, Mapping):
         return  # torch's loader raises before it changes anything
-    memo: dict[int, Any] = {id(tensor): _without_data(tensor) for tensor in chain(owner.parameters(), owner.buffers())}
+    memo: dict[int, Any] = {id(tensor): _without_data(tensor) for _, tensor in _all_tensors(owner)}
     try:
         skeleton = copy.deepcopy(owner, memo)
     except Exception:
@@ -53,7 +52,7 @@ def check_state(owner: Module, state_dict: Mapping[str, Any], strict: bool, assi
 
 def _check_values(skeleton: Module, owner: Module, state_dict: Mapping[str, Any]) -> None:
     """Raise RuntimeError, worded as torch's, for a tensor that cannot be copied: the copy without data accepts it."""
-    if all(param.is_meta for param in owner.parameters()):
+    if all(param.is_meta for _, param in named_tensors(owner, own_params)):
         return
     own = Module.state_dict(skeleton)
     for key, value in state_dict.items():
@@ -91,8 +90,8 @@ def keeping_ties(module: Module) -> Iterator[None]:
 
 
 def _all_tensors(module: Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
+    yield from named_tensors(module, own_params)
+    yield from named_tensors(module, own_buffers)
 
 
 def translate_load(

@@ -1,9 +1,13 @@
-"""A module's own dicts of tensors and children, and a fast walk through those of a whole module tree."""
+"""A module's own dicts of tensors and children, and walks through those of a whole module tree.
+
+Modules and tensors are told apart by ``is`` and by ``id``. Some define ``__eq__`` or ``__hash__`` themselves, and the
+sets in torch's ``modules()`` and ``named_parameters()`` ask these.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 
 from torch import Tensor
 from torch.nn import Module
@@ -28,6 +32,41 @@ def own_children(module: Module) -> dict[str, Module | None]:
     return module.__dict__.get("_modules", {})
 
 
+def named_modules(root: Module, prefix: str = "") -> Iterator[tuple[str, Module]]:
+    """Yield every module below and with ``root``, in torch's order; a shared module under each of its names."""
+    yield prefix, root
+    for name, child in root._modules.items():  # a traced module has them outside of its own dict
+        if child is not None:
+            yield from named_modules(child, f"{prefix}.{name}" if prefix else name)
+
+
+def distinct_modules(root: Module) -> dict[str, Module]:
+    """Return every module of the tree once, in the order and under the name of ``root.named_modules()``."""
+    found: dict[int, tuple[str, Module]] = {}
+
+    def add(name: str, module: Module) -> None:
+        if id(module) not in found:
+            found[id(module)] = name, module
+            for leaf, child in module._modules.items():
+                if child is not None:
+                    add(f"{name}.{leaf}" if name else leaf, child)
+
+    add("", root)
+    return dict(found.values())
+
+
+def named_tensors(root: Module, own: Callable[[Module], dict[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that ``own`` finds in each module: tied ones, and those of shared modules, under each name.
+
+    Args:
+        own: :func:`own_params` or :func:`own_buffers`.
+    """
+    for prefix, module in named_modules(root):
+        for name, tensor in own(module).items():
+            if tensor is not None:
+                yield (f"{prefix}.{name}" if prefix else name), tensor
+
+
 def passing_buffers(module: Module) -> set[str]:
     """Return the live set of names of a module's own buffers that its state dict leaves out."""
     return module._non_persistent_buffers_set
@@ -48,7 +87,7 @@ class Walk:
     """
 
     def __init__(self, root: Module) -> None:
-        modules = list(root.modules())
+        modules = list(distinct_modules(root).values())
         self._modules = [weakref.ref(module) for module in modules]
         self._layout, values = self._read(modules)
         self._empty = [i for i, value in enumerate(values) if value is None]
