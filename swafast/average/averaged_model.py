@@ -19,7 +19,7 @@ from ..terms.names import named_params, unwrap
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule, rule_of
 from ..torch_private.core import disable_dynamo
-from ..torch_private.modules import named_tensors, own_params
+from ..torch_private.modules import named_tensors
 from .functions import choose_rule, update_by_function
 from .matching import Bound, ModuleSide, WithBindings, ask_include, check_model, each_average, refuse_sharded
 from .planes import Recast, fit_planes
@@ -124,7 +124,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         self._apply(lambda tensor: tensor.to(stored_dtype(format, tensor.dtype, copied=id(tensor) in copied)))
         for name, tensor, fmt in self._each_average():
             fit_planes(self, name, tensor, fmt)
-        where = next((p.device for _, p in named_tensors(self.module, own_params)), None)
+        where = next((p.device for _, p in named_tensors(self.module)), None)
         if device is None and where is not None and where.type != "meta":
             self.n_averaged = self.n_averaged.to(where)
 

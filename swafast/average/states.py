@@ -52,7 +52,7 @@ def check_state(owner: Module, state_dict: Mapping[str, Any], strict: bool, assi
 
 def _check_values(skeleton: Module, owner: Module, state_dict: Mapping[str, Any]) -> None:
     """Raise RuntimeError, worded as torch's, for a tensor that cannot be copied: the copy without data accepts it."""
-    if all(param.is_meta for _, param in named_tensors(owner, own_params)):
+    if all(param.is_meta for _, param in named_tensors(owner)):
         return
     own = Module.state_dict(skeleton)
     for key, value in state_dict.items():
@@ -89,9 +89,8 @@ def keeping_ties(module: Module) -> Iterator[None]:
                     tied[leaf] = kept[first_leaf]
 
 
-def _all_tensors(module: Module) -> Iterator[tuple[str, Tensor]]:
-    yield from named_tensors(module, own_params)
-    yield from named_tensors(module, own_buffers)
+def _all_tensors(module: Module) -> list[tuple[str, Tensor]]:
+    return [*named_tensors(module), *named_tensors(module, buffers=True)]
 
 
 def translate_load(

@@ -15,7 +15,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from ..terms.lazy import MadeOnUse
-from ..torch_private.modules import named_tensors, own_params
+from ..torch_private.modules import named_tensors
 from .attachment import Attachment
 from .guard import Guard
 from .runners import Ready
@@ -96,7 +96,7 @@ class Attachable:
         with self._guard.hold("attach"):
             self._bind(model)
         # Read after _bind, which puts FSDP's shards back.
-        own = {id(param) for _, param in named_tensors(model, own_params)}
+        own = {id(param) for _, param in named_tensors(model)}
         for optimizer in optimizers:
             if not any(id(param) in own for group in optimizer.param_groups for param in group["params"]):
                 raise ValueError("optimizer must have params of the model, got one that has none of them")
@@ -164,7 +164,7 @@ def check_optimizers(given: object) -> list[Optimizer]:
 def _warn_of_others(model: Module, optimizers: Sequence[Optimizer]) -> None:
     """Warn of params that another optimizer may write while an update reads them."""
     waiting = {id(param) for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]}
-    params = {id(param): name for name, param in named_tensors(model, own_params) if param.requires_grad}
+    params = {id(param): name for name, param in named_tensors(model) if param.requires_grad}
     names = [name for param, name in params.items() if param not in waiting]
     if names:
         warnings.warn(

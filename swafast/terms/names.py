@@ -48,12 +48,12 @@ def _by_name(named: Iterable[tuple[str, Tensor]], argument: str) -> dict[str, Te
 
 def named_params(root: Module, argument: str) -> dict[str, Tensor]:
     """Return every param by name; a tied param is there under each of its names."""
-    return _by_name(named_tensors(root, own_params), argument)
+    return _by_name(named_tensors(root), argument)
 
 
 def named_buffers(root: Module, argument: str) -> dict[str, Tensor]:
     """Return every buffer, persistent or not, under each of its names."""
-    return _by_name(named_tensors(root, own_buffers), argument)
+    return _by_name(named_tensors(root, buffers=True), argument)
 
 
 def passing_names(root: Module) -> frozenset[str]:

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
-from .modules import distinct_modules
+from .modules import named_modules
 
 #: The name under which an FSDP1 module registers its flat param.
 FLAT_PARAM = "_flat_param"
@@ -177,7 +177,9 @@ def end_forward(root: Module) -> None:
 
     Without this, ``FSDPModule.reshard()`` treats the pass as still running and leaves the root's params gathered.
     """
-    states = [module._get_fsdp_state() for module in distinct_modules(root).values() if isinstance(module, FSDPModule)]
+    states = [
+        module._get_fsdp_state() for _, module in named_modules(root, distinct=True) if isinstance(module, FSDPModule)
+    ]
     if all(state._training_state.name == "IDLE" for state in states):
         return
     for state in states:

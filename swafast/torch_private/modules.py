@@ -7,7 +7,7 @@ sets in torch's ``modules()`` and ``named_parameters()`` ask these.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import MutableMapping
 
 from torch import Tensor
 from torch.nn import Module
@@ -32,39 +32,37 @@ def own_children(module: Module) -> dict[str, Module | None]:
     return module.__dict__.get("_modules", {})
 
 
-def named_modules(root: Module, prefix: str = "") -> Iterator[tuple[str, Module]]:
-    """Yield every module below and with ``root``, in torch's order; a shared module under each of its names."""
-    yield prefix, root
-    for name, child in root._modules.items():  # a traced module has them outside of its own dict
-        if child is not None:
-            yield from named_modules(child, f"{prefix}.{name}" if prefix else name)
-
-
-def distinct_modules(root: Module) -> dict[str, Module]:
-    """Return every module of the tree once, in the order and under the name of ``root.named_modules()``."""
-    found: dict[int, tuple[str, Module]] = {}
-
-    def add(name: str, module: Module) -> None:
-        if id(module) not in found:
-            found[id(module)] = name, module
-            for leaf, child in module._modules.items():
-                if child is not None:
-                    add(f"{name}.{leaf}" if name else leaf, child)
-
-    add("", root)
-    return dict(found.values())
-
-
-def named_tensors(root: Module, own: Callable[[Module], dict[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that ``own`` finds in each module: tied ones, and those of shared modules, under each name.
+def named_modules(root: Module, *, distinct: bool = False) -> list[tuple[str, Module]]:
+    """Return every module of the tree with its name, in torch's order.
 
     Args:
-        own: :func:`own_params` or :func:`own_buffers`.
+        distinct: list a shared module once, under its first name, and not under each of its names.
     """
+    found: list[tuple[str, Module]] = []
+    seen: set[int] = set()
+    waiting = [("", root)]
+    while waiting:
+        prefix, module = waiting.pop()
+        if distinct and id(module) in seen:
+            continue
+        seen.add(id(module))
+        found.append((prefix, module))
+        # Not own_children(): a traced module has its children outside of its own dict.
+        for name, child in reversed(module._modules.items()):
+            if child is not None:
+                waiting.append((f"{prefix}.{name}" if prefix else name, child))
+    return found
+
+
+def named_tensors(root: Module, *, buffers: bool = False) -> list[tuple[str, Tensor]]:
+    """Return the params, or the buffers, of all modules: tied ones and those of shared modules under each name."""
+    found: list[tuple[str, Tensor]] = []
     for prefix, module in named_modules(root):
-        for name, tensor in own(module).items():
+        own: dict[str, Tensor | None] = module._buffers if buffers else module._parameters  # type: ignore[assignment]
+        for name, tensor in own.items():
             if tensor is not None:
-                yield (f"{prefix}.{name}" if prefix else name), tensor
+                found.append((f"{prefix}.{name}" if prefix else name, tensor))
+    return found
 
 
 def passing_buffers(module: Module) -> set[str]:
@@ -87,7 +85,7 @@ class Walk:
     """
 
     def __init__(self, root: Module) -> None:
-        modules = list(distinct_modules(root).values())
+        modules = [module for _, module in named_modules(root, distinct=True)]
         self._modules = [weakref.ref(module) for module in modules]
         self._layout, values = self._read(modules)
         self._empty = [i for i, value in enumerate(values) if value is None]
