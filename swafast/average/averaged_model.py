@@ -20,6 +20,7 @@ from ..terms.pickling import pickled_from
 from ..terms.rules import Rule, rule_of
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import named_tensors
+from .contents import HoldsModels
 from .functions import choose_rule, update_by_function
 from .matching import Bound, ModuleSide, WithBindings, ask_include, check_model, each_average, refuse_sharded
 from .planes import Recast, fit_planes
@@ -27,7 +28,7 @@ from .states import check_state, export, keeping_ties, translate_load
 
 
 @pickled_from("swafast")
-class FusedAveragedModel(WithBindings, AveragedModel):
+class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
     """A copy of a model that holds the running average of the model's parameters, updated in one fused pass.
 
     ``average = average + weight * (param - average)``, with ``weight = 1 / (n + 1)`` (SWA) by default.
@@ -54,6 +55,8 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         nonfinite: ``"propagate"``, as torch does. ``"raise"`` and ``"skip"`` read the params once more, and change
             nothing if one holds a NaN or an infinity.
         seed: the seed of the random bits by which ``"compact"`` and ``"half"`` round. States hold no seed and no rule.
+        num_averaged: if ``model`` has averaged weights, such as a published EMA, of how many models. Updates go on from
+            them. By default the first update copies.
 
     Raises:
         TypeError: ``model`` is not a module, or another argument has a wrong type.
@@ -101,6 +104,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         include: Callable[[str, Tensor], bool] | None = None,
         nonfinite: str = "propagate",
         seed: int = 0,
+        num_averaged: int = 0,
     ) -> None:
         recognised = choose_rule(rule, avg_fn, multi_avg_fn)
         check_format(format)
@@ -108,6 +112,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
             raise ValueError(f"format must be None with an averaging function of your own, got {format!r}")
         checks.check_nonfinite(nonfinite)
         checks.check_seed(seed)
+        checks.check_num_averaged(num_averaged)
         if isinstance(device, (Rule, Mapping)):
             raise TypeError(f"device must be a torch.device, got {device!r}: pass a rule as rule=")
         params = named_params(unwrap(check_model(model)), "model")
@@ -127,6 +132,10 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         where = next((p.device for _, p in named_tensors(self.module)), None)
         if device is None and where is not None and where.type != "meta":
             self.n_averaged = self.n_averaged.to(where)
+        self._count_from(num_averaged)
+
+    def _params(self) -> list[Tensor]:
+        return [param for _, param in named_tensors(self.module)]
 
     def _each_average(self) -> Iterator[tuple[str, Tensor, Format | None]]:
         for names, tensor, is_buffer in each_average(self.module):
@@ -178,11 +187,15 @@ class FusedAveragedModel(WithBindings, AveragedModel):
             skip = self.nonfinite == "skip"
             if self.nonfinite == "raise":
                 plan.refuse_nonfinite(params)
+            if self._uncounted is not None:
+                self._warn_of_overwrite()
             if rule is not None:
                 plan.update(params, planes, (rule,), skip_nonfinite=skip)
             elif not skip or plan.first_nonfinite(params) is None:
                 pairs = plan.pairs(params, planes)
                 update_by_function(pairs, self.avg_fn, self.multi_avg_fn, self.n_averaged)
+            if self._uncounted is not None:
+                self._note_update()
 
     def _bind(self, model: Module, by_function: bool | None = None) -> Bound:
         """Return the plan for ``model``. ``by_function``, if known: whether the user's own function runs updates."""
@@ -200,6 +213,8 @@ class FusedAveragedModel(WithBindings, AveragedModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._guard.settle()
+        if self._uncounted is not None:
+            self._warn_if_empty("forward", stacklevel=4)  # torch adds two frames
         return super().forward(*args, **kwargs)
 
     @contextmanager
@@ -219,6 +234,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         exchange = None
         try:
             with self._guard.hold("swapped_into"):
+                self._warn_if_empty("swapped_into", stacklevel=3)
                 exchange = Exchange(*self._bind(model))
                 self._guard.model = model
                 exchange.there()
@@ -226,6 +242,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         finally:
             if exchange is not None:
                 self._swap_back(exchange)
+            self._note_own_writes()
 
     def _swap_back(self, exchange: Exchange) -> None:
         with self._guard.locked():
@@ -245,6 +262,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
             TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed.
         """
         with self._guard.hold("copy_to"):
+            self._refuse_if_empty("copy_to")
             plan, params, planes = self._bind(model)
             pairs = plan.pairs(params, planes)
             checks.check_writable(pairs)
@@ -265,6 +283,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
             RuntimeError: the averages are swapped into a model.
         """
         with self._guard.hold("averaged_state_dict"):
+            self._warn_if_empty("averaged_state_dict", stacklevel=3)
             return export(self, self.module, self._each_average(), dtype)
 
     # State
@@ -299,6 +318,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
         translate_load(self, self.module, state_dict, prefix, self._format_of, assign=assign, strict=self._strict)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        self._note_load(state_dict.get(f"{prefix}n_averaged"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAveragedModel:
         """Move or cast as any module does. A cast encodes each average anew, so that it keeps its precision."""
@@ -308,7 +328,17 @@ class FusedAveragedModel(WithBindings, AveragedModel):
                 if fmt is not None:
                     averages[id(tensor)] = (name, fit_planes(self, name, tensor, fmt), fmt)
             recast = Recast(averages, fn, lambda dtype: format_of(self.format, dtype))
+            self._holds()
             super()._apply(recast, recurse)
             recast.finish(self)
+            self._note_own_writes()
             self._any_device |= recast.moved
             return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_uncounted": self._get_held()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        held = state.get("_uncounted")
+        super().__setstate__({**state, "_uncounted": None})
+        self._set_held(held)

@@ -270,12 +270,11 @@ def verify(pending: PendingLoad, ranks: Ranks, device: torch.device) -> None:
             )
 
 
-def commit(pending: PendingLoad, num_averaged: Tensor) -> None:
+def commit(pending: PendingLoad) -> None:
     """Write the verified values. No content of a state makes this fail."""
     with torch.no_grad():
         for entry, run in pending.runs:
             entry.plane.detach().copy_(run.view(entry.plane.shape))
-        num_averaged.fill_(pending.num_averaged)
 
 
 # Whole tensors

@@ -60,6 +60,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         share_replicas: cut shards that several ranks hold alike, evenly over these ranks.
         nonfinite: ``"propagate"``. ``"raise"`` and ``"skip"`` change nothing on any rank if a parameter holds a NaN or
             an infinity on one of them. This reads the params once more, and all-reduces one flag.
+        num_averaged: as for :class:`~swafast.FusedAveragedModel`.
 
     Raises:
         TypeError: ``model`` is not a module, or another argument has a wrong type.
@@ -94,22 +95,26 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         nonfinite: str = "propagate",
         backend: str | None = None,
         seed: int = 0,
+        num_averaged: int = 0,
     ) -> None:
         self._ranks = process_group if isinstance(process_group, Ranks) else shared_ranks(process_group)
         self._number = self._ranks.next_number()
         self.format, self.backend, self.nonfinite, self.seed = format, backend, nonfinite, seed
         self.use_buffers, self.share_replicas = use_buffers, share_replicas
         with self._ranks.lock:
-            self._construct(model, rule, include)
+            self._construct(model, rule, include, num_averaged)
 
     # Construction
 
-    def _construct(self, model: Module, rule: Rule | None, include: Callable[[str, Tensor], bool] | None) -> None:
+    def _construct(
+        self, model: Module, rule: Rule | None, include: Callable[[str, Tensor], bool] | None, num_averaged: int
+    ) -> None:
         """Construct the average in steps that all ranks take together. Collective."""
         with self._ranks.settled("ShardedAveragedModel"):
             check_format(self.format)
             checks.check_nonfinite(self.nonfinite)
             checks.check_seed(self.seed)
+            checks.check_num_averaged(num_averaged)
             self.rule = choose_rule(rule, None, None) or EqualAverage()
             check_sharded_model(model)
             self._made_of = weakref.ref(model)
@@ -119,13 +124,14 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
             held = self._set_up(model, include)
         options = ("rule", "format", "nonfinite", "use_buffers", "share_replicas", "seed")
         described = {option: construction.spell(getattr(self, option)) for option in options}
+        described["num_averaged"] = str(num_averaged)
         self._ranks.agree("the model and the arguments", described | construction.describe(self._shares))
         construction.require_same_bits(self._shares, held, self._ranks)
         self._spreads = construction.make_spreads(self._shares, self._ranks)
         with self._ranks.settled("ShardedAveragedModel"):
             plan, params, planes = self._bind(model)
             plan.update(params, planes, [self.rule])  # the first update copies; do not count it
-            self.n_averaged.zero_()
+            self._count_from(num_averaged)
 
     def _set_up(self, model: Module, include: Callable[[str, Tensor], bool] | None) -> dict[str, Held]:
         """Find what this rank holds, share it out, and make the planes. Return what it holds, by name."""
@@ -178,6 +184,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         try:
             with self._guard.locked(), self._ranks.lock:
                 with self._meet("swapped_into", model) as (bound, held):
+                    self._warn_if_empty("swapped_into", stacklevel=3)
                     swap = Swap(model, bound, self._spreads, held)
                     self._guard.model = model
                     swap.there()
@@ -202,6 +209,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         self._guard.settle("copy_to")
         with self._guard.locked(), self._ranks.lock:
             with self._meet("copy_to", model) as ((plan, params, planes), held):
+                self._refuse_if_empty("copy_to")
                 pairs = plan.pairs(params, planes)
                 checks.check_writable(pairs)
             for pair in pairs:
@@ -256,7 +264,12 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
                 pending = checkpoint.prepare_load(self._entries(), state_dict)
             with self._ranks.settled("load_state_dict"):  # ranks may have been given different checksums
                 checkpoint.verify(pending, self._ranks, self.n_averaged.device)
-            checkpoint.commit(pending, self.n_averaged)
+            self._commit(pending)
+
+    def _commit(self, pending: checkpoint.PendingLoad) -> None:
+        """Write a verified state. No content of it makes this fail."""
+        checkpoint.commit(pending)
+        self._count_from(pending.num_averaged)
 
     def full_state_dict(self, *, rank0_only: bool = False, cpu_offload: bool = False) -> dict[str, Tensor]:
         """Return whole tensors under the keys of :class:`~swafast.FusedAveragedModel`. Collective.
@@ -271,10 +284,12 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         Raises:
             RuntimeError: the averages are swapped into a model, here or on another rank; or a rank was lost.
         """
-        with self._guard.hold("full_state_dict", self._ranks), self._ranks.in_lockstep():
-            return checkpoint.make_full_state(
-                self._entries(), self.n_averaged, self._ranks, rank0_only=rank0_only, cpu_offload=cpu_offload
-            )
+        with self._guard.hold("full_state_dict", self._ranks):
+            self._warn_if_empty("full_state_dict", stacklevel=2)
+            with self._ranks.in_lockstep():
+                return checkpoint.make_full_state(
+                    self._entries(), self.n_averaged, self._ranks, rank0_only=rank0_only, cpu_offload=cpu_offload
+                )
 
     def _entries(self) -> list[checkpoint.Entry]:
         return list(checkpoint.entries(self._shares, self._planes))

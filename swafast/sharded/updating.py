@@ -101,8 +101,12 @@ class AttachableShards(Attachable):
         plan, params, planes = bound
         if self.nonfinite == "raise":
             self._refuse_nonfinite(plan, params)
-        rules, skip = [side.rule for side in self._updated], self.nonfinite == "skip"
+        sides, skip = self._updated, self.nonfinite == "skip"
+        rules = [side.rule for side in sides]
         plan.update(params, planes, rules, skip_nonfinite=skip, reduce_flag=self._flag if skip else None)
+        for side in sides:
+            if side._uncounted is not None:
+                side._note_update()
 
     def _refuse_nonfinite(self, plan: Plan, params: Sequence[Tensor]) -> None:
         """Raise ValueError on every rank if a param on one of them holds a NaN or an infinity; name it. Collective."""

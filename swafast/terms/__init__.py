@@ -88,6 +88,8 @@ average/: averaged models of one process
     owner             the module that holds a side's planes and counter
     binding           a plan, and the way to the tensors that it was made for; ``Bindings`` keeps the last ones
                       used and those that a CUDA graph holds
+    uncounted         an average in which no model is counted yet, and what has been written into it
+    holds models      base class of one averaged model, which says so where it is used before it holds a model
     tree              planes under dotted names, as a module
     recast            a move or cast of an averaged model to another device or dtype
 

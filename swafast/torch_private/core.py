@@ -66,6 +66,11 @@ def _guards_work() -> bool:
     return check is not None and check(tensor) and not any(check(other) for other in others)
 
 
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor has been written in place; -1 for one made under inference mode, which has no count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def has_own_dispatch(tensor: Tensor) -> bool:
     """Return whether ``tensor`` is of a subclass with its own dispatch (DTensor, quantised, fake, ...)."""
     if type(tensor) in (Tensor, torch.nn.Parameter):
