@@ -234,7 +234,8 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
         exchange = None
         try:
             with self._guard.hold("swapped_into"):
-                self._warn_if_empty("swapped_into", stacklevel=3)
+                if self._uncounted is not None:
+                    self._warn_if_empty("swapped_into", stacklevel=3)
                 exchange = Exchange(*self._bind(model))
                 self._guard.model = model
                 exchange.there()
@@ -242,7 +243,8 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
         finally:
             if exchange is not None:
                 self._swap_back(exchange)
-            self._note_own_writes()
+                if self._uncounted is not None:
+                    self._note_own_writes()
 
     def _swap_back(self, exchange: Exchange) -> None:
         with self._guard.locked():
@@ -262,7 +264,8 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
             TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed.
         """
         with self._guard.hold("copy_to"):
-            self._refuse_if_empty("copy_to")
+            if self._uncounted is not None:
+                self._refuse_if_empty("copy_to")
             plan, params, planes = self._bind(model)
             pairs = plan.pairs(params, planes)
             checks.check_writable(pairs)
@@ -283,7 +286,8 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
             RuntimeError: the averages are swapped into a model.
         """
         with self._guard.hold("averaged_state_dict"):
-            self._warn_if_empty("averaged_state_dict", stacklevel=3)
+            if self._uncounted is not None:
+                self._warn_if_empty("averaged_state_dict", stacklevel=3)
             return export(self, self.module, self._each_average(), dtype)
 
     # State
@@ -334,11 +338,3 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
             self._note_own_writes()
             self._any_device |= recast.moved
             return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_uncounted": self._get_held()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        held = state.get("_uncounted")
-        super().__setstate__({**state, "_uncounted": None})
-        self._set_held(held)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -117,12 +117,14 @@ class HoldsModels:
         elif count is not None:
             self._uncounted = None
 
-    def _get_held(self) -> str | None:
-        """Return what a copy of the average holds, as a word for :meth:`_set_held`; None if models are counted."""
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave a word for what the average holds, since the tensors of a copy have versions of their own."""
         held = self._holds()
-        return None if held == MODELS else held
+        return {**super().__getstate__(), "_uncounted": None if held == MODELS else held}  # type: ignore[misc]
 
-    def _set_held(self, held: str | None) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        held = state.get("_uncounted")
+        super().__setstate__({**state, "_uncounted": None})  # type: ignore[misc]
         if held is not None:
             self._uncounted = Uncounted(self.n_averaged, self._params(), has_weights=held == WEIGHTS)
 

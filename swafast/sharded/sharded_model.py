@@ -21,7 +21,7 @@ from ..terms.pickling import pickled_from
 from ..terms.rules import EqualAverage, Rule
 from . import checkpoint, construction
 from .parts.holdings import Held, find_holdings, reshard
-from .parts.ranks import Ranks
+from .parts.ranks import Counting, Ranks
 from .parts.rendezvous import shared_ranks
 from .parts.shares import share_out
 from .shard_matching import Bound, ShardSide, check_sharded_model
@@ -160,6 +160,10 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
     def _updated(self) -> list[ShardedAveragedModel]:
         return [self]
 
+    @property
+    def _counting(self) -> Counting:
+        return Counting(self._ranks, [self.n_averaged])
+
     # Use of the average
 
     @contextmanager
@@ -184,7 +188,8 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         try:
             with self._guard.locked(), self._ranks.lock:
                 with self._meet("swapped_into", model) as (bound, held):
-                    self._warn_if_empty("swapped_into", stacklevel=3)
+                    if self._uncounted is not None:
+                        self._warn_if_empty("swapped_into", stacklevel=3)
                     swap = Swap(model, bound, self._spreads, held)
                     self._guard.model = model
                     swap.there()
@@ -209,7 +214,8 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         self._guard.settle("copy_to")
         with self._guard.locked(), self._ranks.lock:
             with self._meet("copy_to", model) as ((plan, params, planes), held):
-                self._refuse_if_empty("copy_to")
+                if self._uncounted is not None:
+                    self._refuse_if_empty("copy_to")
                 pairs = plan.pairs(params, planes)
                 checks.check_writable(pairs)
             for pair in pairs:
@@ -222,7 +228,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
 
         Collective if params are cut: an error on one rank, here or in the body, then raises on all.
         """
-        with self._ranks.settled(action, self._number) if self._spreads else nullcontext():
+        with self._ranks.settled(action, self._number, [self.n_averaged]) if self._spreads else nullcontext():
             self._guard.refuse_while_swapped(action)
             bound = self._bind(model)
             reshard(model)
@@ -244,7 +250,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         Raises:
             RuntimeError: the averages are swapped into a model, here or on another rank; or a rank was lost.
         """
-        with self._guard.hold("state_dict", self._ranks), self._ranks.in_lockstep():
+        with self._guard.hold("state_dict", self._counting), self._ranks.in_lockstep():
             return checkpoint.make_state(self._entries(), self.n_averaged, self._ranks, checksums=checksums)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -284,8 +290,9 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         Raises:
             RuntimeError: the averages are swapped into a model, here or on another rank; or a rank was lost.
         """
-        with self._guard.hold("full_state_dict", self._ranks):
-            self._warn_if_empty("full_state_dict", stacklevel=2)
+        with self._guard.hold("full_state_dict", self._counting):
+            if self._uncounted is not None:
+                self._warn_if_empty("full_state_dict", stacklevel=2)
             with self._ranks.in_lockstep():
                 return checkpoint.make_full_state(
                     self._entries(), self.n_averaged, self._ranks, rank0_only=rank0_only, cpu_offload=cpu_offload

@@ -129,7 +129,7 @@ class AttachableShards(Attachable):
         raise TypeError(f"{name} belongs to its process group and cannot be copied or pickled: save its state_dict()")
 
     def _on_all_ranks(self, action: str) -> AbstractContextManager[None]:
-        return self._ranks.settled(action)
+        return self._ranks.settled(action, counters=[side.n_averaged for side in self._updated])
 
     def _agree(self, described: Mapping[str, str]) -> None:
         self._ranks.agree("the arguments of attach", described)

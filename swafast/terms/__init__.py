@@ -96,6 +96,7 @@ average/: averaged models of one process
 sharded/parts/: what one rank holds, and how ranks communicate
     ranks             our own process group, shared by all averages over one of the user's groups
     subgroup          the ranks of one cut, if these are not all ranks
+    counting          ranks that compare counts in the actions that they take together
     one process       the ranks of a process without a process group
     number            distinguishes averaged models that share their ranks
     fault             why no more collectives may run

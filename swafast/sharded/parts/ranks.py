@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -222,7 +222,7 @@ class Ranks:
     # Agreement of ranks
 
     @contextmanager
-    def settled(self, what: str, number: int | None = None) -> Iterator[None]:
+    def settled(self, what: str, number: int | None = None, counters: Sequence[Tensor] = ()) -> Iterator[None]:
         """Run the body on every rank, and raise on every rank if it failed on one. Collective.
 
         A rank raises its own error if it has one, else a RuntimeError that names the first rank that failed.
@@ -230,27 +230,51 @@ class Ranks:
         Args:
             what: the name of the call, which must be the same on all ranks.
             number: of the averaged model, from :meth:`next_number`; likewise.
+            counters: of the averages that the call uses. If their counts differ between ranks, all ranks raise
+                RuntimeError with the counts, also where the body has failed because of it.
         """
         self._fault.refuse()
         error: BaseException | None = None
+        counts: list[int] = []
         try:
+            counts = list(map(int, counters))
             yield
         except BaseException as raised:  # an interrupt too, since peers wait
             error = raised
         try:
-            calls = self.gather((what, number, None if error is None else f"{type(error).__name__}: {error}"))
+            calls = self.gather((what, number, counts, None if error is None else f"{type(error).__name__}: {error}"))
+            if error is None or isinstance(error, Exception):
+                error = self._difference_in_counts(calls) or error
         finally:
             if error is not None:
                 raise error
-        if len({(call, of) for call, of, _ in calls}) > 1:
+        if len({(call, of) for call, of, _, _ in calls}) > 1:
             got = ", ".join(
                 call + (f" of average {of}" if of is not None else "") + f" on rank {rank}"
-                for rank, (call, of, _) in zip(self.ranks, calls, strict=True)
+                for rank, (call, of, _, _) in zip(self.ranks, calls, strict=True)
             )
             raise RuntimeError(f"all ranks must make the same call, got {got}")
-        for rank, (_, _, message) in zip(self.ranks, calls, strict=True):
+        for rank, (_, _, _, message) in zip(self.ranks, calls, strict=True):
             if message is not None:
                 raise RuntimeError(f"{what} failed on rank {rank}, and so on every rank: {message}")
+
+    def _difference_in_counts(self, calls: Sequence[tuple[str, int | None, list[int], str | None]]) -> Exception | None:
+        """Return the error if ranks make the same call with different counts: some have not made all updates."""
+        if len({(call, of) for call, of, _, _ in calls}) > 1:
+            return None
+        ranks_of: dict[tuple[int, ...], list[int]] = {}
+        for rank, (_, _, counts, _) in zip(self.ranks, calls, strict=True):
+            ranks_of.setdefault(tuple(counts), []).append(rank)
+        if len(ranks_of) == 1:
+            return None
+        got = " and ".join(
+            f"{', '.join(map(str, counts)) or 'none'} on {f'rank {ranks[0]}' if len(ranks) == 1 else f'ranks {ranks}'}"
+            for counts, ranks in ranks_of.items()
+        )
+        return RuntimeError(
+            f"{calls[0][0]} needs the same n_averaged on every rank, got {got}: call update_parameters on every rank, "
+            "not on the first alone"
+        )
 
     def agree(self, what: str, described: Mapping[str, object]) -> None:
         """Raise ValueError with the first difference on every rank unless all descriptions are equal. Collective.
@@ -271,6 +295,20 @@ class Ranks:
                         f"{what} must be the same on every rank, got for {key!r} {ours} on rank {self.ranks[0]} and "
                         f"{got} on rank {rank}"
                     )
+
+
+class Counting:
+    """Ranks that compare the counts of their averages in the actions that they take together.
+
+    It is a :class:`~swafast.loop.guard.Together`, for actions that use averages. A load sets the counts, so it does not
+    compare them.
+    """
+
+    def __init__(self, ranks: Ranks, counters: Sequence[Tensor]) -> None:
+        self.lock, self._ranks, self._counters = ranks.lock, ranks, counters
+
+    def settled(self, what: str, number: int | None = None) -> AbstractContextManager[None]:
+        return self._ranks.settled(what, number, self._counters)
 
 
 def checked_group(process_group: object) -> ProcessGroup:
