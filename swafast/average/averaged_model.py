@@ -187,14 +187,15 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
             skip = self.nonfinite == "skip"
             if self.nonfinite == "raise":
                 plan.refuse_nonfinite(params)
-            if self._uncounted is not None:
+            is_first = self._uncounted is not None and not self._uncounted.is_updated
+            if is_first:
                 self._warn_of_overwrite()
             if rule is not None:
                 plan.update(params, planes, (rule,), skip_nonfinite=skip)
             elif not skip or plan.first_nonfinite(params) is None:
                 pairs = plan.pairs(params, planes)
                 update_by_function(pairs, self.avg_fn, self.multi_avg_fn, self.n_averaged)
-            if self._uncounted is not None:
+            if is_first:
                 self._note_update()
 
     def _bind(self, model: Module, by_function: bool | None = None) -> Bound:

@@ -34,6 +34,7 @@ class Uncounted:
 
     def __init__(self, counter: Tensor, params: Sequence[Tensor] = (), *, has_weights: bool = False) -> None:
         self.has_weights = has_weights
+        self.is_updated = False  # whether an update was launched
         self.note(counter, params)
 
     def note(self, counter: Tensor, params: Sequence[Tensor]) -> None:
@@ -45,7 +46,7 @@ class Uncounted:
 
         On a CPU it is read. On a GPU what has been written is taken for a count.
         """
-        if _stamps([counter]) != self._counter:
+        if self.is_updated or _stamps([counter]) != self._counter:
             return MODELS if not is_on_host(counter) or int(counter) > 0 else INITIAL
         self.has_weights = self.has_weights or (bool(self._params) and _stamps(params) != self._params)
         return WEIGHTS if self.has_weights else INITIAL
@@ -106,8 +107,10 @@ class HoldsModels:
             )
 
     def _note_update(self) -> None:
-        """Note that an update was launched. On a CPU the count tells whether it was skipped for a NaN."""
-        if not is_on_host(self.n_averaged) or int(self.n_averaged):
+        """Note that an update was launched. On a CPU the count will tell whether a NaN has stopped it."""
+        if self._uncounted is not None and is_on_host(self.n_averaged):
+            self._uncounted.is_updated = True
+        else:
             self._uncounted = None
 
     def _note_load(self, count: object) -> None:

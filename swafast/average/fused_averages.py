@@ -196,11 +196,11 @@ class FusedAverages(WithBindings, Module):
             if "raise" in nonfinite:
                 plan.refuse_nonfinite(params)
             for averaged in averages:
-                if averaged._uncounted is not None:
+                if averaged._uncounted is not None and not averaged._uncounted.is_updated:
                     averaged._warn_of_overwrite()
             plan.update(params, planes, rules, skip_nonfinite="skip" in nonfinite)
             for averaged in averages:
-                if averaged._uncounted is not None:
+                if averaged._uncounted is not None and not averaged._uncounted.is_updated:
                     averaged._note_update()
 
     def _rules(self, averages: Sequence[FusedAveragedModel]) -> list[Rule]:

@@ -21,7 +21,7 @@ from ..terms.pickling import pickled_from
 from ..terms.rules import EqualAverage, Rule
 from . import checkpoint, construction
 from .parts.holdings import Held, find_holdings, reshard
-from .parts.ranks import Counting, Ranks
+from .parts.ranks import Ranks
 from .parts.rendezvous import shared_ranks
 from .parts.shares import share_out
 from .shard_matching import Bound, ShardSide, check_sharded_model
@@ -160,10 +160,6 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
     def _updated(self) -> list[ShardedAveragedModel]:
         return [self]
 
-    @property
-    def _counting(self) -> Counting:
-        return Counting(self._ranks, [self.n_averaged])
-
     # Use of the average
 
     @contextmanager
@@ -214,10 +210,10 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         self._guard.settle("copy_to")
         with self._guard.locked(), self._ranks.lock:
             with self._meet("copy_to", model) as ((plan, params, planes), held):
-                if self._uncounted is not None:
-                    self._refuse_if_empty("copy_to")
                 pairs = plan.pairs(params, planes)
                 checks.check_writable(pairs)
+            if self._uncounted is not None:  # on all ranks, which have compared their counts if they meet below
+                self._refuse_if_empty("copy_to")
             for pair in pairs:
                 pair.param.copy_(pair.format.decode(pair.planes) if pair.format is not None else pair.average)
             spread_all(self._spreads, held, "copy_to could not reach all params", torn=True)
@@ -228,7 +224,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
 
         Collective if params are cut: an error on one rank, here or in the body, then raises on all.
         """
-        with self._ranks.settled(action, self._number, [self.n_averaged]) if self._spreads else nullcontext():
+        with self._counting.settled(action, self._number) if self._spreads else nullcontext():
             self._guard.refuse_while_swapped(action)
             bound = self._bind(model)
             reshard(model)

@@ -221,8 +221,7 @@ class Ranks:
 
     # Agreement of ranks
 
-    @contextmanager
-    def settled(self, what: str, number: int | None = None, counters: Sequence[Tensor] = ()) -> Iterator[None]:
+    def settled(self, what: str, number: int | None = None) -> AbstractContextManager[None]:
         """Run the body on every rank, and raise on every rank if it failed on one. Collective.
 
         A rank raises its own error if it has one, else a RuntimeError that names the first rank that failed.
@@ -230,9 +229,12 @@ class Ranks:
         Args:
             what: the name of the call, which must be the same on all ranks.
             number: of the averaged model, from :meth:`next_number`; likewise.
-            counters: of the averages that the call uses. If their counts differ between ranks, all ranks raise
-                RuntimeError with the counts, also where the body has failed because of it.
         """
+        return self._settled(what, number, ())
+
+    @contextmanager
+    def _settled(self, what: str, number: int | None, counters: Sequence[Tensor]) -> Iterator[None]:
+        """Do the same, and raise RuntimeError on every rank if the counts of ``counters`` differ between ranks."""
         self._fault.refuse()
         error: BaseException | None = None
         counts: list[int] = []
@@ -243,8 +245,6 @@ class Ranks:
             error = raised
         try:
             calls = self.gather((what, number, counts, None if error is None else f"{type(error).__name__}: {error}"))
-            if error is None or isinstance(error, Exception):
-                error = self._difference_in_counts(calls) or error
         finally:
             if error is not None:
                 raise error
@@ -257,24 +257,21 @@ class Ranks:
         for rank, (_, _, _, message) in zip(self.ranks, calls, strict=True):
             if message is not None:
                 raise RuntimeError(f"{what} failed on rank {rank}, and so on every rank: {message}")
+        self._require_same_counts(what, [tuple(counts) for _, _, counts, _ in calls])
 
-    def _difference_in_counts(self, calls: Sequence[tuple[str, int | None, list[int], str | None]]) -> Exception | None:
-        """Return the error if ranks make the same call with different counts: some have not made all updates."""
-        if len({(call, of) for call, of, _, _ in calls}) > 1:
-            return None
+    def _require_same_counts(self, what: str, everyone: Sequence[tuple[int, ...]]) -> None:
         ranks_of: dict[tuple[int, ...], list[int]] = {}
-        for rank, (_, _, counts, _) in zip(self.ranks, calls, strict=True):
-            ranks_of.setdefault(tuple(counts), []).append(rank)
-        if len(ranks_of) == 1:
-            return None
-        got = " and ".join(
-            f"{', '.join(map(str, counts)) or 'none'} on {f'rank {ranks[0]}' if len(ranks) == 1 else f'ranks {ranks}'}"
-            for counts, ranks in ranks_of.items()
-        )
-        return RuntimeError(
-            f"{calls[0][0]} needs the same n_averaged on every rank, got {got}: call update_parameters on every rank, "
-            "not on the first alone"
-        )
+        for rank, counts in zip(self.ranks, everyone, strict=True):
+            ranks_of.setdefault(counts, []).append(rank)
+        if len(ranks_of) > 1:
+            got = " and ".join(
+                f"{', '.join(map(str, counts))} on {f'rank {ranks[0]}' if len(ranks) == 1 else f'ranks {ranks}'}"
+                for counts, ranks in ranks_of.items()
+            )
+            raise RuntimeError(
+                f"{what} needs the same n_averaged on every rank, got {got}: call update_parameters on every rank, not "
+                "on the first alone"
+            )
 
     def agree(self, what: str, described: Mapping[str, object]) -> None:
         """Raise ValueError with the first difference on every rank unless all descriptions are equal. Collective.
@@ -308,7 +305,7 @@ class Counting:
         self.lock, self._ranks, self._counters = ranks.lock, ranks, counters
 
     def settled(self, what: str, number: int | None = None) -> AbstractContextManager[None]:
-        return self._ranks.settled(what, number, self._counters)
+        return self._ranks._settled(what, number, self._counters)
 
 
 def checked_group(process_group: object) -> ProcessGroup:
