@@ -263,6 +263,7 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
 
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed.
+            RuntimeError: the average holds no model yet, but the values of its construction.
         """
         with self._guard.hold("copy_to"):
             if self._uncounted is not None:

@@ -205,7 +205,8 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
 
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed.
-            RuntimeError: a rank was lost. The message says which params are not whole.
+            RuntimeError: the average holds no model yet; or a rank was lost, and the message says which params are not
+                whole.
         """
         self._guard.settle("copy_to")
         with self._guard.locked(), self._ranks.lock:
@@ -244,7 +245,8 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
             checksums: pass False to load a checkpoint without checksums, such as one of an unsharded average.
 
         Raises:
-            RuntimeError: the averages are swapped into a model, here or on another rank; or a rank was lost.
+            RuntimeError: the averages are swapped into a model, here or on another rank; ranks have made different
+                numbers of updates; or a rank was lost.
         """
         with self._guard.hold("state_dict", self._counting), self._ranks.in_lockstep():
             return checkpoint.make_state(self._entries(), self.n_averaged, self._ranks, checksums=checksums)
@@ -283,8 +285,11 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
             rank0_only: return the tensors on the first rank of the group only, and an empty dict on the others.
             cpu_offload: move each tensor to the CPU as soon as it is whole.
 
+        Warns:
+            UserWarning: the average holds no model yet.
+
         Raises:
-            RuntimeError: the averages are swapped into a model, here or on another rank; or a rank was lost.
+            RuntimeError: as :meth:`state_dict`.
         """
         with self._guard.hold("full_state_dict", self._counting):
             if self._uncounted is not None:
