@@ -267,7 +267,7 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
         """
         with self._guard.hold("copy_to"):
             if self._uncounted is not None:
-                self._refuse_if_empty("copy_to")
+                self._refuse_if_empty("copy_to", stacklevel=3)
             plan, params, planes = self._bind(model)
             pairs = plan.pairs(params, planes)
             checks.check_writable(pairs)

@@ -30,10 +30,13 @@ class Uncounted:
         counter: the average's ``n_averaged``.
         params: the tensors into which other code may load weights without counting them.
         has_weights: whether it has.
+        is_loaded: whether a state without a model was loaded.
     """
 
-    def __init__(self, counter: Tensor, params: Sequence[Tensor] = (), *, has_weights: bool = False) -> None:
-        self.has_weights = has_weights
+    def __init__(
+        self, counter: Tensor, params: Sequence[Tensor] = (), *, has_weights: bool = False, is_loaded: bool = False
+    ) -> None:
+        self.has_weights, self.is_loaded = has_weights, is_loaded
         self.is_updated = False  # whether an update was launched
         self.note(counter, params)
 
@@ -47,6 +50,7 @@ class Uncounted:
         On a CPU it is read. On a GPU what has been written is taken for a count.
         """
         if self.is_updated or _stamps([counter]) != self._counter:
+            self.is_loaded = self.is_loaded or not self.is_updated
             return MODELS if not is_on_host(counter) or int(counter) > 0 else INITIAL
         self.has_weights = self.has_weights or (bool(self._params) and _stamps(params) != self._params)
         return WEIGHTS if self.has_weights else INITIAL
@@ -70,10 +74,10 @@ class HoldsModels:
         """Return the tensors into which other code may load weights."""
         return ()
 
-    def _count_from(self, num_averaged: int) -> None:
+    def _count_from(self, num_averaged: int, *, is_loaded: bool = False) -> None:
         """Begin with values that are an average of this many models: of none if they are those of a construction."""
         self.n_averaged.fill_(num_averaged)
-        self._uncounted = None if num_averaged else Uncounted(self.n_averaged, self._params())
+        self._uncounted = None if num_averaged else Uncounted(self.n_averaged, self._params(), is_loaded=is_loaded)
 
     def _holds(self) -> str:
         if self._uncounted is None:
@@ -92,9 +96,13 @@ class HoldsModels:
         if self._holds() == INITIAL:
             warnings.warn(f"{action} uses an average that {_EMPTY}", stacklevel=stacklevel + 1)
 
-    def _refuse_if_empty(self, action: str) -> None:
-        """Raise RuntimeError if the average holds no model, before ``action`` loses a model for it."""
-        if self._holds() == INITIAL:
+    def _refuse_if_empty(self, action: str, stacklevel: int) -> None:
+        """Raise RuntimeError before ``action`` loses a model for an average without one; warn if that was loaded."""
+        if self._holds() != INITIAL or self._uncounted is None:
+            return
+        if self._uncounted.is_loaded:  # somebody has chosen its values
+            self._warn_if_empty(action, stacklevel + 1)
+        else:
             raise RuntimeError(f"{action} must not replace a model by an average that {_EMPTY}")
 
     def _warn_of_overwrite(self) -> None:
@@ -116,7 +124,8 @@ class HoldsModels:
     def _note_load(self, count: object) -> None:
         """Note a load of a state that had ``count``; None: a state without it, of which the versions of params tell."""
         if isinstance(count, Tensor) and is_on_host(count) and count.numel() == 1 and int(count) == 0:
-            self._uncounted = Uncounted(self.n_averaged)  # its params are still to be loaded, so do not watch them
+            # Its params are still to be loaded, so do not watch them.
+            self._uncounted = Uncounted(self.n_averaged, is_loaded=True)
         elif count is not None:
             self._uncounted = None
 

@@ -164,7 +164,10 @@ def check_optimizers(given: object) -> list[Optimizer]:
 def _warn_of_others(model: Module, optimizers: Sequence[Optimizer]) -> None:
     """Warn of params that another optimizer may write while an update reads them."""
     waiting = {id(param) for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]}
-    params = {id(param): name for name, param in named_tensors(model) if param.requires_grad}
+    params: dict[int, str] = {}
+    for name, param in named_tensors(model):
+        if param.requires_grad:
+            params.setdefault(id(param), name)
     names = [name for param, name in params.items() if param not in waiting]
     if names:
         warnings.warn(

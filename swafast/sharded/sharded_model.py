@@ -214,7 +214,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
                 pairs = plan.pairs(params, planes)
                 checks.check_writable(pairs)
             if self._uncounted is not None:  # on all ranks, which have compared their counts if they meet below
-                self._refuse_if_empty("copy_to")
+                self._refuse_if_empty("copy_to", stacklevel=3)
             for pair in pairs:
                 pair.param.copy_(pair.format.decode(pair.planes) if pair.format is not None else pair.average)
             spread_all(self._spreads, held, "copy_to could not reach all params", torn=True)
@@ -273,7 +273,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
     def _commit(self, pending: checkpoint.PendingLoad) -> None:
         """Write a verified state. No content of it makes this fail."""
         checkpoint.commit(pending)
-        self._count_from(pending.num_averaged)
+        self._count_from(pending.num_averaged, is_loaded=True)
 
     def full_state_dict(self, *, rank0_only: bool = False, cpu_offload: bool = False) -> dict[str, Tensor]:
         """Return whole tensors under the keys of :class:`~swafast.FusedAveragedModel`. Collective.
