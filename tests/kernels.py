@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -285,3 +286,30 @@ def check_captured_paces(prepare: Any, pairs: Sequence[Pair], capture: Any, repl
         update(eager, expected, by, counted)
         assert list(map(int, counters)) == list(map(int, counted))
         require_same_pairs(pairs, expected, "a replay is wrong")
+
+
+def meet_at_each_line(one: Callable[[], object], other: Callable[[], object], files: Collection[str]) -> Iterator[int]:
+    """Run ``one``, and at one of its lines ``other`` as a whole, as another thread may. Yield after each line in turn.
+
+    Args:
+        files: ends of the names of the files whose lines count.
+    """
+    for line in itertools.count():
+        passed = itertools.count()
+
+        def trace(frame: Any, event: str, _: object, passed: Any = passed, line: int = line) -> Any:
+            if not frame.f_code.co_filename.endswith(tuple(files)):
+                return None
+            if event == "line" and next(passed) == line:
+                other()  # Python does not trace what a trace function does
+            return trace
+
+        sys.settrace(trace)
+        try:
+            one()
+        finally:
+            sys.settrace(None)
+        if next(passed) <= line:
+            assert line > 0, "no line was seen"
+            return
+        yield line

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -135,6 +135,12 @@ def swapped(*pairs: tuple[Any, nn.Module]) -> Iterator[None]:
         for average, model in pairs:
             stack.enter_context(average.swapped_into(model))
         yield
+
+
+def step_with_ones(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> None:
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
 
 
 class Held:

@@ -237,6 +237,38 @@ def test_nonfinite_params(every_kind: EveryKind, dtype: torch.dtype, value: floa
     assert averages["skip"].n_averaged == 2
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_a_nan_is_seen_wherever_it_is(use_buffers: bool, several: bool, backend: str) -> None:
+    """The rows of a launch's table begin at 0, and what is copied keeps its values too."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    mean = {"rules": {"mean": EqualAverage()}} if several else {}
+    kind: Any = FusedAverages if several else FusedAveragedModel
+    options = {"use_buffers": use_buffers, "backend": backend, **mean}
+    skipping, raising = (kind(model, nonfinite=nonfinite, **options) for nonfinite in ("skip", "raise"))
+    for averages in (skipping, raising):
+        averages.update_parameters(model)
+    bad = [*dict(model.named_parameters()), *(["1.running_mean", "1.running_var"] if use_buffers else [])]
+    for name in bad:
+        with torch.no_grad():
+            for buffer in model.buffers():
+                buffer.add_(1)
+        value = model.state_dict()[name].view(-1)
+        for index in (0, -1):
+            healthy = value[index].item()
+            value[index] = float("nan")
+            with unchanged(skipping):
+                skipping.update_parameters(model)
+            with refused(ValueError, f"{name!r} must be finite", raising):
+                raising.update_parameters(model)
+            value[index] = healthy
+    model[1].running_mean[0] = float("inf")
+    one = skipping["mean"] if several else skipping
+    skipping.update_parameters(model)
+    assert one.n_averaged == (1 if use_buffers else 2)
+    assert one.module[1].running_mean[0].isinf() == (not use_buffers)
+
+
 def test_a_failing_backend_is_seen_before_it_counts(every_kind: EveryKind, monkeypatch: pytest.MonkeyPatch) -> None:
     average = updated_once(every_kind, rule=ExponentialAverage(0.9))
 

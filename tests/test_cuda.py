@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,14 +19,14 @@ import torch
 
 from swafast import ExponentialAverage, FusedAveragedModel, FusedAverages, PowerAverage, doctor
 from swafast.backends import Unavailable, cpu, cuda, gpu, library
-from swafast.backends.contract import Pair
+from swafast.backends.contract import Pair, Update
 from swafast.backends.triton import launch as triton_launch
 from swafast.op import checks, choice, plan, torch_op
 from swafast.terms.formats import encode_exact
 from swafast.terms.rules import EqualAverage, Rule
 from swafast.terms.weight import KernelTerms
 from tests.conftest import EveryKind, differing, tensors_of
-from tests.kernels import averages_of, check_captured_paces, clone, update
+from tests.kernels import averages_of, check_captured_paces, clone, meet_at_each_line, update
 from tests.kernels import differing as differing_pairs
 from tests.support import drift, refused
 
@@ -490,3 +491,20 @@ def test_the_gate_kills_the_bug(shim: Shim, plant: Any, gate: Any, says: str, mo
     plant(monkeypatch)
     with pytest.raises(AssertionError, match=says):
         gate(shim)
+
+
+@pytest.mark.usefixtures("shim")
+def test_two_threads_may_meet_at_each_line_of_an_update() -> None:
+    """Both weights count, whichever of two updates of one launch comes first."""
+    (pair,) = averages_of(1, (17,))[:1]
+    launch, counter = cuda.prepare([pair]), torch.tensor(1)
+    pair.param.fill_(1.0)
+    one, other = (
+        partial(launch.update, [pair.param], Update((KernelTerms.constant(weight),), (counter,)))
+        for weight in (0.5, 0.75)
+    )
+    other()
+    pair.average.zero_()
+    for line in meet_at_each_line(one, other, ("backends/gpu.py", "backends/cuda.py")):
+        assert (pair.average - 0.875).abs().max() < 1e-6, f"line {line}: {pair.average}"
+        pair.average.zero_()

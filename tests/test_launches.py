@@ -14,6 +14,8 @@ from swafast import ExponentialAverage, FusedAveragedModel
 from swafast.backends import cpu, library
 from swafast.op import choice
 from swafast.terms.formats import encode_exact
+from tests.conftest import NO_LIBRARY
+from tests.kernels import meet_at_each_line
 
 EQUAL = (1, [0.0] * 4)  # kind and terms of the equal average
 
@@ -25,6 +27,22 @@ def arguments(format: str = "float32") -> tuple:
         planes = [encode_exact(average) for average in averages]
         averages, remainders = [list(plane) for plane in zip(*planes, strict=True)]
     return averages, remainders, params, torch.tensor(3), format, *EQUAL
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=f"{NO_LIBRARY}: {cpu.unavailable()}")
+def test_two_threads_may_meet_at_each_line_of_the_op() -> None:
+    """Both weights count, whichever of two updates of one launch comes first."""
+    param, average, count = torch.ones(5), torch.zeros(5), torch.tensor(1)
+
+    def update_by(weight: float) -> None:
+        torch.ops.swafast.update_([average], [], [param], count, "float32", 0, [weight, 0.0, 0.0, 0.0])
+
+    update_by(0.25)
+    average.zero_()
+    files = ("op/torch_op.py", "op/plan.py", "backends/cpu.py", "backends/rows.py")
+    for line in meet_at_each_line(lambda: update_by(0.5), lambda: update_by(0.75), files):
+        assert (average - 1 + 0.125).abs().max() < 1e-6, f"line {line}: {average}"
+        average.zero_()
 
 
 @pytest.mark.parametrize("format", ["float32", "exact"])

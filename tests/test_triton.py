@@ -7,6 +7,7 @@ looks at the machine code.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import itertools
@@ -32,6 +33,7 @@ from swafast.terms.boxes import Box
 from swafast.terms.draws import Draws, random_bits
 from swafast.terms.formats import COMPACT, COMPENSATED, EXACT, FLOAT32, HALF, MIRRORED, Format
 from swafast.terms.rules import EqualAverage, ExponentialAverage, Rule
+from swafast.terms.weight import KernelTerms
 from tests.kernels import (
     DTYPES,
     FORMATS,
@@ -45,6 +47,7 @@ from tests.kernels import (
     check_updates,
     clone,
     make_pair,
+    meet_at_each_line,
 )
 from tests.planting import Plant, read_plants
 from tests.triton_source import import_kernels, read_kernels
@@ -169,13 +172,15 @@ class Written:
 
     def __init__(self, paces: backend._Paces) -> None:
         self.paces, self.at = paces, []
+        self.kept: list[Tensor] = []  # so that no address is handed out twice
         self.last: tuple[object, Any] = (None, None)  # what the paces given last are of, and these
 
     def get(self, decay: float, counter: Tensor, capturing: bool = False) -> int:
         if self.last[0] != (decay, counter.data_ptr()):
             made = make_paces([ExponentialAverage(decay).kernel_terms()], [counter])
             self.last = (decay, counter.data_ptr()), made
-        return self.paces.get(self.last[1], capturing, self._write).data_ptr()
+        self.kept.append(self.paces.get(self.last[1], capturing, 0, self._write))
+        return self.kept[-1].data_ptr()
 
     def _write(self, address: int, index: int, *words: int) -> None:
         assert index == 0
@@ -183,27 +188,21 @@ class Written:
         self.at.append(address)
 
 
-def test_paces_are_written_when_they_change_and_never_where_a_graph_reads() -> None:
-    written, counter = Written(backend._Paces(torch.device(DEVICE))), torch.tensor(0, device=DEVICE)
-    first = written.get(0.9, counter)
-    assert [written.get(0.9, counter), written.get(0.8, counter), written.get(0.8, counter)] == [first] * 3
-    assert written.at == [first] * 2
-    assert written.get(0.8, torch.tensor(0, device=DEVICE)) == first
-    other = torch.tensor(0, device=DEVICE)
-    assert written.get(0.8, other) == first
-    assert len(written.at) == 4
-    # A graph reads what is there; from then on it stays.
-    assert written.get(0.8, other, capturing=True) == first
-    assert written.get(0.8, other) == first
-    assert len(written.at) == 4
-    second = written.get(0.7, other)
-    assert second != first
+def test_paces_are_written_when_they_change_and_never_where_others_read() -> None:
+    written = Written(backend._Paces(torch.device(DEVICE)))
+    counter, other = (torch.tensor(0, device=DEVICE) for _ in range(2))
+    first = [written.get(0.9, counter) for _ in range(2)]
+    second = [written.get(0.8, counter) for _ in range(2)]
+    third = [written.get(0.8, other), written.get(0.8, other, capturing=True), written.get(0.8, other)]
+    fourth = [written.get(0.7, other)]
     # What a graph writes is not there before it runs.
-    third = written.get(0.6, other, capturing=True)
-    assert written.get(0.7, other) == second
-    assert written.get(0.6, other) == second
-    assert third not in (first, second)
-    assert written.at == [*[first] * 4, second, third, second, second]
+    fifth = [written.get(0.6, other, capturing=True)]
+    sixth = [written.get(0.6, other) for _ in range(2)]
+    groups = (first, second, third, fourth, fifth, sixth)
+    assert all(len(set(group)) == 1 for group in groups)
+    assert written.at == [group[0] for group in groups]
+    assert len(set(written.at)) == 6
+    assert [words.data_ptr() for words in written.paces._captured] == [third[0], fifth[0]]
 
 
 # The kernels' source, with or without a bug
@@ -403,3 +402,24 @@ def test_a_triton_that_cannot_compile_warns_once_and_serves_nothing(monkeypatch:
         assert not backend._is_usable(device)
     assert not backend._is_usable(device)
     backend._is_usable.cache_clear()
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_two_threads_may_meet_at_each_line_of_paces(capturing: bool) -> None:
+    """A launch reads the words of its own rule and counter, whatever another thread writes meanwhile."""
+    words: dict[float, Tensor] = {}
+
+    def write(address: int, index: int, *values: int) -> None:
+        (ctypes.c_int64 * 6).from_address(address + 48 * index)[:] = values
+
+    def get(weight: float, capturing: bool = False) -> None:
+        made = paces_by_weight[weight]
+        words[weight] = cached.get(made, capturing, 0, write)
+
+    counter = torch.tensor(1)
+    paces_by_weight = {weight: make_paces([KernelTerms.constant(weight)], [counter]) for weight in (0.5, 0.75)}
+    cached = backend._Paces(torch.device("cpu"))
+    get(0.75)
+    for line in meet_at_each_line(lambda: get(0.5, capturing), lambda: get(0.75), ("triton/launch.py",)):
+        read = {weight: of[1:2].view(torch.float64).item() for weight, of in words.items()}
+        assert read == {0.5: 0.5, 0.75: 0.75}, f"line {line}"

@@ -21,6 +21,8 @@ from ..terms.names import named_params, unwrap
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule, rule_of
 from ..torch_private.core import disable_dynamo
+from ..torch_private.modules import named_tensors
+from .contents import HoldsModels
 from .functions import choose_rule, update_by_function
 from .loading import load_whole
 from .matching import Bound, ModuleSide, WithBindings, ask_include, check_model, each_average, refuse_sharded
@@ -29,7 +31,7 @@ from .states import export, translate_load
 
 
 @pickled_from("swafast")
-class FusedAveragedModel(WithBindings, AveragedModel):
+class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
     """A copy of a model that holds the running average of the model's parameters, updated in one fused pass.
 
     ``average = average + weight * (param - average)``, with ``weight = 1 / (n + 1)`` (SWA) by default.
@@ -56,6 +58,8 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         nonfinite: ``"propagate"``, as torch does. ``"raise"`` and ``"skip"`` read the params once more, and change
             nothing if one holds a NaN or an infinity.
         seed: the seed of the random bits by which ``"compact"`` and ``"half"`` round. States hold no seed and no rule.
+        num_averaged: if ``model`` has averaged weights, such as a published EMA, of how many models. Updates go on from
+            them. By default the first update copies.
 
     Raises:
         TypeError: ``model`` is not a module, or another argument has a wrong type.
@@ -103,6 +107,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         include: Callable[[str, Tensor], bool] | None = None,
         nonfinite: str = "propagate",
         seed: int = 0,
+        num_averaged: int = 0,
     ) -> None:
         recognised = choose_rule(rule, avg_fn, multi_avg_fn)
         check_format(format)
@@ -110,11 +115,13 @@ class FusedAveragedModel(WithBindings, AveragedModel):
             raise ValueError(f"format must be None with an averaging function of your own, got {format!r}")
         checks.check_nonfinite(nonfinite)
         checks.check_seed(seed)
+        checks.check_num_averaged(num_averaged)
         if isinstance(device, (Rule, Mapping)):
             raise TypeError(f"device must be a torch.device, got {device!r}: pass a rule as rule=")
-        choice.choose_backends(backend, {param.device.type for param in check_model(model).parameters()})
+        params = named_params(unwrap(check_model(model)), "model")
+        choice.choose_backends(backend, {param.device.type for param in params.values()})
         refuse_sharded(model)
-        asked = ask_include(include, named_params(unwrap(model), "model"))
+        asked = ask_include(include, params)
         if recognised is not None and (rule, avg_fn, multi_avg_fn) != (None, None, None):
             # Keep the rule in place of torch's closures, which cannot be pickled.
             avg_fn, multi_avg_fn = None, recognised
@@ -125,9 +132,13 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         self._apply(lambda tensor: tensor.to(stored_dtype(format, tensor.dtype, copied=id(tensor) in copied)))
         for name, tensor, fmt in self._each_average():
             fit_planes(self, name, tensor, fmt)
-        where = next((p.device for p in self.module.parameters()), None)
+        where = next((p.device for _, p in named_tensors(self.module)), None)
         if device is None and where is not None and where.type != "meta":
             self.n_averaged = self.n_averaged.to(where)
+        self._count_from(num_averaged)
+
+    def _params(self) -> list[Tensor]:
+        return [param for _, param in named_tensors(self.module)]
 
     def _each_average(self) -> Iterator[tuple[str, Tensor, Format | None]]:
         for names, tensor, is_buffer in each_average(self.module):
@@ -181,11 +192,16 @@ class FusedAveragedModel(WithBindings, AveragedModel):
             skip = self.nonfinite == "skip"
             if self.nonfinite == "raise":
                 plan.refuse_nonfinite(params)
+            is_first = self._uncounted is not None and not self._uncounted.is_updated
+            if is_first:
+                self._warn_of_overwrite()
             if rule is not None:
                 plan.update(params, planes, (rule,), skip_nonfinite=skip)
             elif not skip or plan.first_nonfinite(params) is None:
                 pairs = plan.pairs(params, planes)
                 update_by_function(pairs, self.avg_fn, self.multi_avg_fn, self.n_averaged)
+            if is_first:
+                self._note_update()
 
     def _bind(self, model: Module, by_function: bool | None = None) -> Bound:
         """Return the plan for ``model``. ``by_function``, if known: whether the user's own function runs updates."""
@@ -204,6 +220,8 @@ class FusedAveragedModel(WithBindings, AveragedModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._guard.settle()
         self._guard.refuse_while_swapped("forward")
+        if self._uncounted is not None:
+            self._warn_if_empty("forward", stacklevel=4)  # torch adds two frames
         return super().forward(*args, **kwargs)
 
     @seamless
@@ -227,11 +245,14 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         try:
             try:
                 with self._guard.hold("swapped_into", written=model):
+                    if self._uncounted is not None:
+                        self._warn_if_empty("swapped_into", stacklevel=2)
                     bound, ignored = self._bind(model), swaps.broadcasts_buffers(model)
                     swap.enter(Exchange(*bound, self._bindings.latest.now, ignore_buffers=ignored))
                 yield model
             finally:
                 swap.leave()
+                self._note_own_writes()
         finally:
             swap.finish()  # whatever an interrupt has left
 
@@ -241,8 +262,11 @@ class FusedAveragedModel(WithBindings, AveragedModel):
 
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed.
+            RuntimeError: the average holds no model yet, but the values of its construction.
         """
         with self._guard.hold("copy_to", written=model):
+            if self._uncounted is not None:
+                self._refuse_if_empty("copy_to", stacklevel=3)
             plan, params, planes = self._bind(model)
             if swaps.in_force:
                 swaps.refuse_model("copy_to", model)
@@ -265,6 +289,8 @@ class FusedAveragedModel(WithBindings, AveragedModel):
             RuntimeError: the averages are swapped into a model.
         """
         with self._guard.hold("averaged_state_dict"):
+            if self._uncounted is not None:
+                self._warn_if_empty("averaged_state_dict", stacklevel=3)
             return export(self, self.module, self._each_average(), dtype)
 
     # State
@@ -300,6 +326,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
         translate_load(self, self.module, state_dict, prefix, self._format_of, assign=assign, strict=self._strict)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        self._note_load(state_dict.get(f"{prefix}n_averaged"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAveragedModel:
         """Move or cast as any module does. A cast encodes each average anew, so that it keeps its precision.
@@ -313,9 +340,11 @@ class FusedAveragedModel(WithBindings, AveragedModel):
                 if fmt is not None:
                     averages[id(tensor)] = (name, fit_planes(self, name, tensor, fmt), fmt)
             recast = Recast(averages, fn, lambda dtype: format_of(self.format, dtype))
+            self._holds()
             super()._apply(recast, recurse)
             recast.finish(self)
             if not has_values:
                 self.n_averaged.zero_()
+            self._note_own_writes()
             self._any_device |= recast.moved
             return self

@@ -81,8 +81,8 @@ class FusedAverages(WithBindings, Module):
         model: the model to average.
         rules: up to 16 rules by name, as a mapping or as (name, rule) pairs. A name must not contain a dot.
         format: one format for all averages, or a mapping from their names; default: by each parameter's dtype.
-        device, use_buffers, backend, include, nonfinite, seed: as for :class:`~swafast.FusedAveragedModel`, the same
-            for all averages.
+        device, use_buffers, backend, include, nonfinite, seed, num_averaged: as for
+            :class:`~swafast.FusedAveragedModel`, the same for all averages.
 
     Raises:
         TypeError, ValueError: names, rules or formats are not as above; and all that each average's class raises.
@@ -107,6 +107,7 @@ class FusedAverages(WithBindings, Module):
         include: Callable[[str, Tensor], bool] | None = None,
         nonfinite: str = "propagate",
         seed: int = 0,
+        num_averaged: int = 0,
     ) -> None:
         super().__init__()
         self._made_of = weakref.ref(model)
@@ -124,6 +125,7 @@ class FusedAverages(WithBindings, Module):
                 include=include,
                 nonfinite=nonfinite,
                 seed=seed,
+                num_averaged=num_averaged,
             )
 
     # A mapping from names to averages
@@ -195,7 +197,13 @@ class FusedAverages(WithBindings, Module):
             nonfinite = {averaged.nonfinite for averaged in averages}
             if "raise" in nonfinite:
                 plan.refuse_nonfinite(params)
+            for averaged in averages:
+                if averaged._uncounted is not None and not averaged._uncounted.is_updated:
+                    averaged._warn_of_overwrite()
             plan.update(params, planes, rules, skip_nonfinite="skip" in nonfinite)
+            for averaged in averages:
+                if averaged._uncounted is not None and not averaged._uncounted.is_updated:
+                    averaged._note_update()
 
     def _rules(self, averages: Sequence[FusedAveragedModel]) -> list[Rule]:
         rules = [averaged.rule for averaged in averages]

@@ -19,6 +19,7 @@ from ..torch_private.core import has_own_dispatch
 from ..torch_private.modules import (
     loads_by_own_code,
     metadata_of,
+    named_modules,
     own_buffers,
     own_children,
     own_params,
@@ -144,8 +145,10 @@ class WayBack:
     """
 
     def __init__(self, root: Module, *, assign: bool) -> None:
-        modules = dict(root.named_modules())
-        with_code = {id(each) for module in modules.values() if loads_by_own_code(module) for each in module.modules()}
+        modules = dict(named_modules(root, distinct=True))
+        with_code = {
+            id(each) for module in modules.values() if loads_by_own_code(module) for _, each in named_modules(module)
+        }
         self.places = [
             Place(f"{prefix}.{name}".lstrip("."), module, held_in, name, tensor)
             for prefix, module in modules.items()

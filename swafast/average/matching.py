@@ -23,7 +23,7 @@ from ..op.plan import Plan
 from ..terms.formats import Format
 from ..terms.lazy import MadeOnUse
 from ..terms.names import named_buffers, named_params, require_same_names, unwrap
-from ..torch_private.modules import Walk
+from ..torch_private.modules import Walk, named_modules, named_tensors
 from .planes import fit_planes, put_planes
 
 #: Takes an average's name, its tensor and whether it is a buffer. Returns its format, or None if it is copied.
@@ -55,7 +55,7 @@ def check_model(model: object) -> Module:
 
 def refuse_sharded(model: Module) -> None:
     """Raise ValueError if the model has FSDP modules, which cannot be copied."""
-    for module in model.modules():
+    for _, module in named_modules(model, distinct=True):
         for kind in type(module).__mro__:
             if kind.__name__ in ("FSDPModule", "FullyShardedDataParallel"):
                 raise ValueError(f"model must be whole on this rank, got an {kind.__name__}; {checks.FOR_SHARDED}")
@@ -326,7 +326,7 @@ def _place_counters(sides: Sequence[ModuleSide]) -> list[Tensor]:
     taken: set[int] = set()
     for side in sides:
         owner = side.owner
-        where = next((p.device for p in owner.module.parameters()), owner.n_averaged.device)
+        where = next((p.device for _, p in named_tensors(owner.module)), owner.n_averaged.device)
         if owner.n_averaged.device not in (where, torch.device("meta")):
             owner.n_averaged = owner.n_averaged.to(where)
         if owner.n_averaged.data_ptr() in taken:  # after load_state_dict(assign=True)

@@ -12,7 +12,7 @@ from torch.nn import Module
 
 from ..terms.formats import Format
 from ..terms.names import canonical, unwrap
-from ..torch_private.modules import own_buffers, own_params, put_tensor
+from ..torch_private.modules import named_tensors, own_buffers, own_params, put_tensor
 from .matching import FormatOf, each_average
 from .planes import fit_planes, put_planes, translate_state
 
@@ -37,9 +37,8 @@ def keeping_ties(module: Module) -> Iterator[None]:
                     put_tensor(tied_module, tied, leaf, kept[first_leaf])
 
 
-def _all_tensors(module: Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
+def _all_tensors(module: Module) -> list[tuple[str, Tensor]]:
+    return [*named_tensors(module), *named_tensors(module, buffers=True)]
 
 
 def translate_load(

@@ -77,7 +77,7 @@ class ReferenceLaunch:
     @torch.no_grad()
     def first_nonfinite(self, params: Sequence[Tensor]) -> int | None:
         for index, (param, fmt) in enumerate(zip(params, self._formats, strict=True)):
-            if fmt is not None and not bool(torch.isfinite(param.detach()).all()):
+            if fmt is not None and not torch.isfinite(param.detach()).all().item():
                 return index
         return None
 

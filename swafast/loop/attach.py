@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from ..terms.lazy import MadeOnUse
 from ..terms.warn import warn_user
+from ..torch_private.modules import named_tensors
 from . import swaps
 from .attachment import Attachment, check_step
 from .guard import Guard
@@ -122,7 +123,8 @@ class Attachable:
             self._bind(model)
             if swaps.in_force:
                 swaps.refuse_model("attach", model)
-        own = set(map(id, model.parameters()))  # read after _bind, which puts FSDP's shards back
+        # Read after _bind, which puts FSDP's shards back.
+        own = {id(param) for _, param in named_tensors(model)}
         for optimizer in optimizers:
             if not any(id(param) in own for group in optimizer.param_groups for param in group["params"]):
                 raise ValueError("optimizer must have params of the model, got one that has none of them")
@@ -228,7 +230,11 @@ def check_optimizers(given: object) -> list[Optimizer]:
 def _warn_of_others(model: Module, optimizers: Sequence[Optimizer]) -> None:
     """Warn of params that another optimizer may write while an update reads them."""
     waiting = {id(param) for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]}
-    names = [name for name, param in model.named_parameters() if param.requires_grad and id(param) not in waiting]
+    params: dict[int, str] = {}
+    for name, param in named_tensors(model):
+        if param.requires_grad:
+            params.setdefault(id(param), name)
+    names = [name for param, name in params.items() if param not in waiting]
     if names:
         warn_user(
             f"{len(names)} trained params, {names[0]!r} the first, are in none of the given optimizers: if another "

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from ..terms.lazy import MadeOnUse
 from ..terms.warn import warn_user
 from ..torch_private.core import disable_dynamo
+from ..torch_private.modules import named_modules, named_tensors
 from ..torch_private.optimizers import is_step
 from . import swaps
 from .roster import Roster
@@ -239,7 +240,7 @@ def wait_for_readers(written: Module | Iterable[Tensor] | None = None, timeout: 
 
 def _ids(model: Module) -> set[int]:
     """Return the ids of params and modules. FSDP puts other params into a module for a forward."""
-    return {*map(id, model.parameters()), *map(id, model.modules())}
+    return {id(part) for _, part in (*named_tensors(model), *named_modules(model))}
 
 
 # A forked child has no thread to finish an update under way.

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn import Module
 
+from ..torch_private.modules import named_tensors
 from .stand_in import on_side
 
 #: Copies what the next forward will write, binds the tensors, and returns the update to run.
@@ -162,7 +163,7 @@ def runner_for(averaged: Updating, model: Module, overlap: bool, offload: object
     """
     if offload not in (None, "cpu"):
         raise ValueError(f"offload must be 'cpu' or None, got {offload!r}")
-    devices = [param.device for param in model.parameters() if param.device.type == "cuda"]
+    devices = [param.device for _, param in named_tensors(model) if param.device.type == "cuda"]
     streams = [torch.cuda.Stream(device) for device in dict.fromkeys(devices)]
     if offload is not None:
         ready = averaged._beside(model, torch.device("cpu"), streams)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from ..terms.names import unwrap
-from ..torch_private.modules import own_buffers, own_children, own_params
+from ..torch_private.modules import named_modules, own_buffers, own_children, own_params
 
 Tensors = dict[str, Tensor | None]
 
@@ -38,7 +38,7 @@ class StandIn:
     @torch.no_grad()
     def take(self) -> Module:
         """Copy the tensors and return the root of the stand-in."""
-        tree = list(unwrap(self._model).named_modules(remove_duplicate=False))
+        tree = list(named_modules(unwrap(self._model)))
         if [(name, id(module)) for name, module in tree] != [(name, id(module)) for name, module in self._tree]:
             self._tree, self._nodes = tree, _skeleton(tree)
         before, self._staged = self._staged, {}

@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from itertools import chain
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
 from ..terms.names import unwrap
+from ..torch_private.modules import named_tensors
 
 
 class Exchanged(Protocol):
@@ -83,7 +83,7 @@ class Swap:
 
     def ids(self) -> set[int]:
         held = self._exchange.tensors if self._exchange is not None else ()
-        return set(map(id, chain(self.model.parameters(), self.model.buffers(), held)))
+        return set(map(id, (*_tensors_of(self.model), *held)))
 
     def leave(self) -> None:
         """Put the params back, unless another swap into this model has come after. Do nothing the second time.
@@ -174,7 +174,11 @@ def refuse(action: str, tensors: Iterable[Tensor]) -> None:
 
 def refuse_model(action: str, model: Module) -> None:
     """Raise as :func:`refuse` for the tensors of ``model``."""
-    refuse(action, chain(model.parameters(), model.buffers()))
+    refuse(action, _tensors_of(model))
+
+
+def _tensors_of(model: Module) -> list[Tensor]:
+    return [tensor for buffers in (False, True) for _, tensor in named_tensors(model, buffers=buffers)]
 
 
 def refuse_averages(action: str, module: Module) -> None:

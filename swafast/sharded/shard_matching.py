@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
+from ..average.contents import HoldsModels
 from ..average.matching import Bindings, check_model
 from ..backends.contract import Pair
 from ..op import checks, choice
@@ -149,7 +150,7 @@ class Views(Sequence[Tensor]):
         return share.of(self.locator.local(self.bases, index).detach())
 
 
-class ShardSide:
+class ShardSide(HoldsModels):
     """One of the averaged models that are updated together."""
 
     rule: Rule

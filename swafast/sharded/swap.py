@@ -13,6 +13,7 @@ from ..loop.swaps import broadcasts_buffers
 from ..op.exchange import Exchange
 from ..terms.names import canonical, unwrap
 from ..torch_private import distributed as private
+from ..torch_private.modules import named_tensors
 from .parts.holdings import Held, reshard
 from .parts.ranks import LostPeerError
 from .parts.spread import Spread
@@ -79,10 +80,11 @@ class SpreadExchange(Exchange):
     def _averaged(self) -> list[tuple[str, Tensor, bool]]:
         # Writes into DTensors and into the params of FSDP1 are not counted in the bases.
         own = self._params.averaged
-        params = [(canonical(name), param) for name, param in self._model.named_parameters()]
-        buffers = [(canonical(name), buffer) for name, buffer in self._model.named_buffers()]
-        return [(name, param, False) for name, param in params if name in own or name.endswith("_flat_param")] + [
-            (name, buffer, True) for name, buffer in buffers if name in own
+        return [
+            (canonical(name), tensor, is_buffer)
+            for is_buffer in (False, True)
+            for name, tensor in named_tensors(self._model, buffers=is_buffer)
+            if canonical(name) in own or name.endswith("_flat_param")
         ]
 
     def _params_in(self, bases: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -18,7 +18,7 @@ from ..loop.runners import Ready
 from ..op.plan import Plan
 from ..terms.lazy import MadeOnUse
 from ..torch_private.core import disable_dynamo
-from .parts.ranks import Ranks
+from .parts.ranks import Counting, Ranks
 from .shard_matching import Bound, ShardSide, Staging, bind_shards
 
 
@@ -105,8 +105,12 @@ class AttachableShards(Attachable):
         plan, params, planes = bound
         if self.nonfinite == "raise":
             self._refuse_nonfinite(plan, params)
-        rules, skip = [side.rule for side in self._updated], self.nonfinite == "skip"
+        sides, skip = self._updated, self.nonfinite == "skip"
+        rules = [side.rule for side in sides]
         plan.update(params, planes, rules, skip_nonfinite=skip, reduce_flag=self._flag if skip else None)
+        for side in sides:
+            if side._uncounted is not None and not side._uncounted.is_updated:
+                side._note_update()
 
     def _refuse_nonfinite(self, plan: Plan, params: Sequence[Tensor]) -> None:
         """Raise ValueError on every rank if a param on one of them holds a NaN or an infinity; name it. Collective."""
@@ -119,6 +123,11 @@ class AttachableShards(Attachable):
             )
 
     @property
+    def _counting(self) -> Counting:
+        """The ranks, for actions that use the averages."""
+        return Counting(self._ranks, [side.n_averaged for side in self._updated])
+
+    @property
     def nbytes(self) -> int:
         """The bytes of all averages and buffers on this rank."""
         all_planes = (planes for side in self._updated for planes in side._planes.values())
@@ -129,7 +138,7 @@ class AttachableShards(Attachable):
         raise TypeError(f"{name} belongs to its process group and cannot be copied or pickled: save its state_dict()")
 
     def _on_all_ranks(self, action: str) -> AbstractContextManager[None]:
-        return self._ranks.settled(action)
+        return self._counting.settled(action)
 
     def _agree(self, described: Mapping[str, str]) -> None:
         self._ranks.agree("the arguments of attach", described)

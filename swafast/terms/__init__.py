@@ -97,6 +97,8 @@ average/: averaged models of one process
     owner             the module that holds a side's planes and counter
     binding           a plan, and the way to the tensors that it was made for; ``Bindings`` keeps the last ones
                       used and those that a CUDA graph holds
+    uncounted         an average in which no model is counted yet, and what has been written into it
+    holds models      base class of one averaged model, which says so where it is used before it holds a model
     tree              planes under dotted names, as a module
     recast            a move or cast of an averaged model to another device or dtype
     place             where a module holds one of its tensors
@@ -106,6 +108,7 @@ average/: averaged models of one process
 sharded/parts/: what one rank holds, and how ranks communicate
     ranks             our own process group, shared by all averages over one of the user's groups
     subgroup          the ranks of one cut, if these are not all ranks
+    counting          ranks that compare counts in the actions that they take together
     one process       the ranks of a process without a process group
     number            distinguishes averaged models that share their ranks
     fault             why no more collectives may run

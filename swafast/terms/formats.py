@@ -73,7 +73,8 @@ def decode_exact(planes: tuple[Tensor, ...]) -> Tensor:
     high = planes[0].contiguous().view(torch.int16).to(torch.int32)
     low = planes[1].to(torch.int32)
     magnitude = high & 0x7FFF
-    stale = ((magnitude == 0) & (low < 0)) | ((magnitude == 0x7F80) & (low > 0))
+    # Not `==`, for which a subclass of Tensor may have a method of its own.
+    stale = (magnitude.eq(0) & (low < 0)) | (magnitude.eq(0x7F80) & (low > 0))
     return ((high << 16) + low.masked_fill(stale, 0)).view(torch.float32)
 
 
@@ -84,7 +85,7 @@ def encode_mirrored(value: Tensor) -> tuple[Tensor, Tensor]:
 def decode_mirrored(planes: tuple[Tensor, ...]) -> Tensor:
     """Return the float32 average; where other code has changed the float16 copy, return the copy."""
     copy, average = planes
-    kept = average.to(torch.float16).view(torch.int16) == copy.contiguous().view(torch.int16)
+    kept = average.to(torch.float16).view(torch.int16).eq(copy.contiguous().view(torch.int16))
     return torch.where(kept, average, copy.to(torch.float32))
 
 
@@ -105,7 +106,7 @@ def decode_compensated(planes: tuple[Tensor, ...]) -> Tensor:
     """
     average = planes[0].to(torch.float64)
     value = average + planes[1].to(torch.float64)
-    return torch.where(value.to(torch.float32) == planes[0], value, average)
+    return torch.where(value.to(torch.float32).eq(planes[0]), value, average)
 
 
 def _rounded_bits(value: Tensor, num_bits: int, random: Tensor | None) -> Tensor:
@@ -116,7 +117,7 @@ def _rounded_bits(value: Tensor, num_bits: int, random: Tensor | None) -> Tensor
     """
     bits = _quiet_bits(value)
     rounded = bits + (1 << (num_bits - 1) if random is None else random.to(torch.int32))
-    return torch.where((rounded & 0x7F800000) == 0x7F800000, bits, rounded) >> num_bits
+    return torch.where((rounded & 0x7F800000).eq(0x7F800000), bits, rounded) >> num_bits
 
 
 def encode_compact(value: Tensor, random: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -37,14 +37,21 @@ def is_in_backward() -> bool:
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:
-    """Return how often autograd has heard of a write of each tensor; -1 for tensors made under ``inference_mode``."""
+    """Return how often each tensor was written in place; -1 for those made under inference mode, without a count."""
     try:
         return list(map(_version, tensors))
     except RuntimeError:
-        return [-1 if tensor.is_inference() else _version(tensor) for tensor in tensors]
+        return [_version_or_none(tensor) for tensor in tensors]
 
 
 _version = operator.attrgetter("_version")
+
+
+def _version_or_none(tensor: Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # `is_inference` tells it of most such tensors, but not of all
+        return -1
 
 
 def make_metadata_check(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:

@@ -1,4 +1,8 @@
-"""A module's own dicts of tensors and children, and a fast walk through those of a whole module tree."""
+"""A module's own dicts of tensors and children, and walks through those of a whole module tree.
+
+Modules and tensors are told apart by ``is`` and by ``id``. Some define ``__eq__`` or ``__hash__`` themselves, and the
+sets in torch's ``modules()`` and ``named_parameters()`` ask these.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +35,39 @@ def own_buffers(module: Module) -> dict[str, Tensor | None]:
 def own_children(module: Module) -> dict[str, Module | None]:
     """Return the live dict of a module's own children, by name; an empty one before ``Module.__init__`` has run."""
     return module.__dict__.get("_modules", {})
+
+
+def named_modules(root: Module, *, distinct: bool = False) -> list[tuple[str, Module]]:
+    """Return every module of the tree with its name, in torch's order.
+
+    Args:
+        distinct: list a shared module once, under its first name, and not under each of its names.
+    """
+    found: list[tuple[str, Module]] = []
+    seen: set[int] = set()
+    waiting = [("", root)]
+    while waiting:
+        prefix, module = waiting.pop()
+        if distinct and id(module) in seen:
+            continue
+        seen.add(id(module))
+        found.append((prefix, module))
+        # Not own_children(): a traced module has its children outside of its own dict.
+        for name, child in reversed(module._modules.items()):
+            if child is not None:
+                waiting.append((f"{prefix}.{name}" if prefix else name, child))
+    return found
+
+
+def named_tensors(root: Module, *, buffers: bool = False) -> list[tuple[str, Tensor]]:
+    """Return the params, or the buffers, of all modules: tied ones and those of shared modules under each name."""
+    found: list[tuple[str, Tensor]] = []
+    for prefix, module in named_modules(root):
+        own: dict[str, Tensor | None] = module._buffers if buffers else module._parameters  # type: ignore[assignment]
+        for name, tensor in own.items():
+            if tensor is not None:
+                found.append((f"{prefix}.{name}" if prefix else name, tensor))
+    return found
 
 
 def passing_buffers(module: Module) -> set[str]:
@@ -79,7 +116,7 @@ class Walk:
     """
 
     def __init__(self, root: Module) -> None:
-        modules = list(root.modules())
+        modules = [module for _, module in named_modules(root, distinct=True)]
         self._modules = [weakref.ref(module) for module in modules]
         self._layout, values = self._read(modules)
         self._empty = [i for i, value in enumerate(values) if value is None]
