@@ -13,8 +13,9 @@ from torch.nn import Module
 from torch.optim.swa_utils import AveragedModel
 
 from ..op import checks, choice
+from ..op.buckets import keep_large
 from ..op.exchange import Exchange
-from ..terms.formats import OWN, Format, check_format, format_of, stored_dtype
+from ..terms.formats import OWN, Format, check_format, convert, format_of, stored_dtype
 from ..terms.names import named_params, unwrap
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule, rule_of
@@ -120,8 +121,6 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         self._any_device, self._made_of, self._asked = device is not None, weakref.ref(model), asked
         copied = {id(tensor) for _, tensor, fmt in self._each_average() if fmt is None}
         self._apply(lambda tensor: tensor.to(stored_dtype(format, tensor.dtype, copied=id(tensor) in copied)))
-        for name, tensor, fmt in self._each_average():
-            fit_planes(self, name, tensor, fmt)
         where = next((p.device for p in self.module.parameters()), None)
         if device is None and where is not None and where.type != "meta":
             self.n_averaged = self.n_averaged.to(where)
@@ -247,8 +246,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
             pairs = plan.pairs(params, planes)
             checks.check_writable(pairs)
             for pair in pairs:
-                value = pair.format.decode(pair.planes) if pair.format is not None else pair.average
-                pair.param.detach().copy_(value)
+                convert(pair.planes, pair.format, (pair.param,), None)
 
     @torch.no_grad()
     def averaged_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -301,12 +299,12 @@ class FusedAveragedModel(WithBindings, AveragedModel):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAveragedModel:
         """Move or cast as any module does. A cast encodes each average anew, so that it keeps its precision."""
         with self._guard.hold("a move or cast"):
-            averages = {}
-            for name, tensor, fmt in self._each_average():
-                if fmt is not None:
-                    averages[id(tensor)] = (name, fit_planes(self, name, tensor, fmt), fmt)
-            recast = Recast(averages, fn, lambda dtype: format_of(self.format, dtype))
-            super()._apply(recast, recurse)
-            recast.finish(self)
+            recast = Recast(self, self._each_average(), fn, lambda dtype: format_of(self.format, dtype))
+            try:
+                super()._apply(recast, recurse)
+            finally:
+                recast.finish()
             self._any_device |= recast.moved
+            planes = [plane for average in self._each_average() for plane in fit_planes(self, *average)]
+            self._bindings.large_homes = keep_large(planes, self._bindings.large_homes)
             return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from ..terms.formats import Format
+from ..terms.formats import FLOAT32, OWN, Format, convert
 from ..terms.names import canonical, unwrap
 from ..torch_private.modules import copy_metadata, own_buffers, own_params
 from .matching import FormatOf, each_average
-from .planes import fit_planes, put_planes, translate_state
+from .planes import find_planes, fit_planes, put_planes, translate_state
 
 
 def check_state(owner: Module, state_dict: Mapping[str, Any], strict: bool, assign: bool) -> None:
@@ -109,6 +109,7 @@ def translate_load(
             keys.setdefault(id(tensor), []).append(key)
     formats: dict[str, Format] = {}
     names: dict[str, list[str]] = {}
+    written: dict[str, Tensor] = {}  # plane 0 of each average that the load writes in place
     for (name, *_), tensor, is_buffer in each_average(module):
         names[name] = keys.get(id(tensor), [])
         kept = state[names[name][0]] if assign and names[name] else tensor
@@ -119,7 +120,14 @@ def translate_load(
         if assign:
             room = [torch.zeros_like(kept.detach(), dtype=dtype) for _, dtype in fmt.extra]
             put_planes(owner, name, fmt, room)  # the assignment replaces them
-    translate_state(state, prefix, names, formats, strict)
+        else:
+            written[name] = tensor
+
+    def own(name: str, fmt: Format) -> Sequence[Tensor]:
+        planes = [written[name], *find_planes(owner, name, written[name], fmt)] if name in written else []
+        return [plane for plane in planes if plane is not None]
+
+    translate_state(state, prefix, names, formats, strict, own)
 
 
 def export(
@@ -134,16 +142,14 @@ def export(
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
-    values: dict[int, Tensor] = {}
-    for name, tensor, fmt in averages:
-        planes = fit_planes(owner, name, tensor, fmt)
-        value = fmt.decode(planes) if fmt is not None else tensor
-        values[id(tensor)] = value.float() if fmt is not None and fmt.dtype is not None else value
+    known = {id(tensor): (fit_planes(owner, name, tensor, fmt), fmt) for name, tensor, fmt in averages}
     state: dict[str, Any] = {}
     for key, value in unwrap(module).state_dict(keep_vars=True).items():
         if isinstance(value, Tensor):
-            value = values.get(id(value), value).detach()
-            cast = dtype if dtype is not None and value.is_floating_point() else value.dtype
-            value = value.to(cast, copy=True)
+            planes, fmt = known.get(id(value), ((value,), None))
+            rounded = FLOAT32 if fmt is not None and fmt.dtype is not None else OWN
+            cast = dtype if dtype is not None and value.is_floating_point() else rounded.dtype or value.dtype
+            value = torch.empty_like(value.detach(), dtype=cast)
+            convert(planes, fmt, (value,), rounded)
         state[canonical(key)] = value
     return state

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..terms.formats import convert
 from .plan import Plan, bump_versions
 
 
@@ -48,7 +49,7 @@ class Exchange:
             # Write the first average last: it stays where the model ties params that the averaged module does not tie.
             for param, planes, fmt in reversed(self._aside):
                 decoded = fmt is not None and planes[0].dtype != param.dtype
-                param.copy_(fmt.decode(planes) if decoded else planes[0])  # type: ignore[union-attr]  # rounded once
+                convert(planes, fmt if decoded else None, (param,), None)
         finally:
             bump_versions(self._written)
 

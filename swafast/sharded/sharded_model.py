@@ -16,7 +16,7 @@ from ..average.functions import choose_rule
 from ..average.matching import ask_include
 from ..loop.guard import Guard
 from ..op import checks
-from ..terms.formats import check_format
+from ..terms.formats import check_format, convert
 from ..terms.pickling import pickled_from
 from ..terms.rules import EqualAverage, Rule
 from . import checkpoint, construction
@@ -205,7 +205,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
                 pairs = plan.pairs(params, planes)
                 checks.check_writable(pairs)
             for pair in pairs:
-                pair.param.copy_(pair.format.decode(pair.planes) if pair.format is not None else pair.average)
+                convert(pair.planes, pair.format, (pair.param,), None)
             spread_all(self._spreads, held, "copy_to could not reach all params", torn=True)
 
     @contextmanager
