@@ -86,6 +86,8 @@ def fit_planes(owner: Module, name: str, average: Tensor, fmt: Format | None) ->
     for plane in EXTRA_PLANES:
         if plane not in dict(extra):
             put_plane(owner, plane, name, None)
+    if not extra:
+        return (average,)
     planes = [average]
     for (plane, dtype), tensor in zip(extra, find_planes(owner, name, average, fmt), strict=True):
         if tensor is None:
