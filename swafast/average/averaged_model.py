@@ -22,7 +22,7 @@ from ..terms.rules import Rule, rule_of
 from ..torch_private.core import disable_dynamo
 from .functions import choose_rule, update_by_function
 from .matching import Bound, ModuleSide, WithBindings, ask_include, check_model, each_average, refuse_sharded
-from .planes import Recast, fit_planes
+from .planes import Recast, RecodedParams, fit_planes
 from .states import check_state, export, keeping_ties, translate_load
 
 
@@ -112,13 +112,17 @@ class FusedAveragedModel(WithBindings, AveragedModel):
             raise TypeError(f"device must be a torch.device, got {device!r}: pass a rule as rule=")
         choice.choose_backends(backend, {param.device.type for param in check_model(model).parameters()})
         refuse_sharded(model)
-        asked = ask_include(include, named_params(unwrap(model), "model"))
+        params = named_params(unwrap(model), "model")
+        asked = ask_include(include, params)
         if recognised is not None and (rule, avg_fn, multi_avg_fn) != (None, None, None):
             # Keep the rule in place of torch's closures, which cannot be pickled.
             avg_fn, multi_avg_fn = None, recognised
-        super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)  # type: ignore[arg-type]  # .to() takes a str
+        stored = {n: stored_dtype(format, p.dtype, copied=not asked.get(n, True)) for n, p in params.items()}
+        recoded = RecodedParams(model, params, stored, device)
+        super().__init__(recoded, device, avg_fn, multi_avg_fn, use_buffers)  # type: ignore[arg-type]  # copied there
         self.format, self.backend, self.include, self.nonfinite, self.seed = format, backend, include, nonfinite, seed
         self._any_device, self._made_of, self._asked = device is not None, weakref.ref(model), asked
+        recoded.fill(self, self._each_average())
         copied = {id(tensor) for _, tensor, fmt in self._each_average() if fmt is None}
         self._apply(lambda tensor: tensor.to(stored_dtype(format, tensor.dtype, copied=id(tensor) in copied)))
         where = next((p.device for p in self.module.parameters()), None)

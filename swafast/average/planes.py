@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from ..terms.formats import EXTRA_PLANES, Format, convert, format_of_planes
 from ..terms.names import passing_names, unwrap
@@ -166,6 +168,45 @@ def _planes_like(average: Tensor, fmt: Format, own: Sequence[Tensor]) -> Sequenc
     return [torch.empty_like(average.detach(), dtype=dtype) for dtype in dtypes]
 
 
+class RecodedParams:
+    """Stands for a model where it is deep-copied. Params that are stored in another dtype are copied in that dtype.
+
+    Copies in the model's dtype, to be cast afterwards, would be more memory than params and averages take.
+    """
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: Module,
+        params: Mapping[str, Tensor],
+        stored: Mapping[str, torch.dtype],
+        device: int | str | torch.device | None,
+    ) -> None:
+        self._model = model
+        self._params: dict[int, Tensor] = {}  # by the id of the copy
+        self._copies: dict[int, Any] = {}  # by the id of the param
+        for name, param in params.items():
+            if type(param) is Parameter and stored[name] != param.dtype and id(param) not in self._copies:
+                empty = torch.empty_like(param.detach(), dtype=stored[name], device=device)
+                self._copies[id(param)] = made = Parameter(empty, param.requires_grad)
+                self._params[id(made)] = param
+
+    def __deepcopy__(self, memo: object) -> Module:
+        return copy.deepcopy(self._model, dict(self._copies))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def fill(self, owner: Module, averages: Iterable[tuple[str, Tensor, Format | None]]) -> None:
+        """Write the params into those of the copies that are averages of ``owner``, with their further planes."""
+        for name, average, fmt in averages:
+            if id(average) in self._params:
+                dtypes = [dtype for _, dtype in (fmt.extra if fmt is not None else ())]
+                extra = [torch.empty_like(average.detach(), dtype=dtype) for dtype in dtypes]
+                convert((self._params[id(average)],), None, (average, *extra), fmt)
+                put_planes(owner, name, fmt, extra)
+
+
 class Recast:
     """A function for torch's ``_apply`` that moves or casts an averaged model; call :meth:`finish` afterwards.
 
@@ -195,9 +236,10 @@ class Recast:
     def __call__(self, tensor: Tensor) -> Tensor:
         if id(tensor) in self._cast:  # tied
             return self._cast[id(tensor)]
-        result = self._fn(tensor)
         if id(tensor) in self._planes:
-            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+            probe = self._fn(tensor.new_empty(0))  # to learn of a cast, without the memory that it takes
+            return self._fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
+        result = self._fn(tensor)
         if id(tensor) not in self._averages:
             return result
         self.moved |= result.device != tensor.device and "meta" not in (result.device.type, tensor.device.type)

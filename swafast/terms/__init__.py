@@ -89,6 +89,7 @@ average/: averaged models of one process
     binding           a plan, and the way to the tensors that it was made for; ``Bindings`` keeps the last ones
                       used and those that a CUDA graph holds
     tree              planes under dotted names, as a module
+    recoded params    the params that a construction copies in another dtype
     recast            a move or cast of an averaged model to another device or dtype
 
 sharded/parts/: what one rank holds, and how ranks communicate
