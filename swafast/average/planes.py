@@ -184,13 +184,13 @@ class RecodedParams:
         device: int | str | torch.device | None,
     ) -> None:
         self._model = model
-        self._params: dict[int, Tensor] = {}  # by the id of the copy
+        self._params: dict[str, Tensor] = {}
         self._copies: dict[int, Any] = {}  # by the id of the param
         for name, param in params.items():
             if type(param) is Parameter and stored[name] != param.dtype and id(param) not in self._copies:
                 empty = torch.empty_like(param.detach(), dtype=stored[name], device=device)
-                self._copies[id(param)] = made = Parameter(empty, param.requires_grad)
-                self._params[id(made)] = param
+                self._copies[id(param)] = Parameter(empty, param.requires_grad)
+                self._params[name] = param
 
     def __deepcopy__(self, memo: object) -> Module:
         return copy.deepcopy(self._model, dict(self._copies))
@@ -198,12 +198,12 @@ class RecodedParams:
     @torch.inference_mode(False)
     @torch.no_grad()
     def fill(self, owner: Module, averages: Iterable[tuple[str, Tensor, Format | None]]) -> None:
-        """Write the params into those of the copies that are averages of ``owner``, with their further planes."""
+        """Write these params into the averages of ``owner``, and make their further planes."""
         for name, average, fmt in averages:
-            if id(average) in self._params:
+            if name in self._params:
                 dtypes = [dtype for _, dtype in (fmt.extra if fmt is not None else ())]
                 extra = [torch.empty_like(average.detach(), dtype=dtype) for dtype in dtypes]
-                convert((self._params[id(average)],), None, (average, *extra), fmt)
+                convert((self._params[name],), None, (average, *extra), fmt)
                 put_planes(owner, name, fmt, extra)
 
 
@@ -261,6 +261,7 @@ class Recast:
             tree = own_children(self._owner).get(plane)
             if isinstance(tree, PlaneTree):
                 tree.empty(name)
+        self._planes.difference_update(map(id, extra))
         extra.clear()
 
     def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""How averages are laid out in buckets and how work is cut into chunks; no tensor data is touched."""
+"""How averages are laid out in buckets and how work is cut into chunks and windows; no tensor data is touched."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-#: 256 MiB of float32: the most extra memory that a first update takes.
+#: 256 MiB of float32, 512 of float64: the most extra memory that a first update takes.
 MAX_BUCKET_NUMEL = 64 * 2**20
 
 #: Slots start at multiples of this. Even int8 planes get 64 bytes, so no two threads write to one cache line.
