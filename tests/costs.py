@@ -70,7 +70,12 @@ class _Ops(TorchDispatchMode):
         name = func.overloadpacket._qualified_op_name
         if "c10d" in name:
             self.collectives += 1
-        elif not func.is_view and name not in ("aten::detach", "aten::empty", "aten::empty_strided"):
+        elif not func.is_view and name not in (
+            "aten::detach",
+            "aten::empty",
+            "aten::empty_like",
+            "aten::empty_strided",
+        ):
             self.ops += 1
         return func(*args, **(kwargs or {}))
 

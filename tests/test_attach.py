@@ -674,6 +674,28 @@ def test_a_gpu_computes_beside_an_update() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("slowly")
+@pytest.mark.parametrize("drop", ["all", "the params' memory"])
+def test_a_gpus_memory_is_kept_until_the_update_has_ended(drop: str) -> None:
+    run = Run(on="cuda")
+    run.attach("overlap")
+    run.steps(2)
+    sizes = [tensor.numel() for tensor in (*run.model.parameters(), *run.averaged.parameters(), *run.model.buffers())]
+    if drop == "all":
+        del run
+        gc.collect()
+    else:
+        for param in run.model.parameters():
+            param.data = param.data.clone()
+    others = [torch.full((size,), 7.0, device="cuda") for size in sizes for _ in range(3)]
+    if drop != "all":
+        want = plainly(2, Schedule(0, 1), on="cuda")
+        assert differing(run.averaged.averaged_state_dict(), want.averaged.averaged_state_dict()) == []
+    torch.cuda.synchronize()
+    assert all(bool((tensor == 7.0).all()) for tensor in others)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("way", ["plain", "overlap"])
 def test_the_host_waits_for_no_gpu(way: str) -> None:
     run = Run(on="cuda")

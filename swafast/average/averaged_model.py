@@ -15,8 +15,9 @@ from ..loop import swaps
 from ..loop.guard import seamless
 from ..loop.swaps import Swap
 from ..op import checks, choice
+from ..op.buckets import keep_large
 from ..op.exchange import Exchange
-from ..terms.formats import OWN, Format, check_format, format_of, stored_dtype
+from ..terms.formats import OWN, Format, check_format, convert, format_of, stored_dtype
 from ..terms.names import named_params, unwrap
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule, rule_of
@@ -26,7 +27,7 @@ from .contents import HoldsModels
 from .functions import choose_rule, update_by_function
 from .loading import load_whole
 from .matching import Bound, ModuleSide, WithBindings, ask_include, check_model, each_average, refuse_sharded
-from .planes import Recast, fit_planes, keeps_values
+from .planes import Recast, RecodedParams, fit_planes, keeps_values
 from .states import export, translate_load
 
 
@@ -125,13 +126,14 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
         if recognised is not None and (rule, avg_fn, multi_avg_fn) != (None, None, None):
             # Keep the rule in place of torch's closures, which cannot be pickled.
             avg_fn, multi_avg_fn = None, recognised
-        super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)  # type: ignore[arg-type]  # .to() takes a str
+        stored = {n: stored_dtype(format, p.dtype, copied=not asked.get(n, True)) for n, p in params.items()}
+        recoded = RecodedParams(model, params, stored, device)
+        super().__init__(recoded, device, avg_fn, multi_avg_fn, use_buffers)  # type: ignore[arg-type]  # copied there
         self.format, self.backend, self.include, self.nonfinite, self.seed = format, backend, include, nonfinite, seed
         self._any_device, self._made_of, self._asked = device is not None, weakref.ref(model), asked
+        recoded.fill(self, self._each_average())
         copied = {id(tensor) for _, tensor, fmt in self._each_average() if fmt is None}
         self._apply(lambda tensor: tensor.to(stored_dtype(format, tensor.dtype, copied=id(tensor) in copied)))
-        for name, tensor, fmt in self._each_average():
-            fit_planes(self, name, tensor, fmt)
         where = next((p.device for _, p in named_tensors(self.module)), None)
         if device is None and where is not None and where.type != "meta":
             self.n_averaged = self.n_averaged.to(where)
@@ -273,8 +275,7 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
             pairs = plan.pairs(params, planes)
             checks.check_writable(pairs)
             for pair in pairs:
-                value = pair.format.decode(pair.planes) if pair.format is not None else pair.average
-                pair.param.detach().copy_(value)
+                convert(pair.planes, pair.format, (pair.param,), None)
 
     @torch.no_grad()
     def averaged_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -334,17 +335,16 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
         A move that drops the values, as ``to_empty`` does, leaves a count of 0.
         """
         with self._guard.hold("a move or cast"):
-            has_values = keeps_values(fn)
-            averages = {}
-            for name, tensor, fmt in self._each_average():
-                if fmt is not None:
-                    averages[id(tensor)] = (name, fit_planes(self, name, tensor, fmt), fmt)
-            recast = Recast(averages, fn, lambda dtype: format_of(self.format, dtype))
-            self._holds()
-            super()._apply(recast, recurse)
-            recast.finish(self)
+            has_values, _ = keeps_values(fn), self._holds()
+            recast = Recast(self, self._each_average(), fn, lambda dtype: format_of(self.format, dtype))
+            try:
+                super()._apply(recast, recurse)
+            finally:
+                recast.finish()
             if not has_values:
                 self.n_averaged.zero_()
-            self._note_own_writes()
             self._any_device |= recast.moved
+            planes = [plane for average in self._each_average() for plane in fit_planes(self, *average)]
+            self._bindings.large_homes = keep_large(planes, self._bindings.large_homes)
+            self._note_own_writes()
             return self

@@ -214,6 +214,8 @@ class Bindings:
         self._warned: set[int] = set()  # ids of the captured ones with a warning
         #: Addresses of planes that a plan of several averages has put into buckets.
         self.shared_homes: frozenset[int] = frozenset()
+        #: Addresses of planes that are larger than a bucket. The averaged model has made them, so they stay.
+        self.large_homes: frozenset[int] = frozenset()
 
     def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None:
         """Return a plan that fits ``model``, with its params and planes, or None."""
@@ -232,8 +234,8 @@ class Bindings:
 
     @property
     def homes(self) -> frozenset[int]:
-        """Addresses of the planes that are in buckets."""
-        return self.shared_homes | (self.latest.plan.homes if self._recent else frozenset())
+        """Addresses of the planes that are in buckets, or are as large."""
+        return self.shared_homes | self.large_homes | (self.latest.plan.homes if self._recent else frozenset())
 
     def bind(
         self,

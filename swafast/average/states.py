@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..terms.formats import Format
+from ..terms.formats import FLOAT32, OWN, Format, convert
 from ..terms.names import canonical, unwrap
 from ..torch_private.modules import named_tensors, own_buffers, own_params, put_tensor
 from .matching import FormatOf, each_average
@@ -93,16 +93,14 @@ def export(
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
-    values: dict[int, Tensor] = {}
-    for name, tensor, fmt in averages:
-        planes = fit_planes(owner, name, tensor, fmt)
-        value = fmt.decode(planes) if fmt is not None else tensor
-        values[id(tensor)] = value.float() if fmt is not None and fmt.dtype is not None else value
+    known = {id(tensor): (fit_planes(owner, name, tensor, fmt), fmt) for name, tensor, fmt in averages}
     state: dict[str, Any] = {}
     for key, value in unwrap(module).state_dict(keep_vars=True).items():
         if isinstance(value, Tensor):
-            value = values.get(id(value), value).detach()
-            cast = dtype if dtype is not None and value.is_floating_point() else value.dtype
-            value = value.to(cast, copy=True)
+            planes, fmt = known.get(id(value), ((value,), None))
+            rounded = FLOAT32 if fmt is not None and fmt.dtype is not None else OWN
+            cast = dtype if dtype is not None and value.is_floating_point() else rounded.dtype or value.dtype
+            value = torch.empty_like(value.detach(), dtype=cast)
+            convert(planes, fmt, (value,), rounded)
         state[canonical(key)] = value
     return state

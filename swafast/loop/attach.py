@@ -151,11 +151,12 @@ class Attachable:
         """
         stand_in = StandIn(model, device, streams)
 
-        def ready() -> Callable[[], None]:
+        def ready() -> tuple[Callable[[], None], list[object]]:
             root = stand_in.take()
             with self._guard.hold("update_parameters"):
-                self._bind(root)  # in this thread, so that new planes are allocated on its streams
-            return partial(self.update_parameters, root)
+                # In this thread, so that new planes are allocated on its streams.
+                plan, params, planes = self._bind(root)
+            return partial(self.update_parameters, root), [*plan.memory(params, planes), *stand_in.copied]
 
         return ready
 

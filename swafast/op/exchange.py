@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..terms.formats import convert
 from ..torch_private.core import versions
 from .plan import Plan, bump_versions
 
@@ -96,9 +97,8 @@ class Exchange:
             self._is_there = True
             # Write the first average last: it stays where the model ties params that the averaged module does not tie.
             for pair in reversed(self._stashed):
-                fmt, param = pair.format, pair.param.detach()
-                decoded = fmt is not None and pair.average.dtype != param.dtype
-                param.copy_(fmt.decode(pair.planes) if decoded else pair.average)  # type: ignore[union-attr]
+                decoded = pair.format is not None and pair.average.dtype != pair.param.dtype
+                convert(pair.planes, pair.format if decoded else None, (pair.param.detach(),), None)
         finally:
             bump_versions(self.tensors)
 

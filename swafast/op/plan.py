@@ -95,6 +95,10 @@ class Launches:
         """Whether all launches use addresses, and none keeps a tensor."""
         return not any(work.takes_tensors for work in self._work)
 
+    def memory(self, params: Sequence[Tensor], planes: Sequence[Tensor]) -> list[object]:
+        """Return all that an update of these tensors uses, since a launch has only addresses: hold it until it ends."""
+        return [self, *map(Tensor.untyped_storage, (*params, *planes, *self._counters))]
+
     def update(
         self,
         params: Sequence[Tensor],

@@ -68,7 +68,7 @@ def part_of(entry: Entry) -> Tensor:
         return PartTensor(run, holding.shape, share.boxes)
     local = share.boxes[0].of_run(run) if run.numel() else run.new_empty(holding.local_shape)
     if holding.device_mesh is None:
-        return local.clone()
+        return local
     stride = torch.empty(holding.shape, device="meta").stride()
     placements = cast("tuple[Placement, ...]", holding.sharding.placements)
     return DTensor.from_local(
@@ -237,6 +237,10 @@ def _run_from(value: Tensor, key: str, entry: Entry, seals: Mapping[str, tuple[i
     else:
         check_plain(f"state_dict[{key!r}]", value)
         views = [box.of_whole(value.detach()) for box in share.boxes]
+    in_order = [view.permute(box.order) for box, view in zip(share.boxes, views, strict=True)]
+    starts = [view.storage_offset() - box.start for box, view in zip(share.boxes, in_order, strict=True)]
+    if len(set(starts)) == 1 and all(view.is_contiguous() for view in in_order):
+        return in_order[0].as_strided((share.numel,), (1,), starts[0])  # one run of memory already: needs no copy
     run = torch.empty(share.numel, dtype=value.dtype, device=value.device)
     for box, view in zip(share.boxes, views, strict=True):
         box.of_run(run).copy_(view)

@@ -18,7 +18,7 @@ from ..loop import swaps
 from ..loop.guard import Guard, seamless
 from ..loop.swaps import Swap
 from ..op import checks
-from ..terms.formats import check_format
+from ..terms.formats import check_format, convert
 from ..terms.pickling import pickled_from
 from ..terms.rules import EqualAverage, Rule
 from . import checkpoint, construction
@@ -219,7 +219,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
             if self._uncounted is not None:  # on all ranks, which have compared their counts if they meet below
                 self._refuse_if_empty("copy_to", stacklevel=3)
             for pair in pairs:
-                pair.param.copy_(pair.format.decode(pair.planes) if pair.format is not None else pair.average)
+                convert(pair.planes, pair.format, (pair.param,), None)
             spread_all(self._spreads, held, "copy_to could not reach all params", torn=True)
 
     @contextmanager

@@ -161,9 +161,10 @@ class AttachableShards(Attachable):
             )
         staging = Staging()
 
-        def ready() -> Callable[[], None]:
+        def ready() -> tuple[Callable[[], None], list[object]]:
             with self._guard.hold("update_parameters"):
-                return partial(update, self._bind(model, staging))
+                plan, params, planes = bound = self._bind(model, staging)
+            return partial(update, bound), plan.memory(params.bases, planes)
 
         def update(bound: Bound) -> None:
             with self._guard.hold("update_parameters"):

@@ -100,6 +100,7 @@ average/: averaged models of one process
     uncounted         an average in which no model is counted yet, and what has been written into it
     holds models      base class of one averaged model, which says so where it is used before it holds a model
     tree              planes under dotted names, as a module
+    recoded params    the params that a construction copies in another dtype
     recast            a move or cast of an averaged model to another device or dtype
     place             where a module holds one of its tensors
     late copy         stands for a tensor during a load, and keeps what is to be copied into it afterwards

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .layout import windows
 from .pickling import pickled_from
 
 
@@ -139,6 +140,42 @@ def decode_half(planes: tuple[Tensor, ...]) -> Tensor:
     return planes[0].to(torch.float32)
 
 
+@torch.no_grad()
+def convert(planes: Sequence[Tensor], fmt: Format | None, to: Sequence[Tensor | None], after: Format | None) -> None:
+    """Write the average of ``planes`` into the planes ``to``, on any device, window by window to save memory.
+
+    Args:
+        fmt: the format of ``planes``; None: the average is ``planes[0]``.
+        to: the planes to write. Those that are None keep what they have.
+        after: the format of ``to``; None: write ``to[0]`` alone, rounded once to its dtype.
+    """
+    if fmt in _PLAIN and after in _PLAIN and to[0] is not None and planes[0].device == to[0].device:
+        to[0].detach().copy_(planes[0])  # torch casts without a temporary
+        return
+    written = [index for index, plane in enumerate(to) if plane is not None]
+    targets = [plane.detach() for plane in to if plane is not None]
+    if planes[0].is_meta or targets[0].is_meta:
+        return
+    for window in windows((*(plane.detach() for plane in planes), *targets)):
+        sources, parts = window[: len(planes)], window[len(planes) :]
+        value = fmt.decode(sources) if fmt is not None else sources[0]
+        if after is not None:
+            value = value.to(after.value_dtype or value.dtype)
+        fresh = after.encode(value) if after is not None else (value,)
+        for index, part in zip(written, parts, strict=True):
+            part.copy_(fresh[index])
+
+
+def full_precision(planes: Sequence[Tensor], fmt: Format | None) -> Tensor:
+    """Return the average at full precision: plane 0 itself where it holds it, else a new tensor."""
+    average = planes[0]
+    if fmt is None or (not fmt.extra and fmt.value_dtype in (None, average.dtype)):
+        return average.detach()
+    value = torch.empty_like(average.detach(), dtype=fmt.value_dtype)
+    convert(planes, fmt, (value,), None)
+    return value
+
+
 FLOAT32 = Format("float32", torch.float32)
 EXACT = Format("exact", torch.bfloat16, (("remainder", torch.int16),), decode_exact, encode_exact)
 # The float32 average stands beside the module's float16 param, and each update writes both. float32 has more exponents
@@ -161,6 +198,8 @@ HALF = Format("half", torch.bfloat16, (), decode_half, encode_half, num_random_b
 # The param's own dtype, for float64 and complex averages and for averages of a custom averaging function.
 OWN = Format("own", None, value_dtype=None)
 
+#: The average at full precision is plane 0 itself.
+_PLAIN = (None, FLOAT32, OWN)
 _FORMATS = {fmt.name: fmt for fmt in (FLOAT32, EXACT, MIRRORED, COMPACT, COMPENSATED, HALF, OWN)}
 _DEFAULTS = {torch.float32: FLOAT32, torch.bfloat16: EXACT, torch.float16: MIRRORED}
 _OWN_DTYPES = (torch.float64, torch.complex64, torch.complex128)
