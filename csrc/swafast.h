@@ -107,7 +107,7 @@ SWAFAST_EXPORT int32_t swafast_cpu_update(const swafast_tensor* tensors, int64_t
                                           const swafast_chunk* chunks, int64_t num_chunks, const swafast_pace* paces,
                                           int64_t num_paces, int64_t advance, int32_t num_threads);
 
-/* Ask for large pages behind this memory, before it is first touched; where there are none, nothing happens. */
+/* Ask for large pages behind this memory, best before it is first touched; where there are none, nothing happens. */
 SWAFAST_EXPORT void swafast_cpu_want_large_pages(void* start, int64_t nbytes);
 
 /* Exchange the bytes of every param with those of planes[0], unless *exchanged is `wanted` (0 or 1) already, then

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from . import sharded as sharded
     from .average.averaged_model import FusedAveragedModel
     from .average.fused_averages import FusedAverages
+    from .files.averaged_file import load, save
     from .optim.batchnorm import update_bn
     from .posthoc.snapshots import Snapshots
     from .sharded.sharded_averages import ShardedAverages
@@ -32,6 +33,8 @@ __all__ = [
     "ShardedAverages",
     "Snapshots",
     "__version__",
+    "load",
+    "save",
     "update_bn",
 ]
 
@@ -46,6 +49,8 @@ _PUBLIC = {
     "ShardedAveragedModel": "sharded.sharded_model",
     "ShardedAverages": "sharded.sharded_averages",
     "Snapshots": "posthoc.snapshots",
+    "load": "files.averaged_file",
+    "save": "files.averaged_file",
     "update_bn": "optim.batchnorm",
 }
 #: Names that only pickles look up.

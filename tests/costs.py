@@ -12,7 +12,7 @@ import sys
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
@@ -70,7 +70,12 @@ class _Ops(TorchDispatchMode):
         name = func.overloadpacket._qualified_op_name
         if "c10d" in name:
             self.collectives += 1
-        elif not func.is_view and name not in ("aten::detach", "aten::empty", "aten::empty_strided"):
+        elif not func.is_view and name not in (
+            "aten::detach",
+            "aten::empty",
+            "aten::empty_like",
+            "aten::empty_strided",
+        ):
             self.ops += 1
         return func(*args, **(kwargs or {}))
 
@@ -165,29 +170,35 @@ def make_model() -> nn.Module:
     return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(NUM_LAYERS)))
 
 
+def swap(averaged: Any, model: nn.Module) -> None:
+    with averaged.swapped_into(model):
+        pass
+
+
+def _calls(averaged: Any, model: nn.Module) -> dict[str, Callable[[], object]]:
+    """Return the public calls that all averaged models have, after a first update."""
+    averaged.update_parameters(model)
+    state = averaged.state_dict()
+    return {
+        "update_parameters": lambda: averaged.update_parameters(model),
+        "swapped_into, there and back": lambda: swap(averaged, model),
+        "copy_to": lambda: averaged.copy_to(model),
+        "state_dict": averaged.state_dict,
+        "load_state_dict": lambda: averaged.load_state_dict(state),
+    }
+
+
 def costs() -> dict[str, Cost]:
     """Return the cost of every public call in one process, by name."""
-    model, states = make_model(), {}
+    model = make_model()
     with counted_launches() as launches, tempfile.TemporaryDirectory() as folder:
         averaged = FusedAveragedModel(model)
         averages = FusedAverages(model, rules={"fast": ExponentialAverage(0.9), "slow": ExponentialAverage(0.99)})
-        snapshots = Snapshots(folder)
-
-        def swap() -> None:
-            with averaged.swapped_into(model):
-                pass
-
-        averaged.update_parameters(model)
-        states["one"], states["several"] = averaged.state_dict(), averages.state_dict()
-        calls: dict[str, Callable[[], object]] = {
-            "update_parameters": lambda: averaged.update_parameters(model),
-            "update_parameters of two averages": lambda: averages.update_parameters(model),
-            "swapped_into, there and back": swap,
-            "copy_to": lambda: averaged.copy_to(model),
-            "state_dict": averaged.state_dict,
-            "load_state_dict": lambda: averaged.load_state_dict(states["one"]),
+        snapshots, state = Snapshots(folder), averages.state_dict()
+        calls = _calls(averaged, model) | {
             "averaged_state_dict": averaged.averaged_state_dict,
-            "load_state_dict of two averages": lambda: averages.load_state_dict(states["several"]),
+            "update_parameters of two averages": lambda: averages.update_parameters(model),
+            "load_state_dict of two averages": lambda: averages.load_state_dict(state),
             "Snapshots.save of two averages": lambda: snapshots.save(averages),
         }
         return {name: cost_of(call, launches) for name, call in calls.items()}
@@ -198,46 +209,14 @@ def rank_costs(mode: str) -> dict[str, Cost]:
     model = sharded_models.wrap(sharded_models.make_model(mode), mode)
     with counted_launches() as launches:
         averaged = ShardedAveragedModel(model)
-
-        def swap() -> None:
-            with averaged.swapped_into(model):
-                pass
-
-        averaged.update_parameters(model)
-        state = averaged.state_dict()
-        calls: dict[str, Callable[[], object]] = {
-            "update_parameters": lambda: averaged.update_parameters(model),
-            "swapped_into, there and back": swap,
-            "copy_to": lambda: averaged.copy_to(model),
-            "state_dict": averaged.state_dict,
-            "load_state_dict": lambda: averaged.load_state_dict(state),
-            "full_state_dict": averaged.full_state_dict,
-        }
+        calls = _calls(averaged, model) | {"full_state_dict": averaged.full_state_dict}
         return {f"{name}, {mode.upper()}": cost_of(call, launches) for name, call in calls.items()}
 
 
 def peaks(dtype: torch.dtype) -> dict[str, float]:
     """Measure the most memory that each phase adds, in bytes of the model's params."""
     model = nn.ParameterList([nn.Parameter(torch.ones(BIG_NUMEL, dtype=dtype)) for _ in range(8)])
-    made: list[FusedAveragedModel] = []
-
-    def swap() -> None:
-        with made[0].swapped_into(model):
-            pass
-
-    state: dict[str, Any] = {}
-    return _in_models(
-        model,
-        {
-            "construction": lambda: made.append(FusedAveragedModel(model)),
-            "first update": lambda: made[0].update_parameters(model),
-            "update": lambda: made[0].update_parameters(model),
-            "swapped_into, there and back": swap,
-            "state_dict": lambda: state.update(made[0].state_dict()),
-            "load_state_dict": lambda: made[0].load_state_dict(state),
-            "averaged_state_dict": lambda: made[0].averaged_state_dict(),
-        },
-    )
+    return _peaks(model, FusedAveragedModel, ("first update", "update"), "averaged_state_dict")
 
 
 def rank_peaks(mode: str) -> dict[str, float]:
@@ -251,28 +230,21 @@ def rank_peaks(mode: str) -> dict[str, float]:
         for layer in model:
             fully_shard(layer)
         fully_shard(model)
-    made: list[ShardedAveragedModel] = []
-
-    def swap() -> None:
-        with made[0].swapped_into(model):
-            pass
-
-    state: dict[str, Any] = {}
-    return _in_models(
-        model,
-        {
-            "construction": lambda: made.append(ShardedAveragedModel(model)),
-            "update": lambda: made[0].update_parameters(model),
-            "swapped_into, there and back": swap,
-            "state_dict": lambda: state.update(made[0].state_dict()),
-            "load_state_dict": lambda: made[0].load_state_dict(state),
-            "full_state_dict": lambda: made[0].full_state_dict(),
-        },
-    )
+    return _peaks(model, ShardedAveragedModel, ("update",), "full_state_dict")
 
 
-def _in_models(model: nn.Module, phases: dict[str, Callable[[], object]]) -> dict[str, float]:
+def _peaks(model: nn.Module, kind: Any, updates: Sequence[str], export: str) -> dict[str, float]:
     nbytes = sum(param.numel() * param.element_size() for param in model.parameters())
+    made: list[Any] = []
+    state: dict[str, Any] = {}
+    phases: dict[str, Callable[[], object]] = {
+        "construction": lambda: made.append(kind(model)),
+        **dict.fromkeys(updates, lambda: made[0].update_parameters(model)),
+        "swapped_into, there and back": lambda: swap(made[0], model),
+        "state_dict": lambda: state.update(made[0].state_dict()),
+        "load_state_dict": lambda: made[0].load_state_dict(state),
+        export: lambda: getattr(made[0], export)(),
+    }
     return {name: round(peak_of(phase) / nbytes, 2) for name, phase in phases.items()}
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from swafast.backends import reference
 from swafast.backends.contract import Launch, Pair, Update
 from swafast.op.launches import draws_of
 from swafast.terms.formats import COMPACT, COMPENSATED, EXACT, FLOAT32, HALF, MIRRORED, Format
 from swafast.terms.rules import EqualAverage, ExponentialAverage, PowerAverage, Rule, terms_of
+from tests.support import same_bits as same_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = (FLOAT32, EXACT, MIRRORED, COMPACT, COMPENSATED, HALF)
@@ -127,29 +132,37 @@ def update(
     launch.update([pair.param for pair in pairs], Update(terms, tuple(counters), advance, **more))  # type: ignore[arg-type]
 
 
-def clone(pairs: Sequence[Pair]) -> list[Pair]:
-    """Return copies, in which one param is one param still."""
-    params = {id(pair.param): pair.param.clone() for pair in pairs}
+def clone(pairs: Sequence[Pair], device: torch.device | str | None = None) -> list[Pair]:
+    """Return copies on the device, or where the pairs are, aligned as before. One param stays one param."""
+    params = {id(pair.param): _copy(pair.param, device) for pair in pairs}
     return [
-        replace(pair, param=params[id(pair.param)], planes=tuple(plane.clone() for plane in pair.planes))
+        replace(pair, param=params[id(pair.param)], planes=tuple(_copy(plane, device) for plane in pair.planes))
         for pair in pairs
     ]
 
 
-def on_cpu(pairs: Sequence[Pair]) -> list[Pair]:
-    return [replace(pair, param=pair.param.cpu(), planes=tuple(plane.cpu() for plane in pair.planes)) for pair in pairs]
+def _copy(tensor: Tensor, device: torch.device | str | None) -> Tensor:
+    start = tensor.storage_offset()
+    flat = torch.empty(start + tensor.numel(), dtype=tensor.dtype, device=device or tensor.device)
+    return flat[start:].as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 
 def differing(a: Sequence[Pair], b: Sequence[Pair]) -> list[str]:
     """Return the names of the pairs that differ in a bit; all NaNs are alike."""
     return [
         f"{x.name}, {x.format}, pace {x.pace}"
-        for x, y in zip(on_cpu(a), on_cpu(b), strict=True)
+        for x, y in zip(a, b, strict=True)
         if not all(map(same_bits, (x.param, *x.planes), (y.param, *y.planes)))
     ]
 
 
+def require_same_pairs(a: Sequence[Pair], b: Sequence[Pair], about: str) -> None:
+    found = differing(a, b)
+    assert not found, f"{about}: {found}"
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
+    a, b = a.cpu(), b.cpu()
     if not a.is_floating_point():
         return torch.equal(a, b)
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
@@ -157,16 +170,85 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return bool((same | (a.isnan() & b.isnan())).all())
 
 
+# Checks. ``prepare`` is a backend's, whose launches are held to those of ``reference`` on the CPU.
+
+Prepare = Callable[[Sequence[Pair]], Any]
+
+
+def by_weights(*weights: float) -> list[Rule]:
+    return [ExponentialAverage(1.0 - weight) for weight in weights]
+
+
+def check_updates(
+    prepare: Prepare,
+    pairs: Sequence[Pair],
+    rules: Sequence[Rule],
+    counts: Sequence[int] = (1,),
+    device: torch.device | str = "cpu",
+) -> None:
+    """Hold updates by each rule and from each count, always of the same averages, to the reference."""
+    ours, expected = clone(pairs, device), clone(pairs)
+    launches = prepare(ours), reference.prepare(expected)
+    counters = torch.tensor(0, device=device), torch.tensor(0)
+    for rule, n in itertools.product(rules, counts):
+        for launch, on, counter in zip(launches, (ours, expected), counters, strict=True):
+            counter.fill_(n)
+            for pair, start in zip(on, pairs, strict=True):
+                for plane, value in zip(pair.planes, start.planes, strict=True):
+                    plane.copy_(value)
+            update(launch, on, [rule], [counter])
+        require_same_pairs(ours, expected, f"{rule}, n = {n}")
+        assert list(map(int, counters)) == [n + 1] * 2, "the counter is wrong"
+
+
+def check_paces(prepare: Prepare, num_paces: int, sizes: Sequence[int], device: torch.device | str = "cpu") -> None:
+    """Hold updates of several averages of each param, from counts and by rules of their own, to the reference."""
+    pairs, (rules, counts) = averages_of(num_paces, sizes), paces_of(num_paces)
+    ours, expected = clone(pairs, device), clone(pairs)
+    launches = prepare(ours), reference.prepare(expected)
+    counters = [[torch.tensor(n, device=place) for n in counts] for place in (device, "cpu")]
+    for advance in (1, 2):
+        for launch, on, counted in zip(launches, (ours, expected), counters, strict=True):
+            update(launch, on, rules, counted, advance)
+        counts = [n + advance for n in counts]
+        require_same_pairs(ours, expected, "an update of several averages is wrong")
+        assert [list(map(int, counted)) for counted in counters] == [counts] * 2, "the counters are wrong"
+        rules = [*rules[1:], PowerAverage(16.97)]
+
+
+def check_bad_count(
+    prepare: Prepare,
+    num_paces: int,
+    at: int,
+    count: int,
+    device: torch.device | str = "cpu",
+    refusal: AbstractContextManager[object] = nullcontext(),  # noqa: B008
+) -> None:
+    """Check that an update changes nothing if the count of one pace is none; with a count it is one again."""
+    pairs = clone(averages_of(num_paces, (9,)), device)
+    counts = list(range(4, 4 + num_paces))
+    counts[at] = count
+    before, counters = clone(pairs), [torch.tensor(n, device=device) for n in counts]
+    launch = prepare(pairs)
+    with refusal:
+        update(launch, pairs, [EqualAverage()] * num_paces, counters)
+    require_same_pairs(pairs, before, "an update after a bad count changed something")
+    assert list(map(int, counters)) == counts
+    counters[at].fill_(0)
+    update(launch, pairs, [EqualAverage()] * num_paces, counters)
+    assert list(map(int, counters)) == [1 if n == count else n + 1 for n in counts]
+    assert differing(pairs, before) != []
+
+
 def check_exchange(launch: Any, pairs: Sequence[Pair]) -> None:
     """Hold exchanges, asked for once or again, to what they say: every bit of params and first planes there or back."""
     before = clone(pairs)
     for wanted in (False, True, True, False, False, True):
         launch.exchange(wanted)
-        for pair, old in zip(on_cpu(pairs), on_cpu(before), strict=True):
-            param, average = (old.average, old.param) if wanted else (old.param, old.average)
-            assert torch.equal(pair.param.view(torch.uint8), param.view(torch.uint8)), f"{pair.name}, {wanted}"
-            assert torch.equal(pair.average.view(torch.uint8), average.view(torch.uint8)), f"{pair.name}, {wanted}"
-            assert all(map(same_bits, pair.planes[1:], old.planes[1:])), f"{pair.name}, {wanted}"
+        for pair, old in zip(pairs, before, strict=True):
+            there = (old.average, old.param) if wanted else (old.param, old.average)
+            assert all(map(same_bytes, (pair.param, pair.average), there)), f"{pair.name}, {wanted}"
+            assert all(map(same_bytes, pair.planes[1:], old.planes[1:])), f"{pair.name}, {wanted}"
 
 
 class Dispatched(TorchDispatchMode):
@@ -179,13 +261,6 @@ class Dispatched(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.ops.append(str(func))
         return func(*args, **(kwargs or {}))
-
-
-def drift(model: nn.Module) -> None:
-    """Change every param in place, as training would."""
-    with torch.no_grad():
-        for param in model.parameters():
-            param.add_(torch.randn_like(param), alpha=0.1)
 
 
 def check_captured_paces(prepare: Any, pairs: Sequence[Pair], capture: Any, replay: Any) -> None:
@@ -210,4 +285,31 @@ def check_captured_paces(prepare: Any, pairs: Sequence[Pair], capture: Any, repl
             update(launch, pairs, by, counters)
         update(eager, expected, by, counted)
         assert list(map(int, counters)) == list(map(int, counted))
-        assert differing(pairs, expected) == [], "a replay is wrong"
+        require_same_pairs(pairs, expected, "a replay is wrong")
+
+
+def meet_at_each_line(one: Callable[[], object], other: Callable[[], object], files: Collection[str]) -> Iterator[int]:
+    """Run ``one``, and at one of its lines ``other`` as a whole, as another thread may. Yield after each line in turn.
+
+    Args:
+        files: ends of the names of the files whose lines count.
+    """
+    for line in itertools.count():
+        passed = itertools.count()
+
+        def trace(frame: Any, event: str, _: object, passed: Any = passed, line: int = line) -> Any:
+            if not frame.f_code.co_filename.endswith(tuple(files)):
+                return None
+            if event == "line" and next(passed) == line:
+                other()  # Python does not trace what a trace function does
+            return trace
+
+        sys.settrace(trace)
+        try:
+            one()
+        finally:
+            sys.settrace(None)
+        if next(passed) <= line:
+            assert line > 0, "no line was seen"
+            return
+        yield line

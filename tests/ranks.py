@@ -7,15 +7,16 @@ pytest itself would inherit OpenMP's threads, which do not live through a fork.
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import pickle
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from time import monotonic
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ import torch.distributed as dist
 #: Starts processes in which torch is imported.
 starter = multiprocessing.get_context("forkserver")
 starter.set_forkserver_preload(["tests.ranks_preload"])
+
+P = ParamSpec("P")
 
 #: No collective of a test takes longer, unless a peer is missing.
 TIMEOUT = timedelta(seconds=60)
@@ -45,12 +48,13 @@ def run_ranks(
     Args:
         timeout: of the process group.
         expect: how many ranks are to answer; default: all. The rest may die, or stop: they are killed in the end.
-        plant: plants a bug in each rank's process, which ends with it.
+        plant: plants a bug in each rank's process, which ends with it; default: that of `planted`.
 
     Raises:
         RankFailedError: a rank raised.
     """
     expected = world if expect is None else expect
+    plant = plant or next(iter(_planted), None)
     with tempfile.TemporaryDirectory() as folder:
         pipes: list[Connection] = []
         processes = []
@@ -78,6 +82,36 @@ def run_ranks(
                 if process.is_alive():
                     process.kill()
                     process.join()
+
+
+#: The bugs that `planted` has in every rank's process.
+_planted: list[Callable[[], object]] = []
+
+
+@contextlib.contextmanager
+def planted(plant: Callable[[], object]) -> Iterator[None]:
+    """Plant a bug in each rank's process that the body starts."""
+    _planted.append(plant)
+    try:
+        yield
+    finally:
+        _planted.pop()
+
+
+def on_ranks(world: int, **options: Any) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Make a test of a function that so many ranks run; ``options`` are those of `run_ranks`."""
+
+    def decorate(body: Callable[P, None]) -> Callable[P, None]:
+        @functools.wraps(body)
+        def test(*args: P.args, **kwargs: P.kwargs) -> None:
+            if multiprocessing.parent_process() is not None:  # on a rank, which finds the test by its name
+                body(*args, **kwargs)
+            else:
+                run_ranks(world, functools.partial(test, *args, **kwargs), **options)
+
+        return test
+
+    return decorate
 
 
 def _answers(pipes: list[Connection], expected: int, deadline: float) -> tuple[list[int], list[Any]]:

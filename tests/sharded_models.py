@@ -6,7 +6,7 @@ values to the sharded one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from swafast import FusedAveragedModel, FusedAverages, ShardedAveragedModel, ShardedAverages
-from tests.support import require_same, swapped, tensors_of
+from tests.support import differing, require_same, swapped, tensors_of
 
 #: The ranks that each mode is run on; 2-D meshes are 2x2.
 WORLDS = {
@@ -277,6 +277,40 @@ def locals_of(model: nn.Module) -> dict[str, Tensor]:
     """Copy this rank's own params and buffers as they stand in the model, without a collective."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: local_of(tensor).detach().clone() for name, tensor in named}
+
+
+def outcome(call: Callable[[], object]) -> str:
+    """Return the error that something raises, in words."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def wrong_parts(averaged: ShardedAveragedModel, expected: Mapping[str, Tensor]) -> list[str]:
+    """Return what of this rank's part differs by bits from whole tensors, and keys that only one of the two has."""
+    found = {"n_averaged": averaged.n_averaged}
+    wanted = {"n_averaged": expected["n_averaged"]}
+    names = {"n_averaged"}
+    for entry in averaged._entries():
+        names.update(entry.keys)
+        for index, box in enumerate(entry.share.boxes):
+            found[f"{entry.keys[0]}, box {index}"] = box.of_run(entry.run)
+            wanted[f"{entry.keys[0]}, box {index}"] = box.of_whole(expected[entry.keys[0]])
+    return sorted(names ^ expected.keys()) + differing(found, wanted)
+
+
+def require_own_parts(averaged: ShardedAveragedModel, expected: Mapping[str, Tensor], about: str = "own parts") -> None:
+    """Check this rank's part by bits, without a collective, and the keys."""
+    found = wrong_parts(averaged, expected)
+    assert found == [], f"{about}: {found}"
+
+
+def planes_of(averaged: ShardedAveragedModel) -> dict[str, Tensor]:
+    """Copy all planes and the counter of this rank's average, without a collective."""
+    named = {f"{name} {i}": plane for name, planes in averaged._planes.items() for i, plane in enumerate(planes)}
+    return {name: plane.detach().clone() for name, plane in (named | {"n_averaged": averaged.n_averaged}).items()}
 
 
 class Beside:

@@ -16,7 +16,7 @@ Sources = Mapping[str, str]
 FLOORS = (
     ("",),
     ("demo",),
-    ("integrations", "files"),
+    ("files",),
     ("optim",),
     ("posthoc",),
     ("sharded",),
@@ -44,6 +44,7 @@ RANKS = re.compile(r"torch\.distributed\b")
 BY_NAME = re.compile(
     r"(__dict__|\bvars\(.*\))(\.\w+)?$|\b((get|set|has|del)attr|attrgetter|__(get|set|del)attr(ibute)?__)$"
 )
+USERS_FUNCTIONS = ("load",)  # named as users expect it: modules may have such a function of their own
 ASKED_OF_EVERY_BACKEND = {"unavailable", "describe", "serves", "prepare"}
 
 
@@ -191,7 +192,7 @@ def shared_names(sources: Sources) -> list[str]:
     places: dict[str, list[str]] = defaultdict(list)
     for path in sorted(path for path in sources if folder_of(path) != "demo"):
         places[f"module {path.rpartition('/')[2].removesuffix('.py')}"].append(path)
-        excepted = {"main", *(ASKED_OF_EVERY_BACKEND if path.startswith("backends/") else ())}
+        excepted = {"main", *USERS_FUNCTIONS, *(ASKED_OF_EVERY_BACKEND if path.startswith("backends/") else ())}
         defined = set()
         for node in ast.parse(sources[path]).body:
             if isinstance(node, ast.ClassDef):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -48,7 +49,7 @@ class EveryKind(nn.Module):
 def drift(model: nn.Module) -> None:
     """Change every param in place, as training would."""
     for param in model.parameters():
-        param.add_(torch.randn(param.shape).to(param.dtype), alpha=0.1)
+        param.add_(torch.randn(param.shape).to(param), alpha=0.1)
 
 
 def update(model: EveryKind, *averages: Any, updates: int = 1) -> None:
@@ -57,6 +58,13 @@ def update(model: EveryKind, *averages: Any, updates: int = 1) -> None:
         model.drift()
         for average in averages:
             average.update_parameters(model)
+
+
+def updated_once(model: nn.Module, **options: Any) -> FusedAveragedModel:
+    """Return an average of ``model`` after one update."""
+    average = FusedAveragedModel(model, **options)
+    average.update_parameters(model)
+    return average
 
 
 def trained(model: EveryKind, dtype: torch.dtype, **options: Any) -> FusedAveragedModel:
@@ -70,6 +78,18 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Copy all params and buffers of a module, to compare with later."""
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {name: tensor.detach().clone() for name, tensor in named.items()}
+
+
+def any_bits(shape: Sequence[int], dtype: torch.dtype, seed: int | None = None) -> Tensor:
+    """Make a tensor of random bytes: NaNs with payloads, denormals and infinities among them. A bool is 0 or 1."""
+    source = None if seed is None else torch.Generator().manual_seed(seed)
+    numbers = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), generator=source, dtype=torch.uint8)
+    return (numbers & 1 if dtype == torch.bool else numbers).view(dtype).view(torch.Size(shape))
+
+
+def tensors_in(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a state, without what extra states are."""
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -127,22 +147,27 @@ class Held:
     """Holds updates, of the background for instance, until they are let go.
 
     Args:
+        kind, name: the class and its method that runs an update.
         at_most: let an update go after so many seconds even if nobody does; None: nobody doing so is an error.
     """
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, kind: Any = FusedAveragedModel, at_most: float | None = None
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        kind: Any = FusedAveragedModel,
+        at_most: float | None = None,
+        name: str = "update_parameters",
     ) -> None:
         self.let_go, self.begun, self.ended = threading.Event(), threading.Event(), threading.Event()
-        update = kind.update_parameters
+        update = getattr(kind, name)
 
-        def held(averaged: Any, model: nn.Module) -> None:
+        def held(*args: Any) -> None:
             self.begun.set()
             assert self.let_go.wait(at_most or 60) or at_most
-            update(averaged, model)
+            update(*args)
             self.ended.set()
 
-        monkeypatch.setattr(kind, "update_parameters", held)
+        monkeypatch.setattr(kind, name, held)
 
     def let_go_in(self, seconds: float) -> None:
         """Let an update that has begun go in a while."""

@@ -46,24 +46,22 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return float((value.detach().double() - truth).norm() / truth.norm())
 
 
-def require_equal_average(stream: str, updates: int, backend: str) -> None:
+LONG = (10_000, "cpu")  # the bits of the other backends are the same: test_backends.py
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize(
+    ("updates", "backend"),
+    [*((n, name) for n in (1, 2, 10, 1_000) for name in ("cpu", "cuda", "reference")), LONG],
+    indirect=["backend"],
+)
+def test_equal_average_is_exact_to_float32(stream: str, updates: int, backend: str) -> None:
     params = params_of(stream, updates)
     truth = torch.stack([param.double() for param in params]).mean(0)
     error = relative_error(averaged(params, backend).module[0], truth)
     assert error <= max(1.0, 0.2 * updates) * ULP
     if stream == "zero-mean":
         assert error <= max(1.0, 0.6 * updates**0.5) * ULP
-
-
-@pytest.mark.parametrize("stream", STREAMS)
-@pytest.mark.parametrize("updates", [1, 2, 10, 1_000])
-def test_equal_average_is_exact_to_float32(stream: str, updates: int, backend: str) -> None:
-    require_equal_average(stream, updates, backend)
-
-
-@pytest.mark.parametrize("stream", STREAMS)
-def test_equal_average_is_exact_to_float32_in_the_long_run(stream: str) -> None:
-    require_equal_average(stream, 10_000, "cpu")  # the bits of the others are the same: test_native.py, test_gpu.py
 
 
 @pytest.mark.parametrize("stream", STREAMS)
@@ -183,7 +181,9 @@ def error_of(format: str, stream: str, updates: int, rule: Rule | None = None) -
     return fmt.decode(planes).double(), planes[0].double(), truth
 
 
-def require_compensated(stream: str, updates: int) -> None:
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("updates", [1, 10, 20_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+def test_compensated_is_float64_rounded_once(stream: str, updates: int) -> None:
     value, plane, truth = error_of("compensated", stream, updates)
     assert (value - truth).norm() <= 1e-11 * truth.norm()  # 48 bits, not 24
     assert (plane - truth).norm() <= 6e-8 * truth.norm()
@@ -193,43 +193,22 @@ def require_compensated(stream: str, updates: int) -> None:
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-@pytest.mark.parametrize("updates", [1, 10, 20_000])
-def test_compensated_is_float64_rounded_once(stream: str, updates: int) -> None:
-    require_compensated(stream, updates)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stream", STREAMS)
-def test_compensated_is_float64_rounded_once_after_a_million(stream: str) -> None:
-    require_compensated(stream, 1_000_000)
-
-
-@pytest.mark.parametrize("stream", STREAMS)
-@pytest.mark.parametrize("updates", [1, 100, 10_000])
+@pytest.mark.parametrize("updates", [1, 100, 10_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_compact_keeps_the_mean(stream: str, updates: int) -> None:
     value, _, truth = error_of("compact", stream, updates)
     assert (value - truth).norm() <= 1e-5 * max(updates, 4) ** 0.5 * truth.norm()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stream", STREAMS)
-def test_compact_keeps_the_mean_of_a_hundred_thousand(stream: str) -> None:
-    value, _, truth = error_of("compact", stream, 100_000)
-    assert (value - truth).norm() <= 1e-5 * 100_000**0.5 * truth.norm()
-
-
-@pytest.mark.parametrize("stream", STREAMS)
-@pytest.mark.parametrize("decay", [0.5, 0.99, 0.9999])
-def test_compact_keeps_an_ema(stream: str, decay: float) -> None:
-    value, _, truth = error_of("compact", stream, 5_000, ExponentialAverage(decay))
-    assert (value - truth).norm() <= 1e-3 * truth.norm()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stream", STREAMS)
-@pytest.mark.parametrize("updates", [10_000, 40_000, 100_000])
-def test_compact_keeps_a_long_ema(stream: str, updates: int) -> None:
-    value, _, truth = error_of("compact", stream, updates, ExponentialAverage(0.9999))
+@pytest.mark.parametrize(
+    ("decay", "updates"),
+    [
+        *((decay, 5_000) for decay in (0.5, 0.99, 0.9999)),
+        *(pytest.param(0.9999, updates, marks=pytest.mark.slow) for updates in (10_000, 40_000, 100_000)),
+    ],
+)
+def test_compact_keeps_an_ema(stream: str, decay: float, updates: int) -> None:
+    value, _, truth = error_of("compact", stream, updates, ExponentialAverage(decay))
     # While an EMA of zero-mean params forgets its first model, it is smaller than what its units in the last place were
     # made for: each update rounds by 0.29 units, 5.8e-6 of the average, and these stay for 1 / weight updates.
     forgets = stream == "zero-mean" and updates == 40_000

@@ -11,12 +11,15 @@ import signal
 import threading
 import time
 import weakref
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import (
     AveragedModel,
@@ -28,7 +31,7 @@ from torch.optim.swa_utils import (
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, Rule
 from swafast.terms.weight import KernelTerms
-from tests.support import EveryKind, differing, drift, tensors_of, unchanged, update
+from tests.support import EveryKind, differing, drift, tensors_of, unchanged, update, updated_once
 
 FUNCTIONS: list[dict[str, Any]] = [
     {},
@@ -77,13 +80,6 @@ def test_signature_attributes_and_keys_are_torchs(every_kind: EveryKind) -> None
     assert torch.equal(ours(x), every_kind.linear(x))
 
 
-def test_the_averaged_module_is_a_copy_of_its_own(every_kind: EveryKind) -> None:
-    ours = FusedAveragedModel(every_kind)
-    ours.update_parameters(every_kind)
-    with unchanged(ours.module):
-        every_kind.drift()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("format", ["float32", "exact", "mirrored"])
 def test_every_format_holds_the_same_average(
@@ -100,32 +96,16 @@ def test_every_format_holds_the_same_average(
     assert torch.equal(other.module.long, got["long"].to(stored)) or format == "exact"
 
 
-def test_update_copies_buffers_and_averages_them_on_request(every_kind: EveryKind, backend: str) -> None:
-    copied = FusedAveragedModel(every_kind, backend=backend)
-    averaged = FusedAveragedModel(every_kind, use_buffers=True, backend=backend)
-    means = []
-    for _ in range(4):
-        every_kind.drift()
-        means.append(every_kind.norm.running_mean.clone())
-        for average in (copied, averaged):
-            average.update_parameters(every_kind)
-    assert torch.equal(copied.module.norm.running_mean, means[-1])
-    torch.testing.assert_close(averaged.module.norm.running_mean, torch.stack(means).mean(0))
-    for average in (copied, averaged):
-        assert torch.equal(average.module.mask, every_kind.mask)
-        assert torch.equal(average.module.norm.num_batches_tracked, every_kind.norm.num_batches_tracked)
-        assert torch.equal(average.module.scratch, every_kind.scratch) == (average is copied)
-
-
-def test_tied_params_are_averaged_once_and_stay_tied(every_kind: EveryKind) -> None:
-    average = FusedAveragedModel(every_kind)
-    update(every_kind, average, updates=3)
-    assert average.module.tied.weight is average.module.linear.weight
+def test_buffers_of_whole_numbers_are_copied_where_others_are_averaged(every_kind: EveryKind, backend: str) -> None:
+    average = FusedAveragedModel(every_kind, use_buffers=True, backend=backend)
+    update(every_kind, average, updates=4)
+    for name in ("mask", "norm.num_batches_tracked"):
+        assert torch.equal(average.module.get_buffer(name), every_kind.get_buffer(name))
+    assert not torch.equal(average.module.scratch, every_kind.scratch)
 
 
 def test_untying_the_model_is_an_error_and_tying_it_is_not(every_kind: EveryKind) -> None:
-    average = FusedAveragedModel(every_kind)
-    average.update_parameters(every_kind)
+    average = updated_once(every_kind)
     every_kind.tied.weight = nn.Parameter(torch.randn(11, 7))
     with pytest.raises(ValueError, match=r"'linear\.weight' and 'tied\.weight'"):
         average.update_parameters(every_kind)
@@ -140,8 +120,7 @@ def test_untying_the_model_is_an_error_and_tying_it_is_not(every_kind: EveryKind
 def test_what_is_copied_is_never_rounded(format: str, backend: str) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model.register_buffer("positions", torch.arange(1000.0, 1010.0))
-    average = FusedAveragedModel(model, format=format, backend=backend, include=lambda name, _: name.startswith("0."))
-    average.update_parameters(model)
+    average = updated_once(model, format=format, backend=backend, include=lambda name, _: name.startswith("0."))
     expected = {name: value for name, value in tensors_of(model).items() if not name.startswith("0.")}
     exported = average.averaged_state_dict()
     with average.swapped_into(model):
@@ -171,31 +150,46 @@ def test_include_picks_what_is_averaged(every_kind: EveryKind, backend: str) -> 
     assert len(asked) == len(set(asked))
 
 
-@pytest.mark.parametrize("wrap", ["compile", "parallel", "inner"])
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+WRAPPERS: dict[str, Callable[[nn.Sequential], Any]] = {
+    "compile": lambda model: torch.compile(model, backend="eager"),
+    "parallel": nn.DataParallel,
+    "ddp": DistributedDataParallel,
+    "inner": lambda model: nn.Sequential(model[0], torch.compile(model[1], backend="eager")),
+}
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("wrap", WRAPPERS)
 @pytest.mark.parametrize("side", ["model", "average", "both"])
 def test_wrappers_on_either_side_do_not_matter(wrap: str, side: str) -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 2)))
-    plain = FusedAveragedModel(model)
-    if wrap == "compile":
-        wrapped: nn.Module = torch.compile(model, backend="eager")  # type: ignore[assignment]
-    elif wrap == "parallel":
-        wrapped = nn.DataParallel(model)
-    else:
-        wrapped = nn.Sequential(model[0], torch.compile(model[1], backend="eager"))
-    average = FusedAveragedModel(model if side == "model" else wrapped)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)))
+    plain, wrapped = FusedAveragedModel(model), WRAPPERS[wrap](model)
+    of, updated = (model if side == "model" else wrapped), (model if side == "average" else wrapped)
+    average, optimizer = FusedAveragedModel(of), torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(3):
-        drift(model)
+        wrapped(torch.randn(8, 3)).square().sum().backward()
+        optimizer.step()
         plain.update_parameters(model)
-        average.update_parameters(model if side == "average" else wrapped)
-    assert differing(plain.averaged_state_dict(), average.averaged_state_dict()) == []
+        average.update_parameters(updated)
+    assert list(average.state_dict()) == list(AveragedModel(of).state_dict())
+    state = plain.averaged_state_dict()
+    assert differing(state, average.averaged_state_dict()) == []
+    with unchanged(model), average.swapped_into(updated):
+        assert differing(model.state_dict(), state) == []
 
 
 def test_a_child_called_module_keeps_its_name() -> None:
     model = nn.Module()
     model.module = nn.Linear(2, 2)
     model.weight = nn.Parameter(torch.randn(2, 2))
-    average = FusedAveragedModel(model)
-    average.update_parameters(model)
+    average = updated_once(model)
     assert set(average.averaged_state_dict()) == {"module.weight", "module.bias", "weight"}
 
 
@@ -233,8 +227,7 @@ def test_a_plan_follows_reallocated_params(every_kind: EveryKind, backend: str) 
 
 def test_a_view_of_other_shape_at_the_same_address_is_noticed() -> None:
     model = nn.ParameterList([nn.Parameter(torch.randn(4, 8)), nn.Parameter(torch.randn(3))])
-    average = FusedAveragedModel(model)
-    average.update_parameters(model)
+    average = updated_once(model)
     address = model[0].data_ptr()
     model[0].data = model[0].data.view(8, 4)
     assert model[0].data_ptr() == address
@@ -243,8 +236,7 @@ def test_a_view_of_other_shape_at_the_same_address_is_noticed() -> None:
     model[0].data = model[0].data.view(4, 8)
     average.update_parameters(model)
     square = nn.ParameterList([nn.Parameter(torch.randn(4, 4))])
-    other = FusedAveragedModel(square)
-    other.update_parameters(square)
+    other = updated_once(square)
     square[0].data = square[0].data.t()
     expected = (other.module[0] + square[0]).detach() / 2
     other.update_parameters(square)
@@ -253,8 +245,7 @@ def test_a_view_of_other_shape_at_the_same_address_is_noticed() -> None:
 
 def test_params_added_on_both_sides_are_averaged_from_then_on() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
-    average = FusedAveragedModel(model)
-    average.update_parameters(model)
+    average = updated_once(model)
     model.add_module("head", nn.Linear(2, 1))
     with pytest.raises(ValueError, match=r"unexpected 'head\.weight', 'head\.bias'"):
         average.update_parameters(model)
@@ -332,8 +323,7 @@ def test_the_counter_may_be_edited_loaded_and_replaced(backend: str) -> None:
 
 def test_writes_are_seen_by_autograd(backend: str) -> None:
     model = nn.Linear(3, 3)
-    average = FusedAveragedModel(model, backend=backend)
-    average.update_parameters(model)
+    average = updated_once(model, backend=backend)
     out = average(torch.randn(2, 3, requires_grad=True)).sum()
     average.update_parameters(model)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -398,8 +388,7 @@ def test_pickle_torch_save_and_deepcopy_go_on_alike(every_kind: EveryKind, dtype
 
 def test_each_average_is_written_once() -> None:
     model = nn.ParameterList([nn.Parameter(torch.randn(1000)) for _ in range(50)])
-    average = FusedAveragedModel(model)
-    average.update_parameters(model)
+    average = updated_once(model)
     held = 50 * 1000 * 4
     state, whole = io.BytesIO(), io.BytesIO()
     torch.save(average.state_dict(), state)
@@ -442,8 +431,7 @@ class Tunable(Rule):
 
 def test_a_rule_may_change_between_updates(backend: str) -> None:
     rule, model = Tunable(), nn.ParameterList([nn.Parameter(torch.zeros(2))])
-    average = FusedAveragedModel(model, rule=rule, backend=backend)
-    average.update_parameters(model)
+    average = updated_once(model, rule=rule, backend=backend)
     with torch.no_grad():
         model[0].fill_(1.0)
     average.update_parameters(model)
@@ -455,8 +443,7 @@ def test_a_rule_may_change_between_updates(backend: str) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_forked_child_is_not_held_up_by_a_thread_of_its_parent() -> None:
     model = nn.Linear(3, 3)
-    average = FusedAveragedModel(model)
-    average.update_parameters(model)
+    average = updated_once(model)
     held, release = threading.Event(), threading.Event()
 
     def hold() -> None:

@@ -32,35 +32,33 @@ class Doubling(Rule):
         return 2.0**-num_averaged
 
 
+def each_alone(model: nn.Module, rules: dict[str, Rule] = RULES, format: Any = None) -> dict[str, FusedAveragedModel]:
+    """Make the average of each rule as one of its own; ``format`` as for several averages."""
+    formats = format if isinstance(format, dict) else dict.fromkeys(rules, format)
+    return {name: FusedAveragedModel(model, rule=rule, format=formats.get(name)) for name, rule in rules.items()}
+
+
 def require_equal(averages: FusedAverages, alone: dict[str, FusedAveragedModel]) -> None:
     for name, each in alone.items():
         assert differing(tensors_of(averages[name]), tensors_of(each)) == []
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [*FORMATS, {"mean": "compensated", "fast": "compact", "warm": None}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_each_equals_one_that_is_updated_by_itself(
-    every_kind: EveryKind, format: str | None, dtype: torch.dtype, backend: str, small_chunks: int
+    every_kind: EveryKind, format: Any, dtype: torch.dtype, backend: str, small_chunks: int
 ) -> None:
     model = every_kind.to(dtype)
     averages = FusedAverages(model, rules=RULES, format=format, backend=backend)
-    alone = {name: FusedAveragedModel(model, rule=rule, format=format) for name, rule in RULES.items()}
+    alone = each_alone(model, format=format)
     update(model, averages, *alone.values(), updates=4)
     require_equal(averages, alone)
     assert [int(each.n_averaged) for each in averages.values()] == [4] * len(RULES)
 
 
-def test_formats_may_differ(every_kind: EveryKind, backend: str) -> None:
-    formats = {"mean": "compensated", "fast": "compact", "warm": None}
-    averages = FusedAverages(every_kind, rules=RULES, format=formats, backend=backend)
-    alone = {name: FusedAveragedModel(every_kind, rule=rule, format=formats.get(name)) for name, rule in RULES.items()}
-    update(every_kind, averages, *alone.values(), updates=4)
-    require_equal(averages, alone)
-
-
 def test_rules_of_python_and_counts_of_their_own(every_kind: EveryKind) -> None:
-    averages = FusedAverages(every_kind, rules=[("mean", EqualAverage()), ("doubling", Doubling())])
-    alone = {"mean": FusedAveragedModel(every_kind), "doubling": FusedAveragedModel(every_kind, rule=Doubling())}
+    rules = {"mean": EqualAverage(), "doubling": Doubling()}
+    averages, alone = FusedAverages(every_kind, rules=[*rules.items()]), each_alone(every_kind, rules)
     update(every_kind, averages, *alone.values(), updates=2)
     for one in (averages["mean"], alone["mean"]):
         one.update_parameters(every_kind)  # it alone
@@ -70,9 +68,8 @@ def test_rules_of_python_and_counts_of_their_own(every_kind: EveryKind) -> None:
 
 
 def test_as_many_as_one_launch_takes(every_kind: EveryKind) -> None:
-    rules = {f"decay {i}": ExponentialAverage(i / 20) for i in range(16)}
-    averages = FusedAverages(every_kind, rules=rules)
-    alone = {name: FusedAveragedModel(every_kind, rule=rule) for name, rule in rules.items()}
+    rules: dict[str, Rule] = {f"decay {i}": ExponentialAverage(i / 20) for i in range(16)}
+    averages, alone = FusedAverages(every_kind, rules=rules), each_alone(every_kind, rules)
     update(every_kind, averages, *alone.values(), updates=3)
     require_equal(averages, alone)
 
@@ -189,37 +186,20 @@ def test_it_is_a_mapping_and_says_where_a_models_methods_are(every_kind: EveryKi
         averages(torch.ones(1))
 
 
-def test_averages_that_were_loaded_from_one_tensor_part_again() -> None:
-    one = FusedAveragedModel(model := nn.Linear(2, 2))
-    one.update_parameters(model)
-    averages = FusedAverages(model, rules=RULES)
-    averages.load_state_dict(
-        {f"{name}.{key}": value for name in RULES for key, value in one.state_dict().items()}, assign=True
-    )
-    alone = {name: FusedAveragedModel(model, rule=rule) for name, rule in RULES.items()}
-    for each in alone.values():
-        each.load_state_dict(one.state_dict())
-    with torch.no_grad():
-        model.weight.add_(1.0)
-    for _ in range(2):
-        for each in (averages, *alone.values()):
-            each.update_parameters(model)
-    require_equal(averages, alone)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("to", "of"), [("fast", "mean"), ("mean", "fast")])
-def test_an_average_that_was_assigned_another_ones_tensors_has_memory_of_its_own(
-    dtype: torch.dtype, to: str, of: str
+@pytest.mark.parametrize(("to", "of"), [(["fast"], "mean"), (["mean"], "fast"), (["fast", "warm", "power"], "mean")])
+def test_averages_that_were_assigned_another_ones_tensors_have_memory_of_their_own(
+    dtype: torch.dtype, to: list[str], of: str
 ) -> None:
     model = EveryKind().to(dtype)
     averages = FusedAverages(model, rules=RULES)
     update(model, averages, updates=2)
     state = averages[of].state_dict()
-    alone = {name: FusedAveragedModel(model, rule=rule) for name, rule in RULES.items()}
+    alone = each_alone(model)
     for name, each in alone.items():
-        each.load_state_dict(averages[of if name == to else name].state_dict())
-    averages[to].load_state_dict(state, assign=True)
+        each.load_state_dict(averages[of if name in to else name].state_dict())
+    for name in to:
+        averages[name].load_state_dict(state, assign=True)
     update(model, averages, *alone.values(), updates=2)
     require_equal(averages, alone)
 

@@ -13,7 +13,7 @@ from torch import nn
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages, Rule
 from swafast.backends.reference import ReferenceLaunch
 from swafast.optim import SWA
-from tests.support import EveryKind, drift, refused, unchanged
+from tests.support import EveryKind, drift, refused, unchanged, updated_once
 
 
 def _change(name: str, make: Callable[[nn.Parameter], torch.Tensor]) -> Callable[[nn.Module], None]:
@@ -25,14 +25,6 @@ def _change(name: str, make: Callable[[nn.Parameter], torch.Tensor]) -> Callable
     return change
 
 
-def _register_surplus(model: nn.Module) -> None:
-    model.surplus = nn.Parameter(torch.zeros(3))
-
-
-def _quantise(param: torch.Tensor) -> torch.Tensor:
-    return torch.quantize_per_tensor(param, 0.1, 0, torch.qint8)
-
-
 def _subclass(param: torch.Tensor) -> torch.Tensor:
     from torch.testing._internal.two_tensor import TwoTensor
 
@@ -41,7 +33,7 @@ def _subclass(param: torch.Tensor) -> torch.Tensor:
 
 SPOILED: dict[str, tuple[Callable[[nn.Module], None], str]] = {
     "missing": (lambda m: delattr(m, "long"), r"missing 'long'"),
-    "surplus": (_register_surplus, r"unexpected 'surplus'"),
+    "surplus": (lambda m: m.register_parameter("surplus", nn.Parameter(torch.zeros(3))), r"unexpected 'surplus'"),
     "renamed": (lambda m: setattr(m, "width", m._parameters.pop("long")), r"missing 'long'; unexpected 'width'"),
     "missing buffer": (lambda m: delattr(m, "mask"), r"buffers .* missing 'mask'"),
     "shape": (_change("long", lambda p: p[:999].clone()), r"'long' must have the average's shape \(1000,\)"),
@@ -51,8 +43,17 @@ SPOILED: dict[str, tuple[Callable[[nn.Module], None], str]] = {
     "complex": (_change("long", lambda p: p.cfloat()), r"'long' must have a dtype like .*float32, got torch.complex64"),
     "meta": (_change("long", lambda p: p.to("meta")), r"'long' of the model must hold data"),
     "sparse": (_change("long", lambda p: p.to_sparse()), r"'long' of the model must be dense"),
-    "quantised": (_change("long", _quantise), r"'long' of the model must not be quantised"),
+    "quantised": (
+        _change("long", lambda p: torch.quantize_per_tensor(p, 0.1, 0, torch.qint8)),
+        r"'long' of the model must not be quantised",
+    ),
     "subclass": (_change("long", _subclass), r"'long' of the model must be a plain tensor, got TwoTensor"),
+    "None": (lambda m: setattr(m, "long", None), r"missing 'long'"),
+    "nested": (_change("long", lambda p: torch.nested.nested_tensor([p[:2], p[2:]])), r"'long'"),
+    "memory taken away": (
+        lambda m: m.long.untyped_storage().resize_(0),
+        r"'long' of the model must have memory for its elements",
+    ),
     "lazy": (lambda m: setattr(m, "long", nn.UninitializedParameter()), r"lazy parameter 'long'"),
     "empty": (
         lambda m: [setattr(p, "data", torch.empty(0)) for p in m.parameters()],
@@ -70,17 +71,11 @@ def test_a_model_that_does_not_match_changes_nothing(
     average = FusedAveragedModel(every_kind, backend=backend)
     if planned:
         average.update_parameters(every_kind)
-    model = copy.deepcopy(every_kind)
-    spoil(model)
+    good = copy.deepcopy(every_kind)
+    spoil(every_kind)
     with refused(ValueError, message, average):
-        average.update_parameters(model)
-    average.update_parameters(every_kind)
-
-
-def test_what_is_no_model_is_refused() -> None:
-    average = FusedAveragedModel(nn.Linear(2, 2))
-    with refused(TypeError, r"model must be a torch\.nn\.Module, got list", average):
-        average.update_parameters([])  # type: ignore[arg-type]
+        average.update_parameters(every_kind)
+    average.update_parameters(good)
 
 
 def test_an_average_that_overlaps_another_or_itself_is_refused() -> None:
@@ -99,8 +94,7 @@ def test_an_average_that_overlaps_another_or_itself_is_refused() -> None:
 
 def test_an_expanded_param_of_the_model_is_averaged() -> None:
     model = nn.ParameterList([nn.Parameter(torch.ones(1).expand(5))])
-    average = FusedAveragedModel(model)
-    average.update_parameters(model)
+    average = updated_once(model)
     model[0] = nn.Parameter(torch.full((1,), 3.0).expand(5))
     average.update_parameters(model)
     assert average.module[0].tolist() == [2.0] * 5
@@ -188,14 +182,12 @@ def test_a_dtype_that_cannot_be_averaged_can_be_left_out() -> None:
     )
     with pytest.raises(NotImplementedError, match=r"'f8' must have a dtype that can be averaged, got torch.float8"):
         FusedAveragedModel(model)
-    average = FusedAveragedModel(model, include=lambda name, param: name != "f8")
-    average.update_parameters(model)
+    average = updated_once(model, include=lambda name, param: name != "f8")
     assert torch.equal(average.module["f8"].view(torch.uint8), model["f8"].view(torch.uint8))
 
 
 def test_a_bad_counter_is_refused(every_kind: EveryKind, backend: str) -> None:
-    average = FusedAveragedModel(every_kind, backend=backend)
-    average.update_parameters(every_kind)
+    average = updated_once(every_kind, backend=backend)
     every_kind.drift()
     for counter, message in (
         (torch.tensor(-1), "n_averaged must be >= 0"),
@@ -218,8 +210,7 @@ class Broken(Rule):
 
 
 def test_a_rule_that_gives_no_weight_is_refused(every_kind: EveryKind, backend: str) -> None:
-    average = FusedAveragedModel(every_kind, rule=Broken(), backend=backend)
-    average.update_parameters(every_kind)
+    average = updated_once(every_kind, rule=Broken(), backend=backend)
     every_kind.drift()
     with refused(ValueError, r"weight\(\d+\) of the rule .*Broken.* must be in \[0, 1\], got nan", average):
         average.update_parameters(every_kind)
@@ -246,9 +237,40 @@ def test_nonfinite_params(every_kind: EveryKind, dtype: torch.dtype, value: floa
     assert averages["skip"].n_averaged == 2
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_a_nan_is_seen_wherever_it_is(use_buffers: bool, several: bool, backend: str) -> None:
+    """The rows of a launch's table begin at 0, and what is copied keeps its values too."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    mean = {"rules": {"mean": EqualAverage()}} if several else {}
+    kind: Any = FusedAverages if several else FusedAveragedModel
+    options = {"use_buffers": use_buffers, "backend": backend, **mean}
+    skipping, raising = (kind(model, nonfinite=nonfinite, **options) for nonfinite in ("skip", "raise"))
+    for averages in (skipping, raising):
+        averages.update_parameters(model)
+    bad = [*dict(model.named_parameters()), *(["1.running_mean", "1.running_var"] if use_buffers else [])]
+    for name in bad:
+        with torch.no_grad():
+            for buffer in model.buffers():
+                buffer.add_(1)
+        value = model.state_dict()[name].view(-1)
+        for index in (0, -1):
+            healthy = value[index].item()
+            value[index] = float("nan")
+            with unchanged(skipping):
+                skipping.update_parameters(model)
+            with refused(ValueError, f"{name!r} must be finite", raising):
+                raising.update_parameters(model)
+            value[index] = healthy
+    model[1].running_mean[0] = float("inf")
+    one = skipping["mean"] if several else skipping
+    skipping.update_parameters(model)
+    assert one.n_averaged == (1 if use_buffers else 2)
+    assert one.module[1].running_mean[0].isinf() == (not use_buffers)
+
+
 def test_a_failing_backend_is_seen_before_it_counts(every_kind: EveryKind, monkeypatch: pytest.MonkeyPatch) -> None:
-    average = FusedAveragedModel(every_kind, rule=ExponentialAverage(0.9))
-    average.update_parameters(every_kind)
+    average = updated_once(every_kind, rule=ExponentialAverage(0.9))
 
     def fail(*args: object, **options: object) -> None:
         raise MemoryError("out of memory")
@@ -259,36 +281,15 @@ def test_a_failing_backend_is_seen_before_it_counts(every_kind: EveryKind, monke
         average.update_parameters(every_kind)
 
 
-def test_memory_that_was_taken_away_is_noticed() -> None:
-    model = nn.Linear(20, 20)
-    average = FusedAveragedModel(model)
-    average.update_parameters(model)
-    model.weight.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match="'weight' of the model must have memory for its elements"):
-        average.update_parameters(model)
+def test_nobody_takes_the_memory_of_an_average_away() -> None:
+    average = updated_once(nn.Linear(2, 2))
     with pytest.raises(RuntimeError, match="not resizable"):
         average.module.weight.untyped_storage().resize_(0)
 
 
-@pytest.mark.parametrize("change", ["None", "nested", "lazy"])
-def test_what_is_no_tensor_any_more_is_named(change: str) -> None:
-    model = nn.Linear(4, 4)
-    average = FusedAveragedModel(model)
-    average.update_parameters(model)
-    if change == "None":
-        model.bias = None
-    elif change == "lazy":
-        model.bias = nn.UninitializedParameter()
-    else:
-        model.bias = nn.Parameter(torch.nested.nested_tensor([torch.ones(2), torch.ones(2)]))
-    with pytest.raises(ValueError, match="'bias'"):
-        average.update_parameters(model)
-
-
 def test_a_negated_view_at_the_same_address_is_averaged_with_its_sign() -> None:
     model = nn.ParameterList([nn.Parameter(torch.ones(4))])
-    average = FusedAveragedModel(model)
-    average.update_parameters(model)
+    average = updated_once(model)
     model[0].data = torch._neg_view(model[0].data)
     average.update_parameters(model)
     assert average.module[0].tolist() == [0.0] * 4
@@ -309,8 +310,7 @@ class Raising(Rule):
 
 def test_a_rule_is_asked_once_however_many_backends_are_at_work() -> None:
     model = nn.ParameterList([nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4, dtype=torch.float64))])
-    average = FusedAveragedModel(model, rule=Raising())
-    average.update_parameters(model)
+    average = updated_once(model, rule=Raising())
     with torch.no_grad():
         for param in model:
             param.fill_(1.0)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import time
 from collections.abc import Callable, Sequence
 
 import pytest
-import torch
-from torch import Tensor
 
 from swafast.sharded.parts import flat_order, spread
 from swafast.sharded.parts.flat_order import BORDER_NUMEL, FlatOrder, Run
@@ -49,7 +46,7 @@ def check_boxes(sizes: Sequence[int], start: int, stop: int, offsets: Sequence[i
     assert place == stop - start
 
 
-SHAPES = [shape for ndim in range(4) for shape in itertools.product((1, 2, 3), repeat=ndim) if math.prod(shape) <= 18]
+SHAPES = [shape for ndim in range(4) for shape in itertools.product(range(4), repeat=ndim) if math.prod(shape) <= 18]
 
 
 @pytest.mark.parametrize("ndim", range(4))
@@ -75,37 +72,12 @@ def test_random_boxes_of_any_layout_anywhere() -> None:
     assert {(1, 1), (2, 3), (3, 5), (4, 7)} <= reached  # the bound is tight
 
 
-def test_a_shape_without_elements_has_no_box() -> None:
-    for sizes in ((0,), (0, 3), (3, 0), (2, 0, 2)):
-        assert boxes_of_run(sizes, 0, 0) == ()
-
-
 def test_a_large_run_is_worked_out_without_its_elements() -> None:
     sizes = (128256, 16384)
     start, stop = 7, math.prod(sizes) - 7
     found = boxes_of_run(sizes, start, stop)
     assert [box.sizes for box in found] == [(1, 16377), (128254, 16384), (1, 16377)]
     assert [box.offsets for box in found] == [(0, 7), (1, 0), (128255, 0)]
-
-
-def whole_and_memory(sizes: Sequence[int], order: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return a tensor whose memory has the dimensions in ``order``, and that memory."""
-    memory = torch.arange(math.prod(sizes))
-    inverse = sorted(range(len(order)), key=list(order).__getitem__)
-    return memory.view([sizes[dim] for dim in order]).permute(inverse), memory
-
-
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 1, 0, 2)])
-def test_views_of_the_run_and_of_the_whole_are_the_same_elements(order: tuple[int, ...]) -> None:
-    whole, memory = whole_and_memory((3, 2, 4, 5), order)
-    for start, stop in ((0, 120), (1, 119), (17, 18), (64, 64), (37, 101)):
-        run = memory[start:stop].clone()
-        filled = torch.full_like(whole, -1)
-        for box in boxes_of_run((3, 2, 4, 5), start, stop, order=order):
-            assert torch.equal(box.of_run(run), box.of_whole(whole))
-            box.of_whole(filled).copy_(box.of_run(run))
-        expected = torch.where((whole >= start) & (whole < stop), whole, -1)
-        assert torch.equal(filled, expected)
 
 
 # Cuts
@@ -147,38 +119,8 @@ def test_random_cuts() -> None:
     source = random.Random(20)
     for _ in range(400):
         numels = [source.choice((0, 1, 3, 64, 100, source.randint(0, 5000))) for _ in range(source.randint(1, 12))]
-        check_cuts(numels, source.randint(1, 9))
+        check_cuts(numels, source.choice((*range(1, 10), 1000)))
         check_cuts(numels, source.randint(1, 9), [source.random() < 0.3 for _ in numels])
-
-
-def check_evenness(numels: Sequence[int], parts: int) -> None:
-    order = flat_order.FlatOrder(numels, parts)
-    sizes = [stop - start for start, stop in map(order.bounds, range(parts))]
-    assert sum(sizes) == sum(numels)
-    assert max(sizes) <= -(-sum(numels) // parts) + BORDER_NUMEL
-
-
-@pytest.mark.parametrize("parts", [1, 2, 3, 5, 8, 1000])
-def test_no_part_is_a_chunk_above_even(parts: int) -> None:
-    source = random.Random(parts)
-    for _ in range(100):
-        check_evenness([source.randint(1, 3000) for _ in range(source.randint(1, 20))], parts)
-
-
-def test_a_model_of_many_tensors_is_cut_for_many_ranks_in_no_time() -> None:
-    # As many tensors as Llama-3-405B has, and about as large.
-    layer = [16384 * 16384, 16384 * 1024, 16384 * 1024, 16384 * 16384, *[16384 * 53248] * 3, 16384, 16384]
-    numels = [128256 * 16384, *layer * 126, 16384, 128256 * 16384]
-    assert len(numels) == 1137
-    began = time.perf_counter()
-    order = FlatOrder(numels, 1024)
-    took_cuts = time.perf_counter() - began
-    runs = [order.runs(*order.bounds(part)) for part in range(1024)]
-    took = time.perf_counter() - began
-    assert sum(run.numel for part in runs for run in part) == sum(numels)
-    check_evenness(numels, 1024)
-    assert took_cuts < 0.25  # 2 ms where nothing else runs
-    assert took < 0.5
 
 
 # Windows
@@ -214,7 +156,7 @@ def merge_boxes(patch: pytest.MonkeyPatch) -> None:
     of_run = boxes.boxes_of_run
 
     def rows(sizes, start, stop, offsets=None, order=None):
-        row = math.prod(sizes[1:])
+        row = math.prod(sizes[1:]) or 1
         return of_run(sizes, start // row * row, stop, offsets, order)
 
     patch.setattr(boxes, "boxes_of_run", rows)
@@ -246,7 +188,7 @@ GATES: list[tuple[Callable[[pytest.MonkeyPatch], None], Callable[[], None]]] = [
     (merge_boxes, lambda: test_every_run_of_every_small_shape(2)),
     (forget_the_order, test_random_boxes_of_any_layout_anywhere),
     (cut_anywhere, lambda: test_cuts_cover_every_element_once([1000] * 7, 3)),
-    (cut_coarsely, lambda: test_no_part_is_a_chunk_above_even(3)),
+    (cut_coarsely, test_random_cuts),
     (cut_what_is_whole, lambda: test_cuts_cover_every_element_once([1000] * 7, 3)),
     (drop_the_last_window, lambda: test_windows_hold_every_element_once(208)),
 ]

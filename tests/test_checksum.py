@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,6 +19,7 @@ from swafast.backends import Unavailable, cpu, library
 from swafast.op import checksum as module
 from swafast.op.checksum import checksum, wrap_int64
 from tests.conftest import NO_LIBRARY
+from tests.support import any_bits
 from tests.test_bad_input import _quantise, _subclass
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -89,12 +89,6 @@ def _oracle(
     return wrap_int64(total)
 
 
-def any_bits(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return a tensor of random bits; a bool is 0 or 1."""
-    data = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8)
-    return (data & 1 if dtype == torch.bool else data).view(dtype).view(shape)
-
-
 def layouts(dtype: torch.dtype) -> dict[str, Tensor]:
     block = any_bits((6, 5, 4, 7), dtype)
     return {
@@ -103,6 +97,7 @@ def layouts(dtype: torch.dtype) -> dict[str, Tensor]:
         "transposed": block.view(30, 28).t(),
         "gaps": block[::2, 1:4, :, ::3],
         "permuted with gaps": block[:, ::2].permute(3, 1, 0, 2)[1:],
+        "five dimensions": block.view(2, 3, 5, 4, 7)[:, :2, 1:, :, 2:].permute(2, 4, 0, 3, 1),
         "narrow rows": block.view(120, 7)[:, 1:3],
         "expanded": block[:, :1, :, :1].expand(6, 5, 4, 9),
         "one element expanded": any_bits((1,), dtype).expand(3, 50),
@@ -113,12 +108,17 @@ def layouts(dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype_and_layout_is_the_oracles(way: Way, dtype: torch.dtype) -> None:
+def check_layouts(way: Way, dtype: torch.dtype) -> None:
+    """Compare with the oracle, of which the summands of any parts add up to the whole's."""
     for name, tensor in layouts(dtype).items():
         assert way(tensor) == oracle(tensor), name
         whole, corner = [size + 3 for size in tensor.shape], [d % 4 for d in range(tensor.dim())]
         assert way(tensor, whole, corner) == oracle(tensor, whole, corner), f"{name} as a part"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_and_layout_is_the_oracles(way: Way, dtype: torch.dtype) -> None:
+    check_layouts(way, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -138,35 +138,6 @@ def test_the_definition_does_not_change(way: Way) -> None:
     assert way(torch.zeros(1, dtype=torch.uint8)) == -2152535657050944081
     assert way(torch.arange(10)) == 8536416354395855385
     assert way(torch.arange(9.0).view(3, 3), (3, 6), (0, 3)) == 6256696307395645166
-
-
-def random_boxes(shape: tuple[int, ...], cuts: int) -> list[tuple[slice, ...]]:
-    """Cut a shape at random into boxes, empty ones among them; not every cut goes all the way through."""
-    boxes = [tuple(slice(0, size) for size in shape)]
-    for _ in range(cuts if shape else 0):
-        box = boxes.pop(int(torch.randint(len(boxes), ())))
-        axis = int(torch.randint(len(shape), ()))
-        at = int(torch.randint(box[axis].start, box[axis].stop + 1, ()))
-        for part in (slice(box[axis].start, at), slice(at, box[axis].stop)):
-            boxes.append((*box[:axis], part, *box[axis + 1 :]))
-    return boxes
-
-
-def check_partitions(way: Way, times: int) -> None:
-    """Cut tensors of random shapes, dtypes and layouts into views and copies, and add up."""
-    for k in range(times):
-        shape = tuple(torch.randint(1, 9, (int(torch.randint(1, 6, ())),)).tolist())
-        order = torch.randperm(len(shape)).tolist()
-        whole = any_bits(shape, DTYPES[k % len(DTYPES)]).permute(order)
-        parts = 0
-        for box in random_boxes(tuple(whole.shape), k % 12):
-            part = whole[box] if k % 2 else whole[box].contiguous()
-            parts += way(part, whole.shape, [side.start for side in box])
-        assert wrap_int64(parts) == way(whole), f"cut {k}"
-
-
-def test_parts_add_up_to_the_whole(way: Way) -> None:
-    check_partitions(way, 100)
 
 
 def _forget_the_corner(patch: pytest.MonkeyPatch) -> None:
@@ -190,36 +161,12 @@ def _forget_the_strides(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("plant", [_forget_the_corner, _index_within_the_part, _forget_the_strides])
-def test_the_check_of_partitions_sees_a_planted_bug(
+def test_the_gate_kills_the_bug(
     way: Way, monkeypatch: pytest.MonkeyPatch, plant: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
     plant(monkeypatch)
-    with pytest.raises(AssertionError, match="cut"):
-        check_partitions(way, 100)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.complex128], ids=str)
-def test_every_flipped_bit_changes_it(way: Way, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(module, "_WINDOW_NUMEL", 1000)
-    tensor = any_bits((1600 // dtype.itemsize,), dtype)
-    seen = {way(tensor)}
-    data = tensor.view(torch.uint8)
-    for byte, bit in itertools.product(range(len(data)), range(8)):
-        data[byte] ^= 1 << bit
-        seen.add(way(tensor))
-        data[byte] ^= 1 << bit
-    assert len(seen) == 1 + 8 * len(data)
-
-
-def test_two_elements_that_change_places_change_it(way: Way) -> None:
-    tensor = any_bits((200,), torch.int16)
-    tensor[50:100] = torch.arange(50)
-    before = way(tensor)
-    for _ in range(500):
-        a, b = torch.randint(200, (2,)).tolist()
-        swapped = tensor.clone()
-        swapped[[a, b]] = tensor[[b, a]]
-        assert (way(swapped) == before) == bool(tensor[a] == tensor[b])
+    with pytest.raises(AssertionError, match=r"channels_last|contiguous as a part"):
+        check_layouts(way, torch.int16)
 
 
 @pytest.mark.parametrize("start", [2**31 - 3, 2**32 - 3, 2**40])
@@ -322,13 +269,12 @@ REFUSED: list[tuple[Callable[[], tuple[Any, ...]], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("make", "error", "message"), REFUSED)
-@pytest.mark.parametrize("function", [checksum, checksum_reference])
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_what_is_no_plain_tensor_or_no_part_is_refused(
-    function: Way, make: Callable[[], tuple[Any, ...]], error: type[Exception], message: str
+    make: Callable[[], tuple[Any, ...]], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=f"^{message}"):
-        function(*make())
+        checksum(*make())
 
 
 def test_an_empty_part_may_stand_at_the_end(way: Way) -> None:

@@ -1,6 +1,6 @@
 """The ``cuda`` backend's host side, on the shim: graphs, errors, choice, devices. No GPU is needed, and none is used.
 
-``tests/test_gpu.py`` holds its bits to the reference; ``tests/test_gpu_device.py`` is for a real device.
+``tests/test_backends.py`` holds its bits to the reference; ``tests/test_gpu_device.py`` is for a real device.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,15 +19,16 @@ import torch
 
 from swafast import ExponentialAverage, FusedAveragedModel, FusedAverages, PowerAverage, doctor
 from swafast.backends import Unavailable, cpu, cuda, gpu, library
-from swafast.backends.contract import Pair
+from swafast.backends.contract import Pair, Update
 from swafast.backends.triton import launch as triton_launch
 from swafast.op import checks, choice, plan, torch_op
 from swafast.terms.formats import encode_exact
 from swafast.terms.rules import EqualAverage, Rule
 from swafast.terms.weight import KernelTerms
 from tests.conftest import EveryKind, differing, tensors_of
-from tests.kernels import averages_of, check_captured_paces, clone, drift, update
+from tests.kernels import averages_of, check_captured_paces, clone, meet_at_each_line, update
 from tests.kernels import differing as differing_pairs
+from tests.support import drift, refused
 
 
 class Shim:
@@ -72,6 +74,22 @@ def a_model() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(5, 70), torch.nn.BatchNorm1d(70), torch.nn.Linear(70, 3))
 
 
+def updated(**options: Any) -> tuple[torch.nn.Module, FusedAveragedModel]:
+    """Return a model and its average after a first update."""
+    model = a_model()
+    average = FusedAveragedModel(model, **options)
+    average.update_parameters(model)
+    return model, average
+
+
+def captured(shim: Shim, **options: Any) -> tuple[torch.nn.Module, FusedAveragedModel]:
+    """Return the same after the capture of a second one."""
+    model, average = updated(**options)
+    with shim.capture():
+        average.update_parameters(model)
+    return model, average
+
+
 def plan_of(average: FusedAveragedModel) -> plan.Plan:
     assert average._bindings.latest is not None
     return average._bindings.latest.plan
@@ -89,46 +107,53 @@ def test_an_update_is_one_launch_for_everything(shim: Shim) -> None:
     assert average.n_averaged == 2
 
 
+SEVERAL = {"mean": EqualAverage(), "fast": ExponentialAverage(0.9), "power": PowerAverage(6.94)}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rule", [EqualAverage(), PowerAverage(6.94), ExponentialAverage(0.9, warmup="power")], ids=str)
-def test_replays_are_updates(shim: Shim, dtype: torch.dtype, rule: Rule) -> None:
-    model = a_model().to(dtype)
-    graphed, eager = FusedAveragedModel(model, rule=rule), FusedAveragedModel(model, rule=rule)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"rule": rule} for rule in (EqualAverage(), PowerAverage(6.94), ExponentialAverage(0.9, warmup="power"))),
+        {"rules": SEVERAL, "format": {"fast": "compact", "power": "compensated"}},
+    ],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+def test_replays_are_updates(shim: Shim, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    model, kind = a_model().to(dtype), FusedAverages if "rules" in options else FusedAveragedModel
+    graphed, eager = kind(model, **options), kind(model, **options)
     for average in (graphed, eager):
         average.update_parameters(model)
     assert not plan_of(graphed).captured
+    before, state = shim.get("num_launches"), tensors_of(graphed)
     with shim.capture():
         graphed.update_parameters(model)
     assert plan_of(graphed).captured
-    assert graphed.n_averaged == 1  # captured is not run
+    assert shim.get("num_launches") == before + 1
+    assert differing(tensors_of(graphed), state) == []  # captured is not run
     for _ in range(30):
         drift(model)
         shim.replay()
         eager.update_parameters(model)
-    assert graphed.n_averaged == 31
+    counts = [int(value) for key, value in graphed.state_dict().items() if key.endswith("n_averaged")]
+    assert counts == [31] * len(options.get("rules", [None]))
     assert differing(graphed.state_dict(), eager.state_dict()) == []
 
 
-def capture(shim: Shim, model: torch.nn.Module, average: FusedAveragedModel) -> None:
-    average.update_parameters(model)
-    with shim.capture():
-        average.update_parameters(model)
-
-
 def plan_anew_after_a_capture(shim: Shim) -> tuple[FusedAveragedModel, weakref.ref[plan.Plan]]:
-    model = a_model()
-    average = FusedAveragedModel(model, rule=ExponentialAverage(0.5))
-    capture(shim, model, average)
-    captured = weakref.ref(plan_of(average))
+    model, average = captured(shim, rule=ExponentialAverage(0.5))
+    plan_in_graph = weakref.ref(plan_of(average))
     for other in [copy.deepcopy(model) for _ in range(3)]:  # as many models as have a plan at a time
         average.update_parameters(other)
-    assert plan_of(average) is not captured()
-    return average, captured
+    assert plan_of(average) is not plan_in_graph()
+    return average, plan_in_graph
 
 
 def test_a_captured_plan_is_kept_when_another_takes_its_place(shim: Shim) -> None:
-    average, captured = plan_anew_after_a_capture(shim)
-    assert captured() is not None  # and with it its tables and the memory of its params, which nobody else holds now
+    average, plan_in_graph = plan_anew_after_a_capture(shim)
+    assert (
+        plan_in_graph() is not None
+    )  # and with it its tables and the memory of its params, which nobody else holds now
     for _ in range(20):  # whatever was freed is handed out again, and overwritten
         average.update_parameters(a_model())
         torch.full((500,), 7.0)
@@ -139,14 +164,12 @@ def test_a_captured_plan_is_kept_when_another_takes_its_place(shim: Shim) -> Non
 
 def test_a_plan_that_is_let_go_while_a_graph_holds_it_is_seen(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.Plan, "captured", False)
-    _, captured = plan_anew_after_a_capture(shim)
-    assert captured() is None
+    _, plan_in_graph = plan_anew_after_a_capture(shim)
+    assert plan_in_graph() is None
 
 
 def test_averages_that_move_after_a_capture_keep_their_memory_and_warn(shim: Shim) -> None:
-    model = a_model()
-    average = FusedAveragedModel(model)
-    capture(shim, model, average)
+    model, average = captured(shim)
     average.double().float()
     with pytest.warns(RuntimeWarning, match="capture it again"):
         average.update_parameters(model)
@@ -161,12 +184,10 @@ def test_what_cannot_be_captured_is_refused_before_anything_changes(
 ) -> None:
     model = a_model()
     average = FusedAveragedModel(model)
-    before = tensors_of(average.module)
     with monkeypatch.context() as capturing:
         capturing.setattr(checks, "is_capturing", lambda gpu: True)
-        with pytest.raises(RuntimeError, match=r"the first update of a model, .* must not be captured"):
+        with refused(RuntimeError, r"the first update of a model, .* must not be captured", average.module):
             average.update_parameters(model)
-    assert differing(tensors_of(average.module), before) == []
     average.update_parameters(model)
     with monkeypatch.context() as capturing:
         capturing.setattr(checks, "is_capturing", lambda gpu: True)
@@ -183,9 +204,7 @@ WAITING = [({"nonfinite": "raise"}, "nonfinite='raise'"), ({"avg_fn": lambda a, 
 def test_what_waits_for_the_device_is_refused_in_a_capture(
     shim: Shim, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], what: str
 ) -> None:
-    model = a_model()
-    average = FusedAveragedModel(model, **options)
-    average.update_parameters(model)
+    model, average = updated(**options)
     monkeypatch.setattr(checks, "is_capturing", lambda gpu: True)
     with pytest.raises(RuntimeError, match=f"{what}.* must not be captured"):
         average.update_parameters(model)
@@ -193,17 +212,12 @@ def test_what_waits_for_the_device_is_refused_in_a_capture(
 
 
 def test_a_failing_launch_says_why_and_changes_nothing(shim: Shim) -> None:
-    model = a_model()
-    average = FusedAveragedModel(model)
-    average.update_parameters(model)
+    model, average = updated()
     drift(model)
-    before = tensors_of(average.module)
     shim.fail("cudaLaunchKernelEx")
-    with pytest.raises(RuntimeError, match=r"a CUDA launch of swafast failed: cudaErrorLaunchOutOfResources"):
+    with refused(RuntimeError, "a CUDA launch of swafast failed: cudaErrorLaunchOutOfResources", average):
         average.update_parameters(model)
     shim.fail(None)
-    assert differing(tensors_of(average.module), before) == []
-    assert average.n_averaged == 1
     average.update_parameters(model)
     assert average.n_averaged == 2
 
@@ -242,9 +256,7 @@ def test_a_failing_launch_on_the_way_back_still_gives_back_what_was_set_aside(sh
 
 @pytest.mark.parametrize("change", ["plans between", "counter"])
 def test_every_captured_plan_is_watched(shim: Shim, change: str) -> None:
-    model = a_model()
-    average = FusedAveragedModel(model)
-    capture(shim, model, average)
+    model, average = captured(shim)
     if change == "counter":
         average.n_averaged = torch.tensor(7)
     else:
@@ -318,25 +330,6 @@ def test_devices_share_the_counters(shim: Shim, num_paces: int) -> None:
 
 def test_replays_go_by_the_rules_that_were_captured(shim: Shim) -> None:
     check_captured_paces(cuda.prepare, averages_of(3, (33,)), shim.capture(), shim.replay)
-
-
-def test_replays_are_updates_of_all_averages(shim: Shim) -> None:
-    model = a_model().bfloat16()
-    rules = {"mean": EqualAverage(), "fast": ExponentialAverage(0.9), "power": PowerAverage(6.94)}
-    options: dict[str, Any] = {"rules": rules, "format": {"fast": "compact", "power": "compensated"}}
-    graphed, eager = FusedAverages(model, **options), FusedAverages(model, **options)
-    for averages in (graphed, eager):
-        averages.update_parameters(model)
-    before = shim.get("num_launches")
-    with shim.capture():
-        graphed.update_parameters(model)
-    assert shim.get("num_launches") == before + 1
-    for _ in range(20):
-        drift(model)
-        shim.replay()
-        eager.update_parameters(model)
-    assert [int(graphed[name].n_averaged) for name in rules] == [21] * 3
-    assert differing(graphed.state_dict(), eager.state_dict()) == []
 
 
 def test_the_op_prepares_once_and_keeps_what_a_graph_holds(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -498,3 +491,20 @@ def test_the_gate_kills_the_bug(shim: Shim, plant: Any, gate: Any, says: str, mo
     plant(monkeypatch)
     with pytest.raises(AssertionError, match=says):
         gate(shim)
+
+
+@pytest.mark.usefixtures("shim")
+def test_two_threads_may_meet_at_each_line_of_an_update() -> None:
+    """Both weights count, whichever of two updates of one launch comes first."""
+    (pair,) = averages_of(1, (17,))[:1]
+    launch, counter = cuda.prepare([pair]), torch.tensor(1)
+    pair.param.fill_(1.0)
+    one, other = (
+        partial(launch.update, [pair.param], Update((KernelTerms.constant(weight),), (counter,)))
+        for weight in (0.5, 0.75)
+    )
+    other()
+    pair.average.zero_()
+    for line in meet_at_each_line(one, other, ("backends/gpu.py", "backends/cuda.py")):
+        assert (pair.average - 0.875).abs().max() < 1e-6, f"line {line}: {pair.average}"
+        pair.average.zero_()

@@ -42,10 +42,9 @@ def large(kit: Kit, healthy: object) -> dict[str, Future[Finished]]:
 
 @pytest.fixture(scope="module")
 def with_bugs(kit: Kit, large: object) -> dict[str, Future[Finished]]:
-    return {
-        bug.name: kit.start_bug(bug, "--large", bug.option, variant="plain") if bug.option else kit.start_bug(bug)
-        for bug in BUGS
-    }
+    variant = {bug.name: "plain" if bug.option else "sanitized" for bug in BUGS}
+    more = {bug.name: ["--large", bug.option] if bug.option in LARGE else [] for bug in BUGS}
+    return {bug.name: kit.start_bug(bug, *more[bug.name], variant=variant[bug.name]) for bug in BUGS}
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "switched sanitized"])

@@ -6,7 +6,6 @@ import functools
 import io
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,11 @@ from swafast.cli import app
 from swafast.demo import measurements, report, task, training
 from swafast.demo.task import Settings
 
+# As the demo trains: another number of threads adds in another order.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # 4 of these 8 epochs are averaged: of two, an equal mean and an EMA could be the same.
 TINY = Settings(num_seeds=1, epochs=8, average_from=0.5, num_train=150, test_every=3, plane_points=3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Train as the demo does: another number of threads adds in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,15 +109,6 @@ def graphs_on_the_cpu() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from more, and threads that wait for each other take the CPU from other tests."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("page", [page for page in DOCUMENTS if blocks_of(TEXTS[page]) and page not in ON_RANKS])
 def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +159,7 @@ def test_the_resumed_loop_of_the_readme_loads_what_it_saved(tmp_path: Path, monk
     scope = run_blocks("README.md", TEXTS["README.md"], reader())
     saved = torch.load("checkpoint.pt")
     assert saved["averaged"]["n_averaged"] == 4
-    assert {*torch.load("averaged.pt")} == {*scope["model"].state_dict()}
+    swafast.load(scope["averaged"], "averaged.safetensors")
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -176,7 +167,7 @@ def test_the_resumed_loop_of_the_readme_loads_what_it_saved(tmp_path: Path, monk
 def test_the_readmes_loop_resumes_bit_for_bit(forgotten: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     block = blocks_of(TEXTS["README.md"])[0]
-    parts, loop, _, resume = re.split(r"(?=^for epoch|^torch.save|^# To resume)", block, flags=re.MULTILINE)
+    parts, loop, _, resume = re.split(r"(?=^for epoch|^save\(|^# To resume)", block, flags=re.MULTILINE)
     assert forgotten in resume
 
     def evaluate(*given: Any) -> None:
@@ -260,24 +251,13 @@ def test_the_readme_is_short() -> None:
     assert len(TEXTS["README.md"].splitlines()) <= README_LINES
 
 
-def test_lines_are_short() -> None:
-    assert [line for page in DOCUMENTS for line in too_long(page, TEXTS[page])] == []
-
-
-def test_cells_are_short() -> None:
-    assert [cell for page in DOCUMENTS for cell in wordy(page, TEXTS[page])] == []
-
-
-def test_relative_links_lead_somewhere() -> None:
-    assert [link for page in DOCUMENTS for link in dead_links(page, TEXTS[page])] == []
+@pytest.mark.parametrize("check", [too_long, wordy, dead_links, lost_commands])
+def test_documents_have_no_fault(check: Callable[[str, str], list[str]]) -> None:
+    assert [fault for page in DOCUMENTS for fault in check(page, TEXTS[page])] == []
 
 
 def test_every_page_is_in_the_index() -> None:
     assert missing_from_index(TEXTS[INDEX]) == []
-
-
-def test_commands_name_files_and_tests_that_are_there() -> None:
-    assert [each for page in DOCUMENTS for each in lost_commands(page, TEXTS[page])] == []
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,13 @@ from swafast.average import averaged_model, matching, planes, states
 from swafast.backends import cpu
 from swafast.op import buckets, checks, plan
 from swafast.op.exchange import Exchange
-from swafast.terms import names, rules
+from swafast.terms import draws, names, rules
+from swafast.terms.boxes import Box
+from swafast.terms.formats import COMPACT
 from tests import (
     test_averaged_model,
     test_bad_input,
+    test_draws,
     test_formats,
     test_state,
     test_swap,
@@ -68,7 +71,7 @@ def cast_as_torch_does(patch: pytest.MonkeyPatch) -> None:
 
 
 def load_unchecked(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(averaged_model, "check_state", lambda *args: None)
+    patch.setattr(averaged_model, "load_whole", lambda root, averaged, load, state, **options: load(state, **options))
 
 
 def load_untranslated(patch: pytest.MonkeyPatch) -> None:
@@ -110,6 +113,17 @@ def believe_stale_remainders(patch: pytest.MonkeyPatch) -> None:
 
 def forget_include(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(averaged_model.FusedAveragedModel, "_includes", lambda self, name, param: True)
+
+
+def ignore_the_offset(patch: pytest.MonkeyPatch) -> None:
+    of_box = draws._runs_of_box
+    patch.setattr(
+        draws, "_runs_of_box", lambda box, stride: of_box(Box((0, 0, 0), box.sizes, box.start, box.order), stride)
+    )
+
+
+def one_run_for_all(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(draws, "_runs_of_box", lambda box, stride: torch.tensor([[box.start, box.numel, 0, 1]]))
 
 
 def like_torch(**changes: object) -> None:
@@ -179,6 +193,11 @@ GATES = [
     ),
     Gate(round_to_even, test_formats.test_exact_bfloat16_plane_is_the_average_rounded_half_up, r"all\(\)|method all"),
     Gate(believe_stale_remainders, test_formats.test_exact_with_a_stale_remainder_stays_within_half_an_ulp, UNEQUAL),
+    Gate(ignore_the_offset, lambda: test_draws.test_runs_of_boxes_give_each_element_its_index((0, 1, 2)), UNEQUAL),
+    Gate(
+        ignore_the_offset, lambda: test_draws.test_the_parts_of_a_param_are_rounded_as_the_whole(cpu, COMPACT), UNEQUAL
+    ),
+    Gate(one_run_for_all, lambda: test_draws.test_runs_give_each_element_its_index("channels_last"), UNEQUAL),
     Gate(forget_include, lambda: test_averaged_model.test_include_picks_what_is_averaged(EveryKind(), "cpu"), UNEQUAL),
 ]
 

@@ -17,7 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import swafast
 from swafast import FusedAveragedModel, PowerAverage, Snapshots
+from swafast.loop.schedule import Schedule
+from swafast.posthoc.profiles import Profile
 from tests.golden import cases
 from tests.golden.models import fill, named_tensors
 from tests.ranks import run_ranks
@@ -53,6 +56,7 @@ def test_golden_files_are_small_and_none_is_missing() -> None:
     compressed = [
         f"{name}.pt.gz" for name in (*cases.CASES, "optimizer", "torchcontrib", "composer", "snapshots", "sharded")
     ]
+    compressed += [f"{name}.safetensors.gz" for name in cases.FILES]
     assert sizes.keys() == {*compressed, "snapshots.zip", "sharded.zip"}
     assert {name: size for name, size in sizes.items() if size >= 50_000} == {}
 
@@ -82,6 +86,14 @@ def test_a_state_gives_the_averages_that_were_saved(name: str) -> None:
     assert differing(cases.averages_of(averaged), golden(name)["averages"]) == []
     assert differing(before, golden(name)["averages"]), "there was nothing to load"
     assert all(int(single.n_averaged) == cases.UPDATES for single in cases.singles_of(averaged).values())
+
+
+@pytest.mark.parametrize("name", cases.FILES)
+def test_a_file_gives_the_averages_that_were_saved(name: str, tmp_path: Path) -> None:
+    averaged = elsewhere(cases.CASES[name])
+    swafast.load(averaged, cases.unpack_file(name, tmp_path))
+    assert differing(averaged.state_dict(), golden(name)["state"]) == []
+    assert differing(cases.averages_of(averaged), golden(name)["averages"]) == []
 
 
 @pytest.mark.parametrize("name", cases.CASES)
@@ -140,28 +152,19 @@ def test_an_optimizer_takes_up_what_is_attached_to_it() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no schedule is another one
         optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+    for attachment in attachments:
+        attachment.schedule = Schedule(0, 1)
+    with pytest.warns(UserWarning, match="takes the place of"):
+        optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
     for averaged, state in zip(averages, saved["states"], strict=True):
         averaged.load_state_dict(state)
-    again = optimizer.state_dict()
-    assert list(again) == list(saved["optimizer"])
-    assert again["swafast"] == saved["optimizer"]["swafast"]
+    again = json.loads(optimizer.state_dict()["param_groups"][0]["swafast"])
+    assert list(again.values()) == saved["optimizer"]["swafast"]
     assert [each.step for each in attachments] == saved["steps"] == [7, 7]
     schedules = [(each.schedule.start, each.schedule.every, each.schedule.end) for each in attachments]
     assert schedules == saved["schedules"] == [(3, 2, None), (4, 4, 11)]
     cases.step_with(optimizer, model, range(7, 13))
     assert [int(averaged.n_averaged) for averaged in averages] == saved["next_counts"]
-
-
-def test_a_saved_schedule_takes_the_place_of_another() -> None:
-    saved = golden("optimizer")
-    _, optimizer, averages, attachments = cases.attach_two(cases.ELSEWHERE[0])
-    for attachment in attachments:
-        attachment.detach()
-    attachments = [averaged.attach(optimizer) for averaged in averages]
-    with pytest.warns(UserWarning, match="takes the place of"):
-        optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
-    schedules = [(each.schedule.start, each.schedule.every, each.schedule.end) for each in attachments]
-    assert schedules == saved["schedules"]
 
 
 def test_torchcontribs_swa_goes_on() -> None:
@@ -171,14 +174,17 @@ def test_torchcontribs_swa_goes_on() -> None:
     assert differing(cases.swa_buffers(model, swa), saved["averages"]) == []
     assert attachment.step == 7
     again = swa.state_dict()
-    assert list(again) == list(saved["state"])
-    assert again["opt_added"] == saved["state"]["opt_added"]
+    assert [*again, "opt_added"] == list(saved["state"])
+    entry = json.loads(again["param_groups"][0]["swafast"])
+    assert list(entry.values()) == saved["state"]["opt_added"]["swafast"]
     assert list(again["swa_state"]) == list(saved["state"]["swa_state"])
     for name in ("swa_state", "opt_state"):
         for key, state in saved["state"][name].items():
             assert differing(again[name][key], state) == []
-    counts = [(group["n_avg"], group["step_counter"]) for group in again["param_groups"]]
-    assert counts == [(group["n_avg"], group["step_counter"]) for group in saved["state"]["param_groups"]] == [(2, 7)]
+    groups = saved["state"]["param_groups"]
+    assert [(group["n_avg"], group["step_counter"]) for group in groups] == [(2, 7)]
+    for got, group in zip(again["param_groups"], groups, strict=True):
+        assert {key: got[key] for key in group} == group
     fill(model, saved["next"])
     swa.update_swa()
     assert differing(cases.swa_buffers(model, swa), saved["next_averages"]) == []
@@ -200,8 +206,8 @@ def test_composers_swa_goes_on_to_its_end() -> None:
     model, optimizer, averaged, swa = cases.make_composer(cases.ELSEWHERE[0])
     optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
     averaged.load_state_dict(saved["state"])
-    assert list(optimizer.state_dict()) == list(saved["optimizer"])
-    assert optimizer.state_dict()["swafast"] == saved["optimizer"]["swafast"]
+    again = json.loads(optimizer.state_dict()["param_groups"][0]["swafast"])
+    assert list(again.values()) == saved["optimizer"]["swafast"]
     schedule = swa.attachment.schedule
     assert (schedule.start, schedule.every, schedule.end) == saved["schedule"]
     assert (swa.attachment.step, swa.is_completed) == (saved["step"], saved["is_completed"]) == (6, False)
@@ -223,8 +229,10 @@ def test_snapshots_are_listed_with_their_rules(tmp_path: Path) -> None:
         snapshots = Snapshots(folder / name)
         assert cases.listed(snapshots) == saved[name]
         assert len(snapshots) == len(saved[name]) == len(rules) * len(counts)
-        given = [(each.name, each.num_averaged, each.rule) for each in Snapshots(folder / name, rules=rules)]
+        snapshots = Snapshots(folder / name, rules=rules)
+        given = [(each.name, each.num_averaged, each.rule) for each in snapshots]
         assert given == [(key, count, rule) for count in counts for key, rule in rules.items()]
+        assert snapshots.profiles == [Profile(rule, count) for _, count, rule in given]
 
 
 def test_snapshots_give_what_is_synthesized_from_them(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from swafast.terms.formats import FLOAT32, encode_exact
 from swafast.terms.rules import Rule
 from swafast.terms.weight import KernelTerms
 from tests.conftest import EveryKind, differing, tensors_of
-from tests.kernels import check_captured_paces, drift
+from tests.kernels import check_captured_paces
+from tests.support import drift
 from tests.test_documents import TEXTS, blocks_of
 
 pytestmark = pytest.mark.gpu
@@ -217,8 +218,7 @@ def test_a_first_update_in_a_capture_is_refused(backend: str) -> None:
 
 def test_a_captured_plan_outlives_its_place(backend: str) -> None:
     model = small_model()
-    average = FusedAveragedModel(model, backend=backend)
-    average.update_parameters(model)
+    average = one_or_several(model, backend, False)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         average.update_parameters(model)
@@ -298,8 +298,7 @@ def test_an_update_is_one_launch(backend: str) -> None:
 
 def test_each_average_is_written_once(backend: str) -> None:
     model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(8))).cuda()
-    average = FusedAveragedModel(model, backend=backend)
-    average.update_parameters(model)
+    average = one_or_several(model, backend, False)
     file = io.BytesIO()
     torch.save(average.state_dict(), file)
     nbytes = sum(param.nbytes for param in model.parameters())
@@ -312,8 +311,7 @@ def test_each_average_is_written_once(backend: str) -> None:
 
 def test_a_write_is_seen_by_autograd(backend: str) -> None:
     model = small_model()
-    average = FusedAveragedModel(model, backend=backend)
-    average.update_parameters(model)
+    average = one_or_several(model, backend, False)
     loss = average.module(torch.randn(4, 64, device="cuda")).square().sum()
     average.update_parameters(model)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -333,8 +331,7 @@ def test_averages_may_live_on_the_cpu(backend: str) -> None:
 
 def test_a_state_goes_from_one_device_to_the_other(backend: str) -> None:
     model = small_model(torch.bfloat16)
-    average = FusedAveragedModel(model, backend=backend)
-    average.update_parameters(model)
+    average = one_or_several(model, backend, False)
     on_cpu = FusedAveragedModel(copy.deepcopy(model).cpu())
     on_cpu.load_state_dict(average.state_dict())
     drift(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -13,6 +14,8 @@ from swafast import ExponentialAverage, FusedAveragedModel
 from swafast.backends import cpu, library
 from swafast.op import choice
 from swafast.terms.formats import encode_exact
+from tests.conftest import NO_LIBRARY
+from tests.kernels import meet_at_each_line
 
 EQUAL = (1, [0.0] * 4)  # kind and terms of the equal average
 
@@ -24,6 +27,22 @@ def arguments(format: str = "float32") -> tuple:
         planes = [encode_exact(average) for average in averages]
         averages, remainders = [list(plane) for plane in zip(*planes, strict=True)]
     return averages, remainders, params, torch.tensor(3), format, *EQUAL
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=f"{NO_LIBRARY}: {cpu.unavailable()}")
+def test_two_threads_may_meet_at_each_line_of_the_op() -> None:
+    """Both weights count, whichever of two updates of one launch comes first."""
+    param, average, count = torch.ones(5), torch.zeros(5), torch.tensor(1)
+
+    def update_by(weight: float) -> None:
+        torch.ops.swafast.update_([average], [], [param], count, "float32", 0, [weight, 0.0, 0.0, 0.0])
+
+    update_by(0.25)
+    average.zero_()
+    files = ("op/torch_op.py", "op/plan.py", "backends/cpu.py", "backends/rows.py")
+    for line in meet_at_each_line(lambda: update_by(0.5), lambda: update_by(0.75), files):
+        assert (average - 1 + 0.125).abs().max() < 1e-6, f"line {line}: {average}"
+        average.zero_()
 
 
 @pytest.mark.parametrize("format", ["float32", "exact"])
@@ -38,27 +57,6 @@ def test_the_op_updates_and_counts() -> None:
     torch.ops.swafast.update_(averages, remainders, params, count, *rest)
     assert all(map(torch.equal, averages, expected))
     assert count == 4
-
-
-def test_the_op_refuses_what_does_not_match() -> None:
-    averages, remainders, params, count, *rest = arguments()
-    params[1] = torch.randn(1)
-    before = [average.clone() for average in averages]
-    with pytest.raises(ValueError, match=r"'1' must have the average's shape \(7,\), got \(1,\)"):
-        torch.ops.swafast.update_(averages, remainders, params, count, *rest)
-    assert all(map(torch.equal, averages, before))
-    assert count == 3
-
-
-@pytest.mark.parametrize(
-    ("kind", "terms", "argument"),
-    [(5, [0.0] * 4, "kind"), (-1, [0.0] * 4, "kind"), (0, [float("nan")] * 4, "terms"), (0, [0.5], "terms")],
-)
-def test_the_op_refuses_a_rule_it_does_not_know(kind: int, terms: list[float], argument: str) -> None:
-    averages, remainders, params, count, *_ = arguments()
-    with pytest.raises(ValueError, match=f"^{argument} must be"):
-        torch.ops.swafast.update_(averages, remainders, params, count, "float32", kind, terms)
-    assert count == 3
 
 
 def test_the_op_compiles_fullgraph() -> None:
@@ -113,27 +111,34 @@ def test_a_library_that_does_not_load_warns_once_and_says_why(
         library.load.cache_clear()
 
 
-def zeros(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.zeros(8, dtype=dtype)
+ZEROS, BF16_ZEROS, ONES = torch.zeros(8), torch.zeros(8).bfloat16(), torch.ones(8)
+SHORT = torch.zeros(1, dtype=torch.int16)
 
 
 @pytest.mark.parametrize(
-    ("averages", "remainders", "params", "format", "message"),
+    ("averages", "remainders", "params", "rule", "message"),
     [
-        ([zeros()], [], [torch.ones(8).bfloat16()], "exact", "have one length"),
-        ([zeros()], [zeros(torch.int16)[:1]], [torch.ones(8)], "exact", "alike in shape and device"),
-        ([zeros()], [zeros(torch.float32)], [torch.ones(8)], "exact", "must have planes of"),
-        ([zeros(torch.float64)], [], [torch.ones(8)], "float32", "must have planes of"),
-        ([zeros()], [], [torch.ones(8)], "float32", "must have planes of"),
-        ([zeros(torch.float32)], [], [torch.ones(8), torch.ones(8)], "float32", "have one length"),
+        ([BF16_ZEROS], [], [ONES.bfloat16()], ("exact", *EQUAL), "have one length"),
+        ([BF16_ZEROS], [SHORT], [ONES], ("exact", *EQUAL), "alike in shape and device"),
+        ([BF16_ZEROS], [ZEROS], [ONES], ("exact", *EQUAL), "must have planes of"),
+        ([ZEROS.double()], [], [ONES], ("float32", *EQUAL), "must have planes of"),
+        ([BF16_ZEROS], [], [ONES], ("float32", *EQUAL), "must have planes of"),
+        ([ZEROS], [], [ONES, ONES], ("float32", *EQUAL), "have one length"),
+        ([ZEROS], [], [ONES[:1]], ("float32", *EQUAL), r"'0' must have the average's shape \(8,\), got \(1,\)"),
+        ([ZEROS, ZEROS], [], [ONES, ONES], ("float32", *EQUAL), "averages must not overlap in memory"),
+        ([ZEROS], [], [ONES], ("float33", *EQUAL), "format must be one of"),
+        ([ZEROS], [], [ONES], ("float32", 5, [0.0] * 4), "^kind must be"),
+        ([ZEROS], [], [ONES], ("float32", -1, [0.0] * 4), "^kind must be"),
+        ([ZEROS], [], [ONES], ("float32", 0, [float("nan")] * 4), "^terms must be"),
+        ([ZEROS], [], [ONES], ("float32", 0, [0.5]), "^terms must be"),
     ],
 )
-def test_the_op_refuses_planes_that_are_not_the_formats(
-    averages, remainders, params, format: str, message: str
+def test_the_op_refuses_what_does_not_match_and_changes_nothing(
+    averages: list[torch.Tensor], remainders: list[torch.Tensor], params: list[torch.Tensor], rule: tuple, message: str
 ) -> None:
-    count = torch.tensor(1)
+    averages, count = copy.deepcopy(averages), torch.tensor(1)  # one that is there twice stays one
     with pytest.raises(ValueError, match=message):
-        torch.ops.swafast.update_(averages, remainders, params, count, format, *EQUAL)
+        torch.ops.swafast.update_(averages, remainders, params, count, *rule)
     assert count == 1
     assert not any(average.any() for average in averages)
 
@@ -145,17 +150,6 @@ def test_a_write_of_the_op_is_seen_by_autograd(backend: str, monkeypatch: pytest
     torch.ops.swafast.update_([average], [], [torch.randn(5)], torch.tensor(1), "float32", *EQUAL)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-def test_the_op_refuses_one_average_twice(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SWAFAST_BACKEND", backend)
-    average, param, counter = torch.zeros(5), torch.ones(5), torch.tensor(1)
-    with pytest.raises(ValueError, match="averages must not overlap in memory"):
-        torch.ops.swafast.update_([average] * 2, [], [param] * 2, counter, "float32", *EQUAL)
-    with pytest.raises(ValueError, match="format must be one of"):
-        torch.ops.swafast.update_([average], [], [param], counter, "float33", *EQUAL)
-    assert counter.item() == 1
-    assert not average.any()
 
 
 def test_a_subclass_with_a_weight_of_its_own_is_asked_for_it(backend: str) -> None:

@@ -1,38 +1,29 @@
-"""What an update and a first update allocate."""
+"""What updates hold at once, beside the phases of docs/costs.md."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
-from swafast import FusedAveragedModel
-from swafast.backends.reference import _CPU_WINDOW_NUMEL
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages, ShardedAveragedModel
+from swafast.op import buckets
+from swafast.sharded import checkpoint
+from swafast.terms import layout
+from swafast.terms.formats import FLOAT32, Format, convert, get_format
 from swafast.terms.layout import MAX_BUCKET_NUMEL
+from tests.costs import peak_of
+from tests.support import differing
 
 MEGABYTE = 2**20
-
-
-def allocated_by_torch(run) -> int:
-    """Return the bytes that torch allocates in ``run``, freed ones included."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    return sum(max(0, event.self_cpu_memory_usage) for event in profiler.events())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_an_update_allocates_nothing_to_speak_of(dtype: torch.dtype) -> None:
-    model = nn.ParameterList([nn.Parameter(torch.randn(500_000).to(dtype)) for _ in range(8)])
-    average = FusedAveragedModel(model)
-    average.update_parameters(model)
-    assert allocated_by_torch(lambda: average.update_parameters(model)) == 0
-    assert allocated_by_torch(lambda: torch.zeros(1000)) >= 4000  # the measure measures
 
 
 def test_the_list_of_3000_tensors_costs_less_than_a_megabyte() -> None:
@@ -48,21 +39,130 @@ def test_the_list_of_3000_tensors_costs_less_than_a_megabyte() -> None:
 
 
 def test_the_reference_works_in_windows() -> None:
-    # All that one window allocates, freed or not, is more than is ever held at once; and no operation takes more of
-    # the whole than of a window.
-    whole = nn.ParameterList([nn.Parameter(torch.randn(3, 1_000_000).bfloat16())])
-    window = nn.ParameterList([nn.Parameter(torch.randn(_CPU_WINDOW_NUMEL).bfloat16())])
-    most = []
-    for model in (window, whole):
-        average = FusedAveragedModel(model, backend="reference")
-        average.update_parameters(model)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            average.update_parameters(model)
-        most.append(max(event.cpu_memory_usage for event in profiler.events()))
-    assert 0 < most[1] <= most[0]
-    average = FusedAveragedModel(window, backend="reference")
-    average.update_parameters(window)
-    assert allocated_by_torch(lambda: average.update_parameters(window)) < MEGABYTE
+    model = nn.ParameterList([nn.Parameter(torch.randn(3, 1_000_000).bfloat16())])
+    average = FusedAveragedModel(model, backend="reference")
+    average.update_parameters(model)
+    assert 0 < peak_of(lambda: average.update_parameters(model)) < MEGABYTE
+
+
+# Each phase takes at most one bucket beside params and averages, and what it returns
+
+FORMATS = ("float32", "exact", "mirrored", "compact", "compensated", "half")
+#: A bucket, and params of which the first is larger than one.
+BUCKET_NUMEL, NUMELS = 2**15, (2**16, *(2**12,) * 8)
+NUMEL = sum(NUMELS)
+CASES = [*((torch.bfloat16, fmt) for fmt in FORMATS), (torch.float32, "exact"), (torch.float16, "mirrored")]
+
+
+@pytest.fixture
+def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "MAX_BUCKET_NUMEL", BUCKET_NUMEL)
+    monkeypatch.setattr(buckets, "lay_out", partial(layout.lay_out, max_numel=BUCKET_NUMEL))
+    monkeypatch.setattr(layout, "CPU_WINDOW_NUMEL", 2**10)
+
+
+def make_model(dtype: torch.dtype) -> nn.Module:
+    return nn.ParameterList([nn.Parameter(torch.randn(numel // 64, 64).to(dtype)) for numel in NUMELS])
+
+
+def require(phase: str, call: Callable[[], object], own: int) -> None:
+    """Check that a phase takes no more than ``own`` bytes and a bucket of float32."""
+    peak, limit = peak_of(call), own + BUCKET_NUMEL * 4
+    assert peak <= limit, f"{phase} takes {peak / NUMEL:.2f} bytes a param, at most {limit / NUMEL:.2f}"
+
+
+@pytest.mark.usefixtures("small_buckets")
+@pytest.mark.filterwarnings("ignore:format='half'")
+@pytest.mark.parametrize(("dtype", "fmt"), CASES, ids=str)
+def test_no_phase_takes_more_than_a_bucket_beside(dtype: torch.dtype, fmt: str) -> None:
+    model, made = make_model(dtype), []
+    stored = get_format(fmt)
+    nbytes = NUMEL * (stored.nbytes or 0)
+    aside = 0 if stored.dtype == dtype else NUMEL * dtype.itemsize  # params that are set aside by a swap
+    other = FusedAveragedModel(model, format="exact" if fmt == "float32" else "float32").state_dict()
+    require("construction", lambda: made.append(FusedAveragedModel(model, format=fmt)), nbytes)
+    averaged = made[0]
+    assert sum(tensor.nbytes for tensor in (*averaged.parameters(), *averaged.buffers())) == nbytes + 8
+
+    def swap() -> None:
+        with averaged.swapped_into(model):
+            pass
+
+    for phase, call, own in (
+        ("first update", lambda: averaged.update_parameters(model), 0),
+        ("swapped_into", swap, aside),
+        ("copy_to", lambda: averaged.copy_to(model), 0),
+        ("averaged_state_dict", averaged.averaged_state_dict, NUMEL * 4),
+        # Held as well until it is checked: a load that fails has changed nothing.
+        ("load_state_dict of another format", lambda: averaged.load_state_dict(other), nbytes),
+        # Only the largest param is there in both dtypes at once.
+        ("double", averaged.double, NUMEL * 8 - nbytes + NUMELS[0] * (nbytes // NUMEL)),
+    ):
+        require(phase, call, own)
+    doubled = model.double()
+    require("first update in float64", lambda: averaged.update_parameters(doubled), BUCKET_NUMEL * 4)  # float64
+
+
+@pytest.mark.usefixtures("small_buckets")
+def test_nor_does_a_phase_of_several_averages() -> None:
+    model, rules, made = make_model(torch.bfloat16), {"a": EqualAverage(), "b": ExponentialAverage(0.9)}, []
+    require("construction", lambda: made.append(FusedAverages(model, rules=rules)), 2 * NUMEL * 4)
+    require("first update", lambda: made[0].update_parameters(model), 0)
+
+
+@pytest.mark.usefixtures("small_buckets")
+@pytest.mark.parametrize("fmt", ["float32", "exact"])
+def test_nor_does_a_phase_of_shards(fmt: str) -> None:
+    model, made = make_model(torch.bfloat16), []
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        require("construction", lambda: made.append(ShardedAveragedModel(model, format=fmt)), NUMEL * 4)
+        averaged: ShardedAveragedModel = made[0]
+        whole = averaged.full_state_dict()
+        for phase, call, own in (
+            ("first update", lambda: averaged.update_parameters(model), 0),
+            ("copy_to", lambda: averaged.copy_to(model), 0),
+            ("state_dict", averaged.state_dict, NUMEL * 4 + checkpoint._SAVE_ID_NUMEL * 8),
+            ("load_state_dict", lambda: averaged.load_state_dict(whole), 0),
+            ("full_state_dict", averaged.full_state_dict, NUMEL * 4),
+        ):
+            require(phase, call, own)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("small_buckets")
+def test_a_large_param_stays_where_it_is_but_for_one_that_somebody_else_holds() -> None:
+    model = make_model(torch.float32)
+    averaged, twin = FusedAveragedModel(model), FusedAveragedModel(model)
+    before = [param.data_ptr() for param in averaged.module.parameters()]
+    averaged.update_parameters(model)
+    after = [param.data_ptr() for param in averaged.module.parameters()]
+    assert (before[0], set(before[1:]) & set(after[1:])) == (after[0], set())
+    state = averaged.state_dict()
+    twin.load_state_dict(state, assign=True)
+    with torch.no_grad():
+        model[0].add_(1.0)
+    kept = state["module.0"].clone()
+    twin.update_parameters(model)
+    assert torch.equal(state["module.0"], kept)
+
+
+def test_windows_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = torch.cat((torch.randn(3000) * 1e3, torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan")])))
+    for name in FORMATS:
+        fmt: Format = get_format(name)
+        sizes = []
+        for window in (2**20, 100):
+            monkeypatch.setattr(layout, "CPU_WINDOW_NUMEL", window)
+            planes = [torch.empty(value.shape, dtype=dtype) for dtype in (fmt.dtype, *dict(fmt.extra).values())]
+            back = torch.empty_like(value)
+            convert((value,), None, planes, fmt)
+            convert(planes, fmt, (back,), FLOAT32)
+            sizes.append({str(index): tensor for index, tensor in enumerate((*planes, back))})
+        fresh = fmt.encode(value.to(fmt.value_dtype))
+        sizes.append({**sizes[0], **{str(index): plane for index, plane in enumerate(fresh)}})
+        assert differing(sizes[0], sizes[1]) == differing(sizes[0], sizes[2]) == []
 
 
 FIRST_UPDATE = """
@@ -83,7 +183,6 @@ print(high_water() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's ru_maxrss in KiB")
 def test_a_first_update_takes_one_bucket_more() -> None:
     done = subprocess.run(
         [sys.executable, "-c", FIRST_UPDATE], check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1]
@@ -91,3 +190,40 @@ def test_a_first_update_takes_one_bucket_more() -> None:
     bucket = MAX_BUCKET_NUMEL * 4
     # The bucket is touched slot by slot while the old tensors go, so it is one param rather than a whole bucket.
     assert 0.9 * 20 * 2**20 * 4 < int(done.stdout) < 1.05 * bucket
+
+
+LARGE = """
+import resource, sys, torch
+from torch import nn
+from swafast import FusedAveragedModel
+
+def high_water() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+dtype, fmt, count = getattr(torch, sys.argv[1]), sys.argv[2], int(sys.argv[3])
+small = nn.Linear(20, 20).to(dtype)
+FusedAveragedModel(small, format=fmt).update_parameters(small)  # whatever is loaded at first use
+numel = 2**30 // dtype.itemsize // count
+before = high_water()
+model = nn.ParameterList([nn.Parameter(torch.ones(numel, dtype=dtype)) for _ in range(count)])
+average = FusedAveragedModel(model, format=fmt)
+average.update_parameters(model)
+tensors = (*model.parameters(), *average.parameters(), *average.buffers())
+print(high_water() - before - sum(tensor.nbytes for tensor in tensors))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's ru_maxrss in KiB")
+@pytest.mark.parametrize("count", [1, 16])
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_gigabyte_takes_at_most_a_bucket_beside(dtype: str, fmt: str, count: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE, dtype, fmt, str(count)],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert int(done.stdout) < 1.1 * MAX_BUCKET_NUMEL * 4

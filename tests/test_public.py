@@ -126,14 +126,8 @@ def signature_of(function: Any) -> list[str]:
 
 
 def test_signatures_show_every_argument() -> None:
-    assert signature_of(swafast.FusedAveragedModel)[:6] == [
-        "model",
-        "device",
-        "avg_fn",
-        "multi_avg_fn",
-        "use_buffers",
-        "rule",
-    ]
+    first = ["model", "device", "avg_fn", "multi_avg_fn", "use_buffers", "rule"]
+    assert signature_of(swafast.FusedAveragedModel)[: len(first)] == first
     for one, several in (
         (swafast.FusedAveragedModel, swafast.FusedAverages),
         (swafast.ShardedAveragedModel, swafast.ShardedAverages),
@@ -247,31 +241,28 @@ def made() -> dict[str, Any]:
     }
 
 
+OF_THE_ROOT = ("averaged model", "compact", "several", "kernel terms", "schedule")
+OF_PACKAGES = ("SWA", "cyclical", "cosine", "error")
+
+
 def modules_in(pickled: bytes) -> set[str]:
     """The modules of ours that a pickle names."""
     words = [argument for _, argument, _ in pickletools.genops(pickled) if isinstance(argument, str)]
     return {word.split(" ")[0] for word in words if word.split(" ")[0].split(".")[0] == "swafast"}
 
 
-@pytest.mark.parametrize("what", ["averaged model", "compact", "several", "kernel terms", "schedule"])
+@pytest.mark.parametrize("what", [*OF_THE_ROOT, *OF_PACKAGES])
 @pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
-def test_pickles_name_the_top_package_alone(what: str, protocol: int) -> None:
+def test_pickles_name_packages_alone(what: str, protocol: int) -> None:
     pickled = pickle.dumps(made()[what], protocol)
-    assert modules_in(pickled) == {"swafast"}
-    assert type(pickle.loads(pickled)) is type(made()[what])
-
-
-@pytest.mark.parametrize("what", ["SWA", "cyclical", "cosine", "error"])
-def test_pickles_of_packages_name_these(what: str) -> None:
-    pickled = pickle.dumps(made()[what])
-    assert modules_in(pickled) <= set(PACKAGES)
+    assert modules_in(pickled) <= {"swafast", *(PACKAGES if what in OF_PACKAGES else ())}
     assert type(pickle.loads(pickled)) is type(made()[what])
 
 
 @pytest.mark.parametrize("name", [*swafast._PUBLIC, *swafast._PICKLED])
 def test_annotations_resolve_although_classes_name_another_module(name: str) -> None:
     kind = getattr(swafast, name)
-    assert kind.__module__ in ("swafast", "swafast.optim.batchnorm")
+    assert kind.__module__ in ("swafast", "swafast.optim.batchnorm", "swafast.files.averaged_file")
     if not isinstance(kind, type):
         get_type_hints(kind)
     else:

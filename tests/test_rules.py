@@ -94,22 +94,19 @@ def test_power_average_from_its_width(sigma_rel: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "expected"),
+    ("single", "multi", "expected"),
     [
-        (get_swa_multi_avg_fn(), EqualAverage()),
-        (get_ema_multi_avg_fn(0.97), ExponentialAverage(0.97)),
-        (None, EqualAverage()),
-        (lambda averages, params, n: None, None),
+        (None, get_swa_multi_avg_fn(), EqualAverage()),
+        (None, get_ema_multi_avg_fn(0.97), ExponentialAverage(0.97)),
+        (None, None, EqualAverage()),
+        (None, lambda averages, params, n: None, None),
+        (get_swa_avg_fn(), None, EqualAverage()),
+        (get_ema_avg_fn(0.5), None, ExponentialAverage(0.5)),
+        (lambda average, param, n: param, None, None),
     ],
 )
-def test_torchs_multi_functions_are_recognised(function: object, expected: Rule | None) -> None:
-    assert rule_of(None, function) == expected
-
-
-def test_torchs_single_functions_are_recognised() -> None:
-    assert rule_of(get_swa_avg_fn(), None) == EqualAverage()
-    assert rule_of(get_ema_avg_fn(0.5), None) == ExponentialAverage(0.5)
-    assert rule_of(lambda average, param, n: param, None) is None
+def test_torchs_functions_are_recognised(single: object, multi: object, expected: Rule | None) -> None:
+    assert rule_of(single, multi) == expected
 
 
 def test_a_rule_works_inside_torchs_class() -> None:

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from swafast import EqualAverage, ExponentialAverage, ShardedAveragedModel, ShardedAverages
 from swafast.loop import runners
 from swafast.sharded import shard_matching
-from tests.ranks import run_ranks
-from tests.sharded_models import WIDTH, make_model, require, wrap
-from tests.support import differing
+from tests.ranks import on_ranks, run_ranks
+from tests.sharded_models import WIDTH, can_run, make_model, require, wrap
+from tests.support import Held, differing, require_same
 
 pytestmark = pytest.mark.distributed
 
 ON_TWO = ("plain", "ddp", "fsdp2", "fsdp1", "fsdp1_orig", "tp")
 ON_FOUR = ("hsdp", "fsdp2_tp")
+FLAT = {"flatten_optimizer_state_dict": True}
 SEVERAL = {"fast": ExponentialAverage(0.9), "mean": EqualAverage()}
 
 
@@ -57,29 +63,17 @@ def plainly(mode: str, steps: int, **options: Any) -> Run:
     return run
 
 
-class Held:
-    """Holds each background update until the next forward and backward have run."""
-
-    def __init__(self) -> None:
-        self.let_go, self.inside, self.ended = threading.Event(), 0, threading.Event()
-
-    def patch(self) -> Any:
-        """Hold them before they take any lock."""
-        run = runners.InThread._run
-
-        def held(runner: runners.InThread, *args: Any) -> None:
-            self.inside += 1
-            assert self.let_go.wait(60)
-            run(runner, *args)
-            self.ended.set()
-
-        return mock.patch.object(runners.InThread, "_run", held)
+@contextmanager
+def holding() -> Iterator[Held]:
+    """Hold each background update, before it takes any lock, until the next forward and backward have run."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield Held(patch, runners.InThread, name="_run")
 
 
-def _attached(mode: str, steps: int, stop_at: int, **options: Any) -> tuple[Run, int]:
+def _attached(mode: str, steps: int, stop_at: int, **options: Any) -> tuple[Run, bool]:
     """Train with updates beside the forward pass, stop, resume, and train on with updates in the hook."""
-    held, run = Held(), Run(mode, **options)
-    with held.patch():
+    run = Run(mode, **options)
+    with holding() as held:
         run.averaged.attach(run.optimizer, start=2, overlap=True)
         for _ in range(stop_at):
             run.backward()
@@ -100,18 +94,18 @@ def _attached(mode: str, steps: int, stop_at: int, **options: Any) -> tuple[Run,
     for _ in range(steps - stop_at - 1):
         run.backward()
         run.optimizer.step()
-    return run, held.inside
+    return run, held.begun.is_set()
 
 
 def _train(modes: tuple[str, ...], options: dict[str, Any]) -> list[Any]:
     found: list[Any] = []
     for mode in modes:
         want = plainly(mode, 6, **options)
-        got, inside = _attached(mode, 6, 4, **options)
+        got, was_held = _attached(mode, 6, 4, **options)
         found += [(mode, key) for key in differing(got.state(), want.state())]
         steps = got.averaged._guard.attachment.step
-        if (inside, steps) != (3, 6):
-            found.append((mode, inside, steps))
+        if (was_held, steps) != (True, 6):
+            found.append((mode, was_held, steps))
     return found
 
 
@@ -147,47 +141,62 @@ USES: dict[str, Callable[[Run], object]] = {
 }
 
 
-def _used() -> list[str]:
-    found = []
+@on_ranks(2)
+def test_whatever_uses_the_averages_waits() -> None:
     for name, use in USES.items():
-        held, run = Held(), Run("ddp")
-        with held.patch():
+        run = Run("ddp")
+        with holding() as held:
             run.averaged.attach(run.optimizer, overlap=True)
             run.backward()
             run.optimizer.step()
-            threading.Timer(0.1, held.let_go.set).start()
+            held.let_go_in(0.1)
             with contextlib.suppress(ValueError):  # of a state without keys
                 use(run)
-            if not held.ended.is_set():
-                found.append(name)
+            assert held.ended.is_set(), name
             run.averaged._guard.attachment.join()
-    return found
 
 
-def test_whatever_uses_the_averages_waits() -> None:
-    assert run_ranks(2, _used) == [[], []]
-
-
-def _several() -> list[str]:
+@pytest.mark.skipif(not can_run("fsdp2", forward=True), reason="needs a torch that can run fsdp2 on a CPU")
+@on_ranks(2)
+def test_several_averages_are_attached_together() -> None:
     run, want = Run("fsdp2", rules=SEVERAL), plainly("fsdp2", 4, rules=SEVERAL)
     attachment = run.averaged.attach(run.optimizer, start=2, overlap=True)
     for _ in range(4):
         run.backward()
         run.optimizer.step()
-    found = differing(run.state(), want.state())
-    try:
+    require_same(run.state(), want.state())
+    with pytest.raises(RuntimeError):  # one of them is attached already
         run.averaged["fast"].attach(run.optimizer)
-        found.append("one of them was attached again")
-    except RuntimeError:
-        pass
     attachment.detach()
     run.averaged["fast"].attach(run.optimizer, run.model).detach()
+
+
+def _resumed(mode: str) -> list[Any]:
+    """Save and load by torch's tools, and return the ways that do not go on from the saved step."""
+    full = {"full_state_dict": True, "cpu_offload": True}  # the state is on the first rank alone
+    found = []
+    ways = [({}, {}), (full, full | {"broadcast_from_rank0": True}), (FLAT, FLAT)]
+    for got, loaded in ways[: 2 if mode == "ddp" else 3]:  # torch 2.6 flattens no state of tied params
+        run = Run(mode)
+        run.averaged.attach(run.optimizer, start=2)
+        run.backward()
+        run.optimizer.step()
+        state = get_optimizer_state_dict(run.model, run.optimizer, options=StateDictOptions(**got))
+        for attach_first in (True, False) if got is not FLAT else (True,):
+            other = Run(mode)
+            attach = functools.partial(other.averaged.attach, other.optimizer, start=2)
+            attachment = attach() if attach_first else None
+            set_optimizer_state_dict(other.model, other.optimizer, state, options=StateDictOptions(**loaded))
+            attachment = attachment or attach()
+            if attachment.step != 1:
+                found.append((got, attach_first, attachment.step))
     return found
 
 
-def test_several_averages_are_attached_together() -> None:
-    require("fsdp2", forward=True)
-    assert run_ranks(2, _several) == [[], []]
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_torchs_tools_keep_the_steps(mode: str) -> None:
+    require(mode, forward=True)
+    assert run_ranks(2, _resumed, mode) == [[], []]
 
 
 def _refused() -> None:

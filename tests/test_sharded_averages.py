@@ -15,10 +15,10 @@ from torch import nn
 
 from swafast import EqualAverage, ExponentialAverage, PowerAverage, ShardedAverages
 from swafast.sharded import shard_matching, sharded_averages
-from tests.ranks import RankFailedError, run_ranks
-from tests.sharded_models import Beside, drift, locals_of, require
+from tests.ranks import RankFailedError, on_ranks, run_ranks
+from tests.sharded_models import Beside, drift, locals_of, require, require_own_parts
 from tests.support import require_same
-from tests.test_sharded_modes import Seen, require_own_parts
+from tests.test_sharded_modes import Seen
 
 pytestmark = pytest.mark.distributed
 
@@ -113,7 +113,9 @@ def test_every_way_goes_on_from_every_other(more_saves: Path, world: int) -> Non
         run_ranks(world, _load_all, more_saves, turned[:2], [*WAYS, *MORE_WAYS])
 
 
-def _use(way: str) -> None:
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+@on_ranks(2)
+def test_a_failed_load_changes_none(way: str) -> None:
     """Swap one average in, see that other calls are refused meanwhile, and that loads fail."""
     both = make(way).train(0, 1)
     averages = both.averaged
@@ -142,12 +144,8 @@ def _use(way: str) -> None:
     require_own(both.train(3), "after an update")
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
-def test_one_is_used_and_a_failed_load_changes_none(way: str) -> None:
-    run_ranks(2, _use, way)
-
-
-def _disagree() -> None:
+@on_ranks(2)
+def test_ranks_that_name_different_averages_are_told_so() -> None:
     first = dist.get_rank() == 0
     rules = {"a": EqualAverage(), "b": ExponentialAverage(0.9)}
     other = {"b": ExponentialAverage(0.9), "a": EqualAverage()}
@@ -158,10 +156,6 @@ def _disagree() -> None:
     ):
         with pytest.raises((ValueError, RuntimeError), match=message):
             ShardedAverages(nn.Linear(2, 2), rules=mine)
-
-
-def test_ranks_that_name_different_averages_are_told_so() -> None:
-    run_ranks(2, _disagree)
 
 
 # Each gate kills a bug
@@ -188,7 +182,12 @@ def commit_before_all_are_verified() -> None:
     ("plant", "function", "args", "message"),
     [
         (forget_the_boxes, _save_all, (Path(), ["fsdp2"]), "own parts: "),
-        (commit_before_all_are_verified, _use, ("fsdp2",), "after loads that failed, "),
+        (
+            commit_before_all_are_verified,
+            test_a_failed_load_changes_none,
+            ("fsdp2",),
+            "after loads that failed, ",
+        ),
     ],
 )
 def test_the_gate_kills_the_bug(

@@ -21,7 +21,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel
 from swafast.sharded import ShardedAveragedModel
 from tests.ranks import run_ranks
-from tests.sharded_models import make_model, wrap
+from tests.sharded_models import make_model, outcome, wrap
 from tests.test_sharded_faults import make_case
 
 
@@ -42,15 +42,6 @@ def flip_a_bit(tensor: Tensor) -> None:
     """Change the last bit of the last element."""
     words = tensor.view(torch.int32)
     words[(-1,) * words.dim()] ^= 1
-
-
-def outcome(make: Callable[[], object]) -> str:
-    """Return the error that something raises, in words."""
-    try:
-        make()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 # Ranks that disagree

@@ -27,8 +27,8 @@ from swafast.sharded.parts import spread
 from swafast.sharded.parts.ranks import Ranks
 from swafast.sharded.parts.spread import Spread
 from swafast.sharded.swap import NOT_WHOLE
-from tests.ranks import run_ranks
-from tests.sharded_models import WIDTH, Beside, can_run, drift, fill, locals_of, make_model, wrap
+from tests.ranks import on_ranks, run_ranks
+from tests.sharded_models import WIDTH, Beside, can_run, drift, fill, locals_of, make_model, planes_of, wrap
 from tests.support import differing, require_same, tensors_of, unchanged
 
 #: Of the process group where a peer is lost; the contract has an error come within two seconds more.
@@ -53,20 +53,12 @@ class Case:
     state: dict[str, Tensor] | None = None  # other values than the averages', to load
 
     def __post_init__(self) -> None:
-        self.params, self.own, self.averages = locals_of(self.model), self.own_now(), self.averages_now()
+        self.params, self.own, self.averages = locals_of(self.model), self.own_now(), planes_of(self.averaged)
 
     def own_now(self) -> dict[str, Tensor]:
         """Return copies of this rank's own part of the params."""
         held = self.averaged._find_held(self.model)
         return {share.name: share.of(held[share.name].local).detach().clone() for share in self.averaged._shares}
-
-    def averages_now(self) -> dict[str, Tensor]:
-        planes = {
-            f"{name} {index}": plane.detach().clone()
-            for name, all_planes in self.averaged._planes.items()
-            for index, plane in enumerate(all_planes)
-        }
-        return {"n_averaged": self.averaged.n_averaged.clone(), **planes}
 
     def own_averages(self) -> dict[str, Tensor]:
         """Return this rank's own part of the params with the averages in it."""
@@ -79,7 +71,7 @@ class Case:
 
     def complaints(self, *, own_is_average: bool = False, params: bool = False) -> list[str]:
         """Return what differs from before: averages, this rank's own part, and with ``params`` all of them."""
-        found = [f"average {name}" for name in differing(self.averages, self.averages_now())]
+        found = [f"average {name}" for name in differing(self.averages, planes_of(self.averaged))]
         expected = self.own_averages() if own_is_average else self.own
         found += [f"own {name}" for name in differing(expected, self.own_now())]
         if params:
@@ -419,7 +411,10 @@ def test_a_rank_lost_during_construction() -> None:
 # Faults in the body
 
 
-def survive_alone(mode: str) -> None:
+@pytest.mark.distributed
+@pytest.mark.parametrize("mode", ["fsdp2", "fsdp1", "fsdp1_orig"])
+@on_ranks(2, expect=1)
+def test_what_is_sharded_changes_places_without_peers(mode: str) -> None:
     """Lose the only peer of a sharded model: its averages and shards need no peer."""
     case = make_case(mode)
     with case.averaged.swapped_into(case.model):
@@ -436,12 +431,6 @@ def survive_alone(mode: str) -> None:
     assert case.complaints(own_is_average=True) == []
     case.averaged.update_parameters(case.model)
     assert case.averaged.n_averaged == 3
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("mode", ["fsdp2", "fsdp1", "fsdp1_orig"])
-def test_what_is_sharded_changes_places_without_peers(mode: str) -> None:
-    run_ranks(2, survive_alone, mode, expect=1)
 
 
 class BodyError(Exception):
@@ -516,7 +505,9 @@ def test_errors_in_the_body_leave_everything_as_it_was() -> None:
     assert at_once(calls) == {mode: [[]] * world for mode, world in modes}
 
 
-def run_out_of_memory() -> None:
+@pytest.mark.distributed
+@on_ranks(3)
+def test_what_one_rank_cannot_begin_no_rank_begins() -> None:
     """Fail on one rank where the others begin to swap."""
     case, there, is_victim = make_case(), Exchange.there, dist.get_rank() == VICTIM
 
@@ -538,11 +529,6 @@ def run_out_of_memory() -> None:
     assert case.complaints(params=True) == []
 
 
-@pytest.mark.distributed
-def test_what_one_rank_cannot_begin_no_rank_begins() -> None:
-    run_ranks(3, run_out_of_memory)
-
-
 # What must not disturb one another
 
 
@@ -551,7 +537,9 @@ def beside(model: nn.Module, **options: Any) -> Beside:
     return Beside("small", models=(model, model), **options)
 
 
-def average_stages() -> None:
+@pytest.mark.distributed
+@on_ranks(4)
+def test_stages_of_a_pipeline_average_by_themselves() -> None:
     """Average the two stages of a pipeline, each on two ranks, and then something on all four."""
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     dist.new_group([0, 3])  # as for tied embeddings: ranks are in unlike numbers of groups from here on
@@ -570,11 +558,6 @@ def average_stages() -> None:
     everywhere.require_equal()
 
 
-@pytest.mark.distributed
-def test_stages_of_a_pipeline_average_by_themselves() -> None:
-    run_ranks(4, average_stages)
-
-
 class Halves(Rule):
     """A rule with a ``__repr__`` like Python's own: with an address, another one on each rank."""
 
@@ -585,7 +568,9 @@ class Halves(Rule):
         return 1.0 if num_averaged == 0 else 0.5
 
 
-def average_twice() -> None:
+@pytest.mark.distributed
+@on_ranks(2)
+def test_two_averages_of_one_model_take_turns() -> None:
     """Take two averages of one model by turns, and have them in the model one within the other."""
     torch.manual_seed(3)
     model = Small()
@@ -605,11 +590,8 @@ def average_twice() -> None:
 
 
 @pytest.mark.distributed
-def test_two_averages_of_one_model_take_turns() -> None:
-    run_ranks(2, average_twice)
-
-
-def average_in_threads() -> None:
+@on_ranks(2)
+def test_threads_update_averages_of_their_own() -> None:
     """Update averages from a thread each, two of them with a flag that goes round at every update.
 
     Ranks may take the threads' updates in different orders, so those with a flag have process groups of their own.
@@ -630,8 +612,3 @@ def average_in_threads() -> None:
         list(pool.map(run, range(len(pairs))))
     for each in pairs:
         each.require_equal()
-
-
-@pytest.mark.distributed
-def test_threads_update_averages_of_their_own() -> None:
-    run_ranks(2, average_in_threads)

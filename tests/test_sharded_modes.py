@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from swafast.backends import cuda, library
 from swafast.op.plan import Launches, Plan
 from swafast.sharded import ShardedAveragedModel, shard_matching, sharded_model
 from swafast.sharded.parts import flat_order, shares
-from tests.ranks import run_ranks
+from tests import test_costs
+from tests.ranks import on_ranks, planted, run_ranks
 from tests.sharded_models import (
     TP_MODES,
     WIDTH,
@@ -36,6 +37,7 @@ from tests.sharded_models import (
     make_model,
     plain_name,
     require,
+    require_own_parts,
     wrap,
 )
 from tests.support import differing, require_same, tensors_of
@@ -61,9 +63,6 @@ ALL_FORMATS = ("plain", "fsdp2", "fsdp1", "tp", "fsdp2_tp")
 
 #: What a cut may be above an even part: it falls on multiples of this.
 BORDER_NUMEL = 64
-
-
-Plant = Callable[[], None] | None
 
 
 class Seen(TorchDispatchMode):
@@ -133,20 +132,6 @@ def averaged_beside(mode: str, cases: list[tuple[torch.dtype, str | None, str | 
     return told
 
 
-def require_own_parts(averaged: ShardedAveragedModel, expected: dict[str, Tensor], about: str = "own parts") -> None:
-    """Check this rank's own part by bits, without a collective, and the keys."""
-    found = {"n_averaged": averaged.n_averaged}
-    wanted = {"n_averaged": expected["n_averaged"]}
-    names = {"n_averaged"}
-    for entry in averaged._entries():
-        names.update(entry.keys)
-        for index, box in enumerate(entry.share.boxes):
-            found[f"{entry.keys[0]}, box {index}"] = box.of_run(entry.run)
-            wanted[f"{entry.keys[0]}, box {index}"] = box.of_whole(expected[entry.keys[0]])
-    require_same(found, wanted, about)
-    assert names == expected.keys()
-
-
 def persistent_buffers(root: nn.Module) -> list[str]:
     return [name for name, _ in root.named_buffers() if name in root.state_dict()]
 
@@ -190,12 +175,10 @@ def check_nbytes(told: list[dict[str, Any]], mode: str, per_element: int) -> Non
     assert max(cuts) <= -(-whole // world) + BORDER_NUMEL
 
 
-def check_mode(
-    mode: str, world: int, plant: Plant = None, formats: Sequence[tuple[torch.dtype, str | None, int]] = FORMATS
-) -> None:
+def check_mode(mode: str, world: int, formats: Sequence[tuple[torch.dtype, str | None, int]] = FORMATS) -> None:
     require(mode, forward=False)
     cases = [(dtype, fmt, None) for dtype, fmt, _ in formats]
-    ranks = run_ranks(world, averaged_beside, mode, cases, plant=plant)
+    ranks = run_ranks(world, averaged_beside, mode, cases)
     for index, (dtype, fmt, per_element) in enumerate(formats):
         told = [rank[index] for rank in ranks]
         assert [rank["seen"] for rank in told] == [[]] * world, (dtype, fmt)
@@ -212,75 +195,6 @@ def test_every_rank_count_gives_the_bits_of_one(mode: str, world: int) -> None:
 def test_the_reference_backend_gives_the_same_bits(mode: str, world: int) -> None:
     cases = [(dtype, fmt, "reference") for dtype, fmt, _ in FORMATS[:-1]]
     assert all(case["seen"] == [] for told in run_ranks(world, averaged_beside, mode, cases) for case in told)
-
-
-# What a rank holds in memory
-
-
-def held_nbytes(mode: str, share_replicas: bool) -> tuple[int, int, int]:
-    """Return (nbytes, bytes of the planes' storages, bytes of all tensors that came to life) of an average."""
-    network = nn.Sequential(nn.Linear(300, 1000), nn.Linear(1000, 301))
-    for param in network.parameters():
-        nn.init.constant_(param, 0.5)
-    spread = network if mode == "plain" else wrap_all(network, mode)
-    before = storages_alive()
-    averaged = ShardedAveragedModel(spread, share_replicas=share_replicas)
-    averaged.update_parameters(spread)
-    gc.collect()
-    after = storages_alive()
-    # A storage freed and another made at its address is the same entry, so entries are compared and not counted.
-    new = sum(nbytes for address, nbytes in after.items() if before.get(address) != nbytes)
-    planes = {
-        plane.untyped_storage().data_ptr(): plane.untyped_storage().nbytes()
-        for planes in averaged._planes.values()
-        for plane in planes
-        if plane.numel()
-    }
-    return averaged.nbytes, sum(planes.values()), new
-
-
-def wrap_all(network: nn.Module, mode: str) -> nn.Module:
-    world = dist.get_world_size()
-    if mode == "hsdp":
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = init_device_mesh("cpu", (world,))
-    return fully_shard(network, mesh=mesh)
-
-
-def storages_alive() -> dict[int, int]:
-    """Return the bytes of the storages of all plain tensors, by address."""
-    found = {}
-    for thing in gc.get_objects():
-        if type(thing) in (Tensor, nn.Parameter) and thing.layout == torch.strided and thing.numel():
-            storage = thing.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return found
-
-
-TOTAL = 301_000 + 301 * 1001
-
-
-@pytest.mark.parametrize(
-    ("mode", "world", "share_replicas", "numel"),
-    [
-        ("plain", 3, False, -(-TOTAL // 3) + BORDER_NUMEL),
-        ("fsdp2", 2, False, 500 * 301 + 151 * 1001),
-        ("hsdp", 4, True, (500 * 301 + 151 * 1001) // 2 + BORDER_NUMEL),
-    ],
-)
-def test_a_rank_holds_its_part_and_no_more(mode: str, world: int, share_replicas: bool, numel: int) -> None:
-    check_memory(mode, world, share_replicas, numel)
-
-
-def check_memory(mode: str, world: int, share_replicas: bool, numel: int, plant: Plant = None) -> None:
-    told = run_ranks(world, held_nbytes, mode, share_replicas, plant=plant)
-    assert sum(nbytes for nbytes, _, _ in told) == 4 * TOTAL
-    for nbytes, planes, new in told:
-        assert nbytes == planes
-        assert nbytes <= 4 * numel
-        # Tables of chunks and the counter.
-        assert nbytes <= new <= nbytes + 4096
 
 
 # After forward passes and in training
@@ -355,14 +269,10 @@ def follow(by_hand: FusedAveragedModel, shadow: nn.Module, values: dict[str, Ten
     by_hand.update_parameters(shadow)
 
 
-def check_training(mode: str, plant: Plant = None) -> None:
-    require(mode, forward=True)
-    run_ranks(ONE_WORLD[mode], trained_and_averaged, mode, plant=plant)
-
-
 @pytest.mark.parametrize("mode", [mode for mode in WORLDS if mode not in ("fsdp2_tp", "fsdp1_no_shard")])
 def test_training_is_averaged_as_it_goes(mode: str) -> None:
-    check_training(mode)
+    require(mode, forward=True)
+    run_ranks(ONE_WORLD[mode], trained_and_averaged, mode)
 
 
 # NaNs and infinities
@@ -398,17 +308,14 @@ def averaged_past_nans(mode: str, nonfinite: str, names: list[str]) -> dict[str,
 NAN_NAMES = ["blocks.0.outer.bias", "short", "long"]
 
 
-def check_skips(mode: str, world: int, plant: Plant = None) -> None:
+@pytest.mark.parametrize("mode", ["plain", "fsdp2", "fsdp1", "tp", "fsdp2_tp"])
+def test_a_nan_on_one_rank_is_skipped_on_all(mode: str) -> None:
     require(mode, forward=False)
-    for told in run_ranks(world, averaged_past_nans, mode, "skip", NAN_NAMES, plant=plant):
+    world = 4 if mode == "fsdp2_tp" else 2
+    for told in run_ranks(world, averaged_past_nans, mode, "skip", NAN_NAMES):
         assert told["counts"] == [1, 1, 1, 1, 2]
         assert told["errors"] == [None] * 5
         assert told["seen"] == [[("c10d::allreduce_", 2)]] * 5
-
-
-@pytest.mark.parametrize("mode", ["plain", "fsdp2", "fsdp1", "tp", "fsdp2_tp"])
-def test_a_nan_on_one_rank_is_skipped_on_all(mode: str) -> None:
-    check_skips(mode, 4 if mode == "fsdp2_tp" else 2)
 
 
 @pytest.mark.parametrize("mode", ["plain", "fsdp2", "fsdp1"])
@@ -421,25 +328,21 @@ def test_a_nan_on_one_rank_is_named_on_all(mode: str) -> None:
             assert error.startswith(f"{name!r} must be finite, got a NaN or an infinity on rank ")
 
 
-def averaged_by_a_rank_without_elements() -> list[Any]:
+@on_ranks(3)
+def test_a_rank_without_elements_keeps_step() -> None:
     """Average one element on several ranks: all but one have nothing to do."""
     network = nn.ParameterList([torch.tensor([1.0])])
     sharded = fully_shard(network, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     averaged = ShardedAveragedModel(sharded, nonfinite="skip")
-    counts = []
-    for value in (2.0, float("nan"), 4.0):
+    for value, count in ((2.0, 1), (float("nan"), 1), (4.0, 2)):
         with torch.no_grad():
             sharded[0].to_local().fill_(value)
         averaged.update_parameters(sharded)
-        counts.append(int(averaged.n_averaged))
+        assert averaged.n_averaged == count
     with averaged.swapped_into(sharded):
-        inside = sharded[0].full_tensor().item()
-    return [counts, averaged.full_state_dict()["module.0"].item(), inside, averaged.nbytes]
-
-
-def test_a_rank_without_elements_keeps_step() -> None:
-    told = run_ranks(3, averaged_by_a_rank_without_elements)
-    assert told == [[[1, 1, 2], 3.0, 3.0, nbytes] for nbytes in (4, 0, 0)]
+        assert sharded[0].full_tensor().item() == 3.0
+    assert averaged.full_state_dict()["module.0"].item() == 3.0
+    assert averaged.nbytes == (4 if dist.get_rank() == 0 else 0)
 
 
 # The cuda backend, its source run on the processor
@@ -548,19 +451,27 @@ def keep_the_flag() -> None:
 
 
 #: The bug, the check that must fail, and how.
-GATES: list[tuple[Callable[[], None], Callable[[Plant], None], str]] = [
-    (forget_the_last_run, lambda plant: check_mode("plain", 2, plant, FORMATS[:2]), "own parts: |averages: "),
-    (start_where_the_flat_param_does, lambda plant: check_mode("fsdp1", 2, plant, FORMATS[:1]), "own parts: "),
-    (ask_the_others, lambda plant: check_mode("fsdp2", 2, plant, FORMATS[:1]), "c10d::allreduce"),
-    (average_all_everywhere, lambda plant: check_mode("ddp", 2, plant, FORMATS[:1]), "4680 == 2340"),
-    (cut_unevenly, lambda plant: check_mode("ddp", 2, plant, FORMATS[:1]), "1291 <= "),
-    (keep_copies, lambda plant: check_memory("fsdp2", 2, False, 500 * 301 + 151 * 1001, plant), "1206604 . 4096"),
-    (never_reshard, lambda plant: check_training("fsdp2", plant), "got one whole tensor on each rank"),
-    (keep_the_flag, lambda plant: check_skips("fsdp2", 2, plant), "step 1: "),
+GATES: list[tuple[Callable[[], None], Callable[[], None], str]] = [
+    (forget_the_last_run, partial(check_mode, "plain", 2, FORMATS[:2]), "own parts: |averages: "),
+    (start_where_the_flat_param_does, partial(check_mode, "fsdp1", 2, FORMATS[:1]), "own parts: "),
+    (ask_the_others, partial(check_mode, "fsdp2", 2, FORMATS[:1]), "c10d::allreduce"),
+    (average_all_everywhere, partial(check_mode, "ddp", 2, FORMATS[:1]), "4680 == 2340"),
+    (cut_unevenly, partial(check_mode, "ddp", 2, FORMATS[:1]), "1291 <= "),
+    (
+        keep_copies,
+        partial(test_costs.test_no_phase_on_a_rank_takes_more_memory, "fsdp2"),
+        r"'construction', 1.0, 0.5",
+    ),
+    (never_reshard, partial(test_training_is_averaged_as_it_goes, "fsdp2"), "got one whole tensor on each rank"),
+    (
+        keep_the_flag,
+        partial(test_a_nan_on_one_rank_is_skipped_on_all, "fsdp2"),
+        "needs the same n_averaged",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("plant", "gate", "message"), GATES, ids=[plant.__name__ for plant, *_ in GATES])
-def test_the_gate_kills_the_bug(plant: Callable[[], None], gate: Callable[[Plant], None], message: str) -> None:
-    with pytest.raises(AssertionError, match=message):  # of the checks, or of a rank
-        gate(plant)
+def test_the_gate_kills_the_bug(plant: Callable[[], None], gate: Callable[[], None], message: str) -> None:
+    with planted(plant), pytest.raises(AssertionError, match=message):  # of the checks, or of a rank
+        gate()

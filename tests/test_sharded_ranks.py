@@ -18,7 +18,7 @@ from swafast.sharded import LostPeerError, checkpoint
 from swafast.sharded.parts import ranks as ranks_module
 from swafast.sharded.parts import rendezvous
 from swafast.sharded.parts.rendezvous import Rendezvous, shared_ranks
-from tests.ranks import RankFailedError, run_ranks
+from tests.ranks import RankFailedError, on_ranks, run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -39,8 +39,8 @@ def net() -> nn.Module:
 # One group for all who share it
 
 
-def count_groups(folder: Path) -> list[int]:
-    """Count our process groups after each of several uses."""
+@on_ranks(3)
+def test_all_who_share_a_group_have_one_communicator(tmp_path: Path) -> None:
     made: list[str] = []
     make = ranks_module.new_group
 
@@ -49,55 +49,41 @@ def count_groups(folder: Path) -> list[int]:
         return make(ranks, name, **options)
 
     ranks_module.new_group = counted
-    counts = []
     model = net()
     first = ShardedAveragedModel(model)
-    counts.append(len(made))
+    assert len(made) == 1
     rules = {"fast": ExponentialAverage(0.9), "slow": EqualAverage()}
     others = [ShardedAveragedModel(model, format="compensated"), ShardedAverages(model, rules=rules)]
-    snapshots = Snapshots(folder)
+    snapshots = Snapshots(tmp_path)
     for averaged in (first, *others):
         averaged.update_parameters(model)
     snapshots.save(first)
     update_bn([torch.randn(8, 40)], model)
-    counts.append(len(made))
-    counts.append(len({id(each._ranks) for each in (first, *others, snapshots)}))
+    assert len(made) == len({id(each._ranks) for each in (first, *others, snapshots)}) == 1
     group = dist.new_group([0, 1, 2])
     by_itself = [ShardedAveragedModel(model, process_group=group) for _ in range(2)]
-    counts.append(len(made))
+    assert len(made) == 2
     assert by_itself[0]._ranks is by_itself[1]._ranks
     assert by_itself[0]._ranks is not first._ranks
     for averaged in (first, *others, *by_itself):
         averaged.state_dict()
-    return counts
-
-
-def test_all_who_share_a_group_have_one_communicator(tmp_path: Path) -> None:
-    assert run_ranks(3, count_groups, tmp_path) == [[1, 1, 1, 2]] * 3
 
 
 # Another call, or another order, on another rank
 
 
-def different_calls() -> list[str]:
-    averaged = ShardedAveragedModel(model := net())
-    told = []
-    for calls in (
-        (averaged.state_dict, averaged.full_state_dict),
-        (lambda: averaged.copy_to(model), averaged.state_dict),
-        (lambda: averaged.load_state_dict({}), averaged.full_state_dict),
-    ):
-        with pytest.raises(RuntimeError, match="all ranks must make the same call") as caught:
-            calls[dist.get_rank()]()
-        told.append(str(caught.value))
-    assert "module.0.weight" in averaged.full_state_dict()  # and they may go on
-    return told
-
-
+@on_ranks(2)
 def test_different_calls_are_named_on_every_rank() -> None:
-    first, second = run_ranks(2, different_calls)
-    assert first == second
-    assert "state_dict of average 0 on rank 0, full_state_dict of average 0 on rank 1" in first[0]
+    averaged = ShardedAveragedModel(model := net())
+    for calls, named in (
+        ((averaged.state_dict, averaged.full_state_dict), ("state_dict", "full_state_dict")),
+        ((lambda: averaged.copy_to(model), averaged.state_dict), ("copy_to", "state_dict")),
+        ((lambda: averaged.load_state_dict({}), averaged.full_state_dict), ("load_state_dict", "full_state_dict")),
+    ):
+        told = f"got {named[0]} of average 0 on rank 0, {named[1]} of average 0 on rank 1"
+        with pytest.raises(RuntimeError, match=f"all ranks must make the same call, {told}"):
+            calls[dist.get_rank()]()
+    assert "module.0.weight" in averaged.full_state_dict()  # and they may go on
 
 
 def use_in_another_order(action: str, model: nn.Module | None = None) -> str:
@@ -219,29 +205,21 @@ def test_the_gate_kills_the_bug() -> None:
         run_ranks(3, make_anew, "after the last collective", None, timeout=TIMEOUT, plant=ask_nobody)
 
 
-def lose_a_part() -> bool:
-    """Return whether ranks that are out of lockstep in a subgroup are lost in the whole group too."""
+@on_ranks(3)
+def test_subgroups_share_their_fault() -> None:
+    """Two ranks of three fall out of lockstep, and lose the third too."""
     ranks = shared_ranks()
     subgroup = ranks.subgroup([0, 1]) if dist.get_rank() < 2 else ranks
     with suppress(ValueError), subgroup.in_lockstep():
         raise ValueError("out of step")
-    return ranks.is_lost
+    assert ranks.is_lost
 
 
-def test_subgroups_share_their_fault() -> None:
-    assert run_ranks(3, lose_a_part) == [True, True, True]
-
-
-def save_after_the_groups_end() -> str:
+@on_ranks(2)
+def test_a_group_that_was_destroyed_is_lost() -> None:
     averaged = ShardedAveragedModel(model := net())
     dist.destroy_process_group(averaged._ranks.group)
-    try:
+    with pytest.raises(LostPeerError):
         averaged.state_dict()
-    except LostPeerError:
-        averaged.update_parameters(model)
-        return f"lost, and {int(averaged.n_averaged)} update"
-    return "no error"
-
-
-def test_a_group_that_was_destroyed_is_lost() -> None:
-    assert run_ranks(2, save_after_the_groups_end) == ["lost, and 1 update"] * 2
+    averaged.update_parameters(model)
+    assert averaged.n_averaged == 1

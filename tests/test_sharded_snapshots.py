@@ -19,7 +19,7 @@ from swafast import FusedAveragedModel, PowerAverage, ShardedAveragedModel
 from swafast.posthoc.folder import snapshot_paths
 from swafast.posthoc.snapshots import Snapshots
 from tests.ranks import run_ranks
-from tests.sharded_models import drift, fill, make_model, whole, wrap
+from tests.sharded_models import drift, fill, make_model, outcome, whole, wrap
 from tests.support import differing
 
 pytestmark = pytest.mark.distributed
@@ -55,14 +55,6 @@ def gathered(given: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: whole(tensor) for name, tensor in given.items()}
 
 
-def raised(call: Any) -> str:
-    try:
-        call()
-    except (RuntimeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
-
-
 def _save_and_disagree(folder: Path) -> dict[str, Any]:
     """On four ranks, save in all modes and synthesize, then make calls that differ."""
     told: dict[str, Any] = {}
@@ -77,15 +69,15 @@ def _save_and_disagree(folder: Path) -> dict[str, Any]:
     snapshots = Snapshots(folder / "fsdp2")
     before = sorted(path.name for path in (folder / "fsdp2").iterdir())
     told["raised"] = {
-        "rule": raised(lambda: snapshots.synthesize(WANTED if first else STORED["wide"])),
-        "count": raised(lambda: snapshots.synthesize(WANTED, 4 if first else 6)),
-        "outside": raised(lambda: snapshots.synthesize(WANTED, 4 if first else 60)),
-        "dtype": raised(lambda: Snapshots(folder / "ddp").save(averages, dtype=None if first else torch.float16)),
-        "call": raised(lambda: snapshots.save(averages) if first else snapshots.synthesize(WANTED)),
-        "folder": raised(lambda: Snapshots(folder / ("fsdp2" if first else "ddp")).synthesize(WANTED)),
+        "rule": outcome(lambda: snapshots.synthesize(WANTED if first else STORED["wide"])),
+        "count": outcome(lambda: snapshots.synthesize(WANTED, 4 if first else 6)),
+        "outside": outcome(lambda: snapshots.synthesize(WANTED, 4 if first else 60)),
+        "dtype": outcome(lambda: Snapshots(folder / "ddp").save(averages, dtype=None if first else torch.float16)),
+        "call": outcome(lambda: snapshots.save(averages) if first else snapshots.synthesize(WANTED)),
+        "folder": outcome(lambda: Snapshots(folder / ("fsdp2" if first else "ddp")).synthesize(WANTED)),
     }
     with averages["wide"].swapped_into(model) if first else nullcontext():
-        told["raised"]["swapped"] = raised(lambda: snapshots.save(averages["wide"]))
+        told["raised"]["swapped"] = outcome(lambda: snapshots.save(averages["wide"]))
     told["kept"] = sorted(path.name for path in (folder / "fsdp2").iterdir()) == before
     # Without sharding, each rank with a whole average of its own.
     whole = FusedAveragedModel(module := make_model(), rule=WANTED)
@@ -94,7 +86,7 @@ def _save_and_disagree(folder: Path) -> dict[str, Any]:
     told["whole"] = not differing(Snapshots(folder / "whole").synthesize(WANTED), whole.averaged_state_dict())
     with torch.no_grad():
         whole.module.long[dist.get_rank()] += 1
-    told["raised"]["whole"] = raised(lambda: Snapshots(folder / "whole").save(whole))
+    told["raised"]["whole"] = outcome(lambda: Snapshots(folder / "whole").save(whole))
     return told
 
 
@@ -103,7 +95,7 @@ def _load_elsewhere(folder: Path, broken: Path) -> dict[str, Any]:
     told: dict[str, Any] = {mode: synthesize(folder / mode) for mode in MODES}
     like = wrap(make_model("fsdp2"), "fsdp2").state_dict()
     told["spread"] = gathered(synthesize(folder / "fsdp2", like=like))
-    told["shard"] = raised(lambda: Snapshots(broken).synthesize(WANTED, like=like))
+    told["shard"] = outcome(lambda: Snapshots(broken).synthesize(WANTED, like=like))
     return told
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,12 +22,12 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from swafast import ExponentialAverage, FusedAveragedModel, Rule
+from swafast import ExponentialAverage
 from swafast.sharded import ShardedAveragedModel, shard_matching, swap
 from swafast.sharded.parts import spread
 from swafast.sharded.parts.holdings import Held
 from swafast.sharded.shard_matching import Views
-from tests.ranks import run_ranks
+from tests.ranks import on_ranks, planted, run_ranks
 from tests.sharded_models import (
     FSDP2_MODES,
     TP_MODES,
@@ -39,7 +40,6 @@ from tests.sharded_models import (
     locals_of,
     make_model,
     nested_in_fsdp1,
-    plain_name,
     require,
     wrap,
 )
@@ -51,7 +51,6 @@ pytestmark = pytest.mark.distributed
 #: Modes in which several ranks hold the same elements of shards.
 SHARED_SHARDS = ("hsdp", "fsdp1_hybrid", "tp", "fsdp2_part_tp")
 
-Plant = Callable[[], None] | None
 Format = tuple[torch.dtype, str | None]
 
 
@@ -105,9 +104,9 @@ def swapped_and_copied(mode: str, cases: list[Format], options: dict[str, Any]) 
 FEW_FORMATS = [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "float32")]
 
 
-def check_swapped(mode: str, formats: list[Format], plant: Plant = None, **options: Any) -> None:
+def check_swapped(mode: str, formats: list[Format], **options: Any) -> None:
     require(mode, forward=True)
-    run_ranks(ONE_WORLD[mode], swapped_and_copied, mode, formats, options, plant=plant)
+    run_ranks(ONE_WORLD[mode], swapped_and_copied, mode, formats, options)
 
 
 @pytest.mark.parametrize("mode", [mode for mode in WORLDS if mode != "fsdp2_part_tp"])
@@ -181,7 +180,7 @@ def bytes_of_replicas(mode: str) -> tuple[int, int, int]:
     return both.averaged.nbytes - buffers, alone.nbytes - buffers, 4 * numel_of(both.reference)
 
 
-@pytest.mark.parametrize("mode", ["fsdp1_hybrid", "fsdp2_part_tp"])
+@pytest.mark.parametrize("mode", ["hsdp", "fsdp1_hybrid", "fsdp2_part_tp"])
 def test_shared_replicas_hold_each_element_once(mode: str) -> None:
     require(mode, forward=False)
     shared, alone, (total, *_) = zip(*run_ranks(4, bytes_of_replicas, mode), strict=True)
@@ -191,25 +190,21 @@ def test_shared_replicas_hold_each_element_once(mode: str) -> None:
         assert all(once <= twice // 2 + 4 * 64 for once, twice in zip(shared, alone, strict=True))
 
 
-def windows_run(mode: str, windows_nbytes: list[int]) -> list[int]:
-    both = Beside(mode, updates=1)
-    told = []
-    for spread.WINDOW_NBYTES in windows_nbytes:
-        with Seen() as seen, both.averaged.swapped_into(both.sharded):
-            pass
-        told.append(sum("gather" in name for name, _ in seen.ops))
-    return told
-
-
+@on_ranks(2)
 def test_a_small_window_is_run_several_times() -> None:
     # Or the tests above would not be of windows at all.
-    for few, many in run_ranks(2, windows_run, "plain", [64 * 2**20, 400]):
-        assert many > few + 40  # 24 windows of 200 bytes from each rank, there and back
+    both, run = Beside("plain", updates=1), []
+    for spread.WINDOW_NBYTES in (64 * 2**20, 400):
+        with Seen() as seen, both.averaged.swapped_into(both.sharded):
+            pass
+        run.append(sum("gather" in name for name, _ in seen.ops))
+    assert run[1] > run[0] + 40  # 24 windows of 200 bytes from each rank, there and back
 
 
-def saved_for_backward(mode: str) -> None:
+@on_ranks(2)
+def test_the_swap_is_seen_by_autograd() -> None:
     """Swap between a forward pass and its backward pass."""
-    both = Beside(mode, updates=3)
+    both = Beside("plain", updates=3)
     loss = both.sharded(data_of(torch.float32)).square().sum()
     with both.averaged.swapped_into(both.sharded):
         pass
@@ -217,14 +212,12 @@ def saved_for_backward(mode: str) -> None:
         loss.backward()
 
 
-def test_the_swap_is_seen_by_autograd() -> None:
-    run_ranks(2, saved_for_backward, "plain")
-
-
 # Refusals
 
 
-def refused_meanwhile(mode: str) -> None:
+@pytest.mark.parametrize("mode", ["plain", "fsdp2", "fsdp1"])
+@on_ranks(2)
+def test_meanwhile_nothing_may_touch_the_averages(mode: str) -> None:
     both = Beside(mode, updates=3)
     averaged, sharded = both.averaged, both.sharded
     state, before = averaged.full_state_dict(), both.params()
@@ -249,23 +242,15 @@ def refused_meanwhile(mode: str) -> None:
     both.require_equal()
 
 
-@pytest.mark.parametrize("mode", ["plain", "fsdp2", "fsdp1"])
-def test_meanwhile_nothing_may_touch_the_averages(mode: str) -> None:
-    run_ranks(2, refused_meanwhile, mode)
-
-
-def moved_meanwhile(mode: str, on_all: bool) -> tuple[str, list[str]]:
-    """Move a param to other memory inside the body, on one rank or on all; return the error, and what differs."""
+def moved_meanwhile(mode: str, on_all: bool) -> list[str]:
+    """Move a param to other memory inside the body, on one rank or on all; return what differs afterwards."""
     both = Beside(mode, updates=3)
-    before, told = both.params(), ""
-    try:
-        with both.averaged.swapped_into(both.sharded):
-            if on_all or dist.get_rank() == 1:
-                move(both.sharded, mode)
-    except RuntimeError as error:
-        told = str(error)
+    before = both.params()
+    with both.averaged.swapped_into(both.sharded):
+        if on_all or dist.get_rank() == 1:
+            move(both.sharded, mode)
     both.require_equal()
-    return told, differing(both.params(), before)
+    return differing(both.params(), before)
 
 
 def move(sharded: nn.Module, mode: str) -> None:
@@ -281,46 +266,63 @@ def move(sharded: nn.Module, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["plain", "ddp", "fsdp2", "fsdp1"])
-def test_a_param_moved_meanwhile_is_named(mode: str) -> None:
-    for error, _ in run_ranks(2, moved_meanwhile, mode, True):
-        assert error.startswith("model must keep its tensors while swapped, got '")
-        assert "on other memory" in error
-        assert mode == "fsdp1" or "'frozen.weight'" in error
-
-
-def check_moved_on_one_rank(plant: Plant = None) -> None:
-    (first, others), (second, moved) = run_ranks(2, moved_meanwhile, "plain", False, plant=plant)
-    assert (first, others, moved) == ("", [], ["frozen.weight"])
-    assert "'frozen.weight'" in second
+def test_a_param_moved_meanwhile_comes_back(mode: str) -> None:
+    assert run_ranks(2, moved_meanwhile, mode, True) == [[], []]
 
 
 def test_a_param_moved_on_one_rank_spoils_no_other() -> None:
-    check_moved_on_one_rank()
+    assert run_ranks(2, moved_meanwhile, "plain", False) == [[], []]
+
+
+@pytest.mark.parametrize("mode", ["plain", "ddp", "fsdp2", "fsdp1"])
+@on_ranks(2)
+def test_what_a_body_must_not_do(mode: str) -> None:
+    both = Beside(mode, updates=3)
+    averaged, sharded, before = both.averaged, both.sharded, both.params()
+    if mode != "fsdp2":  # its DTensors cannot be shared
+        with averaged.swapped_into(sharded):
+            sharded.share_memory()
+        require_same(both.params(), before, "after memory has moved in its storage")
+        both.require_equal()
+    other = ShardedAveragedModel(sharded)
+    optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
+    attachment = other.attach(optimizer)
+    outer, inner = averaged.swapped_into(sharded), other.swapped_into(sharded)
+    outer.__enter__()
+    for act in (lambda: other.update_parameters(sharded), lambda: other.copy_to(sharded), optimizer.step):
+        with pytest.raises(RuntimeError, match="must wait until averages are swapped back out of the model"):
+            act()
+    inner.__enter__()
+    with pytest.raises(RuntimeError, match="must be left in reverse order"):
+        outer.__exit__(None, None, None)
+    inner.__exit__(None, None, None)
+    attachment.detach()
+    require_same(both.params(), before, "after the wrong order")
+    both.require_equal()
+    told = pytest.raises(RuntimeError, match="must not be written while swapped")
+    with told, averaged.swapped_into(sharded):
+        for param in sharded.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    require_same(both.params(), before, "after a step")
 
 
 # Buffers, a part of the params
 
 
-def buffers_averaged(mode: str) -> None:
-    """Average buffers that differ from rank to rank: each rank has its own, and a state has the first one's."""
+@pytest.mark.parametrize("mode", ["plain", "fsdp2", "fsdp1"])
+@on_ranks(2)
+def test_each_rank_averages_its_own_buffers(mode: str) -> None:
+    """Average buffers that differ from rank to rank."""
     rank = dist.get_rank()
     for use_buffers in (False, True):
         both = Beside(mode, use_buffers=use_buffers)
-        reference = both.reference
-        first = FusedAveragedModel(reference, use_buffers=use_buffers)
         for step in range(3):
-            drift(reference, step)
+            drift(both.reference, step)
+            both.reference.norm.running_mean.add_(rank)
+            both.reference.norm.num_batches_tracked.add_(rank)
             both.fill()
-            first.update_parameters(reference)
-            mean = reference.norm.running_mean.clone()
-            reference.norm.running_mean.add_(rank)
-            reference.norm.num_batches_tracked.add_(rank)
-            for name, buffer in both.sharded.named_buffers():
-                buffer.copy_(reference.get_buffer(plain_name(name)))
             both.update()
-            last, reference.norm.running_mean = reference.norm.running_mean, mean
-        reference.norm.running_mean = last
-        require_same(both.averaged.full_state_dict(), first.state_dict(), "state")
         both.require_exchange(use_buffers)
         before = both.params()["norm.running_mean"]
         with both.averaged.swapped_into(both.sharded):
@@ -329,11 +331,8 @@ def buffers_averaged(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["plain", "fsdp2", "fsdp1"])
-def test_each_rank_averages_its_own_buffers(mode: str) -> None:
-    run_ranks(2, buffers_averaged, mode)
-
-
-def included(mode: str) -> None:
+@on_ranks(2)
+def test_what_include_leaves_out_is_left_alone(mode: str) -> None:
     """Average biases alone: the rest is neither stored nor exchanged, and may be anything."""
     asked: list[str] = []
 
@@ -367,15 +366,12 @@ def included(mode: str) -> None:
     require_same(both.averaged.full_state_dict(), full, "of another")
 
 
-@pytest.mark.parametrize("mode", ["plain", "fsdp2", "fsdp1"])
-def test_what_include_leaves_out_is_left_alone(mode: str) -> None:
-    run_ranks(2, included, mode)
-
-
 # The same model again, and others
 
 
-def rebound(mode: str) -> None:
+@pytest.mark.parametrize("mode", ["plain", "ddp", "fsdp2", "fsdp1", "fsdp1_orig", "tp"])
+@on_ranks(2)
+def test_a_model_is_found_again(mode: str) -> None:
     """Average a model whose tensors are replaced, and other models of the same layout."""
     both = Beside(mode, updates=3, rule=ExponentialAverage(0.75))
 
@@ -402,11 +398,6 @@ def rebound(mode: str) -> None:
         both.reference.to(torch.bfloat16)
         check("to(bfloat16)")
         both.require_exchange()
-
-
-@pytest.mark.parametrize("mode", ["plain", "ddp", "fsdp2", "fsdp1", "fsdp1_orig", "tp"])
-def test_a_model_is_found_again(mode: str) -> None:
-    run_ranks(2, rebound, mode)
 
 
 def refused(mode: str) -> dict[str, str]:
@@ -469,19 +460,17 @@ def changes(mode: str) -> dict[str, Callable[[nn.Module], None]]:
     }
 
 
-def check_refused(mode: str, plant: Plant = None) -> None:
-    for told in run_ranks(2, refused, mode, plant=plant):
+@pytest.mark.parametrize("mode", ["plain", "tp"])
+def test_a_model_spread_in_another_way_changes_nothing(mode: str) -> None:
+    for told in run_ranks(2, refused, mode):
         for what, error in told.items():
             change = what.rpartition(", ")[0]
             assert " ".join(change.split()) in error, (what, error)
 
 
-@pytest.mark.parametrize("mode", ["plain", "tp"])
-def test_a_model_spread_in_another_way_changes_nothing(mode: str) -> None:
-    check_refused(mode)
-
-
-def averaged_in_groups(mode: str) -> None:
+@pytest.mark.parametrize("mode", ["plain", "fsdp2"])
+@on_ranks(4)
+def test_groups_of_ranks_average_models_of_their_own(mode: str) -> None:
     """Average one model over ranks 0 and 2, and another over 1 and 3."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("inside", "side"))["inside"]
     side = dist.get_rank() % 2
@@ -495,19 +484,8 @@ def averaged_in_groups(mode: str) -> None:
     both.require_equal()
 
 
-@pytest.mark.parametrize("mode", ["plain", "fsdp2"])
-def test_groups_of_ranks_average_models_of_their_own(mode: str) -> None:
-    run_ranks(4, averaged_in_groups, mode)
-
-
-class Third(Rule):
-    """A rule of Python alone."""
-
-    def weight(self, num_averaged: int) -> float:
-        return 1.0 if num_averaged == 0 else 1 / 3
-
-
-def averaged_in_any_layout() -> None:
+@on_ranks(2)
+def test_local_tensors_of_any_layout() -> None:
     """Average DTensors whose local tensors are transposed, or have gaps, and a complex param beside them."""
     world, rank = dist.get_world_size(), dist.get_rank()
     mesh = init_device_mesh("cpu", (world,))
@@ -526,7 +504,7 @@ def averaged_in_any_layout() -> None:
                 "complex": reference["complex"].detach().clone(),
             }
         )
-        both = Beside("any", models=(reference, sharded), rule=Third(), share_replicas=share_replicas, updates=3)
+        both = Beside("any", models=(reference, sharded), share_replicas=share_replicas, updates=3)
         before = both.params()
         require_same(before, tensors_of(reference))
         # Under inference mode torch 2.6 gathers no DTensor.
@@ -538,11 +516,8 @@ def averaged_in_any_layout() -> None:
         both.require_equal()
 
 
-def test_local_tensors_of_any_layout() -> None:
-    run_ranks(2, averaged_in_any_layout)
-
-
-def averaged_otherwise() -> None:
+@on_ranks(2)
+def test_dtypes_side_by_side_and_other_wrappers() -> None:
     """Average models of several dtypes, compiled ones, and ones of which FSDP1 leaves some modules alone."""
 
     def of_several_dtypes(mode: str) -> Net:
@@ -569,10 +544,6 @@ def averaged_otherwise() -> None:
         both = Beside(mode, models=(reference, sharded), updates=2)
         both.require_exchange(kind)
         both.require_equal(kind)
-
-
-def test_dtypes_side_by_side_and_other_wrappers() -> None:
-    run_ranks(2, averaged_otherwise)
 
 
 # Each gate kills a bug
@@ -613,25 +584,25 @@ def send_what_the_body_left() -> None:
 
 
 #: The bug, the check that must fail, and how.
-GATES: list[tuple[Callable[[], None], Callable[[Plant], None], str]] = [
+GATES: list[tuple[Callable[[], None], Callable[[], None], str]] = [
     (
         leave_the_root_gathered,
-        lambda plant: check_swapped("fsdp2", FEW_FORMATS[:1], plant),
+        partial(check_swapped, "fsdp2", FEW_FORMATS[:1]),
         "inside|after|not resharded",
     ),
     (
         leave_the_root_gathered,
-        lambda plant: check_swapped("fsdp1", FEW_FORMATS[:1], plant),
+        partial(check_swapped, "fsdp1", FEW_FORMATS[:1]),
         "inside|after|not resharded",
     ),
-    (spread_nothing, lambda plant: check_swapped("ddp", FEW_FORMATS[:1], plant), "inside: "),
-    (drop_the_last_window, lambda plant: check_swapped("plain", FEW_FORMATS[:1], plant), "inside: "),
-    (take_any_place, lambda plant: check_refused("tp", plant), "DID NOT RAISE"),
-    (send_what_the_body_left, check_moved_on_one_rank, "frozen.weight"),
+    (spread_nothing, partial(check_swapped, "ddp", FEW_FORMATS[:1]), "inside: "),
+    (drop_the_last_window, partial(check_swapped, "plain", FEW_FORMATS[:1]), "inside: "),
+    (take_any_place, partial(test_a_model_spread_in_another_way_changes_nothing, "tp"), "DID NOT RAISE"),
+    (send_what_the_body_left, test_a_param_moved_on_one_rank_spoils_no_other, "frozen.weight"),
 ]
 
 
 @pytest.mark.parametrize(("plant", "gate", "message"), GATES, ids=[plant.__name__ for plant, *_ in GATES])
-def test_the_gate_kills_the_bug(plant: Callable[[], None], gate: Callable[[Plant], None], message: str) -> None:
-    with pytest.raises(AssertionError, match=message):  # of the checks, or of a rank
-        gate(plant)
+def test_the_gate_kills_the_bug(plant: Callable[[], None], gate: Callable[[], None], message: str) -> None:
+    with planted(plant), pytest.raises(AssertionError, match=message):  # of the checks, or of a rank
+        gate()

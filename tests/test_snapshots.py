@@ -8,9 +8,10 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage, Rule
+from swafast import FusedAveragedModel, PowerAverage, Rule
+from swafast.posthoc import snapshots as snapshots_module
 from swafast.posthoc import sums
-from swafast.posthoc.folder import SIDECAR, StoredAverage, snapshot_paths
-from swafast.posthoc.profiles import Profile
+from swafast.posthoc.folder import SIDECAR, snapshot_paths
 from swafast.posthoc.snapshots import Snapshots
 from tests.support import differing, drift, same_bits
 
@@ -51,14 +52,7 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # beside other processes two threads wait for each other: 58 s instead of 3
-    yield recorded(tmp_path_factory.mktemp("run"))
-    torch.set_num_threads(threads)
-
-
-def recorded(folder: Path) -> Run:
+def run(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Run:
     from swafast.demo.task import Settings, digits_split
 
     split = digits_split(0, Settings())
@@ -66,7 +60,7 @@ def recorded(folder: Path) -> Run:
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     averages = {name: FusedAveragedModel(model, rule=rule) for name, rule in STORED.items()}
     direct = {width: FusedAveragedModel(model, rule=PowerAverage.from_sigma_rel(width)) for width in WIDTHS}
-    found = Run(folder, {}, {})
+    found = Run(tmp_path_factory.mktemp("run"), {}, {})
     snapshots = Snapshots(found.folder)
     order = torch.Generator().manual_seed(0)
     for count in range(1, UPDATES + 1):
@@ -134,14 +128,6 @@ def test_the_sum_does_not_depend_on_how_many_tensors_go_at_a_time(run: Run, monk
     monkeypatch.setattr(sums, "_WINDOW_NUMEL", 100)
     given = Snapshots(run.folder).synthesize(rule, 25 * EVERY)
     assert differing(given, expected) == []
-
-
-def test_they_are_listed(run: Run) -> None:
-    snapshots = Snapshots(run.folder)
-    listed = list(snapshots)
-    assert len(snapshots) == len(listed) == 2 * UPDATES // EVERY
-    assert listed[:2] == [StoredAverage(name, EVERY, rule) for name, rule in STORED.items()]
-    assert snapshots.profiles[-1] == Profile(STORED["wide"], UPDATES)
 
 
 # Small folders
@@ -212,17 +198,6 @@ def test_only_what_is_asked_for_is_given_and_on_its_device_and_in_its_strides(tm
     assert given["second.weight"].stride() == (1, 3)
 
 
-def test_rules_are_spelled_and_read_back(tmp_path: Path) -> None:
-    rules = {
-        "equal": EqualAverage(),
-        "power": PowerAverage(0.1 + 0.2),
-        "exponential": ExponentialAverage(0.99, warmup="power", inv_gamma=2.5, power=0.75, min_decay=0.25),
-    }
-    snapshots = Snapshots(tmp_path)
-    snapshots.save({name: updated(3, rule) for name, rule in rules.items()})
-    assert {stored.name: stored.rule for stored in snapshots} == rules
-
-
 class Own(PowerAverage):
     """A rule that looks like one of this package."""
 
@@ -261,21 +236,31 @@ def test_a_count_saved_again_takes_the_place_of_the_first(
     assert same_bits(snapshots.synthesize(STORED["wide"])["first.bias"], other.averaged_state_dict()["first.bias"])
 
 
-@pytest.mark.parametrize("moment", ["write", "write_sidecar"])
+@pytest.mark.parametrize(
+    ("owner", "name", "error", "seen"),
+    [
+        (snapshots_module, "write", OSError, OSError),
+        (snapshots_module, "write_sidecar", OSError, RuntimeError),
+        (torch, "save", KeyboardInterrupt, KeyboardInterrupt),  # by which each tensor is written
+    ],
+)
 def test_a_save_that_fails_leaves_the_earlier_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    error: type[BaseException],
+    seen: type[BaseException],
 ) -> None:
-    from swafast.posthoc import snapshots as module
-
     snapshots = small(tmp_path, 2, 3)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
-    def fail(*_: object) -> None:
-        raise OSError("no space left")
+    def fail(*_: object, **__: object) -> None:
+        raise error("no space left")
 
-    monkeypatch.setattr(module, moment, fail)
+    monkeypatch.setattr(owner, name, fail)
     for count in (3, 4):
-        with pytest.raises(OSError if moment == "write" else RuntimeError, match="no space left"):
+        with pytest.raises(seen, match="no space left" if error is OSError else None):
             snapshots.save(updated(count))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -307,18 +292,6 @@ def test_a_damaged_snapshot_does_not_end_a_training(tmp_path: Path) -> None:
     snapshots.save(updated(4))
     snapshots.save(updated(3))  # takes the place of the damaged one
     assert [stored.num_averaged for stored in snapshots] == [2, 3, 4]
-
-
-def test_ctrl_c_in_a_save_is_no_other_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    snapshots = small(tmp_path, 2, 3)
-
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", interrupted)  # by which each tensor is written
-    with pytest.raises(KeyboardInterrupt):
-        snapshots.save(updated(4))
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 _KILLED = """
@@ -403,6 +376,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "half the sidecar": (lambda path: cut_in_half(path / SIDECAR), "must be whole, got JSONDecodeError"),
     "an edited sidecar": (edit_count, "must be what was saved, got other bytes"),
     "an empty sidecar": (lambda path: (path / SIDECAR).write_text("[]"), "must be whole, got TypeError"),
+    "data of another snapshot": (
+        lambda path: shutil.copy(data_file(snapshot_paths(path.parent)[0]), data_file(path)),
+        "must hold what was saved, got another checksum",
+    ),
     "a flipped bit": (flip_a_weight, "must hold what was saved, got another checksum of 'average/first.bias'"),
 }
 
@@ -422,14 +399,6 @@ def test_a_snapshot_under_another_count_is_named(tmp_path: Path) -> None:
     path = snapshot_paths(tmp_path)[0]
     later = path.rename(path.with_name("000000000099.0"))
     with pytest.raises(ValueError, match=f"{later} must be named after its count, 2: rename it back"):
-        snapshots.synthesize(STORED["wide"])
-
-
-def test_a_file_of_another_snapshot_is_noticed(tmp_path: Path) -> None:
-    snapshots = small(tmp_path)
-    early, late = snapshot_paths(tmp_path)
-    shutil.copy(data_file(early), data_file(late))
-    with pytest.raises(ValueError, match=f"{late} must hold what was saved, got another checksum"):
         snapshots.synthesize(STORED["wide"])
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from swafast import FusedAveragedModel
-from tests.support import EveryKind, differing, drift, refused, tensors_of, trained, update
+from tests.support import EveryKind, differing, drift, refused, tensors_of, trained, update, updated_once
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -46,14 +46,15 @@ def test_round_trip_and_going_on(every_kind: EveryKind, dtype: torch.dtype, assi
 
 
 @pytest.mark.parametrize("source", DTYPES)
-@pytest.mark.parametrize("target", DTYPES)
+@pytest.mark.parametrize("target", [*DTYPES, torch.float64])
 def test_a_state_of_another_format_keeps_its_precision(
     every_kind: EveryKind, source: torch.dtype, target: torch.dtype
 ) -> None:
     average = trained(every_kind, source)
     other = FusedAveragedModel(every_kind.to(target))
     other.load_state_dict(average.state_dict())
-    assert differing(params_of(other), params_of(average)) == []
+    expected = {name: value.to(torch.promote_types(value.dtype, target)) for name, value in params_of(average).items()}
+    assert differing(params_of(other), expected) == []
     assert other.module.long.dtype == target
 
 
@@ -64,8 +65,7 @@ FORMATS = [None, "float32", "exact", "mirrored", "compact", "compensated"]
 @pytest.mark.parametrize("target", FORMATS)
 def test_a_model_of_many_dtypes_moves_between_formats(source: str | None, target: str | None) -> None:
     model = nn.Sequential(nn.Linear(3, 3).bfloat16(), nn.LayerNorm(3), nn.Linear(3, 3).half())
-    average = FusedAveragedModel(model, format=source)
-    average.update_parameters(model)
+    average = updated_once(model, format=source)
     other = FusedAveragedModel(model, format=target)
     other.load_state_dict(average.state_dict())
     lossy = "compact" in (source, target)
@@ -78,8 +78,7 @@ def test_what_no_state_holds_has_no_planes_in_it(format: str | None) -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     model.register_buffer("passing", torch.randn(3), persistent=False)
     model[0].register_buffer("staying", torch.randn(3))
-    average = FusedAveragedModel(model, use_buffers=True, format=format)
-    average.update_parameters(model)
+    average = updated_once(model, use_buffers=True, format=format)
     assert [key for key in average.state_dict() if "passing" in key] == []
     for state in (FusedAveragedModel(model, use_buffers=True).state_dict(), AveragedModel(model).state_dict()):
         before = average.averaged_state_dict()
@@ -102,14 +101,6 @@ def test_states_go_both_ways_with_torchs_class(every_kind: EveryKind, assign: bo
     back = FusedAveragedModel(every_kind)
     back.load_state_dict(copy.deepcopy(theirs.state_dict()), assign=assign)
     assert differing(tensors_of(back), tensors_of(ours)) == []
-
-
-def test_torchs_class_takes_an_exact_state_without_its_remainders(every_kind: EveryKind) -> None:
-    ours = trained(every_kind, torch.bfloat16)
-    theirs = AveragedModel(every_kind)
-    result = theirs.load_state_dict(ours.state_dict(), strict=False)
-    assert all(key.startswith("remainder.") for key in result.unexpected_keys)
-    assert differing(tensors_of(ours.module), tensors_of(theirs.module)) == []
 
 
 def test_a_state_without_remainders_zeroes_them(every_kind: EveryKind) -> None:
@@ -152,7 +143,7 @@ def test_a_load_that_is_not_strict_takes_what_is_there(every_kind: EveryKind) ->
     state = copy.deepcopy(average.state_dict())
     for key in ("remainder.long", "module.scalar", "remainder.scalar"):
         del state[key]
-    other = FusedAveragedModel(every_kind)
+    other = trained(EveryKind(), torch.bfloat16)  # with remainders of its own
     result = other.load_state_dict(state, strict=False)
     assert "module.scalar" in result.missing_keys
     assert torch.equal(other.averaged_state_dict()["long"], average.module.long.float())
@@ -239,14 +230,6 @@ def test_copy_to_casts_the_averages(every_kind: EveryKind, dtype: torch.dtype) -
         assert torch.equal(model.norm.running_mean.float(), every_kind.norm.running_mean.float())
 
 
-def test_into_float64_nothing_is_lost(every_kind: EveryKind) -> None:
-    for dtype in (torch.bfloat16, torch.float16):
-        average = trained(every_kind, dtype)
-        double = FusedAveragedModel(copy.deepcopy(every_kind).double())
-        double.load_state_dict(average.state_dict())
-        assert torch.equal(double.module.long, average.averaged_state_dict()["long"].double())
-
-
 def test_modules_that_look_at_values_while_loading_still_load() -> None:
     class Scaled(nn.Linear):
         def get_extra_state(self) -> torch.Tensor:
@@ -277,15 +260,6 @@ def test_checkpoint_wrappers_do_not_hide_a_state() -> None:
     single = FusedAveragedModel(copy.deepcopy(wrapped).float())
     average.load_state_dict(single.state_dict())
     single.load_state_dict(average.state_dict())
-
-
-def test_a_remainder_that_is_missing_counts_as_zero_where_the_load_is_not_strict(every_kind: EveryKind) -> None:
-    average = trained(every_kind, torch.bfloat16)
-    state = copy.deepcopy(average.state_dict())
-    del state["remainder.long"]
-    state["module.long"].fill_(1.0)
-    average.load_state_dict(state, strict=False)
-    assert average.averaged_state_dict()["long"].tolist() == [1.0] * 1000
 
 
 def test_torchs_checkpoint_library_saves_and_loads(every_kind: EveryKind, tmp_path) -> None:

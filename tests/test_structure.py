@@ -121,32 +121,14 @@ def planted(additions: dict[str, str]) -> list[str]:
     return structure.report({**CLEAN, **{path: CLEAN.get(path, "") + text for path, text in additions.items()}})
 
 
-@pytest.mark.parametrize("path", SOURCES)
-def test_imports_only_go_down(path: str) -> None:
-    assert structure.wrong_imports(path, SOURCES) == []
-
-
-def test_no_circles_of_modules() -> None:
-    assert structure.circles(SOURCES) == []
-
-
-def test_no_two_modules_share_a_name() -> None:
-    assert structure.shared_names(SOURCES) == []
+def test_the_package_keeps_the_rules() -> None:
+    assert structure.report(SOURCES) == []
 
 
 def test_every_folder_is_a_floor() -> None:
     assert {structure.folder_of(path) for path in SOURCES} <= structure.DEPTHS.keys()
     faces = {path for path in SOURCES if "/" not in path} - {"__init__.py", "__main__.py"}
     assert len(faces) <= 6, faces
-
-
-@pytest.mark.parametrize("path", SOURCES)
-def test_what_is_private_in_torch_stays_in_one_folder(path: str) -> None:
-    assert structure.private_names(path, SOURCES[path]) == []
-
-
-def test_torch_distributed_is_known_above_average_only() -> None:
-    assert [name for path, source in SOURCES.items() for name in structure.names_of_ranks(path, source)] == []
 
 
 def test_a_tree_that_keeps_the_rules_is_not_reported() -> None:

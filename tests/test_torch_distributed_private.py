@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,11 +23,6 @@ from tests.ranks import TIMEOUT, run_ranks
 from tests.sharded_models import require
 
 
-@pytest.mark.distributed
-def test_dtensors_have_what_we_read() -> None:
-    assert run_ranks(1, dtensor_names) == [[]]
-
-
 def dtensor_names() -> list[str]:
     """Return the private names of DTensor and process groups that this torch lacks, or that mean something else."""
     mesh = init_device_mesh("cpu", (1,))
@@ -43,12 +39,6 @@ def dtensor_names() -> list[str]:
     return missing
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("orig", [False, True])
-def test_fsdp1_has_what_we_read(orig: bool) -> None:
-    assert run_ranks(2, fsdp1_names, orig) == [[], []]
-
-
 def fsdp1_names(orig: bool) -> list[str]:
     """Return the private names of FSDP1 that this torch lacks."""
     model = FullyShardedDataParallel(nn.Linear(3, 5), use_orig_params=orig, device_id=torch.device("cpu"))
@@ -57,16 +47,8 @@ def fsdp1_names(orig: bool) -> list[str]:
         missing.append("FLAT_PARAM")
     model(torch.ones(1, 3))
     handle = model._handle
-    wanted = (
-        "_fqns",
-        "_shapes",
-        "_strides",
-        "_shard_param_infos",
-        "_param_infos",
-        "_shared_param_infos",
-        "_local_shard",
-    )
-    missing += [name for name in wanted if not hasattr(handle.flat_param, name)]
+    of_param = ("_fqns", "_shapes", "_strides", "_shard_param_infos", "_param_infos", "_shared_param_infos")
+    missing += [name for name in (*of_param, "_local_shard") if not hasattr(handle.flat_param, name)]
     of_handle = ("reshard", "post_reshard", "_prefetched", "uses_sharded_strategy")
     missing += [name for name in of_handle if not hasattr(handle, name)]
     (found,) = private.flat_params(model)
@@ -78,11 +60,6 @@ def fsdp1_names(orig: bool) -> list[str]:
     return missing
 
 
-@pytest.mark.distributed
-def test_groups_have_what_we_read() -> None:
-    assert run_ranks(1, group_names) == [[]]
-
-
 def group_names() -> list[str]:
     """Return the private names of process groups that this torch lacks, or that mean something else."""
     of_torch = dist.distributed_c10d._process_group_name
@@ -91,12 +68,6 @@ def group_names() -> list[str]:
     if dist.distributed_c10d._process_group_name is not of_torch:
         missing.append("_process_group_name, which is not as it was")
     return missing
-
-
-@pytest.mark.distributed
-def test_fsdp2_has_what_we_read() -> None:
-    require("fsdp2", forward=True)
-    assert run_ranks(1, fsdp2_names) == [[]]
 
 
 def fsdp2_names() -> list[str]:
@@ -117,6 +88,21 @@ def fsdp2_names() -> list[str]:
 
 def stop(*args: object) -> None:
     raise StopIteration
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("world", "names_lacking", "args"),
+    [(1, dtensor_names, ()), (2, fsdp1_names, (False,)), (2, fsdp1_names, (True,)), (1, group_names, ())],
+)
+def test_torch_has_what_we_read(world: int, names_lacking: Callable[..., list[str]], args: tuple[bool, ...]) -> None:
+    assert run_ranks(world, names_lacking, *args) == [[]] * world
+
+
+@pytest.mark.distributed
+def test_fsdp2_has_what_we_read() -> None:
+    require("fsdp2", forward=True)
+    assert run_ranks(1, fsdp2_names) == [[]]
 
 
 def test_checkpoints_ask_tensors_for_the_protocol_that_ours_speaks() -> None:

@@ -1,12 +1,15 @@
-"""Each private name of torch that `torch_private/core.py` relies on; a failure here names the one that changed."""
+"""Each private name of torch that `core.py` and `optimizers.py` rely on; a failure here names the one that changed."""
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import nn
+from torch.distributed.checkpoint import state_dict
 from torch.optim import swa_utils
 
-from swafast.torch_private import core
+from swafast.torch_private import core, optimizers
 
 
 def test_disable_dynamo() -> None:
@@ -42,3 +45,20 @@ def test_closures_of_torchs_averaging_functions() -> None:
     for factory in core.EMA_FACTORIES:
         assert core.closure_of(factory, factory(0.25)) == {"decay": 0.25}, f"{factory.__name__} is built otherwise now"
     assert core.closure_of(swa_utils.get_swa_avg_fn, swa_utils.get_ema_avg_fn(0.5)) is None
+
+
+def test_the_functions_that_are_looked_for_in_the_stack() -> None:
+    assert state_dict.__name__ == optimizers._STATES
+    for name in (optimizers._MAKES_STATE, optimizers._LOADS_STATE):
+        assert inspect.unwrap(getattr(state_dict, name)).__code__.co_name == name, f"{name} is gone"
+    assert "state_dict" in inspect.signature(state_dict._load_optim_state_dict).parameters, "its argument is renamed"
+    assert optimizers._HOOKED is not None, "Optimizer.profile_hook_step is gone"
+
+
+def test_hooks_of_optimizers() -> None:
+    optimizer, seen = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1), []
+    optimizer.register_step_post_hook(lambda *_: seen.append(optimizers.is_step(optimizer)))
+    optimizer.register_state_dict_post_hook(seen.append)
+    optimizer.step()
+    assert seen == [True]
+    assert optimizers.owners_of_state_hooks(optimizer) == [seen]

@@ -189,7 +189,13 @@ void swafast_cpu_want_large_pages(void* start, int64_t nbytes) {
   constexpr uintptr_t kPage = 4096;
   const auto first = (reinterpret_cast<uintptr_t>(start) + kPage - 1) / kPage * kPage;
   const auto end = (reinterpret_cast<uintptr_t>(start) + static_cast<uintptr_t>(nbytes)) / kPage * kPage;
-  if (end > first) (void)madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+  if (end <= first) return;
+  (void)madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+  // Pages that were touched before: Linux 6.1 and later moves them now, a large page at a time.
+#if !defined(MADV_COLLAPSE)
+#define MADV_COLLAPSE 25
+#endif
+  (void)madvise(reinterpret_cast<void*>(first), end - first, MADV_COLLAPSE);
 #else
   (void)start;
   (void)nbytes;

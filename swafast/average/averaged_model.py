@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,21 +11,28 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim.swa_utils import AveragedModel
 
+from ..loop import swaps
+from ..loop.guard import seamless
+from ..loop.swaps import Swap
 from ..op import checks, choice
+from ..op.buckets import keep_large
 from ..op.exchange import Exchange
-from ..terms.formats import OWN, Format, check_format, format_of, stored_dtype
+from ..terms.formats import OWN, Format, check_format, convert, format_of, stored_dtype
 from ..terms.names import named_params, unwrap
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule, rule_of
 from ..torch_private.core import disable_dynamo
+from ..torch_private.modules import named_tensors
+from .contents import HoldsModels
 from .functions import choose_rule, update_by_function
+from .loading import load_whole
 from .matching import Bound, ModuleSide, WithBindings, ask_include, check_model, each_average, refuse_sharded
-from .planes import Recast, fit_planes
-from .states import check_state, export, keeping_ties, translate_load
+from .planes import Recast, RecodedParams, fit_planes, keeps_values
+from .states import export, translate_load
 
 
 @pickled_from("swafast")
-class FusedAveragedModel(WithBindings, AveragedModel):
+class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
     """A copy of a model that holds the running average of the model's parameters, updated in one fused pass.
 
     ``average = average + weight * (param - average)``, with ``weight = 1 / (n + 1)`` (SWA) by default.
@@ -53,6 +59,8 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         nonfinite: ``"propagate"``, as torch does. ``"raise"`` and ``"skip"`` read the params once more, and change
             nothing if one holds a NaN or an infinity.
         seed: the seed of the random bits by which ``"compact"`` and ``"half"`` round. States hold no seed and no rule.
+        num_averaged: if ``model`` has averaged weights, such as a published EMA, of how many models. Updates go on from
+            them. By default the first update copies.
 
     Raises:
         TypeError: ``model`` is not a module, or another argument has a wrong type.
@@ -100,6 +108,7 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         include: Callable[[str, Tensor], bool] | None = None,
         nonfinite: str = "propagate",
         seed: int = 0,
+        num_averaged: int = 0,
     ) -> None:
         recognised = choose_rule(rule, avg_fn, multi_avg_fn)
         check_format(format)
@@ -107,24 +116,31 @@ class FusedAveragedModel(WithBindings, AveragedModel):
             raise ValueError(f"format must be None with an averaging function of your own, got {format!r}")
         checks.check_nonfinite(nonfinite)
         checks.check_seed(seed)
+        checks.check_num_averaged(num_averaged)
         if isinstance(device, (Rule, Mapping)):
             raise TypeError(f"device must be a torch.device, got {device!r}: pass a rule as rule=")
-        choice.choose_backends(backend, {param.device.type for param in check_model(model).parameters()})
+        params = named_params(unwrap(check_model(model)), "model")
+        choice.choose_backends(backend, {param.device.type for param in params.values()})
         refuse_sharded(model)
-        asked = ask_include(include, named_params(unwrap(model), "model"))
+        asked = ask_include(include, params)
         if recognised is not None and (rule, avg_fn, multi_avg_fn) != (None, None, None):
             # Keep the rule in place of torch's closures, which cannot be pickled.
             avg_fn, multi_avg_fn = None, recognised
-        super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)  # type: ignore[arg-type]  # .to() takes a str
+        stored = {n: stored_dtype(format, p.dtype, copied=not asked.get(n, True)) for n, p in params.items()}
+        recoded = RecodedParams(model, params, stored, device)
+        super().__init__(recoded, device, avg_fn, multi_avg_fn, use_buffers)  # type: ignore[arg-type]  # copied there
         self.format, self.backend, self.include, self.nonfinite, self.seed = format, backend, include, nonfinite, seed
         self._any_device, self._made_of, self._asked = device is not None, weakref.ref(model), asked
+        recoded.fill(self, self._each_average())
         copied = {id(tensor) for _, tensor, fmt in self._each_average() if fmt is None}
         self._apply(lambda tensor: tensor.to(stored_dtype(format, tensor.dtype, copied=id(tensor) in copied)))
-        for name, tensor, fmt in self._each_average():
-            fit_planes(self, name, tensor, fmt)
-        where = next((p.device for p in self.module.parameters()), None)
+        where = next((p.device for _, p in named_tensors(self.module)), None)
         if device is None and where is not None and where.type != "meta":
             self.n_averaged = self.n_averaged.to(where)
+        self._count_from(num_averaged)
+
+    def _params(self) -> list[Tensor]:
+        return [param for _, param in named_tensors(self.module)]
 
     def _each_average(self) -> Iterator[tuple[str, Tensor, Format | None]]:
         for names, tensor, is_buffer in each_average(self.module):
@@ -173,14 +189,21 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         with self._guard.hold("update_parameters"):
             rule = self.rule
             plan, params, planes = self._bind(model, rule is None)
+            if swaps.in_force:
+                swaps.refuse_model("update_parameters", model)
             skip = self.nonfinite == "skip"
             if self.nonfinite == "raise":
                 plan.refuse_nonfinite(params)
+            is_first = self._uncounted is not None and not self._uncounted.is_updated
+            if is_first:
+                self._warn_of_overwrite()
             if rule is not None:
                 plan.update(params, planes, (rule,), skip_nonfinite=skip)
             elif not skip or plan.first_nonfinite(params) is None:
                 pairs = plan.pairs(params, planes)
                 update_by_function(pairs, self.avg_fn, self.multi_avg_fn, self.n_averaged)
+            if is_first:
+                self._note_update()
 
     def _bind(self, model: Module, by_function: bool | None = None) -> Bound:
         """Return the plan for ``model``. ``by_function``, if known: whether the user's own function runs updates."""
@@ -198,42 +221,42 @@ class FusedAveragedModel(WithBindings, AveragedModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._guard.settle()
+        self._guard.refuse_while_swapped("forward")
+        if self._uncounted is not None:
+            self._warn_if_empty("forward", stacklevel=4)  # torch adds two frames
         return super().forward(*args, **kwargs)
 
-    @contextmanager
+    @seamless
     def swapped_into(self, model: Module) -> Iterator[Module]:
         """Run ``model`` on the averages: ``with averaged.swapped_into(model): evaluate(model)``.
 
         Params and buffers are exchanged with their averages in place if the dtypes agree (for ``exact`` with its
         bfloat16 plane). Other params are copied aside and overwritten. On leaving, after an exception too, all are
-        put back. Do not train the model in the body: values written into its params would end up in the averages.
-        Meanwhile the averaged module holds the model's params.
+        put back, also into tensors that were moved, cast or replaced meanwhile. Copied buffers may be written in the
+        body, params must not. Until then the averaged module holds the model's params, and must not be used.
+
+        Swaps of several averages into one model may nest. One that is left before an inner one raises, and goes back
+        when the inner one has left.
 
         Raises:
             TypeError, ValueError: as :meth:`update_parameters`; nothing has changed.
-            RuntimeError: the averages are swapped in already; or, on leaving, a parameter has moved to other memory,
-                and is named. Inside the body, updates, :meth:`state_dict` and :meth:`load_state_dict` raise it too.
+            RuntimeError: the averages are swapped in already; or, on leaving, a param or an averaged buffer was written
+                or its memory was freed. The params are back then, and the message says what became of the averages.
         """
-        exchange = None
+        swap = Swap(self._guard, self, model)
         try:
-            with self._guard.hold("swapped_into"):
-                exchange = Exchange(*self._bind(model))
-                self._guard.model = model
-                exchange.there()
-            yield model
-        finally:
-            if exchange is not None:
-                self._swap_back(exchange)
-
-    def _swap_back(self, exchange: Exchange) -> None:
-        with self._guard.locked():
             try:
-                exchange.back()
-            except (KeyboardInterrupt, SystemExit):
-                exchange.back()  # what the interrupt has left
-                raise
+                with self._guard.hold("swapped_into", written=model):
+                    if self._uncounted is not None:
+                        self._warn_if_empty("swapped_into", stacklevel=2)
+                    bound, ignored = self._bind(model), swaps.broadcasts_buffers(model)
+                    swap.enter(Exchange(*bound, self._bindings.latest.now, ignore_buffers=ignored))
+                yield model
             finally:
-                self._guard.model = None
+                swap.leave()
+                self._note_own_writes()
+        finally:
+            swap.finish()  # whatever an interrupt has left
 
     @torch.no_grad()
     def copy_to(self, model: Module) -> None:
@@ -241,14 +264,18 @@ class FusedAveragedModel(WithBindings, AveragedModel):
 
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed.
+            RuntimeError: the average holds no model yet, but the values of its construction.
         """
-        with self._guard.hold("copy_to"):
+        with self._guard.hold("copy_to", written=model):
+            if self._uncounted is not None:
+                self._refuse_if_empty("copy_to", stacklevel=3)
             plan, params, planes = self._bind(model)
+            if swaps.in_force:
+                swaps.refuse_model("copy_to", model)
             pairs = plan.pairs(params, planes)
             checks.check_writable(pairs)
             for pair in pairs:
-                value = pair.format.decode(pair.planes) if pair.format is not None else pair.average
-                pair.param.detach().copy_(value)
+                convert(pair.planes, pair.format, (pair.param,), None)
 
     @torch.no_grad()
     def averaged_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -263,6 +290,8 @@ class FusedAveragedModel(WithBindings, AveragedModel):
             RuntimeError: the averages are swapped into a model.
         """
         with self._guard.hold("averaged_state_dict"):
+            if self._uncounted is not None:
+                self._warn_if_empty("averaged_state_dict", stacklevel=3)
             return export(self, self.module, self._each_average(), dtype)
 
     # State
@@ -279,16 +308,17 @@ class FusedAveragedModel(WithBindings, AveragedModel):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state of this class or of torch's. Averages of another format are converted at full precision.
 
+        If anything raises, also a hook of the model, nothing has changed. Hooks run once.
+
         Raises:
-            RuntimeError: keys or shapes do not match, with torch's message, and nothing has changed; or the averages
-                are swapped into a model.
+            RuntimeError: keys, shapes or values do not fit, with torch's message; or the averages are swapped into a
+                model.
         """
         with self._guard.hold("load_state_dict"):
             self._strict = strict
             try:
-                check_state(self, state_dict, strict, assign)
-                with keeping_ties(self.module):
-                    return super().load_state_dict(state_dict, strict=strict, assign=assign)
+                load = super().load_state_dict
+                return load_whole(self, [self.module], load, state_dict, strict=strict, assign=assign)
             finally:
                 self._strict = True
 
@@ -297,16 +327,24 @@ class FusedAveragedModel(WithBindings, AveragedModel):
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
         translate_load(self, self.module, state_dict, prefix, self._format_of, assign=assign, strict=self._strict)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        self._note_load(state_dict.get(f"{prefix}n_averaged"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAveragedModel:
-        """Move or cast as any module does. A cast encodes each average anew, so that it keeps its precision."""
+        """Move or cast as any module does. A cast encodes each average anew, so that it keeps its precision.
+
+        A move that drops the values, as ``to_empty`` does, leaves a count of 0.
+        """
         with self._guard.hold("a move or cast"):
-            averages = {}
-            for name, tensor, fmt in self._each_average():
-                if fmt is not None:
-                    averages[id(tensor)] = (name, fit_planes(self, name, tensor, fmt), fmt)
-            recast = Recast(averages, fn, lambda dtype: format_of(self.format, dtype))
-            super()._apply(recast, recurse)
-            recast.finish(self)
+            has_values, _ = keeps_values(fn), self._holds()
+            recast = Recast(self, self._each_average(), fn, lambda dtype: format_of(self.format, dtype))
+            try:
+                super()._apply(recast, recurse)
+            finally:
+                recast.finish()
+            if not has_values:
+                self.n_averaged.zero_()
             self._any_device |= recast.moved
+            planes = [plane for average in self._each_average() for plane in fit_planes(self, *average)]
+            self._bindings.large_homes = keep_large(planes, self._bindings.large_homes)
+            self._note_own_writes()
             return self

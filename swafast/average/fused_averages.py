@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any, NoReturn
 
 import torch
@@ -12,14 +11,15 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..backends.library import MAX_PACES
+from ..loop import swaps
 from ..loop.guard import Guard
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import own_children
 from .averaged_model import FusedAveragedModel
+from .loading import load_whole
 from .matching import Bound, WithBindings
-from .states import check_state, keeping_ties
 
 
 def named_rules(given: object) -> dict[str, Rule]:
@@ -81,8 +81,8 @@ class FusedAverages(WithBindings, Module):
         model: the model to average.
         rules: up to 16 rules by name, as a mapping or as (name, rule) pairs. A name must not contain a dot.
         format: one format for all averages, or a mapping from their names; default: by each parameter's dtype.
-        device, use_buffers, backend, include, nonfinite, seed: as for :class:`~swafast.FusedAveragedModel`, the same
-            for all averages.
+        device, use_buffers, backend, include, nonfinite, seed, num_averaged: as for
+            :class:`~swafast.FusedAveragedModel`, the same for all averages.
 
     Raises:
         TypeError, ValueError: names, rules or formats are not as above; and all that each average's class raises.
@@ -107,6 +107,7 @@ class FusedAverages(WithBindings, Module):
         include: Callable[[str, Tensor], bool] | None = None,
         nonfinite: str = "propagate",
         seed: int = 0,
+        num_averaged: int = 0,
     ) -> None:
         super().__init__()
         self._made_of = weakref.ref(model)
@@ -124,6 +125,7 @@ class FusedAverages(WithBindings, Module):
                 include=include,
                 nonfinite=nonfinite,
                 seed=seed,
+                num_averaged=num_averaged,
             )
 
     # A mapping from names to averages
@@ -190,10 +192,18 @@ class FusedAverages(WithBindings, Module):
             averages = self.values()
             rules = self._rules(averages)
             plan, params, planes = self._bind_all(model, averages)
+            if swaps.in_force:
+                swaps.refuse_model("update_parameters", model)
             nonfinite = {averaged.nonfinite for averaged in averages}
             if "raise" in nonfinite:
                 plan.refuse_nonfinite(params)
+            for averaged in averages:
+                if averaged._uncounted is not None and not averaged._uncounted.is_updated:
+                    averaged._warn_of_overwrite()
             plan.update(params, planes, rules, skip_nonfinite="skip" in nonfinite)
+            for averaged in averages:
+                if averaged._uncounted is not None and not averaged._uncounted.is_updated:
+                    averaged._note_update()
 
     def _rules(self, averages: Sequence[FusedAveragedModel]) -> list[Rule]:
         rules = [averaged.rule for averaged in averages]
@@ -218,21 +228,20 @@ class FusedAverages(WithBindings, Module):
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state of this class into all averages.
+        """Load a state of this class into all averages. If anything raises, nothing has changed in any of them.
 
         Raises:
-            RuntimeError: keys or shapes do not match, with torch's message, and nothing has changed in any average; or
-                one is swapped into a model.
+            RuntimeError: keys, shapes or values do not fit, with torch's message; or one is swapped into a model.
         """
-        with self._guard.hold("load_state_dict"), ExitStack() as ties:
-            for averaged in self.values():
+        with self._guard.hold("load_state_dict"):
+            averages = self.values()
+            for averaged in averages:
                 averaged._strict = strict
-                ties.enter_context(keeping_ties(averaged.module))
             try:
-                check_state(self, state_dict, strict, assign)
-                return super().load_state_dict(state_dict, strict=strict, assign=assign)
+                modules = [averaged.module for averaged in averages]
+                return load_whole(self, modules, super().load_state_dict, state_dict, strict=strict, assign=assign)
             finally:
-                for averaged in self.values():
+                for averaged in averages:
                     averaged._strict = True
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -23,7 +23,7 @@ from ..op.plan import Plan
 from ..terms.formats import Format
 from ..terms.lazy import MadeOnUse
 from ..terms.names import named_buffers, named_params, require_same_names, unwrap
-from ..torch_private.modules import Walk
+from ..torch_private.modules import Walk, named_modules, named_tensors
 from .planes import fit_planes, put_planes
 
 #: Takes an average's name, its tensor and whether it is a buffer. Returns its format, or None if it is copied.
@@ -55,7 +55,7 @@ def check_model(model: object) -> Module:
 
 def refuse_sharded(model: Module) -> None:
     """Raise ValueError if the model has FSDP modules, which cannot be copied."""
-    for module in model.modules():
+    for _, module in named_modules(model, distinct=True):
         for kind in type(module).__mro__:
             if kind.__name__ in ("FSDPModule", "FullyShardedDataParallel"):
                 raise ValueError(f"model must be whole on this rank, got an {kind.__name__}; {checks.FOR_SHARDED}")
@@ -114,7 +114,7 @@ def _match(side: ModuleSide, model: Module, pace: int) -> list[Pair]:
             if theirs[is_buffer][other] is not param:
                 raise ValueError(f"model must tie {names[0]!r} and {other!r} as the average does, got two tensors")
         fmt = side.format_of(names[0], average, is_buffer)
-        matched.append(Pair(names[0], param, (average,), fmt, pace=pace))
+        matched.append(Pair(names[0], param, (average,), fmt, pace=pace, is_buffer=is_buffer))
     return matched
 
 
@@ -159,6 +159,7 @@ class ModuleBinding:
         backends = choice.choose_backends(sides[0].backend, choice.device_types(pairs))
         self.plan = Plan(pairs, backends, counters, homes)
         self.config, self._owner_walk, self._model_walk = config, Walk(root), Walk(unwrap(model))
+        self._num_planes = sum(len(pair.planes) for pair in pairs)
         self._planes = _picker([self._owner_walk.position(plane) for pair in pairs for plane in pair.planes])
         self._params = _picker([self._model_walk.position(pair.param) for pair in pairs])
 
@@ -178,6 +179,15 @@ class ModuleBinding:
         params, planes = self._params(theirs), self._planes(own)
         return (self.plan, params, planes) if self.plan.fits(params, planes, counters) else None
 
+    def now(self) -> Sequence[Tensor | None]:
+        """Return params and planes as both modules have them now; None for a lost one, or planes of other modules."""
+        theirs, own = self._model_walk.tensors(), self._owner_walk.tensors()
+        params: Sequence[Tensor | None] = self._params(theirs) if theirs is not None else ()
+        if theirs is None and (root := self.root) is not None:
+            found = named_params(root, "model") | named_buffers(root, "model")
+            params = [found.get(name) for name in self.plan.names]
+        return [*params, *(self._planes(own) if own is not None else [None] * self._num_planes)]
+
 
 class AnyBinding(Protocol):
     """What :class:`Bindings` needs of a binding: a plan, and the way to find its tensors again."""
@@ -189,6 +199,7 @@ class AnyBinding(Protocol):
     @property
     def config(self) -> object: ...
     def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None: ...
+    def now(self) -> Sequence[Tensor | None]: ...
 
 
 class Bindings:
@@ -203,6 +214,8 @@ class Bindings:
         self._warned: set[int] = set()  # ids of the captured ones with a warning
         #: Addresses of planes that a plan of several averages has put into buckets.
         self.shared_homes: frozenset[int] = frozenset()
+        #: Addresses of planes that are larger than a bucket. The averaged model has made them, so they stay.
+        self.large_homes: frozenset[int] = frozenset()
 
     def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None:
         """Return a plan that fits ``model``, with its params and planes, or None."""
@@ -215,14 +228,14 @@ class Bindings:
         return None
 
     @property
-    def latest(self) -> AnyBinding | None:
-        """The binding that was used last, or None."""
-        return self._recent[0] if self._recent else None
+    def latest(self) -> AnyBinding:
+        """The binding that was used last. There must be one."""
+        return self._recent[0]
 
     @property
     def homes(self) -> frozenset[int]:
-        """Addresses of the planes that are in buckets."""
-        return self.shared_homes | (self.latest.plan.homes if self.latest is not None else frozenset())
+        """Addresses of the planes that are in buckets, or are as large."""
+        return self.shared_homes | self.large_homes | (self.latest.plan.homes if self._recent else frozenset())
 
     def bind(
         self,
@@ -315,7 +328,7 @@ def _place_counters(sides: Sequence[ModuleSide]) -> list[Tensor]:
     taken: set[int] = set()
     for side in sides:
         owner = side.owner
-        where = next((p.device for p in owner.module.parameters()), owner.n_averaged.device)
+        where = next((p.device for _, p in named_tensors(owner.module)), owner.n_averaged.device)
         if owner.n_averaged.device not in (where, torch.device("meta")):
             owner.n_averaged = owner.n_averaged.to(where)
         if owner.n_averaged.data_ptr() in taken:  # after load_state_dict(assign=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+import copy
+import secrets
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
-from ..terms.formats import EXTRA_PLANES, Format, format_of_planes
+from ..terms.formats import EXTRA_PLANES, Format, convert, format_of_planes
 from ..terms.names import passing_names, unwrap
 from ..terms.pickling import pickled_from
 from ..torch_private.modules import own_buffers, own_children, passing_buffers
@@ -19,11 +22,22 @@ class PlaneTree(Module):
     """Planes as buffers of nested modules, so that a state dict has them under dotted names."""
 
     def find(self, name: str) -> Tensor | None:
+        buffers, leaf = self._buffers_of(name)
+        return buffers.get(leaf)
+
+    def empty(self, name: str) -> None:
+        """Free the tensor under ``name``, and keep the name."""
+        buffers, leaf = self._buffers_of(name)
+        if leaf in buffers:
+            buffers[leaf] = None
+
+    def _buffers_of(self, name: str) -> tuple[dict[str, Tensor | None], str]:
+        """Return the buffers of the node that ``name`` is in, and its last segment."""
         *path, leaf = name.split(".")
         node: Module | None = self
         for segment in path:
             node = own_children(node).get(segment) if node is not None else None
-        return None if node is None else own_buffers(node).get(leaf)
+        return own_buffers(node) if node is not None else {}, leaf
 
     def put(self, name: str, tensor: Tensor | None, *, in_state: bool = True) -> None:
         """Set the tensor under ``name``, or with None remove the name, and modules that are then empty."""
@@ -75,14 +89,13 @@ def fit_planes(owner: Module, name: str, average: Tensor, fmt: Format | None) ->
     for plane in EXTRA_PLANES:
         if plane not in dict(extra):
             put_plane(owner, plane, name, None)
+    if not extra:
+        return (average,)
     planes = [average]
-    for index, (plane, dtype) in enumerate(extra, start=1):
-        tree = own_children(owner).get(plane)
-        tensor = tree.find(name) if isinstance(tree, PlaneTree) else None
-        if tensor is None or tensor.dtype != dtype or tensor.shape != average.shape:
-            assert fmt is not None
-            fresh = fmt.encode(average.detach().to(fmt.value_dtype))
-            tensor = torch.empty_like(average, dtype=dtype).copy_(fresh[index]).detach()
+    for (plane, dtype), tensor in zip(extra, find_planes(owner, name, average, fmt), strict=True):
+        if tensor is None:
+            tensor = torch.empty_like(average.detach(), dtype=dtype)
+            convert((average,), None, [tensor if each == plane else None for each in ("", *dict(extra))], fmt)
             put_plane(owner, plane, name, tensor)
         elif tensor.device != average.device:
             tensor.data = tensor.data.to(average.device)
@@ -90,17 +103,15 @@ def fit_planes(owner: Module, name: str, average: Tensor, fmt: Format | None) ->
     return tuple(planes)
 
 
-def convert(planes: tuple[Tensor, ...], fmt: Format, average: Tensor, after: Format | None) -> tuple[Tensor, ...]:
-    """Convert planes of ``fmt`` to planes of ``after``, from the average at full precision.
-
-    Args:
-        average: ``planes[0]`` as torch has cast it. Its device, dtype and strides are used, its values are not.
-        after: the format for ``average``'s dtype; None if that dtype cannot be averaged: then ``average`` is returned.
-    """
-    if after is None or after is fmt:
-        return (average,)
-    value = fmt.decode(planes).to(device=average.device, dtype=after.value_dtype or average.dtype)
-    return tuple(torch.empty_like(average, dtype=plane.dtype).copy_(plane) for plane in after.encode(value))
+def find_planes(owner: Module, name: str, average: Tensor, fmt: Format | None) -> list[Tensor | None]:
+    """Return the further planes of ``average`` in format ``fmt``, None for each that is missing or does not fit."""
+    found: list[Tensor | None] = []
+    for plane, dtype in fmt.extra if fmt is not None else ():
+        tree = own_children(owner).get(plane)
+        tensor = tree.find(name) if isinstance(tree, PlaneTree) else None
+        fits = tensor is not None and tensor.dtype == dtype and tensor.shape == average.shape
+        found.append(tensor if fits else None)
+    return found
 
 
 def translate_state(
@@ -135,17 +146,68 @@ def translate_state(
         lacking = fmt.dtype == average.dtype and len(fmt.extra) > len(extra)
         if before is fmt or (strict and has_planes and (lacking or before is None)):
             continue
-        if before is not None:
-            value = before.decode((average, *(extra[plane] for plane, _ in before.extra)))
-        else:
-            value = average  # the further planes do not fit it
-        first, *rest = fmt.encode(value.to(fmt.value_dtype) if fmt.value_dtype is not None else value)
+        # If the further planes do not fit, the first one is the average.
+        given = (average, *(extra[plane] for plane, _ in before.extra)) if before is not None else (average,)
+        # New planes, which are held until the load is checked: a load that fails has changed nothing.
+        full = before.value_dtype if before is not None else None
+        dtypes = [fmt.dtype or full or average.dtype, *(dtype for _, dtype in fmt.extra)]
+        first, *rest = [torch.empty_like(average.detach(), dtype=dtype) for dtype in dtypes]
+        convert(given, before, (first, *rest), fmt)
         for plane in extra:
             state.pop(f"{prefix}{plane}.{name}")
         for key in keys[name]:
             state[key] = first
         for (plane, _), tensor in zip(fmt.extra, rest, strict=True):
             state[f"{prefix}{plane}.{name}"] = tensor
+
+
+def keeps_values(fn: Callable[[Tensor], Tensor]) -> bool:
+    """Return whether a function for torch's ``_apply`` keeps values, unlike that of ``to_empty``.
+
+    It is tried on random numbers that every dtype can hold, since memory that is empty may hold any others.
+    """
+    numbers = torch.tensor([secrets.randbits(7) for _ in range(32)], device="cpu")
+    result = fn(numbers)
+    return not result.is_meta and torch.equal(result.to("cpu", torch.int64), numbers)
+
+
+class RecodedParams:
+    """Stands for a model where it is deep-copied. Params that are stored in another dtype are copied in that dtype.
+
+    Copies in the model's dtype, to be cast afterwards, would be more memory than params and averages take.
+    """
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: Module,
+        params: Mapping[str, Tensor],
+        stored: Mapping[str, torch.dtype],
+        device: int | str | torch.device | None,
+    ) -> None:
+        self._model = model
+        self._params: dict[str, Tensor] = {}
+        self._copies: dict[int, Any] = {}  # by the id of the param
+        for name, param in params.items():
+            if type(param) is Parameter and stored[name] != param.dtype and id(param) not in self._copies:
+                empty = torch.empty_like(param.detach(), dtype=stored[name], device=device)
+                self._copies[id(param)] = Parameter(empty, param.requires_grad)
+                self._params[name] = param
+
+    def __deepcopy__(self, memo: object) -> Module:
+        return copy.deepcopy(self._model, dict(self._copies))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def fill(self, owner: Module, averages: Iterable[tuple[str, Tensor, Format | None]]) -> None:
+        """Write these params into the averages of ``owner``, and make their further planes."""
+        for name, average, fmt in averages:
+            if name in self._params:
+                dtypes = [dtype for _, dtype in (fmt.extra if fmt is not None else ())]
+                extra = [torch.empty_like(average.detach(), dtype=dtype) for dtype in dtypes]
+                convert((self._params[name],), None, (average, *extra), fmt)
+                put_planes(owner, name, fmt, extra)
 
 
 class Recast:
@@ -157,34 +219,55 @@ class Recast:
 
     def __init__(
         self,
-        averages: Mapping[int, tuple[str, tuple[Tensor, ...], Format]],
+        owner: Module,
+        averages: Iterable[tuple[str, Tensor, Format | None]],
         fn: Callable[[Tensor], Tensor],
         format_of: Callable[[torch.dtype], Format | None],
     ) -> None:
-        self._averages = averages
-        self._planes = {id(plane) for _, planes, _ in averages.values() for plane in planes[1:]}
-        self._fn = fn
-        self._format_of = format_of
-        self._recast: dict[str, tuple[Format | None, tuple[Tensor, ...]]] = {}
+        #: Each average, its name, its format and its further planes, by id.
+        self._averages: dict[int, tuple[Tensor, str, Format, list[Tensor | None]]] = {
+            id(average): (average, name, fmt, find_planes(owner, name, average, fmt))
+            for name, average, fmt in averages
+            if fmt is not None
+        }
+        self._planes = {id(plane) for *_, extra in self._averages.values() for plane in extra if plane is not None}
+        self._owner, self._fn, self._format_of = owner, fn, format_of
+        self._cast: dict[int, Tensor] = {}  # plane 0 of each average that was cast, by the id of the old one
+        self._recast: dict[str, tuple[Format | None, list[Tensor]]] = {}
         self.moved = False  # whether an average went to another device
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        result = self._fn(tensor)
+        if id(tensor) in self._cast:  # tied
+            return self._cast[id(tensor)]
         if id(tensor) in self._planes:
-            return result if result.dtype == tensor.dtype else tensor.to(result.device)
-        average = self._averages.get(id(tensor))
-        if average is None:
+            probe = self._fn(tensor.new_empty(0))  # to learn of a cast, without the memory that it takes
+            return self._fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
+        result = self._fn(tensor)
+        if id(tensor) not in self._averages:
             return result
         self.moved |= result.device != tensor.device and "meta" not in (result.device.type, tensor.device.type)
-        if result.dtype == tensor.dtype:
-            return result
-        name, planes, fmt = average
-        after = self._format_of(result.dtype)
-        recast = convert(planes, fmt, result, after)
-        self._recast[name] = (after, recast)
-        return recast[0]
+        if result.dtype != tensor.dtype:
+            self._recode(tensor, result)
+        return result
 
-    def finish(self, owner: Module) -> None:
+    def _recode(self, average: Tensor, result: Tensor) -> None:
+        """Write an average at full precision into ``result``, which is its plane 0 as torch has cast it."""
+        _, name, fmt, extra = self._averages[id(average)]
+        after = self._format_of(result.dtype)
+        recast = [result, *(torch.empty_like(result, dtype=dtype) for _, dtype in (after.extra if after else ()))]
+        if after is not None and after is not fmt:
+            known = [plane for plane in extra if plane is not None]
+            convert((average, *known), fmt if len(known) == len(extra) else None, recast, after)
+        self._cast[id(average)], self._recast[name] = result, (after, recast[1:])
+        # Free the old planes now, although finish() must wait: a model's planes need not be there twice.
+        for plane in EXTRA_PLANES:
+            tree = own_children(self._owner).get(plane)
+            if isinstance(tree, PlaneTree):
+                tree.empty(name)
+        self._planes.difference_update(map(id, extra))
+        extra.clear()
+
+    def finish(self) -> None:
         """Set the further planes of recast averages, which must wait until torch has walked over the modules."""
-        for name, (fmt, planes) in self._recast.items():
-            put_planes(owner, name, fmt, planes[1:])
+        for name, (fmt, extra) in self._recast.items():
+            put_planes(self._owner, name, fmt, extra)

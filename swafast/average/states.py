@@ -1,73 +1,20 @@
-"""States of an averaged model: load all of one or nothing, and export the averages under the model's own names."""
+"""States of an averaged model: what a load makes of them, and the export under the model's own names."""
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 
-from ..terms.formats import Format
+from ..terms.formats import FLOAT32, OWN, Format, convert
 from ..terms.names import canonical, unwrap
-from ..torch_private.modules import copy_metadata, own_buffers, own_params
+from ..torch_private.modules import named_tensors, own_buffers, own_params, put_tensor
 from .matching import FormatOf, each_average
 from .planes import fit_planes, put_planes, translate_state
-
-
-def check_state(owner: Module, state_dict: Mapping[str, Any], strict: bool, assign: bool) -> None:
-    """Raise the error that loading ``state_dict`` into ``owner`` would raise, by loading it into a copy without data.
-
-    torch's own loader does the checks, so hooks that rename keys or fill in missing ones run as well.
-    """
-    if not isinstance(state_dict, Mapping):
-        return  # torch's loader raises before it changes anything
-    memo: dict[int, Any] = {id(tensor): _without_data(tensor) for tensor in chain(owner.parameters(), owner.buffers())}
-    try:
-        skeleton = copy.deepcopy(owner, memo)
-    except Exception:
-        # An attribute that the user has set cannot be copied. The load still works, but may stop half-way, as torch's.
-        return
-    state = OrderedDict(
-        (key, value.to("meta") if isinstance(value, Tensor) and not key.endswith("_extra_state") else value)
-        for key, value in state_dict.items()
-    )
-    copy_metadata(state, state_dict)
-    if not assign:
-        _check_values(skeleton, owner, state_dict)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of copies to meta tensors
-            Module.load_state_dict(skeleton, state, strict=strict)
-    except Exception as error:
-        if str(error).startswith("Error(s) in loading state_dict"):
-            raise
-        # Ignored: a module that reads values while it loads fails on meta tensors only.
-
-
-def _check_values(skeleton: Module, owner: Module, state_dict: Mapping[str, Any]) -> None:
-    """Raise RuntimeError, worded as torch's, for a tensor that cannot be copied: the copy without data accepts it."""
-    if all(param.is_meta for param in owner.parameters()):
-        return
-    own = Module.state_dict(skeleton)
-    for key, value in state_dict.items():
-        if key in own and isinstance(value, Tensor) and (value.is_meta or value.layout != torch.strided):
-            what = "meta" if value.is_meta else str(value.layout)
-            raise RuntimeError(
-                f"Error(s) in loading state_dict for {type(owner).__name__}:\n\t"
-                f"{key!r} must be a dense tensor with values, got one of {what}"
-            )
-
-
-def _without_data(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor.detach(), device="meta")
-    return Parameter(empty, tensor.requires_grad) if isinstance(tensor, Parameter) else empty
 
 
 @contextmanager
@@ -87,18 +34,30 @@ def keeping_ties(module: Module) -> Iterator[None]:
                 (own_buffers(first_module), own_buffers(tied_module)),
             ):
                 if first_leaf in kept:
-                    tied[leaf] = kept[first_leaf]
+                    put_tensor(tied_module, tied, leaf, kept[first_leaf])
 
 
-def _all_tensors(module: Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
+def _all_tensors(module: Module) -> list[tuple[str, Tensor]]:
+    return [*named_tensors(module), *named_tensors(module, buffers=True)]
 
 
 def translate_load(
     owner: Module, module: Module, state: Any, prefix: str, format_of: FormatOf, *, assign: bool, strict: bool
 ) -> None:
-    """Rewrite ``state`` in place for the formats that the averages of ``owner`` will have after the load."""
+    """Rewrite ``state`` in place for the formats that the averages of ``owner`` will have after the load.
+
+    Raises:
+        RuntimeError: its count is not one integer >= 0.
+    """
+    count = state.get(f"{prefix}n_averaged")
+    if isinstance(count, Tensor) and count.numel() == 1 and not count.is_meta:
+        number = count.item()
+        if not isinstance(number, int) or number < 0:
+            raise RuntimeError(
+                f"Error(s) in loading state_dict for {type(owner).__name__}:\n\t"
+                f"'{prefix}n_averaged' must be one integer >= 0, got {number}"
+            )
+        state[f"{prefix}n_averaged"] = count.to(torch.int64)
     head = f"{prefix}module."
     # Some wrappers leave their segments out of the keys of states, so look keys up by canonical names.
     given = {canonical(key[len(head) :]): key for key in state if key.startswith(head)}
@@ -134,16 +93,14 @@ def export(
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
-    values: dict[int, Tensor] = {}
-    for name, tensor, fmt in averages:
-        planes = fit_planes(owner, name, tensor, fmt)
-        value = fmt.decode(planes) if fmt is not None else tensor
-        values[id(tensor)] = value.float() if fmt is not None and fmt.dtype is not None else value
+    known = {id(tensor): (fit_planes(owner, name, tensor, fmt), fmt) for name, tensor, fmt in averages}
     state: dict[str, Any] = {}
     for key, value in unwrap(module).state_dict(keep_vars=True).items():
         if isinstance(value, Tensor):
-            value = values.get(id(value), value).detach()
-            cast = dtype if dtype is not None and value.is_floating_point() else value.dtype
-            value = value.to(cast, copy=True)
+            planes, fmt = known.get(id(value), ((value,), None))
+            rounded = FLOAT32 if fmt is not None and fmt.dtype is not None else OWN
+            cast = dtype if dtype is not None and value.is_floating_point() else rounded.dtype or value.dtype
+            value = torch.empty_like(value.detach(), dtype=cast)
+            convert(planes, fmt, (value,), rounded)
         state[canonical(key)] = value
     return state

@@ -29,6 +29,7 @@ class Pair:
     format: Format | None
     draws: Draws | None = None  # where its random bits come from, for a format that is rounded at random
     pace: int = 0  # index of the rule and the counter by which it moves
+    is_buffer: bool = False
 
     @property
     def average(self) -> Tensor:

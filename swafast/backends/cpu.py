@@ -51,7 +51,7 @@ def serves(pair: Pair) -> bool:
 
 
 def want_large_pages(storage: torch.UntypedStorage) -> None:
-    """Ask for large pages behind a new CPU storage, before its first touch.
+    """Ask for large pages behind a CPU storage, best before its first touch: then nothing has to move.
 
     An update is 4 % faster for them on two cores and 13 % on one (96 Mi float32, pages of 4 KiB otherwise).
     """

@@ -5,13 +5,14 @@ It reads ``num_averaged`` on the host, so on a GPU each update waits for the dev
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..terms.draws import Draws, box_views, random_bits
 from ..terms.formats import Format
+from ..terms.layout import windows
 from . import Unavailable
 from .contract import Pair, Update
 
@@ -19,10 +20,9 @@ name = "reference"
 device_types = None
 exchanges = False
 
-#: Elements worked on at a time where a dtype has to be converted. On a CPU, so that an update allocates under 1 MB:
-#: `exact` makes 64 bytes of temporaries an element. A launch on a GPU must be worth its 5 us.
+#: Elements worked on at a time on a CPU where a dtype has to be converted, so that an update allocates under 1 MB:
+#: `exact` makes 64 bytes of temporaries an element.
 _CPU_WINDOW_NUMEL = 8 * 2**10
-_GPU_WINDOW_NUMEL = 4 * 2**20
 
 
 def unavailable() -> Unavailable | None:
@@ -67,7 +67,7 @@ class ReferenceLaunch:
                 averages.append(average)
                 group.append(newest)
             else:
-                for piece, *plane_pieces in windows((newest, *planes)):
+                for piece, *plane_pieces in windows((newest, *planes), _CPU_WINDOW_NUMEL):
                     _move_planes_(plane_pieces, fmt.encode(_moved(plane_pieces, piece, fmt, weights[pace])))
         for (_, _, pace), (averages, group) in alike.items():
             _move_(averages, group, weights[pace])
@@ -77,7 +77,7 @@ class ReferenceLaunch:
     @torch.no_grad()
     def first_nonfinite(self, params: Sequence[Tensor]) -> int | None:
         for index, (param, fmt) in enumerate(zip(params, self._formats, strict=True)):
-            if fmt is not None and not bool(torch.isfinite(param.detach()).all()):
+            if fmt is not None and not all(window.isfinite().all().item() for (window,) in windows((param.detach(),))):
                 return index
         return None
 
@@ -116,22 +116,8 @@ def _move_at_random_(
 ) -> None:
     for tensors, index_addends in box_views(draws, (param, *planes)):
         count = len(tensors)
-        for window in windows((*tensors, *index_addends)):
+        for window in windows((*tensors, *index_addends), _CPU_WINDOW_NUMEL):
             (newest, *of_planes), index = window[:count], sum(window[count:], torch.zeros((), dtype=torch.int64))
             bits = random_bits(draws.random_key, num_averaged, index.to(newest.device)) >> (32 - fmt.num_random_bits)
             new = fmt.encode(_moved(of_planes, newest, fmt, weight), bits.to(of_planes[0].device))
             _move_planes_(of_planes, new)
-
-
-def windows(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    """Cut tensors of one shape alike, along their longest dimension, into windows."""
-    first = tensors[0]
-    window = _CPU_WINDOW_NUMEL if first.device.type == "cpu" else _GPU_WINDOW_NUMEL
-    if first.numel() <= window:
-        yield tensors
-        return
-    dim = max(range(first.dim()), key=first.size)
-    size = max(1, first.size(dim) // -(-first.numel() // window))
-    for start in range(0, first.size(dim), size):
-        length = min(size, first.size(dim) - start)
-        yield from windows(tuple(tensor.narrow(dim, start, length) for tensor in tensors))

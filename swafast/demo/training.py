@@ -138,8 +138,8 @@ def train_seed(seed: int, split: Split, settings: Settings, on_epoch: EpochHook 
     run.train("sgd", rest, falling)
     swa = FusedAveragedModel(fork.model, rule=EqualAverage())
     ema = FusedAveragedModel(fork.model, rule=ExponentialAverage(settings.ema_decay))
-    ema.attach(fork.optimizer)
-    swa.attach(fork.optimizer, every=settings.steps_per_epoch)  # once an epoch, as in the paper
+    ema.attach(fork.optimizer, step=0)  # steps count from the fork on
+    swa.attach(fork.optimizer, every=settings.steps_per_epoch, step=0)  # once an epoch, as in the paper
     # The rate goes from the schedule's to SWA's during the first third of the averaged epochs.
     to_swa_rate = SWALR(fork.optimizer, settings.swa_rate * rate, anneal_epochs=max(1, len(rest) // 3))
     fork.train("iterate", rest, to_swa_rate, swa=swa.module, ema=ema.module)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,12 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from ..terms.lazy import MadeOnUse
-from .attachment import Attachment
+from ..terms.warn import warn_user
+from ..torch_private.modules import named_tensors
+from . import swaps
+from .attachment import Attachment, check_step
 from .guard import Guard
+from .roster import Roster
 from .runners import Ready
 from .schedule import Schedule, Span
 from .stand_in import StandIn
@@ -44,16 +48,22 @@ class Attachable:
         steps_per_epoch: int | None = None,
         overlap: bool = False,
         offload: str | None = None,
+        name: str | None = None,
+        step: int | None = None,
     ) -> Attachment:
         """Register hooks on the optimizer that update the averages after its steps.
 
         A span is an int, in steps, or a str as in Composer: ``"100ba"`` (steps), ``"2ep"`` (epochs, with
         ``steps_per_epoch``) or ``"0.75dur"`` (a share of ``duration``). Fractions of a step are rounded up. A step that
-        a gradient scaler skips does not count, except with fused optimizers, which skip it on the device.
+        raises or that a gradient scaler skips does not count, except with fused optimizers, which skip it on the
+        device. Steps that torch takes to make an optimizer's state do not count either.
+
+        The number of steps and the schedule are saved in the optimizer's state dict. A state that was loaded into the
+        optimizer before is taken up; if steps were made and there is none, a warning says so.
 
         Args:
-            optimizer: an optimizer of the model's params, or several. Of several, the last one's steps count, and its
-                state dict holds the attachment's state.
+            optimizer: an optimizer of the model's params, or several. Several count a step once all have stepped, each
+                at least once. The last one's state dict holds the attachment's state.
             model: the model that the optimizer trains; default: the one that this average was made of.
             start: the step of the first update; 0, the default, starts at step ``every``.
             every: the span between updates.
@@ -66,11 +76,15 @@ class Attachable:
             offload: ``"cpu"`` keeps the averages in the host's memory. Params are copied there on a side stream, and a
                 thread averages them with the CPU kernels. The next step waits only for the copy, which takes pinned
                 memory. With this or ``overlap``, trained params that no given optimizer has get a UserWarning.
+            name: of the attachment's state, unlike that of any other average attached to the optimizer; default: its
+                rule, or the names of several averages.
+            step: number of steps made so far; default: as in the optimizer's state, or 0.
 
         Raises:
             TypeError: an argument has a wrong type, or the optimizer does not run torch's hooks.
             ValueError: a span cannot be read, or the start is after the end; ``optimizer`` has no params of the model;
-                ``model`` does not fit the averages; or ``model`` is not given and the original one is gone.
+                ``model`` does not fit the averages; ``model`` is not given and the original one is gone; or ``name``
+                is taken.
             RuntimeError: the averaged model is attached already, or is swapped into a model.
         """
         with self._on_all_ranks("attach"):
@@ -78,11 +92,24 @@ class Attachable:
                 raise RuntimeError("the averaged model must not be attached already: call detach() on its attachment")
             schedule = Schedule.of(start, every, end, duration=duration, steps_per_epoch=steps_per_epoch)
             optimizers = check_optimizers(optimizer)
+            step = None if step is None else check_step(step)
             model = self._model_for(optimizers, model)
-        self._agree({"schedule": str(schedule), "overlap": str(overlap), "offload": str(offload)})
+            roster = Roster.of(optimizers[-1])
+            name = roster.name_for(name, _default_name(self))
+            saved = roster.waiting()
+        given = {"schedule": schedule, "overlap": overlap, "offload": offload, "name": name, "step": step}
+        self._agree({key: str(value) for key, value in given.items()})
+        state = self._of_any_rank(saved.get(name))
         if overlap or offload is not None:
             _warn_of_others(model, optimizers)
-        return Attachment(self, optimizers, model, schedule, overlap, offload)
+        attachment = Attachment(self, optimizers, model, schedule, overlap, offload, name)
+        if step is not None:
+            attachment.step = step
+        elif state is not None:
+            attachment.resume(state)
+        elif any(optimizer.state for optimizer in optimizers) or _has_models(self):
+            _warn_of_no_state(name, saved)
+        return attachment
 
     def _model_for(self, optimizers: Sequence[Optimizer], model: object) -> Module:
         """Return the model to average, for None the original one, or raise as :meth:`attach`."""
@@ -94,7 +121,10 @@ class Attachable:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         with self._guard.hold("attach"):
             self._bind(model)
-        own = set(map(id, model.parameters()))  # read after _bind, which puts FSDP's shards back
+            if swaps.in_force:
+                swaps.refuse_model("attach", model)
+        # Read after _bind, which puts FSDP's shards back.
+        own = {id(param) for _, param in named_tensors(model)}
         for optimizer in optimizers:
             if not any(id(param) in own for group in optimizer.param_groups for param in group["params"]):
                 raise ValueError("optimizer must have params of the model, got one that has none of them")
@@ -103,6 +133,10 @@ class Attachable:
     def _on_all_ranks(self, action: str) -> AbstractContextManager[None]:
         """Return a context that raises on all ranks what one rank raises. Here there is one rank."""
         return nullcontext()
+
+    def _of_any_rank(self, state: Any) -> Any:
+        """Return the state that a rank has found. Here there is one rank."""
+        return state
 
     def _agree(self, described: Mapping[str, str]) -> None:
         """Raise on all ranks if their arguments differ. Here there is one rank."""
@@ -117,11 +151,12 @@ class Attachable:
         """
         stand_in = StandIn(model, device, streams)
 
-        def ready() -> Callable[[], None]:
+        def ready() -> tuple[Callable[[], None], list[object]]:
             root = stand_in.take()
             with self._guard.hold("update_parameters"):
-                self._bind(root)  # in this thread, so that new planes are allocated on its streams
-            return partial(self.update_parameters, root)
+                # In this thread, so that new planes are allocated on its streams.
+                plan, params, planes = self._bind(root)
+            return partial(self.update_parameters, root), [*plan.memory(params, planes), *stand_in.copied]
 
         return ready
 
@@ -135,6 +170,40 @@ class Attachable:
         def update_parameters(self, model: Module) -> None: ...
         def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any: ...
         def _bind(self, model: Module) -> Any: ...
+
+
+def _members(averaged: Any) -> dict[str, Any]:
+    """Return the averaged models that are attached together, by name; a single one has none."""
+    names = getattr(averaged, "keys", None)
+    return {"": averaged} if names is None else {name: averaged[name] for name in names()}
+
+
+def _has_models(averaged: object) -> bool:
+    counts = [each.n_averaged for each in _members(averaged).values()]
+    return any(not count.is_meta and bool(count > 0) for count in counts)
+
+
+def _default_name(averaged: object) -> str:
+    """Return what tells averages from others: the names of several, or the rule with what the user has set of it."""
+    members = _members(averaged)
+    if "" not in members:
+        return ", ".join(members)
+    rule = members[""].rule
+    if rule is None:  # a function of the user's own
+        function = members[""].multi_avg_fn or members[""].avg_fn
+        return str(getattr(function, "__qualname__", type(function).__qualname__))
+    options = fields(rule) if is_dataclass(rule) else ()
+    values = [f"{each.name}={value!r}" for each in options if (value := getattr(rule, each.name)) != each.default]
+    return type(rule).__qualname__ + (f"({', '.join(values)})" if values else "")
+
+
+def _warn_of_no_state(name: str, saved: Iterable[str]) -> None:
+    others = ", ".join(map(repr, saved))
+    warn_user(
+        "attachment.step counts from 0, although the optimizer or the average is in use: no state of "
+        f"{name!r} was loaded into the optimizer{others and ', only of '}{others}. If steps were made, pass their "
+        "number as step=, or the name= that was saved. Pass step=0 if they count from here"
+    )
 
 
 def check_optimizers(given: object) -> list[Optimizer]:
@@ -162,10 +231,13 @@ def check_optimizers(given: object) -> list[Optimizer]:
 def _warn_of_others(model: Module, optimizers: Sequence[Optimizer]) -> None:
     """Warn of params that another optimizer may write while an update reads them."""
     waiting = {id(param) for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]}
-    names = [name for name, param in model.named_parameters() if param.requires_grad and id(param) not in waiting]
+    params: dict[int, str] = {}
+    for name, param in named_tensors(model):
+        if param.requires_grad:
+            params.setdefault(id(param), name)
+    names = [name for param, name in params.items() if param not in waiting]
     if names:
-        warnings.warn(
+        warn_user(
             f"{len(names)} trained params, {names[0]!r} the first, are in none of the given optimizers: if another "
-            "optimizer writes them during an update, the average is wrong. Attach to all: attach([first, second])",
-            stacklevel=3,
+            "optimizer writes them during an update, the average is wrong. Attach to all: attach([first, second])"
         )

@@ -1,39 +1,46 @@
-"""Attachments: hooks on an optimizer that update an averaged model, with their state in its state dict."""
+"""Attachments: hooks on an optimizer that update an averaged model."""
 
 from __future__ import annotations
 
 import os
-import warnings
+import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from ..terms.lazy import MadeOnUse
+from ..terms.warn import warn_user
 from ..torch_private.core import disable_dynamo
-from .runners import Updating, runner_for
-from .schedule import Schedule
+from ..torch_private.modules import named_modules, named_tensors
+from ..torch_private.optimizers import is_step
+from . import swaps
+from .roster import Roster
+from .runners import Runner, Updating, runner_for
+from .schedule import Schedule, is_int
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
-
-#: The key of our entry in an optimizer's state dict: a list of states, in the order of attachment.
-STATE_KEY = "swafast"
 
 
 class Attachment:
     """An averaged model that follows an optimizer until it is detached; ``averaged.attach(optimizer)`` returns it.
 
-    Its state, the number of steps and the schedule, is saved and loaded in the optimizer's state dict. On resuming,
-    attach averages in the same order. If a tool builds that dict by other means, such as ``get_optimizer_state_dict``,
-    save :meth:`state_dict` beside it.
+    Its state, the number of steps and the schedule, is saved and loaded in the optimizer's state dict, under its name.
 
     Attributes:
-        step: number of steps of the optimizer so far.
+        name: the name of its state.
+        step: number of steps of the optimizer so far. You may assign another one.
         schedule: the :class:`~swafast.loop.schedule.Schedule` of updates. You may assign another one.
+        then: functions that are called after each step that counts, and its update.
     """
+
+    # A backward over several GPUs may step optimizers in several threads.
+    _counting = MadeOnUse[threading.Lock](lambda self: threading.Lock())
 
     def __init__(
         self,
@@ -43,23 +50,31 @@ class Attachment:
         schedule: Schedule,
         overlap: bool,
         offload: str | None,
+        name: str,
     ) -> None:
-        self.step, self._schedule = 0, schedule
-        self._averaged = averaged
+        self.name, self._step, self._schedule = name, 0, schedule
+        self._averaged, self._model, self._optimizers = averaged, model, tuple(optimizers)
         self._runner = runner_for(averaged, model, overlap, offload)
-        self._loaded: Mapping[str, Any] | None = None
-        optimizer = optimizers[-1]
-        self._hooks: list[RemovableHandle] = [
-            *(each.register_step_pre_hook(self._before_step) for each in optimizers),
-            optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_state_dict_post_hook(self._save),
-            optimizer.register_load_state_dict_pre_hook(self._check_load),
-            optimizer.register_load_state_dict_post_hook(self._load),
-        ]
-        self._fellows = _followers.setdefault(optimizer, [])
-        self._fellows.append(self)
+        self._stepped: set[int] = set()  # which optimizers, by their place, have stepped since the last count
+        self._own_thread: int | None = None  # the thread that is in an update of ours
+        self._is_warned = False
+        self.then: list[Callable[[], None]] = []
+        self._hooks: list[RemovableHandle] = []
+        for index, optimizer in enumerate(optimizers):
+            self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
+            self._hooks.append(optimizer.register_step_post_hook(partial(self._after_step, index)))
+        self._roster = Roster.of(optimizers[-1])
+        self._roster.add(self)
         averaged._guard.attachment = self
         _live[id(self)] = self
+
+    @property
+    def step(self) -> int:
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._step = check_step(step)
 
     @property
     def schedule(self) -> Schedule:
@@ -86,7 +101,7 @@ class Attachment:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._fellows.remove(self)
+        self._roster.remove(self)
         self._averaged._guard.attachment = None
         self._runner.close()
 
@@ -101,6 +116,11 @@ class Attachment:
         """
         self._runner.join()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or pickle has: steps and schedule. It is detached."""
+        nothing: dict[str, Any] = {"_hooks": [], "_optimizers": (), "_runner": Runner(), "then": []}
+        return {"name": self.name, "_step": self.step, "_schedule": self.schedule, "_stepped": set(), **nothing}
+
     def __enter__(self) -> Attachment:
         return self
 
@@ -111,20 +131,67 @@ class Attachment:
     # Steps
 
     @disable_dynamo
-    def _before_step(self, *_: object) -> None:
+    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
+        if not self._hooks:  # of a copy of the optimizer
+            return
+        self._averaged._guard.refuse_while_swapped("a step of the optimizer")
+        if swaps.in_force:
+            swaps.refuse("a step of the optimizer", (p for group in optimizer.param_groups for p in group["params"]))
         self._runner.before_step()
 
     @disable_dynamo
-    def _after_step(self, *_: object) -> None:
-        self.step += 1
-        if self.schedule.is_due(self.step):
+    def _after_step(self, index: int, optimizer: Optimizer, *_: object) -> None:
+        if self._hooks and is_step(optimizer) and self._counts(index):
+            if self.schedule.is_due(self.step):
+                self._update()
+            for function in self.then:
+                function()
+
+    def _counts(self, index: int) -> bool:
+        """Note that this optimizer has stepped, and return whether now all have: that is one step more."""
+        with self._counting:
+            self._stepped.add(index)
+            if len(self._stepped) < len(self._optimizers):
+                return False
+            self._stepped.clear()
+            self._step += 1
+            return True
+
+    def _update(self) -> None:
+        self._own_thread = threading.get_ident()
+        try:
             self._runner.update()
+        finally:
+            self._own_thread = None
+
+    def settle(self, action: str) -> None:
+        """Wait as :meth:`join` before an action on the averages. Warn once of an update that the user calls."""
+        is_own = action != "update_parameters" or threading.get_ident() == self._own_thread
+        if not (self._is_warned or is_own or self._runner.is_worker()):
+            self._is_warned = True
+            warn_user(
+                "update_parameters was called on an average that is attached to an optimizer, so it is updated twice: "
+                "remove the call, or do not attach"
+            )
+        self._runner.join()
+
+    def reads(self, written: set[int]) -> bool:
+        """Return whether an update under way may read a param or module with one of these ids."""
+        if not self._runner.is_beside:
+            return False
+        groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
+        trained = {id(param) for group in groups for param in group["params"]}
+        return not written.isdisjoint(trained | _ids(self._model))
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of steps and the schedule, as plain numbers."""
-        return {"step": self.step, "schedule": self.schedule.state_dict()}
+        """Return the number of steps and the schedule, as plain numbers.
+
+        Of several optimizers, also those that have stepped since the last count, by their place in the list.
+        """
+        state = {"step": self.step, "schedule": self.schedule.state_dict()}
+        return state | ({"stepped": sorted(self._stepped)} if len(self._optimizers) > 1 else {})
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take the number of steps and the schedule from a state.
@@ -132,41 +199,21 @@ class Attachment:
         Raises:
             ValueError: it is not a state of an attachment. Nothing has changed.
         """
-        self.step, self.schedule = _read(state_dict)
+        self.step, self.schedule, stepped = _read(state_dict)
+        self._stepped = {index for index in stepped if index < len(self._optimizers)}
 
-    def _save(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
-        state_dict.setdefault(STATE_KEY, []).append(self.state_dict())
-
-    def _check_load(self, _: Optimizer, state_dict: Mapping[str, Any]) -> None:
-        self._loaded = None
-        states = state_dict.get(STATE_KEY)
-        if states is None:  # saved without an attachment
-            return
-        if not isinstance(states, list) or len(states) != len(self._fellows):
-            got = len(states) if isinstance(states, list) else type(states).__name__
-            raise ValueError(
-                f"state_dict[{STATE_KEY!r}] must have a state for each of {len(self._fellows)} attached averages, "
-                f"got {got}: attach as many averages as when it was saved"
-            )
-        state = states[self._fellows.index(self)]
-        _read(state)
-        self._loaded = state
-
-    def _load(self, _: Optimizer) -> None:
-        if self._loaded is None:
-            return
+    def resume(self, state: Any) -> None:
+        """Take a state out of the optimizer's. Warn if it cannot be read, or has another schedule."""
         given = self.schedule
-        self.load_state_dict(self._loaded)
-        self._loaded = None
+        try:
+            self.load_state_dict(state)
+        except ValueError as error:
+            warn_user(f"{error}. The average {self.name!r} goes on from step {self.step}")
         if self.schedule != given:
-            warnings.warn(
-                f"the saved {self.schedule} takes the place of {given}: assign attachment.schedule if you want another",
-                stacklevel=5,  # torch adds two frames
+            warn_user(
+                f"the saved {self.schedule} takes the place of {given}: assign attachment.schedule if you want another"
             )
 
-
-#: The attachments of each optimizer, in order.
-_followers: weakref.WeakKeyDictionary[Optimizer, list[Attachment]] = weakref.WeakKeyDictionary()
 
 #: All attachments, by id. A WeakSet cannot be read while another thread adds to it.
 _live: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()
@@ -175,32 +222,57 @@ _live: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionar
 _FORK_WAITS_S = 30.0
 
 
-def wait_for_readers(timeout: float | None = None) -> None:
-    """Wait for all updates under way, before params that they may read are written. Errors are left to ``join``."""
+def wait_for_readers(written: Module | Iterable[Tensor] | None = None, timeout: float | None = None) -> None:
+    """Wait for updates under way that may read the params of a model, or these, before they are written. None: all.
+
+    Errors are left to ``join``.
+    """
+    ids: set[int] | None = None
     for reference in _live.valuerefs():
         attachment = reference()
-        if attachment is not None:
+        if attachment is None:
+            continue
+        if written is not None and ids is None:
+            ids = _ids(written) if isinstance(written, Module) else set(map(id, written))
+        if ids is None or attachment.reads(ids):
             attachment._runner.wait(timeout)
 
 
+def _ids(model: Module) -> set[int]:
+    """Return the ids of params and modules. FSDP puts other params into a module for a forward."""
+    return {id(part) for _, part in (*named_tensors(model), *named_modules(model))}
+
+
 # A forked child has no thread to finish an update under way.
-os.register_at_fork(before=partial(wait_for_readers, _FORK_WAITS_S))
+os.register_at_fork(before=partial(wait_for_readers, None, _FORK_WAITS_S))
 
 
-def check_attached_load(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Raise ValueError if an attachment of ``optimizer`` would refuse to load ``state_dict``. Nothing changes."""
-    for attachment in _followers.get(optimizer, []):
-        attachment._check_load(optimizer, state_dict)
-        attachment._loaded = None
+def _renew_locks() -> None:
+    for attachment in list(_live.values()):
+        attachment.__dict__.pop("_counting", None)
 
 
-def _read(state: object) -> tuple[int, Schedule]:
+os.register_at_fork(after_in_child=_renew_locks)
+
+
+def check_step(step: object) -> int:
+    """Return the number of steps.
+
+    Raises:
+        TypeError: it is not an int. ValueError: it is negative.
+    """
+    if not isinstance(step, int) or not is_int(step):
+        raise TypeError(f"step must be an int, got {step!r}")
+    if step < 0:
+        raise ValueError(f"step must be an int >= 0, got {step}")
+    return step
+
+
+def _read(state: object) -> tuple[int, Schedule, list[int]]:
     try:
-        step, spans = state["step"], state["schedule"]  # type: ignore[index]
+        step, spans = check_step(state["step"]), state["schedule"]  # type: ignore[index]
         schedule = Schedule(spans["start"], spans["every"], spans["end"])
-        good = isinstance(step, int) and not isinstance(step, bool) and step >= 0
-    except (LookupError, TypeError, ValueError) as error:
+        stepped = [check_step(index) for index in state.get("stepped", [])]  # type: ignore[attr-defined]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"state_dict must be a state of an attachment, got {state!r}: {error}") from error
-    if not good:
-        raise ValueError(f"state_dict['step'] must be an int >= 0, got {step!r}")
-    return step, schedule
+    return step, schedule, stepped

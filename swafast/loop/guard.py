@@ -2,19 +2,63 @@
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial, wraps
+from operator import attrgetter
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from torch.nn import Module
 
 from .attachment import Attachment, wait_for_readers
 
-#: Actions that write a model's params. Updates of other averages may be reading these.
-_WRITING = ("swapped_into", "copy_to")
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _Method(property):
+    """A method that is looked up without a call of Python. An ``ExitStack`` calls it on the class."""
+
+    def __call__(self, context: object, *exception: object) -> Any:
+        return self.__get__(context, None)(*exception)
+
+
+class _Closing(io.IOBase):
+    """Its ``__exit__`` is in C, takes what a ``with`` statement passes, and calls ``close``, whatever that is."""
+
+    closed = True  # otherwise the finalizer closes it too
+
+
+class SeamlessContext:
+    """Enters and leaves a generator. Unlike contextlib's, it runs no Python before and after the generator's own.
+
+    Python raises KeyboardInterrupt between instructions of Python, also in ``__enter__`` and ``__exit__`` if these are
+    in Python. There it would leave a lock held, or a model on its averages.
+
+    The generator yields once. What the body raises is not raised there: what follows ``yield`` runs in any case.
+    """
+
+    __slots__ = ("_enter", "_exit")
+    __enter__ = _Method(attrgetter("_enter"))
+    __exit__ = _Method(attrgetter("_exit"))
+
+
+def seamless(function: Callable[P, Iterator[T]]) -> Callable[P, AbstractContextManager[T]]:
+    """Make a function that returns a :class:`SeamlessContext` of a generator function."""
+
+    @wraps(function)
+    def make(*args: P.args, **options: P.kwargs) -> Any:
+        generator = function(*args, **options)
+        context, closing = SeamlessContext(), _Closing()
+        closing.close = partial(next, generator, None)  # type: ignore[method-assign]
+        context._enter, context._exit = generator.__next__, closing.__exit__  # type: ignore[attr-defined]
+        return context
+
+    return make
 
 
 class ForkSafeLock(type(threading.RLock())):  # type: ignore[misc]  # threading.RLock is a function
@@ -65,6 +109,7 @@ class Guard:
     """
 
     def __init__(self, guards: Sequence[Guard] = (), number: int | None = None) -> None:
+        self._is_alone = not guards
         self._guards = tuple(guards) or (self,)
         self.number = number
         self._lock = ForkSafeLock()
@@ -94,18 +139,20 @@ class Guard:
         (guard,) = self._guards
         guard._model = model
 
-    def settle(self, action: str = "") -> None:
-        """Wait for an update under way, unless this is its thread. Before a write of params, wait for all updates.
+    def settle(self, action: str = "", written: Module | None = None) -> None:
+        """Wait for an update under way, unless this is its thread; also for those that read a model to be written.
 
         Call it before you take any of the locks, since the update may need them. A thread that holds a lock already
         does not wait again: it has waited before it took the lock.
         """
-        waited_for = [guard for guard in self._guards if not guard._lock.is_mine()]
-        if waited_for and action in _WRITING:
-            wait_for_readers()
-        for guard in waited_for:
+        for guard in self._guards:
+            if guard._lock.is_mine():
+                continue
+            if written is not None and isinstance(written, Module):
+                wait_for_readers(written)
+                written = None
             if guard._attachment is not None:
-                guard._attachment.join()
+                guard._attachment.settle(action)
 
     def refuse_while_swapped(self, action: str) -> None:
         """Raise RuntimeError if the averages are swapped into a model."""
@@ -113,34 +160,49 @@ class Guard:
             if guard._model is not None:
                 raise RuntimeError(f"{action} must wait until the averages are swapped back out of the model")
 
-    def locked(self) -> AbstractContextManager[object]:
-        """Return a context that holds the averages for this thread, even while they are swapped."""
-        return self._guards[0]._lock if len(self._guards) == 1 else self._all_locked()
+    def locked(self, *others: ForkSafeLock) -> AbstractContextManager[object]:
+        """Return a context that holds the averages, then ``others``, for this thread, even while they are swapped."""
+        locks = [guard._lock for guard in self._guards] + [*others]
+        return locks[0] if len(locks) == 1 else _all_held(locks)
 
-    @contextmanager
-    def _all_locked(self) -> Iterator[None]:
-        with ExitStack() as locks:
-            for guard in self._guards:
-                locks.enter_context(guard._lock)
-            yield
+    def is_mine(self, *others: ForkSafeLock) -> bool:
+        """Return whether this thread holds the averages or one of ``others``."""
+        return any(lock.is_mine() for lock in (*(guard._lock for guard in self._guards), *others))
 
-    @contextmanager
-    def hold(self, action: str, ranks: Together | None = None) -> Iterator[None]:
+    def release(self, *others: ForkSafeLock) -> None:
+        """Release the averages and ``others`` as often as this thread holds them."""
+        for lock in (*(guard._lock for guard in self._guards), *others):
+            while lock.is_mine():
+                lock.release()
+
+    @seamless
+    def hold(self, action: str, ranks: Together | None = None, written: Module | None = None) -> Iterator[None]:
         """Hold the averages for this thread, after an update under way. Refuse if they are swapped.
 
         Args:
             ranks: the ranks that take this action together: an error on one raises on all.
+            written: the model whose params the action writes.
 
         Raises:
             RuntimeError: the averages are swapped into a model, here or on another of ``ranks``.
         """
-        self.settle(action)
-        with self.locked():
-            if ranks is None:
+        self.settle(action, written)
+        if ranks is None:
+            with self._lock if self._is_alone else self.locked():
                 self.refuse_while_swapped(action)
                 yield
-            else:
-                with ranks.lock:
-                    with ranks.settled(action, self.number):
-                        self.refuse_while_swapped(action)
-                    yield
+        else:
+            with self.locked(ranks.lock):
+                with ranks.settled(action, self.number):
+                    self.refuse_while_swapped(action)
+                yield
+
+
+@seamless
+def _all_held(locks: Sequence[ForkSafeLock]) -> Iterator[None]:
+    with locks[0]:
+        if len(locks) == 1:
+            yield
+        else:
+            with _all_held(locks[1:]):
+                yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -11,10 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch.nn import Module
 
+from ..torch_private.modules import named_tensors
 from .stand_in import on_side
 
-#: Copies what the next forward will write, binds the tensors, and returns the update to run.
-Ready = Callable[[], Callable[[], None]]
+#: Copies what the next forward will write and binds the tensors. Returns the update to run, and the memory it uses.
+Ready = Callable[[], tuple[Callable[[], None], Sequence[object]]]
 
 
 class Updating(Protocol):
@@ -32,6 +34,8 @@ class Updating(Protocol):
 class Runner:
     """Runs the updates of an attachment."""
 
+    is_beside = True  # whether updates may be under way between two steps
+
     def update(self) -> None:
         raise NotImplementedError
 
@@ -40,6 +44,10 @@ class Runner:
 
     def join(self) -> None:
         """Wait until the averages may be used, and raise what an update has raised."""
+
+    def is_worker(self) -> bool:
+        """Return whether the calling thread is the one that runs the updates, if there is such a thread."""
+        return False
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait as :meth:`join` does, for at most ``timeout`` seconds, without raising."""
@@ -53,6 +61,8 @@ class Runner:
 class Plain(Runner):
     """Runs each update in the hook itself."""
 
+    is_beside = False
+
     def __init__(self, averaged: Updating, model: Module) -> None:
         self._averaged, self._model = averaged, model
 
@@ -61,25 +71,52 @@ class Plain(Runner):
 
 
 class OnStreams(Runner):
-    """Runs each update on a side stream of each of the model's GPUs."""
+    """Runs each update on a side stream of each of the model's GPUs.
+
+    It holds the memory of each update until the GPUs have ended it, whoever drops the tensors meanwhile: the allocator
+    knows of the main stream only. ``record_stream`` cannot tell it, since planes stand on parts of a bucket's storage.
+    """
 
     def __init__(self, ready: Ready, streams: Sequence[torch.cuda.Stream]) -> None:
         self._ready, self._streams = ready, streams
         self._ended: list[torch.cuda.Event] = []
+        #: The memory of each update, and the events that end it: none before its launch.
+        self._in_flight: dict[int, tuple[Sequence[object], list[torch.cuda.Event]]] = {}
 
     def update(self) -> None:
         self.join()
-        update = self._ready()
-        with on_side(self._streams):
-            update()
-            self._ended = [stream.record_event() for stream in self._streams]
+        update, memory = self._ready()
+        ended: list[torch.cuda.Event] = []
+        self._in_flight[id(ended)] = memory, ended
+        try:
+            with on_side(self._streams):
+                update()
+        finally:
+            ended += [stream.record_event() for stream in self._streams]
+            self._ended = ended
 
     def join(self) -> None:
         # Wait at each call: other threads with other streams must wait too.
         for stream, event in zip(self._streams, self._ended, strict=False):
             torch.cuda.current_stream(stream.device).wait_event(event)
+        for key, (_, ended) in list(self._in_flight.items()):
+            if ended and all(event.query() for event in ended):
+                self._in_flight.pop(key, None)  # several threads may be here
 
     before_step = join
+
+    def close(self) -> None:
+        self.join()
+        self._end()
+
+    def _end(self) -> None:
+        for stream in self._streams if self._in_flight else ():
+            stream.synchronize()
+        self._in_flight.clear()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # at the end of the process, or in a forked child, there is no GPU to ask
+            self._end()
 
 
 class InThread(Runner):
@@ -102,11 +139,15 @@ class InThread(Runner):
 
     def update(self) -> None:
         self.join()
-        update = self._ready()
+        update, memory = self._ready()
         copied = [stream.record_event() for stream in self._streams]
-        self._under_way = self._pool.submit(self._run, update, copied)
+        self._under_way = self._pool.submit(self._run, update, copied, memory)
 
-    def _run(self, update: Callable[[], None], copied: Sequence[torch.cuda.Event]) -> None:
+    def is_worker(self) -> bool:
+        return threading.get_ident() == self._worker
+
+    def _run(self, update: Callable[[], None], copied: Sequence[torch.cuda.Event], memory: Sequence[object]) -> None:
+        """Run an update. The thread holds its memory so long, as the user may give the tensors other memory."""
         self._worker = threading.get_ident()
         for event in copied:
             event.synchronize()
@@ -122,7 +163,7 @@ class InThread(Runner):
         if os.getpid() != self._process:  # a forked child has no such thread
             self._begin()
         under_way = self._under_way
-        if under_way is None or threading.get_ident() == self._worker:
+        if under_way is None or self.is_worker():
             return
         try:
             under_way.result()
@@ -133,7 +174,7 @@ class InThread(Runner):
 
     def wait(self, timeout: float | None = None) -> None:
         under_way = self._under_way
-        if under_way is not None and os.getpid() == self._process and threading.get_ident() != self._worker:
+        if under_way is not None and os.getpid() == self._process and not self.is_worker():
             wait([under_way], timeout)
 
     def close(self) -> None:
@@ -151,7 +192,7 @@ def runner_for(averaged: Updating, model: Module, overlap: bool, offload: object
     """
     if offload not in (None, "cpu"):
         raise ValueError(f"offload must be 'cpu' or None, got {offload!r}")
-    devices = [param.device for param in model.parameters() if param.device.type == "cuda"]
+    devices = [param.device for _, param in named_tensors(model) if param.device.type == "cuda"]
     streams = [torch.cuda.Stream(device) for device in dict.fromkeys(devices)]
     if offload is not None:
         ready = averaged._beside(model, torch.device("cpu"), streams)

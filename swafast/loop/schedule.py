@@ -35,7 +35,7 @@ class Schedule:
     def __post_init__(self) -> None:
         end = self.start if self.end is None else self.end
         for name, value, least in (("start", self.start, 0), ("every", self.every, 1), ("end", end, self.start)):
-            if not _is_int(value):
+            if not is_int(value):
                 raise TypeError(f"{name} must be an int of steps, got {value!r}")
             if value < least:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
@@ -64,7 +64,7 @@ class Schedule:
             ValueError: a span cannot be read or is negative, or ``duration`` or ``steps_per_epoch`` is missing;
                 ``every`` is 0; or the start is after the end.
         """
-        if steps_per_epoch is not None and (not _is_int(steps_per_epoch) or steps_per_epoch < 1):
+        if steps_per_epoch is not None and (not is_int(steps_per_epoch) or steps_per_epoch < 1):
             raise ValueError(f"steps_per_epoch must be an int >= 1, got {steps_per_epoch!r}")
         whole = None
         if duration is not None:
@@ -92,7 +92,7 @@ class Schedule:
         return asdict(self)
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -103,7 +103,7 @@ def parse(name: str, span: object) -> tuple[Fraction, str]:
         TypeError: the span is neither an int nor a str.
         ValueError: it cannot be read, is negative, is a fraction of steps, or is over ``"1dur"``.
     """
-    if isinstance(span, int) and _is_int(span):
+    if isinstance(span, int) and is_int(span):
         if span < 0:
             raise ValueError(f"{name} must be >= 0, got {span}")
         return Fraction(span), "ba"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from ..terms.names import unwrap
-from ..torch_private.modules import own_buffers, own_children, own_params
+from ..torch_private.modules import named_modules, own_buffers, own_children, own_params
 
 Tensors = dict[str, Tensor | None]
 
@@ -34,19 +34,24 @@ class StandIn:
         self._tree: list[tuple[str, Module]] = []
         self._nodes: dict[str, Module] = {}
         self._staged: dict[int, Tensor] = {}  # copies, by the id of the original
+        #: The memory of the params that the last take() has copied on side streams, which may still read it.
+        self.copied: list[torch.UntypedStorage] = []
 
     @torch.no_grad()
     def take(self) -> Module:
         """Copy the tensors and return the root of the stand-in."""
-        tree = list(unwrap(self._model).named_modules(remove_duplicate=False))
+        tree = list(named_modules(unwrap(self._model)))
         if [(name, id(module)) for name, module in tree] != [(name, id(module)) for name, module in self._tree]:
             self._tree, self._nodes = tree, _skeleton(tree)
-        before, self._staged = self._staged, {}
+        before, self._staged, self.copied = self._staged, {}, []
         for name, module in tree:
             self._fill(own_buffers(self._nodes[name]), own_buffers(module), before)
         with on_side(self._streams):
             for name, module in tree:
-                self._fill(own_params(self._nodes[name]), own_params(module), None if self._device is None else before)
+                params = own_params(module)
+                self._fill(own_params(self._nodes[name]), params, None if self._device is None else before)
+                if self._device is not None:
+                    self.copied += [param.untyped_storage() for param in params.values() if param is not None]
         return self._nodes[""]
 
     def _fill(self, place: Tensors, tensors: Tensors, before: dict[int, Tensor] | None) -> None:

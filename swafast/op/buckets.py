@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..backends import cpu
 from ..backends.contract import Pair
+from ..terms import layout
 from ..terms.layout import Slot, is_dense, lay_out, same_order
 
 
@@ -52,6 +53,20 @@ def home_averages(pairs: Sequence[Pair], homes: frozenset[int]) -> frozenset[int
                 planes[index].data = tensor.copy_(planes[index])
     averaged = (pair.planes for pair in pairs if pair.format is not None)
     return frozenset(plane.data_ptr() for pair_planes in averaged for plane in pair_planes)
+
+
+def keep_large(planes: Iterable[Tensor], before: frozenset[int]) -> frozenset[int]:
+    """Return the addresses of planes that are larger than a bucket. They are homes, so that no copy of them is needed.
+
+    Args:
+        planes: new planes, whose memory nobody else uses.
+        before: the addresses of an earlier call.
+    """
+    large = [plane for plane in planes if plane.numel() > layout.MAX_BUCKET_NUMEL and not plane.is_meta]
+    for plane in large:
+        if plane.data_ptr() not in before:
+            cpu.want_large_pages(plane.untyped_storage())
+    return frozenset(plane.data_ptr() for plane in large)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,14 @@ def check_seed(value: object) -> None:
         raise TypeError(f"seed must be an int, got {value!r}")
 
 
+def check_num_averaged(value: object) -> None:
+    """Raise unless ``value`` is a number of models that a counter can hold and still count on from."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"num_averaged must be an int, got {value!r}")
+    if not 0 <= value < 2**63 - 1:
+        raise ValueError(f"num_averaged must be from 0 to 2^63 - 2, got {value}")
+
+
 def refuse_capture(device: torch.device, action: str) -> None:
     """Raise RuntimeError if a CUDA graph is being captured on the device's current stream."""
     if is_capturing(device):

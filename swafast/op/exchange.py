@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..terms.formats import convert
+from ..torch_private.core import versions
 from .plan import Plan, bump_versions
 
 
@@ -20,69 +24,221 @@ class Exchange:
 
     Args:
         params, planes: the current ones, which the plan fits.
-        bases: if the params are views, the tensors in whose memory they lie; default: the params themselves.
+        now: returns the tensors that the modules have now, params (or bases) before planes; None for one that they
+            have no longer.
+        ignore_buffers: do not count writes into averaged buffers.
+
+    Attributes:
+        is_back: whether everything is back where it was, or cannot be put back.
     """
 
     def __init__(
-        self, plan: Plan, params: Sequence[Tensor], planes: Sequence[Tensor], bases: Sequence[Tensor] | None = None
+        self,
+        plan: Plan,
+        params: Sequence[Tensor],
+        planes: Sequence[Tensor],
+        now: Callable[[], Sequence[Tensor | None]],
+        *,
+        ignore_buffers: bool = False,
     ) -> None:
-        self._launches, aside = plan.exchange(params, planes)
-        self._names, self._bases = plan.names, params if bases is None else bases
-        self._addresses = list(map(Tensor.data_ptr, self._bases))
-        self._written = (*self._bases, *planes)
-        self._memory = list(map(Tensor.untyped_storage, self._written))  # keeps it alive: a launch has only addresses
-        pairs = plan.pairs(params, planes) if aside else []
-        self._aside = [
-            (pairs[i].param.detach(), tuple(plane.detach() for plane in pairs[i].planes), pairs[i].format)
-            for i in aside
-        ]
+        self._plan, self._params, self._now = plan, params, now
+        self._launches, self._aside = plan.exchange(params, planes)
+        self._num_planes = len(planes)
+        #: What is written: params, or the tensors that they are views of, before planes.
+        self.tensors: tuple[Tensor, ...] = (*self._bases(), *planes)
+        self._addresses = list(map(Tensor.data_ptr, self.tensors))
+        self._storages = list(map(Tensor.untyped_storage, self.tensors))  # keeps them: a launch has only addresses
+        self._origins = list(map(torch.UntypedStorage.data_ptr, self._storages))
+        pairs = plan.pairs(params, planes) if self._aside else []
+        self._stashed = [pairs[index] for index in self._aside]
         self._stash: list[Tensor] = []
+        watched = [(name, tensor) for name, tensor, is_buffer in self._averaged() if not (is_buffer and ignore_buffers)]
+        self._watched_names, self._watched = [name for name, _ in watched], [tensor for _, tensor in watched]
+        self._places = list(map(Tensor.data_ptr, self._watched))
+        self._versions: list[int] | None = None
+        self._moved: _Moved | None = None
+        self._is_there = self.is_back = False
+
+    # What differs where params are views of other tensors
+
+    def _bases(self) -> Sequence[Tensor]:
+        """Return the tensors in whose memory the params lie."""
+        return self._params
+
+    def _averaged(self) -> list[tuple[str, Tensor, bool]]:
+        """Return the tensors by which a user writes what is averaged: name, tensor, and whether it is a buffer."""
+        plan = self._plan
+        averaged = zip(plan.names, self._params, plan.formats, plan.are_buffers, strict=True)
+        return [(name, param, is_buffer) for name, param, fmt, is_buffer in averaged if fmt is not None]
+
+    def _params_in(self, bases: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the params that lie in these bases."""
+        return bases
+
+    def _views(self) -> Sequence[tuple[Any, ...]]:
+        """Return dtype, device, shape and strides of each of the tensors, as they were on the way there."""
+        return [*self._plan.param_views, *self._plan.plane_views]
+
+    def _name(self, base: int) -> str:
+        return repr(self._plan.names[base])
+
+    def _fill_in(self) -> None:
+        """Get what other ranks hold back, once this rank's own part is back."""
+
+    # There and back
 
     @torch.no_grad()
     def there(self) -> None:
         """Put the averages into the model."""
-        self._stash = [param.clone() for param, _, _ in self._aside]
+        self._stash = [pair.param.detach().clone() for pair in self._stashed]
         try:
             for launch in self._launches:
                 launch.exchange(True)
+            self._is_there = True
             # Write the first average last: it stays where the model ties params that the averaged module does not tie.
-            for param, planes, fmt in reversed(self._aside):
-                decoded = fmt is not None and planes[0].dtype != param.dtype
-                param.copy_(fmt.decode(planes) if decoded else planes[0])  # type: ignore[union-attr]  # rounded once
+            for pair in reversed(self._stashed):
+                decoded = pair.format is not None and pair.average.dtype != pair.param.dtype
+                convert(pair.planes, pair.format if decoded else None, (pair.param.detach(),), None)
         finally:
-            bump_versions(self._written)
+            bump_versions(self.tensors)
 
     @torch.no_grad()
     def back(self) -> None:
         """Put params and averages back where they were. If it is interrupted, call it again.
 
         Raises:
-            RuntimeError: a param was moved to other memory meanwhile, and is named. The averages are whole.
+            RuntimeError: memory was freed meanwhile, or a param has another shape: what was lost is named.
         """
-        try:
-            with contextlib.ExitStack() as all_of_them:  # if one raises, run the others too
-                for launch in self._launches:
-                    all_of_them.callback(launch.exchange, False)  # does nothing unless it has exchanged
-        finally:
-            self._restore()
-        addresses = list(map(Tensor.data_ptr, self._bases_now()))
-        if addresses != self._addresses:
-            index = next(i for i, pair in enumerate(zip(addresses, self._addresses, strict=True)) if len(set(pair)) > 1)
+        if self.is_back:
+            return
+        self._versions = None  # writes from now on are our own
+        if self._is_there and (self._moved or not self._has_stayed()):
+            # Memory has moved, also within its storage, or a module has another tensor.
+            self._moved = self._moved or _Moved(self)
+            self._plan.is_retired = True  # its launches hold that they have exchanged
+            self._moved.back()
+        else:
+            try:
+                with contextlib.ExitStack() as all_of_them:  # if one raises, run the others too
+                    for launch in self._launches:
+                        all_of_them.callback(launch.exchange, False)  # does nothing unless it has exchanged
+            finally:
+                for pair, value in zip(self._stashed, self._stash, strict=False):  # none if nothing was written
+                    pair.param.detach().copy_(value)
+        bump_versions(self.tensors)
+        self._fill_in()
+        lost: list[str] = []
+        if self._moved is not None:
+            self._moved.give(self._now())
+            lost = [*self._moved.lost]
+        self.is_back = True
+        if lost:
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
             raise RuntimeError(
-                f"model must keep its tensors while swapped, got {self._name(index)!r} on other memory: "
-                "its values before the swap could not be put back"
+                f"model and averages must keep their memory and shapes while swapped, got another of {lost[0]}{more}: "
+                "that could not be put back, everything else is back"
             )
 
-    def _bases_now(self) -> Sequence[Tensor]:
-        """Return the tensors that had these bases. They may have other memory now."""
-        return self._bases
+    def _has_stayed(self) -> bool:
+        """Return whether all tensors are where they were, in the modules too."""
+        addresses = list(map(Tensor.data_ptr, self.tensors))
+        return addresses == self._addresses and all(map(is_, self._now(), self.tensors))
 
-    def _name(self, index: int) -> str:
-        return self._names[index]
+    # Writes by others
 
-    def _restore(self) -> None:
-        try:
-            for (param, _, _), value in zip(self._aside, self._stash, strict=False):  # no values if nothing was written
-                param.copy_(value)
-        finally:
-            bump_versions(self._written)
+    def watch(self) -> None:
+        """Take what was written until now for our own."""
+        self._versions = versions(self._watched)
+
+    def written(self) -> list[str]:
+        """Return the names of averaged params that were written since :meth:`watch`."""
+        after = versions(self._watched)
+        if self._versions is None or after == self._versions:
+            return []
+        # A tensor that has other memory now may have its version from there.
+        states = zip(self._watched_names, self._watched, self._places, self._versions, after, strict=True)
+        return [name for name, tensor, place, *pair in states if len(set(pair)) > 1 and tensor.data_ptr() == place]
+
+
+class _Moved:
+    """The way back of an exchange by tensors, pair by pair, where memory has moved or was freed.
+
+    It writes into the memory that the exchange holds, and then into the tensors that the modules have now.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._gone: set[int] = set()  # addresses of storages whose values were lost
+        self._held = [self._tensor_on(index) for index in range(len(exchange.tensors))]
+        self._names: list[str] = []
+        self._pending: tuple[int, Tensor, Tensor] | None = None
+        self._done = 0
+        self.lost: dict[str, None] = {}  # what could not be put back, in order
+
+    def _tensor_on(self, index: int) -> Tensor:
+        """Return the tensor at this index as it was on the way there, on the memory that its storage has now."""
+        exchange = self._exchange
+        storage, (dtype, device, shape, strides, *_) = exchange._storages[index], exchange._views()[index]
+        if 0 in shape:
+            return torch.empty(shape, dtype=dtype, device=device)
+        start = exchange._addresses[index] - exchange._origins[index]
+        if _make_room(storage, start, shape, strides, dtype):
+            self._gone.add(storage.data_ptr())
+        tensor = torch.empty(0, dtype=dtype, device=device)
+        return tensor.set_(storage, start // dtype.itemsize, shape, strides)
+
+    def back(self) -> None:
+        """Put everything back into the memory that the exchange holds. If it is interrupted, call it again."""
+        exchange = self._exchange
+        count = len(exchange.tensors) - exchange._num_planes
+        pairs = exchange._plan.pairs(exchange._params_in(self._held[:count]), self._held[count:])
+        aside = set(exchange._aside)
+        in_place = [pair for index, pair in enumerate(pairs) if index not in aside]
+        for index in range(self._done, len(in_place)):
+            pair = in_place[index]
+            if self._pending is None or self._pending[0] != index:
+                # Of what is gone, the other side's value takes the place: it is at least a model.
+                own = (pair.param if self._is_gone(pair.average) else pair.average).clone()
+                average = (pair.average if self._is_gone(pair.param) else pair.param).clone()
+                self._pending = (index, own, average)
+            pair.param.copy_(self._pending[1])
+            pair.average.copy_(self._pending[2])
+            self._done = index + 1
+        for index, value in zip(exchange._aside, exchange._stash, strict=True):
+            pairs[index].param.copy_(value)
+        self._names = [
+            *map(exchange._name, range(count)),
+            *(f"the average of {pair.name!r}" for pair in pairs for _ in pair.planes),
+        ]
+        for index, pair in enumerate(pairs):
+            in_danger = pair.planes if index in aside else (pair.param, *pair.planes[1:])
+            if any(map(self._is_gone, in_danger)):
+                self.lost[f"the average of {pair.name!r}"] = None
+            if index not in aside and self._is_gone(pair.average):
+                self.lost[repr(pair.name)] = None
+
+    def give(self, now: Sequence[Tensor | None]) -> None:
+        """Write the held values into the tensors that the exchange had and the modules have now, if on other memory."""
+        for name, held, *tensors in zip(self._names, self._held, self._exchange.tensors, now, strict=True):
+            for tensor in {id(each): each for each in tensors if each is not None}.values():
+                if tensor.is_meta or tensor.shape != held.shape:
+                    self.lost[name] = None
+                elif tensor.data_ptr() != held.data_ptr() or tensor.dtype != held.dtype:
+                    start = int(tensor.storage_offset()) * tensor.itemsize
+                    _make_room(tensor.untyped_storage(), start, tensor.shape, tensor.stride(), tensor.dtype)
+                    tensor.detach().copy_(held)
+
+    def _is_gone(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._gone
+
+
+def _make_room(
+    storage: torch.UntypedStorage, start: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
+) -> bool:
+    """Make a storage that was freed large enough for a tensor from byte ``start`` on. Return whether it was freed."""
+    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    needed = start + (last + 1) * dtype.itemsize if 0 not in shape else 0
+    if storage.nbytes() >= needed:
+        return False
+    storage.resize_(needed)
+    return True

@@ -80,6 +80,7 @@ def prepare_exchange(
     """Prepare launches that exchange params and averages in place.
 
     A pair is exchanged in place if both sides have one dtype, a kernel serves it, and no other pair shares its memory.
+    Averaged buffers are not: a forward pass in training mode may write them, and must not write averages.
 
     Args:
         work: the work of an update of these pairs. A launch is reused if it has just the pairs to exchange.
@@ -96,7 +97,10 @@ def prepare_exchange(
         direct = [
             index
             for index, pair in enumerate(pairs)
-            if index in candidates and pair.param.dtype == pair.average.dtype and backend.serves(pair)
+            if index in candidates
+            and pair.param.dtype == pair.average.dtype
+            and not (pair.is_buffer and pair.format is not None)
+            and backend.serves(pair)
         ]
         if backend.exchanges and direct:
             made = next((each.launch for each in work if each.backend is backend and [*each.indices] == direct), None)

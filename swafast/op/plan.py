@@ -10,6 +10,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import islice
+from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -40,7 +41,8 @@ class Fingerprint:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.addresses = list(map(Tensor.data_ptr, tensors))
-        self._views = _views_of(tensors)
+        #: dtype, device, shape, strides, and whether it is a negative and a conjugate view, of each tensor.
+        self.views = _views_of(tensors)
         self._quick: Callable[..., bool] | None = make_metadata_check(tensors)
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
@@ -56,13 +58,13 @@ class Fingerprint:
             return False  # None, or a tensor without memory of its own: a new plan raises an error that names it
         if self._quick is not None and self._quick(*tensors):
             return True
-        if _views_of(tensors) != self._views:
+        if _views_of(tensors) != self.views:
             return False
         self._quick = make_metadata_check(tensors)  # it also compares what does not matter here, such as requires_grad
         return True
 
 
-def _views_of(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
+def _views_of(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
     return [(t.dtype, t.device, t.shape, t.stride(), t.is_neg(), t.is_conj()) for t in tensors]
 
 
@@ -92,6 +94,10 @@ class Launches:
     def goes_by_address(self) -> bool:
         """Whether all launches use addresses, and none keeps a tensor."""
         return not any(work.takes_tensors for work in self._work)
+
+    def memory(self, params: Sequence[Tensor], planes: Sequence[Tensor]) -> list[object]:
+        """Return all that an update of these tensors uses, since a launch has only addresses: hold it until it ends."""
+        return [self, *map(Tensor.untyped_storage, (*params, *planes, *self._counters))]
 
     def update(
         self,
@@ -175,6 +181,7 @@ class Plan(Launches):
         self.homes = home_averages(pairs, homes)
         self.names = [pair.name for pair in pairs]
         self.formats = [pair.format for pair in pairs]
+        self.are_buffers = [pair.is_buffer for pair in pairs]
         #: Addresses of all that an update writes: averages, copied tensors and counters.
         self.writes = frozenset(
             tensor.data_ptr() for tensor in (*(p for pair in pairs for p in pair.planes), *counters)
@@ -182,18 +189,31 @@ class Plan(Launches):
         self._params = Fingerprint([pair.param for pair in pairs])
         self._written = Fingerprint([*(plane for pair in pairs for plane in pair.planes), *counters])
         self._exchange: tuple[list[ExchangeLaunch], list[int]] | None = None
+        #: Whether it fits no tensors any more: its launches were left in a state that only they know.
+        self.is_retired = False
         super().__init__(pairs, backends, counters)
 
     def fits(self, params: Sequence[Tensor], planes: Sequence[Tensor], counters: Sequence[Tensor]) -> bool:
-        return self._params.fits(params) and self._written.fits((*planes, *counters))
+        return not self.is_retired and self._params.fits(params) and self._written.fits((*planes, *counters))
+
+    @property
+    def param_views(self) -> list[tuple[Any, ...]]:
+        """The views of the params that it was made for, as in :class:`Fingerprint`."""
+        return self._params.views
+
+    @property
+    def plane_views(self) -> list[tuple[Any, ...]]:
+        return self._written.views[: len(self._written.views) - len(self._counters)]
 
     def pairs(self, params: Sequence[Tensor], planes: Sequence[Tensor]) -> list[Pair]:
         """Return the pairs of these tensors, which :meth:`fits` has just compared."""
         rest = iter(planes)
         counts = [1 + len(fmt.extra) if fmt is not None else 1 for fmt in self.formats]
         return [
-            Pair(name, param, tuple(islice(rest, count)), fmt)
-            for name, param, count, fmt in zip(self.names, params, counts, self.formats, strict=True)
+            Pair(name, param, tuple(islice(rest, count)), fmt, is_buffer=is_buffer)
+            for name, param, count, fmt, is_buffer in zip(
+                self.names, params, counts, self.formats, self.are_buffers, strict=True
+            )
         ]
 
     def exchange(self, params: Sequence[Tensor], planes: Sequence[Tensor]) -> tuple[list[ExchangeLaunch], list[int]]:

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
+from ..loop import swaps
 from ..loop.attach import Attachable
 from ..torch_private.core import is_in_backward, running_eagerly
-from ..torch_private.modules import BatchNormLayer, own_buffers
+from ..torch_private.modules import BatchNormLayer, named_modules, own_buffers
 
 if torch.distributed.is_available():
     from torch.distributed import ProcessGroup
@@ -65,15 +66,16 @@ def update_bn(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hint}")
     layers = {
         name: Layer(module, Moments())
-        for name, module in model.named_modules()
+        for name, module in named_modules(model, distinct=True)
         if isinstance(module, BatchNormLayer) and module.running_mean is not None
     }
     for name, layer in layers.items():
         if any(map(is_lazy, layer.module.buffers(recurse=False))):
             raise ValueError(f"model must be initialised, got the lazy layer {name!r}: run the model once before")
-    for module in model.modules():
+    for _, module in named_modules(model, distinct=True):
         if isinstance(module, Attachable):
             module._guard.settle()  # an update in the background would write buffers that a failure here restores
+    swaps.refuse_averages("update_bn", model)
     run = partial(_run, loader, model, layers, device, call or _call, progress)
     together = process_group is not None or (torch.distributed.is_available() and torch.distributed.is_initialized())
     num_batches = _run_on_all(run, layers, process_group) if together else run()
@@ -225,12 +227,12 @@ def _taking(moments: Moments) -> Callable[[Module, tuple[Any, ...], dict[str, An
 @contextmanager
 def _training(model: Module) -> Iterator[None]:
     """Put the model into training mode; on leaving, restore the mode of each module."""
-    before = {module: module.training for module in model.modules()}
+    before = [(module, module.training) for _, module in named_modules(model, distinct=True)]
     try:
         model.train()
         yield
     finally:
-        for module, training in before.items():
+        for module, training in before:
             module.training = training
 
 
@@ -240,9 +242,9 @@ def _as_before(model: Module, layers: Mapping[str, Layer]) -> Iterator[None]:
     own = {id(layer.module) for layer in layers.values()}
     before = [
         (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if not is_lazy(buffer)
+        for _, module in named_modules(model, distinct=True)
+        for name, buffer in own_buffers(module).items()
+        if buffer is not None and not is_lazy(buffer)
     ]
     failed = True
     try:

@@ -44,7 +44,7 @@ class ComposerSWA:
         anneal_strategy: ``"linear"`` or ``"cos"``.
         anneal_steps: number of updates that annealing takes.
         swa_lr: the rate to anneal to; default: the rate at the start, which Composer 0.32 always takes.
-        options: ``overlap`` and ``offload`` of ``attach``.
+        options: ``overlap``, ``offload``, ``name`` and ``step`` of ``attach``.
 
     Raises:
         TypeError, ValueError: an argument is none of the above, the end is not after the start, or ``attach`` raises.
@@ -103,7 +103,7 @@ class ComposerSWA:
             self._scheduler = SWALR(optimizer, 0.0, anneal_epochs=anneal_steps, anneal_strategy=strategy)
             for group, rate in zip(optimizer.param_groups, before, strict=True):
                 group["swa_lr"] = rate
-        self._hook = optimizer.register_step_post_hook(self._after_step)
+        self.attachment.then.append(self._after_step)
 
     @property
     def is_completed(self) -> bool:
@@ -111,10 +111,8 @@ class ComposerSWA:
         end = self.attachment.schedule.end
         return end is not None and self.attachment.step >= end
 
-    def _after_step(self, *_: object) -> None:
+    def _after_step(self) -> None:
         step, schedule = self.attachment.step, self.attachment.schedule
-        if not self.attachment.is_attached:
-            return
         if schedule.is_due(step) and self._scheduler is not None:
             done = (step - schedule.start) // schedule.every
             for group in self._optimizer.param_groups:
@@ -134,7 +132,6 @@ class ComposerSWA:
         Raises:
             RuntimeError: it was detached before.
         """
-        self._hook.remove()
         self.attachment.detach()
 
 

@@ -13,10 +13,14 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from ..loop.attachment import check_attached_load, wait_for_readers
+from ..loop import swaps
+from ..loop.attachment import wait_for_readers
+from ..loop.roster import STATE_KEY, Roster
 from ..op import torch_op  # noqa: F401  # registers it
+from ..op.checks import check_plain
 from ..terms.pickling import pickled_from
 from ..terms.rules import EqualAverage
+from ..torch_private.optimizers import is_making_state
 from . import batchnorm
 
 _RULE = EqualAverage().kernel_terms()
@@ -94,6 +98,11 @@ class SWA(Optimizer):
             self.optimizer.param_groups = groups
 
     @property
+    def _state_holder(self) -> Optimizer:
+        """The optimizer whose groups hold the states of attachments, for :class:`~swafast.loop.roster.Roster`."""
+        return self.optimizer
+
+    @property
     def opt_state(self) -> Mapping[Tensor, Any]:
         """The state of the inner optimizer."""
         return self.optimizer.state
@@ -108,6 +117,8 @@ class SWA(Optimizer):
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Run a step of the inner optimizer and return its loss. In automatic mode, update averages that are due."""
+        if is_making_state():
+            return self.optimizer.step(closure)
         if self.swa_lr is not None:
             for group in self.param_groups:
                 if group["step_counter"] >= self.swa_start:
@@ -127,7 +138,13 @@ class SWA(Optimizer):
 
     @torch.no_grad()
     def update_swa_group(self, group: dict[str, Any]) -> None:
-        """Update the averages of one of ``param_groups``."""
+        """Update the averages of one of ``param_groups``.
+
+        Raises:
+            RuntimeError: averages are swapped into a model of these params.
+        """
+        if swaps.in_force:
+            swaps.refuse("update_swa", group["params"])
         alike: defaultdict[tuple[torch.device, str], list[Tensor]] = defaultdict(list)  # the params of each launch
         for param in group["params"]:
             if param.numel():
@@ -143,8 +160,14 @@ class SWA(Optimizer):
 
     @torch.no_grad()
     def swap_swa_sgd(self) -> None:
-        """Exchange params and averages in place, or exchange them back. Warn of params that have no average yet."""
-        wait_for_readers()
+        """Exchange params and averages in place, or exchange them back. Warn of params that have no average yet.
+
+        Raises:
+            RuntimeError: averages are swapped into a model of these params.
+        """
+        if swaps.in_force:
+            swaps.refuse("swap_swa_sgd", self._params())
+        wait_for_readers(self._params())
         lacking = 0
         for param in self._params():
             state = self.state.get(param, {})
@@ -168,12 +191,12 @@ class SWA(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return torchcontrib's three entries: ``opt_state``, ``swa_state`` and ``param_groups``.
 
-        Entries that state-dict hooks add, such as that of an attached average, stand beside them. Entries that hooks
-        add to the inner optimizer's state are under ``opt_added``.
+        The states of attached averages are in the first group. Entries that other hooks add stand beside the three;
+        those that hooks add to the inner optimizer's state are under ``opt_added``.
         """
         packed, own = super().state_dict(), self.optimizer.state_dict()
         state = {"opt_state": own.pop("state"), "swa_state": packed.pop("state"), **packed}
-        del own["param_groups"]
+        state["param_groups"] = own.pop("param_groups")
         return {**state, "opt_added": own} if own else state
 
     def _params(self) -> Iterable[Tensor]:
@@ -191,15 +214,19 @@ class SWA(Optimizer):
         added = {key: value for key, value in state_dict.items() if key not in (*_ENTRIES, "opt_added")}
         groups = state_dict["param_groups"]
         own = {**state_dict.get("opt_added", {}), "state": state_dict["opt_state"], "param_groups": groups}
-        for optimizer, state in ((self, added), (self.optimizer, own)):
-            check_attached_load(optimizer, state)  # check both before either changes
+        listed = [each.pop(STATE_KEY) for each in (added, own) if isinstance(each.get(STATE_KEY), list)]
+        if listed:  # as it once was, of averages attached to this optimizer and to the inner one
+            own[STATE_KEY] = list(chain.from_iterable(listed))
         before = self.optimizer.state, self.optimizer.param_groups, self.state
+        roster = Roster.of(self)
+        states = roster.states()
         try:
             self.optimizer.load_state_dict(own)
             super().load_state_dict({**added, "state": {}, "param_groups": groups})  # only to run its hooks
             self.state = averages
         except BaseException:
             self.optimizer.state, self.optimizer.param_groups, self.state = before
+            roster.put_back(states)
             raise
 
     def _read(self, state_dict: Mapping[str, Any]) -> defaultdict[Any, Any]:
@@ -236,6 +263,7 @@ class SWA(Optimizer):
             for name, value in swa_state.get(key, {}).items():
                 if not isinstance(value, Tensor):
                     raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+                check_plain(f"state_dict['swa_state'][{key!r}][{name!r}]", value)
                 if value.shape != param.shape:
                     raise ValueError(f"{name} must have shape {tuple(param.shape)}, got {tuple(value.shape)}")
                 averages[param][name] = torch.empty_like(param, dtype=_average_dtype(param)).copy_(value)

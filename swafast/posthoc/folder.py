@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..terms.pickling import pickled_from
+from ..terms.replacing import replacing
 from ..terms.rules import EqualAverage, ExponentialAverage, PowerAverage, Rule
 from .profiles import Profile
 
@@ -135,12 +135,8 @@ def _subfolders(folder: Path) -> Iterable[tuple[Path, int, int]]:
 def write_sidecar(snapshot: Snapshot) -> None:
     """Write ``snapshot.json`` atomically: a reader finds the whole file or none."""
     body = _body(snapshot)
-    unfinished = snapshot.path / f"{SIDECAR}.unfinished"
-    with open(unfinished, "w", encoding="utf-8") as file:
+    with replacing(snapshot.path / SIDECAR) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
         json.dump({"sha256": _digest(body), "snapshot": body}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, snapshot.path / SIDECAR)
 
 
 def read_sidecar(path: Path) -> Snapshot:

@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from ..average.fused_averages import FusedAverages
 from ..loop.guard import Guard
 from ..sharded.construction import spell
-from ..sharded.parts.ranks import OneProcess
+from ..sharded.parts.ranks import Counting, OneProcess
 from ..sharded.parts.rendezvous import shared_ranks
 from ..sharded.sharded_model import ShardedAveragedModel
 from ..terms.pickling import pickled_from
@@ -182,7 +182,8 @@ class Snapshots:
         """
         with self._ranks.settled("save"):
             named = named_averages(averages)
-        with Guard([average._guard for average in named.values()]).hold("save", self._ranks):
+        ranks = Counting(self._ranks, [average.n_averaged for average in named.values()])
+        with Guard([average._guard for average in named.values()]).hold("save", ranks):
             with self._ranks.settled("save"):
                 rules, count = self._check(named, dtype)
             spelled = {name: spell(rule) for name, rule in rules.items()}

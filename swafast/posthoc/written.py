@@ -20,7 +20,7 @@ from ..op.checksum import checksum
 from ..sharded import checkpoint
 from ..sharded.parts.ranks import Ranks
 from ..sharded.sharded_model import ShardedAveragedModel
-from ..terms.formats import Format
+from ..terms.formats import Format, full_precision
 from ..terms.names import persistent_buffers, unwrap
 from .folder import StoredTensor
 
@@ -56,7 +56,7 @@ def stored_parts(averaged: Averaged, ranks: Ranks, dtype: torch.dtype | None) ->
 def _sharded_parts(averaged: ShardedAveragedModel, ranks: Ranks, dtype: torch.dtype | None) -> Iterator[StoredPart]:
     for share in averaged._shares:
         holding, planes = share.holding, averaged._planes[share.name]
-        full = share.format.decode(planes) if share.format is not None else planes[0]
+        full = full_precision(planes, share.format)
         entry = checkpoint.Entry(holding.names, share, full.to(_dtype_of(share.format, full, dtype)))
         value, own = checkpoint.sealed_part_of(entry, ranks)
         yield StoredPart(StoredTensor(holding.names, holding.shape, value.dtype), share.format is None, value, own)
@@ -69,8 +69,8 @@ def _whole_parts(averaged: FusedAveragedModel, ranks: Ranks, dtype: torch.dtype 
         if is_buffer and id(tensor) not in saved:
             continue
         planes = fit_planes(averaged, name, tensor, fmt)
-        full = fmt.decode(planes) if fmt is not None else tensor
-        value = full.detach().to(_dtype_of(fmt, full, dtype))
+        full = full_precision(planes, fmt)
+        value = full.to(_dtype_of(fmt, full, dtype))
         if is_buffer and ranks.size > 1:
             value = value.clone()
             ranks.broadcast_(value)

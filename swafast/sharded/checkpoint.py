@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement
 
+from ..average.loading import write_all
+from ..op.checks import check_plain
 from ..op.checksum import checksum, wrap_int64
 from ..terms.boxes import boxes_of_run
 from .parts.holdings import is_spread_as
@@ -66,7 +68,7 @@ def part_of(entry: Entry) -> Tensor:
         return PartTensor(run, holding.shape, share.boxes)
     local = share.boxes[0].of_run(run) if run.numel() else run.new_empty(holding.local_shape)
     if holding.device_mesh is None:
-        return local.clone()
+        return local
     stride = torch.empty(holding.shape, device="meta").stride()
     placements = cast("tuple[Placement, ...]", holding.sharding.placements)
     return DTensor.from_local(
@@ -132,7 +134,7 @@ def _save_id_part(ranks: Ranks) -> PartTensor:
 class PendingLoad:
     """This rank's parts of a state, with keys, shapes and dtypes checked but values not yet verified."""
 
-    num_averaged: int
+    count: Tensor  # () int64
     runs: list[tuple[Entry, Tensor]]
     seals: dict[str, tuple[int, int]]  # (checksum, dtype) by key; empty for a state without checksums
     save_ids: frozenset[int]
@@ -166,11 +168,12 @@ def prepare_load(all_entries: Sequence[Entry], state: object) -> PendingLoad:
         _require_saved_as(torch.int64, COUNT, seals)
     runs = [(entry, _run_of_ties(state, entry, seals)) for entry in all_entries]
     count = state[COUNT]
+    check_plain(f"state_dict[{COUNT!r}]", count)
     if count.numel() != 1 or count.dtype != torch.int64 or int(count) < 0:
         raise ValueError(f"state_dict[{COUNT!r}] must be one int64 >= 0, got {count!r}")
     value = state[SAVE_ID] if sealed else torch.empty(0)
     ids = value.run if isinstance(value, PartTensor) else value
-    return PendingLoad(int(count), runs, seals, frozenset(ids.flatten().tolist()))
+    return PendingLoad(count.detach().reshape(()), runs, seals, frozenset(ids.flatten().tolist()))
 
 
 def _require_keys(expected: Sequence[str], state: Mapping[str, object]) -> None:
@@ -222,15 +225,22 @@ def _run_from(value: Tensor, key: str, entry: Entry, seals: Mapping[str, tuple[i
             got = f"{value.placements} on {value.device_mesh}"
             raise ValueError(f"state_dict[{key!r}] must be spread as this average, {holding.sharding}, got {got}")
         local = value.to_local().detach()
+        check_plain(f"state_dict[{key!r}]", local)
         return (local.permute(share.boxes[0].order) if share.numel else local).reshape(-1)
     if isinstance(value, PartTensor):
         if [(box.offsets, box.sizes) for box in value.boxes] != [(box.offsets, box.sizes) for box in share.boxes]:
             raise ValueError(f"state_dict[{key!r}] must be cut as this average, got another cut: load it through DCP")
+        check_plain(f"state_dict[{key!r}]", value.run)
         if value.boxes == share.boxes:
             return value.run.detach()
         views = [view for _, view in value.parts()]  # the saved model had other strides
     else:
+        check_plain(f"state_dict[{key!r}]", value)
         views = [box.of_whole(value.detach()) for box in share.boxes]
+    in_order = [view.permute(box.order) for box, view in zip(share.boxes, views, strict=True)]
+    starts = [view.storage_offset() - box.start for box, view in zip(share.boxes, in_order, strict=True)]
+    if len(set(starts)) == 1 and all(view.is_contiguous() for view in in_order):
+        return in_order[0].as_strided((share.numel,), (1,), starts[0])  # one run of memory already: needs no copy
     run = torch.empty(share.numel, dtype=value.dtype, device=value.device)
     for box, view in zip(share.boxes, views, strict=True):
         box.of_run(run).copy_(view)
@@ -243,7 +253,7 @@ def verify(pending: PendingLoad, ranks: Ranks, device: torch.device) -> None:
     Raises:
         ValueError: on every rank, if counts, saves or checksums differ; the message names the key.
     """
-    everyone = ranks.gather((pending.num_averaged, bool(pending.seals), sorted(pending.save_ids)[:2]))
+    everyone = ranks.gather((int(pending.count), bool(pending.seals), sorted(pending.save_ids)[:2]))
     counts, sealed = [count for count, _, _ in everyone], [sealed for _, sealed, _ in everyone]
     if len(set(counts)) > 1:
         raise ValueError(f"state_dict[{COUNT!r}] must be the same on every rank, got {counts}")
@@ -256,8 +266,7 @@ def verify(pending: PendingLoad, ranks: Ranks, device: torch.device) -> None:
         raise ValueError(f"state_dict must be of one save, got parts of {len(ids)} saves, or a damaged checkpoint")
     sums, wanted = {}, {}
     first = int(ranks.index == 0)
-    count = torch.tensor(pending.num_averaged, dtype=torch.int64)
-    sums[COUNT], wanted[COUNT] = first * checksum(count), pending.seals[COUNT][0]
+    sums[COUNT], wanted[COUNT] = first * checksum(pending.count), pending.seals[COUNT][0]
     for entry, run in pending.runs:
         key, share = entry.keys[0], entry.share
         sums[key] = checksum_of_run(run, share)
@@ -270,12 +279,13 @@ def verify(pending: PendingLoad, ranks: Ranks, device: torch.device) -> None:
             )
 
 
-def commit(pending: PendingLoad, num_averaged: Tensor) -> None:
-    """Write the verified values. No content of a state makes this fail."""
-    with torch.no_grad():
-        for entry, run in pending.runs:
-            entry.plane.detach().copy_(run.view(entry.plane.shape))
-        num_averaged.fill_(pending.num_averaged)
+def commit(loads: Iterable[tuple[PendingLoad, Tensor]]) -> None:
+    """Write verified values, and each count into its counter. No content of a state makes this fail."""
+    writes: list[tuple[Tensor, Tensor]] = []
+    for pending, counter in loads:
+        writes += [(entry.plane.detach(), run.view(entry.plane.shape)) for entry, run in pending.runs]
+        writes.append((counter, pending.count))
+    write_all(writes)
 
 
 # Whole tensors

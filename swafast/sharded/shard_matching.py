@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
+from ..average.contents import HoldsModels
 from ..average.matching import Bindings, check_model
 from ..backends.contract import Pair
 from ..op import checks, choice
@@ -108,18 +110,32 @@ class Views(Sequence[Tensor]):
     """The params of a plan. A view is made on access, since most backends use addresses and need no view.
 
     Args:
-        found: a result of :meth:`Locator.find`.
-        bases: the result of :meth:`Locator.bases` for it.
+        bases: a result of :meth:`Locator.bases`.
+        fingerprint: of the bases, and of more tensors after them.
     """
 
     def __init__(
         self,
         locator: Locator,
         chosen: Sequence[tuple[int, Share]],
-        found: Sequence[Tensor],
         bases: Sequence[Tensor],
+        fingerprint: Fingerprint,
     ) -> None:
-        self.locator, self._chosen, self.found, self.bases = locator, chosen, found, bases
+        self.locator, self._chosen, self.bases, self._fingerprint = locator, chosen, bases, fingerprint
+
+    def on(self, bases: Sequence[Tensor]) -> Views:
+        """Return the same params on other bases."""
+        return Views(self.locator, self._chosen, bases, self._fingerprint)
+
+    @property
+    def base_views(self) -> list[tuple[Any, ...]]:
+        """The views of the bases, as in :class:`Fingerprint`."""
+        return self._fingerprint.views[: len(self.bases)]
+
+    @property
+    def averaged(self) -> set[str]:
+        """The names of the params that are averaged, not copied."""
+        return {share.name for _, share in self._chosen if share.format is not None}
 
     def held(self) -> dict[str, Held]:
         """Return what this rank holds of the model, by name, on the memory that it has now."""
@@ -134,7 +150,7 @@ class Views(Sequence[Tensor]):
         return share.of(self.locator.local(self.bases, index).detach())
 
 
-class ShardSide:
+class ShardSide(HoldsModels):
     """One of the averaged models that are updated together."""
 
     rule: Rule
@@ -168,7 +184,7 @@ class ShardSide:
         draws = None
         if share.format is not None and share.format.num_random_bits:
             draws = Draws(make_random_key(self.seed, share.name), share.holding.shape, share.boxes)
-        return Pair(share.name, view, self._planes[share.name], share.format, draws, pace)
+        return Pair(share.name, view, self._planes[share.name], share.format, draws, pace, share.holding.is_buffer)
 
 
 #: A plan with its current params and planes.
@@ -202,7 +218,9 @@ class ShardBinding:
             if share.numel
         ]
         self._chosen = [(index, share) for _, index, share in chosen]
-        views = Views(self._locator, self._chosen, found, bases)
+        counters = [side.n_averaged for side in sides]
+        self._bases, self._num_bases = Fingerprint([*bases, *counters]), len(bases)
+        views = Views(self._locator, self._chosen, bases, self._bases)
         pairs = [sides[pace]._pair(share, view, pace) for (pace, _, share), view in zip(chosen, views, strict=True)]
         for pair in pairs:
             checks.check_sides(pair, any_device=False)
@@ -210,10 +228,8 @@ class ShardBinding:
         for device in {pair.average.device for pair in pairs}:
             checks.refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
         homes = frozenset(plane.data_ptr() for pair in pairs for plane in pair.planes)
-        counters = [side.n_averaged for side in sides]
         self.plan = Plan(pairs, choice.choose_backends(backend, choice.device_types(pairs)), counters, homes)
         self._planes = tuple(plane for pair in pairs for plane in pair.planes)
-        self._bases = Fingerprint([*bases, *counters])
 
     @property
     def root(self) -> Module | None:
@@ -228,9 +244,15 @@ class ShardBinding:
         if found is None:
             return None
         bases = self._bases_of(found)
-        if not self._bases.fits([*bases, *counters]):
+        if self.plan.is_retired or not self._bases.fits([*bases, *counters]):
             return None
-        return self.plan, Views(self._locator, self._chosen, found, bases), self._planes
+        return self.plan, Views(self._locator, self._chosen, bases, self._bases), self._planes
+
+    def now(self) -> Sequence[Tensor | None]:
+        """Return the tensors that the shares lie in now, None for all if the model has others; then the planes."""
+        found = self._locator.find(root) if (root := self.root) is not None else None
+        bases = self._locator.bases(found) if found is not None else [None] * len(self._bases.views)
+        return [*bases[: self._num_bases], *self._planes]
 
     def _bases_of(self, found: Sequence[Tensor]) -> list[Tensor]:
         bases = self._locator.bases(found)

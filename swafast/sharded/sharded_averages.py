@@ -34,7 +34,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         model: the model as it trains, wrapped and sharded.
         rules: up to 16 rules by name, as a mapping or as (name, rule) pairs. A name must not contain a dot.
         format: one format for all averages, or a mapping from their names; default: by each parameter's dtype.
-        include, process_group, use_buffers, share_replicas, nonfinite, backend, seed: as for
+        include, process_group, use_buffers, share_replicas, nonfinite, backend, seed, num_averaged: as for
             :class:`ShardedAveragedModel`, the same for all averages.
 
     Raises:
@@ -55,6 +55,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         nonfinite: str = "propagate",
         backend: str | None = None,
         seed: int = 0,
+        num_averaged: int = 0,
     ) -> None:
         self._ranks = process_group if isinstance(process_group, Ranks) else shared_ranks(process_group)
         self._number = self._ranks.next_number()
@@ -76,6 +77,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
                     nonfinite=nonfinite,
                     backend=backend,
                     seed=seed,
+                    num_averaged=num_averaged,
                 )
                 for name, rule in named.items()
             }
@@ -151,8 +153,9 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
                     pending[name] = checkpoint.prepare_load(averaged._entries(), states[name])
                 with self._ranks.settled("load_state_dict"), _about(name):
                     checkpoint.verify(pending[name], self._ranks, averaged.n_averaged.device)
+            checkpoint.commit((pending[name], averaged.n_averaged) for name, averaged in self.items())
             for name, averaged in self.items():
-                checkpoint.commit(pending[name], averaged.n_averaged)
+                averaged._count_from(int(pending[name].count), is_loaded=True)
 
     def _states_of(self, state_dict: object) -> dict[str, dict[str, Any]]:
         if not isinstance(state_dict, Mapping):

@@ -14,9 +14,11 @@ from torch.nn import Module
 
 from ..average.functions import choose_rule
 from ..average.matching import ask_include
-from ..loop.guard import Guard
+from ..loop import swaps
+from ..loop.guard import Guard, seamless
+from ..loop.swaps import Swap
 from ..op import checks
-from ..terms.formats import check_format
+from ..terms.formats import check_format, convert
 from ..terms.pickling import pickled_from
 from ..terms.rules import EqualAverage, Rule
 from . import checkpoint, construction
@@ -25,7 +27,7 @@ from .parts.ranks import Ranks
 from .parts.rendezvous import shared_ranks
 from .parts.shares import share_out
 from .shard_matching import Bound, ShardSide, check_sharded_model
-from .swap import Swap, spread_all
+from .swap import SpreadExchange, spread_all
 from .updating import AttachableShards
 
 
@@ -60,6 +62,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         share_replicas: cut shards that several ranks hold alike, evenly over these ranks.
         nonfinite: ``"propagate"``. ``"raise"`` and ``"skip"`` change nothing on any rank if a parameter holds a NaN or
             an infinity on one of them. This reads the params once more, and all-reduces one flag.
+        num_averaged: as for :class:`~swafast.FusedAveragedModel`.
 
     Raises:
         TypeError: ``model`` is not a module, or another argument has a wrong type.
@@ -94,22 +97,26 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         nonfinite: str = "propagate",
         backend: str | None = None,
         seed: int = 0,
+        num_averaged: int = 0,
     ) -> None:
         self._ranks = process_group if isinstance(process_group, Ranks) else shared_ranks(process_group)
         self._number = self._ranks.next_number()
         self.format, self.backend, self.nonfinite, self.seed = format, backend, nonfinite, seed
         self.use_buffers, self.share_replicas = use_buffers, share_replicas
         with self._ranks.lock:
-            self._construct(model, rule, include)
+            self._construct(model, rule, include, num_averaged)
 
     # Construction
 
-    def _construct(self, model: Module, rule: Rule | None, include: Callable[[str, Tensor], bool] | None) -> None:
+    def _construct(
+        self, model: Module, rule: Rule | None, include: Callable[[str, Tensor], bool] | None, num_averaged: int
+    ) -> None:
         """Construct the average in steps that all ranks take together. Collective."""
         with self._ranks.settled("ShardedAveragedModel"):
             check_format(self.format)
             checks.check_nonfinite(self.nonfinite)
             checks.check_seed(self.seed)
+            checks.check_num_averaged(num_averaged)
             self.rule = choose_rule(rule, None, None) or EqualAverage()
             check_sharded_model(model)
             self._made_of = weakref.ref(model)
@@ -119,13 +126,14 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
             held = self._set_up(model, include)
         options = ("rule", "format", "nonfinite", "use_buffers", "share_replicas", "seed")
         described = {option: construction.spell(getattr(self, option)) for option in options}
+        described["num_averaged"] = str(num_averaged)
         self._ranks.agree("the model and the arguments", described | construction.describe(self._shares))
         construction.require_same_bits(self._shares, held, self._ranks)
         self._spreads = construction.make_spreads(self._shares, self._ranks)
         with self._ranks.settled("ShardedAveragedModel"):
             plan, params, planes = self._bind(model)
             plan.update(params, planes, [self.rule])  # the first update copies; do not count it
-            self.n_averaged.zero_()
+            self._count_from(num_averaged)
 
     def _set_up(self, model: Module, include: Callable[[str, Tensor], bool] | None) -> dict[str, Held]:
         """Find what this rank holds, share it out, and make the planes. Return what it holds, by name."""
@@ -156,13 +164,14 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
 
     # Use of the average
 
-    @contextmanager
+    @seamless
     def swapped_into(self, model: Module) -> Iterator[Module]:
         """Run ``model`` on the averages: ``with averaged.swapped_into(model): evaluate(model)``.
 
         Params and averages are exchanged in place if the dtypes agree. Otherwise this rank's part of the params is
         copied aside and overwritten. Params that are cut are then all-gathered in windows, on entering and on leaving.
-        FSDP modules are resharded at both. Do not train the model in the body.
+        FSDP modules are resharded at both. Params must not be written in the body, and swaps may nest, as
+        with :class:`~swafast.FusedAveragedModel`.
 
         Collective if params are cut. On leaving, after an exception too, everything changes back. If a rank is lost,
         this rank's averages and its own part of the params are whole. The other parts of cut params may not be, and the
@@ -170,26 +179,26 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
 
         Raises:
             TypeError, ValueError: as :meth:`update_parameters`; nothing has changed.
-            RuntimeError: the averages are swapped in already; a rank was lost; or, on leaving, a parameter has moved to
-                other memory, and is named. Inside the body, updates and calls for states raise it too.
+            RuntimeError: the averages are swapped in already; a rank was lost; or, on leaving, a param was written or
+                its memory was freed.
         """
-        swap = None
-        self._guard.settle("swapped_into")
+        swap = Swap(self._guard, self, model, self._ranks.lock)
         try:
-            with self._guard.locked(), self._ranks.lock:
-                with self._meet("swapped_into", model) as (bound, held):
-                    swap = Swap(model, bound, self._spreads, held)
-                    self._guard.model = model
-                    swap.there()
-                swap.spread()
-            yield model
+            try:
+                self._guard.settle("swapped_into", model)
+                with self._guard.locked(self._ranks.lock):
+                    with self._meet("swapped_into", model) as (bound, held):
+                        if self._uncounted is not None:
+                            self._warn_if_empty("swapped_into", stacklevel=2)
+                        exchange = SpreadExchange(model, bound, self._bindings.latest.now, self._spreads, held)
+                        swap.enter(exchange)
+                    exchange.spread()
+                    exchange.watch()
+                yield model
+            finally:
+                swap.leave()
         finally:
-            if swap is not None:
-                with self._guard.locked(), self._ranks.lock:
-                    try:
-                        swap.back()
-                    finally:
-                        self._guard.model = None
+            swap.finish()  # whatever an interrupt has left
 
     @torch.no_grad()
     def copy_to(self, model: Module) -> None:
@@ -197,15 +206,20 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
 
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed.
-            RuntimeError: a rank was lost. The message says which params are not whole.
+            RuntimeError: the average holds no model yet; or a rank was lost, and the message says which params are not
+                whole.
         """
-        self._guard.settle("copy_to")
-        with self._guard.locked(), self._ranks.lock:
+        self._guard.settle("copy_to", model)
+        with self._guard.locked(self._ranks.lock):
             with self._meet("copy_to", model) as ((plan, params, planes), held):
+                if swaps.in_force:
+                    swaps.refuse_model("copy_to", model)
                 pairs = plan.pairs(params, planes)
                 checks.check_writable(pairs)
+            if self._uncounted is not None:  # on all ranks, which have compared their counts if they meet below
+                self._refuse_if_empty("copy_to", stacklevel=3)
             for pair in pairs:
-                pair.param.copy_(pair.format.decode(pair.planes) if pair.format is not None else pair.average)
+                convert(pair.planes, pair.format, (pair.param,), None)
             spread_all(self._spreads, held, "copy_to could not reach all params", torn=True)
 
     @contextmanager
@@ -214,7 +228,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
 
         Collective if params are cut: an error on one rank, here or in the body, then raises on all.
         """
-        with self._ranks.settled(action, self._number) if self._spreads else nullcontext():
+        with self._counting.settled(action, self._number) if self._spreads else nullcontext():
             self._guard.refuse_while_swapped(action)
             bound = self._bind(model)
             reshard(model)
@@ -234,9 +248,10 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
             checksums: pass False to load a checkpoint without checksums, such as one of an unsharded average.
 
         Raises:
-            RuntimeError: the averages are swapped into a model, here or on another rank; or a rank was lost.
+            RuntimeError: the averages are swapped into a model, here or on another rank; ranks have made different
+                numbers of updates; or a rank was lost.
         """
-        with self._guard.hold("state_dict", self._ranks), self._ranks.in_lockstep():
+        with self._guard.hold("state_dict", self._counting), self._ranks.in_lockstep():
             return checkpoint.make_state(self._entries(), self.n_averaged, self._ranks, checksums=checksums)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -256,7 +271,8 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
                 pending = checkpoint.prepare_load(self._entries(), state_dict)
             with self._ranks.settled("load_state_dict"):  # ranks may have been given different checksums
                 checkpoint.verify(pending, self._ranks, self.n_averaged.device)
-            checkpoint.commit(pending, self.n_averaged)
+            checkpoint.commit([(pending, self.n_averaged)])
+            self._count_from(int(pending.count), is_loaded=True)
 
     def full_state_dict(self, *, rank0_only: bool = False, cpu_offload: bool = False) -> dict[str, Tensor]:
         """Return whole tensors under the keys of :class:`~swafast.FusedAveragedModel`. Collective.
@@ -268,13 +284,19 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
             rank0_only: return the tensors on the first rank of the group only, and an empty dict on the others.
             cpu_offload: move each tensor to the CPU as soon as it is whole.
 
+        Warns:
+            UserWarning: the average holds no model yet.
+
         Raises:
-            RuntimeError: the averages are swapped into a model, here or on another rank; or a rank was lost.
+            RuntimeError: as :meth:`state_dict`.
         """
-        with self._guard.hold("full_state_dict", self._ranks), self._ranks.in_lockstep():
-            return checkpoint.make_full_state(
-                self._entries(), self.n_averaged, self._ranks, rank0_only=rank0_only, cpu_offload=cpu_offload
-            )
+        with self._guard.hold("full_state_dict", self._counting):
+            if self._uncounted is not None:
+                self._warn_if_empty("full_state_dict", stacklevel=2)
+            with self._ranks.in_lockstep():
+                return checkpoint.make_full_state(
+                    self._entries(), self.n_averaged, self._ranks, rank0_only=rank0_only, cpu_offload=cpu_offload
+                )
 
     def _entries(self) -> list[checkpoint.Entry]:
         return list(checkpoint.entries(self._shares, self._planes))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
 
+from ..loop.swaps import broadcasts_buffers
 from ..op.exchange import Exchange
+from ..terms.names import canonical, unwrap
 from ..torch_private import distributed as private
+from ..torch_private.modules import named_tensors
 from .parts.holdings import Held, reshard
 from .parts.ranks import LostPeerError
 from .parts.spread import Spread
-from .shard_matching import Bound
+from .shard_matching import Bound, Views
 
 NOT_WHOLE = (
     "this rank's averages and its own part of the params are whole; the params that other ranks average are not: load "
@@ -21,18 +25,26 @@ NOT_WHOLE = (
 )
 
 
-class Swap(Exchange):
-    """One use of ``swapped_into``: each rank exchanges its own part, then cut params are spread to all their ranks.
+class SpreadExchange(Exchange):
+    """Each rank exchanges its own part, then cut params are spread to all their ranks.
 
     A rank sends the values in its own part of the params: the averages on the way there, the params on the way back.
     So no rank keeps a copy of the params that others average.
     """
 
-    def __init__(self, model: Module, bound: Bound, spreads: Sequence[Spread], held: Mapping[str, Held]) -> None:
-        plan, views, planes = bound
-        super().__init__(plan, views, planes, views.bases)
+    _params: Views
+
+    def __init__(
+        self,
+        model: Module,
+        bound: Bound,
+        now: Callable[[], Sequence[Tensor | None]],
+        spreads: Sequence[Spread],
+        held: Mapping[str, Held],
+    ) -> None:
         # `held` keeps the current memory. If the body replaces a tensor on one rank, others must not get its values.
-        self._model, self._views, self._spreads, self._held = model, views, spreads, held
+        self._model, self._spreads, self._held = unwrap(model), spreads, held
+        super().__init__(*bound, now, ignore_buffers=broadcasts_buffers(model))
         self._all_there = False  # while False, back() runs no collective
 
     def spread(self) -> None:
@@ -48,26 +60,41 @@ class Swap(Exchange):
         """Put the params back: this rank's own part and its averages in any case, then the parts of other ranks.
 
         Raises:
-            RuntimeError: a rank was lost, or a param has moved to other memory meanwhile.
+            RuntimeError: a rank was lost, or what was lost of this rank's own part is named.
         """
-        try:
-            private.end_forward(self._model)
-            reshard(self._model)
-        finally:
+        if not self.is_back:
             try:
-                super().back()
-            except (KeyboardInterrupt, SystemExit):
-                super().back()  # what the interrupt has left
-                raise
+                private.end_forward(self._model)
+                reshard(self._model)
             finally:
-                if self._all_there:
-                    spread_all(self._spreads, self._held, "swapped_into could not put all params back", torn=True)
+                super().back()
 
-    def _bases_now(self) -> Sequence[Tensor]:
-        return self._views.locator.bases(self._views.found)
+    def _fill_in(self) -> None:
+        if self._all_there:
+            self._all_there = False
+            spread_all(self._spreads, self._held, "swapped_into could not put all params back", torn=True)
 
-    def _name(self, index: int) -> str:
-        return self._views.locator.name(index)
+    def _bases(self) -> Sequence[Tensor]:
+        return self._params.bases
+
+    def _averaged(self) -> list[tuple[str, Tensor, bool]]:
+        # Writes into DTensors and into the params of FSDP1 are not counted in the bases.
+        own = self._params.averaged
+        return [
+            (canonical(name), tensor, is_buffer)
+            for is_buffer in (False, True)
+            for name, tensor in named_tensors(self._model, buffers=is_buffer)
+            if canonical(name) in own or name.endswith("_flat_param")
+        ]
+
+    def _params_in(self, bases: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self._params.on(bases)
+
+    def _views(self) -> Sequence[tuple[Any, ...]]:
+        return [*self._params.base_views, *self._plan.plane_views]
+
+    def _name(self, base: int) -> str:
+        return repr(self._params.locator.name(base))
 
 
 def spread_all(spreads: Sequence[Spread], held: Mapping[str, Held], failed: str, *, torn: bool = False) -> None:

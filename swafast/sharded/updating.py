@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..average.matching import Bindings
+from ..loop import swaps
 from ..loop.attach import Attachable
 from ..loop.runners import Ready
 from ..op.plan import Plan
 from ..terms.lazy import MadeOnUse
 from ..torch_private.core import disable_dynamo
-from .parts.ranks import Ranks
+from .parts.ranks import Counting, Ranks
 from .shard_matching import Bound, ShardSide, Staging, bind_shards
 
 
@@ -91,7 +92,10 @@ class AttachableShards(Attachable):
             RuntimeError: averages are swapped into a model; or, with ``"raise"`` or ``"skip"``, a rank was lost.
         """
         with self._guard.hold("update_parameters"):
-            self._update(self._bind(model))
+            bound = self._bind(model)
+            if swaps.in_force:
+                swaps.refuse_model("update_parameters", model)
+            self._update(bound)
 
     def _bind(self, model: Module, staging: Staging | None = None) -> Bound:
         return bind_shards(self._bindings, model, self._updated, staging)
@@ -101,8 +105,12 @@ class AttachableShards(Attachable):
         plan, params, planes = bound
         if self.nonfinite == "raise":
             self._refuse_nonfinite(plan, params)
-        rules, skip = [side.rule for side in self._updated], self.nonfinite == "skip"
+        sides, skip = self._updated, self.nonfinite == "skip"
+        rules = [side.rule for side in sides]
         plan.update(params, planes, rules, skip_nonfinite=skip, reduce_flag=self._flag if skip else None)
+        for side in sides:
+            if side._uncounted is not None and not side._uncounted.is_updated:
+                side._note_update()
 
     def _refuse_nonfinite(self, plan: Plan, params: Sequence[Tensor]) -> None:
         """Raise ValueError on every rank if a param on one of them holds a NaN or an infinity; name it. Collective."""
@@ -115,6 +123,11 @@ class AttachableShards(Attachable):
             )
 
     @property
+    def _counting(self) -> Counting:
+        """The ranks, for actions that use the averages."""
+        return Counting(self._ranks, [side.n_averaged for side in self._updated])
+
+    @property
     def nbytes(self) -> int:
         """The bytes of all averages and buffers on this rank."""
         all_planes = (planes for side in self._updated for planes in side._planes.values())
@@ -125,10 +138,16 @@ class AttachableShards(Attachable):
         raise TypeError(f"{name} belongs to its process group and cannot be copied or pickled: save its state_dict()")
 
     def _on_all_ranks(self, action: str) -> AbstractContextManager[None]:
-        return self._ranks.settled(action)
+        return self._counting.settled(action)
 
     def _agree(self, described: Mapping[str, str]) -> None:
         self._ranks.agree("the arguments of attach", described)
+
+    def _of_any_rank(self, state: Any) -> Any:
+        """Return the state that ranks have found; tools that load on the first rank alone leave others without."""
+        found = [each for each in self._ranks.gather(state) if each is not None]
+        self._ranks.agree("the state of attach", {"state": state if state is not None else next(iter(found), None)})
+        return found[0] if found else None
 
     def _beside(
         self, model: Module, device: torch.device | None = None, streams: Sequence[torch.cuda.Stream] = ()
@@ -142,9 +161,10 @@ class AttachableShards(Attachable):
             )
         staging = Staging()
 
-        def ready() -> Callable[[], None]:
+        def ready() -> tuple[Callable[[], None], list[object]]:
             with self._guard.hold("update_parameters"):
-                return partial(update, self._bind(model, staging))
+                plan, params, planes = bound = self._bind(model, staging)
+            return partial(update, bound), plan.memory(params.bases, planes)
 
         def update(bound: Bound) -> None:
             with self._guard.hold("update_parameters"):

@@ -60,6 +60,8 @@ backends/: tensors in, tensors changed
 loop/: averages that follow an optimizer
     attachable        an averaged model that can be attached to an optimizer
     attachment        an averaged model that follows an optimizer's steps
+    roster            the attachments whose states are in one optimizer's state dict
+    enrolled          what a roster needs of an attachment
     schedule          the steps after which an attachment updates
     span              a time in steps, epochs or a share of the training, as the user writes it
     runner            runs an attachment's updates: plain, on streams or in a thread
@@ -70,6 +72,12 @@ loop/: averages that follow an optimizer
     stand-in          a copy of a model's module tree, for an update beside the next forward
     guard             lets one thread at a time use an averaged model, and none while it is swapped
     lock              what a guard holds; it is new in a forked child
+    context           a seamless one runs no Python between a ``with`` statement and its generator
+    method            that of a seamless context, found without a call of Python
+    closing           what leaves a seamless context, in C
+    swap              one use of ``swapped_into``; it is in force until the averages are back
+    guarding          what a swap needs of the guard of its averages
+    exchanged         what a swap needs of the exchange that it undoes
     updating          what an attachment and its runner need of an averaged model
     together          what a guard needs of ranks that act together
 
@@ -81,6 +89,7 @@ op/: one update, planned and launched
     plane like        the shape, strides, dtype and device of a plane to be made
     home              the address of a plane in a bucket
     exchange          params and averages that change places
+    moved             the way back of an exchange whose memory has moved
     checksum          64 bits of a tensor; the checksums of its boxes sum to it
 
 average/: averaged models of one process
@@ -88,12 +97,19 @@ average/: averaged models of one process
     owner             the module that holds a side's planes and counter
     binding           a plan, and the way to the tensors that it was made for; ``Bindings`` keeps the last ones
                       used and those that a CUDA graph holds
+    uncounted         an average in which no model is counted yet, and what has been written into it
+    holds models      base class of one averaged model, which says so where it is used before it holds a model
     tree              planes under dotted names, as a module
+    recoded params    the params that a construction copies in another dtype
     recast            a move or cast of an averaged model to another device or dtype
+    place             where a module holds one of its tensors
+    late copy         stands for a tensor during a load, and keeps what is to be copied into it afterwards
+    way back          what a load may change, noted before it, to put it back if the load fails
 
 sharded/parts/: what one rank holds, and how ranks communicate
     ranks             our own process group, shared by all averages over one of the user's groups
     subgroup          the ranks of one cut, if these are not all ranks
+    counting          ranks that compare counts in the actions that they take together
     one process       the ranks of a process without a process group
     number            distinguishes averaged models that share their ranks
     fault             why no more collectives may run
@@ -120,7 +136,6 @@ sharded/: averages of models that are spread over ranks
     views             the params of a plan, viewed on access
     bound             a plan with its current params and planes
     staging           copies of what a forward writes, for an update beside it
-    swap              one use of ``swapped_into`` on several ranks
     entry             one plane or buffer in a state, under one key or under those of tied params
     seal              checksum and dtype of an entry, in the state
     pending load      one rank's parts of a state, until they are verified and written

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .layout import windows
 from .pickling import pickled_from
 
 
@@ -73,7 +74,8 @@ def decode_exact(planes: tuple[Tensor, ...]) -> Tensor:
     high = planes[0].contiguous().view(torch.int16).to(torch.int32)
     low = planes[1].to(torch.int32)
     magnitude = high & 0x7FFF
-    stale = ((magnitude == 0) & (low < 0)) | ((magnitude == 0x7F80) & (low > 0))
+    # Not `==`, for which a subclass of Tensor may have a method of its own.
+    stale = (magnitude.eq(0) & (low < 0)) | (magnitude.eq(0x7F80) & (low > 0))
     return ((high << 16) + low.masked_fill(stale, 0)).view(torch.float32)
 
 
@@ -84,7 +86,7 @@ def encode_mirrored(value: Tensor) -> tuple[Tensor, Tensor]:
 def decode_mirrored(planes: tuple[Tensor, ...]) -> Tensor:
     """Return the float32 average; where other code has changed the float16 copy, return the copy."""
     copy, average = planes
-    kept = average.to(torch.float16).view(torch.int16) == copy.contiguous().view(torch.int16)
+    kept = average.to(torch.float16).view(torch.int16).eq(copy.contiguous().view(torch.int16))
     return torch.where(kept, average, copy.to(torch.float32))
 
 
@@ -105,7 +107,7 @@ def decode_compensated(planes: tuple[Tensor, ...]) -> Tensor:
     """
     average = planes[0].to(torch.float64)
     value = average + planes[1].to(torch.float64)
-    return torch.where(value.to(torch.float32) == planes[0], value, average)
+    return torch.where(value.to(torch.float32).eq(planes[0]), value, average)
 
 
 def _rounded_bits(value: Tensor, num_bits: int, random: Tensor | None) -> Tensor:
@@ -116,7 +118,7 @@ def _rounded_bits(value: Tensor, num_bits: int, random: Tensor | None) -> Tensor
     """
     bits = _quiet_bits(value)
     rounded = bits + (1 << (num_bits - 1) if random is None else random.to(torch.int32))
-    return torch.where((rounded & 0x7F800000) == 0x7F800000, bits, rounded) >> num_bits
+    return torch.where((rounded & 0x7F800000).eq(0x7F800000), bits, rounded) >> num_bits
 
 
 def encode_compact(value: Tensor, random: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -136,6 +138,42 @@ def encode_half(value: Tensor, random: Tensor | None = None) -> tuple[Tensor]:
 
 def decode_half(planes: tuple[Tensor, ...]) -> Tensor:
     return planes[0].to(torch.float32)
+
+
+@torch.no_grad()
+def convert(planes: Sequence[Tensor], fmt: Format | None, to: Sequence[Tensor | None], after: Format | None) -> None:
+    """Write the average of ``planes`` into the planes ``to``, on any device, window by window to save memory.
+
+    Args:
+        fmt: the format of ``planes``; None: the average is ``planes[0]``.
+        to: the planes to write. Those that are None keep what they have.
+        after: the format of ``to``; None: write ``to[0]`` alone, rounded once to its dtype.
+    """
+    if fmt in _PLAIN and after in _PLAIN and to[0] is not None and planes[0].device == to[0].device:
+        to[0].detach().copy_(planes[0])  # torch casts without a temporary
+        return
+    written = [index for index, plane in enumerate(to) if plane is not None]
+    targets = [plane.detach() for plane in to if plane is not None]
+    if planes[0].is_meta or targets[0].is_meta:
+        return
+    for window in windows((*(plane.detach() for plane in planes), *targets)):
+        sources, parts = window[: len(planes)], window[len(planes) :]
+        value = fmt.decode(sources) if fmt is not None else sources[0]
+        if after is not None:
+            value = value.to(after.value_dtype or value.dtype)
+        fresh = after.encode(value) if after is not None else (value,)
+        for index, part in zip(written, parts, strict=True):
+            part.copy_(fresh[index])
+
+
+def full_precision(planes: Sequence[Tensor], fmt: Format | None) -> Tensor:
+    """Return the average at full precision: plane 0 itself where it holds it, else a new tensor."""
+    average = planes[0]
+    if fmt is None or (not fmt.extra and fmt.value_dtype in (None, average.dtype)):
+        return average.detach()
+    value = torch.empty_like(average.detach(), dtype=fmt.value_dtype)
+    convert(planes, fmt, (value,), None)
+    return value
 
 
 FLOAT32 = Format("float32", torch.float32)
@@ -160,6 +198,8 @@ HALF = Format("half", torch.bfloat16, (), decode_half, encode_half, num_random_b
 # The param's own dtype, for float64 and complex averages and for averages of a custom averaging function.
 OWN = Format("own", None, value_dtype=None)
 
+#: The average at full precision is plane 0 itself.
+_PLAIN = (None, FLOAT32, OWN)
 _FORMATS = {fmt.name: fmt for fmt in (FLOAT32, EXACT, MIRRORED, COMPACT, COMPENSATED, HALF, OWN)}
 _DEFAULTS = {torch.float32: FLOAT32, torch.bfloat16: EXACT, torch.float16: MIRRORED}
 _OWN_DTYPES = (torch.float64, torch.complex64, torch.complex128)

@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ..torch_private.modules import own_buffers, own_children, own_params, passing_buffers
+from ..torch_private.modules import (
+    named_modules,
+    named_tensors,
+    own_buffers,
+    own_children,
+    own_params,
+    passing_buffers,
+)
 
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)")
 
@@ -41,19 +48,19 @@ def _by_name(named: Iterable[tuple[str, Tensor]], argument: str) -> dict[str, Te
 
 def named_params(root: Module, argument: str) -> dict[str, Tensor]:
     """Return every param by name; a tied param is there under each of its names."""
-    return _by_name(root.named_parameters(remove_duplicate=False), argument)
+    return _by_name(named_tensors(root), argument)
 
 
 def named_buffers(root: Module, argument: str) -> dict[str, Tensor]:
     """Return every buffer, persistent or not, under each of its names."""
-    return _by_name(root.named_buffers(remove_duplicate=False), argument)
+    return _by_name(named_tensors(root, buffers=True), argument)
 
 
 def passing_names(root: Module) -> frozenset[str]:
     """Return the names of the buffers that a state dict of ``root`` leaves out."""
     return frozenset(
         canonical(f"{prefix}.{name}" if prefix else name)
-        for prefix, module in root.named_modules(remove_duplicate=False)
+        for prefix, module in named_modules(root)
         for name in passing_buffers(module)
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -33,6 +34,24 @@ def is_in_backward() -> bool:
     """Return whether this thread is in a backward pass, in which activation checkpoints run modules again."""
     task = getattr(torch._C, "_current_graph_task_id", None)
     return task is not None and task() != -1
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """Return how often each tensor was written in place; -1 for those made under inference mode, without a count."""
+    try:
+        return list(map(_version, tensors))
+    except RuntimeError:
+        return [_version_or_none(tensor) for tensor in tensors]
+
+
+_version = operator.attrgetter("_version")
+
+
+def _version_or_none(tensor: Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # `is_inference` tells it of most such tensors, but not of all
+        return -1
 
 
 def make_metadata_check(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:

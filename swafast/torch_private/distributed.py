@@ -17,6 +17,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn import Module
 
+from .modules import named_modules
+
 #: The name under which an FSDP1 module registers its flat param.
 FLAT_PARAM = "_flat_param"
 
@@ -141,16 +143,16 @@ def flat_params(root: Module) -> list[FlatParam]:
 def _flat_param(module: FullyShardedDataParallel) -> FlatParam:
     handle = _handle(module)
     flat = handle.flat_param
-    tied: dict[tuple[Module, str], list[str]] = {}
+    tied: dict[tuple[int, str], list[str]] = {}
     for info in flat._shared_param_infos:
-        first = (info.prim_module, info.prim_param_name)
+        first = (id(info.prim_module), info.prim_param_name)
         tied.setdefault(first, []).append(".".join(filter(None, (info.module_name, info.param_name))))
     shards = []
     originals: Sequence = zip(  # type: ignore[assignment]
         flat._fqns, flat._param_infos, flat._shapes, flat._strides, flat._shard_param_infos, strict=True
     )
     for name, info, shape, stride, part in originals:
-        names = (name, *tied.get((info.module, info.param_name), ()))
+        names = (name, *tied.get((id(info.module), info.param_name), ()))
         start, stop = (part.intra_param_start_idx, part.intra_param_end_idx + 1) if part.in_shard else (0, 0)
         shards.append(FlatShard(names, tuple(shape), tuple(stride), start, stop, part.offset_in_shard or 0))
     sharded = bool(handle.uses_sharded_strategy)
@@ -178,7 +180,9 @@ def end_forward(root: Module) -> None:
 
     Without this, ``FSDPModule.reshard()`` treats the pass as still running and leaves the root's params gathered.
     """
-    states = [module._get_fsdp_state() for module in root.modules() if isinstance(module, FSDPModule)]
+    states = [
+        module._get_fsdp_state() for _, module in named_modules(root, distinct=True) if isinstance(module, FSDPModule)
+    ]
     if all(state._training_state.name == "IDLE" for state in states):
         return
     for state in states:

@@ -1,9 +1,15 @@
-"""A module's own dicts of tensors and children, and a fast walk through those of a whole module tree."""
+"""A module's own dicts of tensors and children, and walks through those of a whole module tree.
+
+Modules and tensors are told apart by ``is`` and by ``id``. Some define ``__eq__`` or ``__hash__`` themselves, and the
+sets in torch's ``modules()`` and ``named_parameters()`` ask these.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
+from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
@@ -11,6 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 #: The base class of all BatchNorm layers of torch.
 BatchNormLayer = _BatchNorm
+
+#: The key of a module's metadata by which torch tells its loader to assign.
+_ASSIGN = "assign_to_params_buffers"
 
 
 def own_params(module: Module) -> dict[str, Tensor | None]:
@@ -28,16 +37,75 @@ def own_children(module: Module) -> dict[str, Module | None]:
     return module.__dict__.get("_modules", {})
 
 
+def named_modules(root: Module, *, distinct: bool = False) -> list[tuple[str, Module]]:
+    """Return every module of the tree with its name, in torch's order.
+
+    Args:
+        distinct: list a shared module once, under its first name, and not under each of its names.
+    """
+    found: list[tuple[str, Module]] = []
+    seen: set[int] = set()
+    waiting = [("", root)]
+    while waiting:
+        prefix, module = waiting.pop()
+        if distinct and id(module) in seen:
+            continue
+        seen.add(id(module))
+        found.append((prefix, module))
+        # Not own_children(): a traced module has its children outside of its own dict.
+        for name, child in reversed(module._modules.items()):
+            if child is not None:
+                waiting.append((f"{prefix}.{name}" if prefix else name, child))
+    return found
+
+
+def named_tensors(root: Module, *, buffers: bool = False) -> list[tuple[str, Tensor]]:
+    """Return the params, or the buffers, of all modules: tied ones and those of shared modules under each name."""
+    found: list[tuple[str, Tensor]] = []
+    for prefix, module in named_modules(root):
+        own: dict[str, Tensor | None] = module._buffers if buffers else module._parameters  # type: ignore[assignment]
+        for name, tensor in own.items():
+            if tensor is not None:
+                found.append((f"{prefix}.{name}" if prefix else name, tensor))
+    return found
+
+
 def passing_buffers(module: Module) -> set[str]:
     """Return the live set of names of a module's own buffers that its state dict leaves out."""
     return module._non_persistent_buffers_set
 
 
-def copy_metadata(state: MutableMapping[str, object], like: object) -> None:
-    """Copy torch's metadata, the versions of modules, from the state dict ``like`` to ``state``, if there is any."""
-    metadata = getattr(like, "_metadata", None)
+def metadata_of(state: object) -> dict[str, dict[str, Any]] | None:
+    """Return a copy of a state dict's metadata, the versions of modules, if it has any.
+
+    Left out is the mark by which torch's ``load_state_dict(assign=True)`` makes all later loads of a state assign too.
+    """
+    metadata = getattr(state, "_metadata", None)
+    if metadata is None:
+        return None
+    return {name: {key: value for key, value in own.items() if key != _ASSIGN} for name, own in metadata.items()}
+
+
+def set_metadata(state: MutableMapping[str, Any], metadata: Mapping[str, dict[str, Any]] | None) -> None:
+    """Set the metadata of a state dict, which must be an ``OrderedDict``, to what :func:`metadata_of` has returned."""
     if metadata is not None:
         state._metadata = metadata  # type: ignore[attr-defined]
+
+
+def loads_by_own_code(module: Module) -> bool:
+    """Return whether a load runs code for this module that is neither torch's nor ours, and may write at once."""
+    hooks = (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks)
+    loader = getattr(module._load_from_state_dict, "__module__", None) or ""
+    sets_extra = type(module).set_extra_state is not Module.set_extra_state
+    return any(hooks) or sets_extra or not loader.startswith(("torch.nn.modules.", "swafast."))
+
+
+def put_tensor(module: Module, held_in: MutableMapping[str, Tensor | None], name: str, tensor: Tensor | None) -> None:
+    """Put a tensor into a module's own dict ``held_in``. Tell the module, if it wants to know, as torch's RNNs do."""
+    if type(module).__setattr__ is not Module.__setattr__:
+        with suppress(Exception):
+            setattr(module, name, tensor)
+    held_in[name] = tensor
 
 
 class Walk:
@@ -48,7 +116,7 @@ class Walk:
     """
 
     def __init__(self, root: Module) -> None:
-        modules = list(root.modules())
+        modules = [module for _, module in named_modules(root, distinct=True)]
         self._modules = [weakref.ref(module) for module in modules]
         self._layout, values = self._read(modules)
         self._empty = [i for i, value in enumerate(values) if value is None]

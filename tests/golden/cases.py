@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -50,18 +49,6 @@ ELSEWHERE = (90, 91)
 # Averages in one process
 
 
-def several_averages(
-    model: nn.Module,
-    rules: Mapping[str, Rule],
-    *,
-    kind: Any = FusedAverages,
-    formats: Mapping[str, str] | None = None,
-    backend: str | None = None,
-) -> Any:
-    """Make several averages of one model that one pass updates. Only this and `singles_of` know how."""
-    return kind(model, rules=rules, format=formats, backend=backend)
-
-
 @dataclasses.dataclass(frozen=True)
 class Case:
     """An average with its state in ``<name>.pt.gz``.
@@ -94,7 +81,7 @@ CASES = {
     ),
     "half": Case(torch.bfloat16, partial(FusedAveragedModel, format="half", rule=ExponentialAverage(0.99), seed=7)),
     "include": Case(torch.float32, partial(FusedAveragedModel, include=lambda name, _: not name.startswith("second"))),
-    "several": Case(torch.bfloat16, partial(several_averages, rules=RULES, formats={"slow": "compact"})),
+    "several": Case(torch.bfloat16, partial(FusedAverages, rules=RULES, format={"slow": "compact"})),
     "torch_float32": Case(torch.float32, FusedAveragedModel, AveragedModel),
     "torch_bfloat16": Case(
         torch.bfloat16,
@@ -102,6 +89,10 @@ CASES = {
         partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.9)),
     ),
 }
+
+
+#: The cases that are also in a file of `swafast.save`.
+FILES = ("float32", "several")
 
 
 def singles_of(averaged: Any) -> dict[str, FusedAveragedModel]:
@@ -234,30 +225,12 @@ def make_sharded(kind: str, step: int) -> tuple[nn.Module, Any]:
         for module in (model.first, model.second, model):
             fully_shard(module, mesh=mesh)
     if kind == "several":
-        return model, several_averages(model, RULES, kind=ShardedAverages, formats={"slow": "compact"})
+        return model, ShardedAverages(model, rules=RULES, format={"slow": "compact"})
     return model, ShardedAveragedModel(model, rule=RULES["slow"])
 
 
 def whole_model(kind: str, step: int) -> nn.Module:
     return make_model(step, shardable=kind == "fsdp2", mixed=True)
-
-
-def save_on_ranks(folder: Path) -> dict[str, dict[str, Any]]:
-    """Save a checkpoint of each kind, and return the averages that it must load as. Collective."""
-    golden: dict[str, dict[str, Any]] = {}
-    for kind in SHARDED:
-        model, averaged = make_sharded(kind, 0)
-        for step in range(UPDATES):
-            fill(model, values_of(whole_model(kind, 0), step))
-            averaged.update_parameters(model)
-        state = averaged.state_dict()
-        dcp.save({"averaged": state}, storage_writer=FileSystemWriter(folder / kind, sync_files=False))
-        golden[kind] = {"keys": list(state), "seals": seals_of(state), "full": copied(averaged.full_state_dict())}
-        golden[kind]["next"] = values_of(whole_model(kind, 0), UPDATES)
-        fill(model, golden[kind]["next"])
-        averaged.update_parameters(model)
-        golden[kind]["next_full"] = copied(averaged.full_state_dict())
-    return golden
 
 
 def load_on_ranks(folder: Path, following: Mapping[str, State]) -> dict[str, dict[str, Any]]:
@@ -313,12 +286,15 @@ def write(name: str, golden: Any) -> None:
     (FOLDER / f"{name}.pt.gz").write_bytes(gzip.compress(file.getvalue(), mtime=0))
 
 
-def zip_folder(name: str, folder: Path) -> None:
-    with zipfile.ZipFile(FOLDER / f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for file in sorted(folder.rglob("*")):
-            if file.is_file():
-                name = file.relative_to(folder).as_posix()
-                archive.writestr(zipfile.ZipInfo(name), file.read_bytes(), zipfile.ZIP_DEFLATED)
+def pack_file(name: str, file: Path) -> None:
+    (FOLDER / f"{name}.safetensors.gz").write_bytes(gzip.compress(file.read_bytes(), mtime=0))
+
+
+def unpack_file(name: str, folder: Path) -> Path:
+    """Unpack a golden file of `swafast.save`."""
+    file = folder / f"{name}.safetensors"
+    file.write_bytes(gzip.decompress((FOLDER / f"{file.name}.gz").read_bytes()))
+    return file
 
 
 def unzip(name: str, folder: Path) -> Path:

@@ -27,14 +27,13 @@ struct Box {
   }
 
   int32_t sum(const uint8_t* base, int32_t num_threads, uint64_t* sum) const {
-    const int64_t index = first_index + (planted == "shifted-index" ? 1 : 0);
     const swafast_box row = {base + extent().second * word_size,
                              word_size,
                              static_cast<int64_t>(sizes.size()),
                              sizes.data(),
                              strides.data(),
                              index_strides.data(),
-                             index};
+                             first_index};
     return swafast_cpu_checksum(&row, num_threads, sum);
   }
 

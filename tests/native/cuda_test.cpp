@@ -22,6 +22,7 @@
 #include "oracle.h"
 #include "paces.h"
 #include "planted.h"
+#include "shared_checks.h"
 #include "swafast.h"
 #include "tensors.h"
 
@@ -38,30 +39,6 @@ std::string describe_order() {
          (shim_reverse_blocks != 0 ? "in reverse" : "forward");
 }
 
-struct Case {
-  swafast_rule rule;
-  int64_t num_averaged, advance;
-  double weight;
-};
-const Case kCases[] = {
-    {constant(0.3), 0, 1, 1.0},  // a first update copies, whatever the rule
-    {constant(0.0), 1, 1, 0.0},
-    {constant(0x1p-140), 7, 1, 0x1p-140},
-    {constant(1e-3), 1, 5, 1e-3},
-    // Between two float32 neighbours, nearer to the upper one by less than a float32 has digits for.
-    {constant(0.3 + 0x1p-26), 1, 0, 0.3 + 0x1p-26},
-    {{SWAFAST_RULE_EQUAL, {}}, 2, 1, 1.0 / 3.0},
-    {{SWAFAST_RULE_POWER_WARMUP, {0.001, 0.9, 2.0, 1.0}}, 2, 1, 0.5},
-    {{SWAFAST_RULE_RATIO_WARMUP, {1e-4, 0.7, 0, 0}}, 8, 1, 0.5},
-    {{SWAFAST_RULE_RATIO_WARMUP, {1e-4, 0.7, 0, 0}}, 1, 1, 0.7},
-    {{SWAFAST_RULE_POWER, {0.0, 0, 0, 0}}, 4, 1, 0.2},
-    {constant(std::nextafter(0.5f, 0.0f)), 1, 1, std::nextafter(0.5f, 0.0f)},
-    {constant(0.5), 1, 1, 0.5},
-    {constant(0.9), int64_t{1} << 40, 1, 0.9},
-    {constant(1.0 - 0x1p-24), INT64_MAX - 1, 1, 1.0 - 0x1p-24},
-    {constant(1.0), 1, 1, 1.0},
-};
-
 void check_updates() {
   Random random(1);
   int turn = 0;
@@ -71,13 +48,7 @@ void check_updates() {
       take_order(turn++);
       launch.num_blocks = turn % 5 == 0 ? 1 : 6;
       launch.reversed = turn % 3 == 0;
-      for (Tensor& tensor : launch.tensors) tensor.fill_random(random);
-      int64_t num_averaged = it.num_averaged;
-      require(launch.update(it.rule, &num_averaged, it.advance) == SWAFAST_OK, "an update failed");
-      for (Tensor& tensor : launch.tensors) tensor.check_updated({it.weight, it.num_averaged});
-      require(num_averaged == it.num_averaged + it.advance, "the counter went from %lld by %lld to %lld",
-              static_cast<long long>(it.num_averaged), static_cast<long long>(it.advance),
-              static_cast<long long>(num_averaged));
+      check_case(launch, it, random);
       require(launch.capturing == 0 && launch.exchanged == 0 && launch.nonfinite == 0,
               "an update changed a state that is not its own");
     }
@@ -184,13 +155,8 @@ void check_exchange() {
   int turn = 0;
   for (const Layout& layout : kLayouts) {
     CudaLaunch launch = make_launch(layout);
-    std::vector<Tensor> alike;
-    for (Tensor& tensor : launch.tensors) {
-      if (!exchangeable(tensor)) continue;
-      tensor.fill_random(random);
-      alike.push_back(std::move(tensor));
-    }
-    launch.tensors = std::move(alike);
+    launch.keep_exchangeable();
+    for (Tensor& tensor : launch.tensors) tensor.fill_random(random);
     for (int k = 0; k < 2; ++k) {
       take_order(turn++);
       launch.nonfinite = 3;
@@ -207,50 +173,14 @@ void check_exchange() {
   }
 }
 
-const uint32_t kBads[3][3] = {{0x7f800000, 0xff800000, 0x7f800001}, {0x7f80, 0xff80, 0xffff}, {0x7c00, 0xfc00, 0x7c01}};
-const uint32_t kLargest[3] = {0xff7fffff, 0xff7f, 0xfbff};
-
-void spoil(Tensor& tensor, int64_t i, uint32_t bits) {
-  put_bits(tensor.param->data(), param_itemsize(tensor.dtype), i, bits);
-}
-
 void check_first_nonfinite() {
   CudaLaunch launch;
   launch.chunk_numel = 130;
-  launch.add(SWAFAST_BYTES, SWAFAST_FORMAT_COPIED, 256).fill([](int64_t) { return Element{0xff, {0, 0}}; });
-  for (const int64_t numel : {1, 300}) {
-    for (const int32_t dtype : kDtypes) {
-      const uint32_t bits = kLargest[dtype];
-      launch.add(dtype, dtype, numel, 1).fill([bits](int64_t) { return Element{bits, {0, 0}}; });
-    }
-  }
-  int64_t index = 77;
+  add_largest(launch);
   for (int turn = 0; turn < 4; ++turn) {
     take_order(turn);
     launch.reversed = turn == 3;
-    require(launch.first_nonfinite(&index) == SWAFAST_OK && index == -1, "finite params were called nonfinite");
-    for (size_t t = 1; t < launch.tensors.size(); ++t) {
-      Tensor& tensor = launch.tensors[t];
-      for (int64_t i = 0; i < tensor.numel; i += turn == 0 ? 1 : 37) {
-        spoil(tensor, i, kBads[tensor.dtype][i % 3]);
-        require(launch.first_nonfinite(&index) == SWAFAST_OK && index == static_cast<int64_t>(t),
-                "dtype %d: element %lld of tensor %lld is not finite, and %lld was named", tensor.dtype,
-                static_cast<long long>(i), static_cast<long long>(t), static_cast<long long>(index));
-        spoil(tensor, i, kLargest[tensor.dtype]);
-      }
-    }
-    for (size_t t = launch.tensors.size(); t-- > 1;) {
-      Tensor& tensor = launch.tensors[t];
-      spoil(tensor, tensor.numel - 1, kBads[tensor.dtype][0]);
-      require(launch.first_nonfinite(&index) == SWAFAST_OK && index == static_cast<int64_t>(t),
-              "of several tensors that are not finite the first is %lld, and %lld was named", static_cast<long long>(t),
-              static_cast<long long>(index));
-    }
-    for (Tensor& tensor : launch.tensors) {
-      if (tensor.dtype != SWAFAST_BYTES) spoil(tensor, tensor.numel - 1, kLargest[tensor.dtype]);
-    }
-    require(launch.first_nonfinite(&index) == SWAFAST_OK && index == -1 && launch.untouched(),
-            "what was found in an earlier call was found again");
+    check_first_nonfinite(launch, turn == 0 ? 1 : 37);
   }
 }
 

@@ -62,8 +62,7 @@ inline void check_far_offsets(AnyLaunch& launch) {
                         kKey,
                         0,
                         0}};
-    Chunks chunks = {{0, kFar, kNumel, kFar, 1}};
-    if (planted == "truncated-far") chunks[0].offset = static_cast<int32_t>(chunks[0].offset);
+    const Chunks chunks = {{0, kFar, kNumel, kFar, 1}};
     int64_t num_averaged = 1, index = -7;
     launch.exchanged = 0;
     require(launch.update_table(rows, chunks, constant(0.3), &num_averaged, 1) == SWAFAST_OK,

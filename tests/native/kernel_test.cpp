@@ -1,11 +1,10 @@
 // The native CPU kernels against oracle.h, element by element, through the C interface alone: no torch, no Python.
 //
-//   kernel_test [--isa NAME] [--all] [--plant NAME] [--bug NUMBER]
+//   kernel_test [--isa NAME] [--all] [--bug NUMBER]
 //
 // Ends with 0, or with 1 and a message at the first difference. --isa takes one instruction set instead of all that the
-// machine has. --all adds every one of the 2^32 pairs of planes of the `exact` format. --plant spoils what is handed to
-// the library in one of the ways of kPlants, and the test has to see it. --bug takes the bug of that number, where the
-// kernels were built with some: tests/test_native_sanitized.py.
+// machine has. --all adds every one of the 2^32 pairs of planes of the `exact` format. --bug takes the bug of
+// that number, where the kernels were built with some: tests/test_native_sanitized.py.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -27,6 +26,7 @@
 #include "oracle.h"
 #include "paces.h"
 #include "planted.h"
+#include "shared_checks.h"
 #include "swafast.h"
 #include "tensors.h"
 
@@ -52,40 +52,12 @@ Launch make_launch(int64_t chunk_numel, int32_t num_threads, int64_t shift) {
 }
 
 void check_updates() {
-  struct Case {
-    swafast_rule rule;
-    int64_t num_averaged, advance;
-    double weight;
-  };
-  const Case cases[] = {
-      {constant(0.3), 0, 1, 1.0},  // a first update copies, whatever the rule
-      {constant(0.0), 1, 1, 0.0},
-      {constant(1e-300), 1, 0, 1e-300},
-      {constant(0x1p-140), 7, 1, 0x1p-140},
-      {constant(1e-3), 1, 5, 1e-3},
-      {{SWAFAST_RULE_EQUAL, {}}, 2, 1, 1.0 / 3.0},
-      {constant(std::nextafter(0.5f, 0.0f)), 1, 1, std::nextafter(0.5f, 0.0f)},
-      {constant(0.5), 1, 1, 0.5},
-      {constant(0.9), int64_t{1} << 40, 1, 0.9},
-      {constant(1.0 - 0x1p-24), 1, 1, 1.0 - 0x1p-24},
-      {constant(1.0 - 1e-12), 1, 1, 1.0 - 1e-12},  // rounds to 1 in float32, and so copies there
-      {constant(1.0), 1, 1, 1.0},
-  };
   Random random(1);
   for (const int64_t chunk_numel : {33, 64, 1000}) {
     for (const int32_t num_threads : {1, 2}) {
       for (const int64_t shift : {0, 1, 7}) {
         Launch launch = make_launch(chunk_numel, num_threads, shift);
-        for (const Case& it : cases) {
-          for (Tensor& tensor : launch.tensors) tensor.fill_random(random);
-          int64_t num_averaged = it.num_averaged;
-          if (planted == "stale-weight") num_averaged += num_averaged == 2;
-          require(launch.update(it.rule, &num_averaged, it.advance) == SWAFAST_OK, "an update was refused");
-          for (Tensor& tensor : launch.tensors) tensor.check_updated({it.weight, it.num_averaged});
-          require(num_averaged == it.num_averaged + it.advance, "the counter went from %lld by %lld to %lld",
-                  static_cast<long long>(it.num_averaged), static_cast<long long>(it.advance),
-                  static_cast<long long>(num_averaged));
-        }
+        for (const Case& it : kCases) check_case(launch, it, random);
       }
     }
   }
@@ -197,59 +169,12 @@ void check_exchange() {
   for (const int64_t chunk_numel : {33, 1000, 5000}) {  // the last is longer than the window of an exchange
     for (const int32_t num_threads : {1, 2}) {
       Launch launch = make_launch(chunk_numel, num_threads, 1);
-      std::vector<Tensor> alike;
-      for (Tensor& tensor : launch.tensors) {
-        if (exchangeable(tensor)) {
-          tensor.fill_random(random);
-          alike.push_back(std::move(tensor));
-        }
-      }
-      launch.tensors = std::move(alike);
+      launch.keep_exchangeable();
+      for (Tensor& tensor : launch.tensors) tensor.fill_random(random);
       require(launch.exchange(1) == SWAFAST_OK, "an exchange was refused");
       require(launch.exchange(1) == SWAFAST_OK && launch.exchanged == 1, "an exchange asked for twice was refused");
       launch.check_exchanged();
       require(launch.exchange(0) == SWAFAST_OK && launch.untouched(), "two exchanges are not the way back");
-    }
-  }
-}
-
-void check_first_nonfinite() {
-  const uint32_t bads[3][3] = {
-      {0x7f800000, 0xff800000, 0x7f800001}, {0x7f80, 0xff80, 0xffff}, {0x7c00, 0xfc00, 0x7c01}};
-  const uint32_t largest[3] = {0xff7fffff, 0xff7f, 0xfbff};
-  for (const int32_t num_threads : {1, 2}) {
-    Launch launch;
-    launch.num_threads = num_threads;
-    // What comes last in the table is then seen first.
-    launch.reversed = true;
-    launch.add(SWAFAST_BYTES, SWAFAST_FORMAT_COPIED, 256).fill([](int64_t) { return Element{0xff, {0, 0}}; });
-    for (const int64_t numel : {1, 200}) {
-      for (const int32_t dtype : kDtypes) {
-        const uint32_t bits = largest[dtype];
-        launch.add(dtype, dtype, numel, 1).fill([bits](int64_t) { return Element{bits, {0, 0}}; });
-      }
-    }
-    int64_t index = 77;
-    require(launch.first_nonfinite(&index) == SWAFAST_OK && index == -1, "finite params were called nonfinite");
-    for (size_t t = 1; t < launch.tensors.size(); ++t) {
-      Tensor& tensor = launch.tensors[t];
-      const int64_t itemsize = param_itemsize(tensor.dtype);
-      // A parallel region costs milliseconds where others share the cores: two threads look at both ends alone.
-      const int64_t step = num_threads == 1 || tensor.numel == 1 ? 1 : tensor.numel - 1;
-      for (int64_t i = 0; i < tensor.numel; i += step) {
-        put_bits(tensor.param->data(), itemsize, i, bads[tensor.dtype][i % 3]);
-        require(launch.first_nonfinite(&index) == SWAFAST_OK && index == static_cast<int64_t>(t),
-                "dtype %d: element %lld of tensor %lld is not finite, and %lld was named", tensor.dtype,
-                static_cast<long long>(i), static_cast<long long>(t), static_cast<long long>(index));
-        put_bits(tensor.param->data(), itemsize, i, largest[tensor.dtype]);
-      }
-    }
-    for (size_t t = launch.tensors.size(); t-- > 1;) {
-      Tensor& tensor = launch.tensors[t];
-      put_bits(tensor.param->data(), param_itemsize(tensor.dtype), tensor.numel - 1, bads[tensor.dtype][0]);
-      require(launch.first_nonfinite(&index) == SWAFAST_OK && index == static_cast<int64_t>(t),
-              "of several tensors that are not finite the first is %lld, and %lld was named", static_cast<long long>(t),
-              static_cast<long long>(index));
     }
   }
 }
@@ -398,7 +323,14 @@ void check_isa(bool all) {
   check_refused_rows();
   check_paces<Launch>(random);
   check_exchange();
-  check_first_nonfinite();
+  for (const int32_t num_threads : {1, 2}) {
+    Launch largest;
+    largest.num_threads = num_threads;
+    largest.reversed = true;  // what comes last in the table is then seen first
+    add_largest(largest);
+    // A parallel region costs milliseconds where others share the cores: two threads look at both ends alone.
+    check_first_nonfinite(largest, num_threads == 1 ? 1 : 299);
+  }
   check_checksum();
   check_updates();
   check_conversions();
@@ -417,12 +349,10 @@ int main(int argc, char** argv) {
       all = true;
     } else if (argument == "--isa" && has_value) {
       only = argv[++i];
-    } else if (argument == "--plant" && has_value && is_plant(argv[i + 1])) {
-      planted = argv[++i];
     } else if (argument == "--bug" && has_value) {
       planted_bug = std::atoi(argv[++i]);
     } else {
-      std::fprintf(stderr, "usage: kernel_test [--isa NAME] [--all] [--plant NAME of kPlants] [--bug NUMBER]\n");
+      std::fprintf(stderr, "usage: kernel_test [--isa NAME] [--all] [--bug NUMBER]\n");
       return 2;
     }
   }

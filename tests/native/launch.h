@@ -83,6 +83,14 @@ struct AnyLaunch {
     }
   }
 
+  void keep_exchangeable() {
+    std::vector<Tensor> kept;
+    for (Tensor& tensor : tensors) {
+      if (exchangeable(tensor)) kept.push_back(std::move(tensor));
+    }
+    tensors = std::move(kept);
+  }
+
   int32_t num_followers(size_t t) const {
     int32_t count = 0;
     while (++t < tensors.size() && tensors[t].is_follower) ++count;
@@ -91,17 +99,7 @@ struct AnyLaunch {
 
   Rows rows() {
     Rows rows;
-    for (size_t t = 0; t < tensors.size(); ++t) {
-      rows.push_back(tensors[t].row(num_followers(t)));
-      swafast_tensor& row = rows.back();
-      if (planted == "wrong-key") row.key += 1;
-      if (planted == "another-pace" && row.followers > 0) row.pace = tensors[t + 1].pace;
-      if (planted == "dropped-follower" && row.followers > 0) --row.followers;
-      if (planted == "wrong-dtype" && row.dtype == SWAFAST_BFLOAT16) row.dtype = SWAFAST_FLOAT16;
-      if (planted == "wrong-format" && row.format == SWAFAST_FORMAT_EXACT) row.format = SWAFAST_FORMAT_MIRRORED;
-      if (planted == "shifted-plane") row.planes[0] = static_cast<char*>(row.planes[0]) + 4;
-      if (planted == "swapped-planes" && row.format == SWAFAST_FORMAT_EXACT) std::swap(row.planes[0], row.planes[1]);
-    }
+    for (size_t t = 0; t < tensors.size(); ++t) rows.push_back(tensors[t].row(num_followers(t)));
     return rows;
   }
 
@@ -115,16 +113,9 @@ struct AnyLaunch {
         const int64_t until_next = (next - index + it.index_step - 1) / it.index_step;
         const int64_t numel = std::min({chunk_numel, it.numel - offset, until_next});
         chunks.push_back({static_cast<int64_t>(t), offset, numel, index, it.index_step});
-        if (planted == "wrong-first-index") chunks.back().first_index ^= 1;
-        if (planted == "wrong-index-step") ++chunks.back().index_step;
       }
     }
     if (reversed) std::reverse(chunks.begin(), chunks.end());
-    if (chunks.empty()) return chunks;
-    if (planted == "long-chunk") ++chunks.back().numel;
-    if (planted == "short-chunk") --chunks.back().numel;
-    if (planted == "dropped-chunk") chunks.pop_back();
-    if (planted == "doubled-chunk") chunks.insert(chunks.end(), chunks.begin(), chunks.begin() + 1);
     return chunks;
   }
 

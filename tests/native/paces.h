@@ -90,19 +90,6 @@ inline void check_numbers_of_paces(AnyLaunch& launch) {
   }
 }
 
-// The tensor that is named is the first one of its param.
-inline void check_nonfinite_first(AnyLaunch& launch) {
-  int64_t index = -9;
-  for (size_t t = launch.tensors.size(); t-- > 0;) {
-    Tensor& tensor = launch.tensors[t];
-    if (tensor.is_follower || tensor.numel == 0 || tensor.dtype == SWAFAST_BYTES) continue;
-    put_bits(tensor.param->data(), param_itemsize(tensor.dtype), tensor.numel - 1, 0xffffffffu);
-    require(launch.first_nonfinite(&index) == SWAFAST_OK && index == static_cast<int64_t>(t),
-            "row %lld has a param that is not finite, and %lld was named", static_cast<long long>(t),
-            static_cast<long long>(index));
-  }
-}
-
 template <class AnyKindOfLaunch>
 void check_paces(Random& random) {
   for (const int32_t num_paces : {1, 2, 3, SWAFAST_MAX_PACES}) {
@@ -118,8 +105,4 @@ void check_paces(Random& random) {
     if (num_paces > 1) check_one_bad_count(launch, num_paces);
     check_numbers_of_paces(launch);
   }
-  AnyKindOfLaunch launch;
-  add_averages(launch, 3);
-  for (Tensor& tensor : launch.tensors) tensor.fill([](int64_t) { return Element{}; });
-  check_nonfinite_first(launch);
 }

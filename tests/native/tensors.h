@@ -9,9 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <iterator>
 #include <memory>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -35,17 +33,6 @@ inline void unpoison(const void* start, size_t nbytes) { __asan_unpoison_memory_
 inline void poison(const void*, size_t) {}
 inline void unpoison(const void*, size_t) {}
 #endif
-
-// Ways to spoil what the library is handed; the test has to fail with each of them.
-inline const char* const kPlants[] = {"long-chunk",        "short-chunk",      "dropped-chunk",    "doubled-chunk",
-                                      "wrong-dtype",       "wrong-format",     "shifted-plane",    "swapped-planes",
-                                      "stale-weight",      "truncated-far",    "shifted-index",    "wrong-key",
-                                      "wrong-first-index", "wrong-index-step", "dropped-follower", "another-pace"};
-inline std::string planted;
-
-inline bool is_plant(const std::string& name) {
-  return std::find(std::begin(kPlants), std::end(kPlants), name) != std::end(kPlants);
-}
 
 // What is being tested at the moment, for messages; the test program sets it.
 inline const char* (*subject)() = [] { return "swafast"; };

@@ -144,40 +144,35 @@ def _on_device(device: torch.device) -> AbstractContextManager[object]:
 class _Paces:
     """The paces of a table's updates, in its device's memory, written there when a rule or a counter changes.
 
-    A kernel writes them: nothing waits for a copy from the host. Two updates of one table come one after the other,
-    whatever their streams, so the second may write where the first has read; unless a graph is to read it again.
+    A kernel writes them: nothing waits for a copy from the host. Other paces get other words, since a launch of another
+    thread, or a graph, may be about to read those that are there.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._words = self._make_words(device)
-        self._written: object = None  # the paces that the words are of
-        self._is_captured = False
-        self._captured: list[Tensor] = []  # which graphs read, beside the words
+        self._device = device
+        #: The last paces with their words, and the stream of these. One assignment publishes all three.
+        self._made: tuple[object, Tensor | None, int] = (None, None, 0)
+        self._captured: list[Tensor] = []  # graphs read them
 
-    @staticmethod
-    def _make_words(device: torch.device) -> Tensor:
-        with torch.inference_mode(False):
-            return torch.empty(library.MAX_PACES * _PACE_WORDS, dtype=torch.int64, device=device)
-
-    def get(self, paces: ctypes.Array[library.Pace], capturing: bool, write: Callable[..., None]) -> Tensor:
+    def get(
+        self, paces: ctypes.Array[library.Pace], capturing: bool, stream: int, write: Callable[..., None]
+    ) -> Tensor:
         """Return the words of ``paces``, as a pace cache gives them: the same object for what is the same.
 
         ``write(their address, index of a pace, *its words)`` starts the kernel that writes them.
         """
-        words = self._words
-        if paces is not self._written:
-            if capturing or self._is_captured:
-                words = self._make_words(words.device)
+        made, words, of = self._made
+        if words is None or paces is not made:
+            with torch.inference_mode(False):
+                words = torch.empty(library.MAX_PACES * _PACE_WORDS, dtype=torch.int64, device=self._device)
             for index, pace in enumerate(paces):
                 write(words.data_ptr(), index, *struct.unpack(f"<{_PACE_WORDS}q", pace))
-            if capturing:
-                # They are there once the graph has run, and so for the graph alone.
-                self._captured.append(words)
-                return words
-            if self._is_captured:
-                self._captured.append(self._words)
-            self._words, self._written, self._is_captured = words, paces, False
-        self._is_captured |= capturing
+            if not capturing:  # else they are there once the graph has run, and so for the graph alone
+                self._made = paces, words, stream
+        elif stream != of and self._device.type == "cuda":
+            words.record_stream(torch.cuda.current_stream(self._device))  # as the table's own words
+        if capturing:
+            self._captured.append(words)
         return words
 
 
@@ -199,9 +194,7 @@ class TritonLaunch(DeviceLaunch):
         with _on_device(table.device):
             capturing = table.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
             self.captured |= capturing
-            words = self._paces[table.device].get(paces, capturing, self._write_pace)
-            if stream != table.stream and table.device.type == "cuda":
-                words.record_stream(torch.cuda.current_stream(table.device))  # as the table's own words
+            words = self._paces[table.device].get(paces, capturing, stream, self._write_pace)
             pace = {"paces": words.data_ptr(), "num_paces": len(paces), "advance": advance}
             self._start("update", table, **pace, skip_nonfinite=int(skip_nonfinite))
 

@@ -17,6 +17,7 @@ from torch.nn import Module
 from ...terms.layout import is_dense
 from ...terms.names import canonical, named_params, persistent_buffers, unwrap
 from ...torch_private import distributed as private
+from ...torch_private.modules import named_modules
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Held:
 
 def reshard(model: Module) -> None:
     """Free the params that FSDP modules of ``model`` have gathered, so that they hold their shards again."""
-    for module in model.modules():
+    for _, module in named_modules(model, distinct=True):
         if isinstance(module, FSDPModule):
             module.reshard()
     if is_fsdp1(model):
@@ -100,7 +101,7 @@ def reshard(model: Module) -> None:
 
 
 def is_fsdp1(model: Module) -> bool:
-    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    return any(isinstance(module, FullyShardedDataParallel) for _, module in named_modules(model, distinct=True))
 
 
 def partial_meshes(model: Module, ranks: Sequence[int]) -> dict[str, Mesh]:
@@ -245,7 +246,7 @@ def _order(sizes: Sequence[int], stride: Sequence[int]) -> tuple[int, ...] | Non
 
 def _flat_holdings(root: Module, ranks: tuple[int, ...]) -> dict[str, Held]:
     """Return what this rank holds of params in FSDP1's flat params, by name."""
-    prefixes = {id(module): canonical(name) for name, module in root.named_modules()}
+    prefixes = {id(module): canonical(name) for name, module in named_modules(root, distinct=True)}
     found: dict[str, Held] = {}
     for flat in private.flat_params(root):
         replicas = (dist.get_rank(),) if flat.replicas is None else tuple(dist.get_process_group_ranks(flat.replicas))

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -224,8 +224,7 @@ class Ranks:
 
     # Agreement of ranks
 
-    @contextmanager
-    def settled(self, what: str, number: int | None = None) -> Iterator[None]:
+    def settled(self, what: str, number: int | None = None) -> AbstractContextManager[None]:
         """Run the body on every rank, and raise on every rank if it failed on one. Collective.
 
         A rank raises its own error if it has one, else a RuntimeError that names the first rank that failed.
@@ -234,26 +233,48 @@ class Ranks:
             what: the name of the call, which must be the same on all ranks.
             number: of the averaged model, from :meth:`next_number`; likewise.
         """
+        return self._settled(what, number, ())
+
+    @contextmanager
+    def _settled(self, what: str, number: int | None, counters: Sequence[Tensor]) -> Iterator[None]:
+        """Do the same, and raise RuntimeError on every rank if the counts of ``counters`` differ between ranks."""
         self._fault.refuse()
         error: BaseException | None = None
+        counts: list[int] = []
         try:
+            counts = list(map(int, counters))
             yield
         except BaseException as raised:  # an interrupt too, since peers wait
             error = raised
         try:
-            calls = self.gather((what, number, None if error is None else f"{type(error).__name__}: {error}"))
+            calls = self.gather((what, number, counts, None if error is None else f"{type(error).__name__}: {error}"))
         finally:
             if error is not None:
                 raise error
-        if len({(call, of) for call, of, _ in calls}) > 1:
+        if len({(call, of) for call, of, _, _ in calls}) > 1:
             got = ", ".join(
                 call + (f" of average {of}" if of is not None else "") + f" on rank {rank}"
-                for rank, (call, of, _) in zip(self.ranks, calls, strict=True)
+                for rank, (call, of, _, _) in zip(self.ranks, calls, strict=True)
             )
             raise RuntimeError(f"all ranks must make the same call, got {got}")
-        for rank, (_, _, message) in zip(self.ranks, calls, strict=True):
+        for rank, (_, _, _, message) in zip(self.ranks, calls, strict=True):
             if message is not None:
                 raise RuntimeError(f"{what} failed on rank {rank}, and so on every rank: {message}")
+        self._require_same_counts(what, [tuple(counts) for _, _, counts, _ in calls])
+
+    def _require_same_counts(self, what: str, everyone: Sequence[tuple[int, ...]]) -> None:
+        ranks_of: dict[tuple[int, ...], list[int]] = {}
+        for rank, counts in zip(self.ranks, everyone, strict=True):
+            ranks_of.setdefault(counts, []).append(rank)
+        if len(ranks_of) > 1:
+            got = " and ".join(
+                f"{', '.join(map(str, counts))} on {f'rank {ranks[0]}' if len(ranks) == 1 else f'ranks {ranks}'}"
+                for counts, ranks in ranks_of.items()
+            )
+            raise RuntimeError(
+                f"{what} needs the same n_averaged on every rank, got {got}: call update_parameters on every rank, not "
+                "on the first alone"
+            )
 
     def agree(self, what: str, described: Mapping[str, object]) -> None:
         """Raise ValueError with the first difference on every rank unless all descriptions are equal. Collective.
@@ -274,6 +295,20 @@ class Ranks:
                         f"{what} must be the same on every rank, got for {key!r} {ours} on rank {self.ranks[0]} and "
                         f"{got} on rank {rank}"
                     )
+
+
+class Counting:
+    """Ranks that compare the counts of their averages in the actions that they take together.
+
+    It is a :class:`~swafast.loop.guard.Together`, for actions that use averages. A load sets the counts, so it does not
+    compare them.
+    """
+
+    def __init__(self, ranks: Ranks, counters: Sequence[Tensor]) -> None:
+        self.lock, self._ranks, self._counters = ranks.lock, ranks, counters
+
+    def settled(self, what: str, number: int | None = None) -> AbstractContextManager[None]:
+        return self._ranks._settled(what, number, self._counters)
 
 
 def checked_group(process_group: object) -> ProcessGroup:

@@ -1,0 +1,1 @@
+"""Averages in files."""

@@ -1,0 +1,215 @@
+"""`save` and `load`: the state of an averaged model in one safetensors file, with a checksum for each tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..average.averaged_model import FusedAveragedModel
+from ..average.fused_averages import FusedAverages
+from ..op.checks import check_plain
+from ..op.checksum import checksum
+from ..terms.replacing import replacing
+from ..torch_private.modules import metadata_of, set_metadata
+
+_VERSION = 1
+
+#: Dtypes that every release of safetensors has. Others are stored as their bytes.
+_COMMON = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+
+
+def save(averaged: FusedAveragedModel | FusedAverages, path: str | os.PathLike[str]) -> None:
+    """Write the state of an averaged model into one safetensors file, with checksums that :func:`load` verifies.
+
+    The file is written beside ``path``, synced and then renamed, so a kill leaves the whole old file or the whole new
+    one. Tensors have the keys of ``averaged.state_dict()``; of tied ones the first is stored. A state holds no rule.
+
+    Raises:
+        TypeError: ``averaged`` is neither of these classes; or a module's extra state is neither a tensor nor JSON.
+        ValueError: a tensor of the state has no values in memory, for instance on the meta device.
+        RuntimeError: the averages are swapped into a model.
+        OSError: the file cannot be written. The old one is whole.
+    """
+    _check_averaged(averaged)
+    with averaged._guard.hold("save"):
+        tensors, described = _described(averaged)
+        text = json.dumps(described)
+        with replacing(path) as unfinished, _as_os_error(path):
+            save_file(tensors, unfinished, {"format": "pt", "swafast": text, "sha256": _digest(text)})
+
+
+def load(averaged: FusedAveragedModel | FusedAverages, path: str | os.PathLike[str]) -> None:
+    """Load a file of :func:`save`, after its header, its metadata and all its values are verified.
+
+    The averages may have another format, which converts them, and another rule, which no state holds.
+
+    Raises:
+        TypeError: ``averaged`` is neither of these classes.
+        ValueError: the file is damaged, which the message locates; :func:`save` has not written it; or it holds
+            another number of averages. Nothing has changed.
+        RuntimeError: keys or shapes do not match, and nothing has changed; or the averages are swapped into a model.
+        OSError: the file cannot be read.
+    """
+    _check_averaged(averaged)
+    described, tensors = _read(os.fspath(path))
+    names, own = described["averages"], _names_of(averaged)
+    if names != own:
+        spelled = "one average" if names is None else f"the averages {', '.join(map(repr, names))}"
+        held = "one" if own is None else ", ".join(map(repr, own))
+        raise ValueError(
+            f"averaged must have what {os.fspath(path)} has, {spelled}, got {held}: load it into the class and the "
+            "names that were saved"
+        )
+    state: OrderedDict[str, Any] = OrderedDict(tensors)
+    for key, first in described["tied"].items():
+        state[key] = tensors[first]
+    state.update(described["extra"])
+    set_metadata(state, described["versions"])
+    averaged.load_state_dict(state)
+
+
+def _check_averaged(averaged: object) -> None:
+    if not isinstance(averaged, (FusedAveragedModel, FusedAverages)):
+        sharded = ""
+        if hasattr(averaged, "full_state_dict"):
+            sharded = (
+                ": save the state_dict() of a sharded average with torch.distributed.checkpoint, or load its "
+                "full_state_dict() into a FusedAveragedModel and save that"
+            )
+        raise TypeError(
+            f"averaged must be a FusedAveragedModel or FusedAverages, got {type(averaged).__name__}{sharded}"
+        )
+
+
+def _names_of(averaged: FusedAveragedModel | FusedAverages) -> list[str] | None:
+    return sorted(averaged) if isinstance(averaged, FusedAverages) else None
+
+
+# Writing
+
+
+def _described(averaged: FusedAveragedModel | FusedAverages) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors as they are stored, by key, and the description of them and of all else in the state."""
+    state = averaged.state_dict(keep_vars=True)
+    tensors: dict[str, Tensor] = {}
+    described: dict[str, Any] = {
+        **{"version": _VERSION, "averages": _names_of(averaged), "tensors": {}, "tied": {}, "extra": {}},
+        "versions": _as_json("the metadata of its state", metadata_of(state)),
+    }
+    first_keys: dict[int, str] = {}
+    memories: set[int] = set()
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            described["extra"][key] = _as_json(f"the extra state {key!r}", value)
+        elif first_keys.setdefault(id(value), key) != key:
+            described["tied"][key] = first_keys[id(value)]
+        else:
+            check_plain(f"{key!r} of the average", value)
+            described["tensors"][key] = {
+                "dtype": str(value.dtype).removeprefix("torch."),
+                "shape": list(value.shape),
+                "checksum": checksum(value),
+            }
+            stored = _as_stored(value)
+            memory = stored.untyped_storage().data_ptr()
+            # safetensors refuses tensors that share memory.
+            tensors[key] = stored.clone() if memory in memories else stored
+            memories.add(memory)
+    return tensors, described
+
+
+def _as_stored(value: Tensor) -> Tensor:
+    """Return a tensor on the CPU, row-major and of a common dtype, as safetensors takes it."""
+    value = value.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
+    return value if value.dtype in _COMMON else value.reshape(-1).view(torch.uint8)
+
+
+def _as_json(what: str, value: Any) -> Any:
+    try:
+        same = json.loads(json.dumps(value)) == value
+    except (TypeError, ValueError, RecursionError):
+        same = False
+    if not same:
+        raise TypeError(
+            f"averaged must have only tensors and JSON (lists, dicts with strings for keys, strings, numbers, None) in "
+            f"its state, got for {what}: {value!r}. Use torch.save(averaged.state_dict(), ...) for other objects"
+        )
+    return value
+
+
+@contextmanager
+def _as_os_error(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{os.fspath(path)} could not be written: {error}") from error
+
+
+# Reading
+
+
+def _read(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the description in a file and its tensors, all verified."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            described = _description_in(path, file.metadata())
+            _require_keys(path, list(described["tensors"]), list(file.keys()))
+            tensors = {key: _verified(path, key, spec, file) for key, spec in described["tensors"].items()}
+    except SafetensorError as error:
+        raise _damaged(path, f"its header is not that of a whole file: {error}") from error
+    return described, tensors
+
+
+def _description_in(path: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    given = dict(metadata or {})
+    text = given.get("swafast")
+    if not {"swafast", "sha256"} & given.keys():
+        raise ValueError(f"path must be a file that swafast.save has written, got {path} without its metadata")
+    if text is None or given != {"format": "pt", "swafast": text, "sha256": _digest(text)}:
+        raise _damaged(path, "its metadata has another checksum")
+    described: dict[str, Any] = json.loads(text)
+    if described["version"] != _VERSION:
+        raise ValueError(
+            f"{path} must be of version {_VERSION}, got {described['version']}: load it with the swafast that saved it"
+        )
+    return described
+
+
+def _require_keys(path: str, expected: list[str], got: list[str]) -> None:
+    differing = sorted({*expected} ^ {*got})
+    if differing:
+        raise _damaged(path, f"its header does not have the names of its tensors: {differing[:3]}")
+
+
+def _verified(path: str, key: str, spec: Mapping[str, Any], file: Any) -> Tensor:
+    # A copy: the file's memory must not change after the check.
+    stored = file.get_tensor(key).clone()
+    dtype, shape = getattr(torch, spec["dtype"]), tuple(spec["shape"])
+    expected = (dtype, shape) if dtype in _COMMON else (torch.uint8, (stored.numel(),))
+    if (stored.dtype, tuple(stored.shape)) != expected:
+        raise _damaged(path, f"its header gives {key!r} as {stored.dtype} {tuple(stored.shape)}")
+    value: Tensor = stored if dtype in _COMMON else stored.view(dtype).view(shape)
+    if checksum(value) != spec["checksum"]:
+        raise _damaged(path, f"the values of {key!r} have another checksum")
+    return value
+
+
+def _damaged(path: str, what: str) -> ValueError:
+    return ValueError(f"{path} must be what swafast.save has written, but {what}: it is damaged, use a copy of it")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
