@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from swafast.backends import cpu, cuda, library
+from swafast.loop import swaps
 from tests.native_build import COMPILER
 from tests.shim_library import build_shim_library
 
@@ -57,6 +58,14 @@ def _unwritten_memory_shows() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _no_model_stays_on_averages() -> Iterator[None]:
+    """Check that each test has left its swaps: one in force would refuse what later tests do."""
+    yield
+    left, swaps.in_force[:] = list(swaps.in_force), []
+    assert left == []
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from swafast.op import checksum as module
 from swafast.op.checksum import checksum, wrap_int64
 from tests.conftest import NO_LIBRARY
 from tests.support import any_bits
-from tests.test_bad_input import _quantise, _subclass
+from tests.test_bad_input import _subclass
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
@@ -250,7 +250,7 @@ MATRIX = torch.zeros(2, 3)
 REFUSED: list[tuple[Callable[[], tuple[Any, ...]], type[Exception], str]] = [
     (lambda: ([1.0],), TypeError, "tensor must be .*, got list"),
     (lambda: (MATRIX.to_sparse(),), ValueError, "tensor must be dense"),
-    (lambda: (_quantise(MATRIX),), ValueError, "tensor must not be quantised"),
+    (lambda: (torch.quantize_per_tensor(MATRIX, 0.1, 0, torch.qint8),), ValueError, "tensor must not be quantised"),
     (lambda: (_subclass(MATRIX),), ValueError, "tensor must be a plain tensor, got TwoTensor"),
     (lambda: (MATRIX.to("meta"),), ValueError, "tensor must hold data"),
     (lambda: (torch.nn.UninitializedParameter(),), ValueError, "tensor must be initialised"),

@@ -79,7 +79,7 @@ def load_untranslated(patch: pytest.MonkeyPatch) -> None:
 
 
 def never_swap_back(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Exchange, "back", lambda self: None)
+    patch.setattr(Exchange, "back", lambda self: setattr(self, "is_back", True))
 
 
 def keep_wrappers(patch: pytest.MonkeyPatch) -> None:

@@ -64,9 +64,9 @@ class Swap:
 
     def enter(self, exchange: Exchanged) -> None:
         """Put the averages into the model. The caller holds the averages."""
-        for other in in_force:
-            other.note()
         self._exchange = exchange
+        for other in self._others():
+            other.note()
         in_force.append(self)
         self._guard.model = self.model
         exchange.there()
@@ -76,6 +76,19 @@ class Swap:
         """Remember which params were written since :meth:`enter`."""
         if self._exchange is not None and not self._is_left:
             self._written.update(dict.fromkeys(self._exchange.written()))
+
+    def _others(self) -> list[Swap]:
+        """Return the other swaps in force into this model or a part of it."""
+        others = [swap for swap in in_force if swap is not self]
+        ids = self.ids() if others else set()
+        return [swap for swap in others if swap.overlaps(ids)]
+
+    def _is_outer(self) -> bool:
+        """Return whether averages were swapped into this model after these, and are in it still."""
+        if self not in in_force or in_force[-1] is self:
+            return False
+        ids = self.ids()
+        return any(swap.overlaps(ids) for swap in in_force[in_force.index(self) + 1 :])
 
     def overlaps(self, ids: set[int]) -> bool:
         """Return whether the model or the averages have a tensor of one of these ids."""
@@ -107,9 +120,13 @@ class Swap:
             raise interrupt
 
     def finish(self) -> None:
-        """Leave if an interrupt has prevented it, and release locks that it has left held."""
+        """Leave if an interrupt or an error has prevented it, and release locks that it has left held."""
         try:
             self.leave()
+        except Exception:
+            if not self._is_left:  # a device that fails again: nothing can be put back
+                self._end()
+            raise
         finally:
             if self._is_free:
                 self._guard.release(*self._locks)
@@ -120,7 +137,7 @@ class Swap:
         raised = sys.exc_info()[1]
         failed = raised is not None and raised is not self._outside
         self.note()
-        if self in in_force and any(each.overlaps(self.ids()) for each in in_force[in_force.index(self) + 1 :]):
+        if self._is_outer():
             self._is_left = True
             raise RuntimeError(
                 "swapped_into must be left in reverse order: other averages were swapped into the model later, and are "
@@ -129,7 +146,7 @@ class Swap:
         self._go_back()
         self._is_left = True
         for other in reversed(in_force):
-            if other._is_left and not any(each.overlaps(other.ids()) for each in in_force[in_force.index(other) + 1 :]):
+            if other._is_left and not other._is_outer():
                 other._go_back()
         if self._written:
             first, *others = self._written
@@ -150,12 +167,15 @@ class Swap:
                 self._exchange.back()
             finally:
                 if self._exchange.is_back:
-                    if self in in_force:
-                        in_force.remove(self)
-                    self._guard.model = None
-        for other in in_force:
+                    self._end()
+        for other in self._others():
             if other._exchange is not None:
                 other._exchange.watch()  # our writes are none of theirs
+
+    def _end(self) -> None:
+        if self in in_force:
+            in_force.remove(self)
+        self._guard.model = None
 
 
 #: In the order in which they were entered.

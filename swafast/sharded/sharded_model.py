@@ -193,7 +193,6 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
                         exchange = SpreadExchange(model, bound, self._bindings.latest.now, self._spreads, held)
                         swap.enter(exchange)
                     exchange.spread()
-                    exchange.watch()
                 yield model
             finally:
                 swap.leave()

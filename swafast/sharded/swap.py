@@ -53,8 +53,10 @@ class SpreadExchange(Exchange):
         Raises:
             LostPeerError: a rank was lost. The message says so if params are not whole.
         """
+        self._versions = None  # also if it is broken off, writes are our own
         spread_all(self._spreads, self._held, "swapped_into could not put all averages into the model")
         self._all_there = True
+        self.watch()
 
     def back(self) -> None:
         """Put the params back: this rank's own part and its averages in any case, then the parts of other ranks.
