@@ -231,3 +231,23 @@ def _read_too_late() -> None:
 def test_the_gate_sees_buffers_that_were_read_too_late() -> None:
     found = run_ranks(2, _train, ("ddp",), {"use_buffers": True}, plant=_read_too_late)
     assert ("ddp", "module.norm.running_mean") in found[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"rules": {"fast": ExponentialAverage(0.9), "mean": EqualAverage()}}])
+@on_ranks(2)
+def test_memory_may_move_in_its_storage_between_two_steps(options: dict[str, Any]) -> None:
+    want, run = plainly("plain", 3, **options), Run("plain", **options)
+    with holding() as held:
+        run.averaged.attach(run.optimizer, start=2, overlap=True)
+        for step in range(1, 4):
+            run.backward()
+            run.optimizer.step()
+            if step == 2:  # an update waits, whose plan was made for the memory that this frees
+                run.model.share_memory()
+                for average in run.averaged.values() if options else [run.averaged]:
+                    for planes in average._planes.values():
+                        planes[0].share_memory_()
+            held.let_go.set()
+            run.averaged._guard.attachment.join()
+            held.let_go.clear()
+    assert differing(run.state(), want.state()) == []

@@ -133,6 +133,11 @@ class Views(Sequence[Tensor]):
         return self._fingerprint.views[: len(self.bases)]
 
     @property
+    def shares(self) -> list[Share]:
+        """The share of each param."""
+        return [share for _, share in self._chosen]
+
+    @property
     def averaged(self) -> set[str]:
         """The names of the params that are averaged, not copied."""
         return {share.name for _, share in self._chosen if share.format is not None}
@@ -285,3 +290,18 @@ def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], s
         current = bindings.current(model, config, counters)
         assert current is not None, "a new plan must fit"
     return current  # type: ignore[return-value]  # the bindings of this floor have views for params
+
+
+def on_its_memory(bound: Bound, sides: Sequence[ShardSide]) -> Bound:
+    """Return a bound plan, or a new one if memory has moved in its storage since, as ``share_memory()`` does."""
+    plan, views, planes = bound
+    counters = [side.n_averaged for side in sides]
+    if plan.fits(views, planes, counters):
+        return bound
+    each = len(views) // len(sides)
+    pairs = [
+        sides[index // each]._pair(share, view, index // each)
+        for index, (share, view) in enumerate(zip(views.shares, views, strict=True))
+    ]
+    backends = choice.choose_backends(sides[0].backend, choice.device_types(pairs))
+    return Plan(pairs, backends, counters, frozenset(map(Tensor.data_ptr, planes))), views, planes

@@ -19,7 +19,7 @@ from ..op.plan import Plan
 from ..terms.lazy import MadeOnUse
 from ..torch_private.core import disable_dynamo
 from .parts.ranks import Counting, Ranks
-from .shard_matching import Bound, ShardSide, Staging, bind_shards
+from .shard_matching import Bound, ShardSide, Staging, bind_shards, on_its_memory
 
 
 class Flag:
@@ -168,7 +168,7 @@ class AttachableShards(Attachable):
 
         def update(bound: Bound) -> None:
             with self._guard.hold("update_parameters"):
-                self._update(bound)
+                self._update(on_its_memory(bound, self._updated))
 
         return ready
 
