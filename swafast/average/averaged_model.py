@@ -117,7 +117,7 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
         checks.check_nonfinite(nonfinite)
         checks.check_seed(seed)
         checks.check_num_averaged(num_averaged)
-        if isinstance(device, (Rule, Mapping)):
+        if device is not None and not isinstance(device, (int, str, torch.device)):
             raise TypeError(f"device must be a torch.device, got {device!r}: pass a rule as rule=")
         params = named_params(unwrap(check_model(model)), "model")
         choice.choose_backends(backend, {param.device.type for param in params.values()})
@@ -223,7 +223,7 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
         self._guard.settle()
         self._guard.refuse_while_swapped("forward")
         if self._uncounted is not None:
-            self._warn_if_empty("forward", stacklevel=4)  # torch adds two frames
+            self._warn_if_empty("forward")
         return super().forward(*args, **kwargs)
 
     @seamless
@@ -248,7 +248,7 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
             try:
                 with self._guard.hold("swapped_into", written=model):
                     if self._uncounted is not None:
-                        self._warn_if_empty("swapped_into", stacklevel=2)
+                        self._warn_if_empty("swapped_into")
                     bound, ignored = self._bind(model), swaps.broadcasts_buffers(model)
                     swap.enter(Exchange(*bound, self._bindings.latest.now, ignore_buffers=ignored))
                 yield model
@@ -268,7 +268,7 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
         """
         with self._guard.hold("copy_to", written=model):
             if self._uncounted is not None:
-                self._refuse_if_empty("copy_to", stacklevel=3)
+                self._refuse_if_empty("copy_to")
             plan, params, planes = self._bind(model)
             if swaps.in_force:
                 swaps.refuse_model("copy_to", model)
@@ -291,7 +291,7 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
         """
         with self._guard.hold("averaged_state_dict"):
             if self._uncounted is not None:
-                self._warn_if_empty("averaged_state_dict", stacklevel=3)
+                self._warn_if_empty("averaged_state_dict")
             return export(self, self.module, self._each_average(), dtype)
 
     # State

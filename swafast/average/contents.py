@@ -6,21 +6,22 @@ that torch gives to tensors. Each write raises them, also that of a CUDA graph's
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..terms.warn import warn_user
 from ..torch_private.core import versions
+
+if TYPE_CHECKING:
+    from ..loop.guard import Guard
 
 #: What an average holds. These words are in pickles.
 INITIAL, WEIGHTS, MODELS = "initial values", "weights", "models"
 
-_EMPTY = (
-    "holds no model yet, only the values of its construction: call update_parameters first or load a state; or if "
-    "these values are an average of n models, construct it with num_averaged=n"
-)
+_EMPTY = "holds no model yet, only the values of its construction"
+_OR = "these values are an average of n models, construct it with num_averaged=n"
 
 
 class Uncounted:
@@ -70,6 +71,9 @@ class HoldsModels:
 
     _uncounted: Uncounted | None = None  # None: models are counted, or it is an old pickle, which does not tell
 
+    if TYPE_CHECKING:
+        _guard: Guard
+
     def _params(self) -> Sequence[Tensor]:
         """Return the tensors into which other code may load weights."""
         return ()
@@ -92,26 +96,34 @@ class HoldsModels:
         if self._uncounted is not None:
             self._uncounted.note(self.n_averaged, self._params())
 
-    def _warn_if_empty(self, action: str, stacklevel: int) -> None:
+    def _warn_if_empty(self, action: str) -> None:
         if self._holds() == INITIAL:
-            warnings.warn(f"{action} uses an average that {_EMPTY}", stacklevel=stacklevel + 1)
+            warn_user(f"{action} uses an average that {self._lack()}")
 
-    def _refuse_if_empty(self, action: str, stacklevel: int) -> None:
+    def _lack(self) -> str:
+        """Return what the average lacks, and what to do."""
+        attachment = self._guard.attachment
+        if attachment is not None:
+            return f"{_EMPTY}: its first update comes by the schedule of {attachment!r}"
+        if self._uncounted is not None and self._uncounted.is_loaded:
+            return f"{_EMPTY}, since the state that was loaded has a count of 0: call update_parameters first"
+        return f"{_EMPTY}: call update_parameters first or load a state; or if {_OR}"
+
+    def _refuse_if_empty(self, action: str) -> None:
         """Raise RuntimeError before ``action`` loses a model for an average without one; warn if that was loaded."""
         if self._holds() != INITIAL or self._uncounted is None:
             return
         if self._uncounted.is_loaded:  # somebody has chosen its values
-            self._warn_if_empty(action, stacklevel + 1)
+            self._warn_if_empty(action)
         else:
-            raise RuntimeError(f"{action} must not replace a model by an average that {_EMPTY}")
+            raise RuntimeError(f"{action} must not replace a model by an average that {self._lack()}")
 
     def _warn_of_overwrite(self) -> None:
         """Warn before an update that copies, because it counts no model, over weights that were loaded."""
         if self._holds() == WEIGHTS:
-            warnings.warn(
+            warn_user(
                 "the first update overwrites weights that were loaded into the average, which counts no model: to go "
-                "on from n models, construct it with num_averaged=n, or call averaged.n_averaged.fill_(n) before",
-                stacklevel=5,
+                "on from n models, construct it with num_averaged=n, or call averaged.n_averaged.fill_(n) before"
             )
 
     def _note_update(self) -> None:

@@ -169,6 +169,12 @@ def _read(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
             _require_keys(path, list(described["tensors"]), list(file.keys()))
             tensors = {key: _verified(path, key, spec, file) for key, spec in described["tensors"].items()}
     except SafetensorError as error:
+        with open(path, "rb") as file:
+            of_torch = file.read(2) in (b"PK", b"\x80\x02")  # the beginnings of torch's zip files and of pickles
+        if of_torch:
+            raise ValueError(
+                f"{path} must be a file of swafast.save, got one of torch.save: load it by torch.load"
+            ) from None
         raise _damaged(path, f"its header is not that of a whole file: {error}") from error
     return described, tensors
 

@@ -164,10 +164,14 @@ class Attachment:
         finally:
             self._own_thread = None
 
+    def __repr__(self) -> str:
+        return f"Attachment(name={self.name!r}, step={self.step}, schedule={self.schedule})"
+
     def settle(self, action: str) -> None:
         """Wait as :meth:`join` before an action on the averages. Warn once of an update that the user calls."""
         is_own = action != "update_parameters" or threading.get_ident() == self._own_thread
-        if not (self._is_warned or is_own or self._runner.is_worker()):
+        is_refused = self._averaged._guard.model is not None
+        if not (self._is_warned or is_own or is_refused or self._runner.is_worker()):
             self._is_warned = True
             warn_user(
                 "update_parameters was called on an average that is attached to an optimizer, so it is updated twice: "

@@ -152,8 +152,8 @@ class Swap:
             first, *others = self._written
             more = f" and {len(others)} more" if others else ""
             message = (
-                f"model must not be written while swapped, got writes into {first!r}{more}: the model's own values are "
-                "back, and what was written is in the averages where these changed places with params in place"
+                f"model must not be written while swapped, got writes into {first!r}{more}: the model has its own "
+                "values again, but its averages may have what was written, so load them from a checkpoint"
             )
             if not failed:
                 raise RuntimeError(message)

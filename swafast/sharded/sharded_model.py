@@ -189,7 +189,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
                 with self._guard.locked(self._ranks.lock):
                     with self._meet("swapped_into", model) as (bound, held):
                         if self._uncounted is not None:
-                            self._warn_if_empty("swapped_into", stacklevel=2)
+                            self._warn_if_empty("swapped_into")
                         exchange = SpreadExchange(model, bound, self._bindings.latest.now, self._spreads, held)
                         swap.enter(exchange)
                     exchange.spread()
@@ -216,7 +216,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
                 pairs = plan.pairs(params, planes)
                 checks.check_writable(pairs)
             if self._uncounted is not None:  # on all ranks, which have compared their counts if they meet below
-                self._refuse_if_empty("copy_to", stacklevel=3)
+                self._refuse_if_empty("copy_to")
             for pair in pairs:
                 convert(pair.planes, pair.format, (pair.param,), None)
             spread_all(self._spreads, held, "copy_to could not reach all params", torn=True)
@@ -291,7 +291,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         """
         with self._guard.hold("full_state_dict", self._counting):
             if self._uncounted is not None:
-                self._warn_if_empty("full_state_dict", stacklevel=2)
+                self._warn_if_empty("full_state_dict")
             with self._ranks.in_lockstep():
                 return checkpoint.make_full_state(
                     self._entries(), self.n_averaged, self._ranks, rank0_only=rank0_only, cpu_offload=cpu_offload

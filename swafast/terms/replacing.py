@@ -19,6 +19,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     write one path at once do not disturb each other: one file stays whole. A symbolic link stays one.
     """
     path = Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder of {str(path)!r} must exist, got none")
     # A folder, since the writer may have an unfinished file of its own, as safetensors has.
     folder = path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")
     try:
