@@ -385,3 +385,13 @@ def test_training_beside_an_average_is_no_load() -> None:
         averaged.eval().requires_grad_(False)
         averaged.update_parameters(model)
     require_same(tensors_of(averaged.module), tensors_of(model))
+
+
+def test_an_average_that_was_emptied_holds_no_model() -> None:
+    model = nn.Linear(2, 2)
+    averaged = FusedAveragedModel(model)
+    averaged.update_parameters(model)
+    averaged.copy_to(model)
+    averaged.to_empty(device="cpu")
+    with unchanged(model), pytest.raises(RuntimeError, match="holds no model yet"):
+        averaged.copy_to(model)

@@ -13,7 +13,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..loop import swaps
 from ..loop.guard import seamless
-from ..loop.swaps import Swap
 from ..op import checks, choice
 from ..op.buckets import keep_large
 from ..op.exchange import Exchange
@@ -23,10 +22,11 @@ from ..terms.pickling import pickled_from
 from ..terms.rules import Rule, rule_of
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import named_tensors
+from .accepting import ask_include, check_model, refuse_sharded
 from .contents import HoldsModels
 from .functions import choose_rule, update_by_function
 from .loading import load_whole
-from .matching import Bound, ModuleSide, WithBindings, ask_include, check_model, each_average, refuse_sharded
+from .matching import Bound, ModuleSide, WithBindings, each_average
 from .planes import Recast, RecodedParams, fit_planes, keeps_values
 from .states import export, translate_load
 
@@ -243,14 +243,14 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
             RuntimeError: the averages are swapped in already; or, on leaving, a param or an averaged buffer was written
                 or its memory was freed. The params are back then, and the message says what became of the averages.
         """
-        swap = Swap(self._guard, self, model)
+        swap = swaps.Swap(self._guard, self, model)
         try:
             try:
                 with self._guard.hold("swapped_into", written=model):
                     if self._uncounted is not None:
                         self._warn_if_empty("swapped_into")
                     bound, ignored = self._bind(model), swaps.broadcasts_buffers(model)
-                    swap.enter(Exchange(*bound, self._bindings.latest.now, ignore_buffers=ignored))
+                    swap.enter(Exchange(*bound, self._bindings.latest, ignore_buffers=ignored))
                 yield model
             finally:
                 swap.leave()
@@ -342,7 +342,7 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
             finally:
                 recast.finish()
             if not has_values:
-                self.n_averaged.zero_()
+                self._count_from(0)
             self._any_device |= recast.moved
             planes = [plane for average in self._each_average() for plane in fit_planes(self, *average)]
             self._bindings.large_homes = keep_large(planes, self._bindings.large_homes)

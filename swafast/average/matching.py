@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any, Protocol
@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from ..backends.contract import Pair
@@ -23,59 +22,12 @@ from ..op.plan import Plan
 from ..terms.formats import Format
 from ..terms.lazy import MadeOnUse
 from ..terms.names import named_buffers, named_params, require_same_names, unwrap
-from ..torch_private.modules import Walk, named_modules, named_tensors
+from ..torch_private.modules import Walk, named_tensors
+from .accepting import check_model
 from .planes import fit_planes, put_planes
 
 #: Takes an average's name, its tensor and whether it is a buffer. Returns its format, or None if it is copied.
 FormatOf = Callable[[str, Tensor, bool], Format | None]
-
-
-def check_model(model: object) -> Module:
-    """Raise unless ``model`` is a module whose parameters can be averaged.
-
-    Raises:
-        TypeError: it is not an ``nn.Module``.
-        ValueError: a parameter is lazy, or all of them are empty.
-    """
-    if not isinstance(model, Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    params = named_params(unwrap(model), "model")
-    for name, param in params.items():
-        if is_lazy(param):
-            raise ValueError(
-                f"model must be initialised, got the lazy parameter {name!r}: run it once before averaging it"
-            )
-    if params and all(param.numel() == 0 for param in params.values()):
-        raise ValueError(
-            f"model must hold its parameters, got only empty ones ({next(iter(params))!r} is the first): "
-            "gather a model partitioned as by ZeRO-3 before averaging it"
-        )
-    return model
-
-
-def refuse_sharded(model: Module) -> None:
-    """Raise ValueError if the model has FSDP modules, which cannot be copied."""
-    for _, module in named_modules(model, distinct=True):
-        for kind in type(module).__mro__:
-            if kind.__name__ in ("FSDPModule", "FullyShardedDataParallel"):
-                raise ValueError(f"model must be whole on this rank, got an {kind.__name__}; {checks.FOR_SHARDED}")
-
-
-def ask_include(include: object, params: Mapping[str, Tensor]) -> dict[str, bool]:
-    """Return the answers of ``include`` for ``params``, by name; {} if ``include`` is None, so that all are averaged.
-
-    Raises:
-        TypeError: ``include`` is not callable.
-        ValueError: it picks no parameter.
-    """
-    if include is None:
-        return {}
-    if not callable(include):
-        raise TypeError(f"include must be a function include(name, param) -> bool, got {include!r}")
-    asked = {name: bool(include(name, param)) for name, param in params.items()}
-    if asked and not any(asked.values()):
-        raise ValueError(f"include must pick a parameter, got False for all of them, {next(iter(asked))!r} the first")
-    return asked
 
 
 def each_average(module: Module) -> Iterator[tuple[list[str], Tensor, bool]]:
@@ -159,6 +111,10 @@ class ModuleBinding:
         backends = choice.choose_backends(sides[0].backend, choice.device_types(pairs))
         self.plan = Plan(pairs, backends, counters, homes)
         self.config, self._owner_walk, self._model_walk = config, Walk(root), Walk(unwrap(model))
+        tied: dict[int, list[str]] = {}
+        for name, tensor in (*named_params(unwrap(model), "model").items(), *named_buffers(unwrap(model), "").items()):
+            tied.setdefault(id(tensor), []).append(name)
+        self._names = [tied[id(pair.param)] for pair in pairs]
         self._num_planes = sum(len(pair.planes) for pair in pairs)
         self._planes = _picker([self._owner_walk.position(plane) for pair in pairs for plane in pair.planes])
         self._params = _picker([self._model_walk.position(pair.param) for pair in pairs])
@@ -179,14 +135,17 @@ class ModuleBinding:
         params, planes = self._params(theirs), self._planes(own)
         return (self.plan, params, planes) if self.plan.fits(params, planes, counters) else None
 
-    def now(self) -> Sequence[Tensor | None]:
-        """Return params and planes as both modules have them now; None for a lost one, or planes of other modules."""
+    def now(self) -> Sequence[Tensor] | None:
+        """Return the params and planes that both modules have now, or None if modules, names or ties have changed."""
         theirs, own = self._model_walk.tensors(), self._owner_walk.tensors()
-        params: Sequence[Tensor | None] = self._params(theirs) if theirs is not None else ()
-        if theirs is None and (root := self.root) is not None:
-            found = named_params(root, "model") | named_buffers(root, "model")
-            params = [found.get(name) for name in self.plan.names]
-        return [*params, *(self._planes(own) if own is not None else [None] * self._num_planes)]
+        return None if theirs is None or own is None else [*self._params(theirs), *self._planes(own)]
+
+    def places(self) -> Sequence[Sequence[Tensor]]:
+        """Return, for each param and then for each plane, all tensors that have its names in the modules now."""
+        root, own = self.root, self._owner_walk.tensors()
+        found = named_params(root, "model") | named_buffers(root, "model") if root is not None else {}
+        params = [[found[name] for name in names if name in found] for names in self._names]
+        return [*params, *([[plane] for plane in self._planes(own)] if own is not None else [[]] * self._num_planes)]
 
 
 class AnyBinding(Protocol):
@@ -199,7 +158,8 @@ class AnyBinding(Protocol):
     @property
     def config(self) -> object: ...
     def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None: ...
-    def now(self) -> Sequence[Tensor | None]: ...
+    def now(self) -> Sequence[Tensor] | None: ...
+    def places(self) -> Sequence[Sequence[Tensor]]: ...
 
 
 class Bindings:

@@ -193,7 +193,9 @@ def _default_name(averaged: object) -> str:
         function = members[""].multi_avg_fn or members[""].avg_fn
         return str(getattr(function, "__qualname__", type(function).__qualname__))
     options = fields(rule) if is_dataclass(rule) else ()
-    values = [f"{each.name}={value!r}" for each in options if (value := getattr(rule, each.name)) != each.default]
+    values = [
+        f"{each.name}={value!r}" for each in options if repr(value := getattr(rule, each.name)) != repr(each.default)
+    ]
     return type(rule).__qualname__ + (f"({', '.join(values)})" if values else "")
 
 

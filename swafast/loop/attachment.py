@@ -18,7 +18,6 @@ from ..terms.warn import warn_user
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import named_modules, named_tensors
 from ..torch_private.optimizers import is_step
-from . import swaps
 from .roster import Roster
 from .runners import Runner, Updating, runner_for
 from .schedule import Schedule, is_int
@@ -131,13 +130,10 @@ class Attachment:
     # Steps
 
     @disable_dynamo
-    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
-        if not self._hooks:  # of a copy of the optimizer
-            return
-        self._averaged._guard.refuse_while_swapped("a step of the optimizer")
-        if swaps.in_force:
-            swaps.refuse("a step of the optimizer", (p for group in optimizer.param_groups for p in group["params"]))
-        self._runner.before_step()
+    def _before_step(self, *_: object) -> None:
+        if self._hooks:  # not of a copy of the optimizer
+            self._averaged._guard.refuse_while_swapped("a step of the optimizer")
+            self._runner.before_step()
 
     @disable_dynamo
     def _after_step(self, index: int, optimizer: Optimizer, *_: object) -> None:

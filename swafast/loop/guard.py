@@ -198,6 +198,21 @@ class Guard:
                 yield
 
 
+def finished(action: Callable[[], None]) -> None:
+    """Run an action to its end. After an interrupt in it, run it again, and raise the interrupt once it is done."""
+    interrupt = None
+    while True:
+        try:
+            action()
+            break
+        except Exception:
+            raise
+        except BaseException as raised:  # KeyboardInterrupt or SystemExit
+            interrupt = raised
+    if interrupt is not None:
+        raise interrupt
+
+
 @seamless
 def _all_held(locks: Sequence[ForkSafeLock]) -> Iterator[None]:
     with locks[0]:

@@ -151,7 +151,14 @@ class InThread(Runner):
         self._worker = threading.get_ident()
         for event in copied:
             event.synchronize()
+        storages = [each for each in memory if isinstance(each, torch.UntypedStorage)]
+        addresses = [storage.data_ptr() for storage in storages]
         update()
+        if addresses != [storage.data_ptr() for storage in storages]:  # nothing keeps memory that moves in its storage
+            raise RuntimeError(
+                "params must keep their memory while an update beside the next step reads them, but it has moved, as "
+                "share_memory() moves it: call attachment.join() before. The averages may be wrong: load them again"
+            )
 
     def before_step(self) -> None:
         if not self._copies:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import sys
 import warnings
+import weakref
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..terms.names import unwrap
-from ..torch_private.modules import named_tensors
+from ..torch_private.modules import named_modules, named_tensors
+from ..torch_private.optimizers import is_making_state
+from .guard import ForkSafeLock, Guard, finished
 
 
 class Exchanged(Protocol):
@@ -27,16 +31,6 @@ class Exchanged(Protocol):
     def back(self) -> None: ...
     def watch(self) -> None: ...
     def written(self) -> list[str]: ...
-
-
-class Guarding(Protocol):
-    """What a swap needs of the guard of its averages."""
-
-    model: Module | None
-
-    def locked(self, *others: Any) -> AbstractContextManager[object]: ...
-    def is_mine(self, *others: Any) -> bool: ...
-    def release(self, *others: Any) -> None: ...
 
 
 class Swap:
@@ -53,7 +47,7 @@ class Swap:
         locks: what to hold on leaving, besides the averages.
     """
 
-    def __init__(self, guard: Guarding, owner: object, model: Module, *locks: object) -> None:
+    def __init__(self, guard: Guard, owner: object, model: Module, *locks: ForkSafeLock) -> None:
         self.owner, self.model = owner, model
         self._guard, self._locks = guard, locks
         self._exchange: Exchanged | None = None
@@ -67,7 +61,8 @@ class Swap:
         self._exchange = exchange
         for other in self._others():
             other.note()
-        in_force.append(self)
+        _refuse_steps()
+        in_force.append(weakref.ref(self, in_force.remove))
         self._guard.model = self.model
         exchange.there()
         exchange.watch()
@@ -79,16 +74,16 @@ class Swap:
 
     def _others(self) -> list[Swap]:
         """Return the other swaps in force into this model or a part of it."""
-        others = [swap for swap in in_force if swap is not self]
+        others = [swap for swap in living() if swap is not self]
         ids = self.ids() if others else set()
         return [swap for swap in others if swap.overlaps(ids)]
 
     def _is_outer(self) -> bool:
         """Return whether averages were swapped into this model after these, and are in it still."""
-        if self not in in_force or in_force[-1] is self:
-            return False
-        ids = self.ids()
-        return any(swap.overlaps(ids) for swap in in_force[in_force.index(self) + 1 :])
+        swaps = living()
+        later = swaps[swaps.index(self) + 1 :] if self in swaps else []
+        ids = self.ids() if later else set()
+        return any(swap.overlaps(ids) for swap in later)
 
     def overlaps(self, ids: set[int]) -> bool:
         """Return whether the model or the averages have a tensor of one of these ids."""
@@ -107,17 +102,7 @@ class Swap:
             RuntimeError: this one is left too early, what it had to put back was lost, or params were written
                 meanwhile. The message says what holds now. If the body has raised, writes are warned of instead.
         """
-        interrupt = None
-        while True:
-            try:
-                self._leave()
-                break
-            except Exception:
-                raise
-            except BaseException as raised:  # KeyboardInterrupt or SystemExit
-                interrupt = raised
-        if interrupt is not None:
-            raise interrupt
+        finished(self._leave)
 
     def finish(self) -> None:
         """Leave if an interrupt or an error has prevented it, and release locks that it has left held."""
@@ -139,13 +124,14 @@ class Swap:
         self.note()
         if self._is_outer():
             self._is_left = True
+            _waiting.append(self)
             raise RuntimeError(
                 "swapped_into must be left in reverse order: other averages were swapped into the model later, and are "
                 "in it still; these go back when those have left"
             )
         self._go_back()
         self._is_left = True
-        for other in reversed(in_force):
+        for other in reversed(living()):
             if other._is_left and not other._is_outer():
                 other._go_back()
         if self._written:
@@ -173,19 +159,43 @@ class Swap:
                 other._exchange.watch()  # our writes are none of theirs
 
     def _end(self) -> None:
-        if self in in_force:
-            in_force.remove(self)
+        in_force[:] = [swap for swap in in_force if swap() is not self]
+        _waiting[:] = [swap for swap in _waiting if swap is not self]
         self._guard.model = None
 
 
-#: In the order in which they were entered.
-in_force: list[Swap] = []
+#: In the order in which they were entered. Weak, so that a swap that is never left keeps no model alive.
+in_force: list[weakref.ref[Swap]] = []
+
+#: Those that were left too early.
+_waiting: list[Swap] = []
+
+
+def living() -> list[Swap]:
+    """Return the swaps in force, in the order in which they were entered."""
+    return [swap for reference in in_force if (swap := reference()) is not None]
+
+
+def _refuse_steps() -> None:
+    """Have every optimizer ask before its steps, from the first swap on. Fused ones write without telling autograd."""
+    global _asks
+    if not _asks:
+        _asks = True
+        register_optimizer_step_pre_hook(_refuse_step)
+
+
+_asks = False
+
+
+def _refuse_step(optimizer: Optimizer, *_: object) -> None:
+    if in_force and not is_making_state():
+        refuse("a step of the optimizer", (p for group in optimizer.param_groups for p in group["params"]))
 
 
 def refuse(action: str, tensors: Iterable[Tensor]) -> None:
     """Raise RuntimeError if averages are swapped into a model with one of these tensors."""
     ids = set(map(id, tensors))
-    for swap in in_force:
+    for swap in living():
         if swap.overlaps(ids):
             raise RuntimeError(
                 f"{action} must wait until averages are swapped back out of the model: leave swapped_into first"
@@ -202,10 +212,10 @@ def _tensors_of(model: Module) -> list[Tensor]:
 
 
 def refuse_averages(action: str, module: Module) -> None:
-    """Raise RuntimeError if ``module`` is an averaged model, or the module in it, that is swapped into a model."""
+    """Raise RuntimeError if ``module`` is an averaged model, or a part of one, that is swapped into a model."""
     module = unwrap(module)
-    for swap in in_force:
-        if module is swap.owner or module is getattr(swap.owner, "module", None):
+    for swap in living():
+        if isinstance(swap.owner, Module) and any(module is part for _, part in named_modules(swap.owner)):
             raise RuntimeError(
                 f"{action} must have the model while averages are swapped into it, got the averaged model, which holds "
                 "the model's own params meanwhile"

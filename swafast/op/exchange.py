@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import is_
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,13 @@ from torch import Tensor
 from ..terms.formats import convert
 from ..torch_private.core import versions
 from .plan import Plan, bump_versions
+
+
+class Located(Protocol):
+    """What an exchange needs of the binding that its plan is of."""
+
+    def now(self) -> Sequence[Tensor] | None: ...
+    def places(self) -> Sequence[Sequence[Tensor]]: ...
 
 
 class Exchange:
@@ -24,8 +31,7 @@ class Exchange:
 
     Args:
         params, planes: the current ones, which the plan fits.
-        now: returns the tensors that the modules have now, params (or bases) before planes; None for one that they
-            have no longer.
+        binding: knows the tensors that the modules have now, params (or bases) before planes.
         ignore_buffers: do not count writes into averaged buffers.
 
     Attributes:
@@ -37,11 +43,11 @@ class Exchange:
         plan: Plan,
         params: Sequence[Tensor],
         planes: Sequence[Tensor],
-        now: Callable[[], Sequence[Tensor | None]],
+        binding: Located,
         *,
         ignore_buffers: bool = False,
     ) -> None:
-        self._plan, self._params, self._now = plan, params, now
+        self._plan, self._params, self._binding = plan, params, binding
         self._launches, self._aside = plan.exchange(params, planes)
         self._num_planes = len(planes)
         #: What is written: params, or the tensors that they are views of, before planes.
@@ -129,7 +135,7 @@ class Exchange:
         self._fill_in()
         lost: list[str] = []
         if self._moved is not None:
-            self._moved.give(self._now())
+            self._moved.give(self._binding.places())
             lost = [*self._moved.lost]
         self.is_back = True
         if lost:
@@ -141,8 +147,8 @@ class Exchange:
 
     def _has_stayed(self) -> bool:
         """Return whether all tensors are where they were, in the modules too."""
-        addresses = list(map(Tensor.data_ptr, self.tensors))
-        return addresses == self._addresses and all(map(is_, self._now(), self.tensors))
+        now, addresses = self._binding.now(), list(map(Tensor.data_ptr, self.tensors))
+        return now is not None and addresses == self._addresses and all(map(is_, now, self.tensors))
 
     # Writes by others
 
@@ -217,10 +223,10 @@ class _Moved:
             if index not in aside and self._is_gone(pair.average):
                 self.lost[repr(pair.name)] = None
 
-    def give(self, now: Sequence[Tensor | None]) -> None:
+    def give(self, places: Sequence[Sequence[Tensor]]) -> None:
         """Write the held values into the tensors that the exchange had and the modules have now, if on other memory."""
-        for name, held, *tensors in zip(self._names, self._held, self._exchange.tensors, now, strict=True):
-            for tensor in {id(each): each for each in tensors if each is not None}.values():
+        for name, held, tensor_then, now in zip(self._names, self._held, self._exchange.tensors, places, strict=True):
+            for tensor in {id(each): each for each in (tensor_then, *now)}.values():
                 if tensor.is_meta or tensor.shape != held.shape:
                     self.lost[name] = None
                 elif tensor.data_ptr() != held.data_ptr() or tensor.dtype != held.dtype:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from ..loop import swaps
 from ..loop.attachment import wait_for_readers
+from ..loop.guard import finished
 from ..loop.roster import STATE_KEY, Roster
 from ..op import torch_op  # noqa: F401  # registers it
 from ..op.checks import check_plain
@@ -168,20 +169,29 @@ class SWA(Optimizer):
         if swaps.in_force:
             swaps.refuse("swap_swa_sgd", self._params())
         wait_for_readers(self._params())
-        lacking = 0
-        for param in self._params():
-            state = self.state.get(param, {})
-            if "swa_buffer" not in state:
-                lacking += bool(param.numel())
-                continue
-            average, own = state["swa_buffer"], param.detach().clone()
-            kept = state.pop("swa_kept", None)
-            param.copy_(average)
-            # Keep the float32 average that was rounded to a narrower param, and restore it if the param is unchanged.
-            is_back = kept is not None and _same_bits(kept.to(own.dtype), own)
-            if average.dtype != param.dtype and not is_back:
-                state["swa_kept"] = average.clone()
-            average.copy_(kept if is_back else own)
+        lacking = sum(bool(param.numel()) for param in self._params() if "swa_buffer" not in self.state.get(param, {}))
+        todo = [(param, state) for param in self._params() if "swa_buffer" in (state := self.state.get(param, {}))]
+        plan: list[Any] = [None]  # what becomes of the pair at the end of the list, worked out before it is written
+
+        def exchange() -> None:
+            while todo:
+                param, state = todo[-1]
+                average = state["swa_buffer"]
+                if plan[0] is None or plan[0][0] is not param:
+                    own, mean, kept = param.detach().clone(), average.clone(), state.get("swa_kept")
+                    # Keep the float32 average that was rounded to a narrower param; restore it if that is unchanged.
+                    is_back = kept is not None and _same_bits(kept.to(own.dtype), own)
+                    keep = mean if average.dtype != param.dtype and not is_back else None
+                    plan[0] = (param, mean, kept if is_back else own, keep)
+                _, mean, other, keep = plan[0]
+                param.copy_(mean)
+                average.copy_(other)
+                state.pop("swa_kept", None)
+                if keep is not None:
+                    state["swa_kept"] = keep
+                todo.pop()
+
+        finished(exchange)
         if lacking:
             # stacklevel 3: torch.no_grad adds a frame.
             warnings.warn(f"{lacking} params have no average yet and are not exchanged", stacklevel=3)

@@ -10,16 +10,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
+from ..average.accepting import check_model
 from ..average.contents import HoldsModels
-from ..average.matching import Bindings, check_model
+from ..average.matching import Bindings
 from ..backends.contract import Pair
 from ..op import checks, choice
 from ..op.plan import Fingerprint, Plan
 from ..terms.draws import Draws, make_random_key
-from ..terms.names import require_same_names, unwrap
+from ..terms.names import canonical, require_same_names, unwrap
 from ..terms.rules import Rule
 from ..torch_private import distributed as private
-from ..torch_private.modules import Walk
+from ..torch_private.modules import Walk, named_tensors
 from .parts.holdings import Held, Mesh, find_holdings, is_fsdp1, require_same_sharding, reshard
 from .parts.ranks import Ranks
 from .parts.shares import Share
@@ -95,6 +96,19 @@ class Locator:
         local = private.local_tensors(found[: self._num_dtensors])  # type: ignore[arg-type]
         return [*local, *found[self._num_dtensors :], *(flat.local for flat in self._flats)]
 
+    def places(self) -> list[list[Tensor]]:
+        """Return for each base the tensors that have its names in the model now, whatever became of its modules."""
+        found: dict[str, Tensor] = {}
+        for is_buffer in (False, True) if self.root is not None else ():
+            for name, tensor in named_tensors(self.root, buffers=is_buffer):  # type: ignore[arg-type]
+                found[canonical(name)] = tensor
+        places: list[list[Tensor]] = [[] for _ in self._positions]
+        for share, (base, _) in zip(self.shares, self._locations, strict=True):
+            if base < len(places):
+                now = [found[name] for name in share.holding.names if name in found]
+                places[base] = private.local_tensors(now) if all(isinstance(t, DTensor) for t in now) else now  # type: ignore[arg-type]
+        return [*places, *([flat.local] for flat in self._flats)]
+
     def name(self, base: int) -> str:
         """Return the name of a share that lies in the base of this index."""
         index = next(index for index, (at, _) in enumerate(self._locations) if at == base)
@@ -139,8 +153,8 @@ class Views(Sequence[Tensor]):
 
     @property
     def averaged(self) -> set[str]:
-        """The names of the params that are averaged, not copied."""
-        return {share.name for _, share in self._chosen if share.format is not None}
+        """The names of the params that are averaged, not copied, on this rank or on others."""
+        return {share.name for share in self.locator.shares if share.format is not None}
 
     def held(self) -> dict[str, Held]:
         """Return what this rank holds of the model, by name, on the memory that it has now."""
@@ -224,7 +238,7 @@ class ShardBinding:
         ]
         self._chosen = [(index, share) for _, index, share in chosen]
         counters = [side.n_averaged for side in sides]
-        self._bases, self._num_bases = Fingerprint([*bases, *counters]), len(bases)
+        self._bases = Fingerprint([*bases, *counters])
         views = Views(self._locator, self._chosen, bases, self._bases)
         pairs = [sides[pace]._pair(share, view, pace) for (pace, _, share), view in zip(chosen, views, strict=True)]
         for pair in pairs:
@@ -253,11 +267,14 @@ class ShardBinding:
             return None
         return self.plan, Views(self._locator, self._chosen, bases, self._bases), self._planes
 
-    def now(self) -> Sequence[Tensor | None]:
-        """Return the tensors that the shares lie in now, None for all if the model has others; then the planes."""
+    def now(self) -> Sequence[Tensor] | None:
+        """Return the tensors that the shares lie in now, then the planes, or None if the model has changed."""
         found = self._locator.find(root) if (root := self.root) is not None else None
-        bases = self._locator.bases(found) if found is not None else [None] * len(self._bases.views)
-        return [*bases[: self._num_bases], *self._planes]
+        return None if found is None else [*self._locator.bases(found), *self._planes]
+
+    def places(self) -> Sequence[Sequence[Tensor]]:
+        """Return, for each base and then for each plane, all tensors that have its names in the model now."""
+        return [*self._locator.places(), *([plane] for plane in self._planes)]
 
     def _bases_of(self, found: Sequence[Tensor]) -> list[Tensor]:
         bases = self._locator.bases(found)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Module
 
+from ..average.accepting import ask_include
 from ..average.functions import choose_rule
-from ..average.matching import ask_include
 from ..loop import swaps
 from ..loop.guard import Guard, seamless
 from ..loop.swaps import Swap
@@ -190,7 +190,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
                     with self._meet("swapped_into", model) as (bound, held):
                         if self._uncounted is not None:
                             self._warn_if_empty("swapped_into")
-                        exchange = SpreadExchange(model, bound, self._bindings.latest.now, self._spreads, held)
+                        exchange = SpreadExchange(model, bound, self._bindings.latest, self._spreads, held)
                         swap.enter(exchange)
                     exchange.spread()
                 yield model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..loop.swaps import broadcasts_buffers
-from ..op.exchange import Exchange
+from ..op.exchange import Exchange, Located
 from ..terms.names import canonical, unwrap
 from ..torch_private import distributed as private
 from ..torch_private.modules import named_tensors
@@ -38,13 +38,13 @@ class SpreadExchange(Exchange):
         self,
         model: Module,
         bound: Bound,
-        now: Callable[[], Sequence[Tensor | None]],
+        binding: Located,
         spreads: Sequence[Spread],
         held: Mapping[str, Held],
     ) -> None:
         # `held` keeps the current memory. If the body replaces a tensor on one rank, others must not get its values.
         self._model, self._spreads, self._held = unwrap(model), spreads, held
-        super().__init__(*bound, now, ignore_buffers=broadcasts_buffers(model))
+        super().__init__(*bound, binding, ignore_buffers=broadcasts_buffers(model))
         self._all_there = False  # while False, back() runs no collective
 
     def spread(self) -> None:

@@ -76,7 +76,6 @@ loop/: averages that follow an optimizer
     method            that of a seamless context, found without a call of Python
     closing           what leaves a seamless context, in C
     swap              one use of ``swapped_into``; it is in force until the averages are back
-    guarding          what a swap needs of the guard of its averages
     exchanged         what a swap needs of the exchange that it undoes
     updating          what an attachment and its runner need of an averaged model
     together          what a guard needs of ranks that act together
@@ -90,6 +89,7 @@ op/: one update, planned and launched
     home              the address of a plane in a bucket
     exchange          params and averages that change places
     moved             the way back of an exchange whose memory has moved
+    located           what an exchange needs of a binding: where its tensors are now
     checksum          64 bits of a tensor; the checksums of its boxes sum to it
 
 average/: averaged models of one process
