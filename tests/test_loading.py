@@ -346,3 +346,32 @@ def test_a_recipes_optimizer_refuses_what_it_cannot_copy(spoil: str) -> None:
     with pytest.raises(ValueError, match=r"^state_dict\['swa_state'\]\[1\]\['swa_buffer'\] must"):
         swa.load_state_dict(saved)
     assert repr(swa.state_dict()) == before
+
+
+class Fusing(nn.Module):
+    """Has a hook that reads and writes what other modules have loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+        self.register_buffer("fused", torch.zeros(4, 2), persistent=False)
+        self.second.register_load_state_dict_post_hook(self._fuse)
+
+    @torch.no_grad()
+    def _fuse(self, *_: object) -> None:
+        self.first.weight.clamp_(max=1.5)
+        self.fused.copy_(torch.cat([self.first.weight, self.second.weight]))
+
+
+def test_a_hook_reads_and_writes_what_other_modules_have_loaded() -> None:
+    model = Fusing()
+    averaged = FusedAveragedModel(model)
+    averaged.update_parameters(model)
+    state = {key: torch.full_like(value, 2) for key, value in averaged.state_dict().items()}
+    before = tensors_of(averaged)
+    with pytest.raises(RuntimeError, match=r"last\.bias"):
+        averaged.load_state_dict({**state, "module.last.bias": torch.zeros(3)})
+    assert differing(tensors_of(averaged), before) == []
+    averaged.load_state_dict(state)
+    assert averaged.module.first.weight.unique().tolist() == [1.5]
+    assert averaged.module.fused.unique().tolist() == [1.5, 2.0]

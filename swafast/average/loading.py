@@ -53,6 +53,9 @@ def load_whole(
     state: OrderedDict[str, Any] = OrderedDict(state_dict)
     set_metadata(state, metadata_of(state_dict))
     way_back = WayBack(root, assign=assign)
+    for place in way_back.places if not assign else ():
+        if id(place.tensor) not in way_back.late and isinstance(state.get(place.key), Tensor):
+            _check_copy(type(root).__name__, place, state[place.key])  # torch copies it at once, whatever it is
     writes: list[tuple[Tensor, Tensor]] = []
     is_writing = False
     try:
@@ -137,8 +140,8 @@ class Place:
 class WayBack:
     """What a load may change in a tree of modules, noted before it, and the way back there.
 
-    Values are noted of modules with code of their own for loading, of all modules below them, and of tensors for which
-    no late copy can stand.
+    If a module has code of its own for loading, the values of all are noted, since that code may read and write any of
+    them. Otherwise they are noted of tensors for which no late copy can stand.
 
     Args:
         assign: tensors may be replaced, or exchanged in place with others.
@@ -146,9 +149,10 @@ class WayBack:
 
     def __init__(self, root: Module, *, assign: bool) -> None:
         modules = dict(named_modules(root, distinct=True))
-        with_code = {
-            id(each) for module in modules.values() if loads_by_own_code(module) for _, each in named_modules(module)
-        }
+        coded = [module for module in modules.values() if loads_by_own_code(module)]
+        if coded and not torch.__future__.get_swap_module_params_on_conversion():
+            coded = [root]  # torch cannot exchange all tensors in place: those of RNNs have weak references
+        with_code = {id(each) for module in coded for _, each in named_modules(module)}
         self.places = [
             Place(f"{prefix}.{name}".lstrip("."), module, held_in, name, tensor)
             for prefix, module in modules.items()
