@@ -34,11 +34,11 @@ class Exchanged(Protocol):
 
 
 class Swap:
-    """One use of ``swapped_into``. Leave it in one ``finally``, and finish in another around it, since an interrupt may
-    come in the first.
+    """One use of ``swapped_into``.
 
-    Swaps of several averages into one model are left in reverse order. One that is left too early raises, and goes back
-    as soon as the inner one has left.
+    Leave it in one ``finally``, and finish in another around it, since an interrupt may come in the first. Swaps of
+    several averages into one model are left in reverse order. One that is left too early raises, and goes back as soon
+    as the inner one has left.
 
     Args:
         guard: the guard of the averages.
@@ -123,8 +123,8 @@ class Swap:
         failed = raised is not None and raised is not self._outside
         self.note()
         if self._is_outer():
-            self._is_left = True
             _waiting.append(self)
+            self._is_left = True
             raise RuntimeError(
                 "swapped_into must be left in reverse order: other averages were swapped into the model later, and are "
                 "in it still; these go back when those have left"
