@@ -222,8 +222,7 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._guard.settle()
         self._guard.refuse_while_swapped("forward")
-        if self._uncounted is not None:
-            self._warn_if_empty("forward")
+        self._warn_if_empty("forward")
         return super().forward(*args, **kwargs)
 
     @seamless
@@ -335,7 +334,8 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
         A move that drops the values, as ``to_empty`` does, leaves a count of 0.
         """
         with self._guard.hold("a move or cast"):
-            has_values, _ = keeps_values(fn), self._holds()
+            has_values = keeps_values(fn)
+            self._holds()
             recast = Recast(self, self._each_average(), fn, lambda dtype: format_of(self.format, dtype))
             try:
                 super()._apply(recast, recurse)

@@ -175,16 +175,16 @@ class _Moved:
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
         self._gone: set[int] = set()  # addresses of storages whose values were lost
-        self._held = [self._tensor_on(index) for index in range(len(exchange.tensors))]
+        self._held = [self._tensor_on(index, view) for index, view in enumerate(exchange._views())]
         self._names: list[str] = []
         self._pending: tuple[int, Tensor, Tensor] | None = None
         self._done = 0
         self.lost: dict[str, None] = {}  # what could not be put back, in order
 
-    def _tensor_on(self, index: int) -> Tensor:
+    def _tensor_on(self, index: int, view: tuple[Any, ...]) -> Tensor:
         """Return the tensor at this index as it was on the way there, on the memory that its storage has now."""
         exchange = self._exchange
-        storage, (dtype, device, shape, strides, *_) = exchange._storages[index], exchange._views()[index]
+        storage, (dtype, device, shape, strides, *_) = exchange._storages[index], view
         if 0 in shape:
             return torch.empty(shape, dtype=dtype, device=device)
         start = exchange._addresses[index] - exchange._origins[index]
