@@ -331,10 +331,28 @@ def test_what_a_body_must_not_do(mode: str) -> None:
     attachment.detach()
     require_same(both.params(), before, "after the wrong order")
     both.require_equal()
-    told = pytest.raises(RuntimeError, match="must not be written while swapped")
-    with told, averaged.swapped_into(sharded), torch.no_grad():
-        next(sharded.parameters()).add_(1.0)
-    require_same(both.params(), before, "after a write")
+    for write in (add_to, add_to_local, *([] if mode == "fsdp1" else [put_another])):
+        told = pytest.raises(RuntimeError, match="must not be written while swapped, got writes into")
+        with told, averaged.swapped_into(sharded), torch.no_grad():
+            write(sharded)
+        require_same(both.params(), before, f"after {write.__name__}")
+
+
+def add_to(model: nn.Module) -> None:
+    next(model.parameters()).add_(1.0)
+
+
+def add_to_local(model: nn.Module) -> None:
+    param = next(model.parameters())
+    (param.to_local() if isinstance(param, DTensor) else param).add_(1.0)
+
+
+def put_another(model: nn.Module) -> None:
+    """Put other params in the place of all, as a load by assignment does."""
+    others = {param: nn.Parameter(param.detach() + 1) for param in model.parameters()}
+    for module in model.modules():
+        for name, param in [*module.named_parameters(recurse=False)]:
+            module.register_parameter(name, others[param])
 
 
 # Buffers, a part of the params

@@ -241,6 +241,10 @@ USES: dict[str, Callable[[Any, nn.Module], object]] = {
     "swap": lambda averaged, model: averaged.swapped_into(model).__enter__(),
     "update_bn": lambda averaged, model: update_bn([torch.randn(4, 8)], averaged),
     "update_bn of its module": lambda averaged, model: update_bn([torch.randn(4, 8)], averaged.module),
+    "forward of its module": lambda averaged, model: averaged.module(torch.randn(4, 8)),
+    "state of its module": lambda averaged, model: averaged.module.state_dict(),
+    "copy of its module": lambda averaged, model: copy.deepcopy(averaged.module),
+    "pickle of its module": lambda averaged, model: pickle.dumps(averaged.module),
 }
 
 
@@ -252,6 +256,18 @@ def test_a_swapped_average_is_not_used(use: Callable[[Any, nn.Module], object]) 
         with pytest.raises(RuntimeError, match="swapped"):
             use(averaged, model)
         str(averaged), averaged.eval(), averaged.train(), list(averaged.parameters()), averaged.rule  # these are free
+    for again in (averaged.module, copy.deepcopy(averaged.module), pickle.loads(pickle.dumps(averaged.module))):
+        again(torch.randn(4, 8)), again.state_dict()
+
+
+def test_a_context_is_entered_once() -> None:
+    model = make_model()
+    context = average_of(model).swapped_into(model)
+    with context:
+        pass
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="can be entered once"), context:
+            pass
 
 
 # Writes in the body
@@ -286,6 +302,58 @@ def test_a_write_in_the_body_is_told_on_leaving(write: Callable[[nn.Module], Non
     if format == "float32":  # nothing changed places in place
         assert differing(averaged.averaged_state_dict(), state) == []
     averaged.update_parameters(model)
+
+
+def assign(model: nn.Module) -> None:
+    model.load_state_dict({key: value + 1 for key, value in model.state_dict().items()}, assign=True)
+
+
+def set_data(model: nn.Module) -> None:
+    for param in model.parameters():
+        param.data = param + 1
+
+
+def set_attribute(model: nn.Module) -> None:
+    model[0].weight = nn.Parameter(model[0].weight + 1)
+
+
+def tie(model: nn.Module) -> None:
+    model[0].weight = nn.Parameter(torch.zeros_like(model[0].weight))
+    model.other = nn.Module()
+    model.other.register_parameter("weight", model[0].weight)
+
+
+@pytest.mark.parametrize("put", [assign, set_data, set_attribute, tie])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tensor_put_in_the_place_of_a_param_is_told_on_leaving(
+    put: Callable[[nn.Module], None], dtype: torch.dtype
+) -> None:
+    model = make_model(dtype)
+    averaged = average_of(model)
+    before, state = tensors_of(model), averaged.averaged_state_dict()
+    told = pytest.raises(RuntimeError, match=r"writes into '0\.weight'.*what was written is gone")
+    with told, averaged.swapped_into(model):
+        put(model)
+    assert differing({name: tensor for name, tensor in tensors_of(model).items() if name in before}, before) == []
+    assert differing(averaged.averaged_state_dict(), state) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_param_that_is_gone_on_leaving_is_told(dtype: torch.dtype) -> None:
+    model = make_model(dtype)
+    averaged = average_of(model)
+    told = pytest.raises(RuntimeError, match=r"writes into '0\.weight': the model no longer has it")
+    with told, averaged.swapped_into(model):
+        nn.utils.parametrizations.weight_norm(model[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_write_into_the_averaged_module_is_told_on_leaving(dtype: torch.dtype) -> None:
+    model = make_model(dtype)
+    averaged = average_of(model)
+    told = pytest.raises(RuntimeError, match=r"writes into the average of '0\.weight' and .*the model's own values lay")
+    with told, averaged.swapped_into(model), torch.no_grad():
+        averaged.module.load_state_dict(model.state_dict())
 
 
 def test_after_an_error_of_the_body_a_write_is_only_warned_of() -> None:

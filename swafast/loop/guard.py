@@ -9,8 +9,9 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial, wraps
+from itertools import chain
 from operator import attrgetter
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar
 
 from torch.nn import Module
 
@@ -47,6 +48,10 @@ class SeamlessContext:
     __exit__ = _Method(attrgetter("_exit"))
 
 
+def _refuse_again() -> NoReturn:
+    raise RuntimeError("a context can be entered once: make another for each with statement")
+
+
 def seamless(function: Callable[P, Iterator[T]]) -> Callable[P, AbstractContextManager[T]]:
     """Make a function that returns a :class:`SeamlessContext` of a generator function."""
 
@@ -55,7 +60,8 @@ def seamless(function: Callable[P, Iterator[T]]) -> Callable[P, AbstractContextM
         generator = function(*args, **options)
         context, closing = SeamlessContext(), _Closing()
         closing.close = partial(next, generator, None)  # type: ignore[method-assign]
-        context._enter, context._exit = generator.__next__, closing.__exit__  # type: ignore[attr-defined]
+        context._enter = chain(generator, iter(_refuse_again, None)).__next__  # type: ignore[attr-defined]
+        context._exit = closing.__exit__  # type: ignore[attr-defined]
         return context
 
     return make

@@ -6,18 +6,26 @@ import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.hooks import RemovableHandle
 
 from ..terms.names import unwrap
 from ..torch_private.modules import named_modules, named_tensors
 from ..torch_private.optimizers import is_making_state
 from .guard import ForkSafeLock, Guard, finished
+
+# What becomes of writes by others while the averages are in the model.
+INTO_MODEL = "the model has its own values again, but averages may have what was written: load them from a checkpoint"
+INTO_AVERAGES = "the model's own values lay there, so it may have what was written: load it from a checkpoint"
+REPLACED = "the model has its own values again, and what was written is gone: write it after the swap"
+REMOVED = "the model no longer has it, so what stands in its place may have averages: load it from a checkpoint"
 
 
 class Exchanged(Protocol):
@@ -30,7 +38,7 @@ class Exchanged(Protocol):
     def there(self) -> None: ...
     def back(self) -> None: ...
     def watch(self) -> None: ...
-    def written(self) -> list[str]: ...
+    def written(self) -> dict[str, str]: ...
 
 
 class Swap:
@@ -54,7 +62,8 @@ class Swap:
         self._outside = sys.exc_info()[1]
         self._is_free = not guard.is_mine(*locks)  # of this thread
         self._is_left = False
-        self._written: dict[str, None] = {}  # names, in order
+        self._hooks: list[RemovableHandle] = []
+        self._written: dict[str, str] = {}  # by name, in order: what becomes of it
 
     def enter(self, exchange: Exchanged) -> None:
         """Put the averages into the model. The caller holds the averages."""
@@ -64,13 +73,18 @@ class Swap:
         _refuse_steps()
         in_force.append(weakref.ref(self, in_force.remove))
         self._guard.model = self.model
+        if isinstance(owner := self.owner, AveragedModel):
+            # The averaged model refuses itself. Its module is the user's own, and does not know of the swap.
+            refusal = _Refusal(self)
+            self._hooks.append(owner.module.register_forward_pre_hook(refusal))
+            self._hooks.append(owner.module.register_state_dict_pre_hook(refusal))
         exchange.there()
         exchange.watch()
 
     def note(self) -> None:
-        """Remember which params were written since :meth:`enter`."""
+        """Remember what was written since :meth:`enter`."""
         if self._exchange is not None and not self._is_left:
-            self._written.update(dict.fromkeys(self._exchange.written()))
+            self._written |= self._exchange.written()
 
     def _others(self) -> list[Swap]:
         """Return the other swaps in force into this model or a part of it."""
@@ -134,13 +148,13 @@ class Swap:
         for other in reversed(living()):
             if other._is_left and not other._is_outer():
                 other._go_back()
+        if isinstance(raised, GeneratorExit):  # Python may be collecting the model, and have emptied it
+            self._written = {name: end for name, end in self._written.items() if end != REMOVED}
         if self._written:
             first, *others = self._written
             more = f" and {len(others)} more" if others else ""
-            message = (
-                f"model must not be written while swapped, got writes into {first!r}{more}: the model has its own "
-                "values again, but its averages may have what was written, so load them from a checkpoint"
-            )
+            ends = "; ".join(dict.fromkeys(self._written.values()))
+            message = f"model and averages must not be written while swapped, got writes into {first}{more}: {ends}"
             if not failed:
                 raise RuntimeError(message)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
@@ -153,6 +167,7 @@ class Swap:
                 self._exchange.back()
             finally:
                 if self._exchange.is_back:
+                    self._written |= self._exchange.written()  # now it knows what stood in the place of params
                     self._end()
         for other in self._others():
             if other._exchange is not None:
@@ -162,6 +177,26 @@ class Swap:
         in_force[:] = [swap for swap in in_force if swap() is not self]
         _waiting[:] = [swap for swap in _waiting if swap is not self]
         self._guard.model = None
+        for hook in self._hooks:
+            hook.remove()
+
+
+class _Refusal:
+    """Hook of an averaged module: it refuses a forward, a state and a copy for as long as the swap is in force."""
+
+    def __init__(self, swap: Swap | None = None) -> None:
+        self._swap = weakref.ref(swap) if swap is not None else None
+
+    def __call__(self, *_: object) -> None:
+        if self._swap is not None and any(swap is self._swap() for swap in living()):
+            raise RuntimeError(
+                "module of the averaged model must not be used while averages are swapped into a model, since it holds "
+                "the model's own params: use the model, or leave swapped_into first"
+            )
+
+    def __reduce__(self) -> Any:
+        self()
+        return _Refusal, ()
 
 
 #: In the order in which they were entered. Weak, so that a swap that is never left keeps no model alive.

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..loop.swaps import INTO_AVERAGES, INTO_MODEL, REMOVED, REPLACED
 from ..terms.formats import convert
 from ..torch_private.core import versions
 from .plan import Plan, bump_versions
@@ -58,8 +59,9 @@ class Exchange:
         pairs = plan.pairs(params, planes) if self._aside else []
         self._stashed = [pairs[index] for index in self._aside]
         self._stash: list[Tensor] = []
-        watched = [(name, tensor) for name, tensor, is_buffer in self._averaged() if not (is_buffer and ignore_buffers)]
-        self._watched_names, self._watched = [name for name, _ in watched], [tensor for _, tensor in watched]
+        averaged = [each for each in self._averaged() if not (each[2] and ignore_buffers)]
+        self._watched = [*(tensor for _, tensor, _ in averaged), *planes]
+        self._watched_params = [name for name, _, _ in averaged]
         self._places = list(map(Tensor.data_ptr, self._watched))
         self._versions: list[int] | None = None
         self._moved: _Moved | None = None
@@ -87,6 +89,15 @@ class Exchange:
 
     def _name(self, base: int) -> str:
         return repr(self._plan.names[base])
+
+    def _names(self) -> list[str]:
+        """Return what to call each of the tensors."""
+        plane_names = (
+            f"the average of {name!r}"
+            for name, fmt in zip(self._plan.names, self._plan.formats, strict=True)
+            for _ in range(1 + len(fmt.extra) if fmt is not None else 1)
+        )
+        return [*map(self._name, range(len(self.tensors) - self._num_planes)), *plane_names]
 
     def _fill_in(self) -> None:
         """Get what other ranks hold back, once this rank's own part is back."""
@@ -120,8 +131,8 @@ class Exchange:
         self._versions = None  # writes from now on are our own
         if self._is_there and (self._moved or not self._has_stayed()):
             # Memory has moved, also within its storage, or a module has another tensor.
-            self._moved = self._moved or _Moved(self)
             self._plan.is_retired = True  # its launches hold that they have exchanged
+            self._moved = self._moved or _Moved(self, self._binding.places())
             self._moved.back()
         else:
             try:
@@ -156,30 +167,54 @@ class Exchange:
         """Take what was written until now for our own."""
         self._versions = versions(self._watched)
 
-    def written(self) -> list[str]:
-        """Return the names of averaged params that were written since :meth:`watch`."""
+    def written(self) -> dict[str, str]:
+        """Return what others have written since :meth:`watch`, by name, with what becomes of it.
+
+        That is averaged params, planes and, once it is back, params in whose place others stood.
+        """
+        found = dict(self._moved.replaced) if self._moved is not None else {}
         after = versions(self._watched)
         if self._versions is None or after == self._versions:
-            return []
-        # A tensor that has other memory now may have its version from there.
-        states = zip(self._watched_names, self._watched, self._places, self._versions, after, strict=True)
-        return [name for name, tensor, place, *pair in states if len(set(pair)) > 1 and tensor.data_ptr() == place]
+            return found
+        count = len(self._watched_params)
+        names = [*map(repr, self._watched_params), *self._names()[-self._num_planes :]]
+        states = zip(names, self._watched, self._places, self._versions, after, strict=True)
+        for index, (name, tensor, place, *pair) in enumerate(states):
+            # A tensor that has other memory now may have its version from there.
+            if len(set(pair)) > 1 and tensor.data_ptr() == place:
+                found[name] = INTO_MODEL if index < count else INTO_AVERAGES
+        return found
 
 
 class _Moved:
     """The way back of an exchange by tensors, pair by pair, where memory has moved or was freed.
 
     It writes into the memory that the exchange holds, and then into the tensors that the modules have now.
+
+    Args:
+        places: for each of the exchange's tensors, those that the modules have in its place.
+
+    Attributes:
+        lost: names of what could not be put back, in order.
+        replaced: params in whose place the model has other values on other memory, or nothing: as in
+            :meth:`Exchange.written`.
     """
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: Exchange, places: Sequence[Sequence[Tensor]]) -> None:
         self._exchange = exchange
         self._gone: set[int] = set()  # addresses of storages whose values were lost
         self._held = [self._tensor_on(index, view) for index, view in enumerate(exchange._views())]
-        self._names: list[str] = []
+        self._names = exchange._names()
+        count = len(exchange.tensors) - exchange._num_planes
+        self.replaced: dict[str, str] = {}
+        for name, held, now in list(zip(self._names, self._held, places, strict=True))[:count]:
+            if not now:
+                self.replaced[name] = REMOVED
+            elif not self._is_gone(held) and not all(_is_cast_of(held, tensor) for tensor in now):
+                self.replaced[name] = REPLACED
         self._pending: tuple[int, Tensor, Tensor] | None = None
         self._done = 0
-        self.lost: dict[str, None] = {}  # what could not be put back, in order
+        self.lost: dict[str, None] = {}
 
     def _tensor_on(self, index: int, view: tuple[Any, ...]) -> Tensor:
         """Return the tensor at this index as it was on the way there, on the memory that its storage has now."""
@@ -212,10 +247,6 @@ class _Moved:
             self._done = index + 1
         for index, value in zip(exchange._aside, exchange._stash, strict=True):
             pairs[index].param.copy_(value)
-        self._names = [
-            *map(exchange._name, range(count)),
-            *(f"the average of {pair.name!r}" for pair in pairs for _ in pair.planes),
-        ]
         for index, pair in enumerate(pairs):
             in_danger = pair.planes if index in aside else (pair.param, *pair.planes[1:])
             if any(map(self._is_gone, in_danger)):
@@ -236,6 +267,16 @@ class _Moved:
 
     def _is_gone(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self._gone
+
+
+def _is_cast_of(held: Tensor, now: Tensor) -> bool:
+    """Return whether a tensor is on the same memory or a copy, also one that was cast to a narrow dtype meanwhile."""
+    if now.is_meta or now.shape != held.shape or now.data_ptr() == held.data_ptr():
+        return True  # of another shape, it counts as lost
+    value = now.detach().to(held.device)
+    narrow = (torch.float32, torch.bfloat16, torch.float16) if held.is_floating_point() else ()
+    casts = (held.to(dtype).to(now.dtype) for dtype in (held.dtype, *narrow))
+    return any(torch.allclose(cast, value, rtol=0, atol=0, equal_nan=True) for cast in casts)
 
 
 def _make_room(

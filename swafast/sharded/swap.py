@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
 from ..loop.swaps import broadcasts_buffers
@@ -80,14 +81,18 @@ class SpreadExchange(Exchange):
         return self._params.bases
 
     def _averaged(self) -> list[tuple[str, Tensor, bool]]:
-        # Writes into DTensors and into the params of FSDP1 are not counted in the bases.
+        # Writes into DTensors and into the params of FSDP1 are not counted in the bases, nor those into local tensors
+        # in the DTensors.
         own = self._params.averaged
-        return [
+        found = [
             (canonical(name), tensor, is_buffer)
             for is_buffer in (False, True)
             for name, tensor in named_tensors(self._model, buffers=is_buffer)
             if canonical(name) in own or name.endswith("_flat_param")
         ]
+        spread = [each for each in found if isinstance(each[1], DTensor)]
+        local = private.local_tensors([tensor for _, tensor, _ in spread])  # type: ignore[misc]
+        return [*found, *((name, each, is_buffer) for (name, _, is_buffer), each in zip(spread, local, strict=True))]
 
     def _params_in(self, bases: Sequence[Tensor]) -> Sequence[Tensor]:
         return self._params.on(bases)

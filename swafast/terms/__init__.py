@@ -77,6 +77,7 @@ loop/: averages that follow an optimizer
     closing           what leaves a seamless context, in C
     swap              one use of ``swapped_into``; it is in force until the averages are back
     exchanged         what a swap needs of the exchange that it undoes
+    refusal           hook of an averaged module: refuses its use while its swap is in force
     updating          what an attachment and its runner need of an averaged model
     together          what a guard needs of ranks that act together
 
