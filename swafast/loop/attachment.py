@@ -36,7 +36,8 @@ class Attachment:
         default_name: the default name without a number; None if the user gave the name.
         step: number of steps of the optimizer so far. You may assign another one.
         schedule: the :class:`~swafast.loop.schedule.Schedule` of updates. You may assign another one.
-        then: functions that are called after each step that counts, and its update.
+        then: functions that are called after each step that counts, and its update. They must not attach or detach:
+            torch is going through the optimizer's hooks.
     """
 
     # A backward over several GPUs may step optimizers in several threads.
