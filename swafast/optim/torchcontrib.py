@@ -229,14 +229,14 @@ class SWA(Optimizer):
             own[STATE_KEY] = list(chain.from_iterable(listed))
         before = self.optimizer.state, self.optimizer.param_groups, self.state
         roster = Roster.of(self)
-        states = roster.states()
+        names, states = [each.name for each in roster.attachments], roster.states()
         try:
             self.optimizer.load_state_dict(own)
             super().load_state_dict({**added, "state": {}, "param_groups": groups})  # only to run its hooks
             self.state = averages
         except BaseException:
             self.optimizer.state, self.optimizer.param_groups, self.state = before
-            roster.put_back(states)
+            roster.put_back(names, states)
             raise
 
     def _read(self, state_dict: Mapping[str, Any]) -> defaultdict[Any, Any]:
