@@ -28,7 +28,7 @@ from ..torch_private.modules import (
     put_tensor,
     set_metadata,
 )
-from .states import STRICT, as_load_error, keeping_ties
+from .states import STRICT, keeping_ties, load_error
 
 
 def load_whole(
@@ -52,11 +52,11 @@ def load_whole(
     if not isinstance(state_dict, Mapping):
         return load(state_dict)  # torch's loader raises before it changes anything
     state: OrderedDict[str, Any] = OrderedDict(state_dict)
+    way_back = WayBack(root, assign=assign)
     metadata = metadata_of(state_dict) or {}
-    for name in ("", *own_children(root)):  # of averaged models: torch tells no module of ``strict``
+    for name in way_back.names:  # torch tells no module of ``strict``
         metadata.setdefault(name, {})[STRICT] = strict
     set_metadata(state, metadata)
-    way_back = WayBack(root, assign=assign)
     for place in way_back.places if not assign else ():
         if id(place.tensor) not in way_back.late and isinstance(state.get(place.key), Tensor):
             _check_copy(root, place, state[place.key])  # torch copies it at once, whatever it is
@@ -91,11 +91,14 @@ def _check_copy(root: Module, place: Place, source: Tensor) -> None:
     tensor, what = place.tensor, f"state_dict[{place.key!r}]"
     if tensor.is_meta:
         return  # torch has warned that nothing is copied
-    with as_load_error(root):
+    try:
         check_plain(what, source)
-        check_cast(what, source, tensor.dtype)
+        if source.dtype != tensor.dtype:
+            check_cast(what, source, tensor.dtype)
         if tensor.numel() > extent(tensor.shape, tensor.stride()):
             raise ValueError(f"{place.key!r} must not overlap itself to be loaded, got strides {tensor.stride()}")
+    except ValueError as error:
+        raise load_error(root, error) from error
 
 
 class LateCopy(Tensor):
@@ -135,6 +138,7 @@ class WayBack:
 
     def __init__(self, root: Module, *, assign: bool) -> None:
         modules = dict(named_modules(root, distinct=True))
+        self.names = list(modules)
         coded = [module for module in modules.values() if loads_by_own_code(module)]
         if coded and not torch.__future__.get_swap_module_params_on_conversion():
             coded = [root]  # torch cannot exchange all tensors in place: those of RNNs have weak references

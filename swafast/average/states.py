@@ -17,7 +17,7 @@ from ..torch_private.modules import ASSIGN, named_tensors, own_buffers, own_para
 from .matching import FormatOf, each_average
 from .planes import fit_planes, put_planes, translate_state
 
-#: The key of an averaged model's metadata in a state that is being loaded.
+#: The key of a module's metadata in a state that is being loaded.
 STRICT = "strict"
 
 
@@ -45,13 +45,9 @@ def _all_tensors(module: Module) -> list[tuple[str, Tensor]]:
     return [*named_tensors(module), *named_tensors(module, buffers=True)]
 
 
-@contextmanager
-def as_load_error(root: Module) -> Iterator[None]:
-    """Raise a ValueError of the body as a RuntimeError that is worded as torch's of a load."""
-    try:
-        yield
-    except ValueError as error:
-        raise RuntimeError(f"Error(s) in loading state_dict for {type(root).__name__}:\n\t{error}") from error
+def load_error(root: Module, what: object) -> RuntimeError:
+    """Return an error that is worded as torch's of a load."""
+    return RuntimeError(f"Error(s) in loading state_dict for {type(root).__name__}:\n\t{what}")
 
 
 def translate_load(
@@ -70,8 +66,7 @@ def translate_load(
     if isinstance(count, Tensor) and count.numel() == 1 and not count.is_meta:
         number = count.item()
         if not isinstance(number, int) or number < 0:
-            with as_load_error(owner):
-                raise ValueError(f"'{prefix}n_averaged' must be one integer >= 0, got {number}")
+            raise load_error(owner, f"'{prefix}n_averaged' must be one integer >= 0, got {number}")
         state[f"{prefix}n_averaged"] = count.to(torch.int64)
     head = f"{prefix}module."
     # Some wrappers leave their segments out of the keys of states, so look keys up by canonical names.
@@ -86,8 +81,11 @@ def translate_load(
     for (name, *_), tensor, is_buffer in each_average(module):
         names[name] = keys.get(id(tensor), [])
         for key in names[name] if not (assign or tensor.is_meta) else ():
-            with as_load_error(owner):
-                check_cast(f"state_dict[{key!r}]", state[key], tensor.dtype)
+            if state[key].dtype != tensor.dtype:
+                try:
+                    check_cast(f"state_dict[{key!r}]", state[key], tensor.dtype)
+                except ValueError as error:
+                    raise load_error(owner, error) from error
         kept = state[names[name][0]] if assign and names[name] else tensor
         fmt = format_of(name, kept, is_buffer)
         if fmt is None:
