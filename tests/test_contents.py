@@ -179,6 +179,12 @@ def test_after_a_load(kind: str, load: str, updates: int) -> None:
         says_so(averaged, model, loaded=True)
 
 
+def test_a_count_that_was_written_past_versions_is_read() -> None:
+    averaged = FusedAveragedModel(Model())
+    averaged.n_averaged.data.fill_(2)
+    says_nothing(averaged)
+
+
 @pytest.mark.parametrize("kind", ["sharded", "several sharded"])
 @pytest.mark.parametrize("updates", [0, 2])
 def test_after_a_load_of_shards(kind: str, updates: int) -> None:

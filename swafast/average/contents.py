@@ -53,9 +53,11 @@ class Uncounted:
 
         On a CPU it is read. On a GPU what has been written is taken for a count.
         """
+        if is_on_host(counter) and counter.numel() == 1 and int(counter) > 0:
+            return MODELS  # whether or not its version tells of a write
         if self.is_updated or _stamps([counter]) != self._counter:
             self.is_loaded = self.is_loaded or not self.is_updated
-            return MODELS if not is_on_host(counter) or int(counter) > 0 else INITIAL
+            return INITIAL if is_on_host(counter) else MODELS
         self.has_weights = self.has_weights or (bool(self._params) and self._is_written(params))
         return WEIGHTS if self.has_weights else INITIAL
 
