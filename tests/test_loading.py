@@ -313,7 +313,7 @@ def test_a_recipes_optimizer_and_what_is_attached_to_it_go_back(hook: str, inner
     assert [attachment.step for attachment in attachments] == [2, 2]
 
 
-@pytest.mark.parametrize("spoil", ["no values", "a layout", "freed memory"])
+@pytest.mark.parametrize("spoil", ["no values", "a layout", "freed memory", "complex numbers"])
 def test_a_recipes_optimizer_refuses_what_it_cannot_copy(spoil: str) -> None:
     model = nn.Linear(2, 2)
     swa = SWA(torch.optim.SGD(model.parameters(), lr=0.1))
