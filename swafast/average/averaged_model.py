@@ -22,12 +22,12 @@ from ..terms.pickling import pickled_from
 from ..terms.rules import Rule, rule_of
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import named_tensors
-from .accepting import ask_include, check_model, refuse_sharded
+from .accepting import ask_include, check_device, check_model, refuse_sharded
 from .contents import HoldsModels
 from .functions import choose_rule, update_by_function
 from .loading import load_whole
 from .matching import Bound, ModuleSide, WithBindings, each_average
-from .planes import Recast, RecodedParams, fit_planes, keeps_values
+from .planes import Recast, RecodedParams, fit_planes
 from .states import export, translate_load
 
 
@@ -67,7 +67,7 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
         NotImplementedError: a parameter's dtype, such as float8, cannot be averaged. ``include`` can leave it out.
         ValueError: an argument has a value not listed above; more than one of ``rule``, ``avg_fn`` and ``multi_avg_fn``
             is given; or the model has FSDP modules, a lazy parameter or only empty ones.
-        RuntimeError: ``backend`` cannot run on this machine.
+        RuntimeError: ``backend`` cannot run on this machine, or it has no such ``device``.
 
     Paper: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407.
 
@@ -92,7 +92,6 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
     seed: int = 0
     _asked: dict[str, bool]  # the answers of ``include``, by name
     _any_device: bool = False  # the average may be on another device than the model
-    _strict: bool = True  # ``strict`` of the load under way, since torch does not pass it to modules
 
     def __init__(
         self,
@@ -117,8 +116,7 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
         checks.check_nonfinite(nonfinite)
         checks.check_seed(seed)
         checks.check_num_averaged(num_averaged)
-        if device is not None and not isinstance(device, (int, str, torch.device)):
-            raise TypeError(f"device must be a torch.device, got {device!r}: pass a rule as rule=")
+        check_device(device)
         params = named_params(unwrap(check_model(model)), "model")
         choice.choose_backends(backend, {param.device.type for param in params.values()})
         refuse_sharded(model)
@@ -314,37 +312,37 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
                 model.
         """
         with self._guard.hold("load_state_dict"):
-            self._strict = strict
-            try:
-                load = super().load_state_dict
-                return load_whole(self, [self.module], load, state_dict, strict=strict, assign=assign)
-            finally:
-                self._strict = True
+            return load_whole(self, [self.module], super().load_state_dict, state_dict, strict=strict, assign=assign)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
         self._guard.refuse_while_swapped("load_state_dict")
-        assign = bool(local_metadata.get("assign_to_params_buffers", False))
-        translate_load(self, self.module, state_dict, prefix, self._format_of, assign=assign, strict=self._strict)
+        translate_load(self, self.module, state_dict, prefix, self._format_of, local_metadata)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         self._note_load(state_dict.get(f"{prefix}n_averaged"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAveragedModel:
-        """Move or cast as any module does. A cast encodes each average anew, so that it keeps its precision.
-
-        A move that drops the values, as ``to_empty`` does, leaves a count of 0.
-        """
+        """Move or cast as any module does. A cast keeps full precision, and ``to_empty`` leaves a count of 0."""
         with self._guard.hold("a move or cast"):
-            has_values = keeps_values(fn)
             self._holds()
             recast = Recast(self, self._each_average(), fn, lambda dtype: format_of(self.format, dtype))
             try:
-                super()._apply(recast, recurse)
+                try:
+                    super()._apply(recast, recurse)
+                finally:
+                    self._finish_move(recast)
             finally:
-                recast.finish()
-            if not has_values:
-                self._count_from(0)
-            self._any_device |= recast.moved
-            planes = [plane for average in self._each_average() for plane in fit_planes(self, *average)]
-            self._bindings.large_homes = keep_large(planes, self._bindings.large_homes)
-            self._note_own_writes()
+                self._finish_move(recast)  # whatever an interrupt has left
             return self
+
+    def _finish_move(self, recast: Recast) -> None:
+        """Complete a move or cast, as far as torch has come. Do nothing once that is done."""
+        if recast.is_finished:
+            return
+        recast.finish()
+        if not recast.keeps_values:
+            self._count_from(0)
+        self._any_device |= recast.moved
+        planes = [plane for average in self._each_average() for plane in fit_planes(self, *average)]
+        self._bindings.large_homes = keep_large(planes, self._bindings.large_homes)
+        self._note_own_writes()
+        recast.is_finished = True

@@ -24,6 +24,7 @@ from ..terms.lazy import MadeOnUse
 from ..terms.names import named_buffers, named_params, require_same_names, unwrap
 from ..torch_private.modules import Walk, named_tensors
 from .accepting import check_model
+from .contents import HoldsModels
 from .planes import fit_planes, put_planes
 
 #: Takes an average's name, its tensor and whether it is a buffer. Returns its format, or None if it is copied.
@@ -229,7 +230,12 @@ class Bindings:
             checks.check_counter(counter)
         averaged = sides()
         homes = self.homes.union(*(each.homes for each in side_bindings))
+        owners = [side.owner for side in averaged if isinstance(side.owner, HoldsModels)]
+        for owner in owners:
+            owner._holds()
         binding = ModuleBinding(root, averaged, model, config=config, homes=homes)
+        for owner in owners:
+            owner._note_own_writes()  # a new plan moves averages, which is no load
         self.use(binding)
         for each in side_bindings:
             each.shared_homes = binding.plan.homes
