@@ -40,12 +40,14 @@ def update_bn(
 ) -> None:
     """Compute new running statistics for all BatchNorm layers in one pass over ``loader``: the last step of SWA.
 
-    Each layer gets the mean and the unbiased variance of all its inputs, over all batches and ranks. torch's function
-    of this name weighs small and large batches alike and ignores the differences between the means of batches. The
-    model runs in training mode, as in torch, so that each layer normalises with the current batch.
+    Each layer gets the mean and the unbiased variance of all that it normalises, over all batches, summed up in
+    float64. torch's function of this name weighs small and large batches alike and ignores the differences between the
+    means of batches. The model runs in training mode, as in torch, so that each layer normalises with the current
+    batch.
 
-    Layers that the pass does not reach, that ``train()`` leaves frozen, or that have no running statistics keep what
-    they have. So does every module's ``training`` and ``momentum``. If an exception is raised, nothing has changed.
+    Layers that the pass does not reach, that ``train()`` leaves frozen, or that do not track running statistics keep
+    what they have. So does every module's ``training`` and ``momentum``. If an exception is raised, no buffer of the
+    model has changed.
 
     Args:
         loader: batches. A tensor is passed to the model, a mapping as keyword arguments, and of a tuple or list the
@@ -53,15 +55,17 @@ def update_bn(
         model: the model or the averaged model, wrapped or not.
         device: move each batch there; default: batches stay where they are.
         call: ``call(model, batch)`` runs the model on a batch of any other kind.
-        process_group: the ranks that call this together, each with its own batches; default: all ranks, or this
-            process alone if ``torch.distributed`` is not initialised.
+        process_group: the ranks that call this together, each with its own batches. By default this rank is alone.
+            But if the model is sharded or has SyncBatchNorm layers, all ranks must call this, because the model's
+            forward passes wait for each other. Inside ``swapped_into`` of a sharded averaged model, the ranks of that
+            model must.
         progress: show a progress bar.
 
     Raises:
-        TypeError: ``model`` is not a module.
-        ValueError: ``loader`` is empty on all ranks, the model does not take a batch or is not initialised, or the
-            models of ranks differ.
+        TypeError: ``model`` is not a module, or several averages.
+        ValueError: ``loader`` is empty on all ranks, the model is not initialised, or the models of ranks differ.
         RuntimeError: the call failed on another rank, or a rank was lost.
+        Exception: what the model raises comes through as it is. A note below its traceback names the batch.
 
     Paper: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407,
     section 3.2.
