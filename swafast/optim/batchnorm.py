@@ -23,9 +23,10 @@ from ..torch_private.modules import BatchNormLayer, named_modules, own_buffers
 from .moments import MOMENTUM, Key, Layer, Moments, Watch, find_layers
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
     from ..sharded.parts.ranks import Ranks
+
+if torch.distributed.is_available():
+    from torch.distributed import ProcessGroup
 
 
 @torch.no_grad()

@@ -93,11 +93,11 @@ class Layer:
 
     @property
     def mean(self) -> Tensor | None:
-        return own_buffers(self.module).get(self.mean_name)
+        return getattr(self.module, self.mean_name, None)
 
     @property
     def var(self) -> Tensor | None:
-        return own_buffers(self.module).get(self.var_name)
+        return getattr(self.module, self.var_name, None)
 
     def put(self) -> None:
         """Write the moments into the running statistics, in place; without values, keep them."""
@@ -108,7 +108,7 @@ class Layer:
         assert self.var is not None
         self.mean.copy_(moments.mean)
         self.var.copy_(moments.squares / max(moments.count - 1, 1))
-        calls = own_buffers(self.module).get("num_batches_tracked")
+        calls = getattr(self.module, "num_batches_tracked", None)
         if calls is not None:
             calls.fill_(moments.calls)
 
@@ -218,7 +218,7 @@ class Watch(TorchFunctionMode):
         if known is mean:
             return layer
         for visit in self._visits:  # a replica, or a forward that has replaced its buffers
-            if own_buffers(visit.module).get(visit.layer.mean_name) is mean:
+            if getattr(visit.module, visit.layer.mean_name, None) is mean:
                 return visit.layer
         for prefix, module in named_modules(self._model, distinct=True):
             names = {id(buffer): name for name, buffer in own_buffers(module).items()}
