@@ -5,17 +5,31 @@ from __future__ import annotations
 import copy
 from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 
-from swafast import FusedAveragedModel, update_bn
-from swafast.optim import batchnorm
+from swafast import (
+    EqualAverage,
+    FusedAveragedModel,
+    FusedAverages,
+    ShardedAveragedModel,
+    ShardedAverages,
+    update_bn,
+)
+from swafast.loop.attach import Attachable
+from swafast.optim import batchnorm, moments
+from swafast.optim.moments import Layer, Watch
+from swafast.sharded.parts.holdings import is_sharded
+from swafast.terms.names import unwrap
 from tests.ranks import run_ranks
 from tests.support import Held, differing, tensors_of
 
@@ -249,11 +263,15 @@ def breaking_off(error: BaseException) -> Iterator[Tensor]:
     ("loader", "kind", "message"),
     [
         (lambda: [], ValueError, "loader must give at least one batch, got none"),
-        (lambda: [*batches(), torch.zeros(5, 3)], ValueError, r"got batch 5, a tensor \(5, 3\) of torch.float32: the"),
+        (
+            lambda: [*batches(), torch.zeros(5, 3)],
+            RuntimeError,
+            r"for batch 5, a tensor \(5, 3\) of torch.float32; call=",
+        ),
         (lambda: [batches()[0][:1]], ValueError, "Expected more than 1 value per channel"),
-        (lambda: [{"y": torch.zeros(2, 4)}], ValueError, "got batch 0, a dict with 'y': the model raised TypeError"),
-        (lambda: [()], ValueError, "got batch 0, a tuple of nothing"),
-        (lambda: ["text"], ValueError, "got batch 0, a str"),
+        (lambda: [{"y": torch.zeros(2, 4)}], TypeError, "for batch 0, a dict with 'y'; call="),
+        (lambda: [()], ValueError, "loader must give batches with an input, got an empty tuple"),
+        (lambda: ["text"], TypeError, "for batch 0, a str; call="),
         (lambda: breaking_off(OSError("no such file")), OSError, "no such file"),
         (lambda: breaking_off(KeyboardInterrupt("now")), KeyboardInterrupt, "now"),
     ],
@@ -267,6 +285,69 @@ def test_what_fails_leaves_the_model_as_it_was(
     before = state_of(model)
     with pytest.raises(kind, match=message):
         update_bn(loader(), model)
+    require_as_before(model, before)
+
+
+class CustomError(RuntimeError): ...
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mine"),
+        CustomError("timed out"),
+        NotImplementedError(),
+        LookupError("mine"),
+        OverflowError("mine"),
+        torch.OutOfMemoryError("mine"),
+        torch.distributed.DistBackendError("mine"),
+    ],
+    ids=repr,
+)
+def test_the_models_own_exception_comes_through(error: Exception) -> None:
+    def call(model: nn.Module, batch: Tensor) -> None:
+        model(batch)
+        if len(batch) == SIZES[1]:
+            raise error
+
+    model = Net()
+    before = state_of(model)
+    with pytest.raises(type(error)) as raised:
+        update_bn(batches()[:2], model, call=call)
+    assert raised.value is error
+    assert raised.value.__cause__ is None
+    assert "for batch 1, a tensor (3, 4) of torch.float32; call= runs" in raised.value.__notes__[0]
+    require_as_before(model, before)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a device")], ids=repr)
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_failed_write_leaves_all_statistics(
+    error: BaseException, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Statistics go back all or none, also if an interrupt comes while they go back."""
+    model, puts, copies = Net(), [], []
+    put, copy_ = Layer.put, Tensor.copy_
+
+    def failing(layer: Layer) -> None:
+        put(layer)
+        puts.append(layer)
+        if len(puts) == after:
+            monkeypatch.setattr(Tensor, "copy_", interrupted)
+            raise error
+
+    def interrupted(self: Tensor, *args: Any) -> Tensor:
+        copies.append(self)
+        if len(copies) == 2:
+            raise KeyboardInterrupt
+        return copy_(self, *args)
+
+    monkeypatch.setattr(Layer, "put", failing)
+    before = state_of(model)
+    with pytest.raises((KeyboardInterrupt, RuntimeError)):
+        update_bn(batches()[:1], model)
+    assert len(copies) > 2
+    monkeypatch.undo()
     require_as_before(model, before)
 
 
@@ -287,7 +368,7 @@ def test_what_fails_leaves_other_modules_as_they_were() -> None:
     model = OtherStatistics()
     update_bn(batches(), model)
     before, mean = state_of(model), model.second.running_mean
-    with pytest.raises(ValueError, match="got batch 5, a tensor"):
+    with pytest.raises(RuntimeError, match="for batch 5, a tensor"):
         update_bn([*batches(), torch.zeros(5, 3)], model)
     require_as_before(model, before)
     assert model.second.running_mean is mean
@@ -310,9 +391,11 @@ def test_a_model_that_takes_gradients_keeps_no_graph_and_counts_once() -> None:
     for each in (model, plain):
         update_bn([batch.clone() for batch in batches()], each)
     assert differing(model.state_dict(), plain.state_dict()) == []
-    kept = batchnorm.Moments()
-    batchnorm._taking(kept)(nn.BatchNorm1d(4), (batches()[0].requires_grad_(),), {})
-    assert not kept.mean.requires_grad
+    layer = Layer(nn.BatchNorm1d(4))
+    with Watch(layer.module, {("", "running_mean", "running_var"): layer}).watching():
+        layer.module(batches()[0].requires_grad_())
+    assert layer.moments.mean is not None
+    assert not layer.moments.mean.requires_grad
 
 
 class Frozen(Net):
@@ -348,19 +431,27 @@ def test_a_failure_beside_an_update_leaves_its_count(monkeypatch: pytest.MonkeyP
     averaged.attach(optimizer, overlap=True)
     optimizer.step()
     held.let_go_in(0.1)
-    with pytest.raises(ValueError, match="got batch 0, a tensor"):
+    with pytest.raises(RuntimeError, match="for batch 0, a tensor"):
         update_bn([torch.zeros(5, 3)], averaged)
     assert averaged.n_averaged == 1
 
 
-class OnRanks:
-    def swapped_into(self) -> None: ...
+class OnRanks(Attachable): ...
+
+
+class SeveralOnRanks(OnRanks, dict): ...
 
 
 @pytest.mark.parametrize(
     ("model", "kind", "message"),
     [
-        (OnRanks(), TypeError, "got OnRanks: pass the model, inside swapped_into"),
+        (OnRanks(), TypeError, r"got OnRanks: pass the model, inside swapped_into\(model\)"),
+        (SeveralOnRanks(a=1), TypeError, r"OnRanks: pass the model, inside averages\['a'\]\.swapped_into\(model\)"),
+        (
+            FusedAverages(Net(), rules={"fast": EqualAverage()}),
+            TypeError,
+            r"model must be one model, got FusedAverages: call update_bn\(loader, averages\['fast'\]\)",
+        ),
         ([], TypeError, r"model must be a torch\.nn\.Module, got list"),
         (
             nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d()),
@@ -368,7 +459,7 @@ class OnRanks:
             "must be initialised, got the lazy layer '1'",
         ),
     ],
-    ids=["on ranks", "none", "lazy"],
+    ids=["on ranks", "several on ranks", "several", "none", "lazy"],
 )
 def test_what_has_no_statistics_to_take_is_refused(model: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
@@ -389,7 +480,7 @@ def test_batches_that_can_move_themselves_do() -> None:
     model = Net()
     update_bn([Encoding(x=x) for x in batches()], model, "cpu", call=lambda model, batch: model(batch.x))
     require_statistics(model.first, torch.cat(batches()))
-    with pytest.raises(ValueError, match=r"\(or pass call=\), got batch 0, a str"):
+    with pytest.raises(TypeError, match="for batch 0, a str; call= runs"):
         update_bn(["text"], model, "cpu")
 
 
@@ -402,8 +493,8 @@ def _on_ranks(world: int, empty: Sequence[int] = ()) -> dict[str, Tensor]:
     model = Net()
     full = [index for index in range(world) if index not in empty]
     own = batches((40, 7, 3, 90, 5, 11, 2, 31))[full.index(rank) :: len(full)] if rank in full else []
-    update_bn(own, model)
-    update_bn(own, model)  # goes round in the same group
+    update_bn(own, model, process_group=torch.distributed.group.WORLD)
+    update_bn(own, model, process_group=torch.distributed.group.WORLD)  # goes round in the same group
     return dict(model.state_dict())
 
 
@@ -424,7 +515,7 @@ def _failing(what: str) -> str:
     before = state_of(model)
     loader = {"empty": [], "batch": [torch.zeros(5, 4 if rank else 2)], "model": []}[what]
     try:
-        update_bn(loader, model)
+        update_bn(loader, model, process_group=torch.distributed.group.WORLD)
     except (ValueError, RuntimeError) as error:
         require_as_before(model, before)
         return f"{type(error).__name__}: {error}"
@@ -436,7 +527,10 @@ def _failing(what: str) -> str:
     ("what", "messages"),
     [
         ("empty", ["ValueError: loader must give at least one batch, got none"] * 2),
-        ("batch", ["ValueError: loader must give batches that", "RuntimeError: update_bn failed on rank 0, and so on"]),
+        (
+            "batch",
+            ["RuntimeError: running_mean should contain 2", "RuntimeError: update_bn failed on rank 0, and so on"],
+        ),
         (
             "model",
             ["ValueError: model must be the same on every rank, got for 'first' 4 on rank 0 and 5 on rank 1"] * 2,
@@ -448,29 +542,77 @@ def test_what_fails_on_one_rank_fails_on_all(what: str, messages: list[str]) -> 
         assert told.startswith(message)
 
 
+def _alone_or_together() -> tuple[list[float], list[float]]:
+    """Return what rank 0 gets alone, and what ranks get together, each as the mean of the first layer."""
+    rank = torch.distributed.get_rank()
+    loader = [torch.full((4, 4), 10.0 * rank) + torch.randn(4, 4) * 1e-3]
+    alone, together = [], []
+
+    def mean(model: Any) -> float:
+        return round(unwrap(model).first.running_mean.mean().item(), 1)
+
+    models = [Net(), ddp := DistributedDataParallel(Net())]
+    averaged = [FusedAveragedModel(model) for model in models]
+    for each in averaged:
+        each.update_parameters(each._made_of())
+    if rank == 0:
+        for model in (*models, *averaged):
+            update_bn(loader, model)
+        alone = [mean(models[0]), mean(ddp), *(mean(each.module) for each in averaged)]
+    assert ddp.require_forward_param_sync
+    torch.distributed.barrier()
+
+    update_bn(loader, models[0], process_group=torch.distributed.group.WORLD)
+    together.append(mean(models[0]))
+    sharded = FullyShardedDataParallel(Net(), device_id=torch.device("cpu"))
+    update_bn(loader, sharded)
+    together.append(mean(sharded.module))
+    assert is_sharded(fully_shard(Net(), mesh=init_device_mesh("cpu", (2,))))  # torch 2.6 runs it on a GPU only
+    of_ranks = ShardedAveragedModel(ddp)
+    of_ranks.update_parameters(ddp)
+    several = ShardedAverages(ddp, rules={"fast": EqualAverage()})
+    several.update_parameters(ddp)
+    for each in (of_ranks, several["fast"]):
+        with each.swapped_into(ddp):
+            update_bn(loader, ddp)
+            together.append(mean(ddp))
+    with pytest.raises(
+        TypeError, match=r"got ShardedAverages: pass the model, inside averages\['fast'\]\.swapped_into"
+    ):
+        update_bn(loader, several)
+    return alone, together
+
+
+@pytest.mark.distributed
+def test_a_rank_is_alone_unless_others_must_come() -> None:
+    first, second = run_ranks(2, _alone_or_together, timeout=timedelta(seconds=20))
+    assert first == ([0.0] * 4, [5.0] * 4)
+    assert second == ([], [5.0] * 4)
+
+
 # Each gate sees its bug
 
 
 def means_weighed_alike(patch: pytest.MonkeyPatch) -> None:
-    merge = batchnorm.Moments.merge
+    merge = moments.Moments.merge
 
     def alike(self: Any, other: Any) -> None:
         if self.count and other.count:
-            other = batchnorm.Moments(other.calls, self.count, other.mean, other.squares)
+            other = moments.Moments(other.calls, self.count, other.mean, other.squares)
         merge(self, other)
 
-    patch.setattr(batchnorm.Moments, "merge", alike)
+    patch.setattr(moments.Moments, "merge", alike)
 
 
 def distance_of_means_left_out(patch: pytest.MonkeyPatch) -> None:
-    merge = batchnorm.Moments.merge
+    merge = moments.Moments.merge
 
     def without(self: Any, other: Any) -> None:
         squares = None if self.squares is None else self.squares + other.squares
         merge(self, other)
         self.squares = squares if squares is not None else self.squares
 
-    patch.setattr(batchnorm.Moments, "merge", without)
+    patch.setattr(moments.Moments, "merge", without)
 
 
 @pytest.mark.parametrize("plant", [means_weighed_alike, distance_of_means_left_out])
@@ -481,6 +623,8 @@ def test_the_gate_kills_the_bug(plant: Callable[[pytest.MonkeyPatch], None], mon
 
 
 def test_statistics_left_behind_by_a_failed_pass_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batchnorm, "_as_before", lambda *_: nullcontext())
+    monkeypatch.setattr(batchnorm, "_restoring", lambda _: lambda *_: None)
     with pytest.raises(AssertionError):
-        test_what_fails_leaves_the_model_as_it_was(lambda: [*batches(), torch.zeros(5, 3)], ValueError, "loader", True)
+        test_what_fails_leaves_the_model_as_it_was(
+            lambda: [*batches(), torch.zeros(5, 3)], RuntimeError, "batch 5", True
+        )

@@ -58,7 +58,7 @@ def test_all_who_share_a_group_have_one_communicator(tmp_path: Path) -> None:
     for averaged in (first, *others):
         averaged.update_parameters(model)
     snapshots.save(first)
-    update_bn([torch.randn(8, 40)], model)
+    update_bn([torch.randn(8, 40)], model, process_group=dist.group.WORLD)
     assert len(made) == len({id(each._ranks) for each in (first, *others, snapshots)}) == 1
     group = dist.new_group([0, 1, 2])
     by_itself = [ShardedAveragedModel(model, process_group=group) for _ in range(2)]

@@ -246,6 +246,12 @@ def _tensors_of(model: Module) -> list[Tensor]:
     return [tensor for buffers in (False, True) for _, tensor in named_tensors(model, buffers=buffers)]
 
 
+def owners(model: Module) -> list[object]:
+    """Return whose averages are in ``model``, or in a part of it."""
+    ids = set(map(id, _tensors_of(model)))
+    return [swap.owner for swap in living() if swap.overlaps(ids)]
+
+
 def refuse_averages(action: str, module: Module) -> None:
     """Raise RuntimeError if ``module`` is an averaged model, or a part of one, that is swapped into a model."""
     module = unwrap(module)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, SyncBatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from ..average.fused_averages import FusedAverages
 from ..loop import swaps
 from ..loop.attach import Attachable
-from ..torch_private.core import is_in_backward, running_eagerly
+from ..loop.guard import finished
+from ..torch_private.core import running_eagerly
 from ..torch_private.modules import BatchNormLayer, named_modules, own_buffers
+from .moments import MOMENTUM, Key, Layer, Moments, Watch, find_layers
+
+if TYPE_CHECKING:
+    from ..sharded.parts.ranks import Ranks
 
 if torch.distributed.is_available():
     from torch.distributed import ProcessGroup
@@ -35,12 +41,14 @@ def update_bn(
 ) -> None:
     """Compute new running statistics for all BatchNorm layers in one pass over ``loader``: the last step of SWA.
 
-    Each layer gets the mean and the unbiased variance of all its inputs, over all batches and ranks. torch's function
-    of this name weighs small and large batches alike and ignores the differences between the means of batches. The
-    model runs in training mode, as in torch, so that each layer normalises with the current batch.
+    Each layer gets the mean and the unbiased variance of all that it normalises, over all batches, summed up in
+    float64. torch's function of this name weighs small and large batches alike and ignores the differences between the
+    means of batches. The model runs in training mode, as in torch, so that each layer normalises with the current
+    batch.
 
-    Layers that the pass does not reach, that ``train()`` leaves frozen, or that have no running statistics keep what
-    they have. So does every module's ``training`` and ``momentum``. If an exception is raised, nothing has changed.
+    Layers that the pass does not reach, that ``train()`` leaves frozen, or that do not track running statistics keep
+    what they have. So does every module's ``training`` and ``momentum``. If an exception is raised, no buffer of the
+    model has changed.
 
     Args:
         loader: batches. A tensor is passed to the model, a mapping as keyword arguments, and of a tuple or list the
@@ -48,28 +56,24 @@ def update_bn(
         model: the model or the averaged model, wrapped or not.
         device: move each batch there; default: batches stay where they are.
         call: ``call(model, batch)`` runs the model on a batch of any other kind.
-        process_group: the ranks that call this together, each with its own batches; default: all ranks, or this
-            process alone if ``torch.distributed`` is not initialised.
+        process_group: the ranks that call this together, each with its own batches. By default this rank is alone.
+            But if the model is sharded or has SyncBatchNorm layers, all ranks must call this, because the model's
+            forward passes wait for each other. Inside ``swapped_into`` of a sharded averaged model, the ranks of that
+            model must.
         progress: show a progress bar.
 
     Raises:
-        TypeError: ``model`` is not a module.
-        ValueError: ``loader`` is empty on all ranks, the model does not take a batch or is not initialised, or the
-            models of ranks differ.
+        TypeError: ``model`` is not a module, or several averages.
+        ValueError: ``loader`` is empty on all ranks, the model is not initialised, or the models of ranks differ.
         RuntimeError: the call failed on another rank, or a rank was lost.
+        Exception: what the model raises comes through as it is. A note below its traceback names the batch.
 
     Paper: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407,
     section 3.2.
     """
-    if not isinstance(model, Module):
-        hint = ": pass the model, inside swapped_into" if hasattr(model, "swapped_into") else ""
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hint}")
-    layers = {
-        name: Layer(module, Moments())
-        for name, module in named_modules(model, distinct=True)
-        if isinstance(module, BatchNormLayer) and module.running_mean is not None
-    }
-    for name, layer in layers.items():
+    _check_model(model)
+    layers = find_layers(named_modules(model, distinct=True))
+    for (name, *_), layer in layers.items():
         if any(map(is_lazy, layer.module.buffers(recurse=False))):
             raise ValueError(f"model must be initialised, got the lazy layer {name!r}: run the model once before")
     for _, module in named_modules(model, distinct=True):
@@ -77,133 +81,99 @@ def update_bn(
             module._guard.settle()  # an update in the background would write buffers that a failure here restores
     swaps.refuse_averages("update_bn", model)
     run = partial(_run, loader, model, layers, device, call or _call, progress)
-    together = process_group is not None or (torch.distributed.is_available() and torch.distributed.is_initialized())
-    num_batches = _run_on_all(run, layers, process_group) if together else run()
-    if layers and num_batches == 0:
-        raise ValueError("loader must give at least one batch, got none")
-    if layers and not any(layer.moments.count for layer in layers.values()):
-        warnings.warn(
-            f"none of {len(layers)} BatchNorm layers has seen a value: check that the layers are not frozen, that "
-            "batches are not empty, and that the model calls its layers (a traced model does not)",
-            stacklevel=3,  # torch.no_grad adds a frame
-        )
-    for layer in layers.values():
-        layer.put()
+    ranks = _ranks_of(model, process_group)
+    restore = _restoring(model)
+    try:
+        num_batches = run() if ranks is None else _run_on_all(run, layers, ranks, model)
+        if layers and num_batches == 0:
+            raise ValueError("loader must give at least one batch, got none")
+        if layers and not any(layer.moments.count for layer in layers.values()):
+            warnings.warn(
+                f"none of {len(layers)} BatchNorm layers has seen a value: check that the layers are not frozen, that "
+                "batches are not empty, and that the model calls its layers (a traced model does not)",
+                stacklevel=3,  # torch.no_grad adds a frame
+            )
+        # Other modules that write while they run keep what they have written, as in torch.
+        restore({id(layer.module) for layer in layers.values() if isinstance(layer.module, BatchNormLayer)})
+        for layer in layers.values():
+            layer.put()
+    except BaseException:
+        finished(restore)
+        raise
 
 
-@dataclass
-class Moments:
-    """Count, mean and sum of squared deviations of the inputs of a layer, per channel, in float64."""
-
-    calls: int = 0
-    count: int = 0  # of values in each channel
-    mean: Tensor | None = None  # (channels,)
-    squares: Tensor | None = None  # (channels,)
-
-    def take(self, inputs: Tensor) -> None:
-        """Add one input of a layer, (batch, channels, ...)."""
-        count = inputs.numel() // max(inputs.shape[1], 1)
-        if count == 0:
-            return
-        wide = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
-        over = [dim for dim in range(inputs.ndim) if dim != 1]
-        # Subtract one value of each channel first: if the mean is large, float32 would lose the deviation from it.
-        origin = wide
-        for dim in over:
-            origin = origin.narrow(dim, 0, 1)
-        variance, mean = torch.var_mean(wide - origin, over, correction=0)
-        self.merge(Moments(1, count, mean.double() + origin.flatten().double(), variance.double() * count))
-
-    def merge(self, other: Moments) -> None:
-        """Add the moments of further values, by the formula of Chan, Golub and LeVeque.
-
-        Paper: Chan, Golub and LeVeque 1983, "Algorithms for Computing the Sample Variance".
-        """
-        if other.mean is None or other.squares is None:
-            return
-        total = self.count + other.count
-        if self.mean is None or self.squares is None:
-            self.mean, self.squares = other.mean, other.squares
-        else:
-            apart = other.mean - self.mean
-            self.mean = self.mean + apart * (other.count / total)
-            self.squares = self.squares + other.squares + apart.square() * (self.count * (other.count / total))
-        self.count, self.calls = total, self.calls + other.calls
-
-    def to(self, device: str) -> Moments:
-        if self.mean is None or self.squares is None:
-            return self
-        return Moments(self.calls, self.count, self.mean.to(device), self.squares.to(device))
+def _check_model(model: object) -> None:
+    kind = type(model).__name__
+    if isinstance(model, FusedAverages):
+        raise TypeError(f"model must be one model, got {kind}: call update_bn(loader, averages[{next(iter(model))!r}])")
+    if not isinstance(model, Module):
+        one = f"averages[{next(iter(model))!r}]." if isinstance(model, Mapping) and len(model) else ""
+        hint = f": pass the model, inside {one}swapped_into(model)" if isinstance(model, Attachable) else ""
+        raise TypeError(f"model must be a torch.nn.Module, got {kind}{hint}")
 
 
-@dataclass
-class Layer:
-    module: BatchNormLayer
-    moments: Moments
+def _ranks_of(model: Module, process_group: ProcessGroup | None) -> Ranks | None:
+    """Return the ranks that must make this call together; None: this process does it alone.
 
-    def put(self) -> None:
-        """Write the moments into the layer's running statistics, in place; without values, keep them."""
-        moments, module = self.moments, self.module
-        if moments.mean is None or moments.squares is None:
-            return
-        assert module.running_mean is not None
-        assert module.running_var is not None
-        module.running_mean.copy_(moments.mean)
-        module.running_var.copy_(moments.squares / max(moments.count - 1, 1))
-        if module.num_batches_tracked is not None:
-            module.num_batches_tracked.fill_(moments.calls)
+    They are those of ``process_group``, or those whose forward passes wait for each other, so that none can be alone.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()) and process_group is None:
+        return None
+    from ..sharded.parts.holdings import is_sharded
+    from ..sharded.parts.rendezvous import shared_ranks
+    from ..sharded.sharded_model import ShardedAveragedModel
+
+    if process_group is None:
+        for owner in swaps.owners(model):
+            if isinstance(owner, ShardedAveragedModel):
+                return owner._ranks
+        if not (is_sharded(model) or any(isinstance(layer, SyncBatchNorm) for _, layer in named_modules(model))):
+            return None
+    return shared_ranks(process_group)
 
 
-def _run_on_all(run: Callable[[], int], layers: Mapping[str, Layer], process_group: ProcessGroup | None) -> int:
+def _run_on_all(run: Callable[[], int], layers: dict[Key, Layer], ranks: Ranks, model: Module) -> int:
     """Run the model on each rank's batches, merge the moments of all ranks, and return the number of all batches.
 
     Moments are merged in the order of ranks, so each rank gets the same bits. Collective.
 
     Raises:
-        ValueError: the models differ, or ``run`` raises it. RuntimeError: ``run`` failed on another rank.
+        ValueError: the models differ. RuntimeError: ``run`` failed on another rank. Or what ``run`` raises.
     """
-    from ..sharded.parts.rendezvous import shared_ranks
-
-    ranks = shared_ranks(process_group)
     with ranks.lock:
         with ranks.settled("update_bn"):
+            sizes = {name: layer.mean.numel() for (name, *_), layer in layers.items() if layer.mean is not None}
             num_batches = run()
-        ranks.agree("model", {name: layer.module.num_features for name, layer in layers.items()})
-        gathered = ranks.gather((num_batches, [layer.moments.to("cpu") for layer in layers.values()]))
-    for index, layer in enumerate(layers.values()):
+        ranks.agree("model", sizes)
+        gathered = ranks.gather((num_batches, {key: layer.moments.to("cpu") for key, layer in layers.items()}))
+    modules = dict(named_modules(model))
+    for key in dict.fromkeys(key for _, moments in gathered for key in moments):
+        layer = layers.setdefault(key, Layer(modules[key[0]], *key[1:]))
         layer.moments = Moments()
-        for _, of_rank in gathered:
-            layer.moments.merge(of_rank[index])
+        for _, moments in gathered:
+            layer.moments.merge(moments.get(key, Moments()))
     return sum(count for count, _ in gathered)
 
 
 def _run(
     loader: Iterable[Any],
     model: Module,
-    layers: Mapping[str, Layer],
+    layers: dict[Key, Layer],
     device: int | str | torch.device | None,
     call: Callable[[Module, Any], object],
     progress: bool,
 ) -> int:
-    """Run the model on all batches, restore its buffers and modes, and return the number of batches."""
+    """Run the model on all batches, and return the number of batches."""
     if not layers:
         return 0
     count = 0
-    with _training(model), _as_before(model, layers), running_eagerly(), ExitStack() as hooks:
-        for layer in layers.values():
-            handle = layer.module.register_forward_pre_hook(_taking(layer.moments), with_kwargs=True)
-            hooks.callback(handle.remove)
+    with _training(model, layers), running_eagerly(), Watch(model, layers).watching():
         for batch in _shown(loader) if progress else loader:
             try:
                 call(model, _moved(batch, device) if device is not None else batch)
-            except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-                if isinstance(error, torch.OutOfMemoryError) or _is_of_peers(error):
-                    raise
-                hint = "" if isinstance(batch, (Tensor, Mapping, list, tuple)) else " (or pass call=)"
-                raise ValueError(
-                    f"loader must give batches that the model takes{hint}, got batch {count}, {_described(batch)}: "
-                    f"the model raised {type(error).__name__}: {error}"
-                ) from error
+            except Exception as error:
+                _note(error, f"update_bn: the model raised this for batch {count}, {_described(batch)}{_HINT}")
+                raise
             count += 1
     return count
 
@@ -214,63 +184,66 @@ def _shown(loader: Iterable[Any]) -> Iterable[Any]:
     return track(loader, "BatchNorm")
 
 
-def _taking(moments: Moments) -> Callable[[Module, tuple[Any, ...], dict[str, Any]], None]:
-    @torch.no_grad()  # even if the model enables gradients: else the graph of each batch would be kept
-    def take(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Skip layers that an overridden train() keeps frozen, and forwards that a backward repeats for checkpoints.
-        if module.training and not is_in_backward():
-            moments.take((args[0] if args else kwargs["input"]).detach())
-
-    return take
+def _note(error: Exception, text: str) -> None:
+    """Add a line to what a traceback shows below an exception, as ``add_note`` does, which Python 3.10 lacks."""
+    with suppress(Exception):
+        error.__notes__ = [*getattr(error, "__notes__", ()), text]  # type: ignore[attr-defined]
 
 
 @contextmanager
-def _training(model: Module) -> Iterator[None]:
-    """Put the model into training mode; on leaving, restore the mode of each module."""
-    before = [(module, module.training) for _, module in named_modules(model, distinct=True)]
+def _training(model: Module, layers: Mapping[Key, Layer]) -> Iterator[None]:
+    """Put the model into training mode; on leaving, restore in every module what this sets."""
+    settings: list[tuple[Module, str, object]] = [(layer.module, "momentum", MOMENTUM) for layer in layers.values()]
+    modules = [module for _, module in named_modules(model, distinct=True)]
+    # A forward of DDP would wait for the buffers of the first rank.
+    settings += [(m, "require_forward_param_sync", False) for m in modules if isinstance(m, DistributedDataParallel)]
+    before = [(module, name, getattr(module, name)) for module, name, _ in settings]
+    before += [(module, "training", module.training) for module in modules]
+
+    def restore() -> None:
+        for module, name, value in before:
+            setattr(module, name, value)
+
     try:
         model.train()
+        for module, name, value in settings:
+            setattr(module, name, value)
         yield
     finally:
-        for module, training in before:
-            module.training = training
+        finished(restore)
 
 
-@contextmanager
-def _as_before(model: Module, layers: Mapping[str, Layer]) -> Iterator[None]:
-    """On leaving, restore the statistics of ``layers``; after a failure, restore every buffer of the model."""
-    own = {id(layer.module) for layer in layers.values()}
+def _restoring(model: Module) -> Callable[..., None]:
+    """Return a function that restores the buffers of ``model``: those of modules of the ids that it gets, or all."""
     before = [
         (module, name, buffer, buffer.clone())
         for _, module in named_modules(model, distinct=True)
         for name, buffer in own_buffers(module).items()
         if buffer is not None and not is_lazy(buffer)
     ]
-    failed = True
-    try:
-        yield
-        failed = False
-    finally:
+
+    def restore(ids: Container[int] | None = None) -> None:
         for module, name, buffer, value in before:
-            if failed or id(module) in own:
+            if ids is None or id(module) in ids:
                 buffer.copy_(value)
                 own_buffers(module)[name] = buffer
 
-
-def _is_of_peers(error: Exception) -> bool:
-    """Return whether a collective of the model timed out or lost a peer, so that the batch is not to blame."""
-    return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("imed out", "onnection closed", "onnection reset")
-    )
+    return restore
 
 
 # Batches
+
+
+#: After a batch that the model has not taken.
+_HINT = "; call= runs the model on batches of other kinds"
 
 
 def _call(model: Module, batch: Any) -> object:
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, (list, tuple)):
+        if not batch:
+            raise ValueError(f"loader must give batches with an input, got an empty {type(batch).__name__}")
         return model(batch[0])
     return model(batch)
 

@@ -159,8 +159,10 @@ optim/: other packages' recipes
     cycles            a learning rate schedule that repeats
     triangle          a rate that falls and rises linearly
     cosine            a rate that falls as a cosine, and then repeats its last steps
-    layer             a BatchNorm layer and its moments
-    moments           count, mean and squared deviations of the inputs of a layer
+    layer             running statistics of a BatchNorm layer, and the moments of what it normalises
+    moments           count, mean and squared deviations of what a layer normalises
+    watch             sees what the layers of a model normalise, while it runs
+    visit             one forward of a layer, in one thread
 
 swafast/*.py: faces
     finder            Python's import finder, which explains that a module has moved

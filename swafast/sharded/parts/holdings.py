@@ -17,7 +17,7 @@ from torch.nn import Module
 from ...terms.layout import is_dense
 from ...terms.names import canonical, named_params, persistent_buffers, unwrap
 from ...torch_private import distributed as private
-from ...torch_private.modules import named_modules
+from ...torch_private.modules import named_modules, named_tensors
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,12 @@ def reshard(model: Module) -> None:
             module.reshard()
     if is_fsdp1(model):
         private.reshard_flat_params(model)
+
+
+def is_sharded(model: Module) -> bool:
+    """Return whether a rank holds only a part of ``model``, so that forward passes of ranks wait for each other."""
+    tensors = [*named_tensors(model), *named_tensors(model, buffers=True)]
+    return is_fsdp1(model) or any(isinstance(tensor, DTensor) for _, tensor in tensors)
 
 
 def is_fsdp1(model: Module) -> bool:
