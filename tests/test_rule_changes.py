@@ -30,6 +30,7 @@ from swafast import (
     ShardedAveragedModel,
     ShardedAverages,
 )
+from swafast.loop.guard import Guard
 from tests.support import Held, drift, step_with_ones
 
 EMA = ExponentialAverage(0.75)
@@ -143,6 +144,13 @@ def test_an_update_under_way_goes_by_the_rule_before_it(make: Any, monkeypatch: 
     settle("")
     torch.testing.assert_close(value_of(averaged), first - 0.5)
     attachment.detach()
+
+
+@ALL
+def test_a_rule_that_is_set_during_an_update_is_seen(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Guard, "settle", lambda *args: None)
+    with pytest.raises(AssertionError, match="not close"):
+        test_an_update_under_way_goes_by_the_rule_before_it(make, monkeypatch)
 
 
 # The schedules of self-supervised methods
