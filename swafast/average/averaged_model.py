@@ -48,8 +48,8 @@ class FusedAveragedModel(HasRule, HoldsModels, WithBindings, AveragedModel):
         device: the device of the averages; default: that of the model's parameters.
         avg_fn, multi_avg_fn: as in torch's class. ``multi_avg_fn`` also takes a :class:`~swafast.Rule`.
         use_buffers: average floating-point buffers too. By default all buffers are copied; integer ones always are.
-        rule: sets the weight of the newest model; default: :class:`~swafast.EqualAverage`. For several averages of one
-            model see :class:`~swafast.FusedAverages`.
+        rule: sets the weight of the newest model; default: :class:`~swafast.EqualAverage`. It may be set later. For
+            several averages of one model see :class:`~swafast.FusedAverages`.
         format: ``"float32"``, ``"exact"``, ``"mirrored"``, ``"compact"``, ``"compensated"`` or ``"half"``; default: by
             each parameter's dtype. See docs/formats.md.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; default: ``SWAFAST_BACKEND``, or the fastest

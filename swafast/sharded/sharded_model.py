@@ -51,8 +51,8 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
 
     Args:
         model: the model as it trains, wrapped and sharded.
-        rule: sets the weight of the newest model; default: :class:`~swafast.EqualAverage`. For several averages of one
-            model see :class:`~swafast.ShardedAverages`.
+        rule: sets the weight of the newest model; default: :class:`~swafast.EqualAverage`. It may be set later, on all
+            ranks alike. For several averages of one model see :class:`~swafast.ShardedAverages`.
         format, seed, backend: as for :class:`~swafast.FusedAveragedModel`. Random bits do not depend on the shards.
         include: ``include(name, param) -> bool`` picks the parameters to average. The others are not stored, saved or
             exchanged.

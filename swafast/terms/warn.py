@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 
-#: Frames of these packages are passed over. Go by names: code that dataclasses generate has no file.
-_PASSED = ("swafast", "torch", "contextlib")
+#: Frames of these packages are passed over. Go by names: the ``__init__`` of a dataclass has no file.
+_PASSED = ("swafast", "torch", "contextlib", "dataclasses")
 
 
 def warn_user(message: str) -> None:
