@@ -1,5 +1,6 @@
 /* The C interface of the native library: raw pointers, 64-bit counts, no torch and no Python.
- * swafast/backends/library.py states the same structures for ctypes; SWAFAST_ABI changes with any of them, and with a rule. */
+ * swafast/backends/library.py states the same structures for ctypes. SWAFAST_ABI changes with any of them, and with the
+ * rules. */
 #pragma once
 
 #include <stdint.h>

@@ -269,6 +269,14 @@ def test_copies_keep_functions_and_pickles_their_rule(given: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("name", ["avg_fn", "multi_avg_fn"])
+def test_what_is_no_function_is_refused(name: str) -> None:
+    averaged = FusedAveragedModel(nn.Linear(2, 2), rule=EMA)
+    with pytest.raises(TypeError, match=f"^{name} must be callable, got float"):
+        setattr(averaged, name, 0.9)
+    assert averaged.rule == EMA
+
+
+@pytest.mark.parametrize("name", ["avg_fn", "multi_avg_fn"])
 def test_a_function_that_comes_later_has_no_format_of_ours(name: str) -> None:
     model = nn.Linear(2, 2)
     averaged = FusedAveragedModel(model, format="compact")

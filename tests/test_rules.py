@@ -21,7 +21,7 @@ from torch.optim.swa_utils import (
     get_swa_multi_avg_fn,
 )
 
-from swafast import EqualAverage, ExponentialAverage, PowerAverage, Rule
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage, Rule
 from swafast.terms.rules import rule_of
 from swafast.torch_private import core
 
@@ -186,13 +186,19 @@ def test_whole_numbers_stay_whole(updates: Any) -> None:
     assert rule == ExponentialAverage(0.5, schedule="linear", updates=10)
 
 
-@pytest.mark.parametrize("make", [ExponentialAverage, lambda decay: rule_of(get_ema_avg_fn(decay), None)])
+def averaged_by_function(decay: float) -> None:
+    averaged = FusedAveragedModel(model := nn.Linear(2, 2), avg_fn=get_ema_avg_fn(decay))
+    for _ in range(2):
+        averaged.update_parameters(model)
+
+
+@pytest.mark.parametrize("make", [ExponentialAverage, averaged_by_function])
 @pytest.mark.parametrize("decay", [1e-9, 0.001, 0.0999])
 def test_a_decay_that_is_a_weight_warns(make: Callable[[float], object], decay: float) -> None:
     expected = f"decay={decay} is the weight of the old average.*pass ExponentialAverage\\({1 - decay:.6g}\\)"
     with pytest.warns(UserWarning, match=expected) as seen:
         make(decay)
-    assert seen[0].filename == __file__  # the user's line
+    assert [each.filename for each in seen] == [__file__]  # once, at the user's line
 
 
 @pytest.mark.parametrize("decay", [0, 0.0, 0.1, 0.5, 1.0])

@@ -124,6 +124,7 @@ class FusedAveragedModel(HasRule, HoldsModels, WithBindings, AveragedModel):
         recoded = RecodedParams(model, params, stored, device)
         multi_avg_fn = rule if rule is not None else multi_avg_fn
         super().__init__(recoded, device, avg_fn, multi_avg_fn, use_buffers)  # type: ignore[arg-type]  # copied there
+        self.__dict__["rule"] = recognised
         self.format, self.backend, self.include, self.nonfinite, self.seed = format, backend, include, nonfinite, seed
         self._any_device, self._made_of, self._asked = device is not None, weakref.ref(model), asked
         recoded.fill(self, self._each_average())

@@ -76,6 +76,8 @@ class HasRule:
             self.avg_fn, self.multi_avg_fn = None, value
             return
         if name in ("avg_fn", "multi_avg_fn"):
+            if value is not None and not callable(value):
+                raise TypeError(f"{name} must be callable, got {type(value).__name__}")
             self._guard.settle()  # an update under way goes by what was set before it
             if name == "avg_fn" and value is not None and isinstance(self.multi_avg_fn, Rule):
                 super().__setattr__("multi_avg_fn", None)  # torch's class would go by it, and not by the new function
