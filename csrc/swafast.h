@@ -1,5 +1,6 @@
 /* The C interface of the native library: raw pointers, 64-bit counts, no torch and no Python.
- * swafast/backends/library.py states the same structures for ctypes; SWAFAST_ABI changes with any of them. */
+ * swafast/backends/library.py states the same structures for ctypes. SWAFAST_ABI changes with any of them, and with the
+ * rules. */
 #pragma once
 
 #include <stdint.h>
@@ -14,7 +15,7 @@
 extern "C" {
 #endif
 
-#define SWAFAST_ABI 6
+#define SWAFAST_ABI 7
 
 /* dtype of a param */
 enum { SWAFAST_FLOAT32 = 0, SWAFAST_BFLOAT16 = 1, SWAFAST_FLOAT16 = 2, SWAFAST_BYTES = 3, SWAFAST_NUM_DTYPES = 4 };
@@ -36,7 +37,10 @@ enum {
   SWAFAST_RULE_EQUAL = 1,        /* terms: none */
   SWAFAST_RULE_POWER_WARMUP = 2, /* terms: lowest weight, highest weight, inv_gamma, power */
   SWAFAST_RULE_RATIO_WARMUP = 3, /* terms: lowest weight, highest weight */
-  SWAFAST_RULE_POWER = 4         /* terms: gamma */
+  SWAFAST_RULE_POWER = 4,        /* terms: gamma */
+  SWAFAST_RULE_RAMP_WARMUP = 5,  /* terms: lowest weight, highest weight, tau */
+  SWAFAST_RULE_COSINE = 6,       /* terms: weight at the start, number of updates until it is 0 */
+  SWAFAST_RULE_LINEAR = 7        /* terms: weight at the start, number of updates until it is 0 */
 };
 
 typedef struct {

@@ -80,6 +80,16 @@ SWAFAST_HD double expm1_of(double x) {
   return (parts.scale - 1.0) + parts.scale * parts.rest;
 }
 
+// sin(pi / 2 * x) for 0 <= x <= 1.
+SWAFAST_HD double sine_of(double x) {
+  const double r = 0x1.921fb54442d18p+0 * x;
+  const double z = r * r;
+  double series = 1.0;
+  SWAFAST_UNROLL
+  for (int k = 24; k > 0; k -= 2) series = 1.0 - (z * (1.0 / (k * (k + 1)))) * series;
+  return r * series;
+}
+
 SWAFAST_HD double clamp_weight(double weight, double low, double high) {
   return weight < low ? low : (weight > high ? high : weight);
 }
@@ -96,6 +106,17 @@ SWAFAST_HD double rule_weight(const swafast_rule& rule, int64_t num_averaged) {
       return clamp_weight(9.0 / (10.0 + n), rule.terms[0], rule.terms[1]);
     case SWAFAST_RULE_POWER:
       return -expm1_of(-(rule.terms[0] + 1.0) * log1p_of(1.0 / n));
+    case SWAFAST_RULE_RAMP_WARMUP: {
+      const double low = rule.terms[0];
+      return clamp_weight(low + (1.0 - low) * exp_of(-(n / rule.terms[2])), low, rule.terms[1]);
+    }
+    case SWAFAST_RULE_COSINE:
+    case SWAFAST_RULE_LINEAR: {
+      const double rest = rule.terms[1] - n;
+      const double left = (rest > 0.0 ? rest : 0.0) / rule.terms[1];
+      const double sine = sine_of(left);
+      return rule.terms[0] * (rule.kind == SWAFAST_RULE_COSINE ? sine * sine : left);
+    }
     default:  // SWAFAST_RULE_CONSTANT
       return rule.terms[0];
   }

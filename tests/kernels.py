@@ -18,7 +18,7 @@ from swafast.backends import reference
 from swafast.backends.contract import Launch, Pair, Update
 from swafast.op.launches import draws_of
 from swafast.terms.formats import COMPACT, COMPENSATED, EXACT, FLOAT32, HALF, MIRRORED, Format
-from swafast.terms.rules import EqualAverage, ExponentialAverage, PowerAverage, Rule, terms_of
+from swafast.terms.rules import EqualAverage, ExponentialAverage, FixedWeight, PowerAverage, Rule, terms_of
 from tests.support import same_bits as same_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,9 +34,15 @@ RULES: list[Rule] = [
     ExponentialAverage(0.99999, warmup="power", inv_gamma=37.0, power=0.75, min_decay=0.1),
     ExponentialAverage(0.9999, warmup="ratio", min_decay=0.2),
     PowerAverage(6.94),
+    ExponentialAverage(0.9999, warmup="ramp", tau=2000.0, min_decay=0.2),
+    ExponentialAverage(0.996, schedule="cosine", updates=3900),
+    ExponentialAverage(0.996, schedule="linear", updates=3900),
     ExponentialAverage(0.9999, warmup="power"),
     ExponentialAverage(1.0, warmup="power", inv_gamma=1e-320),
     ExponentialAverage(0.999, warmup="ratio"),
+    ExponentialAverage(1.0, warmup="ramp", tau=1e-320),
+    ExponentialAverage(0.5, schedule="cosine", updates=1e-320),
+    ExponentialAverage(0.0, schedule="cosine", updates=1e300),
     ExponentialAverage(1.0),
     ExponentialAverage(0.0),
     PowerAverage(0.0),
@@ -176,7 +182,7 @@ Prepare = Callable[[Sequence[Pair]], Any]
 
 
 def by_weights(*weights: float) -> list[Rule]:
-    return [ExponentialAverage(1.0 - weight) for weight in weights]
+    return [FixedWeight(weight) for weight in weights]
 
 
 def check_updates(

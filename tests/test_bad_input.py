@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages, Rule
 from swafast.backends.reference import ReferenceLaunch
-from swafast.optim import SWA
+from swafast.optim import SWA, ComposerSWA, cyclical_lr
+from swafast.posthoc.profiles import Profile
 from tests.support import EveryKind, drift, refused, unchanged, updated_once
 
 
@@ -336,3 +339,66 @@ def test_a_copied_buffer_that_overlaps_itself_is_refused_before_anything_moves()
     drift(model)
     with refused(ValueError, "average 'spread' must not overlap itself", average):
         average.update_parameters(model)
+
+
+# Integers of numpy and torch
+
+
+def _attached(step: Any = None, **spans: Any) -> object:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    FusedAveragedModel(model).attach(optimizer, step=step, **spans)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)["param_groups"]
+
+
+def _composer(**options: Any) -> object:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    swa = ComposerSWA(FusedAveragedModel(model), optimizer, **({"max_duration": "4ep", "steps_per_epoch": 2} | options))
+    return swa.attachment.schedule
+
+
+def _rates(**options: Any) -> object:
+    schedule = cyclical_lr(torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1), max_lr=0.5, min_lr=0.1, **options)
+    return [schedule._rate(step) for step in range(9)]
+
+
+def _rounded(**options: Any) -> object:
+    torch.manual_seed(0)
+    averaged = FusedAveragedModel(nn.Linear(9, 9), format="compact", rule=EMA, num_averaged=3, **options)
+    averaged.update_parameters(nn.Linear(9, 9))
+    return averaged.averaged_state_dict()["weight"].tolist()
+
+
+EMA = ExponentialAverage(0.9)
+#: Every call that takes integers, with some, and what it gives.
+INTEGERS: list[tuple[Callable[..., object], dict[str, int]]] = [
+    (_attached, {"start": 3, "every": 2, "end": 9, "duration": 12, "steps_per_epoch": 3, "step": 4}),
+    (_attached, {"steps_per_epoch": 3}),
+    (_composer, {"steps_per_epoch": 3, "anneal_steps": 5}),
+    (_composer, {"max_duration": 12}),
+    (_rates, {"cycle": 4}),
+    (_rounded, {"seed": 7}),
+    (lambda num_averaged: int(one(num_averaged=num_averaged).n_averaged), {"num_averaged": 5}),  # type: ignore[attr-defined]
+    (lambda num_averaged: int(several(rules=RULES, num_averaged=num_averaged)["fast"].n_averaged), {"num_averaged": 5}),  # type: ignore[index]
+    (lambda **options: [vars(swa(**options))[name] for name in options], {"swa_start": 3, "swa_freq": 2}),
+    (lambda num_averaged: Profile(EMA, num_averaged), {"num_averaged": 5}),
+]
+
+
+@pytest.mark.parametrize(("call", "integers"), INTEGERS)
+def test_integers_of_numpy_and_torch_are_pythons(call: Callable[..., object], integers: dict[str, int]) -> None:
+    expected = repr(call(**integers))
+    for kind in (np.int64, np.uint8, np.array, torch.tensor):
+        assert repr(call(**{name: kind(value) for name, value in integers.items()})) == expected
+
+
+@pytest.mark.parametrize(("call", "integers"), INTEGERS)
+@pytest.mark.parametrize("bad", [np.True_, torch.tensor(True), np.array([2, 4]), np.float32(4.5), "four"], ids=repr)
+def test_what_is_no_integer_is_named(call: Callable[..., object], integers: dict[str, int], bad: Any) -> None:
+    for name in integers:
+        with pytest.raises((TypeError, ValueError), match=f"^{name} must be .*, got "):
+            call(**(integers | {name: bad}))

@@ -115,6 +115,7 @@ SEVERAL = {"mean": EqualAverage(), "fast": ExponentialAverage(0.9), "power": Pow
     "options",
     [
         *({"rule": rule} for rule in (EqualAverage(), PowerAverage(6.94), ExponentialAverage(0.9, warmup="power"))),
+        {"rule": ExponentialAverage(0.9, schedule="cosine", updates=20)},
         {"rules": SEVERAL, "format": {"fast": "compact", "power": "compensated"}},
     ],
     ids=lambda options: " ".join(map(str, options.values())),

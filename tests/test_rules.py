@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 import pickle
+import warnings
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,8 +21,9 @@ from torch.optim.swa_utils import (
     get_swa_multi_avg_fn,
 )
 
-from swafast import EqualAverage, ExponentialAverage, PowerAverage, Rule
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage, Rule
 from swafast.terms.rules import rule_of
+from swafast.torch_private import core
 
 ALL_RULES = [
     EqualAverage(),
@@ -29,6 +34,9 @@ ALL_RULES = [
     ExponentialAverage.from_half_life(1000),
     ExponentialAverage(0.0),
     ExponentialAverage(1.0),
+    ExponentialAverage(0.9999, warmup="ramp", tau=500.0, min_decay=0.25),
+    ExponentialAverage(0.996, schedule="cosine", updates=100_000),
+    ExponentialAverage(0.996, schedule="linear", updates=100_000),
     PowerAverage(6.94),
     PowerAverage(0.0),
 ]
@@ -63,6 +71,25 @@ def test_warmups_follow_the_formulas_people_know(n: int) -> None:
     assert 1 - rule.weight(n) == pytest.approx(timm, abs=1e-15)
     ratio = min(0.9995, (1 + n) / (10 + n))
     assert 1 - ExponentialAverage(0.9995, warmup="ratio").weight(n) == pytest.approx(ratio, abs=1e-15)
+
+
+@pytest.mark.parametrize("n", [1, 2, 499, 999, 1000, 1001, 10**6])
+def test_decays_go_to_one_as_in_the_papers(n: int) -> None:
+    k, base = min(n, 1000), 0.996
+    byol = 1 - (1 - base) * (math.cos(math.pi * k / 1000) + 1) / 2
+    dino = 1.0 + 0.5 * (base - 1.0) * (1 + math.cos(math.pi * k / 1000))
+    ijepa = base + k * (1.0 - base) / 1000
+    for schedule, decay in (("cosine", byol), ("cosine", dino), ("linear", ijepa)):
+        rule = ExponentialAverage(base, schedule=schedule, updates=1000)
+        assert 1 - rule.weight(n) == pytest.approx(decay, abs=2e-16)
+        assert n < 1000 or rule.weight(n) == 0.0
+
+
+@pytest.mark.parametrize("n", [1, 2, 1999, 10**5])
+def test_a_ramp_is_that_of_ultralytics(n: int) -> None:
+    decay = 0.9999 * (1 - math.exp(-n / 2000))
+    assert 1 - ExponentialAverage(0.9999, warmup="ramp").weight(n) == pytest.approx(decay, abs=2e-16)
+    assert 1 - ExponentialAverage(0.9999, warmup="ramp", min_decay=0.5).weight(n) == pytest.approx(max(decay, 0.5))
 
 
 def test_half_life_halves() -> None:
@@ -103,10 +130,82 @@ def test_power_average_from_its_width(sigma_rel: float) -> None:
         (get_swa_avg_fn(), None, EqualAverage()),
         (get_ema_avg_fn(0.5), None, ExponentialAverage(0.5)),
         (lambda average, param, n: param, None, None),
+        (get_ema_avg_fn(0.5), get_swa_multi_avg_fn(), EqualAverage()),  # torch's class goes by the second
+        (ExponentialAverage(0.5), lambda averages, params, n: None, None),
     ],
 )
 def test_torchs_functions_are_recognised(single: object, multi: object, expected: Rule | None) -> None:
     assert rule_of(single, multi) == expected
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.5, 0.97, 0.999, 1.0])
+@pytest.mark.parametrize("make", [get_ema_avg_fn, get_ema_multi_avg_fn])
+def test_a_decay_is_found_under_another_name_too(monkeypatch: pytest.MonkeyPatch, make: Any, decay: float) -> None:
+    found = core.closure_of
+
+    def renamed(factory: Any, function: Any) -> Any:
+        closure = found(factory, function)
+        return closure if closure is None else {f"the_{name}": value for name, value in closure.items()}
+
+    function = make(decay)
+    monkeypatch.setattr(core, "closure_of", renamed)
+    rule = rule_of(*((function, None) if make is get_ema_avg_fn else (None, function)))
+    assert rule is not None
+    assert rule.weight(1) == 1.0 - decay
+    assert rule.decay == pytest.approx(decay, abs=1e-16)
+
+
+OTHER_NUMBERS: list[Callable[[float], Any]] = [
+    np.float64, np.float32, np.array, lambda x: np.array(x, np.float32), torch.tensor, Fraction,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", OTHER_NUMBERS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        ExponentialAverage,
+        lambda x: ExponentialAverage(0.75, warmup="power", inv_gamma=x, power=x, min_decay=x),
+        lambda x: ExponentialAverage(warmup="ramp", tau=x),
+        lambda x: ExponentialAverage(schedule="cosine", updates=x),
+        ExponentialAverage.from_half_life,
+        PowerAverage,
+        lambda x: PowerAverage.from_sigma_rel(x / 2),
+    ],
+)
+def test_numbers_of_numpy_and_torch_are_pythons(make: Callable[[Any], Rule], number: Callable[[float], Any]) -> None:
+    rule = make(number(0.5))
+    assert rule == make(0.5)
+    assert repr(rule) == repr(make(0.5))
+
+
+@pytest.mark.parametrize("updates", [np.int64(10), np.uint8(10), np.array(10), torch.tensor(10)])
+def test_whole_numbers_stay_whole(updates: Any) -> None:
+    rule = ExponentialAverage(0.5, schedule="linear", updates=updates)
+    assert type(rule.updates) is int
+    assert rule == ExponentialAverage(0.5, schedule="linear", updates=10)
+
+
+def averaged_by_function(decay: float) -> None:
+    averaged = FusedAveragedModel(model := nn.Linear(2, 2), avg_fn=get_ema_avg_fn(decay))
+    for _ in range(2):
+        averaged.update_parameters(model)
+
+
+@pytest.mark.parametrize("make", [ExponentialAverage, averaged_by_function])
+@pytest.mark.parametrize("decay", [1e-9, 0.001, 0.0999])
+def test_a_decay_that_is_a_weight_warns(make: Callable[[float], object], decay: float) -> None:
+    expected = f"decay={decay} is the weight of the old average.*pass ExponentialAverage\\({1 - decay:.6g}\\)"
+    with pytest.warns(UserWarning, match=expected) as seen:
+        make(decay)
+    assert [each.filename for each in seen] == [__file__]  # once, at the user's line
+
+
+@pytest.mark.parametrize("decay", [0, 0.0, 0.1, 0.5, 1.0])
+def test_other_decays_are_silent(decay: float) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ExponentialAverage(decay)
 
 
 def test_a_rule_works_inside_torchs_class() -> None:
@@ -131,6 +230,20 @@ def test_a_rule_works_inside_torchs_class() -> None:
         (lambda: ExponentialAverage(math.nan), "decay"),
         (lambda: ExponentialAverage("0.9"), "decay"),
         (lambda: ExponentialAverage(True), "decay"),
+        (lambda: ExponentialAverage(np.True_), "decay"),
+        (lambda: ExponentialAverage(torch.tensor(True)), "decay"),
+        (lambda: ExponentialAverage(0.5 + 0j), "decay"),
+        (lambda: ExponentialAverage(np.complex64(0.5)), "decay"),
+        (lambda: ExponentialAverage(np.array([0.9, 0.99])), "decay"),
+        (lambda: ExponentialAverage(0.9, schedule="exponential", updates=5), "schedule"),
+        (lambda: ExponentialAverage(0.9, schedule="cosine"), "updates"),
+        (lambda: ExponentialAverage(0.9, schedule="cosine", updates=0), "updates"),
+        (lambda: ExponentialAverage(0.9, schedule="linear", updates=math.inf), "updates"),
+        (lambda: ExponentialAverage(0.9, updates=5), "schedule"),
+        (lambda: ExponentialAverage(0.9, "power", schedule="cosine", updates=5), "warmup"),
+        (lambda: ExponentialAverage(0.9, warmup="ramp", tau=0), "tau"),
+        (lambda: ExponentialAverage(0.9, tau=5.0), "warmup"),
+        (lambda: ExponentialAverage(0.9, warmup="ramp", power=0.5), "warmup"),
         (lambda: ExponentialAverage(0.9, warmup="linear"), "warmup"),
         (lambda: ExponentialAverage(0.9, inv_gamma=0.0), "inv_gamma"),
         (lambda: ExponentialAverage(0.9, power=math.inf), "power"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from swafast.loop import schedule as module
 from swafast.loop.schedule import Schedule, parse
@@ -36,6 +38,10 @@ def due(schedule: Schedule, steps: int) -> list[int]:
 )
 def test_updates_come_after_these_steps(spans: dict[str, Any], steps: list[int]) -> None:
     assert due(Schedule.of(**spans), 20) == steps
+    for kind in (np.int64, np.uint8, np.array, torch.tensor):
+        given = {name: span if isinstance(span, str) else kind(span) for name, span in spans.items()}
+        state = Schedule.of(**given).state_dict()
+        assert repr(state) == repr(Schedule.of(**spans).state_dict())  # ints of Python: torch.load reads no others
 
 
 def test_a_share_is_exact() -> None:

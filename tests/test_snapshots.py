@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from swafast import FusedAveragedModel, PowerAverage, Rule
+from swafast import ExponentialAverage, FusedAveragedModel, PowerAverage, Rule
 from swafast.posthoc import snapshots as snapshots_module
 from swafast.posthoc import sums
 from swafast.posthoc.folder import SIDECAR, snapshot_paths
@@ -206,6 +207,23 @@ class Own(PowerAverage):
 
     def kernel_terms(self) -> None:
         return None
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        ExponentialAverage(0.9, schedule="cosine", updates=np.int64(30)),
+        ExponentialAverage(np.float32(0.9), schedule="linear", updates=30),
+        ExponentialAverage(0.9, warmup="ramp", tau=7),
+    ],
+    ids=repr,
+)
+def test_rules_of_every_kind_are_read_again(tmp_path: Path, rule: Rule) -> None:
+    averaged = FusedAveragedModel(model := Tiny(), rule=rule)
+    averaged.update_parameters(model)
+    Snapshots(tmp_path).save(averaged)
+    (stored,) = Snapshots(tmp_path)
+    assert stored.rule == rule
 
 
 def test_a_rule_of_the_users_own_is_to_be_given_again(tmp_path: Path) -> None:

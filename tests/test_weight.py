@@ -13,10 +13,23 @@ from swafast.terms import weight
 
 Function = Callable[[float], float]
 
+#: pi / 2, to 50 digits.
+HALF_PI = Decimal("1.5707963267948966192313216916397514420985846996876")
+
+
+def sine(x: Decimal) -> Decimal:
+    term, total = x, x
+    for k in range(2, 60, 2):
+        term *= -x * x / (k * (k + 1))
+        total += term
+    return total
+
+
 CASES: list[tuple[Function, Callable[[Decimal], Decimal], Callable[[random.Random], float]]] = [
     (weight.log1p, lambda x: (1 + x).ln(), lambda r: math.exp(r.uniform(-30, 60))),
     (weight.exp, lambda x: x.exp(), lambda r: -math.exp(r.uniform(-30, 6.5))),
     (weight.expm1, lambda x: x.exp() - 1, lambda r: -math.exp(r.uniform(-30, 6.5))),
+    (weight.sine, lambda x: sine(HALF_PI * x), lambda r: r.choice((1.0, r.random(), math.exp(r.uniform(-30, 0))))),
 ]
 
 
@@ -43,6 +56,7 @@ def test_errors_stay_under_two_units_in_the_last_place(
 def test_a_term_too_few_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight, "ATANH_TERMS", weight.ATANH_TERMS[3:])
     monkeypatch.setattr(weight, "EXP_TERMS", weight.EXP_TERMS[3:])
+    monkeypatch.setattr(weight, "SINE_TERMS", weight.SINE_TERMS[4:])
     assert all(worst_ulps(*case) > 2 for case in CASES)
 
 

@@ -19,12 +19,12 @@ from ..op.exchange import Exchange
 from ..terms.formats import OWN, Format, check_format, convert, format_of, stored_dtype
 from ..terms.names import named_params, unwrap
 from ..terms.pickling import pickled_from
-from ..terms.rules import Rule, rule_of
+from ..terms.rules import Rule
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import named_tensors
 from .accepting import ask_include, check_device, check_model, refuse_sharded
 from .contents import HoldsModels
-from .functions import choose_rule, update_by_function
+from .functions import HasRule, choose_rule, refuse_format, update_by_function
 from .loading import load_whole
 from .matching import Bound, ModuleSide, WithBindings, each_average
 from .planes import Recast, RecodedParams, fit_planes
@@ -32,7 +32,7 @@ from .states import export, translate_load
 
 
 @pickled_from("swafast")
-class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
+class FusedAveragedModel(HasRule, HoldsModels, WithBindings, AveragedModel):
     """A copy of a model that holds the running average of the model's parameters, updated in one fused pass.
 
     ``average = average + weight * (param - average)``, with ``weight = 1 / (n + 1)`` (SWA) by default.
@@ -48,8 +48,8 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
         device: the device of the averages; default: that of the model's parameters.
         avg_fn, multi_avg_fn: as in torch's class. ``multi_avg_fn`` also takes a :class:`~swafast.Rule`.
         use_buffers: average floating-point buffers too. By default all buffers are copied; integer ones always are.
-        rule: sets the weight of the newest model; default: :class:`~swafast.EqualAverage`. For several averages of one
-            model see :class:`~swafast.FusedAverages`.
+        rule: sets the weight of the newest model; default: :class:`~swafast.EqualAverage`. It may be set later. For
+            several averages of one model see :class:`~swafast.FusedAverages`.
         format: ``"float32"``, ``"exact"``, ``"mirrored"``, ``"compact"``, ``"compensated"`` or ``"half"``; default: by
             each parameter's dtype. See docs/formats.md.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; default: ``SWAFAST_BACKEND``, or the fastest
@@ -82,8 +82,6 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
     """
 
     # Defaults are on the class, because a subclass may not call our __init__.
-    avg_fn: Callable[..., Tensor] | None = None
-    multi_avg_fn: Callable[..., None] | None = None
     use_buffers: bool = False
     format: str | None = None
     backend: str | None = None
@@ -111,22 +109,20 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
     ) -> None:
         recognised = choose_rule(rule, avg_fn, multi_avg_fn)
         check_format(format)
-        if recognised is None and format is not None:
-            raise ValueError(f"format must be None with an averaging function of your own, got {format!r}")
+        if recognised is None:
+            refuse_format(format)
         checks.check_nonfinite(nonfinite)
-        checks.check_seed(seed)
-        checks.check_num_averaged(num_averaged)
+        seed, num_averaged = checks.checked_seed(seed), checks.checked_num_averaged(num_averaged)
         check_device(device)
         params = named_params(unwrap(check_model(model)), "model")
         choice.choose_backends(backend, {param.device.type for param in params.values()})
         refuse_sharded(model)
         asked = ask_include(include, params)
-        if recognised is not None and (rule, avg_fn, multi_avg_fn) != (None, None, None):
-            # Keep the rule in place of torch's closures, which cannot be pickled.
-            avg_fn, multi_avg_fn = None, recognised
         stored = {n: stored_dtype(format, p.dtype, copied=not asked.get(n, True)) for n, p in params.items()}
         recoded = RecodedParams(model, params, stored, device)
+        multi_avg_fn = rule if rule is not None else multi_avg_fn
         super().__init__(recoded, device, avg_fn, multi_avg_fn, use_buffers)  # type: ignore[arg-type]  # copied there
+        self.__dict__["rule"] = recognised
         self.format, self.backend, self.include, self.nonfinite, self.seed = format, backend, include, nonfinite, seed
         self._any_device, self._made_of, self._asked = device is not None, weakref.ref(model), asked
         recoded.fill(self, self._each_average())
@@ -143,11 +139,6 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
     def _each_average(self) -> Iterator[tuple[str, Tensor, Format | None]]:
         for names, tensor, is_buffer in each_average(self.module):
             yield names[0], tensor, self._format_of(names[0], tensor, is_buffer)
-
-    @property
-    def rule(self) -> Rule | None:
-        """The rule in use, or None if a user's own averaging function is."""
-        return rule_of(self.avg_fn, self.multi_avg_fn)
 
     def _format_of(self, name: str, average: Tensor, is_buffer: bool) -> Format | None:
         """Return the format of one average, or None for a tensor that is copied."""
@@ -210,6 +201,8 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
 
     def _config(self, by_function: bool) -> object:
         """Return what a plan depends on besides the tensors."""
+        if by_function:
+            refuse_format(self.format)
         return (by_function, self.use_buffers, self.format, self.backend, self._any_device, self.seed)
 
     def _sides(self) -> list[ModuleSide]:

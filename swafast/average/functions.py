@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..backends.contract import Pair
 from ..op.checks import refuse_capture
+from ..terms.lazy import MadeOnUse
 from ..terms.rules import Rule, rule_of
+
+if TYPE_CHECKING:
+    from ..loop.guard import Guard
 
 AvgFn = Callable[..., Tensor]
 MultiAvgFn = Callable[..., None]
@@ -41,6 +47,70 @@ def choose_rule(rule: object, avg_fn: object, multi_avg_fn: object) -> Rule | No
         if not callable(function):
             raise TypeError(f"{name} must be callable, got {type(function).__name__}")
     return rule_of(avg_fn, rule if rule is not None else multi_avg_fn)
+
+
+def refuse_format(format: str | None) -> None:
+    """Raise ValueError if averages that a user's own function updates shall be stored in a format of ours."""
+    if format is not None:
+        raise ValueError(f"format must be None with an averaging function of your own, got {format!r}")
+
+
+class HasRule:
+    """Base class of a module whose ``avg_fn`` and ``multi_avg_fn`` may be rules, torch's functions or a user's.
+
+    They stay as the user has set them. What they mean is worked out again when they change.
+    """
+
+    # Defaults are on the class, because a subclass may not call our __init__.
+    avg_fn: AvgFn | None = None
+    multi_avg_fn: MultiAvgFn | None = None
+    #: The rule in use, or None if a user's own averaging function is. It may be set at any time.
+    rule: Rule | None = MadeOnUse(lambda self: rule_of(self.avg_fn, self.multi_avg_fn))  # type: ignore[assignment]
+
+    if TYPE_CHECKING:
+        _guard: Guard
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "rule":
+            choose_rule(value, None, None)
+            self.avg_fn, self.multi_avg_fn = None, value
+            return
+        if name in ("avg_fn", "multi_avg_fn"):
+            if value is not None and not callable(value):
+                raise TypeError(f"{name} must be callable, got {type(value).__name__}")
+            self._guard.settle()  # an update under way goes by what was set before it
+            if name == "avg_fn" and value is not None and isinstance(self.multi_avg_fn, Rule):
+                super().__setattr__("multi_avg_fn", None)  # torch's class would go by it, and not by the new function
+        super().__setattr__(name, value)
+        if name in ("avg_fn", "multi_avg_fn"):
+            self.__dict__.pop("rule", None)  # made again on its next use
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]  # that of a module
+        state.pop("rule", None)
+        given, rule = (self.avg_fn, self.multi_avg_fn), self.rule
+        if rule is not None and given != (None, None):
+            state |= {"avg_fn": None, "multi_avg_fn": _PickledRule(rule, given)}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        multi = state.get("multi_avg_fn")
+        if isinstance(multi, _PickledRule):  # a copy
+            state = state | dict(zip(("avg_fn", "multi_avg_fn"), multi.given, strict=True))
+        super().__setstate__(state)  # type: ignore[misc]
+
+
+class _PickledRule:
+    """Stands for averaging functions in a copy, and for their rule in a pickle: torch's functions cannot be pickled."""
+
+    def __init__(self, rule: Rule, given: tuple[object, object]) -> None:
+        self.given, self._rule = given, rule
+
+    def __reduce__(self) -> Any:
+        return copy.copy, (self._rule,)
+
+    def __deepcopy__(self, memo: object) -> _PickledRule:
+        return self
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -67,6 +67,13 @@ def named_formats(names: Sequence[str], format: object) -> dict[str, str | None]
     if unknown:
         raise ValueError(f"format must name averages among {', '.join(map(repr, names))}, got {unknown[0]!r}")
     return {name: format.get(name) for name in names}
+
+
+def refuse_own(averages: Iterable[str], kind: type, name: str) -> None:
+    """Raise AttributeError if ``name`` is an attribute of each average, of class ``kind``, and not of all together."""
+    if hasattr(kind, name) and not hasattr(type(averages), name) and not name.startswith("_"):
+        first = next(iter(averages))
+        raise AttributeError(f"each of several averages has its own {name}: use averages[{first!r}].{name}")
 
 
 @pickled_from("swafast")
@@ -158,14 +165,13 @@ class FusedAverages(WithBindings, Module):
     def __getattr__(self, name: str) -> Any:
         if name in own_children(self):
             return self[name]
-        if hasattr(FusedAveragedModel, name) and not name.startswith("_"):
-            first = next(iter(self))
-            raise AttributeError(f"each of several averages has its own {name}: use averages[{first!r}].{name}")
+        refuse_own(self, FusedAveragedModel, name)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in own_children(self) or isinstance(value, Module):
             self.add_module(name, value)
+        refuse_own(self, FusedAveragedModel, name)
         super().__setattr__(name, value)
 
     def add_module(self, name: str, module: Module | None) -> NoReturn:

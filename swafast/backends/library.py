@@ -16,8 +16,8 @@ from typing import Any
 
 from . import Unavailable
 
-#: Changes with any structure or function of csrc/swafast.h.
-_ABI = 6
+#: Changes with any structure, function or rule of csrc/swafast.h.
+_ABI = 7
 
 #: The most averages that one launch moves over one read of the params: ``SWAFAST_MAX_PACES``.
 MAX_PACES = 16

@@ -14,13 +14,14 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from ..terms.lazy import MadeOnUse
+from ..terms.numbers import as_int
 from ..terms.warn import warn_user
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import named_modules, named_tensors
 from ..torch_private.optimizers import is_step
 from .roster import Roster
 from .runners import Runner, Updating, runner_for
-from .schedule import Schedule, is_int
+from .schedule import Schedule
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -289,11 +290,12 @@ def check_step(step: object) -> int:
     Raises:
         TypeError: it is not an int. ValueError: it is negative.
     """
-    if not isinstance(step, int) or not is_int(step):
+    number = as_int(step)
+    if number is None:
         raise TypeError(f"step must be an int, got {step!r}")
-    if step < 0:
-        raise ValueError(f"step must be an int >= 0, got {step}")
-    return step
+    if number < 0:
+        raise ValueError(f"step must be an int >= 0, got {number}")
+    return number
 
 
 def _read(state: object) -> tuple[int, Schedule, list[int]]:

@@ -11,6 +11,7 @@ import re
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 
+from ..terms.numbers import as_int
 from ..terms.pickling import pickled_from
 
 _SPAN = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ba|ep|dur)")
@@ -35,10 +36,13 @@ class Schedule:
     def __post_init__(self) -> None:
         end = self.start if self.end is None else self.end
         for name, value, least in (("start", self.start, 0), ("every", self.every, 1), ("end", end, self.start)):
-            if not is_int(value):
+            steps = as_int(value)
+            if steps is None:
                 raise TypeError(f"{name} must be an int of steps, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be >= {least}, got {value}")
+            if steps < least:
+                raise ValueError(f"{name} must be >= {least}, got {steps}")
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, steps)  # it is frozen, and its state has ints of Python only
 
     @classmethod
     def of(
@@ -64,8 +68,8 @@ class Schedule:
             ValueError: a span cannot be read or is negative, or ``duration`` or ``steps_per_epoch`` is missing;
                 ``every`` is 0; or the start is after the end.
         """
-        if steps_per_epoch is not None and (not is_int(steps_per_epoch) or steps_per_epoch < 1):
-            raise ValueError(f"steps_per_epoch must be an int >= 1, got {steps_per_epoch!r}")
+        if steps_per_epoch is not None:
+            steps_per_epoch = at_least_one("steps_per_epoch", steps_per_epoch)
         whole = None
         if duration is not None:
             if parse("duration", duration)[1] == "dur":
@@ -92,8 +96,12 @@ class Schedule:
         return asdict(self)
 
 
-def is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def at_least_one(name: str, value: object) -> int:
+    """Return ``value`` as an int, or raise ValueError if it is none or below 1."""
+    number = as_int(value)
+    if number is None or number < 1:
+        raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+    return number
 
 
 def parse(name: str, span: object) -> tuple[Fraction, str]:
@@ -103,10 +111,11 @@ def parse(name: str, span: object) -> tuple[Fraction, str]:
         TypeError: the span is neither an int nor a str.
         ValueError: it cannot be read, is negative, is a fraction of steps, or is over ``"1dur"``.
     """
-    if isinstance(span, int) and is_int(span):
-        if span < 0:
-            raise ValueError(f"{name} must be >= 0, got {span}")
-        return Fraction(span), "ba"
+    steps = as_int(span)
+    if steps is not None:
+        if steps < 0:
+            raise ValueError(f"{name} must be >= 0, got {steps}")
+        return Fraction(steps), "ba"
     expected = f"{name} must be an int of steps or a str such as '100ba', '2ep' or '0.75dur'"
     if not isinstance(span, str):
         raise TypeError(f"{expected}, got {span!r}")

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from ..backends.contract import Pair
 from ..terms.formats import Format
 from ..terms.layout import extent
+from ..terms.numbers import as_int
 from ..torch_private.core import has_own_dispatch, is_capturing
 
 #: Advice for a model that is spread over ranks. We go by class names, since importing the classes takes a second.
@@ -25,18 +26,22 @@ def check_nonfinite(value: object) -> None:
         raise ValueError(f"nonfinite must be one of {', '.join(map(repr, _NONFINITE))}, got {value!r}")
 
 
-def check_seed(value: object) -> None:
-    """Raise TypeError unless ``value`` is an int."""
-    if not isinstance(value, int) or isinstance(value, bool):
+def checked_seed(value: object) -> int:
+    """Return ``value`` as an int, or raise TypeError if it is none."""
+    seed = as_int(value)
+    if seed is None:
         raise TypeError(f"seed must be an int, got {value!r}")
+    return seed
 
 
-def check_num_averaged(value: object) -> None:
-    """Raise unless ``value`` is a number of models that a counter can hold and still count on from."""
-    if not isinstance(value, int) or isinstance(value, bool):
+def checked_num_averaged(value: object) -> int:
+    """Return ``value`` as an int, or raise if a counter cannot hold it and still count on from it."""
+    count = as_int(value)
+    if count is None:
         raise TypeError(f"num_averaged must be an int, got {value!r}")
-    if not 0 <= value < 2**63 - 1:
-        raise ValueError(f"num_averaged must be from 0 to 2^63 - 2, got {value}")
+    if not 0 <= count < 2**63 - 1:
+        raise ValueError(f"num_averaged must be from 0 to 2^63 - 2, got {count}")
+    return count
 
 
 def refuse_capture(device: torch.device, action: str) -> None:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import SWALR
 
 from ..loop.attach import Attachable
-from ..loop.schedule import Span, parse
+from ..loop.schedule import Span, at_least_one, parse
 from ..terms.pickling import pickled_from
 
 _STRATEGIES = {"linear": "linear", "lin": "linear", "cos": "cos", "cosine": "cos"}
@@ -81,8 +81,7 @@ class ComposerSWA:
         with averaged._on_all_ranks("ComposerSWA"):
             if not isinstance(anneal_strategy, str) or anneal_strategy not in _STRATEGIES:
                 raise ValueError(f"anneal_strategy must be one of {', '.join(_STRATEGIES)}, got {anneal_strategy!r}")
-            if not isinstance(anneal_steps, int) or anneal_steps < 1:
-                raise ValueError(f"anneal_steps must be an int >= 1, got {anneal_steps!r}")
+            anneal_steps = at_least_one("anneal_steps", anneal_steps)
             if swa_lr is not None and not swa_lr >= 0:
                 raise ValueError(f"swa_lr must be >= 0, got {swa_lr!r}")
             clock = _Clock(max_duration, steps_per_epoch, update_interval)
@@ -139,8 +138,7 @@ class _Clock:
     """Composer's clock: after which steps it is read, and what time it shows then."""
 
     def __init__(self, max_duration: Span, steps_per_epoch: int, update_interval: str) -> None:
-        if not isinstance(steps_per_epoch, int) or steps_per_epoch < 1:
-            raise ValueError(f"steps_per_epoch must be an int >= 1, got {steps_per_epoch!r}")
+        steps_per_epoch = at_least_one("steps_per_epoch", steps_per_epoch)
         self._whole, self._unit = parse("max_duration", max_duration)
         if self._unit == "dur" or self._whole < 1 or self._whole.denominator != 1:
             raise ValueError(f"max_duration must be whole epochs or steps, such as '90ep', got {max_duration!r}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..terms.numbers import as_int
 from ..terms.pickling import pickled_from
 
 
@@ -84,12 +85,13 @@ def cyclical_lr(optimizer: Optimizer, *, max_lr: float, min_lr: float, cycle: in
     Paper: Garipov et al. 2018, "Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs", arXiv:1802.10026,
     section 5.
     """
-    if not isinstance(cycle, int) or cycle < 2 or cycle % 2:
+    steps = as_int(cycle)
+    if steps is None or steps < 2 or steps % 2:
         raise ValueError(f"cycle must be an even int >= 2, got {cycle!r}")
     if not max_lr >= min_lr > 0:
         raise ValueError(f"max_lr must be >= min_lr > 0, got {max_lr!r} and {min_lr!r}")
 
-    return Cycles(optimizer, Triangle(max_lr, min_lr, cycle))
+    return Cycles(optimizer, Triangle(max_lr, min_lr, steps))
 
 
 def cyclical_cosine_lr(optimizer: Optimizer, *, max_lr: float, anneal: int, until: int, cycle: int) -> Cycles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,7 @@ from ..loop.guard import finished
 from ..loop.roster import STATE_KEY, Roster
 from ..op import torch_op  # noqa: F401  # registers it
 from ..op.checks import check_cast, check_plain
+from ..terms.numbers import as_number
 from ..terms.pickling import pickled_from
 from ..terms.rules import EqualAverage
 from ..torch_private.optimizers import is_making_state
@@ -311,6 +313,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 def _whole(name: str, value: object, least: int) -> int | None:
     if value is None:
         return None
-    if not isinstance(value, (int, float)) or value != int(value) or value < least:
+    number = as_number(value)
+    if number is None or not least <= number < math.inf or number != int(number):
         raise ValueError(f"{name} must be a whole number of steps >= {least} or None, got {value!r}")
-    return int(value)
+    return int(number)

@@ -192,8 +192,14 @@ def _digest(body: object) -> str:
 def _spell(rule: Rule | str) -> dict[str, Any]:
     # Exactly these classes: a subclass may define another weight.
     if type(rule) in _RULES.values():
-        return {"rule": type(rule).__name__, **dataclasses.asdict(rule)}  # type: ignore[call-overload]
+        options = {each.name: getattr(rule, each.name) for each in dataclasses.fields(rule) if _is_spelled(rule, each)}  # type: ignore[arg-type]
+        return {"rule": type(rule).__name__, **options}
     return {"rule": None, "spelled": rule if isinstance(rule, str) else repr(rule)}
+
+
+def _is_spelled(rule: Rule | str, option: dataclasses.Field[Any]) -> bool:
+    """Return whether a sidecar has this option: one by keyword only, which was added later, just if it is given."""
+    return not option.kw_only or getattr(rule, option.name) != option.default
 
 
 def _rule_of(saved: Mapping[str, Any], path: Path) -> Rule | str:

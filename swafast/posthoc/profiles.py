@@ -11,13 +11,13 @@ profile's average.
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..terms.numbers import as_int
 from ..terms.rules import Rule, checked_weight, terms_of
 from ..terms.weight import KernelTerms
 
@@ -54,9 +54,10 @@ class Profile:
     def __post_init__(self) -> None:
         if not isinstance(self.rule, Rule):
             raise TypeError(f"rule must be a swafast.Rule, got {type(self.rule).__name__}")
-        count = self.num_averaged
-        if not isinstance(count, numbers.Integral) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"num_averaged must be an int >= 1, got {count!r}")
+        count = as_int(self.num_averaged)
+        if count is None or count < 1:
+            raise ValueError(f"num_averaged must be an int >= 1, got {self.num_averaged!r}")
+        object.__setattr__(self, "num_averaged", count)  # it is frozen
 
     def weights(self) -> Tensor:  # (num_averaged,) float64
         """Return the weights, float64 on the CPU.
@@ -204,15 +205,20 @@ def _weights(rule: Rule, first: int, last: int) -> tuple[Tensor, Tensor]:
     # ``KernelTerms.weight``, vectorised over counts.
     n = torch.arange(first - 1, last, dtype=torch.float64, device="cpu")
     copied = n == 0
-    low, high, inv_gamma, power = terms.terms
+    low, high, scale, power = terms.terms
     if terms.kind in (KernelTerms.EQUAL, KernelTerms.POWER):
         # log(1 - w) = -(gamma + 1) log1p(1 / (i - 1)), with gamma = 0 for the equal mean; -inf for the first model
         log_decays = n.reciprocal_().log1p_().mul_(-(low + 1.0 if terms.kind == KernelTerms.POWER else 1.0))
         return log_decays.expm1().neg_(), log_decays
     if terms.kind == KernelTerms.POWER_WARMUP:
-        weights = n.div_(inv_gamma).log1p_().mul_(-power).exp_().clamp_(low, high)
+        weights = n.div_(scale).log1p_().mul_(-power).exp_().clamp_(low, high)
     elif terms.kind == KernelTerms.RATIO_WARMUP:
         weights = n.add_(10.0).reciprocal_().mul_(9.0).clamp_(low, high)
+    elif terms.kind == KernelTerms.RAMP_WARMUP:
+        weights = n.div_(-scale).exp_().mul_(1.0 - low).add_(low).clamp_(low, high)
+    elif terms.kind in (KernelTerms.COSINE, KernelTerms.LINEAR):
+        left = n.neg_().add_(high).clamp_(min=0.0).div_(high)
+        weights = (left.mul_(0.5 * math.pi).sin_().square_() if terms.kind == KernelTerms.COSINE else left).mul_(low)
     else:
         assert terms.kind == KernelTerms.CONSTANT, terms
         weights = n.fill_(low)

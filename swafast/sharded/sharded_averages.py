@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Module
 
-from ..average.fused_averages import named_formats, named_rules
+from ..average.fused_averages import named_formats, named_rules, refuse_own
 from ..loop.guard import Guard
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
@@ -102,14 +102,13 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         averages = self.__dict__.get("_averages", {})
         if name in averages:
             return averages[name]
-        if hasattr(ShardedAveragedModel, name) and not name.startswith("_"):
-            first = next(iter(self))
-            raise AttributeError(f"each of several averages has its own {name}: use averages[{first!r}].{name}")
+        refuse_own(self, ShardedAveragedModel, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_averages", {}):
             raise AttributeError(f"averages must stay as they are, got a change of {name!r}: make new ShardedAverages")
+        refuse_own(self, ShardedAveragedModel, name)
         super().__setattr__(name, value)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ..loop.swaps import Swap
 from ..op import checks
 from ..terms.formats import check_format, convert
 from ..terms.pickling import pickled_from
-from ..terms.rules import EqualAverage, Rule
+from ..terms.rules import Rule
 from . import checkpoint, construction
 from .parts.holdings import Held, find_holdings, reshard
 from .parts.ranks import Ranks
@@ -50,8 +51,8 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
 
     Args:
         model: the model as it trains, wrapped and sharded.
-        rule: sets the weight of the newest model; default: :class:`~swafast.EqualAverage`. For several averages of one
-            model see :class:`~swafast.ShardedAverages`.
+        rule: sets the weight of the newest model; default: :class:`~swafast.EqualAverage`. It may be set later, on all
+            ranks alike. For several averages of one model see :class:`~swafast.ShardedAverages`.
         format, seed, backend: as for :class:`~swafast.FusedAveragedModel`. Random bits do not depend on the shards.
         include: ``include(name, param) -> bool`` picks the parameters to average. The others are not stored, saved or
             exchanged.
@@ -115,9 +116,8 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         with self._ranks.settled("ShardedAveragedModel"):
             check_format(self.format)
             checks.check_nonfinite(self.nonfinite)
-            checks.check_seed(self.seed)
-            checks.check_num_averaged(num_averaged)
-            self.rule = choose_rule(rule, None, None) or EqualAverage()
+            self.seed, num_averaged = checks.checked_seed(self.seed), checks.checked_num_averaged(num_averaged)
+            self.rule = rule
             check_sharded_model(model)
             self._made_of = weakref.ref(model)
             reshard(model)
@@ -154,6 +154,14 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         self.n_averaged = torch.zeros((), dtype=torch.int64, device=device)
         self._bind(model)
         return held
+
+    def _set_rule(self, rule: Rule | None) -> None:
+        chosen = choose_rule(rule, None, None)
+        self._guard.settle()  # an update under way goes by the rule before
+        self._rule = chosen
+
+    #: The rule in use, or to be used from the next update on. Set it on all ranks alike.
+    rule = property(attrgetter("_rule"), _set_rule)  # attrgetter is in C: an update asks for it
 
     def _make_guard(self) -> Guard:
         return Guard(number=self._number)

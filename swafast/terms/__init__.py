@@ -99,6 +99,7 @@ average/: averaged models of one process
     binding           a plan, and the way to the tensors that it was made for; ``Bindings`` keeps the last ones
                       used and those that a CUDA graph holds
     uncounted         an average in which no model is counted yet, and what has been written into it
+    has rule          base class of an averaged model whose rule may be set, as torch's averaging functions may
     holds models      base class of one averaged model, which says so where it is used before it holds a model
     tree              planes under dotted names, as a module
     recoded params    the params that a construction copies in another dtype

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from ..torch_private.core import EMA_FACTORIES, SWA_FACTORIES, closure_of
+from ..torch_private.core import SWA_FACTORIES, closure_of, decay_of
+from .numbers import as_number
 from .pickling import pickled_from
+from .warn import warn_user
 from .weight import KernelTerms
 
 
@@ -76,67 +77,121 @@ class EqualAverage(Rule):
 @pickled_from("swafast")
 @dataclass(frozen=True)
 class ExponentialAverage(Rule):
-    """The exponential moving average (EMA), ``weight = 1 - decay``, with an optional warm-up of the decay.
+    """The exponential moving average (EMA), ``weight = 1 - decay``, with an optional warm-up or schedule of the decay.
 
     With a warm-up, the decay after n models is clamped to ``[min_decay, decay]`` and is
 
     - ``warmup="power"``: ``1 - (1 + n / inv_gamma) ** -power``, as in timm and diffusers;
-    - ``warmup="ratio"``: ``(1 + n) / (10 + n)``, as in TensorFlow's ``ExponentialMovingAverage``.
+    - ``warmup="ratio"``: ``(1 + n) / (10 + n)``, as in TensorFlow's ``ExponentialMovingAverage``;
+    - ``warmup="ramp"``: ``decay * (1 - exp(-n / tau))``, as in Ultralytics' YOLO.
+
+    With a schedule, the decay goes from ``decay`` to 1 in ``updates`` updates, and the average then stays as it is:
+
+    - ``schedule="cosine"``: ``1 - (1 - decay) * (cos(pi * n / updates) + 1) / 2``, as in BYOL and DINO;
+    - ``schedule="linear"``: ``decay + (1 - decay) * n / updates``, as in I-JEPA.
 
     Args:
-        decay: in [0, 1]; the share that the old average keeps.
-        warmup: ``"power"``, ``"ratio"`` or None.
+        decay: in [0, 1]; the share that the old average keeps. A decay below 0.1, but not 0, gets a UserWarning.
+        warmup: ``"power"``, ``"ratio"``, ``"ramp"`` or None.
         inv_gamma: > 0, in updates; the time scale of the power warm-up.
         power: > 0; 2/3 suits trainings of a million updates and more, 3/4 shorter ones.
         min_decay: in [0, decay]; the least decay during the warm-up.
+        tau: > 0, in updates; the time scale of the ramp.
+        schedule: ``"cosine"``, ``"linear"`` or None.
+        updates: > 0; the number of updates that the schedule takes, usually all of the training.
 
     Raises:
-        ValueError: an argument is out of its range, or not a number.
+        ValueError: an argument is out of its range, or not a number; or it belongs to a warm-up or a schedule that is
+            not given.
+
+    Papers: Grill et al. 2020, "Bootstrap Your Own Latent", arXiv:2006.07733, appendix; Caron et al. 2021, "Emerging
+    Properties in Self-Supervised Vision Transformers", arXiv:2104.14294; Assran et al. 2023, "Self-Supervised Learning
+    from Images with a Joint-Embedding Predictive Architecture", arXiv:2301.08243.
     """
 
     decay: float = 0.999
-    warmup: Literal["power", "ratio"] | None = None
+    warmup: Literal["power", "ratio", "ramp"] | None = None
     inv_gamma: float = 1.0
     power: float = 2.0 / 3.0
     min_decay: float = 0.0
+    # By keyword only: snapshots and the names of attachments have these only if they are given.
+    tau: float = field(default=2000.0, kw_only=True)
+    schedule: Literal["cosine", "linear"] | None = field(default=None, kw_only=True)
+    updates: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_number("decay", self.decay, "in [0, 1]", lambda x: 0.0 <= x <= 1.0)
-        if self.warmup not in (None, "power", "ratio"):
-            raise ValueError(f"warmup must be 'power', 'ratio' or None, got {self.warmup!r}")
-        _check_number("inv_gamma", self.inv_gamma, "> 0 and finite", lambda x: 0.0 < x < math.inf)
-        _check_number("power", self.power, "> 0 and finite", lambda x: 0.0 < x < math.inf)
-        _check_number("min_decay", self.min_decay, f"in [0, decay={self.decay}]", lambda x: 0.0 <= x <= self.decay)
-        if self.warmup != "power" and (self.inv_gamma, self.power) != (1.0, 2.0 / 3.0):
-            raise ValueError(f"warmup must be 'power' if inv_gamma or power is given, got {self.warmup!r}")
-        if self.warmup is None and self.min_decay != 0.0:
-            raise ValueError("warmup must be 'power' or 'ratio' if min_decay is given, got None")
+        _set_number(self, "decay", "in [0, 1], the share that the old average keeps", lambda x: 0.0 <= x <= 1.0)
+        for option, choices in _CHOICES.items():
+            if getattr(self, option) not in (None, *choices):
+                raise ValueError(f"{option} must be {_either(*choices, None)}, got {getattr(self, option)!r}")
+        for option in ("inv_gamma", "power", "tau"):
+            _set_number(self, option, "> 0 and finite", lambda x: 0.0 < x < math.inf)
+        _set_number(self, "min_decay", f"in [0, decay={self.decay}]", lambda x: 0.0 <= x <= self.decay)
+        if self.schedule is not None or self.updates is not None:
+            _set_number(self, "updates", "> 0 and finite with a schedule", lambda x: 0.0 < x < math.inf)
+        if self.schedule is not None and self.warmup is not None:
+            raise ValueError(f"warmup must be None with a schedule, got {self.warmup!r} and {self.schedule!r}")
+        for option, (needed, values) in _NEEDS.items():
+            if getattr(self, option) != getattr(ExponentialAverage, option) and getattr(self, needed) not in values:
+                got = getattr(self, needed)
+                raise ValueError(f"{needed} must be {_either(*values)} if {option} is given, got {got!r}")
+        if 0.0 < self.decay < _SMALL_DECAY:
+            rest = f"{1.0 - self.decay:.6g}"
+            warn_user(
+                f"decay={self.decay} is the weight of the old average, so the newest model gets {rest}: if "
+                f"{self.decay} is the weight of the newest model, pass ExponentialAverage({rest})"
+            )
 
     @classmethod
     def from_half_life(
         cls,
         updates: float,
         *,
-        warmup: Literal["power", "ratio"] | None = None,
+        warmup: Literal["power", "ratio", "ramp"] | None = None,
         inv_gamma: float = 1.0,
         power: float = 2.0 / 3.0,
         min_decay: float = 0.0,
+        tau: float = 2000.0,
     ) -> ExponentialAverage:
         """Make the EMA in which a model's weight halves every ``updates`` updates: ``decay = 0.5 ** (1 / updates)``.
 
         Raises:
             ValueError: ``updates`` is not positive and finite, or another argument is out of its range.
         """
-        _check_number("updates", updates, "> 0 and finite", lambda x: 0.0 < x < math.inf)
-        return cls(0.5 ** (1.0 / updates), warmup, inv_gamma, power, min_decay)
+        half_life = _number("updates", updates, "> 0 and finite", lambda x: 0.0 < x < math.inf)
+        return cls(0.5 ** (1.0 / half_life), warmup, inv_gamma, power, min_decay, tau=tau)
 
     def kernel_terms(self) -> KernelTerms:
         low, high = 1.0 - self.decay, 1.0 - self.min_decay
+        if self.updates is not None:
+            kind = KernelTerms.COSINE if self.schedule == "cosine" else KernelTerms.LINEAR
+            return KernelTerms.of(kind, low, self.updates)
         if self.warmup is None:
             return KernelTerms.of(KernelTerms.CONSTANT, low)
         if self.warmup == "power":
             return KernelTerms.of(KernelTerms.POWER_WARMUP, low, high, self.inv_gamma, self.power)
+        if self.warmup == "ramp":
+            return KernelTerms.of(KernelTerms.RAMP_WARMUP, low, high, self.tau)
         return KernelTerms.of(KernelTerms.RATIO_WARMUP, low, high)
+
+
+_CHOICES = {"warmup": ("power", "ratio", "ramp"), "schedule": ("cosine", "linear")}
+#: Which options of an EMA need which warm-up or schedule.
+_NEEDS = {
+    "inv_gamma": ("warmup", ("power",)),
+    "power": ("warmup", ("power",)),
+    "tau": ("warmup", ("ramp",)),
+    "min_decay": ("warmup", _CHOICES["warmup"]),
+    "updates": ("schedule", _CHOICES["schedule"]),
+}
+
+#: Decays in use are near 1. One below this is likely meant as the weight of the newest model.
+_SMALL_DECAY = 0.1
+
+
+def _either(*choices: object) -> str:
+    *first, last = map(repr, choices)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 @pickled_from("swafast")
@@ -159,7 +214,7 @@ class PowerAverage(Rule):
     gamma: float = 6.94
 
     def __post_init__(self) -> None:
-        _check_number("gamma", self.gamma, ">= 0 and finite", lambda x: 0.0 <= x < math.inf)
+        _set_number(self, "gamma", ">= 0 and finite", lambda x: 0.0 <= x < math.inf)
 
     @classmethod
     def from_sigma_rel(cls, sigma_rel: float) -> PowerAverage:
@@ -172,13 +227,13 @@ class PowerAverage(Rule):
             ValueError: ``sigma_rel`` is not in (0, 1 / sqrt(12)]; the upper end is the equal mean.
         """
         widest = 12.0**-0.5
-        _check_number("sigma_rel", sigma_rel, f"in (0, {widest:.6f}]", lambda x: 0.0 < x <= widest)
-        low, high = 0.0, 2.0 / sigma_rel  # sigma_rel < 1 / (gamma + 2), so gamma < high
+        width = _number("sigma_rel", sigma_rel, f"in (0, {widest:.6f}]", lambda x: 0.0 < x <= widest)
+        low, high = 0.0, 2.0 / width  # width < 1 / (gamma + 2), so gamma < high
         while high - low > 1e-12 * (1.0 + low):
             middle = 0.5 * (low + high)
             if middle in (low, high):
                 break
-            wider = math.sqrt(middle + 1.0) / ((middle + 2.0) * math.sqrt(middle + 3.0)) > sigma_rel
+            wider = math.sqrt(middle + 1.0) / ((middle + 2.0) * math.sqrt(middle + 3.0)) > width
             low, high = (middle, high) if wider else (low, middle)
         return cls(0.5 * (low + high) if low > 0.0 else 0.0)
 
@@ -233,26 +288,26 @@ def rule_of(avg_fn: object, multi_avg_fn: object) -> Rule | None:
 
     torch's four averaging functions are recognised, so code that was written for torch's class runs fused.
     """
-    for given in (multi_avg_fn, avg_fn):
-        if isinstance(given, Rule):
-            return given
     function = avg_fn if multi_avg_fn is None else multi_avg_fn
-    if function is None:
+    if isinstance(function, Rule):
+        return function
+    if function is None or any(closure_of(factory, function) is not None for factory in SWA_FACTORIES):
         return _DEFAULT
-    if any(closure_of(factory, function) is not None for factory in SWA_FACTORIES):
-        return _DEFAULT
-    for factory in EMA_FACTORIES:
-        closure = closure_of(factory, function)
-        if closure is not None:
-            return ExponentialAverage(float(closure["decay"]))
-    return None
+    decay = decay_of(function)
+    return ExponentialAverage(decay) if decay is not None else None
 
 
-def _check_number(argument: str, value: object, expected: str, holds: Callable[[float], bool]) -> None:
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+def _number(argument: str, value: object, expected: str, holds: Callable[[float], bool]) -> int | float:
+    """Return a number as Python's own, which prints and is stored the same wherever it came from, or raise."""
+    number = as_number(value)
     try:
-        good = number and holds(float(value))  # type: ignore[arg-type]  # False for NaN
+        good = number is not None and holds(float(number))  # False for NaN
     except OverflowError:  # an int too large for a float
         good = False
-    if not good:
+    if number is None or not good:
         raise ValueError(f"{argument} must be {expected}, got {value!r}")
+    return number
+
+
+def _set_number(rule: Rule, argument: str, expected: str, holds: Callable[[float], bool]) -> None:
+    object.__setattr__(rule, argument, _number(argument, getattr(rule, argument), expected, holds))  # it is frozen

@@ -125,6 +125,23 @@ def closure_of(factory: Callable[..., Any], function: object) -> dict[str, Any] 
     return {name: cell.cell_contents for name, cell in zip(inner.__code__.co_freevars, cells, strict=True)}
 
 
+def decay_of(function: Any) -> float | None:
+    """Return the decay of an EMA's averaging function if torch has made it, else None.
+
+    If torch has renamed the variable that holds it, apply the function to an average of 1 and a param of 0.
+    """
+    for factory, is_multi in EMA_FACTORIES.items():
+        closure = closure_of(factory, function)
+        if closure is not None and "decay" in closure:
+            return float(closure["decay"])
+        if closure is not None:
+            average, param = torch.tensor([1.0, 0.0], dtype=torch.float64, device="cpu").split(1)
+            result = function([average], [param], 0) if is_multi else function(average, param, 0)
+            return float(average if is_multi else result)
+    return None
+
+
 #: torch's factories of averaging functions: for the equal mean, and for an EMA with a decay.
 SWA_FACTORIES = (swa_utils.get_swa_multi_avg_fn, swa_utils.get_swa_avg_fn)
-EMA_FACTORIES = (swa_utils.get_ema_multi_avg_fn, swa_utils.get_ema_avg_fn)
+#: Each with whether it makes a ``multi_avg_fn``.
+EMA_FACTORIES = {swa_utils.get_ema_multi_avg_fn: True, swa_utils.get_ema_avg_fn: False}

@@ -192,7 +192,11 @@ def listed(snapshots: Snapshots) -> list[tuple[str, int, dict[str, Any] | str]]:
     found = []
     for stored in snapshots:
         rule: Any = stored.rule
-        spelled = rule if isinstance(rule, str) else {"rule": type(rule).__name__, **dataclasses.asdict(rule)}
+        if isinstance(rule, str):
+            spelled: Any = rule
+        else:  # an option by keyword only was added later, and these rules do not use it
+            options = [each.name for each in dataclasses.fields(rule) if not each.kw_only]
+            spelled = {"rule": type(rule).__name__, **{name: getattr(rule, name) for name in options}}
         found.append((stored.name, stored.num_averaged, spelled))
     return found
 

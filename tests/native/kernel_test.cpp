@@ -298,6 +298,17 @@ void check_weights() {
          // 1 - kept^8, factored so that it does not cancel
          return (1.0L - kept) * (1.0L + kept) * (1.0L + kept * kept) * (1.0L + kept * kept * kept * kept);
        }},
+      {{SWAFAST_RULE_RAMP_WARMUP, {0x1p-10, 0.9, 2000.0, 0}},
+       [](long double n) {
+         return std::fmin(0x1p-10L + (1.0L - 0x1p-10L) * std::exp(-n / 2000.0L), static_cast<long double>(0.9));
+       }},
+      {{SWAFAST_RULE_COSINE, {0x1p-8, 1e9, 0, 0}},
+       [](long double n) {
+         const long double sine = std::sin(std::acos(0.0L) * std::fmax(1e9L - n, 0.0L) / 1e9L);
+         return 0x1p-8L * sine * sine;
+       }},
+      {{SWAFAST_RULE_LINEAR, {0x1p-8, 1e9, 0, 0}},
+       [](long double n) { return 0x1p-8L * std::fmax(1e9L - n, 0.0L) / 1e9L; }},
   };
   for (const Case& it : cases) {
     require(swafast_weight(&it.rule, 0) == 1.0, "rule %d: the first update is no copy", static_cast<int>(it.rule.kind));

@@ -18,7 +18,7 @@ def _bits(value):
 
 
 LN2_HIGH, LN2_LOW = _bits(weight.LN2_HIGH), _bits(weight.LN2_LOW)
-INV_LN2, SQRT_HALF = _bits(weight.INV_LN2), _bits(weight.SQRT_HALF)
+INV_LN2, SQRT_HALF, HALF_PI = _bits(weight.INV_LN2), _bits(weight.SQRT_HALF), _bits(weight.HALF_PI)
 LOWEST_EXPONENT, LARGEST_LOG1P = _bits(weight.LOWEST_EXPONENT), _bits(weight.LARGEST_LOG1P)
 
 
@@ -102,6 +102,18 @@ def exp_parts_of(x):
 
 
 @triton.jit
+def sine_of(x):
+    """Return ``sin(pi / 2 * x)`` for ``0 <= x <= 1``."""
+    one = whole(1)
+    r = literal(HALF_PI) * x
+    z = r * r
+    series = one
+    for k in tl.static_range(24, 0, -2):
+        series = one - (z * (one / whole(k * (k + 1)))) * series
+    return r * series
+
+
+@triton.jit
 def clamp_weight(weight, low, high):
     return tl.where(weight < low, low, tl.where(weight > high, high, weight))
 
@@ -125,6 +137,15 @@ def rule_weight(kind, term0, term1, term2, term3, num_averaged):
     elif kind == 4:
         scale, rest = exp_parts_of(-(double_of(term0) + one) * log1p_of(one / n))
         weight = -((scale - one) + scale * rest)
+    elif kind == 5:
+        scale, rest = exp_parts_of(-(n / double_of(term2)))
+        low = double_of(term0)
+        weight = clamp_weight(low + (one - low) * (scale + scale * rest), low, double_of(term1))
+    elif kind >= 6:
+        updates = double_of(term1)
+        left = tl.where(n < updates, updates - n, whole(0)) / updates
+        sine = sine_of(left)
+        weight = double_of(term0) * tl.where(kind == 6, sine * sine, left)
     # the first update copies, whatever the rule
     return tl.where(num_averaged == 0, one, weight)
 
