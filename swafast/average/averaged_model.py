@@ -255,7 +255,6 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
         finally:
             swap.finish()  # whatever an interrupt has left
 
-    @torch.no_grad()
     def copy_to(self, model: Module) -> None:
         """Copy averages and buffers into ``model``. Each is rounded once, to the dtype of its param.
 
@@ -274,7 +273,6 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
             for pair in pairs:
                 convert(pair.planes, pair.format, (pair.param,), None)
 
-    @torch.no_grad()
     def averaged_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
         """Return copies of averages and buffers as plain tensors under the model's own names, for export.
 
