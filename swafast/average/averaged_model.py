@@ -56,8 +56,8 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
             that serves the tensors.
         include: ``include(name, param) -> bool`` picks the parameters to average; the others are copied. It is called
             once for each name, with the parameter of the model given here.
-        nonfinite: ``"propagate"``, as torch does. ``"raise"`` and ``"skip"`` read the params once more, and change
-            nothing if one holds a NaN or an infinity.
+        nonfinite: ``"propagate"``, as torch does. ``"raise"`` and ``"skip"`` read what is averaged once more, and
+            change nothing if it holds a NaN or an infinity.
         seed: the seed of the random bits by which ``"compact"`` and ``"half"`` round. States hold no seed and no rule.
         num_averaged: if ``model`` has averaged weights, such as a published EMA, of how many models. Updates go on from
             them. By default the first update copies.

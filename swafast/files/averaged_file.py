@@ -101,10 +101,12 @@ def _check_path(path: object) -> None:
     """Raise unless ``path`` may be that of a file.
 
     Raises:
-        TypeError: it is no path. IsADirectoryError: it is a folder.
+        TypeError: it is no path. ValueError: it is empty. IsADirectoryError: it is a folder.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path must be a str or an os.PathLike, got {type(path).__name__}")
+    if not os.fspath(path):
+        raise ValueError("path must not be empty")
     if os.path.isdir(path):
         raise IsADirectoryError(f"path must be that of a file, got the folder {os.fspath(path)!r}: add a file's name")
 
