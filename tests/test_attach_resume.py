@@ -295,6 +295,22 @@ def test_default_names_tell_averages_apart_and_stay_the_same() -> None:
 
 
 @pytest.mark.parametrize("attach_first", [True, False])
+def test_several_averages_may_be_named_in_another_order(attach_first: bool) -> None:
+    first, second = Training(), Training()
+    for training, names in ((first, ("slow", "fast", "mean")), (second, ("mean", "slow", "fast"))):
+        averages = FusedAverages(training.model, rules={name: EqualAverage() for name in names})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            if training is second and not attach_first:
+                plainly(first, second)
+            training.attach(None, averaged=averages, **SPANS)
+        training.steps(4 if training is first else 0)
+    if attach_first:
+        plainly(first, second)
+    assert second.counts == [4]
+
+
+@pytest.mark.parametrize("attach_first", [True, False])
 @pytest.mark.parametrize("load", [plainly, by_torchs_tools])
 @pytest.mark.parametrize("starts", [(5, 2), (5,), (3, 5, 2), (2, 5, 3)], ids=str)
 def test_equal_rules_are_told_apart_by_their_schedules(starts: Any, load: Any, attach_first: bool) -> None:

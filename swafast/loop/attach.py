@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from torch.optim import Optimizer
 from ..terms.lazy import MadeOnUse
 from ..terms.warn import warn_user
 from ..torch_private.modules import named_tensors
+from ..torch_private.optimizers import has_hooks, runs_state_hooks, runs_step_hooks
 from . import swaps
-from .attachment import Attachment, check_step
+from .attachment import Attachment, check_step, first_name
 from .guard import Guard
-from .roster import Roster
+from .roster import Roster, state_holder
 from .runners import Ready
 from .schedule import Schedule, Span
 from .stand_in import StandIn
@@ -105,6 +106,9 @@ class Attachable:
         state = saved.get(name)
         given = {"schedule": schedule, "overlap": overlap, "offload": offload, "name": name, "step": step}
         self._agree({key: str(value) for key, value in {**given, "saved state": state}.items()})
+        _warn_of_no_save(state_holder(optimizers[-1]))
+        if len(optimizers) > 1:
+            _warn_of_frozen(model, optimizers)
         if overlap or offload is not None:
             _warn_of_others(model, optimizers)
         attachment = Attachment(self, optimizers, model, schedule, overlap, offload, name, default_name)
@@ -129,7 +133,11 @@ class Attachable:
             self._bind(model)
             if swaps.in_force:
                 swaps.refuse_model("attach", model)
-        return _in_order(optimizers, model), model
+        optimizers = _in_order(optimizers, model)
+        holder = state_holder(optimizers[-1])
+        if not has_hooks(holder, *_STATE_HOOKS):
+            _refuse(holder)
+        return optimizers, model
 
     def _on_all_ranks(self, action: str) -> AbstractContextManager[None]:
         """Return a context that raises on all ranks what one rank raises. Here there is one rank."""
@@ -188,7 +196,7 @@ def _default_name(averaged: object) -> str:
     """Return what tells averages from others: the names of several, or the rule with what the user has set of it."""
     members = _members(averaged)
     if "" not in members:
-        return ", ".join(members)
+        return ", ".join(sorted(members))
     rule = members[""].rule
     if rule is None:  # a function of the user's own
         function = members[""].multi_avg_fn or members[""].avg_fn
@@ -223,15 +231,40 @@ def _check_optimizers(given: object) -> list[Optimizer]:
         name = type(optimizer).__name__
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {name}")
-        try:
-            optimizer.register_step_post_hook(lambda *_: None).remove()
-        except AttributeError:
-            raise TypeError(
-                f"optimizer must run torch's hooks, got {name}: pass the optimizer inside it. If {name} writes params "
-                "after that one's step, call update_parameters after each step instead"
-            ) from None
+        if not (has_hooks(optimizer, "step_pre", "step_post") and runs_step_hooks(optimizer)):
+            _refuse(optimizer)
         optimizers.append(optimizer)
     return optimizers
+
+
+_STATE_HOOKS = ("state_dict_post", "load_state_dict_pre", "load_state_dict_post")
+
+
+def _refuse(optimizer: Optimizer) -> NoReturn:
+    name = type(optimizer).__name__
+    raise TypeError(
+        f"optimizer must run torch's hooks, got {name}: pass the optimizer inside it. If {name} writes params after "
+        "that one's step, call update_parameters after each step instead"
+    )
+
+
+def _warn_of_no_save(optimizer: Optimizer) -> None:
+    if not runs_state_hooks(optimizer):
+        name = type(optimizer).__name__
+        warn_user(
+            f"{name}.state_dict does not run torch's hooks, so a state of {name} lacks the steps of the average: pass "
+            "the optimizer inside it, or save attachment.state_dict() too"
+        )
+
+
+def _warn_of_frozen(model: Module, optimizers: Sequence[Optimizer]) -> None:
+    """Warn of optimizers for which the others may wait in vain, since no param of theirs is trained."""
+    for optimizer in optimizers:
+        if not any(param.requires_grad for param in _params_of(optimizer)):
+            warn_user(
+                f"an optimizer of frozen params, {first_name(model, optimizer)!r} the first, is attached with others: "
+                "a step counts once all have stepped. If it does not step, pass only those that do"
+            )
 
 
 def _in_order(given: Sequence[Optimizer], model: Module) -> list[Optimizer]:

@@ -64,7 +64,7 @@ class Roster:
     @classmethod
     def of(cls, optimizer: Optimizer) -> Roster:
         """Return the roster of an optimizer. A recipe around an optimizer shares the groups of that, and its roster."""
-        optimizer = getattr(optimizer, "_state_holder", optimizer)
+        optimizer = state_holder(optimizer)
         for owner in owners_of_state_hooks(optimizer):
             if isinstance(owner, cls) and owner._optimizer is not None:  # not of a copy
                 return owner
@@ -201,6 +201,12 @@ class Roster:
                         taken.add(name)
         for place, name in names.items():
             self.attachments[place].name = name
+
+
+def state_holder(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer in whose state dict the states of attachments are: that inside a recipe, or this one."""
+    holder: Optimizer = getattr(optimizer, "_state_holder", optimizer)
+    return holder
 
 
 def _default_name(default: str, schedule: Schedule, states: Mapping[str, Any], taken: AbstractSet[str]) -> str:
