@@ -91,7 +91,10 @@ class Attachable:
         """
         with self._on_all_ranks("attach"):
             if self._guard.is_attached:
-                raise RuntimeError("the averaged model must not be attached already: call detach() on its attachment")
+                raise RuntimeError(
+                    f"the averaged model must not be attached already, got {self._guard.attachment}: call "
+                    "averaged.attachment.detach() first. To follow several optimizers, attach([first, second])"
+                )
             schedule = Schedule.of(start, every, end, duration=duration, steps_per_epoch=steps_per_epoch)
             optimizers, model = self._trained_by(optimizer, model)
             step = None if step is None else check_step(step)
@@ -103,6 +106,11 @@ class Attachable:
         if name is None:
             default_name = _default_name(self)
             name = roster.default_name(default_name, schedule, saved)
+            if roster.has_alike(default_name, schedule):
+                warn_user(
+                    f"the optimizer has another average with the rule and the schedule of {name!r}, and updates both: "
+                    "detach that one if this one replaces it, else attach each with a name= of its own"
+                )
         state = saved.get(name)
         given = {"schedule": schedule, "overlap": overlap, "offload": offload, "name": name, "step": step}
         self._agree({key: str(value) for key, value in {**given, "saved state": state}.items()})
@@ -118,7 +126,25 @@ class Attachable:
             attachment.resume(state)
         elif any(optimizer.state for optimizer in optimizers) or _has_models(self):
             _warn_of_no_state(name, saved)
+            attachment.is_checked = True
         return attachment
+
+    @property
+    def attachment(self) -> Attachment | None:
+        """The attachment by which the averages follow an optimizer, or None."""
+        return self._guard.attachment
+
+    def _check_first_step(self, attachment: Attachment) -> None:
+        """Warn at an attachment's first step if only one of the optimizer and the average was loaded."""
+        before, schedule = attachment.step - 1, attachment.schedule
+        is_empty = all(each._uncounted is not None for each in _members(self).values())
+        if before == 0 and not is_empty:
+            _warn_of_no_state(attachment.name, ())
+        if is_empty and before >= (schedule.start or schedule.every):
+            warn_user(
+                f"the average {attachment.name!r} goes on at step {before + 1}, but holds no model: load the state "
+                "that was saved with the optimizer's. Assign attachment.step before if it begins here"
+            )
 
     def _trained_by(self, optimizer: object, model: object) -> tuple[list[Optimizer], Module]:
         """Return the optimizers and the model to average, for None the original one, or raise as :meth:`attach`."""
@@ -128,7 +154,8 @@ class Attachable:
             if model is None:
                 raise ValueError("model must be given, got None: the model that this average was made of is not known")
         if not isinstance(model, Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+            several = ": to follow several optimizers, attach([first, second])" if isinstance(model, Optimizer) else ""
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{several}")
         with self._guard.hold("attach"):
             self._bind(model)
             if swaps.in_force:

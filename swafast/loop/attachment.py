@@ -61,6 +61,7 @@ class Attachment:
         self._stepped: dict[int, int] = {}  # steps since the last count of those that made any, by their place
         self._own_thread: int | None = None  # the thread that is in an update of ours
         self._is_warned = self._is_warned_of_waiting = False
+        self.is_checked = False  # whether the first step need not be checked any more
         self.then: list[Callable[[], None]] = []
         self._hooks: list[RemovableHandle] = []
         for index, optimizer in enumerate(optimizers):
@@ -154,6 +155,10 @@ class Attachment:
     @disable_dynamo
     def _after_step(self, index: int, optimizer: Optimizer, *_: object) -> None:
         if self._hooks and is_step(optimizer) and self._counts(index):
+            if not self.is_checked:
+                self.is_checked = True
+                if self._told_step != self.step - 1:
+                    self._averaged._check_first_step(self)
             if self.schedule.is_due(self.step):
                 self._update()
             for function in self.then:

@@ -78,8 +78,14 @@ class Roster:
         """
         if name is not None and not isinstance(name, str):
             raise TypeError(f"name must be a str, got {name!r}")
-        if name == "" or any(each.name == name for each in self.attachments):
+        if name == "":
+            raise ValueError("name must not be empty")
+        if any(each.name == name for each in self.attachments):
             raise ValueError(f"name must be one that no other average attached to the optimizer has, got {name!r}")
+
+    def has_alike(self, default: str, schedule: Schedule) -> bool:
+        """Return whether another attachment has this default name and this schedule."""
+        return any(each.default_name == default and each.schedule == schedule for each in self.attachments)
 
     def default_name(self, default: str, schedule: Schedule, states: Mapping[str, Any]) -> str:
         """Return the default name, with a number if it is taken, of an attachment that may go on from these states."""

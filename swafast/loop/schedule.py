@@ -65,7 +65,8 @@ class Schedule:
                 ``every`` is 0; or the start is after the end.
         """
         if steps_per_epoch is not None and (not is_int(steps_per_epoch) or steps_per_epoch < 1):
-            raise ValueError(f"steps_per_epoch must be an int >= 1, got {steps_per_epoch!r}")
+            got = steps_per_epoch if isinstance(steps_per_epoch, (int, float)) else type(steps_per_epoch).__name__
+            raise ValueError(f"steps_per_epoch must be an int >= 1, got {got}: pass len(loader)")
         whole = None
         if duration is not None:
             if parse("duration", duration)[1] == "dur":
@@ -81,6 +82,8 @@ class Schedule:
         if last is not None and first > last:
             what = f"end {end!r}" if end is not None else f"duration {duration!r}"
             raise ValueError(f"start must not be after the {what}, step {last}, got {start!r}, step {first}")
+        if last is not None and first == 0 and interval > last:
+            raise ValueError(f"every must not be above the last step, {last}, or no update comes, got {every!r}")
         return cls(first, interval, last)
 
     def is_due(self, step: int) -> bool:
