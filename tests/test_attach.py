@@ -590,7 +590,7 @@ def other_optimizer(run: Run) -> dict[str, Any]:
         (lambda run: {"steps_per_epoch": 0}, ValueError, "steps_per_epoch must be an int >= 1, got 0"),
         (lambda run: {"offload": "disk"}, ValueError, "offload must be 'cpu' or None, got 'disk'"),
         (lambda run: {"name": 3}, TypeError, "name must be a str, got 3"),
-        (lambda run: {"name": ""}, ValueError, "name must be one that no other average attached .* got ''"),
+        (lambda run: {"name": ""}, ValueError, "name must not be empty"),
         (lambda run: {"step": 1.0}, TypeError, r"step must be an int, got 1\.0"),
         (lambda run: {"step": -1}, ValueError, "step must be an int >= 0, got -1"),
     ],

@@ -28,7 +28,9 @@ from swafast.loop.attachment import Attachment
 from swafast.loop.roster import STATE_KEY
 from swafast.loop.schedule import Schedule
 from swafast.optim import SWA, ComposerSWA
+from tests.support import step_with_ones
 from tests.test_attach import Run, entry_of
+from tests.test_contents import silent
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -143,7 +145,7 @@ GROUPINGS = [(by_torchs_tools, by, to) for by in GROUPS for to in GROUPS if len(
 GROUPINGS += [(flattened, by, GROUPS[1]) for by in GROUPS]  # torch loads no empty groups from such a state
 
 
-@pytest.mark.parametrize(("load", "by", "to"), GROUPINGS, ids=str)
+@pytest.mark.parametrize(("load", "by", "to"), GROUPINGS)
 def test_groups_may_be_empty_or_in_another_order(load: Any, by: Any, to: Any) -> None:
     def grouped(groups: Any) -> Training:
         def make(layers: list[Any]) -> torch.optim.Optimizer:
@@ -295,6 +297,22 @@ def test_default_names_tell_averages_apart_and_stay_the_same() -> None:
 
 
 @pytest.mark.parametrize("attach_first", [True, False])
+def test_several_averages_may_be_named_in_another_order(attach_first: bool) -> None:
+    first, second = Training(), Training()
+    for training, names in ((first, ("slow", "fast", "mean")), (second, ("mean", "slow", "fast"))):
+        averages = FusedAverages(training.model, rules={name: EqualAverage() for name in names})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            if training is second and not attach_first:
+                plainly(first, second)
+            training.attach(None, averaged=averages, **SPANS)
+        training.steps(4 if training is first else 0)
+    if attach_first:
+        plainly(first, second)
+    assert second.counts == [4]
+
+
+@pytest.mark.parametrize("attach_first", [True, False])
 @pytest.mark.parametrize("load", [plainly, by_torchs_tools])
 @pytest.mark.parametrize("starts", [(5, 2), (5,), (3, 5, 2), (2, 5, 3)], ids=str)
 def test_equal_rules_are_told_apart_by_their_schedules(starts: Any, load: Any, attach_first: bool) -> None:
@@ -343,7 +361,8 @@ def test_what_cannot_be_told_apart_is_warned_of(
         second.attach(*names, start=start)
         if attach_first:
             plainly(first, second)
-    assert [says in str(warning.message) for warning in found if says] == [True] * (says is not None)
+    texts = [text for each in found if "has another average with" not in (text := str(each.message))]
+    assert [says in text for text in texts if says] == [True] * (says is not None)
     assert second.counts == [step + 2 for step in steps]
 
 
@@ -538,3 +557,67 @@ def test_a_run_that_loads_before_it_attaches_equals_one_that_was_not_stopped() -
     assert second.averaged.n_averaged == whole.averaged.n_averaged == 4
     for got, want in zip(second.averaged.parameters(), whole.averaged.parameters(), strict=True):
         assert torch.equal(got, want)
+
+
+# Only one of the two loaded
+
+
+@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize("forgotten", ["optimizer", "averaged", "neither", "told"])
+def test_a_first_step_warns_if_only_one_of_the_two_was_loaded(forgotten: str, several: bool) -> None:
+    def make() -> tuple[nn.Module, Any, Any]:
+        model = nn.Linear(2, 2)
+        rules = {"fast": ExponentialAverage(0.9)}
+        averaged = FusedAverages(model, rules=rules) if several else FusedAveragedModel(model, rule=rules["fast"])
+        return model, Adam(model.parameters()), averaged
+
+    def step(optimizer: Any) -> None:
+        for group in optimizer.param_groups:
+            step_with_ones(optimizer, group["params"])
+
+    runs = make(), make()  # which keep the models
+    (_, optimizer, averaged), (_, other, resumed) = runs
+    averaged.attach(optimizer, start=2)
+    for _ in range(4):
+        step(optimizer)
+    attachment = resumed.attach(other, start=2)
+    if forgotten in ("averaged", "neither"):
+        other.load_state_dict(optimizer.state_dict())
+    if forgotten != "averaged":
+        resumed.load_state_dict(averaged.state_dict())
+    if forgotten == "told":
+        attachment.step = 0
+    messages = {"optimizer": "counts from 0, although", "averaged": "goes on at step 5, but holds no model"}
+    told = pytest.warns(UserWarning, match=messages[forgotten]) if forgotten in messages else silent()
+    with told:
+        step(other)
+    with silent():
+        step(other)
+
+
+# Mistakes with the handle
+
+
+def test_the_handle_is_kept_and_a_second_average_of_the_same_kind_is_warned_of() -> None:
+    model = nn.Linear(2, 2)
+    optimizer, averaged = Adam(model.parameters()), FusedAveragedModel(model)
+    assert averaged.attachment is None
+    attachment = averaged.attach(optimizer)
+    assert averaged.attachment is attachment
+    with pytest.raises(RuntimeError, match=r"got Attachment\(.*averaged\.attachment\.detach\(\).*attach\(\[first, sec"):
+        averaged.attach(optimizer)
+    with pytest.raises(TypeError, match=r"model must be a .*, got Adam: .* attach\(\[first, second\]\)"):
+        FusedAveragedModel(model).attach(optimizer, Adam(model.parameters()))
+    for options in ({"name": "other"}, {"every": 2}):
+        with silent():
+            FusedAveragedModel(model).attach(optimizer, **options)
+    with pytest.warns(UserWarning, match="has another average with the rule and the schedule of 'EqualAverage 3'"):
+        FusedAveragedModel(model).attach(optimizer)
+    with pytest.raises(ValueError, match="name must not be empty"):
+        FusedAveragedModel(model).attach(optimizer, name="")
+    with pytest.raises(ValueError, match="every must not be above the last step, 50, or no update comes, got 100"):
+        FusedAveragedModel(model).attach(optimizer, every=100, duration=50)
+    with pytest.raises(ValueError, match=r"steps_per_epoch must be an int >= 1, got list: pass len\(loader\)"):
+        FusedAveragedModel(model).attach(optimizer, every="1ep", steps_per_epoch=[torch.ones(1)])
+    averaged.attachment.detach()
+    assert averaged.attachment is None

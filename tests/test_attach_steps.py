@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
@@ -230,6 +231,25 @@ def test_torchs_own_steps_are_none(kind: Any, way: str) -> None:
     assert attachment.step == averages["mean"].n_averaged == 1
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_torchs_own_steps_may_be_made_in_a_swap(several: bool) -> None:
+    model = make_model()
+    optimizer = Adam(model.parameters(), 0.1)
+    averages = FusedAverages(model, rules={"fast": ExponentialAverage(0.5)})
+    averages.update_parameters(model)
+    averaged: Any = averages if several else averages["fast"]
+    attachment = averaged.attach(optimizer, step=0)
+    state = None
+    # The swap may tell of writes when it is left.
+    with contextlib.suppress(RuntimeError), averages["fast"].swapped_into(model):
+        state = get_optimizer_state_dict(model, optimizer)
+        set_grads(model)
+        with pytest.raises(RuntimeError, match="must wait until"):
+            optimizer.step()
+    assert state is not None
+    assert attachment.step == 0
+
+
 def test_the_step_of_torchs_named_optimizer_that_makes_its_state_is_none() -> None:
     model = make_model()
     named = _NamedOptimizer(dict(model.named_parameters()), Adam, None, model, lr=0.1)  # type: ignore[arg-type]
@@ -325,8 +345,74 @@ def test_who_has_stepped_is_in_the_state() -> None:
             steps.append(optimizers[-1].state_dict())
     with pytest.raises(ValueError, match="must be"):
         attachment.load_state_dict({**attachment.state_dict(), "stepped": [-1]})
-    attachment.load_state_dict({**attachment.state_dict(), "stepped": [0, 7]})  # of more optimizers
-    assert attachment.state_dict()["stepped"] == [0]
+
+
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [
+        ({"stepped": [0, 1], "optimizers": 4}, [0, 1]),
+        ({"stepped": [0, 1]}, [0, 1]),  # as it once was, without their number
+        ({"stepped": [0, 7]}, []),
+        ({"stepped": [0], "optimizers": 3}, []),
+        ({"stepped": [0], "optimizers": 5}, []),
+        ({"stepped": [0, 1, 2, 3], "optimizers": 4}, []),  # all is none
+        ({}, []),  # of one
+    ],
+    ids=str,
+)
+def test_who_has_stepped_of_another_number_is_forgotten(told: dict[str, Any], kept: list[int]) -> None:
+    model = make_model()
+    optimizers = [SGD([param], 0.1) for param in model.parameters()]
+    averages = FusedAverages(model, rules={"mean": EqualAverage(), "fast": ExponentialAverage(0.5)})
+    attachment = averages.attach(optimizers)
+    plain = attachment.state_dict()
+    del plain["stepped"], plain["optimizers"]
+    for optimizer in optimizers[:3]:
+        optimizer.step()
+    attachment.load_state_dict({**plain, **told})
+    assert attachment.state_dict()["stepped"] == kept
+    if kept != [0, 1]:
+        for optimizer in optimizers[1:]:
+            optimizer.step()
+        assert attachment.step == 0
+    for optimizer in optimizers if kept != [0, 1] else optimizers[2:]:
+        optimizer.step()
+    assert attachment.step == 1
+
+
+def test_frozen_optimizers_are_warned_of() -> None:
+    model = make_model()
+    model[2].bias.requires_grad_(False)
+    optimizers = [SGD([param], 0.1) for param in model.parameters()]
+    with pytest.warns(UserWarning, match=r"frozen params, '2\.bias' the first") as found:
+        FusedAveragedModel(model).attach(optimizers)
+    assert len(found) == 1
+    assert found[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FusedAveragedModel(model).attach(optimizers[:3])
+        FusedAveragedModel(model).attach(SGD(model.parameters(), 0.1))
+
+
+def test_a_wait_for_one_that_does_not_step_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_WAITS_LONG", 5)
+    model = make_model()
+    optimizers = [SGD([param], 0.1) for param in model.parameters()]
+    attachment = FusedAveragedModel(model).attach(optimizers)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            for _ in range(4):
+                for optimizer in optimizers[:3]:
+                    optimizer.step()
+            optimizers[3].step()
+        assert attachment.step == 2
+        assert found == []
+        for _ in range(12):
+            for optimizer in optimizers[:3]:
+                optimizer.step()
+    (warning,) = found
+    assert "wait for an optimizer, that of '2.bias', while another has stepped 5 times" in str(warning.message)
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -81,6 +81,18 @@ def test_a_model_that_does_not_match_changes_nothing(
     average.update_parameters(good)
 
 
+@pytest.mark.parametrize("several", [True, False])
+def test_an_average_is_not_averaged_into_itself(several: bool) -> None:
+    model = nn.Linear(2, 2)
+    root = FusedAverages(model, rules={"fast": EqualAverage()}) if several else FusedAveragedModel(model)
+    averaged = root["fast"] if isinstance(root, FusedAverages) else root
+    for itself in (root, averaged, averaged.module, nn.DataParallel(averaged.module)):
+        with refused(ValueError, "model must be the one that is trained, got the averaged model itself", root):
+            root.update_parameters(itself)
+        with refused(ValueError, "model must be the one that is trained", root), averaged.swapped_into(averaged.module):
+            pass
+
+
 def test_an_average_that_overlaps_another_or_itself_is_refused() -> None:
     model = nn.ParameterDict({"a": nn.Parameter(torch.randn(4)), "b": nn.Parameter(torch.randn(4))})
     memory = torch.zeros(6)

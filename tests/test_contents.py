@@ -401,6 +401,19 @@ def test_a_first_update_over_loaded_weights_warns(kind: str, way: str, format: s
         require_same({"weight": averaged.averaged_state_dict()["weight"]}, {"weight": torch.full((6,), 1.75)})
 
 
+@pytest.mark.parametrize("way", ["load_state_dict", "assign", "data", "data.copy_"])
+@pytest.mark.parametrize("format", [None, "exact", "compact", "compensated", "mirrored", "half"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_loaded_weights_keep_no_plane_of_others(dtype: torch.dtype, format: str | None, way: str) -> None:
+    if (dtype, format) == (torch.float32, "exact") or (dtype, format) == (torch.bfloat16, "mirrored"):
+        return
+    averaged = FusedAveragedModel(Model(1.00371).to(dtype), format=format)
+    WAYS_IN[way](averaged, Model(100.0).to(averaged.module.weight.dtype))
+    averaged.n_averaged.fill_(3)
+    for _ in range(2):
+        require_same({"weight": averaged.averaged_state_dict()["weight"]}, {"weight": torch.full((6,), 100.0)})
+
+
 MOVES: dict[str, Callable[[FusedAveragedModel], object]] = {
     "cast": lambda averaged: averaged.double().float(),
     "cast of the module": lambda averaged: averaged.module.double().float(),

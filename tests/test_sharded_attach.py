@@ -167,8 +167,12 @@ def test_several_averages_are_attached_together() -> None:
     require_same(run.state(), want.state())
     with pytest.raises(RuntimeError):  # one of them is attached already
         run.averaged["fast"].attach(run.optimizer)
+    state = run.optimizer.state_dict()
     attachment.detach()
     run.averaged["fast"].attach(run.optimizer, run.model).detach()
+    run.optimizer.load_state_dict(state)
+    in_another_order = ShardedAverages(run.model, rules=dict(reversed(SEVERAL.items())))
+    assert in_another_order.attach(run.optimizer, start=2).step == 4
 
 
 def _resumed(mode: str) -> list[Any]:

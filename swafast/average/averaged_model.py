@@ -56,8 +56,8 @@ class FusedAveragedModel(HasRule, HoldsModels, WithBindings, AveragedModel):
             that serves the tensors.
         include: ``include(name, param) -> bool`` picks the parameters to average; the others are copied. It is called
             once for each name, with the parameter of the model given here.
-        nonfinite: ``"propagate"``, as torch does. ``"raise"`` and ``"skip"`` read the params once more, and change
-            nothing if one holds a NaN or an infinity.
+        nonfinite: ``"propagate"``, as torch does. ``"raise"`` and ``"skip"`` read what is averaged once more, and
+            change nothing if it holds a NaN or an infinity.
         seed: the seed of the random bits by which ``"compact"`` and ``"half"`` round. States hold no seed and no rule.
         num_averaged: if ``model`` has averaged weights, such as a published EMA, of how many models. Updates go on from
             them. By default the first update copies.
@@ -248,7 +248,6 @@ class FusedAveragedModel(HasRule, HoldsModels, WithBindings, AveragedModel):
         finally:
             swap.finish()  # whatever an interrupt has left
 
-    @torch.no_grad()
     def copy_to(self, model: Module) -> None:
         """Copy averages and buffers into ``model``. Each is rounded once, to the dtype of its param.
 
@@ -267,7 +266,6 @@ class FusedAveragedModel(HasRule, HoldsModels, WithBindings, AveragedModel):
             for pair in pairs:
                 convert(pair.planes, pair.format, (pair.param,), None)
 
-    @torch.no_grad()
     def averaged_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
         """Return copies of averages and buffers as plain tensors under the model's own names, for export.
 

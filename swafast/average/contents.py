@@ -8,16 +8,19 @@ only if the memory is another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.nn import Module
 
 from ..terms.warn import warn_user
 from ..torch_private.core import versions
+from .planes import extra_planes, renew_planes
 
 if TYPE_CHECKING:
     from ..loop.guard import Guard
+    from ..terms.formats import Format
 
 #: What an average holds. These words are in pickles.
 INITIAL, WEIGHTS, MODELS = "initial values", "weights", "models"
@@ -32,20 +35,27 @@ class Uncounted:
     Args:
         counter: the average's ``n_averaged``.
         params: the tensors into which other code may load weights without counting them.
+        extra: the further planes of these.
         has_weights: whether it has.
         is_loaded: whether a state without a model was loaded.
     """
 
     def __init__(
-        self, counter: Tensor, params: Sequence[Tensor] = (), *, has_weights: bool = False, is_loaded: bool = False
+        self,
+        counter: Tensor,
+        params: Sequence[Tensor] = (),
+        extra: Sequence[Tensor] = (),
+        *,
+        has_weights: bool = False,
+        is_loaded: bool = False,
     ) -> None:
         self.has_weights, self.is_loaded = has_weights, is_loaded
         self.is_updated = False  # whether an update was launched
-        self.note(counter, params)
+        self.note(counter, params, extra)
 
-    def note(self, counter: Tensor, params: Sequence[Tensor]) -> None:
+    def note(self, counter: Tensor, params: Sequence[Tensor], extra: Sequence[Tensor]) -> None:
         """Disregard what has been written so far."""
-        self._counter, self._params = _stamps([counter]), _stamps(params)
+        self._counter, self._params, self._extra = _stamps([counter]), _stamps(params), _stamps(extra)
         self._contents = [*map(_content, params)]
 
     def holds(self, counter: Tensor, params: Sequence[Tensor]) -> str:
@@ -58,15 +68,20 @@ class Uncounted:
         if self.is_updated or _stamps([counter]) != self._counter:
             self.is_loaded = self.is_loaded or not self.is_updated
             return INITIAL if is_on_host(counter) else MODELS
-        self.has_weights = self.has_weights or (bool(self._params) and self._is_written(params))
+        self.has_weights = self.has_weights or bool(self._written(params))
         return WEIGHTS if self.has_weights else INITIAL
 
-    def _is_written(self, params: Sequence[Tensor]) -> bool:
-        if _stamps(params) != self._params:
-            return True
-        now = [*map(_content, params)]
-        # After a move or a cast of the module alone, the two cannot be compared.
-        return any(a[0] == b[0] and a[1] != b[1] for a, b in zip(now, self._contents, strict=True))
+    def _written(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Return those of the params that other code has written."""
+        if len(params) != len(self._params):
+            return [*params] if self._params else []
+        states = zip(params, _stamps(params), self._params, map(_content, params), self._contents, strict=True)
+        # After a move or a cast of the module alone, contents cannot be compared.
+        return [p for p, a, b, (now, x), (then, y) in states if a != b or (now == then and x != y)]
+
+    def parted(self, params: Sequence[Tensor], extra: Sequence[Tensor]) -> list[Tensor]:
+        """Return the params that other code has written without their further planes, of which it may not know."""
+        return self._written(params) if self._extra and _stamps(extra) == self._extra else []
 
 
 def is_on_host(tensor: Tensor) -> bool:
@@ -107,15 +122,25 @@ class HoldsModels:
         """Return the tensors into which other code may load weights."""
         return ()
 
+    def _extra_planes(self) -> Sequence[Tensor]:
+        """Return the further planes of these."""
+        return extra_planes(self) if isinstance(self, Module) else ()
+
     def _count_from(self, num_averaged: int, *, is_loaded: bool = False) -> None:
         """Begin with values that are an average of this many models: of none if they are those of a construction."""
         self.n_averaged.fill_(num_averaged)
-        self._uncounted = None if num_averaged else Uncounted(self.n_averaged, self._params(), is_loaded=is_loaded)
+        watched = (self.n_averaged, self._params(), self._extra_planes())
+        self._uncounted = None if num_averaged else Uncounted(*watched, is_loaded=is_loaded)
 
     def _holds(self) -> str:
         if self._uncounted is None:
             return MODELS
         found = self._uncounted.holds(self.n_averaged, self._params())
+        parted = self._uncounted.parted(self._params(), self._extra_planes())
+        if parted:
+            self._uncounted.has_weights = True
+            renew_planes(self, parted, self._each_average())  # type: ignore[arg-type]  # a module, as it has planes
+            self._note_own_writes()
         if found == MODELS:
             self._uncounted = None
         return found
@@ -123,7 +148,7 @@ class HoldsModels:
     def _note_own_writes(self) -> None:
         """Disregard what we have written since the last :meth:`_holds`."""
         if self._uncounted is not None:
-            self._uncounted.note(self.n_averaged, self._params())
+            self._uncounted.note(self.n_averaged, self._params(), self._extra_planes())
 
     def _warn_if_empty(self, action: str) -> None:
         if self._holds() == INITIAL:
@@ -179,7 +204,10 @@ class HoldsModels:
         held = state.get("_uncounted")
         super().__setstate__({**state, "_uncounted": None})  # type: ignore[misc]
         if held is not None:
-            self._uncounted = Uncounted(self.n_averaged, self._params(), has_weights=held == WEIGHTS)
+            watched = (self.n_averaged, self._params(), self._extra_planes())
+            self._uncounted = Uncounted(*watched, has_weights=held == WEIGHTS)
 
     if TYPE_CHECKING:
         n_averaged: Tensor
+
+        def _each_average(self) -> Iterator[tuple[str, Tensor, Format | None]]: ...

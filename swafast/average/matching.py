@@ -100,6 +100,9 @@ class ModuleBinding:
         homes: frozenset[int],
     ) -> None:
         check_model(model)
+        for side in sides:
+            if any(unwrap(model) is each for each in (root, side.owner, unwrap(side.owner.module))):
+                raise ValueError("model must be the one that is trained, got the averaged model itself")
         matched = [(side, pair) for pace, side in enumerate(sides) for pair in _match(side, model, pace)]
         for side, pair in matched:
             checks.check_sides(pair, any_device=side.any_device)

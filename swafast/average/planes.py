@@ -115,6 +115,21 @@ def find_planes(owner: Module, name: str, average: Tensor, fmt: Format | None) -
     return found
 
 
+def extra_planes(owner: Module) -> list[Tensor]:
+    """Return all further planes of an averaged model."""
+    trees = [tree for plane in EXTRA_PLANES if (tree := own_children(owner).get(plane)) is not None]
+    return [tensor for tree in trees for _, tensor in named_tensors(tree, buffers=True)]
+
+
+def renew_planes(owner: Module, written: Sequence[Tensor], each: Iterable[tuple[str, Tensor, Format | None]]) -> None:
+    """Make the further planes of averages anew that other code has written, from their planes 0 alone."""
+    ids = set(map(id, written))
+    for name, average, fmt in each:
+        if id(average) in ids and fmt is not None and fmt.extra:
+            put_planes(owner, name, None, ())
+            fit_planes(owner, name, average, fmt)
+
+
 def translate_state(
     state: MutableMapping[str, Tensor],
     prefix: str,

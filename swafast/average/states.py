@@ -65,8 +65,8 @@ def translate_load(
     count = state.get(f"{prefix}n_averaged")
     if isinstance(count, Tensor) and count.numel() == 1 and not count.is_meta:
         number = count.item()
-        if not isinstance(number, int) or number < 0:
-            raise load_error(owner, f"'{prefix}n_averaged' must be one integer >= 0, got {number}")
+        if not isinstance(number, int) or not 0 <= number < 2**63:
+            raise load_error(owner, f"'{prefix}n_averaged' must be one integer from 0 to 2^63 - 1, got {number}")
         state[f"{prefix}n_averaged"] = count.to(torch.int64)
     head = f"{prefix}module."
     # Some wrappers leave their segments out of the keys of states, so look keys up by canonical names.

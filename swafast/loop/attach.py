@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from torch.optim import Optimizer
 from ..terms.lazy import MadeOnUse
 from ..terms.warn import warn_user
 from ..torch_private.modules import named_tensors
+from ..torch_private.optimizers import has_hooks, runs_state_hooks, runs_step_hooks
 from . import swaps
-from .attachment import Attachment, check_step
+from .attachment import Attachment, check_step, first_name
 from .guard import Guard
-from .roster import Roster
+from .roster import Roster, state_holder
 from .runners import Ready
 from .schedule import Schedule, Span
 from .stand_in import StandIn
@@ -90,7 +91,10 @@ class Attachable:
         """
         with self._on_all_ranks("attach"):
             if self._guard.is_attached:
-                raise RuntimeError("the averaged model must not be attached already: call detach() on its attachment")
+                raise RuntimeError(
+                    f"the averaged model must not be attached already, got {self._guard.attachment}: call "
+                    "averaged.attachment.detach() first. To follow several optimizers, attach([first, second])"
+                )
             schedule = Schedule.of(start, every, end, duration=duration, steps_per_epoch=steps_per_epoch)
             optimizers, model = self._trained_by(optimizer, model)
             step = None if step is None else check_step(step)
@@ -102,9 +106,17 @@ class Attachable:
         if name is None:
             default_name = _default_name(self)
             name = roster.default_name(default_name, schedule, saved)
+            if roster.has_alike(default_name, schedule):
+                warn_user(
+                    f"the optimizer has another average with the rule and the schedule of {name!r}, and updates both: "
+                    "detach that one if this one replaces it, else attach each with a name= of its own"
+                )
         state = saved.get(name)
         given = {"schedule": schedule, "overlap": overlap, "offload": offload, "name": name, "step": step}
         self._agree({key: str(value) for key, value in {**given, "saved state": state}.items()})
+        _warn_of_no_save(state_holder(optimizers[-1]))
+        if len(optimizers) > 1:
+            _warn_of_frozen(model, optimizers)
         if overlap or offload is not None:
             _warn_of_others(model, optimizers)
         attachment = Attachment(self, optimizers, model, schedule, overlap, offload, name, default_name)
@@ -114,7 +126,25 @@ class Attachable:
             attachment.resume(state)
         elif any(optimizer.state for optimizer in optimizers) or _has_models(self):
             _warn_of_no_state(name, saved)
+            attachment.is_checked = True
         return attachment
+
+    @property
+    def attachment(self) -> Attachment | None:
+        """The attachment by which the averages follow an optimizer, or None."""
+        return self._guard.attachment
+
+    def _check_first_step(self, attachment: Attachment) -> None:
+        """Warn at an attachment's first step if only one of the optimizer and the average was loaded."""
+        before, schedule = attachment.step - 1, attachment.schedule
+        is_empty = all(each._uncounted is not None for each in _members(self).values())
+        if before == 0 and not is_empty:
+            _warn_of_no_state(attachment.name, ())
+        if is_empty and before >= (schedule.start or schedule.every):
+            warn_user(
+                f"the average {attachment.name!r} goes on at step {before + 1}, but holds no model: load the state "
+                "that was saved with the optimizer's. Assign attachment.step before if it begins here"
+            )
 
     def _trained_by(self, optimizer: object, model: object) -> tuple[list[Optimizer], Module]:
         """Return the optimizers and the model to average, for None the original one, or raise as :meth:`attach`."""
@@ -124,12 +154,17 @@ class Attachable:
             if model is None:
                 raise ValueError("model must be given, got None: the model that this average was made of is not known")
         if not isinstance(model, Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+            several = ": to follow several optimizers, attach([first, second])" if isinstance(model, Optimizer) else ""
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{several}")
         with self._guard.hold("attach"):
             self._bind(model)
             if swaps.in_force:
                 swaps.refuse_model("attach", model)
-        return _in_order(optimizers, model), model
+        optimizers = _in_order(optimizers, model)
+        holder = state_holder(optimizers[-1])
+        if not has_hooks(holder, *_STATE_HOOKS):
+            _refuse(holder)
+        return optimizers, model
 
     def _on_all_ranks(self, action: str) -> AbstractContextManager[None]:
         """Return a context that raises on all ranks what one rank raises. Here there is one rank."""
@@ -188,7 +223,7 @@ def _default_name(averaged: object) -> str:
     """Return what tells averages from others: the names of several, or the rule with what the user has set of it."""
     members = _members(averaged)
     if "" not in members:
-        return ", ".join(members)
+        return ", ".join(sorted(members))
     rule = members[""].rule
     if rule is None:  # a function of the user's own
         function = members[""].multi_avg_fn or members[""].avg_fn
@@ -223,15 +258,40 @@ def _check_optimizers(given: object) -> list[Optimizer]:
         name = type(optimizer).__name__
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {name}")
-        try:
-            optimizer.register_step_post_hook(lambda *_: None).remove()
-        except AttributeError:
-            raise TypeError(
-                f"optimizer must run torch's hooks, got {name}: pass the optimizer inside it. If {name} writes params "
-                "after that one's step, call update_parameters after each step instead"
-            ) from None
+        if not (has_hooks(optimizer, "step_pre", "step_post") and runs_step_hooks(optimizer)):
+            _refuse(optimizer)
         optimizers.append(optimizer)
     return optimizers
+
+
+_STATE_HOOKS = ("state_dict_post", "load_state_dict_pre", "load_state_dict_post")
+
+
+def _refuse(optimizer: Optimizer) -> NoReturn:
+    name = type(optimizer).__name__
+    raise TypeError(
+        f"optimizer must run torch's hooks, got {name}: pass the optimizer inside it. If {name} writes params after "
+        "that one's step, call update_parameters after each step instead"
+    )
+
+
+def _warn_of_no_save(optimizer: Optimizer) -> None:
+    if not runs_state_hooks(optimizer):
+        name = type(optimizer).__name__
+        warn_user(
+            f"{name}.state_dict does not run torch's hooks, so a state of {name} lacks the steps of the average: pass "
+            "the optimizer inside it, or save attachment.state_dict() too"
+        )
+
+
+def _warn_of_frozen(model: Module, optimizers: Sequence[Optimizer]) -> None:
+    """Warn of optimizers for which the others may wait in vain, since no param of theirs is trained."""
+    for optimizer in optimizers:
+        if not any(param.requires_grad for param in _params_of(optimizer)):
+            warn_user(
+                f"an optimizer of frozen params, {first_name(model, optimizer)!r} the first, is attached with others: "
+                "a step counts once all have stepped. If it does not step, pass only those that do"
+            )
 
 
 def _in_order(given: Sequence[Optimizer], model: Module) -> list[Optimizer]:

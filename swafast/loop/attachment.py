@@ -18,7 +18,7 @@ from ..terms.numbers import as_int
 from ..terms.warn import warn_user
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import named_modules, named_tensors
-from ..torch_private.optimizers import is_step
+from ..torch_private.optimizers import is_making_state, is_step
 from .roster import Roster
 from .runners import Runner, Updating, runner_for
 from .schedule import Schedule
@@ -59,9 +59,10 @@ class Attachment:
         self._told_step: int | None = None  # the last step that the user has set or loaded
         self._averaged, self._model, self._optimizers = averaged, model, tuple(optimizers)
         self._runner = runner_for(averaged, model, overlap, offload)
-        self._stepped: set[int] = set()  # which optimizers, by their place, have stepped since the last count
+        self._stepped: dict[int, int] = {}  # steps since the last count of those that made any, by their place
         self._own_thread: int | None = None  # the thread that is in an update of ours
-        self._is_warned = False
+        self._is_warned = self._is_warned_of_waiting = False
+        self.is_checked = False  # whether the first step need not be checked any more
         self.then: list[Callable[[], None]] = []
         self._hooks: list[RemovableHandle] = []
         for index, optimizer in enumerate(optimizers):
@@ -132,7 +133,7 @@ class Attachment:
         """Return what a copy or pickle has: steps and schedule. It is detached."""
         nothing: dict[str, Any] = {"_hooks": [], "_optimizers": (), "_runner": Runner(), "then": []}
         own = {"name": self.name, "default_name": self.default_name, "_step": self.step, "_told_step": None}
-        return {**own, "_schedule": self.schedule, "_stepped": set(), **nothing}
+        return {**own, "_schedule": self.schedule, "_stepped": {}, **nothing}
 
     def __enter__(self) -> Attachment:
         return self
@@ -147,12 +148,18 @@ class Attachment:
     def _before_step(self, *_: object) -> None:
         if self._hooks:  # not of a copy of the optimizer
             self._take_up()
-            self._averaged._guard.refuse_while_swapped("a step of the optimizer")
+            guard = self._averaged._guard
+            if guard.model is not None and not is_making_state():
+                guard.refuse_while_swapped("a step of the optimizer")
             self._runner.before_step()
 
     @disable_dynamo
     def _after_step(self, index: int, optimizer: Optimizer, *_: object) -> None:
         if self._hooks and is_step(optimizer) and self._counts(index):
+            if not self.is_checked:
+                self.is_checked = True
+                if self._told_step != self.step - 1:
+                    self._averaged._check_first_step(self)
             if self.schedule.is_due(self.step):
                 self._update()
             for function in self.then:
@@ -161,12 +168,19 @@ class Attachment:
     def _counts(self, index: int) -> bool:
         """Note that this optimizer has stepped, and return whether now all have: that is one step more."""
         with self._counting:
-            self._stepped.add(index)
-            if len(self._stepped) < len(self._optimizers):
-                return False
-            self._stepped.clear()
-            self._step += 1
-            return True
+            times = self._stepped[index] = self._stepped.get(index, 0) + 1
+            if len(self._stepped) == len(self._optimizers):
+                self._stepped.clear()
+                self._step += 1
+                return True
+            lacking = [each for place, each in enumerate(self._optimizers) if place not in self._stepped]
+        if times >= _WAITS_LONG and not self._is_warned_of_waiting:
+            self._is_warned_of_waiting = True
+            warn_user(
+                f"the averages wait for an optimizer, that of {first_name(self._model, lacking[0])!r}, while another "
+                f"has stepped {times} times: a step counts once all have stepped. Attach only to those that step"
+            )
+        return False
 
     def _update(self) -> None:
         self._own_thread = threading.get_ident()
@@ -203,11 +217,12 @@ class Attachment:
     def state_dict(self) -> dict[str, Any]:
         """Return the number of steps and the schedule, as plain numbers.
 
-        Of several optimizers, also those that have stepped since the last count, by their place in the order of the
-        model's params.
+        Of several optimizers, also their number and those that have stepped since the last count, by their place in
+        the order of the model's params.
         """
         state = {"step": self.step, "schedule": self.schedule.state_dict()}
-        return state | ({"stepped": sorted(self._stepped)} if len(self._optimizers) > 1 else {})
+        number = len(self._optimizers)
+        return state | ({"stepped": sorted(self._stepped), "optimizers": number} if number > 1 else {})
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take the number of steps and the schedule from a state.
@@ -220,10 +235,12 @@ class Attachment:
 
     def restore(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state, or raise as :meth:`load_state_dict`, where it is not the user who loads it."""
-        step, schedule, stepped = _read(state_dict)
+        step, schedule, stepped, number = _read(state_dict)
         self._take_up()
         self._step, self._schedule = step, schedule
-        self._stepped = {index for index in stepped if index < len(self._optimizers)}
+        places = range(len(self._optimizers))
+        is_ours = number in (None, len(places)) and stepped < set(places)  # else places are those of others
+        self._stepped = dict.fromkeys(stepped, 1) if is_ours else {}
 
     def _take_up(self) -> None:
         """Take a state that a load without hooks has left, before it could replace what comes after."""
@@ -284,6 +301,16 @@ def _renew_locks() -> None:
 os.register_at_fork(after_in_child=_renew_locks)
 
 
+#: Steps of one optimizer without a step of another until a warning. A critic in a GAN makes a hundred.
+_WAITS_LONG = 1000
+
+
+def first_name(model: Module, optimizer: Optimizer) -> str:
+    """Return the name of the first of the model's params that the optimizer has."""
+    params = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    return next((name for name, param in named_tensors(model) if id(param) in params), "")
+
+
 def check_step(step: object) -> int:
     """Return the number of steps.
 
@@ -298,11 +325,12 @@ def check_step(step: object) -> int:
     return number
 
 
-def _read(state: object) -> tuple[int, Schedule, list[int]]:
+def _read(state: object) -> tuple[int, Schedule, set[int], int | None]:
     try:
         step, spans = check_step(state["step"]), state["schedule"]  # type: ignore[index]
         schedule = Schedule(spans["start"], spans["every"], spans["end"])
-        stepped = [check_step(index) for index in state.get("stepped", [])]  # type: ignore[attr-defined]
+        stepped = {check_step(index) for index in state.get("stepped", [])}  # type: ignore[attr-defined]
+        number = state.get("optimizers")  # type: ignore[attr-defined]
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"state_dict must be a state of an attachment, got {state!r}: {error}") from error
-    return step, schedule, stepped
+    return step, schedule, stepped, number

@@ -64,7 +64,7 @@ class Roster:
     @classmethod
     def of(cls, optimizer: Optimizer) -> Roster:
         """Return the roster of an optimizer. A recipe around an optimizer shares the groups of that, and its roster."""
-        optimizer = getattr(optimizer, "_state_holder", optimizer)
+        optimizer = state_holder(optimizer)
         for owner in owners_of_state_hooks(optimizer):
             if isinstance(owner, cls) and owner._optimizer is not None:  # not of a copy
                 return owner
@@ -78,8 +78,14 @@ class Roster:
         """
         if name is not None and not isinstance(name, str):
             raise TypeError(f"name must be a str, got {name!r}")
-        if name == "" or any(each.name == name for each in self.attachments):
+        if name == "":
+            raise ValueError("name must not be empty")
+        if any(each.name == name for each in self.attachments):
             raise ValueError(f"name must be one that no other average attached to the optimizer has, got {name!r}")
+
+    def has_alike(self, default: str, schedule: Schedule) -> bool:
+        """Return whether another attachment has this default name and this schedule."""
+        return any(each.default_name == default and each.schedule == schedule for each in self.attachments)
 
     def default_name(self, default: str, schedule: Schedule, states: Mapping[str, Any]) -> str:
         """Return the default name, with a number if it is taken, of an attachment that may go on from these states."""
@@ -201,6 +207,12 @@ class Roster:
                         taken.add(name)
         for place, name in names.items():
             self.attachments[place].name = name
+
+
+def state_holder(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer in whose state dict the states of attachments are: that inside a recipe, or this one."""
+    holder: Optimizer = getattr(optimizer, "_state_holder", optimizer)
+    return holder
 
 
 def _default_name(default: str, schedule: Schedule, states: Mapping[str, Any], taken: AbstractSet[str]) -> str:

@@ -85,6 +85,8 @@ class Schedule:
         if last is not None and first > last:
             what = f"end {end!r}" if end is not None else f"duration {duration!r}"
             raise ValueError(f"start must not be after the {what}, step {last}, got {start!r}, step {first}")
+        if last is not None and first == 0 and interval > last:
+            raise ValueError(f"every must not be above the last step, {last}, or no update comes, got {every!r}")
         return cls(first, interval, last)
 
     def is_due(self, step: int) -> bool:
@@ -100,7 +102,8 @@ def at_least_one(name: str, value: object) -> int:
     """Return ``value`` as an int, or raise ValueError if it is none or below 1."""
     number = as_int(value)
     if number is None or number < 1:
-        raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+        hint = ": pass len(loader)" if hasattr(value, "__iter__") else ""
+        raise ValueError(f"{name} must be an int >= 1, got {type(value).__name__ if hint else repr(value)}{hint}")
     return number
 
 

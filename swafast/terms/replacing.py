@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+#: Characters of a name that are part of that of its unfinished folder. Systems have names of at most 255 bytes.
+_MOST = 50
 
 
 @contextmanager
@@ -16,20 +20,27 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     At every moment a reader finds the whole old file or the whole new one, also after a kill or a power cut. If the
     body raises, the old file stays. A killed process leaves the folder ``<name>.<random>.unfinished``. Processes that
-    write one path at once do not disturb each other: one file stays whole. A symbolic link stays one.
+    write one path at once do not disturb each other: one file stays whole. A symbolic link stays one, and a file keeps
+    its permissions.
+
+    Raises:
+        OSError: ``path`` is a device, a pipe or a folder; its folder does not exist; or a file cannot be written.
     """
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path must be in a folder that exists, got {str(path)!r}: make the folder first")
+    before = path.stat().st_mode if path.exists() else None
+    if before is not None and not stat.S_ISREG(before):
+        raise OSError(f"path must be that of a file, got {str(path)!r}, which is a device, a pipe or a folder")
     # A folder, since the writer may have an unfinished file of its own, as safetensors has.
-    folder = path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")
+    folder = path.with_name(f"{path.name[:_MOST]}.{secrets.token_hex(4)}.unfinished")
     try:
         folder.mkdir()
         unfinished = folder / path.name
         unfinished.touch()
-        mode = unfinished.stat().st_mode
+        mode = before or unfinished.stat().st_mode
         yield unfinished
-        unfinished.chmod(mode)  # of the user's other files; safetensors makes a file that nobody else can read
+        unfinished.chmod(stat.S_IMODE(mode))  # else nobody else can read what safetensors makes
         _sync(unfinished)
         os.replace(unfinished, path)
     finally:

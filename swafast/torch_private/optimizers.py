@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable, Mapping
 from types import CodeType, FrameType
@@ -26,6 +27,49 @@ _LOADS_STATE = "_load_optim_state_dict"
 _GETS_STATE = "_get_optim_state_dict"
 #: Functions of torch that take a step to make an optimizer's state, with their modules.
 _MAKE_STATE = {"_init_optim_state": _STATES, "init_state": "torch.distributed.optim.named_optimizer"}
+
+
+def has_hooks(optimizer: Optimizer, *names: str) -> bool:
+    """Return whether hooks can be registered, such as ``"step_post"``. A wrapper may lack the dicts that hold them."""
+    try:
+        for name in names:
+            getattr(optimizer, f"register_{name}_hook")(lambda *_: None).remove()
+    except (AttributeError, TypeError):  # no dict, or a plain one, to which no handle can refer
+        return False
+    return True
+
+
+def runs_step_hooks(optimizer: Optimizer) -> bool:
+    """Return whether ``step`` runs the hooks that the optimizer has, or those of an optimizer inside it."""
+    if not _is_hooked(optimizer) and type(optimizer).zero_grad is Optimizer.zero_grad:
+        optimizer._patch_step_function()  # as its first zero_grad would, of which the user may make no use
+    return _is_hooked(optimizer) or any(map(_is_hooked, _sharing(optimizer, "_optimizer_step_post_hooks")))
+
+
+def _is_hooked(optimizer: Optimizer) -> bool:
+    return bool(getattr(type(optimizer).step, "hooked", False))
+
+
+def runs_state_hooks(optimizer: Optimizer) -> bool:
+    """Return whether ``state_dict`` runs hooks, as far as its code tells: it is torch's, or calls a base class.
+
+    It is not called to see, since it may gather state over ranks, or make state.
+    """
+    if _sharing(optimizer, "_optimizer_state_dict_post_hooks"):
+        return True
+    bases = type(optimizer).__mro__
+    calls = {"super", *(base.__name__ for base in bases)}
+    for base in bases[: bases.index(Optimizer)]:
+        code = getattr(inspect.unwrap(vars(base).get("state_dict", object())), "__code__", None)
+        if code is not None and calls.isdisjoint(code.co_names) and "__class__" not in code.co_freevars:
+            return False
+    return True
+
+
+def _sharing(optimizer: Optimizer, hooks: str) -> list[Optimizer]:
+    """Return the optimizers inside a wrapper that have the same dict of hooks."""
+    inner = (each for each in vars(optimizer).values() if isinstance(each, Optimizer) and each is not optimizer)
+    return [each for each in inner if getattr(each, hooks, None) is getattr(optimizer, hooks)]
 
 
 def is_step(optimizer: Optimizer) -> bool:
