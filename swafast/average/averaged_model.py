@@ -16,7 +16,7 @@ from ..loop.guard import seamless
 from ..op import checks, choice
 from ..op.buckets import keep_large
 from ..op.exchange import Exchange
-from ..terms.formats import OWN, Format, check_format, convert, format_of, stored_dtype
+from ..terms.formats import OWN, Format, check_format, format_of, stored_dtype
 from ..terms.names import named_params, unwrap
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule, rule_of
@@ -201,7 +201,7 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
                 plan.update(params, planes, (rule,), skip_nonfinite=skip)
             elif not skip or plan.first_nonfinite(params) is None:
                 pairs = plan.pairs(params, planes)
-                update_by_function(pairs, self.avg_fn, self.multi_avg_fn, self.n_averaged)
+                update_by_function(pairs, plan.copies, self.avg_fn, self.multi_avg_fn, self.n_averaged)
             if is_first:
                 self._note_update()
 
@@ -271,10 +271,7 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
             plan, params, planes = self._bind(model)
             if swaps.in_force:
                 swaps.refuse_model("copy_to", model)
-            pairs = plan.pairs(params, planes)
-            checks.check_writable(pairs)
-            for pair in pairs:
-                convert(pair.planes, pair.format, (pair.param,), None)
+            plan.copy_to(plan.writable_pairs(params, planes))
 
     @torch.no_grad()
     def averaged_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -344,7 +341,8 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
             if not has_values:
                 self._count_from(0)
             self._any_device |= recast.moved
-            planes = [plane for average in self._each_average() for plane in fit_planes(self, *average)]
+            averages = (each for each in self._each_average() if each[2] is not None)
+            planes = [plane for average in averages for plane in fit_planes(self, *average)]
             self._bindings.large_homes = keep_large(planes, self._bindings.large_homes)
             self._note_own_writes()
             return self

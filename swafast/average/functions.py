@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backends.contract import Pair
 from ..op.checks import refuse_capture
+from ..op.copies import Copies
 from ..terms.rules import Rule, rule_of
 
 AvgFn = Callable[..., Tensor]
@@ -45,7 +46,11 @@ def choose_rule(rule: object, avg_fn: object, multi_avg_fn: object) -> Rule | No
 
 @torch.no_grad()
 def update_by_function(
-    pairs: Sequence[Pair], avg_fn: AvgFn | None, multi_avg_fn: MultiAvgFn | None, num_averaged: Tensor
+    pairs: Sequence[Pair],
+    copies: Copies | None,
+    avg_fn: AvgFn | None,
+    multi_avg_fn: MultiAvgFn | None,
+    num_averaged: Tensor,
 ) -> None:
     """Run one update by ``avg_fn`` or ``multi_avg_fn``, grouped as in torch's class, and count it.
 
@@ -71,4 +76,6 @@ def update_by_function(
     for pair in pairs:
         if pair.format is None:
             pair.average.detach().copy_(pair.param.detach())
+    if copies is not None:
+        copies.update()
     num_averaged.add_(1)

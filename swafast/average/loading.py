@@ -6,7 +6,6 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +13,11 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..op.checks import check_plain
+from ..terms.copying import are_alike, write
 from ..terms.layout import extent
 from ..torch_private.core import has_own_dispatch
 from ..torch_private.modules import (
+    Place,
     loads_by_own_code,
     metadata_of,
     named_modules,
@@ -94,7 +95,10 @@ def write_all(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
 def _write(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
     # Not under no_grad: an interrupt on leaving it would leave it on.
     for tensor, source in writes:
-        tensor.detach().copy_(source.detach())
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            write(tensor, source)
+        else:
+            tensor.detach().copy_(source.detach())
 
 
 def _check_copy(kind: str, place: Place, source: Tensor) -> None:
@@ -102,6 +106,8 @@ def _check_copy(kind: str, place: Place, source: Tensor) -> None:
     tensor, what = place.tensor, f"state_dict[{place.key!r}]"
     if tensor.is_meta:
         return  # torch has warned that nothing is copied
+    if (tensor.layout != torch.strided or tensor.is_quantized) and are_alike(tensor, source):
+        return
     try:
         check_plain(what, source)
         if source.is_complex() and not tensor.is_complex():
@@ -124,17 +130,6 @@ class LateCopy(Tensor):
     def module_load(self, other: Tensor, assign: bool = False) -> Tensor:
         """Return what torch then exchanges with this tensor, if the user has told it to exchange tensors."""
         return other.detach()
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a module holds one of its tensors."""
-
-    key: str  # in the state
-    module: Module
-    held_in: MutableMapping[str, Tensor | None]
-    name: str
-    tensor: Tensor
 
 
 class WayBack:
@@ -183,7 +178,10 @@ class WayBack:
             late_copy = None
             if not (assign or id(tensor) in kept or has_own_dispatch(tensor) or tensor.is_inference()):
                 with suppress(RuntimeError):  # some tensors that stand on memory made in inference mode
-                    late_copy = tensor.detach().as_subclass(LateCopy)
+                    memory = tensor.detach()
+                    if tensor.layout != torch.strided:  # another class cannot have its memory: one element stands in
+                        memory = torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+                    late_copy = memory.as_subclass(LateCopy)
             if late_copy is not None:
                 self.late[id(tensor)] = (place, late_copy)
             else:
@@ -217,7 +215,7 @@ class WayBack:
             passing.clear()
             passing.update(names)
         for now, before in self._dicts:
-            for name in [name for name in now if name not in before]:
+            for name in [name for name in now.keys() if name not in before]:  # noqa: SIM118  # see Walk
                 del now[name]
             for name, value in before.items():
                 if name not in now or now[name] is not value:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from ..terms.copying import duplicate, is_plain, write
 from ..terms.names import unwrap
-from ..torch_private.modules import named_modules, own_buffers, own_children, own_params
+from ..torch_private.modules import named_modules, own_buffers, own_children, own_listing, own_params
 
 Tensors = dict[str, Tensor | None]
 
@@ -51,8 +52,19 @@ class StandIn:
                 params = own_params(module)
                 self._fill(own_params(self._nodes[name]), params, None if self._device is None else before)
                 if self._device is not None:
-                    self.copied += [param.untyped_storage() for param in params.values() if param is not None]
+                    plain = [param for param in params.values() if param is not None and is_plain(param)]
+                    self.copied += [param.untyped_storage() for param in plain]
+            self._list(before)
         return self._nodes[""]
+
+    def _list(self, before: dict[int, Tensor]) -> None:
+        """Let the stand-in list what the model lists by methods of its own."""
+        for buffers, method in ((False, "named_parameters"), (True, "named_buffers")):
+            listed = own_listing(unwrap(self._model), buffers=buffers)
+            if listed is not None:
+                copies = buffers or self._device is not None
+                own = [(name, self._copy(each, before) if copies else each) for name, each in listed]
+                setattr(self._nodes[""], method, lambda own=own, **_: own)
 
     def _fill(self, place: Tensors, tensors: Tensors, before: dict[int, Tensor] | None) -> None:
         """Put ``tensors`` into ``place``; if ``before`` is given, put copies that reuse the memory of those."""
@@ -65,11 +77,14 @@ class StandIn:
             return self._staged[id(tensor)]
         staged = before.get(id(tensor))
         device = self._device or tensor.device
-        if staged is None or (staged.shape, staged.dtype, staged.device) != (tensor.shape, tensor.dtype, device):
+        if not is_plain(tensor):
+            staged = duplicate(tensor).to(device)
+        elif staged is None or (staged.shape, staged.dtype, staged.device) != (tensor.shape, tensor.dtype, device):
             pin = device.type == "cpu" and torch.cuda.is_available()
             staged = torch.empty_like(tensor, device=device, pin_memory=pin)
-            staged = Parameter(staged, requires_grad=False) if isinstance(tensor, Parameter) else staged
-        staged.copy_(tensor, non_blocking=True)
+        if isinstance(tensor, Parameter) and not isinstance(staged, Parameter):
+            staged = Parameter(staged, requires_grad=False)
+        write(staged, tensor, non_blocking=True)
         self._staged[id(tensor)] = staged
         return staged
 

@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..backends.contract import Pair
+from ..terms.copying import are_alike, describe
 from ..terms.formats import Format
 from ..terms.layout import extent
 from ..torch_private.core import has_own_dispatch, is_capturing
+from .copies import is_for_torch
 
 #: Advice for a model that is spread over ranks. We go by class names, since importing the classes takes a second.
 FOR_SHARDED = "average a sharded model with swafast.ShardedAveragedModel"
@@ -50,9 +52,12 @@ def check_sides(pair: Pair, *, any_device: bool) -> None:
 
     With ``any_device`` they may be on two devices.
     """
-    for side, tensor in (("model", pair.param), ("average", pair.average)):
-        check_plain(f"{pair.name!r} of the {side}", tensor)
     name, param, average = pair.name, pair.param, pair.average
+    if is_for_torch(pair):
+        _check_copied(name, param, average)
+        return
+    for side, tensor in (("model", param), ("average", average)):
+        check_plain(f"{name!r} of the {side}", tensor)
     if param.shape != average.shape:
         raise ValueError(f"{name!r} must have the average's shape {tuple(average.shape)}, got {tuple(param.shape)}")
     if _dtype_class(param) != _dtype_class(average):
@@ -64,6 +69,15 @@ def check_sides(pair: Pair, *, any_device: bool) -> None:
         )
     if average.numel() > extent(average.shape, average.stride()):
         raise ValueError(f"average {name!r} must not overlap itself, got strides {tuple(average.stride())}")
+
+
+def _check_copied(name: str, param: Tensor, average: Tensor) -> None:
+    """Raise ValueError unless torch can copy a param into a tensor of the averaged module."""
+    for side, tensor in (("model", param), ("average", average)):
+        if tensor.is_meta:
+            raise ValueError(f"{name!r} of the {side} must hold data, got a tensor on the meta device")
+    if not are_alike(param, average):
+        raise ValueError(f"{name!r} must be like the average's, {describe(average)}, got {describe(param)}")
 
 
 def check_planes(pair: Pair, fmt: Format) -> None:

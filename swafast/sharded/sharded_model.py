@@ -18,7 +18,7 @@ from ..loop import swaps
 from ..loop.guard import Guard, seamless
 from ..loop.swaps import Swap
 from ..op import checks
-from ..terms.formats import check_format, convert
+from ..terms.formats import check_format
 from ..terms.pickling import pickled_from
 from ..terms.rules import EqualAverage, Rule
 from . import checkpoint, construction
@@ -213,12 +213,10 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
             with self._meet("copy_to", model) as ((plan, params, planes), held):
                 if swaps.in_force:
                     swaps.refuse_model("copy_to", model)
-                pairs = plan.pairs(params, planes)
-                checks.check_writable(pairs)
+                pairs = plan.writable_pairs(params, planes)
             if self._uncounted is not None:  # on all ranks, which have compared their counts if they meet below
                 self._refuse_if_empty("copy_to")
-            for pair in pairs:
-                convert(pair.planes, pair.format, (pair.param,), None)
+            plan.copy_to(pairs)
             spread_all(self._spreads, held, "copy_to could not reach all params", torn=True)
 
     @contextmanager

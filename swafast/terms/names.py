@@ -26,7 +26,7 @@ def unwrap(model: Module) -> Module:
     while True:
         if isinstance(model, (DistributedDataParallel, DataParallel)):
             model = model.module
-        elif list(own_children(model)) == ["_orig_mod"] and not own_params(model) and not own_buffers(model):
+        elif [*own_children(model).keys()] == ["_orig_mod"] and not own_params(model) and not own_buffers(model):
             model = model.get_submodule("_orig_mod")
         else:
             return model
