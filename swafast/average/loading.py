@@ -106,8 +106,9 @@ def _check_copy(kind: str, place: Place, source: Tensor) -> None:
     tensor, what = place.tensor, f"state_dict[{place.key!r}]"
     if tensor.is_meta:
         return  # torch has warned that nothing is copied
-    if (tensor.layout != torch.strided or tensor.is_quantized) and are_alike(tensor, source):
-        return
+    is_odd = tensor.layout != torch.strided or tensor.is_quantized or has_own_dispatch(tensor)
+    if is_odd and are_alike(tensor, source):
+        return  # torch copies it
     try:
         check_plain(what, source)
         if source.is_complex() and not tensor.is_complex():

@@ -37,11 +37,11 @@ def each_average(
     Args:
         anew: buffers in place of those that it has, by name, as of :func:`~.following.made_anew`.
     """
-    for is_buffer, find in ((False, named_params), (True, named_buffers)):
+    params = named_params(unwrap(module), "averaged model")
+    checks.refuse_partitioned("averaged model", params)
+    buffers = {**named_buffers(unwrap(module), "averaged model"), **(anew or {})}
+    for is_buffer, found in ((False, params), (True, buffers)):
         tied: dict[int, tuple[list[str], Tensor]] = {}
-        found: dict[str, Tensor | None] = dict(find(unwrap(module), "averaged model"))
-        if is_buffer:
-            found.update(anew or {})
         for name, tensor in found.items():
             if tensor is not None:
                 tied.setdefault(id(tensor), ([], tensor))[0].append(name)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
 
-from ..terms.copying import duplicate, is_plain
+from ..terms.copying import duplicate, is_plain, overlaps_itself
 from ..terms.formats import EXTRA_PLANES, Format, convert, format_of_planes
 from ..terms.names import passing_names, unwrap
 from ..terms.pickling import pickled_from
@@ -203,7 +203,7 @@ class RecodedParams:
         copies: dict[int, Any] = {}
         for _, tensor in (*named_tensors(self._model), *named_tensors(self._model, buffers=True)):
             # torch cannot deep-copy all of them, and a copy needs memory of its own for each element.
-            if not (is_lazy(tensor) or is_plain(tensor) or has_own_dispatch(tensor)):
+            if not (is_lazy(tensor) or has_own_dispatch(tensor)) and (not is_plain(tensor) or overlaps_itself(tensor)):
                 copied = duplicate(tensor)
                 is_param = isinstance(tensor, Parameter)
                 copies[id(tensor)] = Parameter(copied, tensor.requires_grad) if is_param else copied

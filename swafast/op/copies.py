@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..backends.contract import Pair
-from ..terms.copying import are_alike, duplicate, is_plain, overlaps_itself, without_expansion, write
+from ..terms.copying import are_alike, duplicate, is_plain, write
 
 
 def is_for_torch(pair: Pair) -> bool:
@@ -53,22 +53,12 @@ class Copies:
         for param, copied in self.now():
             write(param, copied)
 
-    def check_writable(self) -> None:
-        """Raise ValueError if a param cannot take its copy: elements overlap, and not by an expanded dimension."""
-        for name, (param, _) in zip(self.names, self.now(), strict=True):
-            (once,) = without_expansion(param, param)
-            if overlaps_itself(once):
-                raise ValueError(
-                    f"{name!r} of the model must have memory of its own for each element to take its copy, got strides "
-                    f"{tuple(param.stride())}"
-                )
-
 
 class Replaced:
     """Params that have their copies meanwhile, and the way back.
 
     Args:
-        copies: they must fit, and be writable.
+        copies: they must fit.
     """
 
     def __init__(self, copies: Copies) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..loop.swaps import INTO_AVERAGES, INTO_MODEL, REMOVED, REPLACED
-from ..terms.copying import are_alike
+from ..terms.copying import are_alike, write_once
 from ..terms.formats import convert
 from ..torch_private.core import versions
 from .copies import Replaced
@@ -52,8 +52,6 @@ class Exchange:
     ) -> None:
         self._plan, self._params, self._binding = plan, params, binding
         self._launches, self._aside = plan.exchange(params, planes)
-        if plan.copies is not None:  # the plan has checked only those of its first exchange
-            plan.copies.check_writable()
         self._replaced: Replaced | None = None  # what torch copies
         self._num_planes = len(planes)
         #: What is written: params, or the tensors that they are views of, before planes.
@@ -124,8 +122,10 @@ class Exchange:
             self._is_there = True
             # Write the first average last: it stays where the model ties params that the averaged module does not tie.
             for pair in reversed(self._stashed):
-                decoded = pair.format is not None and pair.average.dtype != pair.param.dtype
-                convert(pair.planes, pair.format if decoded else None, (pair.param.detach(),), None)
+                if pair.format is None or pair.average.dtype == pair.param.dtype:
+                    write_once(pair.param, pair.average)
+                else:
+                    convert(pair.planes, pair.format, (pair.param.detach(),), None)
             if self._replaced is not None:
                 self._replaced.there()
         finally:
@@ -153,7 +153,7 @@ class Exchange:
                         all_of_them.callback(launch.exchange, False)  # does nothing unless it has exchanged
             finally:
                 for pair, value in zip(self._stashed, self._stash, strict=False):  # none if nothing was written
-                    pair.param.detach().copy_(value)
+                    write_once(pair.param, value)
         if self._replaced is not None:
             self._replaced.back()
         bump_versions(self.tensors)
@@ -268,7 +268,7 @@ class _Moved:
             pair.average.copy_(self._pending[2])
             self._done = index + 1
         for index, value in zip(exchange._aside, exchange._stash, strict=True):
-            pairs[index].param.copy_(value)
+            write_once(pairs[index].param, value)
         for index, pair in enumerate(pairs):
             in_danger = pair.planes if index in aside else (pair.param, *pair.planes[1:])
             if any(map(self._is_gone, in_danger)):
@@ -288,7 +288,7 @@ class _Moved:
                 elif tensor.data_ptr() != held.data_ptr() or tensor.dtype != held.dtype:
                     start = int(tensor.storage_offset()) * tensor.itemsize
                     _make_room(tensor.untyped_storage(), start, tensor.shape, tensor.stride(), tensor.dtype)
-                    tensor.detach().copy_(held)
+                    write_once(tensor, held)
 
     def _is_gone(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self._gone

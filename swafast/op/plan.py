@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..backends.contract import Backend, ExchangeLaunch, Pair, ReduceFlag, Update
+from ..terms.copying import write_once
 from ..terms.formats import convert
 from ..terms.rules import Rule, checked_weight, terms_of
 from ..terms.weight import KernelTerms
@@ -240,14 +241,15 @@ class Plan(Launches):
         """
         pairs = self.pairs(params, planes)
         check_writable(pairs)
-        if self.copies is not None:
-            self.copies.check_writable()
         return pairs
 
     def copy_to(self, pairs: Sequence[Pair]) -> None:
         """Write all averages into their params, each rounded once, and all that is copied."""
         for pair in pairs:
-            convert(pair.planes, pair.format, (pair.param,), None)
+            if pair.format is None:
+                write_once(pair.param, pair.average)
+            else:
+                convert(pair.planes, pair.format, (pair.param,), None)
         if self.copies is not None:
             self.copies.copy_to()
 

@@ -12,8 +12,8 @@ from .layout import extent
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Return whether a kernel can read and write a tensor, as one that it only copies."""
-    return _has_strides(tensor) and not tensor.is_quantized and not overlaps_itself(tensor)
+    """Return whether a kernel can read a tensor, to copy it."""
+    return _has_strides(tensor) and not tensor.is_quantized
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
@@ -40,9 +40,15 @@ def are_alike(first: object, second: object) -> bool:
         return False
     if _kind_of(first) != _kind_of(second) or first.is_quantized != second.is_quantized:
         return False
-    if not first.is_nested and first.shape != second.shape:
+    if _shape_of(first) != _shape_of(second):
         return False
     return first.dtype == second.dtype or (first.is_floating_point() and second.is_floating_point())
+
+
+def _shape_of(tensor: Tensor) -> object:
+    if tensor.is_nested and tensor.layout == torch.strided:
+        return [each.shape for each in tensor.unbind()]
+    return tensor.shape
 
 
 def _kind_of(tensor: Tensor) -> tuple[object, ...]:
@@ -60,21 +66,28 @@ def duplicate(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def write(tensor: Tensor, value: Tensor, *, non_blocking: bool = False) -> None:
     """Write a value into a tensor like it. Not through ``detach()``, which has indices and scales of its own."""
-    once, value_once = without_expansion(tensor, tensor, value)
     try:
-        once.copy_(value_once, non_blocking=non_blocking)
-    except RuntimeError:  # copy_ wants as many elements in both, or one scheme of quantisation
-        if once is not tensor:
+        tensor.copy_(value, non_blocking=non_blocking)
+    except RuntimeError:  # copy_ wants one scheme of quantisation, or as many elements in both
+        if tensor.is_quantized:
+            tensor.data = duplicate(value).to(tensor.device)
+        elif tensor.layout != torch.strided and not has_own_dispatch(tensor):
+            tensor.resize_as_sparse_(value.to(tensor.device))
+            tensor.copy_(value)
+        else:
             raise
-        floating = tensor.is_floating_point()
-        tensor.data = duplicate(value).to(tensor.device, tensor.dtype if floating else value.dtype)
+
+
+def write_once(tensor: Tensor, value: Tensor) -> None:
+    """Write a value into a tensor with strides. Each element of an expanded one is written once."""
+    once, value_once = without_expansion(tensor.detach(), tensor.detach(), value)
+    once.copy_(value_once)
 
 
 def without_expansion(tensor: Tensor, *views: Tensor) -> list[Tensor]:
     """Return ``views`` of as many elements as ``tensor`` has in memory: its expanded dimensions have size 1 there."""
     found = list(views)
-    if _has_strides(tensor):
-        for dim, stride in enumerate(tensor.stride()):
-            if stride == 0 and tensor.shape[dim] > 1:
-                found = [view.narrow(dim, 0, 1) for view in found]
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            found = [view.narrow(dim, 0, 1) for view in found]
     return found
