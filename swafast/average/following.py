@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from ..terms.copying import are_alike, duplicate, overlaps_itself
 from ..terms.formats import Format
 from ..terms.names import canonical, unwrap
-from ..torch_private.modules import named_modules, own_buffers, own_listing, passing_buffers, put_tensor
+from ..torch_private.modules import named_modules, own_buffers, passing_buffers, put_tensor
 
 #: Takes an average's name, its tensor and whether it is a buffer. Returns its format, or None if it is copied.
 FormatOf = Callable[[str, Tensor, bool], Format | None]
@@ -42,8 +42,6 @@ def made_anew(
     Args:
         device: of those that replace none; None: that of the model's.
     """
-    if own_listing(unwrap(model), buffers=True) is not None:
-        return {}
     own, modules = _buffers(averaged), _modules(averaged)
     anew: dict[str, Tensor | None] = {}
     copies: dict[int, Tensor] = {}  # by the id of the model's, since tied buffers stay tied

@@ -126,8 +126,7 @@ class ModuleBinding:
         counters = _place_counters(sides)
         backends = choice.choose_backends(sides[0].backend, choice.device_types(pairs))
         self.plan = Plan(pairs, backends, counters, homes)
-        self.config, self._model_walk = config, Walk(unwrap(model))
-        self._owner_walk = Walk(root, [unwrap(side.owner.module) for side in sides])
+        self.config, self._owner_walk, self._model_walk = config, Walk(root), Walk(unwrap(model))
         tied: dict[int, list[str]] = {}
         for name, tensor in (*named_params(unwrap(model), "model").items(), *named_buffers(unwrap(model), "").items()):
             tied.setdefault(id(tensor), []).append(name)

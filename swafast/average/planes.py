@@ -207,7 +207,11 @@ class RecodedParams:
                 copied = duplicate(tensor)
                 is_param = isinstance(tensor, Parameter)
                 copies[id(tensor)] = Parameter(copied, tensor.requires_grad) if is_param else copied
-        return copy.deepcopy(self._model, copies | self._copies)
+        made: Module = copy.deepcopy(self._model, copies | self._copies)
+        for _, param in named_tensors(made):
+            if not param.is_leaf:  # those of a scripted module, which would keep the model's alive
+                param.detach_().requires_grad_()
+        return made
 
     @torch.inference_mode(False)
     @torch.no_grad()

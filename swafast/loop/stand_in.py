@@ -11,7 +11,7 @@ from torch.nn import Module, Parameter
 
 from ..terms.copying import duplicate, is_plain, write
 from ..terms.names import unwrap
-from ..torch_private.modules import named_modules, own_buffers, own_children, own_listing, own_params
+from ..torch_private.modules import named_modules, own_buffers, own_children, own_params
 
 Tensors = dict[str, Tensor | None]
 
@@ -54,17 +54,7 @@ class StandIn:
                 if self._device is not None:
                     plain = [param for param in params.values() if param is not None and is_plain(param)]
                     self.copied += [param.untyped_storage() for param in plain]
-            self._list(before)
         return self._nodes[""]
-
-    def _list(self, before: dict[int, Tensor]) -> None:
-        """Let the stand-in list what the model lists by methods of its own."""
-        for buffers, method in ((False, "named_parameters"), (True, "named_buffers")):
-            listed = own_listing(unwrap(self._model), buffers=buffers)
-            if listed is not None:
-                copies = buffers or self._device is not None
-                own = [(name, self._copy(each, before) if copies else each) for name, each in listed]
-                setattr(self._nodes[""], method, lambda own=own, **_: own)
 
     def _fill(self, place: Tensors, tensors: Tensors, before: dict[int, Tensor] | None) -> None:
         """Put ``tensors`` into ``place``; if ``before`` is given, put copies that reuse the memory of those."""

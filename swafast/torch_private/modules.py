@@ -7,7 +7,7 @@ sets in torch's ``modules()`` and ``named_parameters()`` ask these.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -83,29 +83,13 @@ def places(root: Module, *, buffers: bool = False) -> list[Place]:
 def named_tensors(root: Module, *, buffers: bool = False) -> list[tuple[str, Tensor]]:
     """Return the params, or the buffers, of all modules: tied ones and those of shared modules under each name.
 
-    A root that lists them by a method of its own, as torch's class of averages heeds, has those that it lists.
+    A module that lists its tensors by methods of its own is not asked: these may leave out what is frozen now. torch's
+    class does not ask the averaged module either.
     """
     found: list[tuple[str, Tensor]] = []
     for place in places(root, buffers=buffers):
         found.append((place.key, place.tensor))
-    listed = own_listing(root, buffers=buffers)
-    if listed is None:
-        return found
-    known, ids = {id(tensor) for _, tensor in found}, {id(tensor) for _, tensor in listed}
-    registered = [(name, tensor) for name, tensor in found if id(tensor) in ids]
-    return [*registered, *((name, tensor) for name, tensor in listed if id(tensor) not in known)]
-
-
-def own_listing(root: Module, *, buffers: bool) -> list[tuple[str, Tensor]] | None:
-    """Return the tensors that a module lists by methods of its own, or None if its methods are torch's."""
-    listing = "buffers" if buffers else "parameters"
-    for method in (listing, f"named_{listing}", "named_modules"):
-        if not str(getattr(getattr(root, method), "__module__", "")).startswith("torch."):
-            break
-    else:
-        return None
-    names = {id(tensor): name for name, tensor in getattr(root, f"named_{listing}")()}
-    return [(names.get(id(each), f"{listing}.{i}"), each) for i, each in enumerate(getattr(root, listing)())]
+    return found
 
 
 def passing_buffers(module: Module) -> set[str]:
@@ -151,21 +135,11 @@ class Walk:
 
     ``module.named_parameters()`` takes 0.5 us per tensor, at every update. A walk reads each module's dicts once. It
     holds modules by weak references, so an average keeps no model alive.
-
-    Args:
-        roots: the modules in it whose tensors :func:`named_tensors` lists; default: ``root``.
     """
 
-    def __init__(self, root: Module, roots: Sequence[Module] = ()) -> None:
+    def __init__(self, root: Module) -> None:
         modules = [module for _, module in named_modules(root, distinct=True)]
         self._modules = [weakref.ref(module) for module in modules]
-        #: The modules that list tensors by methods of their own, and whether these are buffers.
-        self._listing = [
-            (weakref.ref(each), buffers)
-            for each in roots or (root,)
-            for buffers in (False, True)
-            if own_listing(each, buffers=buffers) is not None
-        ]
         self._layout, values = self._read(modules)
         self._empty = [i for i, value in enumerate(values) if value is None]
         first: dict[int, int] = {}
@@ -175,7 +149,8 @@ class Walk:
         self._ties = [(first[id(v)], i) for i, v in enumerate(values) if v is not None and first[id(v)] != i]
         self._positions = first
 
-    def _read(self, modules: list[Module]) -> tuple[list[object], list[Tensor | None]]:
+    @staticmethod
+    def _read(modules: list[Module]) -> tuple[list[object], list[Tensor | None]]:
         """Return (layout, tensors); the layout lists all names, ids of children and the bounds of modules."""
         layout: list[object] = []
         values: list[Tensor | None] = []
@@ -192,10 +167,6 @@ class Walk:
                 layout.extend(submodules.keys())
                 layout.extend(map(id, submodules.values()))
             layout.append(len(values))
-        for lister, of_buffers in self._listing:
-            listed = own_listing(lister(), buffers=of_buffers) or []  # type: ignore[arg-type]  # modules live
-            layout.extend(name for name, _ in listed)
-            values.extend(tensor for _, tensor in listed)
         return layout, values
 
     def position(self, tensor: Tensor) -> int:
