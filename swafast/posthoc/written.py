@@ -20,6 +20,7 @@ from ..op.checksum import checksum
 from ..sharded import checkpoint
 from ..sharded.parts.ranks import Ranks
 from ..sharded.sharded_model import ShardedAveragedModel
+from ..terms.copying import describe, is_plain
 from ..terms.formats import Format, full_precision
 from ..terms.names import persistent_buffers, unwrap
 from .folder import StoredTensor
@@ -48,6 +49,8 @@ def stored_parts(averaged: Averaged, ranks: Ranks, dtype: torch.dtype | None) ->
     """
     if isinstance(averaged, ShardedAveragedModel):
         return list(_sharded_parts(averaged, ranks, dtype))
+    shapes = {names[0]: describe(tensor) for names, tensor, _ in each_average(averaged.module)}
+    ranks.agree("a FusedAveragedModel that is saved", shapes)  # a buffer may have grown on one rank
     parts = list(_whole_parts(averaged, ranks, dtype))
     ranks.agree("a FusedAveragedModel that is saved", {part.stored.names[0]: part.checksum for part in parts})
     return [part if ranks.index == 0 else replace(part, checksum=0) for part in parts]
@@ -66,7 +69,7 @@ def _whole_parts(averaged: FusedAveragedModel, ranks: Ranks, dtype: torch.dtype 
     saved = set(map(id, persistent_buffers(unwrap(averaged.module)).values()))
     tensors = zip(each_average(averaged.module), averaged._each_average(), strict=True)
     for (names, tensor, is_buffer), (name, _, fmt) in tensors:
-        if is_buffer and id(tensor) not in saved:
+        if (is_buffer and id(tensor) not in saved) or (fmt is None and not is_plain(tensor)):
             continue
         planes = fit_planes(averaged, name, tensor, fmt)
         full = full_precision(planes, fmt)

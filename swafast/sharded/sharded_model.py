@@ -18,11 +18,12 @@ from ..loop import swaps
 from ..loop.guard import Guard, seamless
 from ..loop.swaps import Swap
 from ..op import checks
+from ..terms.copying import duplicate
 from ..terms.formats import check_format
 from ..terms.pickling import pickled_from
 from ..terms.rules import EqualAverage, Rule
 from . import checkpoint, construction
-from .parts.holdings import Held, find_holdings, reshard
+from .parts.holdings import Held, copied_by_torch, find_holdings, reshard
 from .parts.ranks import Ranks
 from .parts.rendezvous import shared_ranks
 from .parts.shares import share_out
@@ -127,6 +128,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         options = ("rule", "format", "nonfinite", "use_buffers", "share_replicas", "seed")
         described = {option: construction.spell(getattr(self, option)) for option in options}
         described["num_averaged"] = str(num_averaged)
+        described |= {names[0]: "copied by torch" for names in self._copied}
         self._ranks.agree("the model and the arguments", described | construction.describe(self._shares))
         construction.require_same_bits(self._shares, held, self._ranks)
         self._spreads = construction.make_spreads(self._shares, self._ranks)
@@ -146,6 +148,10 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         }
         self._left_alone = {name for name, included in ask_include(include, params).items() if not included}
         held = {name: found[name] for name in found if name not in self._left_alone}
+        self._copied = {names: duplicate(tensor) for names, tensor in copied_by_torch(model).items()}
+        for (name, *_), tensor in self._copied.items():
+            if self.use_buffers and tensor.is_floating_point():
+                checks.check_plain(f"{name!r} of the model", tensor)
         holdings = [each.holding for each in held.values()]
         formats = {each.name: construction.format_of_average(each, self.format, self.use_buffers) for each in holdings}
         self._shares = share_out(holdings, formats, self._ranks.rank, share_replicas=self.share_replicas)
@@ -265,7 +271,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         """
         with self._guard.hold("load_state_dict", self._ranks):
             with self._ranks.settled("load_state_dict"):
-                pending = checkpoint.prepare_load(self._entries(), state_dict)
+                pending = checkpoint.prepare_load(self._entries(), self._copied, state_dict)
             with self._ranks.settled("load_state_dict"):  # ranks may have been given different checksums
                 checkpoint.verify(pending, self._ranks, self.n_averaged.device)
             checkpoint.commit([(pending, self.n_averaged)])
@@ -291,9 +297,11 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
             if self._uncounted is not None:
                 self._warn_if_empty("full_state_dict")
             with self._ranks.in_lockstep():
-                return checkpoint.make_full_state(
+                state = checkpoint.make_full_state(
                     self._entries(), self.n_averaged, self._ranks, rank0_only=rank0_only, cpu_offload=cpu_offload
                 )
+                copied = checkpoint.copied_on_first(self._copied, self._ranks, cpu_offload=cpu_offload)
+                return state | copied if state else {}
 
     def _entries(self) -> list[checkpoint.Entry]:
         return list(checkpoint.entries(self._shares, self._planes))

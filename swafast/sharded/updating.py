@@ -19,7 +19,8 @@ from ..op.plan import Plan
 from ..terms.lazy import MadeOnUse
 from ..torch_private.core import disable_dynamo
 from .parts.ranks import Counting, Ranks
-from .shard_matching import Bound, ShardSide, Staging, bind_shards, on_its_memory
+from .shard_matching import Bound, ShardSide, bind_shards, on_its_memory
+from .staging import Staging
 
 
 class Flag:
