@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..op.checks import check_plain
-from ..terms.copying import are_alike, write
+from ..terms.copying import are_alike, copy_into
 from ..terms.layout import extent
 from ..torch_private.core import has_own_dispatch
 from ..torch_private.modules import (
@@ -96,7 +96,7 @@ def _write(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
     # Not under no_grad: an interrupt on leaving it would leave it on.
     for tensor, source in writes:
         if tensor.layout != torch.strided or tensor.is_quantized:
-            write(tensor, source)
+            copy_into(tensor, source)
         else:
             tensor.detach().copy_(source.detach())
 

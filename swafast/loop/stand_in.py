@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from ..terms.copying import duplicate, is_plain, write
+from ..terms.copying import copy_into, duplicate, is_plain
 from ..terms.names import unwrap
 from ..torch_private.modules import named_modules, own_buffers, own_children, own_params
 
@@ -74,7 +74,7 @@ class StandIn:
             staged = torch.empty_like(tensor, device=device, pin_memory=pin)
         if isinstance(tensor, Parameter) and not isinstance(staged, Parameter):
             staged = Parameter(staged, requires_grad=False)
-        write(staged, tensor, non_blocking=True)
+        copy_into(staged, tensor, non_blocking=True)
         self._staged[id(tensor)] = staged
         return staged
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..backends.contract import Pair
-from ..terms.copying import are_alike, describe, overlaps_itself, without_expansion
+from ..terms.copying import are_alike, describe_kind, overlaps_itself, without_expansion
 from ..terms.formats import Format
 from ..terms.layout import extent
 from ..torch_private.core import has_own_dispatch, is_capturing
@@ -95,7 +95,7 @@ def _check_copied(name: str, param: Tensor, average: Tensor) -> None:
         if tensor.is_meta:
             raise ValueError(f"{name!r} of the {side} must hold data, got a tensor on the meta device")
     if not are_alike(param, average):
-        raise ValueError(f"{name!r} must be like the average's, {describe(average)}, got {describe(param)}")
+        raise ValueError(f"{name!r} must be like the average's, {describe_kind(average)}, got {describe_kind(param)}")
 
 
 def check_planes(pair: Pair, fmt: Format) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..backends.contract import Pair
-from ..terms.copying import are_alike, duplicate, is_plain, write
+from ..terms.copying import are_alike, copy_into, duplicate, is_plain
 
 
 def is_for_torch(pair: Pair) -> bool:
@@ -46,12 +46,12 @@ class Copies:
     def update(self) -> None:
         """Copy all params."""
         for param, copied in self.now():
-            write(copied, param)
+            copy_into(copied, param)
 
     def copy_to(self) -> None:
         """Write all copies into the params."""
         for param, copied in self.now():
-            write(param, copied)
+            copy_into(param, copied)
 
 
 class Replaced:
@@ -72,6 +72,6 @@ class Replaced:
         """Write the params' own values, also into what is in their place now, unless the model has made it anew."""
         now = self._copies.find() or self._pairs
         for (param, _), (placed, _), own in zip(self._pairs, now, self._own, strict=True):
-            write(param, own)
+            copy_into(param, own)
             if placed is not param and are_alike(placed, own):
-                write(placed, own)
+                copy_into(placed, own)

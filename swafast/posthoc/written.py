@@ -20,7 +20,7 @@ from ..op.checksum import checksum
 from ..sharded import checkpoint
 from ..sharded.parts.ranks import Ranks
 from ..sharded.sharded_model import ShardedAveragedModel
-from ..terms.copying import describe, is_plain
+from ..terms.copying import describe_kind, is_plain
 from ..terms.formats import Format, full_precision
 from ..terms.names import persistent_buffers, unwrap
 from .folder import StoredTensor
@@ -48,8 +48,9 @@ def stored_parts(averaged: Averaged, ranks: Ranks, dtype: torch.dtype | None) ->
         ValueError: ranks that each have a whole average have different bits in it.
     """
     if isinstance(averaged, ShardedAveragedModel):
+        ranks.agree("a ShardedAveragedModel that is saved", averaged._anew)
         return list(_sharded_parts(averaged, ranks, dtype))
-    shapes = {names[0]: describe(tensor) for names, tensor, _ in each_average(averaged.module)}
+    shapes = {names[0]: describe_kind(tensor) for names, tensor, _ in each_average(averaged.module)}
     ranks.agree("a FusedAveragedModel that is saved", shapes)  # a buffer may have grown on one rank
     parts = list(_whole_parts(averaged, ranks, dtype))
     ranks.agree("a FusedAveragedModel that is saved", {part.stored.names[0]: part.checksum for part in parts})

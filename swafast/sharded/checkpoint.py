@@ -16,7 +16,7 @@ from ..average.loading import write_all
 from ..op.checks import check_plain
 from ..op.checksum import checksum, wrap_int64
 from ..terms.boxes import boxes_of_run
-from ..terms.copying import are_alike, describe, duplicate
+from ..terms.copying import are_alike, describe_kind, duplicate
 from .parts.holdings import is_spread_as
 from .parts.part_tensor import PartTensor
 from .parts.ranks import Ranks
@@ -158,7 +158,7 @@ def prepare_load(all_entries: Sequence[Entry], copied: Mapping[tuple[str, ...], 
     copies = [(copied[keys_of[key]], given[key]) for key in keys_of if key in given]
     for key in keys_of:
         if key in given and not are_alike(given[key], copied[keys_of[key]]):
-            wanted, got = describe(copied[keys_of[key]]), given[key]
+            wanted, got = describe_kind(copied[keys_of[key]]), given[key]
             raise ValueError(f"state_dict[{key!r}] must be like this average's, {wanted}, got {got!r}")
     keys = [COUNT, *(key for entry in all_entries for key in entry.keys)]
     sealed = [key for key in state if str(key).startswith(CHECKSUM)]

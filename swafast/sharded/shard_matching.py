@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
-from ..average.accepting import check_model
-from ..average.contents import HoldsModels
 from ..average.matching import Bindings
-from ..backends.contract import Pair
 from ..op import checks, choice
 from ..op.copies import Copies
 from ..op.plan import Fingerprint, Plan
 from ..terms.copying import are_alike, duplicate
-from ..terms.draws import Draws, make_random_key
-from ..terms.names import canonical, require_same_names, unwrap
-from ..terms.rules import Rule
+from ..terms.names import canonical, unwrap
 from ..torch_private import distributed as private
 from ..torch_private.modules import Walk, named_tensors
-from .parts.holdings import Held, Mesh, copied_by_torch, find_holdings, is_fsdp1, require_same_sharding, reshard
-from .parts.ranks import Ranks
+from .parts.holdings import Held, copied_by_torch, reshard
 from .parts.shares import Share
+from .shard_side import ShardSide
 from .staging import Staging
-
-
-def check_sharded_model(model: object) -> None:
-    """Raise as :func:`check_model` does, but accept an FSDP1 model with only empty params on this rank."""
-    if not (isinstance(model, Module) and is_fsdp1(model)):
-        check_model(model)
 
 
 class Locator:
@@ -177,45 +166,6 @@ class Views(Sequence[Tensor]):
         return share.of(self.locator.local(self.bases, index).detach())
 
 
-class ShardSide(HoldsModels):
-    """One of the averaged models that are updated together."""
-
-    rule: Rule
-    n_averaged: Tensor  # () int64, number of updates, on the params' device
-    seed: int
-    backend: str | None
-    _ranks: Ranks
-    _shares: Sequence[Share]
-    _planes: Mapping[str, tuple[Tensor, ...]]  # by name of the share
-    _left_alone: Collection[str]  # names of params that are not averaged
-    _meshes: Mapping[str, tuple[Mesh, ...]]  # for `find_holdings`
-    _copied: dict[tuple[str, ...], Tensor]  # by names of the buffer: the copies that torch makes
-
-    def _find_held(self, model: Module) -> dict[str, Held]:
-        """Return what this rank holds of ``model`` now, by name, in the order of the shares.
-
-        Raises:
-            ValueError: names, shapes, meshes or placements differ from those of the shares; the message names it.
-        """
-        check_sharded_model(model)
-        require_same_names("buffers that torch copies", map(str, self._copied), map(str, copied_by_torch(model)))
-        held = {found.holding.name: found for found in find_holdings(model, self._ranks.ranks, self._meshes)}
-        for is_buffer, kind in ((False, "parameters"), (True, "buffers")):
-            expected = [share.name for share in self._shares if share.holding.is_buffer == is_buffer]
-            given = [name for name, found in held.items() if found.holding.is_buffer == is_buffer]
-            require_same_names(kind, expected, [name for name in given if name not in self._left_alone])
-        for share in self._shares:
-            require_same_sharding(share.holding, held[share.name].holding)
-            checks.check_plain(f"{share.name!r} of the model", held[share.name].local)
-        return {share.name: held[share.name] for share in self._shares}
-
-    def _pair(self, share: Share, view: Tensor, pace: int) -> Pair:
-        draws = None
-        if share.format is not None and share.format.num_random_bits:
-            draws = Draws(make_random_key(self.seed, share.name), share.holding.shape, share.boxes)
-        return Pair(share.name, view, self._planes[share.name], share.format, draws, pace, share.holding.is_buffer)
-
-
 #: A plan with its current params and planes.
 Bound = tuple[Plan, Views, tuple[Tensor, ...]]
 
@@ -317,7 +267,10 @@ def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], s
     if current is None:
         for counter in counters:
             checks.check_counter(counter)
-        bindings.use(ShardBinding(model, sides, sides[0]._find_held(model), staging))
+        held = sides[0]._find_held(model)
+        for side in sides:
+            side._follow(model, held)
+        bindings.use(ShardBinding(model, sides, held, staging))
         current = bindings.current(model, config, counters)
         assert current is not None, "a new plan must fit"
     return current  # type: ignore[return-value]  # the bindings of this floor have views for params

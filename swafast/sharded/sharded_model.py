@@ -27,7 +27,8 @@ from .parts.holdings import Held, copied_by_torch, find_holdings, reshard
 from .parts.ranks import Ranks
 from .parts.rendezvous import shared_ranks
 from .parts.shares import share_out
-from .shard_matching import Bound, ShardSide, check_sharded_model
+from .shard_matching import Bound
+from .shard_side import ShardSide, check_sharded_model
 from .swap import SpreadExchange, spread_all
 from .updating import AttachableShards
 
@@ -148,6 +149,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         }
         self._left_alone = {name for name, included in ask_include(include, params).items() if not included}
         held = {name: found[name] for name in found if name not in self._left_alone}
+        self._anew: dict[str, str] = {}
         self._copied = {names: duplicate(tensor) for names, tensor in copied_by_torch(model).items()}
         for (name, *_), tensor in self._copied.items():
             if self.use_buffers and tensor.is_floating_point():
@@ -254,7 +256,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
             RuntimeError: the averages are swapped into a model, here or on another rank; ranks have made different
                 numbers of updates; or a rank was lost.
         """
-        with self._guard.hold("state_dict", self._counting), self._ranks.in_lockstep():
+        with self._guard.hold("state_dict", self._saving), self._ranks.in_lockstep():
             return checkpoint.make_state(self._entries(), self.n_averaged, self._ranks, checksums=checksums)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -293,7 +295,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         Raises:
             RuntimeError: as :meth:`state_dict`.
         """
-        with self._guard.hold("full_state_dict", self._counting):
+        with self._guard.hold("full_state_dict", self._saving):
             if self._uncounted is not None:
                 self._warn_if_empty("full_state_dict")
             with self._ranks.in_lockstep():

@@ -25,7 +25,7 @@ def _has_strides(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_nested and not has_own_dispatch(tensor)
 
 
-def describe(tensor: Tensor) -> str:
+def describe_kind(tensor: Tensor) -> str:
     """Describe what must be alike in two tensors for one to be copied into the other."""
     if tensor.is_nested:
         return "a nested tensor"
@@ -64,7 +64,7 @@ def duplicate(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def write(tensor: Tensor, value: Tensor, *, non_blocking: bool = False) -> None:
+def copy_into(tensor: Tensor, value: Tensor, *, non_blocking: bool = False) -> None:
     """Write a value into a tensor like it. Not through ``detach()``, which has indices and scales of its own."""
     try:
         tensor.copy_(value, non_blocking=non_blocking)

@@ -65,6 +65,16 @@ def passing_names(root: Module) -> frozenset[str]:
     )
 
 
+def empty_buffers(root: Module) -> set[str]:
+    """Return the names of buffers that are None now."""
+    return {
+        canonical(f"{prefix}.{name}" if prefix else name)
+        for prefix, module in named_modules(root)
+        for name, buffer in own_buffers(module).items()
+        if buffer is None
+    }
+
+
 def persistent_buffers(root: Module) -> dict[str, Tensor]:
     """Return every buffer that a state dict of ``root`` holds, under each of its names."""
     passing = passing_names(root)
