@@ -15,7 +15,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages, update_bn
 from tests.support import Held, drift, refused, step_with_ones
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(CSR|uantize|nested)")
+pytestmark = pytest.mark.filterwarnings("ignore:.*(CSR|uantize|nested|TypedStorage)")
 
 
 def _dense(seed: int) -> Tensor:
@@ -247,6 +247,23 @@ def test_a_buffer_registered_since_is_registered_as_it_is_there() -> None:
     averaged.update_parameters(model)
     assert torch.equal(averaged.module.layer.cache, torch.arange(3.0))
     assert averaged.averaged_state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_copied_buffer_that_overlaps_itself_gets_memory_of_its_own() -> None:
+    model = Model(torch.arange(4.0))
+    averaged, _ = average_of(model)
+    averaged.module.odd = torch.zeros(1).expand(4)  # a subclass may make its own copy
+    averaged.update_parameters(model)
+    assert same(averaged.module, torch.arange(4.0))
+
+
+def test_a_swap_refuses_a_buffer_whose_elements_overlap_otherwise() -> None:
+    model = Model(torch.arange(5.0).as_strided((4, 3), (1, 1)))
+    averaged, _ = average_of(model)
+    averaged.update_parameters(model)
+    for call in (averaged.copy_to, lambda model: averaged.swapped_into(model).__enter__()):
+        with refused(ValueError, "'odd' of the model must have memory of its own", model, averaged):
+            call(model)
 
 
 def test_tied_buffers_stay_tied_when_they_grow() -> None:
