@@ -13,7 +13,7 @@ from torch import nn
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages, Rule
 from swafast.backends.reference import ReferenceLaunch
 from swafast.optim import SWA
-from tests.support import EveryKind, drift, refused, unchanged, updated_once
+from tests.support import EveryKind, refused, unchanged, updated_once
 
 
 def _change(name: str, make: Callable[[nn.Parameter], torch.Tensor]) -> Callable[[nn.Module], None]:

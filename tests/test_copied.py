@@ -258,7 +258,7 @@ def test_a_copied_buffer_that_overlaps_itself_gets_memory_of_its_own() -> None:
 
 
 def test_a_swap_refuses_a_buffer_whose_elements_overlap_otherwise() -> None:
-    model = Model(torch.arange(5.0).as_strided((4, 3), (1, 1)))
+    model = Model(torch.arange(6.0).as_strided((4, 3), (1, 1)))
     averaged, _ = average_of(model)
     averaged.update_parameters(model)
     for call in (averaged.copy_to, lambda model: averaged.swapped_into(model).__enter__()):

@@ -66,7 +66,7 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
         TypeError: ``model`` is not a module, or another argument has a wrong type.
         NotImplementedError: a parameter's dtype, such as float8, cannot be averaged. ``include`` can leave it out.
         ValueError: an argument has a value not listed above; more than one of ``rule``, ``avg_fn`` and ``multi_avg_fn``
-            is given; or the model has FSDP modules, a lazy parameter or only empty ones.
+            is given; or the model has FSDP modules, a lazy or partitioned parameter, or only empty ones.
         RuntimeError: ``backend`` cannot run on this machine.
 
     Paper: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407.
