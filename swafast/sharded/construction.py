@@ -63,8 +63,12 @@ def followed(
     for name, each in held.items():
         now = each.holding
         before = kept[name].holding if name in kept else None
-        as_before = before is not None and (before.shape, before.dtype) == (now.shape, now.dtype)
-        if not as_before and is_copied(now) and (before is None or is_copied(before)):
+        if before is not None:
+            cast = before.dtype.is_floating_point and now.dtype.is_floating_point
+            as_before = before.shape == now.shape and (cast or before.dtype == now.dtype)
+            if as_before or not is_copied(before):
+                continue
+        if is_copied(now):
             kept[name] = Share(now, None, 0, now.numel, None)
     return list(kept.values())
 
