@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..op.checks import check_plain
-from ..terms.copying import are_alike, copy_into
+from ..terms.copying import are_alike, copy_into, is_plain
 from ..terms.layout import extent
 from ..torch_private.core import has_own_dispatch
 from ..torch_private.modules import (
@@ -106,9 +106,6 @@ def _check_copy(kind: str, place: Place, source: Tensor) -> None:
     tensor, what = place.tensor, f"state_dict[{place.key!r}]"
     if tensor.is_meta:
         return  # torch has warned that nothing is copied
-    is_odd = tensor.layout != torch.strided or tensor.is_quantized or has_own_dispatch(tensor)
-    if is_odd and are_alike(tensor, source):
-        return  # torch copies it
     try:
         check_plain(what, source)
         if source.is_complex() and not tensor.is_complex():
@@ -116,6 +113,8 @@ def _check_copy(kind: str, place: Place, source: Tensor) -> None:
         if tensor.numel() > extent(tensor.shape, tensor.stride()):
             raise ValueError(f"{place.key!r} must not overlap itself to be loaded, got strides {tensor.stride()}")
     except ValueError as error:
+        if not is_plain(tensor) and are_alike(tensor, source):
+            return  # torch copies it
         raise RuntimeError(f"Error(s) in loading state_dict for {kind}:\n\t{error}") from error
 
 

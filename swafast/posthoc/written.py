@@ -50,8 +50,9 @@ def stored_parts(averaged: Averaged, ranks: Ranks, dtype: torch.dtype | None) ->
     if isinstance(averaged, ShardedAveragedModel):
         ranks.agree("a ShardedAveragedModel that is saved", averaged._anew)
         return list(_sharded_parts(averaged, ranks, dtype))
-    shapes = {names[0]: describe_kind(tensor) for names, tensor, _ in each_average(averaged.module)}
-    ranks.agree("a FusedAveragedModel that is saved", shapes)  # a buffer may have grown on one rank
+    if ranks.size > 1:  # a buffer may have grown on one of them
+        kinds = {names[0]: describe_kind(tensor) for names, tensor, _ in each_average(averaged.module)}
+        ranks.agree("a FusedAveragedModel that is saved", kinds)
     parts = list(_whole_parts(averaged, ranks, dtype))
     ranks.agree("a FusedAveragedModel that is saved", {part.stored.names[0]: part.checksum for part in parts})
     return [part if ranks.index == 0 else replace(part, checksum=0) for part in parts]
