@@ -162,6 +162,18 @@ def test_an_update_that_does_not_happen_copies_nothing(kind: str, nonfinite: str
     assert has(averaged.module, value_of(KINDS[kind](2)))
 
 
+@pytest.mark.parametrize("kind", ["coo", "csr"])
+def test_a_load_of_another_kind_changes_nothing(kind: str) -> None:
+    model = Model(KINDS[kind](1))
+    averaged, _ = average_of(model)
+    state = averaged.state_dict() | {"module.odd": _dense(1), "module.layer.bias": torch.ones(2)}
+    for bad in (state, state | {"module.odd": KINDS["coo" if kind != "coo" else "csr"](2)}):
+        with pytest.raises(RuntimeError, match=r"module\.odd|\"odd\""):
+            averaged.load_state_dict(bad)
+        assert has(averaged.module, value_of(KINDS[kind](1)))
+        assert not torch.equal(averaged.module.layer.bias, torch.ones(2))
+
+
 def test_a_function_of_the_users_own_leaves_them_to_torch_too() -> None:
     model = Model(KINDS["coo"](1))
     averaged = FusedAveragedModel(model, avg_fn=lambda average, param, n: average + (param - average) / (n + 1))

@@ -108,6 +108,8 @@ def _check_copy(kind: str, place: Place, source: Tensor) -> None:
         return  # torch has warned that nothing is copied
     try:
         check_plain(what, source)
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{what} must be in {tensor.layout}, got {source.layout}")
         if source.is_complex() and not tensor.is_complex():
             raise ValueError(f"{what} must be real, as {tensor.dtype} is, got {source.dtype}")
         if tensor.numel() > extent(tensor.shape, tensor.stride()):
