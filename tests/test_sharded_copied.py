@@ -52,8 +52,7 @@ def copy_of(averages: Any) -> Tensor:
 
 
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "several"), [*((kind, False) for kind in KINDS), ("coo", True), ("expanded", True)])
 def test_every_call_copies_every_kind(kind: str, several: bool) -> None:
     make = KINDS[kind]
     model = Model(make(1))
@@ -83,8 +82,7 @@ def test_every_call_copies_every_kind(kind: str, several: bool) -> None:
 
 
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
-@pytest.mark.parametrize("case", [case for case in GROWN if "sparse" not in case and "dense" not in case])
+@pytest.mark.parametrize(("case", "several"), [("grows", True), ("becomes whole numbers", False), ("comes", True)])
 def test_a_copied_buffer_is_taken_over_as_it_is_now(case: str, several: bool) -> None:
     before, now = GROWN[case]
     model = Model(before)  # type: ignore[arg-type]  # None is a buffer too
