@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages, update_bn
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages, save, update_bn
 from tests.support import Held, drift, refused, step_with_ones
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(CSR|uantize|nested|TypedStorage)")
@@ -170,6 +171,13 @@ def test_a_load_of_another_kind_changes_nothing(kind: str) -> None:
             averaged.load_state_dict(bad)
         assert has(averaged.module, value_of(KINDS[kind](1)))
         assert not torch.equal(averaged.module.layer.bias, torch.ones(2))
+
+
+def test_a_file_of_dense_tensors_alone_says_so(tmp_path: Path) -> None:
+    averaged, _ = average_of(Model(KINDS["coo"](1)))
+    with pytest.raises(ValueError, match=r"got for 'module\.odd' .*sparse_coo: use torch\.save"):
+        save(averaged, tmp_path / "averaged.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_function_of_the_users_own_leaves_them_to_torch_too() -> None:

@@ -247,7 +247,8 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         Keys are those of :class:`~swafast.FusedAveragedModel`: ``n_averaged``, ``module.<name>`` and
         ``<plane>.<name>``. Sharded params are DTensors. Cut params and FSDP1's are :class:`PartTensor`, with original
         names and shapes, so that any number of ranks can load them. Tensors without dimensions are whole on each rank.
-        With ``checksum.<key>`` and ``save_id``, :meth:`load_state_dict` verifies the values.
+        With ``checksum.<key>`` and ``save_id``, :meth:`load_state_dict` verifies the values. Buffers that are sparse,
+        quantised or of a tensor subclass are left out.
 
         Args:
             checksums: pass False to load a checkpoint without checksums, such as one of an unsharded average.
