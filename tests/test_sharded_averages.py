@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from swafast import EqualAverage, ExponentialAverage, PowerAverage, ShardedAverages
-from swafast.sharded import shard_matching, sharded_averages
+from swafast.sharded import shard_side, sharded_averages
 from tests.ranks import RankFailedError, on_ranks, run_ranks
 from tests.sharded_models import Beside, drift, locals_of, require, require_own_parts
 from tests.support import require_same
@@ -163,8 +163,8 @@ def test_ranks_that_name_different_averages_are_told_so() -> None:
 
 def forget_the_boxes() -> None:
     # As if each rank's part began at the first element of the whole.
-    draws = shard_matching.Draws
-    shard_matching.Draws = lambda key, shape, boxes: draws(key, (sum(box.numel for box in boxes),), None)  # type: ignore[misc, assignment]
+    draws = shard_side.Draws
+    shard_side.Draws = lambda key, shape, boxes: draws(key, (sum(box.numel for box in boxes),), None)  # type: ignore[misc, assignment]
 
 
 def commit_before_all_are_verified() -> None:

@@ -993,8 +993,8 @@ def tell_nobody() -> None:
 def write_while_staging() -> None:
     stage = checkpoint.prepare_load
 
-    def hasty(entries: Sequence[checkpoint.Entry], state: Any) -> checkpoint.PendingLoad:
-        staged = stage(entries, state)
+    def hasty(entries: Sequence[checkpoint.Entry], copied: Any, state: Any) -> checkpoint.PendingLoad:
+        staged = stage(entries, copied, state)
         for entry, run in staged.runs:
             entry.plane.detach().copy_(run.view(entry.plane.shape))
         return staged

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from swafast import ExponentialAverage
-from swafast.sharded import ShardedAveragedModel, shard_matching, swap
+from swafast.sharded import ShardedAveragedModel, shard_side, swap
 from swafast.sharded.parts import spread
 from swafast.sharded.parts.holdings import Held
 from swafast.sharded.shard_matching import Views
@@ -619,7 +619,7 @@ def drop_the_last_window() -> None:
 
 
 def take_any_place() -> None:
-    shard_matching.require_same_sharding = lambda before, now: None
+    shard_side.require_same_sharding = lambda before, now: None
 
 
 def send_what_the_body_left() -> None:

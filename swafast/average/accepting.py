@@ -19,7 +19,7 @@ def check_model(model: object) -> Module:
 
     Raises:
         TypeError: it is not an ``nn.Module``.
-        ValueError: a parameter is lazy, or all of them are empty.
+        ValueError: a parameter is lazy or partitioned, or all of them are empty.
     """
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -29,10 +29,11 @@ def check_model(model: object) -> Module:
             raise ValueError(
                 f"model must be initialised, got the lazy parameter {name!r}: run it once before averaging it"
             )
+    checks.refuse_partitioned("model", params)
     if params and all(param.numel() == 0 for param in params.values()):
         raise ValueError(
             f"model must hold its parameters, got only empty ones ({next(iter(params))!r} is the first): "
-            "gather a model partitioned as by ZeRO-3 before averaging it"
+            f"{checks.GATHER}"
         )
     return model
 

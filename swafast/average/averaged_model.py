@@ -16,7 +16,7 @@ from ..loop.guard import seamless
 from ..op import checks, choice
 from ..op.buckets import keep_large
 from ..op.exchange import Exchange
-from ..terms.formats import OWN, Format, check_format, convert, format_of, stored_dtype
+from ..terms.formats import OWN, Format, check_format, format_of, stored_dtype
 from ..terms.names import named_params, unwrap
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
@@ -66,7 +66,7 @@ class FusedAveragedModel(HasRule, HoldsModels, WithBindings, AveragedModel):
         TypeError: ``model`` is not a module, or another argument has a wrong type.
         NotImplementedError: a parameter's dtype, such as float8, cannot be averaged. ``include`` can leave it out.
         ValueError: an argument has a value not listed above; more than one of ``rule``, ``avg_fn`` and ``multi_avg_fn``
-            is given; or the model has FSDP modules, a lazy parameter or only empty ones.
+            is given; or the model has FSDP modules, a lazy or partitioned parameter, or only empty ones.
         RuntimeError: ``backend`` cannot run on this machine, or it has no such ``device``.
 
     Paper: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407.
@@ -190,7 +190,7 @@ class FusedAveragedModel(HasRule, HoldsModels, WithBindings, AveragedModel):
                 plan.update(params, planes, (rule,), skip_nonfinite=skip)
             elif not skip or plan.first_nonfinite(params) is None:
                 pairs = plan.pairs(params, planes)
-                update_by_function(pairs, self.avg_fn, self.multi_avg_fn, self.n_averaged)
+                update_by_function(pairs, plan.copies, self.avg_fn, self.multi_avg_fn, self.n_averaged)
             if is_first:
                 self._note_update()
 
@@ -261,10 +261,7 @@ class FusedAveragedModel(HasRule, HoldsModels, WithBindings, AveragedModel):
             plan, params, planes = self._bind(model)
             if swaps.in_force:
                 swaps.refuse_model("copy_to", model)
-            pairs = plan.pairs(params, planes)
-            checks.check_writable(pairs)
-            for pair in pairs:
-                convert(pair.planes, pair.format, (pair.param,), None)
+            plan.copy_to(plan.writable_pairs(params, planes))
 
     def averaged_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
         """Return copies of averages and buffers as plain tensors under the model's own names, for export.
@@ -333,7 +330,8 @@ class FusedAveragedModel(HasRule, HoldsModels, WithBindings, AveragedModel):
         if not recast.keeps_values:
             self._count_from(0)
         self._any_device |= recast.moved
-        planes = [plane for average in self._each_average() for plane in fit_planes(self, *average)]
+        averages = (each for each in self._each_average() if each[2] is not None)
+        planes = [plane for average in averages for plane in fit_planes(self, *average)]
         self._bindings.large_homes = keep_large(planes, self._bindings.large_homes)
         self._note_own_writes()
         recast.is_finished = True

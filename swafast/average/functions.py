@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..backends.contract import Pair
 from ..op.checks import refuse_capture
+from ..op.copies import Copies
 from ..terms.lazy import MadeOnUse
 from ..terms.rules import Rule, rule_of
 
@@ -115,7 +116,11 @@ class _PickledRule:
 
 @torch.no_grad()
 def update_by_function(
-    pairs: Sequence[Pair], avg_fn: AvgFn | None, multi_avg_fn: MultiAvgFn | None, num_averaged: Tensor
+    pairs: Sequence[Pair],
+    copies: Copies | None,
+    avg_fn: AvgFn | None,
+    multi_avg_fn: MultiAvgFn | None,
+    num_averaged: Tensor,
 ) -> None:
     """Run one update by ``avg_fn`` or ``multi_avg_fn``, grouped as in torch's class, and count it.
 
@@ -141,4 +146,6 @@ def update_by_function(
     for pair in pairs:
         if pair.format is None:
             pair.average.detach().copy_(pair.param.detach())
+    if copies is not None:
+        copies.update()
     num_averaged.add_(1)

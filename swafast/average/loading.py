@@ -6,7 +6,6 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +13,12 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..op.checks import check_cast, check_plain
+from ..terms.copying import are_alike, is_plain
 from ..terms.formats import write_all
 from ..terms.layout import extent
 from ..torch_private.core import has_own_dispatch
 from ..torch_private.modules import (
+    Place,
     loads_by_own_code,
     metadata_of,
     named_modules,
@@ -93,11 +94,15 @@ def _check_copy(root: Module, place: Place, source: Tensor) -> None:
         return  # torch has warned that nothing is copied
     try:
         check_plain(what, source)
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{what} must be in {tensor.layout}, got {source.layout}")
         if source.dtype != tensor.dtype:
             check_cast(what, source, tensor.dtype)
         if tensor.numel() > extent(tensor.shape, tensor.stride()):
             raise ValueError(f"{place.key!r} must not overlap itself to be loaded, got strides {tensor.stride()}")
     except ValueError as error:
+        if not is_plain(tensor) and are_alike(tensor, source):
+            return  # torch copies it
         raise load_error(root, error) from error
 
 
@@ -113,17 +118,6 @@ class LateCopy(Tensor):
     def module_load(self, other: Tensor, assign: bool = False) -> Tensor:
         """Return what torch then exchanges with this tensor, if the user has told it to exchange tensors."""
         return other.detach()
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a module holds one of its tensors."""
-
-    key: str  # in the state
-    module: Module
-    held_in: MutableMapping[str, Tensor | None]
-    name: str
-    tensor: Tensor
 
 
 class WayBack:
@@ -173,7 +167,10 @@ class WayBack:
             late_copy = None
             if not (assign or id(tensor) in kept or has_own_dispatch(tensor) or tensor.is_inference()):
                 with suppress(RuntimeError):  # some tensors that stand on memory made in inference mode
-                    late_copy = tensor.detach().as_subclass(LateCopy)
+                    memory = tensor.detach()
+                    if tensor.layout != torch.strided:  # another class cannot have its memory: one element stands in
+                        memory = torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+                    late_copy = memory.as_subclass(LateCopy)
             if late_copy is not None:
                 self.late[id(tensor)] = (place, late_copy)
             else:
@@ -207,7 +204,7 @@ class WayBack:
             passing.clear()
             passing.update(names)
         for now, before in self._dicts:
-            for name in [name for name in now if name not in before]:
+            for name in [name for name in now.keys() if name not in before]:  # noqa: SIM118  # see Walk
                 del now[name]
             for name, value in before.items():
                 if name not in now or now[name] is not value:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any, Protocol
@@ -17,26 +17,35 @@ from ..backends.contract import Pair
 from ..loop.attach import Attachable
 from ..op import checks, choice
 from ..op import torch_op as torch_op  # registers the op with the first average
+from ..op.copies import Copies, is_for_torch
 from ..op.launches import draws_of
 from ..op.plan import Plan
-from ..terms.formats import Format
 from ..terms.lazy import MadeOnUse
 from ..terms.names import named_buffers, named_params, require_same_names, unwrap
 from ..torch_private.modules import Walk, named_tensors
 from .accepting import check_model
 from .contents import HoldsModels
+from .following import FormatOf as FormatOf
+from .following import made_anew, put_buffers
 from .planes import fit_planes, put_planes
 
-#: Takes an average's name, its tensor and whether it is a buffer. Returns its format, or None if it is copied.
-FormatOf = Callable[[str, Tensor, bool], Format | None]
 
+def each_average(
+    module: Module, anew: Mapping[str, Tensor | None] | None = None
+) -> Iterator[tuple[list[str], Tensor, bool]]:
+    """Yield each distinct tensor of an averaged module: all its names, the tensor, and whether it is a buffer.
 
-def each_average(module: Module) -> Iterator[tuple[list[str], Tensor, bool]]:
-    """Yield each distinct tensor of an averaged module: all its names, the tensor, and whether it is a buffer."""
-    for is_buffer, find in ((False, named_params), (True, named_buffers)):
+    Args:
+        anew: buffers in place of those that it has, by name, as of :func:`~.following.made_anew`.
+    """
+    params = named_params(unwrap(module), "averaged model")
+    checks.refuse_partitioned("averaged model", params)
+    buffers = {**named_buffers(unwrap(module), "averaged model"), **(anew or {})}
+    for is_buffer, found in ((False, params), (True, buffers)):
         tied: dict[int, tuple[list[str], Tensor]] = {}
-        for name, tensor in find(unwrap(module), "averaged model").items():
-            tied.setdefault(id(tensor), ([], tensor))[0].append(name)
+        for name, tensor in found.items():
+            if tensor is not None:
+                tied.setdefault(id(tensor), ([], tensor))[0].append(name)
         for names, tensor in tied.values():
             yield names, tensor, is_buffer
 
@@ -52,11 +61,10 @@ class ModuleSide:
     seed: int
 
 
-def _match(side: ModuleSide, model: Module, pace: int) -> list[Pair]:
+def _match(side: ModuleSide, model: Module, pace: int, anew: Mapping[str, Tensor | None]) -> list[Pair]:
     """Pair each distinct average with its param. Raise ValueError with the names that do not match."""
-    module = side.owner.module
     theirs = {False: named_params(unwrap(model), "model"), True: named_buffers(unwrap(model), "model")}
-    own = list(each_average(module))
+    own = list(each_average(side.owner.module, anew))
     for is_buffer, kind in ((False, "parameters"), (True, "buffers")):
         names = [name for tied, _, buffer in own if buffer == is_buffer for name in tied]
         require_same_names(kind, names, theirs[is_buffer])
@@ -103,14 +111,22 @@ class ModuleBinding:
         for side in sides:
             if any(unwrap(model) is each for each in (root, side.owner, unwrap(side.owner.module))):
                 raise ValueError("model must be the one that is trained, got the averaged model itself")
-        matched = [(side, pair) for pace, side in enumerate(sides) for pair in _match(side, model, pace)]
+        anew = [
+            made_anew(
+                side.owner.module, model, side.format_of, side.owner.n_averaged.device if side.any_device else None
+            )
+            for side in sides
+        ]
+        matched = [(side, pair) for pace, side in enumerate(sides) for pair in _match(side, model, pace, anew[pace])]
         for side, pair in matched:
             checks.check_sides(pair, any_device=side.any_device)
         checks.check_overlap([pair for _, pair in matched])
         for device in {pair.average.device for _, pair in matched}:
             checks.refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
+        for side, buffers in zip(sides, anew, strict=True):
+            put_buffers(side.owner.module, model, buffers)
         taken: set[int] = set()
-        pairs = [_with_planes(pair, side, taken) for side, pair in matched]
+        pairs = [_with_planes(pair, side, taken) for side, pair in matched if not is_for_torch(pair)]
         counters = _place_counters(sides)
         backends = choice.choose_backends(sides[0].backend, choice.device_types(pairs))
         self.plan = Plan(pairs, backends, counters, homes)
@@ -122,6 +138,8 @@ class ModuleBinding:
         self._num_planes = sum(len(pair.planes) for pair in pairs)
         self._planes = _picker([self._owner_walk.position(plane) for pair in pairs for plane in pair.planes])
         self._params = _picker([self._model_walk.position(pair.param) for pair in pairs])
+        if copied := [pair for _, pair in matched if is_for_torch(pair)]:
+            self.plan.copies = _copies(copied, self._model_walk, self._owner_walk)
 
     @property
     def root(self) -> Module | None:
@@ -135,6 +153,8 @@ class ModuleBinding:
             return None
         theirs, own = self._model_walk.tensors(), self._owner_walk.tensors()
         if theirs is None or own is None:
+            return None
+        if self.plan.copies is not None and not self.plan.copies.fit():
             return None
         params, planes = self._params(theirs), self._planes(own)
         return (self.plan, params, planes) if self.plan.fits(params, planes, counters) else None
@@ -290,6 +310,18 @@ def _with_planes(pair: Pair, side: ModuleSide, taken: set[int]) -> Pair:
         put_planes(side.owner, pair.name, pair.format, planes[1:])
     taken.update(map(id, planes))
     return replace(pair, planes=planes, draws=draws_of(side.seed, pair.name, pair.param, pair.format))
+
+
+def _copies(pairs: Sequence[Pair], model_walk: Walk, owner_walk: Walk) -> Copies:
+    """Return what torch copies besides the planned pairs."""
+    params = _picker([model_walk.position(pair.param) for pair in pairs])
+    copied = _picker([owner_walk.position(pair.average) for pair in pairs])
+
+    def find() -> list[tuple[Tensor, Tensor]] | None:
+        theirs, own = model_walk.tensors(), owner_walk.tensors()
+        return None if theirs is None or own is None else [*zip(params(theirs), copied(own), strict=True)]
+
+    return Copies([pair.name for pair in pairs], find)
 
 
 def _place_counters(sides: Sequence[ModuleSide]) -> list[Tensor]:

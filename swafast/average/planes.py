@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
+from torch.nn.parameter import is_lazy
 
+from ..terms.copying import duplicate, is_plain, overlaps_itself
 from ..terms.formats import EXTRA_PLANES, Format, convert, format_of_planes
 from ..terms.names import passing_names, unwrap
 from ..terms.pickling import pickled_from
+from ..torch_private.core import has_own_dispatch
 from ..torch_private.modules import named_tensors, own_buffers, own_children, passing_buffers
 
 
@@ -206,13 +209,25 @@ class RecodedParams:
         self._params: dict[str, Tensor] = {}
         self._copies: dict[int, Any] = {}  # by the id of the param
         for name, param in params.items():
-            if type(param) is Parameter and stored[name] != param.dtype and id(param) not in self._copies:
+            is_stored_anew = type(param) is Parameter and stored[name] != param.dtype and is_plain(param)
+            if is_stored_anew and id(param) not in self._copies:
                 empty = torch.empty_like(param.detach(), dtype=stored[name], device=device)
                 self._copies[id(param)] = Parameter(empty, param.requires_grad)
                 self._params[name] = param
 
     def __deepcopy__(self, memo: object) -> Module:
-        return copy.deepcopy(self._model, dict(self._copies))
+        copies: dict[int, Any] = {}
+        for _, tensor in (*named_tensors(self._model), *named_tensors(self._model, buffers=True)):
+            # torch cannot deep-copy all of them, and a copy needs memory of its own for each element.
+            if not (is_lazy(tensor) or has_own_dispatch(tensor)) and (not is_plain(tensor) or overlaps_itself(tensor)):
+                copied = duplicate(tensor)
+                is_param = isinstance(tensor, Parameter)
+                copies[id(tensor)] = Parameter(copied, tensor.requires_grad) if is_param else copied
+        made: Module = copy.deepcopy(self._model, copies | self._copies)
+        for _, param in named_tensors(made):
+            if not param.is_leaf:  # those of a scripted module, which would keep the model's alive
+                param.detach_().requires_grad_()
+        return made
 
     @torch.inference_mode(False)
     @torch.no_grad()

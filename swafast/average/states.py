@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..op.checks import check_cast
+from ..terms.copying import duplicate
 from ..terms.formats import FLOAT32, OWN, Format, convert
 from ..terms.names import canonical, unwrap
-from ..torch_private.modules import ASSIGN, named_tensors, own_buffers, own_params, put_tensor
+from ..torch_private.modules import ASSIGN, Place, named_tensors, places, put_tensor
 from .matching import FormatOf, each_average
 from .planes import fit_planes, put_planes, translate_state
 
@@ -24,21 +25,13 @@ STRICT = "strict"
 @contextmanager
 def keeping_ties(module: Module) -> Iterator[None]:
     """On leaving, tie again the tensors that were tied before, since ``assign=True`` gives each name its own tensor."""
-    names: dict[int, list[str]] = {}
-    for name, tensor in _all_tensors(module):
-        names.setdefault(id(tensor), []).append(name)
+    tied: dict[int, list[Place]] = {}
+    for place in (*places(module), *places(module, buffers=True)):
+        tied.setdefault(id(place.tensor), []).append(place)
     yield
-    for first, *others in names.values():
-        for name in others:
-            first_path, _, first_leaf = first.rpartition(".")
-            path, _, leaf = name.rpartition(".")
-            first_module, tied_module = module.get_submodule(first_path), module.get_submodule(path)
-            for kept, tied in (
-                (own_params(first_module), own_params(tied_module)),
-                (own_buffers(first_module), own_buffers(tied_module)),
-            ):
-                if first_leaf in kept:
-                    put_tensor(tied_module, tied, leaf, kept[first_leaf])
+    for first, *others in tied.values():
+        for place in others:
+            put_tensor(place.module, place.held_in, place.name, first.held_in[first.name])
 
 
 def _all_tensors(module: Module) -> list[tuple[str, Tensor]]:
@@ -116,7 +109,10 @@ def export(
             planes, fmt = known.get(id(value), ((value,), None))
             rounded = FLOAT32 if fmt is not None and fmt.dtype is not None else OWN
             cast = dtype if dtype is not None and value.is_floating_point() else rounded.dtype or value.dtype
-            value = torch.empty_like(value.detach(), dtype=cast)
-            convert(planes, fmt, (value,), rounded)
+            if fmt is None:
+                value = duplicate(value).to(cast)
+            else:
+                value = torch.empty_like(value.detach(), dtype=cast)
+                convert(planes, fmt, (value,), rounded)
         state[canonical(key)] = value
     return state

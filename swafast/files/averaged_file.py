@@ -19,6 +19,7 @@ from ..average.averaged_model import FusedAveragedModel
 from ..average.fused_averages import FusedAverages
 from ..op.checks import check_plain
 from ..op.checksum import checksum
+from ..terms.copying import describe_kind, is_plain
 from ..terms.replacing import replacing
 from ..torch_private.modules import metadata_of, set_metadata
 
@@ -134,6 +135,11 @@ def _described(averaged: FusedAveragedModel | FusedAverages) -> tuple[dict[str, 
         elif first_keys.setdefault(id(value), key) != key:
             described["tied"][key] = first_keys[id(value)]
         else:
+            if not is_plain(value):
+                raise ValueError(
+                    f"averaged must have only dense tensors in its state, got for {key!r} {describe_kind(value)}: use "
+                    "torch.save(averaged.state_dict(), ...) for others"
+                )
             check_plain(f"{key!r} of the average", value)
             described["tensors"][key] = {
                 "dtype": str(value.dtype).removeprefix("torch."),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from ..terms.copying import copy_into, duplicate, is_plain
 from ..terms.names import unwrap
 from ..torch_private.modules import named_modules, own_buffers, own_children, own_params
 
@@ -51,7 +52,8 @@ class StandIn:
                 params = own_params(module)
                 self._fill(own_params(self._nodes[name]), params, None if self._device is None else before)
                 if self._device is not None:
-                    self.copied += [param.untyped_storage() for param in params.values() if param is not None]
+                    plain = [param for param in params.values() if param is not None and is_plain(param)]
+                    self.copied += [param.untyped_storage() for param in plain]
         return self._nodes[""]
 
     def _fill(self, place: Tensors, tensors: Tensors, before: dict[int, Tensor] | None) -> None:
@@ -65,11 +67,14 @@ class StandIn:
             return self._staged[id(tensor)]
         staged = before.get(id(tensor))
         device = self._device or tensor.device
-        if staged is None or (staged.shape, staged.dtype, staged.device) != (tensor.shape, tensor.dtype, device):
+        if not is_plain(tensor):
+            staged = duplicate(tensor).to(device)
+        elif staged is None or (staged.shape, staged.dtype, staged.device) != (tensor.shape, tensor.dtype, device):
             pin = device.type == "cpu" and torch.cuda.is_available()
             staged = torch.empty_like(tensor, device=device, pin_memory=pin)
-            staged = Parameter(staged, requires_grad=False) if isinstance(tensor, Parameter) else staged
-        staged.copy_(tensor, non_blocking=True)
+        if isinstance(tensor, Parameter) and not isinstance(staged, Parameter):
+            staged = Parameter(staged, requires_grad=False)
+        copy_into(staged, tensor, non_blocking=True)
         self._staged[id(tensor)] = staged
         return staged
 

@@ -79,8 +79,9 @@ class Swap:
         if isinstance(owner := self.owner, AveragedModel):
             # The averaged model refuses itself. Its module is the user's own, and does not know of the swap.
             refusal = _Refusal(self)
-            self._hooks.append(owner.module.register_forward_pre_hook(refusal))
-            self._hooks.append(owner.module.register_state_dict_pre_hook(refusal))
+            # Module's own methods: a scripted module refuses to register hooks, but runs them.
+            self._hooks.append(Module.register_forward_pre_hook(owner.module, refusal))
+            self._hooks.append(Module.register_state_dict_pre_hook(owner.module, refusal))
         exchange.there()
         exchange.watch()
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..backends.contract import Pair
+from ..terms.copying import are_alike, describe_kind, overlaps_itself, without_expansion
 from ..terms.formats import Format
 from ..terms.layout import extent
 from ..terms.numbers import as_int
 from ..torch_private.core import has_own_dispatch, is_capturing
+from .copies import is_for_torch
 
 #: Advice for a model that is spread over ranks. We go by class names, since importing the classes takes a second.
 FOR_SHARDED = "average a sharded model with swafast.ShardedAveragedModel"
+
+#: Advice for a model whose params are partitioned.
+GATHER = "gather a model partitioned as by ZeRO-3 before averaging it"
+
+#: What DeepSpeed notes on each param that it partitions. The small ones stay whole.
+_PARTITION_MARKS = ("ds_shape", "ds_numel", "ds_id", "ds_status", "ds_tensor")
 
 _NONFINITE = ("propagate", "raise", "skip")
 
@@ -44,6 +52,15 @@ def checked_num_averaged(value: object) -> int:
     return count
 
 
+def refuse_partitioned(what: str, params: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a param is empty because other ranks hold its parts; name it."""
+    for name, param in params.items():
+        if param.numel() == 0 and getattr(param, "ds_numel", None) != 0:
+            marks = [mark for mark in _PARTITION_MARKS if hasattr(param, mark)]
+            if marks:
+                raise ValueError(f"{what} must hold its parameters, got {name!r} empty, with {marks[0]}: {GATHER}")
+
+
 def refuse_capture(device: torch.device, action: str) -> None:
     """Raise RuntimeError if a CUDA graph is being captured on the device's current stream."""
     if is_capturing(device):
@@ -55,11 +72,17 @@ def check_sides(pair: Pair, *, any_device: bool) -> None:
 
     With ``any_device`` they may be on two devices.
     """
-    for side, tensor in (("model", pair.param), ("average", pair.average)):
-        check_plain(f"{pair.name!r} of the {side}", tensor)
     name, param, average = pair.name, pair.param, pair.average
+    if is_for_torch(pair):
+        _check_copied(name, param, average)
+        return
+    for side, tensor in (("model", param), ("average", average)):
+        check_plain(f"{name!r} of the {side}", tensor)
     if param.shape != average.shape:
-        raise ValueError(f"{name!r} must have the average's shape {tuple(average.shape)}, got {tuple(param.shape)}")
+        advice = f": {GATHER}" if param.numel() == 0 else ""
+        raise ValueError(
+            f"{name!r} must have the average's shape {tuple(average.shape)}, got {tuple(param.shape)}{advice}"
+        )
     if _dtype_class(param) != _dtype_class(average):
         raise ValueError(f"{name!r} must have a dtype like the average's {average.dtype}, got {param.dtype}")
     if param.device != average.device and not any_device:
@@ -69,6 +92,15 @@ def check_sides(pair: Pair, *, any_device: bool) -> None:
         )
     if average.numel() > extent(average.shape, average.stride()):
         raise ValueError(f"average {name!r} must not overlap itself, got strides {tuple(average.stride())}")
+
+
+def _check_copied(name: str, param: Tensor, average: Tensor) -> None:
+    """Raise ValueError unless torch can copy a param into a tensor of the averaged module."""
+    for side, tensor in (("model", param), ("average", average)):
+        if tensor.is_meta:
+            raise ValueError(f"{name!r} of the {side} must hold data, got a tensor on the meta device")
+    if not are_alike(param, average):
+        raise ValueError(f"{name!r} must be like the average's, {describe_kind(average)}, got {describe_kind(param)}")
 
 
 def check_planes(pair: Pair, fmt: Format) -> None:
@@ -138,13 +170,19 @@ def _dtype_class(tensor: Tensor) -> object:
 
 
 def check_writable(pairs: Sequence[Pair]) -> None:
-    """Raise ValueError if elements of a param share memory, so that it cannot take an average; name the param."""
+    """Raise ValueError if elements of a param share memory, so that it cannot take an average; name the param.
+
+    One that is copied may be expanded, since it takes what was copied from it.
+    """
     for pair in pairs:
-        if pair.param.numel() > extent(pair.param.shape, pair.param.stride()):
-            raise ValueError(
-                f"{pair.name!r} of the model must have memory of its own for each element to take the average, "
-                f"got strides {tuple(pair.param.stride())}"
-            )
+        param = pair.param
+        if param.numel() > extent(param.shape, param.stride()):
+            (once,) = without_expansion(param, param) if pair.format is None else (param,)
+            if overlaps_itself(once):
+                raise ValueError(
+                    f"{pair.name!r} of the model must have memory of its own for each element to take the average, "
+                    f"got strides {tuple(param.stride())}"
+                )
 
 
 def check_overlap(pairs: Sequence[Pair], *, tied: bool = True) -> None:

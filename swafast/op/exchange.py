@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ..loop.swaps import INTO_AVERAGES, INTO_MODEL, REMOVED, REPLACED
+from ..terms.copying import are_alike, write_once
 from ..terms.formats import convert
 from ..torch_private.core import versions
+from .copies import Replaced
 from .plan import Plan, bump_versions
 
 
@@ -50,6 +52,7 @@ class Exchange:
     ) -> None:
         self._plan, self._params, self._binding = plan, params, binding
         self._launches, self._aside = plan.exchange(params, planes)
+        self._replaced: Replaced | None = None  # what torch copies
         self._num_planes = len(planes)
         #: What is written: params, or the tensors that they are views of, before planes.
         self.tensors: tuple[Tensor, ...] = (*self._bases(), *planes)
@@ -82,6 +85,10 @@ class Exchange:
     def _addresses_of(self, watched: Sequence[Tensor]) -> list[int]:
         return list(map(Tensor.data_ptr, watched))
 
+    def _is_copied_buffer(self, base: int) -> bool:
+        """Return whether a base is a buffer that is copied: the body may make it anew, of any shape."""
+        return self._plan.formats[base] is None and self._plan.are_buffers[base]
+
     def _params_in(self, bases: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the params that lie in these bases."""
         return bases
@@ -111,14 +118,19 @@ class Exchange:
     def there(self) -> None:
         """Put the averages into the model."""
         self._stash = [pair.param.detach().clone() for pair in self._stashed]
+        self._replaced = Replaced(self._plan.copies) if self._plan.copies is not None else None
         try:
             for launch in self._launches:
                 launch.exchange(True)
             self._is_there = True
             # Write the first average last: it stays where the model ties params that the averaged module does not tie.
             for pair in reversed(self._stashed):
-                decoded = pair.format is not None and pair.average.dtype != pair.param.dtype
-                convert(pair.planes, pair.format if decoded else None, (pair.param.detach(),), None)
+                if pair.format is None or pair.average.dtype == pair.param.dtype:
+                    write_once(pair.param, pair.average)
+                else:
+                    convert(pair.planes, pair.format, (pair.param.detach(),), None)
+            if self._replaced is not None:
+                self._replaced.there()
         finally:
             bump_versions(self.tensors)
 
@@ -144,7 +156,9 @@ class Exchange:
                         all_of_them.callback(launch.exchange, False)  # does nothing unless it has exchanged
             finally:
                 for pair, value in zip(self._stashed, self._stash, strict=False):  # none if nothing was written
-                    pair.param.detach().copy_(value)
+                    write_once(pair.param, value)
+        if self._replaced is not None:
+            self._replaced.back()
         bump_versions(self.tensors)
         self._fill_in()
         lost: list[str] = []
@@ -209,8 +223,16 @@ class _Moved:
         self._held = [self._tensor_on(index, view) for index, view in enumerate(exchange._views())]
         self._names = exchange._names()
         count = len(exchange.tensors) - exchange._num_planes
+        #: Indices of buffers that the model has made anew: it keeps them.
+        self._anew = {
+            index
+            for index, (held, now) in enumerate(zip(self._held[:count], places, strict=False))
+            if exchange._is_copied_buffer(index) and not (now and all(are_alike(held, each) for each in now))
+        }
         self.replaced: dict[str, str] = {}
-        for name, held, now in list(zip(self._names, self._held, places, strict=True))[:count]:
+        for index, (name, held, now) in enumerate(zip(self._names[:count], self._held, places, strict=False)):
+            if index in self._anew:
+                continue
             if not now:
                 self.replaced[name] = REMOVED
             elif not self._is_gone(held) and not all(_is_cast_of(held, tensor) for tensor in now):
@@ -249,7 +271,7 @@ class _Moved:
             pair.average.copy_(self._pending[2])
             self._done = index + 1
         for index, value in zip(exchange._aside, exchange._stash, strict=True):
-            pairs[index].param.copy_(value)
+            write_once(pairs[index].param, value)
         for index, pair in enumerate(pairs):
             in_danger = pair.planes if index in aside else (pair.param, *pair.planes[1:])
             if any(map(self._is_gone, in_danger)):
@@ -259,14 +281,17 @@ class _Moved:
 
     def give(self, places: Sequence[Sequence[Tensor]]) -> None:
         """Write the held values into the tensors that the exchange had and the modules have now, if on other memory."""
-        for name, held, tensor_then, now in zip(self._names, self._held, self._exchange.tensors, places, strict=True):
+        listed = zip(self._names, self._held, self._exchange.tensors, places, strict=True)
+        for index, (name, held, tensor_then, now) in enumerate(listed):
+            if index in self._anew:
+                now = []
             for tensor in {id(each): each for each in (tensor_then, *now)}.values():
                 if tensor.is_meta or tensor.shape != held.shape:
                     self.lost[name] = None
                 elif tensor.data_ptr() != held.data_ptr() or tensor.dtype != held.dtype:
                     start = int(tensor.storage_offset()) * tensor.itemsize
                     _make_room(tensor.untyped_storage(), start, tensor.shape, tensor.stride(), tensor.dtype)
-                    tensor.detach().copy_(held)
+                    write_once(tensor, held)
 
     def _is_gone(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self._gone

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import Backend, ExchangeLaunch, Launch, Pair, Update
+from ..terms.copying import overlaps_itself
 from ..terms.draws import Draws, make_random_key
 from ..terms.formats import Format
 from .checks import overlaps
@@ -79,7 +80,7 @@ def prepare_exchange(
 ) -> tuple[list[ExchangeLaunch], list[int]]:
     """Prepare launches that exchange params and averages in place.
 
-    A pair is exchanged in place if both sides have one dtype, a kernel serves it, and no other pair shares its memory.
+    A pair is exchanged in place if both sides have one dtype, a kernel serves it, and nothing else shares its memory.
     Averaged buffers are not: a forward pass in training mode may write them, and must not write averages.
 
     Args:
@@ -99,6 +100,7 @@ def prepare_exchange(
             for index, pair in enumerate(pairs)
             if index in candidates
             and pair.param.dtype == pair.average.dtype
+            and not overlaps_itself(pair.param)
             and not (pair.is_buffer and pair.format is not None)
             and backend.serves(pair)
         ]

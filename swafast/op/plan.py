@@ -16,12 +16,15 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..backends.contract import Backend, ExchangeLaunch, Pair, ReduceFlag, Update
+from ..terms.copying import write_once
+from ..terms.formats import convert
 from ..terms.rules import Rule, checked_weight, terms_of
 from ..terms.weight import KernelTerms
 from ..torch_private.core import make_metadata_check
 from . import launches
 from .buckets import home_averages
 from .checks import check_writable, refuse_capture
+from .copies import Copies
 
 _warned: set[str] = set()
 
@@ -70,6 +73,9 @@ def _views_of(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
 
 class Launches:
     """The work of an update: pairs prepared for their backends."""
+
+    #: What torch copies besides, if there is any.
+    copies: Copies | None = None
 
     def __init__(self, pairs: Sequence[Pair], backends: Sequence[Backend], counters: Sequence[Tensor]) -> None:
         self._counters = tuple(counters)
@@ -123,9 +129,15 @@ class Launches:
         if (terms, skip_nonfinite, reduce_flag) != asked:
             updates = self._describe(tuple(terms), skip_nonfinite, reduce_flag)
             self._described = (terms, skip_nonfinite, reduce_flag), updates
+        counted: list[int] | None = None
+        if self.copies is not None:
+            refuse_capture(self._counters[0].device, "an update of a model with tensors that torch copies,")
+            counted = self._counts() if skip_nonfinite else None  # the only way to learn of a skip: this may wait
         several = len(self._work) > 1  # if one backend finds a NaN, all must skip
         if skip_nonfinite and several and updates[-1].is_skipped(self._first_nonfinite(params) is not None):
             return
+        if self.copies is not None and counted is None:
+            self.copies.update()  # before the launch, since it may raise
         # Bump before the launch. After a large update, the tensors' metadata is no longer in the caches (0.3 ms for
         # 2000 of 64x64). Autograd must also know of the writes of a launch that is interrupted.
         bump_versions((*planes, *self._counters))
@@ -133,9 +145,14 @@ class Launches:
         for work, update in zip(self._work, updates, strict=True):
             work.launch.update(self._pick(work, params) if work.takes_tensors else (), update)
             captured |= work.launch.captured
+        if self.copies is not None and counted is not None and counted != self._counts():
+            self.copies.update()
         if captured and not self._kept:
             # Each replay of the graph reads and writes this memory, even if the modules have other tensors by then.
             self._kept = tuple(tensor.detach() for tensor in (*params, *planes, *self._counters))
+
+    def _counts(self) -> list[int]:
+        return list(map(int, self._counters))
 
     def _describe(self, terms: tuple[KernelTerms, ...], skip: bool, reduce_flag: ReduceFlag | None) -> list[Update]:
         """Return the update of each work. The last one counts. Only a work without others looks for NaNs itself."""
@@ -216,6 +233,26 @@ class Plan(Launches):
             )
         ]
 
+    def writable_pairs(self, params: Sequence[Tensor], planes: Sequence[Tensor]) -> list[Pair]:
+        """Return the pairs of these tensors if all params can be written.
+
+        Raises:
+            ValueError: elements of a param share memory, so it cannot take an average; the message names it.
+        """
+        pairs = self.pairs(params, planes)
+        check_writable(pairs)
+        return pairs
+
+    def copy_to(self, pairs: Sequence[Pair]) -> None:
+        """Write all averages into their params, each rounded once, and all that is copied."""
+        for pair in pairs:
+            if pair.format is None:
+                write_once(pair.param, pair.average)
+            else:
+                convert(pair.planes, pair.format, (pair.param,), None)
+        if self.copies is not None:
+            self.copies.copy_to()
+
     def exchange(self, params: Sequence[Tensor], planes: Sequence[Tensor]) -> tuple[list[ExchangeLaunch], list[int]]:
         """Return the launches that exchange params and averages, and the indices of the pairs that none exchanges.
 
@@ -228,8 +265,7 @@ class Plan(Launches):
         for device in {counter.device for counter in self._counters}:
             refuse_capture(device, "swapped_into")
         if self._exchange is None:
-            pairs = self.pairs(params, planes)
-            check_writable(pairs)
+            pairs = self.writable_pairs(params, planes)
             self._exchange = launches.prepare_exchange(pairs, self._chosen, self._work)
         return self._exchange
 

@@ -19,7 +19,7 @@ from ..loop.attachment import wait_for_readers
 from ..loop.guard import finished
 from ..loop.roster import STATE_KEY, Roster
 from ..op import torch_op  # noqa: F401  # registers it
-from ..op.checks import check_cast, check_plain
+from ..op.checks import check_cast, check_plain, refuse_partitioned
 from ..terms.numbers import as_number
 from ..terms.pickling import pickled_from
 from ..terms.rules import EqualAverage
@@ -144,10 +144,12 @@ class SWA(Optimizer):
         """Update the averages of one of ``param_groups``.
 
         Raises:
+            ValueError: a param is partitioned, as by ZeRO-3.
             RuntimeError: averages are swapped into a model of these params.
         """
         if swaps.in_force:
             swaps.refuse("update_swa", group["params"])
+        _refuse_partitioned(group["params"])
         alike: defaultdict[tuple[torch.device, str], list[Tensor]] = defaultdict(list)  # the params of each launch
         for param in group["params"]:
             if param.numel():
@@ -166,10 +168,12 @@ class SWA(Optimizer):
         """Exchange params and averages in place, or exchange them back. Warn of params that have no average yet.
 
         Raises:
+            ValueError: a param is partitioned, as by ZeRO-3.
             RuntimeError: averages are swapped into a model of these params.
         """
         if swaps.in_force:
             swaps.refuse("swap_swa_sgd", self._params())
+        _refuse_partitioned(self._params())
         wait_for_readers(self._params())
         lacking = sum(bool(param.numel()) for param in self._params() if "swa_buffer" not in self.state.get(param, {}))
         todo = [(param, state) for param in self._params() if "swa_buffer" in (state := self.state.get(param, {}))]
@@ -259,6 +263,7 @@ class SWA(Optimizer):
                 raise ValueError(
                     f"state_dict['param_groups'] must have params, and ints >= 0 as n_avg and step_counter, got {group}"
                 )
+        _refuse_partitioned(self._params())
         ids = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         params = list(self._params())
         if len(ids) != len(params):
@@ -299,6 +304,10 @@ class SWA(Optimizer):
 
 _ENTRIES = ("opt_state", "swa_state", "param_groups")
 _OF_A_COPY = ("optimizer", "state", "defaults", "swa_start", "swa_freq", "swa_lr", "_auto_mode", "_is_making")
+
+
+def _refuse_partitioned(params: Iterable[Tensor]) -> None:
+    refuse_partitioned("optimizer", {f"param {index}": param for index, param in enumerate(params)})
 
 
 def _average_dtype(param: Tensor) -> torch.dtype:

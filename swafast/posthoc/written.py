@@ -20,6 +20,7 @@ from ..op.checksum import checksum
 from ..sharded import checkpoint
 from ..sharded.parts.ranks import Ranks
 from ..sharded.sharded_model import ShardedAveragedModel
+from ..terms.copying import describe_kind, is_plain
 from ..terms.formats import Format, full_precision
 from ..terms.names import persistent_buffers, unwrap
 from .folder import StoredTensor
@@ -47,7 +48,11 @@ def stored_parts(averaged: Averaged, ranks: Ranks, dtype: torch.dtype | None) ->
         ValueError: ranks that each have a whole average have different bits in it.
     """
     if isinstance(averaged, ShardedAveragedModel):
+        ranks.agree("a ShardedAveragedModel that is saved", averaged._anew)
         return list(_sharded_parts(averaged, ranks, dtype))
+    if ranks.size > 1:  # a buffer may have grown on one of them
+        kinds = {names[0]: describe_kind(tensor) for names, tensor, _ in each_average(averaged.module)}
+        ranks.agree("a FusedAveragedModel that is saved", kinds)
     parts = list(_whole_parts(averaged, ranks, dtype))
     ranks.agree("a FusedAveragedModel that is saved", {part.stored.names[0]: part.checksum for part in parts})
     return [part if ranks.index == 0 else replace(part, checksum=0) for part in parts]
@@ -66,7 +71,7 @@ def _whole_parts(averaged: FusedAveragedModel, ranks: Ranks, dtype: torch.dtype 
     saved = set(map(id, persistent_buffers(unwrap(averaged.module)).values()))
     tensors = zip(each_average(averaged.module), averaged._each_average(), strict=True)
     for (names, tensor, is_buffer), (name, _, fmt) in tensors:
-        if is_buffer and id(tensor) not in saved:
+        if (is_buffer and id(tensor) not in saved) or (fmt is None and not is_plain(tensor)):
             continue
         planes = fit_planes(averaged, name, tensor, fmt)
         full = full_precision(planes, fmt)

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Placement
 from ..op.checks import check_plain
 from ..op.checksum import checksum, wrap_int64
 from ..terms.boxes import boxes_of_run
+from ..terms.copying import are_alike, describe_kind, duplicate
 from ..terms.formats import write_all
 from .parts.holdings import is_spread_as
 from .parts.part_tensor import PartTensor
@@ -138,16 +139,27 @@ class PendingLoad:
     runs: list[tuple[Entry, Tensor]]
     seals: dict[str, tuple[int, int]]  # (checksum, dtype) by key; empty for a state without checksums
     save_ids: frozenset[int]
+    copies: list[tuple[Tensor, Tensor]]  # what torch copies, with its values
 
 
-def prepare_load(all_entries: Sequence[Entry], state: object) -> PendingLoad:
+def prepare_load(all_entries: Sequence[Entry], copied: Mapping[tuple[str, ...], Tensor], given: object) -> PendingLoad:
     """Take this rank's parts out of a state.
+
+    Args:
+        copied: the buffers that torch copies, by their names. Not all states have them.
 
     Raises:
         TypeError, ValueError: keys, shapes, dtypes, meshes or cuts differ from this average's; it names the key.
     """
-    if not isinstance(state, Mapping):
-        raise TypeError(f"state_dict must be a mapping, got {type(state).__name__}")
+    if not isinstance(given, Mapping):
+        raise TypeError(f"state_dict must be a mapping, got {type(given).__name__}")
+    keys_of = {f"module.{name}": names for names in copied for name in names}
+    state = {key: value for key, value in given.items() if key not in keys_of}
+    copies = [(copied[keys_of[key]], given[key]) for key in keys_of if key in given]
+    for key in keys_of:
+        if key in given and not are_alike(given[key], copied[keys_of[key]]):
+            wanted, got = describe_kind(copied[keys_of[key]]), given[key]
+            raise ValueError(f"state_dict[{key!r}] must be like this average's, {wanted}, got {got!r}")
     keys = [COUNT, *(key for entry in all_entries for key in entry.keys)]
     sealed = [key for key in state if str(key).startswith(CHECKSUM)]
     # Check dtypes first: a state of another format also lacks keys, and this error is clearer.
@@ -173,7 +185,7 @@ def prepare_load(all_entries: Sequence[Entry], state: object) -> PendingLoad:
         raise ValueError(f"state_dict[{COUNT!r}] must be one int64 >= 0, got {count!r}")
     value = state[SAVE_ID] if sealed else torch.empty(0)
     ids = value.run if isinstance(value, PartTensor) else value
-    return PendingLoad(count.detach().reshape(()), runs, seals, frozenset(ids.flatten().tolist()))
+    return PendingLoad(count.detach().reshape(()), runs, seals, frozenset(ids.flatten().tolist()), copies)
 
 
 def _require_keys(expected: Sequence[str], state: Mapping[str, object]) -> None:
@@ -284,7 +296,7 @@ def commit(loads: Iterable[tuple[PendingLoad, Tensor]]) -> None:
     writes: list[tuple[Tensor, Tensor]] = []
     for pending, counter in loads:
         writes += [(entry.plane.detach(), run.view(entry.plane.shape)) for entry, run in pending.runs]
-        writes.append((counter, pending.count))
+        writes += [*pending.copies, (counter, pending.count)]
     write_all(writes)
 
 
@@ -307,6 +319,18 @@ def make_full_state(
         if keeps:
             state |= dict.fromkeys(entry.keys, whole.cpu() if cpu_offload else whole)
     return {key: value.cpu() for key, value in state.items()} if cpu_offload else state
+
+
+def copied_on_first(copied: Mapping[tuple[str, ...], Tensor], ranks: Ranks, *, cpu_offload: bool) -> dict[str, Tensor]:
+    """Return the first rank's copies of the buffers that torch copies, by their keys in a state. Collective."""
+    if not copied:
+        return {}
+    own = [duplicate(tensor).cpu() for tensor in copied.values()] if ranks.index == 0 else []
+    first = ranks.gather(own)[0]
+    state: dict[str, Tensor] = {}
+    for (names, here), value in zip(copied.items(), first, strict=True):
+        state |= dict.fromkeys((f"module.{name}" for name in names), value if cpu_offload else value.to(here.device))
+    return state
 
 
 def _gather_whole(entry: Entry, ranks: Ranks, *, to_first: bool) -> Tensor:

@@ -15,6 +15,7 @@ from ..op import checks
 from ..op.buckets import PlaneLike, new_in_buckets
 from ..op.checksum import checksum
 from ..terms.formats import Format, format_of, stored_dtype
+from ..terms.names import empty_buffers, unwrap
 from .parts.holdings import Held, Holding, Mesh, partial_meshes
 from .parts.ranks import Ranks
 from .parts.shares import Share, view_of_run
@@ -43,6 +44,33 @@ def format_of_average(holding: Holding, requested: str | None, use_buffers: bool
     if fmt is None:
         raise NotImplementedError(f"{holding.name!r} must have a dtype that can be averaged, got {holding.dtype}")
     return fmt
+
+
+def followed(
+    shares: Sequence[Share], held: Mapping[str, Held], model: Module, requested: str | None, use_buffers: bool
+) -> list[Share]:
+    """Return shares with those of copied buffers that the model has made anew, of another shape, or has given up.
+
+    Each rank follows its own model. Buffers that are spread over ranks, or averaged, stay as they were.
+    """
+
+    def is_copied(holding: Holding) -> bool:
+        is_whole = holding.is_buffer and holding.sharding.kind == "replicated"
+        return is_whole and format_of_average(holding, requested, use_buffers) is None
+
+    lacking = empty_buffers(unwrap(model))
+    kept = {each.name: each for each in shares if not (each.name in lacking and is_copied(each.holding))}
+    for name, each in held.items():
+        now = each.holding
+        before = kept[name].holding if name in kept else None
+        if before is not None:
+            cast = before.dtype.is_floating_point and now.dtype.is_floating_point
+            as_before = before.shape == now.shape and (cast or before.dtype == now.dtype)
+            if as_before or not is_copied(before):
+                continue
+        if is_copied(now):
+            kept[name] = Share(now, None, 0, now.numel, None)
+    return list(kept.values())
 
 
 def make_planes(

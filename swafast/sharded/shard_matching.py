@@ -2,49 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
-from ..average.accepting import check_model
-from ..average.contents import HoldsModels
 from ..average.matching import Bindings
-from ..backends.contract import Pair
 from ..op import checks, choice
+from ..op.copies import Copies
 from ..op.plan import Fingerprint, Plan
-from ..terms.draws import Draws, make_random_key
-from ..terms.names import canonical, require_same_names, unwrap
-from ..terms.rules import Rule
+from ..terms.copying import are_alike, duplicate
+from ..terms.names import canonical, unwrap
 from ..torch_private import distributed as private
 from ..torch_private.modules import Walk, named_tensors
-from .parts.holdings import Held, Mesh, find_holdings, is_fsdp1, require_same_sharding, reshard
-from .parts.ranks import Ranks
+from .parts.holdings import Held, copied_by_torch, reshard
 from .parts.shares import Share
-
-
-def check_sharded_model(model: object) -> None:
-    """Raise as :func:`check_model` does, but accept an FSDP1 model with only empty params on this rank."""
-    if not (isinstance(model, Module) and is_fsdp1(model)):
-        check_model(model)
-
-
-class Staging:
-    """Copies of buffers for an update beside a forward, which writes the buffers. Each attached average has its own."""
-
-    def __init__(self) -> None:
-        self._copies: dict[str, tuple[object, Tensor]] = {}  # (layout of the buffer, its copy)
-
-    @torch.no_grad()
-    def take(self, name: str, buffer: Tensor) -> Tensor:
-        """Copy a buffer, if possible into the memory of its last copy, and return the copy."""
-        layout = (buffer.dtype, buffer.device, buffer.shape, buffer.stride())
-        if name not in self._copies or self._copies[name][0] != layout:
-            self._copies[name] = layout, torch.empty_like(buffer)
-        return self._copies[name][1].copy_(buffer)
+from .shard_side import ShardSide
+from .staging import Staging
 
 
 class Locator:
@@ -55,6 +31,8 @@ class Locator:
 
     def __init__(self, model: Module, shares: Sequence[Share], held: Mapping[str, Held]) -> None:
         self._walk = Walk(unwrap(model))
+        #: Indices of the buffers that torch copies, by their names.
+        self._by_torch = {names: self._walk.position(each) for names, each in copied_by_torch(model).items()}
         found_in = {share.name: held[share.name].found_in for share in shares}
         kinds = (DTensor, Tensor)
         #: In the order of find(): DTensors, plain tensors, then shards of flat params.
@@ -91,6 +69,26 @@ class Locator:
             return None
         return tensors if specs == self._specs else None
 
+    def by_torch(self) -> dict[tuple[str, ...], Tensor | None] | None:
+        """Return the buffers that torch copies, by their names, or None if the model must be matched again."""
+        found = self._walk.tensors()
+        return None if found is None else {names: found[i] for names, i in self._by_torch.items()}
+
+    def copies(self, copied: Sequence[dict[tuple[str, ...], Tensor]], staging: Staging | None) -> Copies | None:
+        """Return what torch copies of the model into each side's ``copied``, made anew where it differs in kind."""
+        for names, tensor in (self.by_torch() or {}).items():
+            for of_side in copied:
+                if tensor is not None and not are_alike(tensor, of_side[names]):
+                    of_side[names] = duplicate(tensor)
+
+        def find() -> list[tuple[Tensor, Tensor]] | None:
+            theirs = staging.by_torch if staging is not None else self.by_torch()
+            if theirs is None:
+                return None
+            return [(tensor, of_side[names]) for of_side in copied for names, tensor in theirs.items()]  # type: ignore[misc]
+
+        return Copies([names[0] for _ in copied for names in self._by_torch], find) if self._by_torch else None
+
     def bases(self, found: Sequence[Tensor]) -> list[Tensor]:
         """Return the tensors that the shares lie in: local ones of DTensors, then plain and flat ones."""
         local = private.local_tensors(found[: self._num_dtensors])  # type: ignore[arg-type]
@@ -109,10 +107,9 @@ class Locator:
                 places[base] = private.local_tensors(now) if all(isinstance(t, DTensor) for t in now) else now  # type: ignore[arg-type]
         return [*places, *([flat.local] for flat in self._flats)]
 
-    def name(self, base: int) -> str:
-        """Return the name of a share that lies in the base of this index."""
-        index = next(index for index, (at, _) in enumerate(self._locations) if at == base)
-        return self.shares[index].name
+    def share_in(self, base: int) -> Share:
+        """Return a share that lies in the base of this index."""
+        return self.shares[next(index for index, (at, _) in enumerate(self._locations) if at == base)]
 
     def local(self, bases: Sequence[Tensor], index: int) -> Tensor:
         """Return this rank's tensor of the share at ``index``; ``bases`` is a result of :meth:`bases`."""
@@ -169,43 +166,6 @@ class Views(Sequence[Tensor]):
         return share.of(self.locator.local(self.bases, index).detach())
 
 
-class ShardSide(HoldsModels):
-    """One of the averaged models that are updated together."""
-
-    rule: Rule
-    n_averaged: Tensor  # () int64, number of updates, on the params' device
-    seed: int
-    backend: str | None
-    _ranks: Ranks
-    _shares: Sequence[Share]
-    _planes: Mapping[str, tuple[Tensor, ...]]  # by name of the share
-    _left_alone: Collection[str]  # names of params that are not averaged
-    _meshes: Mapping[str, tuple[Mesh, ...]]  # for `find_holdings`
-
-    def _find_held(self, model: Module) -> dict[str, Held]:
-        """Return what this rank holds of ``model`` now, by name, in the order of the shares.
-
-        Raises:
-            ValueError: names, shapes, meshes or placements differ from those of the shares; the message names it.
-        """
-        check_sharded_model(model)
-        held = {found.holding.name: found for found in find_holdings(model, self._ranks.ranks, self._meshes)}
-        for is_buffer, kind in ((False, "parameters"), (True, "buffers")):
-            expected = [share.name for share in self._shares if share.holding.is_buffer == is_buffer]
-            given = [name for name, found in held.items() if found.holding.is_buffer == is_buffer]
-            require_same_names(kind, expected, [name for name in given if name not in self._left_alone])
-        for share in self._shares:
-            require_same_sharding(share.holding, held[share.name].holding)
-            checks.check_plain(f"{share.name!r} of the model", held[share.name].local)
-        return {share.name: held[share.name] for share in self._shares}
-
-    def _pair(self, share: Share, view: Tensor, pace: int) -> Pair:
-        draws = None
-        if share.format is not None and share.format.num_random_bits:
-            draws = Draws(make_random_key(self.seed, share.name), share.holding.shape, share.boxes)
-        return Pair(share.name, view, self._planes[share.name], share.format, draws, pace, share.holding.is_buffer)
-
-
 #: A plan with its current params and planes.
 Bound = tuple[Plan, Views, tuple[Tensor, ...]]
 
@@ -249,6 +209,7 @@ class ShardBinding:
         homes = frozenset(plane.data_ptr() for pair in pairs for plane in pair.planes)
         self.plan = Plan(pairs, choice.choose_backends(backend, choice.device_types(pairs)), counters, homes)
         self._planes = tuple(plane for pair in pairs for plane in pair.planes)
+        self.plan.copies = self._locator.copies([side._copied for side in sides], staging)
 
     @property
     def root(self) -> Module | None:
@@ -264,6 +225,8 @@ class ShardBinding:
             return None
         bases = self._bases_of(found)
         if self.plan.is_retired or not self._bases.fits([*bases, *counters]):
+            return None
+        if self.plan.copies is not None and not self.plan.copies.fit():
             return None
         return self.plan, Views(self._locator, self._chosen, bases, self._bases), self._planes
 
@@ -282,6 +245,7 @@ class ShardBinding:
             for index, share in enumerate(self._locator.shares):
                 if share.holding.is_buffer:
                     bases[index] = self._staging.take(share.name, bases[index])
+            self._staging.take_by_torch(self._locator.by_torch() or {})
         return bases
 
 
@@ -303,7 +267,10 @@ def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], s
     if current is None:
         for counter in counters:
             checks.check_counter(counter)
-        bindings.use(ShardBinding(model, sides, sides[0]._find_held(model), staging))
+        held = sides[0]._find_held(model)
+        for side in sides:
+            side._follow(model, held)
+        bindings.use(ShardBinding(model, sides, held, staging))
         current = bindings.current(model, config, counters)
         assert current is not None, "a new plan must fit"
     return current  # type: ignore[return-value]  # the bindings of this floor have views for params
@@ -321,4 +288,6 @@ def on_its_memory(bound: Bound, sides: Sequence[ShardSide]) -> Bound:
         for index, (share, view) in enumerate(zip(views.shares, views, strict=True))
     ]
     backends = choice.choose_backends(sides[0].backend, choice.device_types(pairs))
-    return Plan(pairs, backends, counters, frozenset(map(Tensor.data_ptr, planes))), views, planes
+    made = Plan(pairs, backends, counters, frozenset(map(Tensor.data_ptr, planes)))
+    made.copies = plan.copies
+    return made, views, planes

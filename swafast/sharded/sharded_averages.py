@@ -149,7 +149,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
                 states = self._states_of(state_dict)
             for name, averaged in self.items():
                 with self._ranks.settled("load_state_dict"), _about(name):
-                    pending[name] = checkpoint.prepare_load(averaged._entries(), states[name])
+                    pending[name] = checkpoint.prepare_load(averaged._entries(), averaged._copied, states[name])
                 with self._ranks.settled("load_state_dict"), _about(name):
                     checkpoint.verify(pending[name], self._ranks, averaged.n_averaged.device)
             checkpoint.commit((pending[name], averaged.n_averaged) for name, averaged in self.items())

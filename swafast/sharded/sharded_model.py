@@ -19,15 +19,17 @@ from ..loop import swaps
 from ..loop.guard import Guard, seamless
 from ..loop.swaps import Swap
 from ..op import checks
-from ..terms.formats import check_format, convert
+from ..terms.copying import duplicate
+from ..terms.formats import check_format
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
 from . import checkpoint, construction
-from .parts.holdings import Held, find_holdings, reshard
+from .parts.holdings import Held, copied_by_torch, find_holdings, reshard
 from .parts.ranks import Ranks
 from .parts.rendezvous import shared_ranks
 from .parts.shares import share_out
-from .shard_matching import Bound, ShardSide, check_sharded_model
+from .shard_matching import Bound
+from .shard_side import ShardSide, check_sharded_model
 from .swap import SpreadExchange, spread_all
 from .updating import AttachableShards
 
@@ -127,6 +129,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         options = ("rule", "format", "nonfinite", "use_buffers", "share_replicas", "seed")
         described = {option: construction.spell(getattr(self, option)) for option in options}
         described["num_averaged"] = str(num_averaged)
+        described |= {names[0]: "copied by torch" for names in self._copied}
         self._ranks.agree("the model and the arguments", described | construction.describe(self._shares))
         construction.require_same_bits(self._shares, held, self._ranks)
         self._spreads = construction.make_spreads(self._shares, self._ranks)
@@ -146,6 +149,11 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         }
         self._left_alone = {name for name, included in ask_include(include, params).items() if not included}
         held = {name: found[name] for name in found if name not in self._left_alone}
+        self._anew: dict[str, str] = {}
+        self._copied = {names: duplicate(tensor) for names, tensor in copied_by_torch(model).items()}
+        for (name, *_), tensor in self._copied.items():
+            if self.use_buffers and tensor.is_floating_point():
+                checks.check_plain(f"{name!r} of the model", tensor)
         holdings = [each.holding for each in held.values()]
         formats = {each.name: construction.format_of_average(each, self.format, self.use_buffers) for each in holdings}
         self._shares = share_out(holdings, formats, self._ranks.rank, share_replicas=self.share_replicas)
@@ -221,12 +229,10 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
             with self._meet("copy_to", model) as ((plan, params, planes), held):
                 if swaps.in_force:
                     swaps.refuse_model("copy_to", model)
-                pairs = plan.pairs(params, planes)
-                checks.check_writable(pairs)
+                pairs = plan.writable_pairs(params, planes)
             if self._uncounted is not None:  # on all ranks, which have compared their counts if they meet below
                 self._refuse_if_empty("copy_to")
-            for pair in pairs:
-                convert(pair.planes, pair.format, (pair.param,), None)
+            plan.copy_to(pairs)
             spread_all(self._spreads, held, "copy_to could not reach all params", torn=True)
 
     @contextmanager
@@ -249,7 +255,8 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         Keys are those of :class:`~swafast.FusedAveragedModel`: ``n_averaged``, ``module.<name>`` and
         ``<plane>.<name>``. Sharded params are DTensors. Cut params and FSDP1's are :class:`PartTensor`, with original
         names and shapes, so that any number of ranks can load them. Tensors without dimensions are whole on each rank.
-        With ``checksum.<key>`` and ``save_id``, :meth:`load_state_dict` verifies the values.
+        With ``checksum.<key>`` and ``save_id``, :meth:`load_state_dict` verifies the values. Buffers that are sparse,
+        quantised or of a tensor subclass are left out.
 
         Args:
             checksums: pass False to load a checkpoint without checksums, such as one of an unsharded average.
@@ -258,7 +265,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
             RuntimeError: the averages are swapped into a model, here or on another rank; ranks have made different
                 numbers of updates; or a rank was lost.
         """
-        with self._guard.hold("state_dict", self._counting), self._ranks.in_lockstep():
+        with self._guard.hold("state_dict", self._saving), self._ranks.in_lockstep():
             return checkpoint.make_state(self._entries(), self.n_averaged, self._ranks, checksums=checksums)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -275,7 +282,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         """
         with self._guard.hold("load_state_dict", self._ranks):
             with self._ranks.settled("load_state_dict"):
-                pending = checkpoint.prepare_load(self._entries(), state_dict)
+                pending = checkpoint.prepare_load(self._entries(), self._copied, state_dict)
             with self._ranks.settled("load_state_dict"):  # ranks may have been given different checksums
                 checkpoint.verify(pending, self._ranks, self.n_averaged.device)
             checkpoint.commit([(pending, self.n_averaged)])
@@ -297,13 +304,15 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         Raises:
             RuntimeError: as :meth:`state_dict`.
         """
-        with self._guard.hold("full_state_dict", self._counting):
+        with self._guard.hold("full_state_dict", self._saving):
             if self._uncounted is not None:
                 self._warn_if_empty("full_state_dict")
             with self._ranks.in_lockstep():
-                return checkpoint.make_full_state(
+                state = checkpoint.make_full_state(
                     self._entries(), self.n_averaged, self._ranks, rank0_only=rank0_only, cpu_offload=cpu_offload
                 )
+                copied = checkpoint.copied_on_first(self._copied, self._ranks, cpu_offload=cpu_offload)
+                return state | copied if state else {}
 
     def _entries(self) -> list[checkpoint.Entry]:
         return list(checkpoint.entries(self._shares, self._planes))

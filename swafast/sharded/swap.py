@@ -106,7 +106,11 @@ class SpreadExchange(Exchange):
         return [*self._params.base_views, *self._plan.plane_views]
 
     def _name(self, base: int) -> str:
-        return repr(self._params.locator.name(base))
+        return repr(self._params.locator.share_in(base).name)
+
+    def _is_copied_buffer(self, base: int) -> bool:
+        share = self._params.locator.share_in(base)
+        return share.format is None and share.holding.is_buffer
 
 
 def spread_all(spreads: Sequence[Spread], held: Mapping[str, Held], failed: str, *, torn: bool = False) -> None:

@@ -19,7 +19,9 @@ from ..op.plan import Plan
 from ..terms.lazy import MadeOnUse
 from ..torch_private.core import disable_dynamo
 from .parts.ranks import Counting, Ranks
-from .shard_matching import Bound, ShardSide, Staging, bind_shards, on_its_memory
+from .shard_matching import Bound, bind_shards, on_its_memory
+from .shard_side import ShardSide
+from .staging import Staging
 
 
 class Flag:
@@ -126,6 +128,12 @@ class AttachableShards(Attachable):
     def _counting(self) -> Counting:
         """The ranks, for actions that use the averages."""
         return Counting(self._ranks, [side.n_averaged for side in self._updated])
+
+    @property
+    def _saving(self) -> Counting:
+        """The ranks, for actions that save the averages: they also compare which buffers were made anew."""
+        anew = [f"{name} {what}" for side in self._updated for name, what in sorted(side._anew.items())]
+        return Counting(self._ranks, [side.n_averaged for side in self._updated], ", ".join(anew))
 
     @property
     def nbytes(self) -> int:

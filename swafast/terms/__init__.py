@@ -8,6 +8,7 @@ csrc/: kernels
 
 torch_private/: names that are private in torch
     walk              a path through a module that finds its tensors again quickly
+    place             where a module holds one of its tensors
     flat param        the 1-D tensor in which an FSDP1 module keeps its params
     flat shard        this rank's shard of one original param in a flat param
 
@@ -88,7 +89,9 @@ op/: one update, planned and launched
     fingerprint       addresses, shapes and dtypes of tensors, to see whether a plan still fits
     plane like        the shape, strides, dtype and device of a plane to be made
     home              the address of a plane in a bucket
+    copies            the pairs that torch copies beside a plan, since no kernel takes them
     exchange          params and averages that change places
+    replaced          params that have their copies during a swap, and the way back
     moved             the way back of an exchange whose memory has moved
     located           what an exchange needs of a binding: where its tensors are now
     checksum          64 bits of a tensor; the checksums of its boxes sum to it
@@ -105,7 +108,6 @@ average/: averaged models of one process
     recoded params    the params that a construction copies in another dtype
     recast            a move or cast of an averaged model to another device or dtype
     cast              an average in another dtype: what was and what is to be in its place
-    place             where a module holds one of its tensors
     late copy         stands for a tensor during a load, and keeps what is to be copied into it afterwards
     way back          what a load may change, noted before it, to put it back if the load fails
 

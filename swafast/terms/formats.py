@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .copying import copy_into
 from .layout import windows
 from .pickling import pickled_from
 
@@ -152,7 +153,10 @@ def write_all(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
 def _write(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
     # Not under no_grad: an interrupt on leaving it would leave it on.
     for tensor, source in writes:
-        tensor.detach().copy_(source.detach())
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            copy_into(tensor, source)
+        else:
+            tensor.detach().copy_(source.detach())
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ def unwrap(model: Module) -> Module:
     while True:
         if isinstance(model, (DistributedDataParallel, DataParallel)):
             model = model.module
-        elif list(own_children(model)) == ["_orig_mod"] and not own_params(model) and not own_buffers(model):
+        elif [*own_children(model).keys()] == ["_orig_mod"] and not own_params(model) and not own_buffers(model):
             model = model.get_submodule("_orig_mod")
         else:
             return model
@@ -63,6 +63,16 @@ def passing_names(root: Module) -> frozenset[str]:
         for prefix, module in named_modules(root)
         for name in passing_buffers(module)
     )
+
+
+def empty_buffers(root: Module) -> set[str]:
+    """Return the names of buffers that are None now."""
+    return {
+        canonical(f"{prefix}.{name}" if prefix else name)
+        for prefix, module in named_modules(root)
+        for name, buffer in own_buffers(module).items()
+        if buffer is None
+    }
 
 
 def persistent_buffers(root: Module) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import Module
@@ -59,14 +59,36 @@ def named_modules(root: Module, *, distinct: bool = False) -> list[tuple[str, Mo
     return found
 
 
-def named_tensors(root: Module, *, buffers: bool = False) -> list[tuple[str, Tensor]]:
-    """Return the params, or the buffers, of all modules: tied ones and those of shared modules under each name."""
-    found: list[tuple[str, Tensor]] = []
+class Place(NamedTuple):
+    """Where a module holds one of its tensors."""
+
+    key: str  # its name in the tree
+    module: Module
+    held_in: MutableMapping[str, Tensor | None]
+    name: str  # in the module
+    tensor: Tensor
+
+
+def places(root: Module, *, buffers: bool = False) -> list[Place]:
+    """Return the places of the params, or the buffers, of all modules; those of shared modules under each name."""
+    found: list[Place] = []
     for prefix, module in named_modules(root):
         own: dict[str, Tensor | None] = module._buffers if buffers else module._parameters  # type: ignore[assignment]
         for name, tensor in own.items():
             if tensor is not None:
-                found.append((f"{prefix}.{name}" if prefix else name, tensor))
+                found.append(Place(f"{prefix}.{name}" if prefix else name, module, own, name, tensor))
+    return found
+
+
+def named_tensors(root: Module, *, buffers: bool = False) -> list[tuple[str, Tensor]]:
+    """Return the params, or the buffers, of all modules: tied ones and those of shared modules under each name.
+
+    A module that lists its tensors by methods of its own is not asked: these may leave out what is frozen now. torch's
+    class does not ask the averaged module either.
+    """
+    found: list[tuple[str, Tensor]] = []
+    for place in places(root, buffers=buffers):
+        found.append((place.key, place.tensor))
     return found
 
 
@@ -134,14 +156,15 @@ class Walk:
         values: list[Tensor | None] = []
         for module in modules:
             params, buffers, submodules = module._parameters, module._buffers, module._modules
+            # Their keys(): the dicts of a scripted module are not iterable.
             if params:
-                layout.extend(params)
+                layout.extend(params.keys())
                 values.extend(params.values())
             if buffers:
-                layout.extend(buffers)
+                layout.extend(buffers.keys())
                 values.extend(buffers.values())
             if submodules:
-                layout.extend(submodules)
+                layout.extend(submodules.keys())
                 layout.extend(map(id, submodules.values()))
             layout.append(len(values))
         return layout, values

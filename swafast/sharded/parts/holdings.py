@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
+from ...terms.copying import is_plain
 from ...terms.layout import is_dense
 from ...terms.names import canonical, named_params, persistent_buffers, unwrap
 from ...torch_private import distributed as private
@@ -118,10 +119,21 @@ def partial_meshes(model: Module, ranks: Sequence[int]) -> dict[str, Mesh]:
     return {name: mesh for name, mesh in meshes.items() if set(mesh.ranks) != set(ranks)}
 
 
+def copied_by_torch(model: Module) -> dict[tuple[str, ...], Tensor]:
+    """Return the persistent buffers that no kernel takes, so that torch copies them, by all their names."""
+    tied: dict[int, tuple[list[str], Tensor]] = {}
+    for name, tensor in persistent_buffers(unwrap(model)).items():
+        if not (isinstance(tensor, DTensor) or is_plain(tensor)):
+            tied.setdefault(id(tensor), ([], tensor))[0].append(name)
+    return {tuple(names): tensor for names, tensor in tied.values()}
+
+
 def find_holdings(
     model: Module, ranks: Sequence[int], meshes: Mapping[str, tuple[Mesh, ...]] | None = None
 ) -> list[Held]:
     """Return what this rank holds of each distinct param and persistent buffer of ``model``, in the model's order.
+
+    Left out are the buffers that torch copies.
 
     Args:
         ranks: the ranks of the averaged model's process group, which all hold plain tensors alike.
@@ -134,13 +146,14 @@ def find_holdings(
     root = unwrap(model)
     flat = _flat_holdings(root, tuple(ranks)) if is_fsdp1(root) else {}
     in_flat = {name for held in flat.values() for name in held.holding.names}
+    by_torch = {name for names in copied_by_torch(model) for name in names}
     found: list[Held] = []
     for is_buffer, tensors in ((False, named_params(root, "model")), (True, persistent_buffers(root))):
         tied: dict[int, tuple[list[str], Tensor]] = {}
         for name, tensor in tensors.items():
             if name in flat:
                 found.append(flat[name])
-            elif name not in in_flat and name.rpartition(".")[2] != private.FLAT_PARAM:
+            elif name not in in_flat and name not in by_torch and name.rpartition(".")[2] != private.FLAT_PARAM:
                 tied.setdefault(id(tensor), ([], tensor))[0].append(name)
         for names, tensor in tied.values():
             siblings = (meshes or {}).get(names[0], ())

@@ -233,11 +233,11 @@ class Ranks:
             what: the name of the call, which must be the same on all ranks.
             number: of the averaged model, from :meth:`next_number`; likewise.
         """
-        return self._settled(what, number, ())
+        return self._settled(what, number, (), "")
 
     @contextmanager
-    def _settled(self, what: str, number: int | None, counters: Sequence[Tensor]) -> Iterator[None]:
-        """Do the same, and raise RuntimeError on every rank if the counts of ``counters`` differ between ranks."""
+    def _settled(self, what: str, number: int | None, counters: Sequence[Tensor], anew: str) -> Iterator[None]:
+        """Do the same, and raise RuntimeError on every rank if counts of ``counters``, or ``anew``, differ."""
         self._fault.refuse()
         error: BaseException | None = None
         counts: list[int] = []
@@ -247,7 +247,8 @@ class Ranks:
         except BaseException as raised:  # an interrupt too, since peers wait
             error = raised
         try:
-            calls = self.gather((what, number, counts, None if error is None else f"{type(error).__name__}: {error}"))
+            message = None if error is None else f"{type(error).__name__}: {error}"
+            calls = self.gather((what, number, (counts, anew), message))
         finally:
             if error is not None:
                 raise error
@@ -260,7 +261,16 @@ class Ranks:
         for rank, (_, _, _, message) in zip(self.ranks, calls, strict=True):
             if message is not None:
                 raise RuntimeError(f"{what} failed on rank {rank}, and so on every rank: {message}")
-        self._require_same_counts(what, [tuple(counts) for _, _, counts, _ in calls])
+        self._require_same_counts(what, [tuple(counts) for _, _, (counts, _), _ in calls])
+        buffers = [theirs for _, _, (_, theirs), _ in calls]
+        if len(set(buffers)) > 1:
+            got = ", ".join(
+                f"{theirs or 'none'} on rank {rank}" for rank, theirs in zip(self.ranks, buffers, strict=True)
+            )
+            raise RuntimeError(
+                f"{what} needs the same buffers on every rank, got as made anew since construction {got}: leave them "
+                "out of states with persistent=False"
+            )
 
     def _require_same_counts(self, what: str, everyone: Sequence[tuple[int, ...]]) -> None:
         ranks_of: dict[tuple[int, ...], list[int]] = {}
@@ -302,13 +312,16 @@ class Counting:
 
     It is a :class:`~swafast.loop.guard.Together`, for actions that use averages. A load sets the counts, so it does not
     compare them.
+
+    Args:
+        anew: the copied buffers that the models have made anew, which must be the same too.
     """
 
-    def __init__(self, ranks: Ranks, counters: Sequence[Tensor]) -> None:
-        self.lock, self._ranks, self._counters = ranks.lock, ranks, counters
+    def __init__(self, ranks: Ranks, counters: Sequence[Tensor], anew: str = "") -> None:
+        self.lock, self._ranks, self._counters, self._anew = ranks.lock, ranks, counters, anew
 
     def settled(self, what: str, number: int | None = None) -> AbstractContextManager[None]:
-        return self._ranks._settled(what, number, self._counters)
+        return self._ranks._settled(what, number, self._counters, self._anew)
 
 
 def checked_group(process_group: object) -> ProcessGroup:
