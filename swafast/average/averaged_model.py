@@ -317,7 +317,7 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
             self._strict = strict
             try:
                 load = super().load_state_dict
-                return load_whole(self, [self.module], load, state_dict, strict=strict, assign=assign)
+                return load_whole(self, {"": self.module}, load, state_dict, strict=strict, assign=assign)
             finally:
                 self._strict = True
 

@@ -238,7 +238,7 @@ class FusedAverages(WithBindings, Module):
             for averaged in averages:
                 averaged._strict = strict
             try:
-                modules = [averaged.module for averaged in averages]
+                modules = {f"{name}.": averaged.module for name, averaged in self.items()}
                 return load_whole(self, modules, super().load_state_dict, state_dict, strict=strict, assign=assign)
             finally:
                 for averaged in averages:

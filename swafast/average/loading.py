@@ -27,12 +27,12 @@ from ..torch_private.modules import (
     put_tensor,
     set_metadata,
 )
-from .states import keeping_ties
+from .states import fit_keys, keeping_ties
 
 
 def load_whole(
     root: Module,
-    averaged: Sequence[Module],  # the modules in it that have ties to keep
+    averaged: Mapping[str, Module],  # the averaged modules in it, by the prefixes of the averaged models' keys
     load: Callable[..., Any],
     state_dict: Mapping[str, Any],
     *,
@@ -52,6 +52,8 @@ def load_whole(
         return load(state_dict)  # torch's loader raises before it changes anything
     state: OrderedDict[str, Any] = OrderedDict(state_dict)
     set_metadata(state, metadata_of(state_dict))
+    for prefix, module in averaged.items():
+        fit_keys(module, state, prefix)
     way_back = WayBack(root, assign=assign)
     for place in way_back.places if not assign else ():
         if id(place.tensor) not in way_back.late and isinstance(state.get(place.key), Tensor):
@@ -61,7 +63,7 @@ def load_whole(
     try:
         way_back.put_late_copies()
         with ExitStack() as ties:
-            for module in averaged:
+            for module in averaged.values():
                 ties.enter_context(keeping_ties(module))
             result = load(state, strict=strict, assign=assign)
         for place, late_copy in way_back.late.values():

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..terms.formats import FLOAT32, OWN, Format, convert
-from ..terms.names import canonical, unwrap
-from ..torch_private.modules import named_tensors, own_buffers, own_params, put_tensor
+from ..terms.names import canonical, rewrapping, unwrap
+from ..torch_private.modules import metadata_of, named_tensors, own_buffers, own_params, put_tensor, set_metadata
 from .matching import FormatOf, each_average
 from .planes import fit_planes, put_planes, translate_state
 
@@ -41,6 +41,25 @@ def _all_tensors(module: Module) -> list[tuple[str, Tensor]]:
     return [*named_tensors(module), *named_tensors(module, buffers=True)]
 
 
+def fit_keys(module: Module, state: Any, prefix: str) -> None:
+    """Rename, in place, the keys in ``state`` of an averaged ``module`` if its model was wrapped in another way.
+
+    Args:
+        prefix: the prefix of the averaged model's keys.
+    """
+    head, root = f"{prefix}module.", f"{prefix}module"
+    metadata = metadata_of(state) or {}
+    paths = [path[len(head) :] for path in metadata if path == root or path.startswith(head)]
+    names, sources = rewrapping(module, [key[len(head) :] for key in state if key.startswith(head)], paths)
+    keys = {head + name: head + own for name, own in names.items()}
+    if len({*keys.values()}) == len(keys) and any(before != after for before, after in keys.items()):
+        items = list(state.items())
+        state.clear()
+        state.update((keys.get(key, key), value) for key, value in items)
+    found = {(head + own).rstrip("."): metadata[(head + path).rstrip(".")] for own, path in sources.items()}
+    set_metadata(state, metadata | found or None)
+
+
 def translate_load(
     owner: Module, module: Module, state: Any, prefix: str, format_of: FormatOf, *, assign: bool, strict: bool
 ) -> None:
@@ -49,6 +68,7 @@ def translate_load(
     Raises:
         RuntimeError: its count is not one integer >= 0.
     """
+    fit_keys(module, state, prefix)
     count = state.get(f"{prefix}n_averaged")
     if isinstance(count, Tensor) and count.numel() == 1 and not count.is_meta:
         number = count.item()

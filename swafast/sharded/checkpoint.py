@@ -6,7 +6,7 @@ import math
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ..average.loading import write_all
 from ..op.checks import check_plain
 from ..op.checksum import checksum, wrap_int64
 from ..terms.boxes import boxes_of_run
+from ..terms.names import unwrapping
 from .parts.holdings import is_spread_as
 from .parts.part_tensor import PartTensor
 from .parts.ranks import Ranks
@@ -23,6 +24,7 @@ from .parts.shares import Share
 
 COUNT = "n_averaged"
 CHECKSUM = "checksum."
+MODULE = "module."
 SAVE_ID = "save_id"
 
 #: Elements that hold the id of a save, cut over the ranks so that each rank's part has some. Their number is fixed,
@@ -55,7 +57,7 @@ def entries(shares: Sequence[Share], planes: Mapping[str, tuple[Tensor, ...]]) -
     """Yield the entries of a state, under the keys of the unsharded class."""
     for share in shares:
         first, *further = planes[share.name]
-        yield Entry(tuple(f"module.{name}" for name in share.holding.names), share, first)
+        yield Entry(tuple(MODULE + name for name in share.holding.names), share, first)
         for (plane, _), tensor in zip(share.format.extra if share.format else (), further, strict=True):
             yield Entry((f"{plane}.{share.name}",), share, tensor)
 
@@ -146,8 +148,7 @@ def prepare_load(all_entries: Sequence[Entry], state: object) -> PendingLoad:
     Raises:
         TypeError, ValueError: keys, shapes, dtypes, meshes or cuts differ from this average's; it names the key.
     """
-    if not isinstance(state, Mapping):
-        raise TypeError(f"state_dict must be a mapping, got {type(state).__name__}")
+    state = _named_alike(all_entries, state)
     keys = [COUNT, *(key for entry in all_entries for key in entry.keys)]
     sealed = [key for key in state if str(key).startswith(CHECKSUM)]
     # Check dtypes first: a state of another format also lacks keys, and this error is clearer.
@@ -174,6 +175,19 @@ def prepare_load(all_entries: Sequence[Entry], state: object) -> PendingLoad:
     value = state[SAVE_ID] if sealed else torch.empty(0)
     ids = value.run if isinstance(value, PartTensor) else value
     return PendingLoad(count.detach().reshape(()), runs, seals, frozenset(ids.flatten().tolist()))
+
+
+def _named_alike(all_entries: Sequence[Entry], state: object) -> Mapping[str, Any]:
+    """Return a state with the names of these entries, however the model of the state was wrapped."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state_dict must be a mapping, got {type(state).__name__}")
+    given = [key.removeprefix(MODULE) for key in map(str, state) if key.startswith(MODULE)]
+    own = [key.removeprefix(MODULE) for entry in all_entries for key in entry.keys]
+    unwrapped = unwrapping(given, own)
+    keys = {MODULE + name: MODULE + unwrapped(name) for name in given}
+    if len({*keys.values()}) < len(keys):
+        return state
+    return {keys.get(key) or key: value for key, value in state.items()}
 
 
 def _require_keys(expected: Sequence[str], state: Mapping[str, object]) -> None:
