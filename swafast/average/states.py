@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -106,21 +106,35 @@ def export(
 ) -> dict[str, Any]:
     """Return copies of the averages, at full precision, and of the other tensors, under the model's own names.
 
-    With ``dtype``, all floating tensors are cast to it.
+    Tied names have one tensor. With ``dtype``, all floating tensors are cast to it.
 
     Raises:
         ValueError: ``dtype`` is neither a floating dtype nor None.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
+    check_export(dtype)
     known = {id(tensor): (fit_planes(owner, name, tensor, fmt), fmt) for name, tensor, fmt in averages}
+    exported: dict[int, Tensor] = {}
     state: dict[str, Any] = {}
     for key, value in unwrap(module).state_dict(keep_vars=True).items():
         if isinstance(value, Tensor):
-            planes, fmt = known.get(id(value), ((value,), None))
-            rounded = FLOAT32 if fmt is not None and fmt.dtype is not None else OWN
-            cast = dtype if dtype is not None and value.is_floating_point() else rounded.dtype or value.dtype
-            value = torch.empty_like(value.detach(), dtype=cast)
-            convert(planes, fmt, (value,), rounded)
+            if id(value) not in exported:
+                exported[id(value)] = exported_copy(*known.get(id(value), ((value,), None)), dtype)
+            value = exported[id(value)]
         state[canonical(key)] = value
     return state
+
+
+def check_export(dtype: object) -> None:
+    """Raise ValueError unless ``dtype`` is a floating dtype or None."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
+
+
+def exported_copy(planes: Sequence[Tensor], fmt: Format | None, dtype: torch.dtype | None) -> Tensor:
+    """Return a copy of an average at full precision, or of another tensor; if it is floating, cast to ``dtype``."""
+    value = planes[0].detach()
+    rounded = FLOAT32 if fmt is not None and fmt.dtype is not None else OWN
+    cast = dtype if dtype is not None and value.is_floating_point() else rounded.dtype or value.dtype
+    copied = torch.empty_like(value, dtype=cast)
+    convert(planes, fmt, (copied,), rounded)
+    return copied

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -148,7 +147,7 @@ def prepare_load(all_entries: Sequence[Entry], state: object) -> PendingLoad:
     Raises:
         TypeError, ValueError: keys, shapes, dtypes, meshes or cuts differ from this average's; it names the key.
     """
-    state = _named_alike(all_entries, state)
+    state = named_alike(all_entries, state)
     keys = [COUNT, *(key for entry in all_entries for key in entry.keys)]
     sealed = [key for key in state if str(key).startswith(CHECKSUM)]
     # Check dtypes first: a state of another format also lacks keys, and this error is clearer.
@@ -177,7 +176,7 @@ def prepare_load(all_entries: Sequence[Entry], state: object) -> PendingLoad:
     return PendingLoad(count.detach().reshape(()), runs, seals, frozenset(ids.flatten().tolist()))
 
 
-def _named_alike(all_entries: Sequence[Entry], state: object) -> Mapping[str, Any]:
+def named_alike(all_entries: Sequence[Entry], state: object) -> Mapping[str, Any]:
     """Return a state with the names of these entries, however the model of the state was wrapped."""
     if not isinstance(state, Mapping):
         raise TypeError(f"state_dict must be a mapping, got {type(state).__name__}")
@@ -300,37 +299,3 @@ def commit(loads: Iterable[tuple[PendingLoad, Tensor]]) -> None:
         writes += [(entry.plane.detach(), run.view(entry.plane.shape)) for entry, run in pending.runs]
         writes.append((counter, pending.count))
     write_all(writes)
-
-
-# Whole tensors
-
-
-def make_full_state(
-    all_entries: Sequence[Entry], num_averaged: Tensor, ranks: Ranks, *, rank0_only: bool, cpu_offload: bool
-) -> dict[str, Tensor]:
-    """Return a state of whole tensors, gathered one by one to save memory; with ``rank0_only`` {} on other ranks."""
-    keeps = not rank0_only or ranks.index == 0
-    state = {COUNT: num_averaged.detach().clone()} if keeps else {}
-    for entry in all_entries:
-        holding = entry.share.holding
-        if holding.is_buffer and holding.sharding.kind == "replicated":
-            whole = part_of(entry)
-            ranks.broadcast_(whole)
-        else:
-            whole = _gather_whole(entry, ranks, to_first=rank0_only)
-        if keeps:
-            state |= dict.fromkeys(entry.keys, whole.cpu() if cpu_offload else whole)
-    return {key: value.cpu() for key, value in state.items()} if cpu_offload else state
-
-
-def _gather_whole(entry: Entry, ranks: Ranks, *, to_first: bool) -> Tensor:
-    """Gather a whole tensor by summing all ranks' bytes as integers: each byte is 0 on all ranks but one."""
-    holding = entry.share.holding
-    nbytes = math.prod(holding.shape) * entry.plane.element_size()
-    words = torch.zeros(-(-nbytes // 8), dtype=torch.int64, device=entry.plane.device)
-    whole = words.view(torch.uint8)[:nbytes].view(entry.plane.dtype).view(holding.shape)
-    if entry.share.counts_on(ranks.rank):
-        for box in entry.share.boxes:
-            box.of_whole(whole).copy_(box.of_run(entry.run))
-    (ranks.sum_to_first_ if to_first else ranks.sum_)(words)
-    return whole

@@ -22,6 +22,7 @@ from ..terms.formats import check_format, convert
 from ..terms.pickling import pickled_from
 from ..terms.rules import EqualAverage, Rule
 from . import checkpoint, construction
+from .full_states import HasFullStates
 from .parts.holdings import Held, find_holdings, reshard
 from .parts.ranks import Ranks
 from .parts.rendezvous import shared_ranks
@@ -32,7 +33,7 @@ from .updating import AttachableShards
 
 
 @pickled_from("swafast")
-class ShardedAveragedModel(AttachableShards, ShardSide):
+class ShardedAveragedModel(HasFullStates, AttachableShards, ShardSide):
     """The running average of a model that is spread over ranks. Each rank averages its own part of the model.
 
     ``average = average + weight * (param - average)``, bit for bit as :class:`~swafast.FusedAveragedModel` computes it,
@@ -272,30 +273,6 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
                 checkpoint.verify(pending, self._ranks, self.n_averaged.device)
             checkpoint.commit([(pending, self.n_averaged)])
             self._count_from(int(pending.count), is_loaded=True)
-
-    def full_state_dict(self, *, rank0_only: bool = False, cpu_offload: bool = False) -> dict[str, Tensor]:
-        """Return whole tensors under the keys of :class:`~swafast.FusedAveragedModel`. Collective.
-
-        torch's ``AveragedModel`` loads the averages of ``format="float32"`` or of a float32 model. If a format has
-        further planes, pass it ``strict=False``.
-
-        Args:
-            rank0_only: return the tensors on the first rank of the group only, and an empty dict on the others.
-            cpu_offload: move each tensor to the CPU as soon as it is whole.
-
-        Warns:
-            UserWarning: the average holds no model yet.
-
-        Raises:
-            RuntimeError: as :meth:`state_dict`.
-        """
-        with self._guard.hold("full_state_dict", self._counting):
-            if self._uncounted is not None:
-                self._warn_if_empty("full_state_dict")
-            with self._ranks.in_lockstep():
-                return checkpoint.make_full_state(
-                    self._entries(), self.n_averaged, self._ranks, rank0_only=rank0_only, cpu_offload=cpu_offload
-                )
 
     def _entries(self) -> list[checkpoint.Entry]:
         return list(checkpoint.entries(self._shares, self._planes))

@@ -139,6 +139,7 @@ sharded/: averages of models that are spread over ranks
     staging           copies of what a forward writes, for an update beside it
     entry             one plane or buffer in a state, under one key or under those of tied params
     seal              checksum and dtype of an entry, in the state
+    has full states   base class of one averaged model of shards: its states of whole tensors
     pending load      one rank's parts of a state, until they are verified and written
 
 posthoc/: averages made after training
