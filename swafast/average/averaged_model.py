@@ -23,16 +23,16 @@ from ..terms.rules import Rule, rule_of
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import named_tensors
 from .accepting import ask_include, check_model, refuse_sharded
-from .contents import HoldsModels
 from .functions import choose_rule, update_by_function
+from .growing import Adaptable
 from .loading import load_whole
-from .matching import Bound, ModuleSide, WithBindings, each_average
+from .matching import Bound, ModuleSide, each_average
 from .planes import Recast, RecodedParams, fit_planes, keeps_values
 from .states import export, translate_load
 
 
 @pickled_from("swafast")
-class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
+class FusedAveragedModel(Adaptable, AveragedModel):
     """A copy of a model that holds the running average of the model's parameters, updated in one fused pass.
 
     ``average = average + weight * (param - average)``, with ``weight = 1 / (n + 1)`` (SWA) by default.

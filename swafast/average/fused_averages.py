@@ -18,6 +18,7 @@ from ..terms.rules import Rule
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import own_children
 from .averaged_model import FusedAveragedModel
+from .growing import OldName, adapt
 from .loading import load_whole
 from .matching import Bound, WithBindings
 
@@ -204,6 +205,14 @@ class FusedAverages(WithBindings, Module):
             for averaged in averages:
                 if averaged._uncounted is not None and not averaged._uncounted.is_updated:
                     averaged._note_update()
+
+    def adapt_to(self, model: Module, *, old_name: OldName | None = None) -> list[str]:
+        """Take over a model that has changed, in all averages, as :meth:`~swafast.FusedAveragedModel.adapt_to`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as there; nothing has changed in any average.
+        """
+        return adapt(self, self.values(), model, old_name)
 
     def _rules(self, averages: Sequence[FusedAveragedModel]) -> list[Rule]:
         rules = [averaged.rule for averaged in averages]

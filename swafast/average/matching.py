@@ -237,6 +237,11 @@ class Bindings:
         assert current is not None, "a plan just made must fit"
         return current
 
+    def forget(self) -> None:
+        """Drop all bindings but those that a CUDA graph holds, since the averages are others."""
+        self._captured += [binding for binding in self._recent if binding.plan.captured]
+        self._recent = []
+
     def use(self, binding: AnyBinding) -> None:
         """Put ``binding`` first. Drop those that no longer fit, and beyond ``_MOST`` the least recently used one."""
         kept: list[AnyBinding] = [binding]

@@ -53,7 +53,7 @@ class Attachment:
     ) -> None:
         self.name, self._step, self._schedule = name, 0, schedule
         self._averaged, self._model, self._optimizers = averaged, model, tuple(optimizers)
-        self._runner = runner_for(averaged, model, overlap, offload)
+        self._runner, self._beside = runner_for(averaged, model, overlap, offload), (overlap, offload)
         self._stepped: set[int] = set()  # which optimizers, by their place, have stepped since the last count
         self._own_thread: int | None = None  # the thread that is in an update of ours
         self._is_warned = False
@@ -114,6 +114,12 @@ class Attachment:
             TypeError, ValueError, RuntimeError: the update has raised it.
         """
         self._runner.join()
+
+    def retarget(self, model: Module) -> None:
+        """Average another model from now on. Nothing is under way."""
+        if model is not self._model:
+            self._runner.close()
+            self._model, self._runner = model, runner_for(self._averaged, model, *self._beside)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or pickle has: steps and schedule. It is detached."""

@@ -147,13 +147,13 @@ def gather_whole(all_entries: Iterable[Entry], ranks: Ranks, *, to_first: bool, 
             whole = checkpoint.part_of(entry)
             ranks.broadcast_(whole)
         else:
-            whole = _summed(entry, ranks, to_first=to_first)
+            whole = summed(entry, ranks, to_first=to_first)
         if not to_first or ranks.index == 0:
             state |= dict.fromkeys(entry.keys, whole.cpu() if cpu_offload else whole)
     return state
 
 
-def _summed(entry: Entry, ranks: Ranks, *, to_first: bool) -> Tensor:
+def summed(entry: Entry, ranks: Ranks, *, to_first: bool) -> Tensor:
     """Gather a whole tensor by summing all ranks' bytes as integers: each byte is 0 on all ranks but one."""
     holding = entry.share.holding
     nbytes = math.prod(holding.shape) * entry.plane.element_size()

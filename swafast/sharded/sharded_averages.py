@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module
 
 from ..average.fused_averages import named_formats, named_rules
+from ..average.growing import OldName
 from ..loop.guard import Guard
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
@@ -19,6 +20,7 @@ from . import checkpoint, full_states
 from .construction import spell
 from .parts.ranks import Ranks
 from .parts.rendezvous import shared_ranks
+from .regrowing import adapt_shards
 from .sharded_model import ShardedAveragedModel
 from .updating import AttachableShards
 
@@ -115,6 +117,14 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
     @property
     def _updated(self) -> list[ShardedAveragedModel]:
         return list(self.values())
+
+    def adapt_to(self, model: Module, *, old_name: OldName | None = None) -> list[str]:
+        """Take over a model that has changed, in all averages, as ``ShardedAveragedModel.adapt_to``. Collective.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as there; nothing has changed in any average on any rank.
+        """
+        return adapt_shards(self, self._updated, model, old_name, self._ranks)
 
     def state_dict(self, *, checksums: bool = True) -> dict[str, Tensor]:
         """Return the states of all averages, each key after its average's name: ``fast.module.weight``. Collective.

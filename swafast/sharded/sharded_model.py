@@ -27,13 +27,13 @@ from .parts.holdings import Held, find_holdings, reshard
 from .parts.ranks import Ranks
 from .parts.rendezvous import shared_ranks
 from .parts.shares import share_out
+from .regrowing import AdaptableShards
 from .shard_matching import Bound, ShardSide, check_sharded_model
 from .swap import SpreadExchange, spread_all
-from .updating import AttachableShards
 
 
 @pickled_from("swafast")
-class ShardedAveragedModel(HasFullStates, AttachableShards, ShardSide):
+class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
     """The running average of a model that is spread over ranks. Each rank averages its own part of the model.
 
     ``average = average + weight * (param - average)``, bit for bit as :class:`~swafast.FusedAveragedModel` computes it,
@@ -103,7 +103,7 @@ class ShardedAveragedModel(HasFullStates, AttachableShards, ShardSide):
         self._ranks = process_group if isinstance(process_group, Ranks) else shared_ranks(process_group)
         self._number = self._ranks.next_number()
         self.format, self.backend, self.nonfinite, self.seed = format, backend, nonfinite, seed
-        self.use_buffers, self.share_replicas = use_buffers, share_replicas
+        self.use_buffers, self.share_replicas, self.include = use_buffers, share_replicas, include
         with self._ranks.lock:
             self._construct(model, rule, include, num_averaged)
 
