@@ -164,7 +164,7 @@ def _run_on_all(run: Callable[[], int], layers: Mapping[str, Layer], process_gro
     """
     from ..sharded.parts.rendezvous import shared_ranks
 
-    ranks = shared_ranks(process_group)
+    ranks = shared_ranks(process_group, "update_bn")
     with ranks.lock:
         with ranks.settled("update_bn"):
             num_batches = run()

@@ -59,7 +59,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         seed: int = 0,
         num_averaged: int = 0,
     ) -> None:
-        self._ranks = process_group if isinstance(process_group, Ranks) else shared_ranks(process_group)
+        self._ranks = shared_ranks(process_group, "ShardedAverages")
         self._number = self._ranks.next_number()
         with self._ranks.lock:
             with self._ranks.settled("ShardedAverages"):

@@ -100,7 +100,7 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
         seed: int = 0,
         num_averaged: int = 0,
     ) -> None:
-        self._ranks = process_group if isinstance(process_group, Ranks) else shared_ranks(process_group)
+        self._ranks = shared_ranks(process_group, "ShardedAveragedModel")
         self._number = self._ranks.next_number()
         self.format, self.backend, self.nonfinite, self.seed = format, backend, nonfinite, seed
         self.use_buffers, self.share_replicas, self.include = use_buffers, share_replicas, include
@@ -220,7 +220,7 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
                 self._refuse_if_empty("copy_to")
             for pair in pairs:
                 convert(pair.planes, pair.format, (pair.param,), None)
-            spread_all(self._spreads, held, "copy_to could not reach all params", torn=True)
+            spread_all(self._spreads, held, "copy_to", "could not reach all params", torn=True)
 
     @contextmanager
     def _meet(self, action: str, model: Module) -> Iterator[tuple[Bound, dict[str, Held]]]:

@@ -55,7 +55,7 @@ class SpreadExchange(Exchange):
             LostPeerError: a rank was lost. The message says so if params are not whole.
         """
         self._versions = None  # also if it is broken off, writes are our own
-        spread_all(self._spreads, self._held, "swapped_into could not put all averages into the model")
+        spread_all(self._spreads, self._held, "swapped_into", "could not put all averages into the model")
         self._all_there = True
         self.watch()
 
@@ -75,7 +75,7 @@ class SpreadExchange(Exchange):
     def _fill_in(self) -> None:
         if self._all_there:
             self._all_there = False
-            spread_all(self._spreads, self._held, "swapped_into could not put all params back", torn=True)
+            spread_all(self._spreads, self._held, "swapped_into", "could not put all params back", torn=True)
 
     def _bases(self) -> Sequence[Tensor]:
         return self._params.bases
@@ -104,11 +104,13 @@ class SpreadExchange(Exchange):
         return repr(self._params.locator.name(base))
 
 
-def spread_all(spreads: Sequence[Spread], held: Mapping[str, Held], failed: str, *, torn: bool = False) -> None:
+def spread_all(
+    spreads: Sequence[Spread], held: Mapping[str, Held], call: str, failed: str, *, torn: bool = False
+) -> None:
     """Run all spreads. If one fails and params are not whole afterwards, the error's message says so.
 
     Args:
-        failed: the beginning of that message.
+        call, failed: the user's call and what it could not do, which begin that message.
         torn: whether params are not whole if nothing was received from other ranks either.
 
     Raises:
@@ -119,6 +121,7 @@ def spread_all(spreads: Sequence[Spread], held: Mapping[str, Held], failed: str,
         with ExitStack() as ranks:
             for spread in spreads:
                 ranks.enter_context(spread.ranks.in_lockstep())
+                spread.ranks.begin(call)
             for spread in spreads:
                 spread.fill(held)
                 done += 1
@@ -126,4 +129,4 @@ def spread_all(spreads: Sequence[Spread], held: Mapping[str, Held], failed: str,
         if not (torn or done or any(spread.torn for spread in spreads)):
             raise
         kind = LostPeerError if isinstance(error, Exception) else type(error)
-        raise kind(f"{failed}: {error}; {NOT_WHOLE}") from error
+        raise kind(f"{call} {failed}: {error}; {NOT_WHOLE}") from error

@@ -40,21 +40,28 @@ class LostPeerError(RuntimeError):
 
 
 @contextmanager
-def losing_peers(ranks: Sequence[int]) -> Iterator[None]:
-    """Raise LostPeerError if the body, a collective of ``ranks``, raises RuntimeError or ValueError."""
+def losing_peers(ranks: Sequence[int], call: str) -> Iterator[None]:
+    """Raise LostPeerError if the body, a collective in a user's ``call``, raises RuntimeError or ValueError."""
     try:
         yield
     except (RuntimeError, ValueError) as error:  # a ValueError: the process group was destroyed
         raise LostPeerError(
-            f"a rank of {list(ranks)} died, or did not come within the process group's timeout: all ranks must make "
-            f"this call ({error})"
+            f"{call} must be called on all ranks, but one of {list(ranks)} died, or did not come within the process "
+            f"group's timeout ({error})"
         ) from error
 
 
 class _Fault:
-    """Why no more collectives may run in a group of ours and its subgroups."""
+    """Why no more collectives may run in a group of ours and its subgroups.
+
+    Args:
+        call: the user's call that is under way, which runs collectives. Each call of another name sets it.
+    """
 
     reason: str | None = None
+
+    def __init__(self, call: str) -> None:
+        self.call = call
 
     def refuse(self) -> None:
         if self.reason is not None:
@@ -85,6 +92,7 @@ class Ranks:
         name: the name of the new group, the same on all ranks. It must be new, since a failed attempt leaves addresses
             under its name in the store.
         ranks: only these of its ranks, this one included; default: all.
+        call: the user's call that makes it, for the message of an error.
 
     Raises:
         TypeError: ``process_group`` is not a process group.
@@ -92,7 +100,9 @@ class Ranks:
         LostPeerError: a rank died, or did not make its own.
     """
 
-    def __init__(self, process_group: ProcessGroup | None, name: str, ranks: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, process_group: ProcessGroup | None, name: str, ranks: Sequence[int] | None = None, call: str = "this"
+    ) -> None:
         parent = checked_group(process_group)
         self.rank = dist.get_rank()
         self.ranks = tuple(sorted(ranks)) if ranks is not None else tuple(dist.get_process_group_ranks(parent))
@@ -101,7 +111,7 @@ class Ranks:
         self.name = name
         #: Held during a collective, or several that belong together, since threads share the group.
         self.lock = ForkSafeLock()
-        self._fault = _Fault()
+        self._fault = _Fault(call)
         self._numbers = itertools.count()
         # A weak reference, so that we do not keep alive a group that the user has destroyed.
         self._parent = weakref.ref(process_group) if process_group is not None else None
@@ -121,7 +131,7 @@ class Ranks:
         if key not in self._subgroups:
             parent = self._parent() if self._parent is not None else None
             with self._fault.noted(self.ranks):  # if this fails, all ranks are out of lockstep
-                self._subgroups[key] = subgroup = Ranks(parent, f"{self.name} {key}", key)
+                self._subgroups[key] = subgroup = Ranks(parent, f"{self.name} {key}", key, self._fault.call)
             subgroup._fault, subgroup.lock = self._fault, self.lock
         return self._subgroups[key]
 
@@ -206,8 +216,12 @@ class Ranks:
 
     @contextmanager
     def _heard(self) -> Iterator[None]:
-        with self.lock, self.in_lockstep(), losing_peers(self.ranks):
+        with self.lock, self.in_lockstep(), losing_peers(self.ranks, self._fault.call):
             yield
+
+    def begin(self, call: str) -> None:
+        """Note the user's call that runs the next collectives, for the message of an error. So does :meth:`settled`."""
+        self._fault.call = call
 
     @contextmanager
     def in_lockstep(self) -> Iterator[None]:
@@ -239,6 +253,7 @@ class Ranks:
     def _settled(self, what: str, number: int | None, counters: Sequence[Tensor]) -> Iterator[None]:
         """Do the same, and raise RuntimeError on every rank if the counts of ``counters`` differ between ranks."""
         self._fault.refuse()
+        self.begin(what)
         error: BaseException | None = None
         counts: list[int] = []
         try:
@@ -330,4 +345,4 @@ class OneProcess(Ranks):
     """The ranks of a single process without a process group."""
 
     def __init__(self) -> None:
-        self.rank, self.ranks, self.group, self.lock, self._fault = 0, (0,), None, ForkSafeLock(), _Fault()
+        self.rank, self.ranks, self.group, self.lock, self._fault = 0, (0,), None, ForkSafeLock(), _Fault("this")
