@@ -51,6 +51,8 @@ def fit_keys(module: Module, state: Any, prefix: str) -> None:
     metadata = metadata_of(state) or {}
     paths = [path[len(head) :] for path in metadata if path == root or path.startswith(head)]
     names, sources = rewrapping(module, [key[len(head) :] for key in state if key.startswith(head)], paths)
+    if not names:
+        return
     keys = {head + name: head + own for name, own in names.items()}
     if len({*keys.values()}) == len(keys) and any(before != after for before, after in keys.items()):
         items = list(state.items())

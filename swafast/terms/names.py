@@ -26,23 +26,13 @@ _WRAPPERS = re.compile(rf"(?<![^.])(?:{'|'.join(_SEGMENTS)})(?:\.|$)")
 
 def unwrap(model: Module) -> Module:
     """Take DDP, DataParallel and ``torch.compile`` off the root. A child that is named ``module`` stays."""
-    return _unwrapped(model)[1]
-
-
-def _unwrapped(model: Module) -> tuple[str, Module]:
-    """Return the model without what :func:`unwrap` takes off, and the prefix of its names."""
-    prefix = ""
     while True:
         if isinstance(model, (DistributedDataParallel, DataParallel)):
-            prefix, model = f"{prefix}module.", model.module
-        elif _holds_only(model, "_orig_mod"):
-            prefix, model = f"{prefix}_orig_mod.", model.get_submodule("_orig_mod")
+            model = model.module
+        elif list(own_children(model)) == ["_orig_mod"] and not own_params(model) and not own_buffers(model):
+            model = model.get_submodule("_orig_mod")
         else:
-            return prefix, model
-
-
-def _holds_only(module: Module, child: str) -> bool:
-    return list(own_children(module)) == [child] and not own_params(module) and not own_buffers(module)
+            return model
 
 
 def canonical(name: str) -> str:
@@ -84,21 +74,19 @@ def rewrapping(model: Module, given: Collection[str], paths: Collection[str]) ->
         paths: the paths of modules in the state's metadata.
 
     Returns:
-        for each given name the one in a state of ``model``; for each module of ``model`` its path among ``paths``.
+        for each given name the one in a state of ``model``; for each module of ``model`` its path among ``paths``. Both
+        are empty if nothing differs.
     """
-    prefix, root = _unwrapped(model)
-    shown: dict[str, str] = {}  # the prefixes of modules in states, by their names
-    modules: dict[str, str] = {}  # the same by names without wrappers, of modules that are none
-    hidden: set[str] = set()
-    for name, module in named_modules(root):
-        parent, _, segment = name.rpartition(".")
-        outer = shown[parent] if name else prefix
-        shown[name] = outer if not name or parent in hidden else f"{outer}{segment}."
-        if not any(_holds_only(module, child) for child in _SEGMENTS):
-            modules.setdefault(canonical(name), shown[name])
-        elif loads_by_own_code(module):  # torch's wrappers for checkpoints leave their segment out of states
-            hidden.add(name)
-    raw = [name for buffers in (False, True) for name, _ in named_tensors(root, buffers=buffers)]
+    raw = [name for buffers in (False, True) for name, _ in named_tensors(model, buffers=buffers)]
+    here = named_modules(model)
+    paths_here = [name for name, _ in here]
+    extra_states = {f"{path}._extra_state".lstrip(".") for path in paths_here}
+    if {*given} <= {*raw, *extra_states} and {*paths} <= {*paths_here}:
+        return {}, {}  # the model is wrapped in the same way
+    root = unwrap(model)
+    prefix = next(f"{name}.".lstrip(".") for name, module in here if module is root)
+    shown, modules = _shown(prefix, root)
+    raw = [name.removeprefix(prefix) for name in raw]
     own = {canonical(name): shown[_head(name)[:-1]] + name[len(_head(name)) :] for name in raw}
     unwrapped = unwrapping(given, own)
 
@@ -118,6 +106,23 @@ def rewrapping(model: Module, given: Collection[str], paths: Collection[str]) ->
     if ours.keys() == {*paths}:
         return names, {path: path for path in ours}
     return names, {path: theirs[bare] for path, bare in ours.items() if bare in theirs}
+
+
+def _shown(prefix: str, root: Module) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the prefixes of modules in states by name, and by name without wrappers, of modules that are none."""
+    shown: dict[str, str] = {}
+    modules: dict[str, str] = {}
+    hidden: set[str] = set()
+    for name, module in named_modules(root):
+        parent, _, segment = name.rpartition(".")
+        outer = shown[parent] if name else prefix
+        shown[name] = outer if not name or parent in hidden else f"{outer}{segment}."
+        is_wrapper = len(own_children(module)) == 1 and next(iter(own_children(module))) in _SEGMENTS
+        if not is_wrapper or own_params(module) or own_buffers(module):
+            modules.setdefault(canonical(name), shown[name])
+        elif loads_by_own_code(module):  # torch's wrappers for checkpoints leave their segment out of states
+            hidden.add(name)
+    return shown, modules
 
 
 def _head(name: str) -> str:
