@@ -166,7 +166,9 @@ def test_casts_devices_modes_and_functions_of_the_users_stay() -> None:
     averaged.double().requires_grad_(False).eval()
     before = averaged.averaged_state_dict()
     model.extra = nn.Linear(2, 2)
-    averaged.adapt_to(copy.deepcopy(model))
+    averaged.adapt_to(nn.ModuleDict({"base": model}), old_name=lambda name: name.removeprefix("base."))
+    assert {tensor.dtype for tensor in averaged.parameters()} == {torch.float64}
+    averaged.adapt_to(copy.deepcopy(model), old_name=lambda name: f"base.{name}")
     found = averaged.averaged_state_dict()
     assert {tensor.dtype for name, tensor in found.items() if "num" not in name} == {torch.float64}
     assert torch.equal(found["body.0.weight"], before["body.0.weight"])
@@ -256,7 +258,7 @@ def test_shards_of_a_grown_model_have_the_bits_of_one_process() -> None:
 
         begun = both.expected.adapt_to(grown, old_name=old_name)
         assert sorted(both.averaged.adapt_to(both.sharded, old_name=old_name)) == sorted(begun)
-        assert attachment._model is both.sharded
+        assert attachment.model is both.sharded
         for _ in range(2):
             found, expected = both.averaged.full_state_dict(), both.expected.state_dict()
             assert differing(found, {name: expected[name] for name in found}) == [], (mode, after)

@@ -58,22 +58,7 @@ class Adaptable(HoldsModels, WithBindings):
         rule, functions = self.rule, {"avg_fn": self.avg_fn, "multi_avg_fn": self.multi_avg_fn}
         given: dict[str, Any] = dict.fromkeys(functions) if rule is not None else functions
         given |= {"rule": rule, "include": include, "device": where if self._any_device else None}
-        made = made_anew(self, Adaptable, model, given)
-        dtypes = {name: tensor.dtype for name, tensor, fmt in self._each_average() if fmt is not None}
-        casts = {
-            tensor.dtype: dtypes[name]
-            for name, tensor, fmt in made._each_average()
-            if fmt is not None and dtypes.get(name, tensor.dtype) != tensor.dtype
-        }
-        pinned = any(tensor.is_pinned() for _, tensor in named_tensors(self.module))
-        if casts or pinned:  # as was done with this one
-
-            def again(tensor: Tensor) -> Tensor:
-                tensor = tensor.to(casts.get(tensor.dtype, tensor.dtype))
-                return tensor.pin_memory() if pinned else tensor
-
-            made._apply(again)
-        return made
+        return made_anew(self, Adaptable, model, given)
 
     if TYPE_CHECKING:
         module: Module
@@ -84,8 +69,6 @@ class Adaptable(HoldsModels, WithBindings):
         include: Callable[[str, Tensor], bool] | None
         _asked: dict[str, bool]
         _any_device: bool
-
-        def _each_average(self) -> Iterable[tuple[str, Tensor, Format | None]]: ...
 
 
 def made_anew(averaged: Any, base: type, model: Module, given: Mapping[str, Any]) -> Any:
@@ -139,29 +122,40 @@ def _adapted(averaged: Any, model: Module, old_name: OldName) -> Adapted:
 
     has_asked = averaged.include is not None or bool(averaged.__dict__.get("_asked"))
     made = averaged._made_anew(model, includes if has_asked else None)
+    stays = {names[0]: kept[old] for names, _, _ in each_average(made.module) if (old := old_of(names)) is not None}
+    _cast_alike(made, {name: average for name, (_, average, fmt) in stays.items() if fmt is not None})
     begun: list[str] = []
-    stayed = 0
     trained = any(tensor.requires_grad for _, tensor, _ in before)
-    for (names, _, _), (name, tensor, fmt) in zip(each_average(made.module), made._each_average(), strict=True):
-        old = old_of(names)
+    for name, tensor, fmt in made._each_average():
         if not trained:
             tensor.requires_grad_(False)
-        if old is not None:
-            stayed += 1
         if fmt is None:
             continue
-        if old is None or kept[old][2] is None:
-            begun.append(name)
-            continue
-        first, average, old_format = kept[old]
-        tensor.requires_grad_(average.requires_grad)
-        ours, theirs = fit_planes(made, name, tensor, fmt), fit_planes(averaged, first, average, old_format)
-        if not keep(ours, fmt, theirs, old_format):
-            begun.append(name)
-    require_stayed(stayed, kept, [name for name, _, _ in made._each_average()])
+        first, average, old_format = stays.get(name, (name, tensor, None))
+        if old_format is not None:
+            tensor.requires_grad_(average.requires_grad)
+            ours, theirs = fit_planes(made, name, tensor, fmt), fit_planes(averaged, first, average, old_format)
+            if keep(ours, fmt, theirs, old_format):
+                continue
+        begun.append(name)
+    require_stayed(len(stays), kept, [name for name, _, _ in made._each_average()])
     if not averaged.training:
         made.eval()
     return Adapted(made, begun)
+
+
+def _cast_alike(made: Any, before: Mapping[str, Tensor]) -> None:
+    """Cast and pin new averages as the old ones of these names were, after their construction."""
+    same = [(tensor, before[name]) for name, tensor, fmt in made._each_average() if fmt is not None and name in before]
+    casts = {tensor.dtype: old.dtype for tensor, old in same if tensor.dtype != old.dtype}
+    pinned = any(old.is_pinned() for _, old in same)
+    if casts or pinned:
+
+        def again(tensor: Tensor) -> Tensor:
+            tensor = tensor.to(casts.get(tensor.dtype, tensor.dtype))
+            return tensor.pin_memory() if pinned else tensor
+
+        made._apply(again)
 
 
 def before_of(old_name: OldName, name: str) -> str | None:
@@ -210,7 +204,10 @@ def _take_over(root: WithBindings, averages: Sequence[Any], made: Sequence[Any],
             if attribute in new.__dict__:
                 averaged.__dict__[attribute] = new.__dict__[attribute]
         averaged._made_of = weakref.ref(model)
+        averaged._bindings = new._bindings.after(averaged._bindings)
         averaged._note_own_writes()
     root._made_of = weakref.ref(model)
+    if all(root is not averaged for averaged in averages):
+        root._bindings.forget()
     if root._guard.attachment is not None:
         root._guard.attachment.retarget(model)

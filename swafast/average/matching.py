@@ -242,6 +242,14 @@ class Bindings:
         self._captured += [binding for binding in self._recent if binding.plan.captured]
         self._recent = []
 
+    def after(self, before: Bindings) -> Bindings:
+        """Return these, of averages that replace others, with what a CUDA graph holds of those."""
+        if before is not self:
+            before.forget()
+            self._captured += before._captured
+            self._warned |= before._warned
+        return self
+
     def use(self, binding: AnyBinding) -> None:
         """Put ``binding`` first. Drop those that no longer fit, and beyond ``_MOST`` the least recently used one."""
         kept: list[AnyBinding] = [binding]

@@ -86,6 +86,11 @@ class Attachment:
         self._schedule = schedule
 
     @property
+    def model(self) -> Module:
+        """The model that is averaged."""
+        return self._model
+
+    @property
     def is_attached(self) -> bool:
         return bool(self._hooks)
 

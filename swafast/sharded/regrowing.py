@@ -122,8 +122,9 @@ def _take_over(root: AttachableShards, averages: Sequence[Any], made: Sequence[A
         for attribute in ("_meshes", "_left_alone", "_shares", "_planes", "_spreads"):
             averaged.__dict__[attribute] = new.__dict__[attribute]
         averaged._made_of = weakref.ref(model)
-        averaged._bindings.forget()
+        averaged._bindings = new._bindings.after(averaged._bindings)
     root._made_of = weakref.ref(model)
-    root._bindings.forget()
+    if all(root is not averaged for averaged in averages):
+        root._bindings.forget()
     if root._guard.attachment is not None:
         root._guard.attachment.retarget(model)
