@@ -70,8 +70,7 @@ WRAPPERS: dict[str, Callable[[Net], nn.Module]] = {
     "bare": lambda model: model,
     "compile": compiled,
     "parallel": nn.DataParallel,
-    "ddp": DistributedDataParallel,
-    "compiled ddp": lambda model: compiled(DistributedDataParallel(model)),
+    "compiled parallel": lambda model: compiled(nn.DataParallel(model)),
     "ddp of compiled": lambda model: DistributedDataParallel(compiled(model)),
     "inner": inner,
     "checkpointed": checkpointed,
@@ -127,7 +126,7 @@ def test_a_state_loads_whatever_wraps_the_model(wrap: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MODULES)
-@pytest.mark.parametrize(("wrap", "other"), [("bare", "compiled ddp"), ("parallel", "inner"), ("compile", "bare")])
+@pytest.mark.parametrize(("wrap", "other"), [("bare", "ddp of compiled"), ("parallel", "inner"), ("compile", "bare")])
 def test_states_with_planes_load_in_every_class_and_way(kind: str, wrap: str, other: str, tmp_path: Path) -> None:
     # Only torch's loader knows the versions of modules, and they do not follow if it loads a holder of averages.
     last = nn.Linear if kind == "held" else Versioned
@@ -203,7 +202,7 @@ def test_averages_on_ranks_and_snapshots_match_names_too(wrap: str, tmp_path: Pa
     source = FusedAveragedModel(wrapped)
     drift(wrapped)
     source.update_parameters(wrapped)
-    for target in (ShardedAveragedModel(model()), ShardedAveragedModel(WRAPPERS["ddp"](model()))):
+    for target in (ShardedAveragedModel(model()), ShardedAveragedModel(DistributedDataParallel(model()))):
         target.load_state_dict(source.state_dict())
         assert differing(target.full_state_dict(), FusedAveragedModel(model()).state_dict()) != []
         back = FusedAveragedModel(wrapped)
