@@ -209,7 +209,12 @@ def rank_costs(mode: str) -> dict[str, Cost]:
     model = sharded_models.wrap(sharded_models.make_model(mode), mode)
     with counted_launches() as launches:
         averaged = ShardedAveragedModel(model)
-        calls = _calls(averaged, model) | {"full_state_dict": averaged.full_state_dict}
+        calls, state = _calls(averaged, model), averaged.full_state_dict()
+        calls |= {
+            "full_state_dict": averaged.full_state_dict,
+            "averaged_state_dict": averaged.averaged_state_dict,
+            "load_full_state_dict": lambda: averaged.load_full_state_dict(state, from_rank0=True),
+        }
         return {f"{name}, {mode.upper()}": cost_of(call, launches) for name, call in calls.items()}
 
 

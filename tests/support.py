@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -197,3 +198,14 @@ class Held:
         """Let an update that has begun go in a while."""
         assert self.begun.wait(60)
         threading.Timer(seconds, self.let_go.set).start()
+
+
+@contextmanager
+def limited_files(nbytes: int) -> Iterator[None]:
+    """Let no file grow beyond this size: the system refuses to write on, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

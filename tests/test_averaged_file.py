@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import random
 import shutil
@@ -19,7 +21,7 @@ from torch import nn
 import swafast
 from swafast import ExponentialAverage, FusedAveragedModel, FusedAverages, ShardedAveragedModel
 from swafast.terms.replacing import replacing
-from tests.support import EveryKind, differing, drift, refused, tensors_in, trained, update
+from tests.support import EveryKind, differing, drift, limited_files, refused, tensors_in, trained, update
 
 RULES = {"fast": ExponentialAverage(0.5), "slow": ExponentialAverage(0.9)}
 FORMATS = [None, "float32", "exact", "mirrored", "compact", "compensated", "half"]
@@ -213,6 +215,26 @@ def test_a_failed_save_says_why_and_leaves_no_file(tmp_path: Path, monkeypatch: 
     with pytest.raises(FileNotFoundError):
         swafast.load(averaged, tmp_path / "file")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_is_full_once_a_file_has_begun_is_named(file: tuple[Path, FusedAveragedModel]) -> None:
+    path, averaged = file
+    before = path.read_bytes()
+    with limited_files(2000), pytest.raises(OSError, match=f"{path} could not be written: .*File too large") as raised:
+        swafast.save(averaged, path)
+    assert raised.value.errno == errno.EFBIG
+    assert path.read_bytes() == before
+
+
+def test_a_dtype_that_this_torch_has_not_is_named(
+    file: tuple[Path, FusedAveragedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, averaged = file
+    dumps = json.dumps
+    monkeypatch.setattr(json, "dumps", lambda value: dumps(value).replace('"bfloat16"', '"float9"'))
+    swafast.save(averaged, path)
+    with refused(ValueError, f"{path} must be readable here, .*, got 'float9'", averaged):
+        swafast.load(averaged, path)
 
 
 def sharded() -> Any:

@@ -70,8 +70,16 @@ def test_every_call_copies_every_kind(kind: str, several: bool) -> None:
     averages.load_state_dict(state)
     assert torch.equal(value_of(copy_of(averages)), value_of(make(2)))
     averages.load_state_dict(averages.state_dict())
+    for from_rank0 in (False, True):
+        model.next(make(3))
+        averages.update_parameters(model)
+        averages.load_full_state_dict(state, from_rank0=from_rank0)
+        assert torch.equal(value_of(averaged.averaged_state_dict()["odd"]), value_of(make(2)))
     averaged.copy_to(model)
     assert has(model, value_of(make(2)))
+    model.next(make(3))
+    averages.adapt_to(model)
+    assert torch.equal(value_of(copy_of(averages)), value_of(make(3)))
     optimizer = torch.optim.SGD(model.layer.parameters(), 0.1)
     with averages.attach(optimizer, model, overlap=True, step=0) as attachment:
         model.put(make(4))

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from swafast import ExponentialAverage, FusedAveragedModel, PowerAverage, Rule
+from swafast.posthoc import folder as folder_module
 from swafast.posthoc import snapshots as snapshots_module
 from swafast.posthoc import sums
 from swafast.posthoc.folder import SIDECAR, snapshot_paths
 from swafast.posthoc.snapshots import Snapshots
-from tests.support import differing, drift, same_bits
+from tests.support import differing, drift, limited_files, same_bits
 
 ROOT = Path(__file__).parents[1]
 STORED = {"narrow": PowerAverage.from_sigma_rel(0.05), "wide": PowerAverage.from_sigma_rel(0.10)}
@@ -254,6 +255,14 @@ def test_a_count_saved_again_takes_the_place_of_the_first(
     assert same_bits(snapshots.synthesize(STORED["wide"])["first.bias"], other.averaged_state_dict()["first.bias"])
 
 
+def test_a_disk_that_is_full_once_a_file_has_begun_is_named(tmp_path: Path) -> None:
+    snapshots, more = small(tmp_path, 2), updated(3)
+    with limited_files(600), pytest.raises(RuntimeError, match="could not be written: File too large;") as raised:
+        snapshots.save(more)
+    assert "CheckpointException" not in str(raised.value)
+    assert len(snapshots) == 1
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "error", "seen"),
     [
@@ -386,6 +395,14 @@ def edit_count(snapshot: Path) -> None:
     path.write_text(json.dumps(told))
 
 
+def rename_a_dtype(snapshot: Path) -> None:
+    """Have the sidecar name a dtype of another torch, with the digest of what it says."""
+    path = snapshot / SIDECAR
+    body = json.loads(path.read_text())["snapshot"]
+    body["copies"][0]["dtype"] = "float9"
+    path.write_text(json.dumps({"sha256": folder_module._digest(body), "snapshot": body}))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no data": (lambda path: data_file(path).unlink(), "must be whole and readable, got FileNotFoundError"),
     "no metadata": (lambda path: (path / ".metadata").unlink(), "must be whole and readable, got"),
@@ -394,6 +411,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "half the sidecar": (lambda path: cut_in_half(path / SIDECAR), "must be whole, got JSONDecodeError"),
     "an edited sidecar": (edit_count, "must be what was saved, got other bytes"),
     "an empty sidecar": (lambda path: (path / SIDECAR).write_text("[]"), "must be whole, got TypeError"),
+    "an unknown dtype": (
+        rename_a_dtype,
+        "must be readable here: dtype must be one of .*, got 'float9'",
+    ),
     "data of another snapshot": (
         lambda path: shutil.copy(data_file(snapshot_paths(path.parent)[0]), data_file(path)),
         "must hold what was saved, got another checksum",

@@ -23,16 +23,17 @@ from ..terms.rules import Rule
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import named_tensors
 from .accepting import ask_include, check_device, check_model, refuse_sharded
-from .contents import HoldsModels
+from .bindings import Bound
 from .functions import HasRule, choose_rule, refuse_format, update_by_function
+from .growing import Adaptable
 from .loading import load_whole
-from .matching import Bound, ModuleSide, WithBindings, each_average
+from .matching import ModuleSide, each_average
 from .planes import Recast, RecodedParams, fit_planes
 from .states import export, translate_load
 
 
 @pickled_from("swafast")
-class FusedAveragedModel(HasRule, HoldsModels, WithBindings, AveragedModel):
+class FusedAveragedModel(HasRule, Adaptable, AveragedModel):
     """A copy of a model that holds the running average of the model's parameters, updated in one fused pass.
 
     ``average = average + weight * (param - average)``, with ``weight = 1 / (n + 1)`` (SWA) by default.
@@ -300,7 +301,8 @@ class FusedAveragedModel(HasRule, HoldsModels, WithBindings, AveragedModel):
                 model.
         """
         with self._guard.hold("load_state_dict"):
-            return load_whole(self, [self.module], super().load_state_dict, state_dict, strict=strict, assign=assign)
+            load = super().load_state_dict
+            return load_whole(self, {"": self.module}, load, state_dict, strict=strict, assign=assign)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
         self._guard.refuse_while_swapped("load_state_dict")

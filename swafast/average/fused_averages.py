@@ -18,8 +18,9 @@ from ..terms.rules import Rule
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import own_children
 from .averaged_model import FusedAveragedModel
+from .bindings import Bound, WithBindings
+from .growing import OldName, adapt
 from .loading import load_whole
-from .matching import Bound, WithBindings
 
 
 def named_rules(given: object) -> dict[str, Rule]:
@@ -211,6 +212,14 @@ class FusedAverages(WithBindings, Module):
                 if averaged._uncounted is not None and not averaged._uncounted.is_updated:
                     averaged._note_update()
 
+    def adapt_to(self, model: Module, *, old_name: OldName | None = None) -> list[str]:
+        """Take over a model that has changed, in all averages, as :meth:`~swafast.FusedAveragedModel.adapt_to`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as there; nothing has changed in any average.
+        """
+        return adapt(self, self.values(), model, old_name)
+
     def _rules(self, averages: Sequence[FusedAveragedModel]) -> list[Rule]:
         rules = [averaged.rule for averaged in averages]
         for name, rule in zip(self, rules, strict=True):
@@ -240,7 +249,7 @@ class FusedAverages(WithBindings, Module):
             RuntimeError: keys, shapes or values do not fit, with torch's message; or one is swapped into a model.
         """
         with self._guard.hold("load_state_dict"):
-            modules = [averaged.module for averaged in self.values()]
+            modules = {f"{name}.": averaged.module for name, averaged in self.items()}
             return load_whole(self, modules, super().load_state_dict, state_dict, strict=strict, assign=assign)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -29,12 +29,12 @@ from ..torch_private.modules import (
     put_tensor,
     set_metadata,
 )
-from .states import STRICT, keeping_ties, load_error
+from .states import STRICT, fit_keys, keeping_ties, load_error
 
 
 def load_whole(
     root: Module,
-    averaged: Sequence[Module],  # the modules in it that have ties to keep
+    averaged: Mapping[str, Module],  # the averaged modules in it, by the prefixes of the averaged models' keys
     load: Callable[..., Any],
     state_dict: Mapping[str, Any],
     *,
@@ -53,8 +53,11 @@ def load_whole(
     if not isinstance(state_dict, Mapping):
         return load(state_dict)  # torch's loader raises before it changes anything
     state: OrderedDict[str, Any] = OrderedDict(state_dict)
+    set_metadata(state, metadata_of(state_dict))
+    for prefix, module in averaged.items():
+        fit_keys(module, state, prefix)
     way_back = WayBack(root, assign=assign)
-    metadata = metadata_of(state_dict) or {}
+    metadata = metadata_of(state) or {}
     for name in way_back.names:  # torch tells no module of ``strict``
         metadata.setdefault(name, {})[STRICT] = strict
     set_metadata(state, metadata)
@@ -66,7 +69,7 @@ def load_whole(
     try:
         way_back.put_late_copies()
         with ExitStack() as ties:
-            for module in averaged:
+            for module in averaged.values():
                 ties.enter_context(keeping_ties(module))
             result = load(state, strict=strict, assign=assign)
         for place, late_copy in way_back.late.values():

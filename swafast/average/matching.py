@@ -1,12 +1,9 @@
-"""Match tensors of a model to averages by name, and detect when a match is stale."""
+"""Match tensors of a model to averages by name."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,19 +11,11 @@ from torch.nn import Module
 from torch.optim.swa_utils import AveragedModel
 
 from ..backends.contract import Pair
-from ..loop.attach import Attachable
-from ..op import checks, choice
-from ..op import torch_op as torch_op  # registers the op with the first average
-from ..op.copies import Copies, is_for_torch
+from ..op import checks
 from ..op.launches import draws_of
-from ..op.plan import Plan
-from ..terms.lazy import MadeOnUse
 from ..terms.names import named_buffers, named_params, require_same_names, unwrap
-from ..torch_private.modules import Walk, named_tensors
-from .accepting import check_model
-from .contents import HoldsModels
+from ..torch_private.modules import named_tensors
 from .following import FormatOf as FormatOf
-from .following import made_anew, put_buffers
 from .planes import fit_planes, put_planes
 
 
@@ -61,7 +50,7 @@ class ModuleSide:
     seed: int
 
 
-def _match(side: ModuleSide, model: Module, pace: int, anew: Mapping[str, Tensor | None]) -> list[Pair]:
+def match(side: ModuleSide, model: Module, pace: int, anew: Mapping[str, Tensor | None]) -> list[Pair]:
     """Pair each distinct average with its param. Raise ValueError with the names that do not match."""
     theirs = {False: named_params(unwrap(model), "model"), True: named_buffers(unwrap(model), "model")}
     own = list(each_average(side.owner.module, anew))
@@ -79,230 +68,7 @@ def _match(side: ModuleSide, model: Module, pace: int, anew: Mapping[str, Tensor
     return matched
 
 
-#: A plan, and the current params and planes, which it fits.
-Bound = tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]
-
-
-class ModuleBinding:
-    """A plan, and the way to find its tensors again. It holds no param, so it keeps no model alive.
-
-    Construction matches ``model`` with the averages of all sides, checks every pair, and plans the update. All checks
-    come first. Then averages may move to other memory, but their values stay the same.
-
-    Args:
-        root: the module that contains all sides.
-        homes: addresses of the planes that are in buckets already.
-
-    Raises:
-        ValueError: names, shapes, dtypes, devices or memory layouts do not fit. The message names the parameter.
-        RuntimeError: a CUDA graph is being captured.
-    """
-
-    def __init__(
-        self,
-        root: Module,
-        sides: Sequence[ModuleSide],
-        model: Module,
-        *,
-        config: object,
-        homes: frozenset[int],
-    ) -> None:
-        check_model(model)
-        for side in sides:
-            if any(unwrap(model) is each for each in (root, side.owner, unwrap(side.owner.module))):
-                raise ValueError("model must be the one that is trained, got the averaged model itself")
-        anew = [
-            made_anew(
-                side.owner.module, model, side.format_of, side.owner.n_averaged.device if side.any_device else None
-            )
-            for side in sides
-        ]
-        matched = [(side, pair) for pace, side in enumerate(sides) for pair in _match(side, model, pace, anew[pace])]
-        for side, pair in matched:
-            checks.check_sides(pair, any_device=side.any_device)
-        checks.check_overlap([pair for _, pair in matched])
-        for device in {pair.average.device for _, pair in matched}:
-            checks.refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
-        for side, buffers in zip(sides, anew, strict=True):
-            put_buffers(side.owner.module, model, buffers)
-        taken: set[int] = set()
-        pairs = [_with_planes(pair, side, taken) for side, pair in matched if not is_for_torch(pair)]
-        counters = _place_counters(sides)
-        backends = choice.choose_backends(sides[0].backend, choice.device_types(pairs))
-        self.plan = Plan(pairs, backends, counters, homes)
-        self.config, self._owner_walk, self._model_walk = config, Walk(root), Walk(unwrap(model))
-        tied: dict[int, list[str]] = {}
-        for name, tensor in (*named_params(unwrap(model), "model").items(), *named_buffers(unwrap(model), "").items()):
-            tied.setdefault(id(tensor), []).append(name)
-        self._names = [tied[id(pair.param)] for pair in pairs]
-        self._num_planes = sum(len(pair.planes) for pair in pairs)
-        self._planes = _picker([self._owner_walk.position(plane) for pair in pairs for plane in pair.planes])
-        self._params = _picker([self._model_walk.position(pair.param) for pair in pairs])
-        if copied := [pair for _, pair in matched if is_for_torch(pair)]:
-            self.plan.copies = _copies(copied, self._model_walk, self._owner_walk)
-
-    @property
-    def root(self) -> Module | None:
-        """The unwrapped model that was matched, or None if it is gone."""
-        return self._model_walk.root
-
-    def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None:
-        """Return the plan with the current params and planes of both modules, or None if it no longer fits."""
-        root = self._model_walk.root
-        if config != self.config or (root is not model and root is not unwrap(model)):
-            return None
-        theirs, own = self._model_walk.tensors(), self._owner_walk.tensors()
-        if theirs is None or own is None:
-            return None
-        if self.plan.copies is not None and not self.plan.copies.fit():
-            return None
-        params, planes = self._params(theirs), self._planes(own)
-        return (self.plan, params, planes) if self.plan.fits(params, planes, counters) else None
-
-    def now(self) -> Sequence[Tensor] | None:
-        """Return the params and planes that both modules have now, or None if modules, names or ties have changed."""
-        theirs, own = self._model_walk.tensors(), self._owner_walk.tensors()
-        return None if theirs is None or own is None else [*self._params(theirs), *self._planes(own)]
-
-    def places(self) -> Sequence[Sequence[Tensor]]:
-        """Return, for each param and then for each plane, all tensors that have its names in the modules now."""
-        root, own = self.root, self._owner_walk.tensors()
-        found = named_params(root, "model") | named_buffers(root, "model") if root is not None else {}
-        params = [[found[name] for name in names if name in found] for names in self._names]
-        return [*params, *([[plane] for plane in self._planes(own)] if own is not None else [[]] * self._num_planes)]
-
-
-class AnyBinding(Protocol):
-    """What :class:`Bindings` needs of a binding: a plan, and the way to find its tensors again."""
-
-    @property
-    def plan(self) -> Plan: ...
-    @property
-    def root(self) -> Module | None: ...
-    @property
-    def config(self) -> object: ...
-    def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None: ...
-    def now(self) -> Sequence[Tensor] | None: ...
-    def places(self) -> Sequence[Sequence[Tensor]]: ...
-
-
-class Bindings:
-    """The bindings of the last models used, and those that a CUDA graph holds, for as long as the averages live."""
-
-    #: A training uses up to three in turn: the model, its stand-in for overlapped updates, and a copy to evaluate.
-    _MOST = 3
-
-    def __init__(self) -> None:
-        self._recent: list[AnyBinding] = []  # most recently used first
-        self._captured: list[AnyBinding] = []
-        self._warned: set[int] = set()  # ids of the captured ones with a warning
-        #: Addresses of planes that a plan of several averages has put into buckets.
-        self.shared_homes: frozenset[int] = frozenset()
-        #: Addresses of planes that are larger than a bucket. The averaged model has made them, so they stay.
-        self.large_homes: frozenset[int] = frozenset()
-
-    def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None:
-        """Return a plan that fits ``model``, with its params and planes, or None."""
-        for binding in self._recent:
-            bound = binding.current(model, config, counters)
-            if bound is not None:
-                if binding is not self._recent[0]:
-                    self._recent = [binding, *(other for other in self._recent if other is not binding)]
-                return bound
-        return None
-
-    @property
-    def latest(self) -> AnyBinding:
-        """The binding that was used last. There must be one."""
-        return self._recent[0]
-
-    @property
-    def homes(self) -> frozenset[int]:
-        """Addresses of the planes that are in buckets, or are as large."""
-        return self.shared_homes | self.large_homes | (self.latest.plan.homes if self._recent else frozenset())
-
-    def bind(
-        self,
-        root: Module,
-        sides: Callable[[], Sequence[ModuleSide]],
-        model: Module,
-        config: object,
-        counters: Sequence[Tensor],
-        *,
-        side_bindings: Sequence[Bindings] = (),
-    ) -> Bound:
-        """Return a plan for ``model`` with the tensors of both sides: one made before if it fits, else a new one.
-
-        Args:
-            root: the module that contains all sides.
-            sides: returns the averaged models that are updated together; called for a new plan only.
-            config: what a plan depends on besides the tensors.
-            counters: the counters of the sides.
-            side_bindings: each side's own bindings. Their next plans leave planes in the buckets of this one.
-
-        Raises:
-            TypeError: ``model`` is not a module.
-            ValueError, RuntimeError: as :class:`ModuleBinding`.
-        """
-        if not isinstance(model, Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        current = self.current(model, config, counters)
-        if current is not None:
-            return current
-        for counter in counters:
-            checks.check_counter(counter)
-        averaged = sides()
-        homes = self.homes.union(*(each.homes for each in side_bindings))
-        owners = [side.owner for side in averaged if isinstance(side.owner, HoldsModels)]
-        for owner in owners:
-            owner._holds()
-        binding = ModuleBinding(root, averaged, model, config=config, homes=homes)
-        for owner in owners:
-            owner._note_own_writes()  # a new plan moves averages, which is no load
-        self.use(binding)
-        for each in side_bindings:
-            each.shared_homes = binding.plan.homes
-        current = self.current(model, config, [side.owner.n_averaged for side in averaged])
-        assert current is not None, "a plan just made must fit"
-        return current
-
-    def use(self, binding: AnyBinding) -> None:
-        """Put ``binding`` first. Drop those that no longer fit, and beyond ``_MOST`` the least recently used one."""
-        kept: list[AnyBinding] = [binding]
-        dropped: list[AnyBinding] = []
-        for other in self._recent:
-            # A plan that writes to other addresses is from before the averages moved, and may keep their old memory.
-            replaced = other.root is binding.root and other.config == binding.config
-            fits = other.root is not None and not replaced and other.plan.writes == binding.plan.writes
-            (kept if fits and len(kept) < self._MOST else dropped).append(other)
-        self._recent = kept
-        self._captured += [other for other in dropped if other.plan.captured]
-        captured = [*self._captured, *(other for other in kept if other.plan.captured)]
-        stale = {id(other) for other in captured if not other.plan.writes <= binding.plan.writes}
-        if stale - self._warned:
-            self._warned |= stale
-            warnings.warn(
-                "the averages or n_averaged have moved since a CUDA graph captured their update, and the graph still "
-                "updates their old memory: capture it again",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-
-
-class WithBindings(Attachable):
-    """Base class of the averaged models that are modules. Copies leave out what belongs to this process."""
-
-    _bindings = MadeOnUse[Bindings](lambda self: Bindings())
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to this process, and ``include``, which may be a lambda; its answers are kept."""
-        with self._guard.hold("a copy"):
-            own = {"_guard", "_bindings", "_made_of", "include"}
-            state: Any = super().__getstate__()  # type: ignore[misc]  # that of a module, without its compiled call
-            return {key: value for key, value in state.items() if key not in own}
-
-
-def _with_planes(pair: Pair, side: ModuleSide, taken: set[int]) -> Pair:
+def with_planes(pair: Pair, side: ModuleSide, taken: set[int]) -> Pair:
     """Add the further planes to a pair. ``taken`` are the ids of planes of the pairs before it."""
     planes = fit_planes(side.owner, pair.name, pair.average, pair.format)
     if not taken.isdisjoint(map(id, planes)):  # a load by assignment gave two averages one tensor
@@ -312,19 +78,7 @@ def _with_planes(pair: Pair, side: ModuleSide, taken: set[int]) -> Pair:
     return replace(pair, planes=planes, draws=draws_of(side.seed, pair.name, pair.param, pair.format))
 
 
-def _copies(pairs: Sequence[Pair], model_walk: Walk, owner_walk: Walk) -> Copies:
-    """Return what torch copies besides the planned pairs."""
-    params = _picker([model_walk.position(pair.param) for pair in pairs])
-    copied = _picker([owner_walk.position(pair.average) for pair in pairs])
-
-    def find() -> list[tuple[Tensor, Tensor]] | None:
-        theirs, own = model_walk.tensors(), owner_walk.tensors()
-        return None if theirs is None or own is None else [*zip(params(theirs), copied(own), strict=True)]
-
-    return Copies([pair.name for pair in pairs], find)
-
-
-def _place_counters(sides: Sequence[ModuleSide]) -> list[Tensor]:
+def place_counters(sides: Sequence[ModuleSide]) -> list[Tensor]:
     """Return the counters, each a tensor of its own on the device of its averages, as kernels need them."""
     taken: set[int] = set()
     for side in sides:
@@ -341,10 +95,3 @@ def _place_counters(sides: Sequence[ModuleSide]) -> list[Tensor]:
             f"averages that are updated together must be on one device, got {[str(c.device) for c in counters]}"
         )
     return counters
-
-
-def _picker(positions: Collection[int]) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
-    """Return a function that picks these positions from a list: a fast ``itemgetter``, but always for a tuple."""
-    if len(positions) > 1:
-        return itemgetter(*positions)
-    return lambda values: tuple(values[i] for i in positions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch.nn import Module
 from ..op.checks import check_cast
 from ..terms.copying import duplicate
 from ..terms.formats import FLOAT32, OWN, Format, convert
-from ..terms.names import canonical, unwrap
-from ..torch_private.modules import ASSIGN, Place, named_tensors, places, put_tensor
+from ..terms.names import canonical, rewrapping, unwrap
+from ..torch_private.modules import ASSIGN, Place, metadata_of, named_tensors, places, put_tensor, set_metadata
 from .matching import FormatOf, each_average
 from .planes import fit_planes, put_planes, translate_state
 
@@ -43,6 +43,27 @@ def load_error(root: Module, what: object) -> RuntimeError:
     return RuntimeError(f"Error(s) in loading state_dict for {type(root).__name__}:\n\t{what}")
 
 
+def fit_keys(module: Module, state: Any, prefix: str) -> None:
+    """Rename, in place, the keys in ``state`` of an averaged ``module`` if its model was wrapped in another way.
+
+    Args:
+        prefix: the prefix of the averaged model's keys.
+    """
+    head, root = f"{prefix}module.", f"{prefix}module"
+    metadata = metadata_of(state) or {}
+    paths = [path[len(head) :] for path in metadata if path == root or path.startswith(head)]
+    names, sources = rewrapping(module, [key[len(head) :] for key in state if key.startswith(head)], paths)
+    if not names:
+        return
+    keys = {head + name: head + own for name, own in names.items()}
+    if len({*keys.values()}) == len(keys) and any(before != after for before, after in keys.items()):
+        items = list(state.items())
+        state.clear()
+        state.update((keys.get(key, key), value) for key, value in items)
+    found = {(head + own).rstrip("."): metadata[(head + path).rstrip(".")] for own, path in sources.items()}
+    set_metadata(state, metadata | found or None)
+
+
 def translate_load(
     owner: Module, module: Module, state: Any, prefix: str, format_of: FormatOf, metadata: Mapping[str, Any]
 ) -> None:
@@ -54,6 +75,7 @@ def translate_load(
     Raises:
         RuntimeError: its count is not one integer >= 0, or a tensor would lose a part when it is copied.
     """
+    fit_keys(module, state, prefix)
     assign, strict = bool(metadata.get(ASSIGN, False)), bool(metadata.get(STRICT, True))
     count = state.get(f"{prefix}n_averaged")
     if isinstance(count, Tensor) and count.numel() == 1 and not count.is_meta:
@@ -95,24 +117,37 @@ def export(
 ) -> dict[str, Any]:
     """Return copies of the averages, at full precision, and of the other tensors, under the model's own names.
 
-    With ``dtype``, all floating tensors are cast to it.
+    Tied names have one tensor. With ``dtype``, all floating tensors are cast to it.
 
     Raises:
         ValueError: ``dtype`` is neither a floating dtype nor None.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
+    check_export(dtype)
     known = {id(tensor): (fit_planes(owner, name, tensor, fmt), fmt) for name, tensor, fmt in averages}
+    exported: dict[int, Tensor] = {}
     state: dict[str, Any] = {}
     for key, value in unwrap(module).state_dict(keep_vars=True).items():
         if isinstance(value, Tensor):
-            planes, fmt = known.get(id(value), ((value,), None))
-            rounded = FLOAT32 if fmt is not None and fmt.dtype is not None else OWN
-            cast = dtype if dtype is not None and value.is_floating_point() else rounded.dtype or value.dtype
-            if fmt is None:
-                value = duplicate(value).to(cast)
-            else:
-                value = torch.empty_like(value.detach(), dtype=cast)
-                convert(planes, fmt, (value,), rounded)
+            if id(value) not in exported:
+                exported[id(value)] = exported_copy(*known.get(id(value), ((value,), None)), dtype)
+            value = exported[id(value)]
         state[canonical(key)] = value
     return state
+
+
+def check_export(dtype: object) -> None:
+    """Raise ValueError unless ``dtype`` is a floating dtype or None."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
+
+
+def exported_copy(planes: Sequence[Tensor], fmt: Format | None, dtype: torch.dtype | None) -> Tensor:
+    """Return a copy of an average at full precision, or of another tensor; if it is floating, cast to ``dtype``."""
+    value = planes[0].detach()
+    rounded = FLOAT32 if fmt is not None and fmt.dtype is not None else OWN
+    cast = dtype if dtype is not None and value.is_floating_point() else rounded.dtype or value.dtype
+    if fmt is None:
+        return duplicate(value).to(cast)
+    copied = torch.empty_like(value, dtype=cast)
+    convert(planes, fmt, (copied,), rounded)
+    return copied

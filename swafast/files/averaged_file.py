@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from ..average.fused_averages import FusedAverages
 from ..op.checks import check_plain
 from ..op.checksum import checksum
 from ..terms.copying import describe_kind, is_plain
+from ..terms.formats import dtype_named
 from ..terms.replacing import replacing
 from ..torch_private.modules import metadata_of, set_metadata
 
@@ -178,7 +180,9 @@ def _as_os_error(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise OSError(f"{os.fspath(path)} could not be written: {error}") from error
+        number = re.search(r"os error (\d+)", str(error))  # such as ENOSPC
+        given = (int(number[1]),) if number is not None else ()
+        raise OSError(*given, f"{os.fspath(path)} could not be written: {error}") from error
 
 
 # Reading
@@ -229,7 +233,10 @@ def _require_keys(path: str, expected: list[str], got: list[str]) -> None:
 def _verified(path: str, key: str, spec: Mapping[str, Any], file: Any) -> Tensor:
     # A copy: the file's memory must not change after the check.
     stored = file.get_tensor(key).clone()
-    dtype, shape = getattr(torch, spec["dtype"]), tuple(spec["shape"])
+    try:
+        dtype, shape = dtype_named(spec["dtype"]), tuple(spec["shape"])
+    except ValueError as error:
+        raise ValueError(f"{path} must be readable here, but {key!r} is not: {error}") from None
     expected = (dtype, shape) if dtype in _COMMON else (torch.uint8, (stored.numel(),))
     if (stored.dtype, tuple(stored.shape)) != expected:
         raise _damaged(path, f"its header gives {key!r} as {stored.dtype} {tuple(stored.shape)}")

@@ -58,8 +58,8 @@ class Attachment:
         self.name, self.default_name, self._step, self._schedule = name, default_name, 0, schedule
         self._told_step: int | None = None  # the last step that the user has set or loaded
         self._averaged, self._model, self._optimizers = averaged, model, tuple(optimizers)
-        self._runner = runner_for(averaged, model, overlap, offload)
         self._stepped: dict[int, int] = {}  # steps since the last count of those that made any, by their place
+        self._runner, self._beside = runner_for(averaged, model, overlap, offload), (overlap, offload)
         self._own_thread: int | None = None  # the thread that is in an update of ours
         self._is_warned = self._is_warned_of_waiting = False
         self.is_checked = False  # whether the first step need not be checked any more
@@ -100,6 +100,11 @@ class Attachment:
         self._schedule = schedule
 
     @property
+    def model(self) -> Module:
+        """The model that is averaged."""
+        return self._model
+
+    @property
     def is_attached(self) -> bool:
         return bool(self._hooks)
 
@@ -128,6 +133,12 @@ class Attachment:
             TypeError, ValueError, RuntimeError: the update has raised it.
         """
         self._runner.join()
+
+    def retarget(self, model: Module) -> None:
+        """Average another model from now on. Nothing is under way."""
+        if model is not self._model:
+            self._runner.close()
+            self._model, self._runner = model, runner_for(self._averaged, model, *self._beside)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or pickle has: steps and schedule. It is detached."""

@@ -129,7 +129,7 @@ def _ranks_of(model: Module, process_group: ProcessGroup | None) -> Ranks | None
                 return owner._ranks
         if not (is_sharded(model) or any(isinstance(layer, SyncBatchNorm) for _, layer in named_modules(model))):
             return None
-    return shared_ranks(process_group)
+    return shared_ranks(process_group, "update_bn")
 
 
 def _run_on_all(run: Callable[[], int], layers: dict[Key, Layer], ranks: Ranks, model: Module) -> int:

@@ -87,7 +87,7 @@ class ComposerSWA:
             clock = _Clock(max_duration, steps_per_epoch, update_interval)
             start, end = clock.first(swa_start, swa_end)
             self.averaged, self._optimizer = averaged, optimizer
-            self._model = averaged._trained_by([optimizer], model)[1]
+            averaged._trained_by([optimizer], model)
         if end > clock.duration:
             warnings.warn(
                 f"swa_end={swa_end!r} is after the end of max_duration={max_duration!r}: it replaces no model",
@@ -123,7 +123,7 @@ class ComposerSWA:
                 self._scheduler.load_state_dict({"last_epoch": done, "_step_count": done + 1})
             self._scheduler.step()
         if step == schedule.end:  # of the attachment's schedule, which a resumed training has loaded
-            self.averaged.copy_to(self._model)
+            self.averaged.copy_to(self.attachment.model)
 
     def detach(self) -> None:
         """Remove the hooks from the optimizer.

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..terms.formats import dtype_named
 from ..terms.pickling import pickled_from
 from ..terms.replacing import replacing
 from ..terms.rules import EqualAverage, ExponentialAverage, PowerAverage, Rule
@@ -159,14 +160,12 @@ def read_sidecar(path: Path) -> Snapshot:
     match = _NAME.fullmatch(path.name)
     if match is None or int(match[1]) != body["n_averaged"]:
         raise ValueError(f"{path} must be named after its count, {body['n_averaged']}: rename it back")
-    return Snapshot(
-        path,
-        body["n_averaged"],
-        {name: _rule_of(rule, path) for name, rule in body["averages"].items()},
-        tuple(map(_tensor_of, body["params"])),
-        tuple(map(_tensor_of, body["copies"])),
-        body["checksums"],
-    )
+    try:
+        params, copies = (tuple(map(_tensor_of, body[kind])) for kind in ("params", "copies"))
+    except ValueError as error:
+        raise ValueError(f"{path / SIDECAR} must be readable here: {error}") from None
+    rules = {name: _rule_of(rule, path) for name, rule in body["averages"].items()}
+    return Snapshot(path, body["n_averaged"], rules, params, copies, body["checksums"])
 
 
 def fingerprint(snapshot: Snapshot) -> str:
@@ -219,4 +218,4 @@ def _spell_tensor(stored: StoredTensor) -> dict[str, Any]:
 
 
 def _tensor_of(saved: Mapping[str, Any]) -> StoredTensor:
-    return StoredTensor(tuple(saved["names"]), tuple(saved["shape"]), getattr(torch, saved["dtype"]))
+    return StoredTensor(tuple(saved["names"]), tuple(saved["shape"]), dtype_named(saved["dtype"]))

@@ -90,7 +90,7 @@ class Snapshots:
         self.folder = Path(folder).absolute()  # the working directory may change
         alone = process_group is None and not (dist.is_available() and dist.is_initialized())
         self._has_warned = False  # of later snapshots in the folder
-        self._ranks = OneProcess() if alone else shared_ranks(process_group)
+        self._ranks = OneProcess() if alone else shared_ranks(process_group, "Snapshots")
         with self._ranks.settled("Snapshots"):
             if rules is not None and not isinstance(rules, Mapping):
                 raise TypeError(f"rules must be a mapping of names to rules or None, got {type(rules).__name__}")

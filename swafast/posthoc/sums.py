@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ..op.checksum import checksum, wrap_int64
 from ..sharded.parts.ranks import Ranks
-from ..terms.names import canonical
+from ..terms.names import unwrapping
 from ..torch_private import distributed as private
 from .folder import Snapshot, StoredTensor, key_of
 from .written import reporting
@@ -49,12 +49,14 @@ def wanted_tensors(snapshot: Snapshot, like: Mapping[str, Tensor] | None) -> dic
         raise TypeError(f"like must be a mapping, got {type(like).__name__}")
     wanted: dict[str, WantedTensor] = {}
     by_first: dict[str, WantedTensor] = {}
-    for name, tensor in like.items():
+    for name in like:
         if not isinstance(name, str):
             raise TypeError(f"like must have strings for names, got {name!r}")
+    unwrapped = unwrapping(like, stored)
+    for name, tensor in like.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"like[{name!r}] must be a tensor, got {type(tensor).__name__}")
-        each = stored.get(canonical(name))
+        each = stored.get(unwrapped(name))
         if each is None:
             raise ValueError(f"like must have names of the model in {snapshot.path}, got {name!r}")
         if tuple(tensor.shape) != each.shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -127,8 +128,23 @@ def stored_in(parts: Mapping[str, list[StoredPart]]) -> tuple[tuple[StoredTensor
 
 def write(path: Path, state: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Write the parts of all ranks. Collective; an error on one rank raises on each."""
-    with reporting(RuntimeError, f"snapshot {path} could not be written"):
+    with reporting(RuntimeError, f"snapshot {path} could not be written:", written=path):
         dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(path), process_group=ranks.group)
+
+
+#: Bytes that are written to learn why a file could not be. A full disk may have room for a few bytes still.
+_PROBE_NBYTES = 2**20
+
+
+def _why_not(folder: Path | None) -> str:
+    """Return what the system says against writing into ``folder``, as on a full disk; torch's writer does not tell."""
+    if folder is not None:
+        try:
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(bytes(_PROBE_NBYTES))
+        except OSError as error:
+            return f" {error.strerror};"
+    return ""
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
@@ -139,8 +155,12 @@ def _was_interrupted(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def reporting(kind: type[Exception], what: str) -> Iterator[None]:
-    """Raise any error of the body, on any rank, as an error of type ``kind`` whose message begins with ``what``."""
+def reporting(kind: type[Exception], what: str, *, written: Path | None = None) -> Iterator[None]:
+    """Raise any error of the body, on any rank, as an error of type ``kind`` whose message begins with ``what``.
+
+    Args:
+        written: the folder that the body writes into.
+    """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is")  # one process is intended
@@ -151,6 +171,6 @@ def reporting(kind: type[Exception], what: str) -> Iterator[None]:
         errors = "; ".join(
             f"{type(each).__name__}: {each} on rank {rank}" for rank, (each, _) in error.failures.items()
         )
-        raise kind(f"{what} {errors}") from error
+        raise kind(f"{what}{_why_not(written)} {errors}") from error
     except Exception as error:
-        raise kind(f"{what} {type(error).__name__}: {error}") from error
+        raise kind(f"{what}{_why_not(written)} {type(error).__name__}: {error}") from error

@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING
 from ..terms.lazy import imported_on_use
 
 if TYPE_CHECKING:
+    from .parts.faults import LostPeerError
     from .parts.part_tensor import PartTensor
-    from .parts.ranks import LostPeerError
     from .sharded_averages import ShardedAverages
     from .sharded_model import ShardedAveragedModel
 else:
     __getattr__ = imported_on_use(
         __name__,
         {
-            "LostPeerError": "parts.ranks",
+            "LostPeerError": "parts.faults",
             "PartTensor": "parts.part_tensor",
             "ShardedAveragedModel": "sharded_model",
             "ShardedAverages": "sharded_averages",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,8 +14,9 @@ from torch.distributed.tensor import DTensor, Placement
 from ..op.checks import check_plain
 from ..op.checksum import checksum, wrap_int64
 from ..terms.boxes import boxes_of_run
-from ..terms.copying import are_alike, describe_kind, duplicate
+from ..terms.copying import are_alike, describe_kind
 from ..terms.formats import write_all
+from ..terms.names import unwrapping
 from .parts.holdings import is_spread_as
 from .parts.part_tensor import PartTensor
 from .parts.ranks import Ranks
@@ -24,6 +24,7 @@ from .parts.shares import Share
 
 COUNT = "n_averaged"
 CHECKSUM = "checksum."
+MODULE = "module."
 SAVE_ID = "save_id"
 
 #: Elements that hold the id of a save, cut over the ranks so that each rank's part has some. Their number is fixed,
@@ -56,7 +57,7 @@ def entries(shares: Sequence[Share], planes: Mapping[str, tuple[Tensor, ...]]) -
     """Yield the entries of a state, under the keys of the unsharded class."""
     for share in shares:
         first, *further = planes[share.name]
-        yield Entry(tuple(f"module.{name}" for name in share.holding.names), share, first)
+        yield Entry(tuple(MODULE + name for name in share.holding.names), share, first)
         for (plane, _), tensor in zip(share.format.extra if share.format else (), further, strict=True):
             yield Entry((f"{plane}.{share.name}",), share, tensor)
 
@@ -151,9 +152,8 @@ def prepare_load(all_entries: Sequence[Entry], copied: Mapping[tuple[str, ...], 
     Raises:
         TypeError, ValueError: keys, shapes, dtypes, meshes or cuts differ from this average's; it names the key.
     """
-    if not isinstance(given, Mapping):
-        raise TypeError(f"state_dict must be a mapping, got {type(given).__name__}")
-    keys_of = {f"module.{name}": names for names in copied for name in names}
+    given = named_alike(all_entries, copied, given)
+    keys_of = {MODULE + name: names for names in copied for name in names}
     state = {key: value for key, value in given.items() if key not in keys_of}
     copies = [(copied[keys_of[key]], given[key]) for key in keys_of if key in given]
     for key in keys_of:
@@ -186,6 +186,20 @@ def prepare_load(all_entries: Sequence[Entry], copied: Mapping[tuple[str, ...], 
     value = state[SAVE_ID] if sealed else torch.empty(0)
     ids = value.run if isinstance(value, PartTensor) else value
     return PendingLoad(count.detach().reshape(()), runs, seals, frozenset(ids.flatten().tolist()), copies)
+
+
+def named_alike(all_entries: Sequence[Entry], copied: Iterable[tuple[str, ...]], state: object) -> Mapping[str, Any]:
+    """Return a state with the names of these entries and copied buffers, however the model of it was wrapped."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state_dict must be a mapping, got {type(state).__name__}")
+    given = [key.removeprefix(MODULE) for key in map(str, state) if key.startswith(MODULE)]
+    own = [key.removeprefix(MODULE) for entry in all_entries for key in entry.keys]
+    own += [name for names in copied for name in names]
+    unwrapped = unwrapping(given, own)
+    keys = {MODULE + name: MODULE + unwrapped(name) for name in given}
+    if len({*keys.values()}) < len(keys):
+        return state
+    return {keys.get(key) or key: value for key, value in state.items()}
 
 
 def _require_keys(expected: Sequence[str], state: Mapping[str, object]) -> None:
@@ -298,49 +312,3 @@ def commit(loads: Iterable[tuple[PendingLoad, Tensor]]) -> None:
         writes += [(entry.plane.detach(), run.view(entry.plane.shape)) for entry, run in pending.runs]
         writes += [*pending.copies, (counter, pending.count)]
     write_all(writes)
-
-
-# Whole tensors
-
-
-def make_full_state(
-    all_entries: Sequence[Entry], num_averaged: Tensor, ranks: Ranks, *, rank0_only: bool, cpu_offload: bool
-) -> dict[str, Tensor]:
-    """Return a state of whole tensors, gathered one by one to save memory; with ``rank0_only`` {} on other ranks."""
-    keeps = not rank0_only or ranks.index == 0
-    state = {COUNT: num_averaged.detach().clone()} if keeps else {}
-    for entry in all_entries:
-        holding = entry.share.holding
-        if holding.is_buffer and holding.sharding.kind == "replicated":
-            whole = part_of(entry)
-            ranks.broadcast_(whole)
-        else:
-            whole = _gather_whole(entry, ranks, to_first=rank0_only)
-        if keeps:
-            state |= dict.fromkeys(entry.keys, whole.cpu() if cpu_offload else whole)
-    return {key: value.cpu() for key, value in state.items()} if cpu_offload else state
-
-
-def copied_on_first(copied: Mapping[tuple[str, ...], Tensor], ranks: Ranks, *, cpu_offload: bool) -> dict[str, Tensor]:
-    """Return the first rank's copies of the buffers that torch copies, by their keys in a state. Collective."""
-    if not copied:
-        return {}
-    own = [duplicate(tensor).cpu() for tensor in copied.values()] if ranks.index == 0 else []
-    first = ranks.gather(own)[0]
-    state: dict[str, Tensor] = {}
-    for (names, here), value in zip(copied.items(), first, strict=True):
-        state |= dict.fromkeys((f"module.{name}" for name in names), value if cpu_offload else value.to(here.device))
-    return state
-
-
-def _gather_whole(entry: Entry, ranks: Ranks, *, to_first: bool) -> Tensor:
-    """Gather a whole tensor by summing all ranks' bytes as integers: each byte is 0 on all ranks but one."""
-    holding = entry.share.holding
-    nbytes = math.prod(holding.shape) * entry.plane.element_size()
-    words = torch.zeros(-(-nbytes // 8), dtype=torch.int64, device=entry.plane.device)
-    whole = words.view(torch.uint8)[:nbytes].view(entry.plane.dtype).view(holding.shape)
-    if entry.share.counts_on(ranks.rank):
-        for box in entry.share.boxes:
-            box.of_whole(whole).copy_(box.of_run(entry.run))
-    (ranks.sum_to_first_ if to_first else ranks.sum_)(words)
-    return whole

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
-from ..average.matching import Bindings
+from ..average.bindings import Bindings
 from ..op import checks, choice
 from ..op.copies import Copies
 from ..op.plan import Fingerprint, Plan

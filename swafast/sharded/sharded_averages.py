@@ -12,13 +12,15 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module
 
 from ..average.fused_averages import named_formats, named_rules, refuse_own
+from ..average.growing import OldName
 from ..loop.guard import Guard
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
-from . import checkpoint
+from . import checkpoint, full_states
 from .construction import spell
 from .parts.ranks import Ranks
 from .parts.rendezvous import shared_ranks
+from .regrowing import adapt_shards
 from .sharded_model import ShardedAveragedModel
 from .updating import AttachableShards
 
@@ -57,7 +59,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         seed: int = 0,
         num_averaged: int = 0,
     ) -> None:
-        self._ranks = process_group if isinstance(process_group, Ranks) else shared_ranks(process_group)
+        self._ranks = shared_ranks(process_group, "ShardedAverages")
         self._number = self._ranks.next_number()
         with self._ranks.lock:
             with self._ranks.settled("ShardedAverages"):
@@ -115,6 +117,14 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
     def _updated(self) -> list[ShardedAveragedModel]:
         return list(self.values())
 
+    def adapt_to(self, model: Module, *, old_name: OldName | None = None) -> list[str]:
+        """Take over a model that has changed, in all averages, as ``ShardedAveragedModel.adapt_to``. Collective.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as there; nothing has changed in any average on any rank.
+        """
+        return adapt_shards(self, self._updated, model, old_name, self._ranks)
+
     def state_dict(self, *, checksums: bool = True) -> dict[str, Tensor]:
         """Return the states of all averages, each key after its average's name: ``fast.module.weight``. Collective.
 
@@ -152,9 +162,29 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
                     pending[name] = checkpoint.prepare_load(averaged._entries(), averaged._copied, states[name])
                 with self._ranks.settled("load_state_dict"), _about(name):
                     checkpoint.verify(pending[name], self._ranks, averaged.n_averaged.device)
-            checkpoint.commit((pending[name], averaged.n_averaged) for name, averaged in self.items())
+            self._commit(pending)
+
+    def load_full_state_dict(self, state_dict: Mapping[str, Any] | None, *, from_rank0: bool = False) -> None:
+        """Load whole tensors, as of :class:`~swafast.FusedAverages`, into all averages. Collective.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as ``ShardedAveragedModel.load_full_state_dict``; nothing has changed
+                in any average on any rank.
+        """
+        call = full_states.loading_call(from_rank0)
+        with self._guard.hold(call, self._ranks):
+            with self._ranks.settled(call):
+                states = self._states_of({} if from_rank0 and self._ranks.index > 0 else state_dict)
+            pending = {}
             for name, averaged in self.items():
-                averaged._count_from(int(pending[name].count), is_loaded=True)
+                with _about(name):
+                    pending[name] = averaged._take_whole(states[name], call)
+            self._commit(pending)
+
+    def _commit(self, pending: Mapping[str, checkpoint.PendingLoad]) -> None:
+        checkpoint.commit((pending[name], averaged.n_averaged) for name, averaged in self.items())
+        for name, averaged in self.items():
+            averaged._count_from(int(pending[name].count), is_loaded=True)
 
     def _states_of(self, state_dict: object) -> dict[str, dict[str, Any]]:
         if not isinstance(state_dict, Mapping):

@@ -24,18 +24,19 @@ from ..terms.formats import check_format
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
 from . import checkpoint, construction
+from .full_states import HasFullStates
 from .parts.holdings import Held, copied_by_torch, find_holdings, reshard
 from .parts.ranks import Ranks
 from .parts.rendezvous import shared_ranks
 from .parts.shares import share_out
+from .regrowing import AdaptableShards
 from .shard_matching import Bound
 from .shard_side import ShardSide, check_sharded_model
 from .swap import SpreadExchange, spread_all
-from .updating import AttachableShards
 
 
 @pickled_from("swafast")
-class ShardedAveragedModel(AttachableShards, ShardSide):
+class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
     """The running average of a model that is spread over ranks. Each rank averages its own part of the model.
 
     ``average = average + weight * (param - average)``, bit for bit as :class:`~swafast.FusedAveragedModel` computes it,
@@ -102,10 +103,10 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         seed: int = 0,
         num_averaged: int = 0,
     ) -> None:
-        self._ranks = process_group if isinstance(process_group, Ranks) else shared_ranks(process_group)
+        self._ranks = shared_ranks(process_group, "ShardedAveragedModel")
         self._number = self._ranks.next_number()
         self.format, self.backend, self.nonfinite, self.seed = format, backend, nonfinite, seed
-        self.use_buffers, self.share_replicas = use_buffers, share_replicas
+        self.use_buffers, self.share_replicas, self.include = use_buffers, share_replicas, include
         with self._ranks.lock:
             self._construct(model, rule, include, num_averaged)
 
@@ -233,7 +234,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
             if self._uncounted is not None:  # on all ranks, which have compared their counts if they meet below
                 self._refuse_if_empty("copy_to")
             plan.copy_to(pairs)
-            spread_all(self._spreads, held, "copy_to could not reach all params", torn=True)
+            spread_all(self._spreads, held, "copy_to", "could not reach all params", torn=True)
 
     @contextmanager
     def _meet(self, action: str, model: Module) -> Iterator[tuple[Bound, dict[str, Held]]]:
@@ -287,32 +288,6 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
                 checkpoint.verify(pending, self._ranks, self.n_averaged.device)
             checkpoint.commit([(pending, self.n_averaged)])
             self._count_from(int(pending.count), is_loaded=True)
-
-    def full_state_dict(self, *, rank0_only: bool = False, cpu_offload: bool = False) -> dict[str, Tensor]:
-        """Return whole tensors under the keys of :class:`~swafast.FusedAveragedModel`. Collective.
-
-        torch's ``AveragedModel`` loads the averages of ``format="float32"`` or of a float32 model. If a format has
-        further planes, pass it ``strict=False``.
-
-        Args:
-            rank0_only: return the tensors on the first rank of the group only, and an empty dict on the others.
-            cpu_offload: move each tensor to the CPU as soon as it is whole.
-
-        Warns:
-            UserWarning: the average holds no model yet.
-
-        Raises:
-            RuntimeError: as :meth:`state_dict`.
-        """
-        with self._guard.hold("full_state_dict", self._saving):
-            if self._uncounted is not None:
-                self._warn_if_empty("full_state_dict")
-            with self._ranks.in_lockstep():
-                state = checkpoint.make_full_state(
-                    self._entries(), self.n_averaged, self._ranks, rank0_only=rank0_only, cpu_offload=cpu_offload
-                )
-                copied = checkpoint.copied_on_first(self._copied, self._ranks, cpu_offload=cpu_offload)
-                return state | copied if state else {}
 
     def _entries(self) -> list[checkpoint.Entry]:
         return list(checkpoint.entries(self._shares, self._planes))

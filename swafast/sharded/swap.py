@@ -15,8 +15,8 @@ from ..op.exchange import Exchange, Located
 from ..terms.names import canonical, unwrap
 from ..torch_private import distributed as private
 from ..torch_private.modules import named_tensors
+from .parts.faults import LostPeerError
 from .parts.holdings import Held, reshard
-from .parts.ranks import LostPeerError
 from .parts.spread import Spread
 from .shard_matching import Bound, Views
 
@@ -55,7 +55,7 @@ class SpreadExchange(Exchange):
             LostPeerError: a rank was lost. The message says so if params are not whole.
         """
         self._versions = None  # also if it is broken off, writes are our own
-        spread_all(self._spreads, self._held, "swapped_into could not put all averages into the model")
+        spread_all(self._spreads, self._held, "swapped_into", "could not put all averages into the model")
         self._all_there = True
         self.watch()
 
@@ -75,7 +75,7 @@ class SpreadExchange(Exchange):
     def _fill_in(self) -> None:
         if self._all_there:
             self._all_there = False
-            spread_all(self._spreads, self._held, "swapped_into could not put all params back", torn=True)
+            spread_all(self._spreads, self._held, "swapped_into", "could not put all params back", torn=True)
 
     def _bases(self) -> Sequence[Tensor]:
         return self._params.bases
@@ -113,11 +113,13 @@ class SpreadExchange(Exchange):
         return share.format is None and share.holding.is_buffer
 
 
-def spread_all(spreads: Sequence[Spread], held: Mapping[str, Held], failed: str, *, torn: bool = False) -> None:
+def spread_all(
+    spreads: Sequence[Spread], held: Mapping[str, Held], call: str, failed: str, *, torn: bool = False
+) -> None:
     """Run all spreads. If one fails and params are not whole afterwards, the error's message says so.
 
     Args:
-        failed: the beginning of that message.
+        call, failed: the user's call and what it could not do, which begin that message.
         torn: whether params are not whole if nothing was received from other ranks either.
 
     Raises:
@@ -128,6 +130,7 @@ def spread_all(spreads: Sequence[Spread], held: Mapping[str, Held], failed: str,
         with ExitStack() as ranks:
             for spread in spreads:
                 ranks.enter_context(spread.ranks.in_lockstep())
+                spread.ranks.begin(call)
             for spread in spreads:
                 spread.fill(held)
                 done += 1
@@ -135,4 +138,4 @@ def spread_all(spreads: Sequence[Spread], held: Mapping[str, Held], failed: str,
         if not (torn or done or any(spread.torn for spread in spreads)):
             raise
         kind = LostPeerError if isinstance(error, Exception) else type(error)
-        raise kind(f"{failed}: {error}; {NOT_WHOLE}") from error
+        raise kind(f"{call} {failed}: {error}; {NOT_WHOLE}") from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..average.matching import Bindings
+from ..average.bindings import Bindings
 from ..loop import swaps
 from ..loop.attach import Attachable
 from ..loop.runners import Ready
@@ -39,6 +39,7 @@ class Flag:
 
     def _reduced(self, flag: Tensor) -> tuple[Tensor, Tensor]:
         """Return whether any rank has set it, and whether all ranks have sent this average's number."""
+        self._ranks.begin("update_parameters")
         largest_and_smallest = torch.full((2,), 2 * self._number, dtype=torch.int64, device=flag.device)
         largest_and_smallest[1].neg_()
         largest_and_smallest[0].add_(flag != 0)

@@ -108,6 +108,8 @@ average/: averaged models of one process
     recoded params    the params that a construction copies in another dtype
     recast            a move or cast of an averaged model to another device or dtype
     cast              an average in another dtype: what was and what is to be in its place
+    adaptable         base class of one averaged model that can take over a model that has grown
+    adapted           a new average of a grown model, which has taken the averages of an old one
     late copy         stands for a tensor during a load, and keeps what is to be copied into it afterwards
     way back          what a load may change, noted before it, to put it back if the load fails
 
@@ -143,6 +145,8 @@ sharded/: averages of models that are spread over ranks
     staging           copies of what a forward writes, for an update beside it
     entry             one plane or buffer in a state, under one key or under those of tied params
     seal              checksum and dtype of an entry, in the state
+    adaptable shards  base class of one averaged model of shards that can take over a model that has grown
+    has full states   base class of one averaged model of shards: its states of whole tensors
     pending load      one rank's parts of a state, until they are verified and written
 
 posthoc/: averages made after training

@@ -34,6 +34,21 @@ class Box:
             whole = whole.narrow(dim, offset, size)
         return whole
 
+    def overlap(self, other: Box) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+        """Return where the elements that two boxes share are in this box and in the other; None if there are none."""
+        starts = [max(ours, theirs) for ours, theirs in zip(self.offsets, other.offsets, strict=True)]
+        ends = [
+            min(ours + size, theirs + width)
+            for ours, size, theirs, width in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        ]
+        if any(start >= end for start, end in zip(starts, ends, strict=True)):
+            return None
+        ours, theirs = (
+            tuple(slice(start - at, end - at) for start, end, at in zip(starts, ends, box.offsets, strict=True))
+            for box in (self, other)
+        )
+        return ours, theirs
+
 
 def boxes_of_run(
     sizes: Sequence[int],

@@ -273,6 +273,21 @@ def format_of_planes(average: Tensor, extra: Mapping[str, Tensor]) -> Format | N
     return own
 
 
+@functools.cache
+def dtype_named(name: object) -> torch.dtype:
+    """Return the dtype of this name, such as ``"bfloat16"``.
+
+    Raises:
+        ValueError: this torch has none, as if a newer one has written the name.
+    """
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(
+            f"dtype must be one of torch {torch.__version__}, got {name!r}: use the torch that has saved it"
+        )
+    return dtype
+
+
 def stored_dtype(requested: str | None, dtype: torch.dtype, *, copied: bool = False) -> torch.dtype:
     """Return the dtype in the averaged module of a param of ``dtype`` if the user asked for format ``requested``.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..torch_private.modules import (
+    loads_by_own_code,
     named_modules,
     named_tensors,
     own_buffers,
@@ -18,7 +20,8 @@ from ..torch_private.modules import (
     passing_buffers,
 )
 
-_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)")
+_SEGMENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPERS = re.compile(rf"(?<![^.])(?:{'|'.join(_SEGMENTS)})(?:\.|$)")
 
 
 def unwrap(model: Module) -> Module:
@@ -35,6 +38,96 @@ def unwrap(model: Module) -> Module:
 def canonical(name: str) -> str:
     """Drop the segments that wrappers add from a dotted name."""
     return _WRAPPERS.sub("", name).removesuffix(".") if _WRAPPERS.search(name) else name
+
+
+def unwrapping(given: Collection[str], own: Iterable[str]) -> Callable[[str], str]:
+    """Return a function that takes wrappers out of names of one model, as updates do.
+
+    A leading ``module.`` may be of DDP, or of a child of that name. It goes if more of ``given`` are in ``own`` then.
+    """
+    named = {*own}
+    names = [canonical(name) for name in given]
+    dropped, most = 0, len(named.intersection(names))
+    for depth in itertools.count(1):
+        if not names or not all(name.startswith("module.") for name in names):
+            break
+        names = [name.removeprefix("module.") for name in names]
+        if len(named.intersection(names)) > most:
+            dropped, most = depth, len(named.intersection(names))
+
+    def unwrapped(name: str) -> str:
+        name = canonical(name)
+        for _ in range(dropped):
+            name = name.removeprefix("module.")
+        return name
+
+    return unwrapped
+
+
+def rewrapping(model: Module, given: Collection[str], paths: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Match the names in a state of a model, wrapped in any way, with those in a state of ``model``.
+
+    Names that ``model`` has no tensor for go to the module that they belong to, since its own code may know them.
+
+    Args:
+        given: the names in the state.
+        paths: the paths of modules in the state's metadata.
+
+    Returns:
+        for each given name the one in a state of ``model``; for each module of ``model`` its path among ``paths``. Both
+        are empty if nothing differs.
+    """
+    raw = [name for buffers in (False, True) for name, _ in named_tensors(model, buffers=buffers)]
+    here = named_modules(model)
+    paths_here = [name for name, _ in here]
+    extra_states = {f"{path}._extra_state".lstrip(".") for path in paths_here}
+    if {*given} <= {*raw, *extra_states} and {*paths} <= {*paths_here}:
+        return {}, {}  # the model is wrapped in the same way
+    root = unwrap(model)
+    prefix = next(f"{name}.".lstrip(".") for name, module in here if module is root)
+    shown, modules = _shown(prefix, root)
+    raw = [name.removeprefix(prefix) for name in raw]
+    own = {canonical(name): shown[_head(name)[:-1]] + name[len(_head(name)) :] for name in raw}
+    unwrapped = unwrapping(given, own)
+
+    def rewrapped(name: str) -> str:
+        name = unwrapped(name)
+        path = _head(name)[:-1]
+        while path not in modules:
+            path = _head(path)[:-1]
+        return own.get(name) or modules[path] + name[len(path) :].removeprefix(".")
+
+    names, known = {name: rewrapped(name) for name in given}, {*own.values()}
+    all_placed = {_head(name) for name in given} <= {*modules.values()}
+    if all_placed and len(known.intersection(given)) >= len(known.intersection(names.values())):
+        names = {name: name for name in given}  # the model is wrapped in the same way
+    theirs = {_head(unwrapped(f"{path}.".lstrip(".") + "_")): path for path in paths}
+    ours = {f"{prefix}{name}".rstrip("."): f"{canonical(name)}.".lstrip(".") for name in shown}
+    if ours.keys() == {*paths}:
+        return names, {path: path for path in ours}
+    return names, {path: theirs[bare] for path, bare in ours.items() if bare in theirs}
+
+
+def _shown(prefix: str, root: Module) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the prefixes of modules in states by name, and by name without wrappers, of modules that are none."""
+    shown: dict[str, str] = {}
+    modules: dict[str, str] = {}
+    hidden: set[str] = set()
+    for name, module in named_modules(root):
+        parent, _, segment = name.rpartition(".")
+        outer = shown[parent] if name else prefix
+        shown[name] = outer if not name or parent in hidden else f"{outer}{segment}."
+        is_wrapper = len(own_children(module)) == 1 and next(iter(own_children(module))) in _SEGMENTS
+        if not is_wrapper or own_params(module) or own_buffers(module):
+            modules.setdefault(canonical(name), shown[name])
+        elif loads_by_own_code(module):  # torch's wrappers for checkpoints leave their segment out of states
+            hidden.add(name)
+    return shown, modules
+
+
+def _head(name: str) -> str:
+    """Return a dotted name without its last segment."""
+    return name[: name.rfind(".") + 1]
 
 
 def _by_name(named: Iterable[tuple[str, Tensor]], argument: str) -> dict[str, Tensor]:

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ...loop.guard import ForkSafeLock
-from ...terms.pickling import pickled_from
 from ...torch_private.distributed import group_timeout, new_group
+from .faults import Fault, losing_peers
 
 T = TypeVar("T")
 
@@ -31,50 +31,6 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 GRACE = timedelta(seconds=0.9)
 
 
-@pickled_from("swafast.sharded")
-class LostPeerError(RuntimeError):
-    """A collective of ours failed: a rank died, or did not arrive within the process group's timeout.
-
-    Later calls that need other ranks raise this at once. Updates without a collective still work.
-    """
-
-
-@contextmanager
-def losing_peers(ranks: Sequence[int]) -> Iterator[None]:
-    """Raise LostPeerError if the body, a collective of ``ranks``, raises RuntimeError or ValueError."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:  # a ValueError: the process group was destroyed
-        raise LostPeerError(
-            f"a rank of {list(ranks)} died, or did not come within the process group's timeout: all ranks must make "
-            f"this call ({error})"
-        ) from error
-
-
-class _Fault:
-    """Why no more collectives may run in a group of ours and its subgroups."""
-
-    reason: str | None = None
-
-    def refuse(self) -> None:
-        if self.reason is not None:
-            raise LostPeerError(self.reason)
-
-    @contextmanager
-    def noted(self, ranks: Sequence[int]) -> Iterator[None]:
-        """Run a body that all ``ranks`` run alike, and note an error in it, which leaves peers waiting."""
-        self.refuse()
-        try:
-            yield
-        except BaseException as error:
-            if len(ranks) > 1 and self.reason is None:
-                self.reason = (
-                    f"ranks {list(ranks)} went out of lockstep before, with {type(error).__name__}: {error}; local "
-                    "calls still work, for all others make a new averaged model"
-                )
-            raise
-
-
 class Ranks:
     """Our own process group over the ranks of a user's group, so that our collectives cannot mix with the user's.
 
@@ -85,6 +41,7 @@ class Ranks:
         name: the name of the new group, the same on all ranks. It must be new, since a failed attempt leaves addresses
             under its name in the store.
         ranks: only these of its ranks, this one included; default: all.
+        call: the user's call that makes it, for the message of an error.
 
     Raises:
         TypeError: ``process_group`` is not a process group.
@@ -92,7 +49,9 @@ class Ranks:
         LostPeerError: a rank died, or did not make its own.
     """
 
-    def __init__(self, process_group: ProcessGroup | None, name: str, ranks: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, process_group: ProcessGroup | None, name: str, ranks: Sequence[int] | None = None, call: str = "this"
+    ) -> None:
         parent = checked_group(process_group)
         self.rank = dist.get_rank()
         self.ranks = tuple(sorted(ranks)) if ranks is not None else tuple(dist.get_process_group_ranks(parent))
@@ -101,7 +60,7 @@ class Ranks:
         self.name = name
         #: Held during a collective, or several that belong together, since threads share the group.
         self.lock = ForkSafeLock()
-        self._fault = _Fault()
+        self._fault = Fault(call)
         self._numbers = itertools.count()
         # A weak reference, so that we do not keep alive a group that the user has destroyed.
         self._parent = weakref.ref(process_group) if process_group is not None else None
@@ -121,7 +80,7 @@ class Ranks:
         if key not in self._subgroups:
             parent = self._parent() if self._parent is not None else None
             with self._fault.noted(self.ranks):  # if this fails, all ranks are out of lockstep
-                self._subgroups[key] = subgroup = Ranks(parent, f"{self.name} {key}", key)
+                self._subgroups[key] = subgroup = Ranks(parent, f"{self.name} {key}", key, self._fault.call)
             subgroup._fault, subgroup.lock = self._fault, self.lock
         return self._subgroups[key]
 
@@ -206,8 +165,12 @@ class Ranks:
 
     @contextmanager
     def _heard(self) -> Iterator[None]:
-        with self.lock, self.in_lockstep(), losing_peers(self.ranks):
+        with self.lock, self.in_lockstep(), losing_peers(self.ranks, self._fault.call):
             yield
+
+    def begin(self, call: str) -> None:
+        """Note the user's call that runs the next collectives, for the message of an error. So does :meth:`settled`."""
+        self._fault.call = call
 
     @contextmanager
     def in_lockstep(self) -> Iterator[None]:
@@ -239,6 +202,7 @@ class Ranks:
     def _settled(self, what: str, number: int | None, counters: Sequence[Tensor], anew: str) -> Iterator[None]:
         """Do the same, and raise RuntimeError on every rank if counts of ``counters``, or ``anew``, differ."""
         self._fault.refuse()
+        self.begin(what)
         error: BaseException | None = None
         counts: list[int] = []
         try:
@@ -343,4 +307,4 @@ class OneProcess(Ranks):
     """The ranks of a single process without a process group."""
 
     def __init__(self) -> None:
-        self.rank, self.ranks, self.group, self.lock, self._fault = 0, (0,), None, ForkSafeLock(), _Fault()
+        self.rank, self.ranks, self.group, self.lock, self._fault = 0, (0,), None, ForkSafeLock(), Fault("this")

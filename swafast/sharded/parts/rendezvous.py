@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup, Store
 
 from ...torch_private.distributed import group_timeout, store_of
-from .ranks import GRACE, LostPeerError, Ranks, checked_group, losing_peers
+from .faults import LostPeerError, losing_peers
+from .ranks import GRACE, Ranks, checked_group
 
 #: How long ranks wait for each other if their process group has no timeout.
 _TIMEOUT = timedelta(minutes=30)
@@ -76,7 +77,7 @@ class _Seat(Rendezvous):
         self.ranks: Ranks | None = None
         self._timeout = (group_timeout(parent) or _TIMEOUT) + GRACE
 
-    def is_shared_by_all(self) -> bool:
+    def is_shared_by_all(self, call: str) -> bool:
         """Return whether all ranks still have the same group; perhaps only some of them know of a lost peer.
 
         Raises:
@@ -84,7 +85,7 @@ class _Seat(Rendezvous):
         """
         own = self.ranks.name if self.ranks is not None and not self.ranks.is_lost else ""
         try:
-            with losing_peers(self._members):
+            with losing_peers(self._members, call):
                 messages = self.exchange(own, self._timeout)
         except LostPeerError:
             raise
@@ -99,18 +100,24 @@ _seats: weakref.WeakKeyDictionary[ProcessGroup, _Seat] = weakref.WeakKeyDictiona
 _making = threading.Lock()
 
 
-def shared_ranks(process_group: ProcessGroup | None = None) -> Ranks:
+def shared_ranks(process_group: ProcessGroup | Ranks | None = None, call: str = "this") -> Ranks:
     """Return our one group over ``process_group``. If a rank has lost a peer in it, make a new one. Collective.
+
+    Args:
+        process_group: our own group is returned as it is.
+        call: the user's call, for the message of an error.
 
     Raises:
         TypeError, ValueError, LostPeerError: as :class:`Ranks`.
     """
+    if isinstance(process_group, Ranks):
+        return process_group
     parent = checked_group(process_group)
     with _making:
         seat = _seats.get(parent) or _seats.setdefault(parent, _Seat(parent))
     with seat.lock:
-        if not seat.is_shared_by_all():
+        if not seat.is_shared_by_all(call):
             seat.ranks = None
-            seat.ranks = Ranks(process_group, f"swafast {parent.group_name} {seat.turn}")
+            seat.ranks = Ranks(process_group, f"swafast {parent.group_name} {seat.turn}", call=call)
         assert seat.ranks is not None
         return seat.ranks

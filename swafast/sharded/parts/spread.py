@@ -20,7 +20,7 @@ WINDOW_NBYTES = 64 * 2**20
 CPU_WINDOW_NBYTES, CPU_PIECE_NBYTES = 8 * 2**20, 2**20
 
 #: Runs start at multiples of this in a piece, so that they can be viewed in any dtype.
-_ALIGNMENT = 16
+ALIGNMENT = 16
 
 
 class Spread:
@@ -52,14 +52,14 @@ class Spread:
         received = torch.empty(piece * size, dtype=torch.uint8, device=device)
         own = self.ranks.index
         while any(window := [next(iterator, []) for iterator in iterators]):
-            for run, view in _with_views(window[own], flats, sent):
+            for run, view in with_views(window[own], flats, sent):
                 view.copy_(flats[run.index][run.start : run.stop])
             self.ranks.all_gather(received, sent)
             self.torn = True
             for index in range(size):
                 if index != own:
                     theirs = received[index * piece : (index + 1) * piece]
-                    for run, view in _with_views(window[index], flats, theirs):
+                    for run, view in with_views(window[index], flats, theirs):
                         flats[run.index][run.start : run.stop].copy_(view)
         for param, flat in zip(params, flats, strict=True):
             if param.holding.order is None:
@@ -72,7 +72,7 @@ def _piece_nbytes(size: int, device: torch.device) -> int:
     window = WINDOW_NBYTES
     if device.type == "cpu":
         window = min(window, max(CPU_WINDOW_NBYTES, size * CPU_PIECE_NBYTES))
-    return max(_ALIGNMENT, window // size // _ALIGNMENT * _ALIGNMENT)
+    return max(ALIGNMENT, window // size // ALIGNMENT * ALIGNMENT)
 
 
 def _flat(held: Held) -> Tensor:
@@ -93,7 +93,7 @@ def pieces_of(runs: Sequence[Run], itemsizes: Sequence[int], nbytes: int) -> Ite
             stop = min(run.stop, start + room)
             if stop > start:
                 piece.append(Run(run.index, start, stop))
-                used += -(-(stop - start) * itemsizes[run.index] // _ALIGNMENT) * _ALIGNMENT
+                used += -(-(stop - start) * itemsizes[run.index] // ALIGNMENT) * ALIGNMENT
             start = stop
             if start < run.stop:
                 yield piece
@@ -102,10 +102,10 @@ def pieces_of(runs: Sequence[Run], itemsizes: Sequence[int], nbytes: int) -> Ite
         yield piece
 
 
-def _with_views(piece: Sequence[Run], flats: Sequence[Tensor], memory: Tensor) -> Iterator[tuple[Run, Tensor]]:
+def with_views(piece: Sequence[Run], flats: Sequence[Tensor], memory: Tensor) -> Iterator[tuple[Run, Tensor]]:
     """Yield each run of a rank's piece with its view of the piece's memory, in the run's dtype."""
     used = 0
     for run in piece:
         nbytes = run.numel * flats[run.index].element_size()
         yield run, memory[used : used + nbytes].view(flats[run.index].dtype)
-        used += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        used += -(-nbytes // ALIGNMENT) * ALIGNMENT
