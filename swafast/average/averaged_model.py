@@ -14,7 +14,6 @@ from torch.optim.swa_utils import AveragedModel
 from ..loop import swaps
 from ..loop.guard import seamless
 from ..op import checks, choice
-from ..op.buckets import keep_large
 from ..op.exchange import Exchange
 from ..terms.formats import OWN, Format, check_format, convert, format_of, stored_dtype
 from ..terms.names import named_params, unwrap
@@ -23,16 +22,17 @@ from ..terms.rules import Rule, rule_of
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import named_tensors
 from .accepting import ask_include, check_model, refuse_sharded
-from .contents import HoldsModels
+from .copying import ModelCopy
 from .functions import choose_rule, update_by_function
+from .homes import HoldsPlanes
+from .lending import part_before_load
 from .loading import load_whole
-from .matching import Bound, ModuleSide, WithBindings, each_average
-from .planes import Recast, RecodedParams, fit_planes, keeps_values
+from .matching import Bound, ModuleSide, each_average
 from .states import export, translate_load
 
 
 @pickled_from("swafast")
-class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
+class FusedAveragedModel(HoldsPlanes, AveragedModel):
     """A copy of a model that holds the running average of the model's parameters, updated in one fused pass.
 
     ``average = average + weight * (param - average)``, with ``weight = 1 / (n + 1)`` (SWA) by default.
@@ -127,13 +127,15 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
             # Keep the rule in place of torch's closures, which cannot be pickled.
             avg_fn, multi_avg_fn = None, recognised
         stored = {n: stored_dtype(format, p.dtype, copied=not asked.get(n, True)) for n, p in params.items()}
-        recoded = RecodedParams(model, params, stored, device)
-        super().__init__(recoded, device, avg_fn, multi_avg_fn, use_buffers)  # type: ignore[arg-type]  # copied there
+        left_out = {name for name, is_averaged in asked.items() if not is_averaged}
+        made = ModelCopy(model, params, stored, left_out, device)
+        super().__init__(made, device, avg_fn, multi_avg_fn, use_buffers)  # type: ignore[arg-type]  # copied there
         self.format, self.backend, self.include, self.nonfinite, self.seed = format, backend, include, nonfinite, seed
         self._any_device, self._made_of, self._asked = device is not None, weakref.ref(model), asked
-        recoded.fill(self, self._each_average())
+        made.make_further_planes(self, self._each_average())
         copied = {id(tensor) for _, tensor, fmt in self._each_average() if fmt is None}
         self._apply(lambda tensor: tensor.to(stored_dtype(format, tensor.dtype, copied=id(tensor) in copied)))
+        self._stay_home()
         where = next((p.device for _, p in named_tensors(self.module)), None)
         if device is None and where is not None and where.type != "meta":
             self.n_averaged = self.n_averaged.to(where)
@@ -317,34 +319,17 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
             self._strict = strict
             try:
                 load = super().load_state_dict
-                return load_whole(self, [self.module], load, state_dict, strict=strict, assign=assign)
+                result = load_whole(self, [self.module], load, state_dict, strict=strict, assign=assign)
             finally:
                 self._strict = True
+            if assign:
+                self._move_home()
+            return result
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
         self._guard.refuse_while_swapped("load_state_dict")
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
         translate_load(self, self.module, state_dict, prefix, self._format_of, assign=assign, strict=self._strict)
+        part_before_load(self.module, state_dict, f"{prefix}module.")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         self._note_load(state_dict.get(f"{prefix}n_averaged"))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAveragedModel:
-        """Move or cast as any module does. A cast encodes each average anew, so that it keeps its precision.
-
-        A move that drops the values, as ``to_empty`` does, leaves a count of 0.
-        """
-        with self._guard.hold("a move or cast"):
-            has_values = keeps_values(fn)
-            self._holds()
-            recast = Recast(self, self._each_average(), fn, lambda dtype: format_of(self.format, dtype))
-            try:
-                super()._apply(recast, recurse)
-            finally:
-                recast.finish()
-            if not has_values:
-                self._count_from(0)
-            self._any_device |= recast.moved
-            planes = [plane for average in self._each_average() for plane in fit_planes(self, *average)]
-            self._bindings.large_homes = keep_large(planes, self._bindings.large_homes)
-            self._note_own_writes()
-            return self

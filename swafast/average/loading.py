@@ -27,6 +27,7 @@ from ..torch_private.modules import (
     put_tensor,
     set_metadata,
 )
+from .lending import without_lent
 from .states import keeping_ties
 
 
@@ -70,6 +71,7 @@ def load_whole(
             if source is not None:
                 _check_copy(type(root).__name__, place, source)
                 writes.append((place.tensor, source))
+        writes = without_lent(writes)
         way_back.put_back_tensors()
         is_writing = True
         write_all(writes)

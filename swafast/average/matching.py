@@ -23,6 +23,7 @@ from ..terms.formats import Format
 from ..terms.lazy import MadeOnUse
 from ..terms.names import named_buffers, named_params, require_same_names, unwrap
 from ..torch_private.modules import Walk, named_tensors
+from . import lending
 from .accepting import check_model
 from .planes import fit_planes, put_planes
 
@@ -51,23 +52,30 @@ class ModuleSide:
     seed: int
 
 
-def _match(side: ModuleSide, model: Module, pace: int) -> list[Pair]:
-    """Pair each distinct average with its param. Raise ValueError with the names that do not match."""
+def _match(side: ModuleSide, model: Module, pace: int) -> tuple[list[Pair], list[Pair]]:
+    """Pair each distinct average with its param. Raise ValueError with the names that do not match.
+
+    Returns:
+        the pairs of an update; and those of the params that the model lends, of which an update has nothing to do.
+    """
     module = side.owner.module
     theirs = {False: named_params(unwrap(model), "model"), True: named_buffers(unwrap(model), "model")}
     own = list(each_average(module))
     for is_buffer, kind in ((False, "parameters"), (True, "buffers")):
         names = [name for tied, _, buffer in own if buffer == is_buffer for name in tied]
         require_same_names(kind, names, theirs[is_buffer])
-    matched = []
+    matched: list[Pair] = []
+    lent: list[Pair] = []
     for names, average, is_buffer in own:
         param = theirs[is_buffer][names[0]]
         for other in names[1:]:
             if theirs[is_buffer][other] is not param:
                 raise ValueError(f"model must tie {names[0]!r} and {other!r} as the average does, got two tensors")
         fmt = side.format_of(names[0], average, is_buffer)
-        matched.append(Pair(names[0], param, (average,), fmt, pace=pace, is_buffer=is_buffer))
-    return matched
+        is_left_out = fmt is None and not is_buffer
+        pairs = lent if is_left_out and lending.may_stay(average, param) else matched
+        pairs.append(Pair(names[0], param, (average,), fmt, pace=pace, is_buffer=is_buffer))
+    return matched, lent
 
 
 #: A plan, and the current params and planes, which it fits.
@@ -82,7 +90,7 @@ class ModuleBinding:
 
     Args:
         root: the module that contains all sides.
-        homes: addresses of the planes that are in buckets already.
+        homes: addresses of the planes that are at home.
 
     Raises:
         ValueError: names, shapes, dtypes, devices or memory layouts do not fit. The message names the parameter.
@@ -99,12 +107,18 @@ class ModuleBinding:
         homes: frozenset[int],
     ) -> None:
         check_model(model)
-        matched = [(side, pair) for pace, side in enumerate(sides) for pair in _match(side, model, pace)]
+        matched: list[tuple[ModuleSide, Pair]] = []
+        lent: list[Pair] = []
+        for pace, side in enumerate(sides):
+            updated, of_side = _match(side, model, pace)
+            matched += [(side, pair) for pair in updated]
+            lent += of_side
         for side, pair in matched:
             checks.check_sides(pair, any_device=side.any_device)
         checks.check_overlap([pair for _, pair in matched])
         for device in {pair.average.device for _, pair in matched}:
             checks.refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
+        lending.part_all([(pair.average, pair.param) for _, pair in matched])
         taken: set[int] = set()
         pairs = [_with_planes(pair, side, taken) for side, pair in matched]
         counters = _place_counters(sides)
@@ -118,6 +132,14 @@ class ModuleBinding:
         self._num_planes = sum(len(pair.planes) for pair in pairs)
         self._planes = _picker([self._owner_walk.position(plane) for pair in pairs for plane in pair.planes])
         self._params = _picker([self._model_walk.position(pair.param) for pair in pairs])
+        self._loan = self._lend(lent) if lent else None
+
+    def _lend(self, lent: Sequence[Pair]) -> lending.Loan:
+        params, averages = [pair.param for pair in lent], [pair.average for pair in lent]
+        for average in averages:  # also those that were pickled together with the model
+            lending.note(average)
+        find_params = _picker(list(map(self._model_walk.position, params)))
+        return lending.Loan(params, averages, find_params, _picker(list(map(self._owner_walk.position, averages))))
 
     @property
     def root(self) -> Module | None:
@@ -130,7 +152,7 @@ class ModuleBinding:
         if config != self.config or (root is not model and root is not unwrap(model)):
             return None
         theirs, own = self._model_walk.tensors(), self._owner_walk.tensors()
-        if theirs is None or own is None:
+        if theirs is None or own is None or (self._loan is not None and not self._loan.stands(theirs, own)):
             return None
         params, planes = self._params(theirs), self._planes(own)
         return (self.plan, params, planes) if self.plan.fits(params, planes, counters) else None
@@ -172,10 +194,8 @@ class Bindings:
         self._recent: list[AnyBinding] = []  # most recently used first
         self._captured: list[AnyBinding] = []
         self._warned: set[int] = set()  # ids of the captured ones with a warning
-        #: Addresses of planes that a plan of several averages has put into buckets.
-        self.shared_homes: frozenset[int] = frozenset()
-        #: Addresses of planes that are larger than a bucket. The averaged model has made them, so they stay.
-        self.large_homes: frozenset[int] = frozenset()
+        #: Addresses of the planes that are at home: in buckets, or where the averaged model itself has put them.
+        self.homes: frozenset[int] = frozenset()
 
     def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None:
         """Return a plan that fits ``model``, with its params and planes, or None."""
@@ -191,11 +211,6 @@ class Bindings:
     def latest(self) -> AnyBinding:
         """The binding that was used last. There must be one."""
         return self._recent[0]
-
-    @property
-    def homes(self) -> frozenset[int]:
-        """Addresses of the planes that are in buckets, or are as large."""
-        return self.shared_homes | self.large_homes | (self.latest.plan.homes if self._recent else frozenset())
 
     def bind(
         self,
@@ -214,7 +229,7 @@ class Bindings:
             sides: returns the averaged models that are updated together; called for a new plan only.
             config: what a plan depends on besides the tensors.
             counters: the counters of the sides.
-            side_bindings: each side's own bindings. Their next plans leave planes in the buckets of this one.
+            side_bindings: each side's own bindings, which know the homes of its planes.
 
         Raises:
             TypeError: ``model`` is not a module.
@@ -231,8 +246,8 @@ class Bindings:
         homes = self.homes.union(*(each.homes for each in side_bindings))
         binding = ModuleBinding(root, averaged, model, config=config, homes=homes)
         self.use(binding)
-        for each in side_bindings:
-            each.shared_homes = binding.plan.homes
+        for each in (self, *side_bindings):
+            each.homes = binding.plan.homes
         current = self.current(model, config, [side.owner.n_averaged for side in averaged])
         assert current is not None, "a plan just made must fit"
         return current

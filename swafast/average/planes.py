@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import secrets
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 
 from ..terms.formats import EXTRA_PLANES, Format, convert, format_of_planes
 from ..terms.names import passing_names, unwrap
@@ -169,45 +167,6 @@ def keeps_values(fn: Callable[[Tensor], Tensor]) -> bool:
     numbers = torch.tensor([secrets.randbits(7) for _ in range(32)], device="cpu")
     result = fn(numbers)
     return not result.is_meta and torch.equal(result.to("cpu", torch.int64), numbers)
-
-
-class RecodedParams:
-    """Stands for a model where it is deep-copied. Params that are stored in another dtype are copied in that dtype.
-
-    Copies in the model's dtype, to be cast afterwards, would be more memory than params and averages take.
-    """
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def __init__(
-        self,
-        model: Module,
-        params: Mapping[str, Tensor],
-        stored: Mapping[str, torch.dtype],
-        device: int | str | torch.device | None,
-    ) -> None:
-        self._model = model
-        self._params: dict[str, Tensor] = {}
-        self._copies: dict[int, Any] = {}  # by the id of the param
-        for name, param in params.items():
-            if type(param) is Parameter and stored[name] != param.dtype and id(param) not in self._copies:
-                empty = torch.empty_like(param.detach(), dtype=stored[name], device=device)
-                self._copies[id(param)] = Parameter(empty, param.requires_grad)
-                self._params[name] = param
-
-    def __deepcopy__(self, memo: object) -> Module:
-        return copy.deepcopy(self._model, dict(self._copies))
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def fill(self, owner: Module, averages: Iterable[tuple[str, Tensor, Format | None]]) -> None:
-        """Write these params into the averages of ``owner``, and make their further planes."""
-        for name, average, fmt in averages:
-            if name in self._params:
-                dtypes = [dtype for _, dtype in (fmt.extra if fmt is not None else ())]
-                extra = [torch.empty_like(average.detach(), dtype=dtype) for dtype in dtypes]
-                convert((self._params[name],), None, (average, *extra), fmt)
-                put_planes(owner, name, fmt, extra)
 
 
 class Recast:

@@ -57,7 +57,7 @@ def translate_load(
                 f"Error(s) in loading state_dict for {type(owner).__name__}:\n\t"
                 f"'{prefix}n_averaged' must be one integer >= 0, got {number}"
             )
-        state[f"{prefix}n_averaged"] = count.to(torch.int64)
+        state[f"{prefix}n_averaged"] = count.to(torch.int64, copy=True)  # an assignment would share it
     head = f"{prefix}module."
     # Some wrappers leave their segments out of the keys of states, so look keys up by canonical names.
     given = {canonical(key[len(head) :]): key for key in state if key.startswith(head)}

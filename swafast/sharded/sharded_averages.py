@@ -16,9 +16,8 @@ from ..loop.guard import Guard
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
 from . import checkpoint
-from .construction import spell
+from .construction import ranks_over, spell
 from .parts.ranks import Ranks
-from .parts.rendezvous import shared_ranks
 from .sharded_model import ShardedAveragedModel
 from .updating import AttachableShards
 
@@ -57,7 +56,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         seed: int = 0,
         num_averaged: int = 0,
     ) -> None:
-        self._ranks = process_group if isinstance(process_group, Ranks) else shared_ranks(process_group)
+        self._ranks = ranks_over(process_group)
         self._number = self._ranks.next_number()
         with self._ranks.lock:
             with self._ranks.settled("ShardedAverages"):

@@ -24,7 +24,6 @@ from ..terms.rules import EqualAverage, Rule
 from . import checkpoint, construction
 from .parts.holdings import Held, find_holdings, reshard
 from .parts.ranks import Ranks
-from .parts.rendezvous import shared_ranks
 from .parts.shares import share_out
 from .shard_matching import Bound, ShardSide, check_sharded_model
 from .swap import SpreadExchange, spread_all
@@ -99,7 +98,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         seed: int = 0,
         num_averaged: int = 0,
     ) -> None:
-        self._ranks = process_group if isinstance(process_group, Ranks) else shared_ranks(process_group)
+        self._ranks = construction.ranks_over(process_group)
         self._number = self._ranks.next_number()
         self.format, self.backend, self.nonfinite, self.seed = format, backend, nonfinite, seed
         self.use_buffers, self.share_replicas = use_buffers, share_replicas

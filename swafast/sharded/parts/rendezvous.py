@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup, Store
 
 from ...torch_private.distributed import group_timeout, store_of
-from .ranks import GRACE, LostPeerError, Ranks, checked_group, losing_peers
+from .ranks import GRACE, LostPeerError, OneProcess, Ranks, checked_group, losing_peers
 
 #: How long ranks wait for each other if their process group has no timeout.
 _TIMEOUT = timedelta(minutes=30)
@@ -102,9 +102,13 @@ _making = threading.Lock()
 def shared_ranks(process_group: ProcessGroup | None = None) -> Ranks:
     """Return our one group over ``process_group``. If a rank has lost a peer in it, make a new one. Collective.
 
+    Without any process group this is one process, and each call returns ranks of its own.
+
     Raises:
         TypeError, ValueError, LostPeerError: as :class:`Ranks`.
     """
+    if process_group is None and not (dist.is_available() and dist.is_initialized()):
+        return OneProcess()
     parent = checked_group(process_group)
     with _making:
         seat = _seats.get(parent) or _seats.setdefault(parent, _Seat(parent))

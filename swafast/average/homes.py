@@ -1,0 +1,83 @@
+"""Where the planes of an averaged model lie. They stay where they come into being, so that states of them stay live."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor
+from torch.nn import Module
+
+from ..backends.contract import Pair
+from ..op.buckets import home_averages, stay
+from ..terms.formats import Format, format_of
+from .contents import HoldsModels
+from .matching import WithBindings
+from .planes import Recast, find_planes, fit_planes, keeps_values
+
+T = TypeVar("T", bound="HoldsPlanes")
+
+
+class HoldsPlanes(HoldsModels, WithBindings, Module):
+    """Base class of one averaged model that is a module: moves, casts and copies of its planes."""
+
+    if TYPE_CHECKING:
+        format: str | None
+        _any_device: bool
+
+        def _each_average(self) -> Iterator[tuple[str, Tensor, Format | None]]: ...
+
+    def _planes(self) -> Iterator[tuple[str, Format, tuple[Tensor, ...]]]:
+        """Yield name, format and planes of each average, without planes that are to be made."""
+        for name, average, fmt in self._each_average():
+            if fmt is not None:
+                further = find_planes(self, name, average, fmt)  # type: ignore[arg-type]
+                yield name, fmt, (average, *(plane for plane in further if plane is not None))
+
+    def _stay_home(self, own: Collection[int] | None = None) -> None:
+        """Have no plan move the planes from where they lie, if their memory was made for them: all, or at ``own``."""
+        planes = [plane for _, _, planes in self._planes() for plane in planes if not plane.is_meta]
+        at_home = [plane for plane in planes if own is None or plane.data_ptr() in own]
+        self._bindings.homes = stay(at_home, self._bindings.homes)
+
+    def _move_home(self) -> None:
+        """Move the planes into buckets. They lie in memory that others may write."""
+        pairs = [Pair(name, planes[0], planes, fmt) for name, fmt, planes in self._planes()]
+        self._bindings.homes = home_averages(pairs, frozenset())
+
+    def _addresses(self) -> dict[tuple[str, int], int]:
+        """Return the address of each plane, by the average's name and the plane's index; 0 for one on meta."""
+        return {
+            (name, index): 0 if plane.is_meta else plane.data_ptr()
+            for name, _, planes in self._planes()
+            for index, plane in enumerate(planes)
+        }
+
+    def _apply(self: T, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> T:
+        """Move or cast as any module does. A cast encodes each average anew, so that it keeps its precision.
+
+        A move that drops the values, as ``to_empty`` does, leaves a count of 0.
+        """
+        with self._guard.hold("a move or cast"):
+            has_values = keeps_values(fn)
+            self._holds()
+            before = self._addresses()
+            recast = Recast(self, self._each_average(), fn, lambda dtype: format_of(self.format, dtype))
+            try:
+                super()._apply(recast, recurse)
+            finally:
+                recast.finish()
+            if not has_values:
+                self._count_from(0)
+            self._any_device |= recast.moved
+            for average in self._each_average():
+                fit_planes(self, *average)
+            # What has moved lies in memory that was made for it. What has not may lie in somebody else's.
+            moved = {address for key, address in self._addresses().items() if address != before.get(key)}
+            self._stay_home(moved | self._bindings.homes)
+            self._note_own_writes()
+            return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._stay_home()
