@@ -28,7 +28,7 @@ from .homes import HoldsPlanes
 from .lending import part_before_load
 from .loading import load_whole
 from .matching import Bound, ModuleSide, each_average
-from .states import export, translate_load
+from .states import export, fill_in, leave_out, translate_load
 
 
 @pickled_from("swafast")
@@ -279,12 +279,13 @@ class FusedAveragedModel(HoldsPlanes, AveragedModel):
                 convert(pair.planes, pair.format, (pair.param,), None)
 
     @torch.no_grad()
-    def averaged_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    def averaged_state_dict(self, dtype: torch.dtype | None = None, *, frozen: bool = True) -> dict[str, Any]:
         """Return copies of averages and buffers as plain tensors under the model's own names, for export.
 
         Args:
             dtype: the dtype to which floating tensors are cast; None keeps the averages' full precision, which is
                 float32 for a bfloat16 or float16 model.
+            frozen: whether frozen parameters that ``include`` leaves out are there, such as those under a LoRA.
 
         Raises:
             ValueError: ``dtype`` is not a floating dtype.
@@ -293,18 +294,26 @@ class FusedAveragedModel(HoldsPlanes, AveragedModel):
         with self._guard.hold("averaged_state_dict"):
             if self._uncounted is not None:
                 self._warn_if_empty("averaged_state_dict")
-            return export(self, self.module, self._each_average(), dtype)
+            return export(self, self.module, self._each_average(), dtype, set() if frozen else self._frozen())
 
     # State
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def state_dict(self, *args: Any, frozen: bool = True, **kwargs: Any) -> Any:
         """Return the state under torch's keys, and ``<plane>.<name>`` for each further plane of a format.
+
+        Args:
+            frozen: whether frozen parameters that ``include`` leaves out are there. A state without all of them loads
+                too, and keeps those of the averaged module.
 
         Raises:
             RuntimeError: the averages are swapped into a model.
         """
         with self._guard.hold("state_dict"):
-            return super().state_dict(*args, **kwargs)
+            state = super().state_dict(*args, **kwargs)
+            if not frozen:
+                prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+                leave_out(self.module, self._frozen(), state, f"{prefix}module.")
+            return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state of this class or of torch's. Averages of another format are converted at full precision.
@@ -330,6 +339,8 @@ class FusedAveragedModel(HoldsPlanes, AveragedModel):
         self._guard.refuse_while_swapped("load_state_dict")
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
         translate_load(self, self.module, state_dict, prefix, self._format_of, assign=assign, strict=self._strict)
-        part_before_load(self.module, state_dict, f"{prefix}module.")
+        head = f"{prefix}module."
+        fill_in(self.module, self._frozen(), state_dict, head)
+        part_before_load(self.module, state_dict, head)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         self._note_load(state_dict.get(f"{prefix}n_averaged"))

@@ -20,6 +20,7 @@ from ..torch_private.modules import own_children
 from .averaged_model import FusedAveragedModel
 from .loading import load_whole
 from .matching import Bound, WithBindings
+from .states import leave_out
 
 
 def named_rules(given: object) -> dict[str, Rule]:
@@ -247,14 +248,20 @@ class FusedAverages(WithBindings, Module):
                 averaged._move_home()
             return result
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def state_dict(self, *args: Any, frozen: bool = True, **kwargs: Any) -> Any:
         """Return the states of all averages. Each key begins with an average's name: ``fast.module.weight``.
+
+        ``frozen`` is as for :class:`~swafast.FusedAveragedModel`.
 
         Raises:
             RuntimeError: one of the averages is swapped into a model.
         """
         with self._guard.hold("state_dict"):
-            return super().state_dict(*args, **kwargs)
+            state = super().state_dict(*args, **kwargs)
+            prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+            for name, averaged in self.items() if not frozen else ():
+                leave_out(averaged.module, averaged._frozen(), state, f"{prefix}{name}.module.")
+            return state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAverages:
         with self._guard.hold("a move or cast"):  # take all guards first, so that all averages move or none

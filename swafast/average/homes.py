@@ -12,8 +12,9 @@ from ..backends.contract import Pair
 from ..op.buckets import home_averages, stay
 from ..terms.formats import Format, format_of
 from .contents import HoldsModels
-from .matching import WithBindings
-from .planes import Recast, find_planes, fit_planes, keeps_values
+from .lending import note, part_all
+from .matching import WithBindings, each_average
+from .planes import Recast, find_planes, fit_planes, keeps_values, works_in_place
 
 T = TypeVar("T", bound="HoldsPlanes")
 
@@ -22,16 +23,29 @@ class HoldsPlanes(HoldsModels, WithBindings, Module):
     """Base class of one averaged model that is a module: moves, casts and copies of its planes."""
 
     if TYPE_CHECKING:
+        module: Module
         format: str | None
+        include: Callable[[str, Tensor], bool] | None
         _any_device: bool
 
+        def _includes(self, name: str, param: Tensor) -> bool: ...
         def _each_average(self) -> Iterator[tuple[str, Tensor, Format | None]]: ...
+
+    def _frozen(self) -> set[int]:
+        """Return the ids of params that ``include`` leaves out and that are frozen."""
+        if self.include is None and all(self.__dict__.get("_asked", {}).values()):
+            return set()
+        return {
+            id(param)
+            for (name, *_), param, is_buffer in each_average(self.module)
+            if not (is_buffer or param.requires_grad or self._includes(name, param))
+        }
 
     def _planes(self) -> Iterator[tuple[str, Format, tuple[Tensor, ...]]]:
         """Yield name, format and planes of each average, without planes that are to be made."""
         for name, average, fmt in self._each_average():
             if fmt is not None:
-                further = find_planes(self, name, average, fmt)  # type: ignore[arg-type]
+                further = find_planes(self, name, average, fmt)
                 yield name, fmt, (average, *(plane for plane in further if plane is not None))
 
     def _stay_home(self, own: Collection[int] | None = None) -> None:
@@ -41,9 +55,13 @@ class HoldsPlanes(HoldsModels, WithBindings, Module):
         self._bindings.homes = stay(at_home, self._bindings.homes)
 
     def _move_home(self) -> None:
-        """Move the planes into buckets. They lie in memory that others may write."""
+        """Move the planes into buckets, after a load has assigned memory that others may write."""
         pairs = [Pair(name, planes[0], planes, fmt) for name, fmt, planes in self._planes()]
         self._bindings.homes = home_averages(pairs, frozenset())
+        frozen = self._frozen()
+        for param in self._params():
+            if id(param) in frozen:
+                note(param)  # by whoever has the state
 
     def _addresses(self) -> dict[tuple[str, int], int]:
         """Return the address of each plane, by the average's name and the plane's index; 0 for one on meta."""
@@ -61,6 +79,8 @@ class HoldsPlanes(HoldsModels, WithBindings, Module):
         with self._guard.hold("a move or cast"):
             has_values = keeps_values(fn)
             self._holds()
+            if works_in_place(fn):
+                part_all(self._params())
             before = self._addresses()
             recast = Recast(self, self._each_average(), fn, lambda dtype: format_of(self.format, dtype))
             try:

@@ -54,16 +54,15 @@ def is_lent(average: Tensor) -> bool:
 @torch.inference_mode(False)
 @torch.no_grad()
 def part(average: Tensor) -> None:
-    """Give a lent param memory of its own, with the same values."""
+    """Move a lent param to memory of its own, with the same values."""
     average.data = average.data.clone()
 
 
-def part_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Part the lent among these averages, since an update will write them, each with its param."""
-    for average, param in pairs:
+def part_all(averages: Iterable[Tensor]) -> None:
+    """Part those of these params that are lent."""
+    for average in averages:
         if is_lent(average):
             part(average)
-            average.requires_grad_(param.requires_grad)
 
 
 def may_stay(average: Tensor, param: Tensor) -> bool:
@@ -115,6 +114,8 @@ def part_before_load(module: Module, state: dict[str, object], prefix: str) -> N
     Args:
         prefix: the prefix of its keys in ``state``.
     """
+    if not _lent:
+        return
     coded = [each for _, each in named_modules(module, distinct=True) if loads_by_own_code(each)]
     unsure = {id(tensor) for each in coded for _, tensor in named_tensors(each)}
     for name, average in named_tensors(module):
@@ -126,6 +127,8 @@ def part_before_load(module: Module, state: dict[str, object], prefix: str) -> N
 
 def without_lent(writes: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """Leave those writes out that would write into lent params what is there. Part the params of the others."""
+    if not _lent:
+        return list(writes)
     kept = []
     for tensor, source in writes:
         if is_lent(tensor):
@@ -138,6 +141,8 @@ def without_lent(writes: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, 
 
 def has_bits_of(average: Tensor, source: Tensor) -> bool:
     """Return whether a copy of ``source`` would change no bit of a lent param. This may wait for a GPU."""
+    if source.data_ptr() == average.data_ptr() and source.dtype == average.dtype:
+        return True
     integers = _INTEGERS.get(average.itemsize)
     if integers is None or source.is_meta or source.layout != torch.strided or source.shape != average.shape:
         return False

@@ -118,7 +118,10 @@ class ModuleBinding:
         checks.check_overlap([pair for _, pair in matched])
         for device in {pair.average.device for _, pair in matched}:
             checks.refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
-        lending.part_all([(pair.average, pair.param) for _, pair in matched])
+        for _, pair in matched:
+            if lending.is_lent(pair.average):  # an update will write it
+                lending.part(pair.average)
+                pair.average.requires_grad_(pair.param.requires_grad)
         taken: set[int] = set()
         pairs = [_with_planes(pair, side, taken) for side, pair in matched]
         counters = _place_counters(sides)

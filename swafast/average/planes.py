@@ -169,6 +169,13 @@ def keeps_values(fn: Callable[[Tensor], Tensor]) -> bool:
     return not result.is_meta and torch.equal(result.to("cpu", torch.int64), numbers)
 
 
+def works_in_place(fn: Callable[[Tensor], Tensor]) -> bool:
+    """Return whether a function for torch's ``_apply`` writes or moves the memory it is given, as ``share_memory_``."""
+    number = torch.ones(1, device="cpu")
+    address = number.data_ptr()
+    return fn(number) is number and (number.data_ptr() != address or number.item() != 1)
+
+
 class Recast:
     """A function for torch's ``_apply`` that moves or casts an averaged model; call :meth:`finish` afterwards.
 

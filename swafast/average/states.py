@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,7 +57,7 @@ def translate_load(
                 f"Error(s) in loading state_dict for {type(owner).__name__}:\n\t"
                 f"'{prefix}n_averaged' must be one integer >= 0, got {number}"
             )
-        state[f"{prefix}n_averaged"] = count.to(torch.int64, copy=True)  # an assignment would share it
+        state[f"{prefix}n_averaged"] = count.to(torch.int64, copy=assign)  # else both would count
     head = f"{prefix}module."
     # Some wrappers leave their segments out of the keys of states, so look keys up by canonical names.
     given = {canonical(key[len(head) :]): key for key in state if key.startswith(head)}
@@ -81,12 +81,30 @@ def translate_load(
     translate_state(state, prefix, names, formats, strict)
 
 
+def leave_out(module: Module, tensors: Collection[int], state: MutableMapping[str, Any], prefix: str) -> None:
+    """Take tensors of a ``module``, given by id, out of its state. ``prefix`` is that of its keys."""
+    for name, tensor in named_tensors(module):
+        if id(tensor) in tensors:
+            state.pop(prefix + name, None)
+
+
+def fill_in(module: Module, tensors: Collection[int], state: MutableMapping[str, Any], prefix: str) -> None:
+    """Put tensors of a ``module``, given by id, into a state that was taken without any of them."""
+    own = {prefix + name: tensor for name, tensor in named_tensors(module) if id(tensor) in tensors}
+    if not own.keys() & state.keys():
+        state.update(own)
+
+
 def export(
-    owner: Module, module: Module, averages: Iterable[tuple[str, Tensor, Format | None]], dtype: torch.dtype | None
+    owner: Module,
+    module: Module,
+    averages: Iterable[tuple[str, Tensor, Format | None]],
+    dtype: torch.dtype | None,
+    left_out: Collection[int] = (),
 ) -> dict[str, Any]:
     """Return copies of the averages, at full precision, and of the other tensors, under the model's own names.
 
-    With ``dtype``, all floating tensors are cast to it.
+    With ``dtype``, all floating tensors are cast to it. ``left_out`` has the ids of tensors that are not exported.
 
     Raises:
         ValueError: ``dtype`` is neither a floating dtype nor None.
@@ -96,6 +114,8 @@ def export(
     known = {id(tensor): (fit_planes(owner, name, tensor, fmt), fmt) for name, tensor, fmt in averages}
     state: dict[str, Any] = {}
     for key, value in unwrap(module).state_dict(keep_vars=True).items():
+        if id(value) in left_out:
+            continue
         if isinstance(value, Tensor):
             planes, fmt = known.get(id(value), ((value,), None))
             rounded = FLOAT32 if fmt is not None and fmt.dtype is not None else OWN

@@ -87,7 +87,7 @@ op/: one update, planned and launched
     launches          the work of one update, and how it runs
     fingerprint       addresses, shapes and dtypes of tensors, to see whether a plan still fits
     plane like        the shape, strides, dtype and device of a plane to be made
-    home              the address of a plane in a bucket
+    home              the address of a plane whose memory was made for it, so that no plan moves it
     exchange          params and averages that change places
     moved             the way back of an exchange whose memory has moved
     located           what an exchange needs of a binding: where its tensors are now
@@ -101,7 +101,10 @@ average/: averaged models of one process
     uncounted         an average in which no model is counted yet, and what has been written into it
     holds models      base class of one averaged model, which says so where it is used before it holds a model
     tree              planes under dotted names, as a module
-    recoded params    the params that a construction copies in another dtype
+    model copy        stands for a model while it is deep-copied, and makes the averages of the copy
+    lent              a frozen param of the averaged module that stands on the model's memory
+    loan              the lent params of one plan
+    holds planes      base class of one averaged model, which knows where its planes lie
     recast            a move or cast of an averaged model to another device or dtype
     place             where a module holds one of its tensors
     late copy         stands for a tensor during a load, and keeps what is to be copied into it afterwards
