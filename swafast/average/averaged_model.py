@@ -54,8 +54,9 @@ class FusedAveragedModel(HoldsPlanes, AveragedModel):
             each parameter's dtype. See docs/formats.md.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; default: ``SWAFAST_BACKEND``, or the fastest
             that serves the tensors.
-        include: ``include(name, param) -> bool`` picks the parameters to average; the others are copied. It is called
-            once for each name, with the parameter of the model given here.
+        include: ``include(name, param) -> bool`` picks the parameters to average. Of the others, those that are frozen
+            share the model's memory, as under a LoRA, and the rest is copied. It is called once for each name, with the
+            parameter of the model given here.
         nonfinite: ``"propagate"``, as torch does. ``"raise"`` and ``"skip"`` read the params once more, and change
             nothing if one holds a NaN or an infinity.
         seed: the seed of the random bits by which ``"compact"`` and ``"half"`` round. States hold no seed and no rule.
@@ -66,7 +67,7 @@ class FusedAveragedModel(HoldsPlanes, AveragedModel):
         TypeError: ``model`` is not a module, or another argument has a wrong type.
         NotImplementedError: a parameter's dtype, such as float8, cannot be averaged. ``include`` can leave it out.
         ValueError: an argument has a value not listed above; more than one of ``rule``, ``avg_fn`` and ``multi_avg_fn``
-            is given; or the model has FSDP modules, a lazy parameter or only empty ones.
+            is given; or the model has FSDP modules, a lazy parameter or only empty ones, or cannot be copied.
         RuntimeError: ``backend`` cannot run on this machine.
 
     Paper: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407.
