@@ -126,6 +126,21 @@ def test_what_is_done_to_the_average_does_not_reach_the_model(deed: str, kind: A
     assert [(param.data_ptr(), param.requires_grad, param.is_shared()) for param in model.parameters()] == before
 
 
+@pytest.mark.parametrize("deed", ["cast", "load"])
+def test_nor_does_it_where_torch_exchanges_tensors(deed: str) -> None:
+    model = make_model()
+    averaged = make(model)
+    train(model, averaged)
+    other = {key: value + 1 for key, value in averaged.state_dict().items()}
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with unchanged(model):
+            averaged.float() if deed == "cast" else averaged.load_state_dict(other)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert deed == "cast" or differing(averaged.state_dict(), other) == []
+
+
 def test_a_move_that_changes_nothing_parts_nothing() -> None:
     model = make_model()
     averaged = make(model).to("cpu")

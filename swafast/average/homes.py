@@ -12,7 +12,7 @@ from ..backends.contract import Pair
 from ..op.buckets import home_averages, stay
 from ..terms.formats import Format, format_of
 from .contents import HoldsModels
-from .lending import note, part_all
+from .lending import note, part
 from .matching import WithBindings, each_average
 from .planes import Recast, find_planes, fit_planes, keeps_values, works_in_place
 
@@ -79,8 +79,8 @@ class HoldsPlanes(HoldsModels, WithBindings, Module):
         with self._guard.hold("a move or cast"):
             has_values = keeps_values(fn)
             self._holds()
-            if works_in_place(fn):
-                part_all(self._params())
+            for param in self._params() if works_in_place(fn) else ():
+                part(param)
             before = self._addresses()
             recast = Recast(self, self._each_average(), fn, lambda dtype: format_of(self.format, dtype))
             try:

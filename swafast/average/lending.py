@@ -7,34 +7,28 @@ is. It is lent for as long as it stands there.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from operator import attrgetter
 
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..op.plan import Fingerprint
 from ..torch_private.core import has_own_dispatch
 from ..torch_private.modules import loads_by_own_code, named_modules, named_tensors
-
-#: The address at which each param was lent.
-_lent = WeakTensorKeyDictionary()
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def lend(param: Tensor) -> Tensor | None:
     """Return a param on the memory of a frozen ``param``, of its class and with its attributes; None if it cannot."""
-    if param.requires_grad or param.is_meta or param.is_inference() or has_own_dispatch(param):
-        return None
-    if param.layout != torch.strided or param.numel() == 0:
+    if param.requires_grad or param.is_inference() or not _has_plain_memory(param):
         return None
     with suppress(Exception), torch.inference_mode(False):  # the class may have code of its own for copies
         lent = copy.copy(param)
-        if type(lent) is type(param) and _stands_on(lent, param):
+        if type(lent) is type(param) and may_stay(lent, param):
             note(lent)
             return lent
     return None
@@ -42,41 +36,36 @@ def lend(param: Tensor) -> Tensor | None:
 
 def note(average: Tensor) -> None:
     """Take a param of the averaged module for lent, where it stands now."""
-    _lent[average] = average.data_ptr()
+    # An attribute, as torch does not exchange tensors that have weak references. Copies of a param drop it.
+    average._lent_at = average.data_ptr()  # type: ignore[attr-defined]
 
 
 def is_lent(average: Tensor) -> bool:
     """Return whether a param of the averaged module still stands on the model's memory."""
-    address = _lent.get(average)
-    return address is not None and address == average.data_ptr()
+    address = getattr(average, "_lent_at", None)
+    return address is not None and bool(address == average.data_ptr())
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def part(average: Tensor) -> None:
-    """Move a lent param to memory of its own, with the same values."""
-    average.data = average.data.clone()
-
-
-def part_all(averages: Iterable[Tensor]) -> None:
-    """Part those of these params that are lent."""
-    for average in averages:
-        if is_lent(average):
-            part(average)
+    """Move a param to memory of its own if it is lent. Its values stay the same."""
+    if is_lent(average):
+        average.data = average.data.clone()
 
 
 def may_stay(average: Tensor, param: Tensor) -> bool:
     """Return whether the averaged module may go on with this param of the model: it is frozen, on the same memory."""
-    return not param.requires_grad and average is not param and _stands_on(average, param)
-
-
-def _stands_on(average: Tensor, param: Tensor) -> bool:
-    if has_own_dispatch(param) or has_own_dispatch(average) or param.layout != average.layout:
+    if average is param or param.requires_grad or not (_has_plain_memory(average) and _has_plain_memory(param)):
         return False
-    views = [
-        (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in (average, param)
-    ]
-    return views[0] == views[1]
+    one, other = ((t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in (average, param))
+    return one == other
+
+
+def _has_plain_memory(tensor: Tensor) -> bool:
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or has_own_dispatch(tensor):
+        return False
+    return tensor.data_ptr() != 0  # on meta, empty, or freed
 
 
 class Loan:
@@ -114,24 +103,20 @@ def part_before_load(module: Module, state: dict[str, object], prefix: str) -> N
     Args:
         prefix: the prefix of its keys in ``state``.
     """
-    if not _lent:
-        return
-    coded = [each for _, each in named_modules(module, distinct=True) if loads_by_own_code(each)]
+    lent = [(name, average) for name, average in named_tensors(module) if hasattr(average, "_lent_at")]
+    coded = [each for _, each in named_modules(module, distinct=True) if loads_by_own_code(each)] if lent else []
     unsure = {id(tensor) for each in coded for _, tensor in named_tensors(each)}
-    for name, average in named_tensors(module):
-        if is_lent(average):
-            source = state.get(f"{prefix}{name}", average)
-            if id(average) in unsure or not (isinstance(source, Tensor) and has_bits_of(average, source)):
-                part(average)
+    for name, average in lent:
+        source = state.get(f"{prefix}{name}", average)
+        if id(average) in unsure or not (isinstance(source, Tensor) and has_bits_of(average, source)):
+            part(average)
 
 
 def without_lent(writes: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """Leave those writes out that would write into lent params what is there. Part the params of the others."""
-    if not _lent:
-        return list(writes)
     kept = []
     for tensor, source in writes:
-        if is_lent(tensor):
+        if hasattr(tensor, "_lent_at"):
             if has_bits_of(tensor, source):
                 continue
             part(tensor)
