@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages
-from tests.support import EveryKind, differing, tensors_in, update, updated_once
+from tests.support import EveryKind, differing, drift, tensors_in, update, updated_once
 
 
 def saved_and_loaded(averaged: Any, **options: Any) -> Any:
@@ -66,6 +66,19 @@ def test_so_does_a_state_of_several_averages(every_kind: EveryKind, way: str) ->
     require_live(WAYS[way](FusedAverages(every_kind, rules=rules)), every_kind)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_so_does_one_of_an_average_that_was_assigned_within_a_module(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).to(dtype)
+    averaged = FusedAveragedModel(model)
+    holder = nn.ModuleDict({"ema": averaged})
+    holder.load_state_dict(copy.deepcopy(holder).state_dict(), assign=True)
+    state = averaged.state_dict()
+    averaged.update_parameters(model)
+    drift(model)
+    averaged.update_parameters(model)
+    assert differing(tensors_in(state), tensors_in(averaged.state_dict())) == []
+
+
 def test_a_function_of_the_users_finds_a_live_state_too(every_kind: EveryKind) -> None:
     require_live(FusedAveragedModel(every_kind, avg_fn=lambda average, param, n: average + param), every_kind)
 
@@ -90,12 +103,16 @@ def test_a_model_that_takes_another_order_leaves_a_state_live_and_moves_what_nob
     assert free.module.weight.stride() == model.weight.stride()
 
 
-def test_memory_that_somebody_else_holds_is_never_written(every_kind: EveryKind) -> None:
+@pytest.mark.parametrize("within", [False, True])
+def test_memory_that_somebody_else_holds_is_never_written(every_kind: EveryKind, within: bool) -> None:
     averaged, twin = FusedAveragedModel(every_kind), FusedAveragedModel(every_kind)
     averaged.update_parameters(every_kind)
     state = averaged.state_dict()
     before = {name: tensor.clone() for name, tensor in state.items()}
-    twin.load_state_dict(state, assign=True)
+    if within:
+        nn.ModuleDict({"ema": twin}).load_state_dict({f"ema.{key}": state[key] for key in state}, assign=True)
+    else:
+        twin.load_state_dict(state, assign=True)
     twin.to("cpu")  # moves nothing
     update(every_kind, twin)
     averages = dict(averaged.module.named_parameters())

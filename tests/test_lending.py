@@ -161,16 +161,17 @@ class Coded(nn.Module):
             self.base["w"].copy_(state[f"{prefix}w"])
 
 
-def load_nested(averaged: Any, state: dict[str, Any]) -> None:
+def load_nested(averaged: Any, state: dict[str, Any], assign: bool = False) -> None:
     holder = nn.Module()
     holder.ema = averaged
-    holder.load_state_dict({f"ema.{key}": value for key, value in state.items()})
+    holder.load_state_dict({f"ema.{key}": value for key, value in state.items()}, assign=assign)
 
 
 LOADS: dict[str, Callable[[Any, dict[str, Any]], object]] = {
     "load": lambda averaged, state: averaged.load_state_dict(state),
     "assign": lambda averaged, state: averaged.load_state_dict(state, assign=True),
     "nested": load_nested,
+    "nested assign": lambda averaged, state: load_nested(averaged, state, assign=True),
 }
 
 
@@ -184,7 +185,7 @@ def test_a_load_never_writes_into_the_model(load: str, kind: Any) -> None:
     other = {key: value + 1 if ".1.base." in key else value.clone() for key, value in same.items()}
     with unchanged(model):
         LOADS[load](averaged, same)
-        assert len(shared(averaged, model)) == (2 * LAYERS if load != "assign" else 0)
+        assert len(shared(averaged, model)) == (0 if "assign" in load else 2 * LAYERS)
         LOADS[load](averaged, other)
         assert differing(averaged.state_dict(), other) == []
         LOADS[load](averaged, same)
@@ -303,6 +304,15 @@ def test_copies_and_pickles_have_their_own() -> None:
     assert len(shared(loaded, again)) == 2 * LAYERS  # the file has the memory that both share once
     with unchanged(again):
         loaded.load_state_dict({key: value + 1 for key, value in loaded.state_dict().items()})
+
+
+@pytest.mark.parametrize("load", ["assign", "nested assign"])
+def test_memory_of_a_state_is_lent_too(load: str) -> None:
+    model = make_model()
+    first, second = make(model), make(model)
+    LOADS[load](second, first.state_dict())
+    with unchanged(model, first):
+        second.load_state_dict({key: value + 1 for key, value in second.state_dict().items()})
 
 
 def test_a_load_into_the_model_is_no_load_into_the_average() -> None:

@@ -25,7 +25,7 @@ from .accepting import ask_include, check_model, refuse_sharded
 from .copying import ModelCopy
 from .functions import choose_rule, update_by_function
 from .homes import HoldsPlanes
-from .lending import part_before_load
+from .lending import lend_from_state, part_before_load
 from .loading import load_whole
 from .matching import Bound, ModuleSide, each_average
 from .states import export, fill_in, leave_out, translate_load
@@ -329,19 +329,19 @@ class FusedAveragedModel(HoldsPlanes, AveragedModel):
             self._strict = strict
             try:
                 load = super().load_state_dict
-                result = load_whole(self, [self.module], load, state_dict, strict=strict, assign=assign)
+                return load_whole(self, [self.module], load, state_dict, strict=strict, assign=assign)
             finally:
                 self._strict = True
-            if assign:
-                self._move_home()
-            return result
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
         self._guard.refuse_while_swapped("load_state_dict")
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
         translate_load(self, self.module, state_dict, prefix, self._format_of, assign=assign, strict=self._strict)
-        head = f"{prefix}module."
-        fill_in(self.module, self._frozen(), state_dict, head)
-        part_before_load(self.module, state_dict, head)
+        head, frozen = f"{prefix}module.", self._frozen()
+        fill_in(self.module, frozen, state_dict, head)
+        if assign:
+            lend_from_state(self.module, frozen, state_dict, head)
+        else:
+            part_before_load(self.module, state_dict, head)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         self._note_load(state_dict.get(f"{prefix}n_averaged"))

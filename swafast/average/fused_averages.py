@@ -240,13 +240,10 @@ class FusedAverages(WithBindings, Module):
                 averaged._strict = strict
             try:
                 modules = [averaged.module for averaged in averages]
-                result = load_whole(self, modules, super().load_state_dict, state_dict, strict=strict, assign=assign)
+                return load_whole(self, modules, super().load_state_dict, state_dict, strict=strict, assign=assign)
             finally:
                 for averaged in averages:
                     averaged._strict = True
-            for averaged in averages if assign else ():
-                averaged._move_home()
-            return result
 
     def state_dict(self, *args: Any, frozen: bool = True, **kwargs: Any) -> Any:
         """Return the states of all averages. Each key begins with an average's name: ``fast.module.weight``.

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor
 from torch.nn import Module
 
-from ..backends.contract import Pair
-from ..op.buckets import home_averages, stay
+from ..op.buckets import stay
 from ..terms.formats import Format, format_of
 from .contents import HoldsModels
-from .lending import note, part
+from .lending import part
 from .matching import WithBindings, each_average
 from .planes import Recast, find_planes, fit_planes, keeps_values, works_in_place
 
@@ -53,15 +52,6 @@ class HoldsPlanes(HoldsModels, WithBindings, Module):
         planes = [plane for _, _, planes in self._planes() for plane in planes if not plane.is_meta]
         at_home = [plane for plane in planes if own is None or plane.data_ptr() in own]
         self._bindings.homes = stay(at_home, self._bindings.homes)
-
-    def _move_home(self) -> None:
-        """Move the planes into buckets, after a load has assigned memory that others may write."""
-        pairs = [Pair(name, planes[0], planes, fmt) for name, fmt, planes in self._planes()]
-        self._bindings.homes = home_averages(pairs, frozenset())
-        frozen = self._frozen()
-        for param in self._params():
-            if id(param) in frozen:
-                note(param)  # by whoever has the state
 
     def _addresses(self) -> dict[tuple[str, int], int]:
         """Return the address of each plane, by the average's name and the plane's index; 0 for one on meta."""

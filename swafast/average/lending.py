@@ -7,13 +7,13 @@ is. It is lent for as long as it stands there.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from operator import attrgetter
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from ..op.plan import Fingerprint
 from ..torch_private.core import has_own_dispatch
@@ -110,6 +110,15 @@ def part_before_load(module: Module, state: dict[str, object], prefix: str) -> N
         source = state.get(f"{prefix}{name}", average)
         if id(average) in unsure or not (isinstance(source, Tensor) and has_bits_of(average, source)):
             part(average)
+
+
+def lend_from_state(module: Module, frozen: Collection[int], state: dict[str, object], prefix: str) -> None:
+    """Have a state that is to be assigned lend the frozen params of an averaged ``module``, given by id."""
+    for name, average in named_tensors(module):
+        source = state.get(f"{prefix}{name}")
+        if id(average) in frozen and isinstance(source, Tensor) and _has_plain_memory(source) and source is not average:
+            state[f"{prefix}{name}"] = lent = Parameter(source.detach(), requires_grad=False)
+            note(lent)
 
 
 def without_lent(writes: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, MutableMapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from ..op.buckets import stay
 from ..terms.formats import FLOAT32, OWN, Format, convert
 from ..terms.names import canonical, unwrap
 from ..torch_private.modules import named_tensors, own_buffers, own_params, put_tensor
-from .matching import FormatOf, each_average
+from .matching import FormatOf, WithBindings, each_average
 from .planes import fit_planes, put_planes, translate_state
 
 
@@ -79,6 +80,22 @@ def translate_load(
             room = [torch.zeros_like(kept.detach(), dtype=dtype) for _, dtype in fmt.extra]
             put_planes(owner, name, fmt, room)  # the assignment replaces them
     translate_state(state, prefix, names, formats, strict)
+    if assign:
+        _own_averages(owner, state, prefix, names, formats)
+
+
+def _own_averages(
+    owner: Module, state: Any, prefix: str, names: Mapping[str, Sequence[str]], formats: Mapping[str, Format]
+) -> None:
+    """Put copies in the place of the averages in a state that is to be assigned, since others may write its tensors."""
+    assert isinstance(owner, WithBindings)
+    for name, fmt in formats.items():
+        for keys in (names[name], *([f"{prefix}{plane}.{name}"] for plane, _ in fmt.extra)):
+            given = [key for key in keys if isinstance(state.get(key), Tensor)]
+            if given:
+                own = state[given[0]].detach().clone()
+                state.update(dict.fromkeys(given, own))
+                owner._bindings.homes |= stay([own] if not own.is_meta else [])
 
 
 def leave_out(module: Module, tensors: Collection[int], state: MutableMapping[str, Any], prefix: str) -> None:
