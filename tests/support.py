@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -141,6 +143,28 @@ def step_with_ones(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()
+
+
+def is_interrupted(call: Callable[[], object], line: int, *files: str) -> bool:
+    """Interrupt a call at a line, the n-th that runs in these files. Return whether it came so far."""
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal line
+        if not frame.f_code.co_filename.endswith(files):
+            return None
+        line -= event == "line"
+        if line == -1 and event == "line":
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
 
 
 class Held:

@@ -31,16 +31,17 @@ from swafast.optim import SWA, ComposerSWA
 from tests.test_attach import Run, entry_of
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 SPANS = {"start": 3, "every": 2}
 
 
 class Training:
     """A model with an optimizer whose first group is of the last layer, and the averages attached to it."""
 
-    def __init__(self, make: Callable[[Any], torch.optim.Optimizer] = Adam) -> None:
+    def __init__(self, make: Callable[[Any], torch.optim.Optimizer] = Adam, layers: Any = (2, 0)) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        self.optimizer = make([{"params": list(self.model[i].parameters())} for i in (2, 0)])
+        self.optimizer = make([{"params": list(self.model[i].parameters())} for i in layers])
         self.attachments: list[Attachment] = []
 
     def attach(self, *names: str | None, averaged: Any = None, **spans: Any) -> Training:
@@ -74,9 +75,8 @@ def by_torchs_tools(one: Training, other: Training) -> None:
 
 
 def in_full(one: Training, other: Training) -> None:
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = copy.deepcopy(get_optimizer_state_dict(one.model, one.optimizer, options=options))
-    set_optimizer_state_dict(other.model, other.optimizer, state, options=options)
+    state = copy.deepcopy(get_optimizer_state_dict(one.model, one.optimizer, options=FULL))
+    set_optimizer_state_dict(other.model, other.optimizer, state, options=FULL)
 
 
 def flattened(one: Training, other: Training) -> None:
@@ -90,8 +90,8 @@ def pickling(one: Training, other: Training) -> None:
     other.optimizer.load_state_dict({key: state[key] for key in sorted(state, reverse=True)})
 
 
-LOADS = [plainly, by_torchs_tools, pickling]
-AFTER = [in_full, flattened]  # torch does not take keys that are not in the optimizer's groups
+LOADS = [plainly, by_torchs_tools, pickling, in_full]
+AFTER = [flattened]  # torch does not take keys that are not in the optimizer's groups
 CASES = [(Adam, load) for load in (*LOADS, *AFTER)]
 CASES += [(make, by_torchs_tools) for make in (SGD, lambda groups: AdamW(groups, fused=True))]
 
@@ -120,15 +120,105 @@ def test_a_state_is_taken_up_whenever_it_is_loaded(make: Any, load: Callable[[Tr
     assert first.attachments[0]._averaged.n_averaged == 2
 
 
-def test_a_flattened_state_without_ours_is_loaded() -> None:
+@pytest.mark.parametrize("load", [*LOADS, *AFTER])
+def test_a_state_without_ours_is_loaded(load: Callable[[Training, Training], None]) -> None:
     first, second = Training().steps(2), Training().attach(None)
     with pytest.warns(UserWarning, match="those in its state are none"):
-        flattened(first, second)
-    assert second.optimizer.state[second.model[0].weight]["step"] == 2
+        load(first, second)
+    assert (second.optimizer.state[second.model[0].weight]["step"], second.counts) == (2, [0])
+
+
+@pytest.mark.parametrize("load", [*LOADS, *AFTER])
+def test_a_state_is_loaded_where_nothing_is_attached(load: Callable[[Training, Training], None]) -> None:
+    first, second, third = Training().attach(None).steps(2), Training(), Training()
+    load(first, second)
+    load(second, third)
+    assert third.optimizer.state[third.model[0].weight]["step"] == 2
+    if load not in AFTER:
+        assert third.attach(None).counts == [2]
+
+
+GROUPS = [((), (2, 0)), ((0, 2),), ((), (0,), (2,)), ((0,), (), (2,))]  # of layers
+GROUPINGS = [(by_torchs_tools, by, to) for by in GROUPS for to in GROUPS if len(by) == len(to) or to == GROUPS[1]]
+GROUPINGS += [(flattened, by, GROUPS[1]) for by in GROUPS]  # torch loads no empty groups from such a state
+
+
+@pytest.mark.parametrize(("load", "by", "to"), GROUPINGS, ids=str)
+def test_groups_may_be_empty_or_in_another_order(load: Any, by: Any, to: Any) -> None:
+    def grouped(groups: Any) -> Training:
+        def make(layers: list[Any]) -> torch.optim.Optimizer:
+            params = {layer: each["params"] for layer, each in zip((2, 0), layers, strict=True)}
+            return Adam([{"params": [param for layer in group for param in params[layer]]} for group in groups])
+
+        return Training(make)
+
+    second = grouped(to).attach(None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(grouped(by).attach(None).steps(2), second)
+    assert second.counts == [2]
+
+
+def test_a_state_that_waits_does_not_stop_a_flattened_load() -> None:
+    training = Training().attach("a")
+    with pytest.warns(UserWarning, match="those in its state are 'b'"):
+        plainly(Training().attach("b").steps(1), training)
+    with pytest.warns(UserWarning, match="those in its state are none"):
+        flattened(Training().steps(2), training)
+    assert training.optimizer.state[training.model[0].weight]["step"] == 2
+
+
+def loads_without_hooks(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load as optimizers with a ``load_state_dict`` of their own do, such as bitsandbytes'."""
+    groups = [{**new, "params": own["params"]} for own, new in zip(optimizer.param_groups, state["param_groups"])]  # noqa: B905
+    optimizer.__setstate__({"state": optimizer.state, "param_groups": groups})
+
+
+def set_both(training: Training) -> None:
+    training.attachments[0].step = 9
+    training.attachments[0].schedule = Schedule(1, 1)
+    training.steps(1)
+
+
+TAKE_UP: dict[str, tuple[Callable[[Training], object], list[int]]] = {
+    "step": (lambda training: training.steps(1), [6]),
+    "save": (lambda training: training.optimizer.state_dict(), [5]),
+    "set": (set_both, [10]),
+    "attach": (lambda training: training.attach("b"), [5, 5]),
+}
+
+
+@pytest.mark.parametrize("then", TAKE_UP)
+def test_a_load_without_hooks_is_taken_up(then: str) -> None:
+    state = Training().attach("a").attach("b").steps(5).optimizer.state_dict()
+    training = Training().attach("a")
+    loads_without_hooks(training.optimizer, copy.deepcopy(state))
+    with pytest.warns(UserWarning, match="those in its state are 'a', 'b'"):
+        TAKE_UP[then][0](training)
+    assert training.counts == TAKE_UP[then][1]
+    assert STATE_KEY not in training.optimizer.param_groups[0]
+    assert entry_of(training.optimizer.state_dict()).keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("hook_first", [True, False])
+def test_other_hooks_may_change_the_form_of_the_state(hook_first: bool) -> None:
+    def hooked(training: Training) -> Training:
+        training.optimizer.register_state_dict_post_hook(lambda _, state: {"own": state})
+        training.optimizer.register_load_state_dict_pre_hook(lambda _, state: state["own"])
+        return training
+
+    first, second = Training(), Training()
+    for training in (first, second):
+        if hook_first:
+            hooked(training).attach(None)
+        else:
+            hooked(training.attach(None))
+    plainly(first.steps(3), second)
+    assert second.counts == [3]
 
 
 @pytest.mark.parametrize("names", [("b",), ("b", "a"), ("a", "b", "c")], ids=str)
-@pytest.mark.parametrize("options", [None, FLAT], ids=["nested", "flat"])
+@pytest.mark.parametrize("options", [None, FLAT, FULL], ids=["nested", "flat", "full"])
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_distributed_checkpoints_keep_it(options: Any, names: Any, tmp_path: Path) -> None:
     first = Training().attach("a").attach("b", start=9).steps(5)
@@ -147,7 +237,7 @@ def test_distributed_checkpoints_keep_it(options: Any, names: Any, tmp_path: Pat
 # By name
 
 
-@pytest.mark.parametrize("load", LOADS[:2])
+@pytest.mark.parametrize("load", [plainly, by_torchs_tools])
 @pytest.mark.parametrize("attached", [(), ("a",), ("b", "a"), ("a", "b", "c"), ("c", "d")], ids=str)
 def test_states_are_matched_by_name_and_none_stops_the_optimizer(attached: Any, load: Any) -> None:
     first = Training().attach("a", start=1).attach("b", start=2).steps(3)
@@ -204,6 +294,67 @@ def test_default_names_tell_averages_apart_and_stay_the_same() -> None:
     second.attach("fast, mean", step=1)
 
 
+@pytest.mark.parametrize("attach_first", [True, False])
+@pytest.mark.parametrize("load", [plainly, by_torchs_tools])
+@pytest.mark.parametrize("starts", [(5, 2), (5,), (3, 5, 2), (2, 5, 3)], ids=str)
+def test_equal_rules_are_told_apart_by_their_schedules(starts: Any, load: Any, attach_first: bool) -> None:
+    first, second = Training(), Training()
+    for step, start in enumerate((2, 5, 3)[: max(2, len(starts))]):
+        first.attach(None, start=start, step=10 * step)
+    first.steps(1)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        if not attach_first:
+            load(first, second)
+        for start in starts:
+            second.attach(None, start=start)
+        if attach_first:
+            load(first, second)
+    assert [(each.step, each.schedule.start) for each in second.attachments] == [
+        ({2: 1, 5: 11, 3: 21}[start], start) for start in starts
+    ]
+    assert len({each.name for each in second.attachments}) == len(starts)
+    assert len(found) == (attach_first and len(starts) == 1)  # the other state is not attached
+    assert entry_of(second.optimizer.state_dict()) == entry_of(first.optimizer.state_dict())
+
+
+@pytest.mark.parametrize("attach_first", [True, False])
+@pytest.mark.parametrize(
+    ("steps", "start", "names", "says"),
+    [
+        ((0, 3), 0, (None, None), "have equal rules and schedules but different steps"),
+        ((0, 0), 0, (None, None), None),
+        ((0, 3), 0, ("a", "b"), None),
+        ((0,), 4, (None,), "takes the place of"),
+    ],
+    ids=["unlike", "alike", "named", "changed"],
+)
+def test_what_cannot_be_told_apart_is_warned_of(
+    steps: Any, start: int, names: Any, says: str | None, attach_first: bool
+) -> None:
+    first, second = Training(), Training()
+    for name, step in zip(names, steps, strict=True):
+        first.attach(name, step=step)
+    first.steps(2)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        if not attach_first:
+            plainly(first, second)
+        second.attach(*names, start=start)
+        if attach_first:
+            plainly(first, second)
+    assert [says in str(warning.message) for warning in found if says] == [True] * (says is not None)
+    assert second.counts == [step + 2 for step in steps]
+
+
+def test_the_last_of_equal_rules_keeps_its_state() -> None:
+    first, second = Training().attach(None, None), Training().attach(None, start=7)
+    first.attachments[0].detach()
+    with pytest.warns(UserWarning, match="takes the place of"):
+        plainly(first.steps(2), second)
+    assert [(each.name, each.step) for each in second.attachments] == [("EqualAverage 2", 2)]
+
+
 def own_function(average: Any, param: Any, _: Any) -> Any:
     return (average + param) / 2
 
@@ -244,7 +395,29 @@ def test_a_step_that_is_given_is_taken_instead_of_the_saved_one() -> None:
     assert (second.counts, second.attachments[0].schedule) == ([7], Schedule(0, 5))
 
 
-BAD = ["", "3", "{", '{"EqualAverage": 3}', '{"EqualAverage": {"step": -1}}', 7, [1], torch.zeros(2), None]
+@pytest.mark.parametrize("load", [*LOADS, *AFTER])
+@pytest.mark.parametrize("how", ["argument", "attribute", "state", "before a step", "before a load"])
+def test_a_step_that_the_user_has_told_is_not_warned_of(how: str, load: Any) -> None:
+    training = Training().attach("a", **({"step": 6} if how in ("argument", "before a step") else {}))
+    (attachment,) = training.attachments
+    if how == "attribute":
+        attachment.step = 6
+    elif how == "state":
+        attachment.load_state_dict({**attachment.state_dict(), "step": 6})
+    elif how == "before a step":
+        training.steps(1)
+    elif how == "before a load":
+        attachment.step = 3
+        load(Training().attach("a").steps(6), training)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        load(Training().steps(6), training)
+    assert training.counts == [6 + (how == "before a step")]
+    assert len(found) == how.startswith("before")
+
+
+NOT_UTF8 = torch.full((3,), 255, dtype=torch.uint8)
+BAD = ["", "3", "{", '{"EqualAverage": 3}', '{"EqualAverage": {"step": -1}}', 7, [1], torch.zeros(2), NOT_UTF8, None]
 
 
 @pytest.mark.parametrize("attach_first", [True, False])
@@ -299,6 +472,27 @@ def test_torchcontribs_swa_is_loaded_before_or_after(to: str) -> None:
         assert attachment.step == 6
         assert second.steps(2).optimizer.param_groups[0]["n_avg"] == 8
         assert attachment.step == 8
+
+
+def test_a_load_that_fails_leaves_the_names_of_attachments() -> None:
+    def make(groups: Any) -> SWA:
+        return SWA(SGD(groups, 0.1, momentum=0.9))
+
+    first, second = Training(make), Training(make)
+    for training, starts in ((first, (1, 2)), (second, (2, 1))):
+        for start in starts:
+            training.attach(None, start=start)
+
+    def fails(_: Any) -> None:
+        assert [each.name for each in second.attachments] == ["EqualAverage 2", "EqualAverage"]
+        raise ArithmeticError
+
+    second.optimizer.register_load_state_dict_post_hook(fails)
+    with pytest.raises(ArithmeticError):
+        second.optimizer.load_state_dict(copy.deepcopy(first.steps(3).optimizer.state_dict()))
+    assert [(each.name, each.step, each.schedule.start) for each in second.attachments] == [
+        ("EqualAverage", 0, 2), ("EqualAverage 2", 0, 1),
+    ]  # fmt: skip
 
 
 def test_composers_swa_is_loaded_before_or_after() -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_optimizer_state_dict
+from torch.distributed.optim.named_optimizer import _NamedOptimizer
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 
@@ -229,6 +230,19 @@ def test_torchs_own_steps_are_none(kind: Any, way: str) -> None:
     assert attachment.step == averages["mean"].n_averaged == 1
 
 
+def test_the_step_of_torchs_named_optimizer_that_makes_its_state_is_none() -> None:
+    model = make_model()
+    named = _NamedOptimizer(dict(model.named_parameters()), Adam, None, model, lr=0.1)  # type: ignore[arg-type]
+    averaged = FusedAveragedModel(model)
+    with pytest.raises(TypeError, match="pass the optimizer inside it"):
+        averaged.attach(named)
+    attachment = averaged.attach(named._optimizer)
+    named.init_state()
+    assert attachment.step == averaged.n_averaged == 0
+    named.step()
+    assert attachment.step == averaged.n_averaged == 1
+
+
 def test_torchs_own_steps_are_none_for_torchcontribs_swa() -> None:
     model = make_model()
     fill(model, 1.0)
@@ -313,6 +327,29 @@ def test_who_has_stepped_is_in_the_state() -> None:
         attachment.load_state_dict({**attachment.state_dict(), "stepped": [-1]})
     attachment.load_state_dict({**attachment.state_dict(), "stepped": [0, 7]})  # of more optimizers
     assert attachment.state_dict()["stepped"] == [0]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_several_optimizers_may_be_listed_in_another_order(late: bool) -> None:
+    counts = []
+    state: Any = None
+    for order in (1, -1):
+        model = make_model()
+        optimizers = [SGD([param], 0.1, momentum=0.9) for param in model.parameters()]
+        averaged = FusedAveragedModel(model)
+        attachment = None if late and state else averaged.attach(optimizers[::order])
+        if state:
+            for optimizer, own in zip(optimizers, state, strict=True):
+                optimizer.load_state_dict(own)
+        attachment = attachment or averaged.attach(optimizers[::order])
+        set_grads(model)
+        for optimizer in optimizers if state is None else optimizers[1:]:
+            optimizer.step()
+        if state is None:
+            optimizers[0].step()
+            state = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
+        counts.append((attachment.step, attachment.state_dict()["stepped"]))
+    assert counts == [(1, [0]), (2, [])]
 
 
 # Updates that do not come from the attachment
@@ -477,3 +514,19 @@ def test_copies_and_pickles_of_an_optimizer_are_not_attached(kind: Any, duplicat
     optimizer.step()
     attachment.join()
     assert attachment.step == 1
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("kind", [Adam, KeepsAll])
+def test_a_copy_of_an_optimizer_may_be_attached(kind: Any, duplicate: Callable[[Any], Any]) -> None:
+    model = make_model()
+    optimizer = kind(model.parameters(), 0.1)
+    first = FusedAveragedModel(model).attach(optimizer)
+    set_grads(model)
+    optimizer.step()
+    copied_model, copied = duplicate((model, optimizer))
+    second = FusedAveragedModel(copied_model).attach(copied, step=1)
+    set_grads(copied_model)
+    copied.step()
+    copied.load_state_dict(copied.state_dict())
+    assert (first.step, second.step) == (1, 2)

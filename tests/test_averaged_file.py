@@ -207,10 +207,9 @@ def test_a_write_that_fails_leaves_the_old_file_alone(fails: type[BaseException]
 
 def test_a_failed_save_says_why_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     averaged = FusedAveragedModel(nn.Linear(2, 2))
-    with pytest.raises(OSError, match="nowhere"):
-        swafast.save(averaged, tmp_path / "nowhere" / "file")
-    with pytest.raises(OSError, match="directory"):
-        swafast.save(averaged, tmp_path)
+    path = tmp_path / "nowhere" / "file"
+    with pytest.raises(FileNotFoundError, match=f"^path must be in a folder that exists, got {str(path)!r}: make"):
+        swafast.save(averaged, path)
     with pytest.raises(FileNotFoundError):
         swafast.load(averaged, tmp_path / "file")
     assert os.listdir(tmp_path) == []
@@ -259,11 +258,24 @@ def test_files_of_others_and_of_another_class_are_refused(file: tuple[Path, Fuse
     with refused(RuntimeError, "size mismatch|Missing key", averaged):
         swafast.save(several["fast"], path)
         swafast.load(averaged, path)
+    for legacy in (False, True):
+        torch.save(averaged.state_dict(), path, _use_new_zipfile_serialization=not legacy)
+        with refused(ValueError, f"{path} must be a file of swafast.save, got one of torch.save: load it by", averaged):
+            swafast.load(averaged, path)
     save_file(averaged.averaged_state_dict(), path)
     with refused(ValueError, "must be a file that swafast.save has written", averaged):
         swafast.load(averaged, path)
     with pytest.raises(TypeError, match="averaged must be a FusedAveragedModel"):
         swafast.load(sharded(), path)
+
+
+@pytest.mark.parametrize("act", [swafast.save, swafast.load])
+def test_what_is_no_file_is_refused(act: Callable[[Any, Any], None], tmp_path: Path) -> None:
+    averaged = FusedAveragedModel(EveryKind())
+    with refused(IsADirectoryError, f"^path must be that of a file, got the folder '{tmp_path}'", averaged):
+        act(averaged, tmp_path)
+    with open(tmp_path / "file", "wb") as file, refused(TypeError, "^path must be .* got BufferedWriter", averaged):
+        act(averaged, file)
 
 
 def test_a_swapped_average_is_not_saved(tmp_path: Path) -> None:

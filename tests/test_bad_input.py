@@ -78,6 +78,18 @@ def test_a_model_that_does_not_match_changes_nothing(
     average.update_parameters(good)
 
 
+@pytest.mark.parametrize("several", [True, False])
+def test_an_average_is_not_averaged_into_itself(several: bool) -> None:
+    model = nn.Linear(2, 2)
+    root = FusedAverages(model, rules={"fast": EqualAverage()}) if several else FusedAveragedModel(model)
+    averaged = root["fast"] if isinstance(root, FusedAverages) else root
+    for itself in (root, averaged, averaged.module, nn.DataParallel(averaged.module)):
+        with refused(ValueError, "model must be the one that is trained, got the averaged model itself", root):
+            root.update_parameters(itself)
+        with refused(ValueError, "model must be the one that is trained", root), averaged.swapped_into(averaged.module):
+            pass
+
+
 def test_an_average_that_overlaps_another_or_itself_is_refused() -> None:
     model = nn.ParameterDict({"a": nn.Parameter(torch.randn(4)), "b": nn.Parameter(torch.randn(4))})
     memory = torch.zeros(6)
@@ -133,6 +145,16 @@ def swa(optimizer: Any = None, **options: Any) -> object:
         (one, {"rule": 0.999}, TypeError, r"rule must be a Rule such as ExponentialAverage\(0.999\), got float 0.999"),
         (one, {"rule": ExponentialAverage}, TypeError, "rule must be a Rule .* got the class ExponentialAverage"),
         (one, {"device": ExponentialAverage(0.9)}, TypeError, "device must be .* pass a rule as rule="),
+        (one, {"device": 0.999}, TypeError, "device must be .* got 0.999: .* a decay in a rule"),
+        (several, {"device": 0.999, "rules": RULES}, TypeError, "device must be .* got 0.999: .* a decay in a rule"),
+        (one, {"device": True}, TypeError, "device must be a torch.device, got True"),
+        (one, {"device": -1}, RuntimeError, "device must be one of this machine, such as 'cpu', got -1"),
+        (
+            several,
+            {"device": "cpuu", "rules": RULES},
+            RuntimeError,
+            "device must be one of this machine.* got 'cpuu': .*cuda",
+        ),
         (one, {"multi_avg_fn": "ema"}, TypeError, "multi_avg_fn must be callable, got str"),
         (one, {"include": "lora"}, TypeError, "include must be a function"),
         (one, {"include": lambda name, param: "lora" in name}, ValueError, "include must pick a parameter"),

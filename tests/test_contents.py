@@ -179,6 +179,12 @@ def test_after_a_load(kind: str, load: str, updates: int) -> None:
         says_so(averaged, model, loaded=True)
 
 
+def test_a_count_that_was_written_past_versions_is_read() -> None:
+    averaged = FusedAveragedModel(Model())
+    averaged.n_averaged.data.fill_(2)
+    says_nothing(averaged)
+
+
 @pytest.mark.parametrize("kind", ["sharded", "several sharded"])
 @pytest.mark.parametrize("updates", [0, 2])
 def test_after_a_load_of_shards(kind: str, updates: int) -> None:
@@ -267,8 +273,8 @@ def test_a_count_on_a_gpu_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     from swafast.average import contents
 
     model = Model(1.0)
-    averaged = FusedAveragedModel(model)
     monkeypatch.setattr(contents, "is_on_host", lambda tensor: False)
+    averaged = FusedAveragedModel(model)
     says_so(averaged, model)
     averaged.update_parameters(model)
     monkeypatch.setattr(Tensor, "__int__", lambda self: pytest.fail("was read"))
@@ -343,10 +349,26 @@ def copied_in(averaged: Any, weights: Model) -> None:
         averaged.module.weight.copy_(weights.weight)
 
 
+def without_versions(averaged: Any, weights: Model) -> None:
+    averaged.module.weight.data.copy_(weights.weight)
+
+
+def other_memory(averaged: Any, weights: Model) -> None:
+    averaged.module.weight.data = weights.weight.detach().clone()
+
+
+def other_param(averaged: Any, weights: Model) -> None:
+    averaged.module.weight = nn.Parameter(weights.weight.detach().clone())
+
+
 WAYS_IN: dict[str, Callable[[Any, Model], object]] = {
     "load_state_dict": lambda averaged, weights: averaged.module.load_state_dict(weights.state_dict()),
     "assign": lambda averaged, weights: averaged.module.load_state_dict(weights.state_dict(), assign=True),
     "copy_": copied_in,
+    "data.copy_": without_versions,
+    "data": other_memory,
+    "a param": other_param,
+    "numpy": lambda averaged, weights: averaged.module.weight.detach().numpy().fill(2.0),
     "without a count": lambda averaged, weights: averaged.load_state_dict(
         {f"module.{key}": value for key, value in weights.state_dict().items()}, strict=False
     ),
@@ -358,7 +380,9 @@ WAYS_IN: dict[str, Callable[[Any, Model], object]] = {
     [
         *(("one", way, None) for way in WAYS_IN),
         ("several", "load_state_dict", "exact"),
+        ("several", "data", None),
         ("one", "copy_", "compensated"),
+        ("one", "data.copy_", "exact"),
     ],
 )
 def test_a_first_update_over_loaded_weights_warns(kind: str, way: str, format: str | None) -> None:
@@ -375,6 +399,40 @@ def test_a_first_update_over_loaded_weights_warns(kind: str, way: str, format: s
     with silent():
         averages.update_parameters(Model(1.0))
         require_same({"weight": averaged.averaged_state_dict()["weight"]}, {"weight": torch.full((6,), 1.75)})
+
+
+MOVES: dict[str, Callable[[FusedAveragedModel], object]] = {
+    "cast": lambda averaged: averaged.double().float(),
+    "cast of the module": lambda averaged: averaged.module.double().float(),
+    "shared": lambda averaged: averaged.share_memory(),
+    "shared module": lambda averaged: averaged.module.share_memory(),
+    "planned": lambda averaged: averaged._bind(Model()),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_moves_are_no_loads(move: str, value: float) -> None:
+    averaged = FusedAveragedModel(Model(value))
+    MOVES[move](averaged)
+    with pytest.warns(UserWarning, match=EMPTY):
+        averaged.averaged_state_dict()
+    with silent():
+        averaged.update_parameters(Model(2.0))
+
+
+@pytest.mark.parametrize("way", ["data", "a param"])
+def test_on_a_gpu_other_memory_tells_of_a_load(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from swafast.average import contents
+
+    monkeypatch.setattr(contents, "is_on_host", lambda tensor: False)
+    for move in ("planned", "shared"):  # into other memory, by us
+        averaged = FusedAveragedModel(Model())
+        MOVES[move](averaged)
+        assert averaged._holds() == contents.INITIAL
+    WAYS_IN[way](averaged, Model(2.0))
+    with pytest.warns(UserWarning, match=OVERWRITES):
+        averaged.update_parameters(Model(1.0))
 
 
 def test_training_beside_an_average_is_no_load() -> None:

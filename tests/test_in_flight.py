@@ -294,3 +294,23 @@ def test_a_thread_holds_what_its_update_uses(kind: str, way: str, monkeypatch: p
     runner.update()
     runner.close()
     assert sorted(freed) == ["bias", "weight"]
+
+
+@pytest.mark.parametrize("kind", ["one", "several"])
+def test_memory_that_moves_in_its_storage_under_an_update_is_told(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(4, 8)
+    rules = {"a": ExponentialAverage(0.5)}
+    averaged: Any = FusedAveragedModel(model) if kind == "one" else FusedAverages(model, rules=rules)
+    begun, moved = threading.Event(), threading.Event()
+    # In place of the kernel, which would read memory that is free by then.
+    monkeypatch.setattr(cpu.NativeLaunch, "_run", lambda *_: (begun.set(), moved.wait(60)))
+    runner = runners.InThread(averaged._beside(model), [], copies=False)
+    runner.update()
+    assert begun.wait(60)
+    model.share_memory()
+    moved.set()
+    told = r"params must keep their memory .* has moved, as share_memory\(\) moves it: call attachment.join\(\) before"
+    with pytest.raises(RuntimeError, match=told):
+        runner.join()
+    runner.update()  # on the memory that they have now
+    runner.close()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -15,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from swafast import ExponentialAverage, FusedAveragedModel, FusedAverages
-from swafast.average.loading import write_all
 from swafast.optim import SWA
-from tests.support import differing, drift, step_with_ones, tensors_in, tensors_of
+from swafast.terms.formats import write_all
+from tests.support import differing, drift, is_interrupted, refused, step_with_ones, tensors_in, tensors_of
 
 Averaged = FusedAveragedModel | FusedAverages
 Patch = Callable[[nn.Module], object]
@@ -228,26 +226,7 @@ def test_hooks_that_rename_keys_are_heard_and_what_is_integer_is_converted() -> 
     assert averaged.module[0].weight.tolist() == [[0, 1], [2, 3]]
 
 
-def is_interrupted(call: Callable[[], object], line: int) -> bool:
-    """Interrupt a call at a line, the n-th that runs in ``average/loading.py``. Return whether it came so far."""
-
-    def trace(frame: FrameType, event: str, _: object) -> Any:
-        nonlocal line
-        if not frame.f_code.co_filename.endswith("average/loading.py"):
-            return None
-        line -= event == "line"
-        if line == -1 and event == "line":
-            raise KeyboardInterrupt
-        return trace
-
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(None)
-    return False
+LOADING = "average/loading.py"
 
 
 @ASSIGN
@@ -260,7 +239,7 @@ def test_an_interrupt_at_any_line_leaves_all_of_the_old_or_all_of_the_new(assign
         averaged.load_state_dict(copy.deepcopy(new), assign=assign)
 
     line = 0
-    while is_interrupted(load, line):
+    while is_interrupted(load, line, LOADING):
         found = tensors_in(averaged.state_dict())
         which = [differing(found, each) == [] for each in expected]
         assert any(which), f"line {line}"
@@ -312,7 +291,7 @@ def test_values_that_were_made_in_inference_mode_load_there_and_elsewhere_nothin
 @pytest.mark.parametrize("line", range(8))
 def test_an_interrupt_among_writes_leaves_none_or_all(line: int) -> None:
     tensors = [torch.zeros(2) for _ in range(3)]
-    is_interrupted(lambda: write_all([(tensor, torch.ones(2)) for tensor in tensors]), line)
+    is_interrupted(lambda: write_all([(tensor, torch.ones(2)) for tensor in tensors]), line, "terms/formats.py")
     assert len({int(tensor.sum()) for tensor in tensors}) == 1
 
 
@@ -334,7 +313,7 @@ def test_a_recipes_optimizer_and_what_is_attached_to_it_go_back(hook: str, inner
     assert [attachment.step for attachment in attachments] == [2, 2]
 
 
-@pytest.mark.parametrize("spoil", ["no values", "a layout", "freed memory"])
+@pytest.mark.parametrize("spoil", ["no values", "a layout", "freed memory", "complex numbers"])
 def test_a_recipes_optimizer_refuses_what_it_cannot_copy(spoil: str) -> None:
     model = nn.Linear(2, 2)
     swa = SWA(torch.optim.SGD(model.parameters(), lr=0.1))
@@ -346,6 +325,75 @@ def test_a_recipes_optimizer_refuses_what_it_cannot_copy(spoil: str) -> None:
     with pytest.raises(ValueError, match=r"^state_dict\['swa_state'\]\[1\]\['swa_buffer'\] must"):
         swa.load_state_dict(saved)
     assert repr(swa.state_dict()) == before
+
+
+class Counting(nn.Module):
+    """Has tensors of each kind of dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2))
+        self.copied = nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False)
+        self.register_buffer("statistic", torch.randn(2))
+        self.register_buffer("count", torch.zeros(2, dtype=torch.int32))
+        self.register_buffer("mask", torch.zeros(2, dtype=torch.bool))
+
+
+def into_parent(averaged: Averaged, state: dict[str, Any]) -> None:
+    nn.ModuleDict({"ema": averaged}).load_state_dict({f"ema.{key}": value for key, value in state.items()})
+
+
+WAYS: dict[str, Callable[[Averaged, dict[str, Any]], object]] = {
+    "load_state_dict": lambda averaged, state: averaged.load_state_dict(state),
+    "not strictly": lambda averaged, state: averaged.load_state_dict(state, strict=False),
+    "of the parent": into_parent,
+}
+LOST = {
+    "weight": torch.tensor([1j, 2]),
+    "statistic": torch.tensor([1j, 2], dtype=torch.complex128),
+    "copied": torch.tensor([1.5, 2.0]),
+    "count": torch.tensor([2**31, 0]),
+    "mask": torch.tensor([2, 1], dtype=torch.uint8),
+}
+#: Casts that torch makes without a loss of a part.
+BENIGN = {
+    "weight": torch.tensor([1, 2]),
+    "statistic": torch.tensor([0.1, 2.0], dtype=torch.float64),
+    "copied": torch.tensor([3.0, 2.0]),
+    "count": torch.tensor([2**31 - 1, 0]),
+    "mask": torch.tensor([0, 1]),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("make", "way", "format"),
+    [
+        *((one, way, "exact") for way in WAYS),
+        *((one, "load_state_dict", format) for format in ("float32", "mirrored", "compact", "compensated")),
+        (several, "load_state_dict", "exact"),
+    ],
+)
+def test_no_load_drops_a_part_of_a_number(make: Callable[..., Averaged], way: str, format: str) -> None:
+    averaged = make(Counting(), format=format)
+    state = {**make(Counting(), format="float32").state_dict()}
+    for name, value in LOST.items():
+        key = next(key for key in reversed(state) if key.endswith(f"module.{name}"))
+        expected = rf"state_dict\['.*{name}'\] must (be real|have values)"
+        with refused(RuntimeError, expected, averaged):
+            WAYS[way](averaged, {**state, key: value})
+        WAYS[way](averaged, {**state, key: BENIGN[name]})
+
+
+@KINDS
+def test_a_state_whose_planes_were_cast_is_not_taken_for_its_rounded_average(make: Callable[..., Averaged]) -> None:
+    averaged, exact = make(Counting()), make(Counting(), format="exact")
+    state = {key: value if "n_averaged" in key else value.double() for key, value in exact.state_dict().items()}
+    with refused(RuntimeError, r"Unexpected key.*remainder\.weight", averaged):
+        averaged.load_state_dict(state)
+    before = tensors_of(exact)
+    exact.load_state_dict(state)
+    assert differing(tensors_of(exact), before) == []
 
 
 class Fusing(nn.Module):

@@ -104,9 +104,12 @@ def test_no_phase_takes_more_than_a_bucket_beside(dtype: torch.dtype, fmt: str) 
 
 
 @pytest.mark.usefixtures("small_buckets")
-def test_nor_does_a_phase_of_several_averages() -> None:
-    model, rules, made = make_model(torch.bfloat16), {"a": EqualAverage(), "b": ExponentialAverage(0.9)}, []
-    require("construction", lambda: made.append(FusedAverages(model, rules=rules)), 2 * NUMEL * 4)
+@pytest.mark.filterwarnings("ignore:format='half'")
+@pytest.mark.parametrize(("dtype", "fmt"), CASES, ids=str)
+def test_nor_does_a_phase_of_several_averages(dtype: torch.dtype, fmt: str) -> None:
+    model, rules, made = make_model(dtype), {"a": EqualAverage(), "b": ExponentialAverage(0.9)}, []
+    nbytes = 2 * NUMEL * (get_format(fmt).nbytes or 0)
+    require("construction", lambda: made.append(FusedAverages(model, rules=rules, format=fmt)), nbytes)
     require("first update", lambda: made[0].update_parameters(model), 0)
 
 

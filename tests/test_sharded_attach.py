@@ -172,24 +172,30 @@ def test_several_averages_are_attached_together() -> None:
 
 
 def _resumed(mode: str) -> list[Any]:
-    """Save and load by torch's tools, and return the ways that do not go on from the saved step."""
-    full = {"full_state_dict": True, "cpu_offload": True}  # the state is on the first rank alone
+    """Save and load by torch's tools, and return the ways that do not go on from the saved steps."""
+    full = {"full_state_dict": True}
+    on_first = {**full, "cpu_offload": True}  # the state is on the first rank alone
     found = []
-    ways = [({}, {}), (full, full | {"broadcast_from_rank0": True}), (FLAT, FLAT)]
-    for got, loaded in ways[: 2 if mode == "ddp" else 3]:  # torch 2.6 flattens no state of tied params
+    ways = [({}, {}), (full, full), (on_first, full | {"broadcast_from_rank0": True}), (FLAT, FLAT)]
+    for got, loaded in ways[: 3 if mode == "ddp" else 4]:  # torch 2.6 flattens no state of tied params
         run = Run(mode)
         run.averaged.attach(run.optimizer, start=2)
+        ShardedAveragedModel(run.model).attach(run.optimizer, start=7, step=10)
         run.backward()
         run.optimizer.step()
         state = get_optimizer_state_dict(run.model, run.optimizer, options=StateDictOptions(**got))
         for attach_first in (True, False) if got is not FLAT else (True,):
             other = Run(mode)
-            attach = functools.partial(other.averaged.attach, other.optimizer, start=2)
-            attachment = attach() if attach_first else None
-            set_optimizer_state_dict(other.model, other.optimizer, state, options=StateDictOptions(**loaded))
-            attachment = attachment or attach()
-            if attachment.step != 1:
-                found.append((got, attach_first, attachment.step))
+            averages = {7: ShardedAveragedModel(other.model), 2: other.averaged}  # in another order
+            load = functools.partial(set_optimizer_state_dict, options=StateDictOptions(**loaded))
+            if not attach_first:
+                load(other.model, other.optimizer, state)
+            attachments = [each.attach(other.optimizer, start=start) for start, each in averages.items()]
+            if attach_first:
+                load(other.model, other.optimizer, state)
+            steps = [(each.step, each.schedule.start) for each in attachments]
+            if steps != [(11, 7), (1, 2)]:
+                found.append((got, attach_first, steps))
     return found
 
 

@@ -10,12 +10,13 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from swafast import ExponentialAverage, FusedAveragedModel, FusedAverages, update_bn
 from swafast.loop import swaps
@@ -338,6 +339,45 @@ def test_a_tensor_put_in_the_place_of_a_param_is_told_on_leaving(
     assert differing(averaged.averaged_state_dict(), state) == []
 
 
+@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_write_into_a_param_that_is_only_copied_is_told(several: bool, dtype: torch.dtype) -> None:
+    model, options = make_model(dtype), {"include": lambda name, param: name == "2.weight"}
+    averages = FusedAverages(model, rules={"fast": ExponentialAverage(0.9)}, **options)
+    averaged = averages["fast"] if several else FusedAveragedModel(model, **options)
+    averages.update_parameters(model), averaged.update_parameters(model)
+    told = pytest.raises(RuntimeError, match=r"writes into '0\.weight'")
+    with unchanged(model), told, averaged.swapped_into(model):
+        train(model)
+
+
+def test_a_step_on_the_memory_of_the_params_is_refused() -> None:
+    model = nn.Linear(4, 2, bias=False)
+    flat = nn.Parameter(torch.zeros(8))
+    model.weight.data = flat.data.view(2, 4)
+    optimizer = torch.optim.SGD([flat], lr=1.0)
+    averaged = average_of(model)
+    flat.grad = torch.ones(8)
+    refused = pytest.raises(RuntimeError, match="a step of the optimizer must wait")
+    with unchanged(model, averaged), averaged.swapped_into(model), refused:
+        optimizer.step()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("is_written", [True, False])
+def test_a_step_that_torch_takes_to_make_a_state_is_no_write(is_written: bool) -> None:
+    model = make_model()
+    optimizer, averaged = torch.optim.Adam(model.parameters()), average_of(model)
+    with unchanged(model), averaged.swapped_into(model):
+        get_optimizer_state_dict(model, optimizer)
+    told = pytest.raises(RuntimeError, match="writes into") if is_written else nullcontext()
+    again = torch.optim.Adam(model.parameters())
+    with unchanged(model), told, averaged.swapped_into(model):
+        if is_written:
+            train(model)
+        get_optimizer_state_dict(model, again)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_param_that_is_gone_on_leaving_is_told(dtype: torch.dtype) -> None:
     model = make_model(dtype)
@@ -501,6 +541,34 @@ def test_an_interrupt_anywhere_loses_nothing(kind: str, format: str | None) -> N
     assert number > 20
     assert lost == []
     assert is_free(averaged)
+
+
+def swap(averaged: FusedAveragedModel, model: nn.Module) -> None:
+    with averaged.swapped_into(model):
+        pass
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+@pytest.mark.parametrize("act", ["swap", "copy_to", "averaged_state_dict"])
+def test_an_interrupt_leaves_gradients_as_they_were(act: str, is_enabled: bool) -> None:
+    model = nn.Linear(3, 3).bfloat16()
+    averaged = average_of(model, format="float32")
+    acts: dict[str, Callable[[], object]] = {
+        "swap": lambda: swap(averaged, model),
+        "copy_to": lambda: averaged.copy_to(model),
+        "averaged_state_dict": averaged.averaged_state_dict,
+    }
+    number, is_done = 0, False
+    with torch.set_grad_enabled(is_enabled):
+        while not is_done:
+            number += 1
+            inject_at(number, "line", ("/torch/autograd/grad_mode.py", "/torch/utils/_contextlib.py"))
+            with suppress(Injected):
+                acts[act]()
+                is_done = True
+            sys.settrace(None)
+            assert torch.is_grad_enabled() == is_enabled
+    assert number > 10
 
 
 # What testers found

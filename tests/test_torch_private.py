@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 
 import pytest
@@ -62,8 +63,11 @@ def test_closures_of_torchs_averaging_functions() -> None:
 
 def test_the_functions_that_are_looked_for_in_the_stack() -> None:
     assert state_dict.__name__ == optimizers._STATES
-    for name in (optimizers._MAKES_STATE, optimizers._LOADS_STATE):
+    for name in ("_init_optim_state", optimizers._LOADS_STATE, optimizers._GETS_STATE):
         assert inspect.unwrap(getattr(state_dict, name)).__code__.co_name == name, f"{name} is gone"
+    assert "info" in inspect.signature(state_dict._get_optim_state_dict).parameters, "its argument is renamed"
+    named = importlib.import_module(optimizers._MAKE_STATE["init_state"])._NamedOptimizer
+    assert named.init_state.__globals__["__name__"] == named.__module__, "_NamedOptimizer.init_state has moved"
     assert "state_dict" in inspect.signature(state_dict._load_optim_state_dict).parameters, "its argument is renamed"
     assert optimizers._HOOKED is not None, "Optimizer.profile_hook_step is gone"
 

@@ -6,6 +6,7 @@ import copy
 from collections import ChainMap
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
@@ -36,6 +37,21 @@ def check_model(model: object) -> Module:
             "gather a model partitioned as by ZeRO-3 before averaging it"
         )
     return model
+
+
+def check_device(device: object) -> None:
+    """Raise unless ``device`` is None or names a device.
+
+    Raises:
+        TypeError: it is of another type.
+        RuntimeError: this machine or torch has none of this name or index.
+    """
+    if device is not None and (isinstance(device, bool) or not isinstance(device, (int, str, torch.device))):
+        raise TypeError(f"device must be a torch.device, got {device!r}: pass a rule as rule=, and a decay in a rule")
+    try:
+        torch.device(device) if device is not None else None
+    except (RuntimeError, ValueError) as error:
+        raise RuntimeError(f"device must be one of this machine, such as 'cpu', got {device!r}: {error}") from error
 
 
 def refuse_sharded(model: Module) -> None:

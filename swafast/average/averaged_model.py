@@ -20,8 +20,8 @@ from ..terms.names import named_params, unwrap
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule, rule_of
 from ..torch_private.core import disable_dynamo
-from ..torch_private.modules import named_tensors
-from .accepting import ask_include, check_model, refuse_sharded
+from ..torch_private.modules import ASSIGN, named_tensors
+from .accepting import ask_include, check_device, check_model, refuse_sharded
 from .copying import ModelCopy
 from .functions import choose_rule, update_by_function
 from .homes import HoldsPlanes
@@ -68,7 +68,7 @@ class FusedAveragedModel(HoldsPlanes, AveragedModel):
         NotImplementedError: a parameter's dtype, such as float8, cannot be averaged. ``include`` can leave it out.
         ValueError: an argument has a value not listed above; more than one of ``rule``, ``avg_fn`` and ``multi_avg_fn``
             is given; or the model has FSDP modules, a lazy parameter or only empty ones, or cannot be copied.
-        RuntimeError: ``backend`` cannot run on this machine.
+        RuntimeError: ``backend`` cannot run on this machine, or it has no such ``device``.
 
     Paper: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407.
 
@@ -93,7 +93,6 @@ class FusedAveragedModel(HoldsPlanes, AveragedModel):
     seed: int = 0
     _asked: dict[str, bool]  # the answers of ``include``, by name
     _any_device: bool = False  # the average may be on another device than the model
-    _strict: bool = True  # ``strict`` of the load under way, since torch does not pass it to modules
 
     def __init__(
         self,
@@ -118,8 +117,7 @@ class FusedAveragedModel(HoldsPlanes, AveragedModel):
         checks.check_nonfinite(nonfinite)
         checks.check_seed(seed)
         checks.check_num_averaged(num_averaged)
-        if device is not None and not isinstance(device, (int, str, torch.device)):
-            raise TypeError(f"device must be a torch.device, got {device!r}: pass a rule as rule=")
+        check_device(device)
         params = named_params(unwrap(check_model(model)), "model")
         choice.choose_backends(backend, {param.device.type for param in params.values()})
         refuse_sharded(model)
@@ -260,7 +258,6 @@ class FusedAveragedModel(HoldsPlanes, AveragedModel):
         finally:
             swap.finish()  # whatever an interrupt has left
 
-    @torch.no_grad()
     def copy_to(self, model: Module) -> None:
         """Copy averages and buffers into ``model``. Each is rounded once, to the dtype of its param.
 
@@ -279,7 +276,6 @@ class FusedAveragedModel(HoldsPlanes, AveragedModel):
             for pair in pairs:
                 convert(pair.planes, pair.format, (pair.param,), None)
 
-    @torch.no_grad()
     def averaged_state_dict(self, dtype: torch.dtype | None = None, *, frozen: bool = True) -> dict[str, Any]:
         """Return copies of averages and buffers as plain tensors under the model's own names, for export.
 
@@ -326,20 +322,14 @@ class FusedAveragedModel(HoldsPlanes, AveragedModel):
                 model.
         """
         with self._guard.hold("load_state_dict"):
-            self._strict = strict
-            try:
-                load = super().load_state_dict
-                return load_whole(self, [self.module], load, state_dict, strict=strict, assign=assign)
-            finally:
-                self._strict = True
+            return load_whole(self, [self.module], super().load_state_dict, state_dict, strict=strict, assign=assign)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
         self._guard.refuse_while_swapped("load_state_dict")
-        assign = bool(local_metadata.get("assign_to_params_buffers", False))
-        translate_load(self, self.module, state_dict, prefix, self._format_of, assign=assign, strict=self._strict)
+        translate_load(self, self.module, state_dict, prefix, self._format_of, local_metadata)
         head, frozen = f"{prefix}module.", self._frozen()
         fill_in(self.module, frozen, state_dict, head)
-        if assign:
+        if local_metadata.get(ASSIGN, False):
             lend_from_state(self.module, frozen, state_dict, head)
         else:
             part_before_load(self.module, state_dict, head)

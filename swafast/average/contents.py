@@ -1,7 +1,9 @@
 """What an average holds, known on the host: the values of its construction, loaded weights, or counted models.
 
 The count is in the memory of the model's device. Reading it there would wait for a GPU, so this goes by the versions
-that torch gives to tensors. Each write raises them, also that of a CUDA graph's capture.
+that torch gives to tensors. Each write raises them, also that of a CUDA graph's capture. Code that goes around them
+(``param.data = ...``, ``param.data.copy_(...)``) is seen by a few elements of each param on a CPU. On a GPU it is seen
+only if the memory is another.
 """
 
 from __future__ import annotations
@@ -44,17 +46,27 @@ class Uncounted:
     def note(self, counter: Tensor, params: Sequence[Tensor]) -> None:
         """Disregard what has been written so far."""
         self._counter, self._params = _stamps([counter]), _stamps(params)
+        self._contents = [*map(_content, params)]
 
     def holds(self, counter: Tensor, params: Sequence[Tensor]) -> str:
         """Return what the average holds now. If the counter has been written, this decides, since it tells of params.
 
         On a CPU it is read. On a GPU what has been written is taken for a count.
         """
+        if is_on_host(counter) and counter.numel() == 1 and int(counter) > 0:
+            return MODELS  # whether or not its version tells of a write
         if self.is_updated or _stamps([counter]) != self._counter:
             self.is_loaded = self.is_loaded or not self.is_updated
-            return MODELS if not is_on_host(counter) or int(counter) > 0 else INITIAL
-        self.has_weights = self.has_weights or (bool(self._params) and _stamps(params) != self._params)
+            return INITIAL if is_on_host(counter) else MODELS
+        self.has_weights = self.has_weights or (bool(self._params) and self._is_written(params))
         return WEIGHTS if self.has_weights else INITIAL
+
+    def _is_written(self, params: Sequence[Tensor]) -> bool:
+        if _stamps(params) != self._params:
+            return True
+        now = [*map(_content, params)]
+        # After a move or a cast of the module alone, the two cannot be compared.
+        return any(a[0] == b[0] and a[1] != b[1] for a, b in zip(now, self._contents, strict=True))
 
 
 def is_on_host(tensor: Tensor) -> bool:
@@ -64,6 +76,23 @@ def is_on_host(tensor: Tensor) -> bool:
 
 def _stamps(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
     return list(zip(map(id, tensors), versions(tensors), strict=True))
+
+
+#: The most elements of a param that are compared: its first ones along the last dimension.
+_FIRST = 4
+
+
+def _content(tensor: Tensor) -> tuple[object, object]:
+    """Return how a tensor is stored, and what tells of other values: some of them, or the address if it is on a GPU."""
+    try:
+        shape, stride = tensor.shape, tensor.stride()
+        stored = (tensor.device, tensor.dtype, stride)
+        if not (tensor.numel() and is_on_host(tensor)):
+            return stored, tensor.data_ptr()
+        first = tensor.detach().as_strided((min(_FIRST, shape[-1]),) if shape else (), stride[-1:])
+        return stored, str(first.tolist())  # NaNs would not be equal
+    except (RuntimeError, NotImplementedError):  # a sparse one, or one without memory of its own
+        return None, None
 
 
 class HoldsModels:

@@ -235,15 +235,8 @@ class FusedAverages(WithBindings, Module):
             RuntimeError: keys, shapes or values do not fit, with torch's message; or one is swapped into a model.
         """
         with self._guard.hold("load_state_dict"):
-            averages = self.values()
-            for averaged in averages:
-                averaged._strict = strict
-            try:
-                modules = [averaged.module for averaged in averages]
-                return load_whole(self, modules, super().load_state_dict, state_dict, strict=strict, assign=assign)
-            finally:
-                for averaged in averages:
-                    averaged._strict = True
+            modules = [averaged.module for averaged in self.values()]
+            return load_whole(self, modules, super().load_state_dict, state_dict, strict=strict, assign=assign)
 
     def state_dict(self, *args: Any, frozen: bool = True, **kwargs: Any) -> Any:
         """Return the states of all averages. Each key begins with an average's name: ``fast.module.weight``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from ..terms.formats import Format, format_of
 from .contents import HoldsModels
 from .lending import part
 from .matching import WithBindings, each_average
-from .planes import Recast, find_planes, fit_planes, keeps_values, works_in_place
+from .planes import Recast, find_planes, fit_planes, works_in_place
 
 T = TypeVar("T", bound="HoldsPlanes")
 
@@ -62,31 +62,41 @@ class HoldsPlanes(HoldsModels, WithBindings, Module):
         }
 
     def _apply(self: T, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> T:
-        """Move or cast as any module does. A cast encodes each average anew, so that it keeps its precision.
-
-        A move that drops the values, as ``to_empty`` does, leaves a count of 0.
-        """
+        """Move or cast as any module does. A cast keeps full precision, and ``to_empty`` leaves a count of 0."""
         with self._guard.hold("a move or cast"):
-            has_values = keeps_values(fn)
             self._holds()
             for param in self._params() if works_in_place(fn) else ():
                 part(param)
             before = self._addresses()
             recast = Recast(self, self._each_average(), fn, lambda dtype: format_of(self.format, dtype))
             try:
-                super()._apply(recast, recurse)
+                try:
+                    super()._apply(recast, recurse)
+                finally:
+                    self._finish_move(recast, before)
             finally:
-                recast.finish()
-            if not has_values:
-                self._count_from(0)
-            self._any_device |= recast.moved
-            for average in self._each_average():
-                fit_planes(self, *average)
-            # What has moved lies in memory that was made for it. What has not may lie in somebody else's.
-            moved = {address for key, address in self._addresses().items() if address != before.get(key)}
-            self._stay_home(moved | self._bindings.homes)
-            self._note_own_writes()
+                self._finish_move(recast, before)  # whatever an interrupt has left
             return self
+
+    def _finish_move(self, recast: Recast, before: Mapping[tuple[str, int], int]) -> None:
+        """Complete a move or cast, as far as torch has come. Do nothing once that is done.
+
+        Args:
+            before: the addresses of the planes before it.
+        """
+        if recast.is_finished:
+            return
+        recast.finish()
+        if not recast.keeps_values:
+            self._count_from(0)
+        self._any_device |= recast.moved
+        for average in self._each_average():
+            fit_planes(self, *average)
+        # What has moved lies in memory that was made for it. What has not may lie in somebody else's.
+        moved = {address for key, address in self._addresses().items() if address != before.get(key)}
+        self._stay_home(moved | self._bindings.homes)
+        self._note_own_writes()
+        recast.is_finished = True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

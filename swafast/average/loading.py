@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..op.checks import check_plain
+from ..op.checks import check_cast, check_plain
+from ..terms.formats import write_all
 from ..terms.layout import extent
 from ..torch_private.core import has_own_dispatch
 from ..torch_private.modules import (
@@ -28,7 +29,7 @@ from ..torch_private.modules import (
     set_metadata,
 )
 from .lending import without_lent
-from .states import keeping_ties
+from .states import STRICT, keeping_ties, load_error
 
 
 def load_whole(
@@ -52,11 +53,14 @@ def load_whole(
     if not isinstance(state_dict, Mapping):
         return load(state_dict)  # torch's loader raises before it changes anything
     state: OrderedDict[str, Any] = OrderedDict(state_dict)
-    set_metadata(state, metadata_of(state_dict))
     way_back = WayBack(root, assign=assign)
+    metadata = metadata_of(state_dict) or {}
+    for name in way_back.names:  # torch tells no module of ``strict``
+        metadata.setdefault(name, {})[STRICT] = strict
+    set_metadata(state, metadata)
     for place in way_back.places if not assign else ():
         if id(place.tensor) not in way_back.late and isinstance(state.get(place.key), Tensor):
-            _check_copy(type(root).__name__, place, state[place.key])  # torch copies it at once, whatever it is
+            _check_copy(root, place, state[place.key])  # torch copies it at once, whatever it is
     writes: list[tuple[Tensor, Tensor]] = []
     is_writing = False
     try:
@@ -69,7 +73,7 @@ def load_whole(
             # After an exchange by torch it is the source itself, of another class.
             source = late_copy.source if type(late_copy) is LateCopy else late_copy
             if source is not None:
-                _check_copy(type(root).__name__, place, source)
+                _check_copy(root, place, source)
                 writes.append((place.tensor, source))
         writes = without_lent(writes)
         way_back.put_back_tensors()
@@ -84,34 +88,19 @@ def load_whole(
     return result
 
 
-def write_all(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy into the first tensor of each pair the second one. An interrupt is raised after the last."""
-    try:
-        _write(writes)
-    except BaseException:
-        _write(writes)
-        raise
-
-
-def _write(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
-    # Not under no_grad: an interrupt on leaving it would leave it on.
-    for tensor, source in writes:
-        tensor.detach().copy_(source.detach())
-
-
-def _check_copy(kind: str, place: Place, source: Tensor) -> None:
+def _check_copy(root: Module, place: Place, source: Tensor) -> None:
     """Raise RuntimeError, worded as torch's, for a tensor that cannot be copied without loss of a part."""
     tensor, what = place.tensor, f"state_dict[{place.key!r}]"
     if tensor.is_meta:
         return  # torch has warned that nothing is copied
     try:
         check_plain(what, source)
-        if source.is_complex() and not tensor.is_complex():
-            raise ValueError(f"{what} must be real, as {tensor.dtype} is, got {source.dtype}")
+        if source.dtype != tensor.dtype:
+            check_cast(what, source, tensor.dtype)
         if tensor.numel() > extent(tensor.shape, tensor.stride()):
             raise ValueError(f"{place.key!r} must not overlap itself to be loaded, got strides {tensor.stride()}")
     except ValueError as error:
-        raise RuntimeError(f"Error(s) in loading state_dict for {kind}:\n\t{error}") from error
+        raise load_error(root, error) from error
 
 
 class LateCopy(Tensor):
@@ -151,6 +140,7 @@ class WayBack:
 
     def __init__(self, root: Module, *, assign: bool) -> None:
         modules = dict(named_modules(root, distinct=True))
+        self.names = list(modules)
         coded = [module for module in modules.values() if loads_by_own_code(module)]
         if coded and not torch.__future__.get_swap_module_params_on_conversion():
             coded = [root]  # torch cannot exchange all tensors in place: those of RNNs have weak references

@@ -25,6 +25,7 @@ from ..terms.names import named_buffers, named_params, require_same_names, unwra
 from ..torch_private.modules import Walk, named_tensors
 from . import lending
 from .accepting import check_model
+from .contents import HoldsModels
 from .planes import fit_planes, put_planes
 
 #: Takes an average's name, its tensor and whether it is a buffer. Returns its format, or None if it is copied.
@@ -107,6 +108,9 @@ class ModuleBinding:
         homes: frozenset[int],
     ) -> None:
         check_model(model)
+        for side in sides:
+            if any(unwrap(model) is each for each in (root, side.owner, unwrap(side.owner.module))):
+                raise ValueError("model must be the one that is trained, got the averaged model itself")
         matched: list[tuple[ModuleSide, Pair]] = []
         lent: list[Pair] = []
         for pace, side in enumerate(sides):
@@ -247,7 +251,12 @@ class Bindings:
             checks.check_counter(counter)
         averaged = sides()
         homes = self.homes.union(*(each.homes for each in side_bindings))
+        owners = [side.owner for side in averaged if isinstance(side.owner, HoldsModels)]
+        for owner in owners:
+            owner._holds()
         binding = ModuleBinding(root, averaged, model, config=config, homes=homes)
+        for owner in owners:
+            owner._note_own_writes()  # a new plan moves averages, which is no load
         self.use(binding)
         for each in (self, *side_bindings):
             each.homes = binding.plan.homes

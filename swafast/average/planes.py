@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.nn import Module
 from ..terms.formats import EXTRA_PLANES, Format, convert, format_of_planes
 from ..terms.names import passing_names, unwrap
 from ..terms.pickling import pickled_from
-from ..torch_private.modules import own_buffers, own_children, passing_buffers
+from ..torch_private.modules import named_tensors, own_buffers, own_children, passing_buffers
 
 
 @pickled_from("swafast")
@@ -142,7 +143,7 @@ def translate_state(
         # Planes are missing only if other averages in the state have them; else the state is of another format.
         has_planes = any(plane in present for plane, _ in fmt.extra)
         lacking = fmt.dtype == average.dtype and len(fmt.extra) > len(extra)
-        if before is fmt or (strict and has_planes and (lacking or before is None)):
+        if before is fmt or (strict and ((has_planes and lacking) or (before is None and (has_planes or extra)))):
             continue
         # If the further planes do not fit, the first one is the average.
         given = (average, *(extra[plane] for plane, _ in before.extra)) if before is not None else (average,)
@@ -176,6 +177,18 @@ def works_in_place(fn: Callable[[Tensor], Tensor]) -> bool:
     return fn(number) is number and (number.data_ptr() != address or number.item() != 1)
 
 
+@dataclass(frozen=True)
+class Cast:
+    """An average that was cast: its plane 0 before and after, and what is new beside it."""
+
+    average: Tensor
+    name: str
+    result: Tensor  # torch may exchange it with ``average``
+    dtype: torch.dtype  # after
+    format: Format | None  # after
+    extra: list[Tensor]  # the further planes after
+
+
 class Recast:
     """A function for torch's ``_apply`` that moves or casts an averaged model; call :meth:`finish` afterwards.
 
@@ -198,13 +211,15 @@ class Recast:
         }
         self._planes = {id(plane) for *_, extra in self._averages.values() for plane in extra if plane is not None}
         self._owner, self._fn, self._format_of = owner, fn, format_of
-        self._cast: dict[int, Tensor] = {}  # plane 0 of each average that was cast, by the id of the old one
-        self._recast: dict[str, tuple[Format | None, list[Tensor]]] = {}
+        self._casts: dict[int, Cast] = {}  # by the id of the average
+        self.keeps_values = keeps_values(fn)
         self.moved = False  # whether an average went to another device
+        self.is_finished = False  # set by whoever has done all that comes after torch's walk
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        if id(tensor) in self._cast:  # tied
-            return self._cast[id(tensor)]
+        cast = self._casts.get(id(tensor))
+        if cast is not None:  # tied
+            return tensor if tensor.dtype == cast.dtype else cast.result
         if id(tensor) in self._planes:
             probe = self._fn(tensor.new_empty(0))  # to learn of a cast, without the memory that it takes
             return self._fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
@@ -224,7 +239,8 @@ class Recast:
         if after is not None and after is not fmt:
             known = [plane for plane in extra if plane is not None]
             convert((average, *known), fmt if len(known) == len(extra) else None, recast, after)
-        self._cast[id(average)], self._recast[name] = result, (after, recast[1:])
+        # From here on finish() completes the cast, whatever interrupts us or torch.
+        self._casts[id(average)] = Cast(average, name, result, result.dtype, after, recast[1:])
         # Free the old planes now, although finish() must wait: a model's planes need not be there twice.
         for plane in EXTRA_PLANES:
             tree = own_children(self._owner).get(plane)
@@ -234,6 +250,17 @@ class Recast:
         extra.clear()
 
     def finish(self) -> None:
-        """Set the further planes of recast averages, which must wait until torch has walked over the modules."""
-        for name, (fmt, extra) in self._recast.items():
-            put_planes(self._owner, name, fmt, extra)
+        """Set the further planes of recast averages, which must wait until torch has walked over the modules.
+
+        After an interrupt torch may not have put a recast plane 0 into its module yet. It may run several times.
+        """
+        late = [cast for cast in self._casts.values() if cast.average.dtype != cast.dtype]
+        held = {id(tensor) for is_buffer in (False, True) for _, tensor in self._tensors(is_buffer)} if late else set()
+        for cast in late:
+            if id(cast.average) in held:
+                cast.average.data = cast.result
+        for cast in self._casts.values():
+            put_planes(self._owner, cast.name, cast.format, cast.extra)
+
+    def _tensors(self, buffers: bool) -> list[tuple[str, Tensor]]:
+        return named_tensors(unwrap(self._owner.module), buffers=buffers)  # type: ignore[arg-type]

@@ -11,11 +11,15 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..op.buckets import stay
+from ..op.checks import check_cast
 from ..terms.formats import FLOAT32, OWN, Format, convert
 from ..terms.names import canonical, unwrap
-from ..torch_private.modules import named_tensors, own_buffers, own_params, put_tensor
+from ..torch_private.modules import ASSIGN, named_tensors, own_buffers, own_params, put_tensor
 from .matching import FormatOf, WithBindings, each_average
 from .planes import fit_planes, put_planes, translate_state
+
+#: The key of a module's metadata in a state that is being loaded.
+STRICT = "strict"
 
 
 @contextmanager
@@ -42,22 +46,28 @@ def _all_tensors(module: Module) -> list[tuple[str, Tensor]]:
     return [*named_tensors(module), *named_tensors(module, buffers=True)]
 
 
+def load_error(root: Module, what: object) -> RuntimeError:
+    """Return an error that is worded as torch's of a load."""
+    return RuntimeError(f"Error(s) in loading state_dict for {type(root).__name__}:\n\t{what}")
+
+
 def translate_load(
-    owner: Module, module: Module, state: Any, prefix: str, format_of: FormatOf, *, assign: bool, strict: bool
+    owner: Module, module: Module, state: Any, prefix: str, format_of: FormatOf, metadata: Mapping[str, Any]
 ) -> None:
     """Rewrite ``state`` in place for the formats that the averages of ``owner`` will have after the load.
 
+    Args:
+        metadata: of ``owner``, in the state. It tells whether the load assigns, and whether it is strict.
+
     Raises:
-        RuntimeError: its count is not one integer >= 0.
+        RuntimeError: its count is not one integer >= 0, or a tensor would lose a part when it is copied.
     """
+    assign, strict = bool(metadata.get(ASSIGN, False)), bool(metadata.get(STRICT, True))
     count = state.get(f"{prefix}n_averaged")
     if isinstance(count, Tensor) and count.numel() == 1 and not count.is_meta:
         number = count.item()
         if not isinstance(number, int) or number < 0:
-            raise RuntimeError(
-                f"Error(s) in loading state_dict for {type(owner).__name__}:\n\t"
-                f"'{prefix}n_averaged' must be one integer >= 0, got {number}"
-            )
+            raise load_error(owner, f"'{prefix}n_averaged' must be one integer >= 0, got {number}")
         state[f"{prefix}n_averaged"] = count.to(torch.int64, copy=assign)  # else both would count
     head = f"{prefix}module."
     # Some wrappers leave their segments out of the keys of states, so look keys up by canonical names.
@@ -71,6 +81,12 @@ def translate_load(
     names: dict[str, list[str]] = {}
     for (name, *_), tensor, is_buffer in each_average(module):
         names[name] = keys.get(id(tensor), [])
+        for key in names[name] if not (assign or tensor.is_meta) else ():
+            if state[key].dtype != tensor.dtype:
+                try:
+                    check_cast(f"state_dict[{key!r}]", state[key], tensor.dtype)
+                except ValueError as error:
+                    raise load_error(owner, error) from error
         kept = state[names[name][0]] if assign and names[name] else tensor
         fmt = format_of(name, kept, is_buffer)
         if fmt is None:

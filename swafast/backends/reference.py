@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..terms.draws import Draws, box_views, random_bits
-from ..terms.formats import Format
+from ..terms.formats import Format, write_all
 from ..terms.layout import windows
 from . import Unavailable
 from .contract import Pair, Update
@@ -68,7 +68,8 @@ class ReferenceLaunch:
                 group.append(newest)
             else:
                 for piece, *plane_pieces in windows((newest, *planes), _CPU_WINDOW_NUMEL):
-                    _move_planes_(plane_pieces, fmt.encode(_moved(plane_pieces, piece, fmt, weights[pace])))
+                    new = fmt.encode(_moved(plane_pieces, piece, fmt, weights[pace]))
+                    write_all(list(zip(plane_pieces, new, strict=True)))
         for (_, _, pace), (averages, group) in alike.items():
             _move_(averages, group, weights[pace])
         for counter in update.counters if update.advance else ():
@@ -106,11 +107,6 @@ def _moved(planes: Sequence[Tensor], param: Tensor, fmt: Format, weight: float) 
     return value
 
 
-def _move_planes_(planes: Sequence[Tensor], new: Sequence[Tensor]) -> None:
-    for plane, moved in zip(planes, new, strict=True):
-        plane.copy_(moved)
-
-
 def _move_at_random_(
     planes: tuple[Tensor, ...], param: Tensor, fmt: Format, weight: float, draws: Draws, num_averaged: int
 ) -> None:
@@ -120,4 +116,4 @@ def _move_at_random_(
             (newest, *of_planes), index = window[:count], sum(window[count:], torch.zeros((), dtype=torch.int64))
             bits = random_bits(draws.random_key, num_averaged, index.to(newest.device)) >> (32 - fmt.num_random_bits)
             new = fmt.encode(_moved(of_planes, newest, fmt, weight), bits.to(of_planes[0].device))
-            _move_planes_(of_planes, new)
+            write_all(list(zip(of_planes, new, strict=True)))

@@ -38,12 +38,14 @@ def save(averaged: FusedAveragedModel | FusedAverages, path: str | os.PathLike[s
     one. Tensors have the keys of ``averaged.state_dict()``; of tied ones the first is stored. A state holds no rule.
 
     Raises:
-        TypeError: ``averaged`` is neither of these classes; or a module's extra state is neither a tensor nor JSON.
+        TypeError: ``averaged`` is neither of these classes, or ``path`` no path; or a module's extra state is neither a
+            tensor nor JSON.
         ValueError: a tensor of the state has no values in memory, for instance on the meta device.
         RuntimeError: the averages are swapped into a model.
         OSError: the file cannot be written. The old one is whole.
     """
     _check_averaged(averaged)
+    _check_path(path)
     with averaged._guard.hold("save"):
         tensors, described = _described(averaged)
         text = json.dumps(described)
@@ -57,13 +59,14 @@ def load(averaged: FusedAveragedModel | FusedAverages, path: str | os.PathLike[s
     The averages may have another format, which converts them, and another rule, which no state holds.
 
     Raises:
-        TypeError: ``averaged`` is neither of these classes.
+        TypeError: ``averaged`` is neither of these classes, or ``path`` no path.
         ValueError: the file is damaged, which the message locates; :func:`save` has not written it; or it holds
             another number of averages. Nothing has changed.
         RuntimeError: keys or shapes do not match, and nothing has changed; or the averages are swapped into a model.
         OSError: the file cannot be read.
     """
     _check_averaged(averaged)
+    _check_path(path)
     described, tensors = _read(os.fspath(path))
     names, own = described["averages"], _names_of(averaged)
     if names != own:
@@ -92,6 +95,18 @@ def _check_averaged(averaged: object) -> None:
         raise TypeError(
             f"averaged must be a FusedAveragedModel or FusedAverages, got {type(averaged).__name__}{sharded}"
         )
+
+
+def _check_path(path: object) -> None:
+    """Raise unless ``path`` may be that of a file.
+
+    Raises:
+        TypeError: it is no path. IsADirectoryError: it is a folder.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a str or an os.PathLike, got {type(path).__name__}")
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"path must be that of a file, got the folder {os.fspath(path)!r}: add a file's name")
 
 
 def _names_of(averaged: FusedAveragedModel | FusedAverages) -> list[str] | None:
@@ -183,7 +198,10 @@ def _description_in(path: str, metadata: Mapping[str, str] | None) -> dict[str, 
     given = dict(metadata or {})
     text = given.get("swafast")
     if not {"swafast", "sha256"} & given.keys():
-        raise ValueError(f"path must be a file that swafast.save has written, got {path} without its metadata")
+        raise ValueError(
+            f"path must be a file that swafast.save has written, got {path} without its metadata: load others "
+            "into the model, and construct the average with num_averaged= if they are averages"
+        )
     if text is None or given != {"format": "pt", "swafast": text, "sha256": _digest(text)}:
         raise _damaged(path, "its metadata has another checksum")
     described: dict[str, Any] = json.loads(text)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -63,7 +64,7 @@ class Attachable:
 
         Args:
             optimizer: an optimizer of the model's params, or several. Several count a step once all have stepped, each
-                at least once. The last one's state dict holds the attachment's state.
+                at least once. The one whose first param is the model's last holds the attachment's state.
             model: the model that the optimizer trains; default: the one that this average was made of.
             start: the step of the first update; 0, the default, starts at step ``every``.
             every: the span between updates.
@@ -91,18 +92,22 @@ class Attachable:
             if self._guard.is_attached:
                 raise RuntimeError("the averaged model must not be attached already: call detach() on its attachment")
             schedule = Schedule.of(start, every, end, duration=duration, steps_per_epoch=steps_per_epoch)
-            optimizers = check_optimizers(optimizer)
+            optimizers, model = self._trained_by(optimizer, model)
             step = None if step is None else check_step(step)
-            model = self._model_for(optimizers, model)
             roster = Roster.of(optimizers[-1])
-            name = roster.name_for(name, _default_name(self))
-            saved = roster.waiting()
+            roster.check_name(name)
+            own = roster.waiting()
+        saved = {**self._of_any_rank(own), **own}
+        default_name = None
+        if name is None:
+            default_name = _default_name(self)
+            name = roster.default_name(default_name, schedule, saved)
+        state = saved.get(name)
         given = {"schedule": schedule, "overlap": overlap, "offload": offload, "name": name, "step": step}
-        self._agree({key: str(value) for key, value in given.items()})
-        state = self._of_any_rank(saved.get(name))
+        self._agree({key: str(value) for key, value in {**given, "saved state": state}.items()})
         if overlap or offload is not None:
             _warn_of_others(model, optimizers)
-        attachment = Attachment(self, optimizers, model, schedule, overlap, offload, name)
+        attachment = Attachment(self, optimizers, model, schedule, overlap, offload, name, default_name)
         if step is not None:
             attachment.step = step
         elif state is not None:
@@ -111,8 +116,9 @@ class Attachable:
             _warn_of_no_state(name, saved)
         return attachment
 
-    def _model_for(self, optimizers: Sequence[Optimizer], model: object) -> Module:
-        """Return the model to average, for None the original one, or raise as :meth:`attach`."""
+    def _trained_by(self, optimizer: object, model: object) -> tuple[list[Optimizer], Module]:
+        """Return the optimizers and the model to average, for None the original one, or raise as :meth:`attach`."""
+        optimizers = _check_optimizers(optimizer)
         if model is None:
             model = self._made_of() if self._made_of is not None else None
             if model is None:
@@ -123,20 +129,15 @@ class Attachable:
             self._bind(model)
             if swaps.in_force:
                 swaps.refuse_model("attach", model)
-        # Read after _bind, which puts FSDP's shards back.
-        own = {id(param) for _, param in named_tensors(model)}
-        for optimizer in optimizers:
-            if not any(id(param) in own for group in optimizer.param_groups for param in group["params"]):
-                raise ValueError("optimizer must have params of the model, got one that has none of them")
-        return model
+        return _in_order(optimizers, model), model
 
     def _on_all_ranks(self, action: str) -> AbstractContextManager[None]:
         """Return a context that raises on all ranks what one rank raises. Here there is one rank."""
         return nullcontext()
 
-    def _of_any_rank(self, state: Any) -> Any:
-        """Return the state that a rank has found. Here there is one rank."""
-        return state
+    def _of_any_rank(self, states: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the states that ranks have found, by name. Here there is one rank."""
+        return states
 
     def _agree(self, described: Mapping[str, str]) -> None:
         """Raise on all ranks if their arguments differ. Here there is one rank."""
@@ -208,7 +209,7 @@ def _warn_of_no_state(name: str, saved: Iterable[str]) -> None:
     )
 
 
-def check_optimizers(given: object) -> list[Optimizer]:
+def _check_optimizers(given: object) -> list[Optimizer]:
     """Return one optimizer, or several, as a list.
 
     Raises:
@@ -225,14 +226,35 @@ def check_optimizers(given: object) -> list[Optimizer]:
         try:
             optimizer.register_step_post_hook(lambda *_: None).remove()
         except AttributeError:
-            raise TypeError(f"optimizer must run torch's hooks, got {name}: pass the optimizer inside it") from None
+            raise TypeError(
+                f"optimizer must run torch's hooks, got {name}: pass the optimizer inside it. If {name} writes params "
+                "after that one's step, call update_parameters after each step instead"
+            ) from None
         optimizers.append(optimizer)
     return optimizers
 
 
+def _in_order(given: Sequence[Optimizer], model: Module) -> list[Optimizer]:
+    """Return optimizers in the order of the model's params, so that a state fits however they are listed.
+
+    Raises:
+        ValueError: one has no params of the model.
+    """
+    named = enumerate(named_tensors(model))  # after _bind, which puts FSDP's shards back
+    places = {id(param): place for place, (_, param) in reversed(list(named))}
+    firsts = [min((places.get(id(param), math.inf) for param in _params_of(each)), default=math.inf) for each in given]
+    if math.inf in firsts:
+        raise ValueError("optimizer must have params of the model, got one that has none of them")
+    return [given[index] for index in sorted(range(len(given)), key=firsts.__getitem__)]
+
+
+def _params_of(optimizer: Optimizer) -> Iterator[Tensor]:
+    return (param for group in optimizer.param_groups for param in group["params"])
+
+
 def _warn_of_others(model: Module, optimizers: Sequence[Optimizer]) -> None:
     """Warn of params that another optimizer may write while an update reads them."""
-    waiting = {id(param) for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]}
+    waiting = {id(param) for optimizer in optimizers for param in _params_of(optimizer)}
     params: dict[int, str] = {}
     for name, param in named_tensors(model):
         if param.requires_grad:

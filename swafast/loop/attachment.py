@@ -32,10 +32,12 @@ class Attachment:
     Its state, the number of steps and the schedule, is saved and loaded in the optimizer's state dict, under its name.
 
     Attributes:
-        name: the name of its state.
+        name: the name of its state. A load may change the number in a default one.
+        default_name: the default name without a number; None if the user gave the name.
         step: number of steps of the optimizer so far. You may assign another one.
         schedule: the :class:`~swafast.loop.schedule.Schedule` of updates. You may assign another one.
-        then: functions that are called after each step that counts, and its update.
+        then: functions that are called after each step that counts, and its update. They must not attach or detach:
+            torch is going through the optimizer's hooks.
     """
 
     # A backward over several GPUs may step optimizers in several threads.
@@ -50,8 +52,10 @@ class Attachment:
         overlap: bool,
         offload: str | None,
         name: str,
+        default_name: str | None,
     ) -> None:
-        self.name, self._step, self._schedule = name, 0, schedule
+        self.name, self.default_name, self._step, self._schedule = name, default_name, 0, schedule
+        self._told_step: int | None = None  # the last step that the user has set or loaded
         self._averaged, self._model, self._optimizers = averaged, model, tuple(optimizers)
         self._runner = runner_for(averaged, model, overlap, offload)
         self._stepped: set[int] = set()  # which optimizers, by their place, have stepped since the last count
@@ -73,7 +77,14 @@ class Attachment:
 
     @step.setter
     def step(self, step: int) -> None:
-        self._step = check_step(step)
+        step = check_step(step)
+        self._take_up()
+        self._step = self._told_step = step
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the user has set or loaded ``step``, and no step was made since."""
+        return self._step == self._told_step
 
     @property
     def schedule(self) -> Schedule:
@@ -83,6 +94,7 @@ class Attachment:
     def schedule(self, schedule: Schedule) -> None:
         if not isinstance(schedule, Schedule):
             raise TypeError(f"schedule must be a Schedule, got {schedule!r}")
+        self._take_up()
         self._schedule = schedule
 
     @property
@@ -118,7 +130,8 @@ class Attachment:
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or pickle has: steps and schedule. It is detached."""
         nothing: dict[str, Any] = {"_hooks": [], "_optimizers": (), "_runner": Runner(), "then": []}
-        return {"name": self.name, "_step": self.step, "_schedule": self.schedule, "_stepped": set(), **nothing}
+        own = {"name": self.name, "default_name": self.default_name, "_step": self.step, "_told_step": None}
+        return {**own, "_schedule": self.schedule, "_stepped": set(), **nothing}
 
     def __enter__(self) -> Attachment:
         return self
@@ -132,6 +145,7 @@ class Attachment:
     @disable_dynamo
     def _before_step(self, *_: object) -> None:
         if self._hooks:  # not of a copy of the optimizer
+            self._take_up()
             self._averaged._guard.refuse_while_swapped("a step of the optimizer")
             self._runner.before_step()
 
@@ -188,7 +202,8 @@ class Attachment:
     def state_dict(self) -> dict[str, Any]:
         """Return the number of steps and the schedule, as plain numbers.
 
-        Of several optimizers, also those that have stepped since the last count, by their place in the list.
+        Of several optimizers, also those that have stepped since the last count, by their place in the order of the
+        model's params.
         """
         state = {"step": self.step, "schedule": self.schedule.state_dict()}
         return state | ({"stepped": sorted(self._stepped)} if len(self._optimizers) > 1 else {})
@@ -199,14 +214,27 @@ class Attachment:
         Raises:
             ValueError: it is not a state of an attachment. Nothing has changed.
         """
-        self.step, self.schedule, stepped = _read(state_dict)
+        self.restore(state_dict)
+        self._told_step = self._step
+
+    def restore(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a state, or raise as :meth:`load_state_dict`, where it is not the user who loads it."""
+        step, schedule, stepped = _read(state_dict)
+        self._take_up()
+        self._step, self._schedule = step, schedule
         self._stepped = {index for index in stepped if index < len(self._optimizers)}
+
+    def _take_up(self) -> None:
+        """Take a state that a load without hooks has left, before it could replace what comes after."""
+        if self._hooks:
+            self._roster.take_up()
 
     def resume(self, state: Any) -> None:
         """Take a state out of the optimizer's. Warn if it cannot be read, or has another schedule."""
         given = self.schedule
         try:
-            self.load_state_dict(state)
+            self.restore(state)
+            self._told_step = None
         except ValueError as error:
             warn_user(f"{error}. The average {self.name!r} goes on from step {self.step}")
         if self.schedule != given:

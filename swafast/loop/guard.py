@@ -13,6 +13,7 @@ from itertools import chain
 from operator import attrgetter
 from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar
 
+import torch
 from torch.nn import Module
 
 from .attachment import Attachment, wait_for_readers
@@ -192,6 +193,7 @@ class Guard:
         Raises:
             RuntimeError: the averages are swapped into a model, here or on another of ``ranks``.
         """
+        grad = torch.is_grad_enabled()
         self.settle(action, written)
         if ranks is None:
             with self._lock if self._is_alone else self.locked():
@@ -202,6 +204,8 @@ class Guard:
                 with ranks.settled(action, self.number):
                     self.refuse_while_swapped(action)
                 yield
+        if torch.is_grad_enabled() != grad:  # an interrupt on leaving torch.no_grad has left it
+            torch.set_grad_enabled(grad)
 
 
 def finished(action: Callable[[], None]) -> None:

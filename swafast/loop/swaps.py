@@ -6,13 +6,15 @@ import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
@@ -62,6 +64,7 @@ class Swap:
         self._outside = sys.exc_info()[1]
         self._is_free = not guard.is_mine(*locks)  # of this thread
         self._is_left = False
+        self._grad: bool | None = None  # whether the body leaves gradients on
         self._hooks: list[RemovableHandle] = []
         self._written: dict[str, str] = {}  # by name, in order: what becomes of it
 
@@ -71,7 +74,7 @@ class Swap:
         for other in self._others():
             other.note()
         _refuse_steps()
-        in_force.append(weakref.ref(self, in_force.remove))
+        in_force.append(weakref.ref(self, _forget))
         self._guard.model = self.model
         if isinstance(owner := self.owner, AveragedModel):
             # The averaged model refuses itself. Its module is the user's own, and does not know of the swap.
@@ -85,6 +88,11 @@ class Swap:
         """Remember what was written since :meth:`enter`."""
         if self._exchange is not None and not self._is_left:
             self._written |= self._exchange.written()
+
+    def disregard(self) -> None:
+        """Take what was written until now for our own, once it was noted."""
+        if self._exchange is not None and not self._is_left:
+            self._exchange.watch()
 
     def _others(self) -> list[Swap]:
         """Return the other swaps in force into this model or a part of it."""
@@ -100,12 +108,13 @@ class Swap:
         return any(swap.overlaps(ids) for swap in later)
 
     def overlaps(self, ids: set[int]) -> bool:
-        """Return whether the model or the averages have a tensor of one of these ids."""
+        """Return whether one of these ids is in :meth:`ids`."""
         return not ids.isdisjoint(self.ids())
 
     def ids(self) -> set[int]:
+        """Return the ids of the tensors of the model and the averages, and of their memory."""
         held = self._exchange.tensors if self._exchange is not None else ()
-        return set(map(id, (*_tensors_of(self.model), *held)))
+        return _ids((*_tensors_of(self.model), *held))
 
     def leave(self) -> None:
         """Put the params back, unless another swap into this model has come after. Do nothing the second time.
@@ -116,6 +125,8 @@ class Swap:
             RuntimeError: this one is left too early, what it had to put back was lost, or params were written
                 meanwhile. The message says what holds now. If the body has raised, writes are warned of instead.
         """
+        if self._grad is None:
+            self._grad = torch.is_grad_enabled()
         finished(self._leave)
 
     def finish(self) -> None:
@@ -129,6 +140,8 @@ class Swap:
         finally:
             if self._is_free:
                 self._guard.release(*self._locks)
+            if self._grad is not None and torch.is_grad_enabled() != self._grad:
+                torch.set_grad_enabled(self._grad)  # an interrupt on leaving torch.no_grad has left it
 
     def _leave(self) -> None:
         if self._exchange is None or self._is_left:
@@ -170,8 +183,7 @@ class Swap:
                     self._written |= self._exchange.written()  # now it knows what stood in the place of params
                     self._end()
         for other in self._others():
-            if other._exchange is not None:
-                other._exchange.watch()  # our writes are none of theirs
+            other.disregard()  # our writes are none of theirs
 
     def _end(self) -> None:
         in_force[:] = [swap for swap in in_force if swap() is not self]
@@ -211,25 +223,42 @@ def living() -> list[Swap]:
     return [swap for reference in in_force if (swap := reference()) is not None]
 
 
+def _forget(reference: weakref.ref[Swap]) -> None:
+    in_force[:] = [each for each in in_force if each is not reference]
+
+
 def _refuse_steps() -> None:
     """Have every optimizer ask before its steps, from the first swap on. Fused ones write without telling autograd."""
     global _asks
     if not _asks:
         _asks = True
         register_optimizer_step_pre_hook(_refuse_step)
+        register_optimizer_step_post_hook(_after_step)
 
 
 _asks = False
 
 
 def _refuse_step(optimizer: Optimizer, *_: object) -> None:
-    if in_force and not is_making_state():
+    if not in_force:
+        return
+    if is_making_state():
+        for swap in living():
+            swap.note()
+    else:
         refuse("a step of the optimizer", (p for group in optimizer.param_groups for p in group["params"]))
 
 
+def _after_step(*_: object) -> None:
+    """Disregard what a step has written that torch takes to make an optimizer's state: its rate is 0."""
+    if in_force and is_making_state():
+        for swap in living():
+            swap.disregard()
+
+
 def refuse(action: str, tensors: Iterable[Tensor]) -> None:
-    """Raise RuntimeError if averages are swapped into a model with one of these tensors."""
-    ids = set(map(id, tensors))
+    """Raise RuntimeError if averages are swapped into a model with one of these tensors, or on their memory."""
+    ids = _ids(tensors)
     for swap in living():
         if swap.overlaps(ids):
             raise RuntimeError(
@@ -240,6 +269,16 @@ def refuse(action: str, tensors: Iterable[Tensor]) -> None:
 def refuse_model(action: str, model: Module) -> None:
     """Raise as :func:`refuse` for the tensors of ``model``."""
     refuse(action, _tensors_of(model))
+
+
+def _ids(tensors: Iterable[Tensor]) -> set[int]:
+    """Return the ids of tensors, and the addresses of their memory: params may be views of one flat tensor."""
+    ids: set[int] = set()
+    for tensor in tensors:
+        ids.add(id(tensor))
+        with suppress(RuntimeError, NotImplementedError):  # a sparse one, for instance, has no memory of its own
+            ids.add(tensor.untyped_storage().data_ptr())
+    return ids - {0}
 
 
 def _tensors_of(model: Module) -> list[Tensor]:

@@ -111,6 +111,21 @@ def check_plain(what: str, tensor: Tensor) -> None:
         raise ValueError(f"{what} must have memory for its elements, got a storage that was freed or shrunk")
 
 
+def check_cast(what: str, source: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError if a copy of a tensor in ``dtype`` would lack its imaginary part, fractions or high bits.
+
+    For integers and bools the values decide, and are read. What float dtypes round is no part.
+    """
+    if source.is_complex() and not dtype.is_complex:
+        raise ValueError(f"{what} must be real, as {dtype} is, got {source.dtype}")
+    if dtype.is_floating_point or dtype.is_complex or dtype == source.dtype:
+        return
+    check_plain(what, source)
+    values = source.detach().to(torch.float64) if source.is_floating_point() else source.detach()
+    if not torch.equal(values.to(dtype).to(values.dtype), values):
+        raise ValueError(f"{what} must have values that {dtype} can hold, got others in {source.dtype}")
+
+
 def _dtype_class(tensor: Tensor) -> object:
     if tensor.is_complex():
         return "complex"

@@ -62,7 +62,7 @@ class Exchange:
         averaged = [each for each in self._averaged() if not (each[2] and ignore_buffers)]
         self._watched = [*(tensor for _, tensor, _ in averaged), *planes]
         self._watched_params = [name for name, _, _ in averaged]
-        self._places = list(map(Tensor.data_ptr, self._watched))
+        self._places = self._addresses_of(self._watched)
         self._versions: list[int] | None = None
         self._moved: _Moved | None = None
         self._is_there = self.is_back = False
@@ -74,10 +74,13 @@ class Exchange:
         return self._params
 
     def _averaged(self) -> list[tuple[str, Tensor, bool]]:
-        """Return the tensors by which a user writes what is averaged: name, tensor, and whether it is a buffer."""
+        """Return params and averaged buffers by which a user writes: name, tensor, and whether it is a buffer."""
         plan = self._plan
-        averaged = zip(plan.names, self._params, plan.formats, plan.are_buffers, strict=True)
-        return [(name, param, is_buffer) for name, param, fmt, is_buffer in averaged if fmt is not None]
+        pairs = zip(plan.names, self._params, plan.formats, plan.are_buffers, strict=True)
+        return [(name, param, is_buffer) for name, param, fmt, is_buffer in pairs if fmt is not None or not is_buffer]
+
+    def _addresses_of(self, watched: Sequence[Tensor]) -> list[int]:
+        return list(map(Tensor.data_ptr, watched))
 
     def _params_in(self, bases: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the params that lie in these bases."""
@@ -178,10 +181,10 @@ class Exchange:
             return found
         count = len(self._watched_params)
         names = [*map(repr, self._watched_params), *self._names()[-self._num_planes :]]
-        states = zip(names, self._watched, self._places, self._versions, after, strict=True)
-        for index, (name, tensor, place, *pair) in enumerate(states):
+        states = zip(names, self._places, self._addresses_of(self._watched), self._versions, after, strict=True)
+        for index, (name, place, place_now, *pair) in enumerate(states):
             # A tensor that has other memory now may have its version from there.
-            if len(set(pair)) > 1 and tensor.data_ptr() == place:
+            if len(set(pair)) > 1 and place_now == place:
                 found[name] = INTO_MODEL if index < count else INTO_AVERAGES
         return found
 

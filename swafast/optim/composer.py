@@ -11,7 +11,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from torch.optim.swa_utils import SWALR
 
-from ..loop.attach import Attachable, check_optimizers
+from ..loop.attach import Attachable
 from ..loop.schedule import Span, parse
 from ..terms.pickling import pickled_from
 
@@ -88,7 +88,7 @@ class ComposerSWA:
             clock = _Clock(max_duration, steps_per_epoch, update_interval)
             start, end = clock.first(swa_start, swa_end)
             self.averaged, self._optimizer = averaged, optimizer
-            self._model = averaged._model_for(check_optimizers([optimizer]), model)
+            self._model = averaged._trained_by([optimizer], model)[1]
         if end > clock.duration:
             warnings.warn(
                 f"swa_end={swa_end!r} is after the end of max_duration={max_duration!r}: it replaces no model",

@@ -18,7 +18,7 @@ from ..loop.attachment import wait_for_readers
 from ..loop.guard import finished
 from ..loop.roster import STATE_KEY, Roster
 from ..op import torch_op  # noqa: F401  # registers it
-from ..op.checks import check_plain
+from ..op.checks import check_cast, check_plain
 from ..terms.pickling import pickled_from
 from ..terms.rules import EqualAverage
 from ..torch_private.optimizers import is_making_state
@@ -229,14 +229,14 @@ class SWA(Optimizer):
             own[STATE_KEY] = list(chain.from_iterable(listed))
         before = self.optimizer.state, self.optimizer.param_groups, self.state
         roster = Roster.of(self)
-        states = roster.states()
+        names, states = [each.name for each in roster.attachments], roster.states()
         try:
             self.optimizer.load_state_dict(own)
             super().load_state_dict({**added, "state": {}, "param_groups": groups})  # only to run its hooks
             self.state = averages
         except BaseException:
             self.optimizer.state, self.optimizer.param_groups, self.state = before
-            roster.put_back(states)
+            roster.put_back(names, states)
             raise
 
     def _read(self, state_dict: Mapping[str, Any]) -> defaultdict[Any, Any]:
@@ -276,6 +276,7 @@ class SWA(Optimizer):
                 check_plain(f"state_dict['swa_state'][{key!r}][{name!r}]", value)
                 if value.shape != param.shape:
                     raise ValueError(f"{name} must have shape {tuple(param.shape)}, got {tuple(value.shape)}")
+                check_cast(f"state_dict['swa_state'][{key!r}][{name!r}]", value, _average_dtype(param))
                 averages[param][name] = torch.empty_like(param, dtype=_average_dtype(param)).copy_(value)
         return averages
 

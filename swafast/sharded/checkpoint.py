@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement
 
-from ..average.loading import write_all
 from ..op.checks import check_plain
 from ..op.checksum import checksum, wrap_int64
 from ..terms.boxes import boxes_of_run
+from ..terms.formats import write_all
 from .parts.holdings import is_spread_as
 from .parts.part_tensor import PartTensor
 from .parts.ranks import Ranks

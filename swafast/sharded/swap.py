@@ -94,6 +94,11 @@ class SpreadExchange(Exchange):
         local = private.local_tensors([tensor for _, tensor, _ in spread])  # type: ignore[misc]
         return [*found, *((name, each, is_buffer) for (name, _, is_buffer), each in zip(spread, local, strict=True))]
 
+    def _addresses_of(self, watched: Sequence[Tensor]) -> list[int]:
+        # A DTensor has no address of its own.
+        local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in watched]
+        return super()._addresses_of(local)
+
     def _params_in(self, bases: Sequence[Tensor]) -> Sequence[Tensor]:
         return self._params.on(bases)
 

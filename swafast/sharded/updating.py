@@ -143,11 +143,9 @@ class AttachableShards(Attachable):
     def _agree(self, described: Mapping[str, str]) -> None:
         self._ranks.agree("the arguments of attach", described)
 
-    def _of_any_rank(self, state: Any) -> Any:
-        """Return the state that ranks have found; tools that load on the first rank alone leave others without."""
-        found = [each for each in self._ranks.gather(state) if each is not None]
-        self._ranks.agree("the state of attach", {"state": state if state is not None else next(iter(found), None)})
-        return found[0] if found else None
+    def _of_any_rank(self, states: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the states that ranks have found; tools that load on the first rank alone leave others without."""
+        return {name: state for each in self._ranks.gather(states) for name, state in each.items()}
 
     def _beside(
         self, model: Module, device: torch.device | None = None, streams: Sequence[torch.cuda.Stream] = ()

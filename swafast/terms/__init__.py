@@ -106,6 +106,7 @@ average/: averaged models of one process
     loan              the lent params of one plan
     holds planes      base class of one averaged model, which knows where its planes lie
     recast            a move or cast of an averaged model to another device or dtype
+    cast              an average in another dtype: what was and what is to be in its place
     place             where a module holds one of its tensors
     late copy         stands for a tensor during a load, and keeps what is to be copied into it afterwards
     way back          what a load may change, noted before it, to put it back if the load fails

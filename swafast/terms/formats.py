@@ -140,6 +140,21 @@ def decode_half(planes: tuple[Tensor, ...]) -> Tensor:
     return planes[0].to(torch.float32)
 
 
+def write_all(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy into the first tensor of each pair the second one. An interrupt is raised after the last."""
+    try:
+        _write(writes)
+    except BaseException:
+        _write(writes)
+        raise
+
+
+def _write(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
+    # Not under no_grad: an interrupt on leaving it would leave it on.
+    for tensor, source in writes:
+        tensor.detach().copy_(source.detach())
+
+
 @torch.no_grad()
 def convert(planes: Sequence[Tensor], fmt: Format | None, to: Sequence[Tensor | None], after: Format | None) -> None:
     """Write the average of ``planes`` into the planes ``to``, on any device, window by window to save memory.
@@ -162,8 +177,7 @@ def convert(planes: Sequence[Tensor], fmt: Format | None, to: Sequence[Tensor | 
         if after is not None:
             value = value.to(after.value_dtype or value.dtype)
         fresh = after.encode(value) if after is not None else (value,)
-        for index, part in zip(written, parts, strict=True):
-            part.copy_(fresh[index])
+        write_all([(part, fresh[index]) for index, part in zip(written, parts, strict=True)])
 
 
 def full_precision(planes: Sequence[Tensor], fmt: Format | None) -> Tensor:
@@ -246,7 +260,7 @@ def format_of_planes(average: Tensor, extra: Mapping[str, Tensor]) -> Format | N
         average: plane 0.
         extra: the further planes, by name.
     """
-    own = OWN if average.dtype in _OWN_DTYPES else None
+    own = OWN if average.dtype in _OWN_DTYPES and not extra else None
     for fmt in (_DEFAULTS.get(average.dtype), *_FORMATS.values()):
         if fmt is not None and fmt.dtype == average.dtype and len(fmt.extra) == len(extra):
             planes = [(extra.get(plane), dtype) for plane, dtype in fmt.extra]

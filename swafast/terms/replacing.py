@@ -20,7 +20,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"the folder of {str(path)!r} must exist, got none")
+        raise FileNotFoundError(f"path must be in a folder that exists, got {str(path)!r}: make the folder first")
     # A folder, since the writer may have an unfinished file of its own, as safetensors has.
     folder = path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")
     try:

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 BatchNormLayer = _BatchNorm
 
 #: The key of a module's metadata by which torch tells its loader to assign.
-_ASSIGN = "assign_to_params_buffers"
+ASSIGN = "assign_to_params_buffers"
 
 
 def own_params(module: Module) -> dict[str, Tensor | None]:
@@ -90,7 +90,7 @@ def metadata_of(state: object) -> dict[str, dict[str, Any]] | None:
     metadata = getattr(state, "_metadata", None)
     if metadata is None:
         return None
-    return {name: {key: value for key, value in own.items() if key != _ASSIGN} for name, own in metadata.items()}
+    return {name: {key: value for key, value in own.items() if key != ASSIGN} for name, own in metadata.items()}
 
 
 def set_metadata(state: MutableMapping[str, Any], metadata: Mapping[str, dict[str, Any]] | None) -> None:

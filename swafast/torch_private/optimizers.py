@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Mapping
 from types import CodeType, FrameType
 from typing import Any
 
@@ -21,8 +22,10 @@ _HOOKED: Place | None = (
     _place(Optimizer.profile_hook_step(Optimizer.step).__code__) if hasattr(Optimizer, "profile_hook_step") else None
 )
 _STATES = "torch.distributed.checkpoint.state_dict"  # compared by name: importing it takes long
-_MAKES_STATE = "_init_optim_state"
 _LOADS_STATE = "_load_optim_state_dict"
+_GETS_STATE = "_get_optim_state_dict"
+#: Functions of torch that take a step to make an optimizer's state, with their modules.
+_MAKE_STATE = {"_init_optim_state": _STATES, "init_state": "torch.distributed.optim.named_optimizer"}
 
 
 def is_step(optimizer: Optimizer) -> bool:
@@ -37,7 +40,7 @@ def is_step(optimizer: Optimizer) -> bool:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:  # 0.15 us a frame
         name = frame.f_code.co_name
-        if name == _MAKES_STATE and _is_of_states(frame):
+        if name in _MAKE_STATE and _is_of(_MAKE_STATE, frame):
             return False
         if _HOOKED is not None and name == _HOOKED[1] and _place(frame.f_code) == _HOOKED:
             depth += frame.f_locals["args"][0]._optimizer_step_post_hooks is hooks
@@ -47,17 +50,31 @@ def is_step(optimizer: Optimizer) -> bool:
 
 def is_making_state() -> bool:
     """Return whether torch is taking a step only to make the state of an optimizer."""
-    return _innermost(_MAKES_STATE) is not None
+    return _innermost(_MAKE_STATE) is not None
 
 
-def find_in_flat_state(param: object, key: str) -> Any:
-    """Return ``key`` of the group of ``param`` in the flattened state that torch is loading; None if there is none.
+def is_getting_keys() -> bool:
+    """Return whether ``set_optimizer_state_dict`` gets the optimizer's state, only to see which keys it has."""
+    return _innermost({_GETS_STATE: _STATES}) is not None and _innermost({_LOADS_STATE: _STATES}) is not None
+
+
+def is_making_full_state() -> bool:
+    """Return whether ``get_optimizer_state_dict`` makes a full state."""
+    frame = _innermost({_GETS_STATE: _STATES})
+    return frame is not None and bool(frame.f_locals["info"].full_state_dict)
+
+
+def find_in_flat_state(params: Iterable[object], key: str) -> Any:
+    """Return ``key`` of the group of one of ``params`` in the flattened state that torch is loading, or None.
 
     ``set_optimizer_state_dict`` takes from a flattened state only those keys that the optimizer's groups have already.
     """
-    frame = _innermost(_LOADS_STATE)
+    frame = _innermost({_LOADS_STATE: _STATES})
     state = None if frame is None else frame.f_locals.get("state_dict")
-    return state.get(f"param_groups.{param}.{key}") if isinstance(state, dict) else None
+    if not isinstance(state, dict):
+        return None
+    keys = (f"param_groups.{param}.{key}" for param in params)
+    return next((state[each] for each in keys if each in state), None)
 
 
 def owners_of_state_hooks(optimizer: Optimizer) -> list[object]:
@@ -65,13 +82,13 @@ def owners_of_state_hooks(optimizer: Optimizer) -> list[object]:
     return [getattr(hook, "__self__", None) for hook in optimizer._optimizer_state_dict_post_hooks.values()]
 
 
-def _is_of_states(frame: FrameType) -> bool:
-    return frame.f_globals.get("__name__") == _STATES
+def _is_of(functions: Mapping[str, str], frame: FrameType) -> bool:
+    return functions.get(frame.f_code.co_name) == frame.f_globals.get("__name__", "")
 
 
-def _innermost(name: str) -> FrameType | None:
-    """Return the innermost frame of this function of torch's, or None if this thread is not in it."""
+def _innermost(functions: Mapping[str, str]) -> FrameType | None:
+    """Return the innermost frame of one of these functions, or None if this thread is in none of them."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not (frame.f_code.co_name == name and _is_of_states(frame)):
+    while frame is not None and not _is_of(functions, frame):
         frame = frame.f_back
     return frame
