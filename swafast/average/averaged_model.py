@@ -131,6 +131,7 @@ class FusedAveragedModel(HoldsPlanes, AveragedModel):
         super().__init__(made, device, avg_fn, multi_avg_fn, use_buffers)  # type: ignore[arg-type]  # copied there
         self.format, self.backend, self.include, self.nonfinite, self.seed = format, backend, include, nonfinite, seed
         self._any_device, self._made_of, self._asked = device is not None, weakref.ref(model), asked
+        self._frozen_names = {name for name in left_out if not params[name].requires_grad}
         made.make_further_planes(self, self._each_average())
         copied = {id(tensor) for _, tensor, fmt in self._each_average() if fmt is None}
         self._apply(lambda tensor: tensor.to(stored_dtype(format, tensor.dtype, copied=id(tensor) in copied)))
@@ -141,7 +142,8 @@ class FusedAveragedModel(HoldsPlanes, AveragedModel):
         self._count_from(num_averaged)
 
     def _params(self) -> list[Tensor]:
-        return [param for _, param in named_tensors(self.module)]
+        each = each_average(self.module)
+        return [tensor for (name, *_), tensor, is_buffer in each if not is_buffer and self._includes(name, tensor)]
 
     def _each_average(self) -> Iterator[tuple[str, Tensor, Format | None]]:
         for names, tensor, is_buffer in each_average(self.module):

@@ -10,6 +10,7 @@ from torch.nn import Module
 
 from ..op.buckets import stay
 from ..terms.formats import Format, format_of
+from ..torch_private.modules import named_tensors
 from .contents import HoldsModels
 from .lending import part
 from .matching import WithBindings, each_average
@@ -24,21 +25,15 @@ class HoldsPlanes(HoldsModels, WithBindings, Module):
     if TYPE_CHECKING:
         module: Module
         format: str | None
-        include: Callable[[str, Tensor], bool] | None
         _any_device: bool
 
-        def _includes(self, name: str, param: Tensor) -> bool: ...
         def _each_average(self) -> Iterator[tuple[str, Tensor, Format | None]]: ...
 
     def _frozen(self) -> set[int]:
-        """Return the ids of params that ``include`` leaves out and that are frozen."""
-        if self.include is None and all(self.__dict__.get("_asked", {}).values()):
+        """Return the ids of params that ``include`` leaves out and that the model does not train."""
+        if not self._frozen_names:
             return set()
-        return {
-            id(param)
-            for (name, *_), param, is_buffer in each_average(self.module)
-            if not (is_buffer or param.requires_grad or self._includes(name, param))
-        }
+        return {id(param) for (name, *_), param, _ in each_average(self.module) if name in self._frozen_names}
 
     def _planes(self) -> Iterator[tuple[str, Format, tuple[Tensor, ...]]]:
         """Yield name, format and planes of each average, without planes that are to be made."""
@@ -65,7 +60,7 @@ class HoldsPlanes(HoldsModels, WithBindings, Module):
         """Move or cast as any module does. A cast keeps full precision, and ``to_empty`` leaves a count of 0."""
         with self._guard.hold("a move or cast"):
             self._holds()
-            for param in self._params() if works_in_place(fn) else ():
+            for _, param in named_tensors(self.module) if works_in_place(fn) else ():
                 part(param)
             before = self._addresses()
             recast = Recast(self, self._each_average(), fn, lambda dtype: format_of(self.format, dtype))

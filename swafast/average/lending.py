@@ -68,30 +68,35 @@ def _has_plain_memory(tensor: Tensor) -> bool:
     return tensor.data_ptr() != 0  # on meta, empty, or freed
 
 
+Pick = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+
+
 class Loan:
-    """The lent params of one plan.
+    """The lent params of one plan, and all others that it leaves out because they are frozen.
 
     Args:
-        params, averages: the params of the model, and those of the averaged module that stand on them.
-        find_params, find_averages: pick them from the tensors of a walk.
+        params, averages: the params that the model lends, and those of the averaged module that stand on them.
+        find_params, find_averages, find_frozen: pick these, and the frozen params of the model, from a walk's tensors.
     """
 
     def __init__(
         self,
         params: Sequence[Tensor],
         averages: Sequence[Tensor],
-        find_params: Callable[[Sequence[Tensor]], tuple[Tensor, ...]],
-        find_averages: Callable[[Sequence[Tensor]], tuple[Tensor, ...]],
+        find_params: Pick,
+        find_averages: Pick,
+        find_frozen: Pick,
     ) -> None:
+        for average in averages:  # also those that were pickled together with the model
+            note(average)
         self._params, self._averages = Fingerprint(params), Fingerprint(averages)
-        self._find_params, self._find_averages = find_params, find_averages
+        self._find_params, self._find_averages, self._find_frozen = find_params, find_averages, find_frozen
 
     def stands(self, theirs: Sequence[Tensor], own: Sequence[Tensor]) -> bool:
-        """Return whether all are still frozen and stand on one memory, going by the tensors of both walks."""
-        params = self._find_params(theirs)
-        if not self._params.fits(params) or not self._averages.fits(self._find_averages(own)):
+        """Return whether all are still frozen, and on the memory that they had, going by the tensors of both walks."""
+        if any(map(_requires_grad, self._find_frozen(theirs))):
             return False
-        return not any(map(_requires_grad, params))
+        return self._params.fits(self._find_params(theirs)) and self._averages.fits(self._find_averages(own))
 
 
 _requires_grad = attrgetter("requires_grad")

@@ -176,7 +176,6 @@ class WayBack:
             if not (assign or id(tensor) in kept or has_own_dispatch(tensor) or tensor.is_inference()):
                 with suppress(RuntimeError):  # some tensors that stand on memory made in inference mode
                     late_copy = tensor.detach().as_subclass(LateCopy)
-                    late_copy.requires_grad_(tensor.requires_grad)
             if late_copy is not None:
                 self.late[id(tensor)] = (place, late_copy)
             else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any, Protocol
@@ -122,10 +122,10 @@ class ModuleBinding:
         checks.check_overlap([pair for _, pair in matched])
         for device in {pair.average.device for _, pair in matched}:
             checks.refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
-        for _, pair in matched:
-            if lending.is_lent(pair.average):  # an update will write it
-                lending.part(pair.average)
-                pair.average.requires_grad_(pair.param.requires_grad)
+        for side, pair in matched:
+            lending.part(pair.average)  # an update will write it
+            if pair.param.requires_grad and isinstance(side.owner, WithBindings):
+                side.owner._frozen_names -= {pair.name}
         taken: set[int] = set()
         pairs = [_with_planes(pair, side, taken) for side, pair in matched]
         counters = _place_counters(sides)
@@ -139,14 +139,15 @@ class ModuleBinding:
         self._num_planes = sum(len(pair.planes) for pair in pairs)
         self._planes = _picker([self._owner_walk.position(plane) for pair in pairs for plane in pair.planes])
         self._params = _picker([self._model_walk.position(pair.param) for pair in pairs])
-        self._loan = self._lend(lent) if lent else None
+        left_out = [pair.param for pair in (*pairs, *lent) if pair.format is None and not pair.is_buffer]
+        frozen = [param for param in left_out if not param.requires_grad]
+        self._loan = self._lend(lent, frozen) if frozen else None
 
-    def _lend(self, lent: Sequence[Pair]) -> lending.Loan:
+    def _lend(self, lent: Sequence[Pair], frozen: Sequence[Tensor]) -> lending.Loan:
         params, averages = [pair.param for pair in lent], [pair.average for pair in lent]
-        for average in averages:  # also those that were pickled together with the model
-            lending.note(average)
-        find_params = _picker(list(map(self._model_walk.position, params)))
-        return lending.Loan(params, averages, find_params, _picker(list(map(self._owner_walk.position, averages))))
+        find_params, find_frozen = (_picker(list(map(self._model_walk.position, each))) for each in (params, frozen))
+        find_averages = _picker(list(map(self._owner_walk.position, averages)))
+        return lending.Loan(params, averages, find_params, find_averages, find_frozen)
 
     @property
     def root(self) -> Module | None:
@@ -291,6 +292,7 @@ class WithBindings(Attachable):
     """Base class of the averaged models that are modules. Copies leave out what belongs to this process."""
 
     _bindings = MadeOnUse[Bindings](lambda self: Bindings())
+    _frozen_names: Set[str] = frozenset()  # of params that are left out of the average, those that the model freezes
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process, and ``include``, which may be a lambda; its answers are kept."""

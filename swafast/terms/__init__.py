@@ -103,7 +103,7 @@ average/: averaged models of one process
     tree              planes under dotted names, as a module
     model copy        stands for a model while it is deep-copied, and makes the averages of the copy
     lent              a frozen param of the averaged module that stands on the model's memory
-    loan              the lent params of one plan
+    loan              the lent params of one plan, and the others that it leaves out because they are frozen
     holds planes      base class of one averaged model, which knows where its planes lie
     recast            a move or cast of an averaged model to another device or dtype
     cast              an average in another dtype: what was and what is to be in its place
