@@ -379,6 +379,10 @@ def test_pickle_torch_save_and_deepcopy_go_on_alike(every_kind: EveryKind, dtype
     torch.save(average, file)
     file.seek(0)
     copies = [pickle.loads(pickle.dumps(average)), copy.deepcopy(average), torch.load(file, weights_only=False)]
+    file = io.BytesIO()
+    torch.save(average, file, _use_new_zipfile_serialization=False)  # filled after its objects are made
+    file.seek(0)
+    copies.append(torch.load(file, weights_only=False))
     update(model, average, *copies)
     for one in copies:
         assert one.n_averaged == 4

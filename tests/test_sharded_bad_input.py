@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.testing._internal.two_tensor import TwoTensor
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel
-from swafast.sharded import ShardedAveragedModel
+from swafast.sharded import ShardedAveragedModel, ShardedAverages
 from tests.ranks import run_ranks
 from tests.sharded_models import make_model, outcome, wrap
 from tests.test_sharded_faults import make_case
@@ -236,9 +236,11 @@ def test_meshes_replicas_and_groups_that_do_not_fit() -> None:
 # Bad input on all ranks alike
 
 
-def test_without_a_process_group_the_error_says_how_to_make_one() -> None:
-    with pytest.raises(ValueError, match=r"process_group must exist, got none: call torch.*init_process_group before"):
-        ShardedAveragedModel(net())
+@pytest.mark.parametrize("make", [ShardedAveragedModel, partial(ShardedAverages, rules={"a": EqualAverage()})])
+def test_one_of_several_processes_needs_a_process_group(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")  # as torchrun does
+    with pytest.raises(ValueError, match=r"process_group must exist, got none in one of 4 processes .*init_process_gr"):
+        make(net())
 
 
 def refused() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict
@@ -38,6 +39,18 @@ def test_disabled_torch_dispatch() -> None:
     assert core.has_own_dispatch(TwoTensor(torch.zeros(1), torch.zeros(1)))
     for plain in (torch.zeros(1), nn.Parameter(torch.zeros(1)), nn.Buffer(torch.zeros(1))):
         assert not core.has_own_dispatch(plain)
+
+
+def test_who_holds_a_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hasattr(torch._C, "_storage_Use_Count"), "torch._C._storage_Use_Count is gone"
+    tensor = nn.Parameter(torch.zeros(3))
+    assert not core.is_held_elsewhere(tensor)
+    state = tensor.detach()
+    assert core.is_held_elsewhere(tensor)
+    del state
+    assert not core.is_held_elsewhere(tensor)
+    monkeypatch.delattr(torch._C, "_storage_Use_Count")
+    assert core.is_held_elsewhere(tensor)
 
 
 def test_closures_of_torchs_averaging_functions() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import ChainMap
 from collections.abc import Mapping
 
 import torch
@@ -11,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from ..op import checks
 from ..terms.names import named_params, unwrap
-from ..torch_private.modules import named_modules
+from ..torch_private.modules import named_modules, own_values
 
 
 def check_model(model: object) -> Module:
@@ -59,6 +61,30 @@ def refuse_sharded(model: Module) -> None:
         for kind in type(module).__mro__:
             if kind.__name__ in ("FSDPModule", "FullyShardedDataParallel"):
                 raise ValueError(f"model must be whole on this rank, got an {kind.__name__}; {checks.FOR_SHARDED}")
+
+
+def find_uncopied(model: Module) -> str | None:
+    """Name what of a model ``copy.deepcopy`` cannot copy: an attribute, or a module with code of its own for copies."""
+    modules = named_modules(model, distinct=True)
+    same = {id(module): module for _, module in modules}
+    for name, module in modules:
+        for attribute, value in own_values(module):
+            if not _is_copied(value, same):
+                return f"{attribute!r} of {(name or type(model).__name__)!r}, a {type(value).__name__}"
+        del same[id(module)]
+        if not _is_copied(module, same):
+            return f"{(name or 'the model')!r}, a {type(module).__name__}"
+        same[id(module)] = module
+    return None
+
+
+def _is_copied(value: object, same: dict[int, Module]) -> bool:
+    """Return whether a deep copy of ``value`` works. Modules in ``same``, by id, are not copied."""
+    try:
+        copy.deepcopy(value, ChainMap({}, same))  # type: ignore[arg-type]  # any mapping will do
+    except Exception:
+        return False
+    return True
 
 
 def ask_include(include: object, params: Mapping[str, Tensor]) -> dict[str, bool]:

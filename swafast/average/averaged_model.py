@@ -14,22 +14,22 @@ from torch.optim.swa_utils import AveragedModel
 from ..loop import swaps
 from ..loop.guard import seamless
 from ..op import checks, choice
-from ..op.buckets import keep_large
 from ..op.exchange import Exchange
 from ..terms.formats import OWN, Format, check_format, format_of, stored_dtype
 from ..terms.names import named_params, unwrap
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
 from ..torch_private.core import disable_dynamo
-from ..torch_private.modules import named_tensors
+from ..torch_private.modules import ASSIGN, named_tensors
 from .accepting import ask_include, check_device, check_model, refuse_sharded
 from .bindings import Bound
 from .functions import HasRule, choose_rule, refuse_format, update_by_function
 from .growing import Adaptable
+from .lending import lend_from_state, part_before_load
 from .loading import load_whole
 from .matching import ModuleSide, each_average
-from .planes import Recast, RecodedParams, fit_planes
-from .states import export, translate_load
+from .model_copy import ModelCopy
+from .states import export, fill_in, leave_out, translate_load
 
 
 @pickled_from("swafast")
@@ -55,8 +55,9 @@ class FusedAveragedModel(HasRule, Adaptable, AveragedModel):
             each parameter's dtype. See docs/formats.md.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; default: ``SWAFAST_BACKEND``, or the fastest
             that serves the tensors.
-        include: ``include(name, param) -> bool`` picks the parameters to average; the others are copied. It is called
-            once for each name, with the parameter of the model given here.
+        include: ``include(name, param) -> bool`` picks the parameters to average. Of the others, those that are frozen
+            share the model's memory, as under a LoRA, and the rest is copied. It is called once for each name, with the
+            parameter of the model given here.
         nonfinite: ``"propagate"``, as torch does. ``"raise"`` and ``"skip"`` read what is averaged once more, and
             change nothing if it holds a NaN or an infinity.
         seed: the seed of the random bits by which ``"compact"`` and ``"half"`` round. States hold no seed and no rule.
@@ -67,7 +68,8 @@ class FusedAveragedModel(HasRule, Adaptable, AveragedModel):
         TypeError: ``model`` is not a module, or another argument has a wrong type.
         NotImplementedError: a parameter's dtype, such as float8, cannot be averaged. ``include`` can leave it out.
         ValueError: an argument has a value not listed above; more than one of ``rule``, ``avg_fn`` and ``multi_avg_fn``
-            is given; or the model has FSDP modules, a lazy or partitioned parameter, or only empty ones.
+            is given; or the model has FSDP modules, a lazy or partitioned parameter or only empty ones, or cannot be
+            copied.
         RuntimeError: ``backend`` cannot run on this machine, or it has no such ``device``.
 
     Paper: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407.
@@ -120,22 +122,26 @@ class FusedAveragedModel(HasRule, Adaptable, AveragedModel):
         refuse_sharded(model)
         asked = ask_include(include, params)
         stored = {n: stored_dtype(format, p.dtype, copied=not asked.get(n, True)) for n, p in params.items()}
-        recoded = RecodedParams(model, params, stored, device)
+        left_out = {name for name, is_averaged in asked.items() if not is_averaged}
+        made = ModelCopy(model, params, stored, left_out, device)
         multi_avg_fn = rule if rule is not None else multi_avg_fn
-        super().__init__(recoded, device, avg_fn, multi_avg_fn, use_buffers)  # type: ignore[arg-type]  # copied there
+        super().__init__(made, device, avg_fn, multi_avg_fn, use_buffers)  # type: ignore[arg-type]  # copied there
         self.__dict__["rule"] = recognised
         self.format, self.backend, self.include, self.nonfinite, self.seed = format, backend, include, nonfinite, seed
         self._any_device, self._made_of, self._asked = device is not None, weakref.ref(model), asked
-        recoded.fill(self, self._each_average())
+        self._frozen_names = {name for name in left_out if not params[name].requires_grad}
+        made.make_further_planes(self, self._each_average())
         copied = {id(tensor) for _, tensor, fmt in self._each_average() if fmt is None}
         self._apply(lambda tensor: tensor.to(stored_dtype(format, tensor.dtype, copied=id(tensor) in copied)))
+        self._stay_home()
         where = next((p.device for _, p in named_tensors(self.module)), None)
         if device is None and where is not None and where.type != "meta":
             self.n_averaged = self.n_averaged.to(where)
         self._count_from(num_averaged)
 
     def _params(self) -> list[Tensor]:
-        return [param for _, param in named_tensors(self.module)]
+        each = each_average(self.module)
+        return [tensor for (name, *_), tensor, is_buffer in each if not is_buffer and self._includes(name, tensor)]
 
     def _each_average(self) -> Iterator[tuple[str, Tensor, Format | None]]:
         for names, tensor, is_buffer in each_average(self.module):
@@ -264,12 +270,13 @@ class FusedAveragedModel(HasRule, Adaptable, AveragedModel):
                 swaps.refuse_model("copy_to", model)
             plan.copy_to(plan.writable_pairs(params, planes))
 
-    def averaged_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    def averaged_state_dict(self, dtype: torch.dtype | None = None, *, frozen: bool = True) -> dict[str, Any]:
         """Return copies of averages and buffers as plain tensors under the model's own names, for export.
 
         Args:
             dtype: the dtype to which floating tensors are cast; None keeps the averages' full precision, which is
                 float32 for a bfloat16 or float16 model.
+            frozen: whether frozen parameters that ``include`` leaves out are there, such as those under a LoRA.
 
         Raises:
             ValueError: ``dtype`` is not a floating dtype.
@@ -278,18 +285,26 @@ class FusedAveragedModel(HasRule, Adaptable, AveragedModel):
         with self._guard.hold("averaged_state_dict"):
             if self._uncounted is not None:
                 self._warn_if_empty("averaged_state_dict")
-            return export(self, self.module, self._each_average(), dtype)
+            return export(self, self.module, self._each_average(), dtype, set() if frozen else self._frozen())
 
     # State
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def state_dict(self, *args: Any, frozen: bool = True, **kwargs: Any) -> Any:
         """Return the state under torch's keys, and ``<plane>.<name>`` for each further plane of a format.
+
+        Args:
+            frozen: whether frozen parameters that ``include`` leaves out are there. A state without all of them loads
+                too, and keeps those of the averaged module.
 
         Raises:
             RuntimeError: the averages are swapped into a model.
         """
         with self._guard.hold("state_dict"):
-            return super().state_dict(*args, **kwargs)
+            state = super().state_dict(*args, **kwargs)
+            if not frozen:
+                prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+                leave_out(self.module, self._frozen(), state, f"{prefix}module.")
+            return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state of this class or of torch's. Averages of another format are converted at full precision.
@@ -307,33 +322,11 @@ class FusedAveragedModel(HasRule, Adaptable, AveragedModel):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
         self._guard.refuse_while_swapped("load_state_dict")
         translate_load(self, self.module, state_dict, prefix, self._format_of, local_metadata)
+        head, frozen = f"{prefix}module.", self._frozen()
+        fill_in(self.module, frozen, state_dict, head)
+        if local_metadata.get(ASSIGN, False):
+            lend_from_state(self.module, frozen, state_dict, head)
+        else:
+            part_before_load(self.module, state_dict, head)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         self._note_load(state_dict.get(f"{prefix}n_averaged"))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAveragedModel:
-        """Move or cast as any module does. A cast keeps full precision, and ``to_empty`` leaves a count of 0."""
-        with self._guard.hold("a move or cast"):
-            self._holds()
-            recast = Recast(self, self._each_average(), fn, lambda dtype: format_of(self.format, dtype))
-            try:
-                try:
-                    super()._apply(recast, recurse)
-                finally:
-                    self._finish_move(recast)
-            finally:
-                self._finish_move(recast)  # whatever an interrupt has left
-            return self
-
-    def _finish_move(self, recast: Recast) -> None:
-        """Complete a move or cast, as far as torch has come. Do nothing once that is done."""
-        if recast.is_finished:
-            return
-        recast.finish()
-        if not recast.keeps_values:
-            self._count_from(0)
-        self._any_device |= recast.moved
-        averages = (each for each in self._each_average() if each[2] is not None)
-        planes = [plane for average in averages for plane in fit_planes(self, *average)]
-        self._bindings.large_homes = keep_large(planes, self._bindings.large_homes)
-        self._note_own_writes()
-        recast.is_finished = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence, Set
 from operator import itemgetter
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from ..op.plan import Plan
 from ..terms.lazy import MadeOnUse
 from ..terms.names import named_buffers, named_params, unwrap
 from ..torch_private.modules import Walk
+from . import lending
 from .accepting import check_model
 from .contents import HoldsModels
 from .following import made_anew, put_buffers
@@ -36,7 +37,7 @@ class ModuleBinding:
 
     Args:
         root: the module that contains all sides.
-        homes: addresses of the planes that are in buckets already.
+        homes: addresses of the planes that are at home.
 
     Raises:
         ValueError: names, shapes, dtypes, devices or memory layouts do not fit. The message names the parameter.
@@ -62,7 +63,12 @@ class ModuleBinding:
             )
             for side in sides
         ]
-        matched = [(side, pair) for pace, side in enumerate(sides) for pair in match(side, model, pace, anew[pace])]
+        matched: list[tuple[ModuleSide, Pair]] = []
+        lent: list[Pair] = []
+        for pace, (side, buffers) in enumerate(zip(sides, anew, strict=True)):
+            updated, of_side = match(side, model, pace, buffers)
+            matched += [(side, pair) for pair in updated]
+            lent += of_side
         for side, pair in matched:
             checks.check_sides(pair, any_device=side.any_device)
         checks.check_overlap([pair for _, pair in matched])
@@ -70,6 +76,10 @@ class ModuleBinding:
             checks.refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
         for side, buffers in zip(sides, anew, strict=True):
             put_buffers(side.owner.module, model, buffers)
+        for side, pair in matched:
+            lending.part(pair.average)  # an update will write it
+            if pair.param.requires_grad and isinstance(side.owner, WithBindings):
+                side.owner._frozen_names -= {pair.name}
         taken: set[int] = set()
         pairs = [with_planes(pair, side, taken) for side, pair in matched if not is_for_torch(pair)]
         counters = place_counters(sides)
@@ -85,6 +95,15 @@ class ModuleBinding:
         self._params = _picker([self._model_walk.position(pair.param) for pair in pairs])
         if copied := [pair for _, pair in matched if is_for_torch(pair)]:
             self.plan.copies = _copies(copied, self._model_walk, self._owner_walk)
+        left_out = [each.param for each in (*(pair for _, pair in matched), *lent) if _is_left_out(each)]
+        frozen = [param for param in left_out if not param.requires_grad]
+        self._loan = self._lend(lent, frozen) if frozen else None
+
+    def _lend(self, lent: Sequence[Pair], frozen: Sequence[Tensor]) -> lending.Loan:
+        params, averages = [pair.param for pair in lent], [pair.average for pair in lent]
+        find_params, find_frozen = (_picker(list(map(self._model_walk.position, each))) for each in (params, frozen))
+        find_averages = _picker(list(map(self._owner_walk.position, averages)))
+        return lending.Loan(params, averages, find_params, find_averages, find_frozen)
 
     @property
     def root(self) -> Module | None:
@@ -97,7 +116,7 @@ class ModuleBinding:
         if config != self.config or (root is not model and root is not unwrap(model)):
             return None
         theirs, own = self._model_walk.tensors(), self._owner_walk.tensors()
-        if theirs is None or own is None:
+        if theirs is None or own is None or (self._loan is not None and not self._loan.stands(theirs, own)):
             return None
         if self.plan.copies is not None and not self.plan.copies.fit():
             return None
@@ -141,10 +160,8 @@ class Bindings:
         self._recent: list[AnyBinding] = []  # most recently used first
         self._captured: list[AnyBinding] = []
         self._warned: set[int] = set()  # ids of the captured ones with a warning
-        #: Addresses of planes that a plan of several averages has put into buckets.
-        self.shared_homes: frozenset[int] = frozenset()
-        #: Addresses of planes that are larger than a bucket. The averaged model has made them, so they stay.
-        self.large_homes: frozenset[int] = frozenset()
+        #: Addresses of the planes that are at home: in buckets, or where the averaged model itself has put them.
+        self.homes: frozenset[int] = frozenset()
 
     def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None:
         """Return a plan that fits ``model``, with its params and planes, or None."""
@@ -160,11 +177,6 @@ class Bindings:
     def latest(self) -> AnyBinding:
         """The binding that was used last. There must be one."""
         return self._recent[0]
-
-    @property
-    def homes(self) -> frozenset[int]:
-        """Addresses of the planes that are in buckets, or are as large."""
-        return self.shared_homes | self.large_homes | (self.latest.plan.homes if self._recent else frozenset())
 
     def bind(
         self,
@@ -183,7 +195,7 @@ class Bindings:
             sides: returns the averaged models that are updated together; called for a new plan only.
             config: what a plan depends on besides the tensors.
             counters: the counters of the sides.
-            side_bindings: each side's own bindings. Their next plans leave planes in the buckets of this one.
+            side_bindings: each side's own bindings, which know the homes of its planes.
 
         Raises:
             TypeError: ``model`` is not a module.
@@ -205,8 +217,8 @@ class Bindings:
         for owner in owners:
             owner._note_own_writes()  # a new plan moves averages, which is no load
         self.use(binding)
-        for each in side_bindings:
-            each.shared_homes = binding.plan.homes
+        for each in (self, *side_bindings):
+            each.homes = binding.plan.homes
         current = self.current(model, config, [side.owner.n_averaged for side in averaged])
         assert current is not None, "a plan just made must fit"
         return current
@@ -214,7 +226,7 @@ class Bindings:
     def forget(self) -> None:
         """Drop all bindings but those that a CUDA graph holds, since the averages are others."""
         self._captured += [binding for binding in self._recent if binding.plan.captured]
-        self._recent = []
+        self._recent, self.homes = [], frozenset()
 
     def after(self, before: Bindings) -> Bindings:
         """Return these, of averages that replace others, with what a CUDA graph holds of those."""
@@ -251,6 +263,7 @@ class WithBindings(Attachable):
     """Base class of the averaged models that are modules. Copies leave out what belongs to this process."""
 
     _bindings = MadeOnUse[Bindings](lambda self: Bindings())
+    _frozen_names: Set[str] = frozenset()  # of params that are left out of the average, those that the model freezes
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process, and ``include``, which may be a lambda; its answers are kept."""
@@ -270,6 +283,10 @@ def _copies(pairs: Sequence[Pair], model_walk: Walk, owner_walk: Walk) -> Copies
         return None if theirs is None or own is None else [*zip(params(theirs), copied(own), strict=True)]
 
     return Copies([pair.name for pair in pairs], find)
+
+
+def _is_left_out(pair: Pair) -> bool:
+    return pair.format is None and not pair.is_buffer
 
 
 def _picker(positions: Collection[int]) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:

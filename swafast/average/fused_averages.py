@@ -21,6 +21,7 @@ from .averaged_model import FusedAveragedModel
 from .bindings import Bound, WithBindings
 from .growing import OldName, adapt
 from .loading import load_whole
+from .states import leave_out
 
 
 def named_rules(given: object) -> dict[str, Rule]:
@@ -252,14 +253,20 @@ class FusedAverages(WithBindings, Module):
             modules = {f"{name}.": averaged.module for name, averaged in self.items()}
             return load_whole(self, modules, super().load_state_dict, state_dict, strict=strict, assign=assign)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def state_dict(self, *args: Any, frozen: bool = True, **kwargs: Any) -> Any:
         """Return the states of all averages. Each key begins with an average's name: ``fast.module.weight``.
+
+        ``frozen`` is as for :class:`~swafast.FusedAveragedModel`.
 
         Raises:
             RuntimeError: one of the averages is swapped into a model.
         """
         with self._guard.hold("state_dict"):
-            return super().state_dict(*args, **kwargs)
+            state = super().state_dict(*args, **kwargs)
+            prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+            for name, averaged in self.items() if not frozen else ():
+                leave_out(averaged.module, averaged._frozen(), state, f"{prefix}{name}.module.")
+            return state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAverages:
         with self._guard.hold("a move or cast"):  # take all guards first, so that all averages move or none

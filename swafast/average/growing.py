@@ -18,7 +18,7 @@ from ..loop.guard import finished
 from ..terms.formats import EXTRA_PLANES, Format, convert
 from ..torch_private.modules import named_tensors, own_children
 from .bindings import WithBindings
-from .contents import HoldsModels
+from .homes import HoldsPlanes
 from .matching import each_average
 from .planes import fit_planes
 
@@ -26,7 +26,7 @@ from .planes import fit_planes
 OldName = Callable[[str], str | None]
 
 
-class Adaptable(HoldsModels, WithBindings):
+class Adaptable(HoldsPlanes):
     """Base class of one averaged model that can take over a model that has grown."""
 
     def adapt_to(self, model: Module, *, old_name: OldName | None = None) -> list[str]:
@@ -200,7 +200,7 @@ def _take_over(root: WithBindings, averages: Sequence[Any], made: Sequence[Any],
             children.pop(plane, None)
             if plane in new_children:
                 children[plane] = new_children[plane]
-        for attribute in ("_asked", "_passing"):
+        for attribute in ("_asked", "_passing", "_frozen_names"):
             averaged.__dict__.pop(attribute, None)
             if attribute in new.__dict__:
                 averaged.__dict__[attribute] = new.__dict__[attribute]

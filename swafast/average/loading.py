@@ -29,6 +29,7 @@ from ..torch_private.modules import (
     put_tensor,
     set_metadata,
 )
+from .lending import without_lent
 from .states import STRICT, fit_keys, keeping_ties, load_error
 
 
@@ -78,6 +79,7 @@ def load_whole(
             if source is not None:
                 _check_copy(root, place, source)
                 writes.append((place.tensor, source))
+        writes = without_lent(writes)
         way_back.put_back_tensors()
         is_writing = True
         write_all(writes)

@@ -15,6 +15,7 @@ from ..op import checks
 from ..op.launches import draws_of
 from ..terms.names import named_buffers, named_params, require_same_names, unwrap
 from ..torch_private.modules import named_tensors
+from . import lending
 from .following import FormatOf as FormatOf
 from .planes import fit_planes, put_planes
 
@@ -50,22 +51,31 @@ class ModuleSide:
     seed: int
 
 
-def match(side: ModuleSide, model: Module, pace: int, anew: Mapping[str, Tensor | None]) -> list[Pair]:
-    """Pair each distinct average with its param. Raise ValueError with the names that do not match."""
+def match(
+    side: ModuleSide, model: Module, pace: int, anew: Mapping[str, Tensor | None]
+) -> tuple[list[Pair], list[Pair]]:
+    """Pair each distinct average with its param. Raise ValueError with the names that do not match.
+
+    Returns:
+        the pairs of an update; and those of the params that the model lends, of which an update has nothing to do.
+    """
     theirs = {False: named_params(unwrap(model), "model"), True: named_buffers(unwrap(model), "model")}
     own = list(each_average(side.owner.module, anew))
     for is_buffer, kind in ((False, "parameters"), (True, "buffers")):
         names = [name for tied, _, buffer in own if buffer == is_buffer for name in tied]
         require_same_names(kind, names, theirs[is_buffer])
-    matched = []
+    matched: list[Pair] = []
+    lent: list[Pair] = []
     for names, average, is_buffer in own:
         param = theirs[is_buffer][names[0]]
         for other in names[1:]:
             if theirs[is_buffer][other] is not param:
                 raise ValueError(f"model must tie {names[0]!r} and {other!r} as the average does, got two tensors")
         fmt = side.format_of(names[0], average, is_buffer)
-        matched.append(Pair(names[0], param, (average,), fmt, pace=pace, is_buffer=is_buffer))
-    return matched
+        is_left_out = fmt is None and not is_buffer
+        pairs = lent if is_left_out and lending.may_stay(average, param) else matched
+        pairs.append(Pair(names[0], param, (average,), fmt, pace=pace, is_buffer=is_buffer))
+    return matched, lent
 
 
 def with_planes(pair: Pair, side: ModuleSide, taken: set[int]) -> Pair:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import secrets
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
-from torch.nn.parameter import is_lazy
+from torch.nn import Module
 
-from ..terms.copying import duplicate, is_plain, overlaps_itself
 from ..terms.formats import EXTRA_PLANES, Format, convert, format_of_planes
 from ..terms.names import passing_names, unwrap
 from ..terms.pickling import pickled_from
-from ..torch_private.core import has_own_dispatch
 from ..torch_private.modules import named_tensors, own_buffers, own_children, passing_buffers
 
 
@@ -124,13 +119,16 @@ def extra_planes(owner: Module) -> list[Tensor]:
     return [tensor for tree in trees for _, tensor in named_tensors(tree, buffers=True)]
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def renew_planes(owner: Module, written: Sequence[Tensor], each: Iterable[tuple[str, Tensor, Format | None]]) -> None:
     """Make the further planes of averages anew that other code has written, from their planes 0 alone."""
     ids = set(map(id, written))
     for name, average, fmt in each:
         if id(average) in ids and fmt is not None and fmt.extra:
-            put_planes(owner, name, None, ())
             fit_planes(owner, name, average, fmt)
+            # In place, so that a state that was taken before stays live.
+            convert((average,), None, (None, *find_planes(owner, name, average, fmt)), fmt)
 
 
 def translate_state(
@@ -190,55 +188,11 @@ def keeps_values(fn: Callable[[Tensor], Tensor]) -> bool:
     return not result.is_meta and torch.equal(result.to("cpu", torch.int64), numbers)
 
 
-class RecodedParams:
-    """Stands for a model where it is deep-copied. Params that are stored in another dtype are copied in that dtype.
-
-    Copies in the model's dtype, to be cast afterwards, would be more memory than params and averages take.
-    """
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def __init__(
-        self,
-        model: Module,
-        params: Mapping[str, Tensor],
-        stored: Mapping[str, torch.dtype],
-        device: int | str | torch.device | None,
-    ) -> None:
-        self._model = model
-        self._params: dict[str, Tensor] = {}
-        self._copies: dict[int, Any] = {}  # by the id of the param
-        for name, param in params.items():
-            is_stored_anew = type(param) is Parameter and stored[name] != param.dtype and is_plain(param)
-            if is_stored_anew and id(param) not in self._copies:
-                empty = torch.empty_like(param.detach(), dtype=stored[name], device=device)
-                self._copies[id(param)] = Parameter(empty, param.requires_grad)
-                self._params[name] = param
-
-    def __deepcopy__(self, memo: object) -> Module:
-        copies: dict[int, Any] = {}
-        for _, tensor in (*named_tensors(self._model), *named_tensors(self._model, buffers=True)):
-            # torch cannot deep-copy all of them, and a copy needs memory of its own for each element.
-            if not (is_lazy(tensor) or has_own_dispatch(tensor)) and (not is_plain(tensor) or overlaps_itself(tensor)):
-                copied = duplicate(tensor)
-                is_param = isinstance(tensor, Parameter)
-                copies[id(tensor)] = Parameter(copied, tensor.requires_grad) if is_param else copied
-        made: Module = copy.deepcopy(self._model, copies | self._copies)
-        for _, param in named_tensors(made):
-            if not param.is_leaf:  # those of a scripted module, which would keep the model's alive
-                param.detach_().requires_grad_()
-        return made
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def fill(self, owner: Module, averages: Iterable[tuple[str, Tensor, Format | None]]) -> None:
-        """Write these params into the averages of ``owner``, and make their further planes."""
-        for name, average, fmt in averages:
-            if name in self._params:
-                dtypes = [dtype for _, dtype in (fmt.extra if fmt is not None else ())]
-                extra = [torch.empty_like(average.detach(), dtype=dtype) for dtype in dtypes]
-                convert((self._params[name],), None, (average, *extra), fmt)
-                put_planes(owner, name, fmt, extra)
+def works_in_place(fn: Callable[[Tensor], Tensor]) -> bool:
+    """Return whether a function for torch's ``_apply`` writes or moves the memory it is given, as ``share_memory_``."""
+    number = torch.ones(1, device="cpu")
+    address = number.data_ptr()
+    return fn(number) is number and (number.data_ptr() != address or number.item() != 1)
 
 
 @dataclass(frozen=True)

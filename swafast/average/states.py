@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from ..op.buckets import stay
 from ..op.checks import check_cast
 from ..terms.copying import duplicate
 from ..terms.formats import FLOAT32, OWN, Format, convert
-from ..terms.names import canonical, rewrapping, unwrap
+from ..terms.names import canonical, names_in_states, rewrapping, unwrap
 from ..torch_private.modules import ASSIGN, Place, metadata_of, named_tensors, places, put_tensor, set_metadata
+from .bindings import WithBindings
 from .matching import FormatOf, each_average
 from .planes import fit_planes, put_planes, translate_state
 
@@ -82,7 +84,7 @@ def translate_load(
         number = count.item()
         if not isinstance(number, int) or not 0 <= number < 2**63:
             raise load_error(owner, f"'{prefix}n_averaged' must be one integer from 0 to 2^63 - 1, got {number}")
-        state[f"{prefix}n_averaged"] = count.to(torch.int64)
+        state[f"{prefix}n_averaged"] = count.to(torch.int64, copy=assign)  # else both would count
     head = f"{prefix}module."
     # Some wrappers leave their segments out of the keys of states, so look keys up by canonical names.
     given = {canonical(key[len(head) :]): key for key in state if key.startswith(head)}
@@ -110,14 +112,56 @@ def translate_load(
             room = [torch.zeros_like(kept.detach(), dtype=dtype) for _, dtype in fmt.extra]
             put_planes(owner, name, fmt, room)  # the assignment replaces them
     translate_state(state, prefix, names, formats, strict)
+    if assign:
+        _own_averages(owner, state, prefix, names, formats)
+
+
+def _own_averages(
+    owner: Module, state: Any, prefix: str, names: Mapping[str, Sequence[str]], formats: Mapping[str, Format]
+) -> None:
+    """Put copies in the place of the averages in a state that is to be assigned, since others may write its tensors."""
+    assert isinstance(owner, WithBindings)
+    for name, fmt in formats.items():
+        for keys in (names[name], *([f"{prefix}{plane}.{name}"] for plane, _ in fmt.extra)):
+            given = [key for key in keys if isinstance(state.get(key), Tensor)]
+            if given:
+                own = state[given[0]].detach().clone()
+                state.update(dict.fromkeys(given, own))
+                owner._bindings.homes |= stay([own] if not own.is_meta else [])
+
+
+def leave_out(module: Module, tensors: Collection[int], state: MutableMapping[str, Any], prefix: str) -> None:
+    """Take tensors of a ``module``, given by id, out of its state. ``prefix`` is that of its keys."""
+    for key, _ in _in_state(module, tensors, prefix):
+        state.pop(key, None)
+
+
+def fill_in(module: Module, tensors: Collection[int], state: MutableMapping[str, Any], prefix: str) -> None:
+    """Put tensors of a ``module``, given by id, into a state that was taken without any of them."""
+    own = dict(_in_state(module, tensors, prefix))
+    if not own.keys() & state.keys():
+        state.update(own)
+
+
+def _in_state(module: Module, tensors: Collection[int], prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors of a ``module``, given by id, with their keys in a state."""
+    names = names_in_states(module) if tensors else {}
+    for name, tensor in named_tensors(module) if tensors else ():
+        if id(tensor) in tensors:
+            yield prefix + names[name], tensor
 
 
 def export(
-    owner: Module, module: Module, averages: Iterable[tuple[str, Tensor, Format | None]], dtype: torch.dtype | None
+    owner: Module,
+    module: Module,
+    averages: Iterable[tuple[str, Tensor, Format | None]],
+    dtype: torch.dtype | None,
+    left_out: Collection[int] = (),
 ) -> dict[str, Any]:
     """Return copies of the averages, at full precision, and of the other tensors, under the model's own names.
 
-    Tied names have one tensor. With ``dtype``, all floating tensors are cast to it.
+    Tied names have one tensor. With ``dtype``, all floating tensors are cast to it. ``left_out`` has the ids of tensors
+    that are not exported.
 
     Raises:
         ValueError: ``dtype`` is neither a floating dtype nor None.
@@ -127,6 +171,8 @@ def export(
     exported: dict[int, Tensor] = {}
     state: dict[str, Any] = {}
     for key, value in unwrap(module).state_dict(keep_vars=True).items():
+        if id(value) in left_out:
+            continue
         if isinstance(value, Tensor):
             if id(value) not in exported:
                 exported[id(value)] = exported_copy(*known.get(id(value), ((value,), None)), dtype)

@@ -11,18 +11,22 @@ from torch import Tensor
 
 from ..backends import cpu
 from ..backends.contract import Pair
-from ..terms import layout
 from ..terms.layout import Slot, is_dense, lay_out, same_order
+from ..torch_private.core import is_held_elsewhere
+
+#: Two large pages: a plane of this size contains one.
+_LARGE_NBYTES = 4 * 2**20
 
 
 @torch.no_grad()
 def home_averages(pairs: Sequence[Pair], homes: frozenset[int]) -> frozenset[int]:
-    """Move planes of averages into new buckets, unless they are in one already, in their param's order.
+    """Move planes of averages into new buckets, in their param's order, unless they are at home.
 
     One bucket is filled and the old memory freed before the next is allocated, so the peak is at most one bucket more.
 
     Args:
-        homes: addresses of the planes that an earlier plan put into buckets.
+        homes: addresses of the planes that are at home. One that has another order than its param moves all the same,
+            unless other tensors stand on its memory, such as those of a state: they stay live.
 
     Returns:
         the addresses of all planes of averages now. Planes in memory shared with other processes have not moved.
@@ -38,7 +42,8 @@ def home_averages(pairs: Sequence[Pair], homes: frozenset[int]) -> frozenset[int
             # Other processes would not see a plane that has moved out of the memory they share.
             shared = plane.device.type == "cpu" and plane.is_shared()
             address = plane.data_ptr()
-            homed = address in homes and address not in taken and same_order(plane.shape, plane.stride(), order)
+            homed = address in homes and address not in taken
+            homed = homed and (same_order(plane.shape, plane.stride(), order) or is_held_elsewhere(plane))
             taken.add(address)
             if not shared and not homed:
                 planes.append(plane)
@@ -55,18 +60,18 @@ def home_averages(pairs: Sequence[Pair], homes: frozenset[int]) -> frozenset[int
     return frozenset(plane.data_ptr() for pair_planes in averaged for plane in pair_planes)
 
 
-def keep_large(planes: Iterable[Tensor], before: frozenset[int]) -> frozenset[int]:
-    """Return the addresses of planes that are larger than a bucket. They are homes, so that no copy of them is needed.
+def stay(planes: Iterable[Tensor], before: frozenset[int] = frozenset()) -> frozenset[int]:
+    """Return the addresses of planes that are at home where they lie: then no plan moves them.
 
     Args:
-        planes: new planes, whose memory nobody else uses.
+        planes: planes whose memory was made for them, so that nobody else writes it.
         before: the addresses of an earlier call.
     """
-    large = [plane for plane in planes if plane.numel() > layout.MAX_BUCKET_NUMEL and not plane.is_meta]
-    for plane in large:
-        if plane.data_ptr() not in before:
+    found = {plane.data_ptr(): plane for plane in planes}
+    for address, plane in found.items():
+        if plane.nbytes >= _LARGE_NBYTES and address not in before:
             cpu.want_large_pages(plane.untyped_storage())
-    return frozenset(plane.data_ptr() for plane in large)
+    return frozenset(found)
 
 
 @dataclass(frozen=True)
@@ -87,11 +92,18 @@ def new_in_buckets(likes: Sequence[PlaneLike]) -> Iterator[list[tuple[int, Tenso
         first = likes[bucket.slots[0].index]
         # A tensor made under inference_mode cannot be written in place outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            like = {"dtype": first.dtype, "device": first.device, "pin_memory": first.pinned}
-            storage = torch.empty(bucket.numel, **like).untyped_storage()  # type: ignore[call-overload]
-            cpu.want_large_pages(storage)
-            made = [(slot.index, stand_on_own_storage(storage, likes[slot.index], slot)) for slot in bucket.slots]
+            if first.device.type == "meta":  # nothing to share
+                made = [(slot.index, _empty(likes[slot.index])) for slot in bucket.slots]
+            else:
+                like = {"dtype": first.dtype, "device": first.device, "pin_memory": first.pinned}
+                storage = torch.empty(bucket.numel, **like).untyped_storage()  # type: ignore[call-overload]
+                cpu.want_large_pages(storage)
+                made = [(slot.index, stand_on_own_storage(storage, likes[slot.index], slot)) for slot in bucket.slots]
         yield made
+
+
+def _empty(like: PlaneLike) -> Tensor:
+    return torch.empty_strided(tuple(like.shape), tuple(like.stride), dtype=like.dtype, device=like.device)
 
 
 def stand_on_own_storage(bucket: torch.UntypedStorage, like: PlaneLike, slot: Slot) -> Tensor:

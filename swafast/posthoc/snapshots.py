@@ -11,14 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..average.fused_averages import FusedAverages
 from ..loop.guard import Guard
 from ..sharded.construction import spell
-from ..sharded.parts.ranks import Counting, OneProcess
+from ..sharded.parts.ranks import Counting
 from ..sharded.parts.rendezvous import shared_ranks
 from ..sharded.sharded_model import ShardedAveragedModel
 from ..terms.pickling import pickled_from
@@ -88,9 +87,8 @@ class Snapshots:
         rules: Mapping[str, Rule] | None = None,
     ) -> None:
         self.folder = Path(folder).absolute()  # the working directory may change
-        alone = process_group is None and not (dist.is_available() and dist.is_initialized())
         self._has_warned = False  # of later snapshots in the folder
-        self._ranks = OneProcess() if alone else shared_ranks(process_group, "Snapshots")
+        self._ranks = shared_ranks(process_group, "Snapshots")
         with self._ranks.settled("Snapshots"):
             if rules is not None and not isinstance(rules, Mapping):
                 raise TypeError(f"rules must be a mapping of names to rules or None, got {type(rules).__name__}")

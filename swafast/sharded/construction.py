@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import Module
 
 from ..op import checks
@@ -17,9 +19,30 @@ from ..op.checksum import checksum
 from ..terms.formats import Format, format_of, stored_dtype
 from ..terms.names import empty_buffers, unwrap
 from .parts.holdings import Held, Holding, Mesh, partial_meshes
-from .parts.ranks import Ranks
+from .parts.ranks import OneProcess, Ranks
+from .parts.rendezvous import shared_ranks
 from .parts.shares import Share, view_of_run
 from .parts.spread import Spread
+
+
+def ranks_over(process_group: ProcessGroup | Ranks | None, call: str) -> Ranks:
+    """Return the ranks of a new average. Without a process group they are one process. Collective.
+
+    Args:
+        process_group, call: as for :func:`~.parts.rendezvous.shared_ranks`.
+
+    Raises:
+        TypeError, LostPeerError: as :func:`~.parts.rendezvous.shared_ranks`.
+        ValueError: likewise; or a launcher such as torchrun has started several processes, and there is no group.
+    """
+    ranks = shared_ranks(process_group, call)
+    started = os.environ.get("WORLD_SIZE", "1")
+    if process_group is None and isinstance(ranks, OneProcess) and started != "1":
+        raise ValueError(
+            f"process_group must exist, got none in one of {started} processes (WORLD_SIZE): call "
+            "torch.distributed.init_process_group before"
+        )
+    return ranks
 
 
 def gather_meshes(model: Module, ranks: Ranks) -> dict[str, tuple[Mesh, ...]]:

@@ -17,9 +17,8 @@ from ..loop.guard import Guard
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
 from . import checkpoint, full_states
-from .construction import spell
+from .construction import ranks_over, spell
 from .parts.ranks import Ranks
-from .parts.rendezvous import shared_ranks
 from .regrowing import adapt_shards
 from .sharded_model import ShardedAveragedModel
 from .updating import AttachableShards
@@ -59,7 +58,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         seed: int = 0,
         num_averaged: int = 0,
     ) -> None:
-        self._ranks = shared_ranks(process_group, "ShardedAverages")
+        self._ranks = ranks_over(process_group, "ShardedAverages")
         self._number = self._ranks.next_number()
         with self._ranks.lock:
             with self._ranks.settled("ShardedAverages"):

@@ -27,7 +27,6 @@ from . import checkpoint, construction
 from .full_states import HasFullStates
 from .parts.holdings import Held, copied_by_torch, find_holdings, reshard
 from .parts.ranks import Ranks
-from .parts.rendezvous import shared_ranks
 from .parts.shares import share_out
 from .regrowing import AdaptableShards
 from .shard_matching import Bound
@@ -59,8 +58,9 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
         format, seed, backend: as for :class:`~swafast.FusedAveragedModel`. Random bits do not depend on the shards.
         include: ``include(name, param) -> bool`` picks the parameters to average. The others are not stored, saved or
             exchanged.
-        process_group: the ranks over which the model is spread; default: all. All averages of one group share one
-            process group of ours, so all ranks must make their collective calls in the same order.
+        process_group: the ranks over which the model is spread; default: all, or this process alone if there is no
+            process group. All averages of one group share one process group of ours, so all ranks must make their
+            collective calls in the same order.
         use_buffers: average floating-point buffers too. By default all buffers are copied; integer ones always are.
             Each rank averages its own buffers; a state has those of the first rank.
         share_replicas: cut shards that several ranks hold alike, evenly over these ranks.
@@ -70,8 +70,9 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
 
     Raises:
         TypeError: ``model`` is not a module, or another argument has a wrong type.
-        ValueError: there is no process group; an argument has a value not listed above; or ranks differ in names,
-            shapes, placements, arguments, or bits that they should hold alike. The message names the difference.
+        ValueError: there are several processes and no process group; an argument has a value not listed above; or
+            ranks differ in names, shapes, placements, arguments, or bits that they should hold alike. The message names
+            the difference.
         NotImplementedError: a parameter's dtype, such as float8, cannot be averaged. ``include`` can leave it out.
         RuntimeError: construction failed on another rank, which the message names; or a rank was lost.
 
@@ -103,7 +104,7 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
         seed: int = 0,
         num_averaged: int = 0,
     ) -> None:
-        self._ranks = shared_ranks(process_group, "ShardedAveragedModel")
+        self._ranks = construction.ranks_over(process_group, "ShardedAveragedModel")
         self._number = self._ranks.next_number()
         self.format, self.backend, self.nonfinite, self.seed = format, backend, nonfinite, seed
         self.use_buffers, self.share_replicas, self.include = use_buffers, share_replicas, include

@@ -88,8 +88,8 @@ op/: one update, planned and launched
     launches          the work of one update, and how it runs
     fingerprint       addresses, shapes and dtypes of tensors, to see whether a plan still fits
     plane like        the shape, strides, dtype and device of a plane to be made
-    home              the address of a plane in a bucket
     copies            the pairs that torch copies beside a plan, since no kernel takes them
+    home              the address of a plane whose memory was made for it, so that no plan moves it
     exchange          params and averages that change places
     replaced          params that have their copies during a swap, and the way back
     moved             the way back of an exchange whose memory has moved
@@ -105,7 +105,10 @@ average/: averaged models of one process
     has rule          base class of an averaged model whose rule may be set, as torch's averaging functions may
     holds models      base class of one averaged model, which says so where it is used before it holds a model
     tree              planes under dotted names, as a module
-    recoded params    the params that a construction copies in another dtype
+    model copy        stands for a model while it is deep-copied, and makes the averages of the copy
+    lent              a frozen param of the averaged module that stands on the model's memory
+    loan              the lent params of one plan, and the others that it leaves out because they are frozen
+    holds planes      base class of one averaged model, which knows where its planes lie
     recast            a move or cast of an averaged model to another device or dtype
     cast              an average in another dtype: what was and what is to be in its place
     adaptable         base class of one averaged model that can take over a model that has grown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import Tensor
 from torch.nn import Module
@@ -78,16 +78,13 @@ def rewrapping(model: Module, given: Collection[str], paths: Collection[str]) ->
         are empty if nothing differs.
     """
     raw = [name for buffers in (False, True) for name, _ in named_tensors(model, buffers=buffers)]
-    here = named_modules(model)
-    paths_here = [name for name, _ in here]
+    paths_here = [name for name, _ in named_modules(model)]
     extra_states = {f"{path}._extra_state".lstrip(".") for path in paths_here}
     if {*given} <= {*raw, *extra_states} and {*paths} <= {*paths_here}:
         return {}, {}  # the model is wrapped in the same way
-    root = unwrap(model)
-    prefix = next(f"{name}.".lstrip(".") for name, module in here if module is root)
+    root, prefix = _root_of(model)
     shown, modules = _shown(prefix, root)
-    raw = [name.removeprefix(prefix) for name in raw]
-    own = {canonical(name): shown[_head(name)[:-1]] + name[len(_head(name)) :] for name in raw}
+    own = {canonical(name.removeprefix(prefix)): _in_state(name.removeprefix(prefix), shown) for name in raw}
     unwrapped = unwrapping(given, own)
 
     def rewrapped(name: str) -> str:
@@ -106,6 +103,24 @@ def rewrapping(model: Module, given: Collection[str], paths: Collection[str]) ->
     if ours.keys() == {*paths}:
         return names, {path: path for path in ours}
     return names, {path: theirs[bare] for path, bare in ours.items() if bare in theirs}
+
+
+def names_in_states(model: Module) -> dict[str, str]:
+    """Return the name of each param and buffer in a state of ``model``, by the name that it has in the module."""
+    root, prefix = _root_of(model)
+    shown, _ = _shown(prefix, root)
+    raw = [name for buffers in (False, True) for name, _ in named_tensors(model, buffers=buffers)]
+    return {name: _in_state(name.removeprefix(prefix), shown) for name in raw}
+
+
+def _root_of(model: Module) -> tuple[Module, str]:
+    """Return the unwrapped model, and the prefix of its names in ``model``."""
+    root = unwrap(model)
+    return root, next(f"{name}.".lstrip(".") for name, module in named_modules(model) if module is root)
+
+
+def _in_state(name: str, shown: Mapping[str, str]) -> str:
+    return shown[_head(name)[:-1]] + name[len(_head(name)) :]
 
 
 def _shown(prefix: str, root: Module) -> tuple[dict[str, str], dict[str, str]]:

@@ -93,6 +93,15 @@ def has_own_dispatch(tensor: Tensor) -> bool:
     return getattr(type(tensor), "__torch_dispatch__", disabled) is not disabled
 
 
+def is_held_elsewhere(tensor: Tensor) -> bool:
+    """Return whether other tensors stand on the storage of ``tensor``; True if torch does not tell."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    if count is None:
+        return True
+    alone = torch.empty(0, device="cpu")
+    return bool(count(tensor.untyped_storage()._cdata) > count(alone.untyped_storage()._cdata))
+
+
 def make_wrapper(kind: type[T], shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> T:
     """Make a tensor of the subclass ``kind`` with this shape, dtype and device, but without memory."""
     return Tensor._make_wrapper_subclass(kind, tuple(shape), dtype=dtype, device=device)

@@ -37,6 +37,13 @@ def own_children(module: Module) -> dict[str, Module | None]:
     return module.__dict__.get("_modules", {})
 
 
+def own_values(module: Module) -> list[tuple[str, Any]]:
+    """Return a module's own params, buffers and further attributes, with their names."""
+    kept = ("_parameters", "_buffers", "_modules")
+    further = [(name, value) for name, value in module.__dict__.items() if name not in kept]
+    return [*module._parameters.items(), *module._buffers.items(), *further]
+
+
 def named_modules(root: Module, *, distinct: bool = False) -> list[tuple[str, Module]]:
     """Return every module of the tree with its name, in torch's order.
 

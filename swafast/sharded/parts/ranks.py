@@ -290,10 +290,7 @@ class Counting:
 
 def checked_group(process_group: object) -> ProcessGroup:
     if not (dist.is_available() and dist.is_initialized()):
-        raise ValueError(
-            "process_group must exist, got none: call torch.distributed.init_process_group before, or use "
-            "FusedAveragedModel or FusedAverages in a single process"
-        )
+        raise ValueError("process_group must exist, got none: call torch.distributed.init_process_group before")
     if process_group is None:
         process_group = dist.group.WORLD
     elif process_group is dist.GroupMember.NON_GROUP_MEMBER:  # new_group returns it on ranks outside the group
@@ -304,7 +301,12 @@ def checked_group(process_group: object) -> ProcessGroup:
 
 
 class OneProcess(Ranks):
-    """The ranks of a single process without a process group."""
+    """The ranks of a single process without a process group: this one, which meets nobody."""
 
     def __init__(self) -> None:
-        self.rank, self.ranks, self.group, self.lock, self._fault = 0, (0,), None, ForkSafeLock(), Fault("this")
+        self.rank, self.ranks, self.name, self.group = 0, (0,), "", None
+        self.lock, self._fault, self._numbers = ForkSafeLock(), Fault("this"), itertools.count()
+        self._subgroups = {self.ranks: self}
+
+    def device_for(self, device: torch.device) -> torch.device:
+        return device

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup, Store
 
 from ...torch_private.distributed import group_timeout, store_of
 from .faults import LostPeerError, losing_peers
-from .ranks import GRACE, Ranks, checked_group
+from .ranks import GRACE, OneProcess, Ranks, checked_group
 
 #: How long ranks wait for each other if their process group has no timeout.
 _TIMEOUT = timedelta(minutes=30)
@@ -103,6 +103,8 @@ _making = threading.Lock()
 def shared_ranks(process_group: ProcessGroup | Ranks | None = None, call: str = "this") -> Ranks:
     """Return our one group over ``process_group``. If a rank has lost a peer in it, make a new one. Collective.
 
+    Without any process group this is one process, and each call returns ranks of its own.
+
     Args:
         process_group: our own group is returned as it is.
         call: the user's call, for the message of an error.
@@ -112,6 +114,8 @@ def shared_ranks(process_group: ProcessGroup | Ranks | None = None, call: str = 
     """
     if isinstance(process_group, Ranks):
         return process_group
+    if process_group is None and not (dist.is_available() and dist.is_initialized()):
+        return OneProcess()
     parent = checked_group(process_group)
     with _making:
         seat = _seats.get(parent) or _seats.setdefault(parent, _Seat(parent))
