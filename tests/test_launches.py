@@ -92,7 +92,8 @@ def test_a_library_that_does_not_load_warns_once_and_says_why(
 ) -> None:
     broken = tmp_path / "libswafast.so"
     broken.write_bytes(b"not a library")
-    monkeypatch.setenv("SWAFAST_LIBRARY", str(broken))
+    monkeypatch.delenv("SWAFAST_LIBRARY", raising=False)
+    monkeypatch.setattr(library, "_candidates", lambda: [broken])
     monkeypatch.setattr(choice, "_warned", set())
     library.load.cache_clear()
     try:
@@ -104,7 +105,7 @@ def test_a_library_that_does_not_load_warns_once_and_says_why(
             average.update_parameters(every_kind)
         with pytest.raises(RuntimeError, match="backend='cpu' cannot run here"):
             FusedAveragedModel(every_kind, backend="cpu")
-        monkeypatch.setenv("SWAFAST_LIBRARY", str(tmp_path / "absent.so"))
+        monkeypatch.setattr(library, "_candidates", lambda: [tmp_path / "absent.so"])
         library.load.cache_clear()
         assert "no native library at" in str(cpu.unavailable())
     finally:

@@ -17,12 +17,13 @@ from ..op import checks, choice
 from ..op.buckets import keep_large
 from ..op.exchange import Exchange
 from ..terms.formats import OWN, Format, check_format, convert, format_of, stored_dtype
+from ..terms.hints import hinted
 from ..terms.names import named_params, unwrap
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule, rule_of
 from ..torch_private.core import disable_dynamo
-from ..torch_private.modules import named_tensors
-from .accepting import ask_include, check_model, refuse_sharded
+from ..torch_private.modules import named_tensors, own_buffers
+from .accepting import ask_include, check_device, check_model, refuse_sharded
 from .contents import HoldsModels
 from .functions import choose_rule, update_by_function
 from .loading import load_whole
@@ -85,8 +86,6 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
     avg_fn: Callable[..., Tensor] | None = None
     multi_avg_fn: Callable[..., None] | None = None
     use_buffers: bool = False
-    format: str | None = None
-    backend: str | None = None
     include: Callable[[str, Tensor], bool] | None = None
     nonfinite: str = "propagate"
     seed: int = 0
@@ -94,6 +93,7 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
     _any_device: bool = False  # the average may be on another device than the model
     _strict: bool = True  # ``strict`` of the load under way, since torch does not pass it to modules
 
+    @hinted
     def __init__(
         self,
         model: Module,
@@ -117,8 +117,7 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
         checks.check_nonfinite(nonfinite)
         checks.check_seed(seed)
         checks.check_num_averaged(num_averaged)
-        if device is not None and not isinstance(device, (int, str, torch.device)):
-            raise TypeError(f"device must be a torch.device, got {device!r}: pass a rule as rule=")
+        check_device(device)
         params = named_params(unwrap(check_model(model)), "model")
         choice.choose_backends(backend, {param.device.type for param in params.values()})
         refuse_sharded(model)
@@ -161,7 +160,7 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
             return None
         if self.rule is None:
             return OWN
-        fmt = format_of(self.format, average.dtype)
+        fmt = format_of(self.__dict__.get("format"), average.dtype)
         if fmt is None:
             raise NotImplementedError(f"{name!r} must have a dtype that can be averaged, got {average.dtype}")
         return fmt
@@ -208,14 +207,15 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
     def _bind(self, model: Module, by_function: bool | None = None) -> Bound:
         """Return the plan for ``model``. ``by_function``, if known: whether the user's own function runs updates."""
         config = self._config(self.rule is None if by_function is None else by_function)
-        return self._bindings.bind(self, self._sides, model, config, (self.n_averaged,))
+        return self._bindings.bind(self, self._sides, model, config, (own_buffers(self)["n_averaged"],))
 
     def _config(self, by_function: bool) -> object:
         """Return what a plan depends on besides the tensors."""
-        return (by_function, self.use_buffers, self.format, self.backend, self._any_device, self.seed)
+        asked = self.__dict__.get
+        return (by_function, self.use_buffers, asked("format"), asked("backend"), self._any_device, self.seed)
 
     def _sides(self) -> list[ModuleSide]:
-        return [ModuleSide(self, self._format_of, self._any_device, self.backend, self.seed)]
+        return [ModuleSide(self, self._format_of, self._any_device, self.__dict__.get("backend"), self.seed)]
 
     # Use of the average
 
@@ -336,7 +336,7 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
         with self._guard.hold("a move or cast"):
             has_values = keeps_values(fn)
             self._holds()
-            recast = Recast(self, self._each_average(), fn, lambda dtype: format_of(self.format, dtype))
+            recast = Recast(self, self._each_average(), fn, lambda dtype: format_of(self.__dict__.get("format"), dtype))
             try:
                 super()._apply(recast, recurse)
             finally:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..terms.warn import warn_user
 from ..torch_private.core import versions
+from .described import Described
 
 if TYPE_CHECKING:
     from ..loop.guard import Guard
@@ -66,7 +67,7 @@ def _stamps(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
     return list(zip(map(id, tensors), versions(tensors), strict=True))
 
 
-class HoldsModels:
+class HoldsModels(Described):
     """Base class of one averaged model, which says so where it is used before it holds a model."""
 
     _uncounted: Uncounted | None = None  # None: models are counted, or it is an old pickle, which does not tell

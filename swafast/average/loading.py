@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..op.checks import check_plain
+from ..terms import hints
 from ..terms.layout import extent
 from ..torch_private.core import has_own_dispatch
 from ..torch_private.modules import (
@@ -27,7 +28,7 @@ from ..torch_private.modules import (
     put_tensor,
     set_metadata,
 )
-from .states import keeping_ties
+from .states import all_tensors, keeping_ties
 
 
 def load_whole(
@@ -73,11 +74,15 @@ def load_whole(
         way_back.put_back_tensors()
         is_writing = True
         write_all(writes)
-    except BaseException:
+    except BaseException as error:
         if is_writing:
             write_all(writes)  # an interrupt may have come before the first
         else:
             way_back.go()
+        if type(error) is RuntimeError and str(error).startswith("Error(s) in loading state_dict"):  # torch's own
+            names = [name for module in averaged for name, _ in all_tensors(module)]
+            hint = hints.of_state(state_dict, names, several=hasattr(root, "keys"))
+            raise RuntimeError(hints.shortened(str(error)) + hint) from None
         raise
     return result
 

@@ -19,6 +19,8 @@ from ..op import checks, choice
 from ..op import torch_op as torch_op  # registers the op with the first average
 from ..op.launches import draws_of
 from ..op.plan import Plan
+from ..op.report import log_plan
+from ..terms import hints
 from ..terms.formats import Format
 from ..terms.lazy import MadeOnUse
 from ..terms.names import named_buffers, named_params, require_same_names, unwrap
@@ -193,6 +195,11 @@ class Bindings:
         return self._recent[0]
 
     @property
+    def backends(self) -> list[str]:
+        """The names of the backends of the plan that was used last; none before the first."""
+        return self.latest.plan.backends if self._recent else []
+
+    @property
     def homes(self) -> frozenset[int]:
         """Addresses of the planes that are in buckets, or are as large."""
         return self.shared_homes | self.large_homes | (self.latest.plan.homes if self._recent else frozenset())
@@ -221,7 +228,9 @@ class Bindings:
             ValueError, RuntimeError: as :class:`ModuleBinding`.
         """
         if not isinstance(model, Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+            raise TypeError(
+                f"model must be a torch.nn.Module, got {type(model).__name__}{hints.of_value('model', model)}"
+            )
         current = self.current(model, config, counters)
         if current is not None:
             return current
@@ -239,6 +248,8 @@ class Bindings:
 
     def use(self, binding: AnyBinding) -> None:
         """Put ``binding`` first. Drop those that no longer fit, and beyond ``_MOST`` the least recently used one."""
+        if not self._recent:
+            log_plan(binding.plan)
         kept: list[AnyBinding] = [binding]
         dropped: list[AnyBinding] = []
         for other in self._recent:
@@ -264,6 +275,7 @@ class WithBindings(Attachable):
     """Base class of the averaged models that are modules. Copies leave out what belongs to this process."""
 
     _bindings = MadeOnUse[Bindings](lambda self: Bindings())
+    _meant = hints.OF_MODULES
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process, and ``include``, which may be a lambda; its answers are kept."""

@@ -21,7 +21,7 @@ from .planes import fit_planes, put_planes, translate_state
 def keeping_ties(module: Module) -> Iterator[None]:
     """On leaving, tie again the tensors that were tied before, since ``assign=True`` gives each name its own tensor."""
     names: dict[int, list[str]] = {}
-    for name, tensor in _all_tensors(module):
+    for name, tensor in all_tensors(module):
         names.setdefault(id(tensor), []).append(name)
     yield
     for first, *others in names.values():
@@ -37,7 +37,7 @@ def keeping_ties(module: Module) -> Iterator[None]:
                     put_tensor(tied_module, tied, leaf, kept[first_leaf])
 
 
-def _all_tensors(module: Module) -> list[tuple[str, Tensor]]:
+def all_tensors(module: Module) -> list[tuple[str, Tensor]]:
     return [*named_tensors(module), *named_tensors(module, buffers=True)]
 
 
@@ -62,7 +62,7 @@ def translate_load(
     # Some wrappers leave their segments out of the keys of states, so look keys up by canonical names.
     given = {canonical(key[len(head) :]): key for key in state if key.startswith(head)}
     keys: dict[int, list[str]] = {}
-    for raw, tensor in _all_tensors(module):
+    for raw, tensor in all_tensors(module):
         key = given.get(canonical(raw))
         if key is not None and isinstance(state[key], Tensor):
             keys.setdefault(id(tensor), []).append(key)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from ..terms import hints
 from ..terms.lazy import MadeOnUse
 from ..terms.warn import warn_user
 from ..torch_private.modules import named_tensors
@@ -26,7 +27,7 @@ from .schedule import Schedule, Span
 from .stand_in import StandIn
 
 
-class Attachable:
+class Attachable(hints.WithHints):
     """Base class of the averaged models that can be attached to an optimizer."""
 
     _made_of: weakref.ref[Module] | None = None  # the model that was passed at construction
@@ -36,6 +37,7 @@ class Attachable:
     def _make_guard(self) -> Guard:
         return Guard()
 
+    @hints.hinted
     def attach(
         self,
         optimizer: Optimizer | Sequence[Optimizer],
@@ -63,7 +65,8 @@ class Attachable:
 
         Args:
             optimizer: an optimizer of the model's params, or several. Several count a step once all have stepped, each
-                at least once. The last one's state dict holds the attachment's state.
+                at least once. The last one's state dict holds the attachment's state. Of a wrapper, such as
+                Accelerate's, it is the optimizer inside.
             model: the model that the optimizer trains; default: the one that this average was made of.
             start: the step of the first update; 0, the default, starts at step ``every``.
             every: the span between updates.
@@ -95,7 +98,7 @@ class Attachable:
             step = None if step is None else check_step(step)
             model = self._model_for(optimizers, model)
             roster = Roster.of(optimizers[-1])
-            name = roster.name_for(name, _default_name(self))
+            name = roster.name_for(name, default_name(self))
             saved = roster.waiting()
         given = {"schedule": schedule, "overlap": overlap, "offload": offload, "name": name, "step": step}
         self._agree({key: str(value) for key, value in given.items()})
@@ -118,7 +121,9 @@ class Attachable:
             if model is None:
                 raise ValueError("model must be given, got None: the model that this average was made of is not known")
         if not isinstance(model, Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+            raise TypeError(
+                f"model must be a torch.nn.Module, got {type(model).__name__}{hints.of_value('model', model)}"
+            )
         with self._guard.hold("attach"):
             self._bind(model)
             if swaps.in_force:
@@ -183,7 +188,7 @@ def _has_models(averaged: object) -> bool:
     return any(not count.is_meta and bool(count > 0) for count in counts)
 
 
-def _default_name(averaged: object) -> str:
+def default_name(averaged: object) -> str:
     """Return what tells averages from others: the names of several, or the rule with what the user has set of it."""
     members = _members(averaged)
     if "" not in members:
@@ -218,16 +223,28 @@ def check_optimizers(given: object) -> list[Optimizer]:
     if not every:
         raise ValueError("optimizer must be one optimizer or several, got an empty sequence")
     optimizers = []
-    for optimizer in every:
-        name = type(optimizer).__name__
+    for each in every:
+        optimizer = each
+        while not _runs_hooks(optimizer) and hasattr(optimizer, "param_groups") and hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer  # of a wrapper, whose step calls that of the optimizer inside
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {name}")
-        try:
-            optimizer.register_step_post_hook(lambda *_: None).remove()
-        except AttributeError:
-            raise TypeError(f"optimizer must run torch's hooks, got {name}: pass the optimizer inside it") from None
+            hint = hints.of_value("optimizer", each)
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(each).__name__}{hint}")
+        if not _runs_hooks(optimizer):
+            name = type(each).__name__
+            raise TypeError(f"optimizer must run torch's hooks, got {name}: pass the optimizer inside it")
         optimizers.append(optimizer)
     return optimizers
+
+
+def _runs_hooks(optimizer: object) -> bool:
+    if not isinstance(optimizer, Optimizer):
+        return False
+    try:
+        optimizer.register_step_post_hook(lambda *_: None).remove()
+    except AttributeError:  # a wrapper that has not run its base class's __init__
+        return False
+    return True
 
 
 def _warn_of_others(model: Module, optimizers: Sequence[Optimizer]) -> None:

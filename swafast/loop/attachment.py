@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from ..terms import hints
 from ..terms.lazy import MadeOnUse
 from ..terms.warn import warn_user
 from ..torch_private.core import disable_dynamo
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 
-class Attachment:
+class Attachment(hints.WithHints):
     """An averaged model that follows an optimizer until it is detached; ``averaged.attach(optimizer)`` returns it.
 
     Its state, the number of steps and the schedule, is saved and loaded in the optimizer's state dict, under its name.
@@ -37,6 +38,8 @@ class Attachment:
         schedule: the :class:`~swafast.loop.schedule.Schedule` of updates. You may assign another one.
         then: functions that are called after each step that counts, and its update.
     """
+
+    _meant = hints.OF_ATTACHMENTS
 
     # A backward over several GPUs may step optimizers in several threads.
     _counting = MadeOnUse[threading.Lock](lambda self: threading.Lock())
@@ -161,7 +164,8 @@ class Attachment:
             self._own_thread = None
 
     def __repr__(self) -> str:
-        return f"Attachment(name={self.name!r}, step={self.step}, schedule={self.schedule})"
+        end = "" if self.is_attached else ", detached"
+        return f"Attachment(name={self.name!r}, step={self.step}, schedule={self.schedule}{end})"
 
     def settle(self, action: str) -> None:
         """Wait as :meth:`join` before an action on the averages. Warn once of an update that the user calls."""

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from ..loop import swaps
 from ..loop.attach import Attachable
+from ..terms import hints
 from ..torch_private.core import is_in_backward, running_eagerly
 from ..torch_private.modules import BatchNormLayer, named_modules, own_buffers
 
@@ -62,8 +63,7 @@ def update_bn(
     section 3.2.
     """
     if not isinstance(model, Module):
-        hint = ": pass the model, inside swapped_into" if hasattr(model, "swapped_into") else ""
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hint}")
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hints.of_value('model', model)}")
     layers = {
         name: Layer(module, Moments())
         for name, module in named_modules(model, distinct=True)

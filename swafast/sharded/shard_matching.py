@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from ..average.matching import Bindings
 from ..backends.contract import Pair
 from ..op import checks, choice
 from ..op.plan import Fingerprint, Plan
+from ..terms import hints
 from ..terms.draws import Draws, make_random_key
+from ..terms.formats import Format
 from ..terms.names import canonical, require_same_names, unwrap
 from ..terms.rules import Rule
 from ..torch_private import distributed as private
@@ -175,12 +177,18 @@ class ShardSide(HoldsModels):
     rule: Rule
     n_averaged: Tensor  # () int64, number of updates, on the params' device
     seed: int
-    backend: str | None
     _ranks: Ranks
     _shares: Sequence[Share]
     _planes: Mapping[str, tuple[Tensor, ...]]  # by name of the share
     _left_alone: Collection[str]  # names of params that are not averaged
     _meshes: Mapping[str, tuple[Mesh, ...]]  # for `find_holdings`
+
+    def _stored(self) -> Iterator[tuple[Format | None, Sequence[Tensor]]]:
+        for share in self._shares:
+            yield share.format, self._planes[share.name]
+
+    def _head(self) -> Iterable[str]:
+        return [f"rank {self._ranks.index} of {self._ranks.size}"]
 
     def _find_held(self, model: Module) -> dict[str, Held]:
         """Return what this rank holds of ``model`` now, by name, in the order of the shares.
@@ -222,7 +230,7 @@ class ShardBinding:
     def __init__(
         self, model: Module, sides: Sequence[ShardSide], held: Mapping[str, Held], staging: Staging | None
     ) -> None:
-        backend = sides[0].backend
+        backend = vars(sides[0])["backend"]
         self.config, self._staging = (backend, staging), staging
         self._locator = Locator(model, sides[0]._shares, held)
         found = self._locator.find(model)
@@ -293,8 +301,8 @@ def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], s
         ValueError: names, shapes, placements or memory do not fit the averages. The message names the param.
     """
     if not isinstance(model, Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    counters, config = [side.n_averaged for side in sides], (sides[0].backend, staging)
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hints.of_value('model', model)}")
+    counters, config = [side.n_averaged for side in sides], (vars(sides[0])["backend"], staging)
     current = bindings.current(model, config, counters)
     if current is None:
         # After a forward pass without a backward, FSDP's root is gathered and its modules hold other tensors.
@@ -320,5 +328,5 @@ def on_its_memory(bound: Bound, sides: Sequence[ShardSide]) -> Bound:
         sides[index // each]._pair(share, view, index // each)
         for index, (share, view) in enumerate(zip(views.shares, views, strict=True))
     ]
-    backends = choice.choose_backends(sides[0].backend, choice.device_types(pairs))
+    backends = choice.choose_backends(vars(sides[0])["backend"], choice.device_types(pairs))
     return Plan(pairs, backends, counters, frozenset(map(Tensor.data_ptr, planes))), views, planes

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Module
 
+from ..average.described import describe_all
 from ..average.fused_averages import named_formats, named_rules
 from ..loop.guard import Guard
+from ..terms import hints
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
 from . import checkpoint
@@ -42,6 +44,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
             average's class raises.
     """
 
+    @hints.hinted
     def __init__(
         self,
         model: Module,
@@ -98,19 +101,23 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
-    def __getattr__(self, name: str) -> ShardedAveragedModel:
+    def __getattr__(self, name: str) -> Any:
         averages = self.__dict__.get("_averages", {})
         if name in averages:
             return averages[name]
         if hasattr(ShardedAveragedModel, name) and not name.startswith("_"):
             first = next(iter(self))
             raise AttributeError(f"each of several averages has its own {name}: use averages[{first!r}].{name}")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        others: Any = super()
+        return others.__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_averages", {}):
             raise AttributeError(f"averages must stay as they are, got a change of {name!r}: make new ShardedAverages")
         super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        return describe_all(self)
 
     @property
     def _updated(self) -> list[ShardedAveragedModel]:
@@ -124,6 +131,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         """
         return self._joined("state_dict", checksums=checksums)
 
+    @hints.hinted
     def full_state_dict(self, *, rank0_only: bool = False, cpu_offload: bool = False) -> dict[str, Tensor]:
         """Return whole tensors under the keys of :class:`~swafast.FusedAverages`. Collective.
 
@@ -164,7 +172,10 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         for key, value in state_dict.items():
             name, _, rest = str(key).partition(".")
             if name not in states:
-                raise ValueError(f"state_dict must have keys of the averages {', '.join(map(repr, self))}, got {key!r}")
+                raise ValueError(
+                    f"state_dict must have keys of the averages {', '.join(map(repr, self))}, got {key!r}"
+                    f"{hints.of_state(state_dict, ())}"
+                )
             states[name][rest] = value
         return states
 

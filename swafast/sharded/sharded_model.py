@@ -18,6 +18,7 @@ from ..loop import swaps
 from ..loop.guard import Guard, seamless
 from ..loop.swaps import Swap
 from ..op import checks
+from ..terms import hints
 from ..terms.formats import check_format, convert
 from ..terms.pickling import pickled_from
 from ..terms.rules import EqualAverage, Rule
@@ -84,6 +85,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         torch.distributed.checkpoint.save({"averaged": averaged.state_dict()}, checkpoint_id=folder)
     """
 
+    @hints.hinted
     def __init__(
         self,
         model: Module,
@@ -113,7 +115,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
     ) -> None:
         """Construct the average in steps that all ranks take together. Collective."""
         with self._ranks.settled("ShardedAveragedModel"):
-            check_format(self.format)
+            check_format(self.__dict__["format"])
             checks.check_nonfinite(self.nonfinite)
             checks.check_seed(self.seed)
             checks.check_num_averaged(num_averaged)
@@ -125,7 +127,8 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         with self._ranks.settled("ShardedAveragedModel"):
             held = self._set_up(model, include)
         options = ("rule", "format", "nonfinite", "use_buffers", "share_replicas", "seed")
-        described = {option: construction.spell(getattr(self, option)) for option in options}
+        asked = {option: getattr(self, option) for option in options} | {"format": self.__dict__["format"]}
+        described = {option: construction.spell(value) for option, value in asked.items()}
         described["num_averaged"] = str(num_averaged)
         self._ranks.agree("the model and the arguments", described | construction.describe(self._shares))
         construction.require_same_bits(self._shares, held, self._ranks)
@@ -146,10 +149,11 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
         }
         self._left_alone = {name for name, included in ask_include(include, params).items() if not included}
         held = {name: found[name] for name in found if name not in self._left_alone}
+        asked = self.__dict__["format"]
         holdings = [each.holding for each in held.values()]
-        formats = {each.name: construction.format_of_average(each, self.format, self.use_buffers) for each in holdings}
+        formats = {each.name: construction.format_of_average(each, asked, self.use_buffers) for each in holdings}
         self._shares = share_out(holdings, formats, self._ranks.rank, share_replicas=self.share_replicas)
-        self._planes = construction.make_planes(self._shares, held, self.format)
+        self._planes = construction.make_planes(self._shares, held, asked)
         device = holdings[0].device if holdings else torch.device("cpu")
         self.n_averaged = torch.zeros((), dtype=torch.int64, device=device)
         self._bind(model)
@@ -273,6 +277,7 @@ class ShardedAveragedModel(AttachableShards, ShardSide):
             checkpoint.commit([(pending, self.n_averaged)])
             self._count_from(int(pending.count), is_loaded=True)
 
+    @hints.hinted
     def full_state_dict(self, *, rank0_only: bool = False, cpu_offload: bool = False) -> dict[str, Tensor]:
         """Return whole tensors under the keys of :class:`~swafast.FusedAveragedModel`. Collective.
 

@@ -40,6 +40,8 @@ terms/: ints, names and numbers
     key               what something is looked up by; in a state, the name of an entry
     package           the public package under which a class is pickled
     made on use       an attribute that is made on its first use
+    hint              the end of an error: the line that a user meant
+    with hints        base class whose errors about attributes that it lacks end with a hint
 
 backends/: tensors in, tensors changed
     backend           ``reference``, ``cpu``, ``cuda`` or ``triton``
@@ -100,6 +102,8 @@ average/: averaged models of one process
                       used and those that a CUDA graph holds
     uncounted         an average in which no model is counted yet, and what has been written into it
     holds models      base class of one averaged model, which says so where it is used before it holds a model
+    chosen            an attribute that says what was asked for, or else what was chosen
+    described         base class of one averaged model, which describes itself in one line
     tree              planes under dotted names, as a module
     recoded params    the params that a construction copies in another dtype
     recast            a move or cast of an averaged model to another device or dtype
