@@ -196,7 +196,7 @@ _VALUES: tuple[tuple[str, Callable[[object], bool], str], ...] = (
     ("model", lambda value: isinstance(value, type), "write an instance of it"),
     ("model", lambda value: isinstance(value, Mapping), "pass the model, not its state"),
     ("model", _has("param_groups"), "pass the model, and then write averaged.attach(optimizer)"),
-    ("model", _has("swapped_into"), _NO_MODULE),
+    ("model", _has("swapped_into"), "pass the model, inside swapped_into"),
     ("model", _has("dataset"), "write update_bn(loader, model)"),
     ("model", lambda value: _is_iterator(value), "pass the model itself, not its parameters"),
     ("format", lambda value: "float16" in str(value), 'write format="half", or leave it out for float32 precision'),
