@@ -251,6 +251,8 @@ def _of_call(function: Callable[..., Any], args: tuple[Any, ...], options: Mappi
             return f": {_ARGUMENTS[name].format(value=repr(value))}"
         for close in difflib.get_close_matches(name, own, 1):
             return f": did you mean {close}=?"
+    if "model" not in own:
+        return ""
     positional = [each for each in parameters.values() if each.kind is not inspect.Parameter.KEYWORD_ONLY]
     about = "rules" if "rules" in own else "rule"
     for value in args[len(positional) :] if about == "rule" else args[2:]:
