@@ -552,10 +552,10 @@ def test_a_bad_state_changes_nothing(bad: Any) -> None:
 
 
 class Wrapper(torch.optim.Optimizer):
-    """As in accelerate: an optimizer by its type alone."""
+    """An optimizer by its type alone, which does not say what is inside."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
+        self.inner = optimizer
         self.param_groups = optimizer.param_groups
 
 

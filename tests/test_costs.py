@@ -80,6 +80,18 @@ def test_an_update_takes_as_few_calls_as_was_asked() -> None:
     assert int(files) <= 7
 
 
+def test_a_swap_of_many_params_takes_a_few_calls_for_each() -> None:
+    counts = []
+    for number in (200, 400):
+        model = nn.ParameterList([nn.Parameter(torch.zeros(4)) for _ in range(number)])
+        averaged = FusedAveragedModel(model)
+        averaged.update_parameters(model)
+        counts.append([costs.python_calls(lambda: costs.swap(averaged, model)) for _ in range(2)])  # noqa: B023
+    (first, again), (first_of_twice, again_of_twice) = counts
+    assert first_of_twice - first <= 200 * 40
+    assert again_of_twice - again <= 200 * 4
+
+
 def test_a_binding_is_kept_for_each_of_three_models(monkeypatch: pytest.MonkeyPatch) -> None:
     planned: list[Plan] = []
     plan = Plan.__init__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import ChainMap
 from collections.abc import Mapping
 
@@ -12,6 +13,7 @@ from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
 from ..op import checks
+from ..terms import hints
 from ..terms.names import named_params, unwrap
 from ..torch_private.modules import named_modules, own_values
 
@@ -24,7 +26,7 @@ def check_model(model: object) -> Module:
         ValueError: a parameter is lazy or partitioned, or all of them are empty.
     """
     if not isinstance(model, Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hints.of_value('model', model)}")
     params = named_params(unwrap(model), "model")
     for name, param in params.items():
         if is_lazy(param):
@@ -48,7 +50,7 @@ def check_device(device: object) -> None:
         RuntimeError: this machine or torch has none of this name or index.
     """
     if device is not None and (isinstance(device, bool) or not isinstance(device, (int, str, torch.device))):
-        raise TypeError(f"device must be a torch.device, got {device!r}: pass a rule as rule=, and a decay in a rule")
+        raise TypeError(f"device must be a torch.device, got {device!r}{hints.of_value('device', device)}")
     try:
         torch.device(device) if device is not None else None
     except (RuntimeError, ValueError) as error:
@@ -97,7 +99,18 @@ def ask_include(include: object, params: Mapping[str, Tensor]) -> dict[str, bool
     if include is None:
         return {}
     if not callable(include):
-        raise TypeError(f"include must be a function include(name, param) -> bool, got {include!r}")
+        raise TypeError(
+            f"include must be a function include(name, param) -> bool, got {include!r}"
+            f"{hints.of_value('include', include)}"
+        )
+    try:
+        inspect.signature(include).bind("name", None)
+    except TypeError:
+        raise TypeError(
+            f"include must take a name and a parameter, got {include!r}{hints.of_value('include', include)}"
+        ) from None
+    except ValueError:  # some functions in C have no signature
+        pass
     asked = {name: bool(include(name, param)) for name, param in params.items()}
     if asked and not any(asked.values()):
         raise ValueError(f"include must pick a parameter, got False for all of them, {next(iter(asked))!r} the first")

@@ -16,11 +16,12 @@ from ..loop.guard import seamless
 from ..op import checks, choice
 from ..op.exchange import Exchange
 from ..terms.formats import OWN, Format, check_format, format_of, stored_dtype
+from ..terms.hints import hinted
 from ..terms.names import named_params, unwrap
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
 from ..torch_private.core import disable_dynamo
-from ..torch_private.modules import ASSIGN, named_tensors
+from ..torch_private.modules import ASSIGN, named_tensors, own_buffers
 from .accepting import ask_include, check_device, check_model, refuse_sharded
 from .bindings import Bound
 from .functions import HasRule, choose_rule, refuse_format, update_by_function
@@ -86,14 +87,13 @@ class FusedAveragedModel(HasRule, Adaptable, AveragedModel):
 
     # Defaults are on the class, because a subclass may not call our __init__.
     use_buffers: bool = False
-    format: str | None = None
-    backend: str | None = None
     include: Callable[[str, Tensor], bool] | None = None
     nonfinite: str = "propagate"
     seed: int = 0
     _asked: dict[str, bool]  # the answers of ``include``, by name
     _any_device: bool = False  # the average may be on another device than the model
 
+    @hinted
     def __init__(
         self,
         model: Module,
@@ -140,6 +140,8 @@ class FusedAveragedModel(HasRule, Adaptable, AveragedModel):
         self._count_from(num_averaged)
 
     def _params(self) -> list[Tensor]:
+        if not self.__dict__.get("_asked") and self.include is None:  # at once for the usual one
+            return [param for _, param in named_tensors(self.module)]
         each = each_average(self.module)
         return [tensor for (name, *_), tensor, is_buffer in each if not is_buffer and self._includes(name, tensor)]
 
@@ -157,7 +159,7 @@ class FusedAveragedModel(HasRule, Adaptable, AveragedModel):
             return None
         if self.rule is None:
             return OWN
-        fmt = format_of(self.format, average.dtype)
+        fmt = format_of(self.__dict__.get("format"), average.dtype)
         if fmt is None:
             raise NotImplementedError(f"{name!r} must have a dtype that can be averaged, got {average.dtype}")
         return fmt
@@ -204,16 +206,17 @@ class FusedAveragedModel(HasRule, Adaptable, AveragedModel):
     def _bind(self, model: Module, by_function: bool | None = None) -> Bound:
         """Return the plan for ``model``. ``by_function``, if known: whether the user's own function runs updates."""
         config = self._config(self.rule is None if by_function is None else by_function)
-        return self._bindings.bind(self, self._sides, model, config, (self.n_averaged,))
+        return self._bindings.bind(self, self._sides, model, config, (own_buffers(self)["n_averaged"],))
 
     def _config(self, by_function: bool) -> object:
         """Return what a plan depends on besides the tensors."""
+        asked = self.__dict__.get
         if by_function:
-            refuse_format(self.format)
-        return (by_function, self.use_buffers, self.format, self.backend, self._any_device, self.seed)
+            refuse_format(asked("format"))
+        return (by_function, self.use_buffers, asked("format"), asked("backend"), self._any_device, self.seed)
 
     def _sides(self) -> list[ModuleSide]:
-        return [ModuleSide(self, self._format_of, self._any_device, self.backend, self.seed)]
+        return [ModuleSide(self, self._format_of, self._any_device, self.__dict__.get("backend"), self.seed)]
 
     # Use of the average
 

@@ -16,6 +16,8 @@ from ..op import checks, choice
 from ..op import torch_op as torch_op  # registers the op with the first average
 from ..op.copies import Copies, is_for_torch
 from ..op.plan import Plan
+from ..op.report import log_plan
+from ..terms import hints
 from ..terms.lazy import MadeOnUse
 from ..terms.names import named_buffers, named_params, unwrap
 from ..torch_private.modules import Walk
@@ -178,6 +180,11 @@ class Bindings:
         """The binding that was used last. There must be one."""
         return self._recent[0]
 
+    @property
+    def backends(self) -> list[str]:
+        """The names of the backends of the plan that was used last; none before the first."""
+        return self.latest.plan.backends if self._recent else []
+
     def bind(
         self,
         root: Module,
@@ -202,7 +209,9 @@ class Bindings:
             ValueError, RuntimeError: as :class:`ModuleBinding`.
         """
         if not isinstance(model, Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+            raise TypeError(
+                f"model must be a torch.nn.Module, got {type(model).__name__}{hints.of_value('model', model)}"
+            )
         current = self.current(model, config, counters)
         if current is not None:
             return current
@@ -238,6 +247,8 @@ class Bindings:
 
     def use(self, binding: AnyBinding) -> None:
         """Put ``binding`` first. Drop those that no longer fit, and beyond ``_MOST`` the least recently used one."""
+        if not self._recent:
+            log_plan(binding.plan)
         kept: list[AnyBinding] = [binding]
         dropped: list[AnyBinding] = []
         for other in self._recent:
@@ -263,6 +274,7 @@ class WithBindings(Attachable):
     """Base class of the averaged models that are modules. Copies leave out what belongs to this process."""
 
     _bindings = MadeOnUse[Bindings](lambda self: Bindings())
+    _meant = hints.OF_MODULES
     _frozen_names: Set[str] = frozenset()  # of params that are left out of the average, those that the model freezes
 
     def __getstate__(self) -> dict[str, Any]:

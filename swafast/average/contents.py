@@ -16,6 +16,7 @@ from torch.nn import Module
 
 from ..terms.warn import warn_user
 from ..torch_private.core import versions
+from .described import Described
 from .planes import extra_planes, renew_planes
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def _content(tensor: Tensor) -> tuple[object, object]:
         return None, None
 
 
-class HoldsModels:
+class HoldsModels(Described):
     """Base class of one averaged model, which says so where it is used before it holds a model."""
 
     _uncounted: Uncounted | None = None  # None: models are counted, or it is an old pickle, which does not tell
@@ -135,8 +136,9 @@ class HoldsModels:
     def _holds(self) -> str:
         if self._uncounted is None:
             return MODELS
-        found = self._uncounted.holds(self.n_averaged, self._params())
-        parted = self._uncounted.parted(self._params(), self._extra_planes())
+        params = self._params()
+        found = self._uncounted.holds(self.n_averaged, params)
+        parted = self._uncounted.parted(params, self._extra_planes())
         if parted:
             self._uncounted.has_weights = True
             renew_planes(self, parted, self._each_average())  # type: ignore[arg-type]  # a module, as it has planes

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..backends.contract import Pair
 from ..op.checks import refuse_capture
 from ..op.copies import Copies
+from ..terms import hints
 from ..terms.lazy import MadeOnUse
 from ..terms.rules import Rule, rule_of
 
@@ -42,7 +43,7 @@ def choose_rule(rule: object, avg_fn: object, multi_avg_fn: object) -> Rule | No
         got = f"the class {rule.__name__}" if isinstance(rule, type) else f"{type(rule).__name__} {rule!r}"
         raise TypeError(
             f"rule must be a Rule such as ExponentialAverage(0.999), got {got}; "
-            "an averaging function goes to avg_fn= or multi_avg_fn="
+            f"an averaging function goes to avg_fn= or multi_avg_fn={hints.of_value('rule', rule)}"
         )
     for name, function in given.items():
         if not callable(function):

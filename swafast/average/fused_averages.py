@@ -13,12 +13,14 @@ from torch.nn import Module
 from ..backends.library import MAX_PACES
 from ..loop import swaps
 from ..loop.guard import Guard
+from ..terms import hints
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
 from ..torch_private.core import disable_dynamo
-from ..torch_private.modules import own_children
+from ..torch_private.modules import own_buffers, own_children
 from .averaged_model import FusedAveragedModel
 from .bindings import Bound, WithBindings
+from .described import describe_all
 from .growing import OldName, adapt
 from .loading import load_whole
 from .states import leave_out
@@ -38,7 +40,10 @@ def named_rules(given: object) -> dict[str, Rule]:
     items = list(given.items()) if isinstance(given, Mapping) else given
     kinds = (list, tuple)
     if not isinstance(items, kinds) or any(not isinstance(item, kinds) or len(item) != 2 for item in items):
-        raise TypeError(f"rules must be a mapping from names to rules, or (name, rule) pairs, got {given!r}")
+        raise TypeError(
+            f"rules must be a mapping from names to rules, or (name, rule) pairs, got {given!r}"
+            f"{hints.of_value('rules', given)}"
+        )
     rules: dict[str, Rule] = {}
     for name, each in items:
         if not isinstance(name, str):
@@ -50,7 +55,10 @@ def named_rules(given: object) -> dict[str, Rule]:
         if name in rules:
             raise ValueError(f"rules must have each name once, got {name!r} twice")
         if not isinstance(each, Rule):
-            raise TypeError(f"rules[{name!r}] must be a Rule such as ExponentialAverage(0.999), got {each!r}")
+            raise TypeError(
+                f"rules[{name!r}] must be a Rule such as ExponentialAverage(0.999), got {each!r}"
+                f"{hints.of_value('rules', each)}"
+            )
         rules[name] = each
     if not 1 <= len(rules) <= MAX_PACES:
         raise ValueError(f"rules must name 1 to {MAX_PACES} averages, got {len(rules)}")
@@ -104,6 +112,7 @@ class FusedAverages(WithBindings, Module):
             evaluate(model)
     """
 
+    @hints.hinted
     def __init__(
         self,
         model: Module,
@@ -184,6 +193,9 @@ class FusedAverages(WithBindings, Module):
             self.add_module(name, None)
         super().__delattr__(name)
 
+    def __repr__(self) -> str:
+        return describe_all(self)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"several averages have no forward: call averages[{next(iter(self))!r}](...)")
 
@@ -239,7 +251,7 @@ class FusedAverages(WithBindings, Module):
             lambda: [side for averaged in averages for side in averaged._sides()],
             model,
             [averaged._config(by_function=False) for averaged in averages],
-            [averaged.n_averaged for averaged in averages],
+            [own_buffers(averaged)["n_averaged"] for averaged in averages],  # type: ignore[misc]
             side_bindings=[averaged._bindings for averaged in averages],
         )
 

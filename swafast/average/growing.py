@@ -18,6 +18,7 @@ from ..loop.guard import finished
 from ..terms.formats import EXTRA_PLANES, Format, convert
 from ..torch_private.modules import named_tensors, own_children
 from .bindings import WithBindings
+from .described import asked_of
 from .homes import HoldsPlanes
 from .matching import each_average
 from .planes import fit_planes
@@ -80,7 +81,8 @@ def made_like(averaged: Any, base: type, model: Module, given: Mapping[str, Any]
     """
     kind: Any = next(kind for kind in type(averaged).__mro__ if base in kind.__bases__)
     _, *names = inspect.signature(kind).parameters
-    return kind(model, **{name: getattr(averaged, name) for name in names if hasattr(averaged, name)} | {**given})
+    own = {name: asked_of(averaged, name) for name in names if hasattr(kind, name) or name in vars(averaged)}
+    return kind(model, **own | {**given})
 
 
 def adapt(root: WithBindings, averages: Sequence[Any], model: Module, old_name: OldName | None) -> list[str]:

@@ -25,7 +25,6 @@ class HoldsPlanes(HoldsModels, WithBindings, Module):
 
     if TYPE_CHECKING:
         module: Module
-        format: str | None
         _any_device: bool
 
         def _each_average(self) -> Iterator[tuple[str, Tensor, Format | None]]: ...
@@ -64,7 +63,7 @@ class HoldsPlanes(HoldsModels, WithBindings, Module):
             for _, param in named_tensors(self.module) if works_in_place(fn) else ():
                 part(param)
             before = self._addresses()
-            recast = Recast(self, self._each_average(), fn, lambda dtype: format_of(self.format, dtype))
+            recast = Recast(self, self._each_average(), fn, lambda dtype: format_of(self.__dict__.get("format"), dtype))
             try:
                 try:
                     super()._apply(recast, recurse)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..op.checks import check_cast, check_plain
+from ..terms import hints
 from ..terms.copying import are_alike, is_plain
 from ..terms.formats import write_all
 from ..terms.layout import extent
@@ -30,7 +31,7 @@ from ..torch_private.modules import (
     set_metadata,
 )
 from .lending import without_lent
-from .states import STRICT, fit_keys, keeping_ties, load_error
+from .states import STRICT, all_tensors, fit_keys, keeping_ties, load_error
 
 
 def load_whole(
@@ -83,11 +84,15 @@ def load_whole(
         way_back.put_back_tensors()
         is_writing = True
         write_all(writes)
-    except BaseException:
+    except BaseException as error:
         if is_writing:
             write_all(writes)  # an interrupt may have come before the first
         else:
             way_back.go()
+        if type(error) is RuntimeError and str(error).startswith("Error(s) in loading state_dict"):  # torch's own
+            names = [name for module in averaged.values() for name, _ in all_tensors(module)]
+            hint = hints.of_state(state_dict, names, several=hasattr(root, "keys"))
+            raise RuntimeError(hints.shortened(str(error)) + hint) from error.__cause__
         raise
     return result
 

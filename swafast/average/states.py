@@ -36,7 +36,7 @@ def keeping_ties(module: Module) -> Iterator[None]:
             put_tensor(place.module, place.held_in, place.name, first.held_in[first.name])
 
 
-def _all_tensors(module: Module) -> list[tuple[str, Tensor]]:
+def all_tensors(module: Module) -> list[tuple[str, Tensor]]:
     return [*named_tensors(module), *named_tensors(module, buffers=True)]
 
 
@@ -89,7 +89,7 @@ def translate_load(
     # Some wrappers leave their segments out of the keys of states, so look keys up by canonical names.
     given = {canonical(key[len(head) :]): key for key in state if key.startswith(head)}
     keys: dict[int, list[str]] = {}
-    for raw, tensor in _all_tensors(module):
+    for raw, tensor in all_tensors(module):
         key = given.get(canonical(raw))
         if key is not None and isinstance(state[key], Tensor):
             keys.setdefault(id(tensor), []).append(key)

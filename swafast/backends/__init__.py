@@ -15,6 +15,8 @@ class Unavailable:
     reason: str
     #: Nothing is amiss: this machine has no such device, or this torch or this build is for another kind.
     expected: bool = False
+    #: The user has named what does not work, so nothing may stand in for it.
+    named: bool = False
 
     def __str__(self) -> str:
         return self.reason

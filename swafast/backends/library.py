@@ -10,6 +10,7 @@ import ctypes
 import functools
 import importlib.metadata
 import os
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,12 @@ def _candidates() -> list[Path]:
 @functools.cache
 def load() -> ctypes.CDLL | Unavailable:
     """Return the library, or why it did not load."""
+    found = _load()
+    is_named = isinstance(found, Unavailable) and bool(os.environ.get("SWAFAST_LIBRARY"))
+    return Unavailable(f"SWAFAST_LIBRARY: {found}", named=True) if is_named else found
+
+
+def _load() -> ctypes.CDLL | Unavailable:
     paths = _candidates()
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
@@ -141,6 +148,9 @@ def load() -> ctypes.CDLL | Unavailable:
             if reason.is_file():
                 return Unavailable(reason.read_text().strip())
         return Unavailable(f"no native library at {' or '.join(map(str, paths))}: install swafast again")
+    missing = _missing_bytes(path)
+    if missing:  # a process that reads there is killed
+        return Unavailable(f"{path} is cut short, its last {missing} bytes are missing: install it again")
     try:
         library = ctypes.CDLL(str(path))
         library.swafast_abi.restype = ctypes.c_int32
@@ -153,6 +163,16 @@ def load() -> ctypes.CDLL | Unavailable:
     except (OSError, AttributeError) as error:
         return Unavailable(f"{path} did not load: {error}")
     return library
+
+
+def _missing_bytes(path: Path) -> int:
+    """Return how much shorter an ELF file is than its header says; 0 for a whole file, and for one that is no ELF."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if len(head) < 64 or head[:6] != b"\x7fELF\x02\x01":  # 64 bits, little-endian
+        return 0  # the loader refuses it without harm
+    start, size, count = struct.unpack_from("<Q", head, 40)[0], *struct.unpack_from("<HH", head, 58)
+    return max(0, start + size * count - path.stat().st_size)  # the section headers stand at the end
 
 
 def loaded() -> ctypes.CDLL:

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from ..terms import hints
 from ..terms.lazy import MadeOnUse
 from ..terms.warn import warn_user
-from ..torch_private.modules import named_tensors
-from ..torch_private.optimizers import has_hooks, runs_state_hooks, runs_step_hooks
+from ..torch_private.optimizers import has_hooks
 from . import swaps
-from .attachment import Attachment, check_step, first_name
+from .attachment import Attachment, check_step
 from .guard import Guard
+from .hookable import (
+    STATE_HOOKS,
+    check_optimizers,
+    in_order,
+    refuse_unhooked,
+    warn_of_frozen,
+    warn_of_no_save,
+    warn_of_others,
+)
 from .roster import Roster, state_holder
 from .runners import Ready
 from .schedule import Schedule, Span
 from .stand_in import StandIn
 
 
-class Attachable:
+class Attachable(hints.WithHints):
     """Base class of the averaged models that can be attached to an optimizer."""
 
     _made_of: weakref.ref[Module] | None = None  # the model that was passed at construction
@@ -38,6 +46,7 @@ class Attachable:
     def _make_guard(self) -> Guard:
         return Guard()
 
+    @hints.hinted
     def attach(
         self,
         optimizer: Optimizer | Sequence[Optimizer],
@@ -65,7 +74,8 @@ class Attachable:
 
         Args:
             optimizer: an optimizer of the model's params, or several. Several count a step once all have stepped, each
-                at least once. The one whose first param is the model's last holds the attachment's state.
+                at least once. The one whose first param is the model's last holds the attachment's state. Of a wrapper
+                without a state of its own, such as Accelerate's, it is the optimizer inside.
             model: the model that the optimizer trains; default: the one that this average was made of.
             start: the step of the first update; 0, the default, starts at step ``every``.
             every: the span between updates.
@@ -102,11 +112,11 @@ class Attachable:
             roster.check_name(name)
             own = roster.waiting()
         saved = {**self._of_any_rank(own), **own}
-        default_name = None
+        default = None
         if name is None:
-            default_name = _default_name(self)
-            name = roster.default_name(default_name, schedule, saved)
-            if roster.has_alike(default_name, schedule):
+            default = default_name(self)
+            name = roster.default_name(default, schedule, saved)
+            if roster.has_alike(default, schedule):
                 warn_user(
                     f"the optimizer has another average with the rule and the schedule of {name!r}, and updates both: "
                     "detach that one if this one replaces it, else attach each with a name= of its own"
@@ -114,12 +124,12 @@ class Attachable:
         state = saved.get(name)
         given = {"schedule": schedule, "overlap": overlap, "offload": offload, "name": name, "step": step}
         self._agree({key: str(value) for key, value in {**given, "saved state": state}.items()})
-        _warn_of_no_save(state_holder(optimizers[-1]))
+        warn_of_no_save(state_holder(optimizers[-1]))
         if len(optimizers) > 1:
-            _warn_of_frozen(model, optimizers)
+            warn_of_frozen(model, optimizers)
         if overlap or offload is not None:
-            _warn_of_others(model, optimizers)
-        attachment = Attachment(self, optimizers, model, schedule, overlap, offload, name, default_name)
+            warn_of_others(model, optimizers)
+        attachment = Attachment(self, optimizers, model, schedule, overlap, offload, name, default)
         if step is not None:
             attachment.step = step
         elif state is not None:
@@ -148,22 +158,24 @@ class Attachable:
 
     def _trained_by(self, optimizer: object, model: object) -> tuple[list[Optimizer], Module]:
         """Return the optimizers and the model to average, for None the original one, or raise as :meth:`attach`."""
-        optimizers = _check_optimizers(optimizer)
+        optimizers = check_optimizers(optimizer)
         if model is None:
             model = self._made_of() if self._made_of is not None else None
             if model is None:
                 raise ValueError("model must be given, got None: the model that this average was made of is not known")
         if not isinstance(model, Module):
-            several = ": to follow several optimizers, attach([first, second])" if isinstance(model, Optimizer) else ""
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{several}")
+            hint = hints.of_value("model", model)
+            if isinstance(model, Optimizer):
+                hint = ": to follow several optimizers, attach([first, second])"
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hint}")
         with self._guard.hold("attach"):
             self._bind(model)
             if swaps.in_force:
                 swaps.refuse_model("attach", model)
-        optimizers = _in_order(optimizers, model)
+        optimizers = in_order(optimizers, model)
         holder = state_holder(optimizers[-1])
-        if not has_hooks(holder, *_STATE_HOOKS):
-            _refuse(holder)
+        if not has_hooks(holder, *STATE_HOOKS):
+            refuse_unhooked(holder)
         return optimizers, model
 
     def _on_all_ranks(self, action: str) -> AbstractContextManager[None]:
@@ -219,7 +231,7 @@ def _has_models(averaged: object) -> bool:
     return any(not count.is_meta and bool(count > 0) for count in counts)
 
 
-def _default_name(averaged: object) -> str:
+def default_name(averaged: object) -> str:
     """Return what tells averages from others: the names of several, or the rule with what the user has set of it."""
     members = _members(averaged)
     if "" not in members:
@@ -242,86 +254,3 @@ def _warn_of_no_state(name: str, saved: Iterable[str]) -> None:
         f"{name!r} was loaded into the optimizer{others and ', only of '}{others}. If steps were made, pass their "
         "number as step=, or the name= that was saved. Pass step=0 if they count from here"
     )
-
-
-def _check_optimizers(given: object) -> list[Optimizer]:
-    """Return one optimizer, or several, as a list.
-
-    Raises:
-        TypeError: one is not an optimizer, or does not run torch's hooks. ValueError: the sequence is empty.
-    """
-    every: Sequence[object] = given if isinstance(given, Sequence) else [given]
-    if not every:
-        raise ValueError("optimizer must be one optimizer or several, got an empty sequence")
-    optimizers = []
-    for optimizer in every:
-        name = type(optimizer).__name__
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {name}")
-        if not (has_hooks(optimizer, "step_pre", "step_post") and runs_step_hooks(optimizer)):
-            _refuse(optimizer)
-        optimizers.append(optimizer)
-    return optimizers
-
-
-_STATE_HOOKS = ("state_dict_post", "load_state_dict_pre", "load_state_dict_post")
-
-
-def _refuse(optimizer: Optimizer) -> NoReturn:
-    name = type(optimizer).__name__
-    raise TypeError(
-        f"optimizer must run torch's hooks, got {name}: pass the optimizer inside it. If {name} writes params after "
-        "that one's step, call update_parameters after each step instead"
-    )
-
-
-def _warn_of_no_save(optimizer: Optimizer) -> None:
-    if not runs_state_hooks(optimizer):
-        name = type(optimizer).__name__
-        warn_user(
-            f"{name}.state_dict does not run torch's hooks, so a state of {name} lacks the steps of the average: pass "
-            "the optimizer inside it, or save attachment.state_dict() too"
-        )
-
-
-def _warn_of_frozen(model: Module, optimizers: Sequence[Optimizer]) -> None:
-    """Warn of optimizers for which the others may wait in vain, since no param of theirs is trained."""
-    for optimizer in optimizers:
-        if not any(param.requires_grad for param in _params_of(optimizer)):
-            warn_user(
-                f"an optimizer of frozen params, {first_name(model, optimizer)!r} the first, is attached with others: "
-                "a step counts once all have stepped. If it does not step, pass only those that do"
-            )
-
-
-def _in_order(given: Sequence[Optimizer], model: Module) -> list[Optimizer]:
-    """Return optimizers in the order of the model's params, so that a state fits however they are listed.
-
-    Raises:
-        ValueError: one has no params of the model.
-    """
-    named = enumerate(named_tensors(model))  # after _bind, which puts FSDP's shards back
-    places = {id(param): place for place, (_, param) in reversed(list(named))}
-    firsts = [min((places.get(id(param), math.inf) for param in _params_of(each)), default=math.inf) for each in given]
-    if math.inf in firsts:
-        raise ValueError("optimizer must have params of the model, got one that has none of them")
-    return [given[index] for index in sorted(range(len(given)), key=firsts.__getitem__)]
-
-
-def _params_of(optimizer: Optimizer) -> Iterator[Tensor]:
-    return (param for group in optimizer.param_groups for param in group["params"])
-
-
-def _warn_of_others(model: Module, optimizers: Sequence[Optimizer]) -> None:
-    """Warn of params that another optimizer may write while an update reads them."""
-    waiting = {id(param) for optimizer in optimizers for param in _params_of(optimizer)}
-    params: dict[int, str] = {}
-    for name, param in named_tensors(model):
-        if param.requires_grad:
-            params.setdefault(id(param), name)
-    names = [name for param, name in params.items() if param not in waiting]
-    if names:
-        warn_user(
-            f"{len(names)} trained params, {names[0]!r} the first, are in none of the given optimizers: if another "
-            "optimizer writes them during an update, the average is wrong. Attach to all: attach([first, second])"
-        )

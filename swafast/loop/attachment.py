@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from ..terms import hints
 from ..terms.lazy import MadeOnUse
 from ..terms.numbers import as_int
 from ..terms.warn import warn_user
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import named_modules, named_tensors
 from ..torch_private.optimizers import is_making_state, is_step
+from .hookable import first_name
 from .roster import Roster
 from .runners import Runner, Updating, runner_for
 from .schedule import Schedule
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 
-class Attachment:
+class Attachment(hints.WithHints):
     """An averaged model that follows an optimizer until it is detached; ``averaged.attach(optimizer)`` returns it.
 
     Its state, the number of steps and the schedule, is saved and loaded in the optimizer's state dict, under its name.
@@ -40,6 +42,8 @@ class Attachment:
         then: functions that are called after each step that counts, and its update. They must not attach or detach:
             torch is going through the optimizer's hooks.
     """
+
+    _meant = hints.OF_ATTACHMENTS
 
     # A backward over several GPUs may step optimizers in several threads.
     _counting = MadeOnUse[threading.Lock](lambda self: threading.Lock())
@@ -201,7 +205,8 @@ class Attachment:
             self._own_thread = None
 
     def __repr__(self) -> str:
-        return f"Attachment(name={self.name!r}, step={self.step}, schedule={self.schedule})"
+        end = "" if self.is_attached else ", detached"
+        return f"Attachment(name={self.name!r}, step={self.step}, schedule={self.schedule}{end})"
 
     def settle(self, action: str) -> None:
         """Wait as :meth:`join` before an action on the averages. Warn once of an update that the user calls."""
@@ -314,12 +319,6 @@ os.register_at_fork(after_in_child=_renew_locks)
 
 #: Steps of one optimizer without a step of another until a warning. A critic in a GAN makes a hundred.
 _WAITS_LONG = 1000
-
-
-def first_name(model: Module, optimizer: Optimizer) -> str:
-    """Return the name of the first of the model's params that the optimizer has."""
-    params = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    return next((name for name, param in named_tensors(model) if id(param) in params), "")
 
 
 def check_step(step: object) -> int:

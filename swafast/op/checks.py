@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -169,14 +169,14 @@ def _dtype_class(tensor: Tensor) -> object:
     return "floating" if tensor.is_floating_point() else tensor.dtype
 
 
-def check_writable(pairs: Sequence[Pair]) -> None:
+def check_writable(pairs: Iterable[Pair]) -> None:
     """Raise ValueError if elements of a param share memory, so that it cannot take an average; name the param.
 
     One that is copied may be expanded, since it takes what was copied from it.
     """
     for pair in pairs:
         param = pair.param
-        if param.numel() > extent(param.shape, param.stride()):
+        if param.numel() > _span(param):
             (once,) = without_expansion(param, param) if pair.format is None else (param,)
             if overlaps_itself(once):
                 raise ValueError(
@@ -198,20 +198,32 @@ def check_overlap(pairs: Sequence[Pair], *, tied: bool = True) -> None:
             raise ValueError(f"averages must not overlap in memory, got {a.name!r} and {b.name!r} on shared bytes")
 
 
-def overlaps(tensor_sets: Sequence[Sequence[Tensor]]) -> list[tuple[int, int]]:
+def overlaps(tensor_sets: Iterable[Sequence[Tensor]]) -> list[tuple[int, int]]:
     """Return pairs of indices of sets that share memory. Each set that shares memory is in at least one pair."""
-    extents = []
+    # Lists of ints, since Python would look for garbage in a tuple for each of 100,000 tensors, again and again.
+    starts: list[int] = []
+    ends: list[int] = []
+    indices: list[int] = []
+    on_devices: dict[torch.device, list[int]] = {}
     for index, tensors in enumerate(tensor_sets):
         for tensor in tensors:
-            nbytes = extent(tensor.shape, tensor.stride()) * tensor.element_size()
+            nbytes = _span(tensor) * tensor.element_size()
             if nbytes:
-                extents.append((str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + nbytes, index))
-    extents.sort()
+                on_devices.setdefault(tensor.device, []).append(len(starts))
+                starts.append(tensor.data_ptr())
+                ends.append(starts[-1] + nbytes)
+                indices.append(index)
     found = []
-    furthest = None
-    for own in extents:
-        if furthest is not None and furthest[0] == own[0] and own[1] < furthest[2]:
-            found.append((furthest[3], own[3]))
-        if furthest is None or furthest[0] != own[0] or own[2] > furthest[2]:
-            furthest = own
+    for on_device in on_devices.values():
+        furthest = None
+        for own in sorted(on_device, key=starts.__getitem__):
+            if furthest is not None and starts[own] < ends[furthest]:
+                found.append((indices[furthest], indices[own]))
+            if furthest is None or ends[own] > ends[furthest]:
+                furthest = own
     return found
+
+
+def _span(tensor: Tensor) -> int:
+    """Return the extent of a tensor, at once for the usual one."""
+    return tensor.numel() if tensor.is_contiguous() else extent(tensor.shape, tensor.stride())

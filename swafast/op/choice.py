@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Collection, Sequence
 
 from ..backends import Unavailable, cpu, cuda, reference
 from ..backends.contract import Backend, Pair
 from ..backends.triton import launch as triton_launch
+from ..terms.warn import warn_user
 
 #: Every backend, the preferred one first. ``reference`` serves every pair that the others do not.
 BACKENDS: tuple[Backend, ...] = (cuda, cpu, triton_launch, reference)
@@ -28,7 +28,8 @@ def choose_backends(requested: str | None = None, device_types: Collection[str] 
 
     Raises:
         ValueError: no backend has that name.
-        RuntimeError: the backend of that name cannot run on this machine.
+        RuntimeError: the backend of that name cannot run on this machine; or the library that ``SWAFAST_LIBRARY``
+            names does not load.
     """
     name = requested if requested is not None else os.environ.get("SWAFAST_BACKEND") or None
     source = "backend" if requested is not None else "SWAFAST_BACKEND"
@@ -54,6 +55,8 @@ def _loaded(device_types: Collection[str]) -> list[Backend]:
         why = backend.unavailable()
         if why is None:
             chosen.append(backend)
+        elif why.named:
+            raise RuntimeError(f"{why.reason}. Set SWAFAST_LIBRARY to a library that loads, or unset it")
         else:
             missing[backend.name] = why
     served = {kind for backend in chosen for kind in backend.device_types or ()}
@@ -62,7 +65,7 @@ def _loaded(device_types: Collection[str]) -> list[Backend]:
         if (slow or not why.expected) and name not in _warned:
             _warned.add(name)
             used = "the slower reference backend" if slow else f"the {chosen[0].name} backend"
-            warnings.warn(f"swafast runs on {used}: {name}: {why.reason}", RuntimeWarning, stacklevel=4)
+            warn_user(f"swafast runs on {used}: {name}: {why.reason}", RuntimeWarning)
     return chosen
 
 

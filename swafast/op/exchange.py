@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import compress
 from operator import is_
 from typing import Any, Protocol
 
@@ -62,9 +63,13 @@ class Exchange:
         pairs = plan.pairs(params, planes) if self._aside else []
         self._stashed = [pairs[index] for index in self._aside]
         self._stash: list[Tensor] = []
-        averaged = [each for each in self._averaged() if not (each[2] and ignore_buffers)]
-        self._watched = [*(tensor for _, tensor, _ in averaged), *planes]
-        self._watched_params = [name for name, _, _ in averaged]
+        self._watched: list[Tensor] = []
+        self._watched_params: list[str] = []
+        for name, tensor, is_buffer in self._averaged():
+            if not (is_buffer and ignore_buffers):
+                self._watched_params.append(name)
+                self._watched.append(tensor)
+        self._watched += planes
         self._places = self._addresses_of(self._watched)
         self._versions: list[int] | None = None
         self._moved: _Moved | None = None
@@ -76,11 +81,12 @@ class Exchange:
         """Return the tensors in whose memory the params lie."""
         return self._params
 
-    def _averaged(self) -> list[tuple[str, Tensor, bool]]:
+    def _averaged(self) -> Iterable[tuple[str, Tensor, bool]]:
         """Return params and averaged buffers by which a user writes: name, tensor, and whether it is a buffer."""
         plan = self._plan
-        pairs = zip(plan.names, self._params, plan.formats, plan.are_buffers, strict=True)
-        return [(name, param, is_buffer) for name, param, fmt, is_buffer in pairs if fmt is not None or not is_buffer]
+        each = zip(plan.names, self._params, plan.are_buffers, strict=True)
+        kinds = zip(plan.formats, plan.are_buffers, strict=True)
+        return compress(each, [fmt is not None or not is_buffer for fmt, is_buffer in kinds])
 
     def _addresses_of(self, watched: Sequence[Tensor]) -> list[int]:
         return list(map(Tensor.data_ptr, watched))

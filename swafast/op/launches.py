@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import cast
 
 import torch
@@ -76,7 +77,7 @@ def prepare(pairs: Sequence[Pair], backends: Sequence[Backend]) -> list[Work]:
 
 
 def prepare_exchange(
-    pairs: Sequence[Pair], backends: Sequence[Backend], work: Sequence[Work]
+    each_pair: Callable[[], Iterable[Pair]], backends: Sequence[Backend], work: Sequence[Work], *, may_expand: bool
 ) -> tuple[list[ExchangeLaunch], list[int]]:
     """Prepare launches that exchange params and averages in place.
 
@@ -84,28 +85,40 @@ def prepare_exchange(
     Averaged buffers are not: a forward pass in training mode may write them, and must not write averages.
 
     Args:
+        each_pair: returns the pairs, one after the other.
         work: the work of an update of these pairs. A launch is reused if it has just the pairs to exchange.
+        may_expand: whether elements of a param may share memory. Such a param is not exchanged either.
 
     Returns:
         the launches, and the indices of the pairs that no launch exchanges.
     """
-    sides = [(pair.param,) for pair in pairs], [(pair.average,) for pair in pairs]
-    entangled = {index for side in sides for overlapping in overlaps(side) for index in overlapping}
-    aside = set(range(len(pairs)))
+    params: list[Tensor] = []
+    averages: list[Tensor] = []
+    alike: list[int] = []
+    for index, pair in enumerate(each_pair()):
+        average = pair.average
+        params.append(pair.param)
+        averages.append(average)
+        is_averaged_buffer = pair.is_buffer and pair.format is not None
+        expands = may_expand and overlaps_itself(pair.param)
+        if pair.param.dtype == average.dtype and not (is_averaged_buffer or expands):
+            alike.append(index)
+    entangled = {index for side in (params, averages) for both in overlaps(zip(side)) for index in both}
+    alike = [index for index in alike if index not in entangled] if entangled else alike
+    aside = set(range(len(params)))
+    served = {each.backend.name: {*each.indices} for each in work if each.backend is not None}
     launches: list[ExchangeLaunch] = []
-    for backend in backends:
-        candidates = aside - entangled
-        direct = [
-            index
-            for index, pair in enumerate(pairs)
-            if index in candidates
-            and pair.param.dtype == pair.average.dtype
-            and not overlaps_itself(pair.param)
-            and not (pair.is_buffer and pair.format is not None)
-            and backend.serves(pair)
-        ]
-        if backend.exchanges and direct:
+    for backend in filter(attrgetter("exchanges"), backends):
+        own, rest = served.get(backend.name, set()), [index for index in alike if index in aside]
+        if not own.issuperset(rest):  # others' work, which it may exchange although they update
+            pairs = [*each_pair()]
+            own |= {index for index in rest if index not in own and backend.serves(pairs[index])}
+        direct = [index for index in rest if index in own]
+        if direct:
             made = next((each.launch for each in work if each.backend is backend and [*each.indices] == direct), None)
-            launches.append(cast(ExchangeLaunch, made or backend.prepare([pairs[index] for index in direct])))
+            if made is None:
+                pairs = [*each_pair()]
+                made = backend.prepare([pairs[index] for index in direct])
+            launches.append(cast(ExchangeLaunch, made))
             aside -= set(direct)
     return launches, sorted(aside)

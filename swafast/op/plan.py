@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -79,7 +80,7 @@ class Launches:
 
     def __init__(self, pairs: Sequence[Pair], backends: Sequence[Backend], counters: Sequence[Tensor]) -> None:
         self._counters = tuple(counters)
-        self._chosen = backends
+        self.chosen = backends
         self._work = launches.prepare(pairs, backends)
         self._waits_for_gpu = counters[0].device.type == "cuda" and any(work.is_on_host for work in self._work)
         #: What the last update was asked for, and the updates of the work for it. An interrupt cannot part the two.
@@ -90,6 +91,11 @@ class Launches:
     def backends(self) -> list[str]:
         """The names of the backends that work in an update, in the order of their launches."""
         return [work.backend.name for work in self._work if work.backend is not None]
+
+    @property
+    def indices_by_backend(self) -> dict[str, tuple[int, ...]]:
+        """The indices of the pairs that each backend updates, in the order of its launches."""
+        return {work.backend.name: work.indices for work in self._work if work.backend is not None}
 
     @property
     def captured(self) -> bool:
@@ -224,14 +230,17 @@ class Plan(Launches):
 
     def pairs(self, params: Sequence[Tensor], planes: Sequence[Tensor]) -> list[Pair]:
         """Return the pairs of these tensors, which :meth:`fits` has just compared."""
+        return [*self._each_pair(params, planes)]
+
+    def _each_pair(self, params: Sequence[Tensor], planes: Sequence[Tensor]) -> Iterable[Pair]:
+        """Return the same, one after the other: as many objects at once would have Python look for garbage."""
         rest = iter(planes)
         counts = [1 + len(fmt.extra) if fmt is not None else 1 for fmt in self.formats]
-        return [
+        each = zip(self.names, params, counts, self.formats, self.are_buffers, strict=True)
+        return (
             Pair(name, param, tuple(islice(rest, count)), fmt, is_buffer=is_buffer)
-            for name, param, count, fmt, is_buffer in zip(
-                self.names, params, counts, self.formats, self.are_buffers, strict=True
-            )
-        ]
+            for name, param, count, fmt, is_buffer in each
+        )
 
     def writable_pairs(self, params: Sequence[Tensor], planes: Sequence[Tensor]) -> list[Pair]:
         """Return the pairs of these tensors if all params can be written.
@@ -265,8 +274,11 @@ class Plan(Launches):
         for device in {counter.device for counter in self._counters}:
             refuse_capture(device, "swapped_into")
         if self._exchange is None:
-            pairs = self.writable_pairs(params, planes)
-            self._exchange = launches.prepare_exchange(pairs, self._chosen, self._work)
+            each_pair = partial(self._each_pair, params, planes)
+            may_expand = not all(map(Tensor.is_contiguous, params))
+            if may_expand:
+                check_writable(each_pair())
+            self._exchange = launches.prepare_exchange(each_pair, self.chosen, self._work, may_expand=may_expand)
         return self._exchange
 
     def first_nonfinite(self, params: Sequence[Tensor]) -> str | None:

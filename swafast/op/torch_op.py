@@ -95,10 +95,13 @@ def _prepared(pairs: Sequence[Pair], num_averaged: Tensor, fmt: Format, seed: in
     return launches
 
 
-_library = torch.library.Library("swafast", "DEF")
-_library.define(
-    "update_(Tensor(a!)[] averages, Tensor(b!)[] remainders, Tensor[] params, Tensor(c!) num_averaged, "
-    "str format, int kind, float[] terms, int seed=0) -> ()"
-)
-_library.impl("update_", _update_op, "CompositeExplicitAutograd")
-torch.library.register_fake("swafast::update_", lambda *args: None, lib=_library)
+# torch takes one definition in a process. If another copy of this package has made it, or this module is loaded again,
+# that one stays.
+if not hasattr(torch.ops.swafast, "update_"):
+    _library = torch.library.Library("swafast", "DEF")
+    _library.define(
+        "update_(Tensor(a!)[] averages, Tensor(b!)[] remainders, Tensor[] params, Tensor(c!) num_averaged, "
+        "str format, int kind, float[] terms, int seed=0) -> ()"
+    )
+    _library.impl("update_", _update_op, "CompositeExplicitAutograd")
+    torch.library.register_fake("swafast::update_", lambda *args: None, lib=_library)

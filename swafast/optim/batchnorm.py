@@ -18,6 +18,7 @@ from ..average.fused_averages import FusedAverages
 from ..loop import swaps
 from ..loop.attach import Attachable
 from ..loop.guard import finished
+from ..terms import hints
 from ..torch_private.core import running_eagerly
 from ..torch_private.modules import BatchNormLayer, named_modules, own_buffers
 from .moments import MOMENTUM, Key, Layer, Moments, Watch, find_layers
@@ -108,7 +109,8 @@ def _check_model(model: object) -> None:
         raise TypeError(f"model must be one model, got {kind}: call update_bn(loader, averages[{next(iter(model))!r}])")
     if not isinstance(model, Module):
         one = f"averages[{next(iter(model))!r}]." if isinstance(model, Mapping) and len(model) else ""
-        hint = f": pass the model, inside {one}swapped_into(model)" if isinstance(model, Attachable) else ""
+        is_attachable = isinstance(model, Attachable)
+        hint = f": pass the model, inside {one}swapped_into(model)" if is_attachable else hints.of_value("model", model)
         raise TypeError(f"model must be a torch.nn.Module, got {kind}{hint}")
 
 

@@ -20,6 +20,7 @@ from ..sharded.construction import spell
 from ..sharded.parts.ranks import Counting
 from ..sharded.parts.rendezvous import shared_ranks
 from ..sharded.sharded_model import ShardedAveragedModel
+from ..terms import hints
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
 from .folder import (
@@ -45,7 +46,7 @@ _FAR_OFF = 0.01
 
 
 @pickled_from("swafast")
-class Snapshots:
+class Snapshots(hints.WithHints):
     """A folder of averages stored during training, from which an average by any rule can be synthesized afterwards.
 
     Keep two :class:`~swafast.PowerAverage`, for instance with sigma_rel 0.05 and 0.10, and store both now and then.
@@ -79,6 +80,9 @@ class Snapshots:
         model.load_state_dict(snapshots.synthesize(PowerAverage.from_sigma_rel(0.15)))
     """
 
+    _meant = hints.OF_SNAPSHOTS
+
+    @hints.hinted
     def __init__(
         self,
         folder: str | os.PathLike[str],
@@ -100,6 +104,10 @@ class Snapshots:
                     raise TypeError(f"rules[{name!r}] must be a swafast.Rule, got {type(rule).__name__}")
 
     # Listing
+
+    def __repr__(self) -> str:
+        """Return the folder and how many snapshots it has. No file is read."""
+        return f"Snapshots({str(self.folder)!r}, {len(snapshot_paths(self.folder))} snapshots)"
 
     def __iter__(self) -> Iterator[StoredAverage]:
         """Yield the name, count and rule of each stored average, in the order of counts.

@@ -14,6 +14,7 @@ from ..average.contents import Uncounted
 from ..average.planes import translate_state
 from ..average.states import check_export, exported_copy
 from ..loop.guard import Guard
+from ..terms import hints
 from ..terms.boxes import boxes_of_run
 from ..terms.copying import duplicate
 from . import checkpoint
@@ -28,6 +29,7 @@ from .parts.spread import ALIGNMENT, CPU_WINDOW_NBYTES, WINDOW_NBYTES, pieces_of
 class HasFullStates:
     """Base class of one averaged model of shards: its states of whole tensors."""
 
+    @hints.hinted
     def full_state_dict(self, *, rank0_only: bool = False, cpu_offload: bool = False) -> dict[str, Tensor]:
         """Return whole tensors under the keys of :class:`~swafast.FusedAveragedModel`. Collective.
 
@@ -56,6 +58,7 @@ class HasFullStates:
             whole = {checkpoint.MODULE + name: each for name, each in copied.items()}
             return {COUNT: count.cpu() if cpu_offload else count, **state, **whole}
 
+    @hints.hinted
     def averaged_state_dict(
         self, dtype: torch.dtype | None = None, *, rank0_only: bool = False, cpu_offload: bool = False
     ) -> dict[str, Tensor]:
@@ -91,6 +94,7 @@ class HasFullStates:
             exported = {id(each): exported_copy([each], None, dtype) for each in copied.values()}
             return state | {name: exported[id(each)] for name, each in copied.items()}
 
+    @hints.hinted
     def load_full_state_dict(self, state_dict: Mapping[str, Any] | None, *, from_rank0: bool = False) -> None:
         """Load whole tensors: a state of :class:`~swafast.FusedAveragedModel` or torch's ``AveragedModel``. Collective.
 

@@ -13,6 +13,7 @@ from ..average.bindings import Bindings
 from ..op import checks, choice
 from ..op.copies import Copies
 from ..op.plan import Fingerprint, Plan
+from ..terms import hints
 from ..terms.copying import are_alike, duplicate
 from ..terms.names import canonical, unwrap
 from ..torch_private import distributed as private
@@ -182,7 +183,7 @@ class ShardBinding:
     def __init__(
         self, model: Module, sides: Sequence[ShardSide], held: Mapping[str, Held], staging: Staging | None
     ) -> None:
-        backend = sides[0].backend
+        backend = vars(sides[0])["backend"]
         self.config, self._staging = (backend, staging), staging
         self._locator = Locator(model, sides[0]._shares, held)
         found = self._locator.find(model)
@@ -257,8 +258,8 @@ def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], s
         ValueError: names, shapes, placements or memory do not fit the averages. The message names the param.
     """
     if not isinstance(model, Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    counters, config = [side.n_averaged for side in sides], (sides[0].backend, staging)
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hints.of_value('model', model)}")
+    counters, config = [side.n_averaged for side in sides], (vars(sides[0])["backend"], staging)
     current = bindings.current(model, config, counters)
     if current is None:
         # After a forward pass without a backward, FSDP's root is gathered and its modules hold other tensors.
@@ -287,7 +288,7 @@ def on_its_memory(bound: Bound, sides: Sequence[ShardSide]) -> Bound:
         sides[index // each]._pair(share, view, index // each)
         for index, (share, view) in enumerate(zip(views.shares, views, strict=True))
     ]
-    backends = choice.choose_backends(sides[0].backend, choice.device_types(pairs))
+    backends = choice.choose_backends(vars(sides[0])["backend"], choice.device_types(pairs))
     made = Plan(pairs, backends, counters, frozenset(map(Tensor.data_ptr, planes)))
     made.copies = plan.copies
     return made, views, planes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 from torch.nn import Module
@@ -12,6 +12,7 @@ from ..average.contents import HoldsModels
 from ..backends.contract import Pair
 from ..op import checks
 from ..terms.draws import Draws, make_random_key
+from ..terms.formats import Format
 from ..terms.names import require_same_names
 from ..terms.rules import Rule
 from .construction import followed
@@ -32,16 +33,23 @@ class ShardSide(HoldsModels):
     rule: Rule
     n_averaged: Tensor  # () int64, number of updates, on the params' device
     seed: int
-    backend: str | None
     _ranks: Ranks
     _shares: Sequence[Share]
     _planes: dict[str, tuple[Tensor, ...]]  # by name of the share
     _anew: dict[str, str]  # by name: the copied buffers that are no longer as at construction
-    format: str | None
     use_buffers: bool
     _left_alone: Collection[str]  # names of params that are not averaged
     _meshes: Mapping[str, tuple[Mesh, ...]]  # for `find_holdings`
     _copied: dict[tuple[str, ...], Tensor]  # by names of the buffer: the copies that torch makes
+
+    def _stored(self) -> Iterator[tuple[Format | None, Sequence[Tensor]]]:
+        for share in self._shares:
+            yield share.format, self._planes[share.name]
+        for tensor in self._copied.values():
+            yield None, (tensor,)
+
+    def _head(self) -> Iterable[str]:
+        return [f"rank {self._ranks.index} of {self._ranks.size}"]
 
     def _find_held(self, model: Module) -> dict[str, Held]:
         """Return what this rank holds of ``model`` now, by name, in the order of the shares.
@@ -52,7 +60,7 @@ class ShardSide(HoldsModels):
         check_sharded_model(model)
         require_same_names("buffers that torch copies", map(str, self._copied), map(str, copied_by_torch(model)))
         held = {found.holding.name: found for found in find_holdings(model, self._ranks.ranks, self._meshes)}
-        shares = followed(self._shares, held, model, self.format, self.use_buffers)
+        shares = followed(self._shares, held, model, vars(self)["format"], self.use_buffers)
         for is_buffer, kind in ((False, "parameters"), (True, "buffers")):
             expected = [share.name for share in shares if share.holding.is_buffer == is_buffer]
             given = [name for name, found in held.items() if found.holding.is_buffer == is_buffer]
@@ -65,7 +73,7 @@ class ShardSide(HoldsModels):
     def _follow(self, model: Module, held: Mapping[str, Held]) -> None:
         """Make copies anew for the buffers that the model has made anew."""
         before = {share.name: share for share in self._shares}
-        self._shares = followed(self._shares, held, model, self.format, self.use_buffers)
+        self._shares = followed(self._shares, held, model, vars(self)["format"], self.use_buffers)
         for share in self._shares:
             if share is not before.pop(share.name, None):
                 self._planes[share.name] = (share.of(held[share.name].local.detach()).contiguous().clone(),)

@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Module
 
+from ..average.described import describe_all
 from ..average.fused_averages import named_formats, named_rules, refuse_own
 from ..average.growing import OldName
 from ..loop.guard import Guard
+from ..terms import hints
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
 from . import checkpoint, full_states
@@ -43,6 +45,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
             average's class raises.
     """
 
+    @hints.hinted
     def __init__(
         self,
         model: Module,
@@ -99,18 +102,22 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
-    def __getattr__(self, name: str) -> ShardedAveragedModel:
+    def __getattr__(self, name: str) -> Any:
         averages = self.__dict__.get("_averages", {})
         if name in averages:
             return averages[name]
         refuse_own(self, ShardedAveragedModel, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        others: Any = super()
+        return others.__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_averages", {}):
             raise AttributeError(f"averages must stay as they are, got a change of {name!r}: make new ShardedAverages")
         refuse_own(self, ShardedAveragedModel, name)
         super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        return describe_all(self)
 
     @property
     def _updated(self) -> list[ShardedAveragedModel]:
@@ -132,6 +139,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         """
         return self._joined("state_dict", checksums=checksums)
 
+    @hints.hinted
     def full_state_dict(self, *, rank0_only: bool = False, cpu_offload: bool = False) -> dict[str, Tensor]:
         """Return whole tensors under the keys of :class:`~swafast.FusedAverages`. Collective.
 
@@ -192,7 +200,10 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         for key, value in state_dict.items():
             name, _, rest = str(key).partition(".")
             if name not in states:
-                raise ValueError(f"state_dict must have keys of the averages {', '.join(map(repr, self))}, got {key!r}")
+                raise ValueError(
+                    f"state_dict must have keys of the averages {', '.join(map(repr, self))}, got {key!r}"
+                    f"{hints.of_state(state_dict, ())}"
+                )
             states[name][rest] = value
         return states
 

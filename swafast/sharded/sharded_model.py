@@ -19,6 +19,7 @@ from ..loop import swaps
 from ..loop.guard import Guard, seamless
 from ..loop.swaps import Swap
 from ..op import checks
+from ..terms import hints
 from ..terms.copying import duplicate
 from ..terms.formats import check_format
 from ..terms.pickling import pickled_from
@@ -89,6 +90,7 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
         torch.distributed.checkpoint.save({"averaged": averaged.state_dict()}, checkpoint_id=folder)
     """
 
+    @hints.hinted
     def __init__(
         self,
         model: Module,
@@ -118,7 +120,7 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
     ) -> None:
         """Construct the average in steps that all ranks take together. Collective."""
         with self._ranks.settled("ShardedAveragedModel"):
-            check_format(self.format)
+            check_format(self.__dict__["format"])
             checks.check_nonfinite(self.nonfinite)
             self.seed, num_averaged = checks.checked_seed(self.seed), checks.checked_num_averaged(num_averaged)
             self.rule = rule
@@ -129,7 +131,8 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
         with self._ranks.settled("ShardedAveragedModel"):
             held = self._set_up(model, include)
         options = ("rule", "format", "nonfinite", "use_buffers", "share_replicas", "seed")
-        described = {option: construction.spell(getattr(self, option)) for option in options}
+        asked = {option: getattr(self, option) for option in options} | {"format": self.__dict__["format"]}
+        described = {option: construction.spell(value) for option, value in asked.items()}
         described["num_averaged"] = str(num_averaged)
         described |= {names[0]: "copied by torch" for names in self._copied}
         self._ranks.agree("the model and the arguments", described | construction.describe(self._shares))
@@ -156,10 +159,11 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
         for (name, *_), tensor in self._copied.items():
             if self.use_buffers and tensor.is_floating_point():
                 checks.check_plain(f"{name!r} of the model", tensor)
+        asked = self.__dict__["format"]
         holdings = [each.holding for each in held.values()]
-        formats = {each.name: construction.format_of_average(each, self.format, self.use_buffers) for each in holdings}
+        formats = {each.name: construction.format_of_average(each, asked, self.use_buffers) for each in holdings}
         self._shares = share_out(holdings, formats, self._ranks.rank, share_replicas=self.share_replicas)
-        self._planes = construction.make_planes(self._shares, held, self.format)
+        self._planes = construction.make_planes(self._shares, held, asked)
         device = holdings[0].device if holdings else torch.device("cpu")
         self.n_averaged = torch.zeros((), dtype=torch.int64, device=device)
         self._bind(model)

@@ -16,6 +16,8 @@ from ..loop import swaps
 from ..loop.attach import Attachable
 from ..loop.runners import Ready
 from ..op.plan import Plan
+from ..terms import hints
+from ..terms.copying import bytes_of
 from ..terms.lazy import MadeOnUse
 from ..torch_private.core import disable_dynamo
 from .parts.ranks import Counting, Ranks
@@ -78,6 +80,7 @@ class AttachableShards(Attachable):
     """
 
     _bindings = MadeOnUse[Bindings](lambda self: Bindings())
+    _meant = hints.OF_SHARDS
     _flag = MadeOnUse[Flag](lambda self: Flag(self._ranks, self._number))
 
     @disable_dynamo
@@ -139,8 +142,8 @@ class AttachableShards(Attachable):
     @property
     def nbytes(self) -> int:
         """The bytes of all averages and buffers on this rank."""
-        all_planes = (planes for side in self._updated for planes in side._planes.values())
-        return sum(plane.nbytes for planes in all_planes for plane in planes)
+        all_planes = (planes for side in self._updated for _, planes in side._stored())
+        return sum(bytes_of(plane) for planes in all_planes for plane in planes)
 
     def __reduce__(self) -> Any:
         name = f"a {type(self).__name__}"

@@ -41,6 +41,8 @@ terms/: ints, names and numbers
     key               what something is looked up by; in a state, the name of an entry
     package           the public package under which a class is pickled
     made on use       an attribute that is made on its first use
+    hint              the end of an error: the line that a user meant
+    with hints        base class whose errors about attributes that it lacks end with a hint
 
 backends/: tensors in, tensors changed
     backend           ``reference``, ``cpu``, ``cuda`` or ``triton``
@@ -104,6 +106,8 @@ average/: averaged models of one process
     uncounted         an average in which no model is counted yet, and what has been written into it
     has rule          base class of an averaged model whose rule may be set, as torch's averaging functions may
     holds models      base class of one averaged model, which says so where it is used before it holds a model
+    chosen            an attribute that says what was asked for, or else what was chosen
+    described         base class of one averaged model, which describes itself in one line
     tree              planes under dotted names, as a module
     model copy        stands for a model while it is deep-copied, and makes the averages of the copy
     lent              a frozen param of the averaged module that stands on the model's memory

@@ -55,6 +55,19 @@ def _kind_of(tensor: Tensor) -> tuple[object, ...]:
     return tensor.layout, tensor.is_nested, type(tensor) if has_own_dispatch(tensor) else None, tensor.is_complex()
 
 
+_SPARSE_PARTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    **dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), ("crow_indices", "col_indices", "values")),
+    **dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), ("ccol_indices", "row_indices", "values")),
+}
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """Return the bytes of a tensor: of a sparse one, of its values and their indices."""
+    parts = [getattr(tensor.detach(), part)() for part in _SPARSE_PARTS.get(tensor.layout, ())]
+    return sum(part.nbytes for part in parts) if parts else tensor.nbytes
+
+
 def duplicate(tensor: Tensor) -> Tensor:
     """Return a copy with memory of its own."""
     try:

@@ -7,16 +7,17 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from . import hints
 from .copying import copy_into
 from .layout import windows
 from .pickling import pickled_from
+from .warn import warn_user
 
 
 @dataclass(frozen=True)
@@ -242,18 +243,19 @@ def check_format(name: object) -> None:
     """Raise ValueError unless ``name`` is None or a format that a user may ask for. Warn once for ``half``."""
     public = [known for known in _FORMATS if known != OWN.name]
     if name is not None and name not in public:
-        raise ValueError(f"format must be one of {', '.join(map(repr, public))} or None, got {name!r}")
+        raise ValueError(
+            f"format must be one of {', '.join(map(repr, public))} or None, got {name!r}"
+            f"{hints.of_value('format', name)}"
+        )
     if name == HALF.name:
         _warn_of_half()
 
 
 @functools.cache
 def _warn_of_half() -> None:
-    warnings.warn(
+    warn_user(
         "format='half' keeps 8 bits of each average: each element is a few percent off, without bias. Use 'compact' if "
-        "you can spare one more byte per param: its error is over a hundred times smaller",
-        UserWarning,
-        stacklevel=4,
+        "you can spare one more byte per param: its error is over a hundred times smaller"
     )
 
 

@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar, overload
 
+from . import hints
+
 T = TypeVar("T")
 
 
@@ -21,7 +23,7 @@ def imported_on_use(package: str, places: Mapping[str, str]) -> Callable[[str], 
 
     def __getattr__(name: str) -> Any:
         if name not in places:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+            raise AttributeError(f"module {package!r} has no attribute {name!r}{hints.of_name(name)}")
         try:
             module = importlib.import_module(f".{places[name]}", package)
         except ModuleNotFoundError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..torch_private.core import SWA_FACTORIES, closure_of, decay_of
+from . import hints
 from .numbers import as_number
 from .pickling import pickled_from
 from .warn import warn_user
@@ -208,7 +210,7 @@ class PowerAverage(Rule):
         gamma: >= 0; a model's weight in the average grows with its time in training to the power of gamma.
 
     Raises:
-        ValueError: ``gamma`` is negative, infinite or NaN.
+        ValueError: ``gamma`` is negative, infinite or NaN; or it is a likely ``sigma_rel``, and not given by its name.
     """
 
     gamma: float = 6.94
@@ -226,8 +228,7 @@ class PowerAverage(Rule):
         Raises:
             ValueError: ``sigma_rel`` is not in (0, 1 / sqrt(12)]; the upper end is the equal mean.
         """
-        widest = 12.0**-0.5
-        width = _number("sigma_rel", sigma_rel, f"in (0, {widest:.6f}]", lambda x: 0.0 < x <= widest)
+        width = _number("sigma_rel", sigma_rel, f"in (0, {_WIDEST:.6f}]", lambda x: 0.0 < x <= _WIDEST)
         low, high = 0.0, 2.0 / width  # width < 1 / (gamma + 2), so gamma < high
         while high - low > 1e-12 * (1.0 + low):
             middle = 0.5 * (low + high)
@@ -235,10 +236,32 @@ class PowerAverage(Rule):
                 break
             wider = math.sqrt(middle + 1.0) / ((middle + 2.0) * math.sqrt(middle + 3.0)) > width
             low, high = (middle, high) if wider else (low, middle)
-        return cls(0.5 * (low + high) if low > 0.0 else 0.0)
+        return cls(gamma=0.5 * (low + high) if low > 0.0 else 0.0)
 
     def kernel_terms(self) -> KernelTerms:
         return KernelTerms.of(KernelTerms.POWER, self.gamma)
+
+
+#: The largest ``sigma_rel``, that of the equal mean.
+_WIDEST = 12.0**-0.5
+
+
+def _taking_no_sigma_rel(init: Callable[..., None]) -> Callable[..., None]:
+    """Refuse a gamma that is meant as a ``sigma_rel``: ``PowerAverage(0.1)``, which is nearly the equal mean."""
+
+    @functools.wraps(init)
+    def checked(self: PowerAverage, *args: Any, **options: Any) -> None:
+        if args and isinstance(args[0], numbers.Real) and 0.0 < float(args[0]) <= _WIDEST:
+            raise ValueError(
+                f"gamma must be given by its name if it is that small, got {args[0]!r}: write "
+                f"PowerAverage.from_sigma_rel({args[0]!r}) for a relative width, or PowerAverage(gamma={args[0]!r})"
+            )
+        init(self, *args, **options)
+
+    return checked
+
+
+PowerAverage.__init__ = _taking_no_sigma_rel(hints.hinted(PowerAverage.__init__))  # type: ignore[method-assign]
 
 
 @pickled_from("swafast")

@@ -7,8 +7,9 @@ sets in torch's ``modules()`` and ``named_parameters()`` ask these.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import suppress
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -22,14 +23,9 @@ BatchNormLayer = _BatchNorm
 ASSIGN = "assign_to_params_buffers"
 
 
-def own_params(module: Module) -> dict[str, Tensor | None]:
-    """Return the live dict of a module's own params, by name."""
-    return module._parameters  # type: ignore[return-value]
-
-
-def own_buffers(module: Module) -> dict[str, Tensor | None]:
-    """Return the live dict of a module's own buffers, by name."""
-    return module._buffers
+#: Return the live dict of a module's own params, or of its own buffers, by name. An update calls them.
+own_params: Callable[[Module], dict[str, Tensor | None]] = attrgetter("_parameters")
+own_buffers: Callable[[Module], dict[str, Tensor | None]] = attrgetter("_buffers")
 
 
 def own_children(module: Module) -> dict[str, Module | None]:

@@ -1,0 +1,55 @@
+"""The log line of a plan: which backend, which formats, how many bytes, and why other backends were passed over."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+
+from .choice import BACKENDS
+from .plan import Plan
+
+#: Of the whole package. It is silent unless the user has set its level to INFO.
+LOGGER = logging.getLogger("swafast")
+
+
+def spell_bytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 10**5 else f"{nbytes} bytes"
+
+
+def log_plan(plan: Plan) -> None:
+    """Log one line at level INFO about the first plan of an average."""
+    if LOGGER.isEnabledFor(logging.INFO):
+        formats = Counter(fmt.name for fmt in plan.formats if fmt is not None)
+        nbytes = sum(math.prod(shape) * dtype.itemsize for dtype, _, shape, *_ in plan.plane_views)
+        works = ", ".join(f"{name} ({len(indices)} tensors)" for name, indices in plan.indices_by_backend.items())
+        passed = [*_not_loaded(plan), *_not_served(plan)]
+        LOGGER.info(
+            "swafast averages %d tensors: backend %s; format %s; %s%s",
+            *(sum(formats.values()), works or "none", ", ".join(formats) or "none", spell_bytes(nbytes)),
+            f"; passed over: {'; '.join(passed)}" if passed else "",
+        )
+
+
+def _not_loaded(plan: Plan) -> list[str]:
+    """Return why backends that would be preferred on these devices are not used."""
+    kinds = {device.type for _, device, *_ in plan.plane_views}
+    passed = []
+    for backend in BACKENDS:
+        if backend in plan.chosen:
+            break
+        if backend.device_types is not None and not backend.device_types.isdisjoint(kinds):
+            why = backend.unavailable()
+            passed.append(f"{backend.name}: {why if why is not None else 'another one was asked for'}")
+    return passed
+
+
+def _not_served(plan: Plan) -> list[str]:
+    """Return which tensors the preferred backend does not take."""
+    preferred = plan.chosen[0].name
+    return [
+        f"{preferred}: does not take {plan.names[indices[0]]!r} ({plan.param_views[indices[0]][0]})"
+        + (f" and {len(indices) - 1} more" if len(indices) > 1 else "")
+        for name, indices in plan.indices_by_backend.items()
+        if name != preferred
+    ]

@@ -1,0 +1,460 @@
+"""Natural mistakes get Python's usual error, and in it the line that was meant."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+import swafast
+from swafast import (
+    EqualAverage,
+    ExponentialAverage,
+    FusedAveragedModel,
+    FusedAverages,
+    PowerAverage,
+    ShardedAveragedModel,
+    ShardedAverages,
+    Snapshots,
+    update_bn,
+)
+from swafast.backends import cpu, library
+from swafast.op import choice, torch_op
+from swafast.sharded import checkpoint
+from swafast.terms import hints
+from tests.conftest import NO_LIBRARY
+from tests.support import refused
+
+LOADER: Any = torch.utils.data.DataLoader(torch.zeros(4, 3))  # type: ignore[arg-type]
+
+
+def make() -> nn.Module:
+    return nn.Linear(3, 2)
+
+
+EMA = "rule=ExponentialAverage"
+#: A call that somebody makes, the type of the error, and what its message must have.
+CALLS: dict[str, tuple[Callable[[Any], object], type[Exception], str]] = {
+    "a decay by position": (lambda m: FusedAveragedModel(m, 0.999), TypeError, f"{EMA}(0.999)"),
+    "a decay by name": (lambda m: FusedAveragedModel(m, decay=0.99), TypeError, f"write {EMA}(0.99)"),
+    "timm's warm-up": (lambda m: FusedAveragedModel(m, use_warmup=True), TypeError, 'warmup="power"'),
+    "diffusers' warm-up": (lambda m: FusedAveragedModel(m, use_ema_warmup=True), TypeError, 'warmup="power"'),
+    "timm's buffers": (lambda m: FusedAveragedModel(m, exclude_buffers=True), TypeError, "buffers are copied by def"),
+    "diffusers' schedule": (lambda m: FusedAveragedModel(m, update_after_step=9), TypeError, "attach(optimizer, start"),
+    "Composer's half-life": (lambda m: FusedAveragedModel(m, half_life=50), TypeError, ".from_half_life(50)"),
+    "Composer's smoothing": (lambda m: FusedAveragedModel(m, smoothing=0.9), TypeError, f"{EMA}(0.9)"),
+    "a misspelt name": (lambda m: FusedAveragedModel(m, formats="half"), TypeError, "did you mean format=?"),
+    "several rules": (lambda m: FusedAveragedModel(m, rules={}), TypeError, "FusedAverages(model, rules=...)"),
+    "a word": (lambda m: FusedAveragedModel(m, rule="ema"), TypeError, f"write {EMA}(0.999)"),
+    "another word": (lambda m: FusedAveragedModel(m, rule="SWA"), TypeError, "write rule=EqualAverage()"),
+    "a number": (lambda m: FusedAveragedModel(m, rule=0.9), TypeError, f"write {EMA}(0.9)"),
+    "a class": (lambda m: FusedAveragedModel(m, rule=EqualAverage), TypeError, "rule=EqualAverage(...)"),
+    "a rule by position": (lambda m: FusedAveragedModel(m, EqualAverage()), TypeError, "pass a rule as rule="),
+    "params": (lambda m: FusedAveragedModel(m.parameters()), TypeError, "pass the model itself, not its parameters"),
+    "a model's class": (lambda m: FusedAveragedModel(nn.Linear), TypeError, "write an instance"),
+    "a state for a model": (lambda m: FusedAveragedModel(m.state_dict()), TypeError, "pass the model, not its state"),
+    "a filter by name": (lambda m: FusedAveragedModel(m, include=lambda n: True), TypeError, "include=lambda name, p"),
+    "names": (lambda m: FusedAveragedModel(m, include=["weight"]), TypeError, "lambda name, param: name in {...}"),
+    "a dtype": (lambda m: FusedAveragedModel(m, format=torch.float32), ValueError, 'write format="float32"'),
+    "a narrow dtype": (lambda m: FusedAveragedModel(m, format="bf16"), ValueError, 'write format="half"'),
+    "one rule for several": (lambda m: FusedAverages(m, rule=EqualAverage()), TypeError, 'rules={"name": EqualAver'),
+    "decays for several": (lambda m: FusedAverages(m, rules=[0.9, 0.99]), TypeError, 'rules={"fast": Exponential'),
+    "decays by position": (lambda m: FusedAverages(m, [0.9, 0.99]), TypeError, 'rules={"fast": Exponential'),
+    "a mapping by position": (lambda m: FusedAverages(m, {"a": EqualAverage()}), TypeError, "rules={'a': Equal"),
+    "decays by names": (lambda m: FusedAverages(m, rules={"a": 0.9}), TypeError, "write ExponentialAverage(0.9)"),
+    "a decay for several": (lambda m: FusedAverages(m, decay=0.9), TypeError, 'rules={"ema": ExponentialAverage(0.9)}'),
+    "a decay for shards": (lambda m: ShardedAveragedModel(m, 0.99), TypeError, f"write {EMA}(0.99)"),
+    "a rule for shards": (lambda m: ShardedAveragedModel(m, EqualAverage()), TypeError, "write rule=EqualAverage()"),
+    "a function for shards": (lambda m: ShardedAveragedModel(m, avg_fn=min), TypeError, "write rule="),
+    "a device for shards": (lambda m: ShardedAveragedModel(m, device="cpu"), TypeError, "leave it out"),
+    "a decay for several shards": (lambda m: ShardedAverages(m, decay=0.9), TypeError, 'rules={"ema": Exp'),
+    "a sigma": (lambda m: PowerAverage(0.1), ValueError, "PowerAverage.from_sigma_rel(0.1)"),
+    "a sigma by name": (lambda m: PowerAverage(std=0.1), TypeError, "PowerAverage.from_sigma_rel(0.1)"),
+    "update": (lambda m: FusedAveragedModel(m).update(m), AttributeError, "averaged.update_parameters(model)"),
+    "step": (lambda m: FusedAveragedModel(m).step(), AttributeError, "averaged.update_parameters(model)"),
+    "step of several": (lambda m: several(m).step(), AttributeError, "averaged.update_parameters(model)"),
+    "torch_ema's context": (lambda m: FusedAveragedModel(m).average_parameters(), AttributeError, "swapped_into"),
+    "diffusers' store": (lambda m: FusedAveragedModel(m).store(), AttributeError, "swapped_into(model):"),
+    "diffusers' shadow": (lambda m: FusedAveragedModel(m).shadow_params, AttributeError, "averaged.module"),
+    "Composer's model": (lambda m: FusedAveragedModel(m).ema_model, AttributeError, "averaged.module"),
+    "torch_ema's count": (lambda m: FusedAveragedModel(m).num_updates, AttributeError, "averaged.n_averaged"),
+    "timm's decay": (lambda m: FusedAveragedModel(m).decay, AttributeError, "averaged.rule"),
+    "update with params": (lambda m: FusedAveragedModel(m).update_parameters(m.parameters()), TypeError, "not its par"),
+    "copy to params": (lambda m: averaged_once(m).copy_to([*m.parameters()]), TypeError, "not its parameters"),
+    "a scheduler": (
+        lambda m: FusedAveragedModel(m).attach(torch.optim.lr_scheduler.LambdaLR(sgd(m), lambda _: 1)),
+        TypeError,
+        "pass the optimizer of the scheduler",
+    ),
+    "a schedule's name": (lambda m: FusedAveragedModel(m).attach(sgd(m), update_every=2), TypeError, "every=..."),
+    "the model first": (lambda m: FusedAveragedModel(m).attach(m), TypeError, "write attach(optimizer, model)"),
+    "remove": (lambda m: FusedAveragedModel(m).attach(sgd(m)).remove(), AttributeError, "attachment.detach()"),
+    "update_bn turned round": (lambda m: update_bn(m, LOADER), TypeError, "update_bn(loader, model)"),
+    "snapshots' load": (lambda m: Snapshots("absent").load(), AttributeError, "snapshots.synthesize(rule)"),
+    "EMA": (lambda m: swafast.EMA, AttributeError, "FusedAveragedModel(model, rule=ExponentialAverage(0.999))"),
+    "EMA by import": (lambda m: exec("from swafast import EMA"), ImportError, "FusedAveragedModel(model, rule="),
+    "torch's class": (lambda m: exec("from swafast import AveragedModel"), ImportError, "import FusedAveragedModel"),
+    "SWALR elsewhere": (lambda m: exec("from swafast import SWALR"), ImportError, "from swafast.optim import SWALR"),
+    "update_bn elsewhere": (lambda m: exec("from swafast.optim import update_bn"), ImportError, "from swafast import"),
+}  # fmt: skip
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def averaged_once(model: nn.Module) -> FusedAveragedModel:
+    return FusedAveragedModel(model, num_averaged=1)
+
+
+def several(model: nn.Module) -> FusedAverages:
+    return FusedAverages(model, rules={"fast": EqualAverage(), "slow": ExponentialAverage(0.9)})
+
+
+@pytest.mark.parametrize(("call", "kind", "hint"), CALLS.values(), ids=CALLS)
+def test_a_mistake_gets_the_line_that_was_meant(
+    call: Callable[[Any], object], kind: type[Exception], hint: str
+) -> None:
+    with pytest.raises(kind) as raised:
+        call(make())
+    assert type(raised.value) is kind
+    assert hint in str(raised.value)
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return make().state_dict()
+
+
+#: A state, and what the error must have.
+STATES: dict[str, tuple[Callable[[], Any], str]] = {
+    "an export": (lambda: averaged_once(make()).averaged_state_dict(), "save averaged.state_dict()"),
+    "timm's ModelEmaV3": (lambda: {f"module.{k}": v for k, v in weights().items()}, '"n_averaged": torch.tensor(n)'),
+    "diffusers' EMAModel": (lambda: {"decay": 0.9, "shadow_params": [*weights().values()]}, "num_averaged=n"),
+    "a checkpoint": (
+        lambda: {"epoch": 1, "averaged": FusedAveragedModel(make()).state_dict()},
+        "load_state_dict(state['averaged'])",
+    ),
+    "Lightning's checkpoint": (lambda: {"epoch": 1, "state_dict": weights()}, "whole checkpoint, of 'epoch', 'state_"),
+    "several averages": (lambda: several(make()).state_dict(), "load it into FusedAverages"),
+    "a sharded state": (lambda: {**weights(), "checksum.module.weight": torch.zeros(2)}, "save full_state_dict()"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("state", "hint"), STATES.values(), ids=STATES)
+def test_a_state_of_another_kind_gets_the_line_that_was_meant(state: Callable[[], Any], hint: str) -> None:
+    averaged = FusedAveragedModel(make())
+    with pytest.raises(RuntimeError, match=r"Error\(s\) in loading state_dict for FusedAveragedModel") as raised:
+        averaged.load_state_dict(state())
+    assert hint in str(raised.value)
+    with pytest.raises(RuntimeError, match="Missing key"):  # several are told too
+        several(make()).load_state_dict(state() if "fast.n_averaged" not in state() else {})
+
+
+def test_one_averages_state_into_several_is_told() -> None:
+    with pytest.raises(RuntimeError, match=r'averages\["name"\]\.load_state_dict'):
+        several(make()).load_state_dict(FusedAveragedModel(make()).state_dict())
+
+
+def test_a_state_without_a_count_loads_as_the_hint_says() -> None:
+    averaged, state = FusedAveragedModel(make()), {f"module.{key}": value for key, value in weights().items()}
+    averaged.load_state_dict({**state, "n_averaged": torch.tensor(7)})
+    assert averaged.n_averaged == 7
+    assert torch.equal(averaged.module.weight, state["module.weight"])
+
+
+def test_dumps_of_keys_end_after_three_names() -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(40)))
+    averaged = FusedAveragedModel(model)
+    with pytest.raises(RuntimeError) as raised:
+        averaged.load_state_dict({f"other.{name}": value for name, value in averaged.state_dict().items()})
+    assert str(raised.value).splitlines()[1:] == [
+        '\tMissing key(s) in state_dict: "n_averaged", "module.0.weight", "module.0.bias" and 78 more. ',
+        '\tUnexpected key(s) in state_dict: "other.n_averaged", "other.module.0.weight", "other.module.0.bias" and 78 '
+        "more: this is a state of several averages, 'other': load it into FusedAverages, or keys that begin with "
+        "'other.', without that, into one average",
+    ]
+    wide = FusedAveragedModel(nn.Sequential(*(nn.Linear(3, 3) for _ in range(40))))
+    with pytest.raises(RuntimeError, match=r"and 77 more size mismatches$") as raised:
+        averaged.load_state_dict(wide.state_dict())
+    assert str(raised.value).count("size mismatch for") == 3
+    with pytest.raises(ValueError, match=r"missing \['a', 'b', 'c'\]; unexpected \['x'\]$"):
+        checkpoint._require_keys([*"abcde"], {"x": 1})
+    with pytest.raises(ValueError, match="one of timm's ModelEmaV3"):
+        checkpoint._require_keys(["n_averaged", "module.a"], {"module.a": torch.zeros(1)})
+
+
+# A sharded average is no module
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_shards_tell_who_takes_them_for_a_module(one_rank: None) -> None:
+    model = make()
+    averaged: Any = ShardedAveragedModel(model, rule=EqualAverage())
+    averages: Any = ShardedAverages(model, rules={"a": EqualAverage()})
+    for call, hint in (
+        (lambda: get_model_state_dict(averaged), "its state is averaged.state_dict()"),
+        (lambda: averaged.module, "holds no copy of one"),
+        (lambda: averages.named_parameters(), "holds no copy of one"),
+        (lambda: averaged.full_state_dict(rank0=True), "write rank0_only=True"),
+        (lambda: averages.full_state_dict(rank_0_only=True), "write rank0_only=True"),
+        (lambda: averaged.full_state_dict(offload_to_cpu=True), "write cpu_offload=True"),
+        (lambda: averaged.update(model), "averaged.update_parameters(model)"),
+        (lambda: averaged.load_state_dict(model.state_dict()), "save averaged.state_dict()"),
+        (lambda: ShardedAveragedModel(model, rule="ema"), "write rule=ExponentialAverage(0.999)"),
+    ):
+        with pytest.raises((AttributeError, TypeError, ValueError), match=re.escape(hint)):
+            call()
+    backend = choice.choose_backends(device_types={"cpu"})[0].name
+    shard = f"ShardedAveragedModel(rank 0 of 1, rule=EqualAverage, format='float32', backend={backend!r}, updates=0, 32"
+    assert repr(averaged) == f"{shard} bytes)"
+    assert repr(averages).splitlines() == ["ShardedAverages(", f"  'a': {shard} bytes)", ")"]
+    assert (averaged.format, averaged.backend) == ("float32", backend)
+    averaged.update_parameters(model.bfloat16().float())
+    assert averaged.format == "float32"
+
+
+# What hints must not change
+
+
+def test_own_attributes_and_errors_of_the_users_stay() -> None:
+    class Own(FusedAveragedModel):
+        @property
+        def shadow(self) -> str:
+            return "own"
+
+        @property
+        def broken(self) -> int:
+            raise ValueError("of the user")
+
+    averaged = Own(make())
+    averaged.ema_model = nn.Linear(1, 1)
+    assert averaged.shadow == "own"
+    assert isinstance(averaged.ema_model, nn.Linear)
+    assert not hasattr(averaged, "update")
+    with pytest.raises(AttributeError, match=r"has no attribute 'nothing'$"):
+        averaged.nothing  # noqa: B018
+
+    def include(name: str, param: torch.Tensor) -> bool:
+        raise TypeError("of the user")
+
+    with pytest.raises(TypeError, match=r"^of the user$"):
+        FusedAveragedModel(make(), include=include)
+    assert FusedAveragedModel(make(), include=lambda *_: True).n_averaged == 0
+
+
+def test_small_gammas_by_name_and_from_sigma_rel_stay() -> None:
+    assert PowerAverage(gamma=0.1).gamma == 0.1
+    assert 0 < PowerAverage.from_sigma_rel(0.28).gamma < 0.28
+    assert PowerAverage(0.0) == PowerAverage(gamma=0)
+    assert PowerAverage(0.5).gamma == 0.5
+
+
+def test_no_hint_names_what_is_there() -> None:
+    averaged, averages = FusedAveragedModel(make()), several(make())
+    assert [name for name in hints.OF_MODULES if hasattr(averaged, name) or hasattr(averages, name)] == []
+    assert [name for name in hints.OF_SHARDS if hasattr(ShardedAveragedModel, name)] == []
+    assert [name for name in hints.OF_SNAPSHOTS if hasattr(Snapshots, name)] == []
+    assert {*hints.NAMES}.isdisjoint({*dir(swafast)} - {*swafast.__all__})
+    assert all(callable(get_model_state_dict) and hint for hint in hints.NAMES.values())
+
+
+def test_swalr_is_torchs_own() -> None:
+    from swafast.optim import SWALR
+
+    assert SWALR is torch.optim.swa_utils.SWALR
+
+
+# What was chosen
+
+
+@pytest.mark.parametrize(
+    ("dtype", "format", "backend", "chosen"),
+    [
+        (torch.float32, None, None, "float32"),
+        (torch.bfloat16, None, None, "exact"),
+        (torch.float16, None, "reference", "mirrored"),
+        (torch.float64, None, None, "own"),
+        (torch.float32, "compact", "reference", "compact"),
+    ],
+)
+def test_format_and_backend_say_what_was_chosen(
+    dtype: torch.dtype, format: str | None, backend: str | None, chosen: str
+) -> None:
+    model = make().to(dtype)
+    averaged = FusedAveragedModel(model, format=format, backend=backend)
+    assert averaged.format == chosen
+    averaged.update_parameters(model)
+    fast = choice.choose_backends(backend, {"cpu"})[0].name
+    expected = "reference" if dtype == torch.float64 else fast
+    assert averaged.backend == expected
+    nbytes = sum(tensor.nbytes for name, tensor in averaged.state_dict().items() if name != "n_averaged")
+    assert averaged.nbytes == nbytes
+    assert repr(averaged) == (
+        f"FusedAveragedModel(rule=EqualAverage, format={chosen!r}, backend={expected!r}, updates=1, {nbytes} bytes)"
+    )
+
+
+def test_format_and_backend_may_be_assigned_and_are_pickled_as_asked() -> None:
+    model = make()
+    averaged = FusedAveragedModel(model)
+    assert averaged.__getstate__()["format"] is None
+    averaged.format, averaged.backend = "compact", "reference"
+    averaged.update_parameters(model)
+    assert (averaged.format, averaged.backend) == ("compact", "reference")
+    assert averaged.__getstate__()["format"] == "compact"
+    averaged.format = averaged.backend = None
+    averaged.bfloat16()
+    averaged.update_parameters(model.bfloat16())
+    assert averaged.format == "exact"
+
+
+def test_a_print_hides_planes_and_waits_for_no_device() -> None:
+    averaged = FusedAveragedModel(make().bfloat16(), rule=ExponentialAverage(0.9))
+    averages = several(make())
+    assert "\n" not in repr(averaged)
+    assert "rule=ExponentialAverage(decay=0.9)" in repr(averaged)
+    assert repr(averages).splitlines()[1] == f"  'fast': {averages['fast']!r}"
+    averaged.to("meta")
+    assert "updates counted on meta" in repr(averaged)  # as on a GPU, where reading it would wait
+    attachment = FusedAveragedModel(model := make()).attach(sgd(model))
+    attachment.detach()
+    assert repr(attachment).endswith(", detached)")
+    assert repr(Snapshots("absent")).endswith("absent', 0 snapshots)")
+
+
+def test_one_log_line_says_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    handler, logger = logging.Handler(logging.INFO), logging.getLogger("swafast")
+    monkeypatch.setattr(handler, "emit", lambda record: lines.append(record.getMessage()))
+    model = nn.ModuleList([make(), nn.Linear(2, 2).double()])
+    logger.addHandler(handler)
+    try:
+        FusedAveragedModel(model).update_parameters(model)
+        assert lines == []  # unless the user asks
+        logger.setLevel(logging.INFO)
+        averaged = FusedAveragedModel(model)
+        for _ in range(3):
+            averaged.update_parameters(model)
+        FusedAveragedModel(model, backend="reference").update_parameters(model)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+    first, second = lines
+    if cpu.unavailable() is None:
+        assert first == (
+            "swafast averages 4 tensors: backend reference (2 tensors), cpu (2 tensors); format float32, own; 80 bytes"
+            "; passed over: cpu: does not take '1.weight' (torch.float64) and 1 more"
+        )
+        assert second.endswith("passed over: cpu: another one was asked for")
+
+
+# A wrapper of the optimizer
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As Accelerate's: a subclass whose base class is not initialised, around the optimizer that steps."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> Any:
+        return self.optimizer.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+
+class Plain(Wrapper):
+    """As Lightning's: no optimizer by its class."""
+
+    __class__ = object  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, Plain, lambda optimizer: Wrapper(Plain(optimizer))])
+def test_attach_follows_the_optimizer_inside_a_wrapper(wrap: Callable[[Any], Any]) -> None:
+    model = make()
+    optimizer = sgd(model)
+    wrapper, averaged = wrap(optimizer), FusedAveragedModel(model)
+    with averaged.attach(wrapper):
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        wrapper.step()
+        assert averaged.n_averaged == 1
+        assert "swafast" in str(optimizer.state_dict()["param_groups"][0].keys())
+
+
+class Writes(Wrapper):
+    """As Lookahead: it has a state of its own, and writes params after the step of the optimizer inside."""
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer)
+        self.state: Any = {}
+
+
+def test_a_wrapper_with_a_state_of_its_own_is_refused() -> None:
+    model = make()
+    with refused(
+        TypeError, "must run torch's hooks, got Writes: pass the optimizer inside it. If Writes writes params"
+    ):
+        FusedAveragedModel(model).attach(Writes(sgd(model)))
+
+
+# What stands beside
+
+
+def test_a_second_copy_of_the_package_does_not_define_the_op_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("swafast.op.another_copy", torch_op.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, copy)
+    spec.loader.exec_module(copy)
+    average = torch.zeros(4)
+    torch.ops.swafast.update_([average], [], [torch.ones(4)], torch.tensor(0), "float32", 0, [0.0] * 4)
+    assert torch.equal(average, torch.ones(4))
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=f"{NO_LIBRARY}: {cpu.unavailable()}")
+@pytest.mark.parametrize("kept", [100, 5000, -1])
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_library_that_is_cut_short_is_told(
+    kept: int, is_named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Path(library.loaded()._name).read_bytes()
+    path = tmp_path / "libswafast.so"
+    path.write_bytes(whole[:kept])
+    if is_named:
+        monkeypatch.setenv("SWAFAST_LIBRARY", str(path))
+    else:
+        monkeypatch.delenv("SWAFAST_LIBRARY", raising=False)
+        monkeypatch.setattr(library, "_candidates", lambda: [path])
+        monkeypatch.setattr(choice, "_warned", set())
+    library.load.cache_clear()
+    missing = f"is cut short, its last {len(whole) - len(whole[:kept])} bytes are missing: install it again"
+    try:
+        if is_named:
+            with pytest.raises(RuntimeError, match=rf"SWAFAST_LIBRARY: .*{missing}. Set SWAFAST_LIBRARY to"):
+                FusedAveragedModel(make())
+            assert FusedAveragedModel(make(), backend="reference").n_averaged == 0
+        else:
+            with pytest.warns(RuntimeWarning, match=missing):
+                FusedAveragedModel(make())
+    finally:
+        library.load.cache_clear()
