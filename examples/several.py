@@ -56,9 +56,7 @@ def main() -> None:
         # In the model itself: the module of the compact average would run in bfloat16.
         with averaged.swapped_into(model):
             row = row_of(model)
-        table.add_row(
-            name, f"decay {averaged.rule.decay:g}", averaged.format or "float32", *row, f"{held_nbytes(averaged):,}"
-        )
+        table.add_row(name, f"decay {averaged.rule.decay:g}", averaged.format, *row, f"{held_nbytes(averaged):,}")
     Console().print(table)
 
 

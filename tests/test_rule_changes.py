@@ -251,7 +251,7 @@ def test_a_subclass_may_call_the_function_itself() -> None:
     torch.testing.assert_close(averaged.module.weight.detach(), 0.75 * before + 0.25 * model.weight.detach())
 
 
-@pytest.mark.parametrize("given", [{"avg_fn": SINGLE[0]}, {"multi_avg_fn": MULTI[0]}, {"rule": EMA}, {}], ids=str)
+@pytest.mark.parametrize("given", [{"avg_fn": SINGLE[0]}, {"multi_avg_fn": MULTI[0]}, {"rule": EMA}, {}], ids=", ".join)
 def test_copies_keep_functions_and_pickles_their_rule(given: dict[str, Any]) -> None:
     model = nn.Linear(2, 2)
     averaged = FusedAveragedModel(model, **given)

@@ -126,7 +126,7 @@ _RULES = _each(
         ),
         ("half_life",): "ExponentialAverage.from_half_life({})",
         ("sigma_rel", "sigma_rels", "std", "stds"): "PowerAverage.from_sigma_rel({})",
-        ("gamma", "gammas"): "PowerAverage({})",
+        ("gamma", "gammas"): "PowerAverage(gamma={})",
         ("multi_avg_fn", "avg_fn", "averaging_fn"): "EqualAverage(), or a Rule of your own",
     }
 )
