@@ -298,6 +298,8 @@ class FusedAveragedModel(HoldsModels, WithBindings, AveragedModel):
             RuntimeError: the averages are swapped into a model.
         """
         with self._guard.hold("state_dict"):
+            if self._uncounted is not None:
+                self._holds()
             return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

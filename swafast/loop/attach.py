@@ -106,7 +106,11 @@ class Attachable:
         if name is None:
             default_name = _default_name(self)
             name = roster.default_name(default_name, schedule, saved)
-            if roster.has_alike(default_name, schedule):
+            others = (each for each in roster.attachments if isinstance(each, Attachment))
+            if any(
+                (each.default_name, each.schedule) == (default_name, schedule) and each.is_of_the_kind(self, model)
+                for each in others
+            ):
                 warn_user(
                     f"the optimizer has another average with the rule and the schedule of {name!r}, and updates both: "
                     "detach that one if this one replaces it, else attach each with a name= of its own"
@@ -137,7 +141,8 @@ class Attachable:
     def _check_first_step(self, attachment: Attachment) -> None:
         """Warn at an attachment's first step if only one of the optimizer and the average was loaded."""
         before, schedule = attachment.step - 1, attachment.schedule
-        is_empty = all(each._uncounted is not None for each in _members(self).values())
+        watched = [each._uncounted for each in _members(self).values()]
+        is_empty = all(each is not None and not each.is_updated for each in watched)
         if before == 0 and not is_empty:
             _warn_of_no_state(attachment.name, ())
         if is_empty and before >= (schedule.start or schedule.every):

@@ -203,6 +203,12 @@ class Attachment:
             )
         self._runner.join()
 
+    def is_of_the_kind(self, averaged: object, model: Module) -> bool:
+        """Return whether it averages the same model with the same options."""
+        options = ("format", "include", "use_buffers")
+        alike = all(getattr(self._averaged, name, None) == getattr(averaged, name, None) for name in options)
+        return self._model is model and alike
+
     def reads(self, written: set[int]) -> bool:
         """Return whether an update under way may read a param or module with one of these ids."""
         if not self._runner.is_beside:
@@ -251,7 +257,7 @@ class Attachment:
         given = self.schedule
         try:
             self.restore(state)
-            self._told_step = None
+            self._told_step, self.is_checked = None, False
         except ValueError as error:
             warn_user(f"{error}. The average {self.name!r} goes on from step {self.step}")
         if self.schedule != given:

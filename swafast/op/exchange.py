@@ -9,9 +9,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from ..loop.swaps import INTO_AVERAGES, INTO_MODEL, REMOVED, REPLACED
 from ..terms.formats import convert
+from ..terms.names import renormed_params
 from ..torch_private.core import versions
 from .plan import Plan, bump_versions
 
@@ -19,6 +21,8 @@ from .plan import Plan, bump_versions
 class Located(Protocol):
     """What an exchange needs of the binding that its plan is of."""
 
+    @property
+    def root(self) -> Module | None: ...
     def now(self) -> Sequence[Tensor] | None: ...
     def places(self) -> Sequence[Sequence[Tensor]]: ...
 
@@ -92,6 +96,11 @@ class Exchange:
 
     def _name(self, base: int) -> str:
         return repr(self._plan.names[base])
+
+    def _free(self) -> set[str]:
+        """Return what to call the buffers that are only copied: a body may put others in their place."""
+        kinds = zip(self._plan.names, self._plan.formats, self._plan.are_buffers, strict=True)
+        return {repr(name) for name, fmt, is_buffer in kinds if is_buffer and fmt is None}
 
     def _names(self) -> list[str]:
         """Return what to call each of the tensors."""
@@ -177,15 +186,17 @@ class Exchange:
         """
         found = dict(self._moved.replaced) if self._moved is not None else {}
         after = versions(self._watched)
-        if self._versions is None or after == self._versions:
-            return found
-        count = len(self._watched_params)
-        names = [*map(repr, self._watched_params), *self._names()[-self._num_planes :]]
-        states = zip(names, self._places, self._addresses_of(self._watched), self._versions, after, strict=True)
-        for index, (name, place, place_now, *pair) in enumerate(states):
-            # A tensor that has other memory now may have its version from there.
-            if len(set(pair)) > 1 and place_now == place:
-                found[name] = INTO_MODEL if index < count else INTO_AVERAGES
+        if self._versions is not None and after != self._versions:
+            count = len(self._watched_params)
+            names = [*map(repr, self._watched_params), *self._names()[-self._num_planes :]]
+            states = zip(names, self._places, self._addresses_of(self._watched), self._versions, after, strict=True)
+            for index, (name, place, place_now, *pair) in enumerate(states):
+                # A tensor that has other memory now may have its version from there.
+                if len(set(pair)) > 1 and place_now == place:
+                    found[name] = INTO_MODEL if index < count else INTO_AVERAGES
+        if found and self._binding.root is not None:  # a forward pass may write these
+            for name in renormed_params(self._binding.root):
+                found.pop(repr(name), None)
         return found
 
 
@@ -209,8 +220,11 @@ class _Moved:
         self._held = [self._tensor_on(index, view) for index, view in enumerate(exchange._views())]
         self._names = exchange._names()
         count = len(exchange.tensors) - exchange._num_planes
+        self._free = exchange._free()
         self.replaced: dict[str, str] = {}
         for name, held, now in list(zip(self._names, self._held, places, strict=True))[:count]:
+            if name in self._free:
+                continue
             if not now:
                 self.replaced[name] = REMOVED
             elif not self._is_gone(held) and not all(_is_cast_of(held, tensor) for tensor in now):
@@ -262,7 +276,8 @@ class _Moved:
         for name, held, tensor_then, now in zip(self._names, self._held, self._exchange.tensors, places, strict=True):
             for tensor in {id(each): each for each in (tensor_then, *now)}.values():
                 if tensor.is_meta or tensor.shape != held.shape:
-                    self.lost[name] = None
+                    if tensor is tensor_then or name not in self._free:
+                        self.lost[name] = None
                 elif tensor.data_ptr() != held.data_ptr() or tensor.dtype != held.dtype:
                     start = int(tensor.storage_offset()) * tensor.itemsize
                     _make_room(tensor.untyped_storage(), start, tensor.shape, tensor.stride(), tensor.dtype)

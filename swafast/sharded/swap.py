@@ -105,6 +105,10 @@ class SpreadExchange(Exchange):
     def _views(self) -> Sequence[tuple[Any, ...]]:
         return [*self._params.base_views, *self._plan.plane_views]
 
+    def _free(self) -> set[str]:
+        shares = self._params.locator.shares
+        return {repr(share.name) for share in shares if share.holding.is_buffer and share.format is None}
+
     def _name(self, base: int) -> str:
         return repr(self._params.locator.name(base))
 
