@@ -595,6 +595,15 @@ def test_a_first_step_warns_if_only_one_of_the_two_was_loaded(forgotten: str, se
         step(other)
 
 
+def test_a_rollback_of_the_optimizer_alone_is_told() -> None:
+    run = Training().attach(None)
+    before = copy.deepcopy(run.optimizer.state_dict())
+    run.steps(3)
+    run.optimizer.load_state_dict(before)
+    with pytest.warns(UserWarning, match="counts from 0, although"):
+        run.steps(1)
+
+
 # Mistakes with the handle
 
 
@@ -611,7 +620,12 @@ def test_the_handle_is_kept_and_a_second_average_of_the_same_kind_is_warned_of()
     for options in ({"name": "other"}, {"every": 2}):
         with silent():
             FusedAveragedModel(model).attach(optimizer, **options)
-    with pytest.warns(UserWarning, match="has another average with the rule and the schedule of 'EqualAverage 3'"):
+    part = nn.Linear(2, 2)
+    optimizer.add_param_group({"params": part.parameters()})
+    for alike in (FusedAveragedModel(part), FusedAveragedModel(model, format="compensated")):
+        with silent():
+            alike.attach(optimizer)
+    with pytest.warns(UserWarning, match="has another average with the rule and the schedule of 'EqualAverage 5'"):
         FusedAveragedModel(model).attach(optimizer)
     with pytest.raises(ValueError, match="name must not be empty"):
         FusedAveragedModel(model).attach(optimizer, name="")

@@ -410,8 +410,10 @@ def test_loaded_weights_keep_no_plane_of_others(dtype: torch.dtype, format: str 
     averaged = FusedAveragedModel(Model(1.00371).to(dtype), format=format)
     WAYS_IN[way](averaged, Model(100.0).to(averaged.module.weight.dtype))
     averaged.n_averaged.fill_(3)
-    for _ in range(2):
-        require_same({"weight": averaged.averaged_state_dict()["weight"]}, {"weight": torch.full((6,), 100.0)})
+    other = FusedAveragedModel(Model().to(dtype), format=format)
+    other.load_state_dict(averaged.state_dict())
+    for each in (averaged, averaged, other):
+        require_same({"weight": each.averaged_state_dict()["weight"]}, {"weight": torch.full((6,), 100.0)})
 
 
 MOVES: dict[str, Callable[[FusedAveragedModel], object]] = {

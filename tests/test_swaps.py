@@ -339,6 +339,59 @@ def test_a_tensor_put_in_the_place_of_a_param_is_told_on_leaving(
     assert differing(averaged.averaged_state_dict(), state) == []
 
 
+class Cached(nn.Module):
+    """A model whose forward pass puts another tensor in the place of a buffer."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("cache", torch.zeros(4))
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cache = self.change(torch.zeros(4))
+        return self.linear(x)
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "other values": lambda cache: cache + 1,
+    "another dtype": lambda cache: cache.double() + 1,
+    "another shape": lambda cache: torch.ones(9),
+    "nothing": lambda cache: None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_forward_pass_may_replace_a_buffer(change: Callable[[Tensor], Tensor | None]) -> None:
+    model = Cached(change)
+    averaged = average_of(model)
+    before, state = tensors_of(model), tensors_of(averaged)
+    with averaged.swapped_into(model):
+        model(torch.ones(2, 4))
+    assert set(differing(tensors_of(model), before)) <= {"cache"}
+    assert differing(tensors_of(averaged), state) == []
+    if change is CHANGES["other values"]:
+        assert differing(tensors_of(model), before) == []
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_an_embedding_with_a_largest_norm_is_evaluated(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(kind(10, 4, max_norm=1.0))
+    averaged = average_of(model)
+    own = tensors_of(model)
+    with averaged.swapped_into(model):
+        model(torch.tensor([[1, 2]]))
+    assert differing(tensors_of(model), own) == []
+    assert averaged.module[0].weight[1].norm() <= 1.0 + 1e-6 < averaged.module[0].weight[3].norm()
+
+
+def test_a_state_is_made_in_an_inner_swap() -> None:
+    model = make_model()
+    first, second = average_of(model), average_of(model)
+    with unchanged(model, first, second), first.swapped_into(model), second.swapped_into(model):
+        get_optimizer_state_dict(model, torch.optim.Adam(model.parameters()))
+
+
 @pytest.mark.parametrize("several", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_write_into_a_param_that_is_only_copied_is_told(several: bool, dtype: torch.dtype) -> None:

@@ -303,6 +303,8 @@ class FusedAveragedModel(HasRule, Adaptable, AveragedModel):
             RuntimeError: the averages are swapped into a model.
         """
         with self._guard.hold("state_dict"):
+            if self._uncounted is not None:
+                self._holds()
             state = super().state_dict(*args, **kwargs)
             if not frozen:
                 prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -70,7 +71,10 @@ def load(averaged: FusedAveragedModel | FusedAverages, path: str | os.PathLike[s
     """
     _check_averaged(averaged)
     _check_path(path)
-    described, tensors = _read(os.fspath(path))
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"path must be that of a file, got {os.fspath(path)!r}, which is a device or a pipe")
+    with open(path, "rb"):  # raises an error of its own for a file that may not be read
+        described, tensors = _read(os.fspath(path))
     names, own = described["averages"], _names_of(averaged)
     if names != own:
         spelled = "one average" if names is None else f"the averages {', '.join(map(repr, names))}"
@@ -104,14 +108,19 @@ def _check_path(path: object) -> None:
     """Raise unless ``path`` may be that of a file.
 
     Raises:
-        TypeError: it is no path. ValueError: it is empty. IsADirectoryError: it is a folder.
+        TypeError: it is no path. ValueError: it is empty, or not in UTF-8. IsADirectoryError: it is a folder.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path must be a str or an os.PathLike, got {type(path).__name__}")
-    if not os.fspath(path):
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    if not isinstance(text, str):
+        raise TypeError(f"path must be a str or an os.PathLike of one, got {type(path).__name__}")
+    if not text:
         raise ValueError("path must not be empty")
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"path must be that of a file, got the folder {os.fspath(path)!r}: add a file's name")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"path must be in UTF-8, got {text!r}") from None
+    if os.path.isdir(text) or text.endswith(os.sep):
+        raise IsADirectoryError(f"path must be that of a file, got the folder {text!r}: add a file's name")
 
 
 def _names_of(averaged: FusedAveragedModel | FusedAverages) -> list[str] | None:

@@ -116,7 +116,8 @@ class Attachable(hints.WithHints):
         if name is None:
             default = default_name(self)
             name = roster.default_name(default, schedule, saved)
-            if roster.has_alike(default, schedule):
+            alike = (each for each in roster.attachments if (each.default_name, each.schedule) == (default, schedule))
+            if any(_are_of_one_kind(self, model, each) for each in alike if isinstance(each, Attachment)):
                 warn_user(
                     f"the optimizer has another average with the rule and the schedule of {name!r}, and updates both: "
                     "detach that one if this one replaces it, else attach each with a name= of its own"
@@ -147,7 +148,8 @@ class Attachable(hints.WithHints):
     def _check_first_step(self, attachment: Attachment) -> None:
         """Warn at an attachment's first step if only one of the optimizer and the average was loaded."""
         before, schedule = attachment.step - 1, attachment.schedule
-        is_empty = all(each._uncounted is not None for each in _members(self).values())
+        watched = [each._uncounted for each in _members(self).values()]
+        is_empty = all(each is not None and not each.is_updated for each in watched)
         if before == 0 and not is_empty:
             _warn_of_no_state(attachment.name, ())
         if is_empty and before >= (schedule.start or schedule.every):
@@ -245,6 +247,13 @@ def default_name(averaged: object) -> str:
         f"{each.name}={value!r}" for each in options if repr(value := getattr(rule, each.name)) != repr(each.default)
     ]
     return type(rule).__qualname__ + (f"({', '.join(values)})" if values else "")
+
+
+def _are_of_one_kind(averaged: object, model: Module, other: Attachment) -> bool:
+    """Return whether an attachment averages the same model with the same options."""
+    options = ("format", "include", "use_buffers")
+    alike = all(getattr(other._averaged, name, None) == getattr(averaged, name, None) for name in options)
+    return other.model is model and alike
 
 
 def _warn_of_no_state(name: str, saved: Iterable[str]) -> None:

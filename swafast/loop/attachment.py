@@ -268,7 +268,7 @@ class Attachment(hints.WithHints):
         given = self.schedule
         try:
             self.restore(state)
-            self._told_step = None
+            self._told_step, self.is_checked = None, False
         except ValueError as error:
             warn_user(f"{error}. The average {self.name!r} goes on from step {self.step}")
         if self.schedule != given:

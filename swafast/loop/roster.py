@@ -83,10 +83,6 @@ class Roster:
         if any(each.name == name for each in self.attachments):
             raise ValueError(f"name must be one that no other average attached to the optimizer has, got {name!r}")
 
-    def has_alike(self, default: str, schedule: Schedule) -> bool:
-        """Return whether another attachment has this default name and this schedule."""
-        return any(each.default_name == default and each.schedule == schedule for each in self.attachments)
-
     def default_name(self, default: str, schedule: Schedule, states: Mapping[str, Any]) -> str:
         """Return the default name, with a number if it is taken, of an attachment that may go on from these states."""
         return _default_name(default, schedule, states, {each.name for each in self.attachments})

@@ -71,7 +71,8 @@ class Swap:
     def enter(self, exchange: Exchanged) -> None:
         """Put the averages into the model. The caller holds the averages."""
         self._exchange = exchange
-        for other in self._others():
+        others = self._others()
+        for other in others:
             other.note()
         _refuse_steps()
         in_force.append(weakref.ref(self, _forget))
@@ -84,6 +85,8 @@ class Swap:
             self._hooks.append(Module.register_state_dict_pre_hook(owner.module, refusal))
         exchange.there()
         exchange.watch()
+        for other in others:
+            other.disregard()
 
     def note(self) -> None:
         """Remember what was written since :meth:`enter`."""
@@ -94,6 +97,11 @@ class Swap:
         """Take what was written until now for our own, once it was noted."""
         if self._exchange is not None and not self._is_left:
             self._exchange.watch()
+
+    def take_writes(self) -> None:
+        """Take what was written until now for our own, also for other swaps into this model."""
+        for swap in (self, *self._others()):
+            swap.disregard()
 
     def _others(self) -> list[Swap]:
         """Return the other swaps in force into this model or a part of it."""

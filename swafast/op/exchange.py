@@ -10,10 +10,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from ..loop.swaps import INTO_AVERAGES, INTO_MODEL, REMOVED, REPLACED
 from ..terms.copying import are_alike, write_once
 from ..terms.formats import convert
+from ..terms.names import renormed_params
 from ..torch_private.core import versions
 from .copies import Replaced
 from .plan import Plan, bump_versions
@@ -22,6 +24,8 @@ from .plan import Plan, bump_versions
 class Located(Protocol):
     """What an exchange needs of the binding that its plan is of."""
 
+    @property
+    def root(self) -> Module | None: ...
     def now(self) -> Sequence[Tensor] | None: ...
     def places(self) -> Sequence[Sequence[Tensor]]: ...
 
@@ -197,15 +201,17 @@ class Exchange:
         """
         found = dict(self._moved.replaced) if self._moved is not None else {}
         after = versions(self._watched)
-        if self._versions is None or after == self._versions:
-            return found
-        count = len(self._watched_params)
-        names = [*map(repr, self._watched_params), *self._names()[-self._num_planes :]]
-        states = zip(names, self._places, self._addresses_of(self._watched), self._versions, after, strict=True)
-        for index, (name, place, place_now, *pair) in enumerate(states):
-            # A tensor that has other memory now may have its version from there.
-            if len(set(pair)) > 1 and place_now == place:
-                found[name] = INTO_MODEL if index < count else INTO_AVERAGES
+        if self._versions is not None and after != self._versions:
+            count = len(self._watched_params)
+            names = [*map(repr, self._watched_params), *self._names()[-self._num_planes :]]
+            states = zip(names, self._places, self._addresses_of(self._watched), self._versions, after, strict=True)
+            for index, (name, place, place_now, *pair) in enumerate(states):
+                # A tensor that has other memory now may have its version from there.
+                if len(set(pair)) > 1 and place_now == place:
+                    found[name] = INTO_MODEL if index < count else INTO_AVERAGES
+        if found and self._binding.root is not None:  # a forward pass may write these
+            for name in renormed_params(self._binding.root):
+                found.pop(repr(name), None)
         return found
 
 
@@ -237,7 +243,7 @@ class _Moved:
         }
         self.replaced: dict[str, str] = {}
         for index, (name, held, now) in enumerate(zip(self._names[:count], self._held, places, strict=False)):
-            if index in self._anew:
+            if exchange._is_copied_buffer(index):
                 continue
             if not now:
                 self.replaced[name] = REMOVED

@@ -215,6 +215,7 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
                         exchange = SpreadExchange(model, bound, self._bindings.latest, self._spreads, held)
                         swap.enter(exchange)
                     exchange.spread()
+                    swap.take_writes()
                 yield model
             finally:
                 swap.leave()

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Embedding, EmbeddingBag, Module
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..torch_private.modules import (
@@ -187,6 +187,15 @@ def persistent_buffers(root: Module) -> dict[str, Tensor]:
     """Return every buffer that a state dict of ``root`` holds, under each of its names."""
     passing = passing_names(root)
     return {name: tensor for name, tensor in named_buffers(root, "model").items() if name not in passing}
+
+
+def renormed_params(root: Module) -> list[str]:
+    """Return the names of the params that a forward pass writes: of embeddings with ``max_norm``."""
+    return [
+        canonical(f"{prefix}.weight".lstrip("."))
+        for prefix, module in named_modules(root)
+        if isinstance(module, (Embedding, EmbeddingBag)) and module.max_norm is not None
+    ]
 
 
 def require_same_names(kind: str, averages: Iterable[str], params: Iterable[str]) -> None:
