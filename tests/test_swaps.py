@@ -382,6 +382,9 @@ def test_an_embedding_with_a_largest_norm_is_evaluated(kind: type[nn.Module]) ->
     with averaged.swapped_into(model):
         model(torch.tensor([[1, 2]]))
     assert differing(tensors_of(model), own) == []
+    with pytest.raises(RuntimeError, match="what was written is gone"), averaged.swapped_into(model):
+        model[0].weight = nn.Parameter(torch.zeros(10, 4))
+    assert differing(tensors_of(model), own) == []
     assert averaged.module[0].weight[1].norm() <= 1.0 + 1e-6 < averaged.module[0].weight[3].norm()
 
 

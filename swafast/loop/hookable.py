@@ -122,5 +122,5 @@ def warn_of_others(model: Module, optimizers: Sequence[Optimizer]) -> None:
 
 def first_name(model: Module, optimizer: Optimizer) -> str:
     """Return the name of the first of the model's params that the optimizer has."""
-    params = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    params = set(map(id, _params_of(optimizer)))
     return next((name for name, param in named_tensors(model) if id(param) in params), "")

@@ -210,8 +210,9 @@ class Exchange:
                 if len(set(pair)) > 1 and place_now == place:
                     found[name] = INTO_MODEL if index < count else INTO_AVERAGES
         if found and self._binding.root is not None:  # a forward pass may write these
-            for name in renormed_params(self._binding.root):
-                found.pop(repr(name), None)
+            for name in map(repr, renormed_params(self._binding.root)):
+                if found.get(name) == INTO_MODEL:
+                    del found[name]
         return found
 
 
