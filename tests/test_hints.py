@@ -310,14 +310,40 @@ def test_format_and_backend_say_what_was_chosen(
     )
 
 
+@pytest.mark.parametrize(
+    ("asked", "change", "chosen"),
+    [
+        ("compensated", nn.Module.half, "mirrored"),
+        ("float32", nn.Module.bfloat16, "exact"),
+        ("compact", nn.Module.float, "float32"),
+        ("exact", nn.Module.double, "own"),
+    ],
+)
+def test_what_was_asked_for_is_not_taken_for_what_was_chosen(asked: str, change: Any, chosen: str) -> None:
+    averaged = FusedAveragedModel(make(), format=asked)
+    change(averaged)
+    assert averaged.format == chosen
+
+
+@pytest.mark.parametrize("kind", [FusedAveragedModel, ShardedAveragedModel])
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="needs the native library")
+def test_a_backend_that_serves_a_part_is_not_taken_for_all(kind: Any, one_rank: None) -> None:
+    model = nn.Sequential(nn.Linear(2, 2).double(), nn.Linear(2, 2))
+    averaged = kind(model, backend="cpu")
+    averaged.update_parameters(model)
+    assert (averaged.format, averaged.backend) == ("own, float32", "reference, cpu")
+
+
 def test_format_and_backend_may_be_assigned_and_are_pickled_as_asked() -> None:
     model = make()
     averaged = FusedAveragedModel(model)
     assert averaged.__getstate__()["format"] is None
     averaged.format, averaged.backend = "compact", "reference"
     averaged.update_parameters(model)
-    assert (averaged.format, averaged.backend) == ("compact", "reference")
+    assert (averaged.format, averaged.backend) == ("float32", "reference")  # until a cast
     assert averaged.__getstate__()["format"] == "compact"
+    averaged.bfloat16()
+    assert averaged.format == "compact"
     averaged.format = averaged.backend = None
     averaged.bfloat16()
     averaged.update_parameters(model.bfloat16())

@@ -291,3 +291,84 @@ def test_a_function_that_comes_later_has_no_format_of_ours(name: str) -> None:
     assert all(torch.equal(after[key], before[key]) for key in before)
     averaged.rule = EMA
     averaged.update_parameters(model)
+
+
+# Functions of a subclass, and functions that are modules
+
+
+class ByProperty:
+    """Another function for each update, by a property."""
+
+    decay = 0.5
+
+    @property
+    def avg_fn(self) -> Any:
+        return get_ema_avg_fn(self.decay)
+
+    @avg_fn.setter
+    def avg_fn(self, value: object) -> None:
+        pass
+
+
+class ByMethod:
+    """A function that is a method."""
+
+    decay = 0.5
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)  # type: ignore[call-arg]
+        del self.avg_fn  # which torch's constructor has set to None
+
+    def avg_fn(self, average: Tensor, param: Tensor, count: Any) -> Tensor:  # type: ignore[no-redef]
+        return torch.lerp(average, param, self.decay)
+
+
+class Lerp(nn.Module):
+    """An averaging function that is a module."""
+
+    def forward(self, average: Tensor, param: Tensor, count: Any) -> Tensor:
+        return torch.lerp(average, param, 0.6)
+
+
+@pytest.mark.parametrize("mixin", [ByProperty, ByMethod])
+def test_a_function_of_the_subclass_counts_as_in_torchs_class(mixin: type) -> None:
+    model = nn.Linear(3, 2)
+    ours, torchs = (type("Own", (mixin, kind), {})(model) for kind in (FusedAveragedModel, AveragedModel))
+    for n in range(5):
+        drift(model)
+        for averaged in (ours, torchs):
+            averaged.decay = n / 5
+            averaged.update_parameters(model)
+    torch.testing.assert_close(ours.module.weight, torchs.module.weight)
+
+
+def test_a_function_may_be_a_module() -> None:
+    model = nn.Linear(3, 2)
+    ours, torchs = (kind(model, avg_fn=Lerp()) for kind in (FusedAveragedModel, AveragedModel))
+    later = FusedAveragedModel(model, avg_fn=get_ema_avg_fn(0.9))
+    later.avg_fn = function = Lerp()
+    assert later.avg_fn is function
+    for _ in range(3):
+        drift(model)
+        for averaged in (ours, torchs, later):
+            averaged.update_parameters(model)
+    torch.testing.assert_close(ours.module.weight, torchs.module.weight)
+    torch.testing.assert_close(later.module.weight, torchs.module.weight)
+    assert copy.deepcopy(later).rule is None
+    later.avg_fn = None
+    assert (later.avg_fn, later.rule) == (None, EqualAverage())
+
+
+def test_what_would_be_set_in_vain_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    sharded = ShardedAveragedModel(model)
+    several = ShardedAverages(model, rules={"a": EMA}), FusedAverages(model, rules={"a": EMA})
+    for averaged in (sharded, several[0]["a"]):
+        with pytest.raises(AttributeError, match=r"updated by a rule, set rule = ExponentialAverage\(decay=0.25\)"):
+            averaged.avg_fn = get_ema_avg_fn(0.25)
+        with pytest.raises(AttributeError, match="set rule, to a Rule of yours"):
+            averaged.multi_avg_fn = print
+        assert not hasattr(averaged, "avg_fn")
+    for averages in several:
+        with pytest.raises(AttributeError, match=r"its own rule: use averages\['a'\]\.rule"):
+            averages.rules = {"a": EqualAverage()}

@@ -12,12 +12,13 @@ from ..op.choice import choose_backends
 from ..op.report import spell_bytes
 from ..terms.copying import bytes_of
 from ..terms.formats import Format
+from ..terms.rules import Rule, spell_rule
 from .lending import is_lent
 from .planes import find_planes
 
 
 class Chosen:
-    """An attribute that says what the user asked for, or if that is None, what was chosen.
+    """An attribute that says what was chosen, whatever the user asked for.
 
     The instance's dict holds what was asked for, also in pickles. Code of ours reads it there, or by :func:`asked_of`.
     """
@@ -35,8 +36,7 @@ class Chosen:
     def __get__(self, instance: object | None, owner: type) -> Chosen | str:
         if instance is None:
             return self
-        asked: str | None = instance.__dict__.get(self._name)
-        return asked if asked is not None else self._choose(instance)
+        return self._choose(instance)
 
     def __set__(self, instance: object, asked: str | None) -> None:
         instance.__dict__[self._name] = asked
@@ -80,16 +80,16 @@ class Described:
     def _backends(self) -> str:
         names = self._bindings.backends
         if not names:
-            names = [
-                choose_backends(device_types={p.device.type for _, planes in self._stored() for p in planes})[0].name
-            ]
+            device_types = {plane.device.type for _, planes in self._stored() for plane in planes}
+            names = [choose_backends(self.__dict__.get("backend"), device_types)[0].name]
         return ", ".join(dict.fromkeys(names))
 
     def __repr__(self) -> str:
         """Return one line, without waiting for a GPU: it leaves the number of updates there unread."""
         count = self.n_averaged
         updates = f"updates={int(count)}" if count.device.type == "cpu" else f"updates counted on {count.device}"
-        parts = (f"rule={default_name(self)}", f"format={self.format!r}", f"backend={self.backend!r}", updates)
+        rule = spell_rule(self.rule, always=1) if self.rule is not None else default_name(self)
+        parts = (f"rule={rule}", f"format={self.format!r}", f"backend={self.backend!r}", updates)
         return f"{type(self).__name__}({', '.join((*self._head(), *parts, spell_bytes(self.nbytes)))})"
 
     def _head(self) -> Iterable[str]:
@@ -97,6 +97,7 @@ class Described:
         return ()
 
     if TYPE_CHECKING:
+        rule: Rule | None
         n_averaged: Tensor
         _bindings: Any
 

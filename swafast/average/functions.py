@@ -14,7 +14,8 @@ from ..op.checks import refuse_capture
 from ..op.copies import Copies
 from ..terms import hints
 from ..terms.lazy import MadeOnUse
-from ..terms.rules import Rule, rule_of
+from ..terms.rules import Rule, rule_of, spell_rule
+from ..torch_private.modules import own_children
 
 if TYPE_CHECKING:
     from ..loop.guard import Guard
@@ -57,6 +58,22 @@ def refuse_format(format: str | None) -> None:
         raise ValueError(f"format must be None with an averaging function of your own, got {format!r}")
 
 
+class ByRuleAlone:
+    """``avg_fn`` and ``multi_avg_fn`` where rules alone move averages: they cannot be set, and so not in vain."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        raise AttributeError(f"{owner.__name__} has no {self._name}, but a rule")
+
+    def __set__(self, instance: object, value: object) -> None:
+        rule = rule_of(value, None) if callable(value) else None
+        meant = f"rule = {spell_rule(rule, always=1)}" if rule is not None else "rule, to a Rule of yours"
+        kind = type(instance).__name__
+        raise AttributeError(f"{self._name} cannot be set: a {kind} is updated by a rule, set {meant}")
+
+
 class HasRule:
     """Base class of a module whose ``avg_fn`` and ``multi_avg_fn`` may be rules, torch's functions or a user's.
 
@@ -72,6 +89,11 @@ class HasRule:
     if TYPE_CHECKING:
         _guard: Guard
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.avg_fn is not None or cls.multi_avg_fn is not None:  # a property or a method may change unseen
+            cls.rule = property(lambda self: rule_of(self.avg_fn, self.multi_avg_fn))  # type: ignore[assignment]
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "rule":
             choose_rule(value, None, None)
@@ -83,8 +105,11 @@ class HasRule:
             self._guard.settle()  # an update under way goes by what was set before it
             if name == "avg_fn" and value is not None and isinstance(self.multi_avg_fn, Rule):
                 super().__setattr__("multi_avg_fn", None)  # torch's class would go by it, and not by the new function
+            own_children(self).pop(name, None)
         super().__setattr__(name, value)
         if name in ("avg_fn", "multi_avg_fn"):
+            if name in own_children(self):  # a function that is a module, which would be looked up after our default
+                self.__dict__[name] = value
             self.__dict__.pop("rule", None)  # made again on its next use
 
     def __getstate__(self) -> dict[str, Any]:

@@ -81,6 +81,7 @@ def named_formats(names: Sequence[str], format: object) -> dict[str, str | None]
 
 def refuse_own(averages: Iterable[str], kind: type, name: str) -> None:
     """Raise AttributeError if ``name`` is an attribute of each average, of class ``kind``, and not of all together."""
+    name = "rule" if name == "rules" else name
     if hasattr(kind, name) and not hasattr(type(averages), name) and not name.startswith("_"):
         first = next(iter(averages))
         raise AttributeError(f"each of several averages has its own {name}: use averages[{first!r}].{name}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 
 from ..terms import hints
 from ..terms.lazy import MadeOnUse
+from ..terms.rules import spell_rule
 from ..terms.warn import warn_user
 from ..torch_private.optimizers import has_hooks
 from . import swaps
@@ -242,11 +242,7 @@ def default_name(averaged: object) -> str:
     if rule is None:  # a function of the user's own
         function = members[""].multi_avg_fn or members[""].avg_fn
         return str(getattr(function, "__qualname__", type(function).__qualname__))
-    options = fields(rule) if is_dataclass(rule) else ()
-    values = [
-        f"{each.name}={value!r}" for each in options if repr(value := getattr(rule, each.name)) != repr(each.default)
-    ]
-    return type(rule).__qualname__ + (f"({', '.join(values)})" if values else "")
+    return spell_rule(rule)
 
 
 def _are_of_one_kind(averaged: object, model: Module, other: Attachment) -> bool:

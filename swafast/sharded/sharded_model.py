@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module
 
 from ..average.accepting import ask_include
-from ..average.functions import choose_rule
+from ..average.functions import ByRuleAlone, choose_rule
 from ..loop import swaps
 from ..loop.guard import Guard, seamless
 from ..loop.swaps import Swap
@@ -130,8 +130,8 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
         self._meshes = construction.gather_meshes(model, self._ranks)
         with self._ranks.settled("ShardedAveragedModel"):
             held = self._set_up(model, include)
-        options = ("rule", "format", "nonfinite", "use_buffers", "share_replicas", "seed")
-        asked = {option: getattr(self, option) for option in options} | {"format": self.__dict__["format"]}
+        options = ("rule", "nonfinite", "use_buffers", "share_replicas", "seed")
+        asked = {"format": self.__dict__["format"]} | {option: getattr(self, option) for option in options}
         described = {option: construction.spell(value) for option, value in asked.items()}
         described["num_averaged"] = str(num_averaged)
         described |= {names[0]: "copied by torch" for names in self._copied}
@@ -176,6 +176,7 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
 
     #: The rule in use, or to be used from the next update on. Set it on all ranks alike.
     rule = property(attrgetter("_rule"), _set_rule)  # attrgetter is in C: an update asks for it
+    avg_fn, multi_avg_fn = ByRuleAlone(), ByRuleAlone()
 
     def _make_guard(self) -> Guard:
         return Guard(number=self._number)
