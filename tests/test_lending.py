@@ -376,3 +376,19 @@ def test_wrapped_models_leave_their_base_out_of_states_too() -> None:
     again.load_state_dict(state)
     assert differing(again.state_dict(), averaged.state_dict()) == []
     assert shared(averaged, model) == [*bases_of(model)]
+
+
+@pytest.mark.parametrize("kind", [FusedAveragedModel, FusedAverages])
+def test_a_write_into_a_frozen_param_in_a_swap_is_told(kind: Any) -> None:
+    model = make_model()
+    averaged = make(model, kind)
+    train(model, averaged)
+    bases = {name: param.clone() for name, param in bases_of(model).items()}
+    told = pytest.raises(
+        RuntimeError, match=r"'0\.base\.weight'.* the model lends it to its averages, and no swap puts"
+    )
+    with told, one_of(averaged).swapped_into(model), torch.no_grad():
+        bases_of(model)["0.base.weight"].add_(1)
+    assert torch.equal(bases_of(model)["0.base.weight"], bases["0.base.weight"] + 1)
+    with one_of(averaged).swapped_into(model):
+        model(torch.randn(2, WIDTH, dtype=torch.bfloat16))

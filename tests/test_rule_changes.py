@@ -359,6 +359,25 @@ def test_a_function_may_be_a_module() -> None:
     assert (later.avg_fn, later.rule) == (None, EqualAverage())
 
 
+class WithDecay(FusedAveragedModel):
+    """A subclass with an attribute of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.decay = 0.5
+
+
+@pytest.mark.parametrize("name", ["decay", "momentum"])
+def test_a_decay_is_the_rules(name: str) -> None:
+    model = nn.Linear(2, 2)
+    sharded = ShardedAveragedModel(model)
+    averages = FusedAverages(model, rules={"a": EMA})
+    for averaged in (FusedAveragedModel(model), averages["a"], averages, sharded):
+        with pytest.raises(AttributeError, match=r"write averaged\.rule = ExponentialAverage\(0\.99\)"):
+            setattr(averaged, name, 0.99)
+    assert WithDecay(model).decay == 0.5
+
+
 def test_what_would_be_set_in_vain_is_refused() -> None:
     model = nn.Linear(2, 2)
     sharded = ShardedAveragedModel(model)

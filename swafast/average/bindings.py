@@ -101,11 +101,16 @@ class ModuleBinding:
         frozen = [param for param in left_out if not param.requires_grad]
         self._loan = self._lend(lent, frozen) if frozen else None
 
+    def lent(self) -> Sequence[tuple[str, Tensor]]:
+        """Return the names and tensors of the params that the model lends."""
+        theirs = self._model_walk.tensors()
+        return self._loan.lent(theirs) if self._loan is not None and theirs is not None else []
+
     def _lend(self, lent: Sequence[Pair], frozen: Sequence[Tensor]) -> lending.Loan:
         params, averages = [pair.param for pair in lent], [pair.average for pair in lent]
         find_params, find_frozen = (_picker(list(map(self._model_walk.position, each))) for each in (params, frozen))
         find_averages = _picker(list(map(self._owner_walk.position, averages)))
-        return lending.Loan(params, averages, find_params, find_averages, find_frozen)
+        return lending.Loan([pair.name for pair in lent], params, averages, find_params, find_averages, find_frozen)
 
     @property
     def root(self) -> Module | None:
@@ -150,6 +155,7 @@ class AnyBinding(Protocol):
     def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None: ...
     def now(self) -> Sequence[Tensor] | None: ...
     def places(self) -> Sequence[Sequence[Tensor]]: ...
+    def lent(self) -> Sequence[tuple[str, Tensor]]: ...
 
 
 class Bindings:

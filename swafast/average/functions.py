@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from ..backends.contract import Pair
 from ..op.checks import refuse_capture
@@ -58,6 +59,19 @@ def refuse_format(format: str | None) -> None:
         raise ValueError(f"format must be None with an averaging function of your own, got {format!r}")
 
 
+#: Names by which other packages set the decay of an average.
+DECAYS = frozenset(("decay", "ema_decay", "beta", "momentum", "max_decay"))
+
+
+def refuse_decay(averaged: object, name: str, value: object) -> None:
+    """Raise AttributeError if one of our classes, and no subclass, is given a decay, which it would not look at."""
+    if type(averaged).__module__.partition(".")[0] == __name__.partition(".")[0]:
+        raise AttributeError(
+            f"{name} = {value!r} would change nothing, since the rule sets the weights: write averaged.rule = "
+            f"ExponentialAverage({value!r})"
+        )
+
+
 class ByRuleAlone:
     """``avg_fn`` and ``multi_avg_fn`` where rules alone move averages: they cannot be set, and so not in vain."""
 
@@ -95,6 +109,8 @@ class HasRule:
             cls.rule = property(lambda self: rule_of(self.avg_fn, self.multi_avg_fn))  # type: ignore[assignment]
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in DECAYS:
+            refuse_decay(self, name, value)
         if name == "rule":
             choose_rule(value, None, None)
             self.avg_fn, self.multi_avg_fn = None, value
@@ -105,10 +121,10 @@ class HasRule:
             self._guard.settle()  # an update under way goes by what was set before it
             if name == "avg_fn" and value is not None and isinstance(self.multi_avg_fn, Rule):
                 super().__setattr__("multi_avg_fn", None)  # torch's class would go by it, and not by the new function
-            own_children(self).pop(name, None)
+            own_children(self).pop(name, None)  # type: ignore[arg-type]  # a module
         super().__setattr__(name, value)
         if name in ("avg_fn", "multi_avg_fn"):
-            if name in own_children(self):  # a function that is a module, which would be looked up after our default
+            if isinstance(value, Module):  # a child, which would be looked up after our default
                 self.__dict__[name] = value
             self.__dict__.pop("rule", None)  # made again on its next use
 

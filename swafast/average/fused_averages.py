@@ -21,6 +21,7 @@ from ..torch_private.modules import own_buffers, own_children
 from .averaged_model import FusedAveragedModel
 from .bindings import Bound, WithBindings
 from .described import describe_all
+from .functions import DECAYS, refuse_decay
 from .growing import OldName, adapt
 from .loading import load_whole
 from .states import leave_out
@@ -184,6 +185,8 @@ class FusedAverages(WithBindings, Module):
         if name in own_children(self) or isinstance(value, Module):
             self.add_module(name, value)
         refuse_own(self, FusedAveragedModel, name)
+        if name in DECAYS:
+            refuse_decay(self, name, value)
         super().__setattr__(name, value)
 
     def add_module(self, name: str, module: Module | None) -> NoReturn:

@@ -74,12 +74,13 @@ class Loan:
     """The lent params of one plan, and all others that it leaves out because they are frozen.
 
     Args:
-        params, averages: the params that the model lends, and those of the averaged module that stand on them.
+        names, params, averages: the params that the model lends, and those of the averaged module that stand on them.
         find_params, find_averages, find_frozen: pick these, and the frozen params of the model, from a walk's tensors.
     """
 
     def __init__(
         self,
+        names: Sequence[str],
         params: Sequence[Tensor],
         averages: Sequence[Tensor],
         find_params: Pick,
@@ -88,8 +89,13 @@ class Loan:
     ) -> None:
         for average in averages:  # also those that were pickled together with the model
             note(average)
+        self._names = names
         self._params, self._averages = Fingerprint(params), Fingerprint(averages)
         self._find_params, self._find_averages, self._find_frozen = find_params, find_averages, find_frozen
+
+    def lent(self, theirs: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+        """Return names and tensors of what the model lends, from a walk of it."""
+        return list(zip(self._names, self._find_params(theirs), strict=True))
 
     def stands(self, theirs: Sequence[Tensor], own: Sequence[Tensor]) -> bool:
         """Return whether all are still frozen, and on the memory that they had, going by the tensors of both walks."""

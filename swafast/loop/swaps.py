@@ -26,6 +26,7 @@ from .guard import ForkSafeLock, Guard, finished
 # What becomes of writes by others while the averages are in the model.
 INTO_MODEL = "the model has its own values again, but averages may have what was written: load them from a checkpoint"
 INTO_AVERAGES = "the model's own values lay there, so it may have what was written: load it from a checkpoint"
+INTO_BOTH = "the model lends it to its averages, and no swap puts it back: load it from a checkpoint, or undo the write"
 REPLACED = "the model has its own values again, and what was written is gone: write it after the swap"
 REMOVED = "the model no longer has it, so what stands in its place may have averages: load it from a checkpoint"
 

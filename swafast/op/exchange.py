@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..loop.swaps import INTO_AVERAGES, INTO_MODEL, REMOVED, REPLACED
+from ..loop.swaps import INTO_AVERAGES, INTO_BOTH, INTO_MODEL, REMOVED, REPLACED
 from ..terms.copying import are_alike, write_once
 from ..terms.formats import convert
 from ..terms.names import renormed_params
@@ -28,6 +28,7 @@ class Located(Protocol):
     def root(self) -> Module | None: ...
     def now(self) -> Sequence[Tensor] | None: ...
     def places(self) -> Sequence[Sequence[Tensor]]: ...
+    def lent(self) -> Sequence[tuple[str, Tensor]]: ...
 
 
 class Exchange:
@@ -68,11 +69,18 @@ class Exchange:
         self._stashed = [pairs[index] for index in self._aside]
         self._stash: list[Tensor] = []
         self._watched: list[Tensor] = []
-        self._watched_params: list[str] = []
+        self._watched_names: list[str] = []
         for name, tensor, is_buffer in self._averaged():
             if not (is_buffer and ignore_buffers):
-                self._watched_params.append(name)
+                self._watched_names.append(name)
                 self._watched.append(tensor)
+        num_averaged = len(self._watched)
+        for name, tensor in binding.lent():
+            self._watched_names.append(name)
+            self._watched.append(tensor)
+        num_lent = len(self._watched) - num_averaged
+        #: What becomes of a write into each of them.
+        self._ends = [INTO_MODEL] * num_averaged + [INTO_BOTH] * num_lent + [INTO_AVERAGES] * len(planes)
         self._watched += planes
         self._places = self._addresses_of(self._watched)
         self._versions: list[int] | None = None
@@ -202,13 +210,13 @@ class Exchange:
         found = dict(self._moved.replaced) if self._moved is not None else {}
         after = versions(self._watched)
         if self._versions is not None and after != self._versions:
-            count = len(self._watched_params)
-            names = [*map(repr, self._watched_params), *self._names()[-self._num_planes :]]
-            states = zip(names, self._places, self._addresses_of(self._watched), self._versions, after, strict=True)
-            for index, (name, place, place_now, *pair) in enumerate(states):
+            names = [*map(repr, self._watched_names), *self._names()[len(self.tensors) - self._num_planes :]]
+            places = zip(self._places, self._addresses_of(self._watched), strict=True)
+            states = zip(names, self._ends, places, self._versions, after, strict=True)
+            for name, end, (place, place_now), *pair in states:
                 # A tensor that has other memory now may have its version from there.
                 if len(set(pair)) > 1 and place_now == place:
-                    found[name] = INTO_MODEL if index < count else INTO_AVERAGES
+                    found[name] = end
         if found and self._binding.root is not None:  # a forward pass may write these
             for name in map(repr, renormed_params(self._binding.root)):
                 if found.get(name) == INTO_MODEL:

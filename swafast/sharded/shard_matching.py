@@ -240,6 +240,10 @@ class ShardBinding:
         """Return, for each base and then for each plane, all tensors that have its names in the model now."""
         return [*self._locator.places(), *([plane] for plane in self._planes)]
 
+    def lent(self) -> Sequence[tuple[str, Tensor]]:
+        """Return nothing: there is no averaged module that would share params."""
+        return ()
+
     def _bases_of(self, found: Sequence[Tensor]) -> list[Tensor]:
         bases = self._locator.bases(found)
         if self._staging is not None:

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module
 
 from ..average.described import describe_all
+from ..average.functions import DECAYS, refuse_decay
 from ..average.fused_averages import named_formats, named_rules, refuse_own
 from ..average.growing import OldName
 from ..loop.guard import Guard
@@ -114,6 +115,8 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         if name in self.__dict__.get("_averages", {}):
             raise AttributeError(f"averages must stay as they are, got a change of {name!r}: make new ShardedAverages")
         refuse_own(self, ShardedAveragedModel, name)
+        if name in DECAYS:
+            refuse_decay(self, name, value)
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:

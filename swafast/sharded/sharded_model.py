@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module
 
 from ..average.accepting import ask_include
-from ..average.functions import ByRuleAlone, choose_rule
+from ..average.functions import DECAYS, ByRuleAlone, choose_rule, refuse_decay
 from ..loop import swaps
 from ..loop.guard import Guard, seamless
 from ..loop.swaps import Swap
@@ -168,6 +168,11 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
         self.n_averaged = torch.zeros((), dtype=torch.int64, device=device)
         self._bind(model)
         return held
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in DECAYS:
+            refuse_decay(self, name, value)
+        super().__setattr__(name, value)
 
     def _set_rule(self, rule: Rule | None) -> None:
         chosen = choose_rule(rule, None, None)

@@ -294,7 +294,7 @@ def checked_weight(rule: Rule, num_averaged: int) -> float:
 
 def spell_rule(rule: Rule, *, always: int = 0) -> str:
     """Return a rule with what the user has set of it, and in any case with its first ``always`` fields."""
-    options = fields(rule) if is_dataclass(rule) else ()
+    options: tuple[Any, ...] = fields(rule) if is_dataclass(rule) else ()
     values = [
         f"{each.name}={value!r}"
         for index, each in enumerate(options)
