@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages, save, update_bn
+from swafast import (
+    EqualAverage,
+    ExponentialAverage,
+    FusedAveragedModel,
+    FusedAverages,
+    ShardedAveragedModel,
+    save,
+    update_bn,
+)
 from tests.support import Held, drift, refused, step_with_ones
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(CSR|uantize|nested|TypedStorage)")
@@ -335,3 +343,11 @@ def test_an_averaged_buffer_and_a_frozen_param_keep_their_shape() -> None:
     frozen.put(nn.Parameter(torch.eye(4).to_sparse(), requires_grad=False))
     with pytest.raises(ValueError, match=r"'odd' must be like the average's, .*\(3, 3\).*, got .*\(4, 4\)"):
         averaged.update_parameters(frozen)
+
+
+@pytest.mark.parametrize("kind", [FusedAveragedModel, ShardedAveragedModel])
+def test_a_sparse_buffer_that_is_to_be_averaged_is_refused_by_name(kind: Any) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("adj", torch.eye(3).to_sparse())
+    with pytest.raises(ValueError, match=r"'adj' of the model.* must be dense, got layout torch\.sparse_coo"):
+        kind(model, use_buffers=True)

@@ -392,3 +392,95 @@ def test_a_write_into_a_frozen_param_in_a_swap_is_told(kind: Any) -> None:
     assert torch.equal(bases_of(model)["0.base.weight"], bases["0.base.weight"] + 1)
     with one_of(averaged).swapped_into(model):
         model(torch.randn(2, WIDTH, dtype=torch.bfloat16))
+
+
+def sevens(averaged: Any) -> dict[str, Tensor]:
+    state = averaged.state_dict()
+    return {key: torch.full_like(each, 7) if each.is_floating_point() else each for key, each in state.items()}
+
+
+def saved_together(model: nn.Module, averaged: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save((model, averaged), buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def shared_memory(model: nn.Module, averaged: Any) -> Any:
+    return model.share_memory(), averaged
+
+
+def off_and_on(model: nn.Module, averaged: Any) -> Any:
+    for param in bases_of(model).values():
+        storage, values = param.untyped_storage(), param.detach().clone()
+        size = storage.nbytes()
+        storage.resize_(0)
+        keep = torch.empty(size, dtype=torch.uint8)  # or the memory is the same again
+        storage.resize_(size)
+        param.data.copy_(values)
+        del keep
+    return model, averaged
+
+
+class Included:
+    """An ``include`` that a pickle can hold."""
+
+    def __call__(self, name: str, param: Tensor) -> bool:
+        return ".base." not in name
+
+
+@pytest.mark.parametrize("move", [saved_together, shared_memory, off_and_on])
+@pytest.mark.parametrize("kind", [FusedAveragedModel, FusedAverages])
+@pytest.mark.parametrize("use", ["load", "another model", "unfrozen"])
+def test_shared_memory_that_moves_is_still_known_to_be_shared(move: Any, kind: Any, use: str) -> None:
+    model = make_model()
+    averages = make(model, kind)
+    one_of(averages).include = Included()
+    for each in averages.values() if kind is FusedAverages else [averages]:
+        each.include = Included()
+    train(model, averages)
+    model, averages = move(model, averages)
+    with unchanged(model):
+        if use == "load":
+            averages.load_state_dict(sevens(averages))
+        elif use == "another model":
+            other = copy.deepcopy(model)
+            for param in bases_of(other).values():
+                param.data.fill_(7)
+            averages.update_parameters(other)
+        else:
+            model.requires_grad_(True)
+            averages.update_parameters(model)
+            before = {name: param.clone() for name, param in bases_of(one_of(averages).module).items()}
+            for param in bases_of(model).values():
+                param.data.neg_()
+            assert differing(bases_of(one_of(averages).module), before) == []
+            for param in bases_of(model).values():
+                param.data.neg_()
+            model.requires_grad_(True)
+            for param in bases_of(model).values():
+                param.requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", [FusedAveragedModel, FusedAverages])
+def test_frozen_params_may_be_on_meta(kind: Any) -> None:
+    model = nn.Sequential(nn.Linear(2, 2, device="meta").requires_grad_(False), nn.Linear(2, 2))
+    averages = make(model, kind)
+    for _ in range(2):
+        with torch.no_grad():
+            model[1].weight.add_(1)
+        averages.update_parameters(model)
+    assert int(one_of(averages).n_averaged) == 2
+    with one_of(averages).swapped_into(model):
+        pass
+
+
+@pytest.mark.parametrize("kind", [FusedAveragedModel, FusedAverages])
+def test_a_state_without_frozen_params_that_are_sparse_loads(kind: Any) -> None:
+    model = nn.Linear(2, 2)
+    model.adj = nn.Parameter(torch.eye(3).to_sparse(), requires_grad=False)
+    averages = make(model, kind)
+    averages.update_parameters(model)
+    state = averages.state_dict(frozen=False)
+    averages.load_state_dict(state)
+    assert torch.equal(one_of(averages).module.adj.to_dense(), torch.eye(3))

@@ -134,8 +134,8 @@ class FusedAveragedModel(HasRule, Adaptable, AveragedModel):
         copied = {id(tensor) for _, tensor, fmt in self._each_average() if fmt is None}
         self._apply(lambda tensor: tensor.to(stored_dtype(format, tensor.dtype, copied=id(tensor) in copied)))
         self._stay_home()
-        where = next((p.device for _, p in named_tensors(self.module)), None)
-        if device is None and where is not None and where.type != "meta":
+        where = next((p.device for _, p in named_tensors(self.module) if not p.is_meta), None)
+        if device is None and where is not None:
             self.n_averaged = self.n_averaged.to(where)
         self._count_from(num_averaged)
 
@@ -155,7 +155,9 @@ class FusedAveragedModel(HasRule, Adaptable, AveragedModel):
             return None
         if not (average.is_floating_point() or average.is_complex()):
             return None
-        if not is_buffer and not self._includes(name, average):
+        if is_buffer:
+            checks.check_plain(f"{name!r} of the model, a buffer that use_buffers averages,", average)
+        elif not self._includes(name, average):
             return None
         if self.rule is None:
             return OWN

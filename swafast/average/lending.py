@@ -10,13 +10,15 @@ import copy
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
 from ..op.plan import Fingerprint
-from ..terms.copying import is_plain, overlaps_itself
+from ..terms.copying import are_alike, is_plain, overlaps_itself
+from ..torch_private.core import storage_id
 from ..torch_private.modules import loads_by_own_code, named_modules, named_tensors
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -34,16 +36,29 @@ def lend(param: Tensor) -> Tensor | None:
     return None
 
 
+class Mark:
+    """Marks a param as lent by the storage that it had then, wherever that moves.
+
+    A pickle does not tell whether the model is in it too, so what comes out of one counts as lent.
+    """
+
+    def __init__(self, storage: int | None = None) -> None:
+        self.storage = storage
+
+    def __reduce__(self) -> Any:
+        return Mark, ()
+
+
 def note(average: Tensor) -> None:
-    """Take a param of the averaged module for lent, where it stands now."""
+    """Take a param of the averaged module for lent, on the storage that it has now."""
     # An attribute, as torch does not exchange tensors that have weak references. Copies of a param drop it.
-    average._lent_at = average.data_ptr()  # type: ignore[attr-defined]
+    average._lent = Mark(storage_id(average))  # type: ignore[attr-defined]
 
 
 def is_lent(average: Tensor) -> bool:
-    """Return whether a param of the averaged module still stands on the model's memory."""
-    address = getattr(average, "_lent_at", None)
-    return address is not None and bool(address == average.data_ptr())
+    """Return whether a param of the averaged module still stands on the model's memory, or may do so."""
+    mark = getattr(average, "_lent", None)
+    return mark is not None and mark.storage in (None, storage_id(average))
 
 
 @torch.inference_mode(False)
@@ -52,11 +67,16 @@ def part(average: Tensor) -> None:
     """Move a param to memory of its own if it is lent. Its values stay the same."""
     if is_lent(average):
         average.data = average.data.clone()
+        del average._lent  # type: ignore[attr-defined]
 
 
 def may_stay(average: Tensor, param: Tensor) -> bool:
     """Return whether the averaged module may go on with this param of the model: it is frozen, on the same memory."""
-    if average is param or param.requires_grad or not (_has_plain_memory(average) and _has_plain_memory(param)):
+    if average is param or param.requires_grad:
+        return False
+    if average.is_meta and param.is_meta:  # there is nothing to copy
+        return are_alike(average, param)
+    if not (_has_plain_memory(average) and _has_plain_memory(param)):
         return False
     one, other = ((t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in (average, param))
     return one == other
@@ -113,7 +133,7 @@ def part_before_load(module: Module, state: dict[str, object], prefix: str) -> N
     Args:
         prefix: the prefix of its keys in ``state``.
     """
-    lent = [(name, average) for name, average in named_tensors(module) if hasattr(average, "_lent_at")]
+    lent = [(name, average) for name, average in named_tensors(module) if hasattr(average, "_lent")]
     coded = [each for _, each in named_modules(module, distinct=True) if loads_by_own_code(each)] if lent else []
     unsure = {id(tensor) for each in coded for _, tensor in named_tensors(each)}
     for name, average in lent:
@@ -135,7 +155,7 @@ def without_lent(writes: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, 
     """Leave those writes out that would write into lent params what is there. Part the params of the others."""
     kept = []
     for tensor, source in writes:
-        if hasattr(tensor, "_lent_at"):
+        if hasattr(tensor, "_lent"):
             if has_bits_of(tensor, source):
                 continue
             part(tensor)

@@ -93,7 +93,7 @@ def place_counters(sides: Sequence[ModuleSide]) -> list[Tensor]:
     taken: set[int] = set()
     for side in sides:
         owner = side.owner
-        where = next((p.device for _, p in named_tensors(owner.module)), owner.n_averaged.device)
+        where = next((p.device for _, p in named_tensors(owner.module) if not p.is_meta), owner.n_averaged.device)
         if owner.n_averaged.device not in (where, torch.device("meta")):
             owner.n_averaged = owner.n_averaged.to(where)
         if owner.n_averaged.data_ptr() in taken:  # after load_state_dict(assign=True)

@@ -106,6 +106,7 @@ average/: averaged models of one process
     uncounted         an average in which no model is counted yet, and what has been written into it
     has rule          base class of an averaged model whose rule may be set, as torch's averaging functions may
     by rule alone     an attribute of torch's class that one which is updated by rules alone does not have
+    mark              marks a param of the averaged module as lent, by its storage
     holds models      base class of one averaged model, which says so where it is used before it holds a model
     chosen            an attribute that says what was asked for, or else what was chosen
     described         base class of one averaged model, which describes itself in one line

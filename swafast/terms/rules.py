@@ -83,8 +83,8 @@ class ExponentialAverage(Rule):
 
     With a warm-up, the decay after n models is clamped to ``[min_decay, decay]`` and is
 
-    - ``warmup="power"``: ``1 - (1 + n / inv_gamma) ** -power``, as in timm and diffusers;
-    - ``warmup="ratio"``: ``(1 + n) / (10 + n)``, as in TensorFlow's ``ExponentialMovingAverage``;
+    - ``warmup="power"``: ``1 - (1 + n / inv_gamma) ** -power``, as in timm, and in diffusers with ``use_ema_warmup=True``;
+    - ``warmup="ratio"``: ``(1 + n) / (10 + n)``, as in TensorFlow's ``ExponentialMovingAverage`` and in diffusers;
     - ``warmup="ramp"``: ``decay * (1 - exp(-n / tau))``, as in Ultralytics' YOLO.
 
     With a schedule, the decay goes from ``decay`` to 1 in ``updates`` updates, and the average then stays as it is:

@@ -36,6 +36,11 @@ def is_in_backward() -> bool:
     return task is not None and task() != -1
 
 
+def storage_id(tensor: Tensor) -> int:
+    """Return what tells a tensor's storage from all others, as long as it lives: it stays if its memory moves."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 def versions(tensors: Sequence[Tensor]) -> list[int]:
     """Return how often each tensor was written in place; -1 for those made under inference mode, without a count."""
     try:
