@@ -7,9 +7,11 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -79,6 +81,9 @@ CALLS: dict[str, tuple[Callable[[Any], object], type[Exception], str]] = {
     "a device for shards": (lambda m: ShardedAveragedModel(m, device="cpu"), TypeError, "leave it out"),
     "a decay for several shards": (lambda m: ShardedAverages(m, decay=0.9), TypeError, 'rules={"ema": Exp'),
     "a sigma": (lambda m: PowerAverage(0.1), ValueError, "PowerAverage.from_sigma_rel(0.1)"),
+    "a sigma as a tensor": (lambda m: PowerAverage(torch.tensor(0.1)), ValueError, ".from_sigma_rel(0.1)"),  # type: ignore[arg-type]
+    "a sigma as an array": (lambda m: PowerAverage(np.array(0.1)), ValueError, ".from_sigma_rel(0.1)"),  # type: ignore[arg-type]
+    "a sigma as a Decimal": (lambda m: PowerAverage(Decimal("0.1")), ValueError, ".from_sigma_rel(0.1)"),  # type: ignore[arg-type]
     "a sigma by name": (lambda m: PowerAverage(std=0.1), TypeError, "PowerAverage.from_sigma_rel(0.1)"),
     "update": (lambda m: FusedAveragedModel(m).update(m), AttributeError, "averaged.update_parameters(model)"),
     "step": (lambda m: FusedAveragedModel(m).step(), AttributeError, "averaged.update_parameters(model)"),

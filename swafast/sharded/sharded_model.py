@@ -23,7 +23,7 @@ from ..terms import hints
 from ..terms.copying import duplicate
 from ..terms.formats import check_format
 from ..terms.pickling import pickled_from
-from ..terms.rules import Rule
+from ..terms.rules import Rule, warn_of_small_decay
 from . import checkpoint, construction
 from .full_states import HasFullStates
 from .parts.holdings import Held, copied_by_torch, find_holdings, reshard
@@ -124,6 +124,7 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
             checks.check_nonfinite(self.nonfinite)
             self.seed, num_averaged = checks.checked_seed(self.seed), checks.checked_num_averaged(num_averaged)
             self.rule = rule
+            warn_of_small_decay(rule)
             check_sharded_model(model)
             self._made_of = weakref.ref(model)
             reshard(model)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from ..torch_private.core import SWA_FACTORIES, closure_of, decay_of
 from . import hints
-from .numbers import as_number
+from .numbers import as_number, checked_number
 from .pickling import pickled_from
 from .warn import warn_user
 from .weight import KernelTerms
@@ -93,7 +92,8 @@ class ExponentialAverage(Rule):
     - ``schedule="linear"``: ``decay + (1 - decay) * n / updates``, as in I-JEPA.
 
     Args:
-        decay: in [0, 1]; the share that the old average keeps. A decay below 0.1, but not 0, gets a UserWarning.
+        decay: in [0, 1]; the share that the old average keeps. An average that is made with a decay below 0.1, but
+            not 0, gets a UserWarning.
         warmup: ``"power"``, ``"ratio"``, ``"ramp"`` or None.
         inv_gamma: > 0, in updates; the time scale of the power warm-up.
         power: > 0; 2/3 suits trainings of a million updates and more, 3/4 shorter ones.
@@ -137,12 +137,6 @@ class ExponentialAverage(Rule):
             if getattr(self, option) != getattr(ExponentialAverage, option) and getattr(self, needed) not in values:
                 got = getattr(self, needed)
                 raise ValueError(f"{needed} must be {_either(*values)} if {option} is given, got {got!r}")
-        if 0.0 < self.decay < _SMALL_DECAY:
-            rest = f"{1.0 - self.decay:.6g}"
-            warn_user(
-                f"decay={self.decay} is the weight of the old average, so the newest model gets {rest}: if "
-                f"{self.decay} is the weight of the newest model, pass ExponentialAverage({rest})"
-            )
 
     @classmethod
     def from_half_life(
@@ -160,8 +154,10 @@ class ExponentialAverage(Rule):
         Raises:
             ValueError: ``updates`` is not positive and finite, or another argument is out of its range.
         """
-        half_life = _number("updates", updates, "> 0 and finite", lambda x: 0.0 < x < math.inf)
-        return cls(0.5 ** (1.0 / half_life), warmup, inv_gamma, power, min_decay, tau=tau)
+        half_life = checked_number("updates", updates, "> 0 and finite", lambda x: 0.0 < x < math.inf)
+        made = cls(0.5 ** (1.0 / half_life), warmup, inv_gamma, power, min_decay, tau=tau)
+        made.__dict__["_is_of_half_life"] = True  # the user has written no decay
+        return made
 
     def kernel_terms(self) -> KernelTerms:
         low, high = 1.0 - self.decay, 1.0 - self.min_decay
@@ -189,6 +185,21 @@ _NEEDS = {
 
 #: Decays in use are near 1. One below this is likely meant as the weight of the newest model.
 _SMALL_DECAY = 0.1
+
+
+def warn_of_small_decay(rule: Rule | None) -> None:
+    """Warn of a decay that is likely meant as the weight of the newest model. Constructors of averages call this.
+
+    A rule that is set later may be a step of a schedule that the user computes, whose decays may begin at 0.
+    """
+    if not isinstance(rule, ExponentialAverage) or rule.schedule is not None or hasattr(rule, "_is_of_half_life"):
+        return
+    if 0.0 < rule.decay < _SMALL_DECAY:
+        rest = f"{1.0 - rule.decay:.6g}"
+        warn_user(
+            f"decay={rule.decay} is the weight of the old average, so the newest model gets {rest}: if "
+            f"{rule.decay} is the weight of the newest model, pass ExponentialAverage({rest})"
+        )
 
 
 def _either(*choices: object) -> str:
@@ -228,7 +239,7 @@ class PowerAverage(Rule):
         Raises:
             ValueError: ``sigma_rel`` is not in (0, 1 / sqrt(12)]; the upper end is the equal mean.
         """
-        width = _number("sigma_rel", sigma_rel, f"in (0, {_WIDEST:.6f}]", lambda x: 0.0 < x <= _WIDEST)
+        width = checked_number("sigma_rel", sigma_rel, f"in (0, {_WIDEST:.6f}]", lambda x: 0.0 < x <= _WIDEST)
         low, high = 0.0, 2.0 / width  # width < 1 / (gamma + 2), so gamma < high
         while high - low > 1e-12 * (1.0 + low):
             middle = 0.5 * (low + high)
@@ -251,10 +262,11 @@ def _taking_no_sigma_rel(init: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(init)
     def checked(self: PowerAverage, *args: Any, **options: Any) -> None:
-        if args and isinstance(args[0], numbers.Real) and 0.0 < float(args[0]) <= _WIDEST:
+        given = as_number(args[0]) if args else None
+        if given is not None and 0.0 < given <= _WIDEST:
             raise ValueError(
                 f"gamma must be given by its name if it is that small, got {args[0]!r}: write "
-                f"PowerAverage.from_sigma_rel({args[0]!r}) for a relative width, or PowerAverage(gamma={args[0]!r})"
+                f"PowerAverage.from_sigma_rel({given:.6g}) for a relative width, or PowerAverage(gamma={given:.6g})"
             )
         init(self, *args, **options)
 
@@ -320,17 +332,6 @@ def rule_of(avg_fn: object, multi_avg_fn: object) -> Rule | None:
     return ExponentialAverage(decay) if decay is not None else None
 
 
-def _number(argument: str, value: object, expected: str, holds: Callable[[float], bool]) -> int | float:
-    """Return a number as Python's own, which prints and is stored the same wherever it came from, or raise."""
-    number = as_number(value)
-    try:
-        good = number is not None and holds(float(number))  # False for NaN
-    except OverflowError:  # an int too large for a float
-        good = False
-    if number is None or not good:
-        raise ValueError(f"{argument} must be {expected}, got {value!r}")
-    return number
-
-
 def _set_number(rule: Rule, argument: str, expected: str, holds: Callable[[float], bool]) -> None:
-    object.__setattr__(rule, argument, _number(argument, getattr(rule, argument), expected, holds))  # it is frozen
+    number = checked_number(argument, getattr(rule, argument), expected, holds)
+    object.__setattr__(rule, argument, number)  # it is frozen
