@@ -33,7 +33,7 @@ from swafast import (
 from swafast.backends import cpu, library
 from swafast.op import choice, torch_op
 from swafast.sharded import checkpoint
-from swafast.terms import hints
+from swafast.terms import habits
 from tests.conftest import NO_LIBRARY
 from tests.support import refused
 
@@ -72,7 +72,7 @@ CALLS: dict[str, tuple[Callable[[Any], object], type[Exception], str]] = {
     "one rule for several": (lambda m: FusedAverages(m, rule=EqualAverage()), TypeError, 'rules={"name": EqualAver'),
     "decays for several": (lambda m: FusedAverages(m, rules=[0.9, 0.99]), TypeError, 'rules={"fast": Exponential'),
     "decays by position": (lambda m: FusedAverages(m, [0.9, 0.99]), TypeError, 'rules={"fast": Exponential'),
-    "a mapping by position": (lambda m: FusedAverages(m, {"a": EqualAverage()}), TypeError, "rules={'a': Equal"),
+    "a mapping by position": (lambda m: FusedAverages(m, {"a": EqualAverage()}), TypeError, 'rules={"a": Equal'),
     "decays by names": (lambda m: FusedAverages(m, rules={"a": 0.9}), TypeError, "write ExponentialAverage(0.9)"),
     "a decay for several": (lambda m: FusedAverages(m, decay=0.9), TypeError, 'rules={"ema": ExponentialAverage(0.9)}'),
     "a decay for shards": (lambda m: ShardedAveragedModel(m, 0.99), TypeError, f"write {EMA}(0.99)"),
@@ -101,7 +101,7 @@ CALLS: dict[str, tuple[Callable[[Any], object], type[Exception], str]] = {
         TypeError,
         "pass the optimizer of the scheduler",
     ),
-    "a schedule's name": (lambda m: FusedAveragedModel(m).attach(sgd(m), update_every=2), TypeError, "every=..."),
+    "a schedule's name": (lambda m: FusedAveragedModel(m).attach(sgd(m), update_every=2), TypeError, "write every=2"),
     "the model first": (lambda m: FusedAveragedModel(m).attach(m), TypeError, "write attach(optimizer, model)"),
     "remove": (lambda m: FusedAveragedModel(m).attach(sgd(m)).remove(), AttributeError, "attachment.detach()"),
     "update_bn turned round": (lambda m: update_bn(m, LOADER), TypeError, "update_bn(loader, model)"),
@@ -272,11 +272,11 @@ def test_small_gammas_by_name_and_from_sigma_rel_stay() -> None:
 
 def test_no_hint_names_what_is_there() -> None:
     averaged, averages = FusedAveragedModel(make()), several(make())
-    assert [name for name in hints.OF_MODULES if hasattr(averaged, name) or hasattr(averages, name)] == []
-    assert [name for name in hints.OF_SHARDS if hasattr(ShardedAveragedModel, name)] == []
-    assert [name for name in hints.OF_SNAPSHOTS if hasattr(Snapshots, name)] == []
-    assert {*hints.NAMES}.isdisjoint({*dir(swafast)} - {*swafast.__all__})
-    assert all(callable(get_model_state_dict) and hint for hint in hints.NAMES.values())
+    assert [name for name in habits.OF_MODULES if hasattr(averaged, name) or hasattr(averages, name)] == []
+    assert [name for name in habits.OF_SHARDS if hasattr(ShardedAveragedModel, name)] == []
+    assert [name for name in habits.OF_SNAPSHOTS if hasattr(Snapshots, name)] == []
+    assert {*habits.NAMES}.isdisjoint({*dir(swafast)} - {*swafast.__all__})
+    assert all(callable(get_model_state_dict) and hint for hint in habits.NAMES.values())
 
 
 def test_swalr_is_torchs_own() -> None:

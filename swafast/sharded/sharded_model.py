@@ -171,7 +171,7 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
         return held
 
     def _set_rule(self, rule: Rule | None) -> None:
-        chosen = choose_rule(rule, None, None)
+        chosen = choose_rule(rule, takes_functions=False)
         self._guard.settle()  # an update under way goes by the rule before
         self._rule = chosen
 
@@ -257,6 +257,7 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
 
     # State
 
+    @hints.hinted
     def state_dict(self, *, checksums: bool = True) -> dict[str, Tensor]:
         """Return copies of this rank's averages, ready for ``torch.distributed.checkpoint``. Collective.
 

@@ -23,7 +23,7 @@ def as_number(value: Any) -> int | float | None:
     if whole is not None or _is_of("bool", value) or _is_of("complex", value) or not hasattr(value, "__float__"):
         return whole  # a str has no __float__, although float() takes it
     try:
-        return float(value)
+        return float(value.detach() if hasattr(value, "detach") else value)
     except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several
         return None
 

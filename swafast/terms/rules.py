@@ -22,6 +22,8 @@ from .pickling import pickled_from
 from .warn import warn_user
 from .weight import KernelTerms
 
+_hinted = functools.partial(hints.hinted, makes_rule=True)
+
 
 @pickled_from("swafast")
 class Rule:
@@ -64,6 +66,7 @@ class Rule:
 
 
 @pickled_from("swafast")
+@hints.hinted_rule
 @dataclass(frozen=True)
 class EqualAverage(Rule):
     """The equal mean of all models so far, ``weight = 1 / (n + 1)``: stochastic weight averaging (SWA).
@@ -76,6 +79,7 @@ class EqualAverage(Rule):
 
 
 @pickled_from("swafast")
+@hints.hinted_rule
 @dataclass(frozen=True)
 class ExponentialAverage(Rule):
     """The exponential moving average (EMA), ``weight = 1 - decay``, with an optional warm-up or schedule of the decay.
@@ -139,6 +143,7 @@ class ExponentialAverage(Rule):
                 raise ValueError(f"{needed} must be {_either(*values)} if {option} is given, got {got!r}")
 
     @classmethod
+    @_hinted
     def from_half_life(
         cls,
         updates: float,
@@ -208,6 +213,7 @@ def _either(*choices: object) -> str:
 
 
 @pickled_from("swafast")
+@hints.hinted_rule
 @dataclass(frozen=True)
 class PowerAverage(Rule):
     """The power-function average, ``decay = (1 - 1/(n+1)) ** (gamma+1)``: its width is a fixed share of the training.
@@ -230,6 +236,7 @@ class PowerAverage(Rule):
         _set_number(self, "gamma", ">= 0 and finite", lambda x: 0.0 <= x < math.inf)
 
     @classmethod
+    @_hinted
     def from_sigma_rel(cls, sigma_rel: float) -> PowerAverage:
         """Make the average of relative width ``sigma_rel``, the paper's parameter.
 
@@ -273,7 +280,7 @@ def _taking_no_sigma_rel(init: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
-PowerAverage.__init__ = _taking_no_sigma_rel(hints.hinted(PowerAverage.__init__))  # type: ignore[method-assign]
+PowerAverage.__init__ = _taking_no_sigma_rel(PowerAverage.__init__)  # type: ignore[method-assign]
 
 
 @pickled_from("swafast")
