@@ -148,8 +148,8 @@ def swa(optimizer: Any = None, **options: Any) -> object:
         (one, {"rule": 0.999}, TypeError, r"rule must be a Rule such as ExponentialAverage\(0.999\), got float 0.999"),
         (one, {"rule": ExponentialAverage}, TypeError, "rule must be a Rule .* got the class ExponentialAverage"),
         (one, {"device": ExponentialAverage(0.9)}, TypeError, "device must be .* pass a rule as rule="),
-        (one, {"device": 0.999}, TypeError, "device must be .* got 0.999: .* a decay in a rule"),
-        (several, {"device": 0.999, "rules": RULES}, TypeError, "device must be .* got 0.999: .* a decay in a rule"),
+        (one, {"device": 0.999}, TypeError, "device must be .* got 0.999: pass a rule as rule="),
+        (several, {"device": 0.999, "rules": RULES}, TypeError, "device must be .* got 0.999: pass a rule as rule="),
         (one, {"device": True}, TypeError, "device must be a torch.device, got True"),
         (one, {"device": -1}, RuntimeError, "device must be one of this machine, such as 'cpu', got -1"),
         (

@@ -7,9 +7,11 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -31,7 +33,7 @@ from swafast import (
 from swafast.backends import cpu, library
 from swafast.op import choice, torch_op
 from swafast.sharded import checkpoint
-from swafast.terms import hints
+from swafast.terms import habits
 from tests.conftest import NO_LIBRARY
 from tests.support import refused
 
@@ -70,7 +72,7 @@ CALLS: dict[str, tuple[Callable[[Any], object], type[Exception], str]] = {
     "one rule for several": (lambda m: FusedAverages(m, rule=EqualAverage()), TypeError, 'rules={"name": EqualAver'),
     "decays for several": (lambda m: FusedAverages(m, rules=[0.9, 0.99]), TypeError, 'rules={"fast": Exponential'),
     "decays by position": (lambda m: FusedAverages(m, [0.9, 0.99]), TypeError, 'rules={"fast": Exponential'),
-    "a mapping by position": (lambda m: FusedAverages(m, {"a": EqualAverage()}), TypeError, "rules={'a': Equal"),
+    "a mapping by position": (lambda m: FusedAverages(m, {"a": EqualAverage()}), TypeError, 'rules={"a": Equal'),
     "decays by names": (lambda m: FusedAverages(m, rules={"a": 0.9}), TypeError, "write ExponentialAverage(0.9)"),
     "a decay for several": (lambda m: FusedAverages(m, decay=0.9), TypeError, 'rules={"ema": ExponentialAverage(0.9)}'),
     "a decay for shards": (lambda m: ShardedAveragedModel(m, 0.99), TypeError, f"write {EMA}(0.99)"),
@@ -79,6 +81,9 @@ CALLS: dict[str, tuple[Callable[[Any], object], type[Exception], str]] = {
     "a device for shards": (lambda m: ShardedAveragedModel(m, device="cpu"), TypeError, "leave it out"),
     "a decay for several shards": (lambda m: ShardedAverages(m, decay=0.9), TypeError, 'rules={"ema": Exp'),
     "a sigma": (lambda m: PowerAverage(0.1), ValueError, "PowerAverage.from_sigma_rel(0.1)"),
+    "a sigma as a tensor": (lambda m: PowerAverage(torch.tensor(0.1)), ValueError, ".from_sigma_rel(0.1)"),  # type: ignore[arg-type]
+    "a sigma as an array": (lambda m: PowerAverage(np.array(0.1)), ValueError, ".from_sigma_rel(0.1)"),  # type: ignore[arg-type]
+    "a sigma as a Decimal": (lambda m: PowerAverage(Decimal("0.1")), ValueError, ".from_sigma_rel(0.1)"),  # type: ignore[arg-type]
     "a sigma by name": (lambda m: PowerAverage(std=0.1), TypeError, "PowerAverage.from_sigma_rel(0.1)"),
     "update": (lambda m: FusedAveragedModel(m).update(m), AttributeError, "averaged.update_parameters(model)"),
     "step": (lambda m: FusedAveragedModel(m).step(), AttributeError, "averaged.update_parameters(model)"),
@@ -96,7 +101,7 @@ CALLS: dict[str, tuple[Callable[[Any], object], type[Exception], str]] = {
         TypeError,
         "pass the optimizer of the scheduler",
     ),
-    "a schedule's name": (lambda m: FusedAveragedModel(m).attach(sgd(m), update_every=2), TypeError, "every=..."),
+    "a schedule's name": (lambda m: FusedAveragedModel(m).attach(sgd(m), update_every=2), TypeError, "write every=2"),
     "the model first": (lambda m: FusedAveragedModel(m).attach(m), TypeError, "write attach(optimizer, model)"),
     "remove": (lambda m: FusedAveragedModel(m).attach(sgd(m)).remove(), AttributeError, "attachment.detach()"),
     "update_bn turned round": (lambda m: update_bn(m, LOADER), TypeError, "update_bn(loader, model)"),
@@ -267,11 +272,11 @@ def test_small_gammas_by_name_and_from_sigma_rel_stay() -> None:
 
 def test_no_hint_names_what_is_there() -> None:
     averaged, averages = FusedAveragedModel(make()), several(make())
-    assert [name for name in hints.OF_MODULES if hasattr(averaged, name) or hasattr(averages, name)] == []
-    assert [name for name in hints.OF_SHARDS if hasattr(ShardedAveragedModel, name)] == []
-    assert [name for name in hints.OF_SNAPSHOTS if hasattr(Snapshots, name)] == []
-    assert {*hints.NAMES}.isdisjoint({*dir(swafast)} - {*swafast.__all__})
-    assert all(callable(get_model_state_dict) and hint for hint in hints.NAMES.values())
+    assert [name for name in habits.OF_MODULES if hasattr(averaged, name) or hasattr(averages, name)] == []
+    assert [name for name in habits.OF_SHARDS if hasattr(ShardedAveragedModel, name)] == []
+    assert [name for name in habits.OF_SNAPSHOTS if hasattr(Snapshots, name)] == []
+    assert {*habits.NAMES}.isdisjoint({*dir(swafast)} - {*swafast.__all__})
+    assert all(callable(get_model_state_dict) and hint for hint in habits.NAMES.values())
 
 
 def test_swalr_is_torchs_own() -> None:

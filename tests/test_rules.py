@@ -7,6 +7,7 @@ import pickle
 import warnings
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,17 @@ from torch.optim.swa_utils import (
     get_swa_multi_avg_fn,
 )
 
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, PowerAverage, Rule
+from swafast import (
+    EqualAverage,
+    ExponentialAverage,
+    FusedAveragedModel,
+    FusedAverages,
+    PowerAverage,
+    Rule,
+    ShardedAveragedModel,
+    ShardedAverages,
+    Snapshots,
+)
 from swafast.terms.rules import rule_of
 from swafast.torch_private import core
 
@@ -186,14 +197,24 @@ def test_whole_numbers_stay_whole(updates: Any) -> None:
     assert rule == ExponentialAverage(0.5, schedule="linear", updates=10)
 
 
-def averaged_by_function(decay: float) -> None:
-    averaged = FusedAveragedModel(model := nn.Linear(2, 2), avg_fn=get_ema_avg_fn(decay))
-    for _ in range(2):
-        averaged.update_parameters(model)
+def with_rule(decay: float) -> Any:
+    return FusedAveragedModel(nn.Linear(2, 2), rule=ExponentialAverage(decay))
 
 
-@pytest.mark.parametrize("make", [ExponentialAverage, averaged_by_function])
-@pytest.mark.parametrize("decay", [1e-9, 0.001, 0.0999])
+#: Averages that somebody makes with a decay.
+MADE: dict[str, Callable[[float], object]] = {
+    "a rule": with_rule,
+    "torch's function": lambda decay: FusedAveragedModel(nn.Linear(2, 2), avg_fn=get_ema_avg_fn(decay)),
+    "a rule as a function": lambda decay: FusedAveragedModel(nn.Linear(2, 2), None, None, ExponentialAverage(decay)),
+    "a warm-up": lambda decay: FusedAveragedModel(nn.Linear(2, 2), rule=ExponentialAverage(decay, "ramp")),
+    "several": lambda decay: FusedAverages(nn.Linear(2, 2), rules={"a": ExponentialAverage(decay)}),
+    "shards": lambda decay: ShardedAveragedModel(nn.Linear(2, 2), rule=ExponentialAverage(decay)),
+    "several of shards": lambda decay: ShardedAverages(nn.Linear(2, 2), rules={"a": ExponentialAverage(decay)}),
+}
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+@pytest.mark.parametrize("decay", [1e-9, 0.0999])
 def test_a_decay_that_is_a_weight_warns(make: Callable[[float], object], decay: float) -> None:
     expected = f"decay={decay} is the weight of the old average.*pass ExponentialAverage\\({1 - decay:.6g}\\)"
     with pytest.warns(UserWarning, match=expected) as seen:
@@ -201,11 +222,44 @@ def test_a_decay_that_is_a_weight_warns(make: Callable[[float], object], decay: 
     assert [each.filename for each in seen] == [__file__]  # once, at the user's line
 
 
-@pytest.mark.parametrize("decay", [0, 0.0, 0.1, 0.5, 1.0])
-def test_other_decays_are_silent(decay: float) -> None:
+def scheduled(setting: Callable[[Any, float], object]) -> object:
+    averaged = with_rule(0.0)
+    for step in range(3):
+        setting(averaged, 0.01 * step)
+        averaged.rule.weight(1)
+    return averaged
+
+
+def stored(folder: Path) -> object:
+    averaged, snapshots = with_rule(0.5), Snapshots(folder)
+    averaged.rule = ExponentialAverage(0.01)
+    averaged.update_parameters(nn.Linear(2, 2))
+    snapshots.save(averaged)
+    return [*snapshots], snapshots.fit(EqualAverage())
+
+
+#: What nobody has written as the decay of an average.
+SILENT: dict[str, Callable[[Path], object]] = {
+    "a schedule of rules": lambda _: scheduled(lambda a, decay: setattr(a, "rule", ExponentialAverage(decay))),
+    "a schedule of functions": lambda _: scheduled(lambda a, decay: setattr(a, "avg_fn", get_ema_avg_fn(decay))),
+    "a rule with a schedule": lambda _: FusedAveragedModel(
+        nn.Linear(2, 2), rule=ExponentialAverage(0.01, schedule="cosine", updates=9)
+    ),
+    "a half-life": lambda _: FusedAveragedModel(nn.Linear(2, 2), rule=ExponentialAverage.from_half_life(0.2)),
+    "an unpickled half-life": lambda _: FusedAveragedModel(
+        nn.Linear(2, 2), rule=pickle.loads(pickle.dumps(ExponentialAverage.from_half_life(0.2)))
+    ),
+    "a pickle": lambda _: pickle.loads(pickle.dumps(ExponentialAverage(0.01))),
+    "stored rules": stored,
+    **{f"{decay!r}": lambda _, decay=decay: with_rule(decay) for decay in (0, 0.0, 0.1, 1.0)},  # type: ignore[misc]
+}
+
+
+@pytest.mark.parametrize("make", SILENT.values(), ids=SILENT)
+def test_other_decays_are_silent(make: Callable[[Path], object], tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ExponentialAverage(decay)
+        make(tmp_path)
 
 
 def test_a_rule_works_inside_torchs_class() -> None:

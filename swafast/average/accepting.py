@@ -54,7 +54,10 @@ def check_device(device: object) -> None:
     try:
         torch.device(device) if device is not None else None
     except (RuntimeError, ValueError) as error:
-        raise RuntimeError(f"device must be one of this machine, such as 'cpu', got {device!r}: {error}") from error
+        hint = hints.of_value("device", device)
+        raise RuntimeError(
+            f"device must be one of this machine, such as 'cpu', got {device!r}: {error}{hint}"
+        ) from error
 
 
 def refuse_sharded(model: Module) -> None:

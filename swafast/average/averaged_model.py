@@ -19,7 +19,7 @@ from ..terms.formats import OWN, Format, check_format, format_of, stored_dtype
 from ..terms.hints import hinted
 from ..terms.names import named_params, unwrap
 from ..terms.pickling import pickled_from
-from ..terms.rules import Rule
+from ..terms.rules import Rule, warn_of_small_decay
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import ASSIGN, named_tensors, own_buffers
 from .accepting import ask_include, check_device, check_model, refuse_sharded
@@ -111,6 +111,7 @@ class FusedAveragedModel(HasRule, Adaptable, AveragedModel):
         num_averaged: int = 0,
     ) -> None:
         recognised = choose_rule(rule, avg_fn, multi_avg_fn)
+        warn_of_small_decay(recognised)
         check_format(format)
         if recognised is None:
             refuse_format(format)

@@ -17,7 +17,7 @@ from ..op import torch_op as torch_op  # registers the op with the first average
 from ..op.copies import Copies, is_for_torch
 from ..op.plan import Plan
 from ..op.report import log_plan
-from ..terms import hints
+from ..terms import habits, hints
 from ..terms.lazy import MadeOnUse
 from ..terms.names import named_buffers, named_params, unwrap
 from ..torch_private.modules import Walk
@@ -280,7 +280,7 @@ class WithBindings(Attachable):
     """Base class of the averaged models that are modules. Copies leave out what belongs to this process."""
 
     _bindings = MadeOnUse[Bindings](lambda self: Bindings())
-    _meant = hints.OF_MODULES
+    _meant = habits.OF_MODULES
     _frozen_names: Set[str] = frozenset()  # of params that are left out of the average, those that the model freezes
 
     def __getstate__(self) -> dict[str, Any]:

@@ -25,8 +25,13 @@ AvgFn = Callable[..., Tensor]
 MultiAvgFn = Callable[..., None]
 
 
-def choose_rule(rule: object, avg_fn: object, multi_avg_fn: object) -> Rule | None:
+def choose_rule(
+    rule: object, avg_fn: object = None, multi_avg_fn: object = None, *, takes_functions: bool = True
+) -> Rule | None:
     """Return the rule of these arguments, by default the equal mean, or None for a user's own averaging function.
+
+    Args:
+        takes_functions: whether the averaged model also takes functions, which an error then says.
 
     Raises:
         TypeError: ``rule`` is not a :class:`Rule`, or a function is not callable.
@@ -43,14 +48,21 @@ def choose_rule(rule: object, avg_fn: object, multi_avg_fn: object) -> Rule | No
         )
     if rule is not None and not isinstance(rule, Rule):
         got = f"the class {rule.__name__}" if isinstance(rule, type) else f"{type(rule).__name__} {rule!r}"
+        where = "an averaging function goes to avg_fn= or multi_avg_fn="
+        if not takes_functions:
+            where = "averages of shards take no averaging function, but a Rule of your own"
         raise TypeError(
-            f"rule must be a Rule such as ExponentialAverage(0.999), got {got}; "
-            f"an averaging function goes to avg_fn= or multi_avg_fn={hints.of_value('rule', rule)}"
+            f"rule must be a Rule such as ExponentialAverage(0.999), got {got}; {where}{hints.of_value('rule', rule)}"
         )
     for name, function in given.items():
-        if not callable(function):
-            raise TypeError(f"{name} must be callable, got {type(function).__name__}")
+        _check_function(name, function)
     return rule_of(avg_fn, rule if rule is not None else multi_avg_fn)
+
+
+def _check_function(name: str, function: object) -> None:
+    if not callable(function) or (isinstance(function, type) and issubclass(function, Rule)):
+        got = f"the class {function.__name__}" if isinstance(function, type) else type(function).__name__
+        raise TypeError(f"{name} must be callable, got {got}{hints.of_value('function', function)}")
 
 
 def refuse_format(format: str | None) -> None:
@@ -112,12 +124,12 @@ class HasRule:
         if name in DECAYS:
             refuse_decay(self, name, value)
         if name == "rule":
-            choose_rule(value, None, None)
+            choose_rule(value)
             self.avg_fn, self.multi_avg_fn = None, value
             return
         if name in ("avg_fn", "multi_avg_fn"):
-            if value is not None and not callable(value):
-                raise TypeError(f"{name} must be callable, got {type(value).__name__}")
+            if value is not None:
+                _check_function(name, value)
             self._guard.settle()  # an update under way goes by what was set before it
             if name == "avg_fn" and value is not None and isinstance(self.multi_avg_fn, Rule):
                 super().__setattr__("multi_avg_fn", None)  # torch's class would go by it, and not by the new function

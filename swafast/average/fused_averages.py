@@ -58,7 +58,7 @@ def named_rules(given: object) -> dict[str, Rule]:
         if not isinstance(each, Rule):
             raise TypeError(
                 f"rules[{name!r}] must be a Rule such as ExponentialAverage(0.999), got {each!r}"
-                f"{hints.of_value('rules', each)}"
+                f"{hints.of_value('each rule', each)}"
             )
         rules[name] = each
     if not 1 <= len(rules) <= MAX_PACES:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..op.checks import check_cast, check_plain
-from ..terms import hints
+from ..terms import misfits
 from ..terms.copying import are_alike, is_plain
 from ..terms.formats import write_all
 from ..terms.layout import extent
@@ -91,8 +91,9 @@ def load_whole(
             way_back.go()
         if type(error) is RuntimeError and str(error).startswith("Error(s) in loading state_dict"):  # torch's own
             names = [name for module in averaged.values() for name, _ in all_tensors(module)]
-            hint = hints.of_state(state_dict, names, several=hasattr(root, "keys"))
-            raise RuntimeError(hints.shortened(str(error)) + hint) from error.__cause__
+            loader = "FusedAverages" if hasattr(root, "keys") else "FusedAveragedModel"
+            hint = misfits.of_state(state_dict, names, loader)
+            raise RuntimeError(misfits.shortened(str(error)) + hint) from error.__cause__
         raise
     return result
 

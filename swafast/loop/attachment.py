@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from ..terms import hints
+from ..terms import habits, hints
 from ..terms.lazy import MadeOnUse
 from ..terms.numbers import as_int
 from ..terms.warn import warn_user
@@ -43,7 +43,7 @@ class Attachment(hints.WithHints):
             torch is going through the optimizer's hooks.
     """
 
-    _meant = hints.OF_ATTACHMENTS
+    _meant = habits.OF_ATTACHMENTS
 
     # A backward over several GPUs may step optimizers in several threads.
     _counting = MadeOnUse[threading.Lock](lambda self: threading.Lock())

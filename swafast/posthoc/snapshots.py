@@ -20,7 +20,7 @@ from ..sharded.construction import spell
 from ..sharded.parts.ranks import Counting
 from ..sharded.parts.rendezvous import shared_ranks
 from ..sharded.sharded_model import ShardedAveragedModel
-from ..terms import hints
+from ..terms import habits, hints
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
 from .folder import (
@@ -80,7 +80,7 @@ class Snapshots(hints.WithHints):
         model.load_state_dict(snapshots.synthesize(PowerAverage.from_sigma_rel(0.15)))
     """
 
-    _meant = hints.OF_SNAPSHOTS
+    _meant = habits.OF_SNAPSHOTS
 
     @hints.hinted
     def __init__(

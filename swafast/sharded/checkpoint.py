@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Placement
 
 from ..op.checks import check_plain
 from ..op.checksum import checksum, wrap_int64
-from ..terms import hints
+from ..terms import misfits
 from ..terms.boxes import boxes_of_run
 from ..terms.copying import are_alike, describe_kind
 from ..terms.formats import write_all
@@ -207,12 +207,12 @@ def _require_keys(expected: Sequence[str], state: Mapping[str, object]) -> None:
     missing = [key for key in expected if key not in state]
     surplus = [key for key in state if key not in set(expected)]
     if missing or surplus:
-        names = {key.removeprefix("module.") for key in expected}
+        names = {key.removeprefix(MODULE) for key in expected if key.startswith(MODULE)}
         what = [f"missing {missing[:3]}"] if missing else []
         what += [f"unexpected {surplus[:3]}"] if surplus else []
         raise ValueError(
             f"state_dict must have the keys of this average, got {len(missing)} missing and {len(surplus)} unexpected: "
-            f"{'; '.join(what)}{hints.of_state(state, names)}"
+            f"{'; '.join(what)}{misfits.of_state(state, names, 'ShardedAveragedModel')}"
         )
 
 

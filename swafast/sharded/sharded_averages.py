@@ -16,7 +16,7 @@ from ..average.functions import DECAYS, refuse_decay
 from ..average.fused_averages import named_formats, named_rules, refuse_own
 from ..average.growing import OldName
 from ..loop.guard import Guard
-from ..terms import hints
+from ..terms import hints, misfits
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
 from . import checkpoint, full_states
@@ -134,6 +134,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         """
         return adapt_shards(self, self._updated, model, old_name, self._ranks)
 
+    @hints.hinted
     def state_dict(self, *, checksums: bool = True) -> dict[str, Tensor]:
         """Return the states of all averages, each key after its average's name: ``fast.module.weight``. Collective.
 
@@ -174,6 +175,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
                     checkpoint.verify(pending[name], self._ranks, averaged.n_averaged.device)
             self._commit(pending)
 
+    @hints.hinted
     def load_full_state_dict(self, state_dict: Mapping[str, Any] | None, *, from_rank0: bool = False) -> None:
         """Load whole tensors, as of :class:`~swafast.FusedAverages`, into all averages. Collective.
 
@@ -203,9 +205,10 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         for key, value in state_dict.items():
             name, _, rest = str(key).partition(".")
             if name not in states:
+                names = {name for averaged in self.values() for each in averaged._shares for name in each.holding.names}
                 raise ValueError(
                     f"state_dict must have keys of the averages {', '.join(map(repr, self))}, got {key!r}"
-                    f"{hints.of_state(state_dict, ())}"
+                    f"{misfits.of_state(state_dict, names, 'ShardedAverages')}"
                 )
             states[name][rest] = value
         return states

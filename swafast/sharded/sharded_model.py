@@ -23,7 +23,7 @@ from ..terms import hints
 from ..terms.copying import duplicate
 from ..terms.formats import check_format
 from ..terms.pickling import pickled_from
-from ..terms.rules import Rule
+from ..terms.rules import Rule, warn_of_small_decay
 from . import checkpoint, construction
 from .full_states import HasFullStates
 from .parts.holdings import Held, copied_by_torch, find_holdings, reshard
@@ -124,6 +124,7 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
             checks.check_nonfinite(self.nonfinite)
             self.seed, num_averaged = checks.checked_seed(self.seed), checks.checked_num_averaged(num_averaged)
             self.rule = rule
+            warn_of_small_decay(rule)
             check_sharded_model(model)
             self._made_of = weakref.ref(model)
             reshard(model)
@@ -175,7 +176,7 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
         super().__setattr__(name, value)
 
     def _set_rule(self, rule: Rule | None) -> None:
-        chosen = choose_rule(rule, None, None)
+        chosen = choose_rule(rule, takes_functions=False)
         self._guard.settle()  # an update under way goes by the rule before
         self._rule = chosen
 
@@ -262,6 +263,7 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
 
     # State
 
+    @hints.hinted
     def state_dict(self, *, checksums: bool = True) -> dict[str, Tensor]:
         """Return copies of this rank's averages, ready for ``torch.distributed.checkpoint``. Collective.
 

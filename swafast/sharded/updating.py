@@ -16,7 +16,7 @@ from ..loop import swaps
 from ..loop.attach import Attachable
 from ..loop.runners import Ready
 from ..op.plan import Plan
-from ..terms import hints
+from ..terms import habits
 from ..terms.copying import bytes_of
 from ..terms.lazy import MadeOnUse
 from ..torch_private.core import disable_dynamo
@@ -80,7 +80,7 @@ class AttachableShards(Attachable):
     """
 
     _bindings = MadeOnUse[Bindings](lambda self: Bindings())
-    _meant = hints.OF_SHARDS
+    _meant = habits.OF_SHARDS
     _flag = MadeOnUse[Flag](lambda self: Flag(self._ranks, self._number))
 
     @disable_dynamo

@@ -19,6 +19,7 @@ from ..torch_private.modules import (
     own_params,
     passing_buffers,
 )
+from .misfits import few
 
 _SEGMENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _WRAPPERS = re.compile(rf"(?<![^.])(?:{'|'.join(_SEGMENTS)})(?:\.|$)")
@@ -204,9 +205,5 @@ def require_same_names(kind: str, averages: Iterable[str], params: Iterable[str]
     missing = [name for name in expected if name not in given]
     surplus = [name for name in given if name not in expected]
     if missing or surplus:
-        clauses = [
-            f"{label} {', '.join(map(repr, names[:3]))}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-            for label, names in (("missing", missing), ("unexpected", surplus))
-            if names
-        ]
+        clauses = [f"{label} {few(names)}" for label, names in (("missing", missing), ("unexpected", surplus)) if names]
         raise ValueError(f"model must have the {kind} that it was averaged with, got {'; '.join(clauses)}")

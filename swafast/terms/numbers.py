@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 
@@ -12,7 +13,7 @@ def as_int(value: Any) -> int | None:
         return None
     try:
         return operator.index(value)
-    except TypeError:
+    except (TypeError, RuntimeError):  # a tensor on the meta device has no value
         return None
 
 
@@ -22,9 +23,29 @@ def as_number(value: Any) -> int | float | None:
     if whole is not None or _is_of("bool", value) or _is_of("complex", value) or not hasattr(value, "__float__"):
         return whole  # a str has no __float__, although float() takes it
     try:
-        return float(value)
+        return float(value.detach() if hasattr(value, "detach") else value)
     except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several
         return None
+
+
+def checked_number(argument: str, value: object, expected: str, holds: Callable[[float], bool]) -> int | float:
+    """Return a number as Python's own, which prints and is stored the same wherever it came from.
+
+    Args:
+        expected: the condition in words, for the error.
+        holds: whether a number satisfies it.
+
+    Raises:
+        ValueError: ``value`` is not a number, or the condition does not hold.
+    """
+    number = as_number(value)
+    try:
+        good = number is not None and holds(float(number))  # False for NaN
+    except OverflowError:  # an int too large for a float
+        good = False
+    if number is None or not good:
+        raise ValueError(f"{argument} must be {expected}, got {value!r}")
+    return number
 
 
 def _is_of(kind: str, value: Any) -> bool:

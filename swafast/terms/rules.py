@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, cast
@@ -18,10 +17,12 @@ from torch import Tensor
 
 from ..torch_private.core import SWA_FACTORIES, closure_of, decay_of
 from . import hints
-from .numbers import as_number
+from .numbers import as_number, checked_number
 from .pickling import pickled_from
 from .warn import warn_user
 from .weight import KernelTerms
+
+_hinted = functools.partial(hints.hinted, makes_rule=True)
 
 
 @pickled_from("swafast")
@@ -65,6 +66,7 @@ class Rule:
 
 
 @pickled_from("swafast")
+@hints.hinted_rule
 @dataclass(frozen=True)
 class EqualAverage(Rule):
     """The equal mean of all models so far, ``weight = 1 / (n + 1)``: stochastic weight averaging (SWA).
@@ -77,6 +79,7 @@ class EqualAverage(Rule):
 
 
 @pickled_from("swafast")
+@hints.hinted_rule
 @dataclass(frozen=True)
 class ExponentialAverage(Rule):
     """The exponential moving average (EMA), ``weight = 1 - decay``, with an optional warm-up or schedule of the decay.
@@ -93,7 +96,8 @@ class ExponentialAverage(Rule):
     - ``schedule="linear"``: ``decay + (1 - decay) * n / updates``, as in I-JEPA.
 
     Args:
-        decay: in [0, 1]; the share that the old average keeps. A decay below 0.1, but not 0, gets a UserWarning.
+        decay: in [0, 1]; the share that the old average keeps. An average that is made with a decay below 0.1, but
+            not 0, gets a UserWarning.
         warmup: ``"power"``, ``"ratio"``, ``"ramp"`` or None.
         inv_gamma: > 0, in updates; the time scale of the power warm-up.
         power: > 0; 2/3 suits trainings of a million updates and more, 3/4 shorter ones.
@@ -137,14 +141,9 @@ class ExponentialAverage(Rule):
             if getattr(self, option) != getattr(ExponentialAverage, option) and getattr(self, needed) not in values:
                 got = getattr(self, needed)
                 raise ValueError(f"{needed} must be {_either(*values)} if {option} is given, got {got!r}")
-        if 0.0 < self.decay < _SMALL_DECAY:
-            rest = f"{1.0 - self.decay:.6g}"
-            warn_user(
-                f"decay={self.decay} is the weight of the old average, so the newest model gets {rest}: if "
-                f"{self.decay} is the weight of the newest model, pass ExponentialAverage({rest})"
-            )
 
     @classmethod
+    @_hinted
     def from_half_life(
         cls,
         updates: float,
@@ -160,8 +159,10 @@ class ExponentialAverage(Rule):
         Raises:
             ValueError: ``updates`` is not positive and finite, or another argument is out of its range.
         """
-        half_life = _number("updates", updates, "> 0 and finite", lambda x: 0.0 < x < math.inf)
-        return cls(0.5 ** (1.0 / half_life), warmup, inv_gamma, power, min_decay, tau=tau)
+        half_life = checked_number("updates", updates, "> 0 and finite", lambda x: 0.0 < x < math.inf)
+        made = cls(0.5 ** (1.0 / half_life), warmup, inv_gamma, power, min_decay, tau=tau)
+        made.__dict__["_is_of_half_life"] = True  # the user has written no decay
+        return made
 
     def kernel_terms(self) -> KernelTerms:
         low, high = 1.0 - self.decay, 1.0 - self.min_decay
@@ -191,12 +192,28 @@ _NEEDS = {
 _SMALL_DECAY = 0.1
 
 
+def warn_of_small_decay(rule: Rule | None) -> None:
+    """Warn of a decay that is likely meant as the weight of the newest model. Constructors of averages call this.
+
+    A rule that is set later may be a step of a schedule that the user computes, whose decays may begin at 0.
+    """
+    if not isinstance(rule, ExponentialAverage) or rule.schedule is not None or hasattr(rule, "_is_of_half_life"):
+        return
+    if 0.0 < rule.decay < _SMALL_DECAY:
+        rest = f"{1.0 - rule.decay:.6g}"
+        warn_user(
+            f"decay={rule.decay} is the weight of the old average, so the newest model gets {rest}: if "
+            f"{rule.decay} is the weight of the newest model, pass ExponentialAverage({rest})"
+        )
+
+
 def _either(*choices: object) -> str:
     *first, last = map(repr, choices)
     return f"{', '.join(first)} or {last}" if first else last
 
 
 @pickled_from("swafast")
+@hints.hinted_rule
 @dataclass(frozen=True)
 class PowerAverage(Rule):
     """The power-function average, ``decay = (1 - 1/(n+1)) ** (gamma+1)``: its width is a fixed share of the training.
@@ -219,6 +236,7 @@ class PowerAverage(Rule):
         _set_number(self, "gamma", ">= 0 and finite", lambda x: 0.0 <= x < math.inf)
 
     @classmethod
+    @_hinted
     def from_sigma_rel(cls, sigma_rel: float) -> PowerAverage:
         """Make the average of relative width ``sigma_rel``, the paper's parameter.
 
@@ -228,7 +246,7 @@ class PowerAverage(Rule):
         Raises:
             ValueError: ``sigma_rel`` is not in (0, 1 / sqrt(12)]; the upper end is the equal mean.
         """
-        width = _number("sigma_rel", sigma_rel, f"in (0, {_WIDEST:.6f}]", lambda x: 0.0 < x <= _WIDEST)
+        width = checked_number("sigma_rel", sigma_rel, f"in (0, {_WIDEST:.6f}]", lambda x: 0.0 < x <= _WIDEST)
         low, high = 0.0, 2.0 / width  # width < 1 / (gamma + 2), so gamma < high
         while high - low > 1e-12 * (1.0 + low):
             middle = 0.5 * (low + high)
@@ -251,17 +269,18 @@ def _taking_no_sigma_rel(init: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(init)
     def checked(self: PowerAverage, *args: Any, **options: Any) -> None:
-        if args and isinstance(args[0], numbers.Real) and 0.0 < float(args[0]) <= _WIDEST:
+        given = as_number(args[0]) if args else None
+        if given is not None and 0.0 < given <= _WIDEST:
             raise ValueError(
                 f"gamma must be given by its name if it is that small, got {args[0]!r}: write "
-                f"PowerAverage.from_sigma_rel({args[0]!r}) for a relative width, or PowerAverage(gamma={args[0]!r})"
+                f"PowerAverage.from_sigma_rel({given:.6g}) for a relative width, or PowerAverage(gamma={given:.6g})"
             )
         init(self, *args, **options)
 
     return checked
 
 
-PowerAverage.__init__ = _taking_no_sigma_rel(hints.hinted(PowerAverage.__init__))  # type: ignore[method-assign]
+PowerAverage.__init__ = _taking_no_sigma_rel(PowerAverage.__init__)  # type: ignore[method-assign]
 
 
 @pickled_from("swafast")
@@ -331,17 +350,6 @@ def rule_of(avg_fn: object, multi_avg_fn: object) -> Rule | None:
     return ExponentialAverage(decay) if decay is not None else None
 
 
-def _number(argument: str, value: object, expected: str, holds: Callable[[float], bool]) -> int | float:
-    """Return a number as Python's own, which prints and is stored the same wherever it came from, or raise."""
-    number = as_number(value)
-    try:
-        good = number is not None and holds(float(number))  # False for NaN
-    except OverflowError:  # an int too large for a float
-        good = False
-    if number is None or not good:
-        raise ValueError(f"{argument} must be {expected}, got {value!r}")
-    return number
-
-
 def _set_number(rule: Rule, argument: str, expected: str, holds: Callable[[float], bool]) -> None:
-    object.__setattr__(rule, argument, _number(argument, getattr(rule, argument), expected, holds))  # it is frozen
+    number = checked_number(argument, getattr(rule, argument), expected, holds)
+    object.__setattr__(rule, argument, number)  # it is frozen
