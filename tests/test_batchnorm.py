@@ -27,7 +27,7 @@ from swafast import (
 )
 from swafast.loop.attach import Attachable
 from swafast.optim import batchnorm, moments
-from swafast.optim.moments import Layer, Watch
+from swafast.optim.watch import Layer, Watch
 from swafast.sharded.parts.holdings import is_sharded
 from swafast.terms.names import unwrap
 from tests.ranks import run_ranks
@@ -336,11 +336,11 @@ def test_a_failed_write_leaves_all_statistics(
             monkeypatch.setattr(Tensor, "copy_", interrupted)
             raise error
 
-    def interrupted(self: Tensor, *args: Any) -> Tensor:
+    def interrupted(self: Tensor, *args: Any, **options: Any) -> Tensor:
         copies.append(self)
         if len(copies) == 2:
             raise KeyboardInterrupt
-        return copy_(self, *args)
+        return copy_(self, *args, **options)
 
     monkeypatch.setattr(Layer, "put", failing)
     before = state_of(model)
@@ -597,7 +597,7 @@ def means_weighed_alike(patch: pytest.MonkeyPatch) -> None:
     merge = moments.Moments.merge
 
     def alike(self: Any, other: Any) -> None:
-        if self.count and other.count:
+        if self.count is not None and other.count is not None:
             other = moments.Moments(other.calls, self.count, other.mean, other.squares)
         merge(self, other)
 

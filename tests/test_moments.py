@@ -14,7 +14,7 @@ from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 
 from swafast import update_bn
-from swafast.optim import moments
+from swafast.optim import moments, watch
 from tests.support import differing
 
 T = C = 4  # so that statistics over the wrong dimension have the right shape
@@ -341,8 +341,8 @@ def test_threads_leave_no_watch_behind() -> None:
 
 
 def taking_inputs(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(moments, "_FUNCTIONS", ())
-    patch.setattr(moments.Watch, "_take_written", lambda self, visit, _, inputs: self._take(visit.layer, inputs))
+    patch.setattr(watch, "_argument_names", lambda _: ())
+    patch.setattr(watch.Watch, "_take_written", lambda self, visit, _, inputs: self._take(visit.layer, inputs))
 
 
 @pytest.mark.parametrize("kind", [TimeLast, Split, Masked, Direct, Keywords])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,11 @@ from ..loop import swaps
 from ..loop.attach import Attachable
 from ..loop.guard import finished
 from ..terms import hints
+from ..terms.copying import copy_into, duplicate, overlaps_itself, write_once
 from ..torch_private.core import running_eagerly
 from ..torch_private.modules import BatchNormLayer, named_modules, own_buffers
-from .moments import MOMENTUM, Key, Layer, Moments, Watch, find_layers
+from .moments import Moments
+from .watch import MOMENTUM, Key, Layer, Watch, find_layers
 
 if TYPE_CHECKING:
     from ..sharded.parts.ranks import Ranks
@@ -81,23 +83,20 @@ def update_bn(
         if isinstance(module, Attachable):
             module._guard.settle()  # an update in the background would write buffers that a failure here restores
     swaps.refuse_averages("update_bn", model)
-    run = partial(_run, loader, model, layers, device, call or _call, progress)
     ranks = _ranks_of(model, process_group)
     restore = _restoring(model)
     try:
-        num_batches = run() if ranks is None else _run_on_all(run, layers, ranks, model)
-        if layers and num_batches == 0:
-            raise ValueError("loader must give at least one batch, got none")
-        if layers and not any(layer.moments.count for layer in layers.values()):
-            warnings.warn(
-                f"none of {len(layers)} BatchNorm layers has seen a value: check that the layers are not frozen, that "
-                "batches are not empty, and that the model calls its layers (a traced model does not)",
-                stacklevel=3,  # torch.no_grad adds a frame
-            )
-        # Other modules that write while they run keep what they have written, as in torch.
-        restore({id(layer.module) for layer in layers.values() if isinstance(layer.module, BatchNormLayer)})
-        for layer in layers.values():
-            layer.put()
+        with ExitStack() as modes:
+            run = partial(_run, loader, model, layers, device, call or _call, progress, modes)
+            num_batches = run() if ranks is None else _run_on_all(run, layers, ranks, model)
+            if layers and num_batches == 0:
+                raise ValueError("loader must give at least one batch, got none")
+            for warning in _warnings_of(layers):
+                warnings.warn(warning, stacklevel=3)  # torch.no_grad adds a frame
+            # Other modules that write while they run keep what they have written, as in torch.
+            restore({id(layer.module) for layer in layers.values() if isinstance(layer.module, BatchNormLayer)})
+            for layer in layers.values():
+                layer.put()
     except BaseException:
         finished(restore)
         raise
@@ -134,6 +133,23 @@ def _ranks_of(model: Module, process_group: ProcessGroup | None) -> Ranks | None
     return shared_ranks(process_group, "update_bn")
 
 
+def _warnings_of(layers: Mapping[Key, Layer]) -> Iterator[str]:
+    if layers and not any(layer.moments.calls for layer in layers.values()):
+        yield (
+            f"none of {len(layers)} BatchNorm layers has seen a value: check that the layers are not frozen, that "
+            "batches are not empty, and that the model calls its layers (a traced model does not)"
+        )
+    inferred = [repr(name) for (name, *_), layer in layers.items() if layer.is_inferred]
+    if inferred:
+        more = f" and {len(inferred) - 3} more" if len(inferred) > 3 else ""
+        yield (
+            f"the statistics of {', '.join(inferred[:3])}{more} may be inexact: the layer normalises something else "
+            f"than its whole input, and does not call F.batch_norm. They are right if it writes running statistics "
+            f"with the momentum {MOMENTUM} that it has meanwhile, or with 1 / num_batches_tracked; and each batch "
+            "counts by the size of the input. Call F.batch_norm in the layer to have them exact"
+        )
+
+
 def _run_on_all(run: Callable[[], int], layers: dict[Key, Layer], ranks: Ranks, model: Module) -> int:
     """Run the model on each rank's batches, merge the moments of all ranks, and return the number of all batches.
 
@@ -164,17 +180,19 @@ def _run(
     device: int | str | torch.device | None,
     call: Callable[[Module, Any], object],
     progress: bool,
+    modes: ExitStack,
 ) -> int:
-    """Run the model on all batches, and return the number of batches."""
+    """Run the model on all batches, in training mode until ``modes`` is left, and return the number of batches."""
     if not layers:
         return 0
     count = 0
-    with _training(model, layers), running_eagerly(), Watch(model, layers).watching():
+    modes.enter_context(_training(model, layers))
+    with running_eagerly(), Watch(model, layers).watching():
         for batch in _shown(loader) if progress else loader:
             try:
                 call(model, _moved(batch, device) if device is not None else batch)
             except Exception as error:
-                _note(error, f"update_bn: the model raised this for batch {count}, {_described(batch)}{_HINT}")
+                _note(error, f"{_RAISED}{count}, {_described(batch)}{_HINT}")
                 raise
             count += 1
     return count
@@ -187,38 +205,53 @@ def _shown(loader: Iterable[Any]) -> Iterable[Any]:
 
 
 def _note(error: Exception, text: str) -> None:
-    """Add a line to what a traceback shows below an exception, as ``add_note`` does, which Python 3.10 lacks."""
+    """Add a line to what a traceback shows below an exception, as ``add_note`` does, which Python 3.10 lacks.
+
+    An exception that is raised again has the last such line alone.
+    """
     with suppress(Exception):
-        error.__notes__ = [*getattr(error, "__notes__", ()), text]  # type: ignore[attr-defined]
+        others = [note for note in getattr(error, "__notes__", ()) if not str(note).startswith(_RAISED)]
+        error.__notes__ = [*others, text]  # type: ignore[attr-defined]
 
 
 @contextmanager
 def _training(model: Module, layers: Mapping[Key, Layer]) -> Iterator[None]:
-    """Put the model into training mode; on leaving, restore in every module what this sets."""
+    """Put the model into training mode; on leaving, restore in every module what this sets.
+
+    A module with a ``train()`` of its own is told that its mode returns: it may fold what it has gathered.
+    """
     settings: list[tuple[Module, str, object]] = [(layer.module, "momentum", MOMENTUM) for layer in layers.values()]
     modules = [module for _, module in named_modules(model, distinct=True)]
     # A forward of DDP would wait for the buffers of the first rank.
     settings += [(m, "require_forward_param_sync", False) for m in modules if isinstance(m, DistributedDataParallel)]
     before = [(module, name, getattr(module, name)) for module, name, _ in settings]
-    before += [(module, "training", module.training) for module in modules]
+    flags = [(module, "training", module.training) for module in modules]
 
     def restore() -> None:
-        for module, name, value in before:
-            setattr(module, name, value)
+        try:
+            for module, _, mode in flags:
+                if module.training != mode and getattr(module.train, "__func__", None) is not Module.train:
+                    module.train(mode)
+        finally:
+            for module, name, value in [*before, *flags]:
+                setattr(module, name, value)
 
     try:
         model.train()
         for module, name, value in settings:
             setattr(module, name, value)
         yield
-    finally:
-        finished(restore)
+    except BaseException:
+        with suppress(Exception):  # what was raised first says more
+            finished(restore)
+        raise
+    finished(restore)
 
 
 def _restoring(model: Module) -> Callable[..., None]:
     """Return a function that restores the buffers of ``model``: those of modules of the ids that it gets, or all."""
     before = [
-        (module, name, buffer, buffer.clone())
+        (module, name, buffer, duplicate(buffer))
         for _, module in named_modules(model, distinct=True)
         for name, buffer in own_buffers(module).items()
         if buffer is not None and not is_lazy(buffer)
@@ -227,16 +260,28 @@ def _restoring(model: Module) -> Callable[..., None]:
     def restore(ids: Container[int] | None = None) -> None:
         for module, name, buffer, value in before:
             if ids is None or id(module) in ids:
-                buffer.copy_(value)
-                own_buffers(module)[name] = buffer
+                own_buffers(module)[name] = buffer if _written_back(buffer, value) else value
 
     return restore
+
+
+def _written_back(buffer: Tensor, value: Tensor) -> bool:
+    """Write a value back into a buffer. Return whether the buffer has it, also where torch refuses to write."""
+    try:
+        with torch.inference_mode() if buffer.is_inference() else nullcontext():
+            (write_once if overlaps_itself(buffer) else copy_into)(buffer, value)
+        return True
+    except Exception:  # an error of a device among them: the buffers after this one must return too
+        with suppress(Exception):
+            return torch.equal(buffer, value)
+        return False
 
 
 # Batches
 
 
-#: After a batch that the model has not taken.
+#: Before and after a batch that the model has not taken.
+_RAISED = "update_bn: the model raised this for batch "
 _HINT = "; call= runs the model on batches of other kinds"
 
 

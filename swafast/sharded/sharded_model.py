@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -219,7 +220,8 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
                     with self._meet("swapped_into", model) as (bound, held):
                         if self._uncounted is not None:
                             self._warn_if_empty("swapped_into")
-                        exchange = SpreadExchange(model, bound, self._bindings.latest, self._spreads, held)
+                        leave = partial(self._ranks.leave, "swapped_into", self._number)
+                        exchange = SpreadExchange(model, bound, self._bindings.latest, self._spreads, held, leave)
                         swap.enter(exchange)
                     exchange.spread()
                     swap.take_writes()

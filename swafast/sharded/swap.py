@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -31,6 +31,9 @@ class SpreadExchange(Exchange):
 
     A rank sends the values in its own part of the params: the averages on the way there, the params on the way back.
     So no rank keeps a copy of the params that others average.
+
+    Args:
+        leave: waits until all ranks go back.
     """
 
     _params: Views
@@ -42,7 +45,9 @@ class SpreadExchange(Exchange):
         binding: Located,
         spreads: Sequence[Spread],
         held: Mapping[str, Held],
+        leave: Callable[[], object],
     ) -> None:
+        self._leave = leave
         # `held` keeps the current memory. If the body replaces a tensor on one rank, others must not get its values.
         self._model, self._spreads, self._held = unwrap(model), spreads, held
         super().__init__(*bound, binding, ignore_buffers=broadcasts_buffers(model))
@@ -75,7 +80,8 @@ class SpreadExchange(Exchange):
     def _fill_in(self) -> None:
         if self._all_there:
             self._all_there = False
-            spread_all(self._spreads, self._held, "swapped_into", "could not put all params back", torn=True)
+            failed = "could not put all params back"
+            spread_all(self._spreads, self._held, "swapped_into", failed, torn=True, meet=self._leave)
 
     def _bases(self) -> Sequence[Tensor]:
         return self._params.bases
@@ -114,19 +120,28 @@ class SpreadExchange(Exchange):
 
 
 def spread_all(
-    spreads: Sequence[Spread], held: Mapping[str, Held], call: str, failed: str, *, torn: bool = False
+    spreads: Sequence[Spread],
+    held: Mapping[str, Held],
+    call: str,
+    failed: str,
+    *,
+    torn: bool = False,
+    meet: Callable[[], object] | None = None,
 ) -> None:
     """Run all spreads. If one fails and params are not whole afterwards, the error's message says so.
 
     Args:
         call, failed: the user's call and what it could not do, which begin that message.
         torn: whether params are not whole if nothing was received from other ranks either.
+        meet: called before, if there are spreads, to wait for other ranks.
 
     Raises:
         LostPeerError: a rank was lost. An interrupt keeps its type and has the same message.
     """
     done = 0
     try:
+        if spreads and meet is not None:
+            meet()
         with ExitStack() as ranks:
             for spread in spreads:
                 ranks.enter_context(spread.ranks.in_lockstep())

@@ -236,6 +236,25 @@ class Ranks:
                 "out of states with persistent=False"
             )
 
+    def leave(self, what: str, number: int) -> None:
+        """Wait until all ranks leave the same context of an averaged model. Collective.
+
+        A rank whose body has raised comes early. If its peers make another call meanwhile, that raises on them, as the
+        ranks do not make the same call. Then they leave too.
+
+        Raises:
+            RuntimeError: another rank leaves another context.
+        """
+        self.begin(what)
+        call = f"leaving {what}"
+        with self.in_lockstep():
+            while True:
+                others = {(theirs, of) for theirs, of, *_ in self.gather((call, number, ((), ""), None))}
+                if others == {(call, number)}:
+                    return
+                if others - {(call, number)} <= {each for each in others if each[0] == call}:
+                    raise RuntimeError(f"all ranks must leave the same average, got {sorted(of for _, of in others)}")
+
     def _require_same_counts(self, what: str, everyone: Sequence[tuple[int, ...]]) -> None:
         ranks_of: dict[tuple[int, ...], list[int]] = {}
         for rank, counts in zip(self.ranks, everyone, strict=True):
