@@ -86,7 +86,7 @@ class ExponentialAverage(Rule):
 
     With a warm-up, the decay after n models is clamped to ``[min_decay, decay]`` and is
 
-    - ``warmup="power"``: ``1 - (1 + n / inv_gamma) ** -power``, as in timm, and in diffusers with ``use_ema_warmup=True``;
+    - ``warmup="power"``: ``1 - (1 + n / inv_gamma) ** -power``, as in timm (and diffusers' ``use_ema_warmup``);
     - ``warmup="ratio"``: ``(1 + n) / (10 + n)``, as in TensorFlow's ``ExponentialMovingAverage`` and in diffusers;
     - ``warmup="ramp"``: ``decay * (1 - exp(-n / tau))``, as in Ultralytics' YOLO.
 
