@@ -100,7 +100,7 @@ ACCESS = re.compile(
     r"(?:\.(?:nc|cs|cg|L1::evict_first|L2::cache_hint))*(?:\.v(?P<numel>[24]))?\.(?P<type>[busf]\d+)"
 )
 ATOMIC = re.compile(
-    r"(?:atom|red)(?:\.(?:global|gpu|acq_rel|relaxed))+\.(?P<op>add|min|max|exch)\.(?P<type>[us](?:32|64))"
+    r"(?P<name>atom|red)(?:\.(?:global|gpu|acq_rel|relaxed))+\.(?P<op>add|min|max|exch)\.(?P<type>[bus](?:32|64))"
 )
 
 
@@ -117,6 +117,7 @@ class Meaning:
     expression: str
     result: str
     operand: str
+    num_operands: int
 
 
 def _expanded(pattern: str) -> Iterator[str]:
@@ -136,7 +137,8 @@ def _meanings() -> Iterator[tuple[str, Meaning]]:
             types = [part for part in mnemonic.split(".") if re.fullmatch(r"[busf]\d+|pred", part)]
             if _UNSIGNED.fullmatch(mnemonic):
                 types = [f"u{part[1:]}" for part in types]
-            yield mnemonic, Meaning(expression, result or types[0], types[-1])
+            num_operands = max(map(int, re.findall(r"\{(\d)", expression)), default=0) + 1
+            yield mnemonic, Meaning(expression, result or types[0], types[-1], num_operands)
 
 
 MEANINGS = dict(_meanings())

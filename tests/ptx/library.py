@@ -6,7 +6,7 @@ import ctypes
 import fcntl
 import importlib.util
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,7 +15,8 @@ import pytest
 
 from tests.native_build import COMPILER, CSRC, compile_object, run
 from tests.planting import Plant, read_plants
-from tests.ptx.translate import read_kernels, translate
+from tests.ptx.read import read_kernels
+from tests.ptx.translate import translate
 from tests.shim_library import build_shim_library
 from tests.test_machine_code import NVCC, compile_ptx
 
@@ -42,11 +43,16 @@ def triton_library(folder: Path, bugs: Sequence[Plant] = ()) -> Path:
     # One text, so that a line has one number: the numbers of a file's lines begin where those before it end.
     ptx = "\n".join(code[kernel].ptx for kernel in KERNELS)
     shared = max(code[kernel].shared for kernel in KERNELS)
-    source = folder / "triton_ptx.cpp"
-    edits = [edits_of(bug, ptx) for bug in bugs]
-    source.write_text(translate(read_kernels(ptx, shared), has_source=False, edits=edits))
-    library = folder / "libtriton_ptx.so"
-    compiled = compile_object(source, folder / "triton_ptx.o", [*FLAGS, "-fPIC", "-fvisibility=hidden"])
+    return build_translated(folder, "triton", ptx, shared, [edits_of(bug, ptx) for bug in bugs])
+
+
+def build_translated(
+    folder: Path, name: str, ptx: str, extern_nbytes: int = 0, edits: Sequence[Mapping[int, str]] = ()
+) -> Path:
+    """Build a library of the kernels in a text, for ``shim_launch`` of ``tests/native/shim/ptx.h``."""
+    source, library = folder / f"{name}.cpp", folder / f"lib{name}_ptx.so"
+    source.write_text(translate(read_kernels(ptx, extern_nbytes), has_source=False, edits=edits))
+    compiled = compile_object(source, folder / f"{name}.o", [*FLAGS, "-fPIC", "-fvisibility=hidden"])
     run([*COMPILER, "-shared", str(compiled), "-o", str(library)])
     return library
 
