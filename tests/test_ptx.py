@@ -274,7 +274,7 @@ def test_a_fault_ends_the_program_with_a_reason(program: Program, index: int) ->
     [
         (
             "add.u128 %rd1, %rd2, 1",
-            r"a_kernel, line 13: unknown instruction 'add.u128 %rd1, %rd2, 1': say in tests/ptx",
+            r"a_kernel, line 18: unknown instruction 'add.u128 %rd1, %rd2, 1': say in tests/ptx",
         ),
         ("add.f32 %r1, %r1, %r1", "unknown instruction 'add.f32"),
         ("add.s32 %r1, %r1", "unknown instruction 'add.s32 %r1, %r1'"),
