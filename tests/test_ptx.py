@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.native_build import needs_compiler
+from tests.native_build import COMPILER, compile_object, needs_compiler, run
 from tests.ptx.instructions import MEANINGS
-from tests.ptx.library import build_translated
+from tests.ptx.library import FLAGS, build_translated
 from tests.ptx.read import PtxError, read_kernels
 from tests.ptx.translate import translate
 
@@ -198,17 +198,41 @@ OTHERS = {
 }
 
 
+#: What a host compiler made of kernels, and PTX stands in the place of.
+HOST = """
+#include <cuda_runtime.h>
+extern "C" void in_its_place(long long) {}
+extern "C" void of_other_params(long long, int) {}
+extern "C" void of_other_threads(long long) {}
+template <class... Expected>
+void launch(void (*kernel)(Expected...), unsigned num_threads, Expected... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(1);
+  config.blockDim = dim3(num_threads);
+  cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+extern "C" SHIM_SETTING int launch_from_host(const char* name, unsigned, const long long* address, long long) {
+  if (!std::strcmp(name, "in_its_place")) launch(in_its_place, 32, *address);
+  if (!std::strcmp(name, "of_other_params")) launch(of_other_params, 32, *address, 0);
+  if (!std::strcmp(name, "of_other_threads")) launch(of_other_threads, 64, *address);
+  return 0;
+}
+"""
+IN_PLACE = {"of_other_params": "the PTX has other params", "of_other_threads": "for blocks of other sizes"}
+
+
 @dataclass(frozen=True)
 class Program:
     """Translated kernels, in a library."""
 
     library: Path
+    function: str = "shim_launch"  # which launches them
 
     def launch(self, name: str, num_threads: int = 32) -> list[int]:
         """Return the words that the threads leave."""
         words = (ctypes.c_ulonglong * num_threads)()
         address = (ctypes.c_longlong * 1)(ctypes.addressof(words))
-        assert ctypes.CDLL(str(self.library)).shim_launch(name.encode(), 1, address, 1) == 0
+        assert ctypes.CDLL(str(self.library))[self.function](name.encode(), 1, address, 1) == 0
         return list(words)
 
     def fault(self, name: str) -> str:
@@ -216,9 +240,9 @@ class Program:
         script = (
             "import ctypes, sys; words = (ctypes.c_ulonglong * 64)();"
             "address = (ctypes.c_longlong * 1)(ctypes.addressof(words));"
-            "ctypes.CDLL(sys.argv[1]).shim_launch(sys.argv[2].encode(), 1, address, 1)"
+            "ctypes.CDLL(sys.argv[1])[sys.argv[2]](sys.argv[3].encode(), 1, address, 1)"
         )
-        command = [sys.executable, "-c", script, str(self.library), name]
+        command = [sys.executable, "-c", script, str(self.library), self.function, name]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == -signal.SIGABRT, done
         return done.stderr
@@ -267,6 +291,31 @@ def test_statements_do_what_ptx_says(program: Program) -> None:
 @pytest.mark.parametrize("index", range(len(FAULTS)), ids=FAULTS.values())
 def test_a_fault_ends_the_program_with_a_reason(program: Program, index: int) -> None:
     assert [*FAULTS.values()][index] in program.fault(f"fault_{index}")
+
+
+@pytest.fixture(scope="module")
+def in_place(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    kernels = [kernel_of(name, "st.global.b64 [%rd9], 7") for name in ("in_its_place", *IN_PLACE)]
+    folder = tmp_path_factory.mktemp("in_place")
+    sources = {"host": HOST, "ptx": translate(read_kernels(HEAD + "\n".join(kernels)), has_source=True)}
+    objects = []
+    for name, source in sources.items():
+        path = folder / f"{name}.cpp"
+        path.write_text(source)
+        objects.append(str(compile_object(path, folder / f"{name}.o", [*FLAGS, "-fPIC", "-fvisibility=hidden"])))
+    run([*COMPILER, "-shared", *objects, "-o", str(folder / "libin_place.so")])
+    return Program(folder / "libin_place.so", "launch_from_host")
+
+
+@needs_compiler
+def test_a_launch_of_the_source_runs_the_ptx(in_place: Program) -> None:
+    assert in_place.launch("in_its_place") == [7] * 32
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_ptx_that_does_not_fit_the_source_ends_the_program(in_place: Program, name: str) -> None:
+    assert IN_PLACE[name] in in_place.fault(name)
 
 
 @pytest.mark.parametrize(
