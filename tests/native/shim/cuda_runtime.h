@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "machine.h"
+#include "translated.h"
 
 #define CUDART_VERSION 13000
 

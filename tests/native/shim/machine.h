@@ -105,17 +105,6 @@ struct Fiber {
   unsigned thread = 0;
 };
 
-// A kernel that tests/ptx made of PTX, for one thread. A table of them ends with one without a name.
-struct Translated {
-  const char* name;
-  const void* source;  // the kernel that it runs in the place of, as a host compiler made it of the source, or nothing
-  void (*run)(char* const* params);
-  unsigned num_threads;  // of a block
-  int num_params;
-  const size_t* sizes;  // of each param
-};
-extern const Translated translated[] __attribute__((weak, visibility("hidden")));
-
 // One launch at a time.
 struct Machine {
   std::mutex mutex;

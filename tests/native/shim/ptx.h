@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "machine.h"
+#include "translated.h"
 
 namespace ptx {
 
