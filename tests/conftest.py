@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 import torch
 
 from swafast.backends import cpu, cuda, library
+from swafast.backends.triton import launch as triton_launch
 from swafast.loop import swaps
 from tests.native_build import COMPILER
+from tests.ptx.library import build_once, launched_kernels
 from tests.shim_library import build_shim_library
 
 # Other tests import these from here.
@@ -94,7 +97,14 @@ def shim_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cuda_on_cpu(shim_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
     """The ``cuda`` backend, serving CPU tensors with the real kernels' source and host code."""
-    monkeypatch.setenv("SWAFAST_LIBRARY", str(shim_library))
+    with cuda_of(shim_library, monkeypatch) as loaded:
+        yield loaded
+
+
+@contextmanager
+def cuda_of(shim: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
+    """Have the ``cuda`` backend serve CPU tensors with the kernels of this library."""
+    monkeypatch.setenv("SWAFAST_LIBRARY", str(shim))
     monkeypatch.setattr(cuda, "device_types", frozenset({"cpu"}))
     caches = (library.load, cuda.num_blocks)
     for cache in caches:
@@ -103,6 +113,41 @@ def cuda_on_cpu(shim_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.undo()
     for cache in caches:
         cache.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all processes of this run."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def cuda_ptx(shared_folder: Path) -> Path:
+    """The native library with nvcc's PTX of the CUDA kernels, and bugs in it to be switched on."""
+    return build_once("cuda", shared_folder)
+
+
+@pytest.fixture(scope="session")
+def triton_ptx(shared_folder: Path) -> Path:
+    """A library of Triton's PTX of the Triton kernels, and bugs in it to be switched on."""
+    return build_once("triton", shared_folder)
+
+
+@pytest.fixture
+def cuda_on_ptx(cuda_ptx: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
+    """The ``cuda`` backend, serving CPU tensors with the kernels' PTX and the real host code."""
+    with cuda_of(cuda_ptx, monkeypatch) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def triton_on_ptx(triton_ptx: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
+    """The ``triton`` backend, serving CPU tensors with the kernels' PTX and the real host code."""
+    loaded = ctypes.CDLL(str(triton_ptx))
+    kernels = launched_kernels(loaded, triton_launch._kernels())
+    monkeypatch.setattr(triton_launch, "_kernels", lambda: kernels)
+    return loaded
 
 
 @pytest.fixture(scope="module")

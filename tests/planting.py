@@ -56,9 +56,15 @@ class Plant:
         where = f"{self.old!r} in {self.scope or 'any file'}"
         assert len(found) == 1, f"{self.name}: {where} is there {len(found)} times, not once: plant it another way"
         ((path, match),) = found
-        new = re.sub(r"\$(\w+)", lambda hole: match[int(hole[1]) if hole[1].isdigit() else hole[1]], self.new)
-        new = re.sub(r"\bON\b", switch, new)
+        new = re.sub(r"\bON\b", switch, self._put_in(match))
         return {**sources, path: sources[path][: match.start()] + new + sources[path][match.end() :]}
+
+    def apply_everywhere(self, code: str) -> str:
+        """Return the code with the bug in each place where the pattern is, and the scope left aside."""
+        return _compile(self.old).sub(self._put_in, code)
+
+    def _put_in(self, match: re.Match[str]) -> str:
+        return re.sub(r"\$(\w+)", lambda hole: match[int(hole[1]) if hole[1].isdigit() else hole[1]], self.new)
 
 
 def read_plants(table: str) -> list[Plant]:

@@ -1,7 +1,8 @@
 """The backends with kernels against ``reference`` on the CPU, bit for bit; only a NaN's sign and payload are their own.
 
 Each test runs wherever it can: the CPU's kernels by each instruction set, the CUDA source through the shim and Triton
-through its interpreter on CPU tensors, and both on a GPU, by ``pytest -m gpu``. ``tests/native`` holds the sources to
+through its interpreter on CPU tensors, what nvcc and Triton compile of both by ``pytest -m ptx``, and both on a GPU by
+``pytest -m gpu``. ``tests/native`` holds the sources to
 an oracle without torch: every pair of planes, every byte beside a buffer, and a forked child among it.
 """
 
@@ -60,11 +61,7 @@ class Subject:
     backend: Backend
     device: torch.device
     chunk_numel: int
-
-    @property
-    def is_interpreted(self) -> bool:
-        """Whether each chunk takes some 10 ms."""
-        return self.backend is triton_launch and self.device.type == "cpu"
+    is_interpreted: bool = False  # each chunk takes some 10 ms
 
     def prepare(self, pairs: Sequence[Pair]) -> Launch:
         assert all(map(self.backend.serves, pairs))
@@ -89,12 +86,10 @@ class Subject:
 
 def everywhere(*names: str) -> list[object]:
     on_cpu = [pytest.param((name, "cpu"), id=f"{name} on cpu") for name in names]
-    on_gpu = [
-        pytest.param((name, "cuda"), id=f"{name} on gpu", marks=pytest.mark.gpu)
-        for name in names
-        if name in ("cuda", "triton")
-    ]
-    return [*on_cpu, *on_gpu]
+    on_gpus = [name for name in names if name in ("cuda", "triton")]
+    on_ptx = [pytest.param((name, "ptx"), id=f"{name} ptx on cpu", marks=pytest.mark.ptx) for name in on_gpus]
+    on_gpu = [pytest.param((name, "cuda"), id=f"{name} on gpu", marks=pytest.mark.gpu) for name in on_gpus]
+    return [*on_cpu, *on_ptx, *on_gpu]
 
 
 ON_GPUS = pytest.mark.parametrize("tested", everywhere("cuda", "triton"), indirect=True)
@@ -102,9 +97,9 @@ ON_GPUS = pytest.mark.parametrize("tested", everywhere("cuda", "triton"), indire
 
 @pytest.fixture(params=everywhere("generic", "avx2", "avx512", "cuda", "triton"))
 def tested(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Subject]:
-    name, device = request.param
+    name, place = request.param
     if name in ("cuda", "triton"):
-        yield gpu_backend(name, device, request, monkeypatch)
+        yield gpu_backend(name, place, request, monkeypatch)
         return
     if cpu.unavailable() is not None:
         pytest.skip(f"{NO_LIBRARY}: {cpu.unavailable()}")
@@ -122,21 +117,22 @@ def tested(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     cpu.use_isa(before)
 
 
-def gpu_backend(name: str, device: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Subject:
+def gpu_backend(name: str, place: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Subject:
     backend: Backend = {"cuda": cuda, "triton": triton_launch}[name]  # type: ignore[assignment]
     if name == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("needs Triton")
-    if (name, device) == ("cuda", "cpu"):
-        request.getfixturevalue("cuda_on_cpu")
+    if place == "ptx" or (name, place) == ("cuda", "cpu"):
+        request.getfixturevalue(f"{name}_on_{place}")
     missing = backend.unavailable()
     assert missing is None, missing
     monkeypatch.setattr(gpu_tables, "gpu_chunk_numel", lambda numel, blocks: CHUNK_NUMEL)
-    return Subject(backend, torch.device(device, 0) if device == "cuda" else torch.device(device), CHUNK_NUMEL)
+    device = torch.device("cuda", 0) if place == "cuda" else torch.device("cpu")
+    return Subject(backend, device, CHUNK_NUMEL, is_interpreted=(name, place) == ("triton", "cpu"))
 
 
 @PAIRS
 def test_updates_equal_the_reference(tested: Subject, dtype: torch.dtype, fmt: Format) -> None:
-    weights = WEIGHTS[: 3 if tested.is_interpreted else 6 if tested.backend is cuda else None]
+    weights = WEIGHTS[: 3 if tested.is_interpreted else 6 if tested.backend is not cpu else None]
     check_updates(tested.prepare, tested.sized_pairs(dtype, fmt), weights, (1,), tested.device)
 
 
@@ -162,7 +158,10 @@ def test_one_launch_serves_many_tensors_of_all_kinds(tested: Subject) -> None:
     check_updates(tested.prepare, pairs, by_weights(0.3), (1,), tested.device)
 
 
-@pytest.mark.parametrize("tested", everywhere("generic", "avx2", "avx512", "cuda"), indirect=True)
+# All but Triton's interpreter, which would take a minute.
+@pytest.mark.parametrize(
+    "tested", [*everywhere("generic", "avx2", "avx512", "cuda"), *everywhere("triton")[1:]], indirect=True
+)
 @PAIRS
 def test_dense_layouts_equal_the_reference(tested: Subject, dtype: torch.dtype, fmt: Format) -> None:
     views = (

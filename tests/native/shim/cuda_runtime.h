@@ -1,5 +1,5 @@
 // Stands where CUDA's own header would, so that a host compiler builds csrc/cuda/launch.cu as it is and its kernels run
-// on a CPU: `-I tests/native/shim`.
+// on a CPU: `-I tests/native/shim`. Linked with what tests/ptx makes of nvcc's PTX, it launches that in their place.
 //
 // Blocks run one after another, so that what one of them writes too early is there for all that come after it. The
 // threads of a block are fibers: they run one after another as far as the next barrier. Shared memory starts out as
@@ -11,9 +11,11 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <tuple>
 #include <utility>
 
 #include "machine.h"
+#include "translated.h"
 
 #define CUDART_VERSION 13000
 
@@ -117,6 +119,30 @@ inline cudaError_t run_on_stream(std::function<void()> work) {
   return cudaSuccess;
 }
 
+// What a thread of a launch runs.
+template <class... Expected>
+std::function<void()> body_of(void (*kernel)(Expected...), unsigned num_threads, Expected... arguments) {
+  if (translated == nullptr) return [=] { kernel(arguments...); };
+  const size_t sizes[] = {sizeof(Expected)...};
+  for (const Translated* made = translated; made->name != nullptr; ++made) {
+    if (made->source != reinterpret_cast<const void*>(kernel)) continue;
+    const size_t count = sizeof...(Expected);
+    if (made->num_params != count || std::memcmp(made->sizes, sizes, sizeof sizes) != 0) {
+      fault("the PTX has other params than the source", made->name);
+    }
+    if (made->num_threads != num_threads) fault("the PTX is for blocks of other sizes", made->name);
+    return [made, kept = std::tuple<Expected...>(arguments...)]() mutable {
+      std::apply(
+          [made](Expected&... each) {
+            char* params[] = {reinterpret_cast<char*>(&each)...};
+            made->run(params);
+          },
+          kept);
+    };
+  }
+  fault("no PTX for a kernel at", reinterpret_cast<const void*>(kernel));
+}
+
 }  // namespace shim
 
 extern "C" {
@@ -205,5 +231,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   shim_last_blocks = grid.x;
   shim_last_device = shim::calls().device;
   shim_last_stream = config->stream;
-  return shim::run_on_stream([=] { shim::run_grid(grid, block, [&] { kernel(arguments...); }); });
+  const std::function<void()> body = shim::body_of<Expected...>(kernel, block.x, arguments...);
+  return shim::run_on_stream([=] { shim::run_grid(grid, block, body); });
 }

@@ -1,0 +1,225 @@
+"""PTX, as nvcc and Triton write it for sm_90, turned into C++ that runs on a CPU.
+
+Each kernel becomes a function that one thread of a block runs, and each line of it a line of the function.
+``tests/native/shim`` has the threads, the blocks and the memory. An instruction that is not known is an error; only
+debug information and hints are skipped.
+
+What this does not show: the code that ptxas makes of the PTX, the caches, and the order in which blocks that run at
+once see each other's writes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from tests.ptx.instructions import ACCESS, ATOMIC, MEANINGS
+from tests.ptx.read import Kernel, PtxError
+
+_SPECIAL = {"%tid.x": "threadIdx.x", "%ntid.x": "blockDim.x", "%ctaid.x": "blockIdx.x", "%nctaid.x": "gridDim.x"}
+
+
+def translate(kernels: Sequence[Kernel], *, has_source: bool, edits: Sequence[Mapping[int, str]] = ()) -> str:
+    """Return a C++ file with these kernels.
+
+    Args:
+        has_source: Whether the file is linked with the kernels that a host compiler made of their source. Their names
+            then find them, and a launch of one of those runs the one here.
+        edits: Lines by their numbers, for bugs that can be switched on: ``shim_bug`` is 1 for the first.
+
+    Raises:
+        PtxError: an instruction is not known.
+    """
+    parts = ['#include "ptx.h"', "using namespace ptx;", 'extern "C" SHIM_SETTING int shim_bug = 0;']
+    rows = []
+    for index, kernel in enumerate(kernels):
+        function = _Function(kernel)
+        body = [function.line(number, edits) for number in kernel.lines]
+        parts.append(f"static void run_{index}(char* const* params) {{")
+        if kernel.shared_nbytes:
+            parts.append(f"alignas(16) __shared__ char shared[{kernel.shared_nbytes}];")
+        parts += [*function.variables(), *body, "}"]
+        source = "nullptr"
+        if has_source:
+            parts.append(f'extern "C" void {kernel.name}();')
+            source = f"reinterpret_cast<const void*>(&{kernel.name})"
+        parts.append(f"static const size_t sizes_{index}[] = {{{', '.join(map(str, kernel.params.values()))}}};")
+        about = f"{kernel.num_threads}, {len(kernel.params)}, sizes_{index}"
+        rows.append(f'{{"{kernel.name}", {source}, run_{index}, {about}}},')
+    table = "const shim::Translated shim::translated[] = {"
+    return "\n".join([*parts, table, *rows, "{}};", ""])
+
+
+class _Function:
+    """A kernel's body in C++. Each register has a variable, an unsigned integer of its size, whatever it holds."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._variables: dict[str, str] = {}  # -> type
+
+    def variables(self) -> list[str]:
+        """Return the declarations of all registers that the lines so far have used."""
+        return [f"{type_} {name};" for name, type_ in self._variables.items()]
+
+    def line(self, number: int, edits: Sequence[Mapping[int, str]]) -> str:
+        """Return what a line of the PTX does, with the bugs that are planted there."""
+        made = self._statements(number, self._kernel.lines[number])
+        for bug, lines in enumerate(edits, 1):
+            if number in lines:
+                planted = self._statements(number, lines[number].split(";"))
+                made = f"if (shim_bug == {bug}) {{ {planted} }} else {{ {made} }}"
+        return made
+
+    def _statements(self, number: int, statements: Sequence[str]) -> str:
+        try:
+            return " ".join(self._statement(text.strip()) for text in statements if text.strip())
+        except PtxError as error:
+            raise PtxError(f"{self._kernel.name}, line {number}: {error}") from None
+
+    def _statement(self, text: str) -> str:
+        if label := re.fullmatch(r"([\w$]+):", text):
+            return f"{_label(label[1])}:;"
+        parts = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([\w.:]+)\s*(.*)", text)
+        if parts is None:
+            raise PtxError(f"{text!r} is no statement")
+        guard = f"if ({parts[1]}{self._register(parts[2])}) " if parts[2] else ""
+        # What stands in braces or brackets is one operand.
+        operands = re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", parts[4])
+        return guard + self._instruction(parts[3], [operand.strip() for operand in operands])
+
+    def _instruction(self, mnemonic: str, operands: Sequence[str]) -> str:
+        """Return C++ for an instruction.
+
+        Raises:
+            PtxError: it is not known, or not with these operands.
+        """
+        try:
+            match [mnemonic, *operands]:
+                case ["bra" | "bra.uni", target]:
+                    return f"goto {_label(target)};"
+                case ["brx.idx", index, table]:
+                    return self._branch(index, self._kernel.targets[table])
+                case ["bar.sync", "0"]:
+                    return "shim::wait_at_barrier();"
+                case ["ret"]:
+                    return "return;"
+                case ["mov.b32" | "mov.b64", result, value] if "{" in result + value:
+                    return self._pack(f"u{mnemonic[5:]}", result, value)
+            if found := ACCESS.fullmatch(mnemonic):
+                return self._access(found, *operands)
+            if found := ATOMIC.fullmatch(mnemonic):
+                return self._atomic(found, *operands)
+            if mnemonic in MEANINGS:
+                return self._result_of(mnemonic, *operands)
+        except (TypeError, KeyError):  # of another number of operands, or of a table that is not there
+            pass
+        at = ", ".join(operands)
+        raise PtxError(f"unknown instruction {f'{mnemonic} {at}'.strip()!r}: say in tests/ptx what it does")
+
+    def _result_of(self, mnemonic: str, result: str, *operands: str) -> str:
+        meaning = MEANINGS[mnemonic]
+        if meaning.num_operands != len(operands):
+            raise TypeError(mnemonic)
+        values = [_Operand(self, operand, meaning.operand) for operand in operands]
+        return self._assigned(result, meaning.result, meaning.expression.format(*values))
+
+    def _branch(self, index: str, targets: Sequence[str]) -> str:
+        cases = (f"case {i}: goto {_label(target)};" for i, target in enumerate(targets))
+        return f"switch ({self.value(index, 'u32')}) {{ {' '.join(cases)} default: no_target(); }}"
+
+    def _pack(self, type_: str, result: str, value: str) -> str:
+        """Join registers to a wider value, or take one apart."""
+        parts = _several(value if value.startswith("{") else result)
+        nbits = int(type_[1:]) // len(parts)
+        if value.startswith("{"):
+            shifted = (f"u64{{{self.value(part, f'u{nbits}')}}} << {nbits * i}" for i, part in enumerate(parts))
+            return self._assigned(result, type_, " | ".join(shifted))
+        puts = (self._assigned(part, f"u{nbits}", f"v >> {nbits * i}") for i, part in enumerate(parts) if part != "_")
+        return f"{{ const u64 v = {self.value(value, type_)}; {' '.join(puts)} }}"
+
+    def _access(self, found: re.Match[str], first: str, second: str, hint: str | None = None) -> str:
+        """Load or store one value or several."""
+        type_, numel, loads = found["type"].replace("b", "u"), int(found["numel"] or 1), found["op"] == "ld"
+        at, values = (second, _several(first)) if loads else (first, _several(second))
+        if len(values) != numel or (hint is not None) != ("L2::cache_hint" in found[0]):
+            raise TypeError(found[0])
+        place = self._place(at, found["space"], int(type_[1:]) // 8 * numel)
+        if loads:
+            puts = (self._assigned(value, type_, f"v[{i}]") for i, value in enumerate(values))
+            return f"{{ const auto v = load<{type_}, {numel}>({place}); {' '.join(puts)} }}"
+        return f"store<{type_}>({place}, {{{', '.join(self.value(value, type_) for value in values)}}});"
+
+    def _atomic(self, found: re.Match[str], *operands: str) -> str:
+        *result, at, value = operands
+        if len(result) != (found["name"] == "atom"):
+            raise TypeError(found[0])
+        type_ = found["type"].replace("b", "u")
+        place = self._place(at, "global", int(type_[1:]) // 8)
+        made = f"atomic<{type_}>({place}, {self.value(value, type_)}, {found['op']}_of)"
+        return self._assigned(result[0], type_, made) if result else f"{made};"
+
+    def _place(self, text: str, space: str, nbytes: int) -> str:
+        """Return a C++ pointer to the memory that ``[text]`` names."""
+        found = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\d+)\s*)?\]", text)
+        if not found or (found[1] in self._kernel.params and space != "param"):
+            raise PtxError(f"unknown address {text!r} of {space} memory")
+        base, offset = found[1], int(found[2] or 0)
+        if space.startswith("shared"):
+            return f"shared_at(shared, {self._kernel.shared_nbytes}, {self.value(base, 'u32')}, {offset}, {nbytes})"
+        return f"pointer({self.value(base, 'u64')}, {offset})"
+
+    def value(self, text: str, type_: str) -> str:
+        """Return a C++ value of this type.
+
+        Where the operand has the type, it stands as it is: g++ takes half of the time.
+        """
+        if re.fullmatch(r"-?(?:0x[\dA-Fa-f]+|\d+)U?", text):
+            number = int(text.rstrip("U"), 0) % 2**64
+            exact = {"u32": f"{number % 2**32}u", "u64": f"{number}ull"}
+            return exact.get(type_) or f"get<{type_}>({number}ull)"
+        bits = self._bits(text)
+        return bits if type_ == self._variables.get(bits) else f"get<{type_}>({bits})"
+
+    def _bits(self, text: str) -> str:
+        if text in _SPECIAL:
+            return _SPECIAL[text]
+        if text in self._kernel.shared:
+            return str(self._kernel.shared[text])
+        if text in self._kernel.params:
+            return f"address_of(params[{list(self._kernel.params).index(text)}])"
+        if found := re.fullmatch(r"0f([\dA-Fa-f]{8})|0d([\dA-Fa-f]{16})", text):
+            return f"0x{found[1]}u" if found[1] else f"0x{found[2]}ull"
+        return self._register(text)
+
+    def _register(self, text: str) -> str:
+        """Return the variable of a register."""
+        found = re.fullmatch(r"%([a-z]+)(\d+)", text)
+        if not found or found[1] not in self._kernel.registers:
+            raise PtxError(f"unknown operand {text!r}")
+        type_ = self._kernel.registers[found[1]]
+        name = f"{found[1]}_{found[2]}"
+        self._variables[name] = type_ if type_ == "pred" else f"u{type_[1:]}"
+        return name
+
+    def _assigned(self, register: str, type_: str, value: str) -> str:
+        name = self._register(register)
+        is_of_type = type_ == self._variables[name]
+        return f"{name} = {value};" if is_of_type else f"put<{type_}>({name}, {value});"
+
+
+class _Operand:
+    """An operand, which the format string of an expression makes a C++ value of some type."""
+
+    def __init__(self, function: _Function, text: str, type_: str) -> None:
+        self._function, self._text, self._type = function, text, type_
+
+    def __format__(self, type_: str) -> str:
+        return self._function.value(self._text, type_ or self._type)
+
+
+def _label(text: str) -> str:
+    return text.replace("$", "")
+
+
+def _several(text: str) -> list[str]:
+    return [part.strip() for part in text.strip("{} ").split(",")]

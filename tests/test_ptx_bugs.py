@@ -1,0 +1,104 @@
+"""Bugs in the PTX of the kernels, as nvcc and as Triton made it: ``tests/plants/cuda_ptx.txt`` and ``triton_ptx.txt``.
+
+The translated kernels have all of them, to be switched on one by one. ``tests/test_ptx.py`` is about the translator.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from swafast.backends import cuda
+from swafast.backends.triton import launch as triton_launch
+from swafast.terms.formats import FLOAT32
+from swafast.terms.rules import EqualAverage
+from tests.kernels import (
+    DTYPES,
+    EXCHANGED,
+    FORMATS,
+    Prepare,
+    by_weights,
+    check_bad_count,
+    check_exchange,
+    check_paces,
+    check_updates,
+    make_pair,
+    update,
+)
+from tests.planting import Plant, read_plants
+
+pytestmark = pytest.mark.ptx
+
+
+def see_updates(prepare: Prepare) -> None:
+    pairs = [
+        make_pair(n, dtype, fmt, offset) for dtype in DTYPES for fmt in FORMATS for n, offset in ((33, 1), (5000, 0))
+    ]
+    check_updates(prepare, pairs, by_weights(0.3, 0.5, 1.0), (1,))
+
+
+def see_paces(prepare: Prepare) -> None:
+    check_paces(prepare, 3, (9,))
+
+
+def see_counts(prepare: Prepare) -> None:
+    check_bad_count(prepare, 3, 2, -1)
+
+
+def see_exchange(prepare: Prepare) -> None:
+    pairs = [make_pair(33, dtype, fmt) for dtype, fmt in EXCHANGED]
+    check_exchange(prepare(pairs), pairs)
+
+
+def see_nonfinite(prepare: Prepare) -> None:
+    pairs = [make_pair(9, torch.float32, FLOAT32) for _ in range(3)]
+    for pair in pairs:
+        pair.param.normal_()
+    for pair in pairs[1:]:
+        pair.param[4] = math.nan
+    launch, counter = prepare(pairs), torch.tensor(3)
+    found = launch.first_nonfinite([pair.param for pair in pairs])
+    assert found == 1, f"another tensor is named: {found}"
+    update(launch, pairs, [EqualAverage()], [counter], skip_nonfinite=True)
+    assert counter == 3, "an update was not skipped"
+
+
+CHECKS = {
+    "updates": see_updates,
+    "paces": see_paces,
+    "counts": see_counts,
+    "exchange": see_exchange,
+    "nonfinite": see_nonfinite,
+}
+BUGS = [(backend, bug) for backend in ("cuda", "triton") for bug in read_plants(f"{backend}_ptx")]
+
+
+@pytest.fixture
+def on_ptx(request: pytest.FixtureRequest) -> Callable[[str], tuple[ctypes.CDLL, Prepare]]:
+    """Return a backend's library and what prepares its launches."""
+    prepare = {"cuda": cuda.prepare, "triton": triton_launch.prepare}
+    return lambda backend: (request.getfixturevalue(f"{backend}_on_ptx"), prepare[backend])
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("check", CHECKS)
+def test_nothing_is_seen_where_no_bug_is_on(on_ptx: Any, backend: str, check: str) -> None:
+    CHECKS[check](on_ptx(backend)[1])
+
+
+@pytest.mark.parametrize(("backend", "bug"), BUGS, ids=lambda value: getattr(value, "name", value))
+def test_a_bug_is_seen(on_ptx: Any, backend: str, bug: Plant) -> None:
+    library, prepare = on_ptx(backend)
+    switch = ctypes.c_int.in_dll(library, "shim_bug")
+    switch.value = 1 + [each for of, each in BUGS if of == backend].index(bug)
+    try:
+        with pytest.raises(AssertionError) as seen:
+            CHECKS[bug.option](prepare)
+    finally:
+        switch.value = 0
+    assert bug.expected in str(seen.value)
