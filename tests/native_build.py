@@ -23,6 +23,8 @@ NATIVE = ROOT / "tests" / "native"
 SUFFIXES = (".h", ".cuh", ".cpp", ".cu")
 #: Its cuda_runtime.h lets a host compiler build the CUDA source, and a CPU run it.
 SHIM = NATIVE / "shim"
+#: Put before it, it has that run all blocks at once.
+AT_ONCE = NATIVE / "at_once"
 #: The command that starts it, or nothing.
 COMPILER = shlex.split(os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), ""))
 
@@ -95,16 +97,19 @@ class Kit:
         bugs: Sequence[Plant],
         switched: Sequence[str] = ("sanitized",),  # the variants that are built with bugs, too
         flags: Sequence[str] = (),  # of everything
+        sources: Mapping[str, str] | None = None,  # what stands in csrc, where it is not as it is
     ) -> None:
         self._folder, self._pool, self._bugs, self._flags = folder, pool, bugs, flags
-        planted = write_sources(folder / "csrc", switch_on(read_sources(CSRC, *SUFFIXES), bugs, "(planted_bug == {})"))
+        healthy = CSRC if sources is None else write_sources(folder / "healthy", sources)
+        spoiled = switch_on(sources or read_sources(CSRC, *SUFFIXES), bugs, "(planted_bug == {})")
+        planted = write_sources(folder / "csrc", spoiled)
         # The test itself is not instrumented, which halves the time; it still marks its buffers' surroundings.
         own = {"sanitized": ["-O2", "-DSWAFAST_TEST_ASAN=1"], "plain": ["-O2"]}
         made: dict[str, list[Future[Path]]] = {}
         for variant, all_units in variants.items():
             out = folder / variant
-            tested = pool.submit(compile_object, NATIVE / test, out / "test.o", [*flags, *own[variant]])
-            builds = {variant: (CSRC, [])}
+            tested = pool.submit(compile_object, NATIVE / test, out / "test.o", [*flags, *own.get(variant, ["-O1"])])
+            builds = {variant: (healthy, [])}
             if variant in switched:
                 builds[f"switched {variant}"] = (planted, ["-include", str(NATIVE / "planted.h")])
             for build, (csrc, more) in builds.items():

@@ -1,12 +1,16 @@
 // Stands where CUDA's own header would, so that a host compiler builds csrc/cuda/launch.cu as it is and its kernels run
 // on a CPU: `-I tests/native/shim`. Linked with what tests/ptx makes of nvcc's PTX, it launches that in their place.
 //
-// Blocks run one after another, so that what one of them writes too early is there for all that come after it. The
-// threads of a block are fibers: they run one after another as far as the next barrier. Shared memory starts out as
-// garbage in every block. A misaligned access ends the program, as it would a GPU's.
+// Two machines run the blocks and threads, of which the include path chooses one. A misaligned access ends the program,
+// as it would a GPU's.
+//   shim/machine.h: blocks run one after another, so that what one of them writes too early is there for all that come
+//     after it. The threads of a block are fibers: they run one after another as far as the next barrier.
+//   at_once/machine.h: all blocks at once, each thread one of the system's. ThreadSanitizer sees their races.
 //
-// What a test may set, from C++ or by name from a shared library, are the shim_ variables of machine.h.
+// What a test may set, from C++ or by name from a shared library, are the shim_ variables of device.h.
 #pragma once
+
+#include <machine.h>
 
 #include <cstdint>
 #include <cstring>
@@ -14,7 +18,6 @@
 #include <tuple>
 #include <utility>
 
-#include "machine.h"
 #include "translated.h"
 
 #define CUDART_VERSION 13000
@@ -59,14 +62,16 @@ inline void __stcg(T* address, T value) {
 }
 template <class T>
 inline T atomicAdd(T* address, T value) {
-  const T before = shim::load(address);
-  shim::store(address, static_cast<T>(before + value));
-  return before;
+  shim::check_alignment(address);
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 template <class T>
 inline T atomicMax(T* address, T value) {
-  const T before = shim::load(address);
-  shim::store(address, before < value ? value : before);
+  shim::check_alignment(address);
+  T before = __atomic_load_n(address, __ATOMIC_RELAXED);
+  while (before < value &&
+         !__atomic_compare_exchange_n(address, &before, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
   return before;
 }
 inline void __threadfence() {}
@@ -112,7 +117,7 @@ inline bool fails(const char* function) { return shim_failing != nullptr && std:
 // Now, or when the graph is launched.
 inline cudaError_t run_on_stream(std::function<void()> work) {
   if (shim_capturing != 0) {
-    machine().captured.push_back(std::move(work));
+    captured().push_back(std::move(work));
   } else {
     work();
   }
@@ -150,9 +155,9 @@ SHIM_SETTING int shim_current_device() { return shim::calls().device; }
 SHIM_SETTING int shim_pending_error() { return shim::calls().last_error; }
 // Run what was captured, as launching the graph would, and keep it; or forget it.
 SHIM_SETTING void shim_replay() {
-  for (const auto& work : shim::machine().captured) work();
+  for (const auto& work : shim::captured()) work();
 }
-SHIM_SETTING void shim_forget_captured() { shim::machine().captured.clear(); }
+SHIM_SETTING void shim_forget_captured() { shim::captured().clear(); }
 }
 
 inline const char* cudaGetErrorName(cudaError_t error) {

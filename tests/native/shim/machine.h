@@ -1,17 +1,17 @@
-// The GPU that the shim's cuda_runtime.h stands for: what runs blocks and threads, and what a test may set of it.
+// Blocks one after another, and their threads as fibers. Shared memory starts out as garbage in every block.
 #pragma once
 
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <mutex>
 #include <utility>
 #include <vector>
+
+#include "device.h"
 
 // Or set by hand, for a file that is linked with an instrumented one and is not instrumented itself.
 #if defined(__SANITIZE_ADDRESS__) || defined(SWAFAST_TEST_ASAN)
@@ -25,76 +25,17 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-#define __global__
-#define __device__
-#define __host__
-#define __forceinline__ inline
-#define __launch_bounds__(...)
-#define __grid_constant__
 // In a section of its own, which the linker gives a start and an end.
 #define __shared__ static __attribute__((section("shim_shared")))
 
-// One definition for a whole program, and none that two libraries of one process would share.
-#define SHIM_SETTING __attribute__((weak, visibility("default")))
-#define SHIM_HIDDEN __attribute__((weak, visibility("hidden")))
-
 extern "C" {
-SHIM_SETTING int shim_reverse_threads = 0;            // the last thread of a block runs first
-SHIM_SETTING int shim_reverse_blocks = 0;             // the last block of a grid runs first
-SHIM_SETTING int shim_capturing = 0;                  // every stream is: launches wait for shim_replay()
-SHIM_SETTING const char* shim_failing = nullptr;      // the runtime's function that fails, by name
-SHIM_SETTING long long shim_num_launches = 0;         // kernels launched or captured so far
-SHIM_SETTING long long shim_last_blocks = 0;          // of the last launch
-SHIM_SETTING long long shim_num_vectors = 0;          // of 16 bytes, through __ldcs, __stcs and the like
-SHIM_SETTING int shim_last_device = -1;               // which it went to
-SHIM_SETTING const void* shim_last_stream = nullptr;  // and on which stream
 extern char __start_shim_shared[] __attribute__((weak, visibility("hidden")));
 extern char __stop_shim_shared[] __attribute__((weak, visibility("hidden")));
 }
 
-struct uint3 {
-  unsigned x, y, z;
-};
-struct dim3 {
-  unsigned x, y, z;
-  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
-};
-SHIM_HIDDEN uint3 threadIdx = {0, 0, 0}, blockIdx = {0, 0, 0};
-SHIM_HIDDEN dim3 blockDim, gridDim;
-
 namespace shim {
 
-constexpr int kDevices = 2, kMultiprocessors = 3, kBlocksPerMultiprocessor = 2;
 constexpr size_t kStackBytes = 64 * 1024;
-
-[[noreturn]] inline void fault(const char* what, const void* address) {
-  std::fprintf(stderr, "[shim] block %u, thread %u: %s %p\n", blockIdx.x, threadIdx.x, what, address);
-  std::abort();
-}
-
-template <class T>
-inline void check_alignment(const T* address) {
-  auto bits = reinterpret_cast<uintptr_t>(address);
-  asm("" : "+r"(bits));  // or the compiler may conclude from the type that this holds
-  if (bits % sizeof(T) != 0) fault("misaligned address", address);
-}
-
-// memcpy, because CUDA's functions take a word by whatever name of its type.
-template <class T>
-inline T load(const T* address) {
-  check_alignment(address);
-  if constexpr (sizeof(T) == 16) shim_num_vectors += 1;
-  T value;
-  std::memcpy(static_cast<void*>(&value), address, sizeof value);
-  return value;
-}
-
-template <class T>
-inline void store(T* address, const T& value) {
-  check_alignment(address);
-  if constexpr (sizeof(T) == 16) shim_num_vectors += 1;
-  std::memcpy(static_cast<void*>(address), &value, sizeof value);
-}
 
 // A stack with what runs on it.
 struct Fiber {
@@ -108,7 +49,6 @@ struct Fiber {
 // One launch at a time.
 struct Machine {
   std::mutex mutex;
-  std::vector<std::function<void()>> captured;
   std::vector<Fiber> fibers;
   Fiber host;
   Fiber* running = nullptr;

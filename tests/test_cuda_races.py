@@ -1,0 +1,92 @@
+"""The CUDA kernels with all blocks at once under ThreadSanitizer: no race, while each of ``races.txt`` is seen.
+
+On a GPU a race may give right results for years. Nothing here needs a GPU or CUDA, but a compiler whose
+``-fsanitize=thread`` works.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+import pytest
+
+from tests.native_build import (
+    AT_ONCE,
+    COMPILER,
+    CSRC,
+    SUFFIXES,
+    Finished,
+    Kit,
+    needs_compiler,
+    said,
+    two_at_a_time,
+)
+from tests.planting import Plant, read_plants, read_sources
+
+pytestmark = needs_compiler
+
+FLAGS = ["-fsanitize=thread", "-g"]
+BUGS = read_plants("races")
+
+
+def sources_for_blocks_at_once() -> dict[str, str]:
+    """Return the sources of csrc with shared memory in words that C++ has, and of a block's 256 threads 16."""
+    sources = Plant("fewer threads", "", "kThreads = 256;", "kThreads = 16;", "").apply(read_sources(CSRC, *SUFFIXES))
+    declared = 0
+
+    def of_block(match: re.Match[str]) -> str:
+        nonlocal declared
+        declared += 1
+        return f"{match[1]}& {match[2]} = shim::shared<{match[1]}, {declared - 1}>();"
+
+    return {path: re.sub(r"__shared__ (\w+) (\w+);", of_block, source) for path, source in sources.items()}
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
+    folder = tmp_path_factory.mktemp("races")
+    works = folder / "works.cpp"
+    works.write_text("int main() {}\n")
+    tried = subprocess.run([*COMPILER, *FLAGS, str(works), "-o", str(folder / "works")], capture_output=True)
+    if tried.returncode or subprocess.run([folder / "works"], capture_output=True).returncode:
+        pytest.skip("needs a C++ compiler whose -fsanitize=thread works")
+    with two_at_a_time() as pool:
+        yield Kit(
+            folder,
+            pool,
+            "race_test.cpp",
+            {"cuda/launch.cu": []},
+            {"at once": ["-O1"]},
+            BUGS,
+            switched=("at once",),
+            flags=[*FLAGS, "-I", str(AT_ONCE)],
+            sources=sources_for_blocks_at_once(),
+        )
+
+
+@pytest.fixture(scope="module")
+def with_bugs(kit: Kit) -> dict[str, Future[Finished]]:
+    return {bug.name: kit.start_bug(bug, variant="at once") for bug in BUGS}
+
+
+def test_no_two_threads_race(kit: Kit, with_bugs: object) -> None:
+    done = kit.start("at once").result()
+    assert done.returncode == 0, said(done)
+    assert done.stdout == "every check passed: CUDA, blocks at once\n"
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_a_race_is_seen(with_bugs: dict[str, Future[Finished]], bug: Plant) -> None:
+    done = with_bugs[bug.name].result()
+    assert done.returncode not in (0, 2), said(done)
+    assert bug.expected in done.stderr, said(done)
+    if bug.option == "right":
+        assert "every check passed" in done.stdout, said(done)
+
+
+def test_some_races_are_seen_by_nothing_else() -> None:
+    assert sum(bug.option == "right" for bug in BUGS) >= 2
