@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -351,6 +354,46 @@ def test_a_failed_write_leaves_all_statistics(
     require_as_before(model, before)
 
 
+def expanded() -> Tensor:
+    return torch.arange(4.0).expand(3, 4)
+
+
+def made_for_inference() -> Tensor:
+    with torch.inference_mode():
+        return torch.zeros(3)
+
+
+@pytest.mark.parametrize("make", [expanded, made_for_inference, lambda: torch.zeros(3)])
+@pytest.mark.parametrize(
+    "change", [lambda buffer: None, lambda buffer: buffer[:1].fill_(5), lambda buffer: buffer.resize_(7)]
+)
+def test_a_buffer_that_torch_does_not_write_hinders_nothing(
+    make: Callable[[], Tensor], change: Callable[[Tensor], object]
+) -> None:
+    class First(nn.BatchNorm1d):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.inference_mode():
+                change(self.other[0] if self.other.ndim == 2 else self.other)
+            return super().forward(x)
+
+    first = First(4)
+    first.register_buffer("other", make())
+    model = Net(first)
+    before = state_of(model)
+    error = LookupError("mine")
+
+    def call(model: nn.Module, batch: Tensor) -> None:
+        model(batch)
+        raise error
+
+    for _ in range(2):
+        with pytest.raises(LookupError) as raised:
+            update_bn(batches(), model, call=call)
+        assert raised.value is error
+        assert len(raised.value.__notes__) == 1  # once, although the exception was raised before
+        require_as_before(model, before)
+
+
 class OtherStatistics(Net):
     """Has further modules that write while they run, and a layer that replaces its buffers."""
 
@@ -396,6 +439,49 @@ def test_a_model_that_takes_gradients_keeps_no_graph_and_counts_once() -> None:
         layer.module(batches()[0].requires_grad_())
     assert layer.moments.mean is not None
     assert not layer.moments.mean.requires_grad
+
+
+class Folding(nn.BatchNorm1d):
+    """Has statistics for each half of a batch, and takes their mean into evaluation, as GhostBatchNorm does."""
+
+    def __init__(self) -> None:
+        super().__init__(8, affine=False)
+
+    def train(self, mode: bool = True) -> Folding:
+        if self.training and not mode:
+            self.running_mean = self.running_mean.view(2, -1).mean(0).repeat(2)
+            self.running_var = self.running_var.view(2, -1).mean(0).repeat(2)
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = (s if self.training else s[:4] for s in (self.running_mean, self.running_var))
+        out = F.batch_norm(x.view(-1, 8 if self.training else 4), mean, var, training=self.training)
+        return out.view_as(x)
+
+
+@pytest.mark.parametrize("of_class", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_module_hears_that_its_mode_returns(of_class: bool, training: bool) -> None:
+    layer = Folding()
+    if not of_class:
+        layer.train = types.MethodType(Folding.train, layer)
+    model = Net(layer).train(training)
+    loader = [torch.randn(6, 4), torch.randn(8, 4) + 2]
+    halves = torch.cat([batch.view(-1, 8) for batch in loader]).double()
+    before = state_of(model)
+    with pytest.raises(ValueError, match="mine"):
+        update_bn(loader, model, call=lambda model, batch: (model(batch), raise_(ValueError("mine"))))
+    require_as_before(model, before)
+    update_bn(loader, model)
+    assert layer.training == training
+    want = halves.mean(0)
+    want = want if training else want.view(2, -1).mean(0).repeat(2)
+    torch.testing.assert_close(layer.running_mean.double(), want, rtol=1e-6, atol=1e-6)
+    assert layer.eval().running_mean[:4].equal(layer.running_mean[4:])
+
+
+def raise_(error: Exception) -> None:
+    raise error
 
 
 class Frozen(Net):
@@ -576,6 +662,13 @@ def _alone_or_together() -> tuple[list[float], list[float]]:
         with each.swapped_into(ddp):
             update_bn(loader, ddp)
             together.append(mean(ddp))
+    # One rank leaves by an exception, while the other makes a call that needs all ranks.
+    before = tensors_of(ddp)
+    action = partial(update_bn, loader, ddp) if rank == 0 else partial(raise_, LookupError("mine"))
+    message = "mine" if rank else "got update_bn on rank 0, leaving swapped_into of average . on rank 1"
+    with pytest.raises((RuntimeError, LookupError), match=message), of_ranks.swapped_into(ddp):
+        action()
+    assert differing(tensors_of(ddp), before) == []
     with pytest.raises(
         TypeError, match=r"got ShardedAverages: pass the model, inside averages\['fast'\]\.swapped_into"
     ):

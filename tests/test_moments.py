@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -230,11 +231,222 @@ def test_a_layer_with_code_of_its_own_tells_by_what_it_writes(
     kind: Callable[..., nn.BatchNorm1d], momentum: float | None
 ) -> None:
     layer = kind(C, momentum=momentum)
-    run(layer, batches(6, 6))
+    with pytest.warns(UserWarning, match="the statistics of '1' may be inexact") as told:
+        run(layer, batches(6, 6))
+    assert len(told) == 1
     require(layer.running_mean, layer.running_var, seen[""], 1e-2)
     whole = torch.cat([part.double() for part in seen[""]])
     torch.testing.assert_close(layer.running_mean.double(), whole.mean((0, 2)), rtol=1e-5, atol=1e-5)
     assert layer.momentum == momentum
+
+
+class Whole(Plain):
+    """Normalises its whole input by arithmetic of its own."""
+
+    correction, share = 1, 0.1  # not by its momentum
+
+    def shares(self) -> float:
+        return self.share
+
+    def forward(self, x: Tensor) -> Tensor:
+        var, mean = torch.var_mean(noted("", x), (0, 2), correction=self.correction)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            share = self.shares()
+            self.running_mean.mul_(1 - share).add_(mean.to(x.dtype), alpha=share)
+            self.running_var.mul_(1 - share).add_(var.to(x.dtype), alpha=share)
+        return (x - mean[:, None]) / (var[:, None] + self.eps).sqrt()
+
+
+class Biased(Whole):
+    correction, share = 0, 1.0
+
+
+class Cumulative(Whole):
+    def shares(self) -> float:
+        return 1 / self.num_batches_tracked.item()
+
+
+class Aten(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        args = (self.weight, self.bias, self.running_mean, self.running_var, self.training, 0.1, self.eps, False)
+        return torch.ops.aten.batch_norm(noted("", x[:, :, 1:]), *args)
+
+
+class Updates(Whole):
+    """Normalises with its statistics, and writes them itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, training=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [Whole, Biased, Cumulative, Aten, Updates])
+def test_whatever_a_layer_takes_for_its_momentum_does_not_matter(
+    kind: Callable[..., nn.Module], dtype: torch.dtype, recwarn: pytest.WarningsRecorder
+) -> None:
+    layer: Any = kind(C).to(dtype)
+    run(layer, batches(*UNEVEN, dtype=dtype))
+    require(layer.running_mean, layer.running_var, seen[""], 2**-7 if dtype == torch.bfloat16 else 2e-7)
+    assert layer.num_batches_tracked == len(UNEVEN)
+    assert not recwarn.list
+
+
+def test_a_patched_layer_that_takes_a_part_by_itself_is_asked_what_it_wrote() -> None:
+    layer: Any = nn.BatchNorm1d(C)
+    layer.forward = types.MethodType(ByHand.forward, layer)
+    layer.new = 0.0
+    with pytest.warns(UserWarning, match="'1' may be inexact"):
+        run(layer, batches(6))
+    require(layer.running_mean, layer.running_var, seen[""], 1e-5)
+
+
+class CumulativePart(ByHand):
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_batches_tracked.add_(1)
+        self.momentum, momentum = 1 / self.num_batches_tracked.item(), self.momentum
+        out = super().forward(x)
+        self.momentum = momentum
+        return out
+
+
+def test_a_mean_of_batches_by_hand_is_followed() -> None:
+    layer = CumulativePart(C)
+    with pytest.warns(UserWarning, match="'1' may be inexact"):
+        run(layer, batches(6, 6))
+    require(layer.running_mean, layer.running_var, seen[""], 1e-2)
+
+
+# Passes that are not tracked
+
+
+class Twice(nn.Module):
+    """Runs its layer a second time with other settings, which turn tracking off."""
+
+    def __init__(self, norm: nn.Module, settings: dict[str, Any]) -> None:
+        super().__init__()
+        self.norm: Any = norm
+        self.settings = settings
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm(x)
+        before = {name: getattr(self.norm, name) for name in self.settings}
+        for name, value in self.settings.items():
+            setattr(self.norm, name, value)
+        self.norm(x + 100)
+        for name, value in before.items():
+            setattr(self.norm, name, value)
+        return out
+
+
+class KeepsInCall(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        args = (self.running_mean, self.running_var, self.weight, self.bias, True)
+        F.batch_norm(x + 100, *args, 0.0)
+        return F.batch_norm(x, *args, 0.1)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.SyncBatchNorm])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"track_running_stats": False},  # as in virtual adversarial training
+        {"momentum": 0.0},  # as for sharpness-aware minimisation
+        {"running_mean": None, "running_var": None},
+        {"training": False},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_a_pass_that_is_not_tracked_is_not_counted(norm: Callable[[int], nn.Module], settings: dict[str, Any]) -> None:
+    model = Twice(norm(C), settings)
+    run(model, batches(*UNEVEN))
+    require(model.norm.running_mean, model.norm.running_var, batches(*UNEVEN), 2e-7)
+    assert model.norm.num_batches_tracked == len(UNEVEN)
+
+
+def test_a_call_with_a_momentum_of_0_is_not_counted() -> None:
+    layer = KeepsInCall(C)
+    run(layer, batches(*UNEVEN))
+    require(layer.running_mean, layer.running_var, batches(*UNEVEN), 2e-7)
+    assert layer.num_batches_tracked == len(UNEVEN)
+
+
+# Views of statistics
+
+
+class Slim(nn.BatchNorm1d):
+    """Normalises as many channels as it gets."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = x.shape[1]
+        return F.batch_norm(x, self.running_mean[:width], self.running_var[:width], training=self.training)
+
+
+class SlimByHand(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        width = x.shape[1]
+        var, mean = torch.var_mean(x, (0, 2))
+        self.running_mean[:width].lerp_(mean, self.momentum)
+        self.running_var[:width].lerp_(var, self.momentum)
+        return x
+
+
+class Striding(nn.BatchNorm1d):
+    """Has its channels in every other element, last first."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(2 * features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = x.shape[1]
+        return F.batch_norm(x, self.running_mean[1::2][:width], self.running_var[1::2][:width], training=self.training)
+
+
+@pytest.mark.parametrize("kind", [Slim, SlimByHand, Striding])
+@pytest.mark.filterwarnings("ignore:the statistics of '1' may be inexact")
+def test_channels_that_a_call_does_not_write_do_not_count(kind: Callable[..., nn.BatchNorm1d]) -> None:
+    layer = kind(C)
+    layer.running_mean.fill_(7.0)
+    layer.running_var.fill_(7.0)
+    wide, narrow, last = batches(8, 8, 8)
+    loader = [wide[:, : C - 1], narrow[:, :1], last[:, : C - 1]]
+    run(layer, loader)
+    mean, var = (s[1::2] if kind is Striding else s for s in (layer.running_mean, layer.running_var))
+    tolerance = 1e-5 if kind is SlimByHand else 2e-7
+    require(mean[:1], var[:1], [x[:, :1] for x in loader], tolerance)
+    require(mean[1 : C - 1], var[1 : C - 1], [loader[0][:, 1:], loader[2][:, 1:]], tolerance)
+    assert mean[C - 1] == var[C - 1] == 7.0
+    assert layer.num_batches_tracked == 3
+
+
+class Detached(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        half = noted("", x[:, :, 1:])
+        return F.batch_norm(half, self.running_mean.detach(), self.running_var.data, training=True)
+
+
+class Domains(nn.Module):
+    """Has statistics for each domain in one buffer."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("means", torch.zeros(2, features))
+        self.register_buffer("variances", torch.ones(2, features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        domain = len(x) % 2
+        return F.batch_norm(noted(str(domain), x), self.means[domain], self.variances[domain], training=True)
+
+
+def test_statistics_are_found_by_their_memory() -> None:
+    layer = Detached(C)
+    run(layer, batches(*UNEVEN))
+    require(layer.running_mean, layer.running_var, seen[""], 2e-7)
+    domains: Any = Domains(C)
+    run(nn.Sequential(domains, nn.BatchNorm1d(C)), batches(8, 5, 2, 7))
+    for domain in (0, 1):
+        require(domains.means[domain], domains.variances[domain], seen[str(domain)], 2e-7)
 
 
 class Unused(nn.BatchNorm1d):

@@ -220,7 +220,8 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
                     with self._meet("swapped_into", model) as (bound, held):
                         if self._uncounted is not None:
                             self._warn_if_empty("swapped_into")
-                        leave = partial(self._ranks.leave, "swapped_into", self._number)
+                        meets = any(spread.ranks is self._ranks for spread in self._spreads)
+                        leave = partial(self._ranks.leave, "swapped_into", self._number) if meets else None
                         exchange = SpreadExchange(model, bound, self._bindings.latest, self._spreads, held, leave)
                         swap.enter(exchange)
                     exchange.spread()

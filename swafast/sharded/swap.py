@@ -33,7 +33,7 @@ class SpreadExchange(Exchange):
     So no rank keeps a copy of the params that others average.
 
     Args:
-        leave: waits until all ranks go back.
+        leave: waits until all ranks go back; None if the spreads do not need all of them.
     """
 
     _params: Views
@@ -45,7 +45,7 @@ class SpreadExchange(Exchange):
         binding: Located,
         spreads: Sequence[Spread],
         held: Mapping[str, Held],
-        leave: Callable[[], object],
+        leave: Callable[[], object] | None,
     ) -> None:
         self._leave = leave
         # `held` keeps the current memory. If the body replaces a tensor on one rank, others must not get its values.
@@ -133,14 +133,14 @@ def spread_all(
     Args:
         call, failed: the user's call and what it could not do, which begin that message.
         torn: whether params are not whole if nothing was received from other ranks either.
-        meet: called before, if there are spreads, to wait for other ranks.
+        meet: called before, to wait for other ranks.
 
     Raises:
         LostPeerError: a rank was lost. An interrupt keeps its type and has the same message.
     """
     done = 0
     try:
-        if spreads and meet is not None:
+        if meet is not None:
             meet()
         with ExitStack() as ranks:
             for spread in spreads:
