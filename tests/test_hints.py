@@ -534,16 +534,18 @@ def test_one_log_line_says_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> N
         for _ in range(3):
             averaged.update_parameters(model)
         FusedAveragedModel(model, backend="reference").update_parameters(model)
+        FusedAveragedModel(model, avg_fn=lambda average, param, n: param).update_parameters(model)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
-    first, second = lines
+    first, second, third = lines
     if cpu.unavailable() is None:
         assert first == (
             "swafast averages 4 tensors: backend reference (2 tensors), cpu (2 tensors); format float32, own; 80 bytes"
             "; passed over: cpu: does not take '1.weight' (torch.float64) and 1 more"
         )
         assert second.endswith("passed over: cpu: another one was asked for")
+        assert third.endswith("passed over: cpu: an averaging function of your own runs in torch")
 
 
 # A wrapper of the optimizer

@@ -247,7 +247,8 @@ def _is_description(described: dict[str, Any]) -> bool:
         return False
     tensors, tied, versions = described["tensors"], described["tied"], described["versions"] or {}
     are_specs = all(
-        isinstance(spec, dict) and {"dtype", "shape", "checksum"} <= spec.keys() and isinstance(spec["shape"], list)
+        isinstance(spec, dict)
+        and (isinstance(spec.get("dtype"), str) and isinstance(spec.get("shape"), list) and "checksum" in spec)
         for spec in tensors.values()
     )
     are_ties = all(isinstance(first, str) and first in tensors for first in tied.values())

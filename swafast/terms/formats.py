@@ -275,6 +275,7 @@ def format_of_planes(average: Tensor, extra: Mapping[str, Tensor]) -> Format | N
     return own
 
 
+@functools.cache
 def dtype_named(name: object) -> torch.dtype:
     """Return the dtype of this name, such as ``"bfloat16"``.
 
