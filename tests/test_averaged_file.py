@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -317,6 +320,34 @@ def test_a_pipe_is_not_replaced_and_permissions_stay(tmp_path: Path) -> None:
     path.chmod(0o640)
     swafast.save(averaged, path)
     assert path.stat().st_mode & 0o777 == 0o640
+
+
+#: What another program may write as the description: for a key, or for one of a tensor.
+FORGED: list[tuple[tuple[str, ...], object]] = [
+    *(((key,), value) for key in ("tensors", "tied", "extra") for value in (None, 3, ["x"])),
+    *(((key,), value) for key in ("averages", "versions") for value in (3, "x")),
+    *((("tensors", "module.weight", key), value) for key in ("dtype", "shape", "checksum") for value in (["x"], 3)),
+    *((("tied",), {"module.bias": ["x"]}), (("versions",), {"": 3}), (("tensors", "module.weight"), None)),
+    *(((key,), ...) for key in ("version", "averages", "tensors", "tied", "extra", "versions")),
+    *((("tensors", "module.weight", key), ...) for key in ("dtype", "shape", "checksum")),
+]
+
+
+@pytest.mark.parametrize(("where", "value"), FORGED)
+def test_a_description_of_another_form_is_a_value_error(where: tuple[str, ...], value: object, tmp_path: Path) -> None:
+    averaged, path = FusedAveragedModel(nn.Linear(3, 2)), tmp_path / "file"
+    swafast.save(averaged, path)
+    with safe_open(path, "pt") as file:
+        described = json.loads(file.metadata()["swafast"])
+        tensors = {key: file.get_tensor(key) for key in described["tensors"]}
+    inner = described
+    for key in where[:-1]:
+        inner = inner[key]
+    inner.update({where[-1]: value}) if value is not ... else inner.pop(where[-1])
+    text = json.dumps(described)
+    save_file(tensors, path, {"format": "pt", "swafast": text, "sha256": hashlib.sha256(text.encode()).hexdigest()})
+    with refused(ValueError, re.escape(str(path)), averaged):
+        swafast.load(averaged, path)
 
 
 def test_a_swapped_average_is_not_saved(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import importlib
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -32,6 +33,7 @@ from swafast import (
 )
 from swafast.backends import cpu, library
 from swafast.op import choice, torch_op
+from swafast.optim import SWA
 from swafast.sharded import checkpoint
 from swafast.terms import habits
 from tests.conftest import NO_LIBRARY
@@ -44,6 +46,7 @@ def make() -> nn.Module:
     return nn.Linear(3, 2)
 
 
+RULES = {"fast": EqualAverage()}
 EMA = "rule=ExponentialAverage"
 #: A call that somebody makes, the type of the error, and what its message must have.
 CALLS: dict[str, tuple[Callable[[Any], object], type[Exception], str]] = {
@@ -85,6 +88,61 @@ CALLS: dict[str, tuple[Callable[[Any], object], type[Exception], str]] = {
     "a sigma as an array": (lambda m: PowerAverage(np.array(0.1)), ValueError, ".from_sigma_rel(0.1)"),  # type: ignore[arg-type]
     "a sigma as a Decimal": (lambda m: PowerAverage(Decimal("0.1")), ValueError, ".from_sigma_rel(0.1)"),  # type: ignore[arg-type]
     "a sigma by name": (lambda m: PowerAverage(std=0.1), TypeError, "PowerAverage.from_sigma_rel(0.1)"),
+    "sigma": (lambda m: PowerAverage(sigma=0.1), TypeError, ": write PowerAverage.from_sigma_rel(0.1)"),
+    "sigma_rel": (lambda m: PowerAverage(sigma_rel=0.1), TypeError, ": write PowerAverage.from_sigma_rel(0.1)"),
+    "std": (lambda m: PowerAverage.from_sigma_rel(std=0.1), TypeError, ": write PowerAverage.from_sigma_rel(0.1)"),
+    "a gamma for a sigma": (lambda m: PowerAverage.from_sigma_rel(gamma=5), TypeError, "write PowerAverage(gamma=5)"),
+    "beta": (lambda m: ExponentialAverage(beta=0.99), TypeError, ": write ExponentialAverage(0.99)"),
+    "an old alpha": (lambda m: ExponentialAverage(alpha=0.99), TypeError, ": write ExponentialAverage(0.99)"),
+    "mmengine's momentum": (lambda m: ExponentialAverage(momentum=0.001), TypeError, "write ExponentialAverage(0.999)"),
+    "a half-life": (lambda m: ExponentialAverage(half_life=9), TypeError, "write ExponentialAverage.from_half_life(9)"),
+    "half_life of it": (lambda m: ExponentialAverage.from_half_life(half_life=9), TypeError, ".from_half_life(9)"),
+    "a decay of none": (lambda m: EqualAverage(decay=0.9), TypeError, ": write ExponentialAverage(0.9)"),
+    "a decay after a device": (lambda m: FusedAveragedModel(m, "cpu", 0.999), TypeError, f": write {EMA}(0.999)"),
+    "a decay as avg_fn": (lambda m: FusedAveragedModel(m, avg_fn=0.999), TypeError, f": write {EMA}(0.999)"),
+    "a class as avg_fn": (lambda m: FusedAveragedModel(m, avg_fn=EqualAverage), TypeError, "rule=EqualAverage(...)"),
+    "a tensor as a decay": (lambda m: FusedAveragedModel(m, torch.tensor(0.99)), TypeError, f"{EMA}(0.99)"),
+    "a word by position": (lambda m: FusedAveragedModel(m, "ema"), RuntimeError, f"{EMA}(0.999)"),
+    "start": (lambda m: FusedAveragedModel(m, start=9), TypeError, "write averaged.attach(optimizer, start=9)"),
+    "every": (lambda m: FusedAverages(m, every=9, rules=RULES), TypeError, "averaged.attach(optimizer, every=9)"),
+    "Polyak's tau": (lambda m: FusedAveragedModel(m, tau=0.005), TypeError, f": write {EMA}(0.995)"),
+    "BYOL's tau": (lambda m: FusedAveragedModel(m, tau=0.996), TypeError, f": write {EMA}(0.996)"),
+    "YOLO's tau": (lambda m: FusedAveragedModel(m, tau=2000), TypeError, 'warmup="ramp", tau=2000)'),
+    "no warm-up": (lambda m: FusedAveragedModel(m, use_warmup=False), TypeError, "'use_warmup': leave it out"),
+    "no warm-up of diffusers": (lambda m: FusedAveragedModel(m, use_ema_warmup=False), TypeError, ": leave it out"),
+    "no warm-up at all": (lambda m: FusedAveragedModel(m, warmup=None), TypeError, "'warmup': leave it out"),
+    "another warm-up": (lambda m: FusedAveragedModel(m, warmup="ramp"), TypeError, '(0.9999, warmup="ramp")'),
+    "batches": (lambda m: FusedAveragedModel(m, half_life="1000ba"), TypeError, ".from_half_life(1000), and averaged."),
+    "epochs": (lambda m: FusedAveragedModel(m, half_life="2ep"), TypeError, 'every="1ep", steps_per_epoch=...)'),
+    "decays": (lambda m: FusedAveragedModel(m, decays=[0.9, 0.99]), TypeError, 'FusedAverages(model, rules={"fast": '),
+    "decays of three": (lambda m: FusedAverages(m, decays=[0.9] * 3), TypeError, ': write rules={"average0": Expon'),
+    "sigma_rels": (lambda m: FusedAverages(m, sigma_rels=[0.05, 0.1]), TypeError, '"slow": PowerAverage.from_sigma'),
+    "a CPU": (lambda m: FusedAveragedModel(m, cpu=True), TypeError, ': write device="cpu"'),
+    "no CPU": (lambda m: FusedAveragedModel(m, cpu=False), TypeError, ": leave it out"),
+    "SA of a whole model": (lambda m: FusedAverages(m, rules=RULES, mesh=1), TypeError, "write ShardedAverages(model"),
+    "a word for several": (lambda m: FusedAverages(m, rule="ema"), TypeError, '{"name": ExponentialAverage(0.999)}'),
+    "a mean for several": (lambda m: FusedAverages(m, rule="swa"), TypeError, 'rules={"name": EqualAverage()}'),
+    "a number for several": (lambda m: FusedAverages(m, rule=0.99), TypeError, '{"name": ExponentialAverage(0.99)}'),
+    "a class for several": (lambda m: FusedAverages(m, rule=PowerAverage), TypeError, '{"name": PowerAverage(...)}'),
+    "words by name": (lambda m: FusedAverages(m, rules={"a": "ema"}), TypeError, ": write ExponentialAverage(0.999)"),
+    "classes by name": (lambda m: FusedAverages(m, rules={"a": EqualAverage}), TypeError, ": write EqualAverage(...)"),
+    "a word as rules": (lambda m: FusedAverages(m, rules="ema"), TypeError, '{"name": ExponentialAverage(0.999)}'),
+    "a word as rules, by position": (lambda m: FusedAverages(m, "ema"), TypeError, 'rules={"name": ExponentialAv'),
+    "words for several shards": (lambda m: ShardedAverages(m, rule="ema"), TypeError, '{"name": ExponentialAverage(0'),
+    "decays for shards": (lambda m: ShardedAveragedModel(m, decays=[0.9, 0.9]), TypeError, "ShardedAverages(model, "),
+    "a function as the rule": (lambda m: ShardedAveragedModel(m, rule=min), TypeError, "but a Rule of your own"),
+    "set_decay": (lambda m: FusedAveragedModel(m).set_decay(0.9), AttributeError, "averaged.rule = ExponentialAverage"),
+    "ema_decay": (lambda m: FusedAveragedModel(m).ema_decay, AttributeError, "read averaged.rule"),
+    "ema of several": (lambda m: several(m).ema, AttributeError, 'read averages["name"].module'),
+    "model of several": (lambda m: several(m).model, AttributeError, 'read averages["name"].module'),
+    "a count of several": (lambda m: several(m).num_updates, AttributeError, 'read averages["name"].n_averaged'),
+    "reset of several": (lambda m: several(m).reset(), AttributeError, 'averages["name"].n_averaged.zero_()'),
+    "a swap of several": (lambda m: several(m).swap(), AttributeError, 'averages["name"].swapped_into(model)'),
+    "torchcontrib's start": (lambda m: SWA(sgd(m), start=9), TypeError, "write swa_start=9"),
+    "torchcontrib's freq": (lambda m: SWA(sgd(m), freq=9), TypeError, "write swa_freq=9"),
+    "torchcontrib's rate": (lambda m: SWA(sgd(m), lr=0.1), TypeError, "write swa_lr=0.1"),
+    "torchcontrib's update": (lambda m: SWA(sgd(m)).update(), AttributeError, "optimizer.update_swa()"),
+    "torchcontrib's swap": (lambda m: SWA(sgd(m)).swapped_into(m), AttributeError, "optimizer.swap_swa_sgd()"),
     "update": (lambda m: FusedAveragedModel(m).update(m), AttributeError, "averaged.update_parameters(model)"),
     "step": (lambda m: FusedAveragedModel(m).step(), AttributeError, "averaged.update_parameters(model)"),
     "step of several": (lambda m: several(m).step(), AttributeError, "averaged.update_parameters(model)"),
@@ -130,8 +188,10 @@ def several(model: nn.Module) -> FusedAverages:
 def test_a_mistake_gets_the_line_that_was_meant(
     call: Callable[[Any], object], kind: type[Exception], hint: str
 ) -> None:
-    with pytest.raises(kind) as raised:
-        call(make())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(kind) as raised:
+            call(make())
     assert type(raised.value) is kind
     assert hint in str(raised.value)
 
@@ -155,6 +215,24 @@ STATES: dict[str, tuple[Callable[[], Any], str]] = {
 }  # fmt: skip
 
 
+#: Mistakes for which no line is right, and the end of the error.
+BARE: dict[str, tuple[Callable[[Any], object], str]] = {
+    "a warm-up of another kind": (lambda m: FusedAveragedModel(m, warmup=100), "argument 'warmup'"),
+    "a share of Composer": (lambda m: FusedAveragedModel(m, smoothing="1ba"), "argument 'smoothing'"),
+    "a decay that is none": (lambda m: FusedAveragedModel(m, decay=2), "argument 'decay'"),
+    "a sigma that is none": (lambda m: PowerAverage(sigma=5), "argument 'sigma'"),
+    "a rule of a folder": (lambda m: Snapshots("absent", decay=0.9), "argument 'decay'"),
+    "a device of another kind": (lambda m: FusedAveragedModel(m, device=1.5), "got 1.5"),
+    "a number as the rule": (lambda m: FusedAveragedModel(m, rule=5), "multi_avg_fn="),
+}
+
+
+@pytest.mark.parametrize(("call", "end"), BARE.values(), ids=BARE)
+def test_where_no_line_is_right_there_is_none(call: Callable[[Any], object], end: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(end) + "$"):
+        call(make())
+
+
 @pytest.mark.parametrize(("state", "hint"), STATES.values(), ids=STATES)
 def test_a_state_of_another_kind_gets_the_line_that_was_meant(state: Callable[[], Any], hint: str) -> None:
     averaged = FusedAveragedModel(make())
@@ -165,9 +243,94 @@ def test_a_state_of_another_kind_gets_the_line_that_was_meant(state: Callable[[]
         several(make()).load_state_dict(state() if "fast.n_averaged" not in state() else {})
 
 
-def test_one_averages_state_into_several_is_told() -> None:
-    with pytest.raises(RuntimeError, match=r'averages\["name"\]\.load_state_dict'):
-        several(make()).load_state_dict(FusedAveragedModel(make()).state_dict())
+#: States of other packages with the weights that they average.
+FOREIGN: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "Lightning": lambda own: {"averaging_state": {"n_averaged": torch.tensor(7)}, "state_dict": own, "epoch": 1},
+    "timm": lambda own: {f"module.{name}": value for name, value in own.items()},
+    "ema_pytorch": lambda own: {
+        **{"initted": torch.tensor(True), "step": torch.tensor(7), "online_model.weight": torch.zeros(2, 3)},
+        **{f"ema_model.{name}": value for name, value in own.items()},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_the_line_for_a_state_of_another_package_loads_it(one_rank: None, kind: str) -> None:
+    model, own = make(), weights()
+    state, rules = FOREIGN[kind](own), {"name": EqualAverage()}
+    for averaged in (
+        *(FusedAveragedModel(model), FusedAverages(model, rules=rules)),
+        *(ShardedAveragedModel(model), ShardedAverages(model, rules=rules)),
+    ):
+        with pytest.raises((RuntimeError, ValueError)) as raised:
+            averaged.load_state_dict(state)
+        line = str(raised.value).rpartition(" write ")[2]
+        exec(line, {"averaged": averaged, "averages": averaged, "state": state, "torch": torch, "n": 7})
+        one: Any = averaged["name"] if isinstance(averaged, (FusedAverages, ShardedAverages)) else averaged
+        assert one.n_averaged == 7
+        assert all(torch.equal(value, own[name]) for name, value in one.averaged_state_dict().items())
+
+
+#: A state, the class that shall load it, and what the error must have, or lack after a "-".
+LOADED: dict[str, tuple[str, str, str]] = {
+    "one into several": ("one", "several", ': write averages["name"].load_state_dict(state)'),
+    "an export into several": ("export", "several", "save averages.state_dict(). To go on"),
+    "exports into several": ("exports", "several", "save averages.state_dict(). To go on"),
+    "an export into shards": ("export", "shards", "save averaged.state_dict(). To go on"),
+    "an export into several shards": ("export", "several shards", "write ShardedAverages(model, rules=..., num_av"),
+    "one into several shards": ("one", "several shards", ': write averages["name"].load_full_state_dict(state)'),
+    "a part into several shards": ("part", "several shards", ': write averages["name"].load_state_dict(state)'),
+    "a part into one": ("part", "one", "save full_state_dict() for this class"),
+    "a part into several": ("part", "several", 'save full_state_dict(), and write averages["name"].load_state_dict'),
+    "parts into one": (
+        "parts",
+        "one",
+        "state of the averages 'e', for torch.distributed.checkpoint: save averages['e']",
+    ),
+    "parts into several": ("parts", "several", ": save full_state_dict() for this class"),
+    "parts into shards": (
+        "parts",
+        "shards",
+        "averages, 'e': load it into ShardedAverages, or keys that begin with 'e.'",
+    ),
+    "several into one": ("members", "one", "averages, 'fast', 'slow': load it into FusedAverages, or"),
+    "a part of another model": ("another part", "shards", "-this is a"),
+    "whole of another model": ("another", "shards", "-this is a"),
+    "less than whole": ("less", "shards", "-averaged_state_dict"),
+    "less than one": ("less", "one", "-averaged_state_dict"),
+}
+
+
+@pytest.mark.parametrize(("kind", "loader", "hint"), LOADED.values(), ids=LOADED)
+def test_a_state_of_ours_is_told_by_its_kind(one_rank: None, kind: str, loader: str, hint: str) -> None:
+    model, other = make(), nn.Sequential(make())
+    one = averaged_once(model)
+    less = one.state_dict()
+    del less["module.weight"]
+    states: dict[str, Callable[[], Any]] = {
+        "one": one.state_dict,
+        "less": lambda: less,
+        "export": one.averaged_state_dict,
+        "exports": lambda: {"fast": one.averaged_state_dict(), "slow": one.averaged_state_dict()},
+        "members": lambda: several(model).state_dict(),
+        "another": lambda: averaged_once(other).state_dict(),
+        "part": lambda: ShardedAveragedModel(model).state_dict(),
+        "another part": lambda: ShardedAveragedModel(other).state_dict(),
+        "parts": lambda: ShardedAverages(model, rules={"e": EqualAverage()}).state_dict(),
+    }
+    loaders: dict[str, Callable[[], Any]] = {
+        "one": lambda: one,
+        "several": lambda: several(model),
+        "shards": lambda: ShardedAveragedModel(model),
+        "several shards": lambda: ShardedAverages(model, rules={"a": EqualAverage()}),
+    }
+    with pytest.raises((RuntimeError, ValueError)) as raised:
+        loaders[loader]().load_state_dict(states[kind]())
+    assert (hint.removeprefix("-") in str(raised.value)) is not hint.startswith("-")
+    if loader == "shards":
+        with pytest.raises((TypeError, ValueError)) as raised:
+            loaders[loader]().load_full_state_dict(states[kind]())
+        assert not hint.startswith("-") or hint[1:] not in str(raised.value)
 
 
 def test_a_state_without_a_count_loads_as_the_hint_says() -> None:
@@ -219,6 +382,20 @@ def test_shards_tell_who_takes_them_for_a_module(one_rank: None) -> None:
         (lambda: averaged.full_state_dict(rank0=True), "write rank0_only=True"),
         (lambda: averages.full_state_dict(rank_0_only=True), "write rank0_only=True"),
         (lambda: averaged.full_state_dict(offload_to_cpu=True), "write cpu_offload=True"),
+        (lambda: averaged.full_state_dict(True), "write rank0_only=True"),
+        (lambda: averaged.full_state_dict(torch.bfloat16), "write averaged.averaged_state_dict(torch.bfloat16)"),
+        (lambda: averaged.full_state_dict(dtype=torch.float32), "write averaged.averaged_state_dict(torch.float32)"),
+        (lambda: averages.full_state_dict(dtype=torch.float32), 'averages["name"].averaged_state_dict(torch.float32)'),
+        (lambda: averaged.averaged_state_dict(torch.bfloat16, True), "write rank0_only=True"),
+        (lambda: averaged.load_full_state_dict({}, rank0=True), "write from_rank0=True"),
+        (lambda: averages.load_full_state_dict({}, rank_0_only=True), "write from_rank0=True"),
+        (lambda: averages.load_full_state_dict({}, True), "write from_rank0=True"),
+        (lambda: averages.load_full_state_dict({}, rank0_only=True), "write from_rank0=True"),
+        (lambda: averaged.state_dict(rank0_only=True), "write averaged.full_state_dict(rank0_only=True)"),
+        (lambda: averages.state_dict(cpu=True), "write averaged.full_state_dict(cpu_offload=True)"),
+        (lambda: averages.num_updates, 'read averages["name"].n_averaged'),
+        (lambda: averages.reset(), 'averages["name"].n_averaged.zero_()'),
+        (lambda: averages.module, 'with averages["name"].swapped_into(model)'),
         (lambda: averaged.update(model), "averaged.update_parameters(model)"),
         (lambda: averaged.load_state_dict(model.state_dict()), "save averaged.state_dict()"),
         (lambda: ShardedAveragedModel(model, rule="ema"), "write rule=ExponentialAverage(0.999)"),
@@ -383,16 +560,18 @@ def test_one_log_line_says_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> N
         for _ in range(3):
             averaged.update_parameters(model)
         FusedAveragedModel(model, backend="reference").update_parameters(model)
+        FusedAveragedModel(model, avg_fn=lambda average, param, n: param).update_parameters(model)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
-    first, second = lines
+    first, second, third = lines
     if cpu.unavailable() is None:
         assert first == (
             "swafast averages 4 tensors: backend reference (2 tensors), cpu (2 tensors); format float32, own; 80 bytes"
             "; passed over: cpu: does not take '1.weight' (torch.float64) and 1 more"
         )
         assert second.endswith("passed over: cpu: another one was asked for")
+        assert third.endswith("passed over: cpu: an averaging function of your own runs in torch")
 
 
 # A wrapper of the optimizer

@@ -235,6 +235,9 @@ def test_a_resumed_recipe_ends_when_the_first_one_would_have() -> None:
         ({"anneal_strategy": ["cos"]}, ValueError, "anneal_strategy must be one of"),
         ({"anneal_steps": 0}, ValueError, "anneal_steps must be an int >= 1, got 0"),
         ({"swa_lr": -1.0}, ValueError, r"swa_lr must be >= 0, got -1\.0"),
+        ({"swa_lr": "0.1"}, ValueError, r"swa_lr must be >= 0, got '0\.1'"),
+        ({"anneal_epochs": 3}, TypeError, r"argument 'anneal_epochs': write anneal_steps=3$"),
+        ({"start": 3}, TypeError, r"argument 'start': did you mean swa_start=\?$"),
         ({"averaged": nn.Linear(1, 1)}, TypeError, "averaged must be one averaged model, got Linear"),
         ({"offload": "disk"}, ValueError, "offload must be 'cpu' or None, got 'disk'"),
     ],
@@ -249,7 +252,8 @@ def test_bad_arguments_are_named_and_nothing_is_attached(
     good: dict[str, Any] = {"averaged": averaged, "optimizer": optimizer, "max_duration": "9ep", "steps_per_epoch": 3}
     with pytest.raises(kind, match=message):
         ComposerSWA(**(good | options))
-    ComposerSWA(**good)
+    swa = ComposerSWA(**good, schedule_swa_lr=True)
+    assert repr(swa) == f"ComposerSWA({swa.attachment!r}, swa_lr=rate at the start)"
     optimizer.step()
 
 

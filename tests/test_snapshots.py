@@ -395,11 +395,11 @@ def edit_count(snapshot: Path) -> None:
     path.write_text(json.dumps(told))
 
 
-def rename_a_dtype(snapshot: Path) -> None:
+def rename_a_dtype(snapshot: Path, dtype: object = "float9") -> None:
     """Have the sidecar name a dtype of another torch, with the digest of what it says."""
     path = snapshot / SIDECAR
     body = json.loads(path.read_text())["snapshot"]
-    body["copies"][0]["dtype"] = "float9"
+    body["copies"][0]["dtype"] = dtype
     path.write_text(json.dumps({"sha256": folder_module._digest(body), "snapshot": body}))
 
 
@@ -415,6 +415,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         rename_a_dtype,
         "must be readable here: dtype must be one of .*, got 'float9'",
     ),
+    "a dtype that is no name": (lambda path: rename_a_dtype(path, ["float32"]), "must be readable here: .*list"),
     "data of another snapshot": (
         lambda path: shutil.copy(data_file(snapshot_paths(path.parent)[0]), data_file(path)),
         "must hold what was saved, got another checksum",

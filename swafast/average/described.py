@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
 
-from ..loop.attach import default_name
+from ..loop.attach import default_name, spell_rule
 from ..op.choice import choose_backends
 from ..op.report import spell_bytes
 from ..terms.copying import bytes_of
 from ..terms.formats import Format
-from ..terms.rules import Rule, spell_rule
+from ..terms.rules import Rule
 from .lending import is_lent
 from .planes import find_planes
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..backends.contract import Pair
+from ..loop.attach import spell_rule
 from ..op.checks import refuse_capture
 from ..op.copies import Copies
 from ..terms import hints
 from ..terms.lazy import MadeOnUse
-from ..terms.rules import Rule, rule_of, spell_rule
+from ..terms.rules import Rule, rule_of
 from ..torch_private.modules import own_children
 
 if TYPE_CHECKING:

@@ -28,6 +28,13 @@ from ..torch_private.modules import metadata_of, set_metadata
 
 _VERSION = 1
 
+#: What a description holds beside the version.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "averages": (list, type(None)),
+    "versions": (dict, type(None)),
+    **dict.fromkeys(("tensors", "tied", "extra"), (dict,)),
+}
+
 #: Dtypes that every release of safetensors has. Others are stored as their bytes.
 _COMMON = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -225,12 +232,27 @@ def _description_in(path: str, metadata: Mapping[str, str] | None) -> dict[str, 
         )
     if text is None or given != {"format": "pt", "swafast": text, "sha256": _digest(text)}:
         raise _damaged(path, "its metadata has another checksum")
-    described: dict[str, Any] = json.loads(text)
-    if described["version"] != _VERSION:
-        raise ValueError(
-            f"{path} must be of version {_VERSION}, got {described['version']}: load it with the swafast that saved it"
-        )
+    described = json.loads(text)
+    version = described.get("version") if isinstance(described, dict) else None
+    if version is not None and version != _VERSION:
+        raise ValueError(f"{path} must be of version {_VERSION}, got {version}: load it with the swafast that saved it")
+    if version is None or not _is_description(described):
+        raise _damaged(path, "its metadata does not describe an average")
     return described
+
+
+def _is_description(described: dict[str, Any]) -> bool:
+    """Return whether this has the form that :func:`save` writes, as another program may have written it."""
+    if not all(key in described and isinstance(described[key], kinds) for key, kinds in _KINDS.items()):
+        return False
+    tensors, tied, versions = described["tensors"], described["tied"], described["versions"] or {}
+    are_specs = all(
+        isinstance(spec, dict)
+        and (isinstance(spec.get("dtype"), str) and isinstance(spec.get("shape"), list) and "checksum" in spec)
+        for spec in tensors.values()
+    )
+    are_ties = all(isinstance(first, str) and first in tensors for first in tied.values())
+    return are_specs and are_ties and all(isinstance(each, dict) for each in versions.values())
 
 
 def _require_keys(path: str, expected: list[str], got: list[str]) -> None:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections import Counter
 
+from ..terms.formats import OWN, format_of
 from .choice import BACKENDS
 from .plan import Plan
 
@@ -47,9 +48,14 @@ def _not_loaded(plan: Plan) -> list[str]:
 def _not_served(plan: Plan) -> list[str]:
     """Return which tensors the preferred backend does not take."""
     preferred = plan.chosen[0].name
-    return [
-        f"{preferred}: does not take {plan.names[indices[0]]!r} ({plan.param_views[indices[0]][0]})"
-        + (f" and {len(indices) - 1} more" if len(indices) > 1 else "")
-        for name, indices in plan.indices_by_backend.items()
-        if name != preferred
-    ]
+    passed = []
+    for name, indices in plan.indices_by_backend.items():
+        first, dtype = plan.names[indices[0]], plan.param_views[indices[0]][0]
+        if name == preferred:
+            continue
+        if plan.formats[indices[0]] is OWN and format_of(None, dtype) is not OWN:
+            passed.append(f"{preferred}: an averaging function of your own runs in torch")
+        else:
+            more = f" and {len(indices) - 1} more" if len(indices) > 1 else ""
+            passed.append(f"{preferred}: does not take {first!r} ({dtype}){more}")
+    return passed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from fractions import Fraction
 from typing import Any
 
@@ -13,8 +12,12 @@ from torch.optim.swa_utils import SWALR
 
 from ..loop.attach import Attachable
 from ..loop.schedule import Span, at_least_one, parse
+from ..terms import hints
+from ..terms.numbers import checked_number
 from ..terms.pickling import pickled_from
+from ..terms.warn import warn_user
 
+_OF_ATTACH = ("overlap", "offload", "name", "step")
 _STRATEGIES = {"linear": "linear", "lin": "linear", "cos": "cos", "cosine": "cos"}
 
 
@@ -59,6 +62,7 @@ class ComposerSWA:
                 step(model, batch, optimizer)
     """
 
+    @hints.hinted
     def __init__(
         self,
         averaged: Attachable,
@@ -79,20 +83,18 @@ class ComposerSWA:
         if not isinstance(averaged, Attachable) or not hasattr(averaged, "copy_to"):
             raise TypeError(f"averaged must be one averaged model, got {type(averaged).__name__}")
         with averaged._on_all_ranks("ComposerSWA"):
+            hints.refuse_others(ComposerSWA.__init__, options, _OF_ATTACH)
             if not isinstance(anneal_strategy, str) or anneal_strategy not in _STRATEGIES:
                 raise ValueError(f"anneal_strategy must be one of {', '.join(_STRATEGIES)}, got {anneal_strategy!r}")
             anneal_steps = at_least_one("anneal_steps", anneal_steps)
-            if swa_lr is not None and not swa_lr >= 0:
-                raise ValueError(f"swa_lr must be >= 0, got {swa_lr!r}")
+            if swa_lr is not None:
+                checked_number("swa_lr", swa_lr, ">= 0", lambda rate: rate >= 0)
             clock = _Clock(max_duration, steps_per_epoch, update_interval)
             start, end = clock.first(swa_start, swa_end)
             self.averaged, self._optimizer = averaged, optimizer
             averaged._trained_by([optimizer], model)
         if end > clock.duration:
-            warnings.warn(
-                f"swa_end={swa_end!r} is after the end of max_duration={max_duration!r}: it replaces no model",
-                stacklevel=2,
-            )
+            warn_user(f"swa_end={swa_end!r} is after the end of max_duration={max_duration!r}: it replaces no model")
         self.attachment = averaged.attach(optimizer, model, start=start, every=clock.interval, end=end, **options)
         self._scheduler: SWALR | None = None
         self._swa_lr = swa_lr
@@ -103,6 +105,11 @@ class ComposerSWA:
             for group, rate in zip(optimizer.param_groups, before, strict=True):
                 group["swa_lr"] = rate
         self.attachment.then.append(self._after_step)
+
+    def __repr__(self) -> str:
+        swa_lr = f", swa_lr={self._swa_lr if self._swa_lr is not None else 'rate at the start'}"
+        end = ", completed" if self.is_completed else ""
+        return f"ComposerSWA({self.attachment!r}{swa_lr if self._scheduler is not None else ''}{end})"
 
     @property
     def is_completed(self) -> bool:

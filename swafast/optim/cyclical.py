@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..terms.numbers import as_int
+from ..terms.numbers import as_int, checked_number
 from ..terms.pickling import pickled_from
 
 
@@ -88,7 +88,9 @@ def cyclical_lr(optimizer: Optimizer, *, max_lr: float, min_lr: float, cycle: in
     steps = as_int(cycle)
     if steps is None or steps < 2 or steps % 2:
         raise ValueError(f"cycle must be an even int >= 2, got {cycle!r}")
-    if not max_lr >= min_lr > 0:
+    checked_number("max_lr", max_lr, ">= min_lr", lambda rate: rate >= 0)
+    checked_number("min_lr", min_lr, "> 0", lambda rate: rate > 0)
+    if not max_lr >= min_lr:
         raise ValueError(f"max_lr must be >= min_lr > 0, got {max_lr!r} and {min_lr!r}")
 
     return Cycles(optimizer, Triangle(max_lr, min_lr, steps))
@@ -113,11 +115,13 @@ def cyclical_cosine_lr(optimizer: Optimizer, *, max_lr: float, anneal: int, unti
     Paper: Athiwaratkun et al. 2019, "There Are Many Consistent Explanations of Unlabeled Data: Why You Should Average",
     arXiv:1806.05594.
     """
-    if not 0 < cycle <= until <= anneal:
+    steps = {"cycle": cycle, "until": until, "anneal": anneal}
+    for name, value in steps.items():
+        checked_number(name, value, "a number of steps above 0", lambda number: number > 0)
+    if not cycle <= until <= anneal:
         raise ValueError(
             f"cycle, until and anneal must be 0 < cycle <= until <= anneal, got {cycle}, {until}, {anneal}"
         )
-    if not max_lr > 0:
-        raise ValueError(f"max_lr must be > 0, got {max_lr!r}")
+    checked_number("max_lr", max_lr, "> 0", lambda rate: rate > 0)
 
     return Cycles(optimizer, Cosine(max_lr, anneal, until, cycle))

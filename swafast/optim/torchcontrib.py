@@ -20,9 +20,12 @@ from ..loop.guard import finished
 from ..loop.roster import STATE_KEY, Roster
 from ..op import torch_op  # noqa: F401  # registers it
 from ..op.checks import check_cast, check_plain, refuse_partitioned
-from ..terms.numbers import as_number
+from ..terms import habits, hints
+from ..terms.misfits import few
+from ..terms.numbers import as_number, checked_number
 from ..terms.pickling import pickled_from
 from ..terms.rules import EqualAverage
+from ..terms.warn import warn_user
 from ..torch_private.optimizers import is_making_state
 from . import batchnorm
 
@@ -30,7 +33,7 @@ _RULE = EqualAverage().kernel_terms()
 
 
 @pickled_from("swafast.optim")
-class SWA(Optimizer):
+class SWA(hints.WithHints, Optimizer):
     """torchcontrib's ``SWA`` for today's torch: an optimizer around another one that also averages its params.
 
     In automatic mode, with ``swa_start`` and ``swa_freq``, the averages are updated after every step whose number is
@@ -60,6 +63,9 @@ class SWA(Optimizer):
         update_bn(loader, model)
     """
 
+    _meant = habits.OF_SWA
+
+    @hints.hinted
     def __init__(
         self,
         optimizer: Optimizer,
@@ -72,9 +78,9 @@ class SWA(Optimizer):
         start, freq = _whole("swa_start", swa_start, 0), _whole("swa_freq", swa_freq, 1)
         self._auto_mode = start is not None and freq is not None
         if not self._auto_mode and (start, freq, swa_lr) != (None, None, None):
-            warnings.warn("swa_start or swa_freq is None: give both, else all three are ignored", stacklevel=2)
-        if swa_lr is not None and not swa_lr >= 0:
-            raise ValueError(f"swa_lr must be >= 0, got {swa_lr!r}")
+            warn_user("swa_start or swa_freq is None: give both, else all three are ignored")
+        if swa_lr is not None:
+            checked_number("swa_lr", swa_lr, ">= 0", lambda rate: rate >= 0)
         self.optimizer = optimizer
         self._is_making = True
         super().__init__(optimizer.param_groups, dict(optimizer.defaults))  # for hooks and profiling
@@ -251,17 +257,17 @@ class SWA(Optimizer):
             raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
         lacking = [key for key in _ENTRIES if key not in state_dict]
         if lacking:
-            raise ValueError(
-                f"state_dict must have {lacking[0]!r}, got {', '.join(map(repr, state_dict)) or 'nothing'}"
-            )
+            raise ValueError(f"state_dict must have {lacking[0]!r}, got {few(state_dict) or 'nothing'}")
         for key, kind in (("opt_state", Mapping), ("swa_state", Mapping), ("param_groups", list)):
             if not isinstance(state_dict[key], kind):
                 raise TypeError(f"state_dict[{key!r}] must be a {kind.__name__}, got {state_dict[key]!r}")
         for group in state_dict["param_groups"]:
             counts = [group.get(name) for name in ("n_avg", "step_counter")]
             if "params" not in group or not all(isinstance(count, int) and count >= 0 for count in counts):
+                given = {"n_avg": counts[0], "step_counter": counts[1]}
+                got = str(given) if "params" in group else f"one without params, of {few(group)}"
                 raise ValueError(
-                    f"state_dict['param_groups'] must have params, and ints >= 0 as n_avg and step_counter, got {group}"
+                    f"state_dict['param_groups'] must have params, and ints >= 0 as n_avg and step_counter, got {got}"
                 )
         _refuse_partitioned(self._params())
         ids = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
@@ -274,7 +280,7 @@ class SWA(Optimizer):
             swa_state = dict(zip(ids, swa_state.values(), strict=True))
         surplus = sorted(set(swa_state) - set(ids), key=str)
         if surplus:
-            raise ValueError(f"state_dict['swa_state'] must have keys of the params, got {surplus}")
+            raise ValueError(f"state_dict['swa_state'] must have keys of the params, got {few(surplus)}")
         averages: defaultdict[Any, Any] = defaultdict(dict)
         for key, param in zip(ids, params, strict=True):
             for name, value in swa_state.get(key, {}).items():

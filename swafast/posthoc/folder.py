@@ -162,7 +162,7 @@ def read_sidecar(path: Path) -> Snapshot:
         raise ValueError(f"{path} must be named after its count, {body['n_averaged']}: rename it back")
     try:
         params, copies = (tuple(map(_tensor_of, body[kind])) for kind in ("params", "copies"))
-    except ValueError as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / SIDECAR} must be readable here: {error}") from None
     rules = {name: _rule_of(rule, path) for name, rule in body["averages"].items()}
     return Snapshot(path, body["n_averaged"], rules, params, copies, body["checksums"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
@@ -309,17 +309,6 @@ def checked_weight(rule: Rule, num_averaged: int) -> float:
     if not 0 <= weight <= 1:
         raise ValueError(f"weight({num_averaged}) of the rule {rule!r} must be in [0, 1], got {weight}")
     return weight
-
-
-def spell_rule(rule: Rule, *, always: int = 0) -> str:
-    """Return a rule with what the user has set of it, and in any case with its first ``always`` fields."""
-    options: tuple[Any, ...] = fields(rule) if is_dataclass(rule) else ()
-    values = [
-        f"{each.name}={value!r}"
-        for index, each in enumerate(options)
-        if repr(value := getattr(rule, each.name)) != repr(each.default) or index < always
-    ]
-    return type(rule).__qualname__ + (f"({', '.join(values)})" if values else "")
 
 
 def terms_of(rule: Rule) -> KernelTerms | None:
