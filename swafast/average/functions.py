@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import Pair
-from ..op.checks import refuse_capture
 from ..op.copies import Copies
 from ..terms import hints
+from ..terms.capturing import refuse_capture
 from ..terms.lazy import MadeOnUse
 from ..terms.rules import Rule, rule_of
 
