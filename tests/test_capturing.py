@@ -34,7 +34,7 @@ TIMEOUT_S = 10.0
 
 
 class Driver:
-    """Says what CUDA would of each call: in a capture of mode "global", all threads must not ask or wait."""
+    """The driver of a GPU. In a capture of mode "global", no thread may ask or wait."""
 
     def __init__(self) -> None:
         self.capturing: int | None = None  # the thread that captures
