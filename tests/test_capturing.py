@@ -349,3 +349,16 @@ def test_offload_takes_as_much_pinned_memory_as_the_model(kind: str, monkeypatch
     assert differing(tensors_of(again), tensors_of(model)) == []
     model[0].weight = nn.Parameter(torch.ones(7, 136))
     assert torch.equal(made.take().get_parameter("0.weight"), model[0].weight)
+
+
+def test_a_grown_average_stays_in_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(30, 40)).bfloat16()
+    averaged = FusedAveragedModel(model)
+    averaged.update_parameters(model)
+    pinned = Pinned(monkeypatch)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: pinned.holds(tensor))
+    averaged._move_to_host()
+    grown = nn.Sequential(*model, nn.Linear(40, 3).bfloat16())
+    averaged.adapt_to(grown)
+    averaged.update_parameters(grown)
+    assert all(map(pinned.holds, [plane for _, _, planes in averaged._planes() for plane in planes]))
