@@ -171,7 +171,8 @@ SWAFAST_EXPORT const char* swafast_cuda_build(void);
 /* What went wrong in this thread's last call that returned SWAFAST_CUDA_ERROR. */
 SWAFAST_EXPORT const char* swafast_cuda_error(void);
 
-/* *num_blocks = how many blocks of an update are on the device at once. It fails where the device cannot run them. */
+/* *num_blocks = how many blocks of an update are on the device at once. It fails where the device cannot run them. It
+ * loads all kernels onto the device: call it before a launch goes into a CUDA graph. */
 SWAFAST_EXPORT int32_t swafast_cuda_blocks(int32_t device, int32_t* num_blocks);
 
 /* As swafast_cpu_update, with the counts on the device: the kernel reads them, and the last block to do so counts. A

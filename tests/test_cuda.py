@@ -21,7 +21,8 @@ from swafast import ExponentialAverage, FusedAveragedModel, FusedAverages, Power
 from swafast.backends import Unavailable, cpu, cuda, gpu, library
 from swafast.backends.contract import Pair, Update
 from swafast.backends.triton import launch as triton_launch
-from swafast.op import checks, choice, plan, torch_op
+from swafast.op import choice, plan, torch_op
+from swafast.terms import capturing
 from swafast.terms.formats import encode_exact
 from swafast.terms.rules import EqualAverage, Rule
 from swafast.terms.weight import KernelTerms
@@ -55,6 +56,9 @@ class Shim:
     def fail(self, function: str | None) -> None:
         self._failing = ctypes.c_char_p(None if function is None else function.encode())  # the shim keeps a pointer
         ctypes.c_void_p.in_dll(self._library, "shim_failing").value = ctypes.cast(self._failing, ctypes.c_void_p).value
+
+    def unload_kernels(self) -> None:
+        self._library.shim_unload_kernels()
 
     def reset(self) -> None:
         self._capture(False)
@@ -185,13 +189,13 @@ def test_what_cannot_be_captured_is_refused_before_anything_changes(
 ) -> None:
     model = a_model()
     average = FusedAveragedModel(model)
-    with monkeypatch.context() as capturing:
-        capturing.setattr(checks, "is_capturing", lambda gpu: True)
+    with monkeypatch.context() as context:
+        context.setattr(capturing, "is_capturing", lambda gpu: True)
         with refused(RuntimeError, r"the first update of a model, .* must not be captured", average.module):
             average.update_parameters(model)
     average.update_parameters(model)
-    with monkeypatch.context() as capturing:
-        capturing.setattr(checks, "is_capturing", lambda gpu: True)
+    with monkeypatch.context() as context:
+        context.setattr(capturing, "is_capturing", lambda gpu: True)
         with pytest.raises(RuntimeError, match="swapped_into must not be captured"), average.swapped_into(model):
             pass
         average.update_parameters(model)
@@ -206,7 +210,7 @@ def test_what_waits_for_the_device_is_refused_in_a_capture(
     shim: Shim, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], what: str
 ) -> None:
     model, average = updated(**options)
-    monkeypatch.setattr(checks, "is_capturing", lambda gpu: True)
+    monkeypatch.setattr(capturing, "is_capturing", lambda gpu: True)
     with pytest.raises(RuntimeError, match=f"{what}.* must not be captured"):
         average.update_parameters(model)
     assert average.n_averaged == 1
@@ -327,6 +331,42 @@ def test_devices_share_the_counters(shim: Shim, num_paces: int) -> None:
     update(launch, pairs, rules, counters[0], skip_nonfinite=True)
     assert list(map(int, counters[0])) == [5 + 3 * k for k in range(num_paces)]
     assert differing_pairs(pairs, before) == []
+
+
+def test_a_search_on_two_devices_is_not_captured(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [pair for size in (300, 33) for pair in averages_of(1, (size,))]
+    launch, counter, before = on_two_devices(pairs, 1), torch.tensor(2), clone(pairs)
+    launches = shim.get("num_launches")
+    monkeypatch.setattr(capturing, "is_capturing", lambda gpu: True)
+    with pytest.raises(RuntimeError, match="a search for NaNs whose result the host reads must not be captured"):
+        update(launch, pairs, [EqualAverage()], [counter], skip_nonfinite=True)
+    assert (int(counter), shim.get("num_launches")) == (2, launches)
+    assert differing_pairs(pairs, before) == []
+
+
+def test_the_first_capture_of_a_process_finds_its_kernels_loaded(shim: Shim) -> None:
+    shim.unload_kernels()
+    model, average = updated()  # which launches no search for NaNs
+    average.nonfinite = "skip"
+    with shim.capture():
+        average.update_parameters(model)
+    shim.replay()
+    assert average.n_averaged == 2
+
+
+@pytest.mark.parametrize("backend", ["cuda", "another"])
+def test_memory_that_another_stream_uses_is_kept_for_it(
+    shim: Shim, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    launch = cuda.prepare(averages_of(1, (30,)))
+    table = put_elsewhere(launch, torch.device(backend if backend == "cuda" else "cpu"))
+    told: list[object] = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda words, stream: told.append((words.data_ptr(), stream)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
+    for stream in (table.stream, 7, 7, table.stream):
+        monkeypatch.setattr(gpu, "current_raw_stream", lambda device, stream=stream: stream)
+        assert launch._stream(table) == stream
+    assert told == ([(table.words.data_ptr(), "current")] * 2 if backend == "cuda" else [])
 
 
 def test_replays_go_by_the_rules_that_were_captured(shim: Shim) -> None:

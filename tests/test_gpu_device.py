@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -214,6 +215,35 @@ def test_a_first_update_in_a_capture_is_refused(backend: str) -> None:
     assert differing(tensors_of(average.module), before) == []
     average.update_parameters(model)
     assert average.n_averaged == 1
+
+
+@pytest.mark.parametrize("way", ["overlap", "offload"])
+def test_an_update_beside_the_step_breaks_no_capture(backend: str, way: str) -> None:
+    """A capture begins while the update still waits for the GPU, and while its thread, if it has one, waits too."""
+    model = small_model()
+    average = FusedAveragedModel(model, backend=None if way == "offload" else backend, rule=ExponentialAverage(0.5))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    attachment = average.attach(optimizer, overlap=way == "overlap", offload="cpu" if way == "offload" else None)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    x, graph, side = torch.ones(5, device="cuda"), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    optimizer.step()
+    attachment.join()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(400_000_000)  # a quarter of a second
+    optimizer.step()
+    with torch.cuda.stream(side):
+        graph.capture_begin(capture_error_mode="global")
+        y = x * 2
+        with pytest.raises(RuntimeError, match=r"attachment.join\(\), before you capture"):
+            average.state_dict()
+        time.sleep(0.5)  # the update ends meanwhile
+        graph.capture_end()
+    graph.replay()
+    attachment.join()
+    torch.cuda.synchronize()
+    assert y.sum() == 10
+    assert average.n_averaged == 2
 
 
 def test_a_captured_plan_outlives_its_place(backend: str) -> None:

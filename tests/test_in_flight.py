@@ -273,8 +273,9 @@ def test_a_thread_holds_what_its_update_uses(kind: str, way: str, monkeypatch: p
     if way == "offload":  # the copy of the params is still under way
         event = SimpleNamespace(synchronize=wait_for_it)
         stream: Any = SimpleNamespace(
-            record_event=lambda: event, wait_stream=lambda _: None, device=torch.device("cpu")
+            record_event=lambda made: made, wait_stream=lambda _: None, device=torch.device("cpu")
         )
+        monkeypatch.setattr(torch.cuda, "Event", lambda blocking: event)
         monkeypatch.setattr(stand_in, "on_side", lambda _: nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
         ready = averaged._beside(model, torch.device("cpu"), [stream])

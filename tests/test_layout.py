@@ -31,6 +31,47 @@ def test_a_large_plane_has_a_bucket_of_its_own() -> None:
     assert buckets[1].numel == 1000
 
 
+def gpt2() -> list[int]:
+    width = 768
+    layer = [width, width, 3 * width**2, 3 * width, width**2, width, width, width]
+    layer += [4 * width**2, 4 * width, 4 * width**2, width]
+    return [50257 * width, 1024 * width, *(layer * 12), width, width]
+
+
+def llama_3_8b() -> list[int]:
+    width, hidden, narrow, words = 4096, 14336, 1024, 128256
+    layer = [width**2, narrow * width, narrow * width, width**2, *[hidden * width] * 3, width, width]
+    return [words * width, *(layer * 32), width, words * width]
+
+
+MODELS = {
+    "GPT-2": (gpt2(), 1.02),
+    "Llama-3-8B": (llama_3_8b(), 1.001),
+    "1025x1025": ([1025**2] * 100, 1.06),  # alone 2.0
+    "a few small ones": ([5, 0, 33, 32, 1, 100, 7], 3.0),  # each begins at a multiple of 64
+    "empty": ([0, 0], 1.0),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_pinned_buckets_are_powers_of_two_and_full(model: str) -> None:
+    numels, most = MODELS[model]
+    buckets = lay_out([*numels, 3], [*["pinned"] * len(numels), "other"], pinned=["pinned"])
+    assert [bucket.numel for bucket in buckets if bucket.key == "other"] == [3]
+    pinned = [bucket for bucket in buckets if bucket.key == "pinned"]
+    slots = [slot for bucket in pinned for slot in bucket.slots]
+    assert sorted((slot.index, slot.numel) for slot in slots) == list(enumerate(numels))
+    for bucket in pinned:
+        assert bucket.numel & (bucket.numel - 1) == 0
+        end = 0
+        for slot in bucket.slots:
+            assert slot.offset % 64 == 0
+            assert slot.offset >= end
+            end = slot.offset + slot.numel
+        assert end <= bucket.numel
+    assert sum(bucket.numel for bucket in pinned) <= most * max(1, sum(numels))
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_chunks_cover_each_element_once(chunk: int) -> None:
     numels = [0, 1, chunk - 1, chunk, chunk + 1, 3 * chunk + 7, 0]

@@ -205,6 +205,24 @@ def test_paces_are_written_when_they_change_and_never_where_others_read() -> Non
     assert [words.data_ptr() for words in written.paces._captured] == [third[0], fifth[0]]
 
 
+def test_paces_are_kept_for_each_stream_that_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator knows of the stream that a pace's words were made on, and of others only what it is told."""
+    current, told = 1, []
+    monkeypatch.setattr(torch, "empty", lambda size, **options: torch.zeros(size, dtype=options["dtype"]))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(Tensor, "record_stream", lambda words, stream: told.append((words.data_ptr(), stream)))
+    counter, paces = torch.tensor(0), backend._Paces(torch.device("cuda"))
+    made = [make_paces([KernelTerms.constant(0.5)], [counter]) for _ in range(2)]
+    kept, expected = [], []
+    for current, which, capturing in ((1, 0, False), (2, 0, False), (1, 0, False), (3, 0, True), (2, 1, False)):
+        kept.append(paces.get(made[which], capturing, current, lambda *_: None))
+        if current != 1 and which == 0:
+            expected.append((kept[-1].data_ptr(), current))
+    assert len({words.data_ptr() for words in kept}) == 2
+    assert told == expected  # and not the second paces, which were made where they are used
+    assert [words.data_ptr() for words in paces._captured] == [kept[0].data_ptr()]
+
+
 # The kernels' source, with or without a bug
 
 PROBES = {

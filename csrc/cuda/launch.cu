@@ -57,6 +57,16 @@ cudaError_t launch(const swafast_table& table, void* stream, void (*kernel)(Expe
   return cudaLaunchKernelEx(&config, kernel, static_cast<Expected>(arguments)...);
 }
 
+// Load kernels onto the current device. CUDA would load each at its first launch, which may wait for the device and is
+// not allowed while a graph is being captured.
+template <class... Kernels>
+cudaError_t load(Kernels... kernels) {
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaSuccess;
+  (void)((error = cudaFuncGetAttributes(&attributes, kernels), error == cudaSuccess) && ...);
+  return error;
+}
+
 }  // namespace
 }  // namespace swafast::cuda
 
@@ -78,7 +88,10 @@ int32_t swafast_cuda_blocks(int32_t device, int32_t* num_blocks) {
   const DeviceScope scope(device);
   if (scope.error() != cudaSuccess) return status_of(scope.error());
   int multiprocessors = 0, per_multiprocessor = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaError_t error = load(update_kernel, exchange_kernel, nonfinite_kernel);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
   if (error == cudaSuccess) {
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, update_kernel, kThreads, 0);
   }

@@ -18,6 +18,7 @@ from ..op.copies import Copies, is_for_torch
 from ..op.plan import Plan
 from ..op.report import log_plan
 from ..terms import habits, hints
+from ..terms.capturing import refuse_capture
 from ..terms.lazy import MadeOnUse
 from ..terms.names import named_buffers, named_params, unwrap
 from ..torch_private.modules import Walk
@@ -74,8 +75,8 @@ class ModuleBinding:
         for side, pair in matched:
             checks.check_sides(pair, any_device=side.any_device)
         checks.check_overlap([pair for _, pair in matched])
-        for device in {pair.average.device for _, pair in matched}:
-            checks.refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
+        for device in {tensor.device for _, pair in matched for tensor in (pair.param, pair.average)}:
+            refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
         for side, buffers in zip(sides, anew, strict=True):
             put_buffers(side.owner.module, model, buffers)
         for side, pair in matched:

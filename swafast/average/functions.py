@@ -12,9 +12,9 @@ from torch.nn import Module
 
 from ..backends.contract import Pair
 from ..loop.attach import spell_rule
-from ..op.checks import refuse_capture
 from ..op.copies import Copies
 from ..terms import hints
+from ..terms.capturing import refuse_capture
 from ..terms.lazy import MadeOnUse
 from ..terms.rules import Rule, rule_of
 from ..torch_private.modules import own_children

@@ -151,14 +151,10 @@ def _cast_alike(made: Any, before: Mapping[str, Tensor]) -> None:
     """Cast and pin new averages as the old ones of these names were, after their construction."""
     same = [(tensor, before[name]) for name, tensor, fmt in made._each_average() if fmt is not None and name in before]
     casts = {tensor.dtype: old.dtype for tensor, old in same if tensor.dtype != old.dtype}
-    pinned = any(old.is_pinned() for _, old in same)
-    if casts or pinned:
-
-        def again(tensor: Tensor) -> Tensor:
-            tensor = tensor.to(casts.get(tensor.dtype, tensor.dtype))
-            return tensor.pin_memory() if pinned else tensor
-
-        made._apply(again)
+    if casts:
+        made._apply(lambda tensor: tensor.to(casts.get(tensor.dtype, tensor.dtype)))
+    if any(old.is_pinned() for _, old in same):
+        made._pin()
 
 
 def before_of(old_name: OldName, name: str) -> str | None:

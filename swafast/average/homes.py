@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor
 from torch.nn import Module
 
-from ..op.buckets import stay
+from ..op.buckets import pin, stay
 from ..terms.formats import Format, format_of
 from ..torch_private.modules import named_tensors
 from .bindings import WithBindings
@@ -92,6 +92,14 @@ class HoldsPlanes(HoldsModels, WithBindings, Module):
         self._stay_home(moved | self._bindings.homes)
         self._note_own_writes()
         recast.is_finished = True
+
+    def _pin(self) -> None:
+        """Move the planes, which are on a CPU, into pinned memory."""
+        with self._guard.hold("a move or cast"):
+            self._holds()
+            pin([plane for _, _, planes in self._planes() for plane in planes if not plane.is_meta])
+            self._stay_home()
+            self._note_own_writes()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..terms.capturing import refuse_capture
 from ..terms.layout import GPU_CHUNK_NUMELS, cut_chunks, gpu_chunk_numel
 from ..torch_private.core import current_raw_stream
 from . import library
@@ -157,6 +158,8 @@ class DeviceLaunch:
             self.start_exchange(table, wanted, self._stream(table))
 
     def first_nonfinite(self, params: Sequence[Tensor]) -> int | None:
+        for table in self._tables:
+            refuse_capture(table.device, "a search for NaNs whose result the host reads")
         for table in self._tables:
             self.start_first_nonfinite(table, self._stream(table))
         found = []

@@ -213,8 +213,9 @@ class Attachable(hints.WithHints):
 
     def _move_to_host(self) -> None:
         """Move the averages to the host's memory, pinned if there is a GPU, for fast copies back."""
-        pin = torch.cuda.is_available()
-        self._apply(lambda tensor: tensor.cpu().pin_memory() if pin else tensor.cpu())
+        self._apply(lambda tensor: tensor.cpu())
+        for averaged in _members(self).values() if torch.cuda.is_available() else ():
+            averaged._pin()
 
     if TYPE_CHECKING:
 

@@ -116,10 +116,11 @@ class Attachment(hints.WithHints):
         """Remove the hooks from the optimizer and wait for an update under way.
 
         Raises:
-            RuntimeError: it was detached before; or what that update has raised.
+            RuntimeError: it was detached before; the wait would go into a CUDA graph; or what that update has raised.
         """
         if not self._hooks:
             raise RuntimeError("the attachment must be attached to be detached, got one that was detached before")
+        self._runner.refuse_capture()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -135,6 +136,7 @@ class Attachment(hints.WithHints):
 
         Raises:
             TypeError, ValueError, RuntimeError: the update has raised it.
+            RuntimeError: the wait would go into a CUDA graph.
         """
         self._runner.join()
 

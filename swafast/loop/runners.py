@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn import Module
 
+from ..terms.capturing import allowed_to_wait, refuse_capture
 from ..torch_private.modules import named_tensors
 from .stand_in import on_side
 
@@ -46,6 +47,9 @@ class Runner:
     def join(self) -> None:
         """Wait until the averages may be used, and raise what an update has raised."""
 
+    def refuse_capture(self) -> None:
+        """Raise RuntimeError if a wait for the update under way would go into a CUDA graph."""
+
     def is_worker(self) -> bool:
         """Return whether the calling thread is the one that runs the updates, if there is such a thread."""
         return False
@@ -57,6 +61,23 @@ class Runner:
     def close(self) -> None:
         """Wait as :meth:`join` does and free the thread, if there is one."""
         self.join()
+
+
+#: What must not go into a CUDA graph, and what to do instead.
+_START = (
+    "an update beside the next forward (overlap or offload)",
+    "detach the average, and capture update_parameters instead",
+)
+_WAIT = (
+    "the wait for an update that began before the capture",
+    "call torch.cuda.synchronize(), then attachment.join(), before you capture",
+)
+_ATTACH = ("attach with offload, which moves the averages,", "attach before you capture")
+
+
+def _refuse_capture(streams: Sequence[torch.cuda.Stream], action: tuple[str, str]) -> None:
+    for stream in streams:
+        refuse_capture(stream.device, *action)
 
 
 class Plain(Runner):
@@ -85,6 +106,7 @@ class OnStreams(Runner):
         self._in_flight: dict[int, tuple[Sequence[object], list[torch.cuda.Event]]] = {}
 
     def update(self) -> None:
+        _refuse_capture(self._streams, _START)
         self.join()
         update, memory = self._ready()
         ended: list[torch.cuda.Event] = []
@@ -96,13 +118,25 @@ class OnStreams(Runner):
             ended += [stream.record_event() for stream in self._streams]
             self._ended = ended
 
+    def refuse_capture(self) -> None:
+        if self._is_under_way:
+            _refuse_capture(self._streams, _WAIT)
+
+    @property
+    def _is_under_way(self) -> bool:
+        return id(self._ended) in self._in_flight
+
     def join(self) -> None:
+        if not self._is_under_way:
+            return
+        self.refuse_capture()
         # Wait at each call: other threads with other streams must wait too.
         for stream, event in zip(self._streams, self._ended, strict=False):
             torch.cuda.current_stream(stream.device).wait_event(event)
-        for key, (_, ended) in list(self._in_flight.items()):
-            if ended and all(event.query() for event in ended):
-                self._in_flight.pop(key, None)  # several threads may be here
+        with allowed_to_wait():
+            for key, (_, ended) in list(self._in_flight.items()):
+                if ended and all(event.query() for event in ended):
+                    self._in_flight.pop(key, None)  # several threads may be here
 
     before_step = join
 
@@ -111,8 +145,9 @@ class OnStreams(Runner):
         self._end()
 
     def _end(self) -> None:
-        for stream in self._streams if self._in_flight else ():
-            stream.synchronize()
+        with allowed_to_wait():
+            for stream in self._streams if self._in_flight else ():
+                stream.synchronize()
         self._in_flight.clear()
 
     def __del__(self) -> None:
@@ -139,10 +174,16 @@ class InThread(Runner):
         self._worker: int | None = None
 
     def update(self) -> None:
+        _refuse_capture(self._streams, _START)
         self.join()
         update, memory = self._ready()
-        copied = [stream.record_event() for stream in self._streams]
+        # A thread that waits for a blocking event sleeps. For another, it would take a core of the training.
+        copied = [stream.record_event(torch.cuda.Event(blocking=True)) for stream in self._streams]
         self._under_way = self._pool.submit(self._run, update, copied, memory)
+
+    def refuse_capture(self) -> None:
+        if self._under_way is not None and not self._under_way.done():
+            _refuse_capture(self._streams, _WAIT)
 
     def is_worker(self) -> bool:
         return threading.get_ident() == self._worker
@@ -150,8 +191,9 @@ class InThread(Runner):
     def _run(self, update: Callable[[], None], copied: Sequence[torch.cuda.Event], memory: Sequence[object]) -> None:
         """Run an update. The thread holds its memory so long, as the user may give the tensors other memory."""
         self._worker = threading.get_ident()
-        for event in copied:
-            event.synchronize()
+        with allowed_to_wait():
+            for event in copied:
+                event.synchronize()
         storages = [each for each in memory if isinstance(each, torch.UntypedStorage)]
         addresses = [storage.data_ptr() for storage in storages]
         update()
@@ -164,8 +206,10 @@ class InThread(Runner):
     def before_step(self) -> None:
         if not self._copies:
             self.join()
-        for stream in self._streams:
-            torch.cuda.current_stream(stream.device).wait_stream(stream)
+        elif self._under_way is not None and not self._under_way.done():  # else the copy has ended too
+            self.refuse_capture()
+            for stream in self._streams:
+                torch.cuda.current_stream(stream.device).wait_stream(stream)
 
     def join(self) -> None:
         if os.getpid() != self._process:  # a forked child has no such thread
@@ -173,6 +217,7 @@ class InThread(Runner):
         under_way = self._under_way
         if under_way is None or self.is_worker():
             return
+        self.refuse_capture()
         try:
             under_way.result()
         finally:
@@ -186,6 +231,7 @@ class InThread(Runner):
             wait([under_way], timeout)
 
     def close(self) -> None:
+        self.refuse_capture()
         try:
             self.join()
         finally:
@@ -203,6 +249,7 @@ def runner_for(averaged: Updating, model: Module, overlap: bool, offload: object
     devices = [param.device for _, param in named_tensors(model) if param.device.type == "cuda"]
     streams = [torch.cuda.Stream(device) for device in dict.fromkeys(devices)]
     if offload is not None:
+        _refuse_capture(streams, _ATTACH)
         ready = averaged._beside(model, torch.device("cpu"), streams)
         averaged._move_to_host()
         return InThread(ready, streams, copies=True)

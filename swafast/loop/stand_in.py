@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from ..terms.copying import copy_into, duplicate, is_plain
+from ..terms.layout import lay_out
 from ..terms.names import unwrap
 from ..torch_private.modules import named_modules, own_buffers, own_children, own_params
 
@@ -45,6 +46,8 @@ class StandIn:
         if [(name, id(module)) for name, module in tree] != [(name, id(module)) for name, module in self._tree]:
             self._tree, self._nodes = tree, _skeleton(tree)
         before, self._staged, self.copied = self._staged, {}, []
+        if self._device is not None and self._device.type == "cpu" and torch.cuda.is_available():
+            before |= self._pinned(before)
         for name, module in tree:
             self._fill(own_buffers(self._nodes[name]), own_buffers(module), before)
         with on_side(self._streams):
@@ -65,18 +68,45 @@ class StandIn:
     def _copy(self, tensor: Tensor, before: dict[int, Tensor]) -> Tensor:
         if id(tensor) in self._staged:  # tied
             return self._staged[id(tensor)]
-        staged = before.get(id(tensor))
         device = self._device or tensor.device
         if not is_plain(tensor):
             staged = duplicate(tensor).to(device)
-        elif staged is None or (staged.shape, staged.dtype, staged.device) != (tensor.shape, tensor.dtype, device):
-            pin = device.type == "cpu" and torch.cuda.is_available()
-            staged = torch.empty_like(tensor, device=device, pin_memory=pin)
+        elif (reused := self._copy_of(tensor, before)) is not None:
+            staged = reused
+        else:
+            staged = torch.empty_like(tensor, device=device)
         if isinstance(tensor, Parameter) and not isinstance(staged, Parameter):
             staged = Parameter(staged, requires_grad=False)
         copy_into(staged, tensor, non_blocking=True)
         self._staged[id(tensor)] = staged
         return staged
+
+    def _copy_of(self, tensor: Tensor, before: Mapping[int, Tensor]) -> Tensor | None:
+        """Return that of the copies ``before`` whose memory a copy of ``tensor`` can have, if there is one."""
+        staged, device = before.get(id(tensor)), self._device or tensor.device
+        if staged is None or (staged.shape, staged.dtype, staged.device) != (tensor.shape, tensor.dtype, device):
+            return None
+        return staged
+
+    def _pinned(self, before: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Return pinned memory for the copies of tensors that have none ``before``, by the id of the original.
+
+        It is a view of a bucket. So torch, which knows a bucket by its storage, does not hand it out again while a GPU
+        writes into it.
+        """
+        modules = [module for _, module in self._tree]
+        parts = (part for module in modules for part in (own_buffers(module), own_params(module)))
+        tensors = {id(each): each for part in parts for each in part.values() if each is not None}
+        new = [each for each in tensors.values() if is_plain(each) and self._copy_of(each, before) is None]
+        made: dict[int, Tensor] = {}
+        for bucket in lay_out([tensor.nbytes for tensor in new], [None] * len(new), pinned=[None]):
+            memory = torch.empty(bucket.numel, dtype=torch.uint8, device="cpu", pin_memory=True)
+            for slot in bucket.slots:
+                tensor = new[slot.index]
+                shape, strides = tensor.shape, torch.empty_like(tensor, device="meta").stride()
+                flat = memory[slot.offset : slot.offset + slot.numel].view(tensor.dtype)
+                made[id(tensor)] = flat.as_strided(shape, strides, flat.storage_offset())
+        return made
 
 
 @contextmanager

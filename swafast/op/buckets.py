@@ -52,12 +52,22 @@ def home_averages(pairs: Sequence[Pair], homes: frozenset[int]) -> frozenset[int
         PlaneLike(plane.shape, order, plane.dtype, plane.device, plane.is_pinned())
         for plane, order in zip(planes, strides, strict=True)
     ]
+    _move(planes, likes)
+    averaged = (pair.planes for pair in pairs if pair.format is not None)
+    return frozenset(plane.data_ptr() for pair_planes in averaged for plane in pair_planes)
+
+
+@torch.no_grad()
+def pin(planes: Sequence[Tensor]) -> None:
+    """Move planes of averages on a CPU into new buckets of pinned memory, with a peak as in :func:`home_averages`."""
+    _move(planes, [PlaneLike(each.shape, each.stride(), each.dtype, each.device, pinned=True) for each in planes])
+
+
+def _move(planes: Sequence[Tensor], likes: Sequence[PlaneLike]) -> None:
     for made in new_in_buckets(likes):
         with torch.inference_mode(False), torch.no_grad():
             for index, tensor in made:
                 planes[index].data = tensor.copy_(planes[index])
-    averaged = (pair.planes for pair in pairs if pair.format is not None)
-    return frozenset(plane.data_ptr() for pair_planes in averaged for plane in pair_planes)
 
 
 def stay(planes: Iterable[Tensor], before: frozenset[int] = frozenset()) -> frozenset[int]:
@@ -88,7 +98,8 @@ class PlaneLike:
 def new_in_buckets(likes: Sequence[PlaneLike]) -> Iterator[list[tuple[int, Tensor]]]:
     """Make planes in buckets, without values. Yield (index, plane) of all planes in one bucket, bucket by bucket."""
     numels = [math.prod(like.shape) for like in likes]
-    for bucket in lay_out(numels, [(like.device, like.dtype, like.pinned) for like in likes]):
+    kinds = [(like.device, like.dtype, like.pinned) for like in likes]
+    for bucket in lay_out(numels, kinds, pinned={kind for kind in kinds if kind[-1]}):
         first = likes[bucket.slots[0].index]
         # A tensor made under inference_mode cannot be written in place outside of it.
         with torch.inference_mode(False), torch.no_grad():

@@ -13,7 +13,7 @@ from ..terms.copying import are_alike, describe_kind, overlaps_itself, without_e
 from ..terms.formats import Format
 from ..terms.layout import extent
 from ..terms.numbers import as_int
-from ..torch_private.core import has_own_dispatch, is_capturing
+from ..torch_private.core import has_own_dispatch
 from .copies import is_for_torch
 
 #: Advice for a model that is spread over ranks. We go by class names, since importing the classes takes a second.
@@ -59,12 +59,6 @@ def refuse_partitioned(what: str, params: Mapping[str, Tensor]) -> None:
             marks = [mark for mark in _PARTITION_MARKS if hasattr(param, mark)]
             if marks:
                 raise ValueError(f"{what} must hold its parameters, got {name!r} empty, with {marks[0]}: {GATHER}")
-
-
-def refuse_capture(device: torch.device, action: str) -> None:
-    """Raise RuntimeError if a CUDA graph is being captured on the device's current stream."""
-    if is_capturing(device):
-        raise RuntimeError(f"{action} must not be captured in a CUDA graph: run it outside the capture")
 
 
 def check_sides(pair: Pair, *, any_device: bool) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..backends.contract import Backend, ExchangeLaunch, Pair, ReduceFlag, Update
+from ..terms.capturing import refuse_capture
 from ..terms.copying import write_once
 from ..terms.formats import convert
 from ..terms.rules import Rule, checked_weight, terms_of
@@ -24,7 +25,7 @@ from ..terms.weight import KernelTerms
 from ..torch_private.core import make_metadata_check
 from . import launches
 from .buckets import home_averages
-from .checks import check_writable, refuse_capture
+from .checks import check_writable
 from .copies import Copies
 
 _warned: set[str] = set()
@@ -82,7 +83,10 @@ class Launches:
         self._counters = tuple(counters)
         self.chosen = backends
         self._work = launches.prepare(pairs, backends)
-        self._waits_for_gpu = counters[0].device.type == "cuda" and any(work.is_on_host for work in self._work)
+        used = (*(tensor for pair in pairs for tensor in (pair.param, *pair.planes)), *counters)
+        self._devices = frozenset(tensor.device for tensor in used)
+        is_on_gpu = any(device.type == "cuda" for device in self._devices)
+        self._waits_for_gpu = is_on_gpu and any(work.is_on_host for work in self._work)
         #: What the last update was asked for, and the updates of the work for it. An interrupt cannot part the two.
         self._described: tuple[object, list[Update]] = (None, [])
         self._kept: tuple[Tensor, ...] = ()
@@ -130,18 +134,20 @@ class Launches:
             known = terms_of(rule)
             terms.append(known if known is not None else _work_out(rule, counter))
         if self._waits_for_gpu:
-            refuse_capture(self._counters[0].device, "an update of which a part runs on the host")
+            self._refuse_capture("an update of which a part runs on the host")
         asked, updates = self._described
         if (terms, skip_nonfinite, reduce_flag) != asked:
             updates = self._describe(tuple(terms), skip_nonfinite, reduce_flag)
             self._described = (terms, skip_nonfinite, reduce_flag), updates
         counted: list[int] | None = None
         if self.copies is not None:
-            refuse_capture(self._counters[0].device, "an update of a model with tensors that torch copies,")
+            self._refuse_capture("an update of a model with tensors that torch copies,")
             counted = self._counts() if skip_nonfinite else None  # the only way to learn of a skip: this may wait
         several = len(self._work) > 1  # if one backend finds a NaN, all must skip
-        if skip_nonfinite and several and updates[-1].is_skipped(self._first_nonfinite(params) is not None):
-            return
+        if skip_nonfinite and several:
+            self._refuse_capture("nonfinite='skip' with several backends, which waits for the device,")
+            if updates[-1].is_skipped(self._first_nonfinite(params) is not None):
+                return
         if self.copies is not None and counted is None:
             self.copies.update()  # before the launch, since it may raise
         # Bump before the launch. After a large update, the tensors' metadata is no longer in the caches (0.3 ms for
@@ -156,6 +162,10 @@ class Launches:
         if captured and not self._kept:
             # Each replay of the graph reads and writes this memory, even if the modules have other tensors by then.
             self._kept = tuple(tensor.detach() for tensor in (*params, *planes, *self._counters))
+
+    def _refuse_capture(self, action: str) -> None:
+        for device in self._devices:
+            refuse_capture(device, action)
 
     def _counts(self) -> list[int]:
         return list(map(int, self._counters))
@@ -271,8 +281,7 @@ class Plan(Launches):
             ValueError: elements of a param share memory, so it cannot take an average; the message names it.
             RuntimeError: a CUDA graph is being captured.
         """
-        for device in {counter.device for counter in self._counters}:
-            refuse_capture(device, "swapped_into")
+        self._refuse_capture("swapped_into")
         if self._exchange is None:
             each_pair = partial(self._each_pair, params, planes)
             may_expand = not all(map(Tensor.is_contiguous, params))
@@ -283,7 +292,7 @@ class Plan(Launches):
 
     def first_nonfinite(self, params: Sequence[Tensor]) -> str | None:
         """Return the name of a param that holds a NaN or an infinity, else None."""
-        refuse_capture(self._counters[0].device, "nonfinite='raise', which waits for the device,")
+        self._refuse_capture("nonfinite='raise', which waits for the device,")
         index = self._first_nonfinite(params)
         return None if index is None else self.names[index]
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import Pair
+from ..terms.capturing import refuse_capture
 from ..terms.formats import Format, get_format
 from ..terms.rules import Rule
 from ..terms.weight import KernelTerms
-from .checks import check_counter, check_overlap, check_planes, check_sides, refuse_capture
+from .checks import check_counter, check_overlap, check_planes, check_sides
 from .choice import choose_backends, device_types
 from .launches import draws_of
 from .plan import Launches, bump_versions

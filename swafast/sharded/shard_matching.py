@@ -14,6 +14,7 @@ from ..op import checks, choice
 from ..op.copies import Copies
 from ..op.plan import Fingerprint, Plan
 from ..terms import hints
+from ..terms.capturing import refuse_capture
 from ..terms.copying import are_alike, duplicate
 from ..terms.names import canonical, unwrap
 from ..torch_private import distributed as private
@@ -206,7 +207,7 @@ class ShardBinding:
             checks.check_sides(pair, any_device=False)
         checks.check_overlap(pairs)
         for device in {pair.average.device for pair in pairs}:
-            checks.refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
+            refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
         homes = frozenset(plane.data_ptr() for pair in pairs for plane in pair.planes)
         self.plan = Plan(pairs, choice.choose_backends(backend, choice.device_types(pairs)), counters, homes)
         self._planes = tuple(plane for pair in pairs for plane in pair.planes)

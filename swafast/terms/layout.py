@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,13 +51,19 @@ def lay_out(
     numels: Sequence[int],
     keys: Sequence[Hashable],
     *,
+    pinned: Collection[Hashable] = (),
     max_numel: int = MAX_BUCKET_NUMEL,
     alignment: int = SLOT_ALIGNMENT,
 ) -> list[Bucket]:
-    """Put planes with equal keys into buckets, in order. A plane larger than ``max_numel`` gets its own bucket."""
+    """Put planes with equal keys into buckets, in order. A plane larger than ``max_numel`` gets its own bucket.
+
+    Buckets with one of the keys ``pinned`` are in pinned memory: see :func:`_lay_out_pinned`.
+    """
     buckets: list[Bucket] = []
     last: dict[Hashable, Bucket] = {}
     for index, (numel, key) in enumerate(zip(numels, keys, strict=True)):
+        if key in pinned:
+            continue
         bucket = last.get(key)
         offset = -(-bucket.numel // alignment) * alignment if bucket is not None else 0
         if bucket is None or offset + numel > max_numel:
@@ -66,6 +72,32 @@ def lay_out(
             buckets.append(bucket)
         bucket.slots.append(Slot(index, offset, numel))
         bucket.numel = offset + numel
+    for key in dict.fromkeys(key for key in keys if key in pinned):
+        buckets += _lay_out_pinned({i: numels[i] for i, its_key in enumerate(keys) if its_key == key}, key, alignment)
+    return buckets
+
+
+def _lay_out_pinned(numels: Mapping[int, int], key: Hashable, alignment: int) -> list[Bucket]:
+    """Put planes, numels by index, into buckets with powers of two of elements.
+
+    torch rounds each allocation of pinned memory up to a power of two: one plane, or all, to up to twice the size. So
+    take a bucket that the planes left over can fill, put in the largest first, and go on with those that do not fit.
+    """
+    aligned = {index: -(-numel // alignment) * alignment for index, numel in numels.items()}
+    waiting = sorted(numels, key=lambda index: -numels[index])
+    buckets: list[Bucket] = []
+    while waiting:
+        filled = 1 << max(1, sum(aligned[index] for index in waiting)).bit_length() - 1
+        bucket = Bucket(key, max(filled, 1 << max(0, numels[waiting[0]] - 1).bit_length()))
+        offset, later = 0, []
+        for index in waiting:
+            if offset + numels[index] <= bucket.numel:
+                bucket.slots.append(Slot(index, offset, numels[index]))
+                offset += aligned[index]
+            else:
+                later.append(index)
+        buckets.append(bucket)
+        waiting = later
     return buckets
 
 

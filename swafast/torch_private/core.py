@@ -121,14 +121,6 @@ def current_raw_stream(device: torch.device) -> int:
     return quick(index) if quick is not None else torch.cuda.current_stream(device).cuda_stream
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Return whether a CUDA graph is being captured on the device's current stream."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
-
-
 def closure_of(factory: Callable[..., Any], function: object) -> dict[str, Any] | None:
     """Return the closure variables of ``function`` if torch's ``factory`` made it, else None."""
     made = getattr(factory(), "__wrapped__", None)

@@ -209,6 +209,7 @@ void check_errors() {
   check_failing("cudaLaunchKernelEx", true, true, true, false);
   check_failing("cudaStreamIsCapturing", true, false, false, false);
   check_failing("cudaMemsetAsync", false, false, true, false);
+  check_failing("cudaFuncGetAttributes", false, false, false, true);
   check_failing("cudaDeviceGetAttribute", false, false, false, true);
   check_failing("cudaOccupancyMaxActiveBlocksPerMultiprocessor", false, false, false, true);
   launch.device = shim::kDevices;
@@ -230,7 +231,8 @@ void check_capture() {
   const swafast_table table = {rows.data(), chunks.data(), 1, 1, &state, 0, 6};
   int64_t num_averaged = 0;
   const swafast_pace pace = {{SWAFAST_RULE_EQUAL, {}}, &num_averaged};
-  int32_t capturing = -1;
+  int32_t capturing = -1, num_blocks = 0;
+  require(swafast_cuda_blocks(table.device, &num_blocks) == SWAFAST_OK, "blocks: %s", swafast_cuda_error());
   shim_capturing = 1;
   require(swafast_cuda_update(&table, &pace, 1, 1, 0, &capturing, kStream) == SWAFAST_OK && capturing == 1,
           "an update into a graph said %d", capturing);
@@ -244,6 +246,31 @@ void check_capture() {
   require(num_averaged == 2 && state.blocks_begun == 2, "two replays counted %lld",
           static_cast<long long>(num_averaged));
   shim_forget_captured();
+}
+
+// In a new process, swafast_cuda_blocks loads all that a capture may need, and is not called in one.
+void check_first_capture() {
+  CudaLaunch launch = make_small_launch();
+  launch.device = 1;
+  int64_t num_averaged = 3, index = -9;
+  int32_t num_blocks = 0;
+  const auto captures = [&](const char* what, int32_t status) {
+    require(status == SWAFAST_OK, "a capture refuses %s: %s", what, swafast_cuda_error());
+    shim_forget_captured();
+  };
+  shim_unload_kernels();
+  require(swafast_cuda_blocks(launch.device, &num_blocks) == SWAFAST_OK, "blocks: %s", swafast_cuda_error());
+  shim_capturing = 1;
+  captures("an update", launch.update(constant(0.5), &num_averaged));
+  captures("an exchange", launch.exchange(1));
+  captures("a search", launch.first_nonfinite(&index));
+  const std::string refused = "cudaErrorStreamCaptureUnsupported: operation not permitted when stream is capturing";
+  require(swafast_cuda_blocks(launch.device, &num_blocks) == SWAFAST_CUDA_ERROR && swafast_cuda_error() == refused,
+          "a capture takes what it must not");
+  shim_unload_kernels();
+  require(launch.exchange(1) == SWAFAST_CUDA_ERROR && swafast_cuda_error() == refused,
+          "a capture takes a kernel that is not loaded");
+  shim_capturing = 0;
 }
 
 int run_large(const std::string& name) {
@@ -283,6 +310,7 @@ int main(int argc, char** argv) {
   check_widths();
   check_counts_that_stop();
   check_errors();
+  check_first_capture();
   check_capture();
   check_first_nonfinite();
   check_exchange();

@@ -7,14 +7,20 @@
 //     after it. The threads of a block are fibers: they run one after another as far as the next barrier.
 //   at_once/machine.h: all blocks at once, each thread one of the system's. ThreadSanitizer sees their races.
 //
+// While a graph is being captured, a call fails that is not in kAllowedInCapture, and so does the launch of a kernel
+// that is not loaded yet: CUDA would load it there.
+//
 // What a test may set, from C++ or by name from a shared library, are the shim_ variables of device.h.
 #pragma once
 
 #include <machine.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <iterator>
+#include <set>
 #include <tuple>
 #include <utility>
 
@@ -82,11 +88,13 @@ enum cudaError_t {
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInvalidDevice = 101,
-  cudaErrorLaunchOutOfResources = 701
+  cudaErrorLaunchOutOfResources = 701,
+  cudaErrorStreamCaptureUnsupported = 900
 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
 using cudaStream_t = void*;
+struct cudaFuncAttributes {};
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -112,7 +120,28 @@ inline cudaError_t remember(cudaError_t error) {
   return error;
 }
 
-inline bool fails(const char* function) { return shim_failing != nullptr && std::strcmp(shim_failing, function) == 0; }
+constexpr const char* kAllowedInCapture[] = {"cudaGetDevice", "cudaSetDevice", "cudaStreamIsCapturing",
+                                             "cudaMemsetAsync", "cudaLaunchKernelEx"};
+
+// The error with which a call of this function fails before it does anything, or none.
+inline cudaError_t refusal(const char* function) {
+  const auto is_this = [=](const char* name) { return std::strcmp(name, function) == 0; };
+  if (shim_failing != nullptr && is_this(shim_failing)) return remember(cudaErrorLaunchOutOfResources);
+  const bool allowed = std::any_of(std::begin(kAllowedInCapture), std::end(kAllowedInCapture), is_this);
+  return shim_capturing != 0 && !allowed ? remember(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
+}
+
+// Kernels that are on a device, as (device, kernel).
+SHIM_HIDDEN std::set<std::pair<int, const void*>>& loaded() {
+  static auto* made = new std::set<std::pair<int, const void*>>;
+  return *made;
+}
+
+template <class Kernel>
+cudaError_t load(Kernel* kernel) {
+  const bool is_new = loaded().emplace(calls().device, reinterpret_cast<const void*>(kernel)).second;
+  return is_new && shim_capturing != 0 ? remember(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
+}
 
 // Now, or when the graph is launched.
 inline cudaError_t run_on_stream(std::function<void()> work) {
@@ -158,6 +187,8 @@ SHIM_SETTING void shim_replay() {
   for (const auto& work : shim::captured()) work();
 }
 SHIM_SETTING void shim_forget_captured() { shim::captured().clear(); }
+// Have no device any kernel, as in a new process.
+SHIM_SETTING void shim_unload_kernels() { shim::loaded().clear(); }
 }
 
 inline const char* cudaGetErrorName(cudaError_t error) {
@@ -170,35 +201,38 @@ inline const char* cudaGetErrorName(cudaError_t error) {
       return "cudaErrorInvalidConfiguration";
     case cudaErrorInvalidDevice:
       return "cudaErrorInvalidDevice";
+    case cudaErrorStreamCaptureUnsupported:
+      return "cudaErrorStreamCaptureUnsupported";
     default:
       return "cudaErrorLaunchOutOfResources";
   }
 }
 
 inline const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaErrorStreamCaptureUnsupported) return "operation not permitted when stream is capturing";
   return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "planted by the shim";
 }
 
 inline cudaError_t cudaGetLastError() { return std::exchange(shim::calls().last_error, cudaSuccess); }
 
-#define SHIM_FAIL_IF_ASKED() \
-  if (shim::fails(__func__)) return shim::remember(cudaErrorLaunchOutOfResources)
+#define SHIM_BEGIN() \
+  if (const cudaError_t error = shim::refusal(__func__)) return error
 
 inline cudaError_t cudaGetDevice(int* device) {
-  SHIM_FAIL_IF_ASKED();
+  SHIM_BEGIN();
   *device = shim::calls().device;
   return cudaSuccess;
 }
 
 inline cudaError_t cudaSetDevice(int device) {
-  SHIM_FAIL_IF_ASKED();
+  SHIM_BEGIN();
   if (device < 0 || device >= shim::kDevices) return shim::remember(cudaErrorInvalidDevice);
   shim::calls().device = device;
   return cudaSuccess;
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  SHIM_FAIL_IF_ASKED();
+  SHIM_BEGIN();
   if (attribute != cudaDevAttrMultiProcessorCount || device != shim::calls().device) {
     return shim::remember(cudaErrorInvalidValue);
   }
@@ -207,31 +241,38 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 
 template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel* kernel) {
+  SHIM_BEGIN();
+  return shim::load(kernel);
+}
+
+template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* num_blocks, Kernel, int num_threads, size_t) {
-  SHIM_FAIL_IF_ASKED();
+  SHIM_BEGIN();
   if (num_threads < 1 || num_threads > 1024) return shim::remember(cudaErrorInvalidValue);
   *num_blocks = shim::kBlocksPerMultiprocessor;
   return cudaSuccess;
 }
 
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  SHIM_FAIL_IF_ASKED();
+  SHIM_BEGIN();
   *status = shim_capturing != 0 ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 
 inline cudaError_t cudaMemsetAsync(void* address, int value, size_t nbytes, cudaStream_t) {
-  SHIM_FAIL_IF_ASKED();
+  SHIM_BEGIN();
   return shim::run_on_stream([=] { std::memset(address, value, nbytes); });
 }
 
 template <class... Expected, class... Given>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...), Given&&... arguments) {
-  SHIM_FAIL_IF_ASKED();
+  SHIM_BEGIN();
   const dim3 grid = config->gridDim, block = config->blockDim;
   if (grid.x < 1 || grid.y != 1 || grid.z != 1 || block.x < 1 || block.x > 1024 || block.y != 1 || block.z != 1) {
     return shim::remember(cudaErrorInvalidConfiguration);
   }
+  if (const cudaError_t error = shim::load(kernel)) return error;
   shim_num_launches += 1;
   shim_last_blocks = grid.x;
   shim_last_device = shim::calls().device;
