@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn import Module
 
+from ..terms.grids import SIDE, use_grid
 from ..torch_private.modules import named_tensors
 from .stand_in import on_side
 
@@ -90,7 +91,7 @@ class OnStreams(Runner):
         ended: list[torch.cuda.Event] = []
         self._in_flight[id(ended)] = memory, ended
         try:
-            with on_side(self._streams):
+            with on_side(self._streams), use_grid(SIDE):
                 update()
         finally:
             ended += [stream.record_event() for stream in self._streams]

@@ -61,6 +61,12 @@ inline T atomicAdd(T* address, T value) {
   shim::store(address, static_cast<T>(before + value));
   return before;
 }
+// One more, and 0 after the limit.
+inline unsigned atomicInc(unsigned* address, unsigned limit) {
+  const unsigned before = shim::load(address);
+  shim::store(address, before >= limit ? 0 : before + 1);
+  return before;
+}
 template <class T>
 inline T atomicMax(T* address, T value) {
   const T before = shim::load(address);
@@ -179,7 +185,8 @@ template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* num_blocks, Kernel, int num_threads, size_t) {
   SHIM_FAIL_IF_ASKED();
   if (num_threads < 1 || num_threads > 1024) return shim::remember(cudaErrorInvalidValue);
-  *num_blocks = shim::kBlocksPerMultiprocessor;
+  // So many of 256 threads, and one of whatever is wider.
+  *num_blocks = num_threads > 256 ? 1 : shim::kBlocksPerMultiprocessor;
   return cudaSuccess;
 }
 
