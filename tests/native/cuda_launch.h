@@ -128,11 +128,12 @@ struct CudaLaunch : AnyLaunch {
             static_cast<long long>(blocks), state.data()->claimed);
     require(shim_current_device() == current, "a call left another device current");
     if (status == SWAFAST_OK) {
-      require(shim_num_launches == launches + 1 && shim_last_blocks == blocks && shim_last_device == device &&
-                  shim_last_stream == kStream,
-              "%lld launches, the last of %lld blocks and not %lld, on device %d",
+      require(shim_num_launches == launches + 1 && shim_last_blocks == blocks && shim_last_threads == num_threads &&
+                  shim_last_device == device && shim_last_stream == kStream,
+              "%lld launches, the last of %lld blocks of %lld threads each and not %lld of %d, on device %d",
               static_cast<long long>(shim_num_launches - launches), static_cast<long long>(shim_last_blocks),
-              static_cast<long long>(blocks), shim_last_device);
+              static_cast<long long>(shim_last_threads), static_cast<long long>(blocks), num_threads,
+              shim_last_device);
     }
     exchanged = state.data()->exchanged;
     nonfinite = state.data()->nonfinite;

@@ -47,7 +47,7 @@ void check_updates() {
     for (const Case& it : kCases) {
       take_order(turn++);
       launch.num_blocks = turn % 5 == 0 ? 1 : 6;
-      launch.num_threads = turn % 8 == 7 ? 1024 : 256;
+      launch.num_threads = turn % 16 == 7 ? 1024 : 256;
       launch.reversed = turn % 3 == 0;
       check_case(launch, it, random);
       require(launch.capturing == 0 && launch.exchanged == 0 && launch.nonfinite == 0,

@@ -210,6 +210,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   }
   shim_num_launches += 1;
   shim_last_blocks = grid.x;
+  shim_last_threads = block.x;
   shim_last_device = shim::calls().device;
   shim_last_stream = config->stream;
   return shim::run_on_stream([=] { shim::run_grid(grid, block, [&] { kernel(arguments...); }); });

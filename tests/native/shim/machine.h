@@ -45,6 +45,7 @@ SHIM_SETTING int shim_capturing = 0;                  // every stream is: launch
 SHIM_SETTING const char* shim_failing = nullptr;      // the runtime's function that fails, by name
 SHIM_SETTING long long shim_num_launches = 0;         // kernels launched or captured so far
 SHIM_SETTING long long shim_last_blocks = 0;          // of the last launch
+SHIM_SETTING long long shim_last_threads = 0;         // of each of its blocks
 SHIM_SETTING long long shim_num_vectors = 0;          // of 16 bytes, through __ldcs, __stcs and the like
 SHIM_SETTING int shim_last_device = -1;               // which it went to
 SHIM_SETTING const void* shim_last_stream = nullptr;  // and on which stream
@@ -126,14 +127,14 @@ SHIM_HIDDEN Machine& machine() {
 }
 
 // Not by swapcontext, which asks the kernel twice: a launch switches at every barrier of every thread.
-[[noreturn]] __attribute__((noinline)) inline void enter(Fiber& fiber) {
+[[noreturn]] __attribute__((noinline, no_sanitize("address"))) inline void enter(Fiber& fiber) {
   if (fiber.has_begun) __builtin_longjmp(fiber.left, 1);
   fiber.has_begun = true;
   setcontext(&fiber.context);
   std::abort();
 }
 
-__attribute__((noinline)) inline void switch_fiber(Fiber& from, Fiber& to, bool for_good) {
+__attribute__((noinline, no_sanitize("address"))) inline void switch_fiber(Fiber& from, Fiber& to, bool for_good) {
   machine().running = &to;
 #if defined(SHIM_ASAN)
   __sanitizer_start_switch_fiber(for_good ? nullptr : &from.fake_stack, to.stack, to.stack_bytes);
