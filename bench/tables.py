@@ -222,7 +222,7 @@ def gpu_table(report: Report) -> str:
 
 
 def swept_table(report: Report) -> str:
-    """Return one line for each grid and size of chunks that a GPU run has tried."""
+    """Return one line for each grid and size of chunks that a GPU run has tried; nothing if it tried none."""
     lines = []
     for rows in grouped(row for row in report.rows if row.group.endswith(names.SWEPT)):
         own = next((row for row in rows if row.is_ours), None)
@@ -231,6 +231,9 @@ def swept_table(report: Report) -> str:
                 over = "" if own is None or own.device is None else f"{row.device.median / own.device.median:.2f}x"
                 share = percent(share_of_copy(row, rows))
                 name = f"{row.title}, {SHORT_DTYPES[row.dtype]}"
-                lines.append((name, row.provider.partition(", ")[2] or "as it is", milliseconds(row.device.median), share, over))
+                lines.append(
+                    (name, row.provider.partition(", ")[2] or "as it is", milliseconds(row.device.median), share, over)
+                )
     what = "On the device, beside the device copy of as many bytes, and over the backend's own grid and chunks."
-    return markdown("update of | grid or chunks | ms | of copy | time", lines, what, texts=2)
+    header = "update of | grid or chunks | ms | of copy | time"
+    return markdown(header, lines, what, texts=2) if lines else ""

@@ -346,15 +346,14 @@ def test_what_was_measured_stands_beside_what_was_predicted() -> None:
 
 
 def test_grids_and_chunks_are_swept_in_a_group_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    used = list[internals.Grid]()
-    use = internals.use_grid
-    monkeypatch.setattr(internals, "use_grid", lambda grid: (used.append(grid), use(grid))[1])
+    use = Mock(side_effect=internals.use_grid)
+    monkeypatch.setattr(internals, "use_grid", use)
     rows = measured(swept_case("dry_one", *DEFAULTS[0], "cpu"))
     ours = [row for row in rows if row.is_ours]
     assert [row.provider for row in ours] == ["swafast cpu", *(f"swafast cpu, {label}" for label, _ in SWEPT)]
     assert {row.group for row in rows} == {"float32 swept"}
     assert {row.status for row in rows} == {"ok"}
-    assert set(used) == {grid for _, grid in SWEPT}
+    assert {call.args[0] for call in use.call_args_list} == {grid for _, grid in SWEPT}
     report = Report(rows=rows)
     assert len(swept_table(report).splitlines()[2:-2]) >= len(ours)
     assert "dry_one" not in gpu_table(report)

@@ -21,8 +21,8 @@ from torch import Tensor
 from swafast import ExponentialAverage, FusedAveragedModel, FusedAverages, PowerAverage, doctor
 from swafast.backends import Unavailable, cpu, cuda, gpu, library
 from swafast.backends.contract import Pair, Update
-from swafast.backends.triton import launch as triton_launch
 from swafast.backends.rows import Rows
+from swafast.backends.triton import launch as triton_launch
 from swafast.loop import runners
 from swafast.op import checks, choice, plan, torch_op
 from swafast.terms.formats import FLOAT32, encode_exact

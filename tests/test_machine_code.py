@@ -26,7 +26,6 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 FLAGS = ("-std=c++17", "-O3", "--fmad=false")
 
 
-
 @dataclass(frozen=True)
 class Tile:
     """What the loop over the tiles of one dtype and format does for a thread, on sm_90."""

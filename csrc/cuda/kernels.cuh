@@ -11,8 +11,8 @@ namespace swafast::cuda {
 
 constexpr int64_t kTileThreads = 256;
 // The most threads of a block. So many fill a multiprocessor at 64 registers each, as 4 blocks of 256 threads do. With
-// them alone in its bounds an exchange got 32 registers on sm_90, and a store before its last load; with one block beside
-// them it gets more, but an update spills. tests/test_machine_code.py sees both.
+// them alone in its bounds an exchange got 32 registers on sm_90, and a store before its last load; with one block
+// beside them it gets more, but an update spills. tests/test_machine_code.py sees both.
 constexpr int kMostThreads = 1024;
 
 // Read anew for each run: kept from one to the next they would take registers that the loads in flight need.
@@ -35,9 +35,9 @@ __device__ __forceinline__ int64_t block_width() {
 #endif
 }
 
-// The groups of a run, in tiles: kUnroll groups for each of kTileThreads threads. A wider block takes as many tiles at a
-// time as fit into its width. Every load of a tile stands before its first store, so that they are under way together.
-// The addresses within a tile are a constant apart and take no registers.
+// The groups of a run, in tiles: kUnroll groups for each of kTileThreads threads. A wider block takes as many tiles at
+// a time as fit into its width. Every load of a tile stands before its first store, so that they are under way
+// together. The addresses within a tile are a constant apart and take no registers.
 template <class Mover>
 __device__ __forceinline__ void run_groups(const Mover& mover, int64_t num_groups) {
   constexpr int kUnroll = Mover::kUnroll;
@@ -297,7 +297,8 @@ __device__ __forceinline__ void begin(Progress& progress, Feed& feed, const swaf
   __syncthreads();
 }
 
-// What each kernel does with a chunk. Structs, since a lambda of this size is not inlined, and its call costs registers.
+// What each kernel does with a chunk. Structs, since a lambda of this size is not inlined, and its call costs
+// registers.
 struct UpdateChunk {
   const Progress& progress;
   __device__ __forceinline__ void operator()(const swafast_descriptor& chunk) const { update_chunk(chunk, progress); }

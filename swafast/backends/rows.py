@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..terms.draws import runs_of
-from ..terms.formats import COMPACT, COMPENSATED, EXACT, FLOAT32, HALF, MIRRORED
+from ..terms.formats import COMPACT, COMPENSATED, EXACT, FLOAT32, HALF, MIRRORED, Format
 from ..terms.layout import is_dense, same_order, whole_runs
 from ..terms.weight import KernelTerms
 from .contract import Pair
@@ -19,12 +19,16 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BYTES = 3
 _FORMATS = {FLOAT32: 0, EXACT: 1, MIRRORED: 2, COMPACT: 4, COMPENSATED: 5, HALF: 6}
 _COPIED = 3
+
+
+def _plane_bytes(fmt: Format) -> tuple[int, int]:
+    further = sum(dtype.itemsize for _, dtype in fmt.extra)
+    return (fmt.nbytes or 0) - further, further
+
+
 #: Bytes of an element, by number: of a param, and of an average's planes.
 _PARAM_BYTES = {**{number: dtype.itemsize for dtype, number in _DTYPES.items()}, _BYTES: 1}
-_PLANE_BYTES = {
-    **{number: (fmt.dtype.itemsize, sum(dtype.itemsize for _, dtype in fmt.extra)) for fmt, number in _FORMATS.items()},
-    _COPIED: (1, 0),
-}
+_PLANE_BYTES = {**{number: _plane_bytes(fmt) for fmt, number in _FORMATS.items()}, _COPIED: (1, 0)}
 
 
 def make_paces(terms: Sequence[KernelTerms], counters: Sequence[Tensor]) -> ctypes.Array[Pace]:

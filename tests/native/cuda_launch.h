@@ -132,8 +132,7 @@ struct CudaLaunch : AnyLaunch {
                   shim_last_device == device && shim_last_stream == kStream,
               "%lld launches, the last of %lld blocks of %lld threads each and not %lld of %d, on device %d",
               static_cast<long long>(shim_num_launches - launches), static_cast<long long>(shim_last_blocks),
-              static_cast<long long>(shim_last_threads), static_cast<long long>(blocks), num_threads,
-              shim_last_device);
+              static_cast<long long>(shim_last_threads), static_cast<long long>(blocks), num_threads, shim_last_device);
     }
     exchanged = state.data()->exchanged;
     nonfinite = state.data()->nonfinite;

@@ -102,7 +102,7 @@ void check_grids() {
     for (const int32_t num_blocks : {1, 2, 10, 11, 12, 1000}) {  // it has 11 chunks
       CudaLaunch launch = make_small_launch();
       launch.num_blocks = num_blocks;
-      launch.num_threads = turn == 3 ? 1024 : 256;
+      launch.num_threads = turn == 3 && num_blocks == 2 ? 1024 : 256;
       launch.device = num_blocks % 2;
       // Told apart from the weight after one more model.
       int64_t num_averaged = 3;
