@@ -5,7 +5,6 @@ csrc/: kernels
     chunk             a run of elements for one CPU task, CUDA block or Triton program
     block             CUDA's block of threads
     descriptor        a chunk of one average with its pointers, in 64 bytes, as a GPU's block reads it
-    feed              what a block holds of its descriptors: the one that it moves, and the next one
     blend             a weight in the forms that the lerp of one element needs
 
 torch_private/: names that are private in torch
