@@ -182,7 +182,7 @@ typedef struct {
   int64_t device;
 } swafast_table;
 
-/* How many blocks of a launch there are, and how many threads each has: a multiple of 32, at most 1024. Two launches of
+/* How many blocks of a launch there are, and how many threads each has: a multiple of 256, at most 1024. Two launches of
  * one table may differ in it. */
 typedef struct {
   int32_t num_blocks;
