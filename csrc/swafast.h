@@ -182,8 +182,8 @@ typedef struct {
   int64_t device;
 } swafast_table;
 
-/* How many blocks of a launch there are, and how many threads each has: a multiple of 256, at most 1024. Two launches of
- * one table may differ in it. */
+/* How many blocks of a launch there are, and how many threads each has: a multiple of 256, at most 1024. Two launches
+ * of one table may differ in it. */
 typedef struct {
   int32_t num_blocks;
   int32_t num_threads;
