@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
 from bench import names
-from bench.internals import planes_nbytes
+from bench.internals import Grid, planes_nbytes
 from bench.measure import Case
 from bench.providers import (
     BF16,
@@ -37,6 +38,14 @@ OTHER_FORMATS = (
 # Averages in one pass, and where.
 SEVERAL_COUNT, SEVERAL_ON = 3, ("gpt2_medium", "1e9", "llama3_8b")
 LARGEST, SMALL = ("1e9", "llama3_8b"), ("3000x64", "2000x64x64", "resnet50")
+# Grids and chunks that a GPU run tries, beside the backend's own: blocks of 256 threads on all multiprocessors of an
+# H200, blocks of 1024 on some of them as for an update beside other work, and chunks of other sizes.
+SWEPT: tuple[tuple[str, Grid], ...] = (
+    *((f"{count} blocks a multiprocessor", Grid(share=count / 4)) for count in (1, 2, 3)),
+    *((f"{count} whole multiprocessors", Grid(1024, count / 132)) for count in (8, 16, 24, 48)),
+    *((f"chunks of {numel}", Grid(chunk_numel=numel)) for numel in (1 << 12, 1 << 14, 1 << 16)),
+)
+SWEPT_ON = ("1e9", "resnet50")
 # What is timed beside ours in a GPU run.
 OTHERS = (names.TORCH_CLASS, names.TORCH_EMA, names.FOREACH, names.MUL_ADD, names.LERP_FLOAT)
 
@@ -68,6 +77,13 @@ def gpu_case(
     return Case((GPU_WORKLOADS | DRY_WORKLOADS)[workload], dtype, providers, held, group, format, averages)
 
 
+def swept_case(workload: str, dtype: torch.dtype, format: str, backend: str) -> Case:
+    """Return the case of one backend in its own grid and in all of :data:`SWEPT`."""
+    case = gpu_case(workload, dtype, format, (backend,), ())
+    swept = [ours_on(backend, format, swept=each) for each in SWEPT]
+    return replace(case, providers=[*case.providers, *swept], group=f"{format}{names.SWEPT}")
+
+
 def gpu_cases(part: str, backends: Sequence[str], *, dry: bool) -> list[Case]:
     """Return the cases of one part of a GPU run, those with a bar first."""
     largest, small = (("dry_one",), ("dry_few", "dry_many")) if dry else (LARGEST, SMALL)
@@ -82,6 +98,8 @@ def gpu_cases(part: str, backends: Sequence[str], *, dry: bool) -> list[Case]:
             *(gpu_case(name, *kind, backends, averages=SEVERAL_COUNT) for name in several for kind in DEFAULTS),
             *(gpu_case(largest[0], *kind, backends) for kind in OTHER_FORMATS),
         ]
+    if part == "swept":
+        return [swept_case(name, *DEFAULTS[0], backends[0]) for name in (("dry_one",) if dry else SWEPT_ON)]
     # "ours": of both sizes, on the second backend, and to count launches.
     workloads = {"largest": largest, "small": small, "ours": both}[part]
     others = OTHERS if part == "small" else ()

@@ -144,6 +144,15 @@ def accuracy_command(out: Out = OUT) -> None:
     _write(report, out / "accuracy", plot_accuracy)
 
 
+@app.command("predict")
+def predict_command() -> None:
+    """Print what updates on an H200 should take, from a model of the kernels' loops: no measurement."""
+    from bench.gpu import predictions
+
+    console.print(Markdown(predictions.model_table()), "")
+    console.print(Markdown(predictions.predictions_table(Report())))
+
+
 @app.command("gpu")
 def gpu_command(
     out: Annotated[Path, typer.Option(help="Folder for gpu.json, gpu.png, samples and logs.")] = OUT,

@@ -13,7 +13,7 @@ import runpy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -237,20 +237,31 @@ def _moving(made: dict[str, Any], rules: Sequence[str], model: nn.Module, format
 
 
 def ours(
-    name: str, format: str, dtypes: Dtypes = (FP32,), note: str = "", *, averages: int = 1, backend: str | None = None
-) -> Provider:
-    """Return our provider of one average, or of several in one pass, in one format, on one backend."""
+    name: str, format: str, dtypes: Dtypes = (FP32,), note: str = "", *, averages: int = 1, backend: str | None = None,
+    grid: internals.Grid | None = None,
+) -> Provider:  # fmt: skip
+    """Return our provider of one average, or of several in one pass, in one format, on one backend, in one grid."""
 
     def make(model: nn.Module) -> Made:
-        return _moving(_make(model, format, averages, backend), list(RULES)[:averages], model, format)
+        made = _moving(_make(model, format, averages, backend), list(RULES)[:averages], model, format)
+        if grid is None:
+            return made
+
+        def update() -> None:
+            with internals.use_grid(grid):
+                made.update()
+
+        return replace(made, update=update)
 
     missing = functools.partial(internals.backend_missing, backend)
     return Provider(name, dtypes, make, note, format, averages, missing=missing)
 
 
-def ours_on(backend: str, format: str, averages: int = 1) -> Provider:
-    """Return our provider on one backend, as a GPU run measures it."""
-    return ours(f"{names.OURS} {backend}", format, tuple(DEFAULT_FORMATS), averages=averages, backend=backend)
+def ours_on(backend: str, format: str, averages: int = 1, swept: tuple[str, internals.Grid] | None = None) -> Provider:
+    """Return our provider on one backend, as a GPU run measures it: in the backend's own grid, or in a swept one."""
+    label, grid = swept or ("", None)
+    name = f"{names.OURS} {backend}" + (f", {label}" if label else "")
+    return ours(name, format, tuple(DEFAULT_FORMATS), averages=averages, backend=backend, grid=grid)
 
 
 FLOAT32_AVERAGE = "float32 average"

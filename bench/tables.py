@@ -209,7 +209,7 @@ def gpu_table(report: Report) -> str:
     """Return one line for each workload of a GPU run: shares of the device copy, then wall times."""
     backends = names.OUR_BACKENDS["cpu" if report.dry else "cuda"]
     short, lines = [backend[:6] for backend in backends], []
-    for rows in by_format(report.rows):
+    for rows in by_format(row for row in report.rows if not row.group.endswith(names.SWEPT)):
         copy = find(rows, names.COPY)
         shown = [*(find(rows, f"{names.OURS} {name}") for name in backends), baseline(rows), find(rows, names.FOREACH)]
         name = f"{rows[0].title.replace(', no embeddings', '')}, "
@@ -219,3 +219,21 @@ def gpu_table(report: Report) -> str:
     header = ["workload", "copy TB/s", *short, "best", "foreach", *(f"{name} ms" for name in short), "best", "foreach"]
     what = "Share of the device copy's bytes a second, and wall time of an update; best: torch's best way."
     return markdown(" | ".join(header), lines, what)
+
+
+def swept_table(report: Report) -> str:
+    """Return one line for each grid and size of chunks that a GPU run has tried; nothing if it tried none."""
+    lines = []
+    for rows in grouped(row for row in report.rows if row.group.endswith(names.SWEPT)):
+        own = next((row for row in rows if row.is_ours), None)
+        for row in rows:
+            if row.is_ours and row.device is not None:
+                over = "" if own is None or own.device is None else f"{row.device.median / own.device.median:.2f}x"
+                share = percent(share_of_copy(row, rows))
+                name = f"{row.title}, {SHORT_DTYPES[row.dtype]}"
+                lines.append(
+                    (name, row.provider.partition(", ")[2] or "as it is", milliseconds(row.device.median), share, over)
+                )
+    what = "On the device, beside the device copy of as many bytes, and over the backend's own grid and chunks."
+    header = "update of | grid or chunks | ms | of copy | time"
+    return markdown(header, lines, what, texts=2) if lines else ""

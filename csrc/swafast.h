@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define SWAFAST_ABI 7
+#define SWAFAST_ABI 8
 
 /* dtype of a param */
 enum { SWAFAST_FLOAT32 = 0, SWAFAST_BFLOAT16 = 1, SWAFAST_FLOAT16 = 2, SWAFAST_BYTES = 3, SWAFAST_NUM_DTYPES = 4 };
@@ -145,25 +145,49 @@ SWAFAST_EXPORT int32_t swafast_cpu_checksum(const swafast_box* box, int32_t num_
 /* What follows is there only where the library was built with a CUDA compiler.
  *
  * Each call launches on `stream` of `device` and returns: it waits for nothing, and the device that is current in the
- * calling thread stays so. The tables are on the device and checked before they went there (swafast_check). */
+ * calling thread stays so. The tables are on the device and checked before they went there (swafast_check). Every
+ * launch says in which grid it runs. */
+
+/* A chunk of one average, with all that a block needs of it: 64 bytes, in one line of the caches. */
+typedef struct {
+  void* param; /* of its first element, as the planes are */
+  void* planes[2];
+  int64_t numel; /* bytes for SWAFAST_BYTES, elements otherwise */
+  int64_t first_index;
+  uint64_t key;
+  uint32_t tensor; /* index of the row that it was made of */
+  uint32_t index_step;
+  uint8_t dtype;
+  uint8_t format;
+  uint8_t pace;
+  uint8_t unused;
+  uint32_t follower; /* index of the descriptor of this chunk's next average; 0: there is none */
+} swafast_descriptor;
 
 /* Words in device memory that the launches of one table share; all zero at first. */
 typedef struct {
-  int64_t blocks_begun; /* by all launches so far, each of them of as many blocks */
-  int64_t exchanged;    /* 1 while params and averages have changed places */
-  int64_t nonfinite;    /* num_tensors - the lowest index of a tensor with a NaN or an infinity; 0: there is none */
+  int64_t begun;     /* grows by 2^32 with each launch, whatever its grid */
+  int64_t exchanged; /* 1 while params and averages have changed places */
+  int64_t nonfinite; /* num_tensors - the lowest index of a tensor with a NaN or an infinity; 0: there is none */
+  uint32_t claimed;  /* chunks that a launch under way has claimed; 0 between launches */
+  uint32_t unused;
 } swafast_state;
 
 /* One launch's tables. The struct itself is on the host. */
 typedef struct {
-  const swafast_tensor* tensors;
-  const swafast_chunk* chunks;
-  int64_t num_tensors;
+  const swafast_descriptor* descriptors; /* on a boundary of 16 bytes: one for each chunk, then all followers */
   int64_t num_chunks;
+  int64_t num_tensors;
   swafast_state* state;
-  int32_t device;
-  int32_t num_blocks; /* as swafast_cuda_blocks gives it */
+  int64_t device;
 } swafast_table;
+
+/* How many blocks of a launch there are, and how many threads each has: a multiple of 256, at most 1024. Two launches
+ * of one table may differ in it. */
+typedef struct {
+  int32_t num_blocks;
+  int32_t num_threads;
+} swafast_grid;
 
 /* One line: compiler and architectures. */
 SWAFAST_EXPORT const char* swafast_cuda_build(void);
@@ -171,22 +195,24 @@ SWAFAST_EXPORT const char* swafast_cuda_build(void);
 /* What went wrong in this thread's last call that returned SWAFAST_CUDA_ERROR. */
 SWAFAST_EXPORT const char* swafast_cuda_error(void);
 
-/* *num_blocks = how many blocks of an update are on the device at once. It fails where the device cannot run them. It
+/* *num_blocks = how many blocks of so many threads are on the device at once. It fails where it cannot run them. It
  * loads all kernels onto the device: call it before a launch goes into a CUDA graph. */
-SWAFAST_EXPORT int32_t swafast_cuda_blocks(int32_t device, int32_t* num_blocks);
+SWAFAST_EXPORT int32_t swafast_cuda_blocks(int32_t device, int32_t num_threads, int32_t* num_blocks);
 
 /* As swafast_cpu_update, with the counts on the device: the kernel reads them, and the last block to do so counts. A
  * negative or exhausted count leaves everything as it is, and so does state->nonfinite if `skip_nonfinite`. The array
  * of paces is on the host, and free again once the call returns. *capturing = 1 if the launch went into a CUDA graph.
  */
 SWAFAST_EXPORT int32_t swafast_cuda_update(const swafast_table* table, const swafast_pace* paces, int64_t num_paces,
-                                           int64_t advance, int32_t skip_nonfinite, int32_t* capturing, void* stream);
+                                           int64_t advance, int32_t skip_nonfinite, const swafast_grid* grid,
+                                           int32_t* capturing, void* stream);
 
 /* As swafast_cpu_exchange, with state->exchanged for its memory. */
-SWAFAST_EXPORT int32_t swafast_cuda_exchange(const swafast_table* table, int64_t wanted, void* stream);
+SWAFAST_EXPORT int32_t swafast_cuda_exchange(const swafast_table* table, int64_t wanted, const swafast_grid* grid,
+                                             void* stream);
 
 /* Fill in state->nonfinite. Copied tensors do not count. */
-SWAFAST_EXPORT int32_t swafast_cuda_first_nonfinite(const swafast_table* table, void* stream);
+SWAFAST_EXPORT int32_t swafast_cuda_first_nonfinite(const swafast_table* table, const swafast_grid* grid, void* stream);
 
 #ifdef __cplusplus
 }

@@ -16,18 +16,23 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from swafast import ExponentialAverage, FusedAveragedModel, FusedAverages, PowerAverage, doctor
 from swafast.backends import Unavailable, cpu, cuda, gpu, library
 from swafast.backends.contract import Pair, Update
+from swafast.backends.rows import Rows
 from swafast.backends.triton import launch as triton_launch
+from swafast.loop import runners
 from swafast.op import choice, plan, torch_op
 from swafast.terms import capturing
-from swafast.terms.formats import encode_exact
+from swafast.terms.formats import FLOAT32, encode_exact
+from swafast.terms.grids import SIDE, WHOLE, Grid, current_grid, use_grid
+from swafast.terms.layout import GPU_CHUNK_NUMELS, cut_chunks
 from swafast.terms.rules import EqualAverage, Rule
 from swafast.terms.weight import KernelTerms
 from tests.conftest import EveryKind, differing, tensors_of
-from tests.kernels import averages_of, check_captured_paces, clone, meet_at_each_line, update
+from tests.kernels import averages_of, check_captured_paces, clone, make_pair, meet_at_each_line, update
 from tests.kernels import differing as differing_pairs
 from tests.support import drift, refused
 
@@ -143,6 +148,94 @@ def test_replays_are_updates(shim: Shim, dtype: torch.dtype, options: dict[str, 
     counts = [int(value) for key, value in graphed.state_dict().items() if key.endswith("n_averaged")]
     assert counts == [31] * len(options.get("rules", [None]))
     assert differing(graphed.state_dict(), eager.state_dict()) == []
+
+
+# Grids
+
+
+def launched(shim: Shim, launch: cuda.CudaLaunch, pairs: Sequence[Pair], counter: Tensor, grid: Grid) -> list[int]:
+    """Update in this grid, and return how many blocks of how many threads there were."""
+    with use_grid(grid):
+        update(launch, pairs, [EqualAverage()], [counter])
+    return [shim.get("last_blocks"), shim.get("last_threads")]
+
+
+def check_grids(shim: Shim, grids: Sequence[tuple[Grid, list[int]]]) -> None:
+    """Launch one table in all of these grids in turn, and compare blocks and bits with launches in the whole one."""
+    pairs = averages_of(1, (9, 3 * GPU_CHUNK_NUMELS[0] + 7))
+    launch, expected = cuda.prepare(pairs), clone(pairs)
+    one, counters = cuda.prepare(expected), [torch.tensor(0), torch.tensor(0)]
+    for grid, blocks in grids:
+        assert launched(shim, launch, pairs, counters[0], grid) == blocks
+        update(one, expected, [EqualAverage()], counters[1:])
+    assert counters[0] == counters[1] == len(grids)
+    assert differing_pairs(pairs, expected) == []
+
+
+def test_one_table_is_launched_in_any_grid(shim: Shim) -> None:
+    """The shim's device holds 6 blocks of 256 threads or 3 of 1024."""
+    grids = [(WHOLE, [6, 256]), (Grid(1024), [3, 1024]), (Grid(256, 0.5), [3, 256]), (SIDE, [1, 1024])]
+    check_grids(shim, [*grids, *reversed(grids)])
+
+
+def test_a_replay_in_one_grid_between_updates_in_another(shim: Shim) -> None:
+    model, average = updated()
+    with shim.capture(), use_grid(SIDE):
+        average.update_parameters(model)
+    for _ in range(3):
+        average.update_parameters(model)
+        shim.replay()
+    assert average.n_averaged == 7
+
+
+def test_an_update_on_side_streams_leaves_multiprocessors_free(shim: Shim) -> None:
+    model, average = updated()
+    runner = runners.OnStreams(average._beside(model), ())
+    before = shim.get("num_launches")
+    runner.update()
+    assert shim.get("num_launches") == before + 1
+    assert [shim.get("last_blocks"), shim.get("last_threads")] == [1, 1024]
+    average.update_parameters(model)
+    assert shim.get("last_threads") == 256
+    assert current_grid() == WHOLE
+    assert SIDE.num_blocks(132) == 24  # an H200
+
+
+@pytest.mark.parametrize("numel", [None, 64])
+def test_a_grid_may_ask_for_another_size_of_chunks(shim: Shim, numel: int | None) -> None:
+    with use_grid(Grid(chunk_numel=numel)):
+        launch = cuda.prepare([make_pair(1000, torch.float32, FLOAT32)])
+    assert launch._tables[0].head.num_chunks == (1 if numel is None else 16)
+
+
+@pytest.mark.parametrize("num_paces", [1, 3])
+def test_a_descriptor_holds_all_of_its_chunk(num_paces: int) -> None:
+    pairs = averages_of(num_paces, (9, 200))
+    rows = Rows(pairs)
+    chunks = cut_chunks(rows.runs(), 64)
+    described, seen = rows.descriptors(chunks).tolist(), set()
+    for tensor, offset, numel, first_index, step in chunks.tolist():
+        at = len(seen & set(range(len(chunks))))
+        for row in range(tensor, tensor + rows.table[tensor].followers + 1):
+            pair, word = pairs[rows.order[row]], described[at]
+            seen.add(at)
+            arrays = [pair.param, *pair.planes, None][:3]
+            # Of copied pairs, offsets count bytes.
+            starts = [
+                0 if one is None else one.data_ptr() + offset * (1 if pair.format is None else one.element_size())
+                for one in arrays
+            ]
+            assert word[:6] == [*starts, numel, first_index, signed(rows.table[row].key)]
+            assert (word[6] & 0xFFFFFFFF, word[6] >> 32) == (row, step)
+            kinds = rows.table[row].dtype | rows.table[row].format << 8 | pair.pace << 16
+            assert word[7] & 0xFFFFFFFF == kinds
+            at = word[7] >> 32
+        assert at == 0
+    assert seen == set(range(len(described)))
+
+
+def signed(word: int) -> int:
+    return word - 2**64 if word >= 2**63 else word
 
 
 def plan_anew_after_a_capture(shim: Shim) -> tuple[FusedAveragedModel, weakref.ref[plan.Plan]]:
@@ -507,6 +600,12 @@ def bring_one_counter_for_all(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(gpu.Table, "counters", property(lambda table: counters(table)[:1] * library.MAX_PACES))
 
 
+def count_blocks_of_one_grid(patch: pytest.MonkeyPatch) -> None:
+    grid = cuda.CudaLaunch.grid
+    held: dict[int, Any] = {}
+    patch.setattr(cuda.CudaLaunch, "grid", lambda self, table: held.setdefault(id(table), grid(self, table)))
+
+
 def keep_the_captured_rules(patch: pytest.MonkeyPatch) -> None:
     start = cuda.CudaLaunch.start_update
     held: dict[int, Any] = {}
@@ -524,6 +623,7 @@ def keep_the_captured_rules(patch: pytest.MonkeyPatch) -> None:
     [
         (count_twice, lambda shim: test_devices_share_the_counters(shim, 1), r"\[8\] == \[5"),
         (bring_one_counter_for_all, lambda shim: test_devices_share_the_counters(shim, 3), "pace"),
+        (count_blocks_of_one_grid, test_one_table_is_launched_in_any_grid, r"\[6, 256\] == \[3, 1024\]"),
         (keep_the_captured_rules, test_replays_go_by_the_rules_that_were_captured, "a replay is wrong"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

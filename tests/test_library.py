@@ -17,6 +17,7 @@ STRUCTURES = {
     "swafast_pace": library.Pace,
     "swafast_tensor": library.TensorRow,
     "swafast_table": library.TableHead,
+    "swafast_grid": library.LaunchGrid,
     "swafast_box": library.BoxWords,
 }
 #: How C spells them. An address may be of anything.
@@ -73,11 +74,12 @@ def test_python_declares_what_the_header_states() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "name"),
     [
-        ("int64_t wanted, void* stream", "int32_t wanted, void* stream", "swafast_cuda_exchange"),
-        ("int64_t wanted, void* stream", "void* stream, int64_t wanted", "swafast_cuda_exchange"),
+        ("int64_t wanted, const swafast_grid*", "int32_t wanted, const swafast_grid*", "swafast_cuda_exchange"),
+        ("swafast_grid* grid, void* stream);", "void* stream, swafast_grid* grid);", "swafast_cuda_first_nonfinite"),
         ("double swafast_weight", "float swafast_weight", "swafast_weight"),
         ("double terms[4]", "double terms[5]", "swafast_rule"),
         ("int32_t pace;", "int64_t pace;", "swafast_tensor"),
+        ("int32_t num_threads;\n}", "int64_t num_threads;\n}", "swafast_grid"),
         ("swafast_cuda_blocks", "swafast_cuda_grid", "swafast_cuda_blocks"),
     ],
 )

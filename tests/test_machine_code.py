@@ -10,7 +10,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -25,8 +25,42 @@ NVCC = shutil.which("nvcc")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 FLAGS = ("-std=c++17", "-O3", "--fmad=false")
 
+
+@dataclass(frozen=True)
+class Tile:
+    """What the loop over the tiles of one dtype and format does for a thread, on sm_90."""
+
+    loads: int  # of 16 bytes, all of them in flight at once
+    stores: int
+    numel: int  # elements
+    most_instructions: float  # an element
+
+
+#: By dtype and format. An H200 issues 29e12 instructions a second, 4 a cycle for 32 threads on each of 132
+#: multiprocessors at 1.755 GHz. Beside a copy's 4.3 TB/s these are 82 for an element of 12 bytes, 41 for one of 6.
+UPDATE_TILES = {
+    "float32 float32": Tile(8, 4, 16, 5.2),
+    "float32 exact": Tile(4, 2, 8, 17.5),
+    "float32 mirrored": Tile(5, 3, 8, 14.5),
+    "float32 compact": Tile(7, 3, 16, 34),
+    "float32 compensated": Tile(6, 4, 8, 26),
+    "float32 half": Tile(6, 2, 16, 24.5),
+    **{
+        f"{dtype} {fmt}": tile
+        for dtype in ("bfloat16", "float16")
+        for fmt, tile in {
+            "float32": Tile(6, 4, 16, 5.5),
+            "exact": Tile(6, 4, 16, 17.5),
+            "mirrored": Tile(4, 3, 8, 14.5),
+            "compact": Tile(5, 3, 16, 34),
+            "compensated": Tile(5, 4, 8, 26.5),
+            "half": Tile(4, 2, 16, 25),
+        }.items()
+    },
+    "bytes": Tile(4, 4, 64, 0.4),
+}
 #: Each kernel's movers, and so its unrolled loops.
-TILES = {"update_kernel": 19, "exchange_kernel": 3, "nonfinite_kernel": 3}
+TILES = {"update_kernel": len(UPDATE_TILES), "exchange_kernel": 3, "nonfinite_kernel": 3}
 #: Of those, the ones that work in float64: a product and a sum for each element, rounded one by one.
 DOUBLE_TILES = {"update_kernel": 3}
 #: Of 16 bytes: 64 bytes for each thread keep the memory of a GPU busy.
@@ -52,6 +86,7 @@ needs_cuobjdump = pytest.mark.skipif(CUOBJDUMP is None, reason="needs cuobjdump"
 class Instruction:
     address: int
     text: str  # without its predicate
+    is_conditional: bool = False
 
     @property
     def mnemonic(self) -> str:
@@ -66,11 +101,13 @@ class Instruction:
 
 def parse_sass(text: str) -> dict[str, list[Instruction]]:
     """Return the instructions of each function that ``cuobjdump -sass`` prints."""
-    pattern = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([^;]*?)\s*;", re.MULTILINE)
+    pattern = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([^;]*?)\s*;", re.MULTILINE)
     functions = {}
     for part in text.split("Function : ")[1:]:
         name, _, body = part.partition("\n")
-        functions[name.strip()] = [Instruction(int(address, 16), code) for address, code in pattern.findall(body)]
+        functions[name.strip()] = [
+            Instruction(int(address, 16), code, bool(predicate)) for address, predicate, code in pattern.findall(body)
+        ]
     return functions
 
 
@@ -78,6 +115,20 @@ def innermost_loops(code: list[Instruction]) -> list[list[Instruction]]:
     spans = [(it.target, it.address) for it in code if it.target is not None and it.target < it.address]
     innermost = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
     return [[it for it in code if first <= it.address <= last] for first, last in innermost]
+
+
+def most_executed(loop: list[Instruction]) -> int:
+    """Return the instructions on the longest way through a loop: the compiler makes copies of it for some weights."""
+    ahead: dict[int, int] = {}
+    following = 0
+    for it in reversed(loop):
+        branch = ahead.get(it.target, 0) if it.target is not None else None
+        if branch is None:
+            following += 1
+        else:
+            following = 1 + (max(following, branch) if it.is_conditional else branch)
+        ahead[it.address] = following
+    return following
 
 
 def accesses(loop: list[Instruction]) -> str:
@@ -104,6 +155,33 @@ def faults_of_doubles(code: list[Instruction], num_tiles: int) -> list[str]:
     return faults
 
 
+def faults_of_tiles(code: list[Instruction], expected: Mapping[str, Tile], *, count: bool) -> list[str]:
+    """Return which tiles have other loads and stores than expected; with ``count``, which have more instructions.
+
+    Machine code has no names. So tiles of one shape are compared in the order of their instructions.
+    """
+    found: dict[tuple[int, int], list[int]] = {}
+    for loop in innermost_loops(code):
+        shape = accesses(loop).count("L"), accesses(loop).count("S")
+        if shape[0] >= LOADS_UNDER_WAY:
+            found.setdefault(shape, []).append(most_executed(loop))
+    wanted: dict[tuple[int, int], list[tuple[float, str]]] = {}
+    for name, tile in expected.items():
+        wanted.setdefault((tile.loads, tile.stores), []).append((tile.most_instructions * tile.numel, name))
+    faults = []
+    for shape in sorted(found.keys() | wanted.keys()):
+        numbers, limits = sorted(found.get(shape, [])), sorted(wanted.get(shape, []))
+        if len(numbers) != len(limits):
+            faults.append(f"{len(numbers)} of {len(limits)} tiles have {shape[0]} loads and {shape[1]} stores")
+            continue
+        faults += [
+            f"{name}: {number} instructions for {expected[name].numel} elements"
+            for number, (limit, name) in zip(numbers, limits, strict=True)
+            if count and number > limit
+        ]
+    return faults
+
+
 def faults_of_code(code: list[Instruction], num_tiles: int, stores: bool) -> list[str]:
     """Return what is wrong with a kernel: which has this many unrolled loops, and stores averages or not."""
     names = [it.mnemonic.split(".")[0] for it in code]
@@ -125,6 +203,9 @@ def faults_of_ptxas(log: str) -> list[str]:
     """Return which entry of ``ptxas -v`` spills, has a stack or takes too many registers."""
     entries = re.split(r"Compiling entry function '", log)[1:]
     faults = [] if entries else ["no entry function"]
+    functions = log.count("Function properties for ")
+    if functions > len(entries):
+        faults.append(f"{functions - len(entries)} functions are called, not inlined")
     for entry in entries:
         name = entry.partition("'")[0]
         nbytes = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
@@ -173,6 +254,8 @@ def faults_of_cubin(cubin: Path) -> list[str]:
         found = [code for name, code in functions.items() if kernel in name]
         assert len(found) == 1, f"{kernel} is there {len(found)} times"
         seen = faults_of_code(found[0], num_tiles, kernel != "nonfinite_kernel")
+        if kernel == "update_kernel":
+            seen += faults_of_tiles(found[0], UPDATE_TILES, count=cubin.stem == "sm_90")
         faults += [f"{kernel}: {it}" for it in [*seen, *faults_of_doubles(found[0], DOUBLE_TILES.get(kernel, 0))]]
     return faults
 
@@ -305,6 +388,18 @@ def test_a_planted_fault_in_the_code_is_seen() -> None:
     assert faults_of_code(planted_sass("LDS R2, [UR4]", "LDC R1, c[0x0]", *[LOAD] * 4), 1, stores=False) == []
 
 
+def test_a_planted_fault_in_a_tile_is_seen() -> None:
+    healthy = planted_sass(*[LOAD] * 4, "FADD R8, R8, R9", STORE, STORE)  # with its branch 8 instructions
+    expected = {"one": Tile(4, 2, 4, 2.0)}
+    assert faults_of_tiles(healthy, expected, count=True) == []
+    assert faults_of_tiles(healthy, {"one": Tile(4, 2, 4, 1.9)}, count=True) == ["one: 8 instructions for 4 elements"]
+    assert faults_of_tiles(healthy, {"one": Tile(4, 2, 4, 1.9)}, count=False) == []
+    assert faults_of_tiles(planted_sass(*[LOAD] * 5, STORE, STORE), expected, count=True) == [
+        "0 of 1 tiles have 4 loads and 2 stores",
+        "1 of 0 tiles have 5 loads and 2 stores",
+    ]
+
+
 def test_a_planted_fault_in_float64_is_seen() -> None:
     product, total, fused = "DMUL R8, R10, R12", "DADD R8, R8, R14", "DFMA R8, R10, R12, R14"
     healthy = planted_sass(*[LOAD] * 4, product, total, STORE)
@@ -327,6 +422,8 @@ def test_a_planted_fault_in_what_ptxas_says_is_seen() -> None:
         assert faults_of_ptxas(said.replace(old, new))[0].startswith("kernel: ")
     assert faults_of_ptxas(said.replace("bytes", "")) == ["kernel: nothing said about stack and registers"]
     assert faults_of_ptxas("") == ["no entry function"]
+    called = "ptxas info    : Function properties for a_lambda\n    0 bytes stack frame, 4 bytes spill stores\n"
+    assert faults_of_ptxas(said + called) == ["1 functions are called, not inlined"]
 
 
 def test_a_planted_fault_in_the_arithmetic_is_seen() -> None:

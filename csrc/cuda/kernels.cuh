@@ -1,5 +1,5 @@
-// The kernels: a persistent grid of blocks takes chunks in turn and runs a mover over each. One launch serves tensors
-// of every dtype and format.
+// The kernels: a persistent grid of blocks claims chunks and runs a mover over each. One launch serves tensors of every
+// dtype and format, in a grid that the launch chooses.
 #pragma once
 
 #include <type_traits>
@@ -9,10 +9,13 @@
 
 namespace swafast::cuda {
 
-constexpr int64_t kThreads = 256;
-constexpr int kBlocksPerMultiprocessor = 4;
+constexpr int64_t kTileThreads = 256;
+// The most threads of a block. So many fill a multiprocessor at 64 registers each, as 4 blocks of 256 threads do. With
+// them alone in its bounds an exchange got 32 registers on sm_90, and a store before its last load; with one block
+// beside them it gets more, but an update spills. tests/test_machine_code.py sees both.
+constexpr int kMostThreads = 1024;
 
-// Read anew for each run: kept from one to the next it would take registers that the loads in flight need.
+// Read anew for each run: kept from one to the next they would take registers that the loads in flight need.
 __device__ __forceinline__ int64_t thread_index() {
 #if defined(__CUDA_ARCH__)
   uint32_t index;
@@ -22,24 +25,37 @@ __device__ __forceinline__ int64_t thread_index() {
   return threadIdx.x;
 #endif
 }
+__device__ __forceinline__ int64_t block_width() {
+#if defined(__CUDA_ARCH__)
+  uint32_t width;
+  asm volatile("mov.u32 %0, %%ntid.x;" : "=r"(width));
+  return width;
+#else
+  return blockDim.x;
+#endif
+}
 
-// The groups of a run: kUnroll of them a thread at a time, a block's width apart, then one. Every load of a tile stands
-// before its first store, so that they are under way together.
+// The groups of a run, in tiles: kUnroll groups for each of kTileThreads threads. A wider block takes as many tiles at
+// a time as fit into its width. Every load of a tile stands before its first store, so that they are under way
+// together. The addresses within a tile are a constant apart and take no registers.
 template <class Mover>
 __device__ __forceinline__ void run_groups(const Mover& mover, int64_t num_groups) {
-  int64_t index = thread_index();
-  if constexpr (Mover::kUnroll > 1) {
+  constexpr int kUnroll = Mover::kUnroll;
+  const int64_t thread = thread_index();
+  int64_t index = thread + thread / kTileThreads * (kUnroll - 1) * kTileThreads;
+  if constexpr (kUnroll > 1) {
     SWAFAST_NO_UNROLL
-    for (; index + (Mover::kUnroll - 1) * kThreads < num_groups; index += Mover::kUnroll * kThreads) {
-      typename Mover::Group groups[Mover::kUnroll];
+    for (; index + (kUnroll - 1) * kTileThreads < num_groups; index += kUnroll * block_width()) {
+      typename Mover::Group groups[kUnroll];
       SWAFAST_UNROLL
-      for (int u = 0; u < Mover::kUnroll; ++u) mover.load(groups[u], index + u * kThreads);
+      for (int u = 0; u < kUnroll; ++u) mover.load(groups[u], index + u * kTileThreads);
       SWAFAST_UNROLL
-      for (int u = 0; u < Mover::kUnroll; ++u) mover.store(groups[u], index + u * kThreads);
+      for (int u = 0; u < kUnroll; ++u) mover.store(groups[u], index + u * kTileThreads);
     }
   }
+  // What is left is within one tile.
   SWAFAST_NO_UNROLL
-  for (; index < num_groups; index += kThreads) {
+  for (; index < num_groups; index += kUnroll > 1 ? kTileThreads : block_width()) {
     typename Mover::Group group;
     mover.load(group, index);
     mover.store(group, index);
@@ -117,43 +133,89 @@ __device__ __forceinline__ bool holds_nonfinite(const void* param, int64_t numel
   return bad;
 }
 
-// The arrays of one chunk, in the row of its tensor or in that of a follower.
-struct Run {
-  void* param;
-  void* planes[2];
-  int64_t numel, offset, tensor, first_index;
-  uint64_t key;
-  uint32_t index_step;
-  int32_t dtype, format, pace, followers;
+// A launch begins by reading words that its end state is to change: no block may read what another has changed already.
+// One thread of each block reads them, then says so here; the last one to do so may write. All blocks of a launch add
+// up to 2^32, whatever its grid: two launches of one table that ran into one another, on streams of which neither
+// waited, leave the lower half at 0, and the next one counts right.
+__device__ __forceinline__ bool is_last_to_begin(swafast_state* state) {
+  const uint64_t share = blockIdx.x == 0 ? (uint64_t{1} << 32) - (gridDim.x - 1) : 1;
+  return static_cast<uint32_t>(add_to(&state->begun, share) + share) == 0;
+}
 
-  __device__ __forceinline__ Run(const swafast_table& table, int64_t index, int32_t follower = 0) {
-    const auto* chunk = reinterpret_cast<const long long*>(table.chunks + index);
-    tensor = __ldg(chunk) + follower;
-    offset = __ldg(chunk + 1);
-    numel = __ldg(chunk + 2);
-    first_index = __ldg(chunk + 3);
-    index_step = static_cast<uint32_t>(__ldg(chunk + 4));
-    const auto* row = reinterpret_cast<const long long*>(table.tensors + tensor);
-    param = reinterpret_cast<void*>(__ldg(row));
-    planes[0] = reinterpret_cast<void*>(__ldg(row + 1));
-    planes[1] = reinterpret_cast<void*>(__ldg(row + 2));
-    const long long kinds = __ldg(row + 4);
-    dtype = static_cast<int32_t>(kinds);
-    format = static_cast<int32_t>(kinds >> 32);
-    key = static_cast<uint64_t>(__ldg(row + 5));
-    const long long others = __ldg(row + 6);
-    pace = static_cast<int32_t>(others);
-    followers = static_cast<int32_t>(others >> 32);
+// What a block knows of its chunks, in shared memory: the one that it moves, and the next one, which is on its way
+// meanwhile. Neither takes a register, and the table in a register would cost one that the loads in flight need.
+struct alignas(16) Feed {
+  swafast_descriptor here, coming;
+  swafast_table table;
+  int64_t next, after;  // which chunks follow on `here`; num_chunks or more: none
+};
+
+// Bring a descriptor into shared memory. It is there for all threads after wait_for_copies and a barrier.
+__device__ __forceinline__ void fetch(swafast_descriptor& into, const swafast_table& table, int64_t index) {
+  SWAFAST_UNROLL
+  for (int part = 0; part < static_cast<int>(sizeof into / sizeof(uint4)); ++part) {
+    copy_16_bytes(reinterpret_cast<uint4*>(&into) + part,
+                  reinterpret_cast<const uint4*>(table.descriptors + index) + part);
+  }
+}
+
+// Every block begins with the chunk of its own index and claims further ones: a block that shares its multiprocessor
+// with another kernel, or begins late, takes fewer of them. A launch claims num_chunks times, whatever its grid: each
+// block once in vain. So the word is at 0 again when it ends.
+__device__ __forceinline__ int64_t claim(const swafast_table& table) {
+  uint32_t* claimed = &table.state->claimed;
+  SWAFAST_ASSUME_GLOBAL(claimed);
+  return int64_t{gridDim.x} + atomicInc(claimed, static_cast<uint32_t>(table.num_chunks - 1));
+}
+
+// The thread that feeds its block: of a short chunk the last one has no elements, so its waiting costs nothing.
+__device__ __forceinline__ bool feeds() { return thread_index() == block_width() - 1; }
+
+// The chunk that a block begins with, on its way while the block begins.
+__device__ __forceinline__ void fetch_first(Feed& feed, const swafast_table& table) {
+  if (!feeds()) return;
+  feed.table = table;
+  if (blockIdx.x < table.num_chunks) fetch(feed.here, table, blockIdx.x);
+}
+// By one thread, once it knows that the block will move chunks.
+__device__ __forceinline__ void claim_second(Feed& feed, const swafast_table& table) {
+  feed.next = table.num_chunks == 0 ? 0 : claim(table);
+}
+
+// What a block moves after `here`.
+struct Ahead {
+  int64_t index;  // of its descriptor, or -1
+  bool is_chunk;  // and no follower
+  __device__ __forceinline__ Ahead(const Feed& feed, bool followers) {
+    const uint32_t follower = followers ? feed.here.follower : 0;
+    is_chunk = follower == 0 && feed.next < feed.table.num_chunks;
+    index = follower != 0 ? follower : is_chunk ? feed.next : -1;
   }
 };
-static_assert(sizeof(swafast_tensor) == 56 && sizeof(swafast_chunk) == 40, "Run reads them as 64-bit words");
 
-// A launch begins by reading words that its end state is to change: no block may read what another has changed already.
-// One thread of each block reads them, then says so here; the last one to do so may write. The blocks are counted from
-// launch to launch: two of one table that ran into one another, on streams of which neither waited, leave a whole
-// number of launches behind, and the next one counts right.
-__device__ __forceinline__ bool is_last_to_begin(swafast_state* state) {
-  return (count_up(&state->blocks_begun) + 1) % gridDim.x == 0;
+// Move every chunk of this block by `move(descriptor)`, and with kFollowers the followers of each. fetch_first,
+// claim_second, wait_for_copies and a barrier come before.
+template <bool kFollowers, class MoveChunk>
+__device__ __forceinline__ void for_each_chunk(Feed& feed, MoveChunk move) {
+  if (feed.table.num_chunks == 0) return;
+  SWAFAST_NO_UNROLL
+  for (;;) {
+    if (feeds()) {
+      const Ahead ahead(feed, kFollowers);
+      if (ahead.index >= 0) fetch(feed.coming, feed.table, ahead.index);
+      feed.after = ahead.is_chunk ? claim(feed.table) : feed.next;
+    }
+    move(feed.here);
+    forget_registers();
+    if (Ahead(feed, kFollowers).index < 0) return;
+    wait_for_copies();
+    __syncthreads();
+    if (feeds()) {
+      feed.here = feed.coming;
+      feed.next = feed.after;
+    }
+    __syncthreads();
+  }
 }
 
 // The paces of a launch, which go to the device with it.
@@ -170,48 +232,46 @@ struct Progress {
 };
 
 template <class Dtype, class Format>
-__device__ __forceinline__ void update_in(const Run& run, const Progress& progress) {
-  Move move = {progress.blends[run.pace], {}, static_cast<uint32_t>(run.first_index), run.index_step};
-  if constexpr (Format::kRandom != 0) move.draw = draw_of(run.key, progress.counts[run.pace], run.first_index);
-  update_run<Dtype, Format>(at(run.param, run.offset * Dtype::kBytes), at(run.planes[0], run.offset * Format::kFirst),
-                            at(run.planes[1], run.offset * Format::kSecond), run.numel, move);
+__device__ __forceinline__ void update_in(const swafast_descriptor& chunk, const Progress& progress) {
+  Move move = {progress.blends[chunk.pace], {}, static_cast<uint32_t>(chunk.first_index), chunk.index_step};
+  if constexpr (Format::kRandom != 0) move.draw = draw_of(chunk.key, progress.counts[chunk.pace], chunk.first_index);
+  update_run<Dtype, Format>(chunk.param, chunk.planes[0], chunk.planes[1], chunk.numel, move);
 }
 
 template <class Dtype>
-__device__ __forceinline__ void update_as(const Run& run, const Progress& progress) {
-  switch (run.format) {
+__device__ __forceinline__ void update_as(const swafast_descriptor& chunk, const Progress& progress) {
+  switch (chunk.format) {
     case SWAFAST_FORMAT_FLOAT32:
-      return update_in<Dtype, FormatFloat32>(run, progress);
+      return update_in<Dtype, FormatFloat32>(chunk, progress);
     case SWAFAST_FORMAT_EXACT:
-      return update_in<Dtype, FormatExact>(run, progress);
+      return update_in<Dtype, FormatExact>(chunk, progress);
     case SWAFAST_FORMAT_COMPACT:
-      return update_in<Dtype, FormatCompact>(run, progress);
+      return update_in<Dtype, FormatCompact>(chunk, progress);
     case SWAFAST_FORMAT_COMPENSATED:
-      return update_in<Dtype, FormatCompensated>(run, progress);
+      return update_in<Dtype, FormatCompensated>(chunk, progress);
     case SWAFAST_FORMAT_HALF:
-      return update_in<Dtype, FormatHalf>(run, progress);
+      return update_in<Dtype, FormatHalf>(chunk, progress);
     default:
-      return update_in<Dtype, FormatMirrored>(run, progress);
+      return update_in<Dtype, FormatMirrored>(chunk, progress);
   }
 }
 
-__device__ __forceinline__ void update_run(const Run& run, const Progress& progress) {
-  switch (run.dtype) {
+__device__ __forceinline__ void update_chunk(const swafast_descriptor& chunk, const Progress& progress) {
+  switch (chunk.dtype) {
     case SWAFAST_FLOAT32:
-      return update_as<Float32>(run, progress);
+      return update_as<Float32>(chunk, progress);
     case SWAFAST_BFLOAT16:
-      return update_as<BFloat16>(run, progress);
+      return update_as<BFloat16>(chunk, progress);
     case SWAFAST_FLOAT16:
-      return update_as<Float16>(run, progress);
+      return update_as<Float16>(chunk, progress);
     default:
-      return plain_run<Copy, 1>(static_cast<const void*>(at(run.param, run.offset)), at(run.planes[0], run.offset),
-                                run.numel);
+      return plain_run<Copy, 1>(static_cast<const void*>(chunk.param), chunk.planes[0], chunk.numel);
   }
 }
 
 // One thread for each pace reads its count and works out its weight while the others wait: 64-bit floating-point units
 // are few on many GPUs. The last block to have read the counts advances them, long before the memory traffic is over.
-__device__ __forceinline__ void begin(Progress& progress, const swafast_table& table, const Paces& paces,
+__device__ __forceinline__ void begin(Progress& progress, Feed& feed, const swafast_table& table, const Paces& paces,
                                       int64_t advance, int32_t skip_nonfinite) {
   const int k = static_cast<int>(threadIdx.x);
   if (k < paces.count) progress.counts[k] = read_word(paces.each[k].num_averaged);
@@ -223,6 +283,7 @@ __device__ __forceinline__ void begin(Progress& progress, const swafast_table& t
     for (int p = 0; p < paces.count; ++p) stop |= progress.counts[p] < 0 || progress.counts[p] == INT64_MAX;
     last = is_last_to_begin(table.state);
     progress.stop = stop;
+    if (!stop) claim_second(feed, table);
   }
   if (k < paces.count) {
     const int64_t n = progress.counts[k];
@@ -232,69 +293,83 @@ __device__ __forceinline__ void begin(Progress& progress, const swafast_table& t
     SWAFAST_NO_UNROLL
     for (int p = 0; p < paces.count; ++p) write_word(paces.each[p].num_averaged, progress.counts[p] + advance);
   }
+  wait_for_copies();
   __syncthreads();
 }
 
-// The averages of one param are moved one after another, of which the first brings its chunk into the caches: from the
-// last row back, since how many are left is then all that is kept in a register meanwhile.
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+// What each kernel does with a chunk. Structs, since a lambda of this size is not inlined, and its call costs
+// registers.
+struct UpdateChunk {
+  const Progress& progress;
+  __device__ __forceinline__ void operator()(const swafast_descriptor& chunk) const { update_chunk(chunk, progress); }
+};
+
+struct ExchangeChunk {
+  __device__ __forceinline__ void operator()(const swafast_descriptor& chunk) const {
+    switch (chunk.dtype) {
+      case SWAFAST_FLOAT32:
+        return plain_run<Exchange, 4>(chunk.param, chunk.planes[0], chunk.numel);
+      case SWAFAST_BYTES:
+        return plain_run<Exchange, 1>(chunk.param, chunk.planes[0], chunk.numel);
+      default:
+        return plain_run<Exchange, 2>(chunk.param, chunk.planes[0], chunk.numel);
+    }
+  }
+};
+
+struct SearchChunk {
+  const swafast_table& table;
+  __device__ __forceinline__ void operator()(const swafast_descriptor& chunk) const {
+    auto* found = reinterpret_cast<unsigned long long*>(&table.state->nonfinite);
+    if (is_bad(chunk)) atomicMax(found, static_cast<unsigned long long>(table.num_tensors - chunk.tensor));
+  }
+  __device__ __forceinline__ static bool is_bad(const swafast_descriptor& chunk) {
+    switch (chunk.dtype) {
+      case SWAFAST_FLOAT32:
+        return holds_nonfinite<Float32>(chunk.param, chunk.numel);
+      case SWAFAST_BFLOAT16:
+        return holds_nonfinite<BFloat16>(chunk.param, chunk.numel);
+      case SWAFAST_FLOAT16:
+        return holds_nonfinite<Float16>(chunk.param, chunk.numel);
+      default:
+        return false;
+    }
+  }
+};
+
+// The averages of one param are moved one after another, of which the first brings its chunk into the caches.
+__global__ void __launch_bounds__(kMostThreads)
     update_kernel(const __grid_constant__ swafast_table table, const __grid_constant__ Paces paces, int64_t advance,
                   int32_t skip_nonfinite) {
   __shared__ Progress progress;
-  begin(progress, table, paces, advance, skip_nonfinite);
-  if (progress.stop) return;
-  for (int64_t i = blockIdx.x; i < table.num_chunks; i += gridDim.x) {
-    int32_t follower = Run(table, i).followers;
-    do {
-      update_run(Run(table, i, follower), progress);
-    } while (follower-- > 0);
-  }
+  __shared__ Feed feed;
+  fetch_first(feed, table);
+  begin(progress, feed, table, paces, advance, skip_nonfinite);
+  if (!progress.stop) for_each_chunk<true>(feed, UpdateChunk{progress});
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    exchange_kernel(const swafast_table table, int64_t wanted) {
+__global__ void __launch_bounds__(kMostThreads, 1)
+    exchange_kernel(const __grid_constant__ swafast_table table, int64_t wanted) {
   __shared__ bool stop;
+  __shared__ Feed feed;
+  fetch_first(feed, table);
   if (threadIdx.x == 0) {
     stop = read_word(&table.state->exchanged) == wanted;
     if (is_last_to_begin(table.state)) write_word(&table.state->exchanged, wanted);
+    if (!stop) claim_second(feed, table);
   }
+  wait_for_copies();
   __syncthreads();
-  if (stop) return;
-  for (int64_t i = blockIdx.x; i < table.num_chunks; i += gridDim.x) {
-    const Run run(table, i);
-    switch (run.dtype) {
-      case SWAFAST_FLOAT32:
-        plain_run<Exchange, 4>(at(run.param, run.offset * 4), at(run.planes[0], run.offset * 4), run.numel);
-        break;
-      case SWAFAST_BYTES:
-        plain_run<Exchange, 1>(at(run.param, run.offset), at(run.planes[0], run.offset), run.numel);
-        break;
-      default:
-        plain_run<Exchange, 2>(at(run.param, run.offset * 2), at(run.planes[0], run.offset * 2), run.numel);
-    }
-  }
+  if (!stop) for_each_chunk<false>(feed, ExchangeChunk{});
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) nonfinite_kernel(const swafast_table table) {
-  auto* found = reinterpret_cast<unsigned long long*>(&table.state->nonfinite);
-  for (int64_t i = blockIdx.x; i < table.num_chunks; i += gridDim.x) {
-    const Run run(table, i);
-    bool bad = false;
-    switch (run.dtype) {
-      case SWAFAST_FLOAT32:
-        bad = holds_nonfinite<Float32>(at(run.param, run.offset * 4), run.numel);
-        break;
-      case SWAFAST_BFLOAT16:
-        bad = holds_nonfinite<BFloat16>(at(run.param, run.offset * 2), run.numel);
-        break;
-      case SWAFAST_FLOAT16:
-        bad = holds_nonfinite<Float16>(at(run.param, run.offset * 2), run.numel);
-        break;
-      default:
-        break;
-    }
-    if (bad) atomicMax(found, static_cast<unsigned long long>(table.num_tensors - run.tensor));
-  }
+__global__ void __launch_bounds__(kMostThreads, 1) nonfinite_kernel(const __grid_constant__ swafast_table table) {
+  __shared__ Feed feed;
+  fetch_first(feed, table);
+  if (threadIdx.x == 0) claim_second(feed, table);
+  wait_for_copies();
+  __syncthreads();
+  for_each_chunk<false>(feed, SearchChunk{table});
 }
 
 }  // namespace swafast::cuda

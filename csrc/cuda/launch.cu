@@ -47,12 +47,13 @@ class DeviceScope {
 };
 
 template <class... Expected, class... Given>
-cudaError_t launch(const swafast_table& table, void* stream, void (*kernel)(Expected...), Given... arguments) {
+cudaError_t launch(const swafast_table& table, const swafast_grid& grid, void* stream, void (*kernel)(Expected...),
+                   Given... arguments) {
   // A launch without chunks still counts.
-  const int64_t blocks = table.num_chunks < table.num_blocks ? table.num_chunks : table.num_blocks;
+  const int64_t blocks = table.num_chunks < grid.num_blocks ? table.num_chunks : grid.num_blocks;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks < 1 ? 1 : blocks));
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(static_cast<unsigned>(grid.num_threads));
   config.stream = static_cast<cudaStream_t>(stream);
   return cudaLaunchKernelEx(&config, kernel, static_cast<Expected>(arguments)...);
 }
@@ -84,7 +85,7 @@ const char* swafast_cuda_build(void) {
 
 const char* swafast_cuda_error(void) { return last_error; }
 
-int32_t swafast_cuda_blocks(int32_t device, int32_t* num_blocks) {
+int32_t swafast_cuda_blocks(int32_t device, int32_t num_threads, int32_t* num_blocks) {
   const DeviceScope scope(device);
   if (scope.error() != cudaSuccess) return status_of(scope.error());
   int multiprocessors = 0, per_multiprocessor = 0;
@@ -93,16 +94,16 @@ int32_t swafast_cuda_blocks(int32_t device, int32_t* num_blocks) {
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
   if (error == cudaSuccess) {
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, update_kernel, kThreads, 0);
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, update_kernel, num_threads, 0);
   }
   *num_blocks = multiprocessors * per_multiprocessor;
   return status_of(error);
 }
 
 int32_t swafast_cuda_update(const swafast_table* table, const swafast_pace* paces, int64_t num_paces, int64_t advance,
-                            int32_t skip_nonfinite, int32_t* capturing, void* stream) {
+                            int32_t skip_nonfinite, const swafast_grid* grid, int32_t* capturing, void* stream) {
   if (num_paces < 1 || num_paces > SWAFAST_MAX_PACES) return SWAFAST_BAD_PACE;
-  const DeviceScope scope(table->device);
+  const DeviceScope scope(static_cast<int32_t>(table->device));
   if (scope.error() != cudaSuccess) return status_of(scope.error());
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capture);
@@ -111,24 +112,24 @@ int32_t swafast_cuda_update(const swafast_table* table, const swafast_pace* pace
     Paces copied = {};
     std::memcpy(copied.each, paces, static_cast<size_t>(num_paces) * sizeof *paces);
     copied.count = static_cast<int32_t>(num_paces);
-    error = launch(*table, stream, update_kernel, *table, copied, advance, skip_nonfinite);
+    error = launch(*table, *grid, stream, update_kernel, *table, copied, advance, skip_nonfinite);
   }
   return status_of(error);
 }
 
-int32_t swafast_cuda_exchange(const swafast_table* table, int64_t wanted, void* stream) {
-  const DeviceScope scope(table->device);
+int32_t swafast_cuda_exchange(const swafast_table* table, int64_t wanted, const swafast_grid* grid, void* stream) {
+  const DeviceScope scope(static_cast<int32_t>(table->device));
   if (scope.error() != cudaSuccess) return status_of(scope.error());
-  return status_of(launch(*table, stream, exchange_kernel, *table, wanted));
+  return status_of(launch(*table, *grid, stream, exchange_kernel, *table, wanted));
 }
 
-int32_t swafast_cuda_first_nonfinite(const swafast_table* table, void* stream) {
-  const DeviceScope scope(table->device);
+int32_t swafast_cuda_first_nonfinite(const swafast_table* table, const swafast_grid* grid, void* stream) {
+  const DeviceScope scope(static_cast<int32_t>(table->device));
   if (scope.error() != cudaSuccess) return status_of(scope.error());
   const cudaError_t error =
       cudaMemsetAsync(&table->state->nonfinite, 0, sizeof table->state->nonfinite, static_cast<cudaStream_t>(stream));
   if (error != cudaSuccess) return status_of(error);
-  return status_of(launch(*table, stream, nonfinite_kernel, *table));
+  return status_of(launch(*table, *grid, stream, nonfinite_kernel, *table));
 }
 
 }  // extern "C"

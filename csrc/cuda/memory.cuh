@@ -143,14 +143,38 @@ __device__ __forceinline__ void write_word(int64_t* word, int64_t value) {
   __stcg(reinterpret_cast<long long*>(word), static_cast<long long>(value));
 }
 
-// Add 1 and give what was there. This thread's accesses before it are over by then, and those after it not yet begun.
-__device__ __forceinline__ int64_t count_up(int64_t* word) {
+// Add to a word and give what was there. This thread's accesses before it are over by then, and those after it not yet
+// begun.
+__device__ __forceinline__ uint64_t add_to(int64_t* word, uint64_t value) {
 #if defined(__CUDA_ARCH__)
-  int64_t before;
-  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], 1;" : "=l"(before) : "l"(word) : "memory");
+  uint64_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;" : "=l"(before) : "l"(word), "l"(value) : "memory");
   return before;
 #else
-  return __atomic_fetch_add(word, 1, __ATOMIC_ACQ_REL);
+  return __atomic_fetch_add(reinterpret_cast<uint64_t*>(word), value, __ATOMIC_ACQ_REL);
+#endif
+}
+
+// Read shared memory again from here on: what was read before is not kept in registers.
+__device__ __forceinline__ void forget_registers() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" ::: "memory");
+#endif
+}
+
+// Copy from global into shared memory, beside whatever this thread does next. It takes no register meanwhile.
+__device__ __forceinline__ void copy_16_bytes(uint4* shared, const uint4* global) {
+#if defined(__CUDA_ARCH__)
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+#else
+  *shared = *global;
+#endif
+}
+// Wait until this thread's copies are there.
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..terms.grids import SIDE, WHOLE
 from . import Unavailable, library
 from .contract import Pair
 from .gpu import DeviceLaunch, Table
@@ -43,10 +44,10 @@ def describe() -> str:
 
 
 @functools.cache
-def num_blocks(device_index: int) -> int | Unavailable:
-    """Return how many blocks of an update run on a device at once, or why none does."""
+def num_blocks(device_index: int, num_threads: int = WHOLE.num_threads) -> int | Unavailable:
+    """Return how many blocks of so many threads run on a device at once, or why none does."""
     count = ctypes.c_int32()
-    status = library.loaded().swafast_cuda_blocks(device_index, ctypes.byref(count))
+    status = library.loaded().swafast_cuda_blocks(device_index, num_threads, ctypes.byref(count))
     return count.value if status == 0 else Unavailable(_last_error())
 
 
@@ -59,10 +60,11 @@ def serves(pair: Pair) -> bool:
 
 
 def _is_usable(device: torch.device) -> bool:
-    blocks = num_blocks(device.index or 0)
-    if isinstance(blocks, Unavailable):
-        _warn_unusable(str(device), blocks.reason)
-        return False
+    for grid in (WHOLE, SIDE):  # each now: a capture must not ask
+        blocks = num_blocks(device.index or 0, grid.num_threads)
+        if isinstance(blocks, Unavailable):
+            _warn_unusable(str(device), blocks.reason)
+            return False
     return True
 
 
@@ -76,8 +78,8 @@ class CudaLaunch(DeviceLaunch):
         self._native = library.loaded()
         super().__init__(pairs)
 
-    def num_blocks(self, device: torch.device) -> int:
-        blocks = num_blocks(device.index or 0)
+    def num_blocks(self, device: torch.device, num_threads: int) -> int:
+        blocks = num_blocks(device.index or 0, num_threads)
         assert not isinstance(blocks, Unavailable), "serves() refuses the pairs of such a device"
         return blocks
 
@@ -85,15 +87,17 @@ class CudaLaunch(DeviceLaunch):
         self, table: Table, paces: ctypes.Array[library.Pace], advance: int, skip_nonfinite: bool, stream: int
     ) -> None:
         capturing = ctypes.c_int32()
-        head, out = ctypes.byref(table.head), ctypes.byref(capturing)
-        _check(self._native.swafast_cuda_update(head, paces, len(paces), advance, skip_nonfinite, out, stream))
+        head, grid, out = ctypes.byref(table.head), ctypes.byref(self.grid(table)), ctypes.byref(capturing)
+        _check(self._native.swafast_cuda_update(head, paces, len(paces), advance, skip_nonfinite, grid, out, stream))
         self.captured |= bool(capturing.value)
 
     def start_exchange(self, table: Table, wanted: bool, stream: int) -> None:
-        _check(self._native.swafast_cuda_exchange(ctypes.byref(table.head), int(wanted), stream))
+        grid = ctypes.byref(self.grid(table))
+        _check(self._native.swafast_cuda_exchange(ctypes.byref(table.head), int(wanted), grid, stream))
 
     def start_first_nonfinite(self, table: Table, stream: int) -> None:
-        _check(self._native.swafast_cuda_first_nonfinite(ctypes.byref(table.head), stream))
+        grid = ctypes.byref(self.grid(table))
+        _check(self._native.swafast_cuda_first_nonfinite(ctypes.byref(table.head), grid, stream))
 
 
 prepare = CudaLaunch

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..terms.capturing import refuse_capture
+from ..terms.grids import WHOLE, Grid, current_grid
 from ..terms.layout import GPU_CHUNK_NUMELS, cut_chunks, gpu_chunk_numel
 from ..torch_private.core import current_raw_stream
 from . import library
@@ -20,19 +21,21 @@ from .contract import Pair, Update
 from .rows import Rows, make_paces
 
 #: 64-bit words of ``swafast_state`` in csrc/swafast.h, and which of them is ``nonfinite``.
-_STATE_WORDS, _NONFINITE_WORD = 3, 2
+_STATE_WORDS, _NONFINITE_WORD = 4, 2
 _COUNTER_WORDS = library.MAX_PACES
 
 
 @dataclass
 class Table:
-    """The tables of the launches on one device, in one allocation there: tensors, chunks, state, counters."""
+    """The tables of the launches on one device, in one allocation there: descriptors, state, counters."""
 
     device: torch.device
     indices: tuple[int, ...]  # of the pairs, in the order of the rows
     words: Tensor = field(repr=False)  # int64
     head: library.TableHead
     stream: int  # that the table was made on
+    #: By the grids that were asked for. Two threads may make one at the same time: either serves.
+    grids: dict[Grid, library.LaunchGrid] = field(default_factory=dict, repr=False)
     #: The last update, with its paces. An interrupt cannot part the two.
     _made: tuple[Update | None, ctypes.Array[library.Pace]] = field(
         default_factory=lambda: (None, make_paces((), ())), repr=False
@@ -62,19 +65,16 @@ def make_table(pairs: Sequence[Pair], indices: Sequence[int], num_blocks: int) -
     rows = Rows(pairs)
     # Of a param with several averages a chunk is read again for each of them, from caches that hold the shortest.
     chunk_numel = GPU_CHUNK_NUMELS[0] if rows.most_followers else gpu_chunk_numel(rows.numel, num_blocks)
-    chunks = cut_chunks(rows.runs(), chunk_numel)
-    tensors = torch.frombuffer(rows.table, dtype=torch.int64)
+    chunks = cut_chunks(rows.runs(), current_grid().chunk_numel or chunk_numel)
     state = torch.zeros(_STATE_WORDS + _COUNTER_WORDS, dtype=torch.int64, device="cpu")
     with torch.inference_mode(False), torch.no_grad():
-        words = torch.cat((tensors, chunks.flatten(), state)).to(device)
+        words = torch.cat((rows.descriptors(chunks).flatten(), state)).to(device)
     if device.type == "cuda":
         # Later launches may be on another stream, which knows nothing of this copy.
         torch.cuda.current_stream(device).synchronize()
-    head = library.TableHead(num_tensors=len(pairs), num_chunks=len(chunks), num_blocks=num_blocks)
-    head.tensors = words.data_ptr()
-    head.chunks = words[tensors.numel() :].data_ptr()
+    head = library.TableHead(num_tensors=len(pairs), num_chunks=len(chunks), device=device.index or 0)
+    head.descriptors = words.data_ptr()
     head.state = words[-len(state) :].data_ptr()
-    head.device = device.index or 0
     order = tuple(indices[index] for index in rows.order)
     return Table(device, order, words, head, current_raw_stream(device))
 
@@ -88,15 +88,24 @@ class DeviceLaunch:
         for index, pair in enumerate(pairs):
             by_device.setdefault(pair.param.device, []).append(index)
         self._tables = [
-            make_table([pairs[i] for i in indices], indices, self.num_blocks(device))
+            make_table([pairs[i] for i in indices], indices, self.num_blocks(device, WHOLE.num_threads))
             for device, indices in by_device.items()
         ]
 
     # What a backend adds
 
-    def num_blocks(self, device: torch.device) -> int:
-        """Return how many blocks of an update run on the device at once."""
+    def num_blocks(self, device: torch.device, num_threads: int) -> int:
+        """Return how many blocks of so many threads run on the device at once."""
         raise NotImplementedError
+
+    def grid(self, table: Table) -> library.LaunchGrid:
+        """Return the current grid as it is on the table's device."""
+        grid = current_grid()
+        made = table.grids.get(grid)
+        if made is None:
+            num_blocks = grid.num_blocks(self.num_blocks(table.device, grid.num_threads))
+            made = table.grids[grid] = library.LaunchGrid(num_blocks, grid.num_threads)
+        return made
 
     def start_update(
         self, table: Table, paces: ctypes.Array[library.Pace], advance: int, skip_nonfinite: bool, stream: int

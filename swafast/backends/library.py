@@ -18,7 +18,7 @@ from typing import Any
 from . import Unavailable
 
 #: Changes with any structure, function or rule of csrc/swafast.h.
-_ABI = 7
+_ABI = 8
 
 #: The most averages that one launch moves over one read of the params: ``SWAFAST_MAX_PACES``.
 MAX_PACES = 16
@@ -53,14 +53,18 @@ class TableHead(ctypes.Structure):
     """One launch's tables on a GPU: ``swafast_table``."""
 
     _fields_ = (
-        ("tensors", ctypes.c_void_p),
-        ("chunks", ctypes.c_void_p),
-        ("num_tensors", ctypes.c_int64),
+        ("descriptors", ctypes.c_void_p),
         ("num_chunks", ctypes.c_int64),
+        ("num_tensors", ctypes.c_int64),
         ("state", ctypes.c_void_p),
-        ("device", ctypes.c_int32),
-        ("num_blocks", ctypes.c_int32),
+        ("device", ctypes.c_int64),
     )
+
+
+class LaunchGrid(ctypes.Structure):
+    """The blocks of one launch: ``swafast_grid``."""
+
+    _fields_ = (("num_blocks", ctypes.c_int32), ("num_threads", ctypes.c_int32))
 
 
 class BoxWords(ctypes.Structure):
@@ -90,7 +94,7 @@ _ADDRESS, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _TEXT, _OUT64, _OUT32 = ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_int32)
 _TABLE = {"tensors": _ADDRESS, "num_tensors": _I64, "chunks": _ADDRESS, "num_chunks": _I64}
 _PACES = {"paces": ctypes.POINTER(Pace), "num_paces": _I64, "advance": _I64}
-_HEAD = {"table": ctypes.POINTER(TableHead)}
+_HEAD, _GRID = {"table": ctypes.POINTER(TableHead)}, {"grid": ctypes.POINTER(LaunchGrid)}
 #: The functions of csrc/swafast.h that Python calls; those of CUDA are missing from a library built without it.
 FUNCTIONS = {
     "swafast_build": Signature(result=_TEXT),
@@ -105,12 +109,12 @@ FUNCTIONS = {
     "swafast_cpu_checksum": Signature({"box": ctypes.POINTER(BoxWords), "num_threads": _I32, "sum": _OUT64}),
     "swafast_cuda_build": Signature(result=_TEXT),
     "swafast_cuda_error": Signature(result=_TEXT),
-    "swafast_cuda_blocks": Signature({"device": _I32, "num_blocks": _OUT32}),
+    "swafast_cuda_blocks": Signature({"device": _I32, "num_threads": _I32, "num_blocks": _OUT32}),
     "swafast_cuda_update": Signature(
-        {**_HEAD, **_PACES, "skip_nonfinite": _I32, "capturing": _OUT32, "stream": _ADDRESS}
+        {**_HEAD, **_PACES, "skip_nonfinite": _I32, **_GRID, "capturing": _OUT32, "stream": _ADDRESS}
     ),
-    "swafast_cuda_exchange": Signature({**_HEAD, "wanted": _I64, "stream": _ADDRESS}),
-    "swafast_cuda_first_nonfinite": Signature({**_HEAD, "stream": _ADDRESS}),
+    "swafast_cuda_exchange": Signature({**_HEAD, "wanted": _I64, **_GRID, "stream": _ADDRESS}),
+    "swafast_cuda_first_nonfinite": Signature({**_HEAD, **_GRID, "stream": _ADDRESS}),
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..terms.draws import runs_of
-from ..terms.formats import COMPACT, COMPENSATED, EXACT, FLOAT32, HALF, MIRRORED
+from ..terms.formats import COMPACT, COMPENSATED, EXACT, FLOAT32, HALF, MIRRORED, Format
 from ..terms.layout import is_dense, same_order, whole_runs
 from ..terms.weight import KernelTerms
 from .contract import Pair
@@ -19,6 +19,16 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BYTES = 3
 _FORMATS = {FLOAT32: 0, EXACT: 1, MIRRORED: 2, COMPACT: 4, COMPENSATED: 5, HALF: 6}
 _COPIED = 3
+
+
+def _plane_bytes(fmt: Format) -> tuple[int, int]:
+    further = sum(dtype.itemsize for _, dtype in fmt.extra)
+    return (fmt.nbytes or 0) - further, further
+
+
+#: Bytes of an element, by number: of a param, and of an average's planes.
+_PARAM_BYTES = {**{number: dtype.itemsize for dtype, number in _DTYPES.items()}, _BYTES: 1}
+_PLANE_BYTES = {**{number: _plane_bytes(fmt) for fmt, number in _FORMATS.items()}, _COPIED: (1, 0)}
 
 
 def make_paces(terms: Sequence[KernelTerms], counters: Sequence[Tensor]) -> ctypes.Array[Pace]:
@@ -93,6 +103,32 @@ class Rows:
             of_pair = runs_of(pair.draws, pair.param.stride())
             drawn_runs.append(torch.cat((run[:1].expand(len(of_pair), 1), of_pair), dim=1))
         return torch.cat(drawn_runs)
+
+    def descriptors(self, chunks: Tensor) -> Tensor:
+        """Return (count, 8) int64, each row a ``swafast_descriptor``: one for each chunk, then those of followers."""
+        # Name the CPU everywhere: the user's default device may be another one.
+        words = torch.frombuffer(self.table, dtype=torch.int64).view(len(self.table), -1)
+        firsts, count = chunks[:, 0], len(chunks)
+        followers = words[firsts, 6] >> 32
+        led_by = torch.repeat_interleave(torch.arange(count, device="cpu"), followers)
+        places = torch.arange(count, count + len(led_by), device="cpu")
+        starts = count + followers.cumsum(0) - followers
+        ordinals = places - starts[led_by] + 1
+        tensors = torch.cat((firsts, firsts[led_by] + ordinals))
+        following = torch.cat(
+            (torch.where(followers > 0, starts, 0), torch.where(ordinals < followers[led_by], places + 1, 0))
+        )
+        assert count + len(led_by) < 2**32, "descriptors and claims are counted in 32 bits"
+        row, chunk = words[tensors], chunks[torch.cat((torch.arange(count, device="cpu"), led_by))]
+        dtypes, formats = row[:, 4] & 0xFFFFFFFF, row[:, 4] >> 32
+        itemsizes = torch.tensor(
+            [(_PARAM_BYTES[it.dtype], *_PLANE_BYTES[it.format]) for it in self.table], dtype=torch.int64, device="cpu"
+        )
+        addresses = row[:, :3] + chunk[:, 1:2] * itemsizes[tensors]
+        about = tensors | chunk[:, 4] << 32
+        kinds = dtypes | formats << 8 | (row[:, 6] & 0xFF) << 16 | following << 32
+        rest = torch.stack((chunk[:, 2], chunk[:, 3], row[:, 5], about, kinds), dim=1)
+        return torch.cat((addresses, rest), dim=1)
 
 
 def _row(pair: Pair) -> TensorRow:

@@ -13,6 +13,7 @@ import torch
 from torch.nn import Module
 
 from ..terms.capturing import allowed_to_wait, refuse_capture
+from ..terms.grids import SIDE, use_grid
 from ..torch_private.modules import named_tensors
 from .stand_in import on_side
 
@@ -112,7 +113,7 @@ class OnStreams(Runner):
         ended: list[torch.cuda.Event] = []
         self._in_flight[id(ended)] = memory, ended
         try:
-            with on_side(self._streams):
+            with on_side(self._streams), use_grid(SIDE):
                 update()
         finally:
             ended += [stream.record_event() for stream in self._streams]

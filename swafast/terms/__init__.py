@@ -4,6 +4,7 @@ csrc/: kernels
     kernel            a C++, CUDA or Triton function that updates the elements of chunks
     chunk             a run of elements for one CPU task, CUDA block or Triton program
     block             CUDA's block of threads
+    descriptor        a chunk of one average with its pointers, in 64 bytes, as a GPU's block reads it
     blend             a weight in the forms that the lerp of one element needs
 
 torch_private/: names that are private in torch
@@ -34,6 +35,7 @@ terms/: ints, names and numbers
     random key        64 bits made from the seed and a param's name
     box               a rectangle of a tensor, with one offset and one size for each dimension
     run               consecutive elements in memory
+    grid              how many blocks a launch on a GPU has, and how wide they are
     order             a tensor's dimensions, the slowest in memory first
     extent            number of elements in memory from the first to the last that a tensor touches
     bucket            one flat allocation that holds planes of one device and dtype
@@ -50,10 +52,10 @@ backends/: tensors in, tensors changed
     pair              one param and its average
     pace              the rule and counter of one averaged model, which tell how far its averages move
     launch            pairs prepared for one backend, to be updated repeatedly
-    row               one pair in the table that a kernel reads
+    row               one pair as a kernel of the CPU reads it, and as descriptors are made of it
     signature         the arguments and the result of one function of the native library
     follower          a row that averages the same param as the row before it
-    table             the rows, chunks and state words of one launch on one GPU
+    table             the descriptors and state words of one launch on one GPU
     head              the C struct that points to the parts of a table
     words             the memory of a tensor as integers
     flag              one int64 that is set if any rank has found a NaN or an infinity

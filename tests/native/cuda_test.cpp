@@ -47,6 +47,7 @@ void check_updates() {
     for (const Case& it : kCases) {
       take_order(turn++);
       launch.num_blocks = turn % 5 == 0 ? 1 : 6;
+      launch.num_threads = turn % 16 == 7 ? 1024 : 256;
       launch.reversed = turn % 3 == 0;
       check_case(launch, it, random);
       require(launch.capturing == 0 && launch.exchanged == 0 && launch.nonfinite == 0,
@@ -101,6 +102,7 @@ void check_grids() {
     for (const int32_t num_blocks : {1, 2, 10, 11, 12, 1000}) {  // it has 11 chunks
       CudaLaunch launch = make_small_launch();
       launch.num_blocks = num_blocks;
+      launch.num_threads = turn == 3 && num_blocks == 2 ? 1024 : 256;
       launch.device = num_blocks % 2;
       // Told apart from the weight after one more model.
       int64_t num_averaged = 3;
@@ -201,7 +203,7 @@ void check_errors() {
     require(!of_update || failed(launch.update(constant(0.5), &num_averaged), planted_error), "%s: update", function);
     require(!of_exchange || failed(launch.exchange(1), planted_error), "%s: exchange", function);
     require(!of_search || failed(launch.first_nonfinite(&index), planted_error), "%s: first_nonfinite", function);
-    require(!of_blocks || failed(swafast_cuda_blocks(1, &num_blocks), planted_error), "%s: blocks", function);
+    require(!of_blocks || failed(swafast_cuda_blocks(1, 256, &num_blocks), planted_error), "%s: blocks", function);
     shim_failing = nullptr;
   };
   check_failing("cudaGetDevice", true, true, true, true);
@@ -215,10 +217,12 @@ void check_errors() {
   launch.device = shim::kDevices;
   const std::string no_device = "cudaErrorInvalidDevice: invalid device ordinal";
   require(failed(launch.update(constant(0.5), &num_averaged), no_device), "an update took a device that is not there");
-  require(failed(swafast_cuda_blocks(shim::kDevices, &num_blocks), no_device), "there are blocks on no device");
-  require(swafast_cuda_blocks(1, &num_blocks) == SWAFAST_OK && shim_current_device() == 0 &&
+  require(failed(swafast_cuda_blocks(shim::kDevices, 256, &num_blocks), no_device), "there are blocks on no device");
+  require(swafast_cuda_blocks(1, 256, &num_blocks) == SWAFAST_OK && shim_current_device() == 0 &&
               num_blocks == shim::kMultiprocessors * shim::kBlocksPerMultiprocessor,
           "%d blocks fit on a device", num_blocks);
+  require(swafast_cuda_blocks(1, 1024, &num_blocks) == SWAFAST_OK && num_blocks == shim::kMultiprocessors,
+          "%d blocks of 1024 threads fit on a device", num_blocks);
 }
 
 // What goes into a graph runs as often as the graph does, and counts each time.
@@ -227,14 +231,17 @@ void check_capture() {
   Tensor& tensor = made.tensors[0];
   const Rows rows = {tensor.row()};
   const Chunks chunks = {{0, 0, tensor.numel, 0, 1}};
-  swafast_state state = {0, 0, 0};
-  const swafast_table table = {rows.data(), chunks.data(), 1, 1, &state, 0, 6};
+  swafast_state state = {};
+  const std::vector<swafast_descriptor> descriptors = describe(rows, chunks);
+  const swafast_table table = {descriptors.data(), 1, 1, &state, 0};
+  const swafast_grid grid = {6, 256};
   int64_t num_averaged = 0;
   const swafast_pace pace = {{SWAFAST_RULE_EQUAL, {}}, &num_averaged};
   int32_t capturing = -1, num_blocks = 0;
-  require(swafast_cuda_blocks(table.device, &num_blocks) == SWAFAST_OK, "blocks: %s", swafast_cuda_error());
+  require(swafast_cuda_blocks(static_cast<int32_t>(table.device), 256, &num_blocks) == SWAFAST_OK, "blocks: %s",
+          swafast_cuda_error());
   shim_capturing = 1;
-  require(swafast_cuda_update(&table, &pace, 1, 1, 0, &capturing, kStream) == SWAFAST_OK && capturing == 1,
+  require(swafast_cuda_update(&table, &pace, 1, 1, 0, &grid, &capturing, kStream) == SWAFAST_OK && capturing == 1,
           "an update into a graph said %d", capturing);
   shim_capturing = 0;
   require(num_averaged == 0 && tensor.untouched(), "a captured update ran at once");
@@ -243,7 +250,7 @@ void check_capture() {
   tensor.plane0.remember();
   shim_replay();
   tensor.check_updated({0.5});
-  require(num_averaged == 2 && state.blocks_begun == 2, "two replays counted %lld",
+  require(num_averaged == 2 && state.begun == int64_t{2} << 32, "two replays counted %lld",
           static_cast<long long>(num_averaged));
   shim_forget_captured();
 }
@@ -259,13 +266,13 @@ void check_first_capture() {
     shim_forget_captured();
   };
   shim_unload_kernels();
-  require(swafast_cuda_blocks(launch.device, &num_blocks) == SWAFAST_OK, "blocks: %s", swafast_cuda_error());
+  require(swafast_cuda_blocks(launch.device, 256, &num_blocks) == SWAFAST_OK, "blocks: %s", swafast_cuda_error());
   shim_capturing = 1;
   captures("an update", launch.update(constant(0.5), &num_averaged));
   captures("an exchange", launch.exchange(1));
   captures("a search", launch.first_nonfinite(&index));
   const std::string refused = "cudaErrorStreamCaptureUnsupported: operation not permitted when stream is capturing";
-  require(swafast_cuda_blocks(launch.device, &num_blocks) == SWAFAST_CUDA_ERROR && swafast_cuda_error() == refused,
+  require(swafast_cuda_blocks(launch.device, 256, &num_blocks) == SWAFAST_CUDA_ERROR && swafast_cuda_error() == refused,
           "a capture takes what it must not");
   shim_unload_kernels();
   require(launch.exchange(1) == SWAFAST_CUDA_ERROR && swafast_cuda_error() == refused,

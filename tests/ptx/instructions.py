@@ -32,6 +32,7 @@ _EXPRESSIONS = {
     "sub.rn.{F}": "{0} - {1}",
     "mul.lo.{I}": "{0} * {1}",
     "mul.rn.{F}": "{0} * {1}",
+    "mul.wide.u16 -> u32": "u32({0}) * {1}",
     "mul.wide.u32 -> u64": "u64({0}) * {1}",
     "mul.wide.s32 -> s64": "s64({0}) * {1}",
     "mad.lo.{I}": "{0} * {1} + {2}",
@@ -100,7 +101,7 @@ ACCESS = re.compile(
     r"(?:\.(?:nc|cs|cg|L1::evict_first|L2::cache_hint))*(?:\.v(?P<numel>[24]))?\.(?P<type>[busf]\d+)"
 )
 ATOMIC = re.compile(
-    r"(?P<name>atom|red)(?:\.(?:global|gpu|acq_rel|relaxed))+\.(?P<op>add|min|max|exch)\.(?P<type>[bus](?:32|64))"
+    r"(?P<name>atom|red)(?:\.(?:global|gpu|acq_rel|relaxed))+\.(?P<op>add|inc|min|max|exch)\.(?P<type>[bus](?:32|64))"
 )
 
 

@@ -101,6 +101,11 @@ class _Function:
                     return self._branch(index, self._kernel.targets[table])
                 case ["bar.sync", "0"]:
                     return "shim::wait_at_barrier();"
+                case ["cp.async.ca.shared.global", to, of, "16"]:
+                    place, source = self._place(to, "shared", 16), self._place(of, "global", 16)
+                    return f"store<u32>({place}, load<u32, 4>({source}).values);"
+                case ["cp.async.wait_all"]:  # a copy is over at once
+                    return ";"
                 case ["ret"]:
                     return "return;"
                 case ["mov.b32" | "mov.b64", result, value] if "{" in result + value:

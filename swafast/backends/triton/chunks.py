@@ -19,7 +19,17 @@ from .arithmetic import (
     lerp_precisely,
     value_of,
 )
-from .memory import COMPENSATED_TILE, NARROW_TILE, TILE, pointer_to, store_halves, tile_indices, tile_of, word
+from .memory import (
+    COMPENSATED_TILE,
+    NARROW_TILE,
+    TILE,
+    high_of,
+    pointer_to,
+    store_halves,
+    tile_indices,
+    tile_of,
+    word,
+)
 from .random import bits_of_draw, draw_of
 
 # Params stay in the caches, where the next forward pass looks for them; averages leave them first.
@@ -80,7 +90,6 @@ def update_tile(
 
 @triton.jit
 def update_chunk(
-    row,
     chunk,
     factor,
     near,
@@ -98,16 +107,13 @@ def update_chunk(
     A format has elements of so many bytes in each plane, and rounds so many bits off at random.
     """
     PARAM_BYTES: tl.constexpr = 4 if DTYPE == 0 else 2
-    offset, numel, first_index = word(chunk, 1), word(chunk, 2), word(chunk, 3)
-    param = word(row, 0) + offset * PARAM_BYTES
-    first = word(row, 1) + offset * FIRST_BYTES
-    second = word(row, 2) + offset * SECOND_BYTES
+    param, first, second, numel = word(chunk, 0), word(chunk, 1), word(chunk, 2), word(chunk, 3)
     params, firsts = pointer_to(param, PARAM_BYTES), pointer_to(first, FIRST_BYTES)
     seconds = pointer_to(second, SECOND_BYTES)
-    low, high, turn, index_step = 0, 0, 0, 0
+    low, high, turn, first_index, index_step = 0, 0, 0, 0, 0
     if CUT_BITS != 0:
-        low, high, turn = draw_of(word(row, 5), num_averaged, first_index)
-        first_index, index_step = first_index.to(tl.uint32), word(chunk, 4).to(tl.uint32)
+        low, high, turn = draw_of(word(chunk, 5), num_averaged, word(chunk, 4))
+        first_index, index_step = word(chunk, 4).to(tl.uint32), high_of(word(chunk, 6)).to(tl.uint32)
     NUMEL: tl.constexpr = COMPENSATED_TILE if FORMAT == COMPENSATED else TILE
     ROWS: tl.constexpr = 4 if PARAM_BYTES == 4 and FIRST_BYTES == 4 else 2
     alignment = param | first | (second * 2 if SECOND_BYTES == 1 else second)
@@ -168,19 +174,19 @@ def update_chunk(
 
 
 @triton.jit
-def update_as(row, chunk, factor, near, copy, weight, num_averaged, fmt, DTYPE: tl.constexpr):
+def update_as(chunk, factor, near, copy, weight, num_averaged, fmt, DTYPE: tl.constexpr):
     if fmt == FLOAT32:
-        update_chunk(row, chunk, factor, near, copy, weight, num_averaged, DTYPE, FLOAT32, 4, 0, 0)
+        update_chunk(chunk, factor, near, copy, weight, num_averaged, DTYPE, FLOAT32, 4, 0, 0)
     elif fmt == EXACT:
-        update_chunk(row, chunk, factor, near, copy, weight, num_averaged, DTYPE, EXACT, 2, 2, 0)
+        update_chunk(chunk, factor, near, copy, weight, num_averaged, DTYPE, EXACT, 2, 2, 0)
     elif fmt == MIRRORED:
-        update_chunk(row, chunk, factor, near, copy, weight, num_averaged, DTYPE, MIRRORED, 2, 4, 0)
+        update_chunk(chunk, factor, near, copy, weight, num_averaged, DTYPE, MIRRORED, 2, 4, 0)
     elif fmt == COMPACT:
-        update_chunk(row, chunk, factor, near, copy, weight, num_averaged, DTYPE, COMPACT, 2, 1, 8)
+        update_chunk(chunk, factor, near, copy, weight, num_averaged, DTYPE, COMPACT, 2, 1, 8)
     elif fmt == COMPENSATED:
-        update_chunk(row, chunk, factor, near, copy, weight, num_averaged, DTYPE, COMPENSATED, 4, 4, 0)
+        update_chunk(chunk, factor, near, copy, weight, num_averaged, DTYPE, COMPENSATED, 4, 4, 0)
     else:
-        update_chunk(row, chunk, factor, near, copy, weight, num_averaged, DTYPE, HALF, 2, 0, 16)
+        update_chunk(chunk, factor, near, copy, weight, num_averaged, DTYPE, HALF, 2, 0, 16)
 
 
 @triton.jit
@@ -195,10 +201,9 @@ def move_tile(param, average, start, numel, indices, EXCHANGE: tl.constexpr, WID
 
 
 @triton.jit
-def move_chunk(row, chunk, BYTES: tl.constexpr, EXCHANGE: tl.constexpr):
+def move_chunk(chunk, BYTES: tl.constexpr, EXCHANGE: tl.constexpr):
     """Copy the bytes of a chunk's param to its average, or exchange the two, whatever the bytes mean."""
-    offset, numel = word(chunk, 1), word(chunk, 2)
-    param, average = word(row, 0) + offset * BYTES, word(row, 1) + offset * BYTES
+    param, average, numel = word(chunk, 0), word(chunk, 1), word(chunk, 3)
     num_words = tl.where(((param | average) & 15) == 0, numel * BYTES // (4 * TILE) * TILE, 0)
     indices = tile_indices(4, TILE // 4)
     start = num_words * 0
@@ -218,10 +223,9 @@ def has_all(bits, EXPONENT: tl.constexpr):
 
 
 @triton.jit
-def holds_nonfinite(row, chunk, EXPONENT: tl.constexpr, BYTES: tl.constexpr):
+def holds_nonfinite(chunk, EXPONENT: tl.constexpr, BYTES: tl.constexpr):
     """Return 1 if a chunk of a param holds a NaN or an infinity, which have an exponent of all ones; else 0."""
-    numel = word(chunk, 2)
-    param = word(row, 0) + word(chunk, 1) * BYTES
+    param, numel = word(chunk, 0), word(chunk, 3)
     num_words = tl.where((param & 15) == 0, numel * BYTES // (4 * TILE) * TILE, 0)
     indices = tile_indices(4, TILE // 4)
     bad = indices * 0

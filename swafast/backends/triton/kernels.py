@@ -15,48 +15,49 @@ import triton.language as tl
 from .arithmetic import blend_of
 from .arithmetic import interpreted as interpreted
 from .chunks import holds_nonfinite, move_chunk, update_as
-from .memory import chunk_of, launched, low_of, pointer_to, row_of, word
+from .memory import descriptor_of, high_of, kind_of, launched, low_of, pointer_to, word
 from .paces import any_bad, counters_of, pace_at, weights_of
 from .paces import pace_kernel as pace_kernel
 
 VERSION = triton.__version__
 
 
-# Launches. The tables' words are those of csrc/swafast.h: 7 for a tensor, 5 for a chunk, 6 for a pace, 3 for the state.
+# Launches. A program takes every so many-th chunk and reads its descriptor when it comes to it: to claim one would stop
+# all its threads, and to hold the next one took registers of which there are none left.
 
 
 @triton.jit
 def is_last_to_begin(state):
     """Count this program; return whether all programs have now read the words that the launch changes.
 
-    The count goes on from launch to launch, each of as many programs, as in ``csrc/cuda/kernels.cuh``.
+    All programs of a launch add up to 2^32, as in ``csrc/cuda/kernels.cuh``.
     """
     tl.debug_barrier()  # every thread of the program has read
-    begun = tl.atomic_add(pointer_to(state, 8), 1, sem="acq_rel", scope="gpu") + 1
-    return begun % tl.num_programs(0) == 0
+    others = tl.num_programs(0).to(tl.int64) - 1
+    share = tl.where(tl.program_id(0) == 0, 0x100000000 - others, 1)
+    return low_of(tl.atomic_add(pointer_to(state, 8), share, sem="acq_rel", scope="gpu") + share) == 0
 
 
 @triton.jit
-def update_row(row, chunk, counts, weights):
+def update_average(chunk, counts, weights):
     """Update a chunk of one average."""
-    kinds = word(row, 4)
-    dtype, fmt = low_of(kinds), kinds >> 32
-    num_averaged, weight = pace_at(counts, weights, low_of(word(row, 6)))
+    kinds = word(chunk, 7)
+    dtype, fmt = kind_of(kinds, 0), kind_of(kinds, 1)
+    num_averaged, weight = pace_at(counts, weights, kind_of(kinds, 2))
     factor, near, copy = blend_of(weight)
     if dtype == 0:
-        update_as(row, chunk, factor, near, copy, weight, num_averaged, fmt, 0)
+        update_as(chunk, factor, near, copy, weight, num_averaged, fmt, 0)
     elif dtype == 1:
-        update_as(row, chunk, factor, near, copy, weight, num_averaged, fmt, 1)
+        update_as(chunk, factor, near, copy, weight, num_averaged, fmt, 1)
     elif dtype == 2:
-        update_as(row, chunk, factor, near, copy, weight, num_averaged, fmt, 2)
+        update_as(chunk, factor, near, copy, weight, num_averaged, fmt, 2)
     else:
-        move_chunk(row, chunk, 1, False)
+        move_chunk(chunk, 1, False)
 
 
 @launched
 def update_kernel(
-    tensors: tl.int64,
-    chunks: tl.int64,
+    descriptors: tl.int64,
     num_chunks: tl.int64,
     state: tl.int64,
     paces: tl.int64,
@@ -74,33 +75,31 @@ def update_kernel(
     end = tl.where(stop, 0, num_chunks)
     i = tl.program_id(0).to(tl.int64)
     while i < end:
-        chunk = chunk_of(chunks, i)
-        row = row_of(tensors, word(chunk, 0))
         # The averages of one param come one after the other: by the second one, its chunk is in the caches.
-        last = row_of(row, word(row, 6) >> 32)
-        while row <= last:
-            update_row(row, chunk, counts, weights)
-            row = row_of(row, 1)
+        chunk = descriptor_of(descriptors, i)
+        while chunk != 0:
+            update_average(chunk, counts, weights)
+            follower = high_of(word(chunk, 7))
+            chunk = tl.where(follower == 0, 0, descriptor_of(descriptors, follower))
         i += tl.num_programs(0)
 
 
 @launched
-def exchange_kernel(tensors: tl.int64, chunks: tl.int64, num_chunks: tl.int64, state: tl.int64, wanted: tl.int64):
+def exchange_kernel(descriptors: tl.int64, num_chunks: tl.int64, state: tl.int64, wanted: tl.int64):
     """Have every param and plane 0 change places, unless they are as ``wanted`` already."""
+    i = tl.program_id(0).to(tl.int64)
     end = tl.where(word(state, 1) == wanted, 0, num_chunks)
     if is_last_to_begin(state):
         tl.store(pointer_to(state, 8) + 1, wanted)
-    i = tl.program_id(0).to(tl.int64)
     while i < end:
-        chunk = chunk_of(chunks, i)
-        row = row_of(tensors, word(chunk, 0))
-        dtype = low_of(word(row, 4))
+        chunk = descriptor_of(descriptors, i)
+        dtype = kind_of(word(chunk, 7), 0)
         if dtype == 0:
-            move_chunk(row, chunk, 4, True)
+            move_chunk(chunk, 4, True)
         elif dtype == 3:
-            move_chunk(row, chunk, 1, True)
+            move_chunk(chunk, 1, True)
         else:
-            move_chunk(row, chunk, 2, True)
+            move_chunk(chunk, 2, True)
         i += tl.num_programs(0)
 
 
@@ -110,21 +109,19 @@ def forget_nonfinite_kernel(state: tl.int64):
 
 
 @launched
-def nonfinite_kernel(tensors: tl.int64, chunks: tl.int64, num_chunks: tl.int64, state: tl.int64, num_tensors: tl.int64):
+def nonfinite_kernel(descriptors: tl.int64, num_chunks: tl.int64, state: tl.int64, num_tensors: tl.int64):
     """Fill in the state's ``nonfinite``, which is 0 before. Copied tensors do not count."""
     i = tl.program_id(0).to(tl.int64)
     while i < num_chunks:
-        chunk = chunk_of(chunks, i)
-        tensor = word(chunk, 0)
-        row = row_of(tensors, tensor)
-        dtype = low_of(word(row, 4))
+        chunk = descriptor_of(descriptors, i)
+        dtype = kind_of(word(chunk, 7), 0)
         bad = 0
         if dtype == 0:
-            bad = holds_nonfinite(row, chunk, 0x7F800000, 4)
+            bad = holds_nonfinite(chunk, 0x7F800000, 4)
         elif dtype == 1:
-            bad = holds_nonfinite(row, chunk, 0x7F80, 2)
+            bad = holds_nonfinite(chunk, 0x7F80, 2)
         elif dtype == 2:
-            bad = holds_nonfinite(row, chunk, 0x7C00, 2)
+            bad = holds_nonfinite(chunk, 0x7C00, 2)
         if bad != 0:
-            tl.atomic_max(pointer_to(state, 8) + 2, num_tensors - tensor)
+            tl.atomic_max(pointer_to(state, 8) + 2, num_tensors - low_of(word(chunk, 6)))
         i += tl.num_programs(0)

@@ -33,6 +33,7 @@ exchanges = True
 
 #: Programs of 256 threads at 64 registers each: as many as a multiprocessor of any current GPU holds.
 _PROGRAMS_PER_MULTIPROCESSOR = 4
+_PROGRAM_THREADS = 256
 #: So few that chunks outnumber them in a test.
 _INTERPRETED_PROGRAMS = 3
 _PACE_WORDS = ctypes.sizeof(library.Pace) // 8
@@ -107,7 +108,7 @@ def _is_usable(device: torch.device) -> bool:
         kernels, options = _kernels(), launch_options("hip" if torch.version.hip else "cuda")
         words = torch.zeros(16, dtype=torch.int64, device=device)
         state, paces = words.data_ptr(), words[-_PACE_WORDS:].data_ptr()
-        addresses = {"tensors": state, "chunks": state, "state": state, "paces": paces}
+        addresses = {"descriptors": state, "state": state, "paces": paces}
         with _on_device(device):
             for name in KERNELS:
                 kernel = getattr(kernels, f"{name}_kernel")
@@ -183,10 +184,12 @@ class TritonLaunch(DeviceLaunch):
         super().__init__(pairs)
         self._paces = {table.device: _Paces(table.device) for table in self._tables}
 
-    def num_blocks(self, device: torch.device) -> int:
+    def num_blocks(self, device: torch.device, num_threads: int) -> int:
         if device.type == "cpu":
-            return _INTERPRETED_PROGRAMS
-        return _num_programs(device.index if device.index is not None else torch.cuda.current_device())
+            programs = _INTERPRETED_PROGRAMS
+        else:
+            programs = _num_programs(device.index if device.index is not None else torch.cuda.current_device())
+        return max(1, programs * _PROGRAM_THREADS // num_threads)
 
     def start_update(
         self, table: Table, paces: ctypes.Array[library.Pace], advance: int, skip_nonfinite: bool, stream: int
@@ -211,10 +214,12 @@ class TritonLaunch(DeviceLaunch):
             self._start("nonfinite", table, num_tensors=table.head.num_tensors)
 
     def _start(self, kernel: str, table: Table, **arguments: int) -> None:
-        head = table.head
-        # A launch without chunks still counts.
-        programs = max(1, min(head.num_chunks, head.num_blocks))
-        words = {"tensors": head.tensors, "chunks": head.chunks, "num_chunks": head.num_chunks, "state": head.state}
+        head, grid = table.head, self.grid(table)
+        # A wider block is as many programs: a kernel of wider ones would be another compilation. A launch without
+        # chunks still counts.
+        most = grid.num_blocks * grid.num_threads // _PROGRAM_THREADS
+        programs = max(1, min(head.num_chunks, most))
+        words = {"descriptors": head.descriptors, "num_chunks": head.num_chunks, "state": head.state}
         getattr(self._kernels, f"{kernel}_kernel")[(programs,)](**words, **arguments, **self._options)
 
 

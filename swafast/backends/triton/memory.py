@@ -76,17 +76,12 @@ def store_halves(pointer, start, values, NUMEL: tl.constexpr):
     tl.store(pointers + 4, far, cache_modifier=".cs")
 
 
-# The tables' words are those of csrc/swafast.h: 7 for a tensor, 5 for a chunk, 6 for a pace, 3 for the state.
+# The tables' words are those of csrc/swafast.h: 8 for a descriptor, 6 for a pace, 4 for the state.
 
 
 @triton.jit
-def row_of(tensors, index):
-    return tensors + 56 * index
-
-
-@triton.jit
-def chunk_of(chunks, index):
-    return chunks + 40 * index
+def descriptor_of(descriptors, index):
+    return descriptors + 64 * index
 
 
 @triton.jit
@@ -96,5 +91,17 @@ def pace_of(paces, index):
 
 @triton.jit
 def low_of(pair):
-    """Return the lower of the two int32 in a word."""
+    """Return the lower of the two 32-bit numbers in a word."""
     return pair & 0xFFFFFFFF
+
+
+@triton.jit
+def high_of(pair):
+    """Return the upper one."""
+    return (pair >> 32) & 0xFFFFFFFF
+
+
+@triton.jit
+def kind_of(kinds, index):
+    """Return a byte of a descriptor's last word: dtype, format, pace."""
+    return (kinds >> (8 * index)) & 0xFF

@@ -71,6 +71,15 @@ inline T atomicAdd(T* address, T value) {
   shim::check_alignment(address);
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
+// One more, and 0 after the limit.
+inline unsigned atomicInc(unsigned* address, unsigned limit) {
+  shim::check_alignment(address);
+  unsigned before = __atomic_load_n(address, __ATOMIC_RELAXED);
+  while (!__atomic_compare_exchange_n(address, &before, before >= limit ? 0 : before + 1, false, __ATOMIC_RELAXED,
+                                      __ATOMIC_RELAXED)) {
+  }
+  return before;
+}
 template <class T>
 inline T atomicMax(T* address, T value) {
   shim::check_alignment(address);
@@ -164,7 +173,7 @@ std::function<void()> body_of(void (*kernel)(Expected...), unsigned num_threads,
     if (made->num_params != count || std::memcmp(made->sizes, sizes, sizeof sizes) != 0) {
       fault("the PTX has other params than the source", made->name);
     }
-    if (made->num_threads != num_threads) fault("the PTX is for blocks of other sizes", made->name);
+    if (num_threads > made->num_threads) fault("the PTX is for narrower blocks", made->name);
     return [made, kept = std::tuple<Expected...>(arguments...)]() mutable {
       std::apply(
           [made](Expected&... each) {
@@ -250,7 +259,8 @@ template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* num_blocks, Kernel, int num_threads, size_t) {
   SHIM_BEGIN();
   if (num_threads < 1 || num_threads > 1024) return shim::remember(cudaErrorInvalidValue);
-  *num_blocks = shim::kBlocksPerMultiprocessor;
+  // So many of 256 threads, and one of whatever is wider.
+  *num_blocks = num_threads > 256 ? 1 : shim::kBlocksPerMultiprocessor;
   return cudaSuccess;
 }
 
@@ -275,6 +285,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (const cudaError_t error = shim::load(kernel)) return error;
   shim_num_launches += 1;
   shim_last_blocks = grid.x;
+  shim_last_threads = block.x;
   shim_last_device = shim::calls().device;
   shim_last_stream = config->stream;
   const std::function<void()> body = shim::body_of<Expected...>(kernel, block.x, arguments...);

@@ -27,6 +27,7 @@ SHIM_SETTING int shim_capturing = 0;                  // every stream is: launch
 SHIM_SETTING const char* shim_failing = nullptr;      // the runtime's function that fails, by name
 SHIM_SETTING long long shim_num_launches = 0;         // kernels launched or captured so far
 SHIM_SETTING long long shim_last_blocks = 0;          // of the last launch
+SHIM_SETTING long long shim_last_threads = 0;         // of each of its blocks
 SHIM_SETTING long long shim_num_vectors = 0;          // of 16 bytes, through __ldcs, __stcs and the like, by fibers
 SHIM_SETTING int shim_last_device = -1;               // which it went to
 SHIM_SETTING const void* shim_last_stream = nullptr;  // and on which stream

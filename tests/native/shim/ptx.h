@@ -93,6 +93,7 @@ void store(char* address, const T (&values)[kNumel]) {
 constexpr auto add_of = [](auto a, auto b) { return a + b; };
 constexpr auto min_of = [](auto a, auto b) { return a < b ? a : b; };
 constexpr auto max_of = [](auto a, auto b) { return a > b ? a : b; };
+constexpr auto inc_of = [](auto a, auto b) { return a >= b ? decltype(a){0} : a + 1; };
 constexpr auto exch_of = [](auto, auto b) { return b; };
 
 // One thread runs at a time, so nothing comes between.

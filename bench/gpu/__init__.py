@@ -25,10 +25,11 @@ from rich.markdown import Markdown
 
 from bench import internals, machine, names
 from bench.bars import bars_table, gpu_bars
+from bench.gpu.predictions import predictions_table
 from bench.lookup import failures, left_out, merged
 from bench.process import ROOT, Finished, find_tool, judge_checker, run_program, scrub, write_log
 from bench.report import Part, Report
-from bench.tables import gpu_table
+from bench.tables import gpu_table, swept_table
 
 # A whole run, and what its end (the picture, the tables) takes of that.
 TOTAL_S, END_S = 505.0, 12.0
@@ -88,6 +89,7 @@ class Run:
             ("memcheck", 40.0, self.checker),
             ("racecheck", 40.0, self.checker),
             ("compiled foreach", 45.0, self.doing("compiled")),
+            ("grids and chunks", 60.0, self.doing("swept", first)),
             ("other formats", 80.0, self.doing("formats", first, second)),
             ("picture", END_S, self.draw),
         ]
@@ -295,7 +297,8 @@ def show(report: Report, stem: Path) -> None:
 
     if report.dry:
         line("DRY RUN ON A CPU: no figure below is a GPU's.", "bold yellow")
-    console.print(Markdown(gpu_table(report)))
+    for table in (gpu_table(report), predictions_table(report), swept_table(report)):
+        console.print(Markdown(table))
     for part in report.parts:
         line(f"{part.name}: {part.status}, {part.seconds:.0f} s: {part.detail}")
     for style, texts in (("dim", report.left_out), ("bold red", [f"FAILED: {text}" for text in wrong])):
