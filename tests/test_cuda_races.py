@@ -33,8 +33,9 @@ BUGS = read_plants("races")
 
 
 def sources_for_blocks_at_once() -> dict[str, str]:
-    """Return the sources of csrc with shared memory in words that C++ has, and of a block's 256 threads 16."""
-    sources = Plant("fewer threads", "", "kThreads = 256;", "kThreads = 16;", "").apply(read_sources(CSRC, *SUFFIXES))
+    """Return the sources of csrc with shared memory in words that C++ has, and tiles of 8 threads in place of 256."""
+    narrow = Plant("fewer threads", "", "kTileThreads = 256;", "kTileThreads = 8;", "")
+    sources = narrow.apply(read_sources(CSRC, *SUFFIXES))
     declared = 0
 
     def of_block(match: re.Match[str]) -> str:

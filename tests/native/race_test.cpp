@@ -16,9 +16,10 @@
 
 namespace {
 
-// More chunks than blocks, and tails that are not whole vectors.
+// More chunks than blocks, blocks of two tiles, and tails that are not whole vectors.
 CudaLaunch make_launch() {
   CudaLaunch launch;
+  launch.num_threads = 16;
   launch.chunk_numel = 120;
   launch.num_blocks = 4;
   Random random(1);
