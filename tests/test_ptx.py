@@ -61,6 +61,7 @@ sub.rn.f64 0d3FF0000000000000, 0d3FF0000000000000 = 0x0
 mul.lo.s32 0x10001, 0x10001 = 0x20001
 mul.lo.s16 0xffff, 0xffff = 0x1
 mul.rn.f32 0f3F800001, 0f3F800001 = 0x3f800002
+mul.wide.u16 0x1ffff, 2 = 0x1fffe
 mul.wide.u32 0xffffffff, 2 = 0x1fffffffe
 mul.wide.s32 -1, 2 = 0xfffffffffffffffe
 mad.lo.s32 3, 5, -16 = 0xffffffff
@@ -191,6 +192,16 @@ OTHERS = {
         "red.global.min.u64 [%rd9], %rd1; atom.global.max.s64 %rd2, [%rd9], -1;\n"
         "atom.relaxed.gpu.global.exch.b64 %rd3, [%rd9], 9"
     ],
+    "laps": [
+        "st.global.b64 [%rd9], 2; atom.global.inc.u32 %r1, [%rd9], 3; atom.global.inc.u32 %r2, [%rd9], 3;\n"
+        "mul.wide.u32 %rd1, %r1, 16; mul.wide.u32 %rd2, %r2, 1; add.s64 %rd1, %rd1, %rd2;\n"
+        "ld.global.u32 %rd2, [%rd9]; shl.b64 %rd2, %rd2, 8; add.s64 %rd1, %rd1, %rd2; st.global.b64 [%rd9], %rd1"
+    ],
+    "copies": [
+        "cvt.u64.u32 %rd1, %r9; st.global.b64 [%rd9], %rd1; bar.sync 0; mov.u32 %r1, kept;\n"
+        "cp.async.ca.shared.global [%r1], [%rd8+16], 16; cp.async.wait_all; bar.sync 0;\n"
+        "ld.shared.b64 %rd1, [kept+8]; st.global.b64 [%rd9], %rd1"
+    ],
     "exchange": [
         "mov.u32 %r1, 100; add.s32 %r1, %r1, %r9; bar.sync 0; shfl.sync.bfly.b32 %r2, %r1, 16, 31, -1;\n"
         "shfl.sync.bfly.b32 %r3, %r2, 1, 31, -1; cvt.u64.u32 %rd1, %r3; st.global.b64 [%rd9], %rd1"
@@ -203,7 +214,7 @@ HOST = """
 #include <cuda_runtime.h>
 extern "C" void in_its_place(long long) {}
 extern "C" void of_other_params(long long, int) {}
-extern "C" void of_other_threads(long long) {}
+extern "C" void of_more_threads(long long) {}
 template <class... Expected>
 void launch(void (*kernel)(Expected...), unsigned num_threads, Expected... arguments) {
   cudaLaunchConfig_t config = {};
@@ -214,11 +225,11 @@ void launch(void (*kernel)(Expected...), unsigned num_threads, Expected... argum
 extern "C" SHIM_SETTING int launch_from_host(const char* name, unsigned, const long long* address, long long) {
   if (!std::strcmp(name, "in_its_place")) launch(in_its_place, 32, *address);
   if (!std::strcmp(name, "of_other_params")) launch(of_other_params, 32, *address, 0);
-  if (!std::strcmp(name, "of_other_threads")) launch(of_other_threads, 64, *address);
+  if (!std::strcmp(name, "of_more_threads")) launch(of_more_threads, 64, *address);
   return 0;
 }
 """
-IN_PLACE = {"of_other_params": "the PTX has other params", "of_other_threads": "for blocks of other sizes"}
+IN_PLACE = {"of_other_params": "the PTX has other params", "of_more_threads": "for narrower blocks"}
 
 
 @dataclass(frozen=True)
@@ -284,6 +295,8 @@ def test_statements_do_what_ptx_says(program: Program) -> None:
     assert program.launch("jumps", 64) == [1] * 64
     assert program.launch("vectors", 64) == [0x200000001 + 0x20002] * 64
     assert program.launch("atomics", 64) == [9] * 64
+    assert program.launch("laps", 64) == [0x023] * 64
+    assert program.launch("copies", 64) == [3] * 64
     assert program.launch("exchange", 64) == [100 + (thread ^ 17) for thread in range(64)]
 
 
