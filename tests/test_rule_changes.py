@@ -99,7 +99,7 @@ def test_a_rule_may_be_set_at_any_time(make: Any) -> None:
         (0.99, r"rule must be a Rule such as ExponentialAverage\(0\.999\), got float 0\.99"),
         (ExponentialAverage, "rule must be a Rule .* got the class ExponentialAverage"),
         ({"a": EMA}, "rule must be one Rule, got a dict"),
-        (get_ema_avg_fn(0.9), "an averaging function goes to avg_fn= or multi_avg_fn="),
+        (get_ema_avg_fn(0.9), "an averaging function goes to avg_fn=|no averaging function, but a Rule of your own"),
     ],
 )
 def test_what_is_no_rule_is_refused(make: Any, bad: object, message: str) -> None:
