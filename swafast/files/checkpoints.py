@@ -1,0 +1,81 @@
+"""What averaging asks of a checkpoint, whatever its form: tensors by name, and their bytes a piece at a time.
+
+This module and what reads safetensors import no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+#: Bytes of one element, by the dtype's name in safetensors.
+ITEMSIZES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+}
+
+#: Dtypes that are averaged. Others must be equal in all inputs, or are taken from one of them.
+AVERAGED_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor as a file holds it: row-major, without padding."""
+
+    name: str
+    dtype: str  # a key of ITEMSIZES
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * ITEMSIZES[self.dtype]
+
+
+class Checkpoint(Protocol):
+    """A checkpoint that is open for reading. Two threads may read from it at once."""
+
+    path: str  # as the user wrote it, for messages
+    specs: Mapping[str, TensorSpec]  # distinct tensors, in the file's order
+    aliases: Mapping[str, str]  # further names of a tensor in ``specs``, of tied params
+    metadata: Mapping[str, str]  # of safetensors; otherwise empty
+
+    def read_into(self, name: str, start: int, into: memoryview) -> None:
+        """Fill ``into`` with the bytes of a tensor from byte ``start`` on.
+
+        Raises:
+            ValueError: the file is damaged, with its path and the tensor's name.
+            OSError: it cannot be read.
+        """
+
+    def close(self) -> None:
+        """Close what is open. The checkpoint is not read any more."""
+
+
+class Output(Protocol):
+    """A checkpoint that is being written, beside its place. Two threads may write into it at once."""
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Write bytes of a tensor from byte ``start`` on. Every byte of it is written once, in any order."""
+
+    def commit(self) -> None:
+        """Sync everything to the disk, and then give it its name."""
+
+    def discard(self) -> None:
+        """Delete what was written. What stood at the output's place is whole."""
+
+
+@dataclass(frozen=True)
+class OutputPlan:
+    """What an output will hold."""
+
+    specs: Sequence[TensorSpec]  # distinct tensors, in order
+    aliases: Mapping[str, str]  # further names of them; a safetensors file leaves these out
+    metadata: Mapping[str, str]  # strings alone, as safetensors has them; other forms store them beside the tensors
