@@ -22,6 +22,10 @@ ITEMSIZES = {
 AVERAGED_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
+#: The key of our own metadata in an output, which is JSON, and the stem of the file of it in a folder.
+RECORD = "swafast_average"
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """A tensor as a file holds it: row-major, without padding."""

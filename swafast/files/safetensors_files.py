@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from ..terms.replacing import replacing, replacing_folder
-from .checkpoints import OutputPlan, TensorSpec
+from .checkpoints import RECORD, OutputPlan, TensorSpec
 from .headers import MOST_HEADER_NBYTES, header_bytes, read_header, without_doubles
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -33,7 +33,7 @@ class SafetensorsCheckpoint:
         """
         self.path = path
         self.aliases: Mapping[str, str] = {}
-        self.specs: dict[str, TensorSpec] = {}
+        specs: dict[str, TensorSpec] = {}
         self._places: dict[str, _Shard] = {}
         shards = {name: _Shard(file) for name, file in files.items()}
         for name, shard in shards.items():
@@ -41,11 +41,12 @@ class SafetensorsCheckpoint:
                 if placed is not None and placed.get(tensor) != name:
                     where = f"says that {placed[tensor]} has it" if tensor in placed else "does not name it"
                     raise ValueError(f"{path}: the file {name} has the tensor {tensor!r}, and the index {where}")
-                self.specs[tensor] = spec
+                specs[tensor] = spec
                 self._places[tensor] = shard
         for tensor, name in (placed or {}).items():
-            if tensor not in self.specs:
+            if tensor not in specs:
                 raise ValueError(f"{path}: the index says that {name} has the tensor {tensor!r}, and it has not")
+        self.specs: Mapping[str, TensorSpec] = specs
         self.metadata: Mapping[str, str] = next((shard.header.metadata for shard in shards.values()), {})
         self._threads = threading.local()
         self._descriptors: set[int] = set()
@@ -173,7 +174,9 @@ def _read_index(path: Path) -> dict[str, str]:
 class SafetensorsOutput:
     """One safetensors file, or a folder of them, that is being written: an ``Output``."""
 
-    def __init__(self, path: str, plan: OutputPlan, shard_nbytes: int | None = None, copied: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, path: str, plan: OutputPlan, shard_nbytes: int | None = None, copied: Sequence[Path] = ()
+    ) -> None:
         """Make the files, with their headers.
 
         Args:
@@ -185,12 +188,13 @@ class SafetensorsOutput:
         self._replacing = replacing(path) if shard_nbytes is None else replacing_folder(path)
         place = self._replacing.__enter__()
         try:
-            if shard_nbytes is None:
-                files = {place: plan.specs}
-            else:
+            files: Mapping[Path, Sequence[TensorSpec]] = {place: plan.specs}
+            if shard_nbytes is not None:
                 files = _laid_out(place, plan.specs, shard_nbytes)
                 for file in copied:
                     shutil.copyfile(file, place / file.name)
+                for name in plan.metadata.keys() & {RECORD}:
+                    (place / f"{name}.json").write_text(plan.metadata[name], encoding="utf-8")
             self._files: dict[str, _Unfinished] = {}
             for file, specs in files.items():
                 self._files |= dict.fromkeys((spec.name for spec in specs), _Unfinished(file, specs, plan.metadata))
@@ -245,7 +249,7 @@ class _Unfinished:
             self._descriptor = None
 
 
-def _laid_out(folder: Path, specs: Sequence[TensorSpec], shard_nbytes: int) -> dict[Path, list[TensorSpec]]:
+def _laid_out(folder: Path, specs: Sequence[TensorSpec], shard_nbytes: int) -> Mapping[Path, Sequence[TensorSpec]]:
     """Return the tensors of each file in a folder, in order; write the index if there are several files."""
     shards: list[list[TensorSpec]] = [[]]
     size = 0
