@@ -42,7 +42,8 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total, self.done = total, 0
-        self._label, self._clock = label, clock
+        self._label = self._shown_label = label
+        self._clock = clock
         self._file = sys.stderr if file is None else file
         self._start = self._shown = 0.0
         self._lock = Lock()
@@ -60,10 +61,9 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._draw()
-            self._bar.stop()
         seconds = self._clock() - self._start
+        if self._bar is not None:
+            self._bar.stop()  # the bar goes, and the cursor comes back
         if kind is None and (self._shows_bar or self._shows_lines):
             self._line(f"{self._label}: {_size(self.done)} in {seconds:.1f} s, {_rate(self.done, seconds)}")
 
@@ -90,13 +90,16 @@ class Progress:
 
     def phase(self, label: str) -> None:
         """Show that something else is done now, such as a wait for the disk."""
-        self._label = label
+        self._shown_label = label
         if self._bar is not None:
             self._draw()
 
     def _draw(self) -> None:
         assert self._bar is not None
-        self._bar.update(self._bar.task_ids[0], completed=self.done, description=self._label, refresh=True)
+        rate = _rate(self.done, self._clock() - self._start)
+        self._bar.update(
+            self._bar.task_ids[0], completed=self.done, description=self._shown_label, rate=rate, refresh=True
+        )
 
     def _line(self, text: str) -> None:
         self._file.write(text + "\n")
@@ -105,28 +108,22 @@ class Progress:
 
 def _bar(file: TextIO, label: str, total: int) -> RichProgress:
     # Only here: rich takes 40 ms and 10 MB, which a run without a terminal does not need.
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        ProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-    from rich.progress import Progress as RichProgress
 
     console = Console(file=file)
-    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(bar_width=None)]
-    columns += [TextColumn("{task.percentage:3.0f}%")]
+    columns: list[progress.ProgressColumn] = [
+        *(progress.TextColumn("{task.description}"), progress.BarColumn(bar_width=None)),
+        progress.TextColumn("{task.percentage:3.0f}%"),
+    ]
     if console.width >= _MEDIUM:
-        columns += [DownloadColumn()]
+        columns.append(progress.DownloadColumn())
     if console.width >= _WIDE:
-        columns += [TransferSpeedColumn()]
-    columns += [TimeRemainingColumn(compact=True)]
+        columns.append(progress.TextColumn("{task.fields[rate]}"))
+    columns.append(progress.TimeRemainingColumn(compact=True))
     # Without rich's own thread, which would draw in the middle of a message.
-    bar = RichProgress(*columns, console=console, auto_refresh=False, transient=True, expand=True)
-    bar.add_task(label, total=total)
+    bar = progress.Progress(*columns, console=console, auto_refresh=False, transient=True, expand=True)
+    bar.add_task(label, total=total, rate="")
     return bar
 
 
