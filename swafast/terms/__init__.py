@@ -171,6 +171,13 @@ posthoc/: averages made after training
     profile           the weight of each model in an average
     fit               the sum of stored averages that is nearest to a wanted average
 
+files/: checkpoints in files
+    candidate         a checkpoint that may be selected
+    selected          a checkpoint to be averaged, with its step and its metric
+    counted           what the name of a checkpoint counts: a step or an epoch
+    metrics           the values of one field for the checkpoints of a folder
+    progress          how far a run is, in bytes
+
 optim/: other packages' recipes
     swa               torchcontrib's optimizer of that name, and Composer's algorithm
     clock             the steps after which Composer's SWA updates
