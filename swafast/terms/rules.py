@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..torch_private.core import SWA_FACTORIES, closure_of, decay_of
 from . import hints
+from .coefficients import WIDEST, gamma_of
 from .numbers import as_number, checked_number
 from .pickling import pickled_from
 from .warn import warn_user
@@ -246,22 +247,10 @@ class PowerAverage(Rule):
         Raises:
             ValueError: ``sigma_rel`` is not in (0, 1 / sqrt(12)]; the upper end is the equal mean.
         """
-        width = checked_number("sigma_rel", sigma_rel, f"in (0, {_WIDEST:.6f}]", lambda x: 0.0 < x <= _WIDEST)
-        low, high = 0.0, 2.0 / width  # width < 1 / (gamma + 2), so gamma < high
-        while high - low > 1e-12 * (1.0 + low):
-            middle = 0.5 * (low + high)
-            if middle in (low, high):
-                break
-            wider = math.sqrt(middle + 1.0) / ((middle + 2.0) * math.sqrt(middle + 3.0)) > width
-            low, high = (middle, high) if wider else (low, middle)
-        return cls(gamma=0.5 * (low + high) if low > 0.0 else 0.0)
+        return cls(gamma=gamma_of(sigma_rel))
 
     def kernel_terms(self) -> KernelTerms:
         return KernelTerms.of(KernelTerms.POWER, self.gamma)
-
-
-#: The largest ``sigma_rel``, that of the equal mean.
-_WIDEST = 12.0**-0.5
 
 
 def _taking_no_sigma_rel(init: Callable[..., None]) -> Callable[..., None]:
@@ -270,7 +259,7 @@ def _taking_no_sigma_rel(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def checked(self: PowerAverage, *args: Any, **options: Any) -> None:
         given = as_number(args[0]) if args else None
-        if given is not None and 0.0 < given <= _WIDEST:
+        if given is not None and 0.0 < given <= WIDEST:
             raise ValueError(
                 f"gamma must be given by its name if it is that small, got {args[0]!r}: write "
                 f"PowerAverage.from_sigma_rel({given:.6g}) for a relative width, or PowerAverage(gamma={given:.6g})"

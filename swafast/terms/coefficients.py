@@ -1,0 +1,156 @@
+"""Coefficients by which checkpoints are merged, oldest first; this module does not import torch.
+
+Each function returns one float for each of ``count`` checkpoints. They sum to 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+
+from .numbers import as_int, as_number, checked_number
+
+#: The largest ``sigma_rel``, that of the equal mean.
+WIDEST = 12.0**-0.5
+
+#: How far the sum of given weights may be from 1: decimal fractions of seven digits, of thousands of checkpoints.
+_TOLERANCE = 1e-4
+
+#: For each decay of the learning rate, the rate that is left after a share ``x`` of it.
+_RATES: dict[str, Callable[[float], float]] = {
+    "linear": lambda x: 1.0 - x,
+    "minus-sqrt": lambda x: 1.0 - math.sqrt(x),
+}
+_RATES["1-sqrt"] = _RATES["minus-sqrt"]  # as the paper writes it; a shell's user has the name without a digit
+
+#: The names of :func:`decay`.
+DECAYS = tuple(_RATES)
+
+
+def equal(count: int) -> list[float]:
+    """Return the coefficients of the mean."""
+    return [1.0 / _checked(count)] * count
+
+
+def ema(count: int, decay: float) -> list[float]:
+    """Return those of an exponential moving average (EMA) that begins with the first checkpoint.
+
+    The first has ``decay ** (count - 1)``, and checkpoint i of 2 to count has ``(1 - decay) * decay ** (count - i)``.
+
+    Raises:
+        ValueError: ``decay`` is not in [0, 1].
+    """
+    kept = checked_number("decay", decay, "in [0, 1], the share that the older ones keep", lambda x: 0.0 <= x <= 1.0)
+    first, *others = (kept ** (count - 1 - index) for index in range(_checked(count)))
+    return _summing_to_one([first, *((1.0 - kept) * each for each in others)])
+
+
+def power(count: int, sigma_rel: float) -> list[float]:
+    """Return those of :class:`~swafast.PowerAverage` after ``count`` models: ``(i^(g+1) - (i-1)^(g+1)) / count^(g+1)``.
+
+    Raises:
+        ValueError: ``sigma_rel`` is not in (0, 1 / sqrt(12)].
+
+    Paper: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv:2312.02696,
+    appendix C.
+    """
+    exponent = gamma_of(sigma_rel) + 1.0
+    first, *others = ((index / _checked(count)) ** exponent for index in range(1, count + 1))
+    # 1 - ((i - 1) / i) ** exponent, without the cancellation for large i
+    newest = (-math.expm1(exponent * math.log1p(-1.0 / index)) for index in range(2, count + 1))
+    return _summing_to_one([first, *(share * own for share, own in zip(others, newest, strict=True))])
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """Return the exponent of the power average with this relative width. :class:`~swafast.PowerAverage` explains it.
+
+    Raises:
+        ValueError: ``sigma_rel`` is not in (0, 1 / sqrt(12)].
+    """
+    width = checked_number("sigma_rel", sigma_rel, f"in (0, {WIDEST:.6f}]", lambda x: 0.0 < x <= WIDEST)
+    low, high = 0.0, 2.0 / width  # width < 1 / (gamma + 2), so gamma < high
+    while high - low > 1e-12 * (1.0 + low):
+        middle = 0.5 * (low + high)
+        if middle in (low, high):
+            break
+        wider = math.sqrt(middle + 1.0) / ((middle + 2.0) * math.sqrt(middle + 3.0)) > width
+        low, high = (middle, high) if wider else (low, middle)
+    return 0.5 * (low + high) if low > 0.0 else 0.0
+
+
+def decay(count: int, kind: str) -> list[float]:
+    """Return those that stand for a decay of the learning rate, while the training went on at a constant rate.
+
+    Let f be the decay: ``1 - x`` for ``"linear"``, ``1 - sqrt(x)`` for ``"minus-sqrt"``. The newest checkpoint has
+    ``f((count - 1) / count)``, and checkpoint i of 1 to count - 1, from 0, has ``f(i / count) - f((i + 1) / count)``.
+    The oldest has the rest. The linear decay is the mean.
+
+    Raises:
+        ValueError: ``kind`` is neither.
+
+    Paper: Tian et al. 2025, "WSM: Decay-Free Learning Rate Schedule via Checkpoint Merging for LLM Pre-training",
+    arXiv:2507.17634.
+    """
+    rate = _RATES.get(kind) if isinstance(kind, str) else None
+    if rate is None:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, DECAYS))}, got {kind!r}")
+    rates = [*(rate(index / _checked(count)) for index in range(count)), 0.0]
+    _, *others = (now - then for now, then in pairwise(rates))
+    return _summing_to_one([1.0 - math.fsum(others), *others])
+
+
+def given(count: int, weights: Iterable[float]) -> list[float]:
+    """Return the user's own weights, checked. A weight may be negative, as in a difference of two models.
+
+    They must sum to 1: otherwise params that never changed would be scaled. A sum that is off by rounding is mended.
+
+    Raises:
+        TypeError: ``weights`` is not a sequence of numbers.
+        ValueError: there are not ``count`` weights, one is not finite, or they do not sum to 1.
+    """
+    if isinstance(weights, (str, bytes)) or not isinstance(weights, Iterable):
+        raise TypeError(f"weights must be a sequence of numbers, got {weights!r}")
+    values = [*weights]
+    numbers = [as_number(value) for value in values]
+    for value, number in zip(values, numbers, strict=True):
+        if number is None:
+            raise TypeError(f"weights must be numbers, got {value!r}")
+        if not math.isfinite(number):
+            raise ValueError(f"weights must be finite, got {value!r}")
+    found = [float(number) for number in numbers if number is not None]
+    if len(found) != _checked(count):
+        raise ValueError(f"weights must be one for each of the {count} inputs, oldest first, got {len(found)}")
+    total = math.fsum(found)
+    if abs(total - 1.0) > _TOLERANCE:
+        divided = f": divide each by {total:g}" if abs(total) > _TOLERANCE else ""
+        raise ValueError(f"weights must sum to 1, got {', '.join(f'{x:g}' for x in found)} with {total:g}{divided}")
+    return _summing_to_one(found)
+
+
+def coefficients_of(count: int, weights: str | Sequence[float] | None) -> list[float]:
+    """Return the coefficients that a user asks for in Python: None or ``"equal"``, a decay's name, or own weights.
+
+    Raises:
+        TypeError, ValueError: ``weights`` is none of these, or does not fit.
+    """
+    if weights is None or weights == "equal":
+        return equal(count)
+    if isinstance(weights, str):
+        if weights not in DECAYS:
+            known = ", ".join(map(repr, ("equal", *DECAYS)))
+            raise ValueError(f"weights must be one of {known}, or a sequence of numbers, got {weights!r}")
+        return decay(count, weights)
+    return given(count, weights)
+
+
+def _checked(count: int) -> int:
+    number = as_int(count)
+    if number is None or number < 1:
+        raise ValueError(f"count must be an int >= 1, got {count!r}")
+    return number
+
+
+def _summing_to_one(values: Sequence[float]) -> list[float]:
+    total = math.fsum(values)
+    return [value / total for value in values]
