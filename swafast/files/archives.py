@@ -14,8 +14,8 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .descriptors import read_fully, write_fully
 from .pickles import unpickled
-from .strided import read_fully
 
 #: No pickle or list of records is larger: those of 100,000 tensors have 20 MB.
 MOST_PICKLE_NBYTES = 100_000_000
@@ -86,7 +86,9 @@ class Archive:
                     raise ValueError(f"{what} must hold a state dict, got TorchScript: save its state_dict()")
                 order = archive.read(infos[f"{prefix}byteorder"]) if f"{prefix}byteorder" in infos else b"little"
                 if order != b"little":
-                    raise ValueError(f"{what} must be in little-endian order, got {order[:20]!r}: convert it with torch")
+                    raise ValueError(
+                        f"{what} must be in little-endian order, got {order[:20]!r}: convert it with torch"
+                    )
                 data = archive.read(infos[found[0]])
         except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error, OSError) as error:
             raise ValueError(f"{what} is damaged: it is not a whole archive of torch.save ({error})") from None
@@ -113,12 +115,12 @@ class ArchiveLayout:
     """An archive that is being written, of which the bytes of storages come later and in any order.
 
     Attributes:
-        offsets: of each storage in the file, in bytes.
-        end: of the archive in the file.
+        start, end: of the archive in the file, in bytes.
+        offsets: of each storage in the file.
     """
 
     def __init__(self, pickle: bytes, storage_nbytes: Sequence[int], start: int = 0) -> None:
-        self._start = start
+        self.start = start
         small = {"data.pkl": pickle, "byteorder": b"little", "version": b"3\n"}
         sizes = {name: len(data) for name, data in small.items()}
         sizes |= {f"data/{key}": nbytes for key, nbytes in enumerate(storage_nbytes)}
@@ -143,8 +145,8 @@ class ArchiveLayout:
             extra = struct.pack("<2H2Q2H", 1, 16, nbytes, nbytes, 0x4246, padding) + bytes(padding)  # "FB", as torch
             fields = (b"PK\3\4", 45, 0, 0, 0, _DATE, crcs[name], _MANY, _MANY, len(full), len(extra))
             header = struct.pack(_LOCAL, *fields) + full + extra
-            write_fully(descriptor, self._start + at, header + self._small.get(name, b""))
-        write_fully(descriptor, self._start + self._tail, self._list_of_records(checksums))
+            write_fully(descriptor, self.start + at, header + self._small.get(name, b""))
+        write_fully(descriptor, self.start + self._tail, self._list_of_records(checksums))
 
     def _crcs(self, checksums: Sequence[int]) -> dict[str, int]:
         crcs = {name: zlib.crc32(data) for name, data in self._small.items()}
@@ -160,15 +162,12 @@ class ArchiveLayout:
         listed, count, at = b"".join(parts), len(self._records), self._tail
         end = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(listed), at)
         locator = struct.pack("<4sIQI", b"PK\6\7", 0, at + len(listed), 1)
-        return listed + end + locator + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, *(min(count, 0xFFFF),) * 2, _MANY, _MANY, 0)
-
-
-def write_fully(descriptor: int, offset: int, data: bytes | memoryview) -> None:
-    """Write bytes at an offset."""
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(descriptor, view, offset)
-        view, offset = view[count:], offset + count
+        return (
+            listed
+            + end
+            + locator
+            + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, *(min(count, 0xFFFF),) * 2, _MANY, _MANY, 0)
+        )
 
 
 # Checksums of parts

@@ -13,7 +13,7 @@ PARTS = ("state_dict_ema", "state_dict", "model", "module")
 _COUNT = "n_averaged"
 
 
-def chosen_entries(value: Any, path: str, key: str | None) -> tuple[dict[str, Any], list[str]]:
+def chosen_entries(value: Any, path: str, key: str | None) -> tuple[dict[Any, Any], list[str]]:
     """Return the state dict in what a file holds, and lines that say what was chosen and left out.
 
     Args:
@@ -25,14 +25,14 @@ def chosen_entries(value: Any, path: str, key: str | None) -> tuple[dict[str, An
     if not isinstance(value, dict):
         got = value.global_name if isinstance(value, Opaque) else type(value).__name__
         raise ValueError(f"{path} must hold a state dict, got {got}: save model.state_dict()")
-    entries = {name: entry for name, entry in dict.items(value) if isinstance(name, str)}
+    entries = _named(value)
     if key is None:
         key = next((part for part in PARTS if isinstance(entries.get(part), dict)), None)
         if key is None and _COUNT in entries and any(name.startswith("module.") for name in entries):
             key = "module"
         if key is None:
-            return entries, []
-    part = _part(entries, key)
+            return value, []
+    part = _part(value, key)
     if part is None:
         raise ValueError(
             f"key must be that of a state dict in {path}, which has {listed(_dicts(entries)) or 'none'}, got {key!r}"
@@ -44,13 +44,17 @@ def chosen_entries(value: Any, path: str, key: str | None) -> tuple[dict[str, An
     return part, notes
 
 
-def _part(entries: dict[str, Any], key: str) -> dict[str, Any] | None:
+def _named(state: dict[Any, Any]) -> dict[str, Any]:
+    # By the class, since a pickle can set the attributes of a dict that it holds.
+    return {name: entry for name, entry in dict.items(state) if isinstance(name, str)}
+
+
+def _part(state: dict[Any, Any], key: str) -> dict[Any, Any] | None:
     """Return the dict under a key, whose dots may separate keys or be in them."""
-    at = len(key)
+    entries, at = _named(state), len(key)
     while at > 0:
         inner = entries.get(key[:at])
         if isinstance(inner, dict):
-            inner = {name: entry for name, entry in dict.items(inner) if isinstance(name, str)}
             found = inner if at == len(key) else _part(inner, key[at + 1 :])
             if found is not None:
                 return found
@@ -64,18 +68,20 @@ def _dicts(entries: dict[str, Any]) -> list[str]:
 
 
 def chosen_tensors(
-    value: Any, path: str, key: str | None, strip: str | None, kinds: tuple[type, ...]
-) -> tuple[dict[str, Any], list[str]]:
-    """Return the tensors of the chosen state dict, of these kinds, by name; and lines that say what was left out.
+    state: dict[Any, Any], path: str, strip: str | None, kind: type, notes: list[str]
+) -> dict[str, Any]:
+    """Return the tensors of a chosen state dict by name.
 
     Args:
         strip: a prefix that is taken off the names that have it.
+        kind: of the tensors.
+        notes: gets a line that says what was left out.
 
     Raises:
         ValueError: there is none; or two names become one.
     """
-    entries, notes = chosen_entries(value, path, key)
-    others = [name for name, entry in entries.items() if not isinstance(entry, kinds)]
+    entries = _named(state)
+    others = [name for name, entry in entries.items() if not isinstance(entry, kind)]
     for name in others:
         if isinstance(entries[name], Opaque) and "_rebuild_" in entries[name].global_name:
             raise ValueError(
@@ -98,7 +104,7 @@ def chosen_tensors(
         )
     if others:
         notes.append(f"{path}: left out {listed(others)}, which are no tensors")
-    return found, notes
+    return found
 
 
 def listed(names: Collection[str]) -> str:

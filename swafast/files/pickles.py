@@ -1,7 +1,7 @@
 """Pickles of torch's files, read and written without torch. Nothing in them is imported, and none of it runs.
 
-A pickle names classes and functions, and loading it calls them. Here each name stands for an empty class, an ``Opaque``:
-it keeps what it is called with. Only tensors, ordered dicts and sizes become more than that.
+A pickle names classes and functions, and a load calls them. Here each name stands for an empty class, an ``Opaque``,
+which keeps what it is called with. Only tensors, ordered dicts and sizes become more than that.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from ..torch_private import pickled as names
 from .checkpoints import ITEMSIZES
@@ -115,7 +115,7 @@ class StorageKey(NamedTuple):
 class _Unpickler(pickle._Unpickler):
     """Python's own, since the one in C takes memory for as many memo entries as a file claims."""
 
-    dispatch = {
+    dispatch: ClassVar = {
         opcode: load for opcode, load in pickle._Unpickler.dispatch.items() if bytes([opcode]) not in _FORBIDDEN
     }
 
@@ -195,7 +195,9 @@ def unpickled(data: bytes, what: str, allow: Sequence[str] = ()) -> Any:
         value = unpickler.load()
     except Exception as error:
         if not unpickler.refused:
-            raise ValueError(f"{what} is damaged: its pickle cannot be read ({type(error).__name__}: {error})") from None
+            raise ValueError(
+                f"{what} is damaged: its pickle cannot be read ({type(error).__name__}: {error})"
+            ) from None
     if unpickler.refused:
         refused = list(dict.fromkeys(unpickler.refused))
         listed = ", ".join(map(repr, refused[:3])) + (f" and {len(refused) - 3} more" if len(refused) > 3 else "")
@@ -209,7 +211,7 @@ def unpickled(data: bytes, what: str, allow: Sequence[str] = ()) -> Any:
 # Writing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # may be a key of a dict
 class Call:
     """A global in a pickle, and what a load makes of it."""
 
@@ -246,7 +248,11 @@ def _write(value: Any, put: Callable[[bytes], object]) -> None:
         put(pickle.BINUNICODE + struct.pack("<I", len(text)) + text)
     elif isinstance(value, StorageKey):
         stems = {dtype: stem for stem, dtype in STORAGES.items()}
-        kind = ("torch.storage", "UntypedStorage") if value.dtype == "untyped" else ("torch", f"{stems[value.dtype]}Storage")
+        kind = (
+            ("torch.storage", "UntypedStorage")
+            if value.dtype == "untyped"
+            else ("torch", f"{stems[value.dtype]}Storage")
+        )
         _write(("storage", Call(kind), value.key, "cpu", value.numel), put)
         put(pickle.BINPERSID)
     elif isinstance(value, tuple | list):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import os
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ..terms.boxes import boxes_of_run
 
 #: memoryview's format of words, by their bytes.
-_WORDS = {1: "B", 2: "H", 4: "I", 8: "Q"}
+_WORDS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 #: Elements that lie closer than this are read together with what is between them: a read costs as much as 4 KB.
 _CLOSE = 16
 
@@ -24,16 +25,6 @@ def row_major(sizes: Sequence[int]) -> tuple[int, ...]:
     for size in reversed(sizes[1:]):
         strides.append(strides[-1] * max(size, 1))
     return tuple(reversed(strides)) if sizes else ()
-
-
-def read_fully(descriptor: int, offset: int, into: memoryview) -> bool:
-    """Fill memory with the bytes of a file; return whether the file has them all."""
-    while into:
-        count = os.preadv(descriptor, [into], offset)
-        if count == 0:
-            return False
-        into, offset = into[count:], offset + count
-    return True
 
 
 @dataclass(frozen=True)
@@ -81,7 +72,7 @@ class Region:
             buffer = memoryview(bytearray((max(step * (count - 1), 0) + 1) * self.itemsize))
             self.read_at(offset, buffer)
             words = buffer.cast(_WORDS[self.itemsize])
-            into[::into_step] = words[::step] if step else memoryview(bytes(buffer) * count).cast(words.format)
+            into[::into_step] = words[::step] if step else memoryview(bytes(buffer) * count).cast(_WORDS[self.itemsize])
         else:
             for index in range(count):
                 word = into[index * into_step : index * into_step + 1]
@@ -97,3 +88,10 @@ def _joined(dims: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
         else:
             joined.append((size, stride, into_stride))
     return joined
+
+
+def extent_of(sizes: Sequence[int], strides: Sequence[int]) -> int:
+    """Return the number of elements from the first to the last of a tensor."""
+    if math.prod(sizes) == 0:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))

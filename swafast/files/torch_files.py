@@ -10,11 +10,12 @@ from typing import Any
 
 from ..terms.replacing import replacing
 from ..torch_private.pickled import MODULE_VERSIONS
-from .archives import Archive, ArchiveLayout, PartialChecksum, write_fully
+from .archives import Archive, ArchiveLayout, PartialChecksum
 from .checkpoints import ITEMSIZES, Checkpoint, OutputPlan, TensorSpec
-from .entries import chosen_tensors
+from .descriptors import give_up, open_regular, read_fully, write_fully
+from .entries import chosen_entries, chosen_tensors
 from .pickles import DTYPES, Call, StridedView, pickled, view_to_pickle
-from .strided import Region, extent_of, open_regular, read_fully
+from .strided import ReadAt, Region, extent_of
 
 #: The attribute of a state dict in which an output keeps the metadata of safetensors.
 METADATA = "swafast_metadata"
@@ -45,9 +46,10 @@ class TorchCheckpoint:
         try:
             self._require_zip()
             archive = Archive(self._descriptor, 0, os.fstat(self._descriptor).st_size, path, allow)
-            self.metadata: Mapping[str, str] = _strings_in(archive.value)
-            views, self.notes = chosen_tensors(archive.value, path, key, strip, (StridedView,))
-            self.module_versions = _versions_in(archive.value, self.notes and key, strip)
+            self.metadata: Mapping[str, str] = strings_in(getattr(archive.value, METADATA, None))
+            entries, self.notes = chosen_entries(archive.value, path, key)
+            self.module_versions = _versions_in(entries, strip)
+            views = chosen_tensors(entries, path, strip, StridedView, self.notes)
             self.specs: dict[str, TensorSpec] = {}
             self.aliases: dict[str, str] = {}
             self._regions: dict[str, Region] = {}
@@ -56,7 +58,7 @@ class TorchCheckpoint:
                 if first.setdefault(view, name) != name:
                     self.aliases[name] = first[view]
                 else:
-                    self.specs[name] = spec_of(view, name, path)
+                    self.specs[name] = spec_of(name, view.dtype, view.sizes, path)
                     self._regions[name] = region_of(view, archive, partial(self._read_at, name), f"{path}: {name!r}")
         except BaseException:
             self.close()
@@ -87,18 +89,18 @@ class TorchCheckpoint:
             self._descriptor = -1
 
 
-def spec_of(view: StridedView, name: str, path: str) -> TensorSpec:
+def spec_of(name: str, dtype: str, sizes: tuple[int, ...], path: str) -> TensorSpec:
     """Return what a checkpoint says of a tensor.
 
     Raises:
         ValueError: safetensors has no such dtype.
     """
-    if view.dtype not in DTYPES:
-        raise ValueError(f"{path} must hold tensors of dtypes that safetensors has, got {view.dtype} for {name!r}")
-    return TensorSpec(name, DTYPES[view.dtype], view.sizes)
+    if dtype not in DTYPES:
+        raise ValueError(f"{path} must hold tensors of dtypes that safetensors has, got {dtype} for {name!r}")
+    return TensorSpec(name, DTYPES[dtype], sizes)
 
 
-def region_of(view: StridedView, archive: Archive, read_at: Any, what: str) -> Region:
+def region_of(view: StridedView, archive: Archive, read_at: ReadAt, what: str) -> Region:
     """Return where a tensor's elements lie in the file.
 
     Raises:
@@ -111,14 +113,22 @@ def region_of(view: StridedView, archive: Archive, read_at: Any, what: str) -> R
     return Region(read_at, offset + view.offset * itemsize, itemsize, view.sizes, view.strides)
 
 
-def _strings_in(value: Any) -> dict[str, str]:
-    found = getattr(value, METADATA, None)
-    texts = dict.items(found) if isinstance(found, dict) else ()
+def strings_in(value: Any) -> dict[str, str]:
+    """Return the strings in an output's metadata."""
+    texts = dict.items(value) if isinstance(value, dict) else ()
     return {key: text for key, text in texts if isinstance(key, str) and isinstance(text, str)}
 
 
-def _versions_in(value: Any, key: Any, strip: str | None) -> dict[str, dict[str, Any]]:
-    return {}
+def _versions_in(state: dict[Any, Any], strip: str | None) -> dict[str, dict[str, int]]:
+    """Return the version of each module, by the name of the module after ``strip``."""
+    found = vars(state).get(MODULE_VERSIONS) if hasattr(state, "__dict__") else None
+    prefix = (strip or "").removesuffix(".")
+    return {
+        name.removeprefix(prefix).removeprefix("."): {"version": versions["version"]}
+        for name, versions in (dict.items(found) if isinstance(found, dict) else ())
+        if isinstance(name, str) and isinstance(versions, dict) and type(versions.get("version")) is int
+        if (f"{name}.").startswith(f"{prefix}." if prefix else "")
+    }
 
 
 class TorchOutput:
@@ -139,7 +149,10 @@ class TorchOutput:
             state[MODULE_VERSIONS] = versions
         data = pickled(Call(("collections", "OrderedDict"), (), views, state or None))
         self._layout = ArchiveLayout(data, [spec.nbytes for spec in plan.specs])
-        self._places = {spec.name: (offset, PartialChecksum()) for spec, offset in zip(plan.specs, self._layout.offsets, strict=True)}
+        self._places = {
+            spec.name: (offset, PartialChecksum())
+            for spec, offset in zip(plan.specs, self._layout.offsets, strict=True)
+        }
         self._nbytes = {spec.name: spec.nbytes for spec in plan.specs}
         self._stack = ExitStack()
         unfinished = self._stack.enter_context(replacing(path))
@@ -157,4 +170,4 @@ class TorchOutput:
         self._stack.close()
 
     def discard(self) -> None:
-        discard(self._stack)
+        give_up(self._stack)
