@@ -265,13 +265,13 @@ class DistributedOutput:
             layout.finish(self._descriptor, [checksum.value(spec.nbytes)])
         if self._strings is not None:
             self._strings.finish(self._descriptor, [])
-        (self._folder / _METADATA_FILE).write_bytes(pickled(self._metadata()))
+        (self._folder / _METADATA_FILE).write_bytes(pickled(self._metadata_call()))
         self._stack.close()
 
     def discard(self) -> None:
         give_up(self._stack)
 
-    def _metadata(self) -> Call:
+    def _metadata_call(self) -> Call:
         stored = {spec.name: spec for spec in self._plan.specs}
         tensors = {**{name: name for name in stored}, **self._plan.aliases}
         entries: dict[str, Call] = {key: _tensor_call(stored[name]) for key, name in tensors.items()}
