@@ -189,6 +189,18 @@ optim/: other packages' recipes
     watch             sees what the layers of a model normalise, while it runs
     visit             one forward of a layer, in one thread
 
+files/: files of torch, without torch
+    unpickler         reads a pickle, and makes nothing of it but tensors, sizes and plain values
+    opaque            an object in a pickle that is not made
+    strided view      a tensor in a file of ``torch.save``: elements of a storage, with strides
+    storage key       the name under which a file of ``torch.save`` has a storage
+    call              a global that a pickle names, with what a load calls it with
+    archive           the zip file of one ``torch.save``, which may be part of a file
+    archive layout    an archive of which the bytes of storages come later
+    region            a tensor's elements in a file
+    chunked tensor    a tensor in chunks, as ``torch.distributed.checkpoint`` stores it
+    given up          what is being replaced stays as it is
+
 swafast/*.py: faces
     finder            Python's import finder, which explains that a module has moved
 
