@@ -169,6 +169,11 @@ posthoc/: averages made after training
     wanted tensor     a tensor to be summed up from snapshots
     sum               a weighted sum of stored averages
     profile           the weight of each model in an average
+    merge             a weighted sum of a few models or averages, with coefficients that are known
+    greedy merge      one of those models whose mean scores best
+    merged            a tensor that is to be the same on all workers
+    worker            one rank, or several that share a model, whose model is trained beside those of others
+    has merges        base class of ``Snapshots``: merges of what is stored
     fit               the sum of stored averages that is nearest to a wanted average
 
 optim/: other packages' recipes
