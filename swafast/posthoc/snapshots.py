@@ -39,7 +39,7 @@ from .stored_merges import HasMerges
 from .sums import agree_on, sum_all, wanted_tensors
 from .written import Averaged, StoredPart, named_averages, reporting, stored_in, stored_parts, write
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 #: A larger residual of a synthesized profile gets a warning.
 _FAR_OFF = 0.01
@@ -175,7 +175,7 @@ class Snapshots(HasMerges):
 
         Args:
             averages: :class:`~swafast.FusedAveragedModel` or :class:`~swafast.ShardedAveragedModel` by name, or one.
-            dtype: float64, float32, bfloat16 or float16, to which floating averages are rounded; default: float32, but
+            dtype: float32, bfloat16, float16 or float64, to which floating averages are rounded; default: float32, but
                 float64 for float64 params. Complex averages keep their dtype. float64 is for ``compensated`` averages,
                 of which it keeps all bits.
 

@@ -187,6 +187,11 @@ optim/: other packages' recipes
     watch             sees what the layers of a model normalise, while it runs
     visit             one forward of a layer, in one thread
 
+files/: averages in files
+    counted state     a state of averages, with their counts
+    keys of average   where a state has the planes of one average
+    combined          what a merge or a window of files has written
+
 swafast/*.py: faces
     finder            Python's import finder, which explains that a module has moved
 
