@@ -116,8 +116,8 @@ class HasMerges(hints.WithHints):
         found = [each for each in stored if fits(each) and name in (None, each.name)]
         if len(found) != 1:
             spelled = ", ".join(f"{each.name!r} by {each.rule}" for each in stored)
-            kind = "" if fits is not _is_equal_mean else ", by EqualAverage() for a window"
-            raise ValueError(f"average must name one that is stored in {snapshot.path}{kind}, {spelled}, got {name!r}")
+            kind = "an equal mean (EqualAverage)" if fits is _is_equal_mean else "an average"
+            raise ValueError(f"average must name {kind} stored in {snapshot.path}, got {name!r}: it has {spelled}")
         return found[0]
 
     def _summed(
