@@ -1,4 +1,4 @@
-"""The command line: ``swafast demo``, ``swafast doctor``, ``swafast --version``."""
+"""The command line: ``swafast combine``, ``swafast demo``, ``swafast doctor``, ``swafast --version``."""
 
 from __future__ import annotations
 
@@ -61,6 +61,41 @@ def demo(
     except ModuleNotFoundError as error:
         _explain_missing(error)
     run(Settings(num_seeds=seeds, epochs=epochs), out, json)
+
+
+@app.command()
+def combine(
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Files of averages that hold their counts.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="Write the result there.")],
+    merge: Annotated[bool, typer.Option("--merge", help="The mean of all models in all inputs.")] = False,
+    window: Annotated[
+        bool, typer.Option("--window", help="The mean of the models in the second input that the first one lacks.")
+    ] = False,
+    key: Annotated[str | None, typer.Option(metavar="A.B", help="The entry of a checkpoint that is the state.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Combine averages in files by their counts: --merge A B..., or --window EARLIER LATER."""
+    if merge == window:
+        raise typer.BadParameter("pass one of them", param_hint="--merge or --window")
+    import warnings
+
+    from .files.combining import combine_files
+
+    console = Console(stderr=True)
+    bad_input = (ValueError, TypeError, FileExistsError, FileNotFoundError, IsADirectoryError)
+    with warnings.catch_warnings(record=True) as warned:
+        try:
+            done = combine_files(inputs, out, window=window, key=key, force=force)
+        except (*bad_input, OSError) as error:
+            console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(2 if isinstance(error, bad_input) else 1) from None
+    for each in warned:
+        console.print(f"warning: {each.message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    for prefix, count in done.counts.items():
+        name = prefix.rstrip(".") or "the mean"
+        typer.echo(f"{out}: {name} of {count} models, if the inputs are equal means (SWA), which no file tells")
+    if done.copied:
+        typer.echo("BatchNorm statistics are those of the last input: call update_bn")
 
 
 def _check_writable(path: Path, option: str) -> None:

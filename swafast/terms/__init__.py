@@ -169,6 +169,11 @@ posthoc/: averages made after training
     wanted tensor     a tensor to be summed up from snapshots
     sum               a weighted sum of stored averages
     profile           the weight of each model in an average
+    merge             a weighted sum of a few models or averages, with coefficients that are known
+    greedy merge      one of those models whose mean scores best
+    merged            a tensor that is to be the same on all workers
+    worker            one rank, or several that share a model, whose model is trained beside those of others
+    has merges        base class of ``Snapshots``: merges of what is stored
     fit               the sum of stored averages that is nearest to a wanted average
 
 files/: checkpoints in files
@@ -200,6 +205,10 @@ files/: files of torch, without torch
     region            a tensor's elements in a file
     chunked tensor    a tensor in chunks, as ``torch.distributed.checkpoint`` stores it
     given up          what is being replaced stays as it is
+files/: averages in files
+    counted state     a state of averages, with their counts
+    keys of average   where a state has the planes of one average
+    combined          what a merge or a window of files has written
 
 swafast/*.py: faces
     finder            Python's import finder, which explains that a module has moved
