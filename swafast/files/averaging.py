@@ -19,10 +19,11 @@ from ..terms import coefficients
 from ..terms.numbers import as_int
 from .agreement import INTEGERS, Agreed, agree
 from .checkpoints import ITEMSIZES, RECORD, Checkpoint, Output, OutputPlan
-from .opening import create_output, needs_torch, open_checkpoint, output_form
+from .opening import create_output, open_checkpoint, output_form
+from .progress import size_text
 from .selection import Selected, select
 from .streaming import NBYTES_PER_THREAD, Pass
-from .summing import choose_summing
+from .summing import TorchSumming, choose_summing
 
 #: What stands beside the weights in a folder and belongs to the model: configs, tokenizers, code.
 _BESIDE = re.compile(r".+\.(json|txt|model|tiktoken|jinja|py)")
@@ -70,8 +71,8 @@ class AverageReport:
         copied = f", copies {self.num_copied}" if self.num_copied else ""
         return [
             *listed,
-            f"averages {self.num_averaged} tensors{copied}: reads {_size(self.nbytes_read)}, writes "
-            f"{_size(self.nbytes_written)} to {self.out}, {_size(self.nbytes_memory)} in memory",
+            f"averages {self.num_averaged} tensors{copied}: reads {size_text(self.nbytes_read)}, writes "
+            f"{size_text(self.nbytes_written)} to {self.out}, {size_text(self.nbytes_memory)} in memory",
             f"summed by {self.summing}",
         ]
 
@@ -108,8 +109,8 @@ def average(
     """Average checkpoints into a new one, a chunk of 128 Ki elements at a time, in float64 with one rounding.
 
     Inputs are matched by name. They may be safetensors files, ``*.safetensors.index.json``, files of ``torch.save``,
-    and folders of Hugging Face or of ``torch.distributed.checkpoint``. If inputs and output are safetensors, torch is
-    not imported. The output is written beside its place and renamed, so it is absent or whole at every moment.
+    and folders of Hugging Face or of ``torch.distributed.checkpoint``. Torch is not imported. The output is written
+    beside its place and renamed, so it is absent or whole at every moment.
 
     Args:
         inputs: the checkpoints, the oldest first; or one folder that has the checkpoints of a training in it.
@@ -154,7 +155,7 @@ def average(
     form = output_form(path, shard_nbytes, paths[0])
     _check_place(Path(path), form, force)
     with ExitStack() as stack:
-        opened = _opened(stack, paths, key, strip, allow)
+        opened = _opened(stack, paths, key, strip, allow, say)
         tensors, aliases = agree(opened, tied=tied or {}, dtype=named_dtype, integers=integers)
         summing, summed_by = choose_summing()
         report = _report(selected, factors, path, tensors, num_threads, summed_by)
@@ -165,14 +166,13 @@ def average(
             metadata = {"format": "pt", **opened[0].metadata, RECORD: _record(paths, factors)}
             plan = OutputPlan([it.spec for it in tensors], aliases, metadata)
             beside = _beside(paths[-1]) if form == "folder" else []
-            output = create_output(path, plan, form=form, shard_nbytes=shard_nbytes, copied=beside, like=paths[0])
+            output = create_output(path, plan, form=form, shard_nbytes=shard_nbytes, copied=beside, like=opened[0])
             task = Pass(opened, tensors, factors, nonfinite == "keep", summing)
             _fill(output, task, num_threads, progress, report.nbytes_read + report.nbytes_written)
             if form == "distributed":
                 Path(path, f"{RECORD}.json").write_text(metadata[RECORD], encoding="utf-8")
             report = replace(report, seconds=time.monotonic() - started)
-    needed_torch = form in ("pickled", "distributed") or any(map(needs_torch, paths)) or "torch" in summed_by
-    assert had_torch or needed_torch or "torch" not in sys.modules, "safetensors were averaged, and torch was imported"
+    assert had_torch or summing is TorchSumming or "torch" not in sys.modules, "an average has imported torch"
     return report
 
 
@@ -197,7 +197,12 @@ def _fill(
 
 
 def _opened(
-    stack: ExitStack, paths: Sequence[str], key: str | None, strip: str | None, allow: Sequence[str]
+    stack: ExitStack,
+    paths: Sequence[str],
+    key: str | None,
+    strip: str | None,
+    allow: Sequence[str],
+    say: Callable[[str], object],
 ) -> list[Checkpoint]:
     opened = []
     for path in paths:
@@ -207,6 +212,8 @@ def _opened(
             raise ValueError(
                 f"{path} is a state that swafast.save has written, with counts: average such states by swafast combine"
             )
+        for note in getattr(checkpoint, "notes", ()):
+            say(note)
         opened.append(checkpoint)
     return opened
 
@@ -248,9 +255,8 @@ def _report(
 
 def _record(paths: Sequence[str], factors: Sequence[float] | None) -> str:
     """Return what the output says of itself, as JSON."""
-    from .. import __version__
-
-    return json.dumps({"swafast": __version__, "inputs": [*paths], "coefficients": factors or "equal"})
+    version = sys.modules[__name__.partition(".")[0]].__version__
+    return json.dumps({"swafast": version, "inputs": [*paths], "coefficients": factors or "equal"})
 
 
 def _check_place(out: Path, form: str, force: bool) -> None:
@@ -274,7 +280,7 @@ def _check_place(out: Path, form: str, force: bool) -> None:
 def _check_space(out: Path, nbytes: int) -> None:
     free = shutil.disk_usage(out.absolute().parent).free
     if free < nbytes:
-        raise OSError(errno.ENOSPC, f"out needs {_size(nbytes)}, and {_size(free)} are free", str(out))
+        raise OSError(errno.ENOSPC, f"out needs {size_text(nbytes)}, and {size_text(free)} are free", str(out))
 
 
 def _beside(path: str) -> list[Path]:
@@ -323,8 +329,3 @@ def _nbytes(size: int | str | None) -> int | None:
     if found is None or unit is None or float(found[1]) * unit < 1:
         raise ValueError(f"shard_size must be a number of bytes such as '5GB', got {size!r}")
     return int(float(found[1]) * unit)
-
-
-def _size(nbytes: int) -> str:
-    unit = next((unit for unit in ("TB", "GB", "MB", "KB") if nbytes >= _UNITS[unit]), "B")
-    return f"{nbytes / _UNITS[unit]:.4g} {unit}"

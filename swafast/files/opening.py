@@ -1,4 +1,4 @@
-"""Which form a checkpoint has, by its path: what opens it, and what writes it. Torch is imported where it is needed."""
+"""Which form a checkpoint has, by its path: what opens it, and what writes it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .checkpoints import Checkpoint, Output, OutputPlan, TensorSpec
+from .distributed_files import DistributedCheckpoint, DistributedOutput
 from .safetensors_files import INDEX_SUFFIX, SafetensorsOutput, open_safetensors
+from .torch_files import TorchCheckpoint, TorchOutput
 
 #: Of files that `torch.save` writes.
-PICKLED_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+PICKLED_SUFFIXES = (".pt", ".pth", ".pth.tar", ".bin", ".ckpt")
 
 #: In a folder of `torch.distributed.checkpoint`.
 _DISTRIBUTED = ".metadata"
@@ -37,20 +39,11 @@ def open_checkpoint(path: str, *, key: str | None, strip: str | None, allow: Seq
         raise FileNotFoundError(f"{path} does not exist")
     form = _form_of(Path(path))
     if form == "distributed":
-        from .distributed_files import DistributedCheckpoint
-
-        return DistributedCheckpoint(path, key=key, strip=strip)
+        return DistributedCheckpoint(path, key=key, strip=strip, allow=allow)
     if form == "pickled":
-        from .torch_files import TorchCheckpoint
-
         return TorchCheckpoint(_pickled_in(path), key=key, strip=strip, allow=allow)
     opened = open_safetensors(path)
     return opened if strip is None else StrippedCheckpoint(opened, strip)
-
-
-def needs_torch(path: str) -> bool:
-    """Return whether this input is read, or this output written, by torch."""
-    return _form_of(Path(path)) in ("pickled", "distributed")
 
 
 def _form_of(path: Path) -> str:
@@ -117,7 +110,7 @@ class StrippedCheckpoint:
 
 
 def create_output(
-    path: str, plan: OutputPlan, *, form: str, shard_nbytes: int | None, copied: Sequence[Path], like: str
+    path: str, plan: OutputPlan, *, form: str, shard_nbytes: int | None, copied: Sequence[Path], like: Checkpoint
 ) -> Output:
     """Begin an output beside its place.
 
@@ -127,15 +120,11 @@ def create_output(
         form: what :func:`output_form` has returned.
         shard_nbytes: of each file in a folder, at most. None: 5 GB.
         copied: small files that go into a folder of safetensors too.
-        like: the path of the first input.
+        like: the first input.
     """
     if form == "distributed":
-        from .distributed_files import DistributedOutput
-
         return DistributedOutput(path, plan)
     if form == "pickled":
-        from .torch_files import TorchOutput
-
         return TorchOutput(path, plan, like)
     if form == "file":
         return SafetensorsOutput(path, plan)

@@ -65,7 +65,7 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()  # the bar goes, and the cursor comes back
         if kind is None and (self._shows_bar or self._shows_lines):
-            self._line(f"{self._label}: {_size(self.done)} in {seconds:.1f} s, {_rate(self.done, seconds)}")
+            self._line(f"{self._label}: {size_text(self.done)} in {seconds:.1f} s, {_rate(self.done, seconds)}")
 
     def advance(self, nbytes: int) -> None:
         """Add bytes that are done."""
@@ -83,10 +83,8 @@ class Progress:
             seconds = now - self._start
             share = self.done / max(self.total, 1)
             left = seconds * (self.total - self.done) / max(self.done, 1)
-            rate = _rate(self.done, seconds)
-            self._line(
-                f"{self._label}: {_size(self.done)} of {_size(self.total)} ({share:.0%}), {rate}, {_time(left)} left"
-            )
+            done, rate = f"{size_text(self.done)} of {size_text(self.total)}", _rate(self.done, seconds)
+            self._line(f"{self._label}: {done} ({share:.0%}), {rate}, {_time(left)} left")
 
     def phase(self, label: str) -> None:
         """Show that something else is done now, such as a wait for the disk."""
@@ -127,7 +125,7 @@ def _bar(file: TextIO, label: str, total: int) -> RichProgress:
     return bar
 
 
-def _size(nbytes: float) -> str:
+def size_text(nbytes: float) -> str:
     """Write bytes in decimal units, as disks are sold: ``2.50 GB``."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= scale:
