@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..terms.misfits import few
 from .checkpoints import AVERAGED_DTYPES, Checkpoint, TensorSpec
 
 #: How many names a message lists.
@@ -101,7 +102,7 @@ def _check_names(inputs: Sequence[Checkpoint], names: Sequence[str], found: Sequ
         if missing:
             which = next(other for other, has in zip(inputs, found, strict=True) if missing[0] in has)
             raise ValueError(
-                f"{each.path} lacks {len(missing)} of the tensors, which {which.path} has: {_few(missing)}. "
+                f"{each.path} lacks {len(missing)} of the tensors, which {which.path} has: {few(missing)}. "
                 "Leave that input out; for tied names use tied, as in lm_head.weight=model.embed_tokens.weight; "
                 "for a prefix use strip"
             )
@@ -166,7 +167,3 @@ def why_unequal(tensor: Agreed, first: str, other: str) -> str:
             "averaged: integers='last' (--integers last) takes those of the last input"
         )
     return f"the {dtype} tensor {tensor.spec.name} differs between {first} and {other}, and {dtype} is not averaged"
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:_FEW]) + (", ..." if len(names) > _FEW else "")

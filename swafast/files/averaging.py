@@ -45,6 +45,8 @@ class Advancing(Protocol):
 
     def advance(self, nbytes: int) -> None: ...
 
+    def phase(self, label: str) -> None: ...
+
 
 @dataclass(frozen=True)
 class AverageReport:
@@ -135,8 +137,8 @@ def average(
         dry_run: check everything and write nothing.
         threads: that read, sum and write.
         say: is called with each line of the report before the run begins.
-        progress: makes a context manager from the number of bytes to be read and written; its ``advance`` is called
-            with the bytes that were.
+        progress: makes a context manager from the number of bytes to be read and written, as
+            :class:`~swafast.files.progress.Progress`.
 
     Raises:
         TypeError, ValueError: an argument does not fit; an input is damaged; inputs do not agree in names, shapes,
@@ -187,10 +189,12 @@ def _fill(
     try:
         if progress is None:
             task.run(output, threads, lambda advanced: None)
+            output.commit()
         else:
             with progress(nbytes) as shown:
                 task.run(output, threads, shown.advance)
-        output.commit()
+                shown.phase("syncing to the disk")
+                output.commit()
     except BaseException:
         output.discard()
         raise
