@@ -9,6 +9,7 @@ from . import moved as _moved  # noqa: F401  # explains the failed import of a m
 from .terms.lazy import imported_on_use
 
 if TYPE_CHECKING:
+    from . import files as files
     from . import optim as optim
     from . import posthoc as posthoc
     from . import sharded as sharded
@@ -70,7 +71,8 @@ if not TYPE_CHECKING:  # an editor that sees __getattr__ accepts any name
 
     def __getattr__(name: str) -> Any:
         value = globals()[name] = _import(name)
-        importlib.import_module(".op.torch_op", __name__)  # registers torch.ops.swafast
+        if name != "files":  # which are averaged without torch
+            importlib.import_module(".op.torch_op", __name__)  # registers torch.ops.swafast
         return value
 
 
