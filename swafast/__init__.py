@@ -64,7 +64,7 @@ _PICKLED = {
     "StoredAverage": "posthoc.folder",
     "get_format": "terms.formats",
 }
-_PACKAGES = ("optim", "posthoc", "sharded")
+_PACKAGES = ("files", "optim", "posthoc", "sharded")
 
 if not TYPE_CHECKING:  # an editor that sees __getattr__ accepts any name
     _import = imported_on_use(__name__, {**_PUBLIC, **_PICKLED, **{name: name for name in _PACKAGES}})
