@@ -147,7 +147,8 @@ def draw(runs: list[dict[str, Curve]], out: Path) -> None:
             rates.plot(start + SPAN * x, 1 - np.sqrt(x), color=COLOURS[kind], lw=2)
     handles = dict(zip(*curves.get_legend_handles_labels()[::-1], strict=True))
     curves.legend(handles.values(), handles.keys(), frameon=False, loc="lower right", fontsize=11)
-    curves.set_ylim(bottom=np.mean([each["constant"][SPAN] for each in runs]))
+    means_at = [np.mean([each["constant"][SPAN] for each in runs]), *(np.mean(found) for found in finals.values())]
+    curves.set_ylim(min(means_at), max(means_at) + 1.5)
     curves.set_title("Test accuracy, %", loc="left", fontsize=12)
     rates.plot([0, SETTINGS.epochs], [1, 1], color=COLOURS["merged"], lw=2)
     rates.set_title("Learning rate, share of the largest", loc="left", fontsize=12)
