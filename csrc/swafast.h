@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define SWAFAST_ABI 8
+#define SWAFAST_ABI 9
 
 /* dtype of a param */
 enum { SWAFAST_FLOAT32 = 0, SWAFAST_BFLOAT16 = 1, SWAFAST_FLOAT16 = 2, SWAFAST_BYTES = 3, SWAFAST_NUM_DTYPES = 4 };
@@ -141,6 +141,25 @@ typedef struct {
  * which cut a tensor up add up to the sum of the whole. SWAFAST_BAD_TENSOR leaves *sum as it is. At most num_threads
  * threads; one in a forked child. */
 SWAFAST_EXPORT int32_t swafast_cpu_checksum(const swafast_box* box, int32_t num_threads, uint64_t* sum);
+
+/* dtype of the elements of a file that is averaged */
+enum {
+  SWAFAST_ELEMENT_FLOAT32 = 0,
+  SWAFAST_ELEMENT_BFLOAT16 = 1,
+  SWAFAST_ELEMENT_FLOAT16 = 2,
+  SWAFAST_ELEMENT_FLOAT64 = 3,
+  SWAFAST_NUM_ELEMENTS = 4
+};
+
+/* sums = coefficient * elements if `begin`, sums += coefficient * elements otherwise: product and sum rounded one by
+ * one. In the calling thread. */
+SWAFAST_EXPORT int32_t swafast_cpu_accumulate(double* sums, const void* elements, int64_t numel, int32_t element,
+                                              double coefficient, int32_t begin);
+
+/* out = sums / divisor, rounded once, ties to even. *nonfinite = the index of the first NaN or infinity in `out`, or
+ * -1. In the calling thread. */
+SWAFAST_EXPORT int32_t swafast_cpu_finish(const double* sums, void* out, int64_t numel, int32_t element, double divisor,
+                                          int64_t* nonfinite);
 
 /* What follows is there only where the library was built with a CUDA compiler.
  *

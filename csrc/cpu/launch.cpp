@@ -276,4 +276,20 @@ int32_t swafast_cpu_checksum(const swafast_box* box, int32_t num_threads, uint64
   return SWAFAST_OK;
 }
 
+int32_t swafast_cpu_accumulate(double* sums, const void* elements, int64_t numel, int32_t element, double coefficient,
+                               int32_t begin) {
+  if (element < 0 || element >= SWAFAST_NUM_ELEMENTS) return SWAFAST_BAD_TENSOR;
+  if (numel < 0) return SWAFAST_BAD_COUNT;
+  chosen().load()->accumulate[element](sums, elements, numel, coefficient, begin != 0);
+  return SWAFAST_OK;
+}
+
+int32_t swafast_cpu_finish(const double* sums, void* out, int64_t numel, int32_t element, double divisor,
+                           int64_t* nonfinite) {
+  if (element < 0 || element >= SWAFAST_NUM_ELEMENTS) return SWAFAST_BAD_TENSOR;
+  if (numel < 0) return SWAFAST_BAD_COUNT;
+  *nonfinite = chosen().load()->finish[element](sums, out, numel, divisor);
+  return SWAFAST_OK;
+}
+
 }  // extern "C"

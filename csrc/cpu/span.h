@@ -27,6 +27,10 @@ using FiniteSpan = bool (*)(const void* param, int64_t numel);
 // `stride` counts words. The first word has this index in the whole tensor, each further one `index_step` more.
 using ChecksumSpan = uint64_t (*)(const void* words, int64_t numel, int64_t stride, uint64_t index,
                                   uint64_t index_step);
+// sums = coefficient * elements if `begin`, sums += coefficient * elements otherwise.
+using AccumulateSpan = void (*)(double* sums, const void* elements, int64_t numel, double coefficient, bool begin);
+// out = sums / divisor, rounded once; returns the index of the first result that is a NaN or an infinity, or -1.
+using FinishSpan = int64_t (*)(const double* sums, void* out, int64_t numel, double divisor);
 
 // Words of 1, 2, 4 and 8 bytes.
 constexpr int kNumWordSizes = 4;
@@ -38,6 +42,8 @@ struct Kernels {
   ExchangeSpan exchange;
   FiniteSpan all_finite[SWAFAST_NUM_DTYPES];
   ChecksumSpan checksum[kNumWordSizes];
+  AccumulateSpan accumulate[SWAFAST_NUM_ELEMENTS];
+  FinishSpan finish[SWAFAST_NUM_ELEMENTS];
 };
 
 const Kernels& generic_kernels();

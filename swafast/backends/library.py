@@ -18,7 +18,7 @@ from typing import Any
 from . import Unavailable
 
 #: Changes with any structure, function or rule of csrc/swafast.h.
-_ABI = 8
+_ABI = 9
 
 #: The most averages that one launch moves over one read of the params: ``SWAFAST_MAX_PACES``.
 MAX_PACES = 16
@@ -90,7 +90,7 @@ class Signature:
 
 
 # Pointers go as plain integers: converting them to pointer objects costs more than the call.
-_ADDRESS, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_ADDRESS, _I64, _I32, _F64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_double
 _TEXT, _OUT64, _OUT32 = ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_int32)
 _TABLE = {"tensors": _ADDRESS, "num_tensors": _I64, "chunks": _ADDRESS, "num_chunks": _I64}
 _PACES = {"paces": ctypes.POINTER(Pace), "num_paces": _I64, "advance": _I64}
@@ -107,6 +107,12 @@ FUNCTIONS = {
     "swafast_cpu_exchange": Signature({**_TABLE, "num_threads": _I32, "wanted": _I64, "exchanged": _OUT64}),
     "swafast_cpu_first_nonfinite": Signature({**_TABLE, "num_threads": _I32, "tensor": _OUT64}),
     "swafast_cpu_checksum": Signature({"box": ctypes.POINTER(BoxWords), "num_threads": _I32, "sum": _OUT64}),
+    "swafast_cpu_accumulate": Signature(
+        {"sums": _ADDRESS, "elements": _ADDRESS, "numel": _I64, "element": _I32, "coefficient": _F64, "begin": _I32}
+    ),
+    "swafast_cpu_finish": Signature(
+        {"sums": _ADDRESS, "out": _ADDRESS, "numel": _I64, "element": _I32, "divisor": _F64, "nonfinite": _OUT64}
+    ),
     "swafast_cuda_build": Signature(result=_TEXT),
     "swafast_cuda_error": Signature(result=_TEXT),
     "swafast_cuda_blocks": Signature({"device": _I32, "num_threads": _I32, "num_blocks": _OUT32}),

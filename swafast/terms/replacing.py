@@ -1,7 +1,8 @@
-"""A file that is replaced as a whole."""
+"""A file or a folder that is replaced as a whole."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import shutil
@@ -26,14 +27,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OSError: ``path`` is a device, a pipe or a folder; its folder does not exist; or a file cannot be written.
     """
-    path = Path(os.path.realpath(path))
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"path must be in a folder that exists, got {str(path)!r}: make the folder first")
+    path = _in_a_folder(path)
     before = path.stat().st_mode if path.exists() else None
     if before is not None and not stat.S_ISREG(before):
         raise OSError(f"path must be that of a file, got {str(path)!r}, which is a device, a pipe or a folder")
     # A folder, since the writer may have an unfinished file of its own, as safetensors has.
-    folder = path.with_name(f"{path.name[:_MOST]}.{secrets.token_hex(4)}.unfinished")
+    folder = _beside(path, "unfinished")
     try:
         folder.mkdir()
         unfinished = folder / path.name
@@ -47,6 +46,63 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):  # some file systems cannot sync a folder
         _sync(path.parent)
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield the path of a new folder beside ``path``. On leaving, sync its files and give it the name ``path``.
+
+    A folder that stands there is replaced as a whole, with all that is in it: ask first whether it may be. Where the
+    system cannot exchange two folders at once, a kill between two renames leaves the old one as ``*.replaced``, and
+    nothing at ``path``. Otherwise as :func:`replacing`.
+
+    Raises:
+        OSError: ``path`` is no folder; its own folder does not exist; or a file cannot be written.
+    """
+    path = _in_a_folder(path)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"path must be that of a folder, got {str(path)!r}, which is a file")
+    unfinished = _beside(path, "unfinished")
+    try:
+        unfinished.mkdir()
+        yield unfinished
+        for file in unfinished.rglob("*"):
+            _sync(file)
+        with suppress(OSError):
+            _sync(unfinished)
+        _put_in_place(unfinished, path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)  # or the old one, after an exchange
+    with suppress(OSError):
+        _sync(path.parent)
+
+
+def _put_in_place(folder: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(folder, path)
+    elif not _exchanged(folder, path):
+        replaced = _beside(path, "replaced")
+        os.rename(path, replaced)
+        os.rename(folder, path)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _exchanged(first: Path, second: Path) -> bool:
+    """Exchange two folders at once. Return whether the system could."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)  # of glibc 2.28 on
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2 is not None and renameat2(here, bytes(first), here, bytes(second), exchange) == 0
+
+
+def _in_a_folder(path: str | os.PathLike[str]) -> Path:
+    path = Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path must be in a folder that exists, got {str(path)!r}: make the folder first")
+    return path
+
+
+def _beside(path: Path, what: str) -> Path:
+    return path.with_name(f"{path.name[:_MOST]}.{secrets.token_hex(4)}.{what}")
 
 
 def _sync(path: Path) -> None:

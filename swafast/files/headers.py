@@ -1,0 +1,227 @@
+"""The header of a safetensors file, read strictly: 8 bytes of length, JSON, and then the tensors' bytes without a gap.
+
+A header may come from anywhere. So the text is read entry by entry, and nothing that is nested, doubled or long is
+built before it is checked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .checkpoints import ITEMSIZES, TensorSpec
+
+#: As safetensors itself has it.
+MOST_HEADER_NBYTES = 100_000_000
+#: Of one tensor's description. 64 dimensions of 20 digits are 1,300.
+_MOST_ENTRY_NBYTES = 8192
+_MOST_NUMEL = 2**63 - 1
+_BLANKS = re.compile(rb"[ \t\r\n]*")
+_FIELDS = {"dtype", "shape", "data_offsets"}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file holds, and where."""
+
+    specs: dict[str, TensorSpec]  # in the order of their bytes
+    offsets: dict[str, int]  # of a tensor's first byte in the file
+    metadata: dict[str, str]
+    nbytes: int  # of the file
+
+
+def read_header(descriptor: int, path: str) -> Header:
+    """Read and check the header of an open file.
+
+    Raises:
+        ValueError: it is not a whole safetensors file. The message has the path and the reason.
+    """
+    nbytes = os.fstat(descriptor).st_size
+    try:
+        return _parse(_read_text(descriptor, nbytes), nbytes)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def _read_text(descriptor: int, nbytes: int) -> bytes:
+    if nbytes < 8:
+        raise ValueError(f"it has {nbytes} bytes, and a header's length alone takes 8")
+    (length,) = struct.unpack("<Q", os.pread(descriptor, 8, 0))
+    if length > MOST_HEADER_NBYTES:
+        raise ValueError(f"its header would have {length:,} bytes, more than {MOST_HEADER_NBYTES:,}")
+    if length > nbytes - 8:
+        raise ValueError(f"its header would have {length:,} bytes, and only {nbytes - 8:,} follow: it is cut short")
+    return os.pread(descriptor, length, 8)
+
+
+def _parse(text: bytes, nbytes: int) -> Header:
+    found: dict[str, tuple[TensorSpec, int, int]] = {}
+    metadata: dict[str, str] | None = None
+    scanner = _Scanner(text)
+    for name in scanner.keys("the header"):
+        if name == "__metadata__":
+            if metadata is not None:
+                raise ValueError("it has two entries of metadata")
+            metadata = dict(_pairs_of_text(scanner))
+        elif name in found:
+            raise ValueError(f"it names the tensor {name!r} twice")
+        else:
+            found[name] = _described(name, scanner.flat_object(name))
+    scanner.end()
+    base = 8 + len(text)
+    _check_places(found.values(), nbytes - base)
+    ordered = sorted(found, key=lambda name: found[name][1:])
+    specs = {name: found[name][0] for name in ordered}
+    return Header(specs, {name: base + found[name][1] for name in ordered}, metadata or {}, nbytes)
+
+
+class _Scanner:
+    """Reads the text of a JSON object whose values are flat."""
+
+    def __init__(self, text: bytes) -> None:
+        self._text, self._at = text, 0
+
+    def keys(self, what: str) -> Iterator[str]:
+        """Yield each key of the object that begins here. Its value is to be read before the next key."""
+        self._take(b"{", what)
+        if self._next() == b"}":
+            self._at += 1
+            return
+        while True:
+            key = self.string()
+            self._take(b":", f"the key {key[:100]!r}")
+            self._next()
+            yield key
+            if self._next() == b"}":
+                self._at += 1
+                return
+            self._take(b",", f"the entry {key[:100]!r}")
+            self._next()
+
+    def string(self) -> str:
+        """Read the JSON string that begins here."""
+        start = self._at
+        if self._next() != b'"':
+            raise ValueError(f"its header has no string at byte {8 + self._at}, where a name or a text must be")
+        end = self._text.find(b'"', start + 1)
+        while end >= 0 and self._is_escaped(end):
+            end = self._text.find(b'"', end + 1)
+        if end < 0:
+            raise ValueError(f"its header has a string without an end at byte {8 + start}")
+        self._at = end + 1
+        try:
+            value = str(json.loads(self._text[start : end + 1].decode()))
+            value.encode()  # half a surrogate pair can be read, and not written
+        except ValueError:
+            raise ValueError(f"its header has a string that is not JSON at byte {8 + start}") from None
+        return value
+
+    def flat_object(self, name: str) -> Any:
+        """Read the object that begins here and holds no other object."""
+        start = self._at
+        end = self._text.find(b"}", start, start + _MOST_ENTRY_NBYTES)
+        if self._next() != b"{" or end < 0:
+            raise ValueError(f"its entry {name[:100]!r} does not describe a tensor")
+        self._at = end + 1
+        try:
+            return json.loads(self._text[start : end + 1].decode(), object_pairs_hook=without_doubles)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"its entry {name[:100]!r} is not JSON of a tensor: {error}") from None
+
+    def end(self) -> None:
+        if self._next():
+            raise ValueError(f"its header goes on after its end, at byte {8 + self._at}")
+
+    def _is_escaped(self, quote: int) -> bool:
+        before = quote
+        while self._text[before - 1 : before] == b"\\":
+            before -= 1
+        return (quote - before) % 2 == 1
+
+    def _next(self) -> bytes:
+        self._at = _BLANKS.match(self._text, self._at).end()  # type: ignore[union-attr]  # it always matches
+        return self._text[self._at : self._at + 1]
+
+    def _take(self, expected: bytes, what: str) -> None:
+        if self._next() != expected:
+            raise ValueError(f"{what} is not JSON: {expected.decode()!r} must be at byte {8 + self._at}")
+        self._at += 1
+
+
+def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of a JSON object; a key that stands twice has two meanings, and is an error."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)[:100]!r} stands twice")
+    return made
+
+
+def _pairs_of_text(scanner: _Scanner) -> Iterator[tuple[str, str]]:
+    seen: set[str] = set()
+    for key in scanner.keys("its metadata"):
+        if key in seen:
+            raise ValueError(f"its metadata has the key {key[:100]!r} twice")
+        seen.add(key)
+        yield key, scanner.string()
+
+
+def _described(name: str, entry: Any) -> tuple[TensorSpec, int, int]:
+    """Return a tensor, and where its bytes begin and end behind the header."""
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
+        raise ValueError(f"its entry {name[:100]!r} must have dtype, shape and data_offsets, and nothing else")
+    dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEMSIZES:
+        raise ValueError(f"its tensor {name!r} has the unknown dtype {str(dtype)[:100]!r}")
+    if not (_are_counts(shape) and _are_counts(place) and len(place) == 2):
+        raise ValueError(f"its tensor {name!r} has a shape or offsets that are no counts")
+    spec = TensorSpec(name, dtype, tuple(shape))
+    begin, end = place
+    if spec.nbytes != end - begin:
+        raise ValueError(
+            f"its tensor {name!r} of {dtype} with the shape {shape} has {spec.nbytes:,} bytes, and its offsets "
+            f"{begin:,} to {end:,} are of another number"
+        )
+    return spec, begin, end
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value <= _MOST_NUMEL for value in values)
+
+
+def _check_places(found: Iterable[tuple[TensorSpec, int, int]], nbytes: int) -> None:
+    """Check that the tensors fill the bytes behind the header, in some order, each once."""
+    reached = 0
+    for spec, begin, end in sorted(found, key=lambda entry: entry[1:]):
+        if begin != reached:
+            what = "overlaps the tensor before it" if begin < reached else f"leaves {begin - reached:,} bytes unused"
+            raise ValueError(f"its tensor {spec.name!r} {what}: it begins at {begin:,}, not at {reached:,}")
+        reached = end
+    if reached > nbytes:
+        raise ValueError(f"its tensors take {reached:,} bytes, and only {nbytes:,} follow the header: it is cut short")
+    if reached < nbytes:
+        raise ValueError(f"{nbytes - reached:,} bytes follow its last tensor")
+
+
+def header_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """Return the beginning of a safetensors file, and the offset of each tensor in that file.
+
+    The tensors with the largest elements come first. So each of them is aligned, which readers want that map the file.
+    """
+    described: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    relative, reached = {}, 0
+    for spec in sorted(specs, key=lambda spec: -ITEMSIZES[spec.dtype]):
+        relative[spec.name] = reached
+        place = [reached, reached := reached + spec.nbytes]
+        described[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": place}
+    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MOST_HEADER_NBYTES:
+        raise ValueError(f"the header would have {len(text):,} bytes, more than {MOST_HEADER_NBYTES:,}: write a folder")
+    base = 8 + len(text)
+    return struct.pack("<Q", len(text)) + text, {name: base + offset for name, offset in relative.items()}

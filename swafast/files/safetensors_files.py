@@ -1,0 +1,251 @@
+"""Checkpoints in safetensors: one file, or a folder of files with an index, as Hugging Face writes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path, PurePosixPath
+
+from ..terms.replacing import replacing, replacing_folder
+from .checkpoints import RECORD, OutputPlan, TensorSpec
+from .descriptors import give_up, open_regular, read_fully, write_fully
+from .headers import MOST_HEADER_NBYTES, header_bytes, read_header, without_doubles
+
+INDEX_SUFFIX = ".safetensors.index.json"
+#: The names of the weights in a folder, of which a folder has one: those of transformers, diffusers and peft.
+_STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
+
+
+class SafetensorsCheckpoint:
+    """One safetensors file, or the files of one index, open for reading: a ``Checkpoint``."""
+
+    def __init__(self, path: str, files: Mapping[str, Path], placed: Mapping[str, str] | None = None) -> None:
+        """Read the headers.
+
+        Args:
+            path: as the user wrote it.
+            files: the path of each file, by its name in the index.
+            placed: for each tensor, the name of the file that has it, as the index says.
+        """
+        self.path = path
+        self.aliases: Mapping[str, str] = {}
+        specs: dict[str, TensorSpec] = {}
+        self._places: dict[str, _Shard] = {}
+        shards = {name: _Shard(file) for name, file in files.items()}
+        for name, shard in shards.items():
+            for tensor, spec in shard.header.specs.items():
+                if placed is not None and placed.get(tensor) != name:
+                    where = f"says that {placed[tensor]} has it" if tensor in placed else "does not name it"
+                    raise ValueError(f"{path}: the file {name} has the tensor {tensor!r}, and the index {where}")
+                specs[tensor] = spec
+                self._places[tensor] = shard
+        for tensor, name in (placed or {}).items():
+            if tensor not in specs:
+                raise ValueError(f"{path}: the index says that {name} has the tensor {tensor!r}, and it has not")
+        self.specs: Mapping[str, TensorSpec] = specs
+        self.metadata: Mapping[str, str] = next((shard.header.metadata for shard in shards.values()), {})
+        self._threads = threading.local()
+        self._descriptors: set[int] = set()
+        self._lock = threading.Lock()
+
+    def read_into(self, name: str, start: int, into: memoryview) -> None:
+        shard = self._places[name]
+        descriptor, offset = self._descriptor(shard), shard.header.offsets[name] + start
+        if not read_fully(descriptor, offset, into):
+            raise ValueError(f"{shard.path} is cut short: bytes of the tensor {name!r} are missing")
+
+    def _descriptor(self, shard: _Shard) -> int:
+        """Return this thread's descriptor of a file.
+
+        Each thread has one file of a checkpoint open: large models have hundreds of files, and ten such models would
+        have more than a process may open.
+        """
+        held: tuple[_Shard, int] | None = getattr(self._threads, "held", None)
+        if held is not None and held[0] is shard:
+            return held[1]
+        descriptor = shard.open()
+        with self._lock:
+            if held is not None:
+                self._descriptors.remove(held[1])
+                os.close(held[1])
+            self._descriptors.add(descriptor)
+        self._threads.held = (shard, descriptor)
+        return descriptor
+
+    def close(self) -> None:
+        with self._lock:
+            while self._descriptors:
+                os.close(self._descriptors.pop())
+            self._threads = threading.local()
+
+
+class _Shard:
+    """One safetensors file, with its header."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        descriptor = open_regular(path)
+        try:
+            self._identity = _identity(descriptor)
+            self.header = read_header(descriptor, str(path))
+        finally:
+            os.close(descriptor)
+
+    def open(self) -> int:
+        """Return a new descriptor of the file whose header was read."""
+        descriptor = open_regular(self.path)
+        if _identity(descriptor) != self._identity:
+            os.close(descriptor)
+            raise ValueError(f"{self.path} has changed since its header was read: average when nothing writes it")
+        return descriptor
+
+
+def _identity(descriptor: int) -> tuple[int, int, int, int]:
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def open_safetensors(path: str) -> SafetensorsCheckpoint:
+    """Open a file, an index, or a folder that has one of them.
+
+    Raises:
+        ValueError: a file is damaged, the index and its files disagree, or the folder holds no weights or several.
+        OSError: a file cannot be read.
+    """
+    chosen = _weights_in(Path(path)) if os.path.isdir(path) else Path(path)
+    if not chosen.name.endswith(INDEX_SUFFIX):
+        return SafetensorsCheckpoint(path, {chosen.name: chosen})
+    placed = _read_index(chosen)
+    return SafetensorsCheckpoint(path, {name: chosen.parent / name for name in dict.fromkeys(placed.values())}, placed)
+
+
+def _weights_in(folder: Path) -> Path:
+    """Return the file or the index of the weights in a folder."""
+    names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
+    for stem in _STEMS:
+        for name in (f"{stem}{INDEX_SUFFIX}", f"{stem}.safetensors"):
+            if name in names:
+                return folder / name
+    found = sorted(name for name in names if name.endswith(INDEX_SUFFIX))
+    found = found or sorted(name for name in names if name.endswith(".safetensors"))
+    if len(found) != 1:
+        listed = ", ".join(found[:3]) or "none"
+        raise ValueError(f"{folder} must hold one *.safetensors or one *{INDEX_SUFFIX}, got {listed}: name the file")
+    return folder / found[0]
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Return the name of the file that has the tensor, for each tensor of an index."""
+    descriptor = open_regular(path)
+    with os.fdopen(descriptor, "rb") as file:
+        text = file.read(MOST_HEADER_NBYTES + 1)
+    try:
+        if len(text) > MOST_HEADER_NBYTES:
+            raise ValueError(f"it has more than {MOST_HEADER_NBYTES:,} bytes")
+        index = json.loads(text.decode(), object_pairs_hook=without_doubles)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not an index of safetensors files: {error}") from None
+    placed = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+        raise ValueError(f"{path} is not an index of safetensors files: it has no weight_map of names")
+    for name in dict.fromkeys(placed.values()):
+        parts = PurePosixPath(name).parts
+        if not parts or name.startswith("/") or ".." in parts or "\0" in name:
+            raise ValueError(f"{path} must name files in its own folder, got {name!r}: do not use this index")
+    return placed
+
+
+class SafetensorsOutput:
+    """One safetensors file, or a folder of them, that is being written: an ``Output``."""
+
+    def __init__(
+        self, path: str, plan: OutputPlan, shard_nbytes: int | None = None, copied: Sequence[Path] = ()
+    ) -> None:
+        """Make the files, with their headers.
+
+        Args:
+            path: of the file, or of the folder if ``shard_nbytes`` is given.
+            plan: what to write.
+            shard_nbytes: how many bytes of tensors one file of the folder has at most, or else one tensor.
+            copied: small files that go into the folder too.
+        """
+        self._stack = ExitStack()
+        place = self._stack.enter_context(replacing(path) if shard_nbytes is None else replacing_folder(path))
+        try:
+            files: Mapping[Path, Sequence[TensorSpec]] = {place: plan.specs}
+            if shard_nbytes is not None:
+                files = _laid_out(place, plan.specs, shard_nbytes)
+                for file in copied:
+                    shutil.copyfile(file, place / file.name)
+                for name in plan.metadata.keys() & {RECORD}:
+                    (place / f"{name}.json").write_text(plan.metadata[name], encoding="utf-8")
+            self._files: dict[str, _Unfinished] = {}
+            for file, specs in files.items():
+                self._files |= dict.fromkeys((spec.name for spec in specs), _Unfinished(file, specs, plan.metadata))
+        except BaseException:
+            self.discard()
+            raise
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        self._files[name].write(name, start, data)
+
+    def commit(self) -> None:
+        self._stack.close()
+
+    def discard(self) -> None:
+        give_up(self._stack)
+
+
+class _Unfinished:
+    """One safetensors file that is being written. It is open from its first write until its last byte is there."""
+
+    def __init__(self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
+        self._path = path
+        head, self._offsets = header_bytes(specs, metadata)
+        self._missing = sum(spec.nbytes for spec in specs)
+        self._descriptor: int | None = None
+        self._lock = threading.Lock()
+        with open(path, "wb") as file:
+            file.write(head)
+            file.truncate(len(head) + self._missing)
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        with self._lock:
+            if self._descriptor is None:
+                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
+        write_fully(self._descriptor, self._offsets[name] + start, data)
+        with self._lock:
+            self._missing -= len(data)
+            if self._missing == 0:
+                self.close()
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _laid_out(folder: Path, specs: Sequence[TensorSpec], shard_nbytes: int) -> Mapping[Path, Sequence[TensorSpec]]:
+    """Return the tensors of each file in a folder, in order; write the index if there are several files."""
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if shards[-1] and size + spec.nbytes > shard_nbytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.nbytes
+    if len(shards) == 1:
+        return {folder / "model.safetensors": shards[0]}
+    files = {
+        folder / f"model-{number:05}-of-{len(shards):05}.safetensors": shard for number, shard in enumerate(shards, 1)
+    }
+    weight_map = {spec.name: file.name for file, shard in files.items() for spec in shard}
+    total = sum(spec.nbytes for spec in specs)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / f"model{INDEX_SUFFIX}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return files
