@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -44,7 +45,7 @@ Quick = Annotated[bool, typer.Option("--quick", help="Small workloads and budget
 
 def _command_line() -> str:
     """Return the command that repeats this run, without where it writes: a report holds no path of a machine."""
-    return re.sub(r" --(?:out|library)[ =]\S+", "", " ".join(["python -m bench", *sys.argv[1:]]))
+    return re.sub(r" --(?:out|library|mergekit|folder)[ =]\S+", "", " ".join(["python -m bench", *sys.argv[1:]]))
 
 
 def _about() -> dict[str, object]:
@@ -131,6 +132,27 @@ def loop_command(out: Out = OUT, quick: Quick = False) -> None:
     console.print(Markdown(tables.loop_block(report)), "")
     _write(report, out / "loop")
     _fail([f"{report.differing} elements are not those of the plain updates"] if report.differing else [])
+
+
+@app.command("files")
+def files_command(
+    out: Out = OUT,
+    quick: Quick = False,
+    mergekit: Annotated[Path | None, typer.Option(help="An environment with mergekit 0.1.5 in it.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where inputs of 2.5 GB are written and deleted.")] = None,
+) -> None:
+    """Average checkpoints in files by ours and by others: about five minutes."""
+    from bench import files, plot_files, tables
+
+    models, count = (files.QUICK_MODELS, files.QUICK_ROUNDS) if quick else (files.MODELS, files.ROUNDS)
+    with tempfile.TemporaryDirectory(dir=folder) as place, console.status("files") as status:
+        rows = files.measure(models, Path(place), mergekit, count=count, progress=status.update)
+    report = Report(_about(), files=rows)
+    console.print(Markdown(tables.files_block(report)), "")
+    for work, limit, value in files.bars(rows):
+        console.print(f"{'ok   ' if value <= limit else 'SHORT'} {work}: {value:.3g}, at most {limit:.3g}")
+    _write(report, out / "files", plot_files.plot_files)
+    _fail([f"{row.dtype}, {row.way}: {row.status}: {row.reason}" for row in rows if row.status in ("wrong", "failed")])
 
 
 @app.command("accuracy")

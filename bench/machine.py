@@ -72,10 +72,10 @@ class OthersCpu:
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
-        """Return the seconds that all cores had, were busy, and were busy with this process (Linux, proc(5))."""
+        """Return the seconds that all cores had, were busy, and were busy with us and our children (Linux, proc(5))."""
         ticks = [int(each) / os.sysconf("SC_CLK_TCK") for each in Path("/proc/stat").read_text().split()[1:9]]
         own = os.times()
-        return sum(ticks), sum(ticks) - ticks[3] - ticks[4], own.user + own.system
+        return sum(ticks), sum(ticks) - ticks[3] - ticks[4], sum(own[:4])
 
     def share(self) -> float:
         """Return what others took since the start, as a share of all cores' time. Time stolen by the host counts."""

@@ -49,6 +49,7 @@ BLOCKS = (
     Block("docs/speed.md", "bench", "cpu.json", tables.full_block),
     Block("docs/sharded.md", "sharded", "sharded.json", tables.sharded_block),
     Block("docs/loop.md", "loop", "loop.json", tables.loop_block),
+    Block("docs/files.md", "files", "files.json", tables.files_block),
     Block("docs/formats.md", "formats", "cpu.json", partial(tables.passes_block, group=names.FORMATS)),
     Block("docs/averages.md", "several", "cpu.json", partial(tables.passes_block, group=names.SEVERAL)),
 )

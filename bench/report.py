@@ -128,7 +128,25 @@ class Part:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-ITEMS: dict[str, type] = {"rows": Row, "steps": StepRow, "curves": Curve, "parts": Part}
+@dataclass(frozen=True)
+class FileRow:
+    """One way to average checkpoints in files: the best of some rounds."""
+
+    way: str
+    dtype: str
+    num_inputs: int
+    nbytes: int  # of one input
+    status: str = "ok"  # as in Row
+    reason: str = ""
+    wall_s: float = 0.0
+    cpu_s: float = 0.0  # of the process, user and system
+    peak_bytes: int = 0
+    rounds: int = 0
+    differing: float | None = None  # the share of elements that are not the float64 mean rounded once
+    others_cpu: float | None = None
+
+
+ITEMS: dict[str, type] = {"rows": Row, "steps": StepRow, "curves": Curve, "parts": Part, "files": FileRow}
 
 
 @dataclass
@@ -141,6 +159,7 @@ class Report:
     curves: list[Curve] = field(default_factory=list)
     updates: list[int] = field(default_factory=list)  # at which the curves were read
     parts: list[Part] = field(default_factory=list)
+    files: list[FileRow] = field(default_factory=list)
     bits: dict[str, dict[str, str]] = field(default_factory=dict)  # by case and backend: a hash of all bits
     left_out: list[str] = field(default_factory=list)
     dry: bool = False  # a GPU run on a CPU: no figure of a GPU

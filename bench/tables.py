@@ -5,9 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
-from bench import names
+from bench import files, names
 from bench.lookup import baseline, by_format, find, grouped, our_row, share_of_copy
-from bench.report import Report, Row, StepRow
+from bench.report import FileRow, Report, Row, StepRow
 
 # Columns of a page: its captions are wrapped before.
 WIDTH = 118
@@ -50,7 +50,7 @@ def _name(row: Row) -> str:
     return f"{row.title.replace(', no embeddings', '')}, {kind}"
 
 
-def disturbance(rows: Iterable[Row | StepRow]) -> str:
+def disturbance(rows: Iterable[Row | StepRow | FileRow]) -> str:
     """Return a sentence where other processes took a share of the CPU that matters."""
     others = max((row.others_cpu or 0.0 for row in rows), default=0.0)
     return f"Other processes took up to {others:.0%} of the CPU meanwhile." if others > DISTURBED else ""
@@ -181,6 +181,29 @@ def loop_block(report: Report) -> str:
         "On a CPU an update beside the next step takes that step's cores and memory traffic, so overlap gains little "
         "or costs. Rows whose quartiles overlap are not told apart by this run, and what a second training without "
         f"averaging seems to add is noise. {disturbance(report.steps)}".strip(),
+        texts=2,
+    )
+
+
+def files_block(report: Report) -> str:
+    """Return the table of the ways to average checkpoints in files, with what ours takes of each."""
+    lines, ours = [], {row.dtype: row for row in report.files if row.way == files.OURS and row.rounds}
+    for row in report.files:
+        name = f"{row.num_inputs} x {row.nbytes / 1e6:.0f} MB, {SHORT_DTYPES[row.dtype]}"
+        if not row.rounds:
+            lines.append((name, row.way, row.status, "", "", ""))
+            continue
+        base = ours.get(row.dtype)
+        times = f"{row.cpu_s / base.cpu_s:.1f}x" if base is not None and row.way != files.LIMIT else ""
+        figures = f"{row.cpu_s:.2f}", times, f"{row.wall_s:.2f}", f"{row.peak_bytes / 1e6:.0f}"
+        lines.append((name, f"`{row.way}`" if row is base else row.way, *figures))
+    count = max((row.rounds for row in report.files), default=0)
+    return markdown(
+        "inputs | averaged by | CPU s | of ours | s | peak MB",
+        lines,
+        f"The best of {count} interleaved rounds in one run of {origin(report)}; the peak is VmHWM of the process. "
+        f"{disturbance(report.files)}".strip(),
+        f"*{files.LIMIT}* averages nothing: it reads all inputs, writes as much as one, and waits for the disk.",
         texts=2,
     )
 

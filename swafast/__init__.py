@@ -10,6 +10,7 @@ from .terms.lazy import imported_on_use
 
 if TYPE_CHECKING:
     from . import optim as optim
+    from . import posthoc as posthoc
     from . import sharded as sharded
     from .average.averaged_model import FusedAveragedModel
     from .average.fused_averages import FusedAverages
@@ -62,7 +63,7 @@ _PICKLED = {
     "StoredAverage": "posthoc.folder",
     "get_format": "terms.formats",
 }
-_PACKAGES = ("optim", "sharded")
+_PACKAGES = ("optim", "posthoc", "sharded")
 
 if not TYPE_CHECKING:  # an editor that sees __getattr__ accepts any name
     _import = imported_on_use(__name__, {**_PUBLIC, **_PICKLED, **{name: name for name in _PACKAGES}})

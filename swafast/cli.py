@@ -1,8 +1,10 @@
-"""The command line: ``swafast demo``, ``swafast doctor``, ``swafast --version``."""
+"""The command line: ``swafast average``, ``combine``, ``demo``, ``doctor`` and ``swafast --version``."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -61,6 +63,110 @@ def demo(
     except ModuleNotFoundError as error:
         _explain_missing(error)
     run(Settings(num_seeds=seeds, epochs=epochs), out, json)
+
+
+@app.command()
+def average(
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT...", help="Checkpoints, oldest first, or one folder of checkpoints.")
+    ],
+    out: Annotated[str, typer.Option("-o", "--out", metavar="OUT", help="*.safetensors, *.pt, or a folder.")],
+    last: Annotated[int | None, typer.Option(metavar="K", help="The last K.")] = None,
+    first_step: Annotated[int | None, typer.Option("--from", metavar="STEP", help="From this step on.")] = None,
+    last_step: Annotated[int | None, typer.Option("--to", metavar="STEP", help="Up to this step.")] = None,
+    min_gap: Annotated[int | None, typer.Option(metavar="N", help="Steps at least N apart.")] = None,
+    metric: Annotated[str | None, typer.Option(metavar="FIELD", help="Choose by this metric, with --best.")] = None,
+    best: Annotated[int | None, typer.Option(metavar="K", help="The best K by --metric.")] = None,
+    lower_is_better: Annotated[
+        bool | None, typer.Option("--lower-is-better/--higher-is-better", help="Which values of --metric are best.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(metavar="W,W,...", help="Weights of the inputs; sum 1.")] = None,
+    ema: Annotated[float | None, typer.Option(metavar="DECAY", help="An exponential average of the inputs.")] = None,
+    power: Annotated[float | None, typer.Option(metavar="SIGMA", help="A power average of the inputs.")] = None,
+    decay: Annotated[
+        str | None, typer.Option(metavar="KIND", help="As a learning rate that decays: linear or minus-sqrt.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the averages: fp32, bf16, fp16 or fp64.")] = None,
+    integers: Annotated[str, typer.Option(help="equal: they must agree; last, first: those of one input.")] = "equal",
+    nonfinite: Annotated[str, typer.Option(help="error, or keep: write NaNs and infinities too.")] = "error",
+    key: Annotated[str | None, typer.Option(metavar="A.B", help="Where the state is in a *.pt or DCP input.")] = None,
+    strip: Annotated[str | None, typer.Option(metavar="PREFIX", help="A prefix that names lose.")] = None,
+    tied: Annotated[list[str] | None, typer.Option(metavar="A=B", help="A is a further name of B.")] = None,
+    allow: Annotated[list[str] | None, typer.Option(metavar="GLOBAL", help="A global that *.pt may name.")] = None,
+    shard_size: Annotated[str | None, typer.Option(metavar="5GB", help="Of each file in a folder, at most.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that read, sum and write.")] = 2,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be averaged, and stop.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+) -> None:
+    """Average checkpoints in files into one, in little memory and without torch."""
+    from .files import averaging, progress
+
+    with _failing_with_a_line():
+        averaging.average(
+            inputs, out, weights=_numbers(weights), ema=ema, power=power, decay=decay, last=last, first_step=first_step,
+            last_step=last_step, min_gap=min_gap, metric=metric, best=best, lower_is_better=lower_is_better, key=key,
+            strip=strip, allow=allow or (), tied=_pairs(tied or []), integers=integers, nonfinite=nonfinite,
+            dtype=dtype, shard_size=shard_size, force=force, dry_run=dry_run, threads=threads,
+            say=(lambda line: None) if quiet else typer.echo,
+            progress=lambda nbytes: progress.Progress(nbytes, quiet=quiet),
+        )  # fmt: skip
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(number) for number in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"must be numbers with commas between, got {text!r}", param_hint="--weights") from None
+
+
+def _pairs(texts: list[str]) -> dict[str, str]:
+    for text in texts:
+        if text.count("=") != 1:
+            raise typer.BadParameter(f"must be of the form A=B, got {text!r}", param_hint="--tied")
+    return dict(text.split("=") for text in texts)
+
+
+@contextmanager
+def _failing_with_a_line() -> Iterator[None]:
+    """End with one line of the error: 2 for bad input, 1 for all else that the system refuses."""
+    bad_input = (ValueError, TypeError, FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
+    try:
+        yield
+    except (*bad_input, OSError) as error:
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2 if isinstance(error, bad_input) else 1) from None
+
+
+@app.command()
+def combine(
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Files of averages that hold their counts.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="Write the result there.")],
+    merge: Annotated[bool, typer.Option("--merge", help="The mean of all models in all inputs.")] = False,
+    window: Annotated[
+        bool, typer.Option("--window", help="The mean of the models in the second input that the first one lacks.")
+    ] = False,
+    key: Annotated[str | None, typer.Option(metavar="A.B", help="The entry of a checkpoint that is the state.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Combine averages in files by their counts: --merge A B..., or --window EARLIER LATER."""
+    if merge == window:
+        raise typer.BadParameter("pass one of them", param_hint="--merge or --window")
+    import warnings
+
+    from .files.combining import combine_files
+
+    with warnings.catch_warnings(record=True) as warned, _failing_with_a_line():
+        done = combine_files(inputs, out, window=window, key=key, force=force)
+    for each in warned:
+        Console(stderr=True).print(
+            f"warning: {each.message}", style="yellow", markup=False, highlight=False, soft_wrap=True
+        )
+    for prefix, count in done.counts.items():
+        name = prefix.rstrip(".") or "the mean"
+        typer.echo(f"{out}: {name} of {count} models, if the inputs are equal means (SWA), which no file tells")
+    if done.copied:
+        typer.echo("BatchNorm statistics are those of the last input: call update_bn")
 
 
 def _check_writable(path: Path, option: str) -> None:

@@ -24,7 +24,7 @@ from swafast.optim import SWA, cyclical_cosine_lr, cyclical_lr
 
 ROOT = Path(__file__).parents[1]
 #: Packages whose names a pickle may hold: they stay when modules move.
-PACKAGES = ("swafast", "swafast.optim", "swafast.sharded")
+PACKAGES = ("swafast", "swafast.optim", "swafast.posthoc", "swafast.sharded")
 
 
 def run(code: str) -> str:
@@ -35,7 +35,7 @@ def run(code: str) -> str:
 
 
 def test_dir_is_the_public_names() -> None:
-    assert dir(swafast) == sorted([*swafast.__all__, "optim", "sharded"])
+    assert dir(swafast) == sorted([*swafast.__all__, "optim", "posthoc", "sharded"])
     assert all(getattr(swafast, name) is not None for name in dir(swafast))
     with pytest.raises(AttributeError, match="module 'swafast' has no attribute 'FusedAverage'"):
         swafast.FusedAverage  # noqa: B018

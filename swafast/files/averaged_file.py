@@ -58,10 +58,7 @@ def save(averaged: FusedAveragedModel | FusedAverages, path: str | os.PathLike[s
     _check_averaged(averaged)
     _check_path(path)
     with averaged._guard.hold("save"):
-        tensors, described = _described(averaged)
-        text = json.dumps(described)
-        with replacing(path) as unfinished, _as_os_error(path):
-            save_file(tensors, unfinished, {"format": "pt", "swafast": text, "sha256": _digest(text)})
+        write_state(averaged.state_dict(keep_vars=True), _names_of(averaged), path)
 
 
 def load(averaged: FusedAveragedModel | FusedAverages, path: str | os.PathLike[str]) -> None:
@@ -81,8 +78,8 @@ def load(averaged: FusedAveragedModel | FusedAverages, path: str | os.PathLike[s
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(f"path must be that of a file, got {os.fspath(path)!r}, which is a device or a pipe")
     with open(path, "rb"):  # raises an error of its own for a file that may not be read
-        described, tensors = _read(os.fspath(path))
-    names, own = described["averages"], _names_of(averaged)
+        names, state = read_state(os.fspath(path))
+    own = _names_of(averaged)
     if names != own:
         spelled = "one average" if names is None else f"the averages {', '.join(map(repr, names))}"
         held = "one" if own is None else ", ".join(map(repr, own))
@@ -90,11 +87,6 @@ def load(averaged: FusedAveragedModel | FusedAverages, path: str | os.PathLike[s
             f"averaged must have what {os.fspath(path)} has, {spelled}, got {held}: load it into the class and the "
             "names that were saved"
         )
-    state: OrderedDict[str, Any] = OrderedDict(tensors)
-    for key, first in described["tied"].items():
-        state[key] = tensors[first]
-    state.update(described["extra"])
-    set_metadata(state, described["versions"])
     averaged.load_state_dict(state)
 
 
@@ -137,12 +129,23 @@ def _names_of(averaged: FusedAveragedModel | FusedAverages) -> list[str] | None:
 # Writing
 
 
-def _described(averaged: FusedAveragedModel | FusedAverages) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def write_state(state: Mapping[str, Any], names: list[str] | None, path: str | os.PathLike[str]) -> None:
+    """Write a state as :func:`save` does. ``names`` are those of several averages; None: it is of one.
+
+    Raises:
+        TypeError, ValueError, OSError: as :func:`save`.
+    """
+    tensors, described = _described(state, names)
+    text = json.dumps(described)
+    with replacing(path) as unfinished, _as_os_error(path):
+        save_file(tensors, unfinished, {"format": "pt", "swafast": text, "sha256": _digest(text)})
+
+
+def _described(state: Mapping[str, Any], names: list[str] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors as they are stored, by key, and the description of them and of all else in the state."""
-    state = averaged.state_dict(keep_vars=True)
     tensors: dict[str, Tensor] = {}
     described: dict[str, Any] = {
-        **{"version": _VERSION, "averages": _names_of(averaged), "tensors": {}, "tied": {}, "extra": {}},
+        **{"version": _VERSION, "averages": names, "tensors": {}, "tied": {}, "extra": {}},
         "versions": _as_json("the metadata of its state", metadata_of(state)),
     }
     first_keys: dict[int, str] = {}
@@ -202,6 +205,21 @@ def _as_os_error(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 # Reading
+
+
+def read_state(path: str) -> tuple[list[str] | None, OrderedDict[str, Any]]:
+    """Return what :func:`save` has written, verified: the names of several averages, or None, and the state.
+
+    Raises:
+        ValueError, OSError: as :func:`load`.
+    """
+    described, tensors = _read(path)
+    state: OrderedDict[str, Any] = OrderedDict(tensors)
+    for key, first in described["tied"].items():
+        state[key] = tensors[first]
+    state.update(described["extra"])
+    set_metadata(state, described["versions"])
+    return described["averages"], state
 
 
 def _read(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

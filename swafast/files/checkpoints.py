@@ -22,6 +22,10 @@ ITEMSIZES = {
 AVERAGED_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
+#: The key of our own metadata in an output, which is JSON, and the stem of the file of it in a folder.
+RECORD = "swafast_average"
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """A tensor as a file holds it: row-major, without padding."""
@@ -42,10 +46,21 @@ class TensorSpec:
 class Checkpoint(Protocol):
     """A checkpoint that is open for reading. Two threads may read from it at once."""
 
-    path: str  # as the user wrote it, for messages
-    specs: Mapping[str, TensorSpec]  # distinct tensors, in the file's order
-    aliases: Mapping[str, str]  # further names of a tensor in ``specs``, of tied params
-    metadata: Mapping[str, str]  # of safetensors; otherwise empty
+    @property
+    def path(self) -> str:
+        """As the user wrote it, for messages."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The distinct tensors, in the file's order."""
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Further names of a tensor in ``specs``, of tied params."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What safetensors and our own outputs have beside the tensors; otherwise empty."""
 
     def read_into(self, name: str, start: int, into: memoryview) -> None:
         """Fill ``into`` with the bytes of a tensor from byte ``start`` on.

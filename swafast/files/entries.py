@@ -35,12 +35,12 @@ def chosen_entries(value: Any, path: str, key: str | None) -> tuple[dict[Any, An
     part = _part(value, key)
     if part is None:
         raise ValueError(
-            f"key must be that of a state dict in {path}, which has {listed(_dicts(entries)) or 'none'}, got {key!r}"
+            f"key must be that of a state dict in {path}, which has {few_of(_dicts(entries)) or 'none'}, got {key!r}"
         )
     others = [name for name in entries if name != key.partition(".")[0] and not name.startswith(f"{key}.")]
     notes = [f"{path}: averaging {key!r}"]
     if others:
-        notes[0] += f", without {listed(others)}"
+        notes[0] += f", without {few_of(others)}"
     return part, notes
 
 
@@ -67,9 +67,7 @@ def _dicts(entries: dict[str, Any]) -> list[str]:
     return [name for name, entry in entries.items() if isinstance(entry, dict)]
 
 
-def chosen_tensors(
-    state: dict[Any, Any], path: str, strip: str | None, kind: type, notes: list[str]
-) -> dict[str, Any]:
+def chosen_tensors(state: dict[Any, Any], path: str, strip: str | None, kind: type, notes: list[str]) -> dict[str, Any]:
     """Return the tensors of a chosen state dict by name.
 
     Args:
@@ -99,15 +97,15 @@ def chosen_tensors(
     if not found:
         inner = _dicts(entries)
         raise ValueError(
-            f"{path} must hold tensors by name, got {listed(others) or 'nothing'}"
+            f"{path} must hold tensors by name, got {few_of(others) or 'nothing'}"
             + (f": pass key={inner[0]!r} or another (--key {inner[0]})" if inner else "")
         )
     if others:
-        notes.append(f"{path}: left out {listed(others)}, which are no tensors")
+        notes.append(f"{path}: left out {few_of(others)}, which are no tensors")
     return found
 
 
-def listed(names: Collection[str]) -> str:
+def few_of(names: Collection[str]) -> str:
     """Return the first three names, and how many more there are."""
     some: Iterable[str] = list(names)[:3]
     return ", ".join(map(repr, some)) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

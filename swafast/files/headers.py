@@ -1,6 +1,6 @@
 """The header of a safetensors file, read strictly: 8 bytes of length, JSON, and then the tensors' bytes without a gap.
 
-A header may come from anywhere. So the text is walked entry by entry, and nothing that is nested, doubled or long is
+A header may come from anywhere. So the text is read entry by entry, and nothing that is nested, doubled or long is
 built before it is checked.
 """
 
@@ -62,17 +62,17 @@ def _read_text(descriptor: int, nbytes: int) -> bytes:
 def _parse(text: bytes, nbytes: int) -> Header:
     found: dict[str, tuple[TensorSpec, int, int]] = {}
     metadata: dict[str, str] | None = None
-    walk = _Walk(text)
-    for name in walk.keys("the header"):
+    scanner = _Scanner(text)
+    for name in scanner.keys("the header"):
         if name == "__metadata__":
             if metadata is not None:
                 raise ValueError("it has two entries of metadata")
-            metadata = dict(_pairs_of_text(walk))
+            metadata = dict(_pairs_of_text(scanner))
         elif name in found:
             raise ValueError(f"it names the tensor {name!r} twice")
         else:
-            found[name] = _described(name, walk.flat_object(name))
-    walk.end()
+            found[name] = _described(name, scanner.flat_object(name))
+    scanner.end()
     base = 8 + len(text)
     _check_places(found.values(), nbytes - base)
     ordered = sorted(found, key=lambda name: found[name][1:])
@@ -80,8 +80,8 @@ def _parse(text: bytes, nbytes: int) -> Header:
     return Header(specs, {name: base + found[name][1] for name in ordered}, metadata or {}, nbytes)
 
 
-class _Walk:
-    """A walk through the text of a JSON object whose values are flat."""
+class _Scanner:
+    """Reads the text of a JSON object whose values are flat."""
 
     def __init__(self, text: bytes) -> None:
         self._text, self._at = text, 0
@@ -162,13 +162,13 @@ def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _pairs_of_text(walk: _Walk) -> Iterator[tuple[str, str]]:
+def _pairs_of_text(scanner: _Scanner) -> Iterator[tuple[str, str]]:
     seen: set[str] = set()
-    for key in walk.keys("its metadata"):
+    for key in scanner.keys("its metadata"):
         if key in seen:
             raise ValueError(f"its metadata has the key {key[:100]!r} twice")
         seen.add(key)
-        yield key, walk.string()
+        yield key, scanner.string()
 
 
 def _described(name: str, entry: Any) -> tuple[TensorSpec, int, int]:

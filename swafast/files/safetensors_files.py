@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import stat
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 
 from ..terms.replacing import replacing, replacing_folder
-from .checkpoints import OutputPlan, TensorSpec
+from .checkpoints import RECORD, OutputPlan, TensorSpec
+from .descriptors import give_up, open_regular, read_fully, write_fully
 from .headers import MOST_HEADER_NBYTES, header_bytes, read_header, without_doubles
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -33,7 +33,7 @@ class SafetensorsCheckpoint:
         """
         self.path = path
         self.aliases: Mapping[str, str] = {}
-        self.specs: dict[str, TensorSpec] = {}
+        specs: dict[str, TensorSpec] = {}
         self._places: dict[str, _Shard] = {}
         shards = {name: _Shard(file) for name, file in files.items()}
         for name, shard in shards.items():
@@ -41,11 +41,12 @@ class SafetensorsCheckpoint:
                 if placed is not None and placed.get(tensor) != name:
                     where = f"says that {placed[tensor]} has it" if tensor in placed else "does not name it"
                     raise ValueError(f"{path}: the file {name} has the tensor {tensor!r}, and the index {where}")
-                self.specs[tensor] = spec
+                specs[tensor] = spec
                 self._places[tensor] = shard
         for tensor, name in (placed or {}).items():
-            if tensor not in self.specs:
+            if tensor not in specs:
                 raise ValueError(f"{path}: the index says that {name} has the tensor {tensor!r}, and it has not")
+        self.specs: Mapping[str, TensorSpec] = specs
         self.metadata: Mapping[str, str] = next((shard.header.metadata for shard in shards.values()), {})
         self._threads = threading.local()
         self._descriptors: set[int] = set()
@@ -54,11 +55,8 @@ class SafetensorsCheckpoint:
     def read_into(self, name: str, start: int, into: memoryview) -> None:
         shard = self._places[name]
         descriptor, offset = self._descriptor(shard), shard.header.offsets[name] + start
-        while into:
-            count = os.preadv(descriptor, [into], offset)
-            if count == 0:
-                raise ValueError(f"{shard.path} is cut short: bytes of the tensor {name!r} are missing")
-            into, offset = into[count:], offset + count
+        if not read_fully(descriptor, offset, into):
+            raise ValueError(f"{shard.path} is cut short: bytes of the tensor {name!r} are missing")
 
     def _descriptor(self, shard: _Shard) -> int:
         """Return this thread's descriptor of a file.
@@ -90,7 +88,7 @@ class _Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        descriptor = _open_regular(path)
+        descriptor = open_regular(path)
         try:
             self._identity = _identity(descriptor)
             self.header = read_header(descriptor, str(path))
@@ -99,20 +97,11 @@ class _Shard:
 
     def open(self) -> int:
         """Return a new descriptor of the file whose header was read."""
-        descriptor = _open_regular(self.path)
+        descriptor = open_regular(self.path)
         if _identity(descriptor) != self._identity:
             os.close(descriptor)
             raise ValueError(f"{self.path} has changed since its header was read: average when nothing writes it")
         return descriptor
-
-
-def _open_regular(path: Path) -> int:
-    # A pipe without a writer would block.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(f"{path} is no file, but a folder, a device or a pipe")
-    return descriptor
 
 
 def _identity(descriptor: int) -> tuple[int, int, int, int]:
@@ -151,7 +140,7 @@ def _weights_in(folder: Path) -> Path:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Return the name of the file that has the tensor, for each tensor of an index."""
-    descriptor = _open_regular(path)
+    descriptor = open_regular(path)
     with os.fdopen(descriptor, "rb") as file:
         text = file.read(MOST_HEADER_NBYTES + 1)
     try:
@@ -173,7 +162,9 @@ def _read_index(path: Path) -> dict[str, str]:
 class SafetensorsOutput:
     """One safetensors file, or a folder of them, that is being written: an ``Output``."""
 
-    def __init__(self, path: str, plan: OutputPlan, shard_nbytes: int | None = None, copied: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, path: str, plan: OutputPlan, shard_nbytes: int | None = None, copied: Sequence[Path] = ()
+    ) -> None:
         """Make the files, with their headers.
 
         Args:
@@ -182,15 +173,16 @@ class SafetensorsOutput:
             shard_nbytes: how many bytes of tensors one file of the folder has at most, or else one tensor.
             copied: small files that go into the folder too.
         """
-        self._replacing = replacing(path) if shard_nbytes is None else replacing_folder(path)
-        place = self._replacing.__enter__()
+        self._stack = ExitStack()
+        place = self._stack.enter_context(replacing(path) if shard_nbytes is None else replacing_folder(path))
         try:
-            if shard_nbytes is None:
-                files = {place: plan.specs}
-            else:
+            files: Mapping[Path, Sequence[TensorSpec]] = {place: plan.specs}
+            if shard_nbytes is not None:
                 files = _laid_out(place, plan.specs, shard_nbytes)
                 for file in copied:
                     shutil.copyfile(file, place / file.name)
+                for name in plan.metadata.keys() & {RECORD}:
+                    (place / f"{name}.json").write_text(plan.metadata[name], encoding="utf-8")
             self._files: dict[str, _Unfinished] = {}
             for file, specs in files.items():
                 self._files |= dict.fromkeys((spec.name for spec in specs), _Unfinished(file, specs, plan.metadata))
@@ -202,15 +194,10 @@ class SafetensorsOutput:
         self._files[name].write(name, start, data)
 
     def commit(self) -> None:
-        self._replacing.__exit__(None, None, None)
+        self._stack.close()
 
     def discard(self) -> None:
-        with suppress(_Discarded):
-            self._replacing.__exit__(_Discarded, _Discarded(), None)
-
-
-class _Discarded(Exception):
-    """Has a file that is being replaced stay as it is."""
+        give_up(self._stack)
 
 
 class _Unfinished:
@@ -230,12 +217,9 @@ class _Unfinished:
         with self._lock:
             if self._descriptor is None:
                 self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
-        offset, nbytes = self._offsets[name] + start, len(data)
-        while data:
-            count = os.pwrite(self._descriptor, data, offset)
-            data, offset = data[count:], offset + count
+        write_fully(self._descriptor, self._offsets[name] + start, data)
         with self._lock:
-            self._missing -= nbytes
+            self._missing -= len(data)
             if self._missing == 0:
                 self.close()
 
@@ -245,7 +229,7 @@ class _Unfinished:
             self._descriptor = None
 
 
-def _laid_out(folder: Path, specs: Sequence[TensorSpec], shard_nbytes: int) -> dict[Path, list[TensorSpec]]:
+def _laid_out(folder: Path, specs: Sequence[TensorSpec], shard_nbytes: int) -> Mapping[Path, Sequence[TensorSpec]]:
     """Return the tensors of each file in a folder, in order; write the index if there are several files."""
     shards: list[list[TensorSpec]] = [[]]
     size = 0

@@ -73,8 +73,9 @@ class NumpySumming:
 
         self._np = np
         self._sums = np.empty(CHUNK_NUMEL, np.float64)
-        self._elements = np.empty(8 * CHUNK_NUMEL, np.uint8)
-        self.buffer = memoryview(self._elements)
+        memory = bytearray(8 * CHUNK_NUMEL)
+        self.buffer = memoryview(memory)
+        self._elements = np.frombuffer(memory, np.uint8)
 
     def _typed(self, dtype: str, numel: int) -> Any:
         name = {"F32": "float32", "F64": "float64", "F16": "float16", "BF16": "uint16"}[dtype]

@@ -26,7 +26,6 @@ from ..terms.rules import Rule
 from .folder import (
     Snapshot,
     StoredAverage,
-    fingerprint,
     key_of,
     new_path,
     outdated_paths,
@@ -36,17 +35,18 @@ from .folder import (
     write_sidecar,
 )
 from .profiles import Fit, Profile, fit
-from .sums import WantedTensor, describe_sharding, read, sum_up, wanted_tensors, windows_of
+from .stored_merges import HasMerges
+from .sums import agree_on, sum_all, wanted_tensors
 from .written import Averaged, StoredPart, named_averages, reporting, stored_in, stored_parts, write
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 #: A larger residual of a synthesized profile gets a warning.
 _FAR_OFF = 0.01
 
 
 @pickled_from("swafast")
-class Snapshots(hints.WithHints):
+class Snapshots(HasMerges):
     """A folder of averages stored during training, from which an average by any rule can be synthesized afterwards.
 
     Keep two :class:`~swafast.PowerAverage`, for instance with sigma_rel 0.05 and 0.10, and store both now and then.
@@ -54,7 +54,9 @@ class Snapshots(hints.WithHints):
     :class:`~swafast.Rule` can be stored, from one process or from sharded models. The number of ranks may differ
     between saving and synthesizing.
 
-    With a process group, construction, :meth:`save` and :meth:`synthesize` are collective: all ranks make the same
+    :meth:`merge` adds up the last ones with given weights, and :meth:`window` is the mean of the models between two.
+
+    With a process group, construction and all calls that read or write averages are collective: all ranks make the same
     calls on one shared folder, and an error on one raises on all. Iteration and :meth:`fit` are not collective.
 
     Args:
@@ -173,8 +175,9 @@ class Snapshots(hints.WithHints):
 
         Args:
             averages: :class:`~swafast.FusedAveragedModel` or :class:`~swafast.ShardedAveragedModel` by name, or one.
-            dtype: float32, bfloat16 or float16, to which floating averages are rounded; default: float32, but float64
-                for float64 params. Complex averages keep their dtype.
+            dtype: float32, bfloat16, float16 or float64, to which floating averages are rounded; default: float32, but
+                float64 for float64 params. Complex averages keep their dtype. float64 is for ``compensated`` averages,
+                of which it keeps all bits.
 
         Warns:
             RuntimeWarning: the folder holds later snapshots, of another training or from before this one went back;
@@ -309,9 +312,7 @@ class Snapshots(hints.WithHints):
                 for snapshot in snapshots:
                     require_same_model(snapshots[-1], f"snapshot {snapshot.path}", snapshot)
                 wanted = wanted_tensors(snapshots[-1], like)
-            spelled = {name: describe_sharding(each) for name, each in wanted.items()}
-            spelled |= {snapshot.path.name: fingerprint(snapshot) for snapshot in snapshots}
-            self._ranks.agree("the call and the snapshots", {**spelled, "rule": spell(rule), "num_averaged": count})
+            agree_on(self._ranks, snapshots, wanted, {"rule": spell(rule), "num_averaged": count})
             # Use the first rank's coefficients, since another processor may round differently.
             coefficients = iter(self._ranks.gather(found.coefficients.tolist())[0])
             if found.residual > _FAR_OFF and self._ranks.index == 0:
@@ -324,18 +325,4 @@ class Snapshots(hints.WithHints):
             weights = [(each, dict(zip(each.rules, coefficients, strict=False))) for each in snapshots]
             used = [(each, {name: x for name, x in of_each.items() if x}) for each, of_each in weights]
             latest = [each for each in snapshots if each.num_averaged <= count][-1]
-            return self._sum(wanted, used, latest)
-
-    def _sum(
-        self, wanted: Mapping[str, WantedTensor], used: list[tuple[Snapshot, dict[str, float]]], latest: Snapshot
-    ) -> dict[str, Tensor]:
-        averaged = {stored.names[0] for stored in latest.params}
-        distinct = {each.name: each for each in wanted.values()}
-        results: dict[str, Tensor] = {}
-        for window in windows_of([each for name, each in distinct.items() if name in averaged]):
-            results |= sum_up(window, used, self._ranks)
-        copies = {name: each.empty(each.stored.dtype) for name, each in distinct.items() if name not in averaged}
-        if copies:
-            read(latest, {key_of("", name): tensor for name, tensor in copies.items()}, self._ranks)
-        results |= copies
-        return {name: results[each.name] for name, each in wanted.items()}
+            return sum_all(wanted, used, latest, self._ranks)

@@ -15,7 +15,7 @@ from ..op.checksum import checksum, wrap_int64
 from ..sharded.parts.ranks import Ranks
 from ..terms.names import unwrapping
 from ..torch_private import distributed as private
-from .folder import Snapshot, StoredTensor, key_of
+from .folder import Snapshot, StoredTensor, fingerprint, key_of
 from .written import reporting
 
 #: Elements in a window; a larger tensor is a window by itself. Each takes 12 bytes, 8 for the float64 sum and 4 for a
@@ -153,3 +153,31 @@ def sum_up(
     for result, total in zip(results.values(), totals, strict=True):
         local_of(result).copy_(total)
     return results
+
+
+def agree_on(
+    ranks: Ranks, snapshots: Sequence[Snapshot], wanted: Mapping[str, WantedTensor], described: Mapping[str, object]
+) -> None:
+    """Raise ValueError on every rank unless all want the same of the same snapshots. Collective."""
+    spread = {name: describe_sharding(each) for name, each in wanted.items()}
+    stored = {snapshot.path.name: fingerprint(snapshot) for snapshot in snapshots}
+    ranks.agree("the call and the snapshots", {**spread, **stored, **described})
+
+
+def sum_all(
+    wanted: Mapping[str, WantedTensor],
+    used: Sequence[tuple[Snapshot, Mapping[str, float]]],
+    latest: Snapshot,
+    ranks: Ranks,
+) -> dict[str, Tensor]:
+    """Return the wanted tensors by the user's names: sums of averages, and of ``latest`` what is copied. Collective."""
+    averaged = {stored.names[0] for stored in latest.params}
+    distinct = {each.name: each for each in wanted.values()}
+    results: dict[str, Tensor] = {}
+    for window in windows_of([each for name, each in distinct.items() if name in averaged]):
+        results |= sum_up(window, used, ranks)
+    copies = {name: each.empty(each.stored.dtype) for name, each in distinct.items() if name not in averaged}
+    if copies:
+        read(latest, {key_of("", name): tensor for name, tensor in copies.items()}, ranks)
+    results |= copies
+    return {name: results[each.name] for name, each in wanted.items()}

@@ -169,7 +169,43 @@ posthoc/: averages made after training
     wanted tensor     a tensor to be summed up from snapshots
     sum               a weighted sum of stored averages
     profile           the weight of each model in an average
+    merge             a weighted sum of a few models or averages, with coefficients that are known
+    greedy merge      one of those models whose mean scores best
+    merged            a tensor that is to be the same on all workers
+    worker            one rank, or several that share a model, whose model is trained beside those of others
+    has merges        base class of ``Snapshots``: merges of what is stored
     fit               the sum of stored averages that is nearest to a wanted average
+
+files/: checkpoints in files
+    candidate         a checkpoint that may be selected
+    selected          a checkpoint to be averaged, with its step and its metric
+    counted           what the name of a checkpoint counts: a step or an epoch
+    metrics           the values of one field for the checkpoints of a folder
+    progress          how far a run is, in bytes
+    checkpoint        tensors by name in one or several files, which are read a piece at a time
+    output            a checkpoint that is being written, beside its place
+    tensor spec       name, dtype and shape of a tensor in a file
+    header            what a safetensors file holds, and where
+    scanner           reads the JSON of a header, one entry at a time
+    unfinished        a safetensors file of an output, open until its last byte is there
+    agreed            a tensor of an output, with its names and dtypes in the inputs
+    pass              one run over all inputs: it reads, sums, rounds and writes
+    summing           what sums up one chunk at a time: the native library, numpy or torch
+    advancing         what is told how many bytes are done
+    report            what an average of checkpoints has done, or would do
+    unpickler         reads a pickle, and makes nothing of it but tensors, sizes and plain values
+    opaque            an object in a pickle that is not made
+    strided view      a tensor in a file of ``torch.save``: elements of a storage, with strides
+    storage key       the name under which a file of ``torch.save`` has a storage
+    call              a global that a pickle names, with what a load calls it with
+    archive           the zip file of one ``torch.save``, which may be part of a file
+    archive layout    an archive of which the bytes of storages come later
+    region            a tensor's elements in a file
+    chunked tensor    a tensor in chunks, as ``torch.distributed.checkpoint`` stores it
+    given up          what is being replaced stays as it is
+    counted state     a state of averages, with their counts
+    keys of average   where a state has the planes of one average
+    combined          what a merge or a window of files has written
 
 optim/: other packages' recipes
     swa               torchcontrib's optimizer of that name, and Composer's algorithm
@@ -181,18 +217,6 @@ optim/: other packages' recipes
     moments           count, mean and squared deviations of what a layer normalises
     watch             sees what the layers of a model normalise, while it runs
     visit             one forward of a layer, in one thread
-
-files/: files of torch, without torch
-    unpickler         reads a pickle, and makes nothing of it but tensors, sizes and plain values
-    opaque            an object in a pickle that is not made
-    strided view      a tensor in a file of ``torch.save``: elements of a storage, with strides
-    storage key       the name under which a file of ``torch.save`` has a storage
-    call              a global that a pickle names, with what a load calls it with
-    archive           the zip file of one ``torch.save``, which may be part of a file
-    archive layout    an archive of which the bytes of storages come later
-    region            a tensor's elements in a file
-    chunked tensor    a tensor in chunks, as ``torch.distributed.checkpoint`` stores it
-    given up          what is being replaced stays as it is
 
 swafast/*.py: faces
     finder            Python's import finder, which explains that a module has moved

@@ -100,6 +100,19 @@ def decay(count: int, kind: str) -> list[float]:
     return _summing_to_one([1.0 - math.fsum(others), *others])
 
 
+def window(earlier: int, later: int) -> list[float]:
+    """Return the coefficients of two means, of ``earlier`` and of ``later`` models, whose sum is the mean of the rest.
+
+    ``(later * m2 - earlier * m1) / (later - earlier)``: errors grow by up to the sum of their sizes.
+
+    Raises:
+        ValueError: ``later`` is not larger than ``earlier``.
+    """
+    if not later > earlier:
+        raise ValueError(f"later must be of more models than earlier, {earlier}, got {later}")
+    return [-earlier / (later - earlier), later / (later - earlier)]
+
+
 def given(count: int, weights: Iterable[float]) -> list[float]:
     """Return the user's own weights, checked. A weight may be negative, as in a difference of two models.
 

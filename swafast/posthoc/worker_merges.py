@@ -1,0 +1,191 @@
+"""`merge_over`: one average of the averages of several workers, each of which has trained a model of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ..average.averaged_model import FusedAveragedModel
+from ..average.fused_averages import FusedAverages
+from ..average.lending import is_lent
+from ..average.planes import fit_planes
+from ..loop.guard import Guard
+from ..sharded.construction import ranks_over, spell
+from ..sharded.parts.ranks import OneProcess, Ranks
+from ..sharded.sharded_averages import ShardedAverages
+from ..sharded.sharded_model import ShardedAveragedModel
+from ..terms.copying import describe_kind, is_plain
+from ..terms.formats import Format, write_all
+from ..terms.layout import windows
+from .merging import rounded
+from .written import Averaged
+
+#: Elements in a window: each rank receives as many from each rank, 4 or 8 bytes each.
+_WINDOW_NUMEL = 2**20
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """One tensor of an averaged model that is to be the same on all workers."""
+
+    name: str
+    planes: tuple[Tensor, ...]
+    format: Format | None  # None: copied from the first worker, not averaged
+    place: str  # which part of the whole tensor it is
+
+
+@torch.no_grad()
+def merge_over(averaged: Averaged | FusedAverages | ShardedAverages, process_group: ProcessGroup | None = None) -> None:
+    """Replace the averages of several workers by their mean, weighted by counts. The counts add up. Collective.
+
+    Each worker has trained its own model, without DDP between them. Afterwards all have the same bits:
+    ``sum of n_i * m_i / sum of n_i``, summed in float64 in the order of ranks. That is the mean of all models if the
+    rule is :class:`~swafast.EqualAverage`. What is not averaged, such as integers and BatchNorm's statistics, is copied
+    from the first worker, so call :func:`~swafast.update_bn` next. Frozen params that the model lends stay as they are.
+
+    It takes the memory of one more copy of the averages, and receives each worker's averages once.
+
+    Args:
+        averaged: :class:`~swafast.FusedAveragedModel` or :class:`~swafast.FusedAverages`; or, if a worker is several
+            ranks, their :class:`~swafast.ShardedAveragedModel` or :class:`~swafast.ShardedAverages`.
+        process_group: one rank of each worker: those that hold the same part of the model. Default: all ranks.
+
+    Raises:
+        TypeError: ``averaged`` is none of these.
+        ValueError: on every rank, if workers differ in names, shapes, formats or rules, or one has averaged no model;
+            or the group does not hold one rank of each worker. Nothing has changed on any rank.
+        RuntimeError: the averages are swapped into a model, the call failed on another rank, or a rank was lost.
+
+    Paper: Gupta et al. 2020, "Stochastic Weight Averaging in Parallel: Large-Batch Training that Generalizes Well",
+    arXiv:2001.02312.
+    """
+    sides = _sides_of(averaged)
+    ranks = ranks_over(process_group, "merge_over")
+    of_worker = averaged._ranks if isinstance(averaged, (ShardedAveragedModel, ShardedAverages)) else OneProcess()
+    guard: Guard = averaged._guard
+    guard.settle("merge_over")
+    with guard.locked(of_worker.lock, ranks.lock):
+        with _settled_in_worker(averaged):
+            with ranks.settled("merge_over"):
+                guard.refuse_while_swapped("merge_over")
+                _refuse_own_worker(of_worker, ranks)
+                merged = {name: _tensors_of(side) for name, side in sides.items()}
+            counts = _agreed_counts(ranks, sides, merged)
+            fresh = [_mean(ranks, merged[name], counts[name]) for name in sides]
+        # From here on no rank waits for another, and no other rank can fail.
+        for (name, side), writes in zip(sides.items(), fresh, strict=True):
+            write_all(writes)
+            side._count_from(sum(counts[name]))
+
+
+def _sides_of(averaged: object) -> dict[str, Averaged]:
+    if isinstance(averaged, (FusedAveragedModel, ShardedAveragedModel)):
+        return {"": averaged}
+    if isinstance(averaged, (FusedAverages, ShardedAverages)):
+        return dict(averaged.items())
+    kinds = "FusedAveragedModel, FusedAverages, ShardedAveragedModel or ShardedAverages"
+    raise TypeError(f"averaged must be a {kinds}, got {type(averaged).__name__}")
+
+
+def _settled_in_worker(averaged: object) -> AbstractContextManager[None]:
+    """Return a context that raises on every rank of a worker what one of them raises.
+
+    Ranks of a worker meet in several groups, one for each part of the model. If one group fails, none may write.
+    """
+    if isinstance(averaged, (ShardedAveragedModel, ShardedAverages)):
+        return averaged._counting.settled("merge_over", averaged._number)
+    return nullcontext()
+
+
+def _refuse_own_worker(of_worker: Ranks, ranks: Ranks) -> None:
+    shared = {*of_worker.ranks} & {*ranks.ranks} if of_worker.size > 1 else set()
+    if len(shared) > 1:
+        raise ValueError(
+            f"process_group must hold one rank of each worker, got ranks {sorted(shared)} of one: pass the group of "
+            "the ranks that hold the same part of the model"
+        )
+
+
+def _tensors_of(side: Averaged) -> list[_Merged]:
+    if isinstance(side, ShardedAveragedModel):
+        return [
+            _Merged(share.name, side._planes[share.name], share.format, f"{share.holding.shape} {share.boxes}")
+            for share in side._shares
+        ]
+    return [
+        _Merged(name, fit_planes(side, name, tensor, fmt), fmt, "")
+        for name, tensor, fmt in side._each_average()
+        if fmt is not None or (is_plain(tensor) and not is_lent(tensor))
+    ]
+
+
+def _agreed_counts(
+    ranks: Ranks, sides: Mapping[str, Averaged], merged: Mapping[str, Sequence[_Merged]]
+) -> dict[str, list[int]]:
+    """Return the counts of all workers by average, or raise ValueError on every rank if they cannot be merged."""
+    described: dict[str, object] = {f"rule {name}".strip(): spell(side.rule) for name, side in sides.items()}
+    for name, tensors in merged.items():
+        for each in tensors:
+            kinds = ", ".join(map(describe_kind, each.planes))
+            how = each.format.name if each.format is not None else "copied"
+            described[f"{name}.{each.name}".lstrip(".")] = f"{kinds} {how} {each.place}".strip()
+    ranks.agree("the averages that are merged", described)
+    gathered = ranks.gather([int(side.n_averaged) for side in sides.values()])
+    for rank, counts in zip(ranks.ranks, gathered, strict=True):
+        if min(counts) < 1:
+            raise ValueError(f"averaged must have been updated on every rank, got n_averaged = 0 on rank {rank}")
+    return dict(zip(sides, map(list, zip(*gathered, strict=True)), strict=True))
+
+
+def _mean(ranks: Ranks, merged: Sequence[_Merged], counts: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """Return all planes of an averaged model, each with what is to be written into it. Collective."""
+    writes: list[tuple[Tensor, Tensor]] = []
+    for each in merged:
+        fresh = [torch.empty_like(plane.detach()) for plane in each.planes]
+        if each.format is None:
+            fresh[0].copy_(each.planes[0].detach())
+            first = fresh[0].contiguous()
+            ranks.broadcast_(first)
+            fresh[0] = first
+        else:
+            for planes, parts in _windows_of(each.planes, fresh):
+                value = _mean_of_window(ranks, each.format.decode(planes), counts)
+                value = rounded(value, each.format.value_dtype or planes[0].dtype)
+                for part, encoded in zip(parts, each.format.encode(value), strict=True):
+                    part.copy_(encoded)
+        writes += zip(each.planes, fresh, strict=True)
+    return writes
+
+
+def _windows_of(
+    planes: Sequence[Tensor], fresh: Sequence[Tensor]
+) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    for window in windows((*(plane.detach() for plane in planes), *fresh), _WINDOW_NUMEL):
+        if window[0].numel():
+            yield window[: len(planes)], window[len(planes) :]
+
+
+def _mean_of_window(ranks: Ranks, value: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return the weighted mean of all ranks' values. Every rank computes it in the same order, to the same bits."""
+    device = ranks.device_for(value.device)
+    sent = value.contiguous().to(device)
+    received = sent.new_empty((ranks.size, *sent.shape))
+    if ranks.size > 1:
+        ranks.all_gather(_bytes_of(received), _bytes_of(sent))
+    else:
+        received[0] = sent
+    total = torch.zeros_like(sent, dtype=torch.promote_types(sent.dtype, torch.float64))
+    for own, count in zip(received, counts, strict=True):
+        total += own.to(total.dtype) * count  # not add_(alpha=count), which some processors fuse and round once
+    return (total / sum(counts)).to(value.device)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """View a tensor as bytes, since gloo does not take every dtype."""
+    parts = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return parts.view(-1).view(torch.uint8)

@@ -1,0 +1,295 @@
+"""`swafast combine`: averages in files merged by their counts, windows between two, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from typer.testing import CliRunner, Result
+
+from swafast import EqualAverage, FusedAveragedModel, FusedAverages, cli, load, save
+from swafast.average.planes import fit_planes
+from swafast.files import combining
+from swafast.files.combining import combine_files
+from swafast.terms.formats import full_precision
+from tests.support import same_bits
+
+FORMATS = ("float32", "exact", "compact", "compensated", "half", "mirrored")
+DTYPES = {"float32": torch.float32, "compensated": torch.float32, "mirrored": torch.float16}
+#: Of one rounding to the format, relative to the largest param.
+ROUNDING = {"float32": 6e-8, "exact": 6e-8, "compact": 1.6e-5, "compensated": 4e-15, "half": 4e-3, "mirrored": 6e-8}
+
+
+class Net(nn.Module):
+    """Params of two names that are tied, BatchNorm, an integer buffer and a floating one that stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
+        self.tied = nn.Linear(5, 4, bias=False)
+        self.tied.weight = self.body[0].weight
+        self.register_buffer("steps", torch.tensor(0))
+        self.register_buffer("scale", torch.tensor([0.1, -float("inf")]))
+
+    @torch.no_grad()
+    def drift(self, count: int) -> None:
+        generator = torch.Generator().manual_seed(count)
+        for param in self.parameters():
+            param.copy_(1 + 0.1 * torch.randn(param.shape, generator=generator))
+        self.steps.fill_(count)
+        self.body[1].running_mean.fill_(float(count))
+
+
+def averages(counts: list[int], start: int = 0, **options: Any) -> tuple[list[FusedAveragedModel], list[list[Tensor]]]:
+    """Return averages of these numbers of models, the first of which are the same, and the params of each model."""
+    dtype = DTYPES.get(options.get("format", "float32"), torch.bfloat16)
+    model, found, params = Net().to(dtype), [], []
+    averaged = FusedAveragedModel(model, **options)
+    for count in range(1, max(counts) + 1):
+        model.drift(start + count)
+        averaged.update_parameters(model)
+        params.append([param.detach().double().clone() for param in model.parameters()])
+        if count in counts:
+            found.append(copy.deepcopy(averaged))
+    return found, params
+
+
+def params_of(path: Path, like: FusedAveragedModel) -> list[Tensor]:
+    """Load a file and return the params at full precision."""
+    fresh = copy.deepcopy(like)
+    if path.suffix == ".safetensors":
+        load(fresh, path)
+    else:
+        fresh.load_state_dict(torch.load(path, weights_only=True))
+    return [
+        full_precision(fit_planes(fresh, name, first, fmt), fmt).double()
+        for name, first, fmt in fresh._each_average()
+        if fmt is not None
+    ]
+
+
+def store(averaged: FusedAveragedModel, path: Path) -> Path:
+    if path.suffix == ".safetensors":
+        save(averaged, path)
+    else:
+        torch.save(averaged.state_dict(), path)
+    return path
+
+
+def error_of(got: list[Tensor], expected: list[Tensor]) -> float:
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, expected, strict=True))
+
+
+def means(params: list[list[Tensor]]) -> list[Tensor]:
+    return [torch.stack(list(each)).mean(0) for each in zip(*params, strict=True)]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_merge_is_the_mean_of_all_models(tmp_path: Path, fmt: str, suffix: str) -> None:
+    options = {"format": fmt, "seed": 1}
+    runs = [averages([count], 100 * count, **options) for count in (2, 3, 7)]
+    paths = [store(run[0][0], tmp_path / f"{index}{suffix}") for index, run in enumerate(runs)]
+    out = tmp_path / f"out{suffix}"
+    done = combine_files(paths, out)
+    last = runs[-1][0][0]
+    inputs = [params_of(path, last) for path in paths]
+    weighted = [sum(n * each for n, each in zip((2, 3, 7), of, strict=True)) / 12 for of in zip(*inputs, strict=True)]
+    assert error_of(params_of(out, last), weighted) <= ROUNDING[fmt]
+    if fmt != "half":
+        everything = [params for _, of_run in runs for params in of_run]
+        assert error_of(params_of(out, last), means(everything)) <= max(2e-7, 4 * ROUNDING[fmt])
+    assert done.counts == {"": 12}
+    fresh = copy.deepcopy(runs[0][0][0])
+    state = torch.load(out) if suffix == ".pt" else combining.read_state(str(out))[1]
+    fresh.load_state_dict(state)
+    assert int(fresh.n_averaged) == 12
+    assert int(fresh.module.steps) == int(last.module.steps) == 707
+    assert same_bits(fresh.module.body[1].running_mean, last.module.body[1].running_mean)
+    assert same_bits(fresh.module.scale, last.module.scale)  # with an infinity, equal in all
+
+
+@pytest.mark.parametrize("fmt", ["float32", "exact", "compensated"])
+def test_a_window_is_the_mean_of_its_models(tmp_path: Path, fmt: str) -> None:
+    (earlier, later), params = averages([6, 9], format=fmt)
+    paths = [store(earlier, tmp_path / "6.safetensors"), store(later, tmp_path / "9.pt")]
+    paths[1] = store(later, tmp_path / "9.safetensors")
+    done = combine_files(paths, tmp_path / "out.safetensors", window=True)
+    error = error_of(params_of(tmp_path / "out.safetensors", later), means(params[6:]))
+    assert error <= 5 * (1e-7 if fmt != "compensated" else 1e-13) * (6 + 9) / (9 - 6)
+    assert done.counts == {"": 3}
+    back = combine_files([paths[0], tmp_path / "out.safetensors"], tmp_path / "back.pt")  # and undone by a merge
+    assert back.counts == {"": 9}
+    assert error_of(params_of(tmp_path / "back.pt", later), means(params)) <= 3e-7
+
+
+def test_a_short_window_is_warned_of_unless_it_is_compensated(tmp_path: Path) -> None:
+    for fmt, warned in (("float32", 1), ("compensated", 0)):
+        (earlier, later), params = averages([40, 42], format=fmt)
+        paths = [store(each, tmp_path / f"{fmt}{index}.safetensors") for index, each in enumerate((earlier, later))]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            combine_files(paths, tmp_path / f"{fmt}.safetensors", window=True)
+        assert [str(each.message)[:40] for each in caught] == ["the window is short: the rounding errors"] * warned
+        error = error_of(params_of(tmp_path / f"{fmt}.safetensors", later), means(params[40:]))
+        assert error <= (1e-5 if warned else 1e-11)
+
+
+def test_several_averages_and_torch_own_states_are_combined(tmp_path: Path) -> None:
+    model = Net()
+    several = FusedAverages(model, rules={"a": EqualAverage(), "b": EqualAverage()}, format={"b": "compensated"})
+    torchs = AveragedModel(model)
+    for name in ("1", "2"):
+        for count in range(3):
+            model.drift(count + 10 * int(name))
+            several.update_parameters(model)
+            torchs.update_parameters(model)
+        save(several, tmp_path / f"{name}.safetensors")
+        torch.save({"epoch": 1, "swa": torchs.state_dict()}, tmp_path / f"{name}.pt")
+    out = tmp_path / "out.safetensors"
+    assert combine_files([tmp_path / "1.safetensors", tmp_path / "2.safetensors"], out).counts == {"a.": 9, "b.": 9}
+    load(several, out)
+    assert [int(each.n_averaged) for each in several.values()] == [9, 9]
+    done = combine_files([tmp_path / "1.pt", tmp_path / "2.pt"], tmp_path / "out.pt", key="swa", window=True)
+    assert done.counts == {"": 3}
+    state = torch.load(tmp_path / "out.pt", weights_only=True)
+    torchs.load_state_dict(state)
+    assert state["module.tied.weight"].data_ptr() == state["module.body.0.weight"].data_ptr()
+    with pytest.raises(ValueError, match="pass --key swa"):
+        combine_files([tmp_path / "1.pt", tmp_path / "2.pt"], tmp_path / "more.pt")
+
+
+def changed(averaged: FusedAveragedModel, path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    state = averaged.state_dict()
+    change(state)
+    torch.save(state, path)
+    return path
+
+
+REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "another name": (lambda s: s.update({"module.more": torch.ones(1)}), "must have the names of .*'module.more'"),
+    "another shape": (lambda s: s.update({"module.body.0.bias": torch.ones(5)}), r"\(4,\).* for 'module.body.0.bias'"),
+    "another dtype": (lambda s: s.update({"module.steps": torch.tensor(1.0)}), "torch.int64 .* for 'module.steps'"),
+    "another format": (lambda s: s.update({"compensation.body.0.bias": torch.ones(4)}), "must have the formats of"),
+    "no model": (lambda s: s.update({"n_averaged": torch.tensor(0)}), "at least one model, got 'n_averaged'"),
+    "no count": (lambda s: s.pop("n_averaged"), "the state of an average, with 'n_averaged', got none"),
+    "a NaN": (lambda s: s["module.body.0.bias"].fill_(float("nan")), "a NaN or an infinity in 'module.body.0.bias'"),
+    "an object": (lambda s: s.update({"module.hook": Path("x")}), "tensors and plain values alone"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), REFUSED.values(), ids=REFUSED)
+def test_inputs_that_do_not_fit_are_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], words: str
+) -> None:
+    (averaged, later), _ = averages([2, 3])
+    good, out = store(averaged, tmp_path / "good.pt"), tmp_path / "out.pt"
+    bad = changed(copy.deepcopy(later), tmp_path / "bad.pt", change)
+    out.write_bytes(b"before")
+    with pytest.raises(ValueError, match=words) as raised:
+        combine_files([good, bad], out, force=True)
+    assert "bad.pt" in str(raised.value)
+    assert out.read_bytes() == b"before"
+    assert sorted(os.listdir(tmp_path)) == ["bad.pt", "good.pt", "out.pt"]
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> list[str]:
+    found, _ = averages([2, 3])
+    return [str(store(each, tmp_path / f"{index}.safetensors")) for index, each in enumerate(found)]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(cli.app, ["combine", *map(str, arguments)])
+
+
+def test_the_command_writes_and_says_what(tmp_path: Path, two: list[str]) -> None:
+    out = tmp_path / "out.safetensors"
+    result = run("--merge", *two, "-o", out)
+    assert (result.exit_code, out.exists()) == (0, True), result.output
+    assert "the mean of 5 models" in result.output
+    assert "update_bn" in result.output
+    before = out.read_bytes()
+    again = run("--window", *two, "-o", out)
+    assert (again.exit_code, out.read_bytes()) == (2, before)
+    assert "--force" in again.output
+    assert run("--window", *two, "-o", out, "--force").exit_code == 0
+    assert out.read_bytes() != before
+
+
+def test_the_command_refuses_with_the_right_code(
+    tmp_path: Path, two: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.safetensors"
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(Path(two[0]).read_bytes()[:-8])
+    for arguments, words in (
+        ((*two, "-o", out), "pass one of them"),
+        (("--merge", two[0], "-o", out), "at least two"),
+        (("--window", *two[::-1], "-o", out), "more models than"),
+        (("--window", two[0], two[0], "-o", out), "more models than"),
+        (("--merge", two[0], cut, "-o", out), "cut.safetensors"),
+        (("--merge", two[0], tmp_path / "none.safetensors", "-o", out), "none.safetensors"),
+        (("--merge", *two, "-o", tmp_path / "out.npz"), "must end in"),
+    ):
+        result = run(*arguments)
+        assert (result.exit_code, words in result.output, out.exists()) == (2, True, False), result.output
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    result = run("--merge", *two, "-o", out)
+    assert (result.exit_code, "No space left" in result.output, out.exists()) == (1, True, False), result.output
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+# Planted bugs, each with the test that must find it
+
+
+def _kills(monkeypatch: pytest.MonkeyPatch, name: str, value: Any, test: Callable[[], None]) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(combining, name, value)
+        with pytest.raises((AssertionError, pytest.fail.Exception)):
+            test()
+
+
+def test_planted_bugs_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def merge() -> None:
+        test_a_merge_is_the_mean_of_all_models(tmp_path, "exact", ".pt")
+        (tmp_path / "out.pt").unlink()
+
+    def plain() -> None:
+        test_a_merge_is_the_mean_of_all_models(tmp_path, "float32", ".pt")
+
+    def window() -> None:
+        test_a_window_is_the_mean_of_its_models(tmp_path, "compensated")
+        (tmp_path / "out.safetensors").unlink()
+        (tmp_path / "back.pt").unlink()
+
+    def reset() -> None:
+        for path in tmp_path.iterdir():
+            path.unlink()
+
+    real = combining._sum
+    plants: dict[str, tuple[str, Any, Callable[[], None]]] = {
+        "counts ignored": ("_sum", lambda planes, fmt, factors: real(planes, fmt, [1] * len(factors)), merge),
+        "order reversed": ("_sum", lambda planes, fmt, factors: real(planes, fmt, factors[::-1]), merge),
+        "planes dropped": (
+            "_sum",
+            lambda planes, *rest: real([(p[0], 0 * p[1]) for p in planes], *rest),
+            window,
+        ),
+        "statistics averaged": ("is_averaged", lambda name, value: value.is_floating_point(), plain),
+        "integers averaged": ("is_averaged", lambda name, value: True, plain),
+    }
+    for attribute, value, test in plants.values():
+        _kills(monkeypatch, attribute, value, test)
+        reset()
+    merge()
+    reset()
+    window()

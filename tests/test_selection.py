@@ -1,0 +1,414 @@
+"""Which checkpoints are averaged: steps from the names of real programs, and metrics from where they leave them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swafast.files import metrics, selection, step_names
+from swafast.files.metrics import is_lower_better
+from swafast.files.selection import Selected, select
+from swafast.files.step_names import counts_of
+
+HF_FILES = ("model.safetensors", "config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
+
+
+def put(folder: Path, *names: str) -> Path:
+    """Make files, the last in order first in time: by their times they would be averaged the wrong way round."""
+    for age, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (10**9 - age, 10**9 - age))
+    return folder
+
+
+def named(found: Sequence[Selected], folder: Path) -> list[str]:
+    return [os.path.relpath(each.path, folder) for each in found]
+
+
+def trainer_folder(folder: Path, losses: dict[int, float | None]) -> Path:
+    """Make the folder of a Hugging Face training, with a state of all evaluations so far in each checkpoint."""
+    log: list[dict[str, Any]] = []
+    for step, loss in losses.items():
+        put(folder / f"checkpoint-{step}", *HF_FILES)
+        log += [{"step": step, "loss": 9.0 - step}, *([] if loss is None else [{"step": step, "eval_loss": loss}])]
+        state = {"best_metric": 1.0, "global_step": step, "log_history": log}
+        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+    return folder
+
+
+# Steps
+
+
+@pytest.mark.parametrize(
+    ("names", "steps"),
+    [
+        (["checkpoint-500", "checkpoint-1000", "checkpoint-20000"], [500, 1000, 20000]),  # Hugging Face
+        (["epoch=3-step=1000.ckpt", "epoch=10-step=900.ckpt"], [1000, 900]),  # Lightning
+        (["epoch=9-val_loss=0.23.ckpt", "epoch=10-val_loss=0.2.ckpt"], [9, 10]),
+        (["epoch=9-val_loss=1e-05.ckpt", "epoch=10-val_loss=2.ckpt"], [9, 10]),
+        (["iter_0001000", "iter_0010000"], [1000, 10000]),  # Megatron
+        (["global_step1000", "global_step900"], [1000, 900]),  # DeepSpeed
+        (["checkpoint9.pt", "checkpoint12.pt"], [9, 12]),  # fairseq
+        (["checkpoint_12_34000.pt", "checkpoint_13_35000.pt"], [34000, 35000]),
+        (["checkpoint_12_34000.pt"], [34000]),
+        (["ep3-ba1000-rank0.pt", "ep4-ba2000-rank0.pt"], [1000, 2000]),  # Composer
+        (["model_000500.safetensors", "model_001000.safetensors"], [500, 1000]),
+        (["checkpoint-9.pth.tar", "checkpoint-12.pth.tar"], [9, 12]),  # timm
+        (["step1000-tokens4B", "step2000-tokens8B"], [1000, 2000]),  # OLMo
+        (["step-500", "step-10k"], [500, 10000]),
+        (["resnet50-a1_7.pt", "resnet50-a1_12.pt"], [7, 12]),
+        (["llama-7b-ckpt500", "llama-7b-ckpt600"], [500, 600]),
+        (["500.pt", "0600.pt"], [500, 600]),
+        (["run2_step=500.bin", "run2_step=700.safetensors"], [500, 700]),
+        (["step_7.safetensors.index.json"], [7]),
+    ],
+    ids=lambda value: value[0] if isinstance(value[0], str) else "",
+)
+def test_steps_are_read_from_names(names: list[str], steps: list[int]) -> None:
+    assert [each.step for each in counts_of(names)] == steps
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["first.pt", "second.pt"], "named in two ways"),
+        (["weights.pt"], "no number that is a step"),
+        (["checkpoint9.pt", "checkpoint_12_34000.pt"], "named in two ways"),  # an epoch and an update
+        (["model_500.pt", "ema_1000.pt"], "named in two ways"),  # would mix models with their averages
+        (["step1000", "step2000-unsharded"], "named in two ways"),
+        (["recovery-3-500.pth.tar", "recovery-4-100.pth.tar"], "several numbers"),  # a batch within an epoch
+        (["2026-01-31.pt", "2026-02-01.pt"], "several numbers"),
+        (["acc=91.ckpt", "acc=92.ckpt"], "no number that is a step"),
+        (["v0.5.pt", "v0.6.pt"], "no number that is a step"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_names_that_do_not_tell_are_refused(names: list[str], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        counts_of(names)
+    put(tmp_path, *names)
+    with pytest.raises(ValueError, match=r"list the checkpoints to average, the oldest first") as error:
+        select([tmp_path / name for name in names], last=1)
+    assert repr(names[0]) in str(error.value)
+
+
+def test_a_named_epoch_is_kept_beside_the_step() -> None:
+    assert [each.epoch for each in counts_of(["epoch=3-step=1000.ckpt", "epoch=4-step=2000.ckpt"])] == [3, 4]
+    assert [each.kind for each in counts_of(["step_1"]) + counts_of(["ep1"]) + counts_of(["c1"])] == [
+        "step",
+        "epoch",
+        "",
+    ]
+
+
+# What is selected
+
+
+def test_the_order_is_that_of_numbers_not_of_text_or_time(tmp_path: Path) -> None:
+    put(tmp_path, "checkpoint-10.pt", "checkpoint-9.pt", "checkpoint-100.pt")
+    found = select([tmp_path])
+    assert [each.step for each in found] == [9, 10, 100]
+    assert named(select([tmp_path], last=2), tmp_path) == ["checkpoint-10.pt", "checkpoint-100.pt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"first_step": 300}, [300, 350, 400, 500]),
+        ({"last_step": 300}, [100, 200, 300]),
+        ({"first_step": 200, "last_step": 350, "last": 2}, [300, 350]),
+        ({"min_gap": 100}, [100, 200, 300, 400, 500]),
+        ({"min_gap": 101}, [200, 350, 500]),
+        ({"min_gap": 200, "last": 2}, [300, 500]),
+        ({"min_gap": 1}, [100, 200, 300, 350, 400, 500]),
+    ],
+    ids=str,
+)
+def test_options_select_by_step(options: dict[str, int], steps: list[int], tmp_path: Path) -> None:
+    names = [f"step_{step}.pt" for step in (100, 200, 300, 350, 400, 500)]
+    put(tmp_path, *names)
+    assert [each.step for each in select([tmp_path], **options)] == steps  # type: ignore[arg-type]
+    listed = [tmp_path / name for name in reversed(names)]
+    assert [each.step for each in select(listed, **options)] == steps  # type: ignore[arg-type]
+
+
+def test_what_is_no_checkpoint_is_skipped_and_said(tmp_path: Path) -> None:
+    put(
+        tmp_path,
+        *("step_500.pt", "step_1000.pt", "optimizer.pt", "optim_500.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"),
+        *(
+            "rng_state_0.pth",
+            "training_args.bin",
+            "log.txt",
+            "trainer_state.json",
+            "events.out.tfevents.1",
+            ".hidden.pt",
+        ),
+        *("step_1500.pt.unfinished", "step_1500.a1b2.unfinished/step_1500.pt", "tmp-checkpoint-7/model.safetensors"),
+        *(
+            "last.pt",
+            "model_best.pth.tar",
+            "latest-rank0.pt",
+            "checkpoint.best_bleu_27.5.pt",
+            "init.pt",
+            "version_0/x.txt",
+        ),
+        *("model.safetensors", "pytorch_model-00001-of-00002.bin", "step_9-00001-of-00002.safetensors"),
+    )
+    lines: list[str] = []
+    assert named(select([tmp_path], last=2, say=lines.append), tmp_path) == ["step_500.pt", "step_1000.pt"]
+    said = "\n".join(lines).replace(str(tmp_path), "run")
+    for words in (
+        "skipped in run: 'optim_500.pt', 'optimizer.pt', 'rng_state.pth' and 4 more (states of a training, no weights)",
+        "'step_1500.a1b2.unfinished', 'step_1500.pt.unfinished', 'tmp-checkpoint-7' (unfinished)",
+        "'checkpoint.best_bleu_27.5.pt', 'init.pt', 'last.pt' and 2 more (copies or means of others)",
+        "'model.safetensors', 'pytorch_model-00001-of-00002.bin' (weights of the folder itself)",
+        "'step_9-00001-of-00002.safetensors' (shards of a checkpoint)",
+        "'events.out.tfevents.1', 'log.txt', 'trainer_state.json' and 1 more (no checkpoint)",
+    ):
+        assert words in said
+    assert "hidden" not in said
+
+
+def test_names_of_a_series_with_best_are_checkpoints(tmp_path: Path) -> None:
+    put(tmp_path, "best-epoch=3-step=50.ckpt", "best-epoch=4-step=60.ckpt", "last.ckpt")
+    assert [each.step for each in select([tmp_path])] == [50, 60]
+
+
+@pytest.mark.parametrize(
+    ("files", "opened"),
+    [
+        (["step_1/.metadata", "step_1/__0_0.distcp"], "step_1"),
+        (["step_1/model-00001-of-00002.safetensors", "step_1/model.safetensors.index.json"], "step_1"),
+        (["step_1/pytorch_model.bin", "step_1/optimizer.bin"], "step_1/pytorch_model.bin"),
+        (["step_1/model.pt", "step_1/optim.pt", "step_1/train.pt"], "step_1/model.pt"),
+        (["step_1/mp_rank_00_model_states.pt", "step_1/zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+         "step_1/mp_rank_00_model_states.pt"),
+        (["step_1/model_and_optim/.metadata", "step_1/train/rank0.pt", "step_1/config.json"], None),
+        (["step_1/model_and_optim/.metadata", "step_1/config.json"], "step_1/model_and_optim"),
+        (["step_1/mp_rank_00_model_states.pt", "step_1/mp_rank_01_model_states.pt"], None),
+        (["step_1/a/b/model.safetensors"], None),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)  # fmt: skip
+def test_the_checkpoint_in_a_folder_is_found(files: list[str], opened: str | None, tmp_path: Path) -> None:
+    put(tmp_path, *files)
+    if opened is None:
+        with pytest.raises(ValueError, match=r"without any: 'step_1' \(no checkpoint\)"):
+            select([tmp_path])
+    else:
+        assert named(select([tmp_path]), tmp_path) == [opened]
+        assert select([tmp_path])[0].step == 1
+
+
+def test_a_folder_that_is_a_checkpoint_is_one(tmp_path: Path) -> None:
+    alone = put(tmp_path / "alone", *HF_FILES)
+    assert select([alone]) == [Selected(str(alone))]
+    with pytest.raises(ValueError, match="which is one checkpoint: give the folder that it lies in"):
+        select([alone], last=1)
+    both = put(trainer_folder(tmp_path / "both", {500: 1.0, 1000: 2.0}), "model.safetensors")
+    with pytest.raises(ValueError, match="is a checkpoint itself and has 2 in it: add --last N"):
+        select([both])
+    assert named(select([both], last=2), both) == ["checkpoint-500", "checkpoint-1000"]
+
+
+def test_listed_files_are_taken_as_they_are(tmp_path: Path) -> None:
+    put(tmp_path, "b.pt", "a.pt", "last.ckpt")
+    paths = [tmp_path / name for name in ("b.pt", "a.pt", "last.ckpt")]
+    assert select(paths) == [Selected(str(path)) for path in paths]
+    lines: list[str] = []
+    put(tmp_path, "checkpoint-1000.pt", "checkpoint-500.pt")
+    text_order = sorted(str(path) for path in tmp_path.glob("checkpoint-*"))
+    assert [each.step for each in select(text_order, say=lines.append)] == [1000, 500]
+    assert "not that of their steps" in lines[0]
+    assert select(text_order[::-1], say=lines.append)[0].step == 500
+    assert len(lines) == 1
+
+
+def test_a_listed_file_without_a_number_has_the_step_of_its_folder(tmp_path: Path) -> None:
+    trainer_folder(tmp_path, {500: 2.0, 1000: 1.0})
+    paths = sorted(tmp_path.glob("*/model.safetensors"))
+    assert [each.step for each in select(paths, last=2)] == [500, 1000]
+    assert [each.metric for each in select(paths, metric="eval_loss", best=2)] == [2.0, 1.0]
+
+
+def test_a_step_that_two_have_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, "step_5.pt", "step_05.pt")
+    with pytest.raises(ValueError, match=r"step_05.pt' and '.*step_5.pt' have the same step"):
+        select([tmp_path], last=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({"last": 0}, ValueError, "last must be at least 1"),
+        ({"last": True}, TypeError, "last must be an int"),
+        (
+            {"last": 4},
+            ValueError,
+            "last must be at most the 3 checkpoints that there are, got 4: 's1.pt', 's2.pt'",
+        ),
+        ({"min_gap": 0}, ValueError, "min_gap must be at least 1"),
+        ({"first_step": 3, "last_step": 2}, ValueError, "first_step must be at most last_step"),
+        ({"first_step": 9}, ValueError, "must leave a checkpoint, but steps are from 1 to 3"),
+        ({"metric": "loss"}, ValueError, "metric and best must be given together"),
+        ({"best": 1}, ValueError, "metric and best must be given together"),
+        ({"metric": " ", "best": 1}, ValueError, "metric must be the name of a field"),
+        ({"metric": "loss", "best": 1, "last": 1}, ValueError, "last and best must not be given together"),
+        ({"lower_is_better": True}, ValueError, "lower_is_better must be given with metric"),
+        ({"metric": "loss", "best": 1}, ValueError, "'loss', which 's1.pt', 's2.pt', 's3.pt' lack"),
+        ({"metric": "quality", "best": 1}, ValueError, "--lower-is-better or --higher-is-better"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_named(options: dict[str, Any], kind: type, words: str, tmp_path: Path) -> None:
+    put(tmp_path, "s1.pt", "s2.pt", "s3.pt")
+    with pytest.raises(kind, match=re.escape(words)):
+        select([tmp_path], **options)
+
+
+def test_inputs_that_are_not_there_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        select([])
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pt"):
+        select([tmp_path / "nothing.pt"])
+    with pytest.raises(ValueError, match="without any: it is empty"):
+        select([tmp_path])
+
+
+# Metrics
+
+
+def test_the_log_of_hugging_faces_trainer_is_read(tmp_path: Path) -> None:
+    trainer_folder(tmp_path, {100: 3.0, 200: 1.0, 300: 2.0, 1000: 1.5})
+    found = select([tmp_path], metric="eval_loss", best=2)
+    assert [(each.step, each.metric) for each in found] == [(200, 1.0), (1000, 1.5)]
+    with pytest.raises(
+        ValueError, match=r"'eval_bleu', which 'checkpoint-100', 'checkpoint-200', 'checkpoint-300' and 1 more"
+    ):
+        select([tmp_path], metric="eval_bleu", best=1)
+    put(tmp_path / "checkpoint-2000", *HF_FILES)
+    with pytest.raises(ValueError, match="which 'checkpoint-2000' lack"):
+        select([tmp_path], metric="eval_loss", best=1)
+
+
+def test_timms_summary_is_read_by_epoch(tmp_path: Path) -> None:
+    put(tmp_path, *(f"checkpoint-{epoch}.pth.tar" for epoch in (8, 9, 10)), "last.pth.tar", "model_best.pth.tar")
+    rows = [f"{epoch},{epoch / 10},{top1}" for epoch, top1 in ((8, 70.5), (9, 70.1), (9, 71.0), (10, 69.0))]
+    (tmp_path / "summary.csv").write_text("\n".join(["epoch,train_loss,eval_top1", *rows]))
+    found = select([tmp_path], metric="eval_top1", best=2)
+    assert [(each.step, each.metric) for each in found] == [(8, 70.5), (9, 71.0)]  # the later row of epoch 9
+
+
+def test_lightnings_names_and_table_are_read(tmp_path: Path) -> None:
+    folder = put(tmp_path / "checkpoints", *(f"epoch={e}-step={s}-val_loss={v}.ckpt" for e, s, v in
+                 ((1, 100, 0.3), (2, 200, 0.1), (10, 1000, 0.2))))  # fmt: skip
+    # Lightning logs the step before: 99, not 100. The epoch is that of the name.
+    (tmp_path / "metrics.csv").write_text("epoch,step,val_acc\n1,99,0.5\n1,99,\n2,199,0.7\n10,999,0.6\n")
+    assert [each.step for each in select([folder], metric="val_loss", best=2)] == [200, 1000]
+    found = select([folder], metric="val_acc", best=1)
+    assert [(each.step, each.metric) for each in found] == [(200, 0.7)]
+    with pytest.raises(ValueError, match="lack"):
+        select([folder], metric="loss", best=1)  # not the loss of val_loss
+
+
+def test_files_beside_a_checkpoint_are_read(tmp_path: Path) -> None:
+    put(tmp_path, "step_1.pt", "step_2.pt", "step_3/model.safetensors")
+    (tmp_path / "step_1.json").write_text('{"valid": {"loss": 0.5}, "done": true}')
+    (tmp_path / "step_2.yaml").write_text("epoch: 2\nvalid:\n  acc: 0.1\n  loss: 0.25\n")  # wenet
+    (tmp_path / "step_3" / "eval_results.json").write_text('{"valid": {"loss": 0.75}}')
+    found = select([tmp_path], metric="valid.loss", best=3)
+    assert [each.metric for each in found] == [0.5, 0.25, 0.75]
+
+
+def test_lines_of_json_are_read_and_mixed_counts_are_not(tmp_path: Path) -> None:
+    put(tmp_path, "1.pt", "2.pt")
+    table = tmp_path / "metrics.jsonl"
+    table.write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}\n{"epoch": 1, "loss": 9}\n')
+    assert [each.metric for each in select([tmp_path], metric="loss", best=2)] == [1.0, 2.0]
+    table.write_text('{"step": 1, "loss": 1}\n{"epoch": 2, "loss": 2}\n')
+    with pytest.raises(ValueError, match="lack"):
+        select([tmp_path], metric="loss", best=2)
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"loss": 1'])
+def test_a_damaged_file_of_metrics_is_named(text: str, tmp_path: Path) -> None:
+    put(tmp_path, "1.pt")
+    (tmp_path / "1.json").write_text(text)
+    with pytest.raises(ValueError, match=r"1\.json must hold JSON"):
+        select([tmp_path], metric="loss", best=1)
+
+
+def test_values_that_are_not_finite_are_never_the_best(tmp_path: Path) -> None:
+    lines: list[str] = []
+    trainer_folder(tmp_path, {1: float("nan"), 2: float("-inf"), 3: 5.0, 4: 4.0})
+    assert [each.step for each in select([tmp_path], metric="eval_loss", best=1, say=lines.append)] == [4]
+    assert lines == ["left out, since eval_loss is not finite: 'checkpoint-1', 'checkpoint-2'"]
+    with pytest.raises(ValueError, match="best must be at most the 2"):
+        select([tmp_path], metric="eval_loss", best=3)
+
+
+def test_of_equal_values_the_newer_is_taken_and_said(tmp_path: Path) -> None:
+    lines: list[str] = []
+    trainer_folder(tmp_path, {1: 2.0, 2: 1.0, 3: 2.0, 4: 2.0})
+    found = select([tmp_path], metric="eval_loss", best=3, say=lines.append)
+    assert [each.step for each in found] == [2, 3, 4]
+    assert lines == ["'checkpoint-1', 'checkpoint-3', 'checkpoint-4' have the same eval_loss: the newer are taken"]
+    select([tmp_path], metric="eval_loss", best=4, say=lines.append)
+    assert len(lines) == 1
+
+
+def test_the_direction_follows_from_the_field_or_the_argument(tmp_path: Path) -> None:
+    assert [is_lower_better(field) for field in ("eval_loss", "val/Perplexity", "wer")] == [True] * 3
+    assert [is_lower_better(field) for field in ("eval_accuracy", "eval_top1", "BLEU")] == [False] * 3
+    trainer_folder(tmp_path, {1: 1.0, 2: 2.0})
+    assert select([tmp_path], metric="eval_loss", best=1, lower_is_better=False)[0].step == 2
+    for field in ("quality", "accuracy_loss"):
+        with pytest.raises(ValueError, match="lower_is_better="):
+            is_lower_better(field)
+
+
+# Form
+
+
+def test_selecting_imports_no_torch() -> None:
+    code = "import sys; import swafast.files.selection, swafast.files.progress; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Planted bugs
+
+
+def test_a_reader_without_fairseqs_names_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_names, "_EPOCH_AND_UPDATE", "")
+    with pytest.raises(ValueError, match="several numbers"):
+        test_steps_are_read_from_names(["checkpoint_12_34000.pt", "checkpoint_13_35000.pt"], [34000, 35000])
+
+
+def test_an_order_by_time_or_text_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_time(found: list[selection.Candidate]) -> list[selection.Candidate]:
+        return sorted(found, key=lambda each: os.stat(each.path).st_mtime)
+
+    for wrong in (by_time, lambda found: sorted(found, key=lambda each: each.name)):
+        with monkeypatch.context() as patch:
+            patch.setattr(selection, "_ordered", wrong)
+            with pytest.raises(AssertionError):
+                test_the_order_is_that_of_numbers_not_of_text_or_time(tmp_path / wrong.__name__)
+
+
+def test_a_field_that_ends_another_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = metrics.Metrics("loss")
+    assert found._in_name("val_loss=0.5.ckpt") is None
+    assert found._in_name("epoch_3_loss_0.5.ckpt") == 0.5
+    assert found._in_name("loss=-0.5.ckpt") == -0.5
+    assert metrics.Metrics("val/loss")._in_name("epoch=1-val_loss=1e-05.ckpt") == 1e-5
