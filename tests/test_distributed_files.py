@@ -37,10 +37,15 @@ def model_for(mode: str) -> Net:
     return make_model("fsdp2" if mode == "fsdp1_orig" else mode)
 
 
+def can_save(mode: str) -> bool:
+    # torch 2.6 does not save FSDP1's shards where a rank has none.
+    return can_run(mode, forward=False) and (mode != "fsdp1_orig" or hasattr(torch.cpu.Stream, "record_event"))
+
+
 def save_all(folder: Path) -> None:
     """Save each mode's model beside an optimizer's state and bytes, and an average. Collective."""
     for mode in MODES:
-        if can_run(mode, forward=False):
+        if can_save(mode):
             model = wrap(model_for(mode), mode)
             optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "lr": 0.1}
             state = {"model": get_model_state_dict(model), "optimizer": optimizer, "rng": io.BytesIO(b"bytes")}
@@ -72,8 +77,8 @@ def saved(tmp_path: Path) -> Path:
 @pytest.mark.distributed
 @pytest.mark.parametrize("mode", MODES)
 def test_what_four_ranks_save_is_read_right(four_ranks: Path, mode: str) -> None:
-    if not can_run(mode, forward=False):
-        pytest.skip("needs a torch that can run the mode on a CPU")
+    if not can_save(mode):
+        pytest.skip("needs a torch that can save the mode on a CPU")
     path = str(four_ranks / mode)
     checkpoint = DistributedCheckpoint(path)
     assert checkpoint.notes == [f"{path}: averaging 'model', without 'optimizer', 'rng'"]
