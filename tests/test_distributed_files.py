@@ -9,6 +9,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from swafast import ShardedAveragedModel
 from swafast.files import distributed_files
 from swafast.files.distributed_files import DistributedCheckpoint, DistributedOutput
+from swafast.files.torch_files import TorchCheckpoint
 from swafast.terms.boxes import Box
 from tests.checkpoint_io import Exploit, plan_of, read_whole, require_holds, require_unharmed, write_pieces
 from tests.ranks import run_ranks
@@ -219,6 +221,41 @@ def test_what_is_refused(
         read_whole(DistributedCheckpoint(str(saved)), "a")
     assert str(saved) in str(caught.value)
     require_unharmed(saved)
+
+
+def mutated(data: bytes, random: Random) -> bytes:
+    """Change, insert or delete some bytes."""
+    changed = bytearray(data)
+    for _ in range(random.choice((1, 1, 3))):
+        at = random.randrange(len(changed))
+        some = random.choice(
+            (random.randbytes(random.randrange(9)), b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", bytes(4))
+        )
+        changed[at : at + random.choice((0, 1, len(some)))] = some
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("count", [120, pytest.param(9000, marks=pytest.mark.slow)])
+def test_damaged_bytes_give_an_error_that_names_the_file(saved: Path, count: int) -> None:
+    state = {"model": {"a": torch.ones(2, 3)}, "epoch": 3, "optimizer": {0: torch.ones(2)}}
+    torch.save(state, saved / "a.pt")
+    good = {name: (saved / name).read_bytes() for name in ("a.pt", ".metadata", "__0_0.distcp")}
+    random, errors = Random(5), list[str]()
+    for index in range(count):
+        name = list(good)[index % 3]
+        (saved / name).write_bytes(mutated(good[name], random))
+        try:
+            checkpoint = TorchCheckpoint(str(saved / "a.pt")) if name == "a.pt" else DistributedCheckpoint(str(saved))
+            try:
+                for key, spec in checkpoint.specs.items():
+                    checkpoint.read_into(key, 0, memoryview(bytearray(min(spec.nbytes, 64))))
+            finally:
+                checkpoint.close()
+        except ValueError as error:
+            errors.append(str(error))
+        (saved / name).write_bytes(good[name])
+    assert len(errors) > count // 2
+    assert [error for error in errors if str(saved) not in error] == []
 
 
 # Writing

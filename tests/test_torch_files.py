@@ -77,7 +77,7 @@ def test_every_dtype_and_layout_is_read_right(path: str) -> None:
         "a part": lambda view: view._replace(offset=0),
         "expanded": lambda view: view._replace(strides=tuple(max(stride, 1) for stride in view.strides)),
     }.items(),
-    ids=str,
+    ids=("transposed", "a part", "expanded"),
 )
 def test_planted_wrong_views_are_seen(path: str, name: str, plant: Callable[[Any], Any]) -> None:
     expected = tensors()
