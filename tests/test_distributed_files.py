@@ -6,6 +6,8 @@ import io
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,17 +17,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from swafast import ShardedAveragedModel
 from swafast.files import distributed_files
+from swafast.files.averaging import average
 from swafast.files.distributed_files import DistributedCheckpoint, DistributedOutput
 from swafast.files.torch_files import TorchCheckpoint
 from swafast.terms.boxes import Box
 from tests.checkpoint_io import Exploit, plan_of, read_whole, require_holds, require_unharmed, write_pieces
 from tests.ranks import run_ranks
 from tests.sharded_models import Net, can_run, make_model, wrap
+from tests.support import require_same
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning", "ignore:TypedStorage:UserWarning")
 
@@ -320,3 +325,47 @@ def test_what_is_given_up_leaves_the_old_folder(saved: Path) -> None:
     output.commit()
     require_holds(DistributedCheckpoint(str(saved)), {"a": torch.ones(4)})
     shutil.rmtree(saved)
+
+
+# All forms together
+
+
+@pytest.mark.parametrize("out", ["out.pt", "out", "out.safetensors"])
+def test_forms_are_averaged_together(tmp_path: Path, out: str) -> None:
+    def state(value: float) -> dict[str, torch.Tensor]:
+        tied = torch.full((3, 5), value).t()
+        return {"a": tied, "b": torch.full((7,), -value, dtype=torch.bfloat16), "n": torch.tensor(4), "tied": tied}
+
+    dcp.save({"model": state(1.0)}, checkpoint_id=tmp_path / "1")
+    torch.save({"state_dict": state(2.0), "epoch": 3}, tmp_path / "2.ckpt")
+    save_file({name: value.contiguous() for name, value in state(6.0).items()}, tmp_path / "3.safetensors")
+    inputs = [str(tmp_path / name) for name in ("1", "2.ckpt", "3.safetensors")]
+    average(inputs, str(tmp_path / out))
+    expected = {name: value.contiguous() for name, value in state(3.0).items()}
+    if out == "out":
+        loaded = {name: torch.zeros_like(value) for name, value in expected.items()}
+        dcp.load(loaded, checkpoint_id=tmp_path / out)
+    else:
+        loaded = torch.load(tmp_path / out, weights_only=True) if out == "out.pt" else load_file(tmp_path / out)
+    require_same(loaded, expected)
+
+
+@pytest.mark.parametrize("form", ["pt", "dcp"])
+def test_an_average_takes_neither_torch_nor_much_memory(tmp_path: Path, form: str) -> None:
+    """Two inputs of 48 MB. The bar is 400 MB for inputs of any size; 30 MB are Python and numpy."""
+    inputs = [str(tmp_path / f"{index}.{form}") for index in range(2)]
+    for path in inputs:
+        state = {"a": torch.zeros(12 << 20)}
+        if form == "pt":
+            torch.save(state, path)
+        else:
+            dcp.save(state, checkpoint_id=path)
+    check = f"""
+import sys
+from swafast.files.averaging import average
+average({inputs!r}, {str(tmp_path / ("out.pt" if form == "pt" else "out"))!r})
+assert "torch" not in sys.modules
+peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+assert peak < 64 << 10, peak
+"""
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=Path(__file__).parents[1], timeout=60)
