@@ -112,7 +112,7 @@ def commands(model: Model, inputs: Sequence[Path], folder: Path, mergekit: Path 
     """Return the command of each way. Its output is ``folder / "out" / way``."""
     files, script = list(map(str, inputs)), [sys.executable, "-m", "bench.file_scripts"]
     place = {way: str(output_of(folder, way)) for way in (OURS, RUNNING_SUM, STACK, LIMIT)}
-    found = {
+    found = {  # the order of the tables
         OURS: [
             *(sys.executable, "-c", "from swafast.cli import app; app()", "average", *files),
             *("-o", place[OURS], "--force", "--quiet"),

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import typer
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
 
+from swafast import cli
 from swafast.files import metrics, selection, step_names
 from swafast.files.metrics import is_lower_better
 from swafast.files.selection import Selected, select
@@ -376,6 +383,53 @@ def test_the_direction_follows_from_the_field_or_the_argument(tmp_path: Path) ->
     for field in ("quality", "accuracy_loss"):
         with pytest.raises(ValueError, match="lower_is_better="):
             is_lower_better(field)
+
+
+# The page and the command
+
+PAGE = (Path(__file__).parents[1] / "docs" / "files.md").read_text()
+
+
+def flags_of(page: str) -> set[str]:
+    """The options of ours on a page: those of other programs are in the first columns of its last part."""
+    own, _, others = page.partition("## From other scripts")
+    cells = [row.split("|")[2] for row in others.splitlines() if row.startswith("|")]
+    return {*re.findall(r"(?<![\w-])--[a-z][a-z-]+", " ".join([own, *cells]))}
+
+
+def test_every_option_on_the_page_is_one_of_the_command() -> None:
+    command = typer.main.get_command(cli.app).commands["average"]  # type: ignore[attr-defined]
+    options = {option for param in command.params for option in (*param.opts, *param.secondary_opts)}
+    known = {option for option in options if option.startswith("--")}
+    assert flags_of(PAGE) - known == {"--mergekit"}  # of the benchmark
+    assert known - flags_of(PAGE) - {"--out"} == set()
+    assert flags_of(PAGE.replace("`--to 50`", "`--until 50`")) - known == {"--mergekit", "--until"}
+
+
+def commands_of(page: str) -> list[list[str]]:
+    lines = "\n".join(re.findall(r"^```\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)).splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("swafast average")]
+
+
+def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = {7500: 1.0, 8000: 2.0, 8500: 3.0, 9000: 5.0, 9500: 4.0, 10000: 7.0}
+    trainer_folder(Path("run"), {step: 10.0 - value for step, value in values.items()})
+    for step, value in values.items():
+        save_file({"a": np.float32([value])}, f"run/checkpoint-{step}/model.safetensors")
+    save_file({"a": np.float32([1.0])}, "a.safetensors")
+    save_file({"a": np.float32([4.0])}, "b.safetensors")
+    for arguments in commands_of(PAGE):
+        result = CliRunner().invoke(cli.app, [*arguments, "--threads", "1"])
+        assert result.exit_code == 0, result.output
+    found = {path.name: float(load_file(path)["a"][0]) for path in tmp_path.glob("*.safetensors")}
+    # The last five; two files; those with the lowest losses; and 8000, 9000, 10000 as a rate that decays as 1 - sqrt.
+    assert found == {"a.safetensors": 1.0, "b.safetensors": 4.0, "averaged.safetensors": pytest.approx(4.2),
+                     "soup.safetensors": 2.5, "best.safetensors": pytest.approx(16 / 3)}  # fmt: skip
+    (merged,) = Path("merged").glob("*.safetensors")
+    thirds = [1 - math.sqrt(index / 3) for index in range(4)]
+    weights = [1 - thirds[1], thirds[1] - thirds[2], thirds[2]]
+    assert load_file(merged)["a"][0] == pytest.approx(sum(w * v for w, v in zip(weights, (2, 5, 7), strict=True)))
 
 
 # Form

@@ -123,7 +123,7 @@ def average(
         decay: ``"linear"`` or ``"minus-sqrt"``: stands for this decay of the learning rate (WSM).
         last: average only so many of the last checkpoints of the folder.
         first_step, last_step: average only those between these steps, both included.
-        min_gap: leave out checkpoints that are fewer steps after the one before.
+        min_gap: average only those that are so many steps apart, counted back from the last.
         metric, best, lower_is_better: average the ``best`` ones by this metric.
         key: where the state is in what ``torch.save`` has written, as in ``a.b``.
         strip: a prefix that names lose, such as ``module.``.
