@@ -9,6 +9,7 @@ from . import moved as _moved  # noqa: F401  # explains the failed import of a m
 from .terms.lazy import imported_on_use
 
 if TYPE_CHECKING:
+    from . import files as files
     from . import optim as optim
     from . import posthoc as posthoc
     from . import sharded as sharded
@@ -63,14 +64,15 @@ _PICKLED = {
     "StoredAverage": "posthoc.folder",
     "get_format": "terms.formats",
 }
-_PACKAGES = ("optim", "posthoc", "sharded")
+_PACKAGES = ("files", "optim", "posthoc", "sharded")
 
 if not TYPE_CHECKING:  # an editor that sees __getattr__ accepts any name
     _import = imported_on_use(__name__, {**_PUBLIC, **_PICKLED, **{name: name for name in _PACKAGES}})
 
     def __getattr__(name: str) -> Any:
         value = globals()[name] = _import(name)
-        importlib.import_module(".op.torch_op", __name__)  # registers torch.ops.swafast
+        if name != "files":  # which are averaged without torch
+            importlib.import_module(".op.torch_op", __name__)  # registers torch.ops.swafast
         return value
 
 

@@ -65,8 +65,8 @@ def demo(
     run(Settings(num_seeds=seeds, epochs=epochs), out, json)
 
 
-@app.command()
-def average(
+@app.command("average")
+def average_checkpoints(
     inputs: Annotated[
         list[str], typer.Argument(metavar="INPUT...", help="Checkpoints, oldest first, or one folder of checkpoints.")
     ],

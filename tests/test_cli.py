@@ -5,8 +5,11 @@ from __future__ import annotations
 import inspect
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
 import swafast
@@ -23,6 +26,7 @@ def run(*arguments: str) -> Result:
     [
         (["--help"], 0, ["demo", "doctor", "--version"]),
         (["demo", "--help"], 0, ["--seeds", "--epochs", "--out", "--json"]),
+        (["average", "--help"], 0, ["--last", "--weights", "--dry-run", "--force", "--shard-size"]),
         (["--version"], 0, [f"swafast {swafast.__version__}"]),
         (["doctor"], 0, []),
         (["dmeo"], 2, []),
@@ -55,6 +59,31 @@ def test_bad_option_is_named_before_anything_runs(
     assert result.exit_code == 2
     assert option in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_average_lists_writes_and_ends_with_2_for_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for step in (1, 2):
+        save_file({"x": np.full(2, step, np.float32), "y": np.ones(2, np.float32)}, f"step_{step}.safetensors")
+    inputs = ["step_1.safetensors", "step_2.safetensors"]
+    dry = run("average", *inputs, "-o", "out.safetensors", "--dry-run")
+    assert (dry.exit_code, Path("out.safetensors").exists()) == (0, False)
+    assert "0.500000  step 2  step_2.safetensors" in dry.output
+    done = run("average", *inputs, "-o", "out.safetensors", "--weights", "0.25,0.75", "--tied", "z=y", "--quiet")
+    assert (done.exit_code, done.output) == (0, "")
+    assert load_file("out.safetensors")["x"].tolist() == [1.75, 1.75]
+    for arguments, message in (
+        ([*inputs, "-o", "out.safetensors"], "--force"),
+        ([*inputs, "-o", "new.safetensors", "--weights", "1,x"], "--weights"),
+        ([*inputs, "-o", "new.safetensors", "--tied", "z"], "--tied"),
+        ([*inputs, "-o", "new.safetensors", "--ema", "0.5", "--power", "0.1"], "ema and power"),
+        (["nothing.safetensors", "-o", "new.safetensors"], "nothing.safetensors"),
+    ):
+        result = run("average", *arguments)
+        assert (result.exit_code, message in result.output) == (2, True), result.output
+    monkeypatch.setattr("swafast.files.averaging.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    assert run("average", *inputs, "-o", "new.safetensors").exit_code == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.safetensors", *inputs]
 
 
 @pytest.mark.parametrize("package", ["sklearn", "matplotlib"])

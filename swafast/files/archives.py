@@ -27,6 +27,13 @@ _DATE = 1 << 5 | 1  # the first of January 1980, so that equal averages make equ
 _PREFIX = "archive/"
 
 
+#: What ``zipfile`` raises for damaged archives.
+_DAMAGES = (
+    *(zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError, OverflowError),
+    *(UnicodeDecodeError, struct.error, zlib.error),
+)
+
+
 class _Window(io.RawIOBase):
     """A part of a file, as a file for ``zipfile``."""
 
@@ -90,7 +97,7 @@ class Archive:
                         f"{what} must be in little-endian order, got {order[:20]!r}: convert it with torch"
                     )
                 data = archive.read(infos[found[0]])
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error, OSError) as error:
+        except _DAMAGES as error:
             raise ValueError(f"{what} is damaged: it is not a whole archive of torch.save ({error})") from None
         self.value = unpickled(data, what, allow)
         self.storages = {

@@ -15,7 +15,7 @@ from .torch_files import TorchCheckpoint, TorchOutput
 PICKLED_SUFFIXES = (".pt", ".pth", ".pth.tar", ".bin", ".ckpt")
 
 #: In a folder of `torch.distributed.checkpoint`.
-_DISTRIBUTED = ".metadata"
+_DISTRIBUTED, _DISTRIBUTED_SUFFIX = ".metadata", ".distcp"
 
 #: As in transformers.
 SHARD_NBYTES = 5 * 10**9
@@ -49,9 +49,9 @@ def open_checkpoint(path: str, *, key: str | None, strip: str | None, allow: Seq
 def _form_of(path: Path) -> str:
     name = path.name.lower()
     if path.is_dir():
-        if (path / _DISTRIBUTED).is_file():
-            return "distributed"
         names = os.listdir(path)
+        if any(name == _DISTRIBUTED or name.endswith(_DISTRIBUTED_SUFFIX) for name in names):
+            return "distributed"
         is_safetensors = any(name.endswith((".safetensors", INDEX_SUFFIX)) for name in names)
         return "pickled" if not is_safetensors and any(map(_is_pickled, names)) else "safetensors"
     if _is_pickled(name):
