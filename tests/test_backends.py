@@ -1,9 +1,9 @@
 """The backends with kernels against ``reference`` on the CPU, bit for bit; only a NaN's sign and payload are their own.
 
 Each test runs wherever it can: the CPU's kernels by each instruction set, the CUDA source through the shim and Triton
-through its interpreter on CPU tensors, what nvcc and Triton compile of both by ``pytest -m ptx``, and both on a GPU by
-``pytest -m gpu``. ``tests/native`` holds the sources to
-an oracle without torch: every pair of planes, every byte beside a buffer, and a forked child among it.
+through its interpreter on CPU tensors, what nvcc and Triton compile of both by ``pytest -m kernels``, and both on a GPU
+by ``pytest -m gpu``. ``tests/native`` holds the sources to an oracle without torch: every pair of planes, every byte
+beside a buffer, and a forked child among it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Subject:
 def everywhere(*names: str) -> list[object]:
     on_cpu = [pytest.param((name, "cpu"), id=f"{name} on cpu") for name in names]
     on_gpus = [name for name in names if name in ("cuda", "triton")]
-    on_ptx = [pytest.param((name, "ptx"), id=f"{name} ptx on cpu", marks=pytest.mark.ptx) for name in on_gpus]
+    on_ptx = [pytest.param((name, "ptx"), id=f"{name} ptx on cpu", marks=pytest.mark.kernels) for name in on_gpus]
     on_gpu = [pytest.param((name, "cuda"), id=f"{name} on gpu", marks=pytest.mark.gpu) for name in on_gpus]
     return [*on_cpu, *on_ptx, *on_gpu]
 

@@ -1,6 +1,6 @@
 """The translator of PTX: what each instruction gives, what ends a kernel, and what is refused.
 
-By ``pytest -m ptx``, ``tests/test_backends.py`` holds the translated kernels to the reference, and
+By ``pytest -m kernels``, ``tests/test_backends.py`` holds the translated kernels to the reference, and
 ``tests/test_ptx_bugs.py`` plants bugs in their PTX.
 """
 

@@ -32,7 +32,7 @@ from tests.kernels import (
 )
 from tests.planting import Plant, read_plants
 
-pytestmark = pytest.mark.ptx
+pytestmark = pytest.mark.kernels
 
 
 def see_updates(prepare: Prepare) -> None:

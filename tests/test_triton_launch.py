@@ -21,7 +21,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 from swafast.backends.triton.launch import KERNELS
 
-pytestmark = needs_compiler
+pytestmark = [pytest.mark.kernels, needs_compiler]
 
 
 @pytest.fixture(scope="module")
