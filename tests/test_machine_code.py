@@ -21,6 +21,8 @@ import pytest
 from tests.native_build import CSRC, SUFFIXES, run, two_at_a_time
 from tests.planting import Plant, read_plants, read_sources, write_sources
 
+pytestmark = pytest.mark.kernels
+
 NVCC = shutil.which("nvcc")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 FLAGS = ("-std=c++17", "-O3", "--fmad=false")

@@ -27,6 +27,8 @@ from tests.triton_source import ROOT, read_kernels
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 
+pytestmark = pytest.mark.kernels
+
 KERNELS = backend.KERNELS
 
 COMPILE = """
