@@ -223,6 +223,9 @@ void check_errors() {
           "%d blocks fit on a device", num_blocks);
   require(swafast_cuda_blocks(1, 1024, &num_blocks) == SWAFAST_OK && num_blocks == shim::kMultiprocessors,
           "%d blocks of 1024 threads fit on a device", num_blocks);
+  shim_fits = 0;
+  require(failed(swafast_cuda_blocks(1, 256, &num_blocks), planted_error), "no block fits, and that is no error");
+  shim_fits = 1;
 }
 
 // What goes into a graph runs as often as the graph does, and counts each time.

@@ -260,7 +260,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* num_blocks, Kerne
   SHIM_BEGIN();
   if (num_threads < 1 || num_threads > 1024) return shim::remember(cudaErrorInvalidValue);
   // So many of 256 threads, and one of whatever is wider.
-  *num_blocks = num_threads > 256 ? 1 : shim::kBlocksPerMultiprocessor;
+  *num_blocks = shim_fits == 0 ? 0 : num_threads > 256 ? 1 : shim::kBlocksPerMultiprocessor;
   return cudaSuccess;
 }
 
