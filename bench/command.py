@@ -149,8 +149,7 @@ def predict_command() -> None:
     """Print what updates on an H200 should take, from a model of the kernels' loops: no measurement."""
     from bench.gpu import predictions
 
-    console.print(Markdown(predictions.model_table()), "")
-    console.print(Markdown(predictions.predictions_table(Report())))
+    console.print(Markdown(predictions.model_table()))
 
 
 @app.command("gpu")
