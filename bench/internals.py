@@ -16,6 +16,7 @@ from swafast.sharded.parts import spread
 from swafast.sharded.parts.holdings import find_holdings
 from swafast.sharded.parts.shares import share_out
 from swafast.terms.formats import get_format
+from swafast.terms.grids import SIDE as SIDE
 from swafast.terms.grids import Grid as Grid
 from swafast.terms.grids import use_grid as use_grid
 from swafast.terms.layout import cut_chunks as cut_chunks

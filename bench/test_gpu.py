@@ -26,7 +26,7 @@ from bench.lookup import merged
 from bench.measure import Bench, Case, Setting
 from bench.process import Finished, run_program
 from bench.providers import moved_bytes
-from bench.report import Report, Row, item_line
+from bench.report import Part, Report, Row, Times, item_line
 from bench.tables import gpu_table, share_of_copy, swept_table
 from bench.timing import Clock
 from bench.workloads import GPU_WORKLOADS
@@ -318,6 +318,31 @@ def test_grids_and_chunks_are_swept_in_a_group_of_their_own(monkeypatch: pytest.
     assert len(swept_table(report).splitlines()[2:-2]) >= len(ours)
     assert "dry_one" not in gpu_table(report)
     assert "one tensor" not in gpu_table(report)
+
+
+@pytest.mark.parametrize("multiprocessors", [108, 132, 144, 170])
+def test_the_label_of_a_swept_grid_is_true_on_every_gpu(multiprocessors: int) -> None:
+    for label, grid in SWEPT:
+        if grid.chunk_numel is not None:
+            assert label == f"chunks of {grid.chunk_numel}"
+            continue
+        said, rest = label.split("% ")
+        assert rest == f"of the blocks of {grid.num_threads} threads"
+        most = multiprocessors * 1024 // grid.num_threads
+        assert grid.num_blocks(most) == pytest.approx(int(said) / 100 * most, abs=0.5 + 0.005 * most)
+    base = Row("1e9", "1e9", "float32", "", 1, 1, 12, "float32 swept", device=Times.of([1.0]))
+    rows = [replace(base, provider=name) for name in ("swafast cuda", f"swafast cuda, {SWEPT[0][0]}", names.COPY)]
+    text = swept_table(Report({"multiprocessors": multiprocessors}, rows))
+    assert f"multiprocessor, of {multiprocessors}." in " ".join(text.split())
+
+
+def test_a_run_prints_whole_lines(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    report = Report(dry=True, parts=[Part("training loop", "ok", f"{'overlap 1.00%, ' * 12}0 elements off")])
+    gpu.show(report, tmp_path / "dry")
+    printed = capsys.readouterr().out
+    assert "0 elements off" in " ".join(printed.split())
+    assert "…" not in printed
+    assert {"cpu", "reference"} < set(gpu_table(report).replace("|", " ").split())
 
 
 def test_smoke_compares_all_bits(monkeypatch: pytest.MonkeyPatch) -> None:
