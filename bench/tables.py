@@ -218,16 +218,8 @@ def gpu_table(report: Report) -> str:
         name += kind_text(rows[0].dtype, rows[0].format, rows[0].averages)
         rate = "" if copy is None else f"{copy.bytes_per_s / 1e12:.2f}"
         lines.append((name, rate, *(percent(share_of_copy(row, rows)) for row in shown), *map(_ms, shown)))
-    header = [
-        "workload",
-        "copy TB/s",
-        *backends,
-        "best",
-        "foreach",
-        *(f"{name} ms" for name in backends),
-        "best",
-        "foreach",
-    ]
+    shown_names = [*backends, "best", "foreach"]
+    header = ["workload", "copy TB/s", *shown_names, *(f"{name} ms" for name in shown_names)]
     what = "Share of the device copy's bytes a second, and wall time of an update; best: torch's best way."
     return markdown(" | ".join(header), lines, what)
 
