@@ -324,7 +324,7 @@ def test_a_device_that_cannot_run_the_kernels_warns_once_and_goes_without(
     shim: Shim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shim.fail("cudaOccupancyMaxActiveBlocksPerMultiprocessor")
-    cuda._warn_unusable.cache_clear()
+    gpu.warn_unusable.cache_clear()
     model = a_model()
     average = FusedAveragedModel(model)
     with pytest.warns(RuntimeWarning, match=r"CUDA kernels do not run on cpu: cudaErrorLaunchOutOf") as seen:

@@ -414,12 +414,13 @@ def test_a_triton_that_cannot_compile_warns_once_and_serves_nothing(monkeypatch:
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(backend, "_kernels", fail)
-    backend._is_usable.cache_clear()
+    backend._load_kernels.cache_clear()
     device = torch.device("cuda", 0)
     with pytest.warns(RuntimeWarning, match="Triton kernels do not run on cuda:0: RuntimeError: Failed to find C"):
         assert not backend._is_usable(device)
-    assert not backend._is_usable(device)
-    backend._is_usable.cache_clear()
+    monkeypatch.undo()
+    assert not backend._is_usable(device)  # it is not tried again
+    backend._load_kernels.cache_clear()
 
 
 @pytest.mark.parametrize("capturing", [False, True])
