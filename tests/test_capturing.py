@@ -247,9 +247,7 @@ def test_what_is_dropped_in_a_capture_waits_without_breaking_it(driver: Driver) 
 def test_offload_does_not_move_the_averages_in_a_capture(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(3, 4)
     averaged = FusedAveragedModel(model)
-    on_gpu = SimpleNamespace(device=torch.device("cuda"))
-    monkeypatch.setattr(runners, "named_tensors", lambda _: [("weight", on_gpu)])
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream(driver))
+    monkeypatch.setattr(averaged, "_gpus", lambda _: [torch.device("cuda", 0)])
     with driver.capture(), pytest.raises(RuntimeError, match="attach with offload, which moves the averages, must not"):
         runners.runner_for(averaged, model, False, "cpu")
 
