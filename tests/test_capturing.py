@@ -432,16 +432,18 @@ def test_averages_go_straight_into_pinned_memory(monkeypatch: pytest.MonkeyPatch
     model = decoder()
     averaged = FusedAveragedModel(model)
     planes = [plane for _, _, planes in averaged._planes() for plane in planes]
-    pinned, copied = Pinned(monkeypatch), 0
+    pinned, copied, asked = Pinned(monkeypatch), 0, []  # type: ignore[var-annotated]
 
     def cpu_of(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal copied
+        asked.append(tensor.data_ptr())
         copied += 0 if pinned.holds(tensor) else tensor.nbytes
         return tensor
 
     monkeypatch.setattr(torch.Tensor, "cpu", cpu_of)  # as it copies from a GPU
     averaged._move_to_host()
     assert copied < 0.01 * sum(plane.nbytes for plane in planes)
+    assert {tensor.data_ptr() for tensor in (*averaged.parameters(), *averaged.buffers())} <= {*asked}
     taken: list[Any] = []
     monkeypatch.setattr(buckets, "_move", lambda _, likes: taken.extend(likes))
     on_meta = [plane.to("meta") for plane in planes]  # for those on a GPU

@@ -18,7 +18,7 @@ from ..terms import hints
 from ..terms.lazy import MadeOnUse
 from ..terms.rules import Rule
 from ..terms.warn import warn_user
-from ..torch_private.modules import all_tensors
+from ..torch_private.modules import unnamed_tensors
 from ..torch_private.optimizers import has_hooks
 from . import swaps
 from .attachment import Attachment, check_step
@@ -216,12 +216,12 @@ class Attachable(hints.WithHints):
 
     def _gpus(self, model: Module) -> list[torch.device]:
         """Return the GPUs that hold tensors of the model or of the averages now."""
-        tensors = (*all_tensors(model), *self._own_tensors())
+        tensors = (*unnamed_tensors(model), *self._own_tensors())
         return [device for device in dict.fromkeys(tensor.device for tensor in tensors) if device.type == "cuda"]
 
     def _own_tensors(self) -> Iterable[Tensor]:
         """Return the tensors of the averages."""
-        return all_tensors(self)  # type: ignore[arg-type]  # a module, unless a subclass says more
+        return unnamed_tensors(self)  # type: ignore[arg-type]  # a module, unless a subclass says more
 
     def _move_to_host(self) -> None:
         """Move the averages to the host's memory, pinned if there is a GPU, for fast copies back.

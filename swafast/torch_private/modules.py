@@ -95,7 +95,7 @@ def named_tensors(root: Module, *, buffers: bool = False) -> list[tuple[str, Ten
     return found
 
 
-def all_tensors(root: Module) -> list[Tensor]:
+def unnamed_tensors(root: Module) -> list[Tensor]:
     """Return the params and the buffers of all modules, without their names, which take longer than the tensors."""
     modules = [module for _, module in named_modules(root, distinct=True)]
     values = (tensor for module in modules for own in (own_params, own_buffers) for tensor in own(module).values())
