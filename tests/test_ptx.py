@@ -202,6 +202,10 @@ OTHERS = {
         "cp.async.ca.shared.global [%r1], [%rd8+16], 16; cp.async.wait_all; bar.sync 0;\n"
         "ld.shared.b64 %rd1, [kept+8]; st.global.b64 [%rd9], %rd1"
     ],
+    "unwaited": [
+        "st.global.b64 [%rd9], 7; bar.sync 0; mov.u32 %r1, kept; cp.async.ca.shared.global [%r1], [%rd8+16], 16;\n"
+        "bar.sync 0; ld.shared.b64 %rd1, [kept+8]; st.global.b64 [%rd9], %rd1"
+    ],
     "exchange": [
         "mov.u32 %r1, 100; add.s32 %r1, %r1, %r9; bar.sync 0; shfl.sync.bfly.b32 %r2, %r1, 16, 31, -1;\n"
         "shfl.sync.bfly.b32 %r3, %r2, 1, 31, -1; cvt.u64.u32 %rd1, %r3; st.global.b64 [%rd9], %rd1"
@@ -297,6 +301,7 @@ def test_statements_do_what_ptx_says(program: Program) -> None:
     assert program.launch("atomics", 64) == [9] * 64
     assert program.launch("laps", 64) == [0x023] * 64
     assert program.launch("copies", 64) == [3] * 64
+    assert program.launch("unwaited", 64) == [0] * 64
     assert program.launch("exchange", 64) == [100 + (thread ^ 17) for thread in range(64)]
 
 

@@ -51,19 +51,21 @@ def see_counts(prepare: Prepare) -> None:
 
 
 def see_exchange(prepare: Prepare) -> None:
-    pairs = [make_pair(33, dtype, fmt) for dtype, fmt in EXCHANGED]
+    # More chunks than blocks, so that blocks take a second one.
+    pairs = [make_pair(33, dtype, fmt) for dtype, fmt in EXCHANGED * 3]
     check_exchange(prepare(pairs), pairs)
 
 
 def see_nonfinite(prepare: Prepare) -> None:
-    pairs = [make_pair(9, torch.float32, FLOAT32) for _ in range(3)]
+    pairs = [make_pair(9, torch.float32, FLOAT32) for _ in range(20)]
     for pair in pairs:
         pair.param.normal_()
-    for pair in pairs[1:]:
-        pair.param[4] = math.nan
     launch, counter = prepare(pairs), torch.tensor(3)
-    found = launch.first_nonfinite([pair.param for pair in pairs])
-    assert found == 1, f"another tensor is named: {found}"
+    for first in (13, 1):  # a chunk that a block goes on to, and one that it begins with
+        for pair in pairs[first:]:
+            pair.param[4] = math.nan
+        found = launch.first_nonfinite([pair.param for pair in pairs])
+        assert found == first, f"another tensor is named: {found}"
     update(launch, pairs, [EqualAverage()], [counter], skip_nonfinite=True)
     assert counter == 3, "an update was not skipped"
 

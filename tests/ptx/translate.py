@@ -103,9 +103,9 @@ class _Function:
                     return "shim::wait_at_barrier();"
                 case ["cp.async.ca.shared.global", to, of, "16"]:
                     place, source = self._place(to, "shared", 16), self._place(of, "global", 16)
-                    return f"store<u32>({place}, load<u32, 4>({source}).values);"
-                case ["cp.async.wait_all"]:  # a copy is over at once
-                    return ";"
+                    return f"shim::copy_later({place}, {source});"
+                case ["cp.async.wait_all"]:
+                    return "shim::make_copies();"
                 case ["ret"]:
                     return "return;"
                 case ["mov.b32" | "mov.b64", result, value] if "{" in result + value:

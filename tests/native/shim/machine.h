@@ -46,6 +46,7 @@ struct Fiber {
   size_t stack_bytes = 0;
   void* fake_stack = nullptr;
   unsigned thread = 0;
+  std::vector<Copy> unmade_copies;
 };
 
 // One launch at a time.
@@ -95,11 +96,14 @@ inline void run_fiber() {
 #endif
   while (m.num_begun < m.num_threads) {
     const unsigned turn = m.num_begun++;
+    self.unmade_copies.clear();
     self.thread = threadIdx.x = shim_reverse_threads != 0 ? m.num_threads - 1 - turn : turn;
     (*m.body)();
   }
   switch_fiber(self, m.host, true);
 }
+
+inline std::vector<Copy>& unmade_copies() { return machine().running->unmade_copies; }
 
 inline void wait_at_barrier() {
   Machine& m = machine();
