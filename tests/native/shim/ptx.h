@@ -116,11 +116,11 @@ T shift_right(T value, u32 by) {
   return static_cast<T>(value >> by);
 }
 
-// Towards zero, and the nearest that there is. A NaN gives what the hardware gives.
+// Towards zero, and the nearest that there is. A NaN gives 0 if both types have 32 bits or fewer, or else the least.
 template <class T, class F>
 T truncate(F value) {
   using Limits = std::numeric_limits<T>;
-  if (value != value) return sizeof(T) == 8 ? Limits::min() : T{0};
+  if (value != value) return sizeof(T) == 8 || sizeof(F) == 8 ? Limits::min() : T{0};
   if (value >= -static_cast<F>(Limits::min())) return Limits::max();
   return value <= static_cast<F>(Limits::min()) ? Limits::min() : static_cast<T>(value);
 }
