@@ -257,6 +257,36 @@ def check_exchange(launch: Any, pairs: Sequence[Pair]) -> None:
             assert all(map(same_bytes, pair.planes[1:], old.planes[1:])), f"{pair.name}, {wanted}"
 
 
+#: Elements that take each wide loop of a GPU's kernels twice and more, and leave a long tail: their tiles have up to
+#: 4096 elements, or 16384 bytes where the elements do not matter.
+LONG_NUMEL = 2 * 16384 + 3000
+
+
+def check_long_runs(prepare: Prepare, device: torch.device | str = "cpu") -> None:
+    """Hold updates, copies, exchanges and searches of long params to the reference. A chunk must hold each as a whole.
+
+    A search is for a value in the first tile, there in the last warp and beyond, in the second tile, and in the tail.
+    """
+    whole = [make_pair(LONG_NUMEL, dtype, fmt) for dtype in DTYPES for fmt in FORMATS]
+    copies = [make_pair(LONG_NUMEL, dtype, None) for dtype in (torch.uint8, torch.int32)]
+    check_updates(prepare, [*whole, *copies], by_weights(0.3), (1,), device)
+    exchanged = clone([make_pair(LONG_NUMEL, dtype, fmt) for dtype, fmt in EXCHANGED] + copies, device)
+    check_exchange(prepare(exchanged), exchanged)
+    searched = clone([make_pair(LONG_NUMEL, dtype, FLOAT32) for dtype in DTYPES], device)
+    for pair in searched:
+        pair.param.normal_()
+    launch, params = prepare(searched), [pair.param for pair in searched]
+    assert launch.first_nonfinite(params) is None, "finite params were called nonfinite"
+    for (index, param), place in itertools.product(
+        enumerate(params), (1000, 3000, 4096 + 5, 32768 + 5, LONG_NUMEL - 1)
+    ):
+        kept = param[place].clone()
+        param[place] = torch.inf
+        found = launch.first_nonfinite(params)
+        assert found == index, f"{param.dtype}: element {place} is not finite, and {found} was found"
+        param[place] = kept
+
+
 class Dispatched(TorchDispatchMode):
     """Counts what torch is asked to do: a host read of the device is an op, and so is every kernel of torch's."""
 

@@ -205,6 +205,11 @@ OTHERS = {
         "cp.async.ca.shared.global [%r1], [%rd8+16], 16; cp.async.wait_all; bar.sync 0;\n"
         "ld.shared.b64 %rd1, [kept+8]; st.global.b64 [%rd9], %rd1"
     ],
+    # Warps do not wait for each other at an exchange: the first one does not see what the second one writes before.
+    "apart": [
+        "setp.eq.s32 %p1, %r9, 32; @%p1 st.shared.b32 [kept], 7; shfl.sync.bfly.b32 %r1, %r9, 1, 31, -1;\n"
+        "ld.shared.u32 %rd1, [kept]; st.global.b64 [%rd9], %rd1"
+    ],
     "exchange": [
         "mov.u32 %r1, 100; add.s32 %r1, %r1, %r9; bar.sync 0; shfl.sync.bfly.b32 %r2, %r1, 16, 31, -1;\n"
         "shfl.sync.bfly.b32 %r3, %r2, 1, 31, -1; cvt.u64.u32 %rd1, %r3; st.global.b64 [%rd9], %rd1"
@@ -267,6 +272,7 @@ FAULTS = {
     "mov.b64 %rd1, 4; ld.shared.b64 %rd1, [kept+16]": "outside shared memory",
     "shfl.sync.bfly.b32 %r1, %r9, 1, 31, 3": "some threads of a warp",
     "shfl.sync.bfly.b32 %r1, %r9, 1, 15, -1": "parts of a warp",
+    "setp.eq.s32 %p1, %r9, 3; @%p1 bra $A; shfl.sync.bfly.b32 %r1, %r9, 1, 31, -1;\n$A:\n": "thread of the warp",
     "setp.eq.s32 %p1, %r9, 3; @%p1 bra $A; bar.sync 0;\n$A:\n": "not every thread",
     "setp.eq.s32 %p1, %r9, 3; @%p1 bra $A; redux.sync.add.u32 %r1, 1, -1; bra $B;\n$A:\n"
     "redux.sync.add.u32 %r1, 1, -1;\n$B:\n": "at two exchanges",
@@ -300,6 +306,7 @@ def test_statements_do_what_ptx_says(program: Program) -> None:
     assert program.launch("atomics", 64) == [9] * 64
     assert program.launch("laps", 64) == [0x023] * 64
     assert program.launch("copies", 64) == [3] * 64
+    assert program.launch("apart", 64) == [0xABABABAB] * 32 + [7] * 32
     assert program.launch("exchange", 64) == [100 + (thread ^ 17) for thread in range(64)]
 
 
