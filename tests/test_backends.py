@@ -35,7 +35,6 @@ from tests.kernels import (
     EXCHANGED,
     FORMATS,
     INT64_MAX,
-    LONG_NUMEL,
     PAIRS,
     RULES,
     Dispatched,
@@ -347,9 +346,7 @@ def test_an_exchange_moves_every_bit_there_and_back(tested: Subject, dtype: torc
 
 # All but Triton's interpreter, which would take a minute.
 @pytest.mark.parametrize("tested", [*everywhere("cuda"), *everywhere("triton")[1:]], indirect=True)
-def test_long_runs_equal_the_reference(tested: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Copied tensors are cut by their bytes.
-    monkeypatch.setattr(gpu_tables, "gpu_chunk_numel", lambda numel, blocks: 4 * LONG_NUMEL)
+def test_long_runs_equal_the_reference(tested: Subject) -> None:
     check_long_runs(tested.prepare, tested.device)
 
 
