@@ -52,6 +52,8 @@ class Shim:
         self._capture(True)
         yield
         self._capture(False)
+        refused = ctypes.c_char_p.in_dll(self._library, "shim_refused").value
+        assert refused is None, f"the capture has failed for {refused!r}"
 
     def _capture(self, on: bool) -> None:
         ctypes.c_int.in_dll(self._library, "shim_capturing").value = int(on)

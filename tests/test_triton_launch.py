@@ -63,5 +63,10 @@ def test_a_kernel_is_compiled_once_whatever_its_arguments_are(seen: dict[str, An
     assert seen[f"{kernel} with all values"] == launched(kernel, len(VALUES), 1)
 
 
+def test_a_launch_takes_no_longer_than_a_call_of_python(seen: dict[str, Any]) -> None:
+    # 5 to 20 on an idle machine: a wait or a compilation takes more.
+    assert seen["microseconds of a launch"] < 100
+
+
 def test_a_kernel_that_is_compiled_for_values_is_seen(seen: dict[str, Any]) -> None:
     assert seen["specialised"]["modules"] == 2

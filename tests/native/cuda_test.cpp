@@ -266,6 +266,7 @@ void check_first_capture() {
   int32_t num_blocks = 0;
   const auto captures = [&](const char* what, int32_t status) {
     require(status == SWAFAST_OK, "a capture refuses %s: %s", what, swafast_cuda_error());
+    require(shim_refused == nullptr, "the capture of %s fails for %s", what, shim_refused);
     shim_forget_captured();
   };
   shim_unload_kernels();
@@ -277,9 +278,15 @@ void check_first_capture() {
   const std::string refused = "cudaErrorStreamCaptureUnsupported: operation not permitted when stream is capturing";
   require(swafast_cuda_blocks(launch.device, 256, &num_blocks) == SWAFAST_CUDA_ERROR && swafast_cuda_error() == refused,
           "a capture takes what it must not");
+  const std::string failed =
+      "cudaErrorStreamCaptureInvalidated: operation failed due to a previous error during capture";
+  require(launch.exchange(1) == SWAFAST_CUDA_ERROR && swafast_cuda_error() == failed,
+          "a capture that has failed takes a launch");
+  shim_forget_captured();
   shim_unload_kernels();
   require(launch.exchange(1) == SWAFAST_CUDA_ERROR && swafast_cuda_error() == refused,
           "a capture takes a kernel that is not loaded");
+  shim_forget_captured();
   shim_capturing = 0;
 }
 

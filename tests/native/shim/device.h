@@ -23,9 +23,11 @@
 extern "C" {
 SHIM_SETTING int shim_reverse_threads = 0;            // the last thread of a block runs first
 SHIM_SETTING int shim_reverse_blocks = 0;             // the last block of a grid runs first
+SHIM_SETTING int shim_alternating = 0;                // each launch sets these two anew
 SHIM_SETTING int shim_capturing = 0;                  // every stream is: launches wait for shim_replay()
 SHIM_SETTING int shim_fits = 1;                       // a block of an update onto a multiprocessor
 SHIM_SETTING const char* shim_failing = nullptr;      // the runtime's function that fails, by name
+SHIM_SETTING const char* shim_refused = nullptr;      // what the last capture had and must not, and so has failed
 SHIM_SETTING long long shim_num_launches = 0;         // kernels launched or captured so far
 SHIM_SETTING long long shim_last_blocks = 0;          // of the last launch
 SHIM_SETTING long long shim_last_threads = 0;         // of each of its blocks
