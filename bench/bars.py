@@ -49,16 +49,16 @@ class Bar:
 
 
 def bars_table(report: Report, found: list[Bar]) -> str:
-    """Lay out every bar and whether it is met. A dry run has no verdicts."""
+    """Lay out every bar and whether it is met. A dry run has neither values nor verdicts."""
     columns = list(dict.fromkeys(column for bar in found for column in bar.measured))
     lines = []
     for bar in found:
         verdicts = [{None: "?", True: "ok", False: "SHORT"}[bar.met(column)] for column in columns]
-        cells = [
-            f"{bar.text(column)} {'dry' if report.dry else v}" for column, v in zip(columns, verdicts, strict=True)
-        ]
+        cells = [f"{bar.text(column)} {verdict}" for column, verdict in zip(columns, verdicts, strict=True)]
+        if report.dry:
+            cells = ["" if bar.measured[column] is None else "dry" for column in columns]
         lines.append((bar.work, f"{'at least' if bar.at_least else 'at most'} {bar.limit:g}{bar.unit}", *cells))
-    caption = "DRY RUN: these are not GPU figures" if report.dry else ""
+    caption = "A dry run judges no bar: dry says that there is a value, not whether it is enough." if report.dry else ""
     return markdown(" | ".join(["bar", "required", *columns]), lines, caption, texts=2)
 
 

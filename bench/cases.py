@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from bench import names
-from bench.internals import Grid, planes_nbytes
+from bench.internals import SIDE, Grid, planes_nbytes
 from bench.measure import Case
 from bench.providers import (
     BF16,
@@ -38,12 +38,22 @@ OTHER_FORMATS = (
 # Averages in one pass, and where.
 SEVERAL_COUNT, SEVERAL_ON = 3, ("gpt2_medium", "1e9", "llama3_8b")
 LARGEST, SMALL = ("1e9", "llama3_8b"), ("3000x64", "2000x64x64", "resnet50")
-# Grids and chunks that a GPU run tries, beside the backend's own: blocks of 256 threads on all multiprocessors of an
-# H200, blocks of 1024 on some of them as for an update beside other work, and chunks of other sizes.
+
+
+def _labelled(grid: Grid) -> tuple[str, Grid]:
+    """Name a grid by what is true on every GPU: a share of the blocks that it has room for."""
+    if grid.chunk_numel is not None:
+        return f"chunks of {grid.chunk_numel}", grid
+    return f"{grid.share:.0%} of the blocks of {grid.num_threads} threads", grid
+
+
+# Grids and chunks that a GPU run tries, beside the backend's own: blocks of 256 threads, 4 of which fill a
+# multiprocessor, blocks of 1024, each on a whole multiprocessor, as for an update beside other work, and chunks of
+# other sizes.
 SWEPT: tuple[tuple[str, Grid], ...] = (
-    *((f"{count} blocks a multiprocessor", Grid(share=count / 4)) for count in (1, 2, 3)),
-    *((f"{count} whole multiprocessors", Grid(1024, count / 132)) for count in (8, 16, 24, 48)),
-    *((f"chunks of {numel}", Grid(chunk_numel=numel)) for numel in (1 << 12, 1 << 14, 1 << 16)),
+    *(_labelled(Grid(share=count / 4)) for count in (1, 2, 3)),
+    *(_labelled(Grid(1024, share)) for share in (SIDE.share / 3, SIDE.share / 3 * 2, SIDE.share, SIDE.share * 2)),
+    *(_labelled(Grid(chunk_numel=numel)) for numel in (1 << 12, 1 << 14, 1 << 16)),
 )
 SWEPT_ON = ("1e9", "resnet50")
 # What is timed beside ours in a GPU run.

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from bench import internals, machine, names
-from bench.report import Report, item_line
+from bench.report import Report, count_text, item_line
 from bench.workloads import QUICK, WORKLOADS
 
 RESULTS = Path("bench/results")
@@ -131,7 +131,11 @@ def loop_command(out: Out = OUT, quick: Quick = False) -> None:
         report = Report(_about(), steps=loop.measure(quick=quick, progress=status.update))
     console.print(Markdown(tables.loop_block(report)), "")
     _write(report, out / "loop")
-    _fail([f"{report.differing} elements are not those of the plain updates"] if report.differing else [])
+    _fail(
+        [f"averages differ from the plain ones in {count_text(report.differing, 'element')}"]
+        if report.differing
+        else []
+    )
 
 
 @app.command("files")
@@ -171,8 +175,7 @@ def predict_command() -> None:
     """Print what updates on an H200 should take, from a model of the kernels' loops: no measurement."""
     from bench.gpu import predictions
 
-    console.print(Markdown(predictions.model_table()), "")
-    console.print(Markdown(predictions.predictions_table(Report())))
+    console.print(Markdown(predictions.model_table()))
 
 
 @app.command("gpu")
@@ -225,6 +228,6 @@ def part_command(
             chosen = cases.gpu_cases(part, backends, dry=dry)
             for case in chosen:
                 bench.run(case)
-            summary = f"{len(chosen)} cases"
+            summary = count_text(len(chosen), "case")
     typer.echo(summary)
     raise typer.Exit(int(wrong))

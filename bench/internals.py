@@ -16,9 +16,12 @@ from swafast.sharded.parts import spread
 from swafast.sharded.parts.holdings import find_holdings
 from swafast.sharded.parts.shares import share_out
 from swafast.terms.formats import get_format
+from swafast.terms.grids import SIDE as SIDE
 from swafast.terms.grids import Grid as Grid
 from swafast.terms.grids import use_grid as use_grid
+from swafast.terms.layout import cut_chunks as cut_chunks
 from swafast.terms.layout import gpu_chunk_numel as gpu_chunk_numel
+from swafast.terms.layout import whole_runs as whole_runs
 
 # How many averages one launch moves at most.
 MOST_AVERAGES = library.MAX_PACES

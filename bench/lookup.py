@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from bench import names
-from bench.report import Report, Row, Times
+from bench.report import Report, Row, Times, count_text
 
 
 def grouped(rows: Iterable[Row]) -> list[list[Row]]:
@@ -101,7 +101,7 @@ def failures(report: Report) -> list[str]:
             found.append(f"{row.provider} on {row.title}, {row.dtype} {row.group}: {row.status}: {row.reason}")
     differing = [case for case, hashes in report.bits.items() if len(set(hashes.values())) > 1]
     if differing:
-        found.append(f"bits of {len(differing)} cases differ, the first is {differing[0]}")
+        found.append(f"bits differ in {count_text(len(differing), 'case')}, first in {differing[0]}")
     if report.differing:
-        found.append(f"{report.differing} elements of attached averages are not those of the plain ones")
+        found.append(f"attached averages differ from the plain ones in {count_text(report.differing, 'element')}")
     return found

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bench import names
 from bench.machine import OthersCpu, available_bytes
-from bench.report import StepRow, Times
+from bench.report import StepRow, Times, count_text
 from bench.steps import Shape, Training, Work, decoder_work, demo_work
 from bench.timing import between_events, rounds, synchronize
 from bench.workloads import WORKLOADS
@@ -203,4 +203,4 @@ def measure_on(device: torch.device, backends: Sequence[str], seconds: float) ->
         shares = "/".join(f"{row.share.median:.2%}" for row in rows if row.way == name and row.share is not None)
         added.append(f"{short} {shares}")
     off = sum(row.differing or 0 for row in rows)
-    return rows, f"{', '.join(added)} of a step of {rows[0].step.median * 1e3:.3g} ms; {off} elements off"
+    return rows, f"{', '.join(added)} of a step of {rows[0].step.median * 1e3:.3g} ms; {count_text(off, 'element')} off"

@@ -20,7 +20,7 @@ from bench import device as closer
 from bench import gate, names
 from bench.machine import OthersCpu, available_bytes
 from bench.providers import DEFAULT_FORMATS, Provider, moved_bytes
-from bench.report import Row
+from bench.report import Row, count_text
 from bench.timing import COVER, Clock, Rotation, interleave, rotation_size, synchronize
 from bench.workloads import Workload, build
 
@@ -199,7 +199,7 @@ class Bench:
         """Return why this provider is left out for this case, or None."""
         compiles, limit, needs = provider.name == names.COMPILED, provider.max_tensors, LEAST_S
         if limit is not None and row.num_tensors > limit:
-            needed = f"compiling {row.num_tensors} tensors takes about {0.07 * row.num_tensors:.0f} s"
+            needed = f"compiling {count_text(row.num_tensors, 'tensor')} takes about {0.07 * row.num_tensors:.0f} s"
             return f"{needed}; the limit is {limit}"
         if compiles and self.setting.on_gpu:
             needs = COMPILE_S + COMPILE_S_PER_TENSOR * row.num_tensors

@@ -21,7 +21,7 @@ from PIL import Image
 from bench import names
 from bench.accuracy import DECAYS, EQUAL, STREAMS, TORCH_BF16
 from bench.lookup import baseline, by_format, find, grouped, our_row, share_of_copy
-from bench.report import Report
+from bench.report import Report, count_text
 from bench.tables import kind_text, milliseconds
 
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
@@ -31,12 +31,15 @@ BAR_COLORS = (OURS_COLOR, "#66b2c4")
 WIDTH_IN, DPI = 9.0, 200
 # So few colours, and the edges between them: a third of the size with a palette.
 PALETTE = 96
-# Of what a panel takes beside its rows, and of the legend and the caption below all panels.
-PANEL_IN, FOOT_IN = 0.62, 0.98
+# Of what a panel takes beside its rows; below all panels, the labels of the axis, each row of the legend, the caption.
+PANEL_IN, AXIS_IN, LEGEND_ROW_IN, CAPTION_IN = 0.62, 0.1, 0.19, 0.36
+# Columns of the legend: the longest name, torch's class, takes a third of the width.
+LEGEND_COLUMNS = 3
 # Left of the axes stand the names of the workloads, right of them the times; as parts of the width.
 LEFT, RIGHT = 0.2, 0.85
-# Other providers by their first appearance; shapes, because grey tones alone cannot be told apart.
-MARKERS = "osD^vPX<>ph"
+# Other providers by their first appearance; shapes, because grey tones alone cannot be told apart. No two share one.
+MARKERS = "osD^vPX<>*phd8"
+DRY = "DRY RUN ON A CPU\nno figure of a GPU"
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -90,27 +93,30 @@ GPU_STYLE = Style("device copy (ceiling)", 0.0, "linear", lambda value: f"{value
 
 def plot_speed(report: Report, path: Path) -> bool:
     """Draw the updates of ``report`` into ``path``. Return whether there was something to draw."""
+    figure = speed_figure(report)
+    if figure is not None:
+        save(figure, path)
+    return figure is not None
+
+
+def speed_figure(report: Report) -> Figure | None:
+    """Return the picture of a report's updates, or None if there is nothing to draw."""
     on_gpu = any(row.provider == names.COPY for row in report.rows)
     style, panels = (GPU_STYLE, _gpu_panels(report)) if on_gpu else (CPU_STYLE, _cpu_panels(report))
     if not panels:
-        return False
-    values = [v for lines in panels.values() for line in lines for v in (*line.bars.values(), *line.others.values())]
-    # One axis for all panels: a length means the same everywhere. The ceiling may lie outside. Whatever a cache made of
-    # a copy, shares end at 140 %.
-    limits = (min(0.5, min(values) / 1.25), max(2.0, max(values) * 1.3))
-    if on_gpu:
-        limits = (0.0, min(max(1.05, max(values) * 1.06), 1.4))
+        return None
+    every = [line for lines in panels.values() for line in lines]
     heights = [len(lines) * style.row_in + PANEL_IN for lines in panels.values()]
-    top = total = sum(heights) + FOOT_IN
-    figure, handles, markers = (
-        Figure(figsize=(WIDTH_IN, total), dpi=DPI, facecolor="white"),
-        dict[str, Any](),
-        dict[str, str](),
-    )
+    others = dict.fromkeys(name for line in every for name in line.others)
+    markers = dict(zip(others, MARKERS[: len(others)], strict=True))
+    # The bars, the ceiling and the others.
+    entries = max(len(line.bars) for line in every) + 1 + len(others)
+    top = total = sum(heights) + AXIS_IN + -(-entries // LEGEND_COLUMNS) * LEGEND_ROW_IN + CAPTION_IN
+    figure, handles = Figure(figsize=(WIDTH_IN, total), dpi=DPI, facecolor="white"), dict[str, Any]()
     for (title, lines), height in zip(panels.items(), heights, strict=True):
         top -= height
         axes = figure.add_axes((LEFT, (top + 0.2) / total, RIGHT - LEFT, (height - PANEL_IN) / total))
-        axes.set(xscale=style.scale, xlim=limits, ylim=(-0.5, len(lines) - 0.5))
+        axes.set(xscale=style.scale, xlim=_limits(every, on_gpu), ylim=(-0.5, len(lines) - 0.5))
         dress(axes, title)
         axes.set_yticks(range(len(lines)), [line.name for line in reversed(lines)])
         if not on_gpu:
@@ -121,21 +127,30 @@ def plot_speed(report: Report, path: Path) -> bool:
         for y, line in enumerate(reversed(lines)):
             _draw_line(axes, y, line, style, handles, markers)
     figure.legend(
-        handles.values(), handles, loc="lower center", bbox_to_anchor=(0.5, 0.28 / total), ncols=4 if on_gpu else 5,
+        handles.values(), handles, loc="lower center", bbox_to_anchor=(0.5, 0.28 / total), ncols=LEGEND_COLUMNS,
         frameon=False, fontsize=8, labelcolor=INK, handletextpad=0.5, columnspacing=1.5,
     )  # fmt: skip
     figure.text(0.985, 0.12 / total, _caption(report), fontsize=7.5, color=FAINT, ha="right")
     if report.dry:
         figure.text(
-            0.5, 0.55, "DRY RUN ON A CPU\nno figure of a GPU", fontsize=44, color="#c92a2a", alpha=0.25, rotation=25,
+            0.5, 0.55, DRY, fontsize=44, color="#c92a2a", alpha=0.25, rotation=25,
             ha="center", va="center", zorder=10,
         )  # fmt: skip
-    save(figure, path)
-    return True
+    return figure
+
+
+def _limits(lines: Sequence[Line], on_gpu: bool) -> tuple[float, float]:
+    """Return the ends of the axis, one for all panels: a length means the same everywhere."""
+    values = [value for line in lines for value in (*line.bars.values(), *line.others.values())]
+    if on_gpu:
+        # Whatever a cache made of a copy, shares end at 140 %.
+        return 0.0, min(max(1.05, max(values) * 1.06), 1.4)
+    # The ceiling may lie outside.
+    return min(0.5, min(values) / 1.25), max(2.0, max(values) * 1.3)
 
 
 def _draw_line(
-    axes: Axes, y: float, line: Line, style: Style, handles: dict[str, Any], markers: dict[str, str]
+    axes: Axes, y: float, line: Line, style: Style, handles: dict[str, Any], markers: Mapping[str, str]
 ) -> None:
     """Draw one row. ``handles`` is the legend as it grows, ``markers`` has the marker of each other provider."""
     low, high = axes.get_xlim()
@@ -148,8 +163,9 @@ def _draw_line(
         drawn = axes.vlines(line.ceiling, middle - half, middle + half, color=CEILING_COLOR, linewidth=2, zorder=4)
         handles.setdefault(style.ceiling, drawn)
     for name, value in line.others.items():
-        marker = markers.setdefault(name, MARKERS[len(markers) % len(MARKERS)])
-        (handle,) = axes.plot(min(value, high), y - 0.28, marker, color=FAINT, mec="white", mew=0.6, ms=6.5)
+        (handle,) = axes.plot(
+            min(value, high), y - 0.28, markers[name], color=FAINT, mec="white", mew=0.6, ms=6.5, clip_on=False
+        )
         handles.setdefault(name + (" (default; freezes in bf16)" if name == names.TORCH_CLASS else ""), handle)
     where, (number, *rest) = axes.get_yaxis_transform(), line.text.split("\n")
     axes.text(1.015, y + 0.2, number, transform=where, va="center", fontsize=9, fontweight="bold", color=OURS_COLOR)
@@ -178,9 +194,9 @@ def _cpu_panels(report: Report) -> dict[str, list[Line]]:
 
 
 def _gpu_panels(report: Report) -> dict[str, list[Line]]:
-    """Show what share of a device copy's bytes a second each provider reaches."""
+    """Show what share of a device copy's bytes a second each provider reaches. Swept grids are in a table alone."""
     backends, lines = names.OUR_BACKENDS["cpu" if report.dry else "cuda"], []
-    for rows in by_format(report.rows):
+    for rows in by_format(row for row in report.rows if not row.group.endswith(names.SWEPT)):
         shares = {row.provider: share for row in rows if (share := share_of_copy(row, rows)) is not None}
         bars = {name: shares[name] for backend in backends if (name := f"{names.OURS} {backend}") in shares}
         if not bars:
@@ -189,7 +205,7 @@ def _gpu_panels(report: Report) -> dict[str, list[Line]]:
         ours, best = [row for name in bars if (row := find(rows, name)) and row.wall], baseline(rows)
         text = " / ".join(f"{share:.0%}" for share in bars.values())
         text += "\n" + " / ".join(milliseconds(row.seconds) for row in ours) + " ms"
-        text += f"\ntorch {milliseconds(best.seconds)}" if best is not None else ""
+        text += f"\ntorch {milliseconds(best.seconds)} ms" if best is not None else ""
         title = rows[0].title.replace(" tensors of ", " x ").split(", no embeddings")[0]
         name = f"{title}\n{kind_text(rows[0].dtype, rows[0].format, rows[0].averages)}"
         lines.append(Line(name, bars, others, 1.0, text))
@@ -200,7 +216,7 @@ def _gpu_panels(report: Report) -> dict[str, list[Line]]:
 def _caption(report: Report) -> str:
     about = report.environment
     versions = about.get("versions", {})
-    on = about.get("gpu") or f"{about.get('device_name')}, {about.get('threads')} threads"
+    on = about.get("gpu") or f"{about.get('device_name')}, {count_text(about.get('threads', 0), 'thread')}"
     more = f", driver {about['driver']}" if about.get("driver") else ""
     more += f", Triton {versions['triton']}" if about.get("gpu") and versions.get("triton") else ""
     return (

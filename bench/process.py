@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.report import Part
+from bench.report import Part, count_text
 
 ROOT = Path(__file__).parents[1]
 # What a program is given to write down what it has, after an interrupt.
@@ -25,8 +25,11 @@ TICK_S = 1.0
 PR_SET_PDEATHSIG = 1
 # Kept of a log: its beginning and its end.
 LOG_CHARS = 150_000
-# A path, less the folders that say where on a machine it is; not the slash of "3 of 4/s".
-_FOLDERS = re.compile(r"(?<![\w.\-/])/(?:[\w.+~@=\-]+/)+(?=[\w.+~@=<\-])")
+# The clone, and the slash behind it where a path goes on; not the beginning of another folder's name.
+_CLONE = re.compile(rf"{re.escape(str(ROOT))}(?:({re.escape(os.sep)})|(?![\w.+~@\-]))")
+# A path, alone or behind a compiler's option, less the folders that say where on a machine it is; not the slash of
+# "3 of 4/s".
+_FOLDERS = re.compile(r"(?:(?<![\w.\-/])|(?<=\s-[A-Z]))/(?:[\w.+~@=\-]+/)+(?=[\w.+~@=<\-])")
 # How compute-sanitizer says that it does not run here, what it found, and how much.
 REFUSAL = re.compile(r"^=+\s*(.*not supported.*)$", re.MULTILINE)
 FINDING = re.compile(
@@ -115,7 +118,7 @@ def find_tool(name: str) -> str | None:
 
 def scrub(text: str) -> str:
     """Remove from ``text`` what names a machine: folders from the root on, and the host."""
-    text = text.replace(f"{ROOT}{os.sep}", "").replace(str(ROOT), ".")
+    text = _CLONE.sub(lambda found: "" if found[1] else ".", text)
     text = _FOLDERS.sub("", text)
     host = socket.gethostname()
     return re.sub(rf"\b{re.escape(host)}\b", "<host>", text) if len(host) > 2 else text
@@ -143,7 +146,7 @@ def judge_checker(tool: str, done: Finished) -> Part:
     if refusal is not None:
         status, detail = "not run", f"the tool refuses: {scrub(refusal.group(1))}"
     elif errors or first:
-        status, detail = "failed", f"{errors} errors: {first[0] if first else 'see checks.log'}"
+        status, detail = "failed", f"{count_text(errors, 'error')}: {first[0] if first else 'see checks.log'}"
     elif done.timed_out:
         status, detail = "not run", f"it was not done after {done.seconds:.0f} s"
     elif summary is None:

@@ -216,6 +216,11 @@ class Report:
         return cls(**{**data, **lists})
 
 
+def count_text(count: int, noun: str) -> str:
+    """Write so many of a noun."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def item_line(kind: str, item: Any) -> str:
     """Return one item with its samples as a line of JSON."""
     return json.dumps({kind: _rounded(_bare(item, samples=True) if kind in ITEMS else item)}) + "\n"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from bench import files, names
 from bench.lookup import baseline, by_format, find, grouped, our_row, share_of_copy
-from bench.report import FileRow, Report, Row, StepRow
+from bench.report import FileRow, Report, Row, StepRow, count_text
 
 # Columns of a page: its captions are wrapped before.
 WIDTH = 118
@@ -56,10 +56,10 @@ def disturbance(rows: Iterable[Row | StepRow | FileRow]) -> str:
     return f"Other processes took up to {others:.0%} of the CPU meanwhile." if others > DISTURBED else ""
 
 
-def origin(report: Report, *, threads: str = "{threads} threads") -> str:
+def origin(report: Report, *, threads: str = "") -> str:
     about = report.environment
     return (
-        f"`{about['command']}` on {about['device_name']}, {threads.format(**about)}, "
+        f"`{about['command']}` on {about['device_name']}, {threads or count_text(about['threads'], 'thread')}, "
         f"torch {about['versions'].get('torch')}, {about['date'][:10]}"
     )
 
@@ -170,7 +170,7 @@ def loop_block(report: Report) -> str:
             added = milliseconds(row.exposed.median), spread, f"{row.share.median:.1%}"
         rows.append((name, row.way, milliseconds(row.step.median), *added))
     counts = " and ".join(str(count) for count in dict.fromkeys(row.step.count for row in report.steps))
-    off = f"{report.differing} elements" if report.differing else "no element"
+    off = count_text(report.differing, "element") if report.differing else "no element"
     return markdown(
         "training | averaged by | ms a step | exposed, ms | quartiles | of a step",
         rows,
@@ -224,14 +224,16 @@ def providers_table(rows: list[Row]) -> str:
     first = rows[0]
     title = f"{first.title}, {SHORT_DTYPES[first.dtype]}"
     header = f"{title} | ms | GB/s | vs torch's class | keeps bytes a parameter | note"
-    what = f"{first.num_params / 1e6:,.1f}M parameters in {first.num_tensors} tensors. {disturbance(rows)}"
+    what = (
+        f"{first.num_params / 1e6:,.1f}M parameters in {count_text(first.num_tensors, 'tensor')}. {disturbance(rows)}"
+    )
     return markdown(header, lines, what.strip())
 
 
 def gpu_table(report: Report) -> str:
     """Return one line for each workload of a GPU run: shares of the device copy, then wall times."""
     backends = names.OUR_BACKENDS["cpu" if report.dry else "cuda"]
-    short, lines = [backend[:6] for backend in backends], []
+    lines = []
     for rows in by_format(row for row in report.rows if not row.group.endswith(names.SWEPT)):
         copy = find(rows, names.COPY)
         shown = [*(find(rows, f"{names.OURS} {name}") for name in backends), baseline(rows), find(rows, names.FOREACH)]
@@ -239,7 +241,8 @@ def gpu_table(report: Report) -> str:
         name += kind_text(rows[0].dtype, rows[0].format, rows[0].averages)
         rate = "" if copy is None else f"{copy.bytes_per_s / 1e12:.2f}"
         lines.append((name, rate, *(percent(share_of_copy(row, rows)) for row in shown), *map(_ms, shown)))
-    header = ["workload", "copy TB/s", *short, "best", "foreach", *(f"{name} ms" for name in short), "best", "foreach"]
+    shown_names = [*backends, "best", "foreach"]
+    header = ["workload", "copy TB/s", *shown_names, *(f"{name} ms" for name in shown_names)]
     what = "Share of the device copy's bytes a second, and wall time of an update; best: torch's best way."
     return markdown(" | ".join(header), lines, what)
 
@@ -257,6 +260,10 @@ def swept_table(report: Report) -> str:
                 lines.append(
                     (name, row.provider.partition(", ")[2] or "as it is", milliseconds(row.device.median), share, over)
                 )
-    what = "On the device, beside the device copy of as many bytes, and over the backend's own grid and chunks."
+    count = report.environment.get("multiprocessors")
+    what = (
+        "Time on the device, share of the device copy's bytes a second, and time over that of the backend's own grid "
+        "and chunks. A block of 1024 threads takes a whole multiprocessor" + (f", of {count}." if count else ".")
+    )
     header = "update of | grid or chunks | ms | of copy | time"
     return markdown(header, lines, what, texts=2) if lines else ""

@@ -21,13 +21,12 @@ from bench.bars import WALL_BARS
 from bench.cases import DEFAULTS, LARGEST, SEVERAL_ON, SWEPT, gpu_case, gpu_cases, swept_case
 from bench.device import launches_among, waits
 from bench.gpu import Run
-from bench.gpu.model import CUDA, DEALT, TRITON, Gpu, chunks_of, simulate
-from bench.gpu.predictions import PREDICTIONS, Prediction, predictions_table
+from bench.gpu.predictions import PREDICTIONS
 from bench.lookup import merged
 from bench.measure import Bench, Case, Setting
 from bench.process import Finished, run_program
 from bench.providers import moved_bytes
-from bench.report import Report, Row, Times, item_line
+from bench.report import Part, Report, Row, Times, item_line
 from bench.tables import gpu_table, share_of_copy, swept_table
 from bench.timing import Clock
 from bench.workloads import GPU_WORKLOADS
@@ -303,46 +302,7 @@ def test_gpu_tests_are_counted(
     assert gpu.FIRST_TESTS in ran.call_args[0][0]
 
 
-# The model of an H200, and what follows from it
-
-
-def predicted(workload: str, dtype: str = "float32", format: str = "float32") -> Prediction:
-    return next(each for each in PREDICTIONS if (each.workload, each.dtype, each.format) == (workload, dtype, format))
-
-
-@pytest.mark.parametrize("workload", ["3000x64", "2000x64x64", "resnet50", "vit_l_16", "gpt2_medium"])
-def test_a_prediction_is_what_the_model_gives(workload: str) -> None:
-    each = predicted(workload)
-    assert each.low == each.high == pytest.approx(simulate(chunks_of(workload), 8, 4), rel=0.01)
-
-
-@pytest.mark.parametrize(("dtype", "format", "share"), [("float32", "float32", 1.01), ("bfloat16", "exact", 1.01)])
-def test_large_updates_are_predicted_by_their_bytes(dtype: str, format: str, share: float) -> None:
-    for workload in LARGEST:
-        nbytes = GPU_WORKLOADS[workload].num_params * moved_bytes(getattr(torch, dtype), format)
-        assert nbytes / Gpu.bytes_per_s == pytest.approx(predicted(workload, dtype, format).low, rel=0.015)
-
-
-def test_claims_and_the_prefetch_win_where_the_model_says() -> None:
-    """Alone on the device claims cost nothing. Beside a kernel that takes a tenth of it they save 7 to 30 %."""
-    for workload in ("3000x64", "2000x64x64", "resnet50"):
-        chunks = chunks_of(workload)
-        dealt = replace(CUDA, claims=False)
-        assert simulate(chunks, 8, 4) <= 1.001 * simulate(chunks, 8, 4, dealt)
-        assert simulate(chunks, 8, 4, taken=0.1) < 0.99 * simulate(chunks, 8, 4, dealt, taken=0.1)
-    small = chunks_of("3000x64")
-    assert simulate(small, 8, 4) < 0.8 * simulate(small, 8, 4, TRITON) < 0.7 * simulate(small, 8, 4, DEALT)
-
-
-def test_what_was_measured_stands_beside_what_was_predicted() -> None:
-    row = Row("resnet50", "ResNet-50", "float32", "swafast cuda", 1, 1, 12, "float32", "float32")
-    report = Report(rows=[replace(row, wall=Times.of([1.0]), device=Times.of([2 * predicted("resnet50").low]))])
-    lines = predictions_table(report).splitlines()
-    assert next(line for line in lines if "ResNet-50" in line) == "| ResNet-50, fp32 | 75.9 us | 152 us | 2.00x |"
-    within = replace(row, workload="1e9", dtype="bfloat16", group="half", device=Times.of([1.5e-3]))
-    lines = predictions_table(Report(rows=[within])).splitlines()
-    assert "| 1e9 params in one tensor, bf16 half | 1.47 to 1.59 ms | 1.5 ms | 1.00x |" in lines
-    assert "152 us" not in predictions_table(replace(report, dry=True))
+# Sweeps and bits
 
 
 def test_grids_and_chunks_are_swept_in_a_group_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,6 +318,31 @@ def test_grids_and_chunks_are_swept_in_a_group_of_their_own(monkeypatch: pytest.
     assert len(swept_table(report).splitlines()[2:-2]) >= len(ours)
     assert "dry_one" not in gpu_table(report)
     assert "one tensor" not in gpu_table(report)
+
+
+@pytest.mark.parametrize("multiprocessors", [108, 132, 144, 170])
+def test_the_label_of_a_swept_grid_is_true_on_every_gpu(multiprocessors: int) -> None:
+    for label, grid in SWEPT:
+        if grid.chunk_numel is not None:
+            assert label == f"chunks of {grid.chunk_numel}"
+            continue
+        said, rest = label.split("% ")
+        assert rest == f"of the blocks of {grid.num_threads} threads"
+        most = multiprocessors * 1024 // grid.num_threads
+        assert grid.num_blocks(most) == pytest.approx(int(said) / 100 * most, abs=0.5 + 0.005 * most)
+    base = Row("1e9", "1e9", "float32", "", 1, 1, 12, "float32 swept", device=Times.of([1.0]))
+    rows = [replace(base, provider=name) for name in ("swafast cuda", f"swafast cuda, {SWEPT[0][0]}", names.COPY)]
+    text = swept_table(Report({"multiprocessors": multiprocessors}, rows))
+    assert f"multiprocessor, of {multiprocessors}." in " ".join(text.split())
+
+
+def test_a_run_prints_whole_lines(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    report = Report(dry=True, parts=[Part("training loop", "ok", f"{'overlap 1.00%, ' * 12}0 elements off")])
+    gpu.show(report, tmp_path / "dry")
+    printed = capsys.readouterr().out
+    assert "0 elements off" in " ".join(printed.split())
+    assert "…" not in printed
+    assert {"cpu", "reference"} < set(gpu_table(report).replace("|", " ").split())
 
 
 def test_smoke_compares_all_bits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,8 +31,10 @@ def test_a_program_that_takes_too_long_may_still_print_what_it_has(ours: Any) ->
     [
         (f"{process.ROOT}/tests/test_gpu.py:3: at /usr/local/cuda-13.0/bin/nvcc", "tests/test_gpu.py:3: at nvcc"),
         ("-o /tmp/x-1/a_b/lib.so", "-o lib.so"),
+        ("-o a -L/usr/local/lib -I/x/inc", "-o a -Llib -Iinc"),
         ("3 of 4/s and a/b/c", "3 of 4/s and a/b/c"),
         (f"cd {process.ROOT} && x", "cd . && x"),
+        (f"--lines {process.ROOT}_out/dry.jsonl in {process.ROOT}.old/a", "--lines dry.jsonl in a"),
     ],
 )
 def test_logs_name_no_folder_of_a_machine_and_keep_both_ends(text: str, scrubbed: str, tmp_path: Path) -> None:

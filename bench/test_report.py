@@ -13,10 +13,11 @@ from rich.markdown import Markdown
 
 from bench import bars, gpu, names, pages, plot, tables
 from bench.bars import Bar
-from bench.cases import gpu_cases
+from bench.cases import SWEPT, gpu_cases
 from bench.lookup import failures, left_out, merged
 from bench.loop import ATTACHED, NONE, OVERLAP
-from bench.report import Curve, Part, Report, Row, StepRow, Times
+from bench.providers import UPDATE_PROVIDERS
+from bench.report import Curve, Part, Report, Row, StepRow, Times, count_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -170,6 +171,13 @@ def gpu_report(scale: Callable[[str, int], float] = lambda workload, averages: 1
     return Report(about, merged(rows), steps=steps, bits=bits, parts=[Part("build", "ok", "for sm_90")])
 
 
+def as_dry(report: Report) -> Report:
+    """Return a report as if it came from a dry run."""
+    on_cpu = {"swafast cuda": "swafast cpu", "swafast triton": "swafast reference"}
+    rows = [replace(row, provider=on_cpu.get(row.provider, row.provider)) for row in report.rows]
+    return replace(report, dry=True, rows=rows)
+
+
 def verdicts(report: Report) -> dict[str, Bar]:
     return {bar.work: bar for bar in bars.gpu_bars(report)}
 
@@ -195,7 +203,7 @@ def test_each_bar_of_a_gpu_can_be_missed() -> None:
     slow.steps = [replace(step, differing=3) for step in slow.steps]
     assert {bar.met("cuda") for bar in verdicts(slow).values()} == {False}
     assert verdicts(slow)["cases of 1 whose bits are not the CPU's"].met("triton")
-    assert failures(slow)[0] == "bits of 1 cases differ, the first is a"
+    assert failures(slow)[0] == "bits differ in 1 case, first in a"
     nothing = Report({}, [])
     assert {bar.met("cuda") for bar in verdicts(nothing).values()} == {None}
     assert gpu.problems_of(nothing) == ["no update of swafast was timed"]
@@ -238,9 +246,47 @@ def test_tables_fit_a_log_and_a_dry_run_has_no_verdicts(report: Report, capsys: 
         assert max(map(len, printed.splitlines())) <= gpu.WIDTH
         assert "…" not in printed
     assert "SHORT" in texts[1]
-    found.dry = True
+    found = as_dry(found)
     text = bars.bars_table(found, bars.gpu_bars(found))
-    assert ("these are not GPU figures" in text, {"ok", "SHORT"} & set(text.split())) == (True, set())
+    values = [line.rsplit(" | ", 2)[1:] for line in text.splitlines()[2:-2]]
+    assert {value.strip(" |") for line in values for value in line} == {"", "dry"}
+    assert "judges no bar" in text
+
+
+def test_counts_of_one_are_singular() -> None:
+    assert [count_text(count, "case") for count in (0, 1, 2)] == ["0 cases", "1 case", "2 cases"]
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_the_picture_of_a_gpu_has_a_whole_legend_and_a_mark_for_each_other_way(dry: bool) -> None:
+    """Swept grids are left out: a picture has no marks for so many, and one workload would stand there twice."""
+    found = gpu_report()
+    first, swept = found.rows[0], f"swafast cuda, {SWEPT[0][0]}"
+    found.rows += [
+        replace(first, provider=name, group=f"float32{names.SWEPT}") for name in (names.COPY, "swafast cuda", swept)
+    ]
+    figure = plot.speed_figure(as_dry(found) if dry else found)
+    assert figure is not None
+    figure.draw_without_rendering()
+    (legend,), (axes,), page = figure.legends, figure.axes, figure.bbox
+    below = [text.get_window_extent() for text in figure.texts if text.get_text() != plot.DRY]
+    box, around = legend.get_window_extent(), [axes.get_tightbbox(), *below]
+    for other in around:
+        assert other is not None
+        assert not box.overlaps(other)
+    for each in (box, *around):
+        assert each is not None
+        assert page.x0 <= each.x0 < each.x1 <= page.x1
+    marks = {str(line.get_marker()) for line in axes.get_lines()}
+    drawn = [text.get_text() for text in legend.get_texts()]
+    assert len(drawn) == len(set(drawn)) == 3 + len(marks)  # two bars, the copy, and the others
+    assert not any("swafast" in name and "," in name for name in drawn)
+    rows_drawn = [text.get_text() for text in axes.get_yticklabels()]
+    assert len(rows_drawn) == len(set(rows_drawn))
+
+
+def test_every_provider_has_a_mark_of_its_own() -> None:
+    assert len({each.name for each in UPDATE_PROVIDERS}) <= len(set(plot.MARKERS)) == len(plot.MARKERS)
 
 
 def test_pictures_are_drawn(report: Report, tmp_path: Path) -> None:

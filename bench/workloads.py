@@ -179,13 +179,18 @@ def build(workload: Workload, dtype: torch.dtype, device: torch.device, depth: i
         owner.register_parameter(leaf, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
     for name, shape in workload.buffers():
         owner, leaf = _owner(root, name)
-        buffer = torch.empty(shape, dtype=torch.int64 if leaf == "num_batches_tracked" else dtype, device=device)
+        buffer = torch.empty(shape, dtype=buffer_dtype(name, dtype), device=device)
         owner.register_buffer(leaf, buffer)
     total = sum(param.numel() for param in root.parameters())
     if depth == workload.full_depth and total != workload.num_params:
         raise RuntimeError(f"{workload.name} must have {workload.num_params:,} params, got {total:,}")
     _fill([*root.parameters(), *root.buffers()])
     return root
+
+
+def buffer_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a buffer in a model whose params have ``dtype``."""
+    return torch.int64 if name.endswith("num_batches_tracked") else dtype
 
 
 def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -202,7 +202,7 @@ typedef struct {
 } swafast_table;
 
 /* How many blocks of a launch there are, and how many threads each has: a multiple of 256, at most 1024. Two launches
- * of one table may differ in it. */
+ * of one table may differ in it if the first is over when the second begins: `claimed` would not end at 0. */
 typedef struct {
   int32_t num_blocks;
   int32_t num_threads;

@@ -106,7 +106,7 @@ def cuda_of(shim: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL
     """Have the ``cuda`` backend serve CPU tensors with the kernels of this library."""
     monkeypatch.setenv("SWAFAST_LIBRARY", str(shim))
     monkeypatch.setattr(cuda, "device_types", frozenset({"cpu"}))
-    caches = (library.load, cuda.num_blocks)
+    caches = (library.load, cuda._load_kernels)
     for cache in caches:
         cache.cache_clear()
     yield library.loaded()

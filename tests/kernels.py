@@ -18,6 +18,7 @@ from swafast.backends import reference
 from swafast.backends.contract import Launch, Pair, Update
 from swafast.op.launches import draws_of
 from swafast.terms.formats import COMPACT, COMPENSATED, EXACT, FLOAT32, HALF, MIRRORED, Format
+from swafast.terms.grids import Grid, use_grid
 from swafast.terms.rules import EqualAverage, ExponentialAverage, FixedWeight, PowerAverage, Rule, terms_of
 from tests.support import same_bits as same_bytes
 
@@ -255,6 +256,41 @@ def check_exchange(launch: Any, pairs: Sequence[Pair]) -> None:
             there = (old.average, old.param) if wanted else (old.param, old.average)
             assert all(map(same_bytes, (pair.param, pair.average), there)), f"{pair.name}, {wanted}"
             assert all(map(same_bytes, pair.planes[1:], old.planes[1:])), f"{pair.name}, {wanted}"
+
+
+#: Elements that take each wide loop of a GPU's kernels twice and more, and leave a long tail: their tiles have up to
+#: 4096 elements, or 16384 bytes where the elements do not matter.
+LONG_NUMEL = 2 * 16384 + 3000
+
+
+def check_long_runs(prepare: Prepare, device: torch.device | str = "cpu") -> None:
+    """Hold updates, copies, exchanges and searches of long params to the reference, a chunk each.
+
+    A search is for a value in the first tile, there in the last warp and beyond, in the second tile, and in the tail.
+    """
+    # Copied tensors are cut by their bytes.
+    with use_grid(Grid(chunk_numel=4 * LONG_NUMEL)):
+        _check_long_runs(prepare, device)
+
+
+def _check_long_runs(prepare: Prepare, device: torch.device | str) -> None:
+    whole = [make_pair(LONG_NUMEL, dtype, fmt) for dtype in DTYPES for fmt in FORMATS]
+    copies = [make_pair(LONG_NUMEL, dtype, None) for dtype in (torch.uint8, torch.int32)]
+    check_updates(prepare, [*whole, *copies], by_weights(0.3), (1,), device)
+    exchanged = clone([make_pair(LONG_NUMEL, dtype, fmt) for dtype, fmt in EXCHANGED] + copies, device)
+    check_exchange(prepare(exchanged), exchanged)
+    searched = clone([make_pair(LONG_NUMEL, dtype, FLOAT32) for dtype in DTYPES], device)
+    for pair in searched:
+        pair.param.normal_()
+    launch, params = prepare(searched), [pair.param for pair in searched]
+    assert launch.first_nonfinite(params) is None, "finite params were called nonfinite"
+    places = (1000, 3000, 4096 + 5, 32768 + 5, LONG_NUMEL - 1)
+    for (index, param), place in itertools.product(enumerate(params), places):
+        kept = param[place].clone()
+        param[place] = torch.inf
+        found = launch.first_nonfinite(params)
+        assert found == index, f"{param.dtype}: element {place} is not finite, and {found} was found"
+        param[place] = kept
 
 
 class Dispatched(TorchDispatchMode):

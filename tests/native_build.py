@@ -64,11 +64,11 @@ def openmp_flags(folder: Path) -> list[str]:
     return ["-fopenmp"] if subprocess.run(command, capture_output=True, timeout=300).returncode == 0 else []
 
 
-def execute(program: Path, *arguments: str) -> Finished:
+def execute(program: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> Finished:
     # The library keeps no memory of its own, and the leak checker does not run under every debugger and container.
     # A waiting OpenMP thread that spins takes the time of the one it waits for, where cores are shared.
     options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "OMP_WAIT_POLICY": "passive"}
-    env = {**os.environ, **options}
+    env = {**os.environ, **options, **environment}
     return subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=240, env=env)
 
 
@@ -127,8 +127,11 @@ class Kit:
         run([*COMPILER, *self._flags, *runtime, *map(str, objects), "-o", str(out), "-pthread"])
         return out
 
-    def start(self, build: str, *arguments: str) -> Future[Finished]:
-        return self._pool.submit(execute, self._programs[build], *arguments)
+    def start(self, build: str, *arguments: str, **environment: str) -> Future[Finished]:
+        return self._pool.submit(execute, self._programs[build], arguments, environment)
 
-    def start_bug(self, bug: Plant, *arguments: str, variant: str = "sanitized") -> Future[Finished]:
-        return self.start(f"switched {variant}", "--bug", str(self._bugs.index(bug) + 1), *arguments)
+    def start_bug(
+        self, bug: Plant, *arguments: str, variant: str = "sanitized", **environment: str
+    ) -> Future[Finished]:
+        number = str(self._bugs.index(bug) + 1)
+        return self.start(f"switched {variant}", "--bug", number, *arguments, **environment)

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -171,6 +172,43 @@ def test_errors_of_an_update_come_and_nothing_has_changed(way: str) -> None:
     with refused(ValueError, r"'inner\.0\.weight' must be finite", run.averaged):
         run.step(attachment.join)
     attachment.detach()  # it was told already
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_error_of_the_thread_says_that_it_is_of_an_earlier_step(way: str) -> None:
+    run = Run(nonfinite="raise")
+    attachment = run.attach(way)
+    run.model.inner[0].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="must be finite") as seen:
+        run.steps(2)  # the second one waits for the update after the first
+    notes = getattr(seen.value, "__notes__", [])
+    said = [note.startswith("This is the error of an update after an earlier step of the optimizer") for note in notes]
+    assert said == [True] * (way in BESIDE)
+    assert attachment.step == (2 if way == "offload" else 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown", "runner"),
+    [
+        ({}, "", runners.Plain),
+        ({"overlap": np.False_}, "", runners.Plain),
+        ({"overlap": np.True_}, ", overlap=True", runners.InThread),
+        ({"overlap": torch.tensor(True)}, ", overlap=True", runners.InThread),
+        ({"offload": torch.device("cpu", 0)}, ", offload='cpu'", runners.InThread),
+        ({"overlap": True, "offload": "cpu"}, ", overlap=True, offload='cpu'", runners.InThread),
+    ],
+    ids=str,
+)
+def test_an_attachment_shows_how_its_updates_run(
+    arguments: dict[str, Any], shown: str, runner: type[runners.Runner]
+) -> None:
+    run = Run()
+    attachment = run.averaged.attach(run.optimizer, **arguments)
+    assert type(attachment._runner) is runner
+    assert repr(attachment).endswith(f", every=1, end=None){shown})")
+    assert repr(copy.deepcopy(attachment)).endswith("), detached)")
+    attachment.detach()
+    assert repr(attachment).endswith(f"{shown}, detached)")
 
 
 def test_steps_that_are_skipped_do_not_count() -> None:
@@ -588,6 +626,12 @@ def other_optimizer(run: Run) -> dict[str, Any]:
         (lambda run: {"start": 0.75}, TypeError, "start must be an int of steps or a str .*, got 0.75"),
         (lambda run: {"every": True}, TypeError, "every must be an int"),
         (lambda run: {"steps_per_epoch": 0}, ValueError, "steps_per_epoch must be an int >= 1, got 0"),
+        *(
+            (lambda run, value=value: {"overlap": value}, TypeError, "overlap must be True or False, got ")
+            for value in ("yes", 1, 0, None, torch.ones(2, dtype=torch.bool))
+        ),
+        (lambda run: {"offload": False}, ValueError, "offload must be 'cpu' or None, got False"),
+        (lambda run: {"offload": torch.device("cuda")}, ValueError, r"offload must be 'cpu' or None, got device\("),
         (lambda run: {"offload": "disk"}, ValueError, "offload must be 'cpu' or None, got 'disk'"),
         (lambda run: {"name": 3}, TypeError, "name must be a str, got 3"),
         (lambda run: {"name": ""}, ValueError, "name must not be empty"),
@@ -711,6 +755,31 @@ def test_the_host_waits_for_no_gpu(way: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert run.averaged.state_dict()["n_averaged"] == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", BESIDE)
+def test_a_model_moves_to_a_gpu_and_back_while_it_is_attached(way: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8)))
+    averaged = FusedAveragedModel(model, rule=ExponentialAverage(0.5))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    attachment = averaged.attach(optimizer, **WAYS[way])
+    want = [param.detach().clone() for param in model.parameters()]
+    side = torch.cuda.Stream()
+    for step, on in enumerate(("cpu", "cuda", "cuda", "cpu", "cuda")):
+        model.to(on)
+        with torch.cuda.stream(side):
+            for param in model.parameters():
+                param.grad = torch.full_like(param, float(step))
+            torch.cuda._sleep(50_000_000)  # the params are written late
+            optimizer.step()
+        for average, param in zip(want, model.parameters(), strict=True):
+            average.lerp_(param.detach().cpu(), 1.0 if step == 0 else 0.5)
+    attachment.join()
+    torch.cuda.synchronize()
+    for average, param in zip(want, averaged.module.parameters(), strict=True):
+        torch.testing.assert_close(param.detach().cpu(), average)
 
 
 @pytest.mark.gpu

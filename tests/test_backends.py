@@ -1,13 +1,14 @@
 """The backends with kernels against ``reference`` on the CPU, bit for bit; only a NaN's sign and payload are their own.
 
 Each test runs wherever it can: the CPU's kernels by each instruction set, the CUDA source through the shim and Triton
-through its interpreter on CPU tensors, what nvcc and Triton compile of both by ``pytest -m ptx``, and both on a GPU by
-``pytest -m gpu``. ``tests/native`` holds the sources to
-an oracle without torch: every pair of planes, every byte beside a buffer, and a forked child among it.
+through its interpreter on CPU tensors, what nvcc and Triton compile of both by ``pytest -m kernels``, and both on a GPU
+by ``pytest -m gpu``. ``tests/native`` holds the sources to an oracle without torch: every pair of planes, every byte
+beside a buffer, and a forked child among it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,7 @@ from tests.kernels import (
     by_weights,
     check_bad_count,
     check_exchange,
+    check_long_runs,
     check_paces,
     check_updates,
     clone,
@@ -87,7 +89,7 @@ class Subject:
 def everywhere(*names: str) -> list[object]:
     on_cpu = [pytest.param((name, "cpu"), id=f"{name} on cpu") for name in names]
     on_gpus = [name for name in names if name in ("cuda", "triton")]
-    on_ptx = [pytest.param((name, "ptx"), id=f"{name} ptx on cpu", marks=pytest.mark.ptx) for name in on_gpus]
+    on_ptx = [pytest.param((name, "ptx"), id=f"{name} ptx on cpu", marks=pytest.mark.kernels) for name in on_gpus]
     on_gpu = [pytest.param((name, "cuda"), id=f"{name} on gpu", marks=pytest.mark.gpu) for name in on_gpus]
     return [*on_cpu, *on_ptx, *on_gpu]
 
@@ -122,7 +124,8 @@ def gpu_backend(name: str, place: str, request: pytest.FixtureRequest, monkeypat
     if name == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("needs Triton")
     if place == "ptx" or (name, place) == ("cuda", "cpu"):
-        request.getfixturevalue(f"{name}_on_{place}")
+        loaded = request.getfixturevalue(f"{name}_on_{place}")
+        monkeypatch.setattr(ctypes.c_int.in_dll(loaded, "shim_alternating"), "value", 1)
     missing = backend.unavailable()
     assert missing is None, missing
     monkeypatch.setattr(gpu_tables, "gpu_chunk_numel", lambda numel, blocks: CHUNK_NUMEL)
@@ -339,6 +342,12 @@ def test_an_exchange_moves_every_bit_there_and_back(tested: Subject, dtype: torc
     sizes = (*sizes_around(min(tested.chunk_numel, 256)), 5000)
     pairs = tested.put([make_pair(n, dtype, fmt, offset) for n in sizes for offset in (0, 3)])
     check_exchange(tested.prepare(pairs), pairs)
+
+
+# All but Triton's interpreter, which would take a minute.
+@pytest.mark.parametrize("tested", [*everywhere("cuda"), *everywhere("triton")[1:]], indirect=True)
+def test_long_runs_equal_the_reference(tested: Subject) -> None:
+    check_long_runs(tested.prepare, tested.device)
 
 
 # Whole models

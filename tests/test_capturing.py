@@ -20,12 +20,14 @@ from torch import nn
 from swafast import FusedAveragedModel, FusedAverages
 from swafast.backends import cpu
 from swafast.loop import runners, stand_in
-from swafast.op import launches, plan
+from swafast.op import buckets, launches, plan
+from swafast.sharded.updating import AttachableShards
 from swafast.terms import capturing
 from swafast.terms.formats import FLOAT32
 from swafast.terms.rules import EqualAverage
 from tests.conftest import NO_LIBRARY, differing, tensors_of
-from tests.support import refused
+from tests.stopped_training import WAYS
+from tests.support import refused, step_with_ones
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"{NO_LIBRARY}: {cpu.unavailable()}")
 
@@ -247,11 +249,86 @@ def test_what_is_dropped_in_a_capture_waits_without_breaking_it(driver: Driver) 
 def test_offload_does_not_move_the_averages_in_a_capture(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(3, 4)
     averaged = FusedAveragedModel(model)
-    on_gpu = SimpleNamespace(device=torch.device("cuda"))
-    monkeypatch.setattr(runners, "named_tensors", lambda _: [("weight", on_gpu)])
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream(driver))
+    monkeypatch.setattr(averaged, "_gpus", lambda _: [torch.device("cuda", 0)])
     with driver.capture(), pytest.raises(RuntimeError, match="attach with offload, which moves the averages, must not"):
         runners.runner_for(averaged, model, False, "cpu")
+
+
+# Tensors that move to another device while they are attached
+
+
+@pytest.mark.parametrize("way", ["overlap", "offload"])
+def test_updates_are_ordered_with_the_gpu_where_the_tensors_are_now(
+    way: str, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, gpus, streams = nn.Linear(3, 4), [], []  # type: ignore[var-annotated]
+    averaged, optimizer = FusedAveragedModel(model), torch.optim.SGD(model.parameters(), 1.0)
+
+    def on(gpu: torch.device) -> Stream:
+        streams.append(Stream(driver))
+        streams[-1].device = gpu
+        return streams[-1]
+
+    monkeypatch.setattr(torch.cuda, "Stream", on)
+    monkeypatch.setattr(averaged, "_gpus", lambda _: list(gpus))
+    attachment = averaged.attach(optimizer, **WAYS[way])
+    step_with_ones(optimizer, model.parameters())
+    attachment.join()
+    assert averaged.n_averaged == 1
+    for index in (0, 0, 1):
+        gpus[:] = [torch.device("cuda", index)]
+        driver.asked.clear()
+        step_with_ones(optimizer, model.parameters())
+        side = streams[-1]
+        assert side.device == gpus[0]
+        assert len(streams) == 1 + index  # made when it moves, and then kept
+        if way == "offload":
+            assert driver.asked.wait(TIMEOUT_S), "the thread waits for the copy from that GPU"
+            assert not attachment._runner._under_way.done()
+            side.finish()
+        else:
+            assert attachment._runner._ended == [side.events[-1]]
+        attachment.join()
+        side.finish()
+    gpus.clear()
+    step_with_ones(optimizer, model.parameters())
+    attachment.detach()
+    assert type(attachment._runner) is runners.InThread
+    assert averaged.n_averaged == 5
+    assert len(streams) == 2
+
+
+def test_the_gpus_of_an_update_are_those_of_params_buffers_and_averages() -> None:
+    model = nn.Sequential(nn.Linear(3, 4))
+    averaged = FusedAverages(model, rules={"a": EqualAverage()})
+    assert averaged._gpus(model) == []
+    on: list[Any] = [SimpleNamespace(device=torch.device("cuda", index)) for index in range(6)]
+    model._parameters["w"], model[0]._buffers["seen"], model[0]._parameters["w"] = on[0], on[1], on[0]
+    averaged["a"].module[0]._parameters["weight"], averaged["a"]._buffers["n_averaged"] = on[2], on[3]
+    assert {*averaged._gpus(model)} == {each.device for each in on[:4]}
+    side = SimpleNamespace(_stored=lambda: [(None, (on[4],))], n_averaged=on[5])
+    assert AttachableShards._own_tensors(SimpleNamespace(_updated=[side])) == on[4:]  # type: ignore[arg-type]
+
+
+def test_averages_that_leave_the_host_go_back_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(3, 4)
+    averaged, optimizer = FusedAveragedModel(model), torch.optim.SGD(model.parameters(), 1.0)
+    attachment = averaged.attach(optimizer, offload="cpu")
+    moved: list[object] = []
+    monkeypatch.setattr(averaged, "_gpus", lambda _: [] if moved else [torch.device("cuda", 0)])
+    monkeypatch.setattr(averaged, "_move_to_host", lambda: moved.append(averaged))
+    monkeypatch.setattr(capturing, "is_capturing", lambda _: False)
+    step_with_ones(optimizer, model.parameters())
+    attachment.detach()
+    assert moved == [averaged]
+    assert averaged.n_averaged == 1
+
+
+def test_only_copies_from_a_gpu_may_end_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    later: list[bool] = []
+    monkeypatch.setattr(stand_in, "copy_into", lambda *_, non_blocking: later.append(non_blocking))
+    stand_in.StandIn(nn.Linear(3, 4), torch.device("cpu")).take()
+    assert later == [False, False]
 
 
 def test_without_a_driver_there_is_no_mode_to_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,6 +426,29 @@ def test_offload_takes_as_much_pinned_memory_as_the_model(kind: str, monkeypatch
     assert differing(tensors_of(again), tensors_of(model)) == []
     model[0].weight = nn.Parameter(torch.ones(7, 136))
     assert torch.equal(made.take().get_parameter("0.weight"), model[0].weight)
+
+
+def test_averages_go_straight_into_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = decoder()
+    averaged = FusedAveragedModel(model)
+    planes = [plane for _, _, planes in averaged._planes() for plane in planes]
+    pinned, copied, asked = Pinned(monkeypatch), 0, []  # type: ignore[var-annotated]
+
+    def cpu_of(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal copied
+        asked.append(tensor.data_ptr())
+        copied += 0 if pinned.holds(tensor) else tensor.nbytes
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu_of)  # as it copies from a GPU
+    averaged._move_to_host()
+    assert copied < 0.01 * sum(plane.nbytes for plane in planes)
+    assert {tensor.data_ptr() for tensor in (*averaged.parameters(), *averaged.buffers())} <= {*asked}
+    taken: list[Any] = []
+    monkeypatch.setattr(buckets, "_move", lambda _, likes: taken.extend(likes))
+    on_meta = [plane.to("meta") for plane in planes]  # for those on a GPU
+    buckets.pin(on_meta)
+    assert {(like.device.type, like.pinned) for like in taken} == {("cpu", True)}
 
 
 def test_a_grown_average_stays_in_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:

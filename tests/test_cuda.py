@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,6 +52,8 @@ class Shim:
         self._capture(True)
         yield
         self._capture(False)
+        refused = ctypes.c_char_p.in_dll(self._library, "shim_refused").value
+        assert refused is None, f"the capture has failed for {refused!r}"
 
     def _capture(self, on: bool) -> None:
         ctypes.c_int.in_dll(self._library, "shim_capturing").value = int(on)
@@ -324,7 +327,7 @@ def test_a_device_that_cannot_run_the_kernels_warns_once_and_goes_without(
     shim: Shim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shim.fail("cudaOccupancyMaxActiveBlocksPerMultiprocessor")
-    cuda._warn_unusable.cache_clear()
+    gpu.warn_unusable.cache_clear()
     model = a_model()
     average = FusedAveragedModel(model)
     with pytest.warns(RuntimeWarning, match=r"CUDA kernels do not run on cpu: cudaErrorLaunchOutOf") as seen:
@@ -332,6 +335,78 @@ def test_a_device_that_cannot_run_the_kernels_warns_once_and_goes_without(
     assert len(seen) == 1
     assert plan_of(average).backends == ["cpu"]
     assert average.n_averaged == 1
+
+
+def test_a_failure_that_passes_does_not_change_the_backend_of_later_averages(shim: Shim) -> None:
+    shim.unload_kernels()
+    gpu.warn_unusable.cache_clear()
+    model = a_model()
+    average = FusedAveragedModel(model)
+    with shim.capture(), pytest.warns(RuntimeWarning, match="do not run on cpu: cudaErrorStreamCaptureUnsupported"):
+        average.update_parameters(model)
+    assert plan_of(average).backends == ["cpu"]
+    model, average = updated()
+    assert plan_of(average).backends == ["cuda"]
+
+
+def test_kernels_are_loaded_while_another_thread_captures(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread in the relaxed mode may do what the capture of another one forbids."""
+    mode = 0
+
+    def exchange_mode(given: Any) -> int:
+        nonlocal mode
+        mode, given._obj.value = given._obj.value, mode
+        shim._capture(mode == 0)
+        return 0
+
+    monkeypatch.setattr(capturing, "_exchange_mode", lambda: exchange_mode)
+    shim.unload_kernels()
+    with warnings.catch_warnings(), shim.capture():
+        warnings.simplefilter("error")
+        _, average = updated()
+    assert plan_of(average).backends == ["cuda"]
+
+
+def test_a_table_is_copied_and_a_nan_read_while_another_thread_captures(
+    shim: Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed, waits = 0, []
+
+    @contextmanager
+    def allowed_to_wait() -> Iterator[None]:
+        nonlocal allowed
+        allowed += 1
+        yield
+        allowed -= 1
+
+    class Stream:
+        def synchronize(self) -> None:
+            waits.append(allowed)
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda", 0)  # type: ignore[assignment]
+
+        def to(self, device: torch.device) -> Tensor:  # type: ignore[override]
+            waits.append(allowed)
+            return self
+
+        def __int__(self) -> int:
+            waits.append(allowed)
+            return 0
+
+    monkeypatch.setattr(gpu, "allowed_to_wait", allowed_to_wait)
+    monkeypatch.setattr(gpu, "current_raw_stream", lambda _: 0)
+    monkeypatch.setattr(gpu, "refuse_capture", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream())
+    made = Rows.descriptors
+    monkeypatch.setattr(Rows, "descriptors", lambda rows, chunks: made(rows, chunks).as_subclass(OnGpu))
+    pair = averages_of(1, (9,))[0]
+    on_gpu: Any = SimpleNamespace(**{**vars(pair), "param": pair.param.as_subclass(OnGpu)})
+    launch = SimpleNamespace(_tables=[gpu.make_table([on_gpu], [0], 3)], _stream=lambda _: 0)
+    launch.start_first_nonfinite = lambda *_: None
+    assert waits == [1, 1]
+    assert gpu.DeviceLaunch.first_nonfinite(launch, ()) is None  # type: ignore[arg-type]
+    assert waits == [1, 1, 1]
 
 
 def test_a_failing_launch_on_the_way_back_still_gives_back_what_was_set_aside(shim: Shim) -> None:

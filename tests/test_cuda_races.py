@@ -26,7 +26,7 @@ from tests.native_build import (
 )
 from tests.planting import Plant, read_plants, read_sources
 
-pytestmark = needs_compiler
+pytestmark = [pytest.mark.kernels, needs_compiler]
 
 FLAGS = ["-fsanitize=thread", "-g"]
 BUGS = read_plants("races")
@@ -70,7 +70,9 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
 
 @pytest.fixture(scope="module")
 def with_bugs(kit: Kit) -> dict[str, Future[Finished]]:
-    return {bug.name: kit.start_bug(bug, variant="at once") for bug in BUGS}
+    # At the first race, where the results are wrong: threads that disagree on a count may wait at a barrier for ever.
+    ends = {bug.name: "halt_on_error=0" if bug.option == "right" else "halt_on_error=1" for bug in BUGS}
+    return {bug.name: kit.start_bug(bug, variant="at once", TSAN_OPTIONS=ends[bug.name]) for bug in BUGS}
 
 
 def test_no_two_threads_race(kit: Kit, with_bugs: object) -> None:

@@ -31,6 +31,7 @@ WITH_GRAPHS = {("docs/gpu.md", 0)}
 README_LINES = 130
 COLUMNS = 120
 CELL_WORDS = 12
+TEST_FILES = sorted((ROOT / "tests").glob("test_*.py"))
 
 
 def blocks_of(text: str) -> list[str]:
@@ -244,6 +245,9 @@ def lost_commands(page: str, text: str) -> list[str]:
         for each in (quoted or word).split(" or "):
             if (ROOT / path).exists() and each not in (ROOT / path).read_text():
                 lost.append(f"{page}: {path} -k {each}")
+    for word in re.findall(r"pytest -m \w+ -k (\w+)", text):
+        if not any(re.search(rf"^def test_\w*{word}", file.read_text(), re.MULTILINE) for file in TEST_FILES):
+            lost.append(f"{page}: -k {word}")
     return lost
 
 
@@ -269,6 +273,7 @@ def test_every_page_is_in_the_index() -> None:
         (dead_links, "[heading](README.md#nowhere)"),
         (lost_commands, "`python examples/nothing.py`"),
         (lost_commands, "`pytest tests/test_accuracy.py -k nothing_of_the_kind`"),
+        (lost_commands, "`pytest -m kernels -k nothing_of_the_kind`"),
     ],
 )
 def test_planted_faults_are_seen(check: Any, wrong: str) -> None:

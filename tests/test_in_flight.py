@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from swafast import ExponentialAverage, FusedAveragedModel, FusedAverages, ShardedAveragedModel
 from swafast.backends import cpu
 from swafast.loop import attachment, runners, stand_in
+from swafast.loop.attach import Attachable
 from tests.conftest import NO_LIBRARY
 from tests.support import step_with_ones
 
@@ -171,6 +172,7 @@ def arena(monkeypatch: pytest.MonkeyPatch) -> Iterator[Arena]:
     monkeypatch.setattr(
         attachment, "runner_for", lambda averaged, model, *_: runners.OnStreams(averaged._beside(model), [SIDE])
     )
+    monkeypatch.setattr(Attachable, "_gpus", lambda *_: [SIDE.device])
     yield made
     SIDE.work.clear()
     if dist.is_initialized():

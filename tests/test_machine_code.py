@@ -10,7 +10,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +20,8 @@ import pytest
 
 from tests.native_build import CSRC, SUFFIXES, run, two_at_a_time
 from tests.planting import Plant, read_plants, read_sources, write_sources
+
+pytestmark = pytest.mark.kernels
 
 NVCC = shutil.which("nvcc")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -63,6 +65,19 @@ UPDATE_TILES = {
 TILES = {"update_kernel": len(UPDATE_TILES), "exchange_kernel": 3, "nonfinite_kernel": 3}
 #: Of those, the ones that work in float64: a product and a sum for each element, rounded one by one.
 DOUBLE_TILES = {"update_kernel": 3}
+#: What a block reads before it says that it has begun, and writes after that, if it is the last one. Other blocks must
+#: see the two in this order: MEMBAR waits for what was read, and CCTL drops what the first-level cache holds. Both come
+#: of the word acq_rel. A test on a CPU cannot see them.
+_BEGINS = (r"MEMBAR\.\S+\.GPU", r"ATOMG\.E\.ADD\.64\.STRONG\.GPU", r"CCTL\.IVALL", r"STG\.E\.64\.STRONG\.GPU")
+_READS = r"LDG\.E\.64\.STRONG\.GPU"
+#: The first chunk's descriptor arrives before a barrier, and so does each next one.
+_WAITS = (r"LDGSTS\.E\.128", r"DEPBAR\.LE SB0, 0x0", r"BAR\.SYNC") * 2
+#: By kernel, instructions in their order.
+ORDERS = {
+    "update_kernel": ((_READS, r"BAR\.SYNC", *_BEGINS), _WAITS),
+    "exchange_kernel": ((_READS, *_BEGINS), _WAITS),
+    "nonfinite_kernel": (_WAITS,),
+}
 #: Of 16 bytes: 64 bytes for each thread keep the memory of a GPU busy.
 LOADS_UNDER_WAY = 4
 #: 65536 registers for 4 blocks of 256 threads.
@@ -199,6 +214,15 @@ def faults_of_code(code: list[Instruction], num_tiles: int, stores: bool) -> lis
     return faults
 
 
+def faults_of_order(code: list[Instruction], expected: Sequence[str]) -> list[str]:
+    """Return the first of these instructions that does not come after the ones before it."""
+    rest = iter(code)
+    for pattern in expected:
+        if not any(re.match(pattern, it.text) for it in rest):
+            return [f"no {pattern} in its place"]
+    return []
+
+
 def faults_of_ptxas(log: str) -> list[str]:
     """Return which entry of ``ptxas -v`` spills, has a stack or takes too many registers."""
     entries = re.split(r"Compiling entry function '", log)[1:]
@@ -256,6 +280,7 @@ def faults_of_cubin(cubin: Path) -> list[str]:
         seen = faults_of_code(found[0], num_tiles, kernel != "nonfinite_kernel")
         if kernel == "update_kernel":
             seen += faults_of_tiles(found[0], UPDATE_TILES, count=cubin.stem == "sm_90")
+        seen += [fault for order in ORDERS[kernel] for fault in faults_of_order(found[0], order)]
         faults += [f"{kernel}: {it}" for it in [*seen, *faults_of_doubles(found[0], DOUBLE_TILES.get(kernel, 0))]]
     return faults
 
@@ -398,6 +423,25 @@ def test_a_planted_fault_in_a_tile_is_seen() -> None:
         "0 of 1 tiles have 4 loads and 2 stores",
         "1 of 0 tiles have 5 loads and 2 stores",
     ]
+
+
+def test_a_planted_fault_in_the_order_is_seen() -> None:
+    begins = ["LDG.E.64.STRONG.GPU R6, desc[UR8][R4.64+0x8]", "MEMBAR.ALL.GPU", "ATOMG.E.ADD.64.STRONG.GPU PT, R2"]
+    begins += ["CCTL.IVALL", "STG.E.64.STRONG.GPU desc[UR8][R4.64+0x8], R8"]
+    waits = ["LDGSTS.E.128 [R13], desc[UR8][R2.64]", "LDGDEPBAR", "DEPBAR.LE SB0, 0x0", "BAR.SYNC.DEFER_BLOCKING 0x0"]
+    orders = ORDERS["exchange_kernel"]
+    healthy = [*begins, *waits, *waits]
+
+    def faults(*body: str) -> list[str]:
+        return [fault for order in orders for fault in faults_of_order(planted_sass(*body), order)]
+
+    assert faults(*healthy) == []
+    for index, line in enumerate(healthy):
+        if line != "LDGDEPBAR":
+            assert len(faults(*healthy[:index], *healthy[index + 1 :])) == 1, line
+    for old, new in ((".GPU", ".SM"), ("MEMBAR.ALL.GPU", "NOP"), ("64.STRONG.GPU R6", "64 R6"), ("0x0", "0x1")):
+        assert faults(*(line.replace(old, new) for line in healthy)) != [], old
+    assert faults(*reversed(begins), *waits, *waits) != []
 
 
 def test_a_planted_fault_in_float64_is_seen() -> None:

@@ -86,3 +86,28 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
         install, _, use = command.partition(" && ")
         assert install.replace("pip install", "pip install --quiet") in script
         assert use in script
+
+
+@pytest.mark.parametrize(
+    ("reason", "is_needless"),
+    [
+        ("needs nvcc", True),
+        ("needs a C++ compiler", True),
+        ("needs the native library: it is not built", True),
+        ("needs Triton", True),
+        ("needs cuobjdump", True),
+        ("needs an nvcc that knows sm_120", False),
+        ("needs an nvdisasm that decodes sm_120", False),
+        ("needs a C++ compiler whose -fsanitize=thread works", False),
+        ("needs a processor with avx512", False),
+    ],
+)
+def test_ci_fails_where_a_tool_is_there_and_its_check_was_skipped(
+    reason: str, is_needless: bool, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    log.write_text(f"SKIPPED [3] tests/test_machine_code.py:84: {reason}\n1 passed, 3 skipped in 1.00s\n")
+    functions = """eval "$(sed -n '/^here()/,/^}/p' .ci/run)"; here() { true; }; no_needless_skip "$0" """
+    done = subprocess.run(["bash", "-euc", functions, str(log)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == int(is_needless), done.stderr
+    assert (reason in done.stderr) == is_needless

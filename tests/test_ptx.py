@@ -1,6 +1,6 @@
 """The translator of PTX: what each instruction gives, what ends a kernel, and what is refused.
 
-By ``pytest -m ptx``, ``tests/test_backends.py`` holds the translated kernels to the reference, and
+By ``pytest -m kernels``, ``tests/test_backends.py`` holds the translated kernels to the reference, and
 ``tests/test_ptx_bugs.py`` plants bugs in their PTX.
 """
 
@@ -138,6 +138,9 @@ cvt.rmi.f32.f32 0fBF000000 = 0xbf800000
 cvt.rmi.f64.f64 0d3FE0000000000000 = 0x0
 cvt.rzi.s32.f32 0fBFC00000 = 0xffffffff
 cvt.rzi.s32.f32 0f4F000000 = 0x7fffffff
+cvt.rzi.s32.f32 0f7FC00000 = 0x0
+cvt.rzi.s32.f64 0d7FF8000000000000 = 0x80000000
+cvt.rzi.s64.f32 0f7FC00000 = 0x8000000000000000
 cvt.rzi.s64.f64 0dC3E0000000000001 = 0x8000000000000000
 cvt.rzi.s64.f64 0d43E0000000000000 = 0x7fffffffffffffff
 prmt.b32 0x33221100, 0x77665544, 0x7632 = 0x77663322
@@ -202,6 +205,15 @@ OTHERS = {
         "cp.async.ca.shared.global [%r1], [%rd8+16], 16; cp.async.wait_all; bar.sync 0;\n"
         "ld.shared.b64 %rd1, [kept+8]; st.global.b64 [%rd9], %rd1"
     ],
+    "unwaited": [
+        "st.global.b64 [%rd9], 7; bar.sync 0; mov.u32 %r1, kept; cp.async.ca.shared.global [%r1], [%rd8+16], 16;\n"
+        "bar.sync 0; ld.shared.b64 %rd1, [kept+8]; st.global.b64 [%rd9], %rd1"
+    ],
+    # Warps do not wait for each other at an exchange: the first one does not see what the second one writes before.
+    "apart": [
+        "setp.eq.s32 %p1, %r9, 32; @%p1 st.shared.b32 [kept], 7; shfl.sync.bfly.b32 %r1, %r9, 1, 31, -1;\n"
+        "ld.shared.u32 %rd1, [kept]; st.global.b64 [%rd9], %rd1"
+    ],
     "exchange": [
         "mov.u32 %r1, 100; add.s32 %r1, %r1, %r9; bar.sync 0; shfl.sync.bfly.b32 %r2, %r1, 16, 31, -1;\n"
         "shfl.sync.bfly.b32 %r3, %r2, 1, 31, -1; cvt.u64.u32 %rd1, %r3; st.global.b64 [%rd9], %rd1"
@@ -264,6 +276,7 @@ FAULTS = {
     "mov.b64 %rd1, 4; ld.shared.b64 %rd1, [kept+16]": "outside shared memory",
     "shfl.sync.bfly.b32 %r1, %r9, 1, 31, 3": "some threads of a warp",
     "shfl.sync.bfly.b32 %r1, %r9, 1, 15, -1": "parts of a warp",
+    "setp.eq.s32 %p1, %r9, 3; @%p1 bra $A; shfl.sync.bfly.b32 %r1, %r9, 1, 31, -1;\n$A:\n": "thread of the warp",
     "setp.eq.s32 %p1, %r9, 3; @%p1 bra $A; bar.sync 0;\n$A:\n": "not every thread",
     "setp.eq.s32 %p1, %r9, 3; @%p1 bra $A; redux.sync.add.u32 %r1, 1, -1; bra $B;\n$A:\n"
     "redux.sync.add.u32 %r1, 1, -1;\n$B:\n": "at two exchanges",
@@ -297,6 +310,8 @@ def test_statements_do_what_ptx_says(program: Program) -> None:
     assert program.launch("atomics", 64) == [9] * 64
     assert program.launch("laps", 64) == [0x023] * 64
     assert program.launch("copies", 64) == [3] * 64
+    assert program.launch("unwaited", 64) == [0] * 64
+    assert program.launch("apart", 64) == [0xABABABAB] * 32 + [7] * 32
     assert program.launch("exchange", 64) == [100 + (thread ^ 17) for thread in range(64)]
 
 
@@ -349,8 +364,35 @@ def test_ptx_that_does_not_fit_the_source_ends_the_program(in_place: Program, na
         ("brx.idx %r1, NOWHERE", "unknown instruction 'brx.idx"),
         ("bar.sync 1", "unknown instruction 'bar.sync 1'"),
         (".local .b8 depot[8]", r"line 18: unknown directive '.local .b8 depot\[8\]'"),
+        # What ptxas refuses, or reads in another way than the translator would
+        ("mov.f32 %r1, 0d3FF0000000000000", "'0d3FF0000000000000' has 64 bits, and the instruction asks for 32"),
+        ("mul.rn.f64 %rd1, %rd2, 0f3F800000", "'0f3F800000' has 32 bits, and the instruction asks for 64"),
+        ("add.rn.f32 %r1, %r2, 1", "unknown operand '1'"),
+        ("mov.u32 %r1, 010", "unknown operand '010'"),
+        ("mov.u32 %r1, 0b11", "unknown operand '0b11'"),
+        ("mov.b64 %rd1, 99999999999999999999999", "'99999999999999999999999' has more than 64 bits"),
+        ("add.s32 %rd1, %r1, 1", "'%rd1' has 64 bits, and the instruction asks for 32"),
+        ("add.s64 %rd1, %r1, 1", "'%r1' has 32 bits, and the instruction asks for 64"),
+        ("add.s32 %r1, %r1, %p1", "'%p1' has 1 bits, and the instruction asks for 32"),
+        ("setp.eq.s32 %r1, %r2, 0", "'%r1' has 32 bits, and the instruction asks for 1"),
+        ("@%r1 mov.u32 %r2, 1", "'%r1' has 32 bits, and the instruction asks for 1"),
+        ("cvt.u64.u32 %r1, %r2", "'%r1' has 32 bits, and the instruction asks for 64"),
+        ("mov.u64 %rd1, %tid.x", "'%tid.x' has 32 bits, and the instruction asks for 64"),
+        ("mov.b64 {%r1, %r2, %r3}, %rd1", "unknown instruction 'mov.b64 {%r1, %r2, %r3}"),
+        ("mov.b32 {%rs1, %rs2, %rs3, %rs4}, %r1", "unknown instruction 'mov.b32"),
+        ("mov.u32 %r10, 1", "unknown operand '%r10'"),
+        ("ld.global.b32 %r1, [%r2]", "'%r2' has 32 bits, and the instruction asks for 64"),
+        ("ld.global.b128 %rd1, [%rd2]", "unknown instruction 'ld.global.b128"),
+        ("ld.global.v4.b64 {%rd1, %rd2, %rd3, %rd4}, [%rd8]", "unknown instruction 'ld.global.v4.b64"),
+        ("ld.param.b64 %rd1, [a_kernel_param_0+8]", "is outside its param"),
+        ("ld.param.b32 %r1, [a_kernel_param_0+-4]", "is outside its param"),
+        ("st.param.b64 [a_kernel_param_0], %rd1", "unknown instruction 'st.param.b64"),
+        ('.pragma "nounroll"; mov.b64 %rd1, 5', "line 18: unknown directive '.pragma"),
+        (".maxnreg 64; mov.b64 %rd1, 5", "line 18: unknown directive '.maxnreg 64'"),
+        (".loc 1 2 3; mov.b64 %rd1, 5", "line 18: unknown directive '.loc 1 2 3'"),
+        ("{\n .reg .b32 %rd<4>;\n mov.b32 %rd1, 5;\n}\n", "unknown directive '.reg .b32 %rd<4>'"),
     ],
-    ids=lambda value: value.split()[0],
+    ids=lambda value: " ".join(value.split()),
 )
 def test_what_is_not_known_is_refused(statement: str, says: str) -> None:
     with pytest.raises(PtxError, match=says):
@@ -365,6 +407,7 @@ def test_what_is_not_known_is_refused(statement: str, says: str) -> None:
         (".reqntid 32", ".reqntid 8, 4", "unknown directive '.reqntid 8, 4'"),
         ("ret;", "ret", "does not end"),
         (".visible .entry", ".func", "unknown directive '.func"),
+        (".address_size 64", ".address_size 32", "unknown directive '.address_size 32"),
     ],
 )
 def test_ptx_of_another_version_is_refused(old: str, new: str, says: str) -> None:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
+import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +28,7 @@ from tests.kernels import (
     by_weights,
     check_bad_count,
     check_exchange,
+    check_long_runs,
     check_paces,
     check_updates,
     make_pair,
@@ -32,7 +36,8 @@ from tests.kernels import (
 )
 from tests.planting import Plant, read_plants
 
-pytestmark = pytest.mark.ptx
+# With one thread, so that a fork of this process may go on.
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("one_thread")]
 
 
 def see_updates(prepare: Prepare) -> None:
@@ -51,21 +56,27 @@ def see_counts(prepare: Prepare) -> None:
 
 
 def see_exchange(prepare: Prepare) -> None:
-    pairs = [make_pair(33, dtype, fmt) for dtype, fmt in EXCHANGED]
+    # More chunks than blocks, so that blocks take a second one.
+    pairs = [make_pair(33, dtype, fmt) for dtype, fmt in EXCHANGED * 3]
     check_exchange(prepare(pairs), pairs)
 
 
 def see_nonfinite(prepare: Prepare) -> None:
-    pairs = [make_pair(9, torch.float32, FLOAT32) for _ in range(3)]
+    pairs = [make_pair(9, torch.float32, FLOAT32) for _ in range(20)]
     for pair in pairs:
         pair.param.normal_()
-    for pair in pairs[1:]:
-        pair.param[4] = math.nan
     launch, counter = prepare(pairs), torch.tensor(3)
-    found = launch.first_nonfinite([pair.param for pair in pairs])
-    assert found == 1, f"another tensor is named: {found}"
+    for first in (13, 1):  # a chunk that a block goes on to, and one that it begins with
+        for pair in pairs[first:]:
+            pair.param[4] = math.nan
+        found = launch.first_nonfinite([pair.param for pair in pairs])
+        assert found == first, f"another tensor is named: {found}"
     update(launch, pairs, [EqualAverage()], [counter], skip_nonfinite=True)
     assert counter == 3, "an update was not skipped"
+
+
+def see_long_runs(prepare: Prepare) -> None:
+    check_long_runs(prepare)
 
 
 CHECKS = {
@@ -74,6 +85,7 @@ CHECKS = {
     "counts": see_counts,
     "exchange": see_exchange,
     "nonfinite": see_nonfinite,
+    "long runs": see_long_runs,
 }
 BUGS = [(backend, bug) for backend in ("cuda", "triton") for bug in read_plants(f"{backend}_ptx")]
 
@@ -85,20 +97,47 @@ def on_ptx(request: pytest.FixtureRequest) -> Callable[[str], tuple[ctypes.CDLL,
     return lambda backend: (request.getfixturevalue(f"{backend}_on_ptx"), prepare[backend])
 
 
+def run_in_each_order(library: ctypes.CDLL, check: Callable[[Prepare], None], prepare: Prepare) -> None:
+    """Run a check with the threads of a block forward and in reverse: a missing barrier shows in one of the two."""
+    order = ctypes.c_int.in_dll(library, "shim_reverse_threads")
+    try:
+        for order.value in (0, 1):
+            check(prepare)
+    finally:
+        order.value = 0
+
+
+def complaint_of(check: Callable[[], None], said: Path) -> str:
+    """Return what a check says that fails, or that the shim ends, in a process of its own."""
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+        signal.alarm(60)
+        try:
+            check()
+        except AssertionError as error:
+            os.write(2, str(error).encode())
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert status != 0, "nothing was seen"
+    return said.read_text()
+
+
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("check", CHECKS)
 def test_nothing_is_seen_where_no_bug_is_on(on_ptx: Any, backend: str, check: str) -> None:
-    CHECKS[check](on_ptx(backend)[1])
+    library, prepare = on_ptx(backend)
+    run_in_each_order(library, CHECKS[check], prepare)
 
 
 @pytest.mark.parametrize(("backend", "bug"), BUGS, ids=lambda value: getattr(value, "name", value))
-def test_a_bug_is_seen(on_ptx: Any, backend: str, bug: Plant) -> None:
+def test_a_bug_is_seen(on_ptx: Any, tmp_path: Path, backend: str, bug: Plant) -> None:
     library, prepare = on_ptx(backend)
-    switch = ctypes.c_int.in_dll(library, "shim_bug")
-    switch.value = 1 + [each for of, each in BUGS if of == backend].index(bug)
-    try:
-        with pytest.raises(AssertionError) as seen:
-            CHECKS[bug.option](prepare)
-    finally:
-        switch.value = 0
-    assert bug.expected in str(seen.value)
+    number = 1 + [each for of, each in BUGS if of == backend].index(bug)
+
+    def check() -> None:
+        ctypes.c_int.in_dll(library, "shim_bug").value = number
+        run_in_each_order(library, CHECKS[bug.option], prepare)
+
+    assert bug.expected in complaint_of(check, tmp_path / "said")

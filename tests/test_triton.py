@@ -14,7 +14,8 @@ import itertools
 import math
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from swafast.backends import gpu
 from swafast.backends.contract import Pair
 from swafast.backends.rows import make_paces
 from swafast.backends.triton import launch as backend
@@ -414,12 +416,44 @@ def test_a_triton_that_cannot_compile_warns_once_and_serves_nothing(monkeypatch:
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(backend, "_kernels", fail)
-    backend._is_usable.cache_clear()
+    backend._load_kernels.cache_clear()
     device = torch.device("cuda", 0)
     with pytest.warns(RuntimeWarning, match="Triton kernels do not run on cuda:0: RuntimeError: Failed to find C"):
         assert not backend._is_usable(device)
-    assert not backend._is_usable(device)
-    backend._is_usable.cache_clear()
+    monkeypatch.undo()
+    assert not backend._is_usable(device)  # it is not tried again
+    backend._load_kernels.cache_clear()
+
+
+@pytest.mark.parametrize("why", ["CUDA out of memory", "operation not permitted when stream is capturing"])
+def test_a_failure_that_may_pass_is_tried_again(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[int] = []
+
+    def fail(device: torch.device) -> None:
+        assert allowed == [True], "another thread may be capturing"
+        tries.append(1)
+        raise RuntimeError(why)
+
+    @contextmanager
+    def allowed_to_wait() -> Iterator[None]:
+        allowed.append(True)
+        try:
+            yield
+        finally:
+            allowed.pop()
+
+    allowed: list[bool] = []
+    monkeypatch.setattr(backend, "allowed_to_wait", allowed_to_wait)
+    monkeypatch.setattr(backend, "_kernels", lambda: None)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device, **__: fail(device))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    backend._load_kernels.cache_clear()
+    gpu.warn_unusable.cache_clear()
+    device = torch.device("cuda", 0)
+    with pytest.warns(RuntimeWarning, match=f"Triton kernels do not run on cuda:0: RuntimeError: {why}") as seen:
+        assert [backend._is_usable(device) for _ in range(3)] == [False] * 3
+    assert len(seen) == 1
+    assert len(tries) == 3
 
 
 @pytest.mark.parametrize("capturing", [False, True])

@@ -27,6 +27,8 @@ from tests.triton_source import ROOT, read_kernels
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 
+pytestmark = pytest.mark.kernels
+
 KERNELS = backend.KERNELS
 
 COMPILE = """
@@ -200,6 +202,14 @@ def check_float64_tiles(code: Code) -> None:
     assert all("DADD" in block and "DFMA" not in block for block in tiles), "tiles with fused products"
 
 
+def check_order(code: Code) -> None:
+    """A program reads what the launch changes, then all of its threads meet, and one says that they have read."""
+    assert re.findall(r"\batom\.\S+", code.ptx) == ["atom.global.gpu.acq_rel.add.u64"], "another order"
+    barrier, atomic = re.search(r"\b(?:bar|barrier)(?:\.cta)?\.sync", code.ptx), code.ptx.index("atom.global")
+    assert barrier is not None, "no barrier"
+    assert barrier.start() < atomic, "a barrier too late"
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_wide_paths_move_16_bytes_and_load_before_they_store(hopper: dict[str, Code], kernel: str) -> None:
     check_wide(kernel, hopper[kernel])
@@ -228,11 +238,7 @@ def test_every_argument_is_64_bits_whatever_its_value(hopper: dict[str, Code], k
 
 @pytest.mark.parametrize("kernel", ["update", "exchange"])
 def test_programs_say_that_they_have_read_with_acquire_and_release(hopper: dict[str, Code], kernel: str) -> None:
-    ptx = hopper[kernel].ptx
-    assert re.findall(r"\batom\.\S+", ptx) == ["atom.global.gpu.acq_rel.add.u64"]
-    barrier, atomic = re.search(r"\b(?:bar|barrier)(?:\.cta)?\.sync", ptx), ptx.index("atom.global")
-    assert barrier is not None
-    assert barrier.start() < atomic
+    check_order(hopper[kernel])
 
 
 #: An update of bf16 params alone, in the formats that planted bugs are seen in: it compiles in a fifth of the time.
@@ -242,6 +248,8 @@ PLANTED = {
     "no hint": Variant(("exchange",), ("no hint",)),
     "no halves": Variant(bugs=(*FEW, "no halves")),
     "bytes by 16": Variant(bugs=(*FEW, "bytes by 16")),
+    "beginning orders nothing": Variant(("exchange",), ("beginning orders nothing",)),
+    "beginning orders a block alone": Variant(("exchange",), ("beginning orders a block alone",)),
     "fused products": Variant(bugs=FEW, options=(("enable_fp_fusion", True),)),
     "few registers": Variant(bugs=FEW, options=(("maxnreg", 32),)),
 }
@@ -261,6 +269,8 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Code
     [
         ("no halves", check_no_exchange_of_threads, "threads exchange elements"),
         ("bytes by 16", check_no_exchange_of_threads, "threads exchange elements"),
+        ("beginning orders nothing", check_order, "another order"),
+        ("beginning orders a block alone", check_order, "another order"),
         ("fused products", check_arithmetic, "operations are missing"),
         ("fused products", check_float64_tiles, "no products of their own"),
         ("few registers", check_registers, "registers spill"),

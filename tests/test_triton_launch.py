@@ -21,7 +21,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 from swafast.backends.triton.launch import KERNELS
 
-pytestmark = needs_compiler
+pytestmark = [pytest.mark.kernels, needs_compiler]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,11 @@ def test_an_exchange_is_one_launch_and_a_search_for_nonfinite_values_two(seen: d
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_kernel_is_compiled_once_whatever_its_arguments_are(seen: dict[str, Any], kernel: str) -> None:
     assert seen[f"{kernel} with all values"] == launched(kernel, len(VALUES), 1)
+
+
+def test_a_launch_takes_no_longer_than_a_call_of_python(seen: dict[str, Any]) -> None:
+    # 5 to 20 on an idle machine: a wait or a compilation takes more.
+    assert seen["microseconds of a launch"] < 100
 
 
 def test_a_kernel_that_is_compiled_for_values_is_seen(seen: dict[str, Any]) -> None:

@@ -293,7 +293,7 @@ def show(report: Report, stem: Path) -> None:
     console, wrong = Console(width=WIDTH, highlight=False), problems_of(report)
 
     def line(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, no_wrap=True, overflow="ellipsis", markup=False)
+        console.print(text, style=style, markup=False)
 
     if report.dry:
         line("DRY RUN ON A CPU: no figure below is a GPU's.", "bold yellow")

@@ -13,14 +13,20 @@ import random
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from bench.internals import gpu_chunk_numel
-from bench.workloads import GPU_WORKLOADS
+from bench.cases import DTYPES
+from bench.internals import cut_chunks, gpu_chunk_numel, planes_nbytes, whole_runs
+from bench.providers import moved_bytes
+from bench.workloads import GPU_WORKLOADS, buffer_dtype
+
+#: Bytes a second of a copy from device to device on an H200, read and written.
+COPY_BYTES_PER_S = 4.3e12
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """An H200. A copy from device to device reaches 4.3 TB/s, both directions counted."""
+    """An H200. Its memory serves somewhat more than a copy reaches, because a copy also begins and ends."""
 
     bytes_per_s: float = 4.35e12
     memory_s: float = 0.80e-6  # from a load to its value, under traffic
@@ -29,7 +35,12 @@ class Gpu:
     jitter_s: float = 0.3e-6  # from the first block to the last
     tile_s: float = 0.12e-6  # arithmetic of a tile
     chunk_s: float = 0.1e-6  # barriers and branches of a chunk
-    num_blocks: int = 528
+    multiprocessors: int = 132
+    blocks_each: int = 4  # of 256 threads with 64 registers
+
+    @property
+    def num_blocks(self) -> int:
+        return self.multiprocessors * self.blocks_each
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class Loop:
     claims: bool  # chunks are claimed one by one, not dealt out beforehand
 
 
-#: What the kernels did before, what Triton's do, and what CUDA's do.
+#: What the first CUDA kernels did, what Triton's do, and what CUDA's do.
 DEALT = Loop(hops=2, prefetches=False, claims=False)
 TRITON = Loop(hops=1, prefetches=False, claims=False)
 CUDA = Loop(hops=1, prefetches=True, claims=True)
@@ -49,22 +60,34 @@ CUDA = Loop(hops=1, prefetches=True, claims=True)
 TILE_NUMEL = 4096
 
 
-def chunks_of(workload: str, num_blocks: int = Gpu.num_blocks) -> list[int]:
-    """Return the sizes of a workload's chunks, as the package cuts them."""
-    described = GPU_WORKLOADS[workload]
-    numels = [math.prod(shape) for _, shape in described.params(described.full_depth)]
-    size = gpu_chunk_numel(sum(numels), num_blocks)
-    return [min(size, numel - start) for numel in numels for start in range(0, numel, size)]
+class Chunk(NamedTuple):
+    numel: int
+    read: int  # bytes of an element
+    written: int  # bytes of an element
 
 
-def simulate(
-    chunks: Sequence[int], read: int, written: int, loop: Loop = CUDA, gpu: Gpu = Gpu(), taken: float = 0.0
-) -> float:
+def bytes_of(dtype: str, format: str) -> tuple[int, int]:
+    """Return the bytes of a param and its average that an update reads, and those that it writes."""
+    written = planes_nbytes(format)
+    return moved_bytes(DTYPES[dtype], format) - written, written
+
+
+def chunks_of(workload: str, dtype: str = "float32", format: str = "float32", gpu: Gpu = Gpu()) -> list[Chunk]:
+    """Return a workload's chunks, as the package cuts them: params, then buffers, which are copied byte by byte."""
+    described, kind = GPU_WORKLOADS[workload], DTYPES[dtype]
+    params = [math.prod(shape) for _, shape in described.params(described.full_depth)]
+    buffers = [math.prod(shape) * buffer_dtype(name, kind).itemsize for name, shape in described.buffers()]
+    numels = [*params, *buffers]
+    size = gpu_chunk_numel(sum(numels), gpu.num_blocks)
+    each = [bytes_of(dtype, format)] * len(params) + [(1, 1)] * len(buffers)
+    return [Chunk(numel, *each[row]) for row, _, numel, *_ in cut_chunks(whole_runs(numels), size).tolist()]
+
+
+def simulate(chunks: Sequence[Chunk], loop: Loop = CUDA, gpu: Gpu = Gpu(), taken: float = 0.0) -> float:
     """Return the seconds of an update.
 
     Args:
-        chunks: elements of each.
-        read: bytes of an element that are read; ``written`` alike.
+        chunks: in the order in which blocks take them.
         taken: share of the blocks for which another kernel leaves no room. Each begins when another block has ended.
     """
     draw, count = random.Random(1), len(chunks)
@@ -77,7 +100,7 @@ def simulate(
 
     def begin(block: int, at: float) -> None:
         ready = at + draw.random() * gpu.jitter_s + loop.hops * gpu.descriptor_s
-        heapq.heappush(events, (ready, block, block, chunks[block]))
+        heapq.heappush(events, (ready, block, block, chunks[block].numel))
         ahead[block] = next(upcoming(block), None)
 
     def upcoming(block: int) -> Iterator[int]:
@@ -90,6 +113,7 @@ def simulate(
     while events:
         now, block, chunk, left = heapq.heappop(events)
         numel = min(TILE_NUMEL, left)
+        _, read, written = chunks[chunk]
         loaded = max(busy, now) + numel * read / gpu.bytes_per_s
         done = loaded + gpu.memory_s
         busy = loaded + numel * written / gpu.bytes_per_s
@@ -101,7 +125,7 @@ def simulate(
         elif following is not None:
             ahead[block] = next(upcoming(block), None)
             waits = 0.0 if loop.prefetches else loop.hops * gpu.descriptor_s
-            heapq.heappush(events, (done + waits + gpu.chunk_s, block, following, chunks[following]))
+            heapq.heappush(events, (done + waits + gpu.chunk_s, block, following, chunks[following].numel))
         elif late:
             begin(late.popleft(), done + gpu.begin_s)
     return end

@@ -96,6 +96,7 @@ int32_t swafast_cuda_blocks(int32_t device, int32_t num_threads, int32_t* num_bl
   if (error == cudaSuccess) {
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, update_kernel, num_threads, 0);
   }
+  if (error == cudaSuccess && per_multiprocessor == 0) error = cudaErrorLaunchOutOfResources;
   *num_blocks = multiprocessors * per_multiprocessor;
   return status_of(error);
 }

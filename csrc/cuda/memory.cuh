@@ -162,19 +162,22 @@ __device__ __forceinline__ void forget_registers() {
 #endif
 }
 
-// Copy from global into shared memory, beside whatever this thread does next. It takes no register meanwhile.
+// Copy from global into shared memory, beside whatever this thread does next. It takes no register meanwhile. In the
+// tests that run the kernels on a CPU, the shim makes such a copy at the wait.
 __device__ __forceinline__ void copy_16_bytes(uint4* shared, const uint4* global) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDACC__)
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
 #else
-  *shared = *global;
+  shim::copy_later(shared, global);
 #endif
 }
 // Wait until this thread's copies are there.
 __device__ __forceinline__ void wait_for_copies() {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDACC__)
   asm volatile("cp.async.wait_all;" ::: "memory");
+#else
+  shim::make_copies();
 #endif
 }
 

@@ -94,10 +94,12 @@ class HoldsPlanes(HoldsModels, WithBindings, Module):
         recast.is_finished = True
 
     def _pin(self) -> None:
-        """Move the planes, which are on a CPU, into pinned memory."""
+        """Move the planes into pinned memory of the host."""
         with self._guard.hold("a move or cast"):
             self._holds()
-            pin([plane for _, _, planes in self._planes() for plane in planes if not plane.is_meta])
+            planes = [plane for _, _, planes in self._planes() for plane in planes if not plane.is_meta]
+            self._any_device |= any(plane.device.type != "cpu" for plane in planes)
+            pin(planes)
             self._stay_home()
             self._note_own_writes()
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import warnings
 from collections.abc import Sequence
 
 import torch
 
+from ..terms.capturing import allowed_to_wait
 from ..terms.grids import SIDE, WHOLE
 from . import Unavailable, library
 from .contract import Pair
-from .gpu import DeviceLaunch, Table
+from .gpu import DeviceLaunch, Table, warn_unusable
 from .rows import kernels_serve
 
 name = "cuda"
@@ -43,12 +43,27 @@ def describe() -> str:
     return f"{native._name} ({native.swafast_cuda_build().decode()}; blocks on {blocks})"
 
 
-@functools.cache
 def num_blocks(device_index: int, num_threads: int = WHOLE.num_threads) -> int | Unavailable:
-    """Return how many blocks of so many threads run on a device at once, or why none does."""
+    """Return how many blocks of so many threads run on a device at once, or why none does now.
+
+    No failure is taken as permanent: the GPU's memory may be full, or something may be capturing. The next plan asks
+    again, in microseconds.
+    """
+    try:
+        return _load_kernels(device_index, num_threads)
+    except RuntimeError as error:
+        return Unavailable(str(error))
+
+
+@functools.cache
+def _load_kernels(device_index: int, num_threads: int) -> int:
+    """Load all kernels onto a device, and return how many blocks of the update run there. A failure is not cached."""
     count = ctypes.c_int32()
-    status = library.loaded().swafast_cuda_blocks(device_index, num_threads, ctypes.byref(count))
-    return count.value if status == 0 else Unavailable(_last_error())
+    with allowed_to_wait():
+        status = library.loaded().swafast_cuda_blocks(device_index, num_threads, ctypes.byref(count))
+    if status:
+        raise RuntimeError(_last_error())
+    return count.value
 
 
 def _last_error() -> str:
@@ -63,14 +78,9 @@ def _is_usable(device: torch.device) -> bool:
     for grid in (WHOLE, SIDE):  # each now: a capture must not ask
         blocks = num_blocks(device.index or 0, grid.num_threads)
         if isinstance(blocks, Unavailable):
-            _warn_unusable(str(device), blocks.reason)
+            warn_unusable("CUDA", str(device), blocks.reason)
             return False
     return True
-
-
-@functools.cache
-def _warn_unusable(device: str, reason: str) -> None:
-    warnings.warn(f"swafast's CUDA kernels do not run on {device}: {reason}", RuntimeWarning, stacklevel=3)
 
 
 class CudaLaunch(DeviceLaunch):

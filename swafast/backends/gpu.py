@@ -6,13 +6,15 @@ The kernels read ``num_averaged`` on the device and count there. A backend adds 
 from __future__ import annotations
 
 import ctypes
+import functools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..terms.capturing import refuse_capture
+from ..terms.capturing import allowed_to_wait, refuse_capture
 from ..terms.grids import WHOLE, Grid, current_grid
 from ..terms.layout import GPU_CHUNK_NUMELS, cut_chunks, gpu_chunk_numel
 from ..torch_private.core import current_raw_stream
@@ -67,16 +69,22 @@ def make_table(pairs: Sequence[Pair], indices: Sequence[int], num_blocks: int) -
     chunk_numel = GPU_CHUNK_NUMELS[0] if rows.most_followers else gpu_chunk_numel(rows.numel, num_blocks)
     chunks = cut_chunks(rows.runs(), current_grid().chunk_numel or chunk_numel)
     state = torch.zeros(_STATE_WORDS + _COUNTER_WORDS, dtype=torch.int64, device="cpu")
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), allowed_to_wait():
         words = torch.cat((rows.descriptors(chunks).flatten(), state)).to(device)
-    if device.type == "cuda":
-        # Later launches may be on another stream, which knows nothing of this copy.
-        torch.cuda.current_stream(device).synchronize()
+        if device.type == "cuda":
+            # Later launches may be on another stream, which knows nothing of this copy.
+            torch.cuda.current_stream(device).synchronize()
     head = library.TableHead(num_tensors=len(pairs), num_chunks=len(chunks), device=device.index or 0)
     head.descriptors = words.data_ptr()
     head.state = words[-len(state) :].data_ptr()
     order = tuple(indices[index] for index in rows.order)
     return Table(device, order, words, head, current_raw_stream(device))
+
+
+@functools.cache
+def warn_unusable(kernels: str, device: str, reason: str) -> None:
+    """Warn, once for each reason, that a device's tensors go to another backend."""
+    warnings.warn(f"swafast's {kernels} kernels do not run on {device}: {reason}", RuntimeWarning, stacklevel=3)
 
 
 class DeviceLaunch:
@@ -173,7 +181,8 @@ class DeviceLaunch:
             self.start_first_nonfinite(table, self._stream(table))
         found = []
         for table in self._tables:
-            from_the_end = int(table.nonfinite)
+            with allowed_to_wait():
+                from_the_end = int(table.nonfinite)
             if from_the_end:
                 found.append(table.indices[-from_the_end])
         return min(found, default=None)

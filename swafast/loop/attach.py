@@ -18,6 +18,7 @@ from ..terms import hints
 from ..terms.lazy import MadeOnUse
 from ..terms.rules import Rule
 from ..terms.warn import warn_user
+from ..torch_private.modules import unnamed_tensors
 from ..torch_private.optimizers import has_hooks
 from . import swaps
 from .attachment import Attachment, check_step
@@ -32,7 +33,7 @@ from .hookable import (
     warn_of_others,
 )
 from .roster import Roster, state_holder
-from .runners import Ready
+from .runners import Ready, check_modes
 from .schedule import Schedule, Span
 from .stand_in import StandIn
 
@@ -59,7 +60,7 @@ class Attachable(hints.WithHints):
         duration: Span | None = None,
         steps_per_epoch: int | None = None,
         overlap: bool = False,
-        offload: str | None = None,
+        offload: str | torch.device | None = None,
         name: str | None = None,
         step: int | None = None,
     ) -> Attachment:
@@ -88,7 +89,8 @@ class Attachable(hints.WithHints):
                 model is used, and the results are the same. Nothing else may write params between two steps.
             offload: ``"cpu"`` keeps the averages in the host's memory. Params are copied there on a side stream, and a
                 thread averages them with the CPU kernels. The next step waits only for the copy, which takes pinned
-                memory. With this or ``overlap``, trained params that no given optimizer has get a UserWarning.
+                memory. ``overlap`` then changes nothing. With either of the two, trained params that no given optimizer
+                has get a UserWarning.
             name: of the attachment's state, unlike that of any other average attached to the optimizer; default: its
                 rule, or the names of several averages.
             step: number of steps made so far; default: as in the optimizer's state, or 0.
@@ -108,6 +110,7 @@ class Attachable(hints.WithHints):
                 )
             schedule = Schedule.of(start, every, end, duration=duration, steps_per_epoch=steps_per_epoch)
             optimizers, model = self._trained_by(optimizer, model)
+            overlap, offload = check_modes(overlap, offload)
             step = None if step is None else check_step(step)
             roster = Roster.of(optimizers[-1])
             roster.check_name(name)
@@ -211,11 +214,23 @@ class Attachable(hints.WithHints):
 
         return ready
 
+    def _gpus(self, model: Module) -> list[torch.device]:
+        """Return the GPUs that hold tensors of the model or of the averages now."""
+        tensors = (*unnamed_tensors(model), *self._own_tensors())
+        return [device for device in dict.fromkeys(tensor.device for tensor in tensors) if device.type == "cuda"]
+
+    def _own_tensors(self) -> Iterable[Tensor]:
+        """Return the tensors of the averages."""
+        return unnamed_tensors(self)  # type: ignore[arg-type]  # a module, unless a subclass says more
+
     def _move_to_host(self) -> None:
-        """Move the averages to the host's memory, pinned if there is a GPU, for fast copies back."""
-        self._apply(lambda tensor: tensor.cpu())
+        """Move the averages to the host's memory, pinned if there is a GPU, for fast copies back.
+
+        They go from a GPU straight into pinned memory: no pageable copy of them is made on the way.
+        """
         for averaged in _members(self).values() if torch.cuda.is_available() else ():
             averaged._pin()
+        self._apply(lambda tensor: tensor.cpu())  # what is left: counters and copied buffers
 
     if TYPE_CHECKING:
 

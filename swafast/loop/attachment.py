@@ -44,6 +44,7 @@ class Attachment(hints.WithHints):
     """
 
     _meant = habits.OF_ATTACHMENTS
+    _beside: tuple[bool, str | None] = (False, None)  # overlap and offload; a copy has neither
 
     # A backward over several GPUs may step optimizers in several threads.
     _counting = MadeOnUse[threading.Lock](lambda self: threading.Lock())
@@ -141,8 +142,8 @@ class Attachment(hints.WithHints):
         self._runner.join()
 
     def retarget(self, model: Module) -> None:
-        """Average another model from now on. Nothing is under way."""
-        if model is not self._model:
+        """Average this model from now on, where its tensors are now."""
+        if model is not self._model or not self._runner.fits(self._averaged, model):
             self._runner.close()
             self._model, self._runner = model, runner_for(self._averaged, model, *self._beside)
 
@@ -202,12 +203,14 @@ class Attachment(hints.WithHints):
     def _update(self) -> None:
         self._own_thread = threading.get_ident()
         try:
+            self.retarget(self._model)  # it may have moved to another GPU
             self._runner.update()
         finally:
             self._own_thread = None
 
     def __repr__(self) -> str:
-        end = "" if self.is_attached else ", detached"
+        modes = ", overlap=True" * self._beside[0] + ", offload='cpu'" * (self._beside[1] is not None)
+        end = modes + ("" if self.is_attached else ", detached")
         return f"Attachment(name={self.name!r}, step={self.step}, schedule={self.schedule}{end})"
 
     def settle(self, action: str) -> None:
@@ -307,16 +310,13 @@ def _ids(model: Module) -> set[int]:
     return {id(part) for _, part in (*named_tensors(model), *named_modules(model))}
 
 
-# A forked child has no thread to finish an update under way.
-os.register_at_fork(before=partial(wait_for_readers, None, _FORK_WAITS_S))
-
-
 def _renew_locks() -> None:
     for attachment in list(_live.values()):
         attachment.__dict__.pop("_counting", None)
 
 
-os.register_at_fork(after_in_child=_renew_locks)
+# A forked child has no thread to finish an update under way.
+os.register_at_fork(before=partial(wait_for_readers, None, _FORK_WAITS_S), after_in_child=_renew_locks)
 
 
 #: Steps of one optimizer without a step of another until a warning. A critic in a GAN makes a hundred.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
@@ -14,7 +14,8 @@ from torch.nn import Module
 
 from ..terms.capturing import allowed_to_wait, refuse_capture
 from ..terms.grids import SIDE, use_grid
-from ..torch_private.modules import named_tensors
+from ..terms.numbers import as_bool
+from ..terms.warn import add_note
 from .stand_in import on_side
 
 #: Copies what the next forward will write and binds the tensors. Returns the update to run, and the memory it uses.
@@ -26,6 +27,7 @@ class Updating(Protocol):
 
     @property
     def _guard(self) -> Any: ...
+    def _gpus(self, model: Module) -> Collection[torch.device]: ...
     def update_parameters(self, model: Module) -> None: ...
     def _beside(
         self, model: Module, device: torch.device | None = None, streams: Sequence[torch.cuda.Stream] = ()
@@ -38,6 +40,11 @@ class Runner:
     """Runs the updates of an attachment."""
 
     is_beside = True  # whether updates may be under way between two steps
+    _streams: Sequence[torch.cuda.Stream] = ()  # of the GPUs that it was made for
+
+    def fits(self, averaged: Updating, model: Module) -> bool:
+        """Return whether the GPUs that an update uses now are those that it was made for."""
+        return {stream.device for stream in self._streams} == set(averaged._gpus(model))
 
     def update(self) -> None:
         raise NotImplementedError
@@ -75,6 +82,9 @@ _WAIT = (
 )
 _ATTACH = ("attach with offload, which moves the averages,", "attach before you capture")
 
+#: What the thread adds to an error, which another line raises.
+_EARLIER = "This is the error of an update after an earlier step of the optimizer: it ran beside the training"
+
 
 def _refuse_capture(streams: Sequence[torch.cuda.Stream], action: tuple[str, str]) -> None:
     for stream in streams:
@@ -88,6 +98,9 @@ class Plain(Runner):
 
     def __init__(self, averaged: Updating, model: Module) -> None:
         self._averaged, self._model = averaged, model
+
+    def fits(self, averaged: Updating, model: Module) -> bool:
+        return True  # its updates run on the current streams of wherever the tensors are
 
     def update(self) -> None:
         self._averaged.update_parameters(self._model)
@@ -197,7 +210,11 @@ class InThread(Runner):
                 event.synchronize()
         storages = [each for each in memory if isinstance(each, torch.UntypedStorage)]
         addresses = [storage.data_ptr() for storage in storages]
-        update()
+        try:
+            update()
+        except Exception as error:
+            add_note(error, _EARLIER, _EARLIER)
+            raise
         if addresses != [storage.data_ptr() for storage in storages]:  # nothing keeps memory that moves in its storage
             raise RuntimeError(
                 "params must keep their memory while an update beside the next step reads them, but it has moved, as "
@@ -239,22 +256,37 @@ class InThread(Runner):
             self._pool.shutdown()
 
 
-def runner_for(averaged: Updating, model: Module, overlap: bool, offload: object) -> Runner:
-    """Return the runner for these arguments of ``attach``.
+def check_modes(overlap: object, offload: object) -> tuple[bool, str | None]:
+    """Return these arguments of ``attach`` as Python's own.
 
     Raises:
-        ValueError: ``offload`` is neither ``"cpu"`` nor None.
+        TypeError: ``overlap`` is no bool.
+        ValueError: ``offload`` is neither the CPU nor None.
     """
-    if offload not in (None, "cpu"):
+    beside = as_bool(overlap)
+    if beside is None:
+        raise TypeError(f"overlap must be True or False, got {overlap!r}")
+    if offload is None:
+        return beside, None
+    if offload != "cpu" and not (isinstance(offload, torch.device) and offload.type == "cpu"):
         raise ValueError(f"offload must be 'cpu' or None, got {offload!r}")
-    devices = [param.device for _, param in named_tensors(model) if param.device.type == "cuda"]
-    streams = [torch.cuda.Stream(device) for device in dict.fromkeys(devices)]
-    if offload is not None:
-        _refuse_capture(streams, _ATTACH)
-        ready = averaged._beside(model, torch.device("cpu"), streams)
-        averaged._move_to_host()
-        return InThread(ready, streams, copies=True)
-    if not overlap:
+    return beside, "cpu"
+
+
+def runner_for(averaged: Updating, model: Module, overlap: bool, offload: str | None) -> Runner:
+    """Return the runner for these arguments of ``attach``, and for the GPUs where the model and the averages are now.
+
+    With ``offload``, move the averages to the host before.
+    """
+    if not overlap and offload is None:
         return Plain(averaged, model)
+    if offload is not None:
+        for gpu in averaged._gpus(model):
+            refuse_capture(gpu, *_ATTACH)
+        with allowed_to_wait():
+            averaged._move_to_host()
+    streams = [torch.cuda.Stream(gpu) for gpu in averaged._gpus(model)]
+    if offload is not None:
+        return InThread(averaged._beside(model, torch.device(offload), streams), streams, copies=True)
     ready = averaged._beside(model)
     return OnStreams(ready, streams) if streams else InThread(ready, [], copies=False)

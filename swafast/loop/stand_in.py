@@ -77,7 +77,8 @@ class StandIn:
             staged = torch.empty_like(tensor, device=device)
         if isinstance(tensor, Parameter) and not isinstance(staged, Parameter):
             staged = Parameter(staged, requires_grad=False)
-        copy_into(staged, tensor, non_blocking=True)
+        # Of other devices there are no streams and events here that say when the copy has ended.
+        copy_into(staged, tensor, non_blocking=tensor.device.type == "cuda")
         self._staged[id(tensor)] = staged
         return staged
 

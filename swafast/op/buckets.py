@@ -22,7 +22,8 @@ _LARGE_NBYTES = 4 * 2**20
 def home_averages(pairs: Sequence[Pair], homes: frozenset[int]) -> frozenset[int]:
     """Move planes of averages into new buckets, in their param's order, unless they are at home.
 
-    One bucket is filled and the old memory freed before the next is allocated, so the peak is at most one bucket more.
+    One bucket is filled and the old memory freed before the next is allocated, so the peak is at most one bucket more:
+    256 MiB of float32, or one plane if it is larger. A bucket of pinned memory may be as large as all planes.
 
     Args:
         homes: addresses of the planes that are at home. One that has another order than its param moves all the same,
@@ -59,8 +60,13 @@ def home_averages(pairs: Sequence[Pair], homes: frozenset[int]) -> frozenset[int
 
 @torch.no_grad()
 def pin(planes: Sequence[Tensor]) -> None:
-    """Move planes of averages on a CPU into new buckets of pinned memory, with a peak as in :func:`home_averages`."""
-    _move(planes, [PlaneLike(each.shape, each.stride(), each.dtype, each.device, pinned=True) for each in planes])
+    """Move planes of averages from wherever they are into new buckets of the host's pinned memory, bucket by bucket.
+
+    A bucket may be as large as all planes: see :func:`~swafast.terms.layout.lay_out`. So planes that are in the host's
+    pageable memory may be there twice at the peak. Of planes on a GPU, the host has the buckets alone.
+    """
+    host = torch.device("cpu")
+    _move(planes, [PlaneLike(each.shape, each.stride(), each.dtype, host, pinned=True) for each in planes])
 
 
 def _move(planes: Sequence[Tensor], likes: Sequence[PlaneLike]) -> None:

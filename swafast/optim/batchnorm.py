@@ -20,6 +20,7 @@ from ..loop.attach import Attachable
 from ..loop.guard import finished
 from ..terms import hints
 from ..terms.copying import copy_into, duplicate, overlaps_itself, write_once
+from ..terms.warn import add_note
 from ..torch_private.core import running_eagerly
 from ..torch_private.modules import BatchNormLayer, named_modules, own_buffers
 from .moments import Moments
@@ -192,7 +193,7 @@ def _run(
             try:
                 call(model, _moved(batch, device) if device is not None else batch)
             except Exception as error:
-                _note(error, f"{_RAISED}{count}, {_described(batch)}{_HINT}")
+                add_note(error, f"{_RAISED}{count}, {_described(batch)}{_HINT}", _RAISED)
                 raise
             count += 1
     return count
@@ -202,16 +203,6 @@ def _shown(loader: Iterable[Any]) -> Iterable[Any]:
     from rich.progress import track
 
     return track(loader, "BatchNorm")
-
-
-def _note(error: Exception, text: str) -> None:
-    """Add a line to what a traceback shows below an exception, as ``add_note`` does, which Python 3.10 lacks.
-
-    An exception that is raised again has the last such line alone.
-    """
-    with suppress(Exception):
-        others = [note for note in getattr(error, "__notes__", ()) if not str(note).startswith(_RAISED)]
-        error.__notes__ = [*others, text]  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -159,11 +159,16 @@ class AttachableShards(Attachable):
         """Return the states that ranks have found; tools that load on the first rank alone leave others without."""
         return {name: state for each in self._ranks.gather(states) for name, state in each.items()}
 
+    def _own_tensors(self) -> list[Tensor]:
+        planes = (plane for side in self._updated for _, planes in side._stored() for plane in planes)
+        return [*planes, *(side.n_averaged for side in self._updated)]
+
+    def _move_to_host(self) -> None:
+        raise NotImplementedError("offload must be None for a model that is spread over ranks, got 'cpu'")
+
     def _beside(
         self, model: Module, device: torch.device | None = None, streams: Sequence[torch.cuda.Stream] = ()
     ) -> Ready:
-        if device is not None:
-            raise NotImplementedError("offload must be None for a model that is spread over ranks, got 'cpu'")
         if self.nonfinite != "propagate":
             raise ValueError(
                 f"overlap must be False with nonfinite={self.nonfinite!r}, got True: the update's all-reduce "

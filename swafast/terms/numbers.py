@@ -17,6 +17,14 @@ def as_int(value: Any) -> int | None:
         return None
 
 
+def as_bool(value: Any) -> bool | None:
+    """Return a bool, also of numpy or a tensor of one element, as Python's own; None for anything else."""
+    try:
+        return bool(value) if _is_of("bool", value) else None
+    except (ValueError, RuntimeError):  # an array or a tensor of several, or one on the meta device
+        return None
+
+
 def as_number(value: Any) -> int | float | None:
     """Return a real number, also of numpy or a tensor of one element, as an int or a float; None for anything else."""
     whole = as_int(value)

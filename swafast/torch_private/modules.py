@@ -95,6 +95,13 @@ def named_tensors(root: Module, *, buffers: bool = False) -> list[tuple[str, Ten
     return found
 
 
+def unnamed_tensors(root: Module) -> list[Tensor]:
+    """Return the params and the buffers of all modules, without their names, which take longer than the tensors."""
+    modules = [module for _, module in named_modules(root, distinct=True)]
+    values = (tensor for module in modules for own in (own_params, own_buffers) for tensor in own(module).values())
+    return [tensor for tensor in values if tensor is not None]
+
+
 def passing_buffers(module: Module) -> set[str]:
     """Return the live set of names of a module's own buffers that its state dict leaves out."""
     return module._non_persistent_buffers_set

@@ -223,6 +223,9 @@ void check_errors() {
           "%d blocks fit on a device", num_blocks);
   require(swafast_cuda_blocks(1, 1024, &num_blocks) == SWAFAST_OK && num_blocks == shim::kMultiprocessors,
           "%d blocks of 1024 threads fit on a device", num_blocks);
+  shim_fits = 0;
+  require(failed(swafast_cuda_blocks(1, 256, &num_blocks), planted_error), "no block fits, and that is no error");
+  shim_fits = 1;
 }
 
 // What goes into a graph runs as often as the graph does, and counts each time.
@@ -263,6 +266,7 @@ void check_first_capture() {
   int32_t num_blocks = 0;
   const auto captures = [&](const char* what, int32_t status) {
     require(status == SWAFAST_OK, "a capture refuses %s: %s", what, swafast_cuda_error());
+    require(shim_refused == nullptr, "the capture of %s fails for %s", what, shim_refused);
     shim_forget_captured();
   };
   shim_unload_kernels();
@@ -274,9 +278,15 @@ void check_first_capture() {
   const std::string refused = "cudaErrorStreamCaptureUnsupported: operation not permitted when stream is capturing";
   require(swafast_cuda_blocks(launch.device, 256, &num_blocks) == SWAFAST_CUDA_ERROR && swafast_cuda_error() == refused,
           "a capture takes what it must not");
+  const std::string failed =
+      "cudaErrorStreamCaptureInvalidated: operation failed due to a previous error during capture";
+  require(launch.exchange(1) == SWAFAST_CUDA_ERROR && swafast_cuda_error() == failed,
+          "a capture that has failed takes a launch");
+  shim_forget_captured();
   shim_unload_kernels();
   require(launch.exchange(1) == SWAFAST_CUDA_ERROR && swafast_cuda_error() == refused,
           "a capture takes a kernel that is not loaded");
+  shim_forget_captured();
   shim_capturing = 0;
 }
 

@@ -98,7 +98,8 @@ _EXPRESSIONS = {
 #: What reads or writes memory. How it is cached, and in which order other blocks see it, is not looked at here.
 ACCESS = re.compile(
     r"(?P<op>ld|st)\.(?P<space>global|shared|shared::cta|param)"
-    r"(?:\.(?:nc|cs|cg|L1::evict_first|L2::cache_hint))*(?:\.v(?P<numel>[24]))?\.(?P<type>[busf]\d+)"
+    r"(?:\.(?:nc|cs|cg|L1::evict_first|L2::cache_hint))*(?:\.v(?P<numel>[24]))?"
+    r"\.(?P<type>[bus](?:8|16|32|64)|f(?:32|64))"
 )
 ATOMIC = re.compile(
     r"(?P<name>atom|red)(?:\.(?:global|gpu|acq_rel|relaxed))+\.(?P<op>add|inc|min|max|exch)\.(?P<type>[bus](?:32|64))"

@@ -65,14 +65,20 @@ _NEEDS = {
 
 
 def edits_of(bug: Plant, ptx: str) -> dict[int, str]:
-    """Return what a bug makes of the lines that have its pattern, in the kernels that its scope names."""
+    """Return what a bug makes of the lines that have its pattern, in the kernels that its scope names.
+
+    With a number after the name, as in ``update_kernel 2``, it is the second of these lines alone.
+    """
+    name, _, turn = bug.scope.partition(" ")
     kernel, edits = "", {}
     for number, line in enumerate(ptx.splitlines(), 1):
         if ".entry" in line:
             kernel = line
-        changed = bug.apply_everywhere(line) if bug.scope in kernel else line
+        changed = bug.apply_everywhere(line) if name in kernel else line
         if changed != line:
             edits[number] = changed
+    if turn:
+        edits = dict([*edits.items()][int(turn) - 1 : int(turn)])
     assert edits, f"{bug.name}: {bug.old!r} is not in the PTX of {bug.scope}: plant it another way"
     return edits
 

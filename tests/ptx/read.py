@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 #: Versions and targets of the PTX that this was written for.
 VERSIONS, TARGETS = range(7, 10), ("sm_90", "sm_90a")
 
-#: Lines and statements that change nothing that a CPU could see.
-_IGNORED = re.compile(r"\.(?:loc|file|pragma|address_size|minnctapersm|maxnreg)\b")
+#: Lines that change nothing that a CPU could see, and have no other statement beside that.
+_IGNORED = re.compile(r'\.(?:(?:loc|file)\s[^;]*|pragma\s+"[^"]*";|address_size\s+64|(?:minnctapersm|maxnreg)\s+\d+)')
 #: What ends with its line, and not with a semicolon.
 _LINES = re.compile(r"[{}()]|[\w$]+:|\.(?:version|target|maxntid|reqntid|visible|param)\b.*")
 
@@ -26,7 +26,7 @@ class Kernel:
     name: str
     num_threads: int = 0  # of a block
     params: dict[str, int] = field(default_factory=dict)  # -> bytes
-    registers: dict[str, str] = field(default_factory=dict)  # prefix -> type
+    registers: dict[str, tuple[str, int]] = field(default_factory=dict)  # prefix -> type, number
     shared: dict[str, int] = field(default_factory=dict)  # -> offset
     shared_nbytes: int = 0
     targets: dict[str, list[str]] = field(default_factory=dict)  # label of a table -> labels
@@ -60,7 +60,7 @@ def _statements(ptx: str) -> Iterator[tuple[int, str]]:
         if in_section:
             in_section = "}" not in text
             continue
-        if not begun and (not text or _IGNORED.match(text)):
+        if not begun and (not text or _IGNORED.fullmatch(text)):
             continue
         start = start if begun else number
         begun = f"{begun} {text}".strip()
@@ -108,8 +108,11 @@ class _Reader:
             self.kernels[-1].num_threads = int(found[1])
         elif found := re.fullmatch(r"\.param (?:\.align \d+ )?\.\w(\d+) (?:\.ptr .* )?(\w+)(?:\[(\d+)\])?,?", text):
             self.kernels[-1].params[found[2]] = int(found[1]) // 8 * int(found[3] or 1)
-        elif found := re.fullmatch(r"\.reg \.(\w+) %([a-z]+)<\d+>", text):
-            self.kernels[-1].registers[found[2]] = found[1]
+        elif found := re.fullmatch(r"\.reg \.(pred|[busf]\d+) %([a-z]+)<(\d+)>", text):
+            # The registers of an inner block would hide those of its outer one.
+            if found[2] in self.kernels[-1].registers:
+                return False
+            self.kernels[-1].registers[found[2]] = found[1], int(found[3])
         elif found := re.fullmatch(r"\.shared (?:\.align (\d+) )?\.\w(\d+) (\w+)(?:\[(\d+)\])?", text):
             self.kernels[-1].add_shared(found[3], int(found[1] or 1), int(found[2]) // 8 * int(found[4] or 1))
         elif found := re.fullmatch(r"\.branchtargets (.*)", text):

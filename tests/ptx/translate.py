@@ -82,7 +82,7 @@ class _Function:
         parts = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([\w.:]+)\s*(.*)", text)
         if parts is None:
             raise PtxError(f"{text!r} is no statement")
-        guard = f"if ({parts[1]}{self._register(parts[2])}) " if parts[2] else ""
+        guard = f"if ({parts[1]}{self.value(parts[2], 'pred')}) " if parts[2] else ""
         # What stands in braces or brackets is one operand.
         operands = re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", parts[4])
         return guard + self._instruction(parts[3], [operand.strip() for operand in operands])
@@ -103,9 +103,9 @@ class _Function:
                     return "shim::wait_at_barrier();"
                 case ["cp.async.ca.shared.global", to, of, "16"]:
                     place, source = self._place(to, "shared", 16), self._place(of, "global", 16)
-                    return f"store<u32>({place}, load<u32, 4>({source}).values);"
-                case ["cp.async.wait_all"]:  # a copy is over at once
-                    return ";"
+                    return f"shim::copy_later({place}, {source});"
+                case ["cp.async.wait_all"]:
+                    return "shim::make_copies();"
                 case ["ret"]:
                     return "return;"
                 case ["mov.b32" | "mov.b64", result, value] if "{" in result + value:
@@ -125,8 +125,9 @@ class _Function:
         meaning = MEANINGS[mnemonic]
         if meaning.num_operands != len(operands):
             raise TypeError(mnemonic)
-        values = [_Operand(self, operand, meaning.operand) for operand in operands]
-        return self._assigned(result, meaning.result, meaning.expression.format(*values))
+        is_conversion = mnemonic.startswith("cvt.")
+        values = [_Operand(self, operand, meaning.operand, is_conversion) for operand in operands]
+        return self._assigned(result, meaning.result, meaning.expression.format(*values), is_conversion)
 
     def _branch(self, index: str, targets: Sequence[str]) -> str:
         cases = (f"case {i}: goto {_label(target)};" for i, target in enumerate(targets))
@@ -135,7 +136,10 @@ class _Function:
     def _pack(self, type_: str, result: str, value: str) -> str:
         """Join registers to a wider value, or take one apart."""
         parts = _several(value if value.startswith("{") else result)
-        nbits = int(type_[1:]) // len(parts)
+        nbits = int(type_[1:]) / len(parts)
+        if nbits not in (16, 32):
+            raise TypeError(type_)
+        nbits = int(nbits)
         if value.startswith("{"):
             shifted = (f"u64{{{self.value(part, f'u{nbits}')}}} << {nbits * i}" for i, part in enumerate(parts))
             return self._assigned(result, type_, " | ".join(shifted))
@@ -146,13 +150,15 @@ class _Function:
         """Load or store one value or several."""
         type_, numel, loads = found["type"].replace("b", "u"), int(found["numel"] or 1), found["op"] == "ld"
         at, values = (second, _several(first)) if loads else (first, _several(second))
-        if len(values) != numel or (hint is not None) != ("L2::cache_hint" in found[0]):
+        nbytes, is_param = int(type_[1:]) // 8 * numel, found["space"] == "param"
+        has_hint = "L2::cache_hint" in found[0]
+        if len(values) != numel or (hint is not None) != has_hint or nbytes > 16 or (is_param and not loads):
             raise TypeError(found[0])
-        place = self._place(at, found["space"], int(type_[1:]) // 8 * numel)
+        place = self._place(at, found["space"], nbytes)
         if loads:
-            puts = (self._assigned(value, type_, f"v[{i}]") for i, value in enumerate(values))
+            puts = (self._assigned(value, type_, f"v[{i}]", True) for i, value in enumerate(values))
             return f"{{ const auto v = load<{type_}, {numel}>({place}); {' '.join(puts)} }}"
-        return f"store<{type_}>({place}, {{{', '.join(self.value(value, type_) for value in values)}}});"
+        return f"store<{type_}>({place}, {{{', '.join(self.value(value, type_, True) for value in values)}}});"
 
     def _atomic(self, found: re.Match[str], *operands: str) -> str:
         *result, at, value = operands
@@ -169,45 +175,59 @@ class _Function:
         if not found or (found[1] in self._kernel.params and space != "param"):
             raise PtxError(f"unknown address {text!r} of {space} memory")
         base, offset = found[1], int(found[2] or 0)
+        if base in self._kernel.params and not 0 <= offset <= self._kernel.params[base] - nbytes:
+            raise PtxError(f"{text!r} is outside its param")
         if space.startswith("shared"):
-            return f"shared_at(shared, {self._kernel.shared_nbytes}, {self.value(base, 'u32')}, {offset}, {nbytes})"
+            start = self.value(base, "u32", True)
+            return f"shared_at(shared, {self._kernel.shared_nbytes}, {start}, {offset}, {nbytes})"
         return f"pointer({self.value(base, 'u64')}, {offset})"
 
-    def value(self, text: str, type_: str) -> str:
+    def value(self, text: str, type_: str, may_be_wider: bool = False) -> str:
         """Return a C++ value of this type.
 
         Where the operand has the type, it stands as it is: g++ takes half of the time.
+
+        Raises:
+            PtxError: it has another width. Loads, stores and conversions take the lower bits of a wider register.
         """
-        if re.fullmatch(r"-?(?:0x[\dA-Fa-f]+|\d+)U?", text):
-            number = int(text.rstrip("U"), 0) % 2**64
+        # Not octal or binary ones; an integer for a float would be converted.
+        if re.fullmatch(r"-?(?:0x[\dA-Fa-f]+|[1-9]\d*|0)U?", text) and type_ not in ("f32", "f64"):
+            number = int(text.rstrip("U"), 0)
+            if not -(2**63) <= number < 2**64:
+                raise PtxError(f"{text!r} has more than 64 bits")
+            number %= 2**64
             exact = {"u32": f"{number % 2**32}u", "u64": f"{number}ull"}
             return exact.get(type_) or f"get<{type_}>({number}ull)"
-        bits = self._bits(text)
+        bits, own = self._bits(text, type_)
+        _require_width(text, own, type_, may_be_wider)
         return bits if type_ == self._variables.get(bits) else f"get<{type_}>({bits})"
 
-    def _bits(self, text: str) -> str:
+    def _bits(self, text: str, type_: str) -> tuple[str, str]:
+        """Return C++ for the bits of an operand, and its own type."""
         if text in _SPECIAL:
-            return _SPECIAL[text]
+            return _SPECIAL[text], "u32"
         if text in self._kernel.shared:
-            return str(self._kernel.shared[text])
+            return str(self._kernel.shared[text]), "u64" if type_ == "u64" else "u32"
         if text in self._kernel.params:
-            return f"address_of(params[{list(self._kernel.params).index(text)}])"
+            return f"address_of(params[{list(self._kernel.params).index(text)}])", "u64"
         if found := re.fullmatch(r"0f([\dA-Fa-f]{8})|0d([\dA-Fa-f]{16})", text):
-            return f"0x{found[1]}u" if found[1] else f"0x{found[2]}ull"
-        return self._register(text)
+            return (f"0x{found[1]}u", "u32") if found[1] else (f"0x{found[2]}ull", "u64")
+        name = self._register(text)
+        return name, self._variables[name]
 
     def _register(self, text: str) -> str:
         """Return the variable of a register."""
         found = re.fullmatch(r"%([a-z]+)(\d+)", text)
-        if not found or found[1] not in self._kernel.registers:
+        type_, number = self._kernel.registers.get(found[1], ("", 0)) if found else ("", 0)
+        if not found or int(found[2]) >= number:
             raise PtxError(f"unknown operand {text!r}")
-        type_ = self._kernel.registers[found[1]]
         name = f"{found[1]}_{found[2]}"
         self._variables[name] = type_ if type_ == "pred" else f"u{type_[1:]}"
         return name
 
-    def _assigned(self, register: str, type_: str, value: str) -> str:
+    def _assigned(self, register: str, type_: str, value: str, may_be_wider: bool = False) -> str:
         name = self._register(register)
+        _require_width(register, self._variables[name], type_, may_be_wider)
         is_of_type = type_ == self._variables[name]
         return f"{name} = {value};" if is_of_type else f"put<{type_}>({name}, {value});"
 
@@ -215,11 +235,17 @@ class _Function:
 class _Operand:
     """An operand, which the format string of an expression makes a C++ value of some type."""
 
-    def __init__(self, function: _Function, text: str, type_: str) -> None:
-        self._function, self._text, self._type = function, text, type_
+    def __init__(self, function: _Function, text: str, type_: str, may_be_wider: bool) -> None:
+        self._function, self._text, self._type, self._may_be_wider = function, text, type_, may_be_wider
 
     def __format__(self, type_: str) -> str:
-        return self._function.value(self._text, type_ or self._type)
+        return self._function.value(self._text, type_ or self._type, self._may_be_wider)
+
+
+def _require_width(text: str, own: str, type_: str, may_be_wider: bool) -> None:
+    has, asked = (1 if each == "pred" else int(each[1:]) for each in (own, type_))
+    if has != asked and not (may_be_wider and has > asked > 1):
+        raise PtxError(f"{text!r} has {has} bits, and the instruction asks for {asked}")
 
 
 def _label(text: str) -> str:

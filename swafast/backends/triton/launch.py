@@ -12,7 +12,6 @@ import importlib.util
 import inspect
 import os
 import struct
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
@@ -21,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...terms.capturing import allowed_to_wait
 from .. import Unavailable, library
 from ..contract import Pair
-from ..gpu import DeviceLaunch, Table
+from ..gpu import DeviceLaunch, Table, warn_unusable
 from ..rows import kernels_serve
 
 name = "triton"
@@ -98,28 +98,47 @@ def serves(pair: Pair) -> bool:
     return kernels_serve(pair, device_types) and _is_usable(pair.param.device)
 
 
-@functools.cache
 def _is_usable(device: torch.device) -> bool:
-    """Compile every kernel and load it on the device, by launches without chunks. Warn if that fails.
+    """Return whether every kernel is compiled and loaded on the device. Warn if that has failed."""
+    try:
+        failure = _load_kernels(device)
+    except RuntimeError as error:
+        failure = _described(error)
+    if failure is not None:
+        warn_unusable("Triton", str(device), failure)
+    return failure is None
 
-    A capture allows neither. If there is no compiler, this finds out before the first update.
+
+@functools.cache
+def _load_kernels(device: torch.device) -> str | None:
+    """Compile every kernel and load it on the device, by launches without chunks; return what has failed.
+
+    A capture allows neither. If there is no compiler, this finds out before the first update. Such a failure is
+    permanent, and is not tried again: it may take seconds.
+
+    Raises:
+        RuntimeError: the GPU's memory is full, or something is capturing. The next plan tries again.
     """
     try:
         kernels, options = _kernels(), launch_options("hip" if torch.version.hip else "cuda")
-        words = torch.zeros(16, dtype=torch.int64, device=device)
-        state, paces = words.data_ptr(), words[-_PACE_WORDS:].data_ptr()
-        addresses = {"descriptors": state, "state": state, "paces": paces}
-        with _on_device(device):
+        with _on_device(device), allowed_to_wait():
+            words = torch.zeros(16, dtype=torch.int64, device=device)
+            state, paces = words.data_ptr(), words[-_PACE_WORDS:].data_ptr()
+            addresses = {"descriptors": state, "state": state, "paces": paces}
             for name in KERNELS:
                 kernel = getattr(kernels, f"{name}_kernel")
                 arguments = {name: addresses.get(name, 0) for name in inspect.signature(kernel.fn).parameters}
                 kernel[(1,)](**arguments, **options)
             torch.cuda.current_stream(device).synchronize()
     except Exception as error:  # whatever a compiler, a cache folder or a driver may raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        warnings.warn(f"swafast's Triton kernels do not run on {device}: {reason}", RuntimeWarning, stacklevel=3)
-        return False
-    return True
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in ("out of memory", "captur")):
+            raise
+        return _described(error)
+    return None
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def launch_options(target: str) -> Mapping[str, Any]:

@@ -24,17 +24,22 @@ namespace shim {
 struct Block {
   static constexpr size_t kVariables = 8, kBytes = 2048;
   alignas(64) char memory[kVariables][kBytes];
-  pthread_barrier_t barrier;
+  // In turns. With a single one, a thread that leaves it late would take over what the others did before they came to
+  // it again, and ThreadSanitizer would miss their races.
+  pthread_barrier_t barriers[2];
 
   explicit Block(unsigned num_threads) {
     std::memset(memory, 0xAB, sizeof memory);
-    pthread_barrier_init(&barrier, nullptr, num_threads);
+    for (pthread_barrier_t& barrier : barriers) pthread_barrier_init(&barrier, nullptr, num_threads);
   }
-  ~Block() { pthread_barrier_destroy(&barrier); }
+  ~Block() {
+    for (pthread_barrier_t& barrier : barriers) pthread_barrier_destroy(&barrier);
+  }
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
 };
 inline thread_local Block* block = nullptr;
+inline thread_local unsigned num_waits = 0;  // of this thread at barriers
 
 template <class T, int kNumber>
 T& shared() {
@@ -42,7 +47,12 @@ T& shared() {
   return *reinterpret_cast<T*>(block->memory[kNumber]);
 }
 
-inline void wait_at_barrier() { pthread_barrier_wait(&block->barrier); }
+inline std::vector<Copy>& unmade_copies() {
+  static thread_local std::vector<Copy> copies;
+  return copies;
+}
+
+inline void wait_at_barrier() { pthread_barrier_wait(&block->barriers[num_waits++ % 2]); }
 
 inline void run_grid(dim3 grid, dim3 num_threads, const std::function<void()>& body) {
   std::vector<std::unique_ptr<Block>> blocks;

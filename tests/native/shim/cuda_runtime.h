@@ -8,7 +8,8 @@
 //   at_once/machine.h: all blocks at once, each thread one of the system's. ThreadSanitizer sees their races.
 //
 // While a graph is being captured, a call fails that is not in kAllowedInCapture, and so does the launch of a kernel
-// that is not loaded yet: CUDA would load it there.
+// that is not loaded yet: CUDA would load it there. From then on the capture has failed, whoever ignores the error:
+// nothing more goes into it, and shim_replay() ends the program.
 //
 // What a test may set, from C++ or by name from a shared library, are the shim_ variables of device.h.
 #pragma once
@@ -21,6 +22,7 @@
 #include <functional>
 #include <iterator>
 #include <set>
+#include <string>
 #include <tuple>
 #include <utility>
 
@@ -98,7 +100,8 @@ enum cudaError_t {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInvalidDevice = 101,
   cudaErrorLaunchOutOfResources = 701,
-  cudaErrorStreamCaptureUnsupported = 900
+  cudaErrorStreamCaptureUnsupported = 900,
+  cudaErrorStreamCaptureInvalidated = 901
 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
@@ -132,12 +135,17 @@ inline cudaError_t remember(cudaError_t error) {
 constexpr const char* kAllowedInCapture[] = {"cudaGetDevice", "cudaSetDevice", "cudaStreamIsCapturing",
                                              "cudaMemsetAsync", "cudaLaunchKernelEx"};
 
+inline cudaError_t refuse_in_capture(const char* what) {
+  shim_refused = what;
+  return remember(cudaErrorStreamCaptureUnsupported);
+}
+
 // The error with which a call of this function fails before it does anything, or none.
 inline cudaError_t refusal(const char* function) {
   const auto is_this = [=](const char* name) { return std::strcmp(name, function) == 0; };
   if (shim_failing != nullptr && is_this(shim_failing)) return remember(cudaErrorLaunchOutOfResources);
   const bool allowed = std::any_of(std::begin(kAllowedInCapture), std::end(kAllowedInCapture), is_this);
-  return shim_capturing != 0 && !allowed ? remember(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
+  return shim_capturing != 0 && !allowed ? refuse_in_capture(function) : cudaSuccess;
 }
 
 // Kernels that are on a device, as (device, kernel).
@@ -149,12 +157,13 @@ SHIM_HIDDEN std::set<std::pair<int, const void*>>& loaded() {
 template <class Kernel>
 cudaError_t load(Kernel* kernel) {
   const bool is_new = loaded().emplace(calls().device, reinterpret_cast<const void*>(kernel)).second;
-  return is_new && shim_capturing != 0 ? remember(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
+  return is_new && shim_capturing != 0 ? refuse_in_capture("a kernel that is not loaded") : cudaSuccess;
 }
 
 // Now, or when the graph is launched.
 inline cudaError_t run_on_stream(std::function<void()> work) {
   if (shim_capturing != 0) {
+    if (shim_refused != nullptr) return remember(cudaErrorStreamCaptureInvalidated);
     captured().push_back(std::move(work));
   } else {
     work();
@@ -193,9 +202,14 @@ SHIM_SETTING int shim_current_device() { return shim::calls().device; }
 SHIM_SETTING int shim_pending_error() { return shim::calls().last_error; }
 // Run what was captured, as launching the graph would, and keep it; or forget it.
 SHIM_SETTING void shim_replay() {
+  if (shim_refused != nullptr)
+    shim::fault(("the capture has failed for " + std::string(shim_refused)).c_str(), nullptr);
   for (const auto& work : shim::captured()) work();
 }
-SHIM_SETTING void shim_forget_captured() { shim::captured().clear(); }
+SHIM_SETTING void shim_forget_captured() {
+  shim::captured().clear();
+  shim_refused = nullptr;
+}
 // Have no device any kernel, as in a new process.
 SHIM_SETTING void shim_unload_kernels() { shim::loaded().clear(); }
 }
@@ -212,6 +226,8 @@ inline const char* cudaGetErrorName(cudaError_t error) {
       return "cudaErrorInvalidDevice";
     case cudaErrorStreamCaptureUnsupported:
       return "cudaErrorStreamCaptureUnsupported";
+    case cudaErrorStreamCaptureInvalidated:
+      return "cudaErrorStreamCaptureInvalidated";
     default:
       return "cudaErrorLaunchOutOfResources";
   }
@@ -219,6 +235,7 @@ inline const char* cudaGetErrorName(cudaError_t error) {
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   if (error == cudaErrorStreamCaptureUnsupported) return "operation not permitted when stream is capturing";
+  if (error == cudaErrorStreamCaptureInvalidated) return "operation failed due to a previous error during capture";
   return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "planted by the shim";
 }
 
@@ -260,7 +277,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* num_blocks, Kerne
   SHIM_BEGIN();
   if (num_threads < 1 || num_threads > 1024) return shim::remember(cudaErrorInvalidValue);
   // So many of 256 threads, and one of whatever is wider.
-  *num_blocks = num_threads > 256 ? 1 : shim::kBlocksPerMultiprocessor;
+  *num_blocks = shim_fits == 0 ? 0 : num_threads > 256 ? 1 : shim::kBlocksPerMultiprocessor;
   return cudaSuccess;
 }
 

@@ -23,8 +23,11 @@
 extern "C" {
 SHIM_SETTING int shim_reverse_threads = 0;            // the last thread of a block runs first
 SHIM_SETTING int shim_reverse_blocks = 0;             // the last block of a grid runs first
+SHIM_SETTING int shim_alternating = 0;                // each launch sets these two anew
 SHIM_SETTING int shim_capturing = 0;                  // every stream is: launches wait for shim_replay()
+SHIM_SETTING int shim_fits = 1;                       // a block of an update onto a multiprocessor
 SHIM_SETTING const char* shim_failing = nullptr;      // the runtime's function that fails, by name
+SHIM_SETTING const char* shim_refused = nullptr;      // what the last capture had and must not, and so has failed
 SHIM_SETTING long long shim_num_launches = 0;         // kernels launched or captured so far
 SHIM_SETTING long long shim_last_blocks = 0;          // of the last launch
 SHIM_SETTING long long shim_last_threads = 0;         // of each of its blocks
@@ -81,6 +84,36 @@ inline void store(T* address, const T& value) {
   check_alignment(address);
   count_vector<T>();
   std::memcpy(static_cast<void*>(address), &value, sizeof value);
+}
+
+// Copied word by word: ThreadSanitizer would not see a memset.
+struct __attribute__((may_alias, aligned(16))) SixteenBytes {
+  uint64_t words[2];
+};
+inline void set(SixteenBytes& to, uint64_t first, uint64_t second) { to.words[0] = first, to.words[1] = second; }
+
+// A copy into shared memory that its thread has not waited for yet.
+struct Copy {
+  SixteenBytes* to;
+  const SixteenBytes* from;
+};
+// Those of the running thread. They are lost when it ends.
+inline std::vector<Copy>& unmade_copies();
+
+// A GPU may make a copy at any time from here to the wait. So zeros, as of a chunk without elements, stand there
+// meanwhile: who reads them has not waited.
+inline void copy_later(void* to, const void* from) {
+  const Copy copy = {static_cast<SixteenBytes*>(to), static_cast<const SixteenBytes*>(from)};
+  check_alignment(copy.to);
+  check_alignment(copy.from);
+  set(*copy.to, 0, 0);
+  unmade_copies().push_back(copy);
+}
+
+// Make the copies of this thread.
+inline void make_copies() {
+  for (const Copy& copy : unmade_copies()) set(*copy.to, copy.from->words[0], copy.from->words[1]);
+  unmade_copies().clear();
 }
 
 // What waits for shim_replay().

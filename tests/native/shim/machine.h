@@ -1,9 +1,12 @@
-// Blocks one after another, and their threads as fibers. Shared memory starts out as garbage in every block.
+// Blocks one after another, and their threads as fibers. Shared memory starts out as garbage in every block. A thread
+// runs to the next barrier, and to the next exchange of its warp, before another one does: the last threads have not
+// written yet what the first ones read there, in one of the two orders.
 #pragma once
 
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -46,6 +49,7 @@ struct Fiber {
   size_t stack_bytes = 0;
   void* fake_stack = nullptr;
   unsigned thread = 0;
+  std::vector<Copy> unmade_copies;
 };
 
 // One launch at a time.
@@ -55,6 +59,7 @@ struct Machine {
   Fiber host;
   Fiber* running = nullptr;
   std::vector<Fiber*> waiting, resuming;  // at a barrier, and behind it
+  std::vector<Fiber*> warp, met;          // at an exchange of a warp, and behind it
   const std::function<void()>* body = nullptr;
   unsigned num_threads = 0, num_begun = 0;
 };
@@ -93,13 +98,17 @@ inline void run_fiber() {
 #if defined(SHIM_ASAN)
   __sanitizer_finish_switch_fiber(nullptr, &m.host.stack, &m.host.stack_bytes);
 #endif
-  while (m.num_begun < m.num_threads) {
+  // Not while a warp goes on, whose other threads would come after this new one.
+  while (m.num_begun < m.num_threads && m.met.empty()) {
     const unsigned turn = m.num_begun++;
+    self.unmade_copies.clear();
     self.thread = threadIdx.x = shim_reverse_threads != 0 ? m.num_threads - 1 - turn : turn;
     (*m.body)();
   }
   switch_fiber(self, m.host, true);
 }
+
+inline std::vector<Copy>& unmade_copies() { return machine().running->unmade_copies; }
 
 inline void wait_at_barrier() {
   Machine& m = machine();
@@ -108,9 +117,35 @@ inline void wait_at_barrier() {
   switch_fiber(self, m.host, false);
 }
 
+// The 32 threads of a warp meet here, while others may be anywhere.
+inline void wait_for_warp() {
+  Machine& m = machine();
+  Fiber& self = *m.running;
+  if (!m.warp.empty() && m.warp.front()->thread / 32 != self.thread / 32) {
+    fault("an exchange that not every thread of the warp comes to", nullptr);
+  }
+  m.warp.push_back(&self);
+  switch_fiber(self, m.host, false);
+}
+
+// Run a thread as far as the next barrier, and its warp with it where the last of them has come to an exchange.
+inline void run_on(Machine& m, Fiber& fiber) {
+  switch_fiber(m.host, fiber, false);
+  while (m.warp.size() == std::min(m.num_threads, 32u)) {
+    m.met.swap(m.warp);
+    for (Fiber* each : m.met) {
+      threadIdx.x = each->thread;
+      switch_fiber(m.host, *each, false);
+    }
+    m.met.clear();
+  }
+}
+
 inline void run_block(Machine& m) {
   if (__start_shim_shared != nullptr) {
-    std::memset(__start_shim_shared, 0xAB, static_cast<size_t>(__stop_shim_shared - __start_shim_shared));
+    // As a signed number of any size, below 0 or above.
+    const int garbage = shim_reverse_threads != 0 ? 0x54 : 0xAB;
+    std::memset(__start_shim_shared, garbage, static_cast<size_t>(__stop_shim_shared - __start_shim_shared));
   }
   size_t num_fibers = 0;
   m.num_begun = 0;
@@ -122,14 +157,15 @@ inline void run_block(Machine& m) {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, run_fiber, 0);
     fiber.has_begun = false;
-    switch_fiber(m.host, fiber, false);
+    run_on(m, fiber);
   }
-  while (!m.waiting.empty()) {
+  while (!m.waiting.empty() || !m.warp.empty()) {
+    if (!m.warp.empty()) fault("an exchange that not every thread of the warp comes to", nullptr);
     if (m.waiting.size() != m.num_threads) fault("a barrier that not every thread of the block comes to", nullptr);
     m.resuming.swap(m.waiting);
     for (Fiber* fiber : m.resuming) {
       threadIdx.x = fiber->thread;
-      switch_fiber(m.host, *fiber, false);
+      run_on(m, *fiber);
     }
     m.resuming.clear();
   }
@@ -145,6 +181,11 @@ inline void run_grid(dim3 grid, dim3 block, const std::function<void()>& body) {
     m.fibers.emplace_back();
     m.fibers.back().stack = stack;
     m.fibers.back().stack_bytes = kStackBytes;
+  }
+  if (shim_alternating != 0) {
+    // All four orders in turn, also for every second launch.
+    shim_reverse_threads = (shim_num_launches ^ shim_num_launches >> 1) & 1;
+    shim_reverse_blocks = shim_num_launches >> 1 & 1;
   }
   m.host.has_begun = true;
   m.body = &body;

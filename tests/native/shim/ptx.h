@@ -116,11 +116,11 @@ T shift_right(T value, u32 by) {
   return static_cast<T>(value >> by);
 }
 
-// Towards zero, and the nearest that there is. A NaN gives what the hardware gives.
+// Towards zero, and the nearest that there is. A NaN gives 0 if both types have 32 bits or fewer, or else the least.
 template <class T, class F>
 T truncate(F value) {
   using Limits = std::numeric_limits<T>;
-  if (value != value) return sizeof(T) == 8 ? Limits::min() : T{0};
+  if (value != value) return sizeof(T) == 8 || sizeof(F) == 8 ? Limits::min() : T{0};
   if (value >= -static_cast<F>(Limits::min())) return Limits::max();
   return value <= static_cast<F>(Limits::min()) ? Limits::min() : static_cast<T>(value);
 }
@@ -168,8 +168,7 @@ T bit_field(T value, u32 start, u32 count) {
 [[noreturn]] inline void no_target() { shim::fault("a branch to nowhere", nullptr); }
 
 // The threads of a warp. Each leaves its value and reads those of the others once all are there; the next one goes to
-// another place, so that late readers find this one. Our kernels exchange values where a whole block does, so that a
-// barrier of the block is enough.
+// another place, so that late readers find this one.
 struct Lanes {
   static constexpr int kThreads = 1024;
   struct {
@@ -186,7 +185,7 @@ T gather_lanes(T value, u32 members, Takes takes, Combine combine) {
   if (members != ~0u) shim::fault("an exchange of some threads of a warp", nullptr);
   const unsigned thread = threadIdx.x, first = thread & ~31u, turn = lanes.num_exchanges[thread]++ % 2;
   lanes.left[turn][thread] = {static_cast<u32>(value), kSite};
-  shim::wait_at_barrier();
+  shim::wait_for_warp();
   T result = value;
   bool any = false;
   for (unsigned lane = 0; lane < 32; ++lane) {
