@@ -171,6 +171,32 @@ def test_integers_are_copied_never_averaged(tmp_path: Path) -> None:
         assert load_file(tmp_path / "out.safetensors")["count"].tolist() == expected
 
 
+def test_statistics_of_batchnorm_are_copied_from_one_input(tmp_path: Path) -> None:
+    norms = [
+        {
+            "n.weight": np.full(2, value, np.float32),
+            "n.running_mean": np.full(2, value, np.float32),
+            "n.running_var": np.full(2, 1e-8 + value, np.float32),
+            "n.num_batches_tracked": np.array(int(100 * value)),
+            "f._extra_state": np.full(3, int(value), np.uint8),
+        }
+        for value in (1.0, 3.0)
+    ]
+    paths = written(tmp_path, norms)
+    for options, source in (({}, 1), ({"integers": "last"}, 1), ({"integers": "first"}, 0)):
+        lines: list[str] = []
+        report = average(paths, tmp_path / "out.safetensors", force=True, say=lines.append, **options)
+        assert_same(load_file(tmp_path / "out.safetensors"), {**norms[source], "n.weight": np.full(2, 2, np.float32)})
+        assert f"BatchNorm's statistics are those of {paths[source]}: call update_bn on the result" in lines
+        assert (report.num_averaged, report.num_copied) == (1, 4)
+    average(paths, tmp_path / "out.safetensors", force=True, weights=[0.75, 0.25], dtype="fp64")
+    found = load_file(tmp_path / "out.safetensors")
+    assert (found["n.weight"].tolist(), found["n.running_mean"].tolist()) == ([1.5] * 2, [3.0] * 2)
+    norms[1]["n.running_var"][1] = np.inf
+    with pytest.raises(ValueError, match=r"m1.safetensors: the tensor n.running_var holds inf at \[1\]"):
+        average(written(tmp_path, norms), tmp_path / "out.safetensors", force=True)
+
+
 def raw(path: Path, dtype: str, data: bytes, shape: tuple[int, ...]) -> Path:
     head, _ = header_bytes([TensorSpec("x", dtype, shape)], {})
     path.write_bytes(head + data)
@@ -442,6 +468,12 @@ PLANTED: dict[str, tuple[Any, str, Any, Callable[[Path], None]]] = {
         "AVERAGED_DTYPES",
         (*agreement.AVERAGED_DTYPES, "I64"),
         test_integers_are_copied_never_averaged,
+    ),
+    "statistics averaged": (
+        agreement,
+        "is_unmerged",
+        lambda name: False,
+        test_statistics_of_batchnorm_are_copied_from_one_input,
     ),
     "a shard swapped": (
         safetensors_files.SafetensorsCheckpoint,

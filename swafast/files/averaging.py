@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from ..terms import coefficients
 from ..terms.numbers import as_int
+from ..terms.unmerged import is_statistic
 from .agreement import INTEGERS, Agreed, agree
 from .checkpoints import ITEMSIZES, RECORD, Checkpoint, Output, OutputPlan
 from .opening import create_output, open_checkpoint, output_form
@@ -62,6 +63,7 @@ class AverageReport:
     nbytes_memory: int  # of the chunks that are in memory at once
     summing: str  # what sums them up
     seconds: float | None = None  # None: it was a dry run
+    statistics_from: str | None = None  # the input that BatchNorm's statistics are copied from, if there are any
 
     def lines(self) -> list[str]:
         """Return the inputs, one a line, and then what is read and written."""
@@ -71,10 +73,12 @@ class AverageReport:
             for it, coefficient in zip(self.inputs, self.coefficients, strict=True)
         ]
         copied = f", copies {self.num_copied}" if self.num_copied else ""
+        statistics = f"BatchNorm's statistics are those of {self.statistics_from}: call update_bn on the result"
         return [
             *listed,
             f"averages {self.num_averaged} tensors{copied}: reads {size_text(self.nbytes_read)}, writes "
             f"{size_text(self.nbytes_written)} to {self.out}, {size_text(self.nbytes_memory)} in memory",
+            *([statistics] if self.statistics_from else []),
             f"summed by {self.summing}",
         ]
 
@@ -129,7 +133,8 @@ def average(
         strip: a prefix that names lose, such as ``module.``.
         allow: globals that files of ``torch.save`` may load beside tensors, as ``module.name``.
         tied: names that are further names of other tensors.
-        integers: ``"equal"``: integers must agree; ``"last"``, ``"first"``: those of one input are taken.
+        integers: ``"equal"``: integers must agree; ``"last"``, ``"first"``: those of one input are taken. BatchNorm's
+            statistics and further state (``_extra_state``) are those of the last input, or of the first.
         nonfinite: ``"error"``, or ``"keep"`` to write NaNs and infinities too.
         dtype: of the averages, such as ``"bf16"``. None: that of the inputs.
         shard_size: the most bytes of one file in a folder, such as ``"5GB"``.
@@ -254,6 +259,14 @@ def _report(
         nbytes_written=sum(it.spec.nbytes for it in tensors),
         nbytes_memory=threads * NBYTES_PER_THREAD,
         summing=summed_by,
+        statistics_from=next(
+            (
+                selected[it.copied_from].path
+                for it in tensors
+                if it.copied_from is not None and is_statistic(it.spec.name)
+            ),
+            None,
+        ),
     )
 
 
