@@ -487,7 +487,7 @@ PLANTED: dict[str, tuple[Any, str, Any, Callable[[Path], None]]] = {
     "equal is first": (streaming, "why_unequal", lambda *_: "", test_float8_is_refused_unless_it_is_equal),
     "no check of space": (
         averaging,
-        "_check_space",
+        "check_space",
         lambda *_: None,
         patched(test_a_full_disk_is_seen_before_anything_is_written),
     ),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +19,7 @@ from ..terms.unmerged import is_statistic
 from .agreement import INTEGERS, Agreed, agree
 from .checkpoints import ITEMSIZES, RECORD, Checkpoint, Output, OutputPlan
 from .opening import create_output, open_checkpoint, output_form
+from .placing import check_place, check_space
 from .progress import size_text
 from .selection import Selected, select
 from .streaming import NBYTES_PER_THREAD, Pass
@@ -160,7 +159,7 @@ def average(
     factors = _coefficients(len(selected), weights=weights, ema=ema, power=power, decay=decay)
     path, paths = os.fspath(out), [it.path for it in selected]
     form = output_form(path, shard_nbytes, paths[0])
-    _check_place(Path(path), form, force)
+    check_place(Path(path), form, force)
     with ExitStack() as stack:
         opened = _opened(stack, paths, key, strip, allow, say)
         tensors, aliases = agree(opened, tied=tied or {}, dtype=named_dtype, integers=integers)
@@ -169,7 +168,7 @@ def average(
         for line in report.lines():
             say(line)
         if not dry_run:
-            _check_space(Path(path), report.nbytes_written)
+            check_space(Path(path), report.nbytes_written)
             metadata = {"format": "pt", **opened[0].metadata, RECORD: _record(paths, factors)}
             plan = OutputPlan([it.spec for it in tensors], aliases, metadata)
             beside = _beside(paths[-1]) if form == "folder" else []
@@ -274,30 +273,6 @@ def _record(paths: Sequence[str], factors: Sequence[float] | None) -> str:
     """Return what the output says of itself, as JSON."""
     version = sys.modules[__name__.partition(".")[0]].__version__
     return json.dumps({"swafast": version, "inputs": [*paths], "coefficients": factors or "equal"})
-
-
-def _check_place(out: Path, form: str, force: bool) -> None:
-    """Check that the output may stand at its place, before anything is read."""
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"out must be in a folder that exists, got {str(out)!r}: make the folder first")
-    if not out.exists():
-        return
-    is_folder = form in ("folder", "distributed")
-    if is_folder != out.is_dir():
-        kind = "a folder" if out.is_dir() else "a file"
-        raise FileExistsError(f"out must not be {kind} that exists, got {str(out)!r}: choose another name")
-    if is_folder and not any(out.iterdir()):
-        return
-    if not force:
-        raise FileExistsError(f"out must not exist, got {str(out)!r}: force=True (--force) replaces it")
-    if is_folder and not (out / f"{RECORD}.json").is_file():
-        raise FileExistsError(f"out must be a folder that an average was written to, got {str(out)!r}: remove it first")
-
-
-def _check_space(out: Path, nbytes: int) -> None:
-    free = shutil.disk_usage(out.absolute().parent).free
-    if free < nbytes:
-        raise OSError(errno.ENOSPC, f"out needs {size_text(nbytes)}, and {size_text(free)} are free", str(out))
 
 
 def _beside(path: str) -> list[Path]:
