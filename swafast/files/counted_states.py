@@ -97,7 +97,7 @@ def _loaded(path: str, key: str | None, allow: Sequence[str]) -> OrderedDict[str
         mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)  # changes of the memory do not reach the file
     finally:
         os.close(descriptor)
-    values = _Values(path, archive, mapped)
+    values = _MappedState(path, archive, mapped)
     try:
         state = OrderedDict((name, values.made(name, value)) for name, value in dict.items(entries))
         set_metadata(state, values.made("_metadata", metadata_of(entries)))
@@ -134,8 +134,8 @@ def _counted_within(entries: dict[Any, Any]) -> str | None:
     return None
 
 
-class _Values:
-    """Makes torch's tensors, and plain values, of what a file's pickle says of them."""
+class _MappedState:
+    """The tensors and plain values of a mapped file, made of what its pickle says of them."""
 
     def __init__(self, path: str, archive: Archive, mapped: mmap.mmap) -> None:
         self._path, self._archive, self._mapped = path, archive, mapped
