@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from swafast.files import agreement, average, averaging, safetensors_files, streaming, summing
+from swafast.files import agreement, average, averaging, placing, safetensors_files, streaming, summing
 from swafast.files.checkpoints import TensorSpec
 from swafast.files.headers import header_bytes
 from swafast.terms import replacing
@@ -338,7 +338,7 @@ def test_a_dry_run_lists_and_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(averaging.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(placing.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(OSError, match=r"out needs 786 kB, and 10 B are free"):
         average(written(tmp_path, MODELS), tmp_path / "out.safetensors")
     assert not list(tmp_path.glob("out*"))

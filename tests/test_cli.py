@@ -81,7 +81,7 @@ def test_average_lists_writes_and_ends_with_2_for_bad_input(tmp_path: Path, monk
     ):
         result = run("average", *arguments)
         assert (result.exit_code, message in result.output) == (2, True), result.output
-    monkeypatch.setattr("swafast.files.averaging.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    monkeypatch.setattr("swafast.files.placing.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
     assert run("average", *inputs, "-o", "new.safetensors").exit_code == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.safetensors", *inputs]
 

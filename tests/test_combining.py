@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from typer.testing import CliRunner, Result
 
 from swafast import EqualAverage, FusedAveragedModel, FusedAverages, cli, load, save
 from swafast.average.planes import fit_planes
-from swafast.files import combining
+from swafast.files import combining, placing
 from swafast.files.averaged_file import read_state
 from swafast.files.combining import combine_files
 from swafast.terms.formats import full_precision
@@ -331,6 +332,9 @@ def test_the_command_refuses_with_the_right_code(
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     result = run("--merge", *two, "-o", out)
     assert (result.exit_code, "No space left" in result.output, out.exists()) == (1, True, False), result.output
+    monkeypatch.setattr(placing.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    result = run("--merge", *two, "-o", out)
+    assert (result.exit_code, "and 0 B are free" in result.output, out.exists()) == (1, True, False), result.output
     assert not list(tmp_path.glob("*.unfinished"))
 
 
