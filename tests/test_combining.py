@@ -320,7 +320,7 @@ def test_the_command_refuses_with_the_right_code(
         (("--window", two[0], two[0], "-o", out), "more models than"),
         (("--merge", two[0], cut, "-o", out), "cut.safetensors"),
         (("--merge", two[0], tmp_path / "none.safetensors", "-o", out), "inputs must exist, got "),
-        (("--merge", two[0], tmp_path / "none.pt", "-o", out), "inputs must exist, got "),
+        (("--merge", cut, tmp_path / "none.pt", "-o", out), "inputs must exist, got "),
         (("--merge", two[0], tmp_path, "-o", out), "inputs must be files, got the folder"),
         (("--merge", two[0], tmp_path / "plain.safetensors", "-o", out), "without counts by swafast average"),
         (("--merge", two[0], tmp_path / "plain.pt", "-o", out), "without counts by swafast average"),

@@ -22,7 +22,7 @@ from ..terms.replacing import replacing
 from ..terms.unmerged import is_statistic
 from ..torch_private.modules import metadata_of, set_metadata
 from .averaged_file import write_state
-from .counted_states import COUNT, CountedState, is_pickled, read_counted
+from .counted_states import COUNT, CountedState, check_files, is_pickled, read_counted
 from .opening import PICKLED_SUFFIXES
 from .placing import check_place, check_space
 
@@ -72,6 +72,7 @@ def combine_files(
     paths = [os.fspath(path) for path in inputs]
     if len(paths) < 2 or (window and len(paths) != 2):
         raise ValueError(f"inputs must be {'two' if window else 'at least two'} files, got {len(paths)}")
+    check_files(paths)
     _check_out(Path(out), force)
     states = [read_counted(path, key, allow) for path in paths]
     last = states[-1]

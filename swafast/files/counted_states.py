@@ -44,6 +44,15 @@ class CountedState:
         return None if "" in self.counts else sorted(prefix.rstrip(".") for prefix in self.counts)
 
 
+def check_files(paths: Sequence[str]) -> None:
+    """Raise OSError unless a file is at each path."""
+    for path in paths:
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"inputs must exist, got {path!r}: there is nothing at this path")
+        if os.path.isdir(path):
+            raise IsADirectoryError(f"inputs must be files, got the folder {path!r}")
+
+
 def read_counted(path: str, key: str | None, allow: Sequence[str]) -> CountedState:
     """Return the state in a file. A file of ``torch.save`` is mapped, and one of :func:`~swafast.save` verified.
 
@@ -51,10 +60,6 @@ def read_counted(path: str, key: str | None, allow: Sequence[str]) -> CountedSta
         ValueError: it is damaged, holds no count, or its state holds an object that is no plain value.
         OSError: it cannot be read.
     """
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"inputs must exist, got {path!r}: there is nothing at this path")
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"inputs must be files, got the folder {path!r}")
     state = _loaded(path, key, allow) if is_pickled(path) else _saved(path)
     counts: dict[str, int] = {}
     for name in [COUNT] if COUNT in state else filter(_is_count, state):
