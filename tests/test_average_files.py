@@ -252,6 +252,9 @@ BAD: dict[str, tuple[Made, dict[str, Any], str]] = {
         {"weights": [0.5, 0.5]},
         "must be one for each of the 3",
     ),
+    "ema": (lambda folder: written(folder, MODELS), {"ema": 1.5}, r"^ema must be in \[0, 1\].* got 1.5"),
+    "power": (lambda folder: written(folder, MODELS), {"power": 0.5}, r"^power must be in \(0, 0.28"),
+    "decay": (lambda folder: written(folder, MODELS), {"decay": "x"}, "^decay must be one of 'linear', 'minus-sqrt'"),
     "two kinds": (lambda folder: written(folder, MODELS), {"ema": 0.5, "power": 0.1}, "got ema and power"),
     "integers": (
         lambda folder: written(folder, MODELS),

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -230,8 +231,10 @@ def _coefficients(count: int, **asked: Any) -> list[float] | None:
     if len(chosen) > 1:
         raise ValueError(f"only one of weights, ema, power and decay may be given, got {' and '.join(chosen)}")
     of: dict[str, Callable[[int, Any], list[float]]] = {
-        **{"weights": coefficients.given, "ema": coefficients.ema},
-        **{"power": coefficients.power, "decay": coefficients.decay},
+        "weights": coefficients.given,
+        "ema": partial(coefficients.ema, argument="ema"),
+        "power": partial(coefficients.power, argument="power"),
+        "decay": partial(coefficients.decay, argument="decay"),
     }
     return next((of[name](count, value) for name, value in chosen.items()), None)
 

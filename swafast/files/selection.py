@@ -25,6 +25,9 @@ class Selected:
 
 Say = Callable[[str], object]
 
+#: Arguments that the command line calls otherwise, as errors spell them.
+_FIRST, _LAST = "first_step (--from)", "last_step (--to)"
+
 
 def select(
     inputs: Sequence[str | os.PathLike[str]],
@@ -58,7 +61,8 @@ def select(
         ValueError: the steps or the metrics cannot be told, or there are too few checkpoints.
         OSError: a folder or a file does not exist or cannot be read.
     """
-    _check_counts(last=last, best=best, min_gap=min_gap, first_step=first_step, last_step=last_step)
+    _check_counts(last=last, best=best, min_gap=min_gap)
+    _check_counts(0, **{_FIRST: first_step, _LAST: last_step})
     _check_together(last, first_step, last_step, metric, best, lower_is_better)
     paths = [os.fspath(path) for path in inputs]
     if not paths:
@@ -76,9 +80,8 @@ def select(
     return [Selected(each.path, each.step, each.metric) for each in found]
 
 
-def _check_counts(**given: int | None) -> None:
+def _check_counts(least: int = 1, /, **given: int | None) -> None:
     for name, value in given.items():
-        least = 0 if name.endswith("_step") else 1
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise TypeError(f"{name} must be an int, got {value!r}")
         if value is not None and value < least:
@@ -94,13 +97,13 @@ def _check_together(
     lower_is_better: bool | None,
 ) -> None:
     if first_step is not None and last_step is not None and first_step > last_step:
-        raise ValueError(f"first_step must be at most last_step, got {first_step} and {last_step}")
+        raise ValueError(f"{_FIRST} must be at most {_LAST}, got {first_step} and {last_step}")
     if (metric is None) != (best is None):
         raise ValueError("metric and best must be given together: the field, and how many checkpoints to take")
     if metric is not None and not metric.strip():
         raise ValueError("metric must be the name of a field, got an empty one")
     if last is not None and best is not None:
-        raise ValueError("last and best must not be given together: use first_step (--from) with best")
+        raise ValueError(f"last and best must not be given together: use {_FIRST} with best")
     if lower_is_better is not None and metric is None:
         raise ValueError("lower_is_better must be given with metric, got it alone")
 
@@ -163,8 +166,11 @@ def _between(found: list[Candidate], first: int | None, last: int | None) -> lis
     low, high = first or 0, math.inf if last is None else last
     kept = [each for each in found if each.step is not None and low <= each.step <= high]
     if not kept:
+        given = {name: step for name, step in ((_FIRST, first), (_LAST, last)) if step is not None}
+        steps = [f"{each.name!r} has the step {each.step}" for each in (found[0], *found[1:][-1:])]
         raise ValueError(
-            f"first_step and last_step must leave a checkpoint, but steps are from {found[0].step} to {found[-1].step}"
+            f"{' and '.join(given)} must leave a checkpoint, got {' and '.join(map(str, given.values()))}, and "
+            + " and ".join(steps)
         )
     return kept
 
