@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from swafast import cli
-from swafast.files import metrics, selection, step_names
+from swafast.files import average, metrics, selection, step_names
 from swafast.files.metrics import is_lower_better
 from swafast.files.selection import Selected, select
 from swafast.files.step_names import counts_of
@@ -185,6 +185,59 @@ def test_what_is_no_checkpoint_is_skipped_and_said(tmp_path: Path) -> None:
     ):
         assert words in said
     assert "hidden" not in said
+
+
+@pytest.mark.parametrize("name", ["checkpoint_9.safetensors", "checkpoint_9.pt", "checkpoint_9", "x.pt"])
+def test_averages_in_the_folder_of_a_training_are_skipped(name: str, tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_file({"a": np.float32([step])}, tmp_path / f"checkpoint_{step}.safetensors")
+    average([tmp_path], tmp_path / name, last=2)
+    lines: list[str] = []
+    assert [each.step for each in select([tmp_path], last=2, say=lines.append)] == [1, 2]
+    assert lines == [f"skipped in {tmp_path}: {name!r} (averages that swafast wrote)"]
+    listed = sorted(tmp_path.iterdir())
+    assert [each.step for each in select(listed, last=2, say=lines.append)] == [1, 2]
+    assert lines[1] == f"skipped: {str(tmp_path / name)!r} (averages that swafast wrote)"
+    assert len(select(listed)) == 3  # listed without an option, it is averaged
+    for step in (1, 2):
+        (tmp_path / f"checkpoint_{step}.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"without any: .*that swafast wrote\). List them"):
+        select([tmp_path])
+    with pytest.raises(ValueError, match=r"to select from, got .*that swafast wrote"):
+        select([tmp_path / name] * 2, last=1)
+
+
+def test_copies_in_a_list_are_skipped_where_an_option_selects(tmp_path: Path) -> None:
+    put(tmp_path, "s1.pt", "s2.pt", "best.pt", "optimizer.pt")
+    lines: list[str] = []
+    assert named(select(sorted(tmp_path.iterdir()), last=2, say=lines.append), tmp_path) == ["s1.pt", "s2.pt"]
+    assert [line.rpartition(" (")[2] for line in lines] == [
+        "copies or means of others)",
+        "states of a training, no weights)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        (
+            ["a", "b"],
+            "got the folder 'a' with 's1.pt', 's2.pt' among 2 inputs: give one folder",
+        ),
+        (["a/s1.pt", "0.7"], "got '0.7': weights are one text with commas, as in --weights 0.3,0.7"),
+        (["a/*.pth"], "got 'a/*.pth': no name fits this pattern, or it is in quotes"),
+        (["a/none.pt"], "got 'a/none.pt': there is nothing at this path"),
+        (["model-00001-of-00002.safetensors"], "which is one of 2 files of a checkpoint: give its folder or its index"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_inputs_that_were_meant_otherwise(
+    inputs: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, "a/s1.pt", "a/s2.pt", "b/s1.pt", "b/s2.pt", "model-00001-of-00002.safetensors")
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(words)):
+        select(inputs)
 
 
 def test_names_of_a_series_with_best_are_checkpoints(tmp_path: Path) -> None:

@@ -166,7 +166,8 @@ def average(
             say(line)
         if not dry_run:
             _check_space(Path(path), report.nbytes_written)
-            metadata = {"format": "pt", **opened[0].metadata, RECORD: _record(paths, factors)}
+            record = {RECORD: _record(paths, factors)}
+            metadata = {**record, "format": "pt", **opened[0].metadata, **record}  # in this order: see RECORD
             plan = OutputPlan([it.spec for it in tensors], aliases, metadata)
             beside = _beside(paths[-1]) if form == "folder" else []
             output = create_output(path, plan, form=form, shard_nbytes=shard_nbytes, copied=beside, like=opened[0])

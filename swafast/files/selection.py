@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..terms.misfits import few
-from .candidates import Candidate, children, listed
+from .candidates import Candidate, children, listed, without_others
 from .metrics import Metrics, is_lower_better
 from .step_names import Counted, counts_of
 
@@ -125,8 +125,9 @@ def _of_folder(parent: str, options: bool, say: Say) -> list[Candidate]:
 
 
 def _of_list(paths: list[str], by_step: bool, by_metric: bool, say: Say) -> list[Candidate]:
-    found = _counted(listed(paths), required=by_step)
-    if by_step or by_metric:
+    selects = by_step or by_metric
+    found = _counted(listed(without_others(paths, say) if selects else paths), required=by_step)
+    if selects:
         return _ordered(found)
     if found != _ordered(found):  # a shell lists checkpoint-1000 before checkpoint-500
         say("the inputs are averaged in the order in which they are listed, which is not that of their steps")
