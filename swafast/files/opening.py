@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .checkpoints import Checkpoint, Output, OutputPlan, TensorSpec
 from .distributed_files import DistributedCheckpoint, DistributedOutput
+from .entries import no_prefix
 from .safetensors_files import INDEX_SUFFIX, SafetensorsOutput, open_safetensors
 from .torch_files import TorchCheckpoint, TorchOutput
 
@@ -87,6 +88,8 @@ class StrippedCheckpoint:
 
     def __init__(self, opened: Checkpoint, prefix: str) -> None:
         self.path, self._opened = opened.path, opened
+        has_prefix = any(name.startswith(prefix) for name in opened.specs)
+        self.notes = [] if has_prefix else [no_prefix(opened.path, prefix)]
         self.metadata: Mapping[str, str] = opened.metadata
         self._names = {name.removeprefix(prefix): name for name in opened.specs}
         if len(self._names) != len(opened.specs):
@@ -123,7 +126,7 @@ def create_output(
         like: the first input.
     """
     if form == "distributed":
-        return DistributedOutput(path, plan)
+        return DistributedOutput(path, plan, like)
     if form == "pickled":
         return TorchOutput(path, plan, like)
     if form == "file":

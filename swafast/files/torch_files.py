@@ -47,7 +47,7 @@ class TorchCheckpoint:
             self._require_zip()
             archive = Archive(self._descriptor, 0, os.fstat(self._descriptor).st_size, path, allow)
             self.metadata: Mapping[str, str] = strings_in(getattr(archive.value, METADATA, None))
-            entries, self.notes = chosen_entries(archive.value, path, key)
+            entries, _, self.notes = chosen_entries(archive.value, path, key, StridedView)
             self.module_versions = _versions_in(entries, strip)
             views = chosen_tensors(entries, path, strip, StridedView, self.notes)
             self.specs: dict[str, TensorSpec] = {}
