@@ -246,7 +246,11 @@ BAD: dict[str, tuple[Made, dict[str, Any], str]] = {
         "the file n.safetensors has the tensor 'a', and the index says that m.safetensors has it",
     ),
     "beside an index": (with_index({"a": "m.safetensors"}, m={**A, **B}), {}, "'b', and the index does not name it"),
-    "a missing shard": (with_index({"a": "m.safetensors", "b": "n.safetensors"}, m=A), {}, "n.safetensors"),
+    "a missing shard": (
+        with_index({"a": "m.safetensors", "b": "n.safetensors"}, m=A),
+        {},
+        "files that do not exist: 'n.s",
+    ),
     "weights": (
         lambda folder: written(folder, MODELS),
         {"weights": [0.5, 0.5]},

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 
+from ..terms.misfits import few
 from ..terms.replacing import replacing, replacing_folder
 from .checkpoints import RECORD, OutputPlan, TensorSpec
 from .descriptors import give_up, open_regular, read_fully, write_fully
@@ -35,6 +36,9 @@ class SafetensorsCheckpoint:
         self.aliases: Mapping[str, str] = {}
         specs: dict[str, TensorSpec] = {}
         self._places: dict[str, _Shard] = {}
+        missing = [name for name, file in files.items() if not file.exists()]
+        if missing and placed is not None:
+            raise FileNotFoundError(f"{path}: the index names files that do not exist: {few(missing)}. Copy them there")
         shards = {name: _Shard(file) for name, file in files.items()}
         for name, shard in shards.items():
             for tensor, spec in shard.header.specs.items():

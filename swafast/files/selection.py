@@ -207,10 +207,7 @@ def _best(found: list[Candidate], field: str, count: int, lower: bool | None, sa
     valued = min(by_kind, key=lambda each: sum(one.metric is None for one in each))
     missing = [each.name for each in valued if each.metric is None]
     if missing:
-        raise ValueError(
-            f"metric must be a field with a value for each checkpoint, got {field!r}, which {few(missing)} lack: "
-            "neither the names nor JSON, CSV or YAML beside them have it. List the checkpoints to average"
-        )
+        raise ValueError(_no_value(metrics, missing, found))
     usable = [each for each in valued if each.metric is not None and math.isfinite(each.metric)]
     if len(usable) < len(valued):
         say(f"left out, since {field} is not finite: {few([each.name for each in valued if each not in usable])}")
@@ -225,3 +222,13 @@ def _best(found: list[Candidate], field: str, count: int, lower: bool | None, sa
     if places.index(border[-1]) >= count:
         say(f"{few([usable[place].name for place in sorted(border)])} have the same {field}: the newer are taken")
     return [usable[place] for place in sorted(places[:count])]
+
+
+def _no_value(metrics: Metrics, missing: list[str], found: list[Candidate]) -> str:
+    where = "; ".join(metrics.fields()) or "the names have none, and there is no JSON, CSV or YAML beside them"
+    column = "epoch" if any(each.counted and each.counted.kind == "epoch" for each in found) else "step"
+    return (
+        f"metric must be a field with a value for each checkpoint, got {metrics.field!r}, without one for "
+        f"{few(missing)}: {where}. Values in the checkpoints themselves are not read. Write them to metrics.csv there, "
+        f"with the first line {column},{metrics.field}; or list the checkpoints to average"
+    )
