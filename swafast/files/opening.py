@@ -113,7 +113,14 @@ class StrippedCheckpoint:
 
 
 def create_output(
-    path: str, plan: OutputPlan, *, form: str, shard_nbytes: int | None, copied: Sequence[Path], like: Checkpoint
+    path: str,
+    plan: OutputPlan,
+    *,
+    form: str,
+    shard_nbytes: int | None,
+    copied: Sequence[Path],
+    texts: Mapping[str, str],
+    like: Checkpoint,
 ) -> Output:
     """Begin an output beside its place.
 
@@ -123,6 +130,7 @@ def create_output(
         form: what :func:`output_form` has returned.
         shard_nbytes: of each file in a folder, at most. None: 5 GB.
         copied: small files that go into a folder of safetensors too.
+        texts: what is in some of these there, by name.
         like: the first input.
     """
     if form == "distributed":
@@ -131,7 +139,7 @@ def create_output(
         return TorchOutput(path, plan, like)
     if form == "file":
         return SafetensorsOutput(path, plan)
-    return SafetensorsOutput(path, plan, shard_nbytes or SHARD_NBYTES, copied)
+    return SafetensorsOutput(path, plan, shard_nbytes or SHARD_NBYTES, copied, texts)
 
 
 def output_form(path: str, shard_nbytes: int | None, first_input: str) -> str:

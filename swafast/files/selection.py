@@ -127,11 +127,7 @@ def _of_folder(parent: str, options: bool, say: Say) -> list[Candidate]:
 def _of_list(paths: list[str], by_step: bool, by_metric: bool, say: Say) -> list[Candidate]:
     selects = by_step or by_metric
     found = _counted(listed(without_others(paths, say) if selects else paths), required=by_step)
-    if selects:
-        return _ordered(found)
-    if found != _ordered(found):  # a shell lists checkpoint-1000 before checkpoint-500
-        say("the inputs are averaged in the order in which they are listed, which is not that of their steps")
-    return found
+    return _ordered(found) if selects else found
 
 
 # By steps
