@@ -207,6 +207,13 @@ def test_averages_in_the_folder_of_a_training_are_skipped(name: str, tmp_path: P
         select([tmp_path / name] * 2, last=1)
 
 
+def test_a_file_that_is_listed_twice_is_said(tmp_path: Path) -> None:
+    put(tmp_path, "s1.pt", "s2.pt")
+    lines: list[str] = []
+    assert len(select([tmp_path / name for name in ("s1.pt", "s2.pt", "s1.pt")], say=lines.append)) == 3
+    assert lines == [f"listed more than once, and counted as often: {str(tmp_path / 's1.pt')!r}"]
+
+
 def test_copies_in_a_list_are_skipped_where_an_option_selects(tmp_path: Path) -> None:
     put(tmp_path, "s1.pt", "s2.pt", "best.pt", "optimizer.pt")
     lines: list[str] = []

@@ -126,6 +126,9 @@ def _of_folder(parent: str, options: bool, say: Say) -> list[Candidate]:
 
 def _of_list(paths: list[str], by_step: bool, by_metric: bool, say: Say) -> list[Candidate]:
     selects = by_step or by_metric
+    twice = few([path for path in dict.fromkeys(paths) if paths.count(path) > 1])
+    if twice:
+        say(f"listed more than once, and counted as often: {twice}")
     found = _counted(listed(without_others(paths, say) if selects else paths), required=by_step)
     return _ordered(found) if selects else found
 
