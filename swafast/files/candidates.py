@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..terms.misfits import few
-from .step_names import Counted, has_step, stem_of
+from .step_names import Counted, copies_among, has_step, stem_of
 
 #: Reasons why a file or folder among checkpoints is none.
 _HIDDEN, _OTHER, _SHARD = "hidden", "no checkpoint", "shards of a checkpoint"
@@ -19,7 +19,8 @@ _OWN = "weights of the folder itself"
 _NAMES = {
     _UNFINISHED: re.compile(r".*\.(unfinished|incomplete|partial|part|tmp)|tmp|tmp[-_.].*|.*_tmp"),
     _STATE: re.compile(
-        r"((lr_?)?schedulers?|(grad_)?scaler|random_states?|training_args|train|args|trainer_state)([-_]\d+)?"
+        r"((lr_?)?schedulers?|samplers?|dl_state_dict|(grad_)?scaler|random_states?|training_args|train|args"
+        r"|trainer_state)([-_]\d+)?"
         r"|rng(_states?)?([-_].*)?|optim(izer)?s?([-_.].*)?|.*optim(izer)?_states?|zero_pp_rank_.*"
     ),
 }
@@ -81,6 +82,9 @@ def children(parent: str, say: Callable[[str], object]) -> tuple[list[Candidate]
             skipped[reason].append(name)
         else:
             found.append(Candidate(content, path))
+    for copy in copies_among([each.name for each in found]):
+        skipped[_COPY].append(copy)
+    found = [each for each in found if each.name not in skipped.get(_COPY, ())]
     is_checkpoint = _OWN in skipped
     if not found and not is_checkpoint:
         lines = [f"{few(names)} ({reason})" for reason, names in sorted(skipped.items())]
@@ -122,6 +126,7 @@ def _checkpoint_in(folder: str, *, may_descend: bool = True) -> str | None:
     paths = [path for name in names if _reason(name, is_folder=False) in ("", _OWN, _COPY)
              if os.path.isfile(path := os.path.join(folder, name))]  # fmt: skip
     if not paths and may_descend:  # OLMo-core has its weights one folder further down
-        folders = [path for name in names if os.path.isdir(path := os.path.join(folder, name))]
+        folders = [path for name in names if _reason(name, is_folder=True) in ("", _OWN, _COPY)
+                   if os.path.isdir(path := os.path.join(folder, name))]  # fmt: skip
         paths = [found for each in folders if (found := _checkpoint_in(each, may_descend=False)) is not None]
     return paths[0] if len(paths) == 1 else None

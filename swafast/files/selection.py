@@ -192,17 +192,13 @@ def _enough(found: list[Candidate], count: int, argument: str) -> list[Candidate
 def _best(found: list[Candidate], field: str, count: int, lower: bool | None, say: Say) -> list[Candidate]:
     lower = is_lower_better(field) if lower is None else lower
     metrics = Metrics(field)
-    # All by their steps or all by their epochs, never mixed.
-    by_kind = [
-        [replace(each, metric=metrics.of(each.place, each.counted, by_epoch=by_epoch)) for each in found]
-        for by_epoch in (False, True)
-    ]
-    valued = min(by_kind, key=lambda each: sum(one.metric is None for one in each))
+    values = metrics.of([each.place for each in found], [each.counted for each in found])
+    valued = [replace(each, metric=value) for each, value in zip(found, values, strict=True)]
     missing = [each.name for each in valued if each.metric is None]
     if missing:
         raise ValueError(
             f"metric must be a field with a value for each checkpoint, got {field!r}, which {few(missing)} lack: "
-            "neither the names nor JSON, CSV or YAML beside them have it. List the checkpoints to average"
+            "neither the names nor JSON, CSV or YAML beside them have a value for each. List the checkpoints to average"
         )
     usable = [each for each in valued if each.metric is not None and math.isfinite(each.metric)]
     if len(usable) < len(valued):
