@@ -65,18 +65,28 @@ def demo(
     run(Settings(num_seeds=seeds, epochs=epochs), out, json)
 
 
+def _whole(text: str) -> int:
+    """Parse a whole number, as names of checkpoints have it: ``2k`` too."""
+    from .files.step_names import whole_number
+
+    number = whole_number(text.lower())
+    if number is None:
+        raise typer.BadParameter(f"must be a whole number such as 2000 or 2k, got {text!r}")
+    return number
+
+
 @app.command("average")
 def average_checkpoints(
     inputs: Annotated[
         list[str], typer.Argument(metavar="INPUT...", help="Checkpoints, oldest first, or one folder of checkpoints.")
     ],
     out: Annotated[str, typer.Option("-o", "--out", metavar="OUT", help="*.safetensors, *.pt, or a folder.")],
-    last: Annotated[int | None, typer.Option(metavar="K", help="The last K.")] = None,
-    first_step: Annotated[int | None, typer.Option("--from", metavar="STEP", help="From this step on.")] = None,
-    last_step: Annotated[int | None, typer.Option("--to", metavar="STEP", help="Up to this step.")] = None,
-    min_gap: Annotated[int | None, typer.Option(metavar="N", help="Steps at least N apart.")] = None,
+    last: Annotated[int | None, typer.Option(metavar="K", parser=_whole, help="The last K.")] = None,
+    first_step: Annotated[int | None, typer.Option("--from", metavar="STEP", parser=_whole, help="From it on.")] = None,
+    last_step: Annotated[int | None, typer.Option("--to", metavar="STEP", parser=_whole, help="Up to it.")] = None,
+    min_gap: Annotated[int | None, typer.Option(metavar="N", parser=_whole, help="Steps at least N apart.")] = None,
     metric: Annotated[str | None, typer.Option(metavar="FIELD", help="Choose by this metric, with --best.")] = None,
-    best: Annotated[int | None, typer.Option(metavar="K", help="The best K by --metric.")] = None,
+    best: Annotated[int | None, typer.Option(metavar="K", parser=_whole, help="The best K by --metric.")] = None,
     lower_is_better: Annotated[
         bool | None, typer.Option("--lower-is-better/--higher-is-better", help="Which values of --metric are best.")
     ] = None,

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -36,6 +37,8 @@ _TABLES = ("trainer_state.json", "summary.csv", "metrics.csv", "metrics.jsonl", 
 #: Files of one checkpoint, in its folder.
 _OWN_FILES = ("metrics.json", "eval_results.json", "all_results.json", "results.json")
 
+#: How many files a message lists, and how many fields of each.
+_MOST_FILES, _MOST_FIELDS = 3, 12
 #: What is read of a file at most. The metrics of a training take less.
 _MOST_BYTES = 256 << 20
 
@@ -61,6 +64,7 @@ class Metrics:
 
     def __init__(self, field: str) -> None:
         self.field = field
+        self._fields: dict[str, dict[str, None]] = defaultdict(dict)  # of each file, by its name
         self._rows: dict[str, list[Mapping[str, Any]]] = {}
 
     def of(self, places: Sequence[str], counts: Sequence[Counted | None]) -> list[float | None]:
@@ -100,6 +104,18 @@ class Metrics:
         files = [os.path.join(path, each) for each in _OWN_FILES]
         return self._in_files([*files, f"{stem}.json", f"{stem}.yaml", f"{stem}.yml"])
 
+    def fields(self) -> list[str]:
+        """Return a line for each kind of file that was read: the fields that it has."""
+        lines = []
+        for name, fields in [*self._fields.items()][:_MOST_FILES]:
+            some = [*fields][:_MOST_FIELDS]
+            lines.append(f"{name} has {', '.join(some)}" + (" and others" if len(fields) > len(some) else ""))
+        return lines
+
+    def _note(self, path: str, found: Any) -> None:
+        if isinstance(found, Mapping):
+            self._fields[os.path.basename(path)] |= dict.fromkeys(filter(None, map(str, found)))
+
     def _in_name(self, name: str) -> float | None:
         """Return the value in a name such as ``epoch=3-val_loss=0.23.ckpt``. ``loss`` is not the field there."""
         field = rf"(?<![a-z])(?<![a-z][-_.]){re.escape(_normal(self.field))}"
@@ -118,22 +134,27 @@ class Metrics:
     def _in_files(self, paths: Iterable[str]) -> float | None:
         for path in filter(os.path.isfile, paths):
             if path.endswith(".json"):
-                value = _number(_looked_up(_json(path), self.field))
+                found = _json(path)
+                self._note(path, found)
+                value = _number(_looked_up(found, self.field))
             else:
-                value = self._in_yaml(_text(path))
+                value = self._in_yaml(path)
             if value is not None:
                 return value
         return None
 
-    def _in_yaml(self, text: str) -> float | None:
+    def _in_yaml(self, path: str) -> float | None:
         """Return the value of the one line of the field, under its parts if it has some; YAML is not read otherwise."""
         found = []
         parents: list[tuple[int, str]] = []  # the indent and the key of each line that this one is under
-        for indent, key, value in re.findall(r"^( *)([^\s:#]+) *:(?: +(\S+))? *(?: #.*)?$", text, re.MULTILINE):
+        for indent, key, value in re.findall(r"^( *)([^\s:#]+) *:(?: +(\S+))? *(?: #.*)?$", _text(path), re.MULTILINE):
             while parents and parents[-1][0] >= len(indent):
                 parents.pop()
             parents.append((len(indent), key))
-            if f".{'.'.join(each for _, each in parents)}".endswith(f".{self.field}"):
+            field = ".".join(each for _, each in parents)
+            if value:
+                self._note(path, {field: value})
+            if f".{field}".endswith(f".{self.field}"):
                 found.append(re.sub(r"\.(nan|inf)$", r"\1", value.lower()))
         return _number(found[0]) if len(found) == 1 else None
 
@@ -144,7 +165,10 @@ class Metrics:
         paths = (os.path.join(folder, each) for folder in folders for each in _TABLES)
         for path in filter(os.path.isfile, paths):
             if path not in self._rows:
-                self._rows[path] = [row for row in _rows(path) if _number(_looked_up(row, self.field)) is not None]
+                rows = _rows(path)
+                for row in rows:
+                    self._note(path, row)
+                self._rows[path] = [row for row in rows if _number(_looked_up(row, self.field)) is not None]
             # A training that was resumed has written the row of a step again.
             for row in reversed(self._rows[path]):
                 numbers = (_number(row.get(column)) for column in columns)

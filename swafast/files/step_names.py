@@ -99,12 +99,15 @@ def _parsed(name: str) -> tuple[str, list[_Number]]:
         kind = _KIND_OF.get(word[1], "") if word is not None else ""
         if word is not None and not kind:  # ``globalstep500``
             kind = next((_KIND_OF[each] for each in _ENDS if word[1].endswith(each)), "")
-        numbers.append(_Number(_whole(match[0]), kind, not kind and before.endswith("=")))
+        numbers.append(_Number(whole_number(match[0]), kind, not kind and before.endswith("=")))
     return _NUMBER.sub("#", text), numbers
 
 
-def _whole(text: str) -> int | None:
-    if text[-1] in _UNITS and text[0].isdecimal():
+def whole_number(text: str) -> int | None:
+    """Return the whole number that a text is, as in ``500`` or ``10k``; None: it is none."""
+    if not _NUMBER.fullmatch(text):
+        return None
+    if text[-1] in _UNITS:
         value = float(text[:-1]) * _UNITS[text[-1]]
         return round(value) if math.isfinite(value) else None
     return int(text) if text.isdecimal() else None

@@ -11,7 +11,7 @@ from typing import Any
 from ..terms.replacing import replacing
 from ..torch_private.pickled import MODULE_VERSIONS
 from .archives import Archive, ArchiveLayout, PartialChecksum
-from .checkpoints import ITEMSIZES, Checkpoint, OutputPlan, TensorSpec
+from .checkpoints import ITEMSIZES, RECORD, Checkpoint, OutputPlan, TensorSpec
 from .descriptors import give_up, open_regular, read_fully, write_fully
 from .entries import chosen_entries, chosen_tensors
 from .pickles import DTYPES, Call, StridedView, pickled, view_to_pickle
@@ -47,7 +47,7 @@ class TorchCheckpoint:
             self._require_zip()
             archive = Archive(self._descriptor, 0, os.fstat(self._descriptor).st_size, path, allow)
             self.metadata: Mapping[str, str] = strings_in(getattr(archive.value, METADATA, None))
-            entries, self.notes = chosen_entries(archive.value, path, key)
+            entries, _, self.notes = chosen_entries(archive.value, path, key, StridedView)
             self.module_versions = _versions_in(entries, strip)
             views = chosen_tensors(entries, path, strip, StridedView, self.notes)
             self.specs: dict[str, TensorSpec] = {}
@@ -148,7 +148,8 @@ class TorchOutput:
         if versions:
             state[MODULE_VERSIONS] = versions
         data = pickled(Call(("collections", "OrderedDict"), (), views, state or None))
-        self._layout = ArchiveLayout(data, [spec.nbytes for spec in plan.specs])
+        folder = RECORD if RECORD in plan.metadata else None
+        self._layout = ArchiveLayout(data, [spec.nbytes for spec in plan.specs], folder=folder)
         self._places = {
             spec.name: (offset, PartialChecksum())
             for spec, offset in zip(plan.specs, self._layout.offsets, strict=True)
