@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..terms.misfits import few
 from .checkpoints import RECORD
-from .step_names import Counted, has_step, stem_of
+from .step_names import Counted, copies_among, has_step, stem_of
 
 #: Reasons why a file or folder among checkpoints is none.
 _HIDDEN, _OTHER, _SHARD = "hidden", "no checkpoint", "shards of a checkpoint"
@@ -22,7 +22,8 @@ _OWN = "weights of the folder itself"
 _NAMES = {
     _UNFINISHED: re.compile(r".*\.(unfinished|incomplete|partial|part|tmp)|tmp|tmp[-_.].*|.*_tmp"),
     _STATE: re.compile(
-        r"((lr_?)?schedulers?|(grad_)?scaler|random_states?|training_args|train|args|trainer_state)([-_]\d+)?"
+        r"((lr_?)?schedulers?|samplers?|dl_state_dict|(grad_)?scaler|random_states?|training_args|train|args"
+        r"|trainer_state)([-_]\d+)?"
         r"|rng(_states?)?([-_].*)?|optim(izer)?s?([-_.].*)?|.*optim(izer)?_states?|zero_pp_rank_.*"
     ),
 }
@@ -99,12 +100,15 @@ def _advice(path: str) -> str:
 def without_others(paths: Sequence[str], say: Callable[[str], object]) -> list[str]:
     """Return the paths without those that a folder of checkpoints would be read without. Say what is skipped."""
     skipped = defaultdict(list)
-    for path in paths:
-        reason = _reason(os.path.basename(path), os.path.isdir(path)) or (_AVERAGE if _is_average(path) else "")
+    names = {path: os.path.basename(os.path.abspath(path)) for path in paths}
+    copies = copies_among([*names.values()])
+    for path, name in names.items():
+        reason = _COPY if name in copies else _reason(name, os.path.isdir(path))
+        reason = reason or (_AVERAGE if _is_average(path) else "")
         if reason in (_UNFINISHED, _STATE, _COPY, _AVERAGE):
             skipped[reason].append(path)
-    kept = [path for path in paths if not any(path in names for names in skipped.values())]
-    lines = [f"{few(names)} ({reason})" for reason, names in sorted(skipped.items())]
+    kept = [path for path in paths if not any(path in others for others in skipped.values())]
+    lines = [f"{few(others)} ({reason})" for reason, others in sorted(skipped.items())]
     if not kept:
         raise ValueError(f"inputs must have checkpoints to select from, got {'; '.join(lines)}")
     for line in lines:
@@ -143,6 +147,9 @@ def _sorted_out(parent: str) -> tuple[list[Candidate], dict[str, list[str]], boo
             skipped[reason].append(name)
         else:
             found.append(Candidate(content, path))
+    for copy in copies_among([each.name for each in found]):
+        skipped[_COPY].append(copy)
+    found = [each for each in found if each.name not in skipped.get(_COPY, ())]
     return found, skipped, _OWN in skipped
 
 
@@ -186,6 +193,7 @@ def _checkpoint_in(folder: str, *, may_descend: bool = True) -> str | None:
     paths = [path for name in names if _reason(name, is_folder=False) in ("", _OWN, _COPY)
              if os.path.isfile(path := os.path.join(folder, name))]  # fmt: skip
     if not paths and may_descend:  # OLMo-core has its weights one folder further down
-        folders = [path for name in names if os.path.isdir(path := os.path.join(folder, name))]
+        folders = [path for name in names if _reason(name, is_folder=True) in ("", _OWN, _COPY)
+                   if os.path.isdir(path := os.path.join(folder, name))]  # fmt: skip
         paths = [found for each in folders if (found := _checkpoint_in(each, may_descend=False)) is not None]
     return paths[0] if len(paths) == 1 else None

@@ -198,12 +198,8 @@ def _enough(found: list[Candidate], count: int, argument: str) -> list[Candidate
 def _best(found: list[Candidate], field: str, count: int, lower: bool | None, say: Say) -> list[Candidate]:
     lower = is_lower_better(field) if lower is None else lower
     metrics = Metrics(field)
-    # All by their steps or all by their epochs, never mixed.
-    by_kind = [
-        [replace(each, metric=metrics.of(each.place, each.counted, by_epoch=by_epoch)) for each in found]
-        for by_epoch in (False, True)
-    ]
-    valued = min(by_kind, key=lambda each: sum(one.metric is None for one in each))
+    values = metrics.of([each.place for each in found], [each.counted for each in found])
+    valued = [replace(each, metric=value) for each, value in zip(found, values, strict=True)]
     missing = [each.name for each in valued if each.metric is None]
     if missing:
         raise ValueError(_no_value(metrics, missing, found))
