@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from swafast.files import archives, pickles, strided
+from swafast.files import archives, pickles, strided, written_pickles
 from swafast.files.archives import PartialChecksum
 from swafast.files.checkpoints import OutputPlan
 from swafast.files.torch_files import TorchCheckpoint, TorchOutput
@@ -106,7 +106,7 @@ def test_tied_tensors_become_aliases(path: str) -> None:
         ({"module": {"d": 1.0}, "model": {"c": 1.0}}, None, ["c"]),
         ({"model": 3, "module": {"d": 1.0}}, None, ["d"]),
         ({"a": 1.0, "model.b": 1.0}, None, ["a", "model.b"]),
-        ({"n_averaged": 3.0, "module.a": 1.0, "remainder.a": 1.0}, None, ["a"]),
+        ({"n_averaged": 3.0, "module.a": 1.0, "remainder.b": 1.0}, None, ["a"]),
         ({"state": {"ema": {"a": 1.0}}, "model": {"c": 1.0}}, "state.ema", ["a"]),
         ({"state.ema": {"a": 1.0}, "state": {"ema": {"b": 1.0}}}, "state.ema", ["a"]),
         ({"state": {"em.a": {"b": 1.0}}}, "state.em.a", ["b"]),
@@ -181,9 +181,11 @@ def save_compressed(path: str) -> None:
 
 
 def rebuilt(offset: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> bytes:
-    view = pickles.view_to_pickle("0", "F32", (2,))
+    view = written_pickles.view_to_pickle("0", "F32", (2,))
     assert view.args is not None
-    return pickles.pickled({"a": pickles.Call(view.name, (view.args[0], offset, sizes, strides, False, {}))})
+    return written_pickles.pickled(
+        {"a": written_pickles.Call(view.name, (view.args[0], offset, sizes, strides, False, {}))}
+    )
 
 
 def save_legacy(path: str) -> None:
@@ -213,20 +215,23 @@ REFUSED: dict[str, tuple[Callable[[str], object], str]] = {
     "a cut file": (save_cut, "a.pt is damaged: it is not a whole archive"),
     "text": (written(b"hello"), "must be a file of torch.save, got one that begins with b'hell'"),
     "nothing": (written(b""), "must be a file of torch.save"),
-    "compressed": (save_compressed, "got a/data/0 compressed: save it anew"),
+    "compressed": (save_compressed, "got a/data.pkl compressed: save it anew"),
     "a whole model": (saved(nn.Linear(2, 2)), "got the global 'torch.nn.modules.linear.Linear'"),
     "a tensor": (saved(torch.ones(2)), "must hold a state dict, got StridedView: save model.state_dict()"),
     "no tensors": (saved({"epoch": 1}), "must hold tensors by name, got 'epoch'"),
     "another dict": (saved({"net": {"a": torch.ones(1)}}), r"got 'net': pass key='net' or another \(--key net\)"),
     "sparse": (saved({"a": torch.eye(2).to_sparse()}), "dense tensors, got for 'a' one of .*_rebuild_sparse_tensor"),
-    "conjugated": (saved({"a": torch.ones(2, dtype=torch.complex64).conj()}), r"save its resolve_conj\(\)"),
+    "conjugated": (saved({"a": torch.ones(2, dtype=torch.complex64).conj()}), r"for 'a' .*resolve_conj\(\)"),
     "complex128": (
         saved({"a": torch.ones(2, dtype=torch.complex128)}),
         "dtypes that safetensors has, got ComplexDouble",
     ),
     "a view past its storage": (save_as(rebuilt(1, (2,), (1,))), "'a' is damaged: its storage has 8 bytes"),
     "strides past its storage": (save_as(rebuilt(0, (2,), (1 << 61,))), "'a' is damaged: its storage has 8 bytes"),
-    "a negative offset": (save_as(rebuilt(-1, (2,), (1,))), "is damaged: its pickle cannot be read .* offset -1"),
+    "a negative offset": (
+        save_as(rebuilt(-1, (2,), (1,))),
+        "is damaged: its pickle cannot be read .* no sizes, strides and offset that",
+    ),
     "a long memo": (save_as(LONG_MEMO), "must hold tensors by name, got nothing"),
     "a large bytearray": (save_as(BYTEARRAY), "is damaged: its pickle cannot be read"),
     "half a pickle": (save_as(b"\x80\x02}("), "is damaged: its pickle cannot be read"),
@@ -267,14 +272,14 @@ def test_a_planted_unpickler_that_imports_is_seen(path: str, tmp_path: Path, mon
 
 def test_a_pickle_cannot_change_what_was_read(path: str) -> None:
     """A pickle may set attributes of what it made: of a tensor, and of the dict whose items are read."""
-    view = pickles.view_to_pickle("0", "F32", (2,))
-    body = pickles.pickled({"a": view})[2:-1]
+    view = written_pickles.view_to_pickle("0", "F32", (2,))
+    body = written_pickles.pickled({"a": view})[2:-1]
     changed = b"\x80\x02" + body[:-1] + b"}X\x06\0\0\0offsetK\x07sbu."  # BUILD on the tensor
     save_as(changed)(path)
     with pytest.raises(ValueError, match="damaged"):
         TorchCheckpoint(path)
     state = {"items": 3, "keys": 3, "get": 3, names.MODULE_VERSIONS: {"a": {"version": "x"}, "b": 3}}
-    save_as(pickles.pickled(pickles.Call(("collections", "OrderedDict"), (), {"a": view}, state)))(path)
+    save_as(written_pickles.pickled(written_pickles.Call(("collections", "OrderedDict"), (), {"a": view}, state)))(path)
     checkpoint = TorchCheckpoint(path)
     require_holds(checkpoint, {"a": torch.ones(2)})
     assert checkpoint.module_versions == {}

@@ -26,7 +26,7 @@ _NAMES = {
 #: Words of a name without a step, which mark a copy or a mean of other checkpoints.
 _COPIES = {"last", "latest", "best", "final", "init", "avg", "average", "averaged", "mean", "swa"}
 #: The name of a shard, and names of weights that have a folder of their own.
-_OF_SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}")
+_OF_SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})")
 _ONLY_WEIGHTS = ("model", "pytorch_model", "adapter_model", "diffusion_pytorch_model")
 
 
@@ -114,14 +114,21 @@ def _reason(name: str, is_folder: bool) -> str:
     return _COPY if _COPIES & {*re.split(r"[^a-z]+", stem)} and not has_step(name) else ""
 
 
+def may_be_whole(name: str) -> bool:
+    """Return whether a file in a folder may hold all weights of a checkpoint, by its name."""
+    shard = _OF_SHARD.fullmatch(stem_of(name))
+    is_whole = shard is None or int(shard[2]) == 1
+    return is_whole and _reason(name, is_folder=False) in ("", _OWN, _COPY)
+
+
 def _checkpoint_in(folder: str, *, may_descend: bool = True) -> str | None:
     """Return the path of the one checkpoint that a folder is or has in it; None if there is none, or several."""
     names = sorted(os.listdir(folder))
     if ".metadata" in names or any(name.endswith((".safetensors", ".index.json")) for name in names):
         return folder
-    paths = [path for name in names if _reason(name, is_folder=False) in ("", _OWN, _COPY)
-             if os.path.isfile(path := os.path.join(folder, name))]  # fmt: skip
+    paths = [path for name in names if may_be_whole(name) and os.path.isfile(path := os.path.join(folder, name))]
     if not paths and may_descend:  # OLMo-core has its weights one folder further down
-        folders = [path for name in names if os.path.isdir(path := os.path.join(folder, name))]
+        folders = [path for name in names if _reason(name, is_folder=True) != _STATE
+                   if os.path.isdir(path := os.path.join(folder, name))]  # fmt: skip
         paths = [found for each in folders if (found := _checkpoint_in(each, may_descend=False)) is not None]
     return paths[0] if len(paths) == 1 else None

@@ -11,6 +11,8 @@ from .pickles import Opaque
 PARTS = ("state_dict_ema", "state_dict", "model", "module")
 #: The key that averages of torch and of swafast have beside their params, which are under ``module.``.
 _COUNT = "n_averaged"
+#: The planes that averages of swafast have beside the first one, in the formats that have several.
+PLANES = ("remainder", "average", "compensation")
 
 
 def chosen_entries(value: Any, path: str, key: str | None) -> tuple[dict[Any, Any], list[str]]:
@@ -25,6 +27,7 @@ def chosen_entries(value: Any, path: str, key: str | None) -> tuple[dict[Any, An
     if not isinstance(value, dict):
         got = value.global_name if isinstance(value, Opaque) else type(value).__name__
         raise ValueError(f"{path} must hold a state dict, got {got}: save model.state_dict()")
+    _require_one_plane(value, path)
     entries = _named(value)
     if key is None:
         key = next((part for part in PARTS if isinstance(entries.get(part), dict)), None)
@@ -32,16 +35,40 @@ def chosen_entries(value: Any, path: str, key: str | None) -> tuple[dict[Any, An
             key = "module"
         if key is None:
             return value, []
-    part = _part(value, key)
+    part = _part(value, key, path)
     if part is None:
         raise ValueError(
             f"key must be that of a state dict in {path}, which has {few_of(_dicts(entries)) or 'none'}, got {key!r}"
         )
-    others = [name for name in entries if name != key.partition(".")[0] and not name.startswith(f"{key}.")]
+    _require_one_plane(part, path)
+    prefix = f"{key}."
+    # A name with the prefix may also be beside the dict of that key.
+    chosen = {
+        name for name in entries if name.startswith(prefix) and entries[name] is part.get(name.removeprefix(prefix))
+    }
+    others = [name for name in value if name != key.partition(".")[0] and name not in chosen]
     notes = [f"{path}: averaging {key!r}"]
     if others:
         notes[0] += f", without {few_of(others)}"
     return part, notes
+
+
+def _require_one_plane(state: dict[Any, Any], path: str) -> None:
+    """Check that a state is no average whose bits are in several planes: the average of the first one lacks bits."""
+    entries = _named(state)
+    for count in entries:
+        head, _, leaf = count.rpartition(".")
+        if leaf != _COUNT or "." in head:
+            continue
+        begin = head and f"{head}."
+        for name in entries:
+            if name.startswith(tuple(f"{begin}{plane}." for plane in PLANES)):
+                whole = f"{begin}module.{name.removeprefix(begin).partition('.')[2]}"
+                if whole in entries:
+                    raise ValueError(
+                        f"{path} must hold whole averages, got {whole!r} with further bits in {name!r}: average such "
+                        "states by swafast combine, or save averaged_state_dict()"
+                    )
 
 
 def _named(state: dict[Any, Any]) -> dict[str, Any]:
@@ -49,13 +76,14 @@ def _named(state: dict[Any, Any]) -> dict[str, Any]:
     return {name: entry for name, entry in dict.items(state) if isinstance(name, str)}
 
 
-def _part(state: dict[Any, Any], key: str) -> dict[Any, Any] | None:
+def _part(state: dict[Any, Any], key: str, path: str) -> dict[Any, Any] | None:
     """Return the dict under a key, whose dots may separate keys or be in them."""
+    _require_one_plane(state, path)
     entries, at = _named(state), len(key)
     while at > 0:
         inner = entries.get(key[:at])
         if isinstance(inner, dict):
-            found = inner if at == len(key) else _part(inner, key[at + 1 :])
+            found = inner if at == len(key) else _part(inner, key[at + 1 :], path)
             if found is not None:
                 return found
         at = key.rfind(".", 0, at)
@@ -79,12 +107,14 @@ def chosen_tensors(state: dict[Any, Any], path: str, strip: str | None, kind: ty
         ValueError: there is none; or two names become one.
     """
     entries = _named(state)
-    others = [name for name, entry in entries.items() if not isinstance(entry, kind)]
-    for name in others:
+    if any(isinstance(entry, kind) for name, entry in dict.items(state) if not isinstance(name, str)):
+        raise ValueError(f"{path} must hold tensors by name, got one whose key is no text: save model.state_dict()")
+    others = [name for name, entry in dict.items(state) if not isinstance(name, str) or not isinstance(entry, kind)]
+    for name in filter(entries.__contains__, others):
         if isinstance(entries[name], Opaque) and "_rebuild_" in entries[name].global_name:
             raise ValueError(
                 f"{path} must hold dense tensors, got for {name!r} one of {entries[name].global_name}: save its "
-                "to_dense(), dequantize() or full_tensor()"
+                "to_dense(), dequantize(), full_tensor() or resolve_conj().resolve_neg()"
             )
     found: dict[str, Any] = {}
     for name, entry in entries.items():
@@ -105,7 +135,9 @@ def chosen_tensors(state: dict[Any, Any], path: str, strip: str | None, kind: ty
     return found
 
 
-def few_of(names: Collection[str]) -> str:
+def few_of(names: Collection[Any]) -> str:
     """Return the first three names, and how many more there are."""
-    some: Iterable[str] = list(names)[:3]
-    return ", ".join(map(repr, some)) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    some: Iterable[Any] = list(names)[:3]
+    return ", ".join(repr(name) if isinstance(name, str | int) else type(name).__name__ for name in some) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )

@@ -14,13 +14,14 @@ from .archives import Archive, ArchiveLayout, PartialChecksum
 from .checkpoints import ITEMSIZES, Checkpoint, OutputPlan, TensorSpec
 from .descriptors import give_up, open_regular, read_fully, write_fully
 from .entries import chosen_entries, chosen_tensors
-from .pickles import DTYPES, Call, StridedView, pickled, view_to_pickle
+from .pickles import DTYPES, StridedView
 from .strided import ReadAt, Region, extent_of
+from .written_pickles import Call, pickled, view_to_pickle
 
 #: The attribute of a state dict in which an output keeps the metadata of safetensors.
 METADATA = "swafast_metadata"
-#: How files of ``torch.save`` begin, today's and those before torch 1.6.
-_ZIP, _LEGACY = b"PK\3\4", b"\x80\2"
+#: How files of ``torch.save`` begin today, and what is near the beginning of those before torch 1.6.
+_ZIP, _LEGACY = b"PK\3\4", bytes.fromhex("8a0a6cfc9c46f9206aa85019")
 
 
 class TorchCheckpoint:
@@ -65,15 +66,15 @@ class TorchCheckpoint:
             raise
 
     def _require_zip(self) -> None:
-        begin = os.pread(self._descriptor, 4, 0)
-        if begin == _ZIP:
+        begin = os.pread(self._descriptor, 32, 0)
+        if begin.startswith(_ZIP):
             return
-        if begin[:2] == _LEGACY:
+        if _LEGACY in begin:
             raise ValueError(
                 f"{self.path} must be a file of torch 1.6 or later, got an older one: save it anew, with "
                 "torch.save(torch.load(path, weights_only=True), path)"
             )
-        raise ValueError(f"{self.path} must be a file of torch.save, got one that begins with {begin!r}")
+        raise ValueError(f"{self.path} must be a file of torch.save, got one that begins with {begin[:4]!r}")
 
     def _read_at(self, name: str, offset: int, into: memoryview) -> None:
         if not read_fully(self._descriptor, offset, into):
