@@ -6,6 +6,7 @@ import argparse
 import itertools
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import zipfile
@@ -19,10 +20,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from swafast.files import archives, pickles, strided, written_pickles
+from swafast import FusedAveragedModel
+from swafast.files import archives, entries, pickles, strided, written_pickles
 from swafast.files.archives import PartialChecksum
 from swafast.files.checkpoints import OutputPlan
 from swafast.files.torch_files import TorchCheckpoint, TorchOutput
+from swafast.terms import formats
 from swafast.torch_private import pickled as names
 from tests.checkpoint_io import Exploit, plan_of, read_whole, require_holds, require_unharmed, write_pieces
 from tests.support import EveryKind
@@ -205,6 +208,43 @@ def saved(value: Any) -> Callable[[str], None]:
     return lambda path: torch.save(value, path)
 
 
+def save_overlapping(path: str) -> None:
+    """Have the second storage where the first one is."""
+    torch.save({"a": torch.ones(2), "b": torch.zeros(2)}, path)
+    with zipfile.ZipFile(path) as archive:
+        first, second = (archive.getinfo(f"a/data/{key}").header_offset for key in (0, 1))
+    data = bytearray(Path(path).read_bytes())
+    at = data.rindex(b"PK\1\2", 0, data.rindex(b"a/data/1"))
+    assert struct.unpack_from("<I", data, at + 42) == (second,)
+    struct.pack_into("<I", data, at + 42, first)
+    Path(path).write_bytes(data)
+
+
+def save_flipped(path: str) -> None:
+    torch.save({"a": torch.ones(2)}, path)
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data.replace(b"cpu", b"gpu", 1))
+
+
+def save_average(path: str) -> None:
+    averaged = FusedAveragedModel(model := nn.Linear(2, 2).bfloat16(), format="exact")
+    averaged.update_parameters(model)
+    torch.save(averaged.state_dict(), path)
+
+
+def in_place_of_sizes(value: bytes) -> bytes:
+    """Return the pickle of a tensor with another value where its sizes are."""
+    data = rebuilt(0, (2,), (1,))
+    sizes = pickle.MARK + b"\x8a\x01\x02" + pickle.TUPLE
+    assert data.count(sizes) == 1
+    return data.replace(sizes, value)
+
+
+#: A pair in a pair, and so on: its text and its hash end never. And tuples in tuples, more than the stack holds.
+ENDLESS = b"K\1" + b"2\x86" * 40
+DEEP = b")" + b"\x85" * 200_000
+#: Gives our function for tensors other defaults.
+CHANGED_FUNCTION = b"\x80\x02}X\1\0\0\0actorch._utils\n_rebuild_tensor_v2\n(N}X\x0c\0\0\0__defaults__(K\1tstbs."
 LONG_MEMO = b"\x80\x02}r\xff\xff\xff\x7f."  # asks C's unpickler for 32 GB
 BYTEARRAY = b"\x80\x05\x96\x00\x00\x00\x00\x20\x00\x00\x00."  # 128 GB
 
@@ -234,6 +274,31 @@ REFUSED: dict[str, tuple[Callable[[str], object], str]] = {
     ),
     "a long memo": (save_as(LONG_MEMO), "must hold tensors by name, got nothing"),
     "a large bytearray": (save_as(BYTEARRAY), "is damaged: its pickle cannot be read"),
+    "records that overlap": (save_overlapping, "is damaged: its records overlap"),
+    "a flipped byte in the pickle": (save_flipped, "a/data.pkl is cut, or differs from its checksum"),
+    "an average in two planes": (save_average, "whole averages, got 'module.weight' .* 'remainder.weight': .*combine"),
+    "a tensor under a number": (saved({"a": torch.ones(1), 0: torch.ones(2)}), "by name, got one whose key is no text"),
+    "endless sizes": (save_as(in_place_of_sizes(ENDLESS)), "no sizes, strides and offset"),
+    "huge sizes": (save_as(rebuilt(0, (1 << 61,) * 40, (0,) * 40)), "no sizes, strides and offset"),
+    "an endless key": (save_as(b"\x80\x02}" + ENDLESS + b"Ns."), "a dict has nested tuples for keys"),
+    "a deep key": (save_as(b"\x80\x02}" + DEEP + b"Ns."), "a dict has nested tuples for keys"),
+    "deep keys": (save_as(b"\x80\x02}(" + DEEP + b"Nu."), "a dict has nested tuples for keys"),
+    "a deep key of an old dict": (save_as(b"\x80\x02(" + DEEP + b"Nd."), "a dict has nested tuples for keys"),
+    "a deep key in a call": (
+        save_as(b"\x80\x02ccollections\nOrderedDict\n(](" + DEEP + b"K\1\x86etR."),
+        r"cannot be read \(TypeError\)",
+    ),
+    "a deep item of a set": (save_as(b"\x80\x04\x8f(" + DEEP + b"\x90."), "must hold a state dict"),
+    "a deep item of a frozen set": (save_as(b"\x80\x04(" + DEEP + b"\x91."), "must hold a state dict"),
+    "an endless storage": (save_as(b"\x80\x02" + ENDLESS + b"Q."), "its pickle cannot be read"),
+    "a missing memo": (save_as(b"\x80\x02h\x05."), "its pickle cannot be read"),
+    "a long name": (save_as(b"\x80\x02ca\n" + b"b" * 1000 + b"\n."), "one of more than 300 characters"),
+    "many names": (save_as(b"\x80\x02" + b"".join(b"ctorch\nint%d\n" % i for i in range(1001)) + b"."), "1,000 names"),
+    "another function": (save_as(CHANGED_FUNCTION), "it changes an object that has no state"),
+    "an old file of protocol 4": (
+        lambda path: torch.save({}, path, _use_new_zipfile_serialization=False, pickle_protocol=4),
+        "torch 1.6 or later, got an older one",
+    ),
     "half a pickle": (save_as(b"\x80\x02}("), "is damaged: its pickle cannot be read"),
 }
 
@@ -291,6 +356,47 @@ def test_bytes_that_go_missing_while_it_is_open_are_seen(path: str) -> None:
     os.truncate(path, 2000)
     with pytest.raises(ValueError, match=r"a.pt is damaged: bytes of 'a' are missing"):
         read_whole(checkpoint, "a")
+
+
+def test_records_without_checksums_are_read(path: str) -> None:
+    """As ``torch.serialization.set_crc32_options(False)`` writes them: torch 2.6 has no such option."""
+    torch.save(expected := {"a": torch.randn(5)}, path)
+    with zipfile.ZipFile(path) as archive:
+        checksums = {struct.pack("<I", info.CRC) for info in archive.infolist()}
+    data = Path(path).read_bytes()
+    for checksum in checksums:
+        data = data.replace(checksum, bytes(4))
+    Path(path).write_bytes(data)
+    require_holds(TorchCheckpoint(path), expected)
+
+
+def test_a_pickle_has_not_endless_opcodes(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"a": torch.ones(2)}, path)
+    monkeypatch.setattr(pickles._Opcodes, "left", 20)
+    with pytest.raises(ValueError, match=r"damaged: .* opcodes"):
+        TorchCheckpoint(path)
+
+
+def test_tensors_beside_the_state_do_not_matter(path: str) -> None:
+    """Conjugated ones too, and those under numbers, which are said."""
+    conjugated = torch.ones(2, dtype=torch.complex64).conj()
+    torch.save({"model": {"a": torch.ones(1), 3: "x"}, "other": conjugated, 0: torch.ones(1), (1, 2): 3}, path)
+    checkpoint = TorchCheckpoint(path)
+    require_holds(checkpoint, {"a": torch.ones(1)})
+    without, left_out = checkpoint.notes
+    assert without.endswith("averaging 'model', without 'other', 0, tuple")
+    assert left_out.endswith("left out 3, which are no tensors")
+
+
+def test_names_beside_a_dict_of_their_prefix_are_said(path: str) -> None:
+    torch.save({"a.w": torch.ones(1), "a": {"v": torch.ones(2)}}, path)
+    checkpoint = TorchCheckpoint(path, key="a")
+    assert list(checkpoint.specs) == ["v"]
+    assert checkpoint.notes[0].endswith("averaging 'a', without 'a.w'")
+
+
+def test_the_planes_of_formats_are_known() -> None:
+    assert entries.PLANES == formats.EXTRA_PLANES
 
 
 # Writing

@@ -27,13 +27,13 @@ def chosen_entries(value: Any, path: str, key: str | None) -> tuple[dict[Any, An
     if not isinstance(value, dict):
         got = value.global_name if isinstance(value, Opaque) else type(value).__name__
         raise ValueError(f"{path} must hold a state dict, got {got}: save model.state_dict()")
-    _require_one_plane(value, path)
     entries = _named(value)
     if key is None:
         key = next((part for part in PARTS if isinstance(entries.get(part), dict)), None)
         if key is None and _COUNT in entries and any(name.startswith("module.") for name in entries):
             key = "module"
         if key is None:
+            _require_one_plane(value, path)
             return value, []
     part = _part(value, key, path)
     if part is None:
@@ -44,7 +44,9 @@ def chosen_entries(value: Any, path: str, key: str | None) -> tuple[dict[Any, An
     prefix = f"{key}."
     # A name with the prefix may also be beside the dict of that key.
     chosen = {
-        name for name in entries if name.startswith(prefix) and entries[name] is part.get(name.removeprefix(prefix))
+        name
+        for name in entries
+        if name.startswith(prefix) and entries[name] is dict.get(part, name.removeprefix(prefix))
     }
     others = [name for name in value if name != key.partition(".")[0] and name not in chosen]
     notes = [f"{path}: averaging {key!r}"]
@@ -53,14 +55,16 @@ def chosen_entries(value: Any, path: str, key: str | None) -> tuple[dict[Any, An
     return part, notes
 
 
-def _require_one_plane(state: dict[Any, Any], path: str) -> None:
-    """Check that a state is no average whose bits are in several planes: the average of the first one lacks bits."""
+def _require_one_plane(state: dict[Any, Any], path: str, key: str = "") -> None:
+    """Check that what a key chooses is no average whose bits are in several planes: the first one lacks bits."""
     entries = _named(state)
     for count in entries:
         head, _, leaf = count.rpartition(".")
         if leaf != _COUNT or "." in head:
             continue
         begin = head and f"{head}."
+        if not f"{begin}module.".startswith(f"{key}." if key else ""):
+            continue
         for name in entries:
             if name.startswith(tuple(f"{begin}{plane}." for plane in PLANES)):
                 whole = f"{begin}module.{name.removeprefix(begin).partition('.')[2]}"
@@ -78,7 +82,7 @@ def _named(state: dict[Any, Any]) -> dict[str, Any]:
 
 def _part(state: dict[Any, Any], key: str, path: str) -> dict[Any, Any] | None:
     """Return the dict under a key, whose dots may separate keys or be in them."""
-    _require_one_plane(state, path)
+    _require_one_plane(state, path, key)
     entries, at = _named(state), len(key)
     while at > 0:
         inner = entries.get(key[:at])
