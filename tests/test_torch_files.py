@@ -12,7 +12,9 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -71,6 +73,38 @@ def test_every_dtype_and_layout_is_read_right(path: str) -> None:
     expected = tensors()
     torch.save(expected, path)
     require_holds(TorchCheckpoint(path), expected)
+
+
+@pytest.mark.parametrize(("block", "read"), [(1 << 20, 4096), (64, 8), (256, 1 << 20), (8, 1)])
+def test_strides_of_every_kind_are_read_right(
+    path: str, block: int, read: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines that lie apart, together, inside one another and one on another, in blocks of any size."""
+    monkeypatch.setattr(strided, "_BLOCK_NBYTES", block)
+    monkeypatch.setattr(strided, "_READ_NBYTES", read)
+    random = Random(3)
+    expected = {}
+    for index in range(60):
+        sizes = [random.choice((1, 2, 3, 7, 20)) for _ in range(random.randrange(4))]
+        strides = [random.choice((0, 1, 2, 7, 31, 300)) for _ in sizes]
+        storage = torch.randn(7000, dtype=random.choice((torch.float32, torch.float64, torch.bfloat16)))
+        expected[str(index)] = storage.as_strided(sizes, strides, random.randrange(50))
+    torch.save(expected, path)
+    checkpoint = TorchCheckpoint(path)
+    whole = {name: torch.empty(view.shape, dtype=view.dtype).copy_(view) for name, view in expected.items()}
+    require_holds(checkpoint, whole, (11, 1 << 17))
+
+
+def test_lines_that_lie_apart_take_few_reads(path: str) -> None:
+    """A column needs a read for each block of 1 MB, and not one for each element."""
+    torch.save({"a": torch.randn(50_000, 20)[:, 3], "b": torch.randn(300, 200, 9).transpose(1, 2)}, path)
+    checkpoint = TorchCheckpoint(path)
+    for name in checkpoint.specs:
+        region, reads = checkpoint._regions[name], []
+        counted = replace(region, read_at=lambda offset, into, reads=reads: reads.append(len(into)))
+        counted.read_run(0, 50_000, memoryview(bytearray(200_000)))
+        assert len(reads) <= 5
+        assert max(reads) <= 1 << 20
 
 
 @pytest.mark.parametrize(
