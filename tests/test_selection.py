@@ -297,6 +297,8 @@ def test_copies_of_a_step_are_skipped_and_said(names: list[str], copies: list[st
         (["step_1/mp_rank_00_model_states.pt", "step_1/zero_pp_rank_0_mp_rank_00_optim_states.pt"],
          "step_1/mp_rank_00_model_states.pt"),
         (["step_1/model_and_optim/.metadata", "step_1/train/rank0.pt"], "step_1/model_and_optim"),  # OLMo-core
+        (["step_1/pytorch_model-00001-of-00002.bin", "step_1/optimizer.pt"], None),
+        (["step_1/optimizer.pt"], None),
         (["step_1/model_and_optim/.metadata", "step_1/config.json"], "step_1/model_and_optim"),
         (["step_1/pytorch_model_fsdp_0/.metadata", "step_1/optimizer_0/.metadata"], "step_1/pytorch_model_fsdp_0"),
         (["step_1/pytorch_model.bin", "step_1/sampler.bin", "step_1/sampler_1.bin", "step_1/dl_state_dict.bin"],

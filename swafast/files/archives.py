@@ -11,7 +11,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .descriptors import read_fully, write_fully
@@ -91,20 +91,43 @@ class Archive:
                 prefix = found[0].removesuffix("data.pkl")
                 if f"{prefix}constants.pkl" in infos:
                     raise ValueError(f"{what} must hold a state dict, got TorchScript: save its state_dict()")
-                order = archive.read(infos[f"{prefix}byteorder"]) if f"{prefix}byteorder" in infos else b"little"
-                if order != b"little":
-                    raise ValueError(
-                        f"{what} must be in little-endian order, got {order[:20]!r}: convert it with torch"
-                    )
-                data = archive.read(infos[found[0]])
         except _DAMAGES as error:
             raise ValueError(f"{what} is damaged: it is not a whole archive of torch.save ({error})") from None
-        self.value = unpickled(data, what, allow)
+        offsets = {name: _data_offset(descriptor, start, info, what) for name, info in infos.items()}
+        _require_apart([(start + infos[name].header_offset, at, infos[name].file_size) for name, at in offsets.items()],
+                       start + nbytes, what)  # fmt: skip
+
+        def record(name: str) -> bytes:
+            return _record(descriptor, offsets[name], infos[name], what)
+
+        order = record(f"{prefix}byteorder") if f"{prefix}byteorder" in infos else b"little"
+        if order != b"little":
+            raise ValueError(f"{what} must be in little-endian order, got {order[:20]!r}: convert it with torch")
+        self.value = unpickled(record(found[0]), what, allow)
         self.storages = {
-            name.removeprefix(f"{prefix}data/"): (_data_offset(descriptor, start, info, what), info.file_size)
-            for name, info in infos.items()
+            name.removeprefix(f"{prefix}data/"): (at, infos[name].file_size)
+            for name, at in offsets.items()
             if name.startswith(f"{prefix}data/")
         }
+
+
+def _require_apart(records: Iterable[tuple[int, int, int]], end: int, what: str) -> None:
+    """Check records, as (offset of the header, offset of the data, bytes of it): they must not share bytes."""
+    used = 0
+    for header, data, nbytes in sorted(records):
+        if header < used or data + nbytes > end:
+            raise ValueError(f"{what} is damaged: its records overlap, or go beyond its end")
+        used = data + nbytes
+
+
+def _record(descriptor: int, offset: int, info: zipfile.ZipInfo, what: str) -> bytes:
+    if info.file_size > MOST_PICKLE_NBYTES:
+        raise ValueError(f"{what} must have small pickles, got {info.filename} of {info.file_size:,} bytes")
+    data = bytearray(info.file_size)
+    # Without checksums, by torch.serialization.set_crc32_options(False), they are 0.
+    if not read_fully(descriptor, offset, memoryview(data)) or info.CRC not in (0, zlib.crc32(data)):
+        raise ValueError(f"{what} is damaged: {info.filename} is cut, or differs from its checksum")
+    return bytes(data)
 
 
 def _data_offset(descriptor: int, start: int, info: zipfile.ZipInfo, what: str) -> int:

@@ -185,13 +185,19 @@ def _reason(name: str, is_folder: bool) -> str:
     return _COPY if _COPIES & {*re.split(r"[^a-z]+", stem)} and not has_step(name) else ""
 
 
+def may_be_whole(name: str) -> bool:
+    """Return whether a file in a folder may hold all weights of a checkpoint, by its name."""
+    shard = _OF_SHARD.fullmatch(stem_of(name))
+    is_whole = shard is None or int(shard[2]) == 1
+    return is_whole and _reason(name, is_folder=False) in ("", _OWN, _COPY)
+
+
 def _checkpoint_in(folder: str, *, may_descend: bool = True) -> str | None:
     """Return the path of the one checkpoint that a folder is or has in it; None if there is none, or several."""
     names = sorted(os.listdir(folder))
     if ".metadata" in names or any(name.endswith((".safetensors", ".index.json")) for name in names):
         return folder
-    paths = [path for name in names if _reason(name, is_folder=False) in ("", _OWN, _COPY)
-             if os.path.isfile(path := os.path.join(folder, name))]  # fmt: skip
+    paths = [path for name in names if may_be_whole(name) and os.path.isfile(path := os.path.join(folder, name))]
     if not paths and may_descend:  # OLMo-core has its weights one folder further down
         folders = [path for name in names if _reason(name, is_folder=True) in ("", _OWN, _COPY)
                    if os.path.isdir(path := os.path.join(folder, name))]  # fmt: skip

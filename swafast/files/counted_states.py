@@ -113,7 +113,9 @@ def _loaded(path: str, key: str | None, allow: Sequence[str]) -> OrderedDict[str
 
 def _entries_in(path: str, value: Any, key: str | None) -> dict[str, Any]:
     """Return the state in what ``torch.save`` has written."""
-    found = value if key is None and isinstance(value, dict) else chosen_entries(value, path, key, StridedView)[0]
+    found = value
+    if key is not None or not isinstance(value, dict):
+        found = chosen_entries(value, path, key, StridedView, in_one_plane=False)[0]
     # By the class, since a pickle can set the attributes of a dict that it holds.
     names = [*dict.keys(found)]
     if not any(map(_is_count, names)):

@@ -11,14 +11,19 @@ from .pickles import Opaque
 PARTS = ("state_dict_ema", "state_dict", "model", "module")
 #: The key that averages of torch and of swafast have beside their params, which are under ``module.``.
 _COUNT = "n_averaged"
+#: The planes that averages of swafast have beside the first one, in the formats that have several.
+PLANES = ("remainder", "average", "compensation")
 
 
-def chosen_entries(value: Any, path: str, key: str | None, kind: type) -> tuple[dict[Any, Any], str, list[str]]:
+def chosen_entries(
+    value: Any, path: str, key: str | None, kind: type, *, in_one_plane: bool = True
+) -> tuple[dict[Any, Any], str, list[str]]:
     """Return the state dict in what a file holds, its key ("" of the whole), and what to say of the choice.
 
     Args:
         key: that of the state dict, with dots between nested ones; None: the first of ``PARTS``, else the whole value.
         kind: of the tensors.
+        in_one_plane: refuse averages whose bits are in several planes.
 
     Raises:
         ValueError: there is no such entry, or it has no tensors, or the value is no dict.
@@ -31,16 +36,25 @@ def chosen_entries(value: Any, path: str, key: str | None, kind: type) -> tuple[
         key = next((part for part in PARTS if isinstance(entries.get(part), dict)), None)
         if key is None and _COUNT in entries and any(name.startswith("module.") for name in entries):
             key = "module"
-    part = value if key is None else _part(value, key)
+    part = value if key is None else _part(value, key, path, in_one_plane)
     if part is None:
         raise ValueError(f"key must be that of a state dict in {path}, got {key!r}{_advice(value, kind)}")
-    if not any(isinstance(entry, kind) for entry in _named(part).values()):
+    if in_one_plane:
+        _require_one_plane(part, path)
+    if not any(isinstance(entry, kind) for entry in dict.values(part)):
         _check_dense(part, path)
         what = few_of(_named(part)) or "nothing"
         raise ValueError(f"{path} must hold tensors by name, got {what}{_advice(value, kind)}")
     if key is None:
         return value, "", []
-    others = [name for name in entries if name != key.partition(".")[0] and not name.startswith(f"{key}.")]
+    prefix = f"{key}."
+    # A name with the prefix may also be beside the dict of that key.
+    chosen = {
+        name
+        for name in entries
+        if name.startswith(prefix) and entries[name] is dict.get(part, name.removeprefix(prefix))
+    }
+    others = [name for name in value if name != key.partition(".")[0] and name not in chosen]
     notes = [f"{path}: averaging {key!r}"]
     if others:
         notes[0] += f", without {few_of(others)}"
@@ -48,18 +62,40 @@ def chosen_entries(value: Any, path: str, key: str | None, kind: type) -> tuple[
     return part, key if is_nested else "", notes
 
 
+def _require_one_plane(state: dict[Any, Any], path: str, key: str = "") -> None:
+    """Check that what a key chooses is no average whose bits are in several planes: the first one lacks bits."""
+    entries = _named(state)
+    for count in entries:
+        head, _, leaf = count.rpartition(".")
+        if leaf != _COUNT or "." in head:
+            continue
+        begin = head and f"{head}."
+        if not f"{begin}module.".startswith(f"{key}." if key else ""):
+            continue
+        for name in entries:
+            if name.startswith(tuple(f"{begin}{plane}." for plane in PLANES)):
+                whole = f"{begin}module.{name.removeprefix(begin).partition('.')[2]}"
+                if whole in entries:
+                    raise ValueError(
+                        f"{path} must hold whole averages, got {whole!r} with further bits in {name!r}: average such "
+                        "states by swafast combine, or save averaged_state_dict()"
+                    )
+
+
 def _named(state: dict[Any, Any]) -> dict[str, Any]:
     # By the class, since a pickle can set the attributes of a dict that it holds.
     return {name: entry for name, entry in dict.items(state) if isinstance(name, str)}
 
 
-def _part(state: dict[Any, Any], key: str) -> dict[Any, Any] | None:
+def _part(state: dict[Any, Any], key: str, path: str, in_one_plane: bool) -> dict[Any, Any] | None:
     """Return the dict under a key, whose dots may separate keys or be in them."""
+    if in_one_plane:
+        _require_one_plane(state, path, key)
     entries, at = _named(state), len(key)
     while at > 0:
         inner = entries.get(key[:at])
         if isinstance(inner, dict):
-            found = inner if at == len(key) else _part(inner, key[at + 1 :])
+            found = inner if at == len(key) else _part(inner, key[at + 1 :], path, in_one_plane)
             if found is not None:
                 return found
         at = key.rfind(".", 0, at)
@@ -91,7 +127,7 @@ def _check_dense(state: dict[Any, Any], path: str) -> None:
         if isinstance(entry, Opaque) and "_rebuild_" in entry.global_name:
             raise ValueError(
                 f"{path} must hold dense tensors, got for {name!r} one of {entry.global_name}: save its to_dense(), "
-                "dequantize() or full_tensor()"
+                "dequantize(), full_tensor() or resolve_conj().resolve_neg()"
             )
 
 
@@ -107,8 +143,10 @@ def chosen_tensors(state: dict[Any, Any], path: str, strip: str | None, kind: ty
         ValueError: a tensor is not dense; or two names become one.
     """
     entries = _named(state)
+    if any(isinstance(entry, kind) for name, entry in dict.items(state) if not isinstance(name, str)):
+        raise ValueError(f"{path} must hold tensors by name, got one whose key is no text: save model.state_dict()")
     _check_dense(state, path)
-    others = [name for name, entry in entries.items() if not isinstance(entry, kind)]
+    others = [name for name, entry in dict.items(state) if not isinstance(name, str) or not isinstance(entry, kind)]
     found: dict[str, Any] = {}
     for name, entry in entries.items():
         if name in others:
@@ -129,7 +167,9 @@ def no_prefix(path: str, strip: str) -> str:
     return f"{path}: no name begins with {strip!r}"
 
 
-def few_of(names: Collection[str]) -> str:
+def few_of(names: Collection[Any]) -> str:
     """Return the first three names, and how many more there are."""
-    some: Iterable[str] = list(names)[:3]
-    return ", ".join(map(repr, some)) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    some: Iterable[Any] = list(names)[:3]
+    return ", ".join(repr(name) if isinstance(name, str | int) else type(name).__name__ for name in some) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .candidates import may_be_whole
 from .checkpoints import Checkpoint, Output, OutputPlan, TensorSpec
 from .distributed_files import DistributedCheckpoint, DistributedOutput
 from .entries import no_prefix
@@ -74,12 +75,13 @@ def _pickled_in(path: str) -> str:
     """Return the path of a file of ``torch.save``, or of the one that is in a folder."""
     if not os.path.isdir(path):
         return path
-    names = sorted(filter(_is_pickled, os.listdir(path)))
+    held = sorted(filter(_is_pickled, os.listdir(path)))
+    names = [name for name in held if may_be_whole(name)]
     for name in ("pytorch_model.bin", "diffusion_pytorch_model.bin"):
         if name in names:
             return os.path.join(path, name)
     if len(names) != 1:
-        raise ValueError(f"{path} must hold one file of weights, got {', '.join(names[:3])}: name the file")
+        raise ValueError(f"{path} must hold one file with all weights, got {', '.join(held[:3])}: name the file")
     return os.path.join(path, names[0])
 
 

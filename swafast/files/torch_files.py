@@ -14,13 +14,14 @@ from .archives import Archive, ArchiveLayout, PartialChecksum
 from .checkpoints import ITEMSIZES, RECORD, Checkpoint, OutputPlan, TensorSpec
 from .descriptors import give_up, open_regular, read_fully, write_fully
 from .entries import chosen_entries, chosen_tensors
-from .pickles import DTYPES, Call, StridedView, pickled, view_to_pickle
+from .pickles import DTYPES, StridedView
 from .strided import ReadAt, Region, extent_of
+from .written_pickles import Call, pickled, view_to_pickle
 
 #: The attribute of a state dict in which an output keeps the metadata of safetensors.
 METADATA = "swafast_metadata"
-#: How files of ``torch.save`` begin, today's and those before torch 1.6.
-_ZIP, _LEGACY = b"PK\3\4", b"\x80\2"
+#: How files of ``torch.save`` begin today, and what is near the beginning of those before torch 1.6.
+_ZIP, _LEGACY = b"PK\3\4", bytes.fromhex("8a0a6cfc9c46f9206aa85019")
 
 
 class TorchCheckpoint:
@@ -92,15 +93,15 @@ def open_archive(path: str, allow: Sequence[str]) -> tuple[int, Archive]:
 
 
 def _require_zip(descriptor: int, path: str) -> None:
-    begin = os.pread(descriptor, 4, 0)
-    if begin == _ZIP:
+    begin = os.pread(descriptor, 32, 0)
+    if begin.startswith(_ZIP):
         return
-    if begin[:2] == _LEGACY:
+    if _LEGACY in begin:
         raise ValueError(
             f"{path} must be a file of torch 1.6 or later, got an older one: save it anew, with "
             "torch.save(torch.load(path, weights_only=True), path)"
         )
-    raise ValueError(f"{path} must be a file of torch.save, got one that begins with {begin!r}")
+    raise ValueError(f"{path} must be a file of torch.save, got one that begins with {begin[:4]!r}")
 
 
 def spec_of(name: str, dtype: str, sizes: tuple[int, ...], path: str) -> TensorSpec:
