@@ -115,6 +115,13 @@ def test_a_param_that_never_changed_stays() -> None:
             assert differing(merge([state] * count, weights), state) == []
 
 
+def test_a_mean_is_a_sum_that_is_divided() -> None:
+    torch.manual_seed(0)
+    states = [{"weight": torch.randn(100_000)} for _ in range(3)]
+    exactly = (torch.stack([state["weight"].double() for state in states]).sum(0) / 3).float()
+    assert torch.equal(merge(states)["weight"], exactly)  # a sum of thirds is off by a bit in 1 of 140 elements
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no state": (lambda: merge([]), ValueError, "states must be at least one state dict, got none"),
     "one state": (lambda: merge(Net().state_dict()), TypeError, "a sequence of state dicts, got OrderedDict"),
@@ -220,6 +227,10 @@ def test_snapshots_are_merged_with_weights_oldest_first(tmp_path: Path) -> None:
         expected = sum(x * each for x, each in zip(numbers, models[-(last or 4) :], strict=True))
         got = snapshots.merge(last, weights)["weight"]
         assert torch.allclose(got.double(), expected, rtol=1e-6, atol=1e-6), (last, weights)
+    stored = [snapshots.merge(4, row)["weight"] for row in torch.eye(4).tolist()]
+    for last in (3, 4):
+        mean = torch.stack([each.double() for each in stored[-last:]]).sum(0) / last
+        assert torch.equal(snapshots.merge(last)["weight"], mean.float()), last
     like = {"weight": torch.empty(30, 40)}
     assert same_bits(snapshots.merge(3, like=like)["weight"], snapshots.merge(last=3)["weight"])
     with pytest.raises(ValueError, match="last must be from 1 to 4, the number of snapshots, got 5"):
