@@ -76,12 +76,15 @@ def test_average_lists_writes_and_ends_with_2_for_bad_input(tmp_path: Path, monk
         ([*inputs, "-o", "out.safetensors"], "--force"),
         ([*inputs, "-o", "new.safetensors", "--weights", "1,x"], "--weights"),
         ([*inputs, "-o", "new.safetensors", "--tied", "z"], "--tied"),
+        ([*inputs, "-o", "new.safetensors", "--last", "50%"], "'--last': must be a whole number"),
+        ([*inputs, "-o", "new.safetensors", "--from", "0.003k"], "got 3, and 'step_1.safetensors' has the step 1"),
+        ([*inputs, "-o", "new.safetensors", "--ema", "1.5"], "ema must be in [0, 1]"),
         ([*inputs, "-o", "new.safetensors", "--ema", "0.5", "--power", "0.1"], "ema and power"),
         (["nothing.safetensors", "-o", "new.safetensors"], "nothing.safetensors"),
     ):
         result = run("average", *arguments)
         assert (result.exit_code, message in result.output) == (2, True), result.output
-    monkeypatch.setattr("swafast.files.averaging.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    monkeypatch.setattr("swafast.files.placing.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
     assert run("average", *inputs, "-o", "new.safetensors").exit_code == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.safetensors", *inputs]
 

@@ -27,7 +27,7 @@ from swafast import (
     Snapshots,
 )
 from swafast.posthoc import greedy_merge, merge, merge_over, merging, stored_merges, worker_merges
-from swafast.terms import coefficients
+from swafast.terms import coefficients, unmerged
 from tests.ranks import run_ranks
 from tests.sharded_models import outcome
 from tests.support import differing, same_bits
@@ -120,14 +120,48 @@ def test_a_mean_is_a_sum_that_is_divided() -> None:
     torch.manual_seed(0)
     states = [{"weight": torch.randn(100_000)} for _ in range(3)]
     exactly = (torch.stack([state["weight"].double() for state in states]).sum(0) / 3).float()
-    assert torch.equal(merge(states)["weight"], exactly)  # a sum of thirds is off by a bit in 1 of 140 elements
+    assert torch.equal(merge(states)["weight"], exactly)  # a sum of thirds is off by a bit here and there
+
+
+ONE = torch.ones(1)
+
+
+def checkpoint() -> dict[str, Any]:
+    """Return what a training script saves, with further tensors in dicts before and after the state."""
+    moments = {0: {"step": torch.tensor(4.0), "exp_avg": torch.zeros(40, 50)}}
+    return {"optimizer": {"state": moments}, "model": Net().state_dict(), "epoch": 3, "loss": torch.tensor(0.5)}
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no state": (lambda: merge([]), ValueError, "states must be at least one state dict, got none"),
     "one state": (lambda: merge(Net().state_dict()), TypeError, "a sequence of state dicts, got OrderedDict"),
     "a model": (lambda: merge([Net()]), TypeError, r"states\[0\] must be a mapping such as model.state_dict\(\)"),
-    "names": (lambda: merge([{"a": 1}, {"b": 1}]), ValueError, r"states\[1\] .* got others: \['a', 'b'\]"),
+    "names": (
+        lambda: merge([{"a": ONE, "c": ONE}, {"b": ONE, "c": ONE}]),
+        ValueError,
+        r"states\[1\] must have the names of states\[0\], but it lacks 'a' and has 'b' besides",
+    ),
+    "a checkpoint": (
+        lambda: merge([checkpoint(), checkpoint()]),
+        ValueError,
+        r"states\[0\] must hold tensors by name, got a dict of them at states\[0\]\['model'\]: pass that one",
+    ),
+    "the second is a checkpoint": (
+        lambda: merge([Net().state_dict(), {"state": {"net": Net().state_dict()}, "loss": ONE}]),
+        ValueError,
+        r"got a dict of them at states\[1\]\['state'\]\['net'\]",
+    ),
+    "a soup of checkpoints": (
+        lambda: greedy_merge([checkpoint()], lambda _: 1.0),
+        ValueError,
+        r"states\[0\]\['model'\]",
+    ),
+    "nothing to average": (lambda: merge([{"a": 1, "n": torch.tensor(3)}]), ValueError, "can be averaged, got none"),
+    "scores": (
+        lambda: greedy_merge(states_of(2), [1.0, 2.0]),
+        TypeError,
+        r"a function of a state dict .* got list",
+    ),  # type: ignore[arg-type]
     "shapes": (
         lambda: merge([{"a": torch.ones(1, 4)}, {"a": torch.ones(1, 1)}]),
         ValueError,
@@ -554,8 +588,8 @@ PLANTS: dict[str, tuple[Any, str, Any, Callable[[Path], None]]] = {
         lambda _: test_a_merge_is_the_weighted_sum_rounded_once(torch.float32, None),
     ),
     "statistics averaged": (
-        merging,
-        "_COPIED",
+        unmerged,
+        "_LEAVES",
         ("_extra_state",),
         lambda _: test_a_merge_is_the_weighted_sum_rounded_once(torch.float32, None),
     ),

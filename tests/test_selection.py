@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from swafast import cli
-from swafast.files import metrics, selection, step_names
+from swafast.files import average, metrics, selection, step_names
 from swafast.files.metrics import is_lower_better
 from swafast.files.selection import Selected, select
 from swafast.files.step_names import counts_of
@@ -187,6 +187,66 @@ def test_what_is_no_checkpoint_is_skipped_and_said(tmp_path: Path) -> None:
     assert "hidden" not in said
 
 
+@pytest.mark.parametrize("name", ["checkpoint_9.safetensors", "checkpoint_9.pt", "checkpoint_9", "x.pt"])
+def test_averages_in_the_folder_of_a_training_are_skipped(name: str, tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_file({"a": np.float32([step])}, tmp_path / f"checkpoint_{step}.safetensors")
+    average([tmp_path], tmp_path / name, last=2)
+    lines: list[str] = []
+    assert [each.step for each in select([tmp_path], last=2, say=lines.append)] == [1, 2]
+    assert lines == [f"skipped in {tmp_path}: {name!r} (averages that swafast wrote)"]
+    listed = sorted(tmp_path.iterdir())
+    assert [each.step for each in select(listed, last=2, say=lines.append)] == [1, 2]
+    assert lines[1] == f"skipped: {str(tmp_path / name)!r} (averages that swafast wrote)"
+    assert len(select(listed)) == 3  # listed without an option, it is averaged
+    for step in (1, 2):
+        (tmp_path / f"checkpoint_{step}.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"without any: .*that swafast wrote\). List them"):
+        select([tmp_path])
+    with pytest.raises(ValueError, match=r"to select from, got .*that swafast wrote"):
+        select([tmp_path / name] * 2, last=1)
+
+
+def test_a_file_that_is_listed_twice_is_said(tmp_path: Path) -> None:
+    put(tmp_path, "s1.pt", "s2.pt")
+    lines: list[str] = []
+    assert len(select([tmp_path / name for name in ("s1.pt", "s2.pt", "s1.pt")], say=lines.append)) == 3
+    assert lines == [f"listed more than once, and counted as often: {str(tmp_path / 's1.pt')!r}"]
+
+
+def test_copies_in_a_list_are_skipped_where_an_option_selects(tmp_path: Path) -> None:
+    put(tmp_path, "s1.pt", "s2.pt", "best.pt", "optimizer.pt")
+    lines: list[str] = []
+    assert named(select(sorted(tmp_path.iterdir()), last=2, say=lines.append), tmp_path) == ["s1.pt", "s2.pt"]
+    assert [line.rpartition(" (")[2] for line in lines] == [
+        "copies or means of others)",
+        "states of a training, no weights)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        (
+            ["a", "b"],
+            "got the folder 'a' with 's1.pt', 's2.pt' among 2 inputs: give one folder",
+        ),
+        (["a/s1.pt", "0.7"], "got '0.7': weights are one text with commas, as in --weights 0.3,0.7"),
+        (["a/*.pth"], "got 'a/*.pth': no name fits this pattern, or it is in quotes"),
+        (["a/none.pt"], "got 'a/none.pt': there is nothing at this path"),
+        (["model-00001-of-00002.safetensors"], "which is one of 2 files of a checkpoint: give its folder or its index"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_inputs_that_were_meant_otherwise(
+    inputs: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, "a/s1.pt", "a/s2.pt", "b/s1.pt", "b/s2.pt", "model-00001-of-00002.safetensors")
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(words)):
+        select(inputs)
+
+
 def test_names_of_a_series_with_best_are_checkpoints(tmp_path: Path) -> None:
     put(tmp_path, "best-epoch=3-step=50.ckpt", "best-epoch=4-step=60.ckpt", "last.ckpt")
     assert [each.step for each in select([tmp_path])] == [50, 60]
@@ -233,13 +293,10 @@ def test_listed_files_are_taken_as_they_are(tmp_path: Path) -> None:
     put(tmp_path, "b.pt", "a.pt", "last.ckpt")
     paths = [tmp_path / name for name in ("b.pt", "a.pt", "last.ckpt")]
     assert select(paths) == [Selected(str(path)) for path in paths]
-    lines: list[str] = []
     put(tmp_path, "checkpoint-1000.pt", "checkpoint-500.pt")
     text_order = sorted(str(path) for path in tmp_path.glob("checkpoint-*"))
-    assert [each.step for each in select(text_order, say=lines.append)] == [1000, 500]
-    assert "not that of their steps" in lines[0]
-    assert select(text_order[::-1], say=lines.append)[0].step == 500
-    assert len(lines) == 1
+    assert [each.step for each in select(text_order)] == [1000, 500]
+    assert select(text_order[::-1])[0].step == 500
 
 
 def test_a_listed_file_without_a_number_has_the_step_of_its_folder(tmp_path: Path) -> None:
@@ -266,14 +323,23 @@ def test_a_step_that_two_have_is_refused(tmp_path: Path) -> None:
             "last must be at most the 3 checkpoints that there are, got 4: 's1.pt', 's2.pt'",
         ),
         ({"min_gap": 0}, ValueError, "min_gap must be at least 1"),
-        ({"first_step": 3, "last_step": 2}, ValueError, "first_step must be at most last_step"),
-        ({"first_step": 9}, ValueError, "must leave a checkpoint, but steps are from 1 to 3"),
+        ({"first_step": -1}, ValueError, "first_step (--from) must be at least 0"),
+        (
+            {"first_step": 3, "last_step": 2},
+            ValueError,
+            "first_step (--from) must be at most last_step (--to)",
+        ),
+        (
+            {"first_step": 9},
+            ValueError,
+            "first_step (--from) must leave a checkpoint, got 9, and 's1.pt' has the step 1 and 's3.pt' has the step 3",
+        ),
         ({"metric": "loss"}, ValueError, "metric and best must be given together"),
         ({"best": 1}, ValueError, "metric and best must be given together"),
         ({"metric": " ", "best": 1}, ValueError, "metric must be the name of a field"),
         ({"metric": "loss", "best": 1, "last": 1}, ValueError, "last and best must not be given together"),
         ({"lower_is_better": True}, ValueError, "lower_is_better must be given with metric"),
-        ({"metric": "loss", "best": 1}, ValueError, "'loss', which 's1.pt', 's2.pt', 's3.pt' lack"),
+        ({"metric": "loss", "best": 1}, ValueError, "'loss', without one for 's1.pt', 's2.pt', 's3.pt'"),
         ({"metric": "quality", "best": 1}, ValueError, "--lower-is-better or --higher-is-better"),
     ],
     ids=str,
@@ -301,12 +367,26 @@ def test_the_log_of_hugging_faces_trainer_is_read(tmp_path: Path) -> None:
     found = select([tmp_path], metric="eval_loss", best=2)
     assert [(each.step, each.metric) for each in found] == [(200, 1.0), (1000, 1.5)]
     with pytest.raises(
-        ValueError, match=r"'eval_bleu', which 'checkpoint-100', 'checkpoint-200', 'checkpoint-300' and 1 more"
+        ValueError,
+        match=r"'eval_bleu', without one for 'checkpoint-100', 'checkpoint-200', .* and 1 more",
     ):
         select([tmp_path], metric="eval_bleu", best=1)
     put(tmp_path / "checkpoint-2000", *HF_FILES)
-    with pytest.raises(ValueError, match="which 'checkpoint-2000' lack"):
+    with pytest.raises(ValueError, match="without one for 'checkpoint-2000'"):
         select([tmp_path], metric="eval_loss", best=1)
+
+
+def test_the_fields_that_exist_are_named(tmp_path: Path) -> None:
+    put(tmp_path, "epoch_1.pt", "epoch_2.pt")
+    table = tmp_path / "metrics.csv"
+    with pytest.raises(ValueError, match=r"no JSON, CSV or YAML beside .* first line epoch,val-loss; or list"):
+        select([tmp_path], metric="val-loss", best=1)
+    table.write_text("epoch,val_loss,valid_acc\n1,0.5,0.9\n2,0.4,0.9\n")
+    with pytest.raises(ValueError, match=r"metrics.csv has epoch, val_loss, valid_acc. Values in the checkpoints"):
+        select([tmp_path], metric="val-loss", best=1)
+    (tmp_path / "epoch_1.json").write_text(json.dumps(dict.fromkeys(map("f{}".format, range(20)), 1)))
+    with pytest.raises(ValueError, match=r"epoch_1.json has f0, f1, .*, f11 and others; metrics.csv has epoch,"):
+        select([tmp_path], metric="val-loss", best=1)
 
 
 def test_timms_summary_is_read_by_epoch(tmp_path: Path) -> None:
@@ -325,7 +405,7 @@ def test_lightnings_names_and_table_are_read(tmp_path: Path) -> None:
     assert [each.step for each in select([folder], metric="val_loss", best=2)] == [200, 1000]
     found = select([folder], metric="val_acc", best=1)
     assert [(each.step, each.metric) for each in found] == [(200, 0.7)]
-    with pytest.raises(ValueError, match="lack"):
+    with pytest.raises(ValueError, match="without one for"):
         select([folder], metric="loss", best=1)  # not the loss of val_loss
 
 
@@ -344,7 +424,7 @@ def test_lines_of_json_are_read_and_mixed_counts_are_not(tmp_path: Path) -> None
     table.write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}\n{"epoch": 1, "loss": 9}\n')
     assert [each.metric for each in select([tmp_path], metric="loss", best=2)] == [1.0, 2.0]
     table.write_text('{"step": 1, "loss": 1}\n{"epoch": 2, "loss": 2}\n')
-    with pytest.raises(ValueError, match="lack"):
+    with pytest.raises(ValueError, match="without one for"):
         select([tmp_path], metric="loss", best=2)
 
 

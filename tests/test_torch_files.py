@@ -6,6 +6,7 @@ import argparse
 import itertools
 import os
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
@@ -16,12 +17,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from swafast.files import archives, pickles, strided
 from swafast.files.archives import PartialChecksum
 from swafast.files.checkpoints import OutputPlan
+from swafast.files.opening import open_checkpoint
 from swafast.files.torch_files import TorchCheckpoint, TorchOutput
 from swafast.torch_private import pickled as names
 from tests.checkpoint_io import Exploit, plan_of, read_whole, require_holds, require_unharmed, write_pieces
@@ -136,6 +138,44 @@ def test_what_is_chosen_and_left_out_is_said(path: str) -> None:
             TorchCheckpoint(path, key=key)
 
 
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        (
+            None,
+            "must hold tensors by name, got 'state', 'epoch': pass key='state.net' or 'state.ema' (--key state.net)",
+        ),
+        ("state", "must hold tensors by name, got 'net', 'optimizer', 'ema' and 1 more: pass key='state.net'"),
+        ("state.nett", "got 'state.nett': pass key='state.net'"),
+        ("optimizer", "got 'optimizer': pass key='state.net'"),
+        ("state.optimizer", "got 'state', 'param_groups': pass key='state.net'"),
+    ],
+)
+def test_the_dicts_that_hold_tensors_are_named_however_nested(path: str, key: str | None, words: str) -> None:
+    one, moments = {"a": torch.ones(1)}, {0: {"exp_avg": torch.ones(1)}}
+    state: dict[str, Any] = {"net": one, "optimizer": {"state": moments, "param_groups": []}, "ema": {**one}}
+    state["itself"] = state
+    torch.save({"state": state, "epoch": 1}, path)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        TorchCheckpoint(path, key=key)
+
+
+def test_a_key_where_none_is_needed(path: str) -> None:
+    torch.save({"a": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="got 'model': it holds tensors itself: pass no key"):
+        TorchCheckpoint(path, key="model")
+
+
+def test_a_prefix_that_no_name_has_is_said(path: str, tmp_path: Path) -> None:
+    torch.save({"module.a": torch.ones(1)}, path)
+    save_file({"module.a": torch.ones(1)}, tmp_path / "a.safetensors")
+    for each in (path, str(tmp_path / "a.safetensors")):
+        for strip, notes in (("modul.", [f"{each}: no name begins with 'modul.'"]), ("module.", [])):
+            opened = open_checkpoint(each, key=None, strip=strip, allow=())
+            assert getattr(opened, "notes", None) == notes
+            opened.close()
+
+
 def test_two_names_must_not_become_one(path: str) -> None:
     torch.save({"module.a": torch.ones(1), "a": torch.ones(1)}, path)
     with pytest.raises(ValueError, match=r"strip must leave different names in .*a.pt, got two 'a'"):
@@ -214,10 +254,13 @@ REFUSED: dict[str, tuple[Callable[[str], object], str]] = {
     "text": (written(b"hello"), "must be a file of torch.save, got one that begins with b'hell'"),
     "nothing": (written(b""), "must be a file of torch.save"),
     "compressed": (save_compressed, "got a/data/0 compressed: save it anew"),
-    "a whole model": (saved(nn.Linear(2, 2)), "got the global 'torch.nn.modules.linear.Linear'"),
+    "a whole model": (
+        saved(nn.Linear(2, 2)),
+        r"global 'torch.nn.modules.linear.Linear', .*: save model.state_dict",
+    ),
     "a tensor": (saved(torch.ones(2)), "must hold a state dict, got StridedView: save model.state_dict()"),
     "no tensors": (saved({"epoch": 1}), "must hold tensors by name, got 'epoch'"),
-    "another dict": (saved({"net": {"a": torch.ones(1)}}), r"got 'net': pass key='net' or another \(--key net\)"),
+    "another dict": (saved({"net": {"a": torch.ones(1)}}), r"got 'net': pass key='net' \(--key net\)"),
     "sparse": (saved({"a": torch.eye(2).to_sparse()}), "dense tensors, got for 'a' one of .*_rebuild_sparse_tensor"),
     "conjugated": (saved({"a": torch.ones(2, dtype=torch.complex64).conj()}), r"save its resolve_conj\(\)"),
     "complex128": (

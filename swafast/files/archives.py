@@ -24,7 +24,7 @@ _ALIGNMENT = 64
 _MANY = 0xFFFFFFFF  # stands for a number that is in the 64-bit field
 _LOCAL, _CENTRAL = "<4s5H3I2H", "<4s6H3I5H2I"
 _DATE = 1 << 5 | 1  # the first of January 1980, so that equal averages make equal files
-_PREFIX = "archive/"
+_FOLDER = "archive"
 
 
 #: What ``zipfile`` raises for damaged archives.
@@ -126,8 +126,8 @@ class ArchiveLayout:
         offsets: of each storage in the file.
     """
 
-    def __init__(self, pickle: bytes, storage_nbytes: Sequence[int], start: int = 0) -> None:
-        self.start = start
+    def __init__(self, pickle: bytes, storage_nbytes: Sequence[int], start: int = 0, folder: str | None = None) -> None:
+        self.start, self._prefix = start, f"{folder or _FOLDER}/"
         small = {"data.pkl": pickle, "byteorder": b"little", "version": b"3\n"}
         sizes = {name: len(data) for name, data in small.items()}
         sizes |= {f"data/{key}": nbytes for key, nbytes in enumerate(storage_nbytes)}
@@ -135,7 +135,7 @@ class ArchiveLayout:
         self._records: dict[str, tuple[int, int, int]] = {}  # offsets of header and data in the archive, bytes
         at = 0
         for name, nbytes in sizes.items():
-            data = at + struct.calcsize(_LOCAL) + len(_PREFIX + name) + 20 + 4
+            data = at + struct.calcsize(_LOCAL) + len(self._prefix + name) + 20 + 4
             data += -data % _ALIGNMENT
             self._records[name] = (at, data, nbytes)
             at = data + nbytes
@@ -147,7 +147,7 @@ class ArchiveLayout:
         """Write all but the storages; ``checksums`` are their CRC-32."""
         crcs = self._crcs(checksums)
         for name, (at, data, nbytes) in self._records.items():
-            full = (_PREFIX + name).encode()
+            full = (self._prefix + name).encode()
             padding = data - at - struct.calcsize(_LOCAL) - len(full) - 20 - 4
             extra = struct.pack("<2H2Q2H", 1, 16, nbytes, nbytes, 0x4246, padding) + bytes(padding)  # "FB", as torch
             fields = (b"PK\3\4", 45, 0, 0, 0, _DATE, crcs[name], _MANY, _MANY, len(full), len(extra))
@@ -162,7 +162,7 @@ class ArchiveLayout:
     def _list_of_records(self, checksums: Sequence[int]) -> bytes:
         crcs, parts = self._crcs(checksums), []
         for name, (at, _, nbytes) in self._records.items():
-            full = (_PREFIX + name).encode()
+            full = (self._prefix + name).encode()
             extra = struct.pack("<2H3Q", 1, 24, nbytes, nbytes, at)
             fields = (b"PK\1\2", 45, 45, 0, 0, 0, _DATE, crcs[name], _MANY, _MANY, len(full), len(extra))
             parts += [struct.pack(_CENTRAL, *fields, 0, 0, 0, 0, _MANY), full, extra]

@@ -18,7 +18,7 @@ from ..terms.boxes import Box, boxes_of_run
 from ..terms.replacing import replacing_folder
 from ..torch_private import pickled as names
 from .archives import MOST_PICKLE_NBYTES, Archive, ArchiveLayout, PartialChecksum
-from .checkpoints import ITEMSIZES, OutputPlan, TensorSpec
+from .checkpoints import ITEMSIZES, Checkpoint, OutputPlan, TensorSpec
 from .descriptors import give_up, open_regular, read_fully, write_fully
 from .entries import chosen_entries, chosen_tensors
 from .pickles import TORCH_NAMES, Call, Opaque, StridedView, pickled, unpickled, view_to_pickle
@@ -54,6 +54,7 @@ class DistributedCheckpoint:
     """A folder of DCP that is open for reading: a ``Checkpoint``.
 
     Attributes:
+        key: that of the part that was chosen, with dots between nested ones; "" of the whole.
         notes: lines for the user: which part of the checkpoint was chosen, and what was left out.
     """
 
@@ -74,7 +75,7 @@ class DistributedCheckpoint:
             state, places = _read_metadata(where, allow)
             self.metadata = self._strings(places.get((METADATA, ())))
             state.pop(METADATA, None)
-            entries, self.notes = chosen_entries(state, path, key)
+            entries, self.key, self.notes = chosen_entries(state, path, key, ChunkedTensor)
             tensors = chosen_tensors(entries, path, strip, ChunkedTensor, self.notes)
             self.specs: dict[str, TensorSpec] = {}
             self.aliases: dict[str, str] = {}
@@ -236,13 +237,15 @@ def _tensor(key: str, entry: Any, places: Mapping[tuple[str, tuple[int, ...]], C
 class DistributedOutput:
     """A folder of DCP that is being written, with one chunk for each tensor: an ``Output``.
 
-    ``dcp.load(model.state_dict(), checkpoint_id=path)`` loads it on any number of ranks. The metadata is under the key
-    ``swafast_metadata``.
+    ``dcp.load(model.state_dict(), checkpoint_id=path)`` loads it on any number of ranks. If the input that it is like
+    has the state under a key, as ``{"model": model.state_dict()}``, the output has it there too. The metadata is under
+    the key ``swafast_metadata``.
     """
 
-    def __init__(self, path: str | os.PathLike[str], plan: OutputPlan) -> None:
+    def __init__(self, path: str | os.PathLike[str], plan: OutputPlan, like: Checkpoint | None = None) -> None:
         """Make the files, beside the folder's place."""
         self._plan = plan
+        self._outer: tuple[str, ...] = tuple(filter(None, getattr(like, "key", "").split(".")))
         self._layouts: dict[str, tuple[ArchiveLayout, PartialChecksum]] = {}
         at = 0
         for spec in plan.specs:
@@ -276,7 +279,9 @@ class DistributedOutput:
 
     def _metadata_call(self) -> Call:
         stored = {spec.name: spec for spec in self._plan.specs}
-        tensors = {**{name: name for name in stored}, **self._plan.aliases}
+        named = {**{name: name for name in stored}, **self._plan.aliases}
+        paths = {".".join((*self._outer, name)): (*self._outer, name) for name in named}
+        tensors = dict(zip(paths, named.values(), strict=True))
         entries: dict[str, Call] = {key: _tensor_call(stored[name]) for key, name in tensors.items()}
         places = {
             _index_call(key, stored[name].shape): _place_call(self._layouts[name][0]) for key, name in tensors.items()
@@ -284,7 +289,7 @@ class DistributedOutput:
         if self._strings is not None:
             entries[METADATA] = _described("BytesStorageMetadata", {})
             places[_index_call(METADATA, None)] = _place_call(self._strings)
-        paths = {key: (key,) for key in entries}
+            paths[METADATA] = (METADATA,)
         return _described("Metadata", {"state_dict_metadata": entries, "planner_data": paths, "storage_data": places})
 
 

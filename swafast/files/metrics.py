@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -32,6 +33,8 @@ _TABLES = ("trainer_state.json", "summary.csv", "metrics.csv", "results.csv", "m
 #: Files of one checkpoint, in its folder.
 _OWN_FILES = ("metrics.json", "eval_results.json", "all_results.json", "results.json")
 
+#: How many fields of a file a message lists.
+_MOST_FIELDS = 12
 #: What is read of a file at most. The metrics of a training take less.
 _MOST_BYTES = 256 << 20
 
@@ -57,6 +60,7 @@ class Metrics:
 
     def __init__(self, field: str) -> None:
         self.field = field
+        self._fields: dict[str, dict[str, None]] = defaultdict(dict)  # of each file, by its name
         self._rows: dict[str, list[Mapping[str, Any]]] = {}
 
     def of(self, place: str, counted: Counted | None, *, by_epoch: bool) -> float | None:
@@ -81,6 +85,18 @@ class Metrics:
             )
         return value
 
+    def fields(self) -> list[str]:
+        """Return a line for each kind of file that was read: the fields that it has."""
+        lines = []
+        for name, fields in self._fields.items():
+            some = [*fields][:_MOST_FIELDS]
+            lines.append(f"{name} has {', '.join(some)}" + (" and others" if len(fields) > len(some) else ""))
+        return lines
+
+    def _note(self, path: str, found: Any) -> None:
+        if isinstance(found, Mapping):
+            self._fields[os.path.basename(path)] |= dict.fromkeys(filter(None, map(str, found)))
+
     def _in_name(self, name: str) -> float | None:
         """Return the value in a name such as ``epoch=3-val_loss=0.23.ckpt``. ``loss`` is not the field there."""
         field = rf"(?:^|(?<=[^a-z_])|(?<=[^a-z]_)){re.escape(_normal(self.field))}"
@@ -91,7 +107,9 @@ class Metrics:
     def _in_files(self, paths: Iterable[str]) -> float | None:
         for path in filter(os.path.isfile, paths):
             if path.endswith(".json"):
-                value = _number(_looked_up(_json(path), self.field))
+                found = _json(path)
+                self._note(path, found)
+                value = _number(_looked_up(found, self.field))
             else:
                 value = self._in_yaml(_text(path))
             if value is not None:
@@ -108,7 +126,10 @@ class Metrics:
         count, columns = (counted.epoch, _EPOCH_COLUMNS) if by_epoch else (counted.step, _STEP_COLUMNS)
         for path in filter(os.path.isfile, paths):
             if path not in self._rows:
-                self._rows[path] = [row for row in _rows(path) if _number(_looked_up(row, self.field)) is not None]
+                rows = _rows(path)
+                for row in rows:
+                    self._note(path, row)
+                self._rows[path] = [row for row in rows if _number(_looked_up(row, self.field)) is not None]
             # A training that was resumed has written the row of a step again.
             for row in reversed(self._rows[path]):
                 if count is not None and any(_number(row.get(column)) == count for column in columns):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .checkpoints import Checkpoint, Output, OutputPlan, TensorSpec
 from .distributed_files import DistributedCheckpoint, DistributedOutput
+from .entries import no_prefix
 from .safetensors_files import INDEX_SUFFIX, SafetensorsOutput, open_safetensors
 from .torch_files import TorchCheckpoint, TorchOutput
 
@@ -87,6 +88,8 @@ class StrippedCheckpoint:
 
     def __init__(self, opened: Checkpoint, prefix: str) -> None:
         self.path, self._opened = opened.path, opened
+        has_prefix = any(name.startswith(prefix) for name in opened.specs)
+        self.notes = [] if has_prefix else [no_prefix(opened.path, prefix)]
         self.metadata: Mapping[str, str] = opened.metadata
         self._names = {name.removeprefix(prefix): name for name in opened.specs}
         if len(self._names) != len(opened.specs):
@@ -110,7 +113,14 @@ class StrippedCheckpoint:
 
 
 def create_output(
-    path: str, plan: OutputPlan, *, form: str, shard_nbytes: int | None, copied: Sequence[Path], like: Checkpoint
+    path: str,
+    plan: OutputPlan,
+    *,
+    form: str,
+    shard_nbytes: int | None,
+    copied: Sequence[Path],
+    texts: Mapping[str, str],
+    like: Checkpoint,
 ) -> Output:
     """Begin an output beside its place.
 
@@ -120,15 +130,16 @@ def create_output(
         form: what :func:`output_form` has returned.
         shard_nbytes: of each file in a folder, at most. None: 5 GB.
         copied: small files that go into a folder of safetensors too.
+        texts: what is in some of these there, by name.
         like: the first input.
     """
     if form == "distributed":
-        return DistributedOutput(path, plan)
+        return DistributedOutput(path, plan, like)
     if form == "pickled":
         return TorchOutput(path, plan, like)
     if form == "file":
         return SafetensorsOutput(path, plan)
-    return SafetensorsOutput(path, plan, shard_nbytes or SHARD_NBYTES, copied)
+    return SafetensorsOutput(path, plan, shard_nbytes or SHARD_NBYTES, copied, texts)
 
 
 def output_form(path: str, shard_nbytes: int | None, first_input: str) -> str:

@@ -202,8 +202,8 @@ def unpickled(data: bytes, what: str, allow: Sequence[str] = ()) -> Any:
         refused = list(dict.fromkeys(unpickler.refused))
         listed = ", ".join(map(repr, refused[:3])) + (f" and {len(refused) - 3} more" if len(refused) > 3 else "")
         raise ValueError(
-            f"{what} must hold tensors and plain values, got the global {listed}: loading it with pickle would run "
-            f"code of these names. To skip such objects, pass allow={refused[:3]!r} (--allow {refused[0]})"
+            f"{what} must hold tensors and plain values, got the global {listed}, whose code pickle would run: "
+            f"save model.state_dict(). To skip such objects, pass allow={refused[:3]!r} (--allow {refused[0]})"
         )
     return value
 

@@ -9,7 +9,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
+from ..terms.misfits import few
 from ..terms.replacing import replacing, replacing_folder
 from .checkpoints import RECORD, OutputPlan, TensorSpec
 from .descriptors import give_up, open_regular, read_fully, write_fully
@@ -35,6 +37,9 @@ class SafetensorsCheckpoint:
         self.aliases: Mapping[str, str] = {}
         specs: dict[str, TensorSpec] = {}
         self._places: dict[str, _Shard] = {}
+        missing = [name for name, file in files.items() if not file.exists()]
+        if missing and placed is not None:
+            raise FileNotFoundError(f"{path}: the index names files that do not exist: {few(missing)}. Copy them there")
         shards = {name: _Shard(file) for name, file in files.items()}
         for name, shard in shards.items():
             for tensor, spec in shard.header.specs.items():
@@ -163,7 +168,12 @@ class SafetensorsOutput:
     """One safetensors file, or a folder of them, that is being written: an ``Output``."""
 
     def __init__(
-        self, path: str, plan: OutputPlan, shard_nbytes: int | None = None, copied: Sequence[Path] = ()
+        self,
+        path: str,
+        plan: OutputPlan,
+        shard_nbytes: int | None = None,
+        copied: Sequence[Path] = (),
+        texts: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Make the files, with their headers.
 
@@ -172,6 +182,7 @@ class SafetensorsOutput:
             plan: what to write.
             shard_nbytes: how many bytes of tensors one file of the folder has at most, or else one tensor.
             copied: small files that go into the folder too.
+            texts: what is in some of these there, by name.
         """
         self._stack = ExitStack()
         place = self._stack.enter_context(replacing(path) if shard_nbytes is None else replacing_folder(path))
@@ -181,8 +192,9 @@ class SafetensorsOutput:
                 files = _laid_out(place, plan.specs, shard_nbytes)
                 for file in copied:
                     shutil.copyfile(file, place / file.name)
-                for name in plan.metadata.keys() & {RECORD}:
-                    (place / f"{name}.json").write_text(plan.metadata[name], encoding="utf-8")
+                records = {f"{name}.json": plan.metadata[name] for name in plan.metadata.keys() & {RECORD}}
+                for name, text in {**texts, **records}.items():
+                    (place / name).write_text(text, encoding="utf-8")
             self._files: dict[str, _Unfinished] = {}
             for file, specs in files.items():
                 self._files |= dict.fromkeys((spec.name for spec in specs), _Unfinished(file, specs, plan.metadata))

@@ -82,11 +82,14 @@ def _parsed(name: str) -> tuple[str, list[_Number]]:
         kind = _KIND_OF.get(word[1], "") if word is not None else ""
         if word is not None and not kind:  # ``globalstep500``
             kind = next((kind for each, kind in _KIND_OF.items() if len(each) > 3 and word[1].endswith(each)), "")
-        numbers.append(_Number(_whole(match[0]), kind, not kind and before.endswith(("=", "=-"))))
+        numbers.append(_Number(whole_number(match[0]), kind, not kind and before.endswith(("=", "=-"))))
     return _NUMBER.sub("#", text), numbers
 
 
-def _whole(text: str) -> int | None:
+def whole_number(text: str) -> int | None:
+    """Return the whole number that a text is, as in ``500`` or ``10k``; None: it is none."""
+    if not _NUMBER.fullmatch(text):
+        return None
     if text[-1] in _UNITS:
         return round(float(text[:-1]) * _UNITS[text[-1]])
     return int(text) if text.isdecimal() else None

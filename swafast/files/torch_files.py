@@ -11,7 +11,7 @@ from typing import Any
 from ..terms.replacing import replacing
 from ..torch_private.pickled import MODULE_VERSIONS
 from .archives import Archive, ArchiveLayout, PartialChecksum
-from .checkpoints import ITEMSIZES, Checkpoint, OutputPlan, TensorSpec
+from .checkpoints import ITEMSIZES, RECORD, Checkpoint, OutputPlan, TensorSpec
 from .descriptors import give_up, open_regular, read_fully, write_fully
 from .entries import chosen_entries, chosen_tensors
 from .pickles import DTYPES, Call, StridedView, pickled, view_to_pickle
@@ -42,12 +42,10 @@ class TorchCheckpoint:
             OSError: it cannot be read.
         """
         self.path = path
-        self._descriptor = open_regular(path)
+        self._descriptor, archive = open_archive(path, allow)
         try:
-            self._require_zip()
-            archive = Archive(self._descriptor, 0, os.fstat(self._descriptor).st_size, path, allow)
             self.metadata: Mapping[str, str] = strings_in(getattr(archive.value, METADATA, None))
-            entries, self.notes = chosen_entries(archive.value, path, key)
+            entries, _, self.notes = chosen_entries(archive.value, path, key, StridedView)
             self.module_versions = _versions_in(entries, strip)
             views = chosen_tensors(entries, path, strip, StridedView, self.notes)
             self.specs: dict[str, TensorSpec] = {}
@@ -64,17 +62,6 @@ class TorchCheckpoint:
             self.close()
             raise
 
-    def _require_zip(self) -> None:
-        begin = os.pread(self._descriptor, 4, 0)
-        if begin == _ZIP:
-            return
-        if begin[:2] == _LEGACY:
-            raise ValueError(
-                f"{self.path} must be a file of torch 1.6 or later, got an older one: save it anew, with "
-                "torch.save(torch.load(path, weights_only=True), path)"
-            )
-        raise ValueError(f"{self.path} must be a file of torch.save, got one that begins with {begin!r}")
-
     def _read_at(self, name: str, offset: int, into: memoryview) -> None:
         if not read_fully(self._descriptor, offset, into):
             raise ValueError(f"{self.path} is damaged: bytes of {name!r} are missing at its end")
@@ -87,6 +74,33 @@ class TorchCheckpoint:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def open_archive(path: str, allow: Sequence[str]) -> tuple[int, Archive]:
+    """Open a file of ``torch.save``. Return its descriptor, and what it says of itself.
+
+    Raises:
+        ValueError, OSError: as a ``TorchCheckpoint``.
+    """
+    descriptor = open_regular(path)
+    try:
+        _require_zip(descriptor, path)
+        return descriptor, Archive(descriptor, 0, os.fstat(descriptor).st_size, path, allow)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _require_zip(descriptor: int, path: str) -> None:
+    begin = os.pread(descriptor, 4, 0)
+    if begin == _ZIP:
+        return
+    if begin[:2] == _LEGACY:
+        raise ValueError(
+            f"{path} must be a file of torch 1.6 or later, got an older one: save it anew, with "
+            "torch.save(torch.load(path, weights_only=True), path)"
+        )
+    raise ValueError(f"{path} must be a file of torch.save, got one that begins with {begin!r}")
 
 
 def spec_of(name: str, dtype: str, sizes: tuple[int, ...], path: str) -> TensorSpec:
@@ -106,11 +120,20 @@ def region_of(view: StridedView, archive: Archive, read_at: ReadAt, what: str) -
     Raises:
         ValueError: not all of them are in its storage.
     """
+    return Region(read_at, offset_of(view, archive, what), ITEMSIZES[DTYPES[view.dtype]], view.sizes, view.strides)
+
+
+def offset_of(view: StridedView, archive: Archive, what: str) -> int:
+    """Return the offset in the file of a tensor's first byte.
+
+    Raises:
+        ValueError: not all of its elements are in its storage.
+    """
     offset, nbytes = archive.storages.get(view.storage, (0, -1))
     itemsize = ITEMSIZES[DTYPES[view.dtype]]
     if (view.offset + extent_of(view.sizes, view.strides)) * itemsize > nbytes:
         raise ValueError(f"{what} is damaged: its storage has {max(nbytes, 0)} bytes, which are fewer than it needs")
-    return Region(read_at, offset + view.offset * itemsize, itemsize, view.sizes, view.strides)
+    return offset + view.offset * itemsize
 
 
 def strings_in(value: Any) -> dict[str, str]:
@@ -148,7 +171,8 @@ class TorchOutput:
         if versions:
             state[MODULE_VERSIONS] = versions
         data = pickled(Call(("collections", "OrderedDict"), (), views, state or None))
-        self._layout = ArchiveLayout(data, [spec.nbytes for spec in plan.specs])
+        folder = RECORD if RECORD in plan.metadata else None
+        self._layout = ArchiveLayout(data, [spec.nbytes for spec in plan.specs], folder=folder)
         self._places = {
             spec.name: (offset, PartialChecksum())
             for spec, offset in zip(plan.specs, self._layout.offsets, strict=True)

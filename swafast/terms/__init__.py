@@ -204,6 +204,7 @@ files/: checkpoints in files
     chunked tensor    a tensor in chunks, as ``torch.distributed.checkpoint`` stores it
     given up          what is being replaced stays as it is
     counted state     a state of averages, with their counts
+    mapped state      the values of a state in a file that is mapped into memory
     keys of average   where a state has the planes of one average
     combined          what a merge or a window of files has written
 

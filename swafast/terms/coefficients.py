@@ -47,20 +47,23 @@ def factors_of(coefficients: Sequence[float]) -> tuple[list[float], float]:
     return [*coefficients], 1.0
 
 
-def ema(count: int, decay: float) -> list[float]:
+def ema(count: int, decay: float, *, argument: str = "decay") -> list[float]:
     """Return those of an exponential moving average (EMA) that begins with the first checkpoint.
 
     The first has ``decay ** (count - 1)``, and checkpoint i of 2 to count has ``(1 - decay) * decay ** (count - i)``.
 
+    Args:
+        argument: what an error calls ``decay``.
+
     Raises:
         ValueError: ``decay`` is not in [0, 1].
     """
-    kept = checked_number("decay", decay, "in [0, 1], the share that the older ones keep", lambda x: 0.0 <= x <= 1.0)
+    kept = checked_number(argument, decay, "in [0, 1], the share that the older ones keep", lambda x: 0.0 <= x <= 1.0)
     first, *others = (kept**age for age in reversed(range(_checked(count))))
     return _summing_to_one([first, *((1.0 - kept) * each for each in others)])
 
 
-def power(count: int, sigma_rel: float) -> list[float]:
+def power(count: int, sigma_rel: float, *, argument: str = "sigma_rel") -> list[float]:
     """Return those of :class:`~swafast.PowerAverage` after ``count`` models: ``(i^(g+1) - (i-1)^(g+1)) / count^(g+1)``.
 
     Raises:
@@ -69,20 +72,20 @@ def power(count: int, sigma_rel: float) -> list[float]:
     Paper: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv:2312.02696,
     appendix C.
     """
-    exponent, number = gamma_of(sigma_rel) + 1.0, _checked(count)
+    exponent, number = gamma_of(sigma_rel, argument=argument) + 1.0, _checked(count)
     first, *others = ((index / number) ** exponent for index in range(1, number + 1))
     # 1 - ((i - 1) / i) ** exponent, without the cancellation for large i
     newest = (-math.expm1(exponent * math.log1p(-1.0 / index)) for index in range(2, number + 1))
     return _summing_to_one([first, *(share * own for share, own in zip(others, newest, strict=True))])
 
 
-def gamma_of(sigma_rel: float) -> float:
+def gamma_of(sigma_rel: float, *, argument: str = "sigma_rel") -> float:
     """Return the exponent of the power average with this relative width. :class:`~swafast.PowerAverage` explains it.
 
     Raises:
         ValueError: ``sigma_rel`` is not in (0, 1 / sqrt(12)].
     """
-    width = checked_number("sigma_rel", sigma_rel, f"in (0, {WIDEST:.6f}]", lambda x: 0.0 < x <= WIDEST)
+    width = checked_number(argument, sigma_rel, f"in (0, {WIDEST:.6f}]", lambda x: 0.0 < x <= WIDEST)
     # width < 1 / (gamma + 2), so gamma < high. The quotient overflows for the smallest widths.
     low, high = 0.0, min(2.0 / width, sys.float_info.max)
     while high - low > 1e-12 * (1.0 + low):
@@ -94,7 +97,7 @@ def gamma_of(sigma_rel: float) -> float:
     return 0.5 * (low + high) if low > 0.0 else 0.0
 
 
-def decay(count: int, kind: str) -> list[float]:
+def decay(count: int, kind: str, *, argument: str = "kind") -> list[float]:
     """Return those that stand for a decay of the learning rate, while the training went on at a constant rate.
 
     Let f be the decay: ``1 - x`` for ``"linear"``, ``1 - sqrt(x)`` for ``"minus-sqrt"``. The newest checkpoint has
@@ -109,7 +112,7 @@ def decay(count: int, kind: str) -> list[float]:
     """
     rate = _RATES.get(kind) if isinstance(kind, str) else None
     if rate is None:
-        raise ValueError(f"kind must be one of {', '.join(map(repr, DECAYS))}, got {kind!r}")
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, DECAYS))}, got {kind!r}")
     number = _checked(count)
     if kind == "linear":
         return equal(number)
