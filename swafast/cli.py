@@ -94,8 +94,9 @@ def average_checkpoints(
     metric: Annotated[str | None, typer.Option(metavar="FIELD", help="Choose by this metric, with --best.")] = None,
     best: Annotated[int | None, typer.Option(metavar="K", parser=_whole, help="The best K by --metric.")] = None,
     lower_is_better: Annotated[
-        bool | None, typer.Option("--lower-is-better/--higher-is-better", help="Which values of --metric are best.")
-    ] = None,
+        bool, typer.Option("--lower-is-better", help="Low values of --metric are best.")
+    ] = False,
+    higher_is_better: Annotated[bool, typer.Option("--higher-is-better", help="High ones are best.")] = False,
     weights: Annotated[str | None, typer.Option(metavar="W,W,...", help="Weights of the inputs; sum 1.")] = None,
     ema: Annotated[float | None, typer.Option(metavar="DECAY", help="An exponential average of the inputs.")] = None,
     power: Annotated[float | None, typer.Option(metavar="SIGMA", help="A power average of the inputs.")] = None,
@@ -116,12 +117,15 @@ def average_checkpoints(
     quiet: _Quiet = False,
 ) -> None:
     """Average checkpoints in files into one, in little memory and without torch."""
+    if lower_is_better and higher_is_better:
+        raise typer.BadParameter("pass one of them", param_hint="--lower-is-better or --higher-is-better")
     from .files import averaging, progress
 
     with _failing_with_a_line():
         averaging.average(
             inputs, out, weights=_numbers(weights), ema=ema, power=power, decay=decay, last=last, first_step=first_step,
-            last_step=last_step, min_gap=min_gap, metric=metric, best=best, lower_is_better=lower_is_better, key=key,
+            last_step=last_step, min_gap=min_gap, metric=metric, best=best,
+            lower_is_better=lower_is_better or (False if higher_is_better else None), key=key,
             strip=strip, allow=allow or (), tied=_pairs(tied or []), integers=integers, nonfinite=nonfinite,
             dtype=dtype, shard_size=shard_size, force=force, dry_run=dry_run, threads=threads,
             say=(lambda line: None) if quiet else typer.echo,
@@ -164,6 +168,9 @@ def combine(
     ] = False,
     key: Annotated[str | None, typer.Option(metavar="A.B", help="Where the state is in a *.pt input.")] = None,
     allow: _Allow = None,
+    copied: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A tensor that is copied from the last input.")
+    ] = None,
     force: _Force = False,
     quiet: _Quiet = False,
 ) -> None:
@@ -175,7 +182,7 @@ def combine(
     from .files.combining import combine_files
 
     with warnings.catch_warnings(record=True) as warned, _failing_with_a_line():
-        done = combine_files(inputs, out, window=window, key=key, allow=allow or (), force=force)
+        done = combine_files(inputs, out, window=window, key=key, allow=allow or (), copied=copied or (), force=force)
     if quiet:
         return
     for each in warned:

@@ -172,6 +172,89 @@ def test_several_averages_and_torch_own_states_are_combined(tmp_path: Path) -> N
         combine_files([tmp_path / "1.pt", tmp_path / "2.pt"], tmp_path / "more.pt")
 
 
+class Pair(nn.Module):
+    """Two params of one shape, tied or not, a floating buffer that changes, and float8."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.one = nn.Linear(2, 3)
+        self.two = nn.Linear(2, 3)
+        if tied:
+            self.two.weight = self.one.weight
+        self.register_buffer("scale", torch.zeros(2))
+        self.register_buffer("eighth", torch.zeros(4).to(torch.float8_e4m3fn))
+
+
+def pair(path: Path, values: list[float], *, tied: bool = False, of: type = AveragedModel) -> Path:
+    """Store an average of models whose param ``two`` is 10 times ``one``, unless they are tied."""
+    model = Pair(tied)
+    averaged = of(model)
+    for value in values:
+        with torch.no_grad():
+            model.two.weight.fill_(10 * value)
+            model.one.weight.fill_(value)
+            model.scale.fill_(1 / value)
+        averaged.update_parameters(model)
+    if path.suffix == ".safetensors":
+        save(averaged, path)
+    else:
+        torch.save(averaged.state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("is_first_tied", [True, False])
+def test_params_that_are_tied_in_one_input_alone_keep_both_values(
+    tmp_path: Path, is_first_tied: bool, suffix: str
+) -> None:
+    of = AveragedModel if suffix == ".pt" else FusedAveragedModel
+    tied = pair(tmp_path / f"tied{suffix}", [2.0], tied=True, of=of)
+    untied = pair(tmp_path / f"untied{suffix}", [1.0, 3.0, 5.0], of=of)
+    for inputs in ([tied, untied] if is_first_tied else [untied, tied], [tied, untied, tied]):
+        combine_files(inputs, tmp_path / "out.pt", force=True)
+        state = torch.load(tmp_path / "out.pt", weights_only=True)
+        count = 2 + len(inputs)
+        weight = (3 * 3.0 + (len(inputs) - 1) * 2.0) / count
+        other = (3 * 30.0 + (len(inputs) - 1) * 2.0) / count
+        assert int(state["n_averaged"]) == count
+        assert torch.allclose(state["module.one.weight"], torch.tensor(weight))
+        assert torch.allclose(state["module.two.weight"], torch.tensor(other))
+
+
+def test_named_tensors_are_copied_from_the_last_input(tmp_path: Path) -> None:
+    earlier, later = (pair(tmp_path / f"{n}.pt", [float(i) for i in range(1, n + 1)]) for n in (9, 10))
+    out = tmp_path / "out.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        combine_files([earlier, later], out, window=True, copied=["scale"])
+    state = torch.load(out, weights_only=True)
+    assert torch.allclose(state["module.one.weight"], torch.tensor(10.0))
+    assert torch.equal(state["module.scale"], torch.full((2,), 0.1))
+    with pytest.raises(ValueError, match=r"copied must have names of the model in .*10.pt, got .*scales"):
+        combine_files([earlier, later], out, window=True, copied=["scale", "scales"], force=True)
+    result = run("--merge", earlier, later, "-o", out, "--force", "--copied", "scale")
+    assert result.exit_code == 0, result.output
+    assert torch.equal(torch.load(out, weights_only=True)["module.scale"], torch.full((2,), 0.1))
+
+
+def test_float8_that_differs_and_sums_that_overflow_are_refused(tmp_path: Path) -> None:
+    paths = [pair(tmp_path / f"{n}.pt", [1.0] * n) for n in (3, 4)]
+    state = torch.load(paths[0], weights_only=True)
+    state["module.eighth"] = torch.ones(4).to(torch.float8_e4m3fn)
+    torch.save(state, paths[0])
+    with pytest.raises(ValueError, match=r"3.pt must have the values of .*4.pt for 'module.eighth', since .*--copied"):
+        combine_files(paths, tmp_path / "out.pt")
+    combine_files(paths, tmp_path / "out.pt", copied=["eighth"])
+    assert torch.load(tmp_path / "out.pt", weights_only=True)["module.eighth"].float().sum() == 0
+    for path, value in zip(paths, (3e38, -3e38), strict=True):
+        state = torch.load(path, weights_only=True)
+        state["module.one.weight"].fill_(value)
+        torch.save(state, path)
+    with pytest.raises(ValueError, match=r"that torch.float32 holds, got an infinity for 'module.one.weight'"):
+        combine_files(paths, tmp_path / "over.pt", window=True, copied=["eighth"])
+    assert not (tmp_path / "over.pt").exists()
+
+
 def changed(averaged: FusedAveragedModel, path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     state = averaged.state_dict()
     change(state)

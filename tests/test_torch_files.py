@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from swafast import FusedAveragedModel
-from swafast.files import archives, entries, pickles, strided, written_pickles
+from swafast.files import archives, average, entries, pickles, strided, written_pickles
 from swafast.files.archives import PartialChecksum
 from swafast.files.checkpoints import OutputPlan
 from swafast.files.opening import open_checkpoint
@@ -580,3 +580,14 @@ def test_what_plain_values_hold_no_matter(path: str) -> None:
     kept = {"args": argparse.Namespace(lr=0.1), "root": Path("x"), "set": {1}, "complex": 1j, "bytes": b"x"}
     torch.save({"state_dict": {"a": torch.ones(2)}, **kept, "dtype": torch.float32, "size": torch.Size([3])}, path)
     require_holds(TorchCheckpoint(path), {"a": torch.ones(2)})
+
+
+@pytest.mark.parametrize("is_first_tied", [True, False])
+def test_tensors_that_are_tied_in_one_input_alone_keep_both_values(tmp_path: Path, is_first_tied: bool) -> None:
+    both = torch.full((2,), 2.0)
+    torch.save({"a": both, "b": both}, tmp_path / "tied.pt")
+    torch.save({"a": torch.full((2,), 1.0), "b": torch.full((2,), 10.0)}, tmp_path / "untied.pt")
+    inputs = [str(tmp_path / f"{name}.pt") for name in ("tied", "untied")]
+    average(inputs if is_first_tied else inputs[::-1], str(tmp_path / "out.pt"), say=lambda line: None)
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert {name: value.tolist() for name, value in found.items()} == {"a": [1.5, 1.5], "b": [6.0, 6.0]}

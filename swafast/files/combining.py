@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ..terms.copying import bytes_of, describe_kind, is_plain
 from ..terms.formats import COMPENSATED, EXTRA_PLANES, Format, format_of_planes
 from ..terms.misfits import few, unlike
 from ..terms.replacing import replacing
-from ..terms.unmerged import is_statistic
+from ..terms.unmerged import is_statistic, is_unmerged
 from ..torch_private.modules import metadata_of, set_metadata
 from .averaged_file import write_state
 from .counted_states import COUNT, CountedState, check_files, is_pickled, read_counted
@@ -43,6 +43,7 @@ def combine_files(
     window: bool = False,
     key: str | None = None,
     allow: Sequence[str] = (),
+    copied: Sequence[str] = (),
     force: bool = False,
 ) -> Combined:
     """Write one average that is made of averages in files, summed in float64 and rounded once to their format.
@@ -50,8 +51,9 @@ def combine_files(
     A merge is the mean of all models, ``sum of n_i * m_i / sum of n_i``. A window is the mean of the models that the
     later average has and the earlier one has not, ``(n2 * m2 - n1 * m1) / (n2 - n1)``. Both are right for equal means,
     as of :class:`~swafast.EqualAverage`; files hold no rule. Integers, BatchNorm's statistics and further state are
-    copied from the last input, and so is all that is equal in all inputs. The result is in memory, and so are inputs of
-    :func:`~swafast.save`, whose checksums are verified. Files of ``torch.save`` are mapped.
+    copied from the last input, and so is all that is equal in all inputs. Other floating-point buffers look like params
+    in a file: name those that were not averaged (``use_buffers=False``) in ``copied``. The result is in memory, and so
+    are inputs of :func:`~swafast.save`, whose checksums are verified. Files of ``torch.save`` are mapped.
 
     Args:
         inputs: files of :func:`~swafast.save`, or states with ``n_averaged`` of ``torch.save``, as of torch's
@@ -59,14 +61,16 @@ def combine_files(
         out: ends in .safetensors for a file as of :func:`~swafast.save`, or as a file of ``torch.save`` for a state.
         key: where the state is in what ``torch.save`` has written, as in ``a.b``.
         allow: globals that files of ``torch.save`` may name beside tensors and the state, as ``module.name``.
+        copied: the model's names of tensors that are not averaged, but copied from the last input.
         force: replace ``out``.
 
     Warns:
         RuntimeWarning: a window is so short that rounding errors grow by more than 20, and is not ``compensated``.
 
     Raises:
-        ValueError: an input is damaged or holds no count; counts do not fit; or names, shapes, formats or dtypes
-            differ. The message names the file and the tensor. Nothing was written.
+        ValueError: an input is damaged or holds no count; counts do not fit; names, shapes, formats, dtypes or float8
+            values differ; a sum overflows; or no tensor has a name in ``copied``. The message names the file and the
+            tensor. Nothing was written.
         OSError: a file cannot be read or written, or ``out`` exists. What stood there is whole.
     """
     paths = [os.fspath(path) for path in inputs]
@@ -80,12 +84,16 @@ def combine_files(
         _require_alike(each, states[0])
     state: OrderedDict[str, Any] = OrderedDict(last.state)
     counts: dict[str, int] = {}
+    kept = {f"{prefix}module.{name}" for prefix in last.counts for name in copied}
+    unknown = [name for name in copied if not any(f"{prefix}module.{name}" in last.state for prefix in last.counts)]
+    if unknown:
+        raise ValueError(f"copied must have names of the model in {last.path}, got {few(unknown)}")
     for prefix in last.counts:
         found = [each.counts[prefix] for each in states]
         factors = [-found[0], found[1]] if window else found
         if sum(factors) < 1:
             raise ValueError(f"{paths[1]} must have averaged more models than {paths[0]}, {found[0]}, got {found[1]}")
-        _combine(states, prefix, factors, state)
+        _combine(states, prefix, factors, kept, state)
         counts[prefix] = sum(factors)
         state[prefix + COUNT] = torch.tensor(counts[prefix])
     set_metadata(state, metadata_of(last.state))
@@ -143,13 +151,23 @@ class _KeysOfAverage:
     format: Format | None  # None: plane 0 alone, in its own dtype
 
 
-def _combine(states: Sequence[CountedState], prefix: str, factors: Sequence[int], into: dict[str, Any]) -> None:
-    """Write the sums of one average into a state. ``factors`` are the counts, of which an earlier one is negative."""
+def _combine(
+    states: Sequence[CountedState], prefix: str, factors: Sequence[int], kept: Set[str], into: dict[str, Any]
+) -> None:
+    """Write the sums of one average into a state.
+
+    Args:
+        factors: the counts, of which an earlier one is negative.
+        kept: keys of tensors that are copied.
+    """
     gain = sum(map(abs, factors)) / sum(factors)
     is_short = gain > MOST_GAIN
-    for keys in _averages_in(states[-1], prefix):
+    _require_same_float8(states, f"{prefix}module.", kept)
+    for keys in _averages_in(states, prefix):
         name, *_ = keys.first
         planes = [tuple(each.state[key] for key in (name, *keys.further)) for each in states]
+        if not kept.isdisjoint(keys.first):
+            continue
         if is_short and keys.format is not COMPENSATED and planes[-1][0].dtype not in (torch.float64, torch.complex128):
             is_short = False  # warn once
             warnings.warn(loss_of(gain), RuntimeWarning, stacklevel=3)
@@ -159,19 +177,39 @@ def _combine(states: Sequence[CountedState], prefix: str, factors: Sequence[int]
             if not value.isfinite().all():
                 raise ValueError(f"{each.path} must be finite, got a NaN or an infinity in {name!r}")
         first, *further = _sum(planes, keys.format, factors)
+        if not first.isfinite().all():
+            raise ValueError(f"the inputs must have a mean that {first.dtype} holds, got an infinity for {name!r}")
         into.update(dict.fromkeys(keys.first, first))
         into.update(zip(keys.further, further, strict=True))
 
 
-def _averages_in(counted: CountedState, prefix: str) -> Iterator[_KeysOfAverage]:
+def _require_same_float8(states: Sequence[CountedState], head: str, kept: Set[str]) -> None:
+    """Raise ValueError where float8 tensors of a model differ, which no sum is made of."""
+    last = states[-1]
+    for key, value in last.state.items():
+        if not key.startswith(head) or key in kept or is_unmerged(key) or not isinstance(value, Tensor):
+            continue
+        if value.is_floating_point() and value.itemsize == 1:
+            for each in states[:-1]:
+                if not _same_bits((each.state[key],), (value,)):
+                    raise ValueError(
+                        f"{each.path} must have the values of {last.path} for {key!r}, since {value.dtype} is not "
+                        f"averaged: copied=({key.removeprefix(head)!r},) (--copied {key.removeprefix(head)}) takes "
+                        "those of the last input"
+                    )
+
+
+def _averages_in(states: Sequence[CountedState], prefix: str) -> Iterator[_KeysOfAverage]:
     """Yield where the averages are. What is no average is left out, as far as a state tells."""
-    state = counted.state
+    state = states[-1].state
     head = f"{prefix}module."
-    by_memory: dict[object, list[str]] = {}  # tied params stand together; their further planes have the first name
+    # Params that are tied in all states stand together. Their further planes have the first name.
+    by_memory: dict[object, list[str]] = {}
     for key, value in state.items():
         if key.startswith(head) and is_averaged(key, value) and is_plain(value):
-            memory = (value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else key
-            by_memory.setdefault(memory, []).append(key)
+            tensors = [each.state[key] for each in states]
+            memory = tuple((each.data_ptr(), each.dtype, each.shape, each.stride()) for each in tensors)
+            by_memory.setdefault(memory if value.numel() else key, []).append(key)
     found: list[tuple[list[str], dict[str, str]]] = []
     for keys in by_memory.values():
         names = [(plane, f"{prefix}{plane}.{key.removeprefix(head)}") for plane in EXTRA_PLANES for key in keys]
@@ -184,7 +222,7 @@ def _averages_in(counted: CountedState, prefix: str) -> Iterator[_KeysOfAverage]
             fmt = format_of_planes(first, {plane: state[of] for plane, of in further.items()})
             if fmt is None:
                 raise ValueError(
-                    f"{counted.path}: {keys[0]!r} must have the planes of one format, got {list(further.values())}"
+                    f"{states[-1].path}: {keys[0]!r} must have the planes of one format, got {list(further.values())}"
                 )
             yield _KeysOfAverage(keys, [further[plane] for plane, _ in fmt.extra], fmt)
         elif first.dtype not in in_planes:

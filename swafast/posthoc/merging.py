@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..terms.coefficients import coefficients_of
+from ..terms.coefficients import coefficients_of, factors_of
 from ..terms.copying import describe_kind, duplicate, is_plain
 from ..terms.misfits import unlike
-from ..terms.numbers import as_number
+from ..terms.numbers import as_float
 from ..terms.pickling import pickled_from
 from ..terms.unmerged import is_unmerged, leaf_of
 from ..torch_private.modules import metadata_of, set_metadata
@@ -108,12 +108,12 @@ def greedy_merge(states: Iterable[State], score: Callable[[dict[str, Any]], floa
 
 def _scored(score: Callable[[dict[str, Any]], float], state: dict[str, Any], what: str) -> float:
     found = score(state)
-    number = as_number(found)
+    number = as_float(found)
     if number is None:
         raise TypeError(f"score must return a number, got {found!r} for {what}")
     if math.isnan(number):
         raise ValueError(f"score must return a number that can be compared, got NaN for {what}: leave it out")
-    return float(number)
+    return number
 
 
 # Which tensors are averaged, and what must agree
@@ -209,8 +209,10 @@ def _copied(value: Any) -> Any:
 def _weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
     last = local_of(tensors[-1].detach())
     total = torch.zeros_like(last, dtype=torch.promote_types(last.dtype, torch.float64))
-    for tensor, coefficient in zip(tensors, coefficients, strict=True):
-        total.add_(local_of(tensor.detach()).to(total.device), alpha=coefficient)
+    factors, divisor = factors_of(coefficients)
+    for tensor, factor in zip(tensors, factors, strict=True):
+        total.add_(local_of(tensor.detach()).to(total.device), alpha=factor)
+    total /= divisor
     result = torch.empty_like(tensors[-1].detach())
     local_of(result).copy_(rounded(total, last.dtype))
     return result
