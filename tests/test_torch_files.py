@@ -470,6 +470,31 @@ def test_names_beside_a_dict_of_their_prefix_are_said(path: str) -> None:
     checkpoint = TorchCheckpoint(path, key="a")
     assert list(checkpoint.specs) == ["v"]
     assert checkpoint.notes[0].endswith("averaging 'a', without 'a.w'")
+    torch.save({"a": {"b": {"w": torch.ones(1)}}, "a.b": {"v": torch.ones(2)}}, path)
+    checkpoint = TorchCheckpoint(path, key="a.b")
+    assert list(checkpoint.specs) == ["v"]
+    assert checkpoint.notes[0].endswith("averaging 'a.b', without 'a'")
+
+
+@pytest.mark.parametrize(
+    ("files", "opened"),
+    [
+        (["pytorch_model-00001-of-00002.bin"], None),
+        (["optimizer.pt", "pytorch_model-00001-of-00002.bin"], None),
+        (["optimizer.pt"], None),
+        (["training_args.bin"], None),
+        (["pytorch_model-00001-of-00001.bin"], "pytorch_model-00001-of-00001.bin"),
+        (["model.pt", "optim.pt"], "model.pt"),
+    ],
+)
+def test_a_folder_is_read_only_if_a_file_has_all_weights(tmp_path: Path, files: list[str], opened: str | None) -> None:
+    for name in files:
+        torch.save({"a": torch.ones(1)}, tmp_path / name)
+    if opened is not None:
+        assert open_checkpoint(str(tmp_path), key=None, strip=None, allow=()).path == str(tmp_path / opened)
+        return
+    with pytest.raises(ValueError, match=rf"must hold one file with all weights, got {files[0]}"):
+        open_checkpoint(str(tmp_path), key=None, strip=None, allow=())
 
 
 def test_the_planes_of_formats_are_known() -> None:

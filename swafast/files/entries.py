@@ -54,7 +54,8 @@ def chosen_entries(
         for name in entries
         if name.startswith(prefix) and entries[name] is dict.get(part, name.removeprefix(prefix))
     }
-    others = [name for name in value if name != key.partition(".")[0] and name not in chosen]
+    head = key if entries.get(key) is part else key.partition(".")[0]
+    others = [name for name in value if name != head and name not in chosen]
     notes = [f"{path}: averaging {key!r}"]
     if others:
         notes[0] += f", without {few_of(others)}"
