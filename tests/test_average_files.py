@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from swafast.files import agreement, average, averaging, safetensors_files, streaming, summing
+from swafast.files import agreement, average, averaging, descriptors, places, safetensors_files, streaming, summing
 from swafast.files.checkpoints import TensorSpec
 from swafast.files.headers import header_bytes
 from swafast.terms import replacing
@@ -312,7 +312,7 @@ def test_a_dry_run_lists_and_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(averaging.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(OSError, match=r"out needs 786 kB, and 10 B are free"):
         average(written(tmp_path, MODELS), tmp_path / "out.safetensors")
     assert not list(tmp_path.glob("out*"))
@@ -415,7 +415,7 @@ def test_the_output_is_synced_before_it_has_its_name(
     def noted(name: str, real: Callable[..., object]) -> Callable[..., object]:
         return lambda *arguments: (done.append(name), real(*arguments))[1]
 
-    for name in ("fsync", "replace", "rename"):
+    for name in ("fsync", "replace", "rename", "link"):
         monkeypatch.setattr(replacing.os, name, noted(name, getattr(os, name)))
     average(written(tmp_path, MODELS), tmp_path / form)
     naming = next(place for place, name in enumerate(done) if name != "fsync")
@@ -455,14 +455,14 @@ PLANTED: dict[str, tuple[Any, str, Any, Callable[[Path], None]]] = {
     "equal is first": (streaming, "why_unequal", lambda *_: "", test_float8_is_refused_unless_it_is_equal),
     "no check of space": (
         averaging,
-        "_check_space",
+        "check_space",
         lambda *_: None,
         patched(test_a_full_disk_is_seen_before_anything_is_written),
     ),
     "a change unseen": (
-        safetensors_files,
+        descriptors,
         "_identity",
-        lambda descriptor: (0, 0, 0, 0),
+        lambda found: (0, 0, 0, 0),
         test_a_file_that_changes_meanwhile_is_seen,
     ),
     "no sync": (

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +18,9 @@ from ..terms import coefficients
 from ..terms.numbers import as_int
 from .agreement import INTEGERS, Agreed, agree
 from .checkpoints import ITEMSIZES, RECORD, Checkpoint, Output, OutputPlan
+from .descriptors import interrupted_once
 from .opening import create_output, open_checkpoint, output_form
+from .places import check_place, check_space
 from .progress import size_text
 from .selection import Selected, select
 from .streaming import NBYTES_PER_THREAD, Pass
@@ -155,7 +156,8 @@ def average(
     factors = _coefficients(len(selected), weights=weights, ema=ema, power=power, decay=decay)
     path, paths = os.fspath(out), [it.path for it in selected]
     form = output_form(path, shard_nbytes, paths[0])
-    _check_place(Path(path), form, force)
+    is_folder = form in ("folder", "distributed")
+    check_place(Path(path), is_folder, force, paths)
     with ExitStack() as stack:
         opened = _opened(stack, paths, key, strip, allow, say)
         tensors, aliases = agree(opened, tied=tied or {}, dtype=named_dtype, integers=integers)
@@ -163,16 +165,19 @@ def average(
         report = _report(selected, factors, path, tensors, num_threads, summed_by)
         for line in report.lines():
             say(line)
+        check_space(Path(path), report.nbytes_written)
         if not dry_run:
-            _check_space(Path(path), report.nbytes_written)
             metadata = {"format": "pt", **opened[0].metadata, RECORD: _record(paths, factors)}
             plan = OutputPlan([it.spec for it in tensors], aliases, metadata)
             beside = _beside(paths[-1]) if form == "folder" else []
-            output = create_output(path, plan, form=form, shard_nbytes=shard_nbytes, copied=beside, like=opened[0])
             task = Pass(opened, tensors, factors, nonfinite == "keep", summing)
-            _fill(output, task, num_threads, progress, report.nbytes_read + report.nbytes_written)
-            if form == "distributed":
-                Path(path, f"{RECORD}.json").write_text(metadata[RECORD], encoding="utf-8")
+            with interrupted_once():
+                output = create_output(
+                    *(path, plan), form=form, shard_nbytes=shard_nbytes, copied=beside, like=opened[0], last=paths[-1],
+                    new=not force,
+                )  # fmt: skip
+                place = partial(check_place, Path(path), is_folder, force, paths)
+                _fill(output, task, num_threads, progress, report.nbytes_read + report.nbytes_written, place)
             report = replace(report, seconds=time.monotonic() - started)
     assert had_torch or summing is TorchSumming or "torch" not in sys.modules, "an average has imported torch"
     return report
@@ -184,18 +189,21 @@ def _fill(
     threads: int,
     progress: Callable[[int], AbstractContextManager[Advancing]] | None,
     nbytes: int,
+    check_place: Callable[[], None],
 ) -> None:
     """Run a pass, and put its output in its place or, if anything fails, away."""
     try:
-        if progress is None:
-            task.run(output, threads, lambda advanced: None)
-            output.commit()
-        else:
-            with progress(nbytes) as shown:
-                task.run(output, threads, shown.advance)
+        with nullcontext() if progress is None else progress(nbytes) as shown:
+            task.run(output, threads, (lambda advanced: None) if shown is None else shown.advance)
+            for each in task.inputs:
+                each.require_unchanged()
+            check_place()  # once more: what has come meanwhile is not ours
+            if shown is not None:
                 shown.phase("syncing to the disk")
-                output.commit()
+            output.commit()
     except BaseException:
+        for each in task.inputs:
+            each.close()  # a clean-up needs descriptors
         output.discard()
         raise
 
@@ -261,30 +269,6 @@ def _record(paths: Sequence[str], factors: Sequence[float] | None) -> str:
     """Return what the output says of itself, as JSON."""
     version = sys.modules[__name__.partition(".")[0]].__version__
     return json.dumps({"swafast": version, "inputs": [*paths], "coefficients": factors or "equal"})
-
-
-def _check_place(out: Path, form: str, force: bool) -> None:
-    """Check that the output may stand at its place, before anything is read."""
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"out must be in a folder that exists, got {str(out)!r}: make the folder first")
-    if not out.exists():
-        return
-    is_folder = form in ("folder", "distributed")
-    if is_folder != out.is_dir():
-        kind = "a folder" if out.is_dir() else "a file"
-        raise FileExistsError(f"out must not be {kind} that exists, got {str(out)!r}: choose another name")
-    if is_folder and not any(out.iterdir()):
-        return
-    if not force:
-        raise FileExistsError(f"out must not exist, got {str(out)!r}: force=True (--force) replaces it")
-    if is_folder and not (out / f"{RECORD}.json").is_file():
-        raise FileExistsError(f"out must be a folder that an average was written to, got {str(out)!r}: remove it first")
-
-
-def _check_space(out: Path, nbytes: int) -> None:
-    free = shutil.disk_usage(out.absolute().parent).free
-    if free < nbytes:
-        raise OSError(errno.ENOSPC, f"out needs {size_text(nbytes)}, and {size_text(free)} are free", str(out))
 
 
 def _beside(path: str) -> list[Path]:

@@ -16,6 +16,8 @@ from typing import Any
 
 from .checkpoints import ITEMSIZES, TensorSpec
 
+#: The entry of a header that is no tensor.
+METADATA_KEY = "__metadata__"
 #: As safetensors itself has it.
 MOST_HEADER_NBYTES = 100_000_000
 #: Of one tensor's description. 64 dimensions of 20 digits are 1,300.
@@ -64,7 +66,7 @@ def _parse(text: bytes, nbytes: int) -> Header:
     metadata: dict[str, str] | None = None
     scanner = _Scanner(text)
     for name in scanner.keys("the header"):
-        if name == "__metadata__":
+        if name == METADATA_KEY:
             if metadata is not None:
                 raise ValueError("it has two entries of metadata")
             metadata = dict(_pairs_of_text(scanner))
@@ -213,7 +215,9 @@ def header_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tu
 
     The tensors with the largest elements come first. So each of them is aligned, which readers want that map the file.
     """
-    described: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    if any(spec.name == METADATA_KEY for spec in specs):
+        raise ValueError(f"a safetensors file has no tensor of the name {METADATA_KEY!r}: write a .pt file")
+    described: dict[str, Any] = {METADATA_KEY: dict(metadata)} if metadata else {}
     relative, reached = {}, 0
     for spec in sorted(specs, key=lambda spec: -ITEMSIZES[spec.dtype]):
         relative[spec.name] = reached

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .checkpoints import Checkpoint, Output, OutputPlan, TensorSpec
 from .distributed_files import DistributedCheckpoint, DistributedOutput
-from .safetensors_files import INDEX_SUFFIX, SafetensorsOutput, open_safetensors
+from .safetensors_files import INDEX_SUFFIX, STEMS, SafetensorsOutput, open_safetensors, weights_in
 from .torch_files import TorchCheckpoint, TorchOutput
 
 #: Of files that `torch.save` writes.
@@ -105,12 +106,23 @@ class StrippedCheckpoint:
     def read_into(self, name: str, start: int, into: memoryview) -> None:
         self._opened.read_into(self._names[name], start, into)
 
+    def require_unchanged(self) -> None:
+        self._opened.require_unchanged()
+
     def close(self) -> None:
         self._opened.close()
 
 
 def create_output(
-    path: str, plan: OutputPlan, *, form: str, shard_nbytes: int | None, copied: Sequence[Path], like: Checkpoint
+    path: str,
+    plan: OutputPlan,
+    *,
+    form: str,
+    shard_nbytes: int | None,
+    copied: Sequence[Path],
+    like: Checkpoint,
+    last: str,
+    new: bool,
 ) -> Output:
     """Begin an output beside its place.
 
@@ -121,14 +133,27 @@ def create_output(
         shard_nbytes: of each file in a folder, at most. None: 5 GB.
         copied: small files that go into a folder of safetensors too.
         like: the first input.
+        last: the path of the last input, after which the files in a folder are named.
+        new: keep what appears at ``path`` meanwhile.
     """
     if form == "distributed":
-        return DistributedOutput(path, plan)
+        return DistributedOutput(path, plan, new=new)
     if form == "pickled":
-        return TorchOutput(path, plan, like)
+        return TorchOutput(path, plan, like, new=new)
     if form == "file":
-        return SafetensorsOutput(path, plan)
-    return SafetensorsOutput(path, plan, shard_nbytes or SHARD_NBYTES, copied)
+        return SafetensorsOutput(path, plan, new=new)
+    return SafetensorsOutput(path, plan, shard_nbytes or SHARD_NBYTES, copied, stem=_stem(last), new=new)
+
+
+def _stem(path: str) -> str:
+    """Return what the names of a folder's files begin with, after an input: what its loader looks for."""
+    form = _form_of(Path(path))
+    if form == "distributed":
+        return STEMS[0]
+    if form == "safetensors" and os.path.isdir(path):
+        path = os.fspath(weights_in(Path(path)))
+    name = os.path.basename(_pickled_in(path) if form == "pickled" else path)
+    return next((stem for stem in STEMS if re.match(rf"{stem}[-.]", name)), STEMS[0])
 
 
 def output_form(path: str, shard_nbytes: int | None, first_input: str) -> str:

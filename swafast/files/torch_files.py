@@ -12,7 +12,7 @@ from ..terms.replacing import replacing
 from ..torch_private.pickled import MODULE_VERSIONS
 from .archives import Archive, ArchiveLayout, PartialChecksum
 from .checkpoints import ITEMSIZES, Checkpoint, OutputPlan, TensorSpec
-from .descriptors import give_up, open_regular, read_fully, write_fully
+from .descriptors import InputFile, give_up, write_fully
 from .entries import chosen_entries, chosen_tensors
 from .pickles import DTYPES, Call, StridedView, pickled, view_to_pickle
 from .strided import ReadAt, Region, extent_of
@@ -42,10 +42,11 @@ class TorchCheckpoint:
             OSError: it cannot be read.
         """
         self.path = path
-        self._descriptor = open_regular(path)
+        self._file = InputFile(path)
         try:
-            self._require_zip()
-            archive = Archive(self._descriptor, 0, os.fstat(self._descriptor).st_size, path, allow)
+            with self._file.opened() as descriptor:
+                self._require_zip(descriptor)
+                archive = Archive(descriptor, 0, self._file.nbytes, path, allow)
             self.metadata: Mapping[str, str] = strings_in(getattr(archive.value, METADATA, None))
             entries, self.notes = chosen_entries(archive.value, path, key)
             self.module_versions = _versions_in(entries, strip)
@@ -64,8 +65,8 @@ class TorchCheckpoint:
             self.close()
             raise
 
-    def _require_zip(self) -> None:
-        begin = os.pread(self._descriptor, 4, 0)
+    def _require_zip(self, descriptor: int) -> None:
+        begin = os.pread(descriptor, 4, 0)
         if begin == _ZIP:
             return
         if begin[:2] == _LEGACY:
@@ -76,17 +77,18 @@ class TorchCheckpoint:
         raise ValueError(f"{self.path} must be a file of torch.save, got one that begins with {begin!r}")
 
     def _read_at(self, name: str, offset: int, into: memoryview) -> None:
-        if not read_fully(self._descriptor, offset, into):
+        if not self._file.read_fully(offset, into):
             raise ValueError(f"{self.path} is damaged: bytes of {name!r} are missing at its end")
 
     def read_into(self, name: str, start: int, into: memoryview) -> None:
         itemsize = ITEMSIZES[self.specs[name].dtype]
         self._regions[name].read_run(start // itemsize, (start + len(into)) // itemsize, into)
 
+    def require_unchanged(self) -> None:
+        self._file.require_unchanged()
+
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._file.close()
 
 
 def spec_of(name: str, dtype: str, sizes: tuple[int, ...], path: str) -> TensorSpec:
@@ -138,8 +140,17 @@ class TorchOutput:
     ``swafast_metadata``.
     """
 
-    def __init__(self, path: str | os.PathLike[str], plan: OutputPlan, like: Checkpoint | None = None) -> None:
-        """Make the file, beside its place; ``like`` is the input of which the modules' versions are kept."""
+    def __init__(
+        self, path: str | os.PathLike[str], plan: OutputPlan, like: Checkpoint | None = None, *, new: bool = False
+    ) -> None:
+        """Make the file, beside its place.
+
+        Args:
+            path: of the file.
+            plan: what to write.
+            like: the input of which the modules' versions are kept.
+            new: keep what appears at ``path`` meanwhile.
+        """
         places = {spec.name: index for index, spec in enumerate(plan.specs)}
         views = {spec.name: view_to_pickle(str(places[spec.name]), spec.dtype, spec.shape) for spec in plan.specs}
         views |= {alias: views[name] for alias, name in plan.aliases.items()}
@@ -155,7 +166,7 @@ class TorchOutput:
         }
         self._nbytes = {spec.name: spec.nbytes for spec in plan.specs}
         self._stack = ExitStack()
-        unfinished = self._stack.enter_context(replacing(path))
+        unfinished = self._stack.enter_context(replacing(path, new=new))
         self._descriptor = os.open(unfinished, os.O_WRONLY | os.O_CLOEXEC)
         self._stack.callback(os.close, self._descriptor)
 
