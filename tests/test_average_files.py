@@ -199,6 +199,37 @@ def test_nan_is_reported_with_its_file(tmp_path: Path) -> None:
         average(paths, tmp_path / "n.safetensors", dtype="fp16")
 
 
+def test_a_float64_sum_that_overflows_is_said_and_weights_help(tmp_path: Path) -> None:
+    paths = written(tmp_path, [{"a": np.array([1.5e308])}, {"a": np.array([1.4e308])}])
+    with pytest.raises(ValueError, match=r"the sum of the tensor a is no finite float64 at \[0\]: pass weights"):
+        average(paths, tmp_path / "out.safetensors")
+    average(paths, tmp_path / "out.safetensors", weights=[0.5, 0.5])
+    assert load_file(tmp_path / "out.safetensors")["a"].tolist() == [1.45e308]
+
+
+WRONG_TYPES: tuple[dict[str, Any], ...] = (
+    *({"inputs": b"a"}, {"inputs": [b"a"]}, {"inputs": 5}, {"inputs": [None]}, {"out": b"a"}, {"out": None}),
+    *({"tied": ["a=b"]}, {"tied": {"a": 1}}, {"strip": 5}, {"key": 5}),
+)
+
+
+@pytest.mark.parametrize("change", WRONG_TYPES, ids=str)
+def test_arguments_of_another_type_are_refused_by_name(change: dict[str, Any], tmp_path: Path) -> None:
+    arguments = {"inputs": written(tmp_path, MODELS[:1]), "out": tmp_path / "out.safetensors", **change}
+    with pytest.raises(TypeError, match=f"^{next(iter(change))} must be "):
+        average(arguments.pop("inputs"), arguments.pop("out"), **arguments)
+
+
+def test_many_small_tensors_are_taken_together(tmp_path: Path) -> None:
+    models = [{f"{n}": np.full(n % 7, n + seed, np.float32) for n in range(1000)} for seed in (0, 2)]
+    average(written(tmp_path, models), tmp_path / "out.safetensors")
+    assert_same(load_file(tmp_path / "out.safetensors"), mean(models))
+    task = streaming.Pass([], [agreement.Agreed(TensorSpec("x", "F32", (3,)), (), ())] * 1000, None, False, object)  # type: ignore[arg-type]
+    assert {len(some) for some in task._chunks()} == {100}
+    large = [agreement.Agreed(TensorSpec("x", "F32", (summing.CHUNK_NUMEL * 2 // 3,)), (), ())] * 3
+    assert [len(some) for some in streaming.Pass([], large, None, False, object)._chunks()] == [1, 1, 1]  # type: ignore[arg-type]
+
+
 def disagreeing(change: dict[str, np.ndarray | None]) -> Callable[[Path], list[Path]]:
     other = {name: array for name, array in {**MODELS[1], **change}.items() if array is not None}
     return lambda folder: written(folder, [MODELS[0], other])
@@ -237,8 +268,10 @@ BAD: dict[str, tuple[Made, dict[str, Any], str]] = {
     ),
     "absolute": (with_index({"a": "/x.safetensors"}), {}, "must name files in its own folder, got '/x.safetensors'"),
     "deeper outside": (with_index({"a": "s/../../x"}), {}, "must name files in its own folder"),
-    "no map": (with_index([1]), {}, "has no weight_map of names"),
-    "numbers in a map": (with_index({"a": 1}), {}, "has no weight_map of names"),
+    "no map": (with_index([1]), {}, "its weight_map, which must give each tensor's file, is not JSON"),
+    "an empty map": (with_index({}), {}, "has no weight_map of names"),
+    "numbers in a map": (with_index({"a": 1}), {}, "has no string at byte"),
+    "a surrogate in a map": (with_index({"a": "\ud800"}), {}, r"index.json is not an index .* is not JSON"),
     "an index that lies": (with_index({"a": "m.safetensors", "b": "m.safetensors"}, m=A), {}, "and it has not"),
     "in two shards": (
         with_index({"a": "m.safetensors", "b": "n.safetensors"}, m=A, n={**A, **B}),
@@ -262,6 +295,7 @@ BAD: dict[str, tuple[Made, dict[str, Any], str]] = {
     "dtype name": (lambda folder: written(folder, MODELS), {"dtype": "int8"}, "dtype must be float64"),
     "threads": (lambda folder: written(folder, MODELS), {"threads": 0}, "threads must be an int from 1"),
     "shard size": (lambda folder: written(folder, MODELS), {"shard_size": "5 Gb!"}, "shard_size must be a number"),
+    "huge shards": (lambda folder: written(folder, MODELS), {"shard_size": "9" * 400}, "shard_size must be a number"),
     "ties": (lambda folder: written(folder, MODELS), {"tied": {"a": "b", "b": "c"}}, "tied must give each name"),
     "a state": (lambda folder: written(folder, MODELS, swafast="{}"), {}, "swafast combine"),
 }

@@ -278,3 +278,30 @@ def test_a_handler_of_the_caller_is_left_alone(tmp_path: Path) -> None:
         signal.signal(signal.SIGINT, handlers[0])
     average(saved(tmp_path), tmp_path / "out.safetensors", force=True)
     assert signal.getsignal(signal.SIGINT) is handlers[0]
+
+
+# What is said
+
+
+def test_a_prefix_that_is_nowhere_is_said(tmp_path: Path) -> None:
+    paths, lines = saved(tmp_path), list[str]()
+    torch.save({"module.a": torch.ones(3), "step": 1}, tmp_path / "m.pt")
+    average([*paths, tmp_path / "m.pt"], tmp_path / "out.safetensors", strip="module.", say=lines.append)
+    said = [line for line in lines if "no name begins with 'module.'" in line]
+    assert [line.partition(":")[0] for line in said] == list(map(str, paths))
+
+
+@pytest.mark.parametrize("parts", [["consolidated.safetensors"], ["part1.safetensors", "part2.safetensors"]])
+def test_a_model_with_further_files_is_one_checkpoint(parts: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "h"
+    folder.mkdir()
+    if len(parts) == 1:
+        save_file(ONE, folder / "model.safetensors")
+        save_file(ONE, folder / parts[0])
+    else:
+        for key, name in zip("ab", parts, strict=True):
+            save_file({key: ONE["a"]}, folder / name)
+        weight_map = dict(zip("ab", parts, strict=True))
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    average(folder, tmp_path / "out.safetensors")
+    assert load_file(tmp_path / "out.safetensors")["a"].tolist() == [1, 1, 1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,3 +119,25 @@ def test_defaults_are_those_of_the_demo() -> None:
     assert parameters["seeds"].default == task.Settings.num_seeds
     assert parameters["epochs"].default == task.Settings.epochs
     assert cli.MIN_EPOCHS == task.MIN_EPOCHS
+
+
+@pytest.mark.parametrize("broken", ["stdout", "stderr", "stderr closed"])
+def test_an_average_is_written_where_nobody_reads(broken: str, tmp_path: Path) -> None:
+    save_file({"x": np.zeros(2)}, tmp_path / "a.safetensors")
+    code = "from swafast.cli import app; app()"
+    command = [sys.executable, "-c", code, *("average", "a.safetensors", "a.safetensors", "-o", "out.safetensors")]
+    if broken == "stderr closed":
+        command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
+    reading, writing = os.pipe()
+    os.close(reading)
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, broken.split()[0]: writing}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, **streams)  # type: ignore[call-overload]
+    os.close(writing)
+    assert (done.returncode, (tmp_path / "out.safetensors").exists()) == (0, True)
+
+
+def test_a_pipe_among_the_inputs_is_bad_input(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.safetensors")
+    result = run("average", str(tmp_path / "a.safetensors"), "-o", str(tmp_path / "out.safetensors"))
+    assert (result.exit_code, "a folder, a device or a pipe" in result.output) == (2, True)

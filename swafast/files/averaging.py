@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -134,8 +134,8 @@ def average(
         nonfinite: ``"error"``, or ``"keep"`` to write NaNs and infinities too.
         dtype: of the averages, such as ``"bf16"``. None: that of the inputs.
         shard_size: the most bytes of one file in a folder, such as ``"5GB"``.
-        force: replace what stands at ``out``. A folder is replaced only if an average was written there.
-        dry_run: check everything and write nothing.
+        force: replace what stands at ``out``. A folder is replaced only if an average wrote all that is in it.
+        dry_run: check names, shapes, dtypes and the space on the disk; read no tensor and write nothing.
         threads: that read, sum and write.
         say: is called with each line of the report before the run begins.
         progress: makes a context manager from the number of bytes to be read and written, as
@@ -150,7 +150,8 @@ def average(
     _check_choices(integers=(integers, INTEGERS), nonfinite=(nonfinite, ("error", "keep")))
     num_threads = _checked_threads(threads)
     named_dtype, shard_nbytes = _dtype_name(dtype), _nbytes(shard_size)
-    chosen = [inputs] if isinstance(inputs, (str, os.PathLike)) else [*inputs]
+    chosen = _checked_paths(inputs, out)
+    _check_names(key=key, strip=strip, tied=tied)
     between = {"first_step": first_step, "last_step": last_step, "last": last, "min_gap": min_gap}
     selected = select(chosen, **between, metric=metric, best=best, lower_is_better=lower_is_better, say=say)
     factors = _coefficients(len(selected), weights=weights, ema=ema, power=power, decay=decay)
@@ -292,6 +293,24 @@ def _check_choices(**choices: tuple[object, Sequence[str]]) -> None:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
 
 
+def _checked_paths(inputs: Any, out: Any) -> list[str]:
+    """Return the paths of the inputs."""
+    chosen = [*inputs] if isinstance(inputs, Iterable) and not isinstance(inputs, (str, bytes)) else [inputs]
+    for name, path in (*(("inputs", path) for path in chosen), ("out", out)):
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"{name} must be a str or a Path, or several for inputs, got {path!r}")
+    return [os.fspath(path) for path in chosen]
+
+
+def _check_names(*, key: object, strip: object, tied: object) -> None:
+    for name, value in (("key", key), ("strip", strip)):
+        if not isinstance(value, str | None):
+            raise TypeError(f"{name} must be a str, got {value!r}")
+    pairs = {} if tied is None else tied
+    if not isinstance(pairs, Mapping) or not all(isinstance(name, str) for pair in pairs.items() for name in pair):
+        raise TypeError(f"tied must be a dict from names to names, got {tied!r}")
+
+
 def _checked_threads(threads: object) -> int:
     number = as_int(threads)
     if number is None or not 1 <= number <= 256:
@@ -314,6 +333,6 @@ def _nbytes(size: int | str | None) -> int | None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", str(size).strip().upper())
     unit = _UNITS.get(found[2] if found is None or found[2][-1:] in ("", "B") else f"{found[2]}B") if found else None
-    if found is None or unit is None or float(found[1]) * unit < 1:
+    if found is None or unit is None or not 1 <= float(found[1]) * unit < 2**63:
         raise ValueError(f"shard_size must be a number of bytes such as '5GB', got {size!r}")
     return int(float(found[1]) * unit)

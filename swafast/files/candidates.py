@@ -6,9 +6,12 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..terms.misfits import few
+from .safetensors_files import INDEX_SUFFIX, STEMS, read_index
 from .step_names import Counted, has_step, stem_of
 
 #: Reasons why a file or folder among checkpoints is none.
@@ -71,8 +74,12 @@ def children(parent: str, say: Callable[[str], object]) -> tuple[list[Candidate]
     """Return the checkpoints in a folder, and whether the folder is a checkpoint itself. Say what is skipped."""
     skipped: dict[str, list[str]] = defaultdict(list)
     found = []
+    own = _own_files(parent)
     for name in sorted(os.listdir(parent)):
         path = os.path.join(parent, name)
+        if name in own:
+            skipped[_OWN].append(name)
+            continue
         reason, content = _reason(name, is_folder := os.path.isdir(path)), path
         if not reason and is_folder:
             content = _checkpoint_in(path) or ""
@@ -91,6 +98,18 @@ def children(parent: str, say: Callable[[str], object]) -> tuple[list[Candidate]
         if found and reason != _HIDDEN:
             say(f"skipped in {parent}: {few(names)} ({reason})")
     return found, is_checkpoint
+
+
+def _own_files(folder: str) -> set[str]:
+    """Return the files that an index names, and the copy of them that Mistral has beside it."""
+    names = os.listdir(folder)
+    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    own: set[str] = set()
+    for index in indexes:
+        with suppress(ValueError, OSError):  # whoever opens it says what is wrong
+            own |= {*read_index(Path(folder, index)).values()}
+    is_own = own or any(f"{stem}.safetensors" in names for stem in STEMS)
+    return own | {name for name in names if is_own and name.startswith("consolidated.")}
 
 
 def _reason(name: str, is_folder: bool) -> str:

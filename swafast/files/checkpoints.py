@@ -18,7 +18,7 @@ ITEMSIZES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
 }
 
 #: Dtypes that are averaged. Others must be equal in all inputs, or are taken from one of them.
@@ -30,7 +30,7 @@ RECORD = "swafast_average"
 RECORD_FILE = f"{RECORD}.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there are many
 class TensorSpec:
     """A tensor as a file holds it: row-major, without padding."""
 

@@ -100,9 +100,16 @@ def chosen_tensors(state: dict[Any, Any], path: str, strip: str | None, kind: ty
             f"{path} must hold tensors by name, got {few_of(others) or 'nothing'}"
             + (f": pass key={inner[0]!r} or another (--key {inner[0]})" if inner else "")
         )
+    if strip and not any(name.startswith(strip) for name in entries):
+        notes.append(nothing_to_strip(path, strip))
     if others:
         notes.append(f"{path}: left out {few_of(others)}, which are no tensors")
     return found
+
+
+def nothing_to_strip(path: str, prefix: str) -> str:
+    """Return a note that a prefix is nowhere."""
+    return f"{path}: no name begins with {prefix!r}, which strip takes off"
 
 
 def few_of(names: Collection[str]) -> str:

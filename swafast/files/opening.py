@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .checkpoints import Checkpoint, Output, OutputPlan, TensorSpec
 from .distributed_files import DistributedCheckpoint, DistributedOutput
+from .entries import nothing_to_strip
 from .safetensors_files import INDEX_SUFFIX, STEMS, SafetensorsOutput, open_safetensors, weights_in
 from .torch_files import TorchCheckpoint, TorchOutput
 
@@ -89,6 +90,9 @@ class StrippedCheckpoint:
     def __init__(self, opened: Checkpoint, prefix: str) -> None:
         self.path, self._opened = opened.path, opened
         self.metadata: Mapping[str, str] = opened.metadata
+        self.notes = (
+            [] if any(name.startswith(prefix) for name in opened.specs) else [nothing_to_strip(self.path, prefix)]
+        )
         self._names = {name.removeprefix(prefix): name for name in opened.specs}
         if len(self._names) != len(opened.specs):
             kept = set(self._names.values())

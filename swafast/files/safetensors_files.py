@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from ..terms.replacing import replacing, replacing_folder
 from .checkpoints import OutputPlan, TensorSpec, write_record
 from .descriptors import InputFile, give_up, open_regular, write_fully
-from .headers import MOST_HEADER_NBYTES, header_bytes, read_header, without_doubles
+from .headers import MOST_HEADER_NBYTES, MOST_TENSORS, Scanner, header_bytes, read_header
 
 INDEX_SUFFIX = ".safetensors.index.json"
 #: The names of the weights in a folder, of which a folder has one: those of transformers, diffusers and peft.
@@ -96,7 +96,7 @@ def open_safetensors(path: str) -> SafetensorsCheckpoint:
     chosen = weights_in(Path(path)) if os.path.isdir(path) else Path(path)
     if not chosen.name.endswith(INDEX_SUFFIX):
         return SafetensorsCheckpoint(path, {chosen.name: chosen})
-    placed = _read_index(chosen)
+    placed = read_index(chosen)
     return SafetensorsCheckpoint(path, {name: chosen.parent / name for name in dict.fromkeys(placed.values())}, placed)
 
 
@@ -117,24 +117,45 @@ def weights_in(folder: Path) -> Path:
     return folder / found[0]
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """Return the name of the file that has the tensor, for each tensor of an index."""
-    descriptor = open_regular(path)
-    with os.fdopen(descriptor, "rb") as file:
+def read_index(path: Path) -> dict[str, str]:
+    """Return the name of the file that has the tensor, for each tensor of an index.
+
+    Raises:
+        ValueError: it is no index, or names files outside of its folder.
+        OSError: it cannot be read.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
         text = file.read(MOST_HEADER_NBYTES + 1)
     try:
         if len(text) > MOST_HEADER_NBYTES:
             raise ValueError(f"it has more than {MOST_HEADER_NBYTES:,} bytes")
-        index = json.loads(text.decode(), object_pairs_hook=without_doubles)
-    except (ValueError, RecursionError) as error:
+        placed = _weight_map(Scanner(text))
+    except ValueError as error:
         raise ValueError(f"{path} is not an index of safetensors files: {error}") from None
-    placed = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
-        raise ValueError(f"{path} is not an index of safetensors files: it has no weight_map of names")
     for name in dict.fromkeys(placed.values()):
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\0" in name:
             raise ValueError(f"{path} must name files in its own folder, got {name!r}: do not use this index")
+    return placed
+
+
+def _weight_map(scanner: Scanner) -> dict[str, str]:
+    placed: dict[str, str] = {}
+    names: dict[str, str] = {}  # each once in memory
+    for key in scanner.keys("it"):
+        if key != "weight_map":
+            scanner.skip(f"its entry {key[:100]!r}")
+            continue
+        for tensor in scanner.keys("its weight_map, which must give each tensor's file,"):
+            if tensor in placed:
+                raise ValueError(f"the key {tensor[:100]!r} stands twice")
+            name = scanner.string()
+            placed[tensor] = names.setdefault(name, name)
+            if len(placed) > MOST_TENSORS:
+                raise ValueError(f"it names more than {MOST_TENSORS:,} tensors")
+    scanner.end()
+    if not placed:
+        raise ValueError("it has no weight_map of names")
     return placed
 
 
