@@ -18,7 +18,10 @@ from swafast.demo.task import Settings, digits_split, shifted
 from swafast.demo.training import digits_cnn
 from swafast.op.checksum import checksum
 
-SETTINGS = Settings(epochs=int(os.environ.get("EPOCHS", "24")))
+try:
+    SETTINGS = Settings(epochs=int(os.environ.get("EPOCHS", "24")))
+except ValueError as error:
+    sys.exit(f"EPOCHS does not fit: {error}")
 STEPS = SETTINGS.epochs * SETTINGS.steps_per_epoch
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 from swafast.demo.task import NUM_CLASSES, Settings, Split, digits_split, shifted
 
 # For a quick look, set EPOCHS=8 in the environment.
-SETTINGS = Settings(epochs=int(os.environ.get("EPOCHS", "32")))
+try:
+    SETTINGS = Settings(epochs=int(os.environ.get("EPOCHS", "32")))
+except ValueError as error:
+    sys.exit(f"EPOCHS does not fit: {error}")
 LEARNING_RATE = 2e-3
 WIDTH, DEPTH = 128, 3  # 0.6 M params in 41 tensors
 SIDE = 8  # pixels; an image is read as that many rows

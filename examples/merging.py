@@ -24,7 +24,10 @@ from swafast.demo.task import NUM_CLASSES, Settings, Split, digits_split, shifte
 from swafast.posthoc import merge
 
 # For a quick look, set EPOCHS=6 in the environment.
-SETTINGS = Settings(epochs=int(os.environ.get("EPOCHS", "48")), num_seeds=5)
+try:
+    SETTINGS = Settings(epochs=int(os.environ.get("EPOCHS", "48")), num_seeds=5)
+except ValueError as error:
+    sys.exit(f"EPOCHS does not fit: {error}")
 LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.05
 WIDTH = 64
 PER_EPOCH = 5  # checkpoints

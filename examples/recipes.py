@@ -6,6 +6,7 @@ Each recipe is a function that trains one model and returns the model to use.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -23,7 +24,10 @@ from swafast.demo.training import digits_cnn
 from swafast.optim import SWA, ComposerSWA, cyclical_cosine_lr, cyclical_lr
 
 # For a quick look, set EPOCHS=4 in the environment.
-SETTINGS = Settings(epochs=int(os.environ.get("EPOCHS", "24")))
+try:
+    SETTINGS = Settings(epochs=int(os.environ.get("EPOCHS", "24")))
+except ValueError as error:
+    sys.exit(f"EPOCHS does not fit: {error}")
 STEPS_PER_EPOCH = SETTINGS.steps_per_epoch
 STEPS = SETTINGS.epochs * STEPS_PER_EPOCH
 START = 3 * STEPS // 4  # of averaging

@@ -66,21 +66,38 @@ def demo(
     run(Settings(num_seeds=seeds, epochs=epochs), out, json)
 
 
+def _whole(text: str) -> int:
+    """Parse a whole number, as names of checkpoints have it: ``2k`` too."""
+    from .files.step_names import whole_number
+
+    number = whole_number(text.lower())
+    if number is None:
+        raise typer.BadParameter(f"must be a whole number such as 2000 or 2k, got {text!r}")
+    return number
+
+
+# What `average` and `combine` share
+_Allow = Annotated[list[str] | None, typer.Option(metavar="GLOBAL", help="A global that *.pt may name.")]
+_Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
+_Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+
+
 @app.command("average")
 def average_checkpoints(
     inputs: Annotated[
         list[str], typer.Argument(metavar="INPUT...", help="Checkpoints, oldest first, or one folder of checkpoints.")
     ],
     out: Annotated[str, typer.Option("-o", "--out", metavar="OUT", help="*.safetensors, *.pt, or a folder.")],
-    last: Annotated[int | None, typer.Option(metavar="K", help="The last K.")] = None,
-    first_step: Annotated[int | None, typer.Option("--from", metavar="STEP", help="From this step on.")] = None,
-    last_step: Annotated[int | None, typer.Option("--to", metavar="STEP", help="Up to this step.")] = None,
-    min_gap: Annotated[int | None, typer.Option(metavar="N", help="Steps at least N apart.")] = None,
+    last: Annotated[int | None, typer.Option(metavar="K", parser=_whole, help="The last K.")] = None,
+    first_step: Annotated[int | None, typer.Option("--from", metavar="STEP", parser=_whole, help="From it on.")] = None,
+    last_step: Annotated[int | None, typer.Option("--to", metavar="STEP", parser=_whole, help="Up to it.")] = None,
+    min_gap: Annotated[int | None, typer.Option(metavar="N", parser=_whole, help="Steps at least N apart.")] = None,
     metric: Annotated[str | None, typer.Option(metavar="FIELD", help="Choose by this metric, with --best.")] = None,
-    best: Annotated[int | None, typer.Option(metavar="K", help="The best K by --metric.")] = None,
+    best: Annotated[int | None, typer.Option(metavar="K", parser=_whole, help="The best K by --metric.")] = None,
     lower_is_better: Annotated[
-        bool | None, typer.Option("--lower-is-better/--higher-is-better", help="Which values of --metric are best.")
-    ] = None,
+        bool, typer.Option("--lower-is-better", help="Low values of --metric are best.")
+    ] = False,
+    higher_is_better: Annotated[bool, typer.Option("--higher-is-better", help="High ones are best.")] = False,
     weights: Annotated[str | None, typer.Option(metavar="W,W,...", help="Weights of the inputs; sum 1.")] = None,
     ema: Annotated[float | None, typer.Option(metavar="DECAY", help="An exponential average of the inputs.")] = None,
     power: Annotated[float | None, typer.Option(metavar="SIGMA", help="A power average of the inputs.")] = None,
@@ -93,20 +110,23 @@ def average_checkpoints(
     key: Annotated[str | None, typer.Option(metavar="A.B", help="Where the state is in a *.pt or DCP input.")] = None,
     strip: Annotated[str | None, typer.Option(metavar="PREFIX", help="A prefix that names lose.")] = None,
     tied: Annotated[list[str] | None, typer.Option(metavar="A=B", help="A is a further name of B.")] = None,
-    allow: Annotated[list[str] | None, typer.Option(metavar="GLOBAL", help="A global that *.pt may name.")] = None,
+    allow: _Allow = None,
     shard_size: Annotated[str | None, typer.Option(metavar="5GB", help="Of each file in a folder, at most.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads that read, sum and write.")] = 2,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    force: _Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be averaged, and stop.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    quiet: _Quiet = False,
 ) -> None:
     """Average checkpoints in files into one, in little memory and without torch."""
+    if lower_is_better and higher_is_better:
+        raise typer.BadParameter("pass one of them", param_hint="--lower-is-better or --higher-is-better")
     from .files import averaging, progress
 
     with _failing_with_a_line():
         averaging.average(
             inputs, out, weights=_numbers(weights), ema=ema, power=power, decay=decay, last=last, first_step=first_step,
-            last_step=last_step, min_gap=min_gap, metric=metric, best=best, lower_is_better=lower_is_better, key=key,
+            last_step=last_step, min_gap=min_gap, metric=metric, best=best,
+            lower_is_better=lower_is_better or (False if higher_is_better else None), key=key,
             strip=strip, allow=allow or (), tied=_pairs(tied or []), integers=integers, nonfinite=nonfinite,
             dtype=dtype, shard_size=shard_size, force=force, dry_run=dry_run, threads=threads,
             say=(lambda line: None) if quiet else _say,
@@ -155,8 +175,13 @@ def combine(
     window: Annotated[
         bool, typer.Option("--window", help="The mean of the models in the second input that the first one lacks.")
     ] = False,
-    key: Annotated[str | None, typer.Option(metavar="A.B", help="The entry of a checkpoint that is the state.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    key: Annotated[str | None, typer.Option(metavar="A.B", help="Where the state is in a *.pt input.")] = None,
+    allow: _Allow = None,
+    copied: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A tensor that is copied from the last input.")
+    ] = None,
+    force: _Force = False,
+    quiet: _Quiet = False,
 ) -> None:
     """Combine averages in files by their counts: --merge A B..., or --window EARLIER LATER."""
     if merge == window:
@@ -166,7 +191,9 @@ def combine(
     from .files.combining import combine_files
 
     with warnings.catch_warnings(record=True) as warned, _failing_with_a_line():
-        done = combine_files(inputs, out, window=window, key=key, force=force)
+        done = combine_files(inputs, out, window=window, key=key, allow=allow or (), copied=copied or (), force=force)
+    if quiet:
+        return
     for each in warned:
         Console(stderr=True).print(
             f"warning: {each.message}", style="yellow", markup=False, highlight=False, soft_wrap=True

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from swafast.files import agreement, average, averaging, descriptors, places, safetensors_files, streaming, summing
+from swafast.files import agreement, average, averaging, descriptors, placing, safetensors_files, streaming, summing
 from swafast.files.checkpoints import TensorSpec
 from swafast.files.headers import header_bytes
 from swafast.terms import replacing
@@ -116,6 +116,46 @@ def test_weights_are_those_of_the_inputs_in_order(
     assert_same(load_file(tmp_path / "out.safetensors"), mean(MODELS, report.coefficients))
 
 
+def test_what_a_user_may_not_expect_is_said_and_reported(tmp_path: Path) -> None:
+    for step in (900, 1000):
+        save_file({"x": np.float32([step])}, tmp_path / f"step-{step}.safetensors")
+    (tmp_path / "last.pt").touch()
+    by_name = sorted(tmp_path.glob("step-*"))  # 1000 before 900
+    out, disorder = (
+        tmp_path / "out.safetensors",
+        "in the order in which they are listed, which is not that of their steps",
+    )
+    for inputs, options, words in (
+        (
+            [tmp_path],
+            {"ema": 0.9},
+            ["skipped in", "oldest input has the largest weight, 0.900: an EMA"],
+        ),
+        ([tmp_path], {"ema": 0.5}, ["skipped in"]),
+        (by_name, {"weights": [0.1, 0.9]}, [disorder]),
+        (by_name[::-1], {"weights": [0.1, 0.9]}, []),
+        (by_name, {}, []),
+    ):
+        lines: list[str] = []
+        report = average(inputs, out, dry_run=True, say=lines.append, **options)
+        assert report.notes == tuple(lines[: len(words)])
+        assert [word in line for word, line in zip(words, report.notes, strict=True)] == [True] * len(words)
+
+
+def test_the_dtype_in_a_config_follows_that_of_the_weights(tmp_path: Path) -> None:
+    text = '{"hidden": 4, "torch_dtype": "float32", "text_config": {"dtype" : "float32", "quant_dtype": "float32"}}\n'
+    folders = [sharded(tmp_path / f"h{place}", arrays) for place, arrays in enumerate(MODELS)]
+    for folder in folders:
+        (folder / "config.json").write_text(text)
+        (folder / "tokenizer.json").write_text(text)
+    changed = text.replace('torch_dtype": "float32', 'torch_dtype": "bfloat16')
+    changed = changed.replace('"dtype" : "float32', '"dtype" : "bfloat16')
+    for dtype, expected in ((None, text), ("bf16", changed)):
+        average(folders, tmp_path / "out", dtype=dtype, force=True)
+        assert (tmp_path / "out" / "config.json").read_text() == expected
+        assert (tmp_path / "out" / "tokenizer.json").read_text() == text
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_the_result_does_not_depend_on_threads_or_forms(threads: int, tmp_path: Path) -> None:
     first, *_ = written(tmp_path, MODELS)
@@ -169,6 +209,32 @@ def test_integers_are_copied_never_averaged(tmp_path: Path) -> None:
     for choice, expected in (("first", [3, 4]), ("last", [3, 6])):
         average(paths, tmp_path / "out.safetensors", integers=choice, force=True)
         assert load_file(tmp_path / "out.safetensors")["count"].tolist() == expected
+
+
+def test_statistics_of_batchnorm_are_copied_from_one_input(tmp_path: Path) -> None:
+    norms = [
+        {
+            "n.weight": np.full(2, value, np.float32),
+            "n.running_mean": np.full(2, value, np.float32),
+            "n.running_var": np.full(2, 1e-8 + value, np.float32),
+            "n.num_batches_tracked": np.array(int(100 * value)),
+            "f._extra_state": np.full(3, int(value), np.uint8),
+        }
+        for value in (1.0, 3.0)
+    ]
+    paths = written(tmp_path, norms)
+    for options, source in (({}, 1), ({"integers": "last"}, 1), ({"integers": "first"}, 0)):
+        lines: list[str] = []
+        report = average(paths, tmp_path / "out.safetensors", force=True, say=lines.append, **options)
+        assert_same(load_file(tmp_path / "out.safetensors"), {**norms[source], "n.weight": np.full(2, 2, np.float32)})
+        assert f"BatchNorm's statistics are those of {paths[source]}: call update_bn on the result" in lines
+        assert (report.num_averaged, report.num_copied) == (1, 4)
+    average(paths, tmp_path / "out.safetensors", force=True, weights=[0.75, 0.25], dtype="fp64")
+    found = load_file(tmp_path / "out.safetensors")
+    assert (found["n.weight"].tolist(), found["n.running_mean"].tolist()) == ([1.5] * 2, [3.0] * 2)
+    norms[1]["n.running_var"][1] = np.inf
+    with pytest.raises(ValueError, match=r"m1.safetensors: the tensor n.running_var holds inf at \[1\]"):
+        average(written(tmp_path, norms), tmp_path / "out.safetensors", force=True)
 
 
 def raw(path: Path, dtype: str, data: bytes, shape: tuple[int, ...]) -> Path:
@@ -279,12 +345,19 @@ BAD: dict[str, tuple[Made, dict[str, Any], str]] = {
         "the file n.safetensors has the tensor 'a', and the index says that m.safetensors has it",
     ),
     "beside an index": (with_index({"a": "m.safetensors"}, m={**A, **B}), {}, "'b', and the index does not name it"),
-    "a missing shard": (with_index({"a": "m.safetensors", "b": "n.safetensors"}, m=A), {}, "n.safetensors"),
+    "a missing shard": (
+        with_index({"a": "m.safetensors", "b": "n.safetensors"}, m=A),
+        {},
+        "files that do not exist: 'n.s",
+    ),
     "weights": (
         lambda folder: written(folder, MODELS),
         {"weights": [0.5, 0.5]},
         "must be one for each of the 3",
     ),
+    "ema": (lambda folder: written(folder, MODELS), {"ema": 1.5}, r"^ema must be in \[0, 1\].* got 1.5"),
+    "power": (lambda folder: written(folder, MODELS), {"power": 0.5}, r"^power must be in \(0, 0.28"),
+    "decay": (lambda folder: written(folder, MODELS), {"decay": "x"}, "^decay must be one of 'linear', 'minus-sqrt'"),
     "two kinds": (lambda folder: written(folder, MODELS), {"ema": 0.5, "power": 0.1}, "got ema and power"),
     "integers": (
         lambda folder: written(folder, MODELS),
@@ -346,7 +419,7 @@ def test_a_dry_run_lists_and_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(placing.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(OSError, match=r"out needs 786 kB, and 10 B are free"):
         average(written(tmp_path, MODELS), tmp_path / "out.safetensors")
     assert not list(tmp_path.glob("out*"))
@@ -467,7 +540,7 @@ def patched(check: Callable[..., None], *arguments: object) -> Callable[[Path], 
 PLANTED: dict[str, tuple[Any, str, Any, Callable[[Path], None]]] = {
     "weights reversed": (
         averaging,
-        "_coefficients",
+        "asked_coefficients",
         lambda count, **asked: [0.2, 0.3, 0.5],
         lambda folder: test_weights_are_those_of_the_inputs_in_order(*WEIGHTED, folder),
     ),
@@ -477,6 +550,12 @@ PLANTED: dict[str, tuple[Any, str, Any, Callable[[Path], None]]] = {
         (*agreement.AVERAGED_DTYPES, "I64"),
         test_integers_are_copied_never_averaged,
     ),
+    "statistics averaged": (
+        agreement,
+        "is_unmerged",
+        lambda name: False,
+        test_statistics_of_batchnorm_are_copied_from_one_input,
+    ),
     "a shard swapped": (
         safetensors_files.SafetensorsCheckpoint,
         "read_into",
@@ -485,7 +564,7 @@ PLANTED: dict[str, tuple[Any, str, Any, Callable[[Path], None]]] = {
         ),
         test_the_mean_is_float64_rounded_once,
     ),
-    "dtype ignored": (averaging, "_dtype_name", lambda dtype: None, test_dtype_and_prefixes_and_ties),
+    "dtype ignored": (averaging, "dtype_name", lambda dtype: None, test_dtype_and_prefixes_and_ties),
     "equal is first": (streaming, "why_unequal", lambda *_: "", test_float8_is_refused_unless_it_is_equal),
     "no check of space": (
         averaging,

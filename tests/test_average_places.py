@@ -57,8 +57,6 @@ def test_an_output_that_holds_an_input_is_never_replaced(tmp_path: Path) -> None
     inputs = [out / "checkpoint-1", out / "checkpoint-2"]
     with pytest.raises(FileExistsError, match=r"out must not hold an input, got .*out' with .*checkpoint-1: choose"):
         average(inputs, out, force=True)
-    with pytest.raises(FileExistsError, match="out must not hold an input"):
-        average(out, out, last=2, force=True)
     assert content(out) == before
 
 
@@ -305,3 +303,31 @@ def test_a_model_with_further_files_is_one_checkpoint(parts: list[str], tmp_path
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     average(folder, tmp_path / "out.safetensors")
     assert load_file(tmp_path / "out.safetensors")["a"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize("is_listed", [False, True])
+def test_the_configuration_of_the_last_input_is_copied(name: str, is_listed: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "h"
+    arrays = {"a": np.zeros(3, np.float32), "b": np.zeros(3, np.float32)}
+    if name.endswith(".index.json"):
+        sharded(folder, arrays)
+    else:
+        folder.mkdir()
+    if name.endswith(".bin"):
+        torch.save({key: torch.from_numpy(array) for key, array in arrays.items()}, folder / name)
+    elif name == "model.safetensors":
+        save_file(arrays, folder / name)
+    beside = {"config.json", "source.spm", "target.spm", "bpe.codes", "vocab.bpe"}
+    for other in (*beside, "optimizer.pt"):
+        (folder / other).write_text("{}")
+    average([folder / name if is_listed else folder] * 2, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == beside | {"model.safetensors", RECORD_FILE}
+
+
+def test_a_file_of_another_name_has_no_configuration_and_this_is_said(tmp_path: Path) -> None:
+    paths, lines = saved(tmp_path), list[str]()
+    (tmp_path / "mine.py").write_text("")
+    average(paths, tmp_path / "out", say=lines.append)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", RECORD_FILE}
+    assert any("copied no configuration" in line for line in lines)

@@ -63,6 +63,29 @@ def test_bad_option_is_named_before_anything_runs(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["average", "combine", "demo", "doctor"])
+def test_help_cuts_no_name_in_a_narrow_terminal(command: str) -> None:
+    result = CliRunner(env={"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"}).invoke(cli.app, [command, "--help"])
+    assert result.exit_code == 0
+    assert "…" not in result.output
+
+
+def test_average_takes_low_or_high_values_not_both() -> None:
+    result = run("average", "a", "-o", "b", "--metric", "x", "--best", "1", "--lower-is-better", "--higher-is-better")
+    assert result.exit_code == 2
+    assert "pass one of them" in result.output
+
+
+def test_average_passes_which_values_are_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    from swafast.files import averaging
+
+    passed: list[object] = []
+    monkeypatch.setattr(averaging, "average", lambda *_, lower_is_better, **__: passed.append(lower_is_better))
+    for flags in ((), ("--lower-is-better",), ("--higher-is-better",)):
+        assert run("average", "a", "-o", "b", *flags).exit_code == 0
+    assert passed == [None, True, False]
+
+
 def test_average_lists_writes_and_ends_with_2_for_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for step in (1, 2):
@@ -84,12 +107,15 @@ def test_average_lists_writes_and_ends_with_2_for_bad_input(tmp_path: Path, monk
         ([*inputs, "-o", "out.safetensors"], "--force"),
         ([*inputs, "-o", "new.safetensors", "--weights", "1,x"], "--weights"),
         ([*inputs, "-o", "new.safetensors", "--tied", "z"], "--tied"),
+        ([*inputs, "-o", "new.safetensors", "--last", "50%"], "'--last': must be a whole number"),
+        ([*inputs, "-o", "new.safetensors", "--from", "0.003k"], "got 3, and 'step_1.safetensors' has the step 1"),
+        ([*inputs, "-o", "new.safetensors", "--ema", "1.5"], "ema must be in [0, 1]"),
         ([*inputs, "-o", "new.safetensors", "--ema", "0.5", "--power", "0.1"], "ema and power"),
         (["nothing.safetensors", "-o", "new.safetensors"], "nothing.safetensors"),
     ):
         result = run("average", *arguments)
         assert (result.exit_code, message in result.output) == (2, True), result.output
-    monkeypatch.setattr("swafast.files.places.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    monkeypatch.setattr("swafast.files.placing.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
     assert run("average", *inputs, "-o", "new.safetensors").exit_code == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.safetensors", *inputs]
 

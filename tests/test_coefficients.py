@@ -14,7 +14,7 @@ import pytest
 from swafast import ExponentialAverage, PowerAverage
 from swafast.posthoc.profiles import Profile
 from swafast.terms import coefficients
-from swafast.terms.coefficients import coefficients_of, decay, ema, equal, given, power
+from swafast.terms.coefficients import coefficients_of, decay, ema, equal, factors_of, given, power
 
 ROOT = Path(__file__).parents[1]
 COUNTS = (1, 2, 3, 8, 100, 5000)
@@ -80,6 +80,20 @@ def test_coefficients_sum_to_one(of: Any) -> None:
         assert abs(math.fsum(found) - 1) <= 4e-16
 
 
+def test_the_narrowest_power_average_is_the_last_model() -> None:
+    for width in (5e-324, 1e-310, 1e-300):
+        assert power(3, width) == [0.0, 0.0, 1.0]
+
+
+def test_a_mean_is_a_sum_that_is_divided() -> None:
+    for count in COUNTS:
+        for mean in (equal(count), decay(count, "linear")):
+            assert factors_of(mean) == ([1.0] * count, float(count))
+    assert factors_of([0.25, 0.75]) == ([0.25, 0.75], 1.0)
+    assert factors_of([0.5]) == ([0.5], 1.0)  # not of a mean
+    assert factors_of([]) == ([], 1.0)
+
+
 def test_given_weights_keep_their_order_and_may_be_rounded() -> None:
     assert given(3, (0.5, 0.75, -0.25)) == [0.5, 0.75, -0.25]
     assert given(3, [0.33333, 0.33333, 0.33333]) == pytest.approx(equal(3), rel=1e-15)
@@ -99,6 +113,11 @@ REFUSED = {
     "a decay": (lambda: ema(3, 1.5), ValueError, r"decay must be in \[0, 1\]"),
     "a width": (lambda: power(3, 0.3), ValueError, r"sigma_rel must be in \(0, 0.288675\], got 0.3"),
     "no count": (lambda: equal(0), ValueError, "count must be an int >= 1, got 0"),
+    "no count of a decay": (lambda: decay(0, "1-sqrt"), ValueError, "count must be an int >= 1, got 0"),
+    "no count of a power": (lambda: power(0, 0.1), ValueError, "count must be an int >= 1, got 0"),
+    "half a count": (lambda: decay(2.5, "1-sqrt"), ValueError, "count must be an int >= 1, got 2.5"),  # type: ignore[arg-type]
+    "a sum that overflows": (lambda: given(2, [1.7e308, 1.7e308]), ValueError, "sum to 1, got .* with inf$"),
+    "a huge int": (lambda: given(2, [10**400, 1]), ValueError, "weights must be finite, got 1000"),
 }
 
 

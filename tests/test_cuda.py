@@ -342,8 +342,10 @@ def test_a_failure_that_passes_does_not_change_the_backend_of_later_averages(shi
     gpu.warn_unusable.cache_clear()
     model = a_model()
     average = FusedAveragedModel(model)
-    with shim.capture(), pytest.warns(RuntimeWarning, match="do not run on cpu: cudaErrorStreamCaptureUnsupported"):
+    shim.fail("cudaFuncGetAttributes")
+    with pytest.warns(RuntimeWarning, match="do not run on cpu: cudaErrorLaunchOutOfResources"):
         average.update_parameters(model)
+    shim.fail(None)
     assert plan_of(average).backends == ["cpu"]
     model, average = updated()
     assert plan_of(average).backends == ["cuda"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -282,3 +283,11 @@ def test_planted_faults_are_seen(check: Any, wrong: str) -> None:
 
 def test_a_page_that_the_index_lacks_is_seen() -> None:
     assert missing_from_index(TEXTS[INDEX].replace("(gpu.md)", "(speed.md)")) == ["docs/gpu.md"]
+
+
+@pytest.mark.parametrize("name", ["attach", "digits", "merging", "recipes"])
+def test_an_example_that_is_too_short_ends_with_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, words in (("3", "epochs must be at least 4, got 3"), ("x", "invalid literal")):
+        monkeypatch.setenv("EPOCHS", value)
+        with pytest.raises(SystemExit, match=f"EPOCHS does not fit: {words}"):
+            runpy.run_path(str(ROOT / "examples" / f"{name}.py"))

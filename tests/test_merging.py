@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import re
 import warnings
@@ -26,7 +27,7 @@ from swafast import (
     Snapshots,
 )
 from swafast.posthoc import greedy_merge, merge, merge_over, merging, stored_merges, worker_merges
-from swafast.terms import coefficients
+from swafast.terms import coefficients, unmerged
 from tests.ranks import run_ranks
 from tests.sharded_models import outcome
 from tests.support import differing, same_bits
@@ -115,11 +116,52 @@ def test_a_param_that_never_changed_stays() -> None:
             assert differing(merge([state] * count, weights), state) == []
 
 
+def test_a_mean_is_a_sum_that_is_divided() -> None:
+    torch.manual_seed(0)
+    states = [{"weight": torch.randn(100_000)} for _ in range(3)]
+    exactly = (torch.stack([state["weight"].double() for state in states]).sum(0) / 3).float()
+    assert torch.equal(merge(states)["weight"], exactly)  # a sum of thirds is off by a bit here and there
+
+
+ONE = torch.ones(1)
+
+
+def checkpoint() -> dict[str, Any]:
+    """Return what a training script saves, with further tensors in dicts before and after the state."""
+    moments = {0: {"step": torch.tensor(4.0), "exp_avg": torch.zeros(40, 50)}}
+    return {"optimizer": {"state": moments}, "model": Net().state_dict(), "epoch": 3, "loss": torch.tensor(0.5)}
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no state": (lambda: merge([]), ValueError, "states must be at least one state dict, got none"),
     "one state": (lambda: merge(Net().state_dict()), TypeError, "a sequence of state dicts, got OrderedDict"),
     "a model": (lambda: merge([Net()]), TypeError, r"states\[0\] must be a mapping such as model.state_dict\(\)"),
-    "names": (lambda: merge([{"a": 1}, {"b": 1}]), ValueError, r"states\[1\] .* got others: \['a', 'b'\]"),
+    "names": (
+        lambda: merge([{"a": ONE, "c": ONE}, {"b": ONE, "c": ONE}]),
+        ValueError,
+        r"states\[1\] must have the names of states\[0\], but it lacks 'a' and has 'b' besides",
+    ),
+    "a checkpoint": (
+        lambda: merge([checkpoint(), checkpoint()]),
+        ValueError,
+        r"states\[0\] must hold tensors by name, got a dict of them at states\[0\]\['model'\]: pass that one",
+    ),
+    "the second is a checkpoint": (
+        lambda: merge([Net().state_dict(), {"state": {"net": Net().state_dict()}, "loss": ONE}]),
+        ValueError,
+        r"got a dict of them at states\[1\]\['state'\]\['net'\]",
+    ),
+    "a soup of checkpoints": (
+        lambda: greedy_merge([checkpoint()], lambda _: 1.0),
+        ValueError,
+        r"states\[0\]\['model'\]",
+    ),
+    "nothing to average": (lambda: merge([{"a": 1, "n": torch.tensor(3)}]), ValueError, "can be averaged, got none"),
+    "scores": (
+        lambda: greedy_merge(states_of(2), [1.0, 2.0]),
+        TypeError,
+        r"a function of a state dict .* got list",
+    ),  # type: ignore[arg-type]
     "shapes": (
         lambda: merge([{"a": torch.ones(1, 4)}, {"a": torch.ones(1, 1)}]),
         ValueError,
@@ -220,6 +262,10 @@ def test_snapshots_are_merged_with_weights_oldest_first(tmp_path: Path) -> None:
         expected = sum(x * each for x, each in zip(numbers, models[-(last or 4) :], strict=True))
         got = snapshots.merge(last, weights)["weight"]
         assert torch.allclose(got.double(), expected, rtol=1e-6, atol=1e-6), (last, weights)
+    stored = [snapshots.merge(4, row)["weight"] for row in torch.eye(4).tolist()]
+    for last in (3, 4):
+        mean = torch.stack([each.double() for each in stored[-last:]]).sum(0) / last
+        assert torch.equal(snapshots.merge(last)["weight"], mean.float()), last
     like = {"weight": torch.empty(30, 40)}
     assert same_bits(snapshots.merge(3, like=like)["weight"], snapshots.merge(last=3)["weight"])
     with pytest.raises(ValueError, match="last must be from 1 to 4, the number of snapshots, got 5"):
@@ -299,6 +345,30 @@ def full(averaged: FusedAveragedModel) -> dict[str, Tensor]:
     return averaged.averaged_state_dict(torch.float32)
 
 
+class Scaled(nn.Linear):
+    """A layer with an extra state, as of fp8 layers, and a mask with an infinity."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(2, 2)
+        self.scale, self.refuses = scale, False
+        self.register_buffer("mask", torch.tensor([0.0, -float("inf")]))
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"scale": torch.tensor(self.scale)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.scale = state["scale"].item()
+        if self.refuses and self.scale == 0:
+            raise OverflowError("a scale of 0")
+
+
+def scaled(scale: float, **options: Any) -> FusedAveragedModel:
+    model = nn.Sequential(Scaled(scale), Scaled(scale + 1))
+    averaged = FusedAveragedModel(model, **options)
+    averaged.update_parameters(model)
+    return averaged
+
+
 KINDS: dict[str, dict[str, Any]] = {
     "float32": {},
     "exact": {"dtype": torch.bfloat16},
@@ -327,6 +397,16 @@ def _merge_workers(counts: list[int]) -> dict[str, Any]:
         several.update_parameters(model)
     merge_over(several)
     told["several"] = [int(each.n_averaged) for each in several.values()]
+    one = scaled(10.0 + rank, use_buffers=True)
+    merge_over(one)
+    assert one.module[0].mask.tolist() == [0.0, -math.inf]  # all workers have it
+    two = FusedAverages(one.module, rules={"a": EqualAverage(), "b": EqualAverage()})
+    two["b"].module[1].scale = 5.0 + rank
+    two.update_parameters(one.module)
+    two["b"].module[1].scale = 5.0 + rank
+    merge_over(two)
+    layers = (*one.module, *two["a"].module, *two["b"].module)
+    told["extra"] = [layer.scale for layer in layers]
     return told
 
 
@@ -348,6 +428,14 @@ def test_workers_get_the_mean_of_all_their_models(counts: list[int]) -> None:
             else:
                 assert same_bits(after[0][name], before[0][name]), (kind, name)
     assert told[0]["several"] == [sum(counts)] * 2
+    assert [each["extra"] for each in told] == [[10.0, 11.0, 10.0, 11.0, 10.0, 5.0]] * len(counts)
+
+
+def _parted(averaged: Any) -> tuple[dict[str, Tensor], str]:
+    """Return a copy of the tensors of a state, and all else in it as text."""
+    state = copy.deepcopy(averaged.state_dict())
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return tensors, str({name: value for name, value in state.items() if name not in tensors})
 
 
 def _refuse(folder: str) -> dict[str, Any]:
@@ -355,14 +443,30 @@ def _refuse(folder: str) -> dict[str, Any]:
     first = rank == 0
 
     def tried(averaged: Any, group: Any = None) -> str:
-        state = copy.deepcopy(averaged.state_dict())
+        state, extra = _parted(averaged)
         said = outcome(lambda: merge_over(averaged, group))
-        assert differing(averaged.state_dict(), state) == [], said
+        after, extra_after = _parted(averaged)
+        assert differing(after, state) == [], said
+        assert extra_after == extra, said
         return said
 
     told["format"] = tried(worker(rank, 1, format="compensated" if first else None)[0])
     told["rule"] = tried(worker(rank, 1, rule=EqualAverage() if first else ExponentialAverage(0.9))[0])
     told["empty"] = tried(worker(rank, 0 if first else 1)[0])
+    averaged = worker(rank, 1)[0]
+    if not first:
+        with torch.no_grad():
+            averaged.module[2].bias[1] = float("nan")
+    told["a NaN"] = tried(averaged)
+    averaged = scaled(0.0)
+    if not first:
+        with torch.no_grad():
+            averaged.module[1].weight.fill_(math.inf)
+    told["an infinity"] = tried(averaged)
+    averaged = scaled(float(rank))
+    averaged.module[1].refuses = averaged.module[0].refuses = not first
+    told["extra state"] = tried(averaged)
+    told["one has an extra state"] = tried(scaled(1.0) if first else _linears())
     other = nn.Linear(2, 3 if first else 4)
     averaged = FusedAveragedModel(other)
     averaged.update_parameters(other)
@@ -381,6 +485,15 @@ def _refuse(folder: str) -> dict[str, Any]:
     return told
 
 
+def _linears() -> FusedAveragedModel:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    for layer in model:
+        layer.register_buffer("mask", torch.tensor([0.0, -float("inf")]))
+    averaged = FusedAveragedModel(model)
+    averaged.update_parameters(model)
+    return averaged
+
+
 def _same_model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Linear(8, 8)
@@ -393,6 +506,10 @@ def test_workers_that_differ_are_refused_on_every_rank_and_nothing_has_changed(t
         "format": "must be the same on every rank, got for '0.weight'|'0.bias'",
         "rule": "must be the same on every rank, got for 'rule' EqualAverage",
         "empty": "must have been updated on every rank, got n_averaged = 0 on rank 0",
+        "a NaN": r"averaged must be finite, got a NaN or an infinity in '2.bias' on rank 1",
+        "an infinity": r"averaged must be finite, got a NaN or an infinity in '1.weight' on rank 1",
+        "extra state": "a scale of 0",
+        "one has an extra state": "'0._extra_state' an extra state on rank 0 and nothing on rank 1",
         "shape": r"must be the same on every rank, got for 'weight' .*\(3, 2\).*\(4, 2\)",
         "swapped": "must wait until the averages are swapped back out",
         "class": "averaged must be a FusedAveragedModel, .* got Sequential",
@@ -420,6 +537,12 @@ def _merge_sharded_workers() -> dict[str, Any]:
         sharded.update_parameters(model)
         whole.update_parameters(model)
     told = {"bad": outcome(lambda: merge_over(sharded, workers[number]))}
+    bad = ShardedAveragedModel(model, process_group=workers[number])
+    bad.update_parameters(model)
+    for planes in bad._planes.values() if number == 1 else ():
+        planes[0].fill_(math.nan)  # one of the two ranks holds all elements
+    told["a NaN"] = outcome(lambda: merge_over(bad, columns[rank % 2]))
+    assert int(bad.n_averaged) == 1
     merge_over(sharded, columns[rank % 2])
     merge_over(whole, columns[rank % 2])
     return told | {"sharded": sharded.full_state_dict(), "whole": whole.state_dict(), "count": int(sharded.n_averaged)}
@@ -430,6 +553,7 @@ def test_workers_of_several_ranks_are_merged_part_by_part() -> None:
     for told in run_ranks(4, _merge_sharded_workers):
         assert told["count"] == 5
         assert "process_group must hold one rank of each worker" in told["bad"]
+        assert "a NaN or an infinity" in told["a NaN"]  # on all ranks, also of those that hold no element
         state = {name: value for name, value in told["sharded"].items() if name in told["whole"]}
         assert differing(state, told["whole"]) == []
 
@@ -464,8 +588,8 @@ PLANTS: dict[str, tuple[Any, str, Any, Callable[[Path], None]]] = {
         lambda _: test_a_merge_is_the_weighted_sum_rounded_once(torch.float32, None),
     ),
     "statistics averaged": (
-        merging,
-        "_COPIED",
+        unmerged,
+        "_LEAVES",
         ("_extra_state",),
         lambda _: test_a_merge_is_the_weighted_sum_rounded_once(torch.float32, None),
     ),
@@ -501,7 +625,7 @@ def test_planted_bugs_are_found(
 
 def _ignore_counts() -> None:
     real = worker_merges._mean_of_window
-    worker_merges._mean_of_window = lambda ranks, value, counts: real(ranks, value, [1] * len(counts))
+    worker_merges._mean_of_window = lambda ranks, name, value, counts: real(ranks, name, value, [1] * len(counts))
 
 
 def _each_rank_its_own() -> None:

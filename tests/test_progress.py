@@ -103,6 +103,25 @@ def test_the_bar_fits_the_terminal(columns: int, shape: str) -> None:
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
 
 
+@pytest.mark.parametrize("columns", [45, 59, 60, 65, 75, 100])
+def test_the_longest_sizes_and_labels_fit_in_one_line(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    file = Terminal()
+    ticks = iter(range(100))
+    with Progress(990_100_000, file=file, clock=lambda: next(ticks)) as shown:
+        shown.advance(671_100_000)
+        shown.phase("syncing to the disk")
+        frames = file.getvalue()
+    assert "\n" not in frames
+    assert "…" not in frames
+    assert ("671.1/990.1 MB" in frames) == (columns >= 60)
+
+
 def test_a_failure_in_a_terminal_gives_the_cursor_back() -> None:
     code, text = in_terminal(80, "fail")
     assert code == 3

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from swafast import cli
-from swafast.files import metrics, selection, step_names
+from swafast.files import average, metrics, selection, step_names
 from swafast.files.metrics import is_lower_better
 from swafast.files.selection import Selected, select
 from swafast.files.step_names import counts_of
@@ -78,6 +78,15 @@ def trainer_folder(folder: Path, losses: dict[int, float | None]) -> Path:
         (["500.pt", "0600.pt"], [500, 600]),
         (["run2_step=500.bin", "run2_step=700.safetensors"], [500, 700]),
         (["step_7.safetensors.index.json"], [7]),
+        (["resnet_batch32_epoch1.pt", "resnet_batch32_epoch2.pt"], [1, 2]),  # constants are not the step
+        (["timestep1000_epoch1.pt", "timestep1000_epoch2.pt"], [1, 2]),
+        (["epoch_1_batch_500.pt", "epoch_2_batch_100.pt"], [1, 2]),  # batches start again in each epoch
+        (["step32_epoch1.pt"], [32]),
+        (["writer3-500.pt", "writer3-1000.pt"], [500, 1000]),  # a word that ends in another
+        (["epoch=0-val_loss=nan.ckpt", "epoch=1-val_loss=0.5.ckpt", "epoch=2-val_loss=-inf.ckpt"], [0, 1, 2]),
+        (["epoch=0-elbo=-0.5.ckpt", "epoch=1-elbo=0.5.ckpt", "epoch=2-elbo=-3.ckpt"], [0, 1, 2]),
+        (["epoch_0_elbo_-0.5.ckpt", "epoch_1_elbo_nan.ckpt"], [0, 1]),
+        (["nanogpt-500.pt", "nanogpt-600.pt"], [500, 600]),
     ],
     ids=lambda value: value[0] if isinstance(value[0], str) else "",
 )
@@ -97,6 +106,9 @@ def test_steps_are_read_from_names(names: list[str], steps: list[int]) -> None:
         (["2026-01-31.pt", "2026-02-01.pt"], "several numbers"),
         (["acc=91.ckpt", "acc=92.ckpt"], "no number that is a step"),
         (["v0.5.pt", "v0.6.pt"], "no number that is a step"),
+        (["step-1e+400k.pt", "step-2e+400k.pt"], "no number that is a step"),
+        (["step=-5.pt", "step=-5k.pt"], "no number that is a step"),
+        (["nanogpt-500.pt", "infogpt-600.pt"], "named in two ways"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -187,9 +199,92 @@ def test_what_is_no_checkpoint_is_skipped_and_said(tmp_path: Path) -> None:
     assert "hidden" not in said
 
 
+@pytest.mark.parametrize("name", ["checkpoint_9.safetensors", "checkpoint_9.pt", "checkpoint_9", "x.pt"])
+def test_averages_in_the_folder_of_a_training_are_skipped(name: str, tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_file({"a": np.float32([step])}, tmp_path / f"checkpoint_{step}.safetensors")
+    average([tmp_path], tmp_path / name, last=2)
+    lines: list[str] = []
+    assert [each.step for each in select([tmp_path], last=2, say=lines.append)] == [1, 2]
+    assert lines == [f"skipped in {tmp_path}: {name!r} (averages that swafast wrote)"]
+    listed = sorted(tmp_path.iterdir())
+    assert [each.step for each in select(listed, last=2, say=lines.append)] == [1, 2]
+    assert lines[1] == f"skipped: {str(tmp_path / name)!r} (averages that swafast wrote)"
+    assert len(select(listed)) == 3  # listed without an option, it is averaged
+    for step in (1, 2):
+        (tmp_path / f"checkpoint_{step}.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"without any: .*that swafast wrote\). List them"):
+        select([tmp_path])
+    with pytest.raises(ValueError, match=r"to select from, got .*that swafast wrote"):
+        select([tmp_path / name] * 2, last=1)
+
+
+def test_a_file_that_is_listed_twice_is_said(tmp_path: Path) -> None:
+    put(tmp_path, "s1.pt", "s2.pt")
+    lines: list[str] = []
+    assert len(select([tmp_path / name for name in ("s1.pt", "s2.pt", "s1.pt")], say=lines.append)) == 3
+    assert lines == [f"listed more than once, and counted as often: {str(tmp_path / 's1.pt')!r}"]
+
+
+def test_copies_in_a_list_are_skipped_where_an_option_selects(tmp_path: Path) -> None:
+    put(tmp_path, "s1.pt", "s2.pt", "best.pt", "optimizer.pt")
+    lines: list[str] = []
+    assert named(select(sorted(tmp_path.iterdir()), last=2, say=lines.append), tmp_path) == ["s1.pt", "s2.pt"]
+    assert [line.rpartition(" (")[2] for line in lines] == [
+        "copies or means of others)",
+        "states of a training, no weights)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        (
+            ["a", "b"],
+            "got the folder 'a' with 's1.pt', 's2.pt' among 2 inputs: give one folder",
+        ),
+        (["a/s1.pt", "0.7"], "got '0.7': weights are one text with commas, as in --weights 0.3,0.7"),
+        (["a/*.pth"], "got 'a/*.pth': no name fits this pattern, or it is in quotes"),
+        (["a/none.pt"], "got 'a/none.pt': there is nothing at this path"),
+        (["model-00001-of-00002.safetensors"], "which is one of 2 files of a checkpoint: give its folder or its index"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_inputs_that_were_meant_otherwise(
+    inputs: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, "a/s1.pt", "a/s2.pt", "b/s1.pt", "b/s2.pt", "model-00001-of-00002.safetensors")
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(words)):
+        select(inputs)
+
+
 def test_names_of_a_series_with_best_are_checkpoints(tmp_path: Path) -> None:
     put(tmp_path, "best-epoch=3-step=50.ckpt", "best-epoch=4-step=60.ckpt", "last.ckpt")
     assert [each.step for each in select([tmp_path])] == [50, 60]
+
+
+@pytest.mark.parametrize(
+    ("names", "copies"),
+    [
+        (["epoch=0-step=10.ckpt", "epoch=1-step=20.ckpt"], ["epoch=1-step=20-v1.ckpt"]),  # Lightning
+        (["m--val_loss=0.10-epoch=1.ckpt"], ["m--val_loss=0.30-epoch=2-last.ckpt"]),  # NeMo
+        (["m-step=100.ckpt"], ["m-step=100-EMA.ckpt"]),
+        (["step-100/model.safetensors"], ["step-100-best/model.safetensors"]),
+        (["m-step=100-EMA.ckpt", "m-step=200-EMA.ckpt"], []),
+        (["step_100_v1.pt", "step_200_v1.pt"], []),
+    ],
+    ids=lambda value: value[0] if value else "none",
+)
+def test_copies_of_a_step_are_skipped_and_said(names: list[str], copies: list[str], tmp_path: Path) -> None:
+    lines: list[str] = []
+    put(tmp_path, *names, *copies)
+    found = select([tmp_path], last=len(names), say=lines.append)
+    assert [os.path.basename(each.path) for each in found] == [name.partition("/")[0] for name in names]
+    said = [f"{name.partition('/')[0]!r} (copies or means of others)" for name in copies]
+    assert [line.partition(": ")[2] for line in lines] == said
+    paths = [tmp_path / name.partition("/")[0] for name in (*copies, *names)]
+    assert len(select(paths, last=len(names), say=lines.append)) == len(names)  # as by the pattern run/*
 
 
 @pytest.mark.parametrize(
@@ -201,8 +296,14 @@ def test_names_of_a_series_with_best_are_checkpoints(tmp_path: Path) -> None:
         (["step_1/model.pt", "step_1/optim.pt", "step_1/train.pt"], "step_1/model.pt"),
         (["step_1/mp_rank_00_model_states.pt", "step_1/zero_pp_rank_0_mp_rank_00_optim_states.pt"],
          "step_1/mp_rank_00_model_states.pt"),
-        (["step_1/model_and_optim/.metadata", "step_1/train/rank0.pt", "step_1/config.json"], None),
+        (["step_1/model_and_optim/.metadata", "step_1/train/rank0.pt"], "step_1/model_and_optim"),  # OLMo-core
+        (["step_1/pytorch_model-00001-of-00002.bin", "step_1/optimizer.pt"], None),
+        (["step_1/optimizer.pt"], None),
         (["step_1/model_and_optim/.metadata", "step_1/config.json"], "step_1/model_and_optim"),
+        (["step_1/pytorch_model_fsdp_0/.metadata", "step_1/optimizer_0/.metadata"], "step_1/pytorch_model_fsdp_0"),
+        (["step_1/pytorch_model.bin", "step_1/sampler.bin", "step_1/sampler_1.bin", "step_1/dl_state_dict.bin"],
+         "step_1/pytorch_model.bin"),  # accelerate
+        (["step_1/a/weights.pt", "step_1/b/weights.pt"], None),
         (["step_1/mp_rank_00_model_states.pt", "step_1/mp_rank_01_model_states.pt"], None),
         (["step_1/a/b/model.safetensors"], None),
     ],
@@ -233,13 +334,10 @@ def test_listed_files_are_taken_as_they_are(tmp_path: Path) -> None:
     put(tmp_path, "b.pt", "a.pt", "last.ckpt")
     paths = [tmp_path / name for name in ("b.pt", "a.pt", "last.ckpt")]
     assert select(paths) == [Selected(str(path)) for path in paths]
-    lines: list[str] = []
     put(tmp_path, "checkpoint-1000.pt", "checkpoint-500.pt")
     text_order = sorted(str(path) for path in tmp_path.glob("checkpoint-*"))
-    assert [each.step for each in select(text_order, say=lines.append)] == [1000, 500]
-    assert "not that of their steps" in lines[0]
-    assert select(text_order[::-1], say=lines.append)[0].step == 500
-    assert len(lines) == 1
+    assert [each.step for each in select(text_order)] == [1000, 500]
+    assert select(text_order[::-1])[0].step == 500
 
 
 def test_a_listed_file_without_a_number_has_the_step_of_its_folder(tmp_path: Path) -> None:
@@ -253,6 +351,9 @@ def test_a_step_that_two_have_is_refused(tmp_path: Path) -> None:
     put(tmp_path, "step_5.pt", "step_05.pt")
     with pytest.raises(ValueError, match=r"step_05.pt' and '.*step_5.pt' have the same step"):
         select([tmp_path], last=1)
+    ranks = put(tmp_path / "ranks", "ep0-ba10-rank0.pt", "ep0-ba10-rank1.pt")
+    with pytest.raises(ValueError, match="have the same step"):
+        select([ranks], last=1)
 
 
 @pytest.mark.parametrize(
@@ -266,14 +367,23 @@ def test_a_step_that_two_have_is_refused(tmp_path: Path) -> None:
             "last must be at most the 3 checkpoints that there are, got 4: 's1.pt', 's2.pt'",
         ),
         ({"min_gap": 0}, ValueError, "min_gap must be at least 1"),
-        ({"first_step": 3, "last_step": 2}, ValueError, "first_step must be at most last_step"),
-        ({"first_step": 9}, ValueError, "must leave a checkpoint, but steps are from 1 to 3"),
+        ({"first_step": -1}, ValueError, "first_step (--from) must be at least 0"),
+        (
+            {"first_step": 3, "last_step": 2},
+            ValueError,
+            "first_step (--from) must be at most last_step (--to)",
+        ),
+        (
+            {"first_step": 9},
+            ValueError,
+            "first_step (--from) must leave a checkpoint, got 9, and 's1.pt' has the step 1 and 's3.pt' has the step 3",
+        ),
         ({"metric": "loss"}, ValueError, "metric and best must be given together"),
         ({"best": 1}, ValueError, "metric and best must be given together"),
         ({"metric": " ", "best": 1}, ValueError, "metric must be the name of a field"),
         ({"metric": "loss", "best": 1, "last": 1}, ValueError, "last and best must not be given together"),
         ({"lower_is_better": True}, ValueError, "lower_is_better must be given with metric"),
-        ({"metric": "loss", "best": 1}, ValueError, "'loss', which 's1.pt', 's2.pt', 's3.pt' lack"),
+        ({"metric": "loss", "best": 1}, ValueError, "'loss', without one for 's1.pt', 's2.pt', 's3.pt'"),
         ({"metric": "quality", "best": 1}, ValueError, "--lower-is-better or --higher-is-better"),
     ],
     ids=str,
@@ -301,12 +411,26 @@ def test_the_log_of_hugging_faces_trainer_is_read(tmp_path: Path) -> None:
     found = select([tmp_path], metric="eval_loss", best=2)
     assert [(each.step, each.metric) for each in found] == [(200, 1.0), (1000, 1.5)]
     with pytest.raises(
-        ValueError, match=r"'eval_bleu', which 'checkpoint-100', 'checkpoint-200', 'checkpoint-300' and 1 more"
+        ValueError,
+        match=r"'eval_bleu', without one for 'checkpoint-100', 'checkpoint-200', .* and 1 more",
     ):
         select([tmp_path], metric="eval_bleu", best=1)
     put(tmp_path / "checkpoint-2000", *HF_FILES)
-    with pytest.raises(ValueError, match="which 'checkpoint-2000' lack"):
+    with pytest.raises(ValueError, match="without one for 'checkpoint-2000'"):
         select([tmp_path], metric="eval_loss", best=1)
+
+
+def test_the_fields_that_exist_are_named(tmp_path: Path) -> None:
+    put(tmp_path, "epoch_1.pt", "epoch_2.pt")
+    table = tmp_path / "metrics.csv"
+    with pytest.raises(ValueError, match=r"no JSON, CSV or YAML beside .* first line epoch,val-loss; or list"):
+        select([tmp_path], metric="val-loss", best=1)
+    table.write_text("epoch,val_loss,valid_acc\n1,0.5,0.9\n2,0.4,0.9\n")
+    with pytest.raises(ValueError, match=r"metrics.csv has epoch, val_loss, valid_acc. Values in the checkpoints"):
+        select([tmp_path], metric="val-loss", best=1)
+    (tmp_path / "epoch_1.json").write_text(json.dumps(dict.fromkeys(map("f{}".format, range(20)), 1)))
+    with pytest.raises(ValueError, match=r"epoch_1.json has f0, f1, .*, f11 and others; metrics.csv has epoch,"):
+        select([tmp_path], metric="val-loss", best=1)
 
 
 def test_timms_summary_is_read_by_epoch(tmp_path: Path) -> None:
@@ -325,7 +449,7 @@ def test_lightnings_names_and_table_are_read(tmp_path: Path) -> None:
     assert [each.step for each in select([folder], metric="val_loss", best=2)] == [200, 1000]
     found = select([folder], metric="val_acc", best=1)
     assert [(each.step, each.metric) for each in found] == [(200, 0.7)]
-    with pytest.raises(ValueError, match="lack"):
+    with pytest.raises(ValueError, match="without one for"):
         select([folder], metric="loss", best=1)  # not the loss of val_loss
 
 
@@ -338,13 +462,122 @@ def test_files_beside_a_checkpoint_are_read(tmp_path: Path) -> None:
     assert [each.metric for each in found] == [0.5, 0.25, 0.75]
 
 
+def test_rows_of_lightning_are_those_of_the_step_before(tmp_path: Path) -> None:
+    folder = put(tmp_path / "checkpoints", *(f"epoch={e}-step={s}.ckpt" for e, s in
+                 ((0, 500), (0, 1000), (1, 1500), (1, 2000))))  # fmt: skip
+    table = tmp_path / "metrics.csv"
+    table.write_text("epoch,step,val_loss,train_loss\n0,499,0.1,\n0,999,0.5,\n1,1499,0.2,\n1,1999,0.6,\n")
+    found = select([folder], metric="val_loss", best=2)
+    assert [(each.step, each.metric) for each in found] == [(500, 0.1), (1500, 0.2)]
+    # A row of an epoch is that of no checkpoint if there are two.
+    table.write_text("epoch,val_loss\n0,0.5\n1,0.6\n")
+    with pytest.raises(ValueError, match=r"'val_loss', without one for 'epoch=0-step=500\.ckpt'"):
+        select([folder], metric="val_loss", best=2)
+    table.write_text("epoch,step,val_loss\n0,500,9\n0,1000,1\n1,1500,2\n1,2000,3\n1,1999,0\n")  # not mixed
+    assert [each.metric for each in select([folder], metric="val_loss", best=2)] == [1.0, 2.0]
+
+
+def test_a_named_epoch_is_not_looked_up_as_a_step(tmp_path: Path) -> None:
+    put(tmp_path, "epoch=1.ckpt", "epoch=2.ckpt")
+    table = tmp_path / "metrics.csv"
+    table.write_text("epoch,step,loss\n" + "".join(f"{step // 10},{step},{step}\n" for step in range(30)))
+    assert [each.metric for each in select([tmp_path], metric="loss", best=2)] == [19.0, 29.0]
+    table.write_text("step,loss\n1,1\n2,2\n")
+    with pytest.raises(ValueError, match="without one for"):
+        select([tmp_path], metric="loss", best=2)
+
+
+def test_a_number_alone_that_may_be_a_step_or_an_epoch_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, "checkpoint-1.pt", "checkpoint-2.pt")
+    table = tmp_path / "metrics.csv"
+    table.write_text("epoch,step,loss\n" + "".join(f"{step // 10},{step},{step}\n" for step in range(30)))
+    with pytest.raises(ValueError, match=r"'loss' with values for 'checkpoint-1.pt' both as a step and as an epoch"):
+        select([tmp_path], metric="loss", best=2)
+    table.write_text("epoch,step,loss\n1,1,5\n2,2,nan\n")  # the same row
+    assert [each.metric for each in select([tmp_path], metric="loss", best=1)] == [5.0]
+
+
+def test_a_step_that_starts_again_in_each_epoch_is_no_step(tmp_path: Path) -> None:
+    put(tmp_path, "step_100.pt", "step_200.pt")
+    rows = ["epoch,step,global_step,loss", "0,100,100,0.1", "0,200,200,0.5", "1,100,1100,0.9"]
+    (tmp_path / "metrics.csv").write_text("\n".join(rows))
+    assert [each.metric for each in select([tmp_path], metric="loss", best=2)] == [0.1, 0.5]
+    (tmp_path / "metrics.csv").write_text("epoch,batch,loss\n0,100,0.1\n0,200,0.5\n1,100,0.9\n")
+    with pytest.raises(ValueError, match="without one for"):
+        select([tmp_path], metric="loss", best=2)
+
+
+def test_epochs_of_ultralytics_are_not_those_of_the_names(tmp_path: Path) -> None:
+    put(tmp_path, "epoch10.pt", "epoch20.pt")  # the rows 11 and 21
+    rows = (f"{epoch},{epoch}" for epoch in range(1, 30))
+    (tmp_path / "results.csv").write_text("\n".join(["epoch,train/box_loss", *rows]))
+    with pytest.raises(ValueError, match="without one for"):
+        select([tmp_path], metric="train/box_loss", best=2)
+
+
+def test_a_folder_with_a_slash_at_its_end_has_its_name(tmp_path: Path) -> None:
+    put(tmp_path, "step=1-loss=5/model.safetensors", "step=2-loss=6/model.safetensors")
+    paths = [f"{tmp_path / name}/" for name in ("step=1-loss=5", "step=2-loss=6")]
+    assert [each.metric for each in select(paths, metric="loss", best=2)] == [5.0, 6.0]
+
+
+def test_yaml_is_read_by_the_lines_of_a_field(tmp_path: Path) -> None:
+    put(tmp_path, "1.pt", "2.pt", "3.pt")
+    texts = ["loss: .nan", "loss: 1.5  # of the validation", "loss: -.Inf"]
+    for step, text in enumerate(texts, 1):
+        (tmp_path / f"{step}.yaml").write_text(f"valid:\n  {text}\n  acc: 0.5\ntrain:\n  acc: 0.25\n")
+    lines: list[str] = []
+    assert select([tmp_path], metric="loss", best=1, say=lines.append)[0].metric == 1.5
+    assert lines[-1] == "left out, since loss is not finite: '1.pt', '3.pt'"
+    assert select([tmp_path], metric="train.acc", best=1)[0].metric == 0.25
+    for field in ("acc", "test.acc", "train.loss"):  # two lines, or that of another
+        with pytest.raises(ValueError, match=r"without one for .*1\.yaml has valid\.loss, valid\.acc, train\.acc"):
+            select([tmp_path], metric=field, best=1, lower_is_better=True)
+
+
+def test_an_error_lists_the_fields_of_few_files(tmp_path: Path) -> None:
+    put(tmp_path, *(f"{step}.pt" for step in range(100)))
+    for step in range(100):
+        (tmp_path / f"{step}.json").write_text('{"acc": 1}')
+    with pytest.raises(ValueError, match="without one for") as error:
+        select([tmp_path], metric="loss", best=1)
+    assert str(error.value).count("has acc") == 3
+
+
+def test_a_table_with_a_mark_of_its_encoding_is_read(tmp_path: Path) -> None:
+    put(tmp_path, "step_1.pt")
+    (tmp_path / "metrics.csv").write_text("\ufeffstep,loss\n1,2\n")
+    assert select([tmp_path], metric="loss", best=1)[0].metric == 2.0
+
+
+def test_a_last_line_that_is_not_whole_is_left_out(tmp_path: Path) -> None:
+    put(tmp_path, "step_1.pt", "step_2.pt")
+    table = tmp_path / "metrics.jsonl"
+    table.write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}\n{"step": 3, "lo')
+    assert [each.metric for each in select([tmp_path], metric="loss", best=2)] == [1.0, 2.0]
+    table.write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}')
+    assert [each.metric for each in select([tmp_path], metric="loss", best=2)] == [1.0, 2.0]
+    table.write_text('{"step": 1, "lo\n{"step": 2, "loss": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl must hold JSON"):
+        select([tmp_path], metric="loss", best=2)
+
+
+def test_a_csv_that_cannot_be_read_is_bad_input(tmp_path: Path) -> None:
+    put(tmp_path, "step_1.pt", "step_2.pt")
+    (tmp_path / "metrics.csv").write_text('step,loss\n1,"' + "2,3\n" * 60_000)
+    arguments = ["average", str(tmp_path), "--metric", "loss", "--best", "1", "-o", str(tmp_path / "out.pt")]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 2
+    assert "metrics.csv must hold CSV, but field larger than field limit" in " ".join(result.output.split())
+
+
 def test_lines_of_json_are_read_and_mixed_counts_are_not(tmp_path: Path) -> None:
     put(tmp_path, "1.pt", "2.pt")
     table = tmp_path / "metrics.jsonl"
     table.write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}\n{"epoch": 1, "loss": 9}\n')
     assert [each.metric for each in select([tmp_path], metric="loss", best=2)] == [1.0, 2.0]
     table.write_text('{"step": 1, "loss": 1}\n{"epoch": 2, "loss": 2}\n')
-    with pytest.raises(ValueError, match="lack"):
+    with pytest.raises(ValueError, match="without one for"):
         select([tmp_path], metric="loss", best=2)
 
 
@@ -380,7 +613,7 @@ def test_the_direction_follows_from_the_field_or_the_argument(tmp_path: Path) ->
     assert [is_lower_better(field) for field in ("eval_accuracy", "eval_top1", "BLEU")] == [False] * 3
     trainer_folder(tmp_path, {1: 1.0, 2: 2.0})
     assert select([tmp_path], metric="eval_loss", best=1, lower_is_better=False)[0].step == 2
-    for field in ("quality", "accuracy_loss"):
+    for field in ("quality", "accuracy_loss", "neg_mean_squared_error", "negative_loss", "loss_reduction"):
         with pytest.raises(ValueError, match="lower_is_better="):
             is_lower_better(field)
 
@@ -460,9 +693,34 @@ def test_an_order_by_time_or_text_is_seen(tmp_path: Path, monkeypatch: pytest.Mo
                 test_the_order_is_that_of_numbers_not_of_text_or_time(tmp_path / wrong.__name__)
 
 
-def test_a_field_that_ends_another_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = metrics.Metrics("loss")
-    assert found._in_name("val_loss=0.5.ckpt") is None
-    assert found._in_name("epoch_3_loss_0.5.ckpt") == 0.5
-    assert found._in_name("loss=-0.5.ckpt") == -0.5
-    assert metrics.Metrics("val/loss")._in_name("epoch=1-val_loss=1e-05.ckpt") == 1e-5
+@pytest.mark.parametrize(
+    ("field", "name", "value"),
+    [
+        ("loss", "val_loss=0.5.ckpt", None),
+        ("loss", "epoch=0-train-loss=0.1-val-loss=0.9.ckpt", None),
+        ("loss", "train.loss=0.1.ckpt", None),
+        ("val-loss", "epoch=0-train-loss=0.1-val-loss=0.9.ckpt", 0.9),
+        ("loss", "m--loss=0.5-epoch=1.ckpt", 0.5),
+        ("loss", "epoch_3_loss_0.5.ckpt", 0.5),
+        ("loss", "epoch3-loss0.5.ckpt", 0.5),
+        ("loss", "loss=-0.5.ckpt", -0.5),
+        ("loss", "loss=-inf.ckpt", -math.inf),
+        ("loss", "loss=0.5-v1.ckpt", 0.5),
+        ("val/loss", "epoch=1-val_loss=1e-05.ckpt", 1e-5),
+        ("acc", "acc1=0.1.ckpt", None),
+        ("acc", "acc_1=0.1.ckpt", None),
+        ("acc", "acc1_0.5.ckpt", None),
+        ("acc", "acc_1_0.5.ckpt", None),
+        ("acc", "acc1-5.ckpt", None),
+        ("acc", "epoch_3_acc_91.ckpt", 91.0),
+        ("acc", "acc=91-epoch=3.ckpt", 91.0),
+        ("acc1", "acc1=0.1-acc5=0.9.ckpt", 0.1),
+    ],
+)
+def test_a_field_that_is_a_part_of_another_is_told_apart(field: str, name: str, value: float | None) -> None:
+    assert metrics.Metrics(field)._in_name(name) == value
+
+
+def test_a_name_with_two_values_of_a_field_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'loss', which 'level1_loss=0\.1-loss=0\.5\.ckpt' has several of"):
+        metrics.Metrics("loss")._in_name("level1_loss=0.1-loss=0.5.ckpt")

@@ -6,23 +6,30 @@ import argparse
 import itertools
 import os
 import pickle
+import re
+import struct
 import subprocess
 import sys
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from swafast.files import archives, pickles, strided
+from swafast import FusedAveragedModel
+from swafast.files import archives, average, entries, pickles, strided, written_pickles
 from swafast.files.archives import PartialChecksum
 from swafast.files.checkpoints import OutputPlan
+from swafast.files.opening import open_checkpoint
 from swafast.files.torch_files import TorchCheckpoint, TorchOutput
+from swafast.terms import formats
 from swafast.torch_private import pickled as names
 from tests.checkpoint_io import Exploit, plan_of, read_whole, require_holds, require_unharmed, write_pieces
 from tests.support import EveryKind
@@ -70,6 +77,38 @@ def test_every_dtype_and_layout_is_read_right(path: str) -> None:
     require_holds(TorchCheckpoint(path), expected)
 
 
+@pytest.mark.parametrize(("block", "read"), [(1 << 20, 4096), (64, 8), (256, 1 << 20), (8, 1)])
+def test_strides_of_every_kind_are_read_right(
+    path: str, block: int, read: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines that lie apart, together, inside one another and one on another, in blocks of any size."""
+    monkeypatch.setattr(strided, "_BLOCK_NBYTES", block)
+    monkeypatch.setattr(strided, "_READ_NBYTES", read)
+    random = Random(3)
+    expected = {}
+    for index in range(60):
+        sizes = [random.choice((1, 2, 3, 7, 20)) for _ in range(random.randrange(4))]
+        strides = [random.choice((0, 1, 2, 7, 31, 300)) for _ in sizes]
+        storage = torch.randn(7000, dtype=random.choice((torch.float32, torch.float64, torch.bfloat16)))
+        expected[str(index)] = storage.as_strided(sizes, strides, random.randrange(50))
+    torch.save(expected, path)
+    checkpoint = TorchCheckpoint(path)
+    whole = {name: torch.empty(view.shape, dtype=view.dtype).copy_(view) for name, view in expected.items()}
+    require_holds(checkpoint, whole, (11, 1 << 17))
+
+
+def test_lines_that_lie_apart_take_few_reads(path: str) -> None:
+    """A column needs a read for each block of 1 MB, and not one for each element."""
+    torch.save({"a": torch.randn(50_000, 20)[:, 3], "b": torch.randn(300, 200, 9).transpose(1, 2)}, path)
+    checkpoint = TorchCheckpoint(path)
+    for name in checkpoint.specs:
+        region, reads = checkpoint._regions[name], []
+        counted = replace(region, read_at=lambda offset, into, reads=reads: reads.append(len(into)))
+        counted.read_run(0, 50_000, memoryview(bytearray(200_000)))
+        assert len(reads) <= 5
+        assert max(reads) <= 1 << 20
+
+
 @pytest.mark.parametrize(
     ("name", "plant"),
     {
@@ -106,7 +145,7 @@ def test_tied_tensors_become_aliases(path: str) -> None:
         ({"module": {"d": 1.0}, "model": {"c": 1.0}}, None, ["c"]),
         ({"model": 3, "module": {"d": 1.0}}, None, ["d"]),
         ({"a": 1.0, "model.b": 1.0}, None, ["a", "model.b"]),
-        ({"n_averaged": 3.0, "module.a": 1.0, "remainder.a": 1.0}, None, ["a"]),
+        ({"n_averaged": 3.0, "module.a": 1.0, "remainder.b": 1.0}, None, ["a"]),
         ({"state": {"ema": {"a": 1.0}}, "model": {"c": 1.0}}, "state.ema", ["a"]),
         ({"state.ema": {"a": 1.0}, "state": {"ema": {"b": 1.0}}}, "state.ema", ["a"]),
         ({"state": {"em.a": {"b": 1.0}}}, "state.em.a", ["b"]),
@@ -134,6 +173,44 @@ def test_what_is_chosen_and_left_out_is_said(path: str) -> None:
     for key in ("optimizer", "models", "epoch"):
         with pytest.raises(ValueError, match=rf"a.pt.*{key}|a.pt.*must hold tensors by name"):
             TorchCheckpoint(path, key=key)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        (
+            None,
+            "must hold tensors by name, got 'state', 'epoch': pass key='state.net' or 'state.ema' (--key state.net)",
+        ),
+        ("state", "must hold tensors by name, got 'net', 'optimizer', 'ema' and 1 more: pass key='state.net'"),
+        ("state.nett", "got 'state.nett': pass key='state.net'"),
+        ("optimizer", "got 'optimizer': pass key='state.net'"),
+        ("state.optimizer", "got 'state', 'param_groups': pass key='state.net'"),
+    ],
+)
+def test_the_dicts_that_hold_tensors_are_named_however_nested(path: str, key: str | None, words: str) -> None:
+    one, moments = {"a": torch.ones(1)}, {0: {"exp_avg": torch.ones(1)}}
+    state: dict[str, Any] = {"net": one, "optimizer": {"state": moments, "param_groups": []}, "ema": {**one}}
+    state["itself"] = state
+    torch.save({"state": state, "epoch": 1}, path)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        TorchCheckpoint(path, key=key)
+
+
+def test_a_key_where_none_is_needed(path: str) -> None:
+    torch.save({"a": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="got 'model': it holds tensors itself: pass no key"):
+        TorchCheckpoint(path, key="model")
+
+
+def test_a_prefix_that_no_name_has_is_said(path: str, tmp_path: Path) -> None:
+    torch.save({"module.a": torch.ones(1)}, path)
+    save_file({"module.a": torch.ones(1)}, tmp_path / "a.safetensors")
+    for each in (path, str(tmp_path / "a.safetensors")):
+        for strip, notes in (("modul.", [f"{each}: no name begins with 'modul.'"]), ("module.", [])):
+            opened = open_checkpoint(each, key=None, strip=strip, allow=())
+            assert getattr(opened, "notes", None) == notes
+            opened.close()
 
 
 def test_two_names_must_not_become_one(path: str) -> None:
@@ -181,9 +258,11 @@ def save_compressed(path: str) -> None:
 
 
 def rebuilt(offset: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> bytes:
-    view = pickles.view_to_pickle("0", "F32", (2,))
+    view = written_pickles.view_to_pickle("0", "F32", (2,))
     assert view.args is not None
-    return pickles.pickled({"a": pickles.Call(view.name, (view.args[0], offset, sizes, strides, False, {}))})
+    return written_pickles.pickled(
+        {"a": written_pickles.Call(view.name, (view.args[0], offset, sizes, strides, False, {}))}
+    )
 
 
 def save_legacy(path: str) -> None:
@@ -203,6 +282,43 @@ def saved(value: Any) -> Callable[[str], None]:
     return lambda path: torch.save(value, path)
 
 
+def save_overlapping(path: str) -> None:
+    """Have the second storage where the first one is."""
+    torch.save({"a": torch.ones(2), "b": torch.zeros(2)}, path)
+    with zipfile.ZipFile(path) as archive:
+        first, second = (archive.getinfo(f"a/data/{key}").header_offset for key in (0, 1))
+    data = bytearray(Path(path).read_bytes())
+    at = data.rindex(b"PK\1\2", 0, data.rindex(b"a/data/1"))
+    assert struct.unpack_from("<I", data, at + 42) == (second,)
+    struct.pack_into("<I", data, at + 42, first)
+    Path(path).write_bytes(data)
+
+
+def save_flipped(path: str) -> None:
+    torch.save({"a": torch.ones(2)}, path)
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data.replace(b"cpu", b"gpu", 1))
+
+
+def save_average(path: str) -> None:
+    averaged = FusedAveragedModel(model := nn.Linear(2, 2).bfloat16(), format="exact")
+    averaged.update_parameters(model)
+    torch.save(averaged.state_dict(), path)
+
+
+def in_place_of_sizes(value: bytes) -> bytes:
+    """Return the pickle of a tensor with another value where its sizes are."""
+    data = rebuilt(0, (2,), (1,))
+    sizes = pickle.MARK + b"\x8a\x01\x02" + pickle.TUPLE
+    assert data.count(sizes) == 1
+    return data.replace(sizes, value)
+
+
+#: A pair in a pair, and so on: its text and its hash end never. And tuples in tuples, more than the stack holds.
+ENDLESS = b"K\1" + b"2\x86" * 40
+DEEP = b")" + b"\x85" * 200_000
+#: Gives our function for tensors other defaults.
+CHANGED_FUNCTION = b"\x80\x02}X\1\0\0\0actorch._utils\n_rebuild_tensor_v2\n(N}X\x0c\0\0\0__defaults__(K\1tstbs."
 LONG_MEMO = b"\x80\x02}r\xff\xff\xff\x7f."  # asks C's unpickler for 32 GB
 BYTEARRAY = b"\x80\x05\x96\x00\x00\x00\x00\x20\x00\x00\x00."  # 128 GB
 
@@ -213,22 +329,53 @@ REFUSED: dict[str, tuple[Callable[[str], object], str]] = {
     "a cut file": (save_cut, "a.pt is damaged: it is not a whole archive"),
     "text": (written(b"hello"), "must be a file of torch.save, got one that begins with b'hell'"),
     "nothing": (written(b""), "must be a file of torch.save"),
-    "compressed": (save_compressed, "got a/data/0 compressed: save it anew"),
-    "a whole model": (saved(nn.Linear(2, 2)), "got the global 'torch.nn.modules.linear.Linear'"),
+    "compressed": (save_compressed, "got a/data.pkl compressed: save it anew"),
+    "a whole model": (
+        saved(nn.Linear(2, 2)),
+        r"global 'torch.nn.modules.linear.Linear', .*: save model.state_dict",
+    ),
     "a tensor": (saved(torch.ones(2)), "must hold a state dict, got StridedView: save model.state_dict()"),
     "no tensors": (saved({"epoch": 1}), "must hold tensors by name, got 'epoch'"),
-    "another dict": (saved({"net": {"a": torch.ones(1)}}), r"got 'net': pass key='net' or another \(--key net\)"),
+    "another dict": (saved({"net": {"a": torch.ones(1)}}), r"got 'net': pass key='net' \(--key net\)"),
     "sparse": (saved({"a": torch.eye(2).to_sparse()}), "dense tensors, got for 'a' one of .*_rebuild_sparse_tensor"),
-    "conjugated": (saved({"a": torch.ones(2, dtype=torch.complex64).conj()}), r"save its resolve_conj\(\)"),
+    "conjugated": (saved({"a": torch.ones(2, dtype=torch.complex64).conj()}), r"for 'a' .*resolve_conj\(\)"),
     "complex128": (
         saved({"a": torch.ones(2, dtype=torch.complex128)}),
         "dtypes that safetensors has, got ComplexDouble",
     ),
     "a view past its storage": (save_as(rebuilt(1, (2,), (1,))), "'a' is damaged: its storage has 8 bytes"),
     "strides past its storage": (save_as(rebuilt(0, (2,), (1 << 61,))), "'a' is damaged: its storage has 8 bytes"),
-    "a negative offset": (save_as(rebuilt(-1, (2,), (1,))), "is damaged: its pickle cannot be read .* offset -1"),
+    "a negative offset": (
+        save_as(rebuilt(-1, (2,), (1,))),
+        "is damaged: its pickle cannot be read .* no sizes, strides and offset that",
+    ),
     "a long memo": (save_as(LONG_MEMO), "must hold tensors by name, got nothing"),
     "a large bytearray": (save_as(BYTEARRAY), "is damaged: its pickle cannot be read"),
+    "records that overlap": (save_overlapping, "is damaged: its records overlap"),
+    "a flipped byte in the pickle": (save_flipped, "a/data.pkl is cut, or differs from its checksum"),
+    "an average in two planes": (save_average, "whole averages, got 'module.weight' .* 'remainder.weight': .*combine"),
+    "a tensor under a number": (saved({"a": torch.ones(1), 0: torch.ones(2)}), "by name, got one whose key is no text"),
+    "endless sizes": (save_as(in_place_of_sizes(ENDLESS)), "no sizes, strides and offset"),
+    "huge sizes": (save_as(rebuilt(0, (1 << 61,) * 40, (0,) * 40)), "no sizes, strides and offset"),
+    "an endless key": (save_as(b"\x80\x02}" + ENDLESS + b"Ns."), "a dict has nested tuples for keys"),
+    "a deep key": (save_as(b"\x80\x02}" + DEEP + b"Ns."), "a dict has nested tuples for keys"),
+    "deep keys": (save_as(b"\x80\x02}(" + DEEP + b"Nu."), "a dict has nested tuples for keys"),
+    "a deep key of an old dict": (save_as(b"\x80\x02(" + DEEP + b"Nd."), "a dict has nested tuples for keys"),
+    "a deep key in a call": (
+        save_as(b"\x80\x02ccollections\nOrderedDict\n(](" + DEEP + b"K\1\x86etR."),
+        r"cannot be read \(TypeError\)",
+    ),
+    "a deep item of a set": (save_as(b"\x80\x04\x8f(" + DEEP + b"\x90."), "must hold a state dict"),
+    "a deep item of a frozen set": (save_as(b"\x80\x04(" + DEEP + b"\x91."), "must hold a state dict"),
+    "an endless storage": (save_as(b"\x80\x02" + ENDLESS + b"Q."), "its pickle cannot be read"),
+    "a missing memo": (save_as(b"\x80\x02h\x05."), "its pickle cannot be read"),
+    "a long name": (save_as(b"\x80\x02ca\n" + b"b" * 1000 + b"\n."), "one of more than 300 characters"),
+    "many names": (save_as(b"\x80\x02" + b"".join(b"ctorch\nint%d\n" % i for i in range(1001)) + b"."), "1,000 names"),
+    "another function": (save_as(CHANGED_FUNCTION), "it changes an object that has no state"),
+    "an old file of protocol 4": (
+        lambda path: torch.save({}, path, _use_new_zipfile_serialization=False, pickle_protocol=4),
+        "torch 1.6 or later, got an older one",
+    ),
     "half a pickle": (save_as(b"\x80\x02}("), "is damaged: its pickle cannot be read"),
 }
 
@@ -267,14 +414,14 @@ def test_a_planted_unpickler_that_imports_is_seen(path: str, tmp_path: Path, mon
 
 def test_a_pickle_cannot_change_what_was_read(path: str) -> None:
     """A pickle may set attributes of what it made: of a tensor, and of the dict whose items are read."""
-    view = pickles.view_to_pickle("0", "F32", (2,))
-    body = pickles.pickled({"a": view})[2:-1]
+    view = written_pickles.view_to_pickle("0", "F32", (2,))
+    body = written_pickles.pickled({"a": view})[2:-1]
     changed = b"\x80\x02" + body[:-1] + b"}X\x06\0\0\0offsetK\x07sbu."  # BUILD on the tensor
     save_as(changed)(path)
     with pytest.raises(ValueError, match="damaged"):
         TorchCheckpoint(path)
     state = {"items": 3, "keys": 3, "get": 3, names.MODULE_VERSIONS: {"a": {"version": "x"}, "b": 3}}
-    save_as(pickles.pickled(pickles.Call(("collections", "OrderedDict"), (), {"a": view}, state)))(path)
+    save_as(written_pickles.pickled(written_pickles.Call(("collections", "OrderedDict"), (), {"a": view}, state)))(path)
     checkpoint = TorchCheckpoint(path)
     require_holds(checkpoint, {"a": torch.ones(2)})
     assert checkpoint.module_versions == {}
@@ -286,6 +433,47 @@ def test_bytes_that_go_missing_while_it_is_open_are_seen(path: str) -> None:
     os.truncate(path, 2000)
     with pytest.raises(ValueError, match=r"a.pt has changed since its header was read"):
         read_whole(checkpoint, "a")
+
+
+def test_records_without_checksums_are_read(path: str) -> None:
+    """As ``torch.serialization.set_crc32_options(False)`` writes them: torch 2.6 has no such option."""
+    torch.save(expected := {"a": torch.randn(5)}, path)
+    with zipfile.ZipFile(path) as archive:
+        checksums = {struct.pack("<I", info.CRC) for info in archive.infolist()}
+    data = Path(path).read_bytes()
+    for checksum in checksums:
+        data = data.replace(checksum, bytes(4))
+    Path(path).write_bytes(data)
+    require_holds(TorchCheckpoint(path), expected)
+
+
+def test_a_pickle_has_not_endless_opcodes(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"a": torch.ones(2)}, path)
+    monkeypatch.setattr(pickles._Opcodes, "left", 20)
+    with pytest.raises(ValueError, match=r"damaged: .* opcodes"):
+        TorchCheckpoint(path)
+
+
+def test_tensors_beside_the_state_do_not_matter(path: str) -> None:
+    """Conjugated ones too, and those under numbers, which are said."""
+    conjugated = torch.ones(2, dtype=torch.complex64).conj()
+    torch.save({"model": {"a": torch.ones(1), 3: "x"}, "other": conjugated, 0: torch.ones(1), (1, 2): 3}, path)
+    checkpoint = TorchCheckpoint(path)
+    require_holds(checkpoint, {"a": torch.ones(1)})
+    without, left_out = checkpoint.notes
+    assert without.endswith("averaging 'model', without 'other', 0, tuple")
+    assert left_out.endswith("left out 3, which are no tensors")
+
+
+def test_names_beside_a_dict_of_their_prefix_are_said(path: str) -> None:
+    torch.save({"a.w": torch.ones(1), "a": {"v": torch.ones(2)}}, path)
+    checkpoint = TorchCheckpoint(path, key="a")
+    assert list(checkpoint.specs) == ["v"]
+    assert checkpoint.notes[0].endswith("averaging 'a', without 'a.w'")
+
+
+def test_the_planes_of_formats_are_known() -> None:
+    assert entries.PLANES == formats.EXTRA_PLANES
 
 
 # Writing
@@ -392,3 +580,14 @@ def test_what_plain_values_hold_no_matter(path: str) -> None:
     kept = {"args": argparse.Namespace(lr=0.1), "root": Path("x"), "set": {1}, "complex": 1j, "bytes": b"x"}
     torch.save({"state_dict": {"a": torch.ones(2)}, **kept, "dtype": torch.float32, "size": torch.Size([3])}, path)
     require_holds(TorchCheckpoint(path), {"a": torch.ones(2)})
+
+
+@pytest.mark.parametrize("is_first_tied", [True, False])
+def test_tensors_that_are_tied_in_one_input_alone_keep_both_values(tmp_path: Path, is_first_tied: bool) -> None:
+    both = torch.full((2,), 2.0)
+    torch.save({"a": both, "b": both}, tmp_path / "tied.pt")
+    torch.save({"a": torch.full((2,), 1.0), "b": torch.full((2,), 10.0)}, tmp_path / "untied.pt")
+    inputs = [str(tmp_path / f"{name}.pt") for name in ("tied", "untied")]
+    average(inputs if is_first_tied else inputs[::-1], str(tmp_path / "out.pt"), say=lambda line: None)
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert {name: value.tolist() for name, value in found.items()} == {"a": [1.5, 1.5], "b": [6.0, 6.0]}

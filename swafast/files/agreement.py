@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..terms.misfits import few
+from ..terms.unmerged import is_unmerged
 from .checkpoints import AVERAGED_DTYPES, Checkpoint, TensorSpec
 
 #: How many names a message lists.
@@ -31,7 +32,7 @@ class Agreed:
     is_equal: bool = False
 
     @property
-    def read_from(self) -> Iterable[int]:
+    def read_from(self) -> Sequence[int]:
         """The inputs that are read."""
         return range(len(self.names)) if self.copied_from is None or self.is_equal else (self.copied_from,)
 
@@ -45,7 +46,8 @@ def agree(
         inputs: open checkpoints.
         tied: names that are further names of others.
         dtype: of the averages. None: that of the inputs.
-        integers: ``"equal"``, ``"last"`` or ``"first"``.
+        integers: ``"equal"``, ``"last"`` or ``"first"``. Tensors that no merge averages, such as BatchNorm's
+            statistics, need not agree: they are those of the last input, or of the first for ``"first"``.
 
     Raises:
         ValueError: a name is missing in an input, or shapes or dtypes differ.
@@ -158,11 +160,14 @@ def _agreed(
 ) -> Agreed:
     own = specs[0].dtype
     dtypes = tuple(spec.dtype for spec in specs)
+    written = TensorSpec(name, dtype or own if own in AVERAGED_DTYPES else own, specs[0].shape)
+    if is_unmerged(name):
+        return Agreed(written, sources, dtypes, 0 if integers == "first" else len(specs) - 1)
     if own in AVERAGED_DTYPES:
-        return Agreed(TensorSpec(name, dtype or own, specs[0].shape), sources, dtypes)
+        return Agreed(written, sources, dtypes)
     is_equal = integers == "equal" or own not in _COUNTED
     copied_from = len(specs) - 1 if integers == "last" else 0
-    return Agreed(TensorSpec(name, own, specs[0].shape), sources, dtypes, copied_from, is_equal)
+    return Agreed(written, sources, dtypes, copied_from, is_equal)
 
 
 def why_unequal(tensor: Agreed, first: str, other: str) -> str:

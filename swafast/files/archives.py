@@ -11,7 +11,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .descriptors import read_fully, write_fully
@@ -24,7 +24,7 @@ _ALIGNMENT = 64
 _MANY = 0xFFFFFFFF  # stands for a number that is in the 64-bit field
 _LOCAL, _CENTRAL = "<4s5H3I2H", "<4s6H3I5H2I"
 _DATE = 1 << 5 | 1  # the first of January 1980, so that equal averages make equal files
-_PREFIX = "archive/"
+_FOLDER = "archive"
 
 
 #: What ``zipfile`` raises for damaged archives.
@@ -91,20 +91,43 @@ class Archive:
                 prefix = found[0].removesuffix("data.pkl")
                 if f"{prefix}constants.pkl" in infos:
                     raise ValueError(f"{what} must hold a state dict, got TorchScript: save its state_dict()")
-                order = archive.read(infos[f"{prefix}byteorder"]) if f"{prefix}byteorder" in infos else b"little"
-                if order != b"little":
-                    raise ValueError(
-                        f"{what} must be in little-endian order, got {order[:20]!r}: convert it with torch"
-                    )
-                data = archive.read(infos[found[0]])
         except _DAMAGES as error:
             raise ValueError(f"{what} is damaged: it is not a whole archive of torch.save ({error})") from None
-        self.value = unpickled(data, what, allow)
+        offsets = {name: _data_offset(descriptor, start, info, what) for name, info in infos.items()}
+        _require_apart([(start + infos[name].header_offset, at, infos[name].file_size) for name, at in offsets.items()],
+                       start + nbytes, what)  # fmt: skip
+
+        def record(name: str) -> bytes:
+            return _record(descriptor, offsets[name], infos[name], what)
+
+        order = record(f"{prefix}byteorder") if f"{prefix}byteorder" in infos else b"little"
+        if order != b"little":
+            raise ValueError(f"{what} must be in little-endian order, got {order[:20]!r}: convert it with torch")
+        self.value = unpickled(record(found[0]), what, allow)
         self.storages = {
-            name.removeprefix(f"{prefix}data/"): (_data_offset(descriptor, start, info, what), info.file_size)
-            for name, info in infos.items()
+            name.removeprefix(f"{prefix}data/"): (at, infos[name].file_size)
+            for name, at in offsets.items()
             if name.startswith(f"{prefix}data/")
         }
+
+
+def _require_apart(records: Iterable[tuple[int, int, int]], end: int, what: str) -> None:
+    """Check records, as (offset of the header, offset of the data, bytes of it): they must not share bytes."""
+    used = 0
+    for header, data, nbytes in sorted(records):
+        if header < used or data + nbytes > end:
+            raise ValueError(f"{what} is damaged: its records overlap, or go beyond its end")
+        used = data + nbytes
+
+
+def _record(descriptor: int, offset: int, info: zipfile.ZipInfo, what: str) -> bytes:
+    if info.file_size > MOST_PICKLE_NBYTES:
+        raise ValueError(f"{what} must have small pickles, got {info.filename} of {info.file_size:,} bytes")
+    data = bytearray(info.file_size)
+    # Without checksums, by torch.serialization.set_crc32_options(False), they are 0.
+    if not read_fully(descriptor, offset, memoryview(data)) or info.CRC not in (0, zlib.crc32(data)):
+        raise ValueError(f"{what} is damaged: {info.filename} is cut, or differs from its checksum")
+    return bytes(data)
 
 
 def _data_offset(descriptor: int, start: int, info: zipfile.ZipInfo, what: str) -> int:
@@ -126,8 +149,8 @@ class ArchiveLayout:
         offsets: of each storage in the file.
     """
 
-    def __init__(self, pickle: bytes, storage_nbytes: Sequence[int], start: int = 0) -> None:
-        self.start = start
+    def __init__(self, pickle: bytes, storage_nbytes: Sequence[int], start: int = 0, folder: str | None = None) -> None:
+        self.start, self._prefix = start, f"{folder or _FOLDER}/"
         small = {"data.pkl": pickle, "byteorder": b"little", "version": b"3\n"}
         sizes = {name: len(data) for name, data in small.items()}
         sizes |= {f"data/{key}": nbytes for key, nbytes in enumerate(storage_nbytes)}
@@ -135,7 +158,7 @@ class ArchiveLayout:
         self._records: dict[str, tuple[int, int, int]] = {}  # offsets of header and data in the archive, bytes
         at = 0
         for name, nbytes in sizes.items():
-            data = at + struct.calcsize(_LOCAL) + len(_PREFIX + name) + 20 + 4
+            data = at + struct.calcsize(_LOCAL) + len(self._prefix + name) + 20 + 4
             data += -data % _ALIGNMENT
             self._records[name] = (at, data, nbytes)
             at = data + nbytes
@@ -147,7 +170,7 @@ class ArchiveLayout:
         """Write all but the storages; ``checksums`` are their CRC-32."""
         crcs = self._crcs(checksums)
         for name, (at, data, nbytes) in self._records.items():
-            full = (_PREFIX + name).encode()
+            full = (self._prefix + name).encode()
             padding = data - at - struct.calcsize(_LOCAL) - len(full) - 20 - 4
             extra = struct.pack("<2H2Q2H", 1, 16, nbytes, nbytes, 0x4246, padding) + bytes(padding)  # "FB", as torch
             fields = (b"PK\3\4", 45, 0, 0, 0, _DATE, crcs[name], _MANY, _MANY, len(full), len(extra))
@@ -162,7 +185,7 @@ class ArchiveLayout:
     def _list_of_records(self, checksums: Sequence[int]) -> bytes:
         crcs, parts = self._crcs(checksums), []
         for name, (at, _, nbytes) in self._records.items():
-            full = (_PREFIX + name).encode()
+            full = (self._prefix + name).encode()
             extra = struct.pack("<2H3Q", 1, 24, nbytes, nbytes, at)
             fields = (b"PK\1\2", 45, 45, 0, 0, 0, _DATE, crcs[name], _MANY, _MANY, len(full), len(extra))
             parts += [struct.pack(_CENTRAL, *fields, 0, 0, 0, 0, _MANY), full, extra]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,30 +14,26 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..terms import coefficients
-from ..terms.numbers import as_int
+from ..terms.unmerged import is_statistic
 from .agreement import INTEGERS, Agreed, agree
+from .beside import beside, changed_texts
 from .checkpoints import ITEMSIZES, RECORD, Checkpoint, Output, OutputPlan
+from .choices import (
+    asked_coefficients,
+    check_choices,
+    check_names,
+    checked_paths,
+    checked_threads,
+    dtype_name,
+    nbytes_of,
+)
 from .descriptors import interrupted_once
 from .opening import create_output, open_checkpoint, output_form
-from .places import check_place, check_space
+from .placing import check_place, check_space
 from .progress import size_text
 from .selection import Selected, select
 from .streaming import NBYTES_PER_THREAD, Pass
 from .summing import TorchSumming, choose_summing
-
-#: What stands beside the weights in a folder and belongs to the model: configs, tokenizers, code.
-_BESIDE = re.compile(r".+\.(json|txt|model|tiktoken|jinja|py)")
-_NOT_BESIDE = re.compile(rf".+\.index\.json|trainer_state\.json|.+_results\.json|{RECORD}\.json|requirements\.txt")
-#: The largest tokenizers have 40 MB.
-_MOST_BESIDE_NBYTES = 100 * 10**6
-
-_DTYPES = {
-    **dict.fromkeys(("f64", "float64", "fp64", "double"), "F64"),
-    **dict.fromkeys(("f32", "float32", "fp32", "float"), "F32"),
-    **dict.fromkeys(("f16", "float16", "fp16", "half"), "F16"),
-    **dict.fromkeys(("bf16", "bfloat16"), "BF16"),
-}
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class Advancing(Protocol):
@@ -62,6 +57,7 @@ class AverageReport:
     nbytes_written: int
     nbytes_memory: int  # of the chunks that are in memory at once
     summing: str  # what sums them up
+    notes: tuple[str, ...]  # lines on what was skipped, chosen and left out, and on what a user may not expect
     seconds: float | None = None  # None: it was a dry run
 
     def lines(self) -> list[str]:
@@ -130,7 +126,8 @@ def average(
         strip: a prefix that names lose, such as ``module.``.
         allow: globals that files of ``torch.save`` may load beside tensors, as ``module.name``.
         tied: names that are further names of other tensors.
-        integers: ``"equal"``: integers must agree; ``"last"``, ``"first"``: those of one input are taken.
+        integers: ``"equal"``: integers must agree; ``"last"``, ``"first"``: those of one input are taken. BatchNorm's
+            statistics and further state (``_extra_state``) are those of the last input, or of the first.
         nonfinite: ``"error"``, or ``"keep"`` to write NaNs and infinities too.
         dtype: of the averages, such as ``"bf16"``. None: that of the inputs.
         shard_size: the most bytes of one file in a folder, such as ``"5GB"``.
@@ -147,41 +144,79 @@ def average(
         OSError: an input cannot be read, or ``out`` exists or cannot be written.
     """
     started, had_torch = time.monotonic(), "torch" in sys.modules
-    _check_choices(integers=(integers, INTEGERS), nonfinite=(nonfinite, ("error", "keep")))
-    num_threads = _checked_threads(threads)
-    named_dtype, shard_nbytes = _dtype_name(dtype), _nbytes(shard_size)
-    chosen = _checked_paths(inputs, out)
-    _check_names(key=key, strip=strip, tied=tied)
+    check_choices(integers=(integers, INTEGERS), nonfinite=(nonfinite, ("error", "keep")))
+    num_threads = checked_threads(threads)
+    named_dtype, shard_nbytes = dtype_name(dtype), nbytes_of(shard_size)
+    chosen = checked_paths(inputs, out)
+    check_names(key=key, strip=strip, tied=tied)
     between = {"first_step": first_step, "last_step": last_step, "last": last, "min_gap": min_gap}
-    selected = select(chosen, **between, metric=metric, best=best, lower_is_better=lower_is_better, say=say)
-    factors = _coefficients(len(selected), weights=weights, ema=ema, power=power, decay=decay)
+    notes: list[str] = []
+    note = _keeping(notes, say)
+    selected = select(chosen, **between, metric=metric, best=best, lower_is_better=lower_is_better, say=note)
+    factors = asked_coefficients(len(selected), weights=weights, ema=ema, power=power, decay=decay)
+    _note_surprises(selected, factors, ema, note)
     path, paths = os.fspath(out), [it.path for it in selected]
     form = output_form(path, shard_nbytes, paths[0])
-    is_folder = form in ("folder", "distributed")
-    check_place(Path(path), is_folder, force, paths)
+    require_free = partial(check_place, Path(path), form, force, paths)
+    require_free()
     with ExitStack() as stack:
-        opened = _opened(stack, paths, key, strip, allow, say)
+        opened = _opened(stack, paths, key, strip, allow, note)
         tensors, aliases = agree(opened, tied=tied or {}, dtype=named_dtype, integers=integers)
+        _note_statistics(paths, tensors, note)
         summing, summed_by = choose_summing()
-        report = _report(selected, factors, path, tensors, num_threads, summed_by)
+        report = _report(selected, factors, path, tensors, num_threads, summed_by, notes)
         for line in report.lines():
             say(line)
         check_space(Path(path), report.nbytes_written)
         if not dry_run:
-            metadata = {"format": "pt", **opened[0].metadata, RECORD: _record(paths, factors)}
+            record = {RECORD: _record(paths, factors)}
+            metadata = {**record, "format": "pt", **opened[0].metadata, **record}  # in this order: see RECORD
             plan = OutputPlan([it.spec for it in tensors], aliases, metadata)
-            beside = _beside(paths[-1]) if form == "folder" else []
+            copied = beside(paths[-1]) if form == "folder" else []
+            if form == "folder" and not copied:
+                say(f"copied no configuration: none is in a folder that {paths[-1]} has for itself")
+            texts = changed_texts(copied, named_dtype)
             task = Pass(opened, tensors, factors, nonfinite == "keep", summing)
             with interrupted_once():
                 output = create_output(
-                    *(path, plan), form=form, shard_nbytes=shard_nbytes, copied=beside, like=opened[0], last=paths[-1],
-                    new=not force,
+                    *(path, plan), form=form, shard_nbytes=shard_nbytes, copied=copied, texts=texts, like=opened[0],
+                    last=paths[-1], new=not force,
                 )  # fmt: skip
-                place = partial(check_place, Path(path), is_folder, force, paths)
-                _fill(output, task, num_threads, progress, report.nbytes_read + report.nbytes_written, place)
+                _fill(output, task, num_threads, progress, report.nbytes_read + report.nbytes_written, require_free)
             report = replace(report, seconds=time.monotonic() - started)
     assert had_torch or summing is TorchSumming or "torch" not in sys.modules, "an average has imported torch"
     return report
+
+
+def _keeping(lines: list[str], say: Callable[[str], object]) -> Callable[[str], object]:
+    """Return a function that says a line and keeps it."""
+
+    def note(line: str) -> None:
+        lines.append(line)
+        say(line)
+
+    return note
+
+
+def _note_surprises(
+    selected: Sequence[Selected], factors: Sequence[float] | None, ema: float | None, note: Callable[[str], object]
+) -> None:
+    if factors is None:
+        return
+    steps = [it.step for it in selected if it.step is not None]
+    if steps != sorted(steps):  # a shell lists checkpoint-1000 before checkpoint-500
+        note("the weights go to the inputs in the order in which they are listed, which is not that of their steps")
+    if ema is not None and len(factors) > 1 and factors[0] > max(factors[1:]):
+        note(
+            f"the oldest input has the largest weight, {factors[0]:.3f}: an EMA begins with it, and {ema:g} (--ema) is "
+            f"large for {len(factors)} inputs"
+        )
+
+
+def _note_statistics(paths: Sequence[str], tensors: Sequence[Agreed], note: Callable[[str], object]) -> None:
+    places = [it.copied_from for it in tensors if is_statistic(it.spec.name) and it.copied_from is not None]
+    if places:
+        note(f"BatchNorm's statistics are those of {paths[places[0]]}: call update_bn on the result")
 
 
 def _fill(
@@ -190,7 +225,7 @@ def _fill(
     threads: int,
     progress: Callable[[int], AbstractContextManager[Advancing]] | None,
     nbytes: int,
-    check_place: Callable[[], None],
+    require_free: Callable[[], None],
 ) -> None:
     """Run a pass, and put its output in its place or, if anything fails, away."""
     try:
@@ -198,7 +233,7 @@ def _fill(
             task.run(output, threads, (lambda advanced: None) if shown is None else shown.advance)
             for each in task.inputs:
                 each.require_unchanged()
-            check_place()  # once more: what has come meanwhile is not ours
+            require_free()  # once more: what has come meanwhile is not ours
             if shown is not None:
                 shown.phase("syncing to the disk")
             output.commit()
@@ -231,20 +266,6 @@ def _opened(
     return opened
 
 
-def _coefficients(count: int, **asked: Any) -> list[float] | None:
-    """Return the coefficients of the inputs, the oldest first. None: the mean."""
-    chosen = {name: value for name, value in asked.items() if value is not None}
-    if count < 1:
-        raise ValueError("inputs must be at least one checkpoint, got none")
-    if len(chosen) > 1:
-        raise ValueError(f"only one of weights, ema, power and decay may be given, got {' and '.join(chosen)}")
-    of: dict[str, Callable[[int, Any], list[float]]] = {
-        **{"weights": coefficients.given, "ema": coefficients.ema},
-        **{"power": coefficients.power, "decay": coefficients.decay},
-    }
-    return next((of[name](count, value) for name, value in chosen.items()), None)
-
-
 def _report(
     selected: Sequence[Selected],
     factors: Sequence[float] | None,
@@ -252,6 +273,7 @@ def _report(
     tensors: Sequence[Agreed],
     threads: int,
     summed_by: str,
+    notes: Sequence[str],
 ) -> AverageReport:
     return AverageReport(
         inputs=tuple(selected),
@@ -263,6 +285,7 @@ def _report(
         nbytes_written=sum(it.spec.nbytes for it in tensors),
         nbytes_memory=threads * NBYTES_PER_THREAD,
         summing=summed_by,
+        notes=tuple(notes),
     )
 
 
@@ -270,69 +293,3 @@ def _record(paths: Sequence[str], factors: Sequence[float] | None) -> str:
     """Return what the output says of itself, as JSON."""
     version = sys.modules[__name__.partition(".")[0]].__version__
     return json.dumps({"swafast": version, "inputs": [*paths], "coefficients": factors or "equal"})
-
-
-def _beside(path: str) -> list[Path]:
-    """Return the config and tokenizer files of an input, for a folder."""
-    folder = Path(path) if os.path.isdir(path) else None
-    if folder is None and path.endswith(".index.json"):
-        folder = Path(path).parent
-    if folder is None:
-        return []
-    return [
-        file
-        for file in sorted(folder.iterdir())
-        if _BESIDE.fullmatch(file.name) and not _NOT_BESIDE.fullmatch(file.name)
-        if file.is_file() and file.stat().st_size <= _MOST_BESIDE_NBYTES
-    ]
-
-
-def _check_choices(**choices: tuple[object, Sequence[str]]) -> None:
-    for name, (value, known) in choices.items():
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-
-
-def _checked_paths(inputs: Any, out: Any) -> list[str]:
-    """Return the paths of the inputs."""
-    chosen = [*inputs] if isinstance(inputs, Iterable) and not isinstance(inputs, (str, bytes)) else [inputs]
-    for name, path in (*(("inputs", path) for path in chosen), ("out", out)):
-        if not isinstance(path, (str, os.PathLike)):
-            raise TypeError(f"{name} must be a str or a Path, or several for inputs, got {path!r}")
-    return [os.fspath(path) for path in chosen]
-
-
-def _check_names(*, key: object, strip: object, tied: object) -> None:
-    for name, value in (("key", key), ("strip", strip)):
-        if not isinstance(value, str | None):
-            raise TypeError(f"{name} must be a str, got {value!r}")
-    pairs = {} if tied is None else tied
-    if not isinstance(pairs, Mapping) or not all(isinstance(name, str) for pair in pairs.items() for name in pair):
-        raise TypeError(f"tied must be a dict from names to names, got {tied!r}")
-
-
-def _checked_threads(threads: object) -> int:
-    number = as_int(threads)
-    if number is None or not 1 <= number <= 256:
-        raise ValueError(f"threads must be an int from 1 to 256, got {threads!r}")
-    return number
-
-
-def _dtype_name(dtype: Any) -> str | None:
-    """Return the name in safetensors of a dtype of torch or numpy, or of its name."""
-    if dtype is None:
-        return None
-    name = str(getattr(dtype, "__name__", dtype)).removeprefix("torch.").lower()
-    if name not in _DTYPES:
-        raise ValueError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype!r}")
-    return _DTYPES[name]
-
-
-def _nbytes(size: int | str | None) -> int | None:
-    if size is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", str(size).strip().upper())
-    unit = _UNITS.get(found[2] if found is None or found[2][-1:] in ("", "B") else f"{found[2]}B") if found else None
-    if found is None or unit is None or not 1 <= float(found[1]) * unit < 2**63:
-        raise ValueError(f"shard_size must be a number of bytes such as '5GB', got {size!r}")
-    return int(float(found[1]) * unit)

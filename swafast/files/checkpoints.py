@@ -25,7 +25,8 @@ ITEMSIZES = {
 AVERAGED_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
-#: The key of our own metadata in an output, which is JSON, and the file of it in a folder.
+#: The key of our own metadata in an output, which is JSON, and the file of it in a folder. A file has it in its first
+#: 64 bytes, where a look into a folder of checkpoints finds it: as the first key, or as a zip's folder.
 RECORD = "swafast_average"
 RECORD_FILE = f"{RECORD}.json"
 

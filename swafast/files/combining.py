@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import pickle
 import warnings
-import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,28 +17,14 @@ from ..posthoc.merging import is_averaged, rounded
 from ..posthoc.stored_merges import MOST_GAIN, loss_of
 from ..terms.copying import bytes_of, describe_kind, is_plain
 from ..terms.formats import COMPENSATED, EXTRA_PLANES, Format, format_of_planes
-from ..terms.numbers import as_int
+from ..terms.misfits import few, unlike
 from ..terms.replacing import replacing
+from ..terms.unmerged import is_statistic, is_unmerged
 from ..torch_private.modules import metadata_of, set_metadata
-from .averaged_file import read_state, write_state
-
-_COUNT = "n_averaged"
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-_SUFFIXES = (".safetensors", *_TORCH_SUFFIXES)
-
-
-@dataclass(frozen=True)
-class CountedState:
-    """A state of one or several averages, each with its count."""
-
-    path: str
-    state: Mapping[str, Any]
-    counts: Mapping[str, int]  # by the prefix of the average's keys: "" of a single one, else "<name>."
-
-    @property
-    def names(self) -> list[str] | None:
-        """The names of several averages; None: it is a state of one."""
-        return None if "" in self.counts else sorted(prefix.rstrip(".") for prefix in self.counts)
+from .averaged_file import write_state
+from .counted_states import COUNT, CountedState, check_files, is_pickled, read_counted
+from .opening import PICKLED_SUFFIXES
+from .placing import check_place, check_space
 
 
 @dataclass(frozen=True)
@@ -58,6 +42,8 @@ def combine_files(
     *,
     window: bool = False,
     key: str | None = None,
+    allow: Sequence[str] = (),
+    copied: Sequence[str] = (),
     force: bool = False,
 ) -> Combined:
     """Write one average that is made of averages in files, summed in float64 and rounded once to their format.
@@ -65,113 +51,72 @@ def combine_files(
     A merge is the mean of all models, ``sum of n_i * m_i / sum of n_i``. A window is the mean of the models that the
     later average has and the earlier one has not, ``(n2 * m2 - n1 * m1) / (n2 - n1)``. Both are right for equal means,
     as of :class:`~swafast.EqualAverage`; files hold no rule. Integers, BatchNorm's statistics and further state are
-    copied from the last input, and so is all that is equal in all inputs. The states are read into memory.
+    copied from the last input, and so is all that is equal in all inputs. Other floating-point buffers look like params
+    in a file: name those that were not averaged (``use_buffers=False``) in ``copied``. The result is in memory, and so
+    are inputs of :func:`~swafast.save`, whose checksums are verified. Files of ``torch.save`` are mapped.
 
     Args:
         inputs: files of :func:`~swafast.save`, or states with ``n_averaged`` of ``torch.save``, as of torch's
             ``AveragedModel``. For a window: the earlier one, then the later one.
-        out: ends in .safetensors for a file as of :func:`~swafast.save`, or in .pt, .pth, .bin or .ckpt for a state.
-        key: the entry of a checkpoint of ``torch.save`` that is the state.
+        out: ends in .safetensors for a file as of :func:`~swafast.save`, or as a file of ``torch.save`` for a state.
+        key: where the state is in what ``torch.save`` has written, as in ``a.b``.
+        allow: globals that files of ``torch.save`` may name beside tensors and the state, as ``module.name``.
+        copied: the model's names of tensors that are not averaged, but copied from the last input.
         force: replace ``out``.
 
     Warns:
         RuntimeWarning: a window is so short that rounding errors grow by more than 20, and is not ``compensated``.
 
     Raises:
-        ValueError: an input is damaged or holds no count; counts do not fit; or names, shapes, formats or dtypes
-            differ. The message names the file and the tensor. Nothing was written.
+        ValueError: an input is damaged or holds no count; counts do not fit; names, shapes, formats, dtypes or float8
+            values differ; a sum overflows; or no tensor has a name in ``copied``. The message names the file and the
+            tensor. Nothing was written.
         OSError: a file cannot be read or written, or ``out`` exists. What stood there is whole.
     """
     paths = [os.fspath(path) for path in inputs]
     if len(paths) < 2 or (window and len(paths) != 2):
         raise ValueError(f"inputs must be {'two' if window else 'at least two'} files, got {len(paths)}")
+    check_files(paths)
     _check_out(Path(out), force)
-    states = [_read(path, key) for path in paths]
+    states = [read_counted(path, key, allow) for path in paths]
     last = states[-1]
     for each in states[1:]:
         _require_alike(each, states[0])
     state: OrderedDict[str, Any] = OrderedDict(last.state)
     counts: dict[str, int] = {}
+    kept = {f"{prefix}module.{name}" for prefix in last.counts for name in copied}
+    unknown = [name for name in copied if not any(f"{prefix}module.{name}" in last.state for prefix in last.counts)]
+    if unknown:
+        raise ValueError(f"copied must have names of the model in {last.path}, got {few(unknown)}")
     for prefix in last.counts:
         found = [each.counts[prefix] for each in states]
         factors = [-found[0], found[1]] if window else found
         if sum(factors) < 1:
             raise ValueError(f"{paths[1]} must have averaged more models than {paths[0]}, {found[0]}, got {found[1]}")
-        _combine(states, prefix, factors, state)
+        _combine(states, prefix, factors, kept, state)
         counts[prefix] = sum(factors)
-        state[prefix + _COUNT] = torch.tensor(counts[prefix])
+        state[prefix + COUNT] = torch.tensor(counts[prefix])
     set_metadata(state, metadata_of(last.state))
-    _write(state, last.names, Path(out))
-    return Combined(counts, [name for name in state if name.endswith("running_mean")])
+    _write(state, last.names, Path(out), new=not force)
+    return Combined(counts, [name for name in state if is_statistic(name)])
 
 
 # Files
 
 
 def _check_out(out: Path, force: bool) -> None:
-    if out.suffix not in _SUFFIXES:
-        raise ValueError(f"out must end in {', '.join(_SUFFIXES)}, got {str(out)!r}")
-    if out.is_dir():
-        raise IsADirectoryError(f"out must be a file, got the folder {str(out)!r}")
-    if out.exists() and not force:
-        raise FileExistsError(f"out must not exist, got {str(out)!r}: delete it, or pass --force (force=True)")
+    if not (out.suffix.lower() == ".safetensors" or is_pickled(out)):
+        raise ValueError(f"out must end in .safetensors, {', '.join(PICKLED_SUFFIXES)}, got {str(out)!r}")
+    check_place(out, "file", force, ())
 
 
-def _read(path: str, key: str | None) -> CountedState:
-    if Path(path).suffix not in _TORCH_SUFFIXES:
-        with open(path, "rb"):  # raises an error of its own for a file that may not be read
-            _, state = read_state(path)
-    else:
-        state = _state_in(path, _load(path), key)
-    counts: dict[str, int] = {}
-    for name in [_COUNT] if _COUNT in state else filter(_is_count, state):
-        count = as_int(state[name])
-        if count is None or count < 1:
-            raise ValueError(f"{path} must hold an average of at least one model, got {name!r} = {state[name]!r}")
-        counts[name.removesuffix(_COUNT)] = count
-    return CountedState(path, state, counts)
-
-
-def _is_count(name: object) -> bool:
-    """Return whether a key of a state is that of a count: of its average, or of one of several by name."""
-    prefix, _, leaf = str(name).rpartition(".")
-    return leaf == _COUNT and "." not in prefix
-
-
-def _load(path: str) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} must hold tensors and plain values alone: {reason}") from error
-    except (RuntimeError, EOFError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} must be a whole file of torch.save, got {type(error).__name__}: {error}") from error
-
-
-def _state_in(path: str, loaded: Any, key: str | None) -> OrderedDict[str, Any]:
-    """Return the state in what ``torch.save`` has written."""
-    found = loaded
-    for part in key.split(".") if key is not None else ():
-        if not isinstance(found, Mapping) or part not in found:
-            raise ValueError(f"{path} must have the entry {key!r}, got none")
-        found = found[part]
-    if not isinstance(found, Mapping) or not any(map(_is_count, found)):
-        inner = (
-            [name for name, each in found.items() if isinstance(each, Mapping)] if isinstance(found, Mapping) else []
-        )
-        held = [name for name in inner if any(str(each).endswith(_COUNT) for each in found[name])]
-        hint = f": pass --key {held[0]} (key={held[0]!r})" if held and key is None else ""
-        raise ValueError(f"{path} must hold the state of an average, with {_COUNT!r}, got none{hint}")
-    state = OrderedDict(found)
-    set_metadata(state, metadata_of(found))
-    return state
-
-
-def _write(state: OrderedDict[str, Any], names: list[str] | None, out: Path) -> None:
-    if out.suffix not in _TORCH_SUFFIXES:
-        write_state(state, names, out)
+def _write(state: OrderedDict[str, Any], names: list[str] | None, out: Path, *, new: bool) -> None:
+    distinct = {id(value): value.nbytes for value in state.values() if isinstance(value, Tensor)}
+    check_space(out, sum(distinct.values()))
+    if not is_pickled(out):
+        write_state(state, names, out, new=new)
         return
-    with replacing(out) as unfinished:
+    with replacing(out, new=new) as unfinished:
         torch.save(state, unfinished)
 
 
@@ -182,12 +127,15 @@ def _require_alike(each: CountedState, first: CountedState) -> None:
     differing = sorted(each.state.keys() ^ first.state.keys())
     planes = [name for name in differing if {*name.split(".")[:2]} & {*EXTRA_PLANES}]
     if differing:
-        what = "the formats" if planes == differing else "the names"
-        advice = ": load one into an average of the other's format, and save it" if planes == differing else ""
-        raise ValueError(f"{each.path} must have {what} of {first.path}, got others: {differing[:3]}{advice}")
+        if planes == differing:
+            raise ValueError(
+                f"{each.path} must have the formats of {first.path}, got others for {few(planes)}: load one into an "
+                "average of the other's format, and save it"
+            )
+        raise ValueError(f"{each.path} must have the names of {first.path}, but {unlike(each.state, first.state)}")
     for name, value in first.state.items():
         got, expected = (describe_kind(x) if isinstance(x, Tensor) else "no tensor" for x in (each.state[name], value))
-        if got != expected and not name.endswith(_COUNT):
+        if got != expected and not name.endswith(COUNT):
             raise ValueError(f"{each.path} must have {expected} for {name!r}, as {first.path}, got {got}")
 
 
@@ -203,13 +151,23 @@ class _KeysOfAverage:
     format: Format | None  # None: plane 0 alone, in its own dtype
 
 
-def _combine(states: Sequence[CountedState], prefix: str, factors: Sequence[int], into: dict[str, Any]) -> None:
-    """Write the sums of one average into a state. ``factors`` are the counts, of which an earlier one is negative."""
+def _combine(
+    states: Sequence[CountedState], prefix: str, factors: Sequence[int], kept: Set[str], into: dict[str, Any]
+) -> None:
+    """Write the sums of one average into a state.
+
+    Args:
+        factors: the counts, of which an earlier one is negative.
+        kept: keys of tensors that are copied.
+    """
     gain = sum(map(abs, factors)) / sum(factors)
     is_short = gain > MOST_GAIN
-    for keys in _averages_in(states[-1].state, prefix):
+    _require_same_float8(states, f"{prefix}module.", kept)
+    for keys in _averages_in(states, prefix):
         name, *_ = keys.first
         planes = [tuple(each.state[key] for key in (name, *keys.further)) for each in states]
+        if not kept.isdisjoint(keys.first):
+            continue
         if is_short and keys.format is not COMPENSATED and planes[-1][0].dtype not in (torch.float64, torch.complex128):
             is_short = False  # warn once
             warnings.warn(loss_of(gain), RuntimeWarning, stacklevel=3)
@@ -219,18 +177,39 @@ def _combine(states: Sequence[CountedState], prefix: str, factors: Sequence[int]
             if not value.isfinite().all():
                 raise ValueError(f"{each.path} must be finite, got a NaN or an infinity in {name!r}")
         first, *further = _sum(planes, keys.format, factors)
+        if not first.isfinite().all():
+            raise ValueError(f"the inputs must have a mean that {first.dtype} holds, got an infinity for {name!r}")
         into.update(dict.fromkeys(keys.first, first))
         into.update(zip(keys.further, further, strict=True))
 
 
-def _averages_in(state: Mapping[str, Any], prefix: str) -> Iterator[_KeysOfAverage]:
+def _require_same_float8(states: Sequence[CountedState], head: str, kept: Set[str]) -> None:
+    """Raise ValueError where float8 tensors of a model differ, which no sum is made of."""
+    last = states[-1]
+    for key, value in last.state.items():
+        if not key.startswith(head) or key in kept or is_unmerged(key) or not isinstance(value, Tensor):
+            continue
+        if value.is_floating_point() and value.itemsize == 1:
+            for each in states[:-1]:
+                if not _same_bits((each.state[key],), (value,)):
+                    raise ValueError(
+                        f"{each.path} must have the values of {last.path} for {key!r}, since {value.dtype} is not "
+                        f"averaged: copied=({key.removeprefix(head)!r},) (--copied {key.removeprefix(head)}) takes "
+                        "those of the last input"
+                    )
+
+
+def _averages_in(states: Sequence[CountedState], prefix: str) -> Iterator[_KeysOfAverage]:
     """Yield where the averages are. What is no average is left out, as far as a state tells."""
+    state = states[-1].state
     head = f"{prefix}module."
-    by_memory: dict[object, list[str]] = {}  # tied params stand together; their further planes have the first name
+    # Params that are tied in all states stand together. Their further planes have the first name.
+    by_memory: dict[object, list[str]] = {}
     for key, value in state.items():
         if key.startswith(head) and is_averaged(key, value) and is_plain(value):
-            memory = (value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else key
-            by_memory.setdefault(memory, []).append(key)
+            tensors = [each.state[key] for each in states]
+            memory = tuple((each.data_ptr(), each.dtype, each.shape, each.stride()) for each in tensors)
+            by_memory.setdefault(memory if value.numel() else key, []).append(key)
     found: list[tuple[list[str], dict[str, str]]] = []
     for keys in by_memory.values():
         names = [(plane, f"{prefix}{plane}.{key.removeprefix(head)}") for plane in EXTRA_PLANES for key in keys]
@@ -242,7 +221,9 @@ def _averages_in(state: Mapping[str, Any], prefix: str) -> Iterator[_KeysOfAvera
         if further:
             fmt = format_of_planes(first, {plane: state[of] for plane, of in further.items()})
             if fmt is None:
-                raise ValueError(f"{keys[0]!r} must have the planes of one format, got {list(further.values())}")
+                raise ValueError(
+                    f"{states[-1].path}: {keys[0]!r} must have the planes of one format, got {list(further.values())}"
+                )
             yield _KeysOfAverage(keys, [further[plane] for plane, _ in fmt.extra], fmt)
         elif first.dtype not in in_planes:
             yield _KeysOfAverage(keys, [], None)

@@ -9,51 +9,34 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from ..terms.boxes import Box, boxes_of_run
 from ..terms.replacing import replacing_folder
 from ..torch_private import pickled as names
-from .archives import MOST_PICKLE_NBYTES, Archive, ArchiveLayout, PartialChecksum
-from .checkpoints import ITEMSIZES, OutputPlan, TensorSpec, write_record
-from .descriptors import InputFile, give_up, open_regular, write_fully
+from .archives import Archive, ArchiveLayout, PartialChecksum
+from .checkpoints import ITEMSIZES, Checkpoint, OutputPlan, TensorSpec, write_record
+from .descriptors import InputFile, give_up, write_fully
+from .distributed_metadata import METADATA_FILE, ChunkedTensor, ChunkPlace, read_metadata
 from .entries import chosen_entries, chosen_tensors
-from .pickles import TORCH_NAMES, Call, Opaque, StridedView, pickled, unpickled, view_to_pickle
+from .pickles import StridedView
 from .strided import Region, row_major
 from .torch_files import METADATA, region_of, spec_of, strings_in
+from .written_pickles import TORCH_NAMES, Call, pickled, view_to_pickle
 
-_METADATA_FILE = ".metadata"
 #: The name of the file of rank 0, as DCP writes it.
 _DATA_FILE = "__0_0.distcp"
 #: Each archive begins at a multiple of it, so that its storages do too.
 _ALIGNMENT = 64
 
 
-@dataclass(frozen=True)
-class ChunkPlace:
-    """Where the archive of one chunk, or of an entry that is no tensor, lies."""
-
-    file: str  # relative to the folder
-    start: int  # in bytes
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class ChunkedTensor:
-    """A tensor of a checkpoint, in chunks that cover it."""
-
-    dtype: str  # in torch's names
-    sizes: tuple[int, ...]
-    chunks: tuple[tuple[Box, ChunkPlace], ...]
-
-
 class DistributedCheckpoint:
     """A folder of DCP that is open for reading: a ``Checkpoint``.
 
     Attributes:
+        key: that of the part that was chosen, with dots between nested ones; "" of the whole.
         notes: lines for the user: which part of the checkpoint was chosen, and what was left out.
     """
 
@@ -70,11 +53,11 @@ class DistributedCheckpoint:
         self._files: dict[str, InputFile] = {}
         self._regions: dict[ChunkPlace, Region] = {}
         try:
-            where = os.path.join(path, _METADATA_FILE)
-            state, places = _read_metadata(where, allow)
+            where = os.path.join(path, METADATA_FILE)
+            state, places = read_metadata(where, allow)
             self.metadata = self._strings(places.get((METADATA, ())))
             state.pop(METADATA, None)
-            entries, self.notes = chosen_entries(state, path, key)
+            entries, self.key, self.notes = chosen_entries(state, path, key, ChunkedTensor)
             tensors = chosen_tensors(entries, path, strip, ChunkedTensor, self.notes)
             self.specs: dict[str, TensorSpec] = {}
             self.aliases: dict[str, str] = {}
@@ -102,7 +85,7 @@ class DistributedCheckpoint:
             except FileNotFoundError:
                 raise ValueError(f"{self.path} is damaged: {place.file} is missing, which holds {name!r}") from None
         if found.nbytes < place.start + place.nbytes:
-            raise ValueError(f"{where} is damaged: it ends before {name!r}, which {_METADATA_FILE} says that it holds")
+            raise ValueError(f"{where} is damaged: it ends before {name!r}, which {METADATA_FILE} says that it holds")
         return found
 
     def _archive(self, place: ChunkPlace, name: str) -> Archive:
@@ -163,90 +146,23 @@ class DistributedCheckpoint:
             file.close()
 
 
-# Reading `.metadata`
-
-
-def _read_metadata(
-    where: str, allow: Sequence[str]
-) -> tuple[dict[str, Any], dict[tuple[str, tuple[int, ...]], ChunkPlace]]:
-    """Return the state, nested as it was saved, and where each entry of it is, by key and offsets.
-
-    Raises:
-        ValueError: the file is missing, damaged, or names globals that it may not.
-    """
-    try:
-        with os.fdopen(open_regular(where), "rb") as file:
-            data = file.read(MOST_PICKLE_NBYTES + 1)
-    except FileNotFoundError:
-        raise ValueError(f"{where} is missing: the folder is no checkpoint, or its save was not finished") from None
-    if len(data) > MOST_PICKLE_NBYTES:
-        raise ValueError(f"{where} must have at most {MOST_PICKLE_NBYTES:,} bytes, got more")
-    value = unpickled(data, where, allow)
-    try:
-        places = {_index(index): _place(info) for index, info in dict.items(value.get("storage_data"))}
-        paths = value.get("planner_data")
-        state: dict[str, Any] = {}
-        for key, entry in dict.items(value.get("state_dict_metadata")):
-            path = tuple(map(str, dict(paths).get(key, (key,)) if isinstance(paths, dict) else (key,)))
-            inner = state
-            for part in path[:-1]:
-                inner = inner.setdefault(part, {})
-            inner[path[-1]] = _tensor(key, entry, places)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"{where} is damaged: it does not describe a checkpoint ({error})") from None
-    return state, places
-
-
-def _index(index: Opaque) -> tuple[str, tuple[int, ...]]:
-    return index.get("fqn"), tuple(index.get("offset") or ())
-
-
-def _place(info: Opaque) -> ChunkPlace:
-    file, start, nbytes = info.get("relative_path"), info.get("offset"), info.get("length")
-    parts = PurePosixPath(file).parts
-    if not parts or file.startswith("/") or ".." in parts or "\0" in file:
-        raise ValueError(f"it must name files in its own folder, got {file!r}: do not use it")
-    if type(start) is not int or type(nbytes) is not int or start < 0 or nbytes < 0:
-        raise ValueError(f"an entry in {file} has offset {start!r} and length {nbytes!r}")
-    if info.get("transform_descriptors"):
-        raise ValueError(f"an entry in {file} is transformed by {info.get('transform_descriptors')!r}: save it without")
-    return ChunkPlace(file, start, nbytes)
-
-
-def _tensor(key: str, entry: Any, places: Mapping[tuple[str, tuple[int, ...]], ChunkPlace]) -> Any:
-    """Return a tensor, or the entry itself if it is none."""
-    if not entry.global_name.endswith(".TensorStorageMetadata"):
-        return entry
-    properties, sizes = entry.get("properties").state, entry.get("size")
-    dtype = properties["dtype"] if isinstance(properties, dict) else properties[0]
-    chunks: dict[Box, ChunkPlace] = {}
-    for chunk in entry.get("chunks"):
-        offsets, extents = tuple(chunk.get("offsets")), tuple(chunk.get("sizes"))
-        if not len(offsets) == len(extents) == len(sizes) or any(
-            offset < 0 or extent < 0 or offset + extent > size
-            for offset, extent, size in zip(offsets, extents, sizes, strict=True)
-        ):
-            raise ValueError(f"a chunk of {key!r} at {offsets} of {extents} is not in {sizes}")
-        chunks[Box(offsets, extents, 0, tuple(range(len(sizes))))] = places[key, offsets]
-    whole = Box((0,) * len(sizes), tuple(sizes), 0, ())
-    if sum(box.numel for box in chunks) != whole.numel:
-        raise ValueError(f"the chunks of {key!r} do not cover it once")
-    return ChunkedTensor(dtype.global_name.removeprefix("torch."), tuple(sizes), tuple(chunks.items()))
-
-
 # Writing
 
 
 class DistributedOutput:
     """A folder of DCP that is being written, with one chunk for each tensor: an ``Output``.
 
-    ``dcp.load(model.state_dict(), checkpoint_id=path)`` loads it on any number of ranks. The metadata is under the key
-    ``swafast_metadata``.
+    ``dcp.load(model.state_dict(), checkpoint_id=path)`` loads it on any number of ranks. If the input that it is like
+    has the state under a key, as ``{"model": model.state_dict()}``, the output has it there too. The metadata is under
+    the key ``swafast_metadata``.
     """
 
-    def __init__(self, path: str | os.PathLike[str], plan: OutputPlan, *, new: bool = False) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], plan: OutputPlan, like: Checkpoint | None = None, *, new: bool = False
+    ) -> None:
         """Make the files, beside the folder's place; with ``new``, keep what appears there meanwhile."""
         self._plan = plan
+        self._outer: tuple[str, ...] = tuple(filter(None, getattr(like, "key", "").split(".")))
         self._layouts: dict[str, tuple[ArchiveLayout, PartialChecksum]] = {}
         at = 0
         for spec in plan.specs:
@@ -272,7 +188,7 @@ class DistributedOutput:
             layout.finish(self._descriptor, [checksum.value(spec.nbytes)])
         if self._strings is not None:
             self._strings.finish(self._descriptor, [])
-        (self._folder / _METADATA_FILE).write_bytes(pickled(self._metadata_call()))
+        (self._folder / METADATA_FILE).write_bytes(pickled(self._metadata_call()))
         write_record(self._folder, self._plan)
         self._stack.close()
 
@@ -281,7 +197,9 @@ class DistributedOutput:
 
     def _metadata_call(self) -> Call:
         stored = {spec.name: spec for spec in self._plan.specs}
-        tensors = {**{name: name for name in stored}, **self._plan.aliases}
+        named = {**{name: name for name in stored}, **self._plan.aliases}
+        paths = {".".join((*self._outer, name)): (*self._outer, name) for name in named}
+        tensors = dict(zip(paths, named.values(), strict=True))
         entries: dict[str, Call] = {key: _tensor_call(stored[name]) for key, name in tensors.items()}
         places = {
             _index_call(key, stored[name].shape): _place_call(self._layouts[name][0]) for key, name in tensors.items()
@@ -289,7 +207,7 @@ class DistributedOutput:
         if self._strings is not None:
             entries[METADATA] = _described("BytesStorageMetadata", {})
             places[_index_call(METADATA, None)] = _place_call(self._strings)
-        paths = {key: (key,) for key in entries}
+            paths[METADATA] = (METADATA,)
         return _described("Metadata", {"state_dict_metadata": entries, "planner_data": paths, "storage_data": places})
 
 

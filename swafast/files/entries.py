@@ -11,16 +11,22 @@ from .pickles import Opaque
 PARTS = ("state_dict_ema", "state_dict", "model", "module")
 #: The key that averages of torch and of swafast have beside their params, which are under ``module.``.
 _COUNT = "n_averaged"
+#: The planes that averages of swafast have beside the first one, in the formats that have several.
+PLANES = ("remainder", "average", "compensation")
 
 
-def chosen_entries(value: Any, path: str, key: str | None) -> tuple[dict[Any, Any], list[str]]:
-    """Return the state dict in what a file holds, and lines that say what was chosen and left out.
+def chosen_entries(
+    value: Any, path: str, key: str | None, kind: type, *, in_one_plane: bool = True
+) -> tuple[dict[Any, Any], str, list[str]]:
+    """Return the state dict in what a file holds, its key ("" of the whole), and what to say of the choice.
 
     Args:
         key: that of the state dict, with dots between nested ones; None: the first of ``PARTS``, else the whole value.
+        kind: of the tensors.
+        in_one_plane: refuse averages whose bits are in several planes.
 
     Raises:
-        ValueError: there is no such entry, or the value is no dict.
+        ValueError: there is no such entry, or it has no tensors, or the value is no dict.
     """
     if not isinstance(value, dict):
         got = value.global_name if isinstance(value, Opaque) else type(value).__name__
@@ -30,18 +36,50 @@ def chosen_entries(value: Any, path: str, key: str | None) -> tuple[dict[Any, An
         key = next((part for part in PARTS if isinstance(entries.get(part), dict)), None)
         if key is None and _COUNT in entries and any(name.startswith("module.") for name in entries):
             key = "module"
-        if key is None:
-            return value, []
-    part = _part(value, key)
+    part = value if key is None else _part(value, key, path, in_one_plane)
     if part is None:
-        raise ValueError(
-            f"key must be that of a state dict in {path}, which has {few_of(_dicts(entries)) or 'none'}, got {key!r}"
-        )
-    others = [name for name in entries if name != key.partition(".")[0] and not name.startswith(f"{key}.")]
+        raise ValueError(f"key must be that of a state dict in {path}, got {key!r}{_advice(value, kind)}")
+    if in_one_plane:
+        _require_one_plane(part, path)
+    if not any(isinstance(entry, kind) for entry in dict.values(part)):
+        _check_dense(part, path)
+        what = few_of(_named(part)) or "nothing"
+        raise ValueError(f"{path} must hold tensors by name, got {what}{_advice(value, kind)}")
+    if key is None:
+        return value, "", []
+    prefix = f"{key}."
+    # A name with the prefix may also be beside the dict of that key.
+    chosen = {
+        name
+        for name in entries
+        if name.startswith(prefix) and entries[name] is dict.get(part, name.removeprefix(prefix))
+    }
+    others = [name for name in value if name != key.partition(".")[0] and name not in chosen]
     notes = [f"{path}: averaging {key!r}"]
     if others:
         notes[0] += f", without {few_of(others)}"
-    return part, notes
+    is_nested = isinstance(entries.get(key, entries.get(key.partition(".")[0])), dict)
+    return part, key if is_nested else "", notes
+
+
+def _require_one_plane(state: dict[Any, Any], path: str, key: str = "") -> None:
+    """Check that what a key chooses is no average whose bits are in several planes: the first one lacks bits."""
+    entries = _named(state)
+    for count in entries:
+        head, _, leaf = count.rpartition(".")
+        if leaf != _COUNT or "." in head:
+            continue
+        begin = head and f"{head}."
+        if not f"{begin}module.".startswith(f"{key}." if key else ""):
+            continue
+        for name in entries:
+            if name.startswith(tuple(f"{begin}{plane}." for plane in PLANES)):
+                whole = f"{begin}module.{name.removeprefix(begin).partition('.')[2]}"
+                if whole in entries:
+                    raise ValueError(
+                        f"{path} must hold whole averages, got {whole!r} with further bits in {name!r}: average such "
+                        "states by swafast combine, or save averaged_state_dict()"
+                    )
 
 
 def _named(state: dict[Any, Any]) -> dict[str, Any]:
@@ -49,13 +87,15 @@ def _named(state: dict[Any, Any]) -> dict[str, Any]:
     return {name: entry for name, entry in dict.items(state) if isinstance(name, str)}
 
 
-def _part(state: dict[Any, Any], key: str) -> dict[Any, Any] | None:
+def _part(state: dict[Any, Any], key: str, path: str, in_one_plane: bool) -> dict[Any, Any] | None:
     """Return the dict under a key, whose dots may separate keys or be in them."""
+    if in_one_plane:
+        _require_one_plane(state, path, key)
     entries, at = _named(state), len(key)
     while at > 0:
         inner = entries.get(key[:at])
         if isinstance(inner, dict):
-            found = inner if at == len(key) else _part(inner, key[at + 1 :])
+            found = inner if at == len(key) else _part(inner, key[at + 1 :], path, in_one_plane)
             if found is not None:
                 return found
         at = key.rfind(".", 0, at)
@@ -63,8 +103,32 @@ def _part(state: dict[Any, Any], key: str) -> dict[Any, Any] | None:
     return {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)} or None
 
 
-def _dicts(entries: dict[str, Any]) -> list[str]:
-    return [name for name, entry in entries.items() if isinstance(entry, dict)]
+def _advice(value: dict[Any, Any], kind: type) -> str:
+    """Return the keys of the dicts in a value that hold tensors by name, the least nested first, as advice."""
+    found = []
+    seen, dicts = {id(value)}, [("", value)]  # a pickle may hold a dict in itself
+    for prefix, state in dicts:
+        for name, entry in _named(state).items():
+            if isinstance(entry, dict) and id(entry) not in seen:
+                seen.add(id(entry))
+                dicts.append((f"{prefix}{name}.", entry))
+                if any(isinstance(each, kind) for each in _named(entry).values()):
+                    found.append(prefix + name)
+    if any(isinstance(entry, kind) for entry in _named(value).values()):
+        return ": it holds tensors itself: pass no key"
+    if not found:
+        return ": save model.state_dict()"
+    others = f" or {few_of(found[1:])}" if found[1:] else ""
+    return f": pass key={found[0]!r}{others} (--key {found[0]})"
+
+
+def _check_dense(state: dict[Any, Any], path: str) -> None:
+    for name, entry in _named(state).items():
+        if isinstance(entry, Opaque) and "_rebuild_" in entry.global_name:
+            raise ValueError(
+                f"{path} must hold dense tensors, got for {name!r} one of {entry.global_name}: save its to_dense(), "
+                "dequantize(), full_tensor() or resolve_conj().resolve_neg()"
+            )
 
 
 def chosen_tensors(state: dict[Any, Any], path: str, strip: str | None, kind: type, notes: list[str]) -> dict[str, Any]:
@@ -76,16 +140,13 @@ def chosen_tensors(state: dict[Any, Any], path: str, strip: str | None, kind: ty
         notes: gets a line that says what was left out.
 
     Raises:
-        ValueError: there is none; or two names become one.
+        ValueError: a tensor is not dense; or two names become one.
     """
     entries = _named(state)
-    others = [name for name, entry in entries.items() if not isinstance(entry, kind)]
-    for name in others:
-        if isinstance(entries[name], Opaque) and "_rebuild_" in entries[name].global_name:
-            raise ValueError(
-                f"{path} must hold dense tensors, got for {name!r} one of {entries[name].global_name}: save its "
-                "to_dense(), dequantize() or full_tensor()"
-            )
+    if any(isinstance(entry, kind) for name, entry in dict.items(state) if not isinstance(name, str)):
+        raise ValueError(f"{path} must hold tensors by name, got one whose key is no text: save model.state_dict()")
+    _check_dense(state, path)
+    others = [name for name, entry in dict.items(state) if not isinstance(name, str) or not isinstance(entry, kind)]
     found: dict[str, Any] = {}
     for name, entry in entries.items():
         if name in others:
@@ -94,25 +155,21 @@ def chosen_tensors(state: dict[Any, Any], path: str, strip: str | None, kind: ty
         if short in found:
             raise ValueError(f"strip must leave different names in {path}, got two {short!r} with {strip!r}")
         found[short] = entry
-    if not found:
-        inner = _dicts(entries)
-        raise ValueError(
-            f"{path} must hold tensors by name, got {few_of(others) or 'nothing'}"
-            + (f": pass key={inner[0]!r} or another (--key {inner[0]})" if inner else "")
-        )
     if strip and not any(name.startswith(strip) for name in entries):
-        notes.append(nothing_to_strip(path, strip))
+        notes.append(no_prefix(path, strip))
     if others:
         notes.append(f"{path}: left out {few_of(others)}, which are no tensors")
     return found
 
 
-def nothing_to_strip(path: str, prefix: str) -> str:
-    """Return a note that a prefix is nowhere."""
-    return f"{path}: no name begins with {prefix!r}, which strip takes off"
+def no_prefix(path: str, strip: str) -> str:
+    """Return the line for a checkpoint in which no name has the prefix that is taken off."""
+    return f"{path}: no name begins with {strip!r}"
 
 
-def few_of(names: Collection[str]) -> str:
+def few_of(names: Collection[Any]) -> str:
     """Return the first three names, and how many more there are."""
-    some: Iterable[str] = list(names)[:3]
-    return ", ".join(map(repr, some)) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    some: Iterable[Any] = list(names)[:3]
+    return ", ".join(repr(name) if isinstance(name, str | int) else type(name).__name__ for name in some) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )

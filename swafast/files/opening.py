@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .candidates import may_be_whole
 from .checkpoints import Checkpoint, Output, OutputPlan, TensorSpec
 from .distributed_files import DistributedCheckpoint, DistributedOutput
-from .entries import nothing_to_strip
+from .entries import no_prefix
 from .safetensors_files import INDEX_SUFFIX, STEMS, SafetensorsOutput, open_safetensors, weights_in
 from .torch_files import TorchCheckpoint, TorchOutput
 
@@ -75,12 +76,13 @@ def _pickled_in(path: str) -> str:
     """Return the path of a file of ``torch.save``, or of the one that is in a folder."""
     if not os.path.isdir(path):
         return path
-    names = sorted(filter(_is_pickled, os.listdir(path)))
+    held = sorted(filter(_is_pickled, os.listdir(path)))
+    names = [name for name in held if may_be_whole(name)]
     for name in ("pytorch_model.bin", "diffusion_pytorch_model.bin"):
         if name in names:
             return os.path.join(path, name)
     if len(names) != 1:
-        raise ValueError(f"{path} must hold one file of weights, got {', '.join(names[:3])}: name the file")
+        raise ValueError(f"{path} must hold one file with all weights, got {', '.join(held[:3])}: name the file")
     return os.path.join(path, names[0])
 
 
@@ -89,10 +91,9 @@ class StrippedCheckpoint:
 
     def __init__(self, opened: Checkpoint, prefix: str) -> None:
         self.path, self._opened = opened.path, opened
+        has_prefix = any(name.startswith(prefix) for name in opened.specs)
+        self.notes = [] if has_prefix else [no_prefix(opened.path, prefix)]
         self.metadata: Mapping[str, str] = opened.metadata
-        self.notes = (
-            [] if any(name.startswith(prefix) for name in opened.specs) else [nothing_to_strip(self.path, prefix)]
-        )
         self._names = {name.removeprefix(prefix): name for name in opened.specs}
         if len(self._names) != len(opened.specs):
             kept = set(self._names.values())
@@ -124,6 +125,7 @@ def create_output(
     form: str,
     shard_nbytes: int | None,
     copied: Sequence[Path],
+    texts: Mapping[str, str],
     like: Checkpoint,
     last: str,
     new: bool,
@@ -136,17 +138,19 @@ def create_output(
         form: what :func:`output_form` has returned.
         shard_nbytes: of each file in a folder, at most. None: 5 GB.
         copied: small files that go into a folder of safetensors too.
+        texts: what is in some of these there, by name.
         like: the first input.
         last: the path of the last input, after which the files in a folder are named.
         new: keep what appears at ``path`` meanwhile.
     """
     if form == "distributed":
-        return DistributedOutput(path, plan, new=new)
+        return DistributedOutput(path, plan, like, new=new)
     if form == "pickled":
         return TorchOutput(path, plan, like, new=new)
     if form == "file":
         return SafetensorsOutput(path, plan, new=new)
-    return SafetensorsOutput(path, plan, shard_nbytes or SHARD_NBYTES, copied, stem=_stem(last), new=new)
+    stem = _stem(last)
+    return SafetensorsOutput(path, plan, shard_nbytes or SHARD_NBYTES, copied, texts, stem=stem, new=new)
 
 
 def _stem(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Pickles of torch's files, read and written without torch. Nothing in them is imported, and none of it runs.
+"""Pickles of torch's files, read without torch. Nothing in them is imported, and none of it runs.
 
 A pickle names classes and functions, and a load calls them. Here each name stands for an empty class, an ``Opaque``,
 which keeps what it is called with. Only tensors, ordered dicts and sizes become more than that.
@@ -7,18 +7,14 @@ which keeps what it is called with. Only tensors, ordered dicts and sizes become
 from __future__ import annotations
 
 import io
-import math
 import pickle
 import re
-import struct
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from ..torch_private import pickled as names
-from .checkpoints import ITEMSIZES
-from .strided import row_major
+from .strided import are_sizes
 
 #: The dtypes of safetensors, by torch's names.
 DTYPES = {
@@ -28,7 +24,6 @@ DTYPES = {
     **{"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0"},
     **{"float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ"},
 }
-TORCH_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 #: The storages of torch, by the dtype of their elements. Newer dtypes have storages of bytes.
 STORAGES = {
@@ -41,6 +36,16 @@ _FORBIDDEN = (
     *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4),
     *(pickle.INST, pickle.OBJ, pickle.PERSID),
 )
+
+#: Opcodes that hash values: where those lie in the stack.
+_KEYS = {
+    pickle.SETITEM: slice(-2, -1),
+    **dict.fromkeys((pickle.SETITEMS, pickle.DICT), slice(None, None, 2)),
+}
+#: A byte of a pickle takes up to 100 bytes of memory. The list of 180,000 chunks of tensors has so many opcodes.
+_MOST_OPCODES = 20_000_000
+#: Each name takes 2 KB of memory as a class. Longer names are no names.
+_MOST_NAMES, _MOST_NAME = 1000, 300
 
 #: What a file may name without being refused: torch's tensors and dtypes, and classes that only hold values.
 _KNOWN = re.compile(
@@ -74,9 +79,6 @@ class Opaque:
         made = super().__new__(cls)
         made.args, made.state = args, None
         return made
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
 
     def get(self, name: str) -> Any:
         """Return an attribute that the state sets; None if it does not."""
@@ -113,15 +115,44 @@ class StorageKey(NamedTuple):
 # Reading
 
 
+class _Opcodes(dict[int, Callable[[Any], None]]):
+    """What each opcode does, for so many of them."""
+
+    left = _MOST_OPCODES
+
+    def __getitem__(self, opcode: int) -> Callable[[Any], None]:
+        self.left -= 1
+        if self.left < 0:
+            raise pickle.UnpicklingError(f"it has more than {_MOST_OPCODES:,} opcodes")
+        return super().__getitem__(opcode)
+
+
+def _may_be_key(value: Any, depth: int = 3) -> bool:
+    """Return whether a value may be hashed. Nested tuples would take all of the stack, or for ever."""
+    if isinstance(value, tuple):
+        return depth > 0 and len(value) <= 64 and all(_may_be_key(item, depth - 1) for item in value)
+    return True
+
+
+def _with_checked_keys(load: Callable[[Any], None], keys: slice) -> Callable[[Any], None]:
+    def checked(unpickler: Any) -> None:
+        if not all(map(_may_be_key, unpickler.stack[keys])):
+            raise pickle.UnpicklingError("a dict has nested tuples for keys")
+        load(unpickler)
+
+    return checked
+
+
 class _Unpickler(pickle._Unpickler):
     """Python's own, since the one in C takes memory for as many memo entries as a file claims."""
 
-    dispatch: ClassVar = {
-        opcode: load for opcode, load in pickle._Unpickler.dispatch.items() if bytes([opcode]) not in _FORBIDDEN
-    }
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(self, data: bytes, allow: Sequence[str]) -> None:
         super().__init__(io.BytesIO(data))
+        self.dispatch = _Opcodes(_LOADS)  # type: ignore[misc]
         self.refused: list[str] = []
         self._allow = frozenset(allow)
         self._classes: dict[str, type[Opaque]] = {}
@@ -129,6 +160,10 @@ class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         module = "builtins" if module == "__builtin__" else module  # of Python 2, as old protocols have it
         full = f"{module}.{name}"
+        if len(full) > _MOST_NAME or len(self._classes) >= _MOST_NAMES:
+            raise pickle.UnpicklingError(
+                f"it has more than {_MOST_NAMES:,} names, or one of more than {_MOST_NAME} characters"
+            )
         if full in _MADE:
             return _MADE[full]
         if not _KNOWN.fullmatch(full) and full not in self._allow:
@@ -140,22 +175,56 @@ class _Unpickler(pickle._Unpickler):
     def persistent_load(self, pid: Any) -> StorageKey:
         kind, storage, key, _, numel = pid[:5]
         if kind != "storage" or not isinstance(key, str):
-            raise ValueError(f"it names {pid!r} instead of a storage")
+            raise pickle.UnpicklingError("it names something else instead of a storage")
         stem = storage.global_name.rpartition(".")[2].removesuffix("Storage")
         return StorageKey(key, "untyped" if stem == "Untyped" else STORAGES.get(stem, stem), numel)
 
+    def load_build(self) -> None:
+        """Set the state of an object, and of nothing else: a function of ours would keep it."""
+        state, made = self.stack.pop(), self.stack[-1]
+        if isinstance(made, Opaque):
+            made.state = state
+        elif isinstance(made, OrderedDict) and isinstance(state, dict):
+            vars(made).update(state)
+        else:
+            raise pickle.UnpicklingError("it changes an object that has no state")
 
-def _rebuild(storage: StorageKey, offset: int, sizes: Any, strides: Any, *rest: Any) -> StridedView:
+    def load_set(self) -> None:
+        self.append(Opaque())
+
+    def load_frozenset(self) -> None:
+        self.pop_mark()
+        self.append(Opaque())
+
+
+#: What the opcodes do. A set becomes an ``Opaque``, so that its items are not hashed.
+_LOADS: dict[int, Callable[[Any], None]] = {
+    opcode: load for opcode, load in pickle._Unpickler.dispatch.items() if bytes([opcode]) not in _FORBIDDEN
+}
+_LOADS |= {code[0]: _with_checked_keys(_LOADS[code[0]], keys) for code, keys in _KEYS.items()}
+_LOADS[pickle.BUILD[0]] = _Unpickler.load_build
+_LOADS[pickle.EMPTY_SET[0]] = _Unpickler.load_set
+_LOADS[pickle.FROZENSET[0]] = _Unpickler.load_frozenset
+
+
+def _ordered() -> OrderedDict[Any, Any]:
+    """Return an empty dict: items that a call gives it would be hashed."""
+    return OrderedDict()
+
+
+def _rebuild(storage: StorageKey, offset: int, sizes: Any, strides: Any, *rest: Any) -> StridedView | Opaque:
     if not isinstance(storage, StorageKey):
-        raise TypeError(f"a tensor has {type(storage).__name__} for its storage")
+        raise pickle.UnpicklingError(f"a tensor has {type(storage).__name__} for its storage")
     dtype = storage.dtype
     if dtype == "untyped":
         dtype = rest[names.DTYPE_ARGUMENT - 4].global_name.removeprefix("torch.")
-    numbers = (offset, *sizes, *strides)
-    if len(sizes) != len(strides) or not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
-        raise ValueError(f"a tensor has sizes {sizes}, strides {strides} and offset {offset}")
+    lies = are_sizes(sizes) and isinstance(strides, tuple | list) and len(strides) == len(sizes)
+    if not lies or not all(type(number) is int and 0 <= number < 1 << 62 for number in (offset, *strides)):
+        raise pickle.UnpicklingError("a tensor has no sizes, strides and offset that a tensor can have")
     if any(type(flags) is dict and (flags.get("conj") or flags.get("neg")) for flags in rest):
-        raise ValueError("a tensor is to be conjugated or negated: save its resolve_conj().resolve_neg()")
+        made = Opaque()
+        made.global_name = f"{names.REBUILT_TENSORS[1]}, conjugated or negated"
+        return made
     return StridedView(storage.key, dtype, offset, tuple(sizes), tuple(strides))
 
 
@@ -177,7 +246,7 @@ _MADE: dict[str, Any] = {
     **dict.fromkeys(names.REBUILT_PARAMS, _first),
     names.REBUILT_FROM_TYPE: _rebuild_from_type,
     "torch.Size": _size,
-    "collections.OrderedDict": OrderedDict,
+    "collections.OrderedDict": _ordered,
 }
 
 
@@ -196,96 +265,14 @@ def unpickled(data: bytes, what: str, allow: Sequence[str] = ()) -> Any:
         value = unpickler.load()
     except Exception as error:
         if not unpickler.refused:
-            raise ValueError(
-                f"{what} is damaged: its pickle cannot be read ({type(error).__name__}: {error})"
-            ) from None
+            # The text of another error may have values, and that of a value of a few bytes may take all memory.
+            reason = str(error) if isinstance(error, pickle.UnpicklingError) else type(error).__name__
+            raise ValueError(f"{what} is damaged: its pickle cannot be read ({reason})") from None
     if unpickler.refused:
         refused = list(dict.fromkeys(unpickler.refused))
         listed = ", ".join(map(repr, refused[:3])) + (f" and {len(refused) - 3} more" if len(refused) > 3 else "")
         raise ValueError(
-            f"{what} must hold tensors and plain values, got the global {listed}: loading it with pickle would run "
-            f"code of these names. To skip such objects, pass allow={refused[:3]!r} (--allow {refused[0]})"
+            f"{what} must hold tensors and plain values, got the global {listed}, whose code pickle would run: "
+            f"save model.state_dict(). To skip such objects, pass allow={refused[:3]!r} (--allow {refused[0]})"
         )
     return value
-
-
-# Writing
-
-
-@dataclass(frozen=True, eq=False)  # may be a key of a dict
-class Call:
-    """A global in a pickle, and what a load makes of it."""
-
-    name: names.Global
-    args: tuple[Any, ...] | None = None  # None: the global itself is meant, or with a state an object without a call
-    items: Mapping[Any, Any] = field(default_factory=dict)
-    state: Any = None
-
-
-def pickled(value: Any) -> bytes:
-    """Return the pickle, in protocol 2, of strings, numbers, tuples, lists, dicts, calls and storages."""
-    out = [pickle.PROTO, b"\x02"]
-    _write(value, out.append)
-    return b"".join([*out, pickle.STOP])
-
-
-def view_to_pickle(key: str, dtype: str, sizes: tuple[int, ...]) -> Call:
-    """Return the call that makes a whole storage a row-major tensor; ``dtype`` is one of safetensors."""
-    name, numel = TORCH_NAMES[dtype], math.prod(sizes)
-    untyped = name not in STORAGES.values()
-    storage = StorageKey(key, "untyped" if untyped else name, numel * ITEMSIZES[dtype] if untyped else numel)
-    args = (storage, 0, sizes, row_major(sizes), False, Call(("collections", "OrderedDict"), ()))
-    return Call(names.REBUILD_UNTYPED, (*args, Call(("torch", name)))) if untyped else Call(names.REBUILD_TENSOR, args)
-
-
-def _write(value: Any, put: Callable[[bytes], object]) -> None:
-    if value is None or isinstance(value, bool):
-        put({None: pickle.NONE, True: pickle.NEWTRUE, False: pickle.NEWFALSE}[value])
-    elif isinstance(value, int):
-        number = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-        put(pickle.LONG1 + bytes([len(number)]) + number)
-    elif isinstance(value, str):
-        text = value.encode("utf-8", "surrogatepass")
-        put(pickle.BINUNICODE + struct.pack("<I", len(text)) + text)
-    elif isinstance(value, StorageKey):
-        stems = {dtype: stem for stem, dtype in STORAGES.items()}
-        kind = (
-            ("torch.storage", "UntypedStorage")
-            if value.dtype == "untyped"
-            else ("torch", f"{stems[value.dtype]}Storage")
-        )
-        _write(("storage", Call(kind), value.key, "cpu", value.numel), put)
-        put(pickle.BINPERSID)
-    elif isinstance(value, tuple | list):
-        put(pickle.MARK if isinstance(value, tuple) else pickle.EMPTY_LIST + pickle.MARK)
-        for item in value:
-            _write(item, put)
-        put(pickle.TUPLE if isinstance(value, tuple) else pickle.APPENDS)
-    elif isinstance(value, dict):
-        put(pickle.EMPTY_DICT)
-        _write_items(value, put)
-    else:
-        assert isinstance(value, Call), value
-        _write_call(value, put)
-
-
-def _write_items(items: Mapping[Any, Any], put: Callable[[bytes], object]) -> None:
-    put(pickle.MARK)
-    for key, item in items.items():
-        _write(key, put)
-        _write(item, put)
-    put(pickle.SETITEMS)
-
-
-def _write_call(call: Call, put: Callable[[bytes], object]) -> None:
-    put(pickle.GLOBAL + "{}\n{}\n".format(*call.name).encode())
-    if call.args is not None:
-        _write(call.args, put)
-        put(pickle.REDUCE)
-    elif call.state is not None:
-        put(pickle.EMPTY_TUPLE + pickle.NEWOBJ)
-    if call.items:
-        _write_items(call.items, put)
-    if call.state is not None:
-        _write(call.state, put)
-        put(pickle.BUILD)

@@ -19,7 +19,7 @@ LINE_S = 5.0
 #: Seconds between two drawings of the bar. At ten a second rich's own thread took 4 % of a core.
 _DRAW_S = 0.2
 #: Columns that a terminal needs for all that the bar shows, and for all but the rate.
-_WIDE, _MEDIUM = 70, 50
+_WIDE, _MEDIUM = 75, 60
 
 
 class Progress:

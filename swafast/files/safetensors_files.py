@@ -9,7 +9,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
+from ..terms.misfits import few
 from ..terms.replacing import replacing, replacing_folder
 from .checkpoints import OutputPlan, TensorSpec, write_record
 from .descriptors import InputFile, give_up, open_regular, write_fully
@@ -35,6 +37,11 @@ class SafetensorsCheckpoint:
         self.aliases: Mapping[str, str] = {}
         self._shards: dict[str, _Shard] = {}
         try:
+            missing = [name for name, file in files.items() if not file.exists()]
+            if missing and placed is not None:
+                raise FileNotFoundError(
+                    f"{path}: the index names files that do not exist: {few(missing)}. Copy them there"
+                )
             for name, file in files.items():
                 self._shards[name] = _Shard(file)
             self.specs: Mapping[str, TensorSpec] = self._placed(placed)
@@ -168,6 +175,7 @@ class SafetensorsOutput:
         plan: OutputPlan,
         shard_nbytes: int | None = None,
         copied: Sequence[Path] = (),
+        texts: Mapping[str, str] = MappingProxyType({}),
         *,
         stem: str = STEMS[0],
         new: bool = False,
@@ -179,6 +187,7 @@ class SafetensorsOutput:
             plan: what to write.
             shard_nbytes: how many bytes of tensors one file of the folder has at most, or else one tensor.
             copied: small files that go into the folder too.
+            texts: what is in some of these there, by name.
             stem: what the names of the folder's files begin with.
             new: keep what appears at ``path`` meanwhile.
         """
@@ -193,6 +202,8 @@ class SafetensorsOutput:
                 files = _laid_out(place, plan.specs, shard_nbytes, stem)
                 for file in copied:
                     shutil.copyfile(file, place / file.name)
+                for name, text in texts.items():
+                    (place / name).write_text(text, encoding="utf-8")
             for file, specs in files.items():
                 made = _Unfinished(file, specs, plan.metadata)
                 self._stack.callback(made.close)

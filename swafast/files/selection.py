@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..terms.misfits import few
-from .candidates import Candidate, children, listed
+from .candidates import Candidate, children, listed, without_others
 from .metrics import Metrics, is_lower_better
 from .step_names import Counted, counts_of
 
@@ -24,6 +24,9 @@ class Selected:
 
 
 Say = Callable[[str], object]
+
+#: Arguments that the command line calls otherwise, as errors spell them.
+_FIRST, _LAST = "first_step (--from)", "last_step (--to)"
 
 
 def select(
@@ -58,7 +61,8 @@ def select(
         ValueError: the steps or the metrics cannot be told, or there are too few checkpoints.
         OSError: a folder or a file does not exist or cannot be read.
     """
-    _check_counts(last=last, best=best, min_gap=min_gap, first_step=first_step, last_step=last_step)
+    _check_counts(last=last, best=best, min_gap=min_gap)
+    _check_counts(0, **{_FIRST: first_step, _LAST: last_step})
     _check_together(last, first_step, last_step, metric, best, lower_is_better)
     paths = [os.fspath(path) for path in inputs]
     if not paths:
@@ -76,9 +80,8 @@ def select(
     return [Selected(each.path, each.step, each.metric) for each in found]
 
 
-def _check_counts(**given: int | None) -> None:
+def _check_counts(least: int = 1, /, **given: int | None) -> None:
     for name, value in given.items():
-        least = 0 if name.endswith("_step") else 1
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise TypeError(f"{name} must be an int, got {value!r}")
         if value is not None and value < least:
@@ -94,13 +97,13 @@ def _check_together(
     lower_is_better: bool | None,
 ) -> None:
     if first_step is not None and last_step is not None and first_step > last_step:
-        raise ValueError(f"first_step must be at most last_step, got {first_step} and {last_step}")
+        raise ValueError(f"{_FIRST} must be at most {_LAST}, got {first_step} and {last_step}")
     if (metric is None) != (best is None):
         raise ValueError("metric and best must be given together: the field, and how many checkpoints to take")
     if metric is not None and not metric.strip():
         raise ValueError("metric must be the name of a field, got an empty one")
     if last is not None and best is not None:
-        raise ValueError("last and best must not be given together: use first_step (--from) with best")
+        raise ValueError(f"last and best must not be given together: use {_FIRST} with best")
     if lower_is_better is not None and metric is None:
         raise ValueError("lower_is_better must be given with metric, got it alone")
 
@@ -122,12 +125,12 @@ def _of_folder(parent: str, options: bool, say: Say) -> list[Candidate]:
 
 
 def _of_list(paths: list[str], by_step: bool, by_metric: bool, say: Say) -> list[Candidate]:
-    found = _counted(listed(paths), required=by_step)
-    if by_step or by_metric:
-        return _ordered(found)
-    if found != _ordered(found):  # a shell lists checkpoint-1000 before checkpoint-500
-        say("the inputs are averaged in the order in which they are listed, which is not that of their steps")
-    return found
+    selects = by_step or by_metric
+    twice = few([path for path in dict.fromkeys(paths) if paths.count(path) > 1])
+    if twice:
+        say(f"listed more than once, and counted as often: {twice}")
+    found = _counted(listed(without_others(paths, say) if selects else paths), required=by_step)
+    return _ordered(found) if selects else found
 
 
 # By steps
@@ -163,8 +166,11 @@ def _between(found: list[Candidate], first: int | None, last: int | None) -> lis
     low, high = first or 0, math.inf if last is None else last
     kept = [each for each in found if each.step is not None and low <= each.step <= high]
     if not kept:
+        given = {name: step for name, step in ((_FIRST, first), (_LAST, last)) if step is not None}
+        steps = [f"{each.name!r} has the step {each.step}" for each in (found[0], *found[1:][-1:])]
         raise ValueError(
-            f"first_step and last_step must leave a checkpoint, but steps are from {found[0].step} to {found[-1].step}"
+            f"{' and '.join(given)} must leave a checkpoint, got {' and '.join(map(str, given.values()))}, and "
+            + " and ".join(steps)
         )
     return kept
 
@@ -192,18 +198,11 @@ def _enough(found: list[Candidate], count: int, argument: str) -> list[Candidate
 def _best(found: list[Candidate], field: str, count: int, lower: bool | None, say: Say) -> list[Candidate]:
     lower = is_lower_better(field) if lower is None else lower
     metrics = Metrics(field)
-    # All by their steps or all by their epochs, never mixed.
-    by_kind = [
-        [replace(each, metric=metrics.of(each.place, each.counted, by_epoch=by_epoch)) for each in found]
-        for by_epoch in (False, True)
-    ]
-    valued = min(by_kind, key=lambda each: sum(one.metric is None for one in each))
+    values = metrics.of([each.place for each in found], [each.counted for each in found])
+    valued = [replace(each, metric=value) for each, value in zip(found, values, strict=True)]
     missing = [each.name for each in valued if each.metric is None]
     if missing:
-        raise ValueError(
-            f"metric must be a field with a value for each checkpoint, got {field!r}, which {few(missing)} lack: "
-            "neither the names nor JSON, CSV or YAML beside them have it. List the checkpoints to average"
-        )
+        raise ValueError(_no_value(metrics, missing, found))
     usable = [each for each in valued if each.metric is not None and math.isfinite(each.metric)]
     if len(usable) < len(valued):
         say(f"left out, since {field} is not finite: {few([each.name for each in valued if each not in usable])}")
@@ -218,3 +217,13 @@ def _best(found: list[Candidate], field: str, count: int, lower: bool | None, sa
     if places.index(border[-1]) >= count:
         say(f"{few([usable[place].name for place in sorted(border)])} have the same {field}: the newer are taken")
     return [usable[place] for place in sorted(places[:count])]
+
+
+def _no_value(metrics: Metrics, missing: list[str], found: list[Candidate]) -> str:
+    where = "; ".join(metrics.fields()) or "the names have none, and there is no JSON, CSV or YAML beside them"
+    column = "epoch" if any(each.counted and each.counted.kind == "epoch" for each in found) else "step"
+    return (
+        f"metric must be a field with a value for each checkpoint, got {metrics.field!r}, without one for "
+        f"{few(missing)}: {where}. Values in the checkpoints themselves are not read. Write them to metrics.csv there, "
+        f"with the first line {column},{metrics.field}; or list the checkpoints to average"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,17 +12,25 @@ SUFFIXES = (".safetensors.index.json", ".safetensors", ".pth.tar", ".ckpt", ".pt
 
 #: Words before a number that say what it counts. A name's step goes before its epoch.
 _KINDS = {
-    "step": ("step", "steps", "iter", "iters", "iteration", "iterations", "it", "ba", "batch", "update", "updates"),
+    "step": ("step", "steps", "iter", "iters", "iteration", "iterations", "it", "ba", "update", "updates"),
     "epoch": ("epoch", "epochs", "ep"),
 }
 _KIND_OF = {word: kind for kind, words in _KINDS.items() for word in words}
 
-#: A number, with the unit of ``step-10k`` if it has one.
-_NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[-+]\d+)?(?:[kmb](?![a-z]))?")
+#: Words that may end another, as in ``globalstep500``. ``writer`` ends in a word too.
+_ENDS = tuple(word for word in _KIND_OF if len(word) > 3 and word not in ("iter", "iters"))
+
+#: A number, with the unit of ``step-10k`` if it has one. That of a metric may have a sign, or be NaN.
+_NUMBER = re.compile(
+    r"(?:(?<=[=_])[-+])?(?:\d+(?:\.\d+)?(?:e[-+]\d+)?(?:[kmb](?![a-z]))?|(?<![a-z\d])(?:nan|inf)(?![a-z\d]))"
+)
 _UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
 
 #: The name of fairseq's checkpoints within an epoch: epoch and update, without a word for either.
 _EPOCH_AND_UPDATE = "checkpoint_#_#"
+
+#: What Lightning and NeMo add to the name of a checkpoint for the same one once more, or for its average.
+_COPY_END = re.compile(r"[-_.](v#|last|best|ema)$")
 
 
 @dataclass(frozen=True)
@@ -50,11 +59,19 @@ def has_step(name: str) -> bool:
     return any(number.kind for number in _parsed(name)[1])
 
 
+def copies_among(names: Sequence[str]) -> list[str]:
+    """Return those names that are of the series of others but for an ending, such as ``step=500-last.ckpt``."""
+    templates = {name: _parsed(name)[0] for name in names}
+    known = {*templates.values()}
+    shorter = {name: _COPY_END.sub("", template) for name, template in templates.items()}
+    return [name for name in names if shorter[name] != templates[name] and shorter[name] in known]
+
+
 def counts_of(names: Sequence[str]) -> list[Counted]:
     """Return what each of these names counts. They must be of one series: equal but for their numbers.
 
-    A number after a word for a step counts, or else one after a word for an epoch. Of other numbers, the one in which
-    the names differ counts.
+    A number after a word for a step counts, or else one after a word for an epoch; of both, one in which the names
+    differ. Without a word, the number in which the names differ counts.
 
     Raises:
         ValueError: a name has no such number, or several, or the names are of several series. The message does not say
@@ -81,20 +98,25 @@ def _parsed(name: str) -> tuple[str, list[_Number]]:
         word = re.search(r"([a-z]+)[-_=. ]*$", before)
         kind = _KIND_OF.get(word[1], "") if word is not None else ""
         if word is not None and not kind:  # ``globalstep500``
-            kind = next((kind for each, kind in _KIND_OF.items() if len(each) > 3 and word[1].endswith(each)), "")
-        numbers.append(_Number(_whole(match[0]), kind, not kind and before.endswith(("=", "=-"))))
+            kind = next((_KIND_OF[each] for each in _ENDS if word[1].endswith(each)), "")
+        numbers.append(_Number(whole_number(match[0]), kind, not kind and before.endswith("=")))
     return _NUMBER.sub("#", text), numbers
 
 
-def _whole(text: str) -> int | None:
+def whole_number(text: str) -> int | None:
+    """Return the whole number that a text is, as in ``500`` or ``10k``; None: it is none."""
+    if not _NUMBER.fullmatch(text):
+        return None
     if text[-1] in _UNITS:
-        return round(float(text[:-1]) * _UNITS[text[-1]])
+        value = float(text[:-1]) * _UNITS[text[-1]]
+        return round(value) if math.isfinite(value) else None
     return int(text) if text.isdecimal() else None
 
 
 def _places(rows: list[list[_Number]], template: str) -> list[int]:
     """Return which of the numbers may be the step."""
     columns = list(zip(*rows, strict=True))
+    constant: list[int] = []  # a step that all names have tells nothing if their epochs differ
     for kind in ("step", "epoch", ""):
         places = [
             place
@@ -104,9 +126,12 @@ def _places(rows: list[list[_Number]], template: str) -> list[int]:
         if not kind and template == _EPOCH_AND_UPDATE:
             places = places[-1:]
         differing = [place for place in places if len({number.value for number in columns[place]}) > 1]
-        if places:
-            return places if len(places) == 1 else differing or places
-    return []
+        if constant and not kind:  # one step of many ranks
+            break
+        if differing:
+            return differing
+        constant = constant or places
+    return constant
 
 
 def _counted(numbers: list[_Number], place: int) -> Counted:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .agreement import Agreed, why_unequal
-from .checkpoints import ITEMSIZES, Checkpoint, Output
+from .checkpoints import AVERAGED_DTYPES, ITEMSIZES, Checkpoint, Output
 from .summing import CHUNK_NUMEL, Summing
 
 #: Small chunks that one thread takes at once.
@@ -82,7 +82,7 @@ class Pass:
 
     def _do(self, tensor: Agreed, start: int, numel: int, summing: Summing, output: Output) -> int:
         """Average or copy one chunk. Return how many bytes were read and written."""
-        if tensor.copied_from is None:
+        if tensor.spec.dtype in AVERAGED_DTYPES:
             self._average(tensor, start, numel, summing)
         else:
             self._copy(tensor, start, numel, summing.buffer)
@@ -91,13 +91,15 @@ class Pass:
         return numel * (itemsize + sum(ITEMSIZES[tensor.dtypes[place]] for place in tensor.read_from))
 
     def _average(self, tensor: Agreed, start: int, numel: int, summing: Summing) -> None:
-        for place, each in enumerate(self.inputs):
+        """Average one chunk. That of one input alone stays as it is, but for its dtype."""
+        places = tensor.read_from
+        coefficients = self.coefficients if len(places) > 1 else None
+        for place in places:
             dtype = tensor.dtypes[place]
             itemsize = ITEMSIZES[dtype]
-            each.read_into(tensor.names[place], start * itemsize, summing.buffer[: numel * itemsize])
-            coefficient = 1.0 if self.coefficients is None else self.coefficients[place]
-            summing.add(dtype, numel, coefficient, begin=place == 0)
-        divisor = 1.0 if self.coefficients is not None else float(len(self.inputs))
+            self.inputs[place].read_into(tensor.names[place], start * itemsize, summing.buffer[: numel * itemsize])
+            summing.add(dtype, numel, 1.0 if coefficients is None else coefficients[place], begin=place == places[0])
+        divisor = 1.0 if coefficients is not None else float(len(places))
         nonfinite = summing.finish(tensor.spec.dtype, numel, divisor)
         if nonfinite is not None and not self.keep_nonfinite:
             raise ValueError(self._why_nonfinite(tensor, start + nonfinite))
@@ -116,8 +118,8 @@ class Pass:
     def _why_nonfinite(self, tensor: Agreed, index: int) -> str:
         name, where = tensor.spec.name, f"at {_coordinates(index, tensor.spec.shape)}"
         advice = "nonfinite='keep' (--nonfinite keep) writes it all the same"
-        for place, each in enumerate(self.inputs):
-            dtype = tensor.dtypes[place]
+        for place in tensor.read_from:
+            each, dtype = self.inputs[place], tensor.dtypes[place]
             element = bytearray(ITEMSIZES[dtype])
             each.read_into(tensor.names[place], index * len(element), memoryview(element))
             value = _value(bytes(element), dtype)

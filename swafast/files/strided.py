@@ -12,11 +12,26 @@ from ..terms.boxes import boxes_of_run
 
 #: memoryview's format of words, by their bytes.
 _WORDS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
-#: Elements that lie closer than this are read together with what is between them: a read costs as much as 4 KB.
-_CLOSE = 16
+#: What one read costs, in bytes: so many that are not needed are read, rather than to read twice.
+_READ_NBYTES = 4096
+#: What is read at once if not all of it is needed.
+_BLOCK_NBYTES = 1 << 20
+
+#: A dimension of elements that are read: its size, its stride in the file, and its stride in memory.
+_Dim = tuple[int, int, int]
 
 #: Fills memory with the bytes of a file from an offset on.
 ReadAt = Callable[[int, memoryview], None]
+
+
+def are_sizes(value: object) -> bool:
+    """Return whether a value of a file may be the sizes of a tensor: as many and as large as torch can have."""
+    return (
+        isinstance(value, tuple | list)
+        and len(value) <= 64
+        and all(type(size) is int and size >= 0 for size in value)
+        and math.prod(max(size, 1) for size in value) < 1 << 60
+    )
 
 
 def row_major(sizes: Sequence[int]) -> tuple[int, ...]:
@@ -55,39 +70,69 @@ class Region:
         """Read a box of the tensor, into elements that lie with other strides."""
         first = sum(offset * stride for offset, stride in zip(offsets, self.strides, strict=True))
         dims = _joined([dim for dim in zip(sizes, self.strides, strides, strict=True) if dim[0] != 1])
-        # The innermost loop goes along neighbours in the file.
-        dims.sort(key=lambda dim: dim[1] == 1)
-        *outer, (count, step, into_step) = dims or [(1, 1, 1)]
-        words = into.cast(_WORDS[self.itemsize])
-        for index in itertools.product(*(range(size) for size, _, _ in outer)):
-            at = first + sum(i * stride for i, (_, stride, _) in zip(index, outer, strict=True))
-            begin = sum(i * stride for i, (_, _, stride) in zip(index, outer, strict=True))
-            self._read_line(at, count, step, words[begin : begin + (count - 1) * into_step + 1], into_step)
+        dims.sort(key=lambda dim: -dim[1])
+        self._read_dims(first, dims, into.cast(_WORDS[self.itemsize]))
 
-    def _read_line(self, at: int, count: int, step: int, into: memoryview, into_step: int) -> None:
-        offset = self.offset + at * self.itemsize
-        if step == into_step == 1:
-            self.read_at(offset, into.cast("B"))
-        elif step <= _CLOSE:
-            buffer = memoryview(bytearray((max(step * (count - 1), 0) + 1) * self.itemsize))
-            self.read_at(offset, buffer)
+    def _read_dims(self, at: int, dims: Sequence[_Dim], into: memoryview) -> None:
+        """Read elements from ``at`` on, the dimensions with the largest strides in the file first."""
+        if all(stride == into_stride == 1 for _, stride, into_stride in dims):
+            self.read_at(self.offset + at * self.itemsize, into[: _extent(dims)].cast("B"))
+            return
+        (size, stride, into_stride), *inner = dims
+        room, width = _BLOCK_NBYTES // self.itemsize, _extent(inner)
+        if not self._is_one_read(inner):
+            for index in range(size):
+                self._read_dims(at + index * stride, inner, into[index * into_stride :])
+            return
+        # Many lines go into one buffer: with what is between them, or one behind another.
+        is_close = stride <= width or self._is_one_read([(2, stride, 0), *inner])
+        step = stride if is_close else width
+        count = max(1 + (room - width) // max(step, 1), 1)
+        for start in range(0, size, count):
+            some = min(count, size - start)
+            buffer = memoryview(bytearray(((some - 1) * step + width) * self.itemsize))
+            offset, line = self.offset + (at + start * stride) * self.itemsize, width * self.itemsize
+            if is_close:
+                self.read_at(offset, buffer)
+            else:
+                for index in range(some):
+                    self.read_at(offset + index * stride * self.itemsize, buffer[index * line : (index + 1) * line])
             words = buffer.cast(_WORDS[self.itemsize])
-            into[::into_step] = words[::step] if step else memoryview(bytes(buffer) * count).cast(_WORDS[self.itemsize])
+            _copy(words, into[start * into_stride :], [(some, step, into_stride), *inner])
+
+    def _is_one_read(self, dims: Sequence[_Dim]) -> bool:
+        """Return whether it is cheaper to read all from the first to the last element at once."""
+        nbytes, runs = _extent(dims) * self.itemsize, math.prod(size for size, stride, _ in dims if stride > 1)
+        return nbytes <= min(_BLOCK_NBYTES, runs * _READ_NBYTES)
+
+
+def _copy(words: memoryview, into: memoryview, dims: Sequence[_Dim]) -> None:
+    """Copy elements of ``words`` into others."""
+    # The longest one is the innermost: each of its lines is one call.
+    *outer, (count, step, into_step) = sorted(dims, key=lambda dim: dim[0])
+    for index in itertools.product(*(range(size) for size, _, _ in outer)):
+        at = sum(i * stride for i, (_, stride, _) in zip(index, outer, strict=True))
+        begin = sum(i * stride for i, (_, _, stride) in zip(index, outer, strict=True))
+        line = into[begin : begin + (count - 1) * into_step + 1 : into_step]
+        if step:
+            line[:] = words[at : at + (count - 1) * step + 1 : step]
         else:
-            for index in range(count):
-                word = into[index * into_step : index * into_step + 1]
-                self.read_at(offset + index * step * self.itemsize, word.cast("B"))
+            line[:] = memoryview(bytes(words[at : at + 1]) * count).cast(_WORDS[words.itemsize])
 
 
-def _joined(dims: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+def _joined(dims: list[_Dim]) -> list[_Dim]:
     """Join neighbouring dimensions (size, stride, stride) that are as one in both memories."""
-    joined: list[tuple[int, int, int]] = []
+    joined: list[_Dim] = []
     for size, stride, into_stride in dims:
         if joined and joined[-1][1:] == (stride * size, into_stride * size):
             joined[-1] = (joined[-1][0] * size, stride, into_stride)
         else:
             joined.append((size, stride, into_stride))
     return joined
+
+
+def _extent(dims: Sequence[_Dim]) -> int:
+    return extent_of([size for size, _, _ in dims], [stride for _, stride, _ in dims])
 
 
 def extent_of(sizes: Sequence[int], strides: Sequence[int]) -> int:

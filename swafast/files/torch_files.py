@@ -11,16 +11,17 @@ from typing import Any
 from ..terms.replacing import replacing
 from ..torch_private.pickled import MODULE_VERSIONS
 from .archives import Archive, ArchiveLayout, PartialChecksum
-from .checkpoints import ITEMSIZES, Checkpoint, OutputPlan, TensorSpec
+from .checkpoints import ITEMSIZES, RECORD, Checkpoint, OutputPlan, TensorSpec
 from .descriptors import InputFile, give_up, write_fully
 from .entries import chosen_entries, chosen_tensors
-from .pickles import DTYPES, Call, StridedView, pickled, view_to_pickle
+from .pickles import DTYPES, StridedView
 from .strided import ReadAt, Region, extent_of
+from .written_pickles import Call, pickled, view_to_pickle
 
 #: The attribute of a state dict in which an output keeps the metadata of safetensors.
 METADATA = "swafast_metadata"
-#: How files of ``torch.save`` begin, today's and those before torch 1.6.
-_ZIP, _LEGACY = b"PK\3\4", b"\x80\2"
+#: How files of ``torch.save`` begin today, and what is near the beginning of those before torch 1.6.
+_ZIP, _LEGACY = b"PK\3\4", bytes.fromhex("8a0a6cfc9c46f9206aa85019")
 
 
 class TorchCheckpoint:
@@ -42,13 +43,10 @@ class TorchCheckpoint:
             OSError: it cannot be read.
         """
         self.path = path
-        self._file = InputFile(path)
+        self._file, archive = open_archive(path, allow)
         try:
-            with self._file.opened() as descriptor:
-                self._require_zip(descriptor)
-                archive = Archive(descriptor, 0, self._file.nbytes, path, allow)
             self.metadata: Mapping[str, str] = strings_in(getattr(archive.value, METADATA, None))
-            entries, self.notes = chosen_entries(archive.value, path, key)
+            entries, _, self.notes = chosen_entries(archive.value, path, key, StridedView)
             self.module_versions = _versions_in(entries, strip)
             views = chosen_tensors(entries, path, strip, StridedView, self.notes)
             self.specs: dict[str, TensorSpec] = {}
@@ -65,17 +63,6 @@ class TorchCheckpoint:
             self.close()
             raise
 
-    def _require_zip(self, descriptor: int) -> None:
-        begin = os.pread(descriptor, 4, 0)
-        if begin == _ZIP:
-            return
-        if begin[:2] == _LEGACY:
-            raise ValueError(
-                f"{self.path} must be a file of torch 1.6 or later, got an older one: save it anew, with "
-                "torch.save(torch.load(path, weights_only=True), path)"
-            )
-        raise ValueError(f"{self.path} must be a file of torch.save, got one that begins with {begin!r}")
-
     def _read_at(self, name: str, offset: int, into: memoryview) -> None:
         if not self._file.read_fully(offset, into):
             raise ValueError(f"{self.path} is damaged: bytes of {name!r} are missing at its end")
@@ -89,6 +76,34 @@ class TorchCheckpoint:
 
     def close(self) -> None:
         self._file.close()
+
+
+def open_archive(path: str, allow: Sequence[str]) -> tuple[InputFile, Archive]:
+    """Open a file of ``torch.save``. Return the file, and what it says of itself.
+
+    Raises:
+        ValueError, OSError: as a ``TorchCheckpoint``.
+    """
+    file = InputFile(path)
+    try:
+        with file.opened() as descriptor:
+            _require_zip(descriptor, path)
+            return file, Archive(descriptor, 0, file.nbytes, path, allow)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _require_zip(descriptor: int, path: str) -> None:
+    begin = os.pread(descriptor, 32, 0)
+    if begin.startswith(_ZIP):
+        return
+    if _LEGACY in begin:
+        raise ValueError(
+            f"{path} must be a file of torch 1.6 or later, got an older one: save it anew, with "
+            "torch.save(torch.load(path, weights_only=True), path)"
+        )
+    raise ValueError(f"{path} must be a file of torch.save, got one that begins with {begin[:4]!r}")
 
 
 def spec_of(name: str, dtype: str, sizes: tuple[int, ...], path: str) -> TensorSpec:
@@ -108,11 +123,20 @@ def region_of(view: StridedView, archive: Archive, read_at: ReadAt, what: str) -
     Raises:
         ValueError: not all of them are in its storage.
     """
+    return Region(read_at, offset_of(view, archive, what), ITEMSIZES[DTYPES[view.dtype]], view.sizes, view.strides)
+
+
+def offset_of(view: StridedView, archive: Archive, what: str) -> int:
+    """Return the offset in the file of a tensor's first byte.
+
+    Raises:
+        ValueError: not all of its elements are in its storage.
+    """
     offset, nbytes = archive.storages.get(view.storage, (0, -1))
     itemsize = ITEMSIZES[DTYPES[view.dtype]]
     if (view.offset + extent_of(view.sizes, view.strides)) * itemsize > nbytes:
         raise ValueError(f"{what} is damaged: its storage has {max(nbytes, 0)} bytes, which are fewer than it needs")
-    return Region(read_at, offset + view.offset * itemsize, itemsize, view.sizes, view.strides)
+    return offset + view.offset * itemsize
 
 
 def strings_in(value: Any) -> dict[str, str]:
@@ -159,7 +183,8 @@ class TorchOutput:
         if versions:
             state[MODULE_VERSIONS] = versions
         data = pickled(Call(("collections", "OrderedDict"), (), views, state or None))
-        self._layout = ArchiveLayout(data, [spec.nbytes for spec in plan.specs])
+        folder = RECORD if RECORD in plan.metadata else None
+        self._layout = ArchiveLayout(data, [spec.nbytes for spec in plan.specs], folder=folder)
         self._places = {
             spec.name: (offset, PartialChecksum())
             for spec, offset in zip(plan.specs, self._layout.offsets, strict=True)

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..terms.coefficients import coefficients_of
+from ..terms.coefficients import coefficients_of, factors_of
 from ..terms.copying import describe_kind, duplicate, is_plain
-from ..terms.numbers import as_number
+from ..terms.misfits import unlike
+from ..terms.numbers import as_float
 from ..terms.pickling import pickled_from
+from ..terms.unmerged import is_unmerged, leaf_of
 from ..torch_private.modules import metadata_of, set_metadata
 from .sums import local_of
 
@@ -23,9 +25,6 @@ State = Mapping[str, Any]
 
 #: Dtypes that are averaged.
 _AVERAGED = (*(torch.float64, torch.float32, torch.float16, torch.bfloat16), torch.complex64, torch.complex128)
-
-#: Last parts of the names of what is never averaged: BatchNorm's statistics, and further state, as of fp8 layers.
-_COPIED = ("running_mean", "running_var", "_extra_state")
 
 
 @pickled_from("swafast.posthoc")
@@ -46,13 +45,13 @@ def merge(states: Iterable[State], weights: str | Sequence[float] | None = None)
 
     Args:
         states: oldest first, such as ``model.state_dict()`` of several checkpoints. They are not changed.
-        weights: None or ``"equal"`` for the mean; ``"1-sqrt"`` or ``"linear"`` for that decay of the learning rate; or
-            one number for each state, which sum to 1.
+        weights: None or ``"equal"`` for the mean; ``"1-sqrt"`` (also ``"minus-sqrt"``) or ``"linear"`` for that decay
+            of the learning rate; or one number for each state, which sum to 1.
 
     Raises:
         TypeError: ``states`` are not mappings of names to values, or ``weights`` is none of these.
-        ValueError: there is no state; names, shapes or dtypes differ; float8 values differ; a tensor has no values in
-            memory; or ``weights`` do not fit.
+        ValueError: there is no state, or one is a whole checkpoint; names, shapes or dtypes differ; float8 values
+            differ; a tensor has no values in memory; or ``weights`` do not fit.
 
     Papers: Wortsman et al. 2022, "Model soups", arXiv:2203.05482; Tian et al. 2025, "WSM: Decay-Free Learning Rate
     Schedule via Checkpoint Merging for LLM Pre-training", arXiv:2507.17634, for the decays.
@@ -86,11 +85,13 @@ def greedy_merge(states: Iterable[State], score: Callable[[dict[str, Any]], floa
             images that were held out. If the model has BatchNorm, it must call :func:`~swafast.update_bn`.
 
     Raises:
-        TypeError, ValueError: ``states`` are not as for :func:`merge`, or a score is no number.
+        TypeError, ValueError: ``states`` are not as for :func:`merge`, ``score`` is no function, or a score no number.
 
     Paper: Wortsman et al. 2022, "Model soups: averaging weights of multiple fine-tuned models improves accuracy without
     increasing inference time", arXiv:2203.05482, recipe 1.
     """
+    if not callable(score):
+        raise TypeError(f"score must be a function of a state dict that returns a number, got {type(score).__name__}")
     given = checked_states(states)
     alone = [_scored(score, merge([state]), f"states[{index}]") for index, state in enumerate(given)]
     first, *others = sorted(range(len(given)), key=lambda index: -alone[index])  # stable: of equal ones the first
@@ -107,12 +108,12 @@ def greedy_merge(states: Iterable[State], score: Callable[[dict[str, Any]], floa
 
 def _scored(score: Callable[[dict[str, Any]], float], state: dict[str, Any], what: str) -> float:
     found = score(state)
-    number = as_number(found)
+    number = as_float(found)
     if number is None:
         raise TypeError(f"score must return a number, got {found!r} for {what}")
     if math.isnan(number):
         raise ValueError(f"score must return a number that can be compared, got NaN for {what}: leave it out")
-    return float(number)
+    return number
 
 
 # Which tensors are averaged, and what must agree
@@ -120,7 +121,7 @@ def _scored(score: Callable[[dict[str, Any]], float], state: dict[str, Any], wha
 
 def is_averaged(name: str, value: object) -> bool:
     """Return whether a value of a state dict is averaged in a merge. All others are copied."""
-    return isinstance(value, Tensor) and value.dtype in _AVERAGED and _leaf(name) not in _COPIED
+    return isinstance(value, Tensor) and value.dtype in _AVERAGED and not is_unmerged(name)
 
 
 def checked_states(states: Iterable[State]) -> list[State]:
@@ -133,13 +134,41 @@ def checked_states(states: Iterable[State]) -> list[State]:
     for index, state in enumerate(given):
         if not isinstance(state, Mapping):
             raise TypeError(f"states[{index}] must be a mapping such as model.state_dict(), got {type(state).__name__}")
-        differing = sorted(map(str, state.keys() ^ given[0].keys()))
-        if differing:
-            raise ValueError(f"states[{index}] must have the names of states[0], got others: {differing[:3]}")
+        _require_tensors(f"states[{index}]", state)
+        difference = unlike(state, given[0])
+        if difference:
+            raise ValueError(f"states[{index}] must have the names of states[0], but {difference}")
     for name, last in given[-1].items():
         for index, state in enumerate(given):
-            _require_alike(f"states[{index}][{name!r}]", state[name], last, is_extra=_leaf(name) == "_extra_state")
+            _require_alike(f"states[{index}][{name!r}]", state[name], last, is_extra=leaf_of(name) == "_extra_state")
     return given
+
+
+def _require_tensors(what: str, state: State) -> None:
+    """Raise ValueError for a whole checkpoint, which has the state in one of its entries."""
+    inner = _largest_within(state)
+    if inner is not None:
+        place = what + "".join(f"[{key!r}]" for key in inner)
+        raise ValueError(f"{what} must hold tensors by name, got a dict of them at {place}: pass that one")
+    if not any(
+        isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) for value in state.values()
+    ):
+        raise ValueError(f"{what} must hold tensors that can be averaged, got none: pass model.state_dict()")
+
+
+def _largest_within(state: State) -> list[object] | None:
+    """Return the keys that lead to the nested dict with the most tensors to average; None: there is no such dict."""
+    found: list[tuple[int, list[object]]] = []
+
+    def search(entries: State, keys: list[object]) -> None:
+        for key, inner in entries.items():
+            if isinstance(inner, Mapping) and leaf_of(str(key)) != "_extra_state":
+                found.append((sum(is_averaged(str(name), value) for name, value in inner.items()), [*keys, key]))
+                search(inner, [*keys, key])
+
+    search(state, [])
+    most, keys = max(found, key=lambda each: each[0], default=(0, []))
+    return keys if most else None
 
 
 def _require_alike(what: str, value: object, last: object, *, is_extra: bool) -> None:
@@ -156,10 +185,6 @@ def _require_alike(what: str, value: object, last: object, *, is_extra: bool) ->
             f"{what} must be equal in all states, since {value.dtype} is not averaged: merge the weights in a wider "
             "dtype, and quantise the result"
         )
-
-
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _kind_of(value: object) -> str:
@@ -184,8 +209,10 @@ def _copied(value: Any) -> Any:
 def _weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
     last = local_of(tensors[-1].detach())
     total = torch.zeros_like(last, dtype=torch.promote_types(last.dtype, torch.float64))
-    for tensor, coefficient in zip(tensors, coefficients, strict=True):
-        total.add_(local_of(tensor.detach()).to(total.device), alpha=coefficient)
+    factors, divisor = factors_of(coefficients)
+    for tensor, factor in zip(tensors, factors, strict=True):
+        total.add_(local_of(tensor.detach()).to(total.device), alpha=factor)
+    total /= divisor
     result = torch.empty_like(tensors[-1].detach())
     local_of(result).copy_(rounded(total, last.dtype))
     return result

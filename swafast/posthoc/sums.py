@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ..op.checksum import checksum, wrap_int64
 from ..sharded.parts.ranks import Ranks
+from ..terms.coefficients import factors_of
 from ..terms.names import unwrapping
 from ..torch_private import distributed as private
 from .folder import Snapshot, StoredTensor, fingerprint, key_of
@@ -139,19 +140,23 @@ def sum_up(
     """
     totals = [local_of(each.empty(torch.promote_types(each.stored.dtype, torch.float64))).zero_() for each in wanted]
     loaded: list[Tensor] = []
+    used = [*used]
+    factors, divisor = factors_of([each for _, coefficients in used for each in coefficients.values()])
+    remaining = iter(factors)
     for snapshot, coefficients in used:
         of_params = {stored.names[0]: stored.dtype for stored in snapshot.params}
         dtypes = [of_params[each.name] for each in wanted]
-        for average, coefficient in coefficients.items():
+        for average in coefficients:
             if [tensor.dtype for tensor in loaded] != dtypes:  # else reuse them: new memory is slow at first
                 loaded = [each.empty(dtype) for each, dtype in zip(wanted, dtypes, strict=True)]
             keys = [key_of(average, each.name) for each in wanted]
             read(snapshot, dict(zip(keys, loaded, strict=True)), ranks)
+            factor = next(remaining)
             for total, tensor in zip(totals, loaded, strict=True):
-                total.add_(local_of(tensor), alpha=coefficient)
+                total.add_(local_of(tensor), alpha=factor)
     results = {each.name: each.empty(torch.promote_types(each.stored.dtype, torch.float32)) for each in wanted}
     for result, total in zip(results.values(), totals, strict=True):
-        local_of(result).copy_(total)
+        local_of(result).copy_(total.div_(divisor))
     return results
 
 

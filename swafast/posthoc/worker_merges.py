@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ..average.averaged_model import FusedAveragedModel
@@ -45,8 +47,9 @@ def merge_over(averaged: Averaged | FusedAverages | ShardedAverages, process_gro
 
     Each worker has trained its own model, without DDP between them. Afterwards all have the same bits:
     ``sum of n_i * m_i / sum of n_i``, summed in float64 in the order of ranks. That is the mean of all models if the
-    rule is :class:`~swafast.EqualAverage`. What is not averaged, such as integers and BatchNorm's statistics, is copied
-    from the first worker, so call :func:`~swafast.update_bn` next. Frozen params that the model lends stay as they are.
+    rule is :class:`~swafast.EqualAverage`. What is not averaged, such as integers, BatchNorm's statistics and extra
+    states of modules, is copied from the first worker, so call :func:`~swafast.update_bn` next. Frozen params that the
+    model lends stay as they are.
 
     It takes the memory of one more copy of the averages, and receives each worker's averages once.
 
@@ -57,8 +60,9 @@ def merge_over(averaged: Averaged | FusedAverages | ShardedAverages, process_gro
 
     Raises:
         TypeError: ``averaged`` is none of these.
-        ValueError: on every rank, if workers differ in names, shapes, formats or rules, or one has averaged no model;
-            or the group does not hold one rank of each worker. Nothing has changed on any rank.
+        ValueError: on every rank, if workers differ in names, shapes, formats or rules; one has averaged no model, or
+            holds a NaN, or an infinity that others have not; or the group does not hold one rank of each worker.
+            Nothing has changed on any rank.
         RuntimeError: the averages are swapped into a model, the call failed on another rank, or a rank was lost.
 
     Paper: Gupta et al. 2020, "Stochastic Weight Averaging in Parallel: Large-Batch Training that Generalizes Well",
@@ -75,8 +79,12 @@ def merge_over(averaged: Averaged | FusedAverages | ShardedAverages, process_gro
                 guard.refuse_while_swapped("merge_over")
                 _refuse_own_worker(of_worker, ranks)
                 merged = {name: _tensors_of(side) for name, side in sides.items()}
-            counts = _agreed_counts(ranks, sides, merged)
+                modules = _modules_with_extra_state(sides)
+                extra = _packed([module.get_extra_state() for module in modules.values()]) if modules else b""
+            counts = _agreed_counts(ranks, sides, merged, modules)
             fresh = [_mean(ranks, merged[name], counts[name]) for name in sides]
+            if modules:
+                _take_extra_states(ranks, [*modules.values()], extra)
         # From here on no rank waits for another, and no other rank can fail.
         for (name, side), writes in zip(sides.items(), fresh, strict=True):
             write_all(writes)
@@ -125,7 +133,10 @@ def _tensors_of(side: Averaged) -> list[_Merged]:
 
 
 def _agreed_counts(
-    ranks: Ranks, sides: Mapping[str, Averaged], merged: Mapping[str, Sequence[_Merged]]
+    ranks: Ranks,
+    sides: Mapping[str, Averaged],
+    merged: Mapping[str, Sequence[_Merged]],
+    modules: Mapping[str, nn.Module],
 ) -> dict[str, list[int]]:
     """Return the counts of all workers by average, or raise ValueError on every rank if they cannot be merged."""
     described: dict[str, object] = {f"rule {name}".strip(): spell(side.rule) for name, side in sides.items()}
@@ -134,6 +145,7 @@ def _agreed_counts(
             kinds = ", ".join(map(describe_kind, each.planes))
             how = each.format.name if each.format is not None else "copied"
             described[f"{name}.{each.name}".lstrip(".")] = f"{kinds} {how} {each.place}".strip()
+    described |= dict.fromkeys(modules, "an extra state")
     ranks.agree("the averages that are merged", described)
     gathered = ranks.gather([int(side.n_averaged) for side in sides.values()])
     for rank, counts in zip(ranks.ranks, gathered, strict=True):
@@ -154,7 +166,7 @@ def _mean(ranks: Ranks, merged: Sequence[_Merged], counts: Sequence[int]) -> lis
             fresh[0] = first
         else:
             for planes, parts in _windows_of(each.planes, fresh):
-                value = _mean_of_window(ranks, each.format.decode(planes), counts)
+                value = _mean_of_window(ranks, each.name, each.format.decode(planes), counts)
                 value = rounded(value, each.format.value_dtype or planes[0].dtype)
                 for part, encoded in zip(parts, each.format.encode(value), strict=True):
                     part.copy_(encoded)
@@ -170,8 +182,12 @@ def _windows_of(
             yield window[: len(planes)], window[len(planes) :]
 
 
-def _mean_of_window(ranks: Ranks, value: Tensor, counts: Sequence[int]) -> Tensor:
-    """Return the weighted mean of all ranks' values. Every rank computes it in the same order, to the same bits."""
+def _mean_of_window(ranks: Ranks, name: str, value: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return the weighted mean of all ranks' values. Every rank computes it in the same order, to the same bits.
+
+    Raises:
+        ValueError: on every rank, if one holds a NaN, or an infinity that others have not.
+    """
     device = ranks.device_for(value.device)
     sent = value.contiguous().to(device)
     received = sent.new_empty((ranks.size, *sent.shape))
@@ -182,10 +198,54 @@ def _mean_of_window(ranks: Ranks, value: Tensor, counts: Sequence[int]) -> Tenso
     total = torch.zeros_like(sent, dtype=torch.promote_types(sent.dtype, torch.float64))
     for own, count in zip(received, counts, strict=True):
         total += own.to(total.dtype) * count  # not add_(alpha=count), which some processors fuse and round once
-    return (total / sum(counts)).to(value.device)
+    total /= sum(counts)
+    if not total.isfinite().all():
+        # All ranks have the same values here, so all of them raise. An infinity that all share, as in masks, stays.
+        for rank, own in zip(ranks.ranks, received, strict=True):
+            if not (own.isfinite() | (own == received).all(0)).all():
+                raise ValueError(f"averaged must be finite, got a NaN or an infinity in {name!r} on rank {rank}")
+    return total.to(value.device)
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
     """View a tensor as bytes, since gloo does not take every dtype."""
     parts = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     return parts.view(-1).view(torch.uint8)
+
+
+# Extra states of modules
+
+
+def _modules_with_extra_state(sides: Mapping[str, Averaged]) -> dict[str, nn.Module]:
+    """Return the averaged modules that have an extra state, by its name. Sharded averages hold none."""
+    return {
+        f"{name}.{path}._extra_state".lstrip("."): module
+        for name, side in sides.items()
+        if isinstance(side, FusedAveragedModel)
+        for path, module in side.module.named_modules()
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    }
+
+
+def _packed(values: Sequence[object]) -> bytes:
+    """Return the values as bytes, without a copy on another rank's GPU when they are unpacked."""
+    into = io.BytesIO()
+    torch.save([*values], into)
+    return into.getvalue()
+
+
+def _take_extra_states(ranks: Ranks, modules: Sequence[nn.Module], packed: bytes) -> None:
+    """Set the extra states of the first worker. If it fails on a rank, it raises on all, and nothing has changed."""
+    packed = ranks.gather(packed if ranks.index == 0 else b"")[0]
+    before: list[object] = []
+    try:
+        with ranks.settled("merge_over"):
+            if ranks.index > 0:
+                fresh = torch.load(io.BytesIO(packed), map_location="cpu", weights_only=False)
+                before = [copy.deepcopy(module.get_extra_state()) for module in modules]
+                for module, extra in zip(modules, fresh, strict=True):
+                    module.set_extra_state(extra)
+    except BaseException:
+        for module, old in zip(modules, before, strict=bool(before)):
+            module.set_extra_state(old)
+        raise

@@ -196,6 +196,7 @@ files/: checkpoints in files
     advancing         what is told how many bytes are done
     report            what an average of checkpoints has done, or would do
     unpickler         reads a pickle, and makes nothing of it but tensors, sizes and plain values
+    opcodes           what each opcode of a pickle does, for so many of them
     opaque            an object in a pickle that is not made
     strided view      a tensor in a file of ``torch.save``: elements of a storage, with strides
     storage key       the name under which a file of ``torch.save`` has a storage
@@ -206,6 +207,7 @@ files/: checkpoints in files
     chunked tensor    a tensor in chunks, as ``torch.distributed.checkpoint`` stores it
     given up          what is being replaced stays as it is
     counted state     a state of averages, with their counts
+    mapped state      the values of a state in a file that is mapped into memory
     keys of average   where a state has the planes of one average
     combined          what a merge or a window of files has written
 

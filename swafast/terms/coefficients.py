@@ -6,10 +6,11 @@ Each function returns one float for each of ``count`` checkpoints. They sum to 1
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
-from .numbers import as_int, as_number, checked_number
+from .numbers import as_float, as_int, checked_number
 
 #: The largest ``sigma_rel``, that of the equal mean.
 WIDEST = 12.0**-0.5
@@ -29,24 +30,40 @@ DECAYS = tuple(_RATES)
 
 
 def equal(count: int) -> list[float]:
-    """Return the coefficients of the mean."""
-    return [1.0 / _checked(count)] * count
+    """Return the coefficients of the mean. :func:`factors_of` says how to sum with them."""
+    number = _checked(count)
+    return [1.0 / number] * number
 
 
-def ema(count: int, decay: float) -> list[float]:
+def factors_of(coefficients: Sequence[float]) -> tuple[list[float], float]:
+    """Return what each checkpoint is multiplied by, and what the sum is divided by.
+
+    For the mean these are 1 and the number of checkpoints. So the mean of equal values is this value, and ``1 / count``
+    is not rounded.
+    """
+    count = len(coefficients)
+    if count and {*coefficients} == {1.0 / count}:
+        return [1.0] * count, float(count)
+    return [*coefficients], 1.0
+
+
+def ema(count: int, decay: float, *, argument: str = "decay") -> list[float]:
     """Return those of an exponential moving average (EMA) that begins with the first checkpoint.
 
     The first has ``decay ** (count - 1)``, and checkpoint i of 2 to count has ``(1 - decay) * decay ** (count - i)``.
 
+    Args:
+        argument: what an error calls ``decay``.
+
     Raises:
         ValueError: ``decay`` is not in [0, 1].
     """
-    kept = checked_number("decay", decay, "in [0, 1], the share that the older ones keep", lambda x: 0.0 <= x <= 1.0)
-    first, *others = (kept ** (count - 1 - index) for index in range(_checked(count)))
+    kept = checked_number(argument, decay, "in [0, 1], the share that the older ones keep", lambda x: 0.0 <= x <= 1.0)
+    first, *others = (kept**age for age in reversed(range(_checked(count))))
     return _summing_to_one([first, *((1.0 - kept) * each for each in others)])
 
 
-def power(count: int, sigma_rel: float) -> list[float]:
+def power(count: int, sigma_rel: float, *, argument: str = "sigma_rel") -> list[float]:
     """Return those of :class:`~swafast.PowerAverage` after ``count`` models: ``(i^(g+1) - (i-1)^(g+1)) / count^(g+1)``.
 
     Raises:
@@ -55,21 +72,22 @@ def power(count: int, sigma_rel: float) -> list[float]:
     Paper: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv:2312.02696,
     appendix C.
     """
-    exponent = gamma_of(sigma_rel) + 1.0
-    first, *others = ((index / _checked(count)) ** exponent for index in range(1, count + 1))
+    exponent, number = gamma_of(sigma_rel, argument=argument) + 1.0, _checked(count)
+    first, *others = ((index / number) ** exponent for index in range(1, number + 1))
     # 1 - ((i - 1) / i) ** exponent, without the cancellation for large i
-    newest = (-math.expm1(exponent * math.log1p(-1.0 / index)) for index in range(2, count + 1))
+    newest = (-math.expm1(exponent * math.log1p(-1.0 / index)) for index in range(2, number + 1))
     return _summing_to_one([first, *(share * own for share, own in zip(others, newest, strict=True))])
 
 
-def gamma_of(sigma_rel: float) -> float:
+def gamma_of(sigma_rel: float, *, argument: str = "sigma_rel") -> float:
     """Return the exponent of the power average with this relative width. :class:`~swafast.PowerAverage` explains it.
 
     Raises:
         ValueError: ``sigma_rel`` is not in (0, 1 / sqrt(12)].
     """
-    width = checked_number("sigma_rel", sigma_rel, f"in (0, {WIDEST:.6f}]", lambda x: 0.0 < x <= WIDEST)
-    low, high = 0.0, 2.0 / width  # width < 1 / (gamma + 2), so gamma < high
+    width = checked_number(argument, sigma_rel, f"in (0, {WIDEST:.6f}]", lambda x: 0.0 < x <= WIDEST)
+    # width < 1 / (gamma + 2), so gamma < high. The quotient overflows for the smallest widths.
+    low, high = 0.0, min(2.0 / width, sys.float_info.max)
     while high - low > 1e-12 * (1.0 + low):
         middle = 0.5 * (low + high)
         if middle in (low, high):
@@ -79,7 +97,7 @@ def gamma_of(sigma_rel: float) -> float:
     return 0.5 * (low + high) if low > 0.0 else 0.0
 
 
-def decay(count: int, kind: str) -> list[float]:
+def decay(count: int, kind: str, *, argument: str = "kind") -> list[float]:
     """Return those that stand for a decay of the learning rate, while the training went on at a constant rate.
 
     Let f be the decay: ``1 - x`` for ``"linear"``, ``1 - sqrt(x)`` for ``"minus-sqrt"``. The newest checkpoint has
@@ -94,8 +112,11 @@ def decay(count: int, kind: str) -> list[float]:
     """
     rate = _RATES.get(kind) if isinstance(kind, str) else None
     if rate is None:
-        raise ValueError(f"kind must be one of {', '.join(map(repr, DECAYS))}, got {kind!r}")
-    rates = [*(rate(index / _checked(count)) for index in range(count)), 0.0]
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, DECAYS))}, got {kind!r}")
+    number = _checked(count)
+    if kind == "linear":
+        return equal(number)
+    rates = [*(rate(index / number) for index in range(number)), 0.0]
     _, *others = (now - then for now, then in pairwise(rates))
     return _summing_to_one([1.0 - math.fsum(others), *others])
 
@@ -125,18 +146,21 @@ def given(count: int, weights: Iterable[float]) -> list[float]:
     if isinstance(weights, (str, bytes)) or not isinstance(weights, Iterable):
         raise TypeError(f"weights must be a sequence of numbers, got {weights!r}")
     values = [*weights]
-    numbers = [as_number(value) for value in values]
+    numbers = [as_float(value) for value in values]
     for value, number in zip(values, numbers, strict=True):
         if number is None:
             raise TypeError(f"weights must be numbers, got {value!r}")
         if not math.isfinite(number):
             raise ValueError(f"weights must be finite, got {value!r}")
-    found = [float(number) for number in numbers if number is not None]
+    found = [number for number in numbers if number is not None]
     if len(found) != _checked(count):
         raise ValueError(f"weights must be one for each of the {count} inputs, oldest first, got {len(found)}")
-    total = math.fsum(found)
+    try:
+        total = math.fsum(found)
+    except OverflowError:
+        total = math.inf
     if abs(total - 1.0) > _TOLERANCE:
-        divided = f": divide each by {total:g}" if abs(total) > _TOLERANCE else ""
+        divided = f": divide each by {total:g}" if _TOLERANCE < abs(total) < math.inf else ""
         raise ValueError(f"weights must sum to 1, got {', '.join(f'{x:g}' for x in found)} with {total:g}{divided}")
     return _summing_to_one(found)
 

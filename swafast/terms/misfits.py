@@ -91,6 +91,14 @@ def few(names: Iterable[object]) -> str:
     return ", ".join(spelled[:3]) + (f" and {len(spelled) - 3} more" if len(spelled) > 3 else "")
 
 
+def unlike(names: Iterable[str], others: Iterable[str]) -> str:
+    """Return which names are missing and which are surplus, beside the others; nothing: they are the same."""
+    has, expected = dict.fromkeys(names), dict.fromkeys(others)
+    missing, surplus = [name for name in expected if name not in has], [name for name in has if name not in expected]
+    parts = [*([f"lacks {few(missing)}"] if missing else []), *([f"has {few(surplus)} besides"] if surplus else [])]
+    return f"it {' and '.join(parts)}" if parts else ""
+
+
 _KEYS = re.compile(r'("[^"\n]*", "[^"\n]*", "[^"\n]*"), ("[^"\n]*"(?:, "[^"\n]*")*)')
 _SIZE = "\tsize mismatch for "
 

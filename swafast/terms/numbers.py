@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,15 @@ def as_number(value: Any) -> int | float | None:
         return float(value.detach() if hasattr(value, "detach") else value)
     except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several
         return None
+
+
+def as_float(value: Any) -> float | None:
+    """Return a real number as a float, infinite for an int that is too large; None for anything else."""
+    number = as_number(value)
+    try:
+        return None if number is None else float(number)
+    except OverflowError:
+        return math.inf if number is not None and number > 0 else -math.inf
 
 
 def checked_number(argument: str, value: object, expected: str, holds: Callable[[float], bool]) -> int | float:

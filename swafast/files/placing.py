@@ -14,12 +14,12 @@ from .checkpoints import RECORD_FILE
 from .progress import size_text
 
 
-def check_place(out: Path, is_folder: bool, force: bool, inputs: Sequence[str]) -> None:
+def check_place(out: Path, form: str, force: bool, inputs: Sequence[str]) -> None:
     """Check that an output may stand at its place.
 
     Args:
         out: the place.
-        is_folder: whether the output is a folder.
+        form: of the output, as `output_form` returns it.
         force: replace what is there.
         inputs: the paths of the inputs.
 
@@ -31,6 +31,7 @@ def check_place(out: Path, is_folder: bool, force: bool, inputs: Sequence[str]) 
         raise FileNotFoundError(f"out must be in a folder that exists, got {str(out)!r}: make the folder first")
     if not out.exists():
         return
+    is_folder = form in ("folder", "distributed")
     if is_folder != out.is_dir() or not (is_folder or out.is_file()):
         kind = "a folder" if out.is_dir() else "a file" if out.is_file() else "a device or a pipe"
         raise FileExistsError(f"out must not be {kind} that exists, got {str(out)!r}: choose another name")
