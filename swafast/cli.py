@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,9 +129,17 @@ def average_checkpoints(
             lower_is_better=lower_is_better or (False if higher_is_better else None), key=key,
             strip=strip, allow=allow or (), tied=_pairs(tied or []), integers=integers, nonfinite=nonfinite,
             dtype=dtype, shard_size=shard_size, force=force, dry_run=dry_run, threads=threads,
-            say=(lambda line: None) if quiet else typer.echo,
+            say=(lambda line: None) if quiet else _say,
             progress=lambda nbytes: progress.Progress(nbytes, quiet=quiet),
         )  # fmt: skip
+
+
+def _say(line: str) -> None:
+    """Print a line, unless nobody reads any more, as after ``| head -1``."""
+    try:
+        typer.echo(line)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _numbers(text: str | None) -> list[float] | None:
@@ -153,7 +162,7 @@ def _failing_with_a_line() -> Iterator[None]:
     bad_input = (ValueError, TypeError, FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
     try:
         yield
-    except (*bad_input, OSError) as error:
+    except (*bad_input, OSError, RuntimeError) as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2 if isinstance(error, bad_input) else 1) from None
 

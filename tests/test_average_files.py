@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from swafast.files import agreement, average, averaging, placing, safetensors_files, streaming, summing
+from swafast.files import agreement, average, averaging, descriptors, placing, safetensors_files, streaming, summing
 from swafast.files.checkpoints import TensorSpec
 from swafast.files.headers import header_bytes
 from swafast.terms import replacing
@@ -265,6 +265,37 @@ def test_nan_is_reported_with_its_file(tmp_path: Path) -> None:
         average(paths, tmp_path / "n.safetensors", dtype="fp16")
 
 
+def test_a_float64_sum_that_overflows_is_said_and_weights_help(tmp_path: Path) -> None:
+    paths = written(tmp_path, [{"a": np.array([1.5e308])}, {"a": np.array([1.4e308])}])
+    with pytest.raises(ValueError, match=r"the sum of the tensor a is no finite float64 at \[0\]: pass weights"):
+        average(paths, tmp_path / "out.safetensors")
+    average(paths, tmp_path / "out.safetensors", weights=[0.5, 0.5])
+    assert load_file(tmp_path / "out.safetensors")["a"].tolist() == [1.45e308]
+
+
+WRONG_TYPES: tuple[dict[str, Any], ...] = (
+    *({"inputs": b"a"}, {"inputs": [b"a"]}, {"inputs": 5}, {"inputs": [None]}, {"out": b"a"}, {"out": None}),
+    *({"tied": ["a=b"]}, {"tied": {"a": 1}}, {"strip": 5}, {"key": 5}),
+)
+
+
+@pytest.mark.parametrize("change", WRONG_TYPES, ids=str)
+def test_arguments_of_another_type_are_refused_by_name(change: dict[str, Any], tmp_path: Path) -> None:
+    arguments = {"inputs": written(tmp_path, MODELS[:1]), "out": tmp_path / "out.safetensors", **change}
+    with pytest.raises(TypeError, match=f"^{next(iter(change))} must be "):
+        average(arguments.pop("inputs"), arguments.pop("out"), **arguments)
+
+
+def test_many_small_tensors_are_taken_together(tmp_path: Path) -> None:
+    models = [{f"{n}": np.full(n % 7, n + seed, np.float32) for n in range(1000)} for seed in (0, 2)]
+    average(written(tmp_path, models), tmp_path / "out.safetensors")
+    assert_same(load_file(tmp_path / "out.safetensors"), mean(models))
+    task = streaming.Pass([], [agreement.Agreed(TensorSpec("x", "F32", (3,)), (), ())] * 1000, None, False, object)  # type: ignore[arg-type]
+    assert {len(some) for some in task._chunks()} == {100}
+    large = [agreement.Agreed(TensorSpec("x", "F32", (summing.CHUNK_NUMEL * 2 // 3,)), (), ())] * 3
+    assert [len(some) for some in streaming.Pass([], large, None, False, object)._chunks()] == [1, 1, 1]  # type: ignore[arg-type]
+
+
 def disagreeing(change: dict[str, np.ndarray | None]) -> Callable[[Path], list[Path]]:
     other = {name: array for name, array in {**MODELS[1], **change}.items() if array is not None}
     return lambda folder: written(folder, [MODELS[0], other])
@@ -303,8 +334,10 @@ BAD: dict[str, tuple[Made, dict[str, Any], str]] = {
     ),
     "absolute": (with_index({"a": "/x.safetensors"}), {}, "must name files in its own folder, got '/x.safetensors'"),
     "deeper outside": (with_index({"a": "s/../../x"}), {}, "must name files in its own folder"),
-    "no map": (with_index([1]), {}, "has no weight_map of names"),
-    "numbers in a map": (with_index({"a": 1}), {}, "has no weight_map of names"),
+    "no map": (with_index([1]), {}, "its weight_map, which must give each tensor's file, is not JSON"),
+    "an empty map": (with_index({}), {}, "has no weight_map of names"),
+    "numbers in a map": (with_index({"a": 1}), {}, "has no string at byte"),
+    "a surrogate in a map": (with_index({"a": "\ud800"}), {}, r"index.json is not an index .* is not JSON"),
     "an index that lies": (with_index({"a": "m.safetensors", "b": "m.safetensors"}, m=A), {}, "and it has not"),
     "in two shards": (
         with_index({"a": "m.safetensors", "b": "n.safetensors"}, m=A, n={**A, **B}),
@@ -335,6 +368,7 @@ BAD: dict[str, tuple[Made, dict[str, Any], str]] = {
     "dtype name": (lambda folder: written(folder, MODELS), {"dtype": "int8"}, "dtype must be float64"),
     "threads": (lambda folder: written(folder, MODELS), {"threads": 0}, "threads must be an int from 1"),
     "shard size": (lambda folder: written(folder, MODELS), {"shard_size": "5 Gb!"}, "shard_size must be a number"),
+    "huge shards": (lambda folder: written(folder, MODELS), {"shard_size": "9" * 400}, "shard_size must be a number"),
     "ties": (lambda folder: written(folder, MODELS), {"tied": {"a": "b", "b": "c"}}, "tied must give each name"),
     "a state": (lambda folder: written(folder, MODELS, swafast="{}"), {}, "swafast combine"),
 }
@@ -488,7 +522,7 @@ def test_the_output_is_synced_before_it_has_its_name(
     def noted(name: str, real: Callable[..., object]) -> Callable[..., object]:
         return lambda *arguments: (done.append(name), real(*arguments))[1]
 
-    for name in ("fsync", "replace", "rename"):
+    for name in ("fsync", "replace", "rename", "link"):
         monkeypatch.setattr(replacing.os, name, noted(name, getattr(os, name)))
     average(written(tmp_path, MODELS), tmp_path / form)
     naming = next(place for place, name in enumerate(done) if name != "fsync")
@@ -539,9 +573,9 @@ PLANTED: dict[str, tuple[Any, str, Any, Callable[[Path], None]]] = {
         patched(test_a_full_disk_is_seen_before_anything_is_written),
     ),
     "a change unseen": (
-        safetensors_files,
+        descriptors,
         "_identity",
-        lambda descriptor: (0, 0, 0, 0),
+        lambda found: (0, 0, 0, 0),
         test_a_file_that_changes_meanwhile_is_seen,
     ),
     "no sync": (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,14 +89,20 @@ def test_average_passes_which_values_are_best(monkeypatch: pytest.MonkeyPatch) -
 def test_average_lists_writes_and_ends_with_2_for_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for step in (1, 2):
-        save_file({"x": np.full(2, step, np.float32), "y": np.ones(2, np.float32)}, f"step_{step}.safetensors")
+        save_file(
+            {"x": np.full(2, step, np.float32), "y": np.ones(2, np.float32), "z": np.ones(2, np.float32)},
+            f"step_{step}.safetensors",
+        )
     inputs = ["step_1.safetensors", "step_2.safetensors"]
     dry = run("average", *inputs, "-o", "out.safetensors", "--dry-run")
     assert (dry.exit_code, Path("out.safetensors").exists()) == (0, False)
     assert "0.500000  step 2  step_2.safetensors" in dry.output
     done = run("average", *inputs, "-o", "out.safetensors", "--weights", "0.25,0.75", "--tied", "z=y", "--quiet")
     assert (done.exit_code, done.output) == (0, "")
-    assert load_file("out.safetensors")["x"].tolist() == [1.75, 1.75]
+    assert {name: array.tolist() for name, array in load_file("out.safetensors").items()} == {
+        "x": [1.75] * 2,
+        "y": [1.0] * 2,
+    }
     for arguments, message in (
         ([*inputs, "-o", "out.safetensors"], "--force"),
         ([*inputs, "-o", "new.safetensors", "--weights", "1,x"], "--weights"),
@@ -137,3 +145,25 @@ def test_defaults_are_those_of_the_demo() -> None:
     assert parameters["seeds"].default == task.Settings.num_seeds
     assert parameters["epochs"].default == task.Settings.epochs
     assert cli.MIN_EPOCHS == task.MIN_EPOCHS
+
+
+@pytest.mark.parametrize("broken", ["stdout", "stderr", "stderr closed"])
+def test_an_average_is_written_where_nobody_reads(broken: str, tmp_path: Path) -> None:
+    save_file({"x": np.zeros(2)}, tmp_path / "a.safetensors")
+    code = "from swafast.cli import app; app()"
+    command = [sys.executable, "-c", code, *("average", "a.safetensors", "a.safetensors", "-o", "out.safetensors")]
+    if broken == "stderr closed":
+        command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
+    reading, writing = os.pipe()
+    os.close(reading)
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, broken.split()[0]: writing}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, **streams)  # type: ignore[call-overload]
+    os.close(writing)
+    assert (done.returncode, (tmp_path / "out.safetensors").exists()) == (0, True)
+
+
+def test_a_pipe_among_the_inputs_is_bad_input(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.safetensors")
+    result = run("average", str(tmp_path / "a.safetensors"), "-o", str(tmp_path / "out.safetensors"))
+    assert (result.exit_code, "a folder, a device or a pipe" in result.output) == (2, True)

@@ -412,13 +412,26 @@ def test_the_command_refuses_with_the_right_code(
     ):
         result = run(*arguments)
         assert (result.exit_code, words in result.output, out.exists()) == (2, True, False), result.output
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    for name in ("link", "replace"):
+        monkeypatch.setattr(os, name, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     result = run("--merge", *two, "-o", out)
     assert (result.exit_code, "No space left" in result.output, out.exists()) == (1, True, False), result.output
     monkeypatch.setattr(placing.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     result = run("--merge", *two, "-o", out)
     assert (result.exit_code, "and 0 B are free" in result.output, out.exists()) == (1, True, False), result.output
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+@pytest.mark.parametrize("name", ["out.safetensors", "out.pt"])
+def test_what_appears_during_a_combination_is_kept(
+    name: str, tmp_path: Path, two: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(combining, "check_space", lambda out, nbytes: out.write_text("mine"))
+    with pytest.raises(FileExistsError, match="somebody else has made meanwhile"):
+        combine_files(two, tmp_path / name)
+    assert (tmp_path / name).read_text() == "mine"
+    combine_files(two, tmp_path / name, force=True)
+    assert (tmp_path / name).stat().st_size > 4
 
 
 # Planted bugs, each with the test that must find it

@@ -197,3 +197,15 @@ def test_rich_is_imported_in_a_terminal_alone() -> None:
         "assert not {'rich', 'torch'} & {*sys.modules}, sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
+
+
+class Closed(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_an_average_goes_on_where_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)  # as after 2>&-
+    for each in (Progress(10), Progress(10, quiet=True), Progress(10, file=Closed())):
+        with each as shown:
+            shown.advance(10)

@@ -153,8 +153,20 @@ def test_bad_arguments_are_refused_by_the_library() -> None:
 def test_without_a_library_numpy_sums_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "load", lambda: Unavailable("no libgomp"))
     assert summing.choose_summing() == (summing.NumpySumming, "numpy, since no libgomp")
-    monkeypatch.setattr(summing.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(summing.importlib.util, "find_spec", lambda name: None if name == "numpy" else object())
     assert summing.choose_summing() == (summing.TorchSumming, "torch, since there is no numpy, and no libgomp")
+    monkeypatch.setattr(summing.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"need the native library, numpy or torch: install numpy \(no libgomp\)"):
+        summing.choose_summing()
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinities_of_both_signs_warn_nobody() -> None:
+    sums = summing.NumpySumming()
+    for value in (np.inf, -np.inf):
+        sums.buffer[:8] = np.float64(value).tobytes()
+        sums.add("F64", 1, 1.0, begin=value > 0)
+    assert sums.finish("F64", 1, 2.0) == 0
 
 
 @pytest.mark.parametrize("planted", ["cut", "over float32", "sign of zero"])

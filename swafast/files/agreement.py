@@ -54,23 +54,30 @@ def agree(
     """
     groups = _groups(tied)
     names = list(dict.fromkeys(name for each in inputs for name in (*each.specs, *each.aliases)))
+    unknown = [name for name in groups if name not in names]
+    if unknown:
+        raise ValueError(f"tied must be of names in the inputs, got {few(unknown)}, which no input has")
     found = [_resolved(each, names, groups) for each in inputs]
     _check_names(inputs, names, found)
     _check_tied(inputs, groups)
     agreed: dict[tuple[str, ...], Agreed] = {}
+    written: dict[tuple[str, ...], str] = {}
     aliases: dict[str, str] = {}
     differing: list[str] = []
+    for name in (*(first for first, *_ in groups.values()), *names):
+        written.setdefault(tuple(each[name] for each in found), name)
     for name in names:
         sources = tuple(each[name] for each in found)
+        if written[sources] != name:
+            aliases[name] = written[sources]
         if sources in agreed:
-            aliases[name] = agreed[sources].spec.name
             continue
         specs = [each.specs[source] for each, source in zip(inputs, sources, strict=True)]
         difference = _difference(name, specs, inputs, dtype)
         if difference is not None:
             differing.append(difference)
         else:
-            agreed[sources] = _agreed(name, sources, specs, dtype, integers)
+            agreed[sources] = _agreed(written[sources], sources, specs, dtype, integers)
     if differing:
         raise ValueError(f"{len(differing)} tensors of the inputs differ: {'; '.join(differing[:_FEW])}")
     return list(agreed.values()), aliases

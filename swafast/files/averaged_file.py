@@ -129,15 +129,23 @@ def _names_of(averaged: FusedAveragedModel | FusedAverages) -> list[str] | None:
 # Writing
 
 
-def write_state(state: Mapping[str, Any], names: list[str] | None, path: str | os.PathLike[str]) -> None:
-    """Write a state as :func:`save` does. ``names`` are those of several averages; None: it is of one.
+def write_state(
+    state: Mapping[str, Any], names: list[str] | None, path: str | os.PathLike[str], *, new: bool = False
+) -> None:
+    """Write a state as :func:`save` does.
+
+    Args:
+        state: of one average, or of several.
+        names: those of several averages. None: it is of one.
+        path: of the file.
+        new: keep what appears there meanwhile.
 
     Raises:
         TypeError, ValueError, OSError: as :func:`save`.
     """
     tensors, described = _described(state, names)
     text = json.dumps(described)
-    with replacing(path) as unfinished, _as_os_error(path):
+    with replacing(path, new=new) as unfinished, _as_os_error(path):
         save_file(tensors, unfinished, {"format": "pt", "swafast": text, "sha256": _digest(text)})
 
 

@@ -7,8 +7,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,16 @@ from ..terms.unmerged import is_statistic
 from .agreement import INTEGERS, Agreed, agree
 from .beside import beside, changed_texts
 from .checkpoints import ITEMSIZES, RECORD, Checkpoint, Output, OutputPlan
-from .choices import asked_coefficients, check_choices, checked_threads, dtype_name, nbytes_of
+from .choices import (
+    asked_coefficients,
+    check_choices,
+    check_names,
+    checked_paths,
+    checked_threads,
+    dtype_name,
+    nbytes_of,
+)
+from .descriptors import interrupted_once
 from .opening import create_output, open_checkpoint, output_form
 from .placing import check_place, check_space
 from .progress import size_text
@@ -121,8 +131,8 @@ def average(
         nonfinite: ``"error"``, or ``"keep"`` to write NaNs and infinities too.
         dtype: of the averages, such as ``"bf16"``. None: that of the inputs.
         shard_size: the most bytes of one file in a folder, such as ``"5GB"``.
-        force: replace what stands at ``out``. A folder is replaced only if an average was written there.
-        dry_run: check everything and write nothing.
+        force: replace what stands at ``out``. A folder is replaced only if an average wrote all that is in it.
+        dry_run: check names, shapes, dtypes and the space on the disk; read no tensor and write nothing.
         threads: that read, sum and write.
         say: is called with each line of the report before the run begins.
         progress: makes a context manager from the number of bytes to be read and written, as
@@ -137,7 +147,8 @@ def average(
     check_choices(integers=(integers, INTEGERS), nonfinite=(nonfinite, ("error", "keep")))
     num_threads = checked_threads(threads)
     named_dtype, shard_nbytes = dtype_name(dtype), nbytes_of(shard_size)
-    chosen = [inputs] if isinstance(inputs, (str, os.PathLike)) else [*inputs]
+    chosen = checked_paths(inputs, out)
+    check_names(key=key, strip=strip, tied=tied)
     between = {"first_step": first_step, "last_step": last_step, "last": last, "min_gap": min_gap}
     notes: list[str] = []
     note = _keeping(notes, say)
@@ -146,7 +157,8 @@ def average(
     _note_surprises(selected, factors, ema, note)
     path, paths = os.fspath(out), [it.path for it in selected]
     form = output_form(path, shard_nbytes, paths[0])
-    check_place(Path(path), form, force)
+    require_free = partial(check_place, Path(path), form, force, paths)
+    require_free()
     with ExitStack() as stack:
         opened = _opened(stack, paths, key, strip, allow, note)
         tensors, aliases = agree(opened, tied=tied or {}, dtype=named_dtype, integers=integers)
@@ -155,20 +167,22 @@ def average(
         report = _report(selected, factors, path, tensors, num_threads, summed_by, notes)
         for line in report.lines():
             say(line)
+        check_space(Path(path), report.nbytes_written)
         if not dry_run:
-            check_space(Path(path), report.nbytes_written)
             record = {RECORD: _record(paths, factors)}
             metadata = {**record, "format": "pt", **opened[0].metadata, **record}  # in this order: see RECORD
             plan = OutputPlan([it.spec for it in tensors], aliases, metadata)
             copied = beside(paths[-1]) if form == "folder" else []
+            if form == "folder" and not copied:
+                say(f"copied no configuration: none is in a folder that {paths[-1]} has for itself")
             texts = changed_texts(copied, named_dtype)
-            output = create_output(
-                path, plan, form=form, shard_nbytes=shard_nbytes, copied=copied, texts=texts, like=opened[0]
-            )
             task = Pass(opened, tensors, factors, nonfinite == "keep", summing)
-            _fill(output, task, num_threads, progress, report.nbytes_read + report.nbytes_written)
-            if form == "distributed":
-                Path(path, f"{RECORD}.json").write_text(metadata[RECORD], encoding="utf-8")
+            with interrupted_once():
+                output = create_output(
+                    *(path, plan), form=form, shard_nbytes=shard_nbytes, copied=copied, texts=texts, like=opened[0],
+                    last=paths[-1], new=not force,
+                )  # fmt: skip
+                _fill(output, task, num_threads, progress, report.nbytes_read + report.nbytes_written, require_free)
             report = replace(report, seconds=time.monotonic() - started)
     assert had_torch or summing is TorchSumming or "torch" not in sys.modules, "an average has imported torch"
     return report
@@ -211,18 +225,21 @@ def _fill(
     threads: int,
     progress: Callable[[int], AbstractContextManager[Advancing]] | None,
     nbytes: int,
+    require_free: Callable[[], None],
 ) -> None:
     """Run a pass, and put its output in its place or, if anything fails, away."""
     try:
-        if progress is None:
-            task.run(output, threads, lambda advanced: None)
-            output.commit()
-        else:
-            with progress(nbytes) as shown:
-                task.run(output, threads, shown.advance)
+        with nullcontext() if progress is None else progress(nbytes) as shown:
+            task.run(output, threads, (lambda advanced: None) if shown is None else shown.advance)
+            for each in task.inputs:
+                each.require_unchanged()
+            require_free()  # once more: what has come meanwhile is not ours
+            if shown is not None:
                 shown.phase("syncing to the disk")
-                output.commit()
+            output.commit()
     except BaseException:
+        for each in task.inputs:
+            each.close()  # a clean-up needs descriptors
         output.discard()
         raise
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
+from .candidates import has_own_folder
 from .checkpoints import RECORD
 
-_BESIDE = re.compile(r".+\.(json|txt|model|tiktoken|jinja|py)")
+_BESIDE = re.compile(r".+\.(json|txt|model|tiktoken|jinja|py|spm|codes|bpe)")
 _NOT_BESIDE = re.compile(rf".+\.index\.json|trainer_state\.json|.+_results\.json|{RECORD}\.json|requirements\.txt")
 #: The largest tokenizers have 40 MB.
 _MOST_NBYTES = 100 * 10**6
@@ -20,12 +20,15 @@ _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float
 
 
 def beside(path: str) -> list[Path]:
-    """Return the small files that stand beside the weights of an input, for a folder."""
-    folder = Path(path) if os.path.isdir(path) else None
-    if folder is None and path.endswith(".index.json"):
-        folder = Path(path).parent
-    if folder is None:
-        return []
+    """Return the small files that stand beside the weights of an input, for a folder.
+
+    Beside a file of another name than a model's own there may be anything.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        if not has_own_folder(folder.name):
+            return []
+        folder = folder.parent
     return [
         file
         for file in sorted(folder.iterdir())

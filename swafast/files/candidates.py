@@ -8,9 +8,11 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..terms.misfits import few
 from .checkpoints import RECORD
+from .safetensors_files import INDEX_SUFFIX, STEMS, read_index
 from .step_names import Counted, copies_among, has_step, stem_of
 
 #: Reasons why a file or folder among checkpoints is none.
@@ -83,8 +85,7 @@ def listed(paths: Sequence[str]) -> list[Candidate]:
                 f"inputs must be whole checkpoints, got {path!r}, which is one of {int(shard[2])} files of a "
                 "checkpoint: give its folder or its index"
             )
-        has_own_folder = _reason(name, is_folder=False) == _OWN
-        found.append(Candidate(path, os.path.dirname(os.path.abspath(path)) if has_own_folder else path))
+        found.append(Candidate(path, os.path.dirname(os.path.abspath(path)) if has_own_folder(name) else path))
     return found
 
 
@@ -135,8 +136,12 @@ def _sorted_out(parent: str) -> tuple[list[Candidate], dict[str, list[str]], boo
     """Return the checkpoints in a folder, other names by reason, and whether the folder is a checkpoint itself."""
     skipped: dict[str, list[str]] = defaultdict(list)
     found = []
+    own = _own_files(parent)
     for name in sorted(os.listdir(parent)):
         path = os.path.join(parent, name)
+        if name in own:
+            skipped[_OWN].append(name)
+            continue
         reason, content = _reason(name, is_folder := os.path.isdir(path)), path
         if not reason and _is_average(path):
             reason = _AVERAGE
@@ -162,6 +167,23 @@ def _is_average(path: str) -> bool:
     with suppress(OSError), open(path, "rb") as file:
         return RECORD.encode() in file.read(_BEGIN_NBYTES)
     return False
+
+
+def has_own_folder(name: str) -> bool:
+    """Return whether a file is, by its name, the weights of the model of its folder."""
+    return _reason(name, is_folder=False) == _OWN
+
+
+def _own_files(folder: str) -> set[str]:
+    """Return the files that an index names, and the copy of them that Mistral has beside it."""
+    names = os.listdir(folder)
+    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    own: set[str] = set()
+    for index in indexes:
+        with suppress(ValueError, OSError):  # whoever opens it says what is wrong
+            own |= {*read_index(Path(folder, index)).values()}
+    is_own = own or any(f"{stem}.safetensors" in names for stem in STEMS)
+    return own | {name for name in names if is_own and name.startswith("consolidated.")}
 
 
 def _reason(name: str, is_folder: bool) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,6 +42,24 @@ def check_choices(**choices: tuple[object, Sequence[str]]) -> None:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
 
 
+def checked_paths(inputs: Any, out: Any) -> list[str]:
+    """Return the paths of the inputs."""
+    chosen = [*inputs] if isinstance(inputs, Iterable) and not isinstance(inputs, (str, bytes)) else [inputs]
+    for name, path in (*(("inputs", path) for path in chosen), ("out", out)):
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"{name} must be a str or a Path, or several for inputs, got {path!r}")
+    return [os.fspath(path) for path in chosen]
+
+
+def check_names(*, key: object, strip: object, tied: object) -> None:
+    for name, value in (("key", key), ("strip", strip)):
+        if not isinstance(value, str | None):
+            raise TypeError(f"{name} must be a str, got {value!r}")
+    pairs = {} if tied is None else tied
+    if not isinstance(pairs, Mapping) or not all(isinstance(name, str) for pair in pairs.items() for name in pair):
+        raise TypeError(f"tied must be a dict from names to names, got {tied!r}")
+
+
 def checked_threads(threads: object) -> int:
     number = as_int(threads)
     if number is None or not 1 <= number <= 256:
@@ -63,6 +82,6 @@ def nbytes_of(size: int | str | None) -> int | None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", str(size).strip().upper())
     unit = _UNITS.get(found[2] if found is None or found[2][-1:] in ("", "B") else f"{found[2]}B") if found else None
-    if found is None or unit is None or float(found[1]) * unit < 1:
+    if found is None or unit is None or not 1 <= float(found[1]) * unit < 2**63:
         raise ValueError(f"shard_size must be a number of bytes such as '5GB', got {size!r}")
     return int(float(found[1]) * unit)

@@ -97,7 +97,7 @@ def combine_files(
         counts[prefix] = sum(factors)
         state[prefix + COUNT] = torch.tensor(counts[prefix])
     set_metadata(state, metadata_of(last.state))
-    _write(state, last.names, Path(out))
+    _write(state, last.names, Path(out), new=not force)
     return Combined(counts, [name for name in state if is_statistic(name)])
 
 
@@ -107,16 +107,16 @@ def combine_files(
 def _check_out(out: Path, force: bool) -> None:
     if not (out.suffix.lower() == ".safetensors" or is_pickled(out)):
         raise ValueError(f"out must end in .safetensors, {', '.join(PICKLED_SUFFIXES)}, got {str(out)!r}")
-    check_place(out, "file", force)
+    check_place(out, "file", force, ())
 
 
-def _write(state: OrderedDict[str, Any], names: list[str] | None, out: Path) -> None:
+def _write(state: OrderedDict[str, Any], names: list[str] | None, out: Path, *, new: bool) -> None:
     distinct = {id(value): value.nbytes for value in state.values() if isinstance(value, Tensor)}
     check_space(out, sum(distinct.values()))
     if not is_pickled(out):
-        write_state(state, names, out)
+        write_state(state, names, out, new=new)
         return
-    with replacing(out) as unfinished:
+    with replacing(out, new=new) as unfinished:
         torch.save(state, unfinished)
 
 

@@ -96,12 +96,13 @@ def _saved(path: str) -> OrderedDict[str, Any]:
 
 
 def _loaded(path: str, key: str | None, allow: Sequence[str]) -> OrderedDict[str, Any]:
-    descriptor, archive = open_archive(path, allow)
+    file, archive = open_archive(path, allow)
     try:
         entries = _entries_in(path, archive.value, key)
-        mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)  # changes of the memory do not reach the file
+        with file.opened() as descriptor:
+            mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)  # changes of the memory do not reach the file
     finally:
-        os.close(descriptor)
+        file.close()
     values = _MappedState(path, archive, mapped)
     try:
         state = OrderedDict((name, values.made(name, value)) for name, value in dict.items(entries))

@@ -17,8 +17,8 @@ from ..terms.boxes import Box, boxes_of_run
 from ..terms.replacing import replacing_folder
 from ..torch_private import pickled as names
 from .archives import Archive, ArchiveLayout, PartialChecksum
-from .checkpoints import ITEMSIZES, Checkpoint, OutputPlan, TensorSpec
-from .descriptors import give_up, open_regular, read_fully, write_fully
+from .checkpoints import ITEMSIZES, Checkpoint, OutputPlan, TensorSpec, write_record
+from .descriptors import InputFile, give_up, write_fully
 from .distributed_metadata import METADATA_FILE, ChunkedTensor, ChunkPlace, read_metadata
 from .entries import chosen_entries, chosen_tensors
 from .pickles import StridedView
@@ -50,7 +50,7 @@ class DistributedCheckpoint:
             OSError: a file cannot be read.
         """
         self.path = path
-        self._descriptors: dict[str, int] = {}
+        self._files: dict[str, InputFile] = {}
         self._regions: dict[ChunkPlace, Region] = {}
         try:
             where = os.path.join(path, METADATA_FILE)
@@ -70,28 +70,28 @@ class DistributedCheckpoint:
                 self.specs[name] = spec_of(name, tensor.dtype, tensor.sizes, path)
                 self._tensors[name] = tensor
                 for _, place in tensor.chunks:
-                    self._descriptor(place, name)
+                    self._file(place, name)
         except BaseException:
             self.close()
             raise
 
-    def _descriptor(self, place: ChunkPlace, name: str) -> int:
-        """Return the descriptor of a chunk's file, after a check that the file has the chunk."""
-        found = self._descriptors.get(place.file)
+    def _file(self, place: ChunkPlace, name: str) -> InputFile:
+        """Return a chunk's file, after a check that the file has the chunk."""
+        found = self._files.get(place.file)
         where = os.path.join(self.path, place.file)
         if found is None:
             try:
-                found = self._descriptors[place.file] = open_regular(where)
+                found = self._files[place.file] = InputFile(where)
             except FileNotFoundError:
                 raise ValueError(f"{self.path} is damaged: {place.file} is missing, which holds {name!r}") from None
-        if os.fstat(found).st_size < place.start + place.nbytes:
+        if found.nbytes < place.start + place.nbytes:
             raise ValueError(f"{where} is damaged: it ends before {name!r}, which {METADATA_FILE} says that it holds")
         return found
 
     def _archive(self, place: ChunkPlace, name: str) -> Archive:
-        descriptor = self._descriptor(place, name)
         where = f"{os.path.join(self.path, place.file)}, at {name!r},"
-        return Archive(descriptor, place.start, place.nbytes, where)
+        with self._file(place, name).opened() as descriptor:
+            return Archive(descriptor, place.start, place.nbytes, where)
 
     def _strings(self, place: ChunkPlace | None) -> Mapping[str, str]:
         return strings_in(self._archive(place, METADATA).value) if place else {}
@@ -112,7 +112,7 @@ class DistributedCheckpoint:
         return found
 
     def _read_at(self, place: ChunkPlace, name: str, offset: int, into: memoryview) -> None:
-        if not read_fully(self._descriptors[place.file], offset, into):
+        if not self._files[place.file].read_fully(offset, into):
             raise ValueError(f"{os.path.join(self.path, place.file)} is damaged: bytes of {name!r} are missing")
 
     def read_into(self, name: str, start: int, into: memoryview) -> None:
@@ -137,9 +137,13 @@ class DistributedCheckpoint:
         if missing:
             raise ValueError(f"{self.path} is damaged: the chunks of {name!r} do not cover it once")
 
+    def require_unchanged(self) -> None:
+        for file in self._files.values():
+            file.require_unchanged()
+
     def close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        for file in self._files.values():
+            file.close()
 
 
 # Writing
@@ -153,8 +157,10 @@ class DistributedOutput:
     the key ``swafast_metadata``.
     """
 
-    def __init__(self, path: str | os.PathLike[str], plan: OutputPlan, like: Checkpoint | None = None) -> None:
-        """Make the files, beside the folder's place."""
+    def __init__(
+        self, path: str | os.PathLike[str], plan: OutputPlan, like: Checkpoint | None = None, *, new: bool = False
+    ) -> None:
+        """Make the files, beside the folder's place; with ``new``, keep what appears there meanwhile."""
         self._plan = plan
         self._outer: tuple[str, ...] = tuple(filter(None, getattr(like, "key", "").split(".")))
         self._layouts: dict[str, tuple[ArchiveLayout, PartialChecksum]] = {}
@@ -166,7 +172,7 @@ class DistributedOutput:
             at = layout.end + -layout.end % _ALIGNMENT
         self._strings = ArchiveLayout(pickled(dict(plan.metadata)), [], at) if plan.metadata else None
         self._stack = ExitStack()
-        self._folder: Path = self._stack.enter_context(replacing_folder(path))
+        self._folder: Path = self._stack.enter_context(replacing_folder(path, new=new))
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
         self._descriptor = os.open(self._folder / _DATA_FILE, flags, 0o666)
         self._stack.callback(os.close, self._descriptor)
@@ -183,6 +189,7 @@ class DistributedOutput:
         if self._strings is not None:
             self._strings.finish(self._descriptor, [])
         (self._folder / METADATA_FILE).write_bytes(pickled(self._metadata_call()))
+        write_record(self._folder, self._plan)
         self._stack.close()
 
     def discard(self) -> None:

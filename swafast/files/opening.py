@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from .candidates import may_be_whole
 from .checkpoints import Checkpoint, Output, OutputPlan, TensorSpec
 from .distributed_files import DistributedCheckpoint, DistributedOutput
 from .entries import no_prefix
-from .safetensors_files import INDEX_SUFFIX, SafetensorsOutput, open_safetensors
+from .safetensors_files import INDEX_SUFFIX, STEMS, SafetensorsOutput, open_safetensors, weights_in
 from .torch_files import TorchCheckpoint, TorchOutput
 
 #: Of files that `torch.save` writes.
@@ -110,6 +111,9 @@ class StrippedCheckpoint:
     def read_into(self, name: str, start: int, into: memoryview) -> None:
         self._opened.read_into(self._names[name], start, into)
 
+    def require_unchanged(self) -> None:
+        self._opened.require_unchanged()
+
     def close(self) -> None:
         self._opened.close()
 
@@ -123,6 +127,8 @@ def create_output(
     copied: Sequence[Path],
     texts: Mapping[str, str],
     like: Checkpoint,
+    last: str,
+    new: bool,
 ) -> Output:
     """Begin an output beside its place.
 
@@ -134,14 +140,28 @@ def create_output(
         copied: small files that go into a folder of safetensors too.
         texts: what is in some of these there, by name.
         like: the first input.
+        last: the path of the last input, after which the files in a folder are named.
+        new: keep what appears at ``path`` meanwhile.
     """
     if form == "distributed":
-        return DistributedOutput(path, plan, like)
+        return DistributedOutput(path, plan, like, new=new)
     if form == "pickled":
-        return TorchOutput(path, plan, like)
+        return TorchOutput(path, plan, like, new=new)
     if form == "file":
-        return SafetensorsOutput(path, plan)
-    return SafetensorsOutput(path, plan, shard_nbytes or SHARD_NBYTES, copied, texts)
+        return SafetensorsOutput(path, plan, new=new)
+    stem = _stem(last)
+    return SafetensorsOutput(path, plan, shard_nbytes or SHARD_NBYTES, copied, texts, stem=stem, new=new)
+
+
+def _stem(path: str) -> str:
+    """Return what the names of a folder's files begin with, after an input: what its loader looks for."""
+    form = _form_of(Path(path))
+    if form == "distributed":
+        return STEMS[0]
+    if form == "safetensors" and os.path.isdir(path):
+        path = os.fspath(weights_in(Path(path)))
+    name = os.path.basename(_pickled_in(path) if form == "pickled" else path)
+    return next((stem for stem in STEMS if re.match(rf"{stem}[-.]", name)), STEMS[0])
 
 
 def output_form(path: str, shard_nbytes: int | None, first_input: str) -> str:

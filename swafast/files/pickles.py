@@ -22,6 +22,7 @@ DTYPES = {
     **{"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8"},
     **{"uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8"},
     **{"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0"},
+    **{"float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ"},
 }
 
 #: The storages of torch, by the dtype of their elements. Newer dtypes have storages of bytes.

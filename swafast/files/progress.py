@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
@@ -45,9 +46,10 @@ class Progress:
         self._label = self._shown_label = label
         self._clock = clock
         self._file = sys.stderr if file is None else file
+        quiet = quiet or self._file is None  # as after 2>&-
         self._start = self._shown = 0.0
         self._lock = Lock()
-        is_terminal = self._file.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        is_terminal = not quiet and self._file.isatty() and os.environ.get("TERM", "dumb") != "dumb"
         self._shows_bar, self._shows_lines = is_terminal and not quiet, not is_terminal and not quiet
         self._bar: RichProgress | None = None
 
@@ -100,8 +102,9 @@ class Progress:
         )
 
     def _line(self, text: str) -> None:
-        self._file.write(text + "\n")
-        self._file.flush()
+        with suppress(BrokenPipeError):  # nobody reads it any more
+            self._file.write(text + "\n")
+            self._file.flush()
 
 
 def _bar(file: TextIO, label: str, total: int) -> RichProgress:

@@ -13,13 +13,13 @@ from types import MappingProxyType
 
 from ..terms.misfits import few
 from ..terms.replacing import replacing, replacing_folder
-from .checkpoints import RECORD, OutputPlan, TensorSpec
-from .descriptors import give_up, open_regular, read_fully, write_fully
-from .headers import MOST_HEADER_NBYTES, header_bytes, read_header, without_doubles
+from .checkpoints import OutputPlan, TensorSpec, write_record
+from .descriptors import InputFile, give_up, open_regular, write_fully
+from .headers import MOST_HEADER_NBYTES, MOST_TENSORS, Scanner, header_bytes, read_header
 
 INDEX_SUFFIX = ".safetensors.index.json"
 #: The names of the weights in a folder, of which a folder has one: those of transformers, diffusers and peft.
-_STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
+STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 
 
 class SafetensorsCheckpoint:
@@ -35,83 +35,62 @@ class SafetensorsCheckpoint:
         """
         self.path = path
         self.aliases: Mapping[str, str] = {}
+        self._shards: dict[str, _Shard] = {}
+        try:
+            missing = [name for name, file in files.items() if not file.exists()]
+            if missing and placed is not None:
+                raise FileNotFoundError(
+                    f"{path}: the index names files that do not exist: {few(missing)}. Copy them there"
+                )
+            for name, file in files.items():
+                self._shards[name] = _Shard(file)
+            self.specs: Mapping[str, TensorSpec] = self._placed(placed)
+        except BaseException:
+            self.close()
+            raise
+        self.metadata: Mapping[str, str] = next((each.header.metadata for each in self._shards.values()), {})
+
+    def _placed(self, placed: Mapping[str, str] | None) -> dict[str, TensorSpec]:
+        """Return the tensors of all files, each of which must be where the index says."""
         specs: dict[str, TensorSpec] = {}
         self._places: dict[str, _Shard] = {}
-        missing = [name for name, file in files.items() if not file.exists()]
-        if missing and placed is not None:
-            raise FileNotFoundError(f"{path}: the index names files that do not exist: {few(missing)}. Copy them there")
-        shards = {name: _Shard(file) for name, file in files.items()}
-        for name, shard in shards.items():
+        for name, shard in self._shards.items():
             for tensor, spec in shard.header.specs.items():
                 if placed is not None and placed.get(tensor) != name:
                     where = f"says that {placed[tensor]} has it" if tensor in placed else "does not name it"
-                    raise ValueError(f"{path}: the file {name} has the tensor {tensor!r}, and the index {where}")
+                    raise ValueError(f"{self.path}: the file {name} has the tensor {tensor!r}, and the index {where}")
                 specs[tensor] = spec
                 self._places[tensor] = shard
         for tensor, name in (placed or {}).items():
             if tensor not in specs:
-                raise ValueError(f"{path}: the index says that {name} has the tensor {tensor!r}, and it has not")
-        self.specs: Mapping[str, TensorSpec] = specs
-        self.metadata: Mapping[str, str] = next((shard.header.metadata for shard in shards.values()), {})
-        self._threads = threading.local()
-        self._descriptors: set[int] = set()
-        self._lock = threading.Lock()
+                raise ValueError(f"{self.path}: the index says that {name} has the tensor {tensor!r}, and it has not")
+        return specs
 
     def read_into(self, name: str, start: int, into: memoryview) -> None:
         shard = self._places[name]
-        descriptor, offset = self._descriptor(shard), shard.header.offsets[name] + start
-        if not read_fully(descriptor, offset, into):
-            raise ValueError(f"{shard.path} is cut short: bytes of the tensor {name!r} are missing")
+        if not shard.file.read_fully(shard.header.offsets[name] + start, into):
+            raise ValueError(f"{shard.file.path} is cut short: bytes of the tensor {name!r} are missing")
 
-    def _descriptor(self, shard: _Shard) -> int:
-        """Return this thread's descriptor of a file.
-
-        Each thread has one file of a checkpoint open: large models have hundreds of files, and ten such models would
-        have more than a process may open.
-        """
-        held: tuple[_Shard, int] | None = getattr(self._threads, "held", None)
-        if held is not None and held[0] is shard:
-            return held[1]
-        descriptor = shard.open()
-        with self._lock:
-            if held is not None:
-                self._descriptors.remove(held[1])
-                os.close(held[1])
-            self._descriptors.add(descriptor)
-        self._threads.held = (shard, descriptor)
-        return descriptor
+    def require_unchanged(self) -> None:
+        for shard in self._shards.values():
+            shard.file.require_unchanged()
 
     def close(self) -> None:
-        with self._lock:
-            while self._descriptors:
-                os.close(self._descriptors.pop())
-            self._threads = threading.local()
+        for shard in self._shards.values():
+            shard.file.close()
 
 
 class _Shard:
     """One safetensors file, with its header."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        descriptor = open_regular(path)
+        self.file = InputFile(path)
         try:
-            self._identity = _identity(descriptor)
-            self.header = read_header(descriptor, str(path))
-        finally:
-            os.close(descriptor)
-
-    def open(self) -> int:
-        """Return a new descriptor of the file whose header was read."""
-        descriptor = open_regular(self.path)
-        if _identity(descriptor) != self._identity:
-            os.close(descriptor)
-            raise ValueError(f"{self.path} has changed since its header was read: average when nothing writes it")
-        return descriptor
-
-
-def _identity(descriptor: int) -> tuple[int, int, int, int]:
-    found = os.fstat(descriptor)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+            with self.file.opened() as descriptor:
+                self.header = read_header(descriptor, str(path))
+        except BaseException:
+            self.file.close()
+            raise
 
 
 def open_safetensors(path: str) -> SafetensorsCheckpoint:
@@ -121,20 +100,22 @@ def open_safetensors(path: str) -> SafetensorsCheckpoint:
         ValueError: a file is damaged, the index and its files disagree, or the folder holds no weights or several.
         OSError: a file cannot be read.
     """
-    chosen = _weights_in(Path(path)) if os.path.isdir(path) else Path(path)
+    chosen = weights_in(Path(path)) if os.path.isdir(path) else Path(path)
     if not chosen.name.endswith(INDEX_SUFFIX):
         return SafetensorsCheckpoint(path, {chosen.name: chosen})
-    placed = _read_index(chosen)
+    placed = read_index(chosen)
     return SafetensorsCheckpoint(path, {name: chosen.parent / name for name in dict.fromkeys(placed.values())}, placed)
 
 
-def _weights_in(folder: Path) -> Path:
+def weights_in(folder: Path) -> Path:
     """Return the file or the index of the weights in a folder."""
     names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
-    for stem in _STEMS:
-        for name in (f"{stem}{INDEX_SUFFIX}", f"{stem}.safetensors"):
-            if name in names:
-                return folder / name
+    for stem in STEMS:
+        own = [name for name in (f"{stem}{INDEX_SUFFIX}", f"{stem}.safetensors") if name in names]
+        if len(own) > 1:  # one of them is left over, and transformers would take the other one
+            raise ValueError(f"{folder} must hold {own[0]} or {own[1]}, got both: name the file")
+        if own:
+            return folder / own[0]
     found = sorted(name for name in names if name.endswith(INDEX_SUFFIX))
     found = found or sorted(name for name in names if name.endswith(".safetensors"))
     if len(found) != 1:
@@ -143,24 +124,45 @@ def _weights_in(folder: Path) -> Path:
     return folder / found[0]
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """Return the name of the file that has the tensor, for each tensor of an index."""
-    descriptor = open_regular(path)
-    with os.fdopen(descriptor, "rb") as file:
+def read_index(path: Path) -> dict[str, str]:
+    """Return the name of the file that has the tensor, for each tensor of an index.
+
+    Raises:
+        ValueError: it is no index, or names files outside of its folder.
+        OSError: it cannot be read.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
         text = file.read(MOST_HEADER_NBYTES + 1)
     try:
         if len(text) > MOST_HEADER_NBYTES:
             raise ValueError(f"it has more than {MOST_HEADER_NBYTES:,} bytes")
-        index = json.loads(text.decode(), object_pairs_hook=without_doubles)
-    except (ValueError, RecursionError) as error:
+        placed = _weight_map(Scanner(text))
+    except ValueError as error:
         raise ValueError(f"{path} is not an index of safetensors files: {error}") from None
-    placed = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
-        raise ValueError(f"{path} is not an index of safetensors files: it has no weight_map of names")
     for name in dict.fromkeys(placed.values()):
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\0" in name:
             raise ValueError(f"{path} must name files in its own folder, got {name!r}: do not use this index")
+    return placed
+
+
+def _weight_map(scanner: Scanner) -> dict[str, str]:
+    placed: dict[str, str] = {}
+    names: dict[str, str] = {}  # each once in memory
+    for key in scanner.keys("it"):
+        if key != "weight_map":
+            scanner.skip(f"its entry {key[:100]!r}")
+            continue
+        for tensor in scanner.keys("its weight_map, which must give each tensor's file,"):
+            if tensor in placed:
+                raise ValueError(f"the key {tensor[:100]!r} stands twice")
+            name = scanner.string()
+            placed[tensor] = names.setdefault(name, name)
+            if len(placed) > MOST_TENSORS:
+                raise ValueError(f"it names more than {MOST_TENSORS:,} tensors")
+    scanner.end()
+    if not placed:
+        raise ValueError("it has no weight_map of names")
     return placed
 
 
@@ -174,6 +176,9 @@ class SafetensorsOutput:
         shard_nbytes: int | None = None,
         copied: Sequence[Path] = (),
         texts: Mapping[str, str] = MappingProxyType({}),
+        *,
+        stem: str = STEMS[0],
+        new: bool = False,
     ) -> None:
         """Make the files, with their headers.
 
@@ -183,21 +188,26 @@ class SafetensorsOutput:
             shard_nbytes: how many bytes of tensors one file of the folder has at most, or else one tensor.
             copied: small files that go into the folder too.
             texts: what is in some of these there, by name.
+            stem: what the names of the folder's files begin with.
+            new: keep what appears at ``path`` meanwhile.
         """
-        self._stack = ExitStack()
-        place = self._stack.enter_context(replacing(path) if shard_nbytes is None else replacing_folder(path))
+        self._plan, self._stack = plan, ExitStack()
+        replace = replacing if shard_nbytes is None else replacing_folder
+        place = self._stack.enter_context(replace(path, new=new))
+        self._folder = None if shard_nbytes is None else place
+        self._files: dict[str, _Unfinished] = {}
         try:
             files: Mapping[Path, Sequence[TensorSpec]] = {place: plan.specs}
             if shard_nbytes is not None:
-                files = _laid_out(place, plan.specs, shard_nbytes)
+                files = _laid_out(place, plan.specs, shard_nbytes, stem)
                 for file in copied:
                     shutil.copyfile(file, place / file.name)
-                records = {f"{name}.json": plan.metadata[name] for name in plan.metadata.keys() & {RECORD}}
-                for name, text in {**texts, **records}.items():
+                for name, text in texts.items():
                     (place / name).write_text(text, encoding="utf-8")
-            self._files: dict[str, _Unfinished] = {}
             for file, specs in files.items():
-                self._files |= dict.fromkeys((spec.name for spec in specs), _Unfinished(file, specs, plan.metadata))
+                made = _Unfinished(file, specs, plan.metadata)
+                self._stack.callback(made.close)
+                self._files |= dict.fromkeys((spec.name for spec in specs), made)
         except BaseException:
             self.discard()
             raise
@@ -206,6 +216,8 @@ class SafetensorsOutput:
         self._files[name].write(name, start, data)
 
     def commit(self) -> None:
+        if self._folder is not None:
+            write_record(self._folder, self._plan)
         self._stack.close()
 
     def discard(self) -> None:
@@ -241,7 +253,9 @@ class _Unfinished:
             self._descriptor = None
 
 
-def _laid_out(folder: Path, specs: Sequence[TensorSpec], shard_nbytes: int) -> Mapping[Path, Sequence[TensorSpec]]:
+def _laid_out(
+    folder: Path, specs: Sequence[TensorSpec], shard_nbytes: int, stem: str
+) -> Mapping[Path, Sequence[TensorSpec]]:
     """Return the tensors of each file in a folder, in order; write the index if there are several files."""
     shards: list[list[TensorSpec]] = [[]]
     size = 0
@@ -252,12 +266,12 @@ def _laid_out(folder: Path, specs: Sequence[TensorSpec], shard_nbytes: int) -> M
         shards[-1].append(spec)
         size += spec.nbytes
     if len(shards) == 1:
-        return {folder / "model.safetensors": shards[0]}
+        return {folder / f"{stem}.safetensors": shards[0]}
     files = {
-        folder / f"model-{number:05}-of-{len(shards):05}.safetensors": shard for number, shard in enumerate(shards, 1)
+        folder / f"{stem}-{number:05}-of-{len(shards):05}.safetensors": shard for number, shard in enumerate(shards, 1)
     }
     weight_map = {spec.name: file.name for file, shard in files.items() for spec in shard}
     total = sum(spec.nbytes for spec in specs)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / f"model{INDEX_SUFFIX}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{stem}{INDEX_SUFFIX}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return files

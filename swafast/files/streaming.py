@@ -12,6 +12,8 @@ from .agreement import Agreed, why_unequal
 from .checkpoints import AVERAGED_DTYPES, ITEMSIZES, Checkpoint, Output
 from .summing import CHUNK_NUMEL, Summing
 
+#: Small chunks that one thread takes at once.
+_MOST_TOGETHER = 100
 #: What two threads hold beside the interpreter, for a report.
 NBYTES_PER_THREAD = 16 * CHUNK_NUMEL
 
@@ -39,10 +41,10 @@ class Pass:
                 summing = self.summing()
                 while not stopped.is_set():
                     with lock:
-                        chunk = next(chunks, None)
-                    if chunk is None:
+                        some = next(chunks, None)
+                    if some is None:
                         return
-                    nbytes = self._do(*chunk, summing, output)
+                    nbytes = sum(self._do(*chunk, summing, output) for chunk in some)
                     with lock:
                         advance(nbytes)
             except BaseException as error:
@@ -63,10 +65,20 @@ class Pass:
         if failures:
             raise failures[0]
 
-    def _chunks(self) -> Iterator[tuple[Agreed, int, int]]:
+    def _chunks(self) -> Iterator[list[tuple[Agreed, int, int]]]:
+        """Yield chunks, small ones of several tensors together: two threads lose time when they take turns."""
+        some, left = list[tuple[Agreed, int, int]](), CHUNK_NUMEL
         for tensor in self.tensors:
-            for start in range(0, tensor.spec.numel, CHUNK_NUMEL):
-                yield tensor, start, min(CHUNK_NUMEL, tensor.spec.numel - start)
+            numel = tensor.spec.numel
+            for start in range(0, numel, CHUNK_NUMEL):
+                size = min(CHUNK_NUMEL, numel - start)
+                if size > left or len(some) == _MOST_TOGETHER:
+                    yield some
+                    some, left = [], CHUNK_NUMEL
+                some.append((tensor, start, size))
+                left -= size
+        if some:
+            yield some
 
     def _do(self, tensor: Agreed, start: int, numel: int, summing: Summing, output: Output) -> int:
         """Average or copy one chunk. Return how many bytes were read and written."""
@@ -113,6 +125,8 @@ class Pass:
             value = _value(bytes(element), dtype)
             if not math.isfinite(value):
                 return f"{each.path}: the tensor {name} holds {value} {where}: leave that input out, or {advice}"
+        if tensor.spec.dtype == "F64":
+            return f"the sum of the tensor {name} is no finite float64 {where}: pass weights (--weights), or {advice}"
         return (
             f"the average of the tensor {name} is no finite {tensor.spec.dtype} {where}: choose a larger dtype, "
             f"or {advice}"

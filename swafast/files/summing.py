@@ -1,6 +1,7 @@
 """Sums of a chunk's elements in float64, and their one rounding: by the native library, by numpy or by torch.
 
-The native library is the fastest, and needs neither of the others. All of them give the same bits.
+The native library is the fastest, and needs neither of the others. All of them give the same bits, but for
+those of a NaN.
 """
 
 from __future__ import annotations
@@ -85,11 +86,12 @@ class NumpySumming:
         np, values, sums = self._np, self._typed(dtype, numel), self._sums[:numel]
         if dtype == "BF16":
             values = (values.astype(np.uint32) << 16).view(np.float32)
-        products = np.multiply(values, coefficient, dtype=np.float64)
-        if begin:
-            sums[:] = products
-        else:
-            sums += products
+        with np.errstate(all="ignore"):  # what is not finite is found at the end
+            products = np.multiply(values, coefficient, dtype=np.float64)
+            if begin:
+                sums[:] = products
+            else:
+                sums += products
 
     def finish(self, dtype: str, numel: int, divisor: float) -> int | None:
         np, out = self._np, self._typed(dtype, numel)
@@ -155,6 +157,8 @@ def choose_summing() -> tuple[Callable[[], Summing], str]:
         return NativeSumming, f"the native library ({found.swafast_cpu_isa().decode()})"
     if importlib.util.find_spec("numpy") is not None:
         return NumpySumming, f"numpy, since {found.reason}"
+    if importlib.util.find_spec("torch") is None:
+        raise RuntimeError(f"averages need the native library, numpy or torch: install numpy ({found.reason})")
     return TorchSumming, f"torch, since there is no numpy, and {found.reason}"
 
 

@@ -12,7 +12,7 @@ from ..terms.replacing import replacing
 from ..torch_private.pickled import MODULE_VERSIONS
 from .archives import Archive, ArchiveLayout, PartialChecksum
 from .checkpoints import ITEMSIZES, RECORD, Checkpoint, OutputPlan, TensorSpec
-from .descriptors import give_up, open_regular, read_fully, write_fully
+from .descriptors import InputFile, give_up, write_fully
 from .entries import chosen_entries, chosen_tensors
 from .pickles import DTYPES, StridedView
 from .strided import ReadAt, Region, extent_of
@@ -43,7 +43,7 @@ class TorchCheckpoint:
             OSError: it cannot be read.
         """
         self.path = path
-        self._descriptor, archive = open_archive(path, allow)
+        self._file, archive = open_archive(path, allow)
         try:
             self.metadata: Mapping[str, str] = strings_in(getattr(archive.value, METADATA, None))
             entries, _, self.notes = chosen_entries(archive.value, path, key, StridedView)
@@ -64,31 +64,33 @@ class TorchCheckpoint:
             raise
 
     def _read_at(self, name: str, offset: int, into: memoryview) -> None:
-        if not read_fully(self._descriptor, offset, into):
+        if not self._file.read_fully(offset, into):
             raise ValueError(f"{self.path} is damaged: bytes of {name!r} are missing at its end")
 
     def read_into(self, name: str, start: int, into: memoryview) -> None:
         itemsize = ITEMSIZES[self.specs[name].dtype]
         self._regions[name].read_run(start // itemsize, (start + len(into)) // itemsize, into)
 
+    def require_unchanged(self) -> None:
+        self._file.require_unchanged()
+
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._file.close()
 
 
-def open_archive(path: str, allow: Sequence[str]) -> tuple[int, Archive]:
-    """Open a file of ``torch.save``. Return its descriptor, and what it says of itself.
+def open_archive(path: str, allow: Sequence[str]) -> tuple[InputFile, Archive]:
+    """Open a file of ``torch.save``. Return the file, and what it says of itself.
 
     Raises:
         ValueError, OSError: as a ``TorchCheckpoint``.
     """
-    descriptor = open_regular(path)
+    file = InputFile(path)
     try:
-        _require_zip(descriptor, path)
-        return descriptor, Archive(descriptor, 0, os.fstat(descriptor).st_size, path, allow)
+        with file.opened() as descriptor:
+            _require_zip(descriptor, path)
+            return file, Archive(descriptor, 0, file.nbytes, path, allow)
     except BaseException:
-        os.close(descriptor)
+        file.close()
         raise
 
 
@@ -162,8 +164,17 @@ class TorchOutput:
     ``swafast_metadata``.
     """
 
-    def __init__(self, path: str | os.PathLike[str], plan: OutputPlan, like: Checkpoint | None = None) -> None:
-        """Make the file, beside its place; ``like`` is the input of which the modules' versions are kept."""
+    def __init__(
+        self, path: str | os.PathLike[str], plan: OutputPlan, like: Checkpoint | None = None, *, new: bool = False
+    ) -> None:
+        """Make the file, beside its place.
+
+        Args:
+            path: of the file.
+            plan: what to write.
+            like: the input of which the modules' versions are kept.
+            new: keep what appears at ``path`` meanwhile.
+        """
         places = {spec.name: index for index, spec in enumerate(plan.specs)}
         views = {spec.name: view_to_pickle(str(places[spec.name]), spec.dtype, spec.shape) for spec in plan.specs}
         views |= {alias: views[name] for alias, name in plan.aliases.items()}
@@ -180,7 +191,7 @@ class TorchOutput:
         }
         self._nbytes = {spec.name: spec.nbytes for spec in plan.specs}
         self._stack = ExitStack()
-        unfinished = self._stack.enter_context(replacing(path))
+        unfinished = self._stack.enter_context(replacing(path, new=new))
         self._descriptor = os.open(unfinished, os.O_WRONLY | os.O_CLOEXEC)
         self._stack.callback(os.close, self._descriptor)
 

@@ -185,6 +185,8 @@ files/: checkpoints in files
     checkpoint        tensors by name in one or several files, which are read a piece at a time
     output            a checkpoint that is being written, beside its place
     tensor spec       name, dtype and shape of a tensor in a file
+    packed error      tensors of a file have elements of less than a byte
+    input file        a file that several threads read, open as long as there is room
     header            what a safetensors file holds, and where
     scanner           reads the JSON of a header, one entry at a time
     unfinished        a safetensors file of an output, open until its last byte is there

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import secrets
 import shutil
@@ -16,8 +17,10 @@ _MOST = 50
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], *, new: bool = False) -> Iterator[Path]:
     """Yield the path of a new file beside ``path``. On leaving, sync it to the disk and give it the name ``path``.
+
+    With ``new``, what appears at ``path`` meanwhile is kept: the new file gives way.
 
     At every moment a reader finds the whole old file or the whole new one, also after a kill or a power cut. If the
     body raises, the old file stays. A killed process leaves the folder ``<name>.<random>.unfinished``. Processes that
@@ -25,6 +28,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     its permissions.
 
     Raises:
+        FileExistsError: something is at ``path``, with ``new``.
         OSError: ``path`` is a device, a pipe or a folder; its folder does not exist; or a file cannot be written.
     """
     path = _in_a_folder(path)
@@ -41,7 +45,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield unfinished
         unfinished.chmod(stat.S_IMODE(mode))  # else nobody else can read what safetensors makes
         _sync(unfinished)
-        os.replace(unfinished, path)
+        if not new:
+            os.replace(unfinished, path)
+        elif not _linked(unfinished, path):
+            raise FileExistsError(_appeared(path))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):  # some file systems cannot sync a folder
@@ -49,14 +56,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing_folder(path: str | os.PathLike[str], *, new: bool = False) -> Iterator[Path]:
     """Yield the path of a new folder beside ``path``. On leaving, sync its files and give it the name ``path``.
 
-    A folder that stands there is replaced as a whole, with all that is in it: ask first whether it may be. Where the
-    system cannot exchange two folders at once, a kill between two renames leaves the old one as ``*.replaced``, and
-    nothing at ``path``. Otherwise as :func:`replacing`.
+    A folder that stands there is replaced as a whole, with all that is in it: ask first whether it may be. With
+    ``new``, only an empty one is. Where the system cannot exchange two folders at once, a kill between two renames
+    leaves the old one as ``*.replaced``, and nothing at ``path``. Otherwise as :func:`replacing`.
 
     Raises:
+        FileExistsError: ``path`` is a folder with something in it, with ``new``.
         OSError: ``path`` is no folder; its own folder does not exist; or a file cannot be written.
     """
     path = _in_a_folder(path)
@@ -70,16 +78,38 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             _sync(file)
         with suppress(OSError):
             _sync(unfinished)
-        _put_in_place(unfinished, path)
+        _put_in_place(unfinished, path, new)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # or the old one, after an exchange
     with suppress(OSError):
         _sync(path.parent)
 
 
-def _put_in_place(folder: Path, path: Path) -> None:
-    if not path.exists():
-        os.rename(folder, path)
+def _linked(file: Path, path: Path) -> bool:
+    """Return whether a name was free, which a file has got then."""
+    try:
+        os.link(file, path)
+    except FileExistsError:
+        return False
+    except OSError:  # the file system has no links
+        if path.exists():
+            return False
+        os.replace(file, path)
+    return True
+
+
+def _appeared(path: Path) -> str:
+    return f"path must stay free until the end, got {str(path)!r}, which somebody else has made meanwhile"
+
+
+def _put_in_place(folder: Path, path: Path, new: bool) -> None:
+    if new or not path.exists():
+        try:
+            os.rename(folder, path)  # over an empty folder too
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise FileExistsError(_appeared(path)) from None
     elif not _exchanged(folder, path):
         replaced = _beside(path, "replaced")
         os.rename(path, replaced)
