@@ -229,6 +229,20 @@ def test_checkpoints_of_other_packages(tmp_path: Path) -> None:
         assert checkpoint.module_versions["net.1" if name == "lightning" else "1"] == {"version": 2}
 
 
+def test_a_sharded_folder_of_transformers_is_averaged_into_one_alike(tmp_path: Path) -> None:
+    with zipfile.ZipFile(ORACLES) as packed:
+        packed.extractall(tmp_path)
+    expected = load_file(tmp_path / "expected" / "transformers.safetensors")
+    average([tmp_path / "transformers"] * 2, tmp_path / "out", shard_size=4096)
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    got = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    assert len(shards) > 1
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "transformers" / "config.json").read_bytes()
+    require_holds(open_checkpoint(str(tmp_path / "out"), key=None, strip=None, allow=()), expected)
+
+
 # What is refused
 
 
