@@ -27,6 +27,7 @@
 #include "paces.h"
 #include "planted.h"
 #include "shared_checks.h"
+#include "sums.h"
 #include "swafast.h"
 #include "tensors.h"
 
@@ -343,6 +344,7 @@ void check_isa(bool all) {
     check_first_nonfinite(largest, num_threads == 1 ? 1 : 299);
   }
   check_checksum();
+  check_sums();
   check_updates();
   check_conversions();
   check_exact_pairs(all);
