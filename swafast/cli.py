@@ -153,7 +153,12 @@ def _pairs(texts: list[str]) -> dict[str, str]:
     for text in texts:
         if text.count("=") != 1:
             raise typer.BadParameter(f"must be of the form A=B, got {text!r}", param_hint="--tied")
-    return dict(text.split("=") for text in texts)
+    pairs = [text.split("=") for text in texts]
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise typer.BadParameter(f"must give each name once, got {twice!r} twice", param_hint="--tied")
+    return dict(pairs)
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def agree(
         if sources in agreed:
             continue
         specs = [each.specs[source] for each, source in zip(inputs, sources, strict=True)]
-        difference = _difference(name, specs, inputs, dtype)
+        difference = None if is_unmerged(name) else _difference(name, specs, inputs, dtype)
         if difference is not None:
             differing.append(difference)
         else:
@@ -112,8 +112,8 @@ def _check_names(inputs: Sequence[Checkpoint], names: Sequence[str], found: Sequ
             which = next(other for other, has in zip(inputs, found, strict=True) if missing[0] in has)
             raise ValueError(
                 f"{each.path} lacks {len(missing)} of the tensors, which {which.path} has: {few(missing)}. "
-                "Leave that input out; for tied names use tied, as in lm_head.weight=model.embed_tokens.weight; "
-                "for a prefix use strip"
+                "Leave that input out; for tied names pass --tied lm_head.weight=model.embed_tokens.weight; for a "
+                "prefix pass --strip (tied=, strip=)"
             )
     if not names:
         raise ValueError(f"{inputs[0].path} holds no tensor")
@@ -150,7 +150,7 @@ def _difference(name: str, specs: Sequence[TensorSpec], inputs: Sequence[Checkpo
         if spec.shape != first.shape:
             return f"{name} has the shape {list(first.shape)} in {inputs[0].path} and {list(spec.shape)} in {each.path}"
         if spec.dtype != first.dtype and not (is_float and dtype is not None):
-            advice = " (dtype says which one is written)" if is_float else ""
+            advice = " (dtype='fp32' or --dtype fp32 says which one is written)" if is_float else ""
             return f"{name} is {first.dtype} in {inputs[0].path} and {spec.dtype} in {each.path}{advice}"
     return None
 
@@ -158,11 +158,12 @@ def _difference(name: str, specs: Sequence[TensorSpec], inputs: Sequence[Checkpo
 def _agreed(
     name: str, sources: tuple[str, ...], specs: Sequence[TensorSpec], dtype: str | None, integers: str
 ) -> Agreed:
-    own = specs[0].dtype
     dtypes = tuple(spec.dtype for spec in specs)
-    written = TensorSpec(name, dtype or own if own in AVERAGED_DTYPES else own, specs[0].shape)
+    taken = len(specs) - 1 if is_unmerged(name) and integers != "first" else 0
+    own = dtypes[taken]
+    written = TensorSpec(name, dtype or own if own in AVERAGED_DTYPES else own, specs[taken].shape)
     if is_unmerged(name):
-        return Agreed(written, sources, dtypes, 0 if integers == "first" else len(specs) - 1)
+        return Agreed(written, sources, dtypes, taken)
     if own in AVERAGED_DTYPES:
         return Agreed(written, sources, dtypes)
     is_equal = integers == "equal" or own not in _COUNTED

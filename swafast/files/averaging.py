@@ -28,6 +28,7 @@ from .choices import (
     nbytes_of,
 )
 from .descriptors import interrupted_once
+from .entries import AVERAGE_PART, require_one_plane
 from .opening import create_output, open_checkpoint, output_form
 from .placing import check_place, check_space
 from .progress import size_text
@@ -260,10 +261,25 @@ def _opened(
             raise ValueError(
                 f"{path} is a state that swafast.save has written, with counts: average such states by swafast combine"
             )
+        require_one_plane([*checkpoint.specs, *checkpoint.aliases], path)
         for note in getattr(checkpoint, "notes", ()):
             say(note)
         opened.append(checkpoint)
+    _check_keys(opened, key)
     return opened
+
+
+def _check_keys(opened: Sequence[Checkpoint], asked: str | None) -> None:
+    """Check the keys that were taken: an average and a model do not mix, and a key that nothing has is a mistake."""
+    keys = {found: each.path for each in opened if (found := getattr(each, "key", ""))}
+    if asked is not None and not any(hasattr(each, "key") for each in opened):
+        raise ValueError(f"key (--key) is for files of torch.save and folders of DCP, got {asked!r} for safetensors")
+    if asked is None and AVERAGE_PART in keys and len(keys) > 1:
+        other = next(found for found in keys if found != AVERAGE_PART)
+        raise ValueError(
+            f"inputs must hold the same part, got {AVERAGE_PART!r} in {keys[AVERAGE_PART]} and {other!r} in "
+            f"{keys[other]}: pass key={other!r} (--key {other})"
+        )
 
 
 def _report(

@@ -44,6 +44,13 @@ def changed_texts(files: list[Path], dtype: str | None) -> dict[str, str]:
     """
     if dtype is None:
         return {}
-    texts = {file.name: file.read_text(encoding="utf-8") for file in files if file.name == _CONFIG}
+    texts = {file.name: _text(file) for file in files if file.name == _CONFIG}
     changed = {name: _DTYPE.sub(rf'\1"{_DTYPES[dtype]}"', text) for name, text in texts.items()}
     return {name: text for name, text in changed.items() if text != texts[name]}
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} must be text in UTF-8: {error}") from None

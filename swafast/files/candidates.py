@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..terms.misfits import few
 from .checkpoints import RECORD
-from .safetensors_files import INDEX_SUFFIX, STEMS, read_index
+from .safetensors_files import INDEX_SUFFIX, OF_SHARD, STEMS, read_index
 from .step_names import Counted, copies_among, has_step, stem_of
 
 #: Reasons why a file or folder among checkpoints is none.
@@ -32,7 +32,6 @@ _NAMES = {
 #: Words of a name without a step, which mark a copy or a mean of other checkpoints.
 _COPIES = {"last", "latest", "best", "final", "init", "avg", "average", "averaged", "mean", "swa"}
 #: The name of a shard, and names of weights that have a folder of their own.
-_OF_SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})")
 _ONLY_WEIGHTS = ("model", "pytorch_model", "adapter_model", "diffusion_pytorch_model")
 #: In which an average has our key. 26 bytes come before it in safetensors, and 30 in a zip.
 _BEGIN_NBYTES = 64
@@ -79,7 +78,7 @@ def listed(paths: Sequence[str]) -> list[Candidate]:
             # A folder that is not understood goes to whoever opens it, and is refused there.
             found.append(Candidate(_checkpoint_in(path) or path, path))
             continue
-        shard = _OF_SHARD.fullmatch(stem_of(name))
+        shard = OF_SHARD.fullmatch(stem_of(name))
         if shard is not None and int(shard[2]) > 1:
             raise ValueError(
                 f"inputs must be whole checkpoints, got {path!r}, which is one of {int(shard[2])} files of a "
@@ -105,7 +104,7 @@ def without_others(paths: Sequence[str], say: Callable[[str], object]) -> list[s
     copies = copies_among([*names.values()])
     for path, name in names.items():
         reason = _COPY if name in copies else _reason(name, os.path.isdir(path))
-        reason = reason or (_AVERAGE if _is_average(path) else "")
+        reason = reason or (_AVERAGE if is_average(path) else "")
         if reason in (_UNFINISHED, _STATE, _COPY, _AVERAGE):
             skipped[reason].append(path)
     kept = [path for path in paths if not any(path in others for others in skipped.values())]
@@ -143,7 +142,7 @@ def _sorted_out(parent: str) -> tuple[list[Candidate], dict[str, list[str]], boo
             skipped[_OWN].append(name)
             continue
         reason, content = _reason(name, is_folder := os.path.isdir(path)), path
-        if not reason and _is_average(path):
+        if not reason and is_average(path):
             reason = _AVERAGE
         if not reason and is_folder:
             content = _checkpoint_in(path) or ""
@@ -158,7 +157,7 @@ def _sorted_out(parent: str) -> tuple[list[Candidate], dict[str, list[str]], boo
     return found, skipped, _OWN in skipped
 
 
-def _is_average(path: str) -> bool:
+def is_average(path: str) -> bool:
     """Return whether an average was written there: a folder has a record of it, and a file begins with its key."""
     if os.path.isdir(path):
         return os.path.isfile(os.path.join(path, f"{RECORD}.json"))
@@ -197,7 +196,7 @@ def _reason(name: str, is_folder: bool) -> str:
     for reason, pattern in _NAMES.items():
         if pattern.fullmatch(stem):
             return reason
-    shard = _OF_SHARD.fullmatch(stem)
+    shard = OF_SHARD.fullmatch(stem)
     if not is_folder and not has_ending:
         return _OTHER
     if not is_folder and (shard[1] if shard is not None else stem) in _ONLY_WEIGHTS:
@@ -209,7 +208,7 @@ def _reason(name: str, is_folder: bool) -> str:
 
 def may_be_whole(name: str) -> bool:
     """Return whether a file in a folder may hold all weights of a checkpoint, by its name."""
-    shard = _OF_SHARD.fullmatch(stem_of(name))
+    shard = OF_SHARD.fullmatch(stem_of(name))
     is_whole = shard is None or int(shard[2]) == 1
     return is_whole and _reason(name, is_folder=False) in ("", _OWN, _COPY)
 

@@ -8,7 +8,8 @@ from typing import Any
 from .pickles import Opaque
 
 #: Keys under which training scripts keep the weights, the average first.
-PARTS = ("state_dict_ema", "state_dict", "model", "module")
+AVERAGE_PART = "state_dict_ema"
+PARTS = (AVERAGE_PART, "state_dict", "model", "module")
 #: The key that averages of torch and of swafast have beside their params, which are under ``module.``.
 _COUNT = "n_averaged"
 #: The planes that averages of swafast have beside the first one, in the formats that have several.
@@ -40,7 +41,7 @@ def chosen_entries(
     if part is None:
         raise ValueError(f"key must be that of a state dict in {path}, got {key!r}{_advice(value, kind)}")
     if in_one_plane:
-        _require_one_plane(part, path)
+        require_one_plane(_named(part), path)
     if not any(isinstance(entry, kind) for entry in dict.values(part)):
         _check_dense(part, path)
         what = few_of(_named(part)) or "nothing"
@@ -63,20 +64,19 @@ def chosen_entries(
     return part, key if is_nested else "", notes
 
 
-def _require_one_plane(state: dict[Any, Any], path: str, key: str = "") -> None:
+def require_one_plane(names: Collection[str], path: str, key: str = "") -> None:
     """Check that what a key chooses is no average whose bits are in several planes: the first one lacks bits."""
-    entries = _named(state)
-    for count in entries:
+    for count in names:
         head, _, leaf = count.rpartition(".")
-        if leaf != _COUNT or "." in head:
+        if leaf != _COUNT:
             continue
         begin = head and f"{head}."
         if not f"{begin}module.".startswith(f"{key}." if key else ""):
             continue
-        for name in entries:
+        for name in names:
             if name.startswith(tuple(f"{begin}{plane}." for plane in PLANES)):
                 whole = f"{begin}module.{name.removeprefix(begin).partition('.')[2]}"
-                if whole in entries:
+                if whole in names:
                     raise ValueError(
                         f"{path} must hold whole averages, got {whole!r} with further bits in {name!r}: average such "
                         "states by swafast combine, or save averaged_state_dict()"
@@ -91,7 +91,7 @@ def _named(state: dict[Any, Any]) -> dict[str, Any]:
 def _part(state: dict[Any, Any], key: str, path: str, in_one_plane: bool) -> dict[Any, Any] | None:
     """Return the dict under a key, whose dots may separate keys or be in them."""
     if in_one_plane:
-        _require_one_plane(state, path, key)
+        require_one_plane(_named(state), path, key)
     entries, at = _named(state), len(key)
     while at > 0:
         inner = entries.get(key[:at])

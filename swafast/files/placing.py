@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..terms.misfits import few
+from .candidates import is_average
 from .checkpoints import RECORD_FILE
 from .progress import size_text
 
@@ -55,7 +56,10 @@ def _check_folder(out: Path, inputs: Sequence[str]) -> None:
         own = None
     if not isinstance(own, list):
         raise FileExistsError(f"out must be a folder that an average was written to, got {str(out)!r}: remove it first")
-    others = sorted({*os.listdir(out)} - {name for name in own if isinstance(name, str)})
+    names = os.listdir(out)
+    others = sorted({*names} - {name for name in own if isinstance(name, str)})
+    # Another program may have saved a model under our names.
+    others += sorted(name for name in names if name.endswith(".safetensors") and not is_average(str(out / name)))
     if others:
         raise FileExistsError(
             f"out must hold only what an average has written, got {str(out)!r} with {few(others)}: move that away first"

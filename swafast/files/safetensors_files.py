@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from .descriptors import InputFile, give_up, open_regular, write_fully
 from .headers import MOST_HEADER_NBYTES, MOST_TENSORS, Scanner, header_bytes, read_header
 
 INDEX_SUFFIX = ".safetensors.index.json"
+#: The stem of one of several files of a checkpoint, with its own stem and their number.
+OF_SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})")
 #: The names of the weights in a folder, of which a folder has one: those of transformers, diffusers and peft.
 STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 
@@ -121,6 +124,9 @@ def weights_in(folder: Path) -> Path:
     if len(found) != 1:
         listed = ", ".join(found[:3]) or "none"
         raise ValueError(f"{folder} must hold one *.safetensors or one *{INDEX_SUFFIX}, got {listed}: name the file")
+    shard = OF_SHARD.fullmatch(found[0].removesuffix(".safetensors"))
+    if shard is not None and int(shard[2]) > 1:
+        raise ValueError(f"{folder} must hold all files of a checkpoint and its index, got {found[0]} without an index")
     return folder / found[0]
 
 

@@ -46,7 +46,7 @@ class TorchCheckpoint:
         self._file, archive = open_archive(path, allow)
         try:
             self.metadata: Mapping[str, str] = strings_in(getattr(archive.value, METADATA, None))
-            entries, _, self.notes = chosen_entries(archive.value, path, key, StridedView)
+            entries, self.key, self.notes = chosen_entries(archive.value, path, key, StridedView)
             self.module_versions = _versions_in(entries, strip)
             views = chosen_tensors(entries, path, strip, StridedView, self.notes)
             self.specs: dict[str, TensorSpec] = {}
