@@ -321,7 +321,11 @@ BAD: dict[str, tuple[Made, dict[str, Any], str]] = {
         {},
         r"bias has the shape \[7\] in .*m0.* and \[8\] in",
     ),
-    "dtype": (disagreeing({"bias": np.ones(7, np.float32)}), {}, r"bias is F16 in .*m0.* and F32 in .*m1.*dtype says"),
+    "dtype": (
+        disagreeing({"bias": np.ones(7, np.float32)}),
+        {},
+        r"bias is F16 in .*m0.* and F32 in .*m1.*dtype='fp32' or --dtype fp32 says",
+    ),
     "integer dtype": (disagreeing({"count": np.array([3, 4], np.int32)}), {"dtype": "bf16"}, "count is I64 in"),
     "no input": (lambda folder: [], {}, "inputs must have at least one checkpoint"),
     "not there": (lambda folder: [folder / "x.safetensors"], {}, "x.safetensors"),

@@ -107,6 +107,7 @@ def test_average_lists_writes_and_ends_with_2_for_bad_input(tmp_path: Path, monk
         ([*inputs, "-o", "out.safetensors"], "--force"),
         ([*inputs, "-o", "new.safetensors", "--weights", "1,x"], "--weights"),
         ([*inputs, "-o", "new.safetensors", "--tied", "z"], "--tied"),
+        ([*inputs, "-o", "new.safetensors", "--tied", "z=x", "--tied", "z=y"], "--tied"),
         ([*inputs, "-o", "new.safetensors", "--last", "50%"], "'--last': must be a whole number"),
         ([*inputs, "-o", "new.safetensors", "--from", "0.003k"], "got 3, and 'step_1.safetensors' has the step 1"),
         ([*inputs, "-o", "new.safetensors", "--ema", "1.5"], "ema must be in [0, 1]"),
