@@ -227,8 +227,9 @@ def test_a_damaged_input_is_closed(tmp_path: Path) -> None:
 
 
 SLOW = """
-import time
+import signal, time
 from swafast.terms import replacing
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its jobs in the background ignore it
 real = replacing.shutil.rmtree
 def slow(*arguments, **options):
     print("cleans", flush=True)
