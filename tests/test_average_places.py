@@ -38,7 +38,7 @@ def saved(folder: Path, form: str = "out") -> list[Path]:
 
             path = folder / f"m{number}"
             state = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            dcp.save(state, checkpoint_id=path, no_dist=True)
+            dcp.save(state, checkpoint_id=path)
         paths.append(path)
     return paths
 
