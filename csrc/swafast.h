@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define SWAFAST_ABI 9
+#define SWAFAST_ABI 10
 
 /* dtype of a param */
 enum { SWAFAST_FLOAT32 = 0, SWAFAST_BFLOAT16 = 1, SWAFAST_FLOAT16 = 2, SWAFAST_BYTES = 3, SWAFAST_NUM_DTYPES = 4 };
@@ -29,7 +29,8 @@ enum {
   SWAFAST_FORMAT_COMPACT = 4,     /* planes[0] bfloat16, planes[1] int8 remainder; rounded at random */
   SWAFAST_FORMAT_COMPENSATED = 5, /* planes[0] float32, planes[1] float32 compensation */
   SWAFAST_FORMAT_HALF = 6,        /* planes[0] bfloat16; rounded at random */
-  SWAFAST_NUM_FORMATS = 7
+  SWAFAST_FORMAT_SPREAD = 7,      /* no average: planes[0] float32 variance, planes[1] a swafast_ring */
+  SWAFAST_NUM_FORMATS = 8
 };
 
 enum {
@@ -69,6 +70,19 @@ typedef struct {
   int32_t pace;      /* index of the launch's pace by which this average moves */
   int32_t followers; /* how many rows after this one average the same param */
 } swafast_tensor;
+
+/* The last deviations of a param from its average, each a column: the addresses of num_columns arrays of numel elements,
+ * in the param's order, come after this head. All of it is where the tensors are.
+ *
+ * A row of SWAFAST_FORMAT_SPREAD stands before the row of its average, which has the same param and pace. An update
+ * reads param and average before it moves the average:
+ *   deviation = param - new average, variance = lerp(variance, (param - old average) * deviation, weight),
+ * with the new average as it is before it is rounded to its planes, and writes the deviation into the column
+ * *num_averaged % num_columns. Both are 0 at weight 1. */
+typedef struct {
+  int32_t num_columns; /* 0: there is a variance alone */
+  int32_t dtype;       /* of the columns: SWAFAST_FLOAT32, SWAFAST_BFLOAT16 or SWAFAST_FLOAT16 */
+} swafast_ring;
 
 /* A run of elements of one tensor and of its followers: the unit of work of a task or a block. */
 typedef struct {
@@ -119,6 +133,20 @@ SWAFAST_EXPORT void swafast_cpu_want_large_pages(void* start, int64_t nbytes);
 SWAFAST_EXPORT int32_t swafast_cpu_exchange(const swafast_tensor* tensors, int64_t num_tensors,
                                             const swafast_chunk* chunks, int64_t num_chunks, int32_t num_threads,
                                             int64_t wanted, int64_t* exchanged);
+
+/* A point near an average: average + sum of coefficients[k] * column k + noise * sqrt(variance) * a normal number. */
+typedef struct {
+  const float* coefficients; /* of the first num_columns columns; where the tensors are */
+  int32_t num_columns;
+  uint32_t index; /* of the sample: the normal numbers go by it, the key of the average's row and the element's index */
+  float noise;    /* 0: no random number is drawn */
+} swafast_sample;
+
+/* Write the point into every param whose row has SWAFAST_FORMAT_SPREAD, rounded once, to nearest. Each column is added
+ * by one fma in the order of the columns, then the noise by another. The table must have no other rows than those and
+ * the rows of their averages. SWAFAST_BAD_COUNT if a ring has fewer columns. */
+SWAFAST_EXPORT int32_t swafast_cpu_draw(const swafast_tensor* tensors, int64_t num_tensors, const swafast_chunk* chunks,
+                                        int64_t num_chunks, const swafast_sample* sample, int32_t num_threads);
 
 /* *tensor = the lowest index of a tensor whose param holds a NaN or an infinity, or -1. Copied tensors do not count. */
 SWAFAST_EXPORT int32_t swafast_cpu_first_nonfinite(const swafast_tensor* tensors, int64_t num_tensors,
@@ -172,7 +200,7 @@ typedef struct {
   void* param; /* of its first element, as the planes are */
   void* planes[2];
   int64_t numel; /* bytes for SWAFAST_BYTES, elements otherwise */
-  int64_t first_index;
+  int64_t first_index; /* of SWAFAST_FORMAT_SPREAD: elements of the tensor before the chunk, since planes[1] is its ring */
   uint64_t key;
   uint32_t tensor; /* index of the row that it was made of */
   uint32_t index_step;
@@ -229,6 +257,10 @@ SWAFAST_EXPORT int32_t swafast_cuda_update(const swafast_table* table, const swa
 /* As swafast_cpu_exchange, with state->exchanged for its memory. */
 SWAFAST_EXPORT int32_t swafast_cuda_exchange(const swafast_table* table, int64_t wanted, const swafast_grid* grid,
                                              void* stream);
+
+/* As swafast_cpu_draw; the coefficients are on the device, the struct itself is on the host. */
+SWAFAST_EXPORT int32_t swafast_cuda_draw(const swafast_table* table, const swafast_sample* sample,
+                                         const swafast_grid* grid, void* stream);
 
 /* Fill in state->nonfinite. Copied tensors do not count. */
 SWAFAST_EXPORT int32_t swafast_cuda_first_nonfinite(const swafast_table* table, const swafast_grid* grid, void* stream);

@@ -24,7 +24,7 @@ from swafast.average.planes import fit_planes
 from swafast.files import combining, placing
 from swafast.files.averaged_file import read_state
 from swafast.files.combining import combine_files
-from swafast.terms.formats import full_precision
+from swafast.terms.converting import full_precision
 from tests.support import same_bits
 
 FORMATS = ("float32", "exact", "compact", "compensated", "half", "mirrored")

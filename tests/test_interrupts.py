@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages
 from swafast.average.planes import find_planes
-from swafast.terms.formats import full_precision
+from swafast.terms.converting import full_precision
 from tests.support import drift, is_interrupted, same_bits
 
 #: Not the guard: Python sees no signal between the body of a ``with`` and the exit of a lock in C.

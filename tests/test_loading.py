@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from swafast import ExponentialAverage, FusedAveragedModel, FusedAverages
 from swafast.optim import SWA
-from swafast.terms.formats import write_all
+from swafast.terms.converting import write_all
 from tests.support import differing, drift, is_interrupted, refused, step_with_ones, tensors_in, tensors_of
 
 Averaged = FusedAveragedModel | FusedAverages

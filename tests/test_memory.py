@@ -18,7 +18,8 @@ from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedA
 from swafast.op import buckets
 from swafast.sharded import checkpoint
 from swafast.terms import layout
-from swafast.terms.formats import FLOAT32, Format, convert, get_format
+from swafast.terms.converting import convert
+from swafast.terms.formats import FLOAT32, Format, get_format
 from swafast.terms.layout import MAX_BUCKET_NUMEL
 from tests.costs import peak_of
 from tests.support import differing

@@ -15,7 +15,8 @@ from torch.nn import Module
 
 from ..loop import swaps
 from ..loop.guard import finished
-from ..terms.formats import EXTRA_PLANES, Format, convert
+from ..terms.converting import convert
+from ..terms.formats import EXTRA_PLANES, Format
 from ..torch_private.modules import named_tensors, own_children
 from .bindings import WithBindings
 from .described import asked_of

@@ -14,8 +14,8 @@ from torch.nn import Module
 
 from ..op.checks import check_cast, check_plain
 from ..terms import misfits
+from ..terms.converting import write_all
 from ..terms.copying import are_alike, is_plain
-from ..terms.formats import write_all
 from ..terms.layout import extent
 from ..torch_private.core import has_own_dispatch
 from ..torch_private.modules import (

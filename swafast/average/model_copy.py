@@ -12,8 +12,9 @@ from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
 
 from ..op.buckets import PlaneLike, new_in_buckets
+from ..terms.converting import convert
 from ..terms.copying import duplicate, is_plain, overlaps_itself
-from ..terms.formats import Format, convert
+from ..terms.formats import Format
 from ..torch_private.core import has_own_dispatch
 from ..torch_private.modules import named_tensors
 from .accepting import find_uncopied

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..terms.formats import EXTRA_PLANES, Format, convert, format_of_planes
+from ..terms.converting import convert
+from ..terms.formats import EXTRA_PLANES, Format, format_of_planes
 from ..terms.names import passing_names, unwrap
 from ..terms.pickling import pickled_from
 from ..torch_private.modules import named_tensors, own_buffers, own_children, passing_buffers

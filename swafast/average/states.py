@@ -12,8 +12,9 @@ from torch.nn import Module
 
 from ..op.buckets import stay
 from ..op.checks import check_cast
+from ..terms.converting import convert
 from ..terms.copying import duplicate
-from ..terms.formats import FLOAT32, OWN, Format, convert
+from ..terms.formats import FLOAT32, OWN, Format
 from ..terms.names import canonical, names_in_states, rewrapping, unwrap
 from ..torch_private.modules import ASSIGN, Place, metadata_of, named_tensors, places, put_tensor, set_metadata
 from .bindings import WithBindings

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..terms.draws import Draws
 from ..terms.formats import Format
+from ..terms.samples import Sample
 from ..terms.weight import KernelTerms
 from . import Unavailable
 
@@ -27,7 +28,8 @@ class Pair:
     param: Tensor
     planes: tuple[Tensor, ...]
     format: Format | None
-    draws: Draws | None = None  # where its random bits come from, for a format that is rounded at random
+    #: Where its random bits come from, for a format that is rounded at random; or its normal numbers, for a draw.
+    draws: Draws | None = None
     pace: int = 0  # index of the rule and the counter by which it moves
     is_buffer: bool = False
 
@@ -35,6 +37,16 @@ class Pair:
     def average(self) -> Tensor:
         """The averaged module's own tensor."""
         return self.planes[0]
+
+    @property
+    def mean_planes(self) -> tuple[Tensor, ...]:
+        """The planes of the average, without those of its spread."""
+        return self.planes if self.format is None else self.planes[: self.format.num_planes]
+
+    @property
+    def spread_planes(self) -> tuple[Tensor, ...]:
+        """The variance and the columns of deviations, if the average has a spread."""
+        return () if self.format is None else self.planes[self.format.num_planes :]
 
 
 class ReduceFlag(Protocol):
@@ -77,6 +89,13 @@ class Launch(Protocol):
         """Move each average towards its param by the weight of its pace, then count in all counters.
 
         ``params`` are the pairs' params, the same memory as in ``prepare``; none for a backend that goes by addresses.
+        """
+
+    def draw(self, params: Sequence[Tensor], sample: Sample) -> None:
+        """Write the sample into each param, rounded once, to nearest. All pairs have a spread and draws.
+
+        Each column is added by one fma in their order, then ``noise * sqrt(variance)`` times the element's normal
+        number by another. The average begins as float32, rounded from ``compensated``.
         """
 
     def first_nonfinite(self, params: Sequence[Tensor]) -> int | None:

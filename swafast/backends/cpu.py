@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..terms.layout import CPU_CHUNK_NUMEL, cut_chunks
+from ..terms.samples import Sample
 from . import Unavailable, library
 from .contract import Pair, Update
 from .rows import Rows, kernels_serve, make_paces
@@ -68,9 +69,9 @@ class NativeLaunch:
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self._native = library.loaded()
         rows = Rows(pairs)
-        self._tensors, self._order = rows.table, rows.order
+        self._tensors, self._order, self._rings = rows.table, rows.order, rows.rings
         self._chunks = cut_chunks(rows.runs(), CPU_CHUNK_NUMEL)
-        self._table = (ctypes.addressof(self._tensors), len(pairs), self._chunks.data_ptr(), len(self._chunks))
+        self._table = (ctypes.addressof(self._tensors), len(self._tensors), self._chunks.data_ptr(), len(self._chunks))
         self._exchanged = ctypes.c_int64(0)
         self._most_threads = max(1, rows.numel // _NUMEL_PER_THREAD)
         #: The last update, with its paces. An interrupt cannot part the two.
@@ -101,6 +102,13 @@ class NativeLaunch:
     def _run(self, update: Update, paces: ctypes.Array[library.Pace]) -> None:
         threads = self._threads()
         status = self._native.swafast_cpu_update(*self._table, paces, len(paces), update.advance, threads)
+        if status:
+            _refuse(status)
+
+    def draw(self, params: Sequence[Tensor], sample: Sample) -> None:
+        coefficients = (ctypes.c_float * len(sample.coefficients))(*sample.coefficients)
+        point = library.SamplePoint(ctypes.addressof(coefficients), len(coefficients), sample.index, sample.noise)
+        status = self._native.swafast_cpu_draw(*self._table, ctypes.byref(point), self._threads())
         if status:
             _refuse(status)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..terms.capturing import allowed_to_wait, refuse_capture
 from ..terms.grids import WHOLE, Grid, current_grid
 from ..terms.layout import GPU_CHUNK_NUMELS, cut_chunks, gpu_chunk_numel
+from ..terms.samples import Sample
 from ..torch_private.core import current_raw_stream
 from . import library
 from .contract import Pair, Update
@@ -34,6 +35,7 @@ class Table:
     device: torch.device
     indices: tuple[int, ...]  # of the pairs, in the order of the rows
     words: Tensor = field(repr=False)  # int64
+    rings: Tensor = field(repr=False)  # int64, of the pairs with a spread
     head: library.TableHead
     stream: int  # that the table was made on
     #: By the grids that were asked for. Two threads may make one at the same time: either serves.
@@ -64,7 +66,8 @@ class Table:
 def make_table(pairs: Sequence[Pair], indices: Sequence[int], num_blocks: int) -> Table:
     """Write the tables of ``pairs``, all on one device, into its memory. This waits for the copy, once for a plan."""
     device = pairs[0].param.device
-    rows = Rows(pairs)
+    with torch.inference_mode(False), allowed_to_wait():
+        rows = Rows(pairs, device)
     # Of a param with several averages a chunk is read again for each of them, from caches that hold the shortest.
     chunk_numel = GPU_CHUNK_NUMELS[0] if rows.most_followers else gpu_chunk_numel(rows.numel, num_blocks)
     chunks = cut_chunks(rows.runs(), current_grid().chunk_numel or chunk_numel)
@@ -74,11 +77,11 @@ def make_table(pairs: Sequence[Pair], indices: Sequence[int], num_blocks: int) -
         if device.type == "cuda":
             # Later launches may be on another stream, which knows nothing of this copy.
             torch.cuda.current_stream(device).synchronize()
-    head = library.TableHead(num_tensors=len(pairs), num_chunks=len(chunks), device=device.index or 0)
+    head = library.TableHead(num_tensors=len(rows.table), num_chunks=len(chunks), device=device.index or 0)
     head.descriptors = words.data_ptr()
     head.state = words[-len(state) :].data_ptr()
     order = tuple(indices[index] for index in rows.order)
-    return Table(device, order, words, head, current_raw_stream(device))
+    return Table(device, order, words, rows.rings, head, current_raw_stream(device))
 
 
 @functools.cache
@@ -125,6 +128,10 @@ class DeviceLaunch:
         raise NotImplementedError
 
     def start_exchange(self, table: Table, wanted: bool, stream: int) -> None:
+        raise NotImplementedError
+
+    def start_draw(self, table: Table, sample: Sample, coefficients: Tensor, stream: int) -> None:
+        """Start the kernel that writes a sample into the params. ``coefficients`` are on the table's device."""
         raise NotImplementedError
 
     def start_first_nonfinite(self, table: Table, stream: int) -> None:
@@ -174,6 +181,13 @@ class DeviceLaunch:
         for table in self._tables:
             self.start_exchange(table, wanted, self._stream(table))
 
+    def draw(self, params: Sequence[Tensor], sample: Sample) -> None:
+        for table in self._tables:
+            refuse_capture(table.device, "a sample, whose coefficients the host computes,")
+            with torch.inference_mode(False), allowed_to_wait():
+                coefficients = torch.tensor(sample.coefficients, dtype=torch.float32, device=table.device)
+            self.start_draw(table, sample, coefficients, self._stream(table))
+
     def first_nonfinite(self, params: Sequence[Tensor]) -> int | None:
         for table in self._tables:
             refuse_capture(table.device, "a search for NaNs whose result the host reads")
@@ -191,5 +205,6 @@ class DeviceLaunch:
         stream = current_raw_stream(table.device)
         if stream != table.stream and table.device.type == "cuda":
             # The table's memory may be handed out again once this stream is done with it, not before.
-            table.words.record_stream(torch.cuda.current_stream(table.device))
+            for words in (table.words, table.rings):
+                words.record_stream(torch.cuda.current_stream(table.device))
         return stream

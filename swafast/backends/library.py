@@ -18,7 +18,7 @@ from typing import Any
 from . import Unavailable
 
 #: Changes with any structure, function or rule of csrc/swafast.h.
-_ABI = 9
+_ABI = 10
 
 #: The most averages that one launch moves over one read of the params: ``SWAFAST_MAX_PACES``.
 MAX_PACES = 16
@@ -46,6 +46,17 @@ class TensorRow(ctypes.Structure):
         ("key", ctypes.c_uint64),
         ("pace", ctypes.c_int32),
         ("followers", ctypes.c_int32),
+    )
+
+
+class SamplePoint(ctypes.Structure):
+    """A point near an average: ``swafast_sample``."""
+
+    _fields_ = (
+        ("coefficients", ctypes.c_void_p),
+        ("num_columns", ctypes.c_int32),
+        ("index", ctypes.c_uint32),
+        ("noise", ctypes.c_float),
     )
 
 
@@ -94,6 +105,7 @@ _ADDRESS, _I64, _I32, _F64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ct
 _TEXT, _OUT64, _OUT32 = ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_int32)
 _TABLE = {"tensors": _ADDRESS, "num_tensors": _I64, "chunks": _ADDRESS, "num_chunks": _I64}
 _PACES = {"paces": ctypes.POINTER(Pace), "num_paces": _I64, "advance": _I64}
+_SAMPLE = {"sample": ctypes.POINTER(SamplePoint)}
 _HEAD, _GRID = {"table": ctypes.POINTER(TableHead)}, {"grid": ctypes.POINTER(LaunchGrid)}
 #: The functions of csrc/swafast.h that Python calls; those of CUDA are missing from a library built without it.
 FUNCTIONS = {
@@ -103,6 +115,7 @@ FUNCTIONS = {
     "swafast_cpu_isa": Signature(result=_TEXT),
     "swafast_cpu_use_isa": Signature({"name": _TEXT}),
     "swafast_cpu_update": Signature({**_TABLE, **_PACES, "num_threads": _I32}),
+    "swafast_cpu_draw": Signature({**_TABLE, **_SAMPLE, "num_threads": _I32}),
     "swafast_cpu_want_large_pages": Signature({"start": _ADDRESS, "nbytes": _I64}, None),
     "swafast_cpu_exchange": Signature({**_TABLE, "num_threads": _I32, "wanted": _I64, "exchanged": _OUT64}),
     "swafast_cpu_first_nonfinite": Signature({**_TABLE, "num_threads": _I32, "tensor": _OUT64}),
@@ -119,6 +132,7 @@ FUNCTIONS = {
     "swafast_cuda_update": Signature(
         {**_HEAD, **_PACES, "skip_nonfinite": _I32, **_GRID, "capturing": _OUT32, "stream": _ADDRESS}
     ),
+    "swafast_cuda_draw": Signature({**_HEAD, **_SAMPLE, **_GRID, "stream": _ADDRESS}),
     "swafast_cuda_exchange": Signature({**_HEAD, "wanted": _I64, **_GRID, "stream": _ADDRESS}),
     "swafast_cuda_first_nonfinite": Signature({**_HEAD, **_GRID, "stream": _ADDRESS}),
 }

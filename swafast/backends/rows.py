@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Collection, Sequence
 
 import torch
@@ -18,7 +19,7 @@ from .library import MAX_PACES, KernelRule, Pace, TensorRow
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BYTES = 3
 _FORMATS = {FLOAT32: 0, EXACT: 1, MIRRORED: 2, COMPACT: 4, COMPENSATED: 5, HALF: 6}
-_COPIED = 3
+_COPIED, _SPREAD = 3, 7
 
 
 def _plane_bytes(fmt: Format) -> tuple[int, int]:
@@ -28,7 +29,7 @@ def _plane_bytes(fmt: Format) -> tuple[int, int]:
 
 #: Bytes of an element, by number: of a param, and of an average's planes.
 _PARAM_BYTES = {**{number: dtype.itemsize for dtype, number in _DTYPES.items()}, _BYTES: 1}
-_PLANE_BYTES = {**{number: _plane_bytes(fmt) for fmt, number in _FORMATS.items()}, _COPIED: (1, 0)}
+_PLANE_BYTES = {**{number: _plane_bytes(fmt) for fmt, number in _FORMATS.items()}, _COPIED: (1, 0), _SPREAD: (4, 0)}
 
 
 def make_paces(terms: Sequence[KernelTerms], counters: Sequence[Tensor]) -> ctypes.Array[Pace]:
@@ -50,7 +51,7 @@ def kernels_serve(pair: Pair, device_types: Collection[str]) -> bool:
     if pair.format is None:
         if param.dtype != average.dtype:
             return False
-    elif pair.format not in _FORMATS or param.dtype not in _DTYPES:
+    elif pair.format.mean not in _FORMATS or param.dtype not in _DTYPES:
         return False
     if any(tensor.data_ptr() % tensor.element_size() for tensor in (param, *pair.planes)):
         return False
@@ -62,10 +63,14 @@ def kernels_serve(pair: Pair, device_types: Collection[str]) -> bool:
 class Rows:
     """Pairs as the kernels take them: a row each, those of one param one after the other.
 
-    Only the first row of a param has runs, and so chunks: a kernel takes the rows that follow it along.
+    Only the first row of a param has runs, and so chunks: a kernel takes the rows that follow it along. A spread has a
+    row of its own before that of its average, which an update moves after it has read it.
+
+    Args:
+        device: where the tensors are, and so the rings.
     """
 
-    def __init__(self, pairs: Sequence[Pair]) -> None:
+    def __init__(self, pairs: Sequence[Pair], device: torch.device | None = None) -> None:
         rows = [_row(pair) for pair in pairs]
         together: dict[object, list[int]] = {}
         for index, (pair, row) in enumerate(zip(pairs, rows, strict=True)):
@@ -73,26 +78,39 @@ class Rows:
         groups = [
             group[start : start + MAX_PACES] for group in together.values() for start in range(0, len(group), MAX_PACES)
         ]
+        rings = [_ring(pair) if pair.spread_planes else [] for pair in pairs]
+        #: (words,) int64, in which the rings of all pairs lie. The rows have their addresses.
+        self.rings = torch.tensor([word for ring in rings for word in ring], dtype=torch.int64, device="cpu")
+        self.rings = self.rings.to(device or "cpu")
+        starts = [0, *itertools.accumulate(8 * len(ring) for ring in rings)]
         #: Indices of the pairs, in the order of the rows.
-        self.order = [index for group in groups for index in group]
+        self.order: list[int] = []
+        made: list[TensorRow] = []
+        self._firsts: list[tuple[int, int, list[Pair]]] = []
         for group in groups:
-            for followers, index in enumerate(reversed(group)):
-                rows[index].followers = followers
-        self.table = (TensorRow * len(pairs))(*(rows[index] for index in self.order))
-        self.most_followers = max((len(group) - 1 for group in groups), default=0)
-        self._firsts = [(rows[group[0]].numel, [pairs[index] for index in group]) for group in groups]
+            count = len(group) + sum(bool(rings[index]) for index in group)
+            self._firsts.append((rows[group[0]].numel, count, [pairs[index] for index in group]))
+            for index in group:
+                if rings[index]:
+                    made.append(_spread_row(pairs[index], rows[index], self.rings.data_ptr() + starts[index]))
+                made.append(rows[index])
+                self.order += [index] * (2 if rings[index] else 1)
+            for followers, row in enumerate(reversed(made[-count:])):
+                row.followers = followers
+        self.table = (TensorRow * len(made))(*made)
+        self.most_followers = max((count - 1 for _, count, _ in self._firsts), default=0)
 
     @property
     def numel(self) -> int:
         """Elements that an update reads."""
-        return sum(numel for numel, _ in self._firsts)
+        return sum(numel for numel, _, _ in self._firsts)
 
     def runs(self) -> Tensor:
         """Return the runs of memory that :func:`layout.cut_chunks` cuts into chunks."""
-        lengths = torch.tensor([len(group) for _, group in self._firsts], dtype=torch.int64, device="cpu")
-        runs = whole_runs([numel for numel, _ in self._firsts])
+        lengths = torch.tensor([count for _, count, _ in self._firsts], dtype=torch.int64, device="cpu")
+        runs = whole_runs([numel for numel, _, _ in self._firsts])
         runs[:, 0] = lengths.cumsum(0) - lengths
-        drawn = [next((pair for pair in group if pair.draws is not None), None) for _, group in self._firsts]
+        drawn = [next((pair for pair in group if pair.draws is not None), None) for _, _, group in self._firsts]
         if not any(drawn):
             return runs
         drawn_runs = []
@@ -127,16 +145,30 @@ class Rows:
         addresses = row[:, :3] + chunk[:, 1:2] * itemsizes[tensors]
         about = tensors | chunk[:, 4] << 32
         kinds = dtypes | formats << 8 | (row[:, 6] & 0xFF) << 16 | following << 32
-        rest = torch.stack((chunk[:, 2], chunk[:, 3], row[:, 5], about, kinds), dim=1)
+        # A ring is one for all chunks of its tensor, so a kernel needs the offset of each.
+        first_index = torch.where(formats == _SPREAD, chunk[:, 1], chunk[:, 3])
+        rest = torch.stack((chunk[:, 2], first_index, row[:, 5], about, kinds), dim=1)
         return torch.cat((addresses, rest), dim=1)
 
 
 def _row(pair: Pair) -> TensorRow:
-    planes = tuple(plane.data_ptr() for plane in pair.planes)
+    planes = tuple(plane.data_ptr() for plane in pair.mean_planes)
     row = TensorRow(param=pair.param.data_ptr(), planes=(*planes, *(None,) * (2 - len(planes))), pace=pair.pace)
     if pair.format is None:
         row.numel, row.dtype, row.format = pair.param.nbytes, _BYTES, _COPIED
     else:
-        row.numel, row.dtype, row.format = pair.param.numel(), _DTYPES[pair.param.dtype], _FORMATS[pair.format]
+        row.numel, row.dtype, row.format = pair.param.numel(), _DTYPES[pair.param.dtype], _FORMATS[pair.format.mean]
         row.key = pair.draws.random_key if pair.draws is not None else 0
     return row
+
+
+def _spread_row(pair: Pair, row: TensorRow, ring: int) -> TensorRow:
+    planes = (pair.spread_planes[0].data_ptr(), ring)
+    return TensorRow(row.param, planes, row.numel, row.dtype, _SPREAD, 0, row.pace)
+
+
+def _ring(pair: Pair) -> list[int]:
+    """Return the words of a ``swafast_ring`` and the addresses of its columns."""
+    _, *columns = pair.spread_planes
+    dtype = _DTYPES[columns[0].dtype] if columns else 0
+    return [len(columns) | dtype << 32, *(column.data_ptr() for column in columns)]

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..loop.swaps import INTO_AVERAGES, INTO_BOTH, INTO_MODEL, REMOVED, REPLACED
+from ..terms.converting import convert
 from ..terms.copying import are_alike, write_once
-from ..terms.formats import convert
 from ..terms.names import renormed_params
 from ..torch_private.core import versions
 from .copies import Replaced

@@ -14,6 +14,7 @@ from ..backends.contract import Backend, ExchangeLaunch, Launch, Pair, Update
 from ..terms.copying import overlaps_itself
 from ..terms.draws import Draws, make_random_key
 from ..terms.formats import Format
+from ..terms.samples import Sample
 from .checks import overlaps
 
 
@@ -53,6 +54,9 @@ class CountLaunch:
             return
         for counter in update.counters:
             counter.add_(update.advance)
+
+    def draw(self, params: Sequence[Tensor], sample: Sample) -> None:
+        """Draw nothing."""
 
     def first_nonfinite(self, params: Sequence[Tensor]) -> int | None:
         return None

@@ -18,8 +18,8 @@ from torch.autograd.graph import increment_version
 
 from ..backends.contract import Backend, ExchangeLaunch, Pair, ReduceFlag, Update
 from ..terms.capturing import refuse_capture
+from ..terms.converting import convert
 from ..terms.copying import write_once
-from ..terms.formats import convert
 from ..terms.rules import Rule, checked_weight, terms_of
 from ..terms.weight import KernelTerms
 from ..torch_private.core import make_metadata_check

@@ -21,8 +21,9 @@ from ..sharded.construction import ranks_over, spell
 from ..sharded.parts.ranks import OneProcess, Ranks
 from ..sharded.sharded_averages import ShardedAverages
 from ..sharded.sharded_model import ShardedAveragedModel
+from ..terms.converting import write_all
 from ..terms.copying import describe_kind, is_plain
-from ..terms.formats import Format, write_all
+from ..terms.formats import Format
 from ..terms.layout import windows
 from .merging import rounded
 from .written import Averaged

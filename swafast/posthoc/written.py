@@ -21,8 +21,9 @@ from ..op.checksum import checksum
 from ..sharded import checkpoint
 from ..sharded.parts.ranks import Ranks
 from ..sharded.sharded_model import ShardedAveragedModel
+from ..terms.converting import full_precision
 from ..terms.copying import describe_kind, is_plain
-from ..terms.formats import Format, full_precision
+from ..terms.formats import Format
 from ..terms.names import persistent_buffers, unwrap
 from .folder import StoredTensor
 

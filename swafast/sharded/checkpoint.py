@@ -15,8 +15,8 @@ from ..op.checks import check_plain
 from ..op.checksum import checksum, wrap_int64
 from ..terms import misfits
 from ..terms.boxes import boxes_of_run
+from ..terms.converting import write_all
 from ..terms.copying import are_alike, describe_kind
-from ..terms.formats import write_all
 from ..terms.names import unwrapping
 from .parts.holdings import is_spread_as
 from .parts.part_tensor import PartTensor

@@ -16,7 +16,7 @@ from ..average.growing import OldName, before_of, made_like, require_stayed
 from ..loop import swaps
 from ..loop.guard import finished
 from ..terms.boxes import Box
-from ..terms.formats import convert, full_precision
+from ..terms.converting import convert, full_precision
 from .checkpoint import Entry, part_of
 from .full_states import summed
 from .parts.ranks import Ranks

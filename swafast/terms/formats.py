@@ -2,21 +2,22 @@
 
 ``planes[0]`` is always the averaged module's own param, so the module runs as it is. Each further plane has the key
 ``<plane>.<name>`` in the state dict. ``encode`` and ``decode`` define the format; every kernel is tested against them.
+The planes of a spread, if there is one, come after those of the average: see :func:`with_spread`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import hints
-from .copying import copy_into
-from .layout import windows
 from .pickling import pickled_from
+from .spread import VARIANCE, Spread
 from .warn import warn_user
 
 
@@ -34,19 +35,38 @@ class Format:
     encode: Callable[..., tuple[Tensor, ...]] = lambda value: (value,)
     value_dtype: torch.dtype | None = torch.float32  # of the average at full precision; None: that of planes[0]
     num_random_bits: int = 0  # used per element and update
+    spread: Spread | None = None
+    spread_planes: tuple[tuple[str, torch.dtype], ...] = ()  # as ``extra``
+
+    @property
+    def further(self) -> tuple[tuple[str, torch.dtype], ...]:
+        """All planes but plane 0: those of the average, then those of the spread."""
+        return (*self.extra, *self.spread_planes)
+
+    @property
+    def num_planes(self) -> int:
+        """The number of planes of the average, without those of the spread."""
+        return 1 + len(self.extra)
+
+    @property
+    def mean(self) -> Format:
+        """The format of the average alone."""
+        return self if self.spread is None else get_format(self.name)
 
     @property
     def nbytes(self) -> int | None:
-        """Bytes of one element in all planes; None if ``dtype`` is None."""
+        """Bytes of one element in all planes of the average; None if ``dtype`` is None."""
         if self.dtype is None:
             return None
         return self.dtype.itemsize + sum(dtype.itemsize for _, dtype in self.extra)
 
     def __repr__(self) -> str:
-        return f"Format({self.name!r})"
+        return f"Format({self.name!r})" if self.spread is None else f"Format({self.name!r}, {self.spread})"
 
-    def __reduce__(self) -> tuple[Callable[[str], Format], tuple[str]]:
-        return get_format, (self.name,)
+    def __reduce__(self) -> tuple[Callable[..., Format], tuple[Any, ...]]:
+        if self.spread is None:
+            return get_format, (self.name,)
+        return with_spread, (self.mean, self.spread, self.dtype or self.spread_planes[0][1])
 
 
 def _quiet_bits(value: Tensor) -> Tensor:
@@ -142,59 +162,6 @@ def decode_half(planes: tuple[Tensor, ...]) -> Tensor:
     return planes[0].to(torch.float32)
 
 
-def write_all(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy into the first tensor of each pair the second one. An interrupt is raised after the last."""
-    try:
-        _write(writes)
-    except BaseException:
-        _write(writes)
-        raise
-
-
-def _write(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
-    # Not under no_grad: an interrupt on leaving it would leave it on.
-    for tensor, source in writes:
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            copy_into(tensor, source)
-        else:
-            tensor.detach().copy_(source.detach())
-
-
-@torch.no_grad()
-def convert(planes: Sequence[Tensor], fmt: Format | None, to: Sequence[Tensor | None], after: Format | None) -> None:
-    """Write the average of ``planes`` into the planes ``to``, on any device, window by window to save memory.
-
-    Args:
-        fmt: the format of ``planes``; None: the average is ``planes[0]``.
-        to: the planes to write. Those that are None keep what they have.
-        after: the format of ``to``; None: write ``to[0]`` alone, rounded once to its dtype.
-    """
-    if fmt in _PLAIN and after in _PLAIN and to[0] is not None and planes[0].device == to[0].device:
-        to[0].detach().copy_(planes[0])  # torch casts without a temporary
-        return
-    written = [index for index, plane in enumerate(to) if plane is not None]
-    targets = [plane.detach() for plane in to if plane is not None]
-    if planes[0].is_meta or targets[0].is_meta:
-        return
-    for window in windows((*(plane.detach() for plane in planes), *targets)):
-        sources, parts = window[: len(planes)], window[len(planes) :]
-        value = fmt.decode(sources) if fmt is not None else sources[0]
-        if after is not None:
-            value = value.to(after.value_dtype or value.dtype)
-        fresh = after.encode(value) if after is not None else (value,)
-        write_all([(part, fresh[index]) for index, part in zip(written, parts, strict=True)])
-
-
-def full_precision(planes: Sequence[Tensor], fmt: Format | None) -> Tensor:
-    """Return the average at full precision: plane 0 itself where it holds it, else a new tensor."""
-    average = planes[0]
-    if fmt is None or (not fmt.extra and fmt.value_dtype in (None, average.dtype)):
-        return average.detach()
-    value = torch.empty_like(average.detach(), dtype=fmt.value_dtype)
-    convert(planes, fmt, (value,), None)
-    return value
-
-
 FLOAT32 = Format("float32", torch.float32)
 EXACT = Format("exact", torch.bfloat16, (("remainder", torch.int16),), decode_exact, encode_exact)
 # The float32 average stands beside the module's float16 param, and each update writes both. float32 has more exponents
@@ -217,8 +184,6 @@ HALF = Format("half", torch.bfloat16, (), decode_half, encode_half, num_random_b
 # The param's own dtype, for float64 and complex averages and for averages of a custom averaging function.
 OWN = Format("own", None, value_dtype=None)
 
-#: The average at full precision is plane 0 itself.
-_PLAIN = (None, FLOAT32, OWN)
 _FORMATS = {fmt.name: fmt for fmt in (FLOAT32, EXACT, MIRRORED, COMPACT, COMPENSATED, HALF, OWN)}
 _DEFAULTS = {torch.float32: FLOAT32, torch.bfloat16: EXACT, torch.float16: MIRRORED}
 _OWN_DTYPES = (torch.float64, torch.complex64, torch.complex128)
@@ -237,6 +202,20 @@ def get_format(name: str) -> Format:
     if name not in _FORMATS:
         raise ValueError(f"format must be one of {', '.join(map(repr, _FORMATS))}, got {name!r}")
     return _FORMATS[name]
+
+
+@functools.cache
+def with_spread(fmt: Format, spread: Spread | None, dtype: torch.dtype) -> Format:
+    """Return a format of averages that have a spread too: the same object for what is the same.
+
+    Args:
+        fmt: of the average alone.
+        dtype: of plane 0, which the deviations have unless the spread names another.
+    """
+    if spread is None:
+        return fmt
+    columns = ((column, spread.dtype or dtype) for column in spread.columns)
+    return replace(fmt, spread=spread, spread_planes=((VARIANCE, torch.float32), *columns))
 
 
 def check_format(name: object) -> None:
