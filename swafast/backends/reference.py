@@ -14,7 +14,7 @@ from ..terms.converting import write_all
 from ..terms.draws import Draws, box_views, random_bits
 from ..terms.formats import Format
 from ..terms.layout import windows
-from ..terms.normals import fma, normals
+from ..terms.normals import fma, normals, square_root
 from ..terms.samples import Sample
 from . import Unavailable
 from .contract import Pair, Update
@@ -166,7 +166,7 @@ def _point(
         value = fma(column.to(torch.float32), coefficient, value)
     if sample.noise:
         index = index.to(value.device)
-        value = fma(variance.sqrt() * sample.noise, normals(key, sample.index, index), value)
+        value = fma(square_root(variance) * sample.noise, normals(key, sample.index, index), value)
     return value
 
 
