@@ -16,6 +16,7 @@ Sources = Mapping[str, str]
 FLOORS = (
     ("",),
     ("demo",),
+    ("integrations", "convert"),
     ("files",),
     ("optim",),
     ("posthoc",),

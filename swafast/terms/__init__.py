@@ -233,6 +233,11 @@ optim/: other packages' recipes
     watch             sees what the layers of a model normalise, while it runs
     visit             one forward of a layer, in one thread
 
+integrations/: swafast in frameworks with a training loop of their own
+    contract          what the ``WeightAverage`` of every framework has in common
+
+convert/: states of other packages' averages
+
 swafast/*.py: faces
     finder            Python's import finder, which explains that a module has moved
 

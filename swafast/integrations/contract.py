@@ -1,0 +1,211 @@
+"""What the ``WeightAverage`` of every framework has in common: its arguments, and what it does when."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any
+
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from ..average.averaged_model import FusedAveragedModel
+from ..average.fused_averages import FusedAverages
+from ..loop.attachment import Attachment
+from ..loop.schedule import Span
+from ..terms.names import named_params, unwrap
+from ..terms.rules import Rule
+from ..terms.warn import warn_user
+
+
+def framework(name: str, least: str) -> ModuleType:
+    """Import a framework.
+
+    Args:
+        name: of the package.
+        least: the oldest release that is supported.
+
+    Raises:
+        ImportError: it is not installed, or older.
+    """
+    advice = f"pip install 'swafast[{name}]'"
+    try:
+        found = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise ImportError(f"swafast.integrations needs {name} >= {least}, which is not installed: {advice}") from error
+    installed = importlib.metadata.version(name)
+    if _release(installed) < _release(least):
+        raise ImportError(f"swafast.integrations needs {name} >= {least}, got {installed}: {advice}")
+    return found
+
+
+def _release(version: str) -> tuple[int, ...]:
+    numbers = []
+    for part in version.split(".")[:3]:
+        digits = part[: next((i for i, letter in enumerate(part) if not letter.isdigit()), len(part))]
+        numbers.append(int(digits or 0))
+    return tuple(numbers)
+
+
+class Contract:
+    """Averages that follow the optimizers of a framework, are evaluated in place of the model, and end in it.
+
+    Args:
+        rule: sets the weight of the newest model; default: :class:`~swafast.EqualAverage`.
+        rules: several averages by name, instead of ``rule``.
+        evaluate: which of several averages is evaluated and copied at the end; default: the first one.
+        start, every, end, duration: the steps after which averages are updated, as for ``attach``.
+        copy_at_end: whether the model has the averages after the training.
+        sharded: whether the averages are shards, a part on each rank; ``"auto"``: if a parameter is.
+        options: further arguments of :class:`~swafast.FusedAveragedModel` and its kin, such as ``format``.
+
+    Attributes:
+        averaged: the averaged model, from the beginning of the training on. With ``rules`` it is of several averages.
+        attachment: the averages' attachment to the optimizers, from then on.
+
+    As long as no model is in the averages, nothing is swapped, exported or copied: the framework does as without us.
+    """
+
+    averaged: Any = None
+    attachment: Attachment | None = None
+
+    def __init__(
+        self,
+        rule: Rule | None = None,
+        *,
+        rules: Mapping[str, Rule] | None = None,
+        evaluate: str | None = None,
+        start: Span = 0,
+        every: Span = 1,
+        end: Span | None = None,
+        duration: Span | None = None,
+        copy_at_end: bool = True,
+        sharded: bool | str = "auto",
+        **options: Any,
+    ) -> None:
+        if rule is not None and rules is not None:
+            raise ValueError("only one of rule and rules must be given, got both")
+        if rule is not None and not isinstance(rule, Rule):
+            raise TypeError(f"rule must be a Rule such as ExponentialAverage(0.999) or None, got {rule!r}")
+        if sharded not in (True, False, "auto"):
+            raise ValueError(f"sharded must be True, False or 'auto', got {sharded!r}")
+        if evaluate is not None and evaluate not in (rules or {}):
+            names = ", ".join(map(repr, rules or {})) or "none, as rules is None"
+            raise ValueError(f"evaluate must be a name among {names}, got {evaluate!r}")
+        self._rule, self._rules, self._evaluate = rule, rules, evaluate
+        self._when = {"start": start, "every": every, "end": end, "duration": duration}
+        self._copies_at_end, self._sharded, self._options = copy_at_end, sharded, options
+        self._swap: AbstractContextManager[Module] | None = None
+
+    # The averages
+
+    def make(self, model: Module) -> Any:
+        """Make the averages of a model, once: wrapped and sharded as it trains. Collective if they are shards."""
+        if self.averaged is None:
+            sharded = is_sharded(model) if self._sharded == "auto" else bool(self._sharded)
+            chosen = {"rules": self._rules} if self._rules is not None else {"rule": self._rule}
+            self.averaged = class_of(sharded, several=self._rules is not None)(model, **chosen, **self._options)
+        return self.averaged
+
+    def follow(self, optimizers: Sequence[Optimizer], model: Module) -> Attachment:
+        """Have the averages follow the framework's raw optimizers, unless they do."""
+        if not optimizers:
+            raise ValueError("the trainer must have an optimizer for averages to follow, got none")
+        if self.attachment is None or not self.attachment.is_attached:
+            self.attachment = self.averaged.attach([*optimizers], model, **self._when)
+        return self.attachment
+
+    @property
+    def evaluated(self) -> Any:
+        """The averaged model that is evaluated: one of several, if there are."""
+        if self.averaged is None or self._rules is None:
+            return self.averaged
+        return self.averaged[self._evaluate or next(iter(self._rules))]
+
+    @property
+    def has_models(self) -> bool:
+        """Whether a model is in the averages. Waits for a GPU."""
+        return self.evaluated is not None and int(self.evaluated.n_averaged) > 0
+
+    # Their use
+
+    def swapped(self, model: Module) -> AbstractContextManager[Any]:
+        """Return a context in which ``model`` has the averages, if there are any."""
+        return self.evaluated.swapped_into(model) if self.has_models else nullcontext()
+
+    def swap_in(self, model: Module) -> None:
+        """Put the averages into ``model``, if there are any and they are not in it."""
+        if self._swap is None and self.has_models:
+            swap = self.evaluated.swapped_into(model)
+            swap.__enter__()
+            self._swap = swap
+
+    def swap_out(self) -> None:
+        """Put the model's own params back, if the averages are in it."""
+        swap, self._swap = self._swap, None
+        if swap is not None:
+            swap.__exit__(None, None, None)
+
+    def finish(self, model: Module) -> None:
+        """End the training: follow the optimizers no more, and leave the averages in ``model`` if asked to."""
+        self.swap_out()
+        if self.attachment is not None and self.attachment.is_attached:
+            self.attachment.detach()
+        if self._copies_at_end and self.has_models:
+            self.evaluated.copy_to(model)
+
+    # States of averages that are no shards
+
+    def state(self) -> dict[str, Any]:
+        """Return the state of averages and attachment: tensors, numbers and strings alone."""
+        attachment = self.attachment.state_dict() if self.attachment is not None else None
+        return {"averaged": self.averaged.state_dict(), "attachment": attachment}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Load a result of :meth:`state`, all of it or nothing.
+
+        Raises:
+            ValueError: a part of it is missing.
+            RuntimeError: it does not fit the averages.
+        """
+        lacking = [part for part in ("averaged", "attachment") if state.get(part) is None]
+        if lacking:
+            raise ValueError(f"the checkpoint must have all of the average's state, got none of {lacking[0]!r}")
+        self.averaged.load_state_dict(state["averaged"])
+        if self.attachment is not None:
+            self.attachment.load_state_dict(state["attachment"])
+
+
+def warn_of_no_average(where: object) -> None:
+    """Warn, at a resume, of a checkpoint without averages."""
+    warn_user(f"{where} has no averages of swafast: a fresh average begins with this run")
+
+
+def class_of(sharded: bool, *, several: bool) -> Any:
+    """Return the class of averages."""
+    if not sharded:
+        return FusedAverages if several else FusedAveragedModel
+    from ..sharded.sharded_averages import ShardedAverages
+    from ..sharded.sharded_model import ShardedAveragedModel
+
+    return ShardedAverages if several else ShardedAveragedModel
+
+
+def is_sharded(model: Module) -> bool:
+    """Return whether a parameter is a DTensor, or an FSDP1 or ZeRO-3 module's."""
+    kinds = {kind.__name__ for param in named_params(unwrap(model), "model").values() for kind in type(param).__mro__}
+    return "DTensor" in kinds or any(_is_fsdp1(module) for module in model.modules())
+
+
+def _is_fsdp1(module: Module) -> bool:
+    return any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__)
+
+
+def raw_optimizers(optimizers: Iterable[Any]) -> list[Optimizer]:
+    """Return the optimizers of torch in a framework's wrappers."""
+    return [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
