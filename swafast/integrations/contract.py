@@ -112,12 +112,18 @@ class Contract:
             self.averaged = class_of(sharded, several=self._rules is not None)(model, **chosen, **self._options)
         return self.averaged
 
-    def follow(self, optimizers: Sequence[Optimizer], model: Module) -> Attachment:
-        """Have the averages follow the framework's raw optimizers, unless they do."""
+    def follow(self, optimizers: Sequence[Optimizer], model: Module, *, step: int | None = None) -> Attachment:
+        """Have the averages follow the framework's raw optimizers, unless they do.
+
+        Args:
+            step: the number of steps so far, where the framework counts them. A state that is loaded later replaces it.
+                Averages that have followed optimizers before go on from their own number.
+        """
         if not optimizers:
             raise ValueError("the trainer must have an optimizer for averages to follow, got none")
         if self.attachment is None or not self.attachment.is_attached:
-            self.attachment = self.averaged.attach([*optimizers], model, **self._when)
+            step = self.attachment.step if self.attachment is not None else step
+            self.attachment = self.averaged.attach([*optimizers], model, step=step, **self._when)
         return self.attachment
 
     @property
@@ -176,14 +182,50 @@ class Contract:
         lacking = [part for part in ("averaged", "attachment") if state.get(part) is None]
         if lacking:
             raise ValueError(f"the checkpoint must have all of the average's state, got none of {lacking[0]!r}")
-        self.averaged.load_state_dict(state["averaged"])
+        before = self.attachment.state_dict() if self.attachment is not None else None
         if self.attachment is not None:
             self.attachment.load_state_dict(state["attachment"])
+        try:
+            self.averaged.load_state_dict(state["averaged"])
+        except BaseException:
+            if self.attachment is not None and before is not None:
+                self.attachment.load_state_dict(before)
+            raise
+
+    def resume(self, state: Mapping[str, Any] | None, where: object, *, step: int | None = None) -> None:
+        """Load a result of :meth:`state` from a checkpoint. If it has none, warn, and begin a fresh average.
+
+        Args:
+            where: the checkpoint, for the warning.
+            step: the number of steps that were made before the checkpoint, for a fresh average.
+
+        Raises:
+            ValueError, RuntimeError: as :meth:`load`.
+        """
+        if state is not None:
+            self.load(state)
+            return
+        warn_of_no_average(where)
+        if self.attachment is not None and step is not None:
+            self.attachment.step = step
 
 
 def warn_of_no_average(where: object) -> None:
     """Warn, at a resume, of a checkpoint without averages."""
     warn_user(f"{where} has no averages of swafast: a fresh average begins with this run")
+
+
+def refuse_second(installed: Sequence[object], where: str) -> None:
+    """Raise if several ``WeightAverage`` are installed in one place.
+
+    Raises:
+        ValueError: there are several.
+    """
+    if len(installed) > 1:
+        raise ValueError(
+            f"only one WeightAverage may be installed in {where}, got {len(installed)}: for several averages of one "
+            "model give one WeightAverage their rules={name: rule}"
+        )
 
 
 def class_of(sharded: bool, *, several: bool) -> Any:
