@@ -107,7 +107,7 @@ class Contract:
     def make(self, model: Module) -> Any:
         """Make the averages of a model, once: wrapped and sharded as it trains. Collective if they are shards."""
         if self.averaged is None:
-            sharded = is_sharded(model) if self._sharded == "auto" else bool(self._sharded)
+            sharded = has_shards(model) if self._sharded == "auto" else bool(self._sharded)
             chosen = {"rules": self._rules} if self._rules is not None else {"rule": self._rule}
             self.averaged = class_of(sharded, several=self._rules is not None)(model, **chosen, **self._options)
         return self.averaged
@@ -238,7 +238,7 @@ def class_of(sharded: bool, *, several: bool) -> Any:
     return ShardedAverages if several else ShardedAveragedModel
 
 
-def is_sharded(model: Module) -> bool:
+def has_shards(model: Module) -> bool:
     """Return whether a parameter is a DTensor, or an FSDP1 or ZeRO-3 module's."""
     kinds = {kind.__name__ for param in named_params(unwrap(model), "model").values() for kind in type(param).__mro__}
     return "DTensor" in kinds or any(_is_fsdp1(module) for module in model.modules())
