@@ -145,9 +145,12 @@ class Watch:
     def watching(self) -> Iterator[None]:
         hook = register_optimizer_step_post_hook(self._after_step)
         Watch.current = self
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # else the threads of so small a network wait for each other most of the time
         try:
             yield
         finally:
+            torch.set_num_threads(threads)
             Watch.current = None
             hook.remove()
 

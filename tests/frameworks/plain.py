@@ -8,13 +8,13 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from swafast.integrations import contract
+from swafast.integrations.weight_average import Contract, refuse_second
 from tests.frameworks.kit import BATCH, EvaluationError, Framework, Job, Net, Report, State, optimizer_of, whole_state
 
 FILE = "checkpoint.pt"
 
 
-class WeightAverage(contract.Contract):
+class WeightAverage(Contract):
     """The contract, as it is."""
 
 
@@ -23,7 +23,7 @@ class Plain(Framework):
         net = job.net()
         optimizer = optimizer_of(net.parameters())
         averages = [WeightAverage(**job.options) for _ in range(job.installed)]
-        contract.refuse_second(averages, "the loop")
+        refuse_second(averages, "the loop")
         average = next(iter(averages), None)
         if average is not None:
             average.make(net)
