@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +40,7 @@ class WeightAverage(Contract):
 
     _accelerator: Any = None
     _model: Any = None
+    _optimizers: tuple[Any, ...] = ()
     _name = ""
 
     def install(
@@ -62,10 +65,18 @@ class WeightAverage(Contract):
         except BaseException:
             self.averaged = None
             raise
-        self._accelerator, self._model, self._name = accelerator, model, name
+        self._accelerator, self._model, self._optimizers, self._name = accelerator, model, optimizers, name
         others.append(self)
         accelerator.register_save_state_pre_hook(self._save)
         accelerator.register_load_state_pre_hook(self._load)
+        load_state = accelerator.load_state
+
+        @functools.wraps(load_state)
+        def load_state_detached(*args: Any, **kwargs: Any) -> None:
+            with self._detached():
+                load_state(*args, **kwargs)
+
+        accelerator.load_state = load_state_detached
         return self
 
     def _check(self, accelerator: Any, model: Module, optimizers: tuple[Any, ...], name: str) -> list[WeightAverage]:
@@ -133,3 +144,20 @@ class WeightAverage(Contract):
 
     def _load(self, models: list[Module], folder: str) -> None:
         resume_from(self, Path(folder) / self._name, folder)
+
+    @contextmanager
+    def _detached(self) -> Iterator[None]:
+        """Follow no optimizer in the body.
+
+        Distributed checkpoints must have each key that the optimizer's state has at a load. That of an attachment is
+        not in checkpoints without averages, and not needed, since the attachment has a file of its own.
+        """
+        before = self.attachment
+        if before is None or not before.is_attached:
+            yield
+            return
+        before.detach()
+        try:
+            yield
+        finally:
+            self.follow(raw_optimizers(self._optimizers), self._model).load_state_dict(before.state_dict())

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate import state as accelerate_state
 from safetensors.torch import load_file
@@ -24,6 +25,7 @@ from tests.frameworks.kit import (
     Kit,
     Report,
     Resumes,
+    State,
     of_net,
     optimizer_of,
     whole_state,
@@ -41,6 +43,7 @@ class Accelerate(Framework):
 
     def train(self, job: Job) -> Report:
         accelerator = self.accelerator(job)
+        assert accelerator.num_processes == job.world
         net = job.net()
         loader = DataLoader(TensorDataset(*job.train_set()), BATCH)
         sets = [DataLoader(TensorDataset(*job.eval_set(index)), BATCH) for index in range(job.eval_sets)]
@@ -59,12 +62,14 @@ class Accelerate(Framework):
                 accelerator.save_state(str(job.folder / f"epoch_{epoch}"))
         except EvaluationError:
             accelerator.save_state(str(job.folder / "broken"))
+            accelerator.wait_for_everyone()
             saved = self.saved_model(job.folder / "broken", net)
         if average is None:
             return Report(whole_state(net), saved=saved)
         exported = None
         if average.has_models:
             average.save_model(job.folder / "exported")
+            accelerator.wait_for_everyone()
             exported = of_net(load_file(job.folder / "exported" / "model.safetensors"))
         average.finish()
         states = average.averaged.full_state_dict if average.holds_shards else average.averaged.state_dict
@@ -91,7 +96,8 @@ class Accelerate(Framework):
                 for inputs, _ in loader:
                     model(inputs)
 
-    def saved_model(self, folder: Path, net: nn.Module) -> Any:
+    def saved_model(self, folder: Path, net: nn.Module) -> State:
+        """Return the model in a checkpoint."""
         return of_net(load_file(folder / "model.safetensors"))
 
     def halve(self, folder: Path) -> None:
@@ -115,10 +121,29 @@ class Fsdp2(Accelerate):
         accelerate_state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         return accelerator
 
+    def saved_model(self, folder: Path, net: nn.Module) -> State:
+        # Whatever stands in the memory of this state is overwritten, or DCP raises.
+        state = {"model": {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}}
+        dcp.load(state, checkpoint_id=folder / "pytorch_model_fsdp_0")
+        return of_net(state["model"])
+
+
+class Ddp(Accelerate):
+    """Two ranks, each with the whole model."""
+
+    world = 2
+
 
 class TestAccelerate(Kit):
     framework = Accelerate()
 
 
+class TestDdp(Resumes):
+    framework = Ddp()
+    kinds = ("float32",)
+
+
 class TestFsdp2(Resumes):
     framework = Fsdp2()
+
+    test_a_checkpoint_without_averages_begins_a_fresh_one = Kit.test_a_checkpoint_without_averages_begins_a_fresh_one
