@@ -288,7 +288,8 @@ def evaluated_states(job: Job, steps: Sequence[State]) -> list[State]:
     start, every = options.pop("start", 0), options.pop("every", 1)
     if rules is not None:
         options["rule"] = rules[name or next(iter(rules))]
-    options.pop("copy_at_end", None)
+    for own in ("copy_at_end", "sharded"):
+        options.pop(own, None)
     model = Net().to(job.dtype)
     averaged = FusedAveragedModel(model, **options)
     first = start or every

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from swafast.integrations.accelerate import WeightAverage
 from tests.frameworks.kit import (
+    AVERAGE,
     BATCH,
     STEPS_PER_EPOCH,
     EvaluationError,
@@ -115,11 +116,12 @@ class Fsdp2(Accelerate):
     """Two ranks with shards, in states and in averages."""
 
     world = 2
+    state_dict_type = "SHARDED_STATE_DICT"
 
     def accelerator(self, job: Job) -> Accelerator:
         fresh_state()
         plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="NO_WRAP", state_dict_type="SHARDED_STATE_DICT"
+            fsdp_version=2, auto_wrap_policy="NO_WRAP", state_dict_type=self.state_dict_type
         )
         accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=job.accumulation)
         # Accelerate has FSDP only on accelerators, and takes gloo's ranks for DDP.
@@ -133,6 +135,13 @@ class Fsdp2(Accelerate):
         state = {"model": {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}}
         dcp.load(state, checkpoint_id=folder / "pytorch_model_fsdp_0")
         return of_net(state["model"])
+
+
+class Fsdp2Full(Fsdp2):
+    state_dict_type = "FULL_STATE_DICT"
+
+    def saved_model(self, folder: Path, net: nn.Module) -> State:
+        return of_net(torch.load(folder / "pytorch_model_fsdp.bin", weights_only=True))
 
 
 class Ddp(Accelerate):
@@ -247,6 +256,24 @@ class TestAccelerate(Kit):
 
 class TestDdp(Resumes):
     framework = Ddp()
+    kinds = ("float32",)
+
+    def test_whole_averages_go_on_as_shards_but_not_the_other_way(self) -> None:
+        shards = {**AVERAGE, "sharded": True}
+        whole = self.trained()
+        second = self.trained(self.trained(steps=8), options=shards)
+        assert whole.averaged is not None
+        assert second.averaged is not None
+        assert differing(of_net(second.averaged), of_net(whole.averaged)) == []
+        assert int(second.averaged["n_averaged"]) == 24
+        refusal = self.framework.refusal(self.job(self.trained(steps=8, options=shards)))
+        assert refusal.startswith("ValueError: sharded must be True"), refusal
+
+
+class TestFsdp2Full(Resumes):
+    """States of whole tensors: the averages are shards all the same."""
+
+    framework = Fsdp2Full()
     kinds = ("float32",)
 
 
