@@ -1,0 +1,194 @@
+"""`load`: a state of another tool, loaded into an averaged model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from ..average.averaged_model import FusedAveragedModel
+from ..op.checks import checked_num_averaged
+from ..sharded.sharded_model import ShardedAveragedModel
+from ..terms.names import canonical, unwrap
+from ..terms.rules import EqualAverage, Rule, terms_of
+from ..terms.warn import warn_user
+from ..terms.weight import KernelTerms
+from .kinds import Kind, recognised
+from .positional import in_names
+from .reading import Reading, Source
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What an average goes on with after :func:`load`."""
+
+    #: The averaged model's rule from now on; None: a function of the user's own.
+    rule: Rule | None
+    num_averaged: int
+    #: How many steps the training had made, for ``attach(optimizer, step=...)``; None: the state does not tell.
+    steps: int | None
+    #: What the state has and the average does not take, and what the average needs and the state does not have.
+    lost: tuple[str, ...]
+
+
+def load(
+    averaged: FusedAveragedModel | ShardedAveragedModel,
+    source: Source,
+    model: Module | None = None,
+    *,
+    kind: str = "auto",
+    num_averaged: int | None = None,
+    optimizer: Optimizer | None = None,
+) -> Conversion:
+    """Load a state that another tool has written into an averaged model, all of it or nothing.
+
+    Tensors are copied. Averages in another dtype are converted. If the state tells the rule, the average takes it over.
+    Nothing is unpickled: load a file before, with ``torch.load(path, weights_only=True)``. Collective if the averages
+    are shards: all ranks pass the same state, with whole tensors.
+
+    Args:
+        averaged: one averaged model; of several, ``averages["name"]``.
+        source: the state, as its tool has written it: the average alone, or a whole checkpoint with it.
+        model: whose params a state without names lists; default: the model that the average was made of.
+        kind: ``"torch"``, ``"timm"``, ``"ema_pytorch"``, ``"diffusers"``, ``"torch_ema"``, ``"lightning"``,
+            ``"mmengine"``, ``"ignite"``, ``"composer"``, ``"nemo"`` or ``"ultralytics"``; by default the one kind that
+            the entries of the state fit.
+        num_averaged: how many models the average holds, where the state does not tell, or not rightly.
+        optimizer: if a state without names lists the params as this optimizer does.
+
+    Raises:
+        TypeError: an argument has a wrong type.
+        ValueError: the state is of no kind or of several, lacks an entry or has a wrong one; it is of another model or
+            lists params in another order; or ``num_averaged`` is needed.
+        RuntimeError: its keys or shapes are not the average's, with torch's message; or the averages are swapped into a
+            model. In all cases nothing has changed.
+    """
+    _check_types(averaged, source, model, optimizer)
+    counted = None if num_averaged is None else checked_num_averaged(num_averaged)
+    root = _model_of(averaged, model)
+    own = [canonical(name) for name, _ in unwrap(root).named_parameters(remove_duplicate=False)]
+    found = recognised(source, own, kind)
+    reading = _with_count(found, found.read(source), counted, averaged.rule)
+    weights = reading.weights
+    if not isinstance(weights, Mapping):
+        weights = {**_own_weights(averaged), **in_names(reading, root, optimizer)}
+    _check_dtypes(averaged, root, weights)
+    assert reading.count is not None
+    state = {
+        "n_averaged": torch.tensor(reading.count),
+        **{f"module.{name}": value for name, value in weights.items()},
+        **reading.planes,
+    }
+    _take(averaged, state)
+    if reading.rule is not None:
+        _take_rule(averaged, found, reading.rule)
+    return Conversion(averaged.rule, reading.count, reading.steps, reading.lost)
+
+
+def _check_types(averaged: object, source: object, model: object, optimizer: object) -> None:
+    if not isinstance(averaged, (FusedAveragedModel, ShardedAveragedModel)):
+        several = ': pass one of them, averages["name"]' if hasattr(averaged, "keys") else ""
+        raise TypeError(f"averaged must be one averaged model of swafast, got {type(averaged).__name__}{several}")
+    if not isinstance(source, Mapping):
+        how = ""
+        if isinstance(source, (str, PathLike)):
+            how = ": load the file before, with torch.load(path, weights_only=True)"
+        elif hasattr(source, "state_dict"):
+            how = ": pass its state_dict()"
+        raise TypeError(f"source must be a state, a mapping, got {type(source).__name__}{how}")
+    if model is not None and not isinstance(model, Module):
+        raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
+
+
+def _model_of(averaged: Any, model: Module | None) -> Module:
+    """Return the model whose params a state lists."""
+    if model is None and averaged._made_of is not None:
+        model = averaged._made_of()
+    if model is None and isinstance(averaged, FusedAveragedModel):
+        model = averaged.module
+    if model is None:
+        raise ValueError("model must be given, got None: the model that this average was made of is not known")
+    return model
+
+
+def _with_count(kind: Kind, reading: Reading, given: int | None, rule: Rule | None) -> Reading:
+    """Return a reading with the count that the average goes on with."""
+    if given is not None:
+        if given < 1 and reading.begins_as_copy:
+            raise ValueError(
+                f"num_averaged must be >= 1 for a state of {kind.writer}, whose average begins as a copy of the model, "
+                f"got {given}: the next update would overwrite it"
+            )
+        return replace(reading, count=given)
+    if reading.count is not None:
+        return reading
+    rule = rule if reading.rule is None else reading.rule
+    if _goes_by_count(rule):
+        raise ValueError(
+            f"num_averaged must be given for a state of {kind.writer}, which does not tell it, as the average's rule "
+            f"{rule!r} depends on it, got None: pass {reading.advice}, or set the rule of that average first"
+        )
+    unknown = "the number of models, which the state does not have: it is counted from 1, and the rule is constant"
+    return replace(reading, count=1, lost=(*reading.lost, unknown))
+
+
+def _goes_by_count(rule: Rule | None) -> bool:
+    """Return whether the weight of the newest model depends on how many are in the average, or may do so."""
+    terms = terms_of(rule) if rule is not None else None
+    return terms is None or terms.kind != KernelTerms.CONSTANT
+
+
+def _own_weights(averaged: Any) -> dict[str, Any]:
+    """Return what the average holds itself, for what a state without names lacks: buffers. Collective for shards."""
+    if isinstance(averaged, FusedAveragedModel):
+        return {canonical(name): value for name, value in unwrap(averaged.module).state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it holds no model yet
+        whole = averaged.full_state_dict()
+    head = "module."
+    return {name[len(head) :]: value for name, value in whole.items() if name.startswith(head)}
+
+
+def _check_dtypes(averaged: Any, model: Module, weights: Mapping[str, Any]) -> None:
+    """Raise ValueError if a state has integers, bools or complex numbers for a param of another kind, or the like."""
+    for name, param in _named(averaged, model):
+        value = weights.get(name)
+        if isinstance(value, Tensor) and _class_of(value) != _class_of(param):
+            raise ValueError(f"the state must have {name!r} as {_class_of(param)}, got {value.dtype}")
+
+
+def _named(averaged: Any, model: Module) -> Iterable[tuple[str, Tensor]]:
+    owner = averaged.module if isinstance(averaged, FusedAveragedModel) else model
+    named = unwrap(owner).named_parameters(remove_duplicate=False)
+    return ((canonical(name), param) for name, param in named)
+
+
+def _class_of(tensor: Tensor) -> str:
+    if tensor.is_complex():
+        return "complex numbers"
+    return "floating-point numbers" if tensor.is_floating_point() else str(tensor.dtype)
+
+
+def _take(averaged: Any, state: Mapping[str, Any]) -> None:
+    if isinstance(averaged, FusedAveragedModel):
+        averaged.load_state_dict(state)
+    else:
+        averaged.load_full_state_dict(state)
+
+
+def _take_rule(averaged: Any, kind: Kind, rule: Rule) -> None:
+    """Give an average the rule of the state that it has loaded."""
+    before = averaged.rule
+    if before not in (rule, EqualAverage()):  # the latter is the default
+        warn_user(f"the rule {rule!r} of the state of {kind.writer} replaces the average's {before!r}")
+    if before != rule:
+        averaged.rule = rule
