@@ -9,6 +9,7 @@ from . import moved as _moved  # noqa: F401  # explains the failed import of a m
 from .terms.lazy import imported_on_use
 
 if TYPE_CHECKING:
+    from . import convert as convert
     from . import files as files
     from . import optim as optim
     from . import posthoc as posthoc
@@ -67,7 +68,7 @@ _PICKLED = {
     "StoredAverage": "posthoc.folder",
     "get_format": "terms.formats",
 }
-_PACKAGES = ("files", "optim", "posthoc", "sharded")
+_PACKAGES = ("convert", "files", "optim", "posthoc", "sharded")
 
 if not TYPE_CHECKING:  # an editor that sees __getattr__ accepts any name
     _import = imported_on_use(__name__, {**_PUBLIC, **_PICKLED, **{name: name for name in _PACKAGES}})

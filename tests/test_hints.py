@@ -203,8 +203,8 @@ def weights() -> dict[str, torch.Tensor]:
 #: A state, and what the error must have.
 STATES: dict[str, tuple[Callable[[], Any], str]] = {
     "an export": (lambda: averaged_once(make()).averaged_state_dict(), "save averaged.state_dict()"),
-    "timm's ModelEmaV3": (lambda: {f"module.{k}": v for k, v in weights().items()}, '"n_averaged": torch.tensor(n)'),
-    "diffusers' EMAModel": (lambda: {"decay": 0.9, "shadow_params": [*weights().values()]}, "num_averaged=n"),
+    "timm's ModelEmaV3": (lambda: {f"module.{k}": v for k, v in weights().items()}, "state, num_averaged=n)"),
+    "diffusers' EMAModel": (lambda: {"decay": 0.9, "shadow_params": [*weights().values()]}, "convert.load(averaged, s"),
     "a checkpoint": (
         lambda: {"epoch": 1, "averaged": FusedAveragedModel(make()).state_dict()},
         "load_state_dict(state['averaged'])",
@@ -265,7 +265,7 @@ def test_the_line_for_a_state_of_another_package_loads_it(one_rank: None, kind: 
         with pytest.raises((RuntimeError, ValueError)) as raised:
             averaged.load_state_dict(state)
         line = str(raised.value).rpartition(" write ")[2]
-        exec(line, {"averaged": averaged, "averages": averaged, "state": state, "torch": torch, "n": 7})
+        exec(line, {"averaged": averaged, "averages": averaged, "state": state, "swafast": swafast, "n": 7})
         one: Any = averaged["name"] if isinstance(averaged, (FusedAverages, ShardedAverages)) else averaged
         assert one.n_averaged == 7
         assert all(torch.equal(value, own[name]) for name, value in one.averaged_state_dict().items())

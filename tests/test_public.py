@@ -35,7 +35,7 @@ def run(code: str) -> str:
 
 
 def test_dir_is_the_public_names() -> None:
-    assert dir(swafast) == sorted([*swafast.__all__, "files", "optim", "posthoc", "sharded"])
+    assert dir(swafast) == sorted([*swafast.__all__, "convert", "files", "optim", "posthoc", "sharded"])
     assert all(getattr(swafast, name) is not None for name in dir(swafast))
     with pytest.raises(AttributeError, match="module 'swafast' has no attribute 'FusedAverage'"):
         swafast.FusedAverage  # noqa: B018

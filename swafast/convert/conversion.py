@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
@@ -14,8 +14,10 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from ..average.averaged_model import FusedAveragedModel
+from ..loop.attach import spell_rule
 from ..op.checks import checked_num_averaged
 from ..sharded.sharded_model import ShardedAveragedModel
+from ..terms.misfits import few
 from ..terms.names import canonical, unwrap
 from ..terms.rules import EqualAverage, Rule, terms_of
 from ..terms.warn import warn_user
@@ -78,8 +80,9 @@ def load(
     reading = _with_count(found, found.read(source), counted, averaged.rule)
     weights = reading.weights
     if not isinstance(weights, Mapping):
-        weights = {**_own_weights(averaged), **in_names(reading, root, optimizer)}
-    _check_dtypes(averaged, root, weights)
+        named = in_names(reading, root, optimizer)  # may raise, on all ranks alike, so before a collective call
+        weights = {**_own_weights(averaged), **named}
+    lost = (*reading.lost, *_lost_bits(averaged, root, weights))
     assert reading.count is not None
     state = {
         "n_averaged": torch.tensor(reading.count),
@@ -89,7 +92,7 @@ def load(
     _take(averaged, state)
     if reading.rule is not None:
         _take_rule(averaged, found, reading.rule)
-    return Conversion(averaged.rule, reading.count, reading.steps, reading.lost)
+    return Conversion(averaged.rule, reading.count, reading.steps, lost)
 
 
 def _check_types(averaged: object, source: object, model: object, optimizer: object) -> None:
@@ -135,7 +138,7 @@ def _with_count(kind: Kind, reading: Reading, given: int | None, rule: Rule | No
     if _goes_by_count(rule):
         raise ValueError(
             f"num_averaged must be given for a state of {kind.writer}, which does not tell it, as the average's rule "
-            f"{rule!r} depends on it, got None: pass {reading.advice}, or set the rule of that average first"
+            f"{_spell(rule)} depends on it, got None: pass {reading.advice}, or set the rule of that average first"
         )
     unknown = "the number of models, which the state does not have: it is counted from 1, and the rule is constant"
     return replace(reading, count=1, lost=(*reading.lost, unknown))
@@ -145,6 +148,10 @@ def _goes_by_count(rule: Rule | None) -> bool:
     """Return whether the weight of the newest model depends on how many are in the average, or may do so."""
     terms = terms_of(rule) if rule is not None else None
     return terms is None or terms.kind != KernelTerms.CONSTANT
+
+
+def _spell(rule: Rule | None) -> str:
+    return "a function of yours" if rule is None else spell_rule(rule)
 
 
 def _own_weights(averaged: Any) -> dict[str, Any]:
@@ -158,18 +165,26 @@ def _own_weights(averaged: Any) -> dict[str, Any]:
     return {name[len(head) :]: value for name, value in whole.items() if name.startswith(head)}
 
 
-def _check_dtypes(averaged: Any, model: Module, weights: Mapping[str, Any]) -> None:
-    """Raise ValueError if a state has integers, bools or complex numbers for a param of another kind, or the like."""
-    for name, param in _named(averaged, model):
-        value = weights.get(name)
-        if isinstance(value, Tensor) and _class_of(value) != _class_of(param):
-            raise ValueError(f"the state must have {name!r} as {_class_of(param)}, got {value.dtype}")
+def _lost_bits(averaged: Any, model: Module, weights: Mapping[str, Any]) -> list[str]:
+    """Return what is lost as a state has its tensors in other dtypes.
 
-
-def _named(averaged: Any, model: Module) -> Iterable[tuple[str, Tensor]]:
+    Raises:
+        ValueError: it has integers, bools or complex numbers for a param of another kind.
+    """
     owner = averaged.module if isinstance(averaged, FusedAveragedModel) else model
-    named = unwrap(owner).named_parameters(remove_duplicate=False)
-    return ((canonical(name), param) for name, param in named)
+    kept: dict[str, list[str]] = {}
+    for raw, param in unwrap(owner).named_parameters(remove_duplicate=False):
+        name = canonical(raw)
+        value = weights.get(name)
+        if not isinstance(value, Tensor):
+            continue
+        if _class_of(value) != _class_of(param):
+            raise ValueError(f"the state must have {name!r} as {_class_of(param)}, got {value.dtype}")
+        if value.is_floating_point() and value.dtype.itemsize < 4:
+            kept.setdefault(f"all but {value.dtype}, in which the state has ", []).append(name)
+        elif value.is_floating_point() and value.dtype.itemsize > 4 and param.dtype != value.dtype:
+            kept.setdefault(f"{value.dtype}, from which are rounded ", []).append(name)
+    return [what + few(names) for what, names in kept.items()]
 
 
 def _class_of(tensor: Tensor) -> str:
@@ -189,6 +204,7 @@ def _take_rule(averaged: Any, kind: Kind, rule: Rule) -> None:
     """Give an average the rule of the state that it has loaded."""
     before = averaged.rule
     if before not in (rule, EqualAverage()):  # the latter is the default
-        warn_user(f"the rule {rule!r} of the state of {kind.writer} replaces the average's {before!r}")
+        own = _spell(before)
+        warn_user(f"the rule {_spell(rule)} of the state of {kind.writer} replaces the average's, {own}")
     if before != rule:
         averaged.rule = rule

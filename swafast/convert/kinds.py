@@ -66,7 +66,9 @@ def _is_composer(source: Source, own: Collection[str]) -> bool:
 
 
 KINDS = {
-    "torch": Kind("torch's AveragedModel", "'n_averaged', 'module.*'", _has("n_averaged", prefix="module."), read_torch),
+    "torch": Kind(
+        "torch's AveragedModel", "'n_averaged', 'module.*'", _has("n_averaged", prefix="module."), read_torch
+    ),
     "timm": Kind("timm's ModelEmaV2 or V3", "'module.*' alone, or 'state_dict_ema'", _is_timm, read_timm),
     "ema_pytorch": Kind(
         "ema_pytorch's EMA",
@@ -80,7 +82,9 @@ KINDS = {
         _has("optimization_step", "update_after_step"),
         read_diffusers,
     ),
-    "torch_ema": Kind("torch_ema", "'num_updates', 'shadow_params'", _has("num_updates", "shadow_params"), read_torch_ema),
+    "torch_ema": Kind(
+        "torch_ema", "'num_updates', 'shadow_params'", _has("num_updates", "shadow_params"), read_torch_ema
+    ),
     "lightning": Kind(
         "Lightning's WeightAveraging",
         "'state_dict', 'averaging_state'",
@@ -93,7 +97,7 @@ KINDS = {
         _is_mmengine,
         read_mmengine,
     ),
-    "ignite": Kind("ignite's EMAHandler.ema_model", "the model's own names", _is_plain, read_ignite),
+    "ignite": Kind("ignite's EMAHandler or others with plain names", "the model's own names", _is_plain, read_ignite),
     "composer": Kind("Composer's EMA or SWA", "'state' with 'algorithms'", _is_composer, read_composer),
     "nemo": Kind(
         "NeMo's EMAOptimizer", "'opt', 'ema', 'every_n_steps'", _has("opt", "ema", "every_n_steps"), read_nemo

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
 from torch.nn import Module
 
 from .reading import Reading, Source, count_in, entry, section, under
@@ -80,12 +79,13 @@ def read_ignite(source: Source) -> Reading:
 def read_composer(source: Source) -> Reading:
     state = section(source, "state") if "state" in source else source
     model, algorithms = section(state, "model", "source['state']"), dict(each_algorithm(state))
-    if (swa := algorithms.get("SWA")) is not None and "EMA" not in algorithms:
+    if "EMA" not in algorithms:
+        swa = algorithms["SWA"]
         own = section(swa, "swa_model", "the state of SWA")
         started = bool(entry(swa, "swa_started", "the state of SWA"))
-        count = count_in(own, "n_averaged", name="the state of SWA")
-        lost = ("the schedule of updates and learning rates of SWA",)
-        return Reading(under(own, "module."), count=count if started else 0, steps=_batches(state), lost=lost)
+        models = count_in(own, "n_averaged", name="the state of SWA") if started else 0
+        schedule = "swa_start, swa_end and the learning rates, which the state does not have"
+        return Reading(under(own, "module."), count=models, steps=_batches(state), lost=(schedule,))
     ema = entry(algorithms, "EMA", "source['state']['algorithms']")
     weights = dict(model)
     if not entry(ema, "ema_weights_active", "the state of EMA"):
@@ -100,13 +100,11 @@ def read_composer(source: Source) -> Reading:
     started = bool(entry(ema, "ema_started", "the state of EMA"))
     advice = "the number of updates and one more"
     count = None if started else 0
-    return Reading(
-        weights, count=count, advice=advice, begins_as_copy=started, steps=_batches(state), lost=lost
-    )
+    return Reading(weights, count=count, advice=advice, begins_as_copy=started, steps=_batches(state), lost=lost)
 
 
 def each_algorithm(state: Source) -> Iterator[tuple[str, Any]]:
-    """Yield the algorithms in a state of Composer with their states. Older releases have a mapping, newer ones pairs."""
+    """Yield the algorithms in a state of Composer, each with its state. Older releases have a mapping, others pairs."""
     algorithms = state["algorithms"]
     for each in algorithms.items() if isinstance(algorithms, Mapping) else algorithms:
         if isinstance(each, (tuple, list)) and len(each) == 2 and isinstance(each[1], Mapping):
@@ -122,8 +120,6 @@ def _batches(state: Source) -> int | None:
 def read_ultralytics(source: Source) -> Reading:
     ema, steps = entry(source, "ema"), count_in(source, "updates")
     weights = ema.state_dict() if isinstance(ema, Module) else section(source, "ema")
-    lost = ["decay and tau, which the state does not have: the average keeps its rule"]
-    if any(isinstance(each, Tensor) and each.dtype.itemsize == 2 for each in weights.values()):
-        lost.append("bits of the averages beyond half precision, in which ultralytics saves them")
+    lost = ("decay and tau, which the state does not have: the average keeps its rule",)
     count = steps + 1  # the initial model is the first
-    return Reading(weights, count=count, begins_as_copy=True, steps=steps, lost=tuple(lost))
+    return Reading(weights, count=count, begins_as_copy=True, steps=steps, lost=lost)

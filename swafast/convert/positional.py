@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from ..terms.misfits import few
 from ..terms.names import canonical, unwrap
 from ..terms.rules import ExponentialAverage
 from .reading import Reading, Source, count_in, entry, flag_in, list_in
@@ -28,6 +29,11 @@ def read_diffusers(source: Source) -> Reading:
     weights: Mapping[str, Tensor] | Sequence[Tensor]
     named = {str(key): value for key, value in source.items() if isinstance(value, Tensor)}
     if "shadow_params" in source or not named:  # else it is a config.json with the tensors beside it
+        if not named and "shadow_params" not in source:
+            raise ValueError(
+                "source must have 'shadow_params', or the tensors of the saved model beside the entries of its "
+                f"config.json, got {few(source)}"
+            )
         weights = list_in(source, "shadow_params")
         lost.append(_NO_BUFFERS)
     else:
@@ -45,9 +51,7 @@ def read_torch_ema(source: Source) -> Reading:
     else:
         rule, steps = ExponentialAverage(decay, "ratio"), count_in(source, "num_updates")
     count = None if steps is None else steps + 1  # the initial model is the first
-    return Reading(
-        weights, "shadow_params", count=count, begins_as_copy=True, rule=rule, steps=steps, lost=tuple(lost)
-    )
+    return Reading(weights, "shadow_params", count=count, begins_as_copy=True, rule=rule, steps=steps, lost=tuple(lost))
 
 
 def read_nemo(source: Source) -> Reading:
@@ -82,8 +86,8 @@ def in_names(reading: Reading, model: Module, optimizer: Optimizer | None) -> di
         ValueError: the number of tensors, their shapes or their dtypes are not those of the params.
     """
     params: dict[int, tuple[list[str], Tensor]] = {}
-    for name, param in unwrap(model).named_parameters(remove_duplicate=False):
-        params.setdefault(id(param), ([], param))[0].append(canonical(name))
+    for raw, each in unwrap(model).named_parameters(remove_duplicate=False):
+        params.setdefault(id(each), ([], each))[0].append(canonical(raw))
     ordered = list(params.values()) if optimizer is None else _as_in(optimizer, params)
     if optimizer is None and reading.num_groups > 1:
         raise ValueError(
@@ -100,7 +104,7 @@ def in_names(reading: Reading, model: Module, optimizer: Optimizer | None) -> di
             f"source[{reading.key!r}] must have {len(ordered)} tensors, one for each param{also}, got {len(given)}: "
             "the state is of another model"
         )
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for index, (tensor, (names, param)) in enumerate(zip(given, ordered, strict=True)):
         assert isinstance(tensor, Tensor)
         if tensor.shape != param.shape:
@@ -112,13 +116,11 @@ def in_names(reading: Reading, model: Module, optimizer: Optimizer | None) -> di
     return weights
 
 
-def _as_in(
-    optimizer: Optimizer, params: Mapping[int, tuple[list[str], Tensor]]
-) -> list[tuple[list[str], Tensor]]:
+def _as_in(optimizer: Optimizer, params: Mapping[int, tuple[list[str], Tensor]]) -> list[tuple[list[str], Tensor]]:
     """Return the names and params in the order of an optimizer."""
-    held = [param for group in optimizer.param_groups for param in group["params"]]
+    held: list[Tensor] = [param for group in optimizer.param_groups for param in group["params"]]
     for param in held:
         if id(param) not in params:
             shape = tuple(param.shape)
-            raise ValueError(f"optimizer must hold params of the model only, got one of shape {shape} besides")
+            raise ValueError(f"optimizer must hold params of the model only, got one of the shape {shape} besides")
     return [params[id(param)] for param in held]

@@ -237,6 +237,9 @@ integrations/: swafast in frameworks with a training loop of their own
     contract          what the ``WeightAverage`` of every framework has in common
 
 convert/: states of other packages' averages
+    kind              what one package writes, and how it is recognised
+    reading           what such a state tells
+    conversion        what an average goes on with after it has loaded one
 
 swafast/*.py: faces
     finder            Python's import finder, which explains that a module has moved

@@ -6,12 +6,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-_RENAMED = '{**state["averaging_state"], **{f"module.{name}": value for name, value in state["state_dict"].items()}}'
-_OF_EMA_PYTORCH = (
-    '{"n_averaged": torch.tensor(n), **{name.replace("ema_model", "module", 1): value '
-    'for name, value in state.items() if name.startswith("ema_model.")}}'
-)
-
 
 def of_state(state: object, names: Iterable[str], loader: str) -> str:
     """Return the end of an error about a state that does not fit.
@@ -32,13 +26,13 @@ def _meant(state: Mapping[Any, Any], own: set[str], loader: str) -> str:
     keys = list(map(str, state))
     if "shadow_params" in state:
         return (
-            "this is a state of diffusers' EMAModel or of torch_ema, which has no names: load it there, copy_to() "
-            f"the model, and write {made}"
+            "this is a state of diffusers' EMAModel or of torch_ema, which has no names: write "
+            f"swafast.convert.load({one}, state)"
         )
     if isinstance(state.get("averaging_state"), Mapping) and isinstance(state.get("state_dict"), Mapping):
         return (
             "this is a whole checkpoint of Lightning's WeightAveraging, whose averages are in 'state_dict': write "
-            f"{load}({_RENAMED})"
+            f"swafast.convert.load({one}, state)"
         )
     nested = {key: [*map(str, value)] for key, value in state.items() if isinstance(value, Mapping)}
     for key, inner in nested.items():
@@ -72,10 +66,11 @@ def _meant(state: Mapping[Any, Any], own: set[str], loader: str) -> str:
     if all(key.startswith("module.") for key in keys):
         return (
             "this state has no count, like one of timm's ModelEmaV3. If it averages n models, write "
-            f'{load}({{**state, "n_averaged": torch.tensor(n)}})'
+            f"swafast.convert.load({one}, state, num_averaged=n)"
         )
     if any(key.startswith("ema_model.") for key in keys):
-        return f"this is a state of ema_pytorch's EMA. If it averages n models, write {load}({_OF_EMA_PYTORCH})"
+        of_n = f"If it averages n models, write swafast.convert.load({one}, state, num_averaged=n)"
+        return f"this is a state of ema_pytorch's EMA. {of_n}"
     if are_exports or not own.isdisjoint(keys):
         filled = "load it into the model" if sharded or are_exports else "write model.load_state_dict(state)"
         return (

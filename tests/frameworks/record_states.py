@@ -166,9 +166,7 @@ def _diffusers(**options: Any) -> Recorded:
 
     net = started()
     ema = EMAModel(net.parameters(), decay=DECAY, **options)
-    return run(
-        net, lambda _: ema.step(net.parameters()), ema.state_dict, lambda: positions(net, ema.shadow_params)
-    )
+    return run(net, lambda _: ema.step(net.parameters()), ema.state_dict, lambda: positions(net, ema.shadow_params))
 
 
 def diffusers_ratio() -> Recorded:
@@ -346,7 +344,8 @@ def ignite() -> Recorded:
 
 def nemo() -> Recorded:
     spec = importlib.util.spec_from_file_location("nemo_ema", os.environ["NEMO_EMA"])
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     net = started()
@@ -464,16 +463,16 @@ def version_of(package: str) -> str:
     return UNPINNED.get(package) or importlib.metadata.version(package)
 
 
-def main(names: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     from tests.frameworks.shims import shim_torchvision, stay_offline
 
     stay_offline()
     shim_torchvision()
-    FOLDER.mkdir(exist_ok=True)
+    into, names = (Path(arguments[1]), arguments[2:]) if arguments[:1] == ["--into"] else (FOLDER, arguments)
     for name in names or list(RECORDS):
         package, record = RECORDS[name]
         state, continued = record()
-        path = FOLDER / f"{name}.pt"
+        path = into / f"{name}.pt"
         torch.save({"writer": f"{package} {version_of(package)}", "state": state, "continued": continued}, path)
         torch.load(path, weights_only=True)
         print(f"{path.name}: {path.stat().st_size} bytes")

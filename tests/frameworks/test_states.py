@@ -1,0 +1,69 @@
+"""The recorded states are what the installed packages write."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.convert_cases import CLOSE
+from tests.frameworks.record_states import FOLDER, RECORDS, UNPINNED, version_of
+
+pytestmark = pytest.mark.frameworks
+
+INSTALLED = [name for name, (package, _) in RECORDS.items() if package not in UNPINNED]
+
+
+@pytest.fixture(scope="module")
+def made_anew(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Record all in a process of its own: some tools change global state, such as torch's default seed."""
+    folder = tmp_path_factory.mktemp("states")
+    command = [sys.executable, "-m", "tests.frameworks.record_states", "--into", str(folder), *INSTALLED]
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        command, cwd=root, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def unlike(got: Any, expected: Any, path: str) -> Iterator[str]:
+    """Yield where two states differ: in a key, a type, a shape, a value, or a float by more than rounding."""
+    if type(got) is not type(expected):
+        yield f"{path}: {type(got).__name__} and not {type(expected).__name__}"
+    elif isinstance(got, Tensor):
+        if (got.shape, got.dtype) != (expected.shape, expected.dtype):
+            yield f"{path}: {got.shape} {got.dtype} and not {expected.shape} {expected.dtype}"
+        elif not torch.allclose(got.double(), expected.double(), rtol=CLOSE, atol=CLOSE):
+            yield f"{path}: other values"
+    elif isinstance(got, dict):
+        if [*got] != [*expected]:
+            yield f"{path}: {[*got]} and not {[*expected]}"
+        else:
+            for key in got:
+                yield from unlike(got[key], expected[key], f"{path}[{key!r}]")
+    elif isinstance(got, (list, tuple)):
+        if len(got) != len(expected):
+            yield f"{path}: {len(got)} and not {len(expected)}"
+        else:
+            for index, each in enumerate(got):
+                yield from unlike(each, expected[index], f"{path}[{index}]")
+    elif got != expected:
+        yield f"{path}: {got!r} and not {expected!r}"
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_a_state_is_what_the_package_writes(made_anew: Path, name: str) -> None:
+    recorded = torch.load(FOLDER / f"{name}.pt", weights_only=True)
+    anew = torch.load(made_anew / f"{name}.pt", weights_only=True)
+    package, _ = RECORDS[name]
+    assert recorded["writer"].partition("+")[0] == f"{package} {version_of(package)}".partition("+")[0]
+    assert [*unlike(anew["state"], recorded["state"], "state")] == []
+    assert [*unlike(anew["continued"], recorded["continued"], "continued")] == []
