@@ -201,7 +201,7 @@ def _take(averaged: Any, state: Mapping[str, Any]) -> None:
 
 
 def _take_rule(averaged: Any, kind: Kind, rule: Rule) -> None:
-    """Give an average the rule of the state that it has loaded."""
+    """Set the rule of a state that is loaded."""
     before = averaged.rule
     if before not in (rule, EqualAverage()):  # the latter is the default
         own = _spell(before)

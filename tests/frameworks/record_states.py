@@ -47,7 +47,7 @@ class Net(nn.Module):
 
 
 def put(net: nn.Module, step: int) -> None:
-    """Give a model the values that it has after a step."""
+    """Set the values that a model has after a step."""
     with torch.no_grad():
         for index, tensor in enumerate(net.state_dict().values()):
             if tensor.is_floating_point():
@@ -251,7 +251,7 @@ def lightning() -> Recorded:
         state = torch.load(Path(folder) / f"step={SAVED}.ckpt", weights_only=True)
     keys = ("global_step", "pytorch-lightning_version", "state_dict", "current_model_state", "averaging_state")
     assert averaging._average_model is not None
-    return {key: state[key] for key in (*keys, "callbacks")}, of(averaging._average_model.module)
+    return {key: state[key] for key in keys}, of(averaging._average_model.module)
 
 
 # mmengine

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import swafast
-from swafast import FusedAveragedModel
 from swafast.convert import kinds
 from tests.convert_cases import CASES, Loading, state_of
 from tests.frameworks.record_states import Net, put
 
 PAGE = (Path(__file__).parents[2] / "docs/frameworks/migration.md").read_text()
-TOOLS = "torch Lightning timm diffusers ema-pytorch torch_ema Composer mmengine ignite NeMo ultralytics".split()
+TOOLS = {
+    *("torch", "Lightning", "timm", "diffusers", "ema-pytorch", "torch_ema"),
+    *("Composer", "mmengine", "ignite", "NeMo", "ultralytics"),
+}
 
 
 def rows(columns: int) -> list[list[str]]:
@@ -35,33 +38,40 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert space["averaged"].attachment.step == 7  # type: ignore[attr-defined]
 
 
-def test_each_tool_has_its_lines_and_kinds() -> None:
-    table = rows(5)[1:]
-    assert {row[0] for row in table} == {*TOOLS}
-    assert {row[3].strip("`") for row in table} == kinds.KINDS.keys()
-    for _, _, after, kind, count in table:
-        line = re.findall("`(.*?)`", after)[0]
-        averaged = eval(line, {**vars(swafast), "FusedAveragedModel": FusedAveragedModel, "model": Net()} | public())
-        assert isinstance(averaged, FusedAveragedModel)
-        cases = [case for case in CASES.values() if case.kind == kind.strip("`")]
-        assert any(type(case.rule) is type(averaged.rule) for case in cases)
-        assert all(case.use_buffers == averaged.use_buffers for case in cases if case.rule == averaged.rule)
-        assert ("num_averaged=" in count) == (kind.strip("`") in ("timm", "ema_pytorch", "composer", "ignite")) or (
-            "SWA" in line or "FusedAveragedModel(model)" in line
-        )
+def lines() -> dict[str, list[tuple[str, str]]]:
+    """Return, for each tool, the lines before and those after."""
+    (block,) = re.findall(r"^```diff\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    tools = re.findall(r"^# (\S+)\n((?:[-+] .*\n)+)", block, re.MULTILINE)
+    return {tool: re.findall(r"- ema = (.*)\n((?:\+ .*\n)+)", pairs) for tool, pairs in tools}
 
 
-def public() -> dict[str, object]:
-    return {name: getattr(swafast, name) for name in swafast.__all__}
+def test_each_tool_has_its_lines_and_its_kind() -> None:
+    table = {row[0]: row[1:] for row in rows(4)[1:]}
+    assert {*lines()} == {*table} == TOOLS
+    assert {row[0].strip("`") for row in table.values()} == kinds.KINDS.keys()
+    for tool, pairs in lines().items():
+        kind = table[tool][0].strip("`")
+        cases = [case for case in CASES.values() if case.kind == kind]
+        assert pairs, tool
+        for _, after in pairs:
+            space: dict[str, Any] = {name: getattr(swafast, name) for name in swafast.__all__} | {"model": Net()}
+            exec(re.sub(r"^\+ ", "", after, flags=re.MULTILINE), space)
+            averaged = space["averaged"]
+            alike = [case for case in cases if kind_of(case.rule) == kind_of(averaged.rule)]
+            assert any(case.use_buffers == averaged.use_buffers for case in alike), after
+        assert any("num_averaged" in case.options for case in cases) <= ("num_averaged=" in table[tool][2]), tool
+        for entry in re.findall("`(.*?)`", table[tool][1]):
+            assert any(has_entry(state_of(name), entry) for name, case in CASES.items() if case.kind == kind), entry
 
 
-def test_the_lines_have_the_buffers_and_warm_ups_of_the_recorded_tools() -> None:
-    for _, _, after, kind, _ in rows(5)[1:]:
-        warm_up = re.findall('warmup="(.*?)"', after)
-        cases = [case for case in CASES.values() if case.kind == kind.strip("`")]
-        warm_ups = {getattr(case.rule, "warmup", None) for case in cases}
-        assert (warm_up[0] if warm_up else None) in warm_ups, after
-        assert ("use_buffers=True" in after) in {case.use_buffers for case in cases}, after
+def kind_of(rule: object) -> tuple[type, object]:
+    return type(rule), getattr(rule, "warmup", None)
+
+
+def has_entry(state: dict[str, Any], entry: str) -> bool:
+    inner = [value for value in state.values() if isinstance(value, dict)]
+    keys = {key for each in (state, *inner) for key in each}
+    return entry in keys or any(entry.endswith("*") and key.startswith(entry[:-1]) for key in keys)
 
 
 def test_same_bits_are_those_of_the_page() -> None:
