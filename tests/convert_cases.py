@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,8 +134,19 @@ CASES = {
 }
 
 
+@functools.cache
+def _recorded(name: str) -> Any:
+    return torch.load(FOLDER / f"{name}.pt", weights_only=True)
+
+
 def state_of(name: str) -> dict[str, Any]:
-    return dict(torch.load(FOLDER / f"{name}.pt", weights_only=True)["state"])
+    """Return what a tool has written, to be changed at will."""
+    return dict(copy.deepcopy(_recorded(name)["state"]))
+
+
+def continued(name: str) -> dict[str, Tensor]:
+    """Return the average of the tool after the last step."""
+    return dict(_recorded(name)["continued"])
 
 
 class Loading:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import swafast
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages, ShardedAveragedModel
 from swafast.convert import Conversion, kinds, load
-from tests.convert_cases import CASES, CLOSE, EMA, Loading, Wrapped, difference, state_of
+from tests.convert_cases import CASES, CLOSE, EMA, Loading, Wrapped, continued, difference, state_of
 from tests.frameworks.record_states import FOLDER, RECORDS, UNPINNED, Net, put
 from tests.support import same_bits, unchanged
 
@@ -39,14 +39,13 @@ def test_every_kind_is_recorded_in_small_files() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_recorded_state_goes_on_as_there(name: str) -> None:
     loading, case = Loading(name), CASES[name]
-    recorded = torch.load(FOLDER / f"{name}.pt", weights_only=True)
-    got = loading.load(recorded["state"])
+    got = loading.load(state_of(name))
     assert (got.rule, got.num_averaged, got.steps) == (case.rule, case.num_averaged, case.steps)
     assert loading.averaged.rule == case.rule
     assert int(loading.averaged.n_averaged) == case.num_averaged
     assert len(got.lost) == len(case.lost)
     assert all(each.startswith(start) for each, start in zip(got.lost, case.lost, strict=True)), got.lost
-    average, expected = loading.go_on(), recorded["continued"]
+    average, expected = loading.go_on(), continued(name)
     params = {each for each, _ in loading.model.named_parameters()}
     assert params <= expected.keys()
     compared = [each for each in expected if each in params or case.use_buffers]
@@ -58,7 +57,7 @@ def test_a_recorded_state_goes_on_as_there(name: str) -> None:
     # That the records can tell: one model more or less in the average is far off where the rule goes by the count.
     if case.rule != EMA:
         other = Loading(name)
-        other.load(recorded["state"], num_averaged=case.num_averaged + 1)
+        other.load(state_of(name), num_averaged=case.num_averaged + 1)
         assert difference(other.go_on(), expected, compared) > 100 * CLOSE
 
 
@@ -144,7 +143,7 @@ def refuses(loading: Loading, state: Any, match: str | None = None, **options: A
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", CASES)
 def test_a_damaged_state_changes_nothing(name: str, damage: str) -> None:
-    loading, state = Loading(name), copy.deepcopy(state_of(name))
+    loading, state = Loading(name), state_of(name)
     DAMAGE[damage](state, name)
     refuses(loading, state)
 
@@ -234,7 +233,7 @@ def test_the_kind_is_the_one_that_fits() -> None:
     refuses(loading, {"epoch": 1, "unet": inner}, re.escape("source['unet'] is of the kind 'diffusers', pass that"))
     both = {**state_of("torch_ema_ratio"), **inner}
     refuses(loading, both, "kind must be given, as the state can be of the kinds 'diffusers', 'torch_ema'")
-    assert loading.load(both, kind="torch_ema").num_averaged == 8
+    assert Loading("torch_ema_ratio").load(both, kind="torch_ema").num_averaged == 8
 
 
 def test_a_count_is_asked_for_where_the_rule_goes_by_it() -> None:
@@ -350,9 +349,6 @@ def test_other_formats_take_full_precision(format: str) -> None:
     state = state_of("torch_ema_ratio")
     load(averaged, state)
     tolerance = 0.0 if format != "compact" else 2.0**-15
-    for got, expected in zip(averaged.averaged_state_dict().values(), state["shadow_params"], strict=False):
-        assert torch.allclose(got, expected, rtol=tolerance, atol=0)
-        break
     first = averaged.averaged_state_dict()["first.weight"]
     assert torch.allclose(first, state["shadow_params"][0], rtol=tolerance, atol=0)
 
@@ -361,9 +357,11 @@ def test_wrapped_models_and_one_of_several() -> None:
     for name in ("timm_v2", "diffusers_ratio"):
         model = Net()
         put(model, 0)
-        compiled = torch.compile(model)
-        averages = FusedAverages(model, rules={"fast": EMA, "slow": ExponentialAverage(0.99)})
-        for averaged in (FusedAveragedModel(compiled, rule=EMA), averages["fast"]):
+        wrapped = nn.DataParallel(model)
+        rule = Loading(name).load(state_of(name)).rule
+        assert rule is not None
+        averages = FusedAverages(model, rules={"fast": rule, "slow": EMA})
+        for averaged in (FusedAveragedModel(wrapped, rule=rule), averages["fast"]):
             load(averaged, state_of(name))
             expected = Loading(name)
             expected.load(state_of(name))
@@ -384,7 +382,7 @@ def test_shards_take_whole_states(name: str) -> None:
     for key, value in loading.averaged.averaged_state_dict().items():
         assert torch.equal(full[key], value), key
     for each in DAMAGE:
-        state = copy.deepcopy(state_of(name))
+        state = state_of(name)
         DAMAGE[each](state, name)
         with pytest.raises((ValueError, RuntimeError, TypeError)):
             load(sharded, state, **loading.options)

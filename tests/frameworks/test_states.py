@@ -11,10 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
-from tests.convert_cases import CLOSE
-from tests.frameworks.record_states import FOLDER, RECORDS, UNPINNED, version_of
+from swafast import ShardedAveragedModel
+from swafast.convert import load
+from tests.convert_cases import CASES, CLOSE, Loading, state_of
+from tests.frameworks.record_states import FOLDER, RECORDS, UNPINNED, Net, put, version_of
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.frameworks
 
@@ -67,3 +71,26 @@ def test_a_state_is_what_the_package_writes(made_anew: Path, name: str) -> None:
     assert recorded["writer"].partition("+")[0] == f"{package} {version_of(package)}".partition("+")[0]
     assert [*unlike(anew["state"], recorded["state"], "state")] == []
     assert [*unlike(anew["continued"], recorded["continued"], "continued")] == []
+
+
+def load_into_shards(names: list[str]) -> None:
+    """Compare averages of shards with those of a whole model, for states with names and without."""
+    for name in names:
+        whole = Loading(name)
+        expected = whole.load(state_of(name))
+        model: nn.Module = Net()
+        put(model, 0)
+        fully_shard(model)
+        averaged = ShardedAveragedModel(model, rule=CASES[name].rule)
+        short = {**state_of(name), "shadow_params": state_of(name).get("shadow_params", [])[:-1]}
+        with pytest.raises((ValueError, TypeError)):
+            load(averaged, short if "shadow_params" in state_of(name) else {"module.first.weight": torch.zeros(8, 4)})
+        assert int(averaged.n_averaged) == 0
+        assert load(averaged, state_of(name)) == expected
+        got = averaged.averaged_state_dict()
+        for key, value in whole.averaged.averaged_state_dict().items():
+            assert torch.equal(got[key], value), key
+
+
+def test_shards_of_two_ranks_take_whole_states() -> None:
+    run_ranks(2, load_into_shards, ["torch_swa", "diffusers_ratio", "torch_ema_ratio"])
