@@ -18,7 +18,7 @@ from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedA
 from swafast.convert import Conversion, kinds, load
 from tests.convert_cases import CASES, CLOSE, EMA, Loading, Wrapped, continued, difference, state_of
 from tests.frameworks.record_states import FOLDER, RECORDS, UNPINNED, Net, put
-from tests.support import same_bits, unchanged
+from tests.support import differing, same_bits, unchanged
 
 #: Kinds whose states have one tensor for each param, and the key of these.
 POSITIONAL = {"diffusers_ratio": "shadow_params", "torch_ema_ratio": "shadow_params", "nemo": "ema"}
@@ -351,6 +351,23 @@ def test_other_formats_take_full_precision(format: str) -> None:
     tolerance = 0.0 if format != "compact" else 2.0**-15
     first = averaged.averaged_state_dict()["first.weight"]
     assert torch.allclose(first, state["shadow_params"][0], rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("format", ["exact", "compensated"])
+def test_states_of_ours_keep_all_planes(format: str) -> None:
+    model = Net().bfloat16()
+    averaged = FusedAveragedModel(model, rule=EMA, format=format)
+    for step in range(3):
+        put(model, step)
+        averaged.update_parameters(model)
+    own = averaged.state_dict()
+    names = {key.removeprefix("module."): value for key, value in own.items() if key.startswith("module.")}
+    planes = {key: value for key, value in own.items() if not key.startswith("module.")}
+    checkpoint = {"state_dict": names, "averaging_state": planes, "global_step": 3}
+    for state in (own, checkpoint):
+        other = FusedAveragedModel(Net().bfloat16(), rule=EMA, format=format)
+        assert load(other, state).num_averaged == 3
+        assert differing(other.state_dict(), own) == []
 
 
 def test_wrapped_models_and_one_of_several() -> None:
