@@ -1,4 +1,4 @@
-"""Record the states that other tools write, and how they go on: `python -m tests.frameworks.record_states [NAME ...]`.
+"""Record what other tools write, and how they go on: `python -m tests.frameworks.record_states [--into FOLDER] [NAME]`.
 
 Each file in `states/` has what one tool has written after `SAVED` updates, and the average that the same tool had after
 `LAST`. The model's values follow from the number of the step alone, so a test can go on from the state by itself.
