@@ -50,7 +50,7 @@ class SampledShards(HasSamples):
             TypeError, ValueError, RuntimeError: as there, on every rank; ranks have passed different arguments; or a
                 rank was lost.
         """
-        swap = swaps.Swap(self._guard, self, model, self._ranks.lock)
+        swap = swaps.Swap(self._guard, self, model, self._ranks.lock, call="sampled_into")
         try:
             try:
                 self._guard.settle("sampled_into", model)
