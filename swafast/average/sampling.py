@@ -126,8 +126,8 @@ def drift(spreads: Sequence[Sequence[Tensor]], num_averaged: int) -> float:
     columns = [column for _, *of_param in some for column in of_param]
     if not columns:
         return 0.0
-    variance = torch.stack(torch._foreach_norm([planes[0] for planes in some], 1)).sum()
-    squares = torch.stack(torch._foreach_norm(columns, 2, dtype=torch.float32)).square().sum()
+    variance = torch.stack(torch._foreach_norm([planes[0] for planes in some], 1, dtype=torch.float64)).sum()
+    squares = torch.stack(torch._foreach_norm(columns, 2, dtype=torch.float64)).square().sum()
     mean_square = squares / (len(columns) // len(some))
     return float(mean_square / variance) if variance > 0 else 0.0
 
