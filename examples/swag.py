@@ -11,7 +11,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,8 +30,8 @@ from swafast.demo.training import train_seed
 
 # For a quick look, set EPOCHS=8 in the environment.
 try:
-    if (EPOCHS := int(os.environ.get("EPOCHS", "60"))) < 8:
-        raise ValueError(f"must be at least 8, got {EPOCHS}: a sample needs two models, of the last quarter")
+    if (EPOCHS := int(os.environ.get("EPOCHS", "60"))) < 5:
+        raise ValueError(f"it must be at least 5, got {EPOCHS}: samples need two models of the last quarter")
     # The demo's own rate of 0.3 and decay of 1e-2 suit SGD alone: with them, samples make the calibration worse.
     SETTINGS = Settings(num_seeds=3, epochs=EPOCHS, learning_rate=0.1, weight_decay=1e-3, test_every=EPOCHS)
 except ValueError as error:
@@ -163,8 +163,7 @@ def means(results: list[Result]) -> dict[str, Scores]:
 
 
 def print_table(results: list[Result]) -> None:
-    title = f"{SETTINGS.epochs} epochs, {SAMPLES} samples of each SWAG, means of {len(results)} seeds"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=f"{SETTINGS.epochs} epochs, {len(results)} seeds", title_justify="left")
     for column in ("method", "accuracy", "NLL", "ECE"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for method, scores in means(results).items():
@@ -174,78 +173,89 @@ def print_table(results: list[Result]) -> None:
 
 # The picture
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart. Blue: samples; grey: models without samples.
-COLOURS = {"SWA": "#8C8C8C", "deep ensemble": "#E69F00", "SWAG": "#56B4E9", "MultiSWAG": "#0072B2"}
-INK, GREY = "#222222", "#555555"
+# Grey: without samples, blue: with samples. Light: one training, dark: three. The blues are Okabe and Ito's.
+COLOURS = {
+    **dict.fromkeys(("SGD", "SWA"), "#A8A8A8"),
+    **dict.fromkeys(("SWAG-diagonal", "SWAG"), "#56B4E9"),
+    **dict.fromkeys(("deep ensemble", "MultiSWA"), "#606060"),
+    "MultiSWAG": "#0072B2",
+}
+CURVES = ("SWA", "SWAG", "MultiSWA", "MultiSWAG")
 CURVE_BINS = 10
-LEAST_IN_BIN = 30  # test images; fewer make a point of mere chance
+SURE = 0.9
+LEAST_IN_BIN = 30  # test images; the share of fewer is mere chance
+LEFT = 0.06
+INK, GREY = "#222222", "#555555"
 
 
 def draw(results: list[Result], out: Path) -> None:
     """Draw how often predictions are right against how sure they are, and the NLL of each method."""
-    figure = Figure(figsize=(12, 6.2), dpi=120, facecolor="white")
-    reliability, likelihood = figure.subplots(1, 2, gridspec_kw={"width_ratios": (1, 1.15), "wspace": 0.42})
-    figure.subplots_adjust(left=0.065, right=0.97, top=0.78, bottom=0.11)
+    figure = Figure(figsize=(12.5, 6.6), dpi=120, facecolor="white")
+    reliability, likelihood = figure.add_axes((LEFT, 0.1, 0.36, 0.62)), figure.add_axes((0.585, 0.1, 0.275, 0.62))
     nll = {method: scores["NLL"] for method, scores in means(results).items()}
-    pairs = [("SWA", "SWAG"), ("MultiSWA", "MultiSWAG")]
-    words = "     ".join(f"{one} {nll[one]:.2f} → {other} {nll[other]:.2f}" for one, other in pairs)
-    figure.text(0.065, 0.925, f"Samples lower the NLL:  {words}", fontsize=17, fontweight="bold", color=INK)
+    words = ",   ".join(f"{one} {nll[one]:.2f} → {one}G {nll[one + 'G']:.2f}" for one in ("SWA", "MultiSWA"))
+    figure.text(LEFT, 0.925, f"Test NLL:  {words}", fontsize=18, fontweight="bold", color=INK)
     about = (
-        f"Handwritten digits, {SETTINGS.label_noise:.0%} of all labels wrong, also of those to test on."
-        f" {SAMPLES} samples of each SWAG; {MEMBERS} trainings in each ensemble and Multi.\n"
-        f"Test images of {len(results)} seeds. No method sees which labels are wrong, and all are too sure: below the line."
+        f"Handwritten digits. {SETTINGS.label_noise:.0%} of all labels are wrong, also of those to test on:"
+        f" no method can be right much more often than {1 - SETTINGS.label_noise:.0%}.\n"
+        f"Grey: without samples; blue: mean predictions of {SAMPLES} samples. Light: one training; dark: {MEMBERS}."
+        f" {SETTINGS.epochs} epochs, {len(results)} seeds."
     )
-    figure.text(0.065, 0.905, about, fontsize=10.5, color=GREY, va="top", linespacing=1.5)
+    figure.text(LEFT, 0.895, about, fontsize=11, color=GREY, va="top", linespacing=1.5)
     draw_reliability(reliability, results)
     draw_likelihood(likelihood, results)
     for axes in (reliability, likelihood):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=GREY)
+        axes.spines[["left", "bottom"]].set_color("#B0B0B0")
+        axes.tick_params(colors=GREY, labelsize=11)
     figure.savefig(out, format="png")
 
 
 def draw_reliability(axes: Axes, results: list[Result]) -> None:
     """Draw, for some methods, the share of right predictions among those that are about as sure."""
-    axes.plot([0, 100], [0, 100], color=INK, lw=1, ls=(0, (4, 3)))
-    axes.annotate("as sure as right", (52, 53.5), rotation=45, rotation_mode="anchor", color=GREY, fontsize=10)
-    for method, colour in COLOURS.items():
+    axes.plot([0, 100], [0, 100], color=INK, lw=1, ls=(0, (4, 3)), zorder=0)
+    axes.axhline(100 * (1 - SETTINGS.label_noise), color="#DDDDDD", lw=1, zorder=0)
+    for method in CURVES:
         confidence = torch.cat([result.confidence[method] for result in results])
         right = torch.cat([result.right[method] for result in results]).float()
         place = (confidence * CURVE_BINS).long().clamp(max=CURVE_BINS - 1)
-        kept = [place == each for each in range(CURVE_BINS) if int((place == each).sum()) >= LEAST_IN_BIN]
-        x, y = ([100 * values[each].mean().item() for each in kept] for values in (confidence, right))
-        axes.plot(x, y, "o-", color=colour, lw=2.2, ms=6, label=method)
-    axes.set(xlim=(20, 101), ylim=(20, 101), aspect="equal")
-    axes.set_xlabel("how sure, %", color=GREY, fontsize=11)
-    axes.set_title("How often it is right, %", loc="left", fontsize=12.5, color=INK)
-    axes.legend(frameon=False, loc="upper left", fontsize=11)
+        bins = [place == each for each in range(CURVE_BINS) if int((place == each).sum()) >= LEAST_IN_BIN]
+        x, y = ([100 * values[each].mean().item() for each in bins] for values in (confidence, right))
+        label = f"{method}: {(confidence > SURE).double().mean():.0%} are over {SURE:.0%} sure"
+        axes.plot(x, y, "o-", color=COLOURS[method], lw=2, ms=6.5, label=label)
+    axes.set(xlim=(20, 101), ylim=(20, 101))
+    axes.annotate(
+        "as sure as right", (94, 96), rotation=42, rotation_mode="anchor", ha="right", color=GREY, fontsize=10
+    )
+    axes.set_xlabel("how sure it is, %", color=GREY, fontsize=11)
+    axes.set_title("How often a prediction is right, %", loc="left", fontsize=13, color=INK, pad=14)
+    axes.legend(frameon=False, loc="lower right", fontsize=11)
 
 
 def draw_likelihood(axes: Axes, results: list[Result]) -> None:
     """Draw the NLL of each method: a dot for each seed, and a bar at their mean."""
-    averages = means(results)
-    for place, method in enumerate(averages):
+    where = ("axes fraction", "data")
+    for name, x in (("NLL", 1.06), ("ECE", 1.24)):
+        axes.annotate(name, (x, 1.03), xycoords="axes fraction", color=GREY, fontsize=11.5)
+    for place, (method, scores) in enumerate(means(results).items()):
         values = [result.scores[method]["NLL"] for result in results]
-        colour = "#0072B2" if "SWAG" in method else "#8C8C8C"
-        average = averages[method]["NLL"]
-        axes.scatter(values, [place] * len(values), s=34, color=colour, alpha=0.45, lw=0, zorder=2)
-        axes.plot([average] * 2, [place - 0.3, place + 0.3], color=colour, lw=4, zorder=3)
-        score = f"{average:.2f}"
-        axes.annotate(score, (1, place), xycoords=("axes fraction", "data"), va="center", color=colour, fontsize=12)
+        axes.scatter(values, [place] * len(values), s=40, color=COLOURS[method], alpha=0.55, lw=0, zorder=2)
+        axes.plot([scores["NLL"]] * 2, [place - 0.3, place + 0.3], color=COLOURS[method], lw=4, zorder=3)
+        for text, x in ((f"{scores['NLL']:.2f}", 1.06), (f"{scores['ECE']:.1%}", 1.24)):
+            axes.annotate(text, (x, place), xycoords=where, va="center", color=INK, fontsize=12)
     axes.axhline(3.5, color="#DDDDDD", lw=1, zorder=0)
-    axes.set_yticks(range(len(averages)), averages, fontsize=12)
+    axes.set_yticks(range(len(COLOURS)), means(results))
     axes.invert_yaxis()
-    axes.set_title(
-        "Negative log-likelihood of the test labels, nats: lower is better", loc="left", fontsize=12.5, color=INK
-    )
+    axes.set_xlabel("lower is better", color=GREY, fontsize=11)
+    axes.set_title("Negative log-likelihood, nats", loc="left", fontsize=13, color=INK, pad=14)
 
 
 def main(picture: Path, numbers: Path) -> None:
     results = measure()
     print_table(results)
-    numbers.write_text(
-        json.dumps({"mean": means(results), "seeds": [each.scores for each in results]}, indent=1) + "\n"
-    )
+    settings = {**asdict(SETTINGS), "members": MEMBERS, "samples": SAMPLES, "bins": BINS}
+    found = {"settings": settings, "mean": means(results), "seeds": [result.scores for result in results]}
+    numbers.write_text(json.dumps(found, indent=1) + "\n")
     draw(results, picture)
     print(f"picture: {picture}, results: {numbers}")
 

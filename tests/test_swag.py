@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import runpy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,26 +15,23 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from swafast import FusedAveragedModel
 from swafast.backends import cpu, reference
-from swafast.backends.contract import Backend, Pair, Update
-from swafast.terms.draws import Draws, make_random_key
-from swafast.terms.formats import FLOAT32, Format, with_spread
+from swafast.terms.draws import make_random_key
+from swafast.terms.formats import Format
 from swafast.terms.normals import COLUMNS, normals
-from swafast.terms.rules import EqualAverage, terms_of
 from swafast.terms.samples import Sample, make_sample
-from swafast.terms.spread import Spread
 from tests.conftest import NO_LIBRARY
+
+# The weights were still on their way, to which a sample's warning points.
+pytestmark = pytest.mark.filterwarnings("ignore:the deviations have")
 
 RECORDED = load_file(Path(__file__).with_name("oracles") / "swag.safetensors")
 STREAM = RECORDED["stream"]  # (60, 610) float32, a row for each update
-SPREAD = Spread(20)
-FORMAT = with_spread(FLOAT32, SPREAD, torch.float32)
-DTYPES = (torch.float32, *(dtype for _, dtype in FORMAT.further))
+COUNT = 20  # of deviations, K
 #: The largest error of the mean, the median, the 99th percentile and the largest of the variance's relative errors, and
 #: the largest error of a deviation. Errors of the mean and of deviations are relative to the largest of them.
 BARS = {"mean": 5e-7, "variance, median": 5e-6, "variance, p99": 1e-4, "variance, max": 5e-4, "deviations": 5e-6}
-#: Of the authors' code, measured.
-THEIRS = {"mean": 6e-7, "variance, median": 6e-5, "variance, p99": 0.1, "variance, max": 3.0, "deviations": 2e-6}
 
 
 def make_net() -> nn.Sequential:
@@ -51,39 +49,29 @@ def put(net: nn.Module, values: Tensor) -> None:
         param.copy_(value.view_as(param))
 
 
-class Averaged:
-    """An average of the stream, kept by the launches of one backend."""
-
-    def __init__(self, backend: Backend, updates: int) -> None:
-        self.backend, self.updates, net = backend, updates, make_net()
-        self.pairs = [
-            Pair(name, param.detach(), tuple(torch.zeros(param.shape, dtype=dtype) for dtype in DTYPES), FORMAT)
-            for name, param in net.named_parameters()
-        ]
-        self.params = [pair.param for pair in self.pairs]
-        launch, counter = backend.prepare(self.pairs), torch.tensor(0)
-        update = Update((terms_of(EqualAverage()),), (counter,))  # type: ignore[arg-type]
-        for values in STREAM[:updates]:
-            put(net, values)
-            launch.update(self.params, update)
-
-    def planes(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return mean, variance and columns: the oldest deviation is in the first, after 60 updates."""
-        mean, variance, *columns = (flat(planes) for planes in zip(*(p.planes for p in self.pairs), strict=True))
-        return mean, variance, torch.stack(columns)
-
-    def draw(self, index: int, scale: float, deviations: bool) -> Tensor:
-        draws = [Draws(make_random_key(0, pair.name), tuple(pair.param.shape)) for pair in self.pairs]
-        launch = self.backend.prepare([replace(pair, draws=each) for pair, each in zip(self.pairs, draws, strict=True)])
-        spread = SPREAD if deviations else Spread(0)
-        launch.draw(self.params, make_sample(spread, self.updates, index, scale, 0))
-        return flat(self.params)
+def averaged_stream(backend: str, updates: int, deviations: int) -> tuple[nn.Module, FusedAveragedModel]:
+    """Return a net with the last weights of the stream, and an average of its first weights."""
+    net = make_net()
+    averaged = FusedAveragedModel(net, deviations=deviations, backend=backend)
+    for values in STREAM[:updates]:
+        put(net, values)
+        averaged.update_parameters(net)
+    return net, averaged
 
 
-@pytest.fixture(params=[cpu, reference], ids=lambda backend: backend.name)
-def backend(request: pytest.FixtureRequest) -> Backend:
-    if request.param.unavailable() is not None:
-        pytest.skip(f"{NO_LIBRARY}: {request.param.unavailable()}")
+def planes_of(backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, variance and deviations after all updates, the oldest deviation first: it is in column 0 then."""
+    net, averaged = averaged_stream(backend, len(STREAM), COUNT)
+    state, names = averaged.state_dict(), [name for name, _ in net.named_parameters()]
+    heads = ("module.", "variance.", *(f"deviation.{column}." for column in range(COUNT)))
+    mean, variance, *columns = (flat(state[head + name] for name in names) for head in heads)
+    return mean, variance, torch.stack(columns)
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "cpu" and cpu.unavailable() is not None:
+        pytest.skip(f"{NO_LIBRARY}: {cpu.unavailable()}")
     return request.param
 
 
@@ -91,7 +79,7 @@ def truth(updates: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean, variance and the last deviations, the oldest first, in float64."""
     values = STREAM[:updates].double()
     means = values.cumsum(0) / torch.arange(1, updates + 1)[:, None]
-    return means[-1], (values - means[-1]).square().mean(0), (values - means)[-SPREAD.count :]
+    return means[-1], (values - means[-1]).square().mean(0), (values - means)[-COUNT:]
 
 
 def truth_of_sample(updates: int, index: int, scale: float, deviations: bool, divisor: int) -> Tensor:
@@ -128,21 +116,25 @@ def beyond(found: dict[str, float], bars: dict[str, float]) -> dict[str, float]:
     return {name: error for name, error in found.items() if not error <= bars[name]}
 
 
-def test_against_float64(backend: Backend) -> None:
-    assert beyond(errors(*Averaged(backend, len(STREAM)).planes()), BARS) == {}
+def test_against_float64(backend: str) -> None:
+    assert beyond(errors(*planes_of(backend)), BARS) == {}
 
 
-def test_authors_results_and_how_far_they_are(backend: Backend) -> None:
-    """Their mean and deviations are ours; of the variance they keep E[w^2], which loses what is small beside mean^2."""
-    mean, variance, deviations = Averaged(backend, len(STREAM)).planes()
+def test_authors_results(backend: str) -> None:
+    """Their moments and deviations are ours. Their variance, E[w^2] - mean^2, is the difference of two close numbers.
+
+    Its errors are 5.4e-5 in the median, 0.086 at the 99th percentile and 2.6 at most. Two are below 0, and their clamp
+    makes 1e-30 of them.
+    """
+    mean, variance, deviations = planes_of(backend)
     assert largest(mean, RECORDED["mean"]) <= 1e-6
     assert largest(mean.double().square() + variance, RECORDED["sq_mean"].double()) <= 1e-6
     assert largest(deviations, RECORDED["deviations"]) <= 3e-6
     theirs = RECORDED["sq_mean"] - RECORDED["mean"] ** 2
     found = errors(RECORDED["mean"], theirs, RECORDED["deviations"])
-    assert beyond(found, THEIRS) == {}
-    assert {name for name in beyond(found, BARS) if name.startswith("variance")} == {n for n in BARS if "variance" in n}
-    assert int((theirs <= 0).sum()) == 2  # their clamp makes 1e-30 of them
+    tenfold = {name: 10 * bar for name, bar in BARS.items()}
+    assert {*beyond(found, tenfold)} == {"variance, median", "variance, p99", "variance, max"}
+    assert int((theirs <= 0).sum()) == 2
     assert float(variance.min()) > 0
 
 
@@ -150,17 +142,19 @@ def test_authors_results_and_how_far_they_are(backend: Backend) -> None:
     ("name", "updates", "index", "scale"),
     [("swag", 60, 3, 0.5), ("swag", 15, 4, 0.5), ("diagonal", 60, 5, 1.0)],
 )
-def test_authors_samples(backend: Backend, name: str, updates: int, index: int, scale: float) -> None:
+def test_authors_samples(backend: str, name: str, updates: int, index: int, scale: float) -> None:
     """With our random numbers their samples are ours, but for the divisor: they divide by K - 1 from the first on."""
-    averaged, deviations = Averaged(backend, updates), name == "swag"
-    drawn = averaged.draw(index, scale, deviations)
+    deviations = name == "swag"
+    net, averaged = averaged_stream(backend, updates, COUNT if deviations else 0)
+    averaged.sample_to(net, index)
+    drawn = flat(net.parameters())
     theirs = RECORDED[f"{name} after {updates}"]
-    count = min(updates, SPREAD.count)
+    count = min(updates, COUNT)
     exact = truth_of_sample(updates, index, scale, deviations, count - 1)
     assert largest(drawn, exact) <= 1e-6
-    as_theirs = truth_of_sample(updates, index, scale, deviations, SPREAD.count - 1)
+    as_theirs = truth_of_sample(updates, index, scale, deviations, COUNT - 1)
     assert largest(theirs, as_theirs) <= 5e-4  # the error of their variance
-    assert (largest(theirs, exact) > 1e-2) == (count < SPREAD.count)
+    assert (largest(theirs, exact) > 1e-2) == (count < COUNT)
 
 
 def of_old_mean(planes: Sequence[Tensor], param: Tensor, fmt: Format, weight: float) -> Tensor:
@@ -200,17 +194,31 @@ def by_count(*arguments: Any, make: Any = make_sample) -> Sample:
 @pytest.mark.parametrize(
     ("place", "bug"),
     [
-        ("reference._moved", of_old_mean),
-        ("reference._spread_", off_by_one),
-        ("reference._point", without_root),
-        ("reference._point", of_each_tensor),
-        ("make_sample", by_count),
+        ("backends.reference._moved", of_old_mean),
+        ("backends.reference._spread_", off_by_one),
+        ("backends.reference._point", without_root),
+        ("backends.reference._point", of_each_tensor),
+        ("average.sampling.make_sample", by_count),
     ],
 )
 def test_planted_bugs_are_found(monkeypatch: pytest.MonkeyPatch, place: str, bug: Callable[..., Any]) -> None:
-    monkeypatch.setattr(f"{__name__}.{place}", bug)
-    check = functools.partial(test_authors_samples, reference, "swag", 60, 3, 0.5)
+    monkeypatch.setattr(f"swafast.{place}", bug)
+    check = functools.partial(test_authors_samples, "reference", "swag", 60, 3, 0.5)
     if bug in (of_old_mean, off_by_one):
-        check = functools.partial(test_against_float64, reference)
+        check = functools.partial(test_against_float64, "reference")
     with pytest.raises(AssertionError):
         check()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_examples_bars() -> None:
+    """SWAG knows better than SWA how sure it may be, and MultiSWAG better than MultiSWA and than an ensemble."""
+    pytest.importorskip("torchmetrics")
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "swag.py"))
+    scores = example["means"](example["measure"]())
+    nll, ece = ({method: found[name] for method, found in scores.items()} for name in ("NLL", "ECE"))
+    assert nll["SWAG"] <= nll["SWA"] - 0.10
+    assert ece["SWAG"] <= ece["SWA"] - 0.02
+    assert nll["MultiSWAG"] <= min(nll["MultiSWA"], nll["deep ensemble"]) - 0.06
+    assert nll["SWAG-diagonal"] < nll["SWA"]
