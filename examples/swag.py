@@ -1,7 +1,9 @@
 """How sure a model is, and how often it is right: ``python examples/swag.py [PICTURE.png [RESULTS.json]]``.
 
 SGD, SWA, SWAG-diagonal and SWAG of one training, and a deep ensemble, MultiSWA and MultiSWAG of three, on handwritten
-digits. A fifth of all labels is wrong, also of those to test on: a model that knows this is at most 80 % sure.
+digits. A fifth of all labels is wrong, also of those to test on: a model that knows this is at most 80 % sure. The
+training is long enough to learn wrong labels by heart. After six epochs few predictions are too sure, and samples add
+nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from swafast.demo.training import train_seed
 try:
     if (EPOCHS := int(os.environ.get("EPOCHS", "60"))) < 5:
         raise ValueError(f"it must be at least 5, got {EPOCHS}: samples need two models of the last quarter")
-    # The demo's own rate of 0.3 and decay of 1e-2 suit SGD alone: with them, samples make the calibration worse.
+    # With the demo's own rate of 0.3 and decay of 1e-2, which were chosen for SGD, SWAG lowers the NLL less, and its
+    # ECE is worse than that of SWA.
     SETTINGS = Settings(num_seeds=3, epochs=EPOCHS, learning_rate=0.1, weight_decay=1e-3, test_every=EPOCHS)
 except ValueError as error:
     sys.exit(f"EPOCHS does not fit: {error}")
