@@ -3,7 +3,7 @@
 SGD, SWA, SWAG-diagonal and SWAG of one training, and a deep ensemble, MultiSWA and MultiSWAG of three, on handwritten
 digits. A fifth of all labels is wrong, also of those to test on: a model that knows this is at most 80 % sure. The
 training is long enough to learn wrong labels by heart. After six epochs few predictions are too sure, and samples add
-nothing.
+nothing. It needs the extra ``swafast[swag]`` (torchmetrics, scikit-learn, matplotlib).
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def score(probabilities: Tensor, labels: Tensor) -> Scores:
     """Return the accuracy, the mean negative log-likelihood in nats, and the expected calibration error."""
     accuracy = MulticlassAccuracy(NUM_CLASSES, average="micro")
     calibration = MulticlassCalibrationError(NUM_CLASSES, n_bins=BINS)
-    perplexity = Perplexity()  # exp(NLL) of a sequence of tokens, from logits
+    perplexity = Perplexity()  # exp(NLL), which torchmetrics has for sequences of tokens alone
     return {
         "accuracy": accuracy(probabilities, labels).item(),
         "NLL": perplexity(probabilities.log()[None], labels[None]).log().item(),
