@@ -89,7 +89,7 @@ def counted_launches() -> Iterator[Counter[str]]:
     class Counting:
         def __getattr__(self, name: str) -> Any:
             function = getattr(native, name)
-            if name.rpartition("_")[2] not in ("update", "exchange", "nonfinite", "checksum"):
+            if name.rpartition("_")[2] not in ("update", "draw", "exchange", "nonfinite", "checksum"):
                 return function
 
             def count(*args: Any) -> Any:
@@ -187,6 +187,11 @@ def swap(averaged: Any, model: nn.Module) -> None:
         pass
 
 
+def sample(averaged: Any, model: nn.Module) -> None:
+    with averaged.sampled_into(model, 0):
+        pass
+
+
 def _calls(averaged: Any, model: nn.Module) -> dict[str, Callable[[], object]]:
     """Return the public calls that all averaged models have, after a first update."""
     averaged.update_parameters(model)
@@ -207,11 +212,17 @@ def costs() -> dict[str, Cost]:
         averaged = FusedAveragedModel(model)
         averages = FusedAverages(model, rules={"fast": ExponentialAverage(0.9), "slow": ExponentialAverage(0.99)})
         snapshots, state = Snapshots(folder), averages.state_dict()
+        swag = FusedAveragedModel(model, deviations=20)
+        swag.update_parameters(model)
+        swag.update_parameters(model)
         calls = _calls(averaged, model) | {
             "averaged_state_dict": averaged.averaged_state_dict,
             "update_parameters of two averages": lambda: averages.update_parameters(model),
             "load_state_dict of two averages": lambda: averages.load_state_dict(state),
             "Snapshots.save of two averages": lambda: snapshots.save(averages),
+            "update_parameters with deviations": lambda: swag.update_parameters(model),
+            "sampled_into, there and back": lambda: sample(swag, model),
+            "sample_to": lambda: swag.sample_to(model, 0),
         }
         return {name: cost_of(call, launches) for name, call in calls.items()}
 

@@ -47,10 +47,6 @@ class Exchange:
         is_back: whether everything is back where it was, or cannot be put back.
     """
 
-    #: What becomes of a write into a param, and into a plane.
-    _end_of_params, _end_of_planes = INTO_MODEL, INTO_AVERAGES
-    _watches_buffers = True  # whether a write into an averaged buffer counts
-
     def __init__(
         self,
         plan: Plan,
@@ -209,6 +205,10 @@ class Exchange:
         return now is not None and addresses == self._addresses and all(map(is_, now, self.tensors))
 
     # Writes by others
+
+    #: What becomes of a write into a param, and into a plane.
+    _end_of_params, _end_of_planes = INTO_MODEL, INTO_AVERAGES
+    _watches_buffers = True  # whether a write into an averaged buffer counts
 
     def watch(self) -> None:
         """Take what was written until now for our own."""
