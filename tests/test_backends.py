@@ -28,6 +28,7 @@ from swafast.backends.triton import launch as triton_launch
 from swafast.op.launches import draws_of
 from swafast.terms.formats import EXACT, FLOAT32, Format
 from swafast.terms.layout import GPU_CHUNK_NUMELS
+from swafast.terms.spread import Spread
 from tests.conftest import NO_LIBRARY, EveryKind, tensors_of
 from tests.conftest import differing as differing_tensors
 from tests.kernels import (
@@ -50,6 +51,15 @@ from tests.kernels import (
     make_pair,
     sizes_around,
     update,
+)
+from tests.spreads import (
+    SPREADS,
+    check_draws,
+    drawn_pairs,
+    placed_pairs,
+    samples_of,
+    spread_averages_of,
+    spread_pairs,
 )
 from tests.support import drift
 
@@ -84,6 +94,11 @@ class Subject:
         if self.backend is not cpu:
             sizes = [*sizes_around(256), *sizes[9:]]
         return [make_pair(n, dtype, fmt, offset) for n in sizes for offset in (0, 1, 6)]
+
+    @property
+    def spread_sizes(self) -> tuple[int, ...]:
+        """Sizes of params: the last ones end within a later chunk, and cross the windows of the CPU's kernels."""
+        return (0, 1, 17, 33, self.chunk_numel + 11) if self.backend is not cpu else (0, 1, 33, 130, 2_600)
 
 
 def everywhere(*names: str) -> list[object]:
@@ -211,6 +226,36 @@ def test_one_launch_moves_several_averages_of_each_param(tested: Subject, num_pa
 def test_a_count_that_is_none_leaves_everything_as_it_was(tested: Subject, num_paces: int, at: int, count: int) -> None:
     refusal = pytest.raises(ValueError, match="n_averaged must be >= 0") if tested.backend is cpu else nullcontext()
     check_bad_count(tested.prepare, num_paces, at, count, tested.device, refusal)
+
+
+# Spreads and draws
+
+#: Where spreads are moved and samples drawn.
+WITH_SPREAD = pytest.mark.parametrize("tested", everywhere("generic", "avx2", "avx512"), indirect=True)
+
+
+@WITH_SPREAD
+@PAIRS
+def test_spreads_equal_the_reference(tested: Subject, dtype: torch.dtype, fmt: Format) -> None:
+    pairs = spread_pairs(dtype, fmt, tested.spread_sizes)
+    check_updates(tested.prepare, pairs, by_weights(1.0, 0.3, 0.9), (7,), tested.device)
+
+
+@WITH_SPREAD
+@pytest.mark.parametrize("num_paces", [1, 3, library.MAX_PACES])
+def test_one_launch_moves_averages_with_a_spread_and_without(tested: Subject, num_paces: int) -> None:
+    check_paces(tested.prepare, num_paces, (9, 33) if num_paces < 4 else (9,), tested.device, spread_averages_of)
+
+
+@WITH_SPREAD
+@pytest.mark.parametrize("turn", range(len(SPREADS)))
+def test_draws_equal_the_reference(tested: Subject, turn: int) -> None:
+    check_draws(tested.prepare, drawn_pairs(turn, tested.spread_sizes), samples_of(SPREADS[turn]), tested.device)
+
+
+@WITH_SPREAD
+def test_normal_numbers_go_by_the_index_in_the_whole_param(tested: Subject) -> None:
+    check_draws(tested.prepare, placed_pairs(), samples_of(Spread(2)), tested.device)
 
 
 # Bugs in the tables that all of these backends have

@@ -1,0 +1,133 @@
+"""What the tests of spreads share: averages with a spread of any bits, samples of them, and how draws are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from swafast.backends import reference
+from swafast.backends.contract import Pair
+from swafast.terms.boxes import Box, boxes_of_run
+from swafast.terms.draws import Draws, make_random_key
+from swafast.terms.formats import EXACT, FLOAT32, MIRRORED, Format, with_spread
+from swafast.terms.samples import Sample
+from swafast.terms.spread import Spread
+from tests.kernels import (
+    DTYPES,
+    FORMATS,
+    Prepare,
+    any_floats,
+    any_values,
+    at_offset,
+    averages_of,
+    clone,
+    make_pair,
+    require_same_pairs,
+)
+
+#: Every dtype of the columns, their default, and numbers of columns that are added one by one and four at a time.
+SPREADS = (Spread(0), Spread(3), Spread(20, torch.bfloat16), Spread(2, torch.float16), Spread(6, torch.float32))
+
+
+def make_spread_pair(numel: int, dtype: torch.dtype, fmt: Format, spread: Spread, offset: int = 0) -> Pair:
+    """Return a pair as `make_pair` does, whose average has a spread of any bits; but no variance is negative."""
+    return add_spread(make_pair(numel, dtype, fmt, offset), spread, offset)
+
+
+def add_spread(pair: Pair, spread: Spread, offset: int = 0) -> Pair:
+    assert pair.format is not None
+    fmt, numel = with_spread(pair.format, spread, pair.average.dtype), pair.param.numel()
+    variance = any_floats(numel).abs()
+    columns = [any_values(numel, column) for _, column in fmt.spread_planes[1:]]
+    planes = [at_offset(plane, offset * (index + 1) % 8) for index, plane in enumerate((variance, *columns))]
+    return replace(pair, name=f"{pair.name}, {spread}", planes=(*pair.planes, *planes), format=fmt)
+
+
+def spread_pairs(dtype: torch.dtype, fmt: Format, sizes: Sequence[int]) -> list[Pair]:
+    """Return pairs with a spread of each kind, more of them the shorter the params are, and one without any."""
+    pairs = [
+        make_spread_pair(size, dtype, fmt, SPREADS[(index + turn) % len(SPREADS)], (0, 1, 6)[index % 3])
+        for index, size in enumerate(sizes)
+        for turn in (range(len(SPREADS)) if size < 100 else (0,))
+    ]
+    return [*pairs, make_pair(33, dtype, fmt, 1)]
+
+
+def spread_averages_of(num_paces: int, sizes: Sequence[int]) -> list[Pair]:
+    """Return several averages of each param, as `averages_of`: two of three have a spread."""
+    return [
+        pair
+        if pair.format is None or (pair.pace + index) % 3 == 0
+        else replace(add_spread(pair, SPREADS[index % len(SPREADS)]), name=pair.name)
+        for index, pair in enumerate(averages_of(num_paces, sizes))
+    ]
+
+
+# Draws
+
+
+def drawn(pair: Pair, draws: Draws | None = None) -> Pair:
+    """Return the pair as a draw takes it: its normal numbers are those of a whole param, or of what ``draws`` says."""
+    return replace(pair, draws=draws or Draws(make_random_key(0, pair.name), tuple(pair.param.shape)))
+
+
+def drawn_pairs(turn: int, sizes: Sequence[int]) -> list[Pair]:
+    """Return a pair of each dtype and format with the spread of this turn. Each has another size in each turn."""
+    kinds = [(dtype, fmt) for dtype in DTYPES for fmt in FORMATS]
+    pairs = [
+        make_spread_pair(sizes[(index + turn) % len(sizes)], dtype, fmt, SPREADS[turn], (0, 1, 6)[index % 3])
+        for index, (dtype, fmt) in enumerate(kinds)
+    ]
+    return [drawn(replace(pair, name=f"{index}: {pair.name}")) for index, pair in enumerate(pairs)]
+
+
+def placed_pairs() -> list[Pair]:
+    """Return pairs whose elements have indices of every kind: from any lane on, with a step, and beyond 2^34.
+
+    The indices of the last two pass a multiple of 2^32, where a chunk ends, and of 2^34, where the upper word of the
+    counter changes.
+    """
+    spread = Spread(2)
+
+    def flat(name: str, numel: int, dtype: torch.dtype = torch.float32, fmt: Format = FLOAT32) -> Pair:
+        return replace(make_spread_pair(numel, dtype, fmt, spread), name=name)
+
+    pairs = [
+        drawn(flat(f"from {start}", 37), Draws(7 + start, (100,), boxes_of_run((100,), start, start + 37)))
+        for start in range(1, 5)
+    ]
+    pairs.append(drawn(flat("cut", 331, torch.bfloat16, EXACT), Draws(1, (9, 57), boxes_of_run((9, 57), 100, 431))))
+    transposed = flat("transposed", 420, torch.float16, MIRRORED)
+    planes = tuple(plane.view(20, 21).t() for plane in transposed.planes)
+    pairs.append(drawn(replace(transposed, param=transposed.param.view(20, 21).t(), planes=planes)))
+    for multiple in (2**32, 2**34):
+        first = multiple - 18
+        pairs.append(drawn(flat(f"at {first}", 41), Draws(2**63 + 5, (2**40,), (Box((first,), (41,), 0, (0,)),))))
+    return pairs
+
+
+def samples_of(spread: Spread) -> list[Sample]:
+    """Return samples with and without noise, of all columns, of the first ones and of none."""
+    generator = torch.Generator().manual_seed(3)
+    coefficients = tuple(torch.randn(spread.count, generator=generator).tolist())
+    noise = torch.tensor(0.7).item()
+    return [
+        Sample(0, coefficients, noise),
+        Sample(2**32 - 1, coefficients[: (spread.count + 1) // 2], 1.0),
+        Sample(1, coefficients),
+        Sample(2, (), noise),
+    ]
+
+
+def check_draws(
+    prepare: Prepare, pairs: Sequence[Pair], samples: Sequence[Sample], device: torch.device | str = "cpu"
+) -> None:
+    """Hold samples to those of the reference. No plane may change."""
+    ours, expected = clone(pairs, device), clone(pairs)
+    launches = prepare(ours), reference.prepare(expected)
+    for sample in samples:
+        for launch, on in zip(launches, (ours, expected), strict=True):
+            launch.draw([pair.param for pair in on], sample)
+        require_same_pairs(ours, expected, f"{sample}")
