@@ -28,7 +28,6 @@ from swafast.backends.triton import launch as triton_launch
 from swafast.op.launches import draws_of
 from swafast.terms.formats import EXACT, FLOAT32, Format
 from swafast.terms.layout import GPU_CHUNK_NUMELS
-from swafast.terms.spread import Spread
 from tests.conftest import NO_LIBRARY, EveryKind, tensors_of
 from tests.conftest import differing as differing_tensors
 from tests.kernels import (
@@ -55,9 +54,8 @@ from tests.kernels import (
 from tests.spreads import (
     SPREADS,
     check_draws,
-    drawn_pairs,
-    placed_pairs,
-    samples_of,
+    drawing_of_all_kinds,
+    drawing_of_places,
     spread_averages_of,
     spread_pairs,
 )
@@ -250,12 +248,12 @@ def test_one_launch_moves_averages_with_a_spread_and_without(tested: Subject, nu
 @WITH_SPREAD
 @pytest.mark.parametrize("turn", range(len(SPREADS)))
 def test_draws_equal_the_reference(tested: Subject, turn: int) -> None:
-    check_draws(tested.prepare, drawn_pairs(turn, tested.spread_sizes), samples_of(SPREADS[turn]), tested.device)
+    check_draws(tested.prepare, drawing_of_all_kinds(turn, tested.spread_sizes), tested.device)
 
 
 @WITH_SPREAD
 def test_normal_numbers_go_by_the_index_in_the_whole_param(tested: Subject) -> None:
-    check_draws(tested.prepare, placed_pairs(), samples_of(Spread(2)), tested.device)
+    check_draws(tested.prepare, drawing_of_places(), tested.device)
 
 
 # Bugs in the tables that all of these backends have
