@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 
 from swafast.backends import reference
@@ -23,13 +25,18 @@ from tests.kernels import (
     any_values,
     at_offset,
     averages_of,
+    by_weights,
     clone,
     make_pair,
     require_same_pairs,
+    update,
 )
 
 #: Every dtype of the columns, their default, and numbers of columns that are added one by one and four at a time.
 SPREADS = (Spread(0), Spread(3), Spread(20, torch.bfloat16), Spread(2, torch.float16), Spread(6, torch.float32))
+TURNS = pytest.mark.parametrize("turn", range(len(SPREADS)), ids=lambda turn: str(SPREADS[turn]))
+#: A weight for each branch of a lerp. This many models in an average are no multiple of any number of columns.
+MOVES, NUM_AVERAGED = by_weights(1.0, 0.3, 0.9), 7
 
 
 def make_spread_pair(numel: int, dtype: torch.dtype, fmt: Format, spread: Spread, offset: int = 0) -> Pair:
@@ -46,14 +53,15 @@ def add_spread(pair: Pair, spread: Spread, offset: int = 0) -> Pair:
     return replace(pair, name=f"{pair.name}, {spread}", planes=(*pair.planes, *planes), format=fmt)
 
 
-def spread_pairs(dtype: torch.dtype, fmt: Format, sizes: Sequence[int]) -> list[Pair]:
-    """Return pairs of these sizes, one of them with spreads of each kind, and a pair without any."""
+@functools.cache
+def pairs_of_all_kinds(turn: int, sizes: tuple[int, ...]) -> list[Pair]:
+    """Return a pair of each dtype and format with the spread of this turn. Each has another size in each turn."""
+    kinds = itertools.product(DTYPES, FORMATS)
     pairs = [
-        make_spread_pair(size, dtype, fmt, SPREADS[(index + turn) % len(SPREADS)], (0, 1, 6)[index % 3])
-        for index, size in enumerate(sizes)
-        for turn in (range(len(SPREADS)) if size == 33 else (0,))
+        make_spread_pair(sizes[(index + turn) % len(sizes)], dtype, fmt, SPREADS[turn], (0, 1, 6)[index % 3])
+        for index, (dtype, fmt) in enumerate(kinds)
     ]
-    return [*pairs, make_pair(33, dtype, fmt, 1)]
+    return [replace(pair, name=f"{index}: {pair.name}") for index, pair in enumerate(pairs)]
 
 
 def spread_averages_of(num_paces: int, sizes: Sequence[int]) -> list[Pair]:
@@ -64,6 +72,31 @@ def spread_averages_of(num_paces: int, sizes: Sequence[int]) -> list[Pair]:
         else replace(add_spread(pair, SPREADS[index % len(SPREADS)]), name=pair.name)
         for index, pair in enumerate(averages_of(num_paces, sizes))
     ]
+
+
+# The reference takes longer than any other backend, so it works each case out once for all of them.
+
+
+@functools.cache
+def moved_by_reference(turn: int, sizes: tuple[int, ...]) -> list[list[Pair]]:
+    """Return pairs of all kinds after an update by each of `MOVES`."""
+    expected = [clone(pairs_of_all_kinds(turn, sizes)) for _ in MOVES]
+    for pairs, rule in zip(expected, MOVES, strict=True):
+        update(reference.prepare(pairs), pairs, [rule], [torch.tensor(NUM_AVERAGED)])
+    return expected
+
+
+def check_moves(prepare: Prepare, turn: int, sizes: tuple[int, ...], device: torch.device | str = "cpu") -> None:
+    """Hold updates of averages with this turn's spread, always of the same ones, to those of the reference."""
+    start = pairs_of_all_kinds(turn, sizes)
+    ours = clone(start, device)
+    launch, counter = prepare(ours), torch.tensor(0, device=device)
+    for rule, expected in zip(MOVES, moved_by_reference(turn, sizes), strict=True):
+        for pair, before in zip(ours, start, strict=True):
+            for plane, value in zip(pair.planes, before.planes, strict=True):
+                plane.copy_(value)
+        update(launch, ours, [rule], [counter.fill_(NUM_AVERAGED)])
+        require_same_pairs(ours, expected, str(rule))
 
 
 # Draws
@@ -90,19 +123,10 @@ def draw_by_reference(pairs: list[Pair], samples: list[Sample]) -> Drawing:
     return Drawing(pairs, samples, expected)
 
 
-# The reference takes longer than any other backend, so each of these is drawn once for all of them.
-
-
 @functools.cache
 def drawing_of_all_kinds(turn: int, sizes: tuple[int, ...]) -> Drawing:
-    """Return pairs of each dtype and format with the spread of this turn. Each has another size in each turn."""
-    kinds = [(dtype, fmt) for dtype in DTYPES for fmt in FORMATS]
-    pairs = [
-        make_spread_pair(sizes[(index + turn) % len(sizes)], dtype, fmt, SPREADS[turn], (0, 1, 6)[index % 3])
-        for index, (dtype, fmt) in enumerate(kinds)
-    ]
-    named = [drawn(replace(pair, name=f"{index}: {pair.name}")) for index, pair in enumerate(pairs)]
-    return draw_by_reference(named, samples_of(SPREADS[turn]))
+    pairs = [drawn(pair) for pair in pairs_of_all_kinds(turn, sizes)]
+    return draw_by_reference(pairs, samples_of(SPREADS[turn]))
 
 
 @functools.cache

@@ -52,12 +52,12 @@ from tests.kernels import (
     update,
 )
 from tests.spreads import (
-    SPREADS,
+    TURNS,
     check_draws,
+    check_moves,
     drawing_of_all_kinds,
     drawing_of_places,
     spread_averages_of,
-    spread_pairs,
 )
 from tests.support import drift
 
@@ -233,10 +233,9 @@ WITH_SPREAD = pytest.mark.parametrize("tested", everywhere("generic", "avx2", "a
 
 
 @WITH_SPREAD
-@PAIRS
-def test_spreads_equal_the_reference(tested: Subject, dtype: torch.dtype, fmt: Format) -> None:
-    pairs = spread_pairs(dtype, fmt, tested.spread_sizes)
-    check_updates(tested.prepare, pairs, by_weights(1.0, 0.3, 0.9), (7,), tested.device)
+@TURNS
+def test_spreads_equal_the_reference(tested: Subject, turn: int) -> None:
+    check_moves(tested.prepare, turn, tested.spread_sizes, tested.device)
 
 
 @WITH_SPREAD
@@ -246,7 +245,7 @@ def test_one_launch_moves_averages_with_a_spread_and_without(tested: Subject, nu
 
 
 @WITH_SPREAD
-@pytest.mark.parametrize("turn", range(len(SPREADS)))
+@TURNS
 def test_draws_equal_the_reference(tested: Subject, turn: int) -> None:
     check_draws(tested.prepare, drawing_of_all_kinds(turn, tested.spread_sizes), tested.device)
 
