@@ -285,6 +285,8 @@ inline void check_refusals(Random& random) {
   for (int t = 0; t < 2; ++t) {
     launch.add(SWAFAST_FLOAT32, SWAFAST_FORMAT_FLOAT32, 40);
     launch.spreads.emplace_back(40, SWAFAST_FLOAT32, 2, 0);
+    std::vector<uint64_t>& ring = launch.spreads.back().ring;
+    ring.push_back(ring.back());  // what a draw of too many columns would read
     launch.tensors.back().fill_random(random);
     launch.spreads.back().fill(40, [&](int64_t) { return small_number(random); });
   }
