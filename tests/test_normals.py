@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from swafast.terms.formats import FLOAT32, with_spread
 from swafast.terms.normals import COLUMNS, normal_of, normals, philox, random_words, square_root
 from swafast.terms.samples import Sample
 from swafast.terms.spread import Spread
-from tests.conftest import NO_LIBRARY
+from tests.conftest import instruction_set
 from tests.kernels import same_bits
 
 MASK = 2**32 - 1
@@ -104,16 +105,9 @@ def test_normal_numbers_do_not_follow_from_those_beside_them() -> None:
 
 
 @pytest.fixture(params=["generic", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> object:
-    if cpu.unavailable() is not None:
-        pytest.skip(f"{NO_LIBRARY}: {cpu.unavailable()}")
-    before = cpu.current_isa()
-    try:
-        cpu.use_isa(request.param)
-    except ValueError:
-        pytest.skip(f"needs a processor with {request.param}")
-    yield request.param
-    cpu.use_isa(before)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with instruction_set(request.param):
+        yield request.param
 
 
 def drawn_normals(key: int, sample: int, start: int, count: int, step: int = 1) -> Tensor:
