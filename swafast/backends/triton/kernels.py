@@ -18,7 +18,7 @@ from .chunks import holds_nonfinite, move_chunk, update_as
 from .memory import descriptor_of, high_of, kind_of, launched, low_of, pointer_to, word
 from .paces import any_bad, counters_of, pace_at, weights_of
 from .paces import pace_kernel as pace_kernel
-from .spreads import draw_spread, update_spread
+from .spreads import draw_chunk, update_spread
 
 VERSION = triton.__version__
 
@@ -155,16 +155,16 @@ def spread_kernel(
     while i < end:
         chunk = descriptor_of(descriptors, i)
         while chunk != 0:
-            follower = high_of(word(chunk, 7))
-            following = tl.where(follower == 0, 0, descriptor_of(descriptors, follower))
             if kind_of(word(chunk, 7), 1) == SPREAD:
                 num_averaged, weight = pace_at(counts, weights, kind_of(word(chunk, 7), 2))
                 factor, near, copy = blend_of(weight)
-                update_spread(chunk, following, num_averaged, factor, near, copy, weight)
+                mean = descriptor_of(descriptors, high_of(word(chunk, 7)))
+                update_spread(chunk, mean, num_averaged, factor, near, copy, weight)
                 tl.debug_barrier()  # every thread has read the average, which others move
             else:
                 update_average(chunk, counts, weights)
-            chunk = following
+            follower = high_of(word(chunk, 7))
+            chunk = tl.where(follower == 0, 0, descriptor_of(descriptors, follower))
         i += tl.num_programs(0)
 
 
@@ -183,5 +183,5 @@ def draw_kernel(
         spread = descriptor_of(descriptors, i)
         mean = descriptor_of(descriptors, high_of(word(spread, 7)))
         of_noise = noise.to(tl.int32).to(tl.float32, bitcast=True)
-        draw_spread(spread, mean, coefficients, num_columns, sample.to(tl.uint32), of_noise)
+        draw_chunk(spread, mean, coefficients, num_columns, sample.to(tl.uint32), of_noise)
         i += tl.num_programs(0)

@@ -9,18 +9,18 @@ import triton.language as tl
 from .arithmetic import COMPACT, EXACT, FLOAT32, HALF, MIRRORED, decode, quiet_bits, value_of
 from .memory import pointer_to, store_halves, tile_indices
 
-# Elements in a tile: 8 a thread. Of the draw that leaves registers for tiles of four columns, all under way at once.
-MIXED_TILE = tl.constexpr(2048)
+# Elements in a tile of which the compiler knows dtype and format: 8 for each of 256 threads. A tile of any other has
+# NARROW_TILE, since its branches take registers.
+KNOWN_TILE = tl.constexpr(2048)
+# Elements in a tile of a path whose arrays are not aligned, and of the end of a chunk: 2 a thread, each with a pointer.
+SLIM_TILE = tl.constexpr(512)
 
 
 @triton.jit
-def mixed_indices(EACH: tl.constexpr):
-    """Return the indices of a tile's elements, of which a thread has ``EACH`` in a row: 4 or 8; 0: any."""
-    if EACH == 8:
-        indices = tile_indices(1, MIXED_TILE)
-    else:
-        indices = tile_indices(2, MIXED_TILE // 2)
-    return indices
+def wide_indices(EACH: tl.constexpr, NUMEL: tl.constexpr):
+    """Return the indices of a tile's elements, of which a thread has ``EACH`` in a row: 4 or 8."""
+    ROW: tl.constexpr = 128 * EACH if EACH == 4 else NUMEL
+    return tile_indices(NUMEL // ROW, ROW)
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def store_bits(
     EACH: tl.constexpr,
 ):
     if EACH * BYTES > 16:
-        store_halves(pointer_to(address, BYTES), start, bits, MIXED_TILE)
+        store_halves(pointer_to(address, BYTES), start, bits, KNOWN_TILE)
     else:
         tl.store(pointers_in(address, BYTES, start, indices, EACH), bits, mask=mask, cache_modifier=CACHE)
 
