@@ -116,6 +116,13 @@ SWAFAST_HD uint16_t to_float16(float value) {
 #endif
 }
 
+// Likewise to bfloat16. A NaN stays one, and quiet: rounding its payload up could run over into the sign.
+SWAFAST_HD uint16_t to_bfloat16(float value) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return static_cast<uint16_t>((value != value ? bits | 0x400000u : rounded) >> 16);
+}
+
 // The `exact` format: the float32 average as a bf16 and the int16 that, added to it as bits, gives the float32 back.
 struct ExactPlanes {
   uint16_t average;   // bf16, the float32 rounded half up in magnitude

@@ -71,8 +71,8 @@ typedef struct {
   int32_t followers; /* how many rows after this one average the same param */
 } swafast_tensor;
 
-/* The last deviations of a param from its average, each a column: the addresses of num_columns arrays of numel elements,
- * in the param's order, come after this head. All of it is where the tensors are.
+/* The last deviations of a param from its average, each a column: the addresses of num_columns arrays of numel
+ * elements, in the param's order, come after this head. All of it is where the tensors are.
  *
  * A row of SWAFAST_FORMAT_SPREAD stands before the row of its average, which has the same param and pace. An update
  * reads param and average before it moves the average:
@@ -199,8 +199,8 @@ SWAFAST_EXPORT int32_t swafast_cpu_finish(const double* sums, void* out, int64_t
 typedef struct {
   void* param; /* of its first element, as the planes are */
   void* planes[2];
-  int64_t numel; /* bytes for SWAFAST_BYTES, elements otherwise */
-  int64_t first_index; /* of SWAFAST_FORMAT_SPREAD: elements of the tensor before the chunk, since planes[1] is its ring */
+  int64_t numel;       /* bytes for SWAFAST_BYTES, elements otherwise */
+  int64_t first_index; /* of SWAFAST_FORMAT_SPREAD: elements of the tensor before the chunk, for its ring is whole */
   uint64_t key;
   uint32_t tensor; /* index of the row that it was made of */
   uint32_t index_step;
