@@ -229,7 +229,7 @@ def test_a_count_that_is_none_leaves_everything_as_it_was(tested: Subject, num_p
 # Spreads and draws
 
 #: Where spreads are moved and samples drawn.
-WITH_SPREAD = pytest.mark.parametrize("tested", everywhere("generic", "avx2", "avx512"), indirect=True)
+WITH_SPREAD = pytest.mark.parametrize("tested", everywhere("generic", "avx2", "avx512", "triton"), indirect=True)
 
 
 @WITH_SPREAD

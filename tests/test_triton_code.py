@@ -29,7 +29,7 @@ if importlib.util.find_spec("triton") is None:
 
 pytestmark = pytest.mark.kernels
 
-KERNELS = backend.KERNELS
+KERNELS = (*backend.KERNELS, *backend.SPREAD_KERNELS)
 
 COMPILE = """
 import json, pathlib, subprocess, sys
