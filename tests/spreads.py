@@ -55,11 +55,11 @@ def add_spread(pair: Pair, spread: Spread, offset: int = 0) -> Pair:
 
 #: Dtype, format and spread of each path of its own that a kernel may have.
 OF_EACH_PATH = (
-    (torch.float32, FLOAT32, Spread(2)),
+    (torch.float32, FLOAT32, Spread(9)),
     (torch.bfloat16, EXACT, Spread(9)),
-    (torch.float16, MIRRORED, Spread(5)),
-    (torch.bfloat16, COMPACT, Spread(2, torch.float32)),
-    (torch.float32, COMPENSATED, Spread(0)),
+    (torch.float16, MIRRORED, Spread(9)),
+    (torch.bfloat16, COMPACT, Spread(9, torch.float32)),
+    (torch.float32, COMPENSATED, Spread(9)),
 )
 
 
@@ -67,13 +67,15 @@ OF_EACH_PATH = (
 def pairs_of_each_path(numel: int, count: int = len(OF_EACH_PATH)) -> list[Pair]:
     """Return aligned pairs, whose accesses are as wide as they get."""
     pairs = [make_spread_pair(numel, *kind) for kind in OF_EACH_PATH[:count]]
+    for pair in pairs:
+        pair.param[::3] = pair.average[::3]  # what is left between them is in a further plane
     return [drawn(replace(pair, name=f"{pair.name}, {pair.format}")) for pair in pairs]
 
 
 @functools.cache
 def drawing_of_each_path(numel: int, count: int = len(OF_EACH_PATH)) -> Drawing:
     pairs = [pair for pair in pairs_of_each_path(numel, count) if len(pair.spread_planes) > 1]
-    return draw_by_reference(pairs, [Sample(5, (-0.5, 0.25), 0.75)])
+    return draw_by_reference(pairs, [Sample(5, tuple(0.25 * k - 1.125 for k in range(9)), 0.75)])
 
 
 @functools.cache

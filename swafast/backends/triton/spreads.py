@@ -171,15 +171,14 @@ def with_columns(values, ring, coefficients, num_columns, offset, start, indices
 def words_in(mean, sample, start, indices, EACH: tl.constexpr):
     """Return 32 random bits for each element of a tile. Four elements share a call of Philox."""
     first_index, key = word(mean, 4), word(mean, 5)
-    upper, lower = (first_index >> 32).to(tl.uint32), first_index.to(tl.uint32) + start.to(tl.uint32)
+    upper, first = (first_index >> 32).to(tl.uint32), first_index.to(tl.uint32)
     if EACH != 0:
-        fours = lower + tl.arange(0, NARROW_TILE // 4).to(tl.uint32) * 4
+        fours = first + start.to(tl.uint32) + tl.arange(0, NARROW_TILE // 4).to(tl.uint32) * 4
         w0, w1, w2, w3 = words_of(key, sample, upper, fours)
         words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), indices.shape)
     else:
-        lower = first_index.to(tl.uint32) + (start.to(tl.uint32) + indices.to(tl.uint32)) * high_of(word(mean, 6)).to(
-            tl.uint32
-        )
+        step = high_of(word(mean, 6)).to(tl.uint32)
+        lower = first + (start.to(tl.uint32) + indices.to(tl.uint32)) * step
         w0, w1, w2, w3 = words_of(key, sample, upper, lower)
         words = word_of_lane(w0, w1, w2, w3, lower)
     return words
