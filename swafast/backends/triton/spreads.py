@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .arithmetic import COMPENSATED, EXACT, FLOAT32, fused_multiply_add, lerp, lerp_precisely, value_of
 from .memory import NARROW_TILE, high_of, kind_of, low_of, pointer_to, tile_indices, word
-from .normals import normal_of, word_of_lane, words_of
+from .normal import normal_from, word_of_lane, words_of
 from .tiles import (
     KNOWN_TILE,
     SLIM_TILE,
@@ -208,7 +208,7 @@ def draw_tile(
     if noise != 0.0:
         variance = load_bits(word(spread, 1), 4, start, indices, mask, "evict_first", EACH)
         root = tl.sqrt_rn(variance.to(tl.float32, bitcast=True))
-        values = fused_multiply_add(root * noise, normal_of(words_in(mean, sample, start, indices, EACH)), values)
+        values = fused_multiply_add(root * noise, normal_from(words_in(mean, sample, start, indices, EACH)), values)
     write_values(word(spread, 0), start, indices, mask, values, dtype, "", EACH)
 
 

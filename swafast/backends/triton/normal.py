@@ -10,7 +10,7 @@ from .arithmetic import fused_multiply_add
 
 
 @triton.jit
-def philox(c0, c1, c2, c3, k0, k1):
+def philox_of(c0, c1, c2, c3, k0, k1):
     """Return four words of Philox4x32-10. Everything is uint32."""
     for _ in tl.static_range(10):
         first, second = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
@@ -29,7 +29,7 @@ def words_of(key, sample, upper, lower):
     bits = key.to(tl.uint64)
     # A block's index is that of its elements, divided by 4.
     low, high = (lower >> 2) | (upper << 30), upper >> 2
-    return philox(low, high, sample, sample * 0, bits.to(tl.uint32), (bits >> 32).to(tl.uint32))
+    return philox_of(low, high, sample, sample * 0, bits.to(tl.uint32), (bits >> 32).to(tl.uint32))
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def negative_log(value):
 
 
 @triton.jit
-def normal_of(word):
+def normal_from(word):
     """Return a normal number, float32, for each word of 32 random bits, uint32."""
     bits = word.to(tl.int32, bitcast=True)
     negative = bits < 0
