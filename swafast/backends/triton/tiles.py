@@ -28,7 +28,8 @@ def pointers_in(address, BYTES: tl.constexpr, start, indices, EACH: tl.constexpr
     """Return pointers to a tile's elements. The compiler moves ``EACH`` of them at once, 16 bytes at most."""
     pointer = pointer_to(address, BYTES) + start
     if EACH != 0:
-        pointer = tl.multiple_of(pointer, min(EACH * BYTES, 16))
+        NBYTES: tl.constexpr = EACH * BYTES if EACH * BYTES < 16 else 16
+        pointer = tl.multiple_of(pointer, NBYTES)
     return pointer + indices
 
 
