@@ -115,6 +115,10 @@ T shift_right(T value, u32 by) {
   if (by >= 8 * sizeof(T)) return value < 0 ? static_cast<T>(-1) : T{0};
   return static_cast<T>(value >> by);
 }
+// The upper word of two that are shifted to the left as one, by less than a word.
+inline u32 shift_pair_left(u32 lower, u32 upper, u32 by) {
+  return static_cast<u32>(((u64{upper} << 32 | lower) << (by & 31u)) >> 32);
+}
 
 // Towards zero, and the nearest that there is. A NaN gives 0 if both types have 32 bits or fewer, or else the least.
 template <class T, class F>
