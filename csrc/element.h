@@ -76,6 +76,13 @@ SWAFAST_HD float float_of(uint32_t bits) {
 
 SWAFAST_HD float from_bfloat16(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
 
+// Round to nearest, ties to even. A NaN keeps its sign and nothing else.
+SWAFAST_HD uint16_t to_bfloat16(float value) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return static_cast<uint16_t>((value == value ? rounded : (bits & 0x80000000u) | 0x7fc00000u) >> 16);
+}
+
 // Every binary16 value is a binary32 value, so this is exact. A signalling NaN becomes quiet, as in hardware. A GPU has
 // an instruction for it, which may give a NaN another payload.
 SWAFAST_HD float from_float16(uint16_t half) {

@@ -238,35 +238,55 @@ __device__ __forceinline__ void update_in(const swafast_descriptor& chunk, const
   update_run<Dtype, Format>(chunk.param, chunk.planes[0], chunk.planes[1], chunk.numel, move);
 }
 
-template <class Dtype>
-__device__ __forceinline__ void update_as(const swafast_descriptor& chunk, const Progress& progress) {
-  switch (chunk.format) {
+// Do `work` for the dtype of a param and the format of its average: work.run<Dtype, Format>(), or work.copy() for
+// bytes.
+template <class Dtype, class Work>
+__device__ __forceinline__ void with_format(const Work& work) {
+  switch (work.format()) {
     case SWAFAST_FORMAT_FLOAT32:
-      return update_in<Dtype, FormatFloat32>(chunk, progress);
+      return work.template run<Dtype, FormatFloat32>();
     case SWAFAST_FORMAT_EXACT:
-      return update_in<Dtype, FormatExact>(chunk, progress);
+      return work.template run<Dtype, FormatExact>();
     case SWAFAST_FORMAT_COMPACT:
-      return update_in<Dtype, FormatCompact>(chunk, progress);
+      return work.template run<Dtype, FormatCompact>();
     case SWAFAST_FORMAT_COMPENSATED:
-      return update_in<Dtype, FormatCompensated>(chunk, progress);
+      return work.template run<Dtype, FormatCompensated>();
     case SWAFAST_FORMAT_HALF:
-      return update_in<Dtype, FormatHalf>(chunk, progress);
+      return work.template run<Dtype, FormatHalf>();
     default:
-      return update_in<Dtype, FormatMirrored>(chunk, progress);
+      return work.template run<Dtype, FormatMirrored>();
+  }
+}
+template <class Work>
+__device__ __forceinline__ void with_kinds(const Work& work) {
+  switch (work.dtype()) {
+    case SWAFAST_FLOAT32:
+      return with_format<Float32>(work);
+    case SWAFAST_BFLOAT16:
+      return with_format<BFloat16>(work);
+    case SWAFAST_FLOAT16:
+      return with_format<Float16>(work);
+    default:
+      return work.copy();
   }
 }
 
-__device__ __forceinline__ void update_chunk(const swafast_descriptor& chunk, const Progress& progress) {
-  switch (chunk.dtype) {
-    case SWAFAST_FLOAT32:
-      return update_as<Float32>(chunk, progress);
-    case SWAFAST_BFLOAT16:
-      return update_as<BFloat16>(chunk, progress);
-    case SWAFAST_FLOAT16:
-      return update_as<Float16>(chunk, progress);
-    default:
-      return plain_run<Copy, 1>(static_cast<const void*>(chunk.param), chunk.planes[0], chunk.numel);
+struct UpdateOfChunk {
+  const swafast_descriptor& chunk;
+  const Progress& progress;
+  __device__ __forceinline__ int32_t dtype() const { return chunk.dtype; }
+  __device__ __forceinline__ int32_t format() const { return chunk.format; }
+  template <class Dtype, class Format>
+  __device__ __forceinline__ void run() const {
+    update_in<Dtype, Format>(chunk, progress);
   }
+  __device__ __forceinline__ void copy() const {
+    plain_run<Copy, 1>(static_cast<const void*>(chunk.param), chunk.planes[0], chunk.numel);
+  }
+};
+
+__device__ __forceinline__ void update_chunk(const swafast_descriptor& chunk, const Progress& progress) {
+  with_kinds(UpdateOfChunk{chunk, progress});
 }
 
 // One thread for each pace reads its count and works out its weight while the others wait: 64-bit floating-point units

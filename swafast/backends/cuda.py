@@ -7,9 +7,11 @@ import functools
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ..terms.capturing import allowed_to_wait
 from ..terms.grids import SIDE, WHOLE
+from ..terms.samples import Sample
 from . import Unavailable, library
 from .contract import Pair
 from .gpu import DeviceLaunch, Table, warn_unusable
@@ -104,6 +106,12 @@ class CudaLaunch(DeviceLaunch):
     def start_exchange(self, table: Table, wanted: bool, stream: int) -> None:
         grid = ctypes.byref(self.grid(table))
         _check(self._native.swafast_cuda_exchange(ctypes.byref(table.head), int(wanted), grid, stream))
+
+    def start_draw(self, table: Table, sample: Sample, coefficients: Tensor, stream: int) -> None:
+        address, count = coefficients.data_ptr(), len(sample.coefficients)
+        point = library.SamplePoint(address, count, sample.index, sample.noise)
+        head, grid = ctypes.byref(table.head), ctypes.byref(self.grid(table))
+        _check(self._native.swafast_cuda_draw(head, ctypes.byref(point), grid, stream))
 
     def start_first_nonfinite(self, table: Table, stream: int) -> None:
         grid = ctypes.byref(self.grid(table))
