@@ -27,16 +27,6 @@ __device__ __forceinline__ int64_t common_head(int64_t numel, const Arrays&... a
   return alike && head < numel ? head : numel;
 }
 
-// As `run`, but the ends come first: what they need is then not kept across the long middle, where it would spill.
-template <class Wide, class Narrow, class Make>
-__device__ __forceinline__ void run_ends_first(int64_t numel, int64_t head, Make make) {
-  const int64_t num_groups = (numel - head) / Wide::kNumel;
-  const int64_t tail = head + num_groups * Wide::kNumel;
-  if (head > 0) run_groups(make(Narrow{}, int64_t{0}), head);
-  if (tail < numel) run_groups(make(Narrow{}, tail), numel - tail);
-  if (num_groups > 0) run_groups(make(Wide{}, head), num_groups);
-}
-
 // Bytes of an element of a param or a column.
 __device__ __forceinline__ int32_t bytes_of(int32_t dtype) {
   return dtype == SWAFAST_FLOAT32 ? Float32::kBytes : BFloat16::kBytes;
@@ -73,6 +63,11 @@ struct Ring {
 struct Column {
   Array array;
   int32_t dtype;
+};
+
+// What a block knows of an update beside its chunks.
+struct Collected : Progress {
+  Column column;
 };
 
 // An update of the spread of one element. `before` and `after` are the distances of the param from the average as it
@@ -148,22 +143,21 @@ struct Collect {
 struct SpreadChunk {
   const swafast_descriptor& spread;
   const swafast_descriptor& average;
-  const Column& column;
-  const Progress& progress;
+  const Collected& progress;
 
   __device__ __forceinline__ int32_t dtype() const { return spread.dtype; }
   __device__ __forceinline__ int32_t format() const { return average.format; }
   template <class Dtype, class Format>
   __device__ __forceinline__ void run() const {
-    const int64_t head =
-        common_head(spread.numel, Array{spread.param, Dtype::kBytes}, Array{spread.planes[0], 4},
-                    Array{average.planes[0], Format::kFirst}, Array{average.planes[1], Format::kSecond}, column.array);
-    run_ends_first<Collect<Dtype, Format, true>, Collect<Dtype, Format, false>>(
+    const int64_t head = common_head(spread.numel, Array{spread.param, Dtype::kBytes}, Array{spread.planes[0], 4},
+                                     Array{average.planes[0], Format::kFirst},
+                                     Array{average.planes[1], Format::kSecond}, progress.column.array);
+    swafast::cuda::run<Collect<Dtype, Format, true>, Collect<Dtype, Format, false>, true>(
         spread.numel, head, [&](auto mover, int64_t offset) {
           mover.spread = &spread;
           mover.average = &average;
           mover.blend = &progress.blends[spread.pace];
-          mover.column = &column;
+          mover.column = &progress.column;
           mover.offset = offset;
           return mover;
         });
@@ -179,19 +173,19 @@ __device__ __forceinline__ const swafast_descriptor& average_behind(const Feed& 
 }
 
 struct CollectChunk {
-  const Progress& progress;
+  Collected& progress;
   const Feed& feed;
-  Column& column;
   __device__ __forceinline__ void operator()(const swafast_descriptor& chunk) const {
-    if (chunk.format != SWAFAST_FORMAT_SPREAD) return update_chunk(chunk, progress);
+    if (chunk.format != SWAFAST_FORMAT_SPREAD) return update_chunk<true>(chunk, progress);
     if (feeds()) {
       // By the count that this update has found: one that is skipped leaves the next column the same.
       const Ring ring(chunk);
       const int32_t num_columns = ring.ring->num_columns;
-      column = {num_columns == 0 ? Array{nullptr, 0} : ring.column(chunk, progress.counts[chunk.pace] % num_columns),
-                ring.ring->dtype};
+      progress.column = {
+          num_columns == 0 ? Array{nullptr, 0} : ring.column(chunk, progress.counts[chunk.pace] % num_columns),
+          ring.ring->dtype};
     }
-    with_kinds(SpreadChunk{chunk, average_behind(feed), column, progress});
+    with_kinds(SpreadChunk{chunk, average_behind(feed), progress});
   }
 };
 
@@ -199,12 +193,11 @@ struct CollectChunk {
 __global__ void __launch_bounds__(kMostThreads)
     collect_kernel(const __grid_constant__ swafast_table table, const __grid_constant__ Paces paces, int64_t advance,
                    int32_t skip_nonfinite) {
-  __shared__ Progress progress;
+  __shared__ Collected progress;
   __shared__ Feed feed;
-  __shared__ Column column;
   fetch_first(feed, table);
   begin(progress, feed, table, paces, advance, skip_nonfinite);
-  if (!progress.stop) for_each_chunk<true>(feed, CollectChunk{progress, feed, column});
+  if (!progress.stop) for_each_chunk<true>(feed, CollectChunk{progress, feed});
 }
 
 // A point near an average, into the param: what of it is not in the descriptors lies in the kernel's arguments. The
@@ -372,7 +365,7 @@ struct DrawChunk {
   __device__ __forceinline__ void operator()(const swafast_descriptor& chunk) const {
     if (chunk.format != SWAFAST_FORMAT_SPREAD) return;
     const swafast_descriptor& average = average_behind(feed);
-    run_ends_first<Draw<true>, Draw<false>>(chunk.numel, head_of(chunk, average), [&](auto mover, int64_t offset) {
+    run<Draw<true>, Draw<false>, true>(chunk.numel, head_of(chunk, average), [&](auto mover, int64_t offset) {
       mover.spread = &chunk;
       mover.average = &average;
       mover.sample = &sample;

@@ -100,7 +100,8 @@ class CudaLaunch(DeviceLaunch):
     ) -> None:
         capturing = ctypes.c_int32()
         head, grid, out = ctypes.byref(table.head), ctypes.byref(self.grid(table)), ctypes.byref(capturing)
-        _check(self._native.swafast_cuda_update(head, paces, len(paces), advance, skip_nonfinite, grid, out, stream))
+        how = skip_nonfinite, table.has_spread
+        _check(self._native.swafast_cuda_update(head, paces, len(paces), advance, *how, grid, out, stream))
         self.captured |= bool(capturing.value)
 
     def start_exchange(self, table: Table, wanted: bool, stream: int) -> None:
