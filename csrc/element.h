@@ -76,13 +76,6 @@ SWAFAST_HD float float_of(uint32_t bits) {
 
 SWAFAST_HD float from_bfloat16(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
 
-// Round to nearest, ties to even. A NaN keeps its sign and nothing else.
-SWAFAST_HD uint16_t to_bfloat16(float value) {
-  const uint32_t bits = bits_of(value);
-  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  return static_cast<uint16_t>((value == value ? rounded : (bits & 0x80000000u) | 0x7fc00000u) >> 16);
-}
-
 // Every binary16 value is a binary32 value, so this is exact. A signalling NaN becomes quiet, as in hardware. A GPU has
 // an instruction for it, which may give a NaN another payload.
 SWAFAST_HD float from_float16(uint16_t half) {
@@ -121,6 +114,13 @@ SWAFAST_HD uint16_t to_float16(float value) {
   const uint32_t odd = (magnitude >> 13) & 1u;
   return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
 #endif
+}
+
+// Likewise to bfloat16. A NaN stays one, and quiet: rounding its payload up could run over into the sign.
+SWAFAST_HD uint16_t to_bfloat16(float value) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return static_cast<uint16_t>((value != value ? bits | 0x400000u : rounded) >> 16);
 }
 
 // The `exact` format: the float32 average as a bf16 and the int16 that, added to it as bits, gives the float32 back.

@@ -2,7 +2,8 @@
 // swafast/terms/normals.py states the same functions for torch, with the papers that they come from: the operations are
 // the same in the same order, and a test holds the two together.
 //
-// Nothing here branches: a compiler makes vectors of a loop over elements.
+// Nothing here branches, and choices are made by bits: so a compiler makes vectors of a loop over elements, and need
+// not know that no operation traps.
 #pragma once
 
 #include <cmath>
@@ -72,10 +73,15 @@ SWAFAST_HD float negative_log(float value) {
   return -fmaf(exponents, 0.693359375f, f + rest);
 }
 
+// `yes` where all bits of the mask are 1, `no` where all are 0.
+SWAFAST_HD float choose(uint32_t mask, float yes, float no) {
+  return float_of((bits_of(yes) & mask) | (bits_of(no) & ~mask));
+}
+
 // A normal number for 32 random bits. Both ends of the distribution are worked out, and one is chosen.
 SWAFAST_HD float normal_of(uint32_t word) {
-  const bool negative = (word & 0x80000000u) != 0;
-  const int32_t magnitude = static_cast<int32_t>(negative ? ~word : word);
+  const uint32_t sign = word & 0x80000000u, negative = 0u - (word >> 31);
+  const int32_t magnitude = static_cast<int32_t>(word ^ negative);
   const float half = (static_cast<float>(magnitude) + 0.5f) * 0x1p-32f;                 // |p - 1/2|
   const float tail = static_cast<float>(0x7fffffff - magnitude) * 0x1p-32f + 0x1p-33f;  // 1/2 - that, not rounded away
   const float c = fmaf(-half, half, 0.180625f);
@@ -91,9 +97,9 @@ SWAFAST_HD float normal_of(uint32_t word) {
   outer = fmaf(outer, t, 1.4234372777f);
   float outer_divisor = fmaf(1.2021132975e-1f, t, 7.3700164250e-1f);
   outer_divisor = fmaf(outer_divisor, t, 1.0f);
-  const bool is_inner = half <= 0.425f;
-  const float normal = (is_inner ? inner : outer) / (is_inner ? inner_divisor : outer_divisor);
-  return negative ? -normal : normal;
+  const uint32_t is_inner = 0u - static_cast<uint32_t>(half <= 0.425f);
+  const float normal = choose(is_inner, inner, outer) / choose(is_inner, inner_divisor, outer_divisor);
+  return float_of(bits_of(normal) ^ sign);
 }
 
 }  // namespace swafast

@@ -199,9 +199,8 @@ SWAFAST_EXPORT int32_t swafast_cpu_finish(const double* sums, void* out, int64_t
 typedef struct {
   void* param; /* of its first element, as the planes are */
   void* planes[2];
-  int64_t numel; /* bytes for SWAFAST_BYTES, elements otherwise */
-  int64_t
-      first_index; /* of SWAFAST_FORMAT_SPREAD: elements of the tensor before the chunk, whose planes[1] is the ring */
+  int64_t numel;       /* bytes for SWAFAST_BYTES, elements otherwise */
+  int64_t first_index; /* of SWAFAST_FORMAT_SPREAD: elements of the tensor before the chunk, for its ring is whole */
   uint64_t key;
   uint32_t tensor; /* index of the row that it was made of */
   uint32_t index_step;

@@ -5,11 +5,26 @@
 
 namespace swafast {
 
-// Whether an update serves this dtype and format.
+// Whether an update serves this dtype and format, of an average or of a spread.
 inline bool served(const swafast_tensor& tensor) {
   if (tensor.dtype < 0 || tensor.dtype >= SWAFAST_NUM_DTYPES) return false;
   if (tensor.format < 0 || tensor.format >= SWAFAST_NUM_FORMATS) return false;
   return (tensor.dtype == SWAFAST_BYTES) == (tensor.format == SWAFAST_FORMAT_COPIED);
+}
+
+inline bool is_spread(const swafast_tensor& tensor) { return tensor.format == SWAFAST_FORMAT_SPREAD; }
+
+// Whether the row after a spread, one of its followers, is its average. has_followers sees that it is of the same
+// param.
+inline bool has_average(const swafast_tensor& spread) {
+  if (spread.followers < 1) return false;
+  const swafast_tensor& average = (&spread)[1];
+  return !is_spread(average) && average.pace == spread.pace;
+}
+
+// Whether a ring has no more columns than it says, in a dtype that they may have.
+inline bool is_ring(const swafast_ring& ring) {
+  return ring.num_columns >= 0 && ring.dtype >= 0 && ring.dtype < SWAFAST_BYTES;
 }
 
 // Whether param and planes[0] hold the same dtype, so that their bytes can change places.
@@ -44,8 +59,18 @@ inline int32_t check(const swafast_tensor* tensors, int64_t num_tensors, bool ex
   for (int64_t i = 0; i < num_tensors; ++i) {
     if (!(exchange ? exchangeable(tensors[i]) : served(tensors[i]))) return SWAFAST_BAD_TENSOR;
     if (!has_followers(tensors, num_tensors, i)) return SWAFAST_BAD_TENSOR;
+    if (is_spread(tensors[i]) && !has_average(tensors[i])) return SWAFAST_BAD_TENSOR;
   }
   return SWAFAST_OK;
+}
+
+// Whether a table has spreads and their averages alone, one of each param: what a draw takes.
+inline int32_t check_draw(const swafast_tensor* tensors, int64_t num_tensors) {
+  for (int64_t i = 0; i < num_tensors; ++i) {
+    const bool leads = i % 2 == 0;
+    if (is_spread(tensors[i]) != leads || tensors[i].followers != (leads ? 1 : 0)) return SWAFAST_BAD_TENSOR;
+  }
+  return check(tensors, num_tensors, false);
 }
 
 inline int32_t check_paces(const swafast_tensor* tensors, int64_t num_tensors, int64_t num_paces) {

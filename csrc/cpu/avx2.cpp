@@ -1,5 +1,6 @@
 // x86-64 with AVX2, FMA and F16C: 8 lanes.
 #include "span.h"
+#include "spread.h"
 #include "sums.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -78,7 +79,7 @@ struct Avx2 {
 }  // namespace
 
 const Kernels* avx2_kernels() {
-  static const Kernels kernels = with_sums<X86<Avx2>>(make_kernels<X86<Avx2>>("avx2"));
+  static const Kernels kernels = with_spread<X86<Avx2>>(with_sums<X86<Avx2>>(make_kernels<X86<Avx2>>("avx2")));
   return &kernels;
 }
 

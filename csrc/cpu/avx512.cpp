@@ -1,5 +1,6 @@
 // x86-64 with AVX-512 F, BW, DQ and VL: 16 lanes.
 #include "span.h"
+#include "spread.h"
 #include "sums.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
@@ -70,7 +71,7 @@ struct Avx512 {
 }  // namespace
 
 const Kernels* avx512_kernels() {
-  static const Kernels kernels = with_sums<X86<Avx512>>(make_kernels<X86<Avx512>>("avx512"));
+  static const Kernels kernels = with_spread<X86<Avx512>>(with_sums<X86<Avx512>>(make_kernels<X86<Avx512>>("avx512")));
   return &kernels;
 }
 

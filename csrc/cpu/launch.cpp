@@ -135,6 +135,47 @@ void update_chunk(const Kernels& kernels, const swafast_tensor& tensor, const sw
                                               chunk.numel, moves.blends[tensor.pace], draws);
 }
 
+const swafast_ring& ring_of(const swafast_tensor& spread) {
+  return *static_cast<const swafast_ring*>(spread.planes[1]);
+}
+
+// Of a spread's row, which that of its average follows.
+SpreadRun run_of(const swafast_tensor& spread, const swafast_chunk& chunk) {
+  const swafast_tensor& average = (&spread)[1];
+  const swafast_ring& ring = ring_of(spread);
+  return {at(spread.param, chunk.offset * param_itemsize(spread.dtype)),
+          {at(average.planes[0], chunk.offset * plane_itemsize(average.format, 0)),
+           at(average.planes[1], chunk.offset * plane_itemsize(average.format, 1))},
+          static_cast<float*>(spread.planes[0]) + chunk.offset,
+          ring.num_columns > 0 ? reinterpret_cast<void* const*>(&ring + 1) : nullptr,
+          chunk.offset,
+          chunk.numel,
+          spread.dtype,
+          average.format,
+          ring.dtype};
+}
+
+void update_spread(const Kernels& kernels, const swafast_tensor& spread, const swafast_chunk& chunk,
+                   const Moves& moves) {
+  const int64_t num_columns = ring_of(spread).num_columns;
+  kernels.spread(run_of(spread, chunk), num_columns > 0 ? moves.counts[spread.pace] % num_columns : 0,
+                 moves.blends[spread.pace]);
+}
+
+bool any_spread(const swafast_tensor* tensors, int64_t num_tensors) {
+  return std::any_of(tensors, tensors + num_tensors, is_spread);
+}
+
+// Every ring of a table must be sound, and have so many columns at least.
+int32_t check_rings(const swafast_tensor* tensors, int64_t num_tensors, int32_t num_columns) {
+  for (int64_t i = 0; i < num_tensors; ++i) {
+    if (!is_spread(tensors[i])) continue;
+    if (!is_ring(ring_of(tensors[i]))) return SWAFAST_BAD_TENSOR;
+    if (ring_of(tensors[i]).num_columns < num_columns) return SWAFAST_BAD_COUNT;
+  }
+  return SWAFAST_OK;
+}
+
 }  // namespace
 }  // namespace swafast::cpu
 
@@ -210,11 +251,21 @@ int32_t swafast_cpu_update(const swafast_tensor* tensors, int64_t num_tensors, c
   if (check(tensors, num_tensors, false) != SWAFAST_OK) return SWAFAST_BAD_TENSOR;
   Moves moves;
   if (!moves.set(paces, num_paces)) return SWAFAST_BAD_COUNT;
-  for_each_chunk(num_chunks, num_threads, [=, &kernels, &moves](int64_t i) {
-    // The chunk of the param stays in the caches from the first of its averages to the last.
-    const swafast_tensor* tensor = tensors + chunks[i].tensor;
-    for (int32_t k = 0; k <= tensor->followers; ++k) update_chunk(kernels, tensor[k], chunks[i], moves);
-  });
+  if (any_spread(tensors, num_tensors)) {
+    if (check_rings(tensors, num_tensors, 0) != SWAFAST_OK) return SWAFAST_BAD_TENSOR;
+    for_each_chunk(num_chunks, num_threads, [=, &kernels, &moves](int64_t i) {
+      const swafast_tensor* tensor = tensors + chunks[i].tensor;
+      for (int32_t k = 0; k <= tensor->followers; ++k) {
+        (is_spread(tensor[k]) ? update_spread : update_chunk)(kernels, tensor[k], chunks[i], moves);
+      }
+    });
+  } else {
+    for_each_chunk(num_chunks, num_threads, [=, &kernels, &moves](int64_t i) {
+      // The chunk of the param stays in the caches from the first of its averages to the last.
+      const swafast_tensor* tensor = tensors + chunks[i].tensor;
+      for (int32_t k = 0; k <= tensor->followers; ++k) update_chunk(kernels, tensor[k], chunks[i], moves);
+    });
+  }
   for (int64_t k = 0; k < num_paces; ++k) *paces[k].num_averaged += advance;
   return SWAFAST_OK;
 }
@@ -232,6 +283,23 @@ int32_t swafast_cpu_exchange(const swafast_tensor* tensors, int64_t num_tensors,
                      chunk.numel * itemsize);
   });
   *exchanged = wanted;
+  return SWAFAST_OK;
+}
+
+int32_t swafast_cpu_draw(const swafast_tensor* tensors, int64_t num_tensors, const swafast_chunk* chunks,
+                         int64_t num_chunks, const swafast_sample* sample, int32_t num_threads) {
+  const Kernels& kernels = *chosen().load();
+  if (check_draw(tensors, num_tensors) != SWAFAST_OK) return SWAFAST_BAD_TENSOR;
+  if (sample->num_columns < 0) return SWAFAST_BAD_COUNT;
+  const int32_t rings = check_rings(tensors, num_tensors, sample->num_columns);
+  if (rings != SWAFAST_OK) return rings;
+  for_each_chunk(num_chunks, num_threads, [=, &kernels](int64_t i) {
+    const swafast_chunk& chunk = chunks[i];
+    const swafast_tensor* spread = tensors + chunk.tensor;
+    const NormalRun normals = {spread[1].key, static_cast<uint64_t>(chunk.first_index),
+                               static_cast<uint64_t>(chunk.index_step)};
+    kernels.draw(run_of(*spread, chunk), *sample, normals);
+  });
   return SWAFAST_OK;
 }
 

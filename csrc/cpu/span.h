@@ -32,6 +32,25 @@ using AccumulateSpan = void (*)(double* sums, const void* elements, int64_t nume
 // out = sums / divisor, rounded once; returns the index of the first result that is a NaN or an infinity, or -1.
 using FinishSpan = int64_t (*)(const double* sums, void* out, int64_t numel, double divisor);
 
+// A run of elements of a param, of its average and of its spread, each from its first element on.
+struct SpreadRun {
+  void* param;
+  void* planes[2];
+  float* variance;
+  void* const* columns;  // whole: `offset` is the run's
+  int64_t offset, numel;
+  int32_t dtype, format, column_dtype;
+};
+// Move variance and column before the average moves; no columns: the variance alone.
+using SpreadSpan = void (*)(const SpreadRun& run, int64_t column, const Blend& blend);
+
+// Which normal numbers a run gets: the index of its first element in the whole param, and of each further one as above.
+struct NormalRun {
+  uint64_t key, first_index, index_step;
+};
+// Write the point into the param.
+using DrawSpan = void (*)(const SpreadRun& run, const swafast_sample& sample, const NormalRun& normals);
+
 // Words of 1, 2, 4 and 8 bytes.
 constexpr int kNumWordSizes = 4;
 
@@ -44,6 +63,8 @@ struct Kernels {
   ChecksumSpan checksum[kNumWordSizes];
   AccumulateSpan accumulate[SWAFAST_NUM_ELEMENTS];
   FinishSpan finish[SWAFAST_NUM_ELEMENTS];
+  SpreadSpan spread;
+  DrawSpan draw;
 };
 
 const Kernels& generic_kernels();
