@@ -14,7 +14,8 @@ struct Array {
 
   __device__ __forceinline__ void* from(int64_t element) const { return at(start, element * nbytes); }
   __device__ __forceinline__ int64_t to_boundary() const {
-    return nbytes == 0 ? 0 : static_cast<int64_t>((16u - (reinterpret_cast<uint64_t>(start) & 15u)) & 15u) / nbytes;
+    const uint32_t distance = (16u - (static_cast<uint32_t>(reinterpret_cast<uint64_t>(start)) & 15u)) & 15u;
+    return nbytes == 0 ? 0 : distance >> (nbytes >> 1);  // divided by 1, 2 or 4
   }
 };
 
