@@ -12,7 +12,7 @@ from swafast import FusedAveragedModel
 from swafast.backends import Unavailable, cpu, library
 from swafast.op.choice import BACKENDS, choose_backends
 from swafast.sharded.construction import format_of_average
-from swafast.sharded.parts import spread
+from swafast.sharded.parts import all_gather
 from swafast.sharded.parts.holdings import find_holdings
 from swafast.sharded.parts.shares import share_out
 from swafast.terms.formats import get_format
@@ -96,7 +96,7 @@ def _text(function: Callable[[], bytes]) -> str:
 
 def set_window(nbytes: int) -> None:
     """Set the window of ``swapped_into`` on replicated params of a CPU."""
-    spread.CPU_WINDOW_NBYTES = nbytes
+    all_gather.CPU_WINDOW_NBYTES = nbytes
 
 
 def plan_shares(model: nn.Module, rank: int, ranks: int) -> int:

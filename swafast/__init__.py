@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .sharded.sharded_averages import ShardedAverages
     from .sharded.sharded_model import ShardedAveragedModel
     from .terms.rules import EqualAverage, ExponentialAverage, PowerAverage, Rule
+    from .terms.spread import Spread
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "ShardedAveragedModel",
     "ShardedAverages",
     "Snapshots",
+    "Spread",
     "__version__",
     "load",
     "save",
@@ -51,6 +53,7 @@ _PUBLIC = {
     "ShardedAveragedModel": "sharded.sharded_model",
     "ShardedAverages": "sharded.sharded_averages",
     "Snapshots": "posthoc.snapshots",
+    "Spread": "terms.spread",
     "load": "files.averaged_file",
     "save": "files.averaged_file",
     "update_bn": "optim.batchnorm",

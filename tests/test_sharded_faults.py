@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from swafast import Rule
 from swafast.op.exchange import Exchange
 from swafast.sharded import LostPeerError, ShardedAveragedModel
-from swafast.sharded.parts import spread
+from swafast.sharded.parts import all_gather
+from swafast.sharded.parts.all_gather import AllGather
 from swafast.sharded.parts.ranks import Ranks
-from swafast.sharded.parts.spread import Spread
 from swafast.sharded.swap import NOT_WHOLE
 from tests.ranks import on_ranks, run_ranks
 from tests.sharded_models import WIDTH, Beside, can_run, drift, fill, locals_of, make_model, planes_of, wrap
@@ -281,7 +281,7 @@ def break_off(loss: str, mode: str, names: Iterable[str], options: dict[str, Any
         loss: what happens there to the victim: ``"killed"``, ``"stopped"`` or ``"interrupted"``.
     """
     watch_collectives()
-    spread.WINDOW_NBYTES = 768 * dist.get_world_size()
+    all_gather.WINDOW_NBYTES = 768 * dist.get_world_size()
     points = points_of(mode, names, **options)
     cases = {point: make_case(mode, **options, **ACTIONS[point[0]][1]) for point in points}
     is_victim = dist.get_rank() == VICTIM
@@ -356,7 +356,7 @@ def test_a_lost_replica_of_a_shard_that_others_do_not_need() -> None:
 
 
 def forget_finished_cuts() -> None:
-    Spread.torn = property(lambda self: False, lambda self, value: None)  # type: ignore[assignment]
+    AllGather.torn = property(lambda self: False, lambda self, value: None)  # type: ignore[assignment]
 
 
 def keep_the_averages() -> None:

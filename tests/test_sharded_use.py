@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from swafast import ExponentialAverage
 from swafast.sharded import ShardedAveragedModel, shard_side, swap
-from swafast.sharded.parts import spread
+from swafast.sharded.parts import all_gather
 from swafast.sharded.parts.holdings import Held
 from swafast.sharded.shard_matching import Views
 from tests.ranks import on_ranks, planted, run_ranks
@@ -77,7 +77,7 @@ def numel_of(model: nn.Module) -> int:
 def swapped_and_copied(mode: str, cases: list[Format], options: dict[str, Any]) -> None:
     """Evaluate on the averages, then copy them."""
     # Some hundred bytes: several windows, of which the last is not full.
-    spread.WINDOW_NBYTES = 400
+    all_gather.WINDOW_NBYTES = 400
     for dtype, fmt in cases:
         both = Beside(mode, dtype, updates=3, format=fmt, **options)
         reference, sharded, data = both.reference.eval(), both.sharded.eval(), data_of(dtype)
@@ -195,7 +195,7 @@ def test_shared_replicas_hold_each_element_once(mode: str) -> None:
 def test_a_small_window_is_run_several_times() -> None:
     # Or the tests above would not be of windows at all.
     both, run = Beside("plain", updates=1), []
-    for spread.WINDOW_NBYTES in (64 * 2**20, 400):
+    for all_gather.WINDOW_NBYTES in (64 * 2**20, 400):
         with Seen() as seen, both.averaged.swapped_into(both.sharded):
             pass
         run.append(sum("gather" in name for name, _ in seen.ops))
@@ -591,7 +591,7 @@ def test_dtypes_side_by_side_and_other_wrappers() -> None:
             FullyShardedDataParallel(ignoring, ignored_modules=ignored, use_orig_params=True, device_id=cpu),
         ),
     }
-    spread.WINDOW_NBYTES = 400
+    all_gather.WINDOW_NBYTES = 400
     for kind, (mode, reference, sharded) in kinds.items():
         both = Beside(mode, models=(reference, sharded), updates=2)
         both.require_exchange(kind)
@@ -605,17 +605,17 @@ def leave_the_root_gathered() -> None:
     swap.reshard = lambda model: None
 
 
-def spread_nothing() -> None:
-    spread.Spread.fill = lambda self, held: None  # type: ignore[method-assign]
+def gather_nothing() -> None:
+    all_gather.AllGather.fill = lambda self, held: None  # type: ignore[method-assign]
 
 
 def drop_the_last_window() -> None:
-    windows = spread.pieces_of
+    windows = all_gather.pieces_of
 
     def dropped(*args: Any) -> Any:
         yield from list(windows(*args))[:-1]
 
-    spread.pieces_of = dropped
+    all_gather.pieces_of = dropped
 
 
 def take_any_place() -> None:
@@ -647,7 +647,7 @@ GATES: list[tuple[Callable[[], None], Callable[[], None], str]] = [
         partial(check_swapped, "fsdp1", FEW_FORMATS[:1]),
         "inside|after|not resharded|got another of 'long'",
     ),
-    (spread_nothing, partial(check_swapped, "ddp", FEW_FORMATS[:1]), "inside: "),
+    (gather_nothing, partial(check_swapped, "ddp", FEW_FORMATS[:1]), "inside: "),
     (drop_the_last_window, partial(check_swapped, "plain", FEW_FORMATS[:1]), "inside: "),
     (take_any_place, partial(test_a_model_spread_in_another_way_changes_nothing, "tp"), "DID NOT RAISE"),
     (send_what_the_body_left, test_a_param_moved_on_one_rank_spoils_no_other, "frozen.weight"),

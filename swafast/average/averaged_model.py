@@ -15,11 +15,12 @@ from ..loop import swaps
 from ..loop.guard import seamless
 from ..op import checks, choice
 from ..op.exchange import Exchange
-from ..terms.formats import OWN, Format, check_format, format_of, stored_dtype
+from ..terms.formats import OWN, Format, check_format, format_of, stored_dtype, with_spread
 from ..terms.hints import hinted
 from ..terms.names import named_params, unwrap
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule, warn_of_small_decay
+from ..terms.spread import Spread, checked_spread
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import ASSIGN, named_tensors, own_buffers
 from .accepting import ask_include, check_device, check_model, refuse_sharded
@@ -30,11 +31,12 @@ from .lending import lend_from_state, part_before_load
 from .loading import load_whole
 from .matching import ModuleSide, each_average
 from .model_copy import ModelCopy
+from .sampling import Sampled, check_deviations, refuse_complex, refuse_spread
 from .states import export, fill_in, leave_out, translate_load
 
 
 @pickled_from("swafast")
-class FusedAveragedModel(HasRule, Adaptable, AveragedModel):
+class FusedAveragedModel(HasRule, Sampled, Adaptable, AveragedModel):
     """A copy of a model that holds the running average of the model's parameters, updated in one fused pass.
 
     ``average = average + weight * (param - average)``, with ``weight = 1 / (n + 1)`` (SWA) by default.
@@ -64,6 +66,8 @@ class FusedAveragedModel(HasRule, Adaptable, AveragedModel):
         seed: the seed of the random bits by which ``"compact"`` and ``"half"`` round. States hold no seed and no rule.
         num_averaged: if ``model`` has averaged weights, such as a published EMA, of how many models. Updates go on from
             them. By default the first update copies.
+        deviations: keep the variance and so many deviations too, of which :meth:`sampled_into` draws samples (SWAG):
+            20 in the paper, 0 for the variance alone, or a :class:`~swafast.Spread`, which also has their dtype.
 
     Raises:
         TypeError: ``model`` is not a module, or another argument has a wrong type.
@@ -109,7 +113,9 @@ class FusedAveragedModel(HasRule, Adaptable, AveragedModel):
         nonfinite: str = "propagate",
         seed: int = 0,
         num_averaged: int = 0,
+        deviations: int | Spread | None = None,
     ) -> None:
+        spread = checked_spread(deviations)
         recognised = choose_rule(rule, avg_fn, multi_avg_fn)
         warn_of_small_decay(recognised)
         check_format(format)
@@ -117,11 +123,13 @@ class FusedAveragedModel(HasRule, Adaptable, AveragedModel):
             refuse_format(format)
         checks.check_nonfinite(nonfinite)
         seed, num_averaged = checks.checked_seed(seed), checks.checked_num_averaged(num_averaged)
+        check_deviations(spread, recognised, num_averaged)
         check_device(device)
         params = named_params(unwrap(check_model(model)), "model")
         choice.choose_backends(backend, {param.device.type for param in params.values()})
         refuse_sharded(model)
         asked = ask_include(include, params)
+        refuse_complex(spread, {name: param for name, param in params.items() if asked.get(name, True)})
         stored = {n: stored_dtype(format, p.dtype, copied=not asked.get(n, True)) for n, p in params.items()}
         left_out = {name for name, is_averaged in asked.items() if not is_averaged}
         made = ModelCopy(model, params, stored, left_out, device)
@@ -129,6 +137,7 @@ class FusedAveragedModel(HasRule, Adaptable, AveragedModel):
         super().__init__(made, device, avg_fn, multi_avg_fn, use_buffers)  # type: ignore[arg-type]  # copied there
         self.__dict__["rule"] = recognised
         self.format, self.backend, self.include, self.nonfinite, self.seed = format, backend, include, nonfinite, seed
+        self._deviations = spread
         self._any_device, self._made_of, self._asked = device is not None, weakref.ref(model), asked
         self._frozen_names = {name for name in left_out if not params[name].requires_grad}
         made.make_further_planes(self, self._each_average())
@@ -165,7 +174,7 @@ class FusedAveragedModel(HasRule, Adaptable, AveragedModel):
         fmt = format_of(self.__dict__.get("format"), average.dtype)
         if fmt is None:
             raise NotImplementedError(f"{name!r} must have a dtype that can be averaged, got {average.dtype}")
-        return fmt
+        return fmt if is_buffer else with_spread(fmt, self._deviations, average.dtype)
 
     def _includes(self, name: str, param: Tensor) -> bool:
         asked = self.__dict__.setdefault("_asked", {})
@@ -216,6 +225,7 @@ class FusedAveragedModel(HasRule, Adaptable, AveragedModel):
         asked = self.__dict__.get
         if by_function:
             refuse_format(asked("format"))
+            refuse_spread(self._deviations)
         return (by_function, self.use_buffers, asked("format"), asked("backend"), self._any_device, self.seed)
 
     def _sides(self) -> list[ModuleSide]:

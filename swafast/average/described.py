@@ -89,7 +89,9 @@ class Described:
         count = self.n_averaged
         updates = f"updates={int(count)}" if count.device.type == "cpu" else f"updates counted on {count.device}"
         rule = spell_rule(self.rule, always=1) if self.rule is not None else default_name(self)
-        parts = (f"rule={rule}", f"format={self.format!r}", f"backend={self.backend!r}", updates)
+        spread = getattr(self, "deviations", None)
+        kept = () if spread is None else (f"deviations={spread.count}",)
+        parts = (f"rule={rule}", f"format={self.format!r}", *kept, f"backend={self.backend!r}", updates)
         return f"{type(self).__name__}({', '.join((*self._head(), *parts, spell_bytes(self.nbytes)))})"
 
     def _head(self) -> Iterable[str]:

@@ -16,6 +16,7 @@ from ..loop.guard import Guard
 from ..terms import hints
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
+from ..terms.spread import Spread
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import own_buffers, own_children
 from .averaged_model import FusedAveragedModel
@@ -66,18 +67,18 @@ def named_rules(given: object) -> dict[str, Rule]:
     return rules
 
 
-def named_formats(names: Sequence[str], format: object) -> dict[str, str | None]:
-    """Return the format of each average by name. ``format`` is one for all, or a mapping that may leave some out.
+def by_name(argument: str, names: Sequence[str], given: Any) -> dict[str, Any]:
+    """Return an argument of each average by name. It is one for all, or a mapping that may leave some out.
 
     Raises:
         ValueError: the mapping has a name that no average has.
     """
-    if not isinstance(format, Mapping):
-        return dict.fromkeys(names, format)  # type: ignore[arg-type]  # checked where each average is made
-    unknown = [name for name in format if name not in names]
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(names, given)  # checked where each average is made
+    unknown = [name for name in given if name not in names]
     if unknown:
-        raise ValueError(f"format must name averages among {', '.join(map(repr, names))}, got {unknown[0]!r}")
-    return {name: format.get(name) for name in names}
+        raise ValueError(f"{argument} must name averages among {', '.join(map(repr, names))}, got {unknown[0]!r}")
+    return {name: given.get(name) for name in names}
 
 
 def refuse_own(averages: Iterable[str], kind: type, name: str) -> None:
@@ -100,6 +101,7 @@ class FusedAverages(WithBindings, Module):
         model: the model to average.
         rules: up to 16 rules by name, as a mapping or as (name, rule) pairs. A name must not contain a dot.
         format: one format for all averages, or a mapping from their names; default: by each parameter's dtype.
+        deviations: as for :class:`~swafast.FusedAveragedModel`, for all averages, or a mapping from their names.
         device, use_buffers, backend, include, nonfinite, seed, num_averaged: as for
             :class:`~swafast.FusedAveragedModel`, the same for all averages.
 
@@ -128,11 +130,12 @@ class FusedAverages(WithBindings, Module):
         nonfinite: str = "propagate",
         seed: int = 0,
         num_averaged: int = 0,
+        deviations: int | Spread | Mapping[str, int | Spread | None] | None = None,
     ) -> None:
         super().__init__()
         self._made_of = weakref.ref(model)
         named = named_rules(rules)
-        formats = named_formats(list(named), format)
+        formats, spreads = by_name("format", list(named), format), by_name("deviations", list(named), deviations)
         for name, rule in named.items():
             # Write into the dict, since add_module refuses names that are attributes of this class.
             own_children(self)[name] = FusedAveragedModel(
@@ -146,6 +149,7 @@ class FusedAverages(WithBindings, Module):
                 nonfinite=nonfinite,
                 seed=seed,
                 num_averaged=num_averaged,
+                deviations=spreads[name],
             )
 
     # A mapping from names to averages

@@ -17,6 +17,7 @@ from ..loop import swaps
 from ..loop.guard import finished
 from ..terms.converting import convert
 from ..terms.formats import EXTRA_PLANES, Format
+from ..terms.spread import DEVIATION, VARIANCE
 from ..torch_private.modules import named_tensors, own_children
 from .bindings import WithBindings
 from .described import asked_of
@@ -195,7 +196,7 @@ def _take_over(root: WithBindings, averages: Sequence[Any], made: Sequence[Any],
     for averaged, new in zip(averages, made, strict=True):
         children, new_children = own_children(averaged), own_children(new)
         children["module"] = new.module
-        for plane in EXTRA_PLANES:
+        for plane in (*EXTRA_PLANES, VARIANCE, DEVIATION):
             children.pop(plane, None)
             if plane in new_children:
                 children[plane] = new_children[plane]

@@ -90,11 +90,11 @@ class ModelCopy:
         extended = [
             (name, average, fmt) for name, average, fmt in averages if fmt is not None and name in self._averaged
         ]
-        likes = [_like(average, dtype, average.device) for _, average, fmt in extended for _, dtype in fmt.extra]
+        likes = [_like(average, dtype, average.device) for _, average, fmt in extended for _, dtype in fmt.further]
         planes = dict(made for bucket in new_in_buckets(likes) for made in bucket)
         index = 0
         for name, average, fmt in extended:
-            extra = [planes[index + further] for further in range(len(fmt.extra))]
+            extra = [planes[index + further] for further in range(len(fmt.further))]
             index += len(extra)
             param = self._averaged[name]
             if extra or average.dtype != param.dtype:

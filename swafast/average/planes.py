@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..terms.converting import convert
-from ..terms.formats import EXTRA_PLANES, Format, format_of_planes
+from ..terms.formats import EXTRA_PLANES, Format, format_of_planes, with_spread
 from ..terms.names import passing_names, unwrap
 from ..terms.pickling import pickled_from
 from ..torch_private.modules import named_tensors, own_buffers, own_children, passing_buffers
@@ -58,26 +58,33 @@ class PlaneTree(Module):
 
 
 def put_plane(owner: Module, plane: str, name: str, tensor: Tensor | None) -> None:
-    tree = own_children(owner).get(plane)
+    head, _, rest = f"{plane}.{name}".partition(".")  # a column of deviations is a tree in one
+    tree = own_children(owner).get(head)
     if tensor is None and not isinstance(tree, PlaneTree):
         return
     if tree is None:
         # Write to the dict: add_module refuses the name if a subclass has an attribute of this name.
-        tree = own_children(owner)[plane] = PlaneTree()
+        tree = own_children(owner)[head] = PlaneTree()
     assert isinstance(tree, PlaneTree)
     # The plane of a non-persistent buffer is left out of states, as the buffer is.
     passing: frozenset[str] | None = owner.__dict__.get("_passing")
     if passing is None:
         passing = owner.__dict__["_passing"] = passing_names(unwrap(owner.module))  # type: ignore[arg-type]
-    tree.put(name, tensor, in_state=name not in passing)
+    tree.put(rest, tensor, in_state=name not in passing)
     if not own_buffers(tree) and not own_children(tree):
-        del own_children(owner)[plane]
+        del own_children(owner)[head]
+
+
+def find_plane(owner: Module, plane: str, name: str) -> Tensor | None:
+    head, _, rest = f"{plane}.{name}".partition(".")
+    tree = own_children(owner).get(head)
+    return tree.find(rest) if isinstance(tree, PlaneTree) else None
 
 
 def put_planes(owner: Module, name: str, fmt: Format | None, extra: Sequence[Tensor]) -> None:
     """Set the further planes of an average to ``extra``, one for each of ``fmt``, and remove all others."""
-    planes = dict(zip((plane for plane, _ in fmt.extra), extra, strict=True)) if fmt is not None else {}
-    for plane in EXTRA_PLANES:
+    planes = dict(zip((plane for plane, _ in fmt.further), extra, strict=True)) if fmt is not None else {}
+    for plane in dict.fromkeys((*EXTRA_PLANES, *planes)):
         put_plane(owner, plane, name, planes.get(plane))
 
 
@@ -85,17 +92,24 @@ def put_planes(owner: Module, name: str, fmt: Format | None, extra: Sequence[Ten
 @torch.no_grad()
 def fit_planes(owner: Module, name: str, average: Tensor, fmt: Format | None) -> tuple[Tensor, ...]:
     """Return all planes of ``average`` in format ``fmt``; make those that do not fit, and remove other formats'."""
-    extra = fmt.extra if fmt is not None else ()
+    further = fmt.further if fmt is not None else ()
     for plane in EXTRA_PLANES:
-        if plane not in dict(extra):
+        if plane not in dict(further):
             put_plane(owner, plane, name, None)
-    if not extra:
+    if not further:
         return (average,)
+    found = find_planes(owner, name, average, fmt)
+    lacking = {
+        plane: torch.empty_like(average.detach(), dtype=dtype)
+        for (plane, dtype), tensor in zip(further, found, strict=True)
+        if tensor is None
+    }
+    if lacking:
+        convert((average,), None, [None, *(lacking.get(plane) for plane, _ in further)], fmt)
     planes = [average]
-    for (plane, dtype), tensor in zip(extra, find_planes(owner, name, average, fmt), strict=True):
+    for (plane, _), tensor in zip(further, found, strict=True):
         if tensor is None:
-            tensor = torch.empty_like(average.detach(), dtype=dtype)
-            convert((average,), None, [tensor if each == plane else None for each in ("", *dict(extra))], fmt)
+            tensor = lacking[plane]
             put_plane(owner, plane, name, tensor)
         elif tensor.device != average.device:
             tensor.data = tensor.data.to(average.device)
@@ -106,16 +120,15 @@ def fit_planes(owner: Module, name: str, average: Tensor, fmt: Format | None) ->
 def find_planes(owner: Module, name: str, average: Tensor, fmt: Format | None) -> list[Tensor | None]:
     """Return the further planes of ``average`` in format ``fmt``, None for each that is missing or does not fit."""
     found: list[Tensor | None] = []
-    for plane, dtype in fmt.extra if fmt is not None else ():
-        tree = own_children(owner).get(plane)
-        tensor = tree.find(name) if isinstance(tree, PlaneTree) else None
+    for plane, dtype in fmt.further if fmt is not None else ():
+        tensor = find_plane(owner, plane, name)
         fits = tensor is not None and tensor.dtype == dtype and tensor.shape == average.shape
         found.append(tensor if fits else None)
     return found
 
 
 def extra_planes(owner: Module) -> list[Tensor]:
-    """Return all further planes of an averaged model."""
+    """Return all further planes of averages, without those of spreads."""
     trees = [tree for plane in EXTRA_PLANES if (tree := own_children(owner).get(plane)) is not None]
     return [tensor for tree in trees for _, tensor in named_tensors(tree, buffers=True)]
 
@@ -129,7 +142,7 @@ def renew_planes(owner: Module, written: Sequence[Tensor], each: Iterable[tuple[
         if id(average) in ids and fmt is not None and fmt.extra:
             fit_planes(owner, name, average, fmt)
             # In place, so that a state that was taken before stays live.
-            convert((average,), None, (None, *find_planes(owner, name, average, fmt)), fmt)
+            convert((average,), None, (None, *find_planes(owner, name, average, fmt.mean)), fmt.mean)
 
 
 def translate_state(
@@ -154,7 +167,7 @@ def translate_state(
     for name, fmt in formats.items():
         if not keys[name]:
             continue
-        average = state[keys[name][0]]
+        average, fmt = state[keys[name][0]], fmt.mean
         extra = {plane: state[key] for plane in EXTRA_PLANES if (key := f"{prefix}{plane}.{name}") in state}
         if not all(isinstance(tensor, Tensor) for tensor in extra.values()):
             continue  # torch's loader raises
@@ -254,17 +267,20 @@ class Recast:
         """Write an average at full precision into ``result``, which is its plane 0 as torch has cast it."""
         _, name, fmt, extra = self._averages[id(average)]
         after = self._format_of(result.dtype)
-        recast = [result, *(torch.empty_like(result, dtype=dtype) for _, dtype in (after.extra if after else ()))]
+        if after is not None:
+            after = with_spread(after, fmt.spread, result.dtype)
+        recast = [result, *(torch.empty_like(result, dtype=dtype) for _, dtype in (after.further if after else ()))]
         if after is not None and after is not fmt:
             known = [plane for plane in extra if plane is not None]
             convert((average, *known), fmt if len(known) == len(extra) else None, recast, after)
         # From here on finish() completes the cast, whatever interrupts us or torch.
         self._casts[id(average)] = Cast(average, name, result, result.dtype, after, recast[1:])
         # Free the old planes now, although finish() must wait: a model's planes need not be there twice.
-        for plane in EXTRA_PLANES:
-            tree = own_children(self._owner).get(plane)
+        for plane, _ in fmt.further:
+            head, _, rest = f"{plane}.{name}".partition(".")
+            tree = own_children(self._owner).get(head)
             if isinstance(tree, PlaneTree):
-                tree.empty(name)
+                tree.empty(rest)
         self._planes.difference_update(map(id, extra))
         extra.clear()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from ..terms.converting import convert
 from ..terms.copying import duplicate
 from ..terms.formats import FLOAT32, OWN, Format
 from ..terms.names import canonical, names_in_states, rewrapping, unwrap
+from ..terms.spread import DEVIATION, VARIANCE, Spread
 from ..torch_private.modules import ASSIGN, Place, metadata_of, named_tensors, places, put_tensor, set_metadata
 from .bindings import WithBindings
 from .matching import FormatOf, each_average
@@ -110,11 +112,41 @@ def translate_load(
             continue
         formats[name] = fmt
         if assign:
-            room = [torch.zeros_like(kept.detach(), dtype=dtype) for _, dtype in fmt.extra]
+            room = [torch.zeros_like(kept.detach(), dtype=dtype) for _, dtype in fmt.further]
             put_planes(owner, name, fmt, room)  # the assignment replaces them
+    spreads = {name: formats[name].spread if name in formats else None for name, keys_ in names.items() if keys_}
+    check_spreads(owner, state, prefix, spreads)
     translate_state(state, prefix, names, formats, strict)
     if assign:
         _own_averages(owner, state, prefix, names, formats)
+
+
+def check_spreads(owner: Module, state: Mapping[str, Any], prefix: str, spreads: Mapping[str, Spread | None]) -> None:
+    """Raise RuntimeError, with the first key, unless a state has the spreads of these averages, by name.
+
+    Without ``strict``, torch would keep the spread of other models beside the averages that it loads.
+    """
+    for name, spread in spreads.items():
+        wanted = (VARIANCE, *spread.columns) if spread is not None else ()
+        keys = [f"{prefix}{plane}.{name}" for plane in wanted]
+        lacking = next((key for key in keys if key not in state), None)
+        surplus = f"{prefix}{VARIANCE}.{name}" if spread is None else f"{prefix}{DEVIATION}.{spread.count}.{name}"
+        if lacking is not None or surplus in state:
+            own = None if spread is None else spread.count
+            found, key = num_deviations(state, prefix, name), surplus if lacking is None else lacking
+            raise load_error(
+                owner,
+                f"the state must have the average's deviations={own}, got deviations={found}: "
+                f"{key!r} is {'there' if lacking is None else 'missing'}. Construct the average with "
+                f"deviations={found}, or load another state",
+            )
+
+
+def num_deviations(state: Mapping[str, Any], prefix: str, name: str) -> int | None:
+    """Return how many deviations of an average a state has, or None if it has no variance of it either."""
+    if f"{prefix}{VARIANCE}.{name}" not in state:
+        return None
+    return next(count for count in itertools.count() if f"{prefix}{DEVIATION}.{count}.{name}" not in state)
 
 
 def _own_averages(
@@ -123,7 +155,7 @@ def _own_averages(
     """Put copies in the place of the averages in a state that is to be assigned, since others may write its tensors."""
     assert isinstance(owner, WithBindings)
     for name, fmt in formats.items():
-        for keys in (names[name], *([f"{prefix}{plane}.{name}"] for plane, _ in fmt.extra)):
+        for keys in (names[name], *([f"{prefix}{plane}.{name}"] for plane, _ in fmt.further)):
             given = [key for key in keys if isinstance(state.get(key), Tensor)]
             if given:
                 own = state[given[0]].detach().clone()

@@ -14,7 +14,7 @@ from ..terms.converting import write_all
 from ..terms.draws import Draws, box_views, random_bits
 from ..terms.formats import Format
 from ..terms.layout import windows
-from ..terms.normals import fused_multiply_add, normals, square_root
+from ..terms.normals import fma, normals, square_root
 from ..terms.samples import Sample
 from . import Unavailable
 from .contract import Pair, Update
@@ -163,10 +163,10 @@ def _point(
     value: Tensor, variance: Tensor, columns: Sequence[Tensor], sample: Sample, key: int, index: Tensor
 ) -> Tensor:
     for coefficient, column in zip(sample.coefficients, columns, strict=True):
-        value = fused_multiply_add(column.to(torch.float32), coefficient, value)
+        value = fma(column.to(torch.float32), coefficient, value)
     if sample.noise:
         index = index.to(value.device)
-        value = fused_multiply_add(square_root(variance) * sample.noise, normals(key, sample.index, index), value)
+        value = fma(square_root(variance) * sample.noise, normals(key, sample.index, index), value)
     return value
 
 

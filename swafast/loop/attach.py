@@ -109,6 +109,7 @@ class Attachable(hints.WithHints):
                     "averaged.attachment.detach() first. To follow several optimizers, attach([first, second])"
                 )
             schedule = Schedule.of(start, every, end, duration=duration, steps_per_epoch=steps_per_epoch)
+            _warn_of_close_deviations(self, schedule)
             optimizers, model = self._trained_by(optimizer, model)
             overlap, offload = check_modes(overlap, offload)
             step = None if step is None else check_step(step)
@@ -243,6 +244,16 @@ def _members(averaged: Any) -> dict[str, Any]:
     """Return the averaged models that are attached together, by name; a single one has none."""
     names = getattr(averaged, "keys", None)
     return {"": averaged} if names is None else {name: averaged[name] for name in names()}
+
+
+def _warn_of_close_deviations(averaged: object, schedule: Schedule) -> None:
+    """Warn before deviations are kept of models that are one step apart: they are nearly one and the same."""
+    spreads = [getattr(each, "deviations", None) for each in _members(averaged).values()]
+    if schedule.every == 1 and any(spread is not None and spread.count for spread in spreads):
+        warn_user(
+            "the deviations of an average that is updated at each step are nearly one vector: update it once an epoch, "
+            "attach(optimizer, every=steps_per_epoch)"
+        )
 
 
 def _has_models(averaged: object) -> bool:

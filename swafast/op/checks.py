@@ -99,7 +99,7 @@ def _check_copied(name: str, param: Tensor, average: Tensor) -> None:
 
 def check_planes(pair: Pair, fmt: Format) -> None:
     """Raise ValueError unless the planes have the format's dtypes, and all have one shape and one device."""
-    wanted = (fmt.dtype or pair.average.dtype, *(dtype for _, dtype in fmt.extra))
+    wanted = (fmt.dtype or pair.average.dtype, *(dtype for _, dtype in fmt.further))
     got = tuple(plane.dtype for plane in pair.planes)
     if got != wanted:
         raise ValueError(f"average {pair.name!r} in format {fmt.name!r} must have planes of {wanted}, got {got}")

@@ -57,7 +57,7 @@ class Exchange:
         ignore_buffers: bool = False,
     ) -> None:
         self._plan, self._params, self._binding = plan, params, binding
-        self._launches, self._aside = plan.exchange(params, planes)
+        self._choose(planes)
         self._replaced: Replaced | None = None  # what torch copies
         self._num_planes = len(planes)
         #: What is written: params, or the tensors that they are views of, before planes.
@@ -86,6 +86,10 @@ class Exchange:
         self._versions: list[int] | None = None
         self._moved: _Moved | None = None
         self._is_there = self.is_back = False
+
+    def _choose(self, planes: Sequence[Tensor]) -> None:
+        """Set the launches that exchange in place, and the indices of the pairs that are copied aside."""
+        self._launches, self._aside = self._plan.exchange(self._params, planes)
 
     # What differs where params are views of other tensors
 
@@ -123,7 +127,7 @@ class Exchange:
         plane_names = (
             f"the average of {name!r}"
             for name, fmt in zip(self._plan.names, self._plan.formats, strict=True)
-            for _ in range(1 + len(fmt.extra) if fmt is not None else 1)
+            for _ in range(1 + len(fmt.further) if fmt is not None else 1)
         )
         return [*map(self._name, range(len(self.tensors) - self._num_planes)), *plane_names]
 
@@ -141,16 +145,20 @@ class Exchange:
             for launch in self._launches:
                 launch.exchange(True)
             self._is_there = True
-            # Write the first average last: it stays where the model ties params that the averaged module does not tie.
-            for pair in reversed(self._stashed):
-                if pair.format is None or pair.average.dtype == pair.param.dtype:
-                    write_once(pair.param, pair.average)
-                else:
-                    convert(pair.planes, pair.format, (pair.param.detach(),), None)
+            self._put()
             if self._replaced is not None:
                 self._replaced.there()
         finally:
             bump_versions(self.tensors)
+
+    def _put(self) -> None:
+        """Write into the params that were copied aside."""
+        # Write the first average last: it stays where the model ties params that the averaged module does not tie.
+        for pair in reversed(self._stashed):
+            if pair.format is None or pair.average.dtype == pair.param.dtype:
+                write_once(pair.param, pair.average)
+            else:
+                convert(pair.planes, pair.format, (pair.param.detach(),), None)
 
     @torch.no_grad()
     def back(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import cast
 
@@ -80,8 +80,18 @@ def prepare(pairs: Sequence[Pair], backends: Sequence[Backend]) -> list[Work]:
     return work
 
 
+def _without_spread(pair: Pair) -> Pair:
+    """Return a pair of the average alone: an exchange leaves the spread as it is."""
+    return replace(pair, planes=pair.mean_planes, format=pair.format.mean) if pair.format is not None else pair
+
+
 def prepare_exchange(
-    each_pair: Callable[[], Iterable[Pair]], backends: Sequence[Backend], work: Sequence[Work], *, may_expand: bool
+    each_pair: Callable[[], Iterable[Pair]],
+    backends: Sequence[Backend],
+    work: Sequence[Work],
+    *,
+    may_expand: bool,
+    has_spread: bool,
 ) -> tuple[list[ExchangeLaunch], list[int]]:
     """Prepare launches that exchange params and averages in place.
 
@@ -92,6 +102,7 @@ def prepare_exchange(
         each_pair: returns the pairs, one after the other.
         work: the work of an update of these pairs. A launch is reused if it has just the pairs to exchange.
         may_expand: whether elements of a param may share memory. Such a param is not exchanged either.
+        has_spread: whether an average has a spread. The launch of its update then is none of an exchange.
 
     Returns:
         the launches, and the indices of the pairs that no launch exchanges.
@@ -120,9 +131,9 @@ def prepare_exchange(
         direct = [index for index in rest if index in own]
         if direct:
             made = next((each.launch for each in work if each.backend is backend and [*each.indices] == direct), None)
-            if made is None:
+            if made is None or has_spread:
                 pairs = [*each_pair()]
-                made = backend.prepare([pairs[index] for index in direct])
+                made = backend.prepare([_without_spread(pairs[index]) for index in direct])
             launches.append(cast(ExchangeLaunch, made))
             aside -= set(direct)
     return launches, sorted(aside)

@@ -222,6 +222,8 @@ class Plan(Launches):
         self._params = Fingerprint([pair.param for pair in pairs])
         self._written = Fingerprint([*(plane for pair in pairs for plane in pair.planes), *counters])
         self._exchange: tuple[list[ExchangeLaunch], list[int]] | None = None
+        #: The seed of the last sample that was drawn, and its work.
+        self.drawn: tuple[int, list[launches.Work]] | None = None
         #: Whether it fits no tensors any more: its launches were left in a state that only they know.
         self.is_retired = False
         super().__init__(pairs, backends, counters)
@@ -245,7 +247,7 @@ class Plan(Launches):
     def _each_pair(self, params: Sequence[Tensor], planes: Sequence[Tensor]) -> Iterable[Pair]:
         """Return the same, one after the other: as many objects at once would have Python look for garbage."""
         rest = iter(planes)
-        counts = [1 + len(fmt.extra) if fmt is not None else 1 for fmt in self.formats]
+        counts = [1 + len(fmt.further) if fmt is not None else 1 for fmt in self.formats]
         each = zip(self.names, params, counts, self.formats, self.are_buffers, strict=True)
         return (
             Pair(name, param, tuple(islice(rest, count)), fmt, is_buffer=is_buffer)
@@ -287,7 +289,10 @@ class Plan(Launches):
             may_expand = not all(map(Tensor.is_contiguous, params))
             if may_expand:
                 check_writable(each_pair())
-            self._exchange = launches.prepare_exchange(each_pair, self.chosen, self._work, may_expand=may_expand)
+            spread = any(fmt is not None and fmt.spread is not None for fmt in self.formats)
+            self._exchange = launches.prepare_exchange(
+                each_pair, self.chosen, self._work, may_expand=may_expand, has_spread=spread
+            )
         return self._exchange
 
     def first_nonfinite(self, params: Sequence[Tensor]) -> str | None:

@@ -59,7 +59,7 @@ def entries(shares: Sequence[Share], planes: Mapping[str, tuple[Tensor, ...]]) -
     for share in shares:
         first, *further = planes[share.name]
         yield Entry(tuple(MODULE + name for name in share.holding.names), share, first)
-        for (plane, _), tensor in zip(share.format.extra if share.format else (), further, strict=True):
+        for (plane, _), tensor in zip(share.format.further if share.format else (), further, strict=True):
             yield Entry((f"{plane}.{share.name}",), share, tensor)
 
 

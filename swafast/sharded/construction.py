@@ -16,13 +16,14 @@ from torch.nn import Module
 from ..op import checks
 from ..op.buckets import PlaneLike, new_in_buckets
 from ..op.checksum import checksum
-from ..terms.formats import Format, format_of, stored_dtype
+from ..terms.formats import Format, format_of, stored_dtype, with_spread
 from ..terms.names import empty_buffers, unwrap
+from ..terms.spread import Spread
+from .parts.all_gather import AllGather
 from .parts.holdings import Held, Holding, Mesh, partial_meshes
 from .parts.ranks import OneProcess, Ranks
 from .parts.rendezvous import shared_ranks
 from .parts.shares import Share, view_of_run
-from .parts.spread import Spread
 
 
 def ranks_over(process_group: ProcessGroup | Ranks | None, call: str) -> Ranks:
@@ -54,8 +55,10 @@ def gather_meshes(model: Module, ranks: Ranks) -> dict[str, tuple[Mesh, ...]]:
     return {name: tuple(sorted(meshes, key=lambda mesh: mesh.ranks)) for name, meshes in found.items()}
 
 
-def format_of_average(holding: Holding, requested: str | None, use_buffers: bool) -> Format | None:
-    """Return the format of a holding's average; None if it is copied.
+def format_of_average(
+    holding: Holding, requested: str | None, use_buffers: bool, spread: Spread | None = None
+) -> Format | None:
+    """Return the format of a holding's average, with the spread that params have; None if it is copied.
 
     Raises:
         NotImplementedError: its dtype cannot be averaged. The message names the param.
@@ -63,10 +66,11 @@ def format_of_average(holding: Holding, requested: str | None, use_buffers: bool
     averaged = holding.dtype.is_floating_point or holding.dtype.is_complex
     if not averaged or (holding.is_buffer and not use_buffers):
         return None
-    fmt = format_of(requested, stored_dtype(requested, holding.dtype))
+    stored = stored_dtype(requested, holding.dtype)
+    fmt = format_of(requested, stored)
     if fmt is None:
         raise NotImplementedError(f"{holding.name!r} must have a dtype that can be averaged, got {holding.dtype}")
-    return fmt
+    return fmt if holding.is_buffer else with_spread(fmt, spread, stored)
 
 
 def followed(
@@ -99,7 +103,7 @@ def followed(
 def make_planes(
     shares: Sequence[Share], held: Mapping[str, Held], requested: str | None
 ) -> dict[str, tuple[Tensor, ...]]:
-    """Allocate the planes of this rank's shares in buckets, uninitialised, and return them by name.
+    """Allocate the planes of this rank's shares in buckets, and return them by name. Only spreads have values: 0.
 
     Args:
         requested: the name of the format that the user asked for.
@@ -113,14 +117,18 @@ def make_planes(
         local = held[share.name].local.detach()
         checks.check_plain(f"{share.name!r} of the model", local)
         first = stored_dtype(requested, local.dtype, copied=share.format is None)
-        dtypes = [first, *(dtype for _, dtype in (share.format.extra if share.format is not None else ()))]
+        dtypes = [first, *(dtype for _, dtype in (share.format.further if share.format is not None else ()))]
         shape = share.of(local).shape
         stride = torch.empty(shape, device="meta").stride()
         likes.extend(PlaneLike(shape, stride, dtype, local.device) for dtype in dtypes)
         counts.append(len(dtypes))
     made = {index: plane for bucket in new_in_buckets(likes) for index, plane in bucket}
-    planes = (made[index] for index in range(len(likes)))
-    return {share.name: tuple(islice(planes, count)) for share, count in zip(shares, counts, strict=True)}
+    each = (made[index] for index in range(len(likes)))
+    planes = {share.name: tuple(islice(each, count)) for share, count in zip(shares, counts, strict=True)}
+    for share in shares:
+        for plane in planes[share.name][share.format.num_planes :] if share.format is not None else ():
+            plane.zero_()
+    return planes
 
 
 def spell(option: object) -> str:
@@ -170,9 +178,9 @@ def _digest(value: object) -> bytes:
     return hashlib.sha256(repr(value).encode()).digest()
 
 
-def make_spreads(shares: Sequence[Share], ranks: Ranks) -> list[Spread]:
-    """Make a spread for each cut, and subgroups for cuts over only some of the ranks. Collective."""
+def make_all_gathers(shares: Sequence[Share], ranks: Ranks) -> list[AllGather]:
+    """Make an all-gather for each cut, and subgroups for cuts over only some of the ranks. Collective."""
     cuts = {id(share.cut): share.cut for share in shares if share.cut is not None}
     # In the same order on every rank, since the members of a subgroup wait for each other.
     subgroups = {replicas: ranks.subgroup(replicas) for replicas in sorted({cut.replicas for cut in cuts.values()})}
-    return [Spread(cut, subgroups[cut.replicas]) for cut in cuts.values()]
+    return [AllGather(cut, subgroups[cut.replicas]) for cut in cuts.values()]

@@ -19,11 +19,11 @@ from ..terms.boxes import boxes_of_run
 from ..terms.copying import duplicate
 from . import checkpoint
 from .checkpoint import COUNT, Entry, PendingLoad
+from .parts.all_gather import ALIGNMENT, CPU_WINDOW_NBYTES, WINDOW_NBYTES, pieces_of, with_views
 from .parts.flat_order import Run
 from .parts.part_tensor import PartTensor
 from .parts.ranks import Counting, Ranks
 from .parts.shares import Share
-from .parts.spread import ALIGNMENT, CPU_WINDOW_NBYTES, WINDOW_NBYTES, pieces_of, with_views
 
 
 class HasFullStates:

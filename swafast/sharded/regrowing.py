@@ -101,8 +101,13 @@ def _keep(share: Share, planes: Sequence[Tensor], old: Share, old_planes: Sequen
     """Gather an old average and write this rank's part of it over a new one, at the indices that both have."""
     alike = share.format is old.format
     assert share.format is not None
-    sources = old_planes if alike else [full_precision(old_planes, old.format)]
-    targets = planes if alike else [full_precision(planes, share.format).clone()]
+    count = share.format.num_planes
+    if alike:
+        sources, targets = list(old_planes), list(planes)
+    else:
+        assert old.format is not None
+        sources = [full_precision(old_planes, old.format), *old_planes[old.format.num_planes :]]
+        targets = [full_precision(planes, share.format).clone(), *planes[count:]]
     whole_box = Box((0,) * len(old.holding.shape), old.holding.shape, 0, tuple(range(len(old.holding.shape))))
     for source, target in zip(sources, targets, strict=True):
         entry, run = Entry(old.holding.names, old, source), target.detach().reshape(-1)
@@ -113,13 +118,13 @@ def _keep(share: Share, planes: Sequence[Tensor], old: Share, old_planes: Sequen
             if (both := box.overlap(whole_box)) is not None:
                 box.of_run(run)[both[0]].copy_(whole[both[1]])
     if not alike:
-        convert(targets, None, planes, share.format)
+        convert(targets[:1], None, planes[:count], share.format.mean)
 
 
 def _take_over(root: AttachableShards, averages: Sequence[Any], made: Sequence[Any], model: Module) -> None:
     """Put new averages into the place of the old ones."""
     for averaged, new in zip(averages, made, strict=True):
-        for attribute in ("_meshes", "_left_alone", "_shares", "_planes", "_spreads", "_copied", "_anew"):
+        for attribute in ("_meshes", "_left_alone", "_shares", "_planes", "_all_gathers", "_copied", "_anew"):
             averaged.__dict__[attribute] = new.__dict__[attribute]
         averaged._made_of = weakref.ref(model)
         averaged._bindings = new._bindings.after(averaged._bindings)

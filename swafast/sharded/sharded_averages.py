@@ -13,12 +13,13 @@ from torch.nn import Module
 
 from ..average.described import describe_all
 from ..average.functions import DECAYS, refuse_decay
-from ..average.fused_averages import named_formats, named_rules, refuse_own
+from ..average.fused_averages import by_name, named_rules, refuse_own
 from ..average.growing import OldName
 from ..loop.guard import Guard
 from ..terms import hints, misfits
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
+from ..terms.spread import Spread
 from . import checkpoint, full_states
 from .construction import ranks_over, spell
 from .parts.ranks import Ranks
@@ -61,14 +62,17 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         backend: str | None = None,
         seed: int = 0,
         num_averaged: int = 0,
+        deviations: int | Spread | Mapping[str, int | Spread | None] | None = None,
     ) -> None:
         self._ranks = ranks_over(process_group, "ShardedAverages")
         self._number = self._ranks.next_number()
         with self._ranks.lock:
             with self._ranks.settled("ShardedAverages"):
                 named = named_rules(rules)
-                formats = named_formats(list(named), format)
+                formats = by_name("format", list(named), format)
+                spreads = by_name("deviations", list(named), deviations)
             described = {"names": ", ".join(named), "rules": spell(named), "formats": spell(formats)}
+            described["deviations"] = spell(spreads)
             self._ranks.agree("the averages", described)
             self._averages = {
                 name: ShardedAveragedModel(
@@ -83,6 +87,7 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
                     backend=backend,
                     seed=seed,
                     num_averaged=num_averaged,
+                    deviations=spreads[name],
                 )
                 for name, rule in named.items()
             }

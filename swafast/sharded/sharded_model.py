@@ -16,6 +16,7 @@ from torch.nn import Module
 
 from ..average.accepting import ask_include
 from ..average.functions import DECAYS, ByRuleAlone, choose_rule, refuse_decay
+from ..average.sampling import check_deviations, refuse_complex
 from ..loop import swaps
 from ..loop.guard import Guard, seamless
 from ..loop.swaps import Swap
@@ -25,6 +26,7 @@ from ..terms.copying import duplicate
 from ..terms.formats import check_format
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule, warn_of_small_decay
+from ..terms.spread import Spread, checked_spread
 from . import checkpoint, construction
 from .full_states import HasFullStates
 from .parts.holdings import Held, copied_by_torch, find_holdings, reshard
@@ -32,12 +34,13 @@ from .parts.ranks import Ranks
 from .parts.shares import share_out
 from .regrowing import AdaptableShards
 from .shard_matching import Bound
+from .shard_sampling import SampledShards
 from .shard_side import ShardSide, check_sharded_model
-from .swap import SpreadExchange, spread_all
+from .swap import ShardedExchange, gather_all
 
 
 @pickled_from("swafast")
-class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
+class ShardedAveragedModel(HasFullStates, SampledShards, AdaptableShards, ShardSide):
     """The running average of a model that is spread over ranks. Each rank averages its own part of the model.
 
     ``average = average + weight * (param - average)``, bit for bit as :class:`~swafast.FusedAveragedModel` computes it,
@@ -68,7 +71,7 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
         share_replicas: cut shards that several ranks hold alike, evenly over these ranks.
         nonfinite: ``"propagate"``. ``"raise"`` and ``"skip"`` change nothing on any rank if a parameter holds a NaN or
             an infinity on one of them. This reads the params once more, and all-reduces one flag.
-        num_averaged: as for :class:`~swafast.FusedAveragedModel`.
+        num_averaged, deviations: as for :class:`~swafast.FusedAveragedModel`. Samples do not depend on the shards.
 
     Raises:
         TypeError: ``model`` is not a module, or another argument has a wrong type.
@@ -106,25 +109,32 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
         backend: str | None = None,
         seed: int = 0,
         num_averaged: int = 0,
+        deviations: int | Spread | None = None,
     ) -> None:
         self._ranks = construction.ranks_over(process_group, "ShardedAveragedModel")
         self._number = self._ranks.next_number()
         self.format, self.backend, self.nonfinite, self.seed = format, backend, nonfinite, seed
         self.use_buffers, self.share_replicas, self.include = use_buffers, share_replicas, include
         with self._ranks.lock:
-            self._construct(model, rule, include, num_averaged)
+            self._construct(model, rule, include, num_averaged, deviations)
 
     # Construction
 
     def _construct(
-        self, model: Module, rule: Rule | None, include: Callable[[str, Tensor], bool] | None, num_averaged: int
+        self,
+        model: Module,
+        rule: Rule | None,
+        include: Callable[[str, Tensor], bool] | None,
+        num_averaged: int,
+        deviations: object,
     ) -> None:
         """Construct the average in steps that all ranks take together. Collective."""
         with self._ranks.settled("ShardedAveragedModel"):
             check_format(self.__dict__["format"])
             checks.check_nonfinite(self.nonfinite)
             self.seed, num_averaged = checks.checked_seed(self.seed), checks.checked_num_averaged(num_averaged)
-            self.rule = rule
+            self.rule, self._deviations = rule, checked_spread(deviations)
+            check_deviations(self._deviations, self.rule, num_averaged)
             warn_of_small_decay(rule)
             check_sharded_model(model)
             self._made_of = weakref.ref(model)
@@ -132,14 +142,14 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
         self._meshes = construction.gather_meshes(model, self._ranks)
         with self._ranks.settled("ShardedAveragedModel"):
             held = self._set_up(model, include)
-        options = ("rule", "nonfinite", "use_buffers", "share_replicas", "seed")
+        options = ("rule", "nonfinite", "use_buffers", "share_replicas", "seed", "deviations")
         asked = {"format": self.__dict__["format"]} | {option: getattr(self, option) for option in options}
         described = {option: construction.spell(value) for option, value in asked.items()}
         described["num_averaged"] = str(num_averaged)
         described |= {names[0]: "copied by torch" for names in self._copied}
         self._ranks.agree("the model and the arguments", described | construction.describe(self._shares))
         construction.require_same_bits(self._shares, held, self._ranks)
-        self._spreads = construction.make_spreads(self._shares, self._ranks)
+        self._all_gathers = construction.make_all_gathers(self._shares, self._ranks)
         with self._ranks.settled("ShardedAveragedModel"):
             plan, params, planes = self._bind(model)
             plan.update(params, planes, [self.rule])  # the first update copies; do not count it
@@ -161,9 +171,12 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
         for (name, *_), tensor in self._copied.items():
             if self.use_buffers and tensor.is_floating_point():
                 checks.check_plain(f"{name!r} of the model", tensor)
-        asked = self.__dict__["format"]
+        refuse_complex(self._deviations, {name: each.local for name, each in held.items() if name in params})
+        asked, spread = self.__dict__["format"], self._deviations
         holdings = [each.holding for each in held.values()]
-        formats = {each.name: construction.format_of_average(each, asked, self.use_buffers) for each in holdings}
+        formats = {
+            each.name: construction.format_of_average(each, asked, self.use_buffers, spread) for each in holdings
+        }
         self._shares = share_out(holdings, formats, self._ranks.rank, share_replicas=self.share_replicas)
         self._planes = construction.make_planes(self._shares, held, asked)
         device = holdings[0].device if holdings else torch.device("cpu")
@@ -220,11 +233,11 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
                     with self._meet("swapped_into", model) as (bound, held):
                         if self._uncounted is not None:
                             self._warn_if_empty("swapped_into")
-                        meets = any(spread.ranks is self._ranks for spread in self._spreads)
+                        meets = any(each.ranks is self._ranks for each in self._all_gathers)
                         leave = partial(self._ranks.leave, "swapped_into", self._number) if meets else None
-                        exchange = SpreadExchange(model, bound, self._bindings.latest, self._spreads, held, leave)
+                        exchange = ShardedExchange(model, bound, self._bindings.latest, self._all_gathers, held, leave)
                         swap.enter(exchange)
-                    exchange.spread()
+                    exchange.gather()
                     swap.take_writes()
                 yield model
             finally:
@@ -250,19 +263,19 @@ class ShardedAveragedModel(HasFullStates, AdaptableShards, ShardSide):
             if self._uncounted is not None:  # on all ranks, which have compared their counts if they meet below
                 self._refuse_if_empty("copy_to")
             plan.copy_to(pairs)
-            spread_all(self._spreads, held, "copy_to", "could not reach all params", torn=True)
+            gather_all(self._all_gathers, held, "copy_to", "could not reach all params", torn=True)
 
     @contextmanager
-    def _meet(self, action: str, model: Module) -> Iterator[tuple[Bound, dict[str, Held]]]:
-        """Yield the plan for ``model`` and the tensors that spreads need, with FSDP's shards in place.
+    def _meet(self, action: str, model: Module, *, always: bool = False) -> Iterator[tuple[Bound, dict[str, Held]]]:
+        """Yield the plan for ``model`` and the tensors that all-gathers need, with FSDP's shards in place.
 
-        Collective if params are cut: an error on one rank, here or in the body, then raises on all.
+        Collective if params are cut, or ``always``: an error on one rank, here or in the body, then raises on all.
         """
-        with self._counting.settled(action, self._number) if self._spreads else nullcontext():
-            self._guard.refuse_while_swapped(action)
+        with self._counting.settled(action, self._number) if self._all_gathers or always else nullcontext():
+            self._guard.refuse_while_swapped(action.partition("(")[0])
             bound = self._bind(model)
             reshard(model)
-            yield bound, bound[1].held() if self._spreads else {}
+            yield bound, bound[1].held() if self._all_gathers else {}
 
     # State
 

@@ -15,9 +15,9 @@ from ..op.exchange import Exchange, Located
 from ..terms.names import canonical, unwrap
 from ..torch_private import distributed as private
 from ..torch_private.modules import named_tensors
+from .parts.all_gather import AllGather
 from .parts.faults import LostPeerError
 from .parts.holdings import Held, reshard
-from .parts.spread import Spread
 from .shard_matching import Bound, Views
 
 NOT_WHOLE = (
@@ -26,41 +26,42 @@ NOT_WHOLE = (
 )
 
 
-class SpreadExchange(Exchange):
-    """Each rank exchanges its own part, then cut params are spread to all their ranks.
+class ShardedExchange(Exchange):
+    """Each rank exchanges its own part, then cut params are gathered from all their ranks.
 
     A rank sends the values in its own part of the params: the averages on the way there, the params on the way back.
     So no rank keeps a copy of the params that others average.
 
     Args:
-        leave: waits until all ranks go back; None if the spreads do not need all of them.
+        leave: waits until all ranks go back; None if the all-gathers do not need all of them.
     """
 
     _params: Views
+    _call = "swapped_into"  # the user's
 
     def __init__(
         self,
         model: Module,
         bound: Bound,
         binding: Located,
-        spreads: Sequence[Spread],
+        all_gathers: Sequence[AllGather],
         held: Mapping[str, Held],
         leave: Callable[[], object] | None,
     ) -> None:
         self._leave = leave
         # `held` keeps the current memory. If the body replaces a tensor on one rank, others must not get its values.
-        self._model, self._spreads, self._held = unwrap(model), spreads, held
+        self._model, self._all_gathers, self._held = unwrap(model), all_gathers, held
         super().__init__(*bound, binding, ignore_buffers=broadcasts_buffers(model))
         self._all_there = False  # while False, back() runs no collective
 
-    def spread(self) -> None:
-        """Spread all averages into the params of all ranks. Each rank must have called :meth:`there` before.
+    def gather(self) -> None:
+        """Gather all averages into the params of all ranks. Each rank must have called :meth:`there` before.
 
         Raises:
             LostPeerError: a rank was lost. The message says so if params are not whole.
         """
         self._versions = None  # also if it is broken off, writes are our own
-        spread_all(self._spreads, self._held, "swapped_into", "could not put all averages into the model")
+        gather_all(self._all_gathers, self._held, self._call, "could not put all averages into the model")
         self._all_there = True
         self.watch()
 
@@ -81,7 +82,7 @@ class SpreadExchange(Exchange):
         if self._all_there:
             self._all_there = False
             failed = "could not put all params back"
-            spread_all(self._spreads, self._held, "swapped_into", failed, torn=True, meet=self._leave)
+            gather_all(self._all_gathers, self._held, self._call, failed, torn=True, meet=self._leave)
 
     def _bases(self) -> Sequence[Tensor]:
         return self._params.bases
@@ -96,9 +97,9 @@ class SpreadExchange(Exchange):
             for name, tensor in named_tensors(self._model, buffers=is_buffer)
             if canonical(name) in own or name.endswith("_flat_param")
         ]
-        spread = [each for each in found if isinstance(each[1], DTensor)]
-        local = private.local_tensors([tensor for _, tensor, _ in spread])  # type: ignore[misc]
-        return [*found, *((name, each, is_buffer) for (name, _, is_buffer), each in zip(spread, local, strict=True))]
+        parted = [each for each in found if isinstance(each[1], DTensor)]
+        local = private.local_tensors([tensor for _, tensor, _ in parted])  # type: ignore[misc]
+        return [*found, *((name, each, is_buffer) for (name, _, is_buffer), each in zip(parted, local, strict=True))]
 
     def _addresses_of(self, watched: Sequence[Tensor]) -> list[int]:
         # A DTensor has no address of its own.
@@ -119,8 +120,8 @@ class SpreadExchange(Exchange):
         return share.format is None and share.holding.is_buffer
 
 
-def spread_all(
-    spreads: Sequence[Spread],
+def gather_all(
+    all_gathers: Sequence[AllGather],
     held: Mapping[str, Held],
     call: str,
     failed: str,
@@ -128,7 +129,7 @@ def spread_all(
     torn: bool = False,
     meet: Callable[[], object] | None = None,
 ) -> None:
-    """Run all spreads. If one fails and params are not whole afterwards, the error's message says so.
+    """Run all all-gathers. If one fails and params are not whole afterwards, the error's message says so.
 
     Args:
         call, failed: the user's call and what it could not do, which begin that message.
@@ -143,14 +144,14 @@ def spread_all(
         if meet is not None:
             meet()
         with ExitStack() as ranks:
-            for spread in spreads:
-                ranks.enter_context(spread.ranks.in_lockstep())
-                spread.ranks.begin(call)
-            for spread in spreads:
-                spread.fill(held)
+            for each in all_gathers:
+                ranks.enter_context(each.ranks.in_lockstep())
+                each.ranks.begin(call)
+            for each in all_gathers:
+                each.fill(held)
                 done += 1
     except BaseException as error:
-        if not (torn or done or any(spread.torn for spread in spreads)):
+        if not (torn or done or any(each.torn for each in all_gathers)):
             raise
         kind = LostPeerError if isinstance(error, Exception) else type(error)
         raise kind(f"{call} {failed}: {error}; {NOT_WHOLE}") from error

@@ -30,6 +30,9 @@ terms/: ints, names and numbers
     format            how an average is stored
     plane             one of a format's tensors; plane 0 is the averaged module's own param
     remainder         the plane with the bits that plane 0 leaves out
+    spread            the variance of an average, and the last deviations of params from it
+    column            one of the deviations; the update of n models writes the column n % K
+    sample            a point near an average, by the spread and normal numbers
     seed              the user's number from which random bits follow
     draws             what the random bits of one average depend on
     random key        64 bits made from the seed and a param's name
@@ -50,6 +53,8 @@ backends/: tensors in, tensors changed
     backend           ``reference``, ``cpu``, ``cuda`` or ``triton``
     unavailable       the reason why a backend cannot run here
     pair              one param and its average
+    point             a sample as the C interface takes it
+    ring              the addresses of the columns of one average, and their dtype
     pace              the rule and counter of one averaged model, which tell how far its averages move
     launch            pairs prepared for one backend, to be updated repeatedly
     row               one pair as a kernel of the CPU reads it, and as descriptors are made of it
@@ -95,6 +100,8 @@ op/: one update, planned and launched
     copies            the pairs that torch copies beside a plan, since no kernel takes them
     home              the address of a plane whose memory was made for it, so that no plan moves it
     exchange          params and averages that change places
+    drawing           a sample with the seed of its normal numbers, to be drawn: written into a model's params
+    draws sample      an exchange that puts a sample into the model, and leaves the averages as they are
     replaced          params that have their copies during a swap, and the way back
     moved             the way back of an exchange whose memory has moved
     located           what an exchange needs of a binding: where its tensors are now
@@ -116,6 +123,8 @@ average/: averaged models of one process
     model copy        stands for a model while it is deep-copied, and makes the averages of the copy
     lent              a frozen param of the averaged module that stands on the model's memory
     loan              the lent params of one plan, and the others that it leaves out because they are frozen
+    has samples       base class of one averaged model of which samples may be drawn
+    sampled           the same, in one process
     holds planes      base class of one averaged model, which knows where its planes lie
     recast            a move or cast of an averaged model to another device or dtype
     cast              an average in another dtype: what was and what is to be in its place
@@ -146,8 +155,8 @@ sharded/parts/: what one rank holds, and how ranks communicate
     cut               params that the same ranks hold alike, cut evenly over these ranks
     flat order        tensors one after the other, cut evenly into parts
     part tensor       a part in the form that ``torch.distributed.checkpoint`` takes
-    spread            fills the params of one cut on all ranks with the parts of all ranks
-    piece             the bytes that one rank sends in one window of a spread
+    all-gather        fills the params of one cut on all ranks with the parts of all ranks
+    piece             the bytes that one rank sends in one window of an all-gather
 
 sharded/: averages of models that are spread over ranks
     locator           finds the tensors of this rank's shares again
@@ -157,6 +166,8 @@ sharded/: averages of models that are spread over ranks
     entry             one plane or buffer in a state, under one key or under those of tied params
     seal              checksum and dtype of an entry, in the state
     adaptable shards  base class of one averaged model of shards that can take over a model that has grown
+    draws shards      an exchange that puts a sample into the model, a part on each rank
+    sampled shards    base class of one averaged model of shards of which samples may be drawn
     has full states   base class of one averaged model of shards: its states of whole tensors
     pending load      one rank's parts of a state, until they are verified and written
 

@@ -45,7 +45,7 @@ def random_words(key: int, sample: int, index: Tensor, stream: int = ELEMENTS) -
     return torch.where(lane < 2, torch.where(lane == 0, *words[:2]), torch.where(lane == 2, *words[2:]))
 
 
-def fused_multiply_add(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
+def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
     """Return ``a * b + c`` of float32, rounded once.
 
     The product is exact in float64. Where the sum is not, it gets an odd last bit, and float32 then rounds as if it had
@@ -80,7 +80,7 @@ def _polynomial(x: Tensor, *coefficients: float) -> Tensor:
     """Return the polynomial of these coefficients, the highest first, by Horner's rule with one fma each."""
     value = torch.full_like(x, _float(coefficients[0]))
     for coefficient in coefficients[1:]:
-        value = fused_multiply_add(value, x, _float(coefficient))
+        value = fma(value, x, _float(coefficient))
     return value
 
 
@@ -96,9 +96,9 @@ def _negative_log(value: Tensor) -> Tensor:
         *(-1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1),
     )
     exponents = exponent.to(torch.float32)
-    rest = fused_multiply_add(exponents, _float(-2.12194440e-4), series * f * square)
-    rest = fused_multiply_add(square, -0.5, rest)
-    return -fused_multiply_add(exponents, 0.693359375, f + rest)
+    rest = fma(exponents, _float(-2.12194440e-4), series * f * square)
+    rest = fma(square, -0.5, rest)
+    return -fma(exponents, 0.693359375, f + rest)
 
 
 def normal_of(words: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def normal_of(words: Tensor) -> Tensor:
     magnitude = torch.where(negative, _MASK - words, words)
     half = (magnitude.to(torch.float32) + 0.5) * 2.0**-32  # |p - 1/2|
     tail = (0x7FFFFFFF - magnitude).to(torch.float32) * 2.0**-32 + 2.0**-33  # 1/2 - that, not rounded away
-    c = fused_multiply_add(-half, half, _float(0.180625))
+    c = fma(-half, half, _float(0.180625))
     t = square_root(_negative_log(tail)) - _float(1.6)
     inner = _polynomial(c, 5.9109374720e1, 1.5929113202e2, 5.0434271938e1, 3.3871327179) * half
     inner_divisor = _polynomial(c, 6.7187563600e1, 7.8757757664e1, 1.7895169469e1, 1.0)

@@ -1,4 +1,4 @@
-"""Spread each rank's own part of cut params to all ranks that hold them, window by window."""
+"""Gather the parts of cut params on all ranks that hold them, window by window."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CPU_WINDOW_NBYTES, CPU_PIECE_NBYTES = 8 * 2**20, 2**20
 ALIGNMENT = 16
 
 
-class Spread:
+class AllGather:
     """Fills the params of one cut on all its ranks with the parts of all its ranks."""
 
     def __init__(self, cut: Cut, ranks: Ranks) -> None:

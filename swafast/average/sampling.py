@@ -1,0 +1,198 @@
+"""Samples of an averaged model with a spread: SWAG's, drawn into the model that is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from ..backends.contract import Pair
+from ..loop import swaps
+from ..loop.guard import Guard, seamless
+from ..op.checks import checked_seed
+from ..op.drawing import Drawing, DrawsSample, draw
+from ..terms.draws import Draws, make_random_key
+from ..terms.formats import Format
+from ..terms.rules import Rule
+from ..terms.samples import make_sample
+from ..terms.spread import Spread
+from ..terms.warn import warn_user
+from .bindings import Bound
+
+#: Elements of all params from which a drift is estimated.
+_DRIFT_NUMEL = 2**16
+#: Deviations from the mean of a stream that stands still have the variance as their own, within a few percent. Of one
+#: that moves on, they have more.
+_MOST_DRIFT = 1.2
+
+
+def refuse_spread(spread: Spread | None) -> None:
+    """Raise ValueError if there is a spread: a user's own averaging function runs updates, and moves none."""
+    if spread is not None:
+        raise ValueError(f"deviations must be None with an averaging function of your own, got {spread}: use a Rule")
+
+
+def check_deviations(spread: Spread | None, rule: Rule | None, num_averaged: int) -> None:
+    """Raise ValueError unless an average that begins so can have this spread."""
+    if rule is None:
+        refuse_spread(spread)
+    if spread is not None and num_averaged:
+        raise ValueError(
+            f"num_averaged must be 0 with deviations, got {num_averaged}: weights alone have no variance. Load a state "
+            "that has it"
+        )
+
+
+def refuse_complex(spread: Spread | None, params: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if one of the params, by name, is complex, and there is a spread: it would need another one."""
+    for name, param in params.items() if spread is not None else ():
+        if param.is_complex():
+            raise ValueError(
+                f"deviations must be None for complex parameters, got {spread} for {name!r} of {param.dtype}: leave it "
+                "out by include"
+            )
+
+
+class HasSamples:
+    """Base class of one averaged model of which samples may be drawn, if it has a spread."""
+
+    _deviations: Spread | None = None  # on the class, because a subclass may not call our __init__
+    _seen_drift: int | None = None  # the count at which it was last estimated; -1: a warning was given
+
+    @property
+    def deviations(self) -> Spread | None:
+        """The variance and deviations that are kept besides the averages, as given at construction."""
+        return self._deviations
+
+    def _drawing(self, index: object, scale: object, seed: int | None) -> Drawing:
+        """Return the sample with this index. Reads the count, so it waits for a GPU.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as :meth:`~swafast.FusedAveragedModel.sampled_into`.
+        """
+        if self._deviations is None:
+            raise RuntimeError(
+                "a sample must be drawn of an average with a spread, got one without: construct it with deviations=20"
+            )
+        chosen = self.seed if seed is None else checked_seed(seed)
+        sample = make_sample(self._deviations, int(self.n_averaged), index, scale, chosen)
+        self._warn_of_drift()
+        return Drawing(sample, chosen, lambda pair: self._draws_of(pair, chosen))
+
+    def _draws_of(self, pair: Pair, seed: int) -> Draws:
+        return Draws(make_random_key(seed, pair.name), tuple(pair.param.shape))
+
+    def _warn_of_drift(self) -> None:
+        count = int(self.n_averaged)
+        if self._seen_drift in (-1, count):
+            return
+        self._seen_drift = count
+        found = drift([*self._spread_planes()], count)
+        if found > _MOST_DRIFT:
+            self._seen_drift = -1
+            warn_user(
+                f"the deviations have {found:.1f} times the variance: the weights were still on their way while they "
+                "were averaged, and samples spread along it. Average later, or with a constant learning rate"
+            )
+
+    if TYPE_CHECKING:
+        n_averaged: Tensor
+        seed: int
+
+        def _spread_planes(self) -> Iterable[Sequence[Tensor]]: ...
+
+
+@torch.no_grad()
+def drift(spreads: Sequence[Sequence[Tensor]], num_averaged: int) -> float:
+    """Return ``trace(D D^T / (k - 1)) / trace(variance)`` of the k deviations that are there, estimated.
+
+    Args:
+        spreads: variance and columns of each param, dense.
+    """
+    total = sum(variance.numel() for variance, *_ in spreads)
+    step = -(-total // _DRIFT_NUMEL) or 1
+    traces = []
+    for variance, *columns in spreads:
+        used = columns[:num_averaged]
+        if len(used) < 2 or not variance.numel():
+            continue
+        some = [plane.as_strided((plane.numel(),), (1,))[::step].to(torch.float64) for plane in (variance, *used)]
+        traces.append(torch.stack([some[0].sum(), torch.stack(some[1:]).square().sum() / (len(used) - 1)]))
+    if not traces:
+        return 0.0
+    of_variance, of_columns = torch.stack(traces).sum(dim=0).tolist()
+    return of_columns / of_variance if of_variance > 0 else 0.0
+
+
+class Sampled(HasSamples):
+    """Base class of one averaged model in one process: its samples."""
+
+    @seamless
+    def sampled_into(
+        self, model: Module, index: int, *, scale: float | None = None, seed: int | None = None
+    ) -> Iterator[Module]:
+        """Run ``model`` on a sample of SWAG: ``with averaged.sampled_into(model, 3) as sample: predict(sample)``.
+
+        The sample is ``average + sqrt(scale) * (sqrt(variance) * z1 + D z2 / sqrt(k - 1))`` with normal numbers z1 for
+        each element and z2 for each of the k deviations D that are there. The same index and seed give the same bits on
+        every backend and on any number of ranks. Each parameter is rounded once, to its own dtype.
+
+        Copied buffers begin with those of the average and may be written in the body: BatchNorm needs new statistics
+        for each sample, by ``update_bn(loader, sample)``. Params must not be written. On leaving, after an exception
+        too, params and buffers are back, bit for bit. Until then the averaged model must not be used.
+
+        Args:
+            index: which sample, from 0 to 2^32 - 1. Members of a MultiSWAG with one seed share their random numbers,
+                so go on with the index from one member to the next.
+            scale: of the covariance; default: 1/2, as in the paper, and 1 without deviations (SWAG-diagonal).
+            seed: of the normal numbers; default: the seed of the construction.
+
+        Raises:
+            TypeError, ValueError: ``index``, ``scale`` or ``seed`` is not as above, or ``model`` does not fit the
+                averages; nothing has changed.
+            RuntimeError: the average has no spread or holds fewer than two models; the averages are swapped in already;
+                or, on leaving, a param was written. The params are back then.
+        """
+        swap = swaps.Swap(self._guard, self, model)
+        try:
+            try:
+                with self._guard.hold("sampled_into", written=model):
+                    drawing = self._drawing(index, scale, seed)
+                    (plan, params, planes), ignored = self._bind(model), swaps.broadcasts_buffers(model)
+                    plan.writable_pairs(params, planes)
+                    binding = self._bindings.latest
+                    swap.enter(DrawsSample(drawing, plan, params, planes, binding, ignore_buffers=ignored))
+                yield model
+            finally:
+                swap.leave()
+        finally:
+            swap.finish()  # whatever an interrupt has left
+
+    def sample_to(self, model: Module, index: int, *, scale: float | None = None, seed: int | None = None) -> None:
+        """Write a sample into ``model`` for good, and the average's buffers. See :meth:`sampled_into`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as there; nothing has changed.
+        """
+        with self._guard.hold("sample_to", written=model):
+            drawing = self._drawing(index, scale, seed)
+            plan, params, planes = self._bind(model)
+            if swaps.in_force:
+                swaps.refuse_model("sample_to", model)
+            plan.writable_pairs(params, planes)
+            draw(plan, params, planes, drawing)
+
+    def _spread_planes(self) -> Iterator[Sequence[Tensor]]:
+        for _, fmt, planes in self._planes():
+            if fmt.spread is not None:
+                yield planes[fmt.num_planes :]
+
+    if TYPE_CHECKING:
+        _guard: Guard
+        _bindings: Any
+
+        def _bind(self, model: Module) -> Bound: ...
+        def _planes(self) -> Iterator[tuple[str, Format, tuple[Tensor, ...]]]: ...

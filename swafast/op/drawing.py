@@ -1,0 +1,87 @@
+"""A sample is drawn: written into a model's params, for a while or for good."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.contract import Pair
+from ..terms.converting import convert
+from ..terms.copying import write_once
+from ..terms.draws import Draws
+from ..terms.samples import Sample
+from . import launches
+from .checks import overlaps
+from .exchange import Exchange
+from .plan import Plan
+
+#: Returns what the normal numbers of a pair depend on, besides the sample's index.
+DrawsOf = Callable[[Pair], Draws]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A sample, and the seed that its normal numbers go by."""
+
+    sample: Sample
+    seed: int
+    draws_of: DrawsOf
+
+
+def draw(plan: Plan, params: Sequence[Tensor], planes: Sequence[Tensor], drawing: Drawing) -> None:
+    """Write a sample into the params that have a spread, and the averages or copies into all others."""
+    for pair in reversed(plan.pairs(params, planes)):
+        if not pair.spread_planes:
+            _write(pair)
+    for work in _prepared(plan, params, planes, drawing):
+        given = [params[index] for index in work.indices] if work.takes_tensors else ()
+        work.launch.draw(given, drawing.sample)
+
+
+def _write(pair: Pair) -> None:
+    if pair.format is None:
+        write_once(pair.param, pair.average)
+    else:
+        convert(pair.planes, pair.format, (pair.param.detach(),), None)
+
+
+def _prepared(
+    plan: Plan, params: Sequence[Tensor], planes: Sequence[Tensor], drawing: Drawing
+) -> Sequence[launches.Work]:
+    """Return the work of a draw. The plan keeps that of the last seed: both fit tensors at the same addresses alone."""
+    made = plan.drawn
+    if made is None or made[0] != drawing.seed:
+        pairs = plan.pairs(params, planes)
+        # The model may tie params that the averaged module does not: the first average stays.
+        second = {max(both) for both in overlaps([pair.param] for pair in pairs)}
+        chosen = [i for i, pair in enumerate(pairs) if pair.spread_planes and i not in second]
+        drawn = [replace(pairs[i], draws=drawing.draws_of(pairs[i])) for i in chosen]
+        works = launches.prepare(drawn, plan.chosen) if drawn else []
+        made = plan.drawn = (
+            drawing.seed,
+            [replace(work, indices=tuple(chosen[index] for index in work.indices)) for work in works],
+        )
+    return made[1]
+
+
+class DrawsSample(Exchange):
+    """Puts a sample into the model. Its params and buffers are copied aside, once, and come back.
+
+    The averages stay as they are. The model's copied buffers begin with those of the averages.
+    """
+
+    def __init__(self, drawing: Drawing, *args: Any, **options: Any) -> None:
+        self._drawing = drawing
+        super().__init__(*args, **options)
+
+    def _choose(self, planes: Sequence[Tensor]) -> None:
+        self._launches, self._aside = [], list(range(len(self._plan.names)))
+
+    @torch.no_grad()
+    def _put(self) -> None:
+        planes = self.tensors[len(self.tensors) - self._num_planes :]
+        draw(self._plan, self._params, planes, self._drawing)
