@@ -33,7 +33,9 @@ struct SpreadTensor {
   SpreadTensor(int32_t dtype, int32_t format, int64_t numel, int64_t shift, int32_t num_columns, int32_t of_columns)
       : tensor(dtype, format, numel, alike(shift)), column_dtype(of_columns), variance(numel * 4, shift * 4, 0x3c) {
     const int64_t itemsize = param_itemsize(of_columns);
-    for (int32_t k = 0; k < num_columns; ++k) columns.emplace_back(numel * itemsize, shift * itemsize, 0x10 + k);
+    // Half of the rings are aligned as the rest of their tensor.
+    const int64_t apart = (shift + num_columns % 2) * itemsize;
+    for (int32_t k = 0; k < num_columns; ++k) columns.emplace_back(numel * itemsize, apart, 0x10 + k);
     ring.push_back(static_cast<uint32_t>(num_columns) | static_cast<uint64_t>(of_columns) << 32);
     for (Guarded& column : columns) ring.push_back(reinterpret_cast<uint64_t>(column.data()));
   }
@@ -177,14 +179,14 @@ inline void check_spreads(CudaLaunch& launch, bool is_far, Random& random) {
     require(launch.update_paces(rows, chunks, paces, 1) == SWAFAST_OK, "an update of spreads was refused");
     for (SpreadTensor& spread : spreads) spread.check_updated(weight, 7);
   }
-  // No tensor has fewer columns than a draw of one uses. Those without are drawn of the variance alone.
-  const std::vector<float> coefficients = {0.5f, -0.25f};
-  for (const int32_t count : {0, 2}) {
+  // Of the variance alone, of columns one by one, and four at a time.
+  const std::vector<float> coefficients = {0.5f, -0.25f, 1.5f, 0.75f, -2.0f};
+  for (const int32_t count : {0, 2, 5}) {
     Rows drawn_rows;
     std::deque<SpreadTensor*> drawn;
     Chunks drawn_chunks;
     for (size_t t = 0; t < spreads.size(); ++t) {
-      if (count != 0 && spreads[t].columns.empty()) continue;
+      if (spreads[t].columns.size() < static_cast<size_t>(count)) continue;
       for (swafast_chunk chunk : chunks) {
         if (chunk.tensor != static_cast<int64_t>(2 * t)) continue;
         chunk.tensor = static_cast<int64_t>(drawn_rows.size());
