@@ -230,7 +230,7 @@ def test_a_count_that_is_none_leaves_everything_as_it_was(tested: Subject, num_p
 
 #: Where spreads are moved and samples drawn: all but Triton's interpreter, which tests/test_triton.py runs by itself.
 WITH_SPREAD = pytest.mark.parametrize(
-    "tested", [*everywhere("generic", "avx2", "avx512"), *everywhere("triton")[1:]], indirect=True
+    "tested", [*everywhere("generic", "avx2", "avx512", "cuda"), *everywhere("triton")[1:]], indirect=True
 )
 
 

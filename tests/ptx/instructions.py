@@ -90,6 +90,7 @@ _EXPRESSIONS = {
     "prmt.b32": "permute_bytes({0}, {1}, {2})",
     "brev.b32": "reverse_bits({0})",
     "bfe.{u32 u64 s32 s64}": "bit_field({0}, {1:u32}, {2:u32})",
+    "bfi.{b32 b64}": "insert_bits({0}, {1}, {2:u32}, {3:u32})",
     # A hint of how long to stay in a cache. Nobody reads it here.
     "createpolicy.fractional.L2::evict_first.b64": "0",
     # Between the threads of a warp.

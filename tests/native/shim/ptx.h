@@ -169,6 +169,16 @@ T bit_field(T value, u32 start, u32 count) {
   return shift_right(static_cast<T>(upper), kBits - count);
 }
 
+// `field` in the place of `count` bits of `value` from `start` on. Those past the end are left out.
+template <class T>
+T insert_bits(T field, T value, u32 start, u32 count) {
+  start &= 255u;
+  count &= 255u;
+  const T ones = count < 8 * sizeof(T) ? static_cast<T>(shift_left(T{1}, count) - 1) : static_cast<T>(~T{0});
+  const T mask = shift_left(ones, start);
+  return static_cast<T>((value & ~mask) | (shift_left(field, start) & mask));
+}
+
 [[noreturn]] inline void no_target() { shim::fault("a branch to nowhere", nullptr); }
 
 // The threads of a warp. Each leaves its value and reads those of the others once all are there; the next one goes to
