@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cuda_launch.h"
+#include "cuda_spreads.h"
 #include "far.h"
 #include "large.h"
 #include "layouts.h"
@@ -23,7 +24,6 @@
 #include "paces.h"
 #include "planted.h"
 #include "shared_checks.h"
-#include "cuda_spreads.h"
 #include "swafast.h"
 #include "tensors.h"
 
