@@ -25,8 +25,8 @@ COLLECT, SAMPLE = "swag collect", "swag sample"
 AUTHORS, CAREFUL, OURS, PLAIN = "the authors' algorithm", "torch foreach", names.OURS, "swafast, no deviations"
 DEVIATIONS, QUICK_DEVIATIONS = 20, 3
 WORKLOAD, QUICK_WORKLOAD = "resnet50", "2000x64x64"
-# Seconds of samples for each of the two calls: about 15 rounds on 2 cores.
-BUDGET_S, QUICK_BUDGET_S = 60.0, 1.0
+# Seconds of samples for each of the two calls: about 10 rounds on 2 cores.
+BUDGET_S, QUICK_BUDGET_S = 30.0, 1.0
 # Relative L2 distance of the worst tensor. The authors' variance, a difference of squares, has 2e-7.
 TOLERANCE = 1e-6
 # Collects beside a plain update may take so much more than their bytes do.

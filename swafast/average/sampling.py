@@ -22,8 +22,8 @@ from ..terms.spread import Spread
 from ..terms.warn import warn_user
 from .bindings import Bound
 
-#: Elements of all params from which a drift is estimated.
-_DRIFT_NUMEL = 2**16
+#: Elements of all variances and deviations from which a drift is estimated.
+_DRIFT_NUMEL = 2**18
 #: The mean square of the deviations, in variances: it is 1 for models that stand still, and up to 3 for models that all
 #: move one way.
 _MOST_DRIFT = 1.2
@@ -118,17 +118,14 @@ def drift(spreads: Sequence[Sequence[Tensor]], num_averaged: int) -> float:
         spreads: variance and columns of each param, dense.
     """
     spreads = [[plane.detach() for plane in planes] for planes in spreads if planes[0].numel()]
-    step = -(-sum(variance.numel() for variance, *_ in spreads) // _DRIFT_NUMEL)
-    some = [
-        [plane.as_strided((-(-plane.numel() // step),), (step,)) for plane in planes[: 1 + num_averaged]]
-        for planes in spreads
-    ]
+    spreads = [planes[: 1 + num_averaged] for planes in spreads]
+    step = -(-sum(planes[0].numel() * len(planes) for planes in spreads) // _DRIFT_NUMEL)
+    some = [[plane.as_strided((-(-plane.numel() // step),), (step,)) for plane in planes] for planes in spreads]
     columns = [column for _, *of_param in some for column in of_param]
     if not columns:
         return 0.0
-    variance = torch.stack(torch._foreach_norm([planes[0] for planes in some], 1, dtype=torch.float64)).sum()
-    squares = torch.stack(torch._foreach_norm(columns, 2, dtype=torch.float64)).square().sum()
-    mean_square = squares / (len(columns) // len(some))
+    variance = torch.cat([planes[0] for planes in some]).sum(dtype=torch.float64)
+    mean_square = torch.cat(columns).to(torch.float64).square().sum() / (len(columns) // len(some))
     return float(mean_square / variance) if variance > 0 else 0.0
 
 

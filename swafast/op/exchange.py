@@ -79,7 +79,6 @@ class Exchange:
             self._watched_names.append(name)
             self._watched.append(tensor)
         num_lent = len(self._watched) - num_averaged
-        #: What becomes of a write into each of them.
         self._ends = [self._end_of_params] * num_averaged + [INTO_BOTH] * num_lent + [self._end_of_planes] * len(planes)
         self._watched += planes
         self._places = self._addresses_of(self._watched)
@@ -206,9 +205,8 @@ class Exchange:
 
     # Writes by others
 
-    #: What becomes of a write into a param, and into a plane.
-    _end_of_params, _end_of_planes = INTO_MODEL, INTO_AVERAGES
-    _watches_buffers = True  # whether a write into an averaged buffer counts
+    # What becomes of a write into a param and into a plane, and whether one into an averaged buffer counts.
+    _end_of_params, _end_of_planes, _watches_buffers = INTO_MODEL, INTO_AVERAGES, True
 
     def watch(self) -> None:
         """Take what was written until now for our own."""
