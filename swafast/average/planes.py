@@ -192,6 +192,15 @@ def translate_state(
             state[f"{prefix}{plane}.{name}"] = tensor
 
 
+def cast_spreads(state: MutableMapping[str, Tensor], prefix: str, formats: Mapping[str, Format]) -> None:
+    """Cast the planes of spreads in a state to the dtypes that they have in these formats, by the averages' names."""
+    for name, fmt in formats.items():
+        for plane, dtype in fmt.spread_planes:
+            tensor = state.get(f"{prefix}{plane}.{name}")
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                state[f"{prefix}{plane}.{name}"] = tensor.to(dtype)
+
+
 def keeps_values(fn: Callable[[Tensor], Tensor]) -> bool:
     """Return whether a function for torch's ``_apply`` keeps values, unlike that of ``to_empty``.
 
@@ -226,6 +235,9 @@ class Recast:
 
     torch would cast plane 0 alone. This casts the average at full precision. Further planes change their device, but
     never their dtype.
+
+    Raises:
+        ValueError: it casts averages with a spread to complex numbers; nothing has changed.
     """
 
     def __init__(
@@ -241,6 +253,10 @@ class Recast:
             for name, average, fmt in averages
             if fmt is not None
         }
+        for average, name, fmt, _ in self._averages.values():
+            cast = fn(average.new_empty(0)).dtype if fmt.spread is not None else average.dtype
+            if cast.is_complex:
+                raise ValueError(f"deviations must be None for complex averages, got {fmt.spread} for {name!r} as {cast}")
         self._planes = {id(plane) for *_, extra in self._averages.values() for plane in extra if plane is not None}
         self._owner, self._fn, self._format_of = owner, fn, format_of
         self._casts: dict[int, Cast] = {}  # by the id of the average

@@ -67,6 +67,12 @@ class HasSamples:
         """The variance and deviations that are kept besides the averages, as given at construction."""
         return self._deviations
 
+    @deviations.setter
+    def deviations(self, value: object) -> None:
+        raise AttributeError(
+            f"deviations must stay {self._deviations}, got {value!r}: construct another average with deviations={value!r}"
+        )
+
     def _drawing(self, index: object, scale: object, seed: int | None) -> Drawing:
         """Return the sample with this index. Reads the count, so it waits for a GPU.
 

@@ -66,7 +66,7 @@ class Format:
     def __reduce__(self) -> tuple[Callable[..., Format], tuple[Any, ...]]:
         if self.spread is None:
             return get_format, (self.name,)
-        return with_spread, (self.mean, self.spread, self.dtype or self.spread_planes[0][1])
+        return with_spread, (self.mean, self.spread, self.dtype or self.spread_planes[-1][1])
 
 
 def _quiet_bits(value: Tensor) -> Tensor:
