@@ -256,7 +256,9 @@ class Recast:
         for average, name, fmt, _ in self._averages.values():
             cast = fn(average.new_empty(0)).dtype if fmt.spread is not None else average.dtype
             if cast.is_complex:
-                raise ValueError(f"deviations must be None for complex averages, got {fmt.spread} for {name!r} as {cast}")
+                raise ValueError(
+                    f"deviations must be None for complex averages, got {fmt.spread} for {name!r} as {cast}"
+                )
         self._planes = {id(plane) for *_, extra in self._averages.values() for plane in extra if plane is not None}
         self._owner, self._fn, self._format_of = owner, fn, format_of
         self._casts: dict[int, Cast] = {}  # by the id of the average

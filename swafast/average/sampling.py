@@ -18,8 +18,9 @@ from ..terms.draws import Draws, make_random_key
 from ..terms.formats import Format
 from ..terms.rules import Rule
 from ..terms.samples import make_sample
-from ..terms.spread import Spread
+from ..terms.spread import DEVIATION, Spread
 from ..terms.warn import warn_user
+from ..torch_private.modules import own_children
 from .bindings import Bound
 
 #: Elements of all params from which a drift is estimated.
@@ -70,8 +71,17 @@ class HasSamples:
     @deviations.setter
     def deviations(self, value: object) -> None:
         raise AttributeError(
-            f"deviations must stay {self._deviations}, got {value!r}: construct another average with deviations={value!r}"
+            f"deviations must stay {self._deviations}, got {value!r}: construct another average with deviations={value}"
         )
+
+    def _drop_deviations(self) -> bool:
+        """Keep the variance alone, as deviations from another mean are wrong. Return whether there were any."""
+        if self._deviations is None or not self._deviations.count:
+            return False
+        self._forget_columns()
+        self._deviations = Spread(0)
+        self._bindings.plan_anew()
+        return True
 
     def _drawing(self, index: object, scale: object, seed: int | None) -> Drawing:
         """Return the sample with this index. Reads the count, so it waits for a GPU.
@@ -107,8 +117,10 @@ class HasSamples:
     if TYPE_CHECKING:
         n_averaged: Tensor
         seed: int
+        _bindings: Any
 
         def _spread_planes(self) -> Iterable[Sequence[Tensor]]: ...
+        def _forget_columns(self) -> None: ...
 
 
 @torch.no_grad()
@@ -195,6 +207,9 @@ class Sampled(HasSamples):
         for _, fmt, planes in self._planes():
             if fmt.spread is not None:
                 yield planes[fmt.num_planes :]
+
+    def _forget_columns(self) -> None:
+        own_children(self).pop(DEVIATION, None)  # type: ignore[arg-type]  # a module
 
     if TYPE_CHECKING:
         _guard: Guard

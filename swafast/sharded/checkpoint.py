@@ -163,8 +163,8 @@ def prepare_load(all_entries: Sequence[Entry], copied: Mapping[tuple[str, ...], 
             raise ValueError(f"state_dict[{key!r}] must be like this average's, {wanted}, got {got!r}")
     keys = [COUNT, *(key for entry in all_entries for key in entry.keys)]
     sealed = [key for key in state if str(key).startswith(CHECKSUM)]
-    spreads = {each.share.name: each.share.format.spread for each in all_entries if each.share.format is not None}
-    differs = misfits.of_spreads(state, "", {name: spread for name, spread in spreads.items() if MODULE + name in state})
+    formats = {each.share.name: each.share.format for each in all_entries if MODULE + each.share.name in state}
+    differs = misfits.of_spreads(state, "", {name: fmt.spread for name, fmt in formats.items() if fmt is not None})
     if differs:
         raise ValueError(differs)
     # Check dtypes first: a state of another format also lacks keys, and this error is clearer.

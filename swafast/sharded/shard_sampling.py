@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from ..loop import swaps
 from ..loop.guard import Guard, seamless
 from ..op.drawing import DrawsSample, draw
 from ..terms.draws import Draws, make_random_key
+from ..terms.formats import with_spread
+from ..terms.spread import Spread
 from .parts.all_gather import AllGather
 from .parts.holdings import Held
 from .parts.ranks import Ranks
@@ -99,6 +102,16 @@ class SampledShards(HasSamples):
         for share in self._shares:
             if share.format is not None and share.format.spread is not None:
                 yield self._planes[share.name][share.format.num_planes :]
+
+    def _forget_columns(self) -> None:
+        self._shares = [self._without_columns(share) for share in self._shares]
+
+    def _without_columns(self, share: Share) -> Share:
+        fmt = share.format
+        if fmt is None or fmt.spread is None:
+            return share
+        planes = self._planes[share.name] = self._planes[share.name][: fmt.num_planes + 1]
+        return replace(share, format=with_spread(fmt.mean, Spread(0), planes[0].dtype))
 
     if TYPE_CHECKING:
         _guard: Guard
