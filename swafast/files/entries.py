@@ -87,7 +87,7 @@ def require_one_plane(names: Collection[str], path: str, key: str = "") -> None:
                 if whole in names and plane in SPREAD_PLANES:
                     raise ValueError(
                         f"{path} must hold averages alone, got {whole!r} with a spread in {name!r}: average such "
-                        f"states by swafast combine, or pass the key of their part {begin + 'module'!r}"
+                        f"states by swafast combine, or the means alone by the key that ends in {begin + 'module'!r}"
                     )
                 if whole in names:
                     raise ValueError(
