@@ -558,11 +558,11 @@ def test_single_planes_are_not_summed(tmp_path: Path) -> None:
 
 PLANTS: dict[str, tuple[Any, str, Any, Callable[[Path], None]]] = {
     "assigned columns are not cast": (
-        "swafast.average.states", "cast_spreads", lambda *_: None,
+        planes_module, "_cast_spread", lambda *_: None,
         lambda _: test_columns_of_another_dtype_are_cast(torch.float32, torch.bfloat16, True),
     ),
     "whole columns are not cast": (
-        "swafast.sharded.full_states", "cast_spreads", lambda *_: None,
+        planes_module, "_cast_spread", lambda *_: None,
         lambda _: test_columns_of_another_dtype_are_cast(torch.float32, torch.bfloat16, False),
     ),
     "another spread is loaded": (

@@ -327,8 +327,7 @@ class FusedAveragedModel(HasRule, Sampled, Adaptable, AveragedModel):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state of this class or of torch's. Averages of another format are converted at full precision.
 
-        It must have as many ``deviations``, also without ``strict``. If anything raises, also a hook of the model,
-        nothing has changed. Hooks run once.
+        It must have as many ``deviations``. If anything raises, also a hook, nothing has changed. Hooks run once.
 
         Raises:
             RuntimeError: keys, shapes or values do not fit, with torch's message; or the averages are swapped into a

@@ -151,6 +151,8 @@ def translate_state(
     keys: Mapping[str, Sequence[str]],
     formats: Mapping[str, Format],
     strict: bool,
+    *,
+    casts: bool,
 ) -> None:
     """Rewrite a state dict in place so that it has the planes of this averaged model's formats.
 
@@ -162,11 +164,14 @@ def translate_state(
         keys: for each average, its keys in ``state``: none if it is missing, several if it is tied.
         formats: for each average, its format in this averaged model.
         strict: do not rewrite an average with missing planes, so that the load reports them.
+        casts: cast the planes of spreads too, which whoever loads the state does not copy into others.
     """
     present = {plane for plane in EXTRA_PLANES if any(key.startswith(f"{prefix}{plane}.") for key in state)}
     for name, fmt in formats.items():
         if not keys[name]:
             continue
+        if casts and fmt.spread is not None:
+            _cast_spread(state, prefix, name, fmt)
         average, fmt = state[keys[name][0]], fmt.mean
         extra = {plane: state[key] for plane in EXTRA_PLANES if (key := f"{prefix}{plane}.{name}") in state}
         if not all(isinstance(tensor, Tensor) for tensor in extra.values()):
@@ -192,13 +197,11 @@ def translate_state(
             state[f"{prefix}{plane}.{name}"] = tensor
 
 
-def cast_spreads(state: MutableMapping[str, Tensor], prefix: str, formats: Mapping[str, Format]) -> None:
-    """Cast the planes of spreads in a state to the dtypes that they have in these formats, by the averages' names."""
-    for name, fmt in formats.items():
-        for plane, dtype in fmt.spread_planes:
-            tensor = state.get(f"{prefix}{plane}.{name}")
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                state[f"{prefix}{plane}.{name}"] = tensor.to(dtype)
+def _cast_spread(state: MutableMapping[str, Tensor], prefix: str, name: str, fmt: Format) -> None:
+    for plane, dtype in fmt.spread_planes:
+        tensor = state.get(f"{prefix}{plane}.{name}")
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            state[f"{prefix}{plane}.{name}"] = tensor.to(dtype)
 
 
 def keeps_values(fn: Callable[[Tensor], Tensor]) -> bool:

@@ -17,10 +17,11 @@ from ..terms.converting import convert
 from ..terms.copying import duplicate
 from ..terms.formats import FLOAT32, OWN, Format
 from ..terms.names import canonical, names_in_states, rewrapping, unwrap
+from ..terms.spread import VARIANCE, Spread
 from ..torch_private.modules import ASSIGN, Place, metadata_of, named_tensors, places, put_tensor, set_metadata
 from .bindings import WithBindings
 from .matching import FormatOf, each_average
-from .planes import cast_spreads, fit_planes, put_planes, translate_state
+from .planes import fit_planes, put_planes, translate_state
 
 #: The key of a module's metadata in a state that is being loaded.
 STRICT = "strict"
@@ -98,6 +99,7 @@ def translate_load(
             keys.setdefault(id(tensor), []).append(key)
     formats: dict[str, Format] = {}
     names: dict[str, list[str]] = {}
+    spreads: dict[str, Spread | None] = {}  # of averages that have one here or in the state
     for (name, *_), tensor, is_buffer in each_average(module):
         names[name] = keys.get(id(tensor), [])
         for key in names[name] if not (assign or tensor.is_meta) else ():
@@ -111,15 +113,14 @@ def translate_load(
         if fmt is None:
             continue
         formats[name] = fmt
+        if names[name] and (fmt.spread is not None or f"{prefix}{VARIANCE}.{name}" in state):
+            spreads[name] = fmt.spread
         if assign:
             room = [torch.zeros_like(kept.detach(), dtype=dtype) for _, dtype in fmt.further]
             put_planes(owner, name, fmt, room)  # the assignment replaces them
-    differs = misfits.of_spreads(state, prefix, {name: fmt.spread for name, fmt in formats.items() if names[name]})
-    if differs:
+    if spreads and (differs := misfits.of_spreads(state, prefix, spreads)):
         raise load_error(owner, differs)
-    if assign:
-        cast_spreads(state, prefix, formats)
-    translate_state(state, prefix, names, formats, strict)
+    translate_state(state, prefix, names, formats, strict, casts=assign)
     if assign:
         _own_averages(owner, state, prefix, names, formats)
 

@@ -74,12 +74,11 @@ class DrawsSample(Exchange):
     The averages stay as they are. The model's copied buffers begin with those of the averages.
     """
 
+    _in_place = False
+
     def __init__(self, drawing: Drawing, *args: Any, **options: Any) -> None:
         self._drawing = drawing
         super().__init__(*args, **options)
-
-    def _choose(self, planes: Sequence[Tensor]) -> None:
-        self._launches, self._aside = [], list(range(len(self._plan.names)))
 
     @torch.no_grad()
     def _put(self) -> None:

@@ -163,13 +163,9 @@ def prepare_load(all_entries: Sequence[Entry], copied: Mapping[tuple[str, ...], 
             raise ValueError(f"state_dict[{key!r}] must be like this average's, {wanted}, got {got!r}")
     keys = [COUNT, *(key for entry in all_entries for key in entry.keys)]
     sealed = [key for key in state if str(key).startswith(CHECKSUM)]
-    formats = {each.share.name: each.share.format for each in all_entries if MODULE + each.share.name in state}
-    differs = misfits.of_spreads(state, "", {name: fmt.spread for name, fmt in formats.items() if fmt is not None})
-    if differs:
-        raise ValueError(differs)
     # Check dtypes first: a state of another format also lacks keys, and this error is clearer.
     _require_dtypes(all_entries, state)
-    _require_keys([*keys, *(CHECKSUM + key for key in keys), SAVE_ID] if sealed else keys, state)
+    _require_keys([*keys, *(CHECKSUM + key for key in keys), SAVE_ID] if sealed else keys, state, all_entries)
     for key in state:
         if not isinstance(state[key], Tensor):
             raise TypeError(f"state_dict[{key!r}] must be a tensor, got {type(state[key]).__name__}")
@@ -207,10 +203,14 @@ def named_alike(all_entries: Sequence[Entry], copied: Iterable[tuple[str, ...]],
     return {keys.get(key) or key: value for key, value in state.items()}
 
 
-def _require_keys(expected: Sequence[str], state: Mapping[str, object]) -> None:
+def _require_keys(expected: Sequence[str], state: Mapping[str, object], all_entries: Sequence[Entry]) -> None:
     missing = [key for key in expected if key not in state]
     surplus = [key for key in state if key not in set(expected)]
     if missing or surplus:
+        formats = {each.share.name: each.share.format for each in all_entries if MODULE + each.share.name in state}
+        differs = misfits.of_spreads(state, "", {name: fmt.spread for name, fmt in formats.items() if fmt is not None})
+        if differs:
+            raise ValueError(differs)
         names = {key.removeprefix(MODULE) for key in expected if key.startswith(MODULE)}
         what = [f"missing {missing[:3]}"] if missing else []
         what += [f"unexpected {surplus[:3]}"] if surplus else []

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..average.contents import Uncounted
-from ..average.planes import cast_spreads, translate_state
+from ..average.planes import translate_state
 from ..average.states import check_export, exported_copy
 from ..loop.guard import Guard
 from ..terms import hints
@@ -210,8 +210,7 @@ def _translated(shares: Sequence[Share], state: Mapping[str, Any]) -> dict[str, 
     keys = {share.name: [checkpoint.MODULE + name for name in share.holding.names] for share in shares}
     given = {name: [key for key in own if isinstance(state.get(key), Tensor)] for name, own in keys.items()}
     formats = {share.name: share.format for share in shares if share.format is not None}
-    translate_state(translated, "", given, formats, strict=True)
-    cast_spreads(translated, "", formats)
+    translate_state(translated, "", given, formats, strict=True, casts=True)
     return translated
 
 

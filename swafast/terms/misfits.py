@@ -95,9 +95,11 @@ def of_spreads(state: Mapping[str, object], prefix: str, spreads: Mapping[str, S
         spreads: by name of the average.
     """
     for name, spread in spreads.items():
-        wanted = [f"{prefix}{plane}.{name}" for plane in ((VARIANCE, *spread.columns) if spread is not None else ())]
-        lacking = next((key for key in wanted if key not in state), None)
-        surplus = f"{prefix}{VARIANCE}.{name}" if spread is None else f"{prefix}{DEVIATION}.{spread.count}.{name}"
+        lacking, surplus = None, f"{prefix}{VARIANCE}.{name}"
+        if spread is not None:
+            wanted = [f"{prefix}{plane}.{name}" for plane in (VARIANCE, *spread.columns)]
+            lacking = next((key for key in wanted if key not in state), None)
+            surplus = f"{prefix}{DEVIATION}.{spread.count}.{name}"
         if lacking is None and surplus not in state:
             continue
         own, found = None if spread is None else spread.count, _num_deviations(state, prefix)
