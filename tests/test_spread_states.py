@@ -349,7 +349,7 @@ def test_a_grown_model_begins_with_a_spread_of_zero() -> None:
 def test_weights_that_are_loaded_without_a_spread_are_told_what_to_do() -> None:
     model = EveryKind()
     averaged = FusedAveragedModel(model, deviations=2)
-    with pytest.raises(RuntimeError, match="call update_parameters first or load a state$"):
+    with pytest.raises(RuntimeError, match=r"call update_parameters first or load a state$"):
         averaged.copy_to(model)
     averaged.module.load_state_dict(EveryKind().state_dict())  # type: ignore[union-attr]
     with pytest.warns(UserWarning, match="to go on from n models, load a state, which has their variance"):
