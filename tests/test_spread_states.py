@@ -294,6 +294,8 @@ def test_moves_take_the_spread_along() -> None:
     averaged.to("meta")
     assert {tensor.device.type for tensor in averaged.state_dict().values()} == {"meta"}
     assert spread_in(averaged.state_dict()).keys() == spread_in(state).keys()
+    with pytest.raises(RuntimeError, match=r"deviations=3, got deviations=None: 'variance.gapped' is missing"):
+        averaged.load_state_dict(mean_in(state), assign=True)
     averaged.to_empty(device="cpu")
     assert int(averaged.n_averaged) == 0
     averaged.load_state_dict(state)
