@@ -17,10 +17,17 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import swafast
-from swafast import EqualAverage, FusedAveragedModel, FusedAverages, ShardedAveragedModel, Snapshots, Spread
+from swafast import (
+    EqualAverage,
+    FusedAveragedModel,
+    FusedAverages,
+    ShardedAveragedModel,
+    ShardedAverages,
+    Snapshots,
+    Spread,
+)
 from swafast.average import planes as planes_module
 from swafast.average.bindings import Bindings
-from swafast.average.planes import find_plane
 from swafast.files.averaging import average
 from swafast.files.combining import combine_files
 from swafast.posthoc import merge, merge_over, merging
@@ -503,13 +510,15 @@ def test_a_worker_keeps_the_variance_and_drops_the_deviations() -> None:
     model = Layers()
     several = FusedAverages(model, rules={"a": EqualAverage(), "b": EqualAverage()}, deviations={"a": 2, "b": None})
     sharded = ShardedAveragedModel(model, deviations=2)
-    for each in (several, sharded):
+    shards = ShardedAverages(model, rules={"a": EqualAverage()}, deviations=2)
+    for each in (several, sharded, shards):
         each.update_parameters(model)
         each.update_parameters(model)
     before = copied(averaged.state_dict())
-    columns = [sharded._planes["one.weight"][-1], find_plane(several["a"], "deviation.1", "one.weight")]
-    memory = [weakref.ref(column.untyped_storage()) for column in columns if column is not None]
-    for each in (averaged, several, sharded):
+    columns = [each._planes["one.weight"][-1] for each in (sharded, shards["a"])]
+    columns.append(several["a"].get_buffer("deviation.1.one.weight"))
+    memory = [weakref.ref(column.untyped_storage()) for column in columns]
+    for each in (averaged, several, sharded, shards):
         merge_over(each)
     after = averaged.state_dict()
     assert [key for key in before if key not in after] == [key for key in before if key.startswith("deviation.")]
@@ -517,11 +526,11 @@ def test_a_worker_keeps_the_variance_and_drops_the_deviations() -> None:
     require_variance(after, models)
     assert [each.deviations for each in (averaged, sharded, *several.values())] == [Spread(0)] * 3 + [None]
     assert [key for key in (*sharded.state_dict(), *several.state_dict()) if "deviation." in key] == []
-    for each in (averaged, several, sharded):
+    for each in (averaged, several, sharded, shards):
         each.update_parameters(model)
     del columns
     gc.collect()
-    assert [each() for each in memory] == [None, None], "their memory is free"
+    assert [each() for each in memory] == [None] * 3, "their memory is free"
     with averaged.sampled_into(model, 0), pytest.raises(RuntimeError):
         averaged.update_parameters(model)
     again = FusedAveragedModel(model, deviations=0)

@@ -60,10 +60,8 @@ class Exchange:
         ignore_buffers: bool = False,
     ) -> None:
         self._plan, self._params, self._binding = plan, params, binding
-        self._launches: Sequence[ExchangeLaunch] = ()
-        self._aside = list(range(len(plan.names)))
-        if self._in_place:
-            self._launches, self._aside = plan.exchange(params, planes)
+        every: tuple[Sequence[ExchangeLaunch], list[int]] = ((), list(range(len(plan.names))))
+        self._launches, self._aside = plan.exchange(params, planes) if self._in_place else every
         self._replaced: Replaced | None = None  # what torch copies
         self._num_planes = len(planes)
         #: What is written: params, or the tensors that they are views of, before planes.
