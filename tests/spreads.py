@@ -14,7 +14,7 @@ from swafast.backends import reference
 from swafast.backends.contract import Pair
 from swafast.terms.boxes import Box, boxes_of_run
 from swafast.terms.draws import Draws, make_random_key
-from swafast.terms.formats import EXACT, FLOAT32, MIRRORED, Format, with_spread
+from swafast.terms.formats import COMPACT, COMPENSATED, EXACT, FLOAT32, MIRRORED, Format, with_spread
 from swafast.terms.samples import Sample
 from swafast.terms.spread import Spread
 from tests.kernels import (
@@ -51,6 +51,31 @@ def add_spread(pair: Pair, spread: Spread, offset: int = 0) -> Pair:
     columns = [any_values(numel, column) for _, column in fmt.spread_planes[1:]]
     planes = [at_offset(plane, offset * (index + 1) % 8) for index, plane in enumerate((variance, *columns))]
     return replace(pair, name=f"{pair.name}, {spread}", planes=(*pair.planes, *planes), format=fmt)
+
+
+#: Dtype, format and spread of each path of its own that a kernel may have.
+OF_EACH_PATH = (
+    (torch.float32, FLOAT32, Spread(9)),
+    (torch.bfloat16, EXACT, Spread(9)),
+    (torch.float16, MIRRORED, Spread(9)),
+    (torch.bfloat16, COMPACT, Spread(9, torch.float32)),
+    (torch.float32, COMPENSATED, Spread(9)),
+)
+
+
+@functools.cache
+def pairs_of_each_path(numel: int, count: int = len(OF_EACH_PATH)) -> list[Pair]:
+    """Return aligned pairs, whose accesses are as wide as they get."""
+    pairs = [make_spread_pair(numel, *kind) for kind in OF_EACH_PATH[:count]]
+    for pair in pairs:
+        pair.param[::3] = pair.average[::3]  # what is left between them is in a further plane
+    return [drawn(replace(pair, name=f"{pair.name}, {pair.format}")) for pair in pairs]
+
+
+@functools.cache
+def drawing_of_each_path(numel: int, count: int = len(OF_EACH_PATH)) -> Drawing:
+    pairs = [pair for pair in pairs_of_each_path(numel, count) if len(pair.spread_planes) > 1]
+    return draw_by_reference(pairs, [Sample(5, tuple(0.25 * k - 1.125 for k in range(9)), 0.75)])
 
 
 @functools.cache

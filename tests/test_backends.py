@@ -228,8 +228,10 @@ def test_a_count_that_is_none_leaves_everything_as_it_was(tested: Subject, num_p
 
 # Spreads and draws
 
-#: Where spreads are moved and samples drawn.
-WITH_SPREAD = pytest.mark.parametrize("tested", everywhere("generic", "avx2", "avx512"), indirect=True)
+#: Where spreads are moved and samples drawn: all but Triton's interpreter, which tests/test_triton.py runs by itself.
+WITH_SPREAD = pytest.mark.parametrize(
+    "tested", [*everywhere("generic", "avx2", "avx512", "cuda"), *everywhere("triton")[1:]], indirect=True
+)
 
 
 @WITH_SPREAD

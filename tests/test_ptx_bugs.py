@@ -35,6 +35,7 @@ from tests.kernels import (
     update,
 )
 from tests.planting import Plant, read_plants
+from tests.spreads import check_draws, drawing_of_each_path, pairs_of_each_path
 
 # With one thread, so that a fork of this process may go on.
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("one_thread")]
@@ -75,6 +76,14 @@ def see_nonfinite(prepare: Prepare) -> None:
     assert counter == 3, "an update was not skipped"
 
 
+def see_spreads(prepare: Prepare) -> None:
+    check_updates(prepare, pairs_of_each_path(5000), by_weights(0.3), (7,))
+
+
+def see_draws(prepare: Prepare) -> None:
+    check_draws(prepare, drawing_of_each_path(5000))
+
+
 def see_long_runs(prepare: Prepare) -> None:
     check_long_runs(prepare)
 
@@ -85,6 +94,8 @@ CHECKS = {
     "counts": see_counts,
     "exchange": see_exchange,
     "nonfinite": see_nonfinite,
+    "spreads": see_spreads,
+    "draws": see_draws,
     "long runs": see_long_runs,
 }
 BUGS = [(backend, bug) for backend in ("cuda", "triton") for bug in read_plants(f"{backend}_ptx")]
