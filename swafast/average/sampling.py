@@ -13,7 +13,7 @@ from ..backends.contract import Pair
 from ..loop import swaps
 from ..loop.guard import Guard, seamless
 from ..op.checks import checked_seed
-from ..op.drawing import Drawing, DrawsSample, draw
+from ..op.drawing import Drawing, DrawsSample, draw_for_good
 from ..terms.draws import Draws, make_random_key
 from ..terms.formats import Format
 from ..terms.rules import Rule
@@ -183,7 +183,7 @@ class Sampled(HasSamples):
             if swaps.in_force:
                 swaps.refuse_model("sample_to", model)
             plan.writable_pairs(params, planes)
-            draw(plan, params, planes, drawing)
+            draw_for_good(plan, params, planes, drawing)
 
     def _spread_planes(self) -> Iterator[Sequence[Tensor]]:
         for _, fmt, planes in self._planes():
