@@ -181,7 +181,7 @@ def cut_what_is_whole(patch: pytest.MonkeyPatch) -> None:
 
 
 def drop_the_last_window(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(spread, "pieces_of", lambda *args: list(pieces_of(*args))[:-1])
+    patch.setattr(all_gather, "pieces_of", lambda *args: list(pieces_of(*args))[:-1])
 
 
 GATES: list[tuple[Callable[[pytest.MonkeyPatch], None], Callable[[], None]]] = [

@@ -126,6 +126,13 @@ def check_spreads(owner: Module, state: Mapping[str, Any], prefix: str, spreads:
 
     Without ``strict``, torch would keep the spread of other models beside the averages that it loads.
     """
+    misfit = misfit_of_spreads(state, prefix, spreads)
+    if misfit is not None:
+        raise load_error(owner, f"the state {misfit}")
+
+
+def misfit_of_spreads(state: Mapping[str, Any], prefix: str, spreads: Mapping[str, Spread | None]) -> str | None:
+    """Return how an error about a state goes on, with the first key, if it lacks the spreads of these averages."""
     for name, spread in spreads.items():
         wanted = (VARIANCE, *spread.columns) if spread is not None else ()
         keys = [f"{prefix}{plane}.{name}" for plane in wanted]
@@ -134,12 +141,12 @@ def check_spreads(owner: Module, state: Mapping[str, Any], prefix: str, spreads:
         if lacking is not None or surplus in state:
             own = None if spread is None else spread.count
             found, key = num_deviations(state, prefix, name), surplus if lacking is None else lacking
-            raise load_error(
-                owner,
-                f"the state must have the average's deviations={own}, got deviations={found}: "
+            return (
+                f"must have the average's deviations={own}, got deviations={found}: "
                 f"{key!r} is {'there' if lacking is None else 'missing'}. Construct the average with "
-                f"deviations={found}, or load another state",
+                f"deviations={found}, or load another state"
             )
+    return None
 
 
 def num_deviations(state: Mapping[str, Any], prefix: str, name: str) -> int | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement
 
+from ..average.states import misfit_of_spreads
 from ..op.checks import check_plain
 from ..op.checksum import checksum, wrap_int64
 from ..terms import misfits
@@ -18,6 +19,7 @@ from ..terms.boxes import boxes_of_run
 from ..terms.converting import write_all
 from ..terms.copying import are_alike, describe_kind
 from ..terms.names import unwrapping
+from ..terms.spread import VARIANCE
 from .parts.holdings import is_spread_as
 from .parts.part_tensor import PartTensor
 from .parts.ranks import Ranks
@@ -40,6 +42,10 @@ _DTYPES = (
 )
 
 
+#: What each deviation adds to a seal's code: more than there are dtypes.
+_PER_DEVIATION = 256
+
+
 @dataclass(frozen=True)
 class Entry:
     """One plane or buffer in a state, under one key, or under several if params are tied."""
@@ -52,6 +58,15 @@ class Entry:
     def run(self) -> Tensor:
         """This rank's elements, 1-D."""
         return self.plane.detach().reshape(-1)
+
+    @property
+    def num_deviations(self) -> int:
+        """Of a variance, the number of deviations that go with it; else 0.
+
+        Its seal says so: DCP loads the keys that it is asked for, so it would take some columns out of more of them.
+        """
+        spread = self.share.format.spread if self.share.format is not None else None
+        return spread.count if spread is not None and self.keys[0].startswith(f"{VARIANCE}.") else 0
 
 
 def entries(shares: Sequence[Share], planes: Mapping[str, tuple[Tensor, ...]]) -> Iterator[Entry]:
@@ -104,21 +119,22 @@ def make_state(
     """Return a state of copies, if asked with a seal for each key, which does not depend on the cut. Collective."""
     state = {COUNT: num_averaged.detach().clone()}
     sums: dict[str, int] = {COUNT: checksum(state[COUNT]) if ranks.index == 0 else 0}
+    nums_deviations = {key: entry.num_deviations for entry in all_entries for key in entry.keys}
     for entry in all_entries:
         value, own = sealed_part_of(entry, ranks)
         for key in entry.keys:
             state[key], sums[key] = value, own
     if checksums:
         for key, seal in zip(sums, ranks.sums(sums.values(), num_averaged.device), strict=True):
-            code = _code_of(state[key].dtype)
+            code = _code_of(state[key].dtype, nums_deviations.get(key, 0))
             state[CHECKSUM + key] = torch.tensor([seal, code], dtype=torch.int64, device="cpu")
         state[SAVE_ID] = _save_id_part(ranks)
     return state
 
 
-def _code_of(dtype: torch.dtype) -> int:
+def _code_of(dtype: torch.dtype, num_deviations: int = 0) -> int:
     name = str(dtype).removeprefix("torch.")
-    return _DTYPES.index(name) if name in _DTYPES else -1
+    return _DTYPES.index(name) + num_deviations * _PER_DEVIATION if name in _DTYPES else -1
 
 
 def _save_id_part(ranks: Ranks) -> PartTensor:
@@ -163,7 +179,8 @@ def prepare_load(all_entries: Sequence[Entry], copied: Mapping[tuple[str, ...], 
             raise ValueError(f"state_dict[{key!r}] must be like this average's, {wanted}, got {got!r}")
     keys = [COUNT, *(key for entry in all_entries for key in entry.keys)]
     sealed = [key for key in state if str(key).startswith(CHECKSUM)]
-    # Check dtypes first: a state of another format also lacks keys, and this error is clearer.
+    # Check spreads and dtypes first: a state of another format also lacks keys, and these errors are clearer.
+    _require_spreads(all_entries, state)
     _require_dtypes(all_entries, state)
     _require_keys([*keys, *(CHECKSUM + key for key in keys), SAVE_ID] if sealed else keys, state)
     for key in state:
@@ -216,6 +233,15 @@ def _require_keys(expected: Sequence[str], state: Mapping[str, object]) -> None:
         )
 
 
+def _require_spreads(all_entries: Sequence[Entry], state: Mapping[str, object]) -> None:
+    formats = {share.name: share.format for share in (entry.share for entry in all_entries)}
+    given = {name: fmt for name, fmt in formats.items() if MODULE + name in state}
+    spreads = {name: fmt.spread if fmt is not None else None for name, fmt in given.items()}
+    misfit = misfit_of_spreads(state, "", spreads)
+    if misfit is not None:
+        raise ValueError(f"state_dict {misfit}")
+
+
 def _require_dtypes(all_entries: Sequence[Entry], state: Mapping[str, object]) -> None:
     for entry in all_entries:
         for key in entry.keys:
@@ -224,11 +250,17 @@ def _require_dtypes(all_entries: Sequence[Entry], state: Mapping[str, object]) -
                 raise ValueError(f"state_dict[{key!r}] must be {entry.plane.dtype}, got {value.dtype}: another format")
 
 
-def _require_saved_as(dtype: torch.dtype, key: str, seals: Mapping[str, tuple[int, int]]) -> None:
-    """Raise ValueError if a key was saved with another dtype, since DCP casts on loading."""
-    if key in seals and seals[key][1] != _code_of(dtype):
-        saved = f"torch.{_DTYPES[seals[key][1]]}" if 0 <= seals[key][1] < len(_DTYPES) else "an unknown dtype"
-        raise ValueError(f"state_dict[{key!r}] must have been saved as {dtype}, got {saved}: another format")
+def _require_saved_as(
+    dtype: torch.dtype, key: str, seals: Mapping[str, tuple[int, int]], num_deviations: int = 0
+) -> None:
+    """Raise ValueError if a key was saved with another dtype, since DCP casts on loading, or another spread."""
+    if key not in seals or seals[key][1] == _code_of(dtype, num_deviations):
+        return
+    count, code = divmod(seals[key][1], _PER_DEVIATION)
+    if code == _code_of(dtype):
+        raise ValueError(f"state_dict[{key!r}] must have been saved with deviations={num_deviations}, got {count}")
+    saved = f"torch.{_DTYPES[code]}" if code < len(_DTYPES) else "an unknown dtype"
+    raise ValueError(f"state_dict[{key!r}] must have been saved as {dtype}, got {saved}: another format")
 
 
 def _run_of_ties(state: Mapping[str, Tensor], entry: Entry, seals: Mapping[str, tuple[int, int]]) -> Tensor:
@@ -245,7 +277,7 @@ def _run_of_ties(state: Mapping[str, Tensor], entry: Entry, seals: Mapping[str, 
 def _run_from(value: Tensor, key: str, entry: Entry, seals: Mapping[str, tuple[int, int]]) -> Tensor:
     """Return this rank's elements of a value, 1-D, in the order of its plane's memory."""
     share, holding = entry.share, entry.share.holding
-    _require_saved_as(entry.plane.dtype, key, seals)
+    _require_saved_as(entry.plane.dtype, key, seals, entry.num_deviations)
     if tuple(value.shape) != holding.shape:
         raise ValueError(f"state_dict[{key!r}] must have the shape {holding.shape}, got {tuple(value.shape)}")
     if isinstance(value, DTensor):

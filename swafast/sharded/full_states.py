@@ -211,6 +211,11 @@ def _translated(shares: Sequence[Share], state: Mapping[str, Any]) -> dict[str, 
     given = {name: [key for key in own if isinstance(state.get(key), Tensor)] for name, own in keys.items()}
     formats = {share.name: share.format for share in shares if share.format is not None}
     translate_state(translated, "", given, formats, strict=True)
+    for name, fmt in formats.items():
+        for plane, dtype in fmt.spread_planes:
+            value = translated.get(key := f"{plane}.{name}")
+            if isinstance(value, Tensor) and value.is_floating_point():
+                translated[key] = value.to(dtype)
     return translated
 
 
