@@ -134,10 +134,11 @@ def check_spreads(owner: Module, state: Mapping[str, Any], prefix: str, spreads:
 def misfit_of_spreads(state: Mapping[str, Any], prefix: str, spreads: Mapping[str, Spread | None]) -> str | None:
     """Return how an error about a state goes on, with the first key, if it lacks the spreads of these averages."""
     for name, spread in spreads.items():
-        wanted = (VARIANCE, *spread.columns) if spread is not None else ()
-        keys = [f"{prefix}{plane}.{name}" for plane in wanted]
-        lacking = next((key for key in keys if key not in state), None)
-        surplus = f"{prefix}{VARIANCE}.{name}" if spread is None else f"{prefix}{DEVIATION}.{spread.count}.{name}"
+        lacking, surplus = None, f"{prefix}{VARIANCE}.{name}"
+        if spread is not None:
+            keys = (f"{prefix}{plane}.{name}" for plane in (VARIANCE, *spread.columns))
+            lacking = next((key for key in keys if key not in state), None)
+            surplus = f"{prefix}{DEVIATION}.{spread.count}.{name}"
         if lacking is not None or surplus in state:
             own = None if spread is None else spread.count
             found, key = num_deviations(state, prefix, name), surplus if lacking is None else lacking

@@ -53,20 +53,14 @@ class Entry:
     keys: tuple[str, ...]
     share: Share
     plane: Tensor  # this rank's part; 1-D, or whole in its own shape
+    #: Of a variance, the number of deviations that go with it. Its seal says so: DCP loads the keys that it is asked
+    #: for, so it would take some columns out of more of them.
+    num_deviations: int = 0
 
     @property
     def run(self) -> Tensor:
         """This rank's elements, 1-D."""
         return self.plane.detach().reshape(-1)
-
-    @property
-    def num_deviations(self) -> int:
-        """Of a variance, the number of deviations that go with it; else 0.
-
-        Its seal says so: DCP loads the keys that it is asked for, so it would take some columns out of more of them.
-        """
-        spread = self.share.format.spread if self.share.format is not None else None
-        return spread.count if spread is not None and self.keys[0].startswith(f"{VARIANCE}.") else 0
 
 
 def entries(shares: Sequence[Share], planes: Mapping[str, tuple[Tensor, ...]]) -> Iterator[Entry]:
@@ -74,8 +68,10 @@ def entries(shares: Sequence[Share], planes: Mapping[str, tuple[Tensor, ...]]) -
     for share in shares:
         first, *further = planes[share.name]
         yield Entry(tuple(MODULE + name for name in share.holding.names), share, first)
+        spread = share.format.spread if share.format else None
         for (plane, _), tensor in zip(share.format.further if share.format else (), further, strict=True):
-            yield Entry((f"{plane}.{share.name}",), share, tensor)
+            count = spread.count if spread is not None and plane == VARIANCE else 0
+            yield Entry((f"{plane}.{share.name}",), share, tensor, count)
 
 
 def part_of(entry: Entry) -> Tensor:
@@ -234,9 +230,12 @@ def _require_keys(expected: Sequence[str], state: Mapping[str, object]) -> None:
 
 
 def _require_spreads(all_entries: Sequence[Entry], state: Mapping[str, object]) -> None:
-    formats = {share.name: share.format for share in (entry.share for entry in all_entries)}
-    given = {name: fmt for name, fmt in formats.items() if MODULE + name in state}
-    spreads = {name: fmt.spread if fmt is not None else None for name, fmt in given.items()}
+    formats = {entry.keys[0]: entry.share.format for entry in all_entries if entry.keys[0] in state}
+    spreads = {
+        key.removeprefix(MODULE): fmt.spread if fmt is not None else None
+        for key, fmt in formats.items()
+        if key.startswith(MODULE)
+    }
     misfit = misfit_of_spreads(state, "", spreads)
     if misfit is not None:
         raise ValueError(f"state_dict {misfit}")

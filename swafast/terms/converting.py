@@ -51,10 +51,10 @@ def convert(planes: Sequence[Tensor], fmt: Format | None, to: Sequence[Tensor | 
             if plane is not None and not plane.is_meta:
                 plane.detach().copy_(named[name].detach()) if name in named else plane.detach().zero_()
         to, after = to[: after.num_planes], after.mean
+        if all(plane is None for plane in to):
+            return
     if fmt is not None and fmt.spread is not None:
         planes, fmt = planes[: fmt.num_planes], fmt.mean
-    if all(plane is None for plane in to):
-        return
     if fmt in _PLAIN and after in _PLAIN and to[0] is not None and planes[0].device == to[0].device:
         to[0].detach().copy_(planes[0])  # torch casts without a temporary
         return

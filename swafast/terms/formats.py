@@ -38,7 +38,7 @@ class Format:
     spread: Spread | None = None
     spread_planes: tuple[tuple[str, torch.dtype], ...] = ()  # as ``extra``
 
-    @property
+    @functools.cached_property  # asked for each param at each use
     def further(self) -> tuple[tuple[str, torch.dtype], ...]:
         """All planes but plane 0: those of the average, then those of the spread."""
         return (*self.extra, *self.spread_planes)
