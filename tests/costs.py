@@ -344,6 +344,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"fill the tables of {PAGE.name} in")
     write = parser.parse_args().write
+    torch.use_deterministic_algorithms(True, warn_only=True)  # as conftest.py has it: a few allocations more
     page = PAGE.read_text()
     for name, lines in (("costs", costs_table(measured_costs())), ("peaks", peaks_table(measured_peaks()))):
         print(*lines, "", sep="\n")

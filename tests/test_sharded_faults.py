@@ -54,11 +54,11 @@ class Case:
     state: dict[str, Tensor] | None = None  # other values than the averages', to load
 
     def __post_init__(self) -> None:
+        self.params, self.own, self.averages = locals_of(self.model), self.own_now(), planes_of(self.averaged)
         self.sampled: dict[str, Tensor] = {}
         if self.averaged.deviations is not None:
             with self.averaged.sampled_into(self.model, 0):
                 self.sampled = self.own_now()
-        self.params, self.own, self.averages = locals_of(self.model), self.own_now(), planes_of(self.averaged)
 
     def own_now(self) -> dict[str, Tensor]:
         """Return copies of this rank's own part of the params."""
