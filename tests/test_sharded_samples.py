@@ -14,11 +14,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, ShardedAveragedModel, Spread
+from swafast.average.sampling import HasSamples
 from swafast.op import drawing
 from swafast.op.drawing import DrawsSample
 from swafast.sharded import checkpoint, regrowing, shard_use
 from swafast.sharded.parts import all_gather
-from swafast.terms.draws import Draws, make_random_key
 from tests.ranks import RankFailedError, on_ranks, planted, run_ranks
 from tests.sharded_models import WORLDS, Beside, drift, locals_of, make_model, outcome, planes_of, require, wrap
 from tests.support import differing, require_same, tensors_of
@@ -333,6 +333,24 @@ def test_autograd_learns_of_a_sample_for_good() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("kind", [FusedAveragedModel, ShardedAveragedModel])
+def test_a_sample_has_what_torch_copies(kind: Any) -> None:
+    """In one process, without a group."""
+    model = nn.Linear(3, 2)
+    model.register_buffer("edges", torch.eye(3).to_sparse())
+    averaged = kind(model, deviations=2)
+    for _ in range(2):
+        with torch.no_grad():
+            model.weight.mul_(2)
+        averaged.update_parameters(model)
+    model.edges = torch.zeros(3, 3).to_sparse()
+    with averaged.sampled_into(model, 0):
+        assert torch.equal(model.edges.to_dense(), torch.eye(3))
+    assert not model.edges.to_dense().any()
+    averaged.sample_to(model, 0)
+    assert torch.equal(model.edges.to_dense(), torch.eye(3))
+
+
 # Bad input
 
 
@@ -426,10 +444,7 @@ def test_meanwhile_nothing_may_touch_the_averages() -> None:
 def count_from_each_part() -> None:
     """Each rank draws by the indices in its own part."""
 
-    def draws_of(self: Any, pair: Any, seed: int) -> Draws:
-        return Draws(make_random_key(seed, pair.name), tuple(pair.param.shape))
-
-    shard_use.UsableShards._draws_of = draws_of  # type: ignore[method-assign]
+    shard_use.UsableShards._draws_of = HasSamples._draws_of  # type: ignore[method-assign]
 
 
 def draw_columns_by_rank() -> None:

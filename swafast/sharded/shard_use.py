@@ -15,7 +15,7 @@ from ..average.sampling import HasSamples
 from ..backends.contract import Pair
 from ..loop import swaps
 from ..loop.guard import Guard, seamless
-from ..op.drawing import DrawsSample, draw_for_good
+from ..op.drawing import DrawsOf, DrawsSample, draw_for_good
 from ..terms.draws import Draws, make_random_key
 from .construction import spell
 from .parts.all_gather import AllGather
@@ -149,9 +149,16 @@ class UsableShards(HasSamples):
             reshard(model)
             yield bound, bound[1].held() if self._all_gathers else {}
 
-    def _draws_of(self, pair: Pair, seed: int) -> Draws:
-        share = next(share for share in self._shares if share.name == pair.name)
-        return Draws(make_random_key(seed, pair.name), share.holding.shape, share.boxes)
+    def _draws_of(self, seed: int) -> DrawsOf:
+        shares: dict[str, Share] = {}  # by name, once a plan asks: it keeps what it is told
+
+        def draws_of(pair: Pair) -> Draws:
+            if not shares:
+                shares.update((share.name, share) for share in self._shares)
+            share = shares[pair.name]
+            return Draws(make_random_key(seed, pair.name), share.holding.shape, share.boxes)
+
+        return draws_of
 
     def _spread_planes(self) -> Iterator[Sequence[Tensor]]:
         for share in self._shares:
