@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, Sharde
 from swafast.average.sampling import HasSamples
 from swafast.op import drawing
 from swafast.op.drawing import DrawsSample
+from swafast.op.plan import Launches
 from swafast.sharded import checkpoint, regrowing, shard_use
 from swafast.sharded.parts import all_gather
 from tests.ranks import RankFailedError, on_ranks, planted, run_ranks
@@ -151,7 +153,7 @@ def test_some_columns_out_of_more_are_no_state(tmp_path: Path) -> None:
         before, state = planes_of(other.averaged), {"averaged": other.averaged.state_dict()}
         dcp.load(state, checkpoint_id=tmp_path / mode)
         told = outcome(partial(other.averaged.load_state_dict, state["averaged"]))
-        assert "state_dict['variance.long'] must have been saved with deviations=3, got 4" in told
+        assert "state_dict['variance.long'] must have been saved with deviations=3, got 4" in told, told
         require_same(planes_of(other.averaged), before)
 
 
@@ -222,10 +224,10 @@ def test_states_of_another_spread_are_refused_and_full_ones_go_both_ways() -> No
                 require_same(planes_of(both.averaged), before, "a refused load")
             if spread is None:
                 told = outcome(partial(other.averaged.load_state_dict, both.averaged.state_dict()))
-                assert "deviations=None, got deviations=3: 'variance.long' is there" in told
+                assert "deviations=None, got deviations=3: 'variance.long' is there" in told, told
         cast = Beside(mode, deviations=Spread(3, dtype=torch.bfloat16))
         told = outcome(partial(cast.averaged.load_state_dict, both.averaged.state_dict()))
-        assert "state_dict['deviation.0.long'] must be torch.bfloat16, got torch.float32" in told
+        assert "state_dict['deviation.0.long'] must be torch.bfloat16, got torch.float32" in told, told
         cast.averaged.load_full_state_dict(both.expected.state_dict())
         cast.expected.load_state_dict(both.averaged.full_state_dict())
         cast.require_equal("full states are cast")
@@ -499,14 +501,30 @@ def bump_nothing() -> None:
     drawing.bump_versions = lambda tensors: None  # type: ignore[assignment]
 
 
+def seal_no_number() -> None:
+    checkpoint._PER_DEVIATION = 0
+
+
+def load_some_columns() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        test_some_columns_out_of_more_are_no_state(Path(folder))
+
+
+def skip_nothing() -> None:
+    update = Launches.update
+    Launches.update = lambda *args, skip_nonfinite=False, **options: update(*args, **options)  # type: ignore[method-assign]
+
+
 GATES: list[tuple[Callable[[], None], Callable[[], object], str]] = [
     (count_from_each_part, partial(check_drawn, 2, FEW[2][2:3]), "inside: "),
     (draw_columns_by_rank, partial(check_drawn, 2, FEW[2][2:3]), "inside: "),
     (gather_no_sample, partial(check_drawn, 2, FEW[2][:1]), "inside: "),
     (keep_no_copy, test_everything_comes_back_after_an_error, r"own after|BodyError"),
-    (compare_no_arguments, test_what_ranks_ask_otherwise_raises_on_all, "no error"),
+    (compare_no_arguments, test_what_ranks_ask_otherwise_raises_on_all, r"[01], \{\}: \['blocks"),
     (save_no_columns, test_states_of_another_spread_are_refused_and_full_ones_go_both_ways, "deviation.1"),
     (begin_the_spread_again, test_a_model_that_has_grown_keeps_its_spread_in_another_dtype, "variance"),
+    (seal_no_number, load_some_columns, "no error"),
+    (skip_nothing, test_a_collect_meets_no_rank_and_a_skipped_one_moves_no_column, "allreduce|a skipped update"),
     (bump_nothing, test_autograd_learns_of_a_sample_for_good, "DID NOT RAISE"),
 ]
 
