@@ -49,13 +49,12 @@ SHARED_MODES = ("hsdp", "fsdp1_hybrid", "tp", "fsdp2_part_tp")
 FEW: dict[int, list[Case]] = {
     1: [("plain", {}, *FORMATS[0])],
     2: [
-        ("ddp", {}, *FORMATS[0]),
         ("ddp", {"use_buffers": True}, *FORMATS[2]),
         ("fsdp2", {}, *FORMATS[1]),
         ("fsdp1", {}, *FORMATS[3]),
         ("tp", {}, *FORMATS[4]),
     ],
-    4: [("hsdp", {}, *FORMATS[0]), ("hsdp", SHARED, *FORMATS[2]), ("fsdp2_tp", {}, *FORMATS[1])],
+    4: [("hsdp", SHARED, *FORMATS[0])],
 }
 #: Of a sample: its index, and what is given besides.
 SAMPLES: list[tuple[int, dict[str, Any]]] = [(0, {}), (2**32 - 1, {"scale": 2.0, "seed": 9})]
@@ -72,7 +71,7 @@ def drawn_beside(cases: list[Case]) -> None:
         about = mode, options, dtype, fmt
         for step in range(5):
             both.train()
-            if step > 0:
+            if step in (1, 4):
                 require_drawn(both, (*about, step), *SAMPLES[step % 2])
         both.require_equal(about)
         both.averaged.sample_to(both.sharded, 3)
@@ -147,14 +146,13 @@ def _save(folder: Path, modes: list[str]) -> None:
 @on_ranks(2)
 def test_some_columns_out_of_more_are_no_state(tmp_path: Path) -> None:
     """DCP loads the keys that it is asked for, and those of three deviations are among those of four."""
-    for mode in ("ddp", "fsdp2"):
-        saved, other = Beside(mode, updates=5, deviations=4), Beside(mode, updates=2, deviations=3)
-        dcp.save({"averaged": saved.averaged.state_dict()}, checkpoint_id=tmp_path / mode)
-        before, state = planes_of(other.averaged), {"averaged": other.averaged.state_dict()}
-        dcp.load(state, checkpoint_id=tmp_path / mode)
-        told = outcome(partial(other.averaged.load_state_dict, state["averaged"]))
-        assert "state_dict['variance.long'] must have been saved with deviations=3, got 4" in told, told
-        require_same(planes_of(other.averaged), before)
+    saved, other = Beside("ddp", updates=5, deviations=4), Beside("ddp", updates=2, deviations=3)
+    dcp.save({"averaged": saved.averaged.state_dict()}, checkpoint_id=tmp_path)
+    before, state = planes_of(other.averaged), {"averaged": other.averaged.state_dict()}
+    dcp.load(state, checkpoint_id=tmp_path)
+    told = outcome(partial(other.averaged.load_state_dict, state["averaged"]))
+    assert "state_dict['variance.long'] must have been saved with deviations=3, got 4" in told, told
+    require_same(planes_of(other.averaged), before)
 
 
 def _load(folder: Path, modes: list[str], sources: list[str]) -> None:
@@ -181,15 +179,16 @@ def drift_alone(both: Beside, step: int) -> None:
     both.expected.update_parameters(both.reference)
 
 
+def test_what_two_ranks_saved_three_load_and_go_on_with(tmp_path: Path) -> None:
+    run_ranks(2, _save, tmp_path, ["ddp"])
+    run_ranks(3, _load, tmp_path, ["fsdp2"], ["ddp"])
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     run_ranks(2, _save, folder, ["ddp", "fsdp2", "fsdp1"])
     return folder
-
-
-def test_what_two_ranks_saved_three_load_and_go_on_with(saved: Path) -> None:
-    run_ranks(3, _load, saved, ["fsdp2"], ["ddp"])
 
 
 @pytest.mark.slow
@@ -201,15 +200,16 @@ def test_what_two_ranks_saved_others_load_in_every_way(saved: Path, world: int) 
 
 @on_ranks(2)
 def test_states_of_another_spread_are_refused_and_full_ones_go_both_ways() -> None:
-    for mode in ("ddp", "fsdp2"):
+    told_of: dict[int | None, str] = {
+        4: "got deviations=4: 'deviation.3.long' is there",
+        2: "got deviations=2: 'deviation.2.long' is missing",
+        0: "got deviations=0: 'deviation.0.long' is missing",
+        None: "got deviations=None: 'variance.long' is missing",
+    }
+    for mode, spreads in (("ddp", (4, None)), ("fsdp2", (2, 0, None))):
         both = Beside(mode, updates=3, deviations=3)
         before = planes_of(both.averaged)
-        for spread, told_of in (
-            (4, "got deviations=4: 'deviation.3.long' is there"),
-            (2, "got deviations=2: 'deviation.2.long' is missing"),
-            (0, "got deviations=0: 'deviation.0.long' is missing"),
-            (None, "got deviations=None: 'variance.long' is missing"),
-        ):
+        for spread in spreads:
             other = Beside(mode, updates=2, deviations=spread)
             parts, fulls = other.averaged.state_dict(), other.expected.state_dict()
             for load in (
@@ -219,7 +219,11 @@ def test_states_of_another_spread_are_refused_and_full_ones_go_both_ways() -> No
             ):
                 told = outcome(load)
                 at_fault = load.keywords == {} or dist.get_rank() == 0
-                assert f"state_dict must have the average's deviations=3, {told_of}" in told, (mode, spread, told)
+                assert f"state_dict must have the average's deviations=3, {told_of[spread]}" in told, (
+                    mode,
+                    spread,
+                    told,
+                )
                 assert at_fault == told.startswith("ValueError"), told
                 require_same(planes_of(both.averaged), before, "a refused load")
             if spread is None:
@@ -233,11 +237,9 @@ def test_states_of_another_spread_are_refused_and_full_ones_go_both_ways() -> No
         cast.require_equal("full states are cast")
         other = Beside(mode, updates=2, deviations=3)
         other.expected.load_state_dict(both.averaged.full_state_dict())
-        for from_rank0 in (False, True):
-            other.averaged.load_full_state_dict(both.expected.state_dict(), from_rank0=from_rank0)
-            other.require_equal("full states")
-            require_drawn(other, "of a full state")
-            other.averaged.load_full_state_dict(Beside(mode, updates=2, deviations=3).expected.state_dict())
+        other.averaged.load_full_state_dict(both.expected.state_dict(), from_rank0=mode == "ddp")
+        other.require_equal("full states")
+        require_drawn(other, "of a full state")
 
 
 # Several averages
@@ -246,7 +248,7 @@ def test_states_of_another_spread_are_refused_and_full_ones_go_both_ways() -> No
 @on_ranks(2)
 def test_one_of_several_averages_has_a_spread() -> None:
     rules = {"fast": ExponentialAverage(0.9), "mean": EqualAverage()}
-    for mode in ("ddp", "fsdp1"):
+    for mode in ("fsdp1",):  # others: tests/test_sharded_averages.py
         both = Beside(mode, updates=4, rules=rules, deviations={"mean": 3})
         both.require_equal(mode)
         assert not any(key.startswith(("fast.variance", "fast.deviation")) for key in both.averaged.full_state_dict())
@@ -321,7 +323,7 @@ def require_not_begun(both: Beside, own: dict[str, Tensor]) -> None:
 
 @on_ranks(2)
 def test_everything_comes_back_after_an_error() -> None:
-    for mode in ("ddp", "fsdp2", "fsdp1"):
+    for mode in ("ddp", "fsdp2"):
         raised_in_body(mode)
 
 
@@ -516,8 +518,8 @@ def skip_nothing() -> None:
 
 
 GATES: list[tuple[Callable[[], None], Callable[[], object], str]] = [
-    (count_from_each_part, partial(check_drawn, 2, FEW[2][2:3]), "inside: "),
-    (draw_columns_by_rank, partial(check_drawn, 2, FEW[2][2:3]), "inside: "),
+    (count_from_each_part, partial(check_drawn, 2, FEW[2][1:2]), "inside: "),
+    (draw_columns_by_rank, partial(check_drawn, 2, FEW[2][1:2]), "inside: "),
     (gather_no_sample, partial(check_drawn, 2, FEW[2][:1]), "inside: "),
     (keep_no_copy, test_everything_comes_back_after_an_error, r"own after|BodyError"),
     (compare_no_arguments, test_what_ranks_ask_otherwise_raises_on_all, r"[01], \{\}: \['blocks"),
