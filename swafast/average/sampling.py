@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..backends.contract import Pair
 from ..loop import swaps
 from ..loop.guard import Guard, seamless
 from ..op.checks import checked_seed
-from ..op.drawing import Drawing, DrawsSample, draw
+from ..op.drawing import Drawing, DrawsOf, DrawsSample, draw_for_good
 from ..terms.draws import Draws, make_random_key
 from ..terms.formats import Format
 from ..terms.rules import Rule
@@ -96,10 +95,10 @@ class HasSamples:
         chosen = self.seed if seed is None else checked_seed(seed)
         sample = make_sample(self._deviations, int(self.n_averaged), index, scale, chosen)
         self._warn_of_drift()
-        return Drawing(sample, chosen, lambda pair: self._draws_of(pair, chosen))
+        return Drawing(sample, chosen, self._draws_of(chosen))
 
-    def _draws_of(self, pair: Pair, seed: int) -> Draws:
-        return Draws(make_random_key(seed, pair.name), tuple(pair.param.shape))
+    def _draws_of(self, seed: int) -> DrawsOf:
+        return lambda pair: Draws(make_random_key(seed, pair.name), tuple(pair.param.shape))
 
     def _warn_of_drift(self) -> None:
         count = int(self.n_averaged)
@@ -201,7 +200,7 @@ class Sampled(HasSamples):
             if swaps.in_force:
                 swaps.refuse_model("sample_to", model)
             plan.writable_pairs(params, planes)
-            draw(plan, params, planes, drawing)
+            draw_for_good(plan, params, planes, drawing)
 
     def _spread_planes(self) -> Iterator[Sequence[Tensor]]:
         for _, fmt, planes in self._planes():

@@ -17,7 +17,7 @@ from ..terms.samples import Sample
 from . import launches
 from .checks import overlaps
 from .exchange import Exchange
-from .plan import Plan
+from .plan import Plan, bump_versions
 
 #: Returns what the normal numbers of a pair depend on, besides the sample's index.
 DrawsOf = Callable[[Pair], Draws]
@@ -40,6 +40,16 @@ def draw(plan: Plan, params: Sequence[Tensor], planes: Sequence[Tensor], drawing
     for work in _prepared(plan, params, planes, drawing):
         given = [params[index] for index in work.indices] if work.takes_tensors else ()
         work.launch.draw(given, drawing.sample)
+
+
+def draw_for_good(plan: Plan, params: Sequence[Tensor], planes: Sequence[Tensor], drawing: Drawing) -> None:
+    """Do the same, and write what torch copies, too; autograd learns of all writes."""
+    try:
+        draw(plan, params, planes, drawing)
+    finally:
+        bump_versions([param.detach() for param in params])
+    if plan.copies is not None:
+        plan.copies.copy_to()
 
 
 def _write(pair: Pair) -> None:
