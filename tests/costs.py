@@ -213,11 +213,17 @@ def costs() -> dict[str, Cost]:
         averaged = FusedAveragedModel(model)
         averages = FusedAverages(model, rules={"fast": ExponentialAverage(0.9), "slow": ExponentialAverage(0.99)})
         snapshots, state = Snapshots(folder), averages.state_dict()
+        swag = FusedAveragedModel(model, deviations=20)
+        swag.update_parameters(model)
+        swag.update_parameters(model)
         calls = _calls(averaged, model) | {
             "averaged_state_dict": averaged.averaged_state_dict,
             "update_parameters of two averages": lambda: averages.update_parameters(model),
             "load_state_dict of two averages": lambda: averages.load_state_dict(state),
             "Snapshots.save of two averages": lambda: snapshots.save(averages),
+            "update_parameters with deviations": lambda: swag.update_parameters(model),
+            "sampled_into, there and back": lambda: sample(swag, model),
+            "sample_to": lambda: swag.sample_to(model, 0),
         }
         return {name: cost_of(call, launches) for name, call in calls.items()}
 

@@ -21,6 +21,8 @@ from ..torch_private.modules import named_tensors, own_buffers, own_children, pa
 class PlaneTree(Module):
     """Planes as buffers of nested modules, so that a state dict has them under dotted names."""
 
+    only_holds_tensors = True  # for a walk
+
     def find(self, name: str) -> Tensor | None:
         buffers, leaf = self._buffers_of(name)
         return buffers.get(leaf)

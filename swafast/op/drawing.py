@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import Pair
+from ..loop.swaps import DISCARDED, INTO_OWN
 from ..terms.converting import convert
 from ..terms.copying import write_once
 from ..terms.draws import Draws
@@ -81,10 +82,13 @@ def _prepared(
 class DrawsSample(Exchange):
     """Puts a sample into the model. Its params and buffers are copied aside, once, and come back.
 
-    The averages stay as they are. The model's copied buffers begin with those of the averages.
+    The averages stay as they are. The model's buffers begin with those of the averages, and may be written: BatchNorm
+    needs new statistics for each sample.
     """
 
     _in_place = False
+    _end_of_params, _end_of_planes = DISCARDED, INTO_OWN
+    _watches_buffers = False
 
     def __init__(self, drawing: Drawing, *args: Any, **options: Any) -> None:
         self._drawing = drawing

@@ -75,7 +75,7 @@ class Exchange:
         self._watched: list[Tensor] = []
         self._watched_names: list[str] = []
         for name, tensor, is_buffer in self._averaged():
-            if not (is_buffer and ignore_buffers):
+            if not is_buffer or (self._watches_buffers and not ignore_buffers):
                 self._watched_names.append(name)
                 self._watched.append(tensor)
         num_averaged = len(self._watched)
@@ -84,7 +84,7 @@ class Exchange:
             self._watched.append(tensor)
         num_lent = len(self._watched) - num_averaged
         #: What becomes of a write into each of them.
-        self._ends = [INTO_MODEL] * num_averaged + [INTO_BOTH] * num_lent + [INTO_AVERAGES] * len(planes)
+        self._ends = [self._end_of_params] * num_averaged + [INTO_BOTH] * num_lent + [self._end_of_planes] * len(planes)
         self._watched += planes
         self._places = self._addresses_of(self._watched)
         self._versions: list[int] | None = None
@@ -207,6 +207,10 @@ class Exchange:
 
     # Writes by others
 
+    #: What becomes of a write into a param, and into a plane.
+    _end_of_params, _end_of_planes = INTO_MODEL, INTO_AVERAGES
+    _watches_buffers = True  # whether a write into an averaged buffer counts
+
     def watch(self) -> None:
         """Take what was written until now for our own."""
         self._versions = versions(self._watched)
@@ -228,7 +232,7 @@ class Exchange:
                     found[name] = end
         if found and self._binding.root is not None:  # a forward pass may write these
             for name in map(repr, renormed_params(self._binding.root)):
-                if found.get(name) == INTO_MODEL:
+                if found.get(name) == self._end_of_params:
                     del found[name]
         return found
 

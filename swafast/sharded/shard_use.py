@@ -97,7 +97,7 @@ class UsableShards(HasSamples):
 
     @seamless
     def _there_and_back(self, action: str, model: Module, **asked: Any) -> Iterator[Module]:
-        swap = swaps.Swap(self._guard, self, model, self._ranks.lock)
+        swap = swaps.Swap(self._guard, self, model, self._ranks.lock, call=action)
         try:
             try:
                 self._guard.settle(action, model)
