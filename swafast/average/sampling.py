@@ -136,16 +136,16 @@ def drift(spreads: Sequence[Sequence[Tensor]], num_averaged: int) -> float:
     """
     spreads = [[plane.detach() for plane in planes] for planes in spreads if planes[0].numel()]
     step = -(-sum(variance.numel() for variance, *_ in spreads) // _DRIFT_NUMEL)
+    device = spreads[0][0].device if spreads else None  # a model may be on several
     some = [
-        [plane.as_strided((-(-plane.numel() // step),), (step,)) for plane in planes[: 1 + num_averaged]]
+        [plane.as_strided((-(-plane.numel() // step),), (step,)).to(device) for plane in planes[: 1 + num_averaged]]
         for planes in spreads
     ]
     columns = [column for _, *of_param in some for column in of_param]
     if not columns:
         return 0.0
-    variance = torch.stack(torch._foreach_norm([planes[0] for planes in some], 1, dtype=torch.float64)).sum()
-    squares = torch.stack(torch._foreach_norm(columns, 2, dtype=torch.float64)).square().sum()
-    mean_square = squares / (len(columns) // len(some))
+    variance = torch.cat([planes[0] for planes in some]).sum(dtype=torch.float64)
+    mean_square = torch.cat(columns).to(torch.float64).square().sum() / (len(columns) // len(some))
     return float(mean_square / variance) if variance > 0 else 0.0
 
 
