@@ -43,6 +43,7 @@ SOURCES = str(Path(swafast.__file__).parent)
 NUM_LAYERS, WIDTH = 10, 4
 #: Elements of each of the 8 params of the models whose memory is measured.
 BIG_NUMEL = 2**18
+NUM_DEVIATIONS = 2
 #: How the models of the ranks are spread.
 MODES = ("ddp", "fsdp2")
 
@@ -89,7 +90,7 @@ def counted_launches() -> Iterator[Counter[str]]:
     class Counting:
         def __getattr__(self, name: str) -> Any:
             function = getattr(native, name)
-            if name.rpartition("_")[2] not in ("update", "draw", "exchange", "nonfinite", "checksum"):
+            if name.rpartition("_")[2] not in ("update", "exchange", "draw", "nonfinite", "checksum"):
                 return function
 
             def count(*args: Any) -> Any:
@@ -238,6 +239,14 @@ def rank_costs(mode: str) -> dict[str, Cost]:
             "averaged_state_dict": averaged.averaged_state_dict,
             "load_full_state_dict": lambda: averaged.load_full_state_dict(state, from_rank0=True),
         }
+        spread = ShardedAveragedModel(model, deviations=NUM_DEVIATIONS)
+        for _ in range(NUM_DEVIATIONS):
+            spread.update_parameters(model)
+        calls |= {
+            "update_parameters, deviations": lambda: spread.update_parameters(model),
+            "sampled_into, there and back": lambda: sample(spread, model),
+            "sample_to": lambda: spread.sample_to(model, 0),
+        }
         return {f"{name}, {mode.upper()}": cost_of(call, launches) for name, call in calls.items()}
 
 
@@ -258,11 +267,18 @@ def rank_peaks(mode: str) -> dict[str, float]:
         for layer in model:
             fully_shard(layer)
         fully_shard(model)
-    return _peaks(model, ShardedAveragedModel, ("update",), "full_state_dict")
+    measured = _peaks(model, ShardedAveragedModel, ("update",), "full_state_dict")
+    spread = ShardedAveragedModel(model, deviations=NUM_DEVIATIONS)
+    for _ in range(NUM_DEVIATIONS):
+        spread.update_parameters(model)
+    phases: dict[str, Callable[[], object]] = {
+        "update, deviations": lambda: spread.update_parameters(model),
+        "sampled_into, there and back": lambda: sample(spread, model),
+    }
+    return measured | _peaks_of(phases, model)
 
 
 def _peaks(model: nn.Module, kind: Any, updates: Sequence[str], export: str) -> dict[str, float]:
-    nbytes = sum(param.numel() * param.element_size() for param in model.parameters())
     made: list[Any] = []
     state: dict[str, Any] = {}
     phases: dict[str, Callable[[], object]] = {
@@ -273,6 +289,11 @@ def _peaks(model: nn.Module, kind: Any, updates: Sequence[str], export: str) -> 
         "load_state_dict": lambda: made[0].load_state_dict(state),
         export: lambda: getattr(made[0], export)(),
     }
+    return _peaks_of(phases, model)
+
+
+def _peaks_of(phases: dict[str, Callable[[], object]], model: nn.Module) -> dict[str, float]:
+    nbytes = sum(param.numel() * param.element_size() for param in model.parameters())
     return {name: round(peak_of(phase) / nbytes, 2) for name, phase in phases.items()}
 
 
@@ -329,6 +350,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"fill the tables of {PAGE.name} in")
     write = parser.parse_args().write
+    torch.use_deterministic_algorithms(True, warn_only=True)  # as conftest.py has it: a few allocations more
     page = PAGE.read_text()
     for name, lines in (("costs", costs_table(measured_costs())), ("peaks", peaks_table(measured_peaks()))):
         print(*lines, "", sep="\n")

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..backends.contract import Pair
 from ..loop import swaps
 from ..loop.guard import Guard, seamless
 from ..op.checks import checked_seed
-from ..op.drawing import Drawing, DrawsSample, draw
+from ..op.drawing import Drawing, DrawsOf, DrawsSample, draw_for_good
 from ..terms.draws import Draws, make_random_key
 from ..terms.formats import Format
 from ..terms.rules import EqualAverage, Rule
 from ..terms.samples import make_sample
-from ..terms.spread import Spread
+from ..terms.spread import DEVIATION, Spread
 from ..terms.warn import warn_user
+from ..torch_private.modules import own_children
 from .bindings import Bound
 
 #: Elements of all variances and deviations from which a drift is estimated.
@@ -67,6 +67,21 @@ class HasSamples:
         """The variance and deviations that are kept besides the averages, as given at construction."""
         return self._deviations
 
+    @deviations.setter
+    def deviations(self, value: object) -> None:
+        raise AttributeError(
+            f"deviations must stay {self._deviations}, got {value!r}: construct another average with deviations={value}"
+        )
+
+    def _drop_deviations(self) -> bool:
+        """Keep the variance alone, as deviations from another mean are wrong. Return whether there were any."""
+        if self._deviations is None or not self._deviations.count:
+            return False
+        self._forget_columns()
+        self._deviations = Spread(0)
+        self._bindings.plan_anew()
+        return True
+
     def _drawing(self, index: object, scale: object, seed: int | None) -> Drawing:
         """Return the sample with this index. Reads the count, so it waits for a GPU.
 
@@ -80,10 +95,10 @@ class HasSamples:
         chosen = self.seed if seed is None else checked_seed(seed)
         sample = make_sample(self._deviations, int(self.n_averaged), index, scale, chosen)
         self._warn_of_drift()
-        return Drawing(sample, chosen, lambda pair: self._draws_of(pair, chosen))
+        return Drawing(sample, chosen, self._draws_of(chosen))
 
-    def _draws_of(self, pair: Pair, seed: int) -> Draws:
-        return Draws(make_random_key(seed, pair.name), tuple(pair.param.shape))
+    def _draws_of(self, seed: int) -> DrawsOf:
+        return lambda pair: Draws(make_random_key(seed, pair.name), tuple(pair.param.shape))
 
     def _warn_of_drift(self) -> None:
         count = int(self.n_averaged)
@@ -102,9 +117,11 @@ class HasSamples:
     if TYPE_CHECKING:
         n_averaged: Tensor
         seed: int
+        _bindings: Any
         rule: Rule | None
 
         def _spread_planes(self) -> Iterable[Sequence[Tensor]]: ...
+        def _forget_columns(self) -> None: ...
 
 
 @torch.no_grad()
@@ -120,7 +137,10 @@ def drift(spreads: Sequence[Sequence[Tensor]], num_averaged: int) -> float:
     spreads = [[plane.detach() for plane in planes] for planes in spreads if planes[0].numel()]
     spreads = [planes[: 1 + num_averaged] for planes in spreads]
     step = -(-sum(planes[0].numel() * len(planes) for planes in spreads) // _DRIFT_NUMEL)
-    some = [[plane.as_strided((-(-plane.numel() // step),), (step,)) for plane in planes] for planes in spreads]
+    device = spreads[0][0].device if spreads else None  # a model may be on several
+    some = [
+        [plane.as_strided((-(-plane.numel() // step),), (step,)).to(device) for plane in planes] for planes in spreads
+    ]
     columns = [column for _, *of_param in some for column in of_param]
     if not columns:
         return 0.0
@@ -184,12 +204,15 @@ class Sampled(HasSamples):
             if swaps.in_force:
                 swaps.refuse_model("sample_to", model)
             plan.writable_pairs(params, planes)
-            draw(plan, params, planes, drawing)
+            draw_for_good(plan, params, planes, drawing)
 
     def _spread_planes(self) -> Iterator[Sequence[Tensor]]:
         for _, fmt, planes in self._planes():
             if fmt.spread is not None:
                 yield planes[fmt.num_planes :]
+
+    def _forget_columns(self) -> None:
+        own_children(self).pop(DEVIATION, None)  # type: ignore[arg-type]  # a module
 
     if TYPE_CHECKING:
         _guard: Guard

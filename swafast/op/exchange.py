@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from ..backends.contract import ExchangeLaunch
 from ..loop.swaps import INTO_AVERAGES, INTO_BOTH, INTO_MODEL, REMOVED, REPLACED
 from ..terms.converting import convert
 from ..terms.copying import are_alike, write_once
@@ -47,6 +48,10 @@ class Exchange:
         is_back: whether everything is back where it was, or cannot be put back.
     """
 
+    _in_place = True  # False: all params are copied aside, and the averages stay as they are
+    # What becomes of a write into a param and into a plane, and whether one into an averaged buffer counts.
+    _end_of_params, _end_of_planes, _watches_buffers = INTO_MODEL, INTO_AVERAGES, True
+
     def __init__(
         self,
         plan: Plan,
@@ -57,7 +62,8 @@ class Exchange:
         ignore_buffers: bool = False,
     ) -> None:
         self._plan, self._params, self._binding = plan, params, binding
-        self._choose(planes)
+        every: tuple[Sequence[ExchangeLaunch], list[int]] = ((), list(range(len(plan.names))))
+        self._launches, self._aside = plan.exchange(params, planes) if self._in_place else every
         self._replaced: Replaced | None = None  # what torch copies
         self._num_planes = len(planes)
         #: What is written: params, or the tensors that they are views of, before planes.
@@ -85,10 +91,6 @@ class Exchange:
         self._versions: list[int] | None = None
         self._moved: _Moved | None = None
         self._is_there = self.is_back = False
-
-    def _choose(self, planes: Sequence[Tensor]) -> None:
-        """Set the launches that exchange in place, and the indices of the pairs that are copied aside."""
-        self._launches, self._aside = self._plan.exchange(self._params, planes)
 
     # What differs where params are views of other tensors
 
@@ -144,7 +146,8 @@ class Exchange:
             for launch in self._launches:
                 launch.exchange(True)
             self._is_there = True
-            self._put()
+            if self._stashed:
+                self._put()
             if self._replaced is not None:
                 self._replaced.there()
         finally:
@@ -204,9 +207,6 @@ class Exchange:
         return now is not None and addresses == self._addresses and all(map(is_, now, self.tensors))
 
     # Writes by others
-
-    # What becomes of a write into a param and into a plane, and whether one into an averaged buffer counts.
-    _end_of_params, _end_of_planes, _watches_buffers = INTO_MODEL, INTO_AVERAGES, True
 
     def watch(self) -> None:
         """Take what was written until now for our own."""
