@@ -15,7 +15,7 @@ from torch.nn import Module
 from ..backends.contract import ExchangeLaunch
 from ..loop.swaps import INTO_AVERAGES, INTO_BOTH, INTO_MODEL, REMOVED, REPLACED
 from ..terms.converting import convert
-from ..terms.copying import are_alike, write_once
+from ..terms.copying import are_alike, make_room, write_once
 from ..terms.names import renormed_params
 from ..torch_private.core import versions
 from .copies import Replaced
@@ -279,7 +279,7 @@ class _Moved:
         if 0 in shape:
             return torch.empty(shape, dtype=dtype, device=device)
         start = exchange._addresses[index] - exchange._origins[index]
-        if _make_room(storage, start, shape, strides, dtype):
+        if make_room(storage, start, shape, strides, dtype):
             self._gone.add(storage.data_ptr())
         tensor = torch.empty(0, dtype=dtype, device=device)
         return tensor.set_(storage, start // dtype.itemsize, shape, strides)
@@ -321,7 +321,7 @@ class _Moved:
                     self.lost[name] = None
                 elif tensor.data_ptr() != held.data_ptr() or tensor.dtype != held.dtype:
                     start = int(tensor.storage_offset()) * tensor.itemsize
-                    _make_room(tensor.untyped_storage(), start, tensor.shape, tensor.stride(), tensor.dtype)
+                    make_room(tensor.untyped_storage(), start, tensor.shape, tensor.stride(), tensor.dtype)
                     write_once(tensor, held)
 
     def _is_gone(self, tensor: Tensor) -> bool:
@@ -336,15 +336,3 @@ def _is_cast_of(held: Tensor, now: Tensor) -> bool:
     narrow = (torch.float32, torch.bfloat16, torch.float16) if held.is_floating_point() else ()
     casts = (held.to(dtype).to(now.dtype) for dtype in (held.dtype, *narrow))
     return any(torch.allclose(cast, value, rtol=0, atol=0, equal_nan=True) for cast in casts)
-
-
-def _make_room(
-    storage: torch.UntypedStorage, start: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
-) -> bool:
-    """Make a storage that was freed large enough for a tensor from byte ``start`` on. Return whether it was freed."""
-    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    needed = start + (last + 1) * dtype.itemsize if 0 not in shape else 0
-    if storage.nbytes() >= needed:
-        return False
-    storage.resize_(needed)
-    return True
