@@ -132,18 +132,18 @@ def one_z2_for_each_tensor(patch: pytest.MonkeyPatch) -> None:
 
 
 def sd_for_variance(patch: pytest.MonkeyPatch) -> None:
-    draw = sampling.draw
+    draw = drawing.draw
 
-    def squared(plan: Any, params: Any, planes: Any, drawing: Any) -> None:
+    def squared(plan: Any, params: Any, planes: Any, made: Any) -> None:
         pairs = plan.pairs(params, planes)
         kept = [pair.spread_planes[0].clone() for pair in pairs]
         for pair in pairs:
             pair.spread_planes[0].square_()
-        draw(plan, params, planes, drawing)
+        draw(plan, params, planes, made)
         for pair, variance in zip(pairs, kept, strict=True):
             pair.spread_planes[0].copy_(variance)
 
-    patch.setattr(sampling, "draw", squared)
+    patch.setattr(drawing, "draw", squared)
 
 
 def k_for_k_less_1(patch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,7 @@ class Walk:
         modules = [module for module in found if not _only_holds_tensors(module)]
         self._held = [own for module in found if _only_holds_tensors(module) and (own := own_buffers(module))]
         self._modules = [weakref.ref(module) for module in modules]
-        self._layout, values = self._read_all(modules)
+        self._layout, values = self._read(modules)
         self._empty = [i for i, value in enumerate(values) if value is None]
         first: dict[int, int] = {}
         for i, value in enumerate(values):
@@ -169,16 +169,7 @@ class Walk:
         self._ties = [(first[id(v)], i) for i, v in enumerate(values) if v is not None and first[id(v)] != i]
         self._positions = first
 
-    def _read_all(self, modules: list[Module]) -> tuple[list[object], list[Tensor | None]]:
-        layout, values = self._read(modules)
-        if self._held:
-            layout += chain.from_iterable(self._held)
-            layout += map(len, self._held)
-            values += chain.from_iterable(map(dict.values, self._held))
-        return layout, values
-
-    @staticmethod
-    def _read(modules: list[Module]) -> tuple[list[object], list[Tensor | None]]:
+    def _read(self, modules: list[Module]) -> tuple[list[object], list[Tensor | None]]:
         """Return (layout, tensors); the layout lists all names, ids of children and the bounds of modules."""
         layout: list[object] = []
         values: list[Tensor | None] = []
@@ -195,6 +186,10 @@ class Walk:
                 layout.extend(submodules.keys())
                 layout.extend(map(id, submodules.values()))
             layout.append(len(values))
+        if self._held:
+            layout += chain.from_iterable(self._held)
+            layout += map(len, self._held)
+            values += chain.from_iterable(map(dict.values, self._held))
         return layout, values
 
     def position(self, tensor: Tensor) -> int:
@@ -214,7 +209,7 @@ class Walk:
             if module is None:
                 return None
             modules.append(module)
-        layout, values = self._read_all(modules)
+        layout, values = self._read(modules)
         if layout != self._layout:
             return None
         for first, again in self._ties:
