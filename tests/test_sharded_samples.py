@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -145,14 +146,16 @@ def _save(folder: Path, modes: list[str]) -> None:
 
 @on_ranks(2)
 def test_some_columns_out_of_more_are_no_state(tmp_path: Path) -> None:
-    """DCP loads the keys that it is asked for, and those of three deviations are among those of four."""
-    saved, other = Beside("ddp", updates=5, deviations=4), Beside("ddp", updates=2, deviations=3)
+    """DCP loads the keys that it is asked for, and those of fewer deviations, or of none, are among those of four."""
+    saved = Beside("ddp", updates=5, deviations=4)
     dcp.save({"averaged": saved.averaged.state_dict()}, checkpoint_id=tmp_path)
-    before, state = planes_of(other.averaged), {"averaged": other.averaged.state_dict()}
-    dcp.load(state, checkpoint_id=tmp_path)
-    told = outcome(partial(other.averaged.load_state_dict, state["averaged"]))
-    assert "state_dict['variance.long'] must have been saved with deviations=3, got 4" in told, told
-    require_same(planes_of(other.averaged), before)
+    for deviations in (3, 0, None):
+        other = Beside("ddp", updates=2, deviations=deviations)
+        before, state = planes_of(other.averaged), {"averaged": other.averaged.state_dict()}
+        dcp.load(state, checkpoint_id=tmp_path)
+        told = outcome(partial(other.averaged.load_state_dict, state["averaged"]))
+        assert f"must have been saved with deviations={deviations}, got deviations=4" in told, told
+        require_same(planes_of(other.averaged), before)
 
 
 def _load(folder: Path, modes: list[str], sources: list[str]) -> None:
@@ -379,12 +382,18 @@ def asked_otherwise() -> None:
     both.train()
     own = locals_of(model)
     calls = "all ranks must make the same call, got", " on rank 0, ", f"of average {averaged._number} on rank 1"
-    require_told(told(rank), "RuntimeError", *calls, "(index=1, scale=None, seed=None)")
-    require_told(told(scale=0.5 + rank), *calls, "(index=0, scale=1.5, seed=None)")
-    require_told(told(seed=rank), *calls, "(index=0, scale=None, seed=1)")
+    require_told(told(rank), "RuntimeError", *calls, "(index=1, seed=0, scale=None)")
+    require_told(told(scale=torch.tensor(0.5 + 1e-6 * rank)), *calls, "(index=0, seed=0, scale=0.500001")
+    require_told(told(seed=rank), *calls, "(index=0, seed=1, scale=None)")
+    averaged.seed = rank
+    require_told(told(), *calls, "(index=0, seed=1, scale=None)")
+    averaged.seed = 0
+    one, half = (0, 0.5) if rank else (np.int64(0), torch.tensor(0.5))
+    with averaged.sampled_into(model, one, scale=half, seed=one):  # type: ignore[arg-type]  # equal by value
+        pass
     require_told(told(-1), "ValueError: index must be from 0 to 2^32 - 1, got -1")
     require_told(told(object()), "TypeError: index must be an int")
-    require_told(told(scale=-1.0), "ValueError: scale must be finite and >= 0, got -1.0")
+    require_told(told(scale=-1.0), "ValueError: scale must be finite in float32 and >= 0, got -1.0")
     require_told(told(seed=0.5), "TypeError: seed must be an int, got 0.5")
     require_told(told(of=alone), "RuntimeError: a sample must be drawn of an average with a spread")
     if rank == 0:
@@ -461,13 +470,13 @@ def draw_columns_by_rank() -> None:
 
 
 def keep_no_copy() -> None:
-    choose = DrawsSample._choose
+    put = DrawsSample._put
 
-    def forget(self: Any, planes: Any) -> None:
-        choose(self, planes)
-        self._aside = []
+    def forget(self: Any) -> None:
+        put(self)
+        self._stash.clear()
 
-    DrawsSample._choose = forget  # type: ignore[method-assign]
+    DrawsSample._put = forget  # type: ignore[method-assign]
 
 
 def gather_no_sample() -> None:
@@ -475,7 +484,7 @@ def gather_no_sample() -> None:
 
 
 def compare_no_arguments() -> None:
-    shard_use.spell = lambda value: "it"  # type: ignore[assignment]
+    shard_use.UsableShards._spelled = lambda self, **asked: "it"  # type: ignore[method-assign]
 
 
 def save_no_columns() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,10 @@ class HasSamples:
     def _draws_of(self, seed: int) -> DrawsOf:
         return lambda pair: Draws(make_random_key(seed, pair.name), tuple(pair.param.shape))
 
+    def _disregard_drift(self) -> None:
+        """Warn of no drift from now on: a parameter that began late has less variance than its deviations."""
+        self._seen_drift = -1
+
     def _warn_of_drift(self) -> None:
         count = int(self.n_averaged)
         # Other rules weight the variance and not the deviations, so a comparison says nothing.
@@ -146,7 +151,8 @@ def drift(spreads: Sequence[Sequence[Tensor]], num_averaged: int) -> float:
         return 0.0
     variance = torch.cat([planes[0] for planes in some]).sum(dtype=torch.float64)
     mean_square = torch.cat(columns).to(torch.float64).square().sum() / (len(columns) // len(some))
-    return float(mean_square / variance) if variance > 0 else 0.0
+    ratio = float(mean_square / variance) if variance > 0 else 0.0
+    return ratio if math.isfinite(ratio) else 0.0  # an overflow is no drift
 
 
 class Sampled(HasSamples):

@@ -18,7 +18,7 @@ from ..terms.boxes import boxes_of_run
 from ..terms.converting import write_all
 from ..terms.copying import are_alike, describe_kind
 from ..terms.names import unwrapping
-from ..terms.spread import VARIANCE
+from ..terms.spread import Spread
 from .parts.holdings import is_spread_as
 from .parts.part_tensor import PartTensor
 from .parts.ranks import Ranks
@@ -52,9 +52,9 @@ class Entry:
     keys: tuple[str, ...]
     share: Share
     plane: Tensor  # this rank's part; 1-D, or whole in its own shape
-    #: Of a variance, the number of deviations that go with it. Its seal says so: DCP loads the keys that it is asked
-    #: for, so it would take some columns out of more of them.
-    num_deviations: int = 0
+    #: The spread beside it, if it is an average's plane 0. Its seal says so: DCP loads the keys that it is asked for,
+    #: so it would take some columns out of more of them, or an average without its spread.
+    spread: Spread | None = None
 
     @property
     def run(self) -> Tensor:
@@ -66,11 +66,10 @@ def entries(shares: Sequence[Share], planes: Mapping[str, tuple[Tensor, ...]]) -
     """Yield the entries of a state, under the keys of the unsharded class."""
     for share in shares:
         first, *further = planes[share.name]
-        yield Entry(tuple(MODULE + name for name in share.holding.names), share, first)
         spread = share.format.spread if share.format else None
+        yield Entry(tuple(MODULE + name for name in share.holding.names), share, first, spread)
         for (plane, _), tensor in zip(share.format.further if share.format else (), further, strict=True):
-            count = spread.count if spread is not None and plane == VARIANCE else 0
-            yield Entry((f"{plane}.{share.name}",), share, tensor, count)
+            yield Entry((f"{plane}.{share.name}",), share, tensor)
 
 
 def part_of(entry: Entry) -> Tensor:
@@ -114,22 +113,24 @@ def make_state(
     """Return a state of copies, if asked with a seal for each key, which does not depend on the cut. Collective."""
     state = {COUNT: num_averaged.detach().clone()}
     sums: dict[str, int] = {COUNT: checksum(state[COUNT]) if ranks.index == 0 else 0}
-    nums_deviations = {key: entry.num_deviations for entry in all_entries for key in entry.keys}
+    spreads = {key: entry.spread for entry in all_entries for key in entry.keys}
     for entry in all_entries:
         value, own = sealed_part_of(entry, ranks)
         for key in entry.keys:
             state[key], sums[key] = value, own
     if checksums:
         for key, seal in zip(sums, ranks.sums(sums.values(), num_averaged.device), strict=True):
-            code = _code_of(state[key].dtype, nums_deviations.get(key, 0))
+            code = _code_of(state[key].dtype, spreads.get(key))
             state[CHECKSUM + key] = torch.tensor([seal, code], dtype=torch.int64, device="cpu")
         state[SAVE_ID] = _save_id_part(ranks)
     return state
 
 
-def _code_of(dtype: torch.dtype, num_deviations: int = 0) -> int:
+def _code_of(dtype: torch.dtype, spread: Spread | None = None) -> int:
+    """Return what a seal says besides the checksum: the dtype, and 1 more than the number of deviations, or 0."""
     name = str(dtype).removeprefix("torch.")
-    return _DTYPES.index(name) + num_deviations * _PER_DEVIATION if name in _DTYPES else -1
+    beside = 0 if spread is None else 1 + spread.count
+    return _DTYPES.index(name) + beside * _PER_DEVIATION if name in _DTYPES else -1
 
 
 def _save_id_part(ranks: Ranks) -> PartTensor:
@@ -240,14 +241,15 @@ def _require_dtypes(all_entries: Sequence[Entry], state: Mapping[str, object]) -
 
 
 def _require_saved_as(
-    dtype: torch.dtype, key: str, seals: Mapping[str, tuple[int, int]], num_deviations: int = 0
+    dtype: torch.dtype, key: str, seals: Mapping[str, tuple[int, int]], spread: Spread | None = None
 ) -> None:
     """Raise ValueError if a key was saved with another dtype, since DCP casts on loading, or another spread."""
-    if key not in seals or seals[key][1] == _code_of(dtype, num_deviations):
+    if key not in seals or seals[key][1] == _code_of(dtype, spread):
         return
-    count, code = divmod(seals[key][1], _PER_DEVIATION)
+    beside, code = divmod(seals[key][1], _PER_DEVIATION)
     if code == _code_of(dtype):
-        raise ValueError(f"state_dict[{key!r}] must have been saved with deviations={num_deviations}, got {count}")
+        own, found = spread.count if spread is not None else None, beside - 1 if beside else None
+        raise ValueError(f"state_dict[{key!r}] must have been saved with deviations={own}, got deviations={found}")
     saved = f"torch.{_DTYPES[code]}" if code < len(_DTYPES) else "an unknown dtype"
     raise ValueError(f"state_dict[{key!r}] must have been saved as {dtype}, got {saved}: another format")
 
@@ -266,7 +268,7 @@ def _run_of_ties(state: Mapping[str, Tensor], entry: Entry, seals: Mapping[str, 
 def _run_from(value: Tensor, key: str, entry: Entry, seals: Mapping[str, tuple[int, int]]) -> Tensor:
     """Return this rank's elements of a value, 1-D, in the order of its plane's memory."""
     share, holding = entry.share, entry.share.holding
-    _require_saved_as(entry.plane.dtype, key, seals, entry.num_deviations)
+    _require_saved_as(entry.plane.dtype, key, seals, entry.spread)
     if tuple(value.shape) != holding.shape:
         raise ValueError(f"state_dict[{key!r}] must have the shape {holding.shape}, got {tuple(value.shape)}")
     if isinstance(value, DTensor):

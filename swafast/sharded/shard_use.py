@@ -19,6 +19,7 @@ from ..loop.guard import Guard, seamless
 from ..op.drawing import DrawsOf, DrawsSample, draw_for_good
 from ..terms.draws import Draws, make_random_key
 from ..terms.formats import with_spread
+from ..terms.numbers import as_float, as_int
 from ..terms.spread import Spread
 from .construction import spell
 from .parts.all_gather import AllGather
@@ -145,12 +146,20 @@ class UsableShards(HasSamples):
         Collective if params are cut, or for a sample, which must be the same on all ranks: an error on one rank, here
         or in the body, then raises on all.
         """
-        call = f"{action}({', '.join(f'{name}={spell(value)}' for name, value in asked.items())})" if asked else action
+        call = f"{action}({self._spelled(**asked)})" if asked else action
         with self._counting.settled(call, self._number) if self._all_gathers or asked else nullcontext():
             self._guard.refuse_while_swapped(action)
             bound = self._bind(model)
             reshard(model)
             yield bound, bound[1].held() if self._all_gathers else {}
+
+    def _spelled(self, index: object, scale: object, seed: object) -> str:
+        """Return what a sample is asked for as ranks compare it: by value, whatever the types of the arguments."""
+        number = None if scale is None else as_float(scale)
+        exact = spell(scale) if number is None else f"{number} = {number.hex()}"
+        own = self.seed if seed is None else seed
+        whole = (spell(value) if as_int(value) is None else as_int(value) for value in (index, own))
+        return "index={}, seed={}, scale={}".format(*whole, exact)
 
     def _draws_of(self, seed: int) -> DrawsOf:
         shares: dict[str, Share] = {}  # by name, once a plan asks: it keeps what it is told

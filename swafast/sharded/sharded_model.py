@@ -212,7 +212,8 @@ class ShardedAveragedModel(HasFullStates, UsableShards, AdaptableShards, ShardSi
         quantised or of a tensor subclass are left out.
 
         Args:
-            checksums: pass False to load a checkpoint without checksums, such as one of an unsharded average.
+            checksums: pass False to load a checkpoint without checksums, such as one of an unsharded average. Then
+                nobody sees if it was saved with more ``deviations`` than this average has.
 
         Raises:
             RuntimeError: the averages are swapped into a model, here or on another rank; ranks have made different
