@@ -33,7 +33,7 @@ from bench.workloads import GPU_WORKLOADS
 
 CPU = torch.device("cpu")
 BACKENDS = ("cpu", "reference")
-NUM_PARTS = 17
+NUM_PARTS = 18
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +181,7 @@ def test_the_parts_come_in_their_order(tmp_path: Path) -> None:
     assert [name for name, *_ in run.parts()] == [
         "facts", "build", "bits of cuda", "largest", "small", "bits of triton", "times of triton", "launches",
         "tests of waiting and graphs", "the other gpu tests", "training loop", "memcheck", "racecheck",
-        "compiled foreach", "grids and chunks", "other formats", "picture",
+        "compiled foreach", "grids and chunks", "spreads", "other formats", "picture",
     ]  # fmt: skip
     limits = [limit for _, limit, _ in run.parts()]
     assert len(limits) == NUM_PARTS

@@ -8,10 +8,10 @@ import random
 from collections.abc import Callable, Sequence
 
 import pytest
+from swafast.sharded.parts.spread import pieces_of
 
 from swafast.sharded.parts import flat_order, spread
 from swafast.sharded.parts.flat_order import BORDER_NUMEL, FlatOrder, Run
-from swafast.sharded.parts.spread import pieces_of
 from swafast.terms import boxes
 from swafast.terms.boxes import Box, boxes_of_run
 
