@@ -61,9 +61,9 @@ UPDATE_TILES = {
     },
     "bytes": Tile(4, 4, 64, 0.4),
 }
-#: Those that move a spread, beside those that move its average. Their six stores are two of the variance, and four of a
-#: column: as float32, bfloat16 or float16, of which one runs. An average in float64 takes half a group; beside 16-bit params its loads
-#: are fewer than LOADS_UNDER_WAY, and it is not held here. An H200 issues 164 beside a copy of 24 bytes.
+#: Those that move a spread, beside those that move its average. Their six stores are two of the variance and four of a
+#: column: as float32, bfloat16 or float16, of which one runs. An average in float64 takes half a group; beside 16-bit
+#: params it has fewer loads than LOADS_UNDER_WAY, and is not held here. An H200 issues 164 beside a copy of 24 bytes.
 COLLECT_TILES = {
     "float32 float32, spread": Tile(6, 6, 8, 21.5),
     "float32 exact, spread": Tile(6, 6, 8, 27),
