@@ -214,6 +214,27 @@ def files_block(report: Report) -> str:
     )
 
 
+def swag_block(report: Report) -> str:
+    """Return the table of collects and samples of SWAG, with what ours takes of each."""
+    lines = []
+    for rows in grouped(report.rows):
+        ours = find(rows, names.OURS)
+        for row in rows:
+            times = "" if ours is None or ours.wall is None or row is ours else f"{row.seconds / ours.seconds:.2g}x"
+            call = row.group.removeprefix("swag ") if row is rows[0] else ""
+            lines.append((call, row.provider, _ms(row), times))
+    row = report.rows[0]
+    return markdown(
+        f"{row.title}, {row.num_params / 1e6:.3g}M float32 | by | ms | of ours",
+        lines,
+        f"Medians of one run of {origin(report)}; all ways interleaved. *the authors' algorithm*: as swa_gaussian does "
+        "it, which concatenates all deviations in each collect and in each sample. *torch foreach*: this package's "
+        "formulas, with all memory allocated beforehand, by `torch._foreach_*`. *no deviations*: the update of the "
+        f"mean alone, with half of the bytes. {disturbance(report.rows)}".strip(),
+        texts=2,
+    )
+
+
 # Tables of a terminal alone
 
 

@@ -18,6 +18,7 @@ from ..terms.boxes import boxes_of_run
 from ..terms.converting import write_all
 from ..terms.copying import are_alike, describe_kind
 from ..terms.names import unwrapping
+from ..terms.spread import VARIANCE
 from .parts.holdings import is_spread_as
 from .parts.part_tensor import PartTensor
 from .parts.ranks import Ranks
@@ -40,6 +41,10 @@ _DTYPES = (
 )
 
 
+#: What each deviation adds to a seal's code: more than there are dtypes.
+_PER_DEVIATION = 256
+
+
 @dataclass(frozen=True)
 class Entry:
     """One plane or buffer in a state, under one key, or under several if params are tied."""
@@ -47,6 +52,9 @@ class Entry:
     keys: tuple[str, ...]
     share: Share
     plane: Tensor  # this rank's part; 1-D, or whole in its own shape
+    #: Of a variance, the number of deviations that go with it. Its seal says so: DCP loads the keys that it is asked
+    #: for, so it would take some columns out of more of them.
+    num_deviations: int = 0
 
     @property
     def run(self) -> Tensor:
@@ -59,8 +67,10 @@ def entries(shares: Sequence[Share], planes: Mapping[str, tuple[Tensor, ...]]) -
     for share in shares:
         first, *further = planes[share.name]
         yield Entry(tuple(MODULE + name for name in share.holding.names), share, first)
+        spread = share.format.spread if share.format else None
         for (plane, _), tensor in zip(share.format.further if share.format else (), further, strict=True):
-            yield Entry((f"{plane}.{share.name}",), share, tensor)
+            count = spread.count if spread is not None and plane == VARIANCE else 0
+            yield Entry((f"{plane}.{share.name}",), share, tensor, count)
 
 
 def part_of(entry: Entry) -> Tensor:
@@ -104,21 +114,22 @@ def make_state(
     """Return a state of copies, if asked with a seal for each key, which does not depend on the cut. Collective."""
     state = {COUNT: num_averaged.detach().clone()}
     sums: dict[str, int] = {COUNT: checksum(state[COUNT]) if ranks.index == 0 else 0}
+    nums_deviations = {key: entry.num_deviations for entry in all_entries for key in entry.keys}
     for entry in all_entries:
         value, own = sealed_part_of(entry, ranks)
         for key in entry.keys:
             state[key], sums[key] = value, own
     if checksums:
         for key, seal in zip(sums, ranks.sums(sums.values(), num_averaged.device), strict=True):
-            code = _code_of(state[key].dtype)
+            code = _code_of(state[key].dtype, nums_deviations.get(key, 0))
             state[CHECKSUM + key] = torch.tensor([seal, code], dtype=torch.int64, device="cpu")
         state[SAVE_ID] = _save_id_part(ranks)
     return state
 
 
-def _code_of(dtype: torch.dtype) -> int:
+def _code_of(dtype: torch.dtype, num_deviations: int = 0) -> int:
     name = str(dtype).removeprefix("torch.")
-    return _DTYPES.index(name) if name in _DTYPES else -1
+    return _DTYPES.index(name) + num_deviations * _PER_DEVIATION if name in _DTYPES else -1
 
 
 def _save_id_part(ranks: Ranks) -> PartTensor:
@@ -165,7 +176,7 @@ def prepare_load(all_entries: Sequence[Entry], copied: Mapping[tuple[str, ...], 
     sealed = [key for key in state if str(key).startswith(CHECKSUM)]
     # Check dtypes first: a state of another format also lacks keys, and this error is clearer.
     _require_dtypes(all_entries, state)
-    _require_keys([*keys, *(CHECKSUM + key for key in keys), SAVE_ID] if sealed else keys, state)
+    _require_keys([*keys, *(CHECKSUM + key for key in keys), SAVE_ID] if sealed else keys, state, all_entries)
     for key in state:
         if not isinstance(state[key], Tensor):
             raise TypeError(f"state_dict[{key!r}] must be a tensor, got {type(state[key]).__name__}")
@@ -203,10 +214,14 @@ def named_alike(all_entries: Sequence[Entry], copied: Iterable[tuple[str, ...]],
     return {keys.get(key) or key: value for key, value in state.items()}
 
 
-def _require_keys(expected: Sequence[str], state: Mapping[str, object]) -> None:
+def _require_keys(expected: Sequence[str], state: Mapping[str, object], all_entries: Sequence[Entry]) -> None:
     missing = [key for key in expected if key not in state]
     surplus = [key for key in state if key not in set(expected)]
     if missing or surplus:
+        formats = {each.share.name: each.share.format for each in all_entries if MODULE + each.share.name in state}
+        differs = misfits.of_spreads(state, "", {name: fmt.spread for name, fmt in formats.items() if fmt is not None})
+        if differs:
+            raise ValueError(differs)
         names = {key.removeprefix(MODULE) for key in expected if key.startswith(MODULE)}
         what = [f"missing {missing[:3]}"] if missing else []
         what += [f"unexpected {surplus[:3]}"] if surplus else []
@@ -224,11 +239,17 @@ def _require_dtypes(all_entries: Sequence[Entry], state: Mapping[str, object]) -
                 raise ValueError(f"state_dict[{key!r}] must be {entry.plane.dtype}, got {value.dtype}: another format")
 
 
-def _require_saved_as(dtype: torch.dtype, key: str, seals: Mapping[str, tuple[int, int]]) -> None:
-    """Raise ValueError if a key was saved with another dtype, since DCP casts on loading."""
-    if key in seals and seals[key][1] != _code_of(dtype):
-        saved = f"torch.{_DTYPES[seals[key][1]]}" if 0 <= seals[key][1] < len(_DTYPES) else "an unknown dtype"
-        raise ValueError(f"state_dict[{key!r}] must have been saved as {dtype}, got {saved}: another format")
+def _require_saved_as(
+    dtype: torch.dtype, key: str, seals: Mapping[str, tuple[int, int]], num_deviations: int = 0
+) -> None:
+    """Raise ValueError if a key was saved with another dtype, since DCP casts on loading, or another spread."""
+    if key not in seals or seals[key][1] == _code_of(dtype, num_deviations):
+        return
+    count, code = divmod(seals[key][1], _PER_DEVIATION)
+    if code == _code_of(dtype):
+        raise ValueError(f"state_dict[{key!r}] must have been saved with deviations={num_deviations}, got {count}")
+    saved = f"torch.{_DTYPES[code]}" if code < len(_DTYPES) else "an unknown dtype"
+    raise ValueError(f"state_dict[{key!r}] must have been saved as {dtype}, got {saved}: another format")
 
 
 def _run_of_ties(state: Mapping[str, Tensor], entry: Entry, seals: Mapping[str, tuple[int, int]]) -> Tensor:
@@ -245,7 +266,7 @@ def _run_of_ties(state: Mapping[str, Tensor], entry: Entry, seals: Mapping[str, 
 def _run_from(value: Tensor, key: str, entry: Entry, seals: Mapping[str, tuple[int, int]]) -> Tensor:
     """Return this rank's elements of a value, 1-D, in the order of its plane's memory."""
     share, holding = entry.share, entry.share.holding
-    _require_saved_as(entry.plane.dtype, key, seals)
+    _require_saved_as(entry.plane.dtype, key, seals, entry.num_deviations)
     if tuple(value.shape) != holding.shape:
         raise ValueError(f"state_dict[{key!r}] must have the shape {holding.shape}, got {tuple(value.shape)}")
     if isinstance(value, DTensor):
