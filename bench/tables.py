@@ -41,6 +41,12 @@ def kind_text(dtype: str, format: str, averages: int = 1) -> str:
     return f"{SHORT_DTYPES[dtype]}{into}" + (f" x{averages}" if averages > 1 else "")
 
 
+def row_kind_text(row: Row) -> str:
+    """Write the kind of a row of a GPU run: is it an update of averages with a spread, or a draw?"""
+    work = next((work for work in names.SPREADS if row.group.endswith(work)), "")
+    return f"{kind_text(row.dtype, row.format, row.averages)}{work}"
+
+
 def _ms(row: Row | None) -> str:
     return "" if row is None or row.wall is None else milliseconds(row.seconds)
 
@@ -259,12 +265,15 @@ def gpu_table(report: Report) -> str:
         copy = find(rows, names.COPY)
         shown = [*(find(rows, f"{names.OURS} {name}") for name in backends), baseline(rows), find(rows, names.FOREACH)]
         name = f"{rows[0].title.replace(', no embeddings', '')}, "
-        name += kind_text(rows[0].dtype, rows[0].format, rows[0].averages)
+        name += row_kind_text(rows[0])
         rate = "" if copy is None else f"{copy.bytes_per_s / 1e12:.2f}"
         lines.append((name, rate, *(percent(share_of_copy(row, rows)) for row in shown), *map(_ms, shown)))
     shown_names = [*backends, "best", "foreach"]
     header = ["workload", "copy TB/s", *shown_names, *(f"{name} ms" for name in shown_names)]
-    what = "Share of the device copy's bytes a second, and wall time of an update; best: torch's best way."
+    what = (
+        "Share of the device copy's bytes a second, and wall time of an update; best: torch's best way. Collect: an "
+        "update with 20 deviations; draw: a sample of these."
+    )
     return markdown(" | ".join(header), lines, what)
 
 

@@ -119,7 +119,7 @@ def run_in_each_order(library: ctypes.CDLL, check: Callable[[Prepare], None], pr
 
 
 def complaint_of(check: Callable[[], None], said: Path) -> str:
-    """Return what a check says that fails, or that the shim ends, in a process of its own."""
+    """Return what a check says that fails, or the shim, or which signal ends it, in a process of its own."""
     child = os.fork()
     if child == 0:
         os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
@@ -132,7 +132,8 @@ def complaint_of(check: Callable[[], None], said: Path) -> str:
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert status != 0, "nothing was seen"
-    return said.read_text()
+    ended = f"ended by {signal.Signals(os.WTERMSIG(status)).name}" if os.WIFSIGNALED(status) else ""
+    return said.read_text() + ended
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])

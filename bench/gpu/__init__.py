@@ -90,6 +90,7 @@ class Run:
             ("racecheck", 40.0, self.checker),
             ("compiled foreach", 45.0, self.doing("compiled")),
             ("grids and chunks", 60.0, self.doing("swept", first)),
+            ("spreads", 40.0, self.doing("spreads", first, second)),
             ("other formats", 80.0, self.doing("formats", first, second)),
             ("picture", END_S, self.draw),
         ]

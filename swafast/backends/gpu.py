@@ -206,6 +206,6 @@ class DeviceLaunch:
         stream = current_raw_stream(table.device)
         if stream != table.stream and table.device.type == "cuda":
             # The table's memory may be handed out again once this stream is done with it, not before.
-            for words in (table.words, table.rings):
+            for words in (table.words, *([table.rings] if table.has_spread else [])):
                 words.record_stream(torch.cuda.current_stream(table.device))
         return stream

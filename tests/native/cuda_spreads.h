@@ -106,9 +106,9 @@ struct SpreadTensor {
     }
     for (size_t k = 0; k < columns.size(); ++k) {
       require(k == written || columns[k].unchanged(), "an update wrote to column %zu, not only to %zu", k, written);
-      require(columns[k].intact(), "an update wrote beside column %zu", k);
+      require(columns[k].intact(), "an update wrote beside a buffer: column %zu", k);
     }
-    require(variance.intact(), "an update wrote beside a variance");
+    require(variance.intact(), "an update wrote beside a buffer: a variance");
   }
 
   void check_drawn(const swafast_sample& sample) {

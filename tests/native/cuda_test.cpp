@@ -325,12 +325,6 @@ int main(int argc, char** argv) {
     }
   }
   if (!large.empty()) return run_large(large);
-  for (const bool is_far : {false, true}) {
-    take_order(is_far ? 1 : 0);
-    Random random(12);
-    CudaLaunch launch;
-    check_spreads(launch, is_far, random);
-  }
   for (int turn = 0; turn < 4; ++turn) {
     take_order(turn);
     CudaLaunch launch;
@@ -348,6 +342,12 @@ int main(int argc, char** argv) {
     take_order(3 * turn);
     Random random(10);
     check_paces<CudaLaunch>(random);
+  }
+  for (const bool is_far : {false, true}) {
+    take_order(is_far ? 1 : 0);
+    Random random(12);
+    CudaLaunch launch;
+    check_spreads(launch, is_far, random);
   }
   check_updates();
   std::printf("every check passed: %s\n", swafast_cuda_build());
