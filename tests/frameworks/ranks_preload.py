@@ -1,0 +1,19 @@
+"""The imports of a rank that trains with a framework, before it is forked. See `tests.ranks_preload`."""
+
+# ruff: noqa: E402, F401
+from tests.frameworks.shims import shim_torchvision, stay_offline
+
+stay_offline()
+shim_torchvision()
+
+import gc
+
+import accelerate
+import lightning.pytorch
+import transformers
+import transformers.trainer
+
+import tests.frameworks.kit
+
+gc.collect()
+gc.freeze()

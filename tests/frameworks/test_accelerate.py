@@ -1,0 +1,283 @@
+"""`swafast.integrations.accelerate` with Accelerate as it is: plain, DDP, and FSDP2 with sharded states."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import state as accelerate_state
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from swafast.integrations.accelerate import WeightAverage
+from tests.frameworks.kit import (
+    AVERAGE,
+    BATCH,
+    STEPS_PER_EPOCH,
+    EvaluationError,
+    Framework,
+    Job,
+    Kit,
+    Report,
+    Resumes,
+    State,
+    differing,
+    of_net,
+    optimizer_of,
+    whole_state,
+)
+from tests.test_documents import ROOT, blocks_of, reader
+
+pytestmark = pytest.mark.frameworks
+
+
+def fresh_state() -> None:
+    """Have Accelerate forget the process's earlier accelerators."""
+    accelerate_state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Accelerate(Framework):
+    """A user's loop with Accelerate: DDP on several ranks."""
+
+    def accelerator(self, job: Job) -> Accelerator:
+        fresh_state()
+        return Accelerator(cpu=True, gradient_accumulation_steps=job.accumulation)
+
+    def train(self, job: Job) -> Report:
+        accelerator = self.accelerator(job)
+        assert accelerator.num_processes == job.world
+        net = job.net()
+        loader = DataLoader(TensorDataset(*job.train_set()), BATCH)
+        sets = [DataLoader(TensorDataset(*job.eval_set(index)), BATCH) for index in range(job.eval_sets)]
+        model, optimizer, loader, *sets = accelerator.prepare(net, optimizer_of(net.parameters()), loader, *sets)
+        average = None
+        for _ in range(job.installed):
+            average = WeightAverage(**job.options).install(accelerator, model, optimizer)
+        if job.resumes is not None:
+            self.resume(accelerator, job, average)
+        saved = None
+        try:
+            for epoch in range(job.before // STEPS_PER_EPOCH, job.epochs):
+                self.epoch(accelerator, model, optimizer, loader)
+                with average.swapped() if average else torch.no_grad():
+                    self.evaluate(model, sets)
+                accelerator.save_state(str(job.folder / f"epoch_{epoch}"))
+        except EvaluationError:
+            accelerator.save_state(str(job.folder / "broken"))
+            accelerator.wait_for_everyone()
+            saved = self.saved_model(job.folder / "broken", net)
+        if average is None:
+            return Report(whole_state(net), saved=saved)
+        exported = None
+        if average.has_models:
+            average.save_model(job.folder / "exported")
+            accelerator.wait_for_everyone()
+            exported = of_net(load_file(job.folder / "exported" / "model.safetensors"))
+        average.finish()
+        states = average.averaged.full_state_dict if average.holds_shards else average.averaged.state_dict
+        return Report(whole_state(net), states(), average.attachment.state_dict(), exported, saved)
+
+    def resume(self, accelerator: Accelerator, job: Job, average: WeightAverage | None) -> None:
+        assert job.resumes is not None
+        accelerator.load_state(str(sorted(job.resumes.glob("epoch_*"))[-1]))
+        if average is not None and average.attachment.step == 0:  # as the warning says
+            average.attachment.step = job.before
+
+    def epoch(self, accelerator: Accelerator, model: nn.Module, optimizer: Any, loader: DataLoader) -> None:
+        model.train()
+        for inputs, classes in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(cross_entropy(model(inputs), classes))
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def evaluate(self, model: nn.Module, sets: list[DataLoader]) -> None:
+        model.eval()
+        with torch.no_grad():
+            for loader in sets:
+                for inputs, _ in loader:
+                    model(inputs)
+
+    def saved_model(self, folder: Path, net: nn.Module) -> State:
+        """Return the model in a checkpoint."""
+        return of_net(load_file(folder / "model.safetensors"))
+
+    def halve(self, folder: Path) -> None:
+        (sorted(folder.glob("epoch_*"))[-1] / "swafast" / "attachment.json").unlink()
+
+
+class Fsdp2(Accelerate):
+    """Two ranks with shards, in states and in averages."""
+
+    world = 2
+    state_dict_type = "SHARDED_STATE_DICT"
+
+    def accelerator(self, job: Job) -> Accelerator:
+        fresh_state()
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="NO_WRAP", state_dict_type=self.state_dict_type
+        )
+        accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=job.accumulation)
+        # Accelerate has FSDP only on accelerators, and takes gloo's ranks for DDP.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+        accelerate_state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        return accelerator
+
+    def saved_model(self, folder: Path, net: nn.Module) -> State:
+        # Whatever stands in the memory of this state is overwritten, or DCP raises.
+        state = {"model": {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}}
+        dcp.load(state, checkpoint_id=folder / "pytorch_model_fsdp_0")
+        return of_net(state["model"])
+
+
+class Fsdp2Full(Fsdp2):
+    state_dict_type = "FULL_STATE_DICT"
+
+    def saved_model(self, folder: Path, net: nn.Module) -> State:
+        return of_net(torch.load(folder / "pytorch_model_fsdp.bin", weights_only=True))
+
+
+class Ddp(Accelerate):
+    """Two ranks, each with the whole model."""
+
+    world = 2
+
+
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before, *after = blocks_of((ROOT / "docs/frameworks/accelerate.md").read_text())
+    for blocks in ([before], after):
+        fresh_state()
+        scope = reader()
+        exec("\n".join(blocks), scope)
+    average, model = scope["average"], scope["model"]
+    assert average.attachment.step == 3  # two of them before the checkpoint
+    assert differing(load_file("exported/model.safetensors"), model.state_dict()) == []
+
+
+def prepared(**options: Any) -> tuple[Accelerator, nn.Module, Any]:
+    fresh_state()
+    accelerator = Accelerator(cpu=True, **options)
+    model = nn.Linear(4, 2)
+    return accelerator, *accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
+
+
+def step(model: nn.Module, optimizer: Any) -> None:
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_wrong_installations_are_refused() -> None:
+    accelerator, model, optimizer = prepared()
+    installs: dict[str, tuple[Any, ...]] = {
+        "accelerator must be an accelerate.Accelerator, got Linear": (model, model, optimizer),
+        "optimizer must be a result of accelerator.prepare, got SGD": (accelerator, model, optimizer.optimizer),
+        "model must be a result of accelerator.prepare": (accelerator, nn.Linear(4, 2), optimizer),
+        "must have an optimizer for averages to follow, got none": (accelerator, model),
+    }
+    for message, given in installs.items():
+        average = WeightAverage()
+        with pytest.raises((TypeError, ValueError), match=message):
+            average.install(*given)
+        assert average.averaged is None
+    with pytest.raises(ValueError, match="start"):
+        WeightAverage(start="3 weeks").install(accelerator, model, optimizer)
+    for use in (WeightAverage().swapped, WeightAverage().finish, lambda: WeightAverage().save_model("folder")):
+        with pytest.raises(RuntimeError, match=r"must be installed first: call install\(accelerator, model, optimizer"):
+            use()
+    average = WeightAverage().install(accelerator, model, optimizer)  # none of the above has left anything
+    with pytest.raises(ValueError, match="installed once, got a second call"):
+        average.install(accelerator, model, optimizer)
+
+
+def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator, model, optimizer = prepared()
+    monkeypatch.setattr(type(accelerator), "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(NotImplementedError, match=r"with DDP or with FSDP, got DistributedType\.DEEPSPEED"):
+        WeightAverage().install(accelerator, model, optimizer)
+
+
+def test_each_model_of_an_accelerator_has_its_average(tmp_path: Path) -> None:
+    accelerator, *first = prepared()
+    other = nn.Linear(4, 2)
+    second = accelerator.prepare(other, torch.optim.SGD(other.parameters(), 0.1))
+    averages = [WeightAverage().install(accelerator, *first)]
+    with pytest.raises(
+        ValueError, match="name must be one that no other average of the accelerator has, got 'swafast'"
+    ):
+        WeightAverage().install(accelerator, *second)
+    averages.append(WeightAverage().install(accelerator, *second, name="other"))
+    step(*first)
+    step(*second)
+    step(*second)
+    accelerator.save_state(str(tmp_path / "saved"))
+    step(*first)
+    accelerator.load_state(str(tmp_path / "saved"))
+    assert [average.attachment.step for average in averages] == [1, 2]
+    assert [int(average.averaged.n_averaged) for average in averages] == [1, 2]
+    assert sorted(path.name for path in tmp_path.glob("saved/*/attachment.json")) == ["attachment.json"] * 2
+
+
+def test_a_swapped_model_is_not_saved_and_a_failed_load_changes_nothing(tmp_path: Path) -> None:
+    accelerator, model, optimizer = prepared()
+    average = WeightAverage().install(accelerator, model, optimizer)
+    with pytest.raises(RuntimeError, match="must hold a model before it is saved"):
+        average.save_model(tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+    step(model, optimizer)
+    step(model, optimizer)
+    with average.swapped(), pytest.raises(RuntimeError, match="swapped"):
+        accelerator.save_state(str(tmp_path / "swapped"))
+    assert not list(tmp_path.glob("swapped/*.safetensors"))
+    accelerator.save_state(str(tmp_path / "saved"))
+    broken = torch.load(tmp_path / "saved/swafast/averaged.pt")
+    torch.save({**broken, "module.weight": torch.zeros(7)}, tmp_path / "saved/swafast/averaged.pt")
+    step(model, optimizer)
+    before = average.averaged.state_dict(), whole_state(model)
+    with pytest.raises(RuntimeError, match=r"weight"):
+        accelerator.load_state(str(tmp_path / "saved"))
+    assert differing(average.averaged.state_dict(), before[0]) == []
+    assert differing(whole_state(model), before[1]) == []
+    assert average.attachment.is_attached
+    assert average.attachment.step == 3
+
+
+class TestAccelerate(Kit):
+    framework = Accelerate()
+
+
+class TestDdp(Resumes):
+    framework = Ddp()
+    kinds = ("float32",)
+
+    def test_whole_averages_go_on_as_shards_but_not_the_other_way(self) -> None:
+        shards = {**AVERAGE, "sharded": True}
+        whole = self.trained()
+        second = self.trained(self.trained(steps=8), options=shards)
+        assert whole.averaged is not None
+        assert second.averaged is not None
+        assert differing(of_net(second.averaged), of_net(whole.averaged)) == []
+        assert int(second.averaged["n_averaged"]) == 24
+        refusal = self.framework.refusal(self.job(self.trained(steps=8, options=shards)))
+        assert refusal.startswith("ValueError: sharded must be True"), refusal
+
+
+class TestFsdp2Full(Resumes):
+    """States of whole tensors: the averages are shards all the same."""
+
+    framework = Fsdp2Full()
+    kinds = ("float32",)
+
+
+class TestFsdp2(Resumes):
+    framework = Fsdp2()
+
+    test_a_checkpoint_without_averages_begins_a_fresh_one = Kit.test_a_checkpoint_without_averages_begins_a_fresh_one
