@@ -94,7 +94,7 @@ class WeightAverage(Contract, _Callback):
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         self._move_to(pl_module)
         device = _device_of(pl_module)
-        if self.is_sharded and device != trainer.strategy.root_device:
+        if self.holds_shards and device != trainer.strategy.root_device:
             pl_module.to(trainer.strategy.root_device)  # shards stay there
         self.finish(pl_module)
         pl_module.to(device)
@@ -102,7 +102,7 @@ class WeightAverage(Contract, _Callback):
     def _move_to(self, module: Any) -> None:
         """Move averages to where the module is, unless the user has chosen a place for them."""
         is_free = self._options.get("device") is None and self._when.get("offload") is None
-        if is_free and not self.is_sharded and _device_of(self.averaged) != _device_of(module):
+        if is_free and not self.holds_shards and _device_of(self.averaged) != _device_of(module):
             self.averaged.to(_device_of(module))
 
     # Checkpoints
@@ -116,11 +116,11 @@ class WeightAverage(Contract, _Callback):
             checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
         attachment = self.attachment.state_dict() if self.attachment is not None else None
         checkpoint[OURS] = {"has_models": self.has_models, "attachment": attachment, "evaluated": self.evaluated_name}
-        if self.has_models and self.is_sharded and getattr(trainer.strategy, "_save_distributed_checkpoint", False):
+        if self.has_models and self.holds_shards and getattr(trainer.strategy, "_save_distributed_checkpoint", False):
             state = self.averaged.state_dict()
             checkpoint["state_dict"] |= {IN_SHARDS + key: value for key, value in state.items()}
         elif self.has_models:
-            state = self.averaged.full_state_dict(cpu_offload=True) if self.is_sharded else self.averaged.state_dict()
+            state = self.averaged.full_state_dict(cpu_offload=True) if self.holds_shards else self.averaged.state_dict()
             checkpoint |= layout(checkpoint["state_dict"], state, pl_module, self.evaluated_name)
         if is_swapped:
             clone_parts(checkpoint)

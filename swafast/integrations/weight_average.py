@@ -154,11 +154,6 @@ class Contract:
         return None if self._rules is None else self._evaluate or next(iter(self._rules))
 
     @property
-    def is_sharded(self) -> bool:
-        """Whether the averages are shards."""
-        return hasattr(self.averaged, "full_state_dict")
-
-    @property
     def has_models(self) -> bool:
         """Whether a model is in the averages. Waits for a GPU."""
         return self.evaluated is not None and int(self.evaluated.n_averaged) > 0

@@ -61,6 +61,7 @@ def trainer_of(folder: Path, callbacks: list[Any], **options: Any) -> pl.Trainer
 class Lightning(Framework):
     """In this process."""
 
+    net_name = "net"
     suffix = ".ckpt"
 
     def train(self, job: Job) -> Report:
@@ -101,7 +102,7 @@ class Lightning(Framework):
             return Report(model, exported=exported, saved=saved)
         (average,) = averages
         assert average.attachment is not None
-        state = average.averaged.full_state_dict() if average.is_sharded else average.averaged.state_dict()
+        state = average.averaged.full_state_dict() if average.holds_shards else average.averaged.state_dict()
         return Report(model, state, average.attachment.state_dict(), exported, saved)
 
     def halve(self, folder: Path) -> None:
