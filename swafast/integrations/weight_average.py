@@ -154,6 +154,11 @@ class Contract:
         return None if self._rules is None else self._evaluate or next(iter(self._rules))
 
     @property
+    def holds_shards(self) -> bool:
+        """Whether the averages are shards: a part on each rank."""
+        return hasattr(self.averaged, "full_state_dict")
+
+    @property
     def has_models(self) -> bool:
         """Whether a model is in the averages. Waits for a GPU."""
         return self.evaluated is not None and int(self.evaluated.n_averaged) > 0
@@ -185,15 +190,18 @@ class Contract:
         if self._copies_at_end and self.has_models:
             self.evaluated.copy_to(model)
 
-    # States of averages that are no shards
+    # States
 
     def state(self) -> dict[str, Any]:
-        """Return the state of averages and attachment: tensors, numbers and strings alone."""
+        """Return the state of averages and attachment: tensors, numbers and strings alone. Collective with shards."""
         attachment = self.attachment.state_dict() if self.attachment is not None else None
         return {"averaged": self.averaged.state_dict(), "attachment": attachment}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Load a result of :meth:`state`, all of it or nothing.
+    def load(self, state: Mapping[str, Any], *, is_whole: bool = False) -> None:
+        """Load a result of :meth:`state`, all of it or nothing. Collective with shards.
+
+        Args:
+            is_whole: whether averages that are shards load a state of whole tensors.
 
         Raises:
             ValueError: a part of it is missing.
@@ -201,38 +209,48 @@ class Contract:
         """
         lacking = [part for part in ("averaged", "attachment") if state.get(part) is None]
         if lacking:
-            raise ValueError(f"the checkpoint must have all of the average's state, got none of {lacking[0]!r}")
-        before = self.attachment.state_dict() if self.attachment is not None else None
+            raise ValueError(
+                f"the checkpoint must have all of the average's state, got none of {lacking[0]!r}: take another "
+                "checkpoint, or begin a fresh average by removing the rest of this state"
+            )
+        before = self.attachment.state_dict() if self.attachment is not None else {}
         if self.attachment is not None:
             self.attachment.load_state_dict(state["attachment"])
         try:
-            self.averaged.load_state_dict(state["averaged"])
+            loads = "load_full_state_dict" if is_whole and self.holds_shards else "load_state_dict"
+            getattr(self.averaged, loads)(state["averaged"])
         except BaseException:
-            if self.attachment is not None and before is not None:
+            if self.attachment is not None:
                 self.attachment.load_state_dict(before)
             raise
 
-    def resume(self, state: Mapping[str, Any] | None, where: object, *, step: int | None = None) -> None:
+    def resume(
+        self, state: Mapping[str, Any] | None, where: object, *, step: int | None = None, is_whole: bool = False
+    ) -> None:
         """Load a result of :meth:`state` from a checkpoint. If it has none, warn, and begin a fresh average.
 
         Args:
             where: the checkpoint, for the warning.
             step: the number of steps that were made before the checkpoint, for a fresh average.
+            is_whole: as for :meth:`load`.
 
         Raises:
             ValueError, RuntimeError: as :meth:`load`.
         """
         if state is not None:
-            self.load(state)
+            self.load(state, is_whole=is_whole)
             return
-        warn_of_no_average(where)
-        if self.attachment is not None and step is not None:
-            self.attachment.step = step
+        if self.attachment is not None:
+            # Assigned in any case: the optimizer's state need not have it then.
+            self.attachment.step = self.attachment.step if step is None else step
+            step = self.attachment.step
+        warn_of_no_average(where, step)
 
 
-def warn_of_no_average(where: object) -> None:
+def warn_of_no_average(where: object, step: int | None = None) -> None:
     """Warn, at a resume, of a checkpoint without averages."""
-    warn_user(f"{where} has no averages of swafast: a fresh average begins with this run")
+    counted = "" if step is None else f", at step {step}: assign attachment.step if it begins at another"
+    warn_user(f"{where} has no averages of swafast: a fresh average begins with this run{counted}")
 
 
 def refuse_second(installed: Sequence[object], where: str) -> None:

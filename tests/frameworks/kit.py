@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -215,6 +217,10 @@ class Framework(ABC):
         return replace(reports[0], ranks=reports)
 
     def watched(self, job: Job) -> Report:
+        if dist.is_initialized():  # frameworks read what torchrun would have set
+            rank, world = str(dist.get_rank()), str(dist.get_world_size())
+            os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # unused: the group is there
         watch = Watch(job)
         with watch.watching(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -323,6 +329,11 @@ class Resumes:
     """The tests of what a stop must not change. They run on several ranks too, if `framework.world` says so."""
 
     framework: ClassVar[Framework]
+    kinds: ClassVar[Sequence[str]] = tuple(KINDS)
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "kind" in metafunc.fixturenames:
+            metafunc.parametrize("kind", self.kinds)
 
     @pytest.fixture(autouse=True)
     def _folders(self, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -348,7 +359,6 @@ class Resumes:
         first = self.trained(steps=8, **fields)
         return first, self.trained(first, steps=24, **fields)
 
-    @pytest.mark.parametrize("kind", KINDS)
     def test_a_resumed_training_equals_one_without_a_stop(self, kind: str) -> None:
         whole = self.trained(**KINDS[kind])
         first, second = self.stopped(**KINDS[kind])
@@ -364,7 +374,6 @@ class Resumes:
         assert step_of(whole) == 24
         assert not [text for text in second.warned if text not in whole.warned]
 
-    @pytest.mark.parametrize("kind", KINDS)
     def test_the_model_trains_as_without_averages(self, kind: str) -> None:
         alone = self.trained(installed=0, **KINDS[kind])
         beside = self.trained(**KINDS[kind])
@@ -373,7 +382,6 @@ class Resumes:
         assert differing(alone.model, beside.model) == []
         assert differing(beside.model, beside.steps[-1]) == []
 
-    @pytest.mark.parametrize("kind", KINDS)
     def test_every_evaluated_batch_sees_the_average(self, kind: str) -> None:
         self.check_seen(*self.stopped(**KINDS[kind]))
 

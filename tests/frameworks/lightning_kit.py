@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed.checkpoint as dcp
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -62,8 +63,6 @@ class Lightning(Framework):
     """In this process."""
 
     net_name = "net"
-    suffix = ".ckpt"
-
     def train(self, job: Job) -> Report:
         warnings.filterwarnings("ignore", "The dirpath has changed")
         averages = [WeightAverage(**job.options) for _ in range(job.installed)]
@@ -74,13 +73,13 @@ class Lightning(Framework):
         )
         module = self.module(job)
         evaluated = [loader(job.eval_set(index)) for index in range(job.eval_sets)]
-        resumed = None if job.resumes is None else job.resumes / f"last{self.suffix}"
+        resumed = None if job.resumes is None else job.resumes / "last.ckpt"
         try:
             trainer.fit(module, loader(job.train_set()), evaluated, ckpt_path=resumed)
         except EvaluationError:
-            path, key = job.folder / f"raised{self.suffix}", "current_model_state"
+            path, key = job.folder / "raised.ckpt", "current_model_state"
         else:
-            path, key = job.folder / f"last{self.suffix}", "state_dict"
+            path, key = job.folder / "last.ckpt", "state_dict"
         return self.report(module, averages, *self.read(path, key))
 
     def options(self, job: Job) -> dict[str, Any]:
@@ -110,3 +109,41 @@ class Lightning(Framework):
         saved = torch.load(path, weights_only=True)
         del saved["swafast"]["attachment"]
         torch.save(saved, path)
+
+
+class Ddp(Lightning):
+    """On two ranks, each with the whole module."""
+
+    world = 2
+
+    def options(self, job: Job) -> dict[str, Any]:
+        return {"devices": job.world, "strategy": "ddp", "plugins": [LightningEnvironment()]}
+
+
+class Fsdp2(Ddp):
+    """On two ranks, each with its shard: Lightning's ModelParallelStrategy."""
+
+    def options(self, job: Job) -> dict[str, Any]:
+        strategy = ModelParallelStrategy(data_parallel_size=job.world, tensor_parallel_size=1)
+        return super().options(job) | {"strategy": strategy}
+
+    def module(self, job: Job) -> Module:
+        return Module(job.net(), is_sharded=True)
+
+    def read(self, path: Path, key: str) -> tuple[Any, Any]:
+        prefix = "swafast_average.module.net." if key == "state_dict" else "net."
+        with torch.random.fork_rng(devices=[]):
+            state = {"state_dict": {prefix + name: tensor for name, tensor in Net().state_dict().items()}}
+        dcp.load(state, checkpoint_id=path, no_dist=True)
+        found = of_net(state["state_dict"])
+        return (found, None) if key == "state_dict" else (None, found)
+
+
+class WholeFiles(Fsdp2):
+    """With shards in the training, and whole tensors in the checkpoints."""
+
+    def options(self, job: Job) -> dict[str, Any]:
+        strategy = ModelParallelStrategy(job.world, 1, save_distributed_checkpoint=False)
+        return super().options(job) | {"strategy": strategy}
+
+    read = Lightning.read

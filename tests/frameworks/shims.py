@@ -20,4 +20,9 @@ def shim_torchvision() -> None:
 
 def stay_offline() -> None:
     """Have no framework ask a server for a model, or report what it does."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
