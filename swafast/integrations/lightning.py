@@ -13,8 +13,15 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from .lightning_states import IN_SHARDS, OURS, clone_parts, layout, load_whole, read, read_after_setup
-from .lightning_trainer import calls_before_writes, check_callbacks, check_fit, evaluated_module, lengths_of, raw_optimizers_of
+from .lightning_states import IN_SHARDS, OURS, clone_parts, layout, load_whole_module, parts_after_setup, parts_of
+from .lightning_trainer import (
+    calls_before_writes,
+    check_callbacks,
+    check_fit,
+    evaluated_module,
+    lengths_of,
+    raw_optimizers_of,
+)
 from .weight_average import Contract, framework, refuse_second
 
 #: Both packages are Lightning, and either will do.
@@ -48,9 +55,9 @@ class WeightAverage(Contract, _Callback):
         self.make(pl_module)
         self._module = weakref.ref(pl_module)
         self._move_to(pl_module)
-        # A sharded checkpoint is loaded after this hook, and must have every key of the optimizers. An attachment is
-        # one, and a checkpoint without averages has none.
-        if not (trainer.ckpt_path and trainer.strategy.restore_checkpoint_after_setup):
+        # A sharded checkpoint is loaded after this hook, and must have every key of the optimizers' states. One without
+        # averages lacks that of an attachment.
+        if not trainer.strategy.restore_checkpoint_after_setup:
             self._begin(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -71,7 +78,7 @@ class WeightAverage(Contract, _Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if self.attachment is not None:
-            self.attachment.before_writes()
+            self.attachment._runner.before_step()  # after the closure, which has the forward and backward
 
     # Evaluation
 
@@ -130,7 +137,7 @@ class WeightAverage(Contract, _Callback):
         if trainer.strategy.restore_checkpoint_after_setup:
             self._load_after_setup(trainer, pl_module, checkpoint)
         elif trainer.state.fn == "fit":  # else the module has the average, which Lightning has loaded
-            saved = read(checkpoint)
+            saved = parts_of(checkpoint)
             if saved["own"] is not None:
                 own = {"state_dict": saved.pop("own")}
                 trainer.strategy.load_model_state_dict(own, strict=pl_module.strict_loading)
@@ -141,18 +148,18 @@ class WeightAverage(Contract, _Callback):
     def _load_after_setup(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
         path, fits = Path(trainer.strategy.broadcast(trainer.ckpt_path)), trainer.state.fn == "fit"
         if fits:
-            saved = read_after_setup(checkpoint, path, self.averaged)
+            saved = parts_after_setup(checkpoint, path, self.averaged)
             if saved["averaged"] is None and self.has_models:  # those of an earlier fit do not belong to it
                 self.averaged = self.attachment = None
                 self.make(module)
             if saved["own"] is not None:
-                load_whole(module, saved.pop("own"), strict=module.strict_loading)
+                load_whole_module(module, saved.pop("own"), strict=module.strict_loading)
             self._pending = saved
             self._begin(trainer, module)
         elif path.is_dir() and (checkpoint.get(OURS) or {}).get("has_models"):
             tested = copy.copy(self)  # ours keep what they have
             tested.averaged = tested.attachment = None
-            state = read_after_setup(checkpoint, path, tested.make(module))["averaged"]
+            state = parts_after_setup(checkpoint, path, tested.make(module))["averaged"]
             tested.averaged.load_state_dict(state)
             tested.evaluated.copy_to(module)
 

@@ -42,14 +42,14 @@ def layout(own: Mapping[str, Any], state: Mapping[str, Any], module: Module, nam
 
 
 def clone_parts(checkpoint: dict[str, Any]) -> None:
-    """Give a checkpoint copies of what :func:`layout` returns."""
+    """Replace, in a checkpoint, by copies what :func:`layout` has returned."""
     for part in {"state_dict", _OWN, _REST} & checkpoint.keys():
         checkpoint[part] = {
             key: value.clone() if isinstance(value, Tensor) else value for key, value in checkpoint[part].items()
         }
 
 
-def read(checkpoint: Mapping[str, Any], weights: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def parts_of(checkpoint: Mapping[str, Any], weights: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return what a file has of averages: ``ours``, the state ``averaged``, the module's ``own`` state, the ``step``.
 
     Each is None if the file lacks it. A file of Lightning's own ``WeightAveraging`` has all but ``ours``.
@@ -74,15 +74,15 @@ def read(checkpoint: Mapping[str, Any], weights: Mapping[str, Any] | None = None
     return {"ours": ours, "averaged": averaged, "own": checkpoint.get(_OWN), "step": checkpoint.get("global_step", 0)}
 
 
-def read_after_setup(checkpoint: Mapping[str, Any], path: Path, averaged: Any) -> dict[str, Any]:
-    """Return what :func:`read` does, of a checkpoint that Lightning has loaded into a sharded module. Collective.
+def parts_after_setup(checkpoint: Mapping[str, Any], path: Path, averaged: Any) -> dict[str, Any]:
+    """Return what :func:`parts_of` does, of a checkpoint that Lightning has loaded into a sharded module. Collective.
 
     Args:
         averaged: averages with the keys that are read from a folder.
     """
     if not path.is_dir():
         weights = torch.load(path, map_location="cpu", mmap=True)["state_dict"]  # as Lightning has loaded it
-        return read(checkpoint, weights)
+        return parts_of(checkpoint, weights)
     ours = checkpoint.get(OURS)
     found = {"ours": ours, "averaged": None, "own": None, "step": checkpoint.get("global_step", 0)}
     if ours is not None and ours.get("has_models", True):
@@ -92,7 +92,7 @@ def read_after_setup(checkpoint: Mapping[str, Any], path: Path, averaged: Any) -
     return found
 
 
-def load_whole(module: Module, own: Mapping[str, Any], *, strict: bool) -> None:
+def load_whole_module(module: Module, own: Mapping[str, Any], *, strict: bool) -> None:
     """Load a state of whole tensors into a sharded module. Collective."""
     set_model_state_dict(module, dict(own), options=StateDictOptions(full_state_dict=True, strict=strict))
 

@@ -63,6 +63,7 @@ class Lightning(Framework):
     """In this process."""
 
     net_name = "net"
+
     def train(self, job: Job) -> Report:
         warnings.filterwarnings("ignore", "The dirpath has changed")
         averages = [WeightAverage(**job.options) for _ in range(job.installed)]
@@ -105,10 +106,14 @@ class Lightning(Framework):
         return Report(model, state, average.attachment.state_dict(), exported, saved)
 
     def halve(self, folder: Path) -> None:
-        path = folder / "last.ckpt"
+        path = self.metadata(folder / "last.ckpt")
         saved = torch.load(path, weights_only=True)
         del saved["swafast"]["attachment"]
         torch.save(saved, path)
+
+    def metadata(self, path: Path) -> Path:
+        """Return the file of a checkpoint that is not of tensors."""
+        return path
 
 
 class Ddp(Lightning):
@@ -131,12 +136,18 @@ class Fsdp2(Ddp):
         return Module(job.net(), is_sharded=True)
 
     def read(self, path: Path, key: str) -> tuple[Any, Any]:
-        prefix = "swafast_average.module.net." if key == "state_dict" else "net."
+        keys = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        ours = [key for key in keys if key.startswith("state_dict.swafast_average.") and key.endswith(".net.batches")]
+        evaluated = next((key for key in ours if ".mean." in key), ours[0] if ours else "state_dict.net.batches")
+        prefix = evaluated.removesuffix("batches") if key == "state_dict" else "state_dict.net."
         with torch.random.fork_rng(devices=[]):
-            state = {"state_dict": {prefix + name: tensor for name, tensor in Net().state_dict().items()}}
+            state = {prefix + name: tensor for name, tensor in Net().state_dict().items()}
         dcp.load(state, checkpoint_id=path, no_dist=True)
-        found = of_net(state["state_dict"])
+        found = of_net(state)
         return (found, None) if key == "state_dict" else (None, found)
+
+    def metadata(self, path: Path) -> Path:
+        return path / "meta.pt"
 
 
 class WholeFiles(Fsdp2):
@@ -146,4 +157,4 @@ class WholeFiles(Fsdp2):
         strategy = ModelParallelStrategy(job.world, 1, save_distributed_checkpoint=False)
         return super().options(job) | {"strategy": strategy}
 
-    read = Lightning.read
+    read, metadata = Lightning.read, Lightning.metadata

@@ -22,9 +22,14 @@ class TestDdp(Resumes):
 class TestFsdp2(Resumes):
     framework = Fsdp2()
 
+    test_half_a_state_is_refused = Kit.test_half_a_state_is_refused
     test_a_checkpoint_without_averages_begins_a_fresh_one = Kit.test_a_checkpoint_without_averages_begins_a_fresh_one
+    test_a_resumed_average_that_starts_late_is_as_without_a_stop = (
+        Kit.test_a_resumed_average_that_starts_late_is_as_without_a_stop
+    )
+    test_one_of_several_averages_is_evaluated = Kit.test_one_of_several_averages_is_evaluated
 
 
 class TestWholeFiles(Resumes):
     framework = WholeFiles()
-    kinds = ("float32", "compact")
+    kinds = ("compact",)
