@@ -51,9 +51,7 @@ def check_fit(trainer: Any, module: Module) -> None:
             "fully_shard(self.net) for each network in it"
         )
     if not raw_optimizers_of(trainer):
-        raise ValueError(
-            "the trainer must have an optimizer for averages to follow, got none from configure_optimizers"
-        )
+        raise ValueError("configure_optimizers must return an optimizer for averages to follow, got None")
 
 
 def raw_optimizers_of(trainer: Any) -> list[Optimizer]:

@@ -65,7 +65,8 @@ class Lightning(Framework):
     net_name = "net"
 
     def train(self, job: Job) -> Report:
-        warnings.filterwarnings("ignore", "The dirpath has changed")
+        for usual in ("The dirpath has changed", "Detected an existing checkpoint"):
+            warnings.filterwarnings("ignore", usual)
         averages = [WeightAverage(**job.options) for _ in range(job.installed)]
         saved = ModelCheckpoint(job.folder, "{epoch}", save_last=True, save_on_train_epoch_end=True)
         callbacks = [*averages, saved, OnExceptionCheckpoint(job.folder, "raised")]
