@@ -24,10 +24,11 @@ from .lightning_trainer import (
 )
 from .weight_average import Contract, framework, refuse_second
 
-#: Both packages are Lightning, and either will do.
-_PACKAGE = next((name for name in ("lightning", "pytorch_lightning") if importlib.util.find_spec(name)), "lightning")
-framework(_PACKAGE, "2.4")
-_Callback: Any = importlib.import_module("lightning.pytorch" if _PACKAGE == "lightning" else _PACKAGE).Callback
+if importlib.util.find_spec("lightning") is None and importlib.util.find_spec("pytorch_lightning") is not None:
+    _Callback: Any = framework("pytorch_lightning", "2.4").Callback  # the same framework under its other name
+else:
+    framework("lightning", "2.4")
+    _Callback = importlib.import_module("lightning.pytorch").Callback
 
 
 class WeightAverage(Contract, _Callback):

@@ -290,7 +290,8 @@ def evaluated_states(job: Job, steps: Sequence[State]) -> list[State]:
     start, every = options.pop("start", 0), options.pop("every", 1)
     if rules is not None:
         options["rule"] = rules[name or next(iter(rules))]
-    options.pop("copy_at_end", None)
+    for own in ("copy_at_end", "sharded"):
+        options.pop(own, None)
     model = Net().to(job.dtype)
     root = nn.ModuleDict({job.net_name: model}) if job.net_name else model
     averaged = FusedAveragedModel(root, **options)
