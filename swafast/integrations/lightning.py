@@ -24,8 +24,10 @@ from .lightning_trainer import (
 )
 from .weight_average import Contract, framework, refuse_second
 
-if importlib.util.find_spec("lightning") is None and importlib.util.find_spec("pytorch_lightning") is not None:
-    _Callback: Any = framework("pytorch_lightning", "2.4").Callback  # the same framework under its other name
+_OTHER_NAME = "pytorch_lightning"
+
+if importlib.util.find_spec("lightning") is None and importlib.util.find_spec(_OTHER_NAME) is not None:
+    _Callback: Any = framework(_OTHER_NAME, "2.4", extra="lightning").Callback
 else:
     framework("lightning", "2.4")
     _Callback = importlib.import_module("lightning.pytorch").Callback
@@ -122,6 +124,7 @@ class WeightAverage(Contract, _Callback):
         if is_swapped:  # somebody saves inside the validation
             self.swap_out()
             checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
+        checkpoint["callbacks"][self.state_key] = {"has_models": self.has_models}  # so Lightning misses us at a resume
         attachment = self.attachment.state_dict() if self.attachment is not None else None
         checkpoint[OURS] = {"has_models": self.has_models, "attachment": attachment, "evaluated": self.evaluated_name}
         if self.has_models and self.holds_shards and getattr(trainer.strategy, "_save_distributed_checkpoint", False):

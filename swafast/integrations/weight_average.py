@@ -21,17 +21,18 @@ from ..terms.rules import Rule
 from ..terms.warn import warn_user
 
 
-def framework(name: str, least: str) -> ModuleType:
+def framework(name: str, least: str, *, extra: str | None = None) -> ModuleType:
     """Import a framework.
 
     Args:
         name: of the package.
         least: the oldest release that is supported.
+        extra: of swafast, which installs it; default: ``name``.
 
     Raises:
         ImportError: it is not installed, or older.
     """
-    advice = f"pip install 'swafast[{name}]'"
+    advice = f"pip install 'swafast[{extra or name}]'"
     try:
         found = importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -32,6 +32,7 @@ from tests.frameworks.lightning_kit import Fsdp2, Module, loader, trainer_of
 pytestmark = pytest.mark.frameworks
 
 RULE = ExponentialAverage(0.8)
+OTHERS = [(EMAWeightAveraging, {}), (StochasticWeightAveraging, {"swa_lrs": 0.1})]
 
 
 @pytest.fixture(autouse=True)
@@ -181,6 +182,11 @@ class TestCheckpoints:
         for name, value in trained(module).items():
             if value.is_floating_point():
                 assert float((value - end[name]).norm() / end[name].norm()) <= 2e-7
+
+    def test_a_resume_without_the_callback_gets_lightnings_warning(self, tmp_path: Path) -> None:
+        fitted(tmp_path, [WeightAverage(RULE), ModelCheckpoint(tmp_path, save_last=True)])
+        with pytest.warns(UserWarning, match=r"add the following callbacks: .*WeightAverage"):
+            fitted(tmp_path, [], path=tmp_path / "last.ckpt", max_epochs=3)
 
     @pytest.mark.parametrize("part", ["current_model_state", "averaging_state"])
     def test_a_checkpoint_that_lacks_a_part_is_refused(self, tmp_path: Path, part: str) -> None:
@@ -350,7 +356,9 @@ class TestRefusals:
 
         self.refused(tmp_path, "configure_optimizers must return an optimizer", kind=Without)
 
-    @pytest.mark.parametrize(("other", "given"), [(EMAWeightAveraging, {}), (StochasticWeightAveraging, {"swa_lrs": 0.1})])
+    @pytest.mark.parametrize(
+        ("other", "given"), [(EMAWeightAveraging, {}), (StochasticWeightAveraging, {"swa_lrs": 0.1})]
+    )
     def test_another_callback_that_averages(self, tmp_path: Path, other: Any, given: dict[str, Any]) -> None:
         self.refused(tmp_path, f"got {other.__name__}", other(**given))
 
