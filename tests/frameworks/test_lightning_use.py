@@ -26,7 +26,7 @@ from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel
 from swafast.integrations.lightning import WeightAverage
 from swafast.integrations.lightning_trainer import check_fit
 from swafast.loop.runners import InThread
-from tests.frameworks.kit import Job, Net, differing, of_net, whole_state
+from tests.frameworks.kit import Job, Net, Report, differing, of_net, whole_state
 from tests.frameworks.lightning_kit import Fsdp2, Module, loader, trainer_of
 
 pytestmark = pytest.mark.frameworks
@@ -187,6 +187,31 @@ class TestCheckpoints:
         fitted(tmp_path, [WeightAverage(RULE), ModelCheckpoint(tmp_path, save_last=True)])
         with pytest.warns(UserWarning, match=r"add the following callbacks: .*WeightAverage"):
             fitted(tmp_path, [], path=tmp_path / "last.ckpt", max_epochs=3)
+
+    def test_an_extra_state_is_the_modules_own(self, tmp_path: Path) -> None:
+        class Counts(Recorder):
+            def get_extra_state(self) -> dict[str, int]:
+                return {"batches": len(self.steps) - 1}
+
+            def set_extra_state(self, state: dict[str, int]) -> None:
+                self.loaded = state["batches"]
+
+        fitted(tmp_path, [WeightAverage(RULE), ModelCheckpoint(tmp_path, save_last=True)], seeded(Counts))
+        saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+        assert saved["state_dict"]["_extra_state"] == {"batches": 8}
+        again = seeded(Counts)
+        fitted(tmp_path, [WeightAverage(RULE)], again, path=tmp_path / "last.ckpt", max_epochs=3)
+        assert again.loaded == 8
+
+    def test_a_test_of_a_sharded_checkpoint_is_of_its_average(self, tmp_path: Path) -> None:
+        first = Fsdp2().run(Job(tmp_path / "fit", steps=8, options={"rule": RULE, "copy_at_end": False}))
+        tested = TestsAlone().run(Job(tmp_path / "test", resumes=tmp_path / "fit", options={"rule": RULE}))
+        assert first.exported is not None
+        assert differing(first.exported, first.model) != []
+        assert differing(tested.model, first.exported) == []
+        assert tested.seen
+        for seen in tested.seen:
+            assert differing(seen.state, first.exported) == []
 
     @pytest.mark.parametrize("part", ["current_model_state", "averaging_state"])
     def test_a_checkpoint_that_lacks_a_part_is_refused(self, tmp_path: Path, part: str) -> None:
@@ -383,6 +408,19 @@ def trainer_with(trainer: Any, module: Module) -> Any:
     trainer.strategy.connect(module)
     trainer.strategy.optimizers = [module.configure_optimizers()]
     return trainer
+
+
+class TestsAlone(Fsdp2):
+    """Tests a checkpoint, and trains nothing."""
+
+    __test__ = False
+
+    def train(self, job: Job) -> Report:
+        assert job.resumes is not None
+        module = self.module(job)
+        trainer = trainer_of(job.folder, [WeightAverage(**job.options)], **self.options(job))
+        trainer.test(module, loader(job.eval_set(0)), ckpt_path=job.resumes / "last.ckpt", verbose=False)
+        return Report(whole_state(module.net))
 
 
 class ShardsItself(Fsdp2):
