@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from .lightning_states import IN_SHARDS, OURS, clone_parts, layout, load_whole_module, parts_after_setup, parts_of
+from .lightning_states import (
+    IN_SHARDS,
+    OURS,
+    clone_parts,
+    is_of_no_fit,
+    layout,
+    load_whole_module,
+    parts_after_setup,
+    parts_of,
+)
 from .lightning_trainer import (
     calls_before_writes,
     check_callbacks,
@@ -34,12 +43,16 @@ else:
 
 
 class WeightAverage(Contract, _Callback):
-    __doc__ = f"""A callback of Lightning: ``Trainer(callbacks=[WeightAverage(ExponentialAverage(0.999))])``.
+    """A callback of Lightning: ``Trainer(callbacks=[WeightAverage(ExponentialAverage(0.999))])``.
 
     The validation of ``fit`` runs on the average, and so a ``ModelCheckpoint`` picks the best average. Its files have
     the average as ``state_dict``. The training continues from the model's own params in them, with
     ``fit(ckpt_path=...)``. Outside of ``fit`` nothing is swapped: ``test`` runs on the module as it is.
-    {(Contract.__doc__ or "").partition("end in it.")[2]}"""
+
+    Its arguments are those of :class:`~.weight_average.Contract`: a ``rule`` or ``rules``, ``start``, ``every``,
+    ``end`` and ``duration``, ``copy_at_end``, ``sharded``, and those of :class:`~swafast.FusedAveragedModel`. An epoch
+    and the whole training are as long as the Trainer knows.
+    """
 
     _module: weakref.ref[Module] | None = None  # whose averages these are
     _pending: dict[str, Any] | None = None  # what a checkpoint has, until the averages can take it
@@ -145,7 +158,7 @@ class WeightAverage(Contract, _Callback):
             if saved["own"] is not None:
                 own = {"state_dict": saved.pop("own")}
                 trainer.strategy.load_model_state_dict(own, strict=pl_module.strict_loading)
-            self._pending = saved
+            self._pending = self._pending if is_of_no_fit(saved) else saved
             if self.attachment is not None and self.attachment.is_attached:  # a tuner puts a training back
                 self._begin(trainer, pl_module)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn import Module
 
-from ..terms.names import named_buffers, named_params
+from ..terms.names import canonical, named_buffers, named_params
 
 OURS = "swafast"
 IN_SHARDS = "swafast_average."
@@ -33,10 +33,12 @@ def layout(own: Mapping[str, Any], state: Mapping[str, Any], module: Module, nam
         name: of the average that is evaluated, if there are several.
     """
     prefix = _prefix(name)
-    averages = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
     # A module may keep more in its state than tensors, such as metrics. Its copy in the average has old ones.
     tensors = {**named_params(module, "module"), **named_buffers(module, "module")}
-    further = {key: value for key, value in own.items() if key not in tensors}
+    further = {key: value for key, value in own.items() if canonical(key) not in tensors}
+    own_keys = {canonical(key): key for key in own}  # those of compiled parts have wrappers
+    averages = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+    averages = {own_keys.get(canonical(key), key): value for key, value in averages.items()}
     rest = {key: value for key, value in state.items() if not key.startswith(prefix)}
     return {"state_dict": {**averages, **further}, _OWN: own, _REST: rest}
 
@@ -72,6 +74,11 @@ def parts_of(checkpoint: Mapping[str, Any], weights: Mapping[str, Any] | None = 
         # They wait until there are averages, and whose memory this is may change it meanwhile.
         averaged = {key: value.clone() if isinstance(value, Tensor) else value for key, value in averaged.items()}
     return {"ours": ours, "averaged": averaged, "own": checkpoint.get(_OWN), "step": checkpoint.get("global_step", 0)}
+
+
+def is_of_no_fit(saved: Mapping[str, Any]) -> bool:
+    """Return whether a tuner has saved these parts before there were averages, to put the module back."""
+    return saved["averaged"] is None and saved["ours"] is not None and saved["ours"].get("attachment", "none") is None
 
 
 def parts_after_setup(checkpoint: Mapping[str, Any], path: Path, averaged: Any) -> dict[str, Any]:

@@ -203,6 +203,23 @@ class TestCheckpoints:
         fitted(tmp_path, [WeightAverage(RULE)], again, path=tmp_path / "last.ckpt", max_epochs=3)
         assert again.loaded == 8
 
+    def test_a_compiled_part_keeps_its_keys(self, tmp_path: Path) -> None:
+        def compiled() -> Recorder:
+            module = seeded(Recorder)
+            module.net.second = torch.compile(module.net.second, backend="eager")
+            return module
+
+        average = WeightAverage(RULE, copy_at_end=False)
+        module = compiled()
+        fitted(tmp_path, [average, ModelCheckpoint(tmp_path, save_last=True)], module)
+        saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+        assert saved["state_dict"].keys() == module.state_dict().keys()
+        average.averaged.copy_to(module)
+        assert differing(saved["state_dict"], module.state_dict()) == []
+        again = WeightAverage(RULE)
+        fitted(tmp_path, [again], compiled(), path=tmp_path / "last.ckpt", max_epochs=3)
+        assert int(again.averaged.n_averaged) == 12
+
     def test_a_test_of_a_sharded_checkpoint_is_of_its_average(self, tmp_path: Path) -> None:
         first = Fsdp2().run(Job(tmp_path / "fit", steps=8, options={"rule": RULE, "copy_at_end": False}))
         tested = TestsAlone().run(Job(tmp_path / "test", resumes=tmp_path / "fit", options={"rule": RULE}))
@@ -315,6 +332,18 @@ class TestFits:
             fitted(tmp_path, [average, Tunes(num_training_steps=3, update_attr=False)], module)
         assert not [each for each in caught if "averages" in str(each.message)]
         assert int(average.averaged.n_averaged) == 8
+
+    def test_a_learning_rate_finder_keeps_what_a_checkpoint_has(self, tmp_path: Path) -> None:
+        fitted(tmp_path, [WeightAverage(RULE), ModelCheckpoint(tmp_path, save_last=True)])
+        average = WeightAverage(RULE)
+        module = seeded()
+        module.lr = 0.01
+        finder = LearningRateFinder(num_training_steps=3, update_attr=False)
+        fitted(tmp_path, [finder, average], module, path=tmp_path / "last.ckpt", max_epochs=3)
+        # Lightning itself forgets the loops of the checkpoint then, and trains three epochs from its params.
+        assert int(average.averaged.n_averaged) == 8 + 12
+        assert average.attachment is not None
+        assert average.attachment.step == 20
 
     def test_pytorch_lightning_runs_the_same_callback(self, tmp_path: Path) -> None:
         class Other(pytorch_lightning.LightningModule):
