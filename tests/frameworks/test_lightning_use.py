@@ -203,20 +203,21 @@ class TestCheckpoints:
         fitted(tmp_path, [WeightAverage(RULE)], again, path=tmp_path / "last.ckpt", max_epochs=3)
         assert again.loaded == 8
 
-    def test_a_compiled_part_keeps_its_keys(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("sharded", [False, True])
+    def test_a_compiled_part_keeps_its_keys(self, tmp_path: Path, sharded: bool) -> None:
         def compiled() -> Recorder:
             module = seeded(Recorder)
             module.net.second = torch.compile(module.net.second, backend="eager")
             return module
 
-        average = WeightAverage(RULE, copy_at_end=False)
+        average = WeightAverage(RULE, copy_at_end=False, sharded=sharded)
         module = compiled()
         fitted(tmp_path, [average, ModelCheckpoint(tmp_path, save_last=True)], module)
         saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
         assert saved["state_dict"].keys() == module.state_dict().keys()
         average.averaged.copy_to(module)
         assert differing(saved["state_dict"], module.state_dict()) == []
-        again = WeightAverage(RULE)
+        again = WeightAverage(RULE, sharded=sharded)
         fitted(tmp_path, [again], compiled(), path=tmp_path / "last.ckpt", max_epochs=3)
         assert int(again.averaged.n_averaged) == 12
 
