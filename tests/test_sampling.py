@@ -141,9 +141,10 @@ def _gapped(weight: Tensor) -> Tensor:
     return torch.stack((weight, weight), dim=-1)[..., 0]
 
 
-def test_seeds_and_indices_give_other_samples_and_the_default_is_the_constructions() -> None:
+@pytest.mark.parametrize("deviations", [0, 4])
+def test_seeds_and_indices_give_other_samples_and_the_default_is_the_constructions(deviations: int) -> None:
     model = nn.Linear(4, 3)
-    averaged = collected(model, seed=5)
+    averaged = collected(model, deviations=deviations, seed=5)
     own = sample_of(averaged, model)
     assert differing(own, sample_of(averaged, model, seed=5)) == []
     for options in ({"seed": 6}, {"index": 4}, {"scale": 0.6}):
