@@ -8,7 +8,6 @@ import random
 from collections.abc import Callable, Sequence
 
 import pytest
-from swafast.sharded.parts.spread import pieces_of
 
 from swafast.sharded.parts import all_gather, flat_order
 from swafast.sharded.parts.all_gather import pieces_of
