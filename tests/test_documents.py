@@ -26,6 +26,8 @@ TEXTS = {page: (ROOT / page).read_text() for page in DOCUMENTS}
 
 #: Pages whose blocks need a process group: they run on two gloo ranks.
 ON_RANKS = ("docs/sharded.md", "docs/averages.md", "docs/growing.md")
+#: Pages whose blocks need a framework: its file in tests/frameworks runs them.
+WITH_FRAMEWORKS = "docs/frameworks/"
 #: Blocks that need a CUDA device. They run with torch's graphs replaced by ones that run their body at once.
 WITH_GRAPHS = {("docs/gpu.md", 0)}
 
@@ -112,7 +114,14 @@ def graphs_on_the_cpu() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("page", [page for page in DOCUMENTS if blocks_of(TEXTS[page]) and page not in ON_RANKS])
+@pytest.mark.parametrize(
+    "page",
+    [
+        page
+        for page in DOCUMENTS
+        if blocks_of(TEXTS[page]) and page not in ON_RANKS and not page.startswith(WITH_FRAMEWORKS)
+    ],
+)
 def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_blocks(page, TEXTS[page], reader(batches=1000 if page == "docs/posthoc.md" else 2))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch.nn import Module
 
 from ..terms.names import unwrap
-from .state_folder import resume_from, write_state
+from .state_folder import resume_from, write_averages
 from .weight_average import Contract, framework, raw_optimizers, refuse_second
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class WeightAverage(Contract):
     def _save(self, models: list[Module], weights: list[Any], folder: str) -> None:
         on_each_node = self._accelerator.project_configuration.save_on_each_node
         writes = self._accelerator.is_local_main_process if on_each_node else self._accelerator.is_main_process
-        write_state(self, Path(folder) / self._name, writes=writes)
+        write_averages(self, Path(folder) / self._name, writes=writes)
 
     def _load(self, models: list[Module], folder: str) -> None:
         resume_from(self, Path(folder) / self._name, folder)

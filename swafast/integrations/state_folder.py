@@ -16,7 +16,7 @@ SHARDS = "averaged"  # the folder of torch.distributed.checkpoint, of averages t
 ATTACHMENT = "attachment.json"  # written last: with it, the state is complete
 
 
-def write_state(average: Contract, folder: Path, *, writes: bool) -> None:
+def write_averages(average: Contract, folder: Path, *, writes: bool) -> None:
     """Write the state of averages and attachment. Collective if the averages are shards.
 
     Args:
@@ -39,7 +39,7 @@ def write_state(average: Contract, folder: Path, *, writes: bool) -> None:
 
 
 def resume_from(average: Contract, folder: Path, where: object, *, step: int | None = None) -> None:
-    """Load what :func:`write_state` has written. If there is nothing, warn, and begin a fresh average.
+    """Load what :func:`write_averages` has written. If there is nothing, warn, and begin a fresh average.
 
     Averages that are shards also load a state of whole tensors.
 

@@ -1,4 +1,4 @@
-"""Files with the marker `frameworks` are imported only if these tests are asked for, and then nothing is skipped."""
+"""Files whose tests all have the marker `frameworks` are imported only if these are asked for. Then none is skipped."""
 
 from __future__ import annotations
 
@@ -22,5 +22,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    is_marked = collection_path.suffix == ".py" and "pytest.mark.frameworks" in collection_path.read_text()
-    return True if is_marked and collection_path.stem.startswith("test_") and not _are_wanted(config) else None
+    if _are_wanted(config) or collection_path.suffix != ".py":
+        return None
+    return True if "\npytestmark = pytest.mark.frameworks" in collection_path.read_text() else None

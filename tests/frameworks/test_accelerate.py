@@ -26,19 +26,26 @@ from tests.frameworks.kit import (
     Report,
     Resumes,
     State,
+    differing,
     of_net,
     optimizer_of,
     whole_state,
 )
+from tests.test_documents import ROOT, blocks_of, reader
 
 pytestmark = pytest.mark.frameworks
+
+
+def fresh_state() -> None:
+    """Have Accelerate forget the process's earlier accelerators."""
+    accelerate_state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Accelerate(Framework):
     """A user's loop with Accelerate: DDP on several ranks."""
 
     def accelerator(self, job: Job) -> Accelerator:
-        accelerate_state.AcceleratorState._reset_state(reset_partial_state=True)
+        fresh_state()
         return Accelerator(cpu=True, gradient_accumulation_steps=job.accumulation)
 
     def train(self, job: Job) -> Report:
@@ -110,7 +117,7 @@ class Fsdp2(Accelerate):
     world = 2
 
     def accelerator(self, job: Job) -> Accelerator:
-        accelerate_state.AcceleratorState._reset_state(reset_partial_state=True)
+        fresh_state()
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="NO_WRAP", state_dict_type="SHARDED_STATE_DICT"
         )
@@ -132,6 +139,106 @@ class Ddp(Accelerate):
     """Two ranks, each with the whole model."""
 
     world = 2
+
+
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before, *after = blocks_of((ROOT / "docs/frameworks/accelerate.md").read_text())
+    for blocks in ([before], after):
+        fresh_state()
+        scope = reader()
+        exec("\n".join(blocks), scope)
+    average, model = scope["average"], scope["model"]
+    assert average.attachment.step == 3  # two of them before the checkpoint
+    assert differing(load_file("exported/model.safetensors"), model.state_dict()) == []
+
+
+def prepared(**options: Any) -> tuple[Accelerator, nn.Module, Any]:
+    fresh_state()
+    accelerator = Accelerator(cpu=True, **options)
+    model = nn.Linear(4, 2)
+    return accelerator, *accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
+
+
+def step(model: nn.Module, optimizer: Any) -> None:
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_wrong_installations_are_refused() -> None:
+    accelerator, model, optimizer = prepared()
+    installs: dict[str, tuple[Any, ...]] = {
+        "accelerator must be an accelerate.Accelerator, got Linear": (model, model, optimizer),
+        "optimizer must be a result of accelerator.prepare, got SGD": (accelerator, model, optimizer.optimizer),
+        "model must be a result of accelerator.prepare": (accelerator, nn.Linear(4, 2), optimizer),
+        "must have an optimizer for averages to follow, got none": (accelerator, model),
+    }
+    for message, given in installs.items():
+        average = WeightAverage()
+        with pytest.raises((TypeError, ValueError), match=message):
+            average.install(*given)
+        assert average.averaged is None
+    with pytest.raises(ValueError, match="start"):
+        WeightAverage(start="3 weeks").install(accelerator, model, optimizer)
+    for use in (WeightAverage().swapped, WeightAverage().finish, lambda: WeightAverage().save_model("folder")):
+        with pytest.raises(RuntimeError, match=r"must be installed first: call install\(accelerator, model, optimizer"):
+            use()
+    average = WeightAverage().install(accelerator, model, optimizer)  # none of the above has left anything
+    with pytest.raises(ValueError, match="installed once, got a second call"):
+        average.install(accelerator, model, optimizer)
+
+
+def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator, model, optimizer = prepared()
+    monkeypatch.setattr(type(accelerator), "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(NotImplementedError, match=r"with DDP or with FSDP, got DistributedType\.DEEPSPEED"):
+        WeightAverage().install(accelerator, model, optimizer)
+
+
+def test_each_model_of_an_accelerator_has_its_average(tmp_path: Path) -> None:
+    accelerator, *first = prepared()
+    other = nn.Linear(4, 2)
+    second = accelerator.prepare(other, torch.optim.SGD(other.parameters(), 0.1))
+    averages = [WeightAverage().install(accelerator, *first)]
+    with pytest.raises(
+        ValueError, match="name must be one that no other average of the accelerator has, got 'swafast'"
+    ):
+        WeightAverage().install(accelerator, *second)
+    averages.append(WeightAverage().install(accelerator, *second, name="other"))
+    step(*first)
+    step(*second)
+    step(*second)
+    accelerator.save_state(str(tmp_path / "saved"))
+    step(*first)
+    accelerator.load_state(str(tmp_path / "saved"))
+    assert [average.attachment.step for average in averages] == [1, 2]
+    assert [int(average.averaged.n_averaged) for average in averages] == [1, 2]
+    assert sorted(path.name for path in tmp_path.glob("saved/*/attachment.json")) == ["attachment.json"] * 2
+
+
+def test_a_swapped_model_is_not_saved_and_a_failed_load_changes_nothing(tmp_path: Path) -> None:
+    accelerator, model, optimizer = prepared()
+    average = WeightAverage().install(accelerator, model, optimizer)
+    with pytest.raises(RuntimeError, match="must hold a model before it is saved"):
+        average.save_model(tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+    step(model, optimizer)
+    step(model, optimizer)
+    with average.swapped(), pytest.raises(RuntimeError, match="swapped"):
+        accelerator.save_state(str(tmp_path / "swapped"))
+    assert not list(tmp_path.glob("swapped/*.safetensors"))
+    accelerator.save_state(str(tmp_path / "saved"))
+    broken = torch.load(tmp_path / "saved/swafast/averaged.pt")
+    torch.save({**broken, "module.weight": torch.zeros(7)}, tmp_path / "saved/swafast/averaged.pt")
+    step(model, optimizer)
+    before = average.averaged.state_dict(), whole_state(model)
+    with pytest.raises(RuntimeError, match=r"weight"):
+        accelerator.load_state(str(tmp_path / "saved"))
+    assert differing(average.averaged.state_dict(), before[0]) == []
+    assert differing(whole_state(model), before[1]) == []
+    assert average.attachment.is_attached
+    assert average.attachment.step == 3
 
 
 class TestAccelerate(Kit):
