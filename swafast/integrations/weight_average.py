@@ -195,7 +195,9 @@ class Contract:
     def state(self) -> dict[str, Any]:
         """Return the state of averages and attachment: tensors, numbers and strings alone. Collective with shards."""
         attachment = self.attachment.state_dict() if self.attachment is not None else None
-        return {"averaged": self.averaged.state_dict(), "attachment": attachment}
+        # The framework saves frozen params with the model, or not at all, as those under a LoRA. Shards lack them.
+        options = {} if self.holds_shards else {"frozen": False}
+        return {"averaged": self.averaged.state_dict(**options), "attachment": attachment}
 
     def load(self, state: Mapping[str, Any], *, is_whole: bool = False) -> None:
         """Load a result of :meth:`state`, all of it or nothing. Collective with shards.
