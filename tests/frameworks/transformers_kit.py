@@ -51,6 +51,9 @@ class NetModel(PreTrainedModel):
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Keep those of the Net."""
 
+    def get_input_embeddings(self) -> None:
+        """Say that there are none, to those who ask for tied ones."""
+
     def forward(self, inputs: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         logits = self.net(inputs)
         return {"logits": logits} if labels is None else {"loss": cross_entropy(logits, labels), "logits": logits}
@@ -115,6 +118,7 @@ class Transformers(Framework):
             trainer.train(resume_from_checkpoint=None if job.resumes is None else get_last_checkpoint(str(job.resumes)))
         except EvaluationError:
             trainer._save_checkpoint(trainer.model_wrapped, None)
+            trainer.accelerator.wait_for_everyone()
             saved = self.saved_model(Path(get_last_checkpoint(str(job.folder))))
         if average is None:
             return Report(whole_state(net), saved=saved)
