@@ -141,6 +141,11 @@ class Contract:
         self._followed = [*optimizers]
         return self.attachment
 
+    def unfollow(self) -> None:
+        """Follow the optimizers no more, if the averages do. The number of steps stays."""
+        if self.attachment is not None and self.attachment.is_attached:
+            self.attachment.detach()
+
     @property
     def evaluated(self) -> Any:
         """The averaged model that is evaluated: one of several, if there are."""
@@ -185,8 +190,7 @@ class Contract:
     def finish(self, model: Module) -> None:
         """End the training: follow the optimizers no more, and leave the averages in ``model`` if asked to."""
         self.swap_out()
-        if self.attachment is not None and self.attachment.is_attached:
-            self.attachment.detach()
+        self.unfollow()
         if self._copies_at_end and self.has_models:
             self.evaluated.copy_to(model)
 

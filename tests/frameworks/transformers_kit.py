@@ -1,4 +1,4 @@
-"""How the Trainer of Transformers trains for the kit: in one process, with DDP, and with FSDP2 and both of its states."""
+"""How the Trainer of Transformers trains for the kit: in one process, with DDP, and with FSDP2 and its two states."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ def fresh_state() -> None:
     accelerate_state.GradientState._reset_state()
 
 
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
+def arguments(folder: Path, kind: type[TrainingArguments] = TrainingArguments, **options: Any) -> TrainingArguments:
     """Return quiet arguments for the CPU, with which no metric of a batch waits for another one."""
     quiet = {"report_to": [], "disable_tqdm": True, "logging_strategy": "no", "use_cpu": True}
     sizes = {"per_device_train_batch_size": BATCH, "per_device_eval_batch_size": BATCH, "dataloader_pin_memory": False}
     strategies = {"eval_strategy": "epoch", "save_strategy": "epoch", "lr_scheduler_type": "constant"}
     chosen = {"learning_rate": LEARNING_RATE, "max_grad_norm": 0.0, **quiet, **sizes, **strategies}
-    return TrainingArguments(str(folder), **{**chosen, **options})
+    return kind(str(folder), **{**chosen, **options})
 
 
 def trainer_of(job: Job, model: PreTrainedModel, kind: type[Trainer] = Trainer, **options: Any) -> Trainer:
