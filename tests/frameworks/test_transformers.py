@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from tests.frameworks.transformers_kit import (
     fresh_state,
     trainer_of,
 )
+from tests.test_documents import ROOT, blocks_of
 
 pytestmark = pytest.mark.frameworks
 
@@ -427,3 +429,46 @@ def test_callbacks_at_the_end_find_the_average(tmp_path: Path) -> None:
     average = WeightAverage(RULE).install(trainer)
     trainer.train()
     assert differing(uploaded[0], of_net(average.averaged.averaged_state_dict())) == []
+
+
+# Documents
+
+
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = blocks_of((ROOT / "docs/frameworks/transformers.md").read_text())
+    job = Job(tmp_path, 4)
+    with Watch(job).watching():
+        models = [NetModel(NetConfig(), job.net()) for _ in range(4)]
+    rows, evaluated = Rows(job.train_set()), Rows(job.eval_set(0))
+    scope = {"torch": torch, "train_set": rows, "eval_set": evaluated, "batch": {"inputs": torch.ones(1, 4)}}
+    scope |= {"fresh_model": models[2], "base_model": models[3], "modules": ["first"]}
+    for number, block in enumerate(blocks):
+        fresh_state()
+        folders = {"args": f"run{min(number, 1)}", "longer_args": "run1", "adapted_args": "adapted"}
+        for name, folder in folders.items():
+            scope[name] = arguments(tmp_path / folder, num_train_epochs=1 + (name == "longer_args"))
+        if number < 2:
+            scope["model"] = models[number]
+        exec(compile(block, f"block {number}", "exec"), scope)
+        if number == 1:
+            exported = load_file(tmp_path / "exported" / "model.safetensors")
+            assert differing(exported, scope["average"].averaged.averaged_state_dict()) == []
+        if number == 3:
+            assert scope["average"].attachment.step == 8
+    assert number == 5
+    whole = load_file(tmp_path / "averaged_in_full" / "model.safetensors")
+    assert differing(whole, load_file(tmp_path / "averaged" / "model.safetensors")) == []
+    assert len(load_file(tmp_path / "adapters" / "adapter_model.safetensors")) == 2
+
+
+def test_the_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("EPOCHS", "2")
+    fresh_state()
+    threads = torch.get_num_threads()
+    runpy.run_path(str(ROOT / "examples" / "transformers_tiny.py"), run_name="__main__")
+    torch.set_num_threads(threads)
+    told = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("{")]
+    assert told[0].split()[4].rstrip(",") == told[1].split()[-1]
+    assert told[2] == "stopped after 1 epochs and resumed: the EMA is equal"
+    assert told[3].startswith("the EMA of the LoRA's adapters: ")
