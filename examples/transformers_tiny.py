@@ -22,7 +22,7 @@ from swafast import ExponentialAverage
 from swafast.integrations.transformers import WeightAverage
 
 try:
-    EPOCHS = int(os.environ.get("EPOCHS", "4"))
+    EPOCHS = int(os.environ.get("EPOCHS", "10"))
 except ValueError as error:
     sys.exit(f"EPOCHS does not fit: {error}")
 ROOT = Path(__file__).parents[1]

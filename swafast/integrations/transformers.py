@@ -20,7 +20,7 @@ from .weight_average import Contract, framework, raw_optimizers, refuse_second
 if TYPE_CHECKING:
     from transformers import Trainer
 
-_transformers: Any = framework("transformers", "4.46")
+_transformers: Any = framework("transformers", "4.48")
 _Callback: Any = _transformers.TrainerCallback
 
 FOLDER = "swafast"  # in each checkpoint
@@ -95,7 +95,7 @@ class WeightAverage(Contract, _Callback):
         self._has_begun, self._model, self._is_of_another = True, unwrap(model), False
         try:
             optimizers = [each for each in raw_optimizers([trainer.optimizer]) if each is not None]
-            trainers.check_optimizers(optimizers)
+            trainers.refuse_own_averages(optimizers)
             self.make(model)
             self.follow(optimizers, model, step=state.global_step, **trainers.spans_of(trainer, self._when, state))
             if saved is not None:

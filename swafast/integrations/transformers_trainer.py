@@ -37,7 +37,7 @@ def check_trainer(trainer: Any, kind: Any) -> None:
         )
 
 
-def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
+def refuse_own_averages(optimizers: Sequence[Optimizer]) -> None:
     """Raise NotImplementedError for an optimizer that writes params before an evaluation, such as a schedule-free one.
 
     The Trainer calls its ``eval`` then.
