@@ -79,7 +79,7 @@ class WeightAverage(Contract, _Callback):
     def _training(self, resume_from_checkpoint: Any = None, *_: Any, **__: Any) -> Iterator[None]:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = _transformers.trainer_utils.get_last_checkpoint(self._trainer.args.output_dir)
-        self._resumed, self._has_begun = resume_from_checkpoint or None, False
+        self._resumed, self._has_begun, self._saved_at = resume_from_checkpoint or None, False, None
         # A training that raised has left it attached. Distributed checkpoints without averages lack its key.
         self.unfollow()
         yield
