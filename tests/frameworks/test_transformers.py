@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
-from swafast import EqualAverage, ExponentialAverage
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel
 from swafast.integrations.transformers import WeightAverage
 from tests.frameworks.kit import (
     EvaluationError,
@@ -116,18 +117,35 @@ def test_the_best_model_from_before_the_averages_start_is_left_alone(tmp_path: P
     assert not average.has_models
 
 
-def test_the_best_model_of_a_checkpoint_without_averages_is_left_alone(tmp_path: Path) -> None:
+def test_the_best_model_of_a_checkpoint_without_averages_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(averaged: FusedAveragedModel, model: nn.Module) -> None:
+        time.sleep(0.1)  # the last update must end before the best model is loaded
+        update(averaged, model)
+
+    class Stops(Trainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            self.control.should_training_stop = self.state.global_step == 9  # neither saved nor evaluated
+            return super().training_step(*args, **kwargs)
+
     trained(Job(tmp_path, 4), **WORST)
-    average = WeightAverage(RULE)
+    average = WeightAverage(RULE, overlap=True)
+    job = Job(tmp_path, 12, before=4, options={"rule": RULE})
+    update = FusedAveragedModel.update_parameters
+    monkeypatch.setattr(FusedAveragedModel, "update_parameters", slow)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        _, watch = trained(Job(tmp_path, 12, before=4), average, resume=True, **WORST)
+        steps = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 4, "save_steps": 4}
+        _, watch = trained(job, average, resume=True, kind=Stops, **WORST, **steps)
+    monkeypatch.undo()
     told = [str(each.message) for each in caught if "no averages of swafast" in str(each.message)]
     assert len(told) == 2, told
     assert told[1].startswith(f"load_best_model_at_end has loaded {tmp_path / 'checkpoint-4'}")
     kept = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
     assert differing(net_of(watch), of_net(kept)) == []
-    assert int(average.averaged.n_averaged) == 8
+    assert int(average.averaged.n_averaged) == 6
+    assert differing(of_net(average.averaged.averaged_state_dict()), evaluated_states(job, watch.steps)[6]) == []
     with average.swapped():
         assert differing(net_of(watch), of_net(kept)) == []
     with pytest.raises(RuntimeError, match="must hold a model before it is saved"):
@@ -274,6 +292,11 @@ def test_a_state_of_another_model_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_training_that_raised_goes_on_in_the_same_process(tmp_path: Path) -> None:
+    class Loads(Trainer):
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            assert not average.attachment.is_attached  # distributed checkpoints without averages lack its key
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     whole = WeightAverage(RULE)
     _, expected = trained(Job(tmp_path / "whole", 12), whole)
     average = WeightAverage(RULE)
@@ -281,7 +304,7 @@ def test_a_training_that_raised_goes_on_in_the_same_process(tmp_path: Path) -> N
     watch = Watch(job)
     with watch.watching():
         fresh_state()
-        trainer = trainer_of(job, NetModel(NetConfig(), job.net()))
+        trainer = trainer_of(job, NetModel(NetConfig(), job.net()), Loads)
         average.install(trainer)
         with pytest.raises(EvaluationError):
             trainer.train()
