@@ -142,6 +142,11 @@ class Contract:
         self._followed = [*optimizers]
         return self.attachment
 
+    def unfollow(self) -> None:
+        """Follow the optimizers no more, if the averages do. The number of steps stays."""
+        if self.attachment is not None and self.attachment.is_attached:
+            self.attachment.detach()
+
     @property
     def evaluated(self) -> Any:
         """The averaged model that is evaluated: one of several, if there are."""
@@ -186,8 +191,7 @@ class Contract:
     def finish(self, model: Module) -> None:
         """End the training: follow the optimizers no more, and leave the averages in ``model`` if asked to."""
         self.swap_out()
-        if self.attachment is not None and self.attachment.is_attached:
-            self.attachment.detach()
+        self.unfollow()
         if self._copies_at_end and self.has_models:
             self.evaluated.copy_to(model)
 
@@ -196,7 +200,9 @@ class Contract:
     def state(self) -> dict[str, Any]:
         """Return the state of averages and attachment: tensors, numbers and strings alone. Collective with shards."""
         attachment = self.attachment.state_dict() if self.attachment is not None else None
-        return {"averaged": self.averaged.state_dict(), "attachment": attachment}
+        # The framework saves frozen params with the model, or not at all, as those under a LoRA. Shards lack them.
+        options = {} if self.holds_shards else {"frozen": False}
+        return {"averaged": self.averaged.state_dict(**options), "attachment": attachment}
 
     def load(self, state: Mapping[str, Any], *, is_whole: bool = False) -> None:
         """Load a result of :meth:`state`, all of it or nothing. Collective with shards.
