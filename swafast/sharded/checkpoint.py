@@ -215,7 +215,7 @@ def named_alike(all_entries: Sequence[Entry], copied: Iterable[tuple[str, ...]],
     return {keys.get(key) or key: value for key, value in state.items()}
 
 
-def _require_keys(expected: Sequence[str], state: Mapping[str, object], all_entries: Sequence[Entry]) -> None:
+def _require_keys(expected: Sequence[str], state: Mapping[str, object], all_entries: Sequence[Entry] = ()) -> None:
     missing = [key for key in expected if key not in state]
     surplus = [key for key in state if key not in set(expected)]
     if missing or surplus:
