@@ -52,7 +52,7 @@ class NetModel(PreTrainedModel):
         """Keep those of the Net."""
 
     def get_input_embeddings(self) -> None:
-        """Say that there are none, to those who ask for tied ones."""
+        """Return none: no weights are tied."""
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         logits = self.net(inputs)
