@@ -627,6 +627,11 @@ def test_the_handle_is_kept_and_a_second_average_of_the_same_kind_is_warned_of()
             alike.attach(optimizer)
     with pytest.warns(UserWarning, match="has another average with the rule and the schedule of 'EqualAverage 5'"):
         FusedAveragedModel(model).attach(optimizer)
+    for deviations in (4, 0):
+        with silent():
+            FusedAveragedModel(model, deviations=deviations).attach(optimizer, every=9)
+    with pytest.warns(UserWarning, match="has another average with the rule and the schedule"):
+        FusedAveragedModel(model, deviations=4).attach(optimizer, every=9)
     with pytest.raises(ValueError, match="name must not be empty"):
         FusedAveragedModel(model).attach(optimizer, name="")
     with pytest.raises(ValueError, match="every must not be above the last step, 50, or no update comes, got 100"):

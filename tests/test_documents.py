@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import runpy
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ TEXTS = {page: (ROOT / page).read_text() for page in DOCUMENTS}
 ON_RANKS = ("docs/sharded.md", "docs/averages.md", "docs/growing.md")
 #: Pages whose blocks need a framework: its file in tests/frameworks runs them.
 WITH_FRAMEWORKS = "docs/frameworks/"
+#: Pages that average in the last quarter of a training, so it must have some epochs.
+LATE = tuple(f"docs/recipes/{name}.md" for name in ("swag", "swag_diagonal", "multiswa", "multiswag"))
 #: Blocks that need a CUDA device. They run with torch's graphs replaced by ones that run their body at once.
 WITH_GRAPHS = {("docs/gpu.md", 0)}
 
@@ -81,6 +84,7 @@ def reader(batches: int = 2) -> dict[str, Any]:
         "plain_model": Net(),
         "optimizer": sgd,
         "loader": loader,
+        "test_inputs": torch.randn(5, 4),
         "epochs_of": lambda loader: list(loader) * 12,
         "loss": loss,
         "train_step": train_step,
@@ -124,7 +128,10 @@ def graphs_on_the_cpu() -> Iterator[None]:
 )
 def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run_blocks(page, TEXTS[page], reader(batches=1000 if page == "docs/posthoc.md" else 2))
+    scope = reader(batches=1000 if page == "docs/posthoc.md" else 2)
+    if page in LATE:
+        scope |= {"num_epochs": 12, "total_steps": 12 * len(scope["loader"])}
+    run_blocks(page, TEXTS[page], scope)
 
 
 def _on_rank(texts: dict[str, str], folder: Path) -> list[int]:
@@ -292,6 +299,14 @@ def test_planted_faults_are_seen(check: Any, wrong: str) -> None:
 
 def test_a_page_that_the_index_lacks_is_seen() -> None:
     assert missing_from_index(TEXTS[INDEX].replace("(gpu.md)", "(speed.md)")) == ["docs/gpu.md"]
+
+
+@pytest.mark.parametrize("package", ["torchmetrics", "matplotlib", "sklearn"])
+def test_the_example_of_swag_says_what_to_install(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (package, *(each for each in sys.modules if each.startswith(f"{package}."))):
+        monkeypatch.setitem(sys.modules, name, None)  # so an import of it fails
+    with pytest.raises(SystemExit, match=rf"{package}.*: pip install '\.\[swag\]'"):
+        runpy.run_path(str(ROOT / "examples" / "swag.py"))
 
 
 @pytest.mark.parametrize("name", ["attach", "digits", "merging", "recipes"])

@@ -29,6 +29,7 @@ from swafast import (
     ShardedAveragedModel,
     ShardedAverages,
     Snapshots,
+    Spread,
     update_bn,
 )
 from swafast.backends import cpu, library
@@ -56,7 +57,27 @@ CALLS: dict[str, tuple[Callable[[Any], object], type[Exception], str]] = {
     "SWAG's rank": (lambda m: ShardedAveragedModel(m, rank=10), TypeError, "write deviations=10"),
     "SWAG by name": (lambda m: FusedAverages(m, rules=RULES, swag=True), TypeError, "deviations=20 for SWAG, or dev"),
     "no covariance": (lambda m: FusedAveragedModel(m, no_cov_mat=True), TypeError, "deviations=0 for the variance"),
-    "SWAG's sample": (lambda m: FusedAveragedModel(m).sample(0.5), AttributeError, "averaged.sampled_into(model"),
+    "SWAG's sample": (lambda m: FusedAveragedModel(m).sample(0.5), AttributeError, "sampled_into(model, index, scale="),
+    "SWAG's sample at 0": (lambda m: FusedAveragedModel(m).sample(0.0), AttributeError, "averaged.swapped_into(model)"),
+    "a column alone": (lambda m: FusedAveragedModel(m, max_num_models=1), TypeError, ": write deviations=20 for SWAG,"),
+    "columns that are none": (lambda m: FusedAveragedModel(m, max_num_models="a"), TypeError, ": write deviations=20"),
+    "deviations by position": (lambda m: FusedAveragedModel(m, 10), RuntimeError, ": for SWAG, write deviations=10, w"),
+    "SWAG's models": (lambda m: FusedAveragedModel(m, num_models=20), TypeError, "averaged.n_averaged counts the mode"),
+    "SWAG's clamp": (lambda m: FusedAveragedModel(m, var_clamp=1e-6), TypeError, "the variance is never negative"),
+    "torch-uncertainty's start": (lambda m: FusedAveragedModel(m, cycle_start=5), TypeError, 'start="5ep", every="1ep'),
+    "its cycle": (lambda m: FusedAveragedModel(m, cycle_length=2), TypeError, 'attach(optimizer, every="2ep", steps_p'),
+    "its samples": (lambda m: FusedAveragedModel(m, num_estimators=9), TypeError, "sampled_into(model, index, scale=."),
+    "its update": (lambda m: FusedAveragedModel(m).update_wrapper(1), AttributeError, "update_parameters(model)"),
+    "SWAG's count": (lambda m: FusedAveragedModel(m).n_models, AttributeError, "read averaged.n_averaged"),
+    "SWAG's moments": (lambda m: FusedAveragedModel(m).generate_mean_var_covar(), AttributeError, "variance.<name> an"),
+    "SWAG's export": (lambda m: FusedAveragedModel(m).export_numpy_params(), AttributeError, "averaged_state_dict(),"),
+    "a sample's cov": (lambda m: swag(m).sampled_into(m, 0, cov=True), TypeError, "the covariance of all deviations:"),
+    "a sample's block": (lambda m: swag(m).sampled_into(m, 0, block=True), TypeError, "for all parameters together"),
+    "a sample's rank": (lambda m: swag(m).sample_to(m, 0, fullrank=True), TypeError, "leave it out, or construct the"),
+    "a sample's noise": (lambda m: swag(m).sampled_into(m, 0, diag_noise=False), TypeError, "has the noise of the var"),
+    "a sample's generator": (lambda m: swag(m).sampled_into(m, 0, generator=1), TypeError, "write seed=, any int"),
+    "a scale by position": (lambda m: swag(m).sampled_into(m, 0, 0.5), TypeError, "write sampled_into(model, index, s"),
+    "a scale for good": (lambda m: swag(m).sample_to(m, 0, 0.5), TypeError, ": write sample_to(model, index, scale=0."),
     "SWAG's collect": (lambda m: FusedAveragedModel(m).collect_model(m), AttributeError, "update_parameters(model)"),
     "SWAG's class": (lambda m: swafast.SWAG, AttributeError, "FusedAveragedModel(model, deviations=20)"),
     "timm's warm-up": (lambda m: FusedAveragedModel(m, use_warmup=True), TypeError, 'warmup="power"'),
@@ -183,6 +204,10 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
+def swag(model: nn.Module) -> Any:
+    return FusedAveragedModel(model, deviations=2)
+
+
 def averaged_once(model: nn.Module) -> FusedAveragedModel:
     return FusedAveragedModel(model, num_averaged=1)
 
@@ -218,6 +243,10 @@ STATES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "Lightning's checkpoint": (lambda: {"epoch": 1, "state_dict": weights()}, "whole checkpoint, of 'epoch', 'state_"),
     "several averages": (lambda: several(make()).state_dict(), "load it into FusedAverages"),
+    "swa_gaussian's SWAG": (
+        lambda: {f"base.{k}{end}": v for k, v in weights().items() for end in ("_mean", "_sq_mean", "_cov_mat_sqrt")},
+        "this is a state of swa_gaussian's SWAG",
+    ),
     "a sharded state": (lambda: {**weights(), "checksum.module.weight": torch.zeros(2)}, "save full_state_dict()"),
 }  # fmt: skip
 
@@ -363,9 +392,17 @@ def test_dumps_of_keys_end_after_three_names() -> None:
         averaged.load_state_dict(wide.state_dict())
     assert str(raised.value).count("size mismatch for") == 3
     with pytest.raises(ValueError, match=r"missing \['a', 'b', 'c'\]; unexpected \['x'\]$"):
-        checkpoint._require_keys([*"abcde"], {"x": 1})
+        checkpoint._require_keys([*"abcde"], {"x": 1}, [])
     with pytest.raises(ValueError, match="one of timm's ModelEmaV3"):
-        checkpoint._require_keys(["n_averaged", "module.a"], {"module.a": torch.zeros(1)})
+        checkpoint._require_keys(["n_averaged", "module.a"], {"module.a": torch.zeros(1)}, [])
+
+
+def test_means_of_batchnorm_are_not_taken_for_those_of_swag() -> None:
+    model = nn.Sequential(make(), nn.BatchNorm1d(2))
+    with pytest.raises(RuntimeError) as raised:
+        FusedAveragedModel(model).load_state_dict(model.state_dict())
+    assert "swa_gaussian" not in str(raised.value)
+    assert "save averaged.state_dict()" in str(raised.value)
 
 
 # A sharded average is no module
@@ -386,6 +423,8 @@ def test_shards_tell_who_takes_them_for_a_module(one_rank: None) -> None:
         (lambda: get_model_state_dict(averaged), "its state is averaged.state_dict()"),
         (lambda: averaged.module, "holds no copy of one"),
         (lambda: averages.named_parameters(), "holds no copy of one"),
+        (lambda: averaged.sampled_into(model, 0, 0.5), "write sampled_into(model, index, scale=0.5)"),
+        (lambda: averaged.sample_to(model, 0, cov=True), "the covariance of all deviations"),
         (lambda: averaged.full_state_dict(rank0=True), "write rank0_only=True"),
         (lambda: averages.full_state_dict(rank_0_only=True), "write rank0_only=True"),
         (lambda: averaged.full_state_dict(offload_to_cpu=True), "write cpu_offload=True"),
@@ -551,6 +590,22 @@ def test_a_print_hides_planes_and_waits_for_no_device() -> None:
     attachment.detach()
     assert repr(attachment).endswith(", detached)")
     assert repr(Snapshots("absent")).endswith("absent', 0 snapshots)")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "deviations", "told"),
+    [
+        (torch.float32, Spread(4, dtype=torch.bfloat16), "4 (bfloat16)"),
+        (torch.bfloat16, Spread(4, dtype=torch.float32), "4 (float32)"),
+        (torch.float32, Spread(4, dtype=torch.float32), "4"),
+        (torch.bfloat16, Spread(4, dtype=torch.bfloat16), "4"),
+        (torch.bfloat16, 4, "4"),
+        (torch.float32, Spread(0, dtype=torch.bfloat16), "0"),
+    ],
+)
+def test_a_print_shows_a_dtype_of_deviations_that_is_another(dtype: torch.dtype, deviations: Any, told: str) -> None:
+    averaged = FusedAveragedModel(make().to(dtype), deviations=deviations)
+    assert f", deviations={told}, " in repr(averaged)
 
 
 def test_one_log_line_says_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

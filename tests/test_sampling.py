@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -366,7 +367,7 @@ def test_meanwhile_nothing_may_touch_averages_or_train_the_model(every_kind: Eve
             lambda: averaged.swapped_into(every_kind).__enter__(),
             lambda: averaged.sampled_into(every_kind, 1).__enter__(),
         ):
-            with pytest.raises(RuntimeError, match="must wait until the averages are swapped back out"):
+            with pytest.raises(RuntimeError, match=r"must wait until the averages .* leave sampled_into first$"):
                 action()
         for action in (
             optimizer.step,
@@ -380,6 +381,8 @@ def test_meanwhile_nothing_may_touch_averages_or_train_the_model(every_kind: Eve
         with pytest.raises(RuntimeError, match=r"must not be used while .* leave sampled_into first"):
             averaged.module.state_dict()
         assert differing(inside, tensors_of(every_kind)) == []
+    with averaged.swapped_into(every_kind), pytest.raises(RuntimeError, match=r"leave swapped_into first$"):
+        averaged.state_dict()
 
 
 @pytest.mark.parametrize("outer", ["sample", "average"])
@@ -456,6 +459,9 @@ CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"index": 2**32}, ValueError, "index must be from 0 .*, got 4294967296"),
     ({"index": 1.0}, TypeError, "index must be an int, got 1.0"),
     ({"index": True}, TypeError, "index must be an int, got True"),
+    ({"index": nn.Linear(4, 3)}, TypeError, r"index must be an int, got Linear: write sampled_into\(model, index\)$"),
+    ({"index": torch.zeros(3)}, TypeError, "index must be an int, got Tensor$"),
+    ({"scale": torch.zeros(3)}, TypeError, "scale must be a number or None, got Tensor$"),
     ({"scale": -0.1}, ValueError, "scale must be finite .* >= 0, got -0.1"),
     ({"scale": math.nan}, ValueError, "scale must be finite .*, got nan"),
     ({"scale": math.inf}, ValueError, "scale must be finite .*, got inf"),
@@ -494,7 +500,8 @@ def test_a_sample_that_there_is_not_is_refused() -> None:
     model = nn.Linear(4, 3)
     refuse_samples(collected(model, deviations=None), model, RuntimeError, "spread, got one without.*deviations=20")
     for updates in (0, 1):
-        refuse_samples(collected(model, updates), model, RuntimeError, f"two models .*, got {updates}: one has no")
+        message = f"two models .*, got {updates}: one has no variance. Call update_parameters.*start=$"
+        refuse_samples(collected(model, updates), model, RuntimeError, message)
     averaged = collected(model)
     model.bias = nn.Parameter(torch.zeros(1).expand(3))
     refuse_samples(averaged, model, ValueError, "'bias' of the model must have memory of its own for each element")
@@ -592,6 +599,36 @@ def test_a_stream_that_moves_is_warned_of_once_and_one_that_stands_is_not(kind: 
             found += [str(warning.message) for warning in caught]
     assert len(found) == (kind == "moves"), found
     assert all("the weights were still moving one way" in message for message in found)
+    told = r"of the FusedAveragedModel have [1-3]\.\d times its variance, where weights that stand still have about 1 t"
+    assert all(re.search(told, message) for message in found)
+
+
+def test_a_copy_keeps_a_sample_and_the_model_keeps_the_mode_of_the_body() -> None:
+    model = Net()
+    averaged, own = collected(model), tensors_of(model)
+    with averaged.sampled_into(model, 3) as sample:
+        kept = copy.deepcopy(sample.eval())
+    assert not model.training
+    assert differing(own, tensors_of(model)) == []
+    assert differing(tensors_of(kept), sample_of(averaged, model)) == []
+    with averaged.swapped_into(model) as sample:
+        assert sample is model
+        kept = copy.deepcopy(sample)
+    assert differing(tensors_of(kept), sample_of(averaged, model, scale=0)) == []
+
+
+def test_the_variance_of_a_swag_may_be_used_alone() -> None:
+    model, alone = Net(), Net()
+    averaged, diagonal = collected(model), FusedAveragedModel(alone, deviations=0)
+    state = {key: value for key, value in averaged.state_dict().items() if not key.startswith("deviation.")}
+    diagonal.load_state_dict(state)
+    together = FusedAverages(
+        model, rules={"swag": EqualAverage(), "diagonal": EqualAverage()}, deviations={"swag": 5, "diagonal": 0}
+    )
+    together["diagonal"].load_state_dict(state)
+    assert diagonal.n_averaged == averaged.n_averaged > 1
+    assert differing(sample_of(diagonal, alone), sample_of(together["diagonal"], model)) == []
+    assert differing(sample_of(diagonal, alone), sample_of(averaged, model)) != []
 
 
 def test_a_drift_of_no_equal_mean_is_not_warned_of() -> None:

@@ -63,7 +63,7 @@ class FusedAveragedModel(HasRule, Sampled, Adaptable, AveragedModel):
             parameter of the model given here.
         nonfinite: ``"propagate"``, as torch does. ``"raise"`` and ``"skip"`` read what is averaged once more, and
             change nothing if it holds a NaN or an infinity.
-        seed: the seed of the random bits by which ``"compact"`` and ``"half"`` round. States hold no seed and no rule.
+        seed: any int, of random rounding (``"compact"``, ``"half"``) and of samples. States hold no seed and no rule.
         num_averaged: if ``model`` has averaged weights, such as a published EMA, of how many models. Updates go on from
             them. By default the first update copies.
         deviations: keep the variance and so many deviations too, of which :meth:`sampled_into` draws samples (SWAG):

@@ -13,6 +13,7 @@ from ..op.report import spell_bytes
 from ..terms.copying import bytes_of
 from ..terms.formats import Format
 from ..terms.rules import Rule
+from ..terms.spread import Spread
 from .lending import is_lent
 from .planes import find_planes
 
@@ -89,10 +90,18 @@ class Described:
         count = self.n_averaged
         updates = f"updates={int(count)}" if count.device.type == "cpu" else f"updates counted on {count.device}"
         rule = spell_rule(self.rule, always=1) if self.rule is not None else default_name(self)
-        spread = getattr(self, "deviations", None)
-        kept = () if spread is None else (f"deviations={spread.count}",)
+        kept = () if (spread := self._spell_spread()) is None else (f"deviations={spread}",)
         parts = (f"rule={rule}", f"format={self.format!r}", *kept, f"backend={self.backend!r}", updates)
         return f"{type(self).__name__}({', '.join((*self._head(), *parts, spell_bytes(self.nbytes)))})"
+
+    def _spell_spread(self) -> str | None:
+        """Return how many deviations are kept, and their dtype unless it is that of the averages."""
+        spread: Spread | None = getattr(self, "deviations", None)
+        if spread is None:
+            return None
+        averages = {planes[0].dtype for fmt, planes in self._stored() if fmt is not None and fmt.spread is not None}
+        is_told = spread.count and spread.dtype is not None and averages != {spread.dtype}
+        return f"{spread.count} ({str(spread.dtype).removeprefix('torch.')})" if is_told else str(spread.count)
 
     def _head(self) -> Iterable[str]:
         """Return what else stands in the line, first."""

@@ -16,6 +16,7 @@ from ..op.checks import checked_seed
 from ..op.drawing import Drawing, DrawsOf, DrawsSample, draw_for_good
 from ..terms.draws import Draws, make_random_key
 from ..terms.formats import Format
+from ..terms.hints import hinted
 from ..terms.rules import EqualAverage, Rule
 from ..terms.samples import make_sample
 from ..terms.spread import DEVIATION, Spread
@@ -115,8 +116,10 @@ class HasSamples:
         if found > _MOST_DRIFT:
             self._seen_drift = -1
             warn_user(
-                f"the deviations have {found:.1f} times the variance: the weights were still moving one way while they "
-                "were averaged, and samples spread along it. Average later, or with a constant learning rate"
+                f"the deviations of the {type(self).__name__} have {found:.1f} times its variance, where weights that "
+                "stand still have about 1 times: the weights were still moving one way while they were averaged, and "
+                "samples spread along it. Average later, or with a constant learning rate. If the training is over, "
+                "draw with a smaller scale=, or load the state without its deviations into an average with deviations=0"
             )
 
     if TYPE_CHECKING:
@@ -159,6 +162,7 @@ class Sampled(HasSamples):
     """Base class of one averaged model in one process: its samples."""
 
     @seamless
+    @hinted
     def sampled_into(
         self, model: Module, index: int, *, scale: float | None = None, seed: int | None = None
     ) -> Iterator[Module]:
@@ -176,7 +180,8 @@ class Sampled(HasSamples):
             index: which sample, from 0 to 2^32 - 1. Members of a MultiSWAG with one seed share their random numbers,
                 so go on with the index from one member to the next.
             scale: of the covariance; default: 1/2, as in the paper, and 1 without deviations (SWAG-diagonal).
-            seed: of the normal numbers; default: the seed of the construction.
+            seed: of the normal numbers, any int, which is hashed; default: that of the construction, which is 0 by
+                default. torch's random state is neither used nor changed.
 
         Raises:
             TypeError, ValueError: ``index``, ``scale`` or ``seed`` is not as above, or ``model`` does not fit the
@@ -198,6 +203,7 @@ class Sampled(HasSamples):
         finally:
             swap.finish()  # whatever an interrupt has left
 
+    @hinted
     def sample_to(self, model: Module, index: int, *, scale: float | None = None, seed: int | None = None) -> None:
         """Write a sample into ``model`` for good, and the average's buffers. See :meth:`sampled_into`.
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from ..terms import hints
 from ..terms.lazy import MadeOnUse
 from ..terms.rules import Rule
+from ..terms.spread import Spread
 from ..terms.warn import warn_user
 from ..torch_private.modules import unnamed_tensors
 from ..torch_private.optimizers import has_hooks
@@ -246,9 +247,13 @@ def _members(averaged: Any) -> dict[str, Any]:
     return {"": averaged} if names is None else {name: averaged[name] for name in names()}
 
 
+def _spreads(averaged: object) -> list[Spread | None]:
+    return [getattr(each, "deviations", None) for each in _members(averaged).values()]
+
+
 def _warn_of_close_deviations(averaged: object, schedule: Schedule) -> None:
     """Warn before deviations are kept of models that are one step apart: they are nearly one and the same."""
-    spreads = [getattr(each, "deviations", None) for each in _members(averaged).values()]
+    spreads = _spreads(averaged)
     if schedule.every == 1 and any(spread is not None and spread.count for spread in spreads):
         warn_user(
             "the deviations of an average that is updated at each step are nearly one vector: update it once an epoch, "
@@ -288,7 +293,7 @@ def _are_of_one_kind(averaged: object, model: Module, other: Attachment) -> bool
     """Return whether an attachment averages the same model with the same options."""
     options = ("format", "include", "use_buffers")
     alike = all(getattr(other._averaged, name, None) == getattr(averaged, name, None) for name in options)
-    return other.model is model and alike
+    return other.model is model and alike and _spreads(other._averaged) == _spreads(averaged)
 
 
 def _warn_of_no_state(name: str, saved: Iterable[str]) -> None:

@@ -122,6 +122,7 @@ class Guard:
         self._lock = ForkSafeLock()
         self._attachment: Attachment | None = None
         self._model: Module | None = None
+        self._call = "swapped_into"  # by which the averages are in the model
 
     @property
     def attachment(self) -> Attachment | None:
@@ -146,6 +147,12 @@ class Guard:
         (guard,) = self._guards
         guard._model = model
 
+    def lend(self, model: Module, call: str) -> None:
+        """Note that the averages are swapped into ``model`` until :attr:`model` is None, and by which call."""
+        (guard,) = self._guards
+        guard._call = call
+        self.model = model
+
     def settle(self, action: str = "", written: Module | None = None) -> None:
         """Wait for an update under way, unless this is its thread; also for those that read a model to be written.
 
@@ -165,7 +172,10 @@ class Guard:
         """Raise RuntimeError if the averages are swapped into a model."""
         for guard in self._guards:
             if guard._model is not None:
-                raise RuntimeError(f"{action} must wait until the averages are swapped back out of the model")
+                raise RuntimeError(
+                    f"{action} must wait until the averages are swapped back out of the model: leave {guard._call} "
+                    "first"
+                )
 
     def locked(self, *others: ForkSafeLock) -> AbstractContextManager[object]:
         """Return a context that holds the averages, then ``others``, for this thread, even while they are swapped."""

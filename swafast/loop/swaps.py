@@ -82,7 +82,7 @@ class Swap:
             other.note()
         _refuse_steps()
         in_force.append(weakref.ref(self, _forget))
-        self._guard.model = self.model
+        self._guard.lend(self.model, self.call)
         if isinstance(owner := self.owner, AveragedModel):
             # The averaged model refuses itself. Its module is the user's own, and does not know of the swap.
             refusal = _Refusal(self)

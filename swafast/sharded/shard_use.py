@@ -19,6 +19,7 @@ from ..loop.guard import Guard, seamless
 from ..op.drawing import DrawsOf, DrawsSample, draw_for_good
 from ..terms.draws import Draws, make_random_key
 from ..terms.formats import with_spread
+from ..terms.hints import hinted
 from ..terms.numbers import as_float, as_int
 from ..terms.spread import Spread
 from .construction import spell
@@ -68,6 +69,7 @@ class UsableShards(HasSamples):
         """
         self._for_good("copy_to", model)
 
+    @hinted
     def sampled_into(
         self, model: Module, index: int, *, scale: float | None = None, seed: int | None = None
     ) -> AbstractContextManager[Module]:
@@ -86,6 +88,7 @@ class UsableShards(HasSamples):
         """
         return self._there_and_back("sampled_into", model, index=index, scale=scale, seed=seed)
 
+    @hinted
     def sample_to(self, model: Module, index: int, *, scale: float | None = None, seed: int | None = None) -> None:
         """Write a sample into ``model`` for good, and the average's buffers. Collective. See :meth:`sampled_into`.
 

@@ -1,7 +1,7 @@
 """Habits: the names that users of other packages write, and the line that they meant.
 
 The tables know names of torch's `AveragedModel`, timm's `ModelEmaV3`, diffusers' `EMAModel`, torch_ema, ema_pytorch,
-Lightning, Composer and torchcontrib.
+Lightning, Composer and torchcontrib, and of the SWAG of swa_gaussian and torch-uncertainty.
 """
 
 from __future__ import annotations
@@ -59,11 +59,15 @@ _ATTRIBUTES = _each(
         ("set_decay", "update_decay", "set_rule"): "write averaged.rule = ExponentialAverage(decay)",
         (
             *("num_updates", "n_updates", "updates", "num_averaged", "n_average", "optimization_step"),
-            *("num_averages", "step_count"),
+            *("num_averages", "step_count", "n_models", "num_models"),
         ): "read averaged.n_averaged",
-        ("collect_model", "collect"): _UPDATE,
-        ("sample", "sample_params", "sample_swag", "draw", "sampled"): (
-            "write `with averaged.sampled_into(model, index):`, with another index for each sample"
+        ("collect_model", "collect", "update_wrapper"): _UPDATE,
+        (*("sample", "sample_params", "sample_swag", "sample_fullrank", "sample_blockwise", "draw", "sampled"),): (
+            "write `with averaged.sampled_into(model, index, scale=scale):`, with another index for each sample, and "
+            "averaged.swapped_into(model) for a scale of 0"
+        ),
+        ("generate_mean_var_covar", "export_numpy_params", "get_mean_and_variance"): (
+            "read averaged.averaged_state_dict(), and variance.<name> and deviation.<k>.<name> of averaged.state_dict()"
         ),
         ("transfer_weights", "copy_params_to", "assign_to", "copy_into"): "write averaged.copy_to(model)",
         ("detach", "join"): "write attachment = averaged.attach(optimizer), and attachment.{name}()",
@@ -158,14 +162,38 @@ _TO_CPU = ("offload_to_cpu", "cpu", "to_cpu", "cpu_offload")
 _DTYPE = ("dtype", "precision", "ema_dtype")
 _SWALR = "write SWALR(optimizer, ...), from swafast.optim"
 
+#: What an argument about the spread of an average means, whatever its value.
+SPREADS = "write deviations=20 for SWAG, or deviations=0 for the variance alone"
+
 #: Other arguments: which a function must have, the arguments that somebody gives it, and what was meant.
 ARGUMENTS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
     (("deviations",), ("max_num_models", "num_deviations", "n_deviations", "max_cols", "num_columns", "rank", "K"), (
         "write deviations={value}"
     )),
-    (("deviations",), ("swag", "no_cov_mat", "no_cov", "cov_mat", "cov", "full_cov", "variance", "var_clamp"), (
-        "write deviations=20 for SWAG, or deviations=0 for the variance alone"
+    (("deviations",), ("swag", "no_cov_mat", "no_cov", "cov_mat", "cov", "full_cov", "variance", "diag_covariance"), (
+        SPREADS
     )),
+    (("deviations",), ("var_clamp",), "leave it out: the variance is never negative"),
+    (("deviations",), ("num_models", "n_models", "max_models"), (
+        "averaged.n_averaged counts the models; for how many deviations are kept, write deviations=20"
+    )),
+    (("deviations",), ("num_estimators", "num_samples", "n_samples", "samples", "scale"), (
+        "write averaged.sampled_into(model, index, scale=...) once for each sample, with another index"
+    )),
+    (("backend",), ("cycle_start",), (
+        'write averaged.attach(optimizer, start="{value}ep", every="1ep", steps_per_epoch=len(loader))'
+    )),
+    (("backend",), ("cycle_length",), (
+        'write averaged.attach(optimizer, every="{value}ep", steps_per_epoch=len(loader))'
+    )),
+    (("index", "scale"), ("cov", "fullrank", "full_rank", "cov_mat"), (
+        "a sample has the covariance of all deviations: leave it out, or construct the average with deviations=0"
+    )),
+    (("index", "scale"), ("block", "blockwise"), "leave it out: a sample is drawn for all parameters together"),
+    (("index", "scale"), ("diag_noise", "diag"), (
+        "leave it out: a sample has the noise of the variance; scale=0 has none"
+    )),
+    (("index", "scale"), ("generator", "random_state", "rng"), "write seed=, any int"),
     (("use_buffers",), (
         *("exclude_buffers", "include_buffers", "copy_buffers", "update_buffers", "average_buffers"),
     ), "buffers are copied by default, and use_buffers=True averages floating ones"),

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .habits import ARGUMENTS, NAMES, RULE_PARTS
+from .habits import ARGUMENTS, NAMES, RULE_PARTS, SPREADS
 from .numbers import as_int, as_number
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -104,6 +104,11 @@ def _has(*names: str) -> Callable[[object], bool]:
     return lambda value: all(hasattr(value, name) for name in names)
 
 
+def _is_spread(value: object) -> bool:
+    count = as_int(value)
+    return count is not None and count >= 0 and count != 1
+
+
 def _is_iterator(value: object) -> bool:
     return isinstance(value, Iterable) and not hasattr(value, "named_parameters")
 
@@ -126,6 +131,9 @@ _VALUES: tuple[tuple[str, Callable[[object], object], str], ...] = (
     ("function", _rule_like, "write rule={rule}"),
     ("device", lambda value: as_int(value) is None and _rule_like(value), (
         "pass a rule as rule=: write FusedAveragedModel(model, rule={rule})"
+    )),
+    ("device", lambda value: as_int(value) not in (None, 0, 1) and _is_spread(value), (
+        "for SWAG, write deviations={value}, which is a keyword"
     )),
     ("device", lambda value: isinstance(value, Mapping), "write FusedAverages(model, rules=...)"),
     ("device", _has("param_groups"), "write averaged.attach(optimizer)"),
@@ -153,6 +161,7 @@ def of_value(argument: str, value: object) -> str:
         if about == argument and looks_so(value):
             if "{rules}" in meant:
                 meant = meant.replace("{rules}", _named(value, _rule_like))
+            meant = meant.replace("{value}", repr(value))
             return ": " + (meant.replace("{rule}", _rule_like(value)) if "{rule}" in meant else meant)
     return ""
 
@@ -211,6 +220,9 @@ def _of_call(
                 meant = f"write {about}={value}"
             elif about == "rank0_only" and "dtype" in str(type(value)):
                 meant = f"write averaged.averaged_state_dict({value!r})"
+            elif "scale" in own:
+                is_scale = as_number(value) is not None
+                meant = f"write {function.__name__}(model, index, scale={value!r})" if is_scale else ""
             elif "model" in own:
                 meant = of_value(about, value).removeprefix(": ")
             if meant:
@@ -241,6 +253,8 @@ def _of_argument(name: str, value: object, own: Collection[str], *, makes_rule: 
         if name in names and {*needed} <= {*own}:
             if value is None or (value is False and meant.endswith('="cpu"')):
                 return "leave it out"
+            if "deviations={value}" in meant and not _is_spread(value):
+                meant = SPREADS
             return meant.replace("{value}", repr(value))
     return "".join(f"did you mean {close}=?" for close in difflib.get_close_matches(name, own, 1))
 

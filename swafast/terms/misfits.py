@@ -36,6 +36,11 @@ def _meant(state: Mapping[Any, Any], own: set[str], loader: str) -> str:
             "this is a whole checkpoint of Lightning's WeightAveraging, whose averages are in 'state_dict': write "
             f"swafast.convert.load({one}, state)"
         )
+    if any(f"{key.removesuffix('_sq_mean')}_mean" in state for key in keys if key.endswith("_sq_mean")):
+        return (
+            "this is a state of swa_gaussian's SWAG, whose variance is a difference of squares: "
+            f"collect the models again by {root}.update_parameters(model)"
+        )
     nested = {key: [*map(str, value)] for key, value in state.items() if isinstance(value, Mapping)}
     for key, inner in nested.items():
         if any(each.endswith("n_averaged") for each in inner):

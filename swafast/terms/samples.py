@@ -23,6 +23,11 @@ class Sample:
     noise: float = 0.0  # a float32 value; 0: no random number is drawn
 
 
+def _spell(value: object) -> str:
+    """Return a value for an error: of a module or a tensor, which may fill a page, its class."""
+    return type(value).__name__ if isinstance(value, (torch.nn.Module, torch.Tensor)) else repr(value)
+
+
 def make_sample(spread: Spread, num_averaged: int, index: object, scale: object, seed: int) -> Sample:
     """Return the sample with this index of an average of ``num_averaged`` models.
 
@@ -37,16 +42,18 @@ def make_sample(spread: Spread, num_averaged: int, index: object, scale: object,
     """
     which, factor = as_int(index), as_float(0.5 if spread.count else 1.0) if scale is None else as_float(scale)
     if which is None:
-        raise TypeError(f"index must be an int, got {index!r}")
+        hint = ": write sampled_into(model, index)" if isinstance(index, torch.nn.Module) else ""
+        raise TypeError(f"index must be an int, got {_spell(index)}{hint}")
     if not 0 <= which < 2**32:
         raise ValueError(f"index must be from 0 to 2^32 - 1, got {which}")
     if factor is None:
-        raise TypeError(f"scale must be a number or None, got {scale!r}")
+        raise TypeError(f"scale must be a number or None, got {_spell(scale)}")
     if not (math.isfinite(float32(factor)) and factor >= 0):
         raise ValueError(f"scale must be finite in float32 and >= 0, got {factor}")
     if num_averaged < 2:
         raise RuntimeError(
-            f"a sample must wait until two models are in the average, got {num_averaged}: one has no variance"
+            f"a sample must wait until two models are in the average, got {num_averaged}: one has no variance. Call "
+            "update_parameters(model) once an epoch; if it is attached, train on, or attach it with an earlier start="
         )
     noise = float32(math.sqrt(factor))
     count = min(num_averaged, spread.count) if noise else 0
