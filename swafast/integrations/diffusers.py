@@ -14,7 +14,7 @@ from torch.nn import Module, Parameter
 
 from ..terms.converting import convert, full_precision
 from ..terms.formats import format_of_planes
-from .shadows import Shadows, own_format
+from .positional import PositionalAverages, own_format
 from .weight_average import framework
 
 framework("diffusers", "0.30")
@@ -25,7 +25,7 @@ _Theirs: Any = _theirs.EMAModel
 _FURTHER = "swafast_planes"
 
 
-class EMAModel(_Theirs):  # type: ignore[misc]
+class EMAModel(_Theirs):
     """diffusers' ``EMAModel`` with the same arguments, attributes, methods, states and files: replace its import.
 
     A step is one fused pass, with ``foreach`` and without. ``shadow_params`` of bfloat16 and float16 keep a remainder
@@ -51,10 +51,12 @@ class EMAModel(_Theirs):  # type: ignore[misc]
     """
 
     shadow_params: list[Tensor]
+    temp_stored_params: list[Tensor] | None
+    optimization_step: int
     _shows_further = True  # in states
 
     def __init__(self, parameters: Iterable[Tensor] | Module, *args: Any, **kwargs: Any) -> None:
-        self._shadows = Shadows()
+        self._positional = PositionalAverages()
         if not isinstance(parameters, Module):
             parameters = _tensors(parameters)
         super().__init__(parameters, *args, **kwargs)
@@ -84,8 +86,8 @@ class EMAModel(_Theirs):  # type: ignore[misc]
         step = self.optimization_step + 1
         decay = self.get_decay(step)
         _check_decay(decay)
-        if _is_zero3() or not self._shadows.update(params, self.shadow_params, 1 - decay):
-            self._shadows.put_further([], [])  # they would not follow
+        if _is_zero3() or not self._positional.update(params, self.shadow_params, 1 - decay):
+            self._positional.put_further([], [])  # they would not follow
             super().step(params)
         self.optimization_step, self.cur_decay_value = step, decay
 
@@ -136,14 +138,14 @@ class EMAModel(_Theirs):  # type: ignore[misc]
                 self.shadow_params[index] = full.to(device, dtype, non_blocking=non_blocking)
                 rest = []
             further.append(tuple(plane.to(device, non_blocking=non_blocking) for plane in rest))
-        self._shadows.put_further(self.shadow_params, further)
+        self._positional.put_further(self.shadow_params, further)
 
     def pin_memory(self) -> None:
         """Move the averages into pinned memory of the host."""
         planes = self._each_planes()
         super().pin_memory()
         further = [tuple(plane.pin_memory() for plane in rest) for _, *rest in planes]
-        self._shadows.put_further(self.shadow_params, further)
+        self._positional.put_further(self.shadow_params, further)
 
     # States
 
@@ -170,7 +172,7 @@ class EMAModel(_Theirs):  # type: ignore[misc]
         averages = probe.shadow_params
         if averages is not None:
             self._check_state(averages)
-            self._shadows.put_further(averages, _checked_further(averages, given))
+            self._positional.put_further(averages, _checked_further(averages, given))
         self.__dict__.update({**probe.__dict__, "shadow_params": averages or self.shadow_params})
 
     def save_pretrained(self, path: str | PathLike[str]) -> None:
@@ -184,7 +186,7 @@ class EMAModel(_Theirs):  # type: ignore[misc]
     # What it is made of
 
     def _each_planes(self) -> list[tuple[Tensor, ...]]:
-        further = self._shadows.further(self.shadow_params)
+        further = self._positional.further(self.shadow_params)
         return [(average, *rest) for average, rest in zip(self.shadow_params, further, strict=True)]
 
     def _check_count(self, params: Sequence[Tensor], wanted: Sequence[Tensor] | None = None) -> None:

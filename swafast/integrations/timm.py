@@ -29,8 +29,8 @@ class ModelEma(FusedAveragedModel):
 
     ``update`` is one fused pass, with ``foreach`` and without, and equals timm's bit for bit for a float32 model. The
     averages of a bfloat16 model are rounded at random, as timm's, with other random bits. Otherwise they never lose
-    precision: those of a float16 model, or with ``stochastic_rounding=False``, keep a remainder in the state. ``format``
-    chooses another format.
+    precision: those of a float16 model, or with ``stochastic_rounding=False``, keep a remainder in the state. Another
+    ``format`` may be chosen.
 
     Tensors are matched by name, and a difference is an error. timm's class goes by their order.
 
@@ -57,6 +57,9 @@ class ModelEma(FusedAveragedModel):
     decay: float
     min_decay: float
     use_warmup: bool
+    warmup_gamma: float
+    warmup_power: float
+    update_after_step: int
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from diffusers.training_utils import EMAModel as Theirs
 from torch import Tensor, nn
 
 from swafast import ExponentialAverage, FusedAveragedModel
-from swafast.integrations import shadows
+from swafast.integrations import positional
 from swafast.integrations.diffusers import EMAModel
 from tests.test_documents import ROOT, blocks_of, reader
 
@@ -163,7 +163,7 @@ def test_averages_of_half_precision_do_not_stand_still(dtype: torch.dtype) -> No
             ema.step(params)
     for ema in resumed:
         assert same(ema.shadow_params, ours.shadow_params)
-        assert all(map(same, map(list, ema._shadows._further), map(list, ours._shadows._further)))
+        assert all(map(same, map(list, ema._positional._further), map(list, ours._positional._further)))
     ours.to(dtype=torch.float32)
     assert {average.dtype for average in ours.shadow_params} == {torch.float32}
     resumed[0].copy_to(full)
@@ -172,8 +172,8 @@ def test_averages_of_half_precision_do_not_stand_still(dtype: torch.dtype) -> No
 
 def test_steps_make_no_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    plan = shadows.Plan
-    monkeypatch.setattr(shadows, "Plan", lambda *args: made.append(1) or plan(*args))
+    plan = positional.Plan
+    monkeypatch.setattr(positional, "Plan", lambda *args: made.append(1) or plan(*args))
     params = made_params()
     ema, theirs = EMAModel(params, decay=0.5), Theirs(params, decay=0.5)
 

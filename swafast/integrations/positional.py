@@ -23,7 +23,7 @@ _COPY = FixedWeight(1.0)
 _is_trained = attrgetter("requires_grad")
 
 
-class Shadows:
+class PositionalAverages:
     """The further planes of averages that are in somebody's list, and the plan of their updates.
 
     The list is the user's: its tensors may be written, moved or replaced at any time. So each call is given the list.
@@ -105,7 +105,9 @@ class Shadows:
             checks.check_sides(pair, any_device=True)
             pairs.append(pair)
         made = [_further_of(pair, planes) for pair, planes in zip(pairs, further, strict=True)]
-        pairs = [Pair(p.name, p.param, (p.average, *own), p.format, pace=p.pace) for p, own in zip(pairs, made)]
+        pairs = [
+            Pair(p.name, p.param, (p.average, *own), p.format, pace=p.pace) for p, own in zip(pairs, made, strict=True)
+        ]
         checks.check_overlap(pairs)
         backends = choice.choose_backends(None, choice.device_types(pairs))
         paces = 1 + max(pair.pace for pair in pairs)
