@@ -131,6 +131,10 @@ def test_each_loads_what_the_other_has_saved(first: Any, second: Any, tmp_path: 
     assert same(list(plain.parameters()), ema.shadow_params)
 
 
+def planes_in(state: dict[str, Any]) -> list[list[Tensor]]:
+    return [state["shadow_params"], *([*named.values()] for named in state["swafast_planes"])]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_averages_of_half_precision_do_not_stand_still(dtype: torch.dtype) -> None:
     settings = {"decay": 0.999, "use_ema_warmup": True, "power": 2.0}
@@ -156,7 +160,11 @@ def test_averages_of_half_precision_do_not_stand_still(dtype: torch.dtype) -> No
     theirs.load_state_dict(state)
     assert same(theirs.shadow_params, ours.shadow_params)
     resumed = copy.deepcopy(ours), EMAModel(made_params(dtype))
-    resumed[1].load_state_dict(copy.deepcopy(state))
+    resumed[1].load_state_dict(state)
+    kept = copy.deepcopy(state)
+    resumed[1].step(made_params(dtype))
+    assert all(same(one, other) for one, other in zip(planes_in(state), planes_in(kept), strict=True))
+    resumed[1].load_state_dict(state)
     for step in range(201, 220):
         walk(params, step)
         for ema in (ours, *resumed):
@@ -168,6 +176,29 @@ def test_averages_of_half_precision_do_not_stand_still(dtype: torch.dtype) -> No
     assert {average.dtype for average in ours.shadow_params} == {torch.float32}
     resumed[0].copy_to(full)
     assert same([full[index].data for index in trained], [ours.shadow_params[index] for index in trained])
+
+
+def test_averages_of_another_dtype_than_the_model(tmp_path: Path) -> None:
+    params = made_params()
+    ema, theirs = EMAModel(params, decay=0.5), Theirs(params, decay=0.5)
+    ema.to(dtype=torch.bfloat16)
+    for step in range(1, 9):
+        walk(params, step)
+        ema.step(params)
+        theirs.step(params)
+    assert torch.equal(ema.shadow_params[1], params[1].to(torch.bfloat16))  # frozen, so copied
+    assert error(ema.shadow_params, theirs.shadow_params) < 4e-3
+
+    unet = tiny_unet().to(torch.bfloat16)
+    ema = EMAModel(unet.parameters(), model_cls=diffusers.UNet2DModel, model_config=unet.config)
+    run(ema, list(unet.parameters()), range(1, 9))
+    ema.save_pretrained(tmp_path)
+    assert "swafast_planes" not in (tmp_path / "config.json").read_text()
+    assert "swafast_planes" in ema.state_dict()
+    exported = list(diffusers.UNet2DModel.from_pretrained(tmp_path).parameters())
+    assert {param.dtype for param in exported} == {torch.float32}  # at full precision
+    assert not same(exported, [average.float() for average in ema.shadow_params])
+    assert error(exported, ema.shadow_params) < 4e-3
 
 
 def test_steps_make_no_plans(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,7 @@ def test_averages_are_theirs_bit_for_bit(settings: dict[str, Any], counts: bool)
     theirs.set(model)
     assert differing(ours, theirs) == []
     ours.decay = theirs.decay = 0.5
+    assert ours.rule.decay == 0.5
     walk(model, 61)
     ours.update(model)
     theirs.update(model)
@@ -225,9 +226,11 @@ def test_wrong_arguments_are_refused_and_nothing_changes() -> None:
     with pytest.raises(TypeError, match="model must be"):
         ModelEma(model.state_dict())
     ema = ModelEma(model, decay=0.9)
+    rule = ema.rule
     walk(model, 1)
     ema.update(model, step=5)
-    before, rule = copy.deepcopy(ema.state_dict()), ema.rule
+    assert ema.rule == rule
+    before = copy.deepcopy(ema.state_dict())
     with pytest.raises(ValueError, match="weight"):
         ema.update(nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(16, 2)), step=50)
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\]"):
