@@ -16,10 +16,13 @@ from bench.providers import (
     FORMAT_PROVIDERS,
     FP16,
     FP32,
+    NUM_COLUMNS,
     UPDATE_PROVIDERS,
+    VARIANCE_BYTES,
     ours_on,
     providers_for,
     several_providers,
+    spread_on,
 )
 from bench.workloads import DRY_WORKLOADS, GPU_WORKLOADS, WORKLOADS
 
@@ -56,6 +59,8 @@ SWEPT: tuple[tuple[str, Grid], ...] = (
     *(_labelled(Grid(chunk_numel=numel)) for numel in (1 << 12, 1 << 14, 1 << 16)),
 )
 SWEPT_ON = ("1e9", "resnet50")
+# Averages with a spread: 20 deviations of 1e9 params would take most of an H200's memory.
+SPREADS_ON = ("gpt2_medium", "resnet50")
 # What is timed beside ours in a GPU run.
 OTHERS = (names.TORCH_CLASS, names.TORCH_EMA, names.FOREACH, names.MUL_ADD, names.LERP_FLOAT)
 
@@ -87,6 +92,14 @@ def gpu_case(
     return Case((GPU_WORKLOADS | DRY_WORKLOADS)[workload], dtype, providers, held, group, format, averages)
 
 
+def spread_case(workload: str, dtype: torch.dtype, format: str, backend: str, work: str) -> Case:
+    """Return the case of averages with a spread on one backend, alone: a draw of one changes the model for others."""
+    nbytes = dtype.itemsize + planes_nbytes(format) + VARIANCE_BYTES + NUM_COLUMNS * dtype.itemsize
+    case = gpu_case(workload, dtype, format, (), ())
+    providers = [spread_on(backend, format, work)]
+    return replace(case, providers=providers, held_bytes=nbytes, group=f"{format}{work}")
+
+
 def swept_case(workload: str, dtype: torch.dtype, format: str, backend: str) -> Case:
     """Return the case of one backend in its own grid and in all of :data:`SWEPT`."""
     case = gpu_case(workload, dtype, format, (backend,), ())
@@ -107,6 +120,14 @@ def gpu_cases(part: str, backends: Sequence[str], *, dry: bool) -> list[Case]:
             *(gpu_case(name, *kind, backends) for name in ("gpt2_medium", "vit_l_16") for kind in DEFAULTS if not dry),
             *(gpu_case(name, *kind, backends, averages=SEVERAL_COUNT) for name in several for kind in DEFAULTS),
             *(gpu_case(largest[0], *kind, backends) for kind in OTHER_FORMATS),
+        ]
+    if part == "spreads":
+        return [
+            spread_case(name, *kind, backend, work)
+            for name in (("dry_few",) if dry else SPREADS_ON)
+            for kind in DEFAULTS
+            for backend in backends
+            for work in names.SPREADS
         ]
     if part == "swept":
         return [swept_case(name, *DEFAULTS[0], backends[0]) for name in (("dry_one",) if dry else SWEPT_ON)]

@@ -169,6 +169,21 @@ def files_command(
     _fail([f"{row.dtype}, {row.way}: {row.status}: {row.reason}" for row in rows if row.status in ("wrong", "failed")])
 
 
+@app.command("swag")
+def swag_command(out: Out = OUT, quick: Quick = False) -> None:
+    """Measure a collect and a sample of SWAG, by the authors' algorithm, by careful torch and by ours."""
+    from bench import swag, tables
+
+    chosen = (swag.QUICK_WORKLOAD, swag.QUICK_DEVIATIONS) if quick else (swag.WORKLOAD, swag.DEVIATIONS)
+    budget_s = swag.QUICK_BUDGET_S if quick else swag.BUDGET_S
+    with console.status("swag") as status:
+        report = Report(_about(), swag.measure(WORKLOADS[chosen[0]], chosen[1], budget_s, status.update))
+    console.print(Markdown(tables.swag_block(report)), "")
+    for what, least, value in swag.bars(report.rows):
+        console.print(f"{'ok   ' if value >= least else 'SHORT'} {what}: {value:.3g}, at least {least:.3g}")
+    _write(report, out / "swag")
+
+
 @app.command("accuracy")
 def accuracy_command(out: Out = OUT) -> None:
     """Follow the error of every format over 100,000 updates: about three minutes on one core."""

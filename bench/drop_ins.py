@@ -86,27 +86,27 @@ def of_diffusers() -> Contestants:
     from swafast.integrations.diffusers import EMAModel as Ours
 
     unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(32, 64),
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        attention_head_dim=4,
         layers_per_block=1,
         sample_size=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=32,
     )
-    contestants = Contestants(f"UNet of {len(list(unet.parameters()))} tensors", unet)
+    params = list(unet.parameters())  # to find them takes as long as our step
+    thousands = sum(param.numel() for param in params) // 1000
+    contestants = Contestants(f"UNet, {len(params)} tensors, {thousands}k parameters", unet)
     kinds: dict[str, Callable[..., Any]] = {
         "diffusers EMAModel": EMAModel,
         "diffusers EMAModel, foreach": partial(EMAModel, foreach=True),
         "swafast EMAModel": Ours,
     }
     for name, kind in kinds.items():
-        ema = kind(unet.parameters(), decay=DECAY, min_decay=DECAY)
-        contestants.add(name, partial(_step, ema, unet), ema.shadow_params)
+        ema = kind(params, decay=DECAY, min_decay=DECAY)
+        contestants.add(name, partial(ema.step, params), ema.shadow_params)
     return contestants
-
-
-def _step(ema: Any, model: nn.Module) -> None:
-    ema.step(model.parameters())
 
 
 def of_timm(dtype: torch.dtype) -> Contestants:

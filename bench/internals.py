@@ -19,6 +19,7 @@ from swafast.terms.formats import get_format
 from swafast.terms.grids import SIDE as SIDE
 from swafast.terms.grids import Grid as Grid
 from swafast.terms.grids import use_grid as use_grid
+from swafast.terms.layout import GPU_CHUNK_NUMELS as GPU_CHUNK_NUMELS
 from swafast.terms.layout import cut_chunks as cut_chunks
 from swafast.terms.layout import gpu_chunk_numel as gpu_chunk_numel
 from swafast.terms.layout import whole_runs as whole_runs

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bench import device as closer
 from bench import gate, names
 from bench.machine import OthersCpu, available_bytes
-from bench.providers import DEFAULT_FORMATS, Provider, moved_bytes
+from bench.providers import DEFAULT_FORMATS, Made, Provider, moved_bytes
 from bench.report import Row, count_text
 from bench.timing import COVER, Clock, Rotation, interleave, rotation_size, synchronize
 from bench.workloads import Workload, build
@@ -181,7 +181,7 @@ class Bench:
         with findings(row, self.setting.emit):
             made = [provider.make(model) for model in models]
             if self.setting.profile:
-                return row, Rotation(*(each.update for each in made))
+                return row, timed(made)
             error, digests = gate.check(provider, made[0], models[0])
             for rule, digest in digests.items():
                 first, expected = self._bits.setdefault(rule, (provider.name, digest))
@@ -192,7 +192,7 @@ class Bench:
                 if kept.dtype == other.dtype:
                     kept.data = other
             row = replace(row, error=error, held_bytes=sum(held.values()))
-            return row, Rotation(*(each.update for each in made))
+            return row, timed(made)
         return None
 
     def _refusal(self, provider: Provider, row: Row) -> str | None:
@@ -257,6 +257,15 @@ class Bench:
         seen = closer.activity(rotation.step, self.setting.device)
         remarks = [] if seen else ["profiler: it recorded nothing of the device"]
         return replace(row, remarks=remarks, **seen)  # type: ignore[arg-type]
+
+
+def timed(made: Sequence[Made]) -> Rotation:
+    """Return the updates of these averages, or draws: the average of each has two models then, as a draw needs."""
+    for each in made:
+        if each.draw is not None:
+            each.update()
+            each.update()
+    return Rotation(*(each.draw or each.update for each in made))
 
 
 @contextmanager

@@ -16,7 +16,9 @@ ONE, TWO, THREE = "1 average", "2 averages in one pass", "3 averages in one pass
 THREE_APART = "3 averages in three passes"
 # The groups of a run on a CPU. On a GPU a group is named by the format and the number of averages.
 UPDATES, FORMATS, SEVERAL = "updates", "formats", "several"
-# Of a GPU run, behind the format: updates in other grids and with other chunks.
-SWEPT = " swept"
+# Of a GPU run, behind the format: updates in other grids and with other chunks; updates of averages with a spread, and
+# their draws.
+SWEPT, COLLECT, DRAW = " swept", ", collect", ", draw"
+SPREADS = (COLLECT, DRAW)
 # By device: our backends on a GPU run, the preferred one first. A dry run puts those of the CPU in their places.
 OUR_BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "reference")}

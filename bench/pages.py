@@ -50,6 +50,7 @@ BLOCKS = (
     Block("docs/sharded.md", "sharded", "sharded.json", tables.sharded_block),
     Block("docs/loop.md", "loop", "loop.json", tables.loop_block),
     Block("docs/files.md", "files", "files.json", tables.files_block),
+    Block("docs/recipes/swag.md", "swag", "swag.json", tables.swag_block),
     Block("docs/formats.md", "formats", "cpu.json", partial(tables.passes_block, group=names.FORMATS)),
     Block("docs/averages.md", "several", "cpu.json", partial(tables.passes_block, group=names.SEVERAL)),
 )

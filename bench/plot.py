@@ -22,7 +22,7 @@ from bench import names
 from bench.accuracy import DECAYS, EQUAL, STREAMS, TORCH_BF16
 from bench.lookup import baseline, by_format, find, grouped, our_row, share_of_copy
 from bench.report import Report, count_text
-from bench.tables import kind_text, milliseconds
+from bench.tables import milliseconds, row_kind_text
 
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 OURS_COLOR, CEILING_COLOR = "#0b7285", "#d9480f"
@@ -207,7 +207,7 @@ def _gpu_panels(report: Report) -> dict[str, list[Line]]:
         text += "\n" + " / ".join(milliseconds(row.seconds) for row in ours) + " ms"
         text += f"\ntorch {milliseconds(best.seconds)} ms" if best is not None else ""
         title = rows[0].title.replace(" tensors of ", " x ").split(", no embeddings")[0]
-        name = f"{title}\n{kind_text(rows[0].dtype, rows[0].format, rows[0].averages)}"
+        name = f"{title}\n{row_kind_text(rows[0])}"
         lines.append(Line(name, bars, others, 1.0, text))
     what = "Bytes a second of an update, as a share of a device copy of as many bytes"
     return {what: lines} if lines else {}

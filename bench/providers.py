@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import itertools
 import runpy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,6 +31,8 @@ DEFAULT_FORMATS = {FP32: "float32", BF16: "exact", FP16: "mirrored"}
 # With decay 0.9 an average moves far enough within the gate's few updates for a wrong weight to show in bf16 too. The
 # time of an update does not depend on it.
 DECAY = 0.9
+# Of averages with a spread: SWAG's default number of deviations, and the bytes of a variance.
+NUM_COLUMNS, VARIANCE_BYTES = 20, 4
 # Compiling a foreach costs 0.07 s a tensor (160 tensors: 11 s, 2 cores), so 2000 of them would take minutes.
 COMPILED_MAX_TENSORS = 200
 # By the names of our averages. The rules differ, so an average that moved by another's rule is wrong.
@@ -58,6 +61,7 @@ class Made:
     # The averages at full precision, in the order of the model's params, with the name and the weights of their rule.
     export: Callable[[], Iterator[tuple[str, Weight, Iterable[Tensor]]]]
     restart: Callable[[], object] = lambda: None  # forget all updates
+    draw: Callable[[], object] | None = None  # what is timed in place of updates: a sample into the model
 
 
 @dataclass(frozen=True)
@@ -71,20 +75,29 @@ class Provider:
     format: str = ""  # of our averages; only ours have one
     averages: int = 1
     passes: int = 1
+    work: str = ""  # of names.SPREADS, where averages have a spread
     max_tensors: int | None = None
     missing: Callable[[], str | None] = lambda: None  # why it cannot run here at all
 
     def counted_bytes(self, dtype: torch.dtype) -> int:
         """Return the least bytes that an update must move for each param."""
-        return moved_bytes(dtype, self.format or DEFAULT_FORMATS[dtype], self.averages, self.passes)
+        return moved_bytes(dtype, self.format or DEFAULT_FORMATS[dtype], self.averages, self.passes, self.work)
 
 
-def moved_bytes(dtype: torch.dtype, format: str, averages: int = 1, passes: int = 1) -> int:
-    """Return the bytes an update moves for each element: the param read once a pass, every plane read and written."""
-    both_ways = 2 * internals.planes_nbytes(format)
+def moved_bytes(dtype: torch.dtype, format: str, averages: int = 1, passes: int = 1, work: str = "") -> int:
+    """Return the bytes an update moves for each element: the param read once a pass, every plane read and written.
+
+    With ``work``, of :data:`names.SPREADS`, the variance is moved too, and a column is written; or all are read for a
+    sample. The columns have the params' dtype.
+    """
+    planes_nbytes = internals.planes_nbytes(format)
+    if work == names.DRAW:
+        return planes_nbytes + VARIANCE_BYTES + (NUM_COLUMNS + 1) * dtype.itemsize
+    both_ways = 2 * planes_nbytes
     if format == "mirrored":
         both_ways -= 2  # the float16 is only written
-    return passes * dtype.itemsize + averages * both_ways
+    spread = 2 * VARIANCE_BYTES + dtype.itemsize if work == names.COLLECT else 0
+    return passes * dtype.itemsize + averages * both_ways + spread
 
 
 def of_tensors(update: Callable[[], object], kept: list[Tensor], buffers: list[Tensor] | None, weight: Weight) -> Made:
@@ -262,6 +275,19 @@ def ours_on(backend: str, format: str, averages: int = 1, swept: tuple[str, inte
     label, grid = swept or ("", None)
     name = f"{names.OURS} {backend}" + (f", {label}" if label else "")
     return ours(name, format, tuple(DEFAULT_FORMATS), averages=averages, backend=backend, grid=grid)
+
+
+def spread_on(backend: str, format: str, work: str) -> Provider:
+    """Return our provider of an average with a spread on one backend: its update, or a draw of it."""
+
+    def make(model: nn.Module) -> Made:
+        averaged = FusedAveragedModel(model, format=format, backend=backend, deviations=NUM_COLUMNS)
+        made = _moving({"": averaged, "mean": averaged}, ["mean"], model, format)
+        index = itertools.count()
+        return replace(made, draw=(lambda: averaged.sample_to(model, next(index))) if work == names.DRAW else None)
+
+    missing = functools.partial(internals.backend_missing, backend)
+    return Provider(f"{names.OURS} {backend}", tuple(DEFAULT_FORMATS), make, format=format, work=work, missing=missing)
 
 
 FLOAT32_AVERAGE = "float32 average"

@@ -41,6 +41,12 @@ def kind_text(dtype: str, format: str, averages: int = 1) -> str:
     return f"{SHORT_DTYPES[dtype]}{into}" + (f" x{averages}" if averages > 1 else "")
 
 
+def row_kind_text(row: Row) -> str:
+    """Write the kind of a row of a GPU run: is it an update of averages with a spread, or a draw?"""
+    work = next((work for work in names.SPREADS if row.group.endswith(work)), "")
+    return f"{kind_text(row.dtype, row.format, row.averages)}{work}"
+
+
 def _ms(row: Row | None) -> str:
     return "" if row is None or row.wall is None else milliseconds(row.seconds)
 
@@ -208,6 +214,27 @@ def files_block(report: Report) -> str:
     )
 
 
+def swag_block(report: Report) -> str:
+    """Return the table of collects and samples of SWAG, with what ours takes of each."""
+    lines = []
+    for rows in grouped(report.rows):
+        ours = find(rows, names.OURS)
+        for row in rows:
+            times = "" if ours is None or ours.wall is None or row is ours else f"{row.seconds / ours.seconds:.2g}x"
+            call = row.group.removeprefix("swag ") if row is rows[0] else ""
+            lines.append((call, row.provider, _ms(row), times))
+    row = report.rows[0]
+    return markdown(
+        f"{row.title}, {row.num_params / 1e6:.3g}M float32 | by | ms | of ours",
+        lines,
+        f"Medians of one run of {origin(report)}; all ways interleaved. *the authors' algorithm*: as swa_gaussian does "
+        "it, which concatenates all deviations in each collect and in each sample. *torch foreach*: this package's "
+        "formulas, with all memory allocated beforehand, by `torch._foreach_*`. *no deviations*: the update of the "
+        f"mean alone, with half of the bytes. {disturbance(report.rows)}".strip(),
+        texts=2,
+    )
+
+
 # Tables of a terminal alone
 
 
@@ -238,12 +265,15 @@ def gpu_table(report: Report) -> str:
         copy = find(rows, names.COPY)
         shown = [*(find(rows, f"{names.OURS} {name}") for name in backends), baseline(rows), find(rows, names.FOREACH)]
         name = f"{rows[0].title.replace(', no embeddings', '')}, "
-        name += kind_text(rows[0].dtype, rows[0].format, rows[0].averages)
+        name += row_kind_text(rows[0])
         rate = "" if copy is None else f"{copy.bytes_per_s / 1e12:.2f}"
         lines.append((name, rate, *(percent(share_of_copy(row, rows)) for row in shown), *map(_ms, shown)))
     shown_names = [*backends, "best", "foreach"]
     header = ["workload", "copy TB/s", *shown_names, *(f"{name} ms" for name in shown_names)]
-    what = "Share of the device copy's bytes a second, and wall time of an update; best: torch's best way."
+    what = (
+        "Share of the device copy's bytes a second, and wall time of an update; best: torch's best way. Collect: an "
+        "update with 20 deviations; draw: a sample of these."
+    )
     return markdown(" | ".join(header), lines, what)
 
 

@@ -18,7 +18,7 @@ import torch
 from bench import device as closer
 from bench import gpu, internals, loop, measure, names, process, smoke, timing
 from bench.bars import WALL_BARS
-from bench.cases import DEFAULTS, LARGEST, SEVERAL_ON, SWEPT, gpu_case, gpu_cases, swept_case
+from bench.cases import DEFAULTS, LARGEST, SEVERAL_ON, SWEPT, gpu_case, gpu_cases, spread_case, swept_case
 from bench.device import launches_among, waits
 from bench.gpu import Run
 from bench.gpu.predictions import PREDICTIONS
@@ -30,10 +30,11 @@ from bench.report import Part, Report, Row, Times, item_line
 from bench.tables import gpu_table, share_of_copy, swept_table
 from bench.timing import Clock
 from bench.workloads import GPU_WORKLOADS
+from swafast import FusedAveragedModel
 
 CPU = torch.device("cpu")
 BACKENDS = ("cpu", "reference")
-NUM_PARTS = 17
+NUM_PARTS = 18
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +182,7 @@ def test_the_parts_come_in_their_order(tmp_path: Path) -> None:
     assert [name for name, *_ in run.parts()] == [
         "facts", "build", "bits of cuda", "largest", "small", "bits of triton", "times of triton", "launches",
         "tests of waiting and graphs", "the other gpu tests", "training loop", "memcheck", "racecheck",
-        "compiled foreach", "grids and chunks", "other formats", "picture",
+        "compiled foreach", "grids and chunks", "spreads", "other formats", "picture",
     ]  # fmt: skip
     limits = [limit for _, limit, _ in run.parts()]
     assert len(limits) == NUM_PARTS
@@ -303,6 +304,16 @@ def test_gpu_tests_are_counted(
 
 
 # Sweeps and bits
+
+
+def test_collects_and_draws_are_timed_in_groups_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr(FusedAveragedModel, "sample_to", lambda self, model, index: drawn.append(index))
+    rows = measured(*(spread_case("dry_few", *DEFAULTS[0], "cpu", work) for work in names.SPREADS))
+    ours = [(row.group, row.status, row.counted_bytes // row.num_params) for row in rows if row.is_ours]
+    assert ours == [("float32, collect", "ok", 24), ("float32, draw", "ok", 92)]
+    assert len(drawn) > 1
+    assert "fp32, draw |" in gpu_table(Report(rows=rows, dry=True))
 
 
 def test_grids_and_chunks_are_swept_in_a_group_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

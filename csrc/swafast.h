@@ -247,18 +247,19 @@ SWAFAST_EXPORT const char* swafast_cuda_error(void);
 SWAFAST_EXPORT int32_t swafast_cuda_blocks(int32_t device, int32_t num_threads, int32_t* num_blocks);
 
 /* As swafast_cpu_update, with the counts on the device: the kernel reads them, and the last block to do so counts. A
- * negative or exhausted count leaves everything as it is, and so does state->nonfinite if `skip_nonfinite`. The array
- * of paces is on the host, and free again once the call returns. *capturing = 1 if the launch went into a CUDA graph.
- */
+ * negative or exhausted count leaves everything as it is, and so does state->nonfinite if `skip_nonfinite`. Rows of
+ * SWAFAST_FORMAT_SPREAD are served only if `has_spread`: by a kernel of their own. The array of paces is on the host,
+ * and free again once the call returns. *capturing = 1 if the launch went into a CUDA graph. */
 SWAFAST_EXPORT int32_t swafast_cuda_update(const swafast_table* table, const swafast_pace* paces, int64_t num_paces,
-                                           int64_t advance, int32_t skip_nonfinite, const swafast_grid* grid,
-                                           int32_t* capturing, void* stream);
+                                           int64_t advance, int32_t skip_nonfinite, int32_t has_spread,
+                                           const swafast_grid* grid, int32_t* capturing, void* stream);
 
 /* As swafast_cpu_exchange, with state->exchanged for its memory. */
 SWAFAST_EXPORT int32_t swafast_cuda_exchange(const swafast_table* table, int64_t wanted, const swafast_grid* grid,
                                              void* stream);
 
-/* As swafast_cpu_draw; the coefficients are on the device, the struct itself is on the host. */
+/* As swafast_cpu_draw; the coefficients are on the device, the struct itself is on the host, and free again once the
+ * call returns. The caller sees to it that every ring has num_columns columns: the rings are on the device. */
 SWAFAST_EXPORT int32_t swafast_cuda_draw(const swafast_table* table, const swafast_sample* sample,
                                          const swafast_grid* grid, void* stream);
 

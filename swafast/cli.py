@@ -208,6 +208,8 @@ def combine(
         typer.echo(f"{out}: {name} of {count} models, if the inputs are equal means (SWA), which no file tells")
     if done.copied:
         typer.echo("BatchNorm statistics are those of the last input: call update_bn")
+    if done.dropped:
+        typer.echo("deviations are left out, since they are from other means: load it with deviations=0")
 
 
 def _check_writable(path: Path, option: str) -> None:

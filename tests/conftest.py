@@ -86,6 +86,20 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Have the CPU's kernels use an instruction set; skip the test where the processor lacks it."""
+    if cpu.unavailable() is not None:
+        pytest.skip(f"{NO_LIBRARY}: {cpu.unavailable()}")
+    before = cpu.current_isa()
+    try:
+        cpu.use_isa(name)
+    except ValueError:
+        pytest.skip(f"needs a processor with {name}")
+    yield
+    cpu.use_isa(before)
+
+
 @pytest.fixture(scope="session")
 def shim_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The native library with its CUDA source compiled for the processor."""

@@ -43,6 +43,7 @@ SOURCES = str(Path(swafast.__file__).parent)
 NUM_LAYERS, WIDTH = 10, 4
 #: Elements of each of the 8 params of the models whose memory is measured.
 BIG_NUMEL = 2**18
+NUM_DEVIATIONS = 2
 #: How the models of the ranks are spread.
 MODES = ("ddp", "fsdp2")
 
@@ -89,7 +90,7 @@ def counted_launches() -> Iterator[Counter[str]]:
     class Counting:
         def __getattr__(self, name: str) -> Any:
             function = getattr(native, name)
-            if name.rpartition("_")[2] not in ("update", "exchange", "nonfinite", "checksum"):
+            if name.rpartition("_")[2] not in ("update", "exchange", "draw", "nonfinite", "checksum"):
                 return function
 
             def count(*args: Any) -> Any:
@@ -138,6 +139,8 @@ def _alone() -> Iterator[None]:
     """Leave out what the rest of the process adds: attachments of other averages, and what is collected meanwhile."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attachment, "_live", weakref.WeakValueDictionary())
+        # What tests have torch fill takes a mask for some tensors.
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
         gc.disable()
         try:
             yield
@@ -187,6 +190,11 @@ def swap(averaged: Any, model: nn.Module) -> None:
         pass
 
 
+def sample(averaged: Any, model: nn.Module) -> None:
+    with averaged.sampled_into(model, 0):
+        pass
+
+
 def _calls(averaged: Any, model: nn.Module) -> dict[str, Callable[[], object]]:
     """Return the public calls that all averaged models have, after a first update."""
     averaged.update_parameters(model)
@@ -207,11 +215,17 @@ def costs() -> dict[str, Cost]:
         averaged = FusedAveragedModel(model)
         averages = FusedAverages(model, rules={"fast": ExponentialAverage(0.9), "slow": ExponentialAverage(0.99)})
         snapshots, state = Snapshots(folder), averages.state_dict()
+        swag = FusedAveragedModel(model, deviations=NUM_DEVIATIONS)
+        swag.update_parameters(model)
+        swag.update_parameters(model)
         calls = _calls(averaged, model) | {
             "averaged_state_dict": averaged.averaged_state_dict,
             "update_parameters of two averages": lambda: averages.update_parameters(model),
             "load_state_dict of two averages": lambda: averages.load_state_dict(state),
             "Snapshots.save of two averages": lambda: snapshots.save(averages),
+            "update_parameters, deviations": lambda: swag.update_parameters(model),
+            "sampled_into, there and back": lambda: sample(swag, model),
+            "sample_to": lambda: swag.sample_to(model, 0),
         }
         return {name: cost_of(call, launches) for name, call in calls.items()}
 
@@ -226,6 +240,14 @@ def rank_costs(mode: str) -> dict[str, Cost]:
             "full_state_dict": averaged.full_state_dict,
             "averaged_state_dict": averaged.averaged_state_dict,
             "load_full_state_dict": lambda: averaged.load_full_state_dict(state, from_rank0=True),
+        }
+        spread = ShardedAveragedModel(model, deviations=NUM_DEVIATIONS)
+        for _ in range(NUM_DEVIATIONS):
+            spread.update_parameters(model)
+        calls |= {
+            "update_parameters, deviations": lambda: spread.update_parameters(model),
+            "sampled_into, there and back": lambda: sample(spread, model),
+            "sample_to": lambda: spread.sample_to(model, 0),
         }
         return {f"{name}, {mode.upper()}": cost_of(call, launches) for name, call in calls.items()}
 
@@ -247,11 +269,18 @@ def rank_peaks(mode: str) -> dict[str, float]:
         for layer in model:
             fully_shard(layer)
         fully_shard(model)
-    return _peaks(model, ShardedAveragedModel, ("update",), "full_state_dict")
+    measured = _peaks(model, ShardedAveragedModel, ("update",), "full_state_dict")
+    spread = ShardedAveragedModel(model, deviations=NUM_DEVIATIONS)
+    for _ in range(NUM_DEVIATIONS):
+        spread.update_parameters(model)
+    phases: dict[str, Callable[[], object]] = {
+        "update, deviations": lambda: spread.update_parameters(model),
+        "sampled_into, there and back": lambda: sample(spread, model),
+    }
+    return measured | _peaks_of(phases, model)
 
 
 def _peaks(model: nn.Module, kind: Any, updates: Sequence[str], export: str) -> dict[str, float]:
-    nbytes = sum(param.numel() * param.element_size() for param in model.parameters())
     made: list[Any] = []
     state: dict[str, Any] = {}
     phases: dict[str, Callable[[], object]] = {
@@ -262,6 +291,11 @@ def _peaks(model: nn.Module, kind: Any, updates: Sequence[str], export: str) -> 
         "load_state_dict": lambda: made[0].load_state_dict(state),
         export: lambda: getattr(made[0], export)(),
     }
+    return _peaks_of(phases, model)
+
+
+def _peaks_of(phases: dict[str, Callable[[], object]], model: nn.Module) -> dict[str, float]:
+    nbytes = sum(param.numel() * param.element_size() for param in model.parameters())
     return {name: round(peak_of(phase) / nbytes, 2) for name, phase in phases.items()}
 
 
@@ -318,6 +352,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"fill the tables of {PAGE.name} in")
     write = parser.parse_args().write
+    torch.use_deterministic_algorithms(True, warn_only=True)  # as conftest.py has it: a few allocations more
     page = PAGE.read_text()
     for name, lines in (("costs", costs_table(measured_costs())), ("peaks", peaks_table(measured_peaks()))):
         print(*lines, "", sep="\n")

@@ -208,9 +208,15 @@ def check_updates(
         assert list(map(int, counters)) == [n + 1] * 2, "the counter is wrong"
 
 
-def check_paces(prepare: Prepare, num_paces: int, sizes: Sequence[int], device: torch.device | str = "cpu") -> None:
+def check_paces(
+    prepare: Prepare,
+    num_paces: int,
+    sizes: Sequence[int],
+    device: torch.device | str = "cpu",
+    averages: Callable[[int, Sequence[int]], list[Pair]] = averages_of,
+) -> None:
     """Hold updates of several averages of each param, from counts and by rules of their own, to the reference."""
-    pairs, (rules, counts) = averages_of(num_paces, sizes), paces_of(num_paces)
+    pairs, (rules, counts) = averages(num_paces, sizes), paces_of(num_paces)
     ours, expected = clone(pairs, device), clone(pairs)
     launches = prepare(ours), reference.prepare(expected)
     counters = [[torch.tensor(n, device=place) for n in counts] for place in (device, "cpu")]

@@ -94,15 +94,19 @@ def main(folder: Path) -> None:
     from swafast import EqualAverage, ExponentialAverage
     from swafast.backends.contract import Pair, Update
     from swafast.backends.triton import launch as backend
-    from swafast.terms.formats import FLOAT32
+    from swafast.terms.draws import Draws
+    from swafast.terms.formats import FLOAT32, with_spread
     from swafast.terms.rules import terms_of
+    from swafast.terms.samples import Sample
+    from swafast.terms.spread import Spread
     from tests.planting import Plant
     from tests.triton_source import import_kernels, read_kernels
 
     options, found = backend.launch_options("cuda"), {}
     # The addresses of CPU tensors serve: nothing follows them.
     with mock.patch.object(torch.cuda, "current_stream", mock.MagicMock()):
-        found["usable"] = driver.seen(lambda: backend._is_usable(torch.device("cpu")))
+        for case, names in (("usable", backend.KERNELS), ("usable with spreads", backend.SPREAD_KERNELS)):
+            found[case] = driver.seen(partial(backend._is_usable, torch.device("cpu"), names))
     with mock.patch.object(backend, "_INTERPRETED_PROGRAMS", PROGRAMS), driver.capturing():
         for name, count, paces in (("one", 1, 1), ("many", 4000, 1), ("several", 4000, 2)):
             planes = [(torch.zeros(8),) for _ in range(count)]
@@ -112,10 +116,17 @@ def main(folder: Path) -> None:
             update = Update(tuple(map(terms_of, rules)), tuple(counters))
             for turn in ("first", "second"):
                 found[f"{name}, {turn}"] = driver.seen(partial(launch.update, (), update))
+        spread, planes = with_spread(FLOAT32, Spread(2), torch.float32), tuple(torch.zeros(4, 8).unbind())
+        draws, counter = Draws(1, (8,)), torch.zeros((), dtype=torch.int64)
+        pairs = [Pair(f"p{i}", planes[0], planes, spread, draws) for i in range(4000)]
+        moved, update = backend.TritonLaunch(pairs), Update((terms_of(EqualAverage()),), (counter,))
+        for turn in ("first", "second"):
+            found[f"spreads, {turn}"] = driver.seen(partial(moved.update, (), update))
+        found["draw"] = driver.seen(lambda: moved.draw((), Sample(3, (0.5,), 0.25)))
         found["exchange"] = driver.seen(lambda: launch.exchange(True))
         table = launch._tables[0]
         found["nonfinite"] = driver.seen(lambda: launch.start_first_nonfinite(table, 0))
-        for name in backend.KERNELS:
+        for name in (*backend.KERNELS, *backend.SPREAD_KERNELS):
             kernel = getattr(backend._kernels(), f"{name}_kernel")
             found[f"{name} with all values"] = driver.seen(partial(launch_with, VALUES, kernel, options))
     found["loaded in a capture"] = driver.loaded_in_capture
@@ -125,7 +136,7 @@ def main(folder: Path) -> None:
     times = []
     for _ in range(1000):
         begun = time.perf_counter()
-        launch._start("exchange", table, wanted=1)
+        launch._start("exchange", table, state=table.head.state, wanted=1)
         times.append(time.perf_counter() - begun)
     found["microseconds of a launch"] = median(times) * 1e6
     print(json.dumps(found))

@@ -51,6 +51,14 @@ from tests.kernels import (
     sizes_around,
     update,
 )
+from tests.spreads import (
+    TURNS,
+    check_draws,
+    check_moves,
+    drawing_of_all_kinds,
+    drawing_of_places,
+    spread_averages_of,
+)
 from tests.support import drift
 
 #: A chunk of a GPU's tests: more than a wide tile, and not a multiple of any group.
@@ -84,6 +92,11 @@ class Subject:
         if self.backend is not cpu:
             sizes = [*sizes_around(256), *sizes[9:]]
         return [make_pair(n, dtype, fmt, offset) for n in sizes for offset in (0, 1, 6)]
+
+    @property
+    def spread_sizes(self) -> tuple[int, ...]:
+        """Sizes of params: the last ones end within a later chunk, and cross the windows of the CPU's kernels."""
+        return (0, 1, 17, 33, self.chunk_numel + 11) if self.backend is not cpu else (0, 1, 33, 130, 2_600)
 
 
 def everywhere(*names: str) -> list[object]:
@@ -211,6 +224,37 @@ def test_one_launch_moves_several_averages_of_each_param(tested: Subject, num_pa
 def test_a_count_that_is_none_leaves_everything_as_it_was(tested: Subject, num_paces: int, at: int, count: int) -> None:
     refusal = pytest.raises(ValueError, match="n_averaged must be >= 0") if tested.backend is cpu else nullcontext()
     check_bad_count(tested.prepare, num_paces, at, count, tested.device, refusal)
+
+
+# Spreads and draws
+
+#: Where spreads are moved and samples drawn: all but Triton's interpreter, which tests/test_triton.py runs by itself.
+WITH_SPREAD = pytest.mark.parametrize(
+    "tested", [*everywhere("generic", "avx2", "avx512", "cuda"), *everywhere("triton")[1:]], indirect=True
+)
+
+
+@WITH_SPREAD
+@TURNS
+def test_spreads_equal_the_reference(tested: Subject, turn: int) -> None:
+    check_moves(tested.prepare, turn, tested.spread_sizes, tested.device)
+
+
+@WITH_SPREAD
+@pytest.mark.parametrize("num_paces", [1, 3, library.MAX_PACES])
+def test_one_launch_moves_averages_with_a_spread_and_without(tested: Subject, num_paces: int) -> None:
+    check_paces(tested.prepare, num_paces, (9, 33) if num_paces < 4 else (9,), tested.device, spread_averages_of)
+
+
+@WITH_SPREAD
+@TURNS
+def test_draws_equal_the_reference(tested: Subject, turn: int) -> None:
+    check_draws(tested.prepare, drawing_of_all_kinds(turn, tested.spread_sizes), tested.device)
+
+
+@WITH_SPREAD
+def test_normal_numbers_go_by_the_index_in_the_whole_param(tested: Subject) -> None:
+    check_draws(tested.prepare, drawing_of_places(), tested.device)
 
 
 # Bugs in the tables that all of these backends have

@@ -8,9 +8,9 @@ import random
 from collections.abc import Callable, Sequence
 
 import pytest
-from swafast.sharded.parts.spread import pieces_of
 
-from swafast.sharded.parts import flat_order, spread
+from swafast.sharded.parts import all_gather, flat_order
+from swafast.sharded.parts.all_gather import pieces_of
 from swafast.sharded.parts.flat_order import BORDER_NUMEL, FlatOrder, Run
 from swafast.terms import boxes
 from swafast.terms.boxes import Box, boxes_of_run
@@ -128,7 +128,7 @@ def test_random_cuts() -> None:
 
 def check_windows(runs: Sequence[Run], itemsizes: Sequence[int], nbytes: int) -> None:
     seen = []
-    for window in spread.pieces_of(runs, itemsizes, nbytes):
+    for window in all_gather.pieces_of(runs, itemsizes, nbytes):
         assert window
         aligned = [-(-run.numel * itemsizes[run.index] // 16) * 16 for run in window]
         # What lies last in a window need not be followed by anything.
@@ -181,7 +181,7 @@ def cut_what_is_whole(patch: pytest.MonkeyPatch) -> None:
 
 
 def drop_the_last_window(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(spread, "pieces_of", lambda *args: list(pieces_of(*args))[:-1])
+    patch.setattr(all_gather, "pieces_of", lambda *args: list(pieces_of(*args))[:-1])
 
 
 GATES: list[tuple[Callable[[pytest.MonkeyPatch], None], Callable[[], None]]] = [

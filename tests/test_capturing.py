@@ -396,12 +396,14 @@ def decoder() -> nn.Module:
     return nn.Sequential(nn.Embedding(1100, 136), *layers, nn.BatchNorm1d(9)).bfloat16()
 
 
-@pytest.mark.parametrize("kind", ["one", "several"])
+@pytest.mark.parametrize("kind", ["one", "several", "spread"])
 def test_offload_takes_as_much_pinned_memory_as_the_model(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = decoder()
     rules = {"a": EqualAverage(), "b": EqualAverage()}
-    averaged: Any = FusedAveragedModel(model) if kind == "one" else FusedAverages(model, rules=rules)
-    several = [averaged] if kind == "one" else [*averaged.values()]
+    deviations = 2 if kind == "spread" else None
+    one = kind != "several"
+    averaged: Any = FusedAveragedModel(model, deviations=deviations) if one else FusedAverages(model, rules=rules)
+    several = [averaged] if one else [*averaged.values()]
     want, pinned = tensors_of(averaged), Pinned(monkeypatch)
     averaged._move_to_host()
     planes = [plane for each in several for _, _, planes in each._planes() for plane in planes]

@@ -18,7 +18,7 @@ from torch import Tensor
 from swafast.backends import Unavailable, cpu, library
 from swafast.op import checksum as module
 from swafast.op.checksum import checksum, wrap_int64
-from tests.conftest import NO_LIBRARY
+from tests.conftest import NO_LIBRARY, instruction_set
 from tests.support import any_bits
 from tests.test_bad_input import _subclass
 
@@ -46,17 +46,10 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         monkeypatch.setattr(module, "_WINDOW_NUMEL", 100)
         yield checksum_reference
         return
-    if cpu.unavailable() is not None:
-        pytest.skip(f"{NO_LIBRARY}: {cpu.unavailable()}")
-    before = cpu.current_isa()
-    try:
-        cpu.use_isa(request.param)
-    except ValueError:
-        pytest.skip(f"needs a processor with {request.param}")
-    monkeypatch.setattr(module, "_NUMEL_PER_THREAD", 1)
-    monkeypatch.setattr(module, "_torch_sum", lambda box: pytest.fail("the native library was passed by"))
-    yield checksum
-    cpu.use_isa(before)
+    with instruction_set(request.param):
+        monkeypatch.setattr(module, "_NUMEL_PER_THREAD", 1)
+        monkeypatch.setattr(module, "_torch_sum", lambda box: pytest.fail("the native library was passed by"))
+        yield checksum
 
 
 def mixed(index: int, bits: int) -> int:

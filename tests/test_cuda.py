@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -403,7 +404,7 @@ def test_a_table_is_copied_and_a_nan_read_while_another_thread_captures(
     made = Rows.descriptors
     monkeypatch.setattr(Rows, "descriptors", lambda rows, chunks: made(rows, chunks).as_subclass(OnGpu))
     pair = averages_of(1, (9,))[0]
-    on_gpu: Any = SimpleNamespace(**{**vars(pair), "param": pair.param.as_subclass(OnGpu)})
+    on_gpu = replace(pair, param=pair.param.as_subclass(OnGpu))
     launch = SimpleNamespace(_tables=[gpu.make_table([on_gpu], [0], 3)], _stream=lambda _: 0)
     launch.start_first_nonfinite = lambda *_: None
     assert waits == [1, 1]

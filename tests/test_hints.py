@@ -52,6 +52,13 @@ EMA = "rule=ExponentialAverage"
 CALLS: dict[str, tuple[Callable[[Any], object], type[Exception], str]] = {
     "a decay by position": (lambda m: FusedAveragedModel(m, 0.999), TypeError, f"{EMA}(0.999)"),
     "a decay by name": (lambda m: FusedAveragedModel(m, decay=0.99), TypeError, f"write {EMA}(0.99)"),
+    "SWAG's columns": (lambda m: FusedAveragedModel(m, max_num_models=20), TypeError, "write deviations=20"),
+    "SWAG's rank": (lambda m: ShardedAveragedModel(m, rank=10), TypeError, "write deviations=10"),
+    "SWAG by name": (lambda m: FusedAverages(m, rules=RULES, swag=True), TypeError, "deviations=20 for SWAG, or dev"),
+    "no covariance": (lambda m: FusedAveragedModel(m, no_cov_mat=True), TypeError, "deviations=0 for the variance"),
+    "SWAG's sample": (lambda m: FusedAveragedModel(m).sample(0.5), AttributeError, "averaged.sampled_into(model"),
+    "SWAG's collect": (lambda m: FusedAveragedModel(m).collect_model(m), AttributeError, "update_parameters(model)"),
+    "SWAG's class": (lambda m: swafast.SWAG, AttributeError, "FusedAveragedModel(model, deviations=20)"),
     "timm's warm-up": (lambda m: FusedAveragedModel(m, use_warmup=True), TypeError, 'warmup="power"'),
     "diffusers' warm-up": (lambda m: FusedAveragedModel(m, use_ema_warmup=True), TypeError, 'warmup="power"'),
     "timm's buffers": (lambda m: FusedAveragedModel(m, exclude_buffers=True), TypeError, "buffers are copied by def"),

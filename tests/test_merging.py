@@ -377,6 +377,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "compact": {"dtype": torch.bfloat16, "format": "compact"},
     "double": {"dtype": torch.float64},
     "buffers": {"use_buffers": True},
+    "spread": {"deviations": 2},
+    "exact spread": {"dtype": torch.bfloat16, "deviations": 0},
 }
 
 
@@ -385,7 +387,7 @@ def _merge_workers(counts: list[int]) -> dict[str, Any]:
     rank, told = dist.get_rank(), {}
     for kind, options in KINDS.items():
         averaged, model = worker(rank, counts[rank], **options)
-        before = full(averaged)
+        before = full(averaged) | {name: x.clone() for name, x in averaged.state_dict().items() if "variance." in name}
         merge_over(averaged)
         state = {name: value.clone() for name, value in averaged.state_dict().items()}
         told[kind] = (before, full(averaged), state)
@@ -410,6 +412,18 @@ def _merge_workers(counts: list[int]) -> dict[str, Any]:
     return told
 
 
+def require_pooled(
+    name: str, counts: list[int], before: Sequence[dict[str, Tensor]], after: Any, state: dict[str, Tensor]
+) -> None:
+    """Check a variance by the mean of squares, which is not how it is merged."""
+    param = name.removeprefix("variance.")
+    squares = [each[name].double() + each[param].double() ** 2 for each in before]
+    mean = sum(n * each[param].double() for n, each in zip(counts, before, strict=True)) / sum(counts)
+    expected = sum(n * each for n, each in zip(counts, squares, strict=True)) / sum(counts) - mean**2
+    assert torch.allclose(state[name].double(), expected, rtol=1e-5, atol=1e-7), name
+    assert bool((state[name] > 0).any()) == (sum(counts) > 1), name
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("counts", [[2], [1, 3], [4, 1, 2]])
 def test_workers_get_the_mean_of_all_their_models(counts: list[int]) -> None:
@@ -420,8 +434,11 @@ def test_workers_get_the_mean_of_all_their_models(counts: list[int]) -> None:
         assert int(states[0]["n_averaged"]) == sum(counts)
         statistics = [name for name in before[0] if "running" in name]
         copied = {"1.num_batches_tracked", *(statistics if kind != "buffers" else ())}
+        assert [name for name in states[0] if name.startswith("deviation.")] == []
         for name in before[0]:
-            if name not in copied:
+            if name.startswith("variance."):
+                require_pooled(name, counts, before, after, states[0])
+            elif name not in copied:
                 expected = sum(n * each[name].double() for n, each in zip(counts, before, strict=True)) / sum(counts)
                 tolerance = 2e-5 if kind == "compact" else 3e-7
                 assert torch.allclose(after[0][name].double(), expected, rtol=tolerance, atol=tolerance), (kind, name)
@@ -528,8 +545,8 @@ def _merge_sharded_workers() -> dict[str, Any]:
     number, updates = rank // 2, (2, 3)[rank // 2]
     torch.manual_seed(number)
     model = nn.Sequential(nn.Linear(9, 7), nn.Linear(7, 3))
-    sharded = ShardedAveragedModel(model, process_group=workers[number])
-    whole = FusedAveragedModel(model)
+    sharded = ShardedAveragedModel(model, process_group=workers[number], deviations=2)
+    whole = FusedAveragedModel(model, deviations=3)
     for _ in range(updates):
         with torch.no_grad():
             for param in model.parameters():
@@ -554,8 +571,8 @@ def test_workers_of_several_ranks_are_merged_part_by_part() -> None:
         assert told["count"] == 5
         assert "process_group must hold one rank of each worker" in told["bad"]
         assert "a NaN or an infinity" in told["a NaN"]  # on all ranks, also of those that hold no element
-        state = {name: value for name, value in told["sharded"].items() if name in told["whole"]}
-        assert differing(state, told["whole"]) == []
+        assert "variance.0.weight" in told["whole"]
+        assert differing(told["sharded"], told["whole"]) == []
 
 
 def test_one_process_is_one_worker() -> None:
@@ -624,26 +641,32 @@ def test_planted_bugs_are_found(
 
 
 def _ignore_counts() -> None:
-    real = worker_merges._mean_of_window
-    worker_merges._mean_of_window = lambda ranks, name, value, counts: real(ranks, name, value, [1] * len(counts))
+    real = worker_merges._merged_window
+    worker_merges._merged_window = lambda ranks, merged, planes, counts: real(ranks, merged, planes, [1] * len(counts))
 
 
 def _each_rank_its_own() -> None:
-    real = worker_merges._mean_of_window
+    real = worker_merges._merged_window
 
-    def skewed(ranks: Any, value: Tensor, counts: Sequence[int]) -> Tensor:
-        mean = real(ranks, value, counts)
-        return mean + 1e-7 * ranks.index
+    def skewed(ranks: Any, *given: Any) -> tuple[Tensor, ...]:
+        first, *further = real(ranks, *given)
+        return (first * (1 + 0.125 * ranks.index), *further)
 
-    worker_merges._mean_of_window = skewed
+    worker_merges._merged_window = skewed
+
+
+def _variances_of_their_own_means() -> None:
+    real = worker_merges.pooled_variance
+    worker_merges.pooled_variance = lambda each, means, mean, counts: real(each, [mean] * len(counts), mean, counts)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("plant", [_ignore_counts, _each_rank_its_own])
+@pytest.mark.parametrize("plant", [_ignore_counts, _each_rank_its_own, _variances_of_their_own_means])
 def test_planted_bugs_of_workers_are_found(plant: Callable[[], None]) -> None:
     from tests import ranks
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(globals(), "run_ranks", lambda *given: ranks.run_ranks(*given, plant=plant))
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError) as found:
             test_workers_get_the_mean_of_all_their_models([1, 3])
+    assert "Traceback" not in str(found.value), "the plant itself has failed, on a rank"

@@ -12,8 +12,21 @@ from swafast.backends import cpu, library
 from swafast.backends.contract import Pair
 from swafast.terms.formats import EXACT, FLOAT32
 from swafast.terms.rules import Rule
+from swafast.terms.samples import Sample
+from swafast.terms.spread import Spread
 from tests.conftest import NO_LIBRARY
-from tests.kernels import DTYPES, FORMATS, INT64_MAX, RULES, by_weights, check_updates, make_pair
+from tests.kernels import (
+    DTYPES,
+    FORMATS,
+    INT64_MAX,
+    RULES,
+    by_weights,
+    check_updates,
+    clone,
+    differing,
+    make_pair,
+)
+from tests.spreads import drawn, make_spread_pair
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"{NO_LIBRARY}: {cpu.unavailable()}")
 
@@ -48,6 +61,16 @@ def test_launches_of_several_threads_do_not_meet(small_chunks: int, monkeypatch:
     batches = [[make_pair(20_000, dtype, fmt) for dtype in DTYPES for fmt in FORMATS] for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda pairs: check_updates(cpu.prepare, pairs, by_weights(1.0, 0.3, 0.9)), batches))
+
+
+def test_a_sample_of_more_columns_than_there_are_changes_nothing() -> None:
+    pair = drawn(make_spread_pair(40, torch.float32, FLOAT32, Spread(2)))
+    launch, before = cpu.prepare([pair]), clone([pair])
+    with pytest.raises(ValueError, match="a sample must not have more coefficients than an average has columns, got 3"):
+        launch.draw([pair.param], Sample(0, (1.0, 1.0, 1.0), 1.0))
+    assert differing([pair], before) == []
+    with pytest.raises(AssertionError, match="refused"):  # it has no spread
+        cpu.prepare([drawn(make_pair(40, torch.float32, FLOAT32))]).draw([pair.param], Sample())
 
 
 def native_weight(rule: Rule, num_averaged: int) -> float:

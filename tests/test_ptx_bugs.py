@@ -35,6 +35,7 @@ from tests.kernels import (
     update,
 )
 from tests.planting import Plant, read_plants
+from tests.spreads import check_draws, drawing_of_each_path, pairs_of_each_path
 
 # With one thread, so that a fork of this process may go on.
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("one_thread")]
@@ -75,6 +76,14 @@ def see_nonfinite(prepare: Prepare) -> None:
     assert counter == 3, "an update was not skipped"
 
 
+def see_spreads(prepare: Prepare) -> None:
+    check_updates(prepare, pairs_of_each_path(5000), by_weights(0.3), (7,))
+
+
+def see_draws(prepare: Prepare) -> None:
+    check_draws(prepare, drawing_of_each_path(5000))
+
+
 def see_long_runs(prepare: Prepare) -> None:
     check_long_runs(prepare)
 
@@ -85,6 +94,8 @@ CHECKS = {
     "counts": see_counts,
     "exchange": see_exchange,
     "nonfinite": see_nonfinite,
+    "spreads": see_spreads,
+    "draws": see_draws,
     "long runs": see_long_runs,
 }
 BUGS = [(backend, bug) for backend in ("cuda", "triton") for bug in read_plants(f"{backend}_ptx")]
@@ -108,7 +119,7 @@ def run_in_each_order(library: ctypes.CDLL, check: Callable[[Prepare], None], pr
 
 
 def complaint_of(check: Callable[[], None], said: Path) -> str:
-    """Return what a check says that fails, or that the shim ends, in a process of its own."""
+    """Return what a check says that fails, or the shim, or which signal ends it, in a process of its own."""
     child = os.fork()
     if child == 0:
         os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
@@ -121,7 +132,8 @@ def complaint_of(check: Callable[[], None], said: Path) -> str:
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert status != 0, "nothing was seen"
-    return said.read_text()
+    ended = f"ended by {signal.Signals(os.WTERMSIG(status)).name}" if os.WIFSIGNALED(status) else ""
+    return said.read_text() + ended
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])

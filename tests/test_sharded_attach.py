@@ -113,7 +113,7 @@ def _train(modes: tuple[str, ...], options: dict[str, Any]) -> list[Any]:
     ("world", "modes", "options"),
     [
         (2, ON_TWO, {"use_buffers": True}),
-        (2, ("ddp", "fsdp2"), {"format": "compact"}),
+        (2, ("ddp", "fsdp2"), {"format": "compact", "deviations": 2}),
         (4, ON_FOUR, {}),
     ],
     ids=str,

@@ -29,7 +29,7 @@ RULES = {
     "rough": ExponentialAverage(0.99, warmup="ratio"),
 }
 FORMATS = {"fast": "compact", "power": "compensated", "rough": "half"}
-OPTIONS: dict[str, Any] = {"rules": RULES, "format": FORMATS, "seed": 5}
+OPTIONS: dict[str, Any] = {"rules": RULES, "format": FORMATS, "seed": 5, "deviations": {"mean": 2, "power": 0}}
 
 #: One kind of model for each: a checkpoint of one is loaded by all others.
 WAYS = ("ddp", "fsdp2", "tp")

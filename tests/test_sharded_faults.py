@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -54,6 +55,10 @@ class Case:
 
     def __post_init__(self) -> None:
         self.params, self.own, self.averages = locals_of(self.model), self.own_now(), planes_of(self.averaged)
+        self.sampled: dict[str, Tensor] = {}
+        if self.averaged.deviations is not None:
+            with self.averaged.sampled_into(self.model, 0):
+                self.sampled = self.own_now()
 
     def own_now(self) -> dict[str, Tensor]:
         """Return copies of this rank's own part of the params."""
@@ -61,7 +66,9 @@ class Case:
         return {share.name: share.of(held[share.name].local).detach().clone() for share in self.averaged._shares}
 
     def own_averages(self) -> dict[str, Tensor]:
-        """Return this rank's own part of the params with the averages in it."""
+        """Return this rank's own part of the params with the averages in it, or the sample if there is one."""
+        if self.sampled:
+            return self.sampled
         averages = {}
         for share in self.averaged._shares:
             planes = self.averaged._planes[share.name]
@@ -166,6 +173,17 @@ def leave(case: Case, arm: Callable[[], None]) -> None:
         arm()
 
 
+def enter_sample(case: Case, arm: Callable[[], None]) -> None:
+    arm()
+    with case.averaged.sampled_into(case.model, 0):
+        fault.disarm()
+
+
+def leave_sample(case: Case, arm: Callable[[], None]) -> None:
+    with case.averaged.sampled_into(case.model, 0):
+        arm()
+
+
 def armed(act: Callable[[Case], object]) -> Action:
     def action(case: Case, arm: Callable[[], None]) -> None:
         arm()
@@ -179,6 +197,9 @@ ACTIONS: dict[str, tuple[Action, dict[str, Any]]] = {
     "enter": (enter, {}),
     "leave": (leave, {}),
     "copy_to": (armed(lambda case: case.averaged.copy_to(case.model)), {}),
+    "enter a sample": (enter_sample, {"deviations": 2}),
+    "leave a sample": (leave_sample, {"deviations": 2}),
+    "sample_to": (armed(lambda case: case.averaged.sample_to(case.model, 0)), {"deviations": 2}),
     "state_dict": (armed(lambda case: case.averaged.state_dict()), {}),
     "load_state_dict": (armed(lambda case: case.averaged.load_state_dict(case.state or {})), {"with_state": True}),
     "full_state_dict": (armed(lambda case: case.averaged.full_state_dict()), {}),
@@ -189,6 +210,9 @@ ACTIONS: dict[str, tuple[Action, dict[str, Any]]] = {
 
 #: The user's calls that an error names, where these are no actions of that name.
 CALLS = {"enter": "swapped_into", "leave": "swapped_into", "skip": "update_parameters", "raise": "update_parameters"}
+CALLS |= {"enter a sample": "sampled_into", "leave a sample": "sampled_into"}
+#: Actions that write into the model for good.
+FOR_GOOD = ("copy_to", "sample_to")
 
 
 def points_of(mode: str, names: Iterable[str], **options: Any) -> list[tuple[str, int]]:
@@ -208,7 +232,9 @@ def is_torn(name: str, at: int) -> bool:
 
     The first one of an entry is to agree on it, and with the second comes the first window.
     """
-    return name == "leave" or (name in ("enter", "copy_to") and at >= (2 if name == "enter" else 1))
+    if name in FOR_GOOD:
+        return at >= 1
+    return name in ("leave", "leave a sample") or (name in ("enter", "enter a sample") and at >= 2)
 
 
 def complaints_at(
@@ -233,16 +259,16 @@ def complaints_at(
     except (LostPeerError, KeyboardInterrupt) as raised:
         took, error = monotonic() - began, raised
     else:
-        copied = name == "copy_to"
+        copied = name in FOR_GOOD
         return ["no error"] if needs_all else case.complaints(own_is_average=copied, params=not copied), 0.0
     fault.disarm()
     torn = is_torn(name, at)
-    found = case.complaints(own_is_average=name == "copy_to" and torn, params=not torn)
+    found = case.complaints(own_is_average=name in FOR_GOOD and torn, params=not torn)
     if took > IN_TIME:
         found.append(f"took {took:.2f} s")
     if isinstance(error, LostPeerError) != (act is None):
         found.append(f"raised {error!r}")
-    if act is None and f"{CALLS.get(name, name)} must be called on all ranks" not in str(error):
+    if act is None and not re.search(rf"{CALLS.get(name, name)}(\(.*\))? must be called on all ranks", str(error)):
         found.append(f"does not name the call: {error}")
     if (NOT_WHOLE in str(error)) != torn:
         found.append(f"torn: {torn}, but says {error}")
@@ -320,7 +346,7 @@ def lose_myself(loss: str) -> None:
 
 def needs_victim(case: Case, name: str, at: int) -> bool:
     """Return whether all ranks agree at this collective, or the victim averages part of what is held here."""
-    agrees = at == 0 and name != "leave"
+    agrees = at == 0 and not name.startswith("leave")
     return agrees or any(VICTIM in share.cut.replicas for share in case.averaged._shares if share.cut is not None)
 
 
@@ -334,8 +360,8 @@ def at_once(calls: dict[Any, Callable[[], list[Any]]]) -> dict[Any, list[Any]]:
 @pytest.mark.distributed
 def test_an_action_that_breaks_off_at_any_collective() -> None:
     # What is killed is heard of sooner than what stops, and for the rest is no other case.
-    names = {"stopped": list(ACTIONS), "killed": ["enter", "leave", "load_state_dict"]}
-    names["interrupted"] = ["enter", "leave", "copy_to", "state_dict", "skip"]
+    names = {"stopped": list(ACTIONS), "killed": ["enter", "leave", "leave a sample", "load_state_dict"]}
+    names["interrupted"] = ["enter", "leave", "copy_to", "enter a sample", "sample_to", "state_dict", "skip"]
     calls = {
         loss: partial(
             *(run_ranks, 3, break_off, loss, "small", names[loss], {}),

@@ -52,6 +52,14 @@ from tests.kernels import (
     meet_at_each_line,
 )
 from tests.planting import Plant, read_plants
+from tests.spreads import (
+    Drawing,
+    check_draws,
+    drawing_of_each_path,
+    drawing_of_places,
+    pairs_of_each_path,
+    spread_averages_of,
+)
 from tests.triton_source import import_kernels, read_kernels
 
 triton = pytest.importorskip("triton", reason="needs Triton")
@@ -359,6 +367,26 @@ def see_indices(prepare: Prepare) -> None:
     check_updates(prepare, random_pairs(), by_weights(0.3), (1,), DEVICE)
 
 
+def see_spreads(prepare: Prepare) -> None:
+    """Move spreads of two chunks: the paths of float32 and `exact` in wide tiles, and all others in an end."""
+    pairs = [*pairs_of_each_path(4096 + 17, 2), *pairs_of_each_path(17)]
+    check_updates(prepare, pairs, by_weights(0.3, 1.0), (7,), DEVICE)
+
+
+def see_rings(prepare: Prepare) -> None:
+    check_updates(prepare, pairs_of_each_path(17, 1), by_weights(0.3), (2**20 + 2**16, 2**33 + 5), DEVICE)
+
+
+def see_draws(prepare: Prepare) -> None:
+    check_draws(prepare, drawing_of_each_path(2048 + 17, 2), DEVICE)
+
+
+def see_places(prepare: Prepare) -> None:
+    drawing = drawing_of_places()
+    last = slice(2, None)  # the sample without columns
+    check_draws(prepare, Drawing(drawing.pairs, drawing.samples[last], drawing.expected[last]), DEVICE)
+
+
 def see_weights(built: Build) -> None:
     assert [rule for rule in RULES if differing_weights(rule, built["arithmetic"])] == [], "weights are wrong"
 
@@ -374,6 +402,11 @@ CHECKS: dict[str, Callable[[Prepare], None]] = {
     "counter": see_counter,
     "exchange": see_exchange,
     "indices": see_indices,
+    "spreads": see_spreads,
+    "rings": see_rings,
+    "draws": see_draws,
+    "places": see_places,
+    "spreads of several": lambda prepare: check_paces(prepare, 2, (5,), DEVICE, spread_averages_of),
     "paces": lambda prepare: check_paces(prepare, 3, (5,), DEVICE),
     "bad counts": lambda prepare: check_bad_count(prepare, 3, 1, -1, DEVICE),
 }

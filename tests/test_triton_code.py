@@ -29,7 +29,7 @@ if importlib.util.find_spec("triton") is None:
 
 pytestmark = pytest.mark.kernels
 
-KERNELS = backend.KERNELS
+KERNELS = (*backend.KERNELS, *backend.SPREAD_KERNELS)
 
 COMPILE = """
 import json, pathlib, subprocess, sys
@@ -154,7 +154,9 @@ def expected_wide_blocks(kernel: str) -> Counter[tuple[int, int, int, int]]:
         return Counter({(8, 8, 0, 0): 3})
     if kernel == "nonfinite":
         return Counter({(4, 0, 0, 0): 3})
-    if kernel != "update":
+    if kernel == "draw":
+        return Counter({(4, 0, 0, 0): 1, (0, 0, 8, 0): 2})  # columns of 4 bytes and of 2, under way at once
+    if kernel not in ("update", "spread"):
         return Counter()
     blocks = [(4, 4, 0, 0)]  # bytes, 64 a thread
     for param in (4, 2, 2):
@@ -162,11 +164,15 @@ def expected_wide_blocks(kernel: str) -> Counter[tuple[int, int, int, int]]:
             blocks.append((param + sum(planes), sum(planes), 0, 0))
         blocks.append((param + 2, 2, 2, 2))  # `compact`: a plane of bytes, 8 elements at a time
         blocks.append(((param + 8) // 2, 4, 0, 0))  # `compensated`: 8 elements a thread
+    if kernel == "spread":
+        blocks += [(6, 4, 0, 0), (5, 3, 0, 0)]  # float32 and `exact`, beside their variance and a column
     return Counter(blocks)
 
 
 def check_wide(kernel: str, code: Code) -> None:
-    assert code.wide_blocks == expected_wide_blocks(kernel), "paths are not wide"
+    assert not expected_wide_blocks(kernel) - code.wide_blocks, "paths are not wide"
+    # Where dtypes are told apart at each access, a tile is in many blocks.
+    assert kernel in backend.SPREAD_KERNELS or code.wide_blocks == expected_wide_blocks(kernel), "more paths"
     wide = Counter(re.findall(r"\b(LDG|STG)\S*\.128\b", code.sass))
     loads, stores = (sum(block[i] * n for block, n in expected_wide_blocks(kernel).items()) for i in (0, 1))
     assert wide["LDG"] >= loads
@@ -221,7 +227,7 @@ def test_four_programs_fit_on_a_multiprocessor_and_nothing_spills(hopper: dict[s
     check_registers(hopper[kernel])
 
 
-@pytest.mark.parametrize("kernel", ["update", "exchange"])
+@pytest.mark.parametrize("kernel", ["update", "exchange", "spread", "draw"])
 def test_elements_stay_with_their_thread(hopper: dict[str, Code], kernel: str) -> None:
     check_no_exchange_of_threads(hopper[kernel])
 
@@ -231,12 +237,18 @@ def test_float64_is_rounded_operation_by_operation(hopper: dict[str, Code]) -> N
     check_float64_tiles(hopper["update"])
 
 
+def test_normal_numbers_are_made_of_operations_that_ieee_754_rounds(hopper: dict[str, Code]) -> None:
+    code = hopper["draw"].ptx
+    operations = set(re.findall(r"\b(?:fma|mad|mul|add|sub|div|rcp|sqrt|rsqrt|ex2|lg2)\.[\w.]*f\d+\b", code))
+    assert operations == {f"{op}.rn.f32" for op in ("fma", "mul", "add", "sqrt", "div")}
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_argument_is_64_bits_whatever_its_value(hopper: dict[str, Code], kernel: str) -> None:
     assert set(hopper[kernel].signature.values()) == {"i64"}
 
 
-@pytest.mark.parametrize("kernel", ["update", "exchange"])
+@pytest.mark.parametrize("kernel", ["update", "exchange", "spread"])
 def test_programs_say_that_they_have_read_with_acquire_and_release(hopper: dict[str, Code], kernel: str) -> None:
     check_order(hopper[kernel])
 

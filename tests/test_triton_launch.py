@@ -19,7 +19,7 @@ from tests.null_driver import PROGRAMS, VALUES, build_null_driver
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
-from swafast.backends.triton.launch import KERNELS
+from swafast.backends.triton.launch import KERNELS, SPREAD_KERNELS
 
 pytestmark = [pytest.mark.kernels, needs_compiler]
 
@@ -42,6 +42,8 @@ def launched(kernel: str, launches: int, blocks: int, modules: int = 0) -> dict[
 
 def test_all_kernels_are_loaded_before_the_first_update(seen: dict[str, Any]) -> None:
     assert seen["usable"] == launched(KERNELS[-1], len(KERNELS), 1, modules=len(KERNELS))
+    count = len(SPREAD_KERNELS)
+    assert seen["usable with spreads"] == launched(SPREAD_KERNELS[-1], count, 1, modules=count)
     assert seen["loaded in a capture"] == 0
 
 
@@ -53,12 +55,18 @@ def test_an_update_is_one_launch_and_one_for_each_new_pace(
     assert seen[f"{case}, second"] == launched("update", 1, blocks)
 
 
+def test_an_update_of_spreads_is_one_launch_and_so_is_a_draw(seen: dict[str, Any]) -> None:
+    assert seen["spreads, first"] == launched("spread", 2, PROGRAMS)  # and one that writes its pace
+    assert seen["spreads, second"] == launched("spread", 1, PROGRAMS)
+    assert seen["draw"] == launched("draw", 1, PROGRAMS)
+
+
 def test_an_exchange_is_one_launch_and_a_search_for_nonfinite_values_two(seen: dict[str, Any]) -> None:
     assert seen["exchange"] == launched("exchange", 1, PROGRAMS)
     assert seen["nonfinite"] == launched("nonfinite", 2, PROGRAMS)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [*KERNELS, *SPREAD_KERNELS])
 def test_a_kernel_is_compiled_once_whatever_its_arguments_are(seen: dict[str, Any], kernel: str) -> None:
     assert seen[f"{kernel} with all values"] == launched(kernel, len(VALUES), 1)
 

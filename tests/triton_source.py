@@ -11,7 +11,7 @@ from types import ModuleType
 from tests.planting import read_sources
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("arithmetic", "random", "memory", "paces", "chunks", "kernels")
+PARTS = ("arithmetic", "random", "memory", "paces", "chunks", "normal", "tiles", "spreads", "kernels")
 
 
 def read_kernels() -> dict[str, str]:

@@ -44,7 +44,7 @@ WIDTH, LINES_SHOWN, FAILURES_SHOWN = 110, 12, 20
 # The tests of waiting and of graphs come first: what they show is shown nowhere else.
 FIRST_TESTS = "wait or sync or graph or replay or captur"
 # Our kernels, CUDA's and Triton's, by a part of their names. torch's are checked by torch.
-KERNELS = ("update_kernel", "exchange_kernel", "nonfinite_kernel")
+KERNELS = ("update_kernel", "exchange_kernel", "nonfinite_kernel", "collect_kernel", "draw_kernel")
 # A name, the most seconds it may take, and what it does with its own limit.
 PartOfRun = tuple[str, float, Callable[[str, float], None]]
 
@@ -90,6 +90,7 @@ class Run:
             ("racecheck", 40.0, self.checker),
             ("compiled foreach", 45.0, self.doing("compiled")),
             ("grids and chunks", 60.0, self.doing("swept", first)),
+            ("spreads", 40.0, self.doing("spreads", first, second)),
             ("other formats", 80.0, self.doing("formats", first, second)),
             ("picture", END_S, self.draw),
         ]

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from bench import names
 from bench.cases import DTYPES
-from bench.internals import cut_chunks, gpu_chunk_numel, planes_nbytes, whole_runs
-from bench.providers import moved_bytes
+from bench.internals import GPU_CHUNK_NUMELS, cut_chunks, gpu_chunk_numel, planes_nbytes, whole_runs
+from bench.providers import VARIANCE_BYTES, moved_bytes
 from bench.workloads import GPU_WORKLOADS, buffer_dtype
 
 #: Bytes a second of a copy from device to device on an H200, read and written.
@@ -66,20 +67,31 @@ class Chunk(NamedTuple):
     written: int  # bytes of an element
 
 
-def bytes_of(dtype: str, format: str) -> tuple[int, int]:
-    """Return the bytes of a param and its average that an update reads, and those that it writes."""
-    written = planes_nbytes(format)
-    return moved_bytes(DTYPES[dtype], format) - written, written
+def bytes_of(dtype: str, format: str, work: str = "") -> tuple[int, int]:
+    """Return the bytes of a param and its average that an update reads, and those that it writes.
+
+    With ``work``, those of an average with a spread, or those of a draw.
+    """
+    kind = DTYPES[dtype]
+    written = {
+        "": planes_nbytes(format),
+        names.COLLECT: planes_nbytes(format) + VARIANCE_BYTES + kind.itemsize,
+        names.DRAW: kind.itemsize,
+    }[work]
+    return moved_bytes(kind, format, work=work) - written, written
 
 
-def chunks_of(workload: str, dtype: str = "float32", format: str = "float32", gpu: Gpu = Gpu()) -> list[Chunk]:
+def chunks_of(
+    workload: str, dtype: str = "float32", format: str = "float32", gpu: Gpu = Gpu(), work: str = ""
+) -> list[Chunk]:
     """Return a workload's chunks, as the package cuts them: params, then buffers, which are copied byte by byte."""
     described, kind = GPU_WORKLOADS[workload], DTYPES[dtype]
     params = [math.prod(shape) for _, shape in described.params(described.full_depth)]
     buffers = [math.prod(shape) * buffer_dtype(name, kind).itemsize for name, shape in described.buffers()]
     numels = [*params, *buffers]
-    size = gpu_chunk_numel(sum(numels), gpu.num_blocks)
-    each = [bytes_of(dtype, format)] * len(params) + [(1, 1)] * len(buffers)
+    # Rows that share a param are cut small, for the caches.
+    size = GPU_CHUNK_NUMELS[0] if work else gpu_chunk_numel(sum(numels), gpu.num_blocks)
+    each = [bytes_of(dtype, format, work)] * len(params) + [(1, 1)] * len(buffers)
     return [Chunk(numel, *each[row]) for row, _, numel, *_ in cut_chunks(whole_runs(numels), size).tolist()]
 
 

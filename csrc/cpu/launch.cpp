@@ -251,19 +251,23 @@ int32_t swafast_cpu_update(const swafast_tensor* tensors, int64_t num_tensors, c
   if (check(tensors, num_tensors, false) != SWAFAST_OK) return SWAFAST_BAD_TENSOR;
   Moves moves;
   if (!moves.set(paces, num_paces)) return SWAFAST_BAD_COUNT;
-  if (any_spread(tensors, num_tensors)) {
-    if (check_rings(tensors, num_tensors, 0) != SWAFAST_OK) return SWAFAST_BAD_TENSOR;
-    for_each_chunk(num_chunks, num_threads, [=, &kernels, &moves](int64_t i) {
-      const swafast_tensor* tensor = tensors + chunks[i].tensor;
-      for (int32_t k = 0; k <= tensor->followers; ++k) {
-        (is_spread(tensor[k]) ? update_spread : update_chunk)(kernels, tensor[k], chunks[i], moves);
-      }
-    });
-  } else {
-    for_each_chunk(num_chunks, num_threads, [=, &kernels, &moves](int64_t i) {
+  const auto move_all = [=](const auto& move) {
+    for_each_chunk(num_chunks, num_threads, [=, &move](int64_t i) {
       // The chunk of the param stays in the caches from the first of its averages to the last.
       const swafast_tensor* tensor = tensors + chunks[i].tensor;
-      for (int32_t k = 0; k <= tensor->followers; ++k) update_chunk(kernels, tensor[k], chunks[i], moves);
+      for (int32_t k = 0; k <= tensor->followers; ++k) move(tensor[k], chunks[i]);
+    });
+  };
+  const auto average = [&](const swafast_tensor& tensor, const swafast_chunk& chunk) {
+    update_chunk(kernels, tensor, chunk, moves);
+  };
+  if (!any_spread(tensors, num_tensors)) {
+    move_all(average);
+  } else if (check_rings(tensors, num_tensors, 0) != SWAFAST_OK) {
+    return SWAFAST_BAD_TENSOR;
+  } else {
+    move_all([&](const swafast_tensor& tensor, const swafast_chunk& chunk) {
+      is_spread(tensor) ? update_spread(kernels, tensor, chunk, moves) : average(tensor, chunk);
     });
   }
   for (int64_t k = 0; k < num_paces; ++k) *paces[k].num_averaged += advance;

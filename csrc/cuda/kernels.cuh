@@ -70,14 +70,16 @@ __device__ __forceinline__ Pointer at(Pointer base, int64_t nbytes) {
 }
 
 // A run of elements, through `make(first element, wide)`: the aligned middle in wide groups, the ends one by one.
-// `head` elements come before the first aligned one; all of them, where the arrays are not aligned alike.
-template <class Wide, class Narrow, class Make>
+// `head` elements come before the first aligned one; all of them, where the arrays are not aligned alike. With
+// kEndsFirst the ends come before the middle, and nothing that they need is kept across it: where registers are few.
+template <class Wide, class Narrow, bool kEndsFirst = false, class Make>
 __device__ __forceinline__ void run(int64_t numel, int64_t head, Make make) {
   const int64_t num_groups = (numel - head) / Wide::kNumel;
   const int64_t middle = num_groups * Wide::kNumel;
-  if (num_groups > 0) run_groups(make(Wide{}, head), num_groups);
+  if (!kEndsFirst && num_groups > 0) run_groups(make(Wide{}, head), num_groups);
   if (head > 0) run_groups(make(Narrow{}, int64_t{0}), head);
   if (head + middle < numel) run_groups(make(Narrow{}, head + middle), numel - head - middle);
+  if (kEndsFirst && num_groups > 0) run_groups(make(Wide{}, head), num_groups);
 }
 
 // Elements of kBytes bytes before the first one on a 16-byte boundary.
@@ -86,7 +88,7 @@ __device__ __forceinline__ int64_t elements_to_boundary(const void* address) {
   return static_cast<int64_t>((16u - (reinterpret_cast<uint64_t>(address) & 15u)) & 15u) / kBytes;
 }
 
-template <class Dtype, class Format>
+template <class Dtype, class Format, bool kEndsFirst>
 __device__ __forceinline__ void update_run(const void* param, void* first, void* second, int64_t numel,
                                            const Move& move) {
   // Where the narrowest array meets a boundary, those that are aligned alike do too.
@@ -97,14 +99,15 @@ __device__ __forceinline__ void update_run(const void* param, void* first, void*
   const bool alike = is_aligned(at(param, head * Dtype::kBytes)) && is_aligned(at(first, head * Format::kFirst)) &&
                      is_aligned(at(second, head * Format::kSecond));
   head = alike && head < numel ? head : numel;
-  run<Update<Dtype, Format, true>, Update<Dtype, Format, false>>(numel, head, [&](auto mover, int64_t offset) {
-    mover.param = at(param, offset * Dtype::kBytes);
-    mover.first = at(first, offset * Format::kFirst);
-    mover.second = at(second, offset * Format::kSecond);
-    mover.move = move;
-    mover.move.first_index += static_cast<uint32_t>(offset) * move.index_step;
-    return mover;
-  });
+  run<Update<Dtype, Format, true>, Update<Dtype, Format, false>, kEndsFirst>(
+      numel, head, [&](auto mover, int64_t offset) {
+        mover.param = at(param, offset * Dtype::kBytes);
+        mover.first = at(first, offset * Format::kFirst);
+        mover.second = at(second, offset * Format::kSecond);
+        mover.move = move;
+        mover.move.first_index += static_cast<uint32_t>(offset) * move.index_step;
+        return mover;
+      });
 }
 
 // The two-sided runs that do not look into the elements.
@@ -231,42 +234,64 @@ struct Progress {
   bool stop;
 };
 
-template <class Dtype, class Format>
+template <class Dtype, class Format, bool kEndsFirst>
 __device__ __forceinline__ void update_in(const swafast_descriptor& chunk, const Progress& progress) {
   Move move = {progress.blends[chunk.pace], {}, static_cast<uint32_t>(chunk.first_index), chunk.index_step};
   if constexpr (Format::kRandom != 0) move.draw = draw_of(chunk.key, progress.counts[chunk.pace], chunk.first_index);
-  update_run<Dtype, Format>(chunk.param, chunk.planes[0], chunk.planes[1], chunk.numel, move);
+  update_run<Dtype, Format, kEndsFirst>(chunk.param, chunk.planes[0], chunk.planes[1], chunk.numel, move);
 }
 
-template <class Dtype>
-__device__ __forceinline__ void update_as(const swafast_descriptor& chunk, const Progress& progress) {
-  switch (chunk.format) {
+// Do `work` for the dtype of a param and the format of its average: work.run<Dtype, Format>(), or work.copy() for
+// bytes.
+template <class Dtype, class Work>
+__device__ __forceinline__ void with_format(const Work& work) {
+  switch (work.format()) {
     case SWAFAST_FORMAT_FLOAT32:
-      return update_in<Dtype, FormatFloat32>(chunk, progress);
+      return work.template run<Dtype, FormatFloat32>();
     case SWAFAST_FORMAT_EXACT:
-      return update_in<Dtype, FormatExact>(chunk, progress);
+      return work.template run<Dtype, FormatExact>();
     case SWAFAST_FORMAT_COMPACT:
-      return update_in<Dtype, FormatCompact>(chunk, progress);
+      return work.template run<Dtype, FormatCompact>();
     case SWAFAST_FORMAT_COMPENSATED:
-      return update_in<Dtype, FormatCompensated>(chunk, progress);
+      return work.template run<Dtype, FormatCompensated>();
     case SWAFAST_FORMAT_HALF:
-      return update_in<Dtype, FormatHalf>(chunk, progress);
+      return work.template run<Dtype, FormatHalf>();
     default:
-      return update_in<Dtype, FormatMirrored>(chunk, progress);
+      return work.template run<Dtype, FormatMirrored>();
+  }
+}
+template <class Work>
+__device__ __forceinline__ void with_kinds(const Work& work) {
+  switch (work.dtype()) {
+    case SWAFAST_FLOAT32:
+      return with_format<Float32>(work);
+    case SWAFAST_BFLOAT16:
+      return with_format<BFloat16>(work);
+    case SWAFAST_FLOAT16:
+      return with_format<Float16>(work);
+    default:
+      return work.copy();
   }
 }
 
-__device__ __forceinline__ void update_chunk(const swafast_descriptor& chunk, const Progress& progress) {
-  switch (chunk.dtype) {
-    case SWAFAST_FLOAT32:
-      return update_as<Float32>(chunk, progress);
-    case SWAFAST_BFLOAT16:
-      return update_as<BFloat16>(chunk, progress);
-    case SWAFAST_FLOAT16:
-      return update_as<Float16>(chunk, progress);
-    default:
-      return plain_run<Copy, 1>(static_cast<const void*>(chunk.param), chunk.planes[0], chunk.numel);
+template <bool kEndsFirst>
+struct UpdateOfChunk {
+  const swafast_descriptor& chunk;
+  const Progress& progress;
+  __device__ __forceinline__ int32_t dtype() const { return chunk.dtype; }
+  __device__ __forceinline__ int32_t format() const { return chunk.format; }
+  template <class Dtype, class Format>
+  __device__ __forceinline__ void run() const {
+    update_in<Dtype, Format, kEndsFirst>(chunk, progress);
   }
+  __device__ __forceinline__ void copy() const {
+    plain_run<Copy, 1>(static_cast<const void*>(chunk.param), chunk.planes[0], chunk.numel);
+  }
+};
+
+template <bool kEndsFirst>
+__device__ __forceinline__ void update_chunk(const swafast_descriptor& chunk, const Progress& progress) {
+  with_kinds(UpdateOfChunk<kEndsFirst>{chunk, progress});
 }
 
 // One thread for each pace reads its count and works out its weight while the others wait: 64-bit floating-point units
@@ -301,7 +326,9 @@ __device__ __forceinline__ void begin(Progress& progress, Feed& feed, const swaf
 // registers.
 struct UpdateChunk {
   const Progress& progress;
-  __device__ __forceinline__ void operator()(const swafast_descriptor& chunk) const { update_chunk(chunk, progress); }
+  __device__ __forceinline__ void operator()(const swafast_descriptor& chunk) const {
+    update_chunk<false>(chunk, progress);
+  }
 };
 
 struct ExchangeChunk {

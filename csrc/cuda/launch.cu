@@ -6,6 +6,7 @@
 
 #include "../swafast.h"
 #include "kernels.cuh"
+#include "spread.cuh"
 
 #if !defined(SWAFAST_CUDA_ARCHITECTURES)
 #define SWAFAST_CUDA_ARCHITECTURES "unknown architectures"
@@ -89,7 +90,7 @@ int32_t swafast_cuda_blocks(int32_t device, int32_t num_threads, int32_t* num_bl
   const DeviceScope scope(device);
   if (scope.error() != cudaSuccess) return status_of(scope.error());
   int multiprocessors = 0, per_multiprocessor = 0;
-  cudaError_t error = load(update_kernel, exchange_kernel, nonfinite_kernel);
+  cudaError_t error = load(update_kernel, exchange_kernel, nonfinite_kernel, collect_kernel, draw_kernel);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
@@ -102,7 +103,8 @@ int32_t swafast_cuda_blocks(int32_t device, int32_t num_threads, int32_t* num_bl
 }
 
 int32_t swafast_cuda_update(const swafast_table* table, const swafast_pace* paces, int64_t num_paces, int64_t advance,
-                            int32_t skip_nonfinite, const swafast_grid* grid, int32_t* capturing, void* stream) {
+                            int32_t skip_nonfinite, int32_t has_spread, const swafast_grid* grid, int32_t* capturing,
+                            void* stream) {
   if (num_paces < 1 || num_paces > SWAFAST_MAX_PACES) return SWAFAST_BAD_PACE;
   const DeviceScope scope(static_cast<int32_t>(table->device));
   if (scope.error() != cudaSuccess) return status_of(scope.error());
@@ -113,7 +115,8 @@ int32_t swafast_cuda_update(const swafast_table* table, const swafast_pace* pace
     Paces copied = {};
     std::memcpy(copied.each, paces, static_cast<size_t>(num_paces) * sizeof *paces);
     copied.count = static_cast<int32_t>(num_paces);
-    error = launch(*table, *grid, stream, update_kernel, *table, copied, advance, skip_nonfinite);
+    const auto kernel = has_spread != 0 ? collect_kernel : update_kernel;
+    error = launch(*table, *grid, stream, kernel, *table, copied, advance, skip_nonfinite);
   }
   return status_of(error);
 }
@@ -122,6 +125,13 @@ int32_t swafast_cuda_exchange(const swafast_table* table, int64_t wanted, const 
   const DeviceScope scope(static_cast<int32_t>(table->device));
   if (scope.error() != cudaSuccess) return status_of(scope.error());
   return status_of(launch(*table, *grid, stream, exchange_kernel, *table, wanted));
+}
+
+int32_t swafast_cuda_draw(const swafast_table* table, const swafast_sample* sample, const swafast_grid* grid,
+                          void* stream) {
+  const DeviceScope scope(static_cast<int32_t>(table->device));
+  if (scope.error() != cudaSuccess) return status_of(scope.error());
+  return status_of(launch(*table, *grid, stream, draw_kernel, *table, *sample));
 }
 
 int32_t swafast_cuda_first_nonfinite(const swafast_table* table, const swafast_grid* grid, void* stream) {

@@ -85,6 +85,25 @@ struct Lanes<kBytes, 1> {
   __device__ __forceinline__ void set(int, uint32_t value) { bits = static_cast<vector_type>(value); }
 };
 
+// Eight bytes: narrow elements in a group that fills 16 bytes of wider ones.
+template <int kBytes, int kNumel>
+struct EightBytes {
+  using vector_type = unsigned long long;
+  static constexpr int kVectors = 1;
+  vector_type bits;
+
+  __device__ __forceinline__ void put(int, vector_type value) { bits = value; }
+  __device__ __forceinline__ vector_type vector(int) const { return bits; }
+  __device__ __forceinline__ uint32_t get(int i) const { return static_cast<Bits<kBytes>>(bits >> (i * 8 * kBytes)); }
+  __device__ __forceinline__ void set(int i, uint32_t value) {
+    bits = i == 0 ? value : bits | static_cast<vector_type>(value) << (i * 8 * kBytes);
+  }
+};
+template <>
+struct Lanes<1, 8> : EightBytes<1, 8> {};
+template <>
+struct Lanes<2, 4> : EightBytes<2, 4> {};
+
 // A plane that a format does not have.
 struct NoLanes {
   using vector_type = uint4;

@@ -306,7 +306,7 @@ class FusedAveragedModel(HasRule, Sampled, Adaptable, AveragedModel):
     # State
 
     def state_dict(self, *args: Any, frozen: bool = True, **kwargs: Any) -> Any:
-        """Return the state under torch's keys, and ``<plane>.<name>`` for each further plane of a format.
+        """Return the state under torch's keys, and ``<plane>.<name>`` for each further plane of a format or a spread.
 
         Args:
             frozen: whether frozen parameters that ``include`` leaves out are there. A state without all of them loads
@@ -327,7 +327,7 @@ class FusedAveragedModel(HasRule, Sampled, Adaptable, AveragedModel):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state of this class or of torch's. Averages of another format are converted at full precision.
 
-        If anything raises, also a hook of the model, nothing has changed. Hooks run once.
+        It must have as many ``deviations``. If anything raises, also a hook, nothing has changed. Hooks run once.
 
         Raises:
             RuntimeError: keys, shapes or values do not fit, with torch's message; or the averages are swapped into a

@@ -244,6 +244,12 @@ class Bindings:
         self._captured += [binding for binding in self._recent if binding.plan.captured]
         self._recent, self.homes = [], frozenset()
 
+    def plan_anew(self) -> None:
+        """Drop them as :meth:`forget` does, but leave the planes where they are."""
+        homes = self.homes
+        self.forget()
+        self.homes = homes
+
     def after(self, before: Bindings) -> Bindings:
         """Return these, of averages that replace others, with what a CUDA graph holds of those."""
         if before is not self:

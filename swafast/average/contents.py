@@ -163,7 +163,13 @@ class HoldsModels(Described):
             return f"{_EMPTY}: its first update comes by the schedule of {attachment!r}"
         if self._uncounted is not None and self._uncounted.is_loaded:
             return f"{_EMPTY}, since the state that was loaded has a count of 0: call update_parameters first"
-        return f"{_EMPTY}: call update_parameters first or load a state; or if {_OR}"
+        alone = f"{_EMPTY}: call update_parameters first or load a state"
+        return alone if self._has_spread else f"{alone}; or if {_OR}"
+
+    @property
+    def _has_spread(self) -> bool:
+        """Whether weights alone are not all that an average is."""
+        return getattr(self, "deviations", None) is not None
 
     def _refuse_if_empty(self, action: str) -> None:
         """Raise RuntimeError before ``action`` loses a model for an average without one; warn if that was loaded."""
@@ -177,9 +183,12 @@ class HoldsModels(Described):
     def _warn_of_overwrite(self) -> None:
         """Warn before an update that copies, because it counts no model, over weights that were loaded."""
         if self._holds() == WEIGHTS:
+            how = "load a state, which has their variance"
+            if not self._has_spread:
+                how = "construct it with num_averaged=n, or call averaged.n_averaged.fill_(n) before"
             warn_user(
                 "the first update overwrites weights that were loaded into the average, which counts no model: to go "
-                "on from n models, construct it with num_averaged=n, or call averaged.n_averaged.fill_(n) before"
+                f"on from n models, {how}"
             )
 
     def _note_update(self) -> None:

@@ -204,6 +204,7 @@ def _take_over(root: WithBindings, averages: Sequence[Any], made: Sequence[Any],
             averaged.__dict__.pop(attribute, None)
             if attribute in new.__dict__:
                 averaged.__dict__[attribute] = new.__dict__[attribute]
+        averaged._disregard_drift()
         averaged._made_of = weakref.ref(model)
         averaged._bindings = new._bindings.after(averaged._bindings)
         averaged._note_own_writes()

@@ -21,6 +21,8 @@ from ..torch_private.modules import named_tensors, own_buffers, own_children, pa
 class PlaneTree(Module):
     """Planes as buffers of nested modules, so that a state dict has them under dotted names."""
 
+    only_holds_tensors = True  # for a walk
+
     def find(self, name: str) -> Tensor | None:
         buffers, leaf = self._buffers_of(name)
         return buffers.get(leaf)
@@ -151,6 +153,8 @@ def translate_state(
     keys: Mapping[str, Sequence[str]],
     formats: Mapping[str, Format],
     strict: bool,
+    *,
+    casts: bool,
 ) -> None:
     """Rewrite a state dict in place so that it has the planes of this averaged model's formats.
 
@@ -162,11 +166,14 @@ def translate_state(
         keys: for each average, its keys in ``state``: none if it is missing, several if it is tied.
         formats: for each average, its format in this averaged model.
         strict: do not rewrite an average with missing planes, so that the load reports them.
+        casts: cast the planes of spreads too, which whoever loads the state does not copy into others.
     """
     present = {plane for plane in EXTRA_PLANES if any(key.startswith(f"{prefix}{plane}.") for key in state)}
     for name, fmt in formats.items():
         if not keys[name]:
             continue
+        if casts and fmt.spread is not None:
+            _cast_spread(state, prefix, name, fmt)
         average, fmt = state[keys[name][0]], fmt.mean
         extra = {plane: state[key] for plane in EXTRA_PLANES if (key := f"{prefix}{plane}.{name}") in state}
         if not all(isinstance(tensor, Tensor) for tensor in extra.values()):
@@ -190,6 +197,13 @@ def translate_state(
             state[key] = first
         for (plane, _), tensor in zip(fmt.extra, rest, strict=True):
             state[f"{prefix}{plane}.{name}"] = tensor
+
+
+def _cast_spread(state: MutableMapping[str, Tensor], prefix: str, name: str, fmt: Format) -> None:
+    for plane, dtype in fmt.spread_planes:
+        tensor = state.get(f"{prefix}{plane}.{name}")
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            state[f"{prefix}{plane}.{name}"] = tensor.to(dtype)
 
 
 def keeps_values(fn: Callable[[Tensor], Tensor]) -> bool:
@@ -226,6 +240,9 @@ class Recast:
 
     torch would cast plane 0 alone. This casts the average at full precision. Further planes change their device, but
     never their dtype.
+
+    Raises:
+        ValueError: it casts averages with a spread to complex numbers; nothing has changed.
     """
 
     def __init__(
@@ -241,6 +258,12 @@ class Recast:
             for name, average, fmt in averages
             if fmt is not None
         }
+        for average, name, fmt, _ in self._averages.values():
+            cast = fn(average.new_empty(0)).dtype if fmt.spread is not None else average.dtype
+            if cast.is_complex:
+                raise ValueError(
+                    f"deviations must be None for complex averages, got {fmt.spread} for {name!r} as {cast}"
+                )
         self._planes = {id(plane) for *_, extra in self._averages.values() for plane in extra if plane is not None}
         self._owner, self._fn, self._format_of = owner, fn, format_of
         self._casts: dict[int, Cast] = {}  # by the id of the average

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,23 +10,23 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..backends.contract import Pair
 from ..loop import swaps
 from ..loop.guard import Guard, seamless
 from ..op.checks import checked_seed
-from ..op.drawing import Drawing, DrawsSample, draw
+from ..op.drawing import Drawing, DrawsOf, DrawsSample, draw_for_good
 from ..terms.draws import Draws, make_random_key
 from ..terms.formats import Format
-from ..terms.rules import Rule
+from ..terms.rules import EqualAverage, Rule
 from ..terms.samples import make_sample
-from ..terms.spread import Spread
+from ..terms.spread import DEVIATION, Spread
 from ..terms.warn import warn_user
+from ..torch_private.modules import own_children
 from .bindings import Bound
 
-#: Elements of all params from which a drift is estimated.
-_DRIFT_NUMEL = 2**16
-#: Deviations from the mean of a stream that stands still have the variance as their own, within a few percent. Of one
-#: that moves on, they have more.
+#: Elements of all variances and deviations from which a drift is estimated.
+_DRIFT_NUMEL = 2**18
+#: The mean square of the deviations, in variances: it is 1 for models that stand still, and up to 3 for models that all
+#: move one way.
 _MOST_DRIFT = 1.2
 
 
@@ -67,6 +68,21 @@ class HasSamples:
         """The variance and deviations that are kept besides the averages, as given at construction."""
         return self._deviations
 
+    @deviations.setter
+    def deviations(self, value: object) -> None:
+        raise AttributeError(
+            f"deviations must stay {self._deviations}, got {value!r}: construct another average with deviations={value}"
+        )
+
+    def _drop_deviations(self) -> bool:
+        """Keep the variance alone, as deviations from another mean are wrong. Return whether there were any."""
+        if self._deviations is None or not self._deviations.count:
+            return False
+        self._forget_columns()
+        self._deviations = Spread(0)
+        self._bindings.plan_anew()
+        return True
+
     def _drawing(self, index: object, scale: object, seed: int | None) -> Drawing:
         """Return the sample with this index. Reads the count, so it waits for a GPU.
 
@@ -80,51 +96,63 @@ class HasSamples:
         chosen = self.seed if seed is None else checked_seed(seed)
         sample = make_sample(self._deviations, int(self.n_averaged), index, scale, chosen)
         self._warn_of_drift()
-        return Drawing(sample, chosen, lambda pair: self._draws_of(pair, chosen))
+        return Drawing(sample, chosen, self._draws_of(chosen))
 
-    def _draws_of(self, pair: Pair, seed: int) -> Draws:
-        return Draws(make_random_key(seed, pair.name), tuple(pair.param.shape))
+    def _draws_of(self, seed: int) -> DrawsOf:
+        return lambda pair: Draws(make_random_key(seed, pair.name), tuple(pair.param.shape))
+
+    def _disregard_drift(self) -> None:
+        """Warn of no drift from now on: a parameter that began late has less variance than its deviations."""
+        self._seen_drift = -1
 
     def _warn_of_drift(self) -> None:
         count = int(self.n_averaged)
-        if self._seen_drift in (-1, count):
+        # Other rules weight the variance and not the deviations, so a comparison says nothing.
+        if self._seen_drift in (-1, count) or not isinstance(self.rule, EqualAverage):
             return
         self._seen_drift = count
         found = drift([*self._spread_planes()], count)
         if found > _MOST_DRIFT:
             self._seen_drift = -1
             warn_user(
-                f"the deviations have {found:.1f} times the variance: the weights were still on their way while they "
+                f"the deviations have {found:.1f} times the variance: the weights were still moving one way while they "
                 "were averaged, and samples spread along it. Average later, or with a constant learning rate"
             )
 
     if TYPE_CHECKING:
         n_averaged: Tensor
         seed: int
+        _bindings: Any
+        rule: Rule | None
 
         def _spread_planes(self) -> Iterable[Sequence[Tensor]]: ...
+        def _forget_columns(self) -> None: ...
 
 
 @torch.no_grad()
 def drift(spreads: Sequence[Sequence[Tensor]], num_averaged: int) -> float:
-    """Return ``trace(D D^T / (k - 1)) / trace(variance)`` of the k deviations that are there, estimated.
+    """Return the mean square of the k deviations that are there, in variances: ``trace(D D^T) / k / trace(variance)``.
+
+    It is estimated from some elements. The divisor is not k - 1, with which two deviations of models that stand still
+    would have twice the variance.
 
     Args:
         spreads: variance and columns of each param, dense.
     """
-    total = sum(variance.numel() for variance, *_ in spreads)
-    step = -(-total // _DRIFT_NUMEL) or 1
-    traces = []
-    for variance, *columns in spreads:
-        used = columns[:num_averaged]
-        if len(used) < 2 or not variance.numel():
-            continue
-        some = [plane.as_strided((plane.numel(),), (1,))[::step].to(torch.float64) for plane in (variance, *used)]
-        traces.append(torch.stack([some[0].sum(), torch.stack(some[1:]).square().sum() / (len(used) - 1)]))
-    if not traces:
+    spreads = [[plane.detach() for plane in planes] for planes in spreads if planes[0].numel()]
+    spreads = [planes[: 1 + num_averaged] for planes in spreads]
+    step = -(-sum(planes[0].numel() * len(planes) for planes in spreads) // _DRIFT_NUMEL)
+    device = spreads[0][0].device if spreads else None  # a model may be on several
+    some = [
+        [plane.as_strided((-(-plane.numel() // step),), (step,)).to(device) for plane in planes] for planes in spreads
+    ]
+    columns = [column for _, *of_param in some for column in of_param]
+    if not columns:
         return 0.0
-    of_variance, of_columns = torch.stack(traces).sum(dim=0).tolist()
-    return of_columns / of_variance if of_variance > 0 else 0.0
+    variance = torch.cat([planes[0] for planes in some]).sum(dtype=torch.float64)
+    mean_square = torch.cat(columns).to(torch.float64).square().sum() / (len(columns) // len(some))
+    ratio = float(mean_square / variance) if variance > 0 else 0.0
+    return ratio if math.isfinite(ratio) else 0.0  # an overflow is no drift
 
 
 class Sampled(HasSamples):
@@ -140,9 +168,9 @@ class Sampled(HasSamples):
         each element and z2 for each of the k deviations D that are there. The same index and seed give the same bits on
         every backend and on any number of ranks. Each parameter is rounded once, to its own dtype.
 
-        Copied buffers begin with those of the average and may be written in the body: BatchNorm needs new statistics
-        for each sample, by ``update_bn(loader, sample)``. Params must not be written. On leaving, after an exception
-        too, params and buffers are back, bit for bit. Until then the averaged model must not be used.
+        Buffers begin with those of the average and may be written in the body: BatchNorm needs new statistics for each
+        sample, by ``update_bn(loader, sample)``. Params must not be written. On leaving, after an exception too, params
+        and buffers are back, bit for bit. Until then the averaged model must not be used.
 
         Args:
             index: which sample, from 0 to 2^32 - 1. Members of a MultiSWAG with one seed share their random numbers,
@@ -156,15 +184,14 @@ class Sampled(HasSamples):
             RuntimeError: the average has no spread or holds fewer than two models; the averages are swapped in already;
                 or, on leaving, a param was written. The params are back then.
         """
-        swap = swaps.Swap(self._guard, self, model)
+        swap = swaps.Swap(self._guard, self, model, call="sampled_into")
         try:
             try:
                 with self._guard.hold("sampled_into", written=model):
                     drawing = self._drawing(index, scale, seed)
-                    (plan, params, planes), ignored = self._bind(model), swaps.broadcasts_buffers(model)
+                    plan, params, planes = self._bind(model)
                     plan.writable_pairs(params, planes)
-                    binding = self._bindings.latest
-                    swap.enter(DrawsSample(drawing, plan, params, planes, binding, ignore_buffers=ignored))
+                    swap.enter(DrawsSample(drawing, plan, params, planes, self._bindings.latest))
                 yield model
             finally:
                 swap.leave()
@@ -183,12 +210,15 @@ class Sampled(HasSamples):
             if swaps.in_force:
                 swaps.refuse_model("sample_to", model)
             plan.writable_pairs(params, planes)
-            draw(plan, params, planes, drawing)
+            draw_for_good(plan, params, planes, drawing)
 
     def _spread_planes(self) -> Iterator[Sequence[Tensor]]:
         for _, fmt, planes in self._planes():
             if fmt.spread is not None:
                 yield planes[fmt.num_planes :]
+
+    def _forget_columns(self) -> None:
+        own_children(self).pop(DEVIATION, None)  # type: ignore[arg-type]  # a module
 
     if TYPE_CHECKING:
         _guard: Guard

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,11 +12,12 @@ from torch.nn import Module
 
 from ..op.buckets import stay
 from ..op.checks import check_cast
+from ..terms import misfits
 from ..terms.converting import convert
 from ..terms.copying import duplicate
 from ..terms.formats import FLOAT32, OWN, Format
 from ..terms.names import canonical, names_in_states, rewrapping, unwrap
-from ..terms.spread import DEVIATION, VARIANCE, Spread
+from ..terms.spread import VARIANCE, Spread
 from ..torch_private.modules import ASSIGN, Place, metadata_of, named_tensors, places, put_tensor, set_metadata
 from .bindings import WithBindings
 from .matching import FormatOf, each_average
@@ -78,7 +78,8 @@ def translate_load(
         metadata: of ``owner``, in the state. It tells whether the load assigns, and whether it is strict.
 
     Raises:
-        RuntimeError: its count is not one integer >= 0, or a tensor would lose a part when it is copied.
+        RuntimeError: its count is not one integer >= 0; a tensor would lose a part when it is copied; or it has the
+            spread of other averages. Without ``strict`` too, or the averages would keep that of other models.
     """
     fit_keys(module, state, prefix)
     assign, strict = bool(metadata.get(ASSIGN, False)), bool(metadata.get(STRICT, True))
@@ -98,6 +99,7 @@ def translate_load(
             keys.setdefault(id(tensor), []).append(key)
     formats: dict[str, Format] = {}
     names: dict[str, list[str]] = {}
+    spreads: dict[str, Spread | None] = {}  # of averages that have one here or in the state
     for (name, *_), tensor, is_buffer in each_average(module):
         names[name] = keys.get(id(tensor), [])
         for key in names[name] if not (assign or tensor.is_meta) else ():
@@ -111,42 +113,16 @@ def translate_load(
         if fmt is None:
             continue
         formats[name] = fmt
+        if names[name] and (fmt.spread is not None or f"{prefix}{VARIANCE}.{name}" in state):
+            spreads[name] = fmt.spread
         if assign:
             room = [torch.zeros_like(kept.detach(), dtype=dtype) for _, dtype in fmt.further]
             put_planes(owner, name, fmt, room)  # the assignment replaces them
-    spreads = {name: formats[name].spread if name in formats else None for name, keys_ in names.items() if keys_}
-    check_spreads(owner, state, prefix, spreads)
-    translate_state(state, prefix, names, formats, strict)
+    if spreads and (differs := misfits.of_spreads(state, prefix, spreads)):
+        raise load_error(owner, differs)
+    translate_state(state, prefix, names, formats, strict, casts=assign)
     if assign:
         _own_averages(owner, state, prefix, names, formats)
-
-
-def check_spreads(owner: Module, state: Mapping[str, Any], prefix: str, spreads: Mapping[str, Spread | None]) -> None:
-    """Raise RuntimeError, with the first key, unless a state has the spreads of these averages, by name.
-
-    Without ``strict``, torch would keep the spread of other models beside the averages that it loads.
-    """
-    for name, spread in spreads.items():
-        wanted = (VARIANCE, *spread.columns) if spread is not None else ()
-        keys = [f"{prefix}{plane}.{name}" for plane in wanted]
-        lacking = next((key for key in keys if key not in state), None)
-        surplus = f"{prefix}{VARIANCE}.{name}" if spread is None else f"{prefix}{DEVIATION}.{spread.count}.{name}"
-        if lacking is not None or surplus in state:
-            own = None if spread is None else spread.count
-            found, key = num_deviations(state, prefix, name), surplus if lacking is None else lacking
-            raise load_error(
-                owner,
-                f"the state must have the average's deviations={own}, got deviations={found}: "
-                f"{key!r} is {'there' if lacking is None else 'missing'}. Construct the average with "
-                f"deviations={found}, or load another state",
-            )
-
-
-def num_deviations(state: Mapping[str, Any], prefix: str, name: str) -> int | None:
-    """Return how many deviations of an average a state has, or None if it has no variance of it either."""
-    if f"{prefix}{VARIANCE}.{name}" not in state:
-        return None
-    return next(count for count in itertools.count() if f"{prefix}{DEVIATION}.{count}.{name}" not in state)
 
 
 def _own_averages(

@@ -110,7 +110,9 @@ class NativeLaunch:
         point = library.SamplePoint(ctypes.addressof(coefficients), len(coefficients), sample.index, sample.noise)
         status = self._native.swafast_cpu_draw(*self._table, ctypes.byref(point), self._threads())
         if status:
-            _refuse(status)
+            _refuse(
+                status, f"a sample must not have more coefficients than an average has columns, got {len(coefficients)}"
+            )
 
     def exchange(self, wanted: bool) -> None:
         """Let every param and the averaged module's tensor have changed places, or not, in place.
@@ -133,7 +135,7 @@ class NativeLaunch:
 prepare = NativeLaunch
 
 
-def _refuse(status: int) -> None:
+def _refuse(status: int, of_count: str = "n_averaged must be >= 0, got a negative count") -> None:
     if status == 1:
-        raise ValueError("n_averaged must be >= 0, got a negative count")
+        raise ValueError(of_count)
     raise AssertionError(f"the native library refused a tensor that the cpu backend said it serves (status {status})")

@@ -7,9 +7,11 @@ import functools
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ..terms.capturing import allowed_to_wait
 from ..terms.grids import SIDE, WHOLE
+from ..terms.samples import Sample
 from . import Unavailable, library
 from .contract import Pair
 from .gpu import DeviceLaunch, Table, warn_unusable
@@ -98,12 +100,19 @@ class CudaLaunch(DeviceLaunch):
     ) -> None:
         capturing = ctypes.c_int32()
         head, grid, out = ctypes.byref(table.head), ctypes.byref(self.grid(table)), ctypes.byref(capturing)
-        _check(self._native.swafast_cuda_update(head, paces, len(paces), advance, skip_nonfinite, grid, out, stream))
+        how = skip_nonfinite, table.has_spread
+        _check(self._native.swafast_cuda_update(head, paces, len(paces), advance, *how, grid, out, stream))
         self.captured |= bool(capturing.value)
 
     def start_exchange(self, table: Table, wanted: bool, stream: int) -> None:
         grid = ctypes.byref(self.grid(table))
         _check(self._native.swafast_cuda_exchange(ctypes.byref(table.head), int(wanted), grid, stream))
+
+    def start_draw(self, table: Table, sample: Sample, coefficients: Tensor, stream: int) -> None:
+        address, count = coefficients.data_ptr(), len(sample.coefficients)
+        point = library.SamplePoint(address, count, sample.index, sample.noise)
+        head, grid = ctypes.byref(table.head), ctypes.byref(self.grid(table))
+        _check(self._native.swafast_cuda_draw(head, ctypes.byref(point), grid, stream))
 
     def start_first_nonfinite(self, table: Table, stream: int) -> None:
         grid = ctypes.byref(self.grid(table))

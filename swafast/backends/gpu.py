@@ -36,6 +36,7 @@ class Table:
     indices: tuple[int, ...]  # of the pairs, in the order of the rows
     words: Tensor = field(repr=False)  # int64
     rings: Tensor = field(repr=False)  # int64, of the pairs with a spread
+    has_spread: bool  # whether there are such pairs: another kernel updates them
     head: library.TableHead
     stream: int  # that the table was made on
     #: By the grids that were asked for. Two threads may make one at the same time: either serves.
@@ -81,7 +82,7 @@ def make_table(pairs: Sequence[Pair], indices: Sequence[int], num_blocks: int) -
     head.descriptors = words.data_ptr()
     head.state = words[-len(state) :].data_ptr()
     order = tuple(indices[index] for index in rows.order)
-    return Table(device, order, words, rows.rings, head, current_raw_stream(device))
+    return Table(device, order, words, rows.rings, len(rows.rings) > 0, head, current_raw_stream(device))
 
 
 @functools.cache
@@ -205,6 +206,6 @@ class DeviceLaunch:
         stream = current_raw_stream(table.device)
         if stream != table.stream and table.device.type == "cuda":
             # The table's memory may be handed out again once this stream is done with it, not before.
-            for words in (table.words, table.rings):
+            for words in (table.words, *([table.rings] if table.has_spread else [])):
                 words.record_stream(torch.cuda.current_stream(table.device))
         return stream

@@ -130,7 +130,15 @@ FUNCTIONS = {
     "swafast_cuda_error": Signature(result=_TEXT),
     "swafast_cuda_blocks": Signature({"device": _I32, "num_threads": _I32, "num_blocks": _OUT32}),
     "swafast_cuda_update": Signature(
-        {**_HEAD, **_PACES, "skip_nonfinite": _I32, **_GRID, "capturing": _OUT32, "stream": _ADDRESS}
+        {
+            **_HEAD,
+            **_PACES,
+            "skip_nonfinite": _I32,
+            "has_spread": _I32,
+            **_GRID,
+            "capturing": _OUT32,
+            "stream": _ADDRESS,
+        }
     ),
     "swafast_cuda_draw": Signature({**_HEAD, **_SAMPLE, **_GRID, "stream": _ADDRESS}),
     "swafast_cuda_exchange": Signature({**_HEAD, "wanted": _I64, **_GRID, "stream": _ADDRESS}),

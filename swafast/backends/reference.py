@@ -66,7 +66,7 @@ class ReferenceLaunch:
                 _spread_(planes, spread, newest, fmt, weights[pace], counts[pace])
             if fmt is None:
                 average.copy_(newest)
-            elif draws is not None:
+            elif draws is not None and fmt.num_random_bits:
                 _move_at_random_(planes, newest, fmt, weights[pace], draws, counts[pace])
             elif not fmt.extra and (average.dtype, average.device) == (newest.dtype, newest.device):
                 averages, group = alike.setdefault((average.device, average.dtype, pace), ([], []))

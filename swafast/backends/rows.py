@@ -81,7 +81,8 @@ class Rows:
         rings = [_ring(pair) if pair.spread_planes else [] for pair in pairs]
         #: (words,) int64, in which the rings of all pairs lie. The rows have their addresses.
         self.rings = torch.tensor([word for ring in rings for word in ring], dtype=torch.int64, device="cpu")
-        self.rings = self.rings.to(device or "cpu")
+        if len(self.rings) > 0:  # without a spread a device has nothing to do
+            self.rings = self.rings.to(device or "cpu")
         starts = [0, *itertools.accumulate(8 * len(ring) for ring in rings)]
         #: Indices of the pairs, in the order of the rows.
         self.order: list[int] = []

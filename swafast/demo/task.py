@@ -103,10 +103,16 @@ def digits_split(seed: int, settings: Settings) -> Split:
         raise ValueError(f"num_train must be below {len(images)}, the number of digits, got {count}")
     generator = torch.Generator().manual_seed(seed)
     train, test = torch.randperm(len(images), generator=generator).tensor_split([count])
-    noisy = labels[train]
-    wrong = torch.randperm(count, generator=generator)[: round(settings.label_noise * count)]
-    noisy[wrong] = (noisy[wrong] + torch.randint(1, NUM_CLASSES, wrong.shape, generator=generator)) % NUM_CLASSES
+    noisy = mislabelled(labels[train], settings.label_noise, generator)
     return Split(images[train], noisy, images[test], labels[test])
+
+
+def mislabelled(labels: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Return labels of which ``share``, rounded, is replaced by one of the other classes, with equal chances."""
+    labels, count = labels.clone(), len(labels)
+    wrong = torch.randperm(count, generator=generator)[: round(share * count)]
+    labels[wrong] = (labels[wrong] + torch.randint(1, NUM_CLASSES, wrong.shape, generator=generator)) % NUM_CLASSES
+    return labels
 
 
 def shifted(images: Tensor, max_shift: int, generator: torch.Generator) -> Tensor:

@@ -6,19 +6,20 @@ import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..posthoc.merging import is_averaged, rounded
+from ..posthoc.merging import is_averaged, pooled_variance, rounded
 from ..posthoc.stored_merges import MOST_GAIN, loss_of
 from ..terms.copying import bytes_of, describe_kind, is_plain
 from ..terms.formats import COMPENSATED, EXTRA_PLANES, Format, format_of_planes
 from ..terms.misfits import few, unlike
 from ..terms.replacing import replacing
+from ..terms.spread import DEVIATION, VARIANCE
 from ..terms.unmerged import is_statistic, is_unmerged
 from ..torch_private.modules import metadata_of, set_metadata
 from .averaged_file import write_state
@@ -33,6 +34,7 @@ class Combined:
 
     counts: Mapping[str, int]  # as of a CountedState
     copied: Sequence[str]  # names of BatchNorm statistics, which are those of the last input
+    dropped: Sequence[str] = ()  # keys of deviations that the last input has
 
 
 @torch.no_grad()
@@ -54,6 +56,9 @@ def combine_files(
     copied from the last input, and so is all that is equal in all inputs. Other floating-point buffers look like params
     in a file: name those that were not averaged (``use_buffers=False``) in ``copied``. The result is in memory, and so
     are inputs of :func:`~swafast.save`, whose checksums are verified. Files of ``torch.save`` are mapped.
+
+    Of averages with a spread the result has the variance of its models, but no deviations, since those are from other
+    means: load it into an average with ``deviations=0``.
 
     Args:
         inputs: files of :func:`~swafast.save`, or states with ``n_averaged`` of ``torch.save``, as of torch's
@@ -78,7 +83,8 @@ def combine_files(
         raise ValueError(f"inputs must be {'two' if window else 'at least two'} files, got {len(paths)}")
     check_files(paths)
     _check_out(Path(out), force)
-    states = [read_counted(path, key, allow) for path in paths]
+    read = [read_counted(path, key, allow) for path in paths]
+    states = [_without_deviations(each) for each in read]
     last = states[-1]
     for each in states[1:]:
         _require_alike(each, states[0])
@@ -98,7 +104,8 @@ def combine_files(
         state[prefix + COUNT] = torch.tensor(counts[prefix])
     set_metadata(state, metadata_of(last.state))
     _write(state, last.names, Path(out), new=not force)
-    return Combined(counts, [name for name in state if is_statistic(name)])
+    dropped = [name for name in read[-1].state if name not in last.state]
+    return Combined(counts, [name for name in state if is_statistic(name)], dropped)
 
 
 # Files
@@ -120,6 +127,14 @@ def _write(state: OrderedDict[str, Any], names: list[str] | None, out: Path, *, 
         torch.save(state, unfinished)
 
 
+def _without_deviations(each: CountedState) -> CountedState:
+    """Return a state without its deviations, which are from one mean and do not fit that of other models."""
+    heads = tuple(f"{prefix}{DEVIATION}." for prefix in each.counts)
+    state = OrderedDict((name, value) for name, value in each.state.items() if not name.startswith(heads))
+    set_metadata(state, metadata_of(each.state))
+    return replace(each, state=state)
+
+
 # What must agree
 
 
@@ -127,6 +142,14 @@ def _require_alike(each: CountedState, first: CountedState) -> None:
     differing = sorted(each.state.keys() ^ first.state.keys())
     planes = [name for name in differing if {*name.split(".")[:2]} & {*EXTRA_PLANES}]
     if differing:
+        variances = [
+            name for name in differing if name.startswith(tuple(f"{each}{VARIANCE}." for each in first.counts))
+        ]
+        if variances:
+            raise ValueError(
+                f"{each.path} must have a variance where {first.path} has one, got {few(variances)} in one of them "
+                "alone: take the variances out of that state to combine the means"
+            )
         if planes == differing:
             raise ValueError(
                 f"{each.path} must have the formats of {first.path}, got others for {few(planes)}: load one into an "
@@ -149,6 +172,7 @@ class _KeysOfAverage:
     first: list[str]  # of plane 0, under each name of a tied param
     further: list[str]
     format: Format | None  # None: plane 0 alone, in its own dtype
+    variance: str | None
 
 
 def _combine(
@@ -165,7 +189,8 @@ def _combine(
     _require_same_float8(states, f"{prefix}module.", kept)
     for keys in _averages_in(states, prefix):
         name, *_ = keys.first
-        planes = [tuple(each.state[key] for key in (name, *keys.further)) for each in states]
+        spread = [keys.variance] if keys.variance is not None else []
+        planes = [tuple(each.state[key] for key in (name, *keys.further, *spread)) for each in states]
         if not kept.isdisjoint(keys.first):
             continue
         if is_short and keys.format is not COMPENSATED and planes[-1][0].dtype not in (torch.float64, torch.complex128):
@@ -173,14 +198,15 @@ def _combine(
             warnings.warn(loss_of(gain), RuntimeWarning, stacklevel=3)
         if all(_same_bits(of_one, planes[-1]) for of_one in planes[:-1]):
             continue
-        for each, (value, *_) in zip(states, planes, strict=True):
-            if not value.isfinite().all():
-                raise ValueError(f"{each.path} must be finite, got a NaN or an infinity in {name!r}")
-        first, *further = _sum(planes, keys.format, factors)
+        for each, of_one in zip(states, planes, strict=True):
+            for key, value in zip((name, *spread), (of_one[0], *of_one[1 + len(keys.further) :]), strict=True):
+                if not value.isfinite().all():
+                    raise ValueError(f"{each.path} must be finite, got a NaN or an infinity in {key!r}")
+        first, *further = _sum(planes, keys, factors)
         if not first.isfinite().all():
             raise ValueError(f"the inputs must have a mean that {first.dtype} holds, got an infinity for {name!r}")
         into.update(dict.fromkeys(keys.first, first))
-        into.update(zip(keys.further, further, strict=True))
+        into.update(zip((*keys.further, *spread), further, strict=True))
 
 
 def _require_same_float8(states: Sequence[CountedState], head: str, kept: Set[str]) -> None:
@@ -218,15 +244,16 @@ def _averages_in(states: Sequence[CountedState], prefix: str) -> Iterator[_KeysO
     in_planes = {state[keys[0]].dtype for keys, further in found if further}
     for keys, further in found:
         first = state[keys[0]]
-        if further:
-            fmt = format_of_planes(first, {plane: state[of] for plane, of in further.items()})
-            if fmt is None:
-                raise ValueError(
-                    f"{states[-1].path}: {keys[0]!r} must have the planes of one format, got {list(further.values())}"
-                )
-            yield _KeysOfAverage(keys, [further[plane] for plane, _ in fmt.extra], fmt)
-        elif first.dtype not in in_planes:
-            yield _KeysOfAverage(keys, [], None)
+        if not further and first.dtype in in_planes:
+            continue
+        variances = (f"{prefix}{VARIANCE}.{key.removeprefix(head)}" for key in keys)
+        variance = next((key for key in variances if key in state), None)
+        fmt = format_of_planes(first, {plane: state[of] for plane, of in further.items()}) if further else None
+        if further and fmt is None:
+            raise ValueError(
+                f"{states[-1].path}: {keys[0]!r} must have the planes of one format, got {list(further.values())}"
+            )
+        yield _KeysOfAverage(keys, [further[plane] for plane, _ in fmt.extra] if fmt else [], fmt, variance)
 
 
 def _same_bits(planes: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
@@ -239,13 +266,17 @@ def _same_bits(planes: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     return True
 
 
-def _sum(planes: Sequence[tuple[Tensor, ...]], fmt: Format | None, factors: Sequence[int]) -> list[Tensor]:
-    first = planes[-1][0]
+def _sum(planes: Sequence[tuple[Tensor, ...]], keys: _KeysOfAverage, factors: Sequence[int]) -> list[Tensor]:
+    """Return the planes of the sum, and its variance where the averages have one."""
+    first, fmt, count = planes[-1][0], keys.format, 1 + len(keys.further)
+    means = [fmt.decode(of_one[:count]) if fmt is not None else of_one[0] for of_one in planes]
     total = torch.zeros_like(first, dtype=torch.promote_types(first.dtype, torch.float64))
-    for of_one, factor in zip(planes, factors, strict=True):
-        value = fmt.decode(of_one) if fmt is not None else of_one[0]
+    for value, factor in zip(means, factors, strict=True):
         total += value.to(total.dtype) * factor
     total /= sum(factors)
-    if fmt is None:
-        return [rounded(total, first.dtype)]
-    return list(fmt.encode(rounded(total, fmt.value_dtype or first.dtype)))
+    value = rounded(total, (fmt.value_dtype if fmt is not None else None) or first.dtype)
+    summed = list(fmt.encode(value)) if fmt is not None else [value]
+    if keys.variance is not None:
+        variance = pooled_variance([of_one[count] for of_one in planes], means, total, factors)
+        summed.append(variance.to(planes[-1][count].dtype))
+    return summed

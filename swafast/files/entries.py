@@ -14,6 +14,8 @@ PARTS = (AVERAGE_PART, "state_dict", "model", "module")
 _COUNT = "n_averaged"
 #: The planes that averages of swafast have beside the first one, in the formats that have several.
 PLANES = ("remainder", "average", "compensation")
+#: The planes of a spread, without which the first ones are whole.
+SPREAD_PLANES = ("variance", "deviation")
 
 
 def chosen_entries(
@@ -65,7 +67,12 @@ def chosen_entries(
 
 
 def require_one_plane(names: Collection[str], path: str, key: str = "") -> None:
-    """Check that what a key chooses is no average whose bits are in several planes: the first one lacks bits."""
+    """Check that what a key chooses is no average in several planes: the first one lacks bits, or is not alone.
+
+    Args:
+        key: "": all of the names are averaged.
+    """
+    planes = PLANES if key else (*PLANES, *SPREAD_PLANES)
     for count in names:
         head, _, leaf = count.rpartition(".")
         if leaf != _COUNT:
@@ -74,8 +81,14 @@ def require_one_plane(names: Collection[str], path: str, key: str = "") -> None:
         if not f"{begin}module.".startswith(f"{key}." if key else ""):
             continue
         for name in names:
-            if name.startswith(tuple(f"{begin}{plane}." for plane in PLANES)):
-                whole = f"{begin}module.{name.removeprefix(begin).partition('.')[2]}"
+            if name.startswith(tuple(f"{begin}{plane}." for plane in planes)):
+                plane, _, rest = name.removeprefix(begin).partition(".")
+                whole = f"{begin}module.{rest.partition('.')[2] if plane == 'deviation' else rest}"
+                if whole in names and plane in SPREAD_PLANES:
+                    raise ValueError(
+                        f"{path} must hold averages alone, got {whole!r} with a spread in {name!r}: average such "
+                        f"states by swafast combine, or the means alone by the key that ends in {begin + 'module'!r}"
+                    )
                 if whole in names:
                     raise ValueError(
                         f"{path} must hold whole averages, got {whole!r} with further bits in {name!r}: average such "

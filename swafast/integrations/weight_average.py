@@ -21,17 +21,18 @@ from ..terms.rules import Rule
 from ..terms.warn import warn_user
 
 
-def framework(name: str, least: str) -> ModuleType:
+def framework(name: str, least: str, *, extra: str | None = None) -> ModuleType:
     """Import a framework.
 
     Args:
         name: of the package.
         least: the oldest release that is supported.
+        extra: of swafast, which installs it; default: ``name``.
 
     Raises:
         ImportError: it is not installed, or older.
     """
-    advice = f"pip install 'swafast[{name}]'"
+    advice = f"pip install 'swafast[{extra or name}]'"
     try:
         found = importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -52,6 +53,10 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+#: The arguments of ``attach`` that users may give besides the spans.
+_OF_ATTACH = ("steps_per_epoch", "overlap", "offload")
+
+
 class Contract:
     """Averages that follow the optimizers of a framework, are evaluated in place of the model, and end in it.
 
@@ -59,7 +64,8 @@ class Contract:
         rule: sets the weight of the newest model; default: :class:`~swafast.EqualAverage`.
         rules: several averages by name, instead of ``rule``.
         evaluate: which of several averages is evaluated and copied at the end; default: the first one.
-        start, every, end, duration: the steps after which averages are updated, as for ``attach``.
+        start, every, end, duration: the steps after which averages are updated, as for ``attach``. Its arguments
+            ``steps_per_epoch``, ``overlap`` and ``offload`` may be given too.
         copy_at_end: whether the model has the averages after the training.
         sharded: whether the averages are shards, a part on each rank; ``"auto"``: if a parameter is.
         options: further arguments of :class:`~swafast.FusedAveragedModel` and its kin, such as ``format``.
@@ -99,8 +105,10 @@ class Contract:
             raise ValueError(f"evaluate must be a name among {names}, got {evaluate!r}")
         self._rule, self._rules, self._evaluate = rule, rules, evaluate
         self._when = {"start": start, "every": every, "end": end, "duration": duration}
+        self._when |= {name: options.pop(name) for name in _OF_ATTACH if name in options}
         self._copies_at_end, self._sharded, self._options = copy_at_end, sharded, options
         self._swap: AbstractContextManager[Module] | None = None
+        self._followed: list[Optimizer] = []
 
     # The averages
 
@@ -112,26 +120,44 @@ class Contract:
             self.averaged = class_of(sharded, several=self._rules is not None)(model, **chosen, **self._options)
         return self.averaged
 
-    def follow(self, optimizers: Sequence[Optimizer], model: Module, *, step: int | None = None) -> Attachment:
-        """Have the averages follow the framework's raw optimizers, unless they do.
+    def follow(
+        self, optimizers: Sequence[Optimizer], model: Module, *, step: int | None = None, **lengths: Span
+    ) -> Attachment:
+        """Have the averages follow the framework's raw optimizers, unless they do. Those that they followed they leave.
 
         Args:
+            lengths: ``duration`` and ``steps_per_epoch`` where the framework knows them. The user's own go before.
             step: the number of steps so far, where the framework counts them. A state that is loaded later replaces it.
                 Averages that have followed optimizers before go on from their own number.
         """
         if not optimizers:
             raise ValueError("the trainer must have an optimizer for averages to follow, got none")
-        if self.attachment is None or not self.attachment.is_attached:
-            step = self.attachment.step if self.attachment is not None else step
-            self.attachment = self.averaged.attach([*optimizers], model, step=step, **self._when)
+        if self.attachment is not None and self.attachment.is_attached:
+            if [*map(id, optimizers)] == [*map(id, self._followed)]:
+                return self.attachment
+            self.attachment.detach()  # a training that raised has left it with optimizers that are used no more
+        step = self.attachment.step if self.attachment is not None else step
+        given = {name: value for name, value in self._when.items() if value is not None}
+        self.attachment = self.averaged.attach([*optimizers], model, step=step, **{**lengths, **given})
+        self._followed = [*optimizers]
         return self.attachment
+
+    def unfollow(self) -> None:
+        """Follow the optimizers no more, if the averages do. The number of steps stays."""
+        if self.attachment is not None and self.attachment.is_attached:
+            self.attachment.detach()
 
     @property
     def evaluated(self) -> Any:
         """The averaged model that is evaluated: one of several, if there are."""
         if self.averaged is None or self._rules is None:
             return self.averaged
-        return self.averaged[self._evaluate or next(iter(self._rules))]
+        return self.averaged[self.evaluated_name]
+
+    @property
+    def evaluated_name(self) -> str | None:
+        """The name of the average that is evaluated; None if there is only one."""
+        return None if self._rules is None else self._evaluate or next(iter(self._rules))
 
     @property
     def holds_shards(self) -> bool:
@@ -165,8 +191,7 @@ class Contract:
     def finish(self, model: Module) -> None:
         """End the training: follow the optimizers no more, and leave the averages in ``model`` if asked to."""
         self.swap_out()
-        if self.attachment is not None and self.attachment.is_attached:
-            self.attachment.detach()
+        self.unfollow()
         if self._copies_at_end and self.has_models:
             self.evaluated.copy_to(model)
 
@@ -175,7 +200,9 @@ class Contract:
     def state(self) -> dict[str, Any]:
         """Return the state of averages and attachment: tensors, numbers and strings alone. Collective with shards."""
         attachment = self.attachment.state_dict() if self.attachment is not None else None
-        return {"averaged": self.averaged.state_dict(), "attachment": attachment}
+        # The framework saves frozen params with the model, or not at all, as those under a LoRA. Shards lack them.
+        options = {} if self.holds_shards else {"frozen": False}
+        return {"averaged": self.averaged.state_dict(**options), "attachment": attachment}
 
     def load(self, state: Mapping[str, Any], *, is_whole: bool = False) -> None:
         """Load a result of :meth:`state`, all of it or nothing. Collective with shards.

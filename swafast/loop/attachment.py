@@ -41,10 +41,12 @@ class Attachment(hints.WithHints):
         schedule: the :class:`~swafast.loop.schedule.Schedule` of updates. You may assign another one.
         then: functions that are called after each step that counts, and its update. They must not attach or detach:
             torch is going through the optimizer's hooks.
+        waits_in_step: whether a step first waits for an update under way; if not, somebody calls the runner.
     """
 
     _meant = habits.OF_ATTACHMENTS
     _beside: tuple[bool, str | None] = (False, None)  # overlap and offload; a copy has neither
+    waits_in_step = True
 
     # A backward over several GPUs may step optimizers in several threads.
     _counting = MadeOnUse[threading.Lock](lambda self: threading.Lock())
@@ -166,10 +168,10 @@ class Attachment(hints.WithHints):
     def _before_step(self, *_: object) -> None:
         if self._hooks:  # not of a copy of the optimizer
             self._take_up()
-            guard = self._averaged._guard
-            if guard.model is not None and not is_making_state():
+            if (guard := self._averaged._guard).model is not None and not is_making_state():
                 guard.refuse_while_swapped("a step of the optimizer")
-            self._runner.before_step()
+            if self.waits_in_step:
+                self._runner.before_step()
 
     @disable_dynamo
     def _after_step(self, index: int, optimizer: Optimizer, *_: object) -> None:

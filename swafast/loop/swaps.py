@@ -27,6 +27,8 @@ from .guard import ForkSafeLock, Guard, finished
 INTO_MODEL = "the model has its own values again, but averages may have what was written: load them from a checkpoint"
 INTO_AVERAGES = "the model's own values lay there, so it may have what was written: load it from a checkpoint"
 INTO_BOTH = "the model lends it to its averages, and no swap puts it back: load it from a checkpoint, or undo the write"
+DISCARDED = "the model has its own values again, and what was written is gone"
+INTO_OWN = "averages keep what was written: load them from a checkpoint, or undo the write"
 REPLACED = "the model has its own values again, and what was written is gone: write it after the swap"
 REMOVED = "the model no longer has it, so what stands in its place may have averages: load it from a checkpoint"
 
@@ -45,7 +47,7 @@ class Exchanged(Protocol):
 
 
 class Swap:
-    """One use of ``swapped_into``.
+    """One use of ``swapped_into`` or ``sampled_into``.
 
     Leave it in one ``finally``, and finish in another around it, since an interrupt may come in the first. Swaps of
     several averages into one model are left in reverse order. One that is left too early raises, and goes back as soon
@@ -56,10 +58,13 @@ class Swap:
         owner: the averaged model.
         model: the model that the averages go into.
         locks: what to hold on leaving, besides the averages.
+        call: the user's.
     """
 
-    def __init__(self, guard: Guard, owner: object, model: Module, *locks: ForkSafeLock) -> None:
-        self.owner, self.model = owner, model
+    def __init__(
+        self, guard: Guard, owner: object, model: Module, *locks: ForkSafeLock, call: str = "swapped_into"
+    ) -> None:
+        self.owner, self.model, self.call = owner, model, call
         self._guard, self._locks = guard, locks
         self._exchange: Exchanged | None = None
         self._outside = sys.exc_info()[1]
@@ -163,7 +168,7 @@ class Swap:
             _waiting.append(self)
             self._is_left = True
             raise RuntimeError(
-                "swapped_into must be left in reverse order: other averages were swapped into the model later, and are "
+                f"{self.call} must be left in reverse order: other averages were swapped into the model later, and are "
                 "in it still; these go back when those have left"
             )
         self._go_back()
@@ -210,10 +215,11 @@ class _Refusal:
         self._swap = weakref.ref(swap) if swap is not None else None
 
     def __call__(self, *_: object) -> None:
-        if self._swap is not None and any(swap is self._swap() for swap in living()):
+        swap = self._swap() if self._swap is not None else None
+        if swap is not None and swap in living():
             raise RuntimeError(
-                "module of the averaged model must not be used while averages are swapped into a model, since it holds "
-                "the model's own params: use the model, or leave swapped_into first"
+                "module of the averaged model must not be used while averages are swapped into a model, since it may "
+                f"hold the model's own params: use the model, or leave {swap.call} first"
             )
 
     def __reduce__(self) -> Any:
@@ -272,7 +278,7 @@ def refuse(action: str, tensors: Iterable[Tensor]) -> None:
     for swap in living():
         if swap.overlaps(ids):
             raise RuntimeError(
-                f"{action} must wait until averages are swapped back out of the model: leave swapped_into first"
+                f"{action} must wait until averages are swapped back out of the model: leave {swap.call} first"
             )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import Pair
+from ..loop.swaps import DISCARDED, INTO_OWN
 from ..terms.converting import convert
 from ..terms.copying import write_once
 from ..terms.draws import Draws
@@ -17,7 +18,7 @@ from ..terms.samples import Sample
 from . import launches
 from .checks import overlaps
 from .exchange import Exchange
-from .plan import Plan
+from .plan import Plan, bump_versions
 
 #: Returns what the normal numbers of a pair depend on, besides the sample's index.
 DrawsOf = Callable[[Pair], Draws]
@@ -40,6 +41,16 @@ def draw(plan: Plan, params: Sequence[Tensor], planes: Sequence[Tensor], drawing
     for work in _prepared(plan, params, planes, drawing):
         given = [params[index] for index in work.indices] if work.takes_tensors else ()
         work.launch.draw(given, drawing.sample)
+
+
+def draw_for_good(plan: Plan, params: Sequence[Tensor], planes: Sequence[Tensor], drawing: Drawing) -> None:
+    """Do the same, and write what torch copies, too; autograd learns of all writes."""
+    try:
+        draw(plan, params, planes, drawing)
+    finally:
+        bump_versions([param.detach() for param in params])
+    if plan.copies is not None:
+        plan.copies.copy_to()
 
 
 def _write(pair: Pair) -> None:
@@ -71,15 +82,17 @@ def _prepared(
 class DrawsSample(Exchange):
     """Puts a sample into the model. Its params and buffers are copied aside, once, and come back.
 
-    The averages stay as they are. The model's copied buffers begin with those of the averages.
+    The averages stay as they are. The model's buffers begin with those of the averages, and may be written: BatchNorm
+    needs new statistics for each sample.
     """
+
+    _in_place = False
+    _end_of_params, _end_of_planes = DISCARDED, INTO_OWN
+    _watches_buffers = False
 
     def __init__(self, drawing: Drawing, *args: Any, **options: Any) -> None:
         self._drawing = drawing
         super().__init__(*args, **options)
-
-    def _choose(self, planes: Sequence[Tensor]) -> None:
-        self._launches, self._aside = [], list(range(len(self._plan.names)))
 
     @torch.no_grad()
     def _put(self) -> None:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from ..backends.contract import ExchangeLaunch
 from ..loop.swaps import INTO_AVERAGES, INTO_BOTH, INTO_MODEL, REMOVED, REPLACED
 from ..terms.converting import convert
-from ..terms.copying import are_alike, write_once
+from ..terms.copying import are_alike, make_room, write_once
 from ..terms.names import renormed_params
 from ..torch_private.core import versions
 from .copies import Replaced
@@ -47,6 +48,10 @@ class Exchange:
         is_back: whether everything is back where it was, or cannot be put back.
     """
 
+    _in_place = True  # False: all params are copied aside, and the averages stay as they are
+    # What becomes of a write into a param and into a plane, and whether one into an averaged buffer counts.
+    _end_of_params, _end_of_planes, _watches_buffers = INTO_MODEL, INTO_AVERAGES, True
+
     def __init__(
         self,
         plan: Plan,
@@ -57,7 +62,8 @@ class Exchange:
         ignore_buffers: bool = False,
     ) -> None:
         self._plan, self._params, self._binding = plan, params, binding
-        self._choose(planes)
+        every: tuple[Sequence[ExchangeLaunch], list[int]] = ((), list(range(len(plan.names))))
+        self._launches, self._aside = plan.exchange(params, planes) if self._in_place else every
         self._replaced: Replaced | None = None  # what torch copies
         self._num_planes = len(planes)
         #: What is written: params, or the tensors that they are views of, before planes.
@@ -71,7 +77,7 @@ class Exchange:
         self._watched: list[Tensor] = []
         self._watched_names: list[str] = []
         for name, tensor, is_buffer in self._averaged():
-            if not (is_buffer and ignore_buffers):
+            if not is_buffer or (self._watches_buffers and not ignore_buffers):
                 self._watched_names.append(name)
                 self._watched.append(tensor)
         num_averaged = len(self._watched)
@@ -79,17 +85,12 @@ class Exchange:
             self._watched_names.append(name)
             self._watched.append(tensor)
         num_lent = len(self._watched) - num_averaged
-        #: What becomes of a write into each of them.
-        self._ends = [INTO_MODEL] * num_averaged + [INTO_BOTH] * num_lent + [INTO_AVERAGES] * len(planes)
+        self._ends = [self._end_of_params] * num_averaged + [INTO_BOTH] * num_lent + [self._end_of_planes] * len(planes)
         self._watched += planes
         self._places = self._addresses_of(self._watched)
         self._versions: list[int] | None = None
         self._moved: _Moved | None = None
         self._is_there = self.is_back = False
-
-    def _choose(self, planes: Sequence[Tensor]) -> None:
-        """Set the launches that exchange in place, and the indices of the pairs that are copied aside."""
-        self._launches, self._aside = self._plan.exchange(self._params, planes)
 
     # What differs where params are views of other tensors
 
@@ -145,7 +146,8 @@ class Exchange:
             for launch in self._launches:
                 launch.exchange(True)
             self._is_there = True
-            self._put()
+            if self._stashed:
+                self._put()
             if self._replaced is not None:
                 self._replaced.there()
         finally:
@@ -227,7 +229,7 @@ class Exchange:
                     found[name] = end
         if found and self._binding.root is not None:  # a forward pass may write these
             for name in map(repr, renormed_params(self._binding.root)):
-                if found.get(name) == INTO_MODEL:
+                if found.get(name) == self._end_of_params:
                     del found[name]
         return found
 
@@ -277,7 +279,7 @@ class _Moved:
         if 0 in shape:
             return torch.empty(shape, dtype=dtype, device=device)
         start = exchange._addresses[index] - exchange._origins[index]
-        if _make_room(storage, start, shape, strides, dtype):
+        if make_room(storage, start, shape, strides, dtype):
             self._gone.add(storage.data_ptr())
         tensor = torch.empty(0, dtype=dtype, device=device)
         return tensor.set_(storage, start // dtype.itemsize, shape, strides)
@@ -319,7 +321,7 @@ class _Moved:
                     self.lost[name] = None
                 elif tensor.data_ptr() != held.data_ptr() or tensor.dtype != held.dtype:
                     start = int(tensor.storage_offset()) * tensor.itemsize
-                    _make_room(tensor.untyped_storage(), start, tensor.shape, tensor.stride(), tensor.dtype)
+                    make_room(tensor.untyped_storage(), start, tensor.shape, tensor.stride(), tensor.dtype)
                     write_once(tensor, held)
 
     def _is_gone(self, tensor: Tensor) -> bool:
@@ -334,15 +336,3 @@ def _is_cast_of(held: Tensor, now: Tensor) -> bool:
     narrow = (torch.float32, torch.bfloat16, torch.float16) if held.is_floating_point() else ()
     casts = (held.to(dtype).to(now.dtype) for dtype in (held.dtype, *narrow))
     return any(torch.allclose(cast, value, rtol=0, atol=0, equal_nan=True) for cast in casts)
-
-
-def _make_room(
-    storage: torch.UntypedStorage, start: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
-) -> bool:
-    """Make a storage that was freed large enough for a tensor from byte ``start`` on. Return whether it was freed."""
-    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    needed = start + (last + 1) * dtype.itemsize if 0 not in shape else 0
-    if storage.nbytes() >= needed:
-        return False
-    storage.resize_(needed)
-    return True

@@ -14,14 +14,19 @@ from torch.distributed.tensor import DTensor
 
 from ..terms.coefficients import coefficients_of, factors_of
 from ..terms.copying import describe_kind, duplicate, is_plain
+from ..terms.formats import EXTRA_PLANES
 from ..terms.misfits import unlike
 from ..terms.numbers import as_float
 from ..terms.pickling import pickled_from
+from ..terms.spread import VARIANCE
 from ..terms.unmerged import is_unmerged, leaf_of
 from ..torch_private.modules import metadata_of, set_metadata
 from .sums import local_of
 
 State = Mapping[str, Any]
+
+#: The key of an average's count.
+COUNT = "n_averaged"
 
 #: Dtypes that are averaged.
 _AVERAGED = (*(torch.float64, torch.float32, torch.float16, torch.bfloat16), torch.complex64, torch.complex128)
@@ -145,15 +150,29 @@ def checked_states(states: Iterable[State]) -> list[State]:
 
 
 def _require_tensors(what: str, state: State) -> None:
-    """Raise ValueError for a whole checkpoint, which has the state in one of its entries."""
+    """Raise ValueError for a whole checkpoint, which has the state in one of its entries, and for several planes."""
     inner = _largest_within(state)
     if inner is not None:
         place = what + "".join(f"[{key!r}]" for key in inner)
         raise ValueError(f"{what} must hold tensors by name, got a dict of them at {place}: pass that one")
+    plane = _further_plane(state)
+    if plane is not None:
+        raise ValueError(
+            f"{what} must be a model's own state, got one of an average with {plane!r} beside it: pass "
+            "averaged_state_dict(), or merge such states by their counts with swafast combine or merge_over"
+        )
     if not any(
         isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) for value in state.values()
     ):
         raise ValueError(f"{what} must hold tensors that can be averaged, got none: pass model.state_dict()")
+
+
+def _further_plane(state: State) -> str | None:
+    """Return the first key of a plane that an average has beside its first one, or None: no sum of each would fit."""
+    keys = [*map(str, state)]
+    counted = [key.removesuffix(COUNT) for key in keys if leaf_of(key) == COUNT]
+    heads = tuple(f"{prefix}{plane}." for prefix in counted for plane in (*EXTRA_PLANES, VARIANCE))
+    return next((key for key in keys if key.startswith(heads)), None)
 
 
 def _largest_within(state: State) -> list[object] | None:
@@ -216,6 +235,23 @@ def _weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> T
     result = torch.empty_like(tensors[-1].detach())
     local_of(result).copy_(rounded(total, last.dtype))
     return result
+
+
+def pooled_variance(
+    variances: Sequence[Tensor], means: Sequence[Tensor], mean: Tensor, factors: Sequence[int]
+) -> Tensor:
+    """Return the variance of all models of several averages, float64: ``sum of n_i (v_i + (m_i - m)^2) / sum of n_i``.
+
+    Args:
+        mean: of all, before it is rounded.
+        factors: the counts. For a window the earlier one is negative; rounding errors below 0 are then cut.
+
+    Paper: Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample Variance", The American Statistician 37(3).
+    """
+    total = torch.zeros_like(mean, dtype=torch.float64)
+    for variance, own, factor in zip(variances, means, factors, strict=True):
+        total += (variance.to(torch.float64) + (own.to(torch.float64) - mean).square()) * factor
+    return (total / sum(factors)).clamp_(min=0)
 
 
 def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:

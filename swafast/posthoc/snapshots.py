@@ -171,6 +171,7 @@ class Snapshots(HasMerges):
 
         The snapshot becomes visible when it is complete, and replaces an earlier one of the same count. A killed
         process leaves a subfolder that is ignored. Tensors that are not averaged, such as buffers, are stored once.
+        Of averages with ``deviations`` the means alone are stored: synthesized averages have no variance.
         Whole float32 averages are written from their own memory; everything else is copied first.
 
         Args:

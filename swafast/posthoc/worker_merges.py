@@ -25,7 +25,7 @@ from ..terms.converting import write_all
 from ..terms.copying import describe_kind, is_plain
 from ..terms.formats import Format
 from ..terms.layout import windows
-from .merging import rounded
+from .merging import pooled_variance, rounded
 from .written import Averaged
 
 #: Elements in a window: each rank receives as many from each rank, 4 or 8 bytes each.
@@ -37,7 +37,7 @@ class _Merged:
     """One tensor of an averaged model that is to be the same on all workers."""
 
     name: str
-    planes: tuple[Tensor, ...]
+    planes: tuple[Tensor, ...]  # with the variance, but without deviations
     format: Format | None  # None: copied from the first worker, not averaged
     place: str  # which part of the whole tensor it is
 
@@ -51,6 +51,9 @@ def merge_over(averaged: Averaged | FusedAverages | ShardedAverages, process_gro
     rule is :class:`~swafast.EqualAverage`. What is not averaged, such as integers, BatchNorm's statistics and extra
     states of modules, is copied from the first worker, so call :func:`~swafast.update_bn` next. Frozen params that the
     model lends stay as they are.
+
+    Variances are merged too: afterwards they are those of all models. The deviations of one worker do not fit the mean
+    of all, so they are dropped, and ``averaged.deviations`` is 0: samples are SWAG-diagonal's from then on.
 
     It takes the memory of one more copy of the averages, and receives each worker's averages once.
 
@@ -90,6 +93,8 @@ def merge_over(averaged: Averaged | FusedAverages | ShardedAverages, process_gro
         for (name, side), writes in zip(sides.items(), fresh, strict=True):
             write_all(writes)
             side._count_from(sum(counts[name]))
+            if side._drop_deviations():
+                averaged._bindings.plan_anew()
 
 
 def _sides_of(averaged: object) -> dict[str, Averaged]:
@@ -122,14 +127,19 @@ def _refuse_own_worker(of_worker: Ranks, ranks: Ranks) -> None:
 
 def _tensors_of(side: Averaged) -> list[_Merged]:
     if isinstance(side, ShardedAveragedModel):
-        return [
-            _Merged(share.name, side._planes[share.name], share.format, f"{share.holding.shape} {share.boxes}")
+        tensors = [
+            (share.name, side._planes[share.name], share.format, f"{share.holding.shape} {share.boxes}")
             for share in side._shares
         ]
+    else:
+        tensors = [
+            (name, fit_planes(side, name, tensor, fmt), fmt, "")
+            for name, tensor, fmt in side._each_average()
+            if fmt is not None or (is_plain(tensor) and not is_lent(tensor))
+        ]
     return [
-        _Merged(name, fit_planes(side, name, tensor, fmt), fmt, "")
-        for name, tensor, fmt in side._each_average()
-        if fmt is not None or (is_plain(tensor) and not is_lent(tensor))
+        _Merged(name, planes if fmt is None else planes[: fmt.num_planes + (fmt.spread is not None)], fmt, place)
+        for name, planes, fmt, place in tensors
     ]
 
 
@@ -145,6 +155,7 @@ def _agreed_counts(
         for each in tensors:
             kinds = ", ".join(map(describe_kind, each.planes))
             how = each.format.name if each.format is not None else "copied"
+            how += " with a variance" if each.format is not None and each.format.spread is not None else ""
             described[f"{name}.{each.name}".lstrip(".")] = f"{kinds} {how} {each.place}".strip()
     described |= dict.fromkeys(modules, "an extra state")
     ranks.agree("the averages that are merged", described)
@@ -167,10 +178,8 @@ def _mean(ranks: Ranks, merged: Sequence[_Merged], counts: Sequence[int]) -> lis
             fresh[0] = first
         else:
             for planes, parts in _windows_of(each.planes, fresh):
-                value = _mean_of_window(ranks, each.name, each.format.decode(planes), counts)
-                value = rounded(value, each.format.value_dtype or planes[0].dtype)
-                for part, encoded in zip(parts, each.format.encode(value), strict=True):
-                    part.copy_(encoded)
+                for part, merged_part in zip(parts, _merged_window(ranks, each, planes, counts), strict=True):
+                    part.copy_(merged_part)
         writes += zip(each.planes, fresh, strict=True)
     return writes
 
@@ -183,29 +192,49 @@ def _windows_of(
             yield window[: len(planes)], window[len(planes) :]
 
 
-def _mean_of_window(ranks: Ranks, name: str, value: Tensor, counts: Sequence[int]) -> Tensor:
-    """Return the weighted mean of all ranks' values. Every rank computes it in the same order, to the same bits.
+def _merged_window(
+    ranks: Ranks, merged: _Merged, planes: Sequence[Tensor], counts: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """Return the planes of all workers' average in a window. Every rank computes them in the same order, to the bit.
 
     Raises:
         ValueError: on every rank, if one holds a NaN, or an infinity that others have not.
     """
-    device = ranks.device_for(value.device)
-    sent = value.contiguous().to(device)
+    fmt = merged.format
+    assert fmt is not None, "what is copied is not merged"
+    means = _received(ranks, fmt.decode(tuple(planes[: fmt.num_planes])))
+    total = torch.zeros_like(means[0], dtype=torch.promote_types(means.dtype, torch.float64))
+    for own, count in zip(means, counts, strict=True):
+        total += own.to(total.dtype) * count  # not add_(alpha=count), which some processors fuse and round once
+    total /= sum(counts)
+    _require_finite(ranks, merged.name, total, means)
+    mean = total.to(planes[0].device)
+    fresh = fmt.mean.encode(rounded(mean, fmt.value_dtype or planes[0].dtype))
+    if fmt.spread is None:
+        return fresh
+    variances = _received(ranks, planes[fmt.num_planes])
+    variance = pooled_variance([*variances], [*means], total, counts)
+    _require_finite(ranks, f"the variance of {merged.name}", variance, variances)
+    return (*fresh, variance.to(planes[0].device, torch.float32))
+
+
+def _received(ranks: Ranks, value: Tensor) -> Tensor:
+    """Return the values of all workers, one after the other. Collective."""
+    sent = value.contiguous().to(ranks.device_for(value.device))
     received = sent.new_empty((ranks.size, *sent.shape))
     if ranks.size > 1:
         ranks.all_gather(_bytes_of(received), _bytes_of(sent))
     else:
         received[0] = sent
-    total = torch.zeros_like(sent, dtype=torch.promote_types(sent.dtype, torch.float64))
-    for own, count in zip(received, counts, strict=True):
-        total += own.to(total.dtype) * count  # not add_(alpha=count), which some processors fuse and round once
-    total /= sum(counts)
-    if not total.isfinite().all():
+    return received
+
+
+def _require_finite(ranks: Ranks, name: str, merged: Tensor, received: Tensor) -> None:
+    if not merged.isfinite().all():
         # All ranks have the same values here, so all of them raise. An infinity that all share, as in masks, stays.
         for rank, own in zip(ranks.ranks, received, strict=True):
             if not (own.isfinite() | (own == received).all(0)).all():
                 raise ValueError(f"averaged must be finite, got a NaN or an infinity in {name!r} on rank {rank}")
-    return total.to(value.device)
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from ..terms.boxes import boxes_of_run
 from ..terms.converting import write_all
 from ..terms.copying import are_alike, describe_kind
 from ..terms.names import unwrapping
+from ..terms.spread import Spread
 from .parts.holdings import is_spread_as
 from .parts.part_tensor import PartTensor
 from .parts.ranks import Ranks
@@ -40,6 +41,10 @@ _DTYPES = (
 )
 
 
+#: What each deviation adds to a seal's code: more than there are dtypes.
+_PER_DEVIATION = 256
+
+
 @dataclass(frozen=True)
 class Entry:
     """One plane or buffer in a state, under one key, or under several if params are tied."""
@@ -47,6 +52,9 @@ class Entry:
     keys: tuple[str, ...]
     share: Share
     plane: Tensor  # this rank's part; 1-D, or whole in its own shape
+    #: The spread beside it, if it is an average's plane 0. Its seal says so: DCP loads the keys that it is asked for,
+    #: so it would take some columns out of more of them, or an average without its spread.
+    spread: Spread | None = None
 
     @property
     def run(self) -> Tensor:
@@ -58,7 +66,8 @@ def entries(shares: Sequence[Share], planes: Mapping[str, tuple[Tensor, ...]]) -
     """Yield the entries of a state, under the keys of the unsharded class."""
     for share in shares:
         first, *further = planes[share.name]
-        yield Entry(tuple(MODULE + name for name in share.holding.names), share, first)
+        spread = share.format.spread if share.format else None
+        yield Entry(tuple(MODULE + name for name in share.holding.names), share, first, spread)
         for (plane, _), tensor in zip(share.format.further if share.format else (), further, strict=True):
             yield Entry((f"{plane}.{share.name}",), share, tensor)
 
@@ -104,21 +113,24 @@ def make_state(
     """Return a state of copies, if asked with a seal for each key, which does not depend on the cut. Collective."""
     state = {COUNT: num_averaged.detach().clone()}
     sums: dict[str, int] = {COUNT: checksum(state[COUNT]) if ranks.index == 0 else 0}
+    spreads = {key: entry.spread for entry in all_entries for key in entry.keys}
     for entry in all_entries:
         value, own = sealed_part_of(entry, ranks)
         for key in entry.keys:
             state[key], sums[key] = value, own
     if checksums:
         for key, seal in zip(sums, ranks.sums(sums.values(), num_averaged.device), strict=True):
-            code = _code_of(state[key].dtype)
+            code = _code_of(state[key].dtype, spreads.get(key))
             state[CHECKSUM + key] = torch.tensor([seal, code], dtype=torch.int64, device="cpu")
         state[SAVE_ID] = _save_id_part(ranks)
     return state
 
 
-def _code_of(dtype: torch.dtype) -> int:
+def _code_of(dtype: torch.dtype, spread: Spread | None = None) -> int:
+    """Return what a seal says besides the checksum: the dtype, and 1 more than the number of deviations, or 0."""
     name = str(dtype).removeprefix("torch.")
-    return _DTYPES.index(name) if name in _DTYPES else -1
+    beside = 0 if spread is None else 1 + spread.count
+    return _DTYPES.index(name) + beside * _PER_DEVIATION if name in _DTYPES else -1
 
 
 def _save_id_part(ranks: Ranks) -> PartTensor:
@@ -165,7 +177,7 @@ def prepare_load(all_entries: Sequence[Entry], copied: Mapping[tuple[str, ...], 
     sealed = [key for key in state if str(key).startswith(CHECKSUM)]
     # Check dtypes first: a state of another format also lacks keys, and this error is clearer.
     _require_dtypes(all_entries, state)
-    _require_keys([*keys, *(CHECKSUM + key for key in keys), SAVE_ID] if sealed else keys, state)
+    _require_keys([*keys, *(CHECKSUM + key for key in keys), SAVE_ID] if sealed else keys, state, all_entries)
     for key in state:
         if not isinstance(state[key], Tensor):
             raise TypeError(f"state_dict[{key!r}] must be a tensor, got {type(state[key]).__name__}")
@@ -203,10 +215,14 @@ def named_alike(all_entries: Sequence[Entry], copied: Iterable[tuple[str, ...]],
     return {keys.get(key) or key: value for key, value in state.items()}
 
 
-def _require_keys(expected: Sequence[str], state: Mapping[str, object]) -> None:
+def _require_keys(expected: Sequence[str], state: Mapping[str, object], all_entries: Sequence[Entry]) -> None:
     missing = [key for key in expected if key not in state]
     surplus = [key for key in state if key not in set(expected)]
     if missing or surplus:
+        formats = {each.share.name: each.share.format for each in all_entries if MODULE + each.share.name in state}
+        differs = misfits.of_spreads(state, "", {name: fmt.spread for name, fmt in formats.items() if fmt is not None})
+        if differs:
+            raise ValueError(differs)
         names = {key.removeprefix(MODULE) for key in expected if key.startswith(MODULE)}
         what = [f"missing {missing[:3]}"] if missing else []
         what += [f"unexpected {surplus[:3]}"] if surplus else []
@@ -224,11 +240,18 @@ def _require_dtypes(all_entries: Sequence[Entry], state: Mapping[str, object]) -
                 raise ValueError(f"state_dict[{key!r}] must be {entry.plane.dtype}, got {value.dtype}: another format")
 
 
-def _require_saved_as(dtype: torch.dtype, key: str, seals: Mapping[str, tuple[int, int]]) -> None:
-    """Raise ValueError if a key was saved with another dtype, since DCP casts on loading."""
-    if key in seals and seals[key][1] != _code_of(dtype):
-        saved = f"torch.{_DTYPES[seals[key][1]]}" if 0 <= seals[key][1] < len(_DTYPES) else "an unknown dtype"
-        raise ValueError(f"state_dict[{key!r}] must have been saved as {dtype}, got {saved}: another format")
+def _require_saved_as(
+    dtype: torch.dtype, key: str, seals: Mapping[str, tuple[int, int]], spread: Spread | None = None
+) -> None:
+    """Raise ValueError if a key was saved with another dtype, since DCP casts on loading, or another spread."""
+    if key not in seals or seals[key][1] == _code_of(dtype, spread):
+        return
+    beside, code = divmod(seals[key][1], _PER_DEVIATION)
+    if code == _code_of(dtype):
+        own, found = spread.count if spread is not None else None, beside - 1 if beside else None
+        raise ValueError(f"state_dict[{key!r}] must have been saved with deviations={own}, got deviations={found}")
+    saved = f"torch.{_DTYPES[code]}" if code < len(_DTYPES) else "an unknown dtype"
+    raise ValueError(f"state_dict[{key!r}] must have been saved as {dtype}, got {saved}: another format")
 
 
 def _run_of_ties(state: Mapping[str, Tensor], entry: Entry, seals: Mapping[str, tuple[int, int]]) -> Tensor:
@@ -245,7 +268,7 @@ def _run_of_ties(state: Mapping[str, Tensor], entry: Entry, seals: Mapping[str, 
 def _run_from(value: Tensor, key: str, entry: Entry, seals: Mapping[str, tuple[int, int]]) -> Tensor:
     """Return this rank's elements of a value, 1-D, in the order of its plane's memory."""
     share, holding = entry.share, entry.share.holding
-    _require_saved_as(entry.plane.dtype, key, seals)
+    _require_saved_as(entry.plane.dtype, key, seals, entry.spread)
     if tuple(value.shape) != holding.shape:
         raise ValueError(f"state_dict[{key!r}] must have the shape {holding.shape}, got {tuple(value.shape)}")
     if isinstance(value, DTensor):

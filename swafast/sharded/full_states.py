@@ -210,7 +210,7 @@ def _translated(shares: Sequence[Share], state: Mapping[str, Any]) -> dict[str, 
     keys = {share.name: [checkpoint.MODULE + name for name in share.holding.names] for share in shares}
     given = {name: [key for key in own if isinstance(state.get(key), Tensor)] for name, own in keys.items()}
     formats = {share.name: share.format for share in shares if share.format is not None}
-    translate_state(translated, "", given, formats, strict=True)
+    translate_state(translated, "", given, formats, strict=True, casts=True)
     return translated
 
 

@@ -126,6 +126,7 @@ def _take_over(root: AttachableShards, averages: Sequence[Any], made: Sequence[A
     for averaged, new in zip(averages, made, strict=True):
         for attribute in ("_meshes", "_left_alone", "_shares", "_planes", "_all_gathers", "_copied", "_anew"):
             averaged.__dict__[attribute] = new.__dict__[attribute]
+        averaged._disregard_drift()
         averaged._made_of = weakref.ref(model)
         averaged._bindings = new._bindings.after(averaged._bindings)
     root._made_of = weakref.ref(model)

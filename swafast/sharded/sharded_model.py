@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -17,9 +15,7 @@ from torch.nn import Module
 from ..average.accepting import ask_include
 from ..average.functions import DECAYS, ByRuleAlone, choose_rule, refuse_decay
 from ..average.sampling import check_deviations, refuse_complex
-from ..loop import swaps
-from ..loop.guard import Guard, seamless
-from ..loop.swaps import Swap
+from ..loop.guard import Guard
 from ..op import checks
 from ..terms import hints
 from ..terms.copying import duplicate
@@ -33,14 +29,12 @@ from .parts.holdings import Held, copied_by_torch, find_holdings, reshard
 from .parts.ranks import Ranks
 from .parts.shares import share_out
 from .regrowing import AdaptableShards
-from .shard_matching import Bound
-from .shard_sampling import SampledShards
 from .shard_side import ShardSide, check_sharded_model
-from .swap import ShardedExchange, gather_all
+from .shard_use import UsableShards
 
 
 @pickled_from("swafast")
-class ShardedAveragedModel(HasFullStates, SampledShards, AdaptableShards, ShardSide):
+class ShardedAveragedModel(HasFullStates, UsableShards, AdaptableShards, ShardSide):
     """The running average of a model that is spread over ranks. Each rank averages its own part of the model.
 
     ``average = average + weight * (param - average)``, bit for bit as :class:`~swafast.FusedAveragedModel` computes it,
@@ -205,78 +199,6 @@ class ShardedAveragedModel(HasFullStates, SampledShards, AdaptableShards, ShardS
     def _updated(self) -> list[ShardedAveragedModel]:
         return [self]
 
-    # Use of the average
-
-    @seamless
-    def swapped_into(self, model: Module) -> Iterator[Module]:
-        """Run ``model`` on the averages: ``with averaged.swapped_into(model): evaluate(model)``.
-
-        Params and averages are exchanged in place if the dtypes agree. Otherwise this rank's part of the params is
-        copied aside and overwritten. Params that are cut are then all-gathered in windows, on entering and on leaving.
-        FSDP modules are resharded at both. Params must not be written in the body, and swaps may nest, as
-        with :class:`~swafast.FusedAveragedModel`.
-
-        Collective if params are cut. On leaving, after an exception too, everything changes back. If a rank is lost,
-        this rank's averages and its own part of the params are whole. The other parts of cut params may not be, and the
-        error says so.
-
-        Raises:
-            TypeError, ValueError: as :meth:`update_parameters`; nothing has changed.
-            RuntimeError: the averages are swapped in already; a rank was lost; or, on leaving, a param was written or
-                its memory was freed.
-        """
-        swap = Swap(self._guard, self, model, self._ranks.lock)
-        try:
-            try:
-                self._guard.settle("swapped_into", model)
-                with self._guard.locked(self._ranks.lock):
-                    with self._meet("swapped_into", model) as (bound, held):
-                        if self._uncounted is not None:
-                            self._warn_if_empty("swapped_into")
-                        meets = any(each.ranks is self._ranks for each in self._all_gathers)
-                        leave = partial(self._ranks.leave, "swapped_into", self._number) if meets else None
-                        exchange = ShardedExchange(model, bound, self._bindings.latest, self._all_gathers, held, leave)
-                        swap.enter(exchange)
-                    exchange.gather()
-                    swap.take_writes()
-                yield model
-            finally:
-                swap.leave()
-        finally:
-            swap.finish()  # whatever an interrupt has left
-
-    @torch.no_grad()
-    def copy_to(self, model: Module) -> None:
-        """Copy averages and buffers into ``model``, each rounded once to the param's dtype. Collective if any is cut.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed.
-            RuntimeError: the average holds no model yet; or a rank was lost, and the message says which params are not
-                whole.
-        """
-        self._guard.settle("copy_to", model)
-        with self._guard.locked(self._ranks.lock):
-            with self._meet("copy_to", model) as ((plan, params, planes), held):
-                if swaps.in_force:
-                    swaps.refuse_model("copy_to", model)
-                pairs = plan.writable_pairs(params, planes)
-            if self._uncounted is not None:  # on all ranks, which have compared their counts if they meet below
-                self._refuse_if_empty("copy_to")
-            plan.copy_to(pairs)
-            gather_all(self._all_gathers, held, "copy_to", "could not reach all params", torn=True)
-
-    @contextmanager
-    def _meet(self, action: str, model: Module, *, always: bool = False) -> Iterator[tuple[Bound, dict[str, Held]]]:
-        """Yield the plan for ``model`` and the tensors that all-gathers need, with FSDP's shards in place.
-
-        Collective if params are cut, or ``always``: an error on one rank, here or in the body, then raises on all.
-        """
-        with self._counting.settled(action, self._number) if self._all_gathers or always else nullcontext():
-            self._guard.refuse_while_swapped(action.partition("(")[0])
-            bound = self._bind(model)
-            reshard(model)
-            yield bound, bound[1].held() if self._all_gathers else {}
-
     # State
 
     @hints.hinted
@@ -290,7 +212,8 @@ class ShardedAveragedModel(HasFullStates, SampledShards, AdaptableShards, ShardS
         quantised or of a tensor subclass are left out.
 
         Args:
-            checksums: pass False to load a checkpoint without checksums, such as one of an unsharded average.
+            checksums: pass False to load a checkpoint without checksums, such as one of an unsharded average. Then
+                nobody sees if it was saved with more ``deviations`` than this average has.
 
         Raises:
             RuntimeError: the averages are swapped into a model, here or on another rank; ranks have made different

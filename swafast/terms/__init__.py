@@ -167,7 +167,7 @@ sharded/: averages of models that are spread over ranks
     seal              checksum and dtype of an entry, in the state
     adaptable shards  base class of one averaged model of shards that can take over a model that has grown
     draws shards      an exchange that puts a sample into the model, a part on each rank
-    sampled shards    base class of one averaged model of shards of which samples may be drawn
+    usable shards     base class of one averaged model of shards that can be put into a model, or a sample of it
     has full states   base class of one averaged model of shards: its states of whole tensors
     pending load      one rank's parts of a state, until they are verified and written
 

@@ -44,19 +44,11 @@ def convert(planes: Sequence[Tensor], fmt: Format | None, to: Sequence[Tensor | 
         to: the planes to write. Those that are None keep what they have.
         after: the format of ``to``; None: write ``to[0]`` alone, rounded once to its dtype.
     """
-    if after is not None and after.spread is not None:
-        known = {} if fmt is None else dict(zip(fmt.further, planes[1:], strict=False))
-        named = {name: plane for (name, _), plane in known.items()}
-        for (name, _), plane in zip(after.spread_planes, to[after.num_planes :], strict=False):
-            if plane is not None and not plane.is_meta:
-                plane.detach().copy_(named[name].detach()) if name in named else plane.detach().zero_()
-        to, after = to[: after.num_planes], after.mean
-    if fmt is not None and fmt.spread is not None:
-        planes, fmt = planes[: fmt.num_planes], fmt.mean
-    if all(plane is None for plane in to):
-        return
     if fmt in _PLAIN and after in _PLAIN and to[0] is not None and planes[0].device == to[0].device:
         to[0].detach().copy_(planes[0])  # torch casts without a temporary
+        return
+    if (after is not None and after.spread is not None) or (fmt is not None and fmt.spread is not None):
+        _convert_with_spread(planes, fmt, to, after)
         return
     written = [index for index, plane in enumerate(to) if plane is not None]
     targets = [plane.detach() for plane in to if plane is not None]
@@ -69,6 +61,22 @@ def convert(planes: Sequence[Tensor], fmt: Format | None, to: Sequence[Tensor | 
             value = value.to(after.value_dtype or value.dtype)
         fresh = after.encode(value) if after is not None else (value,)
         write_all([(part, fresh[index]) for index, part in zip(written, parts, strict=True)])
+
+
+def _convert_with_spread(
+    planes: Sequence[Tensor], fmt: Format | None, to: Sequence[Tensor | None], after: Format | None
+) -> None:
+    if after is not None:
+        known = {} if fmt is None else dict(zip(fmt.further, planes[1:], strict=False))
+        named = {name: plane for (name, _), plane in known.items()}
+        for (name, _), plane in zip(after.spread_planes, to[after.num_planes :], strict=False):
+            if plane is not None and not plane.is_meta:
+                plane.detach().copy_(named[name].detach()) if name in named else plane.detach().zero_()
+        to, after = to[: after.num_planes], after.mean
+    if fmt is not None:
+        planes, fmt = planes[: fmt.num_planes], fmt.mean
+    if any(plane is not None for plane in to):
+        convert(planes, fmt, to, after)
 
 
 def full_precision(planes: Sequence[Tensor], fmt: Format | None) -> Tensor:

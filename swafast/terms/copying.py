@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -104,3 +105,15 @@ def without_expansion(tensor: Tensor, *views: Tensor) -> list[Tensor]:
         if stride == 0 and tensor.shape[dim] > 1:
             found = [view.narrow(dim, 0, 1) for view in found]
     return found
+
+
+def make_room(
+    storage: torch.UntypedStorage, start: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
+) -> bool:
+    """Make a storage that was freed large enough for a tensor from byte ``start`` on. Return whether it was freed."""
+    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    needed = start + (last + 1) * dtype.itemsize if 0 not in shape else 0
+    if storage.nbytes() >= needed:
+        return False
+    storage.resize_(needed)
+    return True

@@ -38,17 +38,17 @@ class Format:
     spread: Spread | None = None
     spread_planes: tuple[tuple[str, torch.dtype], ...] = ()  # as ``extra``
 
-    @property
+    @functools.cached_property
     def further(self) -> tuple[tuple[str, torch.dtype], ...]:
         """All planes but plane 0: those of the average, then those of the spread."""
         return (*self.extra, *self.spread_planes)
 
-    @property
+    @functools.cached_property
     def num_planes(self) -> int:
         """The number of planes of the average, without those of the spread."""
         return 1 + len(self.extra)
 
-    @property
+    @functools.cached_property
     def mean(self) -> Format:
         """The format of the average alone."""
         return self if self.spread is None else get_format(self.name)
@@ -66,7 +66,7 @@ class Format:
     def __reduce__(self) -> tuple[Callable[..., Format], tuple[Any, ...]]:
         if self.spread is None:
             return get_format, (self.name,)
-        return with_spread, (self.mean, self.spread, self.dtype or self.spread_planes[0][1])
+        return with_spread, (self.mean, self.spread, self.dtype or self.spread_planes[-1][1])
 
 
 def _quiet_bits(value: Tensor) -> Tensor:

@@ -28,13 +28,16 @@ NAMES = _each(
         ("get_ema_avg_fn", "get_ema_multi_avg_fn"): "write rule=ExponentialAverage(decay)",
         ("get_swa_avg_fn", "get_swa_multi_avg_fn"): "write rule=EqualAverage(), which is the default",
         ("KarrasEMA", "PowerEMA", "PostHocEMA"): "write rule=PowerAverage.from_sigma_rel(0.1), and see Snapshots",
+        ("SWAG", "SwagModel", "SWAGDiagonal", "MultiSWAG", "MultiSWA"): (
+            "write FusedAveragedModel(model, deviations=20), and `with averaged.sampled_into(model, index):`"
+        ),
         ("SWA", "SWALR", "ComposerSWA", "cyclical_lr"): "write from swafast.optim import {name}",
         ("LostPeerError", "PartTensor"): "write from swafast.sharded import {name}",
         ("bn_update", "update_batchnorm"): "write from swafast import update_bn",
         ("attach", "swapped_into", "update_parameters"): "it is a method: write averaged.{name}(...)",
         (
             *("FusedAveragedModel", "FusedAverages", "ShardedAveragedModel", "ShardedAverages", "Snapshots"),
-            *("EqualAverage", "ExponentialAverage", "PowerAverage", "Rule", "load", "save", "update_bn"),
+            *("EqualAverage", "ExponentialAverage", "PowerAverage", "Rule", "Spread", "load", "save", "update_bn"),
         ): "write from swafast import {name}",
     }
 )
@@ -58,6 +61,10 @@ _ATTRIBUTES = _each(
             *("num_updates", "n_updates", "updates", "num_averaged", "n_average", "optimization_step"),
             *("num_averages", "step_count"),
         ): "read averaged.n_averaged",
+        ("collect_model", "collect"): _UPDATE,
+        ("sample", "sample_params", "sample_swag", "draw", "sampled"): (
+            "write `with averaged.sampled_into(model, index):`, with another index for each sample"
+        ),
         ("transfer_weights", "copy_params_to", "assign_to", "copy_into"): "write averaged.copy_to(model)",
         ("detach", "join"): "write attachment = averaged.attach(optimizer), and attachment.{name}()",
         ("reset", "reset_parameters"): "write averaged.n_averaged.zero_(), and the next update copies",
@@ -153,6 +160,12 @@ _SWALR = "write SWALR(optimizer, ...), from swafast.optim"
 
 #: Other arguments: which a function must have, the arguments that somebody gives it, and what was meant.
 ARGUMENTS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
+    (("deviations",), ("max_num_models", "num_deviations", "n_deviations", "max_cols", "num_columns", "rank", "K"), (
+        "write deviations={value}"
+    )),
+    (("deviations",), ("swag", "no_cov_mat", "no_cov", "cov_mat", "cov", "full_cov", "variance", "var_clamp"), (
+        "write deviations=20 for SWAG, or deviations=0 for the variance alone"
+    )),
     (("use_buffers",), (
         *("exclude_buffers", "include_buffers", "copy_buffers", "update_buffers", "average_buffers"),
     ), "buffers are copied by default, and use_buffers=True averages floating ones"),

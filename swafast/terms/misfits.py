@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .spread import DEVIATION, VARIANCE, Spread
+
 _RENAMED = '{**state["averaging_state"], **{f"module.{name}": value for name, value in state["state_dict"].items()}}'
 _OF_EMA_PYTORCH = (
     '{"n_averaged": torch.tensor(n), **{name.replace("ema_model", "module", 1): value '
@@ -83,6 +85,42 @@ def _meant(state: Mapping[Any, Any], own: set[str], loader: str) -> str:
             f"save {root}.state_dict(). To go on from it as an average of n models, {filled}, and write {made}"
         )
     return ""
+
+
+def of_spreads(state: Mapping[str, object], prefix: str, spreads: Mapping[str, Spread | None]) -> str:
+    """Return how the spread in a state differs from that of these averages, with its first key; nothing: it does not.
+
+    Args:
+        prefix: of their keys in the state.
+        spreads: by name of the average.
+    """
+    for name, spread in spreads.items():
+        lacking, surplus = None, f"{prefix}{VARIANCE}.{name}"
+        if spread is not None:
+            wanted = [f"{prefix}{plane}.{name}" for plane in (VARIANCE, *spread.columns)]
+            lacking = next((key for key in wanted if key not in state), None)
+            surplus = f"{prefix}{DEVIATION}.{spread.count}.{name}"
+        if lacking is None and surplus not in state:
+            continue
+        own, found = None if spread is None else spread.count, _num_deviations(state, prefix)
+        differs = f"{surplus!r} is there" if lacking is None else f"{lacking!r} is missing"
+        if own == found:
+            return (
+                f"the state must have the spread of {name!r}, but {differs}: it was left out by include=, or tied to "
+                "another parameter"
+            )
+        return (
+            f"the state must have the average's deviations={own}, got deviations={found}: {differs}. Construct the "
+            f"average with deviations={found}, or load another state"
+        )
+    return ""
+
+
+def _num_deviations(state: Mapping[str, object], prefix: str) -> int | None:
+    """Return how many deviations the averages in a state have; None: they have no variance either."""
+    paths = [key.removeprefix(prefix).split(".", 2) for key in map(str, state) if key.startswith(prefix)]
+    columns = {int(path[1]) for path in paths if path[0] == DEVIATION and len(path) > 2 and path[1].isdecimal()}
+    return max(columns) + 1 if columns else 0 if any(path[0] == VARIANCE for path in paths) else None
 
 
 def few(names: Iterable[object]) -> str:

@@ -10,6 +10,8 @@ https://doi.org/10.1145/2063384.2063405. They become normal by the inverse of th
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -71,16 +73,16 @@ def square_root(value: Tensor) -> Tensor:
     return value.to(torch.float64).sqrt().to(torch.float32)
 
 
-def _float(value: float) -> float:
-    """Return a constant as the kernels have it: rounded to float32."""
-    return torch.tensor(value, dtype=torch.float32, device="cpu").item()
+def float32(value: float) -> float:
+    """Return a number as the kernels have it: rounded to float32."""
+    return ctypes.c_float(value).value
 
 
 def _polynomial(x: Tensor, *coefficients: float) -> Tensor:
     """Return the polynomial of these coefficients, the highest first, by Horner's rule with one fma each."""
-    value = torch.full_like(x, _float(coefficients[0]))
+    value = torch.full_like(x, float32(coefficients[0]))
     for coefficient in coefficients[1:]:
-        value = fma(value, x, _float(coefficient))
+        value = fma(value, x, float32(coefficient))
     return value
 
 
@@ -96,7 +98,7 @@ def _negative_log(value: Tensor) -> Tensor:
         *(-1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1),
     )
     exponents = exponent.to(torch.float32)
-    rest = fma(exponents, _float(-2.12194440e-4), series * f * square)
+    rest = fma(exponents, float32(-2.12194440e-4), series * f * square)
     rest = fma(square, -0.5, rest)
     return -fma(exponents, 0.693359375, f + rest)
 
@@ -110,13 +112,13 @@ def normal_of(words: Tensor) -> Tensor:
     magnitude = torch.where(negative, _MASK - words, words)
     half = (magnitude.to(torch.float32) + 0.5) * 2.0**-32  # |p - 1/2|
     tail = (0x7FFFFFFF - magnitude).to(torch.float32) * 2.0**-32 + 2.0**-33  # 1/2 - that, not rounded away
-    c = fma(-half, half, _float(0.180625))
-    t = square_root(_negative_log(tail)) - _float(1.6)
+    c = fma(-half, half, float32(0.180625))
+    t = square_root(_negative_log(tail)) - float32(1.6)
     inner = _polynomial(c, 5.9109374720e1, 1.5929113202e2, 5.0434271938e1, 3.3871327179) * half
     inner_divisor = _polynomial(c, 6.7187563600e1, 7.8757757664e1, 1.7895169469e1, 1.0)
     outer = _polynomial(t, 1.7023821103e-1, 1.3067284816, 2.7568153900, 1.4234372777)
     outer_divisor = _polynomial(t, 1.2021132975e-1, 7.3700164250e-1, 1.0)
-    is_inner = half <= _float(0.425)
+    is_inner = half <= float32(0.425)
     normal = torch.where(is_inner, inner, outer) / torch.where(is_inner, inner_divisor, outer_divisor)
     return torch.where(negative, -normal, normal)
 

@@ -9,6 +9,7 @@ import torch
 
 from . import normals
 from .draws import make_random_key
+from .normals import float32
 from .numbers import as_float, as_int
 from .spread import Spread
 
@@ -31,7 +32,7 @@ def make_sample(spread: Spread, num_averaged: int, index: object, scale: object,
 
     Raises:
         TypeError: ``index`` is not an int, or ``scale`` not a number.
-        ValueError: ``index`` is not from 0 to 2^32 - 1, or ``scale`` is negative or not finite.
+        ValueError: ``index`` is not from 0 to 2^32 - 1, or ``scale`` is negative or not finite in float32.
         RuntimeError: ``num_averaged`` is less than 2.
     """
     which, factor = as_int(index), as_float(0.5 if spread.count else 1.0) if scale is None else as_float(scale)
@@ -41,20 +42,16 @@ def make_sample(spread: Spread, num_averaged: int, index: object, scale: object,
         raise ValueError(f"index must be from 0 to 2^32 - 1, got {which}")
     if factor is None:
         raise TypeError(f"scale must be a number or None, got {scale!r}")
-    if not (math.isfinite(factor) and factor >= 0):
-        raise ValueError(f"scale must be finite and >= 0, got {factor}")
+    if not (math.isfinite(float32(factor)) and factor >= 0):
+        raise ValueError(f"scale must be finite in float32 and >= 0, got {factor}")
     if num_averaged < 2:
         raise RuntimeError(
             f"a sample must wait until two models are in the average, got {num_averaged}: one has no variance"
         )
-    noise = _float(math.sqrt(factor))
+    noise = float32(math.sqrt(factor))
     count = min(num_averaged, spread.count) if noise else 0
     if not count:
         return Sample(which, (), noise)
     numbers = normals.normals(make_random_key(seed, ""), which, torch.arange(count, device="cpu"), normals.COLUMNS)
     factor = math.sqrt(factor / (count - 1))
-    return Sample(which, tuple(_float(factor * number) for number in numbers.tolist()), noise)
-
-
-def _float(value: float) -> float:
-    return torch.tensor(value, dtype=torch.float32, device="cpu").item()
+    return Sample(which, tuple(float32(factor * number) for number in numbers.tolist()), noise)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import suppress
+from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -140,15 +141,24 @@ def put_tensor(module: Module, held_in: MutableMapping[str, Tensor | None], name
     held_in[name] = tensor
 
 
+def _only_holds_tensors(module: Module) -> bool:
+    return getattr(type(module), "only_holds_tensors", False)
+
+
 class Walk:
     """A path through a module that finds its tensors again quickly and notices if the module has changed.
 
     ``module.named_parameters()`` takes 0.5 us per tensor, at every update. A walk reads each module's dicts once. It
     holds modules by weak references, so an average keeps no model alive.
+
+    Modules that say ``only_holds_tensors`` are ours, and nobody else adds tensors or children to them. An average with
+    20 deviations of a ResNet-50 has 2,700 of them: reading their dicts of buffers alone takes a tenth of the time.
     """
 
     def __init__(self, root: Module) -> None:
-        modules = [module for _, module in named_modules(root, distinct=True)]
+        found = [module for _, module in named_modules(root, distinct=True)]
+        modules = [module for module in found if not _only_holds_tensors(module)]
+        self._held = [own for module in found if _only_holds_tensors(module) and (own := own_buffers(module))]
         self._modules = [weakref.ref(module) for module in modules]
         self._layout, values = self._read(modules)
         self._empty = [i for i, value in enumerate(values) if value is None]
@@ -159,8 +169,7 @@ class Walk:
         self._ties = [(first[id(v)], i) for i, v in enumerate(values) if v is not None and first[id(v)] != i]
         self._positions = first
 
-    @staticmethod
-    def _read(modules: list[Module]) -> tuple[list[object], list[Tensor | None]]:
+    def _read(self, modules: list[Module]) -> tuple[list[object], list[Tensor | None]]:
         """Return (layout, tensors); the layout lists all names, ids of children and the bounds of modules."""
         layout: list[object] = []
         values: list[Tensor | None] = []
@@ -177,6 +186,10 @@ class Walk:
                 layout.extend(submodules.keys())
                 layout.extend(map(id, submodules.values()))
             layout.append(len(values))
+        if self._held:
+            layout += chain.from_iterable(self._held)
+            layout += map(len, self._held)
+            values += chain.from_iterable(map(dict.values, self._held))
         return layout, values
 
     def position(self, tensor: Tensor) -> int:

@@ -61,6 +61,7 @@ class Job:
     eval_sets: int = 1
     raises_at: int | None = None  # the evaluated batch, from 1, at which the network raises
     world: int = 1
+    net_name: str = ""  # that of `Framework`
 
     @property
     def epochs(self) -> int:
@@ -189,6 +190,7 @@ class Framework(ABC):
     """How one framework trains."""
 
     world = 1
+    net_name = ""  # of the Net in the module that is averaged: random bits depend on the names of params
 
     @abstractmethod
     def train(self, job: Job) -> Report:
@@ -206,7 +208,7 @@ class Framework(ABC):
     # What the kit calls
 
     def run(self, job: Job) -> Report:
-        job = replace(job, world=self.world)
+        job = replace(job, world=self.world, net_name=self.net_name)
         if self.world == 1:
             return self.watched(job)
         reports = run_ranks(self.world, functools.partial(self.watched, job))
@@ -228,7 +230,7 @@ class Framework(ABC):
 
     def refusal(self, job: Job) -> str:
         """Return the type and the message of the error with which a training ends; "" if it does not."""
-        job = replace(job, world=self.world)
+        job = replace(job, world=self.world, net_name=self.net_name)
         refused = functools.partial(self._refused, job)
         return refused() if self.world == 1 else str(run_ranks(self.world, refused)[0])
 
@@ -291,15 +293,16 @@ def evaluated_states(job: Job, steps: Sequence[State]) -> list[State]:
     for own in ("copy_at_end", "sharded"):
         options.pop(own, None)
     model = Net().to(job.dtype)
-    averaged = FusedAveragedModel(model, **options)
+    root = nn.ModuleDict({job.net_name: model}) if job.net_name else model
+    averaged = FusedAveragedModel(root, **options)
     first = start or every
     states = []
     for step, state in enumerate(steps):
         for own, tensor in [*model.named_parameters(), *model.named_buffers()]:
             tensor.data.copy_(state[own])
         if step >= first and (step - first) % every == 0:
-            averaged.update_parameters(model)
-        with averaged.swapped_into(model) if int(averaged.n_averaged) else contextlib.nullcontext():
+            averaged.update_parameters(root)
+        with averaged.swapped_into(root) if int(averaged.n_averaged) else contextlib.nullcontext():
             states.append(whole_state(model))
     return states
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,26 @@ def test_each_page_is_run_by_the_tests_of_its_framework() -> None:
     for page in (ROOT / "docs" / "frameworks").glob("*.md"):
         if "```python" in page.read_text():
             assert f"docs/frameworks/{page.name}" in (FOLDER / f"test_{page.stem}.py").read_text()
+
+
+def test_the_classes_are_short() -> None:
+    for path in INTEGRATIONS.glob("*.py"):
+        if "class WeightAverage(" in path.read_text():
+            assert len(path.read_text().splitlines()) <= 200, path.name
+
+
+@pytest.mark.frameworks
+def test_a_framework_is_imported_on_use_alone() -> None:
+    code = """
+import sys
+import swafast.integrations.state_folder
+assert swafast.FusedAveragedModel
+print(*{name.partition(".")[0] for name in sys.modules})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = {name.replace("_", "-") for name in done.stdout.split()}
+    assert "swafast" in imported
+    assert not imported & {*PINNED, "pytorch-lightning", "ignite"}
 
 
 @pytest.mark.frameworks

@@ -30,6 +30,7 @@ from swafast import (
     ShardedAveragedModel,
     ShardedAverages,
     Snapshots,
+    Spread,
 )
 from swafast.optim import SWA, ComposerSWA
 from swafast.sharded import PartTensor
@@ -81,6 +82,7 @@ CASES = {
     ),
     "half": Case(torch.bfloat16, partial(FusedAveragedModel, format="half", rule=ExponentialAverage(0.99), seed=7)),
     "include": Case(torch.float32, partial(FusedAveragedModel, include=lambda name, _: not name.startswith("second"))),
+    "spread": Case(torch.float32, partial(FusedAveragedModel, deviations=Spread(2, torch.bfloat16))),
     "several": Case(torch.bfloat16, partial(FusedAverages, rules=RULES, format={"slow": "compact"})),
     "torch_float32": Case(torch.float32, FusedAveragedModel, AveragedModel),
     "torch_bfloat16": Case(

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -46,7 +47,8 @@ inline std::vector<swafast_descriptor> describe(const Rows& rows, const Chunks& 
     made.param = at(row.param, param_itemsize(row.dtype));
     for (int k = 0; k < 2; ++k) made.planes[k] = at(row.planes[k], plane_itemsize(row.format, k));
     made.numel = chunk.numel;
-    made.first_index = chunk.first_index;
+    // A ring is one for all chunks of its tensor.
+    made.first_index = row.format == SWAFAST_FORMAT_SPREAD ? chunk.offset : chunk.first_index;
     made.key = row.key;
     made.tensor = static_cast<uint32_t>(tensor);
     made.index_step = static_cast<uint32_t>(chunk.index_step);
@@ -81,7 +83,7 @@ struct CudaLaunch : AnyLaunch {
       std::vector<swafast_pace> addressed;
       for (size_t k = 0; k < paces.size(); ++k) addressed.push_back({paces[k].rule, counts[k].data()});
       return swafast_cuda_update(&table, addressed.data(), static_cast<int64_t>(addressed.size()), advance,
-                                 skip_nonfinite, &grid, &capturing, kStream);
+                                 skip_nonfinite, has_spread(rows) ? 1 : 0, &grid, &capturing, kStream);
     });
     for (size_t k = 0; k < paces.size(); ++k) {
       counts[k].check(true, "counter");
@@ -90,6 +92,15 @@ struct CudaLaunch : AnyLaunch {
     return status;
   }
   int32_t status_of_bad_count() const override { return SWAFAST_OK; }
+  static bool has_spread(const Rows& rows) {
+    return std::any_of(rows.begin(), rows.end(), [](const auto& row) { return row.format == SWAFAST_FORMAT_SPREAD; });
+  }
+
+  int32_t draw_table(const Rows& rows, const Chunks& chunks, const swafast_sample& sample) {
+    return with_table(rows, chunks, [&](const swafast_table& table, const swafast_grid& grid) {
+      return swafast_cuda_draw(&table, &sample, &grid, kStream);
+    });
+  }
 
   int32_t exchange_table(const Rows& rows, const Chunks& chunks, int64_t wanted) override {
     return with_table(rows, chunks, [&](const swafast_table& table, const swafast_grid& grid) {

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cuda_launch.h"
+#include "cuda_spreads.h"
 #include "far.h"
 #include "large.h"
 #include "layouts.h"
@@ -244,7 +245,7 @@ void check_capture() {
   require(swafast_cuda_blocks(static_cast<int32_t>(table.device), 256, &num_blocks) == SWAFAST_OK, "blocks: %s",
           swafast_cuda_error());
   shim_capturing = 1;
-  require(swafast_cuda_update(&table, &pace, 1, 1, 0, &grid, &capturing, kStream) == SWAFAST_OK && capturing == 1,
+  require(swafast_cuda_update(&table, &pace, 1, 1, 0, 0, &grid, &capturing, kStream) == SWAFAST_OK && capturing == 1,
           "an update into a graph said %d", capturing);
   shim_capturing = 0;
   require(num_averaged == 0 && tensor.untouched(), "a captured update ran at once");
@@ -273,6 +274,12 @@ void check_first_capture() {
   require(swafast_cuda_blocks(launch.device, 256, &num_blocks) == SWAFAST_OK, "blocks: %s", swafast_cuda_error());
   shim_capturing = 1;
   captures("an update", launch.update(constant(0.5), &num_averaged));
+  std::deque<SpreadTensor> spread;
+  spread.emplace_back(SWAFAST_FLOAT32, SWAFAST_FORMAT_FLOAT32, 9, 0, 0, SWAFAST_FLOAT32);
+  const Rows rows = {spread[0].row(), spread[0].tensor.row()};
+  Paces paces = {{constant(0.5), 3}};
+  captures("an update of a spread", launch.update_paces(rows, chunks_of(spread, 64), paces, 1));
+  captures("a draw", launch.draw_table(rows, chunks_of(spread, 64), {nullptr, 0, 0, 0.5f}));
   captures("an exchange", launch.exchange(1));
   captures("a search", launch.first_nonfinite(&index));
   const std::string refused = "cudaErrorStreamCaptureUnsupported: operation not permitted when stream is capturing";
@@ -335,6 +342,12 @@ int main(int argc, char** argv) {
     take_order(3 * turn);
     Random random(10);
     check_paces<CudaLaunch>(random);
+  }
+  for (const bool is_far : {false, true}) {
+    take_order(is_far ? 1 : 0);
+    Random random(12);
+    CudaLaunch launch;
+    check_spreads(launch, is_far, random);
   }
   check_updates();
   std::printf("every check passed: %s\n", swafast_cuda_build());

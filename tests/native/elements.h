@@ -27,7 +27,7 @@ inline int64_t param_itemsize(int32_t dtype) {
 }
 
 inline int64_t plane_itemsize(int32_t format, int plane) {
-  const int64_t itemsizes[SWAFAST_NUM_FORMATS][2] = {{4, 0}, {2, 2}, {2, 4}, {1, 0}, {2, 1}, {4, 4}, {2, 0}};
+  const int64_t itemsizes[SWAFAST_NUM_FORMATS][2] = {{4, 0}, {2, 2}, {2, 4}, {1, 0}, {2, 1}, {4, 4}, {2, 0}, {4, 0}};
   return itemsizes[format][plane];
 }
 

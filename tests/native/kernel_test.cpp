@@ -27,6 +27,7 @@
 #include "paces.h"
 #include "planted.h"
 #include "shared_checks.h"
+#include "spreads.h"
 #include "sums.h"
 #include "swafast.h"
 #include "tensors.h"
@@ -87,6 +88,7 @@ void check_refusals() {
                       {INT32_MAX, 0, false},
                       {0, -1, false},
                       {0, SWAFAST_NUM_FORMATS, false},
+                      {0, SWAFAST_FORMAT_SPREAD, false},
                       {0, INT32_MIN, false},
                       {SWAFAST_BYTES, SWAFAST_FORMAT_FLOAT32, false},
                       {SWAFAST_BYTES, SWAFAST_FORMAT_EXACT, false},
@@ -345,6 +347,7 @@ void check_isa(bool all) {
   }
   check_checksum();
   check_sums();
+  spreads::check_spreads();
   check_updates();
   check_conversions();
   check_exact_pairs(all);

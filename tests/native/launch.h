@@ -15,8 +15,9 @@ inline const int32_t kDtypes[] = {SWAFAST_FLOAT32, SWAFAST_BFLOAT16, SWAFAST_FLO
 inline const int32_t kFormats[] = {SWAFAST_FORMAT_FLOAT32, SWAFAST_FORMAT_EXACT,       SWAFAST_FORMAT_MIRRORED,
                                    SWAFAST_FORMAT_COMPACT, SWAFAST_FORMAT_COMPENSATED, SWAFAST_FORMAT_HALF};
 
+// Averages: a spread has a row of another kind (spreads.h).
 inline bool served(int32_t dtype, int32_t format) {
-  return (dtype == SWAFAST_BYTES) == (format == SWAFAST_FORMAT_COPIED);
+  return format != SWAFAST_FORMAT_SPREAD && (dtype == SWAFAST_BYTES) == (format == SWAFAST_FORMAT_COPIED);
 }
 
 // Whether the param and the first plane are of one dtype.

@@ -1,5 +1,5 @@
 // The CUDA kernels with all blocks and threads at once (at_once/machine.h), for ThreadSanitizer: every kernel, with
-// every format, several paces, averages that share a param, and what the launches of one table share.
+// every format, several paces, averages that share a param or have a spread, and what the launches of one table share.
 //
 //   race_test [--bug NUMBER]
 //
@@ -12,6 +12,7 @@
 #include <string>
 
 #include "cuda_launch.h"
+#include "cuda_spreads.h"
 #include "planted.h"
 
 namespace {
@@ -66,6 +67,15 @@ void exchange(CudaLaunch& launch, int64_t wanted, bool changes) {
   }
 }
 
+// Three chunks of each tensor: a block goes on to further ones.
+void move_and_draw_spreads() {
+  CudaLaunch launch;
+  launch.num_threads = 16;
+  launch.num_blocks = 4;
+  Random random(5);
+  check_spreads(launch, true, random);
+}
+
 void check() {
   CudaLaunch launch = make_launch();
   update(launch, 0);
@@ -76,6 +86,7 @@ void check() {
   exchange(launch, 1, true);
   exchange(launch, 1, false);
   exchange(launch, 0, true);
+  move_and_draw_spreads();
 }
 
 }  // namespace

@@ -18,8 +18,11 @@ from .chunks import holds_nonfinite, move_chunk, update_as
 from .memory import descriptor_of, high_of, kind_of, launched, low_of, pointer_to, word
 from .paces import any_bad, counters_of, pace_at, weights_of
 from .paces import pace_kernel as pace_kernel
+from .spreads import draw_chunk, update_spread
 
 VERSION = triton.__version__
+
+SPREAD = tl.constexpr(7)  # the format of a spread, in csrc/swafast.h
 
 
 # Launches. A program takes every so many-th chunk and reads its descriptor when it comes to it: to claim one would stop
@@ -124,4 +127,61 @@ def nonfinite_kernel(descriptors: tl.int64, num_chunks: tl.int64, state: tl.int6
             bad = holds_nonfinite(chunk, 0x7C00, 2)
         if bad != 0:
             tl.atomic_max(pointer_to(state, 8) + 2, num_tensors - low_of(word(chunk, 6)))
+        i += tl.num_programs(0)
+
+
+# Tables with spreads have kernels of their own: those of all other tables do not become longer.
+
+
+@launched
+def spread_kernel(
+    descriptors: tl.int64,
+    num_chunks: tl.int64,
+    state: tl.int64,
+    paces: tl.int64,
+    num_paces: tl.int64,
+    advance: tl.int64,
+    skip_nonfinite: tl.int64,
+):
+    """Do what ``update_kernel`` does, and move each spread before its average."""
+    counters, used = counters_of(paces, num_paces)
+    counts = tl.load(counters, mask=used, other=0)
+    stop = any_bad(counts) | ((skip_nonfinite != 0) & (word(state, 2) != 0))
+    if is_last_to_begin(state) and not stop:
+        tl.store(counters, counts + advance, mask=used)
+    weights = weights_of(paces, num_paces, counts)
+    end = tl.where(stop, 0, num_chunks)
+    i = tl.program_id(0).to(tl.int64)
+    while i < end:
+        chunk = descriptor_of(descriptors, i)
+        while chunk != 0:
+            if kind_of(word(chunk, 7), 1) == SPREAD:
+                num_averaged, weight = pace_at(counts, weights, kind_of(word(chunk, 7), 2))
+                factor, near, copy = blend_of(weight)
+                mean = descriptor_of(descriptors, high_of(word(chunk, 7)))
+                update_spread(chunk, mean, num_averaged, factor, near, copy, weight)
+                tl.debug_barrier()  # every thread has read the average, which others move
+            else:
+                update_average(chunk, counts, weights)
+            follower = high_of(word(chunk, 7))
+            chunk = tl.where(follower == 0, 0, descriptor_of(descriptors, follower))
+        i += tl.num_programs(0)
+
+
+@launched
+def draw_kernel(
+    descriptors: tl.int64,
+    num_chunks: tl.int64,
+    coefficients: tl.int64,
+    num_columns: tl.int64,
+    sample: tl.int64,
+    noise: tl.int64,
+):
+    """Write a sample into every param, as ``swafast_cuda_draw`` does. ``noise`` has the bits of a float32."""
+    i = tl.program_id(0).to(tl.int64)
+    while i < num_chunks:
+        spread = descriptor_of(descriptors, i)
+        mean = descriptor_of(descriptors, high_of(word(spread, 7)))
+        of_noise = noise.to(tl.int32).to(tl.float32, bitcast=True)
+        draw_chunk(spread, mean, coefficients, num_columns, sample.to(tl.uint32), of_noise)
         i += tl.num_programs(0)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ...terms.capturing import allowed_to_wait
+from ...terms.samples import Sample
 from .. import Unavailable, library
 from ..contract import Pair
 from ..gpu import DeviceLaunch, Table, warn_unusable
@@ -39,6 +40,8 @@ _INTERPRETED_PROGRAMS = 3
 _PACE_WORDS = ctypes.sizeof(library.Pace) // 8
 #: The kernels by name, each ``<name>_kernel``, which states its own arguments: a launch passes them by theirs.
 KERNELS = ("pace", "update", "exchange", "nonfinite", "forget_nonfinite")
+#: Those of pairs with a spread, beside them: nobody else waits for their compilation.
+SPREAD_KERNELS = ("spread", "draw")
 
 
 @functools.cache
@@ -95,13 +98,16 @@ def serves(pair: Pair) -> bool:
     if is_interpreted():
         # The interpreter follows the addresses in the tables by itself, so they must be the host's.
         return kernels_serve(pair, {"cpu"})
-    return kernels_serve(pair, device_types) and _is_usable(pair.param.device)
+    if not kernels_serve(pair, device_types):
+        return False
+    device = pair.param.device
+    return _is_usable(device) and (not pair.spread_planes or _is_usable(device, SPREAD_KERNELS))
 
 
-def _is_usable(device: torch.device) -> bool:
-    """Return whether every kernel is compiled and loaded on the device. Warn if that has failed."""
+def _is_usable(device: torch.device, names: tuple[str, ...] = KERNELS) -> bool:
+    """Return whether every one of these kernels is compiled and loaded on the device. Warn if that has failed."""
     try:
-        failure = _load_kernels(device)
+        failure = _load_kernels(device, names)
     except RuntimeError as error:
         failure = _described(error)
     if failure is not None:
@@ -110,8 +116,8 @@ def _is_usable(device: torch.device) -> bool:
 
 
 @functools.cache
-def _load_kernels(device: torch.device) -> str | None:
-    """Compile every kernel and load it on the device, by launches without chunks; return what has failed.
+def _load_kernels(device: torch.device, names: tuple[str, ...]) -> str | None:
+    """Compile every one of these kernels and load it on the device, by launches without chunks; return what has failed.
 
     A capture allows neither. If there is no compiler, this finds out before the first update. Such a failure is
     permanent, and is not tried again: it may take seconds.
@@ -125,9 +131,9 @@ def _load_kernels(device: torch.device) -> str | None:
             words = torch.zeros(16, dtype=torch.int64, device=device)
             state, paces = words.data_ptr(), words[-_PACE_WORDS:].data_ptr()
             addresses = {"descriptors": state, "state": state, "paces": paces}
-            for name in KERNELS:
+            for name in names:
                 kernel = getattr(kernels, f"{name}_kernel")
-                arguments = {name: addresses.get(name, 0) for name in inspect.signature(kernel.fn).parameters}
+                arguments = {word: addresses.get(word, 0) for word in inspect.signature(kernel.fn).parameters}
                 kernel[(1,)](**arguments, **options)
             torch.cuda.current_stream(device).synchronize()
     except Exception as error:  # whatever a compiler, a cache folder or a driver may raise
@@ -218,19 +224,26 @@ class TritonLaunch(DeviceLaunch):
             self.captured |= capturing
             words = self._paces[table.device].get(paces, capturing, stream, self._write_pace)
             pace = {"paces": words.data_ptr(), "num_paces": len(paces), "advance": advance}
-            self._start("update", table, **pace, skip_nonfinite=int(skip_nonfinite))
+            kernel, state = "spread" if len(table.rings) else "update", table.head.state
+            self._start(kernel, table, state=state, **pace, skip_nonfinite=int(skip_nonfinite))
 
     def _write_pace(self, *arguments: int) -> None:
         self._kernels.pace_kernel[(1,)](*arguments, **self._options)
 
     def start_exchange(self, table: Table, wanted: bool, stream: int) -> None:
         with _on_device(table.device):
-            self._start("exchange", table, wanted=int(wanted))
+            self._start("exchange", table, state=table.head.state, wanted=int(wanted))
+
+    def start_draw(self, table: Table, sample: Sample, coefficients: Tensor, stream: int) -> None:
+        (noise,) = struct.unpack("<i", struct.pack("<f", sample.noise))
+        point = {"coefficients": coefficients.data_ptr(), "num_columns": len(coefficients), "sample": sample.index}
+        with _on_device(table.device):
+            self._start("draw", table, **point, noise=noise)
 
     def start_first_nonfinite(self, table: Table, stream: int) -> None:
         with _on_device(table.device):
             self._kernels.forget_nonfinite_kernel[(1,)](state=table.head.state, **self._options)
-            self._start("nonfinite", table, num_tensors=table.head.num_tensors)
+            self._start("nonfinite", table, state=table.head.state, num_tensors=table.head.num_tensors)
 
     def _start(self, kernel: str, table: Table, **arguments: int) -> None:
         head, grid = table.head, self.grid(table)
@@ -238,7 +251,7 @@ class TritonLaunch(DeviceLaunch):
         # chunks still counts.
         most = grid.num_blocks * grid.num_threads // _PROGRAM_THREADS
         programs = max(1, min(head.num_chunks, most))
-        words = {"descriptors": head.descriptors, "num_chunks": head.num_chunks, "state": head.state}
+        words = {"descriptors": head.descriptors, "num_chunks": head.num_chunks}
         getattr(self._kernels, f"{kernel}_kernel")[(programs,)](**words, **arguments, **self._options)
 
 

@@ -115,6 +115,10 @@ T shift_right(T value, u32 by) {
   if (by >= 8 * sizeof(T)) return value < 0 ? static_cast<T>(-1) : T{0};
   return static_cast<T>(value >> by);
 }
+// The upper word of two that are shifted to the left as one, by less than a word.
+inline u32 shift_pair_left(u32 lower, u32 upper, u32 by) {
+  return static_cast<u32>(((u64{upper} << 32 | lower) << (by & 31u)) >> 32);
+}
 
 // Towards zero, and the nearest that there is. A NaN gives 0 if both types have 32 bits or fewer, or else the least.
 template <class T, class F>
@@ -163,6 +167,16 @@ T bit_field(T value, u32 start, u32 count) {
   using Unsigned = std::make_unsigned_t<T>;
   const auto upper = static_cast<Unsigned>(static_cast<Unsigned>(shifted) << (kBits - count));
   return shift_right(static_cast<T>(upper), kBits - count);
+}
+
+// `field` in the place of `count` bits of `value` from `start` on. Those past the end are left out.
+template <class T>
+T insert_bits(T field, T value, u32 start, u32 count) {
+  start &= 255u;
+  count &= 255u;
+  const T ones = count < 8 * sizeof(T) ? static_cast<T>(shift_left(T{1}, count) - 1) : static_cast<T>(~T{0});
+  const T mask = shift_left(ones, start);
+  return static_cast<T>((value & ~mask) | (shift_left(field, start) & mask));
 }
 
 [[noreturn]] inline void no_target() { shim::fault("a branch to nowhere", nullptr); }

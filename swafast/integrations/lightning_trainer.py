@@ -1,0 +1,91 @@
+"""What ``WeightAverage`` asks of a Trainer of Lightning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from ..loop.schedule import Span
+
+#: Names, because a program may have both packages of Lightning.
+_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
+_PRECISIONS = ("MixedPrecision", "HalfPrecision", "DoublePrecision")
+_AVERAGING_TOO = ("WeightAveraging", "StochasticWeightAveraging")
+
+
+def check_callbacks(trainer: Any) -> None:
+    """Raise ValueError if another callback averages too."""
+    for each in trainer.callbacks:
+        if _is_any(each, _AVERAGING_TOO):
+            raise ValueError(
+                f"callbacks must have WeightAverage alone to average weights, got {type(each).__name__} too: remove it"
+            )
+
+
+def check_fit(trainer: Any, module: Module) -> None:
+    """Raise if averages cannot follow this training.
+
+    Raises:
+        NotImplementedError: its strategy or its precision is not supported.
+        ValueError: the module is sharded itself, or the trainer has no optimizer.
+    """
+    strategy, precision = trainer.strategy, trainer.precision_plugin
+    if not _is_any(strategy, _STRATEGIES):
+        raise NotImplementedError(
+            f"strategy must be one of {', '.join(_STRATEGIES)} with WeightAverage, got {type(strategy).__name__}: to "
+            "shard the module, use ModelParallelStrategy and fully_shard"
+        )
+    if not _is_any(precision, _PRECISIONS) and type(precision).__name__ != "Precision":
+        raise NotImplementedError(
+            "precision must be 64, 32, bf16 or 16, mixed or true, with WeightAverage, got "
+            f"{type(precision).__name__}: its layers may keep copies of the weights, which a swap does not reach"
+        )
+    if _is_any(module, ("FSDPModule",)):
+        raise ValueError(
+            "the LightningModule must not be sharded itself, got fully_shard(self): in configure_model call "
+            "fully_shard(self.net) for each network in it"
+        )
+    if not raw_optimizers_of(trainer):
+        raise ValueError("configure_optimizers must return an optimizer for averages to follow, got None")
+
+
+def raw_optimizers_of(trainer: Any) -> list[Optimizer]:
+    """Return the optimizers of torch. Lightning has a mock one if ``configure_optimizers`` returns None."""
+    return [each for each in trainer.optimizers if not _is_any(each, ("_MockOptimizer",))]
+
+
+def lengths_of(trainer: Any, spans: Mapping[str, object]) -> dict[str, Span]:
+    """Return the steps of an epoch and of the whole training, if a span needs them and the trainer knows them."""
+    units = "".join(str(span) for span in spans.values() if isinstance(span, str))
+    if "ep" not in units and "dur" not in units:
+        return {}
+    steps = trainer.estimated_stepping_batches  # loads the data
+    epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
+    found: dict[str, Span] = {}
+    if "ep" in units and math.isfinite(epoch):
+        found["steps_per_epoch"] = math.ceil(epoch)
+    if "dur" in units and 0 < steps < math.inf:
+        found["duration"] = int(steps)
+    return found
+
+
+def calls_before_writes(trainer: Any, module: Any) -> bool:
+    """Return whether ``on_before_optimizer_step`` comes before each write of params: the user steps nowhere himself."""
+    parts = (module, trainer.strategy, trainer.precision_plugin)
+    return module.automatic_optimization and all(
+        type(part).optimizer_step.__module__.startswith(("lightning.", "pytorch_lightning.")) for part in parts
+    )
+
+
+def evaluated_module(trainer: Any, module: Any) -> Any:
+    """Return the module in its DDP, if it has one, which broadcasts buffers in an evaluation."""
+    return trainer.strategy.model if isinstance(trainer.strategy.model, DistributedDataParallel) else module
+
+
+def _is_any(value: object, names: tuple[str, ...]) -> bool:
+    return not {kind.__name__ for kind in type(value).__mro__}.isdisjoint(names)

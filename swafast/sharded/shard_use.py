@@ -1,0 +1,203 @@
+"""Use of one averaged model of shards: its averages, or a sample near them, in a model for a while or for good."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from ..average.sampling import HasSamples
+from ..backends.contract import Pair
+from ..loop import swaps
+from ..loop.guard import Guard, seamless
+from ..op.drawing import DrawsOf, DrawsSample, draw_for_good
+from ..terms.draws import Draws, make_random_key
+from ..terms.formats import with_spread
+from ..terms.numbers import as_float, as_int
+from ..terms.spread import Spread
+from .construction import spell
+from .parts.all_gather import AllGather
+from .parts.holdings import Held, reshard
+from .parts.ranks import Counting, Ranks
+from .parts.shares import Share
+from .shard_matching import Bound
+from .swap import ShardedExchange, gather_all
+
+
+class DrawsShards(DrawsSample, ShardedExchange):
+    """Each rank draws its own part of a sample, then cut params are gathered from all their ranks."""
+
+    _call = "sampled_into"
+
+
+class UsableShards(HasSamples):
+    """Base class of one averaged model of shards that can be put into a model, as it is or as a sample."""
+
+    def swapped_into(self, model: Module) -> AbstractContextManager[Module]:
+        """Run ``model`` on the averages: ``with averaged.swapped_into(model): evaluate(model)``.
+
+        Params and averages are exchanged in place if the dtypes agree. Otherwise this rank's part of the params is
+        copied aside and overwritten. Params that are cut are then all-gathered in windows, on entering and on leaving.
+        FSDP modules are resharded at both. Params must not be written in the body, and swaps may nest, as
+        with :class:`~swafast.FusedAveragedModel`.
+
+        Collective if params are cut. On leaving, after an exception too, everything changes back. If a rank is lost,
+        this rank's averages and its own part of the params are whole. The other parts of cut params may not be, and the
+        error says so.
+
+        Raises:
+            TypeError, ValueError: as :meth:`update_parameters`; nothing has changed.
+            RuntimeError: the averages are swapped in already; a rank was lost; or, on leaving, a param was written or
+                its memory was freed.
+        """
+        return self._there_and_back("swapped_into", model)
+
+    def copy_to(self, model: Module) -> None:
+        """Copy averages and buffers into ``model``, each rounded once to the param's dtype. Collective if any is cut.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed.
+            RuntimeError: the average holds no model yet; or a rank was lost, and the message says which params are not
+                whole.
+        """
+        self._for_good("copy_to", model)
+
+    def sampled_into(
+        self, model: Module, index: int, *, scale: float | None = None, seed: int | None = None
+    ) -> AbstractContextManager[Module]:
+        """Run ``model`` on a sample of SWAG, the same bits as :meth:`FusedAveragedModel.sampled_into` draws.
+
+        Each rank draws its own part of the params, and keeps a copy of that part meanwhile. Params that are cut are
+        then all-gathered, on entering and on leaving. Collective, also if none is cut: all ranks pass the same
+        arguments. On leaving, after an exception too, everything changes back, as with :meth:`swapped_into`.
+
+        Args:
+            index, scale, seed: as for :meth:`~swafast.FusedAveragedModel.sampled_into`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as there, on every rank; ranks have passed different arguments; or a
+                rank was lost.
+        """
+        return self._there_and_back("sampled_into", model, index=index, scale=scale, seed=seed)
+
+    def sample_to(self, model: Module, index: int, *, scale: float | None = None, seed: int | None = None) -> None:
+        """Write a sample into ``model`` for good, and the average's buffers. Collective. See :meth:`sampled_into`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as there; nothing has changed unless a rank was lost.
+        """
+        self._for_good("sample_to", model, index=index, scale=scale, seed=seed)
+
+    # Both ways of use. ``asked`` is index, scale and seed of a sample; nothing: the averages themselves.
+
+    @seamless
+    def _there_and_back(self, action: str, model: Module, **asked: Any) -> Iterator[Module]:
+        swap = swaps.Swap(self._guard, self, model, self._ranks.lock, call=action)
+        try:
+            try:
+                self._guard.settle(action, model)
+                with self._guard.locked(self._ranks.lock):
+                    with self._meet(action, model, asked) as (bound, held):
+                        kind: Any = ShardedExchange
+                        if asked:
+                            kind = partial(DrawsShards, self._drawing(**asked))
+                            bound[0].writable_pairs(*bound[1:])
+                        elif self._uncounted is not None:
+                            self._warn_if_empty(action)
+                        meets = any(each.ranks is self._ranks for each in self._all_gathers)
+                        leave = partial(self._ranks.leave, action, self._number) if meets else None
+                        exchange = kind(model, bound, self._bindings.latest, self._all_gathers, held, leave)
+                        swap.enter(exchange)
+                    exchange.gather()
+                    swap.take_writes()
+                yield model
+            finally:
+                swap.leave()
+        finally:
+            swap.finish()  # whatever an interrupt has left
+
+    @torch.no_grad()
+    def _for_good(self, action: str, model: Module, **asked: Any) -> None:
+        self._guard.settle(action, model)
+        with self._guard.locked(self._ranks.lock):
+            with self._meet(action, model, asked) as ((plan, params, planes), held):
+                drawing = self._drawing(**asked) if asked else None
+                if swaps.in_force:
+                    swaps.refuse_model(action, model)
+                pairs = plan.writable_pairs(params, planes)
+            if drawing is not None:
+                draw_for_good(plan, params, planes, drawing)
+            else:
+                if self._uncounted is not None:  # on all ranks, which have compared their counts if they meet below
+                    self._refuse_if_empty(action)
+                plan.copy_to(pairs)
+            gather_all(self._all_gathers, held, action, "could not reach all params", torn=True)
+
+    @contextmanager
+    def _meet(self, action: str, model: Module, asked: dict[str, Any]) -> Iterator[tuple[Bound, dict[str, Held]]]:
+        """Yield the plan for ``model`` and the tensors that all-gathers need, with FSDP's shards in place.
+
+        Collective if params are cut, or for a sample, which must be the same on all ranks: an error on one rank, here
+        or in the body, then raises on all.
+        """
+        call = f"{action}({self._spelled(**asked)})" if asked else action
+        with self._counting.settled(call, self._number) if self._all_gathers or asked else nullcontext():
+            self._guard.refuse_while_swapped(action)
+            bound = self._bind(model)
+            reshard(model)
+            yield bound, bound[1].held() if self._all_gathers else {}
+
+    def _spelled(self, index: object, scale: object, seed: object) -> str:
+        """Return what a sample is asked for as ranks compare it: by value, whatever the types of the arguments."""
+        number = None if scale is None else as_float(scale)
+        exact = spell(scale) if number is None else f"{number} = {number.hex()}"
+        own = self.seed if seed is None else seed
+        whole = (spell(value) if as_int(value) is None else as_int(value) for value in (index, own))
+        return "index={}, seed={}, scale={}".format(*whole, exact)
+
+    def _draws_of(self, seed: int) -> DrawsOf:
+        shares: dict[str, Share] = {}  # by name, once a plan asks: it keeps what it is told
+
+        def draws_of(pair: Pair) -> Draws:
+            if not shares:
+                shares.update((share.name, share) for share in self._shares)
+            share = shares[pair.name]
+            return Draws(make_random_key(seed, pair.name), share.holding.shape, share.boxes)
+
+        return draws_of
+
+    def _spread_planes(self) -> Iterator[Sequence[Tensor]]:
+        for share in self._shares:
+            if share.format is not None and share.format.spread is not None:
+                yield self._planes[share.name][share.format.num_planes :]
+
+    def _forget_columns(self) -> None:
+        self._shares = [self._without_columns(share) for share in self._shares]
+
+    def _without_columns(self, share: Share) -> Share:
+        fmt = share.format
+        if fmt is None or fmt.spread is None:
+            return share
+        planes = self._planes[share.name] = self._planes[share.name][: fmt.num_planes + 1]
+        return replace(share, format=with_spread(fmt.mean, Spread(0), planes[0].dtype))
+
+    if TYPE_CHECKING:
+        _guard: Guard
+        _bindings: Any
+        _number: int
+        _ranks: Ranks
+        _counting: Counting
+        _uncounted: Any
+        _shares: Sequence[Share]
+        _planes: dict[str, tuple[Tensor, ...]]
+        _all_gathers: Sequence[AllGather]
+
+        def _bind(self, model: Module, staging: Any = None) -> Bound: ...
+        def _warn_if_empty(self, action: str) -> None: ...
+        def _refuse_if_empty(self, action: str) -> None: ...

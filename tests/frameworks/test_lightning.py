@@ -1,0 +1,81 @@
+"""Lightning: the kit, and what is Lightning's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from tests.frameworks.kit import Job, Kit, Net, Resumes
+from tests.frameworks.lightning_kit import Ddp, Fsdp2, Lightning, Module, WholeFiles, loader
+from tests.test_documents import ROOT, blocks_of
+
+pytestmark = pytest.mark.frameworks
+
+
+class TestLightning(Kit):
+    framework = Lightning()
+
+
+class Shorter(Resumes):
+    """What checkpoints and wrappers may change; each test starts ranks."""
+
+    test_the_model_trains_as_without_averages = None
+    test_every_batch_of_two_sets_sees_the_average = None
+    test_the_model_has_the_average_at_the_end = None
+
+
+class TestDdp(Shorter):
+    framework = Ddp()
+    kinds = ("float32",)
+
+
+class TestFsdp2(Resumes):
+    framework = Fsdp2()
+
+    test_half_a_state_is_refused = Kit.test_half_a_state_is_refused
+    test_a_checkpoint_without_averages_begins_a_fresh_one = Kit.test_a_checkpoint_without_averages_begins_a_fresh_one
+    test_a_resumed_average_that_starts_late_is_as_without_a_stop = (
+        Kit.test_a_resumed_average_that_starts_late_is_as_without_a_stop
+    )
+    test_one_of_several_averages_is_evaluated = Kit.test_one_of_several_averages_is_evaluated
+
+
+class TestWholeFiles(Shorter):
+    framework = WholeFiles()
+    kinds = ("compact",)
+
+
+class Reader(Module):
+    """A reader's module."""
+
+    def __init__(self) -> None:
+        super().__init__(Net())
+
+    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], _: int) -> None:  # type: ignore[override]
+        self.log("val_loss", torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+    test_step = validation_step
+
+
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    quiet = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
+    trainer = pl.Trainer
+    monkeypatch.setattr(pl, "Trainer", lambda **options: trainer(**quiet, **options))
+    job = Job(tmp_path)
+    before, *after = blocks_of((ROOT / "docs/frameworks/lightning.md").read_text())
+    for blocks in ([before], after):
+        scope: dict[str, Any] = {"Net": Reader, "module": Reader()}
+        scope |= {"train_loader": loader(job.train_set()), "val_loader": loader(job.eval_set(0))}
+        steps = []
+        for block in blocks:
+            exec(block, scope)
+            average = scope.get("average")
+            steps.append(average.attachment.step if average is not None and average.attachment is not None else None)
+        (tmp_path / "checkpoints").rename(tmp_path / f"checkpoints of {len(blocks)}")
+    # after; resumed from the end of the second epoch; tested; of several averages; not fitted.
+    assert steps == [8, 12, 12, 16, None]
