@@ -138,6 +138,16 @@ def loop_command(out: Out = OUT, quick: Quick = False) -> None:
     )
 
 
+@app.command("frameworks")
+def frameworks_command(quick: Quick = False) -> None:
+    """Measure the drop-ins beside the classes of diffusers and timm, which must be installed. Print, write nothing."""
+    from bench import drop_ins
+
+    with console.status("drop-ins") as status:
+        rows = drop_ins.measure(quick=quick, progress=status.update)
+    console.print(Markdown(drop_ins.table(rows)), "")
+
+
 @app.command("files")
 def files_command(
     out: Out = OUT,

@@ -166,8 +166,8 @@ def test_planted_words_are_seen() -> None:
     glossary = "terms/__init__.py"
     slot = "    slot              where"
     assert wrong("op/plan.py", "class Plan(", "class Scheme:\n    pass\n\n\nclass Plan(") == ["op/plan.py: Scheme"]
-    assert wrong(glossary, slot, f"    shadow            where\n{slot}") == ["shadow: not in the code"]
-    assert wrong(glossary, slot, "    shadow            where") == ["terms/layout.py: Slot", "shadow: not in the code"]
+    assert wrong(glossary, slot, f"    mirage            where\n{slot}") == ["mirage: not in the code"]
+    assert wrong(glossary, slot, "    mirage            where") == ["terms/layout.py: Slot", "mirage: not in the code"]
     assert wrong(glossary, slot, f"    slots             many\n{slot}") == ["slot: twice"]
 
 

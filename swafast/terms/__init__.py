@@ -235,6 +235,7 @@ optim/: other packages' recipes
 
 integrations/: swafast in frameworks with a training loop of their own
     contract          what the ``WeightAverage`` of every framework has in common
+    model ema         an averaged model in timm's words
 
 convert/: states of other packages' averages
     kind              what one package writes, and how it is recognised
