@@ -14,7 +14,7 @@ from torch.nn import Module, Parameter
 
 from ..terms.converting import convert, full_precision
 from ..terms.formats import format_of_planes
-from .positional import PositionalAverages, own_format
+from .param_lists import PositionalAverages, own_format
 from .weight_average import framework
 
 framework("diffusers", "0.30")
