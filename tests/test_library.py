@@ -18,6 +18,7 @@ STRUCTURES = {
     "swafast_tensor": library.TensorRow,
     "swafast_table": library.TableHead,
     "swafast_grid": library.LaunchGrid,
+    "swafast_sample": library.SamplePoint,
     "swafast_box": library.BoxWords,
 }
 #: How C spells them. An address may be of anything.
@@ -25,7 +26,9 @@ SPELLINGS: dict[Any, str] = {
     None: "void",
     ctypes.c_int32: "int32_t",
     ctypes.c_int64: "int64_t",
+    ctypes.c_uint32: "uint32_t",
     ctypes.c_uint64: "uint64_t",
+    ctypes.c_float: "float",
     ctypes.c_double: "double",
     ctypes.c_char_p: r"char\*",
     ctypes.c_void_p: r"\w+\*",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .spread import DEVIATION, VARIANCE, Spread
+from .plane_names import DEVIATION, VARIANCE
+
+if TYPE_CHECKING:
+    from .spread import Spread
 
 _RENAMED = '{**state["averaging_state"], **{f"module.{name}": value for name, value in state["state_dict"].items()}}'
 _OF_EMA_PYTORCH = (
