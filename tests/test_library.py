@@ -78,7 +78,11 @@ def test_python_declares_what_the_header_states() -> None:
     ("old", "new", "name"),
     [
         ("int64_t wanted, const swafast_grid*", "int32_t wanted, const swafast_grid*", "swafast_cuda_exchange"),
-        ("swafast_grid* grid, void* stream);", "void* stream, swafast_grid* grid);", "swafast_cuda_first_nonfinite"),
+        (
+            "nonfinite(const swafast_table* table, const swafast_grid* grid, void* stream)",
+            "nonfinite(const swafast_table* table, void* stream, const swafast_grid* grid)",
+            "swafast_cuda_first_nonfinite",
+        ),
         ("double swafast_weight", "float swafast_weight", "swafast_weight"),
         ("double terms[4]", "double terms[5]", "swafast_rule"),
         ("int32_t pace;", "int64_t pace;", "swafast_tensor"),
