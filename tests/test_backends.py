@@ -285,8 +285,8 @@ def mistake_the_plane(patch: pytest.MonkeyPatch) -> None:
 def drop_a_follower(patch: pytest.MonkeyPatch) -> None:
     init = rows.Rows.__init__
 
-    def without(self: rows.Rows, pairs: Sequence[Pair]) -> None:
-        init(self, pairs)
+    def without(self: rows.Rows, pairs: Sequence[Pair], device: torch.device | None = None) -> None:
+        init(self, pairs, device)
         for row in self.table:
             row.followers = min(row.followers, 1)
 

@@ -75,7 +75,7 @@ def load_unchecked(patch: pytest.MonkeyPatch) -> None:
 
 
 def load_untranslated(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(states, "translate_state", lambda *args: None)
+    patch.setattr(states, "translate_state", lambda *args, **options: None)
 
 
 def never_swap_back(patch: pytest.MonkeyPatch) -> None:

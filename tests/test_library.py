@@ -18,6 +18,7 @@ STRUCTURES = {
     "swafast_tensor": library.TensorRow,
     "swafast_table": library.TableHead,
     "swafast_grid": library.LaunchGrid,
+    "swafast_sample": library.SamplePoint,
     "swafast_box": library.BoxWords,
 }
 #: How C spells them. An address may be of anything.
@@ -25,7 +26,9 @@ SPELLINGS: dict[Any, str] = {
     None: "void",
     ctypes.c_int32: "int32_t",
     ctypes.c_int64: "int64_t",
+    ctypes.c_uint32: "uint32_t",
     ctypes.c_uint64: "uint64_t",
+    ctypes.c_float: "float",
     ctypes.c_double: "double",
     ctypes.c_char_p: r"char\*",
     ctypes.c_void_p: r"\w+\*",
@@ -75,7 +78,11 @@ def test_python_declares_what_the_header_states() -> None:
     ("old", "new", "name"),
     [
         ("int64_t wanted, const swafast_grid*", "int32_t wanted, const swafast_grid*", "swafast_cuda_exchange"),
-        ("swafast_grid* grid, void* stream);", "void* stream, swafast_grid* grid);", "swafast_cuda_first_nonfinite"),
+        (
+            "nonfinite(const swafast_table* table, const swafast_grid* grid, void* stream)",
+            "nonfinite(const swafast_table* table, void* stream, const swafast_grid* grid)",
+            "swafast_cuda_first_nonfinite",
+        ),
         ("double swafast_weight", "float swafast_weight", "swafast_weight"),
         ("double terms[4]", "double terms[5]", "swafast_rule"),
         ("int32_t pace;", "int64_t pace;", "swafast_tensor"),

@@ -17,7 +17,7 @@ from ..loop import swaps
 from ..loop.guard import finished
 from ..terms.converting import convert
 from ..terms.formats import EXTRA_PLANES, Format
-from ..terms.spread import DEVIATION, VARIANCE
+from ..terms.plane_names import DEVIATION, VARIANCE
 from ..torch_private.modules import named_tensors, own_children
 from .bindings import WithBindings
 from .described import asked_of

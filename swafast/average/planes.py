@@ -259,8 +259,7 @@ class Recast:
             if fmt is not None
         }
         for average, name, fmt, _ in self._averages.values():
-            cast = fn(average.new_empty(0)).dtype if fmt.spread is not None else average.dtype
-            if cast.is_complex:
+            if fmt.spread is not None and (cast := fn(average.new_empty(0)).dtype).is_complex:
                 raise ValueError(
                     f"deviations must be None for complex averages, got {fmt.spread} for {name!r} as {cast}"
                 )

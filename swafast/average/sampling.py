@@ -17,9 +17,10 @@ from ..op.drawing import Drawing, DrawsOf, DrawsSample, draw_for_good
 from ..terms.draws import Draws, make_random_key
 from ..terms.formats import Format
 from ..terms.hints import hinted
+from ..terms.plane_names import DEVIATION
 from ..terms.rules import EqualAverage, Rule
 from ..terms.samples import make_sample
-from ..terms.spread import DEVIATION, Spread
+from ..terms.spread import Spread
 from ..terms.warn import warn_user
 from ..torch_private.modules import own_children
 from .bindings import Bound

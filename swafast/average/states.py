@@ -17,7 +17,8 @@ from ..terms.converting import convert
 from ..terms.copying import duplicate
 from ..terms.formats import FLOAT32, OWN, Format
 from ..terms.names import canonical, names_in_states, rewrapping, unwrap
-from ..terms.spread import VARIANCE, Spread
+from ..terms.plane_names import VARIANCE
+from ..terms.spread import Spread
 from ..torch_private.modules import ASSIGN, Place, metadata_of, named_tensors, places, put_tensor, set_metadata
 from .bindings import WithBindings
 from .matching import FormatOf, each_average

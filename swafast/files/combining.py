@@ -18,8 +18,8 @@ from ..posthoc.stored_merges import MOST_GAIN, loss_of
 from ..terms.copying import bytes_of, describe_kind, is_plain
 from ..terms.formats import COMPENSATED, EXTRA_PLANES, Format, format_of_planes
 from ..terms.misfits import few, unlike
+from ..terms.plane_names import DEVIATION, VARIANCE
 from ..terms.replacing import replacing
-from ..terms.spread import DEVIATION, VARIANCE
 from ..terms.unmerged import is_statistic, is_unmerged
 from ..torch_private.modules import metadata_of, set_metadata
 from .averaged_file import write_state

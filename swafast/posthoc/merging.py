@@ -18,7 +18,7 @@ from ..terms.formats import EXTRA_PLANES
 from ..terms.misfits import unlike
 from ..terms.numbers import as_float
 from ..terms.pickling import pickled_from
-from ..terms.spread import VARIANCE
+from ..terms.plane_names import VARIANCE
 from ..terms.unmerged import is_unmerged, leaf_of
 from ..torch_private.modules import metadata_of, set_metadata
 from .sums import local_of

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from . import hints
 from .pickling import pickled_from
-from .spread import VARIANCE, Spread
+from .plane_names import VARIANCE
+from .spread import Spread
 from .warn import warn_user
 
 

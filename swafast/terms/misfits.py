@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .spread import DEVIATION, VARIANCE, Spread
+from .plane_names import DEVIATION, VARIANCE
+
+if TYPE_CHECKING:
+    from .spread import Spread
 
 
 def of_state(state: object, names: Iterable[str], loader: str) -> str:

@@ -8,9 +8,7 @@ import torch
 
 from .numbers import as_int
 from .pickling import pickled_from
-
-#: The plane of the variance, and the head of those of the columns: ``deviation.<column>``.
-VARIANCE, DEVIATION = "variance", "deviation"
+from .plane_names import DEVIATION
 
 #: The dtypes in which kernels keep deviations.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
