@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -24,4 +25,5 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     if _are_wanted(config) or collection_path.suffix != ".py":
         return None
-    return True if "\npytestmark = pytest.mark.frameworks" in collection_path.read_text() else None
+    text = collection_path.read_text()
+    return True if re.search(r"^pytestmark = \[?pytest\.mark\.frameworks\b", text, re.MULTILINE) else None
