@@ -71,8 +71,7 @@ class WeightAverage(Contract, _Callback):
         self.make(pl_module)
         self._module = weakref.ref(pl_module)
         self._move_to(pl_module)
-        # A sharded checkpoint is loaded after this hook, and must have every key of the optimizers' states. One without
-        # averages lacks that of an attachment.
+        # A sharded checkpoint is loaded after this hook, and may replace these averages.
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._begin(trainer, pl_module)
 

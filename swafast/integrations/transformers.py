@@ -80,8 +80,7 @@ class WeightAverage(Contract, _Callback):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = _transformers.trainer_utils.get_last_checkpoint(self._trainer.args.output_dir)
         self._resumed, self._has_begun, self._saved_at = resume_from_checkpoint or None, False, None
-        # A training that raised has left it attached. Distributed checkpoints without averages lack its key.
-        self.unfollow()
+        self.unfollow()  # a training that raised has left it attached
         yield
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -265,7 +265,7 @@ class Attachment(hints.WithHints):
         self._stepped = dict.fromkeys(stepped, 1) if is_ours else {}
 
     def leave_optimizer_state(self) -> None:
-        """Be in the optimizer's state dict no more: who calls this saves and loads the attachment's state himself."""
+        """Take this attachment's state out of the optimizer's state dict. The caller saves and loads it elsewhere."""
         self._roster.remove(self)
 
     def _take_up(self) -> None:
