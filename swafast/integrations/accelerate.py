@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.nn import Module
 
 from ..terms.names import unwrap
+from ..terms.warn import warn_user
 from .state_folder import resume_from, write_averages
 from .weight_average import Contract, framework, raw_optimizers, refuse_second
 
@@ -61,7 +60,7 @@ class WeightAverage(Contract):
         others = self._check(accelerator, model, optimizers, name)
         try:
             self.make(model)
-            self.follow(raw_optimizers(optimizers), model, step=step)
+            self.follow(raw_optimizers(optimizers), model, step=_checked_step(accelerator, optimizers, step))
         except BaseException:
             self.averaged = None
             raise
@@ -69,14 +68,6 @@ class WeightAverage(Contract):
         others.append(self)
         accelerator.register_save_state_pre_hook(self._save)
         accelerator.register_load_state_pre_hook(self._load)
-        load_state = accelerator.load_state
-
-        @functools.wraps(load_state)
-        def load_state_detached(*args: Any, **kwargs: Any) -> None:
-            with self._detached():
-                load_state(*args, **kwargs)
-
-        accelerator.load_state = load_state_detached
         return self
 
     def _check(self, accelerator: Any, model: Module, optimizers: tuple[Any, ...], name: str) -> list[WeightAverage]:
@@ -145,19 +136,14 @@ class WeightAverage(Contract):
     def _load(self, models: list[Module], folder: str) -> None:
         resume_from(self, Path(folder) / self._name, folder)
 
-    @contextmanager
-    def _detached(self) -> Iterator[None]:
-        """Follow no optimizer in the body.
 
-        Distributed checkpoints must have each key that the optimizer's state has at a load. That of an attachment is
-        not in checkpoints without averages, and not needed, since the attachment has a file of its own.
-        """
-        before = self.attachment
-        if before is None or not before.is_attached:
-            yield
-            return
-        before.detach()
-        try:
-            yield
-        finally:
-            self.follow(raw_optimizers(self._optimizers), self._model).load_state_dict(before.state_dict())
+def _checked_step(accelerator: Any, optimizers: tuple[Any, ...], step: int | None) -> int | None:
+    """Return the number of steps so far. Warn if there were some, and it is not given."""
+    is_used = accelerator.step > 0 or any(optimizer.state for optimizer in raw_optimizers(optimizers))
+    if step is not None or not is_used:
+        return step
+    warn_user(
+        "the optimizer or the accelerator has a state already, and the average counts from step 0: to resume a "
+        "training, call install before load_state; else pass the number of steps so far as step="
+    )
+    return 0

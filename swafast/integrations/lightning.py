@@ -71,8 +71,7 @@ class WeightAverage(Contract, _Callback):
         self.make(pl_module)
         self._module = weakref.ref(pl_module)
         self._move_to(pl_module)
-        # A sharded checkpoint is loaded after this hook, and must have every key of the optimizers' states. One without
-        # averages lacks that of an attachment.
+        # A sharded checkpoint is loaded after this hook, and may replace these averages.
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._begin(trainer, pl_module)
 
@@ -138,8 +137,7 @@ class WeightAverage(Contract, _Callback):
             self.swap_out()
             checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
         checkpoint["callbacks"][self.state_key] = {"has_models": self.has_models}  # so Lightning misses us at a resume
-        attachment = self.attachment.state_dict() if self.attachment is not None else None
-        checkpoint[OURS] = {"has_models": self.has_models, "attachment": attachment, "evaluated": self.evaluated_name}
+        checkpoint[OURS] = {"has_models": self.has_models, "attachment": self.steps(), "evaluated": self.evaluated_name}
         if self.has_models and self.holds_shards and getattr(trainer.strategy, "_save_distributed_checkpoint", False):
             state = self.averaged.state_dict()
             checkpoint["state_dict"] |= {IN_SHARDS + key: value for key, value in state.items()}
@@ -187,11 +185,11 @@ class WeightAverage(Contract, _Callback):
         if ours is None and averaged is None:
             self.resume(None, where, step=step)
         elif ours is None:  # Lightning's own averages
-            self.load({"averaged": averaged, "attachment": {**self.attachment.state_dict(), "step": step}})
+            self.load({"averaged": averaged, "attachment": {"step": step, "schedule": self._schedule.state_dict()}})
         elif averaged is not None or ours.get("has_models", True):
             self.load({"averaged": averaged, "attachment": ours.get("attachment")})
         elif ours["attachment"] is not None:
-            self.attachment.load_state_dict(ours["attachment"])
+            self.load_steps(ours["attachment"])
 
 
 def _device_of(module: Module) -> torch.device:

@@ -80,8 +80,7 @@ class WeightAverage(Contract, _Callback):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = _transformers.trainer_utils.get_last_checkpoint(self._trainer.args.output_dir)
         self._resumed, self._has_begun, self._saved_at = resume_from_checkpoint or None, False, None
-        # A training that raised has left it attached. Distributed checkpoints without averages lack its key.
-        self.unfollow()
+        self.unfollow()  # a training that raised has left it attached
         yield
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -114,7 +113,7 @@ class WeightAverage(Contract, _Callback):
             self.attachment.join()  # the trainer may load the best model into params that an update reads
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.unfollow()
+        self.end()
         best = state.best_model_checkpoint
         if self.averaged is not None and args.load_best_model_at_end and best is not None:
             self._take_best(Path(best))
@@ -122,11 +121,12 @@ class WeightAverage(Contract, _Callback):
 
     def _take_best(self, best: Path) -> None:
         """Take the averages of the checkpoint that the trainer has loaded into the model."""
-        assert self.attachment is not None
         if (best / FOLDER).exists():
-            before = self.attachment.state_dict()
-            resume_from(self, best / FOLDER, best)
-            self.attachment.load_state_dict(before)  # the optimizer has not gone back
+            attachment, self.attachment = self.attachment, None  # the optimizer has not gone back
+            try:
+                resume_from(self, best / FOLDER, best)
+            finally:
+                self.attachment = attachment
             return
         self._is_of_another = True
         warn_user(

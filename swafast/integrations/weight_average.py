@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from ..average.averaged_model import FusedAveragedModel
 from ..average.fused_averages import FusedAverages
-from ..loop.attachment import Attachment
-from ..loop.schedule import Span
+from ..loop.attachment import Attachment, check_step
+from ..loop.schedule import Schedule, Span
 from ..terms.names import named_params, unwrap
 from ..terms.rules import Rule
 from ..terms.warn import warn_user
@@ -65,7 +65,8 @@ class Contract:
         rules: several averages by name, instead of ``rule``.
         evaluate: which of several averages is evaluated and copied at the end; default: the first one.
         start, every, end, duration: the steps after which averages are updated, as for ``attach``. Its arguments
-            ``steps_per_epoch``, ``overlap`` and ``offload`` may be given too.
+            ``steps_per_epoch``, ``overlap`` and ``offload`` may be given too. In a second training, they count from its
+            first step. At a resume they replace the schedule that was saved.
         copy_at_end: whether the model has the averages after the training.
         sharded: whether the averages are shards, a part on each rank; ``"auto"``: if a parameter is.
         options: further arguments of :class:`~swafast.FusedAveragedModel` and its kin, such as ``format``.
@@ -79,6 +80,10 @@ class Contract:
 
     averaged: Any = None
     attachment: Attachment | None = None
+
+    _schedule = Schedule(0, 1)  # of the arguments, in steps from the beginning of this training
+    _began = 0  # the attachment's step at that beginning: not 0 in a second training
+    _before = (0, 0)  # the step and the number of averaged models when this process began or resumed it
 
     def __init__(
         self,
@@ -128,7 +133,7 @@ class Contract:
         Args:
             lengths: ``duration`` and ``steps_per_epoch`` where the framework knows them. The user's own go before.
             step: the number of steps so far, where the framework counts them. A state that is loaded later replaces it.
-                Averages that have followed optimizers before go on from their own number.
+                Averages that have followed optimizers go on from their own number; this training began in between.
         """
         if not optimizers:
             raise ValueError("the trainer must have an optimizer for averages to follow, got none")
@@ -136,16 +141,41 @@ class Contract:
             if [*map(id, optimizers)] == [*map(id, self._followed)]:
                 return self.attachment
             self.attachment.detach()  # a training that raised has left it with optimizers that are used no more
-        step = self.attachment.step if self.attachment is not None else step
+        self._began = 0
+        if self.attachment is not None:
+            self._began = max(0, self.attachment.step - (step or 0))  # the framework also counts steps that are skipped
+            step = self.attachment.step
         given = {name: value for name, value in self._when.items() if value is not None}
         self.attachment = self.averaged.attach([*optimizers], model, step=step, **{**lengths, **given})
+        self.attachment.leave_optimizer_state()  # ours has a place of its own in checkpoints
+        self._schedule = self.attachment.schedule
+        self.attachment.schedule = self._schedule.later(self._began)
         self._followed = [*optimizers]
+        self._note_before()
         return self.attachment
+
+    def _note_before(self) -> None:
+        assert self.attachment is not None
+        self._before = (self.attachment.step, int(self.evaluated.n_averaged))
 
     def unfollow(self) -> None:
         """Follow the optimizers no more, if the averages do. The number of steps stays."""
         if self.attachment is not None and self.attachment.is_attached:
             self.attachment.detach()
+
+    def end(self) -> None:
+        """Follow the optimizers no more. Warn if they have stepped, and no update was made. Waits for a GPU."""
+        attachment, (step, count) = self.attachment, self._before
+        if attachment is None or not attachment.is_attached:
+            return
+        attachment.detach()
+        if attachment.step == step or int(self.evaluated.n_averaged) > count:
+            return
+        schedule = attachment.schedule
+        cause = f"start={schedule.start}" if schedule.start > attachment.step else f"every={schedule.every}"
+        cause = f"end={schedule.end}" if schedule.end is not None and schedule.end <= step else cause
+        kept = f", {step} of them before. The average is of models from before" if count else ""
+        warn_user(f"no update was made: {cause}, and the training had {attachment.step} steps{kept}")
 
     @property
     def evaluated(self) -> Any:
@@ -191,7 +221,7 @@ class Contract:
     def finish(self, model: Module) -> None:
         """End the training: follow the optimizers no more, and leave the averages in ``model`` if asked to."""
         self.swap_out()
-        self.unfollow()
+        self.end()
         if self._copies_at_end and self.has_models:
             self.evaluated.copy_to(model)
 
@@ -199,10 +229,28 @@ class Contract:
 
     def state(self) -> dict[str, Any]:
         """Return the state of averages and attachment: tensors, numbers and strings alone. Collective with shards."""
-        attachment = self.attachment.state_dict() if self.attachment is not None else None
         # The framework saves frozen params with the model, or not at all, as those under a LoRA. Shards lack them.
         options = {} if self.holds_shards else {"frozen": False}
-        return {"averaged": self.averaged.state_dict(**options), "attachment": attachment}
+        return {"averaged": self.averaged.state_dict(**options), "attachment": self.steps()}
+
+    def steps(self) -> dict[str, Any] | None:
+        """Return the state of the attachment, and the step at which this training began."""
+        return None if self.attachment is None else {**self.attachment.state_dict(), "began": self._began}
+
+    def load_steps(self, state: Mapping[str, Any]) -> None:
+        """Load a result of :meth:`steps`, but keep the schedule of the arguments. Warn if another one was saved.
+
+        Raises:
+            TypeError, ValueError: it is not such a state. Nothing has changed.
+        """
+        assert self.attachment is not None
+        began = check_step(state.get("began", 0))
+        self.attachment.load_state_dict(state)
+        saved, used = self.attachment.schedule, self._schedule.later(began)
+        self._began, self.attachment.schedule = began, used
+        self._note_before()
+        if saved != used:
+            warn_user(f"the checkpoint has {saved}, but this training's arguments and length give {used}: that is used")
 
     def load(self, state: Mapping[str, Any], *, is_whole: bool = False) -> None:
         """Load a result of :meth:`state`, all of it or nothing. Collective with shards.
@@ -221,15 +269,18 @@ class Contract:
                 "checkpoint, or begin a fresh average by removing the rest of this state"
             )
         before = self.attachment.state_dict() if self.attachment is not None else {}
-        if self.attachment is not None:
-            self.attachment.load_state_dict(state["attachment"])
         try:
+            if self.attachment is not None:
+                self.attachment.load_state_dict(state["attachment"])
+                check_step(state["attachment"].get("began", 0))
             loads = "load_full_state_dict" if is_whole and self.holds_shards else "load_state_dict"
             getattr(self.averaged, loads)(state["averaged"])
         except BaseException:
             if self.attachment is not None:
                 self.attachment.load_state_dict(before)
             raise
+        if self.attachment is not None:
+            self.load_steps(state["attachment"])
 
     def resume(
         self, state: Mapping[str, Any] | None, where: object, *, step: int | None = None, is_whole: bool = False
@@ -251,6 +302,7 @@ class Contract:
             # Assigned in any case: the optimizer's state need not have it then.
             self.attachment.step = self.attachment.step if step is None else step
             step = self.attachment.step
+            self._note_before()
         warn_of_no_average(where, step)
 
 

@@ -231,8 +231,7 @@ class Attachment(hints.WithHints):
         """Return whether an update under way may read a param or module with one of these ids."""
         if not self._runner.is_beside:
             return False
-        groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
-        trained = {id(param) for group in groups for param in group["params"]}
+        trained = {id(param) for each in self._optimizers for group in each.param_groups for param in group["params"]}
         return not written.isdisjoint(trained | _ids(self._model))
 
     # State
@@ -264,6 +263,10 @@ class Attachment(hints.WithHints):
         places = range(len(self._optimizers))
         is_ours = number in (None, len(places)) and stepped < set(places)  # else places are those of others
         self._stepped = dict.fromkeys(stepped, 1) if is_ours else {}
+
+    def leave_optimizer_state(self) -> None:
+        """Take this attachment's state out of the optimizer's state dict. The caller saves and loads it elsewhere."""
+        self._roster.remove(self)
 
     def _take_up(self) -> None:
         """Take a state that a load without hooks has left, before it could replace what comes after."""
@@ -297,10 +300,7 @@ def wait_for_readers(written: Module | Iterable[Tensor] | None = None, timeout: 
     Errors are left to ``join``.
     """
     ids: set[int] | None = None
-    for reference in _live.valuerefs():
-        attachment = reference()
-        if attachment is None:
-            continue
+    for attachment in filter(None, (reference() for reference in _live.valuerefs())):
         if written is not None and ids is None:
             ids = _ids(written) if isinstance(written, Module) else set(map(id, written))
         if ids is None or attachment.reads(ids):

@@ -113,6 +113,8 @@ class Roster:
         self._waiting.pop(attachment.name, None)
 
     def remove(self, attachment: Enrolled) -> None:
+        if all(each is not attachment for each in self.attachments):
+            return
         self.attachments = [each for each in self.attachments if each is not attachment]
         if not self.attachments:
             for hook in self._hooks:

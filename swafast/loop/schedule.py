@@ -94,6 +94,10 @@ class Schedule:
         within = self.start <= step and (self.end is None or step <= self.end)
         return within and (step - self.start) % self.every == 0
 
+    def later(self, steps: int) -> Schedule:
+        """Return the same schedule, that many steps later."""
+        return Schedule(self.start + steps, self.every, None if self.end is None else self.end + steps)
+
     def state_dict(self) -> dict[str, int | None]:
         return asdict(self)
 

@@ -447,6 +447,8 @@ class Kit(Resumes):
         assert int(late.averaged["n_averaged"]) == 0
         assert differing(late.model, alone.model) == []
         assert late.exported is None or differing(late.exported, alone.model) == []
+        told = [text for text in late.warned if "no update" in text]
+        assert told == ["no update was made: start=100, and the training had 24 steps"]
         assert len(late.seen) == len(alone.seen) > 0
         for one, other in zip(late.seen, alone.seen, strict=True):
             assert differing(one.state, other.state) == []
@@ -464,6 +466,38 @@ class Kit(Resumes):
         states = evaluated_states(first.job, whole.steps)
         for seen in first.seen + second.seen:
             assert differing(seen.state, states[seen.step]) == [], seen.step
+
+    def test_a_resumed_training_takes_the_schedule_of_its_arguments(self) -> None:
+        mean = {"rule": EqualAverage(), "copy_at_end": False}
+        first = self.trained(steps=8, options={**mean, "start": 2, "end": 8})
+        second = self.trained(first, options={**mean, "start": 12, "every": 3, "duration": 24})
+        assert second.averaged is not None
+        assert second.attachment is not None
+        assert second.attachment["schedule"] == {"start": 12, "every": 3, "end": 24}
+        assert step_of(second) == 24
+        assert int(second.averaged["n_averaged"]) == 7 + 5
+        states = first.steps[:9] + second.steps[1:]
+        for name, value in of_net(second.averaged).items():
+            if value.is_floating_point():
+                expected = torch.stack([states[step][name].double() for step in (*range(2, 9), *range(12, 25, 3))])
+                torch.testing.assert_close(value.double(), expected.mean(0), rtol=1e-6, atol=1e-7)
+        warned = [text for text in second.warned if text not in self.stopped()[1].warned]
+        assert len(warned) == 1, warned
+        assert warned[0].startswith("the checkpoint has Schedule(start=2, every=1, end=8), but this training's")
+        assert "give Schedule(start=12, every=3, end=24): that is used" in warned[0]
+
+    def test_a_resume_after_the_end_of_the_averages_says_so(self) -> None:
+        ended = {"options": {**AVERAGE, "end": 8}}
+        warned = self.trained(self.trained(steps=8, **ended), **ended).warned
+        told = [text for text in warned if "no update" in text]
+        assert len(told) == 1, warned
+        assert told[0].startswith("no update was made: end=8, and the training had 24 steps, 8 of them before. ")
+
+    def test_a_resume_with_another_decay_is_silent(self) -> None:
+        usual, first = self.stopped()[1].warned, self.trained(steps=8)
+        second = self.trained(first, options={**AVERAGE, "rule": ExponentialAverage(0.9)})
+        assert [text for text in second.warned if text not in usual] == []
+        assert step_of(second) == 24
 
     def test_one_of_several_averages_is_evaluated(self) -> None:
         whole = self.trained(options=SEVERAL)

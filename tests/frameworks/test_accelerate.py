@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,29 @@ def test_a_swapped_model_is_not_saved_and_a_failed_load_changes_nothing(tmp_path
     assert differing(whole_state(model), before[1]) == []
     assert average.attachment.is_attached
     assert average.attachment.step == 3
+
+
+def test_an_installation_after_the_load_is_told(tmp_path: Path) -> None:
+    def trained_before() -> tuple[Accelerator, nn.Module, Any]:
+        fresh_state()
+        accelerator, model = Accelerator(cpu=True), nn.Linear(4, 2)
+        return accelerator, *accelerator.prepare(model, torch.optim.Adam(model.parameters()))
+
+    accelerator, model, optimizer = trained_before()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        WeightAverage().install(accelerator, model, optimizer)
+    step(model, optimizer)
+    accelerator.save_state(str(tmp_path / "saved"))
+    for options, count in (({}, 0), ({"step": 1}, 1)):
+        accelerator, model, optimizer = trained_before()
+        accelerator.load_state(str(tmp_path / "saved"))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            average = WeightAverage().install(accelerator, model, optimizer, **options)
+        told = [str(each.message) for each in caught]
+        assert ["call install before load_state" in text for text in told] == [True] * (not options)
+        assert average.attachment.step == count
 
 
 class TestAccelerate(Kit):

@@ -83,6 +83,19 @@ PLANTED: dict[str, tuple[str, Any, list[str]]] = {
         _load_attachment_alone,
         ["test_a_resumed_training_equals_one_without_a_stop", "test_a_state_of_several_is_refused_by_one"],
     ),
+    "the saved schedule replaces that of the arguments": (
+        "load_steps",
+        lambda self, state: self.attachment.load_state_dict(state),
+        ["test_a_resumed_training_takes_the_schedule_of_its_arguments"],
+    ),
+    "a training without an update is silent": (
+        "end",
+        Contract.unfollow,
+        [
+            "test_an_average_that_starts_too_late_leaves_the_model",
+            "test_a_resume_after_the_end_of_the_averages_says_so",
+        ],
+    ),
     "nothing is exported": (
         "swapped",
         lambda self, model: contextlib.nullcontext(),

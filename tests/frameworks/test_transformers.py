@@ -294,7 +294,7 @@ def test_a_state_of_another_model_changes_nothing(tmp_path: Path) -> None:
 def test_a_training_that_raised_goes_on_in_the_same_process(tmp_path: Path) -> None:
     class Loads(Trainer):
         def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-            assert not average.attachment.is_attached  # distributed checkpoints without averages lack its key
+            assert not average.attachment.is_attached
             super()._load_optimizer_and_scheduler(checkpoint)
 
     whole = WeightAverage(RULE)
