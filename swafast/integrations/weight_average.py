@@ -288,9 +288,8 @@ class Contract:
         """Load a result of :meth:`state` from a checkpoint. If it has none, warn, and begin a fresh average.
 
         Args:
-            where: the checkpoint, for the warning.
+            where, is_whole: the checkpoint, for the warning; and as for :meth:`load`.
             step: the number of steps that were made before the checkpoint, for a fresh average.
-            is_whole: as for :meth:`load`.
 
         Raises:
             ValueError, RuntimeError: as :meth:`load`.
@@ -300,9 +299,10 @@ class Contract:
             return
         if self.attachment is not None:
             # Assigned in any case: the optimizer's state need not have it then.
-            self.attachment.step = self.attachment.step if step is None else step
-            step = self.attachment.step
+            step = self.attachment.step = self.attachment.step if step is None else step
             self._note_before()
+        for each in self.averaged.values() if self._rules is not None else [self.averaged]:
+            each._count_from(0)  # whatever it has averaged of a run that is left here
         warn_of_no_average(where, step)
 
 
