@@ -83,7 +83,7 @@ CALLS: dict[str, tuple[Callable[[Any], object], type[Exception], str]] = {
     "timm's warm-up": (lambda m: FusedAveragedModel(m, use_warmup=True), TypeError, 'warmup="power"'),
     "diffusers' warm-up": (lambda m: FusedAveragedModel(m, use_ema_warmup=True), TypeError, 'warmup="power"'),
     "timm's buffers": (lambda m: FusedAveragedModel(m, exclude_buffers=True), TypeError, "buffers are copied by def"),
-    "diffusers' schedule": (lambda m: FusedAveragedModel(m, update_after_step=9), TypeError, "attach(optimizer, start"),
+    "diffusers' schedule": (lambda m: FusedAveragedModel(m, update_after_step=9), TypeError, "(optimizer, start=10)"),
     "Composer's half-life": (lambda m: FusedAveragedModel(m, half_life=50), TypeError, ".from_half_life(50)"),
     "Composer's smoothing": (lambda m: FusedAveragedModel(m, smoothing=0.9), TypeError, f"{EMA}(0.9)"),
     "a misspelt name": (lambda m: FusedAveragedModel(m, formats="half"), TypeError, "did you mean format=?"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
@@ -19,6 +20,7 @@ from ..loop.schedule import Span
 from ..terms.names import named_params, unwrap
 from ..terms.rules import Rule
 from ..terms.warn import warn_user
+from . import arguments
 
 
 def framework(name: str, least: str, *, extra: str | None = None) -> ModuleType:
@@ -53,10 +55,6 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-#: The arguments of ``attach`` that users may give besides the spans.
-_OF_ATTACH = ("steps_per_epoch", "overlap", "offload")
-
-
 class Contract:
     """Averages that follow the optimizers of a framework, are evaluated in place of the model, and end in it.
 
@@ -80,11 +78,12 @@ class Contract:
     averaged: Any = None
     attachment: Attachment | None = None
 
+    @arguments.explaining_positions
     def __init__(
         self,
         rule: Rule | None = None,
         *,
-        rules: Mapping[str, Rule] | None = None,
+        rules: Mapping[str, Rule] | Sequence[tuple[str, Rule]] | None = None,
         evaluate: str | None = None,
         start: Span = 0,
         every: Span = 1,
@@ -94,19 +93,20 @@ class Contract:
         sharded: bool | str = "auto",
         **options: Any,
     ) -> None:
-        if rule is not None and rules is not None:
-            raise ValueError("only one of rule and rules must be given, got both")
-        if rule is not None and not isinstance(rule, Rule):
-            raise TypeError(f"rule must be a Rule such as ExponentialAverage(0.999) or None, got {rule!r}")
+        self._rules = arguments.checked_rules(rule, rules, evaluate)
         if sharded not in (True, False, "auto"):
             raise ValueError(f"sharded must be True, False or 'auto', got {sharded!r}")
-        if evaluate is not None and evaluate not in (rules or {}):
-            names = ", ".join(map(repr, rules or {})) or "none, as rules is None"
-            raise ValueError(f"evaluate must be a name among {names}, got {evaluate!r}")
-        self._rule, self._rules, self._evaluate = rule, rules, evaluate
+        self._rule, self._evaluate = rule, evaluate
         self._when = {"start": start, "every": every, "end": end, "duration": duration}
-        self._when |= {name: options.pop(name) for name in _OF_ATTACH if name in options}
-        self._copies_at_end, self._sharded, self._options = copy_at_end, sharded, options
+        self._when |= {name: options.pop(name) for name in arguments.OF_ATTACH if name in options}
+        arguments.check_spans(self._when)
+        several, own = self._rules is not None, inspect.signature(Contract).parameters
+        classes = (
+            class_of(bool(each), several=several) for each in ((False, True) if sharded == "auto" else [sharded])
+        )
+        arguments.check_options(type(self), options, own, classes, None if self._rules is None else [*self._rules])
+        self._copies_at_end, self._sharded = arguments.checked_copy_at_end(copy_at_end), sharded
+        self._options = options
         self._swap: AbstractContextManager[Module] | None = None
         self._followed: list[Optimizer] = []
 
@@ -171,8 +171,10 @@ class Contract:
 
     # Their use
 
-    def swapped(self, model: Module) -> AbstractContextManager[Any]:
+    def swapped(self, model: Module | None = None) -> AbstractContextManager[Any]:
         """Return a context in which ``model`` has the averages, if there are any."""
+        if model is None:
+            raise TypeError("model must be the module that was trained, got None: write average.swapped(module)")
         return self.evaluated.swapped_into(model) if self.has_models else nullcontext()
 
     def swap_in(self, model: Module) -> None:
