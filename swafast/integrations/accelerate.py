@@ -92,9 +92,11 @@ class WeightAverage(Contract):
             raise ValueError("only one WeightAverage may be installed once, got a second call: make another one")
         for optimizer in optimizers:
             if not isinstance(optimizer, accelerate.optimizer.AcceleratedOptimizer):
+                how = "prepare model and optimizer, then install"
+                if isinstance(optimizer, (list, tuple)):
+                    how = "write install(accelerator, model, *optimizers)"
                 raise ValueError(
-                    f"optimizer must be a result of accelerator.prepare, got {type(optimizer).__name__}: prepare model "
-                    "and optimizer, then install"
+                    f"optimizer must be a result of accelerator.prepare, got {type(optimizer).__name__}: {how}"
                 )
         # Under FSDP2 prepare replaces the params, so averages of the model before it would follow nothing.
         prepared = [unwrap(each) for each in getattr(accelerator, "_models", [model])]

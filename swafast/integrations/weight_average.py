@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -17,6 +17,8 @@ from ..average.averaged_model import FusedAveragedModel
 from ..average.fused_averages import FusedAverages
 from ..loop.attachment import Attachment
 from ..loop.schedule import Span
+from ..terms.hints import of_name
+from ..terms.misfits import few
 from ..terms.names import named_params, unwrap
 from ..terms.rules import Rule
 from ..terms.warn import warn_user
@@ -34,17 +36,30 @@ def framework(name: str, least: str, *, extra: str | None = None) -> ModuleType:
     Raises:
         ImportError: it is not installed, or older.
     """
-    advice = f"pip install 'swafast[{extra or name}]'"
+    where = f"swafast.integrations.{extra or name}"
+    advice = f"pip install '.[{extra or name}]' in the clone of swafast"
     try:
         found = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        raise ImportError(f"swafast.integrations needs {name} >= {least}, which is not installed: {advice}") from error
+        raise ImportError(f"{where} needs {name} >= {least}, which is not installed: {advice}") from error
     installed = importlib.metadata.version(name)
     if _release(installed) < _release(least):
-        raise ImportError(f"swafast.integrations needs {name} >= {least}, got {installed}: {advice}")
+        raise ImportError(f"{where} needs {name} >= {least}, got {installed}: {advice}")
     return found
+
+
+def explained(module: str) -> Callable[[str], NoReturn]:
+    """Return the ``__getattr__`` of an integration, which names the line for a class that another package has."""
+
+    def find(name: str) -> NoReturn:
+        if hint := of_name(name):
+            # `from module import name` drops the message of an AttributeError.
+            raise ImportError(f"cannot import name {name!r} from {module!r}{hint}", name=module)
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    return find
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -222,6 +237,7 @@ class Contract:
                 f"the checkpoint must have all of the average's state, got none of {lacking[0]!r}: take another "
                 "checkpoint, or begin a fresh average by removing the rest of this state"
             )
+        self._check_number(state["averaged"])
         before = self.attachment.state_dict() if self.attachment is not None else {}
         if self.attachment is not None:
             self.attachment.load_state_dict(state["attachment"])
@@ -232,6 +248,21 @@ class Contract:
             if self.attachment is not None:
                 self.attachment.load_state_dict(before)
             raise
+
+    def _check_number(self, averaged: Mapping[str, Any]) -> None:
+        """Raise RuntimeError if a state is of one average and these are several, or the other way."""
+        saved = sorted(key.removesuffix(".n_averaged") for key in map(str, averaged) if key.endswith(".n_averaged"))
+        saved = [name for name in saved if name.rpartition(".")[2] != "checksum"]
+        if self._rules is not None and not saved and "n_averaged" in averaged:
+            raise RuntimeError(
+                f"the checkpoint must have the averages {few(self._rules)} of rules=, got one average without a name: "
+                "to go on with it, construct WeightAverage(rule) as before"
+            )
+        if self._rules is None and saved and "n_averaged" not in averaged:
+            raise RuntimeError(
+                f"the checkpoint must have one average, got several, {few(saved)}: to go on with them, construct "
+                "WeightAverage(rules={name: rule}) with the same names"
+            )
 
     def resume(
         self, state: Mapping[str, Any] | None, where: object, *, step: int | None = None, is_whole: bool = False

@@ -20,11 +20,21 @@ _SWAP = "write `with averaged.swapped_into(model):`, which also puts the params 
 NAMES = _each(
     {
         (
-            *("EMA", "Ema", "ema", "EMAModel", "ModelEma", "ModelEMA", "ModelEmaV2", "ModelEmaV3", "LitEma"),
-            *("ExponentialMovingAverage", "EMACallback", "EMAWeightAveraging", "WeightAveraging", "FusedEMA"),
+            *("EMA", "Ema", "ema", "ModelEMA", "LitEma", "ExponentialMovingAverage", "FusedEMA"),
         ): "write from swafast import ExponentialAverage, FusedAveragedModel, and "
         "FusedAveragedModel(model, rule=ExponentialAverage(0.999))",
-        ("AveragedModel", "SWAModel", "StochasticWeightAveraging"): "write from swafast import FusedAveragedModel",
+        ("EMAModel",): "in place of diffusers' class, write from swafast.integrations.diffusers import EMAModel",
+        ("ModelEma", "ModelEmaV2", "ModelEmaV3"): (
+            "in place of timm's class, write from swafast.integrations.timm import ModelEma"
+        ),
+        ("EMAWeightAveraging", "WeightAveraging", "StochasticWeightAveraging"): (
+            "in place of Lightning's callback, write from swafast.integrations.lightning import WeightAverage"
+        ),
+        ("WeightAverage", "WeightAverageCallback", "EMACallback"): (
+            "write from swafast.integrations.lightning import WeightAverage, or from swafast.integrations.transformers "
+            "or .accelerate"
+        ),
+        ("AveragedModel", "SWAModel"): "write from swafast import FusedAveragedModel",
         ("get_ema_avg_fn", "get_ema_multi_avg_fn"): "write rule=ExponentialAverage(decay)",
         ("get_swa_avg_fn", "get_swa_multi_avg_fn"): "write rule=EqualAverage(), which is the default",
         ("KarrasEMA", "PowerEMA", "PostHocEMA"): "write rule=PowerAverage.from_sigma_rel(0.1), and see Snapshots",

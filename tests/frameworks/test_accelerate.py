@@ -180,6 +180,7 @@ def test_wrong_installations_are_refused() -> None:
     installs: dict[str, tuple[Any, ...]] = {
         "accelerator must be an accelerate.Accelerator, got Linear": (model, model, optimizer),
         "optimizer must be a result of accelerator.prepare, got SGD": (accelerator, model, optimizer.optimizer),
+        r"got list: write install\(accelerator, model, \*optimizers\)": (accelerator, model, [optimizer]),
         "model must be a result of accelerator.prepare": (accelerator, nn.Linear(4, 2), optimizer),
         "must have an optimizer for averages to follow, got none": (accelerator, model),
     }

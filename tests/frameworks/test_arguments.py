@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from swafast import EqualAverage, ExponentialAverage
@@ -112,3 +113,24 @@ def test_the_shards_are_imported_on_use_alone() -> None:
         "assert 'swafast.sharded.sharded_model' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
+
+
+def made(**given: Any) -> WeightAverage:
+    model = nn.Linear(2, 2)
+    average = WeightAverage(**given)
+    average.make(model)
+    average.follow([torch.optim.SGD(model.parameters(), 0.1)], model)
+    return average
+
+
+def test_a_state_of_one_average_and_one_of_several_are_told_apart() -> None:
+    one, several = made(rule=RULE), made(rules={"fast": RULE, "slow": RULE})
+    one_again, several_again = made(rule=RULE), made(rules={"slow": RULE, "fast": RULE})
+    with pytest.raises(
+        RuntimeError, match=r"averages 'fast', 'slow' of rules=, got one .* construct WeightAverage\(rule"
+    ):
+        several.load(one.state())
+    with pytest.raises(RuntimeError, match=r"got several, 'fast', 'slow': .* WeightAverage\(rules=\{name: rule\}\)"):
+        one.load(several.state())
+    one_again.load(one.state())
+    several_again.load(several.state())

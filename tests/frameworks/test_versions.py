@@ -67,11 +67,17 @@ def test_integrations_ask_for_what_their_extras_install() -> None:
 
 
 def test_a_missing_or_old_framework_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ImportError, match=re.escape("needs lacking >= 1.2, which is not installed: pip install")):
+    with pytest.raises(
+        ImportError,
+        match=re.escape("integrations.lacking needs lacking >= 1.2, which is not installed: pip install '.[lacking]'"),
+    ):
         framework("lacking", "1.2")
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.9.3rc1")
     assert framework("json", "2.9.3") is importlib.import_module("json")
-    with pytest.raises(ImportError, match=re.escape("needs json >= 2.10, got 2.9.3rc1: pip install 'swafast[json]'")):
+    with pytest.raises(
+        ImportError,
+        match=re.escape("integrations.json needs json >= 2.10, got 2.9.3rc1: pip install '.[json]' in the clone"),
+    ):
         framework("json", "2.10")
 
 
