@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from torch import nn
 
 from swafast import EqualAverage, ExponentialAverage
 from swafast.integrations.weight_average import Contract
+from tests.test_documents import ROOT, blocks_of
 
 RULE = ExponentialAverage(0.999)
 
@@ -112,7 +112,7 @@ def test_the_shards_are_imported_on_use_alone() -> None:
         "import sys; from swafast.integrations.weight_average import Contract; Contract(format='exact')\n"
         "assert 'swafast.sharded.sharded_model' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def made(**given: Any) -> WeightAverage:
@@ -134,3 +134,20 @@ def test_a_state_of_one_average_and_one_of_several_are_told_apart() -> None:
         one.load(several.state())
     one_again.load(one.state())
     several_again.load(several.state())
+
+
+def test_the_code_of_the_common_page_runs() -> None:
+    bn, other = blocks_of((ROOT / "docs/frameworks/README.md").read_text())
+    average = made(rules={"fast": RULE, "slow": EqualAverage()}, evaluate="slow")
+    model = average.averaged._made_of()
+    for _ in range(3):
+        model(torch.ones(4, 2)).sum().backward()
+        average._followed[0].step()
+    fast, seen = average.averaged["fast"].averaged_state_dict(), []
+    scope: dict[str, Any] = {"model": model, "average": average, "loader": [torch.ones(4, 2)]}
+    scope["evaluate"] = lambda model: seen.append(model.weight.detach().clone())
+    exec(bn, scope)
+    exec(other, scope)
+    assert torch.equal(seen[0], fast["weight"])
+    assert not torch.equal(seen[0], average.averaged["slow"].module.weight)
+    assert torch.equal(scope["weights"]["weight"], fast["weight"])

@@ -204,7 +204,7 @@ def test_averages_of_another_dtype_than_the_model(tmp_path: Path) -> None:
 def test_steps_make_no_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     plan = param_lists.Plan
-    monkeypatch.setattr(positional, "Plan", lambda *args: made.append(1) or plan(*args))
+    monkeypatch.setattr(param_lists, "Plan", lambda *args: made.append(1) or plan(*args))
     params = made_params()
     ema, theirs = EMAModel(params, decay=0.5), Theirs(params, decay=0.5)
 
