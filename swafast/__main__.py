@@ -1,5 +1,12 @@
-"""``python -m swafast``: the doctor."""
+"""``python -m swafast``: the command line, and without arguments the doctor."""
 
-from .doctor import main
+import sys
 
-raise SystemExit(main())
+if len(sys.argv) > 1:
+    from .cli import app
+
+    app(prog_name="python -m swafast")
+else:
+    from .doctor import main
+
+    raise SystemExit(main())

@@ -9,7 +9,7 @@ import sys
 from .terms import hints
 
 #: The packages from which users import names.
-_PACKAGES = ("swafast", "swafast.optim", "swafast.posthoc", "swafast.sharded")
+_PACKAGES = ("swafast", "swafast.integrations", "swafast.optim", "swafast.posthoc", "swafast.sharded")
 _MOVED = ("averaged_model", "averages", "elementary", "formats", "planes", "profiles", "rules", "schedule", "snapshots")
 
 

@@ -41,6 +41,17 @@ def test_commands_answer(arguments: list[str], code: int, words: list[str]) -> N
     assert [word for word in words if word not in result.output] == []
 
 
+def test_the_package_as_a_script_runs_commands(tmp_path: Path) -> None:
+    for number in (1.0, 3.0):
+        save_file({"weight": np.full(2, number, np.float32)}, tmp_path / f"{number}.safetensors")
+    inputs = map(str, sorted(tmp_path.iterdir()))
+    command = [sys.executable, "-m", "swafast", "average", *inputs, "-o", str(tmp_path / "out.safetensors")]
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True)
+    np.testing.assert_array_equal(load_file(tmp_path / "out.safetensors")["weight"], np.full(2, 2.0, np.float32))
+    wrong = subprocess.run([*command[:3], "dmeo"], cwd=Path(__file__).parents[1], capture_output=True)
+    assert wrong.returncode == 2
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import swafast
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, FusedAverages, ShardedAveragedModel
 from swafast.convert import Conversion, kinds, load
+from swafast.integrations.weight_average import Contract
 from tests.convert_cases import CASES, CLOSE, EMA, Loading, Wrapped, continued, difference, state_of
 from tests.frameworks.record_states import FOLDER, RECORDS, UNPINNED, Net, put
 from tests.support import differing, same_bits, unchanged
@@ -416,6 +417,20 @@ def test_bad_arguments() -> None:
     refuses(loading, state, "optimizer must be a torch.optim.Optimizer or None, got int", optimizer=3)
     with pytest.raises(TypeError, match="averaged must be one averaged model of swafast, got Net"):
         load(Net(), state)  # type: ignore[arg-type]
+    refuses(loading, state, re.escape("got 'ema-pytorch': did you mean 'ema_pytorch'?"), kind="ema-pytorch")
+    refuses(loading, state, "got 'unknown'$", kind="unknown")
+    average = Contract()
+    for given, meant in (
+        (state, ": write convert.load(averaged, state), the state last"),
+        (Net(), "got Net: write averaged = FusedAveragedModel(model) first"),
+        (average.averaged, "got NoneType: the averaged model of a WeightAverage is made when the training begins"),
+        (average, ": pass average.evaluated, once the training has begun. docs/frameworks/migration.md has the place"),
+    ):
+        with pytest.raises(TypeError, match=re.escape(meant)):
+            load(given, loading.averaged)  # type: ignore[arg-type]
+    average.make(loading.model)
+    with pytest.raises(TypeError, match=re.escape("pass its averaged model, average.evaluated")):
+        load(average, state)  # type: ignore[arg-type]
     loading.averaged.update_parameters(loading.model)
     with loading.averaged.swapped_into(loading.model), pytest.raises(RuntimeError, match="swapped"):
         loading.load(state)

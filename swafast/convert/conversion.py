@@ -97,8 +97,9 @@ def load(
 
 def _check_types(averaged: object, source: object, model: object, optimizer: object) -> None:
     if not isinstance(averaged, (FusedAveragedModel, ShardedAveragedModel)):
-        several = ': pass one of them, averages["name"]' if hasattr(averaged, "keys") else ""
-        raise TypeError(f"averaged must be one averaged model of swafast, got {type(averaged).__name__}{several}")
+        raise TypeError(
+            f"averaged must be one averaged model of swafast, got {type(averaged).__name__}{_meant_by(averaged)}"
+        )
     if not isinstance(source, Mapping):
         how = ""
         if isinstance(source, (str, PathLike)):
@@ -110,6 +111,33 @@ def _check_types(averaged: object, source: object, model: object, optimizer: obj
         raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
+
+
+def _meant_by(averaged: object) -> str:
+    """Return the end of an error about something else than an averaged model: what was meant."""
+    if hasattr(averaged, "averaged") and hasattr(averaged, "attachment"):  # a WeightAverage, or what looks like one
+        if averaged.averaged is not None:
+            return ": pass its averaged model, average.evaluated"
+        return (
+            ": pass average.evaluated, once the training has begun. docs/frameworks/migration.md has the place for it "
+            "in each framework"
+        )
+    if averaged is None:
+        return (
+            ": the averaged model of a WeightAverage is made when the training begins. docs/frameworks/migration.md "
+            "has the lines that load into it"
+        )
+    if isinstance(averaged, Mapping) and not hasattr(averaged, "swapped_into") and not _has_members(averaged):
+        return ": write convert.load(averaged, state), the state last"
+    if _has_members(averaged):
+        return ': pass one of them, averages["name"]'
+    if isinstance(averaged, Module):
+        return ": write averaged = FusedAveragedModel(model) first, and pass that"
+    return ""
+
+
+def _has_members(averaged: object) -> bool:
+    return hasattr(averaged, "keys") and hasattr(averaged, "update_parameters")
 
 
 def _model_of(averaged: Any, model: Module | None) -> Module:

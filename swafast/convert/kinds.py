@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -117,7 +118,12 @@ def recognised(source: Source, own: Collection[str], asked: str) -> Kind:
         ValueError: there is no such kind, the state is not of the kind asked for, or not of exactly one.
     """
     if asked != "auto" and asked not in KINDS:
-        raise ValueError(f"kind must be 'auto' or one of {', '.join(map(repr, KINDS))}, got {asked!r}")
+        spelled = str(asked).lower().replace("-", "_").replace(" ", "_")
+        close = difflib.get_close_matches(spelled, KINDS, 1)
+        raise ValueError(
+            f"kind must be 'auto' or one of {', '.join(map(repr, KINDS))}, got {asked!r}"
+            f"{f': did you mean {close[0]!r}?' if close else ''}"
+        )
     found = [name for name, kind in KINDS.items() if kind.fits(source, own)]
     if asked != "auto":
         if asked not in found:

@@ -11,8 +11,9 @@ from torch.nn import Module
 
 from ..terms.names import unwrap
 from ..terms.warn import warn_user
+from .installed import framework
 from .state_folder import resume_from, write_averages
-from .weight_average import Contract, framework, raw_optimizers, refuse_second
+from .weight_average import Contract, raw_optimizers, refuse_second
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -83,9 +84,11 @@ class WeightAverage(Contract):
             raise ValueError("only one WeightAverage may be installed once, got a second call: make another one")
         for optimizer in optimizers:
             if not isinstance(optimizer, accelerate.optimizer.AcceleratedOptimizer):
+                how = "prepare model and optimizer, then install"
+                if isinstance(optimizer, (list, tuple)):
+                    how = "write install(accelerator, model, *optimizers)"
                 raise ValueError(
-                    f"optimizer must be a result of accelerator.prepare, got {type(optimizer).__name__}: prepare model "
-                    "and optimizer, then install"
+                    f"optimizer must be a result of accelerator.prepare, got {type(optimizer).__name__}: {how}"
                 )
         # Under FSDP2 prepare replaces the params, so averages of the model before it would follow nothing.
         prepared = [unwrap(each) for each in getattr(accelerator, "_models", [model])]

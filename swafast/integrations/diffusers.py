@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
@@ -12,14 +13,18 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from ..terms import hints
 from ..terms.converting import convert, full_precision
 from ..terms.formats import format_of_planes
+from .installed import explained, framework
 from .param_lists import PositionalAverages, own_format
-from .weight_average import framework
 
 framework("diffusers", "0.30")
 _theirs: Any = importlib.import_module("diffusers.training_utils")
 _Theirs: Any = _theirs.EMAModel
+_ARGUMENTS = inspect.signature(_Theirs.__init__).parameters.keys() - {"self", "kwargs"}
+
+__getattr__ = explained(__name__)
 
 #: The key of the further planes in a state. diffusers' class takes no notice of it.
 _FURTHER = "swafast_planes"
@@ -38,7 +43,7 @@ class EMAModel(_Theirs):
     diffusers' own code, as before.
 
     Raises:
-        TypeError: ``parameters`` holds something else than tensors.
+        TypeError: ``parameters`` holds something else than tensors, or an argument is none of diffusers' class.
         ValueError: it is empty, as an iterator is after its first use; or ``decay`` is not in [0, 1].
 
     Example::
@@ -57,6 +62,11 @@ class EMAModel(_Theirs):
 
     def __init__(self, parameters: Iterable[Tensor] | Module, *args: Any, **kwargs: Any) -> None:
         self._positional = PositionalAverages()
+        if "rule" in kwargs:
+            decay = getattr(kwargs["rule"], "decay", 0.9999)
+            raise TypeError(f"EMAModel() takes no rule, as diffusers' class: write EMAModel(parameters, decay={decay})")
+        # diffusers takes any name, and these are those that it reads.
+        hints.refuse_others(_Theirs.__init__, kwargs, {*_ARGUMENTS, "max_value", "min_value", "device"})
         if not isinstance(parameters, Module):
             parameters = _tensors(parameters)
         super().__init__(parameters, *args, **kwargs)
@@ -222,7 +232,7 @@ class EMAModel(_Theirs):
 
 def _tensors(parameters: Any) -> list[Tensor]:
     """Return the tensors of an iterable, or raise."""
-    if isinstance(parameters, (Tensor, Mapping)):
+    if isinstance(parameters, (Tensor, Mapping, Module)):
         raise TypeError(f"parameters must be model.parameters(), got a {type(parameters).__name__}")
     tensors = [*parameters]
     if not tensors:

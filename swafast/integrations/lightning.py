@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
+from .installed import explained, framework
 from .lightning_states import (
     IN_SHARDS,
     OURS,
@@ -31,7 +32,7 @@ from .lightning_trainer import (
     lengths_of,
     raw_optimizers_of,
 )
-from .weight_average import Contract, framework, refuse_second
+from .weight_average import Contract, refuse_second
 
 _OTHER_NAME = "pytorch_lightning"
 
@@ -40,6 +41,8 @@ if importlib.util.find_spec("lightning") is None and importlib.util.find_spec(_O
 else:
     framework("lightning", "2.4")
     _Callback = importlib.import_module("lightning.pytorch").Callback
+
+__getattr__ = explained(__name__)
 
 
 class WeightAverage(Contract, _Callback):

@@ -13,9 +13,11 @@ from ..average.averaged_model import FusedAveragedModel
 from ..terms.formats import HALF
 from ..terms.rules import ExponentialAverage, FixedWeight, Rule
 from ..torch_private.modules import metadata_of, named_tensors, set_metadata
-from .weight_average import framework
+from .installed import explained, framework
 
 framework("timm", "1.0.9")
+
+__getattr__ = explained(__name__)
 
 #: In a state's metadata, which timm's class takes no notice of: the number of models in the average.
 _COUNT = "num_averaged"

@@ -14,8 +14,9 @@ from torch.nn import Module
 from ..terms.names import unwrap
 from ..terms.warn import warn_user
 from . import transformers_trainer as trainers
+from .installed import framework
 from .state_folder import resume_from, write_averages
-from .weight_average import Contract, framework, raw_optimizers, refuse_second
+from .weight_average import Contract, raw_optimizers, refuse_second
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
 from typing import Any
 
 from torch.nn import Module
@@ -16,45 +14,11 @@ from ..average.averaged_model import FusedAveragedModel
 from ..average.fused_averages import FusedAverages
 from ..loop.attachment import Attachment, check_step
 from ..loop.schedule import Schedule, Span
+from ..terms.misfits import few
 from ..terms.names import named_params, unwrap
 from ..terms.rules import Rule
 from ..terms.warn import warn_user
-
-
-def framework(name: str, least: str, *, extra: str | None = None) -> ModuleType:
-    """Import a framework.
-
-    Args:
-        name: of the package.
-        least: the oldest release that is supported.
-        extra: of swafast, which installs it; default: ``name``.
-
-    Raises:
-        ImportError: it is not installed, or older.
-    """
-    advice = f"pip install 'swafast[{extra or name}]'"
-    try:
-        found = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise ImportError(f"swafast.integrations needs {name} >= {least}, which is not installed: {advice}") from error
-    installed = importlib.metadata.version(name)
-    if _release(installed) < _release(least):
-        raise ImportError(f"swafast.integrations needs {name} >= {least}, got {installed}: {advice}")
-    return found
-
-
-def _release(version: str) -> tuple[int, ...]:
-    numbers = []
-    for part in version.split(".")[:3]:
-        digits = part[: next((i for i, letter in enumerate(part) if not letter.isdigit()), len(part))]
-        numbers.append(int(digits or 0))
-    return tuple(numbers)
-
-
-#: The arguments of ``attach`` that users may give besides the spans.
-_OF_ATTACH = ("steps_per_epoch", "overlap", "offload")
+from . import arguments
 
 
 class Contract:
@@ -85,11 +49,12 @@ class Contract:
     _began = 0  # the attachment's step at that beginning: not 0 in a second training
     _before = (0, 0)  # the step and the number of averaged models when this process began or resumed it
 
+    @arguments.explaining_positions
     def __init__(
         self,
         rule: Rule | None = None,
         *,
-        rules: Mapping[str, Rule] | None = None,
+        rules: Mapping[str, Rule] | Sequence[tuple[str, Rule]] | None = None,
         evaluate: str | None = None,
         start: Span = 0,
         every: Span = 1,
@@ -99,19 +64,20 @@ class Contract:
         sharded: bool | str = "auto",
         **options: Any,
     ) -> None:
-        if rule is not None and rules is not None:
-            raise ValueError("only one of rule and rules must be given, got both")
-        if rule is not None and not isinstance(rule, Rule):
-            raise TypeError(f"rule must be a Rule such as ExponentialAverage(0.999) or None, got {rule!r}")
+        self._rules = arguments.checked_rules(rule, rules, evaluate)
         if sharded not in (True, False, "auto"):
             raise ValueError(f"sharded must be True, False or 'auto', got {sharded!r}")
-        if evaluate is not None and evaluate not in (rules or {}):
-            names = ", ".join(map(repr, rules or {})) or "none, as rules is None"
-            raise ValueError(f"evaluate must be a name among {names}, got {evaluate!r}")
-        self._rule, self._rules, self._evaluate = rule, rules, evaluate
+        self._rule, self._evaluate = rule, evaluate
         self._when = {"start": start, "every": every, "end": end, "duration": duration}
-        self._when |= {name: options.pop(name) for name in _OF_ATTACH if name in options}
-        self._copies_at_end, self._sharded, self._options = copy_at_end, sharded, options
+        self._when |= {name: options.pop(name) for name in arguments.OF_ATTACH if name in options}
+        arguments.check_spans(self._when)
+        several, own = self._rules is not None, inspect.signature(Contract).parameters
+        classes = (
+            class_of(bool(each), several=several) for each in ((False, True) if sharded == "auto" else [sharded])
+        )
+        arguments.check_options(type(self), options, own, classes, None if self._rules is None else [*self._rules])
+        self._copies_at_end, self._sharded = arguments.checked_copy_at_end(copy_at_end), sharded
+        self._options = options
         self._swap: AbstractContextManager[Module] | None = None
         self._followed: list[Optimizer] = []
 
@@ -201,8 +167,10 @@ class Contract:
 
     # Their use
 
-    def swapped(self, model: Module) -> AbstractContextManager[Any]:
+    def swapped(self, model: Module | None = None) -> AbstractContextManager[Any]:
         """Return a context in which ``model`` has the averages, if there are any."""
+        if model is None:
+            raise TypeError("model must be the module that was trained, got None: write average.swapped(module)")
         return self.evaluated.swapped_into(model) if self.has_models else nullcontext()
 
     def swap_in(self, model: Module) -> None:
@@ -268,6 +236,7 @@ class Contract:
                 f"the checkpoint must have all of the average's state, got none of {lacking[0]!r}: take another "
                 "checkpoint, or begin a fresh average by removing the rest of this state"
             )
+        self._check_number(state["averaged"])
         before = self.attachment.state_dict() if self.attachment is not None else {}
         try:
             if self.attachment is not None:
@@ -281,6 +250,21 @@ class Contract:
             raise
         if self.attachment is not None:
             self.load_steps(state["attachment"])
+
+    def _check_number(self, averaged: Mapping[str, Any]) -> None:
+        """Raise RuntimeError if a state is of one average and these are several, or the other way."""
+        saved = sorted(key.removesuffix(".n_averaged") for key in map(str, averaged) if key.endswith(".n_averaged"))
+        saved = [name for name in saved if name.rpartition(".")[2] != "checksum"]
+        if self._rules is not None and not saved and "n_averaged" in averaged:
+            raise RuntimeError(
+                f"the checkpoint must have the averages {few(self._rules)} of rules=, got one average without a name: "
+                "to go on with it, construct WeightAverage(rule) as before"
+            )
+        if self._rules is None and saved and "n_averaged" not in averaged:
+            raise RuntimeError(
+                f"the checkpoint must have one average, got several, {few(saved)}: to go on with them, construct "
+                "WeightAverage(rules={name: rule}) with the same names"
+            )
 
     def resume(
         self, state: Mapping[str, Any] | None, where: object, *, step: int | None = None, is_whole: bool = False

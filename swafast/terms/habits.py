@@ -20,11 +20,21 @@ _SWAP = "write `with averaged.swapped_into(model):`, which also puts the params 
 NAMES = _each(
     {
         (
-            *("EMA", "Ema", "ema", "EMAModel", "ModelEma", "ModelEMA", "ModelEmaV2", "ModelEmaV3", "LitEma"),
-            *("ExponentialMovingAverage", "EMACallback", "EMAWeightAveraging", "WeightAveraging", "FusedEMA"),
+            *("EMA", "Ema", "ema", "ModelEMA", "LitEma", "ExponentialMovingAverage", "FusedEMA"),
         ): "write from swafast import ExponentialAverage, FusedAveragedModel, and "
         "FusedAveragedModel(model, rule=ExponentialAverage(0.999))",
-        ("AveragedModel", "SWAModel", "StochasticWeightAveraging"): "write from swafast import FusedAveragedModel",
+        ("EMAModel",): "in place of diffusers' class, write from swafast.integrations.diffusers import EMAModel",
+        ("ModelEma", "ModelEmaV2", "ModelEmaV3"): (
+            "in place of timm's class, write from swafast.integrations.timm import ModelEma"
+        ),
+        ("EMAWeightAveraging", "WeightAveraging", "StochasticWeightAveraging"): (
+            "in place of Lightning's callback, write from swafast.integrations.lightning import WeightAverage"
+        ),
+        ("WeightAverage", "WeightAverageCallback", "EMACallback"): (
+            "write from swafast.integrations.lightning import WeightAverage, or from swafast.integrations.transformers "
+            "or .accelerate"
+        ),
+        ("AveragedModel", "SWAModel"): "write from swafast import FusedAveragedModel",
         ("get_ema_avg_fn", "get_ema_multi_avg_fn"): "write rule=ExponentialAverage(decay)",
         ("get_swa_avg_fn", "get_swa_multi_avg_fn"): "write rule=EqualAverage(), which is the default",
         ("KarrasEMA", "PowerEMA", "PostHocEMA"): "write rule=PowerAverage.from_sigma_rel(0.1), and see Snapshots",
@@ -151,11 +161,12 @@ RULE_PARTS = _each(
         ("multi_avg_fn", "avg_fn", "averaging_fn"): "function",
     }
 )
-_START = (
-    *("start_step", "swa_start", "ema_start", "swa_epoch_start", "warmup_steps", "update_after_step"),
-    *("update_starting_at_step", "begin", "start_iter", "after"),
+_START = (*("start_step", "swa_start", "ema_start", "swa_epoch_start", "warmup_steps", "begin", "start_iter", "after"),)
+_AFTER = ("update_after_step", "update_starting_at_step")  # steps count from 0 there, and from 1 here
+_EVERY = (
+    *("update_every", "update_freq", "update_interval", "interval", "every_n_steps", "update_every_n_steps"),
+    *("swa_freq", "freq"),
 )
-_EVERY = ("update_every", "update_freq", "update_interval", "interval", "every_n_steps", "swa_freq", "freq")
 _END = ("stop", "until", "swa_end", "ema_end", "end_step", "stop_step")
 _RANK0 = ("rank0", "rank_0_only", "rank0only", "only_rank0", "rank0_only")
 _TO_CPU = ("offload_to_cpu", "cpu", "to_cpu", "cpu_offload")
@@ -200,17 +211,25 @@ ARGUMENTS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
     (("include",), ("exclude", "ignore", "filter", "param_filter", "skip", "ignore_names", "param_names", "only"), (
         "write include=lambda name, param: ..., which returns whether to average the parameter"
     )),
-    (("anneal_steps",), _START, 'write swa_start=, such as "0.7dur" or "10ep"'),
+    (("anneal_steps",), (*_START, *_AFTER), 'write swa_start=, such as "0.7dur" or "10ep"'),
     (("anneal_steps",), _EVERY, 'write update_interval=, such as "1ep" or "100ba"'),
     (("anneal_steps",), _END, 'write swa_end=, such as "0.97dur" or "90ep"'),
     (("anneal_steps",), ("anneal_epochs",), "write anneal_steps={value}"),
-    (("swa_freq",), (*_START, "start"), "write swa_start={value}"),
+    (("swa_freq",), (*_START, *_AFTER, "start"), "write swa_start={value}"),
     (("swa_freq",), (*_EVERY, "every"), "write swa_freq={value}"),
     (("swa_freq",), ("lr", "swa_lrs", "swa_learning_rate"), "write swa_lr={value}"),
     (("overlap",), _START, "write start={value}"),
+    (("overlap",), _AFTER, "write start={next}, as steps are counted from 1"),
+    (("overlap",), ("update_starting_at_epoch",), (
+        'write start="{next}ep", every="1ep", as epochs are counted from 1'
+    )),
     (("overlap",), _EVERY, "write every={value}"),
     (("overlap",), _END, "write end={value}"),
     (("overlap",), _TO_CPU, 'write offload="cpu"'),
+    (("backend",), _AFTER, "write averaged.attach(optimizer, start={next})"),
+    (("backend",), ("update_starting_at_epoch",), (
+        'write averaged.attach(optimizer, start="{next}ep", every="1ep", steps_per_epoch=len(loader))'
+    )),
     (("backend",), (*_START, "start"), "write averaged.attach(optimizer, start={value})"),
     (("backend",), (*_EVERY, "every"), "write averaged.attach(optimizer, every={value})"),
     (("backend",), (*_END, "end"), "write averaged.attach(optimizer, end={value})"),

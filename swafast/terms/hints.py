@@ -39,7 +39,7 @@ def _number(value: object) -> int | float | None:
     return number if number is None or isinstance(value, (int, float)) else float(f"{number:.7g}")
 
 
-def _rule_like(value: object) -> str:
+def rule_like(value: object) -> str:
     """Return the rule that a value stands for, as code, or nothing."""
     number = _number(value)
     if number is not None:
@@ -58,7 +58,7 @@ def _rule_of(name: str, value: object) -> str:
     """Return the rule that an argument of this name stands for, as code, or nothing if the value fits none."""
     part, number = RULE_PARTS[name], _number(value)
     if part == "function" or hasattr(value, "kernel_terms"):
-        return _rule_like(value) or _OWN_RULE
+        return rule_like(value) or _OWN_RULE
     if part == "warmup" and (value is True or (isinstance(value, str) and value in ("power", "ratio", "ramp"))):
         return f'ExponentialAverage(0.9999, warmup="{"power" if value is True else value}")'
     if part == "half_life" and isinstance(value, str) and (span := _COMPOSERS.fullmatch(value)):
@@ -122,14 +122,14 @@ _HALF = 'write format="half", or leave it out for float32 precision'
 
 #: Values: the argument, what they look like, and what was meant. ``{rule}`` is the rule for which they stand.
 _VALUES: tuple[tuple[str, Callable[[object], object], str], ...] = (
-    ("rule", lambda value: isinstance(value, type) and _rule_like(value), "write an instance: rule={rule}"),
-    ("rule", _rule_like, "write rule={rule}"),
-    ("rules", _rule_like, 'write rules={"name": {rule}}'),
-    ("rules", lambda value: _named(value, _rule_like), "write rules={rules}"),
+    ("rule", lambda value: isinstance(value, type) and rule_like(value), "write an instance: rule={rule}"),
+    ("rule", rule_like, "write rule={rule}"),
+    ("rules", rule_like, 'write rules={"name": {rule}}'),
+    ("rules", lambda value: _named(value, rule_like), "write rules={rules}"),
     ("rules", lambda value: isinstance(value, (list, tuple, set)), f"write rules={_DEFAULT_RULES}"),
-    ("each rule", _rule_like, "write {rule}"),
-    ("function", _rule_like, "write rule={rule}"),
-    ("device", lambda value: as_int(value) is None and _rule_like(value), (
+    ("each rule", rule_like, "write {rule}"),
+    ("function", rule_like, "write rule={rule}"),
+    ("device", lambda value: as_int(value) is None and rule_like(value), (
         "pass a rule as rule=: write FusedAveragedModel(model, rule={rule})"
     )),
     ("device", lambda value: as_int(value) not in (None, 0, 1) and _is_spread(value), (
@@ -160,9 +160,9 @@ def of_value(argument: str, value: object) -> str:
     for about, looks_so, meant in _VALUES:
         if about == argument and looks_so(value):
             if "{rules}" in meant:
-                meant = meant.replace("{rules}", _named(value, _rule_like))
+                meant = meant.replace("{rules}", _named(value, rule_like))
             meant = meant.replace("{value}", repr(value))
-            return ": " + (meant.replace("{rule}", _rule_like(value)) if "{rule}" in meant else meant)
+            return ": " + (meant.replace("{rule}", rule_like(value)) if "{rule}" in meant else meant)
     return ""
 
 
@@ -248,15 +248,36 @@ def _of_argument(name: str, value: object, own: Collection[str], *, makes_rule: 
         written = rule if makes_rule else f'rules={{"ema": {rule}}}' if several else f"rule={rule}"
         return f"write {written}" + (f", and {tail}" if tail else "")
     if name == "rule" and several:
-        return f'write rules={{"name": {_rule_like(value) or (_OWN_RULE if callable(value) else "...")}}}'
+        return f'write rules={{"name": {rule_like(value) or (_OWN_RULE if callable(value) else "...")}}}'
     for needed, names, meant in ARGUMENTS:
         if name in names and {*needed} <= {*own}:
             if value is None or (value is False and meant.endswith('="cpu"')):
                 return "leave it out"
             if "deviations={value}" in meant and not _is_spread(value):
                 meant = SPREADS
+            count = as_int(value)
+            meant = meant.replace("{next}", str(count + 1) if count is not None else f"{value!r} and one more step")
             return meant.replace("{value}", repr(value))
     return "".join(f"did you mean {close}=?" for close in difflib.get_close_matches(name, own, 1))
+
+
+def of_weight_average(name: str, value: object, own: Collection[str]) -> str:
+    """Return the end of an error about an argument that the ``WeightAverage`` of a framework does not take.
+
+    Args:
+        own: the arguments that it takes.
+    """
+    alone = {"rule", "rules"} - ({"rules"} if isinstance(value, (Mapping, list, tuple, set)) else {"rule"})
+    if name in RULE_PARTS:
+        meant = _of_argument(name, value, ["model", *(each for each in own if each not in alone)], makes_rule=False)
+    elif name in ("mesh", "device_mesh"):
+        meant = "write sharded=True, or leave it out: it is found out"
+    elif name in ("model", "module", "params", "parameters", "optimizer", "optimizers", "trainer"):
+        meant = "leave it out: the framework gives it"
+    else:
+        meant = _of_argument(name, value, own, makes_rule=False)
+    meant = re.sub(r"averaged\.attach\(optimizer, (.*)\)", r"\1", meant).replace(", with every", ", every")
+    return f": {meant}" if meant else ""
 
 
 # Attributes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from accelerate import state as accelerate_state
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
+from swafast import ExponentialAverage, convert
 from swafast.integrations.accelerate import WeightAverage
 from tests.frameworks.kit import (
     AVERAGE,
@@ -181,6 +184,7 @@ def test_wrong_installations_are_refused() -> None:
     installs: dict[str, tuple[Any, ...]] = {
         "accelerator must be an accelerate.Accelerator, got Linear": (model, model, optimizer),
         "optimizer must be a result of accelerator.prepare, got SGD": (accelerator, model, optimizer.optimizer),
+        r"got list: write install\(accelerator, model, \*optimizers\)": (accelerator, model, [optimizer]),
         "model must be a result of accelerator.prepare": (accelerator, nn.Linear(4, 2), optimizer),
         "must have an optimizer for averages to follow, got none": (accelerator, model),
     }
@@ -197,6 +201,18 @@ def test_wrong_installations_are_refused() -> None:
     average = WeightAverage().install(accelerator, model, optimizer)  # none of the above has left anything
     with pytest.raises(ValueError, match="installed once, got a second call"):
         average.install(accelerator, model, optimizer)
+
+
+def test_another_tools_average_is_taken_over_as_the_page_does() -> None:
+    accelerator, model, optimizer = prepared()
+    other = AveragedModel(model)
+    other.update_parameters(nn.Linear(4, 2))
+    average = WeightAverage(ExponentialAverage(0.9)).install(accelerator, model, optimizer)
+    page = (ROOT / "docs/frameworks/migration.md").read_text()
+    (line,) = re.findall(r"^`(convert\.load\(average\.evaluated, .*?\))`", page, re.MULTILINE)
+    exec(line, {"convert": convert, "average": average, "state": other.state_dict()})
+    assert differing(average.averaged.averaged_state_dict(), other.module.state_dict()) == []
+    assert int(average.averaged.n_averaged) == 1
 
 
 def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from diffusers.training_utils import EMAModel as Theirs
 from torch import Tensor, nn
 
 from swafast import ExponentialAverage, FusedAveragedModel
-from swafast.integrations import positional
+from swafast.integrations import param_lists
 from swafast.integrations.diffusers import EMAModel
 from tests.test_documents import ROOT, blocks_of, reader
 
@@ -203,8 +203,8 @@ def test_averages_of_another_dtype_than_the_model(tmp_path: Path) -> None:
 
 def test_steps_make_no_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    plan = positional.Plan
-    monkeypatch.setattr(positional, "Plan", lambda *args: made.append(1) or plan(*args))
+    plan = param_lists.Plan
+    monkeypatch.setattr(param_lists, "Plan", lambda *args: made.append(1) or plan(*args))
     params = made_params()
     ema, theirs = EMAModel(params, decay=0.5), Theirs(params, decay=0.5)
 
@@ -256,6 +256,16 @@ def test_wrong_parameters_are_refused_and_nothing_changes() -> None:
         with pytest.raises(kind) as refused:
             EMAModel(given)
         assert message in str(refused.value)
+    for options, message in (
+        ({"rule": ExponentialAverage(0.99)}, r"takes no rule, .*: write EMAModel\(parameters, decay=0\.99\)"),
+        ({"decays": 0.9}, r"unexpected keyword argument 'decays'.*: did you mean decay=\?"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            EMAModel(params, **options)
+    with pytest.raises(TypeError, match=r"parameters must be model\.parameters\(\), got a Linear"):
+        EMAModel(params, decay=0.9).copy_to(nn.Linear(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(ImportError, match="in place of timm's class, write from swafast"):
+        exec("from swafast.integrations.diffusers import ModelEmaV3")
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], the share that the old average keeps, got 1.5"):
         EMAModel(params, decay=1.5)
     ema = EMAModel(params, decay=0.9)

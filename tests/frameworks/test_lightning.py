@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from tests.frameworks.kit import Job, Kit, Net, Resumes
+from tests.frameworks.kit import Job, Kit, Net, Resumes, differing
 from tests.frameworks.lightning_kit import Ddp, Fsdp2, Lightning, Module, WholeFiles, loader
 from tests.test_documents import ROOT, blocks_of
 
@@ -76,6 +76,9 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             exec(block, scope)
             average = scope.get("average")
             steps.append(average.attachment.step if average is not None and average.attachment is not None else None)
+            if "torch.save(average.evaluated" in block:
+                exported = torch.load("average.pt", weights_only=True)
+                assert differing(exported, scope["module"].state_dict()) == []
         (tmp_path / "checkpoints").rename(tmp_path / f"checkpoints of {len(blocks)}")
-    # after; resumed from the end of the second epoch; tested; of several averages; not fitted.
-    assert steps == [8, 12, 12, 16, None]
+    # after; resumed from the end of the second epoch; exported; read; tested; of several averages; not fitted.
+    assert steps == [8, 12, 12, 12, 12, 16, None]

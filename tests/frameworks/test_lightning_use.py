@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import pytorch_lightning
 import torch
@@ -21,6 +23,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel
 from swafast.integrations.lightning import WeightAverage
@@ -28,6 +31,7 @@ from swafast.integrations.lightning_trainer import check_fit
 from swafast.loop.runners import InThread
 from tests.frameworks.kit import Job, Net, Report, differing, of_net, whole_state
 from tests.frameworks.lightning_kit import Fsdp2, Module, loader, trainer_of
+from tests.test_documents import ROOT, blocks_of
 
 pytestmark = pytest.mark.frameworks
 
@@ -285,6 +289,45 @@ class TestFits:
         assert int(late.averaged.n_averaged) == 2
         assert late.attachment is not None
         assert late.attachment.step == 8
+
+    def test_each_of_several_averages_is_read_from_a_checkpoint_as_the_page_does(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        average = WeightAverage(rules={"fast": RULE, "slow": EqualAverage()}, evaluate="slow")
+        keeper = ModelCheckpoint("checkpoints", save_last=True, save_on_train_epoch_end=True)
+        fitted(tmp_path, [average, keeper])
+        (block,) = (
+            each for each in blocks_of((ROOT / "docs/frameworks/lightning.md").read_text()) if "fast = {" in each
+        )
+        scope: dict[str, Any] = {"torch": torch}
+        exec(block, scope)
+        expected = average.averaged["fast"].averaged_state_dict()
+        assert scope["fast"].keys() == expected.keys()
+        assert differing(scope["fast"], expected) == []
+
+    def test_another_tools_average_is_taken_over_as_the_page_does(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        block = blocks_of((ROOT / "docs/frameworks/migration.md").read_text())[1]
+        torch.manual_seed(0)
+        module = Recorder(Net())
+        other = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(RULE.decay))
+        for _ in range(3):
+            torch._foreach_add_([*map(torch.Tensor.detach, module.parameters())], 1.0)
+            other.update_parameters(module)
+        expected = {name: value.clone() for name, value in other.module.named_parameters()}
+        average, job = WeightAverage(RULE), Job(tmp_path)
+        scope: dict[str, Any] = {"average": average, "state": copy.deepcopy(other.state_dict()), "module": module}
+        scope |= {"train_loader": loader(job.train_set()), "val_loader": loader(job.eval_set(0))}
+        made, quiet = pl.Trainer, {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+        monkeypatch.setattr(pl, "Trainer", lambda **options: made(default_root_dir=tmp_path, **quiet, **options))
+        exec(block, scope)
+        assert int(average.averaged.n_averaged) == 3 + 8
+        for step in module.steps[1:]:
+            for name, value in expected.items():
+                value.lerp_(step[name.removeprefix("net.")], 1 - RULE.decay)
+        assert differing(expected, dict(average.averaged.module.named_parameters())) == []
 
     def test_spans_in_epochs_and_shares(self, tmp_path: Path) -> None:
         average = WeightAverage(RULE, start="0.5dur", every="1ep")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import swafast
 from swafast.convert import kinds
 from tests.convert_cases import CASES, Loading, state_of
 from tests.frameworks.record_states import Net, put
+from tests.test_documents import blocks_of
 
 PAGE = (Path(__file__).parents[2] / "docs/frameworks/migration.md").read_text()
 TOOLS = {
@@ -27,7 +29,7 @@ def rows(columns: int) -> list[list[str]]:
 
 
 def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    block = blocks_of(PAGE)[0]
     monkeypatch.chdir(tmp_path)
     torch.save(state_of("diffusers_ratio"), "ema.pt")
     model = Net()
@@ -36,6 +38,26 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.warns(UserWarning, match="replaces the average's"):
         exec(block, space)
     assert space["averaged"].attachment.step == 7  # type: ignore[attr-defined]
+
+
+def test_a_state_that_does_not_tell_its_steps_is_attached_by_the_page_too() -> None:
+    loading = Loading("torch_swa")
+    conversion = loading.load(state_of("torch_swa"))
+    assert conversion.steps is None
+    optimizer = torch.optim.SGD(loading.model.parameters(), 0.1)
+    (line,) = re.findall(r"^(averaged\.attach\(.*?\))  #", blocks_of(PAGE)[0], re.MULTILINE)
+    exec(line, {"averaged": loading.averaged, "optimizer": optimizer, "conversion": conversion})
+    assert loading.averaged.attachment is not None
+    assert loading.averaged.attachment.step == 0
+
+
+def test_the_count_of_ema_pytorch_is_that_of_the_page() -> None:
+    loading = Loading("ema_pytorch")
+    (formula,) = re.findall(r"`(ceil\(.*?\))`", PAGE)
+    values = {"ceil": math.ceil, "update_after_step": 100, "update_every": 10}
+    assert eval(formula, {**values, "step": 1000}) == 90
+    with pytest.raises(ValueError, match=re.escape(formula)):
+        loading.load({**state_of("ema_pytorch"), "step": torch.tensor([1000])}, num_averaged=None)
 
 
 def lines() -> dict[str, list[tuple[str, str]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import time
 import warnings
@@ -16,8 +17,9 @@ from accelerate import DistributedType
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
+from typer.testing import CliRunner
 
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, cli
 from swafast.integrations.transformers import WeightAverage
 from tests.frameworks.kit import (
     EvaluationError,
@@ -483,6 +485,45 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     whole = load_file(tmp_path / "averaged_in_full" / "model.safetensors")
     assert differing(whole, load_file(tmp_path / "averaged" / "model.safetensors")) == []
     assert len(load_file(tmp_path / "adapters" / "adapter_model.safetensors")) == 2
+
+
+def test_another_tools_average_is_taken_over_as_the_page_does(tmp_path: Path) -> None:
+    block = blocks_of((ROOT / "docs/frameworks/migration.md").read_text())[2]
+    trainer = untrained(tmp_path)
+    model = trainer.model
+    state = {f"module.{name}": value + 1.0 for name, value in model.state_dict().items()} | {
+        "n_averaged": torch.tensor(3)
+    }
+    state["module.net.batches"] = model.state_dict()["net.batches"]
+    loaded = []
+
+    class Watches(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            loaded.append(average.averaged.state_dict()["module.net.first.weight"].clone())
+
+    average = WeightAverage(ExponentialAverage(0.9))
+    trainer.add_callback(Watches())
+    exec(block, {"average": average, "ema_state": state, "trainer": trainer})
+    assert torch.equal(loaded[0], state["module.net.first.weight"])
+    assert int(average.averaged.n_averaged) == 3 + average.attachment.step > 3
+
+
+def test_an_older_checkpoint_is_exported_as_the_pages_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = untrained(tmp_path / "run")
+    average = WeightAverage(ExponentialAverage(0.9)).install(trainer)
+    trainer.train()
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    for name, written in (("transformers", "run/checkpoint-8"), ("accelerate", "checkpoint")):
+        page = (ROOT / f"docs/frameworks/{name}.md").read_text()
+        (command,) = re.findall(
+            rf"^(swafast average {written}/swafast/averaged\.pt -o average\.safetensors)$", page, re.M
+        )
+        given = command.replace(written, str(checkpoint.relative_to(tmp_path))).split()[1:]
+        assert CliRunner().invoke(cli.app, [*given, "--force"]).exit_code == 0
+        exported = load_file("average.safetensors")
+        assert differing(exported, average.averaged.averaged_state_dict()) == []
+        Path("average.safetensors").unlink()
 
 
 def test_the_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,139 @@
+"""The arguments of ``WeightAverage``, checked where it is constructed: before a training, not in it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from torch.nn import Module
+
+from ..average.accepting import check_device
+from ..average.fused_averages import by_name, named_rules
+from ..loop.attach import spell_rule
+from ..loop.runners import check_modes
+from ..loop.schedule import Schedule, Span, parse
+from ..op import checks
+from ..terms import hints
+from ..terms.formats import check_format
+from ..terms.numbers import as_bool
+from ..terms.rules import Rule
+from ..terms.spread import checked_spread
+
+F = TypeVar("F", bound=Callable[..., None])
+
+#: The arguments of ``attach`` that users may give besides the spans.
+OF_ATTACH = ("steps_per_epoch", "overlap", "offload")
+
+
+def explaining_positions(function: F) -> F:
+    """Have the constructor of a ``WeightAverage`` explain that it takes a rule and no model."""
+
+    @functools.wraps(function)
+    def construct(self: Any, *args: Any, **options: Any) -> None:
+        if len(args) > 1 or any(isinstance(each, Module) for each in args):
+            rules = [spell_rule(each, always=1) if isinstance(each, Rule) else hints.rule_like(each) for each in args]
+            spelled, rule = ", ".join(type(each).__name__ for each in args), "".join(rules[:2])
+            raise TypeError(
+                f"{type(self).__name__} takes one argument by position, the rule, got {spelled}: write "
+                f"{type(self).__name__}({rule or 'rule'}). The framework gives it the model"
+            )
+        function(self, *args, **options)
+
+    return construct  # type: ignore[return-value]
+
+
+def checked_rules(rule: Rule | None, rules: object, evaluate: str | None) -> dict[str, Rule] | None:
+    """Return several rules by name, or None for one rule.
+
+    Raises:
+        TypeError: a rule is not a Rule, or a name is not a string.
+        ValueError: both are given, a name is no name of an average, or ``evaluate`` is none of them.
+    """
+    if rule is not None and rules is not None:
+        raise ValueError("only one of rule and rules must be given, got both")
+    if rule is not None and not isinstance(rule, Rule):
+        raise TypeError(
+            f"rule must be a Rule such as ExponentialAverage(0.999) or None, got {rule!r}{hints.of_value('rule', rule)}"
+        )
+    named = None if rules is None else named_rules(rules)
+    if evaluate is not None and evaluate not in (named or {}):
+        names = ", ".join(map(repr, named or {})) or "none, as rules is None"
+        raise ValueError(f"evaluate must be a name among {names}, got {evaluate!r}")
+    return named
+
+
+def check_spans(when: Mapping[str, Any]) -> None:
+    """Check ``start``, ``every``, ``end``, ``duration``, ``steps_per_epoch``, ``overlap`` and ``offload``.
+
+    Spans whose length in steps the framework will tell are read, and checked to be no less than 0.
+
+    Raises:
+        TypeError, ValueError: as ``attach``.
+    """
+    check_modes(when.get("overlap", False), when.get("offload"))
+    epoch, duration = when.get("steps_per_epoch"), when["duration"]
+    known = {"ba"} | ({"ep"} if epoch is not None else set())
+    if duration is not None and parse("duration", duration)[1] in {"dur", *known}:
+        known.add("dur")
+    spans: dict[str, Span] = {}
+    for name in ("start", "every", "end"):
+        if when[name] is None and name == "end":
+            continue
+        number, unit = parse(name, when[name])
+        if name == "every" and not number:
+            raise ValueError(f"every must be at least one step, got {when[name]!r}")
+        if unit in known:
+            spans[name] = when[name]
+    if {"start", "every"} <= spans.keys():
+        Schedule.of(**spans, duration=duration if "dur" in known else None, steps_per_epoch=epoch)
+
+
+def check_options(
+    kind: type, options: Mapping[str, Any], taken: Mapping[str, Any], classes: Iterable[Any], names: list[str] | None
+) -> None:
+    """Check the arguments that are those of the averaged models.
+
+    Args:
+        kind: the framework's ``WeightAverage``, for errors.
+        taken: the arguments that it has itself.
+        classes: that the averages may be of. A later one is looked at only if the ones before lack an argument.
+        names: of several averages; None: there is one.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as of :class:`~swafast.FusedAveragedModel` and its kin.
+    """
+    passed: dict[str, None] = {}
+    for each in classes:
+        passed |= dict.fromkeys(inspect.signature(each).parameters)
+        if options.keys() <= passed.keys():
+            break
+    own = [name for name in {**taken, **dict.fromkeys(OF_ATTACH), **passed} if name != "model"]
+    for name, value in options.items():
+        if name not in passed or name == "model":
+            hint = hints.of_weight_average(name, value, own)
+            raise TypeError(f"{kind.__name__}() got an unexpected keyword argument {name!r}{hint}")
+    for each in by_name("format", names, options.get("format")).values() if names else [options.get("format")]:
+        check_format(each)
+    spreads = options.get("deviations")
+    for spread in by_name("deviations", names, spreads).values() if names else [spreads]:
+        checked_spread(spread)
+    checks.check_nonfinite(options.get("nonfinite", "propagate"))
+    checks.checked_seed(options.get("seed", 0))
+    checks.checked_num_averaged(options.get("num_averaged", 0))
+    check_device(options.get("device"))
+    include = options.get("include")
+    if include is not None and not callable(include):
+        raise TypeError(
+            f"include must be a function include(name, param) -> bool, got {include!r}"
+            f"{hints.of_value('include', include)}"
+        )
+
+
+def checked_copy_at_end(value: object) -> bool:
+    """Return ``value`` as a bool, or raise TypeError if it is none."""
+    copies = as_bool(value)
+    if copies is None:
+        raise TypeError(f"copy_at_end must be True or False, got {value!r}")
+    return copies
