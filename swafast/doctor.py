@@ -9,7 +9,9 @@ import warnings
 import torch
 
 from . import __version__
+from .backends import Unavailable
 from .backends.contract import Pair
+from .op import tree_check
 from .op.choice import BACKENDS, choose_backends
 from .terms.formats import FLOAT32
 
@@ -25,6 +27,9 @@ def report() -> list[tuple[str, str]]:
         missing = backend.unavailable()
         found = backend.describe() if missing is None else f"not available: {missing.reason}"
         lines.append((f"backend {backend.name}", found))
+    checks = tree_check.load()
+    found = f"native ({tree_check.library_path()})"
+    lines.append(("checks of tensors", found if not isinstance(checks, Unavailable) else f"Python: {checks.reason}"))
     for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         lines.append((f"in use on {kind}", _in_use(kind)))
     return lines

@@ -197,12 +197,12 @@ class FusedAveragedModel(HasRule, Sampled, Adaptable, AveragedModel):
             RuntimeError: the averages are swapped into a model; or a CUDA graph captures an update that needs the host.
         """
         with self._guard.hold("update_parameters"):
-            rule = self.rule
-            plan, params, planes = self._bind(model, rule is None)
-            if swaps.in_force:
+            rule, nonfinite = self.rule, self.nonfinite
+            skip = nonfinite == "skip"
+            if swaps.in_force and isinstance(model, Module):
                 swaps.refuse_model("update_parameters", model)
-            skip = self.nonfinite == "skip"
-            if self.nonfinite == "raise":
+            plan, params, planes = self._bind(model, rule is None, writes=nonfinite == "propagate")
+            if nonfinite == "raise":
                 plan.refuse_nonfinite(params)
             is_first = self._uncounted is not None and not self._uncounted.is_updated
             if is_first:
@@ -215,10 +215,16 @@ class FusedAveragedModel(HasRule, Sampled, Adaptable, AveragedModel):
             if is_first:
                 self._note_update()
 
-    def _bind(self, model: Module, by_function: bool | None = None) -> Bound:
-        """Return the plan for ``model``. ``by_function``, if known: whether the user's own function runs updates."""
+    def _bind(self, model: Module, by_function: bool | None = None, *, writes: bool = False) -> Bound:
+        """Return the plan for ``model``.
+
+        Args:
+            by_function: whether the user's own function runs updates, if known.
+            writes: whether an update follows at once.
+        """
         config = self._config(self.rule is None if by_function is None else by_function)
-        return self._bindings.bind(self, self._sides, model, config, (own_buffers(self)["n_averaged"],))
+        counters = (own_buffers(self)["n_averaged"],)
+        return self._bindings.bind(self, self._sides, model, config, counters, writes=writes)  # type: ignore[arg-type]
 
     def _config(self, by_function: bool) -> object:
         """Return what a plan depends on besides the tensors."""

@@ -16,7 +16,8 @@ from ..op import checks, choice
 from ..op import torch_op as torch_op  # registers the op with the first average
 from ..op.copies import Copies, is_for_torch
 from ..op.plan import Plan
-from ..op.report import log_plan
+from ..op.report import LOGGER, log_plan
+from ..op.tree_check import Standing, TreeCheck
 from ..terms import habits, hints
 from ..terms.capturing import refuse_capture
 from ..terms.lazy import MadeOnUse
@@ -28,8 +29,12 @@ from .contents import HoldsModels
 from .following import made_anew, put_buffers
 from .matching import ModuleSide, match, place_counters, with_planes
 
+#: The groups of a check of both modules.
+_PARAMS, _PLANES, _COUNTERS, _FROZEN, _LENT = range(5)
+#: So many checks are made in a row if none of them stands a second time, as where a model has other tensors each time.
+_MOST_CHECKS = 8
 #: A plan, and the current params and planes, which it fits.
-Bound = tuple[Plan, Sequence[Tensor], tuple[Tensor, ...]]
+Bound = tuple[Plan, Sequence[Tensor], Sequence[Tensor]]
 
 
 class ModuleBinding:
@@ -101,6 +106,8 @@ class ModuleBinding:
         left_out = [each.param for each in (*(pair for _, pair in matched), *lent) if _is_left_out(each)]
         frozen = [param for param in left_out if not param.requires_grad]
         self._loan = self._lend(lent, frozen) if frozen else None
+        self._check: TreeCheck | None = None
+        self._num_checks = 0  # made in a row that have not stood since
 
     def lent(self) -> Sequence[tuple[str, Tensor]]:
         """Return the names and tensors of the params that the model lends."""
@@ -118,18 +125,54 @@ class ModuleBinding:
         """The unwrapped model that was matched, or None if it is gone."""
         return self._model_walk.root
 
-    def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None:
+    def current(
+        self, model: Module, config: object, counters: Sequence[Tensor], *, writes: bool = False
+    ) -> Bound | None:
         """Return the plan with the current params and planes of both modules, or None if it no longer fits."""
         root = self._model_walk.root
         if config != self.config or (root is not model and root is not unwrap(model)):
             return None
+        check = self._check
+        if check is not None and not self.plan.is_retired and check.stands(writes=writes):
+            self._num_checks = 0
+            frozen = check.tensors(_FROZEN) if self._loan is not None else ()
+            if frozen is not None and lending.are_frozen(frozen) and self._copies_fit():
+                return self.plan, Standing(check, _PARAMS), Standing(check, _PLANES, writes)
         theirs, own = self._model_walk.tensors(), self._owner_walk.tensors()
         if theirs is None or own is None or (self._loan is not None and not self._loan.stands(theirs, own)):
             return None
-        if self.plan.copies is not None and not self.plan.copies.fit():
+        if not self._copies_fit():
             return None
         params, planes = self._params(theirs), self._planes(own)
-        return (self.plan, params, planes) if self.plan.fits(params, planes, counters) else None
+        if not self.plan.fits(params, planes, counters):
+            return None
+        self._make_check(theirs, own, params, planes, counters)
+        return self.plan, params, planes
+
+    def _copies_fit(self) -> bool:
+        return self.plan.copies is None or self.plan.copies.fit()
+
+    def _make_check(
+        self,
+        theirs: Sequence[Tensor],
+        own: Sequence[Tensor],
+        params: Sequence[Tensor],
+        planes: Sequence[Tensor],
+        counters: Sequence[Tensor],
+    ) -> None:
+        """Make a check of all that the checks in Python have just compared, for the updates to come."""
+        self._check = None
+        roots = (self._owner_walk.root, self._model_walk.root)
+        if self._num_checks == _MOST_CHECKS or None in roots:
+            return
+        frozen, lent = self._loan.tensors(theirs, own) if self._loan is not None else ((), ())
+        groups = {_PARAMS: params, _PLANES: planes, _COUNTERS: counters, _FROZEN: frozen, _LENT: lent}
+        try:
+            self._check = TreeCheck(roots, [*groups.values()], written=(_PLANES, _COUNTERS))  # type: ignore[arg-type]
+            self._num_checks += 1
+        except ValueError as reason:
+            self._num_checks = _MOST_CHECKS
+            LOGGER.debug("swafast checks the tensors of a model in Python: %s", reason)
 
     def now(self) -> Sequence[Tensor] | None:
         """Return the params and planes that both modules have now, or None if modules, names or ties have changed."""
@@ -153,7 +196,9 @@ class AnyBinding(Protocol):
     def root(self) -> Module | None: ...
     @property
     def config(self) -> object: ...
-    def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None: ...
+    def current(
+        self, model: Module, config: object, counters: Sequence[Tensor], *, writes: bool = False
+    ) -> Bound | None: ...
     def now(self) -> Sequence[Tensor] | None: ...
     def places(self) -> Sequence[Sequence[Tensor]]: ...
     def lent(self) -> Sequence[tuple[str, Tensor]]: ...
@@ -172,10 +217,12 @@ class Bindings:
         #: Addresses of the planes that are at home: in buckets, or where the averaged model itself has put them.
         self.homes: frozenset[int] = frozenset()
 
-    def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None:
+    def current(
+        self, model: Module, config: object, counters: Sequence[Tensor], *, writes: bool = False
+    ) -> Bound | None:
         """Return a plan that fits ``model``, with its params and planes, or None."""
         for binding in self._recent:
-            bound = binding.current(model, config, counters)
+            bound = binding.current(model, config, counters, writes=writes)
             if bound is not None:
                 if binding is not self._recent[0]:
                     self._recent = [binding, *(other for other in self._recent if other is not binding)]
@@ -201,6 +248,7 @@ class Bindings:
         counters: Sequence[Tensor],
         *,
         side_bindings: Sequence[Bindings] = (),
+        writes: bool = False,
     ) -> Bound:
         """Return a plan for ``model`` with the tensors of both sides: one made before if it fits, else a new one.
 
@@ -210,6 +258,7 @@ class Bindings:
             config: what a plan depends on besides the tensors.
             counters: the counters of the sides.
             side_bindings: each side's own bindings, which know the homes of its planes.
+            writes: whether an update follows at once: then autograd may be told that it writes.
 
         Raises:
             TypeError: ``model`` is not a module.
@@ -219,7 +268,7 @@ class Bindings:
             raise TypeError(
                 f"model must be a torch.nn.Module, got {type(model).__name__}{hints.of_value('model', model)}"
             )
-        current = self.current(model, config, counters)
+        current = self.current(model, config, counters, writes=writes)
         if current is not None:
             return current
         for counter in counters:

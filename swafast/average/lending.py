@@ -119,12 +119,21 @@ class Loan:
 
     def stands(self, theirs: Sequence[Tensor], own: Sequence[Tensor]) -> bool:
         """Return whether all are still frozen, and on the memory that they had, going by the tensors of both walks."""
-        if any(map(_requires_grad, self._find_frozen(theirs))):
+        if not are_frozen(self._find_frozen(theirs)):
             return False
         return self._params.fits(self._find_params(theirs)) and self._averages.fits(self._find_averages(own))
 
 
+    def tensors(self, theirs: Sequence[Tensor], own: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Return what is frozen, and what must keep its memory, going by the tensors of both walks."""
+        return self._find_frozen(theirs), (*self._find_params(theirs), *self._find_averages(own))
+
+
 _requires_grad = attrgetter("requires_grad")
+
+
+def are_frozen(params: Sequence[Tensor]) -> bool:
+    return not any(map(_requires_grad, params))
 
 
 def part_before_load(module: Module, state: dict[str, object], prefix: str) -> None:

@@ -163,6 +163,12 @@ def _candidates() -> list[Path]:
     return paths
 
 
+def path() -> Path:
+    """Return where the library is, or the likeliest place if it is nowhere."""
+    paths = _candidates()
+    return next((each for each in paths if each.is_file()), paths[0])
+
+
 @functools.cache
 def load() -> ctypes.CDLL | Unavailable:
     """Return the library, or why it did not load."""

@@ -27,6 +27,7 @@ from . import launches
 from .buckets import home_averages
 from .checks import check_writable
 from .copies import Copies
+from .tree_check import Standing
 
 _warned: set[str] = set()
 
@@ -152,7 +153,8 @@ class Launches:
             self.copies.update()  # before the launch, since it may raise
         # Bump before the launch. After a large update, the tensors' metadata is no longer in the caches (0.3 ms for
         # 2000 of 64x64). Autograd must also know of the writes of a launch that is interrupted.
-        bump_versions((*planes, *self._counters))
+        if not (isinstance(planes, Standing) and planes.is_told):
+            bump_versions((*planes, *self._counters))
         captured = False
         for work, update in zip(self._work, updates, strict=True):
             work.launch.update(self._pick(work, params) if work.takes_tensors else (), update)

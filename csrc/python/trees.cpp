@@ -1,0 +1,561 @@
+// One pass over module trees: does every tensor still stand where it stood when an update was planned?
+//
+// Functions for Python, in its stable interface, so that one file serves every version. Tensors are read through the C
+// functions that torch exports for compiled code. This is a library of its own: the kernels know no Python.
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+namespace {
+
+// Torch's at::Tensor*. A Python tensor holds the at::Tensor itself, at an offset that the caller has found.
+using Handle = void*;
+
+struct Torch {
+  int32_t (*data)(Handle, void**);
+  int32_t (*dim)(Handle, int64_t*);
+  int32_t (*sizes)(Handle, int64_t**);
+  int32_t (*strides)(Handle, int64_t**);
+  int32_t (*dtype)(Handle, int32_t*);
+  int32_t (*device_type)(Handle, int32_t*);
+  int32_t (*device_index)(Handle, int32_t*);
+  // These are of C++, by their mangled names. They take a reference, which is passed as a pointer.
+  bool (*is_neg)(Handle);
+  bool (*is_conj)(Handle);
+  void (*bump_version)(Handle);
+  Py_ssize_t offset;
+};
+Torch torch;
+
+struct Function {
+  const char* name;
+  void** address;
+};
+const Function FUNCTIONS[] = {
+    {"aoti_torch_get_data_ptr", reinterpret_cast<void**>(&torch.data)},
+    {"aoti_torch_get_dim", reinterpret_cast<void**>(&torch.dim)},
+    {"aoti_torch_get_sizes", reinterpret_cast<void**>(&torch.sizes)},
+    {"aoti_torch_get_strides", reinterpret_cast<void**>(&torch.strides)},
+    {"aoti_torch_get_dtype", reinterpret_cast<void**>(&torch.dtype)},
+    {"aoti_torch_get_device_type", reinterpret_cast<void**>(&torch.device_type)},
+    {"aoti_torch_get_device_index", reinterpret_cast<void**>(&torch.device_index)},
+    {"_ZN2at6native6is_negERKNS_6TensorE", reinterpret_cast<void**>(&torch.is_neg)},
+    {"_ZN2at6native7is_conjERKNS_6TensorE", reinterpret_cast<void**>(&torch.is_conj)},
+    {"_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE", reinterpret_cast<void**>(&torch.bump_version)},
+};
+
+Handle handle_of(PyObject* tensor) { return reinterpret_cast<char*>(tensor) + torch.offset; }
+void* impl_of(PyObject* tensor) { return *static_cast<void**>(handle_of(tensor)); }
+
+// What a launch depends on, besides sizes and strides.
+struct View {
+  void* data;
+  int64_t dim;
+  int32_t dtype, device_type, device_index;
+  bool is_neg, is_conj;
+
+  bool operator==(const View& other) const {
+    return data == other.data && dim == other.dim && dtype == other.dtype && device_type == other.device_type &&
+           device_index == other.device_index && is_neg == other.is_neg && is_conj == other.is_conj;
+  }
+};
+
+// Returns false for a tensor without memory of its own, such as a sparse one.
+bool read(PyObject* tensor, View* view, int64_t** sizes, int64_t** strides) {
+  const Handle handle = handle_of(tensor);
+  if (torch.data(handle, &view->data) | torch.dim(handle, &view->dim) | torch.sizes(handle, sizes) |
+      torch.strides(handle, strides) | torch.dtype(handle, &view->dtype) |
+      torch.device_type(handle, &view->device_type) | torch.device_index(handle, &view->device_index)) {
+    return false;
+  }
+  view->is_neg = torch.is_neg(handle);
+  view->is_conj = torch.is_conj(handle);
+  return true;
+}
+
+void bump_version(PyObject* tensor) {
+  try {
+    torch.bump_version(handle_of(tensor));
+  } catch (...) {  // made under inference mode: it has no version, and autograd never saves it
+  }
+}
+
+enum Attribute { PARAMETERS, BUFFERS, CHILDREN, LOCAL_TENSOR, SPEC, NUM_ATTRIBUTES };
+constexpr int NUM_DICTS = CHILDREN + 1;
+const char* const ATTRIBUTE_NAMES[] = {"_parameters", "_buffers", "_modules", "_local_tensor", "_spec"};
+PyObject* names[NUM_ATTRIBUTES];
+
+// How an entry of a module's dict is compared.
+enum class Kind : int32_t {
+  TENSOR,   // its type and its view
+  SHARD,    // a DTensor: its type, its spec by identity, and the view of its local tensor
+  ANY,      // by nothing: no plan uses it
+  NOTHING,  // it must be None
+  CHILD,    // a module, by identity
+};
+
+struct Entry {
+  PyObject* key;
+  PyTypeObject* type;
+  View view;
+  Kind kind;
+  int32_t tie;               // the first entry with the same tensor, or -1
+  int64_t geometry;          // where its sizes and then its strides stand
+  PyObject* identity;        // of a CHILD, or the spec of a SHARD
+  PyTypeObject* local_type;  // of a SHARD
+};
+
+struct Module {
+  PyObject* reference;  // a weak one, of a root only: a parent holds the others
+  size_t place;         // the entry that holds it, if it is no root
+  PyTypeObject* type;
+  PyTypeObject* dict_types[NUM_DICTS];
+  Py_ssize_t positions[NUM_DICTS];  // of its three dicts in its own dict
+  Py_ssize_t counts[NUM_DICTS];
+};
+
+// Everything is in the order of the pass, which so reads memory from front to back. All Python objects are borrowed:
+// `make` hands them to its caller, who keeps them where Python's garbage collector sees them.
+struct Trees {
+  std::vector<Module> modules;
+  std::vector<Entry> entries;
+  std::vector<int64_t> geometry;
+  // Cache lines that the pass will read. After a large update they are no longer in the caches.
+  std::vector<const char*> lines;
+  std::vector<size_t> line_ends;  // of each module and each entry
+  std::vector<std::vector<size_t>> groups;
+  std::vector<size_t> written;          // the entries that an update writes
+  std::vector<PyObject*> also_written;  // and tensors in no tree
+  // Of each entry, valid in the pass that has put it there.
+  std::vector<PyObject*> values, tensors;
+};
+
+constexpr const char* CAPSULE = "swafast.trees";
+constexpr size_t AHEAD = 12;  // modules and entries; 8 to 24 are alike
+
+class Prefetch {
+ public:
+  explicit Prefetch(const Trees& trees) : trees_(trees) {}
+
+  void next() {
+    const size_t last = trees_.line_ends.size() - 1;
+    const size_t end = trees_.line_ends[std::min(unit_++ + AHEAD, last)];
+    for (; line_ < end; line_++) __builtin_prefetch(trees_.lines[line_]);
+  }
+
+ private:
+  const Trees& trees_;
+  size_t unit_ = 0, line_ = 0;
+};
+
+// Returns a module's or a tensor's own dict, borrowed, or null.
+PyObject* own_dict(PyObject* object) {
+  PyObject* own = PyObject_GenericGetDict(object, nullptr);
+  if (own == nullptr) {
+    PyErr_Clear();
+  } else {
+    Py_DECREF(own);  // the object holds it
+  }
+  return own;
+}
+
+PyObject* attribute(PyObject* own, Attribute which, Py_ssize_t position) {
+  PyObject *key, *value;
+  if (PyDict_Next(own, &position, &key, &value) && key == names[which]) return value;
+  return PyDict_GetItem(own, names[which]);
+}
+
+bool tensor_stands(const Trees& trees, const Entry& entry, PyObject* tensor) {
+  View view;
+  int64_t *sizes, *strides;
+  if (!read(tensor, &view, &sizes, &strides) || !(view == entry.view)) return false;
+  const int64_t* expected = trees.geometry.data() + entry.geometry;
+  for (int64_t dim = 0; dim < view.dim; dim++) {
+    if (sizes[dim] != expected[dim] || strides[dim] != expected[view.dim + dim]) return false;
+  }
+  return true;
+}
+
+PyObject* local_of(PyObject* dtensor, PyObject** spec) {
+  PyObject* own = own_dict(dtensor);
+  if (own == nullptr) return nullptr;
+  *spec = PyDict_GetItem(own, names[SPEC]);
+  return PyDict_GetItem(own, names[LOCAL_TENSOR]);
+}
+
+bool entry_stands(Trees& trees, size_t index, PyObject* value) {
+  const Entry& entry = trees.entries[index];
+  trees.values[index] = value;
+  if (entry.kind == Kind::CHILD) return value == entry.identity;
+  if (entry.tie >= 0) {
+    trees.tensors[index] = trees.tensors[entry.tie];
+    return value == trees.values[entry.tie];
+  }
+  if (entry.kind == Kind::ANY) return true;
+  if (Py_TYPE(value) != entry.type) return false;
+  if (entry.kind == Kind::NOTHING) return true;
+  if (entry.kind == Kind::SHARD) {
+    PyObject* spec = nullptr;
+    value = local_of(value, &spec);
+    if (value == nullptr || spec != entry.identity || Py_TYPE(value) != entry.local_type) return false;
+  }
+  trees.tensors[index] = value;
+  return tensor_stands(trees, entry, value);
+}
+
+// Runs no Python code, and allocates nothing, so that nobody can change the trees meanwhile.
+bool stands(Trees& trees) {
+  Prefetch prefetch(trees);
+  size_t index = 0;
+  for (const Module& module : trees.modules) {
+    prefetch.next();
+    PyObject* object = module.reference != nullptr ? PyWeakref_GetObject(module.reference) : trees.values[module.place];
+    if (Py_TYPE(object) != module.type) return false;
+    PyObject* own = own_dict(object);
+    if (own == nullptr) return false;
+    for (int which = 0; which < NUM_DICTS; which++) {
+      PyObject* dict = attribute(own, Attribute(which), module.positions[which]);
+      if (dict == nullptr || Py_TYPE(dict) != module.dict_types[which]) return false;
+      if (PyDict_Size(dict) != module.counts[which]) return false;
+      Py_ssize_t position = 0;
+      for (Py_ssize_t i = 0; i < module.counts[which]; i++, index++) {
+        prefetch.next();
+        PyObject *key, *value;
+        if (!PyDict_Next(dict, &position, &key, &value) || key != trees.entries[index].key) return false;
+        if (!entry_stands(trees, index, value)) return false;
+      }
+    }
+  }
+  return true;
+}
+
+// Making
+
+// Collects what a pass goes by. Its errors are Python's: a null or false result has set one.
+class Maker {
+ public:
+  Maker(PyObject* kept, PyObject* plain_types, PyObject* shard_type)
+      : trees_(new Trees), kept_(kept), plain_types_(plain_types), shard_type_(shard_type) {}
+
+  bool add_groups(PyObject* groups) {
+    for (Py_ssize_t i = 0; i < PyTuple_Size(groups); i++) {
+      PyObject* group = PyTuple_GetItem(groups, i);
+      for (Py_ssize_t j = 0; j < PyList_Size(group); j++) used_[PyList_GetItem(group, j)] = -1;
+    }
+    return true;
+  }
+
+  bool add_module(PyObject* module, PyObject* reference) {
+    Module made = {};
+    made.type = Py_TYPE(module);
+    if (!keep(reinterpret_cast<PyObject*>(made.type))) return false;
+    if (reference != Py_None) {
+      made.reference = reference;
+      if (!keep(reference)) return false;
+    } else if (auto found = places_.find(module); found != places_.end()) {
+      made.place = found->second;
+    } else {
+      return refuse("a module that no module before it holds");
+    }
+    PyObject* own = own_dict(module);
+    if (own == nullptr || !PyDict_CheckExact(own)) return refuse("a module without a dict of its own");
+    expect_object(module);
+    if (made.reference != nullptr) expect_object(reference);
+    expect_dict(own);
+    end_of_unit();
+    for (int which = 0; which < NUM_DICTS; which++) {
+      PyObject* dict = PyDict_GetItem(own, names[which]);
+      if (dict == nullptr || !PyDict_CheckExact(dict) || !is_attribute(module, which, dict)) {
+        return refuse("a module that keeps its tensors elsewhere");
+      }
+      made.dict_types[which] = Py_TYPE(dict);
+      made.counts[which] = PyDict_Size(dict);
+      made.positions[which] = position_of(own, names[which]);
+      if (!keep(reinterpret_cast<PyObject*>(Py_TYPE(dict)))) return false;
+      expect_dict(dict);
+      Py_ssize_t position = 0;
+      PyObject *key, *value;
+      while (PyDict_Next(dict, &position, &key, &value)) {
+        if (!add_entry(which, key, value)) return false;
+        end_of_unit();
+      }
+    }
+    trees_->modules.push_back(made);
+    return true;
+  }
+
+  bool find_groups(PyObject* groups, PyObject* written) {
+    for (Py_ssize_t i = 0; i < PyTuple_Size(groups); i++) {
+      PyObject* group = PyTuple_GetItem(groups, i);
+      std::vector<size_t>& found = trees_->groups.emplace_back();
+      for (Py_ssize_t j = 0; j < PyList_Size(group); j++) {
+        const int64_t entry = used_[PyList_GetItem(group, j)];
+        if (entry < 0) return refuse("a tensor that is in no module");
+        found.push_back(entry);
+      }
+    }
+    for (Py_ssize_t i = 0; i < PyTuple_Size(written); i++) {
+      const std::vector<size_t>& group = trees_->groups[PyLong_AsSsize_t(PyTuple_GetItem(written, i))];
+      trees_->written.insert(trees_->written.end(), group.begin(), group.end());
+    }
+    return true;
+  }
+
+  bool add_written(PyObject* tensors) {
+    for (Py_ssize_t i = 0; i < PyList_Size(tensors); i++) {
+      PyObject* tensor = PyList_GetItem(tensors, i);
+      if (!is_plain(tensor) || !keep(tensor)) return refuse("a tensor of a subclass");
+      trees_->also_written.push_back(tensor);
+    }
+    return true;
+  }
+
+  std::unique_ptr<Trees> result() {
+    trees_->values.resize(trees_->entries.size());
+    trees_->tensors.resize(trees_->entries.size());
+    return std::move(trees_);
+  }
+
+ private:
+  static bool refuse(const char* what) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, what);
+    return false;
+  }
+
+  bool keep(PyObject* object) { return PyList_Append(kept_, object) == 0; }
+
+  bool is_plain(PyObject* value) {
+    return PySequence_Contains(plain_types_, reinterpret_cast<PyObject*>(Py_TYPE(value))) == 1;
+  }
+
+  static bool is_attribute(PyObject* module, int which, PyObject* dict) {
+    PyObject* got = PyObject_GetAttr(module, names[which]);
+    Py_XDECREF(got);
+    if (got == nullptr) PyErr_Clear();
+    return got == dict;
+  }
+
+  static Py_ssize_t position_of(PyObject* own, PyObject* name) {
+    Py_ssize_t position = 0, before = 0;
+    PyObject *key, *value;
+    while (PyDict_Next(own, &position, &key, &value) && key != name) before = position;
+    return before;
+  }
+
+  bool add_entry(int which, PyObject* key, PyObject* value) {
+    const size_t index = trees_->entries.size();
+    Entry made = {};
+    made.key = key;
+    made.type = Py_TYPE(value);
+    made.tie = -1;
+    if (!keep(key) || !keep(reinterpret_cast<PyObject*>(made.type))) return false;
+    auto used = used_.find(value);
+    if (value == Py_None) {
+      made.kind = Kind::NOTHING;
+    } else if (which == CHILDREN) {
+      made.kind = Kind::CHILD;
+      made.identity = value;
+      places_.emplace(value, index);
+    } else if (auto [first, is_new] = firsts_.emplace(value, index); !is_new) {
+      made.kind = Kind::ANY;
+      made.tie = static_cast<int32_t>(first->second);
+    } else if (used == used_.end()) {
+      made.kind = Kind::ANY;
+    } else {
+      used->second = index;
+      if (!add_tensor(&made, value)) return false;
+    }
+    trees_->entries.push_back(made);
+    return true;
+  }
+
+  bool add_tensor(Entry* made, PyObject* value) {
+    made->kind = Kind::TENSOR;
+    expect_object(value);
+    PyObject* tensor = value;
+    if (made->type == reinterpret_cast<PyTypeObject*>(shard_type_)) {
+      made->kind = Kind::SHARD;
+      tensor = local_of(value, &made->identity);
+      if (tensor == nullptr || made->identity == nullptr || !keep(made->identity))
+        return refuse("a DTensor of no kind");
+      made->local_type = Py_TYPE(tensor);
+      expect_dict(own_dict(value));
+      expect_object(tensor);
+    }
+    if (!is_plain(tensor)) return refuse("a tensor of a subclass");
+    int64_t *sizes, *strides;
+    if (!read(tensor, &made->view, &sizes, &strides)) return refuse("a tensor without memory of its own");
+    expect_impl(tensor);
+    std::vector<int64_t>& geometry = trees_->geometry;
+    made->geometry = geometry.size();
+    geometry.insert(geometry.end(), sizes, sizes + made->view.dim);
+    geometry.insert(geometry.end(), strides, strides + made->view.dim);
+    return true;
+  }
+
+  // The cache lines of a pass. An address that is stale by then does no harm: a prefetch cannot fault.
+
+  void expect(const void* start, size_t nbytes) {
+    const char* first = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(start) & ~uintptr_t{63});
+    for (const char* line = first; line < static_cast<const char*>(start) + nbytes; line += 64) {
+      trees_->lines.push_back(line);
+    }
+  }
+
+  // What an object's words point to, such as a dict's table of keys.
+  void expect_pointers(const void* object, size_t first, size_t end, size_t nbytes) {
+    for (size_t i = first; i < end; i++) {
+      uintptr_t word;
+      std::memcpy(&word, static_cast<const char*>(object) + i * sizeof(word), sizeof(word));
+      if (word > 0xFFFF && word % alignof(void*) == 0) expect(reinterpret_cast<const void*>(word), nbytes);
+    }
+  }
+
+  void expect_object(PyObject* object) { expect(object, 48); }
+
+  void expect_dict(PyObject* dict) {
+    expect(dict, 48);
+    expect_pointers(dict, 3, 6, PyDict_Size(dict) != 0 ? 64 + 24 * std::min<size_t>(PyDict_Size(dict), 8) : 0);
+  }
+
+  void expect_impl(PyObject* tensor) {
+    expect(impl_of(tensor), 192);
+    expect_pointers(impl_of(tensor), 2, 6, 64);  // its storage and its version
+  }
+
+  void end_of_unit() { trees_->line_ends.push_back(trees_->lines.size()); }
+
+  std::unique_ptr<Trees> trees_;
+  PyObject *kept_, *plain_types_, *shard_type_;
+  std::unordered_map<PyObject*, int64_t> used_;   // the tensors of all groups, and their entries
+  std::unordered_map<PyObject*, size_t> firsts_;  // the first entry of each tensor
+  std::unordered_map<PyObject*, size_t> places_;  // and of each module
+};
+
+void destroy(PyObject* capsule) { delete static_cast<Trees*>(PyCapsule_GetPointer(capsule, CAPSULE)); }
+
+// make(modules, references, groups, written, also_written, plain_types, shard_type) -> (trees, kept)
+PyObject* make(PyObject*, PyObject* args) {
+  PyObject *modules, *references, *groups, *written, *also_written, *plain_types, *shard_type;
+  if (!PyArg_ParseTuple(args, "OOOOOOO", &modules, &references, &groups, &written, &also_written, &plain_types,
+                        &shard_type)) {
+    return nullptr;
+  }
+  PyObject* kept = PyList_New(0);
+  if (kept == nullptr) return nullptr;
+  Maker maker(kept, plain_types, shard_type);
+  bool is_made = maker.add_groups(groups);
+  for (Py_ssize_t i = 0; is_made && i < PyList_Size(modules); i++) {
+    is_made = maker.add_module(PyList_GetItem(modules, i), PyList_GetItem(references, i));
+  }
+  is_made = is_made && maker.find_groups(groups, written) && maker.add_written(also_written);
+  PyObject* capsule = nullptr;
+  if (is_made) {
+    std::unique_ptr<Trees> trees = maker.result();
+    capsule = PyCapsule_New(trees.get(), CAPSULE, destroy);
+    if (capsule != nullptr) trees.release();
+  }
+  PyObject* result = capsule != nullptr ? PyTuple_Pack(2, capsule, kept) : nullptr;
+  Py_XDECREF(capsule);
+  Py_DECREF(kept);
+  return result;
+}
+
+Trees* trees_in(PyObject* capsule) { return static_cast<Trees*>(PyCapsule_GetPointer(capsule, CAPSULE)); }
+
+// stands(trees, writes) -> whether all stand. Then, if an update is about to write, tell autograd.
+PyObject* stands_for_python(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  Trees* trees = count == 2 ? trees_in(args[0]) : nullptr;
+  if (trees == nullptr) return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_TypeError, "stands(trees, writes)");
+  if (!stands(*trees)) return PyBool_FromLong(0);
+  if (args[1] == Py_True) {
+    for (size_t entry : trees->written) bump_version(trees->tensors[entry]);
+    for (PyObject* tensor : trees->also_written) bump_version(tensor);
+  }
+  return PyBool_FromLong(1);
+}
+
+// tensors(trees, group) -> the tensors of a group, or None if they do not stand
+PyObject* tensors(PyObject*, PyObject* args) {
+  PyObject* capsule;
+  Py_ssize_t group;
+  if (!PyArg_ParseTuple(args, "On", &capsule, &group)) return nullptr;
+  Trees* trees = trees_in(capsule);
+  if (trees == nullptr) return nullptr;
+  const std::vector<size_t>& entries = trees->groups.at(group);
+  // First: it may run the garbage collector, and that runs anything.
+  PyObject* found = PyList_New(entries.size());
+  if (found == nullptr) return nullptr;
+  if (!stands(*trees)) {
+    Py_DECREF(found);
+    Py_RETURN_NONE;
+  }
+  for (size_t i = 0; i < entries.size(); i++) {
+    PyObject* tensor = trees->tensors[entries[i]];
+    Py_INCREF(tensor);
+    PyList_SetItem(found, i, tensor);
+  }
+  return found;
+}
+
+PyObject* tuple_of(const int64_t* values, int64_t count) {
+  PyObject* made = PyTuple_New(count);
+  for (int64_t i = 0; made != nullptr && i < count; i++) PyTuple_SetItem(made, i, PyLong_FromLongLong(values[i]));
+  return made;
+}
+
+// read(tensor, impl) -> what a pass would read of it, or None. impl is the address that torch has for it.
+PyObject* read_for_python(PyObject*, PyObject* args) {
+  PyObject* tensor;
+  unsigned long long impl;
+  if (!PyArg_ParseTuple(args, "OK", &tensor, &impl)) return nullptr;
+  View view;
+  int64_t *sizes, *strides;
+  if (reinterpret_cast<uintptr_t>(impl_of(tensor)) != impl || !read(tensor, &view, &sizes, &strides)) Py_RETURN_NONE;
+  PyObject *shape = tuple_of(sizes, view.dim), *stride = tuple_of(strides, view.dim);
+  if (shape == nullptr || stride == nullptr) return nullptr;
+  return Py_BuildValue("KNNiiiNN", reinterpret_cast<unsigned long long>(view.data), shape, stride, view.dtype,
+                       view.device_type, view.device_index, PyBool_FromLong(view.is_neg),
+                       PyBool_FromLong(view.is_conj));
+}
+
+PyMethodDef METHODS[] = {
+    {"make", make, METH_VARARGS, nullptr},
+    {"stands", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(stands_for_python)), METH_FASTCALL, nullptr},
+    {"tensors", tensors, METH_VARARGS, nullptr},
+    {"read", read_for_python, METH_VARARGS, nullptr},
+};
+
+}  // namespace
+
+extern "C" {
+
+__attribute__((visibility("default"))) int32_t swafast_trees_abi() { return 1; }
+
+// Finds torch's functions in its library, which is loaded. Returns (make, stands, tensors, read), or why not.
+__attribute__((visibility("default"))) PyObject* swafast_trees_functions(const char* torch_library, Py_ssize_t offset) {
+  void* library = dlopen(torch_library, RTLD_NOW | RTLD_NOLOAD);
+  if (library == nullptr) return PyUnicode_FromFormat("%s is not loaded", torch_library);
+  for (const Function& function : FUNCTIONS) {
+    *function.address = dlsym(library, function.name);
+    if (*function.address == nullptr) return PyUnicode_FromFormat("this torch does not export %s", function.name);
+  }
+  torch.offset = offset;
+  for (int which = 0; which < NUM_ATTRIBUTES; which++)
+    names[which] = PyUnicode_InternFromString(ATTRIBUTE_NAMES[which]);
+  constexpr Py_ssize_t count = sizeof(METHODS) / sizeof(METHODS[0]);
+  PyObject* functions = PyTuple_New(count);
+  for (Py_ssize_t i = 0; functions != nullptr && i < count; i++) {
+    PyTuple_SetItem(functions, i, PyCFunction_NewEx(&METHODS[i], nullptr, nullptr));
+  }
+  return functions;
+}
+}

@@ -1,0 +1,198 @@
+"""Whether all tensors of a plan still stand where they stood: one native pass over the modules that hold them.
+
+``csrc/python/trees.cpp`` compares each module's dicts by identity, and each tensor's address, sizes, strides, dtype and
+device. What it cannot vouch for is left to the checks in Python: it never says that tensors stand which do not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sysconfig
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from ..backends import Unavailable, library
+from ..torch_private.cells import cell_offset, impl_address, local_tensor, torch_library
+from ..torch_private.modules import named_modules
+
+#: Set to ``python`` to leave the native pass out.
+CHECKS = "SWAFAST_CHECKS"
+#: Changes with any function of csrc/python/trees.cpp.
+_ABI = 1
+_PLAIN_TYPES = (Tensor, Parameter)
+
+
+class Functions(NamedTuple):
+    """The functions of csrc/python/trees.cpp."""
+
+    make: Callable[..., tuple[object, object]]
+    stands: Callable[[object, bool], bool]
+    tensors: Callable[[object, int], list[Tensor] | None]
+    read: Callable[[Tensor, int], tuple[Any, ...] | None]
+
+
+class TreeCheck:
+    """A check that the tensors of several module trees have the memory, and the view of it, that they have now.
+
+    It holds no tensor of a tree and no module, so it keeps no model alive.
+
+    Args:
+        roots: of the trees.
+        groups: the tensors that are compared, each of which must be in a tree. A DTensor stands for its local tensor.
+        written: the groups that an update writes.
+        also_written: tensors in no tree that it writes too. These are held.
+        shard_type: the class of DTensors, if there are any.
+
+    Raises:
+        ValueError: a pass cannot vouch for these trees. The message says why.
+    """
+
+    def __init__(
+        self,
+        roots: Sequence[Module],
+        groups: Sequence[Sequence[Tensor]],
+        *,
+        written: Collection[int],
+        also_written: Sequence[Tensor] = (),
+        shard_type: type[Tensor] | None = None,
+    ) -> None:
+        functions = load()
+        if isinstance(functions, Unavailable):
+            raise ValueError(functions.reason)
+        compared = {id(tensor): tensor for group in (*groups, also_written) for tensor in group}
+        for tensor in compared.values():
+            _verify(functions, local_tensor(tensor))
+        modules: list[Module] = []
+        references: list[weakref.ref[Module] | None] = []
+        known: set[int] = set()
+        for root in roots:
+            for _, module in named_modules(root, distinct=True):
+                if id(module) not in known:
+                    known.add(id(module))
+                    modules.append(module)
+                    references.append(weakref.ref(module) if module is root else None)
+        self._functions = functions
+        self._trees, self._kept = functions.make(
+            modules,
+            references,
+            tuple(map(list, groups)),
+            tuple(written),
+            list(also_written),
+            _PLAIN_TYPES,
+            shard_type,
+        )
+
+    def stands(self, *, writes: bool = False) -> bool:
+        """Return whether all tensors stand. If so and ``writes``, tell autograd that an update writes its part."""
+        return self._functions.stands(self._trees, writes)
+
+    def tensors(self, group: int) -> list[Tensor] | None:
+        """Return the tensors that are now in the places of a group, or None if not all stand."""
+        return self._functions.tensors(self._trees, group)
+
+
+class Standing(Sequence[Tensor]):
+    """The tensors of one group of a check that stands, looked up on first use: most updates go by addresses.
+
+    It is of one call. Once looked up, it holds the tensors.
+
+    Attributes:
+        is_told: whether autograd knows already that the update writes them.
+    """
+
+    __slots__ = ("_check", "_found", "_group", "is_told")
+
+    def __init__(self, check: TreeCheck, group: int, is_told: bool = False) -> None:
+        self._check, self._group, self.is_told = check, group, is_told
+        self._found: list[Tensor] | None = None
+
+    def _now(self) -> list[Tensor]:
+        if self._found is None:
+            self._found = self._check.tensors(self._group)
+            if self._found is None:
+                raise RuntimeError("model and averages must stay as they are in a call, but another thread moved some")
+        return self._found
+
+    def __len__(self) -> int:
+        return len(self._now())
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._now())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._now()[index]
+
+
+def _verify(functions: Functions, tensor: Tensor) -> None:
+    """Raise ValueError unless a pass reads of a tensor what torch says of it."""
+    expected = (
+        *(tensor.data_ptr(), tuple(tensor.shape), tensor.stride()),
+        *_codes_of(tensor.dtype, tensor.device),
+        *(tensor.is_neg(), tensor.is_conj()),
+    )
+    found = functions.read(tensor, impl_address(tensor))
+    if found != expected:
+        raise ValueError(f"a pass reads {found} of a tensor, and torch says {expected}")
+
+
+@functools.cache
+def _codes_of(dtype: torch.dtype, device: torch.device) -> tuple[int, int, int]:
+    """Return the numbers that torch's C functions have for a dtype and a device."""
+    functions, example = load(), torch.empty(0, dtype=dtype, device=device)
+    assert isinstance(functions, Functions)
+    read = functions.read(example, impl_address(example))
+    if read is None:
+        raise ValueError(f"a pass cannot read a tensor of {dtype} on {device}")
+    return read[3:6]
+
+
+@functools.cache
+def load() -> Functions | Unavailable:
+    """Return the functions of the native pass, or why it cannot be used."""
+    if os.environ.get(CHECKS) == "python":
+        return Unavailable(f"{CHECKS}=python", expected=True)
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return Unavailable("this Python has no global lock, and tensors are read under it", expected=True)
+    path = library_path()
+    if not path.is_file():
+        return Unavailable(f"{path} is not there: it is built where Python's headers are")
+    offset = cell_offset()
+    if offset is None:
+        return Unavailable("a tensor of this torch does not show where its own object is")
+    try:
+        native = ctypes.PyDLL(str(path))
+        native.swafast_trees_abi.restype = ctypes.c_int32
+        abi = native.swafast_trees_abi()
+        if abi != _ABI:
+            return Unavailable(f"{path} has interface {abi}, this swafast needs {_ABI}: install it again")
+        find = native.swafast_trees_functions
+        find.restype, find.argtypes = ctypes.py_object, (ctypes.c_char_p, ctypes.c_ssize_t)
+        found = find(os.fsencode(torch_library()), offset)
+    except (OSError, AttributeError) as error:
+        return Unavailable(f"{path} did not load: {error}")
+    if isinstance(found, str):
+        return Unavailable(found)
+    functions = Functions(*found)
+    return functions if _reads_right(functions) else Unavailable("what a pass reads of a tensor is not what torch says")
+
+
+def library_path() -> Path:
+    """Return where the library is: beside that of the kernels."""
+    return library.path().with_name("libswafast_trees.so")
+
+
+def _reads_right(functions: Functions) -> bool:
+    """Return whether tensors that differ in one thing alone are told apart."""
+    base = torch.empty(2, 3, dtype=torch.complex64, device="cpu")
+    others = (base.view(3, 2), base.as_strided((2, 3), (1, 2)), base.view(torch.float64)[:, :3], base[:1], base[1:])
+    several = (base, *others, base.conj(), base.imag, base.conj().imag, base.to(torch.complex128), base.to("meta"))
+    read = [functions.read(each, impl_address(each)) for each in several]
+    return None not in read and len(set(read)) == len(read) and functions.read(base, impl_address(base) + 8) is None

@@ -1,0 +1,43 @@
+"""Where a Python tensor has torch's own object, for native code that reads tensors without torch's headers."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def impl_address(tensor: Tensor) -> int:
+    """Return the address of torch's own object of a tensor."""
+    return int(tensor._cdata)
+
+
+@functools.cache
+def cell_offset() -> int | None:
+    """Return at which byte of a Python tensor the pointer to torch's own object stands, or None if that is unclear.
+
+    It is looked for in some tensors. Whoever uses it compares it for each tensor again.
+    """
+    tensors = [torch.empty(0, device="cpu"), torch.nn.Parameter(torch.empty(0, device="cpu"))]
+    word = ctypes.sizeof(ctypes.c_void_p)
+    found = set(range(object.__basicsize__, Tensor.__basicsize__, word))
+    try:
+        for tensor in tensors:
+            at = {i for i in found if ctypes.c_void_p.from_address(id(tensor) + i).value == impl_address(tensor)}
+            found &= at
+    except AttributeError:
+        return None
+    return found.pop() if len(found) == 1 else None
+
+
+def torch_library() -> Path:
+    """Return the path of torch's library for the CPU, which holds what it exports for compiled code."""
+    return Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return the local tensor of a DTensor, and any other as it is."""
+    return getattr(tensor, "_local_tensor", tensor)
