@@ -490,16 +490,19 @@ PyObject* tensors(PyObject*, PyObject* args) {
   if (!PyArg_ParseTuple(args, "On", &capsule, &group)) return nullptr;
   Trees* trees = trees_in(capsule);
   if (trees == nullptr) return nullptr;
-  const std::vector<size_t>& entries = trees->groups.at(group);
+  const size_t num_groups = trees->groups.size();
+  if (group < 0 || size_t(group) > num_groups) return PyErr_Format(PyExc_IndexError, "there is no group %zd", group);
+  const bool is_in_tree = size_t(group) < num_groups;
+  const size_t size = is_in_tree ? trees->groups[group].size() : trees->also_written.size();
   // First: it may run the garbage collector, and that runs anything.
-  PyObject* found = PyList_New(entries.size());
+  PyObject* found = PyList_New(size);
   if (found == nullptr) return nullptr;
   if (!stands(*trees)) {
     Py_DECREF(found);
     Py_RETURN_NONE;
   }
-  for (size_t i = 0; i < entries.size(); i++) {
-    PyObject* tensor = trees->tensors[entries[i]];
+  for (size_t i = 0; i < size; i++) {
+    PyObject* tensor = is_in_tree ? trees->tensors[trees->groups[group][i]] : trees->also_written[i];
     Py_INCREF(tensor);
     PyList_SetItem(found, i, tensor);
   }

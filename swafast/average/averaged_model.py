@@ -198,7 +198,6 @@ class FusedAveragedModel(HasRule, Sampled, Adaptable, AveragedModel):
         """
         with self._guard.hold("update_parameters"):
             rule, nonfinite = self.rule, self.nonfinite
-            skip = nonfinite == "skip"
             if swaps.in_force and isinstance(model, Module):
                 swaps.refuse_model("update_parameters", model)
             plan, params, planes = self._bind(model, rule is None, writes=nonfinite == "propagate")
@@ -208,23 +207,18 @@ class FusedAveragedModel(HasRule, Sampled, Adaptable, AveragedModel):
             if is_first:
                 self._warn_of_overwrite()
             if rule is not None:
-                plan.update(params, planes, (rule,), skip_nonfinite=skip)
-            elif not skip or plan.first_nonfinite(params) is None:
+                plan.update(params, planes, (rule,), skip_nonfinite=nonfinite == "skip")
+            elif nonfinite != "skip" or plan.first_nonfinite(params) is None:
                 pairs = plan.pairs(params, planes)
                 update_by_function(pairs, plan.copies, self.avg_fn, self.multi_avg_fn, self.n_averaged)
             if is_first:
                 self._note_update()
 
     def _bind(self, model: Module, by_function: bool | None = None, *, writes: bool = False) -> Bound:
-        """Return the plan for ``model``.
-
-        Args:
-            by_function: whether the user's own function runs updates, if known.
-            writes: whether an update follows at once.
-        """
+        """Return the plan for ``model``. ``by_function``, if known: whether the user's own function runs updates."""
         config = self._config(self.rule is None if by_function is None else by_function)
         counters = (own_buffers(self)["n_averaged"],)
-        return self._bindings.bind(self, self._sides, model, config, counters, writes=writes)  # type: ignore[arg-type]
+        return self._bindings.bind(self, self._sides, model, config, counters, writes=writes)
 
     def _config(self, by_function: bool) -> object:
         """Return what a plan depends on besides the tensors."""

@@ -16,8 +16,8 @@ from ..op import checks, choice
 from ..op import torch_op as torch_op  # registers the op with the first average
 from ..op.copies import Copies, is_for_torch
 from ..op.plan import Plan
-from ..op.report import LOGGER, log_plan
-from ..op.tree_check import Standing, TreeCheck
+from ..op.report import log_plan
+from ..op.tree_check import Checks, Standing, TreeCheck
 from ..terms import habits, hints
 from ..terms.capturing import refuse_capture
 from ..terms.lazy import MadeOnUse
@@ -29,10 +29,8 @@ from .contents import HoldsModels
 from .following import made_anew, put_buffers
 from .matching import ModuleSide, match, place_counters, with_planes
 
-#: The groups of a check of both modules.
-_PARAMS, _PLANES, _COUNTERS, _FROZEN, _LENT = range(5)
-#: So many checks are made in a row if none of them stands a second time, as where a model has other tensors each time.
-_MOST_CHECKS = 8
+#: The groups of a check of both modules. After them comes what is lent.
+_PARAMS, _PLANES, _COUNTERS, _FROZEN = range(4)
 #: A plan, and the current params and planes, which it fits.
 Bound = tuple[Plan, Sequence[Tensor], Sequence[Tensor]]
 
@@ -106,8 +104,7 @@ class ModuleBinding:
         left_out = [each.param for each in (*(pair for _, pair in matched), *lent) if _is_left_out(each)]
         frozen = [param for param in left_out if not param.requires_grad]
         self._loan = self._lend(lent, frozen) if frozen else None
-        self._check: TreeCheck | None = None
-        self._num_checks = 0  # made in a row that have not stood since
+        self._checks = Checks()
 
     def lent(self) -> Sequence[tuple[str, Tensor]]:
         """Return the names and tensors of the params that the model lends."""
@@ -132,47 +129,29 @@ class ModuleBinding:
         root = self._model_walk.root
         if config != self.config or (root is not model and root is not unwrap(model)):
             return None
-        check = self._check
-        if check is not None and not self.plan.is_retired and check.stands(writes=writes):
-            self._num_checks = 0
-            frozen = check.tensors(_FROZEN) if self._loan is not None else ()
-            if frozen is not None and lending.are_frozen(frozen) and self._copies_fit():
-                return self.plan, Standing(check, _PARAMS), Standing(check, _PLANES, writes)
+        if self.plan.is_retired:
+            return None
+        check = self._checks.standing(writes=writes)
+        if check is not None and self._loan_stands(check) and self._copies_fit():
+            return self.plan, Standing(check, _PARAMS), Standing(check, _PLANES, writes)
         theirs, own = self._model_walk.tensors(), self._owner_walk.tensors()
         if theirs is None or own is None or (self._loan is not None and not self._loan.stands(theirs, own)):
             return None
-        if not self._copies_fit():
-            return None
         params, planes = self._params(theirs), self._planes(own)
-        if not self.plan.fits(params, planes, counters):
+        if not self._copies_fit() or not self.plan.fits(params, planes, counters):
             return None
-        self._make_check(theirs, own, params, planes, counters)
+        frozen, lent = self._loan.tensors(theirs, own) if self._loan is not None else ((), ())
+        groups = (params, planes, counters, frozen, lent)
+        roots = (self._owner_walk.root, self._model_walk.root)
+        self._checks.make(lambda: TreeCheck(roots, groups, written=(_PLANES, _COUNTERS)))
         return self.plan, params, planes
+
+    def _loan_stands(self, check: TreeCheck) -> bool:
+        frozen = check.tensors(_FROZEN) if self._loan is not None else ()
+        return frozen is not None and lending.are_frozen(frozen)
 
     def _copies_fit(self) -> bool:
         return self.plan.copies is None or self.plan.copies.fit()
-
-    def _make_check(
-        self,
-        theirs: Sequence[Tensor],
-        own: Sequence[Tensor],
-        params: Sequence[Tensor],
-        planes: Sequence[Tensor],
-        counters: Sequence[Tensor],
-    ) -> None:
-        """Make a check of all that the checks in Python have just compared, for the updates to come."""
-        self._check = None
-        roots = (self._owner_walk.root, self._model_walk.root)
-        if self._num_checks == _MOST_CHECKS or None in roots:
-            return
-        frozen, lent = self._loan.tensors(theirs, own) if self._loan is not None else ((), ())
-        groups = {_PARAMS: params, _PLANES: planes, _COUNTERS: counters, _FROZEN: frozen, _LENT: lent}
-        try:
-            self._check = TreeCheck(roots, [*groups.values()], written=(_PLANES, _COUNTERS))  # type: ignore[arg-type]
-            self._num_checks += 1
-        except ValueError as reason:
-            self._num_checks = _MOST_CHECKS
-            LOGGER.debug("swafast checks the tensors of a model in Python: %s", reason)
 
     def now(self) -> Sequence[Tensor] | None:
         """Return the params and planes that both modules have now, or None if modules, names or ties have changed."""

@@ -123,7 +123,6 @@ class Loan:
             return False
         return self._params.fits(self._find_params(theirs)) and self._averages.fits(self._find_averages(own))
 
-
     def tensors(self, theirs: Sequence[Tensor], own: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Return what is frozen, and what must keep its memory, going by the tensors of both walks."""
         return self._find_frozen(theirs), (*self._find_params(theirs), *self._find_averages(own))

@@ -9,9 +9,7 @@ from collections import Counter
 from ..terms.formats import OWN, format_of
 from .choice import BACKENDS
 from .plan import Plan
-
-#: Of the whole package. It is silent unless the user has set its level to INFO.
-LOGGER = logging.getLogger("swafast")
+from .tree_check import LOGGER
 
 
 def spell_bytes(nbytes: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 import sysconfig
 import weakref
@@ -22,6 +23,9 @@ from torch.nn import Module, Parameter
 from ..backends import Unavailable, library
 from ..torch_private.cells import cell_offset, impl_address, local_tensor, torch_library
 from ..torch_private.modules import named_modules
+
+#: Of the whole package. It is silent unless the user has set its level to INFO.
+LOGGER = logging.getLogger("swafast")
 
 #: Set to ``python`` to leave the native pass out.
 CHECKS = "SWAFAST_CHECKS"
@@ -57,7 +61,7 @@ class TreeCheck:
 
     def __init__(
         self,
-        roots: Sequence[Module],
+        roots: Sequence[Module | None],
         groups: Sequence[Sequence[Tensor]],
         *,
         written: Collection[int],
@@ -74,6 +78,8 @@ class TreeCheck:
         references: list[weakref.ref[Module] | None] = []
         known: set[int] = set()
         for root in roots:
+            if root is None:
+                raise ValueError("a root of the trees is gone")
             for _, module in named_modules(root, distinct=True):
                 if id(module) not in known:
                     known.add(id(module))
@@ -95,8 +101,41 @@ class TreeCheck:
         return self._functions.stands(self._trees, writes)
 
     def tensors(self, group: int) -> list[Tensor] | None:
-        """Return the tensors that are now in the places of a group, or None if not all stand."""
+        """Return the tensors that are now in the places of a group, or None if not all stand.
+
+        The group after the last is what is also written.
+        """
         return self._functions.tensors(self._trees, group)
+
+
+class Checks:
+    """The check of one plan, if there can be one, made again after what only the checks in Python see through."""
+
+    #: So many are made in a row if none of them stands later, as where a model has other tensors at each update.
+    _MOST = 8
+
+    def __init__(self) -> None:
+        self._check: TreeCheck | None = None
+        self._num_left = self._MOST
+
+    def standing(self, *, writes: bool) -> TreeCheck | None:
+        """Return the check if all its tensors stand. ``writes`` is as for :meth:`TreeCheck.stands`."""
+        check = self._check
+        if check is None or not check.stands(writes=writes):
+            return None
+        self._num_left = self._MOST
+        return check
+
+    def make(self, make: Callable[[], TreeCheck]) -> None:
+        """Make a check of what the checks in Python have just compared."""
+        self._check = None
+        if self._num_left:
+            self._num_left -= 1
+            try:
+                self._check = make()
+            except ValueError as reason:
+                self._num_left = 0
+                LOGGER.debug("swafast checks the tensors of an average in Python: %s", reason)
 
 
 class Standing(Sequence[Tensor]):
@@ -133,6 +172,9 @@ class Standing(Sequence[Tensor]):
 
 def _verify(functions: Functions, tensor: Tensor) -> None:
     """Raise ValueError unless a pass reads of a tensor what torch says of it."""
+    if type(tensor) not in _PLAIN_TYPES or tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a nested one" if tensor.is_nested else f"a {type(tensor).__name__} with {tensor.layout}"
+        raise ValueError(f"a pass reads plain tensors only, got {kind}")
     expected = (
         *(tensor.data_ptr(), tuple(tensor.shape), tensor.stride()),
         *_codes_of(tensor.dtype, tensor.device),

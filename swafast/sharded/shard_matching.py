@@ -12,7 +12,8 @@ from torch.nn import Module
 from ..average.bindings import Bindings
 from ..op import checks, choice
 from ..op.copies import Copies
-from ..op.plan import Fingerprint, Plan
+from ..op.plan import Fingerprint, Plan, bump_versions
+from ..op.tree_check import Checks, Standing, TreeCheck
 from ..terms import hints
 from ..terms.capturing import refuse_capture
 from ..terms.copying import are_alike, duplicate
@@ -57,9 +58,14 @@ class Locator:
         """The unwrapped model whose tensors it finds, or None if it is gone."""
         return self._walk.root
 
+    def is_of(self, model: Module) -> bool:
+        """Return whether it finds the tensors of ``model``."""
+        root = self._walk.root
+        return root is model or root is unwrap(model)
+
     def find(self, model: Module) -> list[Tensor] | None:
         """Return the model's current tensors that hold the shares, or None if they must be matched by name again."""
-        if self._walk.root is not model and self._walk.root is not unwrap(model):
+        if not self.is_of(model):
             return None
         found = self._walk.tensors()
         if found is None:
@@ -90,6 +96,16 @@ class Locator:
             return [(tensor, of_side[names]) for of_side in copied for names, tensor in theirs.items()]  # type: ignore[misc]
 
         return Copies([names[0] for _ in copied for names in self._by_torch], find) if self._by_torch else None
+
+    def check(self, found: Sequence[Tensor], written: Sequence[Tensor]) -> TreeCheck:
+        """Return a check that the bases stand, for updates that write the tensors ``written``.
+
+        Raises:
+            ValueError: there is none for this model.
+        """
+        if self._flats:
+            raise ValueError("flat params are in no module")
+        return TreeCheck([self.root], [found], written=(), also_written=written, shard_type=DTensor)
 
     def bases(self, found: Sequence[Tensor]) -> list[Tensor]:
         """Return the tensors that the shares lie in: local ones of DTensors, then plain and flat ones."""
@@ -169,7 +185,7 @@ class Views(Sequence[Tensor]):
 
 
 #: A plan with its current params and planes.
-Bound = tuple[Plan, Views, tuple[Tensor, ...]]
+Bound = tuple[Plan, Views, Sequence[Tensor]]
 
 
 class ShardBinding:
@@ -201,7 +217,7 @@ class ShardBinding:
         self._chosen = [(index, share) for _, index, share in chosen]
         counters = [side.n_averaged for side in sides]
         self._bases = Fingerprint([*bases, *counters])
-        views = Views(self._locator, self._chosen, bases, self._bases)
+        views = self._views(bases)
         pairs = [sides[pace]._pair(share, view, pace) for (pace, _, share), view in zip(chosen, views, strict=True)]
         for pair in pairs:
             checks.check_sides(pair, any_device=False)
@@ -212,25 +228,39 @@ class ShardBinding:
         self.plan = Plan(pairs, choice.choose_backends(backend, choice.device_types(pairs)), counters, homes)
         self._planes = tuple(plane for pair in pairs for plane in pair.planes)
         self.plan.copies = self._locator.copies([side._copied for side in sides], staging)
+        self._checks, self._counters = Checks(), Fingerprint(counters)
 
     @property
     def root(self) -> Module | None:
         """The unwrapped model that was matched, or None if it is gone."""
         return self._locator.root
 
-    def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None:
+    def current(
+        self, model: Module, config: object, counters: Sequence[Tensor], *, writes: bool = False
+    ) -> Bound | None:
         """Return the plan with its current params and planes, or None if it no longer fits them."""
-        if config != self.config:
+        if config != self.config or self.plan.is_retired or not self._locator.is_of(model):
             return None
+        check = self._checks.standing(writes=writes)
+        if check is not None and self._counters.fits(counters) and self._copies_fit():
+            if writes:
+                bump_versions(counters)
+            return self.plan, self._views(Standing(check, 0)), Standing(check, 1, writes)
         found = self._locator.find(model)
         if found is None:
             return None
         bases = self._bases_of(found)
-        if self.plan.is_retired or not self._bases.fits([*bases, *counters]):
+        if not self._bases.fits([*bases, *counters]) or not self._copies_fit():
             return None
-        if self.plan.copies is not None and not self.plan.copies.fit():
-            return None
-        return self.plan, Views(self._locator, self._chosen, bases, self._bases), self._planes
+        if self._staging is None:
+            self._checks.make(lambda: self._locator.check(found, self._planes))
+        return self.plan, self._views(bases), self._planes
+
+    def _views(self, bases: Sequence[Tensor]) -> Views:
+        return Views(self._locator, self._chosen, bases, self._bases)
+
+    def _copies_fit(self) -> bool:
+        return self.plan.copies is None or self.plan.copies.fit()
 
     def now(self) -> Sequence[Tensor] | None:
         """Return the tensors that the shares lie in now, then the planes, or None if the model has changed."""
@@ -255,8 +285,18 @@ class ShardBinding:
         return bases
 
 
-def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], staging: Staging | None = None) -> Bound:
+def bind_shards(
+    bindings: Bindings,
+    model: Module,
+    sides: Sequence[ShardSide],
+    staging: Staging | None = None,
+    *,
+    writes: bool = False,
+) -> Bound:
     """Return the plan for ``model`` with its params and planes. Make a new one if no kept plan fits.
+
+    Args:
+        writes: whether an update follows at once: then autograd may be told that it writes.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -265,7 +305,7 @@ def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], s
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hints.of_value('model', model)}")
     counters, config = [side.n_averaged for side in sides], (vars(sides[0])["backend"], staging)
-    current = bindings.current(model, config, counters)
+    current = bindings.current(model, config, counters, writes=writes)
     if current is None:
         # After a forward pass without a backward, FSDP's root is gathered and its modules hold other tensors.
         reshard(model)

@@ -98,13 +98,12 @@ class AttachableShards(Attachable):
             RuntimeError: averages are swapped into a model; or, with ``"raise"`` or ``"skip"``, a rank was lost.
         """
         with self._guard.hold("update_parameters"):
-            bound = self._bind(model)
-            if swaps.in_force:
+            if swaps.in_force and isinstance(model, Module):
                 swaps.refuse_model("update_parameters", model)
-            self._update(bound)
+            self._update(self._bind(model, writes=self.nonfinite == "propagate"))
 
-    def _bind(self, model: Module, staging: Staging | None = None) -> Bound:
-        return bind_shards(self._bindings, model, self._updated, staging)
+    def _bind(self, model: Module, staging: Staging | None = None, *, writes: bool = False) -> Bound:
+        return bind_shards(self._bindings, model, self._updated, staging, writes=writes)
 
     def _update(self, bound: Bound) -> None:
         """Run an update of a bound plan. The calling thread holds the averages."""
