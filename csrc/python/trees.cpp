@@ -92,6 +92,7 @@ enum Attribute { PARAMETERS, BUFFERS, CHILDREN, LOCAL_TENSOR, SPEC, NUM_ATTRIBUT
 constexpr int NUM_DICTS = CHILDREN + 1;
 const char* const ATTRIBUTE_NAMES[] = {"_parameters", "_buffers", "_modules", "_local_tensor", "_spec"};
 PyObject* names[NUM_ATTRIBUTES];
+size_t dict_words;  // of a dict's own record
 
 // How an entry of a module's dict is compared.
 enum class Kind : int32_t {
@@ -423,7 +424,7 @@ class Maker {
 
   void expect_dict(PyObject* dict) {
     expect(dict, 48);
-    expect_pointers(dict, 3, 6, PyDict_Size(dict) != 0 ? 64 + 24 * std::min<size_t>(PyDict_Size(dict), 8) : 0);
+    expect_pointers(dict, 3, dict_words, PyDict_Size(dict) != 0 ? 64 + 24 * std::min<size_t>(PyDict_Size(dict), 8) : 0);
   }
 
   void expect_impl(PyObject* tensor) {
@@ -552,6 +553,10 @@ __attribute__((visibility("default"))) PyObject* swafast_trees_functions(const c
     if (*function.address == nullptr) return PyUnicode_FromFormat("this torch does not export %s", function.name);
   }
   torch.offset = offset;
+  PyObject* dict_size = PyObject_GetAttrString(reinterpret_cast<PyObject*>(&PyDict_Type), "__basicsize__");
+  if (dict_size == nullptr) return nullptr;
+  dict_words = PyLong_AsSize_t(dict_size) / sizeof(void*);
+  Py_DECREF(dict_size);
   for (int which = 0; which < NUM_ATTRIBUTES; which++)
     names[which] = PyUnicode_InternFromString(ATTRIBUTE_NAMES[which]);
   constexpr Py_ssize_t count = sizeof(METHODS) / sizeof(METHODS[0]);

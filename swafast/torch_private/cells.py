@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from pathlib import Path
 
 import torch
@@ -35,7 +36,8 @@ def cell_offset() -> int | None:
 
 def torch_library() -> Path:
     """Return the path of torch's library for the CPU, which holds what it exports for compiled code."""
-    return Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    return Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
