@@ -549,9 +549,11 @@ __attribute__((visibility("default"))) PyObject* swafast_trees_functions(const c
   void* library = dlopen(torch_library, RTLD_NOW | RTLD_NOLOAD);
   if (library == nullptr) return PyUnicode_FromFormat("%s is not loaded", torch_library);
   for (const Function& function : FUNCTIONS) {
-    *function.address = dlsym(library, function.name);
-    if (*function.address == nullptr) return PyUnicode_FromFormat("this torch does not export %s", function.name);
+    if (dlsym(library, function.name) == nullptr) {
+      return PyUnicode_FromFormat("this torch does not export %s", function.name);
+    }
   }
+  for (const Function& function : FUNCTIONS) *function.address = dlsym(library, function.name);
   torch.offset = offset;
   PyObject* dict_size = PyObject_GetAttrString(reinterpret_cast<PyObject*>(&PyDict_Type), "__basicsize__");
   if (dict_size == nullptr) return nullptr;

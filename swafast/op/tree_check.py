@@ -83,6 +83,7 @@ class TreeCheck:
             for _, module in named_modules(root, distinct=True):
                 if id(module) not in known:
                     known.add(id(module))
+                    _refuse_class(type(module))
                     modules.append(module)
                     references.append(weakref.ref(module) if module is root else None)
         self._functions = functions
@@ -168,6 +169,15 @@ class Standing(Sequence[Tensor]):
 
     def __getitem__(self, index: Any) -> Any:
         return self._now()[index]
+
+
+def _refuse_class(kind: type[Module]) -> None:
+    """Raise ValueError if modules of this class may keep their tensors elsewhere than in their own dicts."""
+    if kind.__getattribute__ is not object.__getattribute__:
+        raise ValueError(f"{kind.__name__} has a __getattribute__ of its own")
+    for name in ("_parameters", "_buffers", "_modules"):
+        if hasattr(kind, name):
+            raise ValueError(f"{kind.__name__} has {name} of its own")
 
 
 def _verify(functions: Functions, tensor: Tensor) -> None:
