@@ -69,16 +69,21 @@ struct View {
 };
 
 // Returns false for a tensor without memory of its own, such as a sparse one.
-bool read(PyObject* tensor, View* view, int64_t** sizes, int64_t** strides) {
+bool read(PyObject* tensor, View* view) {
   const Handle handle = handle_of(tensor);
-  if (torch.data(handle, &view->data) | torch.dim(handle, &view->dim) | torch.sizes(handle, sizes) |
-      torch.strides(handle, strides) | torch.dtype(handle, &view->dtype) |
-      torch.device_type(handle, &view->device_type) | torch.device_index(handle, &view->device_index)) {
+  if (torch.data(handle, &view->data) || torch.dim(handle, &view->dim) || torch.dtype(handle, &view->dtype) ||
+      torch.device_type(handle, &view->device_type) || torch.device_index(handle, &view->device_index)) {
     return false;
   }
   view->is_neg = torch.is_neg(handle);
   view->is_conj = torch.is_conj(handle);
   return true;
+}
+
+// A nested tensor has none, and some versions of torch print an error then: ask once the view is the expected one.
+bool read_geometry(PyObject* tensor, int64_t** sizes, int64_t** strides) {
+  const Handle handle = handle_of(tensor);
+  return !torch.sizes(handle, sizes) && !torch.strides(handle, strides);
 }
 
 void bump_version(PyObject* tensor) {
@@ -177,7 +182,7 @@ PyObject* attribute(PyObject* own, Attribute which, Py_ssize_t position) {
 bool tensor_stands(const Trees& trees, const Entry& entry, PyObject* tensor) {
   View view;
   int64_t *sizes, *strides;
-  if (!read(tensor, &view, &sizes, &strides) || !(view == entry.view)) return false;
+  if (!read(tensor, &view) || !(view == entry.view) || !read_geometry(tensor, &sizes, &strides)) return false;
   const int64_t* expected = trees.geometry.data() + entry.geometry;
   for (int64_t dim = 0; dim < view.dim; dim++) {
     if (sizes[dim] != expected[dim] || strides[dim] != expected[view.dim + dim]) return false;
@@ -393,7 +398,9 @@ class Maker {
     }
     if (!is_plain(tensor)) return refuse("a tensor of a subclass");
     int64_t *sizes, *strides;
-    if (!read(tensor, &made->view, &sizes, &strides)) return refuse("a tensor without memory of its own");
+    if (!read(tensor, &made->view) || !read_geometry(tensor, &sizes, &strides)) {
+      return refuse("a tensor without memory of its own");
+    }
     expect_impl(tensor);
     std::vector<int64_t>& geometry = trees_->geometry;
     made->geometry = geometry.size();
@@ -523,7 +530,8 @@ PyObject* read_for_python(PyObject*, PyObject* args) {
   if (!PyArg_ParseTuple(args, "OK", &tensor, &impl)) return nullptr;
   View view;
   int64_t *sizes, *strides;
-  if (reinterpret_cast<uintptr_t>(impl_of(tensor)) != impl || !read(tensor, &view, &sizes, &strides)) Py_RETURN_NONE;
+  if (reinterpret_cast<uintptr_t>(impl_of(tensor)) != impl) Py_RETURN_NONE;
+  if (!read(tensor, &view) || !read_geometry(tensor, &sizes, &strides)) Py_RETURN_NONE;
   PyObject *shape = tuple_of(sizes, view.dim), *stride = tuple_of(strides, view.dim);
   if (shape == nullptr || stride == nullptr) return nullptr;
   return Py_BuildValue("KNNiiiNN", reinterpret_cast<unsigned long long>(view.data), shape, stride, view.dtype,
