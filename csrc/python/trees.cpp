@@ -93,9 +93,8 @@ void bump_version(PyObject* tensor) {
   }
 }
 
-enum Attribute { PARAMETERS, BUFFERS, CHILDREN, LOCAL_TENSOR, SPEC, NUM_ATTRIBUTES };
-constexpr int NUM_DICTS = CHILDREN + 1;
-const char* const ATTRIBUTE_NAMES[] = {"_parameters", "_buffers", "_modules", "_local_tensor", "_spec"};
+enum Attribute { PARAMETERS, BUFFERS, CHILDREN, NUM_ATTRIBUTES };
+const char* const ATTRIBUTE_NAMES[] = {"_parameters", "_buffers", "_modules"};
 PyObject* names[NUM_ATTRIBUTES];
 size_t dict_words;  // of a dict's own record
 
@@ -123,9 +122,9 @@ struct Module {
   PyObject* reference;  // a weak one, of a root only: a parent holds the others
   size_t place;         // the entry that holds it, if it is no root
   PyTypeObject* type;
-  PyTypeObject* dict_types[NUM_DICTS];
-  Py_ssize_t positions[NUM_DICTS];  // of its three dicts in its own dict
-  Py_ssize_t counts[NUM_DICTS];
+  PyTypeObject* dict_types[NUM_ATTRIBUTES];
+  Py_ssize_t positions[NUM_ATTRIBUTES];  // of its three dicts in its own dict
+  Py_ssize_t counts[NUM_ATTRIBUTES];
 };
 
 // Everything is in the order of the pass, which so reads memory from front to back. All Python objects are borrowed:
@@ -142,6 +141,7 @@ struct Trees {
   std::vector<PyObject*> also_written;  // and tensors in no tree
   // Of each entry, valid in the pass that has put it there.
   std::vector<PyObject*> values, tensors;
+  Py_ssize_t local_slot, spec_slot;  // where a DTensor holds both
 };
 
 constexpr const char* CAPSULE = "swafast.trees";
@@ -190,11 +190,11 @@ bool tensor_stands(const Trees& trees, const Entry& entry, PyObject* tensor) {
   return true;
 }
 
-PyObject* local_of(PyObject* dtensor, PyObject** spec) {
-  PyObject* own = own_dict(dtensor);
-  if (own == nullptr) return nullptr;
-  *spec = PyDict_GetItem(own, names[SPEC]);
-  return PyDict_GetItem(own, names[LOCAL_TENSOR]);
+// What an object holds in a slot, borrowed, or null.
+PyObject* in_slot(PyObject* object, Py_ssize_t offset) {
+  PyObject* held;
+  std::memcpy(&held, reinterpret_cast<char*>(object) + offset, sizeof(held));
+  return held;
 }
 
 bool entry_stands(Trees& trees, size_t index, PyObject* value) {
@@ -209,9 +209,9 @@ bool entry_stands(Trees& trees, size_t index, PyObject* value) {
   if (Py_TYPE(value) != entry.type) return false;
   if (entry.kind == Kind::NOTHING) return true;
   if (entry.kind == Kind::SHARD) {
-    PyObject* spec = nullptr;
-    value = local_of(value, &spec);
-    if (value == nullptr || spec != entry.identity || Py_TYPE(value) != entry.local_type) return false;
+    if (in_slot(value, trees.spec_slot) != entry.identity) return false;
+    value = in_slot(value, trees.local_slot);
+    if (value == nullptr || Py_TYPE(value) != entry.local_type) return false;
   }
   trees.tensors[index] = value;
   return tensor_stands(trees, entry, value);
@@ -227,7 +227,7 @@ bool stands(Trees& trees) {
     if (Py_TYPE(object) != module.type) return false;
     PyObject* own = own_dict(object);
     if (own == nullptr) return false;
-    for (int which = 0; which < NUM_DICTS; which++) {
+    for (int which = 0; which < NUM_ATTRIBUTES; which++) {
       PyObject* dict = attribute(own, Attribute(which), module.positions[which]);
       if (dict == nullptr || Py_TYPE(dict) != module.dict_types[which]) return false;
       if (PyDict_Size(dict) != module.counts[which]) return false;
@@ -248,8 +248,11 @@ bool stands(Trees& trees) {
 // Collects what a pass goes by. Its errors are Python's: a null or false result has set one.
 class Maker {
  public:
-  Maker(PyObject* kept, PyObject* plain_types, PyObject* shard_type)
-      : trees_(new Trees), kept_(kept), plain_types_(plain_types), shard_type_(shard_type) {}
+  Maker(PyObject* kept, PyObject* plain_types, PyObject* shard_type, Py_ssize_t local_slot, Py_ssize_t spec_slot)
+      : trees_(new Trees), kept_(kept), plain_types_(plain_types), shard_type_(shard_type) {
+    trees_->local_slot = local_slot;
+    trees_->spec_slot = spec_slot;
+  }
 
   bool add_groups(PyObject* groups) {
     for (Py_ssize_t i = 0; i < PyTuple_Size(groups); i++) {
@@ -277,9 +280,9 @@ class Maker {
     if (made.reference != nullptr) expect_object(reference);
     expect_dict(own);
     end_of_unit();
-    for (int which = 0; which < NUM_DICTS; which++) {
+    for (int which = 0; which < NUM_ATTRIBUTES; which++) {
       PyObject* dict = PyDict_GetItem(own, names[which]);
-      if (dict == nullptr || !PyDict_CheckExact(dict) || !is_attribute(module, which, dict)) {
+      if (dict == nullptr || !PyDict_CheckExact(dict) || !is_attribute(module, ATTRIBUTE_NAMES[which], dict)) {
         return refuse("a module that keeps its tensors elsewhere");
       }
       made.dict_types[which] = Py_TYPE(dict);
@@ -342,11 +345,11 @@ class Maker {
     return PySequence_Contains(plain_types_, reinterpret_cast<PyObject*>(Py_TYPE(value))) == 1;
   }
 
-  static bool is_attribute(PyObject* module, int which, PyObject* dict) {
-    PyObject* got = PyObject_GetAttr(module, names[which]);
+  static bool is_attribute(PyObject* object, const char* name, PyObject* value) {
+    PyObject* got = PyObject_GetAttrString(object, name);
     Py_XDECREF(got);
     if (got == nullptr) PyErr_Clear();
-    return got == dict;
+    return got != nullptr && got == value;
   }
 
   static Py_ssize_t position_of(PyObject* own, PyObject* name) {
@@ -389,11 +392,14 @@ class Maker {
     PyObject* tensor = value;
     if (made->type == reinterpret_cast<PyTypeObject*>(shard_type_)) {
       made->kind = Kind::SHARD;
-      tensor = local_of(value, &made->identity);
-      if (tensor == nullptr || made->identity == nullptr || !keep(made->identity))
-        return refuse("a DTensor of no kind");
+      tensor = in_slot(value, trees_->local_slot);
+      made->identity = in_slot(value, trees_->spec_slot);
+      if (!is_attribute(value, "_local_tensor", tensor) || !is_attribute(value, "_spec", made->identity)) {
+        return refuse("a DTensor that has its parts elsewhere");
+      }
+      if (!keep(made->identity)) return false;
       made->local_type = Py_TYPE(tensor);
-      expect_dict(own_dict(value));
+      expect(value, std::max(trees_->local_slot, trees_->spec_slot) + sizeof(PyObject*));
       expect_object(tensor);
     }
     if (!is_plain(tensor)) return refuse("a tensor of a subclass");
@@ -450,16 +456,18 @@ class Maker {
 
 void destroy(PyObject* capsule) { delete static_cast<Trees*>(PyCapsule_GetPointer(capsule, CAPSULE)); }
 
-// make(modules, references, groups, written, also_written, plain_types, shard_type) -> (trees, kept)
+// make(modules, references, groups, written, also_written, plain_types, shard_type, local_slot, spec_slot)
+//   -> (trees, kept)
 PyObject* make(PyObject*, PyObject* args) {
   PyObject *modules, *references, *groups, *written, *also_written, *plain_types, *shard_type;
-  if (!PyArg_ParseTuple(args, "OOOOOOO", &modules, &references, &groups, &written, &also_written, &plain_types,
-                        &shard_type)) {
+  Py_ssize_t local_slot, spec_slot;
+  if (!PyArg_ParseTuple(args, "OOOOOOOnn", &modules, &references, &groups, &written, &also_written, &plain_types,
+                        &shard_type, &local_slot, &spec_slot)) {
     return nullptr;
   }
   PyObject* kept = PyList_New(0);
   if (kept == nullptr) return nullptr;
-  Maker maker(kept, plain_types, shard_type);
+  Maker maker(kept, plain_types, shard_type, local_slot, spec_slot);
   bool is_made = maker.add_groups(groups);
   for (Py_ssize_t i = 0; is_made && i < PyList_Size(modules); i++) {
     is_made = maker.add_module(PyList_GetItem(modules, i), PyList_GetItem(references, i));
@@ -550,7 +558,7 @@ PyMethodDef METHODS[] = {
 
 extern "C" {
 
-__attribute__((visibility("default"))) int32_t swafast_trees_abi() { return 1; }
+__attribute__((visibility("default"))) int32_t swafast_trees_abi() { return 2; }
 
 // Finds torch's functions in its library, which is loaded. Returns (make, stands, tensors, read), or why not.
 __attribute__((visibility("default"))) PyObject* swafast_trees_functions(const char* torch_library, Py_ssize_t offset) {

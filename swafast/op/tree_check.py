@@ -12,7 +12,7 @@ import logging
 import os
 import sysconfig
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from ..backends import Unavailable, library
-from ..torch_private.cells import cell_offset, impl_address, local_tensor, torch_library
+from ..torch_private.cells import cell_offset, impl_address, local_tensor, slot_offset, torch_library
 from ..torch_private.modules import named_modules
 
 #: Of the whole package. It is silent unless the user has set its level to INFO.
@@ -30,7 +30,7 @@ LOGGER = logging.getLogger("swafast")
 #: Set to ``python`` to leave the native pass out.
 CHECKS = "SWAFAST_CHECKS"
 #: Changes with any function of csrc/python/trees.cpp.
-_ABI = 1
+_ABI = 2
 _PLAIN_TYPES = (Tensor, Parameter)
 
 
@@ -95,6 +95,7 @@ class TreeCheck:
             list(also_written),
             _PLAIN_TYPES,
             shard_type,
+            *_shard_slots(shard_type, compared.values()),
         )
 
     def stands(self, *, writes: bool = False) -> bool:
@@ -169,6 +170,17 @@ class Standing(Sequence[Tensor]):
 
     def __getitem__(self, index: Any) -> Any:
         return self._now()[index]
+
+
+def _shard_slots(shard_type: type[Tensor] | None, tensors: Iterable[Tensor]) -> tuple[int, int]:
+    """Return where a DTensor has its local tensor and its spec, if any of these is one."""
+    example = next((tensor for tensor in tensors if type(tensor) is shard_type), None)
+    if example is None:
+        return 0, 0
+    local, spec = slot_offset(example, "_local_tensor"), slot_offset(example, "_spec")
+    if local is None or spec is None:
+        raise ValueError("a DTensor does not show where its local tensor is")
+    return local, spec
 
 
 def _refuse_class(kind: type[Module]) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import sys
 from pathlib import Path
+from types import MemberDescriptorType
 
 import torch
 from torch import Tensor
@@ -32,6 +33,18 @@ def cell_offset() -> int | None:
     except AttributeError:
         return None
     return found.pop() if len(found) == 1 else None
+
+
+def slot_offset(tensor: Tensor, name: str) -> int | None:
+    """Return at which byte of a Python tensor one of its class's ``__slots__`` stands, or None if that is unclear."""
+    kind = type(tensor)
+    if not isinstance(vars(kind).get(name), MemberDescriptorType):
+        return None
+    word = ctypes.sizeof(ctypes.c_void_p)
+    held = id(getattr(tensor, name))
+    places = range(Tensor.__basicsize__, kind.__basicsize__, word)
+    found = [i for i in places if ctypes.c_void_p.from_address(id(tensor) + i).value == held]
+    return found[0] if len(found) == 1 else None
 
 
 def torch_library() -> Path:
