@@ -15,6 +15,7 @@ import torch
 from swafast.backends import cpu, cuda, library
 from swafast.backends.triton import launch as triton_launch
 from swafast.loop import swaps
+from swafast.op import tree_check
 from tests.native_build import COMPILER
 from tests.ptx.library import build_once, launched_kernels
 from tests.shim_library import build_shim_library
@@ -118,6 +119,7 @@ def cuda_on_cpu(shim_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 @contextmanager
 def cuda_of(shim: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
     """Have the ``cuda`` backend serve CPU tensors with the kernels of this library."""
+    tree_check.load()  # before its library is looked for beside the shim: that of the first call is kept
     monkeypatch.setenv("SWAFAST_LIBRARY", str(shim))
     monkeypatch.setattr(cuda, "device_types", frozenset({"cpu"}))
     caches = (library.load, cuda._load_kernels)

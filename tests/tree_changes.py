@@ -34,6 +34,9 @@ class Net(nn.Module):
         self.row = nn.Parameter(torch.randn(1, 4))
         self.a, self.b = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
         self.imaginary = nn.Parameter(torch.randn(4, 4, dtype=torch.complex64).imag)
+        self.wave = nn.Parameter(torch.randn(4, dtype=torch.complex64))
+        self.one = nn.Parameter(torch.randn(1))
+        self.act = nn.ReLU()
         self.register_buffer("mean", torch.randn(2, 3))
         self.register_buffer("nothing", None)
 
@@ -136,6 +139,9 @@ CHANGES: dict[str, Change] = {
     "fewer rows": _set_data("first.weight", lambda data: data[:3]),
     "data moved within a storage": _set_data("a", lambda data: torch.cat((data, data))[3:]),
     "another dtype": _set_data("small", lambda data: data.view(torch.bfloat16)),
+    "fewer columns": _set_data("first.weight", lambda data: data[:, :3]),
+    "data without a dim": _set_data("one", lambda data: data.view(())),
+    "a conjugate view": _set_data("wave", torch.conj),
     "a negative view": _conjugate_twice,
     "another device": lambda tree: setattr(tree, "empty", nn.Parameter(torch.empty(0, 4, device="meta"))),
     "param replaced": lambda tree: setattr(tree.first, "weight", nn.Parameter(torch.eye(4))),
@@ -153,7 +159,7 @@ CHANGES: dict[str, Change] = {
     "new buffer": lambda tree: tree.inner[1].register_buffer("new", torch.zeros(4)),
     "new child": lambda tree: tree.inner[1].append(nn.Linear(4, 4)),
     "param deleted": lambda tree: delattr(tree.first, "bias"),
-    "last param deleted": lambda tree: delattr(tree, "imaginary"),
+    "last param deleted": lambda tree: delattr(tree, "one"),
     "buffer deleted": lambda tree: delattr(tree, "mean"),
     "child deleted": lambda tree: delattr(tree, "tied"),
     "param renamed": lambda tree: _rename(tree._parameters, "b", "c"),
@@ -161,6 +167,7 @@ CHANGES: dict[str, Change] = {
     "children reordered": lambda tree: _reorder(tree._modules, "norm", "first"),
     "children exchanged": _swap_children,
     "child copied": lambda tree: setattr(tree, "first", copy.deepcopy(tree.first)),
+    "an empty child copied": lambda tree: setattr(tree, "act", nn.ReLU()),
     "child to None": lambda tree: tree._modules.update(tied=None),
     "None to child": lambda tree: setattr(tree, "absent", nn.Linear(1, 1)),
     "tie broken": lambda tree: setattr(tree.tied, "weight", nn.Parameter(tree.tied.weight.detach().clone())),
