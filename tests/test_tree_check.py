@@ -1,4 +1,4 @@
-"""The native pass over module trees: it tells each change, and what it does not take is left to the checks in Python."""
+"""The native pass over module trees tells each change, and updates give what the checks in Python give."""
 
 from __future__ import annotations
 
