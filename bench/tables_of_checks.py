@@ -88,11 +88,11 @@ def checked_block(report: Report) -> str:
             lines.append((rows[0].title, threads, *times, *against))
     return markdown(
         "update of | threads | class | foreach | params | in Python | swafast | C call "
-        "| over class | over foreach | over params",
+        "| vs class | vs foreach | vs params",
         lines,
-        f"Milliseconds, float32: medians of one run of {origin(report, threads='with these threads')}; all ways interleaved. "
-        f"{disturbance(every)}".strip(),
+        f"Milliseconds, float32: medians of one run of {origin(report, threads='with these threads')}; all ways "
+        f"interleaved. {disturbance(every)}".strip(),
         "*class*: torch's as it comes. *foreach*: `_foreach_lerp_` over lists kept from update to update, with nothing "
-        "checked, and a copy of all buffers. *params*: the same without buffers. *in Python*: swafast without its native "
-        "pass. *C call*: its kernel alone. *over ...*: how many times as fast swafast is.",
+        "checked, and a copy of all buffers. *params*: the same without buffers. *in Python*: swafast without its "
+        "native pass. *C call*: its kernel alone. *vs ...*: how many times as fast swafast is.",
     )

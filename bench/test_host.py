@@ -131,4 +131,4 @@ def test_the_ways_that_show_the_cost_of_checks_are_what_they_say() -> None:
         each.update()
         assert (each.kept[0]._version == version) == (name == names.C_CALL), name
     row = Report({"threads": 2, "device_name": "", "date": "", "versions": {}, "command": ""}, [])
-    assert "over class" in checked_block(row)
+    assert "vs class" in checked_block(row)
