@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -158,7 +157,12 @@ def c_call(averaged: Averaged) -> Callable[[], object]:
     """Return the last update's call of C, with nothing checked before it and nothing told to autograd."""
     plan = averaged._bindings.latest.plan
     (work,), (update,) = plan._work, plan._described[1]
-    return partial(work.launch.update, (), update)
+
+    def call() -> None:
+        work.launch.update((), update)
+
+    call.holds = averaged  # type: ignore[attr-defined]  # a launch has addresses only: its memory must live as long
+    return call
 
 
 @contextmanager
