@@ -131,10 +131,10 @@ def test_the_ways_that_show_the_cost_of_checks_are_what_they_say() -> None:
         version = each.kept[0]._version
         each.update()
         assert (each.kept[0]._version == version) == (name == names.C_CALL), name
-    alone, kept = made[names.C_CALL].update, [weakref.ref(each) for each in made[names.C_CALL].kept]
+    alone, kept = made[names.C_CALL].update, [weakref.ref(plane.untyped_storage()) for plane in made[names.C_CALL].kept]
     del made, each
     gc.collect()
     assert alone is not None
-    assert all(tensor() is not None for tensor in kept)  # a launch has addresses only
+    assert all(storage() is not None for storage in kept)  # a launch has addresses only
     row = Report({"threads": 2, "device_name": "", "date": "", "versions": {}, "command": ""}, [])
     assert "vs class" in checked_block(row)
