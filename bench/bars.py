@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bench import names
 from bench.cases import DEFAULTS, LARGEST, SEVERAL_COUNT, SEVERAL_ON
 from bench.lookup import find, grouped, share_of_copy, time_over_bytes
-from bench.loop import NONE, OVERLAP
+from bench.loop import ATTACHED, NONE, OVERLAP
 from bench.report import Report, Row
 from bench.tables import kind_text, markdown
 from bench.workloads import GPU_WORKLOADS
@@ -27,6 +27,19 @@ DEVICE_BARS = {"2000x64x64": 10.0, "3000x64": 10.0}
 LOOP_BAR = 1.0
 # Seconds that a call may take on the host: this, and this for each param.
 HOST_S, HOST_S_PER_TENSOR = 20e-6, 0.5e-6
+# Of a run on a CPU. Microseconds of an update without its kernel, on this project's machine when it is idle.
+HOST_BARS = {
+    "one": 12.0, "resnet50": 45.0, "gpt2_medium": 60.0, "llama3_8b": 85.0, "3000x64_list": 300.0,
+    "gpt2_medium_x3": 100.0,
+}  # fmt: skip
+# By workload: how many times as fast as another way.
+CHECKED_BARS = {
+    "3000x64": {names.TORCH_CLASS: 50.0, names.FOREACH: 2.5},
+    "2000x64x64": {names.TORCH_CLASS: 9.0, names.FOREACH: 1.4},
+    "resnet50": {names.FOREACH_PARAMS: 0.97},
+}
+# Milliseconds that an attached average may add to a step of the demo's network.
+DEMO_BAR_MS = 0.05
 
 
 @dataclass(frozen=True)
@@ -132,3 +145,32 @@ def _of_backend(report: Report, backend: str) -> Iterator[tuple[str, float, str,
     cases = [hashes for hashes in report.bits.values() if backend in hashes]
     off = float(sum(hashes[backend] != next(iter(hashes.values())) for hashes in cases)) if cases else None
     yield f"cases of {len(report.bits)} whose bits are not the CPU's", 0, "", off, False
+
+
+def host_bars(report: Report) -> list[Bar]:
+    """Return the bars of a run of ``python -m bench host``."""
+    found = []
+    for rows in grouped(report.of_group(names.HOST)):
+        row, limit = find(rows, names.OURS), HOST_BARS.get(rows[0].workload)
+        if limit is not None:
+            measured = {names.OURS: None if row is None else 1e6 * row.seconds}
+            found.append(Bar(f"{rows[0].title}: host", limit, " us", measured))
+    return found
+
+
+def checked_bars(report: Report) -> list[Bar]:
+    """Return the bars of the group of a run on a CPU that shows the cost of checks."""
+    found = []
+    for group, threads in ((names.CHECKED, ""), (names.CHECKED_ALONE, ", 1 thread")):
+        for rows in grouped(report.of_group(group)):
+            for other, limit in CHECKED_BARS.get(rows[0].workload, {}).items():
+                ratio = _ratio(find(rows, other), find(rows, names.OURS))
+                found.append(Bar(f"{rows[0].title}{threads}: {other}", limit, "x", {names.OURS: ratio}, at_least=True))
+    return found
+
+
+def loop_bars(report: Report) -> list[Bar]:
+    """Return the bar of a run of ``python -m bench loop``: its first work is the demo's network."""
+    rows = [row for row in report.steps if row.work == report.steps[0].work and row.way == ATTACHED]
+    added = next((1e3 * row.exposed.median for row in rows if row.exposed is not None), None)
+    return [Bar(f"{row.work}: exposed by {row.way}", DEMO_BAR_MS, " ms", {names.OURS: added}) for row in rows]

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from bench import names
+from bench.checked import PROVIDERS as CHECKED_PROVIDERS
 from bench.internals import SIDE, Grid, planes_nbytes
 from bench.measure import Case
 from bench.providers import (
@@ -66,9 +67,12 @@ OTHERS = (names.TORCH_CLASS, names.TORCH_EMA, names.FOREACH, names.MUL_ADD, name
 
 
 def cpu_cases(group: str, workloads: Iterable[str]) -> list[Case]:
-    """Return the cases of one group: every provider, our formats, or several averages of ours."""
+    """Return the cases of one group: every provider, our formats, several averages of ours, or the cost of checks."""
     found = []
     for name in workloads:
+        if group in (names.CHECKED, names.CHECKED_ALONE):
+            found.append(Case(WORKLOADS[name], FP32, CHECKED_PROVIDERS, HELD_BYTES, group))
+            continue
         for dtype in DTYPES.values():
             if group == names.UPDATES:
                 found.append(Case(WORKLOADS[name], dtype, providers_for(dtype), HELD_BYTES))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from swafast import FusedAveragedModel
+from swafast import FusedAveragedModel, FusedAverages
 from swafast.backends import Unavailable, cpu, library
+from swafast.op import tree_check
 from swafast.op.choice import BACKENDS, choose_backends
 from swafast.sharded.construction import format_of_average
 from swafast.sharded.parts import all_gather
@@ -23,6 +26,8 @@ from swafast.terms.layout import GPU_CHUNK_NUMELS as GPU_CHUNK_NUMELS
 from swafast.terms.layout import cut_chunks as cut_chunks
 from swafast.terms.layout import gpu_chunk_numel as gpu_chunk_numel
 from swafast.terms.layout import whole_runs as whole_runs
+
+Averaged = FusedAveragedModel | FusedAverages
 
 # How many averages one launch moves at most.
 MOST_AVERAGES = library.MAX_PACES
@@ -105,3 +110,68 @@ def plan_shares(model: nn.Module, rank: int, ranks: int) -> int:
     holdings = [held.holding for held in find_holdings(model, tuple(range(ranks)))]
     formats = {each.name: format_of_average(each, None, False) for each in holdings}
     return sum(share.numel for share in share_out(holdings, formats, rank, share_replicas=False))
+
+
+# The checks before an update
+
+
+def native_pass_missing() -> str | None:
+    """Return why tensors are not checked by a native pass here, or None."""
+    found = tree_check.load()
+    return found.reason if isinstance(found, Unavailable) else None
+
+
+def _checks_of(averaged: Averaged) -> tree_check.Checks:
+    """Return what checks the model of the last update."""
+    binding: Any = averaged._bindings.latest
+    return binding._checks
+
+
+def native_pass(averaged: Averaged) -> tree_check.TreeCheck:
+    """Return the check of the last update.
+
+    Raises:
+        RuntimeError: that update was checked in Python.
+    """
+    check = _checks_of(averaged)._check
+    if check is None:
+        reason = native_pass_missing() or "no pass fits its trees"
+        raise RuntimeError(f"the last update was checked in Python: {reason}")
+    return check
+
+
+def check_in_python(averaged: Averaged) -> None:
+    """Have the model of the last update checked in Python from now on, as where no native pass can be used."""
+    checks = _checks_of(averaged)
+    checks._check, checks._num_left = None, 0
+
+
+def written(averaged: Averaged, model: nn.Module) -> list[Tensor]:
+    """Return the tensors that an update of ``model`` writes."""
+    _, _, planes = averaged._bind(model)
+    counters = [value for name, value in averaged.named_buffers() if name.rpartition(".")[2] == "n_averaged"]
+    return [*planes, *counters]
+
+
+def c_call(averaged: Averaged) -> Callable[[], object]:
+    """Return the last update's call of C, with nothing checked before it and nothing told to autograd."""
+    plan = averaged._bindings.latest.plan
+    (work,), (update,) = plan._work, plan._described[1]
+
+    def call() -> None:
+        work.launch.update((), update)
+
+    call.holds = averaged  # type: ignore[attr-defined]  # a launch has addresses only: its memory must live as long
+    return call
+
+
+@contextmanager
+def stubbed_c_call() -> Iterator[None]:
+    """Have the kernel of an update on a CPU do nothing, not even count: what is left is the host's."""
+    native: Any = library.loaded()
+    kernel = native.swafast_cpu_update
+    native.swafast_cpu_update = lambda *arguments: 0
+    try:
+        yield
+    finally:
+        native.swafast_cpu_update = kernel

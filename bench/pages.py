@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from bench import names, tables
+from bench import names, tables, tables_of_checks
 from bench.report import Report
 
 MARKER = re.compile(r"<!-- (\w+):(?:begin|end) -->")
@@ -47,6 +47,8 @@ class Block:
 BLOCKS = (
     Block("README.md", "bench", "cpu.json", tables.short_block),
     Block("docs/speed.md", "bench", "cpu.json", tables.full_block),
+    Block("docs/speed.md", "checked", "cpu.json", tables_of_checks.checked_block),
+    Block("docs/speed.md", "host", "host.json", tables_of_checks.host_block),
     Block("docs/sharded.md", "sharded", "sharded.json", tables.sharded_block),
     Block("docs/loop.md", "loop", "loop.json", tables.loop_block),
     Block("docs/files.md", "files", "files.json", tables.files_block),

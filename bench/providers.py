@@ -211,7 +211,7 @@ def _third_party(name: str, make: Callable[[nn.Module], Made], note: str = "") -
 # Ours
 
 
-def _make(model: nn.Module, format: str, averages: int, backend: str | None = None) -> dict[str, Any]:
+def make_ours(model: nn.Module, format: str, averages: int, backend: str | None = None) -> dict[str, Any]:
     """Return one average, or the first ``averages`` of RULES in one pass: by rule, and under "" what moves all."""
     made: FusedAveragedModel | FusedAverages
     with warnings.catch_warnings():
@@ -224,7 +224,7 @@ def _make(model: nn.Module, format: str, averages: int, backend: str | None = No
     return {"": made, **{name: made[name] for name in rules}}
 
 
-def _moving(made: dict[str, Any], rules: Sequence[str], model: nn.Module, format: str, *, apart: bool = False) -> Made:
+def moving(made: dict[str, Any], rules: Sequence[str], model: nn.Module, format: str, *, apart: bool = False) -> Made:
     """Return the averages of ``rules``, moved together or, if ``apart``, one after another."""
     moved = {name: made[name] for name in rules}
     first = next(iter(moved.values()))
@@ -256,7 +256,7 @@ def ours(
     """Return our provider of one average, or of several in one pass, in one format, on one backend, in one grid."""
 
     def make(model: nn.Module) -> Made:
-        made = _moving(_make(model, format, averages, backend), list(RULES)[:averages], model, format)
+        made = moving(make_ours(model, format, averages, backend), list(RULES)[:averages], model, format)
         if grid is None:
             return made
 
@@ -282,7 +282,7 @@ def spread_on(backend: str, format: str, work: str) -> Provider:
 
     def make(model: nn.Module) -> Made:
         averaged = FusedAveragedModel(model, format=format, backend=backend, deviations=NUM_COLUMNS)
-        made = _moving({"": averaged, "mean": averaged}, ["mean"], model, format)
+        made = moving({"": averaged, "mean": averaged}, ["mean"], model, format)
         index = itertools.count()
         return replace(made, draw=(lambda: averaged.sample_to(model, next(index))) if work == names.DRAW else None)
 
@@ -330,12 +330,12 @@ def several_providers(dtype: torch.dtype) -> list[Provider]:
     One average and three passes move averages of the three in one pass, where they lie.
     """
     format = DEFAULT_FORMATS[dtype]
-    three = functools.cache(lambda model: _make(model, format, 3))
+    three = functools.cache(lambda model: make_ours(model, format, 3))
 
     def of(name: str, rules: int, *, apart: bool = False, passes: int = 1) -> Provider:
         def make(model: nn.Module) -> Made:
-            made = _make(model, format, 2) if rules == 2 else three(model)
-            return _moving(made, list(RULES)[:rules], model, format, apart=apart)
+            made = make_ours(model, format, 2) if rules == 2 else three(model)
+            return moving(made, list(RULES)[:rules], model, format, apart=apart)
 
         return Provider(name, (dtype,), make, format, format, rules, passes)
 

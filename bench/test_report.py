@@ -88,6 +88,7 @@ def test_the_committed_reports_are_small_and_hold_no_samples() -> None:
         "accuracy.json",
         "cpu.json",
         "files.json",
+        "host.json",
         "loop.json",
         "sharded.json",
         "swag.json",
@@ -111,13 +112,14 @@ def test_every_block_is_filled_and_nothing_else_changed(root: Path) -> None:
     assert len(pages.fill(root, RESULTS, check=True)) == len(pages.BLOCKS)
     assert pages.fill(root, RESULTS) == pages.fill(root, RESULTS) == []
     assert pages.fill(root, RESULTS, check=True) == []
-    for block in pages.BLOCKS:
-        text = (root / block.page).read_text()
-        inside = block.make(Report.read(RESULTS / block.report))
-        assert text == f"a\n{block.markers[0]}\n{inside}\n{block.markers[1]}\nb"
-        assert max(map(len, text.splitlines())) <= 120, block.page
-    page = root / "docs" / "loop.md"
-    page.write_text(page.read_text().replace("|", "!", 1))
+    for page in {block.page for block in pages.BLOCKS}:
+        blocks = [block for block in pages.BLOCKS if block.page == page]
+        inside = [(b.markers[0], b.make(Report.read(RESULTS / b.report)), b.markers[1]) for b in blocks]
+        text = (root / page).read_text()
+        assert text == "\n".join(f"a\n{begin}\n{made}\n{end}\nb" for begin, made, end in inside)
+        assert max(map(len, text.splitlines())) <= 120, page
+    path = root / "docs" / "loop.md"
+    path.write_text(path.read_text().replace("|", "!", 1))
     assert pages.fill(root, RESULTS, check=True) == ["docs/loop.md: the block loop is not what loop.json gives"]
 
 
@@ -128,8 +130,8 @@ def test_a_page_without_its_markers_or_with_others_is_a_problem_and_stays(text: 
     before = page.read_text()
     (root / "README.md").write_text((root / "README.md").read_text() + "<!-- sharded:begin -->")
     (root / "docs" / "speed.md").unlink()
-    missing, problem, unknown = pages.fill(root, RESULTS)
-    assert missing == "docs/speed.md is missing: it must hold the block bench"
+    *missing, problem, unknown = sorted(pages.fill(root, RESULTS), key=lambda line: line.startswith(("docs/l", "R")))
+    assert missing == [f"docs/speed.md is missing: it must hold the block {n}" for n in ("bench", "checked", "host")]
     assert problem.startswith("docs/loop.md must hold")
     assert unknown == "README.md: no report fills the block sharded"
     assert page.read_text() == before
@@ -201,6 +203,28 @@ def test_bars_of_a_gpu_are_computed_from_the_medians() -> None:
         ("GPT-2 medium, bf16 exact: 3 averages, time/bytes", "cuda", 1),
     ):
         assert found[work].measured[backend] == pytest.approx(expected), work
+
+
+@pytest.mark.parametrize(("factor", "is_met"), [(1.0, True), (0.9, False)])
+def test_bars_of_checks_are_computed_from_the_medians(factor: float, is_met: bool) -> None:
+    """Of host times, of whole updates and of a step: each bar is met exactly, or missed by a tenth."""
+    rows = [
+        row(name, "float32", names.OURS, limit * 1e-6 / factor, group=names.HOST)
+        for name, limit in bars.HOST_BARS.items()
+    ]
+    for group in (names.CHECKED, names.CHECKED_ALONE):
+        for name, others in bars.CHECKED_BARS.items():
+            rows += [row(name, "float32", other, limit * factor, group=group) for other, limit in others.items()]
+            rows.append(row(name, "float32", names.OURS, 1.0, group=group))
+    added = Times.of([bars.DEMO_BAR_MS / 1e3 / factor])
+    steps = [StepRow("demo", way, 1, times(2.0), None, added, added) for way in (NONE, ATTACHED, OVERLAP)]
+    steps.append(StepRow("another", ATTACHED, 1, times(2.0), None, times(9.0), times(9.0)))
+    found = Report({}, rows, steps)
+    host, checked, loop = bars.host_bars(found), bars.checked_bars(found), bars.loop_bars(found)
+    assert [len(each) for each in (host, checked, loop)] == [6, 10, 1]
+    assert {bar.met(names.OURS) for bar in (*host, *checked, *loop)} == {is_met}
+    assert [*bars.host_bars(Report()), *bars.checked_bars(Report()), *bars.loop_bars(Report())] == []
+    assert ("SHORT" in bars.bars_table(found, host)) != is_met
 
 
 def test_each_bar_of_a_gpu_can_be_missed() -> None:

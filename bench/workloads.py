@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ Entry = tuple[str, tuple[int, ...]]
 # Period of the values that fill a module. Prime, so that a wrong offset of any size shows as wrong values.
 FILL_PERIOD = 1_048_573
 LLAMA_LAYERS, LLAMA_LAYER_PARAMS = 32, 218_112_000
+# Of a shrunk tensor's dimensions, at most.
+SHRUNK_SIZE = 4
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Workload:
     full_depth: int
     num_params: int  # when whole
     buffers: Callable[[], Iterator[Entry]] = lambda: iter(())
+    bare: Callable[[int], Iterator[str]] = lambda depth: iter(())  # modules without tensors, such as activations
+    tied: tuple[tuple[str, str], ...] = ()  # second names, each with the first name of the same param
 
     def depth_within(self, memory_bytes: float, per_param: float, beside: float) -> int:
         """Return the number of blocks that fit into ``memory_bytes``, or 0."""
@@ -83,6 +87,11 @@ def resnet50_buffers() -> Iterator[Entry]:
         yield f"{norm}.num_batches_tracked", ()
 
 
+def resnet50_bare(depth: int) -> Iterator[str]:
+    yield from ("relu", "maxpool", "avgpool")
+    yield from (norm.replace("bn1", "relu") for _, norm, _ in _resnet50_norms() if norm.endswith(".bn1"))
+
+
 def vit_l_16_params(depth: int) -> Iterator[Entry]:
     width = 1024
     yield "class_token", (1, 1, width)
@@ -102,6 +111,12 @@ def vit_l_16_params(depth: int) -> Iterator[Entry]:
     yield from _weight_bias("heads.head", 1000, width)
 
 
+def vit_l_16_bare(depth: int) -> Iterator[str]:
+    yield "encoder.dropout"
+    for layer in range(depth):
+        yield from (f"encoder.layers.encoder_layer_{layer}.{name}" for name in ("dropout", "mlp.1", "mlp.2", "mlp.4"))
+
+
 def gpt2_medium_params(depth: int) -> Iterator[Entry]:
     width = 1024
     yield "transformer.wte.weight", (50257, width)
@@ -118,6 +133,13 @@ def gpt2_medium_params(depth: int) -> Iterator[Entry]:
                 yield f"{at}.{name}.weight", (inner * width, out * width)
                 yield f"{at}.{name}.bias", (out * width,)
     yield from _weight_bias("transformer.ln_f", width)
+
+
+def gpt2_medium_bare(depth: int) -> Iterator[str]:
+    yield "transformer.drop"
+    for layer in range(depth):
+        for name in ("attn.attn_dropout", "attn.resid_dropout", "mlp.act", "mlp.dropout"):
+            yield f"transformer.h.{layer}.{name}"
 
 
 def llama3_8b_params(depth: int) -> Iterator[Entry]:
@@ -139,8 +161,19 @@ def llama3_8b_params(depth: int) -> Iterator[Entry]:
         yield "lm_head.weight", (vocabulary, width)
 
 
-def listed(name: str, title: str, shapes: tuple[tuple[int, ...], ...]) -> Workload:
-    entries = [(f"{index}.weight", shape) for index, shape in enumerate(shapes)]
+def llama3_8b_buffers() -> Iterator[Entry]:
+    yield "model.rotary_emb.inv_freq", (64,)
+
+
+def llama3_8b_bare(depth: int) -> Iterator[str]:
+    yield from (f"model.layers.{layer}.mlp.act_fn" for layer in range(depth))
+
+
+def listed(
+    name: str, title: str, shapes: tuple[tuple[int, ...], ...], names: Callable[[int], str] = "{}.weight".format
+) -> Workload:
+    """Return a workload of tensors, by default each in a module of its own."""
+    entries = [(names(index), shape) for index, shape in enumerate(shapes)]
     return Workload(name, title, lambda depth: iter(entries), 1, sum(math.prod(shape) for shape in shapes))
 
 
@@ -149,13 +182,18 @@ def _by_name(*workloads: Workload) -> dict[str, Workload]:
 
 
 WORKLOADS = _by_name(
-    Workload("resnet50", "ResNet-50", resnet50_params, 1, 25_557_032, resnet50_buffers),
-    Workload("vit_l_16", "ViT-L/16", vit_l_16_params, 24, 304_326_632),
-    Workload("gpt2_medium", "GPT-2 medium", gpt2_medium_params, 24, 354_823_168),
-    Workload("llama3_8b", "Llama-3-8B", llama3_8b_params, LLAMA_LAYERS, 8_030_261_248),
+    Workload("resnet50", "ResNet-50", resnet50_params, 1, 25_557_032, resnet50_buffers, resnet50_bare),
+    Workload("vit_l_16", "ViT-L/16", vit_l_16_params, 24, 304_326_632, bare=vit_l_16_bare),
+    Workload(
+        "gpt2_medium", "GPT-2 medium", gpt2_medium_params, 24, 354_823_168,
+        bare=gpt2_medium_bare, tied=(("lm_head.weight", "transformer.wte.weight"),),
+    ),
+    Workload(
+        "llama3_8b", "Llama-3-8B", llama3_8b_params, LLAMA_LAYERS, 8_030_261_248, llama3_8b_buffers, llama3_8b_bare,
+    ),
     listed("2000x64x64", "2000 tensors of 64x64", ((64, 64),) * 2000),
     listed("3000x64", "3000 tensors of 64", ((64,),) * 3000),
-)
+)  # fmt: skip
 QUICK = ("resnet50", "2000x64x64", "3000x64")
 GPU_WORKLOADS = _by_name(listed("1e9", "1e9 params in one tensor", ((10**9,),)), *WORKLOADS.values())
 # For dry runs: they show that the machinery works, not how fast anything is.
@@ -181,11 +219,30 @@ def build(workload: Workload, dtype: torch.dtype, device: torch.device, depth: i
         owner, leaf = _owner(root, name)
         buffer = torch.empty(shape, dtype=buffer_dtype(name, dtype), device=device)
         owner.register_buffer(leaf, buffer)
+    for name in workload.bare(depth):
+        owner, leaf = _owner(root, name)
+        owner.add_module(leaf, nn.Identity())
+    for name, first in workload.tied:
+        owner, leaf = _owner(root, name)
+        owner.register_parameter(leaf, root.get_parameter(first))
     total = sum(param.numel() for param in root.parameters())
     if depth == workload.full_depth and total != workload.num_params:
         raise RuntimeError(f"{workload.name} must have {workload.num_params:,} params, got {total:,}")
     _fill([*root.parameters(), *root.buffers()])
     return root
+
+
+def shrunk(workload: Workload) -> Workload:
+    """Return a workload with as many tensors of as many dimensions, but tiny: for times that no kernel is part of."""
+
+    def capped(entries: Iterator[Entry]) -> Iterator[Entry]:
+        return ((name, tuple(min(size, SHRUNK_SIZE) for size in shape)) for name, shape in entries)
+
+    total = sum(math.prod(shape) for _, shape in capped(workload.params(workload.full_depth)))
+    return replace(
+        workload, num_params=total, params=lambda depth: capped(workload.params(depth)),
+        buffers=lambda: capped(workload.buffers()),
+    )  # fmt: skip
 
 
 def buffer_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
