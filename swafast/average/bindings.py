@@ -17,7 +17,7 @@ from ..op import torch_op as torch_op  # registers the op with the first average
 from ..op.copies import Copies, is_for_torch
 from ..op.plan import Plan
 from ..op.report import log_plan
-from ..op.tree_check import Checks, Standing, TreeCheck
+from ..op.tree_check import Checks, TreeCheck
 from ..terms import habits, hints
 from ..terms.capturing import refuse_capture
 from ..terms.lazy import MadeOnUse
@@ -133,7 +133,7 @@ class ModuleBinding:
             return None
         check = self._checks.standing(writes=writes)
         if check is not None and self._loan_stands(check) and self._copies_fit():
-            return self.plan, Standing(check, _PARAMS), Standing(check, _PLANES, writes)
+            return self.plan, check.now(_PARAMS, writes=writes), check.now(_PLANES, writes=writes)
         theirs, own = self._model_walk.tensors(), self._owner_walk.tensors()
         if theirs is None or own is None or (self._loan is not None and not self._loan.stands(theirs, own)):
             return None

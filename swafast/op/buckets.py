@@ -43,7 +43,7 @@ def home_averages(pairs: Sequence[Pair], homes: frozenset[int]) -> frozenset[int
             # Other processes would not see a plane that has moved out of the memory they share.
             shared = plane.device.type == "cpu" and plane.is_shared()
             address = plane.data_ptr()
-            homed = address in homes and address not in taken
+            homed = address in homes and address not in taken and not (plane.is_conj() or plane.is_neg())
             homed = homed and (same_order(plane.shape, plane.stride(), order) or is_held_elsewhere(plane))
             taken.add(address)
             if not shared and not homed:

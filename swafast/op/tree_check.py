@@ -109,6 +109,11 @@ class TreeCheck:
         """
         return self._functions.tensors(self._trees, group)
 
+    def now(self, group: int, *, writes: bool) -> Sequence[Tensor]:
+        """Return the tensors of a group of a check that stands; those of an update are looked up later."""
+        standing = Standing(self, group)
+        return standing if writes else standing.found
+
 
 class Checks:
     """The check of one plan, if there can be one, made again after what only the checks in Python see through."""
@@ -141,21 +146,20 @@ class Checks:
 
 
 class Standing(Sequence[Tensor]):
-    """The tensors of one group of a check that stands, looked up on first use: most updates go by addresses.
+    """The tensors of one group of a check that stands for an update, of which autograd knows.
 
-    It is of one call. Once looked up, it holds the tensors.
-
-    Attributes:
-        is_told: whether autograd knows already that the update writes them.
+    They are looked up on first use, since most updates go by addresses, and held from then on.
     """
 
-    __slots__ = ("_check", "_found", "_group", "is_told")
+    __slots__ = ("_check", "_found", "_group")
 
-    def __init__(self, check: TreeCheck, group: int, is_told: bool = False) -> None:
-        self._check, self._group, self.is_told = check, group, is_told
+    def __init__(self, check: TreeCheck, group: int) -> None:
+        self._check, self._group = check, group
         self._found: list[Tensor] | None = None
 
-    def _now(self) -> list[Tensor]:
+    @property
+    def found(self) -> list[Tensor]:
+        """The tensors."""
         if self._found is None:
             self._found = self._check.tensors(self._group)
             if self._found is None:
@@ -163,13 +167,13 @@ class Standing(Sequence[Tensor]):
         return self._found
 
     def __len__(self) -> int:
-        return len(self._now())
+        return len(self.found)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(self._now())
+        return iter(self.found)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._now()[index]
+        return self.found[index]
 
 
 def _shard_slots(shard_type: type[Tensor] | None, tensors: Iterable[Tensor]) -> tuple[int, int]:

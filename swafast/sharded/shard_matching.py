@@ -13,7 +13,7 @@ from ..average.bindings import Bindings
 from ..op import checks, choice
 from ..op.copies import Copies
 from ..op.plan import Fingerprint, Plan, bump_versions
-from ..op.tree_check import Checks, Standing, TreeCheck
+from ..op.tree_check import Checks, TreeCheck
 from ..terms import hints
 from ..terms.capturing import refuse_capture
 from ..terms.copying import are_alike, duplicate
@@ -245,7 +245,7 @@ class ShardBinding:
         if check is not None and self._counters.fits(counters) and self._copies_fit():
             if writes:
                 bump_versions(counters)
-            return self.plan, self._views(Standing(check, 0)), Standing(check, 1, writes)
+            return self.plan, self._views(check.now(0, writes=writes)), check.now(1, writes=writes)
         found = self._locator.find(model)
         if found is None:
             return None
