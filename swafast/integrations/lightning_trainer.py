@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.nn import Module
@@ -80,6 +81,34 @@ def calls_before_writes(trainer: Any, module: Any) -> bool:
     return module.automatic_optimization and all(
         type(part).optimizer_step.__module__.startswith(("lightning.", "pytorch_lightning.")) for part in parts
     )
+
+
+def may_skip_steps(trainer: Any, module: Any) -> bool:
+    """Return whether the trainer counts steps that averages do not: those that a scaler or the user's code skips."""
+    has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
+    return has_scaler or not calls_before_writes(trainer, module) or len(raw_optimizers_of(trainer)) > 1
+
+
+def named(trainer: Any) -> object:
+    """Return the path of the checkpoint that is loaded, for messages."""
+    return trainer.ckpt_path or "the checkpoint"
+
+
+def leave_after_validation(trainer: Any, leave: Callable[[], None]) -> None:
+    """Have the validation of a fit call ``leave`` at its end, whatever raises in it.
+
+    Lightning calls no further hooks once a hook has raised, such as ``on_exception`` of an earlier callback.
+    """
+    loop = getattr(getattr(trainer.fit_loop, "epoch_loop", None), "val_loop", None)
+    if loop is not None:
+        loop.run = functools.partial(_run_and_leave, type(loop).run, loop, leave)  # a copy of the trainer copies it
+
+
+def _run_and_leave(run: Callable[[Any], Any], loop: Any, leave: Callable[[], None]) -> Any:
+    try:
+        return run(loop)
+    finally:
+        leave()
 
 
 def evaluated_module(trainer: Any, module: Any) -> Any:
