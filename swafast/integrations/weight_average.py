@@ -84,8 +84,9 @@ class Contract:
         classes = (
             class_of(bool(each), several=several) for each in ((False, True) if sharded == "auto" else [sharded])
         )
-        arguments.check_options(type(self), options, own, classes, None if self._rules is None else [*self._rules])
-        self._copies_at_end, self._sharded = arguments.checked_copy_at_end(copy_at_end), sharded
+        names = None if self._rules is None else [*self._rules]
+        arguments.check_options(type(self), options, own, classes, names, rule)
+        self._copies_at_end, self._sharded = arguments.checked_bool("copy_at_end", copy_at_end), sharded
         self._options = options
         self._swap: AbstractContextManager[Module] | None = None
         self._followed: list[Optimizer] = []
@@ -212,13 +213,13 @@ class Contract:
         return {"averaged": self.averaged.state_dict(**options), "attachment": self.steps()}
 
     def steps(self) -> dict[str, Any] | None:
-        """Return the state of the attachment, and the step at which this training began.
+        """Return the state of the attachment, and the step at which this training began."""
+        return None if self.attachment is None else {**self.attachment.state_dict(), "began": self._began}
 
-        Warn if the training has ended, and the model that is saved beside it has the averages.
-        """
+    def warn_if_copied(self) -> None:
+        """Warn, at a save, if the training has ended, and the model that is saved has the averages since."""
         if self._has_copied:
             warn_of_copied()
-        return None if self.attachment is None else {**self.attachment.state_dict(), "began": self._began}
 
     def load_steps(self, state: Mapping[str, Any]) -> None:
         """Load a result of :meth:`steps`, but keep the schedule of the arguments. Warn if another one was saved.
