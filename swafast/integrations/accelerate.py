@@ -12,7 +12,7 @@ from torch.nn import Module
 from ..terms.names import unwrap
 from ..terms.warn import warn_user
 from .installed import framework
-from .state_folder import resume_from, write_averages
+from .state_folder import resume_all, write_averages
 from .weight_average import Contract, raw_optimizers, refuse_second
 
 if TYPE_CHECKING:
@@ -98,6 +98,8 @@ class WeightAverage(Contract):
         refuse_second([self, *(each for each in others if unwrap(each._model) is unwrap(model))], "one model")
         if not isinstance(name, str):
             raise TypeError(f"name must be a str, got {name!r}")
+        if name in ("", ".", "..") or not {"/", "\\", "\0"}.isdisjoint(name):
+            raise ValueError(f"name must be that of one folder in a checkpoint, such as 'swafast', got {name!r}")
         if any(each._name == name for each in others):
             raise ValueError(f"name must be one that no other average of the accelerator has, got {name!r}")
         return others
@@ -137,7 +139,9 @@ class WeightAverage(Contract):
         write_averages(self, Path(folder) / self._name, writes=writes)
 
     def _load(self, models: list[Module], folder: str) -> None:
-        resume_from(self, Path(folder) / self._name, folder)
+        averages: list[WeightAverage] = self._accelerator._swafast_averages
+        if self is averages[0]:  # for all of them: all or none
+            resume_all([(each, Path(folder) / each._name) for each in averages], folder)
 
 
 def _checked_step(accelerator: Any, optimizers: tuple[Any, ...], step: int | None) -> int | None:

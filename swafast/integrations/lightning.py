@@ -141,6 +141,7 @@ class WeightAverage(Contract, _Callback):
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
             return  # the module may have any weights, such as those of a checkpoint that was tested
+        self.warn_if_copied()
         is_swapped = self._swap is not None
         if is_swapped:  # somebody saves inside the validation
             self.swap_out()

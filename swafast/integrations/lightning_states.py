@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.nn import Module
 
 from ..terms.names import canonical, named_buffers, named_params
-from .saved_states import naming
+from .saved_states import load_shards, naming
 from .weight_average import Contract
 
 OURS = "swafast"
@@ -135,7 +135,7 @@ def parts_after_setup(checkpoint: Mapping[str, Any], path: Path, averaged: Any) 
     found = {"ours": ours, "averaged": None, "own": None, "step": checkpoint.get("global_step", 0)}
     if has_models:
         state = averaged.state_dict()
-        dcp.load({"state_dict": {IN_SHARDS + key: value for key, value in state.items()}}, checkpoint_id=path)
+        load_shards({"state_dict": {IN_SHARDS + key: value for key, value in state.items()}}, path)
         found["averaged"] = state
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ..loop.attachment import check_step
@@ -21,6 +22,20 @@ def naming(where: object) -> Iterator[None]:
         if kind is None or str(where) in str(error):
             raise
         raise kind(f"{error}\nThis is about the state in {where}. Nothing of the averages has changed") from error
+
+
+def load_shards(state: dict[str, Any], folder: Path) -> None:
+    """Read a distributed checkpoint into the tensors of ``state``. Collective.
+
+    Raises:
+        RuntimeError: it is damaged, or it does not fit. The tensors may then have parts of it.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except dcp.CheckpointException as error:  # no Exception, so a user's `except` would miss it
+        raise RuntimeError(f"{folder} must be whole and of the same averages, got errors on ranks: {error}") from error
 
 
 def checked_parts(state: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

@@ -267,6 +267,80 @@ def test_a_swapped_model_is_not_saved_and_a_failed_load_changes_nothing(tmp_path
     assert average.attachment.step == 3
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a\\b", "/tmp", "a\0"])
+def test_a_name_that_is_no_folder_is_refused(name: str) -> None:
+    accelerator, model, optimizer = prepared()
+    with pytest.raises(ValueError, match="name must be that of one folder in a checkpoint, such as 'swafast', got "):
+        WeightAverage().install(accelerator, model, optimizer, name=name)
+    WeightAverage().install(accelerator, model, optimizer, name="my.average-2")
+
+
+DAMAGES: dict[str, tuple[str, Any, str]] = {
+    "cut": (
+        "averaged.pt",
+        lambda path: path.write_bytes(path.read_bytes()[:99]),
+        "got a damaged one",
+    ),
+    "empty": ("averaged.pt", lambda path: path.write_bytes(b""), "whole file of a checkpoint, got a damaged one"),
+    "a list": ("averaged.pt", lambda path: torch.save([1], path), "must have a dict as 'averaged', got list"),
+    "another shape": (
+        "averaged.pt",
+        lambda path: torch.save({**torch.load(path), "module.weight": torch.zeros(7)}, path),
+        "size mismatch for module.weight",
+    ),
+    "half a JSON": ("attachment.json", lambda path: path.write_text('{"step": 1'), "got a damaged one"),
+    "a number": ("attachment.json", lambda path: path.write_text("3"), "must have a dict as 'attachment', got int"),
+    "no step": ("attachment.json", lambda path: path.write_text("{}"), "must have numbers of steps in 'attachment'"),
+    "null": ("attachment.json", lambda path: path.write_text("null"), "got none of 'attachment'"),
+}
+
+
+@pytest.mark.parametrize(("file", "damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_state_is_named_and_changes_no_average_and_no_model(
+    tmp_path: Path, file: str, damage: Any, message: str
+) -> None:
+    accelerator, *first = prepared()
+    other = nn.Linear(4, 2)
+    second = accelerator.prepare(other, torch.optim.SGD(other.parameters(), 0.1))
+    averages = [
+        WeightAverage().install(accelerator, *each, name=name) for each, name in ((first, "one"), (second, "two"))
+    ]
+    step(*first)
+    step(*second)
+    accelerator.save_state(str(tmp_path))
+    damage(tmp_path / "two" / file)
+    step(*first)
+    step(*second)
+    before = [whole_state(first[0]), whole_state(other)]
+    before += [{key: value.clone() for key, value in each.averaged.state_dict().items()} for each in averages]
+    with pytest.raises((ValueError, RuntimeError), match=message) as raised:
+        accelerator.load_state(str(tmp_path))
+    assert str(tmp_path / "two") in str(raised.value)
+    after = [whole_state(first[0]), whole_state(other), *(each.averaged.state_dict() for each in averages)]
+    for one, same in zip(before, after, strict=True):
+        assert differing(one, same) == []
+    assert [each.attachment.step for each in averages] == [2, 2]
+    assert int(averages[0].averaged.n_averaged) == 2
+
+
+def test_a_save_after_the_end_is_told_if_the_model_has_the_average(tmp_path: Path) -> None:
+    for copies in (True, False):
+        accelerator, model, optimizer = prepared()
+        average = WeightAverage(copy_at_end=copies).install(accelerator, model, optimizer)
+        step(model, optimizer)
+        accelerator.save_state(str(tmp_path / "before"))
+        step(model, optimizer)
+        average.finish()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            accelerator.save_state(str(tmp_path / "after"))
+            told = len([each for each in caught if "copy_at_end=False" in str(each.message)])
+            accelerator.load_state(str(tmp_path / "before"))  # with the trained params
+            accelerator.save_state(str(tmp_path / "again"))
+        assert told == copies
+        assert len([each for each in caught if "copy_at_end=False" in str(each.message)]) == told
+
+
 def test_an_installation_after_the_load_is_told(tmp_path: Path) -> None:
     def trained_before() -> tuple[Accelerator, nn.Module, Any]:
         fresh_state()
