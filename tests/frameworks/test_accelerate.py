@@ -323,6 +323,22 @@ def test_a_damaged_state_is_named_and_changes_no_average_and_no_model(
     assert int(averages[0].averaged.n_averaged) == 2
 
 
+@pytest.mark.parametrize("lost", [".metadata", "__0_0.distcp"])
+def test_damaged_shards_are_named_and_change_nothing(tmp_path: Path, lost: str) -> None:
+    accelerator, model, optimizer = prepared()
+    average = WeightAverage(sharded=True).install(accelerator, model, optimizer)
+    step(model, optimizer)
+    accelerator.save_state(str(tmp_path))
+    (tmp_path / "swafast/averaged" / lost).unlink()
+    step(model, optimizer)
+    before = average.averaged.full_state_dict(), whole_state(model)
+    with pytest.raises(RuntimeError, match=r"swafast/averaged must be whole and of the same averages, got errors"):
+        accelerator.load_state(str(tmp_path))
+    assert differing(average.averaged.full_state_dict(), before[0]) == []
+    assert differing(whole_state(model), before[1]) == []
+    assert average.attachment.step == 2
+
+
 def test_a_save_after_the_end_is_told_if_the_model_has_the_average(tmp_path: Path) -> None:
     for copies in (True, False):
         accelerator, model, optimizer = prepared()

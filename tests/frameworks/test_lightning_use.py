@@ -236,6 +236,22 @@ class TestCheckpoints:
         for seen in tested.seen:
             assert differing(seen.state, first.exported) == []
 
+    def test_a_sharded_checkpoint_that_contradicts_itself_is_refused(self, tmp_path: Path) -> None:
+        Fsdp2().run(Job(tmp_path / "fit", steps=8, options={"rule": RULE}))
+        path = tmp_path / "fit/last.ckpt/meta.pt"
+        saved = torch.load(path, weights_only=True)
+        ours = saved["swafast"]
+        for wrong, match in (
+            (3, "must have a dict as 'swafast', got int"),
+            (None, "and none if not, got False and averages"),
+            ({**ours, "has_models": False}, "and none if not, got False and averages"),
+        ):
+            torch.save({**saved, "swafast": wrong}, path)
+            refusal = Fsdp2().refusal(Job(tmp_path / "again", resumes=tmp_path / "fit", options={"rule": RULE}))
+            assert refusal.startswith("ValueError"), refusal
+            assert match in refusal
+            assert "last.ckpt must have" in refusal
+
     @pytest.mark.parametrize("part", ["current_model_state", "averaging_state"])
     def test_a_checkpoint_that_lacks_a_part_is_refused(self, tmp_path: Path, part: str) -> None:
         fitted(tmp_path, [WeightAverage(RULE), ModelCheckpoint(tmp_path, save_last=True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import time
@@ -402,6 +403,58 @@ def untrained(folder: Path, **options: Any) -> Trainer:
     job = Job(folder, 4)
     with Watch(job).watching():
         return trainer_of(job, NetModel(NetConfig(), job.net()), **options)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("averaged.pt", b"PK", r"averaged\.pt must be a whole file of a checkpoint, got a damaged one"),
+        ("averaged.pt", b"", r"averaged\.pt must be a whole file of a checkpoint, got a damaged one"),
+        ("attachment.json", b'{"step": ', r"attachment\.json must be a whole file of a checkpoint, got a damaged one"),
+        ("attachment.json", b"3", r"(?s)must have a dict as 'attachment', got int.*checkpoint-4/swafast"),
+        ("attachment.json", b'{"step": 4, "schedule": 1}', r"(?s)a state of an attachment, got .*checkpoint-4/swafast"),
+        ("attachment.json", b'{"step": 4, "began": 5}', r"(?s)'began' no later than its step 4 .*checkpoint-4/swafast"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, file: str, content: bytes, message: str) -> None:
+    trained(Job(tmp_path, 4), WeightAverage(RULE))
+    (tmp_path / "checkpoint-4/swafast" / file).write_bytes(content)
+    average = WeightAverage(RULE)
+    with pytest.raises(ValueError, match=message):
+        trained(Job(tmp_path, 8), average, resume=str(tmp_path / "checkpoint-4"))
+    assert int(average.averaged.n_averaged) == 0
+    assert average.attachment.step in (0, 4)  # as it was before the load
+    assert not average.attachment.is_attached
+
+
+@pytest.mark.parametrize(("step", "scaler"), [(3, None), (5, None), (3, "one"), (5, "one"), (4, None)])
+def test_steps_that_the_trainer_has_not_counted_are_told(tmp_path: Path, step: int, scaler: str | None) -> None:
+    trained(Job(tmp_path, 4), WeightAverage(RULE))
+    path = tmp_path / "checkpoint-4/swafast/attachment.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "step": step}))
+
+    class Scales(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            trainer.accelerator.scaler = scaler
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            trainer.accelerator.scaler = None
+
+    job, average = Job(tmp_path, 8), WeightAverage(RULE)
+    fresh_state()
+    with Watch(job).watching():
+        trainer = trainer_of(job, NetModel(NetConfig(), job.net()))
+    average.install(trainer)
+    trainer.callback_handler.callbacks.insert(0, Scales())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    told = [str(each.message) for each in caught if "the framework counts" in str(each.message)]
+    assert len(told) == (step == 5 or (step == 3 and scaler is None))
+    for text in told:
+        assert f"checkpoint-4 has averages after {step} steps of this training, but the framework counts 4" in text
+        assert f"go on from their own step {step}: assign attachment.step" in text
+    assert average.attachment.step == step + 4
 
 
 def test_wrong_installations_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
