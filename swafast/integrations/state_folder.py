@@ -54,7 +54,7 @@ def resume_from(average: Contract, folder: Path, where: object, *, step: int | N
         ValueError: one half of the state is missing or damaged, or it is of shards and the averages are not.
         RuntimeError: it does not fit the averages. Nothing has changed.
     """
-    state = read_averages(average, folder, where)
+    state = _read_state(average, folder, where)
     if state is None:
         average.resume(None, where, step=step)
     else:
@@ -66,9 +66,6 @@ def resume_all(folders: Sequence[tuple[Contract, Path]], where: object) -> None:
 
     Of all but the last one, a copy is kept until the others are loaded.
     """
-    for average, folder in folders:
-        if len(folders) > 1:
-            read_averages(average, folder, where)
     before: list[tuple[Contract, dict[str, Any]]] = []
     try:
         for average, folder in folders:
@@ -86,7 +83,7 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "averaged": averaged}
 
 
-def read_averages(average: Contract, folder: Path, where: object) -> dict[str, Any] | None:
+def _read_state(average: Contract, folder: Path, where: object) -> dict[str, Any] | None:
     """Return the state of averages and attachment in a folder; None if there is no such folder. Collective with shards.
 
     Raises:
