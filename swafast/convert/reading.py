@@ -36,6 +36,10 @@ class Reading:
     steps: int | None = None
     #: Whether the order of the weights is that of one param group alone.
     num_groups: int = 1
+    #: Whether the tool averages only the params that its optimizer holds.
+    follows_optimizer: bool = False
+    #: The names of weights that are the trained model's, since the average in the state lacks them.
+    of_model: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
 
 
