@@ -87,12 +87,13 @@ def read_composer(source: Source) -> Reading:
         schedule = "swa_start, swa_end and the learning rates, which the state does not have"
         return Reading(under(own, "module."), count=models, steps=_batches(state), lost=(schedule,))
     ema = entry(algorithms, "EMA", "source['state']['algorithms']")
-    weights = dict(model)
+    weights: dict[str, Any] = dict(model)
+    of_model: tuple[str, ...] = ()
     if not entry(ema, "ema_weights_active", "the state of EMA"):
         own = section(ema, "ema_model", "the state of EMA")
         parts = [own[key] for key in ("named_parameters_dict", "named_buffers_dict") if key in own] or [own]
-        for part in parts:  # before 0.13 it was a state dict
-            weights |= part
+        averages = {name: value for part in parts for name, value in part.items()}  # before 0.13 it was a state dict
+        of_model, weights = tuple(name for name in weights if name not in averages), weights | averages
     lost = (
         "smoothing or half_life and the schedule, which the state does not have: the average keeps its rule",
         "the trained model, which Composer exchanges with the average when it saves",
@@ -100,7 +101,10 @@ def read_composer(source: Source) -> Reading:
     started = bool(entry(ema, "ema_started", "the state of EMA"))
     advice = "the number of updates and one more"
     count = None if started else 0
-    return Reading(weights, count=count, advice=advice, begins_as_copy=started, steps=_batches(state), lost=lost)
+    steps = _batches(state)
+    return Reading(
+        weights, count=count, advice=advice, begins_as_copy=started, steps=steps, of_model=of_model, lost=lost
+    )
 
 
 def each_algorithm(state: Source) -> Iterator[tuple[str, Any]]:
