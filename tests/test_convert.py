@@ -249,13 +249,31 @@ def test_a_count_is_asked_for_where_the_rule_goes_by_it() -> None:
         loading.averaged.multi_avg_fn = lambda averages, params, count: None
         refuses(loading, state, "num_averaged must be given", num_averaged=None)
     loading = Loading("ema_pytorch")
-    state = {**state_of("ema_pytorch"), "step": torch.tensor(1234)}
-    refuses(loading, state, "step is 1234, so with the defaults 100 and 10 it is 114", num_averaged=None)
+    for step, count in {1234: 114, 101: 1, 100: 0, 3: 0}.items():
+        state = {**state_of("ema_pytorch"), "step": torch.tensor(step)}
+        asked = f"step is {step}, so with the defaults 10 and 100 it is {count}$"
+        refuses(loading, state, asked, num_averaged=None)
+        loading.averaged.rule = EMA  # the count is needed with a constant rule too, as it may be 0
+        refuses(loading, state, asked, num_averaged=None)
     assert loading.load({**state, "step": torch.tensor(0)}, num_averaged=None).num_averaged == 0
     for name in ("torch_ema_ratio", "ignite", "composer_ema", "nemo", "ultralytics"):
         refuses(Loading(name), state_of(name), "num_averaged must be >= 1 .* would overwrite it", num_averaged=0)
     for bad in (-1, 1.5, True):
         refuses(Loading("timm_v3"), state_of("timm_v3"), "num_averaged must be", num_averaged=bad)
+
+
+def test_an_average_that_is_still_a_copy_has_the_count_of_zero() -> None:
+    for name in ("timm_v2", "timm_v3", "timm_train"):
+        loading = Loading(name)
+        loading.averaged.rule = EMA
+        unknown = loading.load(state_of(name), num_averaged=None)
+        assert unknown.num_averaged == 1
+        assert "Pass num_averaged=0 if the average is still a copy" in unknown.lost[-1]
+        assert loading.load(state_of(name), num_averaged=0).lost == unknown.lost[:-1]
+        put(loading.model, 8)
+        loading.averaged.update_parameters(loading.model)
+        copied = loading.averaged.averaged_state_dict()
+        assert all(same_bits(copied[each], value) for each, value in loading.model.state_dict().items())
 
 
 def test_a_rule_of_the_state_replaces_another_with_a_warning() -> None:

@@ -167,12 +167,19 @@ def _with_count(kind: Kind, reading: Reading, given: int | None, rule: Rule | No
     if reading.count is not None:
         return reading
     rule = rule if reading.rule is None else reading.rule
+    needed = f"num_averaged must be given for a state of {kind.writer}, which does not tell it"
+    if reading.may_be_copy:
+        raise ValueError(
+            f"{needed}, as the average is a copy of the model up to update_after_step, got None: pass {reading.advice}"
+        )
     if _goes_by_count(rule):
         raise ValueError(
-            f"num_averaged must be given for a state of {kind.writer}, which does not tell it, as the average's rule "
-            f"{_spell(rule)} depends on it, got None: pass {reading.advice}, or set the rule of that average first"
+            f"{needed}, as the average's rule {_spell(rule)} depends on it, got None: pass {reading.advice}, or set "
+            "the rule of that average first"
         )
     unknown = "the number of models, which the state does not have: it is counted from 1, and the rule is constant"
+    if reading.zero_if:
+        unknown = f"{unknown}. Pass num_averaged=0 if {reading.zero_if}"
     return replace(reading, count=1, lost=(*reading.lost, unknown))
 
 

@@ -17,12 +17,15 @@ def read_torch(source: Source) -> Reading:
 
 def read_timm(source: Source) -> Reading:
     lost = ["decay and warm-up, which the state does not have: the average keeps its rule"]
-    advice = "the number of updates less update_after_step"
-    if "state_dict_ema" not in source:
-        return Reading(under(source, "module."), advice=advice, lost=tuple(lost))
-    if "state_dict" in source:
+    weights = section(source, "state_dict_ema") if "state_dict_ema" in source else under(source, "module.")
+    if "state_dict_ema" in source and "state_dict" in source:
         lost.append("state_dict: the trained model, which it loads itself")
-    return Reading(section(source, "state_dict_ema"), advice=advice, lost=tuple(lost))
+    return Reading(
+        weights,
+        advice="the number of updates less update_after_step, or 0 if that is below 0",
+        zero_if="the average is still a copy, as update(step=) has not passed update_after_step",
+        lost=tuple(lost),
+    )
 
 
 def read_ema_pytorch(source: Source) -> Reading:
@@ -37,9 +40,10 @@ def read_ema_pytorch(source: Source) -> Reading:
         under(source, "ema_model."),
         count=None if steps else 0,
         advice=(
-            "ceil((step - update_after_step) / update_every), or 0 if step <= update_after_step; "
-            f"step is {steps}, so with the defaults 100 and 10 it is {max(0, -(-(steps - 100) // 10))}"
+            "max(0, ceil(step / update_every) - update_after_step // update_every); "
+            f"step is {steps}, so with the defaults 10 and 100 it is {max(0, -(-steps // 10) - 10)}"
         ),
+        may_be_copy=True,
         steps=steps,
         lost=tuple(lost),
     )

@@ -30,6 +30,10 @@ class Reading:
     count: int | None = None
     #: How the user finds the count, where the state does not tell.
     advice: str = ""
+    #: Whether the count is needed whatever the rule, as the average may still be a copy of the model.
+    may_be_copy: bool = False
+    #: When the count is 0 instead of 1, where the state does not tell and the rule is constant.
+    zero_if: str = ""
     #: Whether the average began as a copy of the initial model, which counts as one.
     begins_as_copy: bool = False
     rule: Rule | None = None
