@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from ..average.averaged_model import FusedAveragedModel
 from ..terms.formats import HALF
-from ..terms.rules import ExponentialAverage, FixedWeight, Rule
+from ..terms.rules import ExponentialAverage, FixedWeight, Rule, raised_to
 from ..torch_private.modules import metadata_of, named_tensors, set_metadata
 from .installed import explained, framework
 
@@ -34,7 +34,8 @@ class ModelEma(FusedAveragedModel):
     precision: those of a float16 model, or with ``stochastic_rounding=False``, keep a remainder in the state. Another
     ``format`` may be chosen.
 
-    Tensors are matched by name, and a difference is an error. timm's class goes by their order.
+    Tensors are matched by name, and a difference is an error. timm's class goes by their order. It moves a tensor that
+    has two names twice in each update, unless ``exclude_buffers`` is set; here each tensor moves once.
 
     Args:
         model, decay, min_decay, update_after_step, use_warmup, warmup_gamma, warmup_power, device: as in timm.
@@ -187,11 +188,14 @@ class ModelEma(FusedAveragedModel):
 
 
 def _rule_of(settings: Mapping[str, Any]) -> Rule:
-    """Return the rule of updates without a step, such as those of an attachment."""
+    """Return the rule of updates without a step, such as those of an attachment.
+
+    Each setting is checked for itself, so they may be set in any order.
+    """
     if not settings["use_warmup"]:
         return ExponentialAverage(settings["decay"])
-    gamma, power = settings["warmup_gamma"], settings["warmup_power"]
-    return ExponentialAverage(settings["decay"], "power", gamma, power, settings["min_decay"])
+    rule = ExponentialAverage(settings["decay"], "power", settings["warmup_gamma"], settings["warmup_power"])
+    return raised_to(settings["min_decay"], rule)
 
 
 def _format_of(model: Module, dtype: torch.dtype | None, rounds_at_random: bool) -> str | None:
