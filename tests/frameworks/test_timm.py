@@ -113,7 +113,7 @@ def test_bfloat16_is_rounded_at_random() -> None:
     model = made_model().to(torch.bfloat16)
     made = {seed: ModelEma(model, decay=0.999, stochastic_rounding_seed=seed) for seed in (1, 2)}
     again, theirs = ModelEma(model, decay=0.999, stochastic_rounding_seed=1), ModelEmaV3(model, decay=0.999)
-    exact = ModelEma(model, decay=0.999, stochastic_rounding=False)
+    exact = ModelEma(model, decay=0.999, format="exact")
     plain = ModelEmaV3(model, decay=0.999, stochastic_rounding=False)
     start = flat(exact)
     for step in range(300):
@@ -127,6 +127,30 @@ def test_bfloat16_is_rounded_at_random() -> None:
     assert (flat(made[1]) - flat(exact)).norm() < 0.3 * moved
     assert (flat(plain) - flat(exact)).norm() > 0.6 * moved  # it has stood still
     assert any(key.startswith("remainder.") for key in exact.state_dict())
+
+
+@pytest.mark.parametrize("settings", [{}, {"foreach": False}, {"exclude_buffers": True}, {"use_warmup": True}])
+def test_bfloat16_without_random_rounding_is_theirs_bit_for_bit(settings: dict[str, Any]) -> None:
+    model = made_model().to(torch.bfloat16)
+    settings = {"decay": 0.99, "stochastic_rounding": False, "update_after_step": 3, **settings}
+    ours, theirs = ModelEma(model, **settings), ModelEmaV3(model, **settings)
+    for step in range(1, 40):
+        walk(model, step)
+        for ema in (ours, theirs):
+            ema.update(model, step=step if step < 30 else None)
+        assert differing(ours, theirs) == []
+        if step == 20:
+            ours.decay = theirs.decay = 0.9
+    copied = copy.deepcopy(ours)
+    resumed = ModelEma(made_model().to(torch.bfloat16), **{**settings, "decay": 0.9})
+    resumed.load_state_dict(theirs.state_dict())
+    walk(model, 40)
+    for ema in (theirs, ours, copied, resumed):
+        ema.update(model)
+        assert differing(ema, theirs) == []
+    ours.set(model)
+    theirs.set(model)
+    assert differing(ours, theirs) == []
 
 
 @pytest.mark.parametrize(("first", "second"), [(ModelEma, ModelEmaV3), (ModelEmaV3, ModelEma), (ModelEma, ModelEma)])
