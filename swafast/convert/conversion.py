@@ -68,8 +68,8 @@ def load(
 
     Raises:
         TypeError: an argument has a wrong type.
-        ValueError: the state is of no kind or of several, lacks an entry or has a wrong one; it is of another model or
-            lists params in another order; or ``num_averaged`` is needed.
+        ValueError: the state is of no kind or of several, lacks an entry or has a wrong one; it is of another model,
+            lacks params that are trained, or lists params in another order; or ``num_averaged`` is needed.
         RuntimeError: its keys or shapes are not the average's, with torch's message; or the averages are swapped into a
             model. In all cases nothing has changed.
     """

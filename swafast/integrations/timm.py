@@ -29,10 +29,10 @@ _OF_DECAYS = ("decay", "min_decay", "use_warmup", "warmup_gamma", "warmup_power"
 class ModelEma(FusedAveragedModel):
     """timm's ``ModelEmaV3`` with the same arguments, methods and states: replace its import.
 
-    ``update`` is one fused pass, with ``foreach`` and without, and equals timm's bit for bit for a float32 model. The
-    averages of a bfloat16 model are rounded at random, as timm's, with other random bits. With
-    ``stochastic_rounding=False`` they are rounded to the nearest by torch, equal timm's bit for bit, and stand still at
-    a decay near 1; ``format="exact"`` keeps a remainder in the state instead. So do averages of a float16 model.
+    ``update`` is one fused pass, with ``foreach`` and without, and equals timm's bit for bit for a float32 model.
+    Averages of a bfloat16 model are rounded at random, as timm's, with other random bits. With
+    ``stochastic_rounding=False`` torch rounds them to the nearest, as timm does: they have its bits, and stand still at
+    a decay near 1. ``format="exact"`` keeps a remainder in the state instead, as averages of a float16 model do.
 
     Tensors are matched by name, and a difference is an error. timm's class goes by their order. It moves a tensor that
     has two names twice in each update, unless ``exclude_buffers`` is set; here each tensor moves once.
