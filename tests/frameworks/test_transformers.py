@@ -27,6 +27,7 @@ from tests.frameworks.kit import (
     Kit,
     Report,
     Resumes,
+    ResumesWithoutOptimizer,
     State,
     Watch,
     differing,
@@ -36,6 +37,8 @@ from tests.frameworks.kit import (
 )
 from tests.frameworks.transformers_kit import (
     Ddp,
+    Fsdp1,
+    Fsdp1Orig,
     FullStates,
     NetConfig,
     NetModel,
@@ -67,6 +70,16 @@ class TestDdp(Resumes):
 class TestFullStates(Resumes):
     framework = FullStates()
     kinds = ("float32", "exact")
+
+
+class TestFsdp1(Resumes):
+    framework = Fsdp1()
+    kinds = ("float32",)
+
+
+class TestFsdp1Orig(ResumesWithoutOptimizer):
+    framework = Fsdp1Orig()
+    kinds = ("float32",)
 
 
 class TestShardedStates(Resumes):
