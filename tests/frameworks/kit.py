@@ -213,9 +213,12 @@ class Framework(ABC):
 
     def run(self, job: Job) -> Report:
         job = replace(job, world=self.world, net_name=self.net_name)
-        if self.world == 1:
-            return self.watched(job)
-        reports = run_ranks(self.world, functools.partial(self.watched, job))
+        return self.watched(job) if self.world == 1 else self.run_on(self.world, job)
+
+    def run_on(self, world: int, job: Job) -> Report:
+        """Train on so many ranks: also on one with a group of processes."""
+        job = replace(job, world=world, net_name=self.net_name)
+        reports = run_ranks(world, functools.partial(self.watched, job))
         for report in reports[1:]:
             assert differing(report.model, reports[0].model) == []
         return replace(reports[0], ranks=reports)
@@ -318,6 +321,27 @@ def evaluated_states(job: Job, steps: Sequence[State]) -> list[State]:
         with averaged.swapped_into(root) if int(averaged.n_averaged) else contextlib.nullcontext():
             states.append(whole_state(model))
     return states
+
+
+def check_another_world(framework: Framework, folder: Path, before: int, after: int) -> None:
+    """Check that an average goes on where a checkpoint of ``before`` ranks is resumed by ``after`` ranks."""
+    options = {"rule": ExponentialAverage(0.8), "copy_at_end": False}
+    first = framework.run_on(before, Job(folder / "first", 8, options=options))
+    again = Job(folder / "again", 16, resumes=first.job.folder, before=8, options=options)
+    second = framework.run_on(after, again)
+    states = evaluated_states(second.job, first.steps + second.steps[1:])
+    assert second.averaged is not None
+    assert step_of(second) == int(second.averaged["n_averaged"]) == 16
+    assert {seen.step for seen in second.seen} == {12, 16}
+    for seen in second.seen:
+        assert differing(seen.state, states[seen.step]) == [], seen.step
+    assert differing(second.model, second.steps[-1]) == []
+    assert second.exported is not None
+    assert differing(second.exported, states[16]) == []
+
+
+#: Ranks that save a checkpoint, and those that resume it.
+other_worlds = pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 
 
 def step_of(report: Report) -> int:

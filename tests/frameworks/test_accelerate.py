@@ -35,9 +35,11 @@ from tests.frameworks.kit import (
     ResumesWithoutOptimizer,
     State,
     Watch,
+    check_another_world,
     differing,
     of_net,
     optimizer_of,
+    other_worlds,
     whole_state,
 )
 from tests.frameworks.shims import shim_fsdp1
@@ -395,3 +397,11 @@ class TestFsdp2(Resumes):
     framework = Fsdp2()
 
     test_a_checkpoint_without_averages_begins_a_fresh_one = Kit.test_a_checkpoint_without_averages_begins_a_fresh_one
+
+
+@other_worlds
+@pytest.mark.parametrize("kind", [Fsdp2, Fsdp2Full])
+def test_shards_go_on_on_another_number_of_ranks(
+    kind: type[Framework], before: int, after: int, tmp_path: Path
+) -> None:
+    check_another_world(kind(), tmp_path, before, after)

@@ -9,7 +9,16 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from tests.frameworks.kit import Job, Kit, Net, Resumes, differing
+from tests.frameworks.kit import (
+    Framework,
+    Job,
+    Kit,
+    Net,
+    Resumes,
+    check_another_world,
+    differing,
+    other_worlds,
+)
 from tests.frameworks.lightning_kit import Ddp, Fsdp2, Lightning, Module, WholeFiles, loader
 from tests.test_documents import ROOT, blocks_of
 
@@ -82,3 +91,11 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (tmp_path / "checkpoints").rename(tmp_path / f"checkpoints of {len(blocks)}")
     # after; resumed from the end of the second epoch; exported; read; tested; of several averages; not fitted.
     assert steps == [8, 12, 12, 12, 12, 16, None]
+
+
+@other_worlds
+@pytest.mark.parametrize("kind", [Fsdp2, WholeFiles])
+def test_shards_go_on_on_another_number_of_ranks(
+    kind: type[Framework], before: int, after: int, tmp_path: Path
+) -> None:
+    check_another_world(kind(), tmp_path, before, after)

@@ -24,6 +24,7 @@ from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, cli
 from swafast.integrations.transformers import WeightAverage
 from tests.frameworks.kit import (
     EvaluationError,
+    Framework,
     Job,
     Kit,
     Report,
@@ -31,9 +32,11 @@ from tests.frameworks.kit import (
     ResumesWithoutOptimizer,
     State,
     Watch,
+    check_another_world,
     differing,
     evaluated_states,
     of_net,
+    other_worlds,
     step_of,
     whole_state,
 )
@@ -608,3 +611,11 @@ def test_the_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert told[0].split()[4].rstrip(",") == told[1].split()[-1]
     assert told[2] == "stopped after 1 epochs and resumed: the EMA is equal"
     assert told[3].startswith("the EMA of the LoRA's adapters: ")
+
+
+@other_worlds
+@pytest.mark.parametrize("kind", [ShardedStates, FullStates])
+def test_shards_go_on_on_another_number_of_ranks(
+    kind: type[Framework], before: int, after: int, tmp_path: Path
+) -> None:
+    check_another_world(kind(), tmp_path, before, after)
