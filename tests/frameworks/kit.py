@@ -28,6 +28,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.swa_utils import AveragedModel
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel
 from tests.ranks import run_ranks
@@ -338,6 +339,34 @@ def check_another_world(framework: Framework, folder: Path, before: int, after: 
     assert differing(second.model, second.steps[-1]) == []
     assert second.exported is not None
     assert differing(second.exported, states[16]) == []
+
+
+def others_average(job: Job) -> AveragedModel:
+    """Return an average of torch of two models like the one that is trained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        models = [nn.ModuleDict({job.net_name: Net()}) if job.net_name else Net() for _ in range(2)]
+    other = AveragedModel(models[0])
+    for model in models:
+        other.update_parameters(model)
+    return other
+
+
+def check_taken_over(report: Report, before: Mapping[str, Any], count: int = 2) -> None:
+    """Check that an average with ``ExponentialAverage(0.8)`` has gone on from what it took over.
+
+    Args:
+        count: models in what it took over.
+    """
+    assert report.averaged is not None
+    assert int(report.averaged["n_averaged"]) == count + len(report.steps) - 1
+    found = of_net(report.averaged)
+    for name, value in of_net(before).items():
+        if value.is_floating_point():
+            expected = value.double()
+            for step in report.steps[1:]:
+                expected = 0.8 * expected + 0.2 * step[name].double()
+            torch.testing.assert_close(found[name].double(), expected, rtol=1e-6, atol=1e-7)
 
 
 #: Ranks that save a checkpoint, and those that resume it.

@@ -36,10 +36,12 @@ from tests.frameworks.kit import (
     State,
     Watch,
     check_another_world,
+    check_taken_over,
     differing,
     of_net,
     optimizer_of,
     other_worlds,
+    others_average,
     whole_state,
 )
 from tests.frameworks.shims import shim_fsdp1
@@ -405,3 +407,24 @@ def test_shards_go_on_on_another_number_of_ranks(
     kind: type[Framework], before: int, after: int, tmp_path: Path
 ) -> None:
     check_another_world(kind(), tmp_path, before, after)
+
+
+class TakesOver(Fsdp2):
+    """As the page on migration says."""
+
+    def epoch(self, accelerator: Accelerator, *given: Any) -> None:
+        (average,) = vars(accelerator)["_swafast_averages"]
+        if average.attachment.step == 0:
+            assert Watch.current is not None
+            convert.load(average.evaluated, others_average(Watch.current.job).state_dict())
+        super().epoch(accelerator, *given)
+
+
+class TakesOverFsdp1(TakesOver, Fsdp1Flat):
+    """The same in a flat param."""
+
+
+@pytest.mark.parametrize("kind", [TakesOver, TakesOverFsdp1])
+def test_shards_take_over_an_average_of_torch(kind: type[Framework], tmp_path: Path) -> None:
+    report = kind().run(Job(tmp_path, 8, options={"rule": ExponentialAverage(0.8)}))
+    check_taken_over(report, others_average(report.job).state_dict())

@@ -16,11 +16,11 @@ import transformers
 from accelerate import DistributedType
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from typer.testing import CliRunner
 
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, cli
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, cli, convert
 from swafast.integrations.transformers import WeightAverage
 from tests.frameworks.kit import (
     EvaluationError,
@@ -33,10 +33,12 @@ from tests.frameworks.kit import (
     State,
     Watch,
     check_another_world,
+    check_taken_over,
     differing,
     evaluated_states,
     of_net,
     other_worlds,
+    others_average,
     step_of,
     whole_state,
 )
@@ -619,3 +621,23 @@ def test_shards_go_on_on_another_number_of_ranks(
     kind: type[Framework], before: int, after: int, tmp_path: Path
 ) -> None:
     check_another_world(kind(), tmp_path, before, after)
+
+
+class TakesOver(FullStates):
+    """As the page on migration says."""
+
+    def trainer(self, job: Job, model: PreTrainedModel) -> Trainer:
+        trainer = super().trainer(job, model)
+
+        class Loads(TrainerCallback):
+            def on_train_begin(self, *_: Any, **__: Any) -> None:
+                (average,) = [each for each in trainer.callback_handler.callbacks if isinstance(each, WeightAverage)]
+                convert.load(average.evaluated, others_average(job).state_dict())
+
+        trainer.add_callback(Loads())
+        return trainer
+
+
+def test_shards_take_over_an_average_of_torch(tmp_path: Path) -> None:
+    report = TakesOver().run(Job(tmp_path, 8, options={"rule": RULE}))
+    check_taken_over(report, others_average(report.job).state_dict())
