@@ -385,6 +385,17 @@ class TestFsdp1(ResumesWithoutOptimizer):
     kinds = ("float32",)
 
 
+class Early(Fsdp1Flat):
+    """The optimizer is made before the flat param that replaces its params."""
+
+    prepared = Accelerate.prepared
+
+
+def test_an_optimizer_of_params_that_fsdp1_has_replaced_is_refused(tmp_path: Path) -> None:
+    refusal = Early().refusal(Job(tmp_path))
+    assert refusal == "ValueError: optimizer must have params of the model, got one that has none of them"
+
+
 class TestFsdp1Sharded(ResumesWithoutOptimizer):
     framework = Fsdp1Sharded()
     kinds = ("float32",)

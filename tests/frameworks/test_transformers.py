@@ -471,6 +471,32 @@ def own_name(exported: str) -> str:
     return f"{part}.{within or 'modules_to_save'}.default.{leaf}"
 
 
+class FlatAdapters(Fsdp1Orig):
+    """A LoRA under FSDP1. With modules_to_save, the Trainer's own checkpoint waits for ever."""
+
+    def train(self, job: Job) -> Report:
+        config = peft.LoraConfig(r=2, target_modules=["first"])
+        trainer = self.trainer(job, peft.get_peft_model(NetModel(NetConfig()), config))
+        average = WeightAverage(**job.options).install(trainer)
+        trainer.train()
+        average.save_pretrained(job.folder / "exported")
+        trainer.accelerator.wait_for_everyone()
+        exported = load_file(job.folder / "exported" / "adapter_model.safetensors")
+        return Report({}, average.averaged.full_state_dict(), average.attachment.state_dict(), exported)
+
+
+def test_adapters_in_a_flat_param_alone_are_averaged_and_exported(tmp_path: Path) -> None:
+    report = FlatAdapters().run(Job(tmp_path, 8, options={"rule": RULE}))
+    assert report.averaged is not None
+    assert report.exported is not None
+    assert step_of(report) == int(report.averaged["n_averaged"]) == 8
+    wanted = {f"module.{name.replace('.weight', '.default.weight')}": each for name, each in report.exported.items()}
+    assert len(wanted) == 2
+    assert all(bool(value.any()) for value in wanted.values())  # B begins with zeros
+    assert differing({name: value for name, value in report.averaged.items() if "lora_" in name}, wanted) == []
+    assert not any("base_layer" in name or ".second." in name for name in report.averaged)
+
+
 # What is refused
 
 
