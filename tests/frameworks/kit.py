@@ -369,10 +369,6 @@ def check_taken_over(report: Report, before: Mapping[str, Any], count: int = 2) 
             torch.testing.assert_close(found[name].double(), expected, rtol=1e-6, atol=1e-7)
 
 
-#: Ranks that save a checkpoint, and those that resume it.
-other_worlds = pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-
-
 def step_of(report: Report) -> int:
     assert report.attachment is not None
     return int(report.attachment["step"])
@@ -492,6 +488,27 @@ class Resumes:
         assert report.averaged is not None
         assert again.averaged is not None
         assert differing(report.averaged, again.averaged) == []
+
+
+class Shards:
+    """The tests of checkpoints of another number of ranks, and of averages of another tool."""
+
+    resumes: ClassVar[Sequence[type[Framework]]]
+    takers: ClassVar[Sequence[type[Framework]]]  # take over `others_average`, as the page on migration says
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        for name in {"resume", "taker"} & {*metafunc.fixturenames}:
+            metafunc.parametrize(name, {"resume": self.resumes, "taker": self.takers}[name])
+
+    @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+    def test_they_go_on_on_another_number_of_ranks(
+        self, resume: type[Framework], before: int, after: int, tmp_path: Path
+    ) -> None:
+        check_another_world(resume(), tmp_path, before, after)
+
+    def test_they_take_over_an_average_of_torch(self, taker: type[Framework], tmp_path: Path) -> None:
+        report = taker().run(Job(tmp_path, 8, options={"rule": ExponentialAverage(0.8)}))
+        check_taken_over(report, others_average(report.job).state_dict())
 
 
 class ResumesWithoutOptimizer(Resumes):

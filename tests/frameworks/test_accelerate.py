@@ -33,14 +33,12 @@ from tests.frameworks.kit import (
     Report,
     Resumes,
     ResumesWithoutOptimizer,
+    Shards,
     State,
     Watch,
-    check_another_world,
-    check_taken_over,
     differing,
     of_net,
     optimizer_of,
-    other_worlds,
     others_average,
     whole_state,
 )
@@ -412,14 +410,6 @@ class TestFsdp2(Resumes):
     test_a_checkpoint_without_averages_begins_a_fresh_one = Kit.test_a_checkpoint_without_averages_begins_a_fresh_one
 
 
-@other_worlds
-@pytest.mark.parametrize("kind", [Fsdp2, Fsdp2Full])
-def test_shards_go_on_on_another_number_of_ranks(
-    kind: type[Framework], before: int, after: int, tmp_path: Path
-) -> None:
-    check_another_world(kind(), tmp_path, before, after)
-
-
 class TakesOver(Fsdp2):
     """As the page on migration says."""
 
@@ -435,7 +425,6 @@ class TakesOverFsdp1(TakesOver, Fsdp1Flat):
     """The same in a flat param."""
 
 
-@pytest.mark.parametrize("kind", [TakesOver, TakesOverFsdp1])
-def test_shards_take_over_an_average_of_torch(kind: type[Framework], tmp_path: Path) -> None:
-    report = kind().run(Job(tmp_path, 8, options={"rule": ExponentialAverage(0.8)}))
-    check_taken_over(report, others_average(report.job).state_dict())
+class TestShards(Shards):
+    resumes = (Fsdp2, Fsdp2Full)
+    takers = (TakesOver, TakesOverFsdp1)

@@ -13,16 +13,14 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from swafast import ExponentialAverage, convert
 from swafast.integrations.lightning import WeightAverage
 from tests.frameworks.kit import (
-    Framework,
     Job,
     Kit,
     Net,
     Resumes,
+    Shards,
     Watch,
-    check_another_world,
     check_taken_over,
     differing,
-    other_worlds,
     others_average,
     step_of,
 )
@@ -100,14 +98,6 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert steps == [8, 12, 12, 12, 12, 16, None]
 
 
-@other_worlds
-@pytest.mark.parametrize("kind", [Fsdp2, WholeFiles])
-def test_shards_go_on_on_another_number_of_ranks(
-    kind: type[Framework], before: int, after: int, tmp_path: Path
-) -> None:
-    check_another_world(kind(), tmp_path, before, after)
-
-
 class TakesOver(Fsdp2):
     """As the page on migration says."""
 
@@ -123,9 +113,9 @@ class TakesOver(Fsdp2):
         return module
 
 
-def test_shards_take_over_an_average_of_torch(tmp_path: Path) -> None:
-    report = TakesOver().run(Job(tmp_path, 8, options={"rule": ExponentialAverage(0.8)}))
-    check_taken_over(report, others_average(report.job).state_dict())
+class TestShards(Shards):
+    resumes = (Fsdp2, WholeFiles)
+    takers = (TakesOver,)
 
 
 @pytest.mark.parametrize("kind", [Fsdp2, WholeFiles])

@@ -24,20 +24,17 @@ from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, cli, c
 from swafast.integrations.transformers import WeightAverage
 from tests.frameworks.kit import (
     EvaluationError,
-    Framework,
     Job,
     Kit,
     Report,
     Resumes,
     ResumesWithoutOptimizer,
+    Shards,
     State,
     Watch,
-    check_another_world,
-    check_taken_over,
     differing,
     evaluated_states,
     of_net,
-    other_worlds,
     others_average,
     step_of,
     whole_state,
@@ -641,14 +638,6 @@ def test_the_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert told[3].startswith("the EMA of the LoRA's adapters: ")
 
 
-@other_worlds
-@pytest.mark.parametrize("kind", [ShardedStates, FullStates])
-def test_shards_go_on_on_another_number_of_ranks(
-    kind: type[Framework], before: int, after: int, tmp_path: Path
-) -> None:
-    check_another_world(kind(), tmp_path, before, after)
-
-
 class TakesOver(FullStates):
     """As the page on migration says."""
 
@@ -664,6 +653,6 @@ class TakesOver(FullStates):
         return trainer
 
 
-def test_shards_take_over_an_average_of_torch(tmp_path: Path) -> None:
-    report = TakesOver().run(Job(tmp_path, 8, options={"rule": RULE}))
-    check_taken_over(report, others_average(report.job).state_dict())
+class TestShards(Shards):
+    resumes = (ShardedStates, FullStates)
+    takers = (TakesOver,)
