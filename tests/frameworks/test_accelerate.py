@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,20 @@ from tests.frameworks.kit import (
     Framework,
     Job,
     Kit,
+    Net,
     Report,
     Resumes,
+    ResumesWithoutOptimizer,
+    Shards,
     State,
+    Watch,
     differing,
     of_net,
     optimizer_of,
+    others_average,
     whole_state,
 )
+from tests.frameworks.shims import shim_fsdp1
 from tests.test_documents import ROOT, blocks_of, reader
 
 pytestmark = pytest.mark.frameworks
@@ -59,7 +66,8 @@ class Accelerate(Framework):
         net = job.net()
         loader = DataLoader(TensorDataset(*job.train_set()), BATCH)
         sets = [DataLoader(TensorDataset(*job.eval_set(index)), BATCH) for index in range(job.eval_sets)]
-        model, optimizer, loader, *sets = accelerator.prepare(net, optimizer_of(net.parameters()), loader, *sets)
+        given = (net, optimizer_of(net.parameters()), loader, *sets)
+        model, optimizer, loader, *sets = self.prepared(accelerator, *given)
         average = None
         for _ in range(job.installed):
             average = WeightAverage(**job.options).install(accelerator, model, optimizer)
@@ -73,6 +81,7 @@ class Accelerate(Framework):
                     self.evaluate(model, sets)
                 accelerator.save_state(str(job.folder / f"epoch_{epoch}"))
         except EvaluationError:
+            self.recover(model)
             accelerator.save_state(str(job.folder / "broken"))
             accelerator.wait_for_everyone()
             saved = self.saved_model(job.folder / "broken", net)
@@ -86,6 +95,9 @@ class Accelerate(Framework):
         average.finish()
         states = average.averaged.full_state_dict if average.holds_shards else average.averaged.state_dict
         return Report(whole_state(net), states(), average.attachment.state_dict(), exported, saved)
+
+    def prepared(self, accelerator: Accelerator, *given: Any) -> Any:
+        return accelerator.prepare(*given)
 
     def resume(self, accelerator: Accelerator, job: Job, average: WeightAverage | None) -> None:
         assert job.resumes is not None
@@ -108,6 +120,9 @@ class Accelerate(Framework):
                 for inputs, _ in loader:
                     model(inputs)
 
+    def recover(self, model: nn.Module) -> None:
+        """Do what users do after a forward that raised, before they save."""
+
     def saved_model(self, folder: Path, net: nn.Module) -> State:
         """Return the model in a checkpoint."""
         return of_net(load_file(folder / "model.safetensors"))
@@ -121,17 +136,24 @@ class Fsdp2(Accelerate):
 
     world = 2
     state_dict_type = "SHARDED_STATE_DICT"
+    version = 2
+    uses_orig_params = True
 
     def accelerator(self, job: Job) -> Accelerator:
         fresh_state()
         plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="NO_WRAP", state_dict_type=self.state_dict_type
+            fsdp_version=self.version,
+            auto_wrap_policy="NO_WRAP",
+            state_dict_type=self.state_dict_type,
+            use_orig_params=self.uses_orig_params if self.version == 1 else None,
         )
         accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=job.accumulation)
         # Accelerate has FSDP only on accelerators, and takes gloo's ranks for DDP.
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
         accelerate_state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        # FSDP1 wants the CPU as torch itself names it, and Accelerate calls it cpu:0.
+        accelerator.state.device = accelerate_state.PartialState._shared_state["device"] = torch.device("cpu")
         return accelerator
 
     def saved_model(self, folder: Path, net: nn.Module) -> State:
@@ -146,6 +168,45 @@ class Fsdp2Full(Fsdp2):
 
     def saved_model(self, folder: Path, net: nn.Module) -> State:
         return of_net(torch.load(folder / "pytorch_model_fsdp.bin", weights_only=True))
+
+
+class Fsdp1(Fsdp2Full):
+    """FSDP1: the params of the whole network are one flat param."""
+
+    version = 1
+
+    def accelerator(self, job: Job) -> Accelerator:
+        shim_fsdp1()
+        return super().accelerator(job)
+
+    def recover(self, model: nn.Module) -> None:
+        with torch.no_grad():
+            model(torch.zeros(BATCH, 4))  # FSDP1 gathers no params for a state until a forward has come to its end
+        assert Watch.current is not None
+        Watch.current.seen.pop()
+
+    def prepared(self, accelerator: Accelerator, *given: Any) -> Any:
+        net, _, *rest = given
+        model = accelerator.prepare(net)
+        net.fsdp1 = weakref.ref(model)
+        return model, *accelerator.prepare(optimizer_of(model.parameters()), *rest)
+
+
+class Fsdp1Flat(Fsdp1):
+    """The same, and the flat param is all that the optimizer sees."""
+
+    uses_orig_params = False
+
+
+class Fsdp1Sharded(Fsdp1Flat):
+    """The same, with shards in states."""
+
+    state_dict_type = "SHARDED_STATE_DICT"
+
+    def saved_model(self, folder: Path, net: nn.Module) -> State:
+        state = {"model": Net().state_dict()}
+        dcp.load(state, checkpoint_id=folder / "pytorch_model_fsdp_0", no_dist=True)
+        return of_net(state["model"])
 
 
 class Ddp(Accelerate):
@@ -407,7 +468,53 @@ class TestFsdp2Full(Resumes):
     kinds = ("float32",)
 
 
+class TestFsdp1(ResumesWithoutOptimizer):
+    framework = Fsdp1()
+    kinds = ("float32",)
+
+
+class Early(Fsdp1Flat):
+    """The optimizer is made before the flat param that replaces its params."""
+
+    prepared = Accelerate.prepared
+
+
+def test_an_optimizer_of_params_that_fsdp1_has_replaced_is_refused(tmp_path: Path) -> None:
+    refusal = Early().refusal(Job(tmp_path))
+    assert refusal == "ValueError: optimizer must have params of the model, got one that has none of them"
+
+
+class TestFsdp1Sharded(ResumesWithoutOptimizer):
+    framework = Fsdp1Sharded()
+    kinds = ("float32",)
+
+
+class TestFsdp1Flat(Resumes):
+    framework = Fsdp1Flat()
+    kinds = ("float32",)
+
+
 class TestFsdp2(Resumes):
     framework = Fsdp2()
 
     test_a_checkpoint_without_averages_begins_a_fresh_one = Kit.test_a_checkpoint_without_averages_begins_a_fresh_one
+
+
+class TakesOver(Fsdp2):
+    """As the page on migration says."""
+
+    def epoch(self, accelerator: Accelerator, *given: Any) -> None:
+        (average,) = vars(accelerator)["_swafast_averages"]
+        if average.attachment.step == 0:
+            assert Watch.current is not None
+            convert.load(average.evaluated, others_average(Watch.current.job).state_dict())
+        super().epoch(accelerator, *given)
+
+
+class TakesOverFsdp1(TakesOver, Fsdp1Flat):
+    """The same in a flat param."""
+
+
+class TestShards(Shards):
+    resumes = (Fsdp2, Fsdp2Full)
+    takers = (TakesOver, TakesOverFsdp1)
