@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..loop.attachment import check_step
+from ..loop.schedule import check_step
 from ..terms.misfits import few
 from ..terms.warn import warn_user
 

@@ -66,15 +66,16 @@ def resume_all(folders: Sequence[tuple[Contract, Path]], where: object) -> None:
 
     Of all but the last one, a copy is kept until the others are loaded.
     """
-    before: list[tuple[Contract, dict[str, Any]]] = []
+    before: list[tuple[Contract, dict[str, Any], Any]] = []
     try:
         for average, folder in folders:
             if len(before) < len(folders) - 1:
-                before.append((average, _copied(average.state())))
+                before.append((average, _copied(average.state()), (average._before, average._has_copied)))
             resume_from(average, folder, where)
     except BaseException:
-        for average, state in before:
+        for average, state, notes in before:
             average.load(state)
+            average._before, average._has_copied = notes
         raise
 
 

@@ -117,18 +117,28 @@ class Contract:
             if [*map(id, optimizers)] == [*map(id, self._followed)]:
                 return self.attachment
             self.attachment.detach()  # a training that raised has left it with optimizers that are used no more
-        self._began, self._has_copied = 0, False
+        began = 0
         if self.attachment is not None:
-            self._began = max(0, self.attachment.step - (step or 0))  # the framework also counts steps that are skipped
+            began = max(0, self.attachment.step - (step or 0))  # the framework also counts steps that are skipped
             step = self.attachment.step
         given = {name: value for name, value in self._when.items() if value is not None}
         self.attachment = self.averaged.attach([*optimizers], model, step=step, **{**lengths, **given})
         self.attachment.leave_optimizer_state()  # ours has a place of its own in checkpoints
-        self._schedule = self.attachment.schedule
-        self.attachment.schedule = self._schedule.later(self._began)
+        self.attachment.when_told.append(self._take_step)
+        self._schedule, self._began, self._has_copied = self.attachment.schedule, began, False
+        self.attachment.schedule = self._schedule.later(began)
         self._followed = [*optimizers]
         self._note_before()
         return self.attachment
+
+    def _take_step(self, before: int) -> None:
+        """Count anew where this training began, if the user has assigned a step before that."""
+        attachment: Any = self.attachment
+        began, self._before = self._began, (attachment.step, self._before[1])
+        if attachment.step < began:
+            self._began = max(0, attachment.step - (before - began))
+            if attachment.schedule == self._schedule.later(began):  # the user has assigned no other one
+                attachment.schedule = self._schedule.later(self._began)
 
     def _note_before(self) -> None:
         assert self.attachment is not None
@@ -214,7 +224,11 @@ class Contract:
 
     def steps(self) -> dict[str, Any] | None:
         """Return the state of the attachment, and the step at which this training began."""
-        return None if self.attachment is None else {**self.attachment.state_dict(), "began": self._began}
+        return (
+            None
+            if self.attachment is None
+            else {**self.attachment.state_dict(), "began": min(self._began, self.attachment.step)}
+        )
 
     def warn_if_copied(self) -> None:
         """Warn, at a save, if the training has ended, and the model that is saved has the averages since."""
@@ -284,17 +298,17 @@ class Contract:
         Raises:
             ValueError, RuntimeError: as :meth:`load`.
         """
-        self._has_copied = False
         if state is not None:
             with naming(where):
                 self.load(state, is_whole=is_whole)
+            self._has_copied = False
             return
         if self.attachment is not None:
             # Assigned in any case: the optimizer's state need not have it then.
             step = self.attachment.step = self.attachment.step if step is None else step
-            self._note_before()
         for each in self.averaged.values() if self._rules is not None else [self.averaged]:
             each._count_from(0)  # whatever it has averaged of a run that is left here
+        self._before, self._has_copied = (step or 0, 0), False
         warn_of_no_average(where, step)
 
 

@@ -418,6 +418,43 @@ def test_a_save_after_the_end_is_told_if_the_model_has_the_average(tmp_path: Pat
         assert len([each for each in caught if "copy_at_end=False" in str(each.message)]) == told
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_load_that_fails_after_the_end_leaves_the_warning(tmp_path: Path, number: int) -> None:
+    accelerator, *first = prepared()
+    pairs = [first]
+    for _ in range(1, number):
+        other = nn.Linear(4, 2)
+        pairs.append(accelerator.prepare(other, torch.optim.SGD(other.parameters(), 0.1)))
+    averages = [
+        WeightAverage().install(accelerator, *each, name=name)
+        for each, name in zip(pairs, ("one", "two"), strict=False)
+    ]
+    for each in pairs:
+        step(*each)
+    accelerator.save_state(str(tmp_path / "saved"))
+    step(*first)
+    averages[0].finish()
+    (tmp_path / "saved" / averages[-1]._name / "averaged.pt").write_bytes(b"x")
+    with pytest.raises(ValueError, match="got a damaged one"):
+        accelerator.load_state(str(tmp_path / "saved"))
+    with pytest.warns(UserWarning, match="the model has the averages since the training has ended"):
+        accelerator.save_state(str(tmp_path / "again"))
+
+
+def test_a_load_that_does_not_fit_after_the_end_leaves_the_warning(tmp_path: Path) -> None:
+    accelerator, model, optimizer = prepared()
+    average = WeightAverage().install(accelerator, model, optimizer)
+    step(model, optimizer)
+    accelerator.save_state(str(tmp_path))
+    average.finish()
+    path = tmp_path / "swafast/averaged.pt"
+    torch.save({**torch.load(path), "module.weight": torch.zeros(7)}, path)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        accelerator.load_state(str(tmp_path))
+    with pytest.warns(UserWarning, match="the model has the averages since the training has ended"):
+        accelerator.save_state(str(tmp_path / "again"))
+
+
 def test_an_installation_after_the_load_is_told(tmp_path: Path) -> None:
     def trained_before() -> tuple[Accelerator, nn.Module, Any]:
         fresh_state()
