@@ -367,23 +367,22 @@ def test_trained_params_that_a_state_lacks_are_refused_or_lost(name: str, kind: 
     by_optimizer = {"optimizer": torch.optim.SGD([{"params": own[0]}, {"params": own[1]}])}
     by_position = {"optimizer": torch.optim.SGD([*own[1], *own[0]])}
     by_model = {"model": smaller.model, **smaller.options}
-    options = (by_model, by_optimizer if name == "nemo" else by_position)
+    by_its_order = by_optimizer if name == "nemo" else by_position
     lacking = "must have an average of each param that is trained, got none of 'head.weight', 'head.bias': leave them"
-    for given in options if name != "nemo" else ():
+    if name != "nemo":
         averaged = kind(model, num_averaged=1)
         before = copy.deepcopy(averaged.averaged_state_dict())
         with pytest.raises(ValueError, match=lacking):
-            load(averaged, state_of(name), **given)
+            load(averaged, state_of(name), **by_model)
         assert differing(averaged.averaged_state_dict(), before) == []
         assert int(averaged.n_averaged) == 1
-    if name == "nemo":  # it averages what its optimizer holds
-        got = load(kind(model), state_of(name), **by_optimizer)
-        assert got.lost[-1].startswith("params that the optimizer does not hold, which the state does not have: the av")
-        assert got.lost[-1].endswith("has 'head.weight', 'head.bias'")
-    chosen = load(kind(model, include=lambda name, param: "head" not in name), state_of(name), **options[1])
+    got = load(kind(model), state_of(name), **by_its_order)  # it averages what the optimizer holds
+    assert got.lost[-1].startswith("params that the optimizer does not hold, which the state does not have: the av")
+    assert got.lost[-1].endswith("has 'head.weight', 'head.bias'")
+    chosen = load(kind(model, include=lambda name, param: "head" not in name), state_of(name), **by_its_order)
     assert ("params that include= leaves out" in chosen.lost[-1]) == (kind is FusedAveragedModel)
     model.head.requires_grad_(False)
-    assert "frozen params, which the state does not have" in load(kind(model), state_of(name), **options[1]).lost[-1]
+    assert "frozen params, which the state does not have" in load(kind(model), state_of(name), **by_its_order).lost[-1]
 
 
 def test_composer_names_the_params_that_its_average_lacks() -> None:

@@ -64,7 +64,8 @@ def load(
             ``"mmengine"``, ``"ignite"``, ``"composer"``, ``"nemo"`` or ``"ultralytics"``; by default the one kind that
             the entries of the state fit.
         num_averaged: how many models the average holds, where the state does not tell, or not rightly.
-        optimizer: if a state without names lists the params as this optimizer does.
+        optimizer: if a state without names lists the params as this optimizer does. The average keeps its own values
+            of params that the optimizer does not hold, and ``lost`` names them.
 
     Raises:
         TypeError: an argument has a wrong type.
@@ -83,7 +84,7 @@ def load(
     if not isinstance(weights, Mapping):
         named = in_names(reading, root, optimizer)
         lacking = tuple(name for name in _held(averaged) if name not in named)
-        weights = named
+        weights, reading = named, replace(reading, follows_optimizer=reading.follows_optimizer or optimizer is not None)
     lost = (*reading.lost, *_lost_params(found, reading, averaged, root, lacking), *_lost_bits(averaged, root, weights))
     if not isinstance(reading.weights, Mapping):  # what may raise has, on all ranks alike: the call is collective
         weights = {**_own_weights(averaged), **weights}
