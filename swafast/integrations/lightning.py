@@ -35,6 +35,7 @@ from .lightning_trainer import (
     may_skip_steps,
     named,
     raw_optimizers_of,
+    undo_leaving,
 )
 from .weight_average import Contract, refuse_second
 
@@ -71,6 +72,9 @@ class WeightAverage(Contract, _Callback):
         leave_after_validation(trainer, self.swap_out)
         self._pending = None  # of a fit that did not begin
 
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        undo_leaving(trainer)
+
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         check_fit(trainer, pl_module)
         if self._pending is not None and self._pending["averaged"] is None:
@@ -98,7 +102,8 @@ class WeightAverage(Contract, _Callback):
         attachment.waits_in_step = not calls_before_writes(trainer, module)
         pending, self._pending = self._pending, None
         if pending is not None:
-            take(self, pending, named(trainer), number=len(optimizers), may_skip=may_skip_steps(trainer, module))
+            counted = {"counts": module.automatic_optimization, "may_skip": may_skip_steps(trainer, module)}
+            take(self, pending, named(trainer), number=len(optimizers), **counted)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if self.attachment is not None:
@@ -141,7 +146,8 @@ class WeightAverage(Contract, _Callback):
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
             return  # the module may have any weights, such as those of a checkpoint that was tested
-        self.warn_if_copied()
+        if trainer.state.status != "running":  # a tuner saves in a fit, to put the training back
+            self.warn_if_copied()
         is_swapped = self._swap is not None
         if is_swapped:  # somebody saves inside the validation
             self.swap_out()

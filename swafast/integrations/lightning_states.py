@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.nn import Module
 
 from ..terms.names import canonical, named_buffers, named_params
-from .saved_states import load_shards, naming
+from .saved_states import check_names, load_shards, naming
 from .weight_average import Contract
 
 OURS = "swafast"
@@ -97,6 +97,8 @@ def parts_of(checkpoint: Mapping[str, Any], where: object, weights: Mapping[str,
         for part in (_OWN, _REST):
             if not isinstance(checkpoint[part], Mapping):
                 raise ValueError(f"{where} must have a dict as {part!r}, got {type(checkpoint[part]).__name__}")
+            with naming(where):
+                check_names(checkpoint[part])
         prefix = _prefix(None if ours is None else ours.get("evaluated"))
         weights = checkpoint["state_dict"] if weights is None else weights
         averaged = {prefix + key: value for key, value in weights.items()} | dict(checkpoint[_REST])
@@ -140,11 +142,14 @@ def parts_after_setup(checkpoint: Mapping[str, Any], path: Path, averaged: Any) 
     return found
 
 
-def take(average: Contract, saved: Mapping[str, Any], where: object, *, number: int, may_skip: bool) -> None:
+def take(
+    average: Contract, saved: Mapping[str, Any], where: object, *, number: int, counts: bool, may_skip: bool
+) -> None:
     """Load the parts of a checkpoint into averages that follow optimizers.
 
     Args:
         number: of the optimizers. Lightning counts the steps of each.
+        counts: whether Lightning counts each step.
         may_skip: whether Lightning counts steps that the averages do not.
     """
     ours, averaged, step = saved["ours"], saved["averaged"], saved["step"] // number
@@ -159,7 +164,8 @@ def take(average: Contract, saved: Mapping[str, Any], where: object, *, number: 
     elif ours["attachment"] is not None:
         with naming(where):
             average.load_steps(ours["attachment"])
-    if ours is not None and ours["attachment"] is not None:
+    # With manual optimization, Lightning does not count the steps of torch's own optimizers.
+    if counts and ours is not None and ours["attachment"] is not None:
         average.compare_steps(where, step, may_skip=may_skip)
 
 

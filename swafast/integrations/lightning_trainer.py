@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch.nn import Module
@@ -99,16 +99,39 @@ def leave_after_validation(trainer: Any, leave: Callable[[], None]) -> None:
 
     Lightning calls no further hooks once a hook has raised, such as ``on_exception`` of an earlier callback.
     """
-    loop = getattr(getattr(trainer.fit_loop, "epoch_loop", None), "val_loop", None)
+    undo_leaving(trainer)  # an error may have left an earlier one
+    loop = _validation_of(trainer)
     if loop is not None:
-        loop.run = functools.partial(_run_and_leave, type(loop).run, loop, leave)  # a copy of the trainer copies it
+        loop.run = _Leaving(loop, vars(loop).get("run"), leave)
 
 
-def _run_and_leave(run: Callable[[Any], Any], loop: Any, leave: Callable[[], None]) -> Any:
-    try:
-        return run(loop)
-    finally:
-        leave()
+def undo_leaving(trainer: Any) -> None:
+    """Give the validation of a fit the ``run`` back that it had before :func:`leave_after_validation`."""
+    loop = _validation_of(trainer)
+    ours = vars(loop).get("run") if loop is not None else None
+    if isinstance(ours, _Leaving):
+        del loop.run
+        if ours.own is not None:
+            loop.run = ours.own
+
+
+def _validation_of(trainer: Any) -> Any:
+    return getattr(getattr(trainer.fit_loop, "epoch_loop", None), "val_loop", None)
+
+
+@dataclass(frozen=True)
+class _Leaving:
+    """Runs a loop and then calls ``leave``. It can be copied and pickled with the loop."""
+
+    loop: Any
+    own: Callable[[], Any] | None  # the loop's own ``run``, if it has another than its class
+    leave: Callable[[], None]
+
+    def __call__(self) -> Any:
+        try:
+            return type(self.loop).run(self.loop) if self.own is None else self.own()
+        finally:
+            self.leave()
 
 
 def evaluated_module(trainer: Any, module: Any) -> Any:
