@@ -136,8 +136,6 @@ def check_options(
     check_device(options.get("device"))
     if options.get("backend") is not None:
         choice.check_name(options["backend"])
-    for name in ("use_buffers", "share_replicas"):
-        checked_bool(name, options.get(name, False))
     include = options.get("include")
     if include is not None and not callable(include):
         raise TypeError(

@@ -42,6 +42,14 @@ def write_averages(average: Contract, folder: Path, *, writes: bool) -> None:
             path.write_text(json.dumps(state["attachment"]))
 
 
+def is_of_averages(folder: Path) -> bool:
+    """Return whether a path is an empty folder, or one with what :func:`write_averages` writes, whole or in part."""
+    if not folder.is_dir():
+        return False
+    names = [path.name for path in folder.iterdir()]
+    return not names or any(name.startswith((SHARDS, ATTACHMENT)) for name in names)
+
+
 def resume_from(average: Contract, folder: Path, where: object, *, step: int | None = None) -> None:
     """Load what :func:`write_averages` has written. If there is nothing, warn, and begin a fresh average.
 

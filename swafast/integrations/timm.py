@@ -32,7 +32,9 @@ class ModelEma(FusedAveragedModel):
     ``update`` is one fused pass, with ``foreach`` and without, and equals timm's bit for bit for a float32 model.
     Averages of a bfloat16 model are rounded at random, as timm's, with other random bits. With
     ``stochastic_rounding=False`` torch rounds them to the nearest, as timm does: they have its bits, and stand still at
-    a decay near 1. ``format="exact"`` keeps a remainder in the state instead, as averages of a float16 model do.
+    a decay near 1. If the model has floats of another dtype too, or ``dtype`` differs from its dtype, bfloat16 averages
+    keep a remainder in the state: they have other bits and further keys. ``format="exact"`` asks for a remainder, and
+    averages of a float16 model have one.
 
     Tensors are matched by name, and a difference is an error. timm's class goes by their order. It moves a tensor that
     has two names twice in each update, unless ``exclude_buffers`` is set; here each tensor moves once.

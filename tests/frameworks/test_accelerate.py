@@ -336,6 +336,38 @@ def test_a_name_that_is_no_folder_is_refused(name: str) -> None:
     WeightAverage().install(accelerator, model, optimizer, name="my.average-2")
 
 
+OWN_NAMES = [
+    "optimizer.bin", "optimizer_0", "model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin",
+    "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin", "scheduler.bin", "scheduler_1.bin", "sampler.bin", "scaler.pt",
+    "random_states_0.pkl", "custom_checkpoint_0.pkl", "dl_state_dict.bin",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN_NAMES)
+def test_a_name_of_accelerate_itself_is_refused(name: str) -> None:
+    accelerator, model, optimizer = prepared()
+    with pytest.raises(
+        ValueError, match=r"name must be none of Accelerate's own in a checkpoint, got .*: pass another"
+    ):
+        WeightAverage().install(accelerator, model, optimizer, name=name)
+    WeightAverage().install(accelerator, model, optimizer, name="models")
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_folder_of_somebody_else_is_not_written_into(tmp_path: Path, is_folder: bool) -> None:
+    accelerator, model, optimizer = prepared()
+    WeightAverage().install(accelerator, model, optimizer, name="mine")
+    other = tmp_path / "mine" / "notes" if is_folder else tmp_path / "mine"
+    other.parent.mkdir(exist_ok=True)
+    other.write_text("x")
+    with pytest.raises(ValueError, match=r"name must be that of a folder of averages, or a new one, got .*mine: pass"):
+        accelerator.save_state(str(tmp_path))
+    assert other.read_text() == "x"
+    other.unlink()
+    for _ in range(2):  # an empty folder, and one of ours
+        accelerator.save_state(str(tmp_path))
+
+
 DAMAGES: dict[str, tuple[str, Any, str]] = {
     "cut": (
         "averaged.pt",
@@ -348,6 +380,11 @@ DAMAGES: dict[str, tuple[str, Any, str]] = {
         "averaged.pt",
         lambda path: torch.save({**torch.load(path), "module.weight": torch.zeros(7)}, path),
         "size mismatch for module.weight",
+    ),
+    "a number as a name": (
+        "averaged.pt",
+        lambda path: torch.save({**torch.load(path), 3: torch.zeros(7)}, path),
+        "must have names as the keys of its states, got 3",
     ),
     "half a JSON": ("attachment.json", lambda path: path.write_text('{"step": 1'), "got a damaged one"),
     "a number": ("attachment.json", lambda path: path.write_text("3"), "must have a dict as 'attachment', got int"),

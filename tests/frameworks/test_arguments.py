@@ -60,8 +60,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "names to average": ({"include": ["a"]}, "write include=lambda name, param: name in {...}"),
     "a backend": ({"backend": "gpu"}, "backend must be one of 'cuda', 'cpu', 'triton', 'reference', got 'gpu'"),
     "a backend of several": ({"rules": {"a": RULE}, "backend": 3}, "backend must be one of 'cuda', 'cpu'"),
-    "a word for the buffers": ({"use_buffers": "no"}, "use_buffers must be True or False, got 'no'"),
-    "a word for the replicas": ({"share_replicas": "no"}, "share_replicas must be True or False, got 'no'"),
     "two rules": ({"rule": RULE, "multi_avg_fn": RULE}, "only one of rule, avg_fn and multi_avg_fn must be given"),
     "no function": ({"avg_fn": 3}, "avg_fn must be"),
     "a format of a function": ({"avg_fn": max, "format": "exact"}, "format must be None with an averaging function"),
@@ -97,6 +95,7 @@ def test_a_model_by_position_is_refused(given: tuple[Any, ...]) -> None:
         {"rules": [("fast", RULE), ("slow", EqualAverage())], "evaluate": "slow", "format": {"fast": "exact"}},
         {"offload": "cpu", "overlap": True, "use_buffers": True, "device": "cpu", "seed": 3},
         {"share_replicas": True},  # of shards
+        {"use_buffers": 1, "num_averaged": 0},  # as torch's class, and so ours, takes it
         {"multi_avg_fn": EqualAverage()},
     ],
 )
