@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.nn import Module
 
 from ..terms.names import canonical, named_buffers, named_params
-from .saved_states import check_names, load_shards, naming
+from .saved_states import check_keys, load_shards, naming
 from .weight_average import Contract
 
 OURS = "swafast"
@@ -98,7 +98,7 @@ def parts_of(checkpoint: Mapping[str, Any], where: object, weights: Mapping[str,
             if not isinstance(checkpoint[part], Mapping):
                 raise ValueError(f"{where} must have a dict as {part!r}, got {type(checkpoint[part]).__name__}")
             with naming(where):
-                check_names(checkpoint[part])
+                check_keys(checkpoint[part])
         prefix = _prefix(None if ours is None else ours.get("evaluated"))
         weights = checkpoint["state_dict"] if weights is None else weights
         averaged = {prefix + key: value for key, value in weights.items()} | dict(checkpoint[_REST])

@@ -53,12 +53,12 @@ def checked_parts(state: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[
     for part in ("averaged", "attachment"):
         if not isinstance(state[part], Mapping):
             raise ValueError(f"the checkpoint must have a dict as {part!r}, got {type(state[part]).__name__}")
-        check_names(state[part])
+        check_keys(state[part])
     check_began(state["attachment"])
     return state["averaged"], state["attachment"]
 
 
-def check_names(state: Mapping[Any, Any]) -> None:
+def check_keys(state: Mapping[Any, Any]) -> None:
     """Raise ValueError if a key of a state is not a str."""
     wrong = [key for key in state if not isinstance(key, str)]
     if wrong:
