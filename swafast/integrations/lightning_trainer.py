@@ -102,14 +102,14 @@ def leave_after_validation(trainer: Any, leave: Callable[[], None]) -> None:
     undo_leaving(trainer)  # an error may have left an earlier one
     loop = _validation_of(trainer)
     if loop is not None:
-        loop.run = _Leaving(loop, vars(loop).get("run"), leave)
+        loop.run = _LoopRunner(loop, vars(loop).get("run"), leave)
 
 
 def undo_leaving(trainer: Any) -> None:
-    """Give the validation of a fit the ``run`` back that it had before :func:`leave_after_validation`."""
+    """Undo :func:`leave_after_validation`: the loop has the ``run`` that it had before."""
     loop = _validation_of(trainer)
     ours = vars(loop).get("run") if loop is not None else None
-    if isinstance(ours, _Leaving):
+    if isinstance(ours, _LoopRunner):
         del loop.run
         if ours.own is not None:
             loop.run = ours.own
@@ -120,7 +120,7 @@ def _validation_of(trainer: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class _Leaving:
+class _LoopRunner:
     """Runs a loop and then calls ``leave``. It can be copied and pickled with the loop."""
 
     loop: Any
