@@ -194,7 +194,8 @@ def test_bad_settings_change_nothing() -> None:
     for name, key, bad, match in (
         ("diffusers_ratio", "decay", 1.5, "decay must be in"),
         ("diffusers_ratio", "decay", float("nan"), "decay must be in"),
-        ("diffusers_ratio", "min_decay", -1.0, "min_decay must be in"),
+        ("diffusers_ratio", "min_decay", -1.0, r"min_decay must be in \[0, 1\], got -1.0"),
+        ("diffusers_ratio", "min_decay", 1.5, r"min_decay must be in \[0, 1\], got 1.5"),
         ("diffusers_power", "inv_gamma", 0, "inv_gamma must be > 0"),
         ("diffusers_power", "use_ema_warmup", 1, "'use_ema_warmup'] must be a bool, got 1"),
         ("torch_ema_ratio", "decay", "0.9", "decay must be in"),
@@ -248,13 +249,31 @@ def test_a_count_is_asked_for_where_the_rule_goes_by_it() -> None:
         loading.averaged.multi_avg_fn = lambda averages, params, count: None
         refuses(loading, state, "num_averaged must be given", num_averaged=None)
     loading = Loading("ema_pytorch")
-    state = {**state_of("ema_pytorch"), "step": torch.tensor(1234)}
-    refuses(loading, state, "step is 1234, so with the defaults 100 and 10 it is 114", num_averaged=None)
+    for step, count in {1234: 114, 101: 1, 100: 0, 3: 0}.items():
+        state = {**state_of("ema_pytorch"), "step": torch.tensor(step)}
+        asked = f"step is {step}, so with the defaults 10 and 100 it is {count}$"
+        refuses(loading, state, asked, num_averaged=None)
+        loading.averaged.rule = EMA  # the count is needed with a constant rule too, as it may be 0
+        refuses(loading, state, asked, num_averaged=None)
     assert loading.load({**state, "step": torch.tensor(0)}, num_averaged=None).num_averaged == 0
     for name in ("torch_ema_ratio", "ignite", "composer_ema", "nemo", "ultralytics"):
         refuses(Loading(name), state_of(name), "num_averaged must be >= 1 .* would overwrite it", num_averaged=0)
     for bad in (-1, 1.5, True):
         refuses(Loading("timm_v3"), state_of("timm_v3"), "num_averaged must be", num_averaged=bad)
+
+
+def test_an_average_that_is_still_a_copy_has_the_count_of_zero() -> None:
+    for name in ("timm_v2", "timm_v3", "timm_train"):
+        loading = Loading(name)
+        loading.averaged.rule = EMA
+        unknown = loading.load(state_of(name), num_averaged=None)
+        assert unknown.num_averaged == 1
+        assert "Pass num_averaged=0 if the average is still a copy" in unknown.lost[-1]
+        assert loading.load(state_of(name), num_averaged=0).lost == unknown.lost[:-1]
+        put(loading.model, 8)
+        loading.averaged.update_parameters(loading.model)
+        copied = loading.averaged.averaged_state_dict()
+        assert all(same_bits(copied[each], value) for each, value in loading.model.state_dict().items())
 
 
 def test_a_rule_of_the_state_replaces_another_with_a_warning() -> None:
@@ -266,6 +285,14 @@ def test_a_rule_of_the_state_replaces_another_with_a_warning() -> None:
         warnings.simplefilter("error")
         loading.load(state_of("torch_ema_ratio"))
         Loading("torch_ema_ratio").load(state_of("torch_ema_ratio"))
+
+
+def test_a_least_decay_above_the_decay_is_the_decay() -> None:
+    for name in ("diffusers_ratio", "diffusers_power"):
+        assert Loading(name).load({**state_of(name), "min_decay": 0.95}).rule == ExponentialAverage(0.95)
+        got = Loading(name).load({**state_of(name), "min_decay": 0.9}).rule
+        assert isinstance(got, ExponentialAverage)
+        assert (got.decay, got.min_decay, got.warmup) == (0.9, 0.9, name.removeprefix("diffusers_"))
 
 
 def test_a_late_start_says_when_to_begin() -> None:
@@ -317,10 +344,61 @@ def test_frozen_params_keep_their_values_if_a_state_has_the_trainable_ones() -> 
     loading.model.second.requires_grad_(False)  # type: ignore[union-attr, operator]
     state = state_of("diffusers_ratio")
     before = loading.averaged.module.second.weight.clone()
-    loading.load({**state, "shadow_params": state["shadow_params"][:4]}, model=loading.model)
+    got = loading.load({**state, "shadow_params": state["shadow_params"][:4]}, model=loading.model)
+    assert got.lost[-1] == (
+        "frozen params, which the state does not have: the average has 'second.weight', 'second.bias'"
+    )
     assert same_bits(loading.averaged.module.second.weight, before)
     assert same_bits(loading.averaged.module.norm.bias, state["shadow_params"][3])
     refuses(loading, {**state, "shadow_params": state["shadow_params"][:3]}, "6 tensors, .* or 4, one for each train")
+
+
+@pytest.mark.parametrize("kind", [FusedAveragedModel, ShardedAveragedModel])
+@pytest.mark.parametrize("name", POSITIONAL)
+def test_trained_params_that_a_state_lacks_are_refused_or_lost(name: str, kind: Any) -> None:
+    class Larger(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(2, 2)
+
+    model, smaller = Larger(), Loading(name)
+    put(model, 0)
+    own = [*model.second.parameters()], [*model.first.parameters(), *model.norm.parameters()]
+    by_optimizer = {"optimizer": torch.optim.SGD([{"params": own[0]}, {"params": own[1]}])}
+    by_position = {"optimizer": torch.optim.SGD([*own[1], *own[0]])}
+    by_model = {"model": smaller.model, **smaller.options}
+    by_its_order = by_optimizer if name == "nemo" else by_position
+    lacking = "must have an average of each param that is trained, got none of 'head.weight', 'head.bias': leave them"
+    if name != "nemo":
+        averaged = kind(model, num_averaged=1)
+        before = copy.deepcopy(averaged.averaged_state_dict())
+        with pytest.raises(ValueError, match=lacking):
+            load(averaged, state_of(name), **by_model)
+        assert differing(averaged.averaged_state_dict(), before) == []
+        assert int(averaged.n_averaged) == 1
+    got = load(kind(model), state_of(name), **by_its_order)  # it averages what the optimizer holds
+    assert got.lost[-1].startswith("params that the optimizer does not hold, which the state does not have: the av")
+    assert got.lost[-1].endswith("has 'head.weight', 'head.bias'")
+    chosen = load(kind(model, include=lambda name, param: "head" not in name), state_of(name), **by_its_order)
+    assert ("params that include= leaves out" in chosen.lost[-1]) == (kind is FusedAveragedModel)
+    model.head.requires_grad_(False)
+    assert "frozen params, which the state does not have" in load(kind(model), state_of(name), **by_its_order).lost[-1]
+
+
+def test_composer_names_the_params_that_its_average_lacks() -> None:
+    state = state_of("composer_ema")["state"]
+    ((_, algorithm),) = state["algorithms"]
+    loading = Loading("composer_ema")
+    params = {name: state["model"][name] for name, _ in loading.model.named_parameters()}
+    del params["net.first.weight"]
+    own = {"named_parameters_dict": params, "named_buffers_dict": {}}
+    algorithms = [("EMA", {**algorithm, "ema_weights_active": False, "ema_model": own})]
+    given = {"state": {**state, "algorithms": algorithms}}
+    refuses(loading, given, "an average of each param that is trained, got none of 'net.first.weight': leave them out")
+    loading.net.first.weight.requires_grad_(False)  # type: ignore[union-attr]
+    lost = loading.load(given).lost
+    assert "frozen params, which the state does not have: the trained model has 'net.first.weight'" in lost
+    assert lost[-1].startswith("buffers, which the state does not have: the trained model has 'net.norm.running_mean'")
 
 
 def test_tied_params_have_one_tensor() -> None:

@@ -382,6 +382,23 @@ def test_each_rank_averages_its_own_buffers(mode: str) -> None:
         assert moved == use_buffers
 
 
+@pytest.mark.parametrize("mode", ["plain", "ddp", "fsdp2", "fsdp1", "fsdp1_orig"])
+@on_ranks(2)
+def test_include_sees_whether_a_param_trains(mode: str) -> None:
+    """As the docs' recipe for a LoRA: under FSDP1 too, `requires_grad` is that of the original param."""
+    asked: dict[str, bool] = {}
+
+    def trains(name: str, param: Tensor) -> bool:
+        asked[name] = param.requires_grad
+        return param.requires_grad
+
+    both = Beside(mode)
+    averaged = ShardedAveragedModel(both.sharded, include=trains)
+    assert asked == {name: param.requires_grad for name, param in both.reference.named_parameters()}
+    assert {name for name, value in asked.items() if not value} == {"frozen.weight", "frozen.bias"}
+    assert not any("frozen" in name for name in averaged.full_state_dict())
+
+
 @pytest.mark.parametrize("mode", ["plain", "fsdp2", "fsdp1"])
 @on_ranks(2)
 def test_what_include_leaves_out_is_left_alone(mode: str) -> None:

@@ -47,7 +47,7 @@ def fsdp1_names(orig: bool) -> list[str]:
         missing.append("FLAT_PARAM")
     model(torch.ones(1, 3))
     handle = model._handle
-    of_param = ("_fqns", "_shapes", "_strides", "_shard_param_infos", "_param_infos", "_shared_param_infos")
+    of_param = ("_fqns", "_shapes", "_strides", "_shard_param_infos", "_param_infos", "_shared_param_infos", "_params")
     missing += [name for name in (*of_param, "_local_shard") if not hasattr(handle.flat_param, name)]
     of_handle = ("reshard", "post_reshard", "_prefetched", "uses_sharded_strategy")
     missing += [name for name in of_handle if not hasattr(handle, name)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
@@ -14,6 +14,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from ..average.averaged_model import FusedAveragedModel
+from ..average.matching import each_average
 from ..loop.attach import spell_rule
 from ..op.checks import checked_num_averaged
 from ..sharded.sharded_model import ShardedAveragedModel
@@ -63,12 +64,13 @@ def load(
             ``"mmengine"``, ``"ignite"``, ``"composer"``, ``"nemo"`` or ``"ultralytics"``; by default the one kind that
             the entries of the state fit.
         num_averaged: how many models the average holds, where the state does not tell, or not rightly.
-        optimizer: if a state without names lists the params as this optimizer does.
+        optimizer: if a state without names lists the params as this optimizer does. The average keeps its own values
+            of params that the optimizer does not hold, and ``lost`` names them.
 
     Raises:
         TypeError: an argument has a wrong type.
-        ValueError: the state is of no kind or of several, lacks an entry or has a wrong one; it is of another model or
-            lists params in another order; or ``num_averaged`` is needed.
+        ValueError: the state is of no kind or of several, lacks an entry or has a wrong one; it is of another model,
+            lacks params that are trained, or lists params in another order; or ``num_averaged`` is needed.
         RuntimeError: its keys or shapes are not the average's, with torch's message; or the averages are swapped into a
             model. In all cases nothing has changed.
     """
@@ -78,11 +80,14 @@ def load(
     own = [canonical(name) for name, _ in unwrap(root).named_parameters(remove_duplicate=False)]
     found = recognised(source, own, kind)
     reading = _with_count(found, found.read(source), counted, averaged.rule)
-    weights = reading.weights
+    weights, lacking = reading.weights, reading.of_model
     if not isinstance(weights, Mapping):
-        named = in_names(reading, root, optimizer)  # may raise, on all ranks alike, so before a collective call
-        weights = {**_own_weights(averaged), **named}
-    lost = (*reading.lost, *_lost_bits(averaged, root, weights))
+        named = in_names(reading, root, optimizer)
+        lacking = tuple(name for name in _held(averaged) if name not in named)
+        weights, reading = named, replace(reading, follows_optimizer=reading.follows_optimizer or optimizer is not None)
+    lost = (*reading.lost, *_lost_params(found, reading, averaged, root, lacking), *_lost_bits(averaged, root, weights))
+    if not isinstance(reading.weights, Mapping):  # what may raise has, on all ranks alike: the call is collective
+        weights = {**_own_weights(averaged), **weights}
     assert reading.count is not None
     state = {
         "n_averaged": torch.tensor(reading.count),
@@ -163,12 +168,19 @@ def _with_count(kind: Kind, reading: Reading, given: int | None, rule: Rule | No
     if reading.count is not None:
         return reading
     rule = rule if reading.rule is None else reading.rule
+    needed = f"num_averaged must be given for a state of {kind.writer}, which does not tell it"
+    if reading.may_be_copy:
+        raise ValueError(
+            f"{needed}, as the average is a copy of the model up to update_after_step, got None: pass {reading.advice}"
+        )
     if _goes_by_count(rule):
         raise ValueError(
-            f"num_averaged must be given for a state of {kind.writer}, which does not tell it, as the average's rule "
-            f"{_spell(rule)} depends on it, got None: pass {reading.advice}, or set the rule of that average first"
+            f"{needed}, as the average's rule {_spell(rule)} depends on it, got None: pass {reading.advice}, or set "
+            "the rule of that average first"
         )
     unknown = "the number of models, which the state does not have: it is counted from 1, and the rule is constant"
+    if reading.zero_if:
+        unknown = f"{unknown}. Pass num_averaged=0 if {reading.zero_if}"
     return replace(reading, count=1, lost=(*reading.lost, unknown))
 
 
@@ -191,6 +203,43 @@ def _own_weights(averaged: Any) -> dict[str, Any]:
         whole = averaged.full_state_dict()
     head = "module."
     return {name[len(head) :]: value for name, value in whole.items() if name.startswith(head)}
+
+
+def _held(averaged: Any) -> dict[str, bool]:
+    """Return the names of the params that an average holds, and whether it averages them: ``include`` may say no."""
+    held: dict[str, bool] = {}
+    if isinstance(averaged, FusedAveragedModel):
+        for names, tensor, is_buffer in each_average(averaged.module):
+            held |= {} if is_buffer else dict.fromkeys(names, averaged._includes(names[0], tensor))
+    else:
+        for share in averaged._shares:
+            held |= {} if share.holding.is_buffer else dict.fromkeys(share.holding.names, True)
+    return held
+
+
+def _lost_params(kind: Kind, reading: Reading, averaged: Any, model: Module, lacking: Sequence[str]) -> list[str]:
+    """Return what is lost as the average in a state lacks params.
+
+    Raises:
+        ValueError: it lacks params that are trained, and its tool would not leave them out.
+    """
+    params = {canonical(name): param for name, param in unwrap(model).named_parameters(remove_duplicate=False)}
+    held = _held(averaged)
+    left_out = [name for name in lacking if not held.get(name, True)]
+    frozen = [name for name in lacking if name in params and not params[name].requires_grad and name not in left_out]
+    buffers = [name for name in lacking if name not in params and name not in held]
+    trained = [name for name in lacking if name not in {*left_out, *frozen, *buffers}]
+    if trained and not reading.follows_optimizer:
+        raise ValueError(
+            f"source must have an average of each param that is trained, got none of {few(trained)}: leave them out "
+            f"of this average by include=, or freeze them, if {kind.writer} has not averaged them"
+        )
+    named = {"params that the optimizer does not hold": trained, "frozen params": frozen}
+    named |= {"params that include= leaves out": left_out, "buffers": buffers}
+    origin = "the trained model" if reading.of_model else "the average"
+    return [
+        f"{what}, which the state does not have: {origin} has {few(names)}" for what, names in named.items() if names
+    ]
 
 
 def _lost_bits(averaged: Any, model: Module, weights: Mapping[str, Any]) -> list[str]:

@@ -17,12 +17,15 @@ def read_torch(source: Source) -> Reading:
 
 def read_timm(source: Source) -> Reading:
     lost = ["decay and warm-up, which the state does not have: the average keeps its rule"]
-    advice = "the number of updates less update_after_step"
-    if "state_dict_ema" not in source:
-        return Reading(under(source, "module."), advice=advice, lost=tuple(lost))
-    if "state_dict" in source:
+    weights = section(source, "state_dict_ema") if "state_dict_ema" in source else under(source, "module.")
+    if "state_dict_ema" in source and "state_dict" in source:
         lost.append("state_dict: the trained model, which it loads itself")
-    return Reading(section(source, "state_dict_ema"), advice=advice, lost=tuple(lost))
+    return Reading(
+        weights,
+        advice="the number of updates less update_after_step, or 0 if that is below 0",
+        zero_if="the average is still a copy, as update(step=) has not passed update_after_step",
+        lost=tuple(lost),
+    )
 
 
 def read_ema_pytorch(source: Source) -> Reading:
@@ -37,9 +40,10 @@ def read_ema_pytorch(source: Source) -> Reading:
         under(source, "ema_model."),
         count=None if steps else 0,
         advice=(
-            "ceil((step - update_after_step) / update_every), or 0 if step <= update_after_step; "
-            f"step is {steps}, so with the defaults 100 and 10 it is {max(0, -(-(steps - 100) // 10))}"
+            "max(0, ceil(step / update_every) - update_after_step // update_every); "
+            f"step is {steps}, so with the defaults 10 and 100 it is {max(0, -(-steps // 10) - 10)}"
         ),
+        may_be_copy=True,
         steps=steps,
         lost=tuple(lost),
     )
@@ -87,12 +91,13 @@ def read_composer(source: Source) -> Reading:
         schedule = "swa_start, swa_end and the learning rates, which the state does not have"
         return Reading(under(own, "module."), count=models, steps=_batches(state), lost=(schedule,))
     ema = entry(algorithms, "EMA", "source['state']['algorithms']")
-    weights = dict(model)
+    weights: dict[str, Any] = dict(model)
+    of_model: tuple[str, ...] = ()
     if not entry(ema, "ema_weights_active", "the state of EMA"):
         own = section(ema, "ema_model", "the state of EMA")
         parts = [own[key] for key in ("named_parameters_dict", "named_buffers_dict") if key in own] or [own]
-        for part in parts:  # before 0.13 it was a state dict
-            weights |= part
+        averages = {name: value for part in parts for name, value in part.items()}  # before 0.13 it was a state dict
+        of_model, weights = tuple(name for name in weights if name not in averages), weights | averages
     lost = (
         "smoothing or half_life and the schedule, which the state does not have: the average keeps its rule",
         "the trained model, which Composer exchanges with the average when it saves",
@@ -100,7 +105,10 @@ def read_composer(source: Source) -> Reading:
     started = bool(entry(ema, "ema_started", "the state of EMA"))
     advice = "the number of updates and one more"
     count = None if started else 0
-    return Reading(weights, count=count, advice=advice, begins_as_copy=started, steps=_batches(state), lost=lost)
+    steps = _batches(state)
+    return Reading(
+        weights, count=count, advice=advice, begins_as_copy=started, steps=steps, of_model=of_model, lost=lost
+    )
 
 
 def each_algorithm(state: Source) -> Iterator[tuple[str, Any]]:

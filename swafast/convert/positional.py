@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from ..terms.misfits import few
 from ..terms.names import canonical, unwrap
-from ..terms.rules import ExponentialAverage
+from ..terms.rules import ExponentialAverage, raised_to
 from .reading import Reading, Source, count_in, entry, flag_in, list_in
 
 _NO_BUFFERS = "buffers, which the state does not have: the average keeps its own"
@@ -21,9 +21,9 @@ def read_diffusers(source: Source) -> Reading:
     after, steps = count_in(source, "update_after_step"), count_in(source, "optimization_step")
     if flag_in(source, "use_ema_warmup"):
         gamma, power = entry(source, "inv_gamma"), entry(source, "power")
-        rule = ExponentialAverage(decay, "power", inv_gamma=gamma, power=power, min_decay=min_decay)
+        rule = ExponentialAverage(decay, "power", inv_gamma=gamma, power=power)
     else:
-        rule = ExponentialAverage(decay, "ratio", min_decay=min_decay)
+        rule = ExponentialAverage(decay, "ratio")
     waits = f"update_after_step: the average is a copy up to step {after + 1}, so attach(optimizer, start={after + 1})"
     lost = [waits] if steps <= after else []
     weights: Mapping[str, Tensor] | Sequence[Tensor]
@@ -39,7 +39,9 @@ def read_diffusers(source: Source) -> Reading:
     else:
         weights = named
     count = max(0, steps - after)
-    return Reading(weights, "shadow_params", count=count, rule=rule, steps=steps, lost=tuple(lost))
+    return Reading(
+        weights, "shadow_params", count=count, rule=raised_to(min_decay, rule), steps=steps, lost=tuple(lost)
+    )
 
 
 def read_torch_ema(source: Source) -> Reading:
@@ -70,6 +72,7 @@ def read_nemo(source: Source) -> Reading:
         rule=rule,
         steps=steps,
         num_groups=len(groups),
+        follows_optimizer=True,
         lost=tuple(lost),
     )
 

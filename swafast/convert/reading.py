@@ -30,12 +30,20 @@ class Reading:
     count: int | None = None
     #: How the user finds the count, where the state does not tell.
     advice: str = ""
+    #: Whether the count is needed whatever the rule, as the average may still be a copy of the model.
+    may_be_copy: bool = False
+    #: When the count is 0 instead of 1, where the state does not tell and the rule is constant.
+    zero_if: str = ""
     #: Whether the average began as a copy of the initial model, which counts as one.
     begins_as_copy: bool = False
     rule: Rule | None = None
     steps: int | None = None
     #: Whether the order of the weights is that of one param group alone.
     num_groups: int = 1
+    #: Whether the tool averages only the params that its optimizer holds.
+    follows_optimizer: bool = False
+    #: The names of weights that are the trained model's, since the average in the state lacks them.
+    of_model: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
 
 

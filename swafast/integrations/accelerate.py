@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,19 @@ from torch.nn import Module
 from ..terms.names import unwrap
 from ..terms.warn import warn_user
 from .installed import framework
-from .state_folder import resume_from, write_averages
+from .state_folder import is_of_averages, resume_all, write_averages
 from .weight_average import Contract, raw_optimizers, refuse_second
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 accelerate = framework("accelerate", "1.6")  # the first one with FSDP2
+
+#: What Accelerate itself writes into a checkpoint: files and folders of these names.
+_NAMES = re.compile(
+    r"(pytorch_model|model|optimizer|scheduler|sampler|dl_state_dict|random_states|custom_checkpoint|scaler|profile)"
+    r"([_.-].*)?"
+)
 
 _REFUSED = ("DEEPSPEED", "MEGATRON_LM", "XLA")  # their engines step without torch's optimizers, or hold no params
 
@@ -98,6 +105,10 @@ class WeightAverage(Contract):
         refuse_second([self, *(each for each in others if unwrap(each._model) is unwrap(model))], "one model")
         if not isinstance(name, str):
             raise TypeError(f"name must be a str, got {name!r}")
+        if name in ("", ".", "..") or not {"/", "\\", "\0"}.isdisjoint(name):
+            raise ValueError(f"name must be that of one folder in a checkpoint, such as 'swafast', got {name!r}")
+        if _NAMES.fullmatch(name):
+            raise ValueError(f"name must be none of Accelerate's own in a checkpoint, got {name!r}: pass another name=")
         if any(each._name == name for each in others):
             raise ValueError(f"name must be one that no other average of the accelerator has, got {name!r}")
         return others
@@ -134,10 +145,15 @@ class WeightAverage(Contract):
     def _save(self, models: list[Module], weights: list[Any], folder: str) -> None:
         on_each_node = self._accelerator.project_configuration.save_on_each_node
         writes = self._accelerator.is_local_main_process if on_each_node else self._accelerator.is_main_process
-        write_averages(self, Path(folder) / self._name, writes=writes)
+        path = Path(folder) / self._name
+        if path.exists() and not is_of_averages(path):
+            raise ValueError(f"name must be that of a folder of averages, or a new one, got {path}: pass another name=")
+        write_averages(self, path, writes=writes)
 
     def _load(self, models: list[Module], folder: str) -> None:
-        resume_from(self, Path(folder) / self._name, folder)
+        averages: list[WeightAverage] = self._accelerator._swafast_averages
+        if self is averages[0]:  # for all of them: all or none
+            resume_all([(each, Path(folder) / each._name) for each in averages], folder)
 
 
 def _checked_step(accelerator: Any, optimizers: tuple[Any, ...], step: int | None) -> int | None:

@@ -10,11 +10,13 @@ from typing import Any, TypeVar
 from torch.nn import Module
 
 from ..average.accepting import check_device
+from ..average.functions import choose_rule, refuse_format
 from ..average.fused_averages import by_name, named_rules
+from ..average.sampling import check_deviations
 from ..loop.attach import spell_rule
 from ..loop.runners import check_modes
 from ..loop.schedule import Schedule, Span, parse
-from ..op import checks
+from ..op import checks, choice
 from ..terms import hints
 from ..terms.formats import check_format
 from ..terms.numbers import as_bool
@@ -91,7 +93,12 @@ def check_spans(when: Mapping[str, Any]) -> None:
 
 
 def check_options(
-    kind: type, options: Mapping[str, Any], taken: Mapping[str, Any], classes: Iterable[Any], names: list[str] | None
+    kind: type,
+    options: Mapping[str, Any],
+    taken: Mapping[str, Any],
+    classes: Iterable[Any],
+    names: list[str] | None,
+    rule: Rule | None,
 ) -> None:
     """Check the arguments that are those of the averaged models.
 
@@ -100,6 +107,7 @@ def check_options(
         taken: the arguments that it has itself.
         classes: that the averages may be of. A later one is looked at only if the ones before lack an argument.
         names: of several averages; None: there is one.
+        rule: of one average, if it is given.
 
     Raises:
         TypeError, ValueError, RuntimeError: as of :class:`~swafast.FusedAveragedModel` and its kin.
@@ -117,12 +125,17 @@ def check_options(
     for each in by_name("format", names, options.get("format")).values() if names else [options.get("format")]:
         check_format(each)
     spreads = options.get("deviations")
+    chosen = choose_rule(rule, options.get("avg_fn"), options.get("multi_avg_fn"))
+    if chosen is None:
+        refuse_format(options.get("format"))
+    num_averaged = checks.checked_num_averaged(options.get("num_averaged", 0))
     for spread in by_name("deviations", names, spreads).values() if names else [spreads]:
-        checked_spread(spread)
+        check_deviations(checked_spread(spread), chosen, num_averaged)
     checks.check_nonfinite(options.get("nonfinite", "propagate"))
     checks.checked_seed(options.get("seed", 0))
-    checks.checked_num_averaged(options.get("num_averaged", 0))
     check_device(options.get("device"))
+    if options.get("backend") is not None:
+        choice.check_name(options["backend"])
     include = options.get("include")
     if include is not None and not callable(include):
         raise TypeError(
@@ -131,9 +144,9 @@ def check_options(
         )
 
 
-def checked_copy_at_end(value: object) -> bool:
-    """Return ``value`` as a bool, or raise TypeError if it is none."""
-    copies = as_bool(value)
-    if copies is None:
-        raise TypeError(f"copy_at_end must be True or False, got {value!r}")
-    return copies
+def checked_bool(name: str, value: object) -> bool:
+    """Return the value of an argument as a bool, or raise TypeError if it is none."""
+    checked = as_bool(value)
+    if checked is None:
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return checked

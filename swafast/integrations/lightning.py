@@ -6,7 +6,6 @@ import copy
 import importlib
 import importlib.util
 import weakref
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,22 @@ from .lightning_states import (
     is_of_no_fit,
     layout,
     load_whole_module,
+    ours_of,
     parts_after_setup,
     parts_of,
+    take,
 )
 from .lightning_trainer import (
     calls_before_writes,
     check_callbacks,
     check_fit,
     evaluated_module,
+    leave_after_validation,
     lengths_of,
+    may_skip_steps,
+    named,
     raw_optimizers_of,
+    undo_leaving,
 )
 from .weight_average import Contract, refuse_second
 
@@ -61,9 +66,14 @@ class WeightAverage(Contract, _Callback):
     _pending: dict[str, Any] | None = None  # what a checkpoint has, until the averages can take it
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.swap_out()  # an error may have left them in the module
         refuse_second([each for each in trainer.callbacks if isinstance(each, WeightAverage)], "the Trainer")
         check_callbacks(trainer)
+        leave_after_validation(trainer, self.swap_out)
         self._pending = None  # of a fit that did not begin
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        undo_leaving(trainer)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         check_fit(trainer, pl_module)
@@ -92,7 +102,8 @@ class WeightAverage(Contract, _Callback):
         attachment.waits_in_step = not calls_before_writes(trainer, module)
         pending, self._pending = self._pending, None
         if pending is not None:
-            self._take(pending, trainer.ckpt_path, len(optimizers))
+            counted = {"counts": module.automatic_optimization, "may_skip": may_skip_steps(trainer, module)}
+            take(self, pending, named(trainer), number=len(optimizers), **counted)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if self.attachment is not None:
@@ -135,6 +146,8 @@ class WeightAverage(Contract, _Callback):
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
             return  # the module may have any weights, such as those of a checkpoint that was tested
+        if trainer.state.status != "running":  # a tuner saves in a fit, to put the training back
+            self.warn_if_copied()
         is_swapped = self._swap is not None
         if is_swapped:  # somebody saves inside the validation
             self.swap_out()
@@ -155,7 +168,7 @@ class WeightAverage(Contract, _Callback):
         if trainer.strategy.restore_checkpoint_after_setup:
             self._load_after_setup(trainer, pl_module, checkpoint)
         elif trainer.state.fn == "fit":  # else the module has the average, which Lightning has loaded
-            saved = parts_of(checkpoint)
+            saved = parts_of(checkpoint, named(trainer))
             if saved["own"] is not None:
                 own = {"state_dict": saved.pop("own")}
                 trainer.strategy.load_model_state_dict(own, strict=pl_module.strict_loading)
@@ -174,25 +187,12 @@ class WeightAverage(Contract, _Callback):
                 load_whole_module(module, saved.pop("own"), strict=module.strict_loading)
             self._pending = saved
             self._begin(trainer, module)
-        elif path.is_dir() and (checkpoint.get(OURS) or {}).get("has_models"):
+        elif path.is_dir() and (ours_of(checkpoint, path) or {}).get("has_models"):
             tested = copy.copy(self)  # ours keep what they have
             tested.averaged = tested.attachment = None
             state = parts_after_setup(checkpoint, path, tested.make(module))["averaged"]
             tested.averaged.load_state_dict(state)
             tested.evaluated.copy_to(module)
-
-    def _take(self, saved: Mapping[str, Any], where: object, number: int) -> None:
-        """Load what a checkpoint has. ``number``: of the optimizers."""
-        ours, averaged, step = saved["ours"], saved["averaged"], saved["step"] // number
-        assert self.attachment is not None
-        if ours is None and averaged is None:
-            self.resume(None, where, step=step)
-        elif ours is None:  # Lightning's own averages
-            self.load({"averaged": averaged, "attachment": {"step": step, "schedule": self._schedule.state_dict()}})
-        elif averaged is not None or ours.get("has_models", True):
-            self.load({"averaged": averaged, "attachment": ours.get("attachment")})
-        elif ours["attachment"] is not None:
-            self.load_steps(ours["attachment"])
 
 
 def _device_of(module: Module) -> torch.device:

@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.nn import Module
 
 from ..terms.names import canonical, named_buffers, named_params
+from .saved_states import check_keys, load_shards, naming
+from .weight_average import Contract
 
 OURS = "swafast"
 IN_SHARDS = "swafast_average."
@@ -51,29 +53,66 @@ def clone_parts(checkpoint: dict[str, Any]) -> None:
         }
 
 
-def parts_of(checkpoint: Mapping[str, Any], weights: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def ours_of(checkpoint: Mapping[str, Any], where: object) -> Mapping[str, Any] | None:
+    """Return what is ours alone in a checkpoint, or None if it has nothing.
+
+    Raises:
+        ValueError: a part of it is missing, or of another type.
+    """
+    ours = checkpoint.get(OURS)
+    if ours is None:
+        return None
+    if not isinstance(ours, Mapping):
+        raise ValueError(f"{where} must have a dict as {OURS!r}, got {type(ours).__name__}: take another checkpoint")
+    if "attachment" not in ours:
+        raise ValueError(f"{where} must have all of the average's state, got none of 'attachment'")
+    kinds = {"has_models": (bool,), "attachment": (Mapping, type(None)), "evaluated": (str, type(None))}
+    for key, kind in kinds.items():
+        if key in ours and not isinstance(ours[key], kind):
+            names = " or ".join({Mapping: "dict", type(None): "None"}.get(each, each.__name__) for each in kind)
+            raise ValueError(f"{where} must have a {names} as {key!r} in {OURS!r}, got {ours[key]!r}")
+    return ours
+
+
+def parts_of(checkpoint: Mapping[str, Any], where: object, weights: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return what a file has of averages: ``ours``, the state ``averaged``, the module's ``own`` state, the ``step``.
 
     Each is None if the file lacks it. A file of Lightning's own ``WeightAveraging`` has all but ``ours``.
 
     Args:
+        where: the file, for errors.
         weights: the ``state_dict`` of the file, if Lightning has taken it out of the checkpoint.
 
     Raises:
-        ValueError: it has only a part of what belongs together.
+        ValueError: it has only a part of what belongs together, or a part is of another type.
     """
-    ours, parts = checkpoint.get(OURS), {_OWN, _REST} & checkpoint.keys()
-    if len(parts) == 1 or (not parts and ours is not None and ours.get("has_models", True)):
+    ours, parts = ours_of(checkpoint, where), {_OWN, _REST} & checkpoint.keys()
+    has_models = bool(parts) if ours is None else ours.get("has_models", True)
+    if len(parts) == 1 or (has_models and not parts):
         lacking = sorted({_OWN, _REST} - parts)[0]
-        raise ValueError(f"the checkpoint must have all of the average's state, got none of {lacking!r}")
+        raise ValueError(f"{where} must have all of the average's state, got none of {lacking!r}")
+    _refuse_contradiction(where, has_models=has_models, has_averages=bool(parts))
     averaged = None
     if parts:
+        for part in (_OWN, _REST):
+            if not isinstance(checkpoint[part], Mapping):
+                raise ValueError(f"{where} must have a dict as {part!r}, got {type(checkpoint[part]).__name__}")
+            with naming(where):
+                check_keys(checkpoint[part])
         prefix = _prefix(None if ours is None else ours.get("evaluated"))
         weights = checkpoint["state_dict"] if weights is None else weights
         averaged = {prefix + key: value for key, value in weights.items()} | dict(checkpoint[_REST])
         # They wait until there are averages, and whose memory this is may change it meanwhile.
         averaged = {key: value.clone() if isinstance(value, Tensor) else value for key, value in averaged.items()}
     return {"ours": ours, "averaged": averaged, "own": checkpoint.get(_OWN), "step": checkpoint.get("global_step", 0)}
+
+
+def _refuse_contradiction(where: object, *, has_models: bool, has_averages: bool) -> None:
+    if has_models != has_averages:
+        raise ValueError(
+            f"{where} must have averages if its 'has_models' is true, and none if not, got {has_models} and "
+            f"{'averages' if has_averages else 'none'}: take another checkpoint"
+        )
 
 
 def is_of_no_fit(saved: Mapping[str, Any]) -> bool:
@@ -89,14 +128,45 @@ def parts_after_setup(checkpoint: Mapping[str, Any], path: Path, averaged: Any) 
     """
     if not path.is_dir():
         weights = torch.load(path, map_location="cpu", mmap=True)["state_dict"]  # as Lightning has loaded it
-        return parts_of(checkpoint, weights)
-    ours = checkpoint.get(OURS)
+        return parts_of(checkpoint, path, weights)
+    ours = ours_of(checkpoint, path)
+    has_models = ours is not None and ours.get("has_models", True)
+    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    has_averages = any(key.startswith(f"state_dict.{IN_SHARDS}") for key in saved)
+    _refuse_contradiction(path, has_models=has_models, has_averages=has_averages)
     found = {"ours": ours, "averaged": None, "own": None, "step": checkpoint.get("global_step", 0)}
-    if ours is not None and ours.get("has_models", True):
+    if has_models:
         state = averaged.state_dict()
-        dcp.load({"state_dict": {IN_SHARDS + key: value for key, value in state.items()}}, checkpoint_id=path)
+        load_shards({"state_dict": {IN_SHARDS + key: value for key, value in state.items()}}, path)
         found["averaged"] = state
     return found
+
+
+def take(
+    average: Contract, saved: Mapping[str, Any], where: object, *, number: int, counts: bool, may_skip: bool
+) -> None:
+    """Load the parts of a checkpoint into averages that follow optimizers.
+
+    Args:
+        number: of the optimizers. Lightning counts the steps of each.
+        counts: whether Lightning counts each step.
+        may_skip: whether Lightning counts steps that the averages do not.
+    """
+    ours, averaged, step = saved["ours"], saved["averaged"], saved["step"] // number
+    assert average.attachment is not None
+    if ours is None and averaged is None:
+        average.resume(None, where, step=step)
+    elif ours is None:  # Lightning's own averages
+        schedule = average._schedule.state_dict()
+        average.resume({"averaged": averaged, "attachment": {"step": step, "schedule": schedule}}, where)
+    elif averaged is not None:
+        average.resume({"averaged": averaged, "attachment": ours["attachment"]}, where)
+    elif ours["attachment"] is not None:
+        with naming(where):
+            average.load_steps(ours["attachment"])
+    # With manual optimization, Lightning does not count the steps of torch's own optimizers.
+    if counts and ours is not None and ours["attachment"] is not None:
+        average.compare_steps(where, step, may_skip=may_skip)
 
 
 def load_whole_module(module: Module, own: Mapping[str, Any], *, strict: bool) -> None:

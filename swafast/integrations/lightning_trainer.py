@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch.nn import Module
@@ -80,6 +81,57 @@ def calls_before_writes(trainer: Any, module: Any) -> bool:
     return module.automatic_optimization and all(
         type(part).optimizer_step.__module__.startswith(("lightning.", "pytorch_lightning.")) for part in parts
     )
+
+
+def may_skip_steps(trainer: Any, module: Any) -> bool:
+    """Return whether the trainer counts steps that averages do not: those that a scaler or the user's code skips."""
+    has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
+    return has_scaler or not calls_before_writes(trainer, module) or len(raw_optimizers_of(trainer)) > 1
+
+
+def named(trainer: Any) -> object:
+    """Return the path of the checkpoint that is loaded, for messages."""
+    return trainer.ckpt_path or "the checkpoint"
+
+
+def leave_after_validation(trainer: Any, leave: Callable[[], None]) -> None:
+    """Have the validation of a fit call ``leave`` at its end, whatever raises in it.
+
+    Lightning calls no further hooks once a hook has raised, such as ``on_exception`` of an earlier callback.
+    """
+    undo_leaving(trainer)  # an error may have left an earlier one
+    loop = _validation_of(trainer)
+    if loop is not None:
+        loop.run = _LoopRunner(loop, vars(loop).get("run"), leave)
+
+
+def undo_leaving(trainer: Any) -> None:
+    """Undo :func:`leave_after_validation`: the loop has the ``run`` that it had before."""
+    loop = _validation_of(trainer)
+    ours = vars(loop).get("run") if loop is not None else None
+    if isinstance(ours, _LoopRunner):
+        del loop.run
+        if ours.own is not None:
+            loop.run = ours.own
+
+
+def _validation_of(trainer: Any) -> Any:
+    return getattr(getattr(trainer.fit_loop, "epoch_loop", None), "val_loop", None)
+
+
+@dataclass(frozen=True)
+class _LoopRunner:
+    """Runs a loop and then calls ``leave``. It can be copied and pickled with the loop."""
+
+    loop: Any
+    own: Callable[[], Any] | None  # the loop's own ``run``, if it has another than its class
+    leave: Callable[[], None]
+
+    def __call__(self) -> Any:
+        try:
+            return type(self.loop).run(self.loop) if self.own is None else self.own()
+        finally:
+            self.leave()
 
 
 def evaluated_module(trainer: Any, module: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from ..average.averaged_model import FusedAveragedModel
 from ..terms.formats import HALF
-from ..terms.rules import ExponentialAverage, FixedWeight, Rule
+from ..terms.rules import ExponentialAverage, FixedWeight, Rule, raised_to
 from ..torch_private.modules import metadata_of, named_tensors, set_metadata
 from .installed import explained, framework
 
@@ -29,12 +29,15 @@ _OF_DECAYS = ("decay", "min_decay", "use_warmup", "warmup_gamma", "warmup_power"
 class ModelEma(FusedAveragedModel):
     """timm's ``ModelEmaV3`` with the same arguments, methods and states: replace its import.
 
-    ``update`` is one fused pass, with ``foreach`` and without, and equals timm's bit for bit for a float32 model. The
-    averages of a bfloat16 model are rounded at random, as timm's, with other random bits. Otherwise they never lose
-    precision: those of a float16 model, or with ``stochastic_rounding=False``, keep a remainder in the state. Another
-    ``format`` may be chosen.
+    ``update`` is one fused pass, with ``foreach`` and without, and equals timm's bit for bit for a float32 model.
+    Averages of a bfloat16 model are rounded at random, as timm's, with other random bits. With
+    ``stochastic_rounding=False`` torch rounds them to the nearest, as timm does: they have its bits, and stand still at
+    a decay near 1. If the model has floats of another dtype too, or ``dtype`` differs from its dtype, bfloat16 averages
+    keep a remainder in the state: they have other bits and further keys. ``format="exact"`` asks for a remainder, and
+    averages of a float16 model have one.
 
-    Tensors are matched by name, and a difference is an error. timm's class goes by their order.
+    Tensors are matched by name, and a difference is an error. timm's class goes by their order. It moves a tensor that
+    has two names twice in each update, unless ``exclude_buffers`` is set; here each tensor moves once.
 
     Args:
         model, decay, min_decay, update_after_step, use_warmup, warmup_gamma, warmup_power, device: as in timm.
@@ -62,6 +65,7 @@ class ModelEma(FusedAveragedModel):
     warmup_gamma: float
     warmup_power: float
     update_after_step: int
+    _rounds_to_nearest: bool  # averages in bfloat16, as timm's without random rounding
 
     def __init__(
         self,
@@ -85,12 +89,20 @@ class ModelEma(FusedAveragedModel):
         if dtype is not None and dtype not in _FORMATS:
             raise ValueError(f"dtype must be torch.float32, bfloat16, float16 or None, got {dtype}")
         settings = dict(zip(_OF_DECAYS, (decay, min_decay, use_warmup, warmup_gamma, warmup_power), strict=True))
+        dtypes, rule = _dtypes_of(model, dtype), _rule_of(settings)
+        is_half = format is None and dtypes == {torch.bfloat16}
+        # Of a model in another dtype, bfloat16 averages need a format of their own.
+        self.__dict__["_rounds_to_nearest"] = is_half and not stochastic_rounding and _dtypes_of(model) == dtypes
+        if is_half and stochastic_rounding:
+            format = HALF.name
+        elif format is None and dtype is not None and not self._rounds_to_nearest:
+            format = _FORMATS[dtype]
         super().__init__(
             model,
             device,
             use_buffers=not exclude_buffers,
-            rule=_rule_of(settings),
-            format=format or _format_of(model, dtype, stochastic_rounding),
+            multi_avg_fn=self._moving_by(rule),
+            format=format,
             backend=backend,
             seed=stochastic_rounding_seed,
             num_averaged=1,  # timm's averages begin as the initial model
@@ -104,7 +116,7 @@ class ModelEma(FusedAveragedModel):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _OF_DECAYS:
             settings = {each: self.__dict__[each] for each in _OF_DECAYS} | {name: value}
-            self.rule = _rule_of(settings)  # of an attachment; it refuses what is no decay
+            self.multi_avg_fn = self._moving_by(_rule_of(settings))  # of an attachment; it refuses what is no decay
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
@@ -154,12 +166,16 @@ class ModelEma(FusedAveragedModel):
     @contextmanager
     def _weighing(self, weight: float) -> Iterator[None]:
         """Have updates in the body move by this weight."""
-        rule = self.rule
-        self.rule = FixedWeight(weight)
+        before = self.multi_avg_fn if self.rule is None else self.rule
+        self.multi_avg_fn = self._moving_by(FixedWeight(weight))
         try:
             yield
         finally:
-            self.rule = rule
+            self.multi_avg_fn = before
+
+    def _moving_by(self, rule: Rule) -> Callable[..., None]:
+        """Return what moves the averages: the rule, or a function with torch's own arithmetic, in their dtype."""
+        return rule.__call__ if self._rounds_to_nearest else rule
 
     # States
 
@@ -187,19 +203,19 @@ class ModelEma(FusedAveragedModel):
 
 
 def _rule_of(settings: Mapping[str, Any]) -> Rule:
-    """Return the rule of updates without a step, such as those of an attachment."""
+    """Return the rule of updates without a step, such as those of an attachment.
+
+    Each setting is checked for itself, so they may be set in any order.
+    """
     if not settings["use_warmup"]:
         return ExponentialAverage(settings["decay"])
-    gamma, power = settings["warmup_gamma"], settings["warmup_power"]
-    return ExponentialAverage(settings["decay"], "power", gamma, power, settings["min_decay"])
+    rule = ExponentialAverage(settings["decay"], "power", settings["warmup_gamma"], settings["warmup_power"])
+    return raised_to(settings["min_decay"], rule)
 
 
-def _format_of(model: Module, dtype: torch.dtype | None, rounds_at_random: bool) -> str | None:
-    """Return the format of the averages of a model, in a module of ``dtype``."""
+def _dtypes_of(model: Module, dtype: torch.dtype | None = None) -> set[torch.dtype]:
+    """Return the dtypes of a model's floating-point tensors, or of its averages in a module of ``dtype``."""
     if not isinstance(model, Module):
-        return None  # refused with a message of its own
+        return set()  # refused with a message of its own
     tensors = (tensor for buffers in (False, True) for _, tensor in named_tensors(model, buffers=buffers))
-    dtypes = {dtype or tensor.dtype for tensor in tensors if tensor.is_floating_point()}
-    if rounds_at_random and dtypes == {torch.bfloat16}:
-        return HALF.name
-    return None if dtype is None else _FORMATS[dtype]
+    return {dtype or tensor.dtype for tensor in tensors if tensor.is_floating_point()}

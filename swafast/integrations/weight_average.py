@@ -12,13 +12,21 @@ from torch.optim import Optimizer
 
 from ..average.averaged_model import FusedAveragedModel
 from ..average.fused_averages import FusedAverages
-from ..loop.attachment import Attachment, check_step
+from ..loop.attachment import Attachment
 from ..loop.schedule import Schedule, Span
-from ..terms.misfits import few
 from ..terms.names import named_params, unwrap
 from ..terms.rules import Rule
 from ..terms.warn import warn_user
 from . import arguments
+from .saved_states import (
+    check_began,
+    check_number,
+    checked_parts,
+    naming,
+    warn_of_copied,
+    warn_of_no_average,
+    warn_of_steps,
+)
 
 
 class Contract:
@@ -47,6 +55,7 @@ class Contract:
 
     _schedule = Schedule(0, 1)  # of the arguments, in steps from the beginning of this training
     _began = 0  # the attachment's step at that beginning: not 0 in a second training
+    _has_copied = False  # the averages into the model, at the end of a training
     _before = (0, 0)  # the step and the number of averaged models when this process began or resumed it
 
     @arguments.explaining_positions
@@ -75,8 +84,9 @@ class Contract:
         classes = (
             class_of(bool(each), several=several) for each in ((False, True) if sharded == "auto" else [sharded])
         )
-        arguments.check_options(type(self), options, own, classes, None if self._rules is None else [*self._rules])
-        self._copies_at_end, self._sharded = arguments.checked_copy_at_end(copy_at_end), sharded
+        names = None if self._rules is None else [*self._rules]
+        arguments.check_options(type(self), options, own, classes, names, rule)
+        self._copies_at_end, self._sharded = arguments.checked_bool("copy_at_end", copy_at_end), sharded
         self._options = options
         self._swap: AbstractContextManager[Module] | None = None
         self._followed: list[Optimizer] = []
@@ -107,18 +117,28 @@ class Contract:
             if [*map(id, optimizers)] == [*map(id, self._followed)]:
                 return self.attachment
             self.attachment.detach()  # a training that raised has left it with optimizers that are used no more
-        self._began = 0
+        began = 0
         if self.attachment is not None:
-            self._began = max(0, self.attachment.step - (step or 0))  # the framework also counts steps that are skipped
+            began = max(0, self.attachment.step - (step or 0))  # the framework also counts steps that are skipped
             step = self.attachment.step
         given = {name: value for name, value in self._when.items() if value is not None}
         self.attachment = self.averaged.attach([*optimizers], model, step=step, **{**lengths, **given})
         self.attachment.leave_optimizer_state()  # ours has a place of its own in checkpoints
-        self._schedule = self.attachment.schedule
-        self.attachment.schedule = self._schedule.later(self._began)
+        self.attachment.when_told.append(self._take_step)
+        self._schedule, self._began, self._has_copied = self.attachment.schedule, began, False
+        self.attachment.schedule = self._schedule.later(began)
         self._followed = [*optimizers]
         self._note_before()
         return self.attachment
+
+    def _take_step(self, before: int) -> None:
+        """Count anew where this training began, if the user has assigned a step before that."""
+        attachment: Any = self.attachment
+        began, self._before = self._began, (attachment.step, self._before[1])
+        if attachment.step < began:
+            self._began = max(0, attachment.step - (before - began))
+            if attachment.schedule == self._schedule.later(began):  # the user has assigned no other one
+                attachment.schedule = self._schedule.later(self._began)
 
     def _note_before(self) -> None:
         assert self.attachment is not None
@@ -192,6 +212,7 @@ class Contract:
         self.end()
         if self._copies_at_end and self.has_models:
             self.evaluated.copy_to(model)
+            self._has_copied = True
 
     # States
 
@@ -203,22 +224,42 @@ class Contract:
 
     def steps(self) -> dict[str, Any] | None:
         """Return the state of the attachment, and the step at which this training began."""
-        return None if self.attachment is None else {**self.attachment.state_dict(), "began": self._began}
+        return (
+            None
+            if self.attachment is None
+            else {**self.attachment.state_dict(), "began": min(self._began, self.attachment.step)}
+        )
+
+    def warn_if_copied(self) -> None:
+        """Warn, at a save, if the training has ended, and the model that is saved has the averages since."""
+        if self._has_copied:
+            warn_of_copied()
 
     def load_steps(self, state: Mapping[str, Any]) -> None:
         """Load a result of :meth:`steps`, but keep the schedule of the arguments. Warn if another one was saved.
 
         Raises:
-            TypeError, ValueError: it is not such a state. Nothing has changed.
+            ValueError: it is not such a state. Nothing has changed.
         """
         assert self.attachment is not None
-        began = check_step(state.get("began", 0))
+        began = check_began(state)
         self.attachment.load_state_dict(state)
         saved, used = self.attachment.schedule, self._schedule.later(began)
         self._began, self.attachment.schedule = began, used
         self._note_before()
         if saved != used:
             warn_user(f"the checkpoint has {saved}, but this training's arguments and length give {used}: that is used")
+
+    def compare_steps(self, where: object, counted: int, *, may_skip: bool) -> None:
+        """Warn if the steps that were loaded are not those that the framework counts in this training.
+
+        Args:
+            may_skip: whether the framework counts steps that the averages do not, as those that a scaler skips.
+        """
+        if self.attachment is not None:
+            made = self.attachment.step - self._began
+            if made > counted or (made < counted and not may_skip):
+                warn_of_steps(where, made, counted, self.attachment.step)
 
     def load(self, state: Mapping[str, Any], *, is_whole: bool = False) -> None:
         """Load a result of :meth:`state`, all of it or nothing. Collective with shards.
@@ -227,44 +268,23 @@ class Contract:
             is_whole: whether averages that are shards load a state of whole tensors.
 
         Raises:
-            ValueError: a part of it is missing.
+            ValueError: a part of it is missing, or of another type.
             RuntimeError: it does not fit the averages.
         """
-        lacking = [part for part in ("averaged", "attachment") if state.get(part) is None]
-        if lacking:
-            raise ValueError(
-                f"the checkpoint must have all of the average's state, got none of {lacking[0]!r}: take another "
-                "checkpoint, or begin a fresh average by removing the rest of this state"
-            )
-        self._check_number(state["averaged"])
+        averaged, steps = checked_parts(state)
+        check_number(averaged, None if self._rules is None else [*self._rules])
         before = self.attachment.state_dict() if self.attachment is not None else {}
         try:
             if self.attachment is not None:
-                self.attachment.load_state_dict(state["attachment"])
-                check_step(state["attachment"].get("began", 0))
+                self.attachment.load_state_dict(steps)
             loads = "load_full_state_dict" if is_whole and self.holds_shards else "load_state_dict"
-            getattr(self.averaged, loads)(state["averaged"])
+            getattr(self.averaged, loads)(averaged)
         except BaseException:
             if self.attachment is not None:
                 self.attachment.load_state_dict(before)
             raise
         if self.attachment is not None:
-            self.load_steps(state["attachment"])
-
-    def _check_number(self, averaged: Mapping[str, Any]) -> None:
-        """Raise RuntimeError if a state is of one average and these are several, or the other way."""
-        saved = sorted(key.removesuffix(".n_averaged") for key in map(str, averaged) if key.endswith(".n_averaged"))
-        saved = [name for name in saved if name.rpartition(".")[2] != "checksum"]
-        if self._rules is not None and not saved and "n_averaged" in averaged:
-            raise RuntimeError(
-                f"the checkpoint must have the averages {few(self._rules)} of rules=, got one average without a name: "
-                "to go on with it, construct WeightAverage(rule) as before"
-            )
-        if self._rules is None and saved and "n_averaged" not in averaged:
-            raise RuntimeError(
-                f"the checkpoint must have one average, got several, {few(saved)}: to go on with them, construct "
-                "WeightAverage(rules={name: rule}) with the same names"
-            )
+            self.load_steps(steps)
 
     def resume(
         self, state: Mapping[str, Any] | None, where: object, *, step: int | None = None, is_whole: bool = False
@@ -279,21 +299,17 @@ class Contract:
             ValueError, RuntimeError: as :meth:`load`.
         """
         if state is not None:
-            self.load(state, is_whole=is_whole)
+            with naming(where):
+                self.load(state, is_whole=is_whole)
+            self._has_copied = False
             return
         if self.attachment is not None:
             # Assigned in any case: the optimizer's state need not have it then.
             step = self.attachment.step = self.attachment.step if step is None else step
-            self._note_before()
         for each in self.averaged.values() if self._rules is not None else [self.averaged]:
             each._count_from(0)  # whatever it has averaged of a run that is left here
+        self._before, self._has_copied = (step or 0, 0), False
         warn_of_no_average(where, step)
-
-
-def warn_of_no_average(where: object, step: int | None = None) -> None:
-    """Warn, at a resume, of a checkpoint without averages."""
-    counted = "" if step is None else f", at step {step}: assign attachment.step if it begins at another"
-    warn_user(f"{where} has no averages of swafast: a fresh average begins with this run{counted}")
 
 
 def refuse_second(installed: Sequence[object], where: str) -> None:

@@ -22,7 +22,7 @@ from ..terms.warn import warn_user
 from ..torch_private.modules import unnamed_tensors
 from ..torch_private.optimizers import has_hooks
 from . import swaps
-from .attachment import Attachment, check_step
+from .attachment import Attachment
 from .guard import Guard
 from .hookable import (
     STATE_HOOKS,
@@ -35,7 +35,7 @@ from .hookable import (
 )
 from .roster import Roster, state_holder
 from .runners import Ready, check_modes
-from .schedule import Schedule, Span
+from .schedule import Schedule, Span, check_step
 from .stand_in import StandIn
 
 

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from ..terms import habits, hints
 from ..terms.lazy import MadeOnUse
-from ..terms.numbers import as_int
 from ..terms.warn import warn_user
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import named_modules, named_tensors
@@ -23,7 +22,7 @@ from ..torch_private.optimizers import is_making_state, is_step
 from .hookable import first_name
 from .roster import Roster
 from .runners import Runner, Updating, runner_for
-from .schedule import Schedule
+from .schedule import Schedule, check_step
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -41,6 +40,7 @@ class Attachment(hints.WithHints):
         schedule: the :class:`~swafast.loop.schedule.Schedule` of updates. You may assign another one.
         then: functions that are called after each step that counts, and its update. They must not attach or detach:
             torch is going through the optimizer's hooks.
+        when_told: functions that are called after the user has assigned ``step``, with the number before.
         waits_in_step: whether a step first waits for an update under way; if not, somebody calls the runner.
     """
 
@@ -71,6 +71,7 @@ class Attachment(hints.WithHints):
         self._is_warned = self._is_warned_of_waiting = False
         self.is_checked = False  # whether the first step need not be checked any more
         self.then: list[Callable[[], None]] = []
+        self.when_told: list[Callable[[int], None]] = []
         self._hooks: list[RemovableHandle] = []
         for index, optimizer in enumerate(optimizers):
             self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
@@ -88,7 +89,9 @@ class Attachment(hints.WithHints):
     def step(self, step: int) -> None:
         step = check_step(step)
         self._take_up()
-        self._step = self._told_step = step
+        before, self._step, self._told_step = self._step, step, step
+        for function in self.when_told:
+            function(before)
 
     @property
     def is_told(self) -> bool:
@@ -151,7 +154,7 @@ class Attachment(hints.WithHints):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or pickle has: steps and schedule. It is detached."""
-        nothing: dict[str, Any] = {"_hooks": [], "_optimizers": (), "_runner": Runner(), "then": []}
+        nothing: dict[str, Any] = {"_hooks": [], "_optimizers": (), "_runner": Runner(), "then": [], "when_told": []}
         own = {"name": self.name, "default_name": self.default_name, "_step": self.step, "_told_step": None}
         return {**own, "_schedule": self.schedule, "_stepped": {}, **nothing}
 
@@ -323,20 +326,6 @@ os.register_at_fork(before=partial(wait_for_readers, None, _FORK_WAITS_S), after
 
 #: Steps of one optimizer without a step of another until a warning. A critic in a GAN makes a hundred.
 _WAITS_LONG = 1000
-
-
-def check_step(step: object) -> int:
-    """Return the number of steps.
-
-    Raises:
-        TypeError: it is not an int. ValueError: it is negative.
-    """
-    number = as_int(step)
-    if number is None:
-        raise TypeError(f"step must be an int, got {step!r}")
-    if number < 0:
-        raise ValueError(f"step must be an int >= 0, got {number}")
-    return number
 
 
 def _read(state: object) -> tuple[int, Schedule, set[int], int | None]:

@@ -102,6 +102,20 @@ class Schedule:
         return asdict(self)
 
 
+def check_step(step: object) -> int:
+    """Return the number of steps.
+
+    Raises:
+        TypeError: it is not an int. ValueError: it is negative.
+    """
+    number = as_int(step)
+    if number is None:
+        raise TypeError(f"step must be an int, got {step!r}")
+    if number < 0:
+        raise ValueError(f"step must be an int >= 0, got {number}")
+    return number
+
+
 def at_least_one(name: str, value: object) -> int:
     """Return ``value`` as an int, or raise ValueError if it is none or below 1."""
     number = as_int(value)

@@ -36,12 +36,18 @@ def choose_backends(requested: str | None = None, device_types: Collection[str] 
     known = {backend.name: backend for backend in BACKENDS}
     if name is None:
         return (*(_loaded(device_types)), reference)
-    if name not in known:
-        raise ValueError(f"{source} must be one of {', '.join(map(repr, known))}, got {name!r}")
+    check_name(name, source)
     missing = known[name].unavailable()
     if missing is not None:
         raise RuntimeError(f"{source}={name!r} cannot run here: {missing.reason}")
     return (reference,) if name == reference.name else (known[name], reference)
+
+
+def check_name(name: object, source: str = "backend") -> None:
+    """Raise ValueError unless a backend has this name. ``source``: the argument or variable that gives it."""
+    known = [backend.name for backend in BACKENDS]
+    if name not in known:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, known))}, got {name!r}")
 
 
 def _loaded(device_types: Collection[str]) -> list[Backend]:

@@ -153,11 +153,7 @@ class ShardedAveragedModel(HasFullStates, UsableShards, AdaptableShards, ShardSi
         """Find what this rank holds, share it out, and make the planes. Return what it holds, by name."""
         found = {held.holding.name: held for held in find_holdings(model, self._ranks.ranks, self._meshes)}
         # Pass `include` the tensors that the user finds in the model, but of a flat param this rank's shard.
-        params = {
-            name: held.found_in if isinstance(held.found_in, Tensor) else held.local
-            for name, held in found.items()
-            if not held.holding.is_buffer
-        }
+        params = {name: held.shown for name, held in found.items() if not held.holding.is_buffer}
         self._left_alone = {name for name, included in ask_include(include, params).items() if not included}
         held = {name: found[name] for name in found if name not in self._left_alone}
         self._anew: dict[str, str] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -177,6 +177,18 @@ class ExponentialAverage(Rule):
         if self.warmup == "ramp":
             return KernelTerms.of(KernelTerms.RAMP_WARMUP, low, high, self.tau)
         return KernelTerms.of(KernelTerms.RATIO_WARMUP, low, high)
+
+
+def raised_to(min_decay: float, rule: ExponentialAverage) -> ExponentialAverage:
+    """Return ``rule`` with a least decay that may be above its decay: then it is the decay from the first update on.
+
+    timm and diffusers clamp in this order, ``max(min(warm-up, decay), min_decay)``.
+
+    Raises:
+        ValueError: ``min_decay`` is not in [0, 1], or not a number.
+    """
+    least = checked_number("min_decay", min_decay, "in [0, 1]", lambda x: 0.0 <= x <= 1.0)
+    return ExponentialAverage(least) if least > rule.decay else replace(rule, min_decay=least)
 
 
 _CHOICES = {"warmup": ("power", "ratio", "ramp"), "schedule": ("cosine", "linear")}

@@ -111,6 +111,7 @@ class FlatShard:
     start: int  # first element of the shard, counted in the order of the original's memory
     stop: int
     offset: int  # of the first element in the local flat tensor
+    trains: bool  # requires_grad of the original; without use_orig_params, that of the flat param
 
 
 @dataclass(frozen=True)
@@ -148,13 +149,15 @@ def _flat_param(module: FullyShardedDataParallel) -> FlatParam:
         first = (id(info.prim_module), info.prim_param_name)
         tied.setdefault(first, []).append(".".join(filter(None, (info.module_name, info.param_name))))
     shards = []
+    params = flat._params or [flat] * len(flat._fqns)
     originals: Sequence = zip(  # type: ignore[assignment]
-        flat._fqns, flat._param_infos, flat._shapes, flat._strides, flat._shard_param_infos, strict=True
+        flat._fqns, flat._param_infos, flat._shapes, flat._strides, flat._shard_param_infos, params, strict=True
     )
-    for name, info, shape, stride, part in originals:
+    for name, info, shape, stride, part, param in originals:
         names = (name, *tied.get((id(info.module), info.param_name), ()))
         start, stop = (part.intra_param_start_idx, part.intra_param_end_idx + 1) if part.in_shard else (0, 0)
-        shards.append(FlatShard(names, tuple(shape), tuple(stride), start, stop, part.offset_in_shard or 0))
+        offset = part.offset_in_shard or 0
+        shards.append(FlatShard(names, tuple(shape), tuple(stride), start, stop, offset, param.requires_grad))
     sharded = bool(handle.uses_sharded_strategy)
     replicas = getattr(module, "_inter_node_pg", None) if sharded else module.process_group
     num_ranks = len(dist.get_process_group_ranks(module.process_group))

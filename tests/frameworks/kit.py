@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,9 +24,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.swa_utils import AveragedModel
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel
 from tests.ranks import run_ranks
@@ -97,12 +100,14 @@ class Job:
 
 
 LEARNING_RATE = 0.01
+NAMES = ("first.weight", "first.bias", "second.weight", "second.bias", "batches")  # of the Net's tensors
 
 
 class Net(nn.Module):
     """Two layers, and a buffer that counts training batches. Its forward returns logits (N, 2)."""
 
     batches: Tensor
+    fsdp1: Callable[[], Any]  # a weak reference to the FSDP1 module around it, if there is one
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,9 +214,12 @@ class Framework(ABC):
 
     def run(self, job: Job) -> Report:
         job = replace(job, world=self.world, net_name=self.net_name)
-        if self.world == 1:
-            return self.watched(job)
-        reports = run_ranks(self.world, functools.partial(self.watched, job))
+        return self.watched(job) if self.world == 1 else self.run_on(self.world, job)
+
+    def run_on(self, world: int, job: Job) -> Report:
+        """Train on so many ranks: also on one with a group of processes."""
+        job = replace(job, world=world, net_name=self.net_name)
+        reports = run_ranks(world, functools.partial(self.watched, job))
         for report in reports[1:]:
             assert differing(report.model, reports[0].model) == []
         return replace(reports[0], ranks=reports)
@@ -243,9 +251,18 @@ class Framework(ABC):
 
 
 def whole_state(module: nn.Module) -> State:
-    """Return copies of a Net's params and buffers, under its own names. Collective if they are DTensors."""
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    return {name: _whole(tensor) for name, tensor in tensors}
+    """Return copies of a Net's params and buffers, under its own names. Collective if they are sharded."""
+    root = getattr(module, "fsdp1", None)
+    # In its forward, FSDP1 has gathered the params, as attributes alone. After it, they must be gathered again.
+    is_whole = root is None or root().training_state.name != "IDLE"
+    gathers = (
+        contextlib.nullcontext() if is_whole else FullyShardedDataParallel.summon_full_params(root(), writeback=False)
+    )
+    with gathers:
+        if root is not None:
+            return {name: _whole(operator.attrgetter(name)(module)) for name in NAMES}
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        return {name: _whole(tensor) for name, tensor in tensors}
 
 
 def of_net(state: Mapping[str, Any]) -> State:
@@ -305,6 +322,51 @@ def evaluated_states(job: Job, steps: Sequence[State]) -> list[State]:
         with averaged.swapped_into(root) if int(averaged.n_averaged) else contextlib.nullcontext():
             states.append(whole_state(model))
     return states
+
+
+def check_another_world(framework: Framework, folder: Path, before: int, after: int) -> None:
+    """Check that an average goes on where a checkpoint of ``before`` ranks is resumed by ``after`` ranks."""
+    options = {"rule": ExponentialAverage(0.8), "copy_at_end": False}
+    first = framework.run_on(before, Job(folder / "first", 8, options=options))
+    again = Job(folder / "again", 16, resumes=first.job.folder, before=8, options=options)
+    second = framework.run_on(after, again)
+    states = evaluated_states(second.job, first.steps + second.steps[1:])
+    assert second.averaged is not None
+    assert step_of(second) == int(second.averaged["n_averaged"]) == 16
+    assert {seen.step for seen in second.seen} == {12, 16}
+    for seen in second.seen:
+        assert differing(seen.state, states[seen.step]) == [], seen.step
+    assert differing(second.model, second.steps[-1]) == []
+    assert second.exported is not None
+    assert differing(second.exported, states[16]) == []
+
+
+def others_average(job: Job) -> AveragedModel:
+    """Return an average of torch of two models like the one that is trained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        models = [nn.ModuleDict({job.net_name: Net()}) if job.net_name else Net() for _ in range(2)]
+    other = AveragedModel(models[0])
+    for model in models:
+        other.update_parameters(model)
+    return other
+
+
+def check_taken_over(report: Report, before: Mapping[str, Any], count: int = 2) -> None:
+    """Check that an average with ``ExponentialAverage(0.8)`` has gone on from what it took over.
+
+    Args:
+        count: models in what it took over.
+    """
+    assert report.averaged is not None
+    assert int(report.averaged["n_averaged"]) == count + len(report.steps) - 1
+    found = of_net(report.averaged)
+    for name, value in of_net(before).items():
+        if value.is_floating_point():
+            expected = value.double()
+            for step in report.steps[1:]:
+                expected = 0.8 * expected + 0.2 * step[name].double()
+            torch.testing.assert_close(found[name].double(), expected, rtol=1e-6, atol=1e-7)
 
 
 def step_of(report: Report) -> int:
@@ -426,6 +488,45 @@ class Resumes:
         assert report.averaged is not None
         assert again.averaged is not None
         assert differing(report.averaged, again.averaged) == []
+
+
+class Shards:
+    """The tests of checkpoints of another number of ranks, and of averages of another tool."""
+
+    resumes: ClassVar[Sequence[type[Framework]]]
+    takers: ClassVar[Sequence[type[Framework]]]  # take over `others_average`, as the page on migration says
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        for name in {"resume", "taker"} & {*metafunc.fixturenames}:
+            metafunc.parametrize(name, {"resume": self.resumes, "taker": self.takers}[name])
+
+    @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+    def test_they_go_on_on_another_number_of_ranks(
+        self, resume: type[Framework], before: int, after: int, tmp_path: Path
+    ) -> None:
+        check_another_world(resume(), tmp_path, before, after)
+
+    def test_they_take_over_an_average_of_torch(self, taker: type[Framework], tmp_path: Path) -> None:
+        report = taker().run(Job(tmp_path, 8, options={"rule": ExponentialAverage(0.8)}))
+        check_taken_over(report, others_average(report.job).state_dict())
+
+
+class ResumesWithoutOptimizer(Resumes):
+    """The tests for frameworks that lose the optimizer's own state at a resume, also without averages."""
+
+    test_a_resumed_training_equals_one_without_a_stop = None  # type: ignore[assignment]
+    test_the_model_has_the_average_at_the_end = None  # type: ignore[assignment]
+    test_what_is_exported_is_the_average = None  # type: ignore[assignment]
+
+    def test_the_average_goes_on_from_its_checkpoint(self) -> None:
+        first, second = self.stopped(options={"rule": ExponentialAverage(0.8)})
+        states = evaluated_states(first.job, first.steps + second.steps[1:])
+        for report in (first, second):
+            assert report.exported is not None
+            assert differing(report.exported, states[report.job.steps]) == []
+            assert differing(report.model, states[report.job.steps]) == []
+            assert report.averaged is not None
+            assert step_of(report) == int(report.averaged["n_averaged"]) == report.job.steps
 
 
 class Kit(Resumes):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -16,6 +19,22 @@ def shim_torchvision() -> None:
         library.define("nms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
         library.define("qnms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
         _kept.append(library)
+
+
+def shim_fsdp1() -> None:
+    """Have FSDP1 keep a flat param that it moves to the CPU for a whole state, if it is there: else it frees it."""
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
+
+    moves = FlatParamHandle.to_cpu
+    if moves.__module__ != __name__:
+        setattr(FlatParamHandle, "to_cpu", _to_cpu(moves))  # noqa: B010  # mypy sees a method
+
+
+def _to_cpu(moves: Callable[..., AbstractContextManager[None]]) -> Callable[..., AbstractContextManager[None]]:
+    def to_cpu(handle: Any) -> AbstractContextManager[None]:
+        return nullcontext() if handle.flat_param.device.type == "cpu" else moves(handle)
+
+    return to_cpu
 
 
 def stay_offline() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,20 @@ from tests.frameworks.kit import (
     Framework,
     Job,
     Kit,
+    Net,
     Report,
     Resumes,
+    ResumesWithoutOptimizer,
+    Shards,
     State,
+    Watch,
     differing,
     of_net,
     optimizer_of,
+    others_average,
     whole_state,
 )
+from tests.frameworks.shims import shim_fsdp1
 from tests.test_documents import ROOT, blocks_of, reader
 
 pytestmark = pytest.mark.frameworks
@@ -59,7 +66,8 @@ class Accelerate(Framework):
         net = job.net()
         loader = DataLoader(TensorDataset(*job.train_set()), BATCH)
         sets = [DataLoader(TensorDataset(*job.eval_set(index)), BATCH) for index in range(job.eval_sets)]
-        model, optimizer, loader, *sets = accelerator.prepare(net, optimizer_of(net.parameters()), loader, *sets)
+        given = (net, optimizer_of(net.parameters()), loader, *sets)
+        model, optimizer, loader, *sets = self.prepared(accelerator, *given)
         average = None
         for _ in range(job.installed):
             average = WeightAverage(**job.options).install(accelerator, model, optimizer)
@@ -73,6 +81,7 @@ class Accelerate(Framework):
                     self.evaluate(model, sets)
                 accelerator.save_state(str(job.folder / f"epoch_{epoch}"))
         except EvaluationError:
+            self.recover(model)
             accelerator.save_state(str(job.folder / "broken"))
             accelerator.wait_for_everyone()
             saved = self.saved_model(job.folder / "broken", net)
@@ -86,6 +95,9 @@ class Accelerate(Framework):
         average.finish()
         states = average.averaged.full_state_dict if average.holds_shards else average.averaged.state_dict
         return Report(whole_state(net), states(), average.attachment.state_dict(), exported, saved)
+
+    def prepared(self, accelerator: Accelerator, *given: Any) -> Any:
+        return accelerator.prepare(*given)
 
     def resume(self, accelerator: Accelerator, job: Job, average: WeightAverage | None) -> None:
         assert job.resumes is not None
@@ -108,6 +120,9 @@ class Accelerate(Framework):
                 for inputs, _ in loader:
                     model(inputs)
 
+    def recover(self, model: nn.Module) -> None:
+        """Do what users do after a forward that raised, before they save."""
+
     def saved_model(self, folder: Path, net: nn.Module) -> State:
         """Return the model in a checkpoint."""
         return of_net(load_file(folder / "model.safetensors"))
@@ -121,17 +136,24 @@ class Fsdp2(Accelerate):
 
     world = 2
     state_dict_type = "SHARDED_STATE_DICT"
+    version = 2
+    uses_orig_params = True
 
     def accelerator(self, job: Job) -> Accelerator:
         fresh_state()
         plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="NO_WRAP", state_dict_type=self.state_dict_type
+            fsdp_version=self.version,
+            auto_wrap_policy="NO_WRAP",
+            state_dict_type=self.state_dict_type,
+            use_orig_params=self.uses_orig_params if self.version == 1 else None,
         )
         accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=job.accumulation)
         # Accelerate has FSDP only on accelerators, and takes gloo's ranks for DDP.
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
         accelerate_state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        # FSDP1 wants the CPU as torch itself names it, and Accelerate calls it cpu:0.
+        accelerator.state.device = accelerate_state.PartialState._shared_state["device"] = torch.device("cpu")
         return accelerator
 
     def saved_model(self, folder: Path, net: nn.Module) -> State:
@@ -146,6 +168,45 @@ class Fsdp2Full(Fsdp2):
 
     def saved_model(self, folder: Path, net: nn.Module) -> State:
         return of_net(torch.load(folder / "pytorch_model_fsdp.bin", weights_only=True))
+
+
+class Fsdp1(Fsdp2Full):
+    """FSDP1: the params of the whole network are one flat param."""
+
+    version = 1
+
+    def accelerator(self, job: Job) -> Accelerator:
+        shim_fsdp1()
+        return super().accelerator(job)
+
+    def recover(self, model: nn.Module) -> None:
+        with torch.no_grad():
+            model(torch.zeros(BATCH, 4))  # FSDP1 gathers no params for a state until a forward has come to its end
+        assert Watch.current is not None
+        Watch.current.seen.pop()
+
+    def prepared(self, accelerator: Accelerator, *given: Any) -> Any:
+        net, _, *rest = given
+        model = accelerator.prepare(net)
+        net.fsdp1 = weakref.ref(model)
+        return model, *accelerator.prepare(optimizer_of(model.parameters()), *rest)
+
+
+class Fsdp1Flat(Fsdp1):
+    """The same, and the flat param is all that the optimizer sees."""
+
+    uses_orig_params = False
+
+
+class Fsdp1Sharded(Fsdp1Flat):
+    """The same, with shards in states."""
+
+    state_dict_type = "SHARDED_STATE_DICT"
+
+    def saved_model(self, folder: Path, net: nn.Module) -> State:
+        state = {"model": Net().state_dict()}
+        dcp.load(state, checkpoint_id=folder / "pytorch_model_fsdp_0", no_dist=True)
+        return of_net(state["model"])
 
 
 class Ddp(Accelerate):
@@ -267,6 +328,170 @@ def test_a_swapped_model_is_not_saved_and_a_failed_load_changes_nothing(tmp_path
     assert average.attachment.step == 3
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a\\b", "/tmp", "a\0"])
+def test_a_name_that_is_no_folder_is_refused(name: str) -> None:
+    accelerator, model, optimizer = prepared()
+    with pytest.raises(ValueError, match="name must be that of one folder in a checkpoint, such as 'swafast', got "):
+        WeightAverage().install(accelerator, model, optimizer, name=name)
+    WeightAverage().install(accelerator, model, optimizer, name="my.average-2")
+
+
+OWN_NAMES = [
+    "optimizer.bin", "optimizer_0", "model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin",
+    "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin", "scheduler.bin", "scheduler_1.bin", "sampler.bin", "scaler.pt",
+    "random_states_0.pkl", "custom_checkpoint_0.pkl", "dl_state_dict.bin",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN_NAMES)
+def test_a_name_of_accelerate_itself_is_refused(name: str) -> None:
+    accelerator, model, optimizer = prepared()
+    with pytest.raises(
+        ValueError, match=r"name must be none of Accelerate's own in a checkpoint, got .*: pass another"
+    ):
+        WeightAverage().install(accelerator, model, optimizer, name=name)
+    WeightAverage().install(accelerator, model, optimizer, name="models")
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_folder_of_somebody_else_is_not_written_into(tmp_path: Path, is_folder: bool) -> None:
+    accelerator, model, optimizer = prepared()
+    WeightAverage().install(accelerator, model, optimizer, name="mine")
+    other = tmp_path / "mine" / "notes" if is_folder else tmp_path / "mine"
+    other.parent.mkdir(exist_ok=True)
+    other.write_text("x")
+    with pytest.raises(ValueError, match=r"name must be that of a folder of averages, or a new one, got .*mine: pass"):
+        accelerator.save_state(str(tmp_path))
+    assert other.read_text() == "x"
+    other.unlink()
+    for _ in range(2):  # an empty folder, and one of ours
+        accelerator.save_state(str(tmp_path))
+
+
+DAMAGES: dict[str, tuple[str, Any, str]] = {
+    "cut": (
+        "averaged.pt",
+        lambda path: path.write_bytes(path.read_bytes()[:99]),
+        "got a damaged one",
+    ),
+    "empty": ("averaged.pt", lambda path: path.write_bytes(b""), "whole file of a checkpoint, got a damaged one"),
+    "a list": ("averaged.pt", lambda path: torch.save([1], path), "must have a dict as 'averaged', got list"),
+    "another shape": (
+        "averaged.pt",
+        lambda path: torch.save({**torch.load(path), "module.weight": torch.zeros(7)}, path),
+        "size mismatch for module.weight",
+    ),
+    "a number as a name": (
+        "averaged.pt",
+        lambda path: torch.save({**torch.load(path), 3: torch.zeros(7)}, path),
+        "must have names as the keys of its states, got 3",
+    ),
+    "half a JSON": ("attachment.json", lambda path: path.write_text('{"step": 1'), "got a damaged one"),
+    "a number": ("attachment.json", lambda path: path.write_text("3"), "must have a dict as 'attachment', got int"),
+    "no step": ("attachment.json", lambda path: path.write_text("{}"), "must have numbers of steps in 'attachment'"),
+    "null": ("attachment.json", lambda path: path.write_text("null"), "got none of 'attachment'"),
+}
+
+
+@pytest.mark.parametrize(("file", "damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_state_is_named_and_changes_no_average_and_no_model(
+    tmp_path: Path, file: str, damage: Any, message: str
+) -> None:
+    accelerator, *first = prepared()
+    other = nn.Linear(4, 2)
+    second = accelerator.prepare(other, torch.optim.SGD(other.parameters(), 0.1))
+    averages = [
+        WeightAverage().install(accelerator, *each, name=name) for each, name in ((first, "one"), (second, "two"))
+    ]
+    step(*first)
+    step(*second)
+    accelerator.save_state(str(tmp_path))
+    damage(tmp_path / "two" / file)
+    step(*first)
+    step(*second)
+    before = [whole_state(first[0]), whole_state(other)]
+    before += [{key: value.clone() for key, value in each.averaged.state_dict().items()} for each in averages]
+    with pytest.raises((ValueError, RuntimeError), match=message) as raised:
+        accelerator.load_state(str(tmp_path))
+    assert str(tmp_path / "two") in str(raised.value)
+    after = [whole_state(first[0]), whole_state(other), *(each.averaged.state_dict() for each in averages)]
+    for one, same in zip(before, after, strict=True):
+        assert differing(one, same) == []
+    assert [each.attachment.step for each in averages] == [2, 2]
+    assert int(averages[0].averaged.n_averaged) == 2
+
+
+@pytest.mark.parametrize("lost", [".metadata", "__0_0.distcp"])
+def test_damaged_shards_are_named_and_change_nothing(tmp_path: Path, lost: str) -> None:
+    accelerator, model, optimizer = prepared()
+    average = WeightAverage(sharded=True).install(accelerator, model, optimizer)
+    step(model, optimizer)
+    accelerator.save_state(str(tmp_path))
+    (tmp_path / "swafast/averaged" / lost).unlink()
+    step(model, optimizer)
+    before = average.averaged.full_state_dict(), whole_state(model)
+    with pytest.raises(RuntimeError, match=r"swafast/averaged must be whole and of the same averages, got errors"):
+        accelerator.load_state(str(tmp_path))
+    assert differing(average.averaged.full_state_dict(), before[0]) == []
+    assert differing(whole_state(model), before[1]) == []
+    assert average.attachment.step == 2
+
+
+def test_a_save_after_the_end_is_told_if_the_model_has_the_average(tmp_path: Path) -> None:
+    for copies in (True, False):
+        accelerator, model, optimizer = prepared()
+        average = WeightAverage(copy_at_end=copies).install(accelerator, model, optimizer)
+        step(model, optimizer)
+        accelerator.save_state(str(tmp_path / "before"))
+        step(model, optimizer)
+        average.finish()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            accelerator.save_state(str(tmp_path / "after"))
+            told = len([each for each in caught if "copy_at_end=False" in str(each.message)])
+            accelerator.load_state(str(tmp_path / "before"))  # with the trained params
+            accelerator.save_state(str(tmp_path / "again"))
+        assert told == copies
+        assert len([each for each in caught if "copy_at_end=False" in str(each.message)]) == told
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_load_that_fails_after_the_end_leaves_the_warning(tmp_path: Path, number: int) -> None:
+    accelerator, *first = prepared()
+    pairs = [first]
+    for _ in range(1, number):
+        other = nn.Linear(4, 2)
+        pairs.append(accelerator.prepare(other, torch.optim.SGD(other.parameters(), 0.1)))
+    averages = [
+        WeightAverage().install(accelerator, *each, name=name)
+        for each, name in zip(pairs, ("one", "two"), strict=False)
+    ]
+    for each in pairs:
+        step(*each)
+    accelerator.save_state(str(tmp_path / "saved"))
+    step(*first)
+    averages[0].finish()
+    (tmp_path / "saved" / averages[-1]._name / "averaged.pt").write_bytes(b"x")
+    with pytest.raises(ValueError, match="got a damaged one"):
+        accelerator.load_state(str(tmp_path / "saved"))
+    with pytest.warns(UserWarning, match="the model has the averages since the training has ended"):
+        accelerator.save_state(str(tmp_path / "again"))
+
+
+def test_a_load_that_does_not_fit_after_the_end_leaves_the_warning(tmp_path: Path) -> None:
+    accelerator, model, optimizer = prepared()
+    average = WeightAverage().install(accelerator, model, optimizer)
+    step(model, optimizer)
+    accelerator.save_state(str(tmp_path))
+    average.finish()
+    path = tmp_path / "swafast/averaged.pt"
+    torch.save({**torch.load(path), "module.weight": torch.zeros(7)}, path)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        accelerator.load_state(str(tmp_path))
+    with pytest.warns(UserWarning, match="the model has the averages since the training has ended"):
+        accelerator.save_state(str(tmp_path / "again"))
+
+
 def test_an_installation_after_the_load_is_told(tmp_path: Path) -> None:
     def trained_before() -> tuple[Accelerator, nn.Module, Any]:
         fresh_state()
@@ -317,7 +542,53 @@ class TestFsdp2Full(Resumes):
     kinds = ("float32",)
 
 
+class TestFsdp1(ResumesWithoutOptimizer):
+    framework = Fsdp1()
+    kinds = ("float32",)
+
+
+class Early(Fsdp1Flat):
+    """The optimizer is made before the flat param that replaces its params."""
+
+    prepared = Accelerate.prepared
+
+
+def test_an_optimizer_of_params_that_fsdp1_has_replaced_is_refused(tmp_path: Path) -> None:
+    refusal = Early().refusal(Job(tmp_path))
+    assert refusal == "ValueError: optimizer must have params of the model, got one that has none of them"
+
+
+class TestFsdp1Sharded(ResumesWithoutOptimizer):
+    framework = Fsdp1Sharded()
+    kinds = ("float32",)
+
+
+class TestFsdp1Flat(Resumes):
+    framework = Fsdp1Flat()
+    kinds = ("float32",)
+
+
 class TestFsdp2(Resumes):
     framework = Fsdp2()
 
     test_a_checkpoint_without_averages_begins_a_fresh_one = Kit.test_a_checkpoint_without_averages_begins_a_fresh_one
+
+
+class TakesOver(Fsdp2):
+    """As the page on migration says."""
+
+    def epoch(self, accelerator: Accelerator, *given: Any) -> None:
+        (average,) = vars(accelerator)["_swafast_averages"]
+        if average.attachment.step == 0:
+            assert Watch.current is not None
+            convert.load(average.evaluated, others_average(Watch.current.job).state_dict())
+        super().epoch(accelerator, *given)
+
+
+class TakesOverFsdp1(TakesOver, Fsdp1Flat):
+    """The same in a flat param."""
+
+
+class TestShards(Shards):
+    resumes = (Fsdp2, Fsdp2Full)
+    takers = (TakesOver, TakesOverFsdp1)

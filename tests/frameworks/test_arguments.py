@@ -58,13 +58,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an offload": ({"offload": "disk"}, "offload must be 'cpu' or None, got 'disk'"),
     "a spread": ({"deviations": 1}, "deviations must be 0 for the variance alone"),
     "names to average": ({"include": ["a"]}, "write include=lambda name, param: name in {...}"),
+    "a backend": ({"backend": "gpu"}, "backend must be one of 'cuda', 'cpu', 'triton', 'reference', got 'gpu'"),
+    "a backend of several": ({"rules": {"a": RULE}, "backend": 3}, "backend must be one of 'cuda', 'cpu'"),
+    "two rules": ({"rule": RULE, "multi_avg_fn": RULE}, "only one of rule, avg_fn and multi_avg_fn must be given"),
+    "no function": ({"avg_fn": 3}, "avg_fn must be"),
+    "a format of a function": ({"avg_fn": max, "format": "exact"}, "format must be None with an averaging function"),
+    "a spread of models before": ({"deviations": 0, "num_averaged": 3}, "num_averaged must be 0 with deviations, got"),
+    "a device": ({"device": "gpu0"}, "device must be one of this machine, such as 'cpu', got 'gpu0'"),
+    "a seed": ({"seed": "x"}, "seed must be"),
+    "a count": ({"num_averaged": -1}, "num_averaged must be"),
     "a way with NaNs": ({"nonfinite": "ignore"}, "nonfinite must be one of"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("given", "message"), REFUSED.values(), ids=REFUSED)
 def test_a_wrong_argument_is_refused_at_once_with_the_line_that_was_meant(given: dict[str, Any], message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=re.escape(message)) as raised:
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=re.escape(message)) as raised:
         WeightAverage(**given)
     assert "Contract" not in str(raised.value)
     assert "FusedAveragedModel" not in str(raised.value)
@@ -86,6 +95,7 @@ def test_a_model_by_position_is_refused(given: tuple[Any, ...]) -> None:
         {"rules": [("fast", RULE), ("slow", EqualAverage())], "evaluate": "slow", "format": {"fast": "exact"}},
         {"offload": "cpu", "overlap": True, "use_buffers": True, "device": "cpu", "seed": 3},
         {"share_replicas": True},  # of shards
+        {"use_buffers": 1, "num_averaged": 0},  # as torch's class, and so ours, takes it
         {"multi_avg_fn": EqualAverage()},
     ],
 )

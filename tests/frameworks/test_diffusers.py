@@ -16,7 +16,7 @@ import transformers
 from diffusers.training_utils import EMAModel as Theirs
 from torch import Tensor, nn
 
-from swafast import ExponentialAverage, FusedAveragedModel
+from swafast import ExponentialAverage, FusedAveragedModel, convert
 from swafast.integrations import param_lists
 from swafast.integrations.diffusers import EMAModel
 from tests.test_documents import ROOT, blocks_of, reader
@@ -27,6 +27,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ratio": {"decay": 0.9},
     "power": {"decay": 0.95, "use_ema_warmup": True, "inv_gamma": 2.0, "power": 0.75, "min_decay": 0.3},
     "late": {"decay": 0.8, "update_after_step": 5},
+    "raised": {"decay": 0.6, "min_decay": 0.9, "update_after_step": 2},
+    "raised power": {"decay": 0.2, "use_ema_warmup": True, "min_decay": 0.7},
 }
 
 
@@ -80,6 +82,22 @@ def test_averages_are_theirs(settings: dict[str, Any], foreach: bool) -> None:
         assert torch.equal(ours.shadow_params[1], params[1])  # it is frozen
     assert settings_of(ours) == settings_of(theirs)
     assert error(ours.shadow_params, list(params)) > 0.01
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("stop", [1, 4, 9])
+def test_a_converted_state_goes_on_as_theirs(settings: dict[str, Any], stop: int) -> None:
+    params = [param.requires_grad_() for param in made_params()]
+    model, theirs = nn.ParameterList(params), Theirs(params, **settings)
+    run(theirs, params, range(1, stop + 1))
+    averaged = FusedAveragedModel(model)
+    conversion = convert.load(averaged, theirs.state_dict())
+    assert conversion.num_averaged == max(0, stop - theirs.update_after_step)
+    for step in range(stop + 1, 16):
+        run(theirs, params, [step])
+        if step > theirs.update_after_step:
+            averaged.update_parameters(model)
+    assert error(list(averaged.module), theirs.shadow_params) <= 2e-7
 
 
 @pytest.mark.parametrize("first", [EMAModel, Theirs])

@@ -8,9 +8,23 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
-from tests.frameworks.kit import Job, Kit, Net, Resumes, differing
-from tests.frameworks.lightning_kit import Ddp, Fsdp2, Lightning, Module, WholeFiles, loader
+from swafast import ExponentialAverage, convert
+from swafast.integrations.lightning import WeightAverage
+from tests.frameworks.kit import (
+    Job,
+    Kit,
+    Net,
+    Resumes,
+    Shards,
+    Watch,
+    check_taken_over,
+    differing,
+    others_average,
+    step_of,
+)
+from tests.frameworks.lightning_kit import Ddp, Fsdp2, Lightning, Module, WholeFiles, loader, trainer_of
 from tests.test_documents import ROOT, blocks_of
 
 pytestmark = pytest.mark.frameworks
@@ -82,3 +96,38 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (tmp_path / "checkpoints").rename(tmp_path / f"checkpoints of {len(blocks)}")
     # after; resumed from the end of the second epoch; exported; read; tested; of several averages; not fitted.
     assert steps == [8, 12, 12, 12, 12, 16, None]
+
+
+class TakesOver(Fsdp2):
+    """As the page on migration says."""
+
+    def module(self, job: Job) -> Module:
+        module = super().module(job)
+
+        class Loads(pl.Callback):
+            def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+                (average,) = [each for each in trainer.callbacks if isinstance(each, WeightAverage)]
+                convert.load(average.evaluated, others_average(job).state_dict())
+
+        module.configure_callbacks = lambda: [Loads()]  # type: ignore[method-assign]
+        return module
+
+
+class TestShards(Shards):
+    resumes = (Fsdp2, WholeFiles)
+    takers = (TakesOver,)
+
+
+@pytest.mark.parametrize("kind", [Fsdp2, WholeFiles])
+def test_shards_take_over_a_checkpoint_of_lightnings_own_average(kind: type[Fsdp2], tmp_path: Path) -> None:
+    job = Job(tmp_path / "first")
+    saved = ModelCheckpoint(job.folder, save_last=True, save_on_train_epoch_end=True)
+    with Watch(job).watching():
+        module = Module(job.net())
+        callbacks = [saved, EMAWeightAveraging(decay=0.8)]
+        trainer_of(tmp_path, callbacks, max_epochs=2).fit(module, loader(job.train_set()), loader(job.eval_set(0)))
+    state = torch.load(job.folder / "last.ckpt", weights_only=True)
+    again = Job(tmp_path / "again", 16, resumes=job.folder, before=8, options={"rule": ExponentialAverage(0.8)})
+    report = kind().run(again)
+    assert step_of(report) == 16
+    check_taken_over(report, state["state_dict"], 8)

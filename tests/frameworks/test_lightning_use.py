@@ -13,6 +13,7 @@ import pytest
 import pytorch_lightning
 import torch
 from lightning.pytorch.callbacks import (
+    Callback,
     EMAWeightAveraging,
     LearningRateFinder,
     ModelCheckpoint,
@@ -235,6 +236,22 @@ class TestCheckpoints:
         for seen in tested.seen:
             assert differing(seen.state, first.exported) == []
 
+    def test_a_sharded_checkpoint_that_contradicts_itself_is_refused(self, tmp_path: Path) -> None:
+        Fsdp2().run(Job(tmp_path / "fit", steps=8, options={"rule": RULE}))
+        path = tmp_path / "fit/last.ckpt/meta.pt"
+        saved = torch.load(path, weights_only=True)
+        ours = saved["swafast"]
+        for wrong, match in (
+            (3, "must have a dict as 'swafast', got int"),
+            (None, "and none if not, got False and averages"),
+            ({**ours, "has_models": False}, "and none if not, got False and averages"),
+        ):
+            torch.save({**saved, "swafast": wrong}, path)
+            refusal = Fsdp2().refusal(Job(tmp_path / "again", resumes=tmp_path / "fit", options={"rule": RULE}))
+            assert refusal.startswith("ValueError"), refusal
+            assert match in refusal
+            assert "last.ckpt must have" in refusal
+
     @pytest.mark.parametrize("part", ["current_model_state", "averaging_state"])
     def test_a_checkpoint_that_lacks_a_part_is_refused(self, tmp_path: Path, part: str) -> None:
         fitted(tmp_path, [WeightAverage(RULE), ModelCheckpoint(tmp_path, save_last=True)])
@@ -243,6 +260,74 @@ class TestCheckpoints:
         torch.save(saved, tmp_path / "part.ckpt")
         with pytest.raises(ValueError, match=f"got none of '{part}'"):
             fitted(tmp_path, [WeightAverage(RULE)], path=tmp_path / "part.ckpt", max_epochs=3)
+
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        {
+            "no dict": ({"swafast": 3}, r"part\.ckpt must have a dict as 'swafast', got int"),
+            "a word": ({"has_models": "yes"}, "must have a bool as 'has_models' in 'swafast', got 'yes'"),
+            "no model": (
+                {"has_models": False},
+                "must have averages if its 'has_models' is true, and none if not",
+            ),
+            "a number": ({"attachment": 3}, "must have a dict or None as 'attachment' in 'swafast', got 3"),
+            "no steps": ({"attachment": None}, "got none of 'attachment'"),
+            "numbers": ({"evaluated": 3}, "must have a str or None as 'evaluated' in 'swafast', got 3"),
+            "own": ({"current_model_state": [1]}, "must have a dict as 'current_model_state', got list"),
+            "rest": ({"averaging_state": 3}, "must have a dict as 'averaging_state', got int"),
+            "another": ({"evaluated": "slow"}, r"(?s)Missing key.*in .*part\.ckpt"),
+            "began": ({"began": 9}, r"(?s)'began' no later than its step 8 in 'attachment', got 9.*part\.ckpt"),
+            "a word as began": ({"began": "x"}, r"(?s)numbers of steps in 'attachment', got .*part\.ckpt"),
+            "a negative step": ({"step": -1}, r"(?s)numbers of steps in 'attachment', got .*part\.ckpt"),
+            "a schedule": ({"schedule": 3}, r"(?s)must be a state of an attachment, got .*part\.ckpt"),
+        }.values(),
+    )
+    def test_a_part_of_another_type_is_refused(self, tmp_path: Path, change: dict[str, Any], match: str) -> None:
+        fitted(tmp_path, [WeightAverage(RULE), ModelCheckpoint(tmp_path, save_last=True)])
+        saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+        for key, value in change.items():
+            place = next(each for each in (saved, saved["swafast"], saved["swafast"]["attachment"]) if key in each)
+            place[key] = value
+        torch.save(saved, tmp_path / "part.ckpt")
+        average = WeightAverage(RULE)
+        with pytest.raises((ValueError, RuntimeError), match=match):
+            fitted(tmp_path, [average], path=tmp_path / "part.ckpt", max_epochs=3)
+        assert average.averaged is None or int(average.averaged.n_averaged) == 0
+        assert average.attachment is None or average.attachment.step == 0
+
+    @pytest.mark.parametrize("step", [7, 9])
+    def test_steps_that_the_trainer_has_not_counted_are_told(self, tmp_path: Path, step: int) -> None:
+        fitted(tmp_path, [WeightAverage(RULE), ModelCheckpoint(tmp_path, save_last=True)])
+        saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+        saved["swafast"]["attachment"]["step"] = step
+        torch.save(saved, tmp_path / "other.ckpt")
+        average = WeightAverage(RULE)
+        with pytest.warns(UserWarning, match=f"other.ckpt has averages after {step} steps of this training, but .* 8"):
+            fitted(tmp_path, [average], path=tmp_path / "other.ckpt", max_epochs=3)
+        assert average.attachment is not None
+        assert average.attachment.step == step + 4
+
+    @pytest.mark.parametrize("copies", [True, False])
+    def test_a_save_after_the_fit_is_told_if_the_module_has_the_average(self, tmp_path: Path, copies: bool) -> None:
+        average, module = WeightAverage(RULE, copy_at_end=copies), seeded(Recorder)
+        trainer = trainer_of(tmp_path, [average], max_epochs=2)
+        job = Job(tmp_path)
+        trainer.fit(module, loader(job.train_set()), loader(job.eval_set(0)))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.save_checkpoint(tmp_path / "after.ckpt")
+        assert ["copy_at_end=False" in str(each.message) for each in caught] == [True] * copies
+        saved = torch.load(tmp_path / "after.ckpt", weights_only=True)
+        assert differing(of_net(saved["state_dict"]), averages_of(module.steps)) == []
+        own = averages_of(module.steps) if copies else module.steps[-1]
+        assert differing(of_net(saved["current_model_state"]), own) == []
+
+    def test_saves_of_a_second_fit_are_not_told(self, tmp_path: Path) -> None:
+        average = WeightAverage(RULE)
+        module = fitted(tmp_path, [average])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*copy_at_end")
+            fitted(tmp_path, [average, ModelCheckpoint(tmp_path, save_last=True)], module)
 
 
 class TestFits:
@@ -271,6 +356,34 @@ class TestFits:
             fitted(tmp_path, [average], module)
         fitted(tmp_path, [average], module)
         assert int(average.averaged.n_averaged) == 2 + 8
+
+    @pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_batch_end", "on_validation_end"])
+    @pytest.mark.parametrize("is_first", [True, False])
+    def test_hooks_that_raise_leave_the_trained_params_in_the_module(
+        self, tmp_path: Path, hook: str, is_first: bool
+    ) -> None:
+        class Raises(Callback):
+            def on_exception(self, *_: Any) -> None:
+                raise OSError("the logger is gone")
+
+        def fails(*_: Any) -> None:
+            raise ValueError("the validation has failed")
+
+        raises, average, module = Raises(), WeightAverage(RULE), seeded(Recorder)
+        setattr(raises, hook, fails)
+        callbacks = [raises, average] if is_first else [average, raises]
+        with pytest.raises(OSError, match="logger is gone"):
+            fitted(tmp_path, callbacks, module)
+        assert int(average.averaged.n_averaged) == 4
+        assert differing(trained(module), module.steps[-1]) == []
+        assert differing(trained(module), averages_of(module.steps)) != []
+
+    def test_a_swap_that_was_never_left_ends_where_the_next_run_begins(self, tmp_path: Path) -> None:
+        average = WeightAverage(RULE, copy_at_end=False)
+        module = fitted(tmp_path, [average], seeded(Recorder))
+        average.swap_in(module)
+        trainer_of(tmp_path, [average]).test(module, loader(Job(tmp_path).eval_set(0)), verbose=False)
+        assert differing(trained(module), module.steps[-1]) == []
 
     def test_averages_of_another_module_are_refused(self, tmp_path: Path) -> None:
         average = WeightAverage(RULE)

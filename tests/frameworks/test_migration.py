@@ -53,9 +53,10 @@ def test_a_state_that_does_not_tell_its_steps_is_attached_by_the_page_too() -> N
 
 def test_the_count_of_ema_pytorch_is_that_of_the_page() -> None:
     loading = Loading("ema_pytorch")
-    (formula,) = re.findall(r"`(ceil\(.*?\))`", PAGE)
+    (formula,) = re.findall(r"`(max\(.*?\))`", PAGE)
     values = {"ceil": math.ceil, "update_after_step": 100, "update_every": 10}
-    assert eval(formula, {**values, "step": 1000}) == 90
+    for step, count in {1000: 90, 101: 1, 100: 0, 7: 0}.items():
+        assert eval(formula, {**values, "step": step}) == count
     with pytest.raises(ValueError, match=re.escape(formula)):
         loading.load({**state_of("ema_pytorch"), "step": torch.tensor([1000])}, num_averaged=None)
 

@@ -76,6 +76,31 @@ def test_a_second_training_averages_its_own_second_half(
 
 
 @each_framework
+@pytest.mark.parametrize(("assigned", "start"), [(0, 2), (1, 3)])
+def test_a_step_that_the_user_assigns_in_a_second_training_goes_into_its_checkpoints(
+    kind: Any, trains: Callable[..., Any], assigned: int, start: int, tmp_path: Path
+) -> None:
+    class Assigning(kind):
+        def follow(self, *given: Any, **options: Any) -> Any:
+            before, after = self.attachment, super().follow(*given, **options)
+            if after is not before is not None:
+                after.step = assigned  # as a user does at the beginning
+            return after
+
+    average, net = Assigning(**SECOND_HALF), net_of(tmp_path)
+    trains(tmp_path / "first", net, average, 8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trains(tmp_path / "second", net, average, 4)
+        has(average, start, start + 2, 5 + 3)
+        again = kind(**SECOND_HALF)
+        trains(tmp_path / "third", net_of(tmp_path), again, 4, tmp_path / "second")
+    has(again, start, start + 2, 5 + 3)
+    # The resumed training has no more steps to make.
+    assert [str(each.message) for each in caught if "averages after" in str(each.message)] == []
+
+
+@each_framework
 def test_a_longer_resume_averages_its_own_second_half(
     kind: Callable[..., Any], trains: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -11,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from ema_pytorch import EMA
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from swafast import ShardedAveragedModel
+from swafast import ExponentialAverage, FusedAveragedModel, ShardedAveragedModel
 from swafast.convert import load
 from tests.convert_cases import CASES, CLOSE, Loading, state_of
-from tests.frameworks.record_states import FOLDER, RECORDS, UNPINNED, Net, put, version_of
+from tests.frameworks.record_states import FOLDER, RECORDS, UNPINNED, Net, put, started, version_of
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.frameworks
@@ -71,6 +74,34 @@ def test_a_state_is_what_the_package_writes(made_anew: Path, name: str) -> None:
     assert recorded["writer"].partition("+")[0] == f"{package} {version_of(package)}".partition("+")[0]
     assert [*unlike(anew["state"], recorded["state"], "state")] == []
     assert [*unlike(anew["continued"], recorded["continued"], "continued")] == []
+
+
+@pytest.mark.parametrize("tool", ["ema_pytorch", "timm"])
+@pytest.mark.parametrize("after", [0, 4, 5])
+def test_a_state_of_any_step_goes_on_as_there(tool: str, after: int) -> None:
+    every = 2 if tool == "ema_pytorch" else 1
+    start = after // every * every + 1
+    for stop in range(1, 12):
+        theirs_of = started()
+        if tool == "timm":
+            theirs: Any = ModelEmaV3(theirs_of, decay=0.9, update_after_step=after)
+            average, count = theirs.module, max(0, stop - after)
+        else:
+            # So steep a warm-up is none.
+            theirs = EMA(theirs_of, beta=0.9, update_after_step=after, update_every=every, inv_gamma=1e-9, power=5)
+            average, count = theirs.ema_model, max(0, math.ceil(stop / every) - after // every)
+        ours_of = started()
+        ours = FusedAveragedModel(ours_of, rule=ExponentialAverage(0.9), use_buffers=True)
+        for step in range(1, 18):
+            put(theirs_of, step)
+            theirs.update(theirs_of, step=step) if tool == "timm" else theirs.update()
+            if step == stop:
+                load(ours, theirs.state_dict(), num_averaged=count)
+            elif step > stop and step >= start and (step - start) % every == 0:
+                put(ours_of, step)
+                ours.update_parameters(ours_of)
+        for own, other in zip(ours.module.parameters(), average.parameters(), strict=True):
+            assert torch.allclose(own, other, rtol=CLOSE, atol=CLOSE), (stop, count)
 
 
 def load_into_shards(names: list[str]) -> None:

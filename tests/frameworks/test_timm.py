@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "late": {"decay": 0.75, "update_after_step": 4},
     "warm-up": {"decay": 0.95, "use_warmup": True, "warmup_gamma": 3.0, "warmup_power": 0.8, "min_decay": 0.2},
     "no buffers": {"decay": 0.9, "exclude_buffers": True, "use_warmup": True, "update_after_step": 2},
+    "raised": {"decay": 0.5, "use_warmup": True, "min_decay": 0.8, "update_after_step": 2},
     "no foreach": {"decay": 0.9, "foreach": False},
     "float32": {"decay": 0.9, "dtype": torch.float32},
     "device": {"decay": 0.9, "device": "cpu"},
@@ -80,7 +82,7 @@ def test_averages_are_theirs_bit_for_bit(settings: dict[str, Any], counts: bool)
     theirs.set(model)
     assert differing(ours, theirs) == []
     ours.decay = theirs.decay = 0.5
-    assert ours.rule.decay == 0.5
+    assert ours.rule == ModelEma(model, **{**settings, "decay": 0.5}).rule
     walk(model, 61)
     ours.update(model)
     theirs.update(model)
@@ -111,7 +113,7 @@ def test_bfloat16_is_rounded_at_random() -> None:
     model = made_model().to(torch.bfloat16)
     made = {seed: ModelEma(model, decay=0.999, stochastic_rounding_seed=seed) for seed in (1, 2)}
     again, theirs = ModelEma(model, decay=0.999, stochastic_rounding_seed=1), ModelEmaV3(model, decay=0.999)
-    exact = ModelEma(model, decay=0.999, stochastic_rounding=False)
+    exact = ModelEma(model, decay=0.999, format="exact")
     plain = ModelEmaV3(model, decay=0.999, stochastic_rounding=False)
     start = flat(exact)
     for step in range(300):
@@ -125,6 +127,30 @@ def test_bfloat16_is_rounded_at_random() -> None:
     assert (flat(made[1]) - flat(exact)).norm() < 0.3 * moved
     assert (flat(plain) - flat(exact)).norm() > 0.6 * moved  # it has stood still
     assert any(key.startswith("remainder.") for key in exact.state_dict())
+
+
+@pytest.mark.parametrize("settings", [{}, {"foreach": False}, {"exclude_buffers": True}, {"use_warmup": True}])
+def test_bfloat16_without_random_rounding_is_theirs_bit_for_bit(settings: dict[str, Any]) -> None:
+    model = made_model().to(torch.bfloat16)
+    settings = {"decay": 0.99, "stochastic_rounding": False, "update_after_step": 3, **settings}
+    ours, theirs = ModelEma(model, **settings), ModelEmaV3(model, **settings)
+    for step in range(1, 40):
+        walk(model, step)
+        for ema in (ours, theirs):
+            ema.update(model, step=step if step < 30 else None)
+        assert differing(ours, theirs) == []
+        if step == 20:
+            ours.decay = theirs.decay = 0.9
+    copied = copy.deepcopy(ours)
+    resumed = ModelEma(made_model().to(torch.bfloat16), **{**settings, "decay": 0.9})
+    resumed.load_state_dict(theirs.state_dict())
+    walk(model, 40)
+    for ema in (theirs, ours, copied, resumed):
+        ema.update(model)
+        assert differing(ema, theirs) == []
+    ours.set(model)
+    theirs.set(model)
+    assert differing(ours, theirs) == []
 
 
 @pytest.mark.parametrize(("first", "second"), [(ModelEma, ModelEmaV3), (ModelEmaV3, ModelEma), (ModelEma, ModelEma)])
@@ -183,6 +209,58 @@ def test_an_attached_average_warms_up_by_its_count() -> None:
     assert differing(ours, theirs) == []
 
 
+CHANGES = {"decay": 0.6, "min_decay": 0.3, "use_warmup": True, "warmup_gamma": 4.0, "warmup_power": 0.9}
+
+
+@pytest.mark.parametrize("before", [{"decay": 0.2}, {"decay": 0.9, "min_decay": 0.8, "use_warmup": True}])
+def test_settings_may_be_set_in_any_order(before: dict[str, Any]) -> None:
+    for order in itertools.permutations(CHANGES):
+        model = made_model()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        ours, theirs, attached = ModelEma(model, **before), ModelEmaV3(model, **before), ModelEma(model, **before)
+        attached.attach(optimizer, model, step=0)
+        for step, name in enumerate(order, 1):
+            setattr(ours, name, CHANGES[name])
+            setattr(theirs, name, CHANGES[name])
+            setattr(attached, name, CHANGES[name])
+            for each in (1, 2, 3, 100):
+                assert ours.get_decay(each) == theirs.get_decay(each)
+            walk(model, step)
+            ours.update(model, step)
+            theirs.update(model, step)
+            assert differing(ours, theirs) == [], (order, name)
+        assert attached.rule == ModelEma(model, **CHANGES).rule
+
+
+def test_settings_of_an_attached_average_are_in_force_at_the_next_step() -> None:
+    model = made_model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    settings = {"decay": 0.3, "use_warmup": True, "warmup_power": 0.7}
+    ours, theirs = ModelEma(model, **settings), ModelEmaV3(model, **settings)
+    ours.attach(optimizer, model, step=0)
+    for step, least in enumerate((0.0, 0.9, 0.6, 0.1), 2):  # the initial model counts as the first
+        ours.min_decay = theirs.min_decay = least
+        model(torch.ones(2, 3, 4, 4) * step).sum().backward()
+        optimizer.step()
+        theirs.update(model, step)
+        assert differing(ours, theirs) == []
+
+
+def test_tied_weights_move_once() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    for excludes in (False, True):
+        ours, theirs = (kind(model, decay=0.9, exclude_buffers=excludes) for kind in (ModelEma, ModelEmaV3))
+        start = ours.module[0].weight.detach().clone()
+        walk(model, 1)
+        ours.update(model)
+        theirs.update(model)
+        once = start.lerp(model[0].weight.detach(), 1 - 0.9)
+        twice = once.lerp(model[0].weight.detach(), 1 - 0.9)
+        assert torch.equal(ours.module[0].weight, once)
+        assert torch.equal(theirs.module[0].weight, once if excludes else twice)
+
+
 def test_trains_as_timms_scripts_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm_task, "ModelEmaV3", ModelEma)
     model = made_model()
@@ -219,6 +297,7 @@ def test_wrong_arguments_are_refused_and_nothing_changes() -> None:
     for settings, message in (
         ({"decay": 1.5}, r"decay must be in \[0, 1\]"),
         ({"use_warmup": True, "warmup_gamma": 0.0}, "inv_gamma must be > 0"),
+        ({"use_warmup": True, "min_decay": 1.5}, r"min_decay must be in \[0, 1\], got 1.5"),
         ({"dtype": torch.float64}, "dtype must be torch.float32, bfloat16, float16 or None, got torch.float64"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import time
@@ -16,10 +17,11 @@ import transformers
 from accelerate import DistributedType
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 from typer.testing import CliRunner
 
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, cli
+from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, cli, convert
 from swafast.integrations.transformers import WeightAverage
 from tests.frameworks.kit import (
     EvaluationError,
@@ -27,15 +29,21 @@ from tests.frameworks.kit import (
     Kit,
     Report,
     Resumes,
+    ResumesWithoutOptimizer,
+    Shards,
     State,
     Watch,
     differing,
     evaluated_states,
     of_net,
+    others_average,
+    step_of,
     whole_state,
 )
 from tests.frameworks.transformers_kit import (
     Ddp,
+    Fsdp1,
+    Fsdp1Orig,
     FullStates,
     NetConfig,
     NetModel,
@@ -67,6 +75,16 @@ class TestDdp(Resumes):
 class TestFullStates(Resumes):
     framework = FullStates()
     kinds = ("float32", "exact")
+
+
+class TestFsdp1(Resumes):
+    framework = Fsdp1()
+    kinds = ("float32",)
+
+
+class TestFsdp1Orig(ResumesWithoutOptimizer):
+    framework = Fsdp1Orig()
+    kinds = ("float32",)
 
 
 class TestShardedStates(Resumes):
@@ -394,6 +412,89 @@ def test_the_best_adapters_are_those_of_the_best_average(tmp_path: Path) -> None
     assert all(differing(seen.state, watch.steps[seen.step]) != [] for seen in watch.seen)
 
 
+class Adapters(FullStates):
+    """A LoRA on two ranks with shards."""
+
+    def train(self, job: Job) -> Report:
+        net = job.net()
+        trainer = self.trainer(job, adapted(NetModel(NetConfig(), net)))
+        average = WeightAverage(**job.options).install(trainer)
+        trainer.train(resume_from_checkpoint=None if job.resumes is None else get_last_checkpoint(str(job.resumes)))
+        average.save_pretrained(job.folder / "exported")
+        average.save_pretrained(job.folder / "in_double", dtype=torch.float64)
+        trainer.accelerator.wait_for_everyone()
+        with average.swapped():
+            swapped = whole_state(net)
+        averaged, steps = average.averaged.full_state_dict(), average.attachment.state_dict()
+        return Report(
+            whole_state(net), averaged, steps, load_file(job.folder / "exported" / "adapter_model.safetensors"), swapped
+        )
+
+
+class ShardsOfAdapters(Adapters):
+    states = "SHARDED_STATE_DICT"
+
+
+@pytest.mark.parametrize("framework", [Adapters(), ShardsOfAdapters()], ids=["FULL", "SHARDED"])
+def test_adapters_in_shards_alone_are_averaged_saved_and_resumed(framework: Adapters, tmp_path: Path) -> None:
+    options = {"rule": RULE, "copy_at_end": False}
+    whole = framework.run(Job(tmp_path / "whole", 12, options=options))
+    first = framework.run(Job(tmp_path / "stopped", 4, options=options))
+    second = framework.run(Job(tmp_path / "resumed", 12, before=4, resumes=tmp_path / "stopped", options=options))
+    assert whole.averaged is not None
+    assert second.averaged is not None
+    assert sum(name.startswith("module.base_model.") for name in whole.averaged) == 5  # four of adapters, and a buffer
+    # Of adapters in shards, a checkpoint lacks the model's buffers, and so has a resumed model.
+    lost = {"SHARDED_STATE_DICT": ["batches"]}.get(framework.states, [])
+    assert differing(second.model, whole.model) == lost
+    assert differing(second.averaged, whole.averaged) == [f"module.base_model.model.net.{name}" for name in lost]
+    assert second.attachment == whole.attachment
+    assert step_of(second) == int(second.averaged["n_averaged"]) == 12
+    for report in (whole, first, second):
+        assert report.saved is not None
+        assert report.exported is not None
+        trained = differing(report.saved, report.model)
+        assert trained == sorted(name for name in report.saved if "lora_" in name or "modules_to_save" in name)
+        exported = {own_name(name): value for name, value in report.exported.items()}
+        assert differing(exported, {name: report.saved[name] for name in trained}) == []
+        wide = load_file(report.job.folder / "in_double" / "adapter_model.safetensors")
+        assert {value.dtype for value in wide.values()} == {torch.float64}
+        assert differing({name: value.float() for name, value in wide.items()}, report.exported) == []
+
+
+def own_name(exported: str) -> str:
+    """Return the name in the Net of a param of an adapter that PEFT has written."""
+    part, _, rest = exported.removeprefix("base_model.model.net.").partition(".")
+    within, _, leaf = rest.rpartition(".")
+    return f"{part}.{within or 'modules_to_save'}.default.{leaf}"
+
+
+class FlatAdapters(Fsdp1Orig):
+    """A LoRA under FSDP1. With modules_to_save, the Trainer's own checkpoint waits for ever."""
+
+    def train(self, job: Job) -> Report:
+        config = peft.LoraConfig(r=2, target_modules=["first"])
+        trainer = self.trainer(job, peft.get_peft_model(NetModel(NetConfig()), config))
+        average = WeightAverage(**job.options).install(trainer)
+        trainer.train()
+        average.save_pretrained(job.folder / "exported")
+        trainer.accelerator.wait_for_everyone()
+        exported = load_file(job.folder / "exported" / "adapter_model.safetensors")
+        return Report({}, average.averaged.full_state_dict(), average.attachment.state_dict(), exported)
+
+
+def test_adapters_in_a_flat_param_alone_are_averaged_and_exported(tmp_path: Path) -> None:
+    report = FlatAdapters().run(Job(tmp_path, 8, options={"rule": RULE}))
+    assert report.averaged is not None
+    assert report.exported is not None
+    assert step_of(report) == int(report.averaged["n_averaged"]) == 8
+    wanted = {f"module.{name.replace('.weight', '.default.weight')}": each for name, each in report.exported.items()}
+    assert len(wanted) == 2
+    assert all(bool(value.any()) for value in wanted.values())  # B begins with zeros
+    assert differing({name: value for name, value in report.averaged.items() if "lora_" in name}, wanted) == []
+    assert not any("base_layer" in name or ".second." in name for name in report.averaged)
+
+
 # What is refused
 
 
@@ -402,6 +503,58 @@ def untrained(folder: Path, **options: Any) -> Trainer:
     job = Job(folder, 4)
     with Watch(job).watching():
         return trainer_of(job, NetModel(NetConfig(), job.net()), **options)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("averaged.pt", b"PK", r"averaged\.pt must be a whole file of a checkpoint, got a damaged one"),
+        ("averaged.pt", b"", r"averaged\.pt must be a whole file of a checkpoint, got a damaged one"),
+        ("attachment.json", b'{"step": ', r"attachment\.json must be a whole file of a checkpoint, got a damaged one"),
+        ("attachment.json", b"3", r"(?s)must have a dict as 'attachment', got int.*checkpoint-4/swafast"),
+        ("attachment.json", b'{"step": 4, "schedule": 1}', r"(?s)a state of an attachment, got .*checkpoint-4/swafast"),
+        ("attachment.json", b'{"step": 4, "began": 5}', r"(?s)'began' no later than its step 4 .*checkpoint-4/swafast"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, file: str, content: bytes, message: str) -> None:
+    trained(Job(tmp_path, 4), WeightAverage(RULE))
+    (tmp_path / "checkpoint-4/swafast" / file).write_bytes(content)
+    average = WeightAverage(RULE)
+    with pytest.raises(ValueError, match=message):
+        trained(Job(tmp_path, 8), average, resume=str(tmp_path / "checkpoint-4"))
+    assert int(average.averaged.n_averaged) == 0
+    assert average.attachment.step in (0, 4)  # as it was before the load
+    assert not average.attachment.is_attached
+
+
+@pytest.mark.parametrize(("step", "scaler"), [(3, None), (5, None), (3, "one"), (5, "one"), (4, None)])
+def test_steps_that_the_trainer_has_not_counted_are_told(tmp_path: Path, step: int, scaler: str | None) -> None:
+    trained(Job(tmp_path, 4), WeightAverage(RULE))
+    path = tmp_path / "checkpoint-4/swafast/attachment.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "step": step}))
+
+    class Scales(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            trainer.accelerator.scaler = scaler
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            trainer.accelerator.scaler = None
+
+    job, average = Job(tmp_path, 8), WeightAverage(RULE)
+    fresh_state()
+    with Watch(job).watching():
+        trainer = trainer_of(job, NetModel(NetConfig(), job.net()))
+    average.install(trainer)
+    trainer.callback_handler.callbacks.insert(0, Scales())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    told = [str(each.message) for each in caught if "the framework counts" in str(each.message)]
+    assert len(told) == (step == 5 or (step == 3 and scaler is None))
+    for text in told:
+        assert f"checkpoint-4 has averages after {step} steps of this training, but the framework counts 4" in text
+        assert f"go on from their own step {step}: assign attachment.step" in text
+    assert average.attachment.step == step + 4
 
 
 def test_wrong_installations_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -536,3 +689,23 @@ def test_the_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert told[0].split()[4].rstrip(",") == told[1].split()[-1]
     assert told[2] == "stopped after 1 epochs and resumed: the EMA is equal"
     assert told[3].startswith("the EMA of the LoRA's adapters: ")
+
+
+class TakesOver(FullStates):
+    """As the page on migration says."""
+
+    def trainer(self, job: Job, model: PreTrainedModel) -> Trainer:
+        trainer = super().trainer(job, model)
+
+        class Loads(TrainerCallback):
+            def on_train_begin(self, *_: Any, **__: Any) -> None:
+                (average,) = [each for each in trainer.callback_handler.callbacks if isinstance(each, WeightAverage)]
+                convert.load(average.evaluated, others_average(job).state_dict())
+
+        trainer.add_callback(Loads())
+        return trainer
+
+
+class TestShards(Shards):
+    resumes = (ShardedStates, FullStates)
+    takers = (TakesOver,)

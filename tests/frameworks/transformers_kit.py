@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -12,6 +13,7 @@ from accelerate import DistributedType
 from accelerate import state as accelerate_state
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -26,9 +28,11 @@ from tests.frameworks.kit import (
     Net,
     Report,
     State,
+    Watch,
     of_net,
     whole_state,
 )
+from tests.frameworks.shims import shim_fsdp1
 
 transformers.logging.set_verbosity_error()
 
@@ -117,6 +121,7 @@ class Transformers(Framework):
         try:
             trainer.train(resume_from_checkpoint=None if job.resumes is None else get_last_checkpoint(str(job.resumes)))
         except EvaluationError:
+            self.recover(trainer)
             trainer._save_checkpoint(trainer.model_wrapped, None)
             trainer.accelerator.wait_for_everyone()
             saved = self.saved_model(Path(get_last_checkpoint(str(job.folder))))
@@ -130,6 +135,9 @@ class Transformers(Framework):
         assert average.attachment is not None
         states = average.averaged.full_state_dict if average.holds_shards else average.averaged.state_dict
         return Report(whole_state(net), states(), average.attachment.state_dict(), exported, saved)
+
+    def recover(self, trainer: Trainer) -> None:
+        """Do what users do after a forward that raised, before they save."""
 
     def saved_model(self, folder: Path) -> State:
         """Return the model in a checkpoint."""
@@ -150,11 +158,11 @@ class FullStates(Transformers):
 
     world = 2
     states = "FULL_STATE_DICT"
+    config: ClassVar[dict[str, Any]] = {"version": 2, "auto_wrap_policy": "NO_WRAP"}
 
     def trainer(self, job: Job, model: PreTrainedModel) -> Trainer:
         fresh_state()
-        config = {"version": 2, "auto_wrap_policy": "NO_WRAP", "state_dict_type": self.states}
-        return on_fsdp(job, model, self.kind, config)
+        return on_fsdp(job, model, self.kind, {**self.config, "state_dict_type": self.states})
 
 
 class ShardedStates(FullStates):
@@ -169,6 +177,45 @@ class ShardedStates(FullStates):
         return of_net(state["model"])
 
 
+class Fsdp1(FullStates):
+    """FSDP1: the params of the whole network are one flat param, and all that the optimizer sees."""
+
+    config: ClassVar[dict[str, Any]] = {
+        **{"version": 1, "auto_wrap_policy": "NO_WRAP", "use_orig_params": False},
+        **{"sync_module_states": False, "cpu_ram_efficient_loading": False},  # both want an accelerator
+    }
+
+    def trainer(self, job: Job, model: PreTrainedModel) -> Trainer:
+        shim_fsdp1()
+        trainer = super().trainer(job, model)
+        wrap = trainer.accelerator.prepare
+
+        def prepare(*given: Any, **options: Any) -> Any:
+            prepared = wrap(*given, **options)
+            wrapped = prepared[0] if isinstance(prepared, tuple) else prepared
+            if isinstance(wrapped, FullyShardedDataParallel):
+                model.net.fsdp1 = weakref.ref(wrapped)
+            return prepared
+
+        trainer.accelerator.prepare = prepare
+        return trainer
+
+    def recover(self, trainer: Trainer) -> None:
+        with torch.no_grad():  # FSDP1 gathers no params for a state until a forward has come to its end
+            trainer.model_wrapped(torch.zeros(BATCH, 4))
+        assert Watch.current is not None
+        Watch.current.seen.pop()
+
+    def saved_model(self, folder: Path) -> State:
+        return of_net(torch.load(folder / "pytorch_model_fsdp.bin", weights_only=True))
+
+
+class Fsdp1Orig(Fsdp1):
+    """The same, and the optimizer sees the original params."""
+
+    config: ClassVar[dict[str, Any]] = {**Fsdp1.config, "use_orig_params": True}
+
+
 def on_fsdp(job: Job, model: PreTrainedModel, kind: type[Trainer], config: dict[str, Any]) -> Trainer:
     """Return a trainer that takes FSDP on CPUs too: Accelerate has it only on accelerators, and takes gloo for DDP."""
     inner = accelerate_state.AcceleratorState.__init__
@@ -178,6 +225,8 @@ def on_fsdp(job: Job, model: PreTrainedModel, kind: type[Trainer], config: dict[
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
             accelerate_state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            # FSDP1 wants the CPU as torch itself names it, and Accelerate calls it cpu:0.
+            self.device = accelerate_state.PartialState._shared_state["device"] = torch.device("cpu")
 
     accelerate_state.AcceleratorState.__init__ = init
     try:

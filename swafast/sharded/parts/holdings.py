@@ -90,6 +90,12 @@ class Held:
     local: Tensor  # this rank's part; 1-D for a run of a flat param
     found_in: Tensor | private.FlatParam  # the tensor registered in the model, or FSDP1's flat param
     offset: int = 0  # in the flat param's local tensor
+    trains: bool = True  # requires_grad of the original in a flat param
+
+    @property
+    def shown(self) -> Tensor:
+        """What a user sees of a param: the tensor in the model, or this rank's shard of a flat param."""
+        return self.found_in if isinstance(self.found_in, Tensor) else self.local.detach().requires_grad_(self.trains)
 
 
 def reshard(model: Module) -> None:
@@ -292,7 +298,7 @@ def _flat_holdings(root: Module, ranks: tuple[int, ...]) -> dict[str, Held]:
                 replicas=replicas,
                 always_cut=not flat.sharded,
             )
-            found[names[0]] = Held(holding, local, flat, shard.offset)
+            found[names[0]] = Held(holding, local, flat, shard.offset, shard.trains)
     return found
 
 
