@@ -17,10 +17,9 @@ from bench.report import Report
 from bench.tables_of_checks import checked_block, host_block
 from bench.workloads import WORKLOADS, build, listed, shrunk
 from swafast.backends import cpu
-from tests.conftest import NO_LIBRARY
 
 pytestmark = [
-    pytest.mark.skipif(cpu.unavailable() is not None, reason=f"{NO_LIBRARY}: {cpu.unavailable()}"),
+    pytest.mark.skipif(cpu.unavailable() is not None, reason=f"needs the native library: {cpu.unavailable()}"),
     pytest.mark.skipif(
         internals.native_pass_missing() is not None, reason=f"no native pass: {internals.native_pass_missing()}"
     ),

@@ -193,8 +193,15 @@ class Walk:
         return layout, values
 
     def position(self, tensor: Tensor) -> int:
-        """Return the index of ``tensor`` in the list from :meth:`tensors`. Call it right after construction only."""
-        return self._positions[id(tensor)]
+        """Return the index of ``tensor`` in the list from :meth:`tensors`. Call it right after construction only.
+
+        Raises:
+            RuntimeError: another thread has replaced it since the caller found it.
+        """
+        try:
+            return self._positions[id(tensor)]
+        except KeyError:
+            raise RuntimeError("the model must stay as it is in a call, but a thread has replaced a tensor") from None
 
     @property
     def root(self) -> Module | None:
