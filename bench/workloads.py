@@ -191,8 +191,8 @@ WORKLOADS = _by_name(
     Workload(
         "llama3_8b", "Llama-3-8B", llama3_8b_params, LLAMA_LAYERS, 8_030_261_248, llama3_8b_buffers, llama3_8b_bare,
     ),
-    listed("2000x64x64", "2000 tensors of 64x64", ((64, 64),) * 2000),
-    listed("3000x64", "3000 tensors of 64", ((64,),) * 3000),
+    listed("2000x64x64", "2000 tensors of 64x64", ((64, 64),) * 2000, "params.{}".format),
+    listed("3000x64", "3000 tensors of 64", ((64,),) * 3000, "params.{}".format),
 )  # fmt: skip
 QUICK = ("resnet50", "2000x64x64", "3000x64")
 GPU_WORKLOADS = _by_name(listed("1e9", "1e9 params in one tensor", ((10**9,),)), *WORKLOADS.values())
