@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,7 @@ def _sides_of(averaged: object) -> dict[str, Averaged]:
     if isinstance(averaged, (FusedAveragedModel, ShardedAveragedModel)):
         return {"": averaged}
     if isinstance(averaged, (FusedAverages, ShardedAverages)):
-        return dict(averaged.items())
+        return dict(sorted(averaged.items()))
     kinds = "FusedAveragedModel, FusedAverages, ShardedAveragedModel or ShardedAverages"
     raise TypeError(f"averaged must be a {kinds}, got {type(averaged).__name__}")
 
@@ -126,6 +127,7 @@ def _refuse_own_worker(of_worker: Ranks, ranks: Ranks) -> None:
 
 
 def _tensors_of(side: Averaged) -> list[_Merged]:
+    """Return what is merged, in the order of names: workers may have registered their params in another order."""
     if isinstance(side, ShardedAveragedModel):
         tensors = [
             (share.name, side._planes[share.name], share.format, f"{share.holding.shape} {share.boxes}")
@@ -139,8 +141,16 @@ def _tensors_of(side: Averaged) -> list[_Merged]:
         ]
     return [
         _Merged(name, planes if fmt is None else planes[: fmt.num_planes + (fmt.spread is not None)], fmt, place)
-        for name, planes, fmt, place in tensors
+        for name, planes, fmt, place in sorted(tensors, key=itemgetter(0))
     ]
+
+
+def _unmerged_of(side: Averaged) -> list[tuple[str, str]]:
+    """Return what stays as it is on each worker, and must be of the same kind on all: frozen params that are lent."""
+    if isinstance(side, ShardedAveragedModel):
+        return []
+    each = [(name, tensor) for name, tensor, fmt in side._each_average() if fmt is None]
+    return [(name, f"{describe_kind(tensor)} frozen") for name, tensor in each if is_plain(tensor) and is_lent(tensor)]
 
 
 def _agreed_counts(
@@ -157,8 +167,13 @@ def _agreed_counts(
             how = each.format.name if each.format is not None else "copied"
             how += " with a variance" if each.format is not None and each.format.spread is not None else ""
             described[f"{name}.{each.name}".lstrip(".")] = f"{kinds} {how} {each.place}".strip()
+    for name, side in sides.items():
+        described |= {f"{name}.{each}".lstrip("."): kind for each, kind in _unmerged_of(side)}
     described |= dict.fromkeys(modules, "an extra state")
-    ranks.agree("the averages that are merged", described)
+    try:
+        ranks.agree("averaged, apart from its values,", described)
+    except ValueError as error:
+        raise ValueError(f"{error}: give each worker the same model, rule and format") from None
     gathered = ranks.gather([int(side.n_averaged) for side in sides.values()])
     for rank, counts in zip(ranks.ranks, gathered, strict=True):
         if min(counts) < 1:
@@ -248,13 +263,14 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 
 def _modules_with_extra_state(sides: Mapping[str, Averaged]) -> dict[str, nn.Module]:
     """Return the averaged modules that have an extra state, by its name. Sharded averages hold none."""
-    return {
+    found = {
         f"{name}.{path}._extra_state".lstrip("."): module
         for name, side in sides.items()
         if isinstance(side, FusedAveragedModel)
         for path, module in side.module.named_modules()
         if type(module).get_extra_state is not nn.Module.get_extra_state
     }
+    return dict(sorted(found.items()))
 
 
 def _packed(values: Sequence[object]) -> bytes:
