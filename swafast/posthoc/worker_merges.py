@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +88,7 @@ def merge_over(averaged: Averaged | FusedAverages | ShardedAverages, process_gro
                 extra = _packed([module.get_extra_state() for module in modules.values()]) if modules else b""
             counts = _agreed_counts(ranks, sides, merged, modules)
             fresh = [_mean(ranks, merged[name], counts[name]) for name in sides]
-            if modules:
-                _take_extra_states(ranks, [*modules.values()], extra)
+            _take_extra_states(ranks, [*modules.values()], extra)
         # From here on no rank waits for another, and no other rank can fail.
         for (name, side), writes in zip(sides.items(), fresh, strict=True):
             write_all(writes)
@@ -127,7 +126,6 @@ def _refuse_own_worker(of_worker: Ranks, ranks: Ranks) -> None:
 
 
 def _tensors_of(side: Averaged) -> list[_Merged]:
-    """Return what is merged, in the order of names: workers may have registered their params in another order."""
     if isinstance(side, ShardedAveragedModel):
         tensors = [
             (share.name, side._planes[share.name], share.format, f"{share.holding.shape} {share.boxes}")
@@ -141,7 +139,7 @@ def _tensors_of(side: Averaged) -> list[_Merged]:
         ]
     return [
         _Merged(name, planes if fmt is None else planes[: fmt.num_planes + (fmt.spread is not None)], fmt, place)
-        for name, planes, fmt, place in sorted(tensors, key=itemgetter(0))
+        for name, planes, fmt, place in tensors
     ]
 
 
@@ -184,7 +182,7 @@ def _agreed_counts(
 def _mean(ranks: Ranks, merged: Sequence[_Merged], counts: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     """Return all planes of an averaged model, each with what is to be written into it. Collective."""
     writes: list[tuple[Tensor, Tensor]] = []
-    for each in merged:
+    for each in sorted(merged, key=attrgetter("name")):  # workers may have registered them in another order
         fresh = [torch.empty_like(plane.detach()) for plane in each.planes]
         if each.format is None:
             fresh[0].copy_(each.planes[0].detach())
@@ -281,12 +279,16 @@ def _packed(values: Sequence[object]) -> bytes:
 
 
 def _take_extra_states(ranks: Ranks, modules: Sequence[nn.Module], packed: bytes) -> None:
-    """Set the extra states of the first worker. If it fails on a rank, it raises on all, and nothing has changed."""
-    packed = ranks.gather(packed if ranks.index == 0 else b"")[0]
+    """Set the extra states of the first worker. If it fails on a rank, it raises on all, and nothing has changed.
+
+    All ranks come to its end before one of them writes a mean. A broadcast alone may succeed on some of them.
+    """
+    if modules:
+        packed = ranks.gather(packed if ranks.index == 0 else b"")[0]
     before: list[object] = []
     try:
         with ranks.settled("merge_over"):
-            if ranks.index > 0:
+            if ranks.index > 0 and modules:
                 fresh = torch.load(io.BytesIO(packed), map_location="cpu", weights_only=False)
                 before = [copy.deepcopy(module.get_extra_state()) for module in modules]
                 for module, extra in zip(modules, fresh, strict=True):
