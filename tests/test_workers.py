@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from swafast import EqualAverage, FusedAveragedModel, FusedAverages
-from swafast.posthoc import merge_over, worker_merges
+from swafast.posthoc import merge_over
 from swafast.sharded import LostPeerError
 from swafast.sharded.parts.ranks import Ranks
 from tests.ranks import run_ranks
@@ -227,7 +227,9 @@ def complaints_at(ranks: Ranks, at: int, lost: Callable[[], None] | None) -> lis
     try:
         merge_over(averages, ranks)  # type: ignore[arg-type]
     except LostPeerError as error:
-        found = [] if "merge_over must be called on all ranks, but one of [0, 1, 2] died" in str(error) else [str(error)]
+        found = (
+            [] if "merge_over must be called on all ranks, but one of [0, 1, 2] died" in str(error) else [str(error)]
+        )
     else:
         found = ["no error"]
     finally:
