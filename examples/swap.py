@@ -1,4 +1,4 @@
-"""SWAP, SWA in parallel, on handwritten digits: ``torchrun --nproc-per-node 4 examples/swap.py [PICTURE.png]``.
+"""SWAP, SWA in parallel, on handwritten digits: ``torchrun --nproc-per-node 4 examples/swap.py``.
 
 Phase one is one training with large batches, under DDP, up to a training accuracy. In phase two each rank is a worker:
 it goes on alone, with small batches in an order of its own. The result is the mean of the workers' weights. All of it
@@ -8,12 +8,12 @@ runs with true training labels, and with a fifth of them wrong.
 from __future__ import annotations
 
 import copy
+import json
 import os
 import statistics
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -173,74 +173,67 @@ def means(results: list[Result]) -> list[tuple[str, float]]:
 
 COLOURS = {"large": "#E69F00", "worker": "#8C8C8C", "swap": "#0072B2"}
 INK, GREY = "#222222", "#555555"
-BELOW, ABOVE = 4, 1  # points around the accuracies at the end
+BEFORE = 6  # epochs of phase one that are shown: the accuracies before are far lower
+LEAST, MOST = 84, 100  # percent
 
 
 def draw(results: dict[str, list[Result]], out: Path) -> None:
     """Draw test accuracies against the epochs from the end of phase one on, for each share of wrong labels."""
-    figure = Figure(figsize=(12.5, 6.2), dpi=120, facecolor="white")
-    figure.text(0.055, 0.93, _headline(results), fontsize=16, fontweight="bold", color=INK)
+    figure = Figure(figsize=(12.5, 6.4), dpi=120, facecolor="white")
+    workers = len(results["clean"][0].workers[0])
+    figure.text(0.05, 0.93, f"SWAP: {workers} workers and their average", fontsize=17, fontweight="bold", color=INK)
     about = (
-        f"Handwritten digits. Phase one: one training with batches of {LARGE_BATCH}. Phase two: "
-        f"{dist.get_world_size()} workers alone, with batches of {SMALL_BATCH}. Thin: {len(SEEDS)} seeds; thick: their mean."
+        f"Test accuracy on handwritten digits, %. Phase one: one training with batches of {LARGE_BATCH}. Phase two: the"
+        f" workers go on alone, with batches of {SMALL_BATCH}.\nThin: each of {len(SEEDS)} seeds. Thick: the mean."
     )
-    figure.text(0.055, 0.885, about, fontsize=11, color=GREY)
+    figure.text(0.05, 0.905, about, fontsize=11, color=GREY, va="top", linespacing=1.5)
     for place, (name, of_seeds) in enumerate(results.items()):
-        axes = figure.add_axes((0.055 + 0.485 * place, 0.1, 0.445, 0.68))
+        axes = figure.add_axes((0.05 + 0.49 * place, 0.1, 0.445, 0.63))
         _draw_curves(axes, of_seeds)
-        axes.set_title(
-            f"Test accuracy, %: {NOISES[name]:.0%} wrong training labels", loc="left", fontsize=12, color=INK
-        )
-    figure.savefig(out, format="png")
-
-
-def _headline(results: dict[str, list[Result]]) -> str:
-    spelled = []
-    for name, of_seeds in results.items():
         found = dict(means(of_seeds))
         worker, swap = found["a worker, mean of all"], found["SWAP: the workers' average"]
-        spelled.append(f"{name}: a worker {worker:.1%} → the average {swap:.1%}")
-    return "     ".join(spelled)
+        labels = "right labels" if NOISES[name] == 0 else f"{NOISES[name]:.0%} wrong training labels"
+        title = f"{labels[0].upper()}{labels[1:]}: a worker {worker:.1%}, the average {swap:.1%}"
+        axes.set_title(title, loc="left", fontsize=13, color=INK, pad=12)
+        if place == 0:
+            axes.legend(frameon=False, loc="upper left", fontsize=11)
+    figure.savefig(out, format="png")
 
 
 def _draw_curves(axes: Axes, results: list[Result]) -> None:
     epochs = range(1, EPOCHS + 1)
     for result in results:
-        percents = [100 * accuracy for accuracy in result.large]
-        axes.plot(range(1 - len(percents), 1), percents, color=COLOURS["large"], lw=1)
+        large = [100 * accuracy for accuracy in result.large]
+        axes.plot(range(1 - len(large), 1), large, color=COLOURS["large"], lw=1.5)
         for worker in zip(*result.workers, strict=True):
-            axes.plot((0, *epochs), [percents[-1], *(100 * x for x in worker)], color=COLOURS["worker"], lw=0.5)
-        axes.plot(epochs, [100 * x for x in result.swap], color=COLOURS["swap"], lw=0.8)
-    thick = {
-        "worker": [statistics.mean(x for each in of_epoch for x in each) for of_epoch in _epochs(results, "workers")],
-        "swap": [statistics.mean(of_epoch) for of_epoch in _epochs(results, "swap")],
-    }
-    labels = {"worker": "each worker", "swap": "the workers' average (SWAP)"}
-    axes.plot([], [], color=COLOURS["large"], lw=2.5, label="one model, large batches")
-    for kind, accuracies in thick.items():
-        axes.plot(epochs, [100 * x for x in accuracies], color=COLOURS[kind], lw=3, label=labels[kind])
+            axes.plot((0, *epochs), [large[-1], *(100 * x for x in worker)], color=COLOURS["worker"], lw=0.5)
+        axes.plot((0, *epochs), [large[-1], *(100 * x for x in result.swap)], color=COLOURS["swap"], lw=0.8)
+    of_workers = zip(*(map(statistics.mean, result.workers) for result in results), strict=True)
+    of_swap = zip(*(result.swap for result in results), strict=True)
+    axes.plot([], [], color=COLOURS["large"], lw=1.5, label="phase one")
+    for label, kind, of_seeds in (("a worker", "worker", of_workers), ("the average", "swap", of_swap)):
+        percents = [100 * statistics.mean(each) for each in of_seeds]
+        axes.plot(epochs, percents, color=COLOURS[kind], lw=3, label=label)
     axes.axvline(0, color="#B0B0B0", lw=1, ls=(0, (4, 3)))
-    ends = [100 * x for result in results for x in (*result.workers[-1], result.swap[-1])]
-    axes.set(ylim=(min(ends) - BELOW, min(100, max(ends) + ABOVE)), xlim=(-EPOCHS, EPOCHS + 0.2))
-    axes.set_xlabel("epochs after the end of phase one", color=GREY, fontsize=11)
+    axes.set(ylim=(LEAST, MOST), xlim=(-min(BEFORE, MOST_EPOCHS), EPOCHS + 0.2))
+    axes.set_xlabel("epochs of phase two", color=GREY, fontsize=11)
+    axes.grid(axis="y", color="#EEEEEE")
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=GREY, labelsize=11)
-    axes.legend(frameon=False, loc="lower right", fontsize=11)
-
-
-def _epochs(results: list[Result], name: str) -> list[tuple[Any, ...]]:
-    """Return for each epoch of phase two what all seeds have of it."""
-    return [*zip(*(getattr(result, name) for result in results), strict=True)]
 
 
 def main(device: torch.device) -> None:
     torch.set_num_threads(1)  # a network this small gains nothing from more
     results = {name: [run(seed, noise, device) for seed in SEEDS] for name, noise in NOISES.items()}
     if dist.get_rank() == 0:
-        out = Path(sys.argv[1] if len(sys.argv) > 1 else "swafast-swap.png")
+        names = ["swafast-swap.png", "swafast-swap.json"]
+        picture, numbers = (Path(name) for name in sys.argv[1:] + names[len(sys.argv) - 1 :])
         print_table(results)
-        draw(results, out)
-        print(f"picture: {out}")
+        found = {name: [asdict(result) for result in of_seeds] for name, of_seeds in results.items()}
+        numbers.write_text(json.dumps(found, indent=1) + "\n")
+        draw(results, picture)
+        print(f"picture: {picture}, results: {numbers}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ DOCUMENTS = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *PAGES]
 TEXTS = {page: (ROOT / page).read_text() for page in DOCUMENTS}
 
 #: Pages whose blocks need a process group: they run on two gloo ranks.
-ON_RANKS = ("docs/sharded.md", "docs/averages.md", "docs/growing.md")
+ON_RANKS = ("docs/sharded.md", "docs/averages.md", "docs/growing.md", "docs/recipes/swap.md")
 #: Pages whose blocks need a framework: its file in tests/frameworks runs them.
 WITH_FRAMEWORKS = "docs/frameworks/"
 #: Pages that average in the last quarter of a training, so it must have some epochs.
@@ -84,6 +84,8 @@ def reader(batches: int = 2) -> dict[str, Any]:
         "plain_model": Net(),
         "optimizer": sgd,
         "loader": loader,
+        "dataset": torch.randn(6, 4),
+        "is_accurate": lambda model: True,
         "test_inputs": torch.randn(5, 4),
         "epochs_of": lambda loader: list(loader) * 12,
         "loss": loss,
@@ -143,7 +145,7 @@ def _on_rank(texts: dict[str, str], folder: Path) -> list[int]:
 def test_the_code_of_pages_on_ranks_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     counts = run_ranks(2, _on_rank, {page: TEXTS[page] for page in ON_RANKS}, tmp_path)
-    assert counts == [[2, 2, 0]] * 2
+    assert counts == [[2, 2, 0, 2]] * 2
     # What the ranks have saved, in one process without a process group.
     assert not torch.distributed.is_initialized()
     (alone,) = (block for block in blocks_of(TEXTS["docs/sharded.md"]) if "(plain_model).state_dict()" in block)
@@ -295,6 +297,56 @@ def test_every_page_is_in_the_index() -> None:
 )
 def test_planted_faults_are_seen(check: Any, wrong: str) -> None:
     assert len(check("README.md", f"{TEXTS['README.md']}\n{wrong}\n")) == 1
+
+
+#: The methods that the posts of SWA's authors on pytorch.org name, of 2019-04-29 and of 2020-08-18, and where the index
+#: leads for each: to a page of recipes if it is one.
+POSTS = {
+    "torch's SWA": "swalr",
+    "torchcontrib's SWA": "torchcontrib",
+    "averaged SGD": "swalr",
+    "EMA": "",
+    "Adam": "swalr",
+    "cyclical": "fast_swa",
+    "fast-SWA": "fast_swa",
+    "semi-supervised": "fast_swa",
+    "reinforcement learning": "swalr",
+    "FGE": "fge",
+    "SWAG": "swag",
+    "deep ensemble": "multiswa",
+    "MultiSWA": "multiswa",
+    "MultiSWAG": "multiswag",
+    "MC dropout": "",
+    "KFAC Laplace": "",
+    "temperature scaling": "",
+    "Subspace inference": "subspace",
+    "SWALP": "swalp",
+    "SWAP": "swap",
+    "SQWA": "sqwa",
+}
+
+
+def missing_methods(text: str) -> list[str]:
+    """Methods of the posts that the section on recipes lacks, or has on no line with a link to their page."""
+    section = text.partition("## Recipes")[2].partition("## Examples")[0]
+    lines = [line.lower() for line in re.split(r"\n(?=\||\n|- )", section)]
+    written = {Path(page).stem for page in PAGES if page.startswith("docs/recipes/")}
+    return [
+        method
+        for method, page in POSTS.items()
+        if not any(re.search(rf"\b{method.lower()}", line) and (f"/{page}.md" in line or not page) for line in lines)
+        # Some pages are written elsewhere. Once they are here, the index must have them.
+        and (page in written or not page)
+    ]
+
+
+def test_the_index_has_every_method_that_the_authors_of_swa_name() -> None:
+    assert missing_methods(TEXTS[INDEX]) == []
+
+
+@pytest.mark.parametrize("method", ["SWAP", "averaged SGD", "MC dropout"])
+def test_a_method_that_the_index_lacks_is_seen(method: str) -> None:
+    assert missing_methods(TEXTS[INDEX].replace(method, "x")) == [method]
 
 
 def test_a_page_that_the_index_lacks_is_seen() -> None:

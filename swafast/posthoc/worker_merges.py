@@ -65,10 +65,11 @@ def merge_over(averaged: Averaged | FusedAverages | ShardedAverages, process_gro
 
     Raises:
         TypeError: ``averaged`` is none of these.
-        ValueError: on every rank, if workers differ in names, shapes, formats or rules; one has averaged no model, or
-            holds a NaN, or an infinity that others have not; or the group does not hold one rank of each worker.
-            Nothing has changed on any rank.
-        RuntimeError: the averages are swapped into a model, the call failed on another rank, or a rank was lost.
+        ValueError: on every rank, if workers differ in names, shapes, dtypes, formats or rules: it names the first
+            difference. Or one has averaged no model, or holds a NaN, or an infinity that others have not; or the group
+            does not hold one rank of each worker. Nothing has changed on any rank.
+        LostPeerError: a worker was lost. Nothing has changed on the others.
+        RuntimeError: the averages are swapped into a model, or the call failed on another rank.
 
     Paper: Gupta et al. 2020, "Stochastic Weight Averaging in Parallel: Large-Batch Training that Generalizes Well",
     arXiv:2001.02312.
