@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from digits import on_all_ranks
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -184,7 +185,8 @@ def draw(results: dict[str, list[Result]], out: Path) -> None:
     figure.text(0.05, 0.93, f"SWAP: {workers} workers and their average", fontsize=17, fontweight="bold", color=INK)
     about = (
         f"Test accuracy on handwritten digits, %. Phase one: one training with batches of {LARGE_BATCH}. Phase two: the"
-        f" workers go on alone, with batches of {SMALL_BATCH}.\nThin: each of {len(SEEDS)} seeds. Thick: the mean."
+        f" workers go on alone, with batches of {SMALL_BATCH}.\n"
+        f"Thin: each of {len(SEEDS)} seeds. Thick: the mean. Test labels are always right."
     )
     figure.text(0.05, 0.905, about, fontsize=11, color=GREY, va="top", linespacing=1.5)
     for place, (name, of_seeds) in enumerate(results.items()):
@@ -192,8 +194,8 @@ def draw(results: dict[str, list[Result]], out: Path) -> None:
         _draw_curves(axes, of_seeds)
         found = dict(means(of_seeds))
         worker, swap = found["a worker, mean of all"], found["SWAP: the workers' average"]
-        labels = "right labels" if NOISES[name] == 0 else f"{NOISES[name]:.0%} wrong training labels"
-        title = f"{labels[0].upper()}{labels[1:]}: a worker {worker:.1%}, the average {swap:.1%}"
+        labels = "right labels" if NOISES[name] == 0 else f"{NOISES[name]:.0%} wrong labels"
+        title = f"With {labels}: a worker {worker:.1%}, the average {swap:.1%}"
         axes.set_title(title, loc="left", fontsize=13, color=INK, pad=12)
         if place == 0:
             axes.legend(frameon=False, loc="upper left", fontsize=11)
@@ -217,6 +219,7 @@ def _draw_curves(axes: Axes, results: list[Result]) -> None:
     axes.axvline(0, color="#B0B0B0", lw=1, ls=(0, (4, 3)))
     axes.set(ylim=(LEAST, MOST), xlim=(-min(BEFORE, MOST_EPOCHS), EPOCHS + 0.2))
     axes.set_xlabel("epochs of phase two", color=GREY, fontsize=11)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="#EEEEEE")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

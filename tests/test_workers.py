@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
+import runpy
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -17,10 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from swafast import EqualAverage, FusedAveragedModel, FusedAverages
-from swafast.posthoc import merge_over
+from swafast.posthoc import merge_over, worker_merges
 from swafast.sharded import LostPeerError
 from swafast.sharded.parts.ranks import Ranks
-from tests.ranks import run_ranks
+from tests.ranks import planted, run_ranks
 from tests.sharded_models import outcome
 from tests.support import differing
 from tests.test_sharded_faults import IN_TIME, TIMEOUT, VICTIM, at_once, fault, lose_myself, watch_collectives
@@ -34,19 +37,21 @@ class Ordered(nn.Module):
     def __init__(self, names: str) -> None:
         super().__init__()
         for name in names:
-            layer = Stated(3 if name == "a" else 5)
+            layer = Stated()
             with torch.no_grad():
                 layer.weight.fill_(ord(name))
-            layer.mean.fill_(ord(name))
+            layer.written.fill_(ord(name))
             layer.state = name
             self.add_module(name, layer)
 
 
 class Stated(nn.Module):
-    def __init__(self, numel: int) -> None:
+    """By name, its buffer comes after its param: the last that is merged."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(numel))
-        self.register_buffer("mean", torch.empty(numel))
+        self.weight = nn.Parameter(torch.empty(3))
+        self.register_buffer("written", torch.empty(3))
         self.state = ""
 
     def get_extra_state(self) -> str:
@@ -75,7 +80,7 @@ def _merge_in_another_order() -> list[Any]:
     merge_over(several)
     modules = (averaged.module, several["first"].module, several["second"].module)
     return [
-        {name: (layer.weight.tolist(), layer.mean.tolist(), layer.state) for name, layer in module.named_children()}
+        {name: (layer.weight.tolist(), layer.written.tolist(), layer.state) for name, layer in module.named_children()}
         for module in modules
     ]
 
@@ -84,7 +89,7 @@ def _merge_in_another_order() -> list[Any]:
 def test_workers_may_register_their_layers_in_another_order() -> None:
     for averaged, first, second in run_ranks(2, _merge_in_another_order):
         for name in "abc":
-            values = [float(ord(name))] * (3 if name == "a" else 5)
+            values = [float(ord(name))] * 3
             assert averaged[name] == first[name] == (values, values, name)
             assert second[name] == ([0.0] * 3 if name == "a" else values, values, name)
 
@@ -276,8 +281,90 @@ def lost_workers(*losses: str) -> dict[str, list[tuple[int, list[str]]]]:
     return {loss: [*filter(None, answers)] for loss, answers in at_once(calls).items()}
 
 
+def require_nothing_lost(answers: dict[str, list[tuple[int, list[str]]]]) -> None:
+    found = {loss: [complaint for _, complaints in each for complaint in complaints] for loss, each in answers.items()}
+    assert found == {loss: [] for loss in answers}, str(found)
+
+
 @pytest.mark.distributed
 def test_a_lost_worker_is_an_error_in_time_and_nothing_has_changed() -> None:
-    for answers in lost_workers("killed", "stopped").values():
-        # Agreement 3; for each average, 2 layers with a mean, a variance and a buffer; extra states 2.
-        assert answers == [(3 + 2 * 2 * 3 + 2, [])] * 2
+    answers = lost_workers("killed", "stopped")
+    require_nothing_lost(answers)
+    # Agreement 3; for each average, 2 layers with a mean, a variance and a buffer; extra states 2.
+    assert [count for each in answers.values() for count, _ in each] == [3 + 2 * 2 * 3 + 2] * 4
+
+
+# The recipe
+
+
+def _run_example(seed: int) -> list[dict[str, float]]:
+    folder = Path(__file__).parents[1] / "examples"
+    sys.path.insert(0, str(folder))
+    example = runpy.run_path(str(folder / "swap.py"))
+    return [example["run"](seed, noise, torch.device("cpu")).finals() for noise in example["NOISES"].values()]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_examples_bars(seed: int) -> None:
+    """The average is better than the workers, with right labels and with wrong ones, for each seed."""
+    pytest.importorskip("sklearn")
+    first, *others = run_ranks(4, _run_example, seed)
+    assert others == [first] * 3  # to the bit, on all ranks
+    for found in first:
+        print({method: round(accuracy, 4) for method, accuracy in found.items()})
+        assert found["SWAP: the workers' average"] >= found["a worker, mean of all"]
+
+
+# Planted bugs, each in every rank's process
+
+
+def merge_in_their_own_order() -> None:
+    worker_merges.sorted = lambda each, **options: each  # type: ignore[attr-defined]
+
+
+def overlook_what_is_frozen() -> None:
+    worker_merges._unmerged_of = lambda side: []
+
+
+def overlook_dtypes() -> None:
+    worker_merges.describe_kind = lambda tensor: f"torch.float32 {tuple(tensor.shape)}"
+
+
+def write_at_once() -> None:
+    mean = worker_merges._mean
+
+    def eager(*given: Any) -> list[tuple[Tensor, Tensor]]:
+        writes = mean(*given)
+        worker_merges.write_all(writes)
+        return writes
+
+    worker_merges._mean = eager
+
+
+def part_without_a_word() -> None:
+    worker_merges._take_extra_states = lambda ranks, modules, packed: None
+
+
+PLANTS: dict[Callable[[], None], tuple[Callable[[], object], str]] = {
+    merge_in_their_own_order: (test_workers_may_register_their_layers_in_another_order, "assert"),
+    overlook_what_is_frozen: (
+        test_workers_that_disagree_are_told_the_difference_and_nothing_has_changed,
+        "another frozen layer",
+    ),
+    overlook_dtypes: (
+        test_workers_that_disagree_are_told_the_difference_and_nothing_has_changed,
+        "another dtype",
+    ),
+    write_at_once: (lambda: require_nothing_lost(lost_workers("killed")), "module.a.weight"),
+    part_without_a_word: (lambda: require_nothing_lost(lost_workers("killed")), "no error"),
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
+def test_planted_bugs_are_seen(plant: Callable[[], None]) -> None:
+    test, words = PLANTS[plant]
+    with planted(plant), pytest.raises(AssertionError, match=words):
+        test()
