@@ -7,6 +7,7 @@ import re
 import runpy
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from swafast import EqualAverage, FusedAveragedModel, FusedAverages
 from swafast.posthoc import merge_over, worker_merges
@@ -200,6 +202,38 @@ def test_workers_that_disagree_are_told_the_difference_and_nothing_has_changed()
     require_told(run_ranks(3, _disagree))
 
 
+# Workers that are one
+
+
+def _merge_equal_workers() -> list[list[str]]:
+    """Return the warnings of a merge of workers that trained in DDP, without it, and of one that has trained on."""
+    told = []
+    for in_ddp, alike in ((True, True), (False, False), (False, True)):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+        trained = DistributedDataParallel(model) if in_ddp else model
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        torch.manual_seed(3 if alike and not in_ddp else dist.get_rank())
+        for _ in range(2):
+            optimizer.zero_grad()
+            trained(torch.randn(6, 4)).square().mean().backward()
+            optimizer.step()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            merge_over(averaged_once(model))
+        told.append([f"{Path(each.filename).name}: {each.message}" for each in caught])
+    return told
+
+
+@pytest.mark.distributed
+def test_workers_that_are_one_model_are_told_so() -> None:
+    for in_ddp, alone, in_one_order in run_ranks(2, _merge_equal_workers):
+        assert alone == []
+        assert in_ddp == in_one_order
+        assert len(in_ddp) == 1
+        assert in_ddp[0].startswith("test_workers.py: merge_over found the same averages on all workers")
+
+
 # A lost worker
 
 
@@ -347,6 +381,10 @@ def part_without_a_word() -> None:
     worker_merges._take_extra_states = lambda ranks, modules, packed: None
 
 
+def never_warn() -> None:
+    worker_merges._differ = lambda merged, writes: True
+
+
 PLANTS: dict[Callable[[], None], tuple[Callable[[], object], str]] = {
     merge_in_their_own_order: (test_workers_may_register_their_layers_in_another_order, "assert"),
     overlook_what_is_frozen: (
@@ -357,6 +395,7 @@ PLANTS: dict[Callable[[], None], tuple[Callable[[], object], str]] = {
         test_workers_that_disagree_are_told_the_difference_and_nothing_has_changed,
         "another dtype",
     ),
+    never_warn: (test_workers_that_are_one_model_are_told_so, "assert"),
     write_at_once: (lambda: require_nothing_lost(lost_workers("killed")), "module.a.weight"),
     part_without_a_word: (lambda: require_nothing_lost(lost_workers("killed")), "no error"),
 }

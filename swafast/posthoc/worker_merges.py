@@ -26,6 +26,7 @@ from ..terms.converting import write_all
 from ..terms.copying import describe_kind, is_plain
 from ..terms.formats import Format
 from ..terms.layout import windows
+from ..terms.warn import warn_user
 from .merging import pooled_variance, rounded
 from .written import Averaged
 
@@ -55,6 +56,8 @@ def merge_over(averaged: Averaged | FusedAverages | ShardedAverages, process_gro
 
     Variances are merged too: afterwards they are those of all models. The deviations of one worker do not fit the mean
     of all, so they are dropped, and ``averaged.deviations`` is 0: samples are SWAG-diagonal's from then on.
+
+    Warns if all workers have the same averages: they were in DDP, or had one order of the data.
 
     It takes the memory of one more copy of the averages, and receives each worker's averages once.
 
@@ -90,12 +93,20 @@ def merge_over(averaged: Averaged | FusedAverages | ShardedAverages, process_gro
             counts = _agreed_counts(ranks, sides, merged, modules)
             fresh = [_mean(ranks, merged[name], counts[name]) for name in sides]
             _take_extra_states(ranks, [*modules.values()], extra)
+        is_news = ranks.size == 1 or any(
+            _differ(merged[name], writes) for name, writes in zip(sides, fresh, strict=True)
+        )
         # From here on no rank waits for another, and no other rank can fail.
         for (name, side), writes in zip(sides.items(), fresh, strict=True):
             write_all(writes)
             side._count_from(sum(counts[name]))
             if side._drop_deviations():
                 averaged._bindings.plan_anew()
+    if not is_news:
+        warn_user(
+            "merge_over found the same averages on all workers, so their mean is the same too: train each worker "
+            "without DDP, and give it an order of the data of its own"
+        )
 
 
 def _sides_of(averaged: object) -> dict[str, Averaged]:
@@ -196,6 +207,13 @@ def _mean(ranks: Ranks, merged: Sequence[_Merged], counts: Sequence[int]) -> lis
                     part.copy_(merged_part)
         writes += zip(each.planes, fresh, strict=True)
     return writes
+
+
+def _differ(merged: Sequence[_Merged], writes: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Return whether a mean differs from this worker's own, or nothing is averaged."""
+    averaged = {id(plane) for each in merged if each.format is not None for plane in each.planes}
+    pairs = [(plane, fresh) for plane, fresh in writes if id(plane) in averaged and plane.numel() > 0]
+    return not pairs or any(not torch.equal(plane, fresh) for plane, fresh in pairs)
 
 
 def _windows_of(
