@@ -26,7 +26,7 @@ DOCUMENTS = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *PAGES]
 TEXTS = {page: (ROOT / page).read_text() for page in DOCUMENTS}
 
 #: Pages whose blocks need a process group: they run on two gloo ranks.
-ON_RANKS = ("docs/sharded.md", "docs/averages.md", "docs/growing.md")
+ON_RANKS = ("docs/sharded.md", "docs/averages.md", "docs/growing.md", "docs/recipes/swap.md")
 #: Pages whose blocks need a framework: its file in tests/frameworks runs them.
 WITH_FRAMEWORKS = "docs/frameworks/"
 #: Pages that average in the last quarter of a training, so it must have some epochs.
@@ -84,6 +84,8 @@ def reader(batches: int = 2) -> dict[str, Any]:
         "plain_model": Net(),
         "optimizer": sgd,
         "loader": loader,
+        "dataset": torch.randn(6, 4),
+        "is_accurate": lambda model: True,
         "test_inputs": torch.randn(5, 4),
         "epochs_of": lambda loader: list(loader) * 12,
         "loss": loss,
@@ -143,7 +145,7 @@ def _on_rank(texts: dict[str, str], folder: Path) -> list[int]:
 def test_the_code_of_pages_on_ranks_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     counts = run_ranks(2, _on_rank, {page: TEXTS[page] for page in ON_RANKS}, tmp_path)
-    assert counts == [[2, 2, 0]] * 2
+    assert counts == [[2, 2, 0, 2]] * 2
     # What the ranks have saved, in one process without a process group.
     assert not torch.distributed.is_initialized()
     (alone,) = (block for block in blocks_of(TEXTS["docs/sharded.md"]) if "(plain_model).state_dict()" in block)
@@ -295,6 +297,58 @@ def test_every_page_is_in_the_index() -> None:
 )
 def test_planted_faults_are_seen(check: Any, wrong: str) -> None:
     assert len(check("README.md", f"{TEXTS['README.md']}\n{wrong}\n")) == 1
+
+
+#: The methods that the posts of SWA's authors on pytorch.org name, of 2019-04-29 and of 2020-08-18, and where the index
+#: leads for each; nowhere, if it is not here.
+POSTS = {
+    "torch's SWA": "recipes/swalr.md",
+    "torchcontrib's SWA": "recipes/torchcontrib.md",
+    "averaged SGD": "recipes/swalr.md",
+    "EMA": "averaged_model.md",
+    "Adam": "recipes/swalr.md",
+    "cyclical": "recipes/fast_swa.md",
+    "fast-SWA": "recipes/fast_swa.md",
+    "semi-supervised": "recipes/fast_swa.md",
+    "reinforcement learning": "recipes/swalr.md",
+    "FGE": "recipes/fge.md",
+    "SWAG": "recipes/swag.md",
+    "deep ensemble": "recipes/multiswa.md",
+    "MultiSWA": "recipes/multiswa.md",
+    "MultiSWAG": "recipes/multiswag.md",
+    "MC dropout": "",
+    "KFAC Laplace": "",
+    "temperature scaling": "",
+    "Subspace inference": "recipes/subspace.md",
+    "SWALP": "recipes/swalp.md",
+    "SWAP": "recipes/swap.md",
+    "SQWA": "recipes/sqwa.md",
+}
+
+
+def words_of(line: str) -> str:
+    """A line in lower case, without the targets of its links."""
+    return re.sub(r"\]\([^)]*\)", "]", line).lower()
+
+
+def missing_methods(text: str) -> list[str]:
+    """Methods of the posts that no line of the section on recipes names beside a link to their page."""
+    lines = text.partition("## Recipes")[2].partition("## Examples")[0].splitlines()
+
+    def is_named(method: str, page: str) -> bool:
+        return any(re.search(rf"\b{method.lower()}", words_of(line)) and page in line for line in lines)
+
+    # The pages of some methods are written elsewhere. Once they are here, the index must have them.
+    return [method for method, page in POSTS.items() if (ROOT / "docs" / page).exists() and not is_named(method, page)]
+
+
+def test_the_index_has_every_method_that_the_authors_of_swa_name() -> None:
+    assert missing_methods(TEXTS[INDEX]) == []
+
+
+@pytest.mark.parametrize("method", ["SWAP", "averaged SGD", "MC dropout"])
+def test_a_method_that_the_index_lacks_is_seen(method: str) -> None:
+    assert missing_methods(TEXTS[INDEX].replace(method, "x")) == [method]
 
 
 def test_a_page_that_the_index_lacks_is_seen() -> None:

@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from ..terms.converting import write_all
 from ..terms.copying import describe_kind, is_plain
 from ..terms.formats import Format
 from ..terms.layout import windows
+from ..terms.warn import warn_user
 from .merging import pooled_variance, rounded
 from .written import Averaged
 
@@ -55,6 +57,8 @@ def merge_over(averaged: Averaged | FusedAverages | ShardedAverages, process_gro
     Variances are merged too: afterwards they are those of all models. The deviations of one worker do not fit the mean
     of all, so they are dropped, and ``averaged.deviations`` is 0: samples are SWAG-diagonal's from then on.
 
+    Warns if all workers have the same averages: they were in DDP, or had one order of the data.
+
     It takes the memory of one more copy of the averages, and receives each worker's averages once.
 
     Args:
@@ -64,10 +68,11 @@ def merge_over(averaged: Averaged | FusedAverages | ShardedAverages, process_gro
 
     Raises:
         TypeError: ``averaged`` is none of these.
-        ValueError: on every rank, if workers differ in names, shapes, formats or rules; one has averaged no model, or
-            holds a NaN, or an infinity that others have not; or the group does not hold one rank of each worker.
-            Nothing has changed on any rank.
-        RuntimeError: the averages are swapped into a model, the call failed on another rank, or a rank was lost.
+        ValueError: on every rank, if workers differ in names, shapes, dtypes, formats or rules: it names the first
+            difference. Or one has averaged no model, or holds a NaN, or an infinity that others have not; or the group
+            does not hold one rank of each worker. Nothing has changed on any rank.
+        LostPeerError: a worker was lost. Nothing has changed on the others.
+        RuntimeError: the averages are swapped into a model, or the call failed on another rank.
 
     Paper: Gupta et al. 2020, "Stochastic Weight Averaging in Parallel: Large-Batch Training that Generalizes Well",
     arXiv:2001.02312.
@@ -87,21 +92,28 @@ def merge_over(averaged: Averaged | FusedAverages | ShardedAverages, process_gro
                 extra = _packed([module.get_extra_state() for module in modules.values()]) if modules else b""
             counts = _agreed_counts(ranks, sides, merged, modules)
             fresh = [_mean(ranks, merged[name], counts[name]) for name in sides]
-            if modules:
-                _take_extra_states(ranks, [*modules.values()], extra)
+            _take_extra_states(ranks, [*modules.values()], extra)
+        is_news = ranks.size == 1 or any(
+            _differ(merged[name], writes) for name, writes in zip(sides, fresh, strict=True)
+        )
         # From here on no rank waits for another, and no other rank can fail.
         for (name, side), writes in zip(sides.items(), fresh, strict=True):
             write_all(writes)
             side._count_from(sum(counts[name]))
             if side._drop_deviations():
                 averaged._bindings.plan_anew()
+    if not is_news:
+        warn_user(
+            "merge_over found the same averages on all workers, so their mean is the same too: train each worker "
+            "without DDP, and give it an order of the data of its own"
+        )
 
 
 def _sides_of(averaged: object) -> dict[str, Averaged]:
     if isinstance(averaged, (FusedAveragedModel, ShardedAveragedModel)):
         return {"": averaged}
     if isinstance(averaged, (FusedAverages, ShardedAverages)):
-        return dict(averaged.items())
+        return dict(sorted(averaged.items()))
     kinds = "FusedAveragedModel, FusedAverages, ShardedAveragedModel or ShardedAverages"
     raise TypeError(f"averaged must be a {kinds}, got {type(averaged).__name__}")
 
@@ -143,6 +155,14 @@ def _tensors_of(side: Averaged) -> list[_Merged]:
     ]
 
 
+def _unmerged_of(side: Averaged) -> list[tuple[str, str]]:
+    """Return what stays as it is on each worker, and must be of the same kind on all: frozen params that are lent."""
+    if isinstance(side, ShardedAveragedModel):
+        return []
+    each = [(name, tensor) for name, tensor, fmt in side._each_average() if fmt is None]
+    return [(name, f"{describe_kind(tensor)} frozen") for name, tensor in each if is_plain(tensor) and is_lent(tensor)]
+
+
 def _agreed_counts(
     ranks: Ranks,
     sides: Mapping[str, Averaged],
@@ -157,8 +177,13 @@ def _agreed_counts(
             how = each.format.name if each.format is not None else "copied"
             how += " with a variance" if each.format is not None and each.format.spread is not None else ""
             described[f"{name}.{each.name}".lstrip(".")] = f"{kinds} {how} {each.place}".strip()
+    for name, side in sides.items():
+        described |= {f"{name}.{each}".lstrip("."): kind for each, kind in _unmerged_of(side)}
     described |= dict.fromkeys(modules, "an extra state")
-    ranks.agree("the averages that are merged", described)
+    try:
+        ranks.agree("averaged, apart from its values,", described)
+    except ValueError as error:
+        raise ValueError(f"{error}: give each worker the same model, rule and format") from None
     gathered = ranks.gather([int(side.n_averaged) for side in sides.values()])
     for rank, counts in zip(ranks.ranks, gathered, strict=True):
         if min(counts) < 1:
@@ -169,7 +194,7 @@ def _agreed_counts(
 def _mean(ranks: Ranks, merged: Sequence[_Merged], counts: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     """Return all planes of an averaged model, each with what is to be written into it. Collective."""
     writes: list[tuple[Tensor, Tensor]] = []
-    for each in merged:
+    for each in sorted(merged, key=attrgetter("name")):  # workers may have registered them in another order
         fresh = [torch.empty_like(plane.detach()) for plane in each.planes]
         if each.format is None:
             fresh[0].copy_(each.planes[0].detach())
@@ -182,6 +207,13 @@ def _mean(ranks: Ranks, merged: Sequence[_Merged], counts: Sequence[int]) -> lis
                     part.copy_(merged_part)
         writes += zip(each.planes, fresh, strict=True)
     return writes
+
+
+def _differ(merged: Sequence[_Merged], writes: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Return whether a mean differs from this worker's own, or nothing is averaged."""
+    averaged = {id(plane) for each in merged if each.format is not None for plane in each.planes}
+    pairs = [(plane, fresh) for plane, fresh in writes if id(plane) in averaged and plane.numel() > 0]
+    return not pairs or any(not torch.equal(plane, fresh) for plane, fresh in pairs)
 
 
 def _windows_of(
@@ -248,13 +280,14 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 
 def _modules_with_extra_state(sides: Mapping[str, Averaged]) -> dict[str, nn.Module]:
     """Return the averaged modules that have an extra state, by its name. Sharded averages hold none."""
-    return {
+    found = {
         f"{name}.{path}._extra_state".lstrip("."): module
         for name, side in sides.items()
         if isinstance(side, FusedAveragedModel)
         for path, module in side.module.named_modules()
         if type(module).get_extra_state is not nn.Module.get_extra_state
     }
+    return dict(sorted(found.items()))
 
 
 def _packed(values: Sequence[object]) -> bytes:
@@ -265,12 +298,16 @@ def _packed(values: Sequence[object]) -> bytes:
 
 
 def _take_extra_states(ranks: Ranks, modules: Sequence[nn.Module], packed: bytes) -> None:
-    """Set the extra states of the first worker. If it fails on a rank, it raises on all, and nothing has changed."""
-    packed = ranks.gather(packed if ranks.index == 0 else b"")[0]
+    """Set the extra states of the first worker. If it fails on a rank, it raises on all, and nothing has changed.
+
+    All ranks come to its end before one of them writes a mean. A broadcast alone may succeed on some of them.
+    """
+    if modules:
+        packed = ranks.gather(packed if ranks.index == 0 else b"")[0]
     before: list[object] = []
     try:
         with ranks.settled("merge_over"):
-            if ranks.index > 0:
+            if ranks.index > 0 and modules:
                 fresh = torch.load(io.BytesIO(packed), map_location="cpu", weights_only=False)
                 before = [copy.deepcopy(module.get_extra_state()) for module in modules]
                 for module, extra in zip(modules, fresh, strict=True):
