@@ -31,12 +31,13 @@ from .lending import lend_from_state, part_before_load
 from .loading import load_whole
 from .matching import ModuleSide, each_average
 from .model_copy import ModelCopy
-from .sampling import Sampled, check_deviations, refuse_complex, refuse_spread
+from .placing import Placed
+from .sampling import check_deviations, refuse_complex, refuse_spread
 from .states import export, fill_in, leave_out, translate_load
 
 
 @pickled_from("swafast")
-class FusedAveragedModel(HasRule, Sampled, Adaptable, AveragedModel):
+class FusedAveragedModel(HasRule, Placed, Adaptable, AveragedModel):
     """A copy of a model that holds the running average of the model's parameters, updated in one fused pass.
 
     ``average = average + weight * (param - average)``, with ``weight = 1 / (n + 1)`` (SWA) by default.
@@ -334,8 +335,9 @@ class FusedAveragedModel(HasRule, Sampled, Adaptable, AveragedModel):
                 model.
         """
         with self._guard.hold("load_state_dict"):
-            load = super().load_state_dict
-            return load_whole(self, {"": self.module}, load, state_dict, strict=strict, assign=assign)
+            return load_whole(
+                self, {"": self.module}, super().load_state_dict, state_dict, strict=strict, assign=assign
+            )
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
         self._guard.refuse_while_swapped("load_state_dict")
