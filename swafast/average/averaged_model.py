@@ -162,9 +162,7 @@ class FusedAveragedModel(HasRule, Placed, Adaptable, AveragedModel):
 
     def _format_of(self, name: str, average: Tensor, is_buffer: bool) -> Format | None:
         """Return the format of one average, or None for a tensor that is copied."""
-        if is_buffer and not self.use_buffers:
-            return None
-        if not (average.is_floating_point() or average.is_complex()):
+        if (is_buffer and not self.use_buffers) or not (average.is_floating_point() or average.is_complex()):
             return None
         if is_buffer:
             checks.check_plain(f"{name!r} of the model, a buffer that use_buffers averages,", average)
@@ -335,9 +333,8 @@ class FusedAveragedModel(HasRule, Placed, Adaptable, AveragedModel):
                 model.
         """
         with self._guard.hold("load_state_dict"):
-            return load_whole(
-                self, {"": self.module}, super().load_state_dict, state_dict, strict=strict, assign=assign
-            )
+            load = super().load_state_dict
+            return load_whole(self, {"": self.module}, load, state_dict, strict=strict, assign=assign)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
         self._guard.refuse_while_swapped("load_state_dict")

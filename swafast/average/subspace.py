@@ -166,7 +166,7 @@ class Subspace:
 def _spelled(t: object) -> str:
     """Return ``t`` for an error, and as ranks compare it: by value."""
     try:
-        return str(torch.as_tensor(t, device="cpu").to(torch.float64).tolist())  # type: ignore[arg-type]
+        return str(torch.as_tensor(t, device="cpu").to(torch.float64).tolist())
     except (TypeError, ValueError, RuntimeError):
         return type(t).__name__
 

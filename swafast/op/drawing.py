@@ -129,5 +129,6 @@ class PlacesPoint(DrawsSample):
 
 def _kept(gradient: Tensor | None) -> Tensor | None:
     """Return a gradient, or a copy if it lies in a larger tensor: in its buckets DDP writes those at the point."""
-    is_plain = type(gradient) is Tensor and gradient.layout == torch.strided
-    return gradient.clone() if is_plain and gradient.untyped_storage().nbytes() > gradient.nbytes else gradient
+    if type(gradient) is not Tensor or gradient.layout != torch.strided:
+        return gradient
+    return gradient.clone() if gradient.untyped_storage().nbytes() > gradient.nbytes else gradient

@@ -20,7 +20,7 @@ from ..average.subspace import (
     products,
     refuse_without_gradients,
 )
-from .parts.holdings import is_fsdp1
+from .parts.holdings import Held, is_fsdp1
 from .shard_use import UsableShards
 
 
@@ -48,14 +48,12 @@ class PlaceableShards(UsableShards):
                 of_columns = gram(self._own_columns(self._check_spans()), self._check_spans())
             with self._ranks.in_lockstep():
                 self._ranks.sum_(of_columns)
-                # Also if ranks have other libraries: a vector may have the other sign in one of them.
-                self._ranks.broadcast_(of_columns)
             with self._counting.settled(call, self._number):
                 mixture, scales = principal_directions(of_columns, wanted)
-            mixture = mixture.contiguous()
+                made = torch.cat((mixture, scales[None]))
             with self._ranks.in_lockstep():
-                self._ranks.broadcast_(mixture)
-            return made_of_deviations(self, mixture, scales, int(self.n_averaged))
+                self._ranks.broadcast_(made)  # another library on one rank may compute other last bits
+            return made_of_deviations(self, made[:-1], made[-1], int(self.n_averaged))
 
     def _own_columns(self, count: int) -> Iterator[Sequence[Tensor]]:
         """Yield the columns of this rank's shares, of those that several ranks average on the first of them alone."""
@@ -103,8 +101,5 @@ class PlaceableShards(UsableShards):
         return found
 
     if TYPE_CHECKING:
-        from collections.abc import Mapping
 
-        from .parts.holdings import Held
-
-        def _find_held(self, model: Module) -> Mapping[str, Held]: ...
+        def _find_held(self, model: Module) -> dict[str, Held]: ...
