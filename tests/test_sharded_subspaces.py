@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from swafast.average.subspace import Subspace
-from tests.ranks import RankFailedError, on_ranks, planted
+from tests.ranks import on_ranks
 from tests.sharded_models import Beside, locals_of, outcome, planes_of
 from tests.support import differing, require_same, tensors_of
 from tests.test_sharded_modes import Seen

@@ -150,7 +150,7 @@ class Subspace:
         try:
             given = t.detach() if isinstance(t, Tensor) else t
             # A copy on the CPU: the user's default device may be another one.
-            values = torch.as_tensor(given, device="cpu").to(torch.float64)
+            values = torch.as_tensor(given, dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"t must be {self.rank} numbers, got {_spelled(t)}: {error}") from None
         if values.shape != (self.rank,):
@@ -166,7 +166,7 @@ class Subspace:
 def _spelled(t: object) -> str:
     """Return ``t`` for an error, and as ranks compare it: by value."""
     try:
-        return str(torch.as_tensor(t, device="cpu").to(torch.float64).tolist())
+        return str(torch.as_tensor(t, dtype=torch.float64, device="cpu").tolist())
     except (TypeError, ValueError, RuntimeError):
         return type(t).__name__
 

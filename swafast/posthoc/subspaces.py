@@ -28,7 +28,7 @@ State = Mapping[str, Tensor]
 
 @torch.no_grad()
 def random_subspace(model: Module, state: State, rank: int, *, scale: float = 1.0, seed: int = 0) -> Subspace:
-    """Return a subspace through ``state`` whose directions are random, normal in each element, each of length ``scale``.
+    """Return a subspace through ``state`` of random directions: normal in each element, each of length ``scale``.
 
     It is what others are compared with. Choose ``scale`` as the scales of what it is compared with: the authors' code
     takes the mean of the first two of ``averaged.subspace(rank).scales``. The directions depend on the seed, the names
@@ -98,7 +98,7 @@ def curve_subspace(model: Module, states: Sequence[State]) -> Subspace:
     for which, other in zip(("start", "middle", "end"), states, strict=True):
         _check_state(model, other, f"the state of the {which}")
     mean = {
-        name: sum(state[name].double() for state in states) / 3 if value.is_floating_point() else value
+        name: torch.stack([state[name].double() for state in states]).mean(0) if value.is_floating_point() else value
         for name, value in start.items()
     }
     averaged, columns = _averaged_at(model, mean, 2, write)
