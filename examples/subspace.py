@@ -86,12 +86,13 @@ class Posterior:
     subspace: Subspace
     model: nn.Module
     split: Split
+    temperature: float = TEMPERATURE
 
     def loss(self, placed: nn.Module) -> Tensor:
         # In training mode BatchNorm normalises by the statistics of the batch. All images are one batch, so the density
         # is the same each time, and the gradient goes through the statistics.
         logits = placed.train()(self.split.train_images)
-        return F.cross_entropy(logits, self.split.train_labels, reduction="sum") / TEMPERATURE
+        return F.cross_entropy(logits, self.split.train_labels, reduction="sum") / self.temperature
 
     @torch.no_grad()
     def log_likelihood(self, t: Tensor) -> float:
@@ -259,7 +260,7 @@ def print_table(results: Sequence[Trained]) -> None:
 
 # The picture
 
-# Okabe and Ito's orange, blue and black on shades of grey. SWA is grey, random directions light, the subspace dark.
+# Okabe and Ito's orange and blues, on shades of grey. Light blue: random directions, dark blue: the subspace.
 COLOURS = {
     "SWA": "#A8A8A8",
     "SWAG": "#606060",
@@ -269,9 +270,10 @@ COLOURS = {
 }
 PATH, INK, GREY = "#D55E00", "#222222", "#555555"
 LEFT = 0.05
-HALF_WIDTH = 4.0  # of a plane, in standard deviations of the prior: the trajectory reaches 3
-#: Nats below the highest density of both planes: each shade is half as far from the next one as the one before.
+HALF_WIDTH = 4.0  # of a plane, in standard deviations of the prior: the trajectory reaches 2
+#: Nats below the highest density, and the shade above each but the last.
 LEVELS = (-40.0, -20.0, -10.0, -5.0, -2.5, -1.0, 0.0)
+SHADES = ("#F4F4F4", "#E6E6E6", "#D6D6D6", "#C4C4C4", "#B0B0B0", "#989898")
 
 
 def heights(posterior: Posterior) -> Tensor:
@@ -282,49 +284,44 @@ def heights(posterior: Posterior) -> Tensor:
 
 
 def draw(results: Sequence[Trained], out: Path) -> None:
-    """Draw the posterior over two planes of the first training, and the NLL of each method."""
+    """Draw the posterior over the plane of the first two directions of the first training, and all NLLs."""
     first = results[0]
-    plane = Posterior(first.averaged.subspace(2), first.model, first.split)
-    random = Posterior(through_random(first.averaged, first.model, plane.subspace, 0), first.model, first.split)
-    grids = [heights(plane), heights(random)]
-    highest = max(grid.max().item() for grid in grids)
-    figure = Figure(figsize=(14.4, 6.2), dpi=120, facecolor="white")
+    tempered = Posterior(first.averaged.subspace(2), first.model, first.split)
+    figure = Figure(figsize=(14.4, 6.3), dpi=120, facecolor="white")
     nll = {method: scores["NLL"] for method, scores in means(results).items()}
     words = f"Test NLL:  SWA {nll['SWA']:.2f} → a posterior over {RANK} directions {nll['subspace, slices']:.2f}"
     figure.text(LEFT, 0.925, words, fontsize=18, fontweight="bold", color=INK)
+    count = len(first.split.train_labels)
     about = (
-        f"Handwritten digits, {SETTINGS.label_noise:.0%} of all labels wrong. Two planes through the average of SWA and"
-        f" the posterior over each: the likelihood of the training labels at temperature {TEMPERATURE:.0f}, times the"
-        f" prior.\nDots: {SAMPLES} elliptical slice samples. Right: means of {SAMPLES} predictions, samples of"
-        f" {RANK} directions; a dot for each of {len(results)} seeds."
+        f"Handwritten digits, {SETTINGS.label_noise:.0%} of all labels wrong. Left: the posterior over the plane in"
+        f" which the deviations vary most; samples of it by elliptical slices.\nAt temperature {TEMPERATURE:.0f} the {count}"
+        f" training images count as {count / TEMPERATURE:.0f}, so the prior shapes it. Right: mean predictions of"
+        f" {SAMPLES} samples in {RANK} directions; a dot for each of {len(results)} seeds."
     )
     figure.text(LEFT, 0.895, about, fontsize=11, color=GREY, va="top", linespacing=1.5)
-    names = ("where the deviations vary most", "random directions of that length")
-    for number, (posterior, grid, name) in enumerate(zip((plane, random), grids, names, strict=True)):
-        axes = figure.add_axes((LEFT + 0.3 * number, 0.1, 0.265, 0.615))
-        shades = draw_plane(axes, posterior, grid - highest)
-        axes.set_title(name, loc="left", fontsize=13, color=INK, pad=10)
+    for number, posterior in enumerate((replace(tempered, temperature=1.0), tempered)):
+        axes = figure.add_axes((LEFT + 0.3 * number, 0.1, 0.265, 0.605))
+        shades = draw_plane(axes, posterior)
+        axes.set_title(f"temperature {posterior.temperature:.0f}", loc="left", fontsize=13, color=INK, pad=10)
         axes.set_xlabel("first coordinate", color=GREY, fontsize=11)
         if not number:
             axes.set_ylabel("second coordinate", color=GREY, fontsize=11)
-    bar = figure.colorbar(shades, cax=figure.add_axes((LEFT + 0.577, 0.1, 0.009, 0.615)), ticks=LEVELS)
+    bar = figure.colorbar(shades, cax=figure.add_axes((LEFT + 0.577, 0.1, 0.009, 0.605)), ticks=LEVELS)
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=GREY, labelsize=10, length=0)
-    figure.text(LEFT + 0.575, 0.735, "log density, nats below its highest", fontsize=10, color=GREY, ha="center")
-    draw_likelihood(figure.add_axes((0.8, 0.1, 0.135, 0.615)), results)
+    bar.set_label("log density, nats below its highest", color=GREY, fontsize=10)
+    draw_likelihood(figure.add_axes((0.815, 0.1, 0.125, 0.605)), results)
     figure.savefig(out, format="png")
 
 
-def draw_plane(axes: Axes, posterior: Posterior, grid: Tensor) -> Any:
+def draw_plane(axes: Axes, posterior: Posterior) -> Any:
     """Draw the density over a plane as shades, the way of the deviations, and samples. Return the shades."""
-    line = torch.linspace(-HALF_WIDTH, HALF_WIDTH, GRID).tolist()
-    shades = axes.contourf(line, line, grid.tolist(), levels=LEVELS, cmap="Greys", extend="min", alpha=0.85)
+    line, grid = torch.linspace(-HALF_WIDTH, HALF_WIDTH, GRID).tolist(), heights(posterior)
+    shades = axes.contourf(line, line, (grid - grid.max()).tolist(), levels=LEVELS, colors=SHADES)
     way = posterior.subspace.trajectory
-    if len(way):
-        axes.plot(way[:, 0], way[:, 1], "-", color=PATH, lw=1.4, zorder=2)
-        axes.plot(way[:, 0], way[:, 1], "o", color=PATH, ms=5, mec="white", mew=0.6, zorder=3, label="deviations")
-        axes.annotate("first", way[0].tolist(), (6, -13), textcoords="offset points", color=PATH, fontsize=10)
-        axes.annotate("last", way[-1].tolist(), (6, 4), textcoords="offset points", color=PATH, fontsize=10)
+    axes.plot(way[:, 0], way[:, 1], "-", color=PATH, lw=1.4, zorder=2)
+    axes.plot(way[:, 0], way[:, 1], "o", color=PATH, ms=5, mec="white", mew=0.6, zorder=3, label="deviations")
+    axes.annotate("last", way[-1].tolist(), (6, -12), textcoords="offset points", color=PATH, fontsize=10)
     samples = by_slices(posterior, 0)
     blue = COLOURS["subspace, slices"]
     axes.plot(samples[:, 0], samples[:, 1], "o", color=blue, ms=6, mec="white", mew=0.7, zorder=4, label="samples")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from swafast import EqualAverage, FusedAveragedModel, FusedAverages, Spread
 from swafast.average import elliptical_slice as slices
-from swafast.average import placing, subspace
+from swafast.average import subspace, subspace_use
 from swafast.average.subspace import Subspace
 from swafast.backends import cpu
 from swafast.posthoc import curve_subspace, random_subspace
@@ -430,7 +430,7 @@ def test_states_that_are_none() -> None:
 
 
 def by_count(of_columns: Tensor, wanted: int, real: Any = subspace.principal_directions) -> tuple[Tensor, Tensor]:
-    """K for K - 1."""
+    # K for K - 1.
     mixture, scales = real(of_columns, wanted)
     return mixture, scales * math.sqrt((len(of_columns) - 1) / len(of_columns))
 
@@ -445,7 +445,7 @@ def in_float32(columns_of: Any, count: int, real: Any = subspace.gram) -> Tensor
 
 
 def not_turned(averaged: Any, mixture: Tensor, scales: Tensor, num_averaged: int) -> Subspace:
-    """The oldest deviation is not in slot 0 once slots are written again."""
+    # The oldest deviation is not in slot 0 once slots are written again.
     return Subspace(averaged, mixture, scales, mixture * (len(mixture) - 1))
 
 
@@ -459,18 +459,18 @@ def not_turned(averaged: Any, mixture: Tensor, scales: Tensor, num_averaged: int
     ],
 )
 def test_planted_bugs_of_directions_are_found(monkeypatch: pytest.MonkeyPatch, name: str, bug: Any) -> None:
-    monkeypatch.setattr(placing, name, bug)
+    monkeypatch.setattr(subspace_use, name, bug)
     with pytest.raises(AssertionError):
         test_scales_and_directions_are_those_of_an_svd(9)
 
 
 def test_planted_bugs_of_gradients_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placing, "in_order_of", lambda gradient, param: gradient.detach())
+    monkeypatch.setattr(subspace_use, "in_order_of", lambda gradient, param: gradient.detach())
     with pytest.raises(AssertionError):
         test_gradient_is_that_of_autograd_in_float64()
     monkeypatch.undo()
     monkeypatch.setattr(
-        placing, "drawn_indices", lambda pairs: [i for i, pair in enumerate(pairs) if pair.name != "3.bias"]
+        subspace_use, "drawn_indices", lambda pairs: [i for i, pair in enumerate(pairs) if pair.name != "3.bias"]
     )
     with pytest.raises(AssertionError):
         test_gradient_is_that_of_autograd_in_float64()

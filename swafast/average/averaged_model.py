@@ -31,9 +31,9 @@ from .lending import lend_from_state, part_before_load
 from .loading import load_whole
 from .matching import ModuleSide, each_average
 from .model_copy import ModelCopy
-from .placing import Placed
 from .sampling import check_deviations, refuse_complex, refuse_spread
 from .states import export, fill_in, leave_out, translate_load
+from .subspace_use import Placed
 
 
 @pickled_from("swafast")

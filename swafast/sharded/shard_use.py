@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..average.placing import HasSubspaces
+from ..average.subspace_use import HasSubspaces
 from ..backends.contract import Pair
 from ..loop import swaps
 from ..loop.guard import Guard, seamless
