@@ -294,9 +294,10 @@ def draw(results: Sequence[Trained], out: Path) -> None:
     count = len(first.split.train_labels)
     about = (
         f"Handwritten digits, {SETTINGS.label_noise:.0%} of all labels wrong. Left: the posterior over the plane in"
-        f" which the deviations vary most; samples of it by elliptical slices.\nAt temperature {TEMPERATURE:.0f} the {count}"
-        f" training images count as {count / TEMPERATURE:.0f}, so the prior shapes it. Right: mean predictions of"
-        f" {SAMPLES} samples in {RANK} directions; a dot for each of {len(results)} seeds."
+        " which the deviations vary most; samples of it by elliptical slices.\n"
+        f"At temperature {TEMPERATURE:.0f} the {count} training images count as {count / TEMPERATURE:.0f}, so the prior"
+        f" shapes it. Right: mean predictions of {SAMPLES} samples in {RANK} directions; a dot for each of"
+        f" {len(results)} seeds."
     )
     figure.text(LEFT, 0.895, about, fontsize=11, color=GREY, va="top", linespacing=1.5)
     for number, posterior in enumerate((replace(tempered, temperature=1.0), tempered)):

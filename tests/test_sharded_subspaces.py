@@ -45,7 +45,7 @@ def test_points_are_those_of_one_process() -> None:
 
 
 def set_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Give each param a gradient that tells its elements apart, and return these."""
+    """Set a gradient of each param that tells its elements apart, and return these."""
     for param in model.parameters():
         param.grad = None
     made = {}

@@ -15,6 +15,8 @@ from ..terms.warn import warn_user
 #: coordinate in float64, so the density there is that of the point before, which is above the threshold.
 _MOST_SHRINKS = 200
 
+_STEADY = "switch dropout off by model.eval(), take all of the data in the same batches, and draw nothing at random"
+
 
 def elliptical_slice(
     log_likelihood: Callable[[Tensor], object],
@@ -73,7 +75,7 @@ def elliptical_slice(
     if (again := height_of(at)) != height:
         warn_user(
             f"log_likelihood must be the same each time, got {height} and {again} for one t, so the samples are of no "
-            "density: call model.eval() after update_bn, take all of the data in one order, and draw nothing at random"
+            f"density: {_STEADY}"
         )
     for row in samples:
         other = std * torch.randn(len(at), dtype=at.dtype, device=device, generator=generator).cpu()
@@ -89,7 +91,7 @@ def elliptical_slice(
         else:
             raise RuntimeError(
                 f"log_likelihood must be the same each time, got none above {threshold} near a point that had {height}"
-                ": call model.eval() after update_bn, take all of the data in one order, and draw nothing at random"
+                f": {_STEADY}"
             )
         at, height = moved, found
         row.copy_(at)

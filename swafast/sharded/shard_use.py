@@ -16,7 +16,7 @@ from ..average.subspace_use import HasSubspaces
 from ..backends.contract import Pair
 from ..loop import swaps
 from ..loop.guard import Guard, seamless
-from ..op.drawing import Drawing, DrawsOf, DrawsSample, PlacesPoint, draw_for_good
+from ..op.drawing import DrawsOf, DrawsSample, PlacesPoint, draw_for_good
 from ..terms.draws import Draws, make_random_key
 from ..terms.formats import with_spread
 from ..terms.hints import hinted
@@ -119,7 +119,10 @@ class UsableShards(HasSubspaces):
                     with self._meet(action, model, asked) as (bound, held):
                         kind: Any = ShardedExchange
                         if asked:
-                            kind = partial(PlacesShards if "sample" in asked else DrawsShards, self._asked_for(**asked))
+                            if "sample" in asked:
+                                kind = partial(PlacesShards, self._placing(asked["sample"]))
+                            else:
+                                kind = partial(DrawsShards, self._drawing(**asked))
                             bound[0].writable_pairs(*bound[1:])
                         elif self._uncounted is not None:
                             self._warn_if_empty(action)
@@ -140,7 +143,7 @@ class UsableShards(HasSubspaces):
         self._guard.settle(action, model)
         with self._guard.locked(self._ranks.lock):
             with self._meet(action, model, asked) as ((plan, params, planes), held):
-                drawing = self._asked_for(**asked) if asked else None
+                drawing = self._drawing(**asked) if asked else None
                 if swaps.in_force:
                     swaps.refuse_model(action, model)
                 pairs = plan.writable_pairs(params, planes)
@@ -165,9 +168,6 @@ class UsableShards(HasSubspaces):
             bound = self._bind(model)
             reshard(model)
             yield bound, bound[1].held() if self._all_gathers else {}
-
-    def _asked_for(self, sample: Callable[[], Sample] | None = None, spelled: str = "", **asked: Any) -> Drawing:
-        return self._placing(sample) if sample is not None else self._drawing(**asked)
 
     def _spelled(
         self, index: object = 0, scale: object = None, seed: object = None, spelled: str = "", **_: object
