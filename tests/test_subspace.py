@@ -183,10 +183,13 @@ def test_gradient_is_that_of_autograd_in_float64() -> None:
     torch.testing.assert_close(again, found, rtol=1e-9, atol=0)
 
 
-def test_tied_params_count_once() -> None:
+@pytest.mark.parametrize("tied_before", [True, False])
+def test_tied_params_count_once(tied_before: bool) -> None:
     net = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+    untied = copy.deepcopy(net)
     net[1].weight = net[0].weight
-    averaged, generator = FusedAveragedModel(net, deviations=4), torch.Generator().manual_seed(0)
+    averaged = FusedAveragedModel(net if tied_before else untied, deviations=4)
+    generator = torch.Generator().manual_seed(0)
     for _ in range(4):
         move(net, generator)
         averaged.update_parameters(net)
