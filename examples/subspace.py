@@ -52,9 +52,9 @@ try:
     SETTINGS = Settings(num_seeds=3, epochs=EPOCHS, learning_rate=0.1, weight_decay=1e-3, test_every=EPOCHS)
 except ValueError as error:
     sys.exit(f"EPOCHS does not fit: {error}")
-SAMPLES = 30  # of each method, as in the paper
+SAMPLES = 30  # of each method, as in the authors' code
 WARMUP = 15  # steps of NUTS that choose its step size
-RANK = 5  # directions, as in the paper; fewer if the training is too short
+RANK = 5  # directions; fewer if the training is too short
 TEMPERATURE = 100.0  # divides the log-likelihood of all training images
 PRIOR_STD = 1.0  # in each coordinate, whose direction is one standard deviation of the deviations long
 GRID = 25  # points of the picture in each direction

@@ -85,7 +85,7 @@ class Placed(HasSubspaces, Sampled):
         deviations, in float64; a point takes no memory. The next update or load ends the subspace. Waits for a GPU.
 
         Args:
-            rank: how many directions, 5 in the paper.
+            rank: how many directions, such as 5.
 
         Raises:
             TypeError: ``rank`` is not an int.

@@ -36,7 +36,7 @@ class PlaceableShards(UsableShards):
         their last bits from those of an unsharded average, since the sums have another order.
 
         Args:
-            rank: how many directions, 5 in the paper. It is no rank of a process group.
+            rank: how many directions, such as 5. It is no rank of a process group.
 
         Raises:
             TypeError, ValueError, RuntimeError: as there, on every rank; or a rank was lost.
