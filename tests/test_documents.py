@@ -30,7 +30,7 @@ ON_RANKS = ("docs/sharded.md", "docs/averages.md", "docs/growing.md", "docs/reci
 #: Pages whose blocks need a framework: its file in tests/frameworks runs them.
 WITH_FRAMEWORKS = "docs/frameworks/"
 #: Pages that average in the last quarter of a training, so it must have some epochs.
-LATE = tuple(f"docs/recipes/{name}.md" for name in ("swag", "swag_diagonal", "multiswa", "multiswag"))
+LATE = tuple(f"docs/recipes/{name}.md" for name in ("swag", "swag_diagonal", "multiswa", "multiswag", "subspace"))
 #: Blocks that need a CUDA device. They run with torch's graphs replaced by ones that run their body at once.
 WITH_GRAPHS = {("docs/gpu.md", 0)}
 

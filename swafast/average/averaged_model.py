@@ -31,12 +31,13 @@ from .lending import lend_from_state, part_before_load
 from .loading import load_whole
 from .matching import ModuleSide, each_average
 from .model_copy import ModelCopy
-from .sampling import Sampled, check_deviations, refuse_complex, refuse_spread
+from .sampling import check_deviations, refuse_complex, refuse_spread
 from .states import export, fill_in, leave_out, translate_load
+from .subspace_use import Placed
 
 
 @pickled_from("swafast")
-class FusedAveragedModel(HasRule, Sampled, Adaptable, AveragedModel):
+class FusedAveragedModel(HasRule, Placed, Adaptable, AveragedModel):
     """A copy of a model that holds the running average of the model's parameters, updated in one fused pass.
 
     ``average = average + weight * (param - average)``, with ``weight = 1 / (n + 1)`` (SWA) by default.
@@ -161,9 +162,7 @@ class FusedAveragedModel(HasRule, Sampled, Adaptable, AveragedModel):
 
     def _format_of(self, name: str, average: Tensor, is_buffer: bool) -> Format | None:
         """Return the format of one average, or None for a tensor that is copied."""
-        if is_buffer and not self.use_buffers:
-            return None
-        if not (average.is_floating_point() or average.is_complex()):
+        if (is_buffer and not self.use_buffers) or not (average.is_floating_point() or average.is_complex()):
             return None
         if is_buffer:
             checks.check_plain(f"{name!r} of the model, a buffer that use_buffers averages,", average)

@@ -114,6 +114,7 @@ def _content(tensor: Tensor) -> tuple[object, object]:
 class HoldsModels(Described):
     """Base class of one averaged model, which says so where it is used before it holds a model."""
 
+    _times_set = 0  # how often the count was set, with other values, where an update adds to it
     _uncounted: Uncounted | None = None  # None: models are counted, or it is an old pickle, which does not tell
 
     if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class HoldsModels(Described):
 
     def _count_from(self, num_averaged: int, *, is_loaded: bool = False) -> None:
         """Begin with values that are an average of this many models: of none if they are those of a construction."""
+        self._times_set += 1
         self.n_averaged.fill_(num_averaged)
         watched = (self.n_averaged, self._params(), self._extra_planes())
         self._uncounted = None if num_averaged else Uncounted(*watched, is_loaded=is_loaded)
@@ -200,6 +202,7 @@ class HoldsModels(Described):
 
     def _note_load(self, count: object) -> None:
         """Note a load of a state that had ``count``; None: a state without it, of which the versions of params tell."""
+        self._times_set += 1
         if isinstance(count, Tensor) and is_on_host(count) and count.numel() == 1 and int(count) == 0:
             # Its params are still to be loaded, so do not watch them.
             self._uncounted = Uncounted(self.n_averaged, is_loaded=True)

@@ -106,6 +106,7 @@ class HasSamples:
     def _disregard_drift(self) -> None:
         """Warn of no drift from now on: a parameter that began late has less variance than its deviations."""
         self._seen_drift = -1
+        self._times_set += 1  # some averages have begun anew
 
     def _warn_of_drift(self) -> None:
         count = int(self.n_averaged)
@@ -126,6 +127,7 @@ class HasSamples:
     if TYPE_CHECKING:
         n_averaged: Tensor
         seed: int
+        _times_set: int
         _bindings: Any
         rule: Rule | None
 

@@ -15,6 +15,7 @@ from ..terms.converting import convert
 from ..terms.copying import write_once
 from ..terms.draws import Draws
 from ..terms.samples import Sample
+from ..torch_private.modules import named_tensors
 from . import launches
 from .checks import overlaps
 from .exchange import Exchange
@@ -67,9 +68,7 @@ def _prepared(
     made = plan.drawn
     if made is None or made[0] != drawing.seed:
         pairs = plan.pairs(params, planes)
-        # The model may tie params that the averaged module does not: the first average stays.
-        second = {max(both) for both in overlaps([pair.param] for pair in pairs)}
-        chosen = [i for i, pair in enumerate(pairs) if pair.spread_planes and i not in second]
+        chosen = drawn_indices(pairs)
         drawn = [replace(pairs[i], draws=drawing.draws_of(pairs[i])) for i in chosen]
         works = launches.prepare(drawn, plan.chosen) if drawn else []
         made = plan.drawn = (
@@ -77,6 +76,13 @@ def _prepared(
             [replace(work, indices=tuple(chosen[index] for index in work.indices)) for work in works],
         )
     return made[1]
+
+
+def drawn_indices(pairs: Sequence[Pair]) -> list[int]:
+    """Return the indices of the pairs of which a sample writes the param: those that have a spread."""
+    # The model may tie params that the averaged module does not: the first average stays.
+    second = {max(both) for both in overlaps([pair.param] for pair in pairs)}
+    return [i for i, pair in enumerate(pairs) if pair.spread_planes and i not in second]
 
 
 class DrawsSample(Exchange):
@@ -98,3 +104,31 @@ class DrawsSample(Exchange):
     def _put(self) -> None:
         planes = self.tensors[len(self.tensors) - self._num_planes :]
         draw(self._plan, self._params, planes, self._drawing)
+
+
+class PlacesPoint(DrawsSample):
+    """Puts a point into the model as a sample, and sets the gradients of its params aside, for those at the point."""
+
+    _gradients: Sequence[tuple[Tensor, Tensor | None]] = ()
+
+    def there(self) -> None:
+        root = self._binding.root
+        params = [param for _, param in named_tensors(root)] if root is not None else []
+        self._gradients = [(param, _kept(param.grad)) for param in params if param.is_leaf]
+        for param, _ in self._gradients:
+            param.grad = None
+        super().there()
+
+    def back(self) -> None:
+        try:
+            super().back()
+        finally:
+            for param, gradient in self._gradients:
+                param.grad = gradient
+
+
+def _kept(gradient: Tensor | None) -> Tensor | None:
+    """Return a gradient, or a copy if it lies in a larger tensor: in its buckets DDP writes those at the point."""
+    if type(gradient) is not Tensor or gradient.layout != torch.strided:
+        return gradient
+    return gradient.clone() if gradient.untyped_storage().nbytes() > gradient.nbytes else gradient

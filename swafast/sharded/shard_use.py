@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..average.sampling import HasSamples
+from ..average.subspace_use import HasSubspaces
 from ..backends.contract import Pair
 from ..loop import swaps
 from ..loop.guard import Guard, seamless
-from ..op.drawing import DrawsOf, DrawsSample, draw_for_good
+from ..op.drawing import DrawsOf, DrawsSample, PlacesPoint, draw_for_good
 from ..terms.draws import Draws, make_random_key
 from ..terms.formats import with_spread
 from ..terms.hints import hinted
 from ..terms.numbers import as_float, as_int
+from ..terms.samples import Sample
 from ..terms.spread import Spread
 from .construction import spell
 from .parts.all_gather import AllGather
@@ -37,7 +38,13 @@ class DrawsShards(DrawsSample, ShardedExchange):
     _call = "sampled_into"
 
 
-class UsableShards(HasSamples):
+class PlacesShards(PlacesPoint, DrawsShards):
+    """Each rank places its own part of a point, likewise."""
+
+    _call = "placed_into"
+
+
+class UsableShards(HasSubspaces):
     """Base class of one averaged model of shards that can be put into a model, as it is or as a sample."""
 
     def swapped_into(self, model: Module) -> AbstractContextManager[Module]:
@@ -97,7 +104,10 @@ class UsableShards(HasSamples):
         """
         self._for_good("sample_to", model, index=index, scale=scale, seed=seed)
 
-    # Both ways of use. ``asked`` is index, scale and seed of a sample; nothing: the averages themselves.
+    def _placed_into(self, model: Module, sample: Callable[[], Sample], spelled: str) -> AbstractContextManager[Module]:
+        return self._there_and_back("placed_into", model, sample=sample, spelled=spelled)
+
+    # Both ways of use. ``asked`` is index, scale and seed of a sample, or a point; nothing: the averages themselves.
 
     @seamless
     def _there_and_back(self, action: str, model: Module, **asked: Any) -> Iterator[Module]:
@@ -109,7 +119,10 @@ class UsableShards(HasSamples):
                     with self._meet(action, model, asked) as (bound, held):
                         kind: Any = ShardedExchange
                         if asked:
-                            kind = partial(DrawsShards, self._drawing(**asked))
+                            if "sample" in asked:
+                                kind = partial(PlacesShards, self._placing(asked["sample"]))
+                            else:
+                                kind = partial(DrawsShards, self._drawing(**asked))
                             bound[0].writable_pairs(*bound[1:])
                         elif self._uncounted is not None:
                             self._warn_if_empty(action)
@@ -156,8 +169,12 @@ class UsableShards(HasSamples):
             reshard(model)
             yield bound, bound[1].held() if self._all_gathers else {}
 
-    def _spelled(self, index: object, scale: object, seed: object) -> str:
+    def _spelled(
+        self, index: object = 0, scale: object = None, seed: object = None, spelled: str = "", **_: object
+    ) -> str:
         """Return what a sample is asked for as ranks compare it: by value, whatever the types of the arguments."""
+        if spelled:
+            return spelled
         number = None if scale is None else as_float(scale)
         exact = spell(scale) if number is None else f"{number} = {number.hex()}"
         own = self.seed if seed is None else seed

@@ -30,11 +30,11 @@ from .parts.ranks import Ranks
 from .parts.shares import share_out
 from .regrowing import AdaptableShards
 from .shard_side import ShardSide, check_sharded_model
-from .shard_use import UsableShards
+from .shard_subspaces import PlaceableShards
 
 
 @pickled_from("swafast")
-class ShardedAveragedModel(HasFullStates, UsableShards, AdaptableShards, ShardSide):
+class ShardedAveragedModel(HasFullStates, PlaceableShards, AdaptableShards, ShardSide):
     """The running average of a model that is spread over ranks. Each rank averages its own part of the model.
 
     ``average = average + weight * (param - average)``, bit for bit as :class:`~swafast.FusedAveragedModel` computes it,

@@ -106,6 +106,7 @@ op/: one update, planned and launched
     exchange          params and averages that change places
     drawing           a sample with the seed of its normal numbers, to be drawn: written into a model's params
     draws sample      an exchange that puts a sample into the model, and leaves the averages as they are
+    places point      an exchange that puts a point of a subspace into the model, and sets gradients aside
     replaced          params that have their copies during a swap, and the way back
     moved             the way back of an exchange whose memory has moved
     located           what an exchange needs of a binding: where its tensors are now
@@ -127,6 +128,10 @@ average/: averaged models of one process
     model copy        stands for a model while it is deep-copied, and makes the averages of the copy
     lent              a frozen param of the averaged module that stands on the model's memory
     loan              the lent params of one plan, and the others that it leaves out because they are frozen
+    subspace          the points average + sum of t[i] * direction[i], with few coordinates t
+    has points        what a subspace needs of the averaged model whose columns span it
+    has subspaces     base class of one averaged model of whose deviations a subspace may be made
+    placed            the same, in one process
     has samples       base class of one averaged model of which samples may be drawn
     sampled           the same, in one process
     holds planes      base class of one averaged model, which knows where its planes lie
@@ -171,6 +176,8 @@ sharded/: averages of models that are spread over ranks
     seal              checksum and dtype of an entry, in the state
     adaptable shards  base class of one averaged model of shards that can take over a model that has grown
     draws shards      an exchange that puts a sample into the model, a part on each rank
+    places shards     an exchange that puts a point of a subspace into the model, a part on each rank
+    placeable shards  base class of one averaged model of shards of whose deviations a subspace may be made
     usable shards     base class of one averaged model of shards that can be put into a model, or a sample of it
     has full states   base class of one averaged model of shards: its states of whole tensors
     pending load      one rank's parts of a state, until they are verified and written
