@@ -155,7 +155,7 @@ class LowPrecision:
                 param.copy_(accumulator)
 
     @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+    def _after_step(self, optimizer: Optimizer, *arguments: object) -> None:
         if not self._hooks or not is_step(optimizer):
             if self._hooks and is_making_state():
                 self._add_accumulators()
