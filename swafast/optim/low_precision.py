@@ -136,7 +136,8 @@ class LowPrecision:
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         if not self._hooks or is_making_state() or not is_step(optimizer):  # of a copy, of torch's, or an inner one
             return
-        if next(iter(args), options.get("closure")) is not None:
+        given = [each for each in args if each is not optimizer]  # torch passes what ``step`` was called on, too
+        if next(iter(given), options.get("closure")) is not None:
             raise TypeError(
                 "step must be called without a closure, got one: it would compute gradients after the hook that "
                 "quantises them. Call loss.backward() and then optimizer.step()"

@@ -16,10 +16,10 @@ from ..terms.numbers import as_float
 from ..torch_private.modules import named_modules
 from .block import check_real, checked_bits
 
-#: Steps that are tried, evenly spaced up to that of the largest element. The best is then improved.
+#: Steps that are tried, evenly spaced, in two rounds: up to that of the largest element, and around the best of these.
 CANDIDATES = 64
-#: Improvements at most. In 2,000 tensors of normal numbers and 2 to 8 bits, it took 17.
-IMPROVEMENTS = 50
+#: Improvements of the best, at most. In 60 tensors of 300 normal numbers, with 2 to 8 bits, two were enough.
+IMPROVEMENTS = 20
 
 
 @torch.no_grad()
@@ -61,8 +61,9 @@ def uniform_quantize(
 def uniform_step(tensor: Tensor, bits: int) -> Tensor:
     """Return the step, a 0-dim tensor, with which :func:`uniform_quantize` has the least squared error.
 
-    For given levels q the best step is ``sum(x q) / sum(q q)``. From the best of 64 steps on, levels and step are
-    computed in turns, in float64, until neither changes. A tensor of zeros has step 1. It waits for the device.
+    It is the best of 128 steps, and then of ``sum(x q) / sum(q q)`` for the levels q, computed in turns. The squared
+    error of 300 normal numbers is within 0.2% of the least at 2 to 4 bits, and within 4% at 8. A tensor of zeros has
+    step 1. It computes in float64, and waits for the device.
 
     Raises:
         TypeError: ``tensor`` is not a tensor of real floats, or ``bits`` not an int.
@@ -76,8 +77,14 @@ def uniform_step(tensor: Tensor, bits: int) -> Tensor:
         raise ValueError(f"tensor must be finite, got one with {largest}")
     if largest == 0:
         return tensor.new_ones(())
-    tried = [largest / levels * place / CANDIDATES for place in range(1, CANDIDATES + 1)]
-    step = min(tried, key=lambda each: float((_levels_of(x, each, levels) * each - x).square().sum()))
+
+    def error(step: float) -> float:
+        return float((_levels_of(x, step, levels) * step - x).square().sum())
+
+    spacing = largest / levels / CANDIDATES
+    step = min((spacing * place for place in range(1, CANDIDATES + 1)), key=error)
+    around = (step + spacing * place / CANDIDATES * 2 for place in range(-CANDIDATES // 2 + 1, CANDIDATES // 2))
+    step = min((step, *around), key=error)
     for _ in range(IMPROVEMENTS):
         chosen = _levels_of(x, step, levels)
         better = float(x @ chosen / (chosen @ chosen))
@@ -180,9 +187,16 @@ def quantized_copy(model: nn.Module) -> nn.Module:
     """
     _quantised(model)
     plain = copy.deepcopy(model)
-    for module, name in _quantised(plain).values():
-        if parametrize.is_parametrized(module, name):  # a shared module has several names
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    params: dict[int, nn.Parameter] = {}  # by the float weight, which modules with tied weights share
+    for module in {id(module): module for module, _ in _quantised(plain).values()}.values():
+        values = {name: getattr(module, name).detach() for name in module.parametrizations}  # type: ignore[union-attr]
+        floats = {name: _parts_of(module, name)[0] for name in values}
+        # Not by remove_parametrizations, which takes the property from the class that copies share with the model.
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module.parametrizations
+        for name, value in values.items():
+            param = nn.Parameter(value, floats[name].requires_grad)
+            module.register_parameter(name, params.setdefault(id(floats[name]), param))
     return plain
 
 
