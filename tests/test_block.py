@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from swafast.optim import BlockRounding, block_quantize
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPES = ((), (1,), (7,), (3, 5), (1, 9), (2, 3, 4, 5))
 
 

@@ -14,6 +14,9 @@ from swafast import FusedAveragedModel
 from swafast.optim import quantize_weights, quantized_copy, requantize, uniform_quantize, uniform_step
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 class Net(nn.Module):
     """A norm, a shared layer and tied weights."""
 
