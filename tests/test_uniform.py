@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from swafast import FusedAveragedModel
 from swafast.optim import quantize_weights, quantized_copy, requantize, uniform_quantize, uniform_step
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
