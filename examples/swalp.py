@@ -177,7 +177,14 @@ def draw(found: tuple[list[int], list[float], list[float], float], results: list
     left, right = figure.add_axes((0.065, 0.12, 0.4, 0.62)), figure.add_axes((0.7, 0.12, 0.2, 0.62))
     mean = means(results)
     gain = 100 * (mean[MEAN, BITS] - mean[LAST, BITS])
-    figure.text(0.065, 0.92, "Averages know more than their bits", fontsize=18, fontweight="bold", color=INK)
+    figure.text(
+        0.065,
+        0.92,
+        "The average of weights of a few bits is more exact than they are",
+        fontsize=18,
+        fontweight="bold",
+        color=INK,
+    )
     about = (
         "Grey: what a training in a few bits ends with. Blue: the average of its weights. On the digits, the average"
         f" of {BITS}-bit weights gains {gain:.1f} points."
@@ -199,7 +206,7 @@ def draw_errors(axes: Axes, counts: list[int], of_average: list[float], of_newes
     last = counts[-1]
     axes.annotate("8-bit weights", (last, 2.2 * max(of_newest[-20:])), ha="right", color=PALE, fontsize=11.5)
     axes.annotate("the nearest 8-bit weights", (last, 1.15 * floor), ha="right", color=INK, fontsize=11.5)
-    axes.annotate("their average", (last, 2.2 * of_average[-1]), ha="right", color=BLUE, fontsize=11.5)
+    axes.annotate("their average", (last, 6 * of_average[-1]), ha="right", color=BLUE, fontsize=11.5)
     axes.set_ylim(of_average[-1] / 2, 8 * max(of_newest[-20:]))
     axes.set_xlabel("models in the average", color=PALE, fontsize=11)
     axes.set_title("Least squares: squared distance to the solution", loc="left", fontsize=13, color=INK, pad=14)
