@@ -154,27 +154,24 @@ def draw(results: list[Scores], weights: dict[str, Tensor], out: Path) -> None:
         " values between theirs. So it is quantised again, with a step of its own."
     )
     figure.text(0.045, 0.875, about, fontsize=11.5, color=PALE)
+    limit = 1.5 * max(float(weights[stage].abs().max()) for stage in (LAST, AGAIN))
     for place, stage in enumerate((LAST, MEAN, AGAIN)):
         axes = figure.add_axes((0.045 + 0.155 * place, 0.12, 0.135, 0.62))
-        draw_weights(axes, weights[stage], stage, BLUE if place else GREY)
+        draw_weights(axes, weights[stage], stage, BLUE if place else GREY, limit)
     draw_accuracy(figure.add_axes((0.705, 0.12, 0.21, 0.62)), results)
     figure.savefig(out, format="png")
 
 
-def draw_weights(axes: Axes, weights: Tensor, stage: str, colour: str) -> None:
-    values = weights.unique()
-    few = len(values) < 2**BITS
-    if few:
-        counts = [int((weights == value).sum()) for value in values]
-        axes.bar(values.tolist(), counts, width=0.035, color=colour)
-    else:
-        axes.hist(weights.tolist(), bins=41, color=colour)
-    axes.set_xlim(-0.5, 0.5)
+def draw_weights(axes: Axes, weights: Tensor, stage: str, colour: str, limit: float) -> None:
+    values, counts = weights.mul(1e6).round().div(1e6).unique(return_counts=True)  # the average has rounding errors
+    axes.bar(values.tolist(), counts.tolist(), width=0.6 * float(values.diff().min()), color=colour)
+    axes.set_xlim(-limit, limit)
     axes.set_yticks([])
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#B0B0B0")
     axes.tick_params(colors=PALE, labelsize=10)
-    axes.set_xlabel(f"{len(values)} values" if few else "many values", color=PALE, fontsize=11)
+    axes.locator_params(axis="x", nbins=4)
+    axes.set_xlabel(f"{len(values)} values", color=PALE, fontsize=11)
     axes.set_title(stage.replace(", ", ",\n"), loc="left", fontsize=12, color=INK, pad=10)
 
 
