@@ -202,7 +202,7 @@ def quantized_copy(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def requantize(model: nn.Module, source: nn.Module) -> nn.Module:
-    """Give a model of :func:`quantize_weights` the values of another one, such as an average, with new steps.
+    """Put the values of another model, such as an average, into one of :func:`quantize_weights`, with new steps.
 
     An average of quantised weights lies between their values, so their steps do not fit it. The float weights become
     those of ``source``; other params and buffers are copied. All is written in place, so optimizers still fit.
