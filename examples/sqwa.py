@@ -154,9 +154,12 @@ def draw(results: list[Scores], weights: dict[str, Tensor], out: Path) -> None:
         " values between theirs. So it is quantised again, with a step of its own."
     )
     figure.text(0.045, 0.875, about, fontsize=11.5, color=PALE)
+    figure.text(
+        0.045, 0.015, "How many weights of the last convolution have which value, seed 1", fontsize=11, color=PALE
+    )
     limit = 1.5 * max(float(weights[stage].abs().max()) for stage in (LAST, AGAIN))
     for place, stage in enumerate((LAST, MEAN, AGAIN)):
-        axes = figure.add_axes((0.045 + 0.155 * place, 0.12, 0.135, 0.62))
+        axes = figure.add_axes((0.045 + 0.155 * place, 0.14, 0.135, 0.6))
         draw_weights(axes, weights[stage], stage, BLUE if place else GREY, limit)
     draw_accuracy(figure.add_axes((0.705, 0.12, 0.21, 0.62)), results)
     figure.savefig(out, format="png")

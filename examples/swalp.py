@@ -206,7 +206,8 @@ def draw_errors(axes: Axes, counts: list[int], of_average: list[float], of_newes
     last = counts[-1]
     axes.annotate("8-bit weights", (last, 2.2 * max(of_newest[-20:])), ha="right", color=PALE, fontsize=11.5)
     axes.annotate("the nearest 8-bit weights", (last, 1.15 * floor), ha="right", color=INK, fontsize=11.5)
-    axes.annotate("their average", (last, 6 * of_average[-1]), ha="right", color=BLUE, fontsize=11.5)
+    place = len(counts) // 3
+    axes.annotate("their average", (counts[place], of_average[place] / 3.5), ha="right", color=BLUE, fontsize=11.5)
     axes.set_ylim(of_average[-1] / 2, 8 * max(of_newest[-20:]))
     axes.set_xlabel("models in the average", color=PALE, fontsize=11)
     axes.set_title("Least squares: squared distance to the solution", loc="left", fontsize=13, color=INK, pad=14)

@@ -117,8 +117,9 @@ def test_attached_averages_have_the_quantised_weights_in_full_precision(full: bo
     optimizer = SGD(net.parameters(), 0.1, **OPTIONS)
     LowPrecision(optimizer, 4, full_accumulator=full)
     averaged = FusedAveragedModel(net)
-    averaged.attach(optimizer, overlap=overlap)
+    attachment = averaged.attach(optimizer, overlap=overlap)
     seen = [params_of(net) for _ in train(net, optimizer, range(5))]
+    attachment.join()  # an update that runs beside the next forward
     assert int(averaged.n_averaged) == 5
     for average, *values in zip(averaged.module.parameters(), *seen, strict=True):
         assert all(is_rounded(value, 4) for value in values)
@@ -163,6 +164,18 @@ def test_a_resumed_training_has_the_same_bits(full: bool, bits_of_average: int |
     assert not equal(straight, resumed(full, bits_of_average, lost="low"))
     if full:
         assert not equal(straight, resumed(full, bits_of_average, lost="optimizer"))
+
+
+def test_each_seed_has_random_numbers_of_its_own() -> None:
+    ends: dict[int, list[Tensor]] = {}
+    for seed in (0, 1, -1):
+        net = make_net()
+        optimizer = SGD(net.parameters(), 0.1)
+        LowPrecision(optimizer, 5, seed=seed)
+        assert [*train(net, optimizer, range(1))]
+        ends[seed] = params_of(net)
+    assert not equal(ends[0], ends[1])
+    assert not equal(ends[0], ends[-1])
 
 
 def test_the_mean_of_few_bits_is_rounded_at_each_update() -> None:
