@@ -213,6 +213,23 @@ def test_the_step_of_a_base_class_is_not_one_more() -> None:
     assert equal(*map(params_of, nets))
 
 
+class DecaysFirst(SGD):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for param in self.param_groups[0]["params"]:
+            param.mul_(0.5)
+        return super().step(closure)
+
+
+def test_what_a_step_does_before_that_of_its_base_class_stays() -> None:
+    net = make_net()
+    optimizer, before = DecaysFirst(net.parameters(), 0.0), params_of(net)
+    LowPrecision(optimizer, 5, full_accumulator=True)
+    assert [*train(net, optimizer, range(3))]
+    accumulators = [optimizer.state[param]["accumulator"] for param in net.parameters()]
+    assert equal(accumulators, [param / 8 for param in before])
+
+
 @pytest.mark.parametrize("kind", [SGD, Adam])
 def test_steps_that_torch_takes_to_make_a_state_change_nothing(kind: Any) -> None:
     net = make_net()

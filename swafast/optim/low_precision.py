@@ -134,7 +134,7 @@ class LowPrecision:
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if not self._hooks or is_making_state() or not is_step(optimizer):  # of a copy, of torch's, or an inner one
+        if not self._hooks or not is_step(optimizer):  # a step of torch's own, or one inside another
             return
         given = [each for each in args if each is not optimizer]  # torch passes what ``step`` was called on, too
         if next(iter(given), options.get("closure")) is not None:
