@@ -147,7 +147,7 @@ def draw(results: list[Scores], weights: dict[str, Tensor], out: Path) -> None:
     figure = Figure(figsize=(12.5, 6), dpi=120, facecolor="white")
     mean = means(results)
     gain = 100 * (mean[AGAIN] - mean[LAST])
-    title = f"SQWA: {BITS} bits again after the average, and {gain:+.1f} points"
+    title = f"SQWA: the average, in {BITS} bits again: {gain:+.1f} points on the last model"
     figure.text(0.045, 0.92, title, fontsize=18, fontweight="bold", color=INK)
     about = (
         f"Handwritten digits, {SETTINGS.label_noise:.0%} wrong training labels. The average of {CAPTURED} models has"

@@ -198,6 +198,17 @@ def test_the_mean_of_few_bits_is_rounded_at_each_update() -> None:
     assert 0 < float(off) < 2.0 ** (1 - 4)  # a step of numbers from 2 to 4 is 2^-3
 
 
+def test_each_update_of_a_mean_has_random_numbers_of_its_own() -> None:
+    ends = []
+    for seed, count in ((0, 1), (0, 2), (1, 1), (0, 1)):
+        average = torch.linspace(-1, 1, 50)
+        LowPrecisionMean(5, seed=seed)([average], [average], torch.tensor(count))
+        ends.append(average)
+    assert not torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
+    assert torch.equal(ends[0], ends[3])
+
+
 class Twice(SGD):
     def step(self, closure: Any = None) -> Any:
         return super().step(closure)

@@ -73,6 +73,9 @@ def test_the_step_has_the_least_squared_error(bits: int, seed: int) -> None:
     # Two steps with nearly the same error may be far apart, so errors are compared.
     over = float(error(uniform_step(x, bits))) / float(error(every).min()) - 1
     assert over < (0.002 if bits <= 4 else 0.04)
+    step = uniform_step(x, bits)
+    levels = (x / step).round().clamp(-most, most)
+    assert torch.isclose(step, x @ levels / (levels @ levels), rtol=1e-12, atol=0)  # the best for its levels
     if bits <= 4:  # the step of the largest element is far from it
         assert float(error(x.abs().max() / most)) / float(error(every).min()) - 1 > 0.1
 

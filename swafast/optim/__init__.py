@@ -1,4 +1,4 @@
-"""Recipes of weight averaging from other packages, under the names that they have there. ``SWALR`` is torch's own."""
+"""Recipes of weight averaging from papers and from other packages, whose names they have. ``SWALR`` is torch's own."""
 
 from typing import TYPE_CHECKING
 
