@@ -30,7 +30,9 @@ ON_RANKS = ("docs/sharded.md", "docs/averages.md", "docs/growing.md", "docs/reci
 #: Pages whose blocks need a framework: its file in tests/frameworks runs them.
 WITH_FRAMEWORKS = "docs/frameworks/"
 #: Pages that average in the last quarter of a training, so it must have some epochs.
-LATE = tuple(f"docs/recipes/{name}.md" for name in ("swag", "swag_diagonal", "multiswa", "multiswag", "subspace"))
+LATE = tuple(
+    f"docs/recipes/{name}.md" for name in ("swag", "swag_diagonal", "multiswa", "multiswag", "subspace", "swalp")
+)
 #: Blocks that need a CUDA device. They run with torch's graphs replaced by ones that run their body at once.
 WITH_GRAPHS = {("docs/gpu.md", 0)}
 
@@ -363,7 +365,7 @@ def test_the_example_of_swag_says_what_to_install(package: str, monkeypatch: pyt
         runpy.run_path(str(ROOT / "examples" / "swag.py"))
 
 
-@pytest.mark.parametrize("name", ["attach", "digits", "merging", "recipes"])
+@pytest.mark.parametrize("name", ["attach", "digits", "merging", "recipes", "sqwa", "swalp"])
 def test_an_example_that_is_too_short_ends_with_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for value, words in (("3", "epochs must be at least 4, got 3"), ("x", "invalid literal")):
         monkeypatch.setenv("EPOCHS", value)

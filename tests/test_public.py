@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import swafast
-from swafast.optim import SWA, cyclical_cosine_lr, cyclical_lr
+from swafast.optim import SWA, BlockRounding, LowPrecisionMean, cyclical_cosine_lr, cyclical_lr
 
 ROOT = Path(__file__).parents[1]
 #: Packages whose names a pickle may hold: they stay when modules move.
@@ -237,12 +237,14 @@ def made() -> dict[str, Any]:
         "SWA": SWA(sgd, 1, 1),
         "cyclical": cyclical_lr(sgd, max_lr=0.1, min_lr=0.01, cycle=2),
         "cosine": cyclical_cosine_lr(sgd, max_lr=0.1, anneal=4, until=3, cycle=1),
+        "rounding": BlockRounding(),
+        "low precision mean": LowPrecisionMean(9),
         "error": importlib.import_module("swafast.sharded").LostPeerError("gone"),
     }
 
 
 OF_THE_ROOT = ("averaged model", "compact", "several", "kernel terms", "schedule")
-OF_PACKAGES = ("SWA", "cyclical", "cosine", "error")
+OF_PACKAGES = ("SWA", "cyclical", "cosine", "rounding", "low precision mean", "error")
 
 
 def modules_in(pickled: bytes) -> set[str]:

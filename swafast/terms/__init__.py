@@ -233,12 +233,18 @@ files/: checkpoints in files
     keys of average   where a state has the planes of one average
     combined          what a merge or a window of files has written
 
-optim/: other packages' recipes
+optim/: recipes of papers and of other packages
     swa               torchcontrib's optimizer of that name, and Composer's algorithm
     clock             the steps after which Composer's SWA updates
     cycles            a learning rate schedule that repeats
     triangle          a rate that falls and rises linearly
     cosine            a rate that falls as a cosine, and then repeats its last steps
+    low precision     weights, gradients and momentum of a few bits, as in SWALP
+    low precision mean  their equal mean, kept in a few bits too
+    rounding          how numbers become integers; as a class, that of activations and errors
+    accumulator       what an optimizer's step adds to, where weights are made of it
+    noise             the random numbers of one step of low precision
+    uniform weight    a weight of evenly spaced values, and the float weight behind it
     layer             running statistics of a BatchNorm layer, and the moments of what it normalises
     moments           count, mean and squared deviations of what a layer normalises
     watch             sees what the layers of a model normalise, while it runs

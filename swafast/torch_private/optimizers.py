@@ -126,6 +126,11 @@ def owners_of_state_hooks(optimizer: Optimizer) -> list[object]:
     return [getattr(hook, "__self__", None) for hook in optimizer._optimizer_state_dict_post_hooks.values()]
 
 
+def owners_of_step_hooks(optimizer: Optimizer) -> list[object]:
+    """Return the objects whose methods are hooks before ``step``."""
+    return [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()]
+
+
 def _is_of(functions: Mapping[str, str], frame: FrameType) -> bool:
     return functions.get(frame.f_code.co_name) == frame.f_globals.get("__name__", "")
 

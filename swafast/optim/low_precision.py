@@ -1,0 +1,271 @@
+"""SWALP: training in a few bits, by hooks on the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..loop.attachment import Attachment, check_step, wait_for_readers
+from ..loop.hookable import check_optimizers
+from ..loop.roster import state_holder
+from ..op.checks import checked_seed
+from ..terms.numbers import as_bool
+from ..terms.pickling import pickled_from
+from ..torch_private.optimizers import is_making_state, is_step, owners_of_step_hooks
+from .block import block_quantize, check_real, checked_bits, checked_rounding
+
+#: The key of a full-precision accumulator in the optimizer's state of a param.
+ACCUMULATOR = "accumulator"
+
+
+class LowPrecision:
+    """Train with weights, gradients, momentum and accumulator of a few bits: the steps of SWALP.
+
+    Hooks on the optimizer quantise the gradients before each of its steps, and the momentum and the weights after it,
+    by :func:`~swafast.optim.block_quantize`, in place. The step itself computes in the params' dtype. The paper's
+    accumulator is what the step adds to. It has ``bits`` bits too, and then it is the weights themselves; or it keeps
+    full precision, in the optimizer's state, and the weights are made of it anew after each step.
+
+    Make it after the optimizer and before ``attach``, so that averages get the quantised weights. Activations and
+    errors are rounded by :class:`~swafast.optim.BlockRounding` in the model. Params without a gradient are left as they
+    are. Of the optimizer's state, ``momentum_buffer`` is quantised, which SGD has. It simulates: tensors keep their
+    dtype and memory, and the device is not waited for.
+
+    Args:
+        optimizer: an optimizer of params that are float16, bfloat16, float32 or float64. Gradients must be dense.
+        bits: of each number, its sign included.
+        rounding: ``"stochastic"`` or ``"nearest"``.
+        full_accumulator: keep the accumulator in full precision. It takes the memory of the params once more.
+        seed: of the random numbers, an int. They depend on it and on :attr:`step`.
+
+    Attributes:
+        step: number of steps so far.
+
+    Raises:
+        TypeError: an argument has a wrong type, the optimizer does not run torch's hooks, or a param has another dtype.
+        ValueError: ``bits`` is not from 2 to 16, ``rounding`` is another, or a param is sparse or sharded.
+        RuntimeError: the optimizer is wrapped already, or an average is attached to it.
+
+    In a step, also TypeError or ValueError: a gradient is sparse, or a closure is given. Nothing has changed then.
+
+    Paper: Yang et al. 2019, "SWALP: Stochastic Weight Averaging in Low-Precision Training", arXiv:1904.11943.
+
+    Example::
+
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        low_precision = LowPrecision(optimizer, bits=8)
+        averaged = FusedAveragedModel(model)  # in full precision
+        averaged.attach(optimizer, start="0.75dur", every=len(loader), duration=total_steps)
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        bits: int = 8,
+        *,
+        rounding: str = "stochastic",
+        full_accumulator: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self._optimizer = _checked_optimizer(optimizer)
+        self.bits, self.rounding = checked_bits("bits", bits), checked_rounding(rounding)
+        if (is_full := as_bool(full_accumulator)) is None:
+            raise TypeError(f"full_accumulator must be a bool, got {full_accumulator!r}")
+        self.full_accumulator, self.seed, self.step = is_full, checked_seed(seed), 0
+        for what, param in _places(self._optimizer):
+            check_real(what, param)
+        self._noise = _Noise(self.seed, 0)
+        self._hooks = [
+            self._optimizer.register_step_pre_hook(self._before_step),
+            self._optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def detach(self) -> None:
+        """Remove the hooks: steps are those of the optimizer again. Params keep their quantised values.
+
+        Raises:
+            RuntimeError: it was detached before.
+        """
+        if not self._hooks:
+            raise RuntimeError("LowPrecision must have an optimizer to be detached, got one that was detached before")
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed training needs besides the states of model and optimizer, as plain values.
+
+        Accumulators of full precision are in the optimizer's state.
+        """
+        settings = {"bits": self.bits, "rounding": self.rounding, "full_accumulator": self.full_accumulator}
+        return {**settings, "seed": self.seed, "step": self.step}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on with the steps and the seed of a state. The next steps have the same bits as without the stop.
+
+        Raises:
+            ValueError: it is not a state of this class, or has other settings. Nothing has changed.
+        """
+        own = self.state_dict()
+        if not isinstance(state_dict, Mapping) or state_dict.keys() != own.keys():
+            raise ValueError(f"state_dict must have {', '.join(own)}, got {state_dict!r}")
+        for name in ("bits", "rounding", "full_accumulator"):
+            if state_dict[name] != own[name]:
+                raise ValueError(
+                    f"{name} must be that of the state, {state_dict[name]!r}, got {own[name]!r}: construct "
+                    f"LowPrecision(optimizer, {name}={state_dict[name]!r})"
+                )
+        try:
+            seed, step = checked_seed(state_dict["seed"]), check_step(state_dict["step"])
+        except TypeError as error:
+            raise ValueError(f"state_dict must be a state of LowPrecision, got {state_dict!r}: {error}") from error
+        self.seed, self.step = seed, step
+
+    def __repr__(self) -> str:
+        full = ", full_accumulator=True" if self.full_accumulator else ""
+        return f"LowPrecision(bits={self.bits}, rounding={self.rounding!r}{full}, seed={self.seed}, step={self.step})"
+
+    # Steps
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if not self._hooks or not is_step(optimizer):  # a step of torch's own, or one inside another
+            return
+        given = [each for each in args if each is not optimizer]  # torch passes what ``step`` was called on, too
+        if next(iter(given), options.get("closure")) is not None:
+            raise TypeError(
+                "step must be called without a closure, got one: it would compute gradients after the hook that "
+                "quantises them. Call loss.backward() and then optimizer.step()"
+            )
+        trained = self._trained()
+        for what, param in trained:
+            check_real(what, param)
+            check_real(f"the gradient of {what}", param.grad)
+        self._noise = _Noise(self.seed, self.step)
+        if self.full_accumulator:
+            wait_for_readers([param for _, param in trained])
+        for _, param in trained:
+            self._round(param.grad)
+            accumulator = self._optimizer.state.get(param, {}).get(ACCUMULATOR)
+            if self.full_accumulator and accumulator is not None:
+                param.copy_(accumulator)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, *arguments: object) -> None:
+        if not self._hooks or not is_step(optimizer):
+            if self._hooks and is_making_state():
+                self._add_accumulators()
+            return
+        for _, param in self._trained():
+            momentum = self._optimizer.state.get(param, {}).get("momentum_buffer")
+            if isinstance(momentum, Tensor):
+                self._round(momentum)
+            if self.full_accumulator:
+                self._accumulate(param)
+            self._round(param)
+        self.step += 1
+
+    def _trained(self) -> list[tuple[str, Tensor]]:
+        return [(what, param) for what, param in _places(self._optimizer) if param.grad is not None]
+
+    def _round(self, tensor: Tensor | None) -> None:
+        if tensor is not None and tensor.numel():
+            generator = self._noise.on(tensor.device) if self.rounding == "stochastic" else None
+            tensor.copy_(block_quantize(tensor, self.bits, rounding=self.rounding, generator=generator))
+
+    def _accumulate(self, param: Tensor) -> None:
+        """Keep what the step has made of a param. The optimizer's own state must be there: some ask if it is empty."""
+        state = self._optimizer.state[param]
+        if ACCUMULATOR in state:
+            state[ACCUMULATOR].copy_(param)
+        else:
+            state[ACCUMULATOR] = param.detach().clone()
+
+    def _add_accumulators(self) -> None:
+        """Add what a checkpoint is loaded into, where torch makes the optimizer's state for that."""
+        if self.full_accumulator:
+            for _, param in self._trained():
+                self._accumulate(param)
+
+
+def _checked_optimizer(optimizer: object) -> Optimizer:
+    """Return the optimizer to put hooks on, or raise as :class:`LowPrecision`."""
+    if isinstance(optimizer, Sequence):
+        raise TypeError(f"optimizer must be one optimizer, got {len(optimizer)}: call LowPrecision for each")
+    holder = state_holder(*check_optimizers(optimizer))
+    for owner in owners_of_step_hooks(holder):
+        if isinstance(owner, LowPrecision):
+            raise RuntimeError(f"optimizer must not be wrapped already, got one with {owner}: call its detach() first")
+        if isinstance(owner, Attachment) and owner.is_attached:
+            raise RuntimeError(
+                f"optimizer must be wrapped before an average is attached, got one with {owner}: its hooks would "
+                "average weights before they are quantised. Detach it, call LowPrecision, and attach again"
+            )
+    return holder
+
+
+def _places(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Yield the params of an optimizer, each with its name for an error."""
+    for number, group in enumerate(optimizer.param_groups):
+        names = group.get("param_names") or range(len(group["params"]))
+        for name, param in zip(names, group["params"], strict=True):
+            yield f"param {name!r} of the optimizer's group {number}", param
+
+
+class _Noise:
+    """Random numbers that depend on a seed and a step alone, from one generator for each device."""
+
+    def __init__(self, seed: int, step: int) -> None:
+        # torch's generator on a CPU takes 32 bits. The odd factor makes them differ for 2^32 steps.
+        self._seed = (seed * 0x85EBCA6B + step * 0x9E3779B1) % 2**32
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def on(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
+
+
+@pickled_from("swafast.optim")
+@dataclass(frozen=True)
+class LowPrecisionMean:
+    """The equal mean, kept in a few bits: ``FusedAveragedModel(model, multi_avg_fn=LowPrecisionMean(9))``.
+
+    average = block_quantize(average + (param - average) / (n + 1)), in plain torch. The first update copies the params
+    as they are. Its random numbers depend on the seed and on the number of models in the average.
+
+    Args:
+        bits: of each number, its sign included.
+        rounding: ``"stochastic"`` or ``"nearest"``. To the nearest, an average stops moving once its steps are short.
+        seed: of the random numbers.
+
+    Raises:
+        TypeError: ``bits`` or ``seed`` is not an int.
+        ValueError: ``bits`` is not from 2 to 16, or ``rounding`` is another.
+
+    Paper: Yang et al. 2019, "SWALP: Stochastic Weight Averaging in Low-Precision Training", arXiv:1904.11943.
+    """
+
+    bits: int
+    rounding: str = "stochastic"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checked_bits("bits", self.bits)
+        checked_rounding(self.rounding)
+        checked_seed(self.seed)
+
+    @torch.no_grad()
+    def __call__(self, averages: Sequence[Tensor], params: Sequence[Tensor], num_averaged: Tensor | int) -> None:
+        """Move the averages, dense float tensors, towards the params. Reads ``num_averaged``: on a GPU, it waits."""
+        count = int(num_averaged)
+        noise = _Noise(self.seed, count)
+        for average, param in zip(averages, params, strict=True):
+            generator = noise.on(average.device) if self.rounding == "stochastic" else None
+            mean = average + (param - average) / (count + 1)
+            average.copy_(block_quantize(mean, self.bits, rounding=self.rounding, generator=generator))
