@@ -27,12 +27,20 @@ def report() -> list[tuple[str, str]]:
         missing = backend.unavailable()
         found = backend.describe() if missing is None else f"not available: {missing.reason}"
         lines.append((f"backend {backend.name}", found))
-    checks = tree_check.load()
-    found = f"native ({tree_check.library_path()})"
-    lines.append(("checks of tensors", found if not isinstance(checks, Unavailable) else f"Python: {checks.reason}"))
+    lines.append(("checks of tensors", _checks()))
     for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         lines.append((f"in use on {kind}", _in_use(kind)))
     return lines
+
+
+def _checks() -> str:
+    try:
+        found = tree_check.load()
+    except ValueError as error:
+        return f"none: {error}"
+    if isinstance(found, Unavailable):
+        return f"Python: {found.reason}"
+    return f"native ({tree_check.library_path()}; {tree_check.CHECKS} is not set)"
 
 
 def _in_use(device_type: str) -> str:
@@ -49,9 +57,9 @@ def _in_use(device_type: str) -> str:
 
 
 def main() -> int:
-    """Print the report. Return 1 if ``SWAFAST_BACKEND`` names a backend that cannot run here, else 0."""
+    """Print the report. Return 1 if a variable of the environment asks for what cannot run here, else 0."""
     lines = report()
     width = max(len(what) for what, _ in lines)
     for what, finding in lines:
         print(f"{what:<{width}}  {finding}")
-    return int(any(finding.startswith("none:") for what, finding in lines if what.startswith("in use")))
+    return int(any(finding.startswith("none:") for _, finding in lines))

@@ -141,6 +141,17 @@ def test_the_doctor_says_in_a_line_why_it_is_left_out(
     assert check.stands()  # a library that is refused leaves what one loaded before uses
 
 
+def test_an_unknown_setting_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree_check, "load", tree_check.load.__wrapped__)
+    monkeypatch.setenv("SWAFAST_CHECKS", "off")
+    average = FusedAveragedModel(model := Net())
+    with pytest.raises(ValueError, match=r"SWAFAST_CHECKS must be 'python' or not be set, got 'off'"):
+        average.update_parameters(model)
+    assert average.n_averaged == 0
+    assert dict(doctor.report())["checks of tensors"].startswith("none: SWAFAST_CHECKS must be")
+    assert doctor.main() == 1
+
+
 def test_it_keeps_no_model_alive_and_no_memory() -> None:
     model = Net()
     average = FusedAveragedModel(model)

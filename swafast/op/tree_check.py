@@ -27,7 +27,7 @@ from ..torch_private.modules import named_modules
 #: Of the whole package. It is silent unless the user has set its level to INFO.
 LOGGER = logging.getLogger("swafast")
 
-#: Set to ``python`` to leave the native pass out.
+#: Set to ``python`` to have tensors checked in Python, without the native pass.
 CHECKS = "SWAFAST_CHECKS"
 #: Changes with any function of csrc/python/trees.cpp.
 _ABI = 2
@@ -122,6 +122,7 @@ class Checks:
     _MOST = 8
 
     def __init__(self) -> None:
+        goes_by_python()  # an unknown setting is an error before anything is written
         self._check: TreeCheck | None = None
         self._num_left = self._MOST
 
@@ -222,10 +223,22 @@ def _codes_of(dtype: torch.dtype, device: torch.device) -> tuple[int, int, int]:
     return read[3:6]
 
 
+def goes_by_python() -> bool:
+    """Return whether the user has asked for checks in Python.
+
+    Raises:
+        ValueError: the setting is unknown.
+    """
+    asked = os.environ.get(CHECKS) or None
+    if asked not in (None, "python"):
+        raise ValueError(f"{CHECKS} must be 'python' or not be set, got {asked!r}")
+    return asked is not None
+
+
 @functools.cache
 def load() -> Functions | Unavailable:
     """Return the functions of the native pass, or why it cannot be used."""
-    if os.environ.get(CHECKS) == "python":
+    if goes_by_python():
         return Unavailable(f"{CHECKS}=python", expected=True)
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         return Unavailable("this Python has no global lock, and tensors are read under it", expected=True)
