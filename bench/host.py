@@ -79,12 +79,12 @@ def python_way(made: HostModel, model: nn.Module) -> Call:
 def native_ways(made: HostModel, model: nn.Module) -> dict[str, Call]:
     """Return our update with the native pass, and its parts alone."""
     averaged = made.average(model)
-    check = internals.native_pass(averaged)
+    check, written = internals.native_pass(averaged), internals.written(averaged, model)
     return {
         names.OURS: partial(averaged.update_parameters, model),
-        names.PASS: check.stands,
-        names.PASS_AND_TELL: partial(check.stands, writes=True),
-        names.TORCH_TELLS: partial(increment_version, internals.written(averaged, model)),
+        names.PASS: partial(check.find, internals.NUM_FOUND),
+        names.TELLS: partial(internals.tell, written),
+        names.TORCH_TELLS: partial(increment_version, written),
     }
 
 

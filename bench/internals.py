@@ -114,6 +114,10 @@ def plan_shares(model: nn.Module, rank: int, ranks: int) -> int:
 
 # The checks before an update
 
+tell = tree_check.tell
+# The groups that the check of an average looks up: params and planes.
+NUM_FOUND = 2
+
 
 def native_pass_missing() -> str | None:
     """Return why tensors are not checked by a native pass here, or None."""
@@ -143,7 +147,7 @@ def native_pass(averaged: Averaged) -> tree_check.TreeCheck:
 def check_in_python(averaged: Averaged) -> None:
     """Have the model of the last update checked in Python from now on, as where no native pass can be used."""
     checks = _checks_of(averaged)
-    checks._check, checks._num_left = None, 0
+    checks._check, checks._is_in_vain = None, True
 
 
 def written(averaged: Averaged, model: nn.Module) -> list[Tensor]:

@@ -8,7 +8,7 @@ MUL_ADD, LERP_FLOAT = "mul_().add_()", "lerp_(p.float())"
 OURS, OURS_EXACT, OURS_FLOAT32 = "swafast", "swafast exact", "swafast float32"
 # Our update by other ways or in part, beside the whole one.
 OURS_IN_PYTHON, C_CALL = f"{OURS}, checks in Python", f"{OURS}'s C call alone"
-PASS, PASS_AND_TELL, TORCH_TELLS = "native pass", "native pass, telling autograd", "torch's increment_version"
+PASS, TELLS, TORCH_TELLS = "native pass", "telling autograd", "torch's increment_version"
 FOREACH_PARAMS = f"{FOREACH}, params alone"
 ALL_OURS = (OURS, OURS_EXACT, OURS_FLOAT32)
 # Ceilings: one ``lerp_`` over the same bytes in one tensor; on a GPU a copy of as many bytes.

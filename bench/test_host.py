@@ -96,7 +96,7 @@ def test_every_way_is_timed_and_stands_in_the_tables(monkeypatch: pytest.MonkeyP
     kernel = internals.library.loaded().swafast_cpu_update
     rows = host.measure(quick=True)
     assert internals.library.loaded().swafast_cpu_update is kernel
-    ways = {names.OURS, names.OURS_IN_PYTHON, names.PASS, names.PASS_AND_TELL, names.TORCH_TELLS}
+    ways = {names.OURS, names.OURS_IN_PYTHON, names.PASS, names.TELLS, names.TORCH_TELLS}
     for made in chosen:
         for group in (names.HOST, names.HOST_COLD):
             assert {row.provider for row in rows if (row.workload, row.group) == (made.name, group)} == ways

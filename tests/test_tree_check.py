@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from swafast import FusedAveragedModel
+from swafast import FusedAveragedModel, Rule
 from swafast.backends import Unavailable
 from swafast.op import tree_check
 from swafast.op.tree_check import TreeCheck
 from tests.support import same_bits
-from tests.tree_changes import CHANGES, HARMLESS, Change, Net
+from tests.tree_changes import CHANGES, HARMLESS, Change, Net, stands
 
 if isinstance(tree_check.load(), Unavailable):
     pytest.skip("needs the native library of the checks", allow_module_level=True)
@@ -117,11 +119,11 @@ def test_a_change_is_told_and_gives_what_the_checks_in_python_give(
     for native in (True, False):
         training = Training()
         assert training.check is not None
-        assert training.check.stands()
+        assert stands(training.check)
         is_changed = training.apply((HARMLESS | CHANGES)[name], side) and name in CHANGES
         assert is_changed == (name in CHANGES) or (name, side) == ("storage freed", "average")  # a bucket stays
         if native:
-            assert training.check.stands() is not is_changed
+            assert stands(training.check) is not is_changed
             assert training.fits_in_python or name in CHANGES
         logs.append(run(training, [training.step] * 3, native))
     assert all(map(same, *logs))
@@ -139,7 +141,7 @@ def test_any_sequence_of_changes_gives_what_the_checks_in_python_give(seed: int)
             nonlocal num_stood
             name, change = chosen.choice(list(chosen.choice((HARMLESS, CHANGES)).items()))
             training.apply(change, chosen.choices(SIDES, (4, 1))[0])
-            if native and training.check is not None and training.check.stands():
+            if native and training.check is not None and stands(training.check):
                 num_stood += 1
                 assert training.fits_in_python, name
             training.step()
@@ -151,3 +153,70 @@ def test_any_sequence_of_changes_gives_what_the_checks_in_python_give(seed: int)
     assert len(logs[0]) == len(logs[1])
     assert all(map(same, *logs))
     assert num_stood > 3
+
+
+class Meddling(Rule):
+    """Calls the user's code when its weight is asked for: between the checks and the kernel."""
+
+    def __init__(self, meddle: Callable[[], object]) -> None:
+        self.meddle = meddle
+
+    def weight(self, num_averaged: int) -> float:
+        self.meddle()
+        return 0.5
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_what_a_kernel_uses_is_held_until_it_ends(side: str) -> None:
+    model, held = Net(), []
+
+    def replace() -> None:
+        tree = model if side == "model" else average.module
+        before = weakref.ref(tree.first.weight)
+        tree.first.weight = torch.nn.Parameter(torch.zeros(4, 4))
+        gc.collect()
+        held.append(before() is not None)
+
+    rule = Meddling(lambda: None)
+    average = FusedAveragedModel(model, rule=rule)
+    for _ in range(3):
+        average.update_parameters(model)
+    rule.meddle = replace
+    average.update_parameters(model)
+    assert held == [True]
+
+
+def test_an_update_that_is_refused_tells_autograd_nothing() -> None:
+    def refuse() -> None:
+        raise ArithmeticError
+
+    rule = Meddling(lambda: None)
+    average = FusedAveragedModel(model := Net(), rule=rule)
+    for _ in range(3):
+        average.update_parameters(model)
+    versions = [tensor._version for tensor in average.state_dict().values()]
+    rule.meddle = refuse
+    with pytest.raises(ArithmeticError):
+        average.update_parameters(model)
+    assert [tensor._version for tensor in average.state_dict().values()] == versions
+
+
+def test_a_check_that_never_stands_is_made_seldom_and_one_that_stands_again_stays() -> None:
+    checks, made = tree_check.Checks(), []
+    tree = Net()
+
+    def make() -> TreeCheck:
+        made.append(TreeCheck([tree], [list(tree.parameters())]))
+        tree.a.data = tree.a.data.clone()
+        return made[-1]
+
+    for _ in range(200):
+        assert checks.find(1) is None
+        checks.make(make)
+    assert 8 <= len(made) <= 8 + 200 // 64
+    checks.make(lambda: TreeCheck([tree], [list(tree.parameters())]))
+    for _ in range(64):
+        checks.make(lambda: TreeCheck([tree], [list(tree.parameters())]))
+        if checks.find(1) is not None:
+            break
+    assert checks.find(1) is not None

@@ -24,7 +24,7 @@ from swafast.op import tree_check
 from swafast.op.tree_check import TreeCheck
 from tests.support import is_interrupted
 from tests.test_tree_check import Training, run, same
-from tests.tree_changes import Net, Special
+from tests.tree_changes import Net, Special, stands
 
 if isinstance(tree_check.load(), Unavailable):
     pytest.skip("needs the native library of the checks", allow_module_level=True)
@@ -97,7 +97,7 @@ REASONS = {
     "no global lock": "this Python has no global lock",
     "no library": "absent.so is not there: it is built where Python's headers are",
     "a broken library": "broken.so did not load",
-    "another interface": "has interface 2, this swafast needs 999: install it again",
+    "another interface": "has interface 3, this swafast needs 999: install it again",
     "no cell": "does not show where its own object is",
     "a torch without a function": "this torch does not export aoti_torch_get_data_ptr",
     "a torch that is not loaded": "libabsent.so is not loaded",
@@ -110,7 +110,7 @@ def test_the_doctor_says_in_a_line_why_it_is_left_out(
     why: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     patch = monkeypatch.setattr
-    check = TreeCheck([model := Net()], [list(model.parameters())], written=())
+    check = TreeCheck([model := Net()], [list(model.parameters())])
     (tmp_path / "broken.so").write_text("no library")
     if why == "asked for":
         monkeypatch.setenv("SWAFAST_CHECKS", "python")
@@ -138,7 +138,7 @@ def test_the_doctor_says_in_a_line_why_it_is_left_out(
     training = Training()
     assert training.check is None
     assert training.average.n_averaged == 2
-    assert check.stands()  # a library that is refused leaves what one loaded before uses
+    assert stands(check)  # a library that is refused leaves what one loaded before uses
 
 
 def test_an_unknown_setting_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,17 +163,16 @@ def test_it_keeps_no_model_alive_and_no_memory() -> None:
     del model
     gc.collect()
     assert not any(reference() for reference in (*modules, *tensors))
-    assert not check.stands()
-    assert check.tensors(0) is None
+    assert check.find(1) is None
 
     net = Net()
     used = list(net.parameters())
-    TreeCheck([net], [used], written=(0,))
+    TreeCheck([net], [used])
     counts = [sys.getrefcount(each) for each in (net.__dict__, net.first, net.first.weight, type(net), "weight")]
     for i in range(3000):
         if i == 1000:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        TreeCheck([net], [used], written=(0,)).stands(writes=True)
+        TreeCheck([net], [used]).find(1)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2000  # KiB: a leak of each is 10 MB
     now = [sys.getrefcount(each) for each in (net.__dict__, net.first, net.first.weight, type(net), "weight")]
     assert max(abs(one - two) for one, two in zip(counts, now, strict=True)) < 50
@@ -181,7 +180,7 @@ def test_it_keeps_no_model_alive_and_no_memory() -> None:
 
 def test_threads_that_replace_tensors_and_collect_garbage_do_it_no_harm() -> None:
     net, stop, errors = Net(), threading.Event(), []
-    check = TreeCheck([net], [list(net.parameters())], written=(0,))
+    check = TreeCheck([net], [list(net.parameters())])
     kept = net.first
 
     def replace() -> None:
@@ -194,8 +193,9 @@ def test_threads_that_replace_tensors_and_collect_garbage_do_it_no_harm() -> Non
     def ask() -> None:
         try:
             for _ in range(300):
-                check.stands(writes=True)
-                for tensor in check.tensors(0) or ():
+                (found,) = check.find(1) or ((),)
+                assert tree_check.tell(found)
+                for tensor in found:
                     tensor.numel()
         except BaseException as error:
             errors.append(error)
@@ -208,7 +208,7 @@ def test_threads_that_replace_tensors_and_collect_garbage_do_it_no_harm() -> Non
     stop.set()
     changing.join(60)
     assert errors == []
-    assert check.stands()
+    assert stands(check)
 
 
 @pytest.mark.parametrize("line", [0, 3, 10, 30, 100, 300])
@@ -221,7 +221,7 @@ def test_an_interrupt_in_its_python_side_leaves_the_average_usable(line: int) ->
     assert training.average.n_averaged in (3, 4)
     training.average.update_parameters(training.model)
     assert training.check is not None
-    assert training.check.stands()
+    assert stands(training.check)
 
 
 def test_a_forked_child_goes_on_with_it() -> None:
@@ -229,9 +229,9 @@ def test_a_forked_child_goes_on_with_it() -> None:
     child = os.fork()
     if child == 0:
         try:
-            os._exit(0 if training.check is not None and training.check.stands(writes=True) else 1)
+            os._exit(0 if training.check is not None and stands(training.check) else 1)
         finally:
             os._exit(2)
     assert os.waitpid(child, 0)[1] == 0
     assert training.check is not None
-    assert training.check.stands()
+    assert stands(training.check)

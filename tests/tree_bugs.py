@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from swafast.op import tree_check
 from swafast.op.tree_check import TreeCheck
-from tests.tree_changes import CHANGES, HARMLESS, Net
+from tests.tree_changes import CHANGES, HARMLESS, Net, stands
 
 
 class Shard(Tensor):
@@ -51,46 +52,57 @@ SHARD_CHANGES = {
 }
 
 
-def check_of(tree: Any, **options: Any) -> tuple[TreeCheck, list[Tensor]]:
+def check_of(tree: Any) -> tuple[TreeCheck, list[Tensor]]:
     tensors = [*tree.parameters(), *(buffer for buffer in tree.buffers() if buffer.is_floating_point())]
-    return TreeCheck([tree], [tensors, tensors[1:3]], written=(1,), shard_type=Shard, **options), tensors
+    return TreeCheck([tree], [tensors, tensors[1:3]], shard_type=Shard), tensors
 
 
 def require_told(make: Any, changes: dict[str, Any], harmless: Any) -> None:
     for name, change in changes.items():
         tree = make()
         check, _ = check_of(tree)
-        assert check.stands(), f"{name}: does not stand before"
+        assert stands(check), f"{name}: does not stand before"
         change(tree)
-        stands = check.stands()
-        assert stands == (name in harmless), f"{name}: {'stands' if stands else 'does not stand'}"
+        is_told = not stands(check)
+        assert is_told != (name in harmless), f"{name}: {'does not stand' if is_told else 'stands'}"
 
 
 def require_versions_and_references() -> None:
     tree, other = Net(), torch.zeros(3)
-    check, tensors = check_of(tree, also_written=[other])
+    check, tensors = check_of(tree)
     before = [tensor._version for tensor in tensors]
-    check.stands()
+    found = check.find(2)
+    assert found is not None
+    for group, expected in zip(found, (tensors, tensors[1:3]), strict=True):
+        assert list(map(id, group)) == list(map(id, expected)), "tensors: others than the group's"
     assert [tensor._version for tensor in tensors] == before, "versions: told without a write"
-    check.stands(writes=True)
+    assert tree_check.tell(found[1])
+    assert tree_check.tell((other,))
     told = [tensor._version - old for tensor, old in zip(tensors, before, strict=True)]
     assert told == [int(i in (1, 2)) for i in range(len(told))], f"versions: {sum(told)} of 2 told"
-    assert other._version == 1, "versions: not told of what else is written"
-    groups = check.tensors(0), check.tensors(1), check.tensors(2)
-    for found, expected in zip(groups, (tensors, tensors[1:3], [other]), strict=True):
-        assert found is not None
-        assert list(map(id, found)) == list(map(id, expected)), "tensors: others than the group's"
-    del found, expected, groups
+    assert other._version == 1, "versions: not told of a tuple"
+    assert not tree_check.tell([other, other.as_subclass(Local)]), "versions: of a subclass"
+    assert not tree_check.tell([other, None]), "versions: of what is no tensor"  # type: ignore[list-item]
+    assert other._version == 1, "versions: told in part"
+    with torch.inference_mode():
+        assert tree_check.tell([torch.zeros(2)])
+    del found, group, expected
 
     def references() -> list[int]:
         return [*map(sys.getrefcount, (tree.__dict__, tree.inner.__dict__, tensors[0], None)), len(check._kept)]
 
     counts = references()
     for _ in range(1000):
-        check.stands(writes=True)
-        check.tensors(0)
+        check.find(2)
+        tree_check.tell(tensors)
     assert all(abs(one - two) < 100 for one, two in zip(references(), counts, strict=True)), "references: changed"
     assert sys.getrefcount(check._kept) == 2, "references: of what is kept"
+    found = check.find(1)
+    assert found is not None
+    memory = weakref.ref(tree.first.weight)
+    tree.first.weight = nn.Parameter(torch.ones(4, 4))
+    tensors.clear()
+    assert memory() is not None, "references: what was found may be freed"
 
 
 def run_all() -> None:

@@ -96,7 +96,10 @@ void bump_version(PyObject* tensor) {
 enum Attribute { PARAMETERS, BUFFERS, CHILDREN, NUM_ATTRIBUTES };
 const char* const ATTRIBUTE_NAMES[] = {"_parameters", "_buffers", "_modules"};
 PyObject* names[NUM_ATTRIBUTES];
-size_t dict_words;  // of a dict's own record
+size_t dict_words;             // of a dict's own record
+PyTypeObject* plain_types[2];  // torch.Tensor and Parameter
+
+bool is_plain(PyObject* tensor) { return Py_TYPE(tensor) == plain_types[0] || Py_TYPE(tensor) == plain_types[1]; }
 
 // How an entry of a module's dict is compared.
 enum class Kind : int32_t {
@@ -137,8 +140,6 @@ struct Trees {
   std::vector<const char*> lines;
   std::vector<size_t> line_ends;  // of each module and each entry
   std::vector<std::vector<size_t>> groups;
-  std::vector<size_t> written;          // the entries that an update writes
-  std::vector<PyObject*> also_written;  // and tensors in no tree
   // Of each entry, valid in the pass that has put it there.
   std::vector<PyObject*> values, tensors;
   Py_ssize_t local_slot, spec_slot;  // where a DTensor holds both
@@ -173,10 +174,15 @@ PyObject* own_dict(PyObject* object) {
   return own;
 }
 
+// By identity: a look-up could run a key's own __eq__.
 PyObject* attribute(PyObject* own, Attribute which, Py_ssize_t position) {
   PyObject *key, *value;
   if (PyDict_Next(own, &position, &key, &value) && key == names[which]) return value;
-  return PyDict_GetItem(own, names[which]);
+  position = 0;
+  while (PyDict_Next(own, &position, &key, &value)) {
+    if (key == names[which]) return value;
+  }
+  return nullptr;
 }
 
 bool tensor_stands(const Trees& trees, const Entry& entry, PyObject* tensor) {
@@ -217,7 +223,7 @@ bool entry_stands(Trees& trees, size_t index, PyObject* value) {
   return tensor_stands(trees, entry, value);
 }
 
-// Runs no Python code, and allocates nothing, so that nobody can change the trees meanwhile.
+// Runs no Python code, so that nobody can change the trees meanwhile.
 bool stands(Trees& trees) {
   Prefetch prefetch(trees);
   size_t index = 0;
@@ -248,8 +254,8 @@ bool stands(Trees& trees) {
 // Collects what a pass goes by. Its errors are Python's: a null or false result has set one.
 class Maker {
  public:
-  Maker(PyObject* kept, PyObject* plain_types, PyObject* shard_type, Py_ssize_t local_slot, Py_ssize_t spec_slot)
-      : trees_(new Trees), kept_(kept), plain_types_(plain_types), shard_type_(shard_type) {
+  Maker(PyObject* kept, PyObject* shard_type, Py_ssize_t local_slot, Py_ssize_t spec_slot)
+      : trees_(new Trees), kept_(kept), shard_type_(shard_type) {
     trees_->local_slot = local_slot;
     trees_->spec_slot = spec_slot;
   }
@@ -301,7 +307,7 @@ class Maker {
     return true;
   }
 
-  bool find_groups(PyObject* groups, PyObject* written) {
+  bool find_groups(PyObject* groups) {
     for (Py_ssize_t i = 0; i < PyTuple_Size(groups); i++) {
       PyObject* group = PyTuple_GetItem(groups, i);
       std::vector<size_t>& found = trees_->groups.emplace_back();
@@ -310,19 +316,6 @@ class Maker {
         if (entry < 0) return refuse("a tensor that is in no module");
         found.push_back(entry);
       }
-    }
-    for (Py_ssize_t i = 0; i < PyTuple_Size(written); i++) {
-      const std::vector<size_t>& group = trees_->groups[PyLong_AsSsize_t(PyTuple_GetItem(written, i))];
-      trees_->written.insert(trees_->written.end(), group.begin(), group.end());
-    }
-    return true;
-  }
-
-  bool add_written(PyObject* tensors) {
-    for (Py_ssize_t i = 0; i < PyList_Size(tensors); i++) {
-      PyObject* tensor = PyList_GetItem(tensors, i);
-      if (!is_plain(tensor) || !keep(tensor)) return refuse("a tensor of a subclass");
-      trees_->also_written.push_back(tensor);
     }
     return true;
   }
@@ -340,10 +333,6 @@ class Maker {
   }
 
   bool keep(PyObject* object) { return PyList_Append(kept_, object) == 0; }
-
-  bool is_plain(PyObject* value) {
-    return PySequence_Contains(plain_types_, reinterpret_cast<PyObject*>(Py_TYPE(value))) == 1;
-  }
 
   static bool is_attribute(PyObject* object, const char* name, PyObject* value) {
     PyObject* got = PyObject_GetAttrString(object, name);
@@ -448,7 +437,7 @@ class Maker {
   void end_of_unit() { trees_->line_ends.push_back(trees_->lines.size()); }
 
   std::unique_ptr<Trees> trees_;
-  PyObject *kept_, *plain_types_, *shard_type_;
+  PyObject *kept_, *shard_type_;
   std::unordered_map<PyObject*, int64_t> used_;   // the tensors of all groups, and their entries
   std::unordered_map<PyObject*, size_t> firsts_;  // the first entry of each tensor
   std::unordered_map<PyObject*, size_t> places_;  // and of each module
@@ -456,23 +445,21 @@ class Maker {
 
 void destroy(PyObject* capsule) { delete static_cast<Trees*>(PyCapsule_GetPointer(capsule, CAPSULE)); }
 
-// make(modules, references, groups, written, also_written, plain_types, shard_type, local_slot, spec_slot)
-//   -> (trees, kept)
+// make(modules, references, groups, shard_type, local_slot, spec_slot) -> (trees, kept)
 PyObject* make(PyObject*, PyObject* args) {
-  PyObject *modules, *references, *groups, *written, *also_written, *plain_types, *shard_type;
+  PyObject *modules, *references, *groups, *shard_type;
   Py_ssize_t local_slot, spec_slot;
-  if (!PyArg_ParseTuple(args, "OOOOOOOnn", &modules, &references, &groups, &written, &also_written, &plain_types,
-                        &shard_type, &local_slot, &spec_slot)) {
+  if (!PyArg_ParseTuple(args, "OOOOnn", &modules, &references, &groups, &shard_type, &local_slot, &spec_slot)) {
     return nullptr;
   }
   PyObject* kept = PyList_New(0);
   if (kept == nullptr) return nullptr;
-  Maker maker(kept, plain_types, shard_type, local_slot, spec_slot);
+  Maker maker(kept, shard_type, local_slot, spec_slot);
   bool is_made = maker.add_groups(groups);
   for (Py_ssize_t i = 0; is_made && i < PyList_Size(modules); i++) {
     is_made = maker.add_module(PyList_GetItem(modules, i), PyList_GetItem(references, i));
   }
-  is_made = is_made && maker.find_groups(groups, written) && maker.add_written(also_written);
+  is_made = is_made && maker.find_groups(groups);
   PyObject* capsule = nullptr;
   if (is_made) {
     std::unique_ptr<Trees> trees = maker.result();
@@ -487,42 +474,48 @@ PyObject* make(PyObject*, PyObject* args) {
 
 Trees* trees_in(PyObject* capsule) { return static_cast<Trees*>(PyCapsule_GetPointer(capsule, CAPSULE)); }
 
-// stands(trees, writes) -> whether all stand. Then, if an update is about to write, tell autograd.
-PyObject* stands_for_python(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Trees* trees = count == 2 ? trees_in(args[0]) : nullptr;
-  if (trees == nullptr) return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_TypeError, "stands(trees, writes)");
-  if (!stands(*trees)) return PyBool_FromLong(0);
-  if (args[1] == Py_True) {
-    for (size_t entry : trees->written) bump_version(trees->tensors[entry]);
-    for (PyObject* tensor : trees->also_written) bump_version(tensor);
+// find(trees, count) -> the tensors of the first groups, each in a list, or None if not all of the trees stand
+PyObject* find(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
+  Trees* trees = num_args == 2 ? trees_in(args[0]) : nullptr;
+  const Py_ssize_t count = trees != nullptr ? PyLong_AsSsize_t(args[1]) : -1;
+  if (PyErr_Occurred()) return nullptr;
+  if (count < 0 || size_t(count) > trees->groups.size()) return PyErr_Format(PyExc_TypeError, "find(trees, count)");
+  // First: an allocation may run the garbage collector, and that runs anything.
+  PyObject* found = PyTuple_New(count);
+  for (Py_ssize_t i = 0; found != nullptr && i < count; i++) {
+    PyObject* group = PyList_New(trees->groups[i].size());
+    if (group == nullptr) Py_CLEAR(found);
+    if (group != nullptr) PyTuple_SetItem(found, i, group);
   }
-  return PyBool_FromLong(1);
+  if (found == nullptr) return nullptr;
+  const int was_enabled = PyGC_Disable();  // the pass makes a dict for a module that has lost its own
+  const bool is_found = stands(*trees);
+  if (was_enabled) PyGC_Enable();
+  for (Py_ssize_t i = 0; is_found && i < count; i++) {
+    PyObject* group = PyTuple_GetItem(found, i);
+    Py_ssize_t place = 0;
+    for (size_t entry : trees->groups[i]) {
+      PyObject* tensor = trees->tensors[entry];
+      Py_INCREF(tensor);  // the list has it: nobody can free what a kernel is about to use
+      PyList_SetItem(group, place++, tensor);
+    }
+  }
+  if (is_found) return found;
+  Py_DECREF(found);
+  Py_RETURN_NONE;
 }
 
-// tensors(trees, group) -> the tensors of a group, or None if they do not stand
-PyObject* tensors(PyObject*, PyObject* args) {
-  PyObject* capsule;
-  Py_ssize_t group;
-  if (!PyArg_ParseTuple(args, "On", &capsule, &group)) return nullptr;
-  Trees* trees = trees_in(capsule);
-  if (trees == nullptr) return nullptr;
-  const size_t num_groups = trees->groups.size();
-  if (group < 0 || size_t(group) > num_groups) return PyErr_Format(PyExc_IndexError, "there is no group %zd", group);
-  const bool is_in_tree = size_t(group) < num_groups;
-  const size_t size = is_in_tree ? trees->groups[group].size() : trees->also_written.size();
-  // First: it may run the garbage collector, and that runs anything.
-  PyObject* found = PyList_New(size);
-  if (found == nullptr) return nullptr;
-  if (!stands(*trees)) {
-    Py_DECREF(found);
-    Py_RETURN_NONE;
+// tell(tensors) -> whether autograd knows that all tensors of a list or tuple are written. A subclass may not be told.
+PyObject* tell(PyObject*, PyObject* tensors) {
+  const bool is_list = PyList_Check(tensors);
+  if (!is_list && !PyTuple_Check(tensors)) return PyBool_FromLong(0);
+  const Py_ssize_t count = is_list ? PyList_Size(tensors) : PyTuple_Size(tensors);
+  auto item = is_list ? PyList_GetItem : PyTuple_GetItem;
+  for (Py_ssize_t i = 0; i < count; i++) {
+    if (!is_plain(item(tensors, i))) return PyBool_FromLong(0);
   }
-  for (size_t i = 0; i < size; i++) {
-    PyObject* tensor = is_in_tree ? trees->tensors[trees->groups[group][i]] : trees->also_written[i];
-    Py_INCREF(tensor);
-    PyList_SetItem(found, i, tensor);
-  }
-  return found;
+  for (Py_ssize_t i = 0; i < count; i++) bump_version(item(tensors, i));
+  return PyBool_FromLong(1);
 }
 
 PyObject* tuple_of(const int64_t* values, int64_t count) {
@@ -549,8 +542,8 @@ PyObject* read_for_python(PyObject*, PyObject* args) {
 
 PyMethodDef METHODS[] = {
     {"make", make, METH_VARARGS, nullptr},
-    {"stands", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(stands_for_python)), METH_FASTCALL, nullptr},
-    {"tensors", tensors, METH_VARARGS, nullptr},
+    {"find", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(find)), METH_FASTCALL, nullptr},
+    {"tell", tell, METH_O, nullptr},
     {"read", read_for_python, METH_VARARGS, nullptr},
 };
 
@@ -558,10 +551,12 @@ PyMethodDef METHODS[] = {
 
 extern "C" {
 
-__attribute__((visibility("default"))) int32_t swafast_trees_abi() { return 2; }
+__attribute__((visibility("default"))) int32_t swafast_trees_abi() { return 3; }
 
-// Finds torch's functions in its library, which is loaded. Returns (make, stands, tensors, read), or why not.
-__attribute__((visibility("default"))) PyObject* swafast_trees_functions(const char* torch_library, Py_ssize_t offset) {
+// Finds torch's functions in its library, which is loaded. Returns (make, find, tell, read), or why not.
+__attribute__((visibility("default"))) PyObject* swafast_trees_functions(const char* torch_library, Py_ssize_t offset,
+                                                                         PyObject* tensor_type,
+                                                                         PyObject* parameter_type) {
   void* library = dlopen(torch_library, RTLD_NOW | RTLD_NOLOAD);
   if (library == nullptr) return PyUnicode_FromFormat("%s is not loaded", torch_library);
   for (const Function& function : FUNCTIONS) {
@@ -571,6 +566,8 @@ __attribute__((visibility("default"))) PyObject* swafast_trees_functions(const c
   }
   for (const Function& function : FUNCTIONS) *function.address = dlsym(library, function.name);
   torch.offset = offset;
+  plain_types[0] = reinterpret_cast<PyTypeObject*>(tensor_type);
+  plain_types[1] = reinterpret_cast<PyTypeObject*>(parameter_type);
   PyObject* dict_size = PyObject_GetAttrString(reinterpret_cast<PyObject*>(&PyDict_Type), "__basicsize__");
   if (dict_size == nullptr) return nullptr;
   dict_words = PyLong_AsSize_t(dict_size) / sizeof(void*);

@@ -199,7 +199,7 @@ class FusedAveragedModel(HasRule, Placed, Adaptable, AveragedModel):
             rule, nonfinite = self.rule, self.nonfinite
             if swaps.in_force and isinstance(model, Module):
                 swaps.refuse_model("update_parameters", model)
-            plan, params, planes = self._bind(model, rule is None, writes=nonfinite == "propagate")
+            plan, params, planes = self._bind(model, rule is None)
             if nonfinite == "raise":
                 plan.refuse_nonfinite(params)
             is_first = self._uncounted is not None and not self._uncounted.is_updated
@@ -213,11 +213,11 @@ class FusedAveragedModel(HasRule, Placed, Adaptable, AveragedModel):
             if is_first:
                 self._note_update()
 
-    def _bind(self, model: Module, by_function: bool | None = None, *, writes: bool = False) -> Bound:
+    def _bind(self, model: Module, by_function: bool | None = None) -> Bound:
         """Return the plan for ``model``. ``by_function``, if known: whether the user's own function runs updates."""
         config = self._config(self.rule is None if by_function is None else by_function)
         counters = (own_buffers(self)["n_averaged"],)
-        return self._bindings.bind(self, self._sides, model, config, counters, writes=writes)
+        return self._bindings.bind(self, self._sides, model, config, counters)
 
     def _config(self, by_function: bool) -> object:
         """Return what a plan depends on besides the tensors."""

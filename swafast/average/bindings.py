@@ -95,7 +95,7 @@ class ModuleBinding:
         tied: dict[int, list[str]] = {}
         for name, tensor in (*named_params(unwrap(model), "model").items(), *named_buffers(unwrap(model), "").items()):
             tied.setdefault(id(tensor), []).append(name)
-        self._names = [tied[id(pair.param)] for pair in pairs]
+        self._names = [tied.get(id(pair.param), [pair.name]) for pair in pairs]
         self._num_planes = sum(len(pair.planes) for pair in pairs)
         self._planes = _picker([self._owner_walk.position(plane) for pair in pairs for plane in pair.planes])
         self._params = _picker([self._model_walk.position(pair.param) for pair in pairs])
@@ -122,18 +122,16 @@ class ModuleBinding:
         """The unwrapped model that was matched, or None if it is gone."""
         return self._model_walk.root
 
-    def current(
-        self, model: Module, config: object, counters: Sequence[Tensor], *, writes: bool = False
-    ) -> Bound | None:
+    def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None:
         """Return the plan with the current params and planes of both modules, or None if it no longer fits."""
         root = self._model_walk.root
         if config != self.config or (root is not model and root is not unwrap(model)):
             return None
         if self.plan.is_retired:
             return None
-        check = self._checks.standing(writes=writes)
-        if check is not None and self._loan_stands(check) and self._copies_fit():
-            return self.plan, check.now(_PARAMS, writes=writes), check.now(_PLANES, writes=writes)
+        found = self._checks.find(_PLANES + 1 if self._loan is None else _FROZEN + 1)
+        if found is not None and (self._loan is None or lending.are_frozen(found[_FROZEN])) and self._copies_fit():
+            return self.plan, found[_PARAMS], found[_PLANES]
         theirs, own = self._model_walk.tensors(), self._owner_walk.tensors()
         if theirs is None or own is None or (self._loan is not None and not self._loan.stands(theirs, own)):
             return None
@@ -143,12 +141,8 @@ class ModuleBinding:
         frozen, lent = self._loan.tensors(theirs, own) if self._loan is not None else ((), ())
         groups = (params, planes, counters, frozen, lent)
         roots = (self._owner_walk.root, self._model_walk.root)
-        self._checks.make(lambda: TreeCheck(roots, groups, written=(_PLANES, _COUNTERS)))
+        self._checks.make(lambda: TreeCheck(roots, groups))
         return self.plan, params, planes
-
-    def _loan_stands(self, check: TreeCheck) -> bool:
-        frozen = check.tensors(_FROZEN) if self._loan is not None else ()
-        return frozen is not None and lending.are_frozen(frozen)
 
     def _copies_fit(self) -> bool:
         return self.plan.copies is None or self.plan.copies.fit()
@@ -175,9 +169,7 @@ class AnyBinding(Protocol):
     def root(self) -> Module | None: ...
     @property
     def config(self) -> object: ...
-    def current(
-        self, model: Module, config: object, counters: Sequence[Tensor], *, writes: bool = False
-    ) -> Bound | None: ...
+    def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None: ...
     def now(self) -> Sequence[Tensor] | None: ...
     def places(self) -> Sequence[Sequence[Tensor]]: ...
     def lent(self) -> Sequence[tuple[str, Tensor]]: ...
@@ -196,12 +188,10 @@ class Bindings:
         #: Addresses of the planes that are at home: in buckets, or where the averaged model itself has put them.
         self.homes: frozenset[int] = frozenset()
 
-    def current(
-        self, model: Module, config: object, counters: Sequence[Tensor], *, writes: bool = False
-    ) -> Bound | None:
+    def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None:
         """Return a plan that fits ``model``, with its params and planes, or None."""
         for binding in self._recent:
-            bound = binding.current(model, config, counters, writes=writes)
+            bound = binding.current(model, config, counters)
             if bound is not None:
                 if binding is not self._recent[0]:
                     self._recent = [binding, *(other for other in self._recent if other is not binding)]
@@ -227,7 +217,6 @@ class Bindings:
         counters: Sequence[Tensor],
         *,
         side_bindings: Sequence[Bindings] = (),
-        writes: bool = False,
     ) -> Bound:
         """Return a plan for ``model`` with the tensors of both sides: one made before if it fits, else a new one.
 
@@ -237,7 +226,6 @@ class Bindings:
             config: what a plan depends on besides the tensors.
             counters: the counters of the sides.
             side_bindings: each side's own bindings, which know the homes of its planes.
-            writes: whether an update follows at once: then autograd may be told that it writes.
 
         Raises:
             TypeError: ``model`` is not a module.
@@ -247,7 +235,7 @@ class Bindings:
             raise TypeError(
                 f"model must be a torch.nn.Module, got {type(model).__name__}{hints.of_value('model', model)}"
             )
-        current = self.current(model, config, counters, writes=writes)
+        current = self.current(model, config, counters)
         if current is not None:
             return current
         for counter in counters:
@@ -264,7 +252,8 @@ class Bindings:
         for each in (self, *side_bindings):
             each.homes = binding.plan.homes
         current = self.current(model, config, [side.owner.n_averaged for side in averaged])
-        assert current is not None, "a plan just made must fit"
+        if current is None:
+            raise RuntimeError("model and averages must stay as they are in a call, but a thread has replaced a tensor")
         return current
 
     def forget(self) -> None:

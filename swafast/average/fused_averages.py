@@ -222,7 +222,7 @@ class FusedAverages(WithBindings, Module):
             nonfinite = {averaged.nonfinite for averaged in averages}
             if swaps.in_force and isinstance(model, Module):
                 swaps.refuse_model("update_parameters", model)
-            plan, params, planes = self._bind_all(model, averages, writes=nonfinite == {"propagate"})
+            plan, params, planes = self._bind_all(model, averages)
             if "raise" in nonfinite:
                 plan.refuse_nonfinite(params)
             for averaged in averages:
@@ -253,7 +253,7 @@ class FusedAverages(WithBindings, Module):
         self._rules(averages)
         return self._bind_all(model, averages)
 
-    def _bind_all(self, model: Module, averages: Sequence[FusedAveragedModel], *, writes: bool = False) -> Bound:
+    def _bind_all(self, model: Module, averages: Sequence[FusedAveragedModel]) -> Bound:
         return self._bindings.bind(
             self,
             lambda: [side for averaged in averages for side in averaged._sides()],
@@ -261,7 +261,6 @@ class FusedAverages(WithBindings, Module):
             [averaged._config(by_function=False) for averaged in averages],
             [own_buffers(averaged)["n_averaged"] for averaged in averages],  # type: ignore[misc]
             side_bindings=[averaged._bindings for averaged in averages],
-            writes=writes,
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -1,7 +1,8 @@
 """Whether all tensors of a plan still stand where they stood: one native pass over the modules that hold them.
 
 ``csrc/python/trees.cpp`` compares each module's dicts by identity, and each tensor's address, sizes, strides, dtype and
-device. What it cannot vouch for is left to the checks in Python: it never says that tensors stand which do not.
+device. What it cannot vouch for is left to the checks in Python. It goes by what a class was when the check was made: a
+class must not get a ``_parameters`` or a ``__getattribute__`` of its own later.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import os
 import sysconfig
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ LOGGER = logging.getLogger("swafast")
 #: Set to ``python`` to have tensors checked in Python, without the native pass.
 CHECKS = "SWAFAST_CHECKS"
 #: Changes with any function of csrc/python/trees.cpp.
-_ABI = 2
+_ABI = 3
 _PLAIN_TYPES = (Tensor, Parameter)
 
 
@@ -38,8 +39,8 @@ class Functions(NamedTuple):
     """The functions of csrc/python/trees.cpp."""
 
     make: Callable[..., tuple[object, object]]
-    stands: Callable[[object, bool], bool]
-    tensors: Callable[[object, int], list[Tensor] | None]
+    find: Callable[[object, int], tuple[list[Tensor], ...] | None]
+    tell: Callable[[Sequence[Tensor]], bool]
     read: Callable[[Tensor, int], tuple[Any, ...] | None]
 
 
@@ -51,8 +52,6 @@ class TreeCheck:
     Args:
         roots: of the trees.
         groups: the tensors that are compared, each of which must be in a tree. A DTensor stands for its local tensor.
-        written: the groups that an update writes.
-        also_written: tensors in no tree that it writes too. These are held.
         shard_type: the class of DTensors, if there are any.
 
     Raises:
@@ -64,14 +63,12 @@ class TreeCheck:
         roots: Sequence[Module | None],
         groups: Sequence[Sequence[Tensor]],
         *,
-        written: Collection[int],
-        also_written: Sequence[Tensor] = (),
         shard_type: type[Tensor] | None = None,
     ) -> None:
         functions = load()
         if isinstance(functions, Unavailable):
             raise ValueError(functions.reason)
-        compared = {id(tensor): tensor for group in (*groups, also_written) for tensor in group}
+        compared = {id(tensor): tensor for group in groups for tensor in group}
         for tensor in compared.values():
             _verify(functions, local_tensor(tensor))
         modules: list[Module] = []
@@ -91,90 +88,55 @@ class TreeCheck:
             modules,
             references,
             tuple(map(list, groups)),
-            tuple(written),
-            list(also_written),
-            _PLAIN_TYPES,
             shard_type,
             *_shard_slots(shard_type, compared.values()),
         )
 
-    def stands(self, *, writes: bool = False) -> bool:
-        """Return whether all tensors stand. If so and ``writes``, tell autograd that an update writes its part."""
-        return self._functions.stands(self._trees, writes)
+    def find(self, count: int) -> tuple[list[Tensor], ...] | None:
+        """Return the tensors that are now in the places of the first groups, or None if not all groups stand.
 
-    def tensors(self, group: int) -> list[Tensor] | None:
-        """Return the tensors that are now in the places of a group, or None if not all stand.
-
-        The group after the last is what is also written.
+        Hold them as long as a launch goes by their addresses.
         """
-        return self._functions.tensors(self._trees, group)
-
-    def now(self, group: int, *, writes: bool) -> Sequence[Tensor]:
-        """Return the tensors of a group of a check that stands; those of an update are looked up later."""
-        standing = Standing(self, group)
-        return standing if writes else standing.found
+        return self._functions.find(self._trees, count)
 
 
 class Checks:
     """The check of one plan, if there can be one, made again after what only the checks in Python see through."""
 
-    #: So many are made in a row if none of them stands later, as where a model has other tensors at each update.
-    _MOST = 8
+    #: So many are made in a row if none of them stands later, as where a model has other tensors at each update. Then
+    #: one is made after so many updates more.
+    _MOST, _PAUSE = 8, 64
 
     def __init__(self) -> None:
         goes_by_python()  # an unknown setting is an error before anything is written
         self._check: TreeCheck | None = None
-        self._num_left = self._MOST
+        self._num_vain = 0
+        self._is_in_vain = False  # for this plan for good
 
-    def standing(self, *, writes: bool) -> TreeCheck | None:
-        """Return the check if all its tensors stand. ``writes`` is as for :meth:`TreeCheck.stands`."""
-        check = self._check
-        if check is None or not check.stands(writes=writes):
-            return None
-        self._num_left = self._MOST
-        return check
+    def find(self, count: int) -> tuple[list[Tensor], ...] | None:
+        """Return what the check finds: see :meth:`TreeCheck.find`. None if there is no check."""
+        found = self._check.find(count) if self._check is not None else None
+        if found is not None:
+            self._num_vain = 0
+        return found
 
     def make(self, make: Callable[[], TreeCheck]) -> None:
         """Make a check of what the checks in Python have just compared."""
         self._check = None
-        if self._num_left:
-            self._num_left -= 1
-            try:
-                self._check = make()
-            except ValueError as reason:
-                self._num_left = 0
-                LOGGER.debug("swafast checks the tensors of an average in Python: %s", reason)
+        self._num_vain += 1
+        if self._is_in_vain or (self._num_vain > self._MOST and self._num_vain % self._PAUSE):
+            return
+        try:
+            self._check = make()
+        except ValueError as reason:
+            self._is_in_vain = True
+            LOGGER.debug("swafast checks the tensors of an average in Python: %s", reason)
 
 
-class Standing(Sequence[Tensor]):
-    """The tensors of one group of a check that stands for an update, of which autograd knows.
-
-    They are looked up on first use, since most updates go by addresses, and held from then on.
-    """
-
-    __slots__ = ("_check", "_found", "_group")
-
-    def __init__(self, check: TreeCheck, group: int) -> None:
-        self._check, self._group = check, group
-        self._found: list[Tensor] | None = None
-
-    @property
-    def found(self) -> list[Tensor]:
-        """The tensors."""
-        if self._found is None:
-            self._found = self._check.tensors(self._group)
-            if self._found is None:
-                raise RuntimeError("model and averages must stay as they are in a call, but another thread moved some")
-        return self._found
-
-    def __len__(self) -> int:
-        return len(self.found)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.found)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.found[index]
+def tell(tensors: Sequence[Tensor]) -> bool:
+    """Tell autograd that tensors are written, by a native call. Return whether it could; else nothing is told."""
+    functions = load()
+    return not isinstance(functions, Unavailable) and functions.tell(tensors)
 
 
 def _shard_slots(shard_type: type[Tensor] | None, tensors: Iterable[Tensor]) -> tuple[int, int]:
@@ -255,8 +217,9 @@ def load() -> Functions | Unavailable:
         if abi != _ABI:
             return Unavailable(f"{path} has interface {abi}, this swafast needs {_ABI}: install it again")
         find = native.swafast_trees_functions
-        find.restype, find.argtypes = ctypes.py_object, (ctypes.c_char_p, ctypes.c_ssize_t)
-        found = find(os.fsencode(torch_library()), offset)
+        find.restype = ctypes.py_object
+        find.argtypes = (ctypes.c_char_p, ctypes.c_ssize_t, ctypes.py_object, ctypes.py_object)
+        found = find(os.fsencode(torch_library()), offset, *_PLAIN_TYPES)
     except (OSError, AttributeError) as error:
         return Unavailable(f"{path} did not load: {error}")
     if isinstance(found, str):

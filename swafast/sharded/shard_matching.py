@@ -12,7 +12,7 @@ from torch.nn import Module
 from ..average.bindings import Bindings
 from ..op import checks, choice
 from ..op.copies import Copies
-from ..op.plan import Fingerprint, Plan, bump_versions
+from ..op.plan import Fingerprint, Plan
 from ..op.tree_check import Checks, TreeCheck
 from ..terms import hints
 from ..terms.capturing import refuse_capture
@@ -97,15 +97,15 @@ class Locator:
 
         return Copies([names[0] for _ in copied for names in self._by_torch], find) if self._by_torch else None
 
-    def check(self, found: Sequence[Tensor], written: Sequence[Tensor]) -> TreeCheck:
-        """Return a check that the bases stand, for updates that write the tensors ``written``.
+    def check(self, found: Sequence[Tensor]) -> TreeCheck:
+        """Return a check that the bases stand.
 
         Raises:
             ValueError: there is none for this model.
         """
         if self._flats:
             raise ValueError("flat params are in no module")
-        return TreeCheck([self.root], [found], written=(), also_written=written, shard_type=DTensor)
+        return TreeCheck([self.root], [found], shard_type=DTensor)
 
     def bases(self, found: Sequence[Tensor]) -> list[Tensor]:
         """Return the tensors that the shares lie in: local ones of DTensors, then plain and flat ones."""
@@ -235,26 +235,22 @@ class ShardBinding:
         """The unwrapped model that was matched, or None if it is gone."""
         return self._locator.root
 
-    def current(
-        self, model: Module, config: object, counters: Sequence[Tensor], *, writes: bool = False
-    ) -> Bound | None:
+    def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None:
         """Return the plan with its current params and planes, or None if it no longer fits them."""
         if config != self.config or self.plan.is_retired or not self._locator.is_of(model):
             return None
-        check = self._checks.standing(writes=writes)
-        if check is not None and self._counters.fits(counters) and self._copies_fit():
-            if writes:
-                bump_versions(counters)
-            return self.plan, self._views(check.now(0, writes=writes)), check.now(1, writes=writes)
+        bases = self._checks.find(1)
+        if bases is not None and self._counters.fits(counters) and self._copies_fit():
+            return self.plan, self._views(bases[0]), self._planes
         found = self._locator.find(model)
         if found is None:
             return None
-        bases = self._bases_of(found)
-        if not self._bases.fits([*bases, *counters]) or not self._copies_fit():
+        now = self._bases_of(found)
+        if not self._bases.fits([*now, *counters]) or not self._copies_fit():
             return None
         if self._staging is None:
-            self._checks.make(lambda: self._locator.check(found, self._planes))
-        return self.plan, self._views(bases), self._planes
+            self._checks.make(lambda: self._locator.check(found))
+        return self.plan, self._views(now), self._planes
 
     def _views(self, bases: Sequence[Tensor]) -> Views:
         return Views(self._locator, self._chosen, bases, self._bases)
@@ -285,18 +281,8 @@ class ShardBinding:
         return bases
 
 
-def bind_shards(
-    bindings: Bindings,
-    model: Module,
-    sides: Sequence[ShardSide],
-    staging: Staging | None = None,
-    *,
-    writes: bool = False,
-) -> Bound:
+def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], staging: Staging | None = None) -> Bound:
     """Return the plan for ``model`` with its params and planes. Make a new one if no kept plan fits.
-
-    Args:
-        writes: whether an update follows at once: then autograd may be told that it writes.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -305,7 +291,7 @@ def bind_shards(
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hints.of_value('model', model)}")
     counters, config = [side.n_averaged for side in sides], (vars(sides[0])["backend"], staging)
-    current = bindings.current(model, config, counters, writes=writes)
+    current = bindings.current(model, config, counters)
     if current is None:
         # After a forward pass without a backward, FSDP's root is gathered and its modules hold other tensors.
         reshard(model)
@@ -318,7 +304,8 @@ def bind_shards(
             side._follow(model, held)
         bindings.use(ShardBinding(model, sides, held, staging))
         current = bindings.current(model, config, counters)
-        assert current is not None, "a new plan must fit"
+        if current is None:
+            raise RuntimeError("model and averages must stay as they are in a call, but a thread has replaced a tensor")
     return current  # type: ignore[return-value]  # the bindings of this floor have views for params
 
 

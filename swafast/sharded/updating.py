@@ -100,10 +100,10 @@ class AttachableShards(Attachable):
         with self._guard.hold("update_parameters"):
             if swaps.in_force and isinstance(model, Module):
                 swaps.refuse_model("update_parameters", model)
-            self._update(self._bind(model, writes=self.nonfinite == "propagate"))
+            self._update(self._bind(model))
 
-    def _bind(self, model: Module, staging: Staging | None = None, *, writes: bool = False) -> Bound:
-        return bind_shards(self._bindings, model, self._updated, staging, writes=writes)
+    def _bind(self, model: Module, staging: Staging | None = None) -> Bound:
+        return bind_shards(self._bindings, model, self._updated, staging)
 
     def _update(self, bound: Bound) -> None:
         """Run an update of a bound plan. The calling thread holds the averages."""

@@ -98,7 +98,6 @@ op/: one update, planned and launched
     fingerprint       addresses, shapes and dtypes of tensors, to see whether a plan still fits
     tree check        a native pass over module trees, which tells whether a plan still fits their tensors
     checks            the tree check of one plan, made again where only the checks in Python know that the plan fits
-    standing          the tensors of a tree check that stands, looked up on first use
     functions         those of ``csrc/python/trees.cpp``, for a tree check
     plane like        the shape, strides, dtype and device of a plane to be made
     copies            the pairs that torch copies beside a plan, since no kernel takes them
