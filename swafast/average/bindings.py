@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Sequence, Set
 from operator import itemgetter
 from typing import Any, Protocol
@@ -91,7 +92,8 @@ class ModuleBinding:
         counters = place_counters(sides)
         backends = choice.choose_backends(sides[0].backend, choice.device_types(pairs))
         self.plan = Plan(pairs, backends, counters, homes)
-        self.config, self._owner_walk, self._model_walk = config, Walk(root), Walk(unwrap(model))
+        self.config, self._root = config, weakref.ref(unwrap(model))
+        self._owner_walk, self._model_walk = Walk(root), Walk(unwrap(model))
         tied: dict[int, list[str]] = {}
         for name, tensor in (*named_params(unwrap(model), "model").items(), *named_buffers(unwrap(model), "").items()):
             tied.setdefault(id(tensor), []).append(name)
@@ -120,11 +122,11 @@ class ModuleBinding:
     @property
     def root(self) -> Module | None:
         """The unwrapped model that was matched, or None if it is gone."""
-        return self._model_walk.root
+        return self._root()
 
     def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None:
         """Return the plan with the current params and planes of both modules, or None if it no longer fits."""
-        root = self._model_walk.root
+        root = self._root()
         if config != self.config or (root is not model and root is not unwrap(model)):
             return None
         if self.plan.is_retired:
@@ -140,7 +142,7 @@ class ModuleBinding:
             return None
         frozen, lent = self._loan.tensors(theirs, own) if self._loan is not None else ((), ())
         groups = (params, planes, counters, frozen, lent)
-        roots = (self._owner_walk.root, self._model_walk.root)
+        roots = (self._owner_walk.root, root)
         self._checks.make(lambda: TreeCheck(roots, groups))
         return self.plan, params, planes
 
@@ -154,7 +156,7 @@ class ModuleBinding:
 
     def places(self) -> Sequence[Sequence[Tensor]]:
         """Return, for each param and then for each plane, all tensors that have its names in the modules now."""
-        root, own = self.root, self._owner_walk.tensors()
+        root, own = self._root(), self._owner_walk.tensors()
         found = named_params(root, "model") | named_buffers(root, "model") if root is not None else {}
         params = [[found[name] for name in names if name in found] for names in self._names]
         return [*params, *([[plane] for plane in self._planes(own)] if own is not None else [[]] * self._num_planes)]
