@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -157,6 +158,49 @@ def test_params_buffers_and_gradients_come_back_whatever_raises() -> None:
     with made.placed_into(net, T):
         bucket.zero_()
     assert float(net.gain.grad) == 1
+
+
+def test_a_point_is_read_at_the_call() -> None:
+    net, averaged = averaged_over(5)
+    made = averaged.subspace(3)
+    point = torch.tensor([0.5, -1.5, 2.0], dtype=torch.float64)
+    with made.placed_into(net, point):
+        expected = flat(net.parameters())
+    for t in (point.clone(), point.float(), point.numpy().copy(), point.tolist()):
+        placing = made.placed_into(net, t)
+        t[0] = 9.0
+        with placing:
+            assert torch.equal(flat(net.parameters()), expected)
+
+
+@pytest.mark.parametrize("call", ["placed_into", "sampled_into", "swapped_into"])
+def test_a_cast_inside_stays_with_the_models_own_values(call: str) -> None:
+    net, averaged = averaged_over(5)
+    for param in net.parameters():
+        param.grad = torch.full_like(param, 0.1) if param.requires_grad else None
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    swaps = {
+        "placed_into": lambda: averaged.subspace(3).placed_into(net, T),
+        "sampled_into": lambda: averaged.sampled_into(net, 0),
+        "swapped_into": lambda: averaged.swapped_into(net),
+    }
+    with swaps[call]():
+        net.half()
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name].half() if value.is_floating_point() else before[name]), name
+    for param in net.parameters():
+        if param.requires_grad:
+            assert torch.equal(param.grad, torch.full_like(param, 0.1))
+    assert averaged.module.gain.dtype == torch.float32
+
+
+def test_a_point_of_float64_is_computed_in_float32() -> None:
+    net, averaged = averaged_over(5, dtype=torch.float64)
+    made = averaged.subspace(3)
+    with made.placed_into(net, T):
+        found = flat(net.parameters())
+    exact = mean_of(averaged, net) + T @ (made._mixture.T @ columns_of(averaged, net, 5))
+    assert 0 < float((found - exact).abs().max() / exact.abs().max()) < 1e-6
 
 
 # Gradients
@@ -313,8 +357,14 @@ def ready() -> tuple[nn.Module, FusedAveragedModel, Subspace]:
         ([0.0, math.nan, 0.0], ValueError, "t must be finite, got"),
         ([0.0, math.inf, 0.0], ValueError, "t must be finite, got"),
         ([1e300, 0.0, 0.0], ValueError, "small enough for float32"),
-        ("abc", TypeError, "t must be 3 numbers, got str"),
-        (None, TypeError, "t must be 3 numbers, got NoneType"),
+        ([10**400, 0.0, 0.0], ValueError, "small enough for float32"),
+        ("abc", TypeError, "t must be 3 real numbers, got str"),
+        (None, TypeError, "t must be 3 real numbers, got NoneType"),
+        ([1j, 0.0, 0.0], TypeError, "t must be 3 real numbers"),
+        (torch.zeros(3, dtype=torch.complex64), TypeError, "real numbers, got Tensor of complex numbers"),
+        (np.zeros(3, dtype=np.complex64), TypeError, "real numbers, got ndarray of complex numbers"),
+        ([np.complex64(1j), 0.0, 0.0], TypeError, "real numbers, got list of complex numbers"),
+        (torch.zeros(3, device="meta"), TypeError, "t must be 3 real numbers, got Tensor"),
     ],
 )
 def test_points_that_are_none(ready: Any, t: Any, error: type[Exception], message: str) -> None:
@@ -423,6 +473,42 @@ def test_states_that_are_none() -> None:
         curve_subspace(net, [states[0], lacking, states[2]])
     with pytest.raises(ValueError, match="state must have shape"):
         random_subspace(net, states[0] | {"3.bias": torch.zeros(4)}, 1)
+    bad: list[tuple[Any, type[Exception], str]] = [
+        (None, TypeError, "must be a state dict, got NoneType"),
+        (3, TypeError, "must be a state dict, got int"),
+        ({"3.bias": 3}, ValueError, "must have a tensor for '3.bias', got int"),
+        (
+            {"3.bias": torch.zeros(5, dtype=torch.complex64)},
+            ValueError,
+            "must have torch.float32 .* got torch.complex64",
+        ),
+        ({"1.num_batches_tracked": torch.tensor(0.5)}, ValueError, "must have torch.int64 .* got torch.float32"),
+        ({"3.bias": torch.zeros(5, device="meta")}, ValueError, "must have values for '3.bias'"),
+        ({"3.bias": torch.full((5,), math.nan)}, ValueError, "must have finite values in float32 for '3.bias'"),
+        (
+            {"gain": torch.tensor(1e306, dtype=torch.float64)},
+            ValueError,
+            "must have finite values in float32 for 'gain'",
+        ),
+        ({"other": torch.zeros(1)}, ValueError, "must have the names of model alone, got 'other'"),
+    ]
+    for other, error, message in bad:
+        state = states[1] | other if isinstance(other, dict) else other
+        with pytest.raises(error, match=f"^state {message}"):
+            random_subspace(net, state, 2)
+        with pytest.raises(error, match=f"^the state of the middle {message}"):
+            curve_subspace(net, [states[0], state, states[2]])
+    for what in (None, 3, iter(states), states[0]):
+        with pytest.raises(TypeError, match="states must be a list of three states"):
+            curve_subspace(net, what)  # type: ignore[arg-type]
+    far = [{name: value * 0 + size for name, value in states[0].items()} for size in (-3, 1, 3)]
+    far = [{name: v * 1e38 if v.is_floating_point() else v for name, v in state.items()} for state in far]
+    with pytest.raises(ValueError, match="states must be near enough"):
+        curve_subspace(net, far)
+    with pytest.raises(ValueError, match="model must have parameters that are averaged"):
+        random_subspace(nn.ReLU(), {}, 2)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
+        random_subspace(3, states[0], 2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="scale must be a positive number"):
         random_subspace(net, states[0], 1, scale=0.0)
     with pytest.raises(TypeError, match="rank must be an int"):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from swafast import EqualAverage, FusedAveragedModel, FusedAverages
+from swafast.optim import LowPrecisionMean
 from swafast.posthoc import merge_over, worker_merges
 from swafast.sharded import LostPeerError
 from swafast.sharded.parts.ranks import Ranks
@@ -116,6 +117,10 @@ def with_frozen(width: int) -> FusedAveragedModel:
     return averaged_once(model, include=lambda name, param: param.requires_grad)
 
 
+def first_of(average: Tensor, param: Tensor, num_averaged: Tensor | int) -> Tensor:
+    return average
+
+
 #: What the odd worker has, what all others have, and the difference that all of them are told.
 DISAGREE: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
     "another architecture": (
@@ -162,6 +167,16 @@ DISAGREE: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
         lambda: averaged_once(net(), use_buffers=True),
         lambda: averaged_once(net()),
         r"'1.running_mean' torch.float32 \(4,\) copied on rank 0 and torch.float32 \(4,\) float32 on rank 1",
+    ),
+    "another averaging function": (
+        lambda: averaged_once(net(), multi_avg_fn=LowPrecisionMean(4)),
+        lambda: averaged_once(net(), multi_avg_fn=LowPrecisionMean(9)),
+        r"'rule' LowPrecisionMean\(bits=9, .* on rank 0 and LowPrecisionMean\(bits=4, ",
+    ),
+    "a function for a rule": (
+        lambda: averaged_once(net(), avg_fn=first_of),
+        lambda: averaged_once(net()),
+        r"'rule' EqualAverage\(.*\) on rank 0 and <function first_of> on rank 1",
     ),
     "no model yet": (
         lambda: FusedAveragedModel(net()),

@@ -70,19 +70,25 @@ class Subspace:
         Params are written by the kernels that draw samples, each rounded once to its dtype, the same bits on every
         backend and on any number of ranks. As with :meth:`~swafast.FusedAveragedModel.sampled_into`, buffers begin with
         those of the average and may be written, params must not, and on leaving, after an exception too, all are back.
+        If the body casts or moves the model, the dtype or device stays, and the values and gradients are cast to it.
         Params have no ``grad`` on entering, and get back on leaving what they had. Gradients do not flow to ``t``: use
         :meth:`gradient`. On several ranks it is collective.
 
+        A point is computed in float32, also for params in float64: it is within 1e-6 of the largest value, relatively.
+
         Args:
-            t: (rank,) coordinates, a floating tensor on any device or numbers. 0 is the average.
+            t: (rank,) coordinates, a real tensor on any device or numbers, read when this is called. 0 is the average.
 
         Raises:
-            TypeError: ``t`` is not a tensor or sequence of numbers, or ``model`` is not a module.
-            ValueError: ``t`` has another shape, a NaN or an infinity, or ``model`` does not fit the averages.
+            TypeError: ``t`` is not a tensor or sequence of real numbers, or ``model`` is not a module.
+            ValueError: ``t`` has another shape, a NaN, an infinity or a number too large, or ``model`` does not fit the
+                averages.
             RuntimeError: the average has moved on since the subspace was made, or is swapped in already; or, on
                 leaving, a param was written. The params are back then.
         """
-        return self._averaged._placed_into(model, lambda: self._sample(t), f"t={_spelled(t)}")
+        taken = self._taken(t)
+        spelled = taken.tolist() if isinstance(taken, Tensor) else type(t).__name__
+        return self._averaged._placed_into(model, lambda: self._sample(taken), f"t={spelled}")
 
     def gradient(self, model: Module) -> Tensor:
         """Return the gradient by ``t`` of the losses that were propagated back since ``model`` was placed.
@@ -138,37 +144,38 @@ class Subspace:
                 f"it again by averaged.subspace({self.rank})"
             )
 
-    def _sample(self, t: object) -> Sample:
-        """Return the point at ``t`` as a sample without noise."""
+    def _sample(self, t: Tensor | TypeError | ValueError) -> Sample:
+        """Return the point at ``t`` as a sample without noise, or raise what was wrong with ``t``."""
         self._refuse_if_moved("placed_into")
-        coefficients = tuple(map(float32, (self._mixture @ self._coordinates(t)).tolist()))
+        if not isinstance(t, Tensor):
+            raise t
+        if t.shape != (self.rank,):
+            raise ValueError(f"t must be of the shape ({self.rank},), got {tuple(t.shape)}")
+        if not bool(t.isfinite().all()):
+            raise ValueError(f"t must be finite, got {t.tolist()}")
+        coefficients = tuple(map(float32, (self._mixture @ t).tolist()))
         if not all(map(math.isfinite, coefficients)):
-            raise ValueError(f"t must be small enough for float32, got {_spelled(t)}")
+            raise ValueError(f"t must be small enough for float32, got {t.tolist()}")
         return Sample(0, coefficients)
 
-    def _coordinates(self, t: object) -> Tensor:
+    def _taken(self, t: object) -> Tensor | TypeError | ValueError:
+        """Return a copy of ``t`` in float64 on the CPU, or the error to raise once all ranks are there."""
+        expected = f"t must be {self.rank} real numbers, got {type(t).__name__}"
         try:
             given = t.detach() if isinstance(t, Tensor) else t
-            # A copy on the CPU: the user's default device may be another one.
+            parts = given if isinstance(given, (list, tuple)) else [given]
+            if any("complex" in str(getattr(part, "dtype", "")) for part in parts):  # torch would drop a part of them
+                return TypeError(f"{expected} of complex numbers: pass their real parts")
+            # On the CPU, since the user's default device may be another one.
             values = torch.as_tensor(given, dtype=torch.float64, device="cpu")
+            return values.to_dense().clone() if values.layout != torch.strided else values.clone()
+        except OverflowError as error:
+            return ValueError(f"t must be small enough for float32: {error}")
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"t must be {self.rank} numbers, got {_spelled(t)}: {error}") from None
-        if values.shape != (self.rank,):
-            raise ValueError(f"t must be of the shape ({self.rank},), got {tuple(values.shape)}")
-        if not bool(values.isfinite().all()):
-            raise ValueError(f"t must be finite, got {values.tolist()}")
-        return values
+            return TypeError(f"{expected}: {error}")
 
     def __repr__(self) -> str:
         return f"Subspace(rank={self.rank}, scales=[{', '.join(f'{scale:.3g}' for scale in self.scales.tolist())}])"
-
-
-def _spelled(t: object) -> str:
-    """Return ``t`` for an error, and as ranks compare it: by value."""
-    try:
-        return str(torch.as_tensor(t, dtype=torch.float64, device="cpu").tolist())
-    except (TypeError, ValueError, RuntimeError):
-        return type(t).__name__
 
 
 @torch.no_grad()

@@ -124,7 +124,14 @@ class PlacesPoint(DrawsSample):
             super().back()
         finally:
             for param, gradient in self._gradients:
-                param.grad = gradient
+                param.grad = _fitting(gradient, param)
+
+
+def _fitting(gradient: Tensor | None, param: Tensor) -> Tensor | None:
+    """Return a gradient for a param that was cast or moved meanwhile, or None if it has another shape now."""
+    if gradient is None or gradient.shape != param.shape:
+        return None
+    return gradient.to(device=param.device, dtype=param.dtype)  # the gradient itself, if both are alike
 
 
 def _kept(gradient: Tensor | None) -> Tensor | None:

@@ -40,8 +40,10 @@ def random_subspace(model: Module, state: State, rank: int, *, scale: float = 1.
         rank: how many directions.
 
     Raises:
-        TypeError: ``rank`` or ``seed`` is not an int, or ``model`` is not a module.
-        ValueError: ``rank`` is less than 1; ``scale`` is not a positive number; or ``state`` does not fit ``model``.
+        TypeError: ``rank`` or ``seed`` is not an int, ``model`` is not a module, or ``state`` is not a mapping.
+        ValueError: ``rank`` is less than 1; ``scale`` is not a positive number; ``model`` has no params that are
+            averaged; or ``state`` does not fit ``model``: names, shapes and kinds of dtypes differ, or a param holds a
+            NaN or a value that is infinite in float32.
 
     Paper: Izmailov et al. 2019, "Subspace Inference for Bayesian Deep Learning", arXiv:1907.07504.
     """
@@ -80,13 +82,17 @@ def curve_subspace(model: Module, states: Sequence[State]) -> Subspace:
             middle is ``start / 4 + b / 2 + end / 4``.
 
     Raises:
-        TypeError: ``model`` is not a module.
-        ValueError: there are not three states; one does not fit ``model``; or they lie on one line.
+        TypeError: ``model`` is not a module, ``states`` is not a sequence, or a state is not a mapping.
+        ValueError: there are not three states; one does not fit ``model``, as for :func:`random_subspace`; they lie on
+            one line; or they are too far from each other for float32.
 
     Papers: Izmailov et al. 2019, arXiv:1907.07504; Garipov et al. 2018, "Loss Surfaces, Mode Connectivity, and Fast
     Ensembling of DNNs", arXiv:1802.10026.
     """
-    if isinstance(states, Mapping) or len(states) != 3:
+    if not isinstance(states, Sequence):
+        kind = type(states).__name__
+        raise TypeError(f"states must be a list of three states, got {kind}: pass [start, middle, end]")
+    if len(states) != 3:
         raise ValueError(f"states must be three: the start, the middle and the end of a curve, got {len(states)}")
     start, middle, end = states
 
@@ -103,6 +109,8 @@ def curve_subspace(model: Module, states: Sequence[State]) -> Subspace:
     }
     averaged, columns = _averaged_at(model, mean, 2, write)
     products = gram(columns, 2)
+    if not bool(products.isfinite().all()):
+        raise ValueError("states must be near enough to each other for float32, got a difference that is infinite")
     along = products[0, 1] / products[0, 0]
     squared_height = products[1, 1] - along * products[0, 1]
     # Each difference of float32 values is rounded to 6e-8 of itself, so a smaller height is none.
@@ -122,14 +130,37 @@ def _columns_for(rank: int) -> int:
 
 
 def _check_state(model: Module, state: State, what: str) -> None:
-    """Raise ValueError unless a state has the names and shapes of the model's."""
-    for name, tensor in model.state_dict().items() if isinstance(model, Module) else ():
+    """Raise TypeError or ValueError unless a state has the names, shapes and kinds of dtypes of the model's.
+
+    Its params must be finite in float32, in which points are computed.
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{what} must be a state dict, got {type(state).__name__}: pass averaged_state_dict()")
+    expected = model.state_dict() if isinstance(model, Module) else state  # a wrong model is refused later
+    for name in expected:
         if name not in state:
             raise ValueError(f"{what} must have all names of model, got none for {name!r}: pass averaged_state_dict()")
-        if isinstance(tensor, Tensor) and state[name].shape != tensor.shape:
-            raise ValueError(
-                f"{what} must have shape {tuple(tensor.shape)} for {name!r}, got {tuple(state[name].shape)}"
-            )
+    for name in state:
+        if name not in expected:
+            raise ValueError(f"{what} must have the names of model alone, got {name!r} too: leave it out")
+    params = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, Module) else {}
+    for name, tensor in expected.items():
+        if isinstance(tensor, Tensor):
+            _check_value(state[name], tensor, f"{what} must have", name, name in params)
+
+
+def _check_value(given: object, expected: Tensor, required: str, name: str, is_param: bool) -> None:
+    """Raise ValueError unless a value of a state can stand for a tensor of the model."""
+    if not isinstance(given, Tensor):
+        raise ValueError(f"{required} a tensor for {name!r}, got {type(given).__name__}")
+    if given.shape != expected.shape:
+        raise ValueError(f"{required} shape {tuple(expected.shape)} for {name!r}, got {tuple(given.shape)}")
+    if not torch.can_cast(given.dtype, expected.dtype):
+        raise ValueError(f"{required} {expected.dtype} or what casts to it for {name!r}, got {given.dtype}")
+    if given.is_meta:
+        raise ValueError(f"{required} values for {name!r}, got a tensor on the meta device: load the state first")
+    if is_param and expected.is_floating_point() and not bool(given.detach().to(torch.float32).isfinite().all()):
+        raise ValueError(f"{required} finite values in float32 for {name!r}, got a NaN, an infinity or an overflow")
 
 
 def _averaged_at(
@@ -138,6 +169,8 @@ def _averaged_at(
     """Return an average at ``state`` whose columns ``write`` has written, and the columns of each param."""
     count = _columns_for(rank)
     averaged = FusedAveragedModel(model, deviations=Spread(count, dtype=torch.float32))
+    if next(averaged._planes(), None) is None:
+        raise ValueError("model must have parameters that are averaged, got none: there is no direction to move in")
     _check_state(model, state, "state")
     for name, tensor, fmt in averaged._each_average():
         if fmt is None and name in state:

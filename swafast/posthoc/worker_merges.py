@@ -59,6 +59,9 @@ def merge_over(averaged: Averaged | FusedAverages | ShardedAverages, process_gro
 
     Warns if all workers have the same averages: they were in DDP, or had one order of the data.
 
+    The mean is not rounded as a function of the user's own would: that of workers with
+    :class:`~swafast.optim.LowPrecisionMean` has its few bits again from the next update on.
+
     It takes the memory of one more copy of the averages, and receives each worker's averages once.
 
     Args:
@@ -68,8 +71,8 @@ def merge_over(averaged: Averaged | FusedAverages | ShardedAverages, process_gro
 
     Raises:
         TypeError: ``averaged`` is none of these.
-        ValueError: on every rank, if workers differ in names, shapes, dtypes, formats or rules: it names the first
-            difference. Or one has averaged no model, or holds a NaN, or an infinity that others have not; or the group
+        ValueError: on every rank, if workers differ in names, shapes, dtypes, formats, rules or averaging functions
+            (as their ``repr`` tells them apart, without addresses): it names the first difference. Or one has averaged no model, or holds a NaN, or an infinity that others have not; or the group
             does not hold one rank of each worker. Nothing has changed on any rank.
         LostPeerError: a worker was lost. Nothing has changed on the others.
         RuntimeError: the averages are swapped into a model, or the call failed on another rank.
@@ -170,7 +173,7 @@ def _agreed_counts(
     modules: Mapping[str, nn.Module],
 ) -> dict[str, list[int]]:
     """Return the counts of all workers by average, or raise ValueError on every rank if they cannot be merged."""
-    described: dict[str, object] = {f"rule {name}".strip(): spell(side.rule) for name, side in sides.items()}
+    described: dict[str, object] = {f"rule {name}".strip(): _spelled_rule(side) for name, side in sides.items()}
     for name, tensors in merged.items():
         for each in tensors:
             kinds = ", ".join(map(describe_kind, each.planes))
@@ -189,6 +192,12 @@ def _agreed_counts(
         if min(counts) < 1:
             raise ValueError(f"averaged must have been updated on every rank, got n_averaged = 0 on rank {rank}")
     return dict(zip(sides, map(list, zip(*gathered, strict=True)), strict=True))
+
+
+def _spelled_rule(side: Averaged) -> str:
+    """Return by what an average moves: a rule, or a function of the user's own."""
+    function = side.multi_avg_fn or side.avg_fn if side.rule is None else None
+    return spell(side.rule if function is None else function)
 
 
 def _mean(ranks: Ranks, merged: Sequence[_Merged], counts: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
