@@ -195,6 +195,18 @@ def sample(averaged: Any, model: nn.Module) -> None:
         pass
 
 
+@torch.no_grad()
+def move(model: nn.Module) -> None:
+    """Change the params, so that the models of an average differ and span a subspace."""
+    for param in model.parameters():
+        param.add_(1)
+
+
+def place(subspace: Any, model: nn.Module) -> None:
+    with subspace.placed_into(model, [1.0]):
+        pass
+
+
 def _calls(averaged: Any, model: nn.Module) -> dict[str, Callable[[], object]]:
     """Return the public calls that all averaged models have, after a first update."""
     averaged.update_parameters(model)
@@ -217,12 +229,15 @@ def costs() -> dict[str, Cost]:
         snapshots, state = Snapshots(folder), averages.state_dict()
         swag = FusedAveragedModel(model, deviations=NUM_DEVIATIONS)
         swag.update_parameters(model)
+        move(model)
         swag.update_parameters(model)
+        plane = swag.subspace(1)
         calls = _calls(averaged, model) | {
             "averaged_state_dict": averaged.averaged_state_dict,
             "update_parameters of two averages": lambda: averages.update_parameters(model),
             "load_state_dict of two averages": lambda: averages.load_state_dict(state),
             "Snapshots.save of two averages": lambda: snapshots.save(averages),
+            "placed_into, there and back": lambda: place(plane, model),  # the next update ends the plane
             "update_parameters, deviations": lambda: swag.update_parameters(model),
             "sampled_into, there and back": lambda: sample(swag, model),
             "sample_to": lambda: swag.sample_to(model, 0),
@@ -244,7 +259,10 @@ def rank_costs(mode: str) -> dict[str, Cost]:
         spread = ShardedAveragedModel(model, deviations=NUM_DEVIATIONS)
         for _ in range(NUM_DEVIATIONS):
             spread.update_parameters(model)
+            move(model)
+        plane = spread.subspace(1)
         calls |= {
+            "placed_into, there and back": lambda: place(plane, model),  # the next update ends the plane
             "update_parameters, deviations": lambda: spread.update_parameters(model),
             "sampled_into, there and back": lambda: sample(spread, model),
             "sample_to": lambda: spread.sample_to(model, 0),

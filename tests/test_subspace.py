@@ -21,6 +21,7 @@ from swafast.average import elliptical_slice as slices
 from swafast.average import subspace, subspace_use
 from swafast.average.subspace import Subspace
 from swafast.backends import cpu
+from swafast.op import drawing
 from swafast.posthoc import curve_subspace, random_subspace
 from tests.conftest import NO_LIBRARY
 
@@ -551,6 +552,15 @@ def test_planted_bugs_of_directions_are_found(monkeypatch: pytest.MonkeyPatch, n
     monkeypatch.setattr(subspace_use, name, bug)
     with pytest.raises(AssertionError):
         test_scales_and_directions_are_those_of_an_svd(9)
+
+
+def test_planted_bugs_of_points_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "_fitting", lambda gradient, param: gradient)
+    with pytest.raises(RuntimeError, match="grad"):
+        test_a_cast_inside_stays_with_the_models_own_values("placed_into")
+    monkeypatch.setattr(Subspace, "_taken", lambda self, t: torch.as_tensor(t, dtype=torch.float64))
+    with pytest.raises(AssertionError):
+        test_a_point_is_read_at_the_call()
 
 
 def test_planted_bugs_of_gradients_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

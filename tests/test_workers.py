@@ -381,6 +381,10 @@ def overlook_dtypes() -> None:
     worker_merges.describe_kind = lambda tensor: f"torch.float32 {tuple(tensor.shape)}"
 
 
+def overlook_functions() -> None:
+    worker_merges._spelled_rule = lambda side: worker_merges.spell(side.rule)
+
+
 def write_at_once() -> None:
     mean = worker_merges._mean
 
@@ -409,6 +413,10 @@ PLANTS: dict[Callable[[], None], tuple[Callable[[], object], str]] = {
     overlook_dtypes: (
         test_workers_that_disagree_are_told_the_difference_and_nothing_has_changed,
         "another dtype",
+    ),
+    overlook_functions: (
+        test_workers_that_disagree_are_told_the_difference_and_nothing_has_changed,
+        "another averaging function",
     ),
     never_warn: (test_workers_that_are_one_model_are_told_so, "assert"),
     write_at_once: (lambda: require_nothing_lost(lost_workers("killed")), "module.a.weight"),

@@ -71,10 +71,12 @@ def merge_over(averaged: Averaged | FusedAverages | ShardedAverages, process_gro
 
     Raises:
         TypeError: ``averaged`` is none of these.
-        ValueError: on every rank, if workers differ in names, shapes, dtypes, formats, rules or averaging functions
-            (as their ``repr`` tells them apart, without addresses): it names the first difference. Or one has averaged no model, or holds a NaN, or an infinity that others have not; or the group
-            does not hold one rank of each worker. Nothing has changed on any rank.
-        LostPeerError: a worker was lost. Nothing has changed on the others.
+        ValueError: on every rank, if workers differ in names, shapes, dtypes, formats, rules or averaging functions, as
+            their ``repr`` tells them apart: it names the first difference. Or one has averaged no model, or holds a
+            NaN, or an infinity that others have not; or the group does not hold one rank of each worker. Nothing has
+            changed on any rank.
+        LostPeerError: a worker was lost. Nothing has changed on the others. It is raised within the timeout of the
+            process group; torchrun ends the others before.
         RuntimeError: the averages are swapped into a model, or the call failed on another rank.
 
     Paper: Gupta et al. 2020, "Stochastic Weight Averaging in Parallel: Large-Batch Training that Generalizes Well",
