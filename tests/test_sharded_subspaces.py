@@ -129,6 +129,16 @@ def test_errors_are_raised_on_every_rank() -> None:
     assert "same call" in outcome(lambda: both.averaged.subspace(1 if first else 2))
     with pytest.raises(RuntimeError, match="same call"), ours.placed_into(both.sharded, [1.0, 2.0] if first else T):
         pass
+    for wrong in ([1j, 0.0], [10**400, 0.0]):
+        placing = ours.placed_into(both.sharded, wrong if first else T)
+        with pytest.raises((TypeError, ValueError, RuntimeError), match=r"t must be|same call|rank 0"), placing:
+            pass
+    with ours.placed_into(both.sharded, T):
+        expected = {name: value.clone() for name, value in both.params().items()}
+    placing = ours.placed_into(both.sharded, point := torch.tensor(T, dtype=torch.float64))
+    point.fill_(dist.get_rank())  # ranks compare, and place, what it was at the call
+    with placing:
+        require_same(both.params(), expected, "as at the call")
     both.train()
     with pytest.raises(RuntimeError, match="before an update"), ours.placed_into(both.sharded, T):
         pass

@@ -74,7 +74,7 @@ class Subspace:
         Params have no ``grad`` on entering, and get back on leaving what they had. Gradients do not flow to ``t``: use
         :meth:`gradient`. On several ranks it is collective.
 
-        A point is computed in float32, also for params in float64: it is within 1e-6 of the largest value, relatively.
+        A point is computed in float32, also if params are float64. A value too large for float32 becomes infinite.
 
         Args:
             t: (rank,) coordinates, a real tensor on any device or numbers, read when this is called. 0 is the average.
