@@ -18,7 +18,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from swafast import FusedAveragedModel
 from swafast.optim import SWA, LowPrecision, LowPrecisionMean, block_quantize
-from swafast.optim.low_precision import _Noise
+from swafast.optim.block import Noise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,7 +69,7 @@ def by_hand(net: nn.Module, steps: int, *, full: bool, rounding: str) -> tuple[l
     weights = list(net.parameters())
     accumulators, momenta = params_of(net), [torch.zeros_like(weight) for weight in weights]
     for step in range(steps):
-        generator = _Noise(7, step).on(torch.device("cpu"))
+        generator = Noise(7, step).on(torch.device("cpu"))
 
         def quantized(x: Tensor, generator: torch.Generator = generator) -> Tensor:
             return block_quantize(x, 5, rounding=rounding, generator=generator)
