@@ -245,7 +245,7 @@ BAD: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
     "1 bit": (lambda m: Q(Net(), 1), ValueError, "bits must be from 2 to 16, got 1"),
     "17 bits": (lambda m: uniform_quantize(torch.ones(2), 17), ValueError, "bits must be from 2 to 16, got 17"),
     "a step of 0": (lambda m: uniform_quantize(torch.ones(2), 2, 0), ValueError, "step must be a finite number ab"),
-    "a step below 0": (lambda m: uniform_quantize(torch.ones(2), 2, -torch.ones(())), ValueError, "step must be a finite"),
+    "a step below 0": (lambda m: uniform_quantize(torch.ones(2), 2, -torch.ones(())), ValueError, "step must be a fin"),
     "no number": (lambda m: uniform_quantize(torch.ones(2), 2, torch.tensor(float("nan"))), ValueError, "step must be"),
     "steps": (lambda m: uniform_quantize(torch.ones(2), 2, torch.ones(2)), ValueError, "step must be a finite number"),
     "complex step": (lambda m: uniform_quantize(torch.ones(2), 2, torch.tensor(1j)), ValueError, "step must be a fin"),

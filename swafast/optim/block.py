@@ -182,8 +182,8 @@ class _Rounding(torch.autograd.Function):
     @staticmethod
     def vmap(*arguments: Any) -> Any:
         raise NotImplementedError(
-            "BlockRounding cannot run in torch.vmap, where each sample is a tensor with an exponent of its own: call it "
-            "on whole batches, or within BlockRounding.switched_off(model)"
+            "BlockRounding cannot run in torch.vmap, where each sample would have an exponent of its own: call it on "
+            "whole batches, or within BlockRounding.switched_off(model)"
         )
 
 

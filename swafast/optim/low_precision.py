@@ -21,7 +21,7 @@ from ..terms.warn import warn_user
 from ..torch_private.optimizers import is_making_state, is_step, owners_of_step_hooks
 from .block import Noise, block_quantize, check_real, checked_bits, checked_rounding
 
-#: Keys in the optimizer's state of a param: a full-precision accumulator, and the weights that the last step made of it.
+#: Keys in the optimizer's state of a param: a full-precision accumulator, and the weights that a step made of it.
 ACCUMULATOR, WRITTEN = "accumulator", "quantised"
 
 
@@ -291,7 +291,7 @@ def _refuse_differentiable(optimizer: Optimizer) -> None:
 
 
 def _has_stepped(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer has state of steps. Adagrad has state before its first one, in which ``step`` is 0."""
+    """Return whether an optimizer has state of steps. Adagrad has some before its first one, with ``step`` 0."""
     steps = [state.get("step", 1) for state in optimizer.state.values() if state]
     return any(bool(step) for step in steps)
 

@@ -188,7 +188,8 @@ def quantize_weights(
     A forward uses :func:`uniform_quantize` of each weight, with a step that is chosen now, and a backward passes the
     gradient to the float weight unchanged ("straight-through"). It goes by ``torch.nn.utils.parametrize``: the float
     weight of ``layer.weight`` is ``layer.parametrizations.weight.original``, and the same parameter as before, so
-    optimizers still fit. The state dict also has steps and bits: call this before ``load_state_dict``. An average of this model would be one of float weights: average :func:`quantized_copy` of it.
+    optimizers still fit. The state dict also has steps and bits: call this before ``load_state_dict``. An average of
+    this model would be one of float weights: average :func:`quantized_copy` of it.
 
     Args:
         bits: of a weight, its sign included.
