@@ -196,7 +196,7 @@ def test_rounding_can_be_switched_off() -> None:
         raise KeyError
     assert repr(model) == before
     assert not torch.equal(model.eval()(x), x)
-    with pytest.raises(TypeError, match="model must be a .*, got int"):
+    with pytest.raises(TypeError, match=r"model must be a .*, got int"):
         BlockRounding.switched_off(3)  # type: ignore[arg-type]
 
 
@@ -204,7 +204,7 @@ def test_rounding_can_be_switched_off() -> None:
 def test_rounding_in_torch_func_and_in_traces() -> None:
     layer, x = BlockRounding(4, rounding="nearest"), torch.tensor([1.0, 0.3, -0.2])
     assert torch.func.grad(lambda x: layer(x).square().sum())(x).tolist() == [2.0, 0.5, -0.5]
-    with pytest.raises(NotImplementedError, match="BlockRounding cannot run in .*vmap"):
+    with pytest.raises(NotImplementedError, match=r"BlockRounding cannot run in .*vmap"):
         torch.func.vmap(layer)(x[:, None])
     model = nn.Sequential(nn.Linear(3, 3), layer)
     with pytest.raises(NotImplementedError, match=r"trace within BlockRounding.switched_off\(model\)"):

@@ -215,9 +215,7 @@ def quantize_weights(
     chosen: list[tuple[nn.Module, str]] = []
     picked: dict[int, tuple[str, bool]] = {}  # by the param, which modules with tied weights share
     for prefix, module in named_modules(model, distinct=True):
-        for name, param in module._parameters.items():
-            if param is None:
-                continue
+        for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
             whole = f"{prefix}.{name}" if prefix else name
             is_picked = bool(include(whole, param) if include is not None else param.dim() > 1)
             other, other_is = picked.setdefault(id(param), (whole, is_picked))
