@@ -70,7 +70,8 @@ def _computed_in(tensor: Tensor) -> torch.dtype:
 def _values_of(x: Tensor, step: Tensor, levels: int) -> Tensor:
     dtype = _computed_in(x)  # in float16, a small step is 0, and a quotient is not near enough to round
     own = step.to(dtype)
-    return (_levels_of(x.to(dtype), own, levels) * own).to(x.dtype)
+    largest = torch.finfo(x.dtype).max
+    return (_levels_of(x.to(dtype), own, levels) * own).clamp(-largest, largest).to(x.dtype)
 
 
 @torch.no_grad()
