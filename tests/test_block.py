@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -128,6 +129,13 @@ BAD: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "complex": (torch.ones(2) * 1j, {"bits": 8}, TypeError, "got torch.complex64: quantise torch.view_as_real of it"),
     "integers": (torch.ones(2).long(), {"bits": 8}, TypeError, "tensor must be float16, .*, got torch.int64"),
     "sparse": (torch.ones(2).to_sparse(), {"bits": 8}, ValueError, "tensor must be dense, got layout torch.sparse_coo"),
+    "no generator": (
+        torch.ones(2),
+        {"bits": 8, "generator": 3},
+        TypeError,
+        "generator must be a torch.Generator, got 3",
+    ),
+    "never used": (torch.ones(2), {"bits": 8, "rounding": "nearest", "generator": 3}, TypeError, "generator must be a"),
     "a list": ([1.0], {"bits": 8}, TypeError, "tensor must be a tensor, got list"),
 }
 
@@ -178,3 +186,28 @@ def test_rounding_follows_torchs_seed_and_refuses_other_bits() -> None:
         BlockRounding(8, error_bits=32)
     with pytest.raises(TypeError, match="bits must be an int"):
         BlockRounding("8")  # type: ignore[arg-type]
+
+
+def test_rounding_can_be_switched_off() -> None:
+    model, x = nn.Sequential(BlockRounding(4), nn.Sequential(BlockRounding(None, error_bits=5))), torch.randn(9)
+    before = repr(model)
+    with suppress(KeyError), BlockRounding.switched_off(model):
+        assert torch.equal(model(x), x)
+        raise KeyError
+    assert repr(model) == before
+    assert not torch.equal(model.eval()(x), x)
+    with pytest.raises(TypeError, match=r"model must be a .*, got int"):
+        BlockRounding.switched_off(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_rounding_in_torch_func_and_in_traces() -> None:
+    layer, x = BlockRounding(4, rounding="nearest"), torch.tensor([1.0, 0.3, -0.2])
+    assert torch.func.grad(lambda x: layer(x).square().sum())(x).tolist() == [2.0, 0.5, -0.5]
+    with pytest.raises(NotImplementedError, match=r"BlockRounding cannot run in .*vmap"):
+        torch.func.vmap(layer)(x[:, None])
+    model = nn.Sequential(nn.Linear(3, 3), layer)
+    with pytest.raises(NotImplementedError, match=r"trace within BlockRounding.switched_off\(model\)"):
+        torch.jit.trace(model, x)
+    with BlockRounding.switched_off(model):
+        assert torch.equal(torch.jit.trace(model, x)(x), model[0](x))

@@ -59,6 +59,57 @@ def test_values_are_the_nearest_levels() -> None:
     assert len(narrow.unique()) <= 7
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bits", [2, 8, 12])
+def test_narrow_dtypes_have_the_nearest_values(bits: int, dtype: torch.dtype) -> None:
+    x = torch.randn(2000, generator=torch.Generator().manual_seed(bits)).to(dtype)
+    step, most = uniform_step(x, bits).double(), 2 ** (bits - 1) - 1
+    nearest = (x.double() / step).round().clamp(-most, most) * step
+    assert torch.equal(uniform_quantize(x, bits), nearest.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        (torch.float16, 5e-7),
+        (torch.float32, 1e-44),
+        (torch.float32, 3.402823e38),
+        (torch.float64, 1.7976931348623157e308),
+    ],
+)
+def test_very_small_and_very_large_numbers_have_a_step(dtype: torch.dtype, scale: float) -> None:
+    x = torch.tensor([1.0, 0.0, -0.5, 0.25], dtype=torch.float64).mul(scale).to(dtype)
+    step = uniform_step(x, 8)
+    assert 0 < float(step) < float(x.max())
+    assert float((uniform_quantize(x, 8) - x).abs().max()) <= float(step)
+    assert 0 < float(uniform_quantize(x, 8)[0]) < float("inf")
+    model = nn.Linear(4, 1, bias=False, dtype=dtype)
+    nn.init.zeros_(model.weight)
+    model.weight.data[0] = x
+    assert torch.equal(quantize_weights(model, 8).weight[0], uniform_quantize(x, 8))
+
+
+def test_a_model_in_half_precision_keeps_its_small_step() -> None:
+    model = nn.Linear(4, 4)
+    nn.init.normal_(model.weight, std=1e-7)
+    step = quantize_weights(model, 8).half().parametrizations.weight[0].step  # type: ignore[index,union-attr]
+    assert 0 < float(step) < 1e-8
+    assert bool(model.weight.isfinite().all())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_forward_and_a_copy_have_exactly_the_values(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = quantize_weights(nn.Linear(30, 30), 2)
+    chain = model.parametrizations.weight  # type: ignore[union-attr]
+    with torch.no_grad():
+        chain.original.add_(torch.randn(30, 30))  # type: ignore[union-attr]
+    values = uniform_quantize(chain.original, 2, chain[0].step)  # type: ignore[index,union-attr]
+    assert torch.equal(model.weight, values)
+    assert torch.equal(quantized_copy(model).weight, values)
+    assert len(values.unique()) == 3
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_step_has_the_least_squared_error(bits: int, seed: int) -> None:
@@ -163,6 +214,20 @@ def test_a_state_keeps_the_steps() -> None:
     assert torch.equal(other.eval()(inputs()), model.eval()(inputs()))
 
 
+def test_a_state_of_other_bits_is_refused() -> None:
+    state, other = quantize_weights(Net(), 2).state_dict(), quantize_weights(Net(), 4)
+    with pytest.raises(RuntimeError, match=r"num_bits must be that of the model, 4, got 2: call quantize_weights\("):
+        other.load_state_dict(state)
+    quantize_weights(Net(), 2).load_state_dict(state)
+
+
+def test_the_step_is_written_in_place() -> None:
+    model = quantize_weights(Net(), 2)
+    buffers = dict(model.named_buffers())
+    requantize(model, Net().apply(lambda each: nn.init.normal_(each.weight) if type(each) is nn.Linear else None))
+    assert all(tensor is buffers[name] for name, tensor in model.named_buffers())
+
+
 def test_include_picks_weights() -> None:
     model = quantize_weights(Net(), 2, include=lambda name, param: name.startswith("last"))
     assert sorted(steps_of(model)) == ["last.parametrizations.bias.0.step", "last.parametrizations.weight.0.step"]
@@ -186,6 +251,17 @@ BAD: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
     "1 bit": (lambda m: Q(Net(), 1), ValueError, "bits must be from 2 to 16, got 1"),
     "17 bits": (lambda m: uniform_quantize(torch.ones(2), 17), ValueError, "bits must be from 2 to 16, got 17"),
     "a step of 0": (lambda m: uniform_quantize(torch.ones(2), 2, 0), ValueError, "step must be a finite number ab"),
+    "a step below 0": (lambda m: uniform_quantize(torch.ones(2), 2, -torch.ones(())), ValueError, "step must be a fin"),
+    "no number": (lambda m: uniform_quantize(torch.ones(2), 2, torch.tensor(float("nan"))), ValueError, "step must be"),
+    "steps": (lambda m: uniform_quantize(torch.ones(2), 2, torch.ones(2)), ValueError, "step must be a finite number"),
+    "complex step": (lambda m: uniform_quantize(torch.ones(2), 2, torch.tensor(1j)), ValueError, "step must be a fin"),
+    "too small": (lambda m: uniform_quantize(torch.ones(2), 2, 1e-60), ValueError, "step must be .* in torch.float32"),
+    "no function": (lambda m: Q(Net(), 2, include=3), TypeError, "include must be a function .*, got 3"),
+    "one of two names": (
+        lambda m: Q(Net(), 2, include=lambda name, param: name == "tied.weight"),
+        ValueError,
+        "a tied weight under all of its names, got 'tied.weight' without 'first.weight'",
+    ),
     "complex": (lambda m: uniform_quantize(torch.ones(2) * 1j, 2), TypeError, "got torch.complex64"),
     "no module": (lambda m: Q([], 2), TypeError, "model must be a torch.nn.Module, got list"),
     "none picked": (lambda m: Q(m, 2, include=lambda name, param: False), ValueError, "include must pick a weight"),

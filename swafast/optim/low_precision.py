@@ -14,13 +14,15 @@ from ..loop.attachment import Attachment, check_step, wait_for_readers
 from ..loop.hookable import check_optimizers
 from ..loop.roster import state_holder
 from ..op.checks import checked_seed
+from ..terms.copying import overlaps_itself
 from ..terms.numbers import as_bool
 from ..terms.pickling import pickled_from
+from ..terms.warn import warn_user
 from ..torch_private.optimizers import is_making_state, is_step, owners_of_step_hooks
-from .block import block_quantize, check_real, checked_bits, checked_rounding
+from .block import Noise, block_quantize, check_real, checked_bits, checked_rounding
 
-#: The key of a full-precision accumulator in the optimizer's state of a param.
-ACCUMULATOR = "accumulator"
+#: Keys in the optimizer's state of a param: a full-precision accumulator, and the weights that a step made of it.
+ACCUMULATOR, WRITTEN = "accumulator", "quantised"
 
 
 class LowPrecision:
@@ -33,22 +35,32 @@ class LowPrecision:
 
     Make it after the optimizer and before ``attach``, so that averages get the quantised weights. Activations and
     errors are rounded by :class:`~swafast.optim.BlockRounding` in the model. Params without a gradient are left as they
-    are. Of the optimizer's state, ``momentum_buffer`` is quantised, which SGD has. It simulates: tensors keep their
-    dtype and memory, and the device is not waited for.
+    are. Of the optimizer's state, ``momentum_buffer`` is quantised, which SGD, RMSprop and Muon have. It simulates:
+    tensors keep their dtype and memory, and the device is not waited for. A copy or pickle of it is detached.
+
+    You may write the weights between steps, also with ``full_accumulator``: elements that you have changed go into the
+    accumulator. If a step raises, its weights are in full precision until the next step.
 
     Args:
         optimizer: an optimizer of params that are float16, bfloat16, float32 or float64. Gradients must be dense.
         bits: of each number, its sign included.
         rounding: ``"stochastic"`` or ``"nearest"``.
-        full_accumulator: keep the accumulator in full precision. It takes the memory of the params once more.
+        full_accumulator: keep the accumulator in full precision, and the weights that the last step has made of it. It
+            takes the memory of the params twice more.
         seed: of the random numbers, an int. They depend on it and on :attr:`step`.
 
     Attributes:
-        step: number of steps so far.
+        step: number of steps so far. You may assign another. It counts a step that a fused optimizer skips on the
+            device, since a gradient is not finite. Such a step changes nothing else.
+
+    Warns:
+        UserWarning: the optimizer has made steps at the first step here, and the number of steps was neither loaded
+            nor assigned.
 
     Raises:
         TypeError: an argument has a wrong type, the optimizer does not run torch's hooks, or a param has another dtype.
-        ValueError: ``bits`` is not from 2 to 16, ``rounding`` is another, or a param is sparse or sharded.
+        ValueError: ``bits`` is not from 2 to 16, ``rounding`` is another, a param is sparse or sharded, or the
+            optimizer is differentiable.
         RuntimeError: the optimizer is wrapped already, or an average is attached to it.
 
     In a step, also TypeError or ValueError: a gradient is sparse, or a closure is given. Nothing has changed then.
@@ -76,17 +88,39 @@ class LowPrecision:
         self.bits, self.rounding = checked_bits("bits", bits), checked_rounding(rounding)
         if (is_full := as_bool(full_accumulator)) is None:
             raise TypeError(f"full_accumulator must be a bool, got {full_accumulator!r}")
-        self.full_accumulator, self.seed, self.step = is_full, checked_seed(seed), 0
+        self.full_accumulator, self.seed, self._step = is_full, checked_seed(seed), 0
         for what, param in _places(self._optimizer):
             check_real(what, param)
-        self._noise = _Noise(self.seed, 0)
+        _refuse_differentiable(self._optimizer)
+        self._noise = Noise(self.seed, 0)
+        self._repeats_steps = _has_stepped(self._optimizer)
         self._hooks = [
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
+            self._optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
+
+    @property
+    def step(self) -> int:
+        return self._step
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._step, self._repeats_steps = check_step(value), False
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether steps of the optimizer are still those of SWALP."""
+        return bool(self._hooks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or pickle has: settings and steps. It is detached, since torch copies no hooks."""
+        return {**vars(self), "_hooks": [], "_optimizer": None, "_noise": None}
 
     def detach(self) -> None:
         """Remove the hooks: steps are those of the optimizer again. Params keep their quantised values.
+
+        Accumulators of full precision leave the optimizer's state.
 
         Raises:
             RuntimeError: it was detached before.
@@ -96,6 +130,9 @@ class LowPrecision:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        for state in self._optimizer.state.values():
+            for key in (ACCUMULATOR, WRITTEN) if self.full_accumulator else ():
+                state.pop(key, None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training needs besides the states of model and optimizer, as plain values.
@@ -124,11 +161,12 @@ class LowPrecision:
             seed, step = checked_seed(state_dict["seed"]), check_step(state_dict["step"])
         except TypeError as error:
             raise ValueError(f"state_dict must be a state of LowPrecision, got {state_dict!r}: {error}") from error
-        self.seed, self.step = seed, step
+        self.seed, self.step = seed, step  # also says that the step is known
 
     def __repr__(self) -> str:
         full = ", full_accumulator=True" if self.full_accumulator else ""
-        return f"LowPrecision(bits={self.bits}, rounding={self.rounding!r}{full}, seed={self.seed}, step={self.step})"
+        end = f"seed={self.seed}, step={self.step}{'' if self._hooks else ', detached'}"
+        return f"LowPrecision(bits={self.bits}, rounding={self.rounding!r}{full}, {end})"
 
     # Steps
 
@@ -142,18 +180,24 @@ class LowPrecision:
                 "step must be called without a closure, got one: it would compute gradients after the hook that "
                 "quantises them. Call loss.backward() and then optimizer.step()"
             )
+        _refuse_differentiable(optimizer)
         trained = self._trained()
         for what, param in trained:
             check_real(what, param)
             check_real(f"the gradient of {what}", param.grad)
-        self._noise = _Noise(self.seed, self.step)
+        if self._repeats_steps:
+            warn_user(
+                "LowPrecision counts steps from 0, but its optimizer has made steps before: random numbers repeat. "
+                "Load low_precision.state_dict() too, or assign low_precision.step, 0 if steps count from here"
+            )
+            self._repeats_steps = False
+        self._noise = Noise(self.seed, self.step)
         if self.full_accumulator:
             wait_for_readers([param for _, param in trained])
         for _, param in trained:
-            self._round(param.grad)
-            accumulator = self._optimizer.state.get(param, {}).get(ACCUMULATOR)
-            if self.full_accumulator and accumulator is not None:
-                param.copy_(accumulator)
+            self._round_gradient(param)
+            if self.full_accumulator and ACCUMULATOR in self._optimizer.state.get(param, {}):
+                self._put_accumulator(param)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *arguments: object) -> None:
@@ -161,30 +205,62 @@ class LowPrecision:
             if self._hooks and is_making_state():
                 self._add_accumulators()
             return
+        skipped = getattr(optimizer, "found_inf", None)  # on the device: a scaler sets it for a fused optimizer
         for _, param in self._trained():
             momentum = self._optimizer.state.get(param, {}).get("momentum_buffer")
             if isinstance(momentum, Tensor):
-                self._round(momentum)
-            if self.full_accumulator:
-                self._accumulate(param)
-            self._round(param)
-        self.step += 1
+                self._round(momentum, momentum, skipped)
+            if not self.full_accumulator:
+                self._round(param, param, skipped)
+                continue
+            before = self._optimizer.state[param].get(WRITTEN, param)
+            self._accumulate(param)
+            self._round(param, before, skipped)
+            self._optimizer.state[param][WRITTEN].copy_(param)
+        self._step += 1
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        self._repeats_steps |= not self._step and _has_stepped(optimizer)
 
     def _trained(self) -> list[tuple[str, Tensor]]:
         return [(what, param) for what, param in _places(self._optimizer) if param.grad is not None]
 
-    def _round(self, tensor: Tensor | None) -> None:
-        if tensor is not None and tensor.numel():
-            generator = self._noise.on(tensor.device) if self.rounding == "stochastic" else None
-            tensor.copy_(block_quantize(tensor, self.bits, rounding=self.rounding, generator=generator))
+    def _rounded(self, tensor: Tensor) -> Tensor:
+        generator = self._noise.on(tensor.device) if self.rounding == "stochastic" and tensor.numel() else None
+        return block_quantize(tensor, self.bits, rounding=self.rounding, generator=generator)
+
+    def _round(self, tensor: Tensor, before: Tensor, skipped: Tensor | None) -> None:
+        """Round a tensor in place. If its step was skipped, it gets the values of ``before``."""
+        rounded = self._rounded(tensor)
+        if skipped is not None:
+            rounded = torch.where(skipped.to(tensor.device) != 0, before, rounded)
+        tensor.copy_(rounded)
+
+    def _round_gradient(self, param: Tensor) -> None:
+        assert param.grad is not None
+        rounded = self._rounded(param.grad)
+        if overlaps_itself(param.grad) or param.grad.is_inference():  # an expanded one cannot be written
+            param.grad = rounded
+        else:
+            param.grad.copy_(rounded)
+
+    def _put_accumulator(self, param: Tensor) -> None:
+        """Make a param its accumulator again, in which elements that are not those of the last step are replaced."""
+        state = self._optimizer.state[param]
+        for key in (ACCUMULATOR, WRITTEN):  # ``model.double()`` leaves the optimizer's state as it is
+            state[key] = state.get(key, param).detach().to(param, copy=key not in state)
+        is_own = (param == state[WRITTEN]) | (param.isnan() & state[WRITTEN].isnan())
+        state[ACCUMULATOR].copy_(torch.where(is_own, state[ACCUMULATOR], param))
+        state[WRITTEN].copy_(param)
+        param.copy_(state[ACCUMULATOR])
 
     def _accumulate(self, param: Tensor) -> None:
         """Keep what the step has made of a param. The optimizer's own state must be there: some ask if it is empty."""
         state = self._optimizer.state[param]
-        if ACCUMULATOR in state:
-            state[ACCUMULATOR].copy_(param)
-        else:
-            state[ACCUMULATOR] = param.detach().clone()
+        for key in (ACCUMULATOR, WRITTEN):
+            if key not in state:
+                state[key] = param.detach().clone()
+        state[ACCUMULATOR].copy_(param)
 
     def _add_accumulators(self) -> None:
         """Add what a checkpoint is loaded into, where torch makes the optimizer's state for that."""
@@ -209,26 +285,23 @@ def _checked_optimizer(optimizer: object) -> Optimizer:
     return holder
 
 
+def _refuse_differentiable(optimizer: Optimizer) -> None:
+    if any(group.get("differentiable", False) for group in optimizer.param_groups):
+        raise ValueError("optimizer must have differentiable=False, got True: hooks write its params in place")
+
+
+def _has_stepped(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer has state of steps. Adagrad has some before its first one, with ``step`` 0."""
+    steps = [state.get("step", 1) for state in optimizer.state.values() if state]
+    return any(bool(step) for step in steps)
+
+
 def _places(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     """Yield the params of an optimizer, each with its name for an error."""
     for number, group in enumerate(optimizer.param_groups):
         names = group.get("param_names") or range(len(group["params"]))
         for name, param in zip(names, group["params"], strict=True):
             yield f"param {name!r} of the optimizer's group {number}", param
-
-
-class _Noise:
-    """Random numbers that depend on a seed and a step alone, from one generator for each device."""
-
-    def __init__(self, seed: int, step: int) -> None:
-        # torch's generator on a CPU takes 32 bits. The odd factor makes them differ for 2^32 steps.
-        self._seed = (seed * 0x85EBCA6B + step * 0x9E3779B1) % 2**32
-        self._generators: dict[torch.device, torch.Generator] = {}
-
-    def on(self, device: torch.device) -> torch.Generator:
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
-        return self._generators[device]
 
 
 @pickled_from("swafast.optim")
@@ -264,7 +337,7 @@ class LowPrecisionMean:
     def __call__(self, averages: Sequence[Tensor], params: Sequence[Tensor], num_averaged: Tensor | int) -> None:
         """Move the averages, dense float tensors, towards the params. Reads ``num_averaged``: on a GPU, it waits."""
         count = int(num_averaged)
-        noise = _Noise(self.seed, count)
+        noise = Noise(self.seed, count)
         for average, param in zip(averages, params, strict=True):
             generator = noise.on(average.device) if self.rounding == "stochastic" else None
             mean = average + (param - average) / (count + 1)
