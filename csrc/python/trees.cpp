@@ -58,8 +58,9 @@ void* impl_of(PyObject* tensor) { return *static_cast<void**>(handle_of(tensor))
 // What a launch depends on, besides sizes and strides.
 struct View {
   void* data;
-  int64_t dim;
-  int32_t dtype, device_type, device_index;
+  // Small, since a pass reads thousands: torch has 64 dims at most, and few dtypes and kinds of device.
+  int16_t device_index;
+  uint8_t dim, dtype, device_type;
   bool is_neg, is_conj;
 
   bool operator==(const View& other) const {
@@ -71,8 +72,18 @@ struct View {
 // Returns false for a tensor without memory of its own, such as a sparse one.
 bool read(PyObject* tensor, View* view) {
   const Handle handle = handle_of(tensor);
-  if (torch.data(handle, &view->data) || torch.dim(handle, &view->dim) || torch.dtype(handle, &view->dtype) ||
-      torch.device_type(handle, &view->device_type) || torch.device_index(handle, &view->device_index)) {
+  int64_t dim;
+  int32_t dtype, device_type, device_index;
+  if (torch.data(handle, &view->data) || torch.dim(handle, &dim) || torch.dtype(handle, &dtype) ||
+      torch.device_type(handle, &device_type) || torch.device_index(handle, &device_index)) {
+    return false;
+  }
+  view->dim = dim;
+  view->dtype = dtype;
+  view->device_type = device_type;
+  view->device_index = device_index;
+  if (view->dim != dim || view->dtype != dtype || view->device_type != device_type ||
+      view->device_index != device_index) {
     return false;
   }
   view->is_neg = torch.is_neg(handle);
@@ -102,7 +113,7 @@ PyTypeObject* plain_types[2];  // torch.Tensor and Parameter
 bool is_plain(PyObject* tensor) { return Py_TYPE(tensor) == plain_types[0] || Py_TYPE(tensor) == plain_types[1]; }
 
 // How an entry of a module's dict is compared.
-enum class Kind : int32_t {
+enum class Kind : uint8_t {
   TENSOR,   // its type and its view
   SHARD,    // a DTensor: its type, its spec by identity, and the view of its local tensor
   ANY,      // by nothing: no plan uses it
@@ -114,20 +125,18 @@ struct Entry {
   PyObject* key;
   PyTypeObject* type;
   View view;
+  PyObject* identity;  // of a CHILD, or the spec of a SHARD
+  uint32_t geometry;   // where its sizes and then its strides stand
+  int32_t tie;         // the first entry with the same tensor, or -1
   Kind kind;
-  int32_t tie;               // the first entry with the same tensor, or -1
-  int64_t geometry;          // where its sizes and then its strides stand
-  PyObject* identity;        // of a CHILD, or the spec of a SHARD
-  PyTypeObject* local_type;  // of a SHARD
 };
 
 struct Module {
   PyObject* reference;  // a weak one, of a root only: a parent holds the others
-  size_t place;         // the entry that holds it, if it is no root
   PyTypeObject* type;
-  PyTypeObject* dict_types[NUM_ATTRIBUTES];
-  Py_ssize_t positions[NUM_ATTRIBUTES];  // of its three dicts in its own dict
-  Py_ssize_t counts[NUM_ATTRIBUTES];
+  uint32_t place;                      // the entry that holds it, if it is no root
+  uint32_t positions[NUM_ATTRIBUTES];  // of its three dicts in its own dict
+  uint32_t counts[NUM_ATTRIBUTES];
 };
 
 // Everything is in the order of the pass, which so reads memory from front to back. All Python objects are borrowed:
@@ -136,9 +145,10 @@ struct Trees {
   std::vector<Module> modules;
   std::vector<Entry> entries;
   std::vector<int64_t> geometry;
-  // Cache lines that the pass will read. After a large update they are no longer in the caches.
-  std::vector<const char*> lines;
-  std::vector<size_t> line_ends;  // of each module and each entry
+  // Cache lines that the pass will read, from the first one on. After a large update they are no longer in the caches.
+  const char* first_line = nullptr;
+  std::vector<int32_t> lines;
+  std::vector<uint32_t> line_ends;  // of each module and each entry
   std::vector<std::vector<size_t>> groups;
   // Of each entry, valid in the pass that has put it there.
   std::vector<PyObject*> values, tensors;
@@ -146,6 +156,7 @@ struct Trees {
 };
 
 constexpr const char* CAPSULE = "swafast.trees";
+constexpr int64_t LINE = 64;
 constexpr size_t AHEAD = 12;  // modules and entries; 8 to 24 are alike
 
 class Prefetch {
@@ -155,7 +166,7 @@ class Prefetch {
   void next() {
     const size_t last = trees_.line_ends.size() - 1;
     const size_t end = trees_.line_ends[std::min(unit_++ + AHEAD, last)];
-    for (; line_ < end; line_++) __builtin_prefetch(trees_.lines[line_]);
+    for (; line_ < end; line_++) __builtin_prefetch(trees_.first_line + int64_t{trees_.lines[line_]} * LINE);
   }
 
  private:
@@ -217,7 +228,7 @@ bool entry_stands(Trees& trees, size_t index, PyObject* value) {
   if (entry.kind == Kind::SHARD) {
     if (in_slot(value, trees.spec_slot) != entry.identity) return false;
     value = in_slot(value, trees.local_slot);
-    if (value == nullptr || Py_TYPE(value) != entry.local_type) return false;
+    if (value == nullptr || !is_plain(value)) return false;
   }
   trees.tensors[index] = value;
   return tensor_stands(trees, entry, value);
@@ -235,10 +246,10 @@ bool stands(Trees& trees) {
     if (own == nullptr) return false;
     for (int which = 0; which < NUM_ATTRIBUTES; which++) {
       PyObject* dict = attribute(own, Attribute(which), module.positions[which]);
-      if (dict == nullptr || Py_TYPE(dict) != module.dict_types[which]) return false;
-      if (PyDict_Size(dict) != module.counts[which]) return false;
+      if (dict == nullptr || !PyDict_CheckExact(dict)) return false;
+      if (size_t(PyDict_Size(dict)) != module.counts[which]) return false;
       Py_ssize_t position = 0;
-      for (Py_ssize_t i = 0; i < module.counts[which]; i++, index++) {
+      for (uint32_t i = 0; i < module.counts[which]; i++, index++) {
         prefetch.next();
         PyObject *key, *value;
         if (!PyDict_Next(dict, &position, &key, &value) || key != trees.entries[index].key) return false;
@@ -291,10 +302,8 @@ class Maker {
       if (dict == nullptr || !PyDict_CheckExact(dict) || !is_attribute(module, ATTRIBUTE_NAMES[which], dict)) {
         return refuse("a module that keeps its tensors elsewhere");
       }
-      made.dict_types[which] = Py_TYPE(dict);
       made.counts[which] = PyDict_Size(dict);
       made.positions[which] = position_of(own, names[which]);
-      if (!keep(reinterpret_cast<PyObject*>(Py_TYPE(dict)))) return false;
       expect_dict(dict);
       Py_ssize_t position = 0;
       PyObject *key, *value;
@@ -387,7 +396,6 @@ class Maker {
         return refuse("a DTensor that has its parts elsewhere");
       }
       if (!keep(made->identity)) return false;
-      made->local_type = Py_TYPE(tensor);
       expect(value, std::max(trees_->local_slot, trees_->spec_slot) + sizeof(PyObject*));
       expect_object(tensor);
     }
@@ -407,9 +415,13 @@ class Maker {
   // The cache lines of a pass. An address that is stale by then does no harm: a prefetch cannot fault.
 
   void expect(const void* start, size_t nbytes) {
-    const char* first = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(start) & ~uintptr_t{63});
-    for (const char* line = first; line < static_cast<const char*>(start) + nbytes; line += 64) {
-      trees_->lines.push_back(line);
+    const int64_t begin = reinterpret_cast<intptr_t>(start) / LINE;
+    const int64_t end = (reinterpret_cast<intptr_t>(start) + int64_t(nbytes) + LINE - 1) / LINE;
+    if (trees_->first_line == nullptr) trees_->first_line = reinterpret_cast<const char*>(begin * LINE);
+    const int64_t first = reinterpret_cast<intptr_t>(trees_->first_line) / LINE;
+    for (int64_t line = begin; line < end; line++) {
+      const int32_t distance = static_cast<int32_t>(line - first);
+      if (distance == line - first) trees_->lines.push_back(distance);  // else it is no memory of Python's heap
     }
   }
 
