@@ -7,7 +7,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 BUDGET_S, QUICK_BUDGET_S = 10.0, 3.0
 # Where our own passes are compared with each other unless workloads are named: averages that fit no cache.
 PASSES, QUICK_PASSES = ("gpt2_medium",), ("resnet50",)
-# Where the cost of checks shows unless workloads are named.
+# Where the cost of checks shows.
 CHECKED = ("3000x64", "2000x64x64", "resnet50")
 # A measuring process of a GPU run looks at the clock between providers, and takes so long for the samples of one.
 PROVIDER_S = 0.4
@@ -81,7 +81,7 @@ def run(
     """Measure every way of averaging and our own passes on this CPU. Print, and write OUT/cpu.json and OUT/cpu.png."""
     if context.invoked_subcommand is not None:
         return
-    from bench import bars, cases, lookup, measure, plot, tables, tables_of_checks
+    from bench import cases, lookup, measure, plot, tables
 
     for name in workload or ():
         if name not in WORKLOADS:
@@ -98,15 +98,12 @@ def run(
                 console.print(Markdown(tables.providers_table(report.rows[start:])), "")
         if group in (names.FORMATS, names.SEVERAL):
             console.print(Markdown(tables.passes_block(report, group)), "")
-    _checked(report, workload or CHECKED, QUICK_BUDGET_S if quick else BUDGET_S)
-    console.print(Markdown(tables_of_checks.checked_block(report)), "")
-    console.print(Markdown(bars.bars_table(report, bars.checked_bars(report))), "")
     _write(report, out / "cpu", plot.plot_speed)
     _fail(lookup.failures(report))
 
 
-def _checked(report: Report, workloads: Sequence[str], budget_s: float) -> None:
-    """Measure what checks cost, with the default threads and with one."""
+def _checked(report: Report, budget_s: float) -> None:
+    """Measure what checks cost in whole updates, with the default threads and with one."""
     from bench import cases, measure
 
     threads = torch.get_num_threads()
@@ -115,7 +112,7 @@ def _checked(report: Report, workloads: Sequence[str], budget_s: float) -> None:
         try:
             with console.status("measuring") as status:
                 bench = measure.Bench(measure.Setting(CPU, budget_s, report.rows.append, status.update))
-                for case in cases.cpu_cases(group, workloads):
+                for case in cases.cpu_cases(group, CHECKED):
                     bench.run(case)
         finally:
             torch.set_num_threads(threads)
@@ -123,13 +120,15 @@ def _checked(report: Report, workloads: Sequence[str], budget_s: float) -> None:
 
 @app.command("host")
 def host_command(out: Out = OUT, quick: Quick = False) -> None:
-    """Measure what an update costs the host beside its kernel, and where that time goes: about two minutes."""
+    """Measure what an update costs the host beside its kernel, and what its checks cost: about two minutes."""
     from bench import bars, host, lookup, tables_of_checks
 
     with console.status("host") as status:
         report = Report(_about(), host.measure(quick=quick, progress=status.update))
+    _checked(report, QUICK_BUDGET_S if quick else BUDGET_S)
     console.print(Markdown(tables_of_checks.host_block(report)), "")
-    console.print(Markdown(bars.bars_table(report, bars.host_bars(report))), "")
+    console.print(Markdown(tables_of_checks.checked_block(report)), "")
+    console.print(Markdown(bars.bars_table(report, [*bars.host_bars(report), *bars.checked_bars(report)])), "")
     _write(report, out / "host")
     _fail(lookup.failures(report))
 

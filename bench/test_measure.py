@@ -238,7 +238,6 @@ def test_command_writes_a_report_and_a_picture(monkeypatch: pytest.MonkeyPatch, 
     report, text = Report.read(tmp_path / "cpu.json"), (tmp_path / "cpu.json").read_text()
     groups = (names.UPDATES, names.FORMATS, names.SEVERAL)
     expected = {(group, dtype) for group in groups for dtype in ("float32", "bfloat16")}
-    expected |= {(group, "float32") for group in (names.CHECKED, names.CHECKED_ALONE)}
     assert {(row.group, row.dtype) for row in report.rows} == expected
     assert "samples" not in text
     assert str(tmp_path) not in text

@@ -145,9 +145,8 @@ struct Trees {
   std::vector<Module> modules;
   std::vector<Entry> entries;
   std::vector<int64_t> geometry;
-  // Cache lines that the pass will read, from the first one on. After a large update they are no longer in the caches.
-  const char* first_line = nullptr;
-  std::vector<int32_t> lines;
+  // Cache lines that the pass will read. After a large update they are no longer in the caches.
+  std::vector<const char*> lines;
   std::vector<uint32_t> line_ends;  // of each module and each entry
   std::vector<std::vector<size_t>> groups;
   // Of each entry, valid in the pass that has put it there.
@@ -156,7 +155,7 @@ struct Trees {
 };
 
 constexpr const char* CAPSULE = "swafast.trees";
-constexpr int64_t LINE = 64;
+constexpr uintptr_t LINE = 64;
 constexpr size_t AHEAD = 12;  // modules and entries; 8 to 24 are alike
 
 class Prefetch {
@@ -166,7 +165,7 @@ class Prefetch {
   void next() {
     const size_t last = trees_.line_ends.size() - 1;
     const size_t end = trees_.line_ends[std::min(unit_++ + AHEAD, last)];
-    for (; line_ < end; line_++) __builtin_prefetch(trees_.first_line + int64_t{trees_.lines[line_]} * LINE);
+    for (; line_ < end; line_++) __builtin_prefetch(trees_.lines[line_]);
   }
 
  private:
@@ -415,13 +414,9 @@ class Maker {
   // The cache lines of a pass. An address that is stale by then does no harm: a prefetch cannot fault.
 
   void expect(const void* start, size_t nbytes) {
-    const int64_t begin = reinterpret_cast<intptr_t>(start) / LINE;
-    const int64_t end = (reinterpret_cast<intptr_t>(start) + int64_t(nbytes) + LINE - 1) / LINE;
-    if (trees_->first_line == nullptr) trees_->first_line = reinterpret_cast<const char*>(begin * LINE);
-    const int64_t first = reinterpret_cast<intptr_t>(trees_->first_line) / LINE;
-    for (int64_t line = begin; line < end; line++) {
-      const int32_t distance = static_cast<int32_t>(line - first);
-      if (distance == line - first) trees_->lines.push_back(distance);  // else it is no memory of Python's heap
+    const char* first = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(start) & ~(LINE - 1));
+    for (const char* line = first; line < static_cast<const char*>(start) + nbytes; line += LINE) {
+      trees_->lines.push_back(line);
     }
   }
 

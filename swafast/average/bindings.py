@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Sequence, Set
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -107,6 +107,7 @@ class ModuleBinding:
         frozen = [param for param in left_out if not param.requires_grad]
         self._loan = self._lend(lent, frozen) if frozen else None
         self._checks = Checks()
+        self._num_repeats = _repeats([pair.param for pair in pairs], len(sides))
 
     def lent(self) -> Sequence[tuple[str, Tensor]]:
         """Return the names and tensors of the params that the model lends."""
@@ -133,7 +134,7 @@ class ModuleBinding:
             return None
         found = self._checks.find(_PLANES + 1 if self._loan is None else _FROZEN + 1)
         if found is not None and (self._loan is None or lending.are_frozen(found[_FROZEN])) and self._copies_fit():
-            return self.plan, found[_PARAMS], found[_PLANES]
+            return self.plan, found[_PARAMS] * self._num_repeats, found[_PLANES]
         theirs, own = self._model_walk.tensors(), self._owner_walk.tensors()
         if theirs is None or own is None or (self._loan is not None and not self._loan.stands(theirs, own)):
             return None
@@ -141,7 +142,7 @@ class ModuleBinding:
         if not self._copies_fit() or not self.plan.fits(params, planes, counters):
             return None
         frozen, lent = self._loan.tensors(theirs, own) if self._loan is not None else ((), ())
-        groups = (params, planes, counters, frozen, lent)
+        groups = (params[: len(params) // self._num_repeats], planes, counters, frozen, lent)
         roots = (self._owner_walk.root, root)
         self._checks.make(lambda: TreeCheck(roots, groups))
         return self.plan, params, planes
@@ -327,6 +328,12 @@ def _copies(pairs: Sequence[Pair], model_walk: Walk, owner_walk: Walk) -> Copies
         return None if theirs is None or own is None else [*zip(params(theirs), copied(own), strict=True)]
 
     return Copies([pair.name for pair in pairs], find)
+
+
+def _repeats(params: list[Tensor], most: int) -> int:
+    """Return how often the same params follow one another: as often as there are sides, if these average them all."""
+    first = params[: len(params) // most]
+    return most if len(params) == most * len(first) and all(map(is_, params, first * most)) else 1
 
 
 def _is_left_out(pair: Pair) -> bool:

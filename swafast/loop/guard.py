@@ -235,9 +235,16 @@ def finished(action: Callable[[], None]) -> None:
 
 @seamless
 def _all_held(locks: Sequence[ForkSafeLock]) -> Iterator[None]:
-    with locks[0]:
-        if len(locks) == 1:
+    # Up to three in one frame: each context of its own costs a microsecond.
+    if len(locks) == 1:
+        with locks[0]:
             yield
-        else:
-            with _all_held(locks[1:]):
-                yield
+    elif len(locks) == 2:
+        with locks[0], locks[1]:
+            yield
+    elif len(locks) == 3:
+        with locks[0], locks[1], locks[2]:
+            yield
+    else:
+        with locks[0], locks[1], locks[2], _all_held(locks[3:]):
+            yield
