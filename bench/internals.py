@@ -147,7 +147,7 @@ def native_pass(averaged: Averaged) -> tree_check.TreeCheck:
 def check_in_python(averaged: Averaged) -> None:
     """Have the model of the last update checked in Python from now on, as where no native pass can be used."""
     checks = _checks_of(averaged)
-    checks._check, checks._is_in_vain = None, True
+    checks._check, checks.make = None, lambda make: None  # type: ignore[method-assign]
 
 
 def written(averaged: Averaged, model: nn.Module) -> list[Tensor]:

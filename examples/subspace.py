@@ -44,10 +44,10 @@ try:
 except ImportError:
     pyro = None
 
-# For a quick look, set EPOCHS=8 in the environment.
+# For a quick look, set EPOCHS=12 in the environment.
 try:
-    if (EPOCHS := int(os.environ.get("EPOCHS", "60"))) < 8:
-        raise ValueError(f"it must be at least 8, got {EPOCHS}: two directions need three models of the last quarter")
+    if (EPOCHS := int(os.environ.get("EPOCHS", "60"))) < 12:
+        raise ValueError(f"it must be at least 12, got {EPOCHS}: two directions need three models of the last quarter")
     # As in swag.py: with the demo's own rate and decay predictions are not too sure, and samples gain less.
     SETTINGS = Settings(num_seeds=3, epochs=EPOCHS, learning_rate=0.1, weight_decay=1e-3, test_every=EPOCHS)
 except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import random
 import weakref
 from collections.abc import Callable, Iterator
@@ -220,3 +221,30 @@ def test_a_check_that_never_stands_is_made_seldom_and_one_that_stands_again_stay
         if checks.find(1) is not None:
             break
     assert checks.find(1) is not None
+
+
+def test_an_unpickled_model_is_taken_too() -> None:
+    """Its dicts have keys that are equal to a module's own names, but other objects."""
+    model = pickle.loads(pickle.dumps(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))))
+    average = pickle.loads(pickle.dumps(FusedAveragedModel(model)))
+    for _ in range(3):
+        average.update_parameters(model)
+    check = average._bindings.latest._checks._check
+    assert check is not None
+    assert stands(check)
+    model[0].weight.data = model[0].weight.data.clone()
+    assert not stands(check)
+
+
+def test_a_tensor_that_moves_while_a_check_is_made_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, make = Net(), TreeCheck.__init__
+
+    def move(self: TreeCheck, *args: Any, **options: Any) -> None:
+        model.a.data = model.a.data.clone()
+        make(self, *args, **options)
+
+    average = FusedAveragedModel(model)
+    monkeypatch.setattr(TreeCheck, "__init__", move)
+    for _ in range(3):
+        average.update_parameters(model)
+    assert average._bindings.latest._checks._check is None

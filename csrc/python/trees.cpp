@@ -106,7 +106,6 @@ void bump_version(PyObject* tensor) {
 
 enum Attribute { PARAMETERS, BUFFERS, CHILDREN, NUM_ATTRIBUTES };
 const char* const ATTRIBUTE_NAMES[] = {"_parameters", "_buffers", "_modules"};
-PyObject* names[NUM_ATTRIBUTES];
 size_t dict_words;             // of a dict's own record
 PyTypeObject* plain_types[2];  // torch.Tensor and Parameter
 
@@ -134,13 +133,15 @@ struct Entry {
 struct Module {
   PyObject* reference;  // a weak one, of a root only: a parent holds the others
   PyTypeObject* type;
-  uint32_t place;                      // the entry that holds it, if it is no root
-  uint32_t positions[NUM_ATTRIBUTES];  // of its three dicts in its own dict
+  PyObject* keys[NUM_ATTRIBUTES];      // of its three dicts in its own dict: not interned in an unpickled module
+  uint32_t positions[NUM_ATTRIBUTES];  // and where they stand there
+  uint32_t place;                      // the entry that holds the module, if it is no root
   uint32_t counts[NUM_ATTRIBUTES];
 };
 
-// Everything is in the order of the pass, which so reads memory from front to back. All Python objects are borrowed:
-// `make` hands them to its caller, who keeps them where Python's garbage collector sees them.
+// Everything is in the order of the pass, which so reads memory from front to back. Keys, types, specs and
+// weak references are borrowed: `make` hands them to its caller, who keeps them where Python's garbage collector sees
+// them. A child is known by its address alone; all that is below it is compared.
 struct Trees {
   std::vector<Module> modules;
   std::vector<Entry> entries;
@@ -185,12 +186,13 @@ PyObject* own_dict(PyObject* object) {
 }
 
 // By identity: a look-up could run a key's own __eq__.
-PyObject* attribute(PyObject* own, Attribute which, Py_ssize_t position) {
+PyObject* attribute(PyObject* own, const Module& module, int which) {
+  Py_ssize_t position = module.positions[which];
   PyObject *key, *value;
-  if (PyDict_Next(own, &position, &key, &value) && key == names[which]) return value;
+  if (PyDict_Next(own, &position, &key, &value) && key == module.keys[which]) return value;
   position = 0;
   while (PyDict_Next(own, &position, &key, &value)) {
-    if (key == names[which]) return value;
+    if (key == module.keys[which]) return value;
   }
   return nullptr;
 }
@@ -244,7 +246,7 @@ bool stands(Trees& trees) {
     PyObject* own = own_dict(object);
     if (own == nullptr) return false;
     for (int which = 0; which < NUM_ATTRIBUTES; which++) {
-      PyObject* dict = attribute(own, Attribute(which), module.positions[which]);
+      PyObject* dict = attribute(own, module, which);
       if (dict == nullptr || !PyDict_CheckExact(dict)) return false;
       if (size_t(PyDict_Size(dict)) != module.counts[which]) return false;
       Py_ssize_t position = 0;
@@ -297,12 +299,12 @@ class Maker {
     expect_dict(own);
     end_of_unit();
     for (int which = 0; which < NUM_ATTRIBUTES; which++) {
-      PyObject* dict = PyDict_GetItem(own, names[which]);
+      PyObject* dict = find_attribute(own, &made, which);
       if (dict == nullptr || !PyDict_CheckExact(dict) || !is_attribute(module, ATTRIBUTE_NAMES[which], dict)) {
         return refuse("a module that keeps its tensors elsewhere");
       }
+      if (!keep(made.keys[which])) return false;
       made.counts[which] = PyDict_Size(dict);
-      made.positions[which] = position_of(own, names[which]);
       expect_dict(dict);
       Py_ssize_t position = 0;
       PyObject *key, *value;
@@ -345,15 +347,21 @@ class Maker {
   static bool is_attribute(PyObject* object, const char* name, PyObject* value) {
     PyObject* got = PyObject_GetAttrString(object, name);
     Py_XDECREF(got);
-    if (got == nullptr) PyErr_Clear();
+    if (got == nullptr && PyErr_ExceptionMatches(PyExc_AttributeError)) PyErr_Clear();
     return got != nullptr && got == value;
   }
 
-  static Py_ssize_t position_of(PyObject* own, PyObject* name) {
+  // Finds a module's dict in its own dict, with its key and position.
+  static PyObject* find_attribute(PyObject* own, Module* made, int which) {
     Py_ssize_t position = 0, before = 0;
     PyObject *key, *value;
-    while (PyDict_Next(own, &position, &key, &value) && key != name) before = position;
-    return before;
+    for (; PyDict_Next(own, &position, &key, &value); before = position) {
+      if (!PyUnicode_CheckExact(key) || PyUnicode_CompareWithASCIIString(key, ATTRIBUTE_NAMES[which]) != 0) continue;
+      made->keys[which] = key;
+      made->positions[which] = before;
+      return value;
+    }
+    return nullptr;
   }
 
   bool add_entry(int which, PyObject* key, PyObject* value) {
@@ -450,6 +458,12 @@ class Maker {
   std::unordered_map<PyObject*, size_t> places_;  // and of each module
 };
 
+// Not Py_RETURN_NONE: in some versions of Python's headers it takes no reference, which Python 3.10 and 3.11 need.
+PyObject* none() {
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+
 void destroy(PyObject* capsule) { delete static_cast<Trees*>(PyCapsule_GetPointer(capsule, CAPSULE)); }
 
 // make(modules, references, groups, shard_type, local_slot, spec_slot) -> (trees, kept)
@@ -459,19 +473,27 @@ PyObject* make(PyObject*, PyObject* args) {
   if (!PyArg_ParseTuple(args, "OOOOnn", &modules, &references, &groups, &shard_type, &local_slot, &spec_slot)) {
     return nullptr;
   }
-  PyObject* kept = PyList_New(0);
-  if (kept == nullptr) return nullptr;
-  Maker maker(kept, shard_type, local_slot, spec_slot);
-  bool is_made = maker.add_groups(groups);
-  for (Py_ssize_t i = 0; is_made && i < PyList_Size(modules); i++) {
-    is_made = maker.add_module(PyList_GetItem(modules, i), PyList_GetItem(references, i));
+  if (!PyList_Check(modules) || !PyList_Check(references) || PyList_Size(modules) != PyList_Size(references) ||
+      !PyTuple_Check(groups)) {
+    PyErr_SetString(PyExc_TypeError, "make(modules, references, groups, shard_type, local_slot, spec_slot)");
+    return nullptr;
   }
-  is_made = is_made && maker.find_groups(groups);
+  PyObject* kept = PyList_New(0);
   PyObject* capsule = nullptr;
-  if (is_made) {
-    std::unique_ptr<Trees> trees = maker.result();
-    capsule = PyCapsule_New(trees.get(), CAPSULE, destroy);
-    if (capsule != nullptr) trees.release();
+  if (kept == nullptr) return nullptr;
+  try {
+    Maker maker(kept, shard_type, local_slot, spec_slot);
+    bool is_made = maker.add_groups(groups);
+    for (Py_ssize_t i = 0; is_made && i < PyList_Size(modules); i++) {
+      is_made = maker.add_module(PyList_GetItem(modules, i), PyList_GetItem(references, i));
+    }
+    if (is_made && maker.find_groups(groups) && !PyErr_Occurred()) {
+      std::unique_ptr<Trees> trees = maker.result();
+      capsule = PyCapsule_New(trees.get(), CAPSULE, destroy);
+      if (capsule != nullptr) trees.release();
+    }
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
   }
   PyObject* result = capsule != nullptr ? PyTuple_Pack(2, capsule, kept) : nullptr;
   Py_XDECREF(capsule);
@@ -481,7 +503,8 @@ PyObject* make(PyObject*, PyObject* args) {
 
 Trees* trees_in(PyObject* capsule) { return static_cast<Trees*>(PyCapsule_GetPointer(capsule, CAPSULE)); }
 
-// find(trees, count) -> the tensors of the first groups, each in a list, or None if not all of the trees stand
+// find(trees, count) -> the tensors of the first groups, each in a list, or None if not all of the trees stand. Of a
+// DTensor it is the local tensor.
 PyObject* find(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
   Trees* trees = num_args == 2 ? trees_in(args[0]) : nullptr;
   const Py_ssize_t count = trees != nullptr ? PyLong_AsSsize_t(args[1]) : -1;
@@ -509,7 +532,7 @@ PyObject* find(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
   }
   if (is_found) return found;
   Py_DECREF(found);
-  Py_RETURN_NONE;
+  return none();
 }
 
 // tell(tensors) -> whether autograd knows that all tensors of a list or tuple are written. A subclass may not be told.
@@ -538,10 +561,14 @@ PyObject* read_for_python(PyObject*, PyObject* args) {
   if (!PyArg_ParseTuple(args, "OK", &tensor, &impl)) return nullptr;
   View view;
   int64_t *sizes, *strides;
-  if (reinterpret_cast<uintptr_t>(impl_of(tensor)) != impl) Py_RETURN_NONE;
-  if (!read(tensor, &view) || !read_geometry(tensor, &sizes, &strides)) Py_RETURN_NONE;
+  if (reinterpret_cast<uintptr_t>(impl_of(tensor)) != impl) return none();
+  if (!read(tensor, &view) || !read_geometry(tensor, &sizes, &strides)) return none();
   PyObject *shape = tuple_of(sizes, view.dim), *stride = tuple_of(strides, view.dim);
-  if (shape == nullptr || stride == nullptr) return nullptr;
+  if (shape == nullptr || stride == nullptr || PyErr_Occurred()) {
+    Py_XDECREF(shape);
+    Py_XDECREF(stride);
+    return nullptr;
+  }
   return Py_BuildValue("KNNiiiNN", reinterpret_cast<unsigned long long>(view.data), shape, stride, view.dtype,
                        view.device_type, view.device_index, PyBool_FromLong(view.is_neg),
                        PyBool_FromLong(view.is_conj));
@@ -579,12 +606,12 @@ __attribute__((visibility("default"))) PyObject* swafast_trees_functions(const c
   if (dict_size == nullptr) return nullptr;
   dict_words = PyLong_AsSize_t(dict_size) / sizeof(void*);
   Py_DECREF(dict_size);
-  for (int which = 0; which < NUM_ATTRIBUTES; which++)
-    names[which] = PyUnicode_InternFromString(ATTRIBUTE_NAMES[which]);
   constexpr Py_ssize_t count = sizeof(METHODS) / sizeof(METHODS[0]);
   PyObject* functions = PyTuple_New(count);
   for (Py_ssize_t i = 0; functions != nullptr && i < count; i++) {
-    PyTuple_SetItem(functions, i, PyCFunction_NewEx(&METHODS[i], nullptr, nullptr));
+    PyObject* function = PyCFunction_NewEx(&METHODS[i], nullptr, nullptr);
+    if (function == nullptr) Py_CLEAR(functions);
+    if (function != nullptr) PyTuple_SetItem(functions, i, function);
   }
   return functions;
 }

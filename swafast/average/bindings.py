@@ -128,9 +128,7 @@ class ModuleBinding:
     def current(self, model: Module, config: object, counters: Sequence[Tensor]) -> Bound | None:
         """Return the plan with the current params and planes of both modules, or None if it no longer fits."""
         root = self._root()
-        if config != self.config or (root is not model and root is not unwrap(model)):
-            return None
-        if self.plan.is_retired:
+        if self.plan.is_retired or config != self.config or (root is not model and root is not unwrap(model)):
             return None
         found = self._checks.find(_PLANES + 1 if self._loan is None else _FROZEN + 1)
         if found is not None and (self._loan is None or lending.are_frozen(found[_FROZEN])) and self._copies_fit():
@@ -143,9 +141,14 @@ class ModuleBinding:
             return None
         frozen, lent = self._loan.tensors(theirs, own) if self._loan is not None else ((), ())
         groups = (params[: len(params) // self._num_repeats], planes, counters, frozen, lent)
-        roots = (self._owner_walk.root, root)
-        self._checks.make(lambda: TreeCheck(roots, groups))
+        self._checks.make(lambda: self._checked(groups))
         return self.plan, params, planes
+
+    def _checked(self, groups: Any) -> TreeCheck:
+        check = TreeCheck((self._owner_walk.root, self._root()), groups)
+        if self.plan.fits(groups[_PARAMS] * self._num_repeats, groups[_PLANES], groups[_COUNTERS]):
+            return check
+        raise ValueError("a tensor has moved while the check was made")  # by another thread
 
     def _copies_fit(self) -> bool:
         return self.plan.copies is None or self.plan.copies.fit()

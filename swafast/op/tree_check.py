@@ -1,6 +1,6 @@
 """Whether all tensors of a plan still stand where they stood: one native pass over the modules that hold them.
 
-``csrc/python/trees.cpp`` compares each module's dicts by identity, and each tensor's address, sizes, strides, dtype and
+``csrc/python/trees.cpp`` compares keys and children by identity, and each tensor's address, sizes, strides, dtype and
 device. What it cannot vouch for is left to the checks in Python. It goes by what a class was when the check was made: a
 class must not get a ``_parameters`` or a ``__getattribute__`` of its own later.
 """
@@ -28,7 +28,7 @@ from ..torch_private.modules import named_modules
 #: Of the whole package. It is silent unless the user has set its level to INFO.
 LOGGER = logging.getLogger("swafast")
 
-#: Set to ``python`` to have tensors checked in Python, without the native pass.
+#: Set to ``python``, before the first update, to have tensors checked in Python, without the native pass.
 CHECKS = "SWAFAST_CHECKS"
 #: Changes with any function of csrc/python/trees.cpp.
 _ABI = 3
@@ -93,7 +93,9 @@ class TreeCheck:
         )
 
     def find(self, count: int) -> tuple[list[Tensor], ...] | None:
-        """Return the tensors that are now in the places of the first groups, or None if not all groups stand.
+        """Return the tensors that are now in the places of the first groups, or None if not all of the trees stand.
+
+        Of a DTensor it is the local tensor.
 
         Hold them as long as a launch goes by their addresses.
         """
@@ -111,7 +113,6 @@ class Checks:
         goes_by_python()  # an unknown setting is an error before anything is written
         self._check: TreeCheck | None = None
         self._num_vain = 0
-        self._is_in_vain = False  # for this plan for good
 
     def find(self, count: int) -> tuple[list[Tensor], ...] | None:
         """Return what the check finds: see :meth:`TreeCheck.find`. None if there is no check."""
@@ -124,12 +125,11 @@ class Checks:
         """Make a check of what the checks in Python have just compared."""
         self._check = None
         self._num_vain += 1
-        if self._is_in_vain or (self._num_vain > self._MOST and self._num_vain % self._PAUSE):
+        if self._num_vain > self._MOST and self._num_vain % self._PAUSE:
             return
         try:
             self._check = make()
-        except ValueError as reason:
-            self._is_in_vain = True
+        except (ValueError, RuntimeError) as reason:
             LOGGER.debug("swafast checks the tensors of an average in Python: %s", reason)
 
 

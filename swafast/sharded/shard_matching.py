@@ -249,8 +249,14 @@ class ShardBinding:
         if not self._bases.fits([*now, *counters]) or not self._copies_fit():
             return None
         if self._staging is None:
-            self._checks.make(lambda: self._locator.check(found))
+            self._checks.make(lambda: self._checked(found, counters))
         return self.plan, self._views(now), self._planes
+
+    def _checked(self, found: Sequence[Tensor], counters: Sequence[Tensor]) -> TreeCheck:
+        check = self._locator.check(found)
+        if self._bases.fits([*self._locator.bases(found), *counters]):  # still: a thread may have moved one meanwhile
+            return check
+        raise ValueError("a tensor has moved while the check was made")
 
     def _views(self, bases: Sequence[Tensor]) -> Views:
         return Views(self._locator, self._chosen, bases, self._bases)
