@@ -34,7 +34,7 @@ _warned: set[str] = set()
 
 def bump_versions(tensors: Sequence[Tensor]) -> None:
     """Tell autograd that ``tensors`` are written. Otherwise a gradient may be wrong without an error."""
-    if tell(tensors):  # 5 ns a tensor, and 35 by the public call
+    if tell(tensors):  # a quarter of what the public call takes: `python -m bench host`
         return
     try:
         increment_version(tensors)
