@@ -458,9 +458,10 @@ def test_shards_tell_who_takes_them_for_a_module(one_rank: None) -> None:
         with pytest.raises((AttributeError, TypeError, ValueError), match=re.escape(hint)):
             call()
     backend = choice.choose_backends(device_types={"cpu"})[0].name
-    shard = f"ShardedAveragedModel(rank 0 of 1, rule=EqualAverage, format='float32', backend={backend!r}, updates=0, 32"
-    assert repr(averaged) == f"{shard} bytes)"
-    assert repr(averages).splitlines() == ["ShardedAverages(", f"  'a': {shard} bytes)", ")"]
+    shard = f"ShardedAveragedModel(rank 0 of 1, rule=EqualAverage, format='float32', backend={backend!r}, updates=0"
+    shard += ", 2 tensors of 8 elements on cpu, 32 bytes)"
+    assert repr(averaged) == shard
+    assert repr(averages).splitlines() == ["ShardedAverages(", f"  'a': {shard}", ")"]
     assert (averaged.format, averaged.backend) == ("float32", backend)
     averaged.update_parameters(model.bfloat16().float())
     assert averaged.format == "float32"
@@ -542,8 +543,11 @@ def test_format_and_backend_say_what_was_chosen(
     assert averaged.backend == expected
     nbytes = sum(tensor.nbytes for name, tensor in averaged.state_dict().items() if name != "n_averaged")
     assert averaged.nbytes == nbytes
+    params = list(model.parameters())
+    numel = sum(param.numel() for param in params)
     assert repr(averaged) == (
-        f"FusedAveragedModel(rule=EqualAverage, format={chosen!r}, backend={expected!r}, updates=1, {nbytes} bytes)"
+        f"FusedAveragedModel(rule=EqualAverage, format={chosen!r}, backend={expected!r}, updates=1, "
+        f"{len(params)} tensors of {numel} elements on cpu, {nbytes} bytes)"
     )
 
 

@@ -233,6 +233,7 @@ class FusedAveragedModel(HasRule, Placed, Adaptable, AveragedModel):
     # Use of the average
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the averaged module, after an update that is under way. Raises RuntimeError while it is swapped in."""
         self._guard.settle()
         self._guard.refuse_while_swapped("forward")
         self._warn_if_empty("forward")

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
 
-from ..loop.attach import default_name, spell_rule
+from ..loop.attach import default_name
 from ..op.choice import choose_backends
 from ..op.report import spell_bytes
 from ..terms.copying import bytes_of
 from ..terms.formats import Format
 from ..terms.rules import Rule
+from ..terms.spelled import spell_rule
 from ..terms.spread import Spread
 from .lending import is_lent
 from .planes import find_planes
@@ -92,7 +93,15 @@ class Described:
         rule = spell_rule(self.rule, always=1) if self.rule is not None else default_name(self)
         kept = () if (spread := self._spell_spread()) is None else (f"deviations={spread}",)
         parts = (f"rule={rule}", f"format={self.format!r}", *kept, f"backend={self.backend!r}", updates)
-        return f"{type(self).__name__}({', '.join((*self._head(), *parts, spell_bytes(self.nbytes)))})"
+        return f"{type(self).__name__}({', '.join((*self._head(), *parts, self._spell_size()))})"
+
+    def _spell_size(self) -> str:
+        """Return how many tensors are averaged, of how many elements and on which devices, and all bytes."""
+        averages = [planes[0] for fmt, planes in self._stored() if fmt is not None]
+        numel = sum(average.numel() for average in averages)
+        devices = ", ".join(dict.fromkeys(str(average.device) for average in averages))
+        held = f"{len(averages)} tensor{'s' * (len(averages) != 1)} of {numel:,} elements{devices and ' on '}{devices}"
+        return f"{held}, {spell_bytes(self.nbytes)}"
 
     def _spell_spread(self) -> str | None:
         """Return how many deviations are kept, and their dtype unless it is that of the averages."""

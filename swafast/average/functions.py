@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..backends.contract import Pair
-from ..loop.attach import spell_rule
+from ..terms.spelled import spell_rule
 from ..op.copies import Copies
 from ..terms import hints
 from ..terms.capturing import refuse_capture

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..average.averaged_model import FusedAveragedModel
 from ..average.matching import each_average
-from ..loop.attach import spell_rule
+from ..terms.spelled import spell_rule
 from ..op.checks import checked_num_averaged
 from ..sharded.sharded_model import ShardedAveragedModel
 from ..terms.misfits import few

@@ -13,7 +13,7 @@ from ..average.accepting import check_device
 from ..average.functions import choose_rule, refuse_format
 from ..average.fused_averages import by_name, named_rules
 from ..average.sampling import check_deviations
-from ..loop.attach import spell_rule
+from ..terms.spelled import spell_rule
 from ..loop.runners import check_modes
 from ..loop.schedule import Schedule, Span, parse
 from ..op import checks, choice

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 from ..terms import hints
 from ..terms.lazy import MadeOnUse
 from ..terms.rules import Rule
+from ..terms.spelled import spell_rule
 from ..terms.spread import Spread
 from ..terms.warn import warn_user
 from ..torch_private.modules import unnamed_tensors
@@ -276,17 +276,6 @@ def default_name(averaged: object) -> str:
         function = members[""].multi_avg_fn or members[""].avg_fn
         return str(getattr(function, "__qualname__", type(function).__qualname__))
     return spell_rule(rule)
-
-
-def spell_rule(rule: Rule, *, always: int = 0) -> str:
-    """Return a rule with what the user has set of it, and in any case with its first ``always`` fields."""
-    options: tuple[Any, ...] = fields(rule) if is_dataclass(rule) else ()
-    values = [
-        f"{each.name}={value!r}"
-        for index, each in enumerate(options)
-        if repr(value := getattr(rule, each.name)) != repr(each.default) or index < always
-    ]
-    return type(rule).__qualname__ + (f"({', '.join(values)})" if values else "")
 
 
 def _are_of_one_kind(averaged: object, model: Module, other: Attachment) -> bool:

@@ -20,6 +20,7 @@ from . import hints
 from .coefficients import WIDEST, gamma_of
 from .numbers import as_number, checked_number
 from .pickling import pickled_from
+from .spelled import spell_rule
 from .warn import warn_user
 from .weight import KernelTerms
 
@@ -81,7 +82,7 @@ class EqualAverage(Rule):
 
 @pickled_from("swafast")
 @hints.hinted_rule
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExponentialAverage(Rule):
     """The exponential moving average (EMA), ``weight = 1 - decay``, with an optional warm-up or schedule of the decay.
 
@@ -125,6 +126,9 @@ class ExponentialAverage(Rule):
     tau: float = field(default=2000.0, kw_only=True)
     schedule: Literal["cosine", "linear"] | None = field(default=None, kw_only=True)
     updates: float | None = field(default=None, kw_only=True)
+
+    def __repr__(self) -> str:
+        return spell_rule(self, always=1)
 
     def __post_init__(self) -> None:
         _set_number(self, "decay", "in [0, 1], the share that the old average keeps", lambda x: 0.0 <= x <= 1.0)
