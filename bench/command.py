@@ -42,7 +42,7 @@ LOG_COLUMNS = 150
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_COLUMNS)
 
 Out = Annotated[Path, typer.Option(help="Folder for the report, its samples and its picture.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Small workloads and budgets: about a minute on idle cores.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Small workloads and budgets: two to three minutes.")]
 
 
 def _command_line() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -71,12 +72,15 @@ def _run_updates(made: Made, model: nn.Module) -> None:
     counters = [buffer for buffer in model.buffers() if not buffer.is_floating_point()]
     made.restart()
     before = 1.0
-    for scale in SCALES:
-        torch._foreach_mul_(tensors, scale / before)
-        for counter in counters:
-            counter.add_(1)
-        made.update()
-        before = scale
+    with warnings.catch_warnings():
+        # A restart leaves poison that counts no model.
+        warnings.filterwarnings("ignore", "the first update overwrites", UserWarning)
+        for scale in SCALES:
+            torch._foreach_mul_(tensors, scale / before)
+            for counter in counters:
+                counter.add_(1)
+            made.update()
+            before = scale
     if made.buffers is not None:
         for (name, buffer), kept in zip(model.named_buffers(), made.buffers, strict=True):
             if not torch.equal(buffer.to(kept.dtype), kept):

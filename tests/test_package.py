@@ -70,6 +70,7 @@ def test_one_version_everywhere() -> None:
     assert declared is not None
     assert swafast.__version__ == declared[1]
     assert f"## {declared[1]}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {declared[1]}\n" in (ROOT / "CITATION.cff").read_text()
     assert doctor.report()[0][1].startswith(declared[1])
 
 

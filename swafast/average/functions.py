@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..backends.contract import Pair
-from ..terms.spelled import spell_rule
 from ..op.copies import Copies
 from ..terms import hints
 from ..terms.capturing import refuse_capture
 from ..terms.lazy import MadeOnUse
 from ..terms.rules import Rule, rule_of
+from ..terms.spelled import spell_rule
 from ..torch_private.modules import own_children
 
 if TYPE_CHECKING:

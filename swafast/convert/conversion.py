@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 
 from ..average.averaged_model import FusedAveragedModel
 from ..average.matching import each_average
-from ..terms.spelled import spell_rule
 from ..op.checks import checked_num_averaged
 from ..sharded.sharded_model import ShardedAveragedModel
 from ..terms.misfits import few
 from ..terms.names import canonical, unwrap
 from ..terms.rules import EqualAverage, Rule, terms_of
+from ..terms.spelled import spell_rule
 from ..terms.warn import warn_user
 from ..terms.weight import KernelTerms
 from .kinds import Kind, recognised

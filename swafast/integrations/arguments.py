@@ -13,7 +13,6 @@ from ..average.accepting import check_device
 from ..average.functions import choose_rule, refuse_format
 from ..average.fused_averages import by_name, named_rules
 from ..average.sampling import check_deviations
-from ..terms.spelled import spell_rule
 from ..loop.runners import check_modes
 from ..loop.schedule import Schedule, Span, parse
 from ..op import checks, choice
@@ -21,6 +20,7 @@ from ..terms import hints
 from ..terms.formats import check_format
 from ..terms.numbers import as_bool
 from ..terms.rules import Rule
+from ..terms.spelled import spell_rule
 from ..terms.spread import checked_spread
 
 F = TypeVar("F", bound=Callable[..., None])

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from ..terms import hints
 from ..terms.lazy import MadeOnUse
-from ..terms.rules import Rule
 from ..terms.spelled import spell_rule
 from ..terms.spread import Spread
 from ..terms.warn import warn_user
