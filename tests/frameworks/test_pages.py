@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,11 @@ import pytest
 import torch
 from ignite.engine import Events
 from ignite.handlers import EMAHandler
+from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.model import BaseModel
+from mmengine.registry import HOOKS
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from swafast import ExponentialAverage
 from tests.frameworks.kit import differing
@@ -91,3 +96,126 @@ def test_a_save_inside_an_evaluation_is_refused() -> None:
     scope["evaluator"].add_event_handler(Events.COMPLETED, scope["saver"])
     with pytest.raises(RuntimeError, match="swapped"):
         scope["trainer"].run(scope["loader"], max_epochs=3)
+
+
+# MMEngine
+
+
+MMENGINE = blocks_of((ROOT / "docs/frameworks/mmengine.md").read_text())
+
+
+class Small(BaseModel):  # type: ignore[misc]
+    """A model of MMEngine, which notes the states in which it is evaluated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(20)
+        self.net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        self.seen: list[State] = []
+        self.fails = False
+
+    def forward(self, inputs: Any, mode: str) -> Any:
+        if mode == "loss":
+            return {"loss": self.net(torch.stack(list(inputs))).square().mean()}
+        self.seen.append(state_of(self))
+        if self.fails:
+            raise ArithmeticError
+        return [0.5]
+
+
+class Metric(BaseMetric):  # type: ignore[misc]
+    def process(self, data_batch: Any, data_samples: Any) -> None:
+        self.results.append(1.0)
+
+    def compute_metrics(self, results: list[float]) -> dict[str, float]:
+        return {"count": sum(results)}
+
+
+def mmengine_config(epochs: int = 2, **others: Any) -> dict[str, Any]:
+    data = TensorDataset(torch.randn(12, 4, generator=torch.Generator().manual_seed(1)))
+    loader = {"dataset": data, "sampler": {"type": "DefaultSampler", "shuffle": False}, "batch_size": 3}
+    model = Small()
+    return {
+        "experiment_name": f"run{next(NUMBERS)}",
+        "model": model,
+        "work_dir": "work",
+        "train_dataloader": loader,
+        "train_cfg": {"by_epoch": True, "max_epochs": epochs},
+        "optim_wrapper": {"type": "OptimWrapper", "optimizer": torch.optim.AdamW(model.parameters(), 0.05)},
+        "val_dataloader": loader,
+        "val_cfg": {},
+        "val_evaluator": Evaluator(Metric()),
+        "test_dataloader": loader,
+        "test_cfg": {},
+        "test_evaluator": Evaluator(Metric()),
+        "default_hooks": {"checkpoint": {"type": "CheckpointHook", "interval": 1}},
+        "log_level": "ERROR",
+        **others,
+    }
+
+
+NUMBERS = itertools.count()
+
+
+def run_mmengine(block: str, epochs: int = 2, **others: Any) -> dict[str, Any]:
+    """Run a block with a runner, and forget the hook that it has registered."""
+    HOOKS.module_dict.pop("AverageHook", None)
+    scope = {"config": mmengine_config(epochs, **others), "torch": torch}
+    exec(block, scope)
+    return scope
+
+
+def saved_by_mmengine(epoch: int) -> dict[str, Any]:
+    # Like MMEngine's own resume, it needs objects of MMEngine.
+    return dict(torch.load(f"work/epoch_{epoch}.pth", weights_only=False))
+
+
+def test_mmengines_page_evaluates_the_average_and_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after, export = MMENGINE
+    theirs = run_mmengine(before)["runner"].model
+    ours = run_mmengine(after)
+    model, averaged = ours["runner"].model, ours["hook"].averaged
+    assert differing(state_of(theirs), state_of(model)) == []
+    assert int(averaged.n_averaged) == 8
+    assert len(model.seen) == 8  # four batches in each of two epochs
+    assert differing(model.seen[-1], averaged.averaged_state_dict()) == []
+    assert differing(model.seen[-1], state_of(model)) != []
+    ours["runner"].test()
+    assert differing(model.seen[-1], averaged.averaged_state_dict()) == []
+    saved = saved_by_mmengine(2)
+    assert differing(saved["state_dict"], state_of(model)) == []
+    assert differing(saved["averaged"], averaged.state_dict()) == []
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    resumed = run_mmengine(after, 3, resume=True)
+    straight = run_mmengine(after, 3, work_dir="straight")
+    for each in (resumed, straight):
+        assert each["hook"].averaged.attachment.step == 12
+    for name, value in (("averaged", resumed["hook"].averaged), ("model", resumed["runner"].model)):
+        other = straight["hook"].averaged if name == "averaged" else straight["runner"].model
+        assert differing(state_of(value), state_of(other)) == []
+    exec(export, ours)
+    deployed = torch.load("deployed.pth", weights_only=True)["state_dict"]
+    assert differing(deployed, averaged.averaged_state_dict()) == []
+
+
+def test_what_the_traps_of_mmengines_page_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    after = MMENGINE[1]
+    begins, trains = after.rsplit("runner.train()", 1)
+    assert trains == "\n"
+    scope = run_mmengine(begins)
+    model = scope["runner"].model
+    model.fails = True
+    with pytest.raises(ArithmeticError):
+        scope["runner"].train()
+    assert differing(model.seen[-1], state_of(model)) == []
+    scope["hook"].after_val_epoch(scope["runner"])
+    assert differing(saved_by_mmengine(1)["state_dict"], state_of(model)) == []
+    with pytest.warns(UserWarning, match="counts from 0"):  # of the average of that checkpoint
+        taken = run_mmengine(after, 1, load_from="work/epoch_1.pth", work_dir="other")
+    assert int(taken["hook"].averaged.n_averaged) == 8
+    # With accumulation, ours counts steps.
+    config = mmengine_config(1)
+    config["optim_wrapper"]["accumulative_counts"] = 2
+    scope = run_mmengine(after, 1, optim_wrapper=config["optim_wrapper"], model=config["model"], work_dir="accumulated")
+    assert int(scope["hook"].averaged.n_averaged) == 2
