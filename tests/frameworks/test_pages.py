@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from mmengine.registry import HOOKS
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from swafast import ExponentialAverage
-from tests.frameworks.kit import differing
+from swafast import ExponentialAverage, FusedAveragedModel, load
+from tests.frameworks.kit import EvaluationError, differing
+from tests.frameworks.shims import shim_torchvision
+from tests.ranks import run_ranks
 from tests.test_documents import ROOT, blocks_of, reader
 
 pytestmark = pytest.mark.frameworks
@@ -219,3 +223,63 @@ def test_what_the_traps_of_mmengines_page_say(monkeypatch: pytest.MonkeyPatch) -
     config["optim_wrapper"]["accumulative_counts"] = 2
     scope = run_mmengine(after, 1, optim_wrapper=config["optim_wrapper"], model=config["model"], work_dir="accumulated")
     assert int(scope["hook"].averaged.n_averaged) == 2
+
+
+# Ultralytics
+
+
+ULTRALYTICS = blocks_of((ROOT / "docs/frameworks/ultralytics.md").read_text())
+
+
+def _ultralytics_trainings(folder: Path) -> dict[str, dict[str, State]]:
+    """Train by both blocks of the page, stop and resume both, and return the model and the average of each."""
+    # Nothing is reported, and no package is installed.
+    os.environ |= {"YOLO_CONFIG_DIR": str(folder), "YOLO_AUTOINSTALL": "false", "YOLO_OFFLINE": "true"}
+    os.environ["YOLO_VERBOSE"] = "false"
+    shim_torchvision()
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(1)
+    for name in (f"{split}/{kind}/{index}.png" for split in ("train", "val") for kind in "ab" for index in range(4)):
+        (folder / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (32, 32, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / "data" / name)
+    from ultralytics import YOLO  # after its environment
+
+    settings = {"data": str(folder / "data"), "project": str(folder), "exist_ok": True, "device": "cpu", "workers": 0}
+    settings |= {"imgsz": 32, "batch": 4, "nbs": 4, "epochs": 3, "seed": 3, "freeze": 2, "plots": False}
+    states: dict[str, dict[str, State]] = {}
+    for name, block in zip(("before", "after"), ULTRALYTICS, strict=True):
+        exec(block, scope := {"settings": settings | {"name": name}})
+        stopped = YOLO("yolo11n-cls.yaml")
+        stopped.add_callback("on_fit_epoch_end", _stop_after_an_epoch)
+        with contextlib.suppress(EvaluationError):
+            stopped.train(**settings, name=f"stopped {name}")
+        resumed = YOLO(folder / f"stopped {name}/weights/last.pt")
+        resumed.train(resume=True)
+        for key, model in ((name, scope["model"]), (f"resumed {name}", resumed)):
+            ema = model.trainer.ema
+            states[key] = {"model": state_of(model.trainer.model), "average": state_of(ema.ema)}
+            states[key]["average"]["updates"] = torch.tensor(ema.updates)
+        saved = torch.load(folder / f"stopped {name}/weights/best.pt", weights_only=False)
+        states[f"saved {name}"] = {"average": state_of((saved["ema"] or saved["model"]))}
+    averaged = FusedAveragedModel(scope["model"].trainer.model, use_buffers=True)
+    load(averaged, folder / "after/weights/averaged.safetensors")
+    states["file"] = {"average": state_of(averaged.module) | {"updates": averaged.n_averaged - 1}}
+    return states
+
+
+def _stop_after_an_epoch(trainer: Any) -> None:
+    raise EvaluationError
+
+
+def test_ultralytics_page_has_the_bits_of_its_own_class(tmp_path: Path) -> None:
+    (states,) = run_ranks(1, _ultralytics_trainings, tmp_path)
+    assert int(states["after"]["average"]["updates"]) == int(states["resumed after"]["average"]["updates"]) == 6
+    for kind in ("", "resumed ", "saved "):
+        for name, theirs in states[f"{kind}before"].items():
+            differ = differing(theirs, states[f"{kind}after"][name])
+            assert [key for key in differ if not key.endswith("num_batches_tracked")] == []
+    model, average = states["after"].values()
+    assert differing(model, average) != ["updates"]
+    assert differing(states["file"]["average"], average) == []
