@@ -150,6 +150,9 @@ _VALUES: tuple[tuple[str, Callable[[object], object], str], ...] = (
     ("format", _word("bf16", "fp16"), _HALF),
     ("optimizer", _has("optimizer", "last_epoch"), "pass the optimizer of the scheduler"),
     ("optimizer", _has("parameters"), "write attach(optimizer, model)"),
+    ("optimizer", _has("chained_optimizers"), "average the main params of Megatron, as docs/frameworks/megatron.md does"),
+    ("optimizer", _has("apply_gradients"), "an optimizer of Keras has no hooks: see docs/frameworks/keras.md"),
+    ("optimizer", _has("keys", "values"), "write attach([*optimizers.values()])"),
     ("include", callable, _INCLUDE),
     ("include", lambda value: isinstance(value, Iterable), "write include=lambda name, param: name in {...}"),
 )  # fmt: skip
