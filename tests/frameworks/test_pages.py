@@ -22,7 +22,7 @@ from mmengine.registry import HOOKS
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from swafast import ExponentialAverage, FusedAveragedModel, load
+from swafast import FusedAveragedModel, load
 from swafast.integrations.lightning import WeightAverage
 from tests.frameworks.kit import EvaluationError, Job, Net, differing
 from tests.frameworks.lightning_kit import Module, loader, trainer_of
@@ -61,7 +61,7 @@ def ignite_scope() -> dict[str, Any]:
 
 
 def test_ignites_page_evaluates_the_average_and_resumes() -> None:
-    before, after, resume, warm_up = IGNITE
+    before, after, resume, _ = IGNITE
     exec(before, theirs := ignite_scope())
     exec(after, ours := ignite_scope())
     # Theirs begins as the initial model, and ours as that of the first step: the rest is the same training.
@@ -282,7 +282,7 @@ def _ultralytics_trainings(folder: Path) -> dict[str, dict[str, State]]:
             states[key] = {"model": state_of(model.trainer.model), "average": state_of(ema.ema)}
             states[key]["average"]["updates"] = torch.tensor(ema.updates)
         saved = torch.load(folder / f"stopped {name}/weights/best.pt", weights_only=False)
-        states[f"saved {name}"] = {"average": state_of((saved["ema"] or saved["model"]))}
+        states[f"saved {name}"] = {"average": state_of(saved["ema"] or saved["model"])}
     averaged = FusedAveragedModel(scope["model"].trainer.model, use_buffers=True)
     load(averaged, folder / "after/weights/averaged.safetensors")
     states["file"] = {"average": state_of(averaged.module) | {"updates": averaged.n_averaged - 1}}
