@@ -188,6 +188,11 @@ CALLS: dict[str, tuple[Callable[[Any], object], type[Exception], str]] = {
         "pass the optimizer of the scheduler",
     ),
     "a schedule's name": (lambda m: FusedAveragedModel(m).attach(sgd(m), update_every=2), TypeError, "write every=2"),
+    "optimizers by name": (
+        lambda m: FusedAveragedModel(m).attach({"all": torch.optim.SGD(m.parameters(), 0.1)}),
+        TypeError,
+        "got dict: write attach([*optimizers.values()])",
+    ),
     "the model first": (lambda m: FusedAveragedModel(m).attach(m), TypeError, "write attach(optimizer, model)"),
     "remove": (lambda m: FusedAveragedModel(m).attach(sgd(m)).remove(), AttributeError, "attachment.detach()"),
     "update_bn turned round": (lambda m: update_bn(m, LOADER), TypeError, "update_bn(loader, model)"),

@@ -22,7 +22,8 @@ _AVERAGING_TOO = ("WeightAveraging", "StochasticWeightAveraging")
 def check_callbacks(trainer: Any) -> None:
     """Raise ValueError if another callback averages too."""
     for each in trainer.callbacks:
-        if _is_any(each, _AVERAGING_TOO):
+        # NeMo's EMA and copies of it have this method. Two swaps, one in the other, would exchange the wrong weights.
+        if _is_any(each, _AVERAGING_TOO) or hasattr(each, "swap_model_weights"):
             raise ValueError(
                 f"callbacks must have WeightAverage alone to average weights, got {type(each).__name__} too: remove it"
             )

@@ -104,6 +104,11 @@ def _has(*names: str) -> Callable[[object], bool]:
     return lambda value: all(hasattr(value, name) for name in names)
 
 
+def _are_optimizers(value: Any) -> bool:
+    """Return whether optimizers are given by name, in a dict or in a wrapper such as MMEngine's."""
+    return _has("keys", "values")(value) and all(hasattr(each, "step") for each in value.values())
+
+
 def _is_spread(value: object) -> bool:
     count = as_int(value)
     return count is not None and count >= 0 and count != 1
@@ -150,6 +155,11 @@ _VALUES: tuple[tuple[str, Callable[[object], object], str], ...] = (
     ("format", _word("bf16", "fp16"), _HALF),
     ("optimizer", _has("optimizer", "last_epoch"), "pass the optimizer of the scheduler"),
     ("optimizer", _has("parameters"), "write attach(optimizer, model)"),
+    ("optimizer", _has("chained_optimizers"), (
+        "average the main params of Megatron, as docs/frameworks/megatron.md does"
+    )),
+    ("optimizer", _has("apply_gradients"), "an optimizer of Keras has no hooks: see docs/frameworks/keras.md"),
+    ("optimizer", lambda value: _are_optimizers(value), "write attach([*optimizers.values()])"),
     ("include", callable, _INCLUDE),
     ("include", lambda value: isinstance(value, Iterable), "write include=lambda name, param: name in {...}"),
 )  # fmt: skip

@@ -3,12 +3,11 @@
 Each file in `states/` has what one tool has written after `SAVED` updates, and the average that the same tool had after
 `LAST`. The model's values follow from the number of the step alone, so a test can go on from the state by itself.
 
-NeMo, Composer and ultralytics are not among the pinned packages. Their own code writes these states from the sources
-that these variables name, each a folder on the path of imports:
+NeMo and Composer are not among the pinned packages. Their own code writes these states from the sources that these
+variables name:
 
     NEMO_EMA       nemo/collections/common/callbacks/ema.py of nemo_toolkit 3.0.0, the file itself
-    COMPOSER_PATH  mosaicml 0.32.1 and what it needs, installed with --no-deps
-    ULTRA_PATH     ultralytics 8.4.190, in the same way
+    COMPOSER_PATH  a folder with mosaicml 0.32.1 and what it needs, installed with --no-deps
 """
 
 from __future__ import annotations
@@ -339,6 +338,22 @@ def ignite() -> Recorded:
     return written[0], of(handler.ema_model)
 
 
+# ultralytics
+
+
+def ultralytics() -> Recorded:
+    from ultralytics.utils.torch_utils import ModelEMA
+
+    net = started()
+    ema = ModelEMA(net, decay=DECAY, tau=20)
+    return run(
+        net,
+        lambda _: ema.update(net),
+        lambda: {"ema": ema.ema.state_dict(), "updates": ema.updates},  # as it is while training: files have halves
+        lambda: of(ema.ema),
+    )
+
+
 # Not among the pinned packages
 
 
@@ -417,20 +432,6 @@ def composer_swa() -> Recorded:
     return _composer("SWA", swa_start="0.2dur", swa_end="1dur", update_interval="1ba", schedule_swa_lr=False)
 
 
-def ultralytics() -> Recorded:
-    sys.path.insert(0, os.environ["ULTRA_PATH"])
-    from ultralytics.utils.torch_utils import ModelEMA  # type: ignore[import-not-found]
-
-    net = started()
-    ema = ModelEMA(net, decay=DECAY, tau=20)
-    return run(
-        net,
-        lambda _: ema.update(net),
-        lambda: {"ema": ema.ema.state_dict(), "updates": ema.updates},  # as it is while training: files have halves
-        lambda: of(ema.ema),
-    )
-
-
 #: What is recorded, by the name of its file, and the package that writes it.
 RECORDS: dict[str, tuple[str, Callable[[], Recorded]]] = {
     "torch_swa": ("torch", torch_swa),
@@ -456,7 +457,7 @@ RECORDS: dict[str, tuple[str, Callable[[], Recorded]]] = {
     "ultralytics": ("ultralytics", ultralytics),
 }
 #: The releases of packages that are not pinned, from whose own code the states come.
-UNPINNED = {"nemo_toolkit": "3.0.0", "mosaicml": "0.32.1", "ultralytics": "8.4.190"}
+UNPINNED = {"nemo_toolkit": "3.0.0", "mosaicml": "0.32.1"}
 
 
 def version_of(package: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -44,4 +45,29 @@ def stay_offline() -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
         "CUDA_VISIBLE_DEVICES": "",
+        "YOLO_OFFLINE": "true",
+        "YOLO_AUTOINSTALL": "false",
+        "YOLO_VERBOSE": "false",
+        "YOLO_CONFIG_DIR": tempfile.mkdtemp(),
     }
+
+
+def shim_megatron() -> None:
+    """Have Megatron take the CPU for the GPU that it asks for by name. For a process of its own: it changes torch."""
+    cpu, kind = torch.device("cpu"), torch.Tensor.type
+    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
+    for name in ("tensor", "zeros"):
+        setattr(torch, name, _on_the_cpu(getattr(torch, name)))
+
+    def named_cuda(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        of_dtype = kind(tensor, *args, **options)
+        return of_dtype if args or options else of_dtype.replace("torch.", "torch.cuda.")
+
+    torch.Tensor.type = named_cuda  # type: ignore[assignment]
+
+
+def _on_the_cpu(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def made(*args: Any, **options: Any) -> torch.Tensor:
+        return make(*args, **{name: value for name, value in options.items() if (name, value) != ("device", "cuda")})
+
+    return made
