@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import composer
 import torch
 from composer.core import Evaluator
+from composer.utils import FSDP2Config
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -118,3 +120,22 @@ class Ddp(Composer):
     """On two ranks, each with the whole model."""
 
     world = 2
+
+    def train(self, job: Job) -> Report:
+        os.environ["NODE_RANK"] = "0"
+        return super().train(job)
+
+
+class Fsdp2(Ddp):
+    """On two ranks, each with its shard."""
+
+    kind = "full"
+
+    def options(self, job: Job) -> dict[str, Any]:
+        return {"parallelism_config": {"fsdp": FSDP2Config(state_dict_type=self.kind)}}
+
+
+class Sharded(Fsdp2):
+    """With shards in the checkpoints too."""
+
+    kind = "sharded"
