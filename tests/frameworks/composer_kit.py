@@ -85,7 +85,7 @@ class Composer(Framework):
             save_folder=str(job.folder),
             save_overwrite=True,
             save_latest_filename=FILE,
-            load_path=None if job.resumes is None else str(job.resumes / FILE),
+            load_path=None if job.resumes is None else str(self.latest(job.resumes)),
             **self.options(job),
         )
         raised = None
@@ -99,6 +99,9 @@ class Composer(Framework):
 
     def options(self, job: Job) -> dict[str, Any]:
         return {}
+
+    def latest(self, folder: Path) -> Path:
+        return folder / FILE
 
     def report(self, model: Model, averages: list[WeightAverage], saved: Any) -> Report:
         trained = whole_state(model.net)
@@ -139,3 +142,6 @@ class Sharded(Fsdp2):
     """With shards in the checkpoints too."""
 
     kind = "sharded"
+
+    def latest(self, folder: Path) -> Path:
+        return max(folder.glob("ep*"), key=lambda path: int(path.name.rpartition("ba")[2]))

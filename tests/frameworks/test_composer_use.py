@@ -19,8 +19,7 @@ from torch import Tensor
 from swafast import EqualAverage, ExponentialAverage
 from swafast.integrations.composer import WeightAverage
 from tests.frameworks.composer_kit import FILE, USUAL, Model, loader, saved_in, trainer_of
-from tests.frameworks.kit import AVERAGE, STEPS_PER_EPOCH, Job, Net, State, Watch, differing, of_net, whole_state
-from tests.test_documents import ROOT, blocks_of
+from tests.frameworks.kit import AVERAGE, Job, State, Watch, differing, of_net, whole_state
 
 pytestmark = [pytest.mark.frameworks, *(pytest.mark.filterwarnings(f"ignore:{re.escape(usual)}") for usual in USUAL)]
 
@@ -344,7 +343,7 @@ def test_a_fit_goes_on_after_an_error(tmp_path: Path, watch: Watch) -> None:
     with pytest.raises(KeyboardInterrupt):
         training.trainer.fit()
     training.trainer.state.callbacks.remove(callback)
-    training.trainer.fit(loader(watch.job.train_set()))  # Composer has left the evaluated data in its state
+    training.trainer.fit(train_dataloader=loader(watch.job.train_set()))  # Composer has left the evaluated data in its state
     assert training.average.attachment.step == int(training.trainer.state.timestamp.batch) == 8
     assert int(training.average.averaged.n_averaged) == 8
     assert len(watch.steps) == 9
@@ -380,11 +379,19 @@ def test_averages_of_composer_are_refused_beside_ours(other: Any, tmp_path: Path
         training.trainer.fit()
 
 
-# The page
+# What Composer's own average does: the page compares it
 
 
-class Reader(Model):
-    """A reader's model."""
-
-    def __init__(self) -> None:
-        super().__init__(Net())
+def test_an_error_leaves_composers_own_average_in_the_model_and_its_checkpoint(tmp_path: Path, watch: Watch) -> None:
+    average = EMA(half_life="1ba")
+    training = Training(tmp_path, average)
+    training.trainer.fit()
+    assert average.ema_weights_active
+    saved = of_net(saved_in(tmp_path / FILE)[0]["model"])
+    assert differing(saved, training.state()) == []
+    assert differing(saved, watch.steps[-1]) != []
+    again = Training(tmp_path, EMA(half_life="1ba"))
+    by_callback("eval_batch_end")(again)
+    with pytest.raises(KeyboardInterrupt):
+        again.trainer.fit()
+    assert differing(again.state(), watch.steps[-1]) != []
