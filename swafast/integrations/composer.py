@@ -110,10 +110,11 @@ class WeightAverage(Contract, _Algorithm):
         steps = self._pending["attachment"] if self._pending is not None else self.steps()
         state: dict[str, Any] = {"repr": type(self).__name__}
         if steps is not None:  # else no training has begun, and nothing was loaded
-            averaged = self.averaged.full_state_dict(cpu_offload=True) if self.holds_shards else self.state()["averaged"]
+            own = self.averaged
+            averaged = own.full_state_dict(cpu_offload=True) if self.holds_shards else own.state_dict(frozen=False)
             state |= {"averaged": averaged, "attachment": steps}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Keep a result of :meth:`state_dict`. It is checked and loaded when Composer has loaded the whole checkpoint."""
+        """Keep a result of :meth:`state_dict`. It is checked and loaded once Composer has loaded the checkpoint."""
         self._pending = {key: value for key, value in state.items() if key != "repr"} or None

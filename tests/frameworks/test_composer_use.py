@@ -317,7 +317,7 @@ def test_spans_are_as_long_as_composer_knows(
 
 def test_a_share_of_samples_asks_for_the_duration(tmp_path: Path) -> None:
     training = Training(tmp_path, WeightAverage(start="0.5dur"), max_duration="48sp")
-    with pytest.raises(ValueError, match="duration must be given for start='0.5dur', got None"):
+    with pytest.raises(ValueError, match=r"duration must be given for start='0\.5dur', got None"):
         training.trainer.fit()
     with pytest.raises(ValueError, match="start must be an int of steps or a str such as '100ba'"):
         WeightAverage(start="100sp")
@@ -343,7 +343,9 @@ def test_a_fit_goes_on_after_an_error(tmp_path: Path, watch: Watch) -> None:
     with pytest.raises(KeyboardInterrupt):
         training.trainer.fit()
     training.trainer.state.callbacks.remove(callback)
-    training.trainer.fit(train_dataloader=loader(watch.job.train_set()))  # Composer has left the evaluated data in its state
+    training.trainer.fit(
+        train_dataloader=loader(watch.job.train_set())
+    )  # Composer has left the evaluated data in its state
     assert training.average.attachment.step == int(training.trainer.state.timestamp.batch) == 8
     assert int(training.average.averaged.n_averaged) == 8
     assert len(watch.steps) == 9
@@ -371,7 +373,7 @@ def test_sam_steps_once(tmp_path: Path, watch: Watch) -> None:
 @pytest.mark.parametrize("other", [EMA(half_life="10ba"), SWA()])
 def test_averages_of_composer_are_refused_beside_ours(other: Any, tmp_path: Path) -> None:
     name = type(other).__name__
-    with pytest.raises(ValueError, match=f"algorithms must have WeightAverage alone to average weights, got {name} too"):
+    with pytest.raises(ValueError, match=f"algorithms must have WeightAverage alone .* got {name} too"):
         Training(tmp_path, algorithms=[other])
     training = Training(tmp_path)
     training.trainer.state.algorithms.append(other)
