@@ -9,7 +9,7 @@ from typing import Any
 from torch.nn import Module
 
 from ..terms.names import unwrap
-from .composer_trainer import Evaluation, check_algorithms, may_skip_steps, spans_of
+from .composer_trainer import Evaluation, check_algorithms, has_scaler, known_lengths
 from .installed import explained, framework
 from .saved_states import naming
 from .weight_average import Contract
@@ -17,6 +17,7 @@ from .weight_average import Contract
 _composer: Any = framework("composer", "0.32.1", package="mosaicml")
 _Algorithm: Any = _composer.Algorithm
 _Event: Any = _composer.Event
+_OTHERS = tuple(getattr(_composer.algorithms, name) for name in ("EMA", "SWA"))
 _LOOPS = tuple(getattr(_composer.Trainer, name).__code__ for name in ("_eval_loop", "predict"))
 
 #: Which method runs at which of Composer's events.
@@ -55,7 +56,7 @@ class WeightAverage(Contract, _Algorithm):
     # The training
 
     def _on_init(self, state: Any) -> None:
-        check_algorithms(state)
+        check_algorithms(state, _OTHERS)
         self._on_evaluation_end(state)
         self.unfollow()  # a training that raised has left it attached
 
@@ -77,15 +78,15 @@ class WeightAverage(Contract, _Algorithm):
             self.resume(None, state.load_path, step=int(state.timestamp.batch))
 
     def _on_fit_start(self, state: Any) -> None:
-        check_algorithms(state)
+        check_algorithms(state, _OTHERS)
         self.unfollow()
         step = int(state.timestamp.batch)
-        self.follow(state.optimizers, state.model, step=step, **spans_of(state, self._when))
+        self.follow(state.optimizers, state.model, step=step, **known_lengths(state, self._when))
         pending, self._pending = self._pending, None
         if pending is not None:
             with naming(state.load_path):
                 self.load_steps(pending["attachment"])
-            self.compare_steps(state.load_path, step, may_skip=may_skip_steps(state))
+            self.compare_steps(state.load_path, step, may_skip=has_scaler(state))
 
     def _on_fit_end(self, state: Any) -> None:
         self.finish(state.model)

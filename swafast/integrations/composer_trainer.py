@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import CodeType, FrameType, MethodType
 from typing import Any
 
@@ -14,11 +13,12 @@ from torch.nn import Module
 from ..loop.schedule import Span
 from .weight_average import Contract, refuse_second
 
-_AVERAGING_TOO = ("EMA", "SWA")
 
-
-def check_algorithms(state: Any) -> None:
+def check_algorithms(state: Any, others: tuple[type, ...]) -> None:
     """Raise unless one algorithm averages, and Composer trains in a way that averages can follow.
+
+    Args:
+        others: Composer's own averages.
 
     Raises:
         ValueError: there are several ``WeightAverage``, or Composer's EMA or SWA beside one.
@@ -26,7 +26,7 @@ def check_algorithms(state: Any) -> None:
     """
     refuse_second([each for each in state.algorithms if isinstance(each, Contract)], "the Trainer")
     for each in state.algorithms:
-        if _is_any(each, _AVERAGING_TOO):
+        if isinstance(each, others):
             raise ValueError(
                 f"algorithms must have WeightAverage alone to average weights, got {type(each).__name__} too, which "
                 "exchanges the model's params and saves them so: remove it"
@@ -39,7 +39,7 @@ def check_algorithms(state: Any) -> None:
         raise NotImplementedError("device must be 'cpu' or 'gpu' with WeightAverage, got 'tpu': XLA runs steps later")
 
 
-def spans_of(state: Any, spans: Mapping[str, object]) -> dict[str, Span]:
+def known_lengths(state: Any, spans: Mapping[str, object]) -> dict[str, Span]:
     """Return the steps of an epoch and the length of the training, if a span needs them and Composer knows them."""
     units = "".join(str(span) for span in spans.values() if isinstance(span, str))
     whole, epoch = state.max_duration, state.dataloader_len
@@ -51,8 +51,8 @@ def spans_of(state: Any, spans: Mapping[str, object]) -> dict[str, Span]:
     return found
 
 
-def may_skip_steps(state: Any) -> bool:
-    """Return whether Composer counts steps that averages do not: those that a scaler skips."""
+def has_scaler(state: Any) -> bool:
+    """Return whether Composer has a scaler. It counts the steps that the scaler skips, and averages do not."""
     return state.scaler is not None and state.scaler.is_enabled()
 
 
@@ -69,11 +69,12 @@ class Evaluation:
     """
 
     def __init__(self, state: Any, loops: tuple[CodeType, ...], average: Contract) -> None:
-        self._state, self._average, self._model = state, average, state.model
+        self._state, self._loops, self._average, self._model = state, loops, average, state.model
         self._own = {name: vars(owner).get(name) for owner, name in self._replaced()}
         self._is_aside = False
         average.swap_in(self._model)
-        self._model.train = MethodType(_Leaving(loops, self.leave, self._own["train"]), self._model)
+        # Copies of the model, which a callback may make, get this method bound to themselves.
+        self._model.train = MethodType(self._train, self._model)
         for name in ("state_dict", "get_model_state_dict"):
             setattr(state, name, self._aside(getattr(state, name)))
 
@@ -87,6 +88,13 @@ class Evaluation:
             if self._own[name] is not None:
                 setattr(owner, name, self._own[name])
         self._average.swap_out()
+
+    def _train(self, model: Module, mode: bool = True) -> Module:
+        """Change a model's mode. End the evaluation first if one of Composer's loops leaves its context."""
+        own = self._own["train"]
+        if _ends(sys._getframe(1), self._loops):
+            self.leave()
+        return type(model).train(model, mode) if own is None else own(mode)
 
     def _aside(self, make: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
         def make_aside() -> dict[str, Any]:
@@ -103,26 +111,13 @@ class Evaluation:
         return make_aside
 
 
-@dataclass(frozen=True)
-class _Leaving:
-    """A module's ``train`` that ends an evaluation when one of Composer's loops leaves its context."""
-
-    loops: tuple[CodeType, ...]
-    leave: Callable[[], None]
-    own: Callable[[bool], Module] | None  # the module's own ``train``, if it has another than its class
-
-    def __call__(self, model: Module, mode: bool = True) -> Module:
-        if self._is_end(sys._getframe(1)):
-            self.leave()
-        return type(model).train(model, mode) if self.own is None else self.own(mode)
-
-    def _is_end(self, frame: FrameType | None) -> bool:
-        """Return whether a loop's own ``with model_eval_mode(model)`` ends: a model's code may call ``train`` too."""
-        for name in ("model_eval_mode", "__exit__"):
-            if frame is None or frame.f_code.co_name != name:
-                return False
-            frame = frame.f_back
-        return frame is not None and frame.f_code in self.loops
+def _ends(frame: FrameType | None, loops: tuple[CodeType, ...]) -> bool:
+    """Return whether a loop's own ``with model_eval_mode(model)`` ends: a model's code may call ``train`` too."""
+    for name in ("model_eval_mode", "__exit__"):
+        if frame is None or frame.f_code.co_name != name:
+            return False
+        frame = frame.f_back
+    return frame is not None and frame.f_code in loops
 
 
 def _cloned(value: Any) -> Any:
@@ -131,7 +126,3 @@ def _cloned(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _cloned(each) for key, each in value.items()}
     return type(value)(map(_cloned, value)) if type(value) in (list, tuple) else value
-
-
-def _is_any(value: object, names: tuple[str, ...]) -> bool:
-    return not {kind.__name__ for kind in type(value).__mro__}.isdisjoint(names)

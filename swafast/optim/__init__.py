@@ -6,7 +6,7 @@ from ..terms.lazy import imported_on_use
 
 if TYPE_CHECKING:
     from .block import BlockRounding, block_quantize
-    from .composer import SWALR, ComposerSWA
+    from .composer_swa import SWALR, ComposerSWA
     from .cyclical import cyclical_cosine_lr, cyclical_lr
     from .low_precision import LowPrecision, LowPrecisionMean
     from .torchcontrib import SWA

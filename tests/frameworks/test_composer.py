@@ -14,7 +14,7 @@ import torch
 import swafast
 from swafast.integrations.composer import WeightAverage
 from tests.frameworks.composer_kit import Composer, Ddp, Fsdp2, Model, Sharded, loader
-from tests.frameworks.kit import Job, Kit, Net, Resumes, check_another_world, differing, optimizer_of
+from tests.frameworks.kit import Job, Kit, Net, Resumes, Shorter, check_another_world, differing, optimizer_of
 from tests.test_documents import ROOT, blocks_of
 
 pytestmark = pytest.mark.frameworks
@@ -22,14 +22,6 @@ pytestmark = pytest.mark.frameworks
 
 class TestComposer(Kit):
     framework = Composer()
-
-
-class Shorter(Resumes):
-    """What checkpoints and wrappers may change; each test starts ranks."""
-
-    test_the_model_trains_as_without_averages = None
-    test_every_batch_of_two_sets_sees_the_average = None
-    test_the_model_has_the_average_at_the_end = None
 
 
 class TestDdp(Shorter):
