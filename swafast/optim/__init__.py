@@ -18,7 +18,7 @@ else:
         **dict.fromkeys(("LowPrecision", "LowPrecisionMean"), "low_precision"),
     }
     _sqwa = ("quantize_weights", "quantized_copy", "requantize", "uniform_quantize", "uniform_step")
-    _own = {"ComposerSWA": "composer", "SWALR": "composer", "SWA": "torchcontrib"}
+    _own = {"ComposerSWA": "composer_swa", "SWALR": "composer_swa", "SWA": "torchcontrib"}
     __getattr__ = imported_on_use(__name__, {**_own, **_cyclical, **_low, **dict.fromkeys(_sqwa, "uniform")})
 
 __all__ = [
