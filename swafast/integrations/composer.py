@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from .weight_average import Contract
 _composer: Any = framework("composer", "0.32.1", package="mosaicml")
 _Algorithm: Any = _composer.Algorithm
 _Event: Any = _composer.Event
-_OTHERS = tuple(getattr(_composer.algorithms, name) for name in ("EMA", "SWA"))
+_OTHERS = tuple(getattr(importlib.import_module("composer.algorithms"), name) for name in ("EMA", "SWA"))
 _LOOPS = tuple(getattr(_composer.Trainer, name).__code__ for name in ("_eval_loop", "predict"))
 
 #: Which method runs at which of Composer's events.
