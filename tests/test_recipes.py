@@ -15,7 +15,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, ge
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, Rule
 from swafast.optim import SWA, ComposerSWA
-from swafast.optim.composer import _Clock
+from swafast.optim.composer_swa import _Clock
 from tests.support import differing
 
 RECORDED = json.loads(Path(__file__).with_name("oracles").joinpath("recipes.json").read_text())

@@ -11,13 +11,14 @@ from typing import NoReturn
 from ..terms.hints import of_name
 
 
-def framework(name: str, least: str, *, extra: str | None = None) -> ModuleType:
+def framework(name: str, least: str, *, extra: str | None = None, package: str | None = None) -> ModuleType:
     """Import a framework.
 
     Args:
-        name: of the package.
+        name: of the module.
         least: the oldest release that is supported.
         extra: of swafast, which installs it; default: ``name``.
+        package: under which it is installed; default: ``name``.
 
     Raises:
         ImportError: it is not installed, or older.
@@ -29,10 +30,10 @@ def framework(name: str, least: str, *, extra: str | None = None) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        raise ImportError(f"{where} needs {name} >= {least}, which is not installed: {advice}") from error
-    installed = importlib.metadata.version(name)
+        raise ImportError(f"{where} needs {package or name} >= {least}, which is not installed: {advice}") from error
+    installed = importlib.metadata.version(package or name)
     if _release(installed) < _release(least):
-        raise ImportError(f"{where} needs {name} >= {least}, got {installed}: {advice}")
+        raise ImportError(f"{where} needs {package or name} >= {least}, got {installed}: {advice}")
     return found
 
 

@@ -6,7 +6,7 @@ from ..terms.lazy import imported_on_use
 
 if TYPE_CHECKING:
     from .block import BlockRounding, block_quantize
-    from .composer import SWALR, ComposerSWA
+    from .composer_swa import SWALR, ComposerSWA
     from .cyclical import cyclical_cosine_lr, cyclical_lr
     from .low_precision import LowPrecision, LowPrecisionMean
     from .torchcontrib import SWA
@@ -18,7 +18,7 @@ else:
         **dict.fromkeys(("LowPrecision", "LowPrecisionMean"), "low_precision"),
     }
     _sqwa = ("quantize_weights", "quantized_copy", "requantize", "uniform_quantize", "uniform_step")
-    _own = {"ComposerSWA": "composer", "SWALR": "composer", "SWA": "torchcontrib"}
+    _own = {"ComposerSWA": "composer_swa", "SWALR": "composer_swa", "SWA": "torchcontrib"}
     __getattr__ = imported_on_use(__name__, {**_own, **_cyclical, **_low, **dict.fromkeys(_sqwa, "uniform")})
 
 __all__ = [

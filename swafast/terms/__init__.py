@@ -251,6 +251,7 @@ optim/: recipes of papers and of other packages
 
 integrations/: swafast in frameworks with a training loop of their own
     contract          what the ``WeightAverage`` of every framework has in common
+    evaluation        a framework's run of a model on data, in which the model has averages
     model ema         an averaged model in timm's words
 
 convert/: states of other packages' averages

@@ -9,6 +9,7 @@ shim_torchvision()
 import gc
 
 import accelerate
+import composer
 import lightning.pytorch
 import transformers
 import transformers.trainer

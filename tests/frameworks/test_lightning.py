@@ -18,6 +18,7 @@ from tests.frameworks.kit import (
     Net,
     Resumes,
     Shards,
+    Shorter,
     Watch,
     check_taken_over,
     differing,
@@ -32,14 +33,6 @@ pytestmark = pytest.mark.frameworks
 
 class TestLightning(Kit):
     framework = Lightning()
-
-
-class Shorter(Resumes):
-    """What checkpoints and wrappers may change; each test starts ranks."""
-
-    test_the_model_trains_as_without_averages = None
-    test_every_batch_of_two_sets_sees_the_average = None
-    test_the_model_has_the_average_at_the_end = None
 
 
 class TestDdp(Shorter):

@@ -1,0 +1,128 @@
+"""What ``WeightAverage`` asks of Composer: what it refuses, how long a training is, and when an evaluation ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from types import CodeType, FrameType, MethodType
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+from ..loop.schedule import Span
+from .weight_average import Contract, refuse_second
+
+
+def check_algorithms(state: Any, others: tuple[type, ...]) -> None:
+    """Raise unless one algorithm averages, and Composer trains in a way that averages can follow.
+
+    Args:
+        others: Composer's own averages.
+
+    Raises:
+        ValueError: there are several ``WeightAverage``, or Composer's EMA or SWA beside one.
+        NotImplementedError: the model is spread by tensor parallelism, or the device is a TPU.
+    """
+    refuse_second([each for each in state.algorithms if isinstance(each, Contract)], "the Trainer")
+    for each in state.algorithms:
+        if isinstance(each, others):
+            raise ValueError(
+                f"algorithms must have WeightAverage alone to average weights, got {type(each).__name__} too, which "
+                "exchanges the model's params and saves them so: remove it"
+            )
+    if state.tp_config is not None:
+        raise NotImplementedError(
+            "parallelism_config must have no 'tp' with WeightAverage, got tensor parallelism: use 'fsdp' or DDP"
+        )
+    if state.device.name == "tpu":
+        raise NotImplementedError("device must be 'cpu' or 'gpu' with WeightAverage, got 'tpu': XLA runs steps later")
+
+
+def known_lengths(state: Any, spans: Mapping[str, object]) -> dict[str, Span]:
+    """Return the steps of an epoch and the length of the training, if a span needs them and Composer knows them."""
+    units = "".join(str(span) for span in spans.values() if isinstance(span, str))
+    whole, epoch = state.max_duration, state.dataloader_len
+    found: dict[str, Span] = {}
+    if "dur" in units and whole is not None and whole.unit.value in ("ba", "ep"):
+        found["duration"] = f"{whole.value}{whole.unit.value}"
+    if epoch is not None and ("ep" in units or str(found.get("duration", "")).endswith("ep")):
+        found["steps_per_epoch"] = int(epoch)
+    return found
+
+
+def has_scaler(state: Any) -> bool:
+    """Return whether Composer has a scaler. It counts the steps that the scaler skips, and averages do not."""
+    return state.scaler is not None and state.scaler.is_enabled()
+
+
+class Evaluation:
+    """An evaluation in which a model has averages.
+
+    Composer tells algorithms nothing of an error, so it is seen where Composer puts the model back into training. A
+    checkpoint that is made meanwhile has the model's own params.
+
+    Args:
+        state: Composer's.
+        loops: the code of the loops of Composer that evaluate.
+        average: whose averages go into the model.
+    """
+
+    def __init__(self, state: Any, loops: tuple[CodeType, ...], average: Contract) -> None:
+        self._state, self._loops, self._average, self._model = state, loops, average, state.model
+        self._own = {name: vars(owner).get(name) for owner, name in self._replaced()}
+        self._is_aside = False
+        average.swap_in(self._model)
+        # Copies of the model, which a callback may make, get this method bound to themselves.
+        self._model.train = MethodType(self._train, self._model)
+        for name in ("state_dict", "get_model_state_dict"):
+            setattr(state, name, self._aside(getattr(state, name)))
+
+    def _replaced(self) -> list[tuple[Any, str]]:
+        return [(self._model, "train"), (self._state, "state_dict"), (self._state, "get_model_state_dict")]
+
+    def leave(self) -> None:
+        """End it: the model has its own params."""
+        for owner, name in self._replaced():
+            vars(owner).pop(name, None)
+            if self._own[name] is not None:
+                setattr(owner, name, self._own[name])
+        self._average.swap_out()
+
+    def _train(self, model: Module, mode: bool = True) -> Module:
+        """Change a model's mode. End the evaluation first if one of Composer's loops leaves its context."""
+        own = self._own["train"]
+        if _ends(sys._getframe(1), self._loops):
+            self.leave()
+        return type(model).train(model, mode) if own is None else own(mode)
+
+    def _aside(self, make: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+        def make_aside() -> dict[str, Any]:
+            if self._is_aside:
+                return make()
+            self._is_aside = True
+            self._average.swap_out()
+            try:
+                return _cloned(make())
+            finally:
+                self._average.swap_in(self._model)
+                self._is_aside = False
+
+        return make_aside
+
+
+def _ends(frame: FrameType | None, loops: tuple[CodeType, ...]) -> bool:
+    """Return whether a loop's own ``with model_eval_mode(model)`` ends: a model's code may call ``train`` too."""
+    for name in ("model_eval_mode", "__exit__"):
+        if frame is None or frame.f_code.co_name != name:
+            return False
+        frame = frame.f_back
+    return frame is not None and frame.f_code in loops
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _cloned(each) for key, each in value.items()}
+    return type(value)(map(_cloned, value)) if type(value) in (list, tuple) else value
