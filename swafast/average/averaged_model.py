@@ -234,7 +234,7 @@ class FusedAveragedModel(HasRule, Placed, Adaptable, AveragedModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._prepare_forward()
-        return own_children(self)["module"](*args, **kwargs)
+        return own_children(self)["module"](*args, **kwargs)  # type: ignore[misc]  # found so, dynamo can trace it
 
     @seamless
     def swapped_into(self, model: Module) -> Iterator[Module]:
