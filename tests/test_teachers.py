@@ -241,18 +241,23 @@ def test_a_module_that_does_not_wait_is_seen(monkeypatch: pytest.MonkeyPatch) ->
         test_a_forward_never_reads_an_update_under_way("backbone", monkeypatch)
 
 
+def hooks_of(teachers: FusedAverages) -> list[int]:
+    """How many hooks each part has, of those that have tensors; the others need none."""
+    parts = [part for teacher in teachers.values() for part in teacher.module.modules()]
+    return [len(part._forward_pre_hooks) for part in parts if [*part.parameters(), *part.buffers()]]
+
+
 def test_several_teachers_and_a_grown_one_wait() -> None:
     student = Encoder()
     sgd = torch.optim.SGD(student.parameters(), 0.5)
     teachers = FusedAverages(student, rules={"slow": RULE, "fast": ExponentialAverage(0.5)})
     attachment = teachers.attach(sgd, overlap=True)
-    parts = [part for teacher in teachers.values() for part in teacher.module.modules()]
-    assert [len(part._forward_pre_hooks) for part in parts] == [1] * len(parts)
+    assert hooks_of(teachers) == [1] * 2 * 6
+    before = teachers["slow"].module
     student.head.append(nn.Linear(4, 4))
     teachers.adapt_to(student)
-    grown = [part for teacher in teachers.values() for part in teacher.module.modules()]
-    assert [len(part._forward_pre_hooks) for part in grown] == [1] * (len(parts) + 2)
-    assert not any(part._forward_pre_hooks for part in parts if all(part is not each for each in grown))
+    assert hooks_of(teachers) == [1] * 2 * 7
+    assert not any(part._forward_pre_hooks for part in before.modules())
     copied = copy.deepcopy(teachers)
     del copied["slow"].module.head[2]
     copied["slow"](IMAGES)  # a copy's hooks wait for nobody

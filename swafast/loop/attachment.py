@@ -68,8 +68,8 @@ class Attachment(hints.WithHints):
         self._averaged, self._model, self._optimizers = averaged, model, tuple(optimizers)
         self._stepped: dict[int, int] = {}  # steps since the last count of those that made any, by their place
         self._runner, self._beside = runner_for(averaged, model, overlap, offload), (overlap, offload)
-        self._waits = Waits(self.join)
-        self._watch_forwards()
+        self._waits = Waits(self)
+        self.retarget(model)
         self._own_thread: int | None = None  # the thread that is in an update of ours
         self._is_warned = self._is_warned_of_waiting = False
         self.is_checked = False  # whether the first step need not be checked any more
@@ -138,6 +138,11 @@ class Attachment(hints.WithHints):
         self._waits.renew(())
         self._runner.close()
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether an update may be running beside the training."""
+        return self._runner.is_under_way
+
     def join(self) -> None:
         """Wait for an update under way. If it runs on side streams, the current streams wait and the host does not.
 
@@ -155,9 +160,6 @@ class Attachment(hints.WithHints):
         if model is not self._model or not self._runner.fits(self._averaged, model):
             self._runner.close()
             self._model, self._runner = model, runner_for(self._averaged, model, *self._beside)
-        self._watch_forwards()
-
-    def _watch_forwards(self) -> None:
         if self._runner.is_beside:
             self._waits.renew(self._averaged._modules_run())
 

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.nn import Module
 
-from ..torch_private.modules import named_modules
+from ..torch_private.modules import named_modules, unnamed_tensors
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
+
+
+class Waiting(Protocol):
+    """What a wait needs of an attachment."""
+
+    @property
+    def is_under_way(self) -> bool: ...
+    def join(self) -> None: ...
 
 
 class Waits:
@@ -23,11 +31,11 @@ class Waits:
     would read averages of which half are old.
 
     Args:
-        join: a method that waits for the update; what it belongs to is not kept alive.
+        waiting: what waits for the update. The hooks do not keep it alive.
     """
 
-    def __init__(self, join: Callable[[], object]) -> None:
-        self._wait = Wait(join)
+    def __init__(self, waiting: Waiting) -> None:
+        self._wait = Wait(waiting)
         self._roots: Sequence[Module] = ()
         self._hooks: list[RemovableHandle] = []
 
@@ -43,6 +51,8 @@ class Waits:
 def _hooked(wait: Wait, roots: Iterable[Module]) -> Iterable[RemovableHandle]:
     parts = {id(part): part for root in roots for _, part in named_modules(root)}
     for part in parts.values():
+        if not any(True for _ in unnamed_tensors(part)):
+            continue  # an activation reads no average, and a hook costs a microsecond or two in each forward
         # Module's own method: a scripted module refuses to register hooks, but runs them.
         yield Module.register_forward_pre_hook(part, wait)
 
@@ -50,16 +60,16 @@ def _hooked(wait: Wait, roots: Iterable[Module]) -> Iterable[RemovableHandle]:
 class Wait:
     """Hook of a module: it waits for the update under way, if there is one. A copy of it waits for none."""
 
-    def __init__(self, join: Callable[[], object] | None = None) -> None:
-        self._join = weakref.WeakMethod(join) if join is not None else None
+    def __init__(self, waiting: Waiting | None = None) -> None:
+        self._waiting = weakref.ref(waiting) if waiting is not None else None
 
     def __call__(self, *_: object) -> None:
         # Of compiled code, the averaged model's forward waits once, outside of the graph.
         if torch.compiler.is_compiling():
             return
-        join = self._join() if self._join is not None else None
-        if join is not None:
-            join()
+        waiting = self._waiting() if self._waiting is not None else None
+        if waiting is not None and waiting.is_under_way:
+            waiting.join()
 
     def __reduce__(self) -> Any:
         return Wait, ()
