@@ -182,6 +182,16 @@ def frameworks_command(quick: Quick = False) -> None:
     console.print(Markdown(drop_ins.table(rows)), "")
 
 
+@app.command("teacher")
+def teacher_command(quick: Quick = False) -> None:
+    """Measure an average that runs forward in each step, by torch's class and by ours. Print, write nothing."""
+    from bench import teacher
+
+    with console.status("a teacher") as status:
+        rows = teacher.measure(quick=quick, progress=status.update)
+    console.print(Markdown(teacher.table(rows)), "")
+
+
 @app.command("files")
 def files_command(
     out: Out = OUT,

@@ -26,7 +26,13 @@ DOCUMENTS = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *PAGES]
 TEXTS = {page: (ROOT / page).read_text() for page in DOCUMENTS}
 
 #: Pages whose blocks need a process group: they run on two gloo ranks.
-ON_RANKS = ("docs/sharded.md", "docs/averages.md", "docs/growing.md", "docs/recipes/swap.md")
+ON_RANKS = (
+    "docs/sharded.md",
+    "docs/averages.md",
+    "docs/growing.md",
+    "docs/recipes/swap.md",
+    "docs/recipes/teachers.md",
+)
 #: Pages whose blocks need a framework: its file in tests/frameworks runs them.
 WITH_FRAMEWORKS = "docs/frameworks/"
 #: Pages that average in the last quarter of a training, so it must have some epochs.
@@ -148,7 +154,7 @@ def _on_rank(texts: dict[str, str], folder: Path) -> list[int]:
 def test_the_code_of_pages_on_ranks_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     counts = run_ranks(2, _on_rank, {page: TEXTS[page] for page in ON_RANKS}, tmp_path)
-    assert counts == [[2, 2, 0, 2]] * 2
+    assert counts == [[2, 2, 0, 2, 3]] * 2
     # What the ranks have saved, in one process without a process group.
     assert not torch.distributed.is_initialized()
     (alone,) = (block for block in blocks_of(TEXTS["docs/sharded.md"]) if "(plain_model).state_dict()" in block)

@@ -22,7 +22,7 @@ from ..terms.pickling import pickled_from
 from ..terms.rules import Rule, warn_of_small_decay
 from ..terms.spread import Spread, checked_spread
 from ..torch_private.core import disable_dynamo
-from ..torch_private.modules import ASSIGN, named_tensors, own_buffers
+from ..torch_private.modules import ASSIGN, named_tensors, own_buffers, own_children
 from .accepting import ask_include, check_device, check_model, refuse_sharded
 from .bindings import Bound
 from .functions import HasRule, choose_rule, refuse_format, update_by_function
@@ -234,10 +234,8 @@ class FusedAveragedModel(HasRule, Placed, Adaptable, AveragedModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the averaged module, after an update that is under way. Raises RuntimeError while it is swapped in."""
-        self._guard.settle()
-        self._guard.refuse_while_swapped("forward")
-        self._warn_if_empty("forward")
-        return super().forward(*args, **kwargs)
+        self._prepare_forward()
+        return own_children(self)["module"](*args, **kwargs)  # type: ignore[misc]  # found so, dynamo can trace it
 
     @seamless
     def swapped_into(self, model: Module) -> Iterator[Module]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..terms.warn import warn_user
-from ..torch_private.core import versions
+from ..torch_private.core import disable_dynamo, versions
 from .described import Described
 from .planes import extra_planes, renew_planes
 
@@ -157,6 +157,14 @@ class HoldsModels(Described):
     def _warn_if_empty(self, action: str) -> None:
         if self._holds() == INITIAL:
             warn_user(f"{action} uses an average that {self._lack()}")
+
+    @disable_dynamo
+    def _prepare_forward(self) -> None:
+        """Wait for an update under way and refuse during a swap, each time: a compiled graph would leave this out."""
+        self._guard.settle()
+        self._guard.refuse_while_swapped("forward")
+        if self._uncounted is not None:
+            self._warn_if_empty("forward")
 
     def _lack(self) -> str:
         """Return what the average lacks, and what to do."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from ..terms import hints
 from ..terms.lazy import MadeOnUse
@@ -219,6 +220,10 @@ class Attachable(hints.WithHints):
         """Return the GPUs that hold tensors of the model or of the averages now."""
         tensors = (*unnamed_tensors(model), *self._own_tensors())
         return [device for device in dict.fromkeys(tensor.device for tensor in tensors) if device.type == "cuda"]
+
+    def _modules_run(self) -> list[Module]:
+        """Return the averaged modules, whose forwards read the averages."""
+        return [each.module for each in _members(self).values() if isinstance(each, AveragedModel)]
 
     def _own_tensors(self) -> Iterable[Tensor]:
         """Return the tensors of the averages."""

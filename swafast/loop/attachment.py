@@ -23,6 +23,7 @@ from .hookable import first_name
 from .roster import Roster
 from .runners import Runner, Updating, runner_for
 from .schedule import Schedule, check_step
+from .waiting import Waits
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -67,6 +68,8 @@ class Attachment(hints.WithHints):
         self._averaged, self._model, self._optimizers = averaged, model, tuple(optimizers)
         self._stepped: dict[int, int] = {}  # steps since the last count of those that made any, by their place
         self._runner, self._beside = runner_for(averaged, model, overlap, offload), (overlap, offload)
+        self._waits = Waits(self)
+        self.retarget(model)
         self._own_thread: int | None = None  # the thread that is in an update of ours
         self._is_warned = self._is_warned_of_waiting = False
         self.is_checked = False  # whether the first step need not be checked any more
@@ -132,7 +135,13 @@ class Attachment(hints.WithHints):
         self._hooks = []
         self._roster.remove(self)
         self._averaged._guard.attachment = None
+        self._waits.renew(())
         self._runner.close()
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether an update may be running beside the training."""
+        return self._runner.is_under_way
 
     def join(self) -> None:
         """Wait for an update under way. If it runs on side streams, the current streams wait and the host does not.
@@ -151,6 +160,8 @@ class Attachment(hints.WithHints):
         if model is not self._model or not self._runner.fits(self._averaged, model):
             self._runner.close()
             self._model, self._runner = model, runner_for(self._averaged, model, *self._beside)
+        if self._runner.is_beside:
+            self._waits.renew(self._averaged._modules_run())
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or pickle has: steps and schedule. It is detached."""

@@ -28,6 +28,7 @@ class Updating(Protocol):
     @property
     def _guard(self) -> Any: ...
     def _gpus(self, model: Module) -> Collection[torch.device]: ...
+    def _modules_run(self) -> Sequence[Module]: ...
     def update_parameters(self, model: Module) -> None: ...
     def _beside(
         self, model: Module, device: torch.device | None = None, streams: Sequence[torch.cuda.Stream] = ()
@@ -45,6 +46,11 @@ class Runner:
     def fits(self, averaged: Updating, model: Module) -> bool:
         """Return whether the GPUs that an update uses now are those that it was made for."""
         return {stream.device for stream in self._streams} == set(averaged._gpus(model))
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether an update may be under way now."""
+        return False
 
     def update(self) -> None:
         raise NotImplementedError
@@ -133,15 +139,15 @@ class OnStreams(Runner):
             self._ended = ended
 
     def refuse_capture(self) -> None:
-        if self._is_under_way:
+        if self.is_under_way:
             _refuse_capture(self._streams, _WAIT)
 
     @property
-    def _is_under_way(self) -> bool:
+    def is_under_way(self) -> bool:
         return id(self._ended) in self._in_flight
 
     def join(self) -> None:
-        if not self._is_under_way:
+        if not self.is_under_way:
             return
         self.refuse_capture()
         # Wait at each call: other threads with other streams must wait too.
@@ -194,6 +200,10 @@ class InThread(Runner):
         # A thread that waits for a blocking event sleeps. For another, it would take a core of the training.
         copied = [stream.record_event(torch.cuda.Event(blocking=True)) for stream in self._streams]
         self._under_way = self._pool.submit(self._run, update, copied, memory)
+
+    @property
+    def is_under_way(self) -> bool:
+        return self._under_way is not None
 
     def refuse_capture(self) -> None:
         if self._under_way is not None and not self._under_way.done():

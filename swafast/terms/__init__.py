@@ -80,6 +80,8 @@ loop/: averages that follow an optimizer
     in thread         the runner that updates in a thread
     ready             a function that prepares an update and returns it
     stand-in          a copy of a model's module tree, for an update beside the next forward
+    waiting           what a wait needs of an attachment
+    wait              the hook by which an averaged module's forward waits for an update under way
     guard             lets one thread at a time use an averaged model, and none while it is swapped
     lock              what a guard holds; it is new in a forked child
     context           a seamless one runs no Python between a ``with`` statement and its generator

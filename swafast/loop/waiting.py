@@ -1,0 +1,75 @@
+"""Forwards of averaged modules that wait for an update beside them, also where the user calls a module itself."""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch.nn import Module
+
+from ..torch_private.modules import named_modules, unnamed_tensors
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+
+class Waiting(Protocol):
+    """What a wait needs of an attachment."""
+
+    @property
+    def is_under_way(self) -> bool: ...
+    def join(self) -> None: ...
+
+
+class Waits:
+    """The hooks by which each part of the averaged modules waits, before its forward, for an update under way.
+
+    The averaged model's own forward waits too. But a teacher may be run as ``averaged.module.backbone(images)``, and
+    would read averages of which half are old.
+
+    Args:
+        waiting: what waits for the update. The hooks do not keep it alive.
+    """
+
+    def __init__(self, waiting: Waiting) -> None:
+        self._wait = Wait(waiting)
+        self._roots: Sequence[Module] = ()
+        self._hooks: list[RemovableHandle] = []
+
+    def renew(self, roots: Sequence[Module]) -> None:
+        """Have the parts of ``roots`` wait, and no others."""
+        if len(roots) == len(self._roots) and all(map(operator.is_, roots, self._roots)):
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._roots, self._hooks = tuple(roots), [*_hooked(self._wait, roots)]
+
+
+def _hooked(wait: Wait, roots: Iterable[Module]) -> Iterable[RemovableHandle]:
+    parts = {id(part): part for root in roots for _, part in named_modules(root)}
+    for part in parts.values():
+        if not any(True for _ in unnamed_tensors(part)):
+            continue  # an activation reads no average, and a hook costs a microsecond or two in each forward
+        # Module's own method: a scripted module refuses to register hooks, but runs them.
+        yield Module.register_forward_pre_hook(part, wait)
+
+
+class Wait:
+    """Hook of a module: it waits for the update under way, if there is one. A copy of it waits for none."""
+
+    def __init__(self, waiting: Waiting | None = None) -> None:
+        self._waiting = weakref.ref(waiting) if waiting is not None else None
+
+    def __call__(self, *_: object) -> None:
+        # Of compiled code, the averaged model's forward waits once, outside of the graph.
+        if torch.compiler.is_compiling():
+            return
+        waiting = self._waiting() if self._waiting is not None else None
+        if waiting is not None and waiting.is_under_way:
+            waiting.join()
+
+    def __reduce__(self) -> Any:
+        return Wait, ()
