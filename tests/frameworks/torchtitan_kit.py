@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import pickle
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,6 +208,15 @@ def model_in(folder: Path, net: nn.Module) -> State:
     return of_net(state)
 
 
+def drop(folder: Path, start: str) -> None:
+    """Take entries out of a checkpoint: those whose keys begin so."""
+    path = folder / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    for key in [key for key in metadata.state_dict_metadata if key.startswith(start)]:
+        del metadata.state_dict_metadata[key]
+    path.write_bytes(pickle.dumps(metadata))
+
+
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Have a group of one rank in this process."""
@@ -225,6 +235,7 @@ class Titan(Framework):
     async_mode = "disabled"
 
     def train(self, job: Job) -> Report:
+        warnings.filterwarnings("ignore", "To get the last learning rate")  # its schedulers do, at a load
         with contextlib.nullcontext() if dist.is_initialized() else alone():
             return self.train_in_group(job)
 
@@ -251,15 +262,7 @@ class Titan(Framework):
         return Report(whole_state(net), states(), average.attachment.state_dict(), exported, saved)
 
     def halve(self, folder: Path) -> None:
-        path = last_of(folder) / ".metadata"
-        metadata = pickle.loads(path.read_bytes())
-        for key in [key for key in metadata.state_dict_metadata if key.startswith("swafast.attachment.")]:
-            del metadata.state_dict_metadata[key]
-        path.write_bytes(pickle.dumps(metadata))
-
-
-class TitanAsync(Titan):
-    async_mode = "async"
+        drop(last_of(folder), "swafast.attachment.")
 
 
 class Fsdp(Titan):
@@ -270,3 +273,70 @@ class Fsdp(Titan):
 
 class FsdpAsync(Fsdp):
     async_mode = "async"
+
+
+# A loop of the user's own, with torchtitan's parts
+
+
+class Steps:
+    """The state of such a loop."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"step": torch.tensor(self.step)}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        self.step = int(state_dict["step"])
+
+
+class Nothing:
+    """A state without content, in place of loaders and schedulers."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"nothing": torch.tensor(0)}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Do nothing."""
+
+
+class Loop:
+    """A model of one layer and what trains it."""
+
+    def __init__(self, folder: Path, *, patterns: dict[str, str] | None = None, adapter: Any = None, **config: Any):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.model = nn.Linear(4, 2)
+        groups = [
+            ParamGroupConfig(pattern=pattern, optimizer_name=name, optimizer_kwargs={"lr": 0.1})
+            for pattern, name in (patterns or {".*": "Adam"}).items()
+        ]
+        self.optimizers = OptimizersContainer.Config(implementation="foreach", param_groups=groups).build(
+            model_parts=[self.model]
+        )
+        self.steps = Steps()
+        settings = {"enable": True, "interval": 1, "last_save_model_only": False, "keep_latest_k": 0, **config}
+        self.checkpointer = CheckpointManager.Config(**settings).build(
+            dataloader=Nothing(),
+            model_parts=[self.model],
+            optimizers=self.optimizers,
+            lr_schedulers=Nothing(),
+            states={"train_state": self.steps},
+            sd_adapter=adapter,
+            base_folder=str(folder),
+        )
+
+    def step(self, number: int = 1) -> None:
+        for _ in range(number):
+            self.steps.step += 1
+            self.optimizers.zero_grad()
+            self.model(torch.full((1, 4), float(self.steps.step))).square().sum().backward()
+            self.checkpointer.maybe_wait_for_staging()
+            self.optimizers.step()
+
+    def save(self, *, last: bool = False) -> None:
+        self.checkpointer.save(self.steps.step, last_step=last)
+
+    def install(self, **options: Any) -> WeightAverage:
+        return WeightAverage(**options).install_parts(self.model, self.optimizers, self.checkpointer)
