@@ -60,8 +60,8 @@ def shim_torchtitan() -> None:
 
         setattr(torch.distributed, "set_timeout", _set_pg_timeout)  # noqa: B010  # mypy knows no such name
     with (
-        mock.patch("torch._utils._get_available_device_type", lambda: "cpu"),
-        mock.patch("torch._utils._get_device_module", lambda _: Cpu),
+        mock.patch("torch._utils._get_available_device_type", return_value="cpu"),
+        mock.patch("torch._utils._get_device_module", return_value=Cpu),
     ):
         import torchtitan.trainer
 

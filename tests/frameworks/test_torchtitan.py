@@ -167,8 +167,16 @@ def test_a_training_from_a_model_alone_begins_a_fresh_average_silently(tmp_path:
 MISFITS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no attachment": (lambda path: drop(path, "swafast.attachment."), {}, "got none of 'attachment'"),
     "no averages": (lambda path: drop(path, "swafast.averaged."), {}, "got none of 'averaged'"),
-    "no step": (lambda path: drop(path, "swafast.attachment.step"), {}, r"'attachment' of this average, got 1 keys mis"),
-    "no weight": (lambda path: drop(path, "swafast.averaged.module.weight"), {}, r"got 1 keys missing \('module.weight"),
+    "no step": (
+        lambda path: drop(path, "swafast.attachment.step"),
+        {},
+        r"'attachment' of this average, got 1 keys",
+    ),
+    "no weight": (
+        lambda path: drop(path, "swafast.averaged.module.weight"),
+        {},
+        r"got 1 keys missing \('module.w",
+    ),
     "several": (None, {"rules": {"a": EqualAverage(), "b": EqualAverage()}}, "must have the averages .* of rules="),
     "another format": (None, {"format": "compact", "seed": 3}, "keys missing|use the same format="),
     "a narrow format": (None, {"format": "half"}, "use the same format=|keys missing"),
