@@ -12,7 +12,7 @@ from ..loop.schedule import Span
 from ..terms.warn import warn_user
 from . import torchtitan_trainer as trainers
 from .installed import framework
-from .torchtitan_states import KEY, SavedAverages, read_state
+from .torchtitan_states import KEY, SavedAverages, found_state
 from .transformers_trainer import run_inside
 from .weight_average import Contract, refuse_second
 
@@ -53,10 +53,10 @@ class WeightAverage(Contract):
             ValueError: it has a ``WeightAverage`` already, or a span cannot be read.
             NotImplementedError: it trains with pipeline parallelism or fault tolerance, or steps in the backward.
         """
-        trainers.check_trainer(trainer)
+        trainers.check_training(trainer)
         step = int(getattr(trainer, "step", 0))
         self.install_parts(trainer.model_parts, trainer.optimizers, trainer.checkpointer, step=step,
-                           **trainers.lengths_of(trainer, self._when))  # fmt: skip
+                           **trainers.length_of_training(trainer, self._when))  # fmt: skip
         if step > 0:
             warn_user(
                 f"the trainer has made {step} steps already, and a fresh average begins: to resume a training, call "
@@ -90,7 +90,7 @@ class WeightAverage(Contract):
         """
         if self._model is not None:
             raise ValueError("only one WeightAverage may be installed once, got a second call: make another one")
-        model = trainers.checked_parts(model_parts, optimizers, checkpointer)
+        model = trainers.only_model(model_parts, optimizers, checkpointer)
         others: list[WeightAverage] = vars(optimizers).setdefault("_swafast_averages", [])
         refuse_second([self, *others], "one container of optimizers")
         if checkpointer is not None and checkpointer.enable and KEY in checkpointer.states:
@@ -139,7 +139,7 @@ class WeightAverage(Contract):
 
     @contextmanager
     def _training(self, trainer: Any) -> Iterator[None]:
-        lengths = trainers.lengths_of(trainer, self._when)
+        lengths = trainers.length_of_training(trainer, self._when)
         self.follow([trainer.optimizers], self._model, step=trainer.step, **lengths)  # unless they do
         yield
         self.finish()
@@ -151,7 +151,7 @@ class WeightAverage(Contract):
         is_of_training = not state_dict.keys().isdisjoint(self._checkpointer.states)  # not of the model alone
         ours = state_dict.pop(KEY, None)
         # Ours come first: if they do not fit, nothing has changed.
-        state = None if ours is None else read_state(self, checkpoint_id)
+        state = None if ours is None else found_state(self, checkpoint_id)
         if state is not None:
             self.resume(state, checkpoint_id)
         yield

@@ -72,7 +72,7 @@ class FoundStates(DefaultLoadPlanner):  # type: ignore[misc, unused-ignore]
         super().set_up_planner(state_dict, metadata, is_coordinator)
 
 
-def read_state(average: Contract, folder: str | Path) -> dict[str, Any] | None:
+def found_state(average: Contract, folder: str | Path) -> dict[str, Any] | None:
     """Return the state of averages in a checkpoint; None if it has none. Collective.
 
     Nothing of the averages changes. The tensors of the state are copies.

@@ -18,7 +18,7 @@ _REFUSED = {
 }
 
 
-def check_trainer(trainer: Any) -> None:
+def check_training(trainer: Any) -> None:
     """Raise unless averages can follow a trainer.
 
     Raises:
@@ -39,7 +39,7 @@ def check_trainer(trainer: Any) -> None:
         )
 
 
-def checked_parts(model_parts: object, optimizers: object, checkpointer: object) -> Module:
+def only_model(model_parts: object, optimizers: object, checkpointer: object) -> Module:
     """Return the model, or raise as ``WeightAverage.install_parts``."""
     modules = [model_parts] if isinstance(model_parts, Module) else model_parts
     if not isinstance(modules, (list, tuple)) or not all(isinstance(each, Module) for each in modules):
@@ -84,7 +84,7 @@ def _refuse_stages(what: str) -> None:
     )
 
 
-def lengths_of(trainer: Any, spans: Mapping[str, object]) -> dict[str, Span]:
+def length_of_training(trainer: Any, spans: Mapping[str, object]) -> dict[str, Span]:
     """Return the number of steps of the whole training, if a span needs it and the trainer knows it."""
     needs = any(isinstance(span, str) and "dur" in span for span in spans.values())
     steps = getattr(getattr(getattr(trainer, "config", None), "training", None), "steps", None)

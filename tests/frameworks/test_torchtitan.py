@@ -17,8 +17,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel
-from tests.frameworks.kit import AVERAGE, Job, Kit, Resumes, check_another_world, differing, whole_state
-from tests.frameworks.torchtitan_kit import Fsdp, FsdpAsync, Loop, Titan, WeightAverage, alone, drop
+from tests.frameworks import torchtitan_llama as llama
+from tests.frameworks.kit import AVERAGE, Job, Kit, Resumes, Watch, check_another_world, differing, whole_state
+from tests.frameworks.torchtitan_kit import (
+    Fsdp,
+    FsdpAsync,
+    Loop,
+    Titan,
+    WeightAverage,
+    alone,
+    config_of,
+    drop,
+)
+from tests.ranks import run_ranks
+from tests.test_documents import ROOT, blocks_of
 
 pytestmark = pytest.mark.frameworks
 
@@ -55,6 +67,61 @@ def test_a_checkpoint_that_is_written_beside_the_training_resumes_bit_for_bit(tm
     assert differing(second.averaged, whole.averaged) == []
     assert differing(second.model, whole.model) == []
     assert second.attachment == whole.attachment
+
+
+def test_a_llama_is_averaged_and_exported(tmp_path: Path) -> None:
+    llama.write_assets(tmp_path)
+    for degree in (1, 2):  # of tensor parallelism
+        runs = {}
+        for name, options in {
+            "whole": {"last_save_model_only": False},
+            "again": {"load_step": 2, "last_save_in_hf": True},
+        }.items():
+            given = {"spmd_backend": "partial_dtensor", "tensor_parallel_degree": degree}
+            (runs[name], _) = run_ranks(2, llama.train, tmp_path, tmp_path / f"run{degree}", given, options)
+        whole, again = runs.values()
+        assert (sorted(whole["seen"]), sorted(again["seen"])) == ([1, 2, 4], [4])
+        for run in runs.values():
+            for step, seen in run["seen"].items():
+                for key, value in seen.items():
+                    mean = torch.stack([whole["steps"][number][key].double() for number in range(1, step + 1)]).mean(0)
+                    torch.testing.assert_close(value.double(), mean, rtol=1e-5, atol=1e-7)
+        assert differing(again["model"], whole["model"]) == []
+        assert differing(again["averaged"], whole["averaged"]) == []
+        assert again["attached"] == whole["attached"]
+        (file,) = (tmp_path / f"run{degree}/checkpoint/step-4").glob("*.safetensors")
+        exported = load_file(file)["model.embed_tokens.weight"]
+        assert torch.equal(exported, whole["averaged"]["module.tok_embeddings.weight"])
+
+
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after, own = blocks_of((ROOT / "docs/frameworks/torchtitan.md").read_text())
+    folder = tmp_path / "trained"
+    watch = Watch(Job(folder, 8))
+    monkeypatch.setattr("torchtitan.config.ConfigManager.parse_args", lambda self: config_of(watch.job, "disabled"))
+    for block in (before, after):
+        shutil.rmtree(folder, ignore_errors=True)
+        scope: dict[str, Any] = {}
+        with watch.watching(), alone():
+            exec(block, scope)
+    assert scope["average"].attachment.step == int(scope["average"].averaged.n_averaged) == 8
+    with alone():
+        loop = Loop(tmp_path, last_save_model_only=True)
+        seen = []
+        scope = {
+            "model_parts": [loop.model],
+            "optimizers": loop.optimizers,
+            "checkpointer": loop.checkpointer,
+            "state": loop.steps,
+            "loss": lambda model, step: model(torch.full((1, 4), float(step))).square().sum(),
+            "evaluate": lambda model: seen.append(whole_state(model)),
+        }
+        exec(own, scope)
+        exported = whole_state(loop.model)
+        dcp.load(exported, checkpoint_id=tmp_path / "checkpoint/step-10")
+    assert differing(whole_state(loop.model), seen[0]) == []
+    assert differing(exported, seen[0]) == []
+    assert not scope["average"].attachment.is_attached
 
 
 # The checkpoints
@@ -115,7 +182,7 @@ def test_a_whole_last_checkpoint_has_the_trained_params(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("group")
-@pytest.mark.parametrize("use", ["swapped", "finish", "validate"])
+@pytest.mark.parametrize("use", ["swapped", "finish"])
 def test_params_that_are_being_staged_are_not_replaced_before(tmp_path: Path, use: str) -> None:
     loop = Loop(tmp_path, async_mode="async_with_pinned_mem")
     average = loop.install(rule=EqualAverage())
@@ -227,6 +294,18 @@ def test_shards_go_on_from_a_whole_average_and_the_other_way(tmp_path: Path) -> 
         again.checkpointer.load()
         assert differing(whole_average(resumed), whole_average(average)) == []
         assert resumed.attachment.step == 2
+
+
+@pytest.mark.usefixtures("group")
+def test_an_average_is_not_taken_out_of_one_with_a_spread(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+    loop.install(deviations=0)
+    loop.step(2)
+    loop.save()
+    again = Loop(tmp_path)
+    again.install()
+    with pytest.raises(RuntimeError, match="0 keys missing .* of another model or format"):
+        again.checkpointer.load()
 
 
 @pytest.mark.usefixtures("group")
