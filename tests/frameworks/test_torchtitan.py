@@ -297,6 +297,24 @@ def test_shards_go_on_from_a_whole_average_and_the_other_way(tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("group")
+def test_damaged_shards_leave_the_model_too(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+    average = loop.install(sharded=True)
+    loop.step(2)
+    loop.save()
+    (file,) = tmp_path.glob("checkpoint/step-2/*.distcp")
+    weight = whole_average(average)["module.weight"].numpy().tobytes()
+    assert file.read_bytes().count(weight) == 1
+    file.write_bytes(file.read_bytes().replace(weight, weight[:-1] + bytes([weight[-1] ^ 1])))
+    again = Loop(tmp_path)
+    again.install(sharded=True)
+    before = whole_state(again.model)
+    with pytest.raises(ValueError, match="got another checksum"):
+        again.checkpointer.load()
+    assert differing(whole_state(again.model), before) == []
+
+
+@pytest.mark.usefixtures("group")
 def test_an_average_is_not_taken_out_of_one_with_a_spread(tmp_path: Path) -> None:
     loop = Loop(tmp_path)
     loop.install(deviations=0)
@@ -304,7 +322,7 @@ def test_an_average_is_not_taken_out_of_one_with_a_spread(tmp_path: Path) -> Non
     loop.save()
     again = Loop(tmp_path)
     again.install()
-    with pytest.raises(RuntimeError, match="0 keys missing .* of another model or format"):
+    with pytest.raises(RuntimeError, match=r"0 keys missing .* of another model or format"):
         again.checkpointer.load()
 
 
