@@ -24,8 +24,11 @@ def naming(where: object) -> Iterator[None]:
         raise kind(f"{error}\nThis is about the state in {where}. Nothing of the averages has changed") from error
 
 
-def load_shards(state: dict[str, Any], folder: Path) -> None:
+def load_shards(state: dict[str, Any], folder: str | Path, planner: Any = None) -> None:
     """Read a distributed checkpoint into the tensors of ``state``. Collective.
+
+    Args:
+        planner: a ``LoadPlanner`` of torch, if another one than usual.
 
     Raises:
         RuntimeError: it is damaged, or it does not fit. The tensors may then have parts of it.
@@ -33,7 +36,7 @@ def load_shards(state: dict[str, Any], folder: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
     try:
-        dcp.load(state, checkpoint_id=folder)
+        dcp.load(state, checkpoint_id=folder, planner=planner)
     except dcp.CheckpointException as error:  # no Exception, so a user's `except` would miss it
         raise RuntimeError(f"{folder} must be whole and of the same averages, got errors on ranks: {error}") from error
 

@@ -43,6 +43,7 @@ class Attachable(hints.WithHints):
     """Base class of the averaged models that can be attached to an optimizer."""
 
     _made_of: weakref.ref[Module] | None = None  # the model that was passed at construction
+    is_saved_apart = False  # whether somebody saves an attachment's state elsewhere than in the optimizer's
 
     _guard = MadeOnUse[Guard](lambda self: self._make_guard())
 
@@ -131,7 +132,8 @@ class Attachable(hints.WithHints):
         state = saved.get(name)
         given = {"schedule": schedule, "overlap": overlap, "offload": offload, "name": name, "step": step}
         self._agree({key: str(value) for key, value in {**given, "saved state": state}.items()})
-        warn_of_no_save(state_holder(optimizers[-1]))
+        if not self.is_saved_apart:
+            warn_of_no_save(state_holder(optimizers[-1]))
         if len(optimizers) > 1:
             warn_of_frozen(model, optimizers)
         if overlap or offload is not None:

@@ -255,6 +255,8 @@ integrations/: swafast in frameworks with a training loop of their own
     contract          what the ``WeightAverage`` of every framework has in common
     evaluation        a framework's run of a model on data, in which the model has averages
     model ema         an averaged model in timm's words
+    saved averages    the averages among the states of torchtitan's checkpoints
+    found states      loads what a checkpoint has of a state, and tells what it has
 
 convert/: states of other packages' averages
     kind              what one package writes, and how it is recognised

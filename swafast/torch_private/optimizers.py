@@ -25,8 +25,12 @@ _HOOKED: Place | None = (
 _STATES = "torch.distributed.checkpoint.state_dict"  # compared by name: importing it takes long
 _LOADS_STATE = "_load_optim_state_dict"
 _GETS_STATE = "_get_optim_state_dict"
-#: Functions of torch that take a step to make an optimizer's state, with their modules.
-_MAKE_STATE = {"_init_optim_state": _STATES, "init_state": "torch.distributed.optim.named_optimizer"}
+#: Functions of torch and torchtitan that take a step to make an optimizer's state, with their modules.
+_MAKE_STATE = {
+    "_init_optim_state": _STATES,
+    "init_state": "torch.distributed.optim.named_optimizer",
+    "init_optim_state": "torchtitan.components.optimizer.utils",
+}
 
 
 def has_hooks(optimizer: Optimizer, *names: str) -> bool:

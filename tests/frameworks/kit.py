@@ -164,7 +164,7 @@ class Watch:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # torch's tools make an optimizer's state by a step with a learning rate of 0.
-        if self.net is not None and float(optimizer.param_groups[0]["lr"]) != 0:
+        if self.net is not None and float(optimizer.param_groups[0].get("lr", 0)) != 0:
             self.steps.append(whole_state(self.net))
 
     def see(self, net: Net, inputs: Tensor) -> None:

@@ -1,10 +1,11 @@
 """The imports of a rank that trains with a framework, before it is forked. See `tests.ranks_preload`."""
 
 # ruff: noqa: E402, F401
-from tests.frameworks.shims import shim_torchvision, stay_offline
+from tests.frameworks.shims import shim_torchtitan, shim_torchvision, stay_offline
 
 stay_offline()
 shim_torchvision()
+shim_torchtitan()
 
 import gc
 

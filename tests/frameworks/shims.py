@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -71,3 +74,57 @@ def _on_the_cpu(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
         return make(*args, **{name: value for name, value in options.items() if (name, value) != ("device", "cuda")})
 
     return made
+
+
+def shim_torchtitan() -> None:
+    """Have torchtitan train on CPUs: it asks for the accelerator at its import, and takes none for CUDA.
+
+    Its release 0.3 is made for a later torch than 2.13, which lacks one function.
+    """
+    if not hasattr(torch.distributed, "set_timeout"):
+        from torch.distributed.distributed_c10d import _set_pg_timeout
+
+        setattr(torch.distributed, "set_timeout", _set_pg_timeout)  # noqa: B010  # mypy knows no such name
+    with (
+        mock.patch("torch._utils._get_available_device_type", return_value="cpu"),
+        mock.patch("torch._utils._get_device_module", return_value=Cpu),
+    ):
+        import torchtitan.trainer
+
+    class Time:
+        """Its Trainer sleeps at the end, while other ranks end."""
+
+        perf_counter = staticmethod(time.perf_counter)
+        sleep = staticmethod(lambda seconds: None)
+
+    torchtitan.trainer.time = Time
+
+
+class Cpu:
+    """The CPU as a module such as ``torch.cuda``, for torchtitan."""
+
+    @staticmethod
+    def device_count() -> int:
+        return 1
+
+    @staticmethod
+    def current_device() -> int:
+        return 0
+
+    @staticmethod
+    def get_device_name(device: object) -> str:
+        return "CPU"
+
+    @staticmethod
+    def get_device_properties(device: object) -> SimpleNamespace:
+        return SimpleNamespace(total_memory=1)
+
+    @staticmethod
+    def memory_stats(device: object) -> dict[str, int]:
+        return {}
+
+    @staticmethod
+    def set_device(device: object) -> None:
+        """Do nothing: there is one."""
+
+    reset_peak_memory_stats = empty_cache = synchronize = staticmethod(lambda *_: None)
