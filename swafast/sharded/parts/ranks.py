@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ...loop.guard import ForkSafeLock
-from ...torch_private.distributed import group_timeout, new_group
+from ...torch_private.distributed import device_types, group_timeout, new_group
 from .faults import Fault, losing_peers
 
 T = TypeVar("T")
@@ -94,13 +94,21 @@ class Ranks:
         return self.ranks.index(self.rank)
 
     def device_for(self, device: torch.device) -> torch.device:
-        """Return the device on which the collectives take a tensor: ``device``, or a GPU for NCCL."""
+        """Return the device on which the collectives take a tensor: ``device``, or a GPU if a group takes no others.
+
+        NCCL does not, for averages that are in the host's memory.
+        """
+        if device.type != "cpu":
+            return device
         try:
-            if device.type == "cpu" and dist.get_backend(self.group) == "nccl":
-                return torch.device("cuda", torch.cuda.current_device())
+            dist.get_backend(self.group)
         except TypeError as error:  # torch 2.6; later ones raise a ValueError
             raise ValueError("the process group was destroyed") from error
-        return device
+        assert self.group is not None, "only one process has no group"
+        taken = device_types(self.group)
+        if "cpu" in taken:
+            return device
+        return torch.device(taken[0], torch.get_device_module(taken[0]).current_device())
 
     def next_number(self) -> int:
         """Return a new number for an averaged model; it is the same on all ranks, which construct in one order."""
