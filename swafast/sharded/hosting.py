@@ -117,6 +117,11 @@ def move_to_host(averaged: Any, sides: Sequence[ShardSide]) -> None:
         put_on_host(moved, averaged)
 
 
+def is_at_home(plane: Tensor, pinned: bool) -> bool:
+    """Return whether a plane is in memory of the host already, with ``pinned`` in pinned memory."""
+    return plane.device == _HOST and (not pinned or plane.is_pinned())
+
+
 @torch.no_grad()
 def moved_to_host(sides: Sequence[ShardSide]) -> list[_Moved]:
     """Return copies on the host of all that the averages have, and leave the averages as they are."""
@@ -125,7 +130,7 @@ def moved_to_host(sides: Sequence[ShardSide]) -> list[_Moved]:
     for side in sides:
         side._holds()
         every = [plane for planes in side._planes.values() for plane in planes]
-        planes = [each for each in every if each.device != _HOST or (pinned and not each.is_pinned())]
+        planes = [each for each in every if not is_at_home(each, pinned)]
         likes = [PlaneLike(each.shape, each.stride(), each.dtype, _HOST, pinned) for each in planes]
         made = {index: new for bucket in new_in_buckets(likes) for index, new in bucket}
         with torch.inference_mode(False):
