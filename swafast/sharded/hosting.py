@@ -91,10 +91,10 @@ class HostStaging(Staging):
 
 @dataclass(frozen=True)
 class _Moved:
-    """The tensors of an averaged model, and what takes their place on the host."""
+    """An averaged model, and its tensors on the host."""
 
     side: ShardSide
-    planes: Sequence[tuple[Tensor, Tensor]]
+    planes: dict[str, tuple[Tensor, ...]]
     copied: dict[tuple[str, ...], Tensor]
     counter: Tensor
 
@@ -130,13 +130,15 @@ def moved_to_host(sides: Sequence[ShardSide]) -> list[_Moved]:
     for side in sides:
         side._holds()
         every = [plane for planes in side._planes.values() for plane in planes]
-        planes = [each for each in every if not is_at_home(each, pinned)]
-        likes = [PlaneLike(each.shape, each.stride(), each.dtype, _HOST, pinned) for each in planes]
-        made = {index: new for bucket in new_in_buckets(likes) for index, new in bucket}
+        moving = [each for each in every if not is_at_home(each, pinned)]
+        likes = [PlaneLike(each.shape, each.stride(), each.dtype, _HOST, pinned) for each in moving]
+        made = {id(moving[index]): new for bucket in new_in_buckets(likes) for index, new in bucket}
         with torch.inference_mode(False):
-            pairs = [(plane, made[index].copy_(plane)) for index, plane in enumerate(planes)]
+            for plane in moving:
+                made[id(plane)].copy_(plane)
+        planes = {name: tuple(made.get(id(each), each) for each in own) for name, own in side._planes.items()}
         copied = {names: tensor.to(_HOST) for names, tensor in side._copied.items()}
-        found.append(_Moved(side, pairs, copied, side.n_averaged.to(_HOST)))
+        found.append(_Moved(side, planes, copied, side.n_averaged.to(_HOST)))
     return found
 
 
@@ -154,9 +156,7 @@ def _put(moved: Sequence[_Moved], averaged: Any) -> None:
         side: Any = each.side
         side._moves += 1
         side._any_device = True
-        for plane, new in each.planes:
-            plane.data = new
-        side._copied.update(each.copied)
+        side._planes, side._copied = each.planes, each.copied
         side.n_averaged = each.counter
         side._bindings.forget()
         side._note_own_writes()
