@@ -37,7 +37,7 @@ def dtensor_names() -> list[str]:
         missing.append("_spec")
     if private.group_timeout(dist.group.WORLD) != TIMEOUT:  # type: ignore[arg-type]
         missing.append("_get_backend(device).options._timeout")
-    if "cpu" not in private.device_types(dist.group.WORLD):  # type: ignore[arg-type]
+    if "cpu" not in private.taken_devices(dist.group.WORLD):  # type: ignore[arg-type]
         missing.append("_device_types")
     # On a mesh of GPUs, `DTensor.from_local` would move the tensor there.
     of_gpus = SimpleNamespace(device_type="cuda", **{name: getattr(mesh, name) for name in ("ndim", "shape", "mesh")})

@@ -90,7 +90,7 @@ class HostStaging(Staging):
 
 
 @dataclass(frozen=True)
-class _Moved:
+class _HostCopies:
     """An averaged model, and its tensors on the host."""
 
     side: ShardSide
@@ -123,7 +123,7 @@ def is_at_home(plane: Tensor, pinned: bool) -> bool:
 
 
 @torch.no_grad()
-def moved_to_host(sides: Sequence[ShardSide]) -> list[_Moved]:
+def moved_to_host(sides: Sequence[ShardSide]) -> list[_HostCopies]:
     """Return copies on the host of all that the averages have, and leave the averages as they are."""
     pinned = torch.cuda.is_available()
     found = []
@@ -138,11 +138,11 @@ def moved_to_host(sides: Sequence[ShardSide]) -> list[_Moved]:
                 made[id(plane)].copy_(plane)
         planes = {name: tuple(made.get(id(each), each) for each in own) for name, own in side._planes.items()}
         copied = {names: tensor.to(_HOST) for names, tensor in side._copied.items()}
-        found.append(_Moved(side, planes, copied, side.n_averaged.to(_HOST)))
+        found.append(_HostCopies(side, planes, copied, side.n_averaged.to(_HOST)))
     return found
 
 
-def put_on_host(moved: Sequence[_Moved], averaged: Any = None) -> None:
+def put_on_host(moved: Sequence[_HostCopies], averaged: Any = None) -> None:
     """Put the copies into the place of the averages, also if an interrupt comes meanwhile.
 
     Args:
@@ -151,7 +151,7 @@ def put_on_host(moved: Sequence[_Moved], averaged: Any = None) -> None:
     finished(partial(_put, moved, averaged))
 
 
-def _put(moved: Sequence[_Moved], averaged: Any) -> None:
+def _put(moved: Sequence[_HostCopies], averaged: Any) -> None:
     for each in moved:
         side: Any = each.side
         side._moves += 1

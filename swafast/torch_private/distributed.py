@@ -67,7 +67,7 @@ def store_of(group: ProcessGroup) -> dist.Store | None:
     return None if backend == "fake" else store
 
 
-def device_types(group: ProcessGroup) -> list[str]:
+def taken_devices(group: ProcessGroup) -> list[str]:
     """Return the types of the devices on which the collectives of ``group`` take tensors."""
     return [device.type for device in group._device_types]
 

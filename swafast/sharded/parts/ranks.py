@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ...loop.guard import ForkSafeLock
-from ...torch_private.distributed import device_types, group_timeout, new_group
+from ...torch_private.distributed import group_timeout, new_group, taken_devices
 from .faults import Fault, losing_peers
 
 T = TypeVar("T")
@@ -73,6 +73,8 @@ class Ranks:
                 timeout=timeout + GRACE if timeout is not None else None,
                 backend=dist.get_backend(parent) if ranks is not None or process_group is not None else None,
             )
+        # A group that does not tell, such as one that a package wraps, takes all of them.
+        self._device_types = taken_devices(self.group) or ["cpu"]
 
     def subgroup(self, ranks: Sequence[int]) -> Ranks:
         """Return the group over some of these ranks, this one included; made on first use. Collective among them."""
@@ -104,11 +106,10 @@ class Ranks:
             dist.get_backend(self.group)
         except TypeError as error:  # torch 2.6; later ones raise a ValueError
             raise ValueError("the process group was destroyed") from error
-        assert self.group is not None, "only one process has no group"
-        taken = device_types(self.group)
-        if "cpu" in taken:
+        if "cpu" in self._device_types:
             return device
-        return torch.device(taken[0], torch.get_device_module(taken[0]).current_device())
+        other = self._device_types[0]
+        return torch.device(other, torch.get_device_module(other).current_device())
 
     def next_number(self) -> int:
         """Return a new number for an averaged model; it is the same on all ranks, which construct in one order."""
