@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -232,3 +233,37 @@ def test_averages_that_take_over_another_model_stay_on_the_host() -> None:
                     each.averaged.adapt_to(each.model)
                     assert bool(moved) == (each is run)
     assert differing(run.state(), want.state()) == []
+
+
+@on_ranks(2)
+def test_a_rank_copies_its_own_part_alone_params_on_side_streams_and_buffers_before() -> None:
+    run, seen = Run("ddp", rules=SEVERAL), []
+    copy = hosting.HostStaging._copy
+
+    @contextlib.contextmanager
+    def on_side(streams: Any) -> Iterator[None]:
+        seen.append(("on", 0))
+        yield
+        seen.append(("off", 0))
+
+    def copied(self: hosting.HostStaging, key: Any, part: Tensor) -> None:
+        seen.append((key[0], part.numel()))
+        copy(self, key, part)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hosting, "on_side", on_side)
+        patch.setattr(hosting.HostStaging, "_copy", copied)
+        with run.averaged.attach(run.optimizer, offload="cpu"):
+            for _ in range(2):
+                seen.clear()
+                run.backward()
+                run.optimizer.step()
+    names = [name for name, _ in seen]
+    buffers = ["norm.running_mean", "norm.running_var", "norm.num_batches_tracked", "mask"]
+    assert sorted(names[: names.index("on")]) == sorted(buffers)
+    assert names[-1] == "off"
+    own = sum(numel for name, numel in seen if name not in buffers)
+    assert own < sum(param.numel() for param in run.model.parameters())
+    total = torch.tensor(own)
+    dist.all_reduce(total)
+    assert total == sum(param.numel() for param in run.model.parameters()) + 1  # both have that without dimensions
