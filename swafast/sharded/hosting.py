@@ -1,4 +1,10 @@
-"""Averages of shards in the host's memory, for models on GPUs: the move there, and copies of this rank's params."""
+"""Averages of shards in the host's memory, for models on GPUs: the move there, and copies of this rank's params.
+
+All that uses averages takes them from there. An exchange copies the params of a pair on two devices aside, and a sample
+is drawn by the reference backend, whose writes go to any device. All-gathers send params. Collectives of averages and
+counts go to a GPU and back where the group takes tensors of GPUs alone: see ``Ranks.device_for``. States are where the
+averages are, and loads write from any device.
+"""
 
 from __future__ import annotations
 
