@@ -36,8 +36,8 @@ SEVERAL = {"fast": ExponentialAverage(0.9), "mean": EqualAverage()}
 class Run:
     """A training in one mode, the same each time; its forward pass writes BatchNorm's statistics."""
 
-    def __init__(self, mode: str, **options: Any) -> None:
-        self.model = wrap(make_model(mode), mode)
+    def __init__(self, mode: str, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+        self.model, self.dtype = wrap(make_model(mode, dtype), mode), dtype
         trained = [param for param in self.model.parameters() if param.requires_grad]
         self.optimizer = torch.optim.SGD(trained, 0.01, momentum=0.9, foreach=False)
         kind: Any = ShardedAverages if "rules" in options else ShardedAveragedModel
@@ -45,7 +45,7 @@ class Run:
         self.generator = torch.Generator().manual_seed(5)
 
     def backward(self) -> None:
-        x = torch.randn(4, WIDTH, generator=self.generator)
+        x = torch.randn(4, WIDTH, generator=self.generator).to(self.dtype)
         self.optimizer.zero_grad()
         self.model(x).square().mean().backward()
 
@@ -214,7 +214,7 @@ def _refused() -> None:
     skipping = ShardedAveragedModel(run.model, nonfinite="skip")
     other = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)
     for averaged, options, kind, message in (
-        (run.averaged, {"offload": "cpu"}, NotImplementedError, "offload must be None for a model that is spread over"),
+        (skipping, {"offload": "cpu"}, ValueError, "offload must be None with nonfinite='skip', got 'cpu'"),
         (skipping, {"overlap": True}, ValueError, "overlap must be False with nonfinite='skip', got True"),
         (run.averaged, {"optimizer": other}, ValueError, "optimizer must have params of the model"),
         (run.averaged, {"every": 0}, ValueError, "every must be at least one step, got 0"),

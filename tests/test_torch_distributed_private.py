@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +37,15 @@ def dtensor_names() -> list[str]:
         missing.append("_spec")
     if private.group_timeout(dist.group.WORLD) != TIMEOUT:  # type: ignore[arg-type]
         missing.append("_get_backend(device).options._timeout")
+    if "cpu" not in private.taken_devices(dist.group.WORLD):  # type: ignore[arg-type]
+        missing.append("_device_types")
+    # On a mesh of GPUs, `DTensor.from_local` would move the tensor there.
+    of_gpus = SimpleNamespace(device_type="cuda", **{name: getattr(mesh, name) for name in ("ndim", "shape", "mesh")})
+    made = private.on_mesh(tensor.to_local(), of_gpus, tensor.placements, (3, 2), (2, 1))  # type: ignore[arg-type]
+    if made.device.type != "cpu" or not torch.equal(made.to_local(), tensor.to_local()) or made.shape != (3, 2):
+        missing.append("DTensorSpec")
+    if private.on_mesh(tensor.to_local(), mesh, tensor.placements, (3, 2), (2, 1))._spec != tensor._spec:
+        missing.append("TensorMeta")
     return missing
 
 

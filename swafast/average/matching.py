@@ -100,8 +100,5 @@ def place_counters(sides: Sequence[ModuleSide]) -> list[Tensor]:
             owner.n_averaged = owner.n_averaged.clone()
         taken.add(owner.n_averaged.data_ptr())
     counters = [side.owner.n_averaged for side in sides]
-    if len({counter.device for counter in counters}) > 1:
-        raise ValueError(
-            f"averages that are updated together must be on one device, got {[str(c.device) for c in counters]}"
-        )
+    checks.check_one_device(counters)
     return counters

@@ -89,10 +89,10 @@ class Attachable(hints.WithHints):
             overlap: run each update beside the next forward and backward: on a side stream for a model on a GPU, in a
                 thread for one on the CPU. The update ends before the optimizer's next step and before this averaged
                 model is used, and the results are the same. Nothing else may write params between two steps.
-            offload: ``"cpu"`` keeps the averages in the host's memory. Params are copied there on a side stream, and a
-                thread averages them with the CPU kernels. The next step waits only for the copy, which takes pinned
-                memory. ``overlap`` then changes nothing. With either of the two, trained params that no given optimizer
-                has get a UserWarning.
+            offload: ``"cpu"`` keeps the averages in the host's memory. Params, or of sharded ones each rank's own,
+                are copied there on a side stream, and a thread averages them with the CPU kernels. The next step waits
+                only for the copy, which takes pinned memory. ``overlap`` then changes nothing. With either of the two,
+                trained params that no given optimizer has get a UserWarning.
             name: of the attachment's state, unlike that of any other average attached to the optimizer; default: its
                 rule, or the names of several averages.
             step: number of steps made so far; default: as in the optimizer's state, or 0.

@@ -168,6 +168,14 @@ class Guard:
             if guard._attachment is not None:
                 guard._attachment.settle(action)
 
+    def settled_or_error(self, action: str = "", written: Module | None = None) -> Exception | None:
+        """Wait as :meth:`settle` does, and return what that raises, to raise it where other ranks hear of it."""
+        try:
+            self.settle(action, written)
+        except Exception as error:  # of an update in a thread
+            return error
+        return None
+
     def refuse_while_swapped(self, action: str) -> None:
         """Raise RuntimeError if the averages are swapped into a model."""
         for guard in self._guards:
@@ -204,14 +212,17 @@ class Guard:
             RuntimeError: the averages are swapped into a model, here or on another of ``ranks``.
         """
         grad = torch.is_grad_enabled()
-        self.settle(action, written)
         if ranks is None:
+            self.settle(action, written)
             with self._lock if self._is_alone else self.locked():
                 self.refuse_while_swapped(action)
                 yield
         else:
+            failure = self.settled_or_error(action, written)
             with self.locked(ranks.lock):
                 with ranks.settled(action, self.number):
+                    if failure is not None:
+                        raise failure
                     self.refuse_while_swapped(action)
                 yield
         if torch.is_grad_enabled() != grad:  # an interrupt on leaving torch.no_grad has left it

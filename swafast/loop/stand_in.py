@@ -90,24 +90,27 @@ class StandIn:
         return staged
 
     def _pinned(self, before: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Return pinned memory for the copies of tensors that have none ``before``, by the id of the original.
-
-        It is a view of a bucket. So torch, which knows a bucket by its storage, does not hand it out again while a GPU
-        writes into it.
-        """
+        """Return pinned memory for the copies of tensors that have none ``before``, by the id of the original."""
         modules = [module for _, module in self._tree]
         parts = (part for module in modules for part in (own_buffers(module), own_params(module)))
         tensors = {id(each): each for part in parts for each in part.values() if each is not None}
         new = [each for each in tensors.values() if is_plain(each) and self._copy_of(each, before) is None]
-        made: dict[int, Tensor] = {}
-        for bucket in lay_out([tensor.nbytes for tensor in new], [None] * len(new), pinned=[None]):
-            memory = torch.empty(bucket.numel, dtype=torch.uint8, device="cpu", pin_memory=True)
-            for slot in bucket.slots:
-                tensor = new[slot.index]
-                shape, strides = tensor.shape, torch.empty_like(tensor, device="meta").stride()
-                flat = memory[slot.offset : slot.offset + slot.numel].view(tensor.dtype)
-                made[id(tensor)] = flat.as_strided(shape, strides, flat.storage_offset())
-        return made
+        return {id(new[index]): copy for index, copy in pinned_like(new)}
+
+
+def pinned_like(tensors: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Yield, by the index of each plain tensor, pinned memory for a copy of it: dense, without values.
+
+    It is a view of a bucket. So torch, which knows a bucket by its storage, does not hand it out again while a GPU
+    writes into it.
+    """
+    for bucket in lay_out([tensor.nbytes for tensor in tensors], [None] * len(tensors), pinned=[None]):
+        memory = torch.empty(bucket.numel, dtype=torch.uint8, device="cpu", pin_memory=True)
+        for slot in bucket.slots:
+            tensor = tensors[slot.index]
+            shape, strides = tensor.shape, torch.empty_like(tensor, device="meta").stride()
+            flat = memory[slot.offset : slot.offset + slot.numel].view(tensor.dtype)
+            yield slot.index, flat.as_strided(shape, strides, flat.storage_offset())
 
 
 @contextmanager

@@ -123,6 +123,14 @@ def check_counter(num_averaged: object) -> None:
         raise ValueError(f"n_averaged must be one int64, got {num_averaged.dtype} of shape {tuple(num_averaged.shape)}")
 
 
+def check_one_device(counters: Sequence[Tensor]) -> None:
+    """Raise ValueError unless the counters of averages that are updated together are on one device."""
+    if len({counter.device for counter in counters}) > 1:
+        raise ValueError(
+            f"averages that are updated together must be on one device, got {[str(c.device) for c in counters]}"
+        )
+
+
 def check_plain(what: str, tensor: Tensor) -> None:
     if is_lazy(tensor):
         raise ValueError(f"{what} must be initialised, got a lazy one: run the model once before averaging it")

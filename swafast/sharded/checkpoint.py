@@ -19,6 +19,7 @@ from ..terms.converting import write_all
 from ..terms.copying import are_alike, describe_kind
 from ..terms.names import unwrapping
 from ..terms.spread import Spread
+from ..torch_private import distributed as private
 from .parts.holdings import is_spread_as
 from .parts.part_tensor import PartTensor
 from .parts.ranks import Ranks
@@ -83,9 +84,8 @@ def part_of(entry: Entry) -> Tensor:
         return local
     stride = torch.empty(holding.shape, device="meta").stride()
     placements = cast("tuple[Placement, ...]", holding.sharding.placements)
-    return DTensor.from_local(
-        local, holding.device_mesh, placements, run_check=False, shape=torch.Size(holding.shape), stride=stride
-    )
+    # Where the average is, as FSDP2 has it under CPUOffloadPolicy. Checkpoints take such tensors from the host.
+    return private.on_mesh(local, holding.device_mesh, placements, holding.shape, stride)
 
 
 def sealed_part_of(entry: Entry, ranks: Ranks) -> tuple[Tensor, int]:

@@ -19,6 +19,7 @@ from ..terms.boxes import Box
 from ..terms.converting import convert, full_precision
 from .checkpoint import Entry, part_of
 from .full_states import summed
+from .hosting import moved_to_host, put_on_host
 from .parts.ranks import Ranks
 from .parts.shares import Share
 from .updating import AttachableShards
@@ -51,6 +52,10 @@ def adapt_shards(
         begun: list[str] = []
         for averaged in averages:
             new, begun = _adapted(averaged, model, old_name or (lambda name: name), ranks)
+            if averaged._any_device:  # by an attachment with offload
+                with ranks.settled("adapt_to"):
+                    on_host = moved_to_host([new])
+                put_on_host(on_host)
             made.append(new)
         finished(partial(_take_over, root, averages, made, model))
         return begun
@@ -126,6 +131,7 @@ def _take_over(root: AttachableShards, averages: Sequence[Any], made: Sequence[A
     for averaged, new in zip(averages, made, strict=True):
         for attribute in ("_meshes", "_left_alone", "_shares", "_planes", "_all_gathers", "_copied", "_anew"):
             averaged.__dict__[attribute] = new.__dict__[attribute]
+        averaged._moves += 1
         averaged._disregard_drift()
         averaged._made_of = weakref.ref(model)
         averaged._bindings = new._bindings.after(averaged._bindings)

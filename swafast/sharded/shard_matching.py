@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +25,8 @@ from .parts.holdings import Held, copied_by_torch, reshard
 from .parts.shares import Share
 from .shard_side import ShardSide
 from .staging import Staging
+
+_moves_of = attrgetter("_moves")
 
 
 class Locator:
@@ -87,7 +90,7 @@ class Locator:
         for names, tensor in (self.by_torch() or {}).items():
             for of_side in copied:
                 if tensor is not None and not are_alike(tensor, of_side[names]):
-                    of_side[names] = duplicate(tensor)
+                    of_side[names] = duplicate(tensor).to(of_side[names].device)
 
         def find() -> list[tuple[Tensor, Tensor]] | None:
             theirs = staging.by_torch if staging is not None else self.by_torch()
@@ -184,6 +187,13 @@ class Views(Sequence[Tensor]):
         return share.of(self.locator.local(self.bases, index).detach())
 
 
+class StagedViews(Views):
+    """The params of a plan that reads copies on the host. The bases are these copies, one for each param."""
+
+    def __getitem__(self, position):  # type: ignore[no-untyped-def]  # as in Views
+        return self.bases[position]
+
+
 #: A plan with its current params and planes.
 Bound = tuple[Plan, Views, Sequence[Tensor]]
 
@@ -201,11 +211,10 @@ class ShardBinding:
         self, model: Module, sides: Sequence[ShardSide], held: Mapping[str, Held], staging: Staging | None
     ) -> None:
         backend = vars(sides[0])["backend"]
-        self.config, self._staging = (backend, staging), staging
+        self.config, self._staging = (backend, staging, *map(_moves_of, sides)), staging
         self._locator = Locator(model, sides[0]._shares, held)
         found = self._locator.find(model)
         assert found is not None, "a new locator must fit"
-        bases = self._bases_of(found)
         indices = {share.name: index for index, share in enumerate(self._locator.shares)}
         # Skip params of which this rank has no part: small or unevenly sharded ones.
         chosen = [
@@ -216,13 +225,15 @@ class ShardBinding:
         ]
         self._chosen = [(index, share) for _, index, share in chosen]
         counters = [side.n_averaged for side in sides]
+        checks.check_one_device(counters)
+        bases = self._bases_of(found)
         self._bases = Fingerprint([*bases, *counters])
         views = self._views(bases)
         pairs = [sides[pace]._pair(share, view, pace) for (pace, _, share), view in zip(chosen, views, strict=True)]
         for pair in pairs:
-            checks.check_sides(pair, any_device=False)
+            checks.check_sides(pair, any_device=sides[pair.pace]._any_device)
         checks.check_overlap(pairs)
-        for device in {pair.average.device for pair in pairs}:
+        for device in {tensor.device for pair in pairs for tensor in (pair.param, pair.average)}:
             refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
         homes = frozenset(plane.data_ptr() for pair in pairs for plane in pair.planes)
         self.plan = Plan(pairs, choice.choose_backends(backend, choice.device_types(pairs)), counters, homes)
@@ -259,7 +270,8 @@ class ShardBinding:
         raise ValueError("a tensor has moved while the check was made")
 
     def _views(self, bases: Sequence[Tensor]) -> Views:
-        return Views(self._locator, self._chosen, bases, self._bases)
+        kind = StagedViews if self._staging is not None and self._staging.is_on_host else Views
+        return kind(self._locator, self._chosen, bases, self._bases)
 
     def _copies_fit(self) -> bool:
         return self.plan.copies is None or self.plan.copies.fit()
@@ -278,12 +290,16 @@ class ShardBinding:
         return ()
 
     def _bases_of(self, found: Sequence[Tensor]) -> list[Tensor]:
-        bases = self._locator.bases(found)
-        if self._staging is not None:
-            for index, share in enumerate(self._locator.shares):
-                if share.holding.is_buffer:
-                    bases[index] = self._staging.take(share.name, bases[index])
-            self._staging.take_by_torch(self._locator.by_torch() or {})
+        bases, staging = self._locator.bases(found), self._staging
+        if staging is None:
+            return bases
+        staging.take_by_torch(self._locator.by_torch() or {})
+        if staging.is_on_host:
+            parts = ((share, share.of(self._locator.local(bases, index).detach())) for index, share in self._chosen)
+            return staging.take_parts(list(parts))
+        for index, share in enumerate(self._locator.shares):
+            if share.holding.is_buffer:
+                bases[index] = staging.take(share.name, bases[index])
         return bases
 
 
@@ -296,7 +312,7 @@ def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], s
     """
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hints.of_value('model', model)}")
-    counters, config = [side.n_averaged for side in sides], (vars(sides[0])["backend"], staging)
+    counters, config = [side.n_averaged for side in sides], (vars(sides[0])["backend"], staging, *map(_moves_of, sides))
     current = bindings.current(model, config, counters)
     if current is None:
         # After a forward pass without a backward, FSDP's root is gathered and its modules hold other tensors.

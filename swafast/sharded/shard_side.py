@@ -31,7 +31,7 @@ class ShardSide(HoldsModels):
     """One of the averaged models that are updated together."""
 
     rule: Rule
-    n_averaged: Tensor  # () int64, number of updates, on the params' device
+    n_averaged: Tensor  # () int64, number of updates, on the device of the averages
     seed: int
     _ranks: Ranks
     _shares: Sequence[Share]
@@ -41,6 +41,8 @@ class ShardSide(HoldsModels):
     _left_alone: Collection[str]  # names of params that are not averaged
     _meshes: Mapping[str, tuple[Mesh, ...]]  # for `find_holdings`
     _copied: dict[tuple[str, ...], Tensor]  # by names of the buffer: the copies that torch makes
+    _any_device = False  # whether the average may be on another device than the model
+    _moves = 0  # how often the planes have got other memory, which no plan from before fits
 
     def _stored(self) -> Iterator[tuple[Format | None, Sequence[Tensor]]]:
         for share in self._shares:
@@ -76,7 +78,9 @@ class ShardSide(HoldsModels):
         self._shares = followed(self._shares, held, model, vars(self)["format"], self.use_buffers)
         for share in self._shares:
             if share is not before.pop(share.name, None):
-                self._planes[share.name] = (share.of(held[share.name].local.detach()).contiguous().clone(),)
+                theirs = share.of(held[share.name].local.detach()).contiguous()
+                where = self.n_averaged.device if self._any_device else theirs.device
+                self._planes[share.name] = (theirs.to(where, copy=True),)
                 self._anew[share.name] = f"{share.holding.dtype} {share.holding.shape}"
         for name in before:
             del self._planes[name]

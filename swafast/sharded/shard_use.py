@@ -114,9 +114,9 @@ class UsableShards(HasSubspaces):
         swap = swaps.Swap(self._guard, self, model, self._ranks.lock, call=action)
         try:
             try:
-                self._guard.settle(action, model)
+                failure = self._guard.settled_or_error(action, model)
                 with self._guard.locked(self._ranks.lock):
-                    with self._meet(action, model, asked) as (bound, held):
+                    with self._meet(action, model, asked, failure) as (bound, held):
                         kind: Any = ShardedExchange
                         if asked:
                             if "sample" in asked:
@@ -140,9 +140,9 @@ class UsableShards(HasSubspaces):
 
     @torch.no_grad()
     def _for_good(self, action: str, model: Module, **asked: Any) -> None:
-        self._guard.settle(action, model)
+        failure = self._guard.settled_or_error(action, model)
         with self._guard.locked(self._ranks.lock):
-            with self._meet(action, model, asked) as ((plan, params, planes), held):
+            with self._meet(action, model, asked, failure) as ((plan, params, planes), held):
                 drawing = self._drawing(**asked) if asked else None
                 if swaps.in_force:
                     swaps.refuse_model(action, model)
@@ -156,14 +156,18 @@ class UsableShards(HasSubspaces):
             gather_all(self._all_gathers, held, action, "could not reach all params", torn=True)
 
     @contextmanager
-    def _meet(self, action: str, model: Module, asked: dict[str, Any]) -> Iterator[tuple[Bound, dict[str, Held]]]:
+    def _meet(
+        self, action: str, model: Module, asked: dict[str, Any], failure: Exception | None
+    ) -> Iterator[tuple[Bound, dict[str, Held]]]:
         """Yield the plan for ``model`` and the tensors that all-gathers need, with FSDP's shards in place.
 
         Collective if params are cut, or for a sample, which must be the same on all ranks: an error on one rank, here
-        or in the body, then raises on all.
+        or in the body, then raises on all, and so does ``failure``, that of an earlier update.
         """
         call = f"{action}({self._spelled(**asked)})" if asked else action
         with self._counting.settled(call, self._number) if self._all_gathers or asked else nullcontext():
+            if failure is not None:
+                raise failure
             self._guard.refuse_while_swapped(action)
             bound = self._bind(model)
             reshard(model)

@@ -20,6 +20,7 @@ from ..terms import habits
 from ..terms.copying import bytes_of
 from ..terms.lazy import MadeOnUse
 from ..torch_private.core import disable_dynamo
+from .hosting import HostStaging, move_to_host, refuse_all_reduce
 from .parts.ranks import Counting, Ranks
 from .shard_matching import Bound, bind_shards, on_its_memory
 from .shard_side import ShardSide
@@ -163,22 +164,19 @@ class AttachableShards(Attachable):
         return [*planes, *(side.n_averaged for side in self._updated)]
 
     def _move_to_host(self) -> None:
-        raise NotImplementedError("offload must be None for a model that is spread over ranks, got 'cpu'")
+        move_to_host(self, self._updated)
 
     def _beside(
         self, model: Module, device: torch.device | None = None, streams: Sequence[torch.cuda.Stream] = ()
     ) -> Ready:
-        if self.nonfinite != "propagate":
-            raise ValueError(
-                f"overlap must be False with nonfinite={self.nonfinite!r}, got True: the update's all-reduce "
-                "would mix with the collectives of the next forward"
-            )
-        staging = Staging()
+        if device is None:
+            refuse_all_reduce(self.nonfinite, "overlap", False, True)
+        staging = Staging() if device is None else HostStaging(streams)
 
         def ready() -> tuple[Callable[[], None], list[object]]:
             with self._guard.hold("update_parameters"):
                 plan, params, planes = bound = self._bind(model, staging)
-            return partial(update, bound), plan.memory(params.bases, planes)
+            return partial(update, bound), [*plan.memory(params.bases, planes), *staging.read]
 
         def update(bound: Bound) -> None:
             with self._guard.hold("update_parameters"):

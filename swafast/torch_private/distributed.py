@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Placement
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.nn import Module
 
 from .modules import named_modules
@@ -63,6 +65,19 @@ def store_of(group: ProcessGroup) -> dist.Store | None:
     """Return the store that the ranks of ``group`` share; None for a fake group, which has no peers."""
     backend, store = dist.distributed_c10d._world.pg_map[group]
     return None if backend == "fake" else store
+
+
+def taken_devices(group: ProcessGroup) -> list[str]:
+    """Return the types of the devices on which the collectives of ``group`` take tensors."""
+    return [device.type for device in group._device_types]
+
+
+def on_mesh(
+    local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int], stride: Sequence[int]
+) -> DTensor:
+    """Return a DTensor of this rank's tensor where that is: ``DTensor.from_local`` moves it to the mesh's device."""
+    meta = TensorMeta(torch.Size(shape), tuple(stride), local.dtype)
+    return DTensor(local, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
 
 
 _naming = threading.Lock()

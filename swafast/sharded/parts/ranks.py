@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ...loop.guard import ForkSafeLock
-from ...torch_private.distributed import group_timeout, new_group
+from ...torch_private.distributed import group_timeout, new_group, taken_devices
 from .faults import Fault, losing_peers
 
 T = TypeVar("T")
@@ -73,6 +73,8 @@ class Ranks:
                 timeout=timeout + GRACE if timeout is not None else None,
                 backend=dist.get_backend(parent) if ranks is not None or process_group is not None else None,
             )
+        # A group that does not tell, such as one that a package wraps, takes all of them.
+        self._device_types = taken_devices(self.group) or ["cpu"]
 
     def subgroup(self, ranks: Sequence[int]) -> Ranks:
         """Return the group over some of these ranks, this one included; made on first use. Collective among them."""
@@ -94,13 +96,20 @@ class Ranks:
         return self.ranks.index(self.rank)
 
     def device_for(self, device: torch.device) -> torch.device:
-        """Return the device on which the collectives take a tensor: ``device``, or a GPU for NCCL."""
+        """Return the device on which the collectives take a tensor: ``device``, or a GPU if a group takes no others.
+
+        NCCL does not, for averages that are in the host's memory.
+        """
+        if device.type != "cpu":
+            return device
         try:
-            if device.type == "cpu" and dist.get_backend(self.group) == "nccl":
-                return torch.device("cuda", torch.cuda.current_device())
+            dist.get_backend(self.group)
         except TypeError as error:  # torch 2.6; later ones raise a ValueError
             raise ValueError("the process group was destroyed") from error
-        return device
+        if "cpu" in self._device_types:
+            return device
+        other = self._device_types[0]
+        return torch.device(other, torch.get_device_module(other).current_device())
 
     def next_number(self) -> int:
         """Return a new number for an averaged model; it is the same on all ranks, which construct in one order."""
