@@ -76,7 +76,7 @@ def part_of(entry: Entry) -> Tensor:
     """Return a copy of this rank's part as distributed checkpoints take it: a DTensor, PartTensor or whole tensor."""
     share, holding = entry.share, entry.share.holding
     run = entry.run.clone()
-    if share.cut is not None or holding.sharding.kind == "flat":
+    if share.cut is not None or holding.sharding.is_run:
         return PartTensor(run, holding.shape, share.boxes)
     local = share.boxes[0].of_run(run) if run.numel() else run.new_empty(holding.local_shape)
     if holding.device_mesh is None:

@@ -22,6 +22,7 @@ from ..torch_private import distributed as private
 from ..torch_private.modules import Walk, named_tensors
 from .parts.holdings import Held, copied_by_torch, reshard
 from .parts.shares import Share
+from .parts.zero import Masters, WorkingRun
 from .shard_side import ShardSide
 from .staging import Staging
 
@@ -30,13 +31,18 @@ class Locator:
     """Finds this rank's tensors in a model again, or detects that they must be matched by name again.
 
     It holds no params, so it keeps no model alive.
+
+    Args:
+        held: what this rank holds of the model, by name.
+        for_use: find what a forward pass reads, also where an update reads the masters of ZeRO-3.
     """
 
-    def __init__(self, model: Module, shares: Sequence[Share], held: Mapping[str, Held]) -> None:
+    def __init__(self, model: Module, shares: Sequence[Share], held: Mapping[str, Held], for_use: bool = False) -> None:
+        places = {share.name: held[share.name].place(for_use) for share in shares}
+        found_in = {name: place for name, (place, _) in places.items()}
         self._walk = Walk(unwrap(model))
         #: Indices of the buffers that torch copies, by their names.
         self._by_torch = {names: self._walk.position(each) for names, each in copied_by_torch(model).items()}
-        found_in = {share.name: held[share.name].found_in for share in shares}
         kinds = (DTensor, Tensor)
         #: In the order of find(): DTensors, plain tensors, then shards of flat params.
         self.shares = sorted(shares, key=lambda share: [not isinstance(found_in[share.name], kind) for kind in kinds])
@@ -50,13 +56,27 @@ class Locator:
         bases = {key: len(tensors) + i for i, key in enumerate(flats)}
         self._locations: list[tuple[int, tuple[int, int] | None]] = [(i, None) for i in range(len(tensors))]
         for share in self.shares[len(tensors) :]:
-            run = (held[share.name].offset, share.holding.numel)
+            run = (places[share.name][1], share.holding.numel)
             self._locations.append((bases[id(found_in[share.name])], run))
+
+        #: Under ZeRO-3, where the masters of these shares lie: a step of the optimizer writes them.
+        masters = [held[share.name].found_in for share in shares] if for_use else []
+        self._masters = [each for each in {id(each): each for each in masters}.values() if isinstance(each, Masters)]
 
     @property
     def root(self) -> Module | None:
         """The unwrapped model whose tensors it finds, or None if it is gone."""
         return self._walk.root
+
+    def masters(self) -> list[Tensor]:
+        """Return the masters of ZeRO-3, of which a forward pass reads copies."""
+        return [each.local for each in self._masters]
+
+    def runs(self, bases: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+        """Return the bases that ZeRO-3 keeps beside the model, with the name of a share in each."""
+        count, kept = len(self._positions), (WorkingRun, Masters)
+        runs = zip(self._flats, bases[count:], strict=True)
+        return [(self.share_in(count + i).name, base) for i, (flat, base) in enumerate(runs) if isinstance(flat, kept)]
 
     def is_of(self, model: Module) -> bool:
         """Return whether it finds the tensors of ``model``."""
@@ -195,14 +215,20 @@ class ShardBinding:
         sides: the averaged models, all of the same model.
         held: what this rank holds of the model, by name.
         staging: copies the buffers, and an update reads the copies; None: it reads the buffers themselves.
+        for_use: as for :class:`Locator`.
     """
 
     def __init__(
-        self, model: Module, sides: Sequence[ShardSide], held: Mapping[str, Held], staging: Staging | None
+        self,
+        model: Module,
+        sides: Sequence[ShardSide],
+        held: Mapping[str, Held],
+        staging: Staging | None,
+        for_use: bool,
     ) -> None:
         backend = vars(sides[0])["backend"]
-        self.config, self._staging = (backend, staging), staging
-        self._locator = Locator(model, sides[0]._shares, held)
+        self.config, self._staging = (backend, staging, for_use), staging
+        self._locator = Locator(model, sides[0]._shares, held, for_use)
         found = self._locator.find(model)
         assert found is not None, "a new locator must fit"
         bases = self._bases_of(found)
@@ -220,7 +246,7 @@ class ShardBinding:
         views = self._views(bases)
         pairs = [sides[pace]._pair(share, view, pace) for (pace, _, share), view in zip(chosen, views, strict=True)]
         for pair in pairs:
-            checks.check_sides(pair, any_device=False)
+            checks.check_sides(pair, any_device=for_use)  # the masters may be offloaded to the CPU
         checks.check_overlap(pairs)
         for device in {pair.average.device for pair in pairs}:
             refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
@@ -287,8 +313,18 @@ class ShardBinding:
         return bases
 
 
-def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], staging: Staging | None = None) -> Bound:
+def bind_shards(
+    bindings: Bindings,
+    model: Module,
+    sides: Sequence[ShardSide],
+    staging: Staging | None = None,
+    *,
+    for_use: bool = False,
+) -> Bound:
     """Return the plan for ``model`` with its params and planes. Make a new one if no kept plan fits.
+
+    Args:
+        for_use: bind what a forward pass reads, where an update reads the masters of ZeRO-3.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -296,11 +332,11 @@ def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], s
     """
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hints.of_value('model', model)}")
-    counters, config = [side.n_averaged for side in sides], (vars(sides[0])["backend"], staging)
+    counters, config = [side.n_averaged for side in sides], (vars(sides[0])["backend"], staging, for_use)
     current = bindings.current(model, config, counters)
     if current is None:
         # After a forward pass without a backward, FSDP's root is gathered and its modules hold other tensors.
-        reshard(model)
+        reshard(model, for_use=False)
         current = bindings.current(model, config, counters)
     if current is None:
         for counter in counters:
@@ -308,7 +344,7 @@ def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], s
         held = sides[0]._find_held(model)
         for side in sides:
             side._follow(model, held)
-        bindings.use(ShardBinding(model, sides, held, staging))
+        bindings.use(ShardBinding(model, sides, held, staging, for_use))
         current = bindings.current(model, config, counters)
         if current is None:
             raise RuntimeError("model and averages must stay as they are in a call, but a thread has replaced a tensor")

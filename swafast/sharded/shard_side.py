@@ -16,14 +16,14 @@ from ..terms.formats import Format
 from ..terms.names import require_same_names
 from ..terms.rules import Rule
 from .construction import followed
-from .parts.holdings import Held, Mesh, copied_by_torch, find_holdings, is_fsdp1, require_same_sharding
+from .parts.holdings import Held, Mesh, copied_by_torch, find_holdings, is_fsdp1, is_zero, require_same_sharding
 from .parts.ranks import Ranks
 from .parts.shares import Share
 
 
 def check_sharded_model(model: object) -> None:
-    """Raise as :func:`check_model` does, but accept an FSDP1 model with only empty params on this rank."""
-    if not (isinstance(model, Module) and is_fsdp1(model)):
+    """Raise as :func:`check_model` does, but accept models of FSDP1 and ZeRO-3 with only empty params on this rank."""
+    if not (isinstance(model, Module) and (is_fsdp1(model) or is_zero(model))):
         check_model(model)
 
 
@@ -41,6 +41,11 @@ class ShardSide(HoldsModels):
     _left_alone: Collection[str]  # names of params that are not averaged
     _meshes: Mapping[str, tuple[Mesh, ...]]  # for `find_holdings`
     _copied: dict[tuple[str, ...], Tensor]  # by names of the buffer: the copies that torch makes
+
+    @property
+    def _has_masters(self) -> bool:
+        """Whether an update reads other tensors, the masters of ZeRO-3, than a forward pass."""
+        return bool(self._shares) and self._shares[0].holding.sharding.kind == "zero"  # no model mixes kinds with it
 
     def _stored(self) -> Iterator[tuple[Format | None, Sequence[Tensor]]]:
         for share in self._shares:

@@ -102,8 +102,8 @@ class AttachableShards(Attachable):
                 swaps.refuse_model("update_parameters", model)
             self._update(self._bind(model))
 
-    def _bind(self, model: Module, staging: Staging | None = None) -> Bound:
-        return bind_shards(self._bindings, model, self._updated, staging)
+    def _bind(self, model: Module, staging: Staging | None = None, *, for_use: bool = False) -> Bound:
+        return bind_shards(self._bindings, model, self._updated, staging, for_use=for_use)
 
     def _update(self, bound: Bound) -> None:
         """Run an update of a bound plan. The calling thread holds the averages."""

@@ -37,6 +37,14 @@ def _to_cpu(moves: Callable[..., AbstractContextManager[None]]) -> Callable[...,
     return to_cpu
 
 
+def shim_deepspeed() -> None:
+    """Have DeepSpeed run on the CPU, and build no operator of its own for gloo."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # it reads this at its import
+    from deepspeed.comm import torch as backend
+
+    backend.build_shm_op = lambda: None
+
+
 def stay_offline() -> None:
     """Have no framework ask a server for a model, or report what it does."""
     os.environ |= {

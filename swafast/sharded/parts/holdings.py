@@ -1,4 +1,4 @@
-"""What this rank holds of each param: the whole (DDP), a DTensor's shard, or a run of an FSDP1 flat param."""
+"""What this rank holds of each param: the whole (DDP), a DTensor's shard, or a run (FSDP1, ZeRO-3)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ...terms.layout import is_dense
 from ...terms.names import canonical, named_params, persistent_buffers, unwrap
 from ...torch_private import distributed as private
 from ...torch_private.modules import named_modules, named_tensors
+from . import zero
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,29 @@ class Mesh:
 class Sharding:
     """How a tensor is spread over ranks. It must not change after construction."""
 
-    kind: str  # "replicated", "dtensor" or "flat"
+    kind: str  # "replicated", "dtensor", "flat" (FSDP1) or "zero" (ZeRO-3)
     mesh: Mesh | None = None  # of a DTensor; it holds this rank
     placements: tuple[object, ...] = ()
     meshes: tuple[Mesh, ...] = ()  # all meshes that hold the tensor: several if it is on each column of a larger mesh
 
+    @property
+    def is_run(self) -> bool:
+        """Whether a rank holds any run of the elements, not a box."""
+        return self.kind in ("flat", "zero")
+
     def __str__(self) -> str:
         if self.mesh is None:
-            return "one whole tensor on each rank" if self.kind == "replicated" else "a run of an FSDP1 flat parameter"
+            return _WITHOUT_MESH[self.kind]
         of = f" {self.mesh.names}" if self.mesh.names else ""
         ranks = " and of ".join(_name_ranks(mesh.ranks) for mesh in self.meshes)
         return f"{self.placements} on a mesh of {self.mesh.shape}{of} of {ranks}"
+
+
+_WITHOUT_MESH = {
+    "replicated": "one whole tensor on each rank",
+    "flat": "a run of an FSDP1 flat parameter",
+    "zero": "a run on each rank, by DeepSpeed's ZeRO-3",
+}
 
 
 def _name_ranks(ranks: Sequence[int]) -> str:
@@ -71,7 +84,7 @@ class Holding:
     replicas: tuple[int, ...]  # the ranks that hold the same elements, sorted, this one included
     always_cut: bool  # over the replicas, even without share_replicas
     device_mesh: DeviceMesh | None = field(default=None, compare=False, repr=False)  # of a DTensor
-    local_shape: tuple[int, ...] = ()  # of this rank's tensor; empty for FSDP1
+    local_shape: tuple[int, ...] = ()  # of this rank's tensor; empty for a run
 
     @property
     def name(self) -> str:
@@ -87,34 +100,68 @@ class Held:
     """A holding with its tensor."""
 
     holding: Holding
-    local: Tensor  # this rank's part; 1-D for a run of a flat param
-    found_in: Tensor | private.FlatParam  # the tensor registered in the model, or FSDP1's flat param
-    offset: int = 0  # in the flat param's local tensor
+    local: Tensor  # this rank's part; 1-D for a run
+    found_in: Tensor | private.FlatParam | zero.WorkingRun | zero.Masters  # in the model, or what a run lies in
+    offset: int = 0  # of a run, in that
     trains: bool = True  # requires_grad of the original in a flat param
+    used_in: zero.WorkingRun | None = None  # under ZeRO-3 what a forward pass reads: `found_in` has masters
+    seen: Tensor | None = None  # under ZeRO-3 what a user sees
+
+    def place(self, for_use: bool) -> tuple[Tensor | private.FlatParam | zero.WorkingRun | zero.Masters, int]:
+        """Return what an update, or with ``for_use`` a forward pass, finds the part in, and its offset there."""
+        return (self.used_in, 0) if for_use and self.used_in is not None else (self.found_in, self.offset)
 
     @property
     def shown(self) -> Tensor:
         """What a user sees of a param: the tensor in the model, or this rank's shard of a flat param."""
-        return self.found_in if isinstance(self.found_in, Tensor) else self.local.detach().requires_grad_(self.trains)
+        if isinstance(self.found_in, Tensor):
+            return self.found_in
+        return self.seen if self.seen is not None else self.local.detach().requires_grad_(self.trains)
 
 
-def reshard(model: Module) -> None:
-    """Free the params that FSDP modules of ``model`` have gathered, so that they hold their shards again."""
+def reshard(model: Module, *, for_use: bool = True) -> None:
+    """Free the params that FSDP modules or ZeRO-3 have gathered, so that ``model`` holds its shards again.
+
+    Args:
+        for_use: whether a forward pass is to read what is written into the shards. If not, what ZeRO-3 has gathered
+            stays: an update reads none of it.
+    """
     for _, module in named_modules(model, distinct=True):
         if isinstance(module, FSDPModule):
             module.reshard()
     if is_fsdp1(model):
         private.reshard_flat_params(model)
+    if for_use and is_zero(model):
+        zero.free_gathered(tensor for _, tensor in named_tensors(model))
+
+
+def refuse_written(model: Module) -> None:
+    """Raise RuntimeError if :func:`reshard` would lose what was written into a param that ZeRO-3 has gathered."""
+    if names := written_while_gathered(model):
+        raise RuntimeError(
+            f"{names[0]!r} must be as ZeRO-3 has partitioned it, got one written while gathered: write it inside "
+            "deepspeed.zero.GatheredParameters(params, modifier_rank=0), and leave that first"
+        )
+
+
+def written_while_gathered(model: Module) -> list[str]:
+    """Return the names of params that ZeRO-3 has gathered and that were written since."""
+    return zero.written_while_gathered({canonical(name): param for name, param in named_tensors(unwrap(model))})
 
 
 def is_sharded(model: Module) -> bool:
     """Return whether a rank holds only a part of ``model``, so that forward passes of ranks wait for each other."""
     tensors = [*named_tensors(model), *named_tensors(model, buffers=True)]
-    return is_fsdp1(model) or any(isinstance(tensor, DTensor) for _, tensor in tensors)
+    return is_fsdp1(model) or is_zero(model) or any(isinstance(tensor, DTensor) for _, tensor in tensors)
 
 
 def is_fsdp1(model: Module) -> bool:
     return any(isinstance(module, FullyShardedDataParallel) for _, module in named_modules(model, distinct=True))
+
+
+def is_zero(model: Module) -> bool:
+    """Return whether ZeRO-3 has partitioned params of ``model``."""
+    return any(zero.is_partitioned(param) for _, param in named_tensors(model))
 
 
 def partial_meshes(model: Module, ranks: Sequence[int]) -> dict[str, Mesh]:
@@ -151,6 +198,7 @@ def find_holdings(
     """
     root = unwrap(model)
     flat = _flat_holdings(root, tuple(ranks)) if is_fsdp1(root) else {}
+    flat |= _zero_holdings(root, tuple(ranks)) if is_zero(root) else {}
     in_flat = {name for held in flat.values() for name in held.holding.names}
     by_torch = {name for names in copied_by_torch(model) for name in names}
     found: list[Held] = []
@@ -283,23 +331,49 @@ def _flat_holdings(root: Module, ranks: tuple[int, ...]) -> dict[str, Held]:
                     f"got {len(ranks)} ranks"
                 )
             local = flat.local[shard.offset : shard.offset + shard.stop - shard.start]
-            holding = Holding(
-                names=names,
-                is_buffer=False,
-                shape=shard.shape,
-                dtype=local.dtype,
-                device=local.device,
-                sharding=Sharding("flat"),
-                offsets=(0,) * len(shard.shape),
-                sizes=shard.shape,
-                order=_order(shard.shape, shard.stride),
-                start=shard.start,
-                stop=shard.stop,
-                replicas=replicas,
-                always_cut=not flat.sharded,
-            )
+            order, run = _order(shard.shape, shard.stride), (shard.start, shard.stop)
+            holding = _holding_of_run("flat", names, shard.shape, local, order, run, replicas, not flat.sharded)
             found[names[0]] = Held(holding, local, flat, shard.offset, shard.trains)
     return found
+
+
+def _zero_holdings(root: Module, ranks: tuple[int, ...]) -> dict[str, Held]:
+    """Return what this rank holds of the params that ZeRO-3 has partitioned, by name."""
+    found: dict[str, Held] = {}
+    for run in zero.zero_runs(named_params(root, "model"), ranks):
+        local = run.master.local[run.offset : run.offset + run.stop - run.start]
+        order, bounds = tuple(range(len(run.shape))), (run.start, run.stop)
+        holding = _holding_of_run("zero", run.names, run.shape, local, order, bounds, (dist.get_rank(),), False)
+        found[run.names[0]] = Held(holding, local, run.master, run.offset, used_in=run.working, seen=run.shown)
+    return found
+
+
+def _holding_of_run(
+    kind: str,
+    names: tuple[str, ...],
+    shape: tuple[int, ...],
+    local: Tensor,
+    order: tuple[int, ...] | None,
+    run: tuple[int, int],
+    replicas: tuple[int, ...],
+    always_cut: bool,
+) -> Holding:
+    """Return a holding of a run, (start, stop), of a param, in whose elements ``order`` is that of the memory."""
+    return Holding(
+        names=names,
+        is_buffer=False,
+        shape=shape,
+        dtype=local.dtype,
+        device=local.device,
+        sharding=Sharding(kind),
+        offsets=(0,) * len(shape),
+        sizes=shape,
+        order=order,
+        start=run[0],
+        stop=run[1],
+        replicas=replicas,
+        always_cut=always_cut,
+    )
 
 
 def require_same_sharding(before: Holding, now: Holding) -> None:
