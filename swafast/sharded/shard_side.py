@@ -16,7 +16,8 @@ from ..terms.formats import Format
 from ..terms.names import require_same_names
 from ..terms.rules import Rule
 from .construction import followed
-from .parts.holdings import Held, Mesh, copied_by_torch, find_holdings, is_fsdp1, is_zero, require_same_sharding
+from .parts.held import Held, Mesh, require_same_sharding
+from .parts.holdings import copied_by_torch, find_holdings, is_fsdp1, is_zero
 from .parts.ranks import Ranks
 from .parts.shares import Share
 

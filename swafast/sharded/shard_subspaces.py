@@ -20,7 +20,8 @@ from ..average.subspace import (
     products,
     refuse_without_gradients,
 )
-from .parts.holdings import Held, is_fsdp1, is_zero
+from .parts.held import Held
+from .parts.holdings import is_fsdp1, is_zero
 from .shard_use import UsableShards
 
 
@@ -68,7 +69,9 @@ class PlaceableShards(UsableShards):
             with self._counting.settled("gradient", self._number):
                 self._refuse_unplaced(model)
                 if is_fsdp1(model) or is_zero(model):
-                    kind = "ZeRO-3, which partitions them" if is_zero(model) else "FSDP1, which keeps them in flat params"
+                    kind = (
+                        "ZeRO-3, which partitions them" if is_zero(model) else "FSDP1, which keeps them in flat params"
+                    )
                     raise NotImplementedError(
                         f"gradient must be of a model whose params have gradients of their own, got {kind}: wrap the "
                         "model by fully_shard (FSDP2) or DDP"

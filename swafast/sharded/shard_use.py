@@ -25,7 +25,8 @@ from ..terms.samples import Sample
 from ..terms.spread import Spread
 from .construction import spell
 from .parts.all_gather import AllGather
-from .parts.holdings import Held, refuse_written, reshard
+from .parts.held import Held
+from .parts.holdings import refuse_written, reshard
 from .parts.ranks import Counting, Ranks
 from .parts.shares import Share
 from .shard_matching import Bound
@@ -170,7 +171,8 @@ class UsableShards(HasSubspaces):
         with self._counting.settled(call, self._number) if self._all_gathers or asked else nullcontext():
             self._guard.refuse_while_swapped(action)
             bound = self._bind(model, for_use=self._has_masters)
-            refuse_written(model)
+            if self._has_masters:
+                refuse_written(model)
             reshard(model)
             yield bound, bound[1].held() if self._all_gathers else {}
 

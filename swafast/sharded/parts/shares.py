@@ -11,7 +11,7 @@ from torch import Tensor
 from ...terms.boxes import Box, boxes_of_run
 from ...terms.formats import Format
 from .flat_order import FlatOrder
-from .holdings import Holding
+from .held import Holding
 
 
 @dataclass(frozen=True)

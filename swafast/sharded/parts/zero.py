@@ -27,26 +27,36 @@ class WorkingRun:
     @property
     def local(self) -> Tensor:
         """The partition, with the elements that pad it."""
-        return _alive(self._param).ds_tensor
+        param: Any = self._param()
+        assert param is not None, "a binding asks for what is_current alone"
+        return param.ds_tensor
+
+    def is_current(self) -> bool:
+        """Return whether the param lives, and is partitioned still."""
+        return hasattr(self._param(), "ds_tensor")
 
 
 class Masters:
-    """Where the masters of one group of params lie, one after another. It keeps no engine alive."""
+    """Where the masters of one group of params lie, one after another. It keeps no engine alive.
 
-    def __init__(self, optimizer: object, group: int) -> None:
-        self._optimizer, self._group = weakref.ref(optimizer), group
+    Args:
+        param: one of the group.
+    """
+
+    def __init__(self, param: Tensor, optimizer: object, group: int) -> None:
+        self._param, self._optimizer, self._group = weakref.ref(param), weakref.ref(optimizer), group
 
     @property
     def local(self) -> Tensor:
         """This rank's flat masters."""
-        return _alive(self._optimizer).fp32_partitioned_groups_flat[self._group]
+        optimizer: Any = self._optimizer()
+        assert optimizer is not None, "a binding asks for what is_current alone"
+        return optimizer.fp32_partitioned_groups_flat[self._group]
 
-
-def _alive(reference: weakref.ref[Any]) -> Any:
-    found = reference()
-    if found is None:
-        raise RuntimeError("model must be alive, got one whose DeepSpeed engine is gone")
-    return found
+    def is_current(self) -> bool:
+        """Return whether the engine lives, and the params are not of a new one."""
+        optimizer = self._optimizer()
+        return optimizer is not None and getattr(self._param(), "_z3_optimizer", None) is optimizer
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,8 @@ def _run_of(
     if position is None:
         return ZeroRun(names, param, start, stop, working, working, 0)
     index, offset, _ = position
-    return ZeroRun(names, param, start, stop, working, groups.setdefault(index, Masters(optimizer, index)), offset)
+    masters = groups.setdefault(index, Masters(param, optimizer, index))
+    return ZeroRun(names, param, start, stop, working, masters, offset)
 
 
 def _bounds(index: int) -> tuple[int, int]:
@@ -128,8 +139,8 @@ def _bounds(index: int) -> tuple[int, int]:
 def _require_partitioned(name: str, param: Tensor) -> None:
     if not is_partitioned(param):
         raise ValueError(
-            f"{name!r} must be partitioned by ZeRO-3 as the other params are, got one that the DeepSpeed engine does not "
-            "have: add it to the model before deepspeed.initialize"
+            f"{name!r} must be partitioned by ZeRO-3 as the other params are, got one that no DeepSpeed engine "
+            "has: add it to the model before deepspeed.initialize"
         )
 
 
@@ -152,8 +163,10 @@ def _optimizer_of(name: str, param: Any, of_others: object) -> Any:
 _UNREAD: tuple[tuple[str, Callable[[Any, Any], bool]], ...] = (
     (
         "secondary partitions, which a forward pass reads instead: set zero_hpz_partition_size to 1",
-        lambda param, _: getattr(param, "ds_secondary_tensor", None) is not None
-        or getattr(param, "ds_zero_param_process_group", None) is not None,
+        lambda param, _: (
+            getattr(param, "ds_secondary_tensor", None) is not None
+            or getattr(param, "ds_zero_param_process_group", None) is not None
+        ),
     ),
     (
         "params offloaded to NVMe: set the device of offload_param to 'cpu' or 'none'",
@@ -166,8 +179,10 @@ _UNREAD: tuple[tuple[str, Callable[[Any, Any], bool]], ...] = (
     ("MiCS: use ZeRO-3 without mics_shard_size", lambda param, _: hasattr(param, "comm")),
     (
         "quantized weights: set zero_quantized_weights and zero_quantized_nontrainable_weights to false",
-        lambda param, optimizer: hasattr(param.ds_tensor, "ds_quant_scale")
-        or bool(getattr(getattr(optimizer, "parameter_offload", None), "zero_quantized_weights", False)),
+        lambda param, optimizer: (
+            hasattr(param.ds_tensor, "ds_quant_scale")
+            or bool(getattr(getattr(optimizer, "parameter_offload", None), "zero_quantized_weights", False))
+        ),
     ),
     (
         "ZenFlow, which steps masters beside the next forward: leave zenflow out of the config",
