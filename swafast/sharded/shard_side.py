@@ -16,8 +16,8 @@ from ..terms.formats import Format
 from ..terms.names import require_same_names
 from ..terms.rules import Rule
 from .construction import followed
-from .parts.held import Held, Mesh, require_same_sharding
-from .parts.holdings import copied_by_torch, find_holdings, is_fsdp1, is_zero
+from .parts.finding import copied_by_torch, find_holdings
+from .parts.holdings import Held, Mesh, is_fsdp1, is_zero, require_same_sharding
 from .parts.ranks import Ranks
 from .parts.shares import Share
 
@@ -42,11 +42,6 @@ class ShardSide(HoldsModels):
     _left_alone: Collection[str]  # names of params that are not averaged
     _meshes: Mapping[str, tuple[Mesh, ...]]  # for `find_holdings`
     _copied: dict[tuple[str, ...], Tensor]  # by names of the buffer: the copies that torch makes
-
-    @property
-    def _has_masters(self) -> bool:
-        """Whether an update reads other tensors, the masters of ZeRO-3, than a forward pass."""
-        return bool(self._shares) and self._shares[0].holding.sharding.kind == "zero"  # no model mixes kinds with it
 
     def _stored(self) -> Iterator[tuple[Format | None, Sequence[Tensor]]]:
         for share in self._shares:

@@ -20,8 +20,7 @@ from ..average.subspace import (
     products,
     refuse_without_gradients,
 )
-from .parts.held import Held
-from .parts.holdings import is_fsdp1, is_zero
+from .parts.holdings import Held, is_fsdp1, is_zero
 from .shard_use import UsableShards
 
 

@@ -25,8 +25,7 @@ from ..terms.samples import Sample
 from ..terms.spread import Spread
 from .construction import spell
 from .parts.all_gather import AllGather
-from .parts.held import Held
-from .parts.holdings import refuse_written, reshard
+from .parts.holdings import Held, free_gathered, reshard
 from .parts.ranks import Counting, Ranks
 from .parts.shares import Share
 from .shard_matching import Bound
@@ -148,7 +147,7 @@ class UsableShards(HasSubspaces):
                 if swaps.in_force:
                     swaps.refuse_model(action, model)
                 # The next step of the optimizer would bring back what masters held.
-                bounds = [(plan, params, planes), *([self._bind(model)] if self._has_masters else [])]
+                bounds = [(plan, params, planes), *([self._bind(model)] if params.locator.for_use else [])]
                 pairs = [plan.writable_pairs(params, planes) for plan, params, planes in bounds]
             if drawing is not None:
                 for plan, params, planes in bounds:
@@ -170,10 +169,12 @@ class UsableShards(HasSubspaces):
         call = f"{action}({self._spelled(**asked)})" if asked else action
         with self._counting.settled(call, self._number) if self._all_gathers or asked else nullcontext():
             self._guard.refuse_while_swapped(action)
-            bound = self._bind(model, for_use=self._has_masters)
-            if self._has_masters:
-                refuse_written(model)
+            # No model mixes ZeRO-3 with other kinds. Written out, since a call costs all the others.
+            is_zero = bool(self._shares) and self._shares[0].holding.sharding.kind == "zero"
+            bound = self._bind(model, for_use=True) if is_zero else self._bind(model)
             reshard(model)
+            if is_zero:
+                free_gathered(model)
             yield bound, bound[1].held() if self._all_gathers else {}
 
     def _spelled(
@@ -225,8 +226,6 @@ class UsableShards(HasSubspaces):
         _planes: dict[str, tuple[Tensor, ...]]
         _all_gathers: Sequence[AllGather]
 
-        @property
-        def _has_masters(self) -> bool: ...
         def _bind(self, model: Module, staging: Any = None, *, for_use: bool = False) -> Bound: ...
         def _warn_if_empty(self, action: str) -> None: ...
         def _refuse_if_empty(self, action: str) -> None: ...

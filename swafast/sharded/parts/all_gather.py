@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .flat_order import Run
-from .held import Held
+from .holdings import Held
 from .ranks import Ranks
 from .shares import Cut, view_of_run
 

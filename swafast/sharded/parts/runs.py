@@ -9,7 +9,7 @@ from torch.nn import Module
 from ...terms.names import canonical, named_params
 from ...torch_private import distributed as private
 from ...torch_private.modules import named_modules
-from .held import Held, Holding, Sharding, memory_order
+from .holdings import Held, Holding, Sharding, memory_order
 from .zero import zero_runs
 
 

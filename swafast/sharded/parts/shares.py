@@ -11,7 +11,7 @@ from torch import Tensor
 from ...terms.boxes import Box, boxes_of_run
 from ...terms.formats import Format
 from .flat_order import FlatOrder
-from .held import Holding
+from .holdings import Holding
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def _refuse_unread(name: str, param: Any, optimizer: Any) -> None:
 # Gathered params
 
 
-def free_gathered(params: Iterable[Any]) -> None:
+def free(params: Iterable[Any]) -> None:
     """Free all params that a forward pass has gathered or fetches ahead, so that the next one reads the working runs.
 
     Small params too, which ZeRO-3 keeps gathered. Otherwise a forward pass runs on what it gathered before.
@@ -215,12 +215,8 @@ def free_gathered(params: Iterable[Any]) -> None:
             optimizer.empty_partition_cache()
 
 
-def written_while_gathered(params: Mapping[str, Any]) -> list[str]:
-    """Return the names of gathered params whose own run is not the working run: freeing them would lose a write."""
-    return [name for name, param in params.items() if is_partitioned(param) and _is_written(param)]
-
-
-def _is_written(param: Any) -> bool:
+def is_written(param: Any) -> bool:
+    """Return whether a gathered param has other values than this rank's working run."""
     if param.ds_status.name != "AVAILABLE" or param.numel() != param.ds_numel:
         return False
     size = param.ds_tensor.numel()
