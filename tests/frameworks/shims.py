@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -40,8 +41,7 @@ def _to_cpu(moves: Callable[..., AbstractContextManager[None]]) -> Callable[...,
 def shim_deepspeed() -> None:
     """Have DeepSpeed run on the CPU, and build no operator of its own for gloo."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # it reads this at its import
-    from deepspeed.comm import torch as backend
-
+    backend: Any = import_module("deepspeed.comm.torch")  # as an attribute, that name is torch
     backend.build_shm_op = lambda: None
 
 
