@@ -257,6 +257,16 @@ def test_a_write_while_gathered_is_not_lost(engine: Engine) -> None:
     averaged.update_parameters(engine.module)  # reads masters alone
 
 
+@pytest.mark.parametrize("into", ["working run", "master"])
+def test_a_write_past_autograd_is_seen(engine: Engine, into: str) -> None:
+    """As `load_checkpoint` writes."""
+    averaged, _ = updated(engine)
+    run: Any = engine.module.last.weight.ds_tensor if into == "working run" else engine.fp32_partitioned_groups_flat[0]
+    written = pytest.raises(RuntimeError, match=r"must not be written while swapped, got writes into")
+    with written, averaged.swapped_into(engine.module):
+        run.data.zero_()
+
+
 def test_an_engine_made_anew_is_found(engine: Engine) -> None:
     averaged, _ = updated(engine)
     masters = engine.masters()

@@ -16,7 +16,7 @@ from ..average.subspace_use import HasSubspaces
 from ..backends.contract import Pair
 from ..loop import swaps
 from ..loop.guard import Guard, seamless
-from ..op.drawing import DrawsOf, DrawsSample, PlacesPoint, draw_for_good
+from ..op.drawing import DrawsOf, draw_for_good
 from ..terms.draws import Draws, make_random_key
 from ..terms.formats import with_spread
 from ..terms.hints import hinted
@@ -29,19 +29,8 @@ from .parts.holdings import Held, free_gathered, reshard
 from .parts.ranks import Counting, Ranks
 from .parts.shares import Share
 from .shard_matching import Bound
-from .swap import ShardedExchange, gather_all
-
-
-class DrawsShards(DrawsSample, ShardedExchange):
-    """Each rank draws its own part of a sample, then cut params are gathered from all their ranks."""
-
-    _call = "sampled_into"
-
-
-class PlacesShards(PlacesPoint, DrawsShards):
-    """Each rank places its own part of a point, likewise."""
-
-    _call = "placed_into"
+from .swap import OF_SHARDS, gather_all
+from .zero_swap import OF_RUNS
 
 
 class UsableShards(HasSubspaces):
@@ -117,12 +106,13 @@ class UsableShards(HasSubspaces):
                 self._guard.settle(action, model)
                 with self._guard.locked(self._ranks.lock):
                     with self._meet(action, model, asked) as (bound, held):
-                        kind: Any = ShardedExchange
+                        kind: Any
+                        kind, draws, places = OF_RUNS if bound[1].locator.for_use else OF_SHARDS
                         if asked:
                             if "sample" in asked:
-                                kind = partial(PlacesShards, self._placing(asked["sample"]))
+                                kind = partial(places, self._placing(asked["sample"]))
                             else:
-                                kind = partial(DrawsShards, self._drawing(**asked))
+                                kind = partial(draws, self._drawing(**asked))
                             bound[0].writable_pairs(*bound[1:])
                         elif self._uncounted is not None:
                             self._warn_if_empty(action)

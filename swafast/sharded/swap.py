@@ -10,14 +10,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
-from ..loop.swaps import DISCARDED, broadcasts_buffers
+from ..loop.swaps import broadcasts_buffers
+from ..op.drawing import DrawsSample, PlacesPoint
 from ..op.exchange import Exchange, Located
 from ..terms.names import canonical, unwrap
 from ..torch_private import distributed as private
 from ..torch_private.modules import named_tensors
 from .parts.all_gather import AllGather
 from .parts.faults import LostPeerError
-from .parts.holdings import Held, free_gathered, reshard, written_while_gathered
+from .parts.holdings import Held, reshard
 from .shard_matching import Bound, Views
 
 NOT_WHOLE = (
@@ -51,11 +52,6 @@ class ShardedExchange(Exchange):
         self._leave = leave
         # `held` keeps the current memory. If the body replaces a tensor on one rank, others must not get its values.
         self._model, self._all_gathers, self._held = unwrap(model), all_gathers, held
-        self._is_zero = bound[1].locator.for_use
-        if self._is_zero:
-            self.written_elsewhere = self._written_while_gathered
-            self._masters = bound[1].locator.masters()
-            self.beside = [master for _, master in self._masters]
         super().__init__(*bound, binding, ignore_buffers=broadcasts_buffers(model))
         self._all_there = False  # while False, back() runs no collective
 
@@ -70,9 +66,6 @@ class ShardedExchange(Exchange):
         self._all_there = True
         self.watch()
 
-    def _written_while_gathered(self) -> dict[str, str]:
-        return dict.fromkeys(map(repr, written_while_gathered(self._model)), DISCARDED)
-
     def back(self) -> None:
         """Put the params back: this rank's own part and its averages in any case, then the parts of other ranks.
 
@@ -82,11 +75,12 @@ class ShardedExchange(Exchange):
         if not self.is_back:
             try:
                 private.end_forward(self._model)
-                reshard(self._model)
-                if self._is_zero:
-                    free_gathered(self._model, lossless=False)
+                self._reshard()
             finally:
                 super().back()
+
+    def _reshard(self) -> None:
+        reshard(self._model)
 
     def _fill_in(self) -> None:
         if self._all_there:
@@ -107,9 +101,6 @@ class ShardedExchange(Exchange):
             for name, tensor in named_tensors(self._model, buffers=is_buffer)
             if canonical(name) in own or name.endswith("_flat_param")
         ]
-        if self._is_zero:
-            found += [(name, base, False) for name, base in self._params.locator.runs(self._params.bases)]
-            found += [(name, master, False) for name, master in self._masters]
         parted = [each for each in found if isinstance(each[1], DTensor)]
         local = private.local_tensors([tensor for _, tensor, _ in parted])  # type: ignore[misc]
         return [*found, *((name, each, is_buffer) for (name, _, is_buffer), each in zip(parted, local, strict=True))]
@@ -131,6 +122,22 @@ class ShardedExchange(Exchange):
     def _is_copied_buffer(self, base: int) -> bool:
         share = self._params.locator.share_in(base)
         return share.format is None and share.holding.is_buffer
+
+
+class DrawsShards(DrawsSample, ShardedExchange):
+    """Each rank draws its own part of a sample, then cut params are gathered from all their ranks."""
+
+    _call = "sampled_into"
+
+
+class PlacesShards(PlacesPoint, DrawsShards):
+    """Each rank places its own part of a point, likewise."""
+
+    _call = "placed_into"
+
+
+#: The exchanges of averages, of a sample and of a point.
+OF_SHARDS = (ShardedExchange, DrawsShards, PlacesShards)
 
 
 def gather_all(

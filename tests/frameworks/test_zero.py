@@ -84,6 +84,12 @@ def evaluated(engine: Any, model: nn.Module | None = None) -> Tensor:
 # Bits, swaps and copies
 
 
+def _evaluate_and_raise(averaged: ShardedAveragedModel, engine: Any) -> None:
+    with averaged.swapped_into(engine.module):
+        evaluated(engine)
+        raise ZeroDivisionError
+
+
 def follows(dtype: str, options: dict[str, Any]) -> None:
     engine = engine_of(dtype=dtype, **options)
     averaged, expected = averaged_beside(engine)
@@ -96,9 +102,8 @@ def follows(dtype: str, options: dict[str, Any]) -> None:
             train(engine)
     engine.optimizer.zero_grad()
     assert torch.equal(evaluated(engine), before)
-    with pytest.raises(ZeroDivisionError), averaged.swapped_into(engine.module):
-        evaluated(engine)
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        _evaluate_and_raise(averaged, engine)
     assert torch.equal(evaluated(engine), before)
     require_same(whole(engine), own, "masters after a swap")
     averaged.copy_to(engine.module)

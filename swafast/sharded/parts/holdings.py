@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
 from ...terms.layout import is_dense
-from ...terms.names import canonical, unwrap
+from ...terms.names import canonical, renormed_params, unwrap
 from ...torch_private import distributed as private
 from ...torch_private.modules import named_modules, named_tensors
 from . import zero
@@ -184,8 +184,11 @@ def free_gathered(model: Module, *, lossless: bool = True) -> None:
 
 def written_while_gathered(model: Module) -> list[str]:
     """Return the names of params that were written while ZeRO-3 had them gathered, so that freeing would lose it."""
-    params = {canonical(name): param for name, param in named_tensors(unwrap(model))}
-    return [name for name, param in params.items() if zero.is_partitioned(param) and zero.is_written(param)]
+    root = unwrap(model)
+    renormed = renormed_params(root)  # which a forward pass writes
+    params = {canonical(name): param for name, param in named_tensors(root)}
+    written = (name for name, param in params.items() if zero.is_partitioned(param) and zero.is_written(param))
+    return [name for name in written if name not in renormed]
 
 
 def is_sharded(model: Module) -> bool:
