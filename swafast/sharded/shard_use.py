@@ -41,8 +41,8 @@ class UsableShards(HasSubspaces):
 
         Params and averages are exchanged in place if the dtypes agree. Otherwise this rank's part of the params is
         copied aside and overwritten. Params that are cut are then all-gathered in windows, on entering and on leaving.
-        FSDP modules are resharded at both. Params must not be written in the body, and swaps may nest, as
-        with :class:`~swafast.FusedAveragedModel`.
+        FSDP modules are resharded at both, and what ZeRO-3 has gathered is freed. Params must not be written in the
+        body, and swaps may nest, as with :class:`~swafast.FusedAveragedModel`.
 
         Collective if params are cut. On leaving, after an exception too, everything changes back. If a rank is lost,
         this rank's averages and its own part of the params are whole. The other parts of cut params may not be, and the
@@ -57,6 +57,8 @@ class UsableShards(HasSubspaces):
 
     def copy_to(self, model: Module) -> None:
         """Copy averages and buffers into ``model``, each rounded once to the param's dtype. Collective if any is cut.
+
+        Under ZeRO-3 the masters get them too, so that the next step of the optimizer begins there.
 
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed.
