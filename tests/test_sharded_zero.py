@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from swafast import EqualAverage, ExponentialAverage, FusedAveragedModel, ShardedAveragedModel, Snapshots, posthoc
+from swafast import (
+    EqualAverage,
+    ExponentialAverage,
+    FusedAveragedModel,
+    ShardedAveragedModel,
+    Snapshots,
+    files,
+    posthoc,
+)
 from swafast.op.plan import Plan
 from swafast.optim.batchnorm import _ranks_of
 from swafast.sharded.parts import zero
@@ -226,7 +235,7 @@ def test_include_sees_whole_shapes(engine: Engine) -> None:
     ]
 
 
-def test_samples_and_snapshots(engine: Engine, tmp_path: Any) -> None:
+def test_samples_and_snapshots(engine: Engine, tmp_path: Path) -> None:
     averaged, expected = updated(engine, rule=EqualAverage(), deviations=2)
     x = torch.ones(2, 3)
     reference = net_with(engine.masters(), torch.float32)
@@ -279,7 +288,10 @@ def test_an_engine_made_anew_is_found(engine: Engine) -> None:
     require_same({name: found[name].to(masters[name].dtype) for name in masters}, anew.masters(), "averages")
 
 
-def test_states_without_values_are_not_merged(engine: Engine) -> None:
+def test_states_without_values_are_not_merged(engine: Engine, tmp_path: Path) -> None:
     state = engine.module.state_dict()
     with pytest.raises(ValueError, match=r"states\[0\] must hold values, got only empty tensors.*gather"):
         posthoc.merge([state, state])
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match=r"inputs must hold values to average, got only empty tensors in .*state\.pt"):
+        files.average([tmp_path / "state.pt"] * 2, tmp_path / "out.pt")

@@ -97,7 +97,10 @@ def in_order(given: Sequence[Optimizer], model: Module) -> list[Optimizer]:
     places = {id(param): place for place, (_, param) in reversed(list(named))}
     firsts = [min((places.get(id(param), math.inf) for param in _params_of(each)), default=math.inf) for each in given]
     if math.inf in firsts:
-        raise ValueError("optimizer must have params of the model, got one that has none of them")
+        raise ValueError(
+            "optimizer must have params of the model, got one that has none of them: if it steps copies of them, as "
+            "under DeepSpeed, call update_parameters(engine.module) after each engine.step() instead"
+        )
     return [given[index] for index in sorted(range(len(given)), key=firsts.__getitem__)]
 
 

@@ -555,7 +555,7 @@ class Early(Fsdp1Flat):
 
 def test_an_optimizer_of_params_that_fsdp1_has_replaced_is_refused(tmp_path: Path) -> None:
     refusal = Early().refusal(Job(tmp_path))
-    assert refusal == "ValueError: optimizer must have params of the model, got one that has none of them"
+    assert refusal.startswith("ValueError: optimizer must have params of the model, got one that has none of them")
 
 
 class TestFsdp1Sharded(ResumesWithoutOptimizer):
