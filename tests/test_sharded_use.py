@@ -25,9 +25,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from swafast import ExponentialAverage
 from swafast.sharded import ShardedAveragedModel, shard_side, swap
+from swafast.sharded.locator import Views
 from swafast.sharded.parts import all_gather
 from swafast.sharded.parts.holdings import Held
-from swafast.sharded.shard_matching import Views
 from tests.ranks import on_ranks, planted, run_ranks
 from tests.sharded_models import (
     FSDP2_MODES,

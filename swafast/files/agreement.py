@@ -50,7 +50,7 @@ def agree(
             statistics, need not agree: they are those of the last input, or of the first for ``"first"``.
 
     Raises:
-        ValueError: a name is missing in an input, or shapes or dtypes differ.
+        ValueError: a name is missing in an input, shapes or dtypes differ, or there is no value to average.
     """
     groups = _groups(tied)
     names = list(dict.fromkeys(name for each in inputs for name in (*each.specs, *each.aliases)))
@@ -80,6 +80,12 @@ def agree(
             agreed[sources] = _agreed(written[sources], sources, specs, dtype, integers)
     if differing:
         raise ValueError(f"{len(differing)} tensors of the inputs differ: {'; '.join(differing[:_FEW])}")
+    averaged = [each.spec for each in agreed.values() if each.copied_from is None]
+    if averaged and not any(spec.numel for spec in averaged):
+        raise ValueError(
+            f"inputs must hold values to average, got only empty tensors in {inputs[0].path}, as ZeRO-3 leaves them in "
+            "a model's state: save a gathered state"
+        )
     return list(agreed.values()), aliases
 
 

@@ -98,8 +98,8 @@ def in_order(given: Sequence[Optimizer], model: Module) -> list[Optimizer]:
     firsts = [min((places.get(id(param), math.inf) for param in _params_of(each)), default=math.inf) for each in given]
     if math.inf in firsts:
         raise ValueError(
-            "optimizer must have params of the model, got one that has none of them: if it trains copies of them, such "
-            "as float32 ones beside bfloat16, average those"
+            "optimizer must have params of the model, got one that has none of them: if it trains copies of them, "
+            "average those; under DeepSpeed call update_parameters(engine.module) after each engine.step()"
         )
     return [given[index] for index in sorted(range(len(given)), key=firsts.__getitem__)]
 

@@ -48,6 +48,8 @@ class Exchange:
         is_back: whether everything is back where it was, or cannot be put back.
     """
 
+    #: What a step of the optimizer writes besides the params, so that a swap knows the model by it.
+    beside: Sequence[Tensor] = ()
     _in_place = True  # False: all params are copied aside, and the averages stay as they are
     # What becomes of a write into a param and into a plane, and whether one into an averaged buffer counts.
     _end_of_params, _end_of_planes, _watches_buffers = INTO_MODEL, INTO_AVERAGES, True

@@ -1,197 +1,25 @@
-"""Find this rank's tensors of a model quickly at each update, and keep the plan that fits them."""
+"""Match a model with averages of shards, and keep the plan that fits its tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
-from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
 from ..average.bindings import Bindings
 from ..op import checks, choice
-from ..op.copies import Copies
 from ..op.plan import Fingerprint, Plan
 from ..op.tree_check import Checks, TreeCheck
 from ..terms import hints
 from ..terms.capturing import refuse_capture
-from ..terms.copying import are_alike, duplicate
-from ..terms.names import canonical, unwrap
-from ..torch_private import distributed as private
-from ..torch_private.modules import Walk, named_tensors
-from .parts.holdings import Held, copied_by_torch, reshard
-from .parts.shares import Share
+from .locator import Locator, StagedViews, Views
+from .parts.holdings import Held, reshard
 from .shard_side import ShardSide
 from .staging import Staging
 
 _moves_of = attrgetter("_moves")
-
-
-class Locator:
-    """Finds this rank's tensors in a model again, or detects that they must be matched by name again.
-
-    It holds no params, so it keeps no model alive.
-    """
-
-    def __init__(self, model: Module, shares: Sequence[Share], held: Mapping[str, Held]) -> None:
-        self._walk = Walk(unwrap(model))
-        #: Indices of the buffers that torch copies, by their names.
-        self._by_torch = {names: self._walk.position(each) for names, each in copied_by_torch(model).items()}
-        found_in = {share.name: held[share.name].found_in for share in shares}
-        kinds = (DTensor, Tensor)
-        #: In the order of find(): DTensors, plain tensors, then shards of flat params.
-        self.shares = sorted(shares, key=lambda share: [not isinstance(found_in[share.name], kind) for kind in kinds])
-        tensors = [found for share in self.shares if isinstance(found := found_in[share.name], Tensor)]
-        self._positions = [self._walk.position(tensor) for tensor in tensors]
-        dtensors = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
-        self._num_dtensors, self._specs = len(dtensors), private.specs(dtensors)
-        flats = {id(flat): flat for flat in found_in.values() if not isinstance(flat, Tensor)}
-        self._flats = list(flats.values())
-        # For each share, the index of its base tensor, and the (offset, numel) of a flat shard in it.
-        bases = {key: len(tensors) + i for i, key in enumerate(flats)}
-        self._locations: list[tuple[int, tuple[int, int] | None]] = [(i, None) for i in range(len(tensors))]
-        for share in self.shares[len(tensors) :]:
-            run = (held[share.name].offset, share.holding.numel)
-            self._locations.append((bases[id(found_in[share.name])], run))
-
-    @property
-    def root(self) -> Module | None:
-        """The unwrapped model whose tensors it finds, or None if it is gone."""
-        return self._walk.root
-
-    def is_of(self, model: Module) -> bool:
-        """Return whether it finds the tensors of ``model``."""
-        root = self._walk.root
-        return root is model or root is unwrap(model)
-
-    def find(self, model: Module) -> list[Tensor] | None:
-        """Return the model's current tensors that hold the shares, or None if they must be matched by name again."""
-        if not self.is_of(model):
-            return None
-        found = self._walk.tensors()
-        if found is None:
-            return None
-        tensors = [found[i] for i in self._positions]
-        try:
-            specs = private.specs(tensors[: self._num_dtensors])  # type: ignore[arg-type]
-        except AttributeError:  # no longer a DTensor, for instance gathered by a forward pass
-            return None
-        return tensors if specs == self._specs else None
-
-    def by_torch(self) -> dict[tuple[str, ...], Tensor | None] | None:
-        """Return the buffers that torch copies, by their names, or None if the model must be matched again."""
-        found = self._walk.tensors()
-        return None if found is None else {names: found[i] for names, i in self._by_torch.items()}
-
-    def copies(self, copied: Sequence[dict[tuple[str, ...], Tensor]], staging: Staging | None) -> Copies | None:
-        """Return what torch copies of the model into each side's ``copied``, made anew where it differs in kind."""
-        for names, tensor in (self.by_torch() or {}).items():
-            for of_side in copied:
-                if tensor is not None and not are_alike(tensor, of_side[names]):
-                    of_side[names] = duplicate(tensor).to(of_side[names].device)
-
-        def find() -> list[tuple[Tensor, Tensor]] | None:
-            theirs = staging.by_torch if staging is not None else self.by_torch()
-            if theirs is None:
-                return None
-            return [(tensor, of_side[names]) for of_side in copied for names, tensor in theirs.items()]  # type: ignore[misc]
-
-        return Copies([names[0] for _ in copied for names in self._by_torch], find) if self._by_torch else None
-
-    def check(self, found: Sequence[Tensor]) -> TreeCheck:
-        """Return a check that the bases stand.
-
-        Raises:
-            ValueError: there is none for this model.
-        """
-        if self._flats:
-            raise ValueError("flat params are in no module")
-        return TreeCheck([self.root], [found], shard_type=DTensor)
-
-    def bases(self, found: Sequence[Tensor]) -> list[Tensor]:
-        """Return the tensors that the shares lie in: local ones of DTensors, then plain and flat ones."""
-        local = private.local_tensors(found[: self._num_dtensors])  # type: ignore[arg-type]
-        return [*local, *found[self._num_dtensors :], *(flat.local for flat in self._flats)]
-
-    def places(self) -> list[list[Tensor]]:
-        """Return for each base the tensors that have its names in the model now, whatever became of its modules."""
-        found: dict[str, Tensor] = {}
-        for is_buffer in (False, True) if self.root is not None else ():
-            for name, tensor in named_tensors(self.root, buffers=is_buffer):  # type: ignore[arg-type]
-                found[canonical(name)] = tensor
-        places: list[list[Tensor]] = [[] for _ in self._positions]
-        for share, (base, _) in zip(self.shares, self._locations, strict=True):
-            if base < len(places):
-                now = [found[name] for name in share.holding.names if name in found]
-                places[base] = private.local_tensors(now) if all(isinstance(t, DTensor) for t in now) else now  # type: ignore[arg-type]
-        return [*places, *([flat.local] for flat in self._flats)]
-
-    def share_in(self, base: int) -> Share:
-        """Return a share that lies in the base of this index."""
-        return self.shares[next(index for index, (at, _) in enumerate(self._locations) if at == base)]
-
-    def local(self, bases: Sequence[Tensor], index: int) -> Tensor:
-        """Return this rank's tensor of the share at ``index``; ``bases`` is a result of :meth:`bases`."""
-        base, run = self._locations[index]
-        return bases[base] if run is None else bases[base].narrow(0, *run)
-
-
-class Views(Sequence[Tensor]):
-    """The params of a plan. A view is made on access, since most backends use addresses and need no view.
-
-    Args:
-        bases: a result of :meth:`Locator.bases`.
-        fingerprint: of the bases, and of more tensors after them.
-    """
-
-    def __init__(
-        self,
-        locator: Locator,
-        chosen: Sequence[tuple[int, Share]],
-        bases: Sequence[Tensor],
-        fingerprint: Fingerprint,
-    ) -> None:
-        self.locator, self._chosen, self.bases, self._fingerprint = locator, chosen, bases, fingerprint
-
-    def on(self, bases: Sequence[Tensor]) -> Views:
-        """Return the same params on other bases."""
-        return Views(self.locator, self._chosen, bases, self._fingerprint)
-
-    @property
-    def base_views(self) -> list[tuple[Any, ...]]:
-        """The views of the bases, as in :class:`Fingerprint`."""
-        return self._fingerprint.views[: len(self.bases)]
-
-    @property
-    def shares(self) -> list[Share]:
-        """The share of each param."""
-        return [share for _, share in self._chosen]
-
-    @property
-    def averaged(self) -> set[str]:
-        """The names of the params that are averaged, not copied, on this rank or on others."""
-        return {share.name for share in self.locator.shares if share.format is not None}
-
-    def held(self) -> dict[str, Held]:
-        """Return what this rank holds of the model, by name, on the memory that it has now."""
-        located = ((share, self.locator.local(self.bases, i).detach()) for i, share in enumerate(self.locator.shares))
-        return {share.name: Held(share.holding, local, local) for share, local in located}
-
-    def __len__(self) -> int:
-        return len(self._chosen)
-
-    def __getitem__(self, position):  # type: ignore[no-untyped-def]  # an int only; Sequence also has slices
-        index, share = self._chosen[position]
-        return share.of(self.locator.local(self.bases, index).detach())
-
-
-class StagedViews(Views):
-    """The params of a plan that reads copies on the host. The bases are these copies, one for each param."""
-
-    def __getitem__(self, position):  # type: ignore[no-untyped-def]  # as in Views
-        return self.bases[position]
 
 
 #: A plan with its current params and planes.
@@ -205,14 +33,20 @@ class ShardBinding:
         sides: the averaged models, all of the same model.
         held: what this rank holds of the model, by name.
         staging: copies the buffers, and an update reads the copies; None: it reads the buffers themselves.
+        for_use: as for :class:`Locator`.
     """
 
     def __init__(
-        self, model: Module, sides: Sequence[ShardSide], held: Mapping[str, Held], staging: Staging | None
+        self,
+        model: Module,
+        sides: Sequence[ShardSide],
+        held: Mapping[str, Held],
+        staging: Staging | None,
+        for_use: bool,
     ) -> None:
         backend = vars(sides[0])["backend"]
-        self.config, self._staging = (backend, staging, *map(_moves_of, sides)), staging
-        self._locator = Locator(model, sides[0]._shares, held)
+        self.config, self._staging = (backend, staging, for_use, *map(_moves_of, sides)), staging
+        self._locator = Locator(model, sides[0]._shares, held, for_use)
         found = self._locator.find(model)
         assert found is not None, "a new locator must fit"
         indices = {share.name: index for index, share in enumerate(self._locator.shares)}
@@ -231,7 +65,8 @@ class ShardBinding:
         views = self._views(bases)
         pairs = [sides[pace]._pair(share, view, pace) for (pace, _, share), view in zip(chosen, views, strict=True)]
         for pair in pairs:
-            checks.check_sides(pair, any_device=sides[pair.pace]._any_device)
+            # The masters of ZeRO-3 may be offloaded to the CPU.
+            checks.check_sides(pair, any_device=for_use or sides[pair.pace]._any_device)
         checks.check_overlap(pairs)
         for device in {tensor.device for pair in pairs for tensor in (pair.param, pair.average)}:
             refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
@@ -303,8 +138,18 @@ class ShardBinding:
         return bases
 
 
-def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], staging: Staging | None = None) -> Bound:
+def bind_shards(
+    bindings: Bindings,
+    model: Module,
+    sides: Sequence[ShardSide],
+    staging: Staging | None = None,
+    *,
+    for_use: bool = False,
+) -> Bound:
     """Return the plan for ``model`` with its params and planes. Make a new one if no kept plan fits.
+
+    Args:
+        for_use: bind what a forward pass reads, where an update reads the masters of ZeRO-3.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -312,7 +157,8 @@ def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], s
     """
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hints.of_value('model', model)}")
-    counters, config = [side.n_averaged for side in sides], (vars(sides[0])["backend"], staging, *map(_moves_of, sides))
+    counters = [side.n_averaged for side in sides]
+    config = (vars(sides[0])["backend"], staging, for_use, *map(_moves_of, sides))
     current = bindings.current(model, config, counters)
     if current is None:
         # After a forward pass without a backward, FSDP's root is gathered and its modules hold other tensors.
@@ -324,25 +170,8 @@ def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], s
         held = sides[0]._find_held(model)
         for side in sides:
             side._follow(model, held)
-        bindings.use(ShardBinding(model, sides, held, staging))
+        bindings.use(ShardBinding(model, sides, held, staging, for_use))
         current = bindings.current(model, config, counters)
         if current is None:
             raise RuntimeError("model and averages must stay as they are in a call, but a thread has replaced a tensor")
     return current  # type: ignore[return-value]  # the bindings of this floor have views for params
-
-
-def on_its_memory(bound: Bound, sides: Sequence[ShardSide]) -> Bound:
-    """Return a bound plan, or a new one if memory has moved in its storage since, as ``share_memory()`` does."""
-    plan, views, planes = bound
-    counters = [side.n_averaged for side in sides]
-    if plan.fits(views, planes, counters):
-        return bound
-    each = len(views) // len(sides)
-    pairs = [
-        sides[index // each]._pair(share, view, index // each)
-        for index, (share, view) in enumerate(zip(views.shares, views, strict=True))
-    ]
-    backends = choice.choose_backends(vars(sides[0])["backend"], choice.device_types(pairs))
-    made = Plan(pairs, backends, counters, frozenset(map(Tensor.data_ptr, planes)))
-    made.copies = plan.copies
-    return made, views, planes

@@ -16,7 +16,7 @@ from ..average.subspace_use import HasSubspaces
 from ..backends.contract import Pair
 from ..loop import swaps
 from ..loop.guard import Guard, seamless
-from ..op.drawing import DrawsOf, DrawsSample, PlacesPoint, draw_for_good
+from ..op.drawing import DrawsOf, draw_for_good
 from ..terms.draws import Draws, make_random_key
 from ..terms.formats import with_spread
 from ..terms.hints import hinted
@@ -25,23 +25,12 @@ from ..terms.samples import Sample
 from ..terms.spread import Spread
 from .construction import spell
 from .parts.all_gather import AllGather
-from .parts.holdings import Held, reshard
+from .parts.holdings import Held, free_gathered, reshard
 from .parts.ranks import Counting, Ranks
 from .parts.shares import Share
 from .shard_matching import Bound
-from .swap import ShardedExchange, gather_all
-
-
-class DrawsShards(DrawsSample, ShardedExchange):
-    """Each rank draws its own part of a sample, then cut params are gathered from all their ranks."""
-
-    _call = "sampled_into"
-
-
-class PlacesShards(PlacesPoint, DrawsShards):
-    """Each rank places its own part of a point, likewise."""
-
-    _call = "placed_into"
+from .swap import OF_SHARDS, gather_all
+from .zero_swap import OF_RUNS
 
 
 class UsableShards(HasSubspaces):
@@ -52,8 +41,8 @@ class UsableShards(HasSubspaces):
 
         Params and averages are exchanged in place if the dtypes agree. Otherwise this rank's part of the params is
         copied aside and overwritten. Params that are cut are then all-gathered in windows, on entering and on leaving.
-        FSDP modules are resharded at both. Params must not be written in the body, and swaps may nest, as
-        with :class:`~swafast.FusedAveragedModel`.
+        FSDP modules are resharded at both, and what ZeRO-3 has gathered is freed. Params must not be written in the
+        body, and swaps may nest, as with :class:`~swafast.FusedAveragedModel`.
 
         Collective if params are cut. On leaving, after an exception too, everything changes back. If a rank is lost,
         this rank's averages and its own part of the params are whole. The other parts of cut params may not be, and the
@@ -68,6 +57,8 @@ class UsableShards(HasSubspaces):
 
     def copy_to(self, model: Module) -> None:
         """Copy averages and buffers into ``model``, each rounded once to the param's dtype. Collective if any is cut.
+
+        Under ZeRO-3 the masters get them too, so that the next step of the optimizer begins there.
 
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`update_parameters`; nothing has changed.
@@ -117,12 +108,13 @@ class UsableShards(HasSubspaces):
                 failure = self._guard.settled_or_error(action, model)
                 with self._guard.locked(self._ranks.lock):
                     with self._meet(action, model, asked, failure) as (bound, held):
-                        kind: Any = ShardedExchange
+                        kind: Any
+                        kind, draws, places = OF_RUNS if bound[1].locator.for_use else OF_SHARDS
                         if asked:
                             if "sample" in asked:
-                                kind = partial(PlacesShards, self._placing(asked["sample"]))
+                                kind = partial(places, self._placing(asked["sample"]))
                             else:
-                                kind = partial(DrawsShards, self._drawing(**asked))
+                                kind = partial(draws, self._drawing(**asked))
                             bound[0].writable_pairs(*bound[1:])
                         elif self._uncounted is not None:
                             self._warn_if_empty(action)
@@ -146,13 +138,17 @@ class UsableShards(HasSubspaces):
                 drawing = self._drawing(**asked) if asked else None
                 if swaps.in_force:
                     swaps.refuse_model(action, model)
-                pairs = plan.writable_pairs(params, planes)
+                # The next step of the optimizer would bring back what masters held.
+                bounds = [(plan, params, planes), *([self._bind(model)] if params.locator.for_use else [])]
+                pairs = [plan.writable_pairs(params, planes) for plan, params, planes in bounds]
             if drawing is not None:
-                draw_for_good(plan, params, planes, drawing)
+                for plan, params, planes in bounds:
+                    draw_for_good(plan, params, planes, drawing)
             else:
                 if self._uncounted is not None:  # on all ranks, which have compared their counts if they meet below
                     self._refuse_if_empty(action)
-                plan.copy_to(pairs)
+                for (plan, _, _), of_plan in zip(bounds, pairs, strict=True):
+                    plan.copy_to(of_plan)
             gather_all(self._all_gathers, held, action, "could not reach all params", torn=True)
 
     @contextmanager
@@ -169,8 +165,12 @@ class UsableShards(HasSubspaces):
             if failure is not None:
                 raise failure
             self._guard.refuse_while_swapped(action)
-            bound = self._bind(model)
+            # No model mixes ZeRO-3 with other kinds. Written out, since a call costs all the others.
+            is_zero = bool(self._shares) and self._shares[0].holding.sharding.kind == "zero"
+            bound = self._bind(model, for_use=True) if is_zero else self._bind(model)
             reshard(model)
+            if is_zero:
+                free_gathered(model)
             yield bound, bound[1].held() if self._all_gathers else {}
 
     def _spelled(
@@ -222,6 +222,6 @@ class UsableShards(HasSubspaces):
         _planes: dict[str, tuple[Tensor, ...]]
         _all_gathers: Sequence[AllGather]
 
-        def _bind(self, model: Module, staging: Any = None) -> Bound: ...
+        def _bind(self, model: Module, staging: Any = None, *, for_use: bool = False) -> Bound: ...
         def _warn_if_empty(self, action: str) -> None: ...
         def _refuse_if_empty(self, action: str) -> None: ...

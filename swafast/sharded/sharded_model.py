@@ -25,7 +25,8 @@ from ..terms.rules import Rule, warn_of_small_decay
 from ..terms.spread import Spread, checked_spread
 from . import checkpoint, construction
 from .full_states import HasFullStates
-from .parts.holdings import Held, copied_by_torch, find_holdings, reshard
+from .parts.finding import copied_by_torch, find_holdings
+from .parts.holdings import Held, reshard
 from .parts.ranks import Ranks
 from .parts.shares import share_out
 from .regrowing import AdaptableShards
@@ -45,7 +46,9 @@ class ShardedAveragedModel(HasFullStates, PlaceableShards, AdaptableShards, Shar
 
     - of params that each rank holds whole (DDP, or a plain model): an even cut, 1/world of the bytes and the time;
     - of DTensors (FSDP2, HSDP, tensor parallelism, on 1-D and 2-D meshes) and FSDP1's flat params: its shard. If
-      several ranks hold the same shard (HSDP), each averages all of it, or with ``share_replicas`` an even cut.
+      several ranks hold the same shard (HSDP), each averages all of it, or with ``share_replicas`` an even cut;
+    - of params that DeepSpeed's ZeRO-3 has partitioned: its run of each float32 master, or of a frozen param. Pass the
+      engine's module. A swap puts the averages into the runs that a forward pass gathers.
 
     Construction is collective: all ranks of ``process_group`` construct it, with the same arguments. An error on one
     rank raises on all of them.
@@ -72,7 +75,8 @@ class ShardedAveragedModel(HasFullStates, PlaceableShards, AdaptableShards, Shar
         ValueError: there are several processes and no process group; an argument has a value not listed above; or
             ranks differ in names, shapes, placements, arguments, or bits that they should hold alike. The message names
             the difference.
-        NotImplementedError: a parameter's dtype, such as float8, cannot be averaged. ``include`` can leave it out.
+        NotImplementedError: a parameter's dtype, such as float8, cannot be averaged. ``include`` can leave it out. Or
+            ZeRO-3 keeps a parameter where it cannot be averaged, such as on NVMe; the message says why.
         RuntimeError: construction failed on another rank, which the message names; or a rank was lost.
 
     Paper: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407.

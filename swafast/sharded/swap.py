@@ -11,14 +11,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
 from ..loop.swaps import broadcasts_buffers
+from ..op.drawing import DrawsSample, PlacesPoint
 from ..op.exchange import Exchange, Located
 from ..terms.names import canonical, unwrap
 from ..torch_private import distributed as private
 from ..torch_private.modules import named_tensors
+from .locator import Views
 from .parts.all_gather import AllGather
 from .parts.faults import LostPeerError
 from .parts.holdings import Held, reshard
-from .shard_matching import Bound, Views
+from .shard_matching import Bound
 
 NOT_WHOLE = (
     "this rank's averages and its own part of the params are whole; the params that other ranks average are not: load "
@@ -74,9 +76,12 @@ class ShardedExchange(Exchange):
         if not self.is_back:
             try:
                 private.end_forward(self._model)
-                reshard(self._model)
+                self._reshard()
             finally:
                 super().back()
+
+    def _reshard(self) -> None:
+        reshard(self._model)
 
     def _fill_in(self) -> None:
         if self._all_there:
@@ -118,6 +123,22 @@ class ShardedExchange(Exchange):
     def _is_copied_buffer(self, base: int) -> bool:
         share = self._params.locator.share_in(base)
         return share.format is None and share.holding.is_buffer
+
+
+class DrawsShards(DrawsSample, ShardedExchange):
+    """Each rank draws its own part of a sample, then cut params are gathered from all their ranks."""
+
+    _call = "sampled_into"
+
+
+class PlacesShards(PlacesPoint, DrawsShards):
+    """Each rank places its own part of a point, likewise."""
+
+    _call = "placed_into"
+
+
+#: The exchanges of averages, of a sample and of a point.
+OF_SHARDS = (ShardedExchange, DrawsShards, PlacesShards)
 
 
 def gather_all(

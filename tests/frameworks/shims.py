@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -39,6 +40,13 @@ def _to_cpu(moves: Callable[..., AbstractContextManager[None]]) -> Callable[...,
         return nullcontext() if handle.flat_param.device.type == "cpu" else moves(handle)
 
     return to_cpu
+
+
+def shim_deepspeed() -> None:
+    """Have DeepSpeed run on the CPU, and build no operator of its own for gloo."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # it reads this at its import
+    backend: Any = import_module("deepspeed.comm.torch")  # as an attribute, that name is torch
+    backend.build_shm_op = lambda: None
 
 
 def stay_offline() -> None:
