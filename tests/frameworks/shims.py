@@ -38,10 +38,11 @@ def _to_cpu(moves: Callable[..., AbstractContextManager[None]]) -> Callable[...,
 
 
 def stay_offline() -> None:
-    """Have no framework ask a server for a model, or report what it does."""
+    """Have no framework ask a server for a model, report what it does, or look for a GPU."""
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
         "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",  # of DeepSpeed, which asks at its import
     }
