@@ -1,14 +1,16 @@
 """The imports of a rank that trains with a framework, before it is forked. See `tests.ranks_preload`."""
 
 # ruff: noqa: E402, F401
-from tests.frameworks.shims import shim_torchvision, stay_offline
+from tests.frameworks.shims import shim_deepspeed, shim_torchvision, stay_offline
 
 stay_offline()
 shim_torchvision()
+shim_deepspeed()
 
 import gc
 
 import accelerate
+import deepspeed
 import lightning.pytorch
 import transformers
 import transformers.trainer

@@ -37,6 +37,13 @@ def _to_cpu(moves: Callable[..., AbstractContextManager[None]]) -> Callable[...,
     return to_cpu
 
 
+def shim_deepspeed() -> None:
+    """Have DeepSpeed's ranks talk by gloo alone. Else it compiles an operator of its own first, which takes minutes."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def stay_offline() -> None:
     """Have no framework ask a server for a model, report what it does, or look for a GPU."""
     os.environ |= {
