@@ -11,6 +11,8 @@ import gc
 
 import accelerate
 import deepspeed
+import deepspeed.module_inject.auto_ep_layer
+import deepspeed.runtime.zero.muon.muon_optimizer  # compiles a function, so it imports much of torch
 import lightning.pytorch
 import transformers
 import transformers.trainer
