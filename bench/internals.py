@@ -16,7 +16,7 @@ from swafast.op import tree_check
 from swafast.op.choice import BACKENDS, choose_backends
 from swafast.sharded.construction import format_of_average
 from swafast.sharded.parts import all_gather
-from swafast.sharded.parts.holdings import find_holdings
+from swafast.sharded.parts.finding import find_holdings
 from swafast.sharded.parts.shares import share_out
 from swafast.terms.formats import get_format
 from swafast.terms.grids import SIDE as SIDE

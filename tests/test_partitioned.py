@@ -85,7 +85,7 @@ def test_offloaded_copies_have_no_marks_but_are_refused_too() -> None:
     model = nn.Linear(3, 3)
     averaged = FusedAveragedModel(model)
     partition(model.weight, marks=False)
-    with pytest.raises(ValueError, match=r"'weight' must have the average's shape \(3, 3\), got \(0,\): gather"):
+    with pytest.raises(ValueError, match=r"'weight' must have the average's shape \(3, 3\), got \(0,\): .*gather"):
         averaged.update_parameters(model)
 
 
@@ -98,7 +98,7 @@ def test_in_recipes() -> None:
     composer = ComposerSWA(averaged, own, model, max_duration="2ep", steps_per_epoch=1, swa_start="0.5dur")
     weight = model.weight.detach().clone()
     partition(model.weight)
-    refused = pytest.raises(ValueError, match=r"'param 0' empty, with ds_shape: gather")
+    refused = pytest.raises(ValueError, match=r"'param 0' empty, with ds_shape: .*gather")
     for call in (optimizer.update_swa, optimizer.swap_swa_sgd, lambda: optimizer.load_state_dict(state)):
         with refused:
             call()

@@ -79,9 +79,10 @@ def applied_steps(engine: Any) -> int:
 def refresh_masters(engine: Any) -> None:
     """Copy the model's params into the float32 copies that the engine trains, if it has any.
 
-    Else the next step, or a checkpoint, would bring the old ones back.
+    Else the next step, or a checkpoint, would bring the old ones back. Of ZeRO stage 3, averages are copied there at
+    once, with all of their bits.
     """
-    if hasattr(engine.optimizer, "refresh_fp32_params"):
+    if engine.zero_optimization_stage() < 3 and hasattr(engine.optimizer, "refresh_fp32_params"):
         engine.optimizer.refresh_fp32_params()
 
 

@@ -40,6 +40,8 @@ class Exchanged(Protocol):
 
     @property
     def tensors(self) -> Sequence[Tensor]: ...
+    @property
+    def beside(self) -> Sequence[Tensor]: ...
     def there(self) -> None: ...
     def back(self) -> None: ...
     def watch(self) -> None: ...
@@ -128,7 +130,7 @@ class Swap:
 
     def ids(self) -> set[int]:
         """Return the ids of the tensors of the model and the averages, and of their memory."""
-        held = self._exchange.tensors if self._exchange is not None else ()
+        held = (*self._exchange.tensors, *self._exchange.beside) if self._exchange is not None else ()
         return _ids((*_tensors_of(self.model), *held))
 
     def leave(self) -> None:

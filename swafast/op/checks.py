@@ -20,7 +20,7 @@ from .copies import is_for_torch
 FOR_SHARDED = "average a sharded model with swafast.ShardedAveragedModel"
 
 #: Advice for a model whose params are partitioned.
-GATHER = "gather a model partitioned as by ZeRO-3 before averaging it"
+GATHER = f"{FOR_SHARDED}, or gather a model partitioned as by ZeRO-3 before averaging it"
 
 #: What DeepSpeed notes on each param that it partitions. The small ones stay whole.
 _PARTITION_MARKS = ("ds_shape", "ds_numel", "ds_id", "ds_status", "ds_tensor")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import compress
 from operator import is_
 from typing import Any, Protocol
@@ -48,6 +48,10 @@ class Exchange:
         is_back: whether everything is back where it was, or cannot be put back.
     """
 
+    #: What a step of the optimizer writes besides the params, so that a swap knows the model by it.
+    beside: Sequence[Tensor] = ()
+    #: Tells of writes that are in no version, as :meth:`written` does.
+    written_elsewhere: Callable[[], dict[str, str]] | None = None
     _in_place = True  # False: all params are copied aside, and the averages stay as they are
     # What becomes of a write into a param and into a plane, and whether one into an averaged buffer counts.
     _end_of_params, _end_of_planes, _watches_buffers = INTO_MODEL, INTO_AVERAGES, True
@@ -231,7 +235,7 @@ class Exchange:
             for name in map(repr, renormed_params(self._binding.root)):
                 if found.get(name) == self._end_of_params:
                     del found[name]
-        return found
+        return found if self.written_elsewhere is None else found | self.written_elsewhere()
 
 
 class _Moved:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..op.checks import GATHER
 from ..terms.coefficients import coefficients_of, factors_of
 from ..terms.copying import describe_kind, duplicate, is_plain
 from ..terms.formats import EXTRA_PLANES
@@ -161,10 +162,12 @@ def _require_tensors(what: str, state: State) -> None:
             f"{what} must be a model's own state, got one of an average with {plane!r} beside it: pass "
             "averaged_state_dict(), or merge such states by their counts with swafast combine or merge_over"
         )
-    if not any(
-        isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) for value in state.values()
-    ):
+    tensors = (value for value in state.values() if isinstance(value, Tensor))
+    averaged = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
+    if not averaged:
         raise ValueError(f"{what} must hold tensors that can be averaged, got none: pass model.state_dict()")
+    if not any(tensor.numel() for tensor in averaged):
+        raise ValueError(f"{what} must hold values, got only empty tensors, as a model has under ZeRO-3: {GATHER}")
 
 
 def _further_plane(state: State) -> str | None:

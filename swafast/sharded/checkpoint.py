@@ -19,7 +19,7 @@ from ..terms.converting import write_all
 from ..terms.copying import are_alike, describe_kind
 from ..terms.names import unwrapping
 from ..terms.spread import Spread
-from .parts.holdings import is_spread_as
+from .parts.holdings import RUNS, is_spread_as
 from .parts.part_tensor import PartTensor
 from .parts.ranks import Ranks
 from .parts.shares import Share
@@ -76,7 +76,7 @@ def part_of(entry: Entry) -> Tensor:
     """Return a copy of this rank's part as distributed checkpoints take it: a DTensor, PartTensor or whole tensor."""
     share, holding = entry.share, entry.share.holding
     run = entry.run.clone()
-    if share.cut is not None or holding.sharding.kind == "flat":
+    if share.cut is not None or holding.sharding.kind in RUNS:
         return PartTensor(run, holding.shape, share.boxes)
     local = share.boxes[0].of_run(run) if run.numel() else run.new_empty(holding.local_shape)
     if holding.device_mesh is None:

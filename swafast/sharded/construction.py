@@ -20,7 +20,8 @@ from ..terms.formats import Format, format_of, stored_dtype, with_spread
 from ..terms.names import empty_buffers, unwrap
 from ..terms.spread import Spread
 from .parts.all_gather import AllGather
-from .parts.holdings import Held, Holding, Mesh, partial_meshes
+from .parts.finding import partial_meshes
+from .parts.holdings import Held, Holding, Mesh
 from .parts.ranks import OneProcess, Ranks
 from .parts.rendezvous import shared_ranks
 from .parts.shares import Share, view_of_run

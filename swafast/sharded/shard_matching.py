@@ -20,8 +20,10 @@ from ..terms.copying import are_alike, duplicate
 from ..terms.names import canonical, unwrap
 from ..torch_private import distributed as private
 from ..torch_private.modules import Walk, named_tensors
-from .parts.holdings import Held, copied_by_torch, reshard
+from .parts.finding import copied_by_torch
+from .parts.holdings import Held, reshard
 from .parts.shares import Share
+from .parts.zero import Masters
 from .shard_side import ShardSide
 from .staging import Staging
 
@@ -30,13 +32,17 @@ class Locator:
     """Finds this rank's tensors in a model again, or detects that they must be matched by name again.
 
     It holds no params, so it keeps no model alive.
+
+    Args:
+        held: what this rank holds of the model, by name.
+        for_use: find what a forward pass reads, also where an update reads the masters of ZeRO-3.
     """
 
-    def __init__(self, model: Module, shares: Sequence[Share], held: Mapping[str, Held]) -> None:
+    def __init__(self, model: Module, shares: Sequence[Share], held: Mapping[str, Held], for_use: bool = False) -> None:
+        found_in = {share.name: held[share.name].place(for_use)[0] for share in shares}
         self._walk = Walk(unwrap(model))
         #: Indices of the buffers that torch copies, by their names.
         self._by_torch = {names: self._walk.position(each) for names, each in copied_by_torch(model).items()}
-        found_in = {share.name: held[share.name].found_in for share in shares}
         kinds = (DTensor, Tensor)
         #: In the order of find(): DTensors, plain tensors, then shards of flat params.
         self.shares = sorted(shares, key=lambda share: [not isinstance(found_in[share.name], kind) for kind in kinds])
@@ -50,13 +56,26 @@ class Locator:
         bases = {key: len(tensors) + i for i, key in enumerate(flats)}
         self._locations: list[tuple[int, tuple[int, int] | None]] = [(i, None) for i in range(len(tensors))]
         for share in self.shares[len(tensors) :]:
-            run = (held[share.name].offset, share.holding.numel)
+            run = (held[share.name].place(for_use)[1], share.holding.numel)
             self._locations.append((bases[id(found_in[share.name])], run))
+        #: Under ZeRO-3, where the masters of these shares lie: a step of the optimizer writes them.
+        of_updates = {id(each.found_in): (name, each.found_in) for name, each in held.items()}.values()
+        self._masters = [(name, each) for name, each in of_updates if isinstance(each, Masters)]
+        self.for_use = for_use
 
     @property
     def root(self) -> Module | None:
         """The unwrapped model whose tensors it finds, or None if it is gone."""
         return self._walk.root
+
+    def masters(self) -> list[tuple[str, Tensor]]:
+        """Return the masters of ZeRO-3, of which a forward pass reads copies, each with the name of a param in it."""
+        return [(name, each.local) for name, each in self._masters if self.for_use]
+
+    def runs(self, bases: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+        """Return the bases that are in no module, each with the name of a share in it."""
+        first = len(self._positions)
+        return [(self.share_in(first + index).name, base) for index, base in enumerate(bases[first:])]
 
     def is_of(self, model: Module) -> bool:
         """Return whether it finds the tensors of ``model``."""
@@ -68,7 +87,7 @@ class Locator:
         if not self.is_of(model):
             return None
         found = self._walk.tensors()
-        if found is None:
+        if found is None or not all(each.is_current() for _, each in self._masters):
             return None
         tensors = [found[i] for i in self._positions]
         try:
@@ -123,7 +142,7 @@ class Locator:
             if base < len(places):
                 now = [found[name] for name in share.holding.names if name in found]
                 places[base] = private.local_tensors(now) if all(isinstance(t, DTensor) for t in now) else now  # type: ignore[arg-type]
-        return [*places, *([flat.local] for flat in self._flats)]
+        return [*places, *([flat.local] if flat.is_current() else [] for flat in self._flats)]
 
     def share_in(self, base: int) -> Share:
         """Return a share that lies in the base of this index."""
@@ -195,14 +214,20 @@ class ShardBinding:
         sides: the averaged models, all of the same model.
         held: what this rank holds of the model, by name.
         staging: copies the buffers, and an update reads the copies; None: it reads the buffers themselves.
+        for_use: as for :class:`Locator`.
     """
 
     def __init__(
-        self, model: Module, sides: Sequence[ShardSide], held: Mapping[str, Held], staging: Staging | None
+        self,
+        model: Module,
+        sides: Sequence[ShardSide],
+        held: Mapping[str, Held],
+        staging: Staging | None,
+        for_use: bool,
     ) -> None:
         backend = vars(sides[0])["backend"]
-        self.config, self._staging = (backend, staging), staging
-        self._locator = Locator(model, sides[0]._shares, held)
+        self.config, self._staging = (backend, staging, for_use), staging
+        self._locator = Locator(model, sides[0]._shares, held, for_use)
         found = self._locator.find(model)
         assert found is not None, "a new locator must fit"
         bases = self._bases_of(found)
@@ -220,7 +245,7 @@ class ShardBinding:
         views = self._views(bases)
         pairs = [sides[pace]._pair(share, view, pace) for (pace, _, share), view in zip(chosen, views, strict=True)]
         for pair in pairs:
-            checks.check_sides(pair, any_device=False)
+            checks.check_sides(pair, any_device=for_use)  # the masters may be offloaded to the CPU
         checks.check_overlap(pairs)
         for device in {pair.average.device for pair in pairs}:
             refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
@@ -287,8 +312,18 @@ class ShardBinding:
         return bases
 
 
-def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], staging: Staging | None = None) -> Bound:
+def bind_shards(
+    bindings: Bindings,
+    model: Module,
+    sides: Sequence[ShardSide],
+    staging: Staging | None = None,
+    *,
+    for_use: bool = False,
+) -> Bound:
     """Return the plan for ``model`` with its params and planes. Make a new one if no kept plan fits.
+
+    Args:
+        for_use: bind what a forward pass reads, where an update reads the masters of ZeRO-3.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -296,7 +331,7 @@ def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], s
     """
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hints.of_value('model', model)}")
-    counters, config = [side.n_averaged for side in sides], (vars(sides[0])["backend"], staging)
+    counters, config = [side.n_averaged for side in sides], (vars(sides[0])["backend"], staging, for_use)
     current = bindings.current(model, config, counters)
     if current is None:
         # After a forward pass without a backward, FSDP's root is gathered and its modules hold other tensors.
@@ -308,25 +343,8 @@ def bind_shards(bindings: Bindings, model: Module, sides: Sequence[ShardSide], s
         held = sides[0]._find_held(model)
         for side in sides:
             side._follow(model, held)
-        bindings.use(ShardBinding(model, sides, held, staging))
+        bindings.use(ShardBinding(model, sides, held, staging, for_use))
         current = bindings.current(model, config, counters)
         if current is None:
             raise RuntimeError("model and averages must stay as they are in a call, but a thread has replaced a tensor")
     return current  # type: ignore[return-value]  # the bindings of this floor have views for params
-
-
-def on_its_memory(bound: Bound, sides: Sequence[ShardSide]) -> Bound:
-    """Return a bound plan, or a new one if memory has moved in its storage since, as ``share_memory()`` does."""
-    plan, views, planes = bound
-    counters = [side.n_averaged for side in sides]
-    if plan.fits(views, planes, counters):
-        return bound
-    each = len(views) // len(sides)
-    pairs = [
-        sides[index // each]._pair(share, view, index // each)
-        for index, (share, view) in enumerate(zip(views.shares, views, strict=True))
-    ]
-    backends = choice.choose_backends(vars(sides[0])["backend"], choice.device_types(pairs))
-    made = Plan(pairs, backends, counters, frozenset(map(Tensor.data_ptr, planes)))
-    made.copies = plan.copies
-    return made, views, planes

@@ -16,14 +16,15 @@ from ..terms.formats import Format
 from ..terms.names import require_same_names
 from ..terms.rules import Rule
 from .construction import followed
-from .parts.holdings import Held, Mesh, copied_by_torch, find_holdings, is_fsdp1, require_same_sharding
+from .parts.finding import copied_by_torch, find_holdings
+from .parts.holdings import Held, Mesh, is_fsdp1, is_zero, require_same_sharding
 from .parts.ranks import Ranks
 from .parts.shares import Share
 
 
 def check_sharded_model(model: object) -> None:
-    """Raise as :func:`check_model` does, but accept an FSDP1 model with only empty params on this rank."""
-    if not (isinstance(model, Module) and is_fsdp1(model)):
+    """Raise as :func:`check_model` does, but accept models of FSDP1 and ZeRO-3 with only empty params on this rank."""
+    if not (isinstance(model, Module) and (is_fsdp1(model) or is_zero(model))):
         check_model(model)
 
 

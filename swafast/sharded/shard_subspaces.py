@@ -20,7 +20,7 @@ from ..average.subspace import (
     products,
     refuse_without_gradients,
 )
-from .parts.holdings import Held, is_fsdp1
+from .parts.holdings import Held, is_fsdp1, is_zero
 from .shard_use import UsableShards
 
 
@@ -67,10 +67,13 @@ class PlaceableShards(UsableShards):
         with self._guard.locked(self._ranks.lock):
             with self._counting.settled("gradient", self._number):
                 self._refuse_unplaced(model)
-                if is_fsdp1(model):
+                if is_fsdp1(model) or is_zero(model):
+                    kind = (
+                        "ZeRO-3, which partitions them" if is_zero(model) else "FSDP1, which keeps them in flat params"
+                    )
                     raise NotImplementedError(
-                        "gradient must be of a model whose params have gradients of their own, got FSDP1, which keeps "
-                        "them in flat params: wrap the model by fully_shard (FSDP2) or DDP"
+                        f"gradient must be of a model whose params have gradients of their own, got {kind}: wrap the "
+                        "model by fully_shard (FSDP2) or DDP"
                     )
                 found = self._own_gradients(model, count)
                 own = products(found, count)

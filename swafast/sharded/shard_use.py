@@ -25,7 +25,7 @@ from ..terms.samples import Sample
 from ..terms.spread import Spread
 from .construction import spell
 from .parts.all_gather import AllGather
-from .parts.holdings import Held, reshard
+from .parts.holdings import Held, free_gathered, reshard
 from .parts.ranks import Counting, Ranks
 from .parts.shares import Share
 from .shard_matching import Bound
@@ -146,13 +146,17 @@ class UsableShards(HasSubspaces):
                 drawing = self._drawing(**asked) if asked else None
                 if swaps.in_force:
                     swaps.refuse_model(action, model)
-                pairs = plan.writable_pairs(params, planes)
+                # The next step of the optimizer would bring back what masters held.
+                bounds = [(plan, params, planes), *([self._bind(model)] if params.locator.for_use else [])]
+                pairs = [plan.writable_pairs(params, planes) for plan, params, planes in bounds]
             if drawing is not None:
-                draw_for_good(plan, params, planes, drawing)
+                for plan, params, planes in bounds:
+                    draw_for_good(plan, params, planes, drawing)
             else:
                 if self._uncounted is not None:  # on all ranks, which have compared their counts if they meet below
                     self._refuse_if_empty(action)
-                plan.copy_to(pairs)
+                for (plan, _, _), of_plan in zip(bounds, pairs, strict=True):
+                    plan.copy_to(of_plan)
             gather_all(self._all_gathers, held, action, "could not reach all params", torn=True)
 
     @contextmanager
@@ -165,8 +169,12 @@ class UsableShards(HasSubspaces):
         call = f"{action}({self._spelled(**asked)})" if asked else action
         with self._counting.settled(call, self._number) if self._all_gathers or asked else nullcontext():
             self._guard.refuse_while_swapped(action)
-            bound = self._bind(model)
+            # No model mixes ZeRO-3 with other kinds. Written out, since a call costs all the others.
+            is_zero = bool(self._shares) and self._shares[0].holding.sharding.kind == "zero"
+            bound = self._bind(model, for_use=True) if is_zero else self._bind(model)
             reshard(model)
+            if is_zero:
+                free_gathered(model)
             yield bound, bound[1].held() if self._all_gathers else {}
 
     def _spelled(
@@ -218,6 +226,6 @@ class UsableShards(HasSubspaces):
         _planes: dict[str, tuple[Tensor, ...]]
         _all_gathers: Sequence[AllGather]
 
-        def _bind(self, model: Module, staging: Any = None) -> Bound: ...
+        def _bind(self, model: Module, staging: Any = None, *, for_use: bool = False) -> Bound: ...
         def _warn_if_empty(self, action: str) -> None: ...
         def _refuse_if_empty(self, action: str) -> None: ...

@@ -25,7 +25,8 @@ from ..terms.rules import Rule, warn_of_small_decay
 from ..terms.spread import Spread, checked_spread
 from . import checkpoint, construction
 from .full_states import HasFullStates
-from .parts.holdings import Held, copied_by_torch, find_holdings, reshard
+from .parts.finding import copied_by_torch, find_holdings
+from .parts.holdings import Held, reshard
 from .parts.ranks import Ranks
 from .parts.shares import share_out
 from .regrowing import AdaptableShards

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
-from ..loop.swaps import broadcasts_buffers
+from ..loop.swaps import DISCARDED, broadcasts_buffers
 from ..op.exchange import Exchange, Located
 from ..terms.names import canonical, unwrap
 from ..torch_private import distributed as private
 from ..torch_private.modules import named_tensors
 from .parts.all_gather import AllGather
 from .parts.faults import LostPeerError
-from .parts.holdings import Held, reshard
+from .parts.holdings import Held, free_gathered, reshard, written_while_gathered
 from .shard_matching import Bound, Views
 
 NOT_WHOLE = (
@@ -51,6 +51,11 @@ class ShardedExchange(Exchange):
         self._leave = leave
         # `held` keeps the current memory. If the body replaces a tensor on one rank, others must not get its values.
         self._model, self._all_gathers, self._held = unwrap(model), all_gathers, held
+        self._is_zero = bound[1].locator.for_use
+        if self._is_zero:
+            self.written_elsewhere = self._written_while_gathered
+            self._masters = bound[1].locator.masters()
+            self.beside = [master for _, master in self._masters]
         super().__init__(*bound, binding, ignore_buffers=broadcasts_buffers(model))
         self._all_there = False  # while False, back() runs no collective
 
@@ -65,6 +70,9 @@ class ShardedExchange(Exchange):
         self._all_there = True
         self.watch()
 
+    def _written_while_gathered(self) -> dict[str, str]:
+        return dict.fromkeys(map(repr, written_while_gathered(self._model)), DISCARDED)
+
     def back(self) -> None:
         """Put the params back: this rank's own part and its averages in any case, then the parts of other ranks.
 
@@ -75,6 +83,8 @@ class ShardedExchange(Exchange):
             try:
                 private.end_forward(self._model)
                 reshard(self._model)
+                if self._is_zero:
+                    free_gathered(self._model, lossless=False)
             finally:
                 super().back()
 
@@ -97,6 +107,9 @@ class ShardedExchange(Exchange):
             for name, tensor in named_tensors(self._model, buffers=is_buffer)
             if canonical(name) in own or name.endswith("_flat_param")
         ]
+        if self._is_zero:
+            found += [(name, base, False) for name, base in self._params.locator.runs(self._params.bases)]
+            found += [(name, master, False) for name, master in self._masters]
         parted = [each for each in found if isinstance(each[1], DTensor)]
         local = private.local_tensors([tensor for _, tensor, _ in parted])  # type: ignore[misc]
         return [*found, *((name, each, is_buffer) for (name, _, is_buffer), each in zip(parted, local, strict=True))]

@@ -15,15 +15,33 @@ from ..average.bindings import Bindings
 from ..loop import swaps
 from ..loop.attach import Attachable
 from ..loop.runners import Ready
+from ..op import choice
 from ..op.plan import Plan
 from ..terms import habits
 from ..terms.copying import bytes_of
 from ..terms.lazy import MadeOnUse
 from ..torch_private.core import disable_dynamo
 from .parts.ranks import Counting, Ranks
-from .shard_matching import Bound, bind_shards, on_its_memory
+from .shard_matching import Bound, bind_shards
 from .shard_side import ShardSide
 from .staging import Staging
+
+
+def _on_its_memory(bound: Bound, sides: Sequence[ShardSide]) -> Bound:
+    """Return a bound plan, or a new one if memory has moved in its storage since, as ``share_memory()`` does."""
+    plan, views, planes = bound
+    counters = [side.n_averaged for side in sides]
+    if plan.fits(views, planes, counters):
+        return bound
+    each = len(views) // len(sides)
+    pairs = [
+        sides[index // each]._pair(share, view, index // each)
+        for index, (share, view) in enumerate(zip(views.shares, views, strict=True))
+    ]
+    backends = choice.choose_backends(vars(sides[0])["backend"], choice.device_types(pairs))
+    made = Plan(pairs, backends, counters, frozenset(map(Tensor.data_ptr, planes)))
+    made.copies = plan.copies
+    return made, views, planes
 
 
 class Flag:
@@ -102,8 +120,8 @@ class AttachableShards(Attachable):
                 swaps.refuse_model("update_parameters", model)
             self._update(self._bind(model))
 
-    def _bind(self, model: Module, staging: Staging | None = None) -> Bound:
-        return bind_shards(self._bindings, model, self._updated, staging)
+    def _bind(self, model: Module, staging: Staging | None = None, *, for_use: bool = False) -> Bound:
+        return bind_shards(self._bindings, model, self._updated, staging, for_use=for_use)
 
     def _update(self, bound: Bound) -> None:
         """Run an update of a bound plan. The calling thread holds the averages."""
@@ -182,7 +200,7 @@ class AttachableShards(Attachable):
 
         def update(bound: Bound) -> None:
             with self._guard.hold("update_parameters"):
-                self._update(on_its_memory(bound, self._updated))
+                self._update(_on_its_memory(bound, self._updated))
 
         return ready
 

@@ -153,11 +153,13 @@ sharded/parts/: what one rank holds, and how ranks communicate
     turn              one exchange of a rendezvous
     seat              one rank's view of our process group over one of the user's
     mesh              torch's ``DeviceMesh`` as plain ints and names
-    sharding          how a tensor is spread over ranks: mesh and placements, replicated, or an FSDP1 flat param
+    sharding          how a tensor is spread over ranks: mesh and placements, replicated, or in runs (FSDP1, ZeRO-3)
     replica           a rank that holds the same elements as another one
     shard             this rank's part of a param that is sharded
     holding           what this rank holds of one param or buffer, in ints
     held              a holding with its tensor
+    working run       this rank's run of a param that ZeRO-3 has partitioned, which a forward pass gathers
+    masters           what ZeRO-3's optimizer steps on this rank: float32 of the params of one group, in one tensor
     part              one rank's piece of something that is cut
     share             the part of a holding that this rank averages
     cut               params that the same ranks hold alike, cut evenly over these ranks

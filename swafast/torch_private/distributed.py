@@ -131,6 +131,10 @@ class FlatParam:
         local = getattr(flat, "_local_shard", None)  # does not exist before the first forward pass
         return local if local is not None else flat.detach()
 
+    def is_current(self) -> bool:
+        """Return whether it is the module's flat param still: it is for as long as the module lives."""
+        return True
+
 
 def _handle(module: FullyShardedDataParallel):  # type: ignore[no-untyped-def]  # a private class
     return module._handle

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -38,10 +39,10 @@ def _to_cpu(moves: Callable[..., AbstractContextManager[None]]) -> Callable[...,
 
 
 def shim_deepspeed() -> None:
-    """Have DeepSpeed's ranks talk by gloo alone. Else it compiles an operator of its own first, which takes minutes."""
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    """Have DeepSpeed run on the CPU, and build no operator of its own for gloo."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # it reads this at its import
+    backend: Any = import_module("deepspeed.comm.torch")  # as an attribute, that name is torch
+    backend.build_shm_op = lambda: None
 
 
 def stay_offline() -> None:
@@ -51,5 +52,4 @@ def stay_offline() -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",  # of DeepSpeed, which asks at its import
     }

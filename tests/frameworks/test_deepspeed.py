@@ -5,16 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from swafast.integrations.deepspeed import WeightAverage
 from tests.frameworks.kit import (
     BATCH,
     STEPS_PER_EPOCH,
@@ -31,7 +28,15 @@ from tests.frameworks.kit import (
     optimizer_of,
     whole_state,
 )
+from tests.frameworks.shims import shim_deepspeed
 from tests.ranks import run_ranks
+
+shim_deepspeed()
+
+import deepspeed  # noqa: E402
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # noqa: E402
+
+from swafast.integrations.deepspeed import WeightAverage  # noqa: E402
 
 pytestmark = pytest.mark.frameworks
 
@@ -136,13 +141,17 @@ class Zero3(Zero):
     stage = 3
 
 
-class TestZero2(Kit):
-    framework = Zero2()
+class TestZero0(Resumes):
+    framework = Zero()
 
 
 class TestZero1(Resumes):
     framework = Zero1()
 
 
-class TestZero0(Resumes):
-    framework = Zero()
+class TestZero2(Kit):
+    framework = Zero2()
+
+
+class TestZero3(Kit):
+    framework = Zero3()

@@ -1,24 +1,27 @@
-"""What this rank holds of each param: the whole (DDP), a DTensor's shard, or a run of an FSDP1 flat param."""
+"""What this rank holds of each param or buffer, how that is spread over ranks, and what is gathered meanwhile."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
-from ...terms.copying import is_plain
 from ...terms.layout import is_dense
-from ...terms.names import canonical, named_params, persistent_buffers, unwrap
+from ...terms.names import canonical, unwrap
 from ...torch_private import distributed as private
 from ...torch_private.modules import named_modules, named_tensors
+from . import zero
+from .zero import Masters, WorkingRun
+
+#: What a run lies in, outside of the modules.
+RunHome = private.FlatParam | WorkingRun | Masters
 
 
 @dataclass(frozen=True)
@@ -34,23 +37,46 @@ class Mesh:
 class Sharding:
     """How a tensor is spread over ranks. It must not change after construction."""
 
-    kind: str  # "replicated", "dtensor" or "flat"
+    kind: str  # "replicated", "dtensor", "flat" (FSDP1) or "zero" (ZeRO-3)
     mesh: Mesh | None = None  # of a DTensor; it holds this rank
     placements: tuple[object, ...] = ()
     meshes: tuple[Mesh, ...] = ()  # all meshes that hold the tensor: several if it is on each column of a larger mesh
 
     def __str__(self) -> str:
         if self.mesh is None:
-            return "one whole tensor on each rank" if self.kind == "replicated" else "a run of an FSDP1 flat parameter"
+            return _WITHOUT_MESH[self.kind]
         of = f" {self.mesh.names}" if self.mesh.names else ""
-        ranks = " and of ".join(_name_ranks(mesh.ranks) for mesh in self.meshes)
+        ranks = " and of ".join(name_ranks(mesh.ranks) for mesh in self.meshes)
         return f"{self.placements} on a mesh of {self.mesh.shape}{of} of {ranks}"
 
 
-def _name_ranks(ranks: Sequence[int]) -> str:
+#: The kinds of which a rank holds any run of the elements, not a box.
+RUNS = ("flat", "zero")
+
+_WITHOUT_MESH = {
+    "replicated": "one whole tensor on each rank",
+    "flat": "a run of an FSDP1 flat parameter",
+    "zero": "a run on each rank, by DeepSpeed's ZeRO-3",
+}
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
     if list(ranks) == list(range(ranks[0], ranks[0] + len(ranks))):
         return f"ranks {ranks[0]} to {ranks[-1]}"
     return f"ranks {', '.join(map(str, ranks))}"
+
+
+def is_spread_as(tensor: DTensor, sharding: Sharding) -> bool:
+    """Return whether a DTensor is on the mesh and has the placements of ``sharding``."""
+    return (mesh_of(tensor.device_mesh), tuple(tensor.placements)) == (sharding.mesh, sharding.placements)
+
+
+@functools.lru_cache(maxsize=8)
+def mesh_of(device_mesh: DeviceMesh) -> Mesh:
+    """Describe a mesh. The result is shared by all params on it, since 1024 ranks take 8 KB."""
+    return Mesh(
+        tuple(device_mesh.mesh_dim_names or ()), tuple(device_mesh.shape), tuple(device_mesh.mesh.flatten().tolist())
+    )
 
 
 @dataclass(frozen=True)
@@ -71,7 +97,7 @@ class Holding:
     replicas: tuple[int, ...]  # the ranks that hold the same elements, sorted, this one included
     always_cut: bool  # over the replicas, even without share_replicas
     device_mesh: DeviceMesh | None = field(default=None, compare=False, repr=False)  # of a DTensor
-    local_shape: tuple[int, ...] = ()  # of this rank's tensor; empty for FSDP1
+    local_shape: tuple[int, ...] = ()  # of this rank's tensor; empty for a run
 
     @property
     def name(self) -> str:
@@ -87,179 +113,26 @@ class Held:
     """A holding with its tensor."""
 
     holding: Holding
-    local: Tensor  # this rank's part; 1-D for a run of a flat param
-    found_in: Tensor | private.FlatParam  # the tensor registered in the model, or FSDP1's flat param
-    offset: int = 0  # in the flat param's local tensor
+    local: Tensor  # this rank's part; 1-D for a run
+    found_in: Tensor | RunHome  # the tensor registered in the model, or what a run lies in
+    offset: int = 0  # of a run, in that
     trains: bool = True  # requires_grad of the original in a flat param
+    used_in: WorkingRun | None = None  # under ZeRO-3 what a forward pass reads: `found_in` has masters
+    seen: Tensor | None = None  # under ZeRO-3 what a user sees
+
+    def place(self, for_use: bool) -> tuple[Tensor | RunHome, int]:
+        """Return what an update, or with ``for_use`` a forward pass, finds the part in, and its offset there."""
+        return (self.used_in, 0) if for_use and self.used_in is not None else (self.found_in, self.offset)
 
     @property
     def shown(self) -> Tensor:
         """What a user sees of a param: the tensor in the model, or this rank's shard of a flat param."""
-        return self.found_in if isinstance(self.found_in, Tensor) else self.local.detach().requires_grad_(self.trains)
+        if isinstance(self.found_in, Tensor):
+            return self.found_in
+        return self.seen if self.seen is not None else self.local.detach().requires_grad_(self.trains)
 
 
-def reshard(model: Module) -> None:
-    """Free the params that FSDP modules of ``model`` have gathered, so that they hold their shards again."""
-    for _, module in named_modules(model, distinct=True):
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    if is_fsdp1(model):
-        private.reshard_flat_params(model)
-
-
-def is_sharded(model: Module) -> bool:
-    """Return whether a rank holds only a part of ``model``, so that forward passes of ranks wait for each other."""
-    tensors = [*named_tensors(model), *named_tensors(model, buffers=True)]
-    return is_fsdp1(model) or any(isinstance(tensor, DTensor) for _, tensor in tensors)
-
-
-def is_fsdp1(model: Module) -> bool:
-    return any(isinstance(module, FullyShardedDataParallel) for _, module in named_modules(model, distinct=True))
-
-
-def partial_meshes(model: Module, ranks: Sequence[int]) -> dict[str, Mesh]:
-    """Return, by name, the meshes of this rank's DTensors that lack some of ``ranks``; those may have their own."""
-    root = unwrap(model)
-    named = {**named_params(root, "model"), **persistent_buffers(root)}
-    meshes = {name: _mesh_of(tensor.device_mesh) for name, tensor in named.items() if isinstance(tensor, DTensor)}
-    return {name: mesh for name, mesh in meshes.items() if set(mesh.ranks) != set(ranks)}
-
-
-def copied_by_torch(model: Module) -> dict[tuple[str, ...], Tensor]:
-    """Return the persistent buffers that no kernel takes, so that torch copies them, by all their names."""
-    tied: dict[int, tuple[list[str], Tensor]] = {}
-    for name, tensor in persistent_buffers(unwrap(model)).items():
-        if not (isinstance(tensor, DTensor) or is_plain(tensor)):
-            tied.setdefault(id(tensor), ([], tensor))[0].append(name)
-    return {tuple(names): tensor for names, tensor in tied.values()}
-
-
-def find_holdings(
-    model: Module, ranks: Sequence[int], meshes: Mapping[str, tuple[Mesh, ...]] | None = None
-) -> list[Held]:
-    """Return what this rank holds of each distinct param and persistent buffer of ``model``, in the model's order.
-
-    Left out are the buffers that torch copies.
-
-    Args:
-        ranks: the ranks of the averaged model's process group, which all hold plain tensors alike.
-        meshes: by name, the meshes that :func:`partial_meshes` has found on all ranks. If FSDP2 shards a param that is
-            not in the plan of tensor parallelism, the param is a DTensor on a part of the whole mesh.
-
-    Raises:
-        ValueError: a tensor is spread in a way that cannot be averaged. The message names the param.
-    """
-    root = unwrap(model)
-    flat = _flat_holdings(root, tuple(ranks)) if is_fsdp1(root) else {}
-    in_flat = {name for held in flat.values() for name in held.holding.names}
-    by_torch = {name for names in copied_by_torch(model) for name in names}
-    found: list[Held] = []
-    for is_buffer, tensors in ((False, named_params(root, "model")), (True, persistent_buffers(root))):
-        tied: dict[int, tuple[list[str], Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name in flat:
-                found.append(flat[name])
-            elif name not in in_flat and name not in by_torch and name.rpartition(".")[2] != private.FLAT_PARAM:
-                tied.setdefault(id(tensor), ([], tensor))[0].append(name)
-        for names, tensor in tied.values():
-            siblings = (meshes or {}).get(names[0], ())
-            found.append(_hold(tuple(names), tensor, is_buffer, tuple(ranks), siblings))
-        if not is_buffer:
-            listed = {held.holding.name for held in found}
-            found.extend(held for name, held in flat.items() if name not in listed)
-    return found
-
-
-def _hold(
-    names: tuple[str, ...], tensor: Tensor, is_buffer: bool, ranks: tuple[int, ...], siblings: tuple[Mesh, ...]
-) -> Held:
-    """Describe what this rank holds of a param or buffer that is not in a flat param."""
-    if isinstance(tensor, DTensor):
-        local, sharding, offsets, sizes, replicas = _shard_of(names[0], tensor, ranks, siblings)
-    else:
-        local, sharding, replicas = tensor, Sharding("replicated"), ranks
-        offsets, sizes = (0,) * tensor.dim(), tuple(tensor.shape)
-    if local.layout != torch.strided:
-        order = None
-    else:
-        order = _order(sizes, local.stride()) if local.numel() else tuple(range(tensor.dim()))
-    holding = Holding(
-        names=names,
-        is_buffer=is_buffer,
-        shape=tuple(tensor.shape),
-        dtype=local.dtype,
-        device=local.device,
-        sharding=sharding,
-        offsets=offsets,
-        sizes=sizes,
-        order=order,
-        start=0,
-        stop=local.numel(),
-        replicas=replicas,
-        always_cut=sharding.kind == "replicated" and not is_buffer,
-        device_mesh=tensor.device_mesh if isinstance(tensor, DTensor) else None,
-        local_shape=tuple(local.shape),
-    )
-    return Held(holding, local, tensor)
-
-
-def _shard_of(
-    name: str, tensor: DTensor, ranks: tuple[int, ...], siblings: tuple[Mesh, ...]
-) -> tuple[Tensor, Sharding, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Return a DTensor's local tensor, its sharding, the offsets and sizes of its box, and its replicas."""
-    (local,) = private.local_tensors([tensor])
-    mesh = _mesh_of(tensor.device_mesh)
-    sharding = Sharding("dtensor", mesh, tuple(tensor.placements), siblings or (mesh,))
-    _require_meshes(name, sharding.meshes, ranks)
-    try:
-        offsets, sizes = private.box_of(tensor)
-    except ValueError as error:
-        raise ValueError(f"{name!r} must be sharded or replicated, got {tensor.placements}: {error}") from None
-    coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is None or local.numel() == 0:
-        offsets = sizes = (0,) * tensor.dim()  # torch has several descriptions of an empty shard
-    elif sizes != tuple(local.shape):
-        raise ValueError(f"{name!r} must hold {sizes} on this rank, got a local tensor of {tuple(local.shape)}")
-    return local, sharding, offsets, sizes, _replicas(tensor, coordinate, sharding.meshes)
-
-
-def _require_meshes(name: str, meshes: tuple[Mesh, ...], ranks: tuple[int, ...]) -> None:
-    on_meshes = [rank for mesh in meshes for rank in mesh.ranks]
-    missing = sorted(set(on_meshes) - set(ranks))
-    if missing:
-        raise ValueError(f"process_group must hold all ranks of the mesh of {name!r}, got one without {missing}")
-    if len(set(on_meshes)) < len(on_meshes) or len({mesh.shape for mesh in meshes}) > 1:
-        layouts = " and ".join(f"{mesh.shape} on {_name_ranks(mesh.ranks)}" for mesh in meshes)
-        raise ValueError(f"{name!r} must be on one mesh, or on meshes of one shape that share no rank, got {layouts}")
-
-
-def is_spread_as(tensor: DTensor, sharding: Sharding) -> bool:
-    """Return whether a DTensor is on the mesh and has the placements of ``sharding``."""
-    return (_mesh_of(tensor.device_mesh), tuple(tensor.placements)) == (sharding.mesh, sharding.placements)
-
-
-@functools.lru_cache(maxsize=8)
-def _mesh_of(device_mesh: DeviceMesh) -> Mesh:
-    """Describe a mesh. The result is shared by all params on it, since 1024 ranks take 8 KB."""
-    return Mesh(
-        tuple(device_mesh.mesh_dim_names or ()), tuple(device_mesh.shape), tuple(device_mesh.mesh.flatten().tolist())
-    )
-
-
-def _replicas(tensor: DTensor, coordinate: Sequence[int] | None, meshes: Sequence[Mesh]) -> tuple[int, ...]:
-    """Return the ranks, on all ``meshes``, that hold the same elements of ``tensor`` as this rank."""
-    if coordinate is None:
-        return (dist.get_rank(),)
-    index = tuple(
-        slice(None) if placement.is_replicate() else slice(at, at + 1)
-        for at, placement in zip(coordinate, tensor.placements, strict=True)
-    )
-    mesh = tensor.device_mesh.mesh
-    positions = torch.arange(mesh.numel(), device="cpu").view(mesh.shape)[index].flatten().tolist()
-    return tuple(sorted(each.ranks[position] for each in meshes for position in positions))
-
-
-def _order(sizes: Sequence[int], stride: Sequence[int]) -> tuple[int, ...] | None:
+def memory_order(sizes: Sequence[int], stride: Sequence[int]) -> tuple[int, ...] | None:
     """Return the dimensions of a dense tensor, the slowest in memory first; None if the tensor is not dense."""
     if not is_dense(sizes, stride):
         return None
@@ -267,39 +140,6 @@ def _order(sizes: Sequence[int], stride: Sequence[int]) -> tuple[int, ...] | Non
     by_stride = iter(sorted(wide, key=lambda dim: -stride[dim]))
     # A dimension of size 1 keeps its place, since its stride means nothing.
     return tuple(next(by_stride) if size > 1 else dim for dim, size in enumerate(sizes))
-
-
-def _flat_holdings(root: Module, ranks: tuple[int, ...]) -> dict[str, Held]:
-    """Return what this rank holds of params in FSDP1's flat params, by name."""
-    prefixes = {id(module): canonical(name) for name, module in named_modules(root, distinct=True)}
-    found: dict[str, Held] = {}
-    for flat in private.flat_params(root):
-        replicas = (dist.get_rank(),) if flat.replicas is None else tuple(dist.get_process_group_ranks(flat.replicas))
-        for shard in flat.shards:
-            names = tuple(canonical(".".join(filter(None, (prefixes[id(flat.module)], name)))) for name in shard.names)
-            if flat.num_ranks != len(ranks) or not set(replicas) <= set(ranks):
-                raise ValueError(
-                    f"process_group must be the {flat.num_ranks} ranks that {names[0]!r} is spread over, "
-                    f"got {len(ranks)} ranks"
-                )
-            local = flat.local[shard.offset : shard.offset + shard.stop - shard.start]
-            holding = Holding(
-                names=names,
-                is_buffer=False,
-                shape=shard.shape,
-                dtype=local.dtype,
-                device=local.device,
-                sharding=Sharding("flat"),
-                offsets=(0,) * len(shard.shape),
-                sizes=shard.shape,
-                order=_order(shard.shape, shard.stride),
-                start=shard.start,
-                stop=shard.stop,
-                replicas=replicas,
-                always_cut=not flat.sharded,
-            )
-            found[names[0]] = Held(holding, local, flat, shard.offset, shard.trains)
-    return found
 
 
 def require_same_sharding(before: Holding, now: Holding) -> None:
@@ -314,3 +154,50 @@ def require_same_sharding(before: Holding, now: Holding) -> None:
     ):
         if was != got:
             raise ValueError(f"{now.name!r} must have {what} that it was averaged with, {was}, got {got}")
+
+
+def reshard(model: Module) -> None:
+    """Free the params that FSDP modules of ``model`` have gathered, so that they hold their shards again."""
+    for _, module in named_modules(model, distinct=True):
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    if is_fsdp1(model):
+        private.reshard_flat_params(model)
+
+
+def free_gathered(model: Module, *, lossless: bool = True) -> None:
+    """Free the params that ZeRO-3 has gathered, so that the next forward pass reads what is written into its runs.
+
+    An update needs it not: it reads masters, and may come while the user has params gathered.
+
+    Raises:
+        RuntimeError: with ``lossless``, if that would lose what was written into a gathered param.
+    """
+    names = written_while_gathered(model) if lossless else []
+    if names:
+        raise RuntimeError(
+            f"{names[0]!r} must be as ZeRO-3 has partitioned it, got one written while gathered: write it inside "
+            "deepspeed.zero.GatheredParameters(params, modifier_rank=0), and leave that first"
+        )
+    zero.free(tensor for _, tensor in named_tensors(model))
+
+
+def written_while_gathered(model: Module) -> list[str]:
+    """Return the names of params that were written while ZeRO-3 had them gathered, so that freeing would lose it."""
+    params = {canonical(name): param for name, param in named_tensors(unwrap(model))}
+    return [name for name, param in params.items() if zero.is_partitioned(param) and zero.is_written(param)]
+
+
+def is_sharded(model: Module) -> bool:
+    """Return whether a rank holds only a part of ``model``, so that forward passes of ranks wait for each other."""
+    tensors = [*named_tensors(model), *named_tensors(model, buffers=True)]
+    return is_fsdp1(model) or is_zero(model) or any(isinstance(tensor, DTensor) for _, tensor in tensors)
+
+
+def is_fsdp1(model: Module) -> bool:
+    return any(isinstance(module, FullyShardedDataParallel) for _, module in named_modules(model, distinct=True))
+
+
+def is_zero(model: Module) -> bool:
+    """Return whether ZeRO-3 has partitioned params of ``model``."""
+    return any(zero.is_partitioned(param) for _, param in named_tensors(model))
