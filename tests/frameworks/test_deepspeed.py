@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
+from swafast import ExponentialAverage, FusedAveragedModel
 from tests.frameworks.kit import (
     BATCH,
+    KINDS,
     STEPS_PER_EPOCH,
     EvaluationError,
     Framework,
@@ -24,12 +29,14 @@ from tests.frameworks.kit import (
     Resumes,
     State,
     Watch,
+    differing,
     of_net,
     optimizer_of,
     whole_state,
 )
 from tests.frameworks.shims import shim_deepspeed
 from tests.ranks import run_ranks
+from tests.test_documents import ROOT, blocks_of, reader
 
 shim_deepspeed()
 
@@ -52,6 +59,7 @@ def config_of(stage: int, dtype: torch.dtype = torch.float32, accumulation: int 
             "reduce_bucket_size": 1000,
             "allgather_bucket_size": 1000,
             "stage3_param_persistence_threshold": 0,
+            "stage3_prefetch_bucket_size": 0,  # a forward of the kit gathers all params, so none may be on its way
         },
         "steps_per_print": 10**9,
         **more,
@@ -155,3 +163,226 @@ class TestZero2(Kit):
 
 class TestZero3(Kit):
     framework = Zero3()
+    kinds = ("float32", "compact", "accumulation")
+
+    def test_in_bfloat16_the_masters_are_averaged(self) -> None:
+        whole = self.trained(**KINDS["exact"])
+        first, second = self.stopped(**KINDS["exact"])
+        for one, other in zip(whole.steps[1:], first.steps[1:] + second.steps[1:], strict=True):
+            assert differing(one, other) == []
+        assert whole.averaged is not None
+        assert second.averaged is not None
+        assert differing(second.averaged, whole.averaged) == []
+        assert whole.averaged["module.first.weight"].dtype == torch.float32
+        assert whole.exported is not None
+        last = [seen.state for seen in whole.seen if seen.step == 24]
+        assert last
+        for state in last:
+            assert differing(state, whole.exported) == []
+
+
+# Beside the kit
+
+
+def engine_of(stage: int, dtype: torch.dtype = torch.float32, net: Any = None, **more: Any) -> Any:
+    net = Net().to(dtype) if net is None else net
+    torch.manual_seed(3)
+    return deepspeed.initialize(
+        model=net, optimizer=optimizer_of(net.parameters()), config=config_of(stage, dtype, **more)
+    )[0]
+
+
+def step(engine: Any, scale: float = 1.0) -> None:
+    rank = dist.get_rank()
+    inputs = torch.randn(BATCH, 4, generator=torch.Generator().manual_seed(rank))
+    dtype = next(engine.module.parameters()).dtype
+    engine.backward(engine(inputs.to(dtype)).square().sum() * scale)
+    engine.step()
+
+
+def on_ranks(body: Any, *args: Any, world: int = 2) -> Any:
+    return run_ranks(world, functools.partial(in_environment, body, *args))[0]
+
+
+def in_environment(body: Any, *args: Any) -> Any:
+    rank, world = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # unused: the group is there
+    return body(*args)
+
+
+def goes_on_from_the_average(stage: int, dtype: torch.dtype, folder: Path) -> None:
+    engine = engine_of(stage, dtype)
+    average = WeightAverage(ExponentialAverage(0.5)).install(engine)
+    for _ in range(3):
+        step(engine)
+    trained, averages = whole_state(engine.module), average.averaged_state_dict(dtype)
+    with pytest.warns(UserWarning, match="the averages since the training has ended"):
+        average.finish()
+        engine.save_checkpoint(folder, "ended")
+    if dist.get_rank() == 0:
+        assert differing(whole_state(engine.module) if stage < 3 else averages, averages) == []
+    copied = whole_state(engine.module)
+    assert {"first.weight", "second.weight"} <= {*differing(copied, trained)}
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 0.0
+    step(engine)  # writes the float32 copies into the model
+    assert differing(without_buffers(whole_state(engine.module)), without_buffers(copied)) == []
+    again = engine_of(stage, dtype)
+    again.load_checkpoint(folder, "ended")
+    assert differing(whole_state(again.module), copied) == []
+
+
+def without_buffers(state: State) -> State:
+    return {name: value for name, value in state.items() if name != "batches"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_engine_goes_on_from_the_average(stage: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    on_ranks(goes_on_from_the_average, stage, dtype, tmp_path)
+
+
+def skips_overflows(stage: int) -> None:
+    engine = engine_of(stage, torch.bfloat16, accumulation=2, bf16={"enabled": True, "check_grad_overflow": True})
+    average = WeightAverage(ExponentialAverage(0.5)).install(engine)
+    counted = []
+    for scale in (1.0, 1.0, 1.0, float("inf"), 1.0, 1.0):
+        step(engine, scale)
+        counted.append((engine.was_step_applied(), average.attachment.step, int(average.averaged.n_averaged)))
+    assert counted == [(False, 0, 0), (True, 1, 1), (False, 1, 1), (False, 1, 1), (False, 1, 1), (True, 2, 2)]
+    assert (engine.global_steps, engine.skipped_steps) == (3, 1)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_steps_that_overflow_and_batches_between_do_not_count(stage: int) -> None:
+    on_ranks(skips_overflows, stage, world=1)
+
+
+def is_refused() -> None:
+    for stage, options in ((3, {"overlap": True}), (3, {"offload": "cpu"})):
+        with pytest.raises(NotImplementedError, match="overlap must be False and offload None with ZeRO stage 3"):
+            WeightAverage(**options).install(engine_of(stage))
+    engine = engine_of(2)
+    for wrong in (Net(), engine.optimizer, None):
+        with pytest.raises(TypeError, match=r"engine must be that of deepspeed\.initialize, got "):
+            WeightAverage().install(wrong)
+    with pytest.raises(ValueError, match="must have an optimizer for averages to follow, got none"):
+        WeightAverage().install(deepspeed.initialize(model=Net(), config=config_of(0))[0])
+    for use in (WeightAverage().swapped, WeightAverage().finish, WeightAverage().averaged_state_dict):
+        with pytest.raises(RuntimeError, match=r"must be installed first: call install\(engine\)"):
+            use()
+    net = Net()
+    optimizer = optimizer_of(net.parameters())
+    attachment = FusedAveragedModel(net).attach(optimizer)
+    attached = deepspeed.initialize(model=net, optimizer=optimizer, config=config_of(1))[0]
+    with pytest.raises(ValueError, match=r"optimizer that no average is attached to, .*attachment\.detach\(\) first"):
+        WeightAverage().install(attached)
+    attachment.detach()
+    WeightAverage().install(attached)
+    for name, found in {"has_moe_layers": True, "mp_world_size": 2, "zenflow": True}.items():
+        before = getattr(engine, name)
+        setattr(engine, name, found)
+        with pytest.raises(NotImplementedError, match="engine must train the same params on all ranks, got "):
+            WeightAverage().install(engine)
+        setattr(engine, name, before)
+    average = WeightAverage().install(engine)  # none of the above has left anything
+    with pytest.raises(RuntimeError, match="must hold a model before it is exported, got none"):
+        average.averaged_state_dict()
+    with pytest.raises(ValueError, match="installed once, got a second call"):
+        average.install(engine)
+    with pytest.raises(ValueError, match="model must be the engine, or its module, got another Net"):
+        average.swapped(Net())
+    step(engine)
+    folder = Path(tempfile.mkdtemp())
+    with average.swapped(engine):
+        for name, use in {
+            "a step of the optimizer": engine.step,
+            "state_dict": lambda: engine.save_checkpoint(folder, "swapped"),
+            "load_checkpoint": lambda: engine.load_checkpoint(folder),
+        }.items():
+            with pytest.raises(RuntimeError, match=f"{name} must wait until the averages are swapped back"):
+                use()
+    assert not [*folder.iterdir()]
+    step(engine)
+    assert average.attachment.step == 2
+    with pytest.warns(UserWarning, match=r"the engine has made 1 steps already.*call install before load_checkpoint"):
+        late = engine_of(0)
+        step(late)
+        assert WeightAverage().install(late).attachment.step == 1
+
+
+def test_wrong_uses_are_refused() -> None:
+    on_ranks(is_refused, world=1)
+
+
+def pipeline_is_refused() -> None:
+    net = deepspeed.pipe.PipelineModule([torch.nn.Linear(4, 4)], num_stages=1, loss_fn=torch.nn.MSELoss())
+    engine = deepspeed.initialize(model=net, optimizer=optimizer_of(net.parameters()), config=config_of(0))[0]
+    with pytest.raises(NotImplementedError, match="got pipeline parallelism, where each rank has other layers"):
+        WeightAverage().install(engine)
+
+
+def test_a_pipeline_is_refused() -> None:
+    on_ranks(pipeline_is_refused, world=1)
+
+
+def saves(stage: int, folder: Path) -> State:
+    engine = engine_of(stage)
+    average = WeightAverage(ExponentialAverage(0.5)).install(engine)
+    for _ in range(3):
+        step(engine)
+    engine.save_checkpoint(folder)
+    return average.averaged.full_state_dict() if stage else average.averaged.state_dict()
+
+
+def loads(stage: int, folder: Path, saved: State) -> None:
+    engine = engine_of(stage)
+    average = WeightAverage(ExponentialAverage(0.5)).install(engine)
+    if stage:
+        with pytest.raises(Exception, match=r"DP world size of \d but the current world size is"):
+            engine.load_checkpoint(folder)
+    engine.load_checkpoint(folder, load_optimizer_states=stage == 0)
+    assert average.attachment.step == 3
+    found = average.averaged.full_state_dict() if stage else average.averaged.state_dict()
+    assert differing(found, saved) == []
+    step(engine)
+    assert int(average.averaged.n_averaged) == 4
+
+
+@pytest.mark.parametrize(("stage", "before", "after"), [(0, 2, 1), (1, 2, 1), (2, 1, 2)])
+def test_averages_load_on_another_number_of_ranks(stage: int, before: int, after: int, tmp_path: Path) -> None:
+    on_ranks(loads, stage, tmp_path, on_ranks(saves, stage, tmp_path, world=before), world=after)
+
+
+def runs_beside(stage: int, mode: dict[str, Any]) -> None:
+    found = []
+    for options in ({}, mode):
+        engine = engine_of(stage)
+        average = WeightAverage(ExponentialAverage(0.5), **options).install(engine)
+        for _ in range(4):
+            step(engine)
+        found.append(average.averaged.full_state_dict() if stage else average.averaged.state_dict())
+    assert differing(*found) == []
+
+
+@pytest.mark.parametrize("mode", [{"overlap": True}, {"offload": "cpu"}], ids=str)
+@pytest.mark.parametrize("stage", [0, 2])
+def test_updates_beside_the_forward_have_the_same_bits(stage: int, mode: dict[str, Any]) -> None:
+    on_ranks(runs_beside, stage, mode)
+
+
+def page_runs(folder: Path) -> None:
+    os.chdir(folder)
+    before, *after = blocks_of((ROOT / "docs/frameworks/deepspeed.md").read_text())
+    config = {**config_of(2), "optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
+    for blocks in ([before], after):
+        scope = {**reader(), "config": config, "save_file": save_file}
+        exec("\n".join(blocks), scope)
+    average, engine = scope["average"], scope["engine"]
+    assert average.attachment.step == 3  # two of them before the checkpoint
+    assert differing(load_file("average.safetensors"), engine.module.state_dict()) == []
+
+
+def test_the_code_of_the_page_runs(tmp_path: Path) -> None:
+    on_ranks(page_runs, tmp_path, world=1)
