@@ -59,7 +59,7 @@ class WeightAverage(Contract):
                 not take these options.
         """
         engines.check_engine(engine, _deepspeed.DeepSpeedEngine, _deepspeed.PipelineEngine)
-        engines.check_modes(engine, bool(self._when.get("overlap")), self._when.get("offload"))
+        engines.refuse_beside(engine, bool(self._when.get("overlap")), self._when.get("offload"))
         if self._engine is not None:
             raise ValueError("only one WeightAverage may be installed once, got a second call: make another one")
         others = vars(engine).setdefault("_swafast_averages", [])

@@ -11,8 +11,6 @@ from torch.optim import Optimizer
 from ..loop.attachment import Attachment
 from ..torch_private.optimizers import owners_of_step_hooks
 
-_PARTS = {1: "states of the optimizer", 2: "states and gradients", 3: "params"}  # that ranks share, by the stage
-
 
 class EngineSteps(Optimizer):
     """The steps that an engine has applied. It changes no params: torch runs the hooks of averages around it.
@@ -61,13 +59,13 @@ def _tensor_ranks(engine: Any) -> int:
     return max(int(autotp), int(engine.mp_world_size))
 
 
-def check_modes(engine: Any, overlap: bool, offload: object) -> None:
-    """Raise NotImplementedError for updates beside the next forward of a model whose params are shared by ZeRO-3."""
+def refuse_beside(engine: Any, overlap: bool, offload: object) -> None:
+    """Raise NotImplementedError for updates beside the next forward of a model whose params ZeRO-3 has partitioned."""
     stage = engine.zero_optimization_stage()
     if stage == 3 and (overlap or offload is not None):
         raise NotImplementedError(
-            f"overlap must be False and offload None with ZeRO stage {stage}, whose {_PARTS[stage]} come and go in a "
-            f"forward, got overlap={overlap}, offload={offload!r}"
+            f"overlap must be False and offload None with ZeRO stage 3, which moves params in a forward, got "
+            f"overlap={overlap}, offload={offload!r}"
         )
 
 
