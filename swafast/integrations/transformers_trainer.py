@@ -30,9 +30,10 @@ def check_trainer(trainer: Any, kind: Any) -> None:
         raise TypeError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__}")
     used = trainer.accelerator.distributed_type
     if used.name in _REFUSED:
+        advice = ", or in a loop of your own with swafast.integrations.deepspeed" if used.name == "DEEPSPEED" else ""
         raise NotImplementedError(
             f"trainer must train with torch alone, with DDP or with FSDP, got {used}: its engine steps in another way. "
-            "Train without WeightAverage"
+            f"Train without WeightAverage{advice}"
         )
 
 

@@ -41,8 +41,11 @@ from tests.test_documents import ROOT, blocks_of, reader
 shim_deepspeed()
 
 import deepspeed  # noqa: E402
+from accelerate import Accelerator, DeepSpeedPlugin  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # noqa: E402
 
+from swafast.integrations.accelerate import WeightAverage as AccelerateAverage  # noqa: E402
 from swafast.integrations.deepspeed import WeightAverage  # noqa: E402
 
 pytestmark = pytest.mark.frameworks
@@ -375,6 +378,48 @@ def test_updates_beside_the_forward_have_the_same_bits(stage: int, mode: dict[st
     on_ranks(runs_beside, stage, mode)
 
 
+def prepared_engine(stage: int) -> tuple[Accelerator, Any]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    plugin = DeepSpeedPlugin(hf_ds_config={**config_of(stage), "gradient_accumulation_steps": 1})
+    accelerator = Accelerator(deepspeed_plugin=plugin)
+    torch.manual_seed(3)
+    net = Net()
+    loader = DataLoader(torch.randn(BATCH, 4), BATCH)
+    return accelerator, *accelerator.prepare(net, optimizer_of(net.parameters()), loader)[:2]
+
+
+def follows_accelerate(stage: int, folder: Path) -> None:
+    accelerator, engine, optimizer = prepared_engine(stage)
+    with pytest.raises(NotImplementedError, match=r"install swafast\.integrations\.deepspeed\.WeightAverage in the"):
+        AccelerateAverage().install(accelerator, engine, optimizer)
+    average = WeightAverage(ExponentialAverage(0.5)).install(engine)
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            accelerator.backward(engine(torch.ones(BATCH, 4)).square().sum())
+            optimizer.step()
+            optimizer.zero_grad()
+
+    steps(2)
+    assert (average.attachment.step, int(average.averaged.n_averaged)) == (2, 2)
+    saved = average.averaged.full_state_dict()
+    accelerator.save_state(str(folder))
+    steps(1)
+    assert differing(average.averaged.full_state_dict(), saved) != []
+    accelerator, engine, optimizer = prepared_engine(stage)
+    average = WeightAverage(ExponentialAverage(0.5)).install(engine)
+    accelerator.load_state(str(folder))
+    assert differing(average.averaged.full_state_dict(), saved) == []
+    steps(1)
+    assert (average.attachment.step, int(average.averaged.n_averaged)) == (3, 3)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_engine_of_accelerate_is_followed(stage: int, tmp_path: Path) -> None:
+    on_ranks(follows_accelerate, stage, tmp_path)
+
+
 def page_runs(folder: Path) -> None:
     os.chdir(folder)
     before, *after = blocks_of((ROOT / "docs/frameworks/deepspeed.md").read_text())
@@ -385,6 +430,7 @@ def page_runs(folder: Path) -> None:
     }
     for blocks in ([before], after):
         scope = {**reader(), "config": config, "save_file": save_file}
+        scope["evaluate"] = lambda engine, scope=scope: engine(scope["loader"][0])
         exec("\n".join(blocks), scope)
     average, engine = scope["average"], scope["engine"]
     assert average.attachment.step == 3  # two of them before the checkpoint
