@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,7 @@ from tests.frameworks.kit import (
     whole_state,
 )
 from tests.frameworks.shims import shim_deepspeed
-from tests.ranks import run_ranks
+from tests.ranks import RankFailedError, planted, run_ranks
 from tests.test_documents import ROOT, blocks_of, reader
 
 shim_deepspeed()
@@ -45,6 +48,7 @@ from accelerate import Accelerator, DeepSpeedPlugin  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # noqa: E402
 
+from swafast.integrations import deepspeed_engine  # noqa: E402
 from swafast.integrations.accelerate import WeightAverage as AccelerateAverage  # noqa: E402
 from swafast.integrations.deepspeed import WeightAverage  # noqa: E402
 
@@ -355,6 +359,14 @@ def loads(stage: int, folder: Path, saved: State) -> None:
     assert int(average.averaged.n_averaged) == 4
 
 
+def loads_what_was_saved(stage: int, folder: Path) -> None:
+    saved = saves(stage, folder)
+    engine = engine_of(stage)
+    average = WeightAverage(ExponentialAverage(0.5)).install(engine)
+    engine.load_checkpoint(folder)
+    assert differing(average.averaged.full_state_dict(), saved) == []
+
+
 @pytest.mark.parametrize(("stage", "before", "after"), [(0, 2, 1), (1, 2, 1), (2, 1, 2)])
 def test_averages_load_on_another_number_of_ranks(stage: int, before: int, after: int, tmp_path: Path) -> None:
     on_ranks(loads, stage, tmp_path, on_ranks(saves, stage, tmp_path, world=before), world=after)
@@ -439,3 +451,58 @@ def page_runs(folder: Path) -> None:
 
 def test_the_code_of_the_page_runs(tmp_path: Path) -> None:
     on_ranks(page_runs, tmp_path, world=1)
+
+
+# Bugs
+
+
+def averages_are_right(stage: int) -> None:
+    engine = engine_of(stage)
+    average = WeightAverage(ExponentialAverage(0.5)).install(engine)
+    expected: State = {}
+    for _ in range(3):
+        step(engine)
+        newest = without_buffers(whole_state(engine.module))
+        expected = {name: torch.lerp(expected.get(name, value), value, 0.5) for name, value in newest.items()}
+    found = without_buffers(of_net(average.averaged.full_state_dict()))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+@contextlib.contextmanager
+def counts_before_the_step(self: Any, *_: Any) -> Iterator[None]:
+    if self._engine.is_gradient_accumulation_boundary():
+        self._counted.step()
+    yield
+
+
+@contextlib.contextmanager
+def counts_all_steps(self: Any, *_: Any) -> Iterator[None]:
+    yield
+    self._counted.step()
+
+
+def does_nothing(*_: Any, **__: Any) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def plant(name: str, bug: Any) -> None:
+    setattr(WeightAverage if hasattr(WeightAverage, name) else deepspeed_engine, name, bug)
+
+
+#: A method or function, what takes its place, the test that must fail, and its arguments.
+BUGS: dict[str, tuple[str, Any, Any, tuple[Any, ...]]] = {
+    "the average is a step behind": ("_stepping", counts_before_the_step, averages_are_right, (2,)),
+    "skipped steps count": ("_stepping", counts_all_steps, skips_overflows, (2,)),
+    "masters keep the trained params": ("refresh_masters", does_nothing, goes_on_from_the_average, (2, torch.float32)),
+    "a load leaves the average alone": ("_loading", does_nothing, loads_what_was_saved, (2,)),
+    "every engine is taken": ("check_engine", does_nothing, is_refused, ()),
+}
+
+
+@pytest.mark.parametrize(("name", "bug", "body", "given"), BUGS.values(), ids=BUGS)
+def test_planted_bugs_are_found(name: str, bug: Any, body: Any, given: tuple[Any, ...], tmp_path: Path) -> None:
+    args = (*given, *([tmp_path] if "folder" in inspect.signature(body).parameters else []))
+    world = 2 if body in (goes_on_from_the_average, averages_are_right) else 1
+    on_ranks(body, *args, world=world)
+    with planted(functools.partial(plant, name, bug)), pytest.raises(RankFailedError):
+        on_ranks(body, *args, world=world)
