@@ -55,18 +55,19 @@ class WeightAverage(Contract):
             TypeError: ``engine`` is not an engine of DeepSpeed.
             ValueError: it has no optimizer, or averages; this object is installed in another one; or an average is
                 attached to the engine's optimizer itself.
-            NotImplementedError: it trains with pipeline or tensor parallelism, experts or ZenFlow; ZeRO stage 3 does
-                not take these options.
+            NotImplementedError: it trains with pipeline or tensor parallelism, experts or ZenFlow; its checkpoints are
+                in parts on the nodes' own disks; or ZeRO stage 3 does not take these options.
         """
         engines.check_engine(engine, _deepspeed.DeepSpeedEngine, _deepspeed.PipelineEngine)
         engines.refuse_beside(engine, bool(self._when.get("overlap")), self._when.get("offload"))
+        stage, steps = engine.zero_optimization_stage(), engines.applied_steps(engine)
+        is_sharded = stage > 0 if self._sharded == "auto" else bool(self._sharded)
+        engines.refuse_apart(engine, is_sharded)
         if self._engine is not None:
             raise ValueError("only one WeightAverage may be installed once, got a second call: make another one")
         others = vars(engine).setdefault("_swafast_averages", [])
         refuse_second([self, *others], "one engine")
-        stage, steps = engine.zero_optimization_stage(), engines.applied_steps(engine)
-        self._engine, sharded = engine, self._sharded
-        self._sharded = stage > 0 if sharded == "auto" else sharded
+        self._engine, sharded, self._sharded = engine, self._sharded, is_sharded
         try:
             self.make(engine.module)
             self.follow([counted := engines.EngineSteps(engine.module)], engine.module, step=steps)

@@ -69,6 +69,15 @@ def refuse_beside(engine: Any, overlap: bool, offload: object) -> None:
         )
 
 
+def refuse_apart(engine: Any, is_sharded: bool) -> None:
+    """Raise NotImplementedError for shards in checkpoints on each node's own disk: a node could not read the others."""
+    if is_sharded and engine.use_node_local_storage():
+        raise NotImplementedError(
+            "use_node_local_storage must be false for averages in shards, which all ranks read from one folder, got "
+            "true: save to a disk that all nodes share, or with ZeRO stages 0 to 2 use sharded=False"
+        )
+
+
 def applied_steps(engine: Any) -> int:
     """Return how many steps of the engine have changed its params. It counts those that overflowed too."""
     return int(engine.global_steps) - int(engine.skipped_steps)

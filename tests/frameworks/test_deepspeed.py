@@ -6,6 +6,9 @@ import contextlib
 import functools
 import inspect
 import os
+import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -293,6 +296,10 @@ def is_refused() -> None:
         with pytest.raises(NotImplementedError, match="engine must train the same params on all ranks, got "):
             WeightAverage().install(engine)
         setattr(engine, name, before)
+    local = engine_of(2, checkpoint={"use_node_local_storage": True})
+    with pytest.raises(NotImplementedError, match="use_node_local_storage must be false for averages in shards"):
+        WeightAverage().install(local)
+    WeightAverage(sharded=False).install(local)
     average = WeightAverage().install(engine)  # none of the above has left anything
     with pytest.raises(RuntimeError, match="must hold a model before it is exported, got none"):
         average.averaged_state_dict()
@@ -370,6 +377,28 @@ def loads_what_was_saved(stage: int, folder: Path) -> None:
 @pytest.mark.parametrize(("stage", "before", "after"), [(0, 2, 1), (1, 2, 1), (2, 1, 2)])
 def test_averages_load_on_another_number_of_ranks(stage: int, before: int, after: int, tmp_path: Path) -> None:
     on_ranks(loads, stage, tmp_path, on_ranks(saves, stage, tmp_path, world=before), world=after)
+
+
+def loads_converted(folder: Path, saved: State) -> None:
+    engine = engine_of(2, checkpoint={"load_universal": True})
+    average = WeightAverage(ExponentialAverage(0.5)).install(engine)
+    engine.load_checkpoint(folder)
+    assert differing(average.averaged.full_state_dict(), saved) == []
+    assert average.attachment.step == engine.global_steps == 3
+
+
+def test_a_converted_checkpoint_goes_on_on_another_number_of_ranks(tmp_path: Path) -> None:
+    saved = on_ranks(saves, 2, tmp_path)
+    given, made = tmp_path / "global_step3", tmp_path / "global_step3_universal"
+    one_worker = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    subprocess.run(
+        [*(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state", *one_worker)]
+        + ["--input_folder", str(given), "--output_folder", str(made)],
+        check=True,
+        capture_output=True,
+    )
+    shutil.copytree(given / "swafast", made / "swafast")  # as the page says
+    on_ranks(loads_converted, tmp_path, saved, world=1)
 
 
 def runs_beside(stage: int, mode: dict[str, Any]) -> None:
