@@ -390,13 +390,10 @@ def loads_converted(folder: Path, saved: State) -> None:
 def test_a_converted_checkpoint_goes_on_on_another_number_of_ranks(tmp_path: Path) -> None:
     saved = on_ranks(saves, 2, tmp_path)
     given, made = tmp_path / "global_step3", tmp_path / "global_step3_universal"
-    one_worker = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    subprocess.run(
-        [*(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state", *one_worker)]
-        + ["--input_folder", str(given), "--output_folder", str(made)],
-        check=True,
-        capture_output=True,
-    )
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    command += ["--input_folder", str(given), "--output_folder", str(made)]
+    subprocess.run(command, check=True, capture_output=True)
     shutil.copytree(given / "swafast", made / "swafast")  # as the page says
     on_ranks(loads_converted, tmp_path, saved, world=1)
 
