@@ -27,7 +27,14 @@ _NAMES = re.compile(
     r"([_.-].*)?"
 )
 
-_REFUSED = ("DEEPSPEED", "MEGATRON_LM", "XLA")  # their engines step without torch's optimizers, or hold no params
+_OWN = "call update_parameters of an averaged model of your own after each step"
+
+#: Engines that step without torch's optimizers, or hold no params, and what to do with them.
+_REFUSED = {
+    "DEEPSPEED": "install swafast.integrations.deepspeed.WeightAverage in the engine, the model that prepare returns",
+    "MEGATRON_LM": _OWN,
+    "XLA": _OWN,
+}
 
 
 class WeightAverage(Contract):
@@ -82,10 +89,10 @@ class WeightAverage(Contract):
         """Return the accelerator's averages, or raise as :meth:`install`."""
         if not isinstance(accelerator, accelerate.Accelerator):
             raise TypeError(f"accelerator must be an accelerate.Accelerator, got {type(accelerator).__name__}")
-        if accelerator.distributed_type.name in _REFUSED:
+        if (advice := _REFUSED.get(accelerator.distributed_type.name)) is not None:
             raise NotImplementedError(
                 f"accelerator must train with torch alone, with DDP or with FSDP, got {accelerator.distributed_type}: "
-                "call update_parameters of an averaged model of your own after each step"
+                f"{advice}"
             )
         if self._accelerator is not None:
             raise ValueError("only one WeightAverage may be installed once, got a second call: make another one")

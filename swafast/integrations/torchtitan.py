@@ -11,9 +11,9 @@ from torch.nn import Module
 from ..loop.schedule import Span
 from ..terms.warn import warn_user
 from . import torchtitan_trainer as trainers
+from .inside import run_inside
 from .installed import framework
 from .torchtitan_states import KEY, SavedAverages, found_state
-from .transformers_trainer import run_inside
 from .weight_average import Contract, refuse_second
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from torch.nn import Module
 from ..terms.names import unwrap
 from ..terms.warn import warn_user
 from . import transformers_trainer as trainers
+from .inside import run_inside
 from .installed import framework
 from .state_folder import resume_from, write_averages
 from .weight_average import Contract, raw_optimizers, refuse_second
@@ -60,11 +61,11 @@ class WeightAverage(Contract, _Callback):
         trainer.add_callback(self)
         # Go first: callbacks that upload the model at the end must find the average in it.
         callbacks.insert(0, callbacks.pop())
-        trainers.run_inside(trainer, "train", self._training)
-        trainers.run_inside(trainer, "save_model", self._saving)
+        run_inside(trainer, "train", self._training)
+        run_inside(trainer, "save_model", self._saving)
         for loop in ("evaluation_loop", "prediction_loop"):  # the second one is gone from Transformers 5
             if hasattr(trainer, loop):
-                trainers.run_inside(trainer, loop, lambda *_, **__: self.swapped())
+                run_inside(trainer, loop, lambda *_, **__: self.swapped())
         return self
 
     def _installed(self) -> Any:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,10 @@ def check_trainer(trainer: Any, kind: Any) -> None:
         raise TypeError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__}")
     used = trainer.accelerator.distributed_type
     if used.name in _REFUSED:
+        advice = ", or in a loop of your own with swafast.integrations.deepspeed" if used.name == "DEEPSPEED" else ""
         raise NotImplementedError(
             f"trainer must train with torch alone, with DDP or with FSDP, got {used}: its engine steps in another way. "
-            "Train without WeightAverage"
+            f"Train without WeightAverage{advice}"
         )
 
 
@@ -48,18 +48,6 @@ def refuse_own_averages(optimizers: Sequence[Optimizer]) -> None:
                 f"optimizer must leave the params alone in an evaluation, got {type(each).__name__}, which puts "
                 "averages of its own into them: train without WeightAverage, or with another optimizer"
             )
-
-
-def run_inside(trainer: Any, name: str, around: Callable[..., AbstractContextManager[Any]]) -> None:
-    """Have a method of this trainer run inside ``around``, which gets the arguments of the call."""
-    method = getattr(trainer, name)
-
-    @functools.wraps(method)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with around(*args, **kwargs):
-            return method(*args, **kwargs)
-
-    setattr(trainer, name, wrapped)
 
 
 def has_adapters(model: Module) -> bool:

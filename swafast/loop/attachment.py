@@ -77,7 +77,7 @@ class Attachment(hints.WithHints):
         self.when_told: list[Callable[[int], None]] = []
         self._hooks: list[RemovableHandle] = []
         for index, optimizer in enumerate(optimizers):
-            self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
+            self._hooks.append(optimizer.register_step_pre_hook(self.before_step))
             self._hooks.append(optimizer.register_step_post_hook(partial(self._after_step, index)))
         self._roster = Roster.of(optimizers[-1])
         self._roster.add(self)
@@ -179,7 +179,12 @@ class Attachment(hints.WithHints):
     # Steps
 
     @disable_dynamo
-    def _before_step(self, *_: object) -> None:
+    def before_step(self, *_: object) -> None:
+        """Wait for an update that the next step would overtake: the hook before it, or a call where no hook is.
+
+        Raises:
+            RuntimeError: the averages are swapped into a model.
+        """
         if self._hooks:  # not of a copy of the optimizer
             self._take_up()
             if (guard := self._averaged._guard).model is not None and not is_making_state():

@@ -143,8 +143,8 @@ class Watch:
 
     current: ClassVar[Watch | None] = None
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, is_told: bool = False) -> None:
+        self.job, self.is_told = job, is_told
         self.net: Net | None = None
         self.steps: list[State] = []  # what the network had at first, and after each step
         self.seen: list[Seen] = []
@@ -164,8 +164,15 @@ class Watch:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # torch's tools make an optimizer's state by a step with a learning rate of 0.
-        if self.net is not None and float(optimizer.param_groups[0].get("lr", 0)) != 0:
+        rate = optimizer.param_groups[0].get("lr", 0)
+        if self.net is not None and not self.is_told and float(rate) != 0:
             self.steps.append(whole_state(self.net))
+
+    def note_step(self) -> None:
+        """Record what the network has after a step, for a framework that `tells_steps`."""
+        assert self.is_told
+        assert self.net is not None
+        self.steps.append(whole_state(self.net))
 
     def see(self, net: Net, inputs: Tensor) -> None:
         numbers = [round(number) for number in inputs[:, 0].tolist()]
@@ -196,6 +203,9 @@ class Framework(ABC):
 
     world = 1
     net_name = ""  # of the Net in the module that is averaged: random bits depend on the names of params
+    #: Whether `train` calls `Watch.note_step` after each step of the optimizer: torch's hook comes before a framework
+    #: has copied the new params into the network.
+    tells_steps = False
 
     @abstractmethod
     def train(self, job: Job) -> Report:
@@ -229,7 +239,7 @@ class Framework(ABC):
             rank, world = str(dist.get_rank()), str(dist.get_world_size())
             os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
             os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # unused: the group is there
-        watch = Watch(job)
+        watch = Watch(job, self.tells_steps)
         with watch.watching(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             report = self.train(job)
@@ -252,6 +262,11 @@ class Framework(ABC):
 
 def whole_state(module: nn.Module) -> State:
     """Return copies of a Net's params and buffers, under its own names. Collective if they are sharded."""
+    if any(hasattr(param, "ds_id") for param in module.parameters()):  # ZeRO-3 has freed it
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([*module.parameters()]):
+            return {name: _whole(tensor) for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
     root = getattr(module, "fsdp1", None)
     # In its forward, FSDP1 has gathered the params, as attributes alone. After it, they must be gathered again.
     is_whole = root is None or root().training_state.name != "IDLE"

@@ -50,7 +50,7 @@ def shim_deepspeed() -> None:
 
 
 def stay_offline() -> None:
-    """Have no framework ask a server for a model, or report what it does."""
+    """Have no framework ask a server for a model, report what it does, or look for a GPU."""
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
