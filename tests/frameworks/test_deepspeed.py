@@ -400,8 +400,7 @@ def test_a_converted_checkpoint_goes_on_on_another_number_of_ranks(tmp_path: Pat
 
 def runs_beside(stage: int, mode: dict[str, Any]) -> None:
     found = []
-    is_sharded = {"sharded": mode.get("offload") is None and stage > 0}
-    for options in (is_sharded, {**is_sharded, **mode}):
+    for options in ({}, mode):
         engine = engine_of(stage)
         average = WeightAverage(ExponentialAverage(0.5), **options).install(engine)
         for _ in range(4):
