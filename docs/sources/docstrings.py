@@ -1,0 +1,49 @@
+"""Docstrings as the reference shows them."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import tokenize
+from typing import Any
+
+
+def add_shapes(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Add the comments of a signature, which tell shapes and dtypes, as a section of the docstring."""
+    if not inspect.isfunction(obj) or obj.__code__.co_filename.startswith("<"):  # those that dataclasses make
+        return
+    shapes = comments_of(inspect.getsource(inspect.unwrap(obj)))
+    if shapes:
+        at = next((i for i, line in enumerate(lines) if line in ("Args:", "Raises:", "Example::")), len(lines))
+        lines[at:at] = ["Shapes:", *(f"    {name}: {shape}" for name, shape in shapes.items()), ""]
+
+
+def skip_others(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Skip members that a class has from torch or from Python."""
+    is_code = inspect.isroutine(obj) or inspect.isgetsetdescriptor(obj)
+    return True if is_code and not (getattr(obj, "__module__", None) or "").startswith("swafast") else None
+
+
+def comments_of(source: str) -> dict[str, str]:
+    """Return the comment beside each parameter of a function, and that beside its result as ``returns``."""
+    found, name, depth = dict[str, str](), "", 0
+    for token in tokenize.generate_tokens(io.StringIO(inspect.cleandoc("\n" + source)).readline):
+        if token.type == tokenize.OP and token.string in "([{":
+            depth += 1
+        elif token.type == tokenize.OP and token.string in ")]}":
+            depth -= 1
+            name = "returns" if depth == 0 else name
+        elif token.type == tokenize.NAME and depth == 1 and token.line.split(":")[0].strip() == token.string:
+            name = token.string
+        elif token.type == tokenize.COMMENT and name and not token.string.startswith("# noqa"):
+            found[name] = token.string.lstrip("# ")
+        elif token.type == tokenize.INDENT:  # the body begins
+            break
+    return found
+
+
+def setup(app: Any) -> dict[str, Any]:
+    """Connect to Sphinx, before napoleon reads the sections."""
+    app.connect("autodoc-process-docstring", add_shapes, priority=100)
+    app.connect("autodoc-skip-member", skip_others)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
