@@ -105,11 +105,11 @@ def set_window(nbytes: int) -> None:
     all_gather.CPU_WINDOW_NBYTES = nbytes
 
 
-def plan_shares(model: nn.Module, rank: int, ranks: int) -> int:
+def plan_shares(model: nn.Module, rank: int, ranks: int, *, share_replicas: bool = False) -> int:
     """Plan which params one rank averages, without building averages. Return their number of elements."""
     holdings = [held.holding for held in find_holdings(model, tuple(range(ranks)))]
     formats = {each.name: format_of_average(each, None, False) for each in holdings}
-    return sum(share.numel for share in share_out(holdings, formats, rank, share_replicas=False))
+    return sum(share.numel for share in share_out(holdings, formats, rank, share_replicas=share_replicas))
 
 
 # The checks before an update

@@ -64,7 +64,23 @@ html_static_path = ["static"]
 html_css_files = ["swafast.css"]
 html_copy_source = False
 html_show_sphinx = False
-html_theme_options = {"top_of_page_buttons": []}
+html_theme_options = {
+    "top_of_page_buttons": [],
+    "light_css_variables": {
+        "color-brand-primary": "#0b7285",
+        "color-brand-content": "#0b7285",
+        "color-brand-visited": "#0b7285",
+        "color-api-name": "#0b7285",
+        "color-api-pre-name": "#7b8794",
+    },
+    "dark_css_variables": {
+        "color-brand-primary": "#66b2c4",
+        "color-brand-content": "#66b2c4",
+        "color-brand-visited": "#66b2c4",
+        "color-api-name": "#66b2c4",
+        "color-api-pre-name": "#9aa5b1",
+    },
+}
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
 copybutton_exclude = ".linenos, .gp, .go"

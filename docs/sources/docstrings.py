@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import re
 import tokenize
 from typing import Any
 
@@ -18,10 +19,20 @@ def add_shapes(app: Any, what: str, name: str, obj: Any, options: Any, lines: li
         lines[at:at] = ["Shapes:", *(f"    {name}: {shape}" for name, shape in shapes.items()), ""]
 
 
+def link_pages(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Make links of the pages that a docstring names as files."""
+    lines[:] = [re.sub(r"\bdocs/([\w/]+)\.md\b", r":doc:`docs/\1.md </\1>`", line) for line in lines]
+
+
 def skip_others(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
     """Skip members that a class has from torch or from Python."""
     is_code = inspect.isroutine(obj) or inspect.isgetsetdescriptor(obj)
-    return True if is_code and not (getattr(obj, "__module__", None) or "").startswith("swafast") else None
+    return True if is_code and not is_ours(obj) else None
+
+
+def is_ours(member: Any) -> bool:
+    """Return whether a function is one of this package."""
+    return (getattr(member, "__module__", None) or "").startswith("swafast")
 
 
 def comments_of(source: str) -> dict[str, str]:
@@ -45,5 +56,6 @@ def comments_of(source: str) -> dict[str, str]:
 def setup(app: Any) -> dict[str, Any]:
     """Connect to Sphinx, before napoleon reads the sections."""
     app.connect("autodoc-process-docstring", add_shapes, priority=100)
+    app.connect("autodoc-process-docstring", link_pages)
     app.connect("autodoc-skip-member", skip_others)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
