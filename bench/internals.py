@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -179,3 +180,28 @@ def stubbed_c_call() -> Iterator[None]:
         yield
     finally:
         native.swafast_cpu_update = kernel
+
+
+@contextmanager
+def counted_launches() -> Iterator[Counter[str]]:
+    """Count calls of the native library's kernels, by launches that are prepared in the body."""
+    counter: Counter[str] = Counter()
+    native, loaded = library.loaded(), library.loaded
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            function = getattr(native, name)
+            if name.rpartition("_")[2] not in ("update", "exchange", "draw", "nonfinite", "checksum"):
+                return function
+
+            def count(*args: Any) -> Any:
+                counter[name] += 1
+                return function(*args)
+
+            return count
+
+    library.loaded = lambda: Counting()  # type: ignore[assignment,return-value]
+    try:
+        yield counter
+    finally:
+        library.loaded = loaded

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +28,6 @@ from bench.plot import COLORS, FAINT, GRID, INK, OURS_COLOR, dress
 from bench.report import Report
 from bench.workloads import WORKLOADS, Workload, build
 from swafast import ExponentialAverage, FusedAveragedModel
-from tests.costs import counted_launches
 
 FOLDER = Path("docs/pictures")
 WIDTH_IN = 8.0
@@ -171,7 +172,7 @@ def counted_updates() -> dict[str, list[str]]:
         "torch's class, get_ema_multi_avg_fn(0.999)": AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999)),
         "torch's class as it comes, on a CPU": AveragedModel(model),
     }
-    found = {name: _noted(lambda each=each: each.update_parameters(model)) for name, each in theirs.items()}
+    found = {name: _noted(partial(each.update_parameters, model)) for name, each in theirs.items()}
     pairs = [(param.detach().clone(), param.detach().bfloat16()) for param in model.parameters()]
 
     def loop() -> None:
@@ -179,7 +180,7 @@ def counted_updates() -> dict[str, list[str]]:
             average.lerp_(param.float(), 0.001)
 
     found["a loop that keeps a float32 average of bf16"] = _noted(loop)
-    with counted_launches() as launches:
+    with internals.counted_launches() as launches:
         averaged = FusedAveragedModel(model, rule=ExponentialAverage(0.999))
         noted = _noted(lambda: averaged.update_parameters(model), launches)
         found["swafast"] = noted + [OURS] * launches.total()
@@ -201,7 +202,7 @@ def update_figure(updates: Mapping[str, Sequence[str]]) -> Figure:
     figure = Figure(figsize=(WIDTH_IN, 3.0), facecolor="white")
     axes = figure.add_axes((0.36, 0.16, 0.45, 0.72))
     longest = max(map(len, updates.values()))
-    for place, (name, noted) in zip(range(len(updates))[::-1], updates.items(), strict=True):
+    for place, noted in zip(range(len(updates))[::-1], updates.values(), strict=True):
         _draw_row(axes, place, noted)
         counts = Counter(noted)
         work = f"{counts[OURS]} launch" if counts[OURS] else f"{counts[OP]} operations"
@@ -213,7 +214,7 @@ def update_figure(updates: Mapping[str, Sequence[str]]) -> Figure:
     axes.set_xticks([])
     axes.grid(visible=False)
     marks = {OP: OP_COLOR, WAIT: WAIT_COLOR, OURS: OURS_COLOR}
-    handles = [axes.bar(0, 0, color=color) for color in marks.values()]
+    handles = [Patch(color=color) for color in marks.values()]
     figure.legend(handles, list(marks), loc="lower center", ncols=3, frameon=False, fontsize=8.5)
     return figure
 

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]  # the clone's own sources, and the folder `site` here
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # the clone's own `swafast`, and the folder `sources` here
+
+from sources import frameworks  # noqa: E402
 
 import swafast  # noqa: E402  # found by the line above
-from sources import frameworks  # noqa: E402
 
 project = "swafast"
 author = "the swafast authors"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import io
 import re
 import tokenize
+from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).parents[2]
 
 
 def add_shapes(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -20,8 +24,21 @@ def add_shapes(app: Any, what: str, name: str, obj: Any, options: Any, lines: li
 
 
 def link_pages(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Make links of the pages that a docstring names as files."""
-    lines[:] = [re.sub(r"\bdocs/([\w/]+)\.md\b", r":doc:`docs/\1.md </\1>`", line) for line in lines]
+    """Make links of the pages and papers that a docstring names."""
+    for at, line in enumerate(lines):
+        line = re.sub(r"\bdocs/([\w/]+)\.md\b", r":doc:`docs/\1.md </\1>`", line)
+        lines[at] = re.sub(r"\barXiv:(\d+\.\d+)", r"`arXiv:\1 <https://arxiv.org/abs/\1>`__", line)
+
+
+def module_of(app: Any, module: str | None, attribute: str) -> str | None:
+    """Return the module whose source has a name: a class is documented under the package that it is imported from."""
+    found = importlib.import_module(module) if module else None
+    for name in attribute.split("."):
+        found = getattr(found, name, None)
+    if not (inspect.isfunction(found) or inspect.isclass(found)):
+        return None
+    path = Path(inspect.getfile(inspect.unwrap(found))).resolve()
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts) if path.is_relative_to(ROOT / "swafast") else None
 
 
 def skip_others(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
@@ -57,5 +74,6 @@ def setup(app: Any) -> dict[str, Any]:
     """Connect to Sphinx, before napoleon reads the sections."""
     app.connect("autodoc-process-docstring", add_shapes, priority=100)
     app.connect("autodoc-process-docstring", link_pages)
+    app.connect("viewcode-follow-imported", module_of)
     app.connect("autodoc-skip-member", skip_others)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

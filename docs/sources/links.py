@@ -12,6 +12,8 @@ from typing import Any
 from docutils import nodes
 from sphinx.addnodes import desc, pending_xref
 
+from .docstrings import is_ours
+
 #: The class whose methods each variable has in one process, and on ranks. Code without a variable may be a method of
 #: the first one, too.
 CLASSES = {
@@ -72,8 +74,6 @@ def _names(on_ranks: bool) -> dict[str, str]:
 
 def methods_of(owner: type) -> set[str]:
     """Return the documented methods that a class has from this package."""
-    from sources.docstrings import is_ours
-
     members = ((name, getattr(owner, name, None)) for name in dir(owner) if not name.startswith("_"))
     return {name for name, member in members if callable(member) and is_ours(member) and member.__doc__}
 

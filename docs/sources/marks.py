@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sources import frameworks
+from . import frameworks
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -35,7 +35,7 @@ def fill(app: Any, docname: str, source: list[str]) -> None:
     """Fill the marks of a page, and lead its links out of ``docs`` to pages of the site."""
     page = f"{docname}.md"
     text = source[0]
-    source[0] = _with_site_links(MARK.sub(lambda mark: _filled(app, page, text, mark), text), page)
+    source[0] = with_site_links(MARK.sub(lambda mark: _filled(app, page, text, mark), text), page)
 
 
 def _filled(app: Any, page: str, text: str, mark: re.Match[str]) -> str:
@@ -70,10 +70,9 @@ def contents(text: str) -> str:
 
 def documented(name: str) -> str:
     """Return the directive that documents a name from its docstring."""
-    module, _, attribute = name.rpartition(".")
     if name in OF_OTHERS:
         lines = [f".. py:class:: {name}", "", f"   {OF_OTHERS[name]}, unchanged."]
-    elif attribute[0].isupper():
+    elif name.rpartition(".")[2][0].isupper():
         lines = [f".. autoclass:: {name}", "   :members:", f"   :inherited-members: {', '.join(BASES)}"]
     else:
         lines = [f".. autofunction:: {name}"]
@@ -111,7 +110,7 @@ def _moved(text: str, path: str, page: str) -> str:
     return re.sub(r"\]\((?!https?:|#)([^)\s#]+)(#[^)\s]*)?\)", lead, text)
 
 
-def _with_site_links(text: str, page: str) -> str:
+def with_site_links(text: str, page: str) -> str:
     """Return a page whose links to documents and examples of the repository lead to the pages that show them."""
     here = (DOCS / page).parent
 
