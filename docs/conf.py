@@ -55,7 +55,6 @@ napoleon_use_rtype = False
 napoleon_custom_sections = [("Shapes", "params_style")]
 python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
-add_module_names = False
 toc_object_entries_show_parents = "hide"
 
 # Looks

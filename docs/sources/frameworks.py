@@ -20,13 +20,13 @@ def mocked() -> list[str]:
     return sorted({*OTHERS, *(path.stem for path in _modules())} | {"ignite", "torchtitan"})
 
 
-def public_classes() -> list[str]:
-    """Return the classes that users of frameworks import, with their modules."""
+def public_classes() -> list[tuple[str, str]]:
+    """Return the modules and the names of the classes that users of frameworks import."""
     found = []
     for path in _modules():
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                found.append(f"swafast.integrations.{path.stem}.{node.name}")
+                found.append((f"swafast.integrations.{path.stem}", node.name))
     return found
 
 

@@ -26,7 +26,9 @@ MARK = re.compile(rf"^<!-- ({'|'.join(KINDS)})(?:: ([^>]*?))? -->$", re.M)
 #: Public names that are other packages', and where they have them.
 OF_OTHERS = {"swafast.optim.SWALR": "``torch.optim.swa_utils.SWALR``"}
 #: Base classes whose members are not ours.
-BASES = ("Module", "AveragedModel", "Optimizer", "Exception", "Tensor", "_Theirs")
+BASES = ("Module", "AveragedModel", "Optimizer", "Exception", "Tensor", "Contract", "_Theirs")
+#: Classes of which users call a few members alone.
+MEMBERS = {"swafast.integrations.weight_average.Contract": "evaluated, has_models, swapped, finish"}
 #: Pages of the site that have a document of the repository, or show it.
 PLACES = {"README.md": "start.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 
@@ -45,7 +47,10 @@ def _filled(app: Any, page: str, text: str, mark: re.Match[str]) -> str:
     if kind == "reference":
         return "\n".join(documented(name) for name in given)
     if kind == "reference of frameworks":
-        return "\n".join(documented(name) for name in frameworks.public_classes())
+        return "\n".join(
+            f"## {module.rpartition('.')[2]}\n\n`from {module} import {name}`\n\n{documented(f'{module}.{name}')}"
+            for module, name in frameworks.public_classes()
+        )
     if kind == "examples":
         return "\n".join(example(path) for path in sorted((ROOT / "examples").glob("*.py")))
     (path,) = given or ["swafast/terms/__init__.py"]
@@ -73,7 +78,7 @@ def documented(name: str) -> str:
     if name in OF_OTHERS:
         lines = [f".. py:class:: {name}", "", f"   {OF_OTHERS[name]}, unchanged."]
     elif name.rpartition(".")[2][0].isupper():
-        lines = [f".. autoclass:: {name}", "   :members:", f"   :inherited-members: {', '.join(BASES)}"]
+        lines = [f".. autoclass:: {name}", f"   :members: {MEMBERS.get(name, '')}", f"   :inherited-members: {', '.join(BASES)}"]
     else:
         lines = [f".. autofunction:: {name}"]
     return "\n".join(["```{eval-rst}", *lines, "```", ""])
