@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 def add_shapes(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Add the comments of a signature, which tell shapes and dtypes, as a section of the docstring."""
+    if what in ("attribute", "property"):
+        lines[:0] = ["..", ""]  # a comment: napoleon takes a first line with a colon for a type and what it means
     if not inspect.isfunction(obj) or obj.__code__.co_filename.startswith("<"):  # those that dataclasses make
         return
     shapes = comments_of(inspect.getsource(inspect.unwrap(obj)))

@@ -25,8 +25,8 @@ KINDS = ("contents", "reference", "reference of frameworks", "glossary", "page",
 MARK = re.compile(rf"^<!-- ({'|'.join(KINDS)})(?:: ([^>]*?))? -->$", re.M)
 #: Public names that are other packages', and where they have them.
 OF_OTHERS = {"swafast.optim.SWALR": "``torch.optim.swa_utils.SWALR``"}
-#: Base classes whose members are not ours.
-BASES = ("Module", "AveragedModel", "Optimizer", "Exception", "Tensor", "Contract", "_Theirs")
+#: Base classes whose members are not ours, or stand with the base class.
+BASES = ("Module", "AveragedModel", "Optimizer", "Exception", "Tensor", "FusedAveragedModel", "Contract", "_Theirs")
 #: Classes of which users call a few members alone.
 MEMBERS = {"swafast.integrations.weight_average.Contract": "evaluated, has_models, swapped, finish"}
 #: Pages of the site that have a document of the repository, or show it.
@@ -78,7 +78,8 @@ def documented(name: str) -> str:
     if name in OF_OTHERS:
         lines = [f".. py:class:: {name}", "", f"   {OF_OTHERS[name]}, unchanged."]
     elif name.rpartition(".")[2][0].isupper():
-        lines = [f".. autoclass:: {name}", f"   :members: {MEMBERS.get(name, '')}", f"   :inherited-members: {', '.join(BASES)}"]
+        lines = [f".. autoclass:: {name}", f"   :members: {MEMBERS.get(name, '')}"]
+        lines += [] if name in MEMBERS else [f"   :inherited-members: {', '.join(BASES)}"]
     else:
         lines = [f".. autofunction:: {name}"]
     return "\n".join(["```{eval-rst}", *lines, "```", ""])
