@@ -16,7 +16,7 @@ def mocked() -> list[str]:
     """Return the packages in whose place autodoc has mocks. Integrations take each for a release that they support."""
     from swafast.integrations import installed
 
-    installed.framework = lambda name, least, *, extra=None: importlib.import_module(name)
+    installed.framework = lambda name, *_, **__: importlib.import_module(name)
     return sorted({*OTHERS, *(path.stem for path in _modules())} | {"ignite", "torchtitan"})
 
 
