@@ -26,6 +26,7 @@ CLASSES = {
 ON_RANKS = ("sharded", "reference/sharded")
 #: Names that are words too: they are code of the page's own.
 WORDS = {"load", "save", "merge", "average", "format", "backend", "attachment", "forward", "deviations", "subspace"}
+WORDS |= {"state_dict", "load_state_dict"}  # of whatever the page is about
 
 
 def link_code(app: Any, doctree: nodes.document) -> None:
