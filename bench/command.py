@@ -239,6 +239,17 @@ def accuracy_command(out: Out = OUT) -> None:
     _write(report, out / "accuracy", plot_accuracy)
 
 
+@app.command("pictures")
+def pictures_command(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("docs/pictures"),
+) -> None:
+    """Draw the pictures of the documents: errors of formats, memory of a rank, calls of an update. Nothing is timed."""
+    from bench import pictures
+
+    for path in pictures.draw_all(out, RESULTS):
+        console.print(f"wrote {path}")
+
+
 @app.command("predict")
 def predict_command() -> None:
     """Print what updates on an H200 should take, from a model of the kernels' loops: no measurement."""

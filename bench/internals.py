@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -105,11 +106,11 @@ def set_window(nbytes: int) -> None:
     all_gather.CPU_WINDOW_NBYTES = nbytes
 
 
-def plan_shares(model: nn.Module, rank: int, ranks: int) -> int:
+def plan_shares(model: nn.Module, rank: int, ranks: int, *, share_replicas: bool = False) -> int:
     """Plan which params one rank averages, without building averages. Return their number of elements."""
     holdings = [held.holding for held in find_holdings(model, tuple(range(ranks)))]
     formats = {each.name: format_of_average(each, None, False) for each in holdings}
-    return sum(share.numel for share in share_out(holdings, formats, rank, share_replicas=False))
+    return sum(share.numel for share in share_out(holdings, formats, rank, share_replicas=share_replicas))
 
 
 # The checks before an update
@@ -179,3 +180,28 @@ def stubbed_c_call() -> Iterator[None]:
         yield
     finally:
         native.swafast_cpu_update = kernel
+
+
+@contextmanager
+def counted_launches() -> Iterator[Counter[str]]:
+    """Count calls of the native library's kernels, by launches that are prepared in the body."""
+    counter: Counter[str] = Counter()
+    native, loaded = library.loaded(), library.loaded
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            function = getattr(native, name)
+            if name.rpartition("_")[2] not in ("update", "exchange", "draw", "nonfinite", "checksum"):
+                return function
+
+            def count(*args: Any) -> Any:
+                counter[name] += 1
+                return function(*args)
+
+            return count
+
+    library.loaded = lambda: Counting()  # type: ignore[assignment,return-value]
+    try:
+        yield counter
+    finally:
+        library.loaded = loaded

@@ -28,8 +28,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import swafast
+from bench.internals import counted_launches
 from swafast import ExponentialAverage, FusedAveragedModel, FusedAverages, ShardedAveragedModel, Snapshots
-from swafast.backends import library
 from swafast.loop import attachment
 from tests import sharded_models
 from tests.ranks import run_ranks
@@ -79,31 +79,6 @@ class _Ops(TorchDispatchMode):
         ):
             self.ops += 1
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def counted_launches() -> Iterator[Counter[str]]:
-    """Count calls of the native library's kernels, by launches that are prepared in the body."""
-    counter: Counter[str] = Counter()
-    native, loaded = library.loaded(), library.loaded
-
-    class Counting:
-        def __getattr__(self, name: str) -> Any:
-            function = getattr(native, name)
-            if name.rpartition("_")[2] not in ("update", "exchange", "draw", "nonfinite", "checksum"):
-                return function
-
-            def count(*args: Any) -> Any:
-                counter[name] += 1
-                return function(*args)
-
-            return count
-
-    library.loaded = lambda: Counting()  # type: ignore[assignment,return-value]
-    try:
-        yield counter
-    finally:
-        library.loaded = loaded
 
 
 @contextmanager
