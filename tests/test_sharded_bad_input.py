@@ -97,7 +97,7 @@ DIFFERENCES = {
     "a dtype": DISAGREE + r"'bias' .*torch.float32 .* on rank 0 and .*torch.float16 .* on rank 1",
     "a tie": DISAGREE + r"'bias' .*one whole tensor on each rank\) on rank 0 and .*, tied to other\) on rank 1",
     "a placement": DISAGREE + r"'spread' .*Shard\(dim=0\).* on rank 0 and .*Shard\(dim=1\).* on rank 1",
-    "the rule": DISAGREE + r"'rule' .*decay=0.99,.* on rank 0 and .*decay=0.9,.* on rank 1",
+    "the rule": DISAGREE + r"'rule' .*decay=0.99\) on rank 0 and .*decay=0.9\) on rank 1",
     "the format": DISAGREE + r"'format' 'float32' on rank 0 and 'mirrored' on rank 1",
     "the picks": DISAGREE + r"'bias' \(130,\) .* on rank 0 and nothing on rank 1",
     "use_buffers": DISAGREE + r"'use_buffers' False on rank 0 and True on rank 1",

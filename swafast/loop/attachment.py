@@ -39,8 +39,7 @@ class Attachment(hints.WithHints):
         default_name: the default name without a number; None if the user gave the name.
         step: number of steps of the optimizer so far. You may assign another one.
         schedule: the :class:`~swafast.loop.schedule.Schedule` of updates. You may assign another one.
-        then: functions that are called after each step that counts, and its update. They must not attach or detach:
-            torch is going through the optimizer's hooks.
+        then: functions that are called after each step that counts, and its update. They must not attach or detach.
         when_told: functions that are called after the user has assigned ``step``, with the number before.
         waits_in_step: whether a step first waits for an update under way; if not, somebody calls the runner.
     """
@@ -180,11 +179,7 @@ class Attachment(hints.WithHints):
 
     @disable_dynamo
     def before_step(self, *_: object) -> None:
-        """Wait for an update that the next step would overtake: the hook before it, or a call where no hook is.
-
-        Raises:
-            RuntimeError: the averages are swapped into a model.
-        """
+        """Wait for an update that the next step would overtake. RuntimeError if averages are swapped into a model."""
         if self._hooks:  # not of a copy of the optimizer
             self._take_up()
             if (guard := self._averaged._guard).model is not None and not is_making_state():
