@@ -72,7 +72,7 @@ def formats_figure(report: Report) -> Figure:
     updates = np.array(report.updates)
     by_kind = {(curve.stream, curve.rule, curve.format): curve.errors for curve in report.curves}
     for index, (rule, title) in enumerate(SHOWN_RULES.items()):
-        axes = figure.add_axes((0.075 + 0.475 * index, 0.27, 0.435, 0.62))
+        axes = figure.add_axes((0.07 + 0.49 * index, 0.27, 0.415, 0.62))
         for kind, label in FORMAT_LABELS.items():
             errors = by_kind[STREAM, rule, kind]
             axes.plot(updates, np.maximum(errors, LEAST), color=COLORS[kind], linewidth=1.8, label=label)
