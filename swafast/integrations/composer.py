@@ -10,7 +10,7 @@ from typing import Any
 from torch.nn import Module
 
 from ..terms.names import unwrap
-from .composer_trainer import Evaluation, check_algorithms, has_scaler, known_lengths, warn_of_others
+from .composer_trainer import Evaluation, check_algorithms, has_scaler, known_lengths, warn_of_ema
 from .installed import explained, framework
 from .saved_states import naming
 from .weight_average import Contract
@@ -69,7 +69,7 @@ class WeightAverage(Contract, _Algorithm):
         load = state.load_state_dict
 
         def load_state_dict(saved: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
-            warn_of_others(saved)
+            warn_of_ema(saved)
             load(saved, *args, **kwargs)
 
         state.load_state_dict = load_state_dict

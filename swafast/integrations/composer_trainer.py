@@ -57,7 +57,7 @@ def has_scaler(state: Any) -> bool:
     return state.scaler is not None and state.scaler.is_enabled()
 
 
-def warn_of_others(saved: Mapping[str, Any]) -> None:
+def warn_of_ema(saved: Mapping[str, Any]) -> None:
     """Warn if a state that Composer loads has the average of its EMA as the model: the training would go on from it."""
     other = dict(saved.get("algorithms", {})).get("EMA")
     if isinstance(other, Mapping) and other.get("ema_weights_active"):
