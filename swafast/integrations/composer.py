@@ -10,7 +10,7 @@ from typing import Any
 from torch.nn import Module
 
 from ..terms.names import unwrap
-from .composer_trainer import Evaluation, check_algorithms, has_scaler, known_lengths
+from .composer_trainer import Evaluation, check_algorithms, has_scaler, known_lengths, warn_of_ema
 from .installed import explained, framework
 from .saved_states import naming
 from .weight_average import Contract
@@ -66,8 +66,16 @@ class WeightAverage(Contract, _Algorithm):
         if self._model is not None and self._model() is not model:
             raise ValueError("WeightAverage has averages of another model: make a new one for this model")
         self._model, self._pending = weakref.ref(model), None
+        load = state.load_state_dict
+
+        def load_state_dict(saved: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+            warn_of_ema(saved)
+            load(saved, *args, **kwargs)
+
+        state.load_state_dict = load_state_dict
 
     def _on_after_load(self, state: Any) -> None:
+        vars(state).pop("load_state_dict", None)
         is_loaded, pending = state.load_path is not None, self._pending
         if is_loaded:
             self.averaged = self.attachment = None  # those of an earlier training do not belong to it
@@ -96,12 +104,13 @@ class WeightAverage(Contract, _Algorithm):
 
     def _on_evaluation_start(self, state: Any) -> None:
         self._on_evaluation_end(state)
-        if self.has_models:
+        if self._evaluation is None and self.has_models:
             self._evaluation = Evaluation(state, _LOOPS, self)
 
     def _on_evaluation_end(self, state: Any) -> None:
-        evaluation, self._evaluation = self._evaluation, None
-        if evaluation is not None:
+        evaluation = self._evaluation
+        if evaluation is not None and not evaluation.is_around:
+            self._evaluation = None
             evaluation.leave()
 
     # Checkpoints

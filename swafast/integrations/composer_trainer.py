@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..loop.schedule import Span
+from ..terms.warn import warn_user
 from .weight_average import Contract, refuse_second
 
 
@@ -56,11 +57,22 @@ def has_scaler(state: Any) -> bool:
     return state.scaler is not None and state.scaler.is_enabled()
 
 
+def warn_of_ema(saved: Mapping[str, Any]) -> None:
+    """Warn if a state that Composer loads has the average of its EMA as the model: the training would go on from it."""
+    other = dict(saved.get("algorithms", {})).get("EMA")
+    if isinstance(other, Mapping) and other.get("ema_weights_active"):
+        warn_user(
+            "the checkpoint was made with Composer's EMA: its model is the average, and the training goes on from it. "
+            "Load the trained params into the model before fit: they are in the checkpoint's state, in 'ema_model' of "
+            "the algorithm 'EMA' (docs/frameworks/composer.md, section 'From Composer's EMA and SWA')"
+        )
+
+
 class Evaluation:
     """An evaluation in which a model has averages.
 
     Composer tells algorithms nothing of an error, so it is seen where Composer puts the model back into training. A
-    checkpoint that is made meanwhile has the model's own params.
+    checkpoint that is made meanwhile has the model's own params. Evaluations inside of this one belong to it.
 
     Args:
         state: Composer's.
@@ -71,7 +83,8 @@ class Evaluation:
     def __init__(self, state: Any, loops: tuple[CodeType, ...], average: Contract) -> None:
         self._state, self._loops, self._average, self._model = state, loops, average, state.model
         self._own = {name: vars(owner).get(name) for owner, name in self._replaced()}
-        self._is_aside = False
+        self._is_aside = self._has_ended = False
+        self._depth = self._running()
         average.swap_in(self._model)
         # Copies of the model, which a callback may make, get this method bound to themselves.
         self._model.train = MethodType(self._train, self._model)
@@ -81,8 +94,22 @@ class Evaluation:
     def _replaced(self) -> list[tuple[Any, str]]:
         return [(self._model, "train"), (self._state, "state_dict"), (self._state, "get_model_state_dict")]
 
+    def _running(self) -> int:
+        """Return how many loops run now, one inside of another."""
+        frame, count = sys._getframe(1), 0
+        while frame is not None:
+            count += frame.f_code in self._loops
+            frame = frame.f_back  # type: ignore[assignment]
+        return count
+
+    @property
+    def is_around(self) -> bool:
+        """Whether the loop that runs now is inside of this evaluation, as one that a callback of the user's begins."""
+        return not self._has_ended and self._running() > self._depth
+
     def leave(self) -> None:
         """End it: the model has its own params."""
+        self._has_ended = True
         for owner, name in self._replaced():
             vars(owner).pop(name, None)
             if self._own[name] is not None:
@@ -92,7 +119,7 @@ class Evaluation:
     def _train(self, model: Module, mode: bool = True) -> Module:
         """Change a model's mode. End the evaluation first if one of Composer's loops leaves its context."""
         own = self._own["train"]
-        if _ends(sys._getframe(1), self._loops):
+        if _ends(sys._getframe(1), self._loops) and not self.is_around:
             self.leave()
         return type(model).train(model, mode) if own is None else own(mode)
 

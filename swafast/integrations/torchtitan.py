@@ -54,14 +54,11 @@ class WeightAverage(Contract):
             NotImplementedError: it trains with pipeline parallelism or fault tolerance, or steps in the backward.
         """
         trainers.check_training(trainer)
-        step = int(getattr(trainer, "step", 0))
+        step = getattr(trainer, "step", None)
         self.install_parts(trainer.model_parts, trainer.optimizers, trainer.checkpointer, step=step,
                            **trainers.length_of_training(trainer, self._when))  # fmt: skip
-        if step > 0:
-            warn_user(
-                f"the trainer has made {step} steps already, and a fresh average begins: to resume a training, call "
-                "install before the checkpoint is loaded"
-            )
+        if step:
+            _warn_of_fresh(step)
         if getattr(trainer, "validator", None) is not None:
             run_inside(trainer.validator, "validate", lambda *_, **__: self.swapped())
         if hasattr(trainer, "train"):
@@ -74,7 +71,7 @@ class WeightAverage(Contract):
         optimizers: OptimizersContainer,
         checkpointer: BaseCheckpointManager | None = None,
         *,
-        step: int = 0,
+        step: int | None = None,
         **lengths: Span,
     ) -> WeightAverage:
         """Do as :meth:`install` in a loop of your own, without its validation and its end: see the page on torchtitan.
@@ -82,7 +79,8 @@ class WeightAverage(Contract):
         Args:
             model_parts: the model, or a list of it alone, as the optimizers and the checkpointer have it.
             checkpointer: saves and loads the averages too. Call this before ``checkpointer.load``.
-            step: the number of steps so far, if a training goes on without a checkpoint.
+            step: the number of steps so far, if a training goes on without a checkpoint. Default: that of
+                ``checkpointer.states["train_state"]``, with a warning if there are any.
             lengths: ``duration`` and ``steps_per_epoch``, if the averages' own spans need them and have them not.
 
         Raises:
@@ -95,9 +93,10 @@ class WeightAverage(Contract):
         refuse_second([self, *others], "one container of optimizers")
         if checkpointer is not None and checkpointer.enable and KEY in checkpointer.states:
             raise ValueError(f"checkpointer must have no state {KEY!r} of its own, got one: name it otherwise")
+        counted = trainers.step_of(checkpointer) or 0 if step is None else step
         try:
             self.make(model).is_saved_apart = True
-            self.follow([optimizers], model, step=step, **lengths)
+            self.follow([optimizers], model, step=counted, **lengths)
         except BaseException:
             self.averaged = None
             raise
@@ -108,6 +107,8 @@ class WeightAverage(Contract):
             checkpointer.states[KEY] = SavedAverages(self)
             run_inside(checkpointer, "dcp_load", self._loading)
             run_inside(checkpointer, "save", self._saving)
+        if step is None and counted:
+            _warn_of_fresh(counted)
         return self
 
     def _installed(self) -> Module:
@@ -168,3 +169,10 @@ class WeightAverage(Contract):
         is_of_model = last_step and checkpointer.last_save_model_only and not checkpointer.load_only
         with self.swapped() if is_of_model else nullcontext():
             yield
+
+
+def _warn_of_fresh(step: int) -> None:
+    warn_user(
+        f"the training has made {step} steps already, and a fresh average begins: to resume a training, install before "
+        "the checkpoint is loaded"
+    )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch.nn import Module
-from torchtitan.components.checkpointer import TRAIN_STATE, CheckpointManager
+from torchtitan.components.checkpointer import MODEL, TRAIN_STATE, CheckpointManager
 from torchtitan.components.optimizer import OptimizersContainer
 
 from ..loop.schedule import Span
@@ -57,12 +57,12 @@ def only_model(model_parts: object, optimizers: object, checkpointer: object) ->
                 f"optimizers must step outside the backward and without fault tolerance, got "
                 f"{type(optimizers).__name__}: {_REFUSED[kind.__name__]}"
             )
-    _check_checkpointer(checkpointer)
     model: Module = modules[0]
+    _check_checkpointer(checkpointer, model)
     return model
 
 
-def _check_checkpointer(checkpointer: Any) -> None:
+def _check_checkpointer(checkpointer: Any, model: Module) -> None:
     if checkpointer is None or not getattr(checkpointer, "enable", True):
         return
     if not isinstance(checkpointer, CheckpointManager):
@@ -74,6 +74,12 @@ def _check_checkpointer(checkpointer: Any) -> None:
         raise NotImplementedError(
             f"checkpointer must be without fault tolerance, got {type(checkpointer).__name__} with a manager: "
             + _REFUSED["TorchFTOptimizersContainer"]
+        )
+    saved = {id(param) for part in checkpointer.states[MODEL].model for param in part.parameters()}
+    if any(id(param) not in saved for param in model.parameters()):
+        raise ValueError(
+            "checkpointer must save and load the model in model_parts, got one with another model: build it with the "
+            "same model_parts"
         )
 
 
@@ -93,6 +99,6 @@ def length_of_training(trainer: Any, spans: Mapping[str, object]) -> dict[str, S
 
 def step_of(checkpointer: Any) -> int | None:
     """Return the number of steps that the training counts, as its state says; None if it says nothing."""
-    state = checkpointer.states.get(TRAIN_STATE)
+    state = checkpointer.states.get(TRAIN_STATE) if getattr(checkpointer, "enable", False) else None
     step = None if state is None else state.state_dict().get("step")
     return None if step is None else int(step)

@@ -71,7 +71,7 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 averages.append(copy.deepcopy(average.evaluated.averaged_state_dict()))
         if blocks == [before]:
             Path("checkpoints").rename("ema")
-    assert steps == [(8, 8), (12, 12), (12, 12), (4, 9 + 4)]
+    assert steps == [(8, 8), (12, 12), (12, 12), (12, 9 + 4)]
     exported = torch.load("model.pt", weights_only=True)
     assert differing(exported, scope["fresh_model"].state_dict()) == []
     assert differing({f"net.{name}": each for name, each in torch.load("average.pt").items()}, exported) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import re
@@ -200,6 +201,22 @@ def test_states_of_others_are_refused(tmp_path: Path) -> None:
         assert "changed.pt" in str(raised.value)
 
 
+def test_a_checkpoint_of_composers_ema_tells_that_its_model_is_the_average(tmp_path: Path, watch: Watch) -> None:
+    options = {"load_path": str(tmp_path / FILE), "max_duration": "3ep"}
+    Training(tmp_path, EMA(half_life="1ba")).trainer.fit()
+    trained = watch.steps[-1]
+    with pytest.warns(UserWarning, match="its model is the average, and the training goes on from it"):
+        training = Training(tmp_path / "resumed", **options)
+    assert differing(training.state(), trained) != []
+    assert "load_state_dict" not in vars(training.trainer.state)
+    for others in ({"load_weights_only": True}, {"load_path": str(tmp_path / "own" / FILE)}):
+        if "load_path" in others:
+            Training(tmp_path / "own").trainer.fit()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*its model is the average")
+            Training(tmp_path / "silent", **{**options, **others})
+
+
 # Evaluations
 
 
@@ -262,6 +279,37 @@ def test_an_error_anywhere_in_an_evaluation_leaves_the_params(
     assert "train" not in vars(training.model)
     training.trainer.save_checkpoint(str(tmp_path / "raised.pt"))
     assert differing(models_in(tmp_path / "raised.pt")[0], watch.steps[-1]) == []
+
+
+class Evaluates(composer.Callback):
+    """A callback of the user's that evaluates inside of an evaluation, once."""
+
+    trainer: Any = None
+    raises = False
+
+    def eval_batch_start(self, state: Any, logger: Any) -> None:
+        trainer, self.trainer = self.trainer, None
+        if trainer is not None:
+            with contextlib.suppress(KeyboardInterrupt):
+                trainer.eval(composer.Evaluator(label="inner", dataloader=loader(Watch.current.job.eval_set(1))))
+        elif self.raises:
+            self.raises = False
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_an_evaluation_inside_of_another_leaves_it_the_average(raises: bool, tmp_path: Path, watch: Watch) -> None:
+    training = Training(tmp_path)
+    training.trainer.fit()
+    evaluates = Evaluates()
+    evaluates.trainer, evaluates.raises = training.trainer, raises
+    training.trainer.state.callbacks.append(evaluates)
+    watch.seen.clear()
+    training.trainer.eval()
+    assert len(watch.seen) == 4  # after an error, Composer has the inner set among its own
+    assert all(differing(seen.state, training.averages()) == [] for seen in watch.seen)
+    assert differing(training.state(), watch.steps[-1]) == []
+    assert "train" not in vars(training.model)
 
 
 def test_predictions_are_the_averages(tmp_path: Path, watch: Watch) -> None:

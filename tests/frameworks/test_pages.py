@@ -233,8 +233,11 @@ def test_what_the_traps_of_mmengines_page_say(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ArithmeticError):
         scope["runner"].train()
     assert differing(model.seen[-1], state_of(model)) == []
-    scope["hook"].after_val_epoch(scope["runner"])
+    model.fails = False
+    scope["hook"].before_run(scope["runner"])
     assert differing(saved_by_mmengine(1)["state_dict"], state_of(model)) == []
+    scope["runner"].train()
+    assert int(scope["hook"].averaged.n_averaged) == 8
     with pytest.warns(UserWarning, match="counts from 0"):  # of the average of that checkpoint
         taken = run_mmengine(after, 1, load_from="work/epoch_1.pth", work_dir="other")
     assert int(taken["hook"].averaged.n_averaged) == 8
@@ -272,7 +275,7 @@ def _ultralytics_trainings(folder: Path) -> dict[str, dict[str, State]]:
     for name, block in zip(("before", "after"), ULTRALYTICS, strict=True):
         exec(block, scope := {"settings": settings | {"name": name}})
         stopped = YOLO("yolo11n-cls.yaml")
-        stopped.add_callback("on_fit_epoch_end", _stop_after_an_epoch)
+        stopped.add_callback("on_fit_epoch_end", _raise_in_evaluation)
         with contextlib.suppress(EvaluationError):
             stopped.train(**settings, name=f"stopped {name}")
         resumed = YOLO(folder / f"stopped {name}/weights/last.pt")
@@ -289,7 +292,7 @@ def _ultralytics_trainings(folder: Path) -> dict[str, dict[str, State]]:
     return states
 
 
-def _stop_after_an_epoch(trainer: Any) -> None:
+def _raise_in_evaluation(*_: Any, **__: Any) -> None:
     raise EvaluationError
 
 
@@ -460,6 +463,12 @@ def _keras_trainings(folder: Path) -> dict[str, Any]:
     torch.save(ours["model"].state_dict(), "epoch1.pt")
     exec(resume, ours)
     got["resumed"] = int(ours["average"].averaged.n_averaged)
+    fails = type("Fails", (keras.callbacks.Callback,), {"on_test_batch_end": _raise_in_evaluation})()
+    fit = {"x": ours["inputs"], "y": ours["targets"], "validation_split": 0.5}
+    with pytest.raises(EvaluationError):
+        ours["model"].fit(**fit, callbacks=[ours["average"], fails])
+    ours["model"].fit(**fit, callbacks=[ours["average"]])
+    got["after an error"] = int(ours["average"].averaged.n_averaged)
     with pytest.raises(TypeError, match="got Adam: an optimizer of Keras has no hooks"):
         ours["average"].averaged.attach(ours["model"].optimizer)
     with pytest.raises(ValueError, match="model must have the parameters that it was averaged with"):
@@ -489,6 +498,7 @@ def test_keras_page_averages_bit_for_bit(tmp_path: Path) -> None:
     ):
         assert all(torch.equal(one, other) for one, other in zip(seen, expected, strict=True))
     assert got["resumed"] == 8 + 1  # one batch of all inputs
+    assert got["after an error"] == 9 + 2
     for one, other in zip(got["average"], got["theirs"], strict=True):  # Keras leaves its average in the model
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 

@@ -408,7 +408,8 @@ def test_wrong_installations_are_refused(tmp_path: Path) -> None:
             NotImplementedError,
             {"checkpointer": SimpleNamespace(enable=True)},
         ),
-        "optimizer must have params of the model": (ValueError, {"model_parts": [nn.Linear(4, 2)]}),
+        "got one with another model": (ValueError, {"model_parts": [nn.Linear(4, 2)]}),
+        "optimizer must have params of the model": (ValueError, {"optimizers": Loop(tmp_path).optimizers}),
     }
     for message, (kind, fields) in others.items():
         given = SimpleNamespace(**{**parts, **fields})
@@ -434,9 +435,22 @@ def test_an_installation_after_the_load_is_told(tmp_path: Path) -> None:
     trainer = SimpleNamespace(
         model_parts=[loop.model], optimizers=loop.optimizers, checkpointer=loop.checkpointer, step=5
     )
-    with pytest.warns(UserWarning, match="made 5 steps already, .* call install before the checkpoint is loaded"):
+    told = "made 5 steps already, .* install before the checkpoint is loaded"
+    with pytest.warns(UserWarning, match=told):
         average = WeightAverage(ExponentialAverage(0.9)).install(trainer)
     assert average.attachment.step == 5
+    with warnings.catch_warnings(record=True) as caught:  # in a loop of the user's own too
+        warnings.simplefilter("always")
+        loops = [Loop(tmp_path) for _ in range(3)]
+        for loop in loops:
+            loop.steps.step = 5
+        counted = [
+            loops[0].install(),
+            WeightAverage().install_parts(loops[1].model, loops[1].optimizers, loops[1].checkpointer, step=3),
+            WeightAverage().install_parts(loops[2].model, loops[2].optimizers),
+        ]
+    assert [average.attachment.step for average in counted] == [5, 3, 0]
+    assert [str(each.message)[:37] for each in caught] == ["the training has made 5 steps already"]
 
 
 @pytest.mark.usefixtures("group")
