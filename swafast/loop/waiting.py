@@ -53,8 +53,9 @@ def _hooked(wait: Wait, roots: Iterable[Module]) -> Iterable[RemovableHandle]:
     for part in parts.values():
         if not any(True for _ in unnamed_tensors(part)):
             continue  # an activation reads no average, and a hook costs a microsecond or two in each forward
-        # Module's own method: a scripted module refuses to register hooks, but runs them.
-        yield Module.register_forward_pre_hook(part, wait)
+        # Module's own method: a scripted module refuses to register hooks, but runs them. First of the module's hooks:
+        # that of spectral_norm reads averages.
+        yield Module.register_forward_pre_hook(part, wait, prepend=True)
 
 
 class Wait:
