@@ -264,32 +264,29 @@ def _copied(values: Any) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in values.items()}
 
 
-def _loaded(pair: Pair) -> dict[str, Tensor]:
+def _loaded(pair: Pair, _: Any) -> dict[str, Tensor]:
     torch.manual_seed(5)
     other = Pair().state_dict()
     pair.load_state_dict(other)
     return _copied(pair.teacher.state_dict())
 
 
-def _averaged(pair: Pair, model: nn.Module) -> dict[str, Tensor]:
-    average = FusedAveragedModel(model, rule=RULE, num_averaged=1)
-    average.module.apply(lambda part: [nn.init.ones_(each) for each in part.parameters(recurse=False)])
+def _averaged(average: FusedAveragedModel, model: nn.Module) -> dict[str, Tensor]:
     average.update_parameters(model)
     return _copied(average.state_dict())
 
 
-def _overwritten(pair: Pair) -> dict[str, Tensor]:
-    average = FusedAveragedModel(pair.student, rule=RULE, num_averaged=1)
-    average.copy_to(pair.teacher.module)
+def _overwritten(pair: Pair, averages: dict[str, FusedAveragedModel]) -> dict[str, Tensor]:
+    averages["part"].copy_to(pair.teacher.module)
     return _copied(pair.teacher.state_dict())
 
 
-#: What waits for the update of a teacher, by whatever module it is reached.
+#: What waits for the update of a teacher, by whatever module it is reached. Averages of part and whole are there.
 REACHED: dict[str, Any] = {
-    "a hook of torch's": lambda pair: {"": pair.teacher.module[0](IMAGES)},
+    "a hook of torch's": lambda pair, _: {"": pair.teacher.module[0](IMAGES)},
     "a load of the whole": _loaded,
-    "an average of the average": lambda pair: _averaged(pair, pair.teacher.module),
-    "an average of the whole": lambda pair: _averaged(pair, pair),
+    "an average of the average": lambda pair, averages: _averaged(averages["part"], pair.teacher.module),
+    "an average of the whole": lambda pair, averages: _averaged(averages["whole"], pair),
     "a copy into the average": _overwritten,
 }
 
@@ -303,10 +300,11 @@ def test_whoever_reaches_a_teacher_waits(way: str, monkeypatch: pytest.MonkeyPat
         torch.manual_seed(4)
         pair = Pair(has_hook=way == "a hook of torch's")
         sgd = torch.optim.SGD(pair.student.parameters(), 0.5)
+        averages = {"part": teacher_of(pair.student), "whole": FusedAveragedModel(pair, rule=RULE, num_averaged=1)}
         attachment = pair.teacher.attach(sgd, step=0, overlap=overlap)
         pair.student(IMAGES).square().mean().backward()
         sgd.step()
-        result = REACHED[way](pair)
+        result = REACHED[way](pair, averages)
         assert not attachment.is_under_way
         found.append((result, _copied(pair.teacher.state_dict())))
         attachment.detach()
