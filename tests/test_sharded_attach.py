@@ -227,6 +227,14 @@ def _refused() -> None:
     run.backward()
     run.optimizer.step()
     assert run.averaged.n_averaged == 0
+    for options in ({"offload": "cpu"}, {"overlap": True}):
+        with run.averaged.attach(run.optimizer, **options):
+            run.averaged.nonfinite = "skip"
+            run.backward()
+            with pytest.raises(ValueError, match="with nonfinite='skip', got"):
+                run.optimizer.step()
+            run.averaged.nonfinite = "propagate"
+    assert run.averaged.n_averaged == 0
 
 
 def test_what_cannot_be_attached_is_named() -> None:

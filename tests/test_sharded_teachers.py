@@ -118,3 +118,16 @@ def test_a_teacher_that_stays_gathered_is_seen() -> None:
     # FSDP's root stays gathered after a forward without a backward, and would not see what is written into its shards.
     with planted(forget_to_reshard), pytest.raises(RankFailedError):
         test_a_teacher_under_fsdp_runs_on_the_newest_average(False)
+
+
+def with_a_sharded_average() -> None:
+    student = Student().online
+    teacher = FusedAveragedModel(student, rule=RULE, num_averaged=1).requires_grad_(False)
+    fully_shard(teacher.module)
+    teacher(images_of(0))  # and FSDP's root stays gathered: its params look like plain ones
+    with pytest.raises(ValueError, match="module of the averaged model must be whole on this rank, got an FSDPModule"):
+        teacher.update_parameters(student)
+
+
+def test_an_average_that_was_sharded_itself_is_refused() -> None:
+    run_ranks(2, with_a_sharded_average)

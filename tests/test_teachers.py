@@ -193,20 +193,28 @@ class Late:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.waited = threading.Event()
-        run, join = runners.InThread._run, runners.InThread.join
+        run, join, wait = runners.InThread._run, runners.InThread.join, runners.InThread.wait
 
         def late(runner: runners.InThread, *arguments: Any) -> None:
             assert self.waited.wait(60)
             self.waited.clear()
             run(runner, *arguments)
 
-        def joining(runner: runners.InThread) -> None:
-            if runner._under_way is not None and not runner.is_worker():
+        def let_go(runner: runners.InThread) -> None:
+            if runner._under_way is not None and not runner._under_way.done() and not runner.is_worker():
                 self.waited.set()
+
+        def joining(runner: runners.InThread) -> None:
+            let_go(runner)
             join(runner)
+
+        def waiting(runner: runners.InThread, timeout: float | None = None) -> None:
+            let_go(runner)
+            wait(runner, timeout)
 
         patch.setattr(runners.InThread, "_run", late)
         patch.setattr(runners.InThread, "join", joining)
+        patch.setattr(runners.InThread, "wait", waiting)
 
 
 WAYS = {
@@ -240,6 +248,84 @@ def test_a_module_that_does_not_wait_is_seen(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(waiting.Wait, "__call__", lambda self, *_: None)
     with pytest.raises(AssertionError):
         test_a_forward_never_reads_an_update_under_way("backbone", monkeypatch)
+
+
+class Pair(nn.Module):
+    """A student, and its teacher beside it in one module, as many trainings have them."""
+
+    def __init__(self, *, has_hook: bool = False) -> None:
+        super().__init__()
+        linear = nn.Linear(8, 4)
+        self.student = nn.Sequential(nn.utils.spectral_norm(linear) if has_hook else linear).eval()
+        self.teacher = teacher_of(self.student)
+
+
+def _copied(values: Any) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in values.items()}
+
+
+def _loaded(pair: Pair, _: Any) -> dict[str, Tensor]:
+    torch.manual_seed(5)
+    other = Pair().state_dict()
+    pair.load_state_dict(other)
+    return _copied(pair.teacher.state_dict())
+
+
+def _averaged(average: FusedAveragedModel, model: nn.Module) -> dict[str, Tensor]:
+    average.update_parameters(model)
+    return _copied(average.state_dict())
+
+
+def _overwritten(pair: Pair, averages: dict[str, FusedAveragedModel]) -> dict[str, Tensor]:
+    averages["part"].copy_to(pair.teacher.module)
+    return _copied(pair.teacher.state_dict())
+
+
+#: What waits for the update of a teacher, by whatever module it is reached. Averages of part and whole are there.
+REACHED: dict[str, Any] = {
+    "a hook of torch's": lambda pair, _: {"": pair.teacher.module[0](IMAGES)},
+    "a load of the whole": _loaded,
+    "an average of the average": lambda pair, averages: _averaged(averages["part"], pair.teacher.module),
+    "an average of the whole": lambda pair, averages: _averaged(averages["whole"], pair),
+    "a copy into the average": _overwritten,
+}
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=f"{NO_LIBRARY}: {cpu.unavailable()}")
+@pytest.mark.parametrize("way", REACHED)
+def test_whoever_reaches_a_teacher_waits(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Late(monkeypatch)
+    found = []
+    for overlap in (False, True):
+        torch.manual_seed(4)
+        pair = Pair(has_hook=way == "a hook of torch's")
+        sgd = torch.optim.SGD(pair.student.parameters(), 0.5)
+        averages = {"part": teacher_of(pair.student), "whole": FusedAveragedModel(pair, rule=RULE, num_averaged=1)}
+        attachment = pair.teacher.attach(sgd, step=0, overlap=overlap)
+        pair.student(IMAGES).square().mean().backward()
+        sgd.step()
+        result = REACHED[way](pair, averages)
+        assert not attachment.is_under_way
+        found.append((result, _copied(pair.teacher.state_dict())))
+        attachment.detach()
+    for plain, beside in zip(*found, strict=True):
+        assert [name for name, value in plain.items() if not torch.equal(value, beside[name])] == []
+
+
+def test_an_overlapped_average_of_a_module_with_a_teacher_in_it_warns() -> None:
+    pair = Pair()
+    sgd = torch.optim.SGD(pair.student.parameters(), 0.5)
+    with pytest.warns(UserWarning, match="model has an averaged model in it, 'teacher'"):
+        FusedAveragedModel(pair).attach(sgd, pair, overlap=True).detach()
+
+
+def test_scripting_an_overlapped_teacher_says_what_to_do() -> None:
+    student = Encoder()
+    sgd = torch.optim.SGD(student.parameters(), 0.5)
+    teacher = teacher_of(student)
+    with teacher.attach(sgd, step=0, overlap=True), pytest.raises(AttributeError, match=r"call attachment\.detach\(\)"):
+        torch.jit.script(teacher.module)
+    torch.jit.script(teacher.module)
 
 
 def hooks_of(teachers: FusedAverages) -> list[int]:

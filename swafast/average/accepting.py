@@ -60,12 +60,15 @@ def check_device(device: object) -> None:
         ) from error
 
 
-def refuse_sharded(model: Module) -> None:
-    """Raise ValueError if the model has FSDP modules, which cannot be copied."""
+def refuse_sharded(model: Module, what: str = "model", instead: str = checks.FOR_SHARDED) -> None:
+    """Raise ValueError if the model has FSDP modules, which cannot be copied.
+
+    Params that FSDP has gathered look like plain ones, but what is written into them is lost.
+    """
     for _, module in named_modules(model, distinct=True):
         for kind in type(module).__mro__:
             if kind.__name__ in ("FSDPModule", "FullyShardedDataParallel"):
-                raise ValueError(f"model must be whole on this rank, got an {kind.__name__}; {checks.FOR_SHARDED}")
+                raise ValueError(f"{what} must be whole on this rank, got an {kind.__name__}; {instead}")
 
 
 def find_uncopied(model: Module) -> str | None:

@@ -216,7 +216,7 @@ class FusedAverages(WithBindings, Module):
         Raises:
             TypeError, ValueError, RuntimeError: as ``FusedAveragedModel.update_parameters``; nothing has changed.
         """
-        with self._guard.hold("update_parameters"):
+        with self._guard.hold("update_parameters", read=model):
             averages = self.values()
             rules = self._rules(averages)
             nonfinite = {averaged.nonfinite for averaged in averages}

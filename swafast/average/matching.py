@@ -16,8 +16,13 @@ from ..op.launches import draws_of
 from ..terms.names import named_buffers, named_params, require_same_names, unwrap
 from ..torch_private.modules import named_tensors
 from . import lending
+from .accepting import refuse_sharded
 from .following import FormatOf as FormatOf
 from .planes import fit_planes, put_planes
+
+_FOR_SHARDED_TEACHER = (
+    f"{checks.FOR_SHARDED}, and call its copy_to(teacher) for a teacher that is sharded as the model is"
+)
 
 
 def each_average(
@@ -59,6 +64,7 @@ def match(
     Returns:
         the pairs of an update; and those of the params that the model lends, of which an update has nothing to do.
     """
+    refuse_sharded(side.owner.module, "module of the averaged model", _FOR_SHARDED_TEACHER)
     theirs = {False: named_params(unwrap(model), "model"), True: named_buffers(unwrap(model), "model")}
     own = list(each_average(side.owner.module, anew))
     for is_buffer, kind in ((False, "parameters"), (True, "buffers")):

@@ -242,11 +242,11 @@ class Attachment(hints.WithHints):
         self._runner.join()
 
     def reads(self, written: set[int]) -> bool:
-        """Return whether an update under way may read a param or module with one of these ids."""
+        """Return whether an update under way may read, or write, a param or module with one of these ids."""
         if not self._runner.is_beside:
             return False
         trained = {id(param) for each in self._optimizers for group in each.param_groups for param in group["params"]}
-        return not written.isdisjoint(trained | _ids(self._model))
+        return not written.isdisjoint(trained.union(*map(_ids, (self._model, *self._averaged._modules_run()))))
 
     # State
 

@@ -17,6 +17,7 @@ import torch
 from torch.nn import Module
 
 from .attachment import Attachment, wait_for_readers
+from .waiting import wait_within, waits
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -201,17 +202,22 @@ class Guard:
                 lock.release()
 
     @seamless
-    def hold(self, action: str, ranks: Together | None = None, written: Module | None = None) -> Iterator[None]:
+    def hold(
+        self, action: str, ranks: Together | None = None, written: Module | None = None, read: Module | None = None
+    ) -> Iterator[None]:
         """Hold the averages for this thread, after an update under way. Refuse if they are swapped.
 
         Args:
             ranks: the ranks that take this action together: an error on one raises on all.
             written: the model whose params the action writes.
+            read: the model whose params it reads.
 
         Raises:
             RuntimeError: the averages are swapped into a model, here or on another of ``ranks``.
         """
         grad = torch.is_grad_enabled()
+        if waits and isinstance(read, Module):
+            wait_within(read)
         if ranks is None:
             self.settle(action, written)
             with self._lock if self._is_alone else self.locked():

@@ -9,10 +9,11 @@ from typing import NoReturn
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from ..terms import hints
 from ..terms.warn import warn_user
-from ..torch_private.modules import named_tensors
+from ..torch_private.modules import named_modules, named_tensors
 from ..torch_private.optimizers import has_hooks, runs_state_hooks, runs_step_hooks
 
 
@@ -120,6 +121,12 @@ def warn_of_others(model: Module, optimizers: Sequence[Optimizer]) -> None:
         warn_user(
             f"{len(names)} trained params, {names[0]!r} the first, are in none of the given optimizers: if another "
             "optimizer writes them during an update, the average is wrong. Attach to all: attach([first, second])"
+        )
+    inner = next((name for name, part in named_modules(model) if isinstance(part, AveragedModel)), None)
+    if inner is not None:
+        warn_user(
+            f"model has an averaged model in it, {inner!r}: if that one is updated while an update beside the next "
+            "step reads the model, the average of it is wrong. Attach without overlap and offload"
         )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.nn import Module
 
+from ..terms.names import unwrap
 from ..torch_private.modules import named_modules, unnamed_tensors
 
 if TYPE_CHECKING:
@@ -39,6 +41,16 @@ class Waits:
         self._roots: Sequence[Module] = ()
         self._hooks: list[RemovableHandle] = []
 
+    def wait_within(self, parts: Set[int]) -> None:
+        """Wait if one of the averaged modules is among these, given by id."""
+        if not parts.isdisjoint(map(id, self._roots)):
+            self._wait()
+
+    @property
+    def is_under_way(self) -> bool:
+        waiting = self._wait.waiting
+        return waiting is not None and waiting.is_under_way
+
     def renew(self, roots: Sequence[Module]) -> None:
         """Have the parts of ``roots`` wait, and no others."""
         if len(roots) == len(self._roots) and all(map(operator.is_, roots, self._roots)):
@@ -46,6 +58,31 @@ class Waits:
         for hook in self._hooks:
             hook.remove()
         self._roots, self._hooks = tuple(roots), [*_hooked(self._wait, roots)]
+        waits.pop(id(self), None)
+        if roots:
+            waits[id(self)] = weakref.ref(self, partial(_forget, id(self)))
+
+
+#: All that has roots, by id. Most trainings have none, and asking a dict is no call of Python.
+waits: dict[int, weakref.ref[Waits]] = {}
+
+
+def _forget(key: int, _: object) -> None:
+    waits.pop(key, None)
+
+
+def wait_within(model: Module) -> None:
+    """Wait for updates under way of averages whose modules are in ``model``, such as a teacher in a whole model."""
+    # Modules of exactly this class are stand-ins, of which an update that is under way itself reads.
+    under_way = (
+        []
+        if type(model) is Module
+        else [each for each in (alive() for alive in list(waits.values())) if each is not None]
+    )
+    under_way = [each for each in under_way if each.is_under_way]
+    parts = {id(part) for _, part in named_modules(unwrap(model), distinct=True)} if under_way else set()
+    for each in under_way:
+        each.wait_within(parts)
 
 
 def _hooked(wait: Wait, roots: Iterable[Module]) -> Iterable[RemovableHandle]:
@@ -53,8 +90,9 @@ def _hooked(wait: Wait, roots: Iterable[Module]) -> Iterable[RemovableHandle]:
     for part in parts.values():
         if not any(True for _ in unnamed_tensors(part)):
             continue  # an activation reads no average, and a hook costs a microsecond or two in each forward
-        # Module's own method: a scripted module refuses to register hooks, but runs them.
-        yield Module.register_forward_pre_hook(part, wait)
+        # Module's own method: a scripted module refuses to register hooks, but runs them. First of the module's hooks:
+        # that of spectral_norm reads averages.
+        yield Module.register_forward_pre_hook(part, wait, prepend=True)
 
 
 class Wait:
@@ -63,11 +101,23 @@ class Wait:
     def __init__(self, waiting: Waiting | None = None) -> None:
         self._waiting = weakref.ref(waiting) if waiting is not None else None
 
+    @property
+    def waiting(self) -> Waiting | None:
+        return self._waiting() if self._waiting is not None else None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__name__":  # torch.jit.script asks for it, and nothing else does
+            raise AttributeError(
+                "torch.jit.script cannot script the waits of an averaged module that is attached with overlap or "
+                "offload: call attachment.detach() before, or script a copy of the module made before attach"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __call__(self, *_: object) -> None:
         # Of compiled code, the averaged model's forward waits once, outside of the graph.
         if torch.compiler.is_compiling():
             return
-        waiting = self._waiting() if self._waiting is not None else None
+        waiting = self._waiting() if self._waiting is not None else None  # inline: a forward has many of these
         if waiting is not None and waiting.is_under_way:
             waiting.join()
 

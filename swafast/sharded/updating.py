@@ -116,20 +116,20 @@ class AttachableShards(Attachable):
                 parameter, and nothing has changed.
             RuntimeError: averages are swapped into a model; or, with ``"raise"`` or ``"skip"``, a rank was lost.
         """
-        with self._guard.hold("update_parameters"):
+        with self._guard.hold("update_parameters", read=model):
             if swaps.in_force and isinstance(model, Module):
                 swaps.refuse_model("update_parameters", model)
-            self._update(self._bind(model))
+            self._update(self._bind(model), self.nonfinite)
 
     def _bind(self, model: Module, staging: Staging | None = None, *, for_use: bool = False) -> Bound:
         return bind_shards(self._bindings, model, self._updated, staging, for_use=for_use)
 
-    def _update(self, bound: Bound) -> None:
+    def _update(self, bound: Bound, nonfinite: str) -> None:
         """Run an update of a bound plan. The calling thread holds the averages."""
         plan, params, planes = bound
-        if self.nonfinite == "raise":
+        if nonfinite == "raise":
             self._refuse_nonfinite(plan, params)
-        sides, skip = self._updated, self.nonfinite == "skip"
+        sides, skip = self._updated, nonfinite == "skip"
         rules = [side.rule for side in sides]
         plan.update(params, planes, rules, skip_nonfinite=skip, reduce_flag=self._flag if skip else None)
         for side in sides:
@@ -187,18 +187,19 @@ class AttachableShards(Attachable):
     def _beside(
         self, model: Module, device: torch.device | None = None, streams: Sequence[torch.cuda.Stream] = ()
     ) -> Ready:
-        if device is None:
-            refuse_all_reduce(self.nonfinite, "overlap", False, True)
+        way: tuple[str, object, object] = ("overlap", False, True) if device is None else ("offload", None, "cpu")
+        refuse_all_reduce(self.nonfinite, *way)
         staging = Staging() if device is None else HostStaging(streams)
 
         def ready() -> tuple[Callable[[], None], list[object]]:
+            refuse_all_reduce(self.nonfinite, *way)  # it may have been set since
             with self._guard.hold("update_parameters"):
                 plan, params, planes = bound = self._bind(model, staging)
             return partial(update, bound), [*plan.memory(params.bases, planes), *staging.read]
 
         def update(bound: Bound) -> None:
             with self._guard.hold("update_parameters"):
-                self._update(_on_its_memory(bound, self._updated))
+                self._update(_on_its_memory(bound, self._updated), "propagate")
 
         return ready
 
