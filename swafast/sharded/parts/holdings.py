@@ -118,7 +118,7 @@ class Held:
     offset: int = 0  # of a run, in that
     trains: bool = True  # requires_grad of the original in a flat param
     used_in: WorkingRun | None = None  # under ZeRO-3 what a forward pass reads: `found_in` has masters
-    seen: Tensor | None = None  # under ZeRO-3 what a user sees
+    seen: Tensor | None = None  # under ZeRO-3 `ZeroRun.shown`
 
     def place(self, for_use: bool) -> tuple[Tensor | RunHome, int]:
         """Return what an update, or with ``for_use`` a forward pass, finds the part in, and its offset there."""
@@ -126,7 +126,7 @@ class Held:
 
     @property
     def shown(self) -> Tensor:
-        """What a user sees of a param: the tensor in the model, or this rank's shard of a flat param."""
+        """What a user sees of a param: the tensor in the model, of FSDP1 this rank's run, of ZeRO-3 only the shape."""
         if isinstance(self.found_in, Tensor):
             return self.found_in
         return self.seen if self.seen is not None else self.local.detach().requires_grad_(self.trains)
@@ -168,7 +168,7 @@ def reshard(model: Module) -> None:
 def free_gathered(model: Module, *, lossless: bool = True) -> None:
     """Free the params that ZeRO-3 has gathered, so that the next forward pass reads what is written into its runs.
 
-    An update needs it not: it reads masters, and may come while the user has params gathered.
+    An update does not need this. It reads masters, and may come while the user has params gathered.
 
     Raises:
         RuntimeError: with ``lossless``, if that would lose what was written into a gathered param.
@@ -186,9 +186,8 @@ def written_while_gathered(model: Module) -> list[str]:
     """Return the names of params that were written while ZeRO-3 had them gathered, so that freeing would lose it."""
     root = unwrap(model)
     renormed = renormed_params(root)  # which a forward pass writes
-    params = {canonical(name): param for name, param in named_tensors(root)}
-    written = (name for name, param in params.items() if zero.is_partitioned(param) and zero.is_written(param))
-    return [name for name in written if name not in renormed]
+    params = {canonical(name): param for name, param in named_tensors(root) if zero.is_partitioned(param)}
+    return [name for name, param in params.items() if name not in renormed and zero.is_written(param)]
 
 
 def is_sharded(model: Module) -> bool:
