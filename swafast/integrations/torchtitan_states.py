@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner
 
 from ..sharded.checkpoint import CHECKSUM, SAVE_ID
 from ..terms.misfits import few
-from .saved_states import check_number, checked_parts, load_shards, naming
+from .saved_states import check_number, checked_parts, cloned, load_shards, naming
 from .weight_average import Contract
 
 if TYPE_CHECKING:
@@ -39,9 +39,7 @@ class SavedAverages:
 
 def _packed(average: Contract) -> dict[str, Any]:
     state = average.state()
-    averaged = state["averaged"]
-    if not average.holds_shards:  # shards are copies already
-        averaged = {key: value.clone() if isinstance(value, Tensor) else value for key, value in averaged.items()}
+    averaged = state["averaged"] if average.holds_shards else cloned(state["averaged"])  # shards are copies already
     steps = state["attachment"]
     numbers = {"step": steps["step"], "began": steps["began"], **steps["schedule"]}
     # A checkpoint of torch loads an int by a pickle, and a tensor without one.
