@@ -20,8 +20,8 @@ from ...torch_private.modules import named_modules, named_tensors
 from . import zero
 from .zero import Masters, WorkingRun
 
-#: What a run lies in, outside of the modules.
-RunHome = private.FlatParam | WorkingRun | Masters
+#: A tensor of the model, or what a run lies in outside of its modules.
+FoundIn = Tensor | private.FlatParam | WorkingRun | Masters
 
 
 @dataclass(frozen=True)
@@ -114,13 +114,13 @@ class Held:
 
     holding: Holding
     local: Tensor  # this rank's part; 1-D for a run
-    found_in: Tensor | RunHome  # the tensor registered in the model, or what a run lies in
+    found_in: FoundIn
     offset: int = 0  # of a run, in that
     trains: bool = True  # requires_grad of the original in a flat param
     used_in: WorkingRun | None = None  # under ZeRO-3 what a forward pass reads: `found_in` has masters
     seen: Tensor | None = None  # under ZeRO-3 `ZeroRun.shown`
 
-    def place(self, for_use: bool) -> tuple[Tensor | RunHome, int]:
+    def place(self, for_use: bool) -> tuple[FoundIn, int]:
         """Return what an update, or with ``for_use`` a forward pass, finds the part in, and its offset there."""
         return (self.used_in, 0) if for_use and self.used_in is not None else (self.found_in, self.offset)
 

@@ -1,6 +1,6 @@
 """What DeepSpeed's ZeRO-3 holds of a model on this rank: a run of each param, and one of its fp32 master.
 
-DeepSpeed is not imported: its params are known by the attributes that it gives them. A *working run* is what a forward
+DeepSpeed is not imported: its params are known by the attributes that it sets. A *working run* is what a forward
 pass gathers, in the dtype of the model. The *master* is what the optimizer steps.
 """
 
@@ -26,11 +26,11 @@ class WorkingRun:
     def local(self) -> Tensor:
         """The partition, with the elements that pad it."""
         param: Any = self._param()
-        assert param is not None, "a binding asks for what is_current alone"
+        assert param is not None, "a binding asks is_current first"
         return param.ds_tensor
 
     def is_current(self) -> bool:
-        """Return whether the param lives, and is partitioned still."""
+        """Return whether the param lives, and is still partitioned."""
         return hasattr(self._param(), "ds_tensor")
 
 
@@ -48,7 +48,7 @@ class Masters:
     def local(self) -> Tensor:
         """This rank's flat masters."""
         optimizer: Any = self._optimizer()
-        assert optimizer is not None, "a binding asks for what is_current alone"
+        assert optimizer is not None, "a binding asks is_current first"
         return optimizer.fp32_partitioned_groups_flat[self._group]
 
     def is_current(self) -> bool:
