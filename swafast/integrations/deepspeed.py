@@ -64,7 +64,7 @@ class WeightAverage(Contract):
         is_sharded = stage > 0 if self._sharded == "auto" else bool(self._sharded)
         engines.refuse_apart(engine, is_sharded)
         if self._engine is not None:
-            raise ValueError("only one WeightAverage may be installed once, got a second call: make another one")
+            raise ValueError("a WeightAverage must be installed once, got a second call: make another one")
         others = vars(engine).setdefault("_swafast_averages", [])
         refuse_second([self, *others], "one engine")
         self._engine, sharded, self._sharded = engine, self._sharded, is_sharded
@@ -150,10 +150,17 @@ class WeightAverage(Contract):
 
     @contextmanager
     def _loading(
-        self, load_dir: Any, tag: Any = None, *unused: Any, load_module_only: bool = False, **_: Any
+        self,
+        load_dir: Any,
+        tag: Any = None,
+        load_module_strict: Any = True,
+        load_optimizer_states: Any = True,
+        load_lr_scheduler_states: Any = True,
+        load_module_only: bool = False,
+        *_: Any,
+        **__: Any,
     ) -> Iterator[None]:
         self.averaged._guard.refuse_while_swapped("load_checkpoint")
-        load_module_only = load_module_only or (len(unused) > 3 and bool(unused[3]))
         checkpoint = engines.checkpoint_of(self._engine, load_dir, tag)
         if checkpoint is None or load_module_only:
             yield

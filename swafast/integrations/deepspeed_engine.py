@@ -13,9 +13,9 @@ from ..torch_private.optimizers import owners_of_step_hooks
 
 
 class EngineSteps(Optimizer):
-    """The steps that an engine has applied. It changes no params: torch runs the hooks of averages around it.
+    """The steps that an engine has applied. It changes no params: it is there for the hooks of averages.
 
-    Those of the optimizer inside come too early: an engine copies params into the model after that one's step.
+    Hooks on the engine's own optimizer would run too early: the engine copies params into the model after its step.
     """
 
     def __init__(self, model: Module) -> None:
@@ -31,7 +31,7 @@ def check_engine(engine: Any, kind: Any, pipeline: Any) -> None:
     Raises:
         TypeError: it is not of this class.
         ValueError: it has no optimizer, or an average is attached to the one inside it.
-        NotImplementedError: ranks have other params than those that they share by ZeRO; or steps are made in parts.
+        NotImplementedError: ranks have different params, other than by ZeRO; or params are written between steps.
     """
     if not isinstance(engine, kind):
         raise TypeError(f"engine must be that of deepspeed.initialize, got {type(engine).__name__}")
@@ -79,17 +79,18 @@ def refuse_apart(engine: Any, is_sharded: bool) -> None:
 
 
 def applied_steps(engine: Any) -> int:
-    """Return how many steps of the engine have changed its params. It counts those that overflowed too."""
+    """Return how many steps have changed the params. The engine's ``global_steps`` has those that overflowed too."""
     return int(engine.global_steps) - int(engine.skipped_steps)
 
 
 def refresh_masters(engine: Any) -> None:
     """Copy the model's params into the float32 copies that the engine trains, if it has any.
 
-    Else the next step, or a checkpoint, would bring the old ones back. Of ZeRO stage 3, averages are copied there at
-    once, with all of their bits.
+    Otherwise the next step, or a checkpoint, would bring the old ones back. With ZeRO stage 3 there is nothing to do:
+    ``copy_to`` has written the averages into both, with all of their bits.
     """
-    if engine.zero_optimization_stage() < 3 and hasattr(engine.optimizer, "refresh_fp32_params"):
+    # Every wrapper of DeepSpeed has such copies. An optimizer that is not wrapped steps the model's params themselves.
+    if engine.zero_optimization_stage() < 3 and engine.optimizer is not engine.basic_optimizer:
         engine.optimizer.refresh_fp32_params()
 
 

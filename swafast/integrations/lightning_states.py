@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn import Module
 
 from ..terms.names import canonical, named_buffers, named_params
-from .saved_states import check_keys, load_shards, naming
+from .saved_states import check_keys, cloned, load_shards, naming
 from .weight_average import Contract
 
 OURS = "swafast"
@@ -48,9 +47,7 @@ def layout(own: Mapping[str, Any], state: Mapping[str, Any], module: Module, nam
 def clone_parts(checkpoint: dict[str, Any]) -> None:
     """Replace, in a checkpoint, by copies what :func:`layout` has returned."""
     for part in {"state_dict", _OWN, _REST} & checkpoint.keys():
-        checkpoint[part] = {
-            key: value.clone() if isinstance(value, Tensor) else value for key, value in checkpoint[part].items()
-        }
+        checkpoint[part] = cloned(checkpoint[part])
 
 
 def ours_of(checkpoint: Mapping[str, Any], where: object) -> Mapping[str, Any] | None:
@@ -101,9 +98,8 @@ def parts_of(checkpoint: Mapping[str, Any], where: object, weights: Mapping[str,
                 check_keys(checkpoint[part])
         prefix = _prefix(None if ours is None else ours.get("evaluated"))
         weights = checkpoint["state_dict"] if weights is None else weights
-        averaged = {prefix + key: value for key, value in weights.items()} | dict(checkpoint[_REST])
         # They wait until there are averages, and whose memory this is may change it meanwhile.
-        averaged = {key: value.clone() if isinstance(value, Tensor) else value for key, value in averaged.items()}
+        averaged = cloned({prefix + key: value for key, value in weights.items()} | dict(checkpoint[_REST]))
     return {"ours": ours, "averaged": averaged, "own": checkpoint.get(_OWN), "step": checkpoint.get("global_step", 0)}
 
 

@@ -7,9 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..loop.schedule import check_step
 from ..terms.misfits import few
 from ..terms.warn import warn_user
+
+
+def cloned(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state with copies of its tensors."""
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
 @contextmanager

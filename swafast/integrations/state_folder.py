@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..terms.replacing import replacing
-from .saved_states import checked_parts, load_shards, naming
+from .saved_states import checked_parts, cloned, load_shards, naming
 from .weight_average import Contract
 
 FILE = "averaged.pt"  # of averages that each rank has as a whole
@@ -78,18 +77,15 @@ def resume_all(folders: Sequence[tuple[Contract, Path]], where: object) -> None:
     try:
         for average, folder in folders:
             if len(before) < len(folders) - 1:
-                before.append((average, _copied(average.state()), (average._before, average._has_copied)))
+                state = average.state()
+                state["averaged"] = cloned(state["averaged"])
+                before.append((average, state, (average._before, average._has_copied)))
             resume_from(average, folder, where)
     except BaseException:
         for average, state, notes in before:
             average.load(state)
             average._before, average._has_copied = notes
         raise
-
-
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    averaged = {key: each.clone() if isinstance(each, Tensor) else each for key, each in state["averaged"].items()}
-    return {**state, "averaged": averaged}
 
 
 def _read_state(average: Contract, folder: Path, where: object) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner
 
 from ..sharded.checkpoint import CHECKSUM, SAVE_ID
 from ..terms.misfits import few
-from .saved_states import check_number, checked_parts, load_shards, naming
+from .saved_states import check_number, checked_parts, cloned, load_shards, naming
 from .weight_average import Contract
 
 if TYPE_CHECKING:
@@ -39,9 +39,7 @@ class SavedAverages:
 
 def _packed(average: Contract) -> dict[str, Any]:
     state = average.state()
-    averaged = state["averaged"]
-    if not average.holds_shards:  # shards are copies already
-        averaged = {key: value.clone() if isinstance(value, Tensor) else value for key, value in averaged.items()}
+    averaged = state["averaged"] if average.holds_shards else cloned(state["averaged"])  # shards are copies already
     steps = state["attachment"]
     numbers = {"step": steps["step"], "began": steps["began"], **steps["schedule"]}
     # A checkpoint of torch loads an int by a pickle, and a tensor without one.
@@ -98,10 +96,11 @@ def _kept(average: Contract, part: str, own: dict[str, Any], found: Mapping[str,
         RuntimeError: keys or dtypes differ from the average's own. Torch would leave out the former, and cast.
     """
     saved = {key.removeprefix(f"{part}."): each for key, each in found.items() if key.startswith(f"{part}.")}
+    names = None if average._rules is None else [*average._rules]
     if part == "averaged" and saved:
-        check_number(saved, None if average._rules is None else [*average._rules])
-    names = [""] if average._rules is None else [f"{name}." for name in average._rules]
-    seals = {key for key in {*own, *saved} if any(_is_seal(key, name) for name in names)}
+        check_number(saved, names)
+    prefixes = [""] if names is None else [f"{name}." for name in names]
+    seals = {key for key in {*own, *saved} if any(_is_seal(key, prefix) for prefix in prefixes)}
     if part == "averaged" and seals.isdisjoint(saved):
         own = {key: value for key, value in own.items() if key not in seals}  # those of an average that is no shard
     lacking, surplus = own.keys() - saved.keys(), saved.keys() - own.keys() - seals
@@ -117,6 +116,6 @@ def _kept(average: Contract, part: str, own: dict[str, Any], found: Mapping[str,
     return own if saved else {}
 
 
-def _is_seal(key: str, name: str) -> bool:
+def _is_seal(key: str, prefix: str) -> bool:
     """Return whether a key is of a checksum or an id, which shards alone have."""
-    return key.startswith(name + CHECKSUM) or key == name + SAVE_ID
+    return key.startswith(prefix + CHECKSUM) or key == prefix + SAVE_ID

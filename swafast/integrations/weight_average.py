@@ -336,7 +336,7 @@ def class_of(sharded: bool, *, several: bool) -> Any:
 
 
 def has_shards(model: Module) -> bool:
-    """Return whether a parameter is a DTensor, or an FSDP1 or ZeRO-3 module's."""
+    """Return whether a parameter is a DTensor, or in a module of FSDP1."""
     kinds = {kind.__name__ for param in named_params(unwrap(model), "model").values() for kind in type(param).__mro__}
     return "DTensor" in kinds or any(_is_fsdp1(module) for module in model.modules())
 

@@ -179,7 +179,7 @@ class Attachment(hints.WithHints):
 
     @disable_dynamo
     def before_step(self, *_: object) -> None:
-        """Wait for an update that the next step would overtake. RuntimeError if averages are swapped into a model."""
+        """Wait for an update that the next step would overtake. Raise RuntimeError if the averages are in a model."""
         if self._hooks:  # not of a copy of the optimizer
             self._take_up()
             if (guard := self._averaged._guard).model is not None and not is_making_state():
@@ -307,6 +307,9 @@ _live: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionar
 #: Seconds that a fork waits for an update. An update ends sooner, unless it needs a lock that the forking thread holds.
 _FORK_WAITS_S = 30.0
 
+#: Steps of one optimizer without a step of another until a warning. A critic in a GAN makes a hundred.
+_WAITS_LONG = 1000
+
 
 def wait_for_readers(written: Module | Iterable[Tensor] | None = None, timeout: float | None = None) -> None:
     """Wait for updates under way that may read the params of a model, or these, before they are written. None: all.
@@ -333,10 +336,6 @@ def _renew_locks() -> None:
 
 # A forked child has no thread to finish an update under way.
 os.register_at_fork(before=partial(wait_for_readers, None, _FORK_WAITS_S), after_in_child=_renew_locks)
-
-
-#: Steps of one optimizer without a step of another until a warning. A critic in a GAN makes a hundred.
-_WAITS_LONG = 1000
 
 
 def _read(state: object) -> tuple[int, Schedule, set[int], int | None]:

@@ -1,6 +1,6 @@
 """Averages of shards in the host's memory, for models on GPUs: the move there, and copies of this rank's params.
 
-All that uses averages takes them from there. An exchange copies the params of a pair on two devices aside, and a sample
+Whatever uses the averages reads them there. An exchange copies the params of a pair on two devices aside, and a sample
 is drawn by the reference backend, whose writes go to any device. All-gathers send params. Collectives of averages and
 counts go to a GPU and back where the group takes tensors of GPUs alone: see ``Ranks.device_for``. States are where the
 averages are, and loads write from any device.
@@ -74,7 +74,7 @@ class HostStaging(Staging):
         return [self._parts[key] for key in keys]
 
     def _copy(self, key: object, part: Tensor) -> None:
-        # Of other devices there are no streams and events here that say when the copy has ended.
+        # Only CUDA's streams and events tell when a copy has ended, so a copy from another device is waited for.
         self._parts[key].copy_(part, non_blocking=part.device.type == "cuda")
 
     def _make_room(self, parts: dict[object, Tensor]) -> None:
@@ -96,8 +96,8 @@ class HostStaging(Staging):
 
 
 @dataclass(frozen=True)
-class _HostCopies:
-    """An averaged model, and its tensors on the host."""
+class _HostSide:
+    """One averaged model, and what it will have on the host."""
 
     side: ShardSide
     planes: dict[str, tuple[Tensor, ...]]
@@ -129,7 +129,7 @@ def is_at_home(plane: Tensor, pinned: bool) -> bool:
 
 
 @torch.no_grad()
-def moved_to_host(sides: Sequence[ShardSide]) -> list[_HostCopies]:
+def moved_to_host(sides: Sequence[ShardSide]) -> list[_HostSide]:
     """Return copies on the host of all that the averages have, and leave the averages as they are."""
     pinned = torch.cuda.is_available()
     found = []
@@ -144,11 +144,11 @@ def moved_to_host(sides: Sequence[ShardSide]) -> list[_HostCopies]:
                 made[id(plane)].copy_(plane)
         planes = {name: tuple(made.get(id(each), each) for each in own) for name, own in side._planes.items()}
         copied = {names: tensor.to(_HOST) for names, tensor in side._copied.items()}
-        found.append(_HostCopies(side, planes, copied, side.n_averaged.to(_HOST)))
+        found.append(_HostSide(side, planes, copied, side.n_averaged.to(_HOST)))
     return found
 
 
-def put_on_host(moved: Sequence[_HostCopies], averaged: Any = None) -> None:
+def put_on_host(moved: Sequence[_HostSide], averaged: Any = None) -> None:
     """Put the copies into the place of the averages, also if an interrupt comes meanwhile.
 
     Args:
@@ -157,7 +157,7 @@ def put_on_host(moved: Sequence[_HostCopies], averaged: Any = None) -> None:
     finished(partial(_put, moved, averaged))
 
 
-def _put(moved: Sequence[_HostCopies], averaged: Any) -> None:
+def _put(moved: Sequence[_HostSide], averaged: Any) -> None:
     for each in moved:
         side: Any = each.side
         side._moves += 1

@@ -65,7 +65,7 @@ class Locator:
 
     def masters(self) -> list[tuple[str, Tensor]]:
         """Return the masters of ZeRO-3, of which a forward pass reads copies, each with the name of a param in it."""
-        return [(name, each.local) for name, each in self._masters if self.for_use]
+        return [(name, each.local) for name, each in self._masters] if self.for_use else []
 
     def runs(self, bases: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
         """Return the bases that are in no module, each with the name of a share in it."""

@@ -165,9 +165,9 @@ class UsableShards(HasSubspaces):
             if failure is not None:
                 raise failure
             self._guard.refuse_while_swapped(action)
-            # No model mixes ZeRO-3 with other kinds. Written out, since a call costs all the others.
+            # ZeRO-3 partitions all params or none. Not a function, as its call would slow down every other model.
             is_zero = bool(self._shares) and self._shares[0].holding.sharding.kind == "zero"
-            bound = self._bind(model, for_use=True) if is_zero else self._bind(model)
+            bound = self._bind(model, for_use=is_zero)
             reshard(model)
             if is_zero:
                 free_gathered(model)

@@ -1,4 +1,4 @@
-"""The exchange where ZeRO-3 has partitioned the params: a forward pass gathers what lies in runs beside the model."""
+"""The exchange under ZeRO-3: a forward pass gathers params from runs that lie outside of the model's tensors."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .swap import DrawsShards, PlacesShards, ShardedExchange
 
 
 class ExchangesRuns(ShardedExchange):
-    """Each rank exchanges its working runs, and what was gathered of others is freed, on the way there and back.
+    """Each rank exchanges its working runs, and frees what it had gathered, on the way there and back.
 
-    DeepSpeed writes through ``.data``, of which autograd does not know. So checksums tell of writes.
+    DeepSpeed writes through ``.data``, which counts up no version of a tensor. So checksums tell of writes.
     """
 
     _sums: Sequence[int] = ()

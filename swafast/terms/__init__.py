@@ -174,12 +174,13 @@ sharded/: averages of models that are spread over ranks
     locator           finds the tensors of this rank's shares again
     views             the params of a plan, viewed on access
     bound             a plan with its current params and planes
-    staging           copies of what a forward writes, for an update beside it
+    staging           copies of what a forward writes, for an update beside it; on the host, of params too
     entry             one plane or buffer in a state, under one key or under those of tied params
     seal              checksum and dtype of an entry, in the state
     adaptable shards  base class of one averaged model of shards that can take over a model that has grown
     draws shards      an exchange that puts a sample into the model, a part on each rank
     places shards     an exchange that puts a point of a subspace into the model, a part on each rank
+    exchanges runs    an exchange of runs that ZeRO-3 gathers in a forward; ``DrawsRuns`` and ``PlacesRuns`` likewise
     placeable shards  base class of one averaged model of shards of whose deviations a subspace may be made
     usable shards     base class of one averaged model of shards that can be put into a model, or a sample of it
     has full states   base class of one averaged model of shards: its states of whole tensors

@@ -159,7 +159,7 @@ _VALUES: tuple[tuple[str, Callable[[object], object], str], ...] = (
         "average the main params of Megatron, as docs/frameworks/megatron.md does"
     )),
     ("optimizer", _has("apply_gradients"), "an optimizer of Keras has no hooks: see docs/frameworks/keras.md"),
-    ("optimizer", lambda value: _are_optimizers(value), "write attach([*optimizers.values()])"),
+    ("optimizer", _are_optimizers, "write attach([*optimizers.values()])"),
     ("include", callable, _INCLUDE),
     ("include", lambda value: isinstance(value, Iterable), "write include=lambda name, param: name in {...}"),
 )  # fmt: skip

@@ -147,7 +147,7 @@ class FlatParam:
         return local if local is not None else flat.detach()
 
     def is_current(self) -> bool:
-        """Return whether it is the module's flat param still: it is for as long as the module lives."""
+        """Return True: a module keeps its flat param."""
         return True
 
 

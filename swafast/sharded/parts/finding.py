@@ -50,31 +50,31 @@ def find_holdings(
         ValueError: a tensor is spread in a way that cannot be averaged. The message names the param.
     """
     root = unwrap(model)
-    flat = flat_holdings(root, tuple(ranks)) if is_fsdp1(root) else {}
-    flat |= zero_holdings(root, tuple(ranks)) if is_zero(root) else {}
-    in_flat = {name for held in flat.values() for name in held.holding.names}
+    in_runs = flat_holdings(root, tuple(ranks)) if is_fsdp1(root) else {}
+    in_runs |= zero_holdings(root, tuple(ranks)) if is_zero(root) else {}
+    names_in_runs = {name for held in in_runs.values() for name in held.holding.names}
     by_torch = {name for names in copied_by_torch(model) for name in names}
     found: list[Held] = []
     for is_buffer, tensors in ((False, named_params(root, "model")), (True, persistent_buffers(root))):
         tied: dict[int, tuple[list[str], Tensor]] = {}
         for name, tensor in tensors.items():
-            if name in flat:
-                found.append(flat[name])
-            elif name not in in_flat and name not in by_torch and name.rpartition(".")[2] != private.FLAT_PARAM:
+            if name in in_runs:
+                found.append(in_runs[name])
+            elif name not in names_in_runs and name not in by_torch and name.rpartition(".")[2] != private.FLAT_PARAM:
                 tied.setdefault(id(tensor), ([], tensor))[0].append(name)
         for names, tensor in tied.values():
             siblings = (meshes or {}).get(names[0], ())
             found.append(_hold(tuple(names), tensor, is_buffer, tuple(ranks), siblings))
         if not is_buffer:
             listed = {held.holding.name for held in found}
-            found.extend(held for name, held in flat.items() if name not in listed)
+            found.extend(held for name, held in in_runs.items() if name not in listed)
     return found
 
 
 def _hold(
     names: tuple[str, ...], tensor: Tensor, is_buffer: bool, ranks: tuple[int, ...], siblings: tuple[Mesh, ...]
 ) -> Held:
-    """Describe what this rank holds of a param or buffer that is not in a flat param."""
+    """Describe what this rank holds of a param or buffer that does not lie in a run."""
     if isinstance(tensor, DTensor):
         local, sharding, offsets, sizes, replicas = _shard_of(names[0], tensor, ranks, siblings)
     else:

@@ -20,8 +20,8 @@ from ...torch_private.modules import named_modules, named_tensors
 from . import zero
 from .zero import Masters, WorkingRun
 
-#: What a run lies in, outside of the modules.
-RunHome = private.FlatParam | WorkingRun | Masters
+#: A tensor of the model, or what a run lies in outside of its modules.
+FoundIn = Tensor | private.FlatParam | WorkingRun | Masters
 
 
 @dataclass(frozen=True)
@@ -114,19 +114,19 @@ class Held:
 
     holding: Holding
     local: Tensor  # this rank's part; 1-D for a run
-    found_in: Tensor | RunHome  # the tensor registered in the model, or what a run lies in
+    found_in: FoundIn
     offset: int = 0  # of a run, in that
     trains: bool = True  # requires_grad of the original in a flat param
     used_in: WorkingRun | None = None  # under ZeRO-3 what a forward pass reads: `found_in` has masters
-    seen: Tensor | None = None  # under ZeRO-3 what a user sees
+    seen: Tensor | None = None  # under ZeRO-3 `ZeroRun.shown`
 
-    def place(self, for_use: bool) -> tuple[Tensor | RunHome, int]:
+    def place(self, for_use: bool) -> tuple[FoundIn, int]:
         """Return what an update, or with ``for_use`` a forward pass, finds the part in, and its offset there."""
         return (self.used_in, 0) if for_use and self.used_in is not None else (self.found_in, self.offset)
 
     @property
     def shown(self) -> Tensor:
-        """What a user sees of a param: the tensor in the model, or this rank's shard of a flat param."""
+        """What a user sees of a param: the tensor in the model, of FSDP1 this rank's run, of ZeRO-3 only the shape."""
         if isinstance(self.found_in, Tensor):
             return self.found_in
         return self.seen if self.seen is not None else self.local.detach().requires_grad_(self.trains)
@@ -168,7 +168,7 @@ def reshard(model: Module) -> None:
 def free_gathered(model: Module, *, lossless: bool = True) -> None:
     """Free the params that ZeRO-3 has gathered, so that the next forward pass reads what is written into its runs.
 
-    An update needs it not: it reads masters, and may come while the user has params gathered.
+    An update does not need this. It reads masters, and may come while the user has params gathered.
 
     Raises:
         RuntimeError: with ``lossless``, if that would lose what was written into a gathered param.
@@ -186,9 +186,8 @@ def written_while_gathered(model: Module) -> list[str]:
     """Return the names of params that were written while ZeRO-3 had them gathered, so that freeing would lose it."""
     root = unwrap(model)
     renormed = renormed_params(root)  # which a forward pass writes
-    params = {canonical(name): param for name, param in named_tensors(root)}
-    written = (name for name, param in params.items() if zero.is_partitioned(param) and zero.is_written(param))
-    return [name for name in written if name not in renormed]
+    params = {canonical(name): param for name, param in named_tensors(root) if zero.is_partitioned(param)}
+    return [name for name, param in params.items() if name not in renormed and zero.is_written(param)]
 
 
 def is_sharded(model: Module) -> bool:

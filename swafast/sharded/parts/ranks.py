@@ -103,7 +103,7 @@ class Ranks:
         if device.type != "cpu":
             return device
         try:
-            dist.get_backend(self.group)
+            dist.get_backend(self.group)  # raises if the group is gone
         except TypeError as error:  # torch 2.6; later ones raise a ValueError
             raise ValueError("the process group was destroyed") from error
         if "cpu" in self._device_types:

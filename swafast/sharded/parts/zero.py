@@ -1,6 +1,6 @@
 """What DeepSpeed's ZeRO-3 holds of a model on this rank: a run of each param, and one of its fp32 master.
 
-DeepSpeed is not imported: its params are known by the attributes that it gives them. A *working run* is what a forward
+DeepSpeed is not imported: its params are known by the attributes that it sets. A *working run* is what a forward
 pass gathers, in the dtype of the model. The *master* is what the optimizer steps.
 """
 
@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...op.checks import GATHER
-
 
 class WorkingRun:
     """Where the working run of one param lies. It keeps no param alive."""
@@ -28,11 +26,11 @@ class WorkingRun:
     def local(self) -> Tensor:
         """The partition, with the elements that pad it."""
         param: Any = self._param()
-        assert param is not None, "a binding asks for what is_current alone"
+        assert param is not None, "a binding asks is_current first"
         return param.ds_tensor
 
     def is_current(self) -> bool:
-        """Return whether the param lives, and is partitioned still."""
+        """Return whether the param lives, and is still partitioned."""
         return hasattr(self._param(), "ds_tensor")
 
 
@@ -50,7 +48,7 @@ class Masters:
     def local(self) -> Tensor:
         """This rank's flat masters."""
         optimizer: Any = self._optimizer()
-        assert optimizer is not None, "a binding asks for what is_current alone"
+        assert optimizer is not None, "a binding asks is_current first"
         return optimizer.fp32_partitioned_groups_flat[self._group]
 
     def is_current(self) -> bool:
@@ -121,9 +119,7 @@ def _run_of(
             f"{dist.get_process_group_ranks(group)}, got {list(ranks)}: pass the engine's data-parallel group. Experts "
             "on a group of their own (MoE, MiCS) cannot be averaged: leave them in a model of their own"
         )
-    size = int(param.ds_tensor.numel())
-    start, stop = (min(int(param.ds_numel), size * index) for index in _bounds(dist.get_rank(group)))
-    working = WorkingRun(param)
+    (start, stop), working = _bounds(param), WorkingRun(param)
     position = optimizer.grad_position.get(optimizer.get_param_id(param))
     if position is None:
         return ZeroRun(names, param, start, stop, working, working, 0)
@@ -132,8 +128,10 @@ def _run_of(
     return ZeroRun(names, param, start, stop, working, masters, offset)
 
 
-def _bounds(index: int) -> tuple[int, int]:
-    return index, index + 1
+def _bounds(param: Any) -> tuple[int, int]:
+    """Return where this rank's run begins and ends in the whole param. Its partition also has elements that pad it."""
+    whole, size, rank = int(param.ds_numel), int(param.ds_tensor.numel()), dist.get_rank(param.ds_process_group)
+    return min(whole, size * rank), min(whole, size * (rank + 1))
 
 
 def _require_partitioned(name: str, param: Tensor) -> None:
@@ -150,7 +148,7 @@ def _optimizer_of(name: str, param: Any, of_others: object) -> Any:
     if optimizer is None or not hasattr(optimizer, "fp32_partitioned_groups_flat"):
         raise ValueError(
             f"{name!r} must belong to a DeepSpeed engine with an optimizer, which has its master, got none: call "
-            f"deepspeed.initialize with an optimizer, or {GATHER}"
+            "deepspeed.initialize with an optimizer, or gather the params and average the whole model"
         )
     if of_others is not None and optimizer is not of_others:
         raise ValueError(
@@ -210,17 +208,16 @@ def free(params: Iterable[Any]) -> None:
 
     Small params too, which ZeRO-3 keeps gathered. Otherwise a forward pass runs on what it gathered before.
     """
-    for optimizer in {id(each): each for each in (getattr(param, "_z3_optimizer", None) for param in params)}.values():
-        if optimizer is not None:
-            optimizer.empty_partition_cache()
+    optimizers = (getattr(param, "_z3_optimizer", None) for param in params)
+    for optimizer in {id(each): each for each in optimizers if each is not None}.values():
+        optimizer.empty_partition_cache()
 
 
 def is_written(param: Any) -> bool:
     """Return whether a gathered param has other values than this rank's working run."""
     if param.ds_status.name != "AVAILABLE" or param.numel() != param.ds_numel:
         return False
-    size = param.ds_tensor.numel()
-    start, stop = (min(param.ds_numel, size * index) for index in _bounds(dist.get_rank(param.ds_process_group)))
+    start, stop = _bounds(param)
     gathered = param.detach().reshape(-1)[start:stop]
     working = param.ds_tensor.detach()[: stop - start].to(device=gathered.device, dtype=gathered.dtype)
     return not torch.equal(gathered.view(torch.uint8), working.view(torch.uint8))
