@@ -33,12 +33,13 @@ from swafast import (
     update_bn,
 )
 from swafast.backends import cpu, library
+from swafast.integrations.weight_average import Contract
 from swafast.op import choice, torch_op
-from swafast.optim import SWA
+from swafast.optim import SWA, LowPrecision
 from swafast.sharded import checkpoint
 from swafast.terms import habits
 from tests.conftest import NO_LIBRARY
-from tests.support import refused
+from tests.support import refused, step_with_ones
 
 LOADER: Any = torch.utils.data.DataLoader(torch.zeros(4, 3))  # type: ignore[arg-type]
 
@@ -608,6 +609,52 @@ def test_a_print_hides_planes_and_waits_for_no_device() -> None:
     attachment.detach()
     assert repr(attachment).endswith(", detached)")
     assert repr(Snapshots("absent")).endswith("absent', 0 snapshots)")
+
+
+def test_prints_of_what_users_hold_are_short_lines_without_addresses(tmp_path: Path) -> None:
+    model = make()
+    of_swag = FusedAveragedModel(model, deviations=9)
+    for _ in range(9):
+        step_with_ones(sgd(model), model.parameters())
+        model.weight.data.add_(torch.randn_like(model.weight))
+        of_swag.update_parameters(model)
+    subspace = of_swag.subspace(7)
+    assert repr(subspace).endswith(", ...])")
+    averages, snapshots = several(model), Snapshots(tmp_path)
+    averages.update_parameters(model)
+    snapshots.save(averages)
+    assert repr(snapshots).endswith(", 1 snapshot)")
+    average, many = Contract(ExponentialAverage(0.99), start="0.25dur"), Contract(rules={"fast": EqualAverage()})
+    assert repr(many) == "Contract(rules=['fast'], start=0, every=1, no averages yet)"
+    assert repr(average) == ("Contract(rule=ExponentialAverage(decay=0.99), start='0.25dur', every=1, no averages yet)")
+    average.make(model)
+    attachment = average.follow([sgd(model)], model, duration=8)
+    assert repr(average) == (
+        "Contract(rule=ExponentialAverage(decay=0.99), schedule=Schedule(start=2, every=1, end=8), step=0, "
+        "averaged=FusedAveragedModel)"
+    )
+    low_precision = LowPrecision(sgd(make()), bits=5)
+    own = FusedAveragedModel(model, avg_fn=lambda average, param, n: param)
+    rules = (PowerAverage(6.5), ExponentialAverage(0.9, warmup="ratio"), Spread(3))
+    held = (subspace, snapshots, average, many, attachment, attachment.schedule, low_precision, own, of_swag, *rules)
+    for each in held:
+        assert "\n" not in str(each)
+        assert " at 0x" not in str(each)
+        assert len(str(each).replace(str(tmp_path), "")) < 200
+    average.unfollow()
+    assert repr(average).endswith(", detached)")
+
+
+def test_help_says_what_to_import_and_where_to_read() -> None:
+    described = swafast.__doc__ or ""
+    code = re.findall(r"^    (?:from swafast import .*|averaged = .*)$", described, re.M)
+    names = {"model": make()}
+    exec("\n".join(line.strip() for line in code), names)
+    assert isinstance(names["averaged"], FusedAveragedModel)
+    named = re.findall(r"^(?:swafast\.)?([A-Za-z_]\w+)(?:, (\w+))?  +\S", described, re.M)
+    assert len(named) > 10
+    for name in (name for pair in named for name in pair if name):
+        assert importlib.import_module(f"swafast.{name}") if name == "integrations" else getattr(swafast, name)
 
 
 @pytest.mark.parametrize(
