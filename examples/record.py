@@ -32,7 +32,8 @@ def record(command: str, name: str) -> str:
     words = [str(ROOT / word) if word.startswith("examples/") else word for word in shlex.split(program)]
     launcher = ["-m", "torch.distributed.run"] if words[0] == "torchrun" else []
     given = dict(pair.split("=") for text in variables for pair in text.split())
-    environment = {**os.environ, **given, "PYTHONPATH": str(ROOT), "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, **given, "PYTHONPATH": path, "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [sys.executable, *launcher, *words[1:]], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True

@@ -673,24 +673,28 @@ def test_a_print_shows_a_dtype_of_deviations_that_is_another(dtype: torch.dtype,
     assert f", deviations={told}, " in repr(averaged)
 
 
-def test_one_log_line_says_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines: list[str] = []
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What is logged, once the test sets the level."""
+    logged: list[str] = []
     handler, logger = logging.Handler(logging.INFO), logging.getLogger("swafast")
-    monkeypatch.setattr(handler, "emit", lambda record: lines.append(record.getMessage()))
-    model = nn.ModuleList([make(), nn.Linear(2, 2).double()])
+    monkeypatch.setattr(handler, "emit", lambda record: logged.append(record.getMessage()))
     logger.addHandler(handler)
-    try:
-        FusedAveragedModel(model).update_parameters(model)
-        assert lines == []  # unless the user asks
-        logger.setLevel(logging.INFO)
-        averaged = FusedAveragedModel(model)
-        for _ in range(3):
-            averaged.update_parameters(model)
-        FusedAveragedModel(model, backend="reference").update_parameters(model)
-        FusedAveragedModel(model, avg_fn=lambda average, param, n: param).update_parameters(model)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(logging.NOTSET)
+    yield logged
+    logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
+
+
+def test_one_log_line_says_what_was_chosen(lines: list[str]) -> None:
+    model = nn.ModuleList([make(), nn.Linear(2, 2).double()])
+    FusedAveragedModel(model).update_parameters(model)
+    assert lines == []  # unless the user asks
+    logging.getLogger("swafast").setLevel(logging.INFO)
+    averaged = FusedAveragedModel(model)
+    for _ in range(3):
+        averaged.update_parameters(model)
+    FusedAveragedModel(model, backend="reference").update_parameters(model)
+    FusedAveragedModel(model, avg_fn=lambda average, param, n: param).update_parameters(model)
     first, second, third = lines
     if cpu.unavailable() is None:
         assert first == (
@@ -699,6 +703,24 @@ def test_one_log_line_says_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> N
         )
         assert second.endswith("passed over: cpu: another one was asked for")
         assert third.endswith("passed over: cpu: an averaging function of your own runs in torch")
+
+
+@pytest.mark.parametrize("kind", [FusedAveragedModel, ShardedAveragedModel])
+@pytest.mark.parametrize("options", [{}, {"offload": "cpu"}, {"overlap": True}], ids=str)
+def test_a_training_logs_one_line(kind: Any, options: dict[str, Any], lines: list[str]) -> None:
+    logging.getLogger("swafast").setLevel(logging.INFO)
+    model = nn.Sequential(make(), nn.BatchNorm1d(2))
+    optimizer, averaged = sgd(model), kind(model)
+    with averaged.attach(optimizer, **options):
+        for _ in range(3):
+            step_with_ones(optimizer, model.parameters())
+    with averaged.swapped_into(model):
+        pass
+    averaged.load_state_dict(averaged.state_dict())
+    averaged.update_parameters(model)
+    (line,) = lines
+    assert line.startswith("swafast averages 4 tensors and copies 3: backend ")
+    assert f"format float32; {averaged.nbytes} bytes" in line
 
 
 # A wrapper of the optimizer

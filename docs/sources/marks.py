@@ -29,7 +29,12 @@ BASES = ("Module", "AveragedModel", "Optimizer", "Exception", "Tensor", "FusedAv
 #: Classes of which users call a few members alone.
 MEMBERS = {"swafast.integrations.weight_average.Contract": "evaluated, has_models, swapped, finish"}
 #: Pages of the site that have a document of the repository, or show it.
-PLACES = {"README.md": "start.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+PLACES = {
+    "README.md": "start.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+}
 
 
 def fill(app: Any, docname: str, source: list[str]) -> None:
