@@ -10,32 +10,27 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor, nn
 
-from swafast import FusedAveragedModel, update_bn
+from swafast import FusedAveragedModel
 from swafast.average.subspace import Subspace
-from swafast.demo.task import NUM_CLASSES, Settings, Split, digits_split, mislabelled
+from swafast.demo.task import Settings, Split
 from swafast.demo.training import train_seed
 from swafast.posthoc import random_subspace
 
 try:
     import sklearn  # noqa: F401  # the task reads the digits of it
+    from calibration import Scores, advancing, mean, means, noisy_split, predict, print_table, score
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
-    from torchmetrics.text import Perplexity
 except ImportError as error:
     sys.exit(f"{error}: pip install '.[subspace]' in a clone of swafast")
 try:
@@ -58,8 +53,6 @@ RANK = 5  # directions; fewer if the training is too short
 TEMPERATURE = 100.0  # divides the log-likelihood of all training images
 PRIOR_STD = 1.0  # in each coordinate, whose direction is one standard deviation of the deviations long
 GRID = 25  # points of the picture in each direction
-
-Scores = dict[str, float]  # "accuracy", "NLL" and "ECE"
 
 
 def train(seed: int, split: Split, on_epoch: Callable[[], object]) -> tuple[nn.Module, FusedAveragedModel]:
@@ -150,17 +143,6 @@ def by_nuts(posterior: Posterior, seed: int) -> Tensor:
 # Methods and scores
 
 
-@torch.no_grad()
-def predict(model: nn.Module, split: Split) -> Tensor:
-    """Return the probability of each class, (num_tests, 10), with BatchNorm statistics that fit the weights."""
-    update_bn([split.train_images], model)
-    return model.eval()(split.test_images).softmax(1)
-
-
-def mean(each: Iterable[Tensor]) -> Tensor:
-    return torch.stack([*each]).mean(0)
-
-
 def of_swag(averaged: FusedAveragedModel, model: nn.Module, split: Split) -> Iterator[Tensor]:
     for index in range(SAMPLES):
         with averaged.sampled_into(model, index) as sample:
@@ -192,18 +174,6 @@ def predict_all(averaged: FusedAveragedModel, model: nn.Module, split: Split, se
     return found
 
 
-def score(probabilities: Tensor, labels: Tensor) -> Scores:
-    """Return the accuracy, the mean negative log-likelihood in nats, and the expected calibration error."""
-    accuracy = MulticlassAccuracy(NUM_CLASSES, average="micro")
-    calibration = MulticlassCalibrationError(NUM_CLASSES, n_bins=20)  # as in the paper of SWAG
-    perplexity = Perplexity()  # exp(NLL), which torchmetrics has for sequences of tokens alone
-    return {
-        "accuracy": accuracy(probabilities, labels).item(),
-        "NLL": perplexity(probabilities.log()[None], labels[None]).log().item(),
-        "ECE": calibration(probabilities, labels).item(),
-    }
-
-
 @dataclass(frozen=True)
 class Trained:
     """One training, and the scores of each method on it."""
@@ -215,9 +185,7 @@ class Trained:
 
 
 def run(seed: int, on_epoch: Callable[[], object] = lambda: None) -> Trained:
-    split = digits_split(seed, SETTINGS)
-    generator = torch.Generator().manual_seed(seed)
-    split = replace(split, test_labels=mislabelled(split.test_labels, SETTINGS.label_noise, generator))
+    split = noisy_split(seed, SETTINGS)
     # The first training of each seed in swag.py.
     model, averaged = train(3 * seed, split, on_epoch)
     found = predict_all(averaged, model, split, seed)
@@ -227,35 +195,8 @@ def run(seed: int, on_epoch: Callable[[], object] = lambda: None) -> Trained:
 def measure() -> list[Trained]:
     """Run all seeds, with a progress bar on stderr."""
     torch.set_num_threads(1)  # a network this small gains nothing from more
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        epochs = 2 * SETTINGS.epochs - SETTINGS.start_epoch
-        task = progress.add_task("", total=SETTINGS.num_seeds * epochs)
-        results = []
-        for seed in range(SETTINGS.num_seeds):
-            progress.update(task, description=f"Training and sampling, seed {seed + 1} of {SETTINGS.num_seeds}")
-            results.append(run(seed, lambda: progress.advance(task)))
-    return results
-
-
-def means(results: Sequence[Trained]) -> dict[str, Scores]:
-    """Return the mean of the seeds for each method and score."""
-    first = results[0].scores
-    return {
-        method: {name: statistics.mean(result.scores[method][name] for result in results) for name in scores}
-        for method, scores in first.items()
-    }
-
-
-def print_table(results: Sequence[Trained]) -> None:
-    table = Table(title=f"{SETTINGS.epochs} epochs, {len(results)} seeds", title_justify="left")
-    for column in ("method", "accuracy", "NLL", "ECE"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for method, scores in means(results).items():
-        table.add_row(method, f"{scores['accuracy']:.1%}", f"{scores['NLL']:.3f}", f"{scores['ECE']:.1%}")
-    Console().print(table)
-    if pyro is None:
-        print("subspace, NUTS: skipped, since Pyro is not installed: pip install '.[subspace]' in a clone of swafast")
+    with advancing("Training and sampling", SETTINGS.num_seeds, 2 * SETTINGS.epochs - SETTINGS.start_epoch) as begin:
+        return [run(seed, begin(seed)) for seed in range(SETTINGS.num_seeds)]
 
 
 # The picture
@@ -358,7 +299,9 @@ def draw_likelihood(axes: Axes, results: Sequence[Trained]) -> None:
 if __name__ == "__main__":
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "subspace.png")
     measured = measure()
-    print_table(measured)
+    print_table(measured, SETTINGS)
+    if pyro is None:
+        print("subspace, NUTS: skipped, since Pyro is not installed: pip install '.[subspace]' in a clone of swafast")
     draw(measured, out)
     print(f"picture: {out}")
     if len(sys.argv) > 2:

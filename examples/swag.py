@@ -10,28 +10,23 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor, nn
 
-from swafast import FusedAveragedModel, update_bn
-from swafast.demo.task import NUM_CLASSES, Settings, Split, digits_split, mislabelled
+from swafast import FusedAveragedModel
+from swafast.demo.task import Settings, Split
 from swafast.demo.training import train_seed
 
 try:
     import sklearn  # noqa: F401  # the task reads the digits of it
+    from calibration import BINS, Scores, advancing, mean, means, noisy_split, predict, print_table, score
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
-    from torchmetrics.text import Perplexity
 except ImportError as error:
     sys.exit(f"{error}: pip install '.[swag]' in a clone of swafast")
 
@@ -46,9 +41,6 @@ except ValueError as error:
     sys.exit(f"EPOCHS does not fit: {error}")
 MEMBERS = 3  # trainings of the deep ensemble, of MultiSWA and of MultiSWAG
 SAMPLES = 20  # of each SWAG
-BINS = 20  # of the calibration error, as in the paper of SWAG
-
-Scores = dict[str, float]  # "accuracy", "NLL" and "ECE"
 
 
 @dataclass(frozen=True)
@@ -78,22 +70,11 @@ def train(seed: int, split: Split, on_epoch: Callable[[], object]) -> Member:
     return Member(models["sgd"], models["swa"], models["iterate"], *averages)
 
 
-@torch.no_grad()
-def predict(model: nn.Module, split: Split) -> Tensor:
-    """Return the probability of each class, (num_tests, 10), with BatchNorm statistics that fit the weights."""
-    update_bn([split.train_images], model)
-    return model.eval()(split.test_images).softmax(1)
-
-
 def predictions(averaged: FusedAveragedModel, model: nn.Module, first: int, split: Split) -> Iterator[Tensor]:
     """Yield the predictions of samples; ``model`` lends its tensors, and has its own values again afterwards."""
     for index in range(first, first + SAMPLES):
         with averaged.sampled_into(model, index) as sample:
             yield predict(sample, split)
-
-
-def mean(each: Iterable[Tensor]) -> Tensor:
-    return torch.stack([*each]).mean(0)
 
 
 def predict_all(members: list[Member], split: Split) -> dict[str, Tensor]:
@@ -112,18 +93,6 @@ def predict_all(members: list[Member], split: Split) -> dict[str, Tensor]:
     }
 
 
-def score(probabilities: Tensor, labels: Tensor) -> Scores:
-    """Return the accuracy, the mean negative log-likelihood in nats, and the expected calibration error."""
-    accuracy = MulticlassAccuracy(NUM_CLASSES, average="micro")
-    calibration = MulticlassCalibrationError(NUM_CLASSES, n_bins=BINS)
-    perplexity = Perplexity()  # exp(NLL), which torchmetrics has for sequences of tokens alone
-    return {
-        "accuracy": accuracy(probabilities, labels).item(),
-        "NLL": perplexity(probabilities.log()[None], labels[None]).log().item(),
-        "ECE": calibration(probabilities, labels).item(),
-    }
-
-
 @dataclass(frozen=True)
 class Result:
     """What one seed gave: scores by method, and how sure its predictions are and whether they are right."""
@@ -134,9 +103,7 @@ class Result:
 
 
 def run(seed: int, on_epoch: Callable[[], object] = lambda: None) -> Result:
-    split = digits_split(seed, SETTINGS)
-    generator = torch.Generator().manual_seed(seed)
-    split = replace(split, test_labels=mislabelled(split.test_labels, SETTINGS.label_noise, generator))
+    split = noisy_split(seed, SETTINGS)
     members = [train(MEMBERS * seed + member, split, on_epoch) for member in range(MEMBERS)]
     predicted = predict_all(members, split)
     best = {method: probabilities.max(1) for method, probabilities in predicted.items()}
@@ -150,33 +117,9 @@ def run(seed: int, on_epoch: Callable[[], object] = lambda: None) -> Result:
 def measure() -> list[Result]:
     """Run all seeds, with a progress bar on stderr."""
     torch.set_num_threads(1)  # a network this small gains nothing from more
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        epochs = MEMBERS * (2 * SETTINGS.epochs - SETTINGS.start_epoch)
-        task = progress.add_task("", total=SETTINGS.num_seeds * epochs)
-        results = []
-        for seed in range(SETTINGS.num_seeds):
-            progress.update(task, description=f"Training, seed {seed + 1} of {SETTINGS.num_seeds}")
-            results.append(run(seed, lambda: progress.advance(task)))
-    return results
-
-
-def means(results: list[Result]) -> dict[str, Scores]:
-    """Return the mean of the seeds for each method and score."""
-    first = results[0].scores
-    return {
-        method: {name: statistics.mean(result.scores[method][name] for result in results) for name in scores}
-        for method, scores in first.items()
-    }
-
-
-def print_table(results: list[Result]) -> None:
-    table = Table(title=f"{SETTINGS.epochs} epochs, {len(results)} seeds", title_justify="left")
-    for column in ("method", "accuracy", "NLL", "ECE"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for method, scores in means(results).items():
-        table.add_row(method, f"{scores['accuracy']:.1%}", f"{scores['NLL']:.3f}", f"{scores['ECE']:.1%}")
-    Console().print(table)
+    epochs = MEMBERS * (2 * SETTINGS.epochs - SETTINGS.start_epoch)
+    with advancing("Training", SETTINGS.num_seeds, epochs) as begin:
+        return [run(seed, begin(seed)) for seed in range(SETTINGS.num_seeds)]
 
 
 # The picture
@@ -260,7 +203,7 @@ def draw_likelihood(axes: Axes, results: list[Result]) -> None:
 
 def main(picture: Path, numbers: Path) -> None:
     results = measure()
-    print_table(results)
+    print_table(results, SETTINGS)
     settings = {**asdict(SETTINGS), "members": MEMBERS, "samples": SAMPLES, "bins": BINS}
     found = {"settings": settings, "mean": means(results), "seeds": [result.scores for result in results]}
     numbers.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,4 +1,27 @@
-"""Average a model's weights during training, in one fused pass: ``average += weight * (param - average)``."""
+"""Average a model's weights during training, in one fused pass: ``average += weight * (param - average)``.
+
+    from swafast import ExponentialAverage, FusedAveragedModel
+
+    averaged = FusedAveragedModel(model, rule=ExponentialAverage(0.999))
+    averaged.attach(optimizer)  # or call averaged.update_parameters(model) after each step
+    ...
+    with averaged.swapped_into(model):
+        evaluate(model)
+
+FusedAveragedModel    one average; without a rule, that of SWA
+FusedAverages         several averages of one model in one pass
+ShardedAveragedModel  an average of a model on several ranks, and ShardedAverages several
+Snapshots             averages of any width, computed after the training
+save, load            an averaged model in one safetensors file
+update_bn             BatchNorm statistics that fit averaged weights
+swafast.optim         recipes, learning rates, training in a few bits
+swafast.posthoc       merges, soups and subspaces
+swafast.files         checkpoints averaged in files, also by the command ``swafast average``
+swafast.convert       states of other tools' averages
+swafast.integrations  Lightning, Transformers, Accelerate and other frameworks
+
+``python -m swafast`` prints which backends run on this machine. Guides are in the folder docs of the repository.
+"""
 
 from __future__ import annotations
 

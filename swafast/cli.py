@@ -18,7 +18,14 @@ DEMO_PACKAGES = ("sklearn", "matplotlib")
 # With fewer, no epoch is left to average after the first 75%. demo.task checks it too, but its import takes seconds.
 MIN_EPOCHS = 4
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    options_metavar="",
+    subcommand_metavar="COMMAND ...",
+    epilog="Example: swafast average checkpoints/ --last 5 -o mean.safetensors",
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -38,7 +45,7 @@ def main(
     """Average a model's weights during training, in one fused pass."""
 
 
-@app.command()
+@app.command(options_metavar="[--help]", epilog="Example: swafast doctor")
 def doctor() -> None:
     """Print which backends run on this machine, and why the others do not."""
     from . import doctor as found
@@ -46,7 +53,7 @@ def doctor() -> None:
     raise typer.Exit(found.main())
 
 
-@app.command()
+@app.command(options_metavar="[--seeds N, ...]", epilog="Example: swafast demo --seeds 1 --epochs 20")
 def demo(
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds; each trains every method.")] = 5,
     epochs: Annotated[int, typer.Option(min=MIN_EPOCHS, help="Number of epochs for each seed.")] = 60,
@@ -82,10 +89,14 @@ _Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.
 _Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 
 
-@app.command("average")
+@app.command(
+    "average",
+    options_metavar="-o OUT [--last K, ...]",
+    epilog="Example: swafast average checkpoints/ --last 5 -o mean.safetensors",
+)
 def average_checkpoints(
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT...", help="Checkpoints, oldest first, or one folder of checkpoints.")
+        list[str], typer.Argument(metavar="INPUT", help="Checkpoints, oldest first, or one folder of checkpoints.")
     ],
     out: Annotated[str, typer.Option("-o", "--out", metavar="OUT", help="*.safetensors, *.pt, or a folder.")],
     last: Annotated[int | None, typer.Option(metavar="K", parser=_whole, help="The last K.")] = None,
@@ -172,9 +183,12 @@ def _failing_with_a_line() -> Iterator[None]:
         raise typer.Exit(2 if isinstance(error, bad_input) else 1) from None
 
 
-@app.command()
+@app.command(
+    options_metavar="-o OUT [--merge | --window]",
+    epilog="Example: swafast combine --merge a.safetensors b.safetensors -o c.safetensors",
+)
 def combine(
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Files of averages that hold their counts.")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT", help="Files of averages that hold their counts.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="Write the result there.")],
     merge: Annotated[bool, typer.Option("--merge", help="The mean of all models in all inputs.")] = False,
     window: Annotated[

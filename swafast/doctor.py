@@ -15,6 +15,9 @@ from .op import tree_check
 from .op.choice import BACKENDS, choose_backends
 from .terms.formats import FLOAT32
 
+#: Linux has this file where the driver of NVIDIA's GPUs is loaded.
+_NVIDIA = "/dev/nvidiactl"
+
 
 def report() -> list[tuple[str, str]]:
     """Return (subject, finding) pairs: versions, where each backend was loaded from or why not, and those in use."""
@@ -30,7 +33,7 @@ def report() -> list[tuple[str, str]]:
     lines.append(("checks of tensors", _checks()))
     for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         lines.append((f"in use on {kind}", _in_use(kind)))
-    return lines
+    return [*lines, ("to do", _to_do([finding for _, finding in lines]))]
 
 
 def _checks() -> str:
@@ -54,6 +57,20 @@ def _in_use(device_type: str) -> str:
     fitting = next(backend for backend in chosen if backend.serves(Pair("", param, (average,), FLOAT32)))
     asked = os.environ.get("SWAFAST_BACKEND")
     return f"{fitting.name} ({f'SWAFAST_BACKEND={asked}' if asked else 'SWAFAST_BACKEND is not set'})"
+
+
+def _to_do(findings: list[str]) -> str:
+    broken = [each.name for each in BACKENDS if (why := each.unavailable()) is not None and not why.expected]
+    asked = os.environ.get("SWAFAST_BACKEND")
+    if any(finding.startswith("none:") for finding in findings):
+        return "correct or unset the variable that is named above: until then no average is updated"
+    if broken:
+        return f"mend backend {', '.join(broken)}, as its line says: until then updates take longer"
+    if asked:
+        return f"unset SWAFAST_BACKEND, unless you want {asked}: swafast chooses the fastest one"
+    if torch.version.cuda is None and torch.version.hip is None and os.path.exists(_NVIDIA):
+        return "install torch for CUDA: this machine has an NVIDIA GPU, which this torch cannot use"
+    return "nothing"
 
 
 def main() -> int:

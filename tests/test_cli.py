@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 import swafast
@@ -79,6 +81,18 @@ def test_help_cuts_no_name_in_a_narrow_terminal(command: str) -> None:
     result = CliRunner(env={"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"}).invoke(cli.app, [command, "--help"])
     assert result.exit_code == 0
     assert "…" not in result.output
+
+
+@pytest.mark.parametrize("command", ["", "average", "combine", "demo", "doctor"])
+def test_help_has_an_example_that_the_command_takes(command: str) -> None:
+    result = CliRunner(env={"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"}).invoke(
+        cli.app, [*command.split(), "--help"]
+    )
+    assert "OPTIONS" not in result.output
+    (example,) = (line.split()[2:] for line in result.output.splitlines() if "Example: swafast" in line)
+    assert example[0] == (command or "average")
+    commands: Any = get_command(cli.app)
+    commands.commands[example[0]].make_context(example[0], example[1:])  # fails if an option is unknown or lacking
 
 
 def test_average_takes_low_or_high_values_not_both() -> None:

@@ -33,12 +33,13 @@ from swafast import (
     update_bn,
 )
 from swafast.backends import cpu, library
+from swafast.integrations.weight_average import Contract
 from swafast.op import choice, torch_op
-from swafast.optim import SWA
+from swafast.optim import SWA, LowPrecision
 from swafast.sharded import checkpoint
 from swafast.terms import habits
 from tests.conftest import NO_LIBRARY
-from tests.support import refused
+from tests.support import refused, step_with_ones
 
 LOADER: Any = torch.utils.data.DataLoader(torch.zeros(4, 3))  # type: ignore[arg-type]
 
@@ -610,6 +611,52 @@ def test_a_print_hides_planes_and_waits_for_no_device() -> None:
     assert repr(Snapshots("absent")).endswith("absent', 0 snapshots)")
 
 
+def test_prints_of_what_users_hold_are_short_lines_without_addresses(tmp_path: Path) -> None:
+    model = make()
+    of_swag = FusedAveragedModel(model, deviations=9)
+    for _ in range(9):
+        step_with_ones(sgd(model), model.parameters())
+        model.weight.data.add_(torch.randn_like(model.weight))
+        of_swag.update_parameters(model)
+    subspace = of_swag.subspace(7)
+    assert repr(subspace).endswith(", ...])")
+    averages, snapshots = several(model), Snapshots(tmp_path)
+    averages.update_parameters(model)
+    snapshots.save(averages)
+    assert repr(snapshots).endswith(", 1 snapshot)")
+    average, many = Contract(ExponentialAverage(0.99), start="0.25dur"), Contract(rules={"fast": EqualAverage()})
+    assert repr(many) == "Contract(rules=['fast'], start=0, every=1, no averages yet)"
+    assert repr(average) == ("Contract(rule=ExponentialAverage(decay=0.99), start='0.25dur', every=1, no averages yet)")
+    average.make(model)
+    attachment = average.follow([sgd(model)], model, duration=8)
+    assert repr(average) == (
+        "Contract(rule=ExponentialAverage(decay=0.99), schedule=Schedule(start=2, every=1, end=8), step=0, "
+        "averaged=FusedAveragedModel)"
+    )
+    low_precision = LowPrecision(sgd(make()), bits=5)
+    own = FusedAveragedModel(model, avg_fn=lambda average, param, n: param)
+    rules = (PowerAverage(6.5), ExponentialAverage(0.9, warmup="ratio"), Spread(3))
+    held = (subspace, snapshots, average, many, attachment, attachment.schedule, low_precision, own, of_swag, *rules)
+    for each in held:
+        assert "\n" not in str(each)
+        assert " at 0x" not in str(each)
+        assert len(str(each).replace(str(tmp_path), "")) < 200
+    average.unfollow()
+    assert repr(average).endswith(", detached)")
+
+
+def test_help_says_what_to_import_and_where_to_read() -> None:
+    described = swafast.__doc__ or ""
+    code = re.findall(r"^    (?:from swafast import .*|averaged = .*)$", described, re.M)
+    names = {"model": make()}
+    exec("\n".join(line.strip() for line in code), names)
+    assert isinstance(names["averaged"], FusedAveragedModel)
+    named = re.findall(r"^(?:swafast\.)?([A-Za-z_]\w+)(?:, (\w+))?  +\S", described, re.M)
+    assert len(named) > 10
+    for name in (name for pair in named for name in pair if name):
+        assert importlib.import_module(f"swafast.{name}") if name == "integrations" else getattr(swafast, name)
+
+
 @pytest.mark.parametrize(
     ("dtype", "deviations", "told"),
     [
@@ -626,24 +673,28 @@ def test_a_print_shows_a_dtype_of_deviations_that_is_another(dtype: torch.dtype,
     assert f", deviations={told}, " in repr(averaged)
 
 
-def test_one_log_line_says_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines: list[str] = []
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What is logged, once the test sets the level."""
+    logged: list[str] = []
     handler, logger = logging.Handler(logging.INFO), logging.getLogger("swafast")
-    monkeypatch.setattr(handler, "emit", lambda record: lines.append(record.getMessage()))
-    model = nn.ModuleList([make(), nn.Linear(2, 2).double()])
+    monkeypatch.setattr(handler, "emit", lambda record: logged.append(record.getMessage()))
     logger.addHandler(handler)
-    try:
-        FusedAveragedModel(model).update_parameters(model)
-        assert lines == []  # unless the user asks
-        logger.setLevel(logging.INFO)
-        averaged = FusedAveragedModel(model)
-        for _ in range(3):
-            averaged.update_parameters(model)
-        FusedAveragedModel(model, backend="reference").update_parameters(model)
-        FusedAveragedModel(model, avg_fn=lambda average, param, n: param).update_parameters(model)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(logging.NOTSET)
+    yield logged
+    logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
+
+
+def test_one_log_line_says_what_was_chosen(lines: list[str]) -> None:
+    model = nn.ModuleList([make(), nn.Linear(2, 2).double()])
+    FusedAveragedModel(model).update_parameters(model)
+    assert lines == []  # unless the user asks
+    logging.getLogger("swafast").setLevel(logging.INFO)
+    averaged = FusedAveragedModel(model)
+    for _ in range(3):
+        averaged.update_parameters(model)
+    FusedAveragedModel(model, backend="reference").update_parameters(model)
+    FusedAveragedModel(model, avg_fn=lambda average, param, n: param).update_parameters(model)
     first, second, third = lines
     if cpu.unavailable() is None:
         assert first == (
@@ -652,6 +703,24 @@ def test_one_log_line_says_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> N
         )
         assert second.endswith("passed over: cpu: another one was asked for")
         assert third.endswith("passed over: cpu: an averaging function of your own runs in torch")
+
+
+@pytest.mark.parametrize("kind", [FusedAveragedModel, ShardedAveragedModel])
+@pytest.mark.parametrize("options", [{}, {"offload": "cpu"}, {"overlap": True}], ids=str)
+def test_a_training_logs_one_line(kind: Any, options: dict[str, Any], lines: list[str]) -> None:
+    logging.getLogger("swafast").setLevel(logging.INFO)
+    model = nn.Sequential(make(), nn.BatchNorm1d(2))
+    optimizer, averaged = sgd(model), kind(model)
+    with averaged.attach(optimizer, **options):
+        for _ in range(3):
+            step_with_ones(optimizer, model.parameters())
+    with averaged.swapped_into(model):
+        pass
+    averaged.load_state_dict(averaged.state_dict())
+    averaged.update_parameters(model)
+    (line,) = lines
+    assert line.startswith("swafast averages 4 tensors and copies 3: backend ")
+    assert f"format float32; {averaged.nbytes} bytes" in line
 
 
 # A wrapper of the optimizer

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import swafast
 from swafast import doctor
-from swafast.backends import cpu, library
+from swafast.backends import Unavailable, cpu, library, reference
 from swafast.op.choice import BACKENDS
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +37,7 @@ def test_the_doctor_finds_the_library_from_a_clone() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     backends = [f"backend {backend.name}" for backend in BACKENDS]
-    for what in ("swafast", "python", "torch", *backends, "in use on cpu"):
+    for what in ("swafast", "python", "torch", *backends, "in use on cpu", "to do"):
         assert re.search(rf"^{what} ", done.stdout, re.MULTILINE), what
     if cpu.unavailable() is None:
         assert re.search(r"^backend cpu .*libswafast\S+ \(.*(avx512|avx2|generic)\)$", done.stdout, re.MULTILINE)
@@ -52,6 +53,26 @@ def test_the_doctor_says_why_not(tmp_path: Path) -> None:
     refused = run_doctor(SWAFAST_LIBRARY=str(tmp_path / "absent.so"), SWAFAST_BACKEND="cpu")
     assert refused.returncode == 1
     assert "SWAFAST_BACKEND='cpu' cannot run here" in refused.stdout
+
+
+def test_the_doctor_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def to_do() -> str:
+        return dict(doctor.report())["to do"]
+
+    monkeypatch.setattr(doctor, "BACKENDS", [cpu, reference])
+    monkeypatch.setattr(doctor, "_NVIDIA", str(tmp_path / "absent"))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(cpu, "unavailable", lambda: None)
+    monkeypatch.setattr(cpu, "describe", lambda: "")
+    assert to_do() == "nothing"
+    monkeypatch.setattr(doctor, "_NVIDIA", str(tmp_path))
+    assert to_do().startswith("install torch for CUDA: ")
+    monkeypatch.setenv("SWAFAST_BACKEND", "reference")
+    assert to_do().startswith("unset SWAFAST_BACKEND, unless you want reference")
+    monkeypatch.setattr(cpu, "unavailable", lambda: Unavailable("no compiler"))
+    assert to_do() == "mend backend cpu, as its line says: until then updates take longer"
+    monkeypatch.setenv("SWAFAST_BACKEND", "cdua")
+    assert to_do().startswith("correct or unset the variable that is named above")
 
 
 def test_a_library_of_another_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

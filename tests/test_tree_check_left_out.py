@@ -95,7 +95,7 @@ def test_a_class_whose_dicts_are_its_own_is_taken(kind: type[nn.Linear]) -> None
 REASONS = {
     "asked for": "SWAFAST_CHECKS=python",
     "no global lock": "this Python has no global lock",
-    "no library": "absent.so is not there: it is built where Python's headers are",
+    "no library": "absent.so is not there: install Python's headers, then swafast again",
     "a broken library": "broken.so did not load",
     "another interface": "has interface 3, this swafast needs 999: install it again",
     "no cell": "does not show where its own object is",

@@ -5,12 +5,11 @@
 ``reference of frameworks`` the same of the classes of integrations
 ``glossary``                the words of the code, from the docstring of ``swafast.terms``
 ``page: PATH``              another document of the repository
-``examples``                the code of all examples
+``code: NAME.py``           the code of an example, folded away
 """
 
 from __future__ import annotations
 
-import ast
 import importlib
 import os
 import re
@@ -21,7 +20,7 @@ from . import frameworks
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-KINDS = ("contents", "reference", "reference of frameworks", "glossary", "page", "examples")
+KINDS = ("contents", "reference", "reference of frameworks", "glossary", "page", "code")
 MARK = re.compile(rf"^<!-- ({'|'.join(KINDS)})(?:: ([^>]*?))? -->$", re.M)
 #: Public names that are other packages', and where they have them.
 OF_OTHERS = {"swafast.optim.SWALR": "``torch.optim.swa_utils.SWALR``"}
@@ -30,7 +29,12 @@ BASES = ("Module", "AveragedModel", "Optimizer", "Exception", "Tensor", "FusedAv
 #: Classes of which users call a few members alone.
 MEMBERS = {"swafast.integrations.weight_average.Contract": "evaluated, has_models, swapped, finish"}
 #: Pages of the site that have a document of the repository, or show it.
-PLACES = {"README.md": "start.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+PLACES = {
+    "README.md": "start.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+}
 
 
 def fill(app: Any, docname: str, source: list[str]) -> None:
@@ -51,8 +55,8 @@ def _filled(app: Any, page: str, text: str, mark: re.Match[str]) -> str:
             f"## {module.rpartition('.')[2]}\n\n`from {module} import {name}`\n\n{documented(f'{module}.{name}')}"
             for module, name in frameworks.public_classes()
         )
-    if kind == "examples":
-        return "\n".join(example(path) for path in sorted((ROOT / "examples").glob("*.py")))
+    if kind == "code":
+        return "\n".join(code(name) for name in given)
     (path,) = given or ["swafast/terms/__init__.py"]
     app.env.note_dependency(str(ROOT / path))
     if kind == "glossary":
@@ -85,11 +89,16 @@ def documented(name: str) -> str:
     return "\n".join(["```{eval-rst}", *lines, "```", ""])
 
 
-def example(path: Path) -> str:
-    """Return a section with the code of an example."""
-    first = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0].replace("``", "`")
-    include = f"```{{literalinclude}} ../examples/{path.name}\n:language: python\n```"
-    return f"## {path.name}\n\n{first}\n\n{include}\n"
+def code(name: str) -> str:
+    """Return the code of an example, which a click unfolds."""
+    include = f"```{{literalinclude}} ../examples/{name}\n:language: python\n```"
+    return f"<details><summary>The code of {name}</summary>\n\n{include}\n\n</details>\n"
+
+
+def sections(text: str) -> dict[str, str]:
+    """Return the anchor of the section of each example, by the file that a section's text links first."""
+    found = re.findall(r"^## (.+)\n\n\[(\w+\.py)\]", text, re.M)
+    return {name: re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading, name in found}
 
 
 def glossary(docstring: str) -> str:
@@ -118,15 +127,15 @@ def _moved(text: str, path: str, page: str) -> str:
 
 def with_site_links(text: str, page: str) -> str:
     """Return a page whose links to documents and examples of the repository lead to the pages that show them."""
-    here = (DOCS / page).parent
+    here, of_examples = (DOCS / page).parent, sections((DOCS / "examples.md").read_text())
 
     def lead(link: re.Match[str]) -> str:
         target = os.path.normpath(here / link[1])
         path, anchor = os.path.relpath(target, ROOT), link[2] or ""
         if path in PLACES:
             path = f"docs/{PLACES[path]}"
-        elif path.startswith("examples/") and path.endswith(".py"):
-            path, anchor = "docs/examples.md", "#" + Path(path).name.replace(".", "")
+        elif path.startswith("examples/") and (section := of_examples.get(Path(path).name)) and page != "examples.md":
+            path, anchor = "docs/examples.md", f"#{section}"
         else:
             return link[0]
         return f"]({os.path.relpath(ROOT / path, here)}{anchor})"

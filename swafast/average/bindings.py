@@ -191,6 +191,7 @@ class Bindings:
         self._recent: list[AnyBinding] = []  # most recently used first
         self._captured: list[AnyBinding] = []
         self._warned: set[int] = set()  # ids of the captured ones with a warning
+        self._said = ""  # the last line in the log
         #: Addresses of the planes that are at home: in buckets, or where the averaged model itself has put them.
         self.homes: frozenset[int] = frozenset()
 
@@ -284,9 +285,8 @@ class Bindings:
     def use(self, binding: AnyBinding) -> None:
         """Put ``binding`` first. Drop those that no longer fit, and beyond ``_MOST`` the least recently used one."""
         if not self._recent:
-            log_plan(binding.plan)
-        kept: list[AnyBinding] = [binding]
-        dropped: list[AnyBinding] = []
+            self._said = log_plan(binding.plan, self._said)
+        kept, dropped = [binding], list[AnyBinding]()
         for other in self._recent:
             # A plan that writes to other addresses is from before the averages moved, and may keep their old memory.
             replaced = other.root is binding.root and other.config == binding.config

@@ -22,6 +22,8 @@ from .elliptical_slice import elliptical_slice
 _LEAST_SCALE = 1e-7
 #: Elements of each column that are multiplied at a time: 20 columns of them take 10 MB in float64.
 _WINDOW_NUMEL = 2**16
+#: Scales in a print.
+_PRINTED = 6
 
 
 class HasPoints(Protocol):
@@ -175,7 +177,9 @@ class Subspace:
             return TypeError(f"{expected}: {error}")
 
     def __repr__(self) -> str:
-        return f"Subspace(rank={self.rank}, scales=[{', '.join(f'{scale:.3g}' for scale in self.scales.tolist())}])"
+        scales = [f"{scale:.3g}" for scale in self.scales[:_PRINTED].tolist()]
+        more = ["..."] * (self.rank > _PRINTED)
+        return f"Subspace(rank={self.rank}, scales=[{', '.join(scales + more)}])"
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from ..op import checks, choice
 from ..terms import hints
 from ..terms.formats import check_format
 from ..terms.numbers import as_bool
-from ..terms.rules import Rule
+from ..terms.rules import EqualAverage, Rule
 from ..terms.spelled import spell_rule
 from ..terms.spread import checked_spread
 
@@ -44,6 +44,20 @@ def explaining_positions(function: F) -> F:
         function(self, *args, **options)
 
     return construct  # type: ignore[return-value]
+
+
+def describe(average: Any) -> str:
+    """Return the line that a print of a ``WeightAverage`` shows: rules, schedule, and how far the averages are."""
+    names, attachment = average._rules, average.attachment
+    rules = (
+        f"rules={[*names]}" if names is not None else f"rule={spell_rule(average._rule or EqualAverage(), always=1)}"
+    )
+    if attachment is None:
+        when = ", ".join(f"{name}={value!r}" for name, value in average._when.items() if value is not None)
+        return f"{type(average).__name__}({rules}, {when}, no averages yet)"
+    kind, following = type(average.averaged).__name__, "" if attachment.is_attached else ", detached"
+    schedule = f"schedule={attachment.schedule}, step={attachment.step}"
+    return f"{type(average).__name__}({rules}, {schedule}, averaged={kind}{following})"
 
 
 def checked_rules(rule: Rule | None, rules: object, evaluate: str | None) -> dict[str, Rule] | None:

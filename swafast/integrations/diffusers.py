@@ -72,6 +72,10 @@ class EMAModel(_Theirs):
         super().__init__(parameters, *args, **kwargs)
         _check_decay(self.decay)
 
+    def __repr__(self) -> str:
+        tensors = f"{len(self.shadow_params)} tensors of {sum(each.numel() for each in self.shadow_params):,} elements"
+        return f"EMAModel(decay={self.decay}, optimization_step={self.optimization_step}, {tensors})"
+
     # The average
 
     @torch.no_grad()

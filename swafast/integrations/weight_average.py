@@ -91,6 +91,8 @@ class Contract:
         self._swap: AbstractContextManager[Module] | None = None
         self._followed: list[Optimizer] = []
 
+    __repr__ = arguments.describe
+
     # The averages
 
     def make(self, model: Module) -> Any:
@@ -224,11 +226,9 @@ class Contract:
 
     def steps(self) -> dict[str, Any] | None:
         """Return the state of the attachment, and the step at which this training began."""
-        return (
-            None
-            if self.attachment is None
-            else {**self.attachment.state_dict(), "began": min(self._began, self.attachment.step)}
-        )
+        if self.attachment is None:
+            return None
+        return {**self.attachment.state_dict(), "began": min(self._began, self.attachment.step)}
 
     def warn_if_copied(self) -> None:
         """Warn, at a save, if the training has ended, and the model that is saved has the averages since."""

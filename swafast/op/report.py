@@ -16,18 +16,24 @@ def spell_bytes(nbytes: int) -> str:
     return f"{nbytes / 1e6:.1f} MB" if nbytes >= 10**5 else f"{nbytes} bytes"
 
 
-def log_plan(plan: Plan) -> None:
-    """Log one line at level INFO about the first plan of an average."""
-    if LOGGER.isEnabledFor(logging.INFO):
-        formats = Counter(fmt.name for fmt in plan.formats if fmt is not None)
-        nbytes = sum(math.prod(shape) * dtype.itemsize for dtype, _, shape, *_ in plan.plane_views)
-        works = ", ".join(f"{name} ({len(indices)} tensors)" for name, indices in plan.indices_by_backend.items())
-        passed = [*_not_loaded(plan), *_not_served(plan)]
-        LOGGER.info(
-            "swafast averages %d tensors: backend %s; format %s; %s%s",
-            *(sum(formats.values()), works or "none", ", ".join(formats) or "none", spell_bytes(nbytes)),
-            f"; passed over: {'; '.join(passed)}" if passed else "",
-        )
+def log_plan(plan: Plan, said: str = "") -> str:
+    """Log one line at level INFO about the first plan of an average, unless ``said`` is that line. Return the line."""
+    if not LOGGER.isEnabledFor(logging.INFO):
+        return said
+    formats = Counter(fmt.name for fmt in plan.formats if fmt is not None)
+    nbytes = sum(math.prod(shape) * dtype.itemsize for dtype, _, shape, *_ in plan.plane_views)
+    works = ", ".join(f"{name} ({len(indices)} tensors)" for name, indices in plan.indices_by_backend.items())
+    passed = [*_not_loaded(plan), *_not_served(plan)]
+    averaged = sum(formats.values())
+    copied = sum(map(len, plan.indices_by_backend.values())) - averaged
+    line = (
+        f"swafast averages {averaged} tensors{f' and copies {copied}' if copied > 0 else ''}: "
+        f"backend {works or 'none'}; format {', '.join(formats) or 'none'}; {spell_bytes(nbytes)}"
+        f"{'; passed over: ' if passed else ''}{'; '.join(passed)}"
+    )
+    if line != said:
+        LOGGER.info("%s", line)
+    return line
 
 
 def _not_loaded(plan: Plan) -> list[str]:

@@ -206,7 +206,7 @@ def load() -> Functions | Unavailable:
         return Unavailable("this Python has no global lock, and tensors are read under it", expected=True)
     path = library_path()
     if not path.is_file():
-        return Unavailable(f"{path} is not there: it is built where Python's headers are")
+        return Unavailable(f"{path} is not there: install Python's headers, then swafast again")
     offset = cell_offset()
     if offset is None:
         return Unavailable("a tensor of this torch does not show where its own object is")

@@ -109,7 +109,8 @@ class Snapshots(HasMerges):
 
     def __repr__(self) -> str:
         """Return the folder and how many snapshots it has. No file is read."""
-        return f"Snapshots({str(self.folder)!r}, {len(snapshot_paths(self.folder))} snapshots)"
+        count = len(snapshot_paths(self.folder))
+        return f"Snapshots({str(self.folder)!r}, {count} snapshot{'s' * (count != 1)})"
 
     def __iter__(self) -> Iterator[StoredAverage]:
         """Yield the name, count and rule of each stored average, in the order of counts.
