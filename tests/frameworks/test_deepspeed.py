@@ -288,6 +288,8 @@ def is_refused() -> None:
     attached = deepspeed.initialize(model=net, optimizer=optimizer, config=config_of(1))[0]
     with pytest.raises(ValueError, match=r"optimizer that no average is attached to, .*attachment\.detach\(\) first"):
         WeightAverage().install(attached)
+    with pytest.raises(ValueError, match=r"must have params of the model, as when it was attached to, .*deepspeed"):
+        step(attached)
     attachment.detach()
     WeightAverage().install(attached)
     for name, found in {"has_moe_layers": True, "mp_world_size": 2, "zenflow": True}.items():

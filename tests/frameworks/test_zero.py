@@ -257,6 +257,8 @@ def refused() -> None:
     with pytest.raises(ValueError, match=r"'scale' empty, .*swafast\.ShardedAveragedModel"):
         FusedAveragedModel(engine.module)
     averaged = ShardedAveragedModel(engine.module)
+    with pytest.raises(TypeError, match=r"got DeepSpeedEngine: install swafast\.integrations\.deepspeed"):
+        averaged.attach(engine, engine.module)
     for optimizer in (engine.optimizer, engine.optimizer.optimizer):
         with pytest.raises(ValueError, match=r"optimizer must have params .*after each engine\.step\(\)"):
             averaged.attach(optimizer, engine.module)
