@@ -95,7 +95,7 @@ class WeightAverage(Contract):
                 f"{advice}"
             )
         if self._accelerator is not None:
-            raise ValueError("only one WeightAverage may be installed once, got a second call: make another one")
+            raise ValueError("a WeightAverage may be installed once, got a second call: make another one")
         for optimizer in optimizers:
             if not isinstance(optimizer, accelerate.optimizer.AcceleratedOptimizer):
                 how = "prepare model and optimizer, then install"

@@ -64,7 +64,7 @@ class WeightAverage(Contract):
         is_sharded = stage > 0 if self._sharded == "auto" else bool(self._sharded)
         engines.refuse_apart(engine, is_sharded)
         if self._engine is not None:
-            raise ValueError("only one WeightAverage may be installed once, got a second call: make another one")
+            raise ValueError("a WeightAverage may be installed once, got a second call: make another one")
         others = vars(engine).setdefault("_swafast_averages", [])
         refuse_second([self, *others], "one engine")
         self._engine, sharded, self._sharded = engine, self._sharded, is_sharded
@@ -152,7 +152,9 @@ class WeightAverage(Contract):
     def _loading(
         self, load_dir: Any, tag: Any = None, *unused: Any, load_module_only: bool = False, **_: Any
     ) -> Iterator[None]:
+        assert self.attachment is not None
         self.averaged._guard.refuse_while_swapped("load_checkpoint")
+        self.attachment.join()  # the engine loads into params that an update beside the next forward may read
         load_module_only = load_module_only or (len(unused) > 3 and bool(unused[3]))
         checkpoint = engines.checkpoint_of(self._engine, load_dir, tag)
         if checkpoint is None or load_module_only:

@@ -89,7 +89,7 @@ class WeightAverage(Contract):
             TypeError, ValueError, NotImplementedError: as :meth:`install`.
         """
         if self._model is not None:
-            raise ValueError("only one WeightAverage may be installed once, got a second call: make another one")
+            raise ValueError("a WeightAverage may be installed once, got a second call: make another one")
         model = trainers.only_model(model_parts, optimizers, checkpointer)
         others: list[WeightAverage] = vars(optimizers).setdefault("_swafast_averages", [])
         refuse_second([self, *others], "one container of optimizers")

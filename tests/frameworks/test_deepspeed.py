@@ -417,6 +417,26 @@ def test_updates_beside_the_forward_have_the_same_bits(stage: int, mode: dict[st
     on_ranks(runs_beside, stage, mode)
 
 
+def loads_after_an_update(folder: Path) -> None:
+    engine = engine_of(0)
+    average = WeightAverage(ExponentialAverage(0.5), overlap=True).install(engine)
+    seen = []
+    load = engine._load_checkpoint
+    engine._load_checkpoint = lambda *args, **options: (
+        seen.append(average.attachment.is_under_way) or load(*args, **options)
+    )
+    step(engine)
+    engine.save_checkpoint(folder)
+    step(engine)
+    assert average.attachment.is_under_way
+    engine.load_checkpoint(folder, load_module_only=True)
+    assert seen == [False]
+
+
+def test_a_load_waits_for_an_update_beside_the_forward(tmp_path: Path) -> None:
+    on_ranks(loads_after_an_update, tmp_path, world=1)
+
+
 def prepared_engine(stage: int) -> tuple[Accelerator, Any]:
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
