@@ -601,6 +601,22 @@ def other_optimizer(run: Run) -> dict[str, Any]:
     return {"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)}
 
 
+def test_an_optimizer_that_has_got_copies_since_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    averaged = FusedAveragedModel(model)
+    averaged.attach(optimizer)
+    copied = [param.detach().clone() for param in model.parameters()]  # as ZeRO and mixed precision do
+    model_params, optimizer.param_groups[0]["params"] = optimizer.param_groups[0]["params"], copied
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"got one that has got others since: .*integrations\.deepspeed"):
+            optimizer.step()
+    assert (averaged.attachment.step, int(averaged.n_averaged)) == (0, 0)
+    optimizer.param_groups[0]["params"] = [*copied[:1], *model_params[1:]]
+    optimizer.step()
+    assert averaged.attachment.step == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [

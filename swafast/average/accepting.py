@@ -18,15 +18,22 @@ from ..terms.names import named_params, unwrap
 from ..torch_private.modules import named_modules, own_values
 
 
+def refuse_engine(model: object) -> None:
+    """Raise TypeError for an engine of DeepSpeed, whose names of params are not those of the model in it."""
+    if hasattr(type(model), "zero_optimization_stage"):
+        raise TypeError(f"model must be the one that the engine trains, got {type(model).__name__}: pass engine.module")
+
+
 def check_model(model: object) -> Module:
     """Raise unless ``model`` is a module whose parameters can be averaged.
 
     Raises:
-        TypeError: it is not an ``nn.Module``.
+        TypeError: it is not an ``nn.Module``, or an engine of DeepSpeed.
         ValueError: a parameter is lazy or partitioned, or all of them are empty.
     """
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hints.of_value('model', model)}")
+    refuse_engine(model)
     params = named_params(unwrap(model), "model")
     for name, param in params.items():
         if is_lazy(param):

@@ -160,7 +160,9 @@ class WeightAverage(Contract):
         *_: Any,
         **__: Any,
     ) -> Iterator[None]:
+        assert self.attachment is not None
         self.averaged._guard.refuse_while_swapped("load_checkpoint")
+        self.attachment.join()  # the engine loads into params that an update beside the next forward may read
         checkpoint = engines.checkpoint_of(self._engine, load_dir, tag)
         if checkpoint is None or load_module_only:
             yield

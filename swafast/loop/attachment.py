@@ -19,10 +19,10 @@ from ..terms.warn import warn_user
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import named_modules, named_tensors
 from ..torch_private.optimizers import is_making_state, is_step
-from .hookable import first_name
+from .hookable import first_name, ids_of_params, refuse_copies
 from .roster import Roster
 from .runners import Runner, Updating, runner_for
-from .schedule import Schedule, check_step
+from .schedule import Schedule, check_step, read_steps
 from .waiting import Waits
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Attachment(hints.WithHints):
     _meant = habits.OF_ATTACHMENTS
     _beside: tuple[bool, str | None] = (False, None)  # overlap and offload; a copy has neither
     waits_in_step = True
+    _trained: set[int] | None = None  # ids of the optimizers' params at construction, until the first step
 
     # A backward over several GPUs may step optimizers in several threads.
     _counting = MadeOnUse[threading.Lock](lambda self: threading.Lock())
@@ -75,6 +76,7 @@ class Attachment(hints.WithHints):
         self.then: list[Callable[[], None]] = []
         self.when_told: list[Callable[[int], None]] = []
         self._hooks: list[RemovableHandle] = []
+        self._trained = ids_of_params(optimizers)
         for index, optimizer in enumerate(optimizers):
             self._hooks.append(optimizer.register_step_pre_hook(self.before_step))
             self._hooks.append(optimizer.register_step_post_hook(partial(self._after_step, index)))
@@ -182,6 +184,9 @@ class Attachment(hints.WithHints):
         """Wait for an update that the next step would overtake. Raise RuntimeError if the averages are in a model."""
         if self._hooks:  # not of a copy of the optimizer
             self._take_up()
+            if self._trained is not None:
+                refuse_copies(self._model, self._optimizers, self._trained)
+                self._trained = None
             if (guard := self._averaged._guard).model is not None and not is_making_state():
                 guard.refuse_while_swapped("a step of the optimizer")
             if self.waits_in_step:
@@ -223,6 +228,8 @@ class Attachment(hints.WithHints):
             self._runner.update()
         finally:
             self._own_thread = None
+            if self._runner.is_beside:
+                self._waits.note_begun()
 
     def __repr__(self) -> str:
         modes = ", overlap=True" * self._beside[0] + ", offload='cpu'" * (self._beside[1] is not None)
@@ -271,7 +278,7 @@ class Attachment(hints.WithHints):
 
     def restore(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state, or raise as :meth:`load_state_dict`, where it is not the user who loads it."""
-        step, schedule, stepped, number = _read(state_dict)
+        step, schedule, stepped, number = read_steps(state_dict)
         self._take_up()
         self._step, self._schedule = step, schedule
         places = range(len(self._optimizers))
@@ -338,12 +345,5 @@ def _renew_locks() -> None:
 os.register_at_fork(before=partial(wait_for_readers, None, _FORK_WAITS_S), after_in_child=_renew_locks)
 
 
-def _read(state: object) -> tuple[int, Schedule, set[int], int | None]:
-    try:
-        step, spans = check_step(state["step"]), state["schedule"]  # type: ignore[index]
-        schedule = Schedule(spans["start"], spans["every"], spans["end"])
-        stepped = {check_step(index) for index in state.get("stepped", [])}  # type: ignore[attr-defined]
-        number = state.get("optimizers")  # type: ignore[attr-defined]
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"state_dict must be a state of an attachment, got {state!r}: {error}") from error
-    return step, schedule, stepped, number
+#: Steps of one optimizer without a step of another until a warning. A critic in a GAN makes a hundred.
+_WAITS_LONG = 1000

@@ -17,7 +17,7 @@ import torch
 from torch.nn import Module
 
 from .attachment import Attachment, wait_for_readers
-from .waiting import wait_within, waits
+from .waiting import begun, wait_within
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -216,7 +216,7 @@ class Guard:
             RuntimeError: the averages are swapped into a model, here or on another of ``ranks``.
         """
         grad = torch.is_grad_enabled()
-        if waits and isinstance(read, Module):
+        if begun and isinstance(read, Module):
             wait_within(read)
         if ranks is None:
             self.settle(action, written)

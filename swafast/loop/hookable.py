@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NoReturn
 
 from torch import Tensor
@@ -58,6 +58,12 @@ def _forwards(wrapper: object) -> bool:
     return getattr(wrapper, "state", state) is state
 
 
+#: What to do where an optimizer trains copies.
+_FOLLOW_COPIES = (
+    "if it trains copies of them, average those; under DeepSpeed install swafast.integrations.deepspeed.WeightAverage "
+    "in the engine, or call update_parameters(engine.module) after each engine.step()"
+)
+
 STATE_HOOKS = ("state_dict_post", "load_state_dict_pre", "load_state_dict_post")
 
 
@@ -98,10 +104,7 @@ def in_order(given: Sequence[Optimizer], model: Module) -> list[Optimizer]:
     places = {id(param): place for place, (_, param) in reversed(list(named))}
     firsts = [min((places.get(id(param), math.inf) for param in _params_of(each)), default=math.inf) for each in given]
     if math.inf in firsts:
-        raise ValueError(
-            "optimizer must have params of the model, got one that has none of them: if it trains copies of them, "
-            "average those; under DeepSpeed call update_parameters(engine.module) after each engine.step()"
-        )
+        raise ValueError(f"optimizer must have params of the model, got one that has none of them: {_FOLLOW_COPIES}")
     return [given[index] for index in sorted(range(len(given)), key=firsts.__getitem__)]
 
 
@@ -109,9 +112,34 @@ def _params_of(optimizer: Optimizer) -> Iterator[Tensor]:
     return (param for group in optimizer.param_groups for param in group["params"])
 
 
+def ids_of_params(optimizers: Iterable[Optimizer]) -> set[int]:
+    return {id(param) for optimizer in optimizers for param in _params_of(optimizer)}
+
+
+def refuse_copies(model: Module, optimizers: Iterable[Optimizer], before: set[int]) -> None:
+    """Raise if an optimizer has none of its former params any more, nor one of the model.
+
+    ZeRO, and optimizers of mixed precision, have it train copies. Their step writes the model's params after that
+    one's step, and thus after our hook: the average would be a step behind.
+
+    Args:
+        before: ids of the params of all optimizers when they were attached to.
+
+    Raises:
+        ValueError: one is such.
+    """
+    own = before.union(id(param) for _, param in named_tensors(model))
+    for each in optimizers:
+        if own.isdisjoint(id(param) for param in _params_of(each)):
+            raise ValueError(
+                f"optimizer must have params of the model, as when it was attached to, got one that has got others "
+                f"since: {_FOLLOW_COPIES}. Detach this average first: averaged.attachment.detach()"
+            )
+
+
 def warn_of_others(model: Module, optimizers: Sequence[Optimizer]) -> None:
     """Warn of params that another optimizer may write while an update reads them."""
-    waiting = {id(param) for optimizer in optimizers for param in _params_of(optimizer)}
+    waiting = ids_of_params(optimizers)
     params: dict[int, str] = {}
     for name, param in named_tensors(model):
         if param.requires_grad:

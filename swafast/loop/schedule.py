@@ -160,3 +160,19 @@ def _steps(name: str, span: object, whole: int | None, steps_per_epoch: int | No
     if measure is None:
         raise ValueError(f"{what} must be given for {name}={span!r}, got None")
     return math.ceil(number * measure)
+
+
+def read_steps(state: object) -> tuple[int, Schedule, set[int], int | None]:
+    """Return steps, schedule, the places of those that have stepped since, and the number of optimizers of a state.
+
+    Raises:
+        ValueError: it is not a state of an attachment.
+    """
+    try:
+        step, spans = check_step(state["step"]), state["schedule"]  # type: ignore[index]
+        schedule = Schedule(spans["start"], spans["every"], spans["end"])
+        stepped = {check_step(index) for index in state.get("stepped", [])}  # type: ignore[attr-defined]
+        number = state.get("optimizers")  # type: ignore[attr-defined]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"state_dict must be a state of an attachment, got {state!r}: {error}") from error
+    return step, schedule, stepped, number

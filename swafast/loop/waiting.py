@@ -58,28 +58,32 @@ class Waits:
         for hook in self._hooks:
             hook.remove()
         self._roots, self._hooks = tuple(roots), [*_hooked(self._wait, roots)]
-        waits.pop(id(self), None)
-        if roots:
-            waits[id(self)] = weakref.ref(self, partial(_forget, id(self)))
+
+    def note_begun(self) -> None:
+        """Have whoever reads the averaged modules within others wait for the update that has begun."""
+        begun[id(self)] = weakref.ref(self, partial(_forget, id(self)))
 
 
-#: All that has roots, by id. Most trainings have none, and asking a dict is no call of Python.
-waits: dict[int, weakref.ref[Waits]] = {}
+#: What an update has begun for, by id; those that have ended are dropped by whoever looks next. Asking a dict is no call
+#: of Python, and most trainings have none.
+begun: dict[int, weakref.ref[Waits]] = {}
 
 
 def _forget(key: int, _: object) -> None:
-    waits.pop(key, None)
+    begun.pop(key, None)
 
 
 def wait_within(model: Module) -> None:
     """Wait for updates under way of averages whose modules are in ``model``, such as a teacher in a whole model."""
-    # Modules of exactly this class are stand-ins, of which an update that is under way itself reads.
-    under_way = (
-        []
-        if type(model) is Module
-        else [each for each in (alive() for alive in list(waits.values())) if each is not None]
-    )
-    under_way = [each for each in under_way if each.is_under_way]
+    if type(model) is Module:  # a stand-in, of which an update that is under way itself reads
+        return
+    under_way = []
+    for key, alive in list(begun.items()):
+        each = alive()
+        if each is not None and each.is_under_way:
+            under_way.append(each)
+        elif begun.get(key) is alive:
+            begun.pop(key, None)
     parts = {id(part) for _, part in named_modules(unwrap(model), distinct=True)} if under_way else set()
     for each in under_way:
         each.wait_within(parts)

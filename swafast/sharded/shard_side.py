@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from torch import Tensor
 from torch.nn import Module
 
-from ..average.accepting import check_model
+from ..average.accepting import check_model, refuse_engine
 from ..average.contents import HoldsModels
 from ..backends.contract import Pair
 from ..op import checks
@@ -24,6 +24,7 @@ from .parts.shares import Share
 
 def check_sharded_model(model: object) -> None:
     """Raise as :func:`check_model` does, but accept models of FSDP1 and ZeRO-3 with only empty params on this rank."""
+    refuse_engine(model)
     if not (isinstance(model, Module) and (is_fsdp1(model) or is_zero(model))):
         check_model(model)
 

@@ -154,6 +154,9 @@ _VALUES: tuple[tuple[str, Callable[[object], object], str], ...] = (
     ("format", _word("fp32", "float"), 'write format="float32"'),
     ("format", _word("bf16", "fp16"), _HALF),
     ("optimizer", _has("optimizer", "last_epoch"), "pass the optimizer of the scheduler"),
+    ("optimizer", _has("zero_optimization_stage"), (
+        "install swafast.integrations.deepspeed.WeightAverage in the engine"
+    )),
     ("optimizer", _has("parameters"), "write attach(optimizer, model)"),
     ("optimizer", _has("chained_optimizers"), (
         "average the main params of Megatron, as docs/frameworks/megatron.md does"

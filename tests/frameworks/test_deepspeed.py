@@ -288,6 +288,8 @@ def is_refused() -> None:
     attached = deepspeed.initialize(model=net, optimizer=optimizer, config=config_of(1))[0]
     with pytest.raises(ValueError, match=r"optimizer that no average is attached to, .*attachment\.detach\(\) first"):
         WeightAverage().install(attached)
+    with pytest.raises(ValueError, match=r"must have params of the model, as when it was attached to, .*deepspeed"):
+        step(attached)
     attachment.detach()
     WeightAverage().install(attached)
     for name, found in {"has_moe_layers": True, "mp_world_size": 2, "zenflow": True}.items():
@@ -413,6 +415,26 @@ def runs_beside(stage: int, mode: dict[str, Any]) -> None:
 @pytest.mark.parametrize("stage", [0, 2])
 def test_updates_beside_the_forward_have_the_same_bits(stage: int, mode: dict[str, Any]) -> None:
     on_ranks(runs_beside, stage, mode)
+
+
+def loads_after_an_update(folder: Path) -> None:
+    engine = engine_of(0)
+    average = WeightAverage(ExponentialAverage(0.5), overlap=True).install(engine)
+    seen = []
+    load = engine._load_checkpoint
+    engine._load_checkpoint = lambda *args, **options: (
+        seen.append(average.attachment.is_under_way) or load(*args, **options)
+    )
+    step(engine)
+    engine.save_checkpoint(folder)
+    step(engine)
+    assert average.attachment.is_under_way
+    engine.load_checkpoint(folder, load_module_only=True)
+    assert seen == [False]
+
+
+def test_a_load_waits_for_an_update_beside_the_forward(tmp_path: Path) -> None:
+    on_ranks(loads_after_an_update, tmp_path, world=1)
 
 
 def prepared_engine(stage: int) -> tuple[Accelerator, Any]:

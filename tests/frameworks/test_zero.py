@@ -256,7 +256,12 @@ def refused() -> None:
     engine = engine_of()
     with pytest.raises(ValueError, match=r"'scale' empty, .*swafast\.ShardedAveragedModel"):
         FusedAveragedModel(engine.module)
+    for made in (FusedAveragedModel, ShardedAveragedModel):
+        with pytest.raises(TypeError, match=r"must be the one that the engine trains, .*: pass engine\.module"):
+            made(engine)
     averaged = ShardedAveragedModel(engine.module)
+    with pytest.raises(TypeError, match=r"got DeepSpeedEngine: install swafast\.integrations\.deepspeed"):
+        averaged.attach(engine, engine.module)
     for optimizer in (engine.optimizer, engine.optimizer.optimizer):
         with pytest.raises(ValueError, match=r"optimizer must have params .*after each engine\.step\(\)"):
             averaged.attach(optimizer, engine.module)
@@ -264,7 +269,7 @@ def refused() -> None:
     inference = deepspeed.initialize(
         model=nn.Linear(3, 3), config={"train_batch_size": 2, "zero_optimization": {"stage": 3}}
     )[0]
-    with pytest.raises(ValueError, match=r"'weight' must belong to a DeepSpeed engine with an optimizer"):
+    with pytest.raises(ValueError, match=r"'weight' must belong to a DeepSpeed .*average engine\.module"):
         ShardedAveragedModel(inference.module)
     hpz = engine_of(zero_hpz_partition_size=2)
     with pytest.raises(NotImplementedError, match=r"set zero_hpz_partition_size to 1"):
