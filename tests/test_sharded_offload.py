@@ -169,7 +169,7 @@ def test_an_error_in_one_ranks_thread_is_raised_on_all_ranks_by_the_next_call() 
             run.backward()
             with pytest.MonkeyPatch.context() as patch:
                 if rank == 0:
-                    patch.setattr(updating, "on_its_memory", lambda *_: 1 / 0)
+                    patch.setattr(updating, "_on_its_memory", lambda *_: 1 / 0)
                 run.optimizer.step()
                 attachment._runner.wait()
             kind, told = (ZeroDivisionError, "") if rank == 0 else (RuntimeError, f"{use} failed on rank 0")
