@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..loop import swaps
 from ..loop.guard import seamless
-from ..loop.waiting import waits
+from ..loop.waiting import begun
 from ..op import checks, choice
 from ..op.exchange import Exchange
 from ..terms.formats import OWN, Format, check_format, format_of, stored_dtype, with_spread
@@ -337,7 +337,7 @@ class FusedAveragedModel(HasRule, Placed, Adaptable, AveragedModel):
             return load_whole(self, {"": self.module}, load, state_dict, strict=strict, assign=assign)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
-        self._guard.settle("load_state_dict") if waits else None  # it may be a part of the module that is loaded
+        self._guard.settle("load_state_dict") if begun else None  # it may be a part of the module that is loaded
         self._guard.refuse_while_swapped("load_state_dict")
         translate_load(self, self.module, state_dict, prefix, self._format_of, local_metadata)
         head, frozen = f"{prefix}module.", self._frozen()

@@ -64,8 +64,8 @@ class Waits:
         begun[id(self)] = weakref.ref(self, partial(_forget, id(self)))
 
 
-#: What an update has begun for, by id; those that have ended are dropped by whoever looks next. Asking a dict is no call
-#: of Python, and most trainings have none.
+#: Those of which an update has begun, by id; whoever looks next drops those that have ended. Asking a dict is no call of
+#: Python, and most trainings have none.
 begun: dict[int, weakref.ref[Waits]] = {}
 
 
