@@ -64,8 +64,8 @@ class Waits:
         begun[id(self)] = weakref.ref(self, partial(_forget, id(self)))
 
 
-#: Those of which an update has begun, by id. Whoever looks next drops those that have ended. To ask a dict is no call of
-#: Python, and most trainings have none.
+#: Those of which an update has begun, by id. Whoever looks next drops those that have ended. Asking a dict is no call
+#: of Python, and most trainings have none.
 begun: dict[int, weakref.ref[Waits]] = {}
 
 
