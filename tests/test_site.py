@@ -144,7 +144,8 @@ def test_an_example_that_the_gallery_lacks_is_seen(part: str) -> None:
 def test_what_an_example_prints_is_recorded_without_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = "┃ method ┃ loss ┃ ms per update ┃\n│ 2 ours │  1.5 │         0.123 │\n"
     (tmp_path / "examples").mkdir()
-    script = f"import os, sys\nsys.stdout.buffer.write({table!r}.encode())\nprint('epochs', os.environ['EPOCHS'], '1.5 ms, 2% of a step')\n"
+    printed = "print('epochs', os.environ['EPOCHS'], '1.5 ms, 2% of a step')"
+    script = f"import os, sys\nsys.stdout.buffer.write({table!r}.encode())\n{printed}\n"
     (tmp_path / "examples" / "one.py").write_text(script)
     page = tmp_path / "page.md"
     page.write_text("# A\n\n```bash\nEPOCHS=4 python examples/one.py\n```\n\n```text\nold\n```\n\nThe end.\n")
