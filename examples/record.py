@@ -1,6 +1,6 @@
 """Run the examples, and put what they print into ``docs/examples.md``: ``python examples/record.py [NAME...]``.
 
-Each section of the page has a command. The block below it gets what the command prints, and ``docs/pictures/examples``
+Each section of the page has a command. The block below it gets what the command prints, and ``docs/pictures/gallery``
 the picture that it draws, smaller. Times differ from one machine and run to the next: they become ``…``. Run it on an
 idle machine, with what the examples need installed; those that use a framework may be recorded in an environment of
 their own, by their names. It takes some minutes.
@@ -14,16 +14,19 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "examples.md"
-PICTURES = ROOT / "docs" / "pictures" / "examples"
+PICTURES = ROOT / "docs" / "pictures" / "gallery"
 #: A section of the page: from the command to what it prints.
 RECORDED = re.compile(
     r"^```bash\n(?P<command>[^\n]*examples/(?P<name>\w+)\.py[^\n]*)\n```\n\n```text\n.*?^```$", re.M | re.S
 )
-SCALE = 0.6  # of pictures
+SCALE, COLOURS = 0.6, 64  # of pictures: 40 KB each
+#: Times in sentences, and what depends on them.
+TIMES = re.compile(r"\b\d[\d.,]*(?= (?:ms|s)\b|% of a step)")
 
 
 def record(command: str, name: str) -> str:
@@ -42,24 +45,34 @@ def record(command: str, name: str) -> str:
             sys.exit(f"{command}: ended with {done.returncode}")
         for picture in Path(folder).glob("*.png"):
             shrink(picture, PICTURES / f"{name}.png")
-    return without_times("\n".join(line.rstrip() for line in done.stdout.strip("\n").splitlines()))
+    return folded(without_times("\n".join(line.rstrip() for line in done.stdout.strip("\n").splitlines())))
 
 
 def shrink(picture: Path, out: Path) -> None:
-    from matplotlib.image import thumbnail  # here, since most examples draw nothing
+    from PIL import Image  # here, since most examples draw nothing
 
     out.parent.mkdir(exist_ok=True)
-    thumbnail(str(picture), str(out), scale=SCALE, interpolation="lanczos", preview=False)
+    with Image.open(picture) as image:
+        size = round(SCALE * image.width), round(SCALE * image.height)
+        image.convert("RGB").resize(size, Image.Resampling.LANCZOS).quantize(COLOURS).save(out, optimize=True)
+
+
+def folded(text: str) -> str:
+    """Return a text with its long lines folded, since lines of documents end before column 120."""
+    lines = (
+        textwrap.wrap(line, 116, subsequent_indent="  ") if len(line) > 116 else [line] for line in text.splitlines()
+    )
+    return "\n".join(part for each in lines for part in each)
 
 
 def without_times(text: str) -> str:
-    """Return a text with ``…`` for the numbers in each column of a table whose heading has times."""
+    """Return a text with ``…`` for times: in sentences, and in each column of a table whose heading has times."""
     times: list[int] = []
     lines = []
     for line in text.splitlines():
         if line.startswith("┃"):
             times = [place for place, cell in enumerate(line.split("┃")) if re.search(r"\b(ms|s|time)\b", cell)]
-        cells = line.split("│")
+        cells = TIMES.sub("…", line).split("│")
         if line.startswith("│"):
             for place in times:
                 cells[place] = re.sub(r"\d[\d.,]*", lambda number: "…".rjust(len(number[0])), cells[place])

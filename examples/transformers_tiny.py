@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, logging
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging
 
 from swafast import ExponentialAverage
 from swafast.integrations.transformers import WeightAverage
@@ -65,7 +65,10 @@ def trainer_on(text: str, model: Any, folder: Path, epochs: int) -> Trainer:
         disable_tqdm=True,
         use_cpu=True,
     )
-    return Trainer(model, args, train_dataset=Characters(text, range(64)), eval_dataset=Characters(text, range(64, 80)))
+    samples, tests = Characters(text, range(64)), Characters(text, range(64, 80))
+    trainer = Trainer(model, args, train_dataset=samples, eval_dataset=tests)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def train(text: str, model: Any, folder: Path, epochs: int, *, resume: bool = False) -> tuple[Trainer, WeightAverage]:

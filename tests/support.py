@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import resource
+import runpy
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -209,3 +211,10 @@ def limited_files(nbytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def run_example(name: str, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return what a file in ``examples/`` defines; as for a program, its folder is where it imports from."""
+    folder = Path(__file__).parents[1] / "examples"
+    patch.syspath_prepend(folder)
+    return runpy.run_path(str(folder / f"{name}.py"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 
 import swafast
 from tests.ranks import run_ranks
+from tests.support import run_example
 from tests.test_accuracy import frozen_and_moving
 
 ROOT = Path(__file__).parents[1]
@@ -366,10 +366,11 @@ def test_a_page_that_the_index_lacks_is_seen() -> None:
 
 @pytest.mark.parametrize("package", ["torchmetrics", "matplotlib", "sklearn"])
 def test_the_example_of_swag_says_what_to_install(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "calibration", raising=False)
     for name in (package, *(each for each in sys.modules if each.startswith(f"{package}."))):
         monkeypatch.setitem(sys.modules, name, None)  # so an import of it fails
     with pytest.raises(SystemExit, match=rf"{package}.*: pip install '\.\[swag\]'"):
-        runpy.run_path(str(ROOT / "examples" / "swag.py"))
+        run_example("swag", monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["attach", "digits", "merging", "recipes", "sqwa", "swalp"])
@@ -377,4 +378,4 @@ def test_an_example_that_is_too_short_ends_with_one_line(name: str, monkeypatch:
     for value, words in (("3", "epochs must be at least 4, got 3"), ("x", "invalid literal")):
         monkeypatch.setenv("EPOCHS", value)
         with pytest.raises(SystemExit, match=f"EPOCHS does not fit: {words}"):
-            runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
+            run_example(name, monkeypatch)

@@ -10,12 +10,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 import swafast
 import swafast.terms
 from docs.sources import frameworks, marks
+from examples import record
 from swafast import ExponentialAverage, FusedAveragedModel
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +25,7 @@ DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
 REFERENCE = "\n".join(path.read_text() for path in sorted((DOCS / "reference").glob("*.md")))
 INDEX = (DOCS / "README.md").read_text()
+GALLERY = (DOCS / "examples.md").read_text()
 TROUBLES = (DOCS / "troubleshooting.md").read_text()
 PACKAGES = (swafast, swafast.convert, swafast.files, swafast.optim, swafast.posthoc, swafast.sharded)
 
@@ -100,9 +103,59 @@ def test_marks_are_hidden_on_github_and_filled_on_the_site() -> None:
 def test_links_out_of_the_folder_lead_to_pages_of_the_site() -> None:
     text = "[a](../README.md) [b](../../examples/swag.py) [c](../CHANGELOG.md#added) [d](../bench/results/cpu.json)"
     assert marks.with_site_links(text.replace("../../", "../"), "start.md") == (
-        "[a](start.md) [b](examples.md#swagpy) [c](changelog.md#added) [d](../bench/results/cpu.json)"
+        "[a](start.md) [b](examples.md#how-sure-a-model-is-swag) [c](changelog.md#added) [d](../bench/results/cpu.json)"
     )
-    assert marks.with_site_links("[b](../../examples/swag.py)", "recipes/swag.md") == "[b](../examples.md#swagpy)"
+    linked = marks.with_site_links("[b](../../examples/swag.py)", "recipes/swag.md")
+    assert linked == "[b](../examples.md#how-sure-a-model-is-swag)"
+
+
+# The gallery
+
+#: Files in `examples/` that are no examples.
+PARTS = {"calibration", "digits", "record"}
+
+
+def ungalleried(text: str) -> list[str]:
+    """Return the examples that the gallery does not show with a command, what it prints, its picture and its code."""
+    lost = []
+    for name in sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - PARTS):
+        sections = [each for each in text.split("\n## ") if f"\n\n[{name}.py](../examples/{name}.py)" in each]
+        section = sections[0] if len(sections) == 1 else ""
+        printed = next((each[0] for each in record.RECORDED.finditer(section) if each["name"] == name), "")
+        has_picture = f"(pictures/gallery/{name}.png)" in section or "picture: " not in printed
+        is_complete = has_picture and "not recorded" not in printed and f"<!-- code: {name}.py -->" in section
+        if not printed or not is_complete or f"| [{name}.py](#{marks.sections(text).get(f'{name}.py')}) |" not in text:
+            lost.append(name)
+    return lost
+
+
+def test_the_gallery_has_every_example() -> None:
+    assert ungalleried(GALLERY) == []
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["python examples/swalp.py\n```", "(pictures/gallery/swalp.png)", "<!-- code: swalp.py -->", "| [swalp.py]"],
+)
+def test_an_example_that_the_gallery_lacks_is_seen(part: str) -> None:
+    assert ungalleried(GALLERY.replace(part, "")) == ["swalp"]
+
+
+def test_what_an_example_prints_is_recorded_without_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = "┃ method ┃ loss ┃ ms per update ┃\n│ 2 ours │  1.5 │         0.123 │\n"
+    (tmp_path / "examples").mkdir()
+    printed = "print('epochs', os.environ['EPOCHS'], '1.5 ms, 2% of a step')"
+    script = f"import os, sys\nsys.stdout.buffer.write({table!r}.encode())\n{printed}\n"
+    (tmp_path / "examples" / "one.py").write_text(script)
+    page = tmp_path / "page.md"
+    page.write_text("# A\n\n```bash\nEPOCHS=4 python examples/one.py\n```\n\n```text\nold\n```\n\nThe end.\n")
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setattr(record, "PAGE", page)
+    record.main(["one"])
+    kept = "┃ method ┃ loss ┃ ms per update ┃\n│ 2 ours │  1.5 │             … │\nepochs 4 … ms, …% of a step\n"
+    assert page.read_text().partition("```text\n")[2] == f"{kept}```\n\nThe end.\n"
+    with pytest.raises(SystemExit, match="NAME must be one of one, got two"):
+        record.main(["two"])
 
 
 # The troubleshooting

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-import runpy
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from swafast.backends import cpu
 from swafast.op import drawing
 from swafast.posthoc import curve_subspace, random_subspace
 from tests.conftest import NO_LIBRARY
+from tests.support import run_example
 
 BACKENDS = ["reference", "cpu"]
 T = torch.tensor([0.7, -1.5, 2.0], dtype=torch.float64)
@@ -594,10 +593,10 @@ def test_planted_bugs_of_slices_are_found(monkeypatch: pytest.MonkeyPatch, name:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-def test_examples_bars() -> None:
+def test_examples_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     """The subspace knows better than SWA how sure it may be, and better than random directions."""
     pytest.importorskip("torchmetrics")
-    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "subspace.py"))
+    example = run_example("subspace", monkeypatch)
     nll = {method: scores["NLL"] for method, scores in example["means"](example["measure"]()).items()}
     print(nll)
     assert nll["subspace, slices"] <= nll["SWA"] - 0.04

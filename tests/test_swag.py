@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import runpy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from swafast.terms.formats import Format
 from swafast.terms.normals import COLUMNS, normals
 from swafast.terms.samples import Sample, make_sample
 from tests.conftest import NO_LIBRARY
+from tests.support import run_example
 
 # The weights were still on their way, to which a sample's warning points.
 pytestmark = pytest.mark.filterwarnings("ignore:the deviations have")
@@ -212,10 +212,10 @@ def test_planted_bugs_are_found(monkeypatch: pytest.MonkeyPatch, place: str, bug
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-def test_examples_bars() -> None:
+def test_examples_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     """SWAG knows better than SWA how sure it may be, and MultiSWAG better than MultiSWA and than an ensemble."""
     pytest.importorskip("torchmetrics")
-    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "swag.py"))
+    example = run_example("swag", monkeypatch)
     scores = example["means"](example["measure"]())
     nll, ece = ({method: found[name] for method, found in scores.items()} for name in ("NLL", "ECE"))
     assert nll["SWAG"] <= nll["SWA"] - 0.10

@@ -46,7 +46,7 @@ def explaining_positions(function: F) -> F:
     return construct  # type: ignore[return-value]
 
 
-def describe(average: Any) -> str:
+def spell_average(average: Any) -> str:
     """Return the line that a print of a ``WeightAverage`` shows: rules, schedule, and how far the averages are."""
     names, attachment = average._rules, average.attachment
     rules = (

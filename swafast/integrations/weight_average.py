@@ -91,7 +91,7 @@ class Contract:
         self._swap: AbstractContextManager[Module] | None = None
         self._followed: list[Optimizer] = []
 
-    __repr__ = arguments.describe
+    __repr__ = arguments.spell_average
 
     # The averages
 
