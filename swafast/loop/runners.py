@@ -203,7 +203,9 @@ class InThread(Runner):
 
     @property
     def is_under_way(self) -> bool:
-        return self._under_way is not None
+        under_way = self._under_way
+        # One that has raised stays so until it is joined, which raises.
+        return under_way is not None and not (under_way.done() and under_way.exception() is None)
 
     def refuse_capture(self) -> None:
         if self._under_way is not None and not self._under_way.done():
