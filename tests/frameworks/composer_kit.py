@@ -10,6 +10,7 @@ from typing import Any
 
 import composer
 import torch
+import torch.distributed.checkpoint as dcp
 from composer.core import Evaluator
 from composer.utils import FSDP2Config
 from torch import Tensor, nn
@@ -17,7 +18,17 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from swafast.integrations.composer import WeightAverage
-from tests.frameworks.kit import BATCH, EvaluationError, Framework, Job, Report, of_net, optimizer_of, whole_state
+from tests.frameworks.kit import (
+    BATCH,
+    EvaluationError,
+    Framework,
+    Job,
+    Report,
+    State,
+    of_net,
+    optimizer_of,
+    whole_state,
+)
 
 logging.getLogger("composer").setLevel(logging.ERROR)
 
@@ -92,9 +103,9 @@ class Composer(Framework):
         try:
             trainer.fit()
         except EvaluationError:
-            raised = job.folder / "raised.pt"
+            raised = job.folder / "raised" / FILE
             trainer.save_checkpoint(str(raised))
-        saved = None if raised is None else of_net(saved_in(raised)[0]["model"])
+        saved = None if raised is None else of_net(self.saved_model(raised, model))
         return self.report(model, averages, saved)
 
     def options(self, job: Job) -> dict[str, Any]:
@@ -102,6 +113,11 @@ class Composer(Framework):
 
     def latest(self, folder: Path) -> Path:
         return folder / FILE
+
+    def saved_model(self, path: Path, model: Model) -> State:
+        """Return the model in a checkpoint."""
+        state: State = saved_in(path)[0]["model"]
+        return state
 
     def report(self, model: Model, averages: list[WeightAverage], saved: Any) -> Report:
         trained = whole_state(model.net)
@@ -145,3 +161,8 @@ class Sharded(Fsdp2):
 
     def latest(self, folder: Path) -> Path:
         return max(folder.glob("ep*"), key=lambda path: int(path.name.rpartition("ba")[2]))
+
+    def saved_model(self, path: Path, model: Model) -> State:
+        state = {"state": {"model": whole_state(model)}}
+        dcp.load(state, checkpoint_id=self.latest(path.parent))
+        return state["state"]["model"]
