@@ -233,14 +233,16 @@ def test_a_forward_never_reads_an_update_under_way(way: str, monkeypatch: pytest
     sgd = torch.optim.SGD(student.parameters(), 0.5)
     run = WAYS[way](beside)
     attachments = [plain.attach(sgd, name="plain", step=0), beside.attach(sgd, name="beside", step=0, overlap=True)]
-    for _ in range(2):
-        student(IMAGES).square().mean().backward()
-        sgd.step()
-        outputs = run(IMAGES)
-        assert torch.equal(outputs, WAYS[way](plain)(IMAGES))
-        assert late.waited.is_set() is False
-    for attachment in attachments:
-        attachment.detach()
+    try:
+        for _ in range(2):
+            student(IMAGES).square().mean().backward()
+            sgd.step()
+            outputs = run(IMAGES)
+            assert torch.equal(outputs, WAYS[way](plain)(IMAGES))
+            assert late.waited.is_set() is False
+    finally:
+        for attachment in attachments:
+            attachment.detach()
     assert not any(part._forward_pre_hooks for part in beside.modules())
 
 

@@ -148,7 +148,7 @@ def _optimizer_of(name: str, param: Any, of_others: object) -> Any:
     if optimizer is None or not hasattr(optimizer, "fp32_partitioned_groups_flat"):
         raise ValueError(
             f"{name!r} must belong to a DeepSpeed engine with an optimizer, which has its master, got none: call "
-            "deepspeed.initialize with an optimizer, or gather the params and average the whole model"
+            "deepspeed.initialize with an optimizer first, and average engine.module"
         )
     if of_others is not None and optimizer is not of_others:
         raise ValueError(
