@@ -102,3 +102,8 @@ def save_in(dtype: torch.dtype, trainer: Any, averaged: Any, folder: Path, *, is
     for part in (values, *(value for value in values.values() if isinstance(value, dict))):
         part.update({key: str(dtype).removeprefix("torch.") for key in {"dtype", "torch_dtype"} & part.keys()})
     config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def has_scaler(trainer: Any) -> bool:
+    """Return whether the trainer counts steps that its gradient scaler may skip."""
+    return getattr(trainer.accelerator, "scaler", None) is not None
