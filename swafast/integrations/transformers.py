@@ -101,7 +101,7 @@ class WeightAverage(Contract, _Callback):
             self.follow(optimizers, model, step=state.global_step, **trainers.spans_of(trainer, self._when, state))
             if saved is not None:
                 resume_from(self, saved, self._resumed, step=state.global_step)
-                self.compare_steps(self._resumed, state.global_step, may_skip=trainers.has_scaler(trainer))
+                self.compare_steps(self._resumed, state.global_step, may_skip=trainers.scales_gradients(trainer))
         except BaseException:
             self.unfollow()
             raise

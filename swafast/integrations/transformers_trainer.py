@@ -104,6 +104,6 @@ def save_in(dtype: torch.dtype, trainer: Any, averaged: Any, folder: Path, *, is
     config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def has_scaler(trainer: Any) -> bool:
+def scales_gradients(trainer: Any) -> bool:
     """Return whether the trainer counts steps that its gradient scaler may skip."""
     return getattr(trainer.accelerator, "scaler", None) is not None
