@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from types import CodeType, FrameType, MethodType
 from typing import Any
 
-from torch import Tensor
 from torch.nn import Module
 
 from ..loop.schedule import Span
 from ..terms.warn import warn_user
+from .saved_states import cloned
 from .weight_average import Contract, refuse_second
 
 
@@ -130,7 +130,7 @@ class Evaluation:
             self._is_aside = True
             self._average.swap_out()
             try:
-                return _cloned(make())
+                return cloned(make())
             finally:
                 self._average.swap_in(self._model)
                 self._is_aside = False
@@ -145,11 +145,3 @@ def _ends(frame: FrameType | None, loops: tuple[CodeType, ...]) -> bool:
             return False
         frame = frame.f_back
     return frame is not None and frame.f_code in loops
-
-
-def _cloned(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: _cloned(each) for key, each in value.items()}
-    return type(value)(map(_cloned, value)) if type(value) in (list, tuple) else value

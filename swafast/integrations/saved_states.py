@@ -14,9 +14,13 @@ from ..terms.misfits import few
 from ..terms.warn import warn_user
 
 
-def cloned(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state with copies of its tensors."""
-    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+def cloned(state: Any) -> Any:
+    """Return a state with copies of its tensors, also of those in mappings, lists and tuples within it."""
+    if isinstance(state, Tensor):
+        return state.clone()
+    if isinstance(state, Mapping):
+        return {key: cloned(each) for key, each in state.items()}
+    return type(state)(map(cloned, state)) if type(state) in (list, tuple) else state
 
 
 @contextmanager
