@@ -66,6 +66,9 @@ def _to_do(findings: list[str]) -> str:
         return "correct or unset the variable that is named above: until then no average is updated"
     if broken:
         return f"mend backend {', '.join(broken)}, as its line says: until then updates take longer"
+    checks = tree_check.load()
+    if isinstance(checks, Unavailable) and not checks.expected:
+        return "mend the checks of tensors, as their line says: until then each update takes the host longer"
     if asked:
         return f"unset SWAFAST_BACKEND, unless you want {asked}: swafast chooses the fastest one"
     if torch.version.cuda is None and torch.version.hip is None and os.path.exists(_NVIDIA):

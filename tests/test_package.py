@@ -14,6 +14,7 @@ import torch
 import swafast
 from swafast import doctor
 from swafast.backends import Unavailable, cpu, library, reference
+from swafast.op import tree_check
 from swafast.op.choice import BACKENDS
 
 ROOT = Path(__file__).parents[1]
@@ -64,11 +65,14 @@ def test_the_doctor_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(cpu, "unavailable", lambda: None)
     monkeypatch.setattr(cpu, "describe", lambda: "")
+    monkeypatch.setattr(tree_check, "load", lambda: Unavailable("asked for", expected=True))
     assert to_do() == "nothing"
     monkeypatch.setattr(doctor, "_NVIDIA", str(tmp_path))
     assert to_do().startswith("install torch for CUDA: ")
     monkeypatch.setenv("SWAFAST_BACKEND", "reference")
     assert to_do().startswith("unset SWAFAST_BACKEND, unless you want reference")
+    monkeypatch.setattr(tree_check, "load", lambda: Unavailable("no headers"))
+    assert to_do().startswith("mend the checks of tensors, as their line says")
     monkeypatch.setattr(cpu, "unavailable", lambda: Unavailable("no compiler"))
     assert to_do() == "mend backend cpu, as its line says: until then updates take longer"
     monkeypatch.setenv("SWAFAST_BACKEND", "cdua")
