@@ -33,6 +33,8 @@ ON_RANKS = (
     "docs/recipes/swap.md",
     "docs/recipes/teachers.md",
 )
+#: The first line of a block that is a program of its own: tests/test_sharded_program.py runs it.
+PROGRAM = "# train.py\n"
 #: Pages whose blocks need a framework: its file in tests/frameworks runs them.
 WITH_FRAMEWORKS = "docs/frameworks/"
 #: Pages that average in the last quarter of a training, so it must have some epochs.
@@ -108,6 +110,8 @@ def reader(batches: int = 2) -> dict[str, Any]:
 def run_blocks(page: str, text: str, scope: dict[str, Any]) -> dict[str, Any]:
     """Run a page's blocks in order in one namespace, as a reader would."""
     for number, block in enumerate(blocks_of(text)):
+        if block.startswith(PROGRAM):
+            continue
         code = compile(block, f"{page}, block {number}", "exec")
         with graphs_on_the_cpu() if (page, number) in WITH_GRAPHS else contextlib.nullcontext():
             exec(code, scope)
