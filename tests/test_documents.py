@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 import swafast
+from swafast.terms.formats import EXACT
+from tests.kernels import FORMATS
 from tests.ranks import run_ranks
 from tests.support import run_example
 from tests.test_accuracy import frozen_and_moving
@@ -225,6 +227,22 @@ def test_the_readmes_three_numbers_are_those_of_the_test() -> None:
     words = " ".join(TEXTS["README.md"].split())
     assert f"The right result is {right:.4f}. swafast has {ours:.4f}." in words
     assert f"stays at {theirs:.4f}." in words
+
+
+#: A row of docs/costs.md: a format, the bytes it keeps, and those moved of a model of float32, and of one of 16 bits.
+BYTES_ROW = re.compile(r"^\| `(\w+)` \| [\w ]*\| (\d+) \| (\d+) \| (\d+) \|$", re.MULTILINE)
+
+
+def test_the_bytes_of_each_format_are_those_of_its_planes() -> None:
+    rows = {name: [int(figure) for figure in figures] for name, *figures in BYTES_ROW.findall(TEXTS["docs/costs.md"])}
+    kept = {format.name: format.nbytes or 0 for format in FORMATS}
+    assert rows == {name: [each, 4 + 2 * each, 2 + 2 * each] for name, each in kept.items()}
+
+
+def test_the_example_of_costs_is_computed() -> None:
+    kept, params, ranks = EXACT.nbytes or 0, 7, 8
+    for name, whole in (("memory of the average", params * kept), ("moved by an update", params * (2 + 2 * kept))):
+        assert f"| {name} | {whole} GB | {whole / ranks:g} GB |" in TEXTS["docs/costs.md"]
 
 
 # Form
