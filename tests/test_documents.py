@@ -99,6 +99,8 @@ def reader(batches: int = 2) -> dict[str, Any]:
         "dataset": torch.randn(6, 4),
         "is_accurate": lambda model: True,
         "test_inputs": torch.randn(5, 4),
+        "held_out_inputs": torch.randn(5, 4),
+        "held_out_labels": torch.tensor([0, 1, 1, 0, 1]),
         "epochs_of": lambda loader: list(loader) * 12,
         "loss": loss,
         "train_step": train_step,

@@ -603,6 +603,23 @@ def test_a_stream_that_moves_is_warned_of_once_and_one_that_stands_is_not(kind: 
     assert all(re.search(told, message) for message in found)
 
 
+def test_the_scale_that_a_drift_asks_for_gives_samples_the_variance_of_the_models() -> None:
+    model = nn.ParameterList([torch.zeros(3000)])
+    averaged, stream, columns = FusedAveragedModel(model, deviations=20), stream_of("moves"), 20
+    for step in range(60):
+        with torch.no_grad():
+            model[0].copy_(stream(step))
+        averaged.update_parameters(model)
+    with pytest.warns(UserWarning, match="of the FusedAveragedModel have") as caught:
+        averaged.sample_to(model, 0)
+    (asked,) = re.findall(r"draw with scale=(\S+) or less", str(caught[0].message))
+    state = averaged.state_dict()
+    variance = state["variance.0"].sum().item()
+    squares = sum(value.square().sum().item() for key, value in state.items() if key.startswith("deviation."))
+    assert float(asked) < 0.45
+    assert float(asked) * (variance + squares / (columns - 1)) == pytest.approx(variance, rel=0.06)
+
+
 def test_a_copy_keeps_a_sample_and_the_model_keeps_the_mode_of_the_body() -> None:
     model = Net()
     averaged, own = collected(model), tensors_of(model)

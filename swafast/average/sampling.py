@@ -115,13 +115,14 @@ class HasSamples:
             return
         self._seen_drift = count
         found = drift([*self._spread_planes()], count)
-        if found > _MOST_DRIFT:
+        if found > _MOST_DRIFT:  # at a scale of 1 / (1 + found), samples vary as much in all as the variance says
             self._seen_drift = -1
             warn_user(
                 f"the deviations of the {type(self).__name__} have {found:.1f} times its variance, where weights that "
                 "stand still have about 1 times: the weights were still moving one way while they were averaged, and "
                 "samples spread along it. Average later, or with a constant learning rate. If the training is over, "
-                "draw with a smaller scale=, or load the state without its deviations into an average with deviations=0"
+                f"draw with scale={1 / (1 + found):.2g} or less, whichever has the lowest NLL on held-out data, or load "
+                "the state without its deviations into an average with deviations=0"
             )
 
     if TYPE_CHECKING:
