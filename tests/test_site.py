@@ -86,6 +86,14 @@ def test_a_page_that_the_sidebar_lacks_is_seen() -> None:
     assert PAGES - {*in_sidebar(lost)} == {"README.md", "formats.md"}
 
 
+def test_the_page_of_all_frameworks_has_the_order_of_the_sidebar() -> None:
+    section = INDEX.partition("## Frameworks\n")[2].partition("\n## ")[0]
+    there = re.findall(r"\]\(frameworks/(\w+\.md)\)", section)
+    here = re.findall(r"^\| \[[^]]*\]\((\w+\.md)\)", (DOCS / "frameworks" / "README.md").read_text(), re.M)
+    assert there == ["README.md", *(page for page in here if page != "migration.md")]
+    assert len(here) > 10
+
+
 def test_the_glossary_has_every_word() -> None:
     page = marks.glossary(swafast.terms.__doc__ or "")
     words = re.findall(r"^    (\S.*?)  +\S", swafast.terms.__doc__ or "", re.M)
