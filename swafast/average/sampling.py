@@ -121,8 +121,8 @@ class HasSamples:
                 f"the deviations of the {type(self).__name__} have {found:.1f} times its variance, where weights that "
                 "stand still have about 1 times: the weights were still moving one way while they were averaged, and "
                 "samples spread along it. Average later, or with a constant learning rate. If the training is over, "
-                f"draw with scale={1 / (1 + found):.2g} or less, whichever has the lowest NLL on held-out data, or load "
-                "the state without its deviations into an average with deviations=0"
+                f"draw with scale={1 / (1 + found):.2g} or less, whichever has the lowest NLL on held-out data, or "
+                "load the state without its deviations into an average with deviations=0"
             )
 
     if TYPE_CHECKING:
