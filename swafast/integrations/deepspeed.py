@@ -62,7 +62,7 @@ class WeightAverage(Contract):
         engines.refuse_beside(engine, bool(self._when.get("overlap")), self._when.get("offload"))
         stage, steps = engine.zero_optimization_stage(), engines.applied_steps(engine)
         is_sharded = stage > 0 if self._sharded == "auto" else bool(self._sharded)
-        engines.refuse_apart(engine, is_sharded)
+        engines.refuse_node_local(engine, is_sharded)
         if self._engine is not None:
             raise ValueError("a WeightAverage must be installed once, got a second call: make another one")
         others = vars(engine).setdefault("_swafast_averages", [])

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..loop.schedule import Span
+from .lengths import needed_lengths
 
 #: Names, because a program may have both packages of Lightning.
 _STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
@@ -62,18 +63,17 @@ def raw_optimizers_of(trainer: Any) -> list[Optimizer]:
 
 
 def lengths_of(trainer: Any, spans: Mapping[str, object]) -> dict[str, Span]:
-    """Return the steps of an epoch and of the whole training, if a span needs them and the trainer knows them."""
-    units = "".join(str(span) for span in spans.values() if isinstance(span, str))
-    if "ep" not in units and "dur" not in units:
-        return {}
-    steps = trainer.estimated_stepping_batches  # loads the data
-    epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
-    found: dict[str, Span] = {}
-    if "ep" in units and math.isfinite(epoch):
-        found["steps_per_epoch"] = math.ceil(epoch)
-    if "dur" in units and 0 < steps < math.inf:
-        found["duration"] = int(steps)
-    return found
+    """Return what :func:`.lengths.needed_lengths` asks of a Trainer."""
+
+    def duration() -> Span | None:
+        steps = trainer.estimated_stepping_batches
+        return int(steps) if 0 < steps < math.inf else None
+
+    def steps_per_epoch() -> float:
+        duration()  # loads the data: before that, the trainer has no number of batches
+        return float(trainer.num_training_batches / trainer.accumulate_grad_batches)
+
+    return needed_lengths(spans, duration=duration, steps_per_epoch=steps_per_epoch)
 
 
 def calls_before_writes(trainer: Any, module: Any) -> bool:

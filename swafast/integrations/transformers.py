@@ -98,7 +98,7 @@ class WeightAverage(Contract, _Callback):
             optimizers = [each for each in raw_optimizers([trainer.optimizer]) if each is not None]
             trainers.refuse_own_averages(optimizers)
             self.make(model)
-            self.follow(optimizers, model, step=state.global_step, **trainers.spans_of(trainer, self._when, state))
+            self.follow(optimizers, model, step=state.global_step, **trainers.lengths_of(trainer, self._when))
             if saved is not None:
                 resume_from(self, saved, self._resumed, step=state.global_step)
                 self.compare_steps(self._resumed, state.global_step, may_skip=trainers.scales_gradients(trainer))

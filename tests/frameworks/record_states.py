@@ -3,8 +3,8 @@
 Each file in `states/` has what one tool has written after `SAVED` updates, and the average that the same tool had after
 `LAST`. The model's values follow from the number of the step alone, so a test can go on from the state by itself.
 
-NeMo and Composer are not among the pinned packages. Their own code writes these states from the sources that these
-variables name:
+NeMo is not among the pinned packages, and Composer is pinned in `composer.txt`, beside the others: it asks for an older
+torch. Their own code writes these states from the sources that these variables name:
 
     NEMO_EMA       nemo/collections/common/callbacks/ema.py of nemo_toolkit 3.0.0, the file itself
     COMPOSER_PATH  a folder with mosaicml 0.32.1 and what it needs, installed with --no-deps
