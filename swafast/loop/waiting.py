@@ -108,7 +108,7 @@ def _hooked(wait: Wait, roots: Iterable[Module]) -> Iterable[RemovableHandle]:
 
 
 class Wait:
-    """Hook of a module: it waits for the attachment's update under way, if there is one. A copy of it waits for none."""
+    """Hook of a module: it waits for the attachment's update under way, if there is one. A copy waits for none."""
 
     def __init__(self, waiting: Waiting | None = None) -> None:
         self._waiting = weakref.ref(waiting) if waiting is not None else None

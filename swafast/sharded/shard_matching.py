@@ -66,7 +66,8 @@ class ShardBinding:
         for device in {tensor.device for pair in pairs for tensor in (pair.param, pair.average)}:
             refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
         homes = frozenset(plane.data_ptr() for pair in pairs for plane in pair.planes)
-        self.plan = Plan(pairs, choice.choose_backends(vars(sides[0])["backend"], choice.device_types(pairs)), counters, homes)
+        backends = choice.choose_backends(vars(sides[0])["backend"], choice.device_types(pairs))
+        self.plan = Plan(pairs, backends, counters, homes)
         self._planes = tuple(plane for pair in pairs for plane in pair.planes)
         self.plan.copies = self._locator.copies([side._copied for side in sides], staging)
         self._checks, self._counters = Checks(), Fingerprint(counters)

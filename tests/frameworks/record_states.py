@@ -3,8 +3,8 @@
 Each file in `states/` has what one tool has written after `SAVED` updates, and the average that the same tool had after
 `LAST`. The model's values follow from the number of the step alone, so a test can go on from the state by itself.
 
-The tools are the packages that `versions.txt` and `composer.txt` pin. NeMo is in neither: its own code writes this state
-from the file that a variable names.
+The tools are the packages that `versions.txt` and `composer.txt` pin. NeMo is in neither: its own code writes its
+state, from the file that a variable names.
 
     NEMO_EMA   nemo/collections/common/callbacks/ema.py of nemo_toolkit 3.0.0
 """

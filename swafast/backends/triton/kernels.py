@@ -72,9 +72,7 @@ def update_average_or_spread(chunk, descriptors, counts, weights):
 
 
 @triton.jit
-def update_table(
-    descriptors, num_chunks, state, paces, num_paces, advance, skip_nonfinite, HAS_SPREADS: tl.constexpr
-):
+def update_table(descriptors, num_chunks, state, paces, num_paces, advance, skip_nonfinite, HAS_SPREADS: tl.constexpr):
     """Move every average of a table, and its spread if there are any, by its pace's weight, and count."""
     counters, used = counters_of(paces, num_paces)
     counts = tl.load(counters, mask=used, other=0)

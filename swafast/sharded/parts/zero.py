@@ -112,8 +112,9 @@ def _run_of(
     owners = dist.get_process_group_ranks(partitioned.partition_group(param))
     if set(owners) != set(ranks):
         raise ValueError(
-            f"process_group must be the ranks that {names[0]!r} is partitioned over, {owners}, got {list(ranks)}: pass the engine's data-parallel group. Experts "
-            "on a group of their own (MoE, MiCS) cannot be averaged: leave them in a model of their own"
+            f"process_group must be the ranks that {names[0]!r} is partitioned over, {owners}, got {list(ranks)}: pass "
+            "the engine's data-parallel group. Experts on a group of their own (MoE, MiCS) cannot be averaged: leave "
+            "them in a model of their own"
         )
     (start, stop), working = _bounds(param), WorkingRun(param)
     position = optimizer.grad_position.get(optimizer.get_param_id(param))
