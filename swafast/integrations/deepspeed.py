@@ -15,15 +15,13 @@ from ..terms.warn import warn_user
 from . import deepspeed_engine as engines
 from .inside import run_inside
 from .installed import framework
-from .state_folder import resume_from, write_averages
+from .state_folder import FOLDER, resume_from, write_averages
 from .weight_average import Contract, refuse_second
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 _deepspeed: Any = framework("deepspeed", "0.15")
-
-FOLDER = "swafast"  # in each checkpoint
 
 
 class WeightAverage(Contract):

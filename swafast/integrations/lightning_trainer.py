@@ -53,11 +53,11 @@ def check_fit(trainer: Any, module: Module) -> None:
             "the LightningModule must not be sharded itself, got fully_shard(self): in configure_model call "
             "fully_shard(self.net) for each network in it"
         )
-    if not raw_optimizers_of(trainer):
+    if not unmocked_optimizers(trainer):
         raise ValueError("configure_optimizers must return an optimizer for averages to follow, got None")
 
 
-def raw_optimizers_of(trainer: Any) -> list[Optimizer]:
+def unmocked_optimizers(trainer: Any) -> list[Optimizer]:
     """Return the optimizers of torch. Lightning has a mock one if ``configure_optimizers`` returns None."""
     return [each for each in trainer.optimizers if not _is_any(each, ("_MockOptimizer",))]
 
@@ -87,7 +87,7 @@ def calls_before_writes(trainer: Any, module: Any) -> bool:
 def may_skip_steps(trainer: Any, module: Any) -> bool:
     """Return whether the trainer counts steps that averages do not: those that a scaler or the user's code skips."""
     has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
-    return has_scaler or not calls_before_writes(trainer, module) or len(raw_optimizers_of(trainer)) > 1
+    return has_scaler or not calls_before_writes(trainer, module) or len(unmocked_optimizers(trainer)) > 1
 
 
 def named(trainer: Any) -> object:

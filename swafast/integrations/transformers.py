@@ -16,7 +16,7 @@ from ..terms.warn import warn_user
 from . import transformers_trainer as trainers
 from .inside import run_inside
 from .installed import framework
-from .state_folder import resume_from, write_averages
+from .state_folder import FOLDER, resume_from, write_averages
 from .weight_average import Contract, raw_optimizers, refuse_second
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 _transformers: Any = framework("transformers", "4.48")
 _Callback: Any = _transformers.TrainerCallback
-
-FOLDER = "swafast"  # in each checkpoint
 
 
 class WeightAverage(Contract, _Callback):

@@ -20,7 +20,7 @@ from ..terms.warn import warn_user
 from . import arguments
 from .saved_states import (
     check_began,
-    check_number,
+    check_one_or_several,
     checked_parts,
     naming,
     warn_of_copied,
@@ -271,7 +271,7 @@ class Contract:
             RuntimeError: it does not fit the averages.
         """
         averaged, steps = checked_parts(state)
-        check_number(averaged, None if self._rules is None else [*self._rules])
+        check_one_or_several(averaged, None if self._rules is None else [*self._rules])
         before = self.attachment.state_dict() if self.attachment is not None else {}
         try:
             if self.attachment is not None:
