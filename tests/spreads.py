@@ -1,20 +1,24 @@
-"""What the tests of spreads share: averages with a spread of any bits, samples of them, and how draws are compared."""
+"""What the tests of spreads share: their closed form, averages with a spread of any bits, samples, compared draws."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from swafast.backends import reference
 from swafast.backends.contract import Pair
 from swafast.terms.boxes import Box, boxes_of_run
 from swafast.terms.draws import Draws, make_random_key
 from swafast.terms.formats import COMPACT, COMPENSATED, EXACT, FLOAT32, MIRRORED, Format, with_spread
+from swafast.terms.normals import COLUMNS, normals
+from swafast.terms.rules import EqualAverage, Rule
 from swafast.terms.samples import Sample
 from swafast.terms.spread import Spread
 from tests.kernels import (
@@ -37,6 +41,55 @@ SPREADS = (Spread(0), Spread(3), Spread(20, torch.bfloat16), Spread(2, torch.flo
 TURNS = pytest.mark.parametrize("turn", range(len(SPREADS)), ids=lambda turn: str(SPREADS[turn]))
 #: A weight for each branch of a lerp. This many models in an average are no multiple of any number of columns.
 MOVES, NUM_AVERAGED = by_weights(1.0, 0.3, 0.9), 7
+
+
+# The closed form, in float64
+
+
+def moments_of(models: Tensor, rule: Rule | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean and variance of all models, and how far each was from the mean after it, (updates, ...) float64.
+
+    Args:
+        models: (updates, ...).
+        rule: by which they weigh; default: all alike.
+    """
+    # In row n, how much each model weighs in the average after the update of n models.
+    shares = torch.zeros(len(models), len(models), dtype=torch.float64)
+    for n in range(len(models)):
+        weight = (rule or EqualAverage()).weight(n)
+        shares[n] = (1 - weight) * shares[n - 1]
+        shares[n, n] = weight
+    means = torch.tensordot(shares, models.double(), 1)
+    variance = torch.tensordot(shares[-1], (models.double() - means[-1]).square(), 1)
+    return means[-1], variance, models.double() - means
+
+
+def sample_in_closed_form(
+    models: Mapping[str, Tensor], columns: int, index: int, scale: float, *, seed: int = 0, divisor: int | None = None
+) -> dict[str, Tensor]:
+    """Return a sample of an equal average, with our random numbers.
+
+    Args:
+        models: (updates, ...) of each param.
+        columns: the number of deviations that are kept; 0: the sample is of the variance alone.
+        divisor: of the deviations' covariance; default: one less than there are.
+    """
+    found = {}
+    for name, values in models.items():
+        mean, variance, deviations = moments_of(values)
+        noise = normals(make_random_key(seed, name), index, torch.arange(mean.numel())).view(mean.shape)
+        point, kept = variance.sqrt() * noise, min(len(values), columns)
+        if kept:
+            # The update of n models writes the column n % columns, and numbers go by the column.
+            of_columns = {n % columns: deviation for n, deviation in enumerate(deviations)}
+            numbers = normals(make_random_key(seed, ""), index, torch.arange(kept), COLUMNS).tolist()
+            along = sum(of_columns[column] * number for column, number in enumerate(numbers))
+            point = point + along / math.sqrt(divisor or kept - 1)
+        found[name] = mean + math.sqrt(scale) * point
+    return found
+
+
+# Averages of any bits
 
 
 def make_spread_pair(numel: int, dtype: torch.dtype, fmt: Format, spread: Spread, offset: int = 0) -> Pair:

@@ -46,7 +46,7 @@ BY_NAME = re.compile(
     r"(__dict__|\bvars\(.*\))(\.\w+)?$|\b((get|set|has|del)attr|attrgetter|__(get|set|del)attr(ibute)?__)$"
 )
 USERS_FUNCTIONS = ("load",)  # named as users expect it: modules may have such a function of their own
-OF_EVERY_FRAMEWORK = {"WeightAverage"}  # its class in integrations/
+OF_EVERY_FRAMEWORK = {"WeightAverage", "lengths_of"}  # its class in integrations/, and what that asks of it
 ASKED_OF_EVERY_BACKEND = {"unavailable", "describe", "serves", "prepare"}
 
 
@@ -195,12 +195,12 @@ def shared_names(sources: Sources) -> list[str]:
     for path in sorted(path for path in sources if folder_of(path) != "demo"):
         places[f"module {path.rpartition('/')[2].removesuffix('.py')}"].append(path)
         excepted = {"main", *USERS_FUNCTIONS, *(ASKED_OF_EVERY_BACKEND if path.startswith("backends/") else ())}
+        excepted |= OF_EVERY_FRAMEWORK if path.startswith("integrations/") else set()
         defined = set()
         for node in ast.parse(sources[path]).body:
-            if isinstance(node, ast.ClassDef):
-                defined |= {node.name} - (OF_EVERY_FRAMEWORK if path.startswith("integrations/") else set())
-            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
-                defined |= {node.name} - excepted
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                is_private = node.name.startswith("_") and not isinstance(node, ast.ClassDef)
+                defined |= set() if is_private else {node.name} - excepted
         for name in defined:
             places[name].append(path)
     places.pop("module __init__", None)

@@ -181,3 +181,25 @@ def test_a_state_that_lacks_the_steps_is_warned_of(wrap: Callable[[Any], Any], s
     optimizer.step()
     assert attachment.step == 1
     assert "swafast" not in str(optimizer.state_dict())
+
+
+def test_an_average_that_is_saved_apart_needs_no_place_in_the_optimizers_state() -> None:
+    model = nn.Linear(4, 2)
+    optimizer = Below(Adam(model.parameters()))
+    averaged = FusedAveragedModel(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attachment = averaged._attach_apart(optimizer)
+    attachment.detach()
+    plain = Adam(model.parameters())
+    attachment = averaged._attach_apart(plain)
+    assert "swafast" not in str(plain.state_dict())
+    attachment.detach()
+    with pytest.warns(UserWarning, match=r"does not run torch's hooks"):  # this one is the user's to save
+        averaged.attach(optimizer)
+    with pytest.raises(RuntimeError, match="attached already"):
+        averaged._attach_apart(optimizer)
+    assert averaged.attachment is not None
+    averaged.attachment.detach()
+    with pytest.warns(UserWarning, match=r"does not run torch's hooks"):
+        averaged.attach(optimizer)

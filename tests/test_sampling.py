@@ -19,9 +19,10 @@ from swafast.backends import cpu
 from swafast.op import drawing
 from swafast.optim.batchnorm import update_bn
 from swafast.terms.draws import make_random_key
-from swafast.terms.normals import COLUMNS, normals
+from swafast.terms.normals import normals
 from tests.conftest import NO_LIBRARY
 from tests.costs import memory_events, peak_of
+from tests.spreads import sample_in_closed_form
 from tests.support import EveryKind, differing, drift, is_interrupted, refused, same_bits, tensors_of, unchanged, update
 
 #: Dtypes of the params, formats and spreads. `pytest -m slow` has all of them.
@@ -76,21 +77,11 @@ def test_a_sample_is_the_formula(backend: str, updates: int, scale: float | None
         drift(model)
         averaged.update_parameters(model)
         for name, param in model.items():
-            seen[name].append(param.detach().double().clone())
-    k, factor = min(updates, 4), 0.5 if scale is None else scale
+            seen[name].append(param.detach().clone())
+    models = {name: torch.stack(params) for name, params in seen.items()}
+    exact = sample_in_closed_form(models, 4, 6, 0.5 if scale is None else scale, seed=11)
     got = sample_of(averaged, model, 6, scale=scale)
-    # The update of n models writes the column n % 4, and z2 goes by the column.
-    z2 = normals(make_random_key(11, ""), 6, torch.arange(k), COLUMNS).double()
-    for name, weights in seen.items():
-        stacked = torch.stack(weights)
-        counts = torch.arange(1, updates + 1).view(-1, *[1] * (stacked.dim() - 1))
-        running = stacked.cumsum(0) / counts
-        columns = {n % 4: stacked[n] - running[n] for n in range(updates)}
-        z1 = normals(make_random_key(11, name), 6, torch.arange(stacked[0].numel())).view(stacked[0].shape).double()
-        expected = running[-1] + math.sqrt(factor) * (
-            stacked.var(dim=0, correction=0).sqrt() * z1
-            + sum(columns[column] * z2[column] for column in range(k)) / math.sqrt(k - 1)
-        )
+    for name, expected in exact.items():
         torch.testing.assert_close(got[name].double(), expected, rtol=1e-5, atol=1e-6)
 
 

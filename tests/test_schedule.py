@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from swafast.integrations.lengths import needed_lengths
 from swafast.loop import schedule as module
 from swafast.loop.schedule import Schedule, parse
 
@@ -83,3 +84,35 @@ def test_the_gate_sees_spans_rounded_down(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(module.math, "ceil", int)
     with pytest.raises(AssertionError):
         test_updates_come_after_these_steps({"start": "0.75dur", "duration": 18}, [14, 15, 16, 17, 18])
+
+
+#: Spans, what a framework knows, and what of it is asked: the answer may load the data.
+LENGTHS: dict[str, tuple[dict[str, Any], Any, Any, dict[str, Any], set[str]]] = {
+    "steps": ({"start": 3, "every": "2ba", "end": None, "offload": "cpu", "overlap": True}, 90, 4, {}, set()),
+    "epochs": ({"start": 0, "every": " 1ep"}, 90, 3.5, {"steps_per_epoch": 4}, {"epoch"}),
+    "shares": ({"start": "0.5dur"}, 90, 4, {"duration": 90}, {"duration"}),
+    "both": (
+        {"start": "0.5dur", "every": "2ep"}, 90, 4, {"duration": 90, "steps_per_epoch": 4}, {"duration", "epoch"},
+    ),
+    "a training of epochs": (
+        {"end": "0.9dur"}, "6ep", 4, {"duration": "6ep", "steps_per_epoch": 4}, {"duration", "epoch"},
+    ),
+    "the user's duration": ({"start": 0, "duration": "6ep"}, 90, 4, {"steps_per_epoch": 4}, {"epoch"}),
+    "endless epochs": ({"every": "1ep"}, 90, float("inf"), {}, {"epoch"}),
+    "nothing is known": ({"start": "0.5dur", "every": "1ep"}, None, None, {}, {"duration", "epoch"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+def test_a_framework_is_asked_for_the_lengths_that_spans_need(case: str) -> None:
+    spans, duration, epoch, lengths, wanted = LENGTHS[case]
+    asked: set[str] = set()
+
+    def known(what: str, length: Any) -> Any:
+        asked.add(what)
+        return length
+
+    found = needed_lengths(
+        spans, duration=lambda: known("duration", duration), steps_per_epoch=lambda: known("epoch", epoch)
+    )
+    assert (found, asked) == (lengths, wanted)

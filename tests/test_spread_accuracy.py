@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from swafast.backends import cpu, reference
 from swafast.backends.contract import Pair
@@ -16,6 +15,7 @@ from swafast.terms.rules import EqualAverage, ExponentialAverage, PowerAverage, 
 from swafast.terms.spread import Spread
 from tests.conftest import NO_LIBRARY
 from tests.kernels import update
+from tests.spreads import moments_of
 
 COLUMNS = 5
 RULES_IN_CLOSED_FORM: list[Rule] = [
@@ -37,23 +37,6 @@ def spread_pair(numel: int, fmt: Format = FLOAT32, dtype: torch.dtype = torch.fl
     return Pair("", torch.zeros(numel, dtype=dtype), tuple(planes), fmt)
 
 
-def shares_of(rule: Rule, updates: int) -> Tensor:
-    """Return how much each model weighs in the average after so many updates, (updates,) float64."""
-    shares = torch.zeros(updates, dtype=torch.float64)
-    for n in range(updates):
-        weight = rule.weight(n)
-        shares[:n] *= 1 - weight
-        shares[n] = weight
-    return shares
-
-
-def moments(models: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-    """Return the weighted mean and variance of all models in float64, in closed form."""
-    shares = shares_of(rule, len(models))[:, None]
-    mean = (shares * models.double()).sum(0)
-    return mean, (shares * (models.double() - mean) ** 2).sum(0)
-
-
 @pytest.mark.parametrize("rule", RULES_IN_CLOSED_FORM, ids=str)
 @pytest.mark.parametrize(
     ("fmt", "dtype", "bound"),
@@ -73,15 +56,14 @@ def test_a_spread_equals_its_closed_form(rule: Rule, fmt: Format, dtype: torch.d
     for model in models:
         pair.param.copy_(model)
         update(launch, [pair], [rule], [counter])
-    mean, variance = moments(models, rule)
+    mean, variance, deviations = moments_of(models, rule)
     found, *columns = pair.spread_planes
     value = fmt.decode(pair.mean_planes).double()
     assert float((value - mean).norm() / mean.norm()) <= bound
     assert float((found.double() - variance).norm() / variance.norm()) <= bound
     assert float(found.min()) > 0
     for n in range(len(models) - COLUMNS, len(models)):
-        deviation = models[n].double() - moments(models[: n + 1], rule)[0]
-        error = float((columns[n % COLUMNS].double() - deviation).norm() / deviation.norm())
+        error = float((columns[n % COLUMNS].double() - deviations[n]).norm() / deviations[n].norm())
         assert error <= bound, f"the deviation of update {n} is wrong"
 
 
@@ -108,7 +90,7 @@ def test_a_variance_of_ten_thousand_models_is_exact_and_positive() -> None:
     for model in models.flatten(1):
         pair.param.copy_(model)
         update(launch, [pair], [EqualAverage()], [counter])
-    truth = models.double().var(0, unbiased=False)
+    truth = models.double().var(0, unbiased=False)  # quicker than `moments_of` with so many
     variance = pair.spread_planes[0].double().view(3, 128)
     errors = ((variance - truth) / truth).abs().median(1).values
     assert bool((errors <= torch.tensor([1e-5, 5e-5, 5e-4])).all()), f"median errors are {errors.tolist()}"

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from swafast import FusedAveragedModel
 from swafast.backends import cpu, reference
-from swafast.terms.draws import make_random_key
 from swafast.terms.formats import Format
-from swafast.terms.normals import COLUMNS, normals
 from swafast.terms.samples import Sample, make_sample
 from tests.conftest import NO_LIBRARY
+from tests.spreads import moments_of, sample_in_closed_form
 from tests.support import run_example
 
 # The weights were still on their way, to which a sample's warning points.
@@ -75,24 +74,11 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def truth(updates: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean, variance and the last deviations, the oldest first, in float64."""
-    values = STREAM[:updates].double()
-    means = values.cumsum(0) / torch.arange(1, updates + 1)[:, None]
-    return means[-1], (values - means[-1]).square().mean(0), (values - means)[-COUNT:]
-
-
-def truth_of_sample(updates: int, index: int, scale: float, deviations: bool, divisor: int) -> Tensor:
+def truth_of_sample(updates: int, index: int, scale: float, columns: int, divisor: int) -> Tensor:
     """Return the sample in float64, with our random numbers."""
-    mean, variance, of_columns = truth(updates)
-    net = make_net()
-    z = [normals(make_random_key(0, name), index, torch.arange(p.numel())) for name, p in net.named_parameters()]
-    point = variance.sqrt() * flat(z)
-    if deviations:
-        # The column of the oldest deviation is 0 after 15, 20, 40 and 60 updates.
-        of_each = normals(make_random_key(0, ""), index, torch.arange(len(of_columns)), COLUMNS)
-        point += of_each.double() @ of_columns / math.sqrt(divisor)
-    return mean + math.sqrt(scale) * point
+    names, params = zip(*make_net().named_parameters(), strict=True)
+    models = dict(zip(names, STREAM[:updates].split([param.numel() for param in params], 1), strict=True))
+    return flat(sample_in_closed_form(models, columns, index, scale, divisor=divisor).values())
 
 
 def largest(found: Tensor, exact: Tensor) -> float:
@@ -101,14 +87,14 @@ def largest(found: Tensor, exact: Tensor) -> float:
 
 
 def errors(mean: Tensor, variance: Tensor, deviations: Tensor) -> dict[str, float]:
-    exact_mean, exact_variance, exact_deviations = truth(len(STREAM))
+    exact_mean, exact_variance, exact_deviations = moments_of(STREAM)
     of_variance = (variance - exact_variance).abs() / exact_variance
     return {
         "mean": largest(mean, exact_mean),
         "variance, median": float(of_variance.median()),
         "variance, p99": float(of_variance.quantile(0.99)),
         "variance, max": float(of_variance.max()),
-        "deviations": largest(deviations, exact_deviations),
+        "deviations": largest(deviations, exact_deviations[-COUNT:]),
     }
 
 
@@ -144,15 +130,15 @@ def test_authors_results(backend: str) -> None:
 )
 def test_authors_samples(backend: str, name: str, updates: int, index: int, scale: float) -> None:
     """With our random numbers their samples are ours, but for the divisor: they divide by K - 1 from the first on."""
-    deviations = name == "swag"
-    net, averaged = averaged_stream(backend, updates, COUNT if deviations else 0)
+    columns = COUNT if name == "swag" else 0
+    net, averaged = averaged_stream(backend, updates, columns)
     averaged.sample_to(net, index)
     drawn = flat(net.parameters())
     theirs = RECORDED[f"{name} after {updates}"]
     count = min(updates, COUNT)
-    exact = truth_of_sample(updates, index, scale, deviations, count - 1)
+    exact = truth_of_sample(updates, index, scale, columns, count - 1)
     assert largest(drawn, exact) <= 1e-6
-    as_theirs = truth_of_sample(updates, index, scale, deviations, COUNT - 1)
+    as_theirs = truth_of_sample(updates, index, scale, columns, COUNT - 1)
     assert largest(theirs, as_theirs) <= 5e-4  # the error of their variance
     assert (largest(theirs, exact) > 1e-2) == (count < COUNT)
 

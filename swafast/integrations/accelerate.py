@@ -13,7 +13,7 @@ from torch.nn import Module
 from ..terms.names import unwrap
 from ..terms.warn import warn_user
 from .installed import framework
-from .state_folder import is_of_averages, resume_all, write_averages
+from .state_folder import FOLDER, is_of_averages, resume_all, write_averages
 from .weight_average import Contract, raw_optimizers, refuse_second
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class WeightAverage(Contract):
     _name = ""
 
     def install(
-        self, accelerator: Accelerator, model: Module, *optimizers: Any, name: str = "swafast", step: int | None = None
+        self, accelerator: Accelerator, model: Module, *optimizers: Any, name: str = FOLDER, step: int | None = None
     ) -> WeightAverage:
         """Make the averages, and follow the optimizers. Return this object. Collective if the averages are shards.
 

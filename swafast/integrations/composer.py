@@ -10,7 +10,7 @@ from typing import Any
 from torch.nn import Module
 
 from ..terms.names import unwrap
-from .composer_trainer import Evaluation, check_algorithms, has_scaler, known_lengths, warn_of_ema
+from .composer_trainer import Evaluation, check_algorithms, has_scaler, lengths_of, warn_of_ema
 from .installed import explained, framework
 from .saved_states import naming
 from .weight_average import Contract
@@ -90,7 +90,7 @@ class WeightAverage(Contract, _Algorithm):
         check_algorithms(state, _OTHERS)
         self.unfollow()
         step = int(state.timestamp.batch)
-        self.follow(state.optimizers, state.model, step=step, **known_lengths(state, self._when))
+        self.follow(state.optimizers, state.model, step=step, **lengths_of(state, self._when))
         pending, self._pending = self._pending, None
         if pending is not None:
             with naming(state.load_path):

@@ -11,6 +11,7 @@ from torch.nn import Module
 
 from ..loop.schedule import Span
 from ..terms.warn import warn_user
+from .lengths import needed_lengths
 from .saved_states import cloned
 from .weight_average import Contract, refuse_second
 
@@ -40,16 +41,15 @@ def check_algorithms(state: Any, others: tuple[type, ...]) -> None:
         raise NotImplementedError("device must be 'cpu' or 'gpu' with WeightAverage, got 'tpu': XLA runs steps later")
 
 
-def known_lengths(state: Any, spans: Mapping[str, object]) -> dict[str, Span]:
-    """Return the steps of an epoch and the length of the training, if a span needs them and Composer knows them."""
-    units = "".join(str(span) for span in spans.values() if isinstance(span, str))
-    whole, epoch = state.max_duration, state.dataloader_len
-    found: dict[str, Span] = {}
-    if "dur" in units and whole is not None and whole.unit.value in ("ba", "ep"):
-        found["duration"] = f"{whole.value}{whole.unit.value}"
-    if epoch is not None and ("ep" in units or str(found.get("duration", "")).endswith("ep")):
-        found["steps_per_epoch"] = int(epoch)
-    return found
+def lengths_of(state: Any, spans: Mapping[str, object]) -> dict[str, Span]:
+    """Return what :func:`.lengths.needed_lengths` asks of Composer."""
+
+    def duration() -> Span | None:
+        whole = state.max_duration
+        is_span = whole is not None and whole.unit.value in ("ba", "ep")  # not so many tokens or seconds
+        return f"{whole.value}{whole.unit.value}" if is_span else None
+
+    return needed_lengths(spans, duration=duration, steps_per_epoch=lambda: state.dataloader_len)
 
 
 def has_scaler(state: Any) -> bool:

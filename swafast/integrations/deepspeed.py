@@ -15,15 +15,13 @@ from ..terms.warn import warn_user
 from . import deepspeed_engine as engines
 from .inside import run_inside
 from .installed import framework
-from .state_folder import resume_from, write_averages
+from .state_folder import FOLDER, resume_from, write_averages
 from .weight_average import Contract, refuse_second
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 _deepspeed: Any = framework("deepspeed", "0.15")
-
-FOLDER = "swafast"  # in each checkpoint
 
 
 class WeightAverage(Contract):
@@ -62,7 +60,7 @@ class WeightAverage(Contract):
         engines.refuse_beside(engine, bool(self._when.get("overlap")), self._when.get("offload"))
         stage, steps = engine.zero_optimization_stage(), engines.applied_steps(engine)
         is_sharded = stage > 0 if self._sharded == "auto" else bool(self._sharded)
-        engines.refuse_apart(engine, is_sharded)
+        engines.refuse_node_local(engine, is_sharded)
         if self._engine is not None:
             raise ValueError("a WeightAverage must be installed once, got a second call: make another one")
         others = vars(engine).setdefault("_swafast_averages", [])

@@ -69,7 +69,7 @@ def refuse_beside(engine: Any, overlap: bool, offload: object) -> None:
         )
 
 
-def refuse_apart(engine: Any, is_sharded: bool) -> None:
+def refuse_node_local(engine: Any, is_sharded: bool) -> None:
     """Raise NotImplementedError for shards in checkpoints on each node's own disk: a node could not read the others."""
     if is_sharded and engine.use_node_local_storage():
         raise NotImplementedError(

@@ -34,8 +34,8 @@ from .lightning_trainer import (
     lengths_of,
     may_skip_steps,
     named,
-    raw_optimizers_of,
     undo_leaving,
+    unmocked_optimizers,
 )
 from .weight_average import Contract, refuse_second
 
@@ -95,7 +95,7 @@ class WeightAverage(Contract, _Callback):
         self._begin(trainer, pl_module)  # a tuner may have made new optimizers
 
     def _begin(self, trainer: Any, module: Any) -> None:
-        optimizers = raw_optimizers_of(trainer)
+        optimizers = unmocked_optimizers(trainer)
         step = trainer.global_step // len(optimizers)  # Lightning counts the steps of each
         attachment = self.follow(optimizers, module, step=step, **lengths_of(trainer, self._when))
         # Lightning's closures have the forward in the step. Let it run beside the update, if hooks come before writes.

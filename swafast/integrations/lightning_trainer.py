@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..loop.schedule import Span
+from .lengths import needed_lengths
 
 #: Names, because a program may have both packages of Lightning.
 _STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
@@ -52,28 +53,27 @@ def check_fit(trainer: Any, module: Module) -> None:
             "the LightningModule must not be sharded itself, got fully_shard(self): in configure_model call "
             "fully_shard(self.net) for each network in it"
         )
-    if not raw_optimizers_of(trainer):
+    if not unmocked_optimizers(trainer):
         raise ValueError("configure_optimizers must return an optimizer for averages to follow, got None")
 
 
-def raw_optimizers_of(trainer: Any) -> list[Optimizer]:
+def unmocked_optimizers(trainer: Any) -> list[Optimizer]:
     """Return the optimizers of torch. Lightning has a mock one if ``configure_optimizers`` returns None."""
     return [each for each in trainer.optimizers if not _is_any(each, ("_MockOptimizer",))]
 
 
 def lengths_of(trainer: Any, spans: Mapping[str, object]) -> dict[str, Span]:
-    """Return the steps of an epoch and of the whole training, if a span needs them and the trainer knows them."""
-    units = "".join(str(span) for span in spans.values() if isinstance(span, str))
-    if "ep" not in units and "dur" not in units:
-        return {}
-    steps = trainer.estimated_stepping_batches  # loads the data
-    epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
-    found: dict[str, Span] = {}
-    if "ep" in units and math.isfinite(epoch):
-        found["steps_per_epoch"] = math.ceil(epoch)
-    if "dur" in units and 0 < steps < math.inf:
-        found["duration"] = int(steps)
-    return found
+    """Return what :func:`.lengths.needed_lengths` asks of a Trainer."""
+
+    def duration() -> Span | None:
+        steps = trainer.estimated_stepping_batches
+        return int(steps) if 0 < steps < math.inf else None
+
+    def steps_per_epoch() -> float:
+        duration()  # loads the data: before that, the trainer has no number of batches
+        return float(trainer.num_training_batches / trainer.accumulate_grad_batches)
+
+    return needed_lengths(spans, duration=duration, steps_per_epoch=steps_per_epoch)
 
 
 def calls_before_writes(trainer: Any, module: Any) -> bool:
@@ -87,7 +87,7 @@ def calls_before_writes(trainer: Any, module: Any) -> bool:
 def may_skip_steps(trainer: Any, module: Any) -> bool:
     """Return whether the trainer counts steps that averages do not: those that a scaler or the user's code skips."""
     has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
-    return has_scaler or not calls_before_writes(trainer, module) or len(raw_optimizers_of(trainer)) > 1
+    return has_scaler or not calls_before_writes(trainer, module) or len(unmocked_optimizers(trainer)) > 1
 
 
 def named(trainer: Any) -> object:

@@ -96,7 +96,7 @@ def check_began(steps: object) -> int:
     return began
 
 
-def check_number(averaged: Mapping[str, Any], names: Collection[str] | None) -> None:
+def check_one_or_several(averaged: Mapping[str, Any], names: Collection[str] | None) -> None:
     """Raise RuntimeError if a state is of one average and these are several, or the other way.
 
     Args:

@@ -13,6 +13,7 @@ from ..terms.replacing import replacing
 from .saved_states import checked_parts, cloned, load_shards, naming
 from .weight_average import Contract
 
+FOLDER = "swafast"  # its usual name in a checkpoint
 FILE = "averaged.pt"  # of averages that each rank has as a whole
 SHARDS = "averaged"  # the folder of torch.distributed.checkpoint, of averages that are shards
 ATTACHMENT = "attachment.json"  # written last: with it, the state is complete

@@ -56,7 +56,7 @@ class WeightAverage(Contract):
         trainers.check_training(trainer)
         step = getattr(trainer, "step", None)
         self.install_parts(trainer.model_parts, trainer.optimizers, trainer.checkpointer, step=step,
-                           **trainers.length_of_training(trainer, self._when))  # fmt: skip
+                           **trainers.lengths_of(trainer, self._when))  # fmt: skip
         if step:
             _warn_of_fresh(step)
         if getattr(trainer, "validator", None) is not None:
@@ -81,7 +81,8 @@ class WeightAverage(Contract):
             checkpointer: saves and loads the averages too. Call this before ``checkpointer.load``.
             step: the number of steps so far, if a training goes on without a checkpoint. Default: that of
                 ``checkpointer.states["train_state"]``, with a warning if there are any.
-            lengths: ``duration`` and ``steps_per_epoch``, if the averages' own spans need them and have them not.
+            lengths: ``duration`` and ``steps_per_epoch`` of the training, for spans in ``dur`` and ``ep``. Those that
+                this object was constructed with are used first.
 
         Raises:
             TypeError, ValueError, NotImplementedError: as :meth:`install`.
@@ -95,7 +96,7 @@ class WeightAverage(Contract):
             raise ValueError(f"checkpointer must have no state {KEY!r} of its own, got one: name it otherwise")
         counted = trainers.step_of(checkpointer) or 0 if step is None else step
         try:
-            self.make(model).is_saved_apart = True
+            self.make(model)
             self.follow([optimizers], model, step=counted, **lengths)
         except BaseException:
             self.averaged = None
@@ -140,7 +141,7 @@ class WeightAverage(Contract):
 
     @contextmanager
     def _training(self, trainer: Any) -> Iterator[None]:
-        lengths = trainers.length_of_training(trainer, self._when)
+        lengths = trainers.lengths_of(trainer, self._when)
         self.follow([trainer.optimizers], self._model, step=trainer.step, **lengths)  # unless they do
         yield
         self.finish()

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner
 
 from ..sharded.checkpoint import CHECKSUM, SAVE_ID
 from ..terms.misfits import few
-from .saved_states import check_number, checked_parts, cloned, load_shards, naming
+from .saved_states import check_one_or_several, checked_parts, cloned, load_shards, naming
 from .weight_average import Contract
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _kept(average: Contract, part: str, own: dict[str, Any], found: Mapping[str,
     saved = {key.removeprefix(f"{part}."): each for key, each in found.items() if key.startswith(f"{part}.")}
     names = None if average._rules is None else [*average._rules]
     if part == "averaged" and saved:
-        check_number(saved, names)
+        check_one_or_several(saved, names)
     prefixes = [""] if names is None else [f"{name}." for name in names]
     seals = {key for key in {*own, *saved} if any(_is_seal(key, prefix) for prefix in prefixes)}
     if part == "averaged" and seals.isdisjoint(saved):

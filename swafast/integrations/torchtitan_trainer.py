@@ -10,6 +10,7 @@ from torchtitan.components.checkpointer import MODEL, TRAIN_STATE, CheckpointMan
 from torchtitan.components.optimizer import OptimizersContainer
 
 from ..loop.schedule import Span
+from .lengths import needed_lengths
 
 #: Containers of optimizers that averages cannot follow, by their class, and why.
 _REFUSED = {
@@ -90,11 +91,10 @@ def _refuse_stages(what: str) -> None:
     )
 
 
-def length_of_training(trainer: Any, spans: Mapping[str, object]) -> dict[str, Span]:
-    """Return the number of steps of the whole training, if a span needs it and the trainer knows it."""
-    needs = any(isinstance(span, str) and "dur" in span for span in spans.values())
+def lengths_of(trainer: Any, spans: Mapping[str, object]) -> dict[str, Span]:
+    """Return what :func:`.lengths.needed_lengths` asks of a Trainer, which has steps but no epochs."""
     steps = getattr(getattr(getattr(trainer, "config", None), "training", None), "steps", None)
-    return {"duration": int(steps)} if needs and steps is not None else {}
+    return needed_lengths(spans, duration=lambda: steps)
 
 
 def step_of(checkpointer: Any) -> int | None:

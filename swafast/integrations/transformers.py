@@ -16,7 +16,7 @@ from ..terms.warn import warn_user
 from . import transformers_trainer as trainers
 from .inside import run_inside
 from .installed import framework
-from .state_folder import resume_from, write_averages
+from .state_folder import FOLDER, resume_from, write_averages
 from .weight_average import Contract, raw_optimizers, refuse_second
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 _transformers: Any = framework("transformers", "4.48")
 _Callback: Any = _transformers.TrainerCallback
-
-FOLDER = "swafast"  # in each checkpoint
 
 
 class WeightAverage(Contract, _Callback):
@@ -98,7 +96,7 @@ class WeightAverage(Contract, _Callback):
             optimizers = [each for each in raw_optimizers([trainer.optimizer]) if each is not None]
             trainers.refuse_own_averages(optimizers)
             self.make(model)
-            self.follow(optimizers, model, step=state.global_step, **trainers.spans_of(trainer, self._when, state))
+            self.follow(optimizers, model, step=state.global_step, **trainers.lengths_of(trainer, self._when))
             if saved is not None:
                 resume_from(self, saved, self._resumed, step=state.global_step)
                 self.compare_steps(self._resumed, state.global_step, may_skip=trainers.scales_gradients(trainer))

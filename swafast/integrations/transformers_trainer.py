@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 
 from ..loop.schedule import Span
 from ..terms.names import canonical
+from .lengths import needed_lengths
 
 _REFUSED = ("DEEPSPEED", "MEGATRON_LM", "XLA")  # their engines step without torch's optimizers, or hold no params
 
@@ -55,14 +55,14 @@ def has_adapters(model: Module) -> bool:
     return hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
 
 
-def spans_of(trainer: Any, spans: Mapping[str, object], state: Any) -> dict[str, Span]:
-    """Return the steps of an epoch and of the whole training, if a span needs them and the trainer knows them."""
-    units = "".join(span for span in spans.values() if isinstance(span, str))
-    loader = trainer.callback_handler.train_dataloader
-    found: dict[str, Span] = {"duration": state.max_steps} if "dur" in units else {}
-    if "ep" in units and hasattr(loader, "__len__"):
-        found["steps_per_epoch"] = math.ceil(len(loader) / trainer.args.gradient_accumulation_steps)
-    return found
+def lengths_of(trainer: Any, spans: Mapping[str, object]) -> dict[str, Span]:
+    """Return what :func:`.lengths.needed_lengths` asks of a Trainer."""
+    loader, accumulated = trainer.callback_handler.train_dataloader, trainer.args.gradient_accumulation_steps
+    return needed_lengths(
+        spans,
+        duration=lambda: trainer.state.max_steps,
+        steps_per_epoch=lambda: len(loader) / accumulated if hasattr(loader, "__len__") else None,
+    )
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from ..terms.warn import warn_user
 from . import arguments
 from .saved_states import (
     check_began,
-    check_number,
+    check_one_or_several,
     checked_parts,
     naming,
     warn_of_copied,
@@ -124,8 +124,7 @@ class Contract:
             began = max(0, self.attachment.step - (step or 0))  # the framework also counts steps that are skipped
             step = self.attachment.step
         given = {name: value for name, value in self._when.items() if value is not None}
-        self.attachment = self.averaged.attach([*optimizers], model, step=step, **{**lengths, **given})
-        self.attachment.leave_optimizer_state()  # ours has a place of its own in checkpoints
+        self.attachment = self.averaged._attach_apart([*optimizers], model, step=step, **{**lengths, **given})
         self.attachment.when_told.append(self._take_step)
         self._schedule, self._began, self._has_copied = self.attachment.schedule, began, False
         self.attachment.schedule = self._schedule.later(began)
@@ -272,7 +271,7 @@ class Contract:
             RuntimeError: it does not fit the averages.
         """
         averaged, steps = checked_parts(state)
-        check_number(averaged, None if self._rules is None else [*self._rules])
+        check_one_or_several(averaged, None if self._rules is None else [*self._rules])
         before = self.attachment.state_dict() if self.attachment is not None else {}
         try:
             if self.attachment is not None:
@@ -337,12 +336,9 @@ def class_of(sharded: bool, *, several: bool) -> Any:
 
 def has_shards(model: Module) -> bool:
     """Return whether a parameter is a DTensor, or in a module of FSDP1."""
-    kinds = {kind.__name__ for param in named_params(unwrap(model), "model").values() for kind in type(param).__mro__}
-    return "DTensor" in kinds or any(_is_fsdp1(module) for module in model.modules())
-
-
-def _is_fsdp1(module: Module) -> bool:
-    return any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__)
+    parts = (*named_params(unwrap(model), "model").values(), *model.modules())
+    kinds = {kind.__name__ for part in parts for kind in type(part).__mro__}
+    return not kinds.isdisjoint({"DTensor", "FullyShardedDataParallel"})
 
 
 def raw_optimizers(optimizers: Iterable[Any]) -> list[Optimizer]:

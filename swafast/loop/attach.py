@@ -43,7 +43,7 @@ class Attachable(hints.WithHints):
     """Base class of the averaged models that can be attached to an optimizer."""
 
     _made_of: weakref.ref[Module] | None = None  # the model that was passed at construction
-    is_saved_apart = False  # whether somebody saves an attachment's state elsewhere than in the optimizer's
+    _is_saved_apart = False  # whether an attachment that is being made is saved elsewhere than with the optimizer
 
     _guard = MadeOnUse[Guard](lambda self: self._make_guard())
 
@@ -132,7 +132,7 @@ class Attachable(hints.WithHints):
         state = saved.get(name)
         given = {"schedule": schedule, "overlap": overlap, "offload": offload, "name": name, "step": step}
         self._agree({key: str(value) for key, value in {**given, "saved state": state}.items()})
-        if not self.is_saved_apart:
+        if not self._is_saved_apart:
             warn_of_no_save(state_holder(optimizers[-1]))
         if len(optimizers) > 1:
             warn_of_frozen(model, optimizers)
@@ -146,6 +146,16 @@ class Attachable(hints.WithHints):
         elif any(optimizer.state for optimizer in optimizers) or _has_models(self):
             _warn_of_no_state(name, saved)
             attachment.is_checked = True
+        return attachment
+
+    def _attach_apart(self, *args: Any, **options: Any) -> Attachment:
+        """Attach, but leave the state out of the optimizer's: the caller saves and loads it in a place of its own."""
+        self._is_saved_apart = True
+        try:
+            attachment = self.attach(*args, **options)
+        finally:
+            self._is_saved_apart = False
+        attachment.leave_optimizer_state()
         return attachment
 
     @property

@@ -1,4 +1,8 @@
-"""Forwards of averaged modules that wait for an update beside them, also where the user calls a module itself."""
+"""Forwards of averaged modules that wait for an update under way, also where the user calls a part of a module.
+
+:class:`Waits` is what an attachment has of them: a :class:`Wait`, the hook, on each part. Each waits by the attachment,
+of which it knows no more than :class:`Waiting` says.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +26,12 @@ class Waiting(Protocol):
     """What a wait needs of an attachment."""
 
     @property
-    def is_under_way(self) -> bool: ...
-    def join(self) -> None: ...
+    def is_under_way(self) -> bool:
+        """Whether an update has begun and may not have ended."""
+        ...
+
+    def join(self) -> None:
+        """Wait until it has ended."""
 
 
 class Waits:
@@ -33,7 +41,7 @@ class Waits:
     would read averages of which half are old.
 
     Args:
-        waiting: what waits for the update. The hooks do not keep it alive.
+        waiting: the attachment, which knows of an update under way and waits for it. The hooks do not keep it alive.
     """
 
     def __init__(self, waiting: Waiting) -> None:
@@ -100,7 +108,7 @@ def _hooked(wait: Wait, roots: Iterable[Module]) -> Iterable[RemovableHandle]:
 
 
 class Wait:
-    """Hook of a module: it waits for the update under way, if there is one. A copy of it waits for none."""
+    """Hook of a module: it waits for the attachment's update under way, if there is one. A copy waits for none."""
 
     def __init__(self, waiting: Waiting | None = None) -> None:
         self._waiting = weakref.ref(waiting) if waiting is not None else None

@@ -13,6 +13,7 @@ from ..terms.copying import are_alike, describe_kind, overlaps_itself, without_e
 from ..terms.formats import Format
 from ..terms.layout import extent
 from ..terms.numbers import as_int
+from ..terms.partitioned import mark_of_emptied
 from ..torch_private.core import has_own_dispatch
 from .copies import is_for_torch
 
@@ -21,9 +22,6 @@ FOR_SHARDED = "average a sharded model with swafast.ShardedAveragedModel"
 
 #: Advice for a model whose params are partitioned.
 GATHER = f"{FOR_SHARDED}, or gather a model partitioned as by ZeRO-3 before averaging it"
-
-#: What DeepSpeed notes on each param that it partitions. The small ones stay whole.
-_PARTITION_MARKS = ("ds_shape", "ds_numel", "ds_id", "ds_status", "ds_tensor")
 
 _NONFINITE = ("propagate", "raise", "skip")
 
@@ -55,10 +53,8 @@ def checked_num_averaged(value: object) -> int:
 def refuse_partitioned(what: str, params: Mapping[str, Tensor]) -> None:
     """Raise ValueError if a param is empty because other ranks hold its parts; name it."""
     for name, param in params.items():
-        if param.numel() == 0 and getattr(param, "ds_numel", None) != 0:
-            marks = [mark for mark in _PARTITION_MARKS if hasattr(param, mark)]
-            if marks:
-                raise ValueError(f"{what} must hold its parameters, got {name!r} empty, with {marks[0]}: {GATHER}")
+        if (mark := mark_of_emptied(param)) is not None:
+            raise ValueError(f"{what} must hold its parameters, got {name!r} empty, with {mark}: {GATHER}")
 
 
 def check_sides(pair: Pair, *, any_device: bool) -> None:

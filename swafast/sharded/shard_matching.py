@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
 
 from torch import Tensor
 from torch.nn import Module
@@ -18,9 +17,6 @@ from .locator import Locator, StagedViews, Views
 from .parts.holdings import Held, reshard
 from .shard_side import ShardSide
 from .staging import Staging
-
-_moves_of = attrgetter("_moves")
-
 
 #: A plan with its current params and planes.
 Bound = tuple[Plan, Views, Sequence[Tensor]]
@@ -44,8 +40,7 @@ class ShardBinding:
         staging: Staging | None,
         for_use: bool,
     ) -> None:
-        backend = vars(sides[0])["backend"]
-        self.config, self._staging = (backend, staging, for_use, *map(_moves_of, sides)), staging
+        self.config, self._staging = _config_of(sides, staging, for_use), staging
         self._locator = Locator(model, sides[0]._shares, held, for_use)
         found = self._locator.find(model)
         assert found is not None, "a new locator must fit"
@@ -71,7 +66,8 @@ class ShardBinding:
         for device in {tensor.device for pair in pairs for tensor in (pair.param, pair.average)}:
             refuse_capture(device, "the first update of a model, or of one whose tensors have moved,")
         homes = frozenset(plane.data_ptr() for pair in pairs for plane in pair.planes)
-        self.plan = Plan(pairs, choice.choose_backends(backend, choice.device_types(pairs)), counters, homes)
+        backends = choice.choose_backends(vars(sides[0])["backend"], choice.device_types(pairs))
+        self.plan = Plan(pairs, backends, counters, homes)
         self._planes = tuple(plane for pair in pairs for plane in pair.planes)
         self.plan.copies = self._locator.copies([side._copied for side in sides], staging)
         self._checks, self._counters = Checks(), Fingerprint(counters)
@@ -138,6 +134,11 @@ class ShardBinding:
         return bases
 
 
+def _config_of(sides: Sequence[ShardSide], staging: Staging | None, for_use: bool) -> tuple[object, ...]:
+    """Return what a binding was made for, besides the tensors: a kept one serves where this is the same."""
+    return (vars(sides[0])["backend"], staging, for_use, *(side._moves for side in sides))
+
+
 def bind_shards(
     bindings: Bindings,
     model: Module,
@@ -158,7 +159,7 @@ def bind_shards(
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hints.of_value('model', model)}")
     counters = [side.n_averaged for side in sides]
-    config = (vars(sides[0])["backend"], staging, for_use, *map(_moves_of, sides))
+    config = _config_of(sides, staging, for_use)
     current = bindings.current(model, config, counters)
     if current is None:
         # After a forward pass without a backward, FSDP's root is gathered and its modules hold other tensors.

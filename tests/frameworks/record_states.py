@@ -3,11 +3,10 @@
 Each file in `states/` has what one tool has written after `SAVED` updates, and the average that the same tool had after
 `LAST`. The model's values follow from the number of the step alone, so a test can go on from the state by itself.
 
-NeMo and Composer are not among the pinned packages. Their own code writes these states from the sources that these
-variables name:
+The tools are the packages that `versions.txt` and `composer.txt` pin. NeMo is in neither: its own code writes its
+state, from the file that a variable names.
 
-    NEMO_EMA       nemo/collections/common/callbacks/ema.py of nemo_toolkit 3.0.0, the file itself
-    COMPOSER_PATH  a folder with mosaicml 0.32.1 and what it needs, installed with --no-deps
+    NEMO_EMA   nemo/collections/common/callbacks/ema.py of nemo_toolkit 3.0.0
 """
 
 from __future__ import annotations
@@ -377,7 +376,6 @@ def nemo() -> Recorded:
 
 
 def _composer(algorithm: str, **options: Any) -> Recorded:
-    sys.path.insert(0, os.environ["COMPOSER_PATH"])
     import composer.algorithms  # type: ignore[import-not-found]
     from composer import Trainer
     from composer.models import ComposerModel  # type: ignore[import-not-found]
@@ -457,7 +455,7 @@ RECORDS: dict[str, tuple[str, Callable[[], Recorded]]] = {
     "ultralytics": ("ultralytics", ultralytics),
 }
 #: The releases of packages that are not pinned, from whose own code the states come.
-UNPINNED = {"nemo_toolkit": "3.0.0", "mosaicml": "0.32.1"}
+UNPINNED = {"nemo_toolkit": "3.0.0"}
 
 
 def version_of(package: str) -> str:

@@ -58,17 +58,22 @@ def update_average(chunk, counts, weights):
         move_chunk(chunk, 1, False)
 
 
-@launched
-def update_kernel(
-    descriptors: tl.int64,
-    num_chunks: tl.int64,
-    state: tl.int64,
-    paces: tl.int64,
-    num_paces: tl.int64,
-    advance: tl.int64,
-    skip_nonfinite: tl.int64,
-):
-    """Move every average towards its param by its pace's weight, and count, as ``swafast_cuda_update`` does."""
+@triton.jit
+def update_average_or_spread(chunk, descriptors, counts, weights):
+    """Update a chunk of one average, or of one spread, which comes before the average that it belongs to."""
+    if kind_of(word(chunk, 7), 1) == SPREAD:
+        num_averaged, weight = pace_at(counts, weights, kind_of(word(chunk, 7), 2))
+        factor, near, copy = blend_of(weight)
+        mean = descriptor_of(descriptors, high_of(word(chunk, 7)))
+        update_spread(chunk, mean, num_averaged, factor, near, copy, weight)
+        tl.debug_barrier()  # every thread has read the average, which others move
+    else:
+        update_average(chunk, counts, weights)
+
+
+@triton.jit
+def update_table(descriptors, num_chunks, state, paces, num_paces, advance, skip_nonfinite, HAS_SPREADS: tl.constexpr):
+    """Move every average of a table, and its spread if there are any, by its pace's weight, and count."""
     counters, used = counters_of(paces, num_paces)
     counts = tl.load(counters, mask=used, other=0)
     stop = any_bad(counts) | ((skip_nonfinite != 0) & (word(state, 2) != 0))
@@ -81,10 +86,27 @@ def update_kernel(
         # The averages of one param come one after the other: by the second one, its chunk is in the caches.
         chunk = descriptor_of(descriptors, i)
         while chunk != 0:
-            update_average(chunk, counts, weights)
+            if HAS_SPREADS:
+                update_average_or_spread(chunk, descriptors, counts, weights)
+            else:
+                update_average(chunk, counts, weights)
             follower = high_of(word(chunk, 7))
             chunk = tl.where(follower == 0, 0, descriptor_of(descriptors, follower))
         i += tl.num_programs(0)
+
+
+@launched
+def update_kernel(
+    descriptors: tl.int64,
+    num_chunks: tl.int64,
+    state: tl.int64,
+    paces: tl.int64,
+    num_paces: tl.int64,
+    advance: tl.int64,
+    skip_nonfinite: tl.int64,
+):
+    """Move every average towards its param by its pace's weight, and count, as ``swafast_cuda_update`` does."""
+    update_table(descriptors, num_chunks, state, paces, num_paces, advance, skip_nonfinite, False)
 
 
 @launched
@@ -144,28 +166,7 @@ def spread_kernel(
     skip_nonfinite: tl.int64,
 ):
     """Do what ``update_kernel`` does, and move each spread before its average."""
-    counters, used = counters_of(paces, num_paces)
-    counts = tl.load(counters, mask=used, other=0)
-    stop = any_bad(counts) | ((skip_nonfinite != 0) & (word(state, 2) != 0))
-    if is_last_to_begin(state) and not stop:
-        tl.store(counters, counts + advance, mask=used)
-    weights = weights_of(paces, num_paces, counts)
-    end = tl.where(stop, 0, num_chunks)
-    i = tl.program_id(0).to(tl.int64)
-    while i < end:
-        chunk = descriptor_of(descriptors, i)
-        while chunk != 0:
-            if kind_of(word(chunk, 7), 1) == SPREAD:
-                num_averaged, weight = pace_at(counts, weights, kind_of(word(chunk, 7), 2))
-                factor, near, copy = blend_of(weight)
-                mean = descriptor_of(descriptors, high_of(word(chunk, 7)))
-                update_spread(chunk, mean, num_averaged, factor, near, copy, weight)
-                tl.debug_barrier()  # every thread has read the average, which others move
-            else:
-                update_average(chunk, counts, weights)
-            follower = high_of(word(chunk, 7))
-            chunk = tl.where(follower == 0, 0, descriptor_of(descriptors, follower))
-        i += tl.num_programs(0)
+    update_table(descriptors, num_chunks, state, paces, num_paces, advance, skip_nonfinite, True)
 
 
 @launched

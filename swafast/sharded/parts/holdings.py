@@ -15,6 +15,7 @@ from torch.nn import Module
 
 from ...terms.layout import is_dense
 from ...terms.names import canonical, renormed_params, unwrap
+from ...terms.partitioned import is_partitioned
 from ...torch_private import distributed as private
 from ...torch_private.modules import named_modules, named_tensors
 from . import zero
@@ -186,7 +187,7 @@ def written_while_gathered(model: Module) -> list[str]:
     """Return the names of params that were written while ZeRO-3 had them gathered, so that freeing would lose it."""
     root = unwrap(model)
     renormed = renormed_params(root)  # which a forward pass writes
-    params = {canonical(name): param for name, param in named_tensors(root) if zero.is_partitioned(param)}
+    params = {canonical(name): param for name, param in named_tensors(root) if is_partitioned(param)}
     return [name for name, param in params.items() if name not in renormed and zero.is_written(param)]
 
 
@@ -202,4 +203,4 @@ def is_fsdp1(model: Module) -> bool:
 
 def is_zero(model: Module) -> bool:
     """Return whether ZeRO-3 has partitioned params of ``model``."""
-    return any(zero.is_partitioned(param) for _, param in named_tensors(model))
+    return any(is_partitioned(param) for _, param in named_tensors(model))

@@ -1,7 +1,7 @@
 """What DeepSpeed's ZeRO-3 holds of a model on this rank: a run of each param, and one of its fp32 master.
 
-DeepSpeed is not imported: its params are known by the attributes that it sets. A *working run* is what a forward
-pass gathers, in the dtype of the model. The *master* is what the optimizer steps.
+DeepSpeed is not imported: ``partitioned.py`` in ``terms/`` reads what it notes on its params. A *working run* is what a
+forward pass gathers, in the dtype of the model. The *master* is what the optimizer steps.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...terms import partitioned
+
 
 class WorkingRun:
     """Where the working run of one param lies. It keeps no param alive."""
@@ -27,11 +29,11 @@ class WorkingRun:
         """The partition, with the elements that pad it."""
         param: Any = self._param()
         assert param is not None, "a binding asks is_current first"
-        return param.ds_tensor
+        return partitioned.partition_of(param)
 
     def is_current(self) -> bool:
         """Return whether the param lives, and is still partitioned."""
-        return hasattr(self._param(), "ds_tensor")
+        return partitioned.is_partitioned(self._param())
 
 
 class Masters:
@@ -54,7 +56,7 @@ class Masters:
     def is_current(self) -> bool:
         """Return whether the engine lives, and the params are not of a new one."""
         optimizer = self._optimizer()
-        return optimizer is not None and getattr(self._param(), "_z3_optimizer", None) is optimizer
+        return optimizer is not None and partitioned.zero_optimizer(self._param()) is optimizer
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class ZeroRun:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(vars(self.param)["ds_shape"])
+        return partitioned.whole_shape(self.param)
 
     @property
     def shown(self) -> Tensor:
@@ -79,11 +81,6 @@ class ZeroRun:
         whole = torch.empty(self.shape, dtype=self.param.dtype, device="meta").requires_grad_(self.param.requires_grad)
         vars(whole).update(vars(self.param))
         return whole
-
-
-def is_partitioned(param: Tensor) -> bool:
-    """Return whether ZeRO-3 has partitioned a param, which may be gathered at the moment."""
-    return hasattr(param, "ds_tensor") and hasattr(param, "ds_id")
 
 
 def zero_runs(params: Mapping[str, Tensor], ranks: Sequence[int]) -> Iterator[ZeroRun]:
@@ -112,12 +109,12 @@ def zero_runs(params: Mapping[str, Tensor], ranks: Sequence[int]) -> Iterator[Ze
 def _run_of(
     names: tuple[str, ...], param: Any, optimizer: Any, groups: dict[int, Masters], ranks: Sequence[int]
 ) -> ZeroRun:
-    group = param.ds_process_group
-    if set(dist.get_process_group_ranks(group)) != set(ranks):
+    owners = dist.get_process_group_ranks(partitioned.partition_group(param))
+    if set(owners) != set(ranks):
         raise ValueError(
-            f"process_group must be the ranks that {names[0]!r} is partitioned over, "
-            f"{dist.get_process_group_ranks(group)}, got {list(ranks)}: pass the engine's data-parallel group. Experts "
-            "on a group of their own (MoE, MiCS) cannot be averaged: leave them in a model of their own"
+            f"process_group must be the ranks that {names[0]!r} is partitioned over, {owners}, got {list(ranks)}: pass "
+            "the engine's data-parallel group. Experts on a group of their own (MoE, MiCS) cannot be averaged: leave "
+            "them in a model of their own"
         )
     (start, stop), working = _bounds(param), WorkingRun(param)
     position = optimizer.grad_position.get(optimizer.get_param_id(param))
@@ -130,12 +127,13 @@ def _run_of(
 
 def _bounds(param: Any) -> tuple[int, int]:
     """Return where this rank's run begins and ends in the whole param. Its partition also has elements that pad it."""
-    whole, size, rank = int(param.ds_numel), int(param.ds_tensor.numel()), dist.get_rank(param.ds_process_group)
+    whole, size = partitioned.whole_numel(param), partitioned.partition_of(param).numel()
+    rank = dist.get_rank(partitioned.partition_group(param))
     return min(whole, size * rank), min(whole, size * (rank + 1))
 
 
 def _require_partitioned(name: str, param: Tensor) -> None:
-    if not is_partitioned(param):
+    if not partitioned.is_partitioned(param):
         raise ValueError(
             f"{name!r} must be partitioned by ZeRO-3 as the other params are, got one that no DeepSpeed engine "
             "has: add it to the model before deepspeed.initialize"
@@ -144,7 +142,7 @@ def _require_partitioned(name: str, param: Tensor) -> None:
 
 def _optimizer_of(name: str, param: Any, of_others: object) -> Any:
     """Return the ZeRO-3 optimizer of a param, which all params must share."""
-    optimizer = getattr(param, "_z3_optimizer", None)
+    optimizer = partitioned.zero_optimizer(param)
     if optimizer is None or not hasattr(optimizer, "fp32_partitioned_groups_flat"):
         raise ValueError(
             f"{name!r} must belong to a DeepSpeed engine with an optimizer, which has its master, got none: call "
@@ -161,24 +159,21 @@ def _optimizer_of(name: str, param: Any, of_others: object) -> Any:
 _UNREAD: tuple[tuple[str, Callable[[Any, Any], bool]], ...] = (
     (
         "secondary partitions, which a forward pass reads instead: set zero_hpz_partition_size to 1",
-        lambda param, _: (
-            getattr(param, "ds_secondary_tensor", None) is not None
-            or getattr(param, "ds_zero_param_process_group", None) is not None
-        ),
+        lambda param, _: partitioned.has_second_partition(param),
     ),
     (
         "params offloaded to NVMe: set the device of offload_param to 'cpu' or 'none'",
-        lambda param, _: getattr(param, "nvme_swapper", None) is not None,
+        lambda param, _: partitioned.is_on_disk(param),
     ),
     (
         "masters offloaded to NVMe: set the device of offload_optimizer to 'cpu' or 'none'",
         lambda _, optimizer: bool(getattr(optimizer, "swap_optimizer", False)),
     ),
-    ("MiCS: use ZeRO-3 without mics_shard_size", lambda param, _: hasattr(param, "comm")),
+    ("MiCS: use ZeRO-3 without mics_shard_size", lambda param, _: partitioned.is_of_mics(param)),
     (
         "quantized weights: set zero_quantized_weights and zero_quantized_nontrainable_weights to false",
         lambda param, optimizer: (
-            hasattr(param.ds_tensor, "ds_quant_scale")
+            partitioned.is_quantized_partition(param)
             or bool(getattr(getattr(optimizer, "parameter_offload", None), "zero_quantized_weights", False))
         ),
     ),
@@ -208,16 +203,16 @@ def free(params: Iterable[Any]) -> None:
 
     Small params too, which ZeRO-3 keeps gathered. Otherwise a forward pass runs on what it gathered before.
     """
-    optimizers = (getattr(param, "_z3_optimizer", None) for param in params)
+    optimizers = (partitioned.zero_optimizer(param) for param in params)
     for optimizer in {id(each): each for each in optimizers if each is not None}.values():
         optimizer.empty_partition_cache()
 
 
 def is_written(param: Any) -> bool:
     """Return whether a gathered param has other values than this rank's working run."""
-    if param.ds_status.name != "AVAILABLE" or param.numel() != param.ds_numel:
+    if not partitioned.is_gathered(param):
         return False
     start, stop = _bounds(param)
     gathered = param.detach().reshape(-1)[start:stop]
-    working = param.ds_tensor.detach()[: stop - start].to(device=gathered.device, dtype=gathered.dtype)
+    working = partitioned.partition_of(param).detach()[: stop - start].to(device=gathered.device, dtype=gathered.dtype)
     return not torch.equal(gathered.view(torch.uint8), working.view(torch.uint8))
