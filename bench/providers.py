@@ -93,11 +93,8 @@ def moved_bytes(dtype: torch.dtype, format: str, averages: int = 1, passes: int 
     planes_nbytes = internals.planes_nbytes(format)
     if work == names.DRAW:
         return planes_nbytes + VARIANCE_BYTES + (NUM_COLUMNS + 1) * dtype.itemsize
-    both_ways = 2 * planes_nbytes
-    if format == "mirrored":
-        both_ways -= 2  # the float16 is only written
     spread = 2 * VARIANCE_BYTES + dtype.itemsize if work == names.COLLECT else 0
-    return passes * dtype.itemsize + averages * both_ways + spread
+    return passes * dtype.itemsize + averages * 2 * planes_nbytes + spread
 
 
 def of_tensors(update: Callable[[], object], kept: list[Tensor], buffers: list[Tensor] | None, weight: Weight) -> Made:
