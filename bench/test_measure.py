@@ -117,7 +117,7 @@ def test_our_passes_keep_and_move_the_bytes_of_the_docs(dtype: torch.dtype) -> N
         (names.THREE, (12, size + 24)),
         (names.THREE_APART, (12, 3 * (size + 8))),
     ]
-    assert moved_bytes(torch.float16, "mirrored") == 2 + 2 * 6  # the float16 is read too: it says whether it was written
+    assert moved_bytes(torch.float16, "mirrored") == 2 + 2 * 6  # the float16 is read too
 
 
 # The gate
