@@ -232,7 +232,7 @@ def swag_command(out: Out = OUT, quick: Quick = False) -> None:
 def accuracy_command(out: Out = OUT) -> None:
     """Follow the error of every format over 100,000 updates: about three minutes on one core."""
     from bench import accuracy
-    from bench.plot import plot_accuracy
+    from bench.plot_accuracy import plot_accuracy
 
     with console.status("every format") as status:
         report = accuracy.measure(_about(), progress=status.update)
