@@ -40,8 +40,8 @@ def draw_all(folder: Path, results: Path) -> list[Path]:
     """Draw every picture, and under ``narrow`` the form for phones of each, also of the reports'. Return the files."""
     speed, accuracy, files = (Report.read(results / f"{name}.json") for name in ("cpu", "accuracy", "files"))
     gigabytes, updates = planned_gb(WORKLOADS["llama3_8b"], RANKS), counted_updates()
-    shown = {"one on each": gigabytes[WHOLE], "sharded": gigabytes["FSDP2"]}
-    gains = front.speedups(speed), front.last_errors(accuracy), accuracy.updates[-1], shown
+    shown = {"whole": gigabytes[WHOLE], "sharded": gigabytes["FSDP2"]}
+    gains = front.speedups(speed), front.errors_of_bf16(accuracy), accuracy.updates, shown
     drawn = []
     for is_narrow, place in ((False, folder), (True, folder / "narrow")):
         figures = {
@@ -91,7 +91,7 @@ def formats_figure(report: Report, *, is_narrow: bool = False) -> Figure:
     updates = np.array(report.updates)
     by_kind = {(curve.stream, curve.rule, curve.format): curve.errors for curve in report.curves}
     for index, (rule, title) in enumerate(SHOWN_RULES.items()):
-        narrow_box = (0.12, 0.6 - 0.4 * index, 0.83, 0.34)
+        narrow_box = (0.12, 0.63 - 0.43 * index, 0.83, 0.31)
         axes = figure.add_axes(narrow_box if is_narrow else (0.07 + 0.49 * index, 0.27, 0.415, 0.62))
         for kind, label in FORMAT_LABELS.items():
             errors = by_kind[STREAM, rule, kind]
@@ -149,7 +149,7 @@ def memory_figure(gigabytes: Mapping[str, float], *, is_narrow: bool = False) ->
     """Draw a bar for each mode."""
     figure = Figure(figsize=(NARROW_IN if is_narrow else WIDTH_IN, 2.5), facecolor="white")
     axes = figure.add_axes((0.37, 0.03, 0.48, 0.8) if is_narrow else (0.3, 0.06, 0.6, 0.78))
-    columns, size = (22, 9.0) if is_narrow else (40, 10.0)
+    columns = 20 if is_narrow else 40
     places = range(len(gigabytes))[::-1]
     colors = [FAINT if mode == WHOLE else OURS_COLOR for mode in gigabytes]
     axes.barh(places, list(gigabytes.values()), height=0.6, color=colors)
@@ -157,10 +157,10 @@ def memory_figure(gigabytes: Mapping[str, float], *, is_narrow: bool = False) ->
     for place, value in zip(places, gigabytes.values(), strict=True):
         axes.text(value + max(gigabytes.values()) * 0.012, place, f"{value:.1f} GB", va="center", fontsize=9, color=INK)
     axes.set(xlim=(0, max(gigabytes.values()) * 1.02))
-    dress(axes, f"Averages of Llama-3-8B in bfloat16 on one of {RANKS} ranks", size)
-    axes.title.set_in_layout(False)
+    title = f"Averages of Llama-3-8B in bfloat16 on one of {RANKS} ranks"
+    dress(axes, "" if is_narrow else title)
     if is_narrow:
-        axes.title.set_position((-0.77, 1))
+        figure.text(0.02, 0.92, title, fontsize=9, fontweight="bold", color=INK)
     axes.set_xticks([])
     return figure
 
