@@ -23,7 +23,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import front, internals, plot, plot_files
+from bench import front, internals, plot, plot_files, stacked
 from bench.accuracy import EQUAL, TORCH_BF16
 from bench.plot import FAINT, GRID, INK, NARROW_IN, OURS_COLOR, dress
 from bench.plot_accuracy import COLORS, accuracy_figure
@@ -60,7 +60,7 @@ def draw_all(folder: Path, results: Path) -> list[Path]:
         if figure is not None:
             plot.save(figure, folder / "narrow" / f"{name}.png")
             drawn.append(folder / "narrow" / f"{name}.png")
-    return drawn
+    return [*drawn, *stacked.stack_all(FOLDER, folder / "narrow")]
 
 
 def save_svg(figure: Figure, path: Path) -> Path:

@@ -192,13 +192,13 @@ def _draw_line(
         axes.text(high, middle, text, color=CEILING_COLOR, fontsize=7.5, ha="right", va="center", bbox=ground, zorder=3)
     to_axes = axes.transScale + axes.transLimits
     places = {name: to_axes.transform((value, y))[0] for name, value in line.others.items()}
-    for name, at in _lines_of_marks(places).items():
+    for name, at in lines_of_marks(places).items():
         value, height = min(line.others[name], high), style.marks - 0.13 * at
         (handle,) = axes.plot(value, y + height, markers[name], color=FAINT, mec="white", mew=0.6, ms=6, clip_on=False)
         handles.setdefault(name + (" (default; freezes in bf16)" if name == names.TORCH_CLASS else ""), handle)
 
 
-def _lines_of_marks(places: Mapping[str, float]) -> dict[str, int]:
+def lines_of_marks(places: Mapping[str, float]) -> dict[str, int]:
     """Return the line of each mark: the first one in which no other mark is too near."""
     lines: list[float] = [-1.0] * MARK_LINES  # where each ends
     found = {}

@@ -36,9 +36,9 @@ var Scorer = {
   },
 
   score: (result) => {
-    const [page, , , , score, , kind] = result;
+    const [page, , anchor, , score, , kind] = result;
     if (kind === "index") result[2] = ""; // leads to the page's top: the same result as that of its text, shown once
-    if (Scorer.last.has(page)) return score - 200;
+    if (Scorer.last.has(page)) return kind === "title" && !anchor ? score : score - 200; // its own title is asked for
     if (kind !== "text") return score;
     const stemmer = new Stemmer(), asked = new URLSearchParams(window.location.search).get("q") || "";
     const words = Scorer.words(asked).map((word) => stemmer.stemWord(word)), heads = Scorer.headsOf(page);

@@ -13,7 +13,7 @@ WORDS = {
     "README": ("cite", "citation"),
     "files": ("average checkpoints", "checkpoint averaging"),
     "frameworks/README": ("integrations", "Trainer", "callback"),
-    "frameworks/migration": ("convert", "migrate"),
+    "frameworks/migration": ("convert",),
     "frameworks/peft": ("LoRA", "adapters"),
     "loop": ("BatchNorm", "update_bn", "schedule", "optimizer"),
     "merging": ("model soup", "soups", "merge"),
@@ -21,7 +21,7 @@ WORDS = {
     "security": ("pickle", "vulnerability"),
     "sharded": ("DDP", "FSDP", "HSDP", "ZeRO", "tensor parallel", "torchrun", "distributed"),
     "start": ("install", "pip"),
-    "troubleshooting": ("error", "warning", "NaN"),
+    "troubleshooting": ("error", "NaN"),
     "uncertainty": ("calibration", "ensembles"),
 }
 
