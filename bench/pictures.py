@@ -1,6 +1,6 @@
 """The pictures of the documents beside those of reports: drawn from what is counted, planned or computed, not timed.
 
-``python -m bench pictures`` writes them into docs/pictures. They have a white ground; in the dark the site inverts it.
+``python -m bench pictures`` writes them into docs/pictures, and their form for phones into docs/pictures/narrow. They have a white ground; in the dark the site inverts it.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def memory_figure(gigabytes: Mapping[str, float], *, is_narrow: bool = False) ->
     title = f"Averages of Llama-3-8B in bfloat16 on one of {RANKS} ranks"
     dress(axes, "" if is_narrow else title)
     if is_narrow:
-        figure.text(0.02, 0.92, title, fontsize=9, fontweight="bold", color=INK)
+        figure.text(0.02, 0.92, title, fontsize=8.5, fontweight="bold", color=INK)
     axes.set_xticks([])
     return figure
 
