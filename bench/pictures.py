@@ -1,6 +1,7 @@
 """The pictures of the documents beside those of reports: drawn from what is counted, planned or computed, not timed.
 
-``python -m bench pictures`` writes them into docs/pictures, and their form for phones into docs/pictures/narrow. They have a white ground; in the dark the site inverts it.
+``python -m bench pictures`` writes them into docs/pictures, and the form for phones of all pictures of the pages into
+docs/pictures/narrow. They have a white ground; in the dark the site inverts it.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -82,7 +83,7 @@ def accuracy_figure(report: Report, *, is_narrow: bool = False) -> Figure:
         of_kind = {kind: errors[EMA_STREAM, f"EMA {decay:g}", kind] for kind in COLORS}
         _draw_errors(axes, f"decay {decay:g}", updates, of_kind, np.full(len(updates), COMPACT_EMA_BOUND), small)
         axes.tick_params(axis="y", labelleft=index % decays.columns == 0)
-    place = {"loc": "upper center", "ncols": 3} if is_narrow else {"loc": "upper right", "ncols": 5}
+    place: dict[str, Any] = {"loc": "upper center", "ncols": 3} if is_narrow else {"loc": "upper right", "ncols": 5}
     figure.legend(*axes.get_legend_handles_labels(), **place, frameon=False, fontsize=8.5 - small)
     about = report.environment
     lines = (
