@@ -232,7 +232,7 @@ def swag_command(out: Out = OUT, quick: Quick = False) -> None:
 def accuracy_command(out: Out = OUT) -> None:
     """Follow the error of every format over 100,000 updates: about three minutes on one core."""
     from bench import accuracy
-    from bench.plot import plot_accuracy
+    from bench.plot_accuracy import plot_accuracy
 
     with console.status("every format") as status:
         report = accuracy.measure(_about(), progress=status.update)
@@ -243,7 +243,10 @@ def accuracy_command(out: Out = OUT) -> None:
 def pictures_command(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("docs/pictures"),
 ) -> None:
-    """Draw the pictures of the documents: errors of formats, memory of a rank, calls of an update. Nothing is timed."""
+    """Draw the pictures of the documents: the front page's, errors, memory, calls. All have a form for phones.
+
+    Nothing is timed: the reports in bench/results and the pictures of examples are read.
+    """
     from bench import pictures
 
     for path in pictures.draw_all(out, RESULTS):

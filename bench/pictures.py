@@ -1,10 +1,12 @@
 """The pictures of the documents beside those of reports: drawn from what is counted, planned or computed, not timed.
 
-``python -m bench pictures`` writes them into docs/pictures. They have a white ground; in the dark the site inverts it.
+``python -m bench pictures`` writes them into docs/pictures, and the form for phones of all pictures of the pages into
+docs/pictures/narrow. They have a white ground; in the dark the site inverts it.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,9 +24,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import internals
+from bench import front, internals, plot, plot_files, stacked
 from bench.accuracy import EQUAL, TORCH_BF16
-from bench.plot import COLORS, FAINT, GRID, INK, OURS_COLOR, dress
+from bench.plot import FAINT, GRID, INK, NARROW_IN, OURS_COLOR, dress
+from bench.plot_accuracy import COLORS, accuracy_figure
 from bench.report import Report
 from bench.workloads import WORKLOADS, Workload, build
 from swafast import ExponentialAverage, FusedAveragedModel
@@ -35,13 +38,30 @@ OP_COLOR, WAIT_COLOR = "#aab4be", "#d9480f"
 
 
 def draw_all(folder: Path, results: Path) -> list[Path]:
-    """Draw every picture. Return the files."""
-    figures = {
-        "formats": formats_figure(Report.read(results / "accuracy.json")),
-        "memory": memory_figure(planned_gb(WORKLOADS["llama3_8b"], RANKS)),
-        "one_update": update_figure(counted_updates()),
+    """Draw every picture, and under ``narrow`` the form for phones of each, also of the reports'. Return the files."""
+    speed, accuracy, files = (Report.read(results / f"{name}.json") for name in ("cpu", "accuracy", "files"))
+    gigabytes, updates = planned_gb(WORKLOADS["llama3_8b"], RANKS), counted_updates()
+    shown = {"whole": gigabytes[WHOLE], "sharded": gigabytes["FSDP2"]}
+    gains = front.speedups(speed), front.errors_of_bf16(accuracy), accuracy.updates, shown
+    drawn = []
+    for is_narrow, place in ((False, folder), (True, folder / "narrow")):
+        figures = {
+            "front": front.front_figure(*gains, is_narrow=is_narrow),
+            "formats": formats_figure(accuracy, is_narrow=is_narrow),
+            "memory": memory_figure(gigabytes, is_narrow=is_narrow),
+            "one_update": update_figure(updates, is_narrow=is_narrow),
+        }
+        drawn += [save_svg(figure, place / f"{name}.svg") for name, figure in figures.items()]
+    of_reports = {
+        "cpu": plot.speed_figure(speed, plot.NARROW),
+        "accuracy": accuracy_figure(accuracy, is_narrow=True),
+        "files": plot_files.files_figure(files, is_narrow=True),
     }
-    return [save_svg(figure, folder / f"{name}.svg") for name, figure in figures.items()]
+    for name, figure in of_reports.items():
+        if figure is not None:
+            plot.save(figure, folder / "narrow" / f"{name}.png")
+            drawn.append(folder / "narrow" / f"{name}.png")
+    return [*drawn, *stacked.stack_all(FOLDER, folder / "narrow")]
 
 
 def save_svg(figure: Figure, path: Path) -> Path:
@@ -66,21 +86,22 @@ FORMAT_LABELS = {
 }
 
 
-def formats_figure(report: Report) -> Figure:
+def formats_figure(report: Report, *, is_narrow: bool = False) -> Figure:
     """Draw the error of each format over the updates, of params that drift."""
-    figure = Figure(figsize=(WIDTH_IN, 3.3), facecolor="white")
+    figure = Figure(figsize=(NARROW_IN, 6.4) if is_narrow else (WIDTH_IN, 3.3), facecolor="white")
     updates = np.array(report.updates)
     by_kind = {(curve.stream, curve.rule, curve.format): curve.errors for curve in report.curves}
     for index, (rule, title) in enumerate(SHOWN_RULES.items()):
-        axes = figure.add_axes((0.07 + 0.49 * index, 0.27, 0.415, 0.62))
+        narrow_box = (0.12, 0.63 - 0.43 * index, 0.83, 0.31)
+        axes = figure.add_axes(narrow_box if is_narrow else (0.07 + 0.49 * index, 0.27, 0.415, 0.62))
         for kind, label in FORMAT_LABELS.items():
             errors = by_kind[STREAM, rule, kind]
             axes.plot(updates, np.maximum(errors, LEAST), color=COLORS[kind], linewidth=1.8, label=label)
         axes.set(xscale="log", yscale="log", xlim=(1, updates[-1]), ylim=(5e-9, 3))
         dress(axes, title, 9.5, weight="normal", grid="both")
         axes.minorticks_off()
-    figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=3, frameon=False, fontsize=8.5)
-    figure.text(0.5, 0.165, "models averaged", fontsize=8, color=FAINT, ha="center")
+    figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=3 - is_narrow, frameon=False, fontsize=8)
+    figure.text(0.5, 0.137 if is_narrow else 0.165, "models averaged", fontsize=8, color=FAINT, ha="center")
     return figure
 
 
@@ -125,18 +146,22 @@ def _spread(model: nn.Module, mesh: tuple[int, ...] | None) -> nn.Module:
     return model
 
 
-def memory_figure(gigabytes: Mapping[str, float]) -> Figure:
+def memory_figure(gigabytes: Mapping[str, float], *, is_narrow: bool = False) -> Figure:
     """Draw a bar for each mode."""
-    figure = Figure(figsize=(WIDTH_IN, 2.5), facecolor="white")
-    axes = figure.add_axes((0.3, 0.06, 0.6, 0.78))
+    figure = Figure(figsize=(NARROW_IN if is_narrow else WIDTH_IN, 2.5), facecolor="white")
+    axes = figure.add_axes((0.37, 0.03, 0.48, 0.8) if is_narrow else (0.3, 0.06, 0.6, 0.78))
+    columns = 20 if is_narrow else 40
     places = range(len(gigabytes))[::-1]
     colors = [FAINT if mode == WHOLE else OURS_COLOR for mode in gigabytes]
     axes.barh(places, list(gigabytes.values()), height=0.6, color=colors)
-    axes.set_yticks(places, list(gigabytes))
+    axes.set_yticks(places, [textwrap.fill(mode, columns) for mode in gigabytes])
     for place, value in zip(places, gigabytes.values(), strict=True):
         axes.text(value + max(gigabytes.values()) * 0.012, place, f"{value:.1f} GB", va="center", fontsize=9, color=INK)
     axes.set(xlim=(0, max(gigabytes.values()) * 1.02))
-    dress(axes, f"Averages of Llama-3-8B in bfloat16 on one of {RANKS} ranks")
+    title = f"Averages of Llama-3-8B in bfloat16 on one of {RANKS} ranks"
+    dress(axes, "" if is_narrow else title)
+    if is_narrow:
+        figure.text(0.02, 0.92, title, fontsize=8.5, fontweight="bold", color=INK)
     axes.set_xticks([])
     return figure
 
@@ -197,32 +222,42 @@ def _noted(update: Callable[[], object], launches: Counter[str] | None = None) -
     return noting.noted
 
 
-def update_figure(updates: Mapping[str, Sequence[str]]) -> Figure:
+def update_figure(updates: Mapping[str, Sequence[str]], *, is_narrow: bool = False) -> Figure:
     """Draw a row for each way: its operations, waits and launches from left to right."""
-    figure = Figure(figsize=(WIDTH_IN, 3.0), facecolor="white")
-    axes = figure.add_axes((0.36, 0.16, 0.45, 0.72))
+    figure = Figure(figsize=(NARROW_IN, 4.4) if is_narrow else (WIDTH_IN, 3.0), facecolor="white")
+    axes = figure.add_axes((0.03, 0.16, 0.94, 0.76) if is_narrow else (0.36, 0.16, 0.45, 0.72))
     longest = max(map(len, updates.values()))
-    for place, noted in zip(range(len(updates))[::-1], updates.values(), strict=True):
-        _draw_row(axes, place, noted)
+    for place, (way, noted) in zip(range(len(updates))[::-1], updates.items(), strict=True):
+        _draw_row(axes, place - 0.12 * is_narrow, noted, 0.5 if is_narrow else 0.8)
         counts = Counter(noted)
         work = f"{counts[OURS]} launch" if counts[OURS] else f"{counts[OP]} operations"
         text = f"{work}, {counts[WAIT]} waits"
-        axes.text(longest + 1, place, text, va="center", fontsize=8.5, color=INK)
+        if is_narrow:  # above the row
+            axes.text(0, place + 0.38, f"{way}:\n{text}", va="center", fontsize=8.5, color=INK)
+        else:
+            axes.text(longest + 1, place, text, va="center", fontsize=8.5, color=INK)
     axes.set(xlim=(-0.5, longest), ylim=(-0.6, len(updates) - 0.4))
-    axes.set_yticks(range(len(updates))[::-1], list(updates))
+    axes.set_yticks(range(len(updates))[::-1], ["" if is_narrow else way for way in updates])
     dress(axes, f"One update of {2 * NUM_LAYERS} parameters")
     axes.set_xticks([])
     axes.grid(visible=False)
     marks = {OP: OP_COLOR, WAIT: WAIT_COLOR, OURS: OURS_COLOR}
     handles = [Patch(color=color) for color in marks.values()]
-    figure.legend(handles, list(marks), loc="lower center", ncols=3, frameon=False, fontsize=8.5)
+    figure.legend(handles, list(marks), loc="lower center", ncols=3 - 2 * is_narrow, frameon=False, fontsize=8.5)
     return figure
 
 
-def _draw_row(axes: Axes, place: int, noted: Sequence[str]) -> None:
+def _draw_row(axes: Axes, place: float, noted: Sequence[str], height: float) -> None:
+    """Draw the marks of one way; ``height`` is that of a wait."""
     axes.axhline(place, color=GRID, linewidth=0.8, zorder=0)
     for at, kind in enumerate(noted):
         if kind == WAIT:
-            axes.bar(at, 0.8, width=0.5, bottom=place - 0.4, color=WAIT_COLOR)
+            axes.bar(at, height, width=0.5, bottom=place - height / 2, color=WAIT_COLOR)
         else:
-            axes.bar(at, 0.44, width=0.8, bottom=place - 0.22, color=OURS_COLOR if kind == OURS else OP_COLOR)
+            axes.bar(
+                at,
+                0.55 * height,
+                width=0.8,
+                bottom=place - 0.275 * height,
+                color=OURS_COLOR if kind == OURS else OP_COLOR,
+            )

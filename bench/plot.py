@@ -1,4 +1,4 @@
-"""The pictures: how fast updates are, on a CPU or on a GPU, and how far each format is from float64.
+"""The pictures of speed, on a CPU or on a GPU.
 
 A picture of speed has one row for each workload: a bar for each of ours, a line for the ceiling, small marks for the
 others, and the times on the right.
@@ -6,6 +6,7 @@ others, and the times on the right.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,6 @@ from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
 from bench import names
-from bench.accuracy import DECAYS, EQUAL, STREAMS, TORCH_BF16
 from bench.lookup import baseline, by_format, find, grouped, our_row, share_of_copy
 from bench.report import Report, count_text
 from bench.tables import milliseconds, row_kind_text
@@ -29,16 +29,16 @@ OURS_COLOR, CEILING_COLOR = "#0b7285", "#d9480f"
 BAR_COLORS = (OURS_COLOR, "#66b2c4")
 # Drawn at 200 dots an inch and shown 900 pixels wide, so that it stays sharp on a dense screen.
 WIDTH_IN, DPI = 9.0, 200
+# The form for phones: as wide as their pages, so that letters keep their size.
+NARROW_IN, NARROW_COLUMNS = 4.0, 42
 # So few colours, and the edges between them: a third of the size with a palette.
 PALETTE = 96
 # Of what a panel takes beside its rows; below all panels, the labels of the axis, each row of the legend, the caption.
 PANEL_IN, AXIS_IN, LEGEND_ROW_IN, CAPTION_IN = 0.62, 0.1, 0.19, 0.36
-# Columns of the legend: the longest name, torch's class, takes a third of the width.
-LEGEND_COLUMNS = 3
-# Left of the axes stand the names of the workloads, right of them the times; as parts of the width.
-LEFT, RIGHT = 0.2, 0.85
 # Other providers by their first appearance; shapes, because grey tones alone cannot be told apart. No two share one.
 MARKERS = "osD^vPX<>*phd8"
+# Marks of one row that are nearer to each other, as a part of the axis, stand below each other, in so many lines.
+NEAR, MARK_LINES = 0.022, 4
 DRY = "DRY RUN ON A CPU\nno figure of a GPU"
 
 
@@ -75,6 +75,20 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where the parts of a picture of speed are: beside the axes, or on a phone above the rows."""
+
+    width_in: float
+    left: float  # of the axes, as a part of the width: the names of the workloads stand there
+    right: float  # of the axes: the times stand there
+    columns: int  # of the legend: the longest name, torch's class, takes a third of a wide picture
+    is_narrow: bool = False
+
+
+WIDE, NARROW = Layout(WIDTH_IN, 0.2, 0.85, 3), Layout(NARROW_IN, 0.03, 0.97, 1, is_narrow=True)
+
+
+@dataclass(frozen=True)
 class Style:
     """What differs between a picture of ratios, from a CPU, and one of shares of a copy, from a GPU."""
 
@@ -85,10 +99,13 @@ class Style:
     row_in: float
     bar: float  # height, as a part of a row
     places: Sequence[float]  # of the bars
+    marks: float  # the first line of marks
 
 
-CPU_STYLE = Style("one flat lerp_", 1.0, "log", lambda value: f"{value:g}x", 0.48, 0.42, (0.12,))
-GPU_STYLE = Style("device copy (ceiling)", 0.0, "linear", lambda value: f"{value:.0%}", 0.56, 0.25, (0.27, 0.0))
+CPU_STYLE = Style("one flat lerp_", 1.0, "log", lambda value: f"{value:g}x", 0.62, 0.32, (0.2,), -0.06)
+GPU_STYLE = Style("device copy (ceiling)", 0.0, "linear", lambda value: f"{value:.0%}", 0.6, 0.23, (0.29, 0.05), -0.15)
+# Room above each row of a narrow picture, for its name and its times, as a part of a row.
+ABOVE = 0.45
 
 
 def plot_speed(report: Report, path: Path) -> bool:
@@ -99,26 +116,31 @@ def plot_speed(report: Report, path: Path) -> bool:
     return figure is not None
 
 
-def speed_figure(report: Report) -> Figure | None:
+def speed_figure(report: Report, layout: Layout = WIDE) -> Figure | None:
     """Return the picture of a report's updates, or None if there is nothing to draw."""
     on_gpu = any(row.provider == names.COPY for row in report.rows)
     style, panels = (GPU_STYLE, _gpu_panels(report)) if on_gpu else (CPU_STYLE, _cpu_panels(report))
     if not panels:
         return None
     every = [line for lines in panels.values() for line in lines]
-    heights = [len(lines) * style.row_in + PANEL_IN for lines in panels.values()]
+    row_in, panel_in = style.row_in * (1 + ABOVE * layout.is_narrow), PANEL_IN + 0.2 * layout.is_narrow
+    heights = [len(lines) * row_in + panel_in for lines in panels.values()]
     others = dict.fromkeys(name for line in every for name in line.others)
     markers = dict(zip(others, MARKERS[: len(others)], strict=True))
     # The bars, the ceiling and the others.
     entries = max(len(line.bars) for line in every) + 1 + len(others)
-    top = total = sum(heights) + AXIS_IN + -(-entries // LEGEND_COLUMNS) * LEGEND_ROW_IN + CAPTION_IN
-    figure, handles = Figure(figsize=(WIDTH_IN, total), dpi=DPI, facecolor="white"), dict[str, Any]()
+    top = total = sum(heights) + AXIS_IN + -(-entries // layout.columns) * LEGEND_ROW_IN + CAPTION_IN
+    figure, handles = Figure(figsize=(layout.width_in, total), dpi=DPI, facecolor="white"), dict[str, Any]()
     for (title, lines), height in zip(panels.items(), heights, strict=True):
         top -= height
-        axes = figure.add_axes((LEFT, (top + 0.2) / total, RIGHT - LEFT, (height - PANEL_IN) / total))
-        axes.set(xscale=style.scale, xlim=_limits(every, on_gpu), ylim=(-0.5, len(lines) - 0.5))
-        dress(axes, title)
-        axes.set_yticks(range(len(lines)), [line.name for line in reversed(lines)])
+        axes = figure.add_axes(
+            (layout.left, (top + 0.2) / total, layout.right - layout.left, (height - panel_in) / total)
+        )
+        axes.set(
+            xscale=style.scale, xlim=_limits(every, on_gpu), ylim=(-0.5, len(lines) - 0.5 + 0.05 * layout.is_narrow)
+        )
+        dress(axes, textwrap.fill(title, NARROW_COLUMNS) if layout.is_narrow else title)
+        axes.set_yticks(range(len(lines)), ["" if layout.is_narrow else line.name for line in reversed(lines)])
         if not on_gpu:
             axes.axvline(1, color=INK, linewidth=0.8, zorder=1)
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -126,11 +148,13 @@ def speed_figure(report: Report) -> Figure | None:
         axes.xaxis.set_major_formatter(lambda value, position: style.label(value))
         for y, line in enumerate(reversed(lines)):
             _draw_line(axes, y, line, style, handles, markers)
+            _write_line(axes, y, line, layout)
     figure.legend(
-        handles.values(), handles, loc="lower center", bbox_to_anchor=(0.5, 0.28 / total), ncols=LEGEND_COLUMNS,
+        handles.values(), handles, loc="lower center", bbox_to_anchor=(0.5, 0.28 / total), ncols=layout.columns,
         frameon=False, fontsize=8, labelcolor=INK, handletextpad=0.5, columnspacing=1.5,
     )  # fmt: skip
-    figure.text(0.985, 0.12 / total, _caption(report), fontsize=7.5, color=FAINT, ha="right")
+    caption = _caption(report, "\n" if layout.is_narrow else ", ")
+    figure.text(0.985, 0.12 / total, caption, fontsize=7.5, color=FAINT, ha="right")
     if report.dry:
         figure.text(
             0.5, 0.55, DRY, fontsize=44, color="#c92a2a", alpha=0.25, rotation=25,
@@ -153,21 +177,47 @@ def _draw_line(
     axes: Axes, y: float, line: Line, style: Style, handles: dict[str, Any], markers: Mapping[str, str]
 ) -> None:
     """Draw one row. ``handles`` is the legend as it grows, ``markers`` has the marker of each other provider."""
-    low, high = axes.get_xlim()
+    high = axes.get_xlim()[1]
     for (name, value), at, color in zip(line.bars.items(), style.places, BAR_COLORS, strict=False):
         length = value - style.start
         bar = axes.barh(y + at, length, left=style.start, height=style.bar, color=color, zorder=2)
         handles.setdefault(name, bar)
-    if line.ceiling is not None and low < line.ceiling < high:
-        middle, half = y + sum(style.places) / len(style.places), style.bar / 2 * len(style.places) + 0.07
+    middle, half = y + sum(style.places) / len(style.places), style.bar / 2 * len(style.places) + 0.05
+    if line.ceiling is not None and line.ceiling < high:
         drawn = axes.vlines(line.ceiling, middle - half, middle + half, color=CEILING_COLOR, linewidth=2, zorder=4)
         handles.setdefault(style.ceiling, drawn)
-    for name, value in line.others.items():
-        (handle,) = axes.plot(
-            min(value, high), y - 0.28, markers[name], color=FAINT, mec="white", mew=0.6, ms=6.5, clip_on=False
-        )
+    elif line.ceiling is not None:  # it lies beyond the axis: an arrow at the edge says how far
+        axes.plot(high, middle, ">", color=CEILING_COLOR, ms=6, clip_on=False, zorder=4)
+        text, ground = f" {style.label(round(line.ceiling))}  ", {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+        axes.text(high, middle, text, color=CEILING_COLOR, fontsize=7.5, ha="right", va="center", bbox=ground, zorder=3)
+    to_axes = axes.transScale + axes.transLimits
+    places = {name: to_axes.transform((value, y))[0] for name, value in line.others.items()}
+    for name, at in lines_of_marks(places).items():
+        value, height = min(line.others[name], high), style.marks - 0.13 * at
+        (handle,) = axes.plot(value, y + height, markers[name], color=FAINT, mec="white", mew=0.6, ms=6, clip_on=False)
         handles.setdefault(name + (" (default; freezes in bf16)" if name == names.TORCH_CLASS else ""), handle)
+
+
+def lines_of_marks(places: Mapping[str, float]) -> dict[str, int]:
+    """Return the line of each mark: the first one in which no other mark is too near."""
+    lines: list[float] = [-1.0] * MARK_LINES  # where each ends
+    found = {}
+    for name, place in sorted(places.items(), key=lambda item: item[1]):
+        free = (at for at, end in enumerate(lines) if place - end >= NEAR)
+        found[name] = next(free, min(range(MARK_LINES), key=lines.__getitem__))
+        lines[found[name]] = place
+    return found
+
+
+def _write_line(axes: Axes, y: float, line: Line, layout: Layout) -> None:
+    """Write the times right of a row, or its name and its times above it."""
     where, (number, *rest) = axes.get_yaxis_transform(), line.text.split("\n")
+    if layout.is_narrow:
+        name = line.name.replace("\n", ", ")
+        axes.text(0, y + 0.47, name, transform=where, va="center", fontsize=8.5, color=INK)
+        text = f"{number}: {', '.join(rest)}"
+        axes.text(1, y + 0.47, text, transform=where, va="center", ha="right", fontsize=7.5, color=OURS_COLOR)
+        return
     axes.text(1.015, y + 0.2, number, transform=where, va="center", fontsize=9, fontweight="bold", color=OURS_COLOR)
     axes.text(1.015, y - 0.17, "\n".join(rest), transform=where, va="center", fontsize=7.5, color=INK, linespacing=1.35)
 
@@ -213,84 +263,11 @@ def _gpu_panels(report: Report) -> dict[str, list[Line]]:
     return {what: lines} if lines else {}
 
 
-def _caption(report: Report) -> str:
+def _caption(report: Report, between: str = ", ") -> str:
     about = report.environment
     versions = about.get("versions", {})
     on = about.get("gpu") or f"{about.get('device_name')}, {count_text(about.get('threads', 0), 'thread')}"
     more = f", driver {about['driver']}" if about.get("driver") else ""
     more += f", Triton {versions['triton']}" if about.get("gpu") and versions.get("triton") else ""
-    return (
-        f"{on}{more}, torch {versions.get('torch')}, medians of {about.get('command')}, {str(about.get('date'))[:10]}"
-    )
-
-
-# Accuracy
-
-# The stream of the EMA panels: its average is small beside its params, so errors weigh the most.
-EMA_STREAM = "zero-mean"
-COLORS = {TORCH_BF16: "#868e96", "half": "#e8590c", "compact": OURS_COLOR, "float32": INK, "compensated": "#9c36b5"}
-LABELS = {TORCH_BF16: "torch, bf16", "float32": "float32, exact"}
-# Below every error but 0, which is drawn as a line along the bottom.
-LOWEST, HIGHEST = 1e-9, 300.0
-# Guide lines: of compact times the root of n, and for an EMA; of compensated.
-COMPACT_BOUND, COMPACT_EMA_BOUND, COMPENSATED_BOUND = 1e-5, 1e-3, 6e-8
-STREAM_TITLES = {
-    "zero-mean": "params around 0",
-    "drifting": "params that drift from 1 to 101",
-    "jumping": "params that jump between -1 and 100",
-    "constant": "params that stay at 0.1",
-}
-
-
-def plot_accuracy(report: Report, path: Path) -> None:
-    """Draw a panel for each stream under the equal mean, and one for each decay of an EMA."""
-    figure = Figure(figsize=(WIDTH_IN, 10.2), dpi=150, facecolor="white")
-    errors = {(curve.stream, curve.rule, curve.format): np.array(curve.errors) for curve in report.curves}
-    updates = np.array(report.updates)
-    _heading(figure, 0.972, "Equal mean of n models")
-    for index, stream in enumerate(STREAMS):
-        axes = figure.add_axes((0.062 + 0.487 * (index % 2), 0.69 - 0.295 * (index // 2), 0.43, 0.235))
-        of_kind = {kind: errors[stream, EQUAL, kind] for kind in COLORS}
-        _draw_errors(axes, STREAM_TITLES[stream], updates, of_kind, COMPACT_BOUND * np.sqrt(updates))
-    _heading(figure, 0.345, "Exponential average of params around 0, by its decay")
-    for index, decay in enumerate(DECAYS):
-        axes = figure.add_axes((0.062 + 0.235 * index, 0.085, 0.212, 0.215))
-        of_kind = {kind: errors[EMA_STREAM, f"EMA {decay:g}", kind] for kind in COLORS}
-        _draw_errors(axes, f"decay {decay:g}", updates, of_kind, np.full(len(updates), COMPACT_EMA_BOUND))
-        axes.tick_params(axis="y", labelleft=index == 0)
-    figure.legend(*axes.get_legend_handles_labels(), loc="upper right", ncols=5, frameon=False, fontsize=8.5)
-    about = report.environment
-    lines = (
-        "Vertical: relative L2 distance of the exported average from float64. Horizontal: n, the models averaged.",
-        "torch's class averages a bfloat16 model, and is compared with float64 over the same bfloat16 params.",
-        r"Dashed guides: $10^{-5}\sqrt{n}$ ($10^{-3}$ for an EMA) for compact, $6\cdot10^{-8}$ for compensated. "
-        f"{about['command']}, torch {about['versions'].get('torch')}, {about['date'][:10]}",
-    )
-    for at, line in zip((0.042, 0.026, 0.01), lines, strict=True):
-        figure.text(0.012, at, line, fontsize=8, color=FAINT)
-    save(figure, path)
-
-
-def _heading(figure: Figure, at: float, text: str) -> None:
-    figure.text(0.012, at, text, fontsize=11.5, fontweight="bold", color=INK)
-
-
-def _draw_errors(
-    axes: Axes, title: str, updates: np.ndarray, errors: Mapping[str, np.ndarray], of_compact: np.ndarray
-) -> None:
-    """Draw every format's errors, and the guide lines."""
-    dress(axes, title, 9.5, weight="normal", grid="both")
-    axes.set(xscale="log", yscale="log", xlim=(1, updates[-1]), ylim=(LOWEST, HIGHEST))
-    axes.xaxis.set_major_locator(LogLocator(base=10))
-    powers = range(-8, 3, 2)
-    labels = ["0", *(f"$10^{{{power}}}$" if power else "1" for power in powers)]
-    axes.set_yticks([LOWEST, *(10.0**power for power in powers)], labels)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_locator(NullLocator())
-    axes.tick_params(labelsize=8, labelcolor=FAINT)
-    for kind, bound in (("compact", of_compact), ("compensated", np.full(len(updates), COMPENSATED_BOUND))):
-        axes.plot(updates, bound, color=COLORS[kind], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    for kind, color in COLORS.items():
-        drawn, width = np.clip(errors[kind], LOWEST, HIGHEST), 1.6 if kind == TORCH_BF16 else 2.0
-        label = LABELS.get(kind, kind)
-        axes.plot(updates, drawn, color=color, linewidth=width, zorder=3, clip_on=False, label=label)
+    when = f"medians of {about.get('command')}, {str(about.get('date'))[:10]}"
+    return f"{on}{more}, torch {versions.get('torch')}{between}{when}"

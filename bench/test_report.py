@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from rich.markdown import Markdown
 
-from bench import bars, gpu, names, pages, plot, tables
+from bench import bars, gpu, names, pages, plot, plot_accuracy, tables
 from bench.bars import Bar
 from bench.cases import SWEPT, gpu_cases
 from bench.lookup import failures, left_out, merged
@@ -323,7 +323,7 @@ def test_every_provider_has_a_mark_of_its_own() -> None:
 def test_pictures_are_drawn(report: Report, tmp_path: Path) -> None:
     for name, drawn in (("cpu", report), ("gpu", gpu_report())):
         assert plot.plot_speed(drawn, tmp_path / f"{name}.png")
-    plot.plot_accuracy(Report.read(RESULTS / "accuracy.json"), tmp_path / "accuracy.png")
+    plot_accuracy.plot_accuracy(Report.read(RESULTS / "accuracy.json"), tmp_path / "accuracy.png")
     for picture in ("cpu", "gpu", "accuracy"):
         assert (tmp_path / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / f"{picture}.png").stat().st_size < 900_000

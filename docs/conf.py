@@ -19,6 +19,7 @@ version = release = swafast.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
 extensions += ["sources.marks", "sources.docstrings", "sources.links"]
+extensions += ["sources.search", "sources.pictures"]
 root_doc = "README"
 exclude_patterns = ["sources"]
 nitpicky = True
@@ -63,6 +64,7 @@ html_title = "swafast"
 html_static_path = ["static"]
 html_css_files = ["swafast.css"]
 html_copy_source = False
+html_search_scorer = str(HERE / "sources" / "scorer.js")
 html_show_sphinx = False
 html_theme_options = {
     "top_of_page_buttons": [],

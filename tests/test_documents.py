@@ -385,7 +385,7 @@ def test_a_method_that_the_index_lacks_is_seen(method: str) -> None:
 
 
 def test_a_page_that_the_index_lacks_is_seen() -> None:
-    assert missing_from_index(TEXTS[INDEX].replace("(gpu.md)", "(speed.md)")) == ["docs/gpu.md"]
+    assert missing_from_index(TEXTS[INDEX].replace("(gpu.md", "(speed.md")) == ["docs/gpu.md"]
 
 
 @pytest.mark.parametrize("package", ["torchmetrics", "matplotlib", "sklearn"])

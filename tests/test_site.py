@@ -16,7 +16,7 @@ from torch import nn
 
 import swafast
 import swafast.terms
-from docs.sources import frameworks, marks
+from docs.sources import frameworks, marks, search
 from examples import record
 from swafast import ExponentialAverage, FusedAveragedModel
 
@@ -115,6 +115,40 @@ def test_links_out_of_the_folder_lead_to_pages_of_the_site() -> None:
     )
     linked = marks.with_site_links("[b](../../examples/swag.py)", "recipes/swag.md")
     assert linked == "[b](../examples.md#how-sure-a-model-is-swag)"
+
+
+# The search
+
+
+def unfound(words: dict[str, tuple[str, ...]]) -> list[str]:
+    """Return the search words of pages whose page does not have them, as the search wants."""
+    lost = []
+    for page, wanted in words.items():
+        path = DOCS / f"{page}.md"
+        text = path.read_text() if path.exists() else ""
+        text += "".join((ROOT / mark[2]).read_text() for mark in marks.MARK.finditer(text) if mark[1] == "page")
+        lost += [word for word in wanted if not all(part in text.lower() for part in word.lower().split())]
+    return lost
+
+
+def test_search_words_stand_on_their_pages() -> None:
+    assert unfound(search.WORDS) == []
+    assert unfound({"formats": ("half",), "security": ("pickle", "zebra"), "nowhere": ("x",)}) == ["zebra", "x"]
+
+
+def test_each_search_word_leads_to_one_page() -> None:
+    words = [word.lower() for each in search.WORDS.values() for word in each]
+    assert len(words) == len(set(words))
+    assert search.entries("security") == "```{index} ! pickle, ! vulnerability\n```\n\n"
+    assert search.entries("formats") == ""
+
+
+def test_pages_that_name_everything_come_last() -> None:
+    script = (DOCS / "sources" / "scorer.js").read_text()
+    (last,) = re.findall(r"last: new Set\(\[(.*?)\]\)", script)
+    names = re.findall(r'"(.*?)"', last)
+    assert {"changelog", "contributing"} <= set(names) <= {page.removesuffix(".md") for page in PAGES}
+    assert "html_search_scorer" in (DOCS / "conf.py").read_text()
 
 
 # The gallery
