@@ -93,7 +93,8 @@ def require_same_model(expected: Snapshot, what: str, got: Snapshot) -> None:
         if ours.get(name) != theirs.get(name):
             raise ValueError(
                 f"{what} must be of the model in {expected.path}, got for {name!r} "
-                f"{theirs.get(name, 'nothing')} instead of {ours.get(name, 'nothing')}"
+                f"{theirs.get(name, 'nothing')} instead of {ours.get(name, 'nothing')}: if the model has changed, save "
+                "it to another folder"
             )
 
 

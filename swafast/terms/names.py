@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import Tensor
@@ -19,10 +18,10 @@ from ..torch_private.modules import (
     own_params,
     passing_buffers,
 )
+from . import other_names
 from .misfits import few
-
-_SEGMENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_WRAPPERS = re.compile(rf"(?<![^.])(?:{'|'.join(_SEGMENTS)})(?:\.|$)")
+from .other_names import SEGMENTS
+from .other_names import canonical as canonical
 
 
 def unwrap(model: Module) -> Module:
@@ -34,11 +33,6 @@ def unwrap(model: Module) -> Module:
             model = model.get_submodule("_orig_mod")
         else:
             return model
-
-
-def canonical(name: str) -> str:
-    """Drop the segments that wrappers add from a dotted name."""
-    return _WRAPPERS.sub("", name).removesuffix(".") if _WRAPPERS.search(name) else name
 
 
 def unwrapping(given: Collection[str], own: Iterable[str]) -> Callable[[str], str]:
@@ -133,7 +127,7 @@ def _shown(prefix: str, root: Module) -> tuple[dict[str, str], dict[str, str]]:
         parent, _, segment = name.rpartition(".")
         outer = shown[parent] if name else prefix
         shown[name] = outer if not name or parent in hidden else f"{outer}{segment}."
-        is_wrapper = len(own_children(module)) == 1 and next(iter(own_children(module))) in _SEGMENTS
+        is_wrapper = len(own_children(module)) == 1 and next(iter(own_children(module))) in SEGMENTS
         if not is_wrapper or own_params(module) or own_buffers(module):
             modules.setdefault(canonical(name), shown[name])
         elif loads_by_own_code(module):  # torch's wrappers for checkpoints leave their segment out of states
@@ -200,10 +194,13 @@ def renormed_params(root: Module) -> list[str]:
 
 
 def require_same_names(kind: str, averages: Iterable[str], params: Iterable[str]) -> None:
-    """Raise ValueError with the first few names that only one side has."""
+    """Raise ValueError with the first few names that only one side has, and the call that takes the model along."""
     expected, given = dict.fromkeys(averages), dict.fromkeys(params)  # ordered sets
     missing = [name for name in expected if name not in given]
     surplus = [name for name in given if name not in expected]
     if missing or surplus:
         clauses = [f"{label} {few(names)}" for label, names in (("missing", missing), ("unexpected", surplus)) if names]
-        raise ValueError(f"model must have the {kind} that it was averaged with, got {'; '.join(clauses)}")
+        raise ValueError(
+            f"model must have the {kind} that it was averaged with, got {'; '.join(clauses)}: "
+            f"{other_names.of_model(expected, given)}"
+        )
