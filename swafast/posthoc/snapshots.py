@@ -21,6 +21,7 @@ from ..sharded.parts.ranks import Counting
 from ..sharded.parts.rendezvous import shared_ranks
 from ..sharded.sharded_model import ShardedAveragedModel
 from ..terms import habits, hints
+from ..terms.lazy import Checked
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
 from .folder import (
@@ -83,6 +84,7 @@ class Snapshots(HasMerges):
     """
 
     _meant = habits.OF_SNAPSHOTS
+    folder = Checked(lambda name, value: Path(value).absolute())  # the working directory may change
 
     @hints.hinted
     def __init__(
@@ -92,7 +94,7 @@ class Snapshots(HasMerges):
         process_group: ProcessGroup | None = None,
         rules: Mapping[str, Rule] | None = None,
     ) -> None:
-        self.folder = Path(folder).absolute()  # the working directory may change
+        self.folder = folder
         self._has_warned = False  # of later snapshots in the folder
         self._ranks = shared_ranks(process_group, "Snapshots")
         with self._ranks.settled("Snapshots"):
