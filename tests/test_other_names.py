@@ -112,12 +112,12 @@ def test_a_state_with_other_shapes_says_how_it_loads(kind: str) -> None:
 
 def test_wrappers_of_torch_are_no_wrappers_of_ones_own() -> None:
     own, given = ["a", "_orig_mod.b"], ["a", "b"]
-    assert other_names.of_state(own, given, "L") == ""
-    assert "wrapper" not in other_names.of_state(own, [f"module.{name}" for name in [*given, "c"]], "L")
+    assert other_names.of_saved(own, given, "L") == ""
+    assert "wrapper" not in other_names.of_saved(own, [f"module.{name}" for name in [*given, "c"]], "L")
 
 
 @pytest.mark.parametrize(("given", "hint"), [(["a"], True), (["a", "b", "c"], False), (["a", "c"], False)])
 def test_states_without_frozen_params_name_include(given: Collection[str], hint: bool) -> None:
-    message = other_names.of_state(["a", "b"], given, "L")
+    message = other_names.of_saved(["a", "b"], given, "L")
     assert message.endswith("; if it was saved with frozen=False, pass include= as then") == hint
     assert ("old_name=..." in message) == ([*given] == ["a", "c"])

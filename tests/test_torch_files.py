@@ -24,11 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from swafast import FusedAveragedModel
-from swafast.files import archives, average, entries, pickles, strided, written_pickles
+from swafast.files import archives, average, entries, strided, written_pickles
 from swafast.files.archives import PartialChecksum
 from swafast.files.checkpoints import OutputPlan
 from swafast.files.opening import open_checkpoint
 from swafast.files.torch_files import TorchCheckpoint, TorchOutput
+from swafast.strict import pickles
 from swafast.terms import formats
 from swafast.torch_private import pickled as names
 from tests.checkpoint_io import Exploit, plan_of, read_whole, require_holds, require_unharmed, write_pieces

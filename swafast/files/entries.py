@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from .pickles import Opaque
+from ..strict.pickles import Opaque
 
 #: The key under which training scripts keep an average, which is taken before the weights.
 AVERAGE_PART = "state_dict_ema"

@@ -7,6 +7,7 @@ left over from an interrupted save and is ignored. Of one count, the latest gene
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
+from ..sharded.strict_reader import read_metadata
 from ..terms.formats import dtype_named
 from ..terms.pickling import pickled_from
 from ..terms.replacing import replacing
@@ -70,6 +73,11 @@ class Snapshot:
     params: tuple[StoredTensor, ...]  # stored for each average under `key_of(average, name)`
     copies: tuple[StoredTensor, ...]  # tensors that are not averaged, stored once under `key_of("", name)`
     checksums: Mapping[str, int]  # by key
+
+    @functools.cached_property
+    def metadata(self) -> Metadata:
+        """What its files have, read once for all windows of a sum."""
+        return read_metadata(self.path)
 
     def layout(self) -> dict[str, str]:
         """Describe each tensor, by name. Snapshots of one model have equal layouts."""

@@ -68,7 +68,7 @@ def _meant(state: Mapping[Any, Any], own: set[str], loader: str) -> str:
         return f"this is a state of one average: write {loading}(state)"
     if "n_averaged" in state or (members and several):
         head = f"{members[0]}.module." if several else "module."
-        return other_names.of_state(own, [key[len(head) :] for key in keys if key.startswith(head)], loader)
+        return other_names.of_saved(own, [key[len(head) :] for key in keys if key.startswith(head)], loader)
     if members:
         class_of_several = loader.replace("AveragedModel", "Averages")
         return (

@@ -38,7 +38,7 @@ def of_model(averages: Collection[str], params: Collection[str]) -> str:
     return f"if the model is to have them from now on, call adapt_to(model{', old_name=...' * renamed}) once"
 
 
-def of_state(averages: Collection[str], saved: Collection[str], loader: str) -> str:
+def of_saved(averages: Collection[str], saved: Collection[str], loader: str) -> str:
     """Return what to do if the names in a state differ from those of the averages; nothing: they do not.
 
     Args:
