@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn import Module
 
+from ..sharded.strict_reader import read_metadata
 from ..terms.names import canonical, named_buffers, named_params
 from .saved_states import check_keys, cloned, load_shards, naming
 from .weight_average import Contract

@@ -34,7 +34,7 @@ class StrictReader(FileSystemReader):
 
     def __init__(self, path: str | os.PathLike[str], metadata: Metadata | None = None) -> None:
         super().__init__(path)
-        self._folder, self._metadata = Path(path), metadata
+        self._folder, self._listed = Path(path), metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return what the folder has.
@@ -44,9 +44,9 @@ class StrictReader(FileSystemReader):
         """
         if kwargs.get("rank") is not None:
             raise ValueError(f"{self._folder} must have one list of all ranks, got none that can be read")
-        if self._metadata is None:
-            self._metadata = read_metadata(self._folder)
-        return self._metadata
+        if self._listed is None:
+            self._listed = read_metadata(self._folder)
+        return self._listed
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read tensors into their places.
