@@ -221,7 +221,7 @@ def test_a_bad_counter_is_refused(every_kind: EveryKind, backend: str) -> None:
         average.n_averaged = counter
         with refused(ValueError, message, average.module):
             average.update_parameters(every_kind)
-    with refused(ValueError, r"n_averaged must be one int64, got torch\.float32", average):
+    with refused(ValueError, r"n_averaged must be one int64, got torch\.float32", average.module):
         average.n_averaged = torch.tensor(1.0)
     average.n_averaged = torch.tensor(1)
     average.update_parameters(every_kind)

@@ -111,9 +111,13 @@ def test_a_state_with_other_shapes_says_how_it_loads(kind: str) -> None:
 
 
 def test_wrappers_of_torch_are_no_wrappers_of_ones_own() -> None:
-    own, given = ["a", "_orig_mod.b"], ["a", "b"]
-    assert other_names.of_saved(own, given, "L") == ""
-    assert "wrapper" not in other_names.of_saved(own, [f"module.{name}" for name in [*given, "c"]], "L")
+    compiled = net()
+    compiled.body = torch.compile(compiled.body)  # type: ignore[assignment]
+    message = refused(FusedAveragedModel(compiled).load_state_dict, made("FusedAveragedModel", net("b")).state_dict())
+    assert message.endswith("of the model as it was, and call adapt_to(model)")
+    message = refused(FusedAveragedModel(net("b")).load_state_dict, made("FusedAveragedModel", compiled).state_dict())
+    assert "adapt_to(model); if it was saved with frozen=False" in message
+    assert "wrapper" not in other_names.of_saved(["a", "b"], ["module.a", "module.b", "module.c"], "L")
 
 
 @pytest.mark.parametrize(("given", "hint"), [(["a"], True), (["a", "b", "c"], False), (["a", "c"], False)])

@@ -100,4 +100,4 @@ def test_every_setting_of_an_average_has_a_check() -> None:
         "rule",
     }
     for kind in (FusedAveragedModel, ShardedAveragedModel):
-        assert {*inspect.signature(kind.__init__).parameters} - others <= {*settings._SETTINGS}
+        assert {*inspect.signature(kind.__init__).parameters} - others <= {*settings.SETTINGS}

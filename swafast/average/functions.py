@@ -18,7 +18,7 @@ from ..terms.lazy import MadeOnUse
 from ..terms.rules import Rule, rule_of
 from ..terms.spelled import spell_rule
 from ..torch_private.modules import own_children
-from .settings import checked_setting
+from .settings import SETTINGS
 
 if TYPE_CHECKING:
     from ..loop.guard import Guard
@@ -125,7 +125,8 @@ class HasRule:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in DECAYS:
             refuse_decay(self, name, value)
-        value = checked_setting(name, value)
+        if name in SETTINGS:
+            value = SETTINGS[name](name, value)
         if name == "rule":
             choose_rule(value)
             self.avg_fn, self.multi_avg_fn = None, value

@@ -93,7 +93,7 @@ def load_whole(
         if type(error) is RuntimeError and str(error).startswith("Error(s) in loading state_dict"):  # torch's own
             loader = "FusedAverages" if hasattr(root, "keys") else "FusedAveragedModel"
             names = {name for module in averaged.values() for name in _names_in_state(module)}
-            hint = misfits.of_state(state_dict, names, loader)
+            hint = misfits.of_state(state, names, loader)
             if not hint and misfits.SIZE in str(error):
                 hint = f": if the model has changed since, {other_names.after_loading(loader)}"
             raise RuntimeError(misfits.shortened(str(error)) + hint) from error.__cause__
@@ -102,9 +102,9 @@ def load_whole(
 
 
 def _names_in_state(module: Module) -> Iterable[str]:
-    """Yield the names of the tensors that a state of an averaged module has."""
+    """Yield the names of the tensors that a state of an averaged module has, as :func:`fit_keys` spells them."""
     passing = passing_names(module)
-    return (name for raw, _ in all_tensors(module) if (name := canonical(raw)) not in passing)
+    return (name for name, _ in all_tensors(module) if canonical(name) not in passing)
 
 
 def _check_copy(root: Module, place: Place, source: Tensor) -> None:

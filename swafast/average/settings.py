@@ -14,16 +14,6 @@ from ..terms.formats import check_format
 from .accepting import check_include
 
 
-def checked_setting(name: str, value: Any) -> Any:
-    """Return ``value`` as the attribute ``name`` of an average keeps it.
-
-    Raises:
-        TypeError, ValueError: it is none that a construction takes.
-        RuntimeError: it names a backend that cannot run on this machine.
-    """
-    return _SETTINGS[name](name, value) if name in _SETTINGS else value
-
-
 def _of(check: Callable[[Any], object]) -> Callable[[str, Any], Any]:
     """Return what checks a value, and keeps it as it is."""
 
@@ -52,7 +42,9 @@ def _count(name: str, value: Any) -> Tensor:
     return value
 
 
-_SETTINGS: dict[str, Callable[[str, Any], Any]] = {
+#: By attribute: what returns a value as it is kept, or raises TypeError or ValueError; RuntimeError for a backend that
+#: cannot run on this machine. Asking a dict is no call of Python: averages set attributes in each load.
+SETTINGS: dict[str, Callable[[str, Any], Any]] = {
     "nonfinite": _of(checks.check_nonfinite),
     "seed": lambda name, value: checks.checked_seed(value),
     "format": _of(check_format),

@@ -15,7 +15,7 @@ from torch.nn import Module
 from ..average.accepting import ask_include
 from ..average.functions import DECAYS, ByRuleAlone, choose_rule, refuse_decay
 from ..average.sampling import check_deviations, refuse_complex
-from ..average.settings import checked_setting
+from ..average.settings import SETTINGS
 from ..loop.guard import Guard
 from ..op import checks
 from ..terms import hints
@@ -186,7 +186,9 @@ class ShardedAveragedModel(HasFullStates, PlaceableShards, AdaptableShards, Shar
     def __setattr__(self, name: str, value: object) -> None:
         if name in DECAYS:
             refuse_decay(self, name, value)
-        super().__setattr__(name, checked_setting(name, value))
+        if name in SETTINGS:
+            value = SETTINGS[name](name, value)
+        super().__setattr__(name, value)
 
     def _set_rule(self, rule: Rule | None) -> None:
         chosen = choose_rule(rule, takes_functions=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import Tensor
@@ -20,8 +21,9 @@ from ..torch_private.modules import (
 )
 from . import other_names
 from .misfits import few
-from .other_names import SEGMENTS
-from .other_names import canonical as canonical
+
+_SEGMENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPERS = re.compile(rf"(?<![^.])(?:{'|'.join(_SEGMENTS)})(?:\.|$)")
 
 
 def unwrap(model: Module) -> Module:
@@ -33,6 +35,11 @@ def unwrap(model: Module) -> Module:
             model = model.get_submodule("_orig_mod")
         else:
             return model
+
+
+def canonical(name: str) -> str:
+    """Drop the segments that wrappers add from a dotted name."""
+    return _WRAPPERS.sub("", name).removesuffix(".") if _WRAPPERS.search(name) else name
 
 
 def unwrapping(given: Collection[str], own: Iterable[str]) -> Callable[[str], str]:
@@ -127,7 +134,7 @@ def _shown(prefix: str, root: Module) -> tuple[dict[str, str], dict[str, str]]:
         parent, _, segment = name.rpartition(".")
         outer = shown[parent] if name else prefix
         shown[name] = outer if not name or parent in hidden else f"{outer}{segment}."
-        is_wrapper = len(own_children(module)) == 1 and next(iter(own_children(module))) in SEGMENTS
+        is_wrapper = len(own_children(module)) == 1 and next(iter(own_children(module))) in _SEGMENTS
         if not is_wrapper or own_params(module) or own_buffers(module):
             modules.setdefault(canonical(name), shown[name])
         elif loads_by_own_code(module):  # torch's wrappers for checkpoints leave their segment out of states

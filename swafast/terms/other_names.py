@@ -1,20 +1,11 @@
-"""Names without the segments of wrappers; and what to do if a model, or a state, has other names than an average."""
+"""The end of an error where a model, or a state, has other names than an average: the call that takes it along."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 
-#: What wrappers add to names, as segments of them: ``torch.compile``, FSDP1, activation checkpoints.
-SEGMENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_WRAPPERS = re.compile(rf"(?<![^.])(?:{'|'.join(SEGMENTS)})(?:\.|$)")
 #: The prefix that DDP adds to names in states, which a load takes off.
 _OF_RANKS = ("module.",)
-
-
-def canonical(name: str) -> str:
-    """Drop the segments that wrappers add from a dotted name."""
-    return _WRAPPERS.sub("", name).removesuffix(".") if _WRAPPERS.search(name) else name
 
 
 def of_model(averages: Collection[str], params: Collection[str]) -> str:
@@ -42,10 +33,10 @@ def of_saved(averages: Collection[str], saved: Collection[str], loader: str) -> 
     """Return what to do if the names in a state differ from those of the averages; nothing: they do not.
 
     Args:
-        averages, saved: the names on both sides.
+        averages, saved: the names on both sides, wrapped alike.
         loader: the class that shall load the state.
     """
-    own, given = {*map(canonical, averages)}, {*map(canonical, saved)}
+    own, given = {*averages}, {*saved}
     if own == given:
         return ""
     if prefix := _before(own, given, _OF_RANKS):
