@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -21,7 +22,6 @@ from ..sharded.parts.ranks import Counting
 from ..sharded.parts.rendezvous import shared_ranks
 from ..sharded.sharded_model import ShardedAveragedModel
 from ..terms import habits, hints
-from ..terms.lazy import Checked
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule
 from .folder import (
@@ -84,7 +84,6 @@ class Snapshots(HasMerges):
     """
 
     _meant = habits.OF_SNAPSHOTS
-    folder = Checked(lambda name, value: Path(value).absolute())  # the working directory may change
 
     @hints.hinted
     def __init__(
@@ -106,6 +105,12 @@ class Snapshots(HasMerges):
                     raise TypeError(f"rules must have strings for names, got {name!r}")
                 if not isinstance(rule, Rule):
                     raise TypeError(f"rules[{name!r}] must be a swafast.Rule, got {type(rule).__name__}")
+
+    def _set_folder(self, folder: str | os.PathLike[str]) -> None:
+        self._folder = Path(folder).absolute()  # the working directory may change
+
+    #: Where the snapshots are.
+    folder = property(attrgetter("_folder"), _set_folder)  # attrgetter is in C: no call of Python
 
     # Listing
 
