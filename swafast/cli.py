@@ -100,8 +100,12 @@ def average_checkpoints(
     ],
     out: Annotated[str, typer.Option("-o", "--out", metavar="OUT", help="*.safetensors, *.pt, or a folder.")],
     last: Annotated[int | None, typer.Option(metavar="K", parser=_whole, help="The last K.")] = None,
-    first_step: Annotated[int | None, typer.Option("--from", metavar="STEP", parser=_whole, help="From it on.")] = None,
-    last_step: Annotated[int | None, typer.Option("--to", metavar="STEP", parser=_whole, help="Up to it.")] = None,
+    first_step: Annotated[
+        int | None, typer.Option("--from", metavar="STEP", parser=_whole, help="This step and later.")
+    ] = None,
+    last_step: Annotated[
+        int | None, typer.Option("--to", metavar="STEP", parser=_whole, help="This step and earlier.")
+    ] = None,
     min_gap: Annotated[int | None, typer.Option(metavar="N", parser=_whole, help="Steps at least N apart.")] = None,
     metric: Annotated[str | None, typer.Option(metavar="FIELD", help="Choose by this metric, with --best.")] = None,
     best: Annotated[int | None, typer.Option(metavar="K", parser=_whole, help="The best K by --metric.")] = None,
@@ -110,10 +114,10 @@ def average_checkpoints(
     ] = False,
     higher_is_better: Annotated[bool, typer.Option("--higher-is-better", help="High ones are best.")] = False,
     weights: Annotated[str | None, typer.Option(metavar="W,W,...", help="Weights of the inputs; sum 1.")] = None,
-    ema: Annotated[float | None, typer.Option(metavar="DECAY", help="An exponential average of the inputs.")] = None,
+    ema: Annotated[float | None, typer.Option(metavar="DECAY", help="As an EMA over them: smooths a training.")] = None,
     power: Annotated[float | None, typer.Option(metavar="SIGMA", help="A power average of the inputs.")] = None,
     decay: Annotated[
-        str | None, typer.Option(metavar="KIND", help="As a learning rate that decays: linear or minus-sqrt.")
+        str | None, typer.Option(metavar="KIND", help="After a constant learning rate: linear, minus-sqrt.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the averages: fp32, bf16, fp16 or fp64.")] = None,
     integers: Annotated[str, typer.Option(help="equal: they must agree; last, first: those of one input.")] = "equal",

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from swafast.files.checkpoints import ITEMSIZES, Checkpoint, Output, OutputPlan, TensorSpec
-from swafast.files.pickles import DTYPES
 from swafast.files.written_pickles import TORCH_NAMES
+from swafast.strict.pickles import DTYPES
 from tests.support import same_bits
 
 #: Elements of a piece: borders of pieces lie inside rows, and inside chunks.

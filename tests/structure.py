@@ -25,13 +25,13 @@ FLOORS = (
     ("average",),
     ("op",),
     ("backends/triton",),
-    ("backends", "loop"),
+    ("backends", "loop", "strict"),
     ("terms",),
     ("torch_private",),
 )
 DEPTHS = {folder: depth for depth, floor in enumerate(FLOORS) for folder in floor}
 FACES = ("", "demo")  # what may import the root package
-WITHOUT_RANKS = ("average", "op", "backends/triton", "backends", "loop", "terms")
+WITHOUT_RANKS = ("average", "op", "backends/triton", "backends", "loop", "strict", "terms")
 
 PRIVATE_ATTRIBUTES = {
     *("_modules", "_parameters", "_buffers", "_metadata", "_non_persistent_buffers_set", "_version", "_base"),

@@ -216,12 +216,13 @@ def test_a_bad_counter_is_refused(every_kind: EveryKind, backend: str) -> None:
     every_kind.drift()
     for counter, message in (
         (torch.tensor(-1), "n_averaged must be >= 0"),
-        (torch.tensor(1.0), r"n_averaged must be one int64, got torch\.float32"),
         (torch.tensor(1, device="meta"), "n_averaged must hold a number"),
     ):
         average.n_averaged = counter
         with refused(ValueError, message, average.module):
             average.update_parameters(every_kind)
+    with refused(ValueError, r"n_averaged must be one int64, got torch\.float32", average.module):
+        average.n_averaged = torch.tensor(1.0)
     average.n_averaged = torch.tensor(1)
     average.update_parameters(every_kind)
     average.n_averaged.data = average.n_averaged.data.double()

@@ -481,7 +481,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "17 bits": (lambda: LowPrecision(of(ONE), 17), ValueError, "bits must be from 2 to 16, got 17"),
     "rounding": (lambda: LowPrecision(of(ONE), rounding="up"), ValueError, "rounding must be 'stochastic' or"),
     "seed": (lambda: LowPrecision(of(ONE), seed=0.5), TypeError, "seed must be an int"),  # type: ignore[arg-type]
-    "accumulator": (lambda: LowPrecision(of(ONE), full_accumulator=8), TypeError, "full_accumulator must be a bool"),
+    "accumulator": (lambda: LowPrecision(of(ONE), full_accumulator=8), TypeError, "full_accumulator must be True"),
     "no optimizer": (lambda: LowPrecision(nn.Linear(1, 1)), TypeError, "optimizer must be a torch.optim.Optimizer"),
     "several": (lambda: LowPrecision([of(ONE)]), TypeError, "must be one optimizer, got 1: call Low"),
     "twice": (lambda: LowPrecision(wrapped(of(ONE))), RuntimeError, r"not be wrapped already.*call its detach\(\)"),

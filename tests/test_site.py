@@ -263,6 +263,7 @@ def provoke(folder: Path) -> dict[str, Callable[[], object]]:
         "model must have the parameters": lambda: averaged.update_parameters(
             nn.Sequential(OrderedDict(body=model.body))
         ),
+        "its names begin with 'inner.'": lambda: averaged.update_parameters(nn.Sequential(OrderedDict(inner=model))),
         "'head.weight' must have": lambda: averaged.update_parameters(Net(3)),
         "'body.weight' must be finite": with_nan,
         "'body.weight' must have a dtype": lambda: FusedAveragedModel(float8),
@@ -273,6 +274,7 @@ def provoke(folder: Path) -> dict[str, Callable[[], object]]:
         "this state has no count": lambda: averaged.load_state_dict(
             {key: value for key, value in state.items() if key != "n_averaged"}
         ),
+        "if the model has changed since": lambda: averaged.load_state_dict(FusedAveragedModel(Net(3)).state_dict()),
         "the state must have": lambda: FusedAveragedModel(model, deviations=20).load_state_dict(state),
         "averaged.safetensors": damaged,
         "attachment.step counts": in_the_middle,

@@ -24,11 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from swafast import FusedAveragedModel
-from swafast.files import archives, average, entries, pickles, strided, written_pickles
+from swafast.files import archives, average, entries, strided, written_pickles
 from swafast.files.archives import PartialChecksum
 from swafast.files.checkpoints import OutputPlan
 from swafast.files.opening import open_checkpoint
 from swafast.files.torch_files import TorchCheckpoint, TorchOutput
+from swafast.strict import pickles
 from swafast.terms import formats
 from swafast.torch_private import pickled as names
 from tests.checkpoint_io import Exploit, plan_of, read_whole, require_holds, require_unharmed, write_pieces
@@ -142,7 +143,9 @@ def test_tied_tensors_become_aliases(path: str) -> None:
     ("saved", "key", "names"),
     [
         ({"state_dict": {"b": 1.0}, "model": {"c": 1.0}, "state_dict_ema": {"a": 1.0}}, None, ["a"]),
-        ({"module": {"d": 1.0}, "model": {"c": 1.0}}, None, ["c"]),
+        ({"module": {"d": 1.0}, "model": {"version": 1}}, None, ["d"]),
+        ({"model_state_dict": {"d": 1.0}, "optimizer_state_dict": {"e": 1.0}, "epoch": 1.0}, None, ["d"]),
+        ({"module": {"d": 1.0}, "model": {"c": 1.0}}, "module", ["d"]),
         ({"model": 3, "module": {"d": 1.0}}, None, ["d"]),
         ({"a": 1.0, "model.b": 1.0}, None, ["a", "model.b"]),
         ({"n_averaged": 3.0, "module.a": 1.0, "remainder.b": 1.0}, None, ["a"]),
@@ -160,6 +163,18 @@ def test_the_part_that_is_averaged(path: str, saved: Any, key: str | None, names
 
     torch.save(as_tensors(saved), path)
     assert list(TorchCheckpoint(path, key=key).specs) == names
+
+
+@pytest.mark.parametrize("keys", list(itertools.combinations(entries.PARTS, 2)))
+def test_a_file_with_several_states_is_not_guessed_at(path: str, keys: tuple[str, str]) -> None:
+    torch.save({key: {"a": torch.tensor(float(place))} for place, key in enumerate(reversed(keys))}, path)
+    words = f"key must say which of the states in {path} is averaged, got none for {keys[0]!r}, {keys[1]!r}: pass "
+    with pytest.raises(ValueError, match=re.escape(words)):
+        TorchCheckpoint(path)
+    assert [*TorchCheckpoint(path, key=keys[1]).specs] == ["a"]
+    state = {"a": torch.ones(1)}
+    torch.save(dict.fromkeys(keys, state), path)  # the same under two names
+    assert [*TorchCheckpoint(path).specs] == ["a"]
 
 
 def test_what_is_chosen_and_left_out_is_said(path: str) -> None:

@@ -102,15 +102,10 @@ def _is_copied(value: object, same: dict[int, Module]) -> bool:
     return True
 
 
-def ask_include(include: object, params: Mapping[str, Tensor]) -> dict[str, bool]:
-    """Return the answers of ``include`` for ``params``, by name; {} if ``include`` is None, so that all are averaged.
-
-    Raises:
-        TypeError: ``include`` is not callable.
-        ValueError: it picks no parameter.
-    """
+def check_include(include: object) -> None:
+    """Raise TypeError unless ``include`` is None, or a function of a name and a parameter."""
     if include is None:
-        return {}
+        return
     if not callable(include):
         raise TypeError(
             f"include must be a function include(name, param) -> bool, got {include!r}"
@@ -124,6 +119,18 @@ def ask_include(include: object, params: Mapping[str, Tensor]) -> dict[str, bool
         ) from None
     except ValueError:  # some functions in C have no signature
         pass
+
+
+def ask_include(include: object, params: Mapping[str, Tensor]) -> dict[str, bool]:
+    """Return the answers of ``include`` for ``params``, by name; {} if ``include`` is None, so that all are averaged.
+
+    Raises:
+        TypeError: ``include`` is not callable.
+        ValueError: it picks no parameter.
+    """
+    check_include(include)
+    if not callable(include):  # it is None
+        return {}
     asked = {name: bool(include(name, param)) for name, param in params.items()}
     if asked and not any(asked.values()):
         raise ValueError(f"include must pick a parameter, got False for all of them, {next(iter(asked))!r} the first")

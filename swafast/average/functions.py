@@ -18,6 +18,7 @@ from ..terms.lazy import MadeOnUse
 from ..terms.rules import Rule, rule_of
 from ..terms.spelled import spell_rule
 from ..torch_private.modules import own_children
+from .settings import SETTINGS
 
 if TYPE_CHECKING:
     from ..loop.guard import Guard
@@ -124,6 +125,8 @@ class HasRule:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in DECAYS:
             refuse_decay(self, name, value)
+        if name in SETTINGS:
+            value = SETTINGS[name](name, value)
         if name == "rule":
             choose_rule(value)
             self.avg_fn, self.multi_avg_fn = None, value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..op.checks import check_cast, check_plain
-from ..terms import misfits
+from ..terms import misfits, other_names
 from ..terms.converting import write_all
 from ..terms.copying import are_alike, is_plain
 from ..terms.layout import extent
+from ..terms.names import canonical, passing_names
 from ..torch_private.core import has_own_dispatch
 from ..torch_private.modules import (
     Place,
@@ -90,12 +91,20 @@ def load_whole(
         else:
             way_back.go()
         if type(error) is RuntimeError and str(error).startswith("Error(s) in loading state_dict"):  # torch's own
-            names = [name for module in averaged.values() for name, _ in all_tensors(module)]
             loader = "FusedAverages" if hasattr(root, "keys") else "FusedAveragedModel"
-            hint = misfits.of_state(state_dict, names, loader)
+            names = {name for module in averaged.values() for name in _names_in_state(module)}
+            hint = misfits.of_state(state, names, loader)
+            if not hint and misfits.SIZE in str(error):
+                hint = f": if the model has changed since, {other_names.after_loading(loader)}"
             raise RuntimeError(misfits.shortened(str(error)) + hint) from error.__cause__
         raise
     return result
+
+
+def _names_in_state(module: Module) -> Iterable[str]:
+    """Yield the names of the tensors that a state of an averaged module has, as :func:`fit_keys` spells them."""
+    passing = passing_names(module)
+    return (name for name, _ in all_tensors(module) if canonical(name) not in passing)
 
 
 def _check_copy(root: Module, place: Place, source: Tensor) -> None:

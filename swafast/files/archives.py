@@ -14,11 +14,9 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..strict.pickles import MOST_PICKLE_NBYTES, unpickled
 from .descriptors import read_fully, write_fully
-from .pickles import unpickled
 
-#: No pickle or list of records is larger: those of 100,000 tensors have 20 MB.
-MOST_PICKLE_NBYTES = 100_000_000
 #: torch's: mapped storages begin at a multiple of it.
 _ALIGNMENT = 64
 _MANY = 0xFFFFFFFF  # stands for a number that is in the 64-bit field

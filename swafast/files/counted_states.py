@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..strict.pickles import Opaque, StridedView
 from ..terms.formats import dtype_named
 from ..terms.numbers import as_int
 from ..torch_private.modules import metadata_of, set_metadata
@@ -23,7 +24,6 @@ from .descriptors import open_regular
 from .entries import chosen_entries
 from .headers import read_header
 from .opening import PICKLED_SUFFIXES
-from .pickles import Opaque, StridedView
 from .strided import extent_of
 from .torch_files import offset_of, open_archive, spec_of
 

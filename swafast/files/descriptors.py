@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import stat
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,23 +11,10 @@ from pathlib import Path
 from types import FrameType
 from typing import ClassVar
 
+from ..strict.regular_files import open_regular as open_regular
+
 #: Inputs that are open at once. Systems allow a process 256 files or more, and large models have hundreds.
 MOST_OPEN = 100
-
-
-def open_regular(path: str | Path) -> int:
-    """Return a descriptor of a file for reading.
-
-    Raises:
-        ValueError: it is a folder, a device or a pipe.
-        OSError: it cannot be read.
-    """
-    # A pipe without a writer would block.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise ValueError(f"{path} must be a file, got a folder, a device or a pipe")
-    return descriptor
 
 
 class InputFile:

@@ -13,15 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..strict.distributed_metadata import METADATA_FILE, ChunkedTensor, ChunkPlace, read_listing
+from ..strict.pickles import StridedView
 from ..terms.boxes import Box, boxes_of_run
 from ..terms.replacing import replacing_folder
 from ..torch_private import pickled as names
 from .archives import Archive, ArchiveLayout, PartialChecksum
 from .checkpoints import ITEMSIZES, Checkpoint, OutputPlan, TensorSpec, write_record
 from .descriptors import InputFile, give_up, write_fully
-from .distributed_metadata import METADATA_FILE, ChunkedTensor, ChunkPlace, read_metadata
 from .entries import chosen_entries, chosen_tensors
-from .pickles import StridedView
 from .strided import Region, row_major
 from .torch_files import METADATA, region_of, spec_of, strings_in
 from .written_pickles import TORCH_NAMES, Call, pickled, view_to_pickle
@@ -54,9 +54,10 @@ class DistributedCheckpoint:
         self._regions: dict[ChunkPlace, Region] = {}
         try:
             where = os.path.join(path, METADATA_FILE)
-            state, places = read_metadata(where, allow)
+            listing = read_listing(where, allow)
+            places = listing.places
             self.metadata = self._strings(places.get((METADATA, ())))
-            state.pop(METADATA, None)
+            state = {name: entry for name, entry in listing.state.items() if name != METADATA}
             entries, self.key, self.notes = chosen_entries(state, path, key, ChunkedTensor)
             tensors = chosen_tensors(entries, path, strip, ChunkedTensor, self.notes)
             self.specs: dict[str, TensorSpec] = {}

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from .pickles import Opaque
+from ..strict.pickles import Opaque
 
-#: Keys under which training scripts keep the weights, the average first.
+#: The key under which training scripts keep an average, which is taken before the weights.
 AVERAGE_PART = "state_dict_ema"
-PARTS = (AVERAGE_PART, "state_dict", "model", "module")
+#: Keys under which they keep the weights.
+PARTS = ("state_dict", "model_state_dict", "model", "module")
 #: The key that averages of torch and of swafast have beside their params, which are under ``module.``.
 _COUNT = "n_averaged"
 #: The planes that averages of swafast have beside the first one, in the formats that have several.
@@ -24,19 +25,20 @@ def chosen_entries(
     """Return the state dict in what a file holds, its key ("" of the whole), and what to say of the choice.
 
     Args:
-        key: that of the state dict, with dots between nested ones; None: the first of ``PARTS``, else the whole value.
+        key: that of the state dict, with dots between nested ones; None: ``AVERAGE_PART``, or else the one of ``PARTS``
+            that is there, or else the whole value.
         kind: of the tensors.
         in_one_plane: refuse averages whose bits are in several planes.
 
     Raises:
-        ValueError: there is no such entry, or it has no tensors, or the value is no dict.
+        ValueError: there is no such entry, or it has no tensors, or the value is no dict, or several may be meant.
     """
     if not isinstance(value, dict):
         got = value.global_name if isinstance(value, Opaque) else type(value).__name__
         raise ValueError(f"{path} must hold a state dict, got {got}: save model.state_dict()")
     entries = _named(value)
     if key is None:
-        key = next((part for part in PARTS if isinstance(entries.get(part), dict)), None)
+        key = _only_part(entries, path, kind)
         if key is None and _COUNT in entries and any(name.startswith("module.") for name in entries):
             key = "module"
     part = value if key is None else _part(value, key, path, in_one_plane)
@@ -64,6 +66,19 @@ def chosen_entries(
         notes[0] += f", without {few_of(others)}"
     is_nested = isinstance(entries.get(key, entries.get(key.partition(".")[0])), dict)
     return part, key if is_nested else "", notes
+
+
+def _only_part(entries: dict[str, Any], path: str, kind: type) -> str | None:
+    """Return the key of the state that is meant; None if none of the usual keys has one."""
+    found = [part for part in (AVERAGE_PART, *PARTS) if isinstance(entries.get(part), dict)]
+    having = [part for part in found if any(isinstance(each, kind) for each in dict.values(entries[part]))]
+    distinct = [part for at, part in enumerate(having) if all(entries[part] is not entries[it] for it in having[:at])]
+    if len(distinct) > 1 and distinct[0] != AVERAGE_PART:
+        raise ValueError(
+            f"key must say which of the states in {path} is averaged, got none for {few_of(distinct)}: pass "
+            f"key={distinct[0]!r}, or another of them (--key {distinct[0]})"
+        )
+    return next(iter(having or found), None)
 
 
 def require_one_plane(names: Collection[str], path: str, key: str = "") -> None:

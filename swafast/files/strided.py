@@ -24,16 +24,6 @@ _Dim = tuple[int, int, int]
 ReadAt = Callable[[int, memoryview], None]
 
 
-def are_sizes(value: object) -> bool:
-    """Return whether a value of a file may be the sizes of a tensor: as many and as large as torch can have."""
-    return (
-        isinstance(value, tuple | list)
-        and len(value) <= 64
-        and all(type(size) is int and size >= 0 for size in value)
-        and math.prod(max(size, 1) for size in value) < 1 << 60
-    )
-
-
 def row_major(sizes: Sequence[int]) -> tuple[int, ...]:
     """Return the strides of a dense row-major tensor."""
     strides = [1]

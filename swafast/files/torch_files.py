@@ -8,13 +8,13 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+from ..strict.pickles import DTYPES, StridedView
 from ..terms.replacing import replacing
 from ..torch_private.pickled import MODULE_VERSIONS
 from .archives import Archive, ArchiveLayout, PartialChecksum
 from .checkpoints import ITEMSIZES, RECORD, Checkpoint, OutputPlan, TensorSpec
 from .descriptors import InputFile, give_up, write_fully
 from .entries import chosen_entries, chosen_tensors
-from .pickles import DTYPES, StridedView
 from .strided import ReadAt, Region, extent_of
 from .written_pickles import Call, pickled, view_to_pickle
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..strict.pickles import DTYPES, STORAGES, StorageKey
 from ..torch_private import pickled as names
 from .checkpoints import ITEMSIZES
-from .pickles import DTYPES, STORAGES, StorageKey
 from .strided import row_major
 
 TORCH_NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -9,16 +9,16 @@ from typing import Any, TypeVar
 
 from torch.nn import Module
 
-from ..average.accepting import check_device
+from ..average.accepting import check_device, check_include
 from ..average.functions import choose_rule, refuse_format
 from ..average.fused_averages import by_name, named_rules
 from ..average.sampling import check_deviations
 from ..loop.runners import check_modes
 from ..loop.schedule import Schedule, Span, parse
 from ..op import checks, choice
+from ..op.checks import checked_bool as checked_bool
 from ..terms import hints
 from ..terms.formats import check_format
-from ..terms.numbers import as_bool
 from ..terms.rules import EqualAverage, Rule
 from ..terms.spelled import spell_rule
 from ..terms.spread import checked_spread
@@ -150,17 +150,4 @@ def check_options(
     check_device(options.get("device"))
     if options.get("backend") is not None:
         choice.check_name(options["backend"])
-    include = options.get("include")
-    if include is not None and not callable(include):
-        raise TypeError(
-            f"include must be a function include(name, param) -> bool, got {include!r}"
-            f"{hints.of_value('include', include)}"
-        )
-
-
-def checked_bool(name: str, value: object) -> bool:
-    """Return the value of an argument as a bool, or raise TypeError if it is none."""
-    checked = as_bool(value)
-    if checked is None:
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return checked
+    check_include(options.get("include"))

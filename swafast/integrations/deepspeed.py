@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import Module
 
+from ..sharded.parts.rendezvous import shared_ranks
 from ..terms.names import unwrap
 from ..terms.warn import warn_user
 from . import deepspeed_engine as engines
@@ -44,7 +45,7 @@ class WeightAverage(Contract):
     _engine: Any = None
 
     def install(self, engine: DeepSpeedEngine) -> WeightAverage:
-        """Make the averages, and follow the engine's steps. Return this object. Collective if averages are shards.
+        """Make the averages, and follow the engine's steps. Return this object. Collective.
 
         Args:
             engine: of ``deepspeed.initialize``, or that of Accelerate's ``prepare``.
@@ -55,16 +56,11 @@ class WeightAverage(Contract):
                 attached to the engine's optimizer itself.
             NotImplementedError: it trains with pipeline or tensor parallelism, experts or ZenFlow; its checkpoints are
                 in parts on the nodes' own disks; or ZeRO stage 3 does not take these options.
+            RuntimeError: the call was refused on another rank.
         """
-        engines.check_engine(engine, _deepspeed.DeepSpeedEngine, _deepspeed.PipelineEngine)
-        engines.refuse_beside(engine, bool(self._when.get("overlap")), self._when.get("offload"))
-        stage, steps = engine.zero_optimization_stage(), engines.applied_steps(engine)
-        is_sharded = stage > 0 if self._sharded == "auto" else bool(self._sharded)
-        engines.refuse_node_local(engine, is_sharded)
-        if self._engine is not None:
-            raise ValueError("a WeightAverage must be installed once, got a second call: make another one")
-        others = vars(engine).setdefault("_swafast_averages", [])
-        refuse_second([self, *others], "one engine")
+        with (ranks := shared_ranks(call="install")).lock, ranks.settled("install"):  # else the others would wait
+            is_sharded = self._checked(engine)
+        steps, others = engines.applied_steps(engine), vars(engine).setdefault("_swafast_averages", [])
         self._engine, sharded, self._sharded = engine, self._sharded, is_sharded
         try:
             self.make(engine.module)
@@ -86,6 +82,17 @@ class WeightAverage(Contract):
         ):
             run_inside(engine, name, around)
         return self
+
+    def _checked(self, engine: DeepSpeedEngine) -> bool:
+        """Return whether the averages are to be shards, or raise as :meth:`install`."""
+        engines.check_engine(engine, _deepspeed.DeepSpeedEngine, _deepspeed.PipelineEngine)
+        engines.refuse_beside(engine, bool(self._when.get("overlap")), self._when.get("offload"))
+        is_sharded = engine.zero_optimization_stage() > 0 if self._sharded == "auto" else bool(self._sharded)
+        engines.refuse_node_local(engine, is_sharded)
+        if self._engine is not None:
+            raise ValueError("a WeightAverage must be installed once, got a second call: make another one")
+        refuse_second([self, *vars(engine).get("_swafast_averages", ())], "one engine")
+        return is_sharded
 
     # Their use
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn import Module
 
+from ..sharded.strict_reader import read_metadata
 from ..terms.names import canonical, named_buffers, named_params
 from .saved_states import check_keys, cloned, load_shards, naming
 from .weight_average import Contract
@@ -127,7 +127,7 @@ def parts_after_setup(checkpoint: Mapping[str, Any], path: Path, averaged: Any) 
         return parts_of(checkpoint, path, weights)
     ours = ours_of(checkpoint, path)
     has_models = ours is not None and ours.get("has_models", True)
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    saved = read_metadata(path).state_dict_metadata
     has_averages = any(key.startswith(f"state_dict.{IN_SHARDS}") for key in saved)
     _refuse_contradiction(path, has_models=has_models, has_averages=has_averages)
     found = {"ours": ours, "averaged": None, "own": None, "step": checkpoint.get("global_step", 0)}

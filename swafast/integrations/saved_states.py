@@ -46,8 +46,11 @@ def load_shards(state: dict[str, Any], folder: str | Path, planner: Any = None) 
     """
     import torch.distributed.checkpoint as dcp
 
+    from ..sharded.strict_reader import StrictReader
+
+    reader = None if "://" in str(folder) else StrictReader(folder)
     try:
-        dcp.load(state, checkpoint_id=folder, planner=planner)
+        dcp.load(state, checkpoint_id=folder, storage_reader=reader, planner=planner)
     except dcp.CheckpointException as error:  # no Exception, so a user's `except` would miss it
         raise RuntimeError(f"{folder} must be whole and of the same averages, got errors on ranks: {error}") from error
 

@@ -107,7 +107,8 @@ def _kept(average: Contract, part: str, own: dict[str, Any], found: Mapping[str,
     if saved and (lacking or surplus):
         raise RuntimeError(
             f"the checkpoint must have the {part!r} of this average, got {len(lacking)} keys missing "
-            f"({few(sorted(lacking))}) and {len(surplus)} of another model or format ({few(sorted(surplus))})"
+            f"({few(sorted(lacking))}) and {len(surplus)} of another model or format ({few(sorted(surplus))}): "
+            "use the model and format= as then, and if the model changes, call adapt_to(model) after the load"
         )
     for key, value in own.items() if saved else ():
         dtype = getattr(getattr(saved[key], "properties", None), "dtype", None)

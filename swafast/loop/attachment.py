@@ -14,13 +14,13 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from ..terms import habits, hints
-from ..terms.lazy import MadeOnUse
+from ..terms.lazy import Checked, MadeOnUse
 from ..terms.warn import warn_user
 from ..torch_private.core import disable_dynamo
 from ..torch_private.modules import named_modules, named_tensors
 from ..torch_private.optimizers import is_making_state, is_step
 from .hookable import first_name, ids_of_params, refuse_copies
-from .roster import Roster
+from .roster import Roster, checked_name
 from .runners import Runner, Updating, runner_for
 from .schedule import Schedule, check_step, read_steps
 from .waiting import Waits
@@ -45,6 +45,7 @@ class Attachment(hints.WithHints):
     """
 
     _meant = habits.OF_ATTACHMENTS
+    name = Checked(checked_name)
     _beside: tuple[bool, str | None] = (False, None)  # overlap and offload; a copy has neither
     waits_in_step = True
     _trained: set[int] | None = None  # ids of the optimizers' params at construction, until the first step

@@ -47,6 +47,19 @@ class Enrolled(Protocol):
     def resume(self, state: Any) -> None: ...
 
 
+def checked_name(argument: str, name: object) -> str:
+    """Return the name of an attachment.
+
+    Raises:
+        TypeError: it is not a str. ValueError: it is empty.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"{argument} must be a str, got {name!r}")
+    if not name:
+        raise ValueError(f"{argument} must not be empty")
+    return name
+
+
 class Roster:
     """The attachments whose states are in one optimizer's state dict.
 
@@ -76,10 +89,8 @@ class Roster:
         Raises:
             TypeError: it is not a str. ValueError: it is empty, or another attachment has it.
         """
-        if name is not None and not isinstance(name, str):
-            raise TypeError(f"name must be a str, got {name!r}")
-        if name == "":
-            raise ValueError("name must not be empty")
+        if name is not None:
+            checked_name("name", name)
         if any(each.name == name for each in self.attachments):
             raise ValueError(f"name must be one that no other average attached to the optimizer has, got {name!r}")
 

@@ -12,7 +12,7 @@ from ..backends.contract import Pair
 from ..terms.copying import are_alike, describe_kind, overlaps_itself, without_expansion
 from ..terms.formats import Format
 from ..terms.layout import extent
-from ..terms.numbers import as_int
+from ..terms.numbers import as_bool, as_int
 from ..terms.partitioned import mark_of_emptied
 from ..torch_private.core import has_own_dispatch
 from .copies import is_for_torch
@@ -38,6 +38,14 @@ def checked_seed(value: object) -> int:
     if seed is None:
         raise TypeError(f"seed must be an int, got {value!r}")
     return seed
+
+
+def checked_bool(argument: str, value: object) -> bool:
+    """Return ``value`` as a bool, or raise TypeError if it is none."""
+    found = as_bool(value)
+    if found is None:
+        raise TypeError(f"{argument} must be True or False, got {value!r}")
+    return found
 
 
 def checked_num_averaged(value: object) -> int:

@@ -124,10 +124,15 @@ class BlockRounding(nn.Module):
         self, bits: int | None = 8, *, error_bits: int | str | None = "bits", rounding: str = "stochastic"
     ) -> None:
         super().__init__()
-        given = {"bits": bits, "error_bits": bits if error_bits == "bits" else error_bits}
-        checked = {name: None if value is None else checked_bits(name, value) for name, value in given.items()}
-        self.bits, self.error_bits = checked["bits"], checked["error_bits"]
-        self.rounding = checked_rounding(rounding)
+        self.bits, self.error_bits = bits, bits if error_bits == "bits" else error_bits
+        self.rounding = rounding
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("bits", "error_bits") and value is not None:
+            value = checked_bits(name, value)
+        elif name == "rounding":
+            value = checked_rounding(value)
+        super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bits is None and (self.error_bits is None or not (torch.is_grad_enabled() and x.requires_grad)):

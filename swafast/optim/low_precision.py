@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from ..loop.attachment import Attachment, check_step, wait_for_readers
 from ..loop.hookable import check_optimizers
 from ..loop.roster import state_holder
-from ..op.checks import checked_seed
+from ..op.checks import checked_bool, checked_seed
 from ..terms.copying import overlaps_itself
-from ..terms.numbers import as_bool
+from ..terms.lazy import Checked
 from ..terms.pickling import pickled_from
 from ..terms.warn import warn_user
 from ..torch_private.optimizers import is_making_state, is_step, owners_of_step_hooks
@@ -75,6 +75,11 @@ class LowPrecision:
         averaged.attach(optimizer, start="0.75dur", every=len(loader), duration=total_steps)
     """
 
+    bits = Checked(checked_bits)
+    rounding = Checked(lambda name, value: checked_rounding(value))
+    full_accumulator = Checked(checked_bool)
+    seed = Checked(lambda name, value: checked_seed(value))
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -85,10 +90,8 @@ class LowPrecision:
         seed: int = 0,
     ) -> None:
         self._optimizer = _checked_optimizer(optimizer)
-        self.bits, self.rounding = checked_bits("bits", bits), checked_rounding(rounding)
-        if (is_full := as_bool(full_accumulator)) is None:
-            raise TypeError(f"full_accumulator must be a bool, got {full_accumulator!r}")
-        self.full_accumulator, self.seed, self._step = is_full, checked_seed(seed), 0
+        self.bits, self.rounding = bits, rounding
+        self.full_accumulator, self.seed, self._step = full_accumulator, seed, 0
         for what, param in _places(self._optimizer):
             check_real(what, param)
         _refuse_differentiable(self._optimizer)

@@ -7,6 +7,7 @@ left over from an interrupted save and is ignored. Of one count, the latest gene
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
+from ..sharded.strict_reader import read_metadata
 from ..terms.formats import dtype_named
 from ..terms.pickling import pickled_from
 from ..terms.replacing import replacing
@@ -71,6 +74,11 @@ class Snapshot:
     copies: tuple[StoredTensor, ...]  # tensors that are not averaged, stored once under `key_of("", name)`
     checksums: Mapping[str, int]  # by key
 
+    @functools.cached_property
+    def metadata(self) -> Metadata:
+        """What its files have, read once for all windows of a sum."""
+        return read_metadata(self.path)
+
     def layout(self) -> dict[str, str]:
         """Describe each tensor, by name. Snapshots of one model have equal layouts."""
         kinds = (("averaged", self.params), ("copied", self.copies))
@@ -93,7 +101,8 @@ def require_same_model(expected: Snapshot, what: str, got: Snapshot) -> None:
         if ours.get(name) != theirs.get(name):
             raise ValueError(
                 f"{what} must be of the model in {expected.path}, got for {name!r} "
-                f"{theirs.get(name, 'nothing')} instead of {ours.get(name, 'nothing')}"
+                f"{theirs.get(name, 'nothing')} instead of {ours.get(name, 'nothing')}: if the model has changed, save "
+                "it to another folder"
             )
 
 

@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -92,7 +93,7 @@ class Snapshots(HasMerges):
         process_group: ProcessGroup | None = None,
         rules: Mapping[str, Rule] | None = None,
     ) -> None:
-        self.folder = Path(folder).absolute()  # the working directory may change
+        self.folder = folder
         self._has_warned = False  # of later snapshots in the folder
         self._ranks = shared_ranks(process_group, "Snapshots")
         with self._ranks.settled("Snapshots"):
@@ -104,6 +105,12 @@ class Snapshots(HasMerges):
                     raise TypeError(f"rules must have strings for names, got {name!r}")
                 if not isinstance(rule, Rule):
                     raise TypeError(f"rules[{name!r}] must be a swafast.Rule, got {type(rule).__name__}")
+
+    def _set_folder(self, folder: str | os.PathLike[str]) -> None:
+        self._folder = Path(folder).absolute()  # the working directory may change
+
+    #: Where the snapshots are.
+    folder = property(attrgetter("_folder"), _set_folder)  # attrgetter is in C: no call of Python
 
     # Listing
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ..op.checksum import checksum, wrap_int64
 from ..sharded.parts.ranks import Ranks
+from ..sharded.strict_reader import StrictReader
 from ..terms.coefficients import factors_of
 from ..terms.names import unwrapping
 from ..torch_private import distributed as private
@@ -102,7 +103,7 @@ def read(snapshot: Snapshot, wanted: Mapping[str, Tensor], ranks: Ranks) -> None
         ValueError: on every rank, if a file cannot be read, or a checksum differs; the message names the key.
     """
     with reporting(ValueError, f"snapshot {snapshot.path} must be whole and readable, got"):
-        dcp.load(dict(wanted), storage_reader=dcp.FileSystemReader(snapshot.path), process_group=ranks.group)
+        dcp.load(dict(wanted), storage_reader=StrictReader(snapshot.path, snapshot.metadata), process_group=ranks.group)
     found = {key: tensor for key, tensor in wanted.items() if tensor.numel()}
     numels = [local_of(tensor).numel() for tensor in found.values()]
     sums = ranks.sums([*map(_checksum_here, found.values()), *numels])

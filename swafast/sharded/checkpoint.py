@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Placement
 
 from ..op.checks import check_plain
 from ..op.checksum import checksum, wrap_int64
-from ..terms import misfits
+from ..terms import misfits, other_names
 from ..terms.boxes import boxes_of_run
 from ..terms.converting import write_all
 from ..terms.copying import are_alike, describe_kind
@@ -270,7 +270,8 @@ def _run_from(value: Tensor, key: str, entry: Entry, seals: Mapping[str, tuple[i
     share, holding = entry.share, entry.share.holding
     _require_saved_as(entry.plane.dtype, key, seals, entry.spread)
     if tuple(value.shape) != holding.shape:
-        raise ValueError(f"state_dict[{key!r}] must have the shape {holding.shape}, got {tuple(value.shape)}")
+        hint = f"if the model has changed since, {other_names.after_loading('ShardedAveragedModel')}"
+        raise ValueError(f"state_dict[{key!r}] must have the shape {holding.shape}, got {tuple(value.shape)}: {hint}")
     if isinstance(value, DTensor):
         if share.cut is not None or not is_spread_as(value, holding.sharding):
             got = f"{value.placements} on {value.device_mesh}"

@@ -15,6 +15,7 @@ from ..average.described import describe_all
 from ..average.functions import DECAYS, refuse_decay
 from ..average.fused_averages import by_name, named_rules, refuse_own
 from ..average.growing import OldName
+from ..average.settings import SETTINGS
 from ..loop.guard import Guard
 from ..terms import hints, misfits
 from ..terms.pickling import pickled_from
@@ -122,6 +123,8 @@ class ShardedAverages(AttachableShards, Mapping[str, ShardedAveragedModel]):
         refuse_own(self, ShardedAveragedModel, name)
         if name in DECAYS:
             refuse_decay(self, name, value)
+        if name in SETTINGS:
+            value = SETTINGS[name](name, value)
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:

@@ -15,11 +15,11 @@ from torch.nn import Module
 from ..average.accepting import ask_include
 from ..average.functions import DECAYS, ByRuleAlone, choose_rule, refuse_decay
 from ..average.sampling import check_deviations, refuse_complex
+from ..average.settings import SETTINGS
 from ..loop.guard import Guard
 from ..op import checks
 from ..terms import hints
 from ..terms.copying import duplicate
-from ..terms.formats import check_format
 from ..terms.pickling import pickled_from
 from ..terms.rules import Rule, warn_of_small_decay
 from ..terms.spread import Spread, checked_spread
@@ -111,10 +111,15 @@ class ShardedAveragedModel(HasFullStates, PlaceableShards, AdaptableShards, Shar
     ) -> None:
         self._ranks = construction.ranks_over(process_group, "ShardedAveragedModel")
         self._number = self._ranks.next_number()
-        self.format, self.backend, self.nonfinite, self.seed = format, backend, nonfinite, seed
-        self.use_buffers, self.share_replicas, self.include = use_buffers, share_replicas, include
+        asked = {"format": format, "backend": backend, "nonfinite": nonfinite, "seed": seed, "include": include}
+        asked |= {"use_buffers": use_buffers, "share_replicas": share_replicas}
         with self._ranks.lock:
-            self._construct(model, rule, include, num_averaged, deviations)
+            self._construct(model, rule, asked, num_averaged, deviations)
+
+    nonfinite: str
+    seed: int
+    share_replicas: bool
+    include: Callable[[str, Tensor], bool] | None
 
     # Construction
 
@@ -122,15 +127,15 @@ class ShardedAveragedModel(HasFullStates, PlaceableShards, AdaptableShards, Shar
         self,
         model: Module,
         rule: Rule | None,
-        include: Callable[[str, Tensor], bool] | None,
+        asked: Mapping[str, Any],
         num_averaged: int,
         deviations: object,
     ) -> None:
         """Construct the average in steps that all ranks take together. Collective."""
         with self._ranks.settled("ShardedAveragedModel"):
-            check_format(self.__dict__["format"])
-            checks.check_nonfinite(self.nonfinite)
-            self.seed, num_averaged = checks.checked_seed(self.seed), checks.checked_num_averaged(num_averaged)
+            for name, value in asked.items():
+                setattr(self, name, value)  # checked there
+            num_averaged = checks.checked_num_averaged(num_averaged)
             self.rule, self._deviations = rule, checked_spread(deviations)
             check_deviations(self._deviations, self.rule, num_averaged)
             warn_of_small_decay(rule)
@@ -139,10 +144,10 @@ class ShardedAveragedModel(HasFullStates, PlaceableShards, AdaptableShards, Shar
             reshard(model)
         self._meshes = construction.gather_meshes(model, self._ranks)
         with self._ranks.settled("ShardedAveragedModel"):
-            held = self._set_up(model, include)
+            held = self._set_up(model, asked["include"])
         options = ("rule", "nonfinite", "use_buffers", "share_replicas", "seed", "deviations")
-        asked = {"format": self.__dict__["format"]} | {option: getattr(self, option) for option in options}
-        described = {option: construction.spell(value) for option, value in asked.items()}
+        spelled = {"format": self.__dict__["format"]} | {option: getattr(self, option) for option in options}
+        described = {option: construction.spell(value) for option, value in spelled.items()}
         described["num_averaged"] = str(num_averaged)
         described |= {names[0]: "copied by torch" for names in self._copied}
         self._ranks.agree("the model and the arguments", described | construction.describe(self._shares))
@@ -181,6 +186,8 @@ class ShardedAveragedModel(HasFullStates, PlaceableShards, AdaptableShards, Shar
     def __setattr__(self, name: str, value: object) -> None:
         if name in DECAYS:
             refuse_decay(self, name, value)
+        if name in SETTINGS:
+            value = SETTINGS[name](name, value)
         super().__setattr__(name, value)
 
     def _set_rule(self, rule: Rule | None) -> None:

@@ -46,6 +46,7 @@ terms/: ints, names and numbers
     key               what something is looked up by; in a state, the name of an entry
     package           the public package under which a class is pickled
     made on use       an attribute that is made on its first use
+    checked           an attribute that is checked whenever it is set
     hint              the end of an error: the line that a user meant
     with hints        base class whose errors about attributes that it lacks end with a hint
 
@@ -92,6 +93,15 @@ loop/: averages that follow an optimizer
     refusal           hook of an averaged module: refuses its use while its swap is in force
     updating          what an attachment and its runner need of an averaged model
     together          what a guard needs of ranks that act together
+
+strict/: pickles of torch's files, read without running them
+    unpickler         reads a pickle, and makes nothing of it but tensors, sizes and plain values
+    opcodes           what each opcode of a pickle does, for so many of them
+    opaque            an object in a pickle that is not made
+    strided view      a tensor in a file of ``torch.save``: elements of a storage, with strides
+    storage key       the name under which a file of ``torch.save`` has a storage
+    chunked tensor    a tensor in chunks, as ``torch.distributed.checkpoint`` stores it
+    listing           what the list of a distributed checkpoint has, and where
 
 op/: one update, planned and launched
     plan              the pairs of an update, with their averages in buckets and their work
@@ -171,6 +181,7 @@ sharded/parts/: what one rank holds, and how ranks communicate
     piece             the bytes that one rank sends in one window of an all-gather
 
 sharded/: averages of models that are spread over ranks
+    strict reader     reads distributed checkpoints as torch does, and unpickles nothing
     locator           finds the tensors of this rank's shares again
     views             the params of a plan, viewed on access
     bound             a plan with its current params and planes
@@ -221,16 +232,10 @@ files/: checkpoints in files
     summing           what sums up one chunk at a time: the native library, numpy or torch
     advancing         what is told how many bytes are done
     report            what an average of checkpoints has done, or would do
-    unpickler         reads a pickle, and makes nothing of it but tensors, sizes and plain values
-    opcodes           what each opcode of a pickle does, for so many of them
-    opaque            an object in a pickle that is not made
-    strided view      a tensor in a file of ``torch.save``: elements of a storage, with strides
-    storage key       the name under which a file of ``torch.save`` has a storage
     call              a global that a pickle names, with what a load calls it with
     archive           the zip file of one ``torch.save``, which may be part of a file
     archive layout    an archive of which the bytes of storages come later
     region            a tensor's elements in a file
-    chunked tensor    a tensor in chunks, as ``torch.distributed.checkpoint`` stores it
     given up          what is being replaced stays as it is
     counted state     a state of averages, with their counts
     mapped state      the values of a state in a file that is mapped into memory

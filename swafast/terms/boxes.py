@@ -11,6 +11,16 @@ if TYPE_CHECKING:  # what reads files imports no torch
     from torch import Tensor
 
 
+def are_sizes(value: object) -> bool:
+    """Return whether a value of a file may be the sizes of a tensor: as many and as large as torch can have."""
+    return (
+        isinstance(value, tuple | list)
+        and len(value) <= 64
+        and all(type(size) is int and size >= 0 for size in value)
+        and math.prod(max(size, 1) for size in value) < 1 << 60
+    )
+
+
 @dataclass(frozen=True)
 class Box:
     """A box of a param, with the place of its elements in a run of memory."""

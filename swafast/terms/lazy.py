@@ -1,4 +1,4 @@
-"""Names that a package imports on first use, and attributes that are made on first use."""
+"""Names that a package imports on first use, and attributes made on first use, or checked when they are set."""
 
 from __future__ import annotations
 
@@ -55,3 +55,33 @@ class MadeOnUse(Generic[T]):
     def __get__(self, instance: object, owner: type) -> T: ...
     def __get__(self, instance: object | None, owner: type) -> MadeOnUse[T] | T:
         return self if instance is None else instance.__dict__.setdefault(self._name, self._make(instance))
+
+
+class Checked(Generic[T]):
+    """An attribute that is checked whenever it is set, at construction and later, and is in the object's own dict.
+
+    Args:
+        check: ``check(name, value)`` returns what is kept, or raises.
+    """
+
+    def __init__(self, check: Callable[[str, Any], T]) -> None:
+        self._check = check
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Checked[T]: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+    def __get__(self, instance: object | None, owner: type) -> Checked[T] | T:
+        if instance is None:
+            return self
+        try:
+            value: T = instance.__dict__[self._name]
+        except KeyError:
+            raise AttributeError(f"{type(instance).__name__!r} object has no attribute {self._name!r}") from None
+        return value
+
+    def __set__(self, instance: object, value: Any) -> None:
+        instance.__dict__[self._name] = self._check(self._name, value)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from . import other_names
 from .plane_names import DEVIATION, VARIANCE
 
 if TYPE_CHECKING:
@@ -62,11 +63,12 @@ def _meant(state: Mapping[Any, Any], own: set[str], loader: str) -> str:
         elif several and is_part:
             full = f"full_state_dict(), and write {load} with it"
         return f"this is {what}, for torch.distributed.checkpoint: save {full}"
-    if "n_averaged" in state:  # if one average shall load it, its names or shapes are of another model
+    if "n_averaged" in state and several:
         loading = f"{one}.load_state_dict" if is_part else load
-        return f"this is a state of one average: write {loading}(state)" if several else ""
-    if members and several:
-        return ""
+        return f"this is a state of one average: write {loading}(state)"
+    if "n_averaged" in state or (members and several):
+        head = f"{members[0]}.module." if several else "module."
+        return other_names.of_saved(own, [key[len(head) :] for key in keys if key.startswith(head)], loader)
     if members:
         class_of_several = loader.replace("AveragedModel", "Averages")
         return (
@@ -141,14 +143,15 @@ def unlike(names: Iterable[str], others: Iterable[str]) -> str:
 
 
 _KEYS = re.compile(r'("[^"\n]*", "[^"\n]*", "[^"\n]*"), ("[^"\n]*"(?:, "[^"\n]*")*)')
-_SIZE = "\tsize mismatch for "
+#: Before the key of a tensor of another shape, in an error of torch's loader.
+SIZE = "\tsize mismatch for "
 
 
 def shortened(message: str) -> str:
     """Return a message of torch's loader whose lists of keys, and of other shapes, end after three."""
     message = _KEYS.sub(lambda found: f"{found[1]} and {len(found[2].split(', '))} more", message)
     lines = message.split("\n")
-    sizes = [line for line in lines if line.startswith(_SIZE)]
+    sizes = [line for line in lines if line.startswith(SIZE)]
     if len(sizes) > 3:
         lines = [line for line in lines if line not in sizes[3:]] + [f"\tand {len(sizes) - 3} more size mismatches"]
     return "\n".join(lines).rstrip().removesuffix(".")

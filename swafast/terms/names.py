@@ -19,6 +19,7 @@ from ..torch_private.modules import (
     own_params,
     passing_buffers,
 )
+from . import other_names
 from .misfits import few
 
 _SEGMENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -200,10 +201,13 @@ def renormed_params(root: Module) -> list[str]:
 
 
 def require_same_names(kind: str, averages: Iterable[str], params: Iterable[str]) -> None:
-    """Raise ValueError with the first few names that only one side has."""
+    """Raise ValueError with the first few names that only one side has, and the call that takes the model along."""
     expected, given = dict.fromkeys(averages), dict.fromkeys(params)  # ordered sets
     missing = [name for name in expected if name not in given]
     surplus = [name for name in given if name not in expected]
     if missing or surplus:
         clauses = [f"{label} {few(names)}" for label, names in (("missing", missing), ("unexpected", surplus)) if names]
-        raise ValueError(f"model must have the {kind} that it was averaged with, got {'; '.join(clauses)}")
+        raise ValueError(
+            f"model must have the {kind} that it was averaged with, got {'; '.join(clauses)}: "
+            f"{other_names.of_model(expected, given)}"
+        )

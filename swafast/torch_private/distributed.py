@@ -25,6 +25,13 @@ from .modules import named_modules
 FLAT_PARAM = "_flat_param"
 
 
+def storage_info(path: str, offset: int, length: int) -> Any:
+    """Return the place of one entry in the files of a distributed checkpoint, in bytes."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo  # importing it takes a while
+
+    return _StorageInfo(path, offset, length)
+
+
 def local_tensors(tensors: Sequence[DTensor]) -> list[Tensor]:
     """Return the local tensors of DTensors themselves; ``to_local()`` makes a new object, which takes 1 us."""
     return [tensor._local_tensor for tensor in tensors]

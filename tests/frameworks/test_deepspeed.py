@@ -269,6 +269,22 @@ def test_steps_that_overflow_and_batches_between_do_not_count(stage: int) -> Non
     on_ranks(skips_overflows, stage, world=1)
 
 
+def refused_on_one_rank() -> None:
+    engine = engine_of(2)
+    average = WeightAverage()
+    if dist.get_rank() == 1:
+        with pytest.raises(TypeError, match=r"engine must be that of deepspeed\.initialize, got NoneType"):
+            average.install(None)  # type: ignore[arg-type]
+    else:
+        with pytest.raises(RuntimeError, match=r"install .*rank 1.*engine must be that of deepspeed\.initialize"):
+            average.install(engine)
+    average.install(engine)  # nothing is left of it
+
+
+def test_what_one_rank_refuses_is_refused_on_all() -> None:
+    on_ranks(refused_on_one_rank, world=2)
+
+
 def is_refused() -> None:
     for stage, options in ((3, {"overlap": True}), (3, {"offload": "cpu"})):
         with pytest.raises(NotImplementedError, match="overlap must be False and offload None with ZeRO stage 3"):

@@ -13,8 +13,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from ..terms.boxes import are_sizes
 from ..torch_private import pickled as names
-from .strided import are_sizes
+
+#: No pickle is larger: those of 100,000 tensors have 20 MB.
+MOST_PICKLE_NBYTES = 100_000_000
 
 #: The dtypes of safetensors, by torch's names.
 DTYPES = {

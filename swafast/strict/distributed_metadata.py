@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from ..terms.boxes import Box
-from .archives import MOST_PICKLE_NBYTES
-from .descriptors import open_regular
-from .pickles import Opaque, unpickled
-from .strided import are_sizes
+from ..terms.boxes import Box, are_sizes
+from .pickles import MOST_PICKLE_NBYTES, Opaque, unpickled
+from .regular_files import open_regular
 
 METADATA_FILE = ".metadata"
 #: Of nested dicts.
@@ -37,10 +35,21 @@ class ChunkedTensor:
     chunks: tuple[tuple[Box, ChunkPlace], ...]
 
 
-def read_metadata(
-    where: str, allow: Sequence[str]
-) -> tuple[dict[str, Any], dict[tuple[str, tuple[int, ...]], ChunkPlace]]:
-    """Return the state, nested as it was saved, and where each entry of it is, by key and offsets.
+@dataclass(frozen=True)
+class Listing:
+    """What a checkpoint has."""
+
+    entries: Mapping[str, Any]  # by key: a `ChunkedTensor`, or of what is no tensor, an `Opaque`
+    state: Mapping[str, Any]  # the same, nested as it was saved
+    places: Mapping[tuple[str, tuple[int, ...]], ChunkPlace]  # by key and offsets
+
+
+def read_listing(where: str, allow: Sequence[str] = ()) -> Listing:
+    """Read the list of a checkpoint.
+
+    Args:
+        where: the file.
+        allow: further globals that it may name.
 
     Raises:
         ValueError: the file is missing, damaged, or names globals that it may not.
@@ -57,16 +66,18 @@ def read_metadata(
         places = {_index(index): _place(info) for index, info in dict.items(value.get("storage_data"))}
         paths = value.get("planner_data")
         state: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         for key, entry in dict.items(value.get("state_dict_metadata")):
             path = dict.get(paths, key, (key,)) if isinstance(paths, dict) else (key,)
-            _put(state, path, key, _tensor(key, entry, places))
+            entries[key] = _tensor(key, entry, places)
+            _put(state, path, key, entries[key])
     except ValueError as error:
         raise ValueError(f"{where} is damaged: it does not describe a checkpoint ({error})") from None
     except (AttributeError, KeyError, IndexError, TypeError) as error:
         # Its text may have values of the pickle, which may be endless.
         reason = type(error).__name__
         raise ValueError(f"{where} is damaged: it does not describe a checkpoint ({reason})") from None
-    return state, places
+    return Listing(entries, state, places)
 
 
 def _put(state: dict[str, Any], path: Any, key: str, entry: Any) -> None:
