@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+
+# OpenMP reads this when torch is loaded. A waiting thread that spins takes the core from the thread it waits for, where
+# tests run in two processes on two cores: 21 CPU seconds instead of 7 for 21 tests of `attach`.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
