@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +71,17 @@ def execute(program: Path, arguments: Sequence[str], environment: Mapping[str, s
     options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "OMP_WAIT_POLICY": "passive"}
     env = {**os.environ, **options, **environment}
     return subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=240, env=env)
+
+
+def built_once(folder: Path, build: Callable[[Path], Path]) -> Path:
+    """Return what ``build`` makes in a folder that test processes share: the first builds, the others wait for it."""
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        path = folder / "path.txt"
+        if not path.exists():
+            path.write_text(str(build(folder)))
+        return Path(path.read_text())
 
 
 @contextmanager

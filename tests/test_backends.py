@@ -148,12 +148,17 @@ def gpu_backend(name: str, place: str, request: pytest.FixtureRequest, monkeypat
 
 @PAIRS
 def test_updates_equal_the_reference(tested: Subject, dtype: torch.dtype, fmt: Format) -> None:
-    weights = WEIGHTS[: 3 if tested.is_interpreted else 6 if tested.backend is not cpu else None]
-    check_updates(tested.prepare, tested.sized_pairs(dtype, fmt), weights, (1,), tested.device)
+    pairs = tested.sized_pairs(dtype, fmt)
+    if tested.is_interpreted:  # every size by one weight, and the others by few sizes: no kernel knows of both
+        check_updates(tested.prepare, pairs, WEIGHTS[1:2], (1,), tested.device)
+        pairs, weights = pairs[1:3], WEIGHTS[:3:2]
+    else:
+        weights = WEIGHTS[: 6 if tested.backend is not cpu else None]
+    check_updates(tested.prepare, pairs, weights, (1,), tested.device)
 
 
 def test_every_rule_gives_the_bits_of_the_reference(tested: Subject) -> None:
-    kinds = EXCHANGED[1::2] if tested.is_interpreted else EXCHANGED  # a rule knows neither dtype nor format
+    kinds = EXCHANGED[1:2] if tested.is_interpreted else EXCHANGED  # a rule knows neither dtype nor format
     pairs = [make_pair(700, dtype, fmt) for dtype, fmt in kinds]
     counts = (0, 1, 3, 999, 2**40) if tested.is_interpreted else (0, 1, 2, 3, 10, 999, 10**6, 2**40)
     check_updates(tested.prepare, pairs, RULES[:8], counts, tested.device)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -231,16 +232,22 @@ def test_json_of_any_kind_is_refused_or_read_as_safetensors_reads_it(
     assert found.specs.keys() == load(data).keys()
 
 
-HOSTILE: dict[str, bytes] = {
-    "one text": b'{"__metadata__":{"k":"' + b"x" * 49_000_000 + b'"}}',
-    "escaped text": b'{"__metadata__":{"k":"' + rb"\"" * 24_000_000 + b'"}}',
-    "many texts": b'{"__metadata__":{' + b",".join(b'"%d":""' % n for n in range(1_000_000)) + b"}}",
-    "many tensors": b"{%s}"
-    % b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % n for n in range(500_000)),
-    "long names": b"{%s}"
-    % b",".join(b'"%s%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % (b"n" * 180, n) for n in range(199_999)),
-    "many files": b'{"weight_map":{%s}}' % b",".join(b'"%d":"%d"' % (n, n) for n in range(2_500_000)),
-    "empty lists": b'{"metadata":%s%s,"weight_map":{"a":"b"}}' % (b"[" * 900, b",[]" * 5_000_000 + b"]" * 900),
+#: Each is made when its test runs: together they are 250 MB.
+HOSTILE: dict[str, Callable[[], bytes]] = {
+    "one text": lambda: b'{"__metadata__":{"k":"' + b"x" * 49_000_000 + b'"}}',
+    "escaped text": lambda: b'{"__metadata__":{"k":"' + rb"\"" * 24_000_000 + b'"}}',
+    "many texts": lambda: b'{"__metadata__":{' + b",".join(b'"%d":""' % n for n in range(1_000_000)) + b"}}",
+    "many tensors": lambda: (
+        b"{%s}" % b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % n for n in range(500_000))
+    ),
+    "long names": lambda: (
+        b"{%s}"
+        % b",".join(
+            b'"%s%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % (b"n" * 180, n) for n in range(199_999)
+        )
+    ),
+    "many files": lambda: b'{"weight_map":{%s}}' % b",".join(b'"%d":"%d"' % (n, n) for n in range(2_500_000)),
+    "empty lists": lambda: b'{"metadata":%s%s,"weight_map":{"a":"b"}}' % (b"[" * 900, b",[]" * 5_000_000 + b"]" * 900),
 }
 
 
@@ -248,8 +255,9 @@ HOSTILE: dict[str, bytes] = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_header_or_index_takes_little_memory_and_time(name: str, tmp_path: Path) -> None:
     """Read each in a process of its own, whose memory is measured: the interpreter has 20 MB of it."""
-    (tmp_path / "x").write_bytes(HOSTILE[name])
-    (tmp_path / "x.safetensors").write_bytes(with_header(HOSTILE[name], 0))
+    text = HOSTILE[name]()
+    (tmp_path / "x").write_bytes(text)
+    (tmp_path / "x.safetensors").write_bytes(with_header(text, 0))
     code = (
         "import os, resource, sys; from pathlib import Path\n"
         "from swafast.files import headers, safetensors_files\n"

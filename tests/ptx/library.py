@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.native_build import COMPILER, CSRC, compile_object, run
+from tests.native_build import COMPILER, CSRC, built_once, compile_object, run
 from tests.planting import Plant, read_plants
 from tests.ptx.read import read_kernels
 from tests.ptx.translate import translate
@@ -86,19 +85,12 @@ def edits_of(bug: Plant, ptx: str) -> dict[int, str]:
 def build_once(backend: str, shared: Path) -> Path:
     """Build a backend's library, with the bugs of its table, below a folder that test processes share.
 
-    The first process builds, and the others wait for it. The test is skipped where a compiler is not there.
+    The test is skipped where a compiler is not there.
     """
     for need, name in ((bool(COMPILER), "a C++ compiler"), *_NEEDS[backend]):
         if not need:
             pytest.skip(f"needs {name}")
-    folder = shared / f"{backend}_ptx"
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        path = folder / "path.txt"
-        if not path.exists():
-            path.write_text(str(BUILDS[backend](folder, read_plants(f"{backend}_ptx"))))
-        return Path(path.read_text())
+    return built_once(shared / f"{backend}_ptx", lambda folder: BUILDS[backend](folder, read_plants(f"{backend}_ptx")))
 
 
 class LaunchedKernel:
