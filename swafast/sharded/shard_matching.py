@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 
 from torch import Tensor
 from torch.nn import Module
@@ -18,6 +19,9 @@ from .parts.holdings import Held, reshard
 from .shard_side import ShardSide
 from .staging import Staging
 
+#: A getter, since each update asks it: an expression in Python would be one more call for each side.
+_moves_of = attrgetter("_moves")
+
 #: A plan with its current params and planes.
 Bound = tuple[Plan, Views, Sequence[Tensor]]
 
@@ -30,6 +34,7 @@ class ShardBinding:
         held: what this rank holds of the model, by name.
         staging: copies the buffers, and an update reads the copies; None: it reads the buffers themselves.
         for_use: as for :class:`Locator`.
+        config: what the binding is made for, besides the tensors. It serves as long as this is the same.
     """
 
     def __init__(
@@ -39,8 +44,9 @@ class ShardBinding:
         held: Mapping[str, Held],
         staging: Staging | None,
         for_use: bool,
+        config: tuple[object, ...],
     ) -> None:
-        self.config, self._staging = _config_of(sides, staging, for_use), staging
+        self.config, self._staging = config, staging
         self._locator = Locator(model, sides[0]._shares, held, for_use)
         found = self._locator.find(model)
         assert found is not None, "a new locator must fit"
@@ -134,11 +140,6 @@ class ShardBinding:
         return bases
 
 
-def _config_of(sides: Sequence[ShardSide], staging: Staging | None, for_use: bool) -> tuple[object, ...]:
-    """Return what a binding was made for, besides the tensors: a kept one serves where this is the same."""
-    return (vars(sides[0])["backend"], staging, for_use, *(side._moves for side in sides))
-
-
 def bind_shards(
     bindings: Bindings,
     model: Module,
@@ -159,7 +160,7 @@ def bind_shards(
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hints.of_value('model', model)}")
     counters = [side.n_averaged for side in sides]
-    config = _config_of(sides, staging, for_use)
+    config = (vars(sides[0])["backend"], staging, for_use, *map(_moves_of, sides))
     current = bindings.current(model, config, counters)
     if current is None:
         # After a forward pass without a backward, FSDP's root is gathered and its modules hold other tensors.
@@ -171,7 +172,7 @@ def bind_shards(
         held = sides[0]._find_held(model)
         for side in sides:
             side._follow(model, held)
-        bindings.use(ShardBinding(model, sides, held, staging, for_use))
+        bindings.use(ShardBinding(model, sides, held, staging, for_use, config))
         current = bindings.current(model, config, counters)
         if current is None:
             raise RuntimeError("model and averages must stay as they are in a call, but a thread has replaced a tensor")

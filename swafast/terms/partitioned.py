@@ -16,8 +16,8 @@ _MARKS = ("ds_shape", "ds_numel", "ds_id", "ds_status", "ds_tensor")
 
 
 def mark_of_emptied(param: Tensor) -> str | None:
-    """Return a mark of a param whose values are partitioned and not gathered; None if it is not so."""
-    if param.numel() or getattr(param, "ds_numel", None) == 0:
+    """Return a mark of an empty param whose values are partitioned; None if it has no values anywhere."""
+    if getattr(param, "ds_numel", None) == 0:
         return None
     return next((mark for mark in _MARKS if hasattr(param, mark)), None)
 

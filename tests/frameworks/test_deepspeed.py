@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -443,9 +444,17 @@ def loads_after_an_update(folder: Path) -> None:
     )
     step(engine)
     engine.save_checkpoint(folder)
+    # The update ends once somebody waits for it: it is as short as the model is small.
+    attachment, let_go = average.attachment, threading.Event()
+    run, join = attachment._runner._run, attachment.join
+    attachment._runner._run = lambda *args: let_go.wait(60) and run(*args)
+    attachment.join = lambda: (let_go.set(), join())
     step(engine)
-    assert average.attachment.is_under_way
-    engine.load_checkpoint(folder, load_module_only=True)
+    assert attachment.is_under_way
+    try:
+        engine.load_checkpoint(folder, load_module_only=True)
+    finally:
+        let_go.set()
     assert seen == [False]
 
 
