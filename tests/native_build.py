@@ -97,7 +97,10 @@ def said(done: Finished) -> str:
 
 
 class Kit:
-    """A test program in its variants: "sanitized" and "plain", and each of them with all bugs, to be switched on."""
+    """A test program in its variants: "sanitized" and "plain", and each of them with all bugs, to be switched on.
+
+    A build "switched sanitized" or "switched plain" has all bugs, and without a number none of them is on.
+    """
 
     def __init__(
         self,
@@ -115,23 +118,29 @@ class Kit:
         healthy = CSRC if sources is None else write_sources(folder / "healthy", sources)
         spoiled = switch_on(sources or read_sources(CSRC, *SUFFIXES), bugs, "(planted_bug == {})")
         planted = write_sources(folder / "csrc", spoiled)
-        # The test itself is not instrumented, which halves the time; it still marks its buffers' surroundings.
-        own = {"sanitized": ["-O2", "-DSWAFAST_TEST_ASAN=1"], "plain": ["-O2"]}
-        made: dict[str, list[Future[Path]]] = {}
-        for variant, all_units in variants.items():
-            out = folder / variant
-            tested = pool.submit(compile_object, NATIVE / test, out / "test.o", [*flags, *own.get(variant, ["-O1"])])
-            builds = {variant: (healthy, [])}
-            if variant in switched:
-                builds[f"switched {variant}"] = (planted, ["-include", str(NATIVE / "planted.h")])
-            for build, (csrc, more) in builds.items():
-                made[build] = [tested]
-                for unit, of_unit in units.items():
-                    options = [*flags, *all_units, *more, *of_unit]
-                    made[build].append(
-                        pool.submit(compile_object, csrc / unit, folder / build / f"{unit}.o", options, csrc)
-                    )
-        self._programs = {build: self._link(build, [it.result() for it in objects]) for build, objects in made.items()}
+        self._test, self._units, self._variants = NATIVE / test, units, variants
+        self._sources: dict[str, tuple[Path, list[str]]] = {variant: (healthy, []) for variant in variants}
+        for variant in switched:
+            self._sources[f"switched {variant}"] = (planted, ["-include", str(NATIVE / "planted.h")])
+        self._tests: dict[str, Future[Path]] = {}
+        self._programs: dict[str, Path] = {}
+
+    def _program(self, build: str) -> Path:
+        """Return a build's program, which is compiled when it is first asked for."""
+        if build not in self._programs:
+            variant, (csrc, more) = build.removeprefix("switched "), self._sources[build]
+            # The test itself is not instrumented, which halves the time; it still marks its buffers' surroundings.
+            own = {"sanitized": ["-O2", "-DSWAFAST_TEST_ASAN=1"], "plain": ["-O2"]}.get(variant, ["-O1"])
+            if variant not in self._tests:
+                out = self._folder / variant / "test.o"
+                self._tests[variant] = self._pool.submit(compile_object, self._test, out, [*self._flags, *own])
+            objects = [self._tests[variant]]
+            for unit, of_unit in self._units.items():
+                options = [*self._flags, *self._variants[variant], *more, *of_unit]
+                out = self._folder / build / f"{unit}.o"
+                objects.append(self._pool.submit(compile_object, csrc / unit, out, options, csrc))
+            self._programs[build] = self._link(build, [it.result() for it in objects])
+        return self._programs[build]
 
     def _link(self, build: str, objects: Sequence[Path]) -> Path:
         out = self._folder / build / "program"
@@ -140,7 +149,7 @@ class Kit:
         return out
 
     def start(self, build: str, *arguments: str, **environment: str) -> Future[Finished]:
-        return self._pool.submit(execute, self._programs[build], arguments, environment)
+        return self._pool.submit(execute, self._program(build), arguments, environment)
 
     def start_bug(
         self, bug: Plant, *arguments: str, variant: str = "sanitized", **environment: str

@@ -18,7 +18,7 @@ pytestmark = needs_compiler
 #: Flags of the kernels. The plain ones take 2^31 elements: there a call for each fmaf would cost a minute.
 VARIANTS = {"sanitized": ["-O1", *SANITIZE], "plain": ["-O2", "-march=native"]}
 #: Names of kLarge in tests/native/large.h.
-LARGE = ("exact", "one-chunk")
+LARGE = ("float32", "exact", "one-chunk")
 BUGS = read_plants("cuda")
 
 
@@ -30,14 +30,8 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
 
 
 @pytest.fixture(scope="module")
-def healthy(kit: Kit) -> dict[str, Future[Finished]]:
-    """What each program says when nothing is spoiled."""
-    return {variant: kit.start(variant) for variant in (*VARIANTS, "switched sanitized")}
-
-
-@pytest.fixture(scope="module")
-def large(kit: Kit, healthy: object) -> dict[str, Future[Finished]]:
-    return {name: kit.start("plain", "--large", name) for name in LARGE}
+def large(kit: Kit) -> Future[Finished]:
+    return kit.start("switched plain", "--large", "one-chunk")
 
 
 @pytest.fixture(scope="module")
@@ -47,25 +41,31 @@ def with_bugs(kit: Kit, large: object) -> dict[str, Future[Finished]]:
     return {bug.name: kit.start_bug(bug, *more[bug.name], variant=variant[bug.name]) for bug in BUGS}
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, "switched sanitized"])
-def test_kernels_pass(healthy: dict[str, Future[Finished]], variant: str) -> None:
-    done = healthy[variant].result()
-    assert done.returncode == 0, said(done)
-    assert "every check passed: CUDA" in done.stdout
-
-
-@pytest.mark.parametrize("name", LARGE)
-def test_more_elements_than_32_bits_count(large: dict[str, Future[Finished]], name: str) -> None:
-    done = large[name].result()
-    assert done.returncode == 0, said(done)
-    assert f"every check passed: {name}" in done.stdout
+def test_kernels_pass(kit: Kit) -> None:
+    """With every bug in the source, and none of them on."""
+    require_passed(kit.start("switched sanitized"), "CUDA")
 
 
 @pytest.mark.slow
-def test_more_bytes_than_32_bits_count_in_float32_too(kit: Kit) -> None:
-    done = kit.start("plain", "--large", "float32").result()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_kernels_pass_as_they_are_with_every_weight(kit: Kit, variant: str) -> None:
+    require_passed(kit.start(variant, "--all"), "CUDA")
+
+
+def test_more_bytes_than_32_bits_count(large: Future[Finished]) -> None:
+    require_passed(large, "one-chunk")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_more_elements_than_32_bits_count(kit: Kit, name: str) -> None:
+    require_passed(kit.start("plain", "--large", name), name)
+
+
+def require_passed(running: Future[Finished], what: str) -> None:
+    done = running.result()
     assert done.returncode == 0, said(done)
-    assert "every check passed: float32" in done.stdout
+    assert f"every check passed: {what}" in done.stdout
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
