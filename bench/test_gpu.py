@@ -245,6 +245,7 @@ def test_a_part_that_fails_or_hangs_is_recorded_and_the_run_goes_on(
     assert found[1:] == [("fails", "failed", "OSError: no room in c.txt"), ("late", "not run", "the time was up")]
 
 
+@pytest.mark.slow
 def test_a_dry_run_from_end_to_end(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,6 +50,12 @@ OF_EVERY_FRAMEWORK = {"WeightAverage", "lengths_of"}  # its class in integration
 ASKED_OF_EVERY_BACKEND = {"unavailable", "describe", "serves", "prepare"}
 
 
+@cache
+def parsed(source: str) -> ast.Module:
+    """The syntax tree of a module, which the rules only read."""
+    return ast.parse(source)
+
+
 def folder_of(path: str) -> str:
     folder = path.rpartition("/")[0]
     return "demo" if folder.startswith("demo/") else folder
@@ -105,7 +111,7 @@ def names_in(path: str, source: str) -> frozenset[str]:
 
     A string that is nothing but a dotted name of torch counts too: a key of ``sys.modules`` or an annotation.
     """
-    nodes = list(ast.walk(ast.parse(source)))
+    nodes = list(ast.walk(parsed(source)))
     imports = list(imports_in(path, nodes))
     bound = {"torch": "torch", "swafast": "swafast", **{name: meaning for _, name, meaning in imports}}
     names: set[str | None] = {imported for imported, _, _ in imports}
@@ -169,7 +175,7 @@ def private_names(path: str, source: str) -> list[str]:
         return []
     found = {match[0] for name in names_in(path, source) if (match := PRIVATE_IN_TORCH.match(name))}
     found -= PUBLIC_ALL_THE_SAME
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         attributes: set[str | None] = set()
         if isinstance(node, ast.Attribute):
             attributes = {node.attr}
@@ -197,7 +203,7 @@ def shared_names(sources: Sources) -> list[str]:
         excepted = {"main", *USERS_FUNCTIONS, *(ASKED_OF_EVERY_BACKEND if path.startswith("backends/") else ())}
         excepted |= OF_EVERY_FRAMEWORK if path.startswith("integrations/") else set()
         defined = set()
-        for node in ast.parse(sources[path]).body:
+        for node in parsed(sources[path]).body:
             if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 is_private = node.name.startswith("_") and not isinstance(node, ast.ClassDef)
                 defined |= set() if is_private else {node.name} - excepted
@@ -207,6 +213,7 @@ def shared_names(sources: Sources) -> list[str]:
     return [f"{name}: {', '.join(paths)}" for name, paths in sorted(places.items()) if len(paths) > 1]
 
 
+@cache
 def words_of(name: str) -> tuple[str, ...]:
     """The words of an identifier or of a glossary's entry, in the singular."""
     words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)
@@ -215,12 +222,13 @@ def words_of(name: str) -> tuple[str, ...]:
 
 def glossary_entries(sources: Sources) -> list[str]:
     """The nouns in the glossary: what stands in columns 5 to 22 of its indented lines."""
-    docstring = ast.get_docstring(ast.parse(sources["terms/__init__.py"])) or ""
+    docstring = ast.get_docstring(parsed(sources["terms/__init__.py"])) or ""
     return [line[4:22].strip() for line in docstring.splitlines() if re.match(r" {4}\S", line)]
 
 
+@cache
 def identifiers(source: str) -> set[str]:
-    nodes = list(ast.walk(ast.parse(source)))
+    nodes = list(ast.walk(parsed(source)))
     return {
         *(node.name for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)),
         *(node.arg for node in nodes if isinstance(node, ast.arg)),
@@ -240,7 +248,7 @@ def wrong_words(sources: Sources) -> list[str]:
     code = {path: source for path, source in sources.items() if folder_of(path) != "demo"}
     found = [f"{' '.join(entry)}: twice" for entry in dict.fromkeys(entries) if entries.count(entry) > 1]
     for path, source in code.items():
-        classes = (node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
+        classes = (node.name for node in parsed(source).body if isinstance(node, ast.ClassDef))
         found += [f"{path}: {name}" for name in classes if not {words_of(name), words_of(name)[-1:]} & {*entries}]
     names = set().union(*(identifiers(source) for source in code.values()))
     unused = (entry for entry in entries if not any(has_words(name, entry) for name in names))

@@ -13,6 +13,7 @@ import random
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from bench import names
@@ -81,9 +82,10 @@ def bytes_of(dtype: str, format: str, work: str = "") -> tuple[int, int]:
     return moved_bytes(kind, format, work=work) - written, written
 
 
+@cache
 def chunks_of(
     workload: str, dtype: str = "float32", format: str = "float32", gpu: Gpu = Gpu(), work: str = ""
-) -> list[Chunk]:
+) -> tuple[Chunk, ...]:
     """Return a workload's chunks, as the package cuts them: params, then buffers, which are copied byte by byte."""
     described, kind = GPU_WORKLOADS[workload], DTYPES[dtype]
     params = [math.prod(shape) for _, shape in described.params(described.full_depth)]
@@ -92,7 +94,7 @@ def chunks_of(
     # Rows that share a param are cut small, for the caches.
     size = GPU_CHUNK_NUMELS[0] if work else gpu_chunk_numel(sum(numels), gpu.num_blocks)
     each = [bytes_of(dtype, format, work)] * len(params) + [(1, 1)] * len(buffers)
-    return [Chunk(numel, *each[row]) for row, _, numel, *_ in cut_chunks(whole_runs(numels), size).tolist()]
+    return tuple(Chunk(numel, *each[row]) for row, _, numel, *_ in cut_chunks(whole_runs(numels), size).tolist())
 
 
 def simulate(chunks: Sequence[Chunk], loop: Loop = CUDA, gpu: Gpu = Gpu(), taken: float = 0.0) -> float:
