@@ -204,19 +204,20 @@ def nested(*lengths: int, layout: torch.layout = torch.strided) -> Tensor:
     return torch.nested.nested_tensor([torch.arange(float(length)) for length in lengths], layout=layout)
 
 
-GROWN: dict[str, tuple[Tensor | None, Tensor | None]] = {
-    "grows": (torch.arange(4.0), torch.arange(8.0)),
-    "shrinks": (torch.arange(8.0), torch.arange(2.0)),
-    "gets another rank": (torch.arange(4.0), torch.ones(2, 3, 1)),
-    "becomes whole numbers": (torch.arange(4.0), torch.arange(4)),
-    "becomes sparse": (torch.eye(3), torch.eye(3).to_sparse()),
-    "becomes dense": (torch.eye(3).to_sparse(), torch.eye(3)),
-    "is nested otherwise": (nested(2, 3), nested(4, 1, 2)),
-    "is jagged otherwise": (nested(2, 3, layout=torch.jagged), nested(4, 1, 2, layout=torch.jagged)),
-    "comes": (None, torch.arange(4.0)),
-    "comes sparse": (None, torch.eye(3).to_sparse()),
-    "goes": (torch.arange(4.0), None),
-    "goes sparse": (torch.eye(3).to_sparse(), None),
+#: Made by their tests: the first nested tensor imports a second's worth of torch.
+GROWN: dict[str, Callable[[], tuple[Tensor | None, Tensor | None]]] = {
+    "grows": lambda: (torch.arange(4.0), torch.arange(8.0)),
+    "shrinks": lambda: (torch.arange(8.0), torch.arange(2.0)),
+    "gets another rank": lambda: (torch.arange(4.0), torch.ones(2, 3, 1)),
+    "becomes whole numbers": lambda: (torch.arange(4.0), torch.arange(4)),
+    "becomes sparse": lambda: (torch.eye(3), torch.eye(3).to_sparse()),
+    "becomes dense": lambda: (torch.eye(3).to_sparse(), torch.eye(3)),
+    "is nested otherwise": lambda: (nested(2, 3), nested(4, 1, 2)),
+    "is jagged otherwise": lambda: (nested(2, 3, layout=torch.jagged), nested(4, 1, 2, layout=torch.jagged)),
+    "comes": lambda: (None, torch.arange(4.0)),
+    "comes sparse": lambda: (None, torch.eye(3).to_sparse()),
+    "goes": lambda: (torch.arange(4.0), None),
+    "goes sparse": lambda: (torch.eye(3).to_sparse(), None),
 }
 
 
@@ -228,7 +229,7 @@ def same(module: Any, expected: Tensor | None) -> bool:
 
 @pytest.mark.parametrize(("case", "several"), [*((case, False) for case in GROWN), ("grows", True), ("comes", True)])
 def test_a_copied_buffer_is_taken_over_as_it_is_now(case: str, several: bool) -> None:
-    before, now = GROWN[case]
+    before, now = GROWN[case]()
     model = Model(before)  # type: ignore[arg-type]  # None is a buffer too
     averages, averaged = average_of(model, several)
     averages.update_parameters(model)
@@ -250,7 +251,7 @@ def test_a_copied_buffer_is_taken_over_as_it_is_now(case: str, several: bool) ->
 @pytest.mark.parametrize("case", GROWN)
 def test_a_buffer_that_an_evaluation_makes_anew_stays_with_the_model(case: str) -> None:
     # A cache grows with its attributes in Python, such as its length, so the old one would not fit them.
-    before, now = GROWN[case]
+    before, now = GROWN[case]()
     model = Model(before)  # type: ignore[arg-type]
     averaged, _ = average_of(model)
     averaged.update_parameters(model)

@@ -92,7 +92,7 @@ def test_every_call_copies_every_kind(kind: str, several: bool) -> None:
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize(("case", "several"), [("grows", True), ("becomes whole numbers", False), ("comes", True)])
 def test_a_copied_buffer_is_taken_over_as_it_is_now(case: str, several: bool) -> None:
-    before, now = GROWN[case]
+    before, now = GROWN[case]()
     model = Model(before)  # type: ignore[arg-type]  # None is a buffer too
     averages, averaged = average_of(model, several)
     for buffer in (now, before, now):
