@@ -113,7 +113,7 @@ def test_the_list_is_what_torch_reads(tmp_path: Path) -> None:
         "epoch": 3,
         "list": [torch.ones(2), "text"],
     }
-    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    dcp.save(state, checkpoint_id=tmp_path)
     theirs, ours = dcp.FileSystemReader(tmp_path).read_metadata(), read_metadata(tmp_path)
     assert ours.state_dict_metadata.keys() == theirs.state_dict_metadata.keys()
     for key, entry in theirs.state_dict_metadata.items():
