@@ -60,6 +60,7 @@ from tests.spreads import (
     spread_averages_of,
 )
 from tests.support import drift
+from tests.triton_source import patch_language_once
 
 #: A chunk of a GPU's tests: more than a wide tile, and not a multiple of any group.
 CHUNK_NUMEL = 4100
@@ -143,6 +144,8 @@ def gpu_backend(name: str, place: str, request: pytest.FixtureRequest, monkeypat
     assert missing is None, missing
     monkeypatch.setattr(gpu_tables, "gpu_chunk_numel", lambda numel, blocks: CHUNK_NUMEL)
     device = torch.device("cuda", 0) if place == "cuda" else torch.device("cpu")
+    if (name, place) == ("triton", "cpu"):
+        patch_language_once(monkeypatch)
     return Subject(backend, device, CHUNK_NUMEL, is_interpreted=(name, place) == ("triton", "cpu"))
 
 

@@ -60,7 +60,7 @@ from tests.spreads import (
     pairs_of_each_path,
     spread_averages_of,
 )
-from tests.triton_source import import_kernels, read_kernels
+from tests.triton_source import import_kernels, patch_language_once, read_kernels
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 from swafast.backends.triton.arithmetic import HAS_FMA  # noqa: E402
@@ -79,21 +79,8 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def language_patched_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the interpreter put its functions into the language at each launch, and not at each call within one.
-
-    That took two thirds of the time of these tests, and puts in what is there already.
-    """
-    if DEVICE != "cpu":
-        return
-    interpreted_function = importlib.import_module("triton.runtime.interpreter").InterpretedFunction
-    call = interpreted_function.__call__
-
-    def call_ours(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        if self.fn.__module__.startswith("swafast."):
-            return self.rewrite()(*args, **kwargs)
-        return call(self, *args, **kwargs)
-
-    monkeypatch.setattr(interpreted_function, "__call__", call_ours)
+    if DEVICE == "cpu":
+        patch_language_once(monkeypatch)
 
 
 def pair_of(numel: int, dtype: torch.dtype, fmt: Format, first_row: int = 0) -> Pair:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 from tests.planting import read_sources
 
@@ -36,3 +39,19 @@ def import_kernels(folder: Path, sources: Mapping[str, str]) -> dict[str, Module
         made[part] = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(made[part])
     return made
+
+
+def patch_language_once(patch: pytest.MonkeyPatch) -> None:
+    """Have the interpreter put its functions into the language at each launch, and not at each call within one.
+
+    That took two thirds of the time of the kernels, and puts in what is there already.
+    """
+    interpreted_function = importlib.import_module("triton.runtime.interpreter").InterpretedFunction
+    call = interpreted_function.__call__
+
+    def call_ours(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        if self.fn.__module__.startswith("swafast."):
+            return self.rewrite()(*args, **kwargs)
+        return call(self, *args, **kwargs)
+
+    patch.setattr(interpreted_function, "__call__", call_ours)
