@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import run_ranks
+from tests.sharded_models import require
 from tests.test_documents import PROGRAM, TEXTS, blocks_of
 
 (CODE,) = (block for block in blocks_of(TEXTS["docs/sharded.md"]) if block.startswith(PROGRAM))
@@ -58,6 +59,7 @@ def _restarted(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
 
 @pytest.mark.distributed
 def test_the_program_goes_on_on_as_many_ranks_and_on_more(tmp_path: Path) -> None:
+    require("fsdp2", forward=True)
     (straight, alike), _ = run_ranks(2, _straight_and_restarted, tmp_path)
     assert alike == [True, False]
     for first, restarted in run_ranks(3, _restarted, tmp_path):
